@@ -1,0 +1,63 @@
+"""The correlation id: one name for one conversation, from the request to the last log line."""
+
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_VALID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII).fullmatch
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?").fullmatch
+_NO_TRACE = "0" * 32
+
+_current: ContextVar[str | None] = ContextVar("viralfx_correlation_id", default=None)
+
+
+def current_correlation_id() -> str | None:
+    """Return the id bound to this task, or None outside a request, job or check."""
+    return _current.get()
+
+
+def new_correlation_id() -> str:
+    """Make an id of the shape of a W3C trace id: 32 hexadecimal digits, not all zero."""
+    # An id is a name, not a secret: the ordinary generator is 4 times cheaper than os.urandom.
+    return f"{random.getrandbits(128) or 1:032x}"
+
+
+def is_correlation_id(text: str) -> bool:
+    """Tell whether a caller's id may be used as it is: ``[A-Za-z0-9._-]{1,128}``."""
+    return _VALID(text) is not None
+
+
+def choose_correlation_id(
+    correlation_id: str | None, request_id: str | None, traceparent: str | None
+) -> str:
+    """Pick the id of a request from its headers, each None when absent.
+
+    The first valid one of ``X-Correlation-ID`` and ``X-Request-ID``, else the trace id of a W3C
+    ``traceparent``, else a new one. An invalid value is skipped, never repaired or echoed.
+    """
+    if correlation_id is not None and _VALID(correlation_id):
+        return correlation_id
+    if request_id is not None and _VALID(request_id):
+        return request_id
+    if traceparent is not None and (match := _TRACEPARENT(traceparent)):
+        trace_id = match[1]
+        if trace_id != _NO_TRACE:
+            return trace_id
+    return new_correlation_id()
+
+
+def bind_correlation_id(correlation_id: str) -> None:
+    """Set the id for the rest of this task; a task copies its context, so nothing leaks."""
+    _current.set(correlation_id)
+
+
+@contextmanager
+def correlated(correlation_id: str) -> Iterator[str]:
+    """Bind the id for a block and restore what was bound before."""
+    token = _current.set(correlation_id)
+    try:
+        yield correlation_id
+    finally:
+        _current.reset(token)

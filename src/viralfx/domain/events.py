@@ -1,0 +1,21 @@
+"""Telling others what happened, without depending on them or on their good behaviour."""
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+_logger = logging.getLogger("viralfx.events")
+
+EventT = TypeVar("EventT")
+
+Listener = Callable[[EventT], None]
+"""Called synchronously with a frozen event object; it must not block."""
+
+
+def notify(listeners: tuple[Listener[EventT], ...], event: EventT) -> None:
+    """Call each listener; one that raises is logged and never reaches whom the event is about."""
+    for listener in listeners:
+        try:
+            listener(event)
+        except Exception:
+            _logger.exception("Event listener failed", extra={"event": type(event).__name__})
