@@ -1,0 +1,1 @@
+"""The core: health, lifecycle, shutdown and correlation; standard library only."""

@@ -16,7 +16,7 @@ class ConfigurationError(ViralFXError):
 
 
 class StartupError(ViralFXError):
-    """Configuration is right, but the process could not start (a port in use, a failed lifespan)."""
+    """The configuration is right but the process could not start: a port in use, for example."""
 
 
 class WorkLostError(ViralFXError):

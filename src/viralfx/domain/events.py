@@ -8,7 +8,7 @@ _logger = logging.getLogger("viralfx.events")
 
 EventT = TypeVar("EventT")
 
-Listener = Callable[[EventT], None]
+Listener = Callable[[EventT], object]
 """Called synchronously with a frozen event object; it must not block."""
 
 

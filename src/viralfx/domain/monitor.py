@@ -89,6 +89,10 @@ class HealthMonitor:
         """The names of the registered checks, in order."""
         return tuple(self._runners)
 
+    def policy(self, name: str) -> CheckPolicy:
+        """Return how a check is treated. Raises ``KeyError`` for an unknown name."""
+        return self._runners[name].track.policy
+
     @property
     def history(self) -> tuple[Transition, ...]:
         """The last transitions, oldest first; bounded."""

@@ -1,0 +1,7 @@
+"""``python -m viralfx``: the command line."""
+
+import sys
+
+from viralfx.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""One package per technology; each answers the domain's ports for it."""

@@ -1,0 +1,18 @@
+"""The embedded default: this process's own memory, and stand-ins that live in it."""
+
+from viralfx.adapters.memory.database import MemoryDatabase
+from viralfx.adapters.memory.process import ProcessMemory, memory_limit
+from viralfx.adapters.memory.queues import DrainQueues, MemoryQueues
+from viralfx.adapters.memory.redis import MemoryRedis
+from viralfx.adapters.memory.state import FileStateStore, MemoryStateStore
+
+__all__ = [
+    "DrainQueues",
+    "FileStateStore",
+    "MemoryDatabase",
+    "MemoryQueues",
+    "MemoryRedis",
+    "MemoryStateStore",
+    "ProcessMemory",
+    "memory_limit",
+]

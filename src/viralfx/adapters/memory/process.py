@@ -1,0 +1,105 @@
+"""The memory check: this process's resident memory against the limit that would kill it."""
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+from viralfx.domain.health import Observation, Status
+from viralfx.domain.usage import ProcessUsage
+
+WARN_AT = 0.75
+FAIL_AT = 0.90
+
+
+class ProcessMemory:
+    """Health check: warns from 75 % of the limit, fails from 90 %."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        """``root`` is where ``proc`` and ``sys`` are mounted."""
+        self._root = root
+        self._process = psutil.Process()
+        self._process.cpu_percent()  # the first call only sets the starting point
+        self._usage: ProcessUsage | None = None
+
+    @property
+    def usage(self) -> ProcessUsage:
+        """The reading of the last check; a new one before the first."""
+        return self._usage or self._read()
+
+    async def check(self) -> Observation:
+        """Read the process's memory and compare."""
+        usage = self._read()
+        details = {
+            "heapUsed": _megabytes(usage.heap_used),
+            "heapTotal": _megabytes(usage.heap_total),
+            "rss": _megabytes(usage.rss),
+            "external": _megabytes(usage.external),
+            "usagePercent": f"{usage.ratio:.2%}",
+        }
+        if usage.ratio >= FAIL_AT:
+            return Observation(
+                status=Status.FAIL,
+                message="Memory usage is critical",
+                details=details,
+                code="usage_critical",
+            )
+        if usage.ratio >= WARN_AT:
+            return Observation(
+                status=Status.WARN,
+                message="Memory usage is high",
+                details=details,
+                code="usage_high",
+            )
+        return Observation(status=Status.PASS, message="Memory usage is normal", details=details)
+
+    def _read(self) -> ProcessUsage:
+        memory = self._process.memory_full_info()
+        self._usage = ProcessUsage(
+            rss=memory.rss,
+            heap_used=memory.uss,
+            heap_total=memory_limit(self._root),
+            cpu_percent=self._process.cpu_percent(),
+        )
+        return self._usage
+
+
+def memory_limit(root: Path = Path("/")) -> int:
+    """Return the bytes this process may use: the least of its control groups and the host.
+
+    Understands cgroup v2 (``memory.max``), v1 (``memory.limit_in_bytes``) and the hybrid layout,
+    with and without a cgroup namespace. A limit that cannot be read counts as none.
+    """
+    host = psutil.virtual_memory().total
+    return min([host, *_cgroup_limits(root)])
+
+
+def _cgroup_limits(root: Path) -> Iterator[int]:
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            yield from _limits_up(root / "sys/fs/cgroup", path, "memory.max")
+        elif "memory" in controllers.split(","):
+            yield from _limits_up(root / "sys/fs/cgroup/memory", path, "memory.limit_in_bytes")
+
+
+def _limits_up(mount: Path, path: str, file: str) -> Iterator[int]:
+    # A parent's limit holds for its children too. Without a cgroup namespace ``path`` may not
+    # exist below the mount; the mount's own file then is the container's.
+    relative = PurePosixPath(path.lstrip("/"))
+    for folder in (relative, *relative.parents):
+        try:
+            text = (mount / folder / file).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        # "max" is no limit, and so is version 1's rounded-down maximum of a signed 64-bit number.
+        if text.isdecimal() and 0 < int(text) < 2**60:
+            yield int(text)
+
+
+def _megabytes(count: int) -> str:
+    return f"{round(count / 2**20)}MB"

@@ -1,0 +1,76 @@
+"""Where state is kept without a database: in this process, or in one JSON file."""
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+
+import msgspec
+
+from viralfx.domain.state import SavedState
+
+_logger = logging.getLogger("viralfx.state")
+
+
+class MemoryStateStore:
+    """Keeps the state as long as the process lives."""
+
+    def __init__(self) -> None:
+        self._state: SavedState | None = None
+
+    async def load(self) -> SavedState | None:
+        """Return what this process saved."""
+        return self._state
+
+    async def save(self, state: SavedState) -> None:
+        """Keep it."""
+        self._state = state
+
+
+class FileStateStore:
+    """Keeps the state in ``<folder>/state.json``, replaced atomically and flushed to disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "state.json"
+
+    async def load(self) -> SavedState | None:
+        """Read the file. One that cannot be understood is set aside, never overwritten unseen."""
+        return await asyncio.to_thread(self._load)
+
+    async def save(self, state: SavedState) -> None:
+        """Write a new file beside the old one, then rename: a crash leaves one or the other.
+
+        Raises ``OSError`` when the disk refuses; the old file is then untouched.
+        """
+        await asyncio.to_thread(self._save, state)
+
+    def _load(self) -> SavedState | None:
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=SavedState)
+        except FileNotFoundError:
+            return None
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            aside = self._path.with_suffix(".json.unreadable")
+            self._path.replace(aside)
+            _logger.warning(
+                "Saved state is unreadable and was set aside", extra={"file": str(aside)}
+            )
+            return None
+
+    def _save(self, state: SavedState) -> None:
+        content = msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n"
+        # The process id keeps two processes that share the folder by mistake from mixing files.
+        new = self._path.with_name(f".state.{os.getpid()}.json")
+        try:
+            with new.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(self._path)
+        finally:
+            new.unlink(missing_ok=True)
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself must survive a power cut
+        finally:
+            os.close(folder)

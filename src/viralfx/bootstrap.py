@@ -1,0 +1,142 @@
+"""The composition root: settings in, wired services out; the only module that names adapters."""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from viralfx.adapters.memory import (
+    DrainQueues,
+    FileStateStore,
+    MemoryDatabase,
+    MemoryQueues,
+    MemoryRedis,
+    MemoryStateStore,
+    ProcessMemory,
+)
+from viralfx.domain.clock import Clock, SystemClock
+from viralfx.domain.errors import ConfigurationError
+from viralfx.domain.health import CheckPolicy, HealthCheck, Transition
+from viralfx.domain.lifecycle import Lifecycle
+from viralfx.domain.monitor import HealthMonitor
+from viralfx.domain.operations import Operations
+from viralfx.domain.sequence import ShutdownSequence
+from viralfx.domain.shutdown import Phase, ShutdownStage
+from viralfx.domain.state import SaveState, StateStore
+from viralfx.settings import Settings
+from viralfx.telemetry.observed import HealthLog, log_lifecycle, log_shutdown
+
+# Losing one of these is losing it for every instance at once.
+_SHARED = frozenset({"database", "redis", "queues"})
+
+_CHECK_NAME = re.compile(r"[a-z][a-z0-9_-]*").fullmatch
+# These are paths below /health already.
+_RESERVED = frozenset({"live", "ready", "startup", "detailed", "shutdown", "loggers"})
+
+
+def build_operations(
+    settings: Settings,
+    *,
+    checks: Mapping[str, HealthCheck] | None = None,
+    stages: Mapping[Phase, Mapping[str, ShutdownStage]] | None = None,
+    clock: Clock | None = None,
+) -> Operations:
+    """Wire the operations layer; nothing runs yet.
+
+    ``checks`` and ``stages`` are an application's own, beside the built-in ones. Raises
+    :class:`ConfigurationError` for a check name that is taken or a setting that names no check.
+    """
+    clock = clock or SystemClock()
+    memory = ProcessMemory()
+    queues = MemoryQueues(settings.queues)
+    built_in: dict[str, HealthCheck] = {
+        "database": MemoryDatabase(clock),
+        "redis": MemoryRedis(clock),
+        "memory": memory,
+        "queues": queues,
+    }
+    own = dict(checks or {})
+    problems = [
+        f"OperationsConfig.checks: {name!r} is a built-in check; choose another name"
+        for name in built_in.keys() & own.keys()
+    ]
+    problems += [
+        f"OperationsConfig.checks: {name!r} cannot be a check's name; use small letters, digits, -"
+        f" and _, and none of {', '.join(sorted(_RESERVED))}"
+        for name in own
+        if name in _RESERVED or not _CHECK_NAME(name)
+    ]
+    every_check = {**own, **built_in}
+    problems += _unknown_checks("HEALTH_CRITICAL", settings.health_critical, every_check)
+    problems += _unknown_checks("READINESS_REQUIRES", settings.readiness_requires, every_check)
+    if problems:
+        raise ConfigurationError(problems)
+
+    lifecycle = Lifecycle(clock)
+    monitor = HealthMonitor(clock=clock, fail_open_after=settings.readiness_fail_open_after / 1000)
+    for name, check in {**built_in, **own}.items():
+        monitor.register(name, check, _policy(name, settings))
+    shutdown = ShutdownSequence(budgets=settings.shutdown_budgets, lifecycle=lifecycle, clock=clock)
+    operations = Operations(
+        version=version("viralfx"),
+        environment=settings.environment,
+        clock=clock,
+        lifecycle=lifecycle,
+        monitor=monitor,
+        shutdown=shutdown,
+        state_store=_state_store(settings),
+        usage=lambda: memory.usage,
+    )
+    shutdown.register(Phase.DRAIN, "queues", DrainQueues(queues, clock))
+    shutdown.register(
+        Phase.SAVE_STATE, "state", SaveState(operations.state_store, operations.state_to_save)
+    )
+    for phase, named in (stages or {}).items():
+        for name, stage in named.items():
+            shutdown.register(phase, name, stage)
+    monitor.subscribe(HealthLog())
+    monitor.subscribe(
+        lambda event: isinstance(event, Transition) and lifecycle.follow(monitor.report())
+    )
+    lifecycle.subscribe(log_lifecycle)
+    shutdown.subscribe(log_shutdown)
+    return operations
+
+
+def _policy(name: str, settings: Settings) -> CheckPolicy:
+    interval = settings.health_check_interval / 1000
+    # Memory comes and goes with every burst: one sample over the line is no change yet.
+    least = 2 if name == "memory" else 1
+    return CheckPolicy(
+        interval=settings.db_health_check_interval / 1000 if name == "database" else interval,
+        retry_interval=interval,
+        timeout=settings.health_check_timeout / 1000,
+        failure_threshold=max(least, settings.health_failure_threshold),
+        recovery_threshold=max(least, settings.health_recovery_threshold),
+        critical=name in settings.health_critical,
+        gates_readiness=name in settings.readiness_requires,
+        shared=name in _SHARED,
+    )
+
+
+def _unknown_checks(
+    variable: str, names: Iterable[str], checks: Mapping[str, HealthCheck]
+) -> Iterator[str]:
+    for name in names:
+        if name not in checks:
+            close = difflib.get_close_matches(name, checks, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(checks)}"
+            yield f"{variable}: there is no check named {name!r}; {hint}"
+
+
+def _state_store(settings: Settings) -> StateStore:
+    if settings.state_dir is None:
+        return MemoryStateStore()
+    folder = Path(settings.state_dir)
+    if not folder.is_dir():
+        raise ConfigurationError([f"STATE_DIR: {folder} is not a folder; create it"])
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigurationError([f"STATE_DIR: {folder} is not writable for this user"])
+    return FileStateStore(folder)

@@ -1,0 +1,133 @@
+"""The command line: each command imports only what it needs, so that a probe stays cheap."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from viralfx.domain.errors import ConfigurationError, StartupError
+
+EXIT_PROBE_FAILED = 1
+EXIT_CONFIGURATION = 2
+EXIT_STARTUP = 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except ConfigurationError as error:
+        for line in error.problems:
+            print(f"viralfx: {line}", file=sys.stderr)  # noqa: T201 - a command talks
+        return EXIT_CONFIGURATION
+    except StartupError as error:
+        print(f"viralfx: {error}", file=sys.stderr)  # noqa: T201
+        return EXIT_STARTUP
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; leave nothing for the interpreter to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="viralfx", description="The ViralFX backend, and any Litestar app run the same way."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    serve = commands.add_parser("serve", help="serve the HTTP API until told to stop")
+    serve.add_argument("--app", metavar="MODULE:NAME", help="a Litestar application of your own")
+    serve.add_argument("--host", help="address to listen on (default: HOST, or 0.0.0.0)")
+    serve.add_argument("--port", type=_port, help="port to listen on (default: PORT, or 3000)")
+    serve.set_defaults(run=_serve)
+
+    probe = commands.add_parser("probe", help="ask a running service; exit 0 if it says yes")
+    probe.add_argument("kind", choices=["live", "ready", "startup"])
+    probe.add_argument(
+        "--url", help="where it listens (default: this machine, MANAGEMENT_PORT or PORT)"
+    )
+    probe.add_argument("--timeout", type=_seconds, default=2.0, help="seconds to wait (default: 2)")
+    probe.set_defaults(run=_probe)
+
+    env = commands.add_parser("env", help="list every environment variable and its value")
+    env.add_argument("--markdown", action="store_true", help="as a table for a document")
+    env.set_defaults(run=_env)
+    return parser
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) > 65535:  # noqa: PLR2004
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 65535")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 3600:  # noqa: PLR2004
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from viralfx.runner.signals import SignalWatch  # noqa: PLC0415
+
+    signals = SignalWatch()
+    signals.install()  # before the slow imports: see there
+
+    from viralfx.runner.serve import serve  # noqa: PLC0415
+
+    return serve(signals, app=options.app, host=options.host, port=options.port)
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from viralfx.runner.probe import probe  # noqa: PLC0415
+
+    url = options.url
+    if url is None:
+        from viralfx.settings import Settings  # noqa: PLC0415
+
+        settings = Settings.from_env(os.environ)
+        url = f"http://127.0.0.1:{settings.management_port or settings.port}"
+    passed, said = probe(options.kind, url, timeout=options.timeout)
+    print(said, file=sys.stdout if passed else sys.stderr)
+    return 0 if passed else EXIT_PROBE_FAILED
+
+
+def _env(options: argparse.Namespace) -> int:
+    from viralfx.settings import Settings, fields, show  # noqa: PLC0415
+
+    settings = Settings.from_env(os.environ)
+    rows = [("name", "default", "value", "meaning", "source")]
+    rows += [
+        (
+            field.variable,
+            show(field.default),
+            show(getattr(settings, field.name)),
+            field.meaning,
+            _source(field.variable),
+        )
+        for field in fields()
+    ]
+    if options.markdown:
+        lines = [f"| {' | '.join(row[:4])} |".replace("  ", " ") for row in rows]
+        lines.insert(1, "|---|---|---|---|")
+    else:
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True))
+            for row in rows
+        ]
+    print("\n".join(line.rstrip() for line in lines))  # noqa: T201
+    return 0
+
+
+def _source(variable: str) -> str:
+    if os.environ.get(variable):
+        return "environment"
+    path = os.environ.get(f"{variable}_FILE")
+    return f"file {path}" if path else "default"

@@ -1,0 +1,1 @@
+"""Runs an application: owns signals, sockets and the ordered stop."""

@@ -1,0 +1,215 @@
+"""One process: start-up, the triggers of its shutdown, the ordered stop and the exit code."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from viralfx.domain.errors import StartupError
+from viralfx.domain.operations import Operations
+from viralfx.domain.shutdown import Phase, ShutdownEvent, ShutdownReport, ShutdownTriggered
+from viralfx.runner.http import HttpServer, loop_factory
+from viralfx.runner.signals import SignalWatch
+from viralfx.runner.stages import (
+    CloseServer,
+    DrainRequests,
+    StopApplication,
+    StopListening,
+)
+from viralfx.web.gate import Gate
+
+EXIT_OK = 0
+EXIT_UNCAUGHT = 1
+EXIT_CONFIGURATION = 2
+EXIT_STARTUP = 3
+EXIT_STAGE = 4
+
+_LAST_GRACE = 0.1
+"""Seconds that cancelled tasks and idle threads get to end by themselves."""
+
+_logger = logging.getLogger("viralfx.process")
+
+
+class Process:
+    """Runs the servers until a trigger, then the shutdown sequence; gives the exit code."""
+
+    def __init__(
+        self,
+        *,
+        operations: Operations,
+        signals: SignalWatch,
+        server: Callable[[], HttpServer],
+        gate: Gate,
+        management: Callable[[], HttpServer] | None,
+        shutdown_on_uncaught: bool,
+    ) -> None:
+        """Take what there is to run; the servers are made on the loop that runs them."""
+        self._operations = operations
+        self._signals = signals
+        self._make_server = server
+        self._gate = gate
+        self._make_management = management
+        self._shutdown_on_uncaught = shutdown_on_uncaught
+        self._loop = loop_factory()()
+        self._uncaught = 0
+        self._startup_failed = False
+        operations.staged = True
+        operations.shutdown.subscribe(self._on_shutdown_event)
+
+    # -- the loop ----------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Run to the end and return the exit code; it may also end the process itself."""
+        loop = self._loop
+        asyncio.set_event_loop(loop)
+        executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="worker")
+        loop.set_default_executor(executor)
+        loop.set_exception_handler(self._on_loop_exception)
+        threading.excepthook = self._on_thread_exception
+        main = loop.create_task(self._main(), name="main")
+        while not main.done():
+            try:
+                loop.run_until_complete(main)
+            except BaseException as error:  # noqa: BLE001 - the main thread's boundary
+                # Raised through the loop by a callback or a Python signal handler: the loop and
+                # the main task are intact, so the stages can still run.
+                self._on_uncaught("main thread", error)
+        code = EXIT_UNCAUGHT if main.cancelled() or main.exception() else main.result()
+        executor.shutdown(wait=False, cancel_futures=True)
+        self._end(code)
+        return code
+
+    def _end(self, code: int) -> None:
+        """Leave at once when something is left that the interpreter's own exit would wait for."""
+        left = asyncio.all_tasks(self._loop)
+        for task in left:
+            task.cancel()
+        if left:
+            _, left = self._loop.run_until_complete(asyncio.wait(left, timeout=_LAST_GRACE))
+        if not left:
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+        deadline = time.monotonic() + _LAST_GRACE
+        while (busy := _busy_threads()) and time.monotonic() < deadline:
+            busy[0].join(0.01)
+        logging.shutdown()
+        if left or busy:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(code)
+
+    async def _main(self) -> int:
+        operations = self._operations
+        self._signals.take_wakeup()  # the loop took it when it began to run
+        self._signals.deliver_to(self._on_signal)
+        server = self._make_server()
+        management = self._make_management() if self._make_management else None
+        self._register_stages(server, management)
+        start = asyncio.create_task(self._start(server, management), name="start-up")
+        stop = asyncio.create_task(operations.shutdown.wait(), name="shutdown-trigger")
+        await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+        await stop
+        # Still starting when told to stop: what it began is closed by the stages.
+        start.cancel()
+        report = await operations.shutdown.run()
+        await operations.stop()
+        code = self._exit_code(report)
+        _logger.info("Process ends", extra={"exitCode": code, "reason": report.reason})
+        return code
+
+    async def _start(self, server: HttpServer, management: HttpServer | None) -> None:
+        try:
+            await self._operations.start()
+            if management is not None:
+                await management.open()
+            await server.open()
+            if not await server.start_application():
+                raise StartupError("the application's start-up failed; the log above says why")  # noqa: TRY301
+            self._signals.take_wakeup()
+        except Exception as error:
+            self._startup_failed = True
+            _logger.error("Start-up failed", exc_info=error)  # noqa: TRY400
+            self._operations.shutdown.trigger("start-up failed")
+            return
+        self._gate.open = True
+        self._operations.application_ready()
+        host, port = server.address
+        extra: dict[str, object] = {"host": host, "port": port}
+        if management is not None:
+            extra["managementPort"] = management.address[1]
+        _logger.info("Listening", extra=extra)
+
+    def _register_stages(self, server: HttpServer, management: HttpServer | None) -> None:
+        shutdown = self._operations.shutdown
+        shutdown.register(Phase.STOP_ACCEPTING, "listeners", StopListening(server, self._gate))
+        shutdown.register(
+            Phase.DRAIN, "requests", DrainRequests(self._gate, self._operations.clock)
+        )
+        shutdown.register(Phase.CLOSE, "application", StopApplication(server), first=True)
+        shutdown.register(Phase.CLOSE, "server", CloseServer(server))
+        if management is not None:
+            shutdown.register(Phase.CLOSE, "management server", CloseServer(management))
+
+    def _exit_code(self, report: ShutdownReport) -> int:
+        if self._startup_failed:
+            return EXIT_STARTUP
+        if self._uncaught and self._shutdown_on_uncaught:
+            return EXIT_UNCAUGHT
+        return EXIT_OK if report.clean else EXIT_STAGE
+
+    # -- triggers ----------------------------------------------------------------------------
+
+    def _on_signal(self, name: str) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the end is reached already
+            self._loop.call_soon_threadsafe(self._operations.shutdown.trigger, name)
+
+    def _on_shutdown_event(self, event: ShutdownEvent) -> None:
+        if isinstance(event, ShutdownTriggered):
+            self._gate.exchanges.leaving = True
+            self._signals.arm(event.force_timeout)
+
+    def _on_uncaught(self, where: str, error: BaseException) -> None:
+        self._log_uncaught(where, error)
+        if not self._shutdown_on_uncaught:
+            return
+        # The watchdog first: the loop may be the very thing that does not run any more.
+        self._signals.arm(self._operations.shutdown.budgets.force)
+        with contextlib.suppress(RuntimeError):  # likewise
+            self._loop.call_soon_threadsafe(
+                self._operations.shutdown.trigger, f"uncaught exception in {where}"
+            )
+
+    def _log_uncaught(self, where: str, error: BaseException) -> None:
+        self._uncaught += 1
+        _logger.error(
+            "Uncaught exception",
+            exc_info=error,
+            extra={"where": where, "count": self._uncaught},
+        )
+
+    def _on_loop_exception(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        # What a transport or protocol reports is a connection's trouble, not the process's.
+        if error is None or "transport" in context or "protocol" in context:
+            _logger.warning(
+                "Event loop reports", exc_info=error, extra={"detail": context.get("message")}
+            )
+            return
+        self._on_uncaught("a background task" if "future" in context else "a callback", error)
+
+    def _on_thread_exception(self, args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+            name = args.thread.name if args.thread else "?"
+            self._on_uncaught(f"thread {name}", args.exc_value)
+
+
+def _busy_threads() -> list[threading.Thread]:
+    main = threading.main_thread()
+    return [t for t in threading.enumerate() if t is not main and not t.daemon and t.is_alive()]

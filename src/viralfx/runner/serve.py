@@ -1,0 +1,59 @@
+"""``viralfx serve``: puts an application, its servers and the operations layer into a process."""
+
+import logging
+import os
+from functools import partial
+
+import msgspec
+
+from viralfx.domain.errors import ConfigurationError
+from viralfx.runner.http import HttpServer
+from viralfx.runner.process import Process
+from viralfx.runner.signals import SignalWatch
+from viralfx.runner.sockets import listen
+from viralfx.settings import Settings
+from viralfx.telemetry.logs import configure_logging
+from viralfx.web.gate import Gate
+from viralfx.web.load import find_application
+
+_logger = logging.getLogger("viralfx.serve")
+
+
+def serve(signals: SignalWatch, *, app: str | None, host: str | None, port: int | None) -> int:
+    """Serve until told to stop; returns the exit code.
+
+    ``host`` and ``port`` override HOST and PORT. Raises :class:`ConfigurationError` and
+    :class:`StartupError` before anything runs.
+    """
+    settings = Settings.from_env(os.environ)
+    signals.force_timeout = settings.shutdown_force_timeout / 1000
+    configure_logging(level=settings.log_level, console=settings.log_format == "console")
+    application, plugin = find_application(settings, app)
+    # The application may have brought settings of its own; where to listen is the caller's word.
+    settings = msgspec.structs.replace(
+        plugin.settings,
+        host=plugin.settings.host if host is None else host,
+        port=plugin.settings.port if port is None else port,
+    )
+    if problems := list(settings.contradictions()):
+        raise ConfigurationError(problems)
+    _logger.warning("Database, cache and queues are in memory: all data ends with this process")
+
+    listener = listen("PORT", settings.host, settings.port)
+    management = None
+    if settings.management_port is not None:
+        management = listen("MANAGEMENT_PORT", settings.host, settings.management_port)
+    gate = Gate(plugin.answers, application)
+    process = Process(
+        operations=plugin.operations,
+        signals=signals,
+        server=partial(HttpServer, gate, listener, lifespan=True),
+        gate=gate,
+        management=(
+            partial(HttpServer, Gate(plugin.answers), management, lifespan=False)
+            if management is not None
+            else None
+        ),
+        shutdown_on_uncaught=settings.shutdown_on_uncaught,
+    )
+    return process.run()

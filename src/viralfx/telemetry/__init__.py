@@ -1,0 +1,1 @@
+"""What the domain's events look like to others: log lines here, metrics and traces later."""

@@ -1,0 +1,91 @@
+"""Log lines in one shape for every library: JSON for machines, text for people."""
+
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import TextIO
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from viralfx.domain.clock import timestamp
+from viralfx.domain.correlation import current_correlation_id
+
+VERBOSE = 5
+"""Below DEBUG: very detailed tracing."""
+
+LEVELS = {
+    "error": logging.ERROR,
+    "warn": logging.WARNING,
+    "log": logging.INFO,
+    "debug": logging.DEBUG,
+    "verbose": VERBOSE,
+}
+"""The words that LOG_LEVEL accepts."""
+
+
+def configure_logging(*, level: str, console: bool, stream: TextIO = sys.stdout) -> None:
+    """Send every record of the process to ``stream``, one line each.
+
+    Owns the root logger, so it is for programs: a library never calls it. A record that cannot be
+    written is dropped without an error, as no request may fail for its log line.
+    """
+    logging.addLevelName(VERBOSE, "VERBOSE")
+    logging.raiseExceptions = False
+    pipeline: list[Processor] = [
+        structlog.stdlib.ExtraAdder(),
+        _shape,
+        structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+    ]
+    if console:
+        pipeline += [_for_people, structlog.dev.ConsoleRenderer(colors=stream.isatty())]
+    else:
+        pipeline += [
+            # Without local variables: they hold whatever a request brought, tokens included.
+            structlog.processors.ExceptionRenderer(
+                structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+            ),
+            structlog.processors.JSONRenderer(default=str),
+        ]
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=pipeline))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(LEVELS[level])
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "litestar"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    # Its information lines tell of start and stop, which the lifecycle tells better.
+    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, LEVELS[level]))
+
+
+def _shape(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    record: logging.LogRecord = event["_record"]
+    shaped: EventDict = {
+        "timestamp": timestamp(datetime.fromtimestamp(record.created, UTC)),
+        "level": _word(record.levelno),
+        "context": record.name.removeprefix("viralfx."),
+        "message": event.pop("event"),
+    }
+    if (correlation_id := current_correlation_id()) is not None:
+        shaped["correlationId"] = correlation_id
+    if record.exc_info:
+        shaped["exc_info"] = record.exc_info
+    return {**shaped, **event}
+
+
+def _for_people(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    event["event"] = event.pop("message")
+    event["logger"] = event.pop("context")
+    return event
+
+
+def _word(level: int) -> str:
+    if level >= logging.ERROR:
+        return "error"
+    if level >= logging.WARNING:
+        return "warn"
+    if level >= logging.INFO:
+        return "info"
+    return "debug" if level >= logging.DEBUG else "verbose"

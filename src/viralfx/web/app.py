@@ -1,0 +1,69 @@
+"""The service's own application: the operations plugin, problem details and documentation."""
+
+import logging
+from http import HTTPStatus
+
+from litestar import Litestar, Request, Response
+from litestar.datastructures import State
+from litestar.exceptions import HTTPException
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import ScalarRenderPlugin
+from litestar.types import ExceptionHandlersMap
+
+from viralfx.domain.correlation import current_correlation_id
+from viralfx.domain.operations import Operations
+from viralfx.settings import Settings
+from viralfx.web.plugin import OperationsConfig, OperationsPlugin
+from viralfx.web.problems import PROBLEM_MEDIA_TYPE, Problem, problem
+
+_logger = logging.getLogger("viralfx.web")
+
+
+def create_app(settings: Settings, operations: Operations | None = None) -> Litestar:
+    """Make the ViralFX backend; ``operations`` are wired from the settings unless given."""
+    plugin = OperationsPlugin(OperationsConfig(settings=settings), operations=operations)
+    return Litestar(
+        plugins=[plugin],
+        exception_handlers=_exception_handlers(),
+        logging_config=None,
+        openapi_config=OpenAPIConfig(
+            title="ViralFX Backend",
+            version=plugin.operations.version,
+            path="/api/docs",
+            render_plugins=[ScalarRenderPlugin()],
+        ),
+    )
+
+
+def _exception_handlers() -> ExceptionHandlersMap:
+    return {HTTPException: _http_error, Exception: _unhandled}
+
+
+def _http_error(request: Request[object, object, State], error: HTTPException) -> Response[Problem]:
+    if error.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
+        return _unhandled(request, error)
+    return Response(
+        problem(
+            error.status_code,
+            detail=error.detail,
+            correlation_id=current_correlation_id(),
+            errors=error.extra if isinstance(error.extra, list) else None,
+        ),
+        status_code=error.status_code,
+        headers=error.headers,
+        media_type=PROBLEM_MEDIA_TYPE,
+    )
+
+
+def _unhandled(request: Request[object, object, State], error: Exception) -> Response[Problem]:
+    _logger.error(
+        "Request failed",
+        exc_info=error,
+        extra={"method": request.method, "path": request.scope["path"]},
+    )
+    detail = "Something went wrong on our side; the log tells more under the correlation id."
+    return Response(
+        problem(500, detail=detail, correlation_id=current_correlation_id()),
+        status_code=500,
+        media_type=PROBLEM_MEDIA_TYPE,
+    )

@@ -1,0 +1,27 @@
+"""The correlation id of an HTTP request: taken from its headers, bound, and echoed."""
+
+from collections.abc import Iterable
+
+from viralfx.domain.correlation import choose_correlation_id
+
+HEADER = b"x-correlation-id"
+GATED = "viralfx_gated"
+"""Set in the ASGI scope's state by a gate: the id is bound, and will be echoed."""
+CHOSEN = "viralfx_correlation_id"
+"""Where the plugin keeps the id in the ASGI scope's state when there is no gate."""
+
+_WANTED = frozenset({HEADER, b"x-request-id", b"traceparent"})
+
+
+def correlation_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """Choose the id of a request; of a header sent twice, the first counts."""
+    found: dict[bytes, str] = {}
+    for name, value in headers:
+        if name in _WANTED and name not in found:
+            # Not ASCII is not valid either, and latin-1 decodes anything without an error.
+            found[name] = value.decode("latin-1")
+    if not found:
+        return choose_correlation_id(None, None, None)
+    return choose_correlation_id(
+        found.get(HEADER), found.get(b"x-request-id"), found.get(b"traceparent")
+    )

@@ -1,0 +1,117 @@
+"""The gate: probes are answered ahead of the application, everything else is counted through it.
+
+Outermost of all ASGI applications, so that nothing an application does, neither its middleware
+nor its routing nor its mistakes, can slow or break a probe.
+"""
+
+import asyncio
+
+from viralfx.domain.correlation import bind_correlation_id
+from viralfx.web.answers import Answer, OperationsAnswers, problem_answer
+from viralfx.web.asgi import ASGIApp, Message, Receive, Scope, Send
+from viralfx.web.correlation import GATED, HEADER, correlation_id_of
+from viralfx.web.exchanges import Exchange, Exchanges
+
+
+class Gate:
+    """An ASGI application around another; without one it answers the operations endpoints only."""
+
+    def __init__(self, answers: OperationsAnswers, app: ASGIApp | None = None) -> None:
+        self._answers = answers
+        self._endpoints = answers.endpoints
+        self._app = app
+        self.exchanges = Exchanges()
+        self.open = False
+        """Whether requests are let through; until then they get 503 and ``Retry-After``."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection's scope."""
+        if scope["type"] == "http":
+            path = scope["path"]
+            endpoint = self._endpoints.get(path) or self._answers.find(path)
+            correlation_id = correlation_id_of(scope["headers"])
+            bind_correlation_id(correlation_id)
+            header = (HEADER, correlation_id.encode("ascii"))
+            if endpoint is not None:
+                answer = endpoint(scope["method"], scope["query_string"], scope["headers"])
+                if not isinstance(answer, Answer):
+                    answer = await answer
+                await self._reply(answer, scope, send, header)
+            elif self._app is None:
+                await self._reply(
+                    problem_answer(404, "This port answers operations endpoints only."),
+                    scope,
+                    send,
+                    header,
+                )
+            elif not self.open:
+                starting = problem_answer(503, "The service is starting.", (b"retry-after", b"1"))
+                await self._reply(starting, scope, send, header)
+            else:
+                scope.setdefault("state", {})[GATED] = True
+                await self._pass_on(self._app, scope, receive, send, header)
+        elif scope["type"] == "websocket":
+            correlation_id = correlation_id_of(scope["headers"])
+            bind_correlation_id(correlation_id)
+            if self._app is None or not self.open or self.exchanges.leaving:
+                await receive()
+                await send({"type": "websocket.close", "code": 1013, "reason": "try again later"})
+                return
+            scope.setdefault("state", {})[GATED] = True
+            header = (HEADER, correlation_id.encode("ascii"))
+            await self._pass_on(self._app, scope, receive, send, header)
+        elif self._app is not None:
+            await self._app(scope, receive, send)
+
+    async def _pass_on(
+        self,
+        app: ASGIApp,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        header: tuple[bytes, bytes],
+    ) -> None:
+        exchange = self.exchanges.begin(scope, send, header)
+        try:
+            await app(scope, receive, exchange.send)
+        except asyncio.CancelledError:
+            if not await self._cut(exchange, scope, send, header):
+                raise
+        finally:
+            self.exchanges.end(exchange)
+
+    async def _cut(
+        self, exchange: Exchange, scope: Scope, send: Send, header: tuple[bytes, bytes]
+    ) -> bool:
+        """End a cancelled request so that its client can tell; False when that is not possible."""
+        if exchange.websocket or exchange.complete:
+            return True
+        if not exchange.started:
+            answer = problem_answer(
+                503,
+                "The service stopped before it could answer.",
+                (b"retry-after", b"1"),
+                (b"connection", b"close"),
+            )
+            await self._reply(answer, scope, send, header)
+            return True
+        if exchange.event_stream:
+            # An event stream has no end of its own: closing it in order lets the client reconnect.
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return True
+        return False
+
+    async def _reply(
+        self, answer: Answer, scope: Scope, send: Send, header: tuple[bytes, bytes]
+    ) -> None:
+        headers = [*answer.headers, header]
+        if self.exchanges.leaving:
+            headers.append((b"connection", b"close"))
+        start: Message = {
+            "type": "http.response.start",
+            "status": answer.status,
+            "headers": headers,
+        }
+        await send(start)
+        body = b"" if scope["method"] == "HEAD" else answer.body
+        await send({"type": "http.response.body", "body": body})

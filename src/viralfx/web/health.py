@@ -1,0 +1,182 @@
+"""The operations endpoints as Litestar routes: documented, and served where no gate stands."""
+
+from typing import Annotated
+
+from litestar import Controller, HttpMethod, Request, Response, Router, get, post, route
+from litestar.datastructures import State
+from litestar.exceptions import NotFoundException
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import FromPath, QueryParameter
+
+from viralfx.web import schemas
+from viralfx.web.answers import Answer, OperationsAnswers
+from viralfx.web.problems import PROBLEM_MEDIA_TYPE, Problem
+
+ANSWERS = "operations_answers"
+"""Where the application's state holds what these routes give."""
+
+AnyRequest = Request[object, object, State]
+
+
+def _problem(description: str) -> ResponseSpec:
+    return ResponseSpec(
+        Problem, description=description, media_type=PROBLEM_MEDIA_TYPE, generate_examples=False
+    )
+
+
+def _body(schema: type, description: str) -> ResponseSpec:
+    return ResponseSpec(schema, description=description, generate_examples=False)
+
+
+_TOKEN_PROBLEMS = {
+    401: _problem("The management token is missing or wrong."),
+    403: _problem("No management token is configured."),
+}
+_DETAILS_PROBLEMS = {
+    401: _problem("HEALTH_DETAILS=authorized, and the management token is missing or wrong.")
+}
+
+
+def _response(answer: Answer) -> Response[bytes]:
+    headers = {name.decode(): value.decode() for name, value in answer.headers}
+    media_type = headers.pop("content-type")
+    headers.pop("content-length")
+    return Response(answer.body, status_code=answer.status, headers=headers, media_type=media_type)
+
+
+class HealthController(Controller):
+    """Probes and details. They carry no cache, no session and no guard of the application."""
+
+    path = "/"
+
+    @get(
+        "/",
+        operation_id="health",
+        summary="Quick check for load balancers",
+        responses={
+            200: _body(schemas.BasicHealth, "The process serves."),
+            503: _body(schemas.BasicHealth, "Shutdown began."),
+        },
+    )
+    async def basic(self, request: AnyRequest) -> Response[bytes]:
+        return await _give(request)
+
+    @get(
+        "/live",
+        operation_id="healthLive",
+        summary="Liveness probe",
+        responses={200: _body(schemas.Liveness, "The event loop runs.")},
+    )
+    async def live(self, request: AnyRequest) -> Response[bytes]:
+        return await _give(request)
+
+    @get(
+        "/ready",
+        operation_id="healthReady",
+        summary="Readiness probe",
+        responses={
+            200: _body(schemas.Readiness, "Traffic may come."),
+            503: _body(schemas.Readiness, "Starting, draining or failing."),
+        },
+    )
+    async def ready(self, request: AnyRequest) -> Response[bytes]:
+        return await _give(request)
+
+    @get(
+        "/startup",
+        operation_id="healthStartup",
+        summary="Startup probe",
+        responses={
+            200: _body(schemas.Startup, "Start-up is over."),
+            503: _body(schemas.Startup, "Start-up goes on."),
+        },
+    )
+    async def startup(self, request: AnyRequest) -> Response[bytes]:
+        return await _give(request)
+
+    @get(
+        "/detailed",
+        operation_id="healthDetailed",
+        summary="Every check with its details",
+        responses={
+            200: _body(schemas.DetailedHealth, "Healthy or degraded."),
+            503: _body(schemas.DetailedHealth, "Unhealthy: a critical check fails."),
+            **_DETAILS_PROBLEMS,
+        },
+    )
+    async def detailed(
+        self,
+        request: AnyRequest,
+        fresh: Annotated[
+            str | None,
+            QueryParameter(description="1 waits for one new round of checks, then answers"),
+        ] = None,
+    ) -> Response[bytes]:
+        del fresh  # read from the query string; declared for the documentation
+        return await _give(request)
+
+    @get(
+        "/shutdown",
+        operation_id="healthShutdownStatus",
+        summary="How far the shutdown is; never triggers one",
+        responses={
+            200: _body(schemas.ShutdownStatus, "The shutdown, or that there is none."),
+            **_TOKEN_PROBLEMS,
+        },
+    )
+    async def shutdown_status(self, request: AnyRequest) -> Response[bytes]:
+        return await _give(request)
+
+    @post(
+        "/shutdown",
+        operation_id="healthShutdown",
+        summary="Begin the ordered shutdown",
+        status_code=202,
+        responses={
+            202: _body(schemas.ShutdownAccepted, "The shutdown began."),
+            200: _body(schemas.ShutdownAccepted, "It had begun already."),
+            409: _problem("This server is not run by `viralfx serve`."),
+            **_TOKEN_PROBLEMS,
+        },
+    )
+    async def shutdown(self, request: AnyRequest) -> Response[bytes]:
+        return await _give(request)
+
+    @get(
+        "/{check:str}",
+        operation_id="healthCheck",
+        summary="One check",
+        responses={
+            200: _body(schemas.NamedCheckState, "The check passes or warns."),
+            503: _body(schemas.NamedCheckState, "The check fails."),
+            404: _problem("There is no check of that name."),
+            **_DETAILS_PROBLEMS,
+        },
+    )
+    async def check(self, request: AnyRequest, check: FromPath[str]) -> Response[bytes]:
+        del check  # read from the path; declared for routing and documentation
+        return await _give(request)
+
+    @route(
+        ["/", "/live", "/ready", "/startup", "/detailed", "/shutdown", "/{check:str}"],
+        http_method=HttpMethod.HEAD,
+        include_in_schema=False,  # HTTP itself says what HEAD is
+    )
+    async def head(self, request: AnyRequest) -> Response[bytes]:
+        return await _give(request)
+
+
+async def _give(request: AnyRequest) -> Response[bytes]:
+    answers: OperationsAnswers = request.app.state[ANSWERS]
+    # The path as the client wrote it: Litestar ignores a trailing slash, a probe must not.
+    raw_path, _, _ = request.scope["raw_path"].partition(b"?")
+    endpoint = answers.find(raw_path.decode("latin-1"))
+    if endpoint is None:
+        raise NotFoundException
+    answer = endpoint(request.method, request.scope["query_string"], request.scope["headers"])
+    return _response(answer if isinstance(answer, Answer) else await answer)
+
+
+def health_router(*, prefix: str, tag: str) -> Router:
+    """Make the routes of every endpoint; the application's state must hold the answers."""
+    return Router(prefix, route_handlers=[HealthController], tags=[tag])

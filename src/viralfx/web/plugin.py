@@ -1,0 +1,149 @@
+"""The plugin: gives any Litestar application the operations layer."""
+
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from litestar import Litestar
+from litestar.config.app import AppConfig
+from litestar.datastructures import MutableScopeHeaders
+from litestar.middleware import ASGIMiddleware
+from litestar.plugins import InitPlugin
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from viralfx.bootstrap import build_operations
+from viralfx.domain.correlation import bind_correlation_id
+from viralfx.domain.errors import ConfigurationError
+from viralfx.domain.health import HealthCheck
+from viralfx.domain.operations import Operations
+from viralfx.domain.shutdown import Phase, ShutdownStage
+from viralfx.settings import Settings
+from viralfx.web.access import AccessPolicy
+from viralfx.web.answers import OperationsAnswers
+from viralfx.web.correlation import CHOSEN, GATED, HEADER, correlation_id_of
+from viralfx.web.health import ANSWERS, health_router
+
+
+@dataclass(slots=True, kw_only=True)
+class OperationsConfig:
+    """What an application adds to the operations layer, or wants otherwise."""
+
+    settings: Settings | None = None
+    """The settings; None reads them from the environment."""
+    checks: Mapping[str, HealthCheck] = field(default_factory=dict)
+    """The application's own health checks by name. HEALTH_CRITICAL and READINESS_REQUIRES may
+    name them like the built-in ones."""
+    drain_stages: Mapping[str, ShutdownStage] = field(default_factory=dict)
+    """Run together with the draining of requests and jobs, within SHUTDOWN_DRAIN_TIMEOUT."""
+    save_stages: Mapping[str, ShutdownStage] = field(default_factory=dict)
+    """Run in order after draining, within SHUTDOWN_STATE_TIMEOUT."""
+    close_stages: Mapping[str, ShutdownStage] = field(default_factory=dict)
+    """Run in order after the application's lifespan ended, within SHUTDOWN_CONNECTION_TIMEOUT."""
+    path: str = "/health"
+    """Where the endpoints are. Manifests and the ``probe`` command expect the default."""
+    tag: str = "operations"
+    """The OpenAPI tag of the endpoints."""
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a path that is not absolute, or ends in a slash."""
+        if not self.path.startswith("/") or self.path.endswith("/"):
+            raise ValueError(f"path must start with a slash and not end with one: {self.path!r}")
+
+
+class OperationsPlugin(InitPlugin):
+    """Adds health endpoints, background checks, correlation ids and shutdown stages to an app.
+
+    It appends and never replaces: no handler, logger or signal of the application is touched.
+    Under ``viralfx serve`` the shutdown is staged with listeners and requests; under any other
+    server the application's lifespan runs the stages when it ends.
+    """
+
+    __slots__ = ("_config", "answers", "operations", "settings")
+
+    def __init__(
+        self, config: OperationsConfig | None = None, *, operations: Operations | None = None
+    ) -> None:
+        """Wire the layer from ``config``, or mount ``operations`` that are wired already.
+
+        Raises :class:`ConfigurationError` that lists every problem of the settings.
+        """
+        self._config = config = config or OperationsConfig()
+        self.settings = settings = config.settings or Settings.from_env(os.environ)
+        self.operations = operations or build_operations(
+            settings,
+            checks=config.checks,
+            stages={
+                Phase.DRAIN: config.drain_stages,
+                Phase.SAVE_STATE: config.save_stages,
+                Phase.CLOSE: config.close_stages,
+            },
+        )
+        self.answers = OperationsAnswers(
+            self.operations, AccessPolicy.from_settings(settings), prefix=config.path
+        )
+
+    def on_app_init(self, app_config: AppConfig) -> AppConfig:
+        """Append routes, lifespan and correlation to the application's own."""
+        router = health_router(prefix=self._config.path, tag=self._config.tag)
+        app_config.route_handlers.append(router)
+        app_config.state.update(self._state())
+        # Entered last and left first: checks must end before the application closes its pools.
+        app_config.lifespan.append(self._lifespan)
+        app_config.middleware.append(_BindCorrelationId())
+        app_config.before_send.append(_echo_correlation_id)
+        return app_config
+
+    def mount(self, app: Litestar) -> None:
+        """Add the endpoints to an application that was made without the plugin.
+
+        For a runner, which does the rest itself. Raises :class:`ConfigurationError` when the
+        application answers below the same path already.
+        """
+        path = self._config.path
+        taken = [r.path for r in app.routes if r.path == path or r.path.startswith(f"{path}/")]
+        if taken:
+            what = f"--app: the application answers {', '.join(sorted(taken))} itself"
+            remedy = "give it OperationsPlugin(OperationsConfig(path=...)) with a path that is free"
+            raise ConfigurationError([f"{what}; {remedy}"])
+        app.state.update(self._state())
+        app.register(health_router(prefix=path, tag=self._config.tag))
+
+    def _state(self) -> dict[str, object]:
+        return {"operations": self.operations, ANSWERS: self.answers}
+
+    @asynccontextmanager
+    async def _lifespan(self, _app: Litestar) -> AsyncIterator[None]:
+        operations = self.operations
+        await operations.start()
+        if operations.staged:
+            yield
+            return
+        operations.application_ready()
+        try:
+            yield
+        finally:
+            operations.shutdown.trigger("application lifespan ended")
+            await operations.shutdown.run()
+            await operations.stop()
+
+
+class _BindCorrelationId(ASGIMiddleware):
+    """Binds the correlation id for the handler, unless a gate did before."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send, next_app: ASGIApp) -> None:
+        if GATED not in scope["state"]:
+            correlation_id = correlation_id_of(scope["headers"])
+            scope["state"][CHOSEN] = correlation_id
+            bind_correlation_id(correlation_id)
+        await next_app(scope, receive, send)
+
+
+async def _echo_correlation_id(message: Message, scope: Scope) -> None:
+    """Add the id to every response, also those given without a handler, such as 404."""
+    if message["type"] != "http.response.start" or GATED in scope["state"]:
+        return
+    correlation_id = scope["state"].get(CHOSEN) or correlation_id_of(scope["headers"])
+    headers = MutableScopeHeaders.from_message(message)
+    if HEADER.decode() not in headers:
+        headers[HEADER.decode()] = correlation_id
