@@ -4,6 +4,7 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 from litestar import Litestar
 from litestar.config.app import AppConfig
@@ -13,15 +14,15 @@ from litestar.plugins import InitPlugin
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from viralfx.bootstrap import build_operations
-from viralfx.domain.correlation import bind_correlation_id
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.health import HealthCheck
 from viralfx.domain.operations import Operations
 from viralfx.domain.shutdown import Phase, ShutdownStage
 from viralfx.settings import Settings
+from viralfx.web import asgi
 from viralfx.web.access import AccessPolicy
 from viralfx.web.answers import OperationsAnswers
-from viralfx.web.correlation import CHOSEN, GATED, HEADER, correlation_id_of
+from viralfx.web.correlation import GATED, HEADER, bound_correlation_id
 from viralfx.web.health import ANSWERS, health_router
 
 
@@ -132,10 +133,7 @@ class _BindCorrelationId(ASGIMiddleware):
     """Binds the correlation id for the handler, unless a gate did before."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send, next_app: ASGIApp) -> None:
-        if GATED not in scope["state"]:
-            correlation_id = correlation_id_of(scope["headers"])
-            scope["state"][CHOSEN] = correlation_id
-            bind_correlation_id(correlation_id)
+        bound_correlation_id(cast("asgi.Scope", scope))
         await next_app(scope, receive, send)
 
 
@@ -143,7 +141,7 @@ async def _echo_correlation_id(message: Message, scope: Scope) -> None:
     """Add the id to every response, also those given without a handler, such as 404."""
     if message["type"] != "http.response.start" or GATED in scope["state"]:
         return
-    correlation_id = scope["state"].get(CHOSEN) or correlation_id_of(scope["headers"])
+    correlation_id = bound_correlation_id(cast("asgi.Scope", scope))
     headers = MutableScopeHeaders.from_message(message)
     if HEADER.decode() not in headers:
         headers[HEADER.decode()] = correlation_id

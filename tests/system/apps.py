@@ -1,0 +1,274 @@
+"""Applications that somebody else might have written, for ``viralfx serve --app``."""
+
+import asyncio
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator
+from types import FrameType
+from typing import Annotated
+
+from litestar import Litestar, WebSocket, get, websocket
+from litestar.middleware import ASGIMiddleware
+from litestar.params import QueryParameter
+from litestar.response import ServerSentEvent, Stream
+from litestar.types import ASGIApp, Receive, Scope, Send
+
+from viralfx import HealthCheck, Observation, OperationsConfig, OperationsPlugin, Status
+
+HANDLER_SECONDS = 0.02
+
+
+@get("/work")
+async def work() -> dict[str, bool]:
+    """Take 20 ms."""
+    await asyncio.sleep(HANDLER_SECONDS)
+    return {"done": True}
+
+
+@get("/slow")
+async def slow(seconds: Annotated[float, QueryParameter()]) -> dict[str, bool]:
+    """Take as long as asked."""
+    await asyncio.sleep(seconds)
+    return {"done": True}
+
+
+@get("/events")
+async def events() -> ServerSentEvent:
+    """Send events for ever and look at nothing else."""
+
+    async def forever() -> AsyncIterator[str]:
+        number = 0
+        while True:
+            number += 1
+            yield str(number)
+            await asyncio.sleep(HANDLER_SECONDS)
+
+    return ServerSentEvent(forever())
+
+
+@get("/bytes")
+async def endless_bytes() -> Stream:
+    """Send bytes for ever: a stream without any protocol of its own."""
+
+    async def forever() -> AsyncIterator[bytes]:
+        while True:
+            yield b"."
+            await asyncio.sleep(HANDLER_SECONDS)
+
+    return Stream(forever())
+
+
+@websocket("/socket")
+async def echo(socket: WebSocket[object, object, object]) -> None:  # type: ignore[type-var]
+    """Echo until the other side goes."""
+    await socket.accept()
+    while True:
+        await socket.send_text(await socket.receive_text())
+
+
+@get("/block/python")
+async def block_in_python() -> None:
+    """Block the event loop in the interpreter."""
+    until = time.monotonic() + 600
+    while time.monotonic() < until:
+        pass
+
+
+@get("/block/native")
+async def block_in_native_code() -> None:
+    """Block the event loop in native code that never looks at signals."""
+    hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2**31 - 1)
+
+
+@get("/crash/task")
+async def crash_task() -> None:
+    """Leave a task behind that fails and that nobody waits for."""
+
+    async def fail() -> None:
+        raise RuntimeError("planted in a task")
+
+    asyncio.get_running_loop().call_soon(asyncio.ensure_future, fail())
+
+
+@get("/crash/callback")
+async def crash_callback() -> None:
+    """Have a callback of the event loop fail."""
+
+    def fail() -> None:
+        raise RuntimeError("planted in a callback")
+
+    asyncio.get_running_loop().call_soon(fail)
+
+
+@get("/crash/thread")
+async def crash_thread() -> None:
+    """Have a thread fail."""
+
+    def fail() -> None:
+        raise RuntimeError("planted in a thread")
+
+    threading.Thread(target=fail, name="planted").start()
+
+
+@get("/crash/main")
+async def crash_main() -> None:
+    """Have the main thread fail at SIGUSR1, in a handler that the application owns."""
+
+    def fail(_number: int, _frame: FrameType | None) -> None:
+        raise RuntimeError("planted in the main thread")
+
+    signal.signal(signal.SIGUSR1, fail)
+
+
+@get("/thread/stuck")
+async def stuck_thread() -> None:
+    """Start a thread that never ends and that the interpreter would wait for."""
+    threading.Thread(target=threading.Event().wait, name="stuck").start()
+
+
+HANDLERS = [
+    work,
+    slow,
+    events,
+    endless_bytes,
+    echo,
+    block_in_python,
+    block_in_native_code,
+    crash_task,
+    crash_callback,
+    crash_thread,
+    crash_main,
+    stuck_thread,
+]
+
+
+def plain() -> Litestar:
+    """Return an application that has never heard of the plugin."""
+    return Litestar(HANDLERS, logging_config=None)
+
+
+class ScriptedCheck:
+    """A check that behaves as a variable of the environment says, and counts itself."""
+
+    attempts = 0
+    outstanding = 0
+    most_outstanding = 0
+
+    async def check(self) -> Observation:
+        """Hang, raise, swallow cancellation, or pass."""
+        cls = type(self)
+        cls.attempts += 1
+        cls.outstanding += 1
+        cls.most_outstanding = max(cls.most_outstanding, cls.outstanding)
+        try:
+            match os.environ.get("PLANTED_CHECK"):
+                case "hang":
+                    await asyncio.Event().wait()
+                case "raise":
+                    raise RuntimeError("planted secret in an exception")
+                case "swallow":
+                    while True:
+                        try:
+                            await asyncio.Event().wait()
+                        except asyncio.CancelledError:
+                            continue
+                case _:
+                    pass
+        finally:
+            cls.outstanding -= 1
+        return Observation(status=Status.PASS, message="planted check passes")
+
+
+@get("/attempts")
+async def attempts() -> dict[str, int]:
+    """Tell how often the planted check was attempted."""
+    return {"attempts": ScriptedCheck.attempts, "mostOutstanding": ScriptedCheck.most_outstanding}
+
+
+class ScriptedStage:
+    """A stage that behaves as a variable of the environment says."""
+
+    async def run(self, budget: float) -> None:  # noqa: ARG002
+        """Hang, swallow cancellation, fail, or leave in order."""
+        match os.environ.get("PLANTED_STAGE"):
+            case "hang":
+                await asyncio.Event().wait()
+            case "swallow":
+                while True:
+                    try:
+                        await asyncio.Event().wait()
+                    except asyncio.CancelledError:
+                        continue
+            case "fail":
+                raise RuntimeError("planted in a stage")
+            case "block":
+                time.sleep(600)  # noqa: ASYNC251 - the fault itself
+            case _:
+                pass
+
+
+def planted() -> Litestar:
+    """Return an application with the plugin, a planted check and a planted stage."""
+    checks: dict[str, HealthCheck] = {"planted": ScriptedCheck()}
+    plugin = OperationsPlugin(
+        OperationsConfig(checks=checks, drain_stages={"planted": ScriptedStage()})
+    )
+    return Litestar([*HANDLERS, attempts], plugins=[plugin], logging_config=None)
+
+
+async def _fail() -> None:
+    raise RuntimeError("planted in start-up")
+
+
+async def _hang() -> None:
+    await asyncio.Event().wait()
+
+
+def fails_to_start() -> Litestar:
+    """Return an application whose start-up fails."""
+    return Litestar(on_startup=[_fail], logging_config=None)
+
+
+def never_starts() -> Litestar:
+    """Return an application whose start-up never ends."""
+    return Litestar(on_startup=[_hang], logging_config=None)
+
+
+def fails_to_stop() -> Litestar:
+    """Return an application whose shutdown fails."""
+    return Litestar(on_shutdown=[_fail], logging_config=None)
+
+
+class Broken(ASGIMiddleware):
+    """Middleware that breaks every request that reaches it."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send, next_app: ASGIApp) -> None:
+        """Hang for ever on one path and fail on all others."""
+        del receive, send, next_app
+        if scope["path"] == "/hang":
+            await asyncio.Event().wait()
+        raise RuntimeError("planted in middleware")
+
+
+def broken() -> Litestar:
+    """Return an application whose middleware breaks everything, plugin or not."""
+    return Litestar(
+        HANDLERS, middleware=[Broken()], plugins=[OperationsPlugin()], logging_config=None
+    )
+
+
+@get("/health")
+async def own_health() -> str:
+    """Answer where the plugin would."""
+    return "mine"
+
+
+def has_health_itself() -> Litestar:
+    """Return an application that answers /health by itself."""
+    return Litestar([own_health], logging_config=None)
+
+
+not_an_app = {"this": "is a dictionary"}

@@ -1,0 +1,241 @@
+"""Runs the program as a process of its own, and looks at it from outside as a kubelet would."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+ROOT = Path(__file__).parents[2]
+T = TypeVar("T")
+
+
+def wait_for(look: Callable[[], T], *, seconds: float = 20.0, what: str = "condition") -> T:
+    """Look until what is seen is true; fail with ``what`` after the deadline."""
+    deadline, pause = time.monotonic() + seconds, threading.Event()
+    while True:
+        if seen := look():
+            return seen
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds:g} s: {what}")
+        pause.wait(0.01)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One HTTP answer, as it came over the wire."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        """Decode the body."""
+        return json.loads(self.body)
+
+
+def request(
+    port: int,
+    path: str,
+    *,
+    method: str = "GET",
+    headers: Mapping[str, str] | None = None,
+    raw_headers: bytes = b"",
+    timeout: float = 10.0,
+) -> Reply:
+    """Ask over a new connection. Raises ``OSError`` when there is no complete answer."""
+    sent = {"Host": "test", "User-Agent": "kube-probe/1.34", "Connection": "close"}
+    lines = [f"{name}: {value}" for name, value in {**sent, **(headers or {})}.items()]
+    head = "\r\n".join([f"{method} {path} HTTP/1.1", *lines]).encode() + b"\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as connection:
+        connection.sendall(head + raw_headers + b"\r\n")
+        received = b""
+        while chunk := connection.recv(65536):
+            received += chunk
+    if b"\r\n\r\n" not in received:
+        raise ConnectionResetError("the connection closed without an answer")
+    head_part, _, body = received.partition(b"\r\n\r\n")
+    status_line, *header_lines = head_part.decode("latin-1").split("\r\n")
+    pairs = (line.split(": ", 1) for line in header_lines)
+    parsed = {name.lower(): value for name, value in pairs}
+    return Reply(int(status_line.split(" ")[1]), parsed, body)
+
+
+@dataclass
+class Service:
+    """A running ``viralfx`` process."""
+
+    process: subprocess.Popen[str]
+    port: int
+    management_port: int | None
+    output: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def get(self, path: str, **more: Any) -> Reply:
+        """Ask the API port."""
+        return request(self.port, path, **more)
+
+    def manage(self, path: str, **more: Any) -> Reply:
+        """Ask the management port."""
+        assert self.management_port is not None
+        return request(self.management_port, path, **more)
+
+    def status(self, path: str) -> int | None:
+        """Return the status of an answer, or None when there is none."""
+        try:
+            return self.get(path).status
+        except OSError:
+            return None
+
+    def wait_ready(self) -> "Service":
+        """Return once readiness says yes."""
+        wait_for(
+            lambda: self.process.poll() is not None or self.status("/health/ready") == 200,
+            what=f"ready; {self.output} {self.errors}",
+        )
+        assert self.process.poll() is None, f"ended early: {self.output} {self.errors}"
+        return self
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        self.process.send_signal(number)
+
+    def exit_code(self, *, seconds: float = 20.0) -> int:
+        """Wait for the end."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running: {self.output} {self.errors}") from None
+
+    def logged(self, message: str) -> list[dict[str, Any]]:
+        """Return the JSON log lines with a message."""
+        lines = [json.loads(line) for line in list(self.output) if line.startswith("{")]
+        return [line for line in lines if line["message"] == message]
+
+
+@contextmanager
+def running(
+    *arguments: str, management: bool = False, environment: Mapping[str, str] | None = None
+) -> Iterator[Service]:
+    """Run ``viralfx serve`` with more arguments; it is killed when still there at the end."""
+    port = free_port()
+    management_port = free_port() if management else None
+    variables = {**clean_environment(), "PORT": str(port), **(environment or {})}
+    if management_port is not None:
+        variables["MANAGEMENT_PORT"] = str(management_port)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "viralfx", "serve", *arguments],
+        cwd=ROOT,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    service = Service(process, port, management_port)
+    readers = [
+        threading.Thread(target=service.output.extend, args=(process.stdout,), daemon=True),
+        threading.Thread(target=service.errors.extend, args=(process.stderr,), daemon=True),
+    ]
+    for reader in readers:
+        reader.start()
+    try:
+        yield service
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for reader in readers:
+            reader.join(5)
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def command(
+    *arguments: str, environment: Mapping[str, str] | None = None, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Run one ``viralfx`` command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "viralfx", *arguments],
+        cwd=cwd,
+        env={**clean_environment(), **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def clean_environment() -> dict[str, str]:
+    """Return this environment without anything that would configure the program."""
+    ours = re.compile(r"(DB|REDIS|SHUTDOWN|HEALTH|POOL|JOB|READINESS|MANAGEMENT|LOG)_|QUEUE|PORT$")
+    kept = {name: value for name, value in os.environ.items() if not ours.match(name)}
+    for name in ("ENVIRONMENT", "STATE_DIR", "HOST"):
+        kept.pop(name, None)
+    return {**kept, "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """What one probe saw; ``status`` is None when the connection was refused or failed."""
+
+    at: float
+    status: int | None
+    seconds: float
+
+
+class Prober:
+    """Probes one path like a kubelet: a new connection each time, one probe after another."""
+
+    def __init__(self, port: int, path: str, *, period: float = 0.02, timeout: float = 1.0) -> None:
+        self.seen: list[Sighting] = []
+        self._port, self._path, self._period, self._timeout = port, path, period, timeout
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            began = time.monotonic()
+            try:
+                status = request(self._port, self._path, timeout=self._timeout).status
+            except OSError:
+                status = None
+            self.seen.append(Sighting(began, status, time.monotonic() - began))
+            self._stop.wait(self._period)
+
+    def order(self) -> list[int | None]:
+        """Return the statuses without repetitions, in the order they were first seen."""
+        changes: list[int | None] = []
+        for sighting in self.seen:
+            if not changes or changes[-1] != sighting.status:
+                changes.append(sighting.status)
+        return changes
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Return the value that ``share`` of all values do not exceed."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
