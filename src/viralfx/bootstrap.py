@@ -20,7 +20,7 @@ from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.health import CheckPolicy, HealthCheck, Transition
 from viralfx.domain.lifecycle import Lifecycle
-from viralfx.domain.monitor import HealthMonitor
+from viralfx.domain.monitor import HealthMonitor, StopChecking
 from viralfx.domain.operations import Operations
 from viralfx.domain.sequence import ShutdownSequence
 from viralfx.domain.shutdown import Phase, ShutdownStage
@@ -96,6 +96,8 @@ def build_operations(
     for phase, named in (stages or {}).items():
         for name, stage in named.items():
             shutdown.register(phase, name, stage)
+    # After the last health was saved, and before anything that is checked gets closed.
+    shutdown.register(Phase.SAVE_STATE, "health checks", StopChecking(monitor))
     monitor.subscribe(HealthLog())
     monitor.subscribe(
         lambda event: isinstance(event, Transition) and lifecycle.follow(monitor.report())

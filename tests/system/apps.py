@@ -49,6 +49,17 @@ async def events() -> ServerSentEvent:
     return ServerSentEvent(forever())
 
 
+@get("/flood")
+async def flood() -> ServerSentEvent:
+    """Send large events for ever, as fast as the client takes them."""
+
+    async def forever() -> AsyncIterator[str]:
+        while True:
+            yield "x" * 65536
+
+    return ServerSentEvent(forever())
+
+
 @get("/bytes")
 async def endless_bytes() -> Stream:
     """Send bytes for ever: a stream without any protocol of its own."""
@@ -133,6 +144,7 @@ HANDLERS = [
     work,
     slow,
     events,
+    flood,
     endless_bytes,
     echo,
     block_in_python,

@@ -145,6 +145,18 @@ def test_an_event_stream_whose_client_leaves_when_told_costs_nothing() -> None:
         assert time.monotonic() - began < 10
 
 
+def test_a_client_that_does_not_read_holds_up_nothing() -> None:
+    """A stream whose client takes nothing is cut at the budget like any other; exit 0."""
+    with running(*PLAIN, environment={"SHUTDOWN_DRAIN_TIMEOUT": "1000"}) as service:
+        service.wait_ready()
+        stalled = _open(service, b"GET /flood HTTP/1.1\r\nHost: test\r\n\r\n")
+        service.signal(signal.SIGTERM)
+        code = service.exit_code(seconds=6)
+        stalled.close()
+
+        assert code == 0
+
+
 @pytest.mark.parametrize("where", ["python", "native"])
 def test_a_blocked_loop_ends_by_the_watchdog(where: str) -> None:
     """With the loop blocked the process ends at the force timeout with stacks and code 124."""

@@ -214,6 +214,17 @@ class HealthMonitor:
         return report
 
 
+class StopChecking:
+    """Shutdown stage: ends the checks, before what they look at is closed."""
+
+    def __init__(self, monitor: HealthMonitor) -> None:
+        self._monitor = monitor
+
+    async def run(self, budget: float) -> None:  # noqa: ARG002 - attempts are not waited for
+        """Stop the monitor."""
+        await self._monitor.stop()
+
+
 def _report_crash(task: asyncio.Task[None]) -> None:
     if task.cancelled() or (error := task.exception()) is None:
         return

@@ -46,10 +46,6 @@ class Operations:
         self.lifecycle.application_ready()
         self.lifecycle.follow(self.monitor.report())
 
-    async def stop(self) -> None:
-        """Stop checking."""
-        await self.monitor.stop()
-
     def state_to_save(self) -> SavedState:
         """Collect what the next process should know."""
         report, shutdown = self.monitor.report(), self.shutdown.report()

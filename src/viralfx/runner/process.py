@@ -119,7 +119,6 @@ class Process:
         # Still starting when told to stop: what it began is closed by the stages.
         start.cancel()
         report = await operations.shutdown.run()
-        await operations.stop()
         code = self._exit_code(report)
         _logger.info("Process ends", extra={"exitCode": code, "reason": report.reason})
         return code

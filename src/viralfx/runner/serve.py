@@ -35,6 +35,7 @@ def serve(signals: SignalWatch, *, app: str | None, host: str | None, port: int 
         host=plugin.settings.host if host is None else host,
         port=plugin.settings.port if port is None else port,
     )
+    signals.force_timeout = settings.shutdown_force_timeout / 1000
     if problems := list(settings.contradictions()):
         raise ConfigurationError(problems)
     _logger.warning("Database, cache and queues are in memory: all data ends with this process")

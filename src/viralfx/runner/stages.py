@@ -16,7 +16,7 @@ class StopListening:
     async def run(self, budget: float) -> None:  # noqa: ARG002 - nothing here waits
         """Do it now; WebSockets are closed with 1012, event streams get the event ``shutdown``."""
         self._server.stop_listening()
-        await self._gate.exchanges.tell()
+        self._gate.exchanges.tell()
 
 
 class DrainRequests:

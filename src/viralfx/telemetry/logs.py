@@ -24,12 +24,13 @@ LEVELS = {
 """The words that LOG_LEVEL accepts."""
 
 
-def configure_logging(*, level: str, console: bool, stream: TextIO = sys.stdout) -> None:
-    """Send every record of the process to ``stream``, one line each.
+def configure_logging(*, level: str, console: bool, stream: TextIO | None = None) -> None:
+    """Send every record of the process to ``stream`` (standard output), one line each.
 
     Owns the root logger, so it is for programs: a library never calls it. A record that cannot be
     written is dropped without an error, as no request may fail for its log line.
     """
+    stream = stream or sys.stdout
     logging.addLevelName(VERBOSE, "VERBOSE")
     logging.raiseExceptions = False
     pipeline: list[Processor] = [

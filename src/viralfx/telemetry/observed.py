@@ -34,9 +34,9 @@ class HealthLog:
             exc_info=error if attempt == event.correlation_id else None,
             extra={
                 "check": event.check,
-                "old": event.old,
-                "new": event.new,
-                "code": event.code,
+                "old": event.old and str(event.old),
+                "new": str(event.new),
+                **({"code": event.code} if event.code else {}),
                 "detail": event.message,
                 "correlationId": event.correlation_id,
             },
@@ -46,7 +46,8 @@ class HealthLog:
 def log_lifecycle(event: StateChanged) -> None:
     """Write each change of the process's state."""
     _lifecycle.info(
-        "State changed", extra={"old": event.old, "new": event.new, "reason": event.reason}
+        "State changed",
+        extra={"old": str(event.old), "new": str(event.new), "reason": event.reason},
     )
 
 
@@ -64,9 +65,9 @@ def log_shutdown(event: ShutdownEvent) -> None:
         "Shutdown stage ended",
         exc_info=stage.error,
         extra={
-            "phase": event.phase,
+            "phase": str(event.phase),
             "stage": stage.name,
-            "outcome": stage.outcome,
+            "outcome": str(stage.outcome),
             "duration": round(stage.duration * 1000),
         },
     )

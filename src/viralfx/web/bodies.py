@@ -1,5 +1,7 @@
 """Turns the domain's reports into the bodies that clients read."""
 
+from collections.abc import Mapping
+
 import msgspec
 
 from viralfx.domain.clock import timestamp
@@ -67,7 +69,7 @@ def check_state(check: CheckReport) -> schemas.CheckState:
     """Show one check."""
     response_time = None if check.response_time is None else round(check.response_time * 1000, 3)
     details = check.details
-    if isinstance(details, dict):
+    if isinstance(details, Mapping):
         # The guide's jq lines read the response time here as well.
         details = {**details, "responseTime": response_time}
     error = None

@@ -21,6 +21,7 @@ class Exchange:
         "_at_boundary",
         "_send",
         "complete",
+        "cut",
         "event_stream",
         "exchanges",
         "header",
@@ -38,6 +39,7 @@ class Exchange:
         self.websocket = websocket
         self.started = False
         self.complete = False
+        self.cut = False
         self.event_stream = False
         self.told = False
         self.task: asyncio.Task[object] | None = asyncio.current_task()
@@ -88,6 +90,7 @@ class Exchanges:
 
     def __init__(self) -> None:
         self._open: set[Exchange] = set()
+        self._telling: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
         self._empty.set()
         self.leaving = False
@@ -111,11 +114,21 @@ class Exchanges:
         if not self._open:
             self._empty.set()
 
-    async def tell(self) -> None:
+    def tell(self) -> None:
         """Tell the clients of event streams; those between two events at once, others after."""
         self.told = True
-        for exchange in list(self._open):
-            await exchange.tell()
+        for exchange in self._open:
+            if exchange.event_stream:
+                # Not waited for: a client that does not read would hold up all others.
+                task = asyncio.create_task(exchange.tell())
+                self._telling.add(task)
+                task.add_done_callback(self._told_one)
+
+    def _told_one(self, task: asyncio.Task[None]) -> None:
+        self._telling.discard(task)
+        if not task.cancelled():
+            # The stream may have ended in the meantime; that is nobody's failure.
+            task.exception()
 
     async def drain(self, budget: float, clock: Clock) -> None:
         """Wait for the requests, then cut what is left.
@@ -131,7 +144,10 @@ class Exchanges:
         _logger.warning(
             "Cutting requests", extra={"unanswered": len(lost), "streams": len(left) - len(lost)}
         )
+        for task in self._telling:
+            task.cancel()
         for exchange in left:
+            exchange.cut = True
             if exchange.task is not None:
                 exchange.task.cancel()
         await self._emptied(reserve, clock)

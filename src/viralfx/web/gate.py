@@ -75,7 +75,7 @@ class Gate:
         try:
             await app(scope, receive, exchange.send)
         except asyncio.CancelledError:
-            if not await self._cut(exchange, scope, send, header):
+            if not exchange.cut or not await self._cut(exchange, scope, send, header):
                 raise
         finally:
             self.exchanges.end(exchange)

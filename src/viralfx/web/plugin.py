@@ -126,7 +126,6 @@ class OperationsPlugin(InitPlugin):
         finally:
             operations.shutdown.trigger("application lifespan ended")
             await operations.shutdown.run()
-            await operations.stop()
 
 
 class _BindCorrelationId(ASGIMiddleware):

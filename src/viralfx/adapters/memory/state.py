@@ -1,6 +1,7 @@
 """Where state is kept without a database: in this process, or in one JSON file."""
 
 import asyncio
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -46,12 +47,19 @@ class FileStateStore:
 
     def _load(self) -> SavedState | None:
         try:
-            return msgspec.json.decode(self._path.read_bytes(), type=SavedState)
+            content = self._path.read_bytes()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            # What was saved is worth less than a service that starts.
+            _logger.warning("Saved state cannot be read", exc_info=error)
+            return None
+        try:
+            return msgspec.json.decode(content, type=SavedState)
         except (msgspec.DecodeError, UnicodeDecodeError):
             aside = self._path.with_suffix(".json.unreadable")
-            self._path.replace(aside)
+            with contextlib.suppress(OSError):
+                self._path.replace(aside)
             _logger.warning(
                 "Saved state is unreadable and was set aside", extra={"file": str(aside)}
             )

@@ -1,0 +1,52 @@
+# Recipes for daily work. `.ci/venv --dev` makes the environment they use.
+
+bin := ".venv/bin"
+
+# list the recipes
+default:
+    @just --list
+
+# serve on port 3000, in memory
+serve *arguments:
+    {{bin}}/viralfx serve {{arguments}}
+
+# all tests
+test *arguments:
+    {{bin}}/pytest {{arguments}}
+
+# lint, format, types and architecture, without changing anything
+check:
+    {{bin}}/ruff check .
+    {{bin}}/ruff format --check .
+    {{bin}}/mypy
+    {{bin}}/lint-imports
+
+# mend what can be mended by machine
+fix:
+    {{bin}}/ruff check --fix .
+    {{bin}}/ruff format .
+
+# the architecture rules, as sentences
+arch:
+    {{bin}}/lint-imports
+
+# the property tests, with many more examples
+fuzz:
+    VIRALFX_HYPOTHESIS=nightly {{bin}}/pytest tests/unit --timeout 3600
+
+# probes against a bare ASGI app and a bare Litestar handler
+bench-probes *arguments:
+    {{bin}}/python benchmarks/probes.py {{arguments}}
+
+# start and stop against bare uvicorn
+bench-shutdown *arguments:
+    {{bin}}/python benchmarks/shutdown.py {{arguments}}
+
+# renew docs/configuration.md from the settings
+configuration:
+    { sed -n "1,/^$/p" docs/configuration.md; env -i {{bin}}/viralfx env --markdown; } > docs/configuration.new
+    mv docs/configuration.new docs/configuration.md
+
+# compile the locks; --upgrade takes the newest
+lock *arguments:
+    PATH="$PWD/{{bin}}:$PATH" .ci/lock {{arguments}}

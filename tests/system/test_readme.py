@@ -1,0 +1,47 @@
+"""The README and the documents beside it stay true."""
+
+import re
+import shlex
+
+from tests.system.service import ROOT, command, running
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_two_commands_are_there() -> None:
+    """A newcomer finds one command that serves and one that tests, and they do what they say."""
+    serve = re.search(r"^\.ci/venv && (.venv/bin/viralfx serve)$", README, re.MULTILINE)
+    test = re.search(r"^\.ci/venv --dev && (.venv/bin/pytest)$", README, re.MULTILINE)
+
+    assert serve
+    assert test
+    with running() as service:
+        assert service.wait_ready().get("/health/ready").json()["ready"] is True
+
+
+def test_the_shown_error_is_what_is_printed() -> None:
+    """The example of a wrong configuration prints exactly what the README shows."""
+    shown = re.search(r"```bash\n(PORT=abc [^\n]*)\n```\n```\n(.*?)```", README, re.DOTALL)
+    assert shown
+    line, output = shown.groups()
+    words = shlex.split(line)
+    variables = dict(word.split("=", 1) for word in words if "=" in word)
+    result = command("serve", environment=variables)
+
+    assert (2, output) == (result.returncode, result.stderr)
+
+
+def test_the_configuration_document_is_what_the_program_prints() -> None:
+    """docs/configuration.md holds the table of ``viralfx env --markdown``."""
+    document = (ROOT / "docs/configuration.md").read_text()
+    table = command("env", "--markdown").stdout
+
+    assert document.endswith(f"\n\n{table}")
+
+
+def test_links_lead_somewhere() -> None:
+    """Every relative link of the README names an existing file."""
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
