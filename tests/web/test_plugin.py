@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from httpx import ASGITransport, AsyncClient
 from litestar import Litestar, Request, Response, get
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException, ImproperlyConfiguredException
@@ -77,16 +79,33 @@ async def ready(client: AsyncTestClient[Litestar]) -> None:
             await client.get("/health/detailed?fresh=1")
 
 
-async def test_endpoints_answer_through_the_applications_routes(
-    client: AsyncTestClient[Litestar],
-) -> None:
-    """Without a gate the documented routes give the same answers."""
-    await ready(client)
+@pytest.mark.parametrize("lifespan", [True, False])
+async def test_endpoints_answer_with_and_without_a_lifespan(*, lifespan: bool) -> None:
+    """The gate and, on a server that runs no lifespan, the documented routes answer the same."""
+    plugin = OperationsPlugin(OperationsConfig(settings=SETTINGS))
+    app = Litestar(plugins=[plugin], logging_config=None)
+    async with AsyncExitStack() as stack:
+        transport = ASGITransport(app=cast("Any", app))
+        client = AsyncClient(transport=transport, base_url="http://test")
+        await stack.enter_async_context(client)
+        if lifespan:
+            await stack.enter_async_context(app.lifespan())
+        else:
+            await plugin.operations.start()
+            plugin.operations.application_ready()
+            stack.push_async_callback(plugin.operations.monitor.stop)
+        await client.get("/health/detailed?fresh=1")
+        await assert_all_endpoints(client)
+
+
+async def assert_all_endpoints(client: AsyncClient) -> None:
+    """Assert the status of each endpoint."""
     answers = {
         path: (await client.get(path)).status_code
         for path in (
             "/health",
             "/health/live",
+            "/health/ready",
             "/health/startup",
             "/health/detailed",
             "/health/detailed?fresh=1",
@@ -98,7 +117,7 @@ async def test_endpoints_answer_through_the_applications_routes(
     }
     head = await client.head("/health/live")
 
-    assert list(answers.values()) == [200, 200, 200, 200, 200, 200, 404, 404, 401]
+    assert list(answers.values()) == [200, 200, 200, 200, 200, 200, 200, 404, 404, 401]
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["cache-control"] == "no-store"
 

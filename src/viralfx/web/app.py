@@ -2,7 +2,6 @@
 
 import logging
 from http import HTTPStatus
-from typing import cast
 
 from litestar import Litestar, Request, Response
 from litestar.datastructures import State
@@ -11,10 +10,9 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import ScalarRenderPlugin
 from litestar.types import ExceptionHandlersMap
 
+from viralfx.domain.correlation import current_correlation_id
 from viralfx.domain.operations import Operations
 from viralfx.settings import Settings
-from viralfx.web.asgi import Scope
-from viralfx.web.correlation import bound_correlation_id
 from viralfx.web.plugin import OperationsConfig, OperationsPlugin
 from viralfx.web.problems import PROBLEM_MEDIA_TYPE, Problem, problem
 
@@ -48,7 +46,7 @@ def _http_error(request: Request[object, object, State], error: HTTPException) -
         problem(
             error.status_code,
             detail=error.detail,
-            correlation_id=bound_correlation_id(cast("Scope", request.scope)),
+            correlation_id=current_correlation_id(),
             errors=error.extra if isinstance(error.extra, list) else None,
         ),
         status_code=error.status_code,
@@ -58,7 +56,6 @@ def _http_error(request: Request[object, object, State], error: HTTPException) -
 
 
 def _unhandled(request: Request[object, object, State], error: Exception) -> Response[Problem]:
-    correlation_id = bound_correlation_id(cast("Scope", request.scope))
     _logger.error(
         "Request failed",
         exc_info=error,
@@ -66,7 +63,7 @@ def _unhandled(request: Request[object, object, State], error: Exception) -> Res
     )
     detail = "Something went wrong on our side; the log tells more under the correlation id."
     return Response(
-        problem(500, detail=detail, correlation_id=correlation_id),
+        problem(500, detail=detail, correlation_id=current_correlation_id()),
         status_code=500,
         media_type=PROBLEM_MEDIA_TYPE,
     )

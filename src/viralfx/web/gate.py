@@ -9,7 +9,7 @@ import asyncio
 from viralfx.domain.correlation import bind_correlation_id
 from viralfx.web.answers import Answer, OperationsAnswers, problem_answer
 from viralfx.web.asgi import ASGIApp, Message, Receive, Scope, Send
-from viralfx.web.correlation import CHOSEN, GATED, HEADER, correlation_id_of
+from viralfx.web.correlation import HEADER, correlation_id_of
 from viralfx.web.exchanges import Exchange, Exchanges
 
 
@@ -48,7 +48,6 @@ class Gate:
                 starting = problem_answer(503, "The service is starting.", (b"retry-after", b"1"))
                 await self._reply(starting, scope, send, header)
             else:
-                scope.setdefault("state", {}).update({CHOSEN: correlation_id, GATED: True})
                 await self._pass_on(self._app, scope, receive, send, header)
         elif scope["type"] == "websocket":
             correlation_id = correlation_id_of(scope["headers"])
@@ -57,7 +56,6 @@ class Gate:
                 await receive()
                 await send({"type": "websocket.close", "code": 1013, "reason": "try again later"})
                 return
-            scope.setdefault("state", {}).update({CHOSEN: correlation_id, GATED: True})
             header = (HEADER, correlation_id.encode("ascii"))
             await self._pass_on(self._app, scope, receive, send, header)
         elif self._app is not None:

@@ -8,10 +8,8 @@ from typing import cast
 
 from litestar import Litestar
 from litestar.config.app import AppConfig
-from litestar.datastructures import MutableScopeHeaders
-from litestar.middleware import ASGIMiddleware
 from litestar.plugins import InitPlugin
-from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from litestar.types import ASGIApp as LitestarASGIApp
 
 from viralfx.bootstrap import build_operations
 from viralfx.domain.errors import ConfigurationError
@@ -19,10 +17,10 @@ from viralfx.domain.health import HealthCheck
 from viralfx.domain.operations import Operations
 from viralfx.domain.shutdown import Phase, ShutdownStage
 from viralfx.settings import Settings
-from viralfx.web import asgi
 from viralfx.web.access import AccessPolicy
 from viralfx.web.answers import OperationsAnswers
-from viralfx.web.correlation import GATED, HEADER, bound_correlation_id
+from viralfx.web.asgi import ASGIApp
+from viralfx.web.gate import Gate
 from viralfx.web.health import ANSWERS, health_router
 
 
@@ -55,9 +53,10 @@ class OperationsConfig:
 class OperationsPlugin(InitPlugin):
     """Adds health endpoints, background checks, correlation ids and shutdown stages to an app.
 
-    It appends and never replaces: no handler, logger or signal of the application is touched.
-    Under ``viralfx serve`` the shutdown is staged with listeners and requests; under any other
-    server the application's lifespan runs the stages when it ends.
+    It appends and never replaces: no route, error handler, logger or signal of the application is
+    touched. Probes and correlation ids are the work of a gate in front of the application's own
+    routing. Under ``viralfx serve`` the shutdown is staged with listeners and requests; under any
+    other server the application's lifespan runs the stages when it ends.
     """
 
     __slots__ = ("_config", "answers", "operations", "settings")
@@ -85,14 +84,12 @@ class OperationsPlugin(InitPlugin):
         )
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
-        """Append routes, lifespan and correlation to the application's own."""
+        """Append routes and a lifespan to the application's own."""
         router = health_router(prefix=self._config.path, tag=self._config.tag)
         app_config.route_handlers.append(router)
         app_config.state.update(self._state())
         # Entered last and left first: checks must end before the application closes its pools.
         app_config.lifespan.append(self._lifespan)
-        app_config.middleware.append(_BindCorrelationId())
-        app_config.before_send.append(_echo_correlation_id)
         return app_config
 
     def mount(self, app: Litestar) -> None:
@@ -114,33 +111,21 @@ class OperationsPlugin(InitPlugin):
         return {"operations": self.operations, ANSWERS: self.answers}
 
     @asynccontextmanager
-    async def _lifespan(self, _app: Litestar) -> AsyncIterator[None]:
+    async def _lifespan(self, app: Litestar) -> AsyncIterator[None]:
         operations = self.operations
         await operations.start()
         if operations.staged:
             yield
             return
+        # No runner put a gate in front of the application, so it gets its own, inside itself.
+        inner = app.asgi_handler
+        gate = Gate(self.answers, cast("ASGIApp", inner))
+        gate.open = True
+        app.asgi_handler = cast("LitestarASGIApp", gate)
         operations.application_ready()
         try:
             yield
         finally:
             operations.shutdown.trigger("application lifespan ended")
             await operations.shutdown.run()
-
-
-class _BindCorrelationId(ASGIMiddleware):
-    """Binds the correlation id for the handler, unless a gate did before."""
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send, next_app: ASGIApp) -> None:
-        bound_correlation_id(cast("asgi.Scope", scope))
-        await next_app(scope, receive, send)
-
-
-async def _echo_correlation_id(message: Message, scope: Scope) -> None:
-    """Add the id to every response, also those given without a handler, such as 404."""
-    if message["type"] != "http.response.start" or GATED in scope["state"]:
-        return
-    correlation_id = bound_correlation_id(cast("asgi.Scope", scope))
-    headers = MutableScopeHeaders.from_message(message)
-    if HEADER.decode() not in headers:
-        headers[HEADER.decode()] = correlation_id
+            app.asgi_handler = inner
