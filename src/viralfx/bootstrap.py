@@ -18,7 +18,7 @@ from viralfx.adapters.memory import (
 )
 from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.health import CheckPolicy, HealthCheck, Transition
+from viralfx.domain.health import CheckPolicy, HealthCheck, HealthReport
 from viralfx.domain.lifecycle import Lifecycle
 from viralfx.domain.monitor import HealthMonitor, StopChecking
 from viralfx.domain.operations import Operations
@@ -100,7 +100,7 @@ def build_operations(
     shutdown.register(Phase.SAVE_STATE, "health checks", StopChecking(monitor))
     monitor.subscribe(HealthLog())
     monitor.subscribe(
-        lambda event: isinstance(event, Transition) and lifecycle.follow(monitor.report())
+        lambda event: lifecycle.follow(event) if isinstance(event, HealthReport) else None
     )
     lifecycle.subscribe(log_lifecycle)
     shutdown.subscribe(log_shutdown)

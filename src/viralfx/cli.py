@@ -17,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
+        sys.stdout.flush()  # here, where a reader that went away is expected
     except ConfigurationError as error:
         for line in error.problems:
             print(f"viralfx: {line}", file=sys.stderr)  # noqa: T201 - a command talks
@@ -89,9 +90,9 @@ def _probe(options: argparse.Namespace) -> int:
 
     url = options.url
     if url is None:
-        from viralfx.settings import Settings  # noqa: PLC0415
+        from viralfx.settings import read_settings  # noqa: PLC0415
 
-        settings = Settings.from_env(os.environ)
+        settings = read_settings(os.environ)
         url = f"http://127.0.0.1:{settings.management_port or settings.port}"
     passed, said = probe(options.kind, url, timeout=options.timeout)
     print(said, file=sys.stdout if passed else sys.stderr)
@@ -99,9 +100,9 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _env(options: argparse.Namespace) -> int:
-    from viralfx.settings import Settings, fields, show  # noqa: PLC0415
+    from viralfx.settings import fields, read_settings, show, source  # noqa: PLC0415
 
-    settings = Settings.from_env(os.environ)
+    settings = read_settings(os.environ)
     rows = [("name", "default", "value", "meaning", "source")]
     rows += [
         (
@@ -109,12 +110,14 @@ def _env(options: argparse.Namespace) -> int:
             show(field.default),
             show(getattr(settings, field.name)),
             field.meaning,
-            _source(field.variable),
+            source(field.variable, os.environ),
         )
         for field in fields()
     ]
     if options.markdown:
-        lines = [f"| {' | '.join(row[:4])} |".replace("  ", " ") for row in rows]
+        lines = [
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row[:4]) + " |" for row in rows
+        ]
         lines.insert(1, "|---|---|---|---|")
     else:
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -124,10 +127,3 @@ def _env(options: argparse.Namespace) -> int:
         ]
     print("\n".join(line.rstrip() for line in lines))  # noqa: T201
     return 0
-
-
-def _source(variable: str) -> str:
-    if os.environ.get(variable):
-        return "environment"
-    path = os.environ.get(f"{variable}_FILE")
-    return f"file {path}" if path else "default"

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator
 from types import FrameType
 from typing import Annotated
 
-from litestar import Litestar, WebSocket, get, websocket
+from litestar import Litestar, Response, WebSocket, get, websocket
+from litestar.background_tasks import BackgroundTask
 from litestar.middleware import ASGIMiddleware
 from litestar.params import QueryParameter
 from litestar.response import ServerSentEvent, Stream
@@ -58,6 +59,27 @@ async def flood() -> ServerSentEvent:
             yield "x" * 65536
 
     return ServerSentEvent(forever())
+
+
+@get("/download")
+async def download() -> Stream:
+    """Begin an answer of known length and never finish it."""
+
+    async def some() -> AsyncIterator[bytes]:
+        yield b"." * 1000
+        await asyncio.Event().wait()
+
+    return Stream(some(), headers={"content-length": "200000"})
+
+
+async def _long_after() -> None:
+    await asyncio.Event().wait()
+
+
+@get("/after")
+async def after() -> Response[str]:
+    """Answer whole and go on for ever in a background task."""
+    return Response("answered", background=BackgroundTask(_long_after))
 
 
 @get("/bytes")
@@ -145,6 +167,8 @@ HANDLERS = [
     slow,
     events,
     flood,
+    download,
+    after,
     endless_bytes,
     echo,
     block_in_python,

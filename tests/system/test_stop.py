@@ -102,6 +102,44 @@ def test_a_request_that_does_not_end_is_cut_and_its_client_told() -> None:
         assert service.exit_code() == 4
 
 
+def test_a_download_that_is_cut_is_work_lost() -> None:
+    """An answer whose length was announced and that did not come whole gives 4."""
+    with running(*PLAIN, environment={"SHUTDOWN_DRAIN_TIMEOUT": "1000"}) as service:
+        service.wait_ready()
+        download = _open(service, b"GET /download HTTP/1.1\r\nHost: test\r\n\r\n")
+        service.signal(signal.SIGTERM)
+        code = service.exit_code()
+        download.close()
+
+        assert code == 4
+
+
+def test_a_request_that_was_answered_before_its_end_is_not_lost() -> None:
+    """What an application still does after its whole answer may be cut; exit 0."""
+    with running(*PLAIN, environment={"SHUTDOWN_DRAIN_TIMEOUT": "1000"}) as service:
+        service.wait_ready()
+        assert service.get("/after").status == 200
+        service.signal(signal.SIGTERM)
+
+        assert service.exit_code() == 0
+
+
+def test_budgets_that_fill_the_force_timeout_leave_time_for_a_report() -> None:
+    """A stage that hangs until the very end gives 4, not the watchdog's 124."""
+    environment = {
+        "PLANTED_STAGE": "hang",
+        "SHUTDOWN_DRAIN_TIMEOUT": "2000",
+        "SHUTDOWN_STATE_TIMEOUT": "0",
+        "SHUTDOWN_CONNECTION_TIMEOUT": "0",
+        "SHUTDOWN_FORCE_TIMEOUT": "2000",
+    }
+    with running(*APP, environment=environment) as service:
+        service.wait_ready()
+        service.signal(signal.SIGTERM)
+
+        assert service.exit_code() == 4
+
+
 def test_endless_streams_are_told_and_then_cut_within_the_budget() -> None:
     """Event streams hear of the shutdown, WebSockets get 1012, and the exit code is 0."""
     with running(*PLAIN, environment={"SHUTDOWN_DRAIN_TIMEOUT": "2000"}) as service:

@@ -45,6 +45,7 @@ class CheckRunner:
         self._outstanding_since = 0.0
         self._last_start = float("-inf")
         self._due = float("inf")
+        self._requested = False
         self._woken = asyncio.Event()
         self._waiting_for_round: list[asyncio.Future[None]] = []
 
@@ -55,6 +56,8 @@ class CheckRunner:
             await self._attempt()
             interval = policy.interval if self.track.passing else policy.interval_when_failing
             self._due = self._clock.monotonic() + phase * interval
+            if self._requested:  # while the attempt was under way
+                self._due = min(self._due, self._last_start + policy.interval_when_failing)
             phase = 1.0
             await self._pause()
 
@@ -69,6 +72,7 @@ class CheckRunner:
 
     def request(self) -> None:
         """Bring the next attempt forward, as far as the interval while failing allows."""
+        self._requested = True
         earliest = self._last_start + self.track.policy.interval_when_failing
         self._due = min(self._due, earliest)
         self._woken.set()
@@ -98,6 +102,7 @@ class CheckRunner:
             stuck_for = clock.monotonic() - self._outstanding_since
             self._record(_timed_out(self.track.name, stuck_for), started, new_correlation_id())
             return
+        self._requested = False
         started = self._last_start = self._outstanding_since = clock.monotonic()
         correlation_id = new_correlation_id()
         context = contextvars.copy_context()

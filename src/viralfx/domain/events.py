@@ -1,5 +1,6 @@
 """Telling others what happened, without depending on them or on their good behaviour."""
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import TypeVar
@@ -17,5 +18,6 @@ def notify(listeners: tuple[Listener[EventT], ...], event: EventT) -> None:
     for listener in listeners:
         try:
             listener(event)
-        except Exception:
+        except (Exception, asyncio.CancelledError):
+            # Synchronous code is not what is cancelled: the error is the listener's own.
             _logger.exception("Event listener failed", extra={"event": type(event).__name__})

@@ -48,6 +48,10 @@ class Observation:
     details: Details = field(default_factory=dict)
     code: str | None = None
 
+    def __post_init__(self) -> None:
+        """Take the status's word for the status. Raises ``ValueError`` for another word."""
+        object.__setattr__(self, "status", Status(self.status))
+
 
 class HealthCheck(Protocol):
     """Port: answers "can I use you now?" for one technology.

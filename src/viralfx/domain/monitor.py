@@ -18,7 +18,7 @@ from viralfx.domain.health import (
 )
 from viralfx.domain.tracking import CheckTrack
 
-MonitorEvent = Transition | CheckCompleted
+MonitorEvent = Transition | CheckCompleted | HealthReport
 
 
 class HealthMonitor:
@@ -68,13 +68,14 @@ class HealthMonitor:
         if self._tasks:
             raise ValueError(f"health check {name!r} comes too late: the monitor is running")
         track = CheckTrack(name, policy, self._clock.now())
+        self._started = False
         self._runners[name] = CheckRunner(
             check, track, clock=self._clock, completed=self._completed
         )
         self._report = None
 
     def subscribe(self, listener: Listener[MonitorEvent]) -> None:
-        """Call ``listener`` with every :class:`Transition` and :class:`CheckCompleted`."""
+        """Call ``listener`` with each attempt, then each transition, then the new report."""
         self._listeners = (*self._listeners, listener)
 
     def restore_transition_counts(self, counts: Mapping[str, int]) -> None:
@@ -150,6 +151,8 @@ class HealthMonitor:
         Callers share the round that is under way. Within ``refresh_gap`` of the last round there
         is no new one. Bounded by the largest timeout.
         """
+        if not self._tasks:
+            return self.report()
         if self._refreshing is None or self._refreshing.done():
             if self._clock.monotonic() - self._refreshed_at < self._refresh_gap:
                 return self.report()
@@ -211,6 +214,7 @@ class HealthMonitor:
             count = self._transition_counts.get(transition.check, 0)
             self._transition_counts[transition.check] = count + 1
             notify(self._listeners, transition)
+        notify(self._listeners, report)
         return report
 
 

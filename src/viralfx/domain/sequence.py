@@ -23,6 +23,9 @@ from viralfx.domain.shutdown import (
 CUT_MARGIN = 0.25
 """Seconds past its budget at which a stage is cut, so that one that keeps to it ends by itself."""
 
+_LEAST = 0.05
+"""Seconds that every stage gets, however late it is."""
+
 
 class ShutdownSequence:
     """Runs the phases in order, once, whatever the stages do.
@@ -43,6 +46,8 @@ class ShutdownSequence:
         self._reason: str | None = None
         self._deadline: datetime | None = None
         self._ends_at = float("inf")
+        # Kept back from the budgets, so that a report and an exit code come before the force.
+        self._reserve = min(0.5, budgets.force / 20)
         self._triggered = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
 
@@ -75,13 +80,13 @@ class ShutdownSequence:
         """Begin the shutdown; False when it had begun already. Call it on the loop's thread."""
         if self._reason is not None:
             return False
-        self._reason = reason
-        self._deadline = self._clock.now() + timedelta(seconds=self.budgets.force)
+        deadline = self._clock.now() + timedelta(seconds=self.budgets.force)
+        self._reason, self._deadline = reason, deadline
         self._ends_at = self._clock.monotonic() + self.budgets.force
         self._lifecycle.advance(State.LAME_DUCK, reason)
         self._triggered.set()
         event = ShutdownTriggered(
-            reason=reason, deadline=self._deadline, force_timeout=self.budgets.force
+            reason=reason, deadline=deadline, force_timeout=self.budgets.force
         )
         notify(self._listeners, event)
         return True
@@ -114,11 +119,12 @@ class ShutdownSequence:
         for phase in Phase:
             progress = self._progress[phase]
             progress.began_at = self._clock.monotonic()
-            budget = min(progress.budget, self.remaining())
+            budget = max(0.0, min(progress.budget, self.remaining() - self._reserve))
             if phase is Phase.STOP_ACCEPTING and self._stages[phase]:
                 # Still serving: the time others need to learn that this instance is leaving.
                 # Where nothing here stops accepting, somebody else already did.
                 await self._clock.sleep(budget)
+                budget = 0.0  # and then at once
             if phase is Phase.DRAIN:
                 self._lifecycle.advance(State.DRAINING, self._reason or "")
                 await self._run_together(progress, budget)
@@ -146,7 +152,8 @@ class ShutdownSequence:
         began_at = self._clock.monotonic()
         task = asyncio.create_task(_call(stage, budget), name=f"shutdown-{name}")
         error: BaseException | None = None
-        if await finished_within(task, budget + CUT_MARGIN, self._clock):
+        left = max(_LEAST, self.remaining() - self._reserve)
+        if await finished_within(task, min(budget + CUT_MARGIN, left), self._clock):
             outcome = Outcome.OK
             if task.cancelled() or (error := task.exception()) is not None:
                 outcome = Outcome.FAILED

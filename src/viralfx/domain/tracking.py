@@ -2,6 +2,7 @@
 
 from collections import deque
 from datetime import datetime
+from typing import NamedTuple
 
 from viralfx.domain.health import (
     CheckPolicy,
@@ -11,6 +12,11 @@ from viralfx.domain.health import (
     Status,
     Transition,
 )
+
+
+class _Seen(NamedTuple):
+    observation: Observation
+    correlation_id: str
 
 
 class CheckTrack:
@@ -25,15 +31,14 @@ class CheckTrack:
     def __init__(self, name: str, policy: CheckPolicy, created_at: datetime) -> None:
         self.name = name
         self.policy = policy
-        self._recent: deque[Observation] = deque(
+        self._recent: deque[_Seen] = deque(
             maxlen=max(policy.failure_threshold, policy.recovery_threshold)
         )
         self._believed: Status | None = None
-        self._shown: Observation | None = None
+        self._shown: _Seen | None = None
         self._recorded_at: float | None = None
         self._checked_at: datetime | None = None
         self._response_time: float | None = None
-        self._correlation_id: str | None = None
         self._status_seen: Status | None = None
         self._since = created_at
 
@@ -45,7 +50,9 @@ class CheckTrack:
     @property
     def passing(self) -> bool:
         """Whether both the believed status and the last raw observation pass."""
-        return self._believed is Status.PASS and self._recent[-1].status is Status.PASS
+        if self._believed is not Status.PASS:
+            return False
+        return self._recent[-1].observation.status is Status.PASS
 
     @property
     def stale_at(self) -> float:
@@ -64,18 +71,16 @@ class CheckTrack:
         at: datetime,
     ) -> None:
         """Take in one observation; ``monotonic`` and ``at`` are the time it was completed."""
-        self._recent.append(observation)
+        self._recent.append(_Seen(observation, correlation_id))
         self._recorded_at = monotonic
         self._checked_at = at
         self._response_time = response_time
-        self._correlation_id = correlation_id
         newest_first = list(reversed(self._recent))
-        self._believed = self._sustained([seen.status for seen in newest_first])
-        # Show the newest observation that says what is believed, so that message, details and
-        # code always belong to the status they stand beside.
-        self._shown = next(
-            (seen for seen in newest_first if seen.status is self._believed), self._shown
-        )
+        self._believed = self._sustained([seen.observation.status for seen in newest_first])
+        # Show the newest observation that says what is believed, so that message, details, code
+        # and correlation id always belong to the status they stand beside.
+        matching = (s for s in newest_first if s.observation.status is self._believed)
+        self._shown = next(matching, self._shown)
 
     def _sustained(self, newest_first: list[Status]) -> Status:
         if self._believed is None:
@@ -95,6 +100,7 @@ class CheckTrack:
     def evaluate(self, monotonic: float, at: datetime) -> tuple[CheckReport, Transition | None]:
         """Say what the check amounts to now, and whether that is a change since the last call."""
         status, message, code, details = self._verdict(monotonic)
+        correlation_id = self._shown.correlation_id if self._shown else None
         transition = None
         if self.reported and status is not self._status_seen:
             transition = Transition(
@@ -104,7 +110,7 @@ class CheckTrack:
                 code=code,
                 message=message,
                 at=at,
-                correlation_id=self._correlation_id,
+                correlation_id=correlation_id,
             )
             self._status_seen = status
             self._since = at
@@ -114,7 +120,7 @@ class CheckTrack:
             message=message,
             details=details,
             code=code,
-            correlation_id=self._correlation_id,
+            correlation_id=correlation_id,
             response_time=self._response_time,
             checked_at=self._checked_at,
             since=self._since,
@@ -125,7 +131,7 @@ class CheckTrack:
     def _verdict(self, monotonic: float) -> tuple[Status, str, str | None, Details]:
         if self._shown is None:
             return Status.FAIL, f"{self.name} has not been checked yet", "pending", {}
-        shown = self._shown
+        shown = self._shown.observation
         if shown.status is not Status.FAIL and monotonic >= self.stale_at:
             message = f"{self.name} has no result newer than {self.policy.oldest_allowed:g} s"
             return Status.FAIL, message, "stale", shown.details

@@ -11,7 +11,7 @@ from viralfx.runner.http import HttpServer
 from viralfx.runner.process import Process
 from viralfx.runner.signals import SignalWatch
 from viralfx.runner.sockets import listen
-from viralfx.settings import Settings
+from viralfx.settings import read_settings
 from viralfx.telemetry.logs import configure_logging
 from viralfx.web.gate import Gate
 from viralfx.web.load import find_application
@@ -25,7 +25,7 @@ def serve(signals: SignalWatch, *, app: str | None, host: str | None, port: int 
     ``host`` and ``port`` override HOST and PORT. Raises :class:`ConfigurationError` and
     :class:`StartupError` before anything runs.
     """
-    settings = Settings.from_env(os.environ)
+    settings = read_settings(os.environ)
     signals.force_timeout = settings.shutdown_force_timeout / 1000
     configure_logging(level=settings.log_level, console=settings.log_format == "console")
     application, plugin = find_application(settings, app)

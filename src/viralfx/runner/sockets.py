@@ -29,6 +29,8 @@ def listen(variable: str, host: str, port: int, *, backlog: int = 2048) -> socke
             raise
     except socket.gaierror as error:
         raise StartupError(f"HOST: cannot resolve {host!r}: {error.strerror}") from None
+    except UnicodeError:
+        raise StartupError(f"HOST: cannot resolve {host!r}: not a host name") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             what = f"port {port} on {host} is in use; stop who has it, or set another"

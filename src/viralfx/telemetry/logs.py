@@ -1,5 +1,6 @@
 """Log lines in one shape for every library: JSON for machines, text for people."""
 
+import json
 import logging
 import sys
 from datetime import UTC, datetime
@@ -46,7 +47,7 @@ def configure_logging(*, level: str, console: bool, stream: TextIO | None = None
             structlog.processors.ExceptionRenderer(
                 structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
             ),
-            structlog.processors.JSONRenderer(default=str),
+            structlog.processors.JSONRenderer(serializer=_to_json),
         ]
     handler = logging.StreamHandler(stream)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=pipeline))
@@ -73,7 +74,17 @@ def _shape(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
         shaped["correlationId"] = correlation_id
     if record.exc_info:
         shaped["exc_info"] = record.exc_info
-    return {**shaped, **event}
+    # Nothing that a caller adds can take the place of these, but for an id it knows better.
+    return {**shaped, **event, **{k: v for k, v in shaped.items() if k != "correlationId"}}
+
+
+def _to_json(event: EventDict, **_: object) -> str:
+    try:
+        return json.dumps(event, default=str, allow_nan=False)
+    except ValueError:
+        # A number that JSON has no word for, or a value that contains itself.
+        plain = {k: v if isinstance(v, str | int) else repr(v) for k, v in event.items()}
+        return json.dumps(plain)
 
 
 def _for_people(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

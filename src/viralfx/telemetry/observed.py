@@ -3,7 +3,7 @@
 import logging
 
 from viralfx.domain.attempts import CheckCompleted
-from viralfx.domain.health import Status
+from viralfx.domain.health import Status, Transition
 from viralfx.domain.lifecycle import StateChanged
 from viralfx.domain.monitor import MonitorEvent
 from viralfx.domain.shutdown import Outcome, ShutdownEvent, ShutdownTriggered
@@ -26,6 +26,7 @@ class HealthLog:
         if isinstance(event, CheckCompleted):
             # Always the attempt that the transition below comes from: it is told just before.
             self._last_errors[event.check] = (event.correlation_id, event.error)
+        if not isinstance(event, Transition):
             return
         attempt, error = self._last_errors.get(event.check, (None, None))
         _health.log(

@@ -20,7 +20,8 @@ from viralfx.web import bodies
 from viralfx.web.access import AccessPolicy, Headers, Verdict
 from viralfx.web.problems import PROBLEM_MEDIA_TYPE, problem
 
-_encode = msgspec.json.Encoder().encode
+# Details are an application's own; one that is no JSON is shown as text, and breaks nothing.
+_encode = msgspec.json.Encoder(enc_hook=str).encode
 
 _JSON = (b"content-type", b"application/json")
 _NO_STORE = (b"cache-control", b"no-store")

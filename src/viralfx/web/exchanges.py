@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable
 
 from viralfx.domain.clock import Clock, finished_within
 from viralfx.domain.errors import WorkLostError
@@ -17,60 +18,64 @@ _CUT_RESERVE = 0.5
 class Exchange:
     """One request and what became of its answer; also the ``send`` its application gets."""
 
-    __slots__ = (
-        "_at_boundary",
-        "_send",
-        "complete",
-        "cut",
-        "event_stream",
-        "exchanges",
-        "header",
-        "started",
-        "task",
-        "told",
-        "websocket",
-    )
+    started = False
+    """Whether an answer has begun, or a WebSocket was accepted."""
+    complete = False
+    """Whether the application has said everything; the client may not have read it yet."""
+    event_stream = False
+    has_length = False
+    """Whether the answer announced its length, so that cutting it loses something."""
+    cut = False
+    """Whether its task was cancelled because the budget is over."""
+    _at_boundary = False
+    _told = False
 
     def __init__(
         self, exchanges: "Exchanges", send: Send, header: tuple[bytes, bytes], *, websocket: bool
     ) -> None:
-        self.exchanges = exchanges
-        self.header = header
         self.websocket = websocket
-        self.started = False
-        self.complete = False
-        self.cut = False
-        self.event_stream = False
-        self.told = False
         self.task: asyncio.Task[object] | None = asyncio.current_task()
+        self._exchanges = exchanges
+        self._header = header
         self._send = send
-        self._at_boundary = False
 
-    async def send(self, message: Message) -> None:
+    @property
+    def loses_something(self) -> bool:
+        """Whether cutting it now keeps from the client what it was to get."""
+        if self.websocket or self.complete:
+            return False
+        return not self.started or self.has_length
+
+    def send(self, message: Message) -> Awaitable[None]:
         """Pass a message on; the first one gets the correlation id, and the last news."""
         kind = message["type"]
-        if kind == "http.response.start":
+        if kind == "http.response.body":
+            if self.event_stream:
+                return self._send_events(message)
+            self.complete = not message.get("more_body", False)
+        elif kind == "http.response.start":
             self._begin(message)
         elif kind == "websocket.accept":
             self.started = True
+        return self._send(message)
+
+    async def _send_events(self, message: Message) -> None:
         await self._send(message)
-        if kind == "http.response.body":
-            if not message.get("more_body", False):
-                self.complete = True
-            elif self.event_stream:
-                body = message.get("body", b"")
-                self._at_boundary = body.endswith((b"\n\n", b"\r\n\r\n"))
-                if self.exchanges.told:
-                    await self.tell()
+        self.complete = not message.get("more_body", False)
+        self._at_boundary = message.get("body", b"").endswith((b"\n\n", b"\r\n\r\n"))
+        if self._exchanges.told:
+            await self.tell()
 
     def _begin(self, message: Message) -> None:
         self.started = True
-        headers = [self.header]
-        leaving = self.exchanges.leaving
+        headers = [self._header]
+        leaving = self._exchanges.leaving
         for pair in message.get("headers", ()):
             name, value = pair
             if name == b"content-type":
                 self.event_stream = value.startswith(b"text/event-stream")
+            elif name == b"content-length":
+                self.has_length = True
             elif name == HEADER or (leaving and name == b"connection"):
                 continue
             headers.append(pair)
@@ -80,8 +85,8 @@ class Exchange:
 
     async def tell(self) -> None:
         """Send an event stream's client the event ``shutdown``, between two events of its own."""
-        if self.event_stream and self._at_boundary and not self.complete and not self.told:
-            self.told = True
+        if self.event_stream and self._at_boundary and not self.complete and not self._told:
+            self._told = True
             await self._send({"type": "http.response.body", "body": _FAREWELL, "more_body": True})
 
 
@@ -91,8 +96,7 @@ class Exchanges:
     def __init__(self) -> None:
         self._open: set[Exchange] = set()
         self._telling: set[asyncio.Task[None]] = set()
-        self._empty = asyncio.Event()
-        self._empty.set()
+        self._drained: asyncio.Event | None = None
         self.leaving = False
         """Whether answers carry ``Connection: close``."""
         self.told = False
@@ -105,14 +109,13 @@ class Exchanges:
         """Count a request in."""
         exchange = Exchange(self, send, header, websocket=scope["type"] == "websocket")
         self._open.add(exchange)
-        self._empty.clear()
         return exchange
 
     def end(self, exchange: Exchange) -> None:
         """Count a request out."""
         self._open.discard(exchange)
-        if not self._open:
-            self._empty.set()
+        if self._drained is not None and not self._open:
+            self._drained.set()
 
     def tell(self) -> None:
         """Tell the clients of event streams; those between two events at once, others after."""
@@ -133,17 +136,17 @@ class Exchanges:
     async def drain(self, budget: float, clock: Clock) -> None:
         """Wait for the requests, then cut what is left.
 
-        A stream that began and never ends is cut without more ado. A request that had no answer
-        yet, or part of one with an end, is work lost: :class:`WorkLostError`.
+        A stream that began and has no known end is cut without more ado. A request without an
+        answer, or with a part of one whose length was announced, is work lost:
+        :class:`WorkLostError`.
         """
         reserve = min(_CUT_RESERVE, budget / 10)
         if await self._emptied(budget - reserve, clock):
             return
         left = list(self._open)
-        lost = [e for e in left if not e.started and not e.websocket]
-        _logger.warning(
-            "Cutting requests", extra={"unanswered": len(lost), "streams": len(left) - len(lost)}
-        )
+        lost = [exchange for exchange in left if exchange.loses_something]
+        extra = {"unanswered": len(lost), "streams": len(left) - len(lost)}
+        _logger.warning("Cutting requests", extra=extra)
         for task in self._telling:
             task.cancel()
         for exchange in left:
@@ -152,10 +155,13 @@ class Exchanges:
                 exchange.task.cancel()
         await self._emptied(reserve, clock)
         if lost:
-            raise WorkLostError(f"{len(lost)} requests had no answer within {budget:g} s")
+            raise WorkLostError(f"{len(lost)} requests had no whole answer within {budget:g} s")
 
     async def _emptied(self, seconds: float, clock: Clock) -> bool:
-        waiting = asyncio.ensure_future(self._empty.wait())
+        if not self._open:
+            return True
+        self._drained = asyncio.Event()
+        waiting = asyncio.ensure_future(self._drained.wait())
         try:
             return await finished_within(waiting, seconds, clock)
         finally:

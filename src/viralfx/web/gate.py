@@ -8,7 +8,7 @@ import asyncio
 
 from viralfx.domain.correlation import bind_correlation_id
 from viralfx.web.answers import Answer, OperationsAnswers, problem_answer
-from viralfx.web.asgi import ASGIApp, Message, Receive, Scope, Send
+from viralfx.web.asgi import ASGIApp, Receive, Scope, Send
 from viralfx.web.correlation import HEADER, correlation_id_of
 from viralfx.web.exchanges import Exchange, Exchanges
 
@@ -26,30 +26,25 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection's scope."""
-        if scope["type"] == "http":
-            path = scope["path"]
-            endpoint = self._endpoints.get(path) or self._answers.find(path)
+        kind = scope["type"]
+        if kind == "http":
             correlation_id = correlation_id_of(scope["headers"])
             bind_correlation_id(correlation_id)
             header = (HEADER, correlation_id.encode("ascii"))
+            endpoint = self._endpoints.get(scope["path"]) or self._answers.find(scope["path"])
             if endpoint is not None:
                 answer = endpoint(scope["method"], scope["query_string"], scope["headers"])
                 if not isinstance(answer, Answer):
                     answer = await answer
-                await self._reply(answer, scope, send, header)
             elif self._app is None:
-                await self._reply(
-                    problem_answer(404, "This port answers operations endpoints only."),
-                    scope,
-                    send,
-                    header,
-                )
+                answer = problem_answer(404, "This port answers operations endpoints only.")
             elif not self.open:
-                starting = problem_answer(503, "The service is starting.", (b"retry-after", b"1"))
-                await self._reply(starting, scope, send, header)
+                answer = problem_answer(503, "The service is starting.", (b"retry-after", b"1"))
             else:
                 await self._pass_on(self._app, scope, receive, send, header)
-        elif scope["type"] == "websocket":
+                return
+            await self._reply(answer, scope, send, header)
+        elif kind == "websocket":
             correlation_id = correlation_id_of(scope["headers"])
             bind_correlation_id(correlation_id)
             if self._app is None or not self.open or self.exchanges.leaving:
@@ -105,11 +100,6 @@ class Gate:
         headers = [*answer.headers, header]
         if self.exchanges.leaving:
             headers.append((b"connection", b"close"))
-        start: Message = {
-            "type": "http.response.start",
-            "status": answer.status,
-            "headers": headers,
-        }
-        await send(start)
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         body = b"" if scope["method"] == "HEAD" else answer.body
         await send({"type": "http.response.body", "body": body})

@@ -45,7 +45,11 @@ def _response(answer: Answer) -> Response[bytes]:
 
 
 class HealthController(Controller):
-    """Probes and details. They carry no cache, no session and no guard of the application."""
+    """Probes and details.
+
+    Behind a gate they are never reached; without one the application's own guards and middleware
+    apply to them.
+    """
 
     path = "/"
 

@@ -16,7 +16,7 @@ from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.health import HealthCheck
 from viralfx.domain.operations import Operations
 from viralfx.domain.shutdown import Phase, ShutdownStage
-from viralfx.settings import Settings
+from viralfx.settings import Settings, read_settings
 from viralfx.web.access import AccessPolicy
 from viralfx.web.answers import OperationsAnswers
 from viralfx.web.asgi import ASGIApp
@@ -69,7 +69,7 @@ class OperationsPlugin(InitPlugin):
         Raises :class:`ConfigurationError` that lists every problem of the settings.
         """
         self._config = config = config or OperationsConfig()
-        self.settings = settings = config.settings or Settings.from_env(os.environ)
+        self.settings = settings = config.settings or read_settings(os.environ)
         self.operations = operations or build_operations(
             settings,
             checks=config.checks,

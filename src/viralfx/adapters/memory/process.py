@@ -76,10 +76,13 @@ def memory_limit(root: Path = Path("/")) -> int:
 
 def _cgroup_limits(root: Path) -> Iterator[int]:
     try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="ascii").splitlines()
+        # A group's name may be any bytes.
+        text = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return
-    for line in lines:
+    for line in text.splitlines():
+        if line.count(":") < 2:  # noqa: PLR2004 - hierarchy, controllers, path
+            continue
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             yield from _limits_up(root / "sys/fs/cgroup", path, "memory.max")
@@ -94,7 +97,7 @@ def _limits_up(mount: Path, path: str, file: str) -> Iterator[int]:
     for folder in (relative, *relative.parents):
         try:
             text = (mount / folder / file).read_text(encoding="ascii").strip()
-        except OSError:
+        except (OSError, ValueError):
             continue
         # "max" is no limit, and so is version 1's rounded-down maximum of a signed 64-bit number.
         if text.isdecimal() and 0 < int(text) < 2**60:

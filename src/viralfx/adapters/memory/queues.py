@@ -75,9 +75,11 @@ class DrainQueues:
         if not self._queues.unfinished:
             return
         joined = asyncio.ensure_future(self._queues.join())
-        if await finished_within(joined, budget, self._clock):
-            return
-        joined.cancel()
+        try:
+            if await finished_within(joined, budget, self._clock):
+                return
+        finally:
+            joined.cancel()
         lost = self._queues.unfinished
         self._queues.cancel()
         raise WorkLostError(f"{lost} in-memory jobs did not finish within {budget:g} s")

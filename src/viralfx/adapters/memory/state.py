@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 from pathlib import Path
 
 import msgspec
@@ -33,6 +34,7 @@ class FileStateStore:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "state.json"
+        self._lock = threading.Lock()
 
     async def load(self) -> SavedState | None:
         """Read the file. One that cannot be understood is set aside, never overwritten unseen."""
@@ -43,7 +45,7 @@ class FileStateStore:
 
         Raises ``OSError`` when the disk refuses; the old file is then untouched.
         """
-        await asyncio.to_thread(self._save, state)
+        await asyncio.to_thread(self._save_alone, state)
 
     def _load(self) -> SavedState | None:
         try:
@@ -64,6 +66,11 @@ class FileStateStore:
                 "Saved state is unreadable and was set aside", extra={"file": str(aside)}
             )
             return None
+
+    def _save_alone(self, state: SavedState) -> None:
+        # A save that was cancelled writes on in its thread; the next one waits for it.
+        with self._lock:
+            self._save(state)
 
     def _save(self, state: SavedState) -> None:
         content = msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n"

@@ -1,0 +1,102 @@
+"""Puts load on a server from the other core, with ``wrk`` or with our own client."""
+
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from benchmarks.keepalive import HEADERS
+from benchmarks.servers import CLIENT_CORE, SERVER_CORE, Server, on_core
+
+CONNECTIONS = 32
+_WRK = shutil.which("wrk")
+_CLIENT = Path(__file__).with_name("keepalive.py")
+
+
+class LoadError(Exception):
+    """The load generator failed, or had answers other than 200."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """What one slice of load showed."""
+
+    rate: float
+    """Answers per second."""
+    cost: float
+    """Microseconds of the server's processor time per answer."""
+    busy: float
+    """The share of the time that the server was running."""
+    foreign: float
+    """The share of a core that went to other processes, on the server's core and the client's."""
+
+
+def generator() -> str:
+    """Say what makes the load."""
+    if _WRK is None:
+        return "Python client (benchmarks/keepalive.py), as wrk is not installed"
+    said = subprocess.run([_WRK, "-v"], capture_output=True, text=True, check=False).stdout
+    return " ".join(said.split()[:2])
+
+
+def load(server: Server, path: str, *, seconds: int) -> Sample:
+    """Load one path for some seconds. Raises :class:`LoadError` when an answer is not 200."""
+    served, own, all_used = server.cpu_seconds(), _own_seconds(), _core_seconds()
+    count, took = _wrk(server.port, path, seconds) if _WRK else _ours(server.port, path, seconds)
+    served, own, all_used = (
+        server.cpu_seconds() - served,
+        _own_seconds() - own,
+        _core_seconds() - all_used,
+    )
+    return Sample(
+        rate=count / took,
+        cost=served / count * 1e6,
+        busy=served / took,
+        foreign=max(0.0, all_used - served - own) / took,
+    )
+
+
+def _own_seconds() -> float:
+    """Return the processor time of this process and of the clients that ended."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _core_seconds() -> float:
+    cores = psutil.cpu_times(percpu=True)
+    return sum(
+        float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
+        for times in (cores[core] for core in {SERVER_CORE, CLIENT_CORE})
+    )
+
+
+def _wrk(port: int, path: str, seconds: int) -> tuple[int, float]:
+    headers = [part for name, value in HEADERS.items() for part in ("-H", f"{name}: {value}")]
+    where = f"http://127.0.0.1:{port}{path}"
+    said = _run(str(_WRK), "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", *headers, where)
+    found = re.search(r"(\d+) requests in ([\d.]+)s", said)
+    if found is None or "Non-2xx" in said or "Socket errors" in said:
+        raise LoadError(f"{where}: {said}")
+    return int(found[1]), float(found[2])
+
+
+def _ours(port: int, path: str, seconds: int) -> tuple[int, float]:
+    said = json.loads(
+        _run(sys.executable, str(_CLIENT), str(port), path, str(CONNECTIONS), str(seconds))
+    )
+    if said["failed"]:
+        raise LoadError(f"{path}: {said}")
+    return said["requests"], said["seconds"]
+
+
+def _run(*command: str) -> str:
+    with on_core(CLIENT_CORE):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LoadError(f"{command[0]}: {done.stdout}{done.stderr}")
+    return done.stdout

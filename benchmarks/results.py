@@ -1,0 +1,93 @@
+"""Turns figures into Markdown, and puts it where the README takes it from."""
+
+import os
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+_LIBRARIES = ("viralfx", "litestar", "uvicorn", "uvloop", "httptools", "msgspec")
+_HEADING = """# Results
+
+Each section is written by the script that it names; run it again to renew it.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A figure that must be at least, or else at most, some limit."""
+
+    what: str
+    measured: float
+    limit: float
+    at_least: bool
+    unit: str = ""
+    remark: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Whether the figure is on the right side of the limit."""
+        return self.measured >= self.limit if self.at_least else self.measured <= self.limit
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table; all columns but the first are figures."""
+    rule = ["---", *("---:" for _ in header[1:])]
+    return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
+
+
+def target_table(targets: Iterable[Target]) -> list[str]:
+    """Return the lines of a table of targets and whether they are met."""
+    return table(
+        ("target", "measured", "limit", "met", "remark"),
+        (
+            (
+                target.what,
+                f"{target.measured:.2f}{target.unit}",
+                f"{'≥' if target.at_least else '≤'} {target.limit:g}{target.unit}",
+                "yes" if target.met else "**no**",
+                target.remark,
+            )
+            for target in targets
+        ),
+    )
+
+
+def circumstances(*more: str) -> list[str]:
+    """Say when, where and with what was measured."""
+    memory = psutil.virtual_memory().total / 2**30
+    load = os.getloadavg()[0]
+    return [
+        f"- Date: {datetime.now(UTC).date().isoformat()}",
+        f"- Machine: {os.cpu_count()} cores, {memory:.0f} GiB, load average {load:.1f} at the end",
+        f"- Python {platform.python_version()}; "
+        + ", ".join(f"{name} {version(name)}" for name in _LIBRARIES),
+        *(f"- {line}" for line in more),
+    ]
+
+
+def publish(script: str, lines: Iterable[str], targets: Iterable[Target], *, check: bool) -> int:
+    """Print a section and write it into the results; the exit code is 1 if a target is missed.
+
+    Only with ``check``, that is: without it the figures are for reading.
+    """
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    name = f"{script} on Python {python}"
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    section = "\n".join([begin, f"## `{script}`, Python {python}", "", *lines, end])
+    print(section)
+    text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else _HEADING
+    before, found, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    text = f"{before}{section}{after}" if found else f"{text.rstrip()}\n\n{section}\n"
+    RESULTS.write_text(text, encoding="utf-8")
+    missed = [target.what for target in targets if not target.met]
+    for what in missed:
+        print(f"missed: {what}", file=sys.stderr)
+    return 1 if check and missed else 0

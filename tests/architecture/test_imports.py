@@ -1,0 +1,268 @@
+"""What may import what, what an import may cost, and what is public."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import viralfx
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src/viralfx"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+SLOW = {"litestar", "asyncpg", "redis", "taskiq", "msgspec", "uvicorn", "psutil", "structlog"}
+PUBLIC = {
+    "Backoff",
+    "CircuitBreaker",
+    "CircuitOpenError",
+    "Deadline",
+    "HealthCheck",
+    "JobContext",
+    "Observation",
+    "OperationsConfig",
+    "OperationsPlugin",
+    "RetryPolicy",
+    "ShutdownStage",
+    "Status",
+    "ViralFXError",
+    "circuit_breaker",
+    "retry",
+    "task",
+    "with_fallback",
+}
+HOMES = {
+    "psutil": {"adapters/memory/process.py"},
+    "structlog": {"telemetry/logs.py"},
+    "uvicorn": {"runner/http.py"},
+}
+GOING_AWAY = {
+    "litestar.contrib",
+    "litestar.repository",
+    "litestar.plugins.InitPluginProtocol",
+    "litestar.plugins.CLIPluginProtocol",
+    "litestar.plugins.structlog",
+    "litestar.logging",
+    "litestar.middleware.AbstractMiddleware",
+    "litestar.middleware.MiddlewareProtocol",
+    "litestar.openapi.OpenAPIController",
+    "litestar.params.Dependency",
+    "litestar.params.Parameter",
+}
+OTHER_WAITS = {"timeout", "timeout_at", "wait_for", "gather", "as_completed", "sleep"}
+
+
+def name_of(module: Path) -> str:
+    """Return a module's path below the package."""
+    return module.relative_to(PACKAGE).as_posix()
+
+
+def tree(module: Path) -> ast.Module:
+    """Return a module's syntax."""
+    return ast.parse(module.read_text(encoding="utf-8"))
+
+
+def imports(module: Path) -> Iterator[str]:
+    """Yield the dotted name of everything a module imports, wherever it does so."""
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def lint(folder: Path, package: Path) -> subprocess.CompletedProcess[str]:
+    """Run import-linter on the package that lies in ``package``."""
+    return subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(package), "PYTHONUTF8": "1", "COLUMNS": "200"},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+
+
+def modules_after(code: str) -> set[str]:
+    """Return the names of the packages that a new interpreter has imported after ``code``."""
+    shown = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(); print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {name.partition(".")[0] for name in shown.stdout.splitlines()[-1].split()}
+
+
+def test_the_contracts_are_kept() -> None:
+    """import-linter finds no import that a decision forbids."""
+    result = lint(ROOT, ROOT / "src")
+
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "contract"),
+    [
+        ("utils.py", '"""A stray module."""', "ADR-0002: dependencies point inwards"),
+        ("bootstrap.py", "import viralfx.web.app", "ADR-0002: dependencies point inwards"),
+        ("domain/clock.py", "import uvloop", "ADR-0002: the domain knows no technology"),
+        ("web/app.py", "import viralfx.adapters.memory", "ADR-0002: only bootstrap picks adapters"),
+        ("runner/serve.py", "import litestar", "ADR-0004: Litestar stays in web"),
+        ("web/gate.py", "import uvicorn", "ADR-0008: uvicorn stays in the runner"),
+        ("domain/events.py", "import viralfx.domain.monitor", "ADR-0002: no cycles"),
+    ],
+)
+def test_a_contract_bites(tmp_path: Path, module: str, line: str, contract: str) -> None:
+    """A forbidden import breaks the contract that names the decision."""
+    shutil.copytree(PACKAGE, tmp_path / "viralfx", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / "viralfx" / module).open("a") as file:
+        file.write(f"\n{line}\n")
+    result = lint(tmp_path, tmp_path)
+
+    assert (result.returncode, f"{contract} BROKEN" in result.stdout) == (1, True), result.stdout
+
+
+def test_two_adapters_that_know_each_other_break_a_contract(tmp_path: Path) -> None:
+    """With a second adapter there is something to keep apart, and it is."""
+    shutil.copytree(PACKAGE, tmp_path / "viralfx", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "viralfx/adapters/other.py").write_text("import viralfx.adapters.memory\n")
+    result = lint(tmp_path, tmp_path)
+
+    assert "ADR-0002: adapters do not know each other BROKEN" in result.stdout
+
+
+def test_the_domain_imports_the_standard_library_alone() -> None:
+    """Every import of a domain module is the standard library's or the domain's own."""
+    foreign = {
+        (name_of(module), name)
+        for module in (PACKAGE / "domain").rglob("*.py")
+        for name in imports(module)
+        if not name.startswith("viralfx.domain.")
+        and name.partition(".")[0] not in sys.stdlib_module_names
+    }
+
+    assert foreign == set()
+
+
+def test_each_driver_has_one_home() -> None:
+    """A library that one module wraps is imported by that module alone."""
+    users = {
+        library: {
+            name_of(module)
+            for module in MODULES
+            if any(name.partition(".")[0] == library for name in imports(module))
+        }
+        for library in HOMES
+    }
+
+    assert users == HOMES
+
+
+def test_litestar_is_written_as_3_0_wants_it() -> None:
+    """Nothing is imported that Litestar 3.0 removes."""
+    old = {
+        (name_of(module), name)
+        for module in MODULES
+        for name in imports(module)
+        if any(name == gone or name.startswith(f"{gone}.") for gone in GOING_AWAY)
+    }
+
+    assert old == set()
+
+
+def test_there_is_one_process() -> None:
+    """Nothing in the package makes processes."""
+    makers = {"multiprocessing", "subprocess", "concurrent.futures.ProcessPoolExecutor"}
+    used = {
+        (name_of(module), name)
+        for module in MODULES
+        for name in imports(module)
+        if name in makers or name.partition(".")[0] in makers
+    }
+
+    assert used == set()
+
+
+def test_the_domain_waits_in_one_way() -> None:
+    """Timers and limits of the domain are the clock's; only the clock module calls asyncio's."""
+    used = {
+        (name_of(module), node.attr)
+        for module in (PACKAGE / "domain").rglob("*.py")
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and (
+            (node.value.id == "asyncio" and node.attr in OTHER_WAITS)
+            or node.value.id == "time"
+            or (node.value.id == "datetime" and node.attr in {"now", "utcnow"})
+        )
+    }
+
+    assert used == {
+        ("domain/clock.py", "monotonic"),
+        ("domain/clock.py", "now"),
+        ("domain/clock.py", "sleep"),
+    }
+
+
+def test_only_the_program_configures_logging() -> None:
+    """The root logger is set up in one function, and only the runner calls it."""
+    callers = {
+        name_of(module)
+        for module in MODULES
+        if any(
+            name.endswith((".configure_logging", "logging.config", "logging.basicConfig"))
+            for name in imports(module)
+        )
+    }
+
+    assert callers == {"runner/serve.py"}
+
+
+def test_importing_the_package_is_cheap() -> None:
+    """``import viralfx`` brings in none of the libraries that its parts need."""
+    assert modules_after("import viralfx") & SLOW == set()
+
+
+def test_a_name_that_needs_litestar_imports_it() -> None:
+    """The plugin is there when it is used, and not before."""
+    assert "litestar" in modules_after("from viralfx import OperationsPlugin")
+
+
+@pytest.mark.parametrize("arguments", ["--help", "live --url http://127.0.0.1:1 --timeout 1"])
+def test_a_probe_stays_cheap(arguments: str) -> None:
+    """``viralfx probe``, which a kubelet runs every few seconds, imports no framework."""
+    code = f"""
+from viralfx.cli import main
+try:
+    main(["probe", *{arguments.split()!r}])
+except SystemExit:
+    pass
+"""
+    assert modules_after(code) & SLOW == set()
+
+
+def test_signals_are_watched_before_anything_slow() -> None:
+    """What takes over the signals needs the standard library alone."""
+    assert modules_after("import viralfx.runner.signals") & SLOW == set()
+
+
+def test_the_public_names_are_listed() -> None:
+    """``__all__`` holds, in order, every public name that exists by now."""
+    existing = sorted(name for name in PUBLIC if hasattr(viralfx, name))
+
+    assert existing == viralfx.__all__
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    """A name that is not there says so as any module's does."""
+    with pytest.raises(AttributeError, match="module 'viralfx' has no attribute 'nothing'"):
+        _ = viralfx.nothing

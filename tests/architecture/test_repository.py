@@ -1,0 +1,126 @@
+"""What holds for the files of the repository, whatever is in them."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+LONGEST = 300
+
+SHAPELESS = {"utils", "util", "common", "helpers", "helper", "base", "misc"}
+ADDRESS = re.compile(
+    r"https?://\S*(?:pypi|pythonhosted|artifactory|nexus|devpi|/simple\b)"
+    r"|^\s*(?:--(?:extra-)?index-url|--find-links|--trusted-host|-i)\b",
+    re.IGNORECASE | re.MULTILINE,
+)
+HOME = re.compile(r"(?<![\w.])/(?:home|Users|root)/\w+")
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[Path]:
+    """Return the files that git knows; skip where there is no git or no repository."""
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("only a checkout knows which files are tracked")
+    listed = subprocess.run(
+        [git, "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
+def text_of(path: Path) -> str:
+    """Return a file's text; nothing for one that is not text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_module_says_what_it_is_and_stays_short(path: Path) -> None:
+    """Every module has a docstring, and none is longer than can be read at once."""
+    text = path.read_text(encoding="utf-8")
+
+    assert ast.get_docstring(ast.parse(text))
+    assert len(text.splitlines()) <= LONGEST
+
+
+def test_no_file_is_named_after_nothing(tracked: list[Path]) -> None:
+    """A module is named after its subject; what has none has no place here."""
+    assert [path for path in [*tracked, *SOURCES] if path.stem in SHAPELESS] == []
+
+
+def test_no_file_says_where_packages_come_from(tracked: list[Path]) -> None:
+    """No index is named; which one is used is the machine's business."""
+    found = {p.relative_to(ROOT).as_posix(): ADDRESS.findall(text_of(p)) for p in tracked}
+
+    assert {name: addresses for name, addresses in found.items() if addresses} == {}
+
+
+def test_no_file_holds_somebodys_home(tracked: list[Path]) -> None:
+    """No absolute path leads to the machine of one person."""
+    found = {p.relative_to(ROOT).as_posix(): HOME.findall(text_of(p)) for p in tracked}
+
+    assert {name: paths for name, paths in found.items() if paths} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--index-url http://mirror.internal/pip",
+        "    --find-links ./wheels",
+        "see https://" + "files.pythonhosted" + ".org/packages/x",
+        "http://mirror.internal/root/" + "simple" + "/viralfx",
+    ],
+)
+def test_an_address_is_recognised(line: str) -> None:
+    """The rule above finds what it is about."""
+    assert ADDRESS.search(line)
+
+
+@pytest.mark.parametrize("user", ["/home/", "/Users/", "/root/"])
+def test_a_home_is_recognised(user: str) -> None:
+    """The rule above finds what it is about."""
+    assert HOME.search(f"cd {user}somebody/viralfx")
+
+
+def test_the_lock_of_one_tool_is_not_tracked(tracked: list[Path]) -> None:
+    """uv.lock records addresses, so it stays private."""
+    assert [path for path in tracked if path.name == "uv.lock"] == []
+    assert "uv.lock" in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-dev.lock"])
+def test_every_locked_requirement_is_hashed(name: str) -> None:
+    """Each requirement has one version and at least one hash."""
+    text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", "")
+    requirements = [line for line in text.splitlines() if line and not line.startswith("#")]
+    locked = re.compile(r"[a-z0-9][a-z0-9.-]*==\S+ .*--hash=sha256:[0-9a-f]{64}")
+
+    assert requirements
+    assert [line for line in requirements if not locked.match(line)] == []
+
+
+def test_the_second_lock_holds_the_first() -> None:
+    """Tests run on the versions that the service runs on."""
+    pinned = [
+        set(re.findall(r"^(\S+==\S+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE))
+        for name in ("requirements.lock", "requirements-dev.lock")
+    ]
+
+    assert pinned[0] - pinned[1] == set()
+
+
+@pytest.mark.parametrize("name", ["lock", "run", "venv"])
+def test_a_script_can_be_run(name: str) -> None:
+    """Each script of .ci is executable and stops at the first error."""
+    script = ROOT / ".ci" / name
+
+    assert os.access(script, os.X_OK)
+    assert "\nset -euo pipefail\n" in script.read_text(encoding="utf-8")

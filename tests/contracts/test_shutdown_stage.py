@@ -1,0 +1,203 @@
+"""The contract of ``ShutdownStage``, run against every stage.
+
+A new stage adds a row to ``STAGES``.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from tests.manual_clock import ManualClock
+
+from viralfx.adapters.memory import DrainQueues, FileStateStore, MemoryQueues, MemoryStateStore
+from viralfx.domain.clock import Clock
+from viralfx.domain.health import CheckPolicy, Observation
+from viralfx.domain.monitor import HealthMonitor, StopChecking
+from viralfx.domain.shutdown import ShutdownStage
+from viralfx.domain.state import SavedState, SaveState
+from viralfx.runner.http import HttpServer
+from viralfx.runner.sockets import listen
+from viralfx.runner.stages import CloseServer, DrainRequests, StopApplication, StopListening
+from viralfx.settings import Settings
+from viralfx.web.asgi import Receive, Scope, Send
+from viralfx.web.gate import Gate
+from viralfx.web.plugin import OperationsConfig, OperationsPlugin
+
+Make = Callable[[Clock, Path], AbstractAsyncContextManager[ShutdownStage]]
+
+STATE = SavedState(
+    saved_at=datetime(2026, 1, 6, 12, tzinfo=UTC), starts=1, uptime=1.0, health="healthy"
+)
+
+
+class _Hanging:
+    async def check(self) -> Observation:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def _application(scope: Scope, receive: Receive, send: Send) -> None:
+    assert scope["type"] == "lifespan"
+    while True:
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind == "lifespan.shutdown":
+            return
+
+
+@asynccontextmanager
+async def _idle_queues(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
+    yield DrainQueues(MemoryQueues(["default"]), clock)
+
+
+@asynccontextmanager
+async def _busy_queues(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
+    queues = MemoryQueues(["default"])
+
+    async def job() -> None:
+        await clock.sleep(2.0)
+
+    queues.submit("default", job)
+    yield DrainQueues(queues, clock)
+
+
+@asynccontextmanager
+async def _memory_state(_: Clock, __: Path) -> AsyncIterator[ShutdownStage]:
+    yield SaveState(MemoryStateStore(), lambda: STATE)
+
+
+@asynccontextmanager
+async def _file_state(_: Clock, folder: Path) -> AsyncIterator[ShutdownStage]:
+    yield SaveState(FileStateStore(folder), lambda: STATE)
+
+
+@asynccontextmanager
+async def _idle_checks(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
+    monitor = HealthMonitor(clock=clock)
+    monitor.register("hanging", _Hanging(), CheckPolicy())
+    yield StopChecking(monitor)
+
+
+@asynccontextmanager
+async def _busy_checks(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
+    monitor = HealthMonitor(clock=clock)
+    monitor.register("hanging", _Hanging(), CheckPolicy())
+    monitor.start()
+    await asyncio.sleep(0)
+    yield StopChecking(monitor)
+
+
+def _http(make: Callable[[HttpServer, Gate, Clock], ShutdownStage], *, opened: bool) -> Make:
+    @asynccontextmanager
+    async def made(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
+        gate = Gate(OperationsPlugin(OperationsConfig(settings=Settings())).answers, _application)
+        server = HttpServer(gate, listen("PORT", "127.0.0.1", 0), lifespan=True)
+        if opened:
+            await server.open()
+            assert await server.start_application()
+        try:
+            yield make(server, gate, clock)
+        finally:
+            await server.stop_application()
+            server.close()
+
+    return made
+
+
+STAGES: dict[str, Make] = {
+    "drain queues": _idle_queues,
+    "drain busy queues": _busy_queues,
+    "save state in memory": _memory_state,
+    "save state in a file": _file_state,
+    "stop checking before start": _idle_checks,
+    "stop checking": _busy_checks,
+    **{
+        f"{name}{when}": _http(make, opened=opened)
+        for name, make in (
+            ("stop listening", lambda server, gate, _: StopListening(server, gate)),
+            ("drain requests", lambda _, gate, clock: DrainRequests(gate, clock)),
+            ("stop application", lambda server, _, __: StopApplication(server)),
+            ("close server", lambda server, _, __: CloseServer(server)),
+        )
+        for when, opened in (("", True), (" before start", False))
+    },
+}
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """Return a clock that the test moves."""
+    return ManualClock()
+
+
+@pytest.fixture(params=list(STAGES.values()), ids=list(STAGES))
+async def stage(
+    request: pytest.FixtureRequest, clock: ManualClock, tmp_path: Path
+) -> AsyncIterator[ShutdownStage]:
+    """Return each stage in turn."""
+    make: Make = request.param
+    async with make(clock, tmp_path) as stage:
+        yield stage
+
+
+async def ended(task: asyncio.Task[None], clock: ManualClock, *, within: float) -> None:
+    """Move the clock until the task is done; fail when it is not within the seconds."""
+    began = clock.monotonic()
+    async with asyncio.timeout(5.0):
+        while not task.done():
+            # Real threads and sockets may have the next word, so each step gives them a turn.
+            await asyncio.to_thread(lambda: None)
+            if clock.monotonic() - began < within:
+                await clock.advance(0.25)
+    assert clock.monotonic() - began <= within
+
+
+async def test_ends_within_its_budget(stage: ShutdownStage, clock: ManualClock) -> None:
+    """A stage with nothing in its way ends in time and without an error."""
+    run = asyncio.create_task(stage.run(10.0))
+    await ended(run, clock, within=10.0)
+
+    assert run.exception() is None
+
+
+async def test_running_twice_is_safe(stage: ShutdownStage, clock: ManualClock) -> None:
+    """The second run has nothing to do and does it without an error."""
+    for _ in range(2):
+        run = asyncio.create_task(stage.run(10.0))
+        await ended(run, clock, within=10.0)
+
+        assert run.exception() is None
+
+
+async def test_zero_budget_is_survived(stage: ShutdownStage, clock: ManualClock) -> None:
+    """With no time at all a stage ends at once; it may raise, as it may have to give up."""
+    run = asyncio.create_task(stage.run(0.0))
+    await ended(run, clock, within=0.0)
+
+    assert not run.cancelled()
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 5])
+async def test_honours_cancellation(stage: ShutdownStage, clock: ManualClock, turns: int) -> None:
+    """A stage that is cut at any of its first turns ends soon."""
+    run = asyncio.create_task(stage.run(10.0))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    run.cancel()
+    await ended(run, clock, within=0.0)
+
+
+@pytest.mark.parametrize("stage", list(STAGES.values()), ids=list(STAGES), indirect=True)
+async def test_runs_again_after_a_cut(stage: ShutdownStage, clock: ManualClock) -> None:
+    """A stage that was cut once does its work at the next call."""
+    run = asyncio.create_task(stage.run(10.0))
+    await asyncio.sleep(0)
+    run.cancel()
+    await ended(run, clock, within=0.0)
+    again = asyncio.create_task(stage.run(10.0))
+    await ended(again, clock, within=10.0)
+
+    assert again.exception() is None

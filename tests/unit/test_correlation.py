@@ -1,0 +1,138 @@
+"""Correlation ids: which header wins, and what hostile ones become."""
+
+import asyncio
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from viralfx.domain.correlation import (
+    bind_correlation_id,
+    choose_correlation_id,
+    correlated,
+    current_correlation_id,
+    is_correlation_id,
+    new_correlation_id,
+)
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+PARENT = f"00-{TRACE}-00f067aa0ba902b7-01"
+HOSTILE = {
+    "empty": "",
+    "newline": "order-1\nlevel=error",
+    "trailing newline": "order-1\n",
+    "carriage return": "order-1\r\nX-Evil: 1",
+    "10 kB": "a" * 10_240,
+    "129 characters": "a" * 129,
+    "not ASCII": "bestellung-ä",
+    "unicode digits": "٣٤٥",
+    "fullwidth letters": "ｏｒｄｅｒ",  # noqa: RUF001 - the point
+    "space": "order 1",
+    "markup": "<script>",
+    "NUL": "order\0",
+}
+
+
+@pytest.mark.parametrize("text", ["a", "Z9", "order-1", "a.b_c-d", "a" * 128, "0", "..", "-"])
+def test_fit_ids_are_taken_as_they_are(text: str) -> None:
+    """Up to 128 of the allowed characters are an id."""
+    assert is_correlation_id(text)
+    assert text == choose_correlation_id(text, None, None)
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_ids_are_replaced(text: str) -> None:
+    """What does not fit is neither repaired nor echoed, in part or in whole."""
+    chosen = choose_correlation_id(text, text, text)
+
+    assert not is_correlation_id(text)
+    assert re.fullmatch("[0-9a-f]{32}", chosen)
+
+
+@pytest.mark.parametrize(
+    ("correlation", "request_id", "parent", "chosen"),
+    [
+        ("first", "second", PARENT, "first"),
+        (None, "second", PARENT, "second"),
+        ("not fit", "second", PARENT, "second"),
+        ("", "second", PARENT, "second"),
+        (None, None, PARENT, TRACE),
+        ("not fit", "not\nfit", PARENT, TRACE),
+        ("first", None, None, "first"),
+    ],
+)
+def test_precedence(
+    correlation: str | None, request_id: str | None, parent: str | None, chosen: str
+) -> None:
+    """The first valid one of correlation id, request id and trace id is used."""
+    assert chosen == choose_correlation_id(correlation, request_id, parent)
+
+
+@pytest.mark.parametrize(
+    "parent",
+    [
+        None,
+        "",
+        TRACE,
+        f"00-{'0' * 32}-00f067aa0ba902b7-01",
+        f"00-{TRACE.upper()}-00f067aa0ba902b7-01",
+        f"00-{TRACE}-00f067aa0ba902b7",
+        f"00-{TRACE}-00f067aa0ba902b7-01\n",
+        f" {PARENT}",
+        f"0x-{TRACE}-00f067aa0ba902b7-01",
+    ],
+)
+def test_without_any_valid_id_a_new_one_is_made(parent: str | None) -> None:
+    """A missing or malformed trace parent leads to a new id."""
+    chosen = choose_correlation_id(None, None, parent)
+
+    assert chosen not in {TRACE, "0" * 32}
+    assert re.fullmatch("[0-9a-f]{32}", chosen)
+
+
+def test_later_version_of_trace_parent_may_have_more_fields() -> None:
+    """A field that a later version appends is ignored, as W3C asks."""
+    parent = f"01-{TRACE}-00f067aa0ba902b7-01-extra"
+
+    assert choose_correlation_id(None, None, parent) == TRACE
+
+
+@given(st.text(), st.text(), st.text())
+def test_chosen_id_is_always_fit(correlation: str, request_id: str, parent: str) -> None:
+    """Whatever the headers hold, what is used fits the pattern."""
+    assert re.fullmatch(
+        r"[A-Za-z0-9._-]{1,128}", choose_correlation_id(correlation, request_id, parent), re.ASCII
+    )
+
+
+def test_new_ids_differ() -> None:
+    """A thousand new ids are a thousand names."""
+    assert len({new_correlation_id() for _ in range(1000)}) == 1000
+
+
+def test_bound_for_a_block_and_restored_after_it() -> None:
+    """Blocks nest; outside there is none."""
+    with correlated("outer"), correlated("inner"):
+        inner = current_correlation_id()
+    with correlated("outer"):
+        outer = current_correlation_id()
+
+    assert (inner, outer, current_correlation_id()) == ("inner", "outer", None)
+
+
+async def test_bound_in_a_task_does_not_leak() -> None:
+    """A task's id is its own, and what it starts inherits it."""
+    seen: list[str | None] = []
+
+    async def child() -> None:
+        seen.append(current_correlation_id())
+
+    async def parent() -> None:
+        bind_correlation_id("mine")
+        await asyncio.create_task(child())
+
+    await asyncio.create_task(parent())
+
+    assert seen == ["mine"]
+    assert current_correlation_id() is None

@@ -1,0 +1,377 @@
+"""Log lines: one shape for all libraries, and no harm from a stream that is gone."""
+
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from tests.unit.doubles import BrokenError, observed
+
+from viralfx.domain.attempts import CheckCompleted
+from viralfx.domain.correlation import correlated
+from viralfx.domain.health import Status, Transition
+from viralfx.domain.shutdown import Outcome, Phase, ShutdownTriggered, StageFinished, StageReport
+from viralfx.telemetry.logs import VERBOSE, configure_logging
+from viralfx.telemetry.observed import HealthLog, log_shutdown
+
+STARTED = datetime(2026, 1, 6, 12, tzinfo=UTC)
+LOGGERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "litestar")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Put back what configuring replaced."""
+    root = logging.getLogger()
+    handlers, level, raising = list(root.handlers), root.level, logging.raiseExceptions
+    loggers = {
+        name: (list(logger.handlers), logger.level, logger.propagate)
+        for name in LOGGERS
+        for logger in [logging.getLogger(name)]
+    }
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.raiseExceptions = raising
+    for name, (before, own_level, propagate) in loggers.items():
+        logger = logging.getLogger(name)
+        logger.handlers[:] = before
+        logger.setLevel(own_level)
+        logger.propagate = propagate
+
+
+class Lines:
+    """Logging into memory."""
+
+    def __init__(self, *, level: str = "verbose", console: bool = False) -> None:
+        self.stream = io.StringIO()
+        configure_logging(level=level, console=console, stream=self.stream)
+
+    @property
+    def raw(self) -> list[str]:
+        """What was written."""
+        return self.stream.getvalue().splitlines()
+
+    @property
+    def parsed(self) -> list[dict[str, Any]]:
+        """What was written, line by line."""
+        return [json.loads(line) for line in self.raw]
+
+
+# -- the shape -------------------------------------------------------------------------------
+
+
+def test_line_has_the_contracts_shape() -> None:
+    """Timestamp, level, context, message, then what was added; nothing else."""
+    lines = Lines()
+    logging.getLogger("viralfx.jobs").info("Job done", extra={"queue": "default", "duration": 12})
+    (line,) = lines.parsed
+
+    assert list(line) == ["timestamp", "level", "context", "message", "queue", "duration"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("timestamp"))
+    assert line == {
+        "level": "info",
+        "context": "jobs",
+        "message": "Job done",
+        "queue": "default",
+        "duration": 12,
+    }
+
+
+@pytest.mark.parametrize(
+    ("level", "word"),
+    [
+        (logging.CRITICAL, "error"),
+        (logging.ERROR, "error"),
+        (logging.WARNING, "warn"),
+        (logging.INFO, "info"),
+        (logging.DEBUG, "debug"),
+        (VERBOSE, "verbose"),
+    ],
+)
+def test_levels_are_the_guides_words(level: int, word: str) -> None:
+    """Python's levels are written in the guide's words."""
+    lines = Lines()
+    logging.getLogger("any").log(level, "x")
+
+    assert [word] == [line["level"] for line in lines.parsed]
+
+
+@pytest.mark.parametrize(
+    ("level", "words"),
+    [
+        ("error", ["error"]),
+        ("warn", ["error", "warn"]),
+        ("log", ["error", "warn", "info"]),
+        ("debug", ["error", "warn", "info", "debug"]),
+        ("verbose", ["error", "warn", "info", "debug", "verbose"]),
+    ],
+)
+def test_level_is_the_least_that_is_written(level: str, words: list[str]) -> None:
+    """``LOG_LEVEL`` cuts off what is below it."""
+    lines = Lines(level=level)
+    for number in (logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG, VERBOSE):
+        logging.getLogger("any").log(number, "x")
+
+    assert words == [line["level"] for line in lines.parsed]
+
+
+def test_correlation_id_is_there_inside_and_absent_outside() -> None:
+    """Outside a request there is no such field, rather than a null."""
+    lines = Lines()
+    logging.getLogger("any").info("outside")
+    with correlated("order-1"):
+        logging.getLogger("any").info("inside")
+    outside, inside = lines.parsed
+
+    assert "correlationId" not in outside
+    assert inside["correlationId"] == "order-1"
+
+
+def test_other_libraries_have_the_same_shape() -> None:
+    """What plain logging and its arguments write is a line like ours."""
+    lines = Lines()
+    logging.getLogger("somebody.else").warning("%s of %d", "two", 3)
+    (line,) = lines.parsed
+
+    assert (line["context"], line["message"]) == ("somebody.else", "two of 3")
+
+
+def test_one_record_is_one_line_whatever_it_holds() -> None:
+    """Line ends and control characters in values cannot make a second line."""
+    lines = Lines()
+    hostile = 'a\nb\r\n{"level":"error"}\x1b[31m\u2028\ud800'
+    logging.getLogger("any").info("%s", hostile, extra={"value": hostile})
+    (line,) = lines.parsed
+
+    assert (hostile, hostile) == (line["message"], line["value"])
+    assert lines.stream.getvalue().count("\n") == 1
+    assert lines.stream.getvalue().isascii()
+
+
+def test_value_that_is_no_json_is_written_as_text() -> None:
+    """An unusual value costs nothing but its looks."""
+    lines = Lines()
+    logging.getLogger("any").info("x", extra={"odd": {1}, "kind": Status.PASS})
+    (line,) = lines.parsed
+
+    assert (line["odd"], line["kind"]) == ("{1}", "pass")
+
+
+def _fail(secret: str) -> None:
+    raise BrokenError(f"{len(secret)} characters")
+
+
+def test_exception_is_structured_and_without_locals() -> None:
+    """Type, text and frames are there; local variables, which hold anything, are not."""
+    lines = Lines()
+    token = "hunter2"
+    try:
+        _fail(token)
+    except BrokenError:
+        logging.getLogger("any").exception("It broke")
+    (line,) = lines.parsed
+    (exception,) = line["exception"]
+
+    assert line["message"] == "It broke"
+    assert (exception["exc_type"], exception["exc_value"]) == ("BrokenError", "7 characters")
+    assert exception["frames"]
+    assert "hunter2" not in lines.raw[0]
+    assert "exc_info" not in line
+
+
+def test_console_is_for_people() -> None:
+    """The other format is a readable line with the same content."""
+    lines = Lines(console=True)
+    with correlated("order-1"):
+        logging.getLogger("viralfx.jobs").warning("Job slow", extra={"queue": "default"})
+    (text,) = lines.raw
+
+    assert all(part in text for part in ("warn", "jobs", "Job slow", "default", "order-1"))
+    assert not text.startswith("{")
+    assert "\x1b" not in text
+
+
+def test_configuring_twice_writes_once() -> None:
+    """The last configuration is the one in force."""
+    first, second = Lines(), Lines()
+    logging.getLogger("any").info("x")
+
+    assert (len(first.raw), len(second.raw)) == (0, 1)
+
+
+def test_servers_own_information_is_left_out() -> None:
+    """The server's start and stop lines are told better by the lifecycle; its errors stay."""
+    lines = Lines()
+    logging.getLogger("uvicorn.error").info("Started server process")
+    logging.getLogger("uvicorn.error").error("Exception in ASGI application")
+
+    assert [line["message"] for line in lines.parsed] == ["Exception in ASGI application"]
+
+
+# -- streams that fail -----------------------------------------------------------------------
+
+
+class _FailingStream(io.StringIO):
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self._error = error
+
+    def write(self, _: str) -> int:
+        raise self._error
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "No space left")], ids=str)
+def test_stream_that_fails_breaks_nothing(
+    error: OSError, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full disk or a reader that went away costs the line, not the request."""
+    configure_logging(level="log", console=False, stream=_FailingStream(error))
+    logging.getLogger("any").info("x")
+
+    assert capsys.readouterr() == ("", "")
+
+
+def test_closed_stream_breaks_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Logging after standard output was closed is silent."""
+    lines = Lines()
+    lines.stream.close()
+    logging.getLogger("any").info("x")
+
+    assert capsys.readouterr() == ("", "")
+
+
+# -- the domain's events ---------------------------------------------------------------------
+
+
+def transition(new: Status, correlation_id: str) -> Transition:
+    """Make a transition from pass."""
+    return Transition(
+        check="database",
+        old=Status.PASS,
+        new=new,
+        code=None if new is Status.PASS else "error",
+        message="database check failed",
+        at=STARTED,
+        correlation_id=correlation_id,
+    )
+
+
+def completed(correlation_id: str, error: BaseException | None = None) -> CheckCompleted:
+    """Make an attempt that ended."""
+    return CheckCompleted(
+        check="database",
+        observation=observed(Status.FAIL),
+        response_time=0.1,
+        correlation_id=correlation_id,
+        error=error,
+    )
+
+
+def test_transition_is_one_line_with_its_cause() -> None:
+    """The line of a transition carries the attempt's id and the exception behind it."""
+    lines, log = Lines(), HealthLog()
+    log(completed("attempt-1", BrokenError("connection refused")))
+    log(transition(Status.FAIL, "attempt-1"))
+    (line,) = lines.parsed
+
+    assert (
+        line["level"],
+        line["context"],
+        line["message"],
+    ) == ("error", "health", "Health check changed")
+    assert (
+        line["check"],
+        line["old"],
+        line["new"],
+        line["correlationId"],
+    ) == ("database", "pass", "fail", "attempt-1")
+    assert line["exception"][0]["exc_value"] == "connection refused"
+
+
+def test_attempts_alone_write_nothing() -> None:
+    """A check that stays as it is costs no line, however often it runs."""
+    lines, log = Lines(), HealthLog()
+    for number in range(100):
+        log(completed(f"attempt-{number}", BrokenError("again")))
+
+    assert lines.raw == []
+
+
+def test_error_of_another_attempt_is_not_blamed() -> None:
+    """A transition that no error caused, like recovery, carries none."""
+    lines, log = Lines(), HealthLog()
+    log(completed("attempt-1", BrokenError("old")))
+    log(completed("attempt-2"))
+    log(transition(Status.PASS, "attempt-2"))
+    (line,) = lines.parsed
+
+    assert (line["level"], "exception" in line) == ("info", False)
+
+
+@pytest.mark.parametrize(
+    ("new", "level"), [(Status.PASS, "info"), (Status.WARN, "warn"), (Status.FAIL, "error")]
+)
+def test_level_of_a_transition_is_its_severity(new: Status, level: str) -> None:
+    """How bad the new status is decides the level."""
+    lines = Lines()
+    HealthLog()(transition(new, "attempt-1"))
+
+    assert [level] == [line["level"] for line in lines.parsed]
+
+
+def _stage(outcome: Outcome, error: BaseException | None = None) -> StageFinished:
+    report = StageReport(name="queues", outcome=outcome, duration=1.5, error=error)
+    return StageFinished(phase=Phase.DRAIN, report=report)
+
+
+@pytest.mark.parametrize(
+    ("event", "expected"),
+    [
+        (
+            lambda: ShutdownTriggered(reason="SIGTERM", deadline=STARTED, force_timeout=60.0),
+            {"level": "info", "reason": "SIGTERM", "forceTimeout": 60000},
+        ),
+        (
+            lambda: _stage(Outcome.OK),
+            {"level": "info", "phase": "drain", "stage": "queues", "outcome": "ok"},
+        ),
+        (lambda: _stage(Outcome.TIMEOUT), {"level": "error", "outcome": "timeout"}),
+        (
+            lambda: _stage(Outcome.FAILED, BrokenError("x")),
+            {"level": "error", "outcome": "failed", "duration": 1500},
+        ),
+    ],
+    ids=["trigger", "ok", "timeout", "failed"],
+)
+def test_shutdown_is_told_stage_by_stage(
+    event: Callable[[], ShutdownTriggered | StageFinished], expected: dict[str, object]
+) -> None:
+    """One line for the trigger and one per stage, in milliseconds, bad ones as errors."""
+    lines = Lines()
+    log_shutdown(event())
+    (line,) = lines.parsed
+
+    assert expected == {key: line[key] for key in expected}
+
+
+def test_added_fields_take_nobodys_place() -> None:
+    """A field named like one of the contract's does not replace it."""
+    lines = Lines()
+    logging.getLogger("any").info("x", extra={"level": "fake", "timestamp": 1, "context": "fake"})
+    (line,) = lines.parsed
+
+    assert (line["level"], line["context"], line["message"]) == ("info", "any", "x")
+    assert line["timestamp"].endswith("Z")
+
+
+def test_number_that_json_has_no_word_for_is_text() -> None:
+    """The line stays JSON."""
+    lines = Lines()
+    logging.getLogger("any").info("x", extra={"ratio": float("nan"), "count": 3})
+    (line,) = lines.parsed
+
+    assert (line["ratio"], line["count"]) == ("nan", 3)

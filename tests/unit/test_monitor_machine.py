@@ -1,0 +1,325 @@
+"""The health monitor under anything that checks and callers may do, against a simple model."""
+
+import asyncio
+import random
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from tests.manual_clock import ManualClock
+from tests.unit.doubles import LATE, Act, ActingCheck
+
+from viralfx.domain.attempts import CheckCompleted
+from viralfx.domain.health import CheckPolicy, Health, HealthReport, Status, Transition
+from viralfx.domain.monitor import HealthMonitor, MonitorEvent
+
+NAMES = ("a", "b", "c")
+FAIL_OPEN_AFTER = 20.0
+HISTORY = 8
+
+ResultT = TypeVar("ResultT")
+
+policies = st.builds(
+    CheckPolicy,
+    interval=st.sampled_from([1.0, 5.0]),
+    retry_interval=st.sampled_from([None, 0.5, 1.0]),
+    timeout=st.sampled_from([0.5, 2.0]),
+    failure_threshold=st.integers(1, 3),
+    recovery_threshold=st.integers(1, 3),
+    max_age=st.sampled_from([None, 3.0]),
+    critical=st.booleans(),
+    gates_readiness=st.booleans(),
+    shared=st.booleans(),
+)
+
+
+@dataclass
+class Model:
+    """What one check's observations should amount to, computed from the whole list of them."""
+
+    policy: CheckPolicy
+    seen: list[Status] = field(default_factory=list)
+    recorded_at: float = 0.0
+    told: list[Transition] = field(default_factory=list)
+
+    def believed(self) -> Status:
+        """Apply the thresholds from the first observation on."""
+        believed = self.seen[0]
+        for end in range(1, len(self.seen) + 1):
+            worse = self.seen[max(0, end - self.policy.failure_threshold) : end]
+            better = self.seen[max(0, end - self.policy.recovery_threshold) : end]
+            if len(worse) == self.policy.failure_threshold and all(
+                status.severity > believed.severity for status in worse
+            ):
+                believed = min(worse, key=lambda status: status.severity)
+            elif len(better) == self.policy.recovery_threshold and all(
+                status.severity < believed.severity for status in better
+            ):
+                believed = max(better, key=lambda status: status.severity)
+        return believed
+
+    def verdict(self, now: float) -> tuple[Status, str | None]:
+        """Return the status and, where only one is possible, the code."""
+        if not self.seen:
+            return Status.FAIL, "pending"
+        believed = self.believed()
+        if believed is not Status.FAIL and now >= self.recorded_at + self.policy.oldest_allowed:
+            return Status.FAIL, "stale"
+        return believed, None
+
+
+class MonitorMachine(RuleBasedStateMachine):
+    """Three checks under random policies, moved through time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.clock = ManualClock()
+        self.running = False
+        self.events: list[MonitorEvent] = []
+        self.rounds: list[tuple[float, asyncio.Task[HealthReport]]] = []
+        self.resumed_at = self.clock.monotonic()
+        self.not_failing_at = self.clock.monotonic()
+        self.was_started = False
+
+    def do(self, coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
+        """Run a coroutine on the machine's loop."""
+        return self.runner.run(coroutine)
+
+    @initialize(policies=st.tuples(policies, policies, policies), seed=st.integers(0, 9))
+    def wire(self, policies: tuple[CheckPolicy, CheckPolicy, CheckPolicy], seed: int) -> None:
+        """Make the monitor and start it."""
+        self.monitor = HealthMonitor(
+            clock=self.clock,
+            rng=random.Random(seed),  # noqa: S311 - repeatable
+            fail_open_after=FAIL_OPEN_AFTER,
+            history_size=HISTORY,
+        )
+        self.checks, self.models = {}, {}
+        for name, policy in zip(NAMES, policies, strict=True):
+            self.checks[name] = ActingCheck(clock=self.clock)
+            self.models[name] = Model(policy)
+            self.monitor.register(name, self.checks[name], policy)
+        self.longest = max(policy.timeout for policy in policies)
+        self.monitor.subscribe(self._heard)
+        self.start()
+
+    def _heard(self, event: MonitorEvent) -> None:
+        if isinstance(event, HealthReport):
+            return
+        self.events.append(event)
+        model = self.models[event.check]
+        if isinstance(event, CheckCompleted):
+            assert event.observation.message != LATE
+            model.seen.append(event.observation.status)
+            model.recorded_at = self.clock.monotonic()
+        else:
+            model.told.append(event)
+
+    # -- what happens ------------------------------------------------------------------------
+
+    @rule(name=st.sampled_from(NAMES), act=st.sampled_from(Act), seconds=st.sampled_from([0.4, 3]))
+    def behave(self, name: str, act: Act, seconds: float) -> None:
+        """Have the next attempts of a check act so."""
+        self.checks[name].act = act
+        self.checks[name].seconds = seconds
+
+    @rule(seconds=st.sampled_from([0.1, 0.5, 1.0, 2.5, 12.0]))
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.do(self.clock.advance(seconds))
+
+    @rule(name=st.sampled_from(NAMES))
+    def release(self, name: str) -> None:
+        """Let what hangs in a check answer."""
+
+        async def release() -> None:
+            self.checks[name].release()
+            await self.clock.settle()
+
+        self.do(release())
+
+    @precondition(lambda self: self.running)
+    @rule()
+    def refresh(self) -> None:
+        """Ask for a round."""
+
+        async def refresh() -> None:
+            caller = asyncio.create_task(self.monitor.refresh())
+            self.rounds.append((self.clock.monotonic(), caller))
+            await self.clock.settle()
+
+        self.do(refresh())
+
+    @rule(name=st.sampled_from(NAMES))
+    def request(self, name: str) -> None:
+        """Doubt a check."""
+
+        async def request() -> None:
+            self.monitor.request_check(name)
+            await self.clock.settle()
+
+        self.do(request())
+
+    @precondition(lambda self: self.running)
+    @rule()
+    def stop(self) -> None:
+        """Stop the monitor; it must not take any time."""
+
+        async def stop() -> None:
+            stopping = asyncio.create_task(self.monitor.stop())
+            await self.clock.settle()
+            assert stopping.done()
+            stopping.result()
+
+        self.do(stop())
+        self.running = False
+        assert all(caller.done() for _, caller in self.rounds)
+
+    @precondition(lambda self: not self.running)
+    @rule()
+    def start(self) -> None:
+        """Start the monitor, again or for the first time."""
+
+        async def start() -> None:
+            self.monitor.start()
+            await self.clock.settle()
+
+        self.do(start())
+        self.running = True
+        self.resumed_at = self.clock.monotonic()
+
+    # -- what always holds -------------------------------------------------------------------
+
+    @invariant()
+    def one_attempt_at_a_time(self) -> None:
+        """No check has ever had two attempts at once."""
+        for check in self.checks.values():
+            assert check.most_outstanding <= 1
+
+    @invariant()
+    def reading_is_cheap_and_steady(self) -> None:
+        """No reading starts a check, and each gives one object that is valid now."""
+        before = {name: check.attempts for name, check in self.checks.items()}
+        report = self.monitor.report()
+        self.do(self.clock.settle())
+
+        assert self.monitor.report() is report
+        assert self.clock.monotonic() < report.valid_until
+        assert before == {name: check.attempts for name, check in self.checks.items()}
+
+    @invariant()
+    def statuses_follow_the_thresholds_and_ages(self) -> None:
+        """Each status is the model's; never ran, hung and stale checks do not pass."""
+        report = self.monitor.report()
+        for name, model in self.models.items():
+            status, code = model.verdict(self.clock.monotonic())
+            shown = report.checks[name]
+
+            assert status is shown.status
+            if code is not None:
+                assert code == shown.code
+            if shown.status is not Status.FAIL:
+                stale_at = model.recorded_at + model.policy.oldest_allowed
+                assert report.valid_until <= stale_at
+
+    @invariant()
+    def schedule_is_alive(self) -> None:
+        """While the monitor runs, each check is recorded in every interval and two timeouts."""
+        if self.running:
+            for model in self.models.values():
+                last = max(model.recorded_at, self.resumed_at)
+                longest = max(model.policy.interval, model.policy.interval_when_failing)
+                age = self.clock.monotonic() - last
+                assert age <= longest + 2 * model.policy.timeout + 1e-6
+
+    @invariant()
+    def rounds_are_bounded(self) -> None:
+        """Whoever asked for a round has an answer after two timeouts."""
+        for asked_at, caller in self.rounds:
+            if self.clock.monotonic() - asked_at > 2 * self.longest:
+                assert caller.done()
+
+    @invariant()
+    def readiness_follows_the_gates(self) -> None:
+        """Gates, start-up and failing open are what their statuses say."""
+        report, now = self.monitor.report(), self.clock.monotonic()
+        failing = tuple(
+            name
+            for name, model in self.models.items()
+            if model.policy.gates_readiness and report.checks[name].status is Status.FAIL
+        )
+        shared = bool(failing) and all(self.models[name].policy.shared for name in failing)
+        if not shared:
+            self.not_failing_at = now
+
+        assert failing == report.failing_gates
+        if report.fail_open:
+            assert shared
+            assert now - self.not_failing_at >= FAIL_OPEN_AFTER - 1e-6
+        assert report.ready == (report.started and (not failing or report.fail_open))
+
+        all_reported = all(model.seen for model in self.models.values())
+        assert report.started or not (all_reported and not failing)
+        assert not report.started or all_reported
+        assert not self.was_started or report.started
+        self.was_started = report.started
+
+    @invariant()
+    def overall_health_is_the_worst_that_matters(self) -> None:
+        """Unhealthy is a failing critical check; degraded anything else that is not pass."""
+        reports = self.monitor.report().checks.values()
+        if any(r.status is Status.FAIL and r.policy.critical for r in reports):
+            expected = Health.UNHEALTHY
+        elif any(r.status is not Status.PASS for r in reports):
+            expected = Health.DEGRADED
+        else:
+            expected = Health.HEALTHY
+
+        assert expected is self.monitor.report().health
+
+    @invariant()
+    def transitions_are_a_chain(self) -> None:
+        """Each transition starts where the one before it ended, and each change is told."""
+        report = self.monitor.report()
+        for name, model in self.models.items():
+            old: Status | None = None
+            for event in model.told:
+                assert old is event.old
+                assert event.new is not event.old
+                old = event.new
+            assert old is (report.checks[name].status if model.seen else None)
+            assert len(model.told) == self.monitor.transition_counts.get(name, 0)
+        told = [event for event in self.events if isinstance(event, Transition)]
+        assert tuple(told[-HISTORY:]) == self.monitor.history
+
+    def teardown(self) -> None:
+        """Let everything end."""
+
+        async def end() -> None:
+            if self.running:
+                await self.monitor.stop()
+            for _ in range(3):
+                for check in self.checks.values():
+                    check.release()
+                await self.clock.settle()
+
+        if hasattr(self, "monitor"):
+            self.do(end())
+        self.runner.close()
+
+
+@pytest.mark.timeout(900)
+def test_monitor_whatever_the_checks_do() -> None:
+    """Statuses, readiness and the schedule hold under any order of events."""
+    run_state_machine_as_test(MonitorMachine)

@@ -1,0 +1,433 @@
+"""Settings from the environment: every variable, and everything that can be wrong with one."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from viralfx.domain.errors import ConfigurationError
+from viralfx.domain.shutdown import Phase
+from viralfx.settings import Secret, Settings, fields, read_settings, show, source
+
+GIVEN: dict[str, tuple[str, object]] = {
+    "HOST": ("127.0.0.1", "127.0.0.1"),
+    "PORT": ("8080", 8080),
+    "MANAGEMENT_PORT": ("3001", 3001),
+    "MANAGEMENT_TOKEN": ("hush", Secret("hush")),
+    "ENVIRONMENT": ("staging", "staging"),
+    "ALLOW_MEMORY_ADAPTERS": ("true", True),
+    "LOG_LEVEL": ("verbose", "verbose"),
+    "LOG_FORMAT": ("console", "console"),
+    "STATE_DIR": ("/var/lib/viralfx", "/var/lib/viralfx"),
+    "QUEUES": ("default, slow", ("default", "slow")),
+    "HEALTH_CHECK_INTERVAL": ("100", 100),
+    "HEALTH_CHECK_TIMEOUT": ("50", 50),
+    "DB_HEALTH_CHECK_INTERVAL": ("200", 200),
+    "HEALTH_FAILURE_THRESHOLD": ("3", 3),
+    "HEALTH_RECOVERY_THRESHOLD": ("2", 2),
+    "HEALTH_CRITICAL": ("database", ("database",)),
+    "HEALTH_DETAILS": ("authorized", "authorized"),
+    "READINESS_REQUIRES": ("none", ()),
+    "READINESS_FAIL_OPEN_AFTER": ("60000", 60000),
+    "SHUTDOWN_READINESS_DELAY": ("5000", 5000),
+    "SHUTDOWN_DRAIN_TIMEOUT": ("1000", 1000),
+    "SHUTDOWN_STATE_TIMEOUT": ("2000", 2000),
+    "SHUTDOWN_CONNECTION_TIMEOUT": ("3000", 3000),
+    "SHUTDOWN_FORCE_TIMEOUT": ("120000", 120000),
+    "SHUTDOWN_ON_UNCAUGHT": ("false", False),
+}
+
+
+def problems(**environ: str) -> list[str]:
+    """Return what is said about an environment; nothing when it is fine."""
+    try:
+        read_settings(environ)
+    except ConfigurationError as error:
+        return list(error.problems)
+    return []
+
+
+# -- what is right ---------------------------------------------------------------------------
+
+
+def test_defaults_are_the_contracts() -> None:
+    """An empty environment is a complete configuration."""
+    settings = read_settings({})
+
+    assert Settings() == settings
+    assert (settings.host, settings.port, settings.management_port) == ("0.0.0.0", 3000, None)  # noqa: S104
+    assert (
+        settings.health_check_interval,
+        settings.health_check_timeout,
+        settings.db_health_check_interval,
+    ) == (5000, 2000, 30000)
+    assert settings.health_critical == ("database", "memory")
+    assert settings.readiness_requires == ("database",)
+    assert settings.queues == ("default", "notifications", "analytics")
+    assert (
+        settings.readiness_fail_open_after,
+        settings.shutdown_on_uncaught,
+        settings.environment,
+    ) == (0, True, "development")
+
+
+def test_default_budgets_are_the_guides() -> None:
+    """Milliseconds of the environment become the domain's seconds."""
+    budgets = Settings().shutdown_budgets
+
+    assert [budgets.of(phase) for phase in Phase] == [0.0, 30.0, 5.0, 15.0]
+    assert budgets.force == 60.0
+
+
+def test_every_variable_is_tried_here() -> None:
+    """A new setting must be added to this file's table."""
+    assert set(GIVEN) == {field.variable for field in fields()}
+
+
+def test_every_variable_is_read() -> None:
+    """Each variable sets its field to the parsed value."""
+    settings = read_settings({name: text for name, (text, _) in GIVEN.items()})
+
+    assert {name: value for name, (_, value) in GIVEN.items()} == {
+        name: getattr(settings, name.lower()) for name in GIVEN
+    }
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_every_variable_can_come_from_a_file(name: str, tmp_path: Path) -> None:
+    """``NAME_FILE`` reads the value from a file, without the line end that editors add."""
+    text, value = GIVEN[name]
+    (tmp_path / "value").write_text(f"{text}\n")
+    environ = {f"{name}_FILE": str(tmp_path / "value"), "MANAGEMENT_TOKEN": "hush"}
+    if name == "MANAGEMENT_TOKEN":
+        del environ["MANAGEMENT_TOKEN"]
+
+    assert value == getattr(read_settings(environ), name.lower())
+
+
+def test_shown_value_is_read_as_the_same() -> None:
+    """What ``viralfx env`` prints can be set again, secrets apart."""
+    settings = read_settings({name: text for name, (text, _) in GIVEN.items()})
+    shown = {field.variable: show(getattr(settings, field.name)) for field in fields()}
+    shown["MANAGEMENT_TOKEN"] = "hush"
+
+    assert settings == read_settings(shown)
+
+
+def test_every_field_has_a_meaning() -> None:
+    """No variable is listed without a word about it."""
+    assert [field.variable for field in fields() if not field.meaning] == []
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_empty_variable_is_not_set(name: str) -> None:
+    """An empty variable, as compose files leave them, means the default."""
+    assert Settings() == read_settings({name: ""})
+
+
+def test_empty_file_is_not_set(tmp_path: Path) -> None:
+    """An empty secret file means the default."""
+    (tmp_path / "token").write_text("\n")
+
+    assert Settings() == read_settings({"MANAGEMENT_TOKEN_FILE": str(tmp_path / "token")})
+
+
+def test_secret_keeps_its_blanks(tmp_path: Path) -> None:
+    """Only line ends are taken off a secret's file; the rest is the secret."""
+    (tmp_path / "token").write_text(" hush \r\n")
+    settings = read_settings({"MANAGEMENT_TOKEN_FILE": str(tmp_path / "token")})
+
+    assert Secret(" hush ") == settings.management_token
+
+
+@pytest.mark.parametrize("text", ["true", "True", "TRUE", "1"])
+def test_true_is_spelled_in_any_case(text: str) -> None:
+    """Truth values are the usual words."""
+    assert read_settings({"ALLOW_MEMORY_ADAPTERS": text}).allow_memory_adapters
+
+
+def test_blanks_around_a_value_do_not_matter() -> None:
+    """Blanks around numbers, words and names are ignored."""
+    settings = read_settings({"PORT": " 80 ", "LOG_LEVEL": " warn", "QUEUES": " a ,b, "})
+
+    assert (settings.port, settings.log_level, settings.queues) == (80, "warn", ("a", "b"))
+
+
+def test_foreign_variables_are_nobodys_business() -> None:
+    """Only variables with a prefix of ours are looked at."""
+    assert problems(PATH="/bin", HOSTNAME="pod", PYTHONPATH=".", PORTAL="x", HEALTHY="1") == []
+
+
+# -- what is wrong with one value ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "allowed"),
+    [
+        ("PORT", "http", "a whole number from 0 to 65535"),
+        ("PORT", "65536", "a whole number from 0 to 65535"),
+        ("PORT", "-1", "a whole number from 0 to 65535"),
+        ("PORT", "80.5", "a whole number from 0 to 65535"),
+        ("PORT", "8_0", "a whole number from 0 to 65535"),
+        ("PORT", "٣٠٠٠", "a whole number from 0 to 65535"),
+        ("PORT", "  ", "a whole number from 0 to 65535"),
+        ("MANAGEMENT_PORT", "x", "a whole number from 0 to 65535"),
+        ("HEALTH_CHECK_INTERVAL", "5s", "a whole number "),
+        ("HEALTH_CHECK_INTERVAL", "0", "a whole number "),
+        ("HEALTH_CHECK_TIMEOUT", "nan", "a whole number "),
+        ("SHUTDOWN_DRAIN_TIMEOUT", "-1", "a whole number "),
+        ("SHUTDOWN_FORCE_TIMEOUT", "inf", "a whole number "),
+        ("HEALTH_FAILURE_THRESHOLD", "0", "a whole number "),
+        ("LOG_LEVEL", "INFO", "one of debug, error, log, verbose, warn"),
+        ("LOG_FORMAT", "xml", "one of console, json"),
+        ("HEALTH_DETAILS", "never", "one of always, authorized"),
+        ("SHUTDOWN_ON_UNCAUGHT", "yes", "true or false"),
+        ("QUEUES", ",", "a list of names like one,two"),
+        ("QUEUES", "Default", "a list of names like one,two"),
+        ("READINESS_REQUIRES", "data base", "a list of names like one,two, or none"),
+        ("ENVIRONMENT", "   ", "a text that is not empty"),
+    ],
+)
+def test_malformed_value_is_named_with_what_is_allowed(name: str, text: str, allowed: str) -> None:
+    """One line: the variable, the text and what it may be."""
+    (line,) = problems(**{name: text})
+
+    assert line.startswith(f"{name}: {text!r} is not {allowed}")
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [
+        ("SHUTDOWN_DRAIN_TIMOUT", "SHUTDOWN_DRAIN_TIMEOUT"),
+        ("HEALTH_CHECK_INTERVALL", "HEALTH_CHECK_INTERVAL"),
+        ("DB_HEALTHCHECK_INTERVAL", "DB_HEALTH_CHECK_INTERVAL"),
+        ("QUEUE", "QUEUES"),
+        ("HEALTH_CRITICL_FILE", "HEALTH_CRITICAL"),
+    ],
+)
+def test_unknown_variable_with_our_prefix_gets_a_suggestion(name: str, suggestion: str) -> None:
+    """A typing error does not silently leave the default in force."""
+    assert [f"{name}: unknown variable; did you mean {suggestion}?"] == problems(**{name: "1"})
+
+
+@pytest.mark.parametrize("name", ["POOL_XYZZY", "JOB_XYZZY", "REDIS_XYZZY"])
+def test_unknown_variable_like_no_other_points_to_the_list(name: str) -> None:
+    """Where nothing is close, the command that lists all variables is named."""
+    assert [f"{name}: unknown variable; `viralfx env` lists what is known"] == problems(
+        **{name: "1"}
+    )
+
+
+@pytest.mark.parametrize("name", ["DATABASE_URL", "REDIS_HOST", "REDIS_SENTINEL_ENABLED"])
+@pytest.mark.parametrize("suffix", ["", "_FILE"])
+def test_back_end_that_is_not_there_yet_is_refused(name: str, suffix: str) -> None:
+    """Who configures a database must not get memory instead."""
+    assert [f"{name}{suffix}: this version keeps everything in memory; unset it"] == problems(
+        **{f"{name}{suffix}": "x"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("REDIS_SERVICE_HOST", "10.0.0.11"),
+        ("REDIS_MASTER_SERVICE_HOST", "10.0.0.11"),
+        ("REDIS_SERVICE_PORT", "6379"),
+        ("DB_SERVICE_PORT_POSTGRES", "5432"),
+        ("REDIS_PORT", "tcp://10.0.0.11:6379"),
+        ("REDIS_PORT", "udp://10.0.0.11:6379"),
+        ("QUEUE_PORT_6379_TCP", "tcp://10.0.0.11:6379"),
+        ("QUEUE_PORT_6379_TCP_PROTO", "tcp"),
+        ("QUEUE_PORT_6379_TCP_PORT", "6379"),
+        ("QUEUE_PORT_6379_TCP_ADDR", "10.0.0.11"),
+        ("HEALTH_PORT_53_UDP_ADDR", "10.0.0.11"),
+        ("MANAGEMENT_PORT", "tcp://10.0.0.11:80"),
+    ],
+)
+def test_kubernetes_service_links_are_ignored(name: str, value: str) -> None:
+    """A Service that happens to be called like a prefix of ours breaks nothing."""
+    assert problems(**{name: value}) == []
+    assert Settings() == read_settings({name: value})
+
+
+def test_value_that_only_resembles_a_service_link_is_an_error() -> None:
+    """A port that is no injected address is read like any other."""
+    assert [line.partition(";")[0] for line in problems(REDIS_PORT="6379")] == [
+        "REDIS_PORT: unknown variable"
+    ]
+
+
+# -- files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["PORT", "MANAGEMENT_TOKEN"])
+def test_variable_and_file_together_are_an_error(name: str, tmp_path: Path) -> None:
+    """Which of the two would win is not left to guessing."""
+    (tmp_path / "value").write_text("1234")
+
+    assert [f"{name}: set either {name} or {name}_FILE, not both"] == problems(
+        **{name: "1234", f"{name}_FILE": str(tmp_path / "value")}
+    )
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    """A file that is not there is said with its path and the system's reason."""
+    path = tmp_path / "missing"
+
+    assert [
+        f"MANAGEMENT_TOKEN: cannot read MANAGEMENT_TOKEN_FILE={path}: No such file or directory"
+    ] == problems(MANAGEMENT_TOKEN_FILE=str(path))
+
+
+def test_folder_is_no_file(tmp_path: Path) -> None:
+    """A folder in place of a file is said."""
+    (line,) = problems(PORT_FILE=str(tmp_path))
+
+    assert line == f"PORT: cannot read PORT_FILE={tmp_path}: Is a directory"
+
+
+def test_file_that_is_not_text_is_named(tmp_path: Path) -> None:
+    """A file that is not UTF-8 is refused without a word of what it holds."""
+    path = tmp_path / "token"
+    path.write_bytes(b"hush\xff\xfe")
+
+    assert [f"MANAGEMENT_TOKEN: cannot read MANAGEMENT_TOKEN_FILE={path}: not UTF-8 text"] == (
+        problems(MANAGEMENT_TOKEN_FILE=str(path))
+    )
+
+
+# -- contradictions and many problems --------------------------------------------------------
+
+
+def test_budgets_that_do_not_fit_are_refused() -> None:
+    """All budgets together may equal the force timeout, not exceed it."""
+    (line,) = problems(SHUTDOWN_FORCE_TIMEOUT="49999")
+
+    assert problems(SHUTDOWN_FORCE_TIMEOUT="50000") == []
+    assert line.startswith("SHUTDOWN_FORCE_TIMEOUT: the phases need 50 s together (")
+    assert line.endswith("; raise it, or lower a budget")
+
+
+def test_one_port_for_both_servers_is_refused() -> None:
+    """Two servers cannot listen on one port, but both may take any free one."""
+    assert problems(MANAGEMENT_PORT="3000") == [
+        "MANAGEMENT_PORT: 3000 is PORT already; choose another"
+    ]
+    assert problems(PORT="0", MANAGEMENT_PORT="0") == []
+
+
+def test_authorized_details_need_a_token() -> None:
+    """Details that nobody could read are a mistake."""
+    assert problems(HEALTH_DETAILS="authorized") == [
+        "HEALTH_DETAILS: authorized needs MANAGEMENT_TOKEN to be set"
+    ]
+
+
+def test_production_refuses_memory_unless_told() -> None:
+    """In production memory adapters need an explicit word, and the line says which."""
+    (line,) = problems(ENVIRONMENT="production")
+
+    assert line.startswith("ENVIRONMENT: production refuses ")
+    assert "ALLOW_MEMORY_ADAPTERS=true" in line
+    assert problems(ENVIRONMENT="production", ALLOW_MEMORY_ADAPTERS="true") == []
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    """Nobody has to start the service five times to find five mistakes."""
+    lines = problems(
+        SHUTDOWN_DRAIN_TIMOUT="1",
+        PORT="http",
+        LOG_LEVEL="loud",
+        MANAGEMENT_TOKEN_FILE=str(tmp_path / "missing"),
+        ENVIRONMENT="production",
+        DATABASE_URL="postgres://user:pass@host/db",
+    )
+
+    assert {
+        "DATABASE_URL",
+        "ENVIRONMENT",
+        "LOG_LEVEL",
+        "MANAGEMENT_TOKEN",
+        "PORT",
+        "SHUTDOWN_DRAIN_TIMOUT",
+    } == {line.partition(":")[0] for line in lines}
+    assert len(lines) == 6
+    assert not any("\n" in line for line in lines)
+
+
+def test_error_says_all_problems_in_one_text() -> None:
+    """The exception's own text has every problem too."""
+    with pytest.raises(ConfigurationError, match=r"PORT: .*; .*LOG_LEVEL: |LOG_LEVEL: .*; PORT"):
+        read_settings({"PORT": "x", "LOG_LEVEL": "x"})
+
+
+# -- secrets ---------------------------------------------------------------------------------
+
+
+def test_secret_never_shows(tmp_path: Path) -> None:
+    """Neither repr, str, format nor ``show`` of settings hold a secret."""
+    settings = read_settings({"MANAGEMENT_TOKEN": "hunter2"})
+    token = settings.management_token
+
+    assert show(token) == "***"
+    for text in (repr(token), str(token), f"{token}", repr(settings), str(settings)):
+        assert "hunter2" not in text
+    (tmp_path / "token").write_text("hunter2")
+    lines = problems(
+        MANAGEMENT_TOKEN="hunter2", MANAGEMENT_TOKEN_FILE=str(tmp_path / "token"), PORT="x"
+    )
+    assert len(lines) == 2
+    assert "hunter2" not in str(lines)
+
+
+def test_unknown_variables_value_is_not_repeated() -> None:
+    """A misspelled secret is named without its value."""
+    assert "hunter2" not in str(problems(DB_PASSWORT="hunter2", DATABASE_URL="hunter2"))
+
+
+def test_settings_are_immutable() -> None:
+    """What was validated cannot be changed afterwards."""
+    with pytest.raises(AttributeError):
+        Settings().port = 1  # type: ignore[misc]
+    assert msgspec.structs.replace(Settings(), port=1).port == 1
+
+
+@pytest.mark.parametrize("name", ["SHUTDOWN_FORCE_TIMEOUT", "HEALTH_FAILURE_THRESHOLD", "PORT"])
+@pytest.mark.parametrize("text", ["9" * 18, "9" * 400, "1e3", "+5", "\u0663"])
+def test_number_beyond_all_use_is_refused(name: str, text: str) -> None:
+    """No timer, date or buffer overflows with what is accepted."""
+    assert [f"{name}: {text!r} is not a whole number"] == [
+        line[: len(f"{name}: {text!r} is not a whole number")] for line in problems(**{name: text})
+    ]
+
+
+def test_contradiction_with_a_value_that_is_wrong_anyway_is_not_told() -> None:
+    """Only what was really set can contradict."""
+    lines = problems(
+        PORT="abc",
+        MANAGEMENT_PORT="3000",
+        HEALTH_DETAILS="authorized",
+        MANAGEMENT_TOKEN_FILE="/nothing/here",
+        SHUTDOWN_DRAIN_TIMEOUT="x",
+        SHUTDOWN_FORCE_TIMEOUT="1",
+    )
+
+    assert [line.partition(":")[0] for line in lines] == [
+        "PORT",
+        "MANAGEMENT_TOKEN",
+        "SHUTDOWN_DRAIN_TIMEOUT",
+    ]
+
+
+def test_source_of_a_value_is_told(tmp_path: Path) -> None:
+    """The environment, a file, or the default; a service link is none of them."""
+    file = tmp_path / "token"
+    environ = {
+        "PORT": "1",
+        "MANAGEMENT_PORT": "tcp://10.0.0.1:80",
+        "MANAGEMENT_TOKEN_FILE": str(file),
+    }
+
+    assert source("PORT", environ) == "environment"
+    assert source("MANAGEMENT_PORT", environ) == "default"
+    assert f"file {file}" == source("MANAGEMENT_TOKEN", environ)

@@ -1,0 +1,525 @@
+"""The ordered stop: budgets, order, stages that misbehave, and the report at each moment."""
+
+import asyncio
+from collections.abc import Coroutine
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from tests.manual_clock import ManualClock
+from tests.unit.conftest import Releasable
+from tests.unit.doubles import Act, ActingStage, BrokenError
+
+from viralfx.domain.correlation import current_correlation_id
+from viralfx.domain.lifecycle import Lifecycle, State
+from viralfx.domain.sequence import CUT_MARGIN, ShutdownSequence
+from viralfx.domain.shutdown import (
+    Outcome,
+    Phase,
+    ShutdownBudgets,
+    ShutdownEvent,
+    ShutdownReport,
+    ShutdownTriggered,
+    StageFinished,
+)
+
+BUDGETS = ShutdownBudgets(readiness_delay=5, drain=30, state=5, connections=12, force=60)
+
+
+class Stop:
+    """A sequence with its clock, its stages and what they wrote down."""
+
+    def __init__(self, clock: ManualClock, budgets: ShutdownBudgets = BUDGETS) -> None:
+        self.clock = clock
+        self.lifecycle = Lifecycle(clock)
+        self.sequence = ShutdownSequence(budgets=budgets, lifecycle=self.lifecycle, clock=clock)
+        self.journal: list[str] = []
+        self.began_at = clock.monotonic()
+
+    def add(
+        self,
+        phase: Phase,
+        name: str,
+        act: Act = Act.PASS,
+        *,
+        seconds: float = 1.0,
+        first: bool = False,
+    ) -> ActingStage:
+        """Register a stage that acts so."""
+        stage = ActingStage(act, clock=self.clock, name=name, seconds=seconds, journal=self.journal)
+        self.sequence.register(phase, name, stage, first=first)
+        return stage
+
+    async def finish(self) -> ShutdownReport:
+        """Run to the end, however long that takes on the clock."""
+        run = asyncio.create_task(self.sequence.run())
+        while not run.done():
+            await self.clock.advance(0.125)
+        return run.result()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this was made."""
+        return self.clock.monotonic() - self.began_at
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """Return how each stage ended."""
+        phases = self.sequence.report().phases
+        return {stage.name: stage.outcome for phase in phases for stage in phase.stages}
+
+
+@pytest.fixture
+def stop(clock: ManualClock) -> Stop:
+    """Return a sequence without stages."""
+    return Stop(clock)
+
+
+# -- budgets ---------------------------------------------------------------------------------
+
+
+def test_default_budgets_are_the_guides() -> None:
+    """Without configuration the guide's times hold."""
+    budgets = ShutdownBudgets()
+
+    assert [budgets.of(phase) for phase in Phase] == [0.0, 30.0, 5.0, 15.0]
+    assert budgets.force == 60.0
+
+
+def test_budgets_may_equal_the_force_timeout() -> None:
+    """All time may be given to the phases."""
+    ShutdownBudgets(readiness_delay=10, drain=30, state=5, connections=15, force=60)
+
+
+def test_budgets_over_the_force_timeout_are_refused_with_all_numbers() -> None:
+    """The message shows what was added up."""
+    expected = (
+        r"the phases need 60.5 s together \(readiness delay 10.5, drain 30, state 5,"
+        r" connections 15\) but everything is forced to end after 60 s"
+    )
+
+    with pytest.raises(ValueError, match=expected):
+        ShutdownBudgets(readiness_delay=10.5, drain=30, state=5, connections=15, force=60)
+
+
+@pytest.mark.parametrize("name", ["readiness_delay", "drain", "state", "connections", "force"])
+@pytest.mark.parametrize("seconds", [-0.001, float("nan"), float("inf")])
+def test_budget_that_is_no_duration_is_refused(name: str, seconds: float) -> None:
+    """Negative and infinite budgets are named."""
+    with pytest.raises(ValueError, match=f"{name} must be zero or more seconds"):
+        ShutdownBudgets(**{name: seconds})
+
+
+# -- order -----------------------------------------------------------------------------------
+
+
+async def test_phases_run_in_order_whatever_the_order_of_registration(stop: Stop) -> None:
+    """Stop accepting, drain, save state, close connections."""
+    for phase in reversed(Phase):
+        stop.add(phase, str(phase))
+    report = await stop.finish()
+
+    assert [str(phase) for phase in Phase] == stop.journal
+    assert report.clean
+
+
+async def test_stages_of_a_phase_run_in_the_order_of_registration(stop: Stop) -> None:
+    """One after another, except that ``first`` goes ahead."""
+    stop.add(Phase.CLOSE, "two", Act.SLOW)
+    stop.add(Phase.CLOSE, "three", Act.SLOW)
+    stop.add(Phase.CLOSE, "one", Act.SLOW, first=True)
+    await stop.finish()
+
+    assert stop.journal == ["one", "two", "three"]
+    assert 3.0 <= stop.elapsed < 3.2
+
+
+async def test_draining_is_concurrent_and_each_stage_has_the_whole_budget(stop: Stop) -> None:
+    """Requests and jobs drain at the same time."""
+    stages = [stop.add(Phase.DRAIN, name, Act.SLOW, seconds=20.0) for name in ("one", "two")]
+    report = await stop.finish()
+
+    assert [stage.budgets for stage in stages] == [[30.0], [30.0]]
+    assert 20.0 <= stop.elapsed < 20.2
+    assert report.clean
+
+
+async def test_stages_in_a_row_get_fair_shares(stop: Stop) -> None:
+    """Each gets an equal part of what is left, so time not used passes on."""
+    quick = stop.add(Phase.CLOSE, "quick")
+    slow = stop.add(Phase.CLOSE, "slow", Act.SLOW, seconds=2.0)
+    last = stop.add(Phase.CLOSE, "last")
+    await stop.finish()
+
+    assert quick.budgets == [4.0]
+    assert slow.budgets == [6.0]
+    assert last.budgets == [10.0]
+
+
+async def test_hanging_stage_cannot_take_the_time_of_those_behind(stop: Stop) -> None:
+    """Whoever comes after a stage that hangs still has its share."""
+    stop.add(Phase.CLOSE, "hanging", Act.HANG)
+    behind = [stop.add(Phase.CLOSE, name) for name in ("two", "three")]
+    await stop.finish()
+
+    assert all(stage.budgets[0] >= 3.8 for stage in behind)
+
+
+async def test_name_is_taken_once_per_phase(stop: Stop) -> None:
+    """Two stages of one name in a phase are a mistake; in two phases they are fine."""
+    stop.add(Phase.DRAIN, "queues")
+    stop.add(Phase.CLOSE, "queues")
+
+    with pytest.raises(ValueError, match="has a stage named 'queues' already"):
+        stop.add(Phase.DRAIN, "queues")
+
+
+# -- the delay and the lifecycle -------------------------------------------------------------
+
+
+async def test_listeners_close_after_the_readiness_delay(stop: Stop) -> None:
+    """While others learn that it leaves, the instance still accepts."""
+    listeners = stop.add(Phase.STOP_ACCEPTING, "listeners")
+    run = asyncio.create_task(stop.sequence.run())
+    await stop.clock.advance(4.999)
+
+    assert State.LAME_DUCK is stop.lifecycle.state
+    assert listeners.began_at == []
+
+    await stop.clock.advance(0.001)
+
+    assert [stop.began_at + 5.0] == listeners.began_at
+    assert run.done()
+
+
+async def test_no_delay_when_nothing_stops_accepting(stop: Stop) -> None:
+    """Under a foreign server that has closed its listeners there is nothing to wait for."""
+    stop.add(Phase.DRAIN, "queues")
+    await stop.sequence.run()
+
+    assert stop.elapsed == 0.0
+
+
+async def test_states_follow_the_phases(stop: Stop) -> None:
+    """Lame duck at the trigger, draining from the drain on, stopped at the end."""
+    seen: list[State] = []
+
+    class Look:
+        async def run(self, budget: float) -> None:  # noqa: ARG002 - the port's signature
+            seen.append(stop.lifecycle.state)
+
+    for phase in Phase:
+        stop.sequence.register(phase, "look", Look())
+    await stop.finish()
+
+    assert seen == [State.LAME_DUCK, State.DRAINING, State.DRAINING, State.DRAINING]
+    assert State.STOPPED is stop.lifecycle.state
+    assert {"requested"} == {event.reason for event in stop.lifecycle.history}
+
+
+# -- stages that misbehave -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+@pytest.mark.parametrize(
+    ("act", "outcome"),
+    [
+        (Act.RAISE, Outcome.FAILED),
+        (Act.CANCEL_ITSELF, Outcome.FAILED),
+        (Act.HANG, Outcome.TIMEOUT),
+        (Act.SWALLOW, Outcome.TIMEOUT),
+    ],
+)
+async def test_misbehaving_stage_is_recorded_and_the_next_one_runs(
+    stop: Stop, held: list[Releasable], phase: Phase, act: Act, outcome: Outcome
+) -> None:
+    """A stage that fails or overruns ends neither its phase nor the shutdown."""
+    held.append(stop.add(phase, "bad", act))
+    stop.add(phase, "next")
+    stop.add(Phase.CLOSE, "last")
+    report = await stop.finish()
+
+    assert {"bad": outcome, "next": Outcome.OK, "last": Outcome.OK} == stop.outcomes()
+    assert outcome is report.phases[list(Phase).index(phase)].outcome
+    assert not report.clean
+
+
+def _raises_at_once() -> Coroutine[Any, Any, None]:
+    raise BrokenError("before the first await")
+
+
+def _is_not_async() -> Coroutine[Any, Any, None]:
+    return None  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("function", [_raises_at_once, _is_not_async])
+@pytest.mark.parametrize("phase", [Phase.DRAIN, Phase.CLOSE])
+async def test_run_that_is_no_coroutine_function_fails_as_a_stage(
+    stop: Stop, phase: Phase, function: Any
+) -> None:
+    """A synchronous ``run`` does not stop the sequence."""
+
+    class Wrong:
+        def run(self, budget: float) -> Coroutine[Any, Any, None]:  # noqa: ARG002
+            result: Coroutine[Any, Any, None] = function()
+            return result
+
+    stop.sequence.register(phase, "wrong", Wrong())
+    stop.add(phase, "next")
+    await stop.finish()
+
+    assert stop.outcomes() == {"wrong": Outcome.FAILED, "next": Outcome.OK}
+
+
+@pytest.mark.parametrize("act", [Act.HANG, Act.SWALLOW])
+async def test_hanging_stage_is_cut_at_its_budget(
+    stop: Stop, held: list[Releasable], act: Act
+) -> None:
+    """A stage is cut a small margin after its budget, whether or not it lets itself be cut."""
+    held.append(stop.add(Phase.DRAIN, "hanging", act))
+    after = stop.add(Phase.SAVE_STATE, "after")
+    await stop.finish()
+
+    assert [stop.began_at + 30.0 + CUT_MARGIN] == after.began_at
+
+
+async def test_stage_that_needs_its_whole_budget_is_not_cut(stop: Stop) -> None:
+    """Keeping to the budget exactly is keeping to it."""
+    stop.add(Phase.DRAIN, "exact", Act.SLOW, seconds=30.0)
+
+    assert (await stop.finish()).clean
+
+
+async def test_worst_stage_is_the_phases_outcome(stop: Stop) -> None:
+    """A timeout outweighs a failure, and a failure what went well."""
+    stop.add(Phase.DRAIN, "fine")
+    stop.add(Phase.DRAIN, "raising", Act.RAISE)
+    stop.add(Phase.DRAIN, "hanging", Act.HANG)
+    stop.add(Phase.CLOSE, "fine")
+    stop.add(Phase.CLOSE, "raising", Act.RAISE)
+    report = await stop.finish()
+
+    assert [phase.outcome for phase in report.phases] == [
+        Outcome.OK,
+        Outcome.TIMEOUT,
+        Outcome.OK,
+        Outcome.FAILED,
+    ]
+
+
+async def test_late_error_of_a_stage_that_was_cut_is_nobodys_exception(stop: Stop) -> None:
+    """What an abandoned stage raises in the end is not taken for an uncaught exception."""
+    reported: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+
+    class RaisesWhenCut:
+        async def run(self, budget: float) -> None:
+            try:
+                await stop.clock.sleep(budget + 100.0)
+            except asyncio.CancelledError:
+                raise BrokenError("on the way out") from None
+
+    stop.sequence.register(Phase.CLOSE, "late", RaisesWhenCut())
+    await stop.finish()
+    await stop.clock.settle()
+
+    assert stop.outcomes() == {"late": Outcome.TIMEOUT}
+    assert reported == []
+
+
+# -- the trigger -----------------------------------------------------------------------------
+
+
+async def test_trigger_is_idempotent_with_one_deadline(stop: Stop) -> None:
+    """Later triggers join: neither the reason nor the deadline moves."""
+    first = stop.sequence.trigger("SIGTERM")
+    deadline = stop.sequence.report().deadline
+    await stop.clock.advance(10.0)
+    second = stop.sequence.trigger("POST /health/shutdown")
+    report = stop.sequence.report()
+
+    assert (first, second) == (True, False)
+    assert ("SIGTERM", deadline) == (report.reason, report.deadline)
+    assert stop.clock.now() + timedelta(seconds=50) == deadline
+    assert stop.sequence.remaining() == 50.0
+
+
+async def test_before_the_trigger_nothing_is_due(stop: Stop) -> None:
+    """Without a shutdown there is no end and no reason."""
+    report = stop.sequence.report()
+
+    assert float("inf") == stop.sequence.remaining()
+    assert (report.reason, report.deadline, report.clean) == (None, None, False)
+    assert {"pending"} == {phase.state for phase in report.phases}
+    assert not stop.sequence.triggered
+
+
+async def test_wait_returns_with_the_trigger(stop: Stop) -> None:
+    """Whoever waits is woken once, and never waits again."""
+    waiter = asyncio.create_task(stop.sequence.wait())
+    await stop.clock.advance(1000.0)
+
+    assert not waiter.done()
+
+    stop.sequence.trigger("SIGTERM")
+    await stop.clock.settle()
+
+    assert waiter.done()
+
+    await stop.sequence.wait()
+
+
+async def test_run_twice_shares_one_run(stop: Stop) -> None:
+    """Two callers at once and one afterwards see the same stages run once."""
+    stage = stop.add(Phase.DRAIN, "slow", Act.SLOW)
+    callers = [asyncio.create_task(stop.sequence.run()) for _ in range(2)]
+    await stop.clock.advance(1.0)
+    first, second = [await caller for caller in callers]
+    third = await stop.sequence.run()
+
+    assert len(stage.began_at) == 1
+    assert first == second == third
+    assert first.clean
+
+
+async def test_caller_that_is_cancelled_does_not_end_the_run(stop: Stop) -> None:
+    """The shutdown goes on when one who waits for it goes away."""
+    stage = stop.add(Phase.CLOSE, "last")
+    stop.add(Phase.DRAIN, "slow", Act.SLOW)
+    caller = asyncio.create_task(stop.sequence.run())
+    await stop.clock.settle()
+    caller.cancel()
+    await stop.clock.advance(2.0)
+
+    assert caller.cancelled()
+    assert len(stage.began_at) == 1
+
+
+async def test_run_before_start_is_a_trigger_of_its_own(stop: Stop) -> None:
+    """Running without a trigger, in a process that never got ready, works."""
+    report = await stop.sequence.run()
+
+    assert (report.reason, report.clean) == ("requested", True)
+
+
+async def test_everything_still_runs_past_the_deadline(stop: Stop) -> None:
+    """A run that begins too late gives each stage its chance with nothing but the margin."""
+    stages = [stop.add(phase, str(phase)) for phase in Phase]
+    stages.append(stop.add(Phase.CLOSE, "hanging", Act.HANG))
+    stop.sequence.trigger("SIGTERM")
+    await stop.clock.advance(100.0)
+    await stop.finish()
+
+    assert [stage.budgets for stage in stages] == [[0.0]] * 5
+    assert Outcome.TIMEOUT is stop.outcomes()["hanging"]
+    assert stop.elapsed < 100.0 + 2 * CUT_MARGIN
+
+
+async def test_late_run_shortens_the_budgets(stop: Stop) -> None:
+    """The deadline is absolute: what was lost before the run is lost."""
+    drain = stop.add(Phase.DRAIN, "drain")
+    stop.sequence.trigger("SIGTERM")
+    await stop.clock.advance(45.0)
+    await stop.finish()
+
+    assert drain.budgets == [14.5]
+
+
+async def test_zero_budgets_run_every_stage(clock: ManualClock, held: list[Releasable]) -> None:
+    """With no time at all each stage is started, and cut at the margin if it hangs."""
+    stop = Stop(clock, ShutdownBudgets(readiness_delay=0, drain=0, state=0, connections=0, force=1))
+    for phase in Phase:
+        held.append(stop.add(phase, f"bad {phase}", Act.SWALLOW))
+        stop.add(phase, f"good {phase}")
+    await stop.finish()
+
+    assert len(stop.journal) == 8
+    assert {Outcome.OK} == {
+        outcome for name, outcome in stop.outcomes().items() if name.startswith("good")
+    }
+    assert 4 * CUT_MARGIN <= stop.elapsed <= 4 * CUT_MARGIN + 0.2
+
+
+# -- telling ---------------------------------------------------------------------------------
+
+
+async def test_report_at_each_moment(stop: Stop) -> None:
+    """Pending, running and done, with durations that fit the clock."""
+    stop.add(Phase.STOP_ACCEPTING, "listeners")
+    stop.add(Phase.DRAIN, "requests", Act.SLOW, seconds=10.0)
+    stop.add(Phase.CLOSE, "server")
+    run = asyncio.create_task(stop.sequence.run())
+
+    await stop.clock.advance(2.0)
+
+    delay, *rest = stop.sequence.report().phases
+    assert (
+        delay.state,
+        delay.duration,
+        delay.outcome,
+        delay.stages,
+    ) == ("running", 2.0, None, ())
+    assert {("pending", None, None)} == {(p.state, p.duration, p.outcome) for p in rest}
+
+    await stop.clock.advance(5.0)
+
+    delay, drain, *rest = stop.sequence.report().phases
+    assert (delay.state, delay.duration, delay.outcome) == ("done", 5.0, Outcome.OK)
+    assert (drain.state, drain.duration) == ("running", 2.0)
+
+    await stop.clock.advance(8.0)
+
+    report = stop.sequence.report()
+    assert [phase.duration for phase in report.phases] == [5.0, 10.0, 0.0, 0.0]
+    assert [phase.budget for phase in report.phases] == [5.0, 30.0, 5.0, 12.0]
+    assert {"done"} == {phase.state for phase in report.phases}
+    assert run.result() == report
+
+
+async def test_listeners_hear_the_trigger_and_each_stage(stop: Stop) -> None:
+    """One event at the trigger, one per stage, with the error of the one that failed."""
+    events: list[ShutdownEvent] = []
+    stop.sequence.subscribe(events.append)
+    stop.add(Phase.DRAIN, "requests")
+    stop.add(Phase.CLOSE, "server", Act.RAISE)
+    await stop.finish()
+    triggered, *finished = events
+
+    assert isinstance(triggered, ShutdownTriggered)
+    assert (triggered.reason, triggered.force_timeout) == ("requested", 60.0)
+    assert [(Phase.DRAIN, "requests", None), (Phase.CLOSE, "server", BrokenError)] == [
+        (e.phase, e.report.name, type(e.report.error) if e.report.error else None)
+        for e in finished
+        if isinstance(e, StageFinished)
+    ]
+
+
+async def test_listener_that_raises_does_not_stop_the_stop(
+    stop: Stop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A listener's error is logged and every stage runs."""
+
+    def broken(_: ShutdownEvent) -> None:
+        raise BrokenError("a listener")
+
+    stop.sequence.subscribe(broken)
+    stop.add(Phase.DRAIN, "requests")
+    report = await stop.finish()
+
+    assert report.clean
+    assert {"Event listener failed"} == {record.message for record in caplog.records}
+
+
+async def test_stages_share_a_correlation_id_of_the_shutdown(stop: Stop) -> None:
+    """The log lines of one shutdown can be found together."""
+    seen: set[str | None] = set()
+
+    class Look:
+        async def run(self, budget: float) -> None:  # noqa: ARG002 - the port's signature
+            seen.add(current_correlation_id())
+
+    for phase in Phase:
+        stop.sequence.register(phase, "look", Look())
+    await stop.finish()
+
+    assert len(seen) == 1
+    assert None not in seen

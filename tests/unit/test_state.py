@@ -1,0 +1,189 @@
+"""The saved state and the file that keeps it."""
+
+import errno
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from viralfx.adapters.memory import FileStateStore, MemoryStateStore
+from viralfx.bootstrap import build_operations
+from viralfx.domain.errors import ConfigurationError
+from viralfx.domain.state import SavedState
+from viralfx.settings import Settings
+
+STATE = SavedState(
+    saved_at=datetime(2026, 1, 6, 12, tzinfo=UTC),
+    starts=3,
+    uptime=3600.5,
+    health="healthy",
+    checks={"database": "pass"},
+    transitions={"database": 7},
+    shutdown_reason="SIGTERM",
+    shutdown_phases={"drain": "ok"},
+)
+OTHER = SavedState(
+    saved_at=datetime(2026, 1, 7, 12, tzinfo=UTC), starts=4, uptime=1.0, health="degraded"
+)
+
+
+def names(folder: Path) -> set[str]:
+    """Return what is in the folder."""
+    return {path.name for path in folder.iterdir()}
+
+
+async def test_save_leaves_one_file(tmp_path: Path) -> None:
+    """Beside ``state.json`` nothing temporary stays."""
+    store = FileStateStore(tmp_path)
+    await store.save(STATE)
+    await store.save(OTHER)
+
+    assert {"state.json"} == names(tmp_path)
+    assert (tmp_path / "state.json").read_bytes().endswith(b"}\n")
+
+
+@pytest.mark.parametrize("call", [1, 2], ids=["before the rename", "after the rename"])
+async def test_full_disk_leaves_one_whole_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """When the disk refuses to flush, the error is told and a whole state is there."""
+    store = FileStateStore(tmp_path)
+    await store.save(STATE)
+    calls = 0
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        await store.save(OTHER)
+
+    assert (STATE if call == 1 else OTHER) == await store.load()
+    assert {"state.json"} == names(tmp_path)
+
+
+async def test_crash_between_write_and_rename_leaves_the_old_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that dies before the rename has changed nothing."""
+    store = FileStateStore(tmp_path)
+    await store.save(STATE)
+
+    def refuse(_: Path, __: Path) -> Path:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        with pytest.raises(OSError, match="Input/output error"):
+            await store.save(OTHER)
+
+    assert await store.load() == STATE
+    assert {"state.json"} == names(tmp_path)
+
+
+async def test_left_over_of_a_killed_process_is_no_state(tmp_path: Path) -> None:
+    """A half-written file beside the real one is never read, and overwritten by the next."""
+    (tmp_path / f".state.{os.getpid()}.json").write_bytes(b'{"saved_at":')
+    store = FileStateStore(tmp_path)
+
+    assert await store.load() is None
+
+    await store.save(STATE)
+
+    assert await store.load() == STATE
+    assert {"state.json"} == names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"saved_at":"yesterday","starts":1,"uptime":1.0,"health":"healthy"}',
+        b'{"saved_at":"2026-01-06T12:00:00Z","starts":"1","uptime":1.0,"health":"healthy"}',
+        b"\xff\xfe\x00",
+        b'{"health":"\xff"}',
+        b"\0" * 4096,
+    ],
+    ids=["empty", "cut", "null", "list", "nothing", "date", "type", "UTF-16", "text", "zeros"],
+)
+async def test_unreadable_file_is_set_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    """What cannot be understood is kept under another name, told once, and not in the way."""
+    (tmp_path / "state.json").write_bytes(content)
+    store = FileStateStore(tmp_path)
+
+    assert await store.load() is None
+    assert await store.load() is None
+    assert content == (tmp_path / "state.json.unreadable").read_bytes()
+    assert [r.message for r in caplog.records] == ["Saved state is unreadable and was set aside"]
+
+    await store.save(STATE)
+
+    assert await store.load() == STATE
+
+
+async def test_file_of_a_later_version_is_read(tmp_path: Path) -> None:
+    """Fields that this version does not know are ignored, so that a roll-back keeps the state."""
+    (tmp_path / "state.json").write_bytes(
+        b'{"saved_at":"2026-01-07T12:00:00Z","starts":4,"uptime":1.0,"health":"degraded",'
+        b'"invented_later":{"x":[1]}}'
+    )
+
+    assert await FileStateStore(tmp_path).load() == OTHER
+
+
+async def test_state_that_cannot_be_read_is_told_and_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that refuses to read does not keep the service from starting."""
+    (tmp_path / "state.json").mkdir()
+
+    assert await FileStateStore(tmp_path).load() is None
+    assert [record.message for record in caplog.records] == ["Saved state cannot be read"]
+
+
+async def test_folder_that_is_gone_is_an_error_of_saving_only(tmp_path: Path) -> None:
+    """Nothing saved is no error; not being able to save is one."""
+    store = FileStateStore(tmp_path / "gone")
+
+    assert await store.load() is None
+    with pytest.raises(FileNotFoundError):
+        await store.save(STATE)
+
+
+def test_state_dir_must_be_a_folder(tmp_path: Path) -> None:
+    """A folder that is not there is one clear line at start, not an error at the stop."""
+    path = tmp_path / "gone"
+
+    with pytest.raises(ConfigurationError) as caught:
+        build_operations(Settings(state_dir=str(path)))
+    assert (f"STATE_DIR: {path} is not a folder; create it",) == caught.value.problems
+
+
+def test_state_dir_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only folder is one clear line at start."""
+    # Permissions do not bind root, who may run the tests: the system's answer is stood in for.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+
+    with pytest.raises(ConfigurationError) as caught:
+        build_operations(Settings(state_dir=str(tmp_path)))
+    assert (f"STATE_DIR: {tmp_path} is not writable for this user",) == caught.value.problems
+
+
+def test_where_the_state_is_kept(tmp_path: Path) -> None:
+    """With ``STATE_DIR`` it is a file, without it memory."""
+    assert isinstance(build_operations(Settings()).state_store, MemoryStateStore)
+    assert isinstance(
+        build_operations(Settings(state_dir=str(tmp_path))).state_store, FileStateStore
+    )
