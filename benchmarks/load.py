@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from benchmarks.keepalive import HEADERS
 from benchmarks.servers import CLIENT_CORE, SERVER_CORE, Server, on_core
 
 CONNECTIONS = 32
+_LOOK_SECONDS = 0.25
 _WRK = shutil.which("wrk")
 _CLIENT = Path(__file__).with_name("keepalive.py")
 
@@ -59,6 +61,18 @@ def load(server: Server, path: str, *, seconds: int) -> Sample:
         busy=served / took,
         foreign=max(0.0, all_used - served - own) / took,
     )
+
+
+def wait_for_calm(*, most_foreign: float, seconds: float) -> float:
+    """Wait until others leave both cores alone, at most ``seconds``; return how long it took."""
+    began = time.monotonic()
+    while (waited := time.monotonic() - began) < seconds:
+        own, all_used = _own_seconds(), _core_seconds()
+        time.sleep(_LOOK_SECONDS)
+        foreign = _core_seconds() - all_used - (_own_seconds() - own)
+        if foreign <= most_foreign * _LOOK_SECONDS:
+            break
+    return waited
 
 
 def _own_seconds() -> float:

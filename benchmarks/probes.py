@@ -15,13 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.load import CONNECTIONS, Sample, generator, load
+from benchmarks.load import CONNECTIONS, Sample, generator, load, wait_for_calm
 from benchmarks.results import Target, circumstances, publish, table, target_table
 from benchmarks.servers import BACKEND, BARE_ASGI, BARE_LITESTAR, MOUNTED, Program, Server
 
 ROUNDS = 11
 MOST_REPEATS = 6
 SLICE_SECONDS = 1
+MOST_WAITING = 45.0
+"""Seconds in all to wait for other processes to leave the machine alone."""
 SATURATED = 0.9
 """Below this share of the time the server waits for the client: rates say little then."""
 MOST_FOREIGN = 0.1
@@ -112,7 +114,9 @@ def measure(count: int) -> tuple[list[Round], int]:
         for subject in SUBJECTS:
             servers[subject.program].wait_for_200(subject.path)
         measured: list[Round] = []
+        patience = MOST_WAITING
         for number in range(1 + count + MOST_REPEATS):
+            patience -= wait_for_calm(most_foreign=MOST_FOREIGN, seconds=patience)
             order = SUBJECTS if number % 2 else SUBJECTS[::-1]
             samples = {s: load(servers[s.program], s.path, seconds=SLICE_SECONDS) for s in order}
             if number:  # the first one warms up
