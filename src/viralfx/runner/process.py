@@ -3,7 +3,6 @@
 import asyncio
 import concurrent.futures
 import contextlib
-import gc
 import logging
 import os
 import sys
@@ -139,8 +138,6 @@ class Process:
             self._operations.shutdown.trigger("start-up failed")
             return
         self._gate.open = True
-        # What start-up made stays for good; a full collection need not look at it ever again.
-        gc.freeze()
         self._operations.application_ready()
         host, port = server.address
         extra: dict[str, object] = {"host": host, "port": port}

@@ -1,5 +1,6 @@
 """``viralfx serve``: puts an application, its servers and the operations layer into a process."""
 
+import gc
 import logging
 import os
 from functools import partial
@@ -57,4 +58,7 @@ def serve(signals: SignalWatch, *, app: str | None, host: str | None, port: int 
         ),
         shutdown_on_uncaught=settings.shutdown_on_uncaught,
     )
+    # What was made until here stays for good: no collection need look at it ever again.
+    gc.freeze()
+    gc.enable()
     return process.run()
