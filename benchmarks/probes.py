@@ -83,15 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     options = parser.parse_args(arguments)
-    rounds, repeated = measure(options.rounds)
+    rounds = measure(options.rounds)
+    calm = sum(map(_undisturbed, rounds))
     targets = [_target(rounds, *comparison) for comparison in COMPARISONS]
     lines = [
         *circumstances(
             "Command: `python benchmarks/probes.py`",
             f"Load: {generator()}, {CONNECTIONS} keep-alive connections; server and client each on "
             "a core of their own",
-            f"Medians of {len(rounds)} interleaved rounds of {SLICE_SECONDS} s per row; "
-            f"{repeated} rounds were repeated because of other load",
+            f"Medians of {len(rounds)} interleaved rounds of {SLICE_SECONDS} s per row; in {calm} "
+            f"of them other processes took less than {MOST_FOREIGN:.0%} of a core",
         ),
         "",
         *_subject_table(rounds),
@@ -100,13 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "",
         READING,
         "",
-        *(f"For orientation: {_orientation(rounds, *pair)}" for pair in FOR_ORIENTATION),
+        *(f"- For orientation: {_orientation(rounds, *pair)}" for pair in FOR_ORIENTATION),
     ]
     return publish("probes.py", lines, targets, check=options.check)
 
 
-def measure(count: int) -> tuple[list[Round], int]:
-    """Return the rounds, and how many more there were that neighbours had disturbed."""
+def measure(count: int) -> list[Round]:
+    """Return the calmest rounds; those that other processes disturbed are repeated for a while."""
     with ExitStack() as stack:
         servers: dict[Program, Server] = {}
         for program in (BARE_ASGI, BARE_LITESTAR, BACKEND, MOUNTED):
@@ -123,8 +124,7 @@ def measure(count: int) -> tuple[list[Round], int]:
                 measured.append(samples)
             if sum(map(_undisturbed, measured)) == count:
                 break
-    # The calmest ones, should there not be enough that were calm.
-    return sorted(measured, key=_foreign)[:count], len(measured) - count
+    return sorted(measured, key=_foreign)[:count]
 
 
 def _foreign(samples: Round) -> float:
