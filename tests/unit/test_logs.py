@@ -375,3 +375,15 @@ def test_number_that_json_has_no_word_for_is_text() -> None:
     (line,) = lines.parsed
 
     assert (line["ratio"], line["count"]) == ("nan", 3)
+
+
+def test_traceback_for_people_shows_no_local_variables() -> None:
+    """The console says where it failed, and nothing of what the function held."""
+    lines = Lines(console=True)
+    try:
+        _fail("planted_secret")
+    except BrokenError:
+        logging.getLogger("any").exception("x")
+
+    assert "BrokenError" in lines.stream.getvalue()
+    assert "planted_secret" not in "".join(lines.raw[1:])

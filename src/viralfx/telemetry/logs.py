@@ -40,7 +40,7 @@ def configure_logging(*, level: str, console: bool, stream: TextIO | None = None
         structlog.stdlib.ProcessorFormatter.remove_processors_meta,
     ]
     if console:
-        pipeline += [_for_people, structlog.dev.ConsoleRenderer(colors=stream.isatty())]
+        pipeline += [_for_people, _console(colors=stream.isatty())]
     else:
         pipeline += [
             # Without local variables: they hold whatever a request brought, tokens included.
@@ -85,6 +85,13 @@ def _to_json(event: EventDict, **_: object) -> str:
         # A number that JSON has no word for, or a value that contains itself.
         plain = {k: v if isinstance(v, str | int) else repr(v) for k, v in event.items()}
         return json.dumps(plain)
+
+
+def _console(*, colors: bool) -> Processor:
+    # Its usual tracebacks show local variables, which hold whatever a request brought.
+    return structlog.dev.ConsoleRenderer(
+        colors=colors, exception_formatter=structlog.dev.plain_traceback
+    )
 
 
 def _for_people(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

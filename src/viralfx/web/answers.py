@@ -6,7 +6,6 @@ The same answers are given ahead of an application's routing and by its document
 
 import math
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
 from urllib.parse import parse_qs
 
 import msgspec
@@ -27,7 +26,7 @@ _JSON = (b"content-type", b"application/json")
 _NO_STORE = (b"cache-control", b"no-store")
 
 
-class Answer(NamedTuple):
+class Answer(msgspec.Struct, frozen=True):
     """A complete response, but for the correlation id that whoever sends it adds."""
 
     status: int
@@ -74,7 +73,7 @@ class OperationsAnswers:
             None,
             _answer(503, b""),
         )
-        self._detailed: tuple[HealthReport, bytes, bytes] | None = None
+        self._detailed: tuple[HealthReport | None, bytes, bytes] = (None, b"", b"")
         intervals = (self._monitor.policy(n).interval_when_failing for n in self._monitor.checks)
         self._next_look = min(intervals, default=1.0)
         self.endpoints: dict[str, Endpoint] = {
@@ -91,6 +90,8 @@ class OperationsAnswers:
 
     def find(self, path: str) -> Endpoint | None:
         """Return what answers a path; None for a path that is not below the prefix."""
+        if not path.startswith(self._prefix):  # the usual case, before anything dearer
+            return None
         endpoint = self.endpoints.get(path)
         if endpoint is None and path.startswith(self._prefix + "/"):
             # One segment below the prefix is ours, known or not; a trailing slash is a segment.
@@ -154,13 +155,13 @@ class OperationsAnswers:
     def detailed(self) -> Answer:
         """``GET /health/detailed``."""
         report = self._monitor.report()
-        if self._detailed is None or self._detailed[0] is not report:
+        seen_report, head, tail = self._detailed
+        if seen_report is not report:
             whole = _encode(bodies.detailed(self._operations, report))
             # Time goes on while the report stays, so the two moving fields, which come second
             # and third, are written anew into each answer.
             head, _, tail = whole.partition(b',"timestamp":"","uptime":0.0,')
             self._detailed = (report, head, tail)
-        _, head, tail = self._detailed
         body = b'%s,"timestamp":"%s","uptime":%.3f,%s' % (
             head,
             timestamp(self._clock.now()).encode(),

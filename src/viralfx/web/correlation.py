@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from viralfx.domain.correlation import choose_correlation_id
+from viralfx.domain.correlation import choose_correlation_id, new_correlation_id
 
 HEADER = b"x-correlation-id"
 _WANTED = frozenset({HEADER, b"x-request-id", b"traceparent"})
@@ -12,11 +12,11 @@ def correlation_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """Choose the id of a request; of a header sent twice, the first counts."""
     found: dict[bytes, str] = {}
     for name, value in headers:
-        if name in _WANTED and name not in found:
+        if name in _WANTED:
             # Not ASCII is not valid either, and latin-1 decodes anything without an error.
-            found[name] = value.decode("latin-1")
+            found.setdefault(name, value.decode("latin-1"))
     if not found:
-        return choose_correlation_id(None, None, None)
+        return new_correlation_id()
     return choose_correlation_id(
         found.get(HEADER), found.get(b"x-request-id"), found.get(b"traceparent")
     )

@@ -34,7 +34,7 @@ class Exchange:
         self, exchanges: "Exchanges", send: Send, header: tuple[bytes, bytes], *, websocket: bool
     ) -> None:
         self.websocket = websocket
-        self.task: asyncio.Task[object] | None = asyncio.current_task()
+        self.task: asyncio.Task[object] | None = asyncio.current_task(exchanges.loop)
         self._exchanges = exchanges
         self._header = header
         self._send = send
@@ -97,6 +97,8 @@ class Exchanges:
         self._open: set[Exchange] = set()
         self._telling: set[asyncio.Task[None]] = set()
         self._drained: asyncio.Event | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """The loop of the requests; Python 3.11 makes a system call each time one asks for it."""
         self.leaving = False
         """Whether answers carry ``Connection: close``."""
         self.told = False
@@ -107,6 +109,8 @@ class Exchanges:
 
     def begin(self, scope: Scope, send: Send, header: tuple[bytes, bytes]) -> Exchange:
         """Count a request in."""
+        if self.loop is None:
+            self.loop = asyncio.get_running_loop()
         exchange = Exchange(self, send, header, websocket=scope["type"] == "websocket")
         self._open.add(exchange)
         return exchange
