@@ -1,0 +1,573 @@
+"""The rules of the field notes that bind retries, one test or more for each."""
+
+import asyncio
+import functools
+import random
+import threading
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from tests.manual_clock import ManualClock
+from tests.unit.resilience.scripted import BackendError, Gate, Scripted, SkippingClock, settle
+from tests.virtual_time import LoopClock, run_in_virtual_time
+from viralfx.domain.backoff import Backoff, Jitter
+from viralfx.domain.breaker import CircuitBreaker
+from viralfx.domain.budget import RetryBudget
+from viralfx.domain.circuit import CircuitOpenError
+from viralfx.domain.deadline import Deadline
+from viralfx.domain.retry import Retrier, retry
+from viralfx.domain.retry_decision import (
+    AttemptFailed,
+    BudgetExhausted,
+    GaveUp,
+    GiveUpReason,
+    RetryEvent,
+)
+
+
+class PermanentError(Exception):
+    """Not worth another try."""
+
+
+class BusyError(BackendError):
+    """The dependency says when to come back."""
+
+    def __init__(self, retry_after: object) -> None:
+        super().__init__()
+        self.retry_after = retry_after
+
+
+class LostReplyError(BackendError):
+    """Nobody knows whether it was done."""
+
+    maybe_applied = True
+
+
+@pytest.fixture
+def clock() -> SkippingClock:
+    """Time that passes only in waits."""
+    return SkippingClock()
+
+
+def notes(error: BaseException) -> list[str]:
+    """Return what was noted on an error."""
+    return getattr(error, "__notes__", [])
+
+
+async def test_rule_01_a_cancellation_during_an_attempt_ends_it(clock: SkippingClock) -> None:
+    """R1: one call, and the cancellation reaches the caller."""
+    gate = Gate()
+    task = asyncio.create_task(retry(clock=clock).execute(gate))
+    await settle()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (len(gate.calls), clock.slept) == (1, [])
+
+
+async def test_rule_01_a_cancellation_during_a_wait_ends_it() -> None:
+    """R2: no further attempt is made."""
+    clock, operation = ManualClock(), Scripted(BackendError())
+    task = asyncio.create_task(retry(clock=clock).execute(operation))
+    await settle()
+    assert clock.sleeping == 1
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (operation.calls, clock.sleeping) == (1, 0)
+
+
+@pytest.mark.parametrize("raised", [asyncio.CancelledError, KeyboardInterrupt, SystemExit])
+async def test_rule_01_only_exceptions_are_retried(
+    clock: SkippingClock, raised: type[BaseException]
+) -> None:
+    """Whatever is no ``Exception`` goes through, in every form of use."""
+    retrier = retry(clock=clock)
+    for attempt in (_decorated, _executed, _looped):
+        operation = Scripted(raised())
+        # Awaited in this task: a task re-raises KeyboardInterrupt into the loop.
+        with pytest.raises(raised):
+            await attempt(retrier, operation)
+        assert operation.calls == 1
+    sync = Scripted(raised())
+    with pytest.raises(raised):
+        retrier(sync.sync)()
+    assert sync.calls == 1
+
+
+async def _decorated(retrier: Retrier, operation: Scripted) -> object:
+    @retrier
+    async def call() -> object:
+        return await operation()
+
+    return await call()
+
+
+async def _executed(retrier: Retrier, operation: Scripted) -> object:
+    return await retrier.execute(operation)
+
+
+async def _looped(retrier: Retrier, operation: Scripted) -> object:
+    async for attempt in retrier:
+        with attempt:
+            return await operation()
+    raise AssertionError("a loop ends by returning or raising")
+
+
+@pytest.mark.parametrize("form", [_decorated, _executed, _looped])
+async def test_rule_05_the_original_error_with_a_note(clock: SkippingClock, form: object) -> None:
+    """R4: the last error itself, saying after how many attempts and how long."""
+    errors = [BackendError(str(number)) for number in range(3)]
+    operation = Scripted(*errors)
+    with pytest.raises(BackendError) as caught:
+        await form(retry(attempts=3, base_delay=1.0, clock=clock), operation)  # type: ignore[operator]  # one of three
+    assert caught.value is errors[2]
+    assert notes(errors[2]) == ["gave up after 3 attempts in 3.0 s"]
+    assert notes(errors[0]) == notes(errors[1]) == []
+    assert all(error.__context__ is None for error in errors)
+
+
+@pytest.mark.parametrize("form", [_decorated, _executed, _looped])
+async def test_rule_07_waits_are_made_on_the_given_clock(
+    clock: SkippingClock, form: object
+) -> None:
+    """R5: the guide's schedule exactly, at once, after 1 s, after 2 s."""
+    operation = Scripted(BackendError(), BackendError(), "done")
+    result = await form(retry(attempts=3, base_delay=1.0, clock=clock), operation)  # type: ignore[operator]  # one of three
+    assert result == "done"
+    assert (operation.calls, clock.slept) == (3, [1.0, 2.0])
+
+
+async def test_rule_07_the_clock_measures_attempts_too(clock: SkippingClock) -> None:
+    """The time in the note includes that of the first attempt."""
+
+    async def slow() -> None:
+        await clock.advance(5.0)
+        raise BackendError
+
+    with pytest.raises(BackendError) as caught:
+        await retry(attempts=2, base_delay=1.0, clock=clock).execute(slow)
+    assert notes(caught.value) == ["gave up after 2 attempts in 11.0 s"]
+
+
+async def test_rule_05_an_error_not_worth_a_retry_has_no_note(clock: SkippingClock) -> None:
+    """Nothing was given up on: it was tried once, as without retries."""
+    error = PermanentError()
+    with pytest.raises(PermanentError):
+        await retry(retry_on=BackendError, clock=clock).execute(Scripted(error))
+    assert notes(error) == []
+
+
+async def test_rule_05_an_error_raised_again_and_again_keeps_one_note(
+    clock: SkippingClock,
+) -> None:
+    """Nested retries or a shared error object do not pile up notes; foreign ones stay."""
+    error = BackendError()
+    error.add_note("from elsewhere")
+    for _ in range(3):
+        with pytest.raises(BackendError):
+            await retry(attempts=2, clock=clock).execute(Scripted(error))
+    assert notes(error) == ["from elsewhere", "gave up after 2 attempts in 1.0 s"]
+
+
+async def test_rule_08_twenty_concurrent_calls_get_three_attempts_each() -> None:
+    """R3: a decorated function shares nothing between its calls."""
+    clock, calls = ManualClock(), [0] * 20
+
+    @retry(attempts=3, base_delay=1.0, clock=clock)
+    async def call(number: int) -> None:
+        calls[number] += 1
+        raise BackendError(number)
+
+    tasks = [asyncio.create_task(call(number)) for number in range(20)]
+    for _ in range(3):
+        await clock.advance(3.0)
+    assert calls == [3] * 20
+    assert all(isinstance(task.exception(), BackendError) for task in tasks)
+
+
+async def test_rule_08_twenty_loops_over_one_retrier_get_three_attempts_each() -> None:
+    """R3b: each loop has its own attempts."""
+    clock, calls = ManualClock(), [0] * 20
+    shared = retry(attempts=3, base_delay=1.0, clock=clock)
+
+    async def loop(number: int) -> None:
+        async for attempt in shared:
+            with attempt:
+                calls[number] += 1
+                raise BackendError(number)
+
+    tasks = [asyncio.create_task(loop(number)) for number in range(20)]
+    for _ in range(3):
+        await clock.advance(3.0)
+    assert calls == [3] * 20
+    assert all(isinstance(task.exception(), BackendError) for task in tasks)
+
+
+def test_rule_09_the_deadline_cuts_a_hanging_attempt() -> None:
+    """R6: 50 ms on an attempt of 500 ms return after 50 ms."""
+
+    async def main() -> float:
+        clock = LoopClock()
+        started = clock.monotonic()
+        retrier = retry(attempts=3, deadline=0.05, clock=clock)
+        with pytest.raises(TimeoutError, match=r"the deadline of 0\.05 s has passed"):
+            await retrier.execute(functools.partial(asyncio.sleep, 0.5))
+        return clock.monotonic() - started
+
+    assert run_in_virtual_time(main()) == pytest.approx(0.05)
+
+
+def test_rule_09_the_deadline_cuts_a_decorated_function_in_a_later_attempt() -> None:
+    """The limit is one for all attempts and waits together."""
+
+    async def main() -> tuple[float, int]:
+        clock, calls = LoopClock(), 0
+
+        @retry(attempts=3, base_delay=1.0, deadline=2.0, clock=clock)
+        async def call() -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                raise BackendError
+            await asyncio.sleep(60.0)
+
+        started = clock.monotonic()
+        with pytest.raises(TimeoutError):
+            await call()
+        return clock.monotonic() - started, calls
+
+    assert run_in_virtual_time(main()) == (pytest.approx(2.0), 2)
+
+
+def test_rule_09_no_wait_is_started_that_ends_after_the_deadline() -> None:
+    """The error comes at once, with the reason, instead of a timeout later."""
+
+    async def main() -> float:
+        clock, error = LoopClock(), BackendError()
+        started = clock.monotonic()
+        with pytest.raises(BackendError):
+            await retry(base_delay=5.0, deadline=2.0, clock=clock).execute(Scripted(error))
+        assert notes(error) == [
+            "gave up after 1 attempt in 0.0 s: the next would start after the deadline"
+        ]
+        return clock.monotonic() - started
+
+    assert run_in_virtual_time(main()) == 0.0
+
+
+def test_rule_09_a_wait_that_ends_at_the_deadline_is_not_started_either() -> None:
+    """There would be no time left for the attempt."""
+
+    async def main() -> int:
+        clock, operation = LoopClock(), Scripted(BackendError())
+        async with Deadline(1.0, clock=clock):
+            with pytest.raises(BackendError):
+                await retry(base_delay=1.0, clock=clock).execute(operation)
+        return operation.calls
+
+    assert run_in_virtual_time(main()) == 1
+
+
+def test_rule_09_the_strictest_deadline_around_a_retry_counts() -> None:
+    """Whoever set it, and however they are nested."""
+
+    async def main() -> int:
+        clock, operation = LoopClock(), Scripted(BackendError())
+        async with Deadline(1.5, clock=clock), Deadline(100.0, clock=clock):
+            with pytest.raises(BackendError):
+                await retry(attempts=9, base_delay=1.0, clock=clock).execute(operation)
+        return operation.calls
+
+    assert run_in_virtual_time(main()) == 2
+
+
+async def test_rule_10_a_hint_longer_than_the_back_off_is_waited_for(
+    clock: SkippingClock,
+) -> None:
+    """And a shorter one does not shorten it."""
+    operation = Scripted(BusyError(7.0), BusyError(0.5), "done")
+    await retry(clock=clock).execute(operation)
+    assert clock.slept == [7.0, 2.0]
+
+
+async def test_rule_10_a_hint_beyond_the_cap_fails_now(clock: SkippingClock) -> None:
+    """A server cannot park the caller for an hour; up to the cap it can."""
+    operation = Scripted(BusyError(30.0), BusyError(30.1))
+    with pytest.raises(BusyError):
+        await retry(backoff=Backoff(cap=30.0), clock=clock).execute(operation)
+    assert (operation.calls, clock.slept) == (2, [30.0])
+
+
+def test_rule_10_a_hint_beyond_the_deadline_fails_now() -> None:
+    """It would be waited for in vain."""
+
+    async def main() -> int:
+        clock, operation = LoopClock(), Scripted(BusyError(7))
+        with pytest.raises(BusyError):
+            await retry(deadline=5.0, clock=clock).execute(operation)
+        return operation.calls
+
+    assert run_in_virtual_time(main()) == 1
+
+
+@pytest.mark.parametrize("hint", ["7", None, True, -1.0, float("nan"), float("inf")])
+async def test_rule_10_a_hint_that_is_no_duration_is_ignored(
+    clock: SkippingClock, hint: object
+) -> None:
+    """Other libraries use the name for other things."""
+    await retry(clock=clock).execute(Scripted(BusyError(hint), "done"))
+    assert clock.slept == [1.0]
+
+
+@pytest.mark.parametrize("jitter", [Jitter.FULL, Jitter.EQUAL, Jitter.DECORRELATED])
+def test_rule_11_jitter_survives_at_the_cap_and_never_exceeds_it(jitter: Jitter) -> None:
+    """Delays at the cap are spread over the jitter's range."""
+    backoff, rng = Backoff(base=1.0, cap=8.0, jitter=jitter), random.Random(7)  # noqa: S311 - a test
+    drawn = [backoff.delay(20, rng) for _ in range(1000)]
+    lower = {Jitter.FULL: 0.0, Jitter.EQUAL: 4.0, Jitter.DECORRELATED: 1.0}[jitter]
+    assert min(drawn) >= lower
+    assert max(drawn) <= 8.0
+    assert len(set(drawn)) == 1000
+    assert min(drawn) < lower + 0.5
+    assert max(drawn) > 7.5
+
+
+async def test_rule_12_the_budget_bounds_the_retries_of_all_callers(
+    clock: SkippingClock,
+) -> None:
+    """20 % of the calls and the reserve; then the error comes with the reason."""
+    budget = RetryBudget(ratio=0.2, per_second=0.1, window=10.0)
+    events: list[RetryEvent] = []
+    retrier = retry(attempts=2, base_delay=0.0, name="op", budget=budget, clock=clock)
+    retrier.subscribe(events.append)
+    operation = Scripted(BackendError())
+    for _ in range(100):
+        with pytest.raises(BackendError):
+            await retrier.execute(operation)
+    assert operation.calls == 100 + 20 + 1
+    assert events.count(BudgetExhausted(name="op")) == 79
+    with pytest.raises(BackendError) as caught:
+        await retrier.execute(Scripted(BackendError()))
+    assert notes(caught.value) == ["gave up after 1 attempt in 0.0 s: the retry budget is spent"]
+
+
+async def test_rule_12_the_budget_is_charged_before_the_wait() -> None:
+    """Of two callers that fail together, one waits for what the other can no longer have."""
+    clock, budget = ManualClock(), RetryBudget(ratio=0.0, per_second=0.1, window=10.0)
+    retrier = retry(attempts=2, base_delay=1.0, budget=budget, clock=clock)
+    tasks = [asyncio.create_task(retrier.execute(Scripted(BackendError()))) for _ in range(2)]
+    await settle()
+    assert clock.sleeping == 1
+    assert [task.done() for task in tasks] == [False, True]
+    await clock.advance(1.0)
+    assert all(isinstance(task.exception(), BackendError) for task in tasks)
+
+
+async def test_rule_12_what_will_not_be_retried_is_not_charged(clock: SkippingClock) -> None:
+    """A permanent error, an exhausted policy and an open circuit leave the budget alone."""
+    budget = RetryBudget(ratio=0.0, per_second=1.0, window=10.0)
+    retrier = retry(attempts=1, budget=budget, clock=clock)
+    with pytest.raises(BackendError):
+        await retrier.execute(Scripted(BackendError()))
+    assert budget.available(clock.monotonic()) == 10.0
+
+
+@pytest.mark.parametrize(("idempotent", "calls"), [(False, 1), (True, 3)])
+async def test_rule_13_an_ambiguous_write_is_retried_only_if_idempotent(
+    clock: SkippingClock, idempotent: bool, calls: int
+) -> None:
+    """The error says that it may have been applied; the operation, that this is harmless."""
+    error, operation = LostReplyError(), Scripted(LostReplyError())
+    operation.outcomes = [error]
+    with pytest.raises(LostReplyError):
+        await retry(idempotent=idempotent, clock=clock).execute(operation)
+    assert operation.calls == calls
+    if not idempotent:
+        assert notes(error) == [
+            "gave up after 1 attempt in 0.0 s: "
+            "it may have been applied and is not declared idempotent"
+        ]
+
+
+async def test_rule_14_execute_refuses_a_coroutine_object() -> None:
+    """It could run no second time; the refusal leaves no 'never awaited' behind."""
+    with pytest.raises(TypeError, match="pass the function that makes it"):
+        await retry().execute(Scripted(None)())  # type: ignore[call-overload]  # the point
+
+
+async def test_rule_14_execute_serves_plain_functions(clock: SkippingClock) -> None:
+    """What is not awaitable is the result, at first and later."""
+    assert await retry(clock=clock).execute(lambda: 42) == 42
+    operation = Scripted(BackendError(), 42)
+    assert await retry(clock=clock).execute(operation.sync) == 42
+
+
+def generator() -> Iterator[int]:
+    """Yield."""
+    yield 1
+
+
+async def async_generator() -> AsyncIterator[int]:
+    """Yield."""
+    yield 1
+
+
+class CallableObject:
+    """An object with an async call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def __call__(self) -> int:
+        """Fail once."""
+        self.calls += 1
+        if self.calls == 1:
+            raise BackendError
+        return self.calls
+
+
+@pytest.mark.parametrize("guard", [retry(), CircuitBreaker()])
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (generator, "generator generator cannot be guarded"),
+        (functools.partial(generator), "cannot be guarded"),
+        (async_generator, "generator async_generator cannot be guarded"),
+        (CallableObject, "class CallableObject cannot be guarded: decorate its methods"),
+        (staticmethod(generator), "put @staticmethod above"),
+        (classmethod(lambda _: None), "put @classmethod above"),
+        (42, "expected a function or coroutine function, got 42"),
+    ],
+)
+def test_rule_14_what_cannot_be_guarded_is_refused_at_definition(
+    guard: object, target: object, message: str
+) -> None:
+    """TypeError says what it is and what to do."""
+    with pytest.raises(TypeError, match=message):
+        guard(target)  # type: ignore[operator]  # the point
+
+
+def test_rule_14_a_coroutine_object_is_refused_at_definition() -> None:
+    """And closed, so that nothing warns about it later."""
+    with pytest.raises(TypeError, match="pass the function that makes it"):
+        retry()(Scripted(None)())  # type: ignore[type-var]  # the point
+
+
+def test_rule_14_a_plain_function_that_returns_an_awaitable_is_refused() -> None:
+    """Its failure would come outside the guard."""
+    for guarded in (retry()(lambda: Scripted(None)()), CircuitBreaker()(lambda: Scripted(None)())):
+        with pytest.raises(TypeError, match="returned an awaitable"):
+            guarded()
+
+
+async def test_rule_14_objects_and_partials_are_guarded_as_what_they_call(
+    clock: SkippingClock,
+) -> None:
+    """An async call behind either is retried as such."""
+    retrier = retry(clock=clock)
+    assert await retrier(CallableObject())() == 2
+    assert await retrier(functools.partial(CallableObject().__call__))() == 2
+
+
+def test_rule_14_a_decorated_plain_function_blocks_its_own_thread_only(
+    clock: SkippingClock,
+) -> None:
+    """``def``: the same schedule, waited for by the injected blocking sleep."""
+    operation = Scripted(BackendError(), BackendError(), "done")
+    policy = retry(attempts=3)
+    guarded = Retrier(policy, clock=clock, block=clock.block)(operation.sync)
+    assert guarded() == "done"
+    assert clock.slept == [1.0, 2.0]
+
+
+async def test_rule_14_a_plain_function_never_blocks_the_loop(clock: SkippingClock) -> None:
+    """On a loop it is tried again only without a wait; in a thread beside it, always."""
+    operation = Scripted(BackendError(), "done")
+    guarded = Retrier(retry(), clock=clock, block=clock.block)(operation.sync)
+    with pytest.raises(BackendError) as caught:
+        guarded()
+    assert (operation.calls, clock.slept) == (1, [])
+    assert "would block the event loop" in notes(caught.value)[0]
+    assert await asyncio.to_thread(Retrier(retry(), clock=clock, block=clock.block)(_flaky())) == 1
+    immediate = Scripted(BackendError(), BackendError(), "done")
+    assert retry(base_delay=0.0)(immediate.sync)() == "done"
+
+
+def _flaky() -> functools.partial[int]:
+    failed = threading.Event()
+
+    def once() -> int:
+        if not failed.is_set():
+            failed.set()
+            raise BackendError
+        return 1
+
+    return functools.partial(once)
+
+
+async def test_rule_15_listeners_get_every_failed_attempt_and_the_end(
+    clock: SkippingClock,
+) -> None:
+    """Frozen events, in order, and none on the happy path."""
+    events: list[RetryEvent] = []
+    retrier = retry(attempts=2, name="op", listeners=(events.append,), clock=clock)
+    await retrier.execute(Scripted("fine"))
+    assert events == []
+    first, second = BackendError(), BackendError()
+    with pytest.raises(BackendError):
+        await retrier.execute(Scripted(first, second))
+    assert events == [
+        AttemptFailed(name="op", attempt=1, delay=1.0, error=first),
+        AttemptFailed(name="op", attempt=2, delay=None, error=second),
+        GaveUp(name="op", attempts=2, elapsed=1.0, reason=GiveUpReason.ATTEMPTS, error=second),
+    ]
+
+
+async def test_rule_15_a_listener_that_fails_harms_nobody(
+    clock: SkippingClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its error is logged; the retry goes on."""
+
+    def broken(_: RetryEvent) -> None:
+        raise ValueError("broken listener")
+
+    retrier = retry(listeners=(broken,), clock=clock)
+    assert await retrier.execute(Scripted(BackendError(), "done")) == "done"
+    assert "Event listener failed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("retrier", "outcome", "reason"),
+    [
+        (retry(retry_on=BackendError), PermanentError(), "permanent"),
+        (retry(attempts=1), BackendError(), "permanent"),
+        (retry(attempts=2, base_delay=0.0), BackendError(), "attempts"),
+        (retry(), CircuitOpenError("c", "op", 1.0), "circuit_open"),
+        (retry(), LostReplyError(), "maybe_applied"),
+        (retry(budget=RetryBudget(ratio=0.0, per_second=0.0)), BackendError(), "budget"),
+    ],
+)
+async def test_the_reason_for_giving_up_is_told(
+    retrier: Retrier, outcome: Exception, reason: str
+) -> None:
+    """Each has its own word, for a metric's label."""
+    events: list[RetryEvent] = []
+    retrier.subscribe(events.append)
+    with pytest.raises(type(outcome)):
+        await retrier.execute(Scripted(outcome))
+    assert [event.reason for event in events if isinstance(event, GaveUp)] == [reason]
+
+
+async def test_an_open_circuit_is_waited_for_only_on_request() -> None:
+    """By default its rejection is final; asked to, the retry waits as long as it says."""
+    clock = SkippingClock()
+    breaker = CircuitBreaker(1, 20.0, clock=clock)
+    operation = Scripted(BackendError(), "done")
+    with pytest.raises(CircuitOpenError):
+        await retry(clock=clock).execute(lambda: breaker.execute(operation))
+    assert clock.slept == [1.0]
+    patient = retry(retry_open_circuit=True, clock=clock)
+    assert await patient.execute(lambda: breaker.execute(operation)) == "done"
+    assert clock.slept == [1.0, pytest.approx(19.0)]
