@@ -75,7 +75,7 @@ class CircuitBreaker(Circuit):
         except BaseException:
             self.released(token)
             raise
-        if token.failures:
+        if token.pending:
             self.succeeded(token)
         return result
 
@@ -100,7 +100,7 @@ class CircuitBreaker(Circuit):
             except BaseException:
                 self.released(token)
                 raise
-            if token.failures:
+            if token.pending:
                 self.succeeded(token)
             return result
 
@@ -143,7 +143,7 @@ class Guard:
         """Count how the block ended; its error is let out."""
         token, breaker = self._token, self._breaker
         if error is None:
-            if token.failures:
+            if token.pending:
                 breaker.succeeded(token)
         elif isinstance(error, Exception):
             breaker.failed(token, error)

@@ -2,7 +2,7 @@
 
 import threading
 
-from viralfx.domain.quantities import require_not_negative, require_positive
+from viralfx.domain.quantities import require_not_negative
 from viralfx.domain.rolling import RollingCounts
 
 _CALL, _RETRY = 0, 1
@@ -22,7 +22,6 @@ class RetryBudget:
     ) -> None:
         require_not_negative("ratio", ratio)
         require_not_negative("per_second", per_second)
-        require_positive("window", window)
         self._ratio = ratio
         self._reserve = per_second * window
         self._counts = RollingCounts(window, kinds=2)
@@ -31,15 +30,14 @@ class RetryBudget:
     def deposit(self, now: float) -> None:
         """Record one call; not its retries."""
         with self._lock:
-            self._counts.forget(now)
-            self._counts.add(_CALL)
+            self._counts.add(now, _CALL)
 
     def withdraw(self, now: float) -> bool:
         """Pay for one retry; tell whether it is allowed."""
         with self._lock:
             if self._available(now) < 1:
                 return False
-            self._counts.add(_RETRY)
+            self._counts.add(now, _RETRY)
             return True
 
     def available(self, now: float) -> float:

@@ -20,13 +20,14 @@ from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.events import Listener, notify
 from viralfx.domain.failures import CallRejectedError, ErrorFilter, anything_asked, matcher
 from viralfx.domain.quantities import require_count, require_positive
+from viralfx.domain.stopwatch import reader_of
 
 
 class CircuitOpenError(CallRejectedError):
     """The circuit is open: the call was not made. ``retry_after`` seconds are worth waiting."""
 
     def __init__(self, circuit: str, operation: str, retry_after: float) -> None:
-        super().__init__(circuit, operation, retry_after)
+        # ``args`` is set already, by the constructor of exceptions: that is cheap, and it pickles.
         self.circuit = circuit
         self.operation = operation
         self.retry_after = retry_after
@@ -93,7 +94,7 @@ class Circuit:
         self._window = window
         self._counts = matcher(failure_on)
         self._listeners = listeners
-        self._now = (clock or SystemClock()).monotonic
+        self._now = reader_of(clock or SystemClock())
         # Held for the arithmetic of a change only, never during a call or while listeners run.
         self._lock = threading.Lock()
         self.period: Period = self._closed()
@@ -117,8 +118,9 @@ class Circuit:
         with self._lock:
             period = self.period
             if isinstance(period, ClosedByRate):
+                # Moves the window on to now; what it says of now stays the same.
                 period.counts.forget(self._now())
-            failures = period.failures
+            failures = period.failure_count
         return {"state": str(self.state), "failureCount": failures}
 
     def open(self) -> None:
@@ -172,12 +174,18 @@ class Circuit:
     def admit(self, operation: str) -> Token:
         """Return the token of a call that may be made; raise ``CircuitOpenError`` otherwise."""
         now = self._now()
+        period = self.period
+        if isinstance(period, Open) and now < period.until:
+            raise self._rejection(operation, period.until - now)
         change = None
         with self._lock:
             period = self.period
             if isinstance(period, Open) and now >= period.until:
                 period = HalfOpen(
-                    period.failures, permits=self._permits, lease=self._lease, window=self._window
+                    period.failure_count,
+                    permits=self._permits,
+                    lease=self._lease,
+                    window=self._window,
                 )
                 change = self._enter(period)
             # In the same step as the decision, with no await between: two callers cannot both
@@ -187,20 +195,19 @@ class Circuit:
             token = period.admit(now)
             retry_after = period.until - now
         self._tell(change)
-        if token is not None:
-            return token
-        if self._listeners:
-            event = CallRejected(name=self.name, operation=operation, retry_after=retry_after)
-            notify(self._listeners, event)
-        raise CircuitOpenError(self.name, operation, retry_after)
+        if token is None:
+            raise self._rejection(operation, retry_after)
+        return token
 
     def succeeded(self, token: Token) -> None:
-        """Take in that a call returned; needless while its token counts no ``failures``."""
+        """Take in that a call returned; needless while its token has nothing ``pending``."""
         now = self._now()
         with self._lock:
-            change = None
-            if token.period is self.period:
-                change = self._follow(token.succeeded(now), now)
+            # A token of an earlier period changes nothing: it is another generation's.
+            state = token.succeeded(now) if token.period is self.period else None
+            if state is None:
+                return
+            change = self._enter(self._next(state, now))
         self._tell(change)
 
     def failed(self, token: Token, error: Exception) -> None:
@@ -210,9 +217,10 @@ class Circuit:
             return
         now = self._now()
         with self._lock:
-            change = None
-            if token.period is self.period:
-                change = self._follow(token.failed(now), now)
+            state = token.failed(now) if token.period is self.period else None
+            if state is None:
+                return
+            change = self._enter(self._next(state, now))
         self._tell(change)
 
     def released(self, token: Token) -> None:
@@ -220,12 +228,16 @@ class Circuit:
         with self._lock:
             token.released()
 
-    def _follow(self, state: CircuitState | None, now: float) -> StateChanged | None:
+    def _rejection(self, operation: str, retry_after: float) -> CircuitOpenError:
+        if self._listeners:
+            event = CallRejected(name=self.name, operation=operation, retry_after=retry_after)
+            notify(self._listeners, event)
+        return CircuitOpenError(self.name, operation, retry_after)
+
+    def _next(self, state: CircuitState, now: float) -> Period:
         if state is CircuitState.OPEN:
-            return self._enter(Open(now + self._open_for, self.period.failures))
-        if state is CircuitState.CLOSED:
-            return self._enter(self._closed())
-        return None
+            return Open(now + self._open_for, self.period.failure_count)
+        return self._closed()
 
     def _closed(self, failures: int = 0) -> Period:
         if self._window is None:
@@ -234,7 +246,7 @@ class Circuit:
 
     def _command(self, make: Callable[[int], Period]) -> None:
         with self._lock:
-            change = self._enter(make(self.period.failures))
+            change = self._enter(make(self.period.failure_count))
         self._tell(change)
 
     def _enter(self, period: Period) -> StateChanged | None:
@@ -242,7 +254,7 @@ class Circuit:
         if old.state is period.state:
             return None
         return StateChanged(
-            name=self.name, old=old.state, new=period.state, failure_count=period.failures
+            name=self.name, old=old.state, new=period.state, failure_count=period.failure_count
         )
 
     def _tell(self, change: StateChanged | None) -> None:

@@ -58,19 +58,22 @@ class RollingWindow:
 class Closed:
     """Counts failures in a row. It is the token of all its calls, so that they cost nothing."""
 
-    __slots__ = ("failures", "gated", "threshold")
+    __slots__ = ("gated", "pending", "period", "threshold")
     state = CircuitState.CLOSED
 
     def __init__(self, threshold: int, failures: int = 0) -> None:
         self.threshold = threshold
-        self.failures = failures
         self.gated = False
         """Whether a call must ask before it is made."""
+        self.pending = failures
+        """What a success has to clear: true if the breaker must be told of one."""
+        self.period = self
+        """The state that a token belongs to."""
 
     @property
-    def period(self) -> "Closed":
-        """The state that the token belongs to."""
-        return self
+    def failure_count(self) -> int:
+        """Failures in a row."""
+        return self.pending
 
     def admit(self, now: float) -> "Closed":  # noqa: ARG002 - the states answer alike
         """Let a call through."""
@@ -78,91 +81,102 @@ class Closed:
 
     def succeeded(self, now: float) -> CircuitState | None:  # noqa: ARG002 - likewise
         """Take in a success; return the state that follows, None for no change."""
-        self.failures = 0
+        self.pending = 0
         return None
 
     def failed(self, now: float) -> CircuitState | None:  # noqa: ARG002 - likewise
         """Take in a failure; return the state that follows, None for no change."""
-        self.failures += 1
-        return CircuitState.OPEN if self.failures >= self.threshold else None
+        self.pending += 1
+        return CircuitState.OPEN if self.pending >= self.threshold else None
 
     def released(self) -> None:
         """Take in an outcome that says nothing."""
 
 
 class ClosedByRate:
-    """Counts rates over a window; each call has a token, which remembers when it began."""
+    """Counts rates over a window. Where no call is slow it is the token of all its calls."""
 
-    __slots__ = ("_window", "counts", "gated")
+    __slots__ = ("counts", "gated", "pending", "period", "window")
     state = CircuitState.CLOSED
 
     def __init__(self, window: RollingWindow) -> None:
         self.counts = RollingCounts(window.seconds, kinds=3)
-        self._window = window
-        self.gated = True
+        self.window = window
+        self.gated = window.slow_after is not None
+        self.pending = True
+        self.period = self
 
     @property
-    def failures(self) -> int:
+    def failure_count(self) -> int:
         """Failures in the window."""
         return self.counts.totals[_FAILURES]
 
-    def admit(self, now: float) -> "TimedCall":
+    def admit(self, now: float) -> "ClosedByRate | TimedCall":
         """Let a call through."""
-        return TimedCall(self, now)
+        return TimedCall(self, now) if self.gated else self
 
-    def record(self, now: float, seconds: float, *, failed: bool) -> CircuitState | None:
-        """Take in an outcome; return the state that follows, None for no change."""
-        counts, window = self.counts, self._window
-        counts.forget(now)
-        counts.add(_CALLS)
-        slow = window.is_slow(seconds)
-        if failed:
-            counts.add(_FAILURES)
-        if slow:
-            counts.add(_SLOW)
-        if not (failed or slow):
-            return None
-        calls, failures, slow_calls = counts.totals
-        if calls < window.minimum_calls:
-            return None
-        tripped = failures >= window.failure_rate * calls or (
-            window.slow_after is not None and slow_calls >= window.slow_rate * calls
-        )
-        return CircuitState.OPEN if tripped else None
-
-
-class TimedCall:
-    """Token of one call in a :class:`ClosedByRate` period."""
-
-    __slots__ = ("failures", "period", "started")
-
-    def __init__(self, period: ClosedByRate, started: float) -> None:
-        self.period = period
-        self.started = started
-        # Not a count here: true, so that the breaker is told of a success as well.
-        self.failures = 1
-
-    def succeeded(self, now: float) -> CircuitState | None:
-        """See :meth:`ClosedByRate.record`."""
-        return self.period.record(now, now - self.started, failed=False)
+    def succeeded(self, now: float) -> None:
+        """Take in a success, which changes no state."""
+        self.counts.add(now, _CALLS)
 
     def failed(self, now: float) -> CircuitState | None:
-        """See :meth:`ClosedByRate.record`."""
-        return self.period.record(now, now - self.started, failed=True)
+        """Take in a failure; return the state that follows, None for no change."""
+        return self.count_against(now, _FAILURES)
+
+    def count_against(self, now: float, *kinds: int) -> CircuitState | None:
+        """Count one call that was a failure, slow or both, and judge the window."""
+        for kind in (_CALLS, *kinds):
+            self.counts.add(now, kind)
+        window, (calls, failures, slow) = self.window, self.counts.totals
+        if calls < window.minimum_calls:
+            return None
+        too_many_failed = failures >= window.failure_rate * calls
+        # Without a limit none is counted as slow, and none of a positive share is not enough.
+        too_many_slow = slow >= window.slow_rate * calls
+        return CircuitState.OPEN if too_many_failed or too_many_slow else None
 
     def released(self) -> None:
         """Take in an outcome that says nothing."""
 
 
+class TimedCall:
+    """Token of one call in a :class:`ClosedByRate` period that tells slow calls."""
+
+    __slots__ = ("pending", "period", "started")
+
+    def __init__(self, period: ClosedByRate, started: float) -> None:
+        self.period = period
+        self.started = started
+        self.pending = True
+
+    def succeeded(self, now: float) -> CircuitState | None:
+        """Take in a success; return the state that follows, None for no change."""
+        if self._is_slow(now):
+            return self.period.count_against(now, _SLOW)
+        self.period.succeeded(now)
+        return None
+
+    def failed(self, now: float) -> CircuitState | None:
+        """Take in a failure; return the state that follows, None for no change."""
+        kinds = (_FAILURES, _SLOW) if self._is_slow(now) else (_FAILURES,)
+        return self.period.count_against(now, *kinds)
+
+    def released(self) -> None:
+        """Take in an outcome that says nothing."""
+
+    def _is_slow(self, now: float) -> bool:
+        return self.period.window.is_slow(now - self.started)
+
+
 class Open:
     """Rejects calls ``until`` a monotonic time, infinity when held open by hand."""
 
-    __slots__ = ("failures", "gated", "until")
+    __slots__ = ("failure_count", "gated", "until")
     state = CircuitState.OPEN
 
     def __init__(self, until: float, failures: int) -> None:
         self.until = until
-        self.failures = failures
+        self.failure_count = failures
         self.gated = True
 
     def admit(self, now: float) -> None:
@@ -182,7 +196,7 @@ class HalfOpen:
         "_probes",
         "_successes",
         "_window",
-        "failures",
+        "failure_count",
         "gated",
         "until",
     )
@@ -191,7 +205,7 @@ class HalfOpen:
     def __init__(
         self, failures: int, *, permits: int, lease: float, window: RollingWindow | None
     ) -> None:
-        self.failures = failures
+        self.failure_count = failures
         self.gated = True
         self._permits = permits
         self._lease = lease
@@ -229,13 +243,12 @@ class HalfOpen:
 class Probe:
     """Token and permit of one call in a :class:`HalfOpen` period."""
 
-    __slots__ = ("failures", "period", "started")
+    __slots__ = ("pending", "period", "started")
 
     def __init__(self, period: HalfOpen, started: float) -> None:
         self.period = period
         self.started = started
-        # Not a count here: true, so that the breaker is told of a success as well.
-        self.failures = 1
+        self.pending = True
 
     def succeeded(self, now: float) -> CircuitState | None:
         """Return the permit; return the state that follows, None for no change."""
@@ -251,4 +264,4 @@ class Probe:
 
 
 Period: TypeAlias = Closed | ClosedByRate | Open | HalfOpen
-Token: TypeAlias = Closed | TimedCall | Probe
+Token: TypeAlias = Closed | ClosedByRate | TimedCall | Probe

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar, cast, overload
 
 from viralfx.domain.backoff import Backoff
@@ -24,6 +24,7 @@ from viralfx.domain.quantities import require_not_negative
 from viralfx.domain.retry_decision import Decider, RetryEvent
 from viralfx.domain.retry_loop import Attempt, Attempts
 from viralfx.domain.retry_policy import BackoffPolicy, RetryPolicy
+from viralfx.domain.stopwatch import reader_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -56,7 +57,7 @@ class Retrier:
     ) -> None:
         """``name`` stands in events and defaults to the operation's; ``block`` waits in ``def``."""
         self._clock = clock or SystemClock()
-        self._now = self._clock.monotonic
+        self._now = reader_of(self._clock)
         self._name = name
         if deadline is not None:
             require_not_negative("a deadline", deadline)
@@ -95,21 +96,20 @@ class Retrier:
         return cast("CallableT", self._guard_sync(function))
 
     @overload
-    async def execute(self, operation: Callable[[], Awaitable[T]]) -> T: ...
+    def execute(self, operation: Callable[[], Awaitable[T]]) -> Coroutine[Any, Any, T]: ...
     @overload
-    async def execute(self, operation: Callable[[], T]) -> T: ...
+    def execute(self, operation: Callable[[], T]) -> Coroutine[Any, Any, T]: ...
 
-    async def execute(self, operation: Callable[[], Any]) -> Any:
+    def execute(self, operation: Callable[[], Any]) -> Coroutine[Any, Any, Any]:
         """Call ``operation`` until it succeeds, and await what it returns if that can be awaited.
 
         Raises ``TypeError`` for a coroutine object, which could run no second time, and
         ``TimeoutError`` when the deadline cuts an attempt.
         """
         refuse_uncallable(operation)
-        if self._deadline is not None:
-            async with Deadline(self._deadline, clock=self._clock):
-                return await self._execute(operation)
-        return await self._execute(operation)
+        if self._deadline is None:
+            return self._execute(operation)
+        return self._execute_within(self._deadline, operation)
 
     def __aiter__(self) -> AsyncIterator[Attempt]:
         """Start a loop of its own; it ends after an attempt that succeeded.
@@ -183,6 +183,10 @@ class Retrier:
                 attempt += 1
 
         return guarded
+
+    async def _execute_within(self, seconds: float, operation: Callable[[], Any]) -> Any:
+        async with Deadline(seconds, clock=self._clock):
+            return await self._execute(operation)
 
     async def _execute(self, operation: Callable[[], Any]) -> Any:
         started = self._begin()

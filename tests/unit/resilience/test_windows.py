@@ -1,0 +1,156 @@
+"""The breaker's rolling-window mode, and the counts beneath it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.resilience.scripted import BackendError, SkippingClock
+from viralfx.domain.breaker import CircuitBreaker
+from viralfx.domain.circuit import CircuitOpenError
+from viralfx.domain.circuit_states import CircuitState, RollingWindow
+from viralfx.domain.rolling import RollingCounts
+
+
+@pytest.fixture
+def clock() -> SkippingClock:
+    """Time that passes only when told."""
+    return SkippingClock()
+
+
+def breaker_with(clock: SkippingClock, window: RollingWindow) -> CircuitBreaker:
+    """Return a breaker in rolling-window mode."""
+    return CircuitBreaker(open_for=60.0, window=window, clock=clock)
+
+
+def call(breaker: CircuitBreaker, clock: SkippingClock, outcome: str, seconds: float = 0) -> None:
+    """Make one call that ends so after so long."""
+    try:
+        with breaker.guard():
+            clock.block(seconds)
+            if outcome == "fail":
+                raise BackendError
+            if outcome == "reject":
+                raise CircuitOpenError("other", "", 1.0)
+    except BackendError:
+        assert outcome == "fail"
+    except CircuitOpenError as error:
+        assert error.circuit == "other"  # noqa: PT017 - the breaker under test let the call through
+
+
+def test_it_trips_at_the_failure_rate_once_there_are_enough_calls(clock: SkippingClock) -> None:
+    """Half of ten, not before there are ten."""
+    breaker = breaker_with(clock, RollingWindow(failure_rate=0.5, minimum_calls=10))
+    for outcome in ["fail", "ok"] * 4 + ["fail"]:
+        call(breaker, clock, outcome)
+    assert breaker.get_state() == {"state": "CLOSED", "failureCount": 5}
+    call(breaker, clock, "fail")
+    assert breaker.get_state() == {"state": "OPEN", "failureCount": 6}
+
+
+def test_below_the_rate_it_stays_closed(clock: SkippingClock) -> None:
+    """Exactly at the rate it trips, one call less of it does not."""
+    breaker = breaker_with(clock, RollingWindow(failure_rate=0.5, minimum_calls=3))
+    for outcome in ("ok", "ok", "fail"):
+        call(breaker, clock, outcome)
+    assert breaker.state is CircuitState.CLOSED
+    call(breaker, clock, "fail")
+    assert breaker.state == CircuitState.OPEN
+
+
+def test_neutral_calls_are_not_counted(clock: SkippingClock) -> None:
+    """Neither as calls nor as failures."""
+    breaker = breaker_with(clock, RollingWindow(failure_rate=0.1, minimum_calls=2))
+    for outcome in ("reject", "reject", "fail"):
+        call(breaker, clock, outcome)
+    assert breaker.get_state() == {"state": "CLOSED", "failureCount": 1}
+
+
+def test_what_is_older_than_the_window_is_forgotten(clock: SkippingClock) -> None:
+    """Failures of ten seconds ago do not add to those of now."""
+    breaker = breaker_with(clock, RollingWindow(seconds=10.0, minimum_calls=3))
+    for _ in range(2):
+        call(breaker, clock, "fail")
+    clock.block(10.0)
+    assert breaker.get_state() == {"state": "CLOSED", "failureCount": 0}
+    call(breaker, clock, "fail")
+    assert breaker.get_state() == {"state": "CLOSED", "failureCount": 1}
+
+
+def test_slow_calls_trip_by_their_own_rate(clock: SkippingClock) -> None:
+    """Calls that succeed too late count as slow, and never as failures."""
+    window = RollingWindow(minimum_calls=4, slow_after=2.0, slow_rate=0.75)
+    breaker = breaker_with(clock, window)
+    for seconds in (2.0, 2.1, 2.1, 2.1):
+        assert breaker.state == CircuitState.CLOSED
+        call(breaker, clock, "ok", seconds)
+    assert breaker.get_state() == {"state": "OPEN", "failureCount": 0}
+
+
+def test_a_slow_failure_is_both(clock: SkippingClock) -> None:
+    """It adds to either rate, and is one call."""
+    window = RollingWindow(minimum_calls=2, failure_rate=1.0, slow_after=2.0, slow_rate=1.0)
+    breaker = breaker_with(clock, window)
+    call(breaker, clock, "fail", 3.0)
+    assert breaker.get_state() == {"state": "CLOSED", "failureCount": 1}
+    call(breaker, clock, "ok", 3.0)
+    assert breaker.state == CircuitState.OPEN
+
+
+def test_a_fast_failure_is_not_slow(clock: SkippingClock) -> None:
+    """Failing at once is bad in one way only."""
+    window = RollingWindow(minimum_calls=1, failure_rate=1.0, slow_after=2.0, slow_rate=0.1)
+    breaker = breaker_with(clock, window)
+    call(breaker, clock, "ok", 1.0)
+    call(breaker, clock, "fail", 1.0)
+    assert breaker.get_state() == {"state": "CLOSED", "failureCount": 1}
+
+
+def test_a_cancelled_timed_call_is_neutral(clock: SkippingClock) -> None:
+    """Also when it was slow."""
+    window = RollingWindow(minimum_calls=1, slow_after=2.0, slow_rate=0.1)
+    breaker = breaker_with(clock, window)
+    with pytest.raises(GeneratorExit), breaker.guard():
+        clock.block(9.0)
+        raise GeneratorExit
+    assert breaker.get_state() == {"state": "CLOSED", "failureCount": 0}
+
+
+@pytest.mark.parametrize(("seconds", "state"), [(2.0, "CLOSED"), (2.1, "OPEN")])
+def test_a_slow_probe_opens_again(clock: SkippingClock, seconds: float, state: str) -> None:
+    """What is still slow has not recovered."""
+    breaker = breaker_with(clock, RollingWindow(minimum_calls=1, slow_after=2.0))
+    call(breaker, clock, "fail")
+    clock.block(60.0)
+    call(breaker, clock, "ok", seconds)
+    assert breaker.state == state
+
+
+def test_a_closed_window_starts_empty(clock: SkippingClock) -> None:
+    """After a recovery, and after a restart, nothing of before is counted."""
+    breaker = breaker_with(clock, RollingWindow(minimum_calls=2))
+    call(breaker, clock, "fail")
+    breaker.restore(breaker.snapshot())
+    assert breaker.get_state() == {"state": "CLOSED", "failureCount": 0}
+
+
+@given(st.lists(st.tuples(st.floats(0, 30), st.booleans()), max_size=200))
+def test_totals_are_those_of_the_last_ten_slices(steps: list[tuple[float, bool]]) -> None:
+    """Against a plain list of what was added when."""
+    counts, now, added = RollingCounts(10.0, kinds=2), 0.0, list[tuple[int, int]]()
+    for seconds, second_kind in steps:
+        now += seconds
+        counts.add(now, int(second_kind))
+        added.append((int(now), int(second_kind)))
+        recent = [kind for at, kind in added if at > int(now) - 10]
+        assert counts.totals == [recent.count(0), recent.count(1)]
+
+
+def test_time_that_steps_back_is_now(caplog: pytest.LogCaptureFixture) -> None:
+    """Threads may report out of order; nothing is lost by it."""
+    counts = RollingCounts(10.0, kinds=1)
+    for now in (25.0, 24.0, 3.0, 25.5):
+        counts.add(now, 0)
+    assert counts.totals == [4]
+    counts.forget(35.0)
+    assert counts.totals == [0]
+    assert not caplog.records
