@@ -12,8 +12,8 @@ import random
 from dataclasses import dataclass
 
 import pytest
-
 from tests.unit.resilience.scripted import SkippingClock
+
 from viralfx.adapters.memory.retry import MemoryRetryPolicy
 from viralfx.domain.backoff import Backoff, Jitter
 from viralfx.domain.retry import Retrier, retry
@@ -46,7 +46,7 @@ POLICIES = {
 }
 
 
-@pytest.fixture(params=POLICIES.values(), ids=POLICIES)
+@pytest.fixture(params=list(POLICIES.values()), ids=list(POLICIES))
 def case(request: pytest.FixtureRequest) -> Case:
     """Each policy in turn."""
     found: Case = request.param

@@ -4,6 +4,8 @@ import asyncio
 
 from tests.manual_clock import ManualClock
 
+from viralfx.domain.breaker import CircuitBreaker
+
 
 class BackendError(Exception):
     """What the dependency raises."""
@@ -46,6 +48,11 @@ async def settle(turns: int = 5) -> None:
     """Let the tasks that can run do so."""
     for _ in range(turns):
         await asyncio.sleep(0)
+
+
+def state_of(breaker: CircuitBreaker) -> str:
+    """Return the shown state as a word, which a type checker does not take for constant."""
+    return str(breaker.get_state()["state"])
 
 
 class SkippingClock(ManualClock):

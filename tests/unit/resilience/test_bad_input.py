@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,6 @@ from viralfx.domain.circuit_states import RollingWindow
 from viralfx.domain.deadline import Deadline
 from viralfx.domain.retry import retry
 from viralfx.domain.retry_policy import BackoffPolicy
-
 
 NUMBERS: list[tuple[Callable[[], object], str]] = [
     (lambda: retry(attempts=0), "attempts must be at least 1, got 0"),
@@ -65,18 +65,24 @@ def plain_function() -> None:
     """Do nothing."""
 
 
+# The checker refuses these too; here it must not.
+ANY_RETRY: Any = retry
+ANY_BREAKER: Any = CircuitBreaker
+ANY_DECORATOR: Any = circuit_breaker
+ANY_BULKHEAD: Any = Bulkhead
+
 KINDS: list[tuple[Callable[[], object], str]] = [
-    (lambda: retry(coroutine_function), r"use @retry\(\) with parentheses"),
-    (lambda: retry(attempts=2.5), r"use @retry\(\) with parentheses"),
+    (lambda: ANY_RETRY(coroutine_function), r"use @retry\(\) with parentheses"),
+    (lambda: ANY_RETRY(attempts=2.5), r"use @retry\(\) with parentheses"),
     (lambda: retry(attempts=True), "attempts must be a whole number, got True"),
-    (lambda: CircuitBreaker(2.5), "failure_threshold must be a whole number, got 2.5"),
-    (lambda: retry(retry_on=BaseException), "only subclasses of Exception can be listed"),
-    (lambda: retry(retry_on=(OSError, 5)), "only subclasses of Exception can be listed"),
-    (lambda: retry(retry_on="OSError"), "expected an exception type, a tuple"),
-    (lambda: CircuitBreaker(failure_on=(BaseException,)), "only subclasses of Exception"),
-    (lambda: circuit_breaker(failure_on=BaseException), "only subclasses of Exception"),
+    (lambda: ANY_BREAKER(2.5), "failure_threshold must be a whole number, got 2.5"),
+    (lambda: ANY_RETRY(retry_on=BaseException), "only subclasses of Exception can be listed"),
+    (lambda: ANY_RETRY(retry_on=(OSError, 5)), "only subclasses of Exception can be listed"),
+    (lambda: ANY_RETRY(retry_on="OSError"), "expected an exception type, a tuple"),
+    (lambda: ANY_BREAKER(failure_on=(BaseException,)), "only subclasses of Exception"),
+    (lambda: ANY_DECORATOR(failure_on=BaseException), "only subclasses of Exception"),
     (lambda: retry(deadline=1.0)(plain_function), "a deadline cannot cut a plain function"),
-    (lambda: Bulkhead(1)(plain_function), "make it `async def`"),
+    (lambda: ANY_BULKHEAD(1)(plain_function), "make it `async def`"),
     (lambda: aiter(retry(deadline=1.0)), r"inside `async with Deadline\(...\)` instead"),
 ]
 

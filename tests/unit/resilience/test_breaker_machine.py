@@ -14,9 +14,9 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-
 from tests.manual_clock import ManualClock
 from tests.unit.resilience.scripted import BackendError
+
 from viralfx.domain.breaker import CircuitBreaker
 from viralfx.domain.circuit import CircuitOpenError
 
@@ -110,7 +110,7 @@ class BreakerMachine(RuleBasedStateMachine):
 
     @rule(form=st.sampled_from(["execute", "decorator", "guard"]))
     def call(self, form: str) -> None:
-        """A call arrives: it reaches the backend and hangs there, or is rejected."""
+        """Let a call arrive: it reaches the backend and hangs there, or is rejected."""
         admitted, before = self.expect_admission(), self.backend.calls
         coroutine = {
             "execute": lambda: self.breaker.execute(self.backend),
@@ -190,7 +190,7 @@ class BreakerMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        """The state is saved and restored; what was under way is forgotten."""
+        """Save and restore the state; what was under way is forgotten."""
         saved = self.breaker.snapshot()
         shown = self.breaker.get_state()
         self.breaker.restore(saved)
@@ -206,7 +206,7 @@ class BreakerMachine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        """The breaker shows what the model is in."""
+        """Show what the model is in."""
         over = self.state == "OPEN" and self.clock.monotonic() >= self.until
         state = "HALF_OPEN" if over else self.state
         assert self.breaker.get_state() == {"state": state, "failureCount": self.failures}

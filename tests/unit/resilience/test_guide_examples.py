@@ -1,8 +1,8 @@
 """The four code examples of the operations guide, in Python, on a clock that skips waits."""
 
 import pytest
-
 from tests.unit.resilience.scripted import BackendError, Scripted, SkippingClock
+
 from viralfx.domain.breaker import CircuitBreaker, circuit_breaker
 from viralfx.domain.circuit import CircuitOpenError
 from viralfx.domain.fallback import with_fallback
@@ -48,7 +48,7 @@ async def test_circuit_breaker_directly() -> None:
     """Example 2, option 2: execute with a name, and ask for the state."""
     breaker = CircuitBreaker(5, 60.0)
     external_service = Scripted("data")
-    assert await breaker.execute(lambda: external_service(), "ExternalService.getData") == "data"
+    assert await breaker.execute(external_service, "ExternalService.getData") == "data"
     assert breaker.get_state() == {"state": "CLOSED", "failureCount": 0}
 
 
