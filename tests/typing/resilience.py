@@ -62,9 +62,7 @@ def fetch_now() -> str:
 
 async def check(service: Service, retrier: Retrier, breaker: CircuitBreaker) -> None:
     """Assert what is seen."""
-    coroutine = retried("a", active=False)
-    assert_type(coroutine, Coroutine[Any, Any, int])
-    assert_type(await coroutine, int)
+    await assert_type(retried("a", active=False), Coroutine[Any, Any, int])
     assert_type(await retried("a"), int)
     assert_type(await broken("a"), int)
     assert_type(await shared("a"), int)
