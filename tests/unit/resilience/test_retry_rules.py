@@ -2,6 +2,8 @@
 
 import asyncio
 import functools
+import inspect
+import math
 import random
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -24,6 +26,7 @@ from viralfx.domain.retry_decision import (
     GiveUpReason,
     RetryEvent,
 )
+from viralfx.domain.retry_policy import BackoffPolicy
 
 
 class PermanentError(Exception):
@@ -578,3 +581,120 @@ async def test_an_open_circuit_is_waited_for_only_on_request() -> None:
     patient = retry(retry_open_circuit=True, clock=clock)
     assert await patient.execute(lambda: breaker.execute(operation)) == "done"
     assert clock.slept == [1.0, pytest.approx(19.0)]
+
+
+async def test_retries_without_a_wait_yield_from_the_second_on(clock: SkippingClock) -> None:
+    """One costs no turn of the loop; a policy that never waits starves nobody."""
+    for form in (_decorated, _executed, _looped):
+        clock.slept.clear()
+        operation = Scripted(BackendError(), BackendError(), BackendError(), "done")
+        assert await form(retry(attempts=4, base_delay=0.0, clock=clock), operation) == "done"
+        assert clock.slept == [0.0, 0.0]
+
+
+def test_a_plain_function_does_not_block_for_nothing(clock: SkippingClock) -> None:
+    """A wait of zero seconds is none."""
+    operation = Scripted(BackendError(), "done")
+    policy = retry(base_delay=0.0)
+    assert Retrier(policy, clock=clock, block=clock.block)(operation.sync)() == "done"
+    assert clock.slept == []
+
+
+@pytest.mark.parametrize("error", [LostReplyError(), CircuitOpenError("c", "op", 1.0)])
+async def test_a_retrier_is_careful_by_default(clock: SkippingClock, error: Exception) -> None:
+    """An ambiguous write and an open circuit are final unless it was told otherwise."""
+    operation = Scripted(error)
+    with pytest.raises(type(error)):
+        await Retrier(retry(), clock=clock).execute(operation)
+    assert operation.calls == 1
+
+
+async def test_events_name_the_operation_unless_the_retrier_has_a_name(
+    clock: SkippingClock,
+) -> None:
+    """In each form of use; a loop has no operation."""
+    events: list[RetryEvent] = []
+    unnamed = retry(attempts=1, listeners=(events.append,), clock=clock)
+    named = retry(attempts=1, name="users", listeners=(events.append,), clock=clock)
+    for retrier in (unnamed, named):
+        for form in (_decorated, _executed, _looped):
+            with pytest.raises(BackendError):
+                await form(retrier, Scripted(BackendError()))
+        with pytest.raises(BackendError):
+            retrier(Scripted(BackendError()).sync)()
+    names = [event.name for event in events if isinstance(event, GaveUp)]
+    assert names == [
+        "_decorated.<locals>.call",
+        "Scripted",
+        "loop",
+        "Scripted.sync",
+        *["users"] * 4,
+    ]
+
+
+@pytest.mark.parametrize("guard", [retry(), retry(deadline=1.0), CircuitBreaker()], ids=range(3))
+def test_a_guarded_function_keeps_its_name_and_documentation(guard: Retrier) -> None:
+    """For whoever reads a traceback or the API documentation."""
+    targets = [_looped] if guard.__dict__.get("_deadline") else [_looped, _flaky]
+    for function in targets:
+        guarded = guard(function)
+        assert guarded.__name__ == function.__name__
+        assert guarded.__wrapped__ is function  # type: ignore[union-attr]  # what wraps() adds
+        assert inspect.iscoroutinefunction(guarded) == inspect.iscoroutinefunction(function)
+
+
+def test_the_defaults_are_the_documented_ones() -> None:
+    """Three attempts from one second on; the cap is 30 s, or the base delay if that is longer."""
+    assert [retry().next_delay(n, OSError()) for n in (1, 2, 3)] == [1.0, 2.0, None]
+    assert [retry(9).next_delay(n, OSError()) for n in (5, 6, 7)] == [16.0, 30.0, 30.0]
+    assert [retry(base_delay=45.0).next_delay(n, OSError()) for n in (1, 2)] == [45.0, 45.0]
+
+
+def test_a_policy_and_a_random_source_can_be_given() -> None:
+    """Each replaces what it stands for."""
+    policy = retry(policy=BackoffPolicy(attempts=1))
+    assert policy.next_delay(1, OSError()) is None
+    jittered = Backoff(base=1.0, jitter=Jitter.FULL)
+    first = retry(backoff=jittered, rng=random.Random(5)).next_delay(1, OSError())  # noqa: S311 - a test
+    assert first == random.Random(5).uniform(0.0, 1.0)  # noqa: S311 - a test
+
+
+async def test_a_loop_must_put_its_body_inside_the_attempt(clock: SkippingClock) -> None:
+    """Otherwise it could not know how the attempt ended."""
+    attempts = aiter(retry(clock=clock))
+    assert (await anext(attempts)).number == 1
+    with pytest.raises(RuntimeError, match="inside `with attempt:`"):
+        await anext(attempts)
+
+
+async def test_a_loop_numbers_its_attempts_and_ends_after_a_success(clock: SkippingClock) -> None:
+    """It counts from one, and goes on below the loop."""
+    numbers = []
+    async for attempt in retry(clock=clock):
+        with attempt:
+            numbers.append(attempt.number)
+            if attempt.number < 3:
+                raise BackendError
+    assert (numbers, clock.slept) == ([1, 2, 3], [1.0, 2.0])
+
+
+async def test_a_broken_policy_hides_no_error(
+    clock: SkippingClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that raises, or answers with no duration, is logged and taken for giving up."""
+
+    class Broken:
+        def __init__(self, answer: float | None) -> None:
+            self.answer = answer
+
+        def next_delay(self, attempt: int, error: Exception) -> float | None:
+            if self.answer is None:
+                raise ValueError(attempt, error)
+            return self.answer
+
+    for answer in (None, -1.0, math.nan, math.inf):
+        operation = Scripted(BackendError())
+        with pytest.raises(BackendError):
+            await Retrier(Broken(answer), clock=clock).execute(operation)
+        assert (operation.calls, clock.slept) == (1, [])
+    assert set(caplog.messages) == {"Retry policy failed", "Retry policy gave no delay"}
