@@ -106,7 +106,7 @@ async def b1(backend: Backend) -> str:
 
 
 async def b2(backend: Backend) -> str:
-    """A cancelled probe."""
+    """Probe: a cancelled probe."""
     await backend.trip()
     await asyncio.sleep(OPEN_FOR * 1.2)
     ended, tasks = await backend.hang()
@@ -130,13 +130,13 @@ async def b3(backend: Backend) -> str:
 
 
 async def b4(backend: Backend) -> str:
-    """What the tripping caller sees."""
+    """Probe: what the tripping caller sees."""
     error = await backend.trip()
     return "original" if isinstance(error, BackendError) else type(error).__name__
 
 
 async def b5(backend: Backend) -> str:
-    """A success that began before the trip."""
+    """Probe: a success that began before the trip."""
     ended, tasks = await backend.hang()
     await backend.trip()
     await finish(ended, tasks)
@@ -144,7 +144,7 @@ async def b5(backend: Backend) -> str:
 
 
 async def b6(backend: Backend) -> str:
-    """An unlisted error between failures."""
+    """Probe: an unlisted error between failures."""
     for _ in range(4):
         await backend.ends(BackendError())
     await backend.ends(UnlistedError())
@@ -164,7 +164,7 @@ async def b7(backend: Backend) -> str:
 
 
 async def b8(backend: Backend) -> str:
-    """A hung probe, four open periods later."""
+    """Probe: a hung probe, four open periods later."""
     await backend.trip()
     await asyncio.sleep(OPEN_FOR * 1.2)
     before = backend.reached
@@ -179,7 +179,7 @@ async def b8(backend: Backend) -> str:
 
 
 async def r1(guard: Guard) -> str:
-    """A cancellation during the attempt."""
+    """Probe: a cancellation during the attempt."""
     backend = Backend(guard)
     ended, tasks = await backend.hang()
     tasks[0].cancel()
@@ -190,7 +190,7 @@ async def r1(guard: Guard) -> str:
 
 
 async def r2(guard: Guard) -> str:
-    """A cancellation during the wait."""
+    """Probe: a cancellation during the wait."""
     backend = Backend(guard)
     task = asyncio.create_task(backend.ends(BackendError()))
     await asyncio.sleep(0.005)
@@ -208,13 +208,13 @@ async def r3(guard: Guard) -> str:
 
 
 async def r4(guard: Guard) -> str:
-    """The final error."""
+    """Probe: the final error."""
     error = await Backend(guard).ends(BackendError())
     return "original" if isinstance(error, BackendError) else type(error).__name__
 
 
 async def r6(guard: Guard) -> str:
-    """A limit of 50 ms on an attempt that hangs for 500 ms."""
+    """Probe: a limit of 50 ms on an attempt that hangs for 500 ms."""
 
     async def hang() -> object:
         await asyncio.sleep(0.5)

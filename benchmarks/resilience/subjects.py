@@ -5,7 +5,7 @@ least five calls, where a library knows rates only) for ``open_for`` seconds and
 success, in each library's own words. Retries make three attempts.
 """
 
-import datetime
+import datetime as dt
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -66,7 +66,7 @@ def with_circuitbreaker(open_for: float) -> Guard:
 
 def with_aiobreaker(open_for: float) -> Guard:
     """Use aiobreaker."""
-    period = datetime.timedelta(seconds=open_for)
+    period = dt.timedelta(seconds=open_for)
     return aiobreaker.CircuitBreaker(5, period, exclude=[UnlistedError])
 
 

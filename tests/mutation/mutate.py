@@ -1,3 +1,4 @@
+# ruff: noqa: T201 - a program whose output is its report
 """Mutation testing of the resilience core: change one thing at a time, and see a test fail.
 
     python tests/mutation/mutate.py [module ...]
@@ -25,7 +26,15 @@ from cosmic_ray.plugins import get_operator, operator_names
 
 ROOT = Path(__file__).parents[2]
 MODULES = ("retry", "breaker", "circuit", "circuit_states", "retry_decision", "retry_loop")
-TESTS = ("breaker_rules", "retry_rules", "windows", "circuits", "bad_input", "breaker_machine")
+TESTS = (
+    "breaker_rules",
+    "retry_rules",
+    "windows",
+    "circuits",
+    "bad_input",
+    "documentation",
+    "breaker_machine",
+)
 TIMEOUT = 20.0
 REQUIRED = 0.95
 
@@ -102,7 +111,7 @@ def main(modules: list[str]) -> int:
     os.environ["FUZZ_EXAMPLES"] = "25"
     folder = Path(tempfile.mkdtemp(prefix="mutation-"))
     try:
-        for name in ("src", "tests", "pyproject.toml", "README.md"):
+        for name in ("src", "tests", "docs", "pyproject.toml", "README.md"):
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, folder / name)
         if not survives(folder):

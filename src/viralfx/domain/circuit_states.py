@@ -61,7 +61,7 @@ class Closed:
     __slots__ = ("gated", "pending", "period", "threshold")
     state = CircuitState.CLOSED
 
-    def __init__(self, threshold: int, failures: int = 0) -> None:
+    def __init__(self, threshold: int, failures: int) -> None:
         self.threshold = threshold
         self.gated = False
         """Whether a call must ask before it is made."""

@@ -1,19 +1,24 @@
 """Named breakers: listed, commanded by hand, saved and restored, shared by threads."""
 
+import dataclasses
 import json
 import math
 import pickle
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from tests.unit.resilience.scripted import BackendError, Scripted, SkippingClock, state_of
 
 from viralfx.domain.breaker import CircuitBreaker, circuit_breaker
-from viralfx.domain.circuit import CircuitEvent, CircuitOpenError, StateChanged
-from viralfx.domain.circuit_states import CircuitState
+from viralfx.domain.bulkhead import BulkheadFull
+from viralfx.domain.circuit import CallRejected, CircuitEvent, CircuitOpenError, StateChanged
+from viralfx.domain.circuit_states import CircuitState, RollingWindow
 from viralfx.domain.circuits import BreakerRegistry
+from viralfx.domain.fallback import FallbackUsed
 from viralfx.domain.health import HealthCheck, Observation, Status
+from viralfx.domain.retry_decision import AttemptFailed, BudgetExhausted, GaveUp
 
 
 @pytest.fixture
@@ -241,3 +246,33 @@ def test_threads_share_a_breaker(clock: SkippingClock) -> None:
             assert breaker.get_state() == {"state": "OPEN", "failureCount": 8}
             clock.block(60.0)
     assert state_of(breaker) == "CLOSED"
+
+
+def test_an_open_period_that_is_over_has_nothing_remaining(clock: SkippingClock) -> None:
+    """However long ago it ended."""
+    breaker = tripped(clock)
+    clock.block(100.0)
+    over = {"state": "HALF_OPEN", "failureCount": 1, "remaining": 0.0}
+    assert breaker.snapshot() == over
+    breaker.restore(over)
+    assert breaker.snapshot() == over
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        AttemptFailed,
+        BudgetExhausted,
+        BulkheadFull,
+        CallRejected,
+        FallbackUsed,
+        GaveUp,
+        RollingWindow,
+        StateChanged,
+    ],
+)
+def test_events_and_settings_are_values(kind: Any) -> None:
+    """Nobody who gets one can change it for the next, or mix up its fields."""
+    assert kind.__dataclass_params__.frozen
+    assert kind.__slots__ == tuple(field.name for field in dataclasses.fields(kind))
+    assert all(field.kw_only for field in dataclasses.fields(kind))

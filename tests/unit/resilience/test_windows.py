@@ -82,6 +82,17 @@ def test_slow_calls_trip_by_their_own_rate(clock: SkippingClock) -> None:
     assert breaker.get_state() == {"state": "OPEN", "failureCount": 0}
 
 
+def test_below_the_slow_rate_it_stays_closed(clock: SkippingClock) -> None:
+    """The rate is a share of the calls, as that of failures is."""
+    window = RollingWindow(minimum_calls=4, slow_after=2.0, slow_rate=0.5)
+    breaker = breaker_with(clock, window)
+    for seconds in (0.0, 0.0, 0.0, 2.1, 2.1):
+        call(breaker, clock, "ok", seconds)
+        assert state_of(breaker) == "CLOSED"
+    call(breaker, clock, "ok", 2.1)
+    assert state_of(breaker) == "OPEN"
+
+
 def test_a_slow_failure_is_both(clock: SkippingClock) -> None:
     """It adds to either rate, and is one call."""
     window = RollingWindow(minimum_calls=2, failure_rate=1.0, slow_after=2.0, slow_rate=1.0)

@@ -1,0 +1,90 @@
+"""The resilience chapter: its examples run, its tables are those of the code."""
+
+import ast
+import asyncio
+import inspect
+import re
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.virtual_time import run_in_virtual_time
+
+from viralfx.domain.backoff import Backoff, Jitter
+from viralfx.domain.breaker import CircuitBreaker, circuit_breaker
+from viralfx.domain.budget import RetryBudget
+from viralfx.domain.bulkhead import Bulkhead
+from viralfx.domain.circuit import CircuitOpenError
+from viralfx.domain.circuit_states import RollingWindow
+from viralfx.domain.deadline import Deadline
+from viralfx.domain.fallback import with_fallback
+from viralfx.domain.retry import retry
+
+CHAPTER = (Path(__file__).parents[3] / "docs/resilience.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", CHAPTER, re.DOTALL)
+NAMES: dict[str, Any] = {
+    name.__name__: name
+    for name in (
+        Backoff,
+        Bulkhead,
+        CircuitBreaker,
+        CircuitOpenError,
+        Deadline,
+        Jitter,
+        RetryBudget,
+        RollingWindow,
+        circuit_breaker,
+        retry,
+        with_fallback,
+    )
+}
+
+
+async def http_get(path: str) -> str:
+    """Stand in for a client."""
+    return path
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_the_example_runs(number: int) -> None:
+    """As printed, with the names it uses and nothing else; its waits take no time."""
+    code = compile(
+        EXAMPLES[number], f"example {number}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    )
+    names = {**NAMES, "http_get": http_get, "sleep": asyncio.sleep}
+
+    async def main() -> None:
+        result: Coroutine[Any, Any, None] | None = eval(code, names)  # noqa: S307 - our own text
+        if result is not None:
+            await result
+
+    run_in_virtual_time(main())
+
+
+@pytest.mark.parametrize(
+    ("call", "delays"), re.findall(r"\| `(Backoff\(.*?\)\.delays\(\d\))` \| (.*?) \|", CHAPTER)
+)
+def test_the_table_of_delays(call: str, delays: str) -> None:
+    """Each row is what the call returns."""
+    computed = eval(call, {**NAMES})  # noqa: S307 - our own text
+    assert [f"{delay:g}" for delay in computed] == delays.split(", ")
+
+
+@pytest.mark.parametrize(
+    ("owner", "argument", "default"),
+    re.findall(r"\| `(\w+)\((\w+)\)` \| `?(.*?)`? \|", CHAPTER),
+)
+def test_the_table_of_defaults(owner: str, argument: str, default: str) -> None:
+    """Each row is the default of that argument; ``retry`` resolves its own when it is called."""
+    resolved = {"attempts": "3", "base_delay": "1.0", "retry_on": "Exception"}
+    if owner == "retry" and argument in resolved:
+        assert default == resolved[argument]
+        return
+    assert repr(inspect.signature(NAMES[owner]).parameters[argument].default) == default
+
+
+def test_the_tables_are_found() -> None:
+    """A changed layout must not empty these tests."""
+    assert len(EXAMPLES) == 7
+    assert len(re.findall(r"\| `(\w+)\((\w+)\)` \|", CHAPTER)) == 24
