@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Awaitable, Callable
-from types import TracebackType
+from types import FunctionType, TracebackType
 from typing import Any, ParamSpec, TypeVar, cast, overload
 
 from viralfx.domain.circuit import Circuit, CircuitEvent
@@ -16,6 +16,7 @@ from viralfx.domain.guardable import (
     operation_name,
     refuse_awaitable,
     refuse_uncallable,
+    with_own_code,
 )
 
 P = ParamSpec("P")
@@ -104,6 +105,7 @@ class CircuitBreaker(Circuit):
                 self.succeeded(token)
             return result
 
+        with_own_code(cast("FunctionType", guarded))
         return guarded
 
     def _guard_sync(self, function: Callable[P, T]) -> Callable[P, T]:

@@ -24,13 +24,26 @@ from viralfx.domain.stopwatch import reader_of
 
 
 class CircuitOpenError(CallRejectedError):
-    """The circuit is open: the call was not made. ``retry_after`` seconds are worth waiting."""
+    """The circuit is open: the call was not made.
 
-    def __init__(self, circuit: str, operation: str, retry_after: float) -> None:
-        # ``args`` is set already, by the constructor of exceptions: that is cheap, and it pickles.
-        self.circuit = circuit
-        self.operation = operation
-        self.retry_after = retry_after
+    Made from the circuit's name, the operation's and the seconds worth waiting. They stay in
+    ``args``: a rejection is to cost as little as an exception can.
+    """
+
+    @property
+    def circuit(self) -> str:
+        """The name of the circuit."""
+        return str(self.args[0])
+
+    @property
+    def operation(self) -> str:
+        """What was to be called; empty where it has no name."""
+        return str(self.args[1])
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until the next call may be made; infinite while it is held open by hand."""
+        return float(self.args[2])
 
     def __str__(self) -> str:
         """Say what was rejected; put together only when somebody reads it."""
@@ -175,8 +188,12 @@ class Circuit:
         """Return the token of a call that may be made; raise ``CircuitOpenError`` otherwise."""
         now = self._now()
         period = self.period
-        if isinstance(period, Open) and now < period.until:
-            raise self._rejection(operation, period.until - now)
+        if isinstance(period, Open):
+            if now < period.until:
+                self._tell_rejected(operation, period.until - now)
+                raise CircuitOpenError(self.name, operation, period.until - now)
+        elif isinstance(period, ClosedByRate):
+            return period.admit(now)
         change = None
         with self._lock:
             period = self.period
@@ -191,12 +208,14 @@ class Circuit:
             # In the same step as the decision, with no await between: two callers cannot both
             # be told that the permit is theirs.
             if isinstance(period, Closed | ClosedByRate):
+                # Closed by somebody else, between the two looks.
                 return period.admit(now)
             token = period.admit(now)
             retry_after = period.until - now
         self._tell(change)
         if token is None:
-            raise self._rejection(operation, retry_after)
+            self._tell_rejected(operation, retry_after)
+            raise CircuitOpenError(self.name, operation, retry_after)
         return token
 
     def succeeded(self, token: Token) -> None:
@@ -228,11 +247,10 @@ class Circuit:
         with self._lock:
             token.released()
 
-    def _rejection(self, operation: str, retry_after: float) -> CircuitOpenError:
+    def _tell_rejected(self, operation: str, retry_after: float) -> None:
         if self._listeners:
             event = CallRejected(name=self.name, operation=operation, retry_after=retry_after)
             notify(self._listeners, event)
-        return CircuitOpenError(self.name, operation, retry_after)
 
     def _next(self, state: CircuitState, now: float) -> Period:
         if state is CircuitState.OPEN:

@@ -113,7 +113,8 @@ class ClosedByRate:
 
     def admit(self, now: float) -> "ClosedByRate | TimedCall":
         """Let a call through."""
-        return TimedCall(self, now) if self.gated else self
+        limit = self.window.slow_after
+        return self if limit is None else TimedCall(self, now + limit)
 
     def succeeded(self, now: float) -> None:
         """Take in a success, which changes no state."""
@@ -142,30 +143,28 @@ class ClosedByRate:
 class TimedCall:
     """Token of one call in a :class:`ClosedByRate` period that tells slow calls."""
 
-    __slots__ = ("pending", "period", "started")
+    __slots__ = ("pending", "period", "slow_after")
 
-    def __init__(self, period: ClosedByRate, started: float) -> None:
+    def __init__(self, period: ClosedByRate, slow_after: float) -> None:
         self.period = period
-        self.started = started
+        self.slow_after = slow_after
+        """Monotonic time after which the call is slow."""
         self.pending = True
 
     def succeeded(self, now: float) -> CircuitState | None:
         """Take in a success; return the state that follows, None for no change."""
-        if self._is_slow(now):
+        if now > self.slow_after:
             return self.period.count_against(now, _SLOW)
         self.period.succeeded(now)
         return None
 
     def failed(self, now: float) -> CircuitState | None:
         """Take in a failure; return the state that follows, None for no change."""
-        kinds = (_FAILURES, _SLOW) if self._is_slow(now) else (_FAILURES,)
+        kinds = (_FAILURES, _SLOW) if now > self.slow_after else (_FAILURES,)
         return self.period.count_against(now, *kinds)
 
     def released(self) -> None:
         """Take in an outcome that says nothing."""
-
-    def _is_slow(self, now: float) -> bool:
-        return self.period.window.is_slow(now - self.started)
 
 
 class Open:

@@ -5,6 +5,7 @@ import functools
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from types import FunctionType
 from typing import Any, ParamSpec, TypeVar, cast, overload
 
 from viralfx.domain.backoff import Backoff
@@ -19,6 +20,7 @@ from viralfx.domain.guardable import (
     operation_name,
     refuse_awaitable,
     refuse_uncallable,
+    with_own_code,
 )
 from viralfx.domain.quantities import require_not_negative
 from viralfx.domain.retry_decision import Decider, RetryEvent
@@ -147,6 +149,7 @@ class Retrier:
             finally:
                 del failure
 
+        with_own_code(cast("FunctionType", guarded))
         if self._deadline is None:
             return guarded
         seconds, clock = self._deadline, self._clock
