@@ -15,7 +15,6 @@ from subjects import (
     BackendError,
     Guard,
     UnlistedError,
-    ours_leased,
 )
 
 OPEN_FOR = 0.05
@@ -243,7 +242,7 @@ async def main() -> None:
     rows = []
     for name, make in BREAKERS.items():
         maker = ours_leased if name == "viralfx" else make
-        rows.append([name, *[await row(Backend(maker(OPEN_FOR))) for row in BREAKER_ROWS]])
+        rows.append([name, *[await row(Backend(make(OPEN_FOR))) for row in BREAKER_ROWS]])
     table(["breaker", "B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8"], rows)
     print()
     rows = []

@@ -46,12 +46,8 @@ class UnlistedError(Exception):
 
 def ours(open_for: float, **options: Any) -> Guard:
     """Consecutive mode, as the guide uses it."""
-    return CircuitBreaker(5, open_for, failure_on=BackendError, **options)
-
-
-def ours_leased(open_for: float) -> Guard:
-    """With a lease of two open periods, for the probe."""
-    return ours(open_for, probe_lease=2 * open_for)
+    lease = 2 * open_for
+    return CircuitBreaker(5, open_for, probe_lease=lease, failure_on=BackendError, **options)
 
 
 def ours_window(open_for: float) -> Guard:
