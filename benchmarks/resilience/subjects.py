@@ -13,6 +13,7 @@ import aiobreaker
 import backoff
 import circuitbreaker
 import fluxgate
+import fluxgate.permits
 import fluxgate.retries
 import fluxgate.trackers
 import fluxgate.trippers
@@ -170,8 +171,11 @@ def with_fluxgate(open_for: float) -> Guard:
     return fluxgate.AsyncCircuitBreaker(
         window=fluxgate.windows.CountWindow(100),
         tracker=fluxgate.trackers.TypeOf(BackendError),
-        tripper=fluxgate.trippers.FailureStreak(5),
+        tripper=(fluxgate.trippers.Closed() & fluxgate.trippers.FailureStreak(5))
+        | (fluxgate.trippers.HalfOpened() & fluxgate.trippers.FailureStreak(1)),
         retry=fluxgate.retries.Cooldown(open_for),
+        # Not the default, which lets probes through at random.
+        permit=fluxgate.permits.All(),
         max_half_open_calls=1,
     )
 

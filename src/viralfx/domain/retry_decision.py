@@ -122,7 +122,7 @@ class Decider:
             reason = GiveUpReason.CIRCUIT_OPEN
         elif delay is None:
             # The port says no more than None; a pure policy can be asked about a first attempt.
-            permanent = attempt == 1 or self._ask(1, error) is None
+            permanent = self._ask(1, error) is None
             reason = GiveUpReason.PERMANENT if permanent else GiveUpReason.ATTEMPTS
         elif not self.idempotent and maybe_applied(error):
             reason = GiveUpReason.MAYBE_APPLIED

@@ -59,7 +59,8 @@ class SkippingClock(ManualClock):
     """A clock on which every sleep is over at once, and written down."""
 
     def __init__(self) -> None:
-        super().__init__()
+        # Not a round number of the durations in use: differences of times must be differences.
+        super().__init__(monotonic=7.0)
         self.slept: list[float] = []
 
     async def sleep(self, seconds: float) -> None:

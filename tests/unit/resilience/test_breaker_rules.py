@@ -18,7 +18,7 @@ class UnlistedError(Exception):
 @pytest.fixture
 def clock() -> ManualClock:
     """Time that stands still."""
-    return ManualClock()
+    return ManualClock(monotonic=7.0)
 
 
 @pytest.fixture

@@ -693,9 +693,12 @@ async def test_a_broken_policy_hides_no_error(
                 raise ValueError(attempt, error)
             return self.answer
 
+    events: list[RetryEvent] = []
     for answer in (None, -1.0, math.nan, math.inf):
         operation = Scripted(BackendError())
         with pytest.raises(BackendError):
-            await Retrier(Broken(answer), clock=clock).execute(operation)
+            broken = Retrier(Broken(answer), listeners=(events.append,), clock=clock)
+            await broken.execute(operation)
         assert (operation.calls, clock.slept) == (1, [])
+    assert [event.reason for event in events if isinstance(event, GaveUp)] == ["permanent"] * 4
     assert set(caplog.messages) == {"Retry policy failed", "Retry policy gave no delay"}
