@@ -696,8 +696,8 @@ async def test_a_broken_policy_hides_no_error(
     events: list[RetryEvent] = []
     for answer in (None, -1.0, math.nan, math.inf):
         operation = Scripted(BackendError())
+        broken = Retrier(Broken(answer), listeners=(events.append,), clock=clock)
         with pytest.raises(BackendError):
-            broken = Retrier(Broken(answer), listeners=(events.append,), clock=clock)
             await broken.execute(operation)
         assert (operation.calls, clock.slept) == (1, [])
     assert [event.reason for event in events if isinstance(event, GaveUp)] == ["permanent"] * 4
