@@ -1,6 +1,6 @@
 """What a guard costs: interleaved rounds, the minimum of each, and its ratio to a bare await.
 
-    python benchmarks/resilience/bench.py [rounds] [calls]
+    python -m benchmarks.resilience.bench [rounds] [calls]
 
 The rounds of all candidates alternate in random order, so that a slow moment of the machine hits
 all alike; the spread of rounds is wide, only minima and ratios are comparable. Prints Markdown.
@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 
-from subjects import BREAKERS, RETRIES, BackendError, ours, ours_window
+from benchmarks.resilience.subjects import BREAKERS, RETRIES, BackendError, ours, ours_window
 
 from viralfx.domain.breaker import CircuitBreaker
 from viralfx.domain.circuit_states import RollingWindow

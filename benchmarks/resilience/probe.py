@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from subjects import (
+from benchmarks.resilience.subjects import (
     BREAKERS,
     RETRIES,
     UNLIMITED,
