@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Callable
 
 from benchmarks.resilience.subjects import BREAKERS, RETRIES, BackendError, ours, ours_window
 
-from viralfx.domain.breaker import CircuitBreaker
-from viralfx.domain.circuit_states import RollingWindow
-from viralfx.domain.retry import retry
+from viralfx.domain.resilience.breaker import CircuitBreaker
+from viralfx.domain.resilience.circuit_states import RollingWindow
+from viralfx.domain.resilience.retry import retry
 
 Candidate = Callable[[], Awaitable[object]]
 

@@ -29,9 +29,9 @@ import redress
 import stamina
 import tenacity
 
-from viralfx.domain.breaker import CircuitBreaker
-from viralfx.domain.circuit_states import RollingWindow
-from viralfx.domain.retry import retry
+from viralfx.domain.resilience.breaker import CircuitBreaker
+from viralfx.domain.resilience.circuit_states import RollingWindow
+from viralfx.domain.resilience.retry import retry
 
 Call = Callable[[], Awaitable[object]]
 Guard = Callable[[Call], Call]

@@ -192,7 +192,7 @@ def test_there_is_one_process() -> None:
 
 
 def test_the_domain_waits_in_one_way() -> None:
-    """Timers and limits of the domain are the clock's; only the clock module calls asyncio's."""
+    """Timers and limits of the domain are the clock's, but for three that say why they are not."""
     used = {
         (name_of(module), node.attr)
         for module in (PACKAGE / "domain").rglob("*.py")
@@ -210,6 +210,12 @@ def test_the_domain_waits_in_one_way() -> None:
         ("domain/clock.py", "monotonic"),
         ("domain/clock.py", "now"),
         ("domain/clock.py", "sleep"),
+        # A deadline cuts the caller's own code, and so waits for its cleaning up.
+        ("domain/resilience/deadline.py", "timeout"),
+        # What waits in a plain function; an argument.
+        ("domain/resilience/retry.py", "sleep"),
+        # The system clock's own reading, without a call in between.
+        ("domain/resilience/stopwatch.py", "monotonic"),
     }
 
 

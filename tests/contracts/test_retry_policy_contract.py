@@ -15,9 +15,9 @@ import pytest
 from tests.unit.resilience.scripted import SkippingClock
 
 from viralfx.adapters.memory.retry import MemoryRetryPolicy
-from viralfx.domain.backoff import Backoff, Jitter
-from viralfx.domain.retry import Retrier, retry
-from viralfx.domain.retry_policy import BackoffPolicy, RetryPolicy
+from viralfx.domain.resilience.backoff import Backoff, Jitter
+from viralfx.domain.resilience.retry import Retrier, retry
+from viralfx.domain.resilience.retry_policy import BackoffPolicy, RetryPolicy
 
 
 @dataclass(frozen=True, kw_only=True)

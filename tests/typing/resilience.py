@@ -3,11 +3,11 @@
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, assert_type
 
-from viralfx.domain.breaker import CircuitBreaker, circuit_breaker
-from viralfx.domain.bulkhead import Bulkhead
-from viralfx.domain.fallback import with_fallback
-from viralfx.domain.retry import Retrier, retry
-from viralfx.domain.retry_policy import RetryPolicy
+from viralfx.domain.resilience.breaker import CircuitBreaker, circuit_breaker
+from viralfx.domain.resilience.bulkhead import Bulkhead
+from viralfx.domain.resilience.fallback import with_fallback
+from viralfx.domain.resilience.retry import Retrier, retry
+from viralfx.domain.resilience.retry_policy import RetryPolicy
 
 
 @retry(attempts=3, base_delay=1.0)

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from viralfx.domain.backoff import Backoff
-from viralfx.domain.breaker import CircuitBreaker, circuit_breaker
-from viralfx.domain.budget import RetryBudget
-from viralfx.domain.bulkhead import Bulkhead
-from viralfx.domain.circuit_states import RollingWindow
-from viralfx.domain.deadline import Deadline
-from viralfx.domain.retry import retry
-from viralfx.domain.retry_policy import BackoffPolicy
+from viralfx.domain.resilience.backoff import Backoff
+from viralfx.domain.resilience.breaker import CircuitBreaker, circuit_breaker
+from viralfx.domain.resilience.budget import RetryBudget
+from viralfx.domain.resilience.bulkhead import Bulkhead
+from viralfx.domain.resilience.circuit_states import RollingWindow
+from viralfx.domain.resilience.deadline import Deadline
+from viralfx.domain.resilience.retry import retry
+from viralfx.domain.resilience.retry_policy import BackoffPolicy
 
 NUMBERS: list[tuple[Callable[[], object], str]] = [
     (lambda: retry(attempts=0), "attempts must be at least 1, got 0"),

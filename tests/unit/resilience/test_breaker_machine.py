@@ -17,8 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.manual_clock import ManualClock
 from tests.unit.resilience.scripted import BackendError
 
-from viralfx.domain.breaker import CircuitBreaker
-from viralfx.domain.circuit import CircuitOpenError
+from viralfx.domain.resilience.breaker import CircuitBreaker
+from viralfx.domain.resilience.circuit import CircuitOpenError
 
 OPEN_FOR, LEASE = 60.0, 10.0
 

@@ -6,9 +6,14 @@ import pytest
 from tests.manual_clock import ManualClock
 from tests.unit.resilience.scripted import BackendError, Gate, Scripted, settle, state_of
 
-from viralfx.domain.breaker import CircuitBreaker
-from viralfx.domain.circuit import CallRejected, CircuitEvent, CircuitOpenError, StateChanged
-from viralfx.domain.circuit_states import CircuitState
+from viralfx.domain.resilience.breaker import CircuitBreaker
+from viralfx.domain.resilience.circuit import (
+    CallRejected,
+    CircuitEvent,
+    CircuitOpenError,
+    StateChanged,
+)
+from viralfx.domain.resilience.circuit_states import CircuitState
 
 
 class UnlistedError(Exception):

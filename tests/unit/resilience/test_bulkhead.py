@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from tests.unit.resilience.scripted import BackendError, Gate, Scripted, settle
 
-from viralfx.domain.bulkhead import Bulkhead, BulkheadFull, BulkheadFullError
+from viralfx.domain.resilience.bulkhead import Bulkhead, BulkheadFull, BulkheadFullError
 
 
 async def test_as_many_run_as_allowed_and_as_many_wait_as_allowed() -> None:

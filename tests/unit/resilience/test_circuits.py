@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 from tests.unit.resilience.scripted import BackendError, Scripted, SkippingClock, state_of
 
-from viralfx.domain.breaker import CircuitBreaker, circuit_breaker
-from viralfx.domain.bulkhead import BulkheadFull
-from viralfx.domain.circuit import CallRejected, CircuitEvent, CircuitOpenError, StateChanged
-from viralfx.domain.circuit_states import CircuitState, RollingWindow
-from viralfx.domain.circuits import BreakerRegistry
-from viralfx.domain.fallback import FallbackUsed
 from viralfx.domain.health import HealthCheck, Observation, Status
-from viralfx.domain.retry_decision import AttemptFailed, BudgetExhausted, GaveUp
+from viralfx.domain.resilience.breaker import CircuitBreaker, circuit_breaker
+from viralfx.domain.resilience.bulkhead import BulkheadFull
+from viralfx.domain.resilience.circuit import (
+    CallRejected,
+    CircuitEvent,
+    CircuitOpenError,
+    StateChanged,
+)
+from viralfx.domain.resilience.circuit_states import CircuitState, RollingWindow
+from viralfx.domain.resilience.circuits import BreakerRegistry
+from viralfx.domain.resilience.fallback import FallbackUsed
+from viralfx.domain.resilience.retry_decision import AttemptFailed, BudgetExhausted, GaveUp
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import math
 import pytest
 from tests.virtual_time import LoopClock, run_in_virtual_time
 
-from viralfx.domain.deadline import Deadline, time_left
+from viralfx.domain.resilience.deadline import Deadline, time_left
 
 
 def test_a_block_is_cut_when_the_time_comes() -> None:

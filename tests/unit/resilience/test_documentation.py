@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from tests.virtual_time import run_in_virtual_time
 
-from viralfx.domain.backoff import Backoff, Jitter
-from viralfx.domain.breaker import CircuitBreaker, circuit_breaker
-from viralfx.domain.budget import RetryBudget
-from viralfx.domain.bulkhead import Bulkhead
-from viralfx.domain.circuit import CircuitOpenError
-from viralfx.domain.circuit_states import RollingWindow
-from viralfx.domain.deadline import Deadline
-from viralfx.domain.fallback import with_fallback
-from viralfx.domain.retry import retry
+from viralfx.domain.resilience.backoff import Backoff, Jitter
+from viralfx.domain.resilience.breaker import CircuitBreaker, circuit_breaker
+from viralfx.domain.resilience.budget import RetryBudget
+from viralfx.domain.resilience.bulkhead import Bulkhead
+from viralfx.domain.resilience.circuit import CircuitOpenError
+from viralfx.domain.resilience.circuit_states import RollingWindow
+from viralfx.domain.resilience.deadline import Deadline
+from viralfx.domain.resilience.fallback import with_fallback
+from viralfx.domain.resilience.retry import retry
 
 CHAPTER = (Path(__file__).parents[3] / "docs/resilience.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", CHAPTER, re.DOTALL)

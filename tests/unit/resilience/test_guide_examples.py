@@ -3,11 +3,11 @@
 import pytest
 from tests.unit.resilience.scripted import BackendError, Scripted, SkippingClock
 
-from viralfx.domain.breaker import CircuitBreaker, circuit_breaker
-from viralfx.domain.circuit import CircuitOpenError
-from viralfx.domain.fallback import with_fallback
-from viralfx.domain.retry import Retrier, retry
-from viralfx.domain.retry_policy import BackoffPolicy
+from viralfx.domain.resilience.breaker import CircuitBreaker, circuit_breaker
+from viralfx.domain.resilience.circuit import CircuitOpenError
+from viralfx.domain.resilience.fallback import with_fallback
+from viralfx.domain.resilience.retry import Retrier, retry
+from viralfx.domain.resilience.retry_policy import BackoffPolicy
 
 
 async def test_automatic_retry_decorator() -> None:

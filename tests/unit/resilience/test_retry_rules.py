@@ -14,20 +14,20 @@ from tests.manual_clock import ManualClock
 from tests.unit.resilience.scripted import BackendError, Gate, Scripted, SkippingClock, settle
 from tests.virtual_time import LoopClock, run_in_virtual_time
 
-from viralfx.domain.backoff import Backoff, Jitter
-from viralfx.domain.breaker import CircuitBreaker
-from viralfx.domain.budget import RetryBudget
-from viralfx.domain.circuit import CircuitOpenError
-from viralfx.domain.deadline import Deadline
-from viralfx.domain.retry import Retrier, retry
-from viralfx.domain.retry_decision import (
+from viralfx.domain.resilience.backoff import Backoff, Jitter
+from viralfx.domain.resilience.breaker import CircuitBreaker
+from viralfx.domain.resilience.budget import RetryBudget
+from viralfx.domain.resilience.circuit import CircuitOpenError
+from viralfx.domain.resilience.deadline import Deadline
+from viralfx.domain.resilience.retry import Retrier, retry
+from viralfx.domain.resilience.retry_decision import (
     AttemptFailed,
     BudgetExhausted,
     GaveUp,
     GiveUpReason,
     RetryEvent,
 )
-from viralfx.domain.retry_policy import BackoffPolicy
+from viralfx.domain.resilience.retry_policy import BackoffPolicy
 
 
 class PermanentError(Exception):

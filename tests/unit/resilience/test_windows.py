@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.resilience.scripted import BackendError, SkippingClock, state_of
 
-from viralfx.domain.breaker import CircuitBreaker
-from viralfx.domain.circuit import CircuitOpenError
-from viralfx.domain.circuit_states import RollingWindow
-from viralfx.domain.rolling import RollingCounts
+from viralfx.domain.resilience.breaker import CircuitBreaker
+from viralfx.domain.resilience.circuit import CircuitOpenError
+from viralfx.domain.resilience.circuit_states import RollingWindow
+from viralfx.domain.resilience.rolling import RollingCounts
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from viralfx.domain.failures import ErrorFilter, Matcher, matcher
-from viralfx.domain.quantities import require_count
+from viralfx.domain.resilience.failures import ErrorFilter, Matcher, matcher
+from viralfx.domain.resilience.quantities import require_count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,5 +23,5 @@ class MemoryRetryPolicy:
         object.__setattr__(self, "_retries", matcher(self.retry_on))
 
     def next_delay(self, attempt: int, error: Exception) -> float | None:
-        """See :class:`viralfx.domain.retry_policy.RetryPolicy`."""
+        """See :class:`viralfx.domain.resilience.retry_policy.RetryPolicy`."""
         return 0.0 if attempt < self.attempts and self._retries(error) else None

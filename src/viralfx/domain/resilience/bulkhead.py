@@ -8,9 +8,9 @@ from types import TracebackType
 from typing import TypeVar, cast
 
 from viralfx.domain.events import Listener, notify
-from viralfx.domain.failures import CallRejectedError
-from viralfx.domain.guardable import is_async, operation_name, refuse_uncallable
-from viralfx.domain.quantities import require_count, require_not_negative
+from viralfx.domain.resilience.failures import CallRejectedError
+from viralfx.domain.resilience.guardable import is_async, operation_name, refuse_uncallable
+from viralfx.domain.resilience.quantities import require_count, require_not_negative
 
 T = TypeVar("T")
 AsyncCallableT = TypeVar("AsyncCallableT", bound=Callable[..., Awaitable[object]])

@@ -4,9 +4,9 @@ import random
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from viralfx.domain.backoff import Backoff
-from viralfx.domain.failures import ErrorFilter, Matcher, matcher, retry_after
-from viralfx.domain.quantities import require_count
+from viralfx.domain.resilience.backoff import Backoff
+from viralfx.domain.resilience.failures import ErrorFilter, Matcher, matcher, retry_after
+from viralfx.domain.resilience.quantities import require_count
 
 
 class RetryPolicy(Protocol):

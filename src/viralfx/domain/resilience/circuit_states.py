@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
-from viralfx.domain.quantities import require_count, require_positive
-from viralfx.domain.rolling import RollingCounts
+from viralfx.domain.resilience.quantities import require_count, require_positive
+from viralfx.domain.resilience.rolling import RollingCounts
 
 _CALLS, _FAILURES, _SLOW = 0, 1, 2
 

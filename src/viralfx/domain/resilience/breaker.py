@@ -5,12 +5,12 @@ from collections.abc import Awaitable, Callable
 from types import FunctionType, TracebackType
 from typing import Any, ParamSpec, TypeVar, cast, overload
 
-from viralfx.domain.circuit import Circuit, CircuitEvent
-from viralfx.domain.circuit_states import RollingWindow
 from viralfx.domain.clock import Clock
 from viralfx.domain.events import Listener
-from viralfx.domain.failures import ErrorFilter, anything_asked
-from viralfx.domain.guardable import (
+from viralfx.domain.resilience.circuit import Circuit, CircuitEvent
+from viralfx.domain.resilience.circuit_states import RollingWindow
+from viralfx.domain.resilience.failures import ErrorFilter, anything_asked
+from viralfx.domain.resilience.guardable import (
     CallableT,
     is_async,
     operation_name,

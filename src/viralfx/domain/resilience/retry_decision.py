@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
-from viralfx.domain.budget import RetryBudget
-from viralfx.domain.circuit import CircuitOpenError
 from viralfx.domain.clock import Clock
-from viralfx.domain.deadline import time_left
 from viralfx.domain.events import Listener, notify
-from viralfx.domain.failures import maybe_applied
-from viralfx.domain.retry_policy import RetryPolicy
+from viralfx.domain.resilience.budget import RetryBudget
+from viralfx.domain.resilience.circuit import CircuitOpenError
+from viralfx.domain.resilience.deadline import time_left
+from viralfx.domain.resilience.failures import maybe_applied
+from viralfx.domain.resilience.retry_policy import RetryPolicy
 
 _logger = logging.getLogger("viralfx.resilience")
 

@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from types import FunctionType
 from typing import Any, ParamSpec, TypeVar, cast, overload
 
-from viralfx.domain.backoff import Backoff
-from viralfx.domain.budget import RetryBudget
 from viralfx.domain.clock import Clock, SystemClock
-from viralfx.domain.deadline import Deadline
 from viralfx.domain.events import Listener
-from viralfx.domain.failures import ErrorFilter
-from viralfx.domain.guardable import (
+from viralfx.domain.resilience.backoff import Backoff
+from viralfx.domain.resilience.budget import RetryBudget
+from viralfx.domain.resilience.deadline import Deadline
+from viralfx.domain.resilience.failures import ErrorFilter
+from viralfx.domain.resilience.guardable import (
     CallableT,
     is_async,
     operation_name,
@@ -22,11 +22,11 @@ from viralfx.domain.guardable import (
     refuse_uncallable,
     with_own_code,
 )
-from viralfx.domain.quantities import require_not_negative
-from viralfx.domain.retry_decision import Decider, RetryEvent
-from viralfx.domain.retry_loop import Attempt, Attempts
-from viralfx.domain.retry_policy import BackoffPolicy, RetryPolicy
-from viralfx.domain.stopwatch import reader_of
+from viralfx.domain.resilience.quantities import require_not_negative
+from viralfx.domain.resilience.retry_decision import Decider, RetryEvent
+from viralfx.domain.resilience.retry_loop import Attempt, Attempts
+from viralfx.domain.resilience.retry_policy import BackoffPolicy, RetryPolicy
+from viralfx.domain.resilience.stopwatch import reader_of
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from viralfx.domain.circuit_states import (
+from viralfx.domain.clock import Clock, SystemClock
+from viralfx.domain.events import Listener, notify
+from viralfx.domain.resilience.circuit_states import (
     CircuitState,
     Closed,
     ClosedByRate,
@@ -16,11 +18,14 @@ from viralfx.domain.circuit_states import (
     RollingWindow,
     Token,
 )
-from viralfx.domain.clock import Clock, SystemClock
-from viralfx.domain.events import Listener, notify
-from viralfx.domain.failures import CallRejectedError, ErrorFilter, anything_asked, matcher
-from viralfx.domain.quantities import require_count, require_positive
-from viralfx.domain.stopwatch import reader_of
+from viralfx.domain.resilience.failures import (
+    CallRejectedError,
+    ErrorFilter,
+    anything_asked,
+    matcher,
+)
+from viralfx.domain.resilience.quantities import require_count, require_positive
+from viralfx.domain.resilience.stopwatch import reader_of
 
 
 class CircuitOpenError(CallRejectedError):

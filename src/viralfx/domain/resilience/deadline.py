@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from viralfx.domain.clock import Clock, SystemClock
-from viralfx.domain.quantities import require_not_negative
+from viralfx.domain.resilience.quantities import require_not_negative
 
 
 class Deadline:

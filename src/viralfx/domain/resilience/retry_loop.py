@@ -3,7 +3,7 @@
 from types import TracebackType
 from typing import Self
 
-from viralfx.domain.retry_decision import Decider
+from viralfx.domain.resilience.retry_decision import Decider
 
 
 class Attempt:

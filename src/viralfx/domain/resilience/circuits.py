@@ -3,11 +3,11 @@
 import logging
 from collections.abc import Iterator, Mapping
 
-from viralfx.domain.breaker import CircuitBreaker
-from viralfx.domain.circuit import CircuitEvent
-from viralfx.domain.circuit_states import CircuitState
 from viralfx.domain.events import Listener
 from viralfx.domain.health import Observation, Status
+from viralfx.domain.resilience.breaker import CircuitBreaker
+from viralfx.domain.resilience.circuit import CircuitEvent
+from viralfx.domain.resilience.circuit_states import CircuitState
 
 _logger = logging.getLogger("viralfx.resilience")
 

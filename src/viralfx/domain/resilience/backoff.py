@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 from enum import StrEnum
 
-from viralfx.domain.quantities import require_not_negative
+from viralfx.domain.resilience.quantities import require_not_negative
 
 
 class Jitter(StrEnum):

@@ -2,8 +2,8 @@
 
 import threading
 
-from viralfx.domain.quantities import require_not_negative
-from viralfx.domain.rolling import RollingCounts
+from viralfx.domain.resilience.quantities import require_not_negative
+from viralfx.domain.resilience.rolling import RollingCounts
 
 _CALL, _RETRY = 0, 1
 

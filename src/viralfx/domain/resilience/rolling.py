@@ -1,6 +1,6 @@
 """Counts over the last so many seconds, forgotten slice by slice."""
 
-from viralfx.domain.quantities import require_positive
+from viralfx.domain.resilience.quantities import require_positive
 
 
 class RollingCounts:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 from viralfx.domain.events import Listener, notify
-from viralfx.domain.failures import ErrorFilter, matcher
-from viralfx.domain.guardable import operation_name, refuse_uncallable
+from viralfx.domain.resilience.failures import ErrorFilter, matcher
+from viralfx.domain.resilience.guardable import operation_name, refuse_uncallable
 
 T = TypeVar("T")
 F = TypeVar("F")

@@ -1,0 +1,1 @@
+"""Calls that may fail: tried again, cut, limited, refused, or answered otherwise."""
