@@ -32,7 +32,12 @@ arch:
 
 # the property tests, with many more examples
 fuzz:
-    VIRALFX_HYPOTHESIS=nightly {{bin}}/pytest tests/unit --timeout 3600
+    VIRALFX_HYPOTHESIS=nightly FUZZ_EXAMPLES=20000 {{bin}}/pytest tests/unit --timeout 3600
+
+# change the resilience core one thing at a time, and see a test fail each time
+mutate *modules:
+    {{bin}}/uv run --no-project --python {{bin}}/python --with-requirements requirements-dev.lock \
+        --with cosmic-ray==8.7.0 --with-editable . python tests/mutation/mutate.py {{modules}}
 
 # probes against a bare ASGI app and a bare Litestar handler
 bench-probes *arguments:
@@ -41,6 +46,12 @@ bench-probes *arguments:
 # start and stop against bare uvicorn
 bench-shutdown *arguments:
     {{bin}}/python benchmarks/shutdown.py {{arguments}}
+
+# retry and breaker against the libraries people use: cost, then behaviour
+bench-resilience:
+    {{bin}}/uv pip install --quiet --python {{bin}}/python --group bench-resilience
+    {{bin}}/python -m benchmarks.resilience.bench 7 4000
+    {{bin}}/python -m benchmarks.resilience.probe
 
 # renew docs/configuration.md from the settings
 configuration:

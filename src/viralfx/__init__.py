@@ -1,29 +1,59 @@
 """ViralFX Backend: an operations layer for Litestar services, and the service built on it."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from viralfx.domain.errors import ViralFXError
-from viralfx.domain.health import HealthCheck, Observation, Status
-from viralfx.domain.shutdown import ShutdownStage
 
 if TYPE_CHECKING:
+    from viralfx.domain.health import HealthCheck, Observation, Status
+    from viralfx.domain.resilience.backoff import Backoff
+    from viralfx.domain.resilience.breaker import CircuitBreaker, circuit_breaker
+    from viralfx.domain.resilience.circuit import CircuitOpenError
+    from viralfx.domain.resilience.deadline import Deadline
+    from viralfx.domain.resilience.fallback import with_fallback
+    from viralfx.domain.resilience.retry import retry
+    from viralfx.domain.resilience.retry_policy import RetryPolicy
+    from viralfx.domain.shutdown import ShutdownStage
     from viralfx.web.plugin import OperationsConfig, OperationsPlugin
 
 __all__ = [
+    "Backoff",
+    "CircuitBreaker",
+    "CircuitOpenError",
+    "Deadline",
     "HealthCheck",
     "Observation",
     "OperationsConfig",
     "OperationsPlugin",
+    "RetryPolicy",
     "ShutdownStage",
     "Status",
     "ViralFXError",
+    "circuit_breaker",
+    "retry",
+    "with_fallback",
 ]
+
+_HOMES = {
+    "domain.health": ("HealthCheck", "Observation", "Status"),
+    "domain.resilience.backoff": ("Backoff",),
+    "domain.resilience.breaker": ("CircuitBreaker", "circuit_breaker"),
+    "domain.resilience.circuit": ("CircuitOpenError",),
+    "domain.resilience.deadline": ("Deadline",),
+    "domain.resilience.fallback": ("with_fallback",),
+    "domain.resilience.retry": ("retry",),
+    "domain.resilience.retry_policy": ("RetryPolicy",),
+    "domain.shutdown": ("ShutdownStage",),
+    "web.plugin": ("OperationsConfig", "OperationsPlugin"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
-    """Import what needs Litestar only when it is used."""
-    if name in {"OperationsConfig", "OperationsPlugin"}:
-        from viralfx.web import plugin  # noqa: PLC0415 - the point of this function
-
-        return getattr(plugin, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a name's module when it is first used: most uses need few, and none Litestar."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: object = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = found
+    return found

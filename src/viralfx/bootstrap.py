@@ -22,11 +22,13 @@ from viralfx.domain.health import CheckPolicy, HealthCheck, HealthReport
 from viralfx.domain.lifecycle import Lifecycle
 from viralfx.domain.monitor import HealthMonitor, StopChecking
 from viralfx.domain.operations import Operations
+from viralfx.domain.resilience.breaker import CircuitBreaker
+from viralfx.domain.resilience.circuits import BreakerRegistry
 from viralfx.domain.sequence import ShutdownSequence
 from viralfx.domain.shutdown import Phase, ShutdownStage
 from viralfx.domain.state import SaveState, StateStore
 from viralfx.settings import Settings
-from viralfx.telemetry.observed import HealthLog, log_lifecycle, log_shutdown
+from viralfx.telemetry.observed import HealthLog, log_circuit, log_lifecycle, log_shutdown
 
 # Losing one of these is losing it for every instance at once.
 _SHARED = frozenset({"database", "redis", "queues"})
@@ -41,21 +43,24 @@ def build_operations(
     *,
     checks: Mapping[str, HealthCheck] | None = None,
     stages: Mapping[Phase, Mapping[str, ShutdownStage]] | None = None,
+    breakers: Iterable[CircuitBreaker] = (),
     clock: Clock | None = None,
 ) -> Operations:
     """Wire the operations layer; nothing runs yet.
 
-    ``checks`` and ``stages`` are an application's own, beside the built-in ones. Raises
-    :class:`ConfigurationError` for a check name that is taken or a setting that names no check.
+    ``checks``, ``stages`` and ``breakers`` are an application's own, beside the built-in ones.
+    Raises :class:`ConfigurationError` for a name that is taken or a setting that names no check.
     """
     clock = clock or SystemClock()
     memory = ProcessMemory()
     queues = MemoryQueues(settings.queues)
+    circuits = BreakerRegistry()
     built_in: dict[str, HealthCheck] = {
         "database": MemoryDatabase(clock),
         "redis": MemoryRedis(clock),
         "memory": memory,
         "queues": queues,
+        "circuits": circuits,
     }
     own = dict(checks or {})
     problems = [
@@ -71,6 +76,11 @@ def build_operations(
     every_check = {**own, **built_in}
     problems += _unknown_checks("HEALTH_CRITICAL", settings.health_critical, every_check)
     problems += _unknown_checks("READINESS_REQUIRES", settings.readiness_requires, every_check)
+    for breaker in breakers:
+        try:
+            circuits.add(breaker)
+        except ValueError as error:
+            problems.append(f"OperationsConfig.breakers: {error}")
     if problems:
         raise ConfigurationError(problems)
 
@@ -86,6 +96,7 @@ def build_operations(
         lifecycle=lifecycle,
         monitor=monitor,
         shutdown=shutdown,
+        breakers=circuits,
         state_store=_state_store(settings),
         usage=lambda: memory.usage,
     )
@@ -104,6 +115,7 @@ def build_operations(
     )
     lifecycle.subscribe(log_lifecycle)
     shutdown.subscribe(log_shutdown)
+    circuits.subscribe(log_circuit)
     return operations
 
 

@@ -10,6 +10,7 @@ from viralfx.bootstrap import build_operations
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.health import CheckPolicy, HealthCheck, Status
 from viralfx.domain.lifecycle import State
+from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.domain.shutdown import Phase
 from viralfx.settings import Settings
 
@@ -29,7 +30,14 @@ def test_built_in_checks_come_first_and_in_order() -> None:
     """The guide's four checks, then the application's own."""
     operations = build_operations(Settings(), checks={"disk": ActingCheck()})
 
-    assert operations.monitor.checks == ("database", "redis", "memory", "queues", "disk")
+    assert operations.monitor.checks == (
+        "database",
+        "redis",
+        "memory",
+        "queues",
+        "circuits",
+        "disk",
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +104,7 @@ def test_policies_follow_the_settings() -> None:
     assert monitor.policy("memory").failure_threshold == 3
 
 
-@pytest.mark.parametrize("name", ["database", "redis", "memory", "queues"])
+@pytest.mark.parametrize("name", ["database", "redis", "memory", "queues", "circuits"])
 def test_built_in_name_is_taken(name: str) -> None:
     """An application cannot replace a built-in check unseen."""
     assert (
@@ -121,7 +129,7 @@ def test_setting_that_names_no_check_gets_a_suggestion() -> None:
     assert close == "HEALTH_CRITICAL: there is no check named 'databse'; did you mean database?"
     assert far == (
         "READINESS_REQUIRES: there is no check named 'xyz';"
-        " there are database, redis, memory, queues"
+        " there are database, redis, memory, queues, circuits"
     )
 
 
@@ -167,7 +175,7 @@ async def test_shutdown_saves_and_the_next_start_restores(
         second.previous.shutdown_reason,
     ) == (1, 1.5, "healthy", "SIGTERM")
     assert second.previous.shutdown_phases == {"stop accepting": "ok", "drain": "ok"}
-    assert {"database", "redis", "memory", "queues"} == set(second.previous.checks)
+    assert {"database", "redis", "memory", "queues", "circuits"} == set(second.previous.checks)
     assert previous is not None
     assert (previous.starts, previous.transitions["database"]) == (2, 2)
 
@@ -203,3 +211,34 @@ async def test_start_twice_is_harmless(clock: ManualClock) -> None:
 
     assert disk.attempts == 1
     assert operations.monitor.report().checks["disk"].status is Status.PASS
+
+
+async def test_an_open_breaker_stays_open_over_a_restart(
+    clock: ManualClock, tmp_path: Path
+) -> None:
+    """The application's breakers are the check ``circuits``, saved at the stop and restored."""
+    settings = Settings(state_dir=str(tmp_path))
+    breaker = CircuitBreaker(failure_threshold=1, open_for=60.0, name="users", clock=clock)
+    first = build_operations(settings, clock=clock, breakers=[breaker])
+    await first.start()
+    await clock.settle()
+    breaker.open()
+    await clock.advance(6.0)
+    warned = first.monitor.report().checks["circuits"]
+    await first.shutdown.run()
+
+    again = CircuitBreaker(failure_threshold=1, open_for=60.0, name="users", clock=clock)
+    second = build_operations(settings, clock=clock, breakers=[again])
+    await second.start()
+    await second.shutdown.run()
+
+    assert (warned.status, warned.code) == (Status.WARN, "circuit_open")
+    assert again.get_state()["state"] == "OPEN"
+
+
+def test_two_breakers_of_one_name_are_refused() -> None:
+    """A name stands for one dependency."""
+    twice = [CircuitBreaker(name="users"), CircuitBreaker(name="users")]
+
+    with pytest.raises(ConfigurationError, match=r"OperationsConfig\.breakers: .*'users'"):
+        build_operations(Settings(), breakers=twice)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from viralfx.domain.clock import Clock
 from viralfx.domain.lifecycle import Lifecycle
 from viralfx.domain.monitor import HealthMonitor
+from viralfx.domain.resilience.circuits import BreakerRegistry
 from viralfx.domain.sequence import ShutdownSequence
 from viralfx.domain.state import SavedState, StateStore
 from viralfx.domain.usage import ProcessUsage
@@ -21,6 +22,7 @@ class Operations:
     lifecycle: Lifecycle
     monitor: HealthMonitor
     shutdown: ShutdownSequence
+    breakers: BreakerRegistry
     state_store: StateStore
     usage: Callable[[], ProcessUsage]
     previous: SavedState | None = None
@@ -39,6 +41,7 @@ class Operations:
         if self.previous is not None:
             self._starts = self.previous.starts + 1
             self.monitor.restore_transition_counts(self.previous.transitions)
+            self.breakers.restore(self.previous.circuits)
         self.monitor.start()
 
     def application_ready(self) -> None:
@@ -56,6 +59,7 @@ class Operations:
             health=report.health,
             checks={name: str(check.status) for name, check in report.checks.items()},
             transitions=self.monitor.transition_counts,
+            circuits=self.breakers.snapshot(),
             shutdown_reason=shutdown.reason,
             shutdown_phases={
                 str(p.phase): str(p.outcome) for p in shutdown.phases if p.outcome is not None

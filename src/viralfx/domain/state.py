@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +19,8 @@ class SavedState:
     """The last status of each check."""
     transitions: Mapping[str, int] = field(default_factory=dict)
     """Status changes of each check, over all processes."""
+    circuits: Mapping[str, Any] = field(default_factory=dict)
+    """The state of each circuit breaker, as plain data."""
     shutdown_reason: str | None = None
     shutdown_phases: Mapping[str, str] = field(default_factory=dict)
     """The outcome of each phase that was done when this was saved."""

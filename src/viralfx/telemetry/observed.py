@@ -4,12 +4,15 @@ import logging
 
 from viralfx.domain.attempts import CheckCompleted
 from viralfx.domain.health import Status, Transition
-from viralfx.domain.lifecycle import StateChanged
+from viralfx.domain.lifecycle import StateChanged as LifecycleChanged
 from viralfx.domain.monitor import MonitorEvent
+from viralfx.domain.resilience.circuit import CircuitEvent, StateChanged
+from viralfx.domain.resilience.circuit_states import CircuitState
 from viralfx.domain.shutdown import Outcome, ShutdownEvent, ShutdownTriggered
 
 _health = logging.getLogger("viralfx.health")
 _lifecycle = logging.getLogger("viralfx.lifecycle")
+_circuits = logging.getLogger("viralfx.circuits")
 _shutdown = logging.getLogger("viralfx.shutdown")
 
 _LEVEL = {Status.PASS: logging.INFO, Status.WARN: logging.WARNING, Status.FAIL: logging.ERROR}
@@ -44,7 +47,7 @@ class HealthLog:
         )
 
 
-def log_lifecycle(event: StateChanged) -> None:
+def log_lifecycle(event: LifecycleChanged) -> None:
     """Write each change of the process's state."""
     _lifecycle.info(
         "State changed",
@@ -72,3 +75,13 @@ def log_shutdown(event: ShutdownEvent) -> None:
             "duration": round(stage.duration * 1000),
         },
     )
+
+
+def log_circuit(event: CircuitEvent) -> None:
+    """Write each change of a circuit; rejected calls are for metrics."""
+    if isinstance(event, StateChanged):
+        _circuits.log(
+            logging.INFO if event.new is CircuitState.CLOSED else logging.WARNING,
+            "Circuit changed",
+            extra={"circuit": event.name, "old": str(event.old), "new": str(event.new)},
+        )

@@ -1,7 +1,7 @@
 """The plugin: gives any Litestar application the operations layer."""
 
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import cast
@@ -15,6 +15,7 @@ from viralfx.bootstrap import build_operations
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.health import HealthCheck
 from viralfx.domain.operations import Operations
+from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.domain.shutdown import Phase, ShutdownStage
 from viralfx.settings import Settings, read_settings
 from viralfx.web.access import AccessPolicy
@@ -39,6 +40,8 @@ class OperationsConfig:
     """Run in order after draining, within SHUTDOWN_STATE_TIMEOUT."""
     close_stages: Mapping[str, ShutdownStage] = field(default_factory=dict)
     """Run in order after the application's lifespan ended, within SHUTDOWN_CONNECTION_TIMEOUT."""
+    breakers: Sequence[CircuitBreaker] = ()
+    """The application's circuit breakers: listed as check ``circuits``, saved and restored."""
     path: str = "/health"
     """Where the endpoints are. Manifests and the ``probe`` command expect the default."""
     tag: str = "operations"
@@ -73,6 +76,7 @@ class OperationsPlugin(InitPlugin):
         self.operations = operations or build_operations(
             settings,
             checks=config.checks,
+            breakers=config.breakers,
             stages={
                 Phase.DRAIN: config.drain_stages,
                 Phase.SAVE_STATE: config.save_stages,

@@ -4,6 +4,7 @@ from viralfx.adapters.memory.database import MemoryDatabase
 from viralfx.adapters.memory.process import ProcessMemory, memory_limit
 from viralfx.adapters.memory.queues import DrainQueues, MemoryQueues
 from viralfx.adapters.memory.redis import MemoryRedis
+from viralfx.adapters.memory.retry import MemoryRetryPolicy
 from viralfx.adapters.memory.state import FileStateStore, MemoryStateStore
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "MemoryDatabase",
     "MemoryQueues",
     "MemoryRedis",
+    "MemoryRetryPolicy",
     "MemoryStateStore",
     "ProcessMemory",
     "memory_limit",
