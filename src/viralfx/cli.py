@@ -18,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
-        sys.stdout.flush()  # here, where a reader that went away is expected
+        if sys.stdout is not None:  # it is None when the descriptor was closed
+            sys.stdout.flush()  # here, where a reader that went away is expected
     except ConfigurationError as error:
         for line in error.problems:
             print(f"viralfx: {line}", file=sys.stderr)  # noqa: T201 - a command talks
@@ -100,7 +101,10 @@ def _probe(options: argparse.Namespace) -> int:
         from viralfx.settings import read_settings  # noqa: PLC0415
 
         settings = read_settings(os.environ)
-        url = f"http://127.0.0.1:{settings.management_port or settings.port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)  # noqa: S104
+        if ":" in host and not host.startswith("["):
+            host = f"[{host}]"
+        url = f"http://{host}:{settings.management_port or settings.port}"
     passed, said = probe(options.kind, url, timeout=options.timeout)
     print(said, file=sys.stdout if passed else sys.stderr)
     return 0 if passed else EXIT_PROBE_FAILED

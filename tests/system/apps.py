@@ -2,11 +2,14 @@
 
 import asyncio
 import hashlib
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from types import FrameType
 from typing import Annotated
 
@@ -156,6 +159,52 @@ async def crash_main() -> None:
     signal.signal(signal.SIGUSR1, fail)
 
 
+@get("/stderr/none")
+async def no_stderr() -> None:
+    """Leave the process without a standard error."""
+    os.close(2)
+    sys.stderr = None
+
+
+@get("/stderr/full")
+async def full_stderr() -> None:
+    """Make standard error a pipe that is full and that nobody reads."""
+    _, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"." * 65536)
+    os.set_blocking(writer, True)
+    os.dup2(writer, 2)
+
+
+@get("/child/terminated")
+async def terminated_child() -> dict[str, int | None]:
+    """Fork a child and terminate it."""
+    child = multiprocessing.get_context("fork").Process(target=threading.Event().wait)
+    child.start()
+    child.terminate()
+    await asyncio.to_thread(child.join)
+    return {"exitcode": child.exitcode}
+
+
+@get("/child/kept")
+async def kept_child() -> None:
+    """Fork a child that lives on."""
+    multiprocessing.get_context("fork").Process(target=threading.Event().wait).start()
+
+
+@get("/quiet")
+async def quiet() -> ServerSentEvent:
+    """Open an event stream that has nothing to say yet."""
+
+    async def nothing() -> AsyncIterator[str]:
+        await asyncio.Event().wait()
+        yield "never"
+
+    return ServerSentEvent(nothing())
+
+
 @get("/thread/stuck")
 async def stuck_thread() -> None:
     """Start a thread that never ends and that the interpreter would wait for."""
@@ -178,6 +227,11 @@ HANDLERS = [
     crash_thread,
     crash_main,
     stuck_thread,
+    no_stderr,
+    full_stderr,
+    terminated_child,
+    kept_child,
+    quiet,
 ]
 
 
@@ -271,6 +325,20 @@ def fails_to_start() -> Litestar:
 def never_starts() -> Litestar:
     """Return an application whose start-up never ends."""
     return Litestar(on_startup=[_hang], logging_config=None)
+
+
+def default_logging() -> Litestar:
+    """Return an application that lets Litestar configure logging, as most do."""
+    return Litestar(HANDLERS, plugins=[OperationsPlugin()])
+
+
+def _ignore_sigterm() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def ignores_sigterm() -> Litestar:
+    """Return an application that ignores SIGTERM."""
+    return Litestar(on_startup=[_ignore_sigterm], logging_config=None)
 
 
 def fails_to_stop() -> Litestar:

@@ -66,7 +66,8 @@ def request(
     with socket.create_connection(("127.0.0.1", port), timeout=timeout) as connection:
         connection.sendall(head + raw_headers + b"\r\n")
         received = b""
-        while chunk := connection.recv(65536):
+        # Up to the length that was announced: a forked child may keep the connection open.
+        while not _whole(received, method) and (chunk := connection.recv(65536)):
             received += chunk
     if b"\r\n\r\n" not in received:
         raise ConnectionResetError("the connection closed without an answer")
@@ -75,6 +76,12 @@ def request(
     pairs = (line.split(": ", 1) for line in header_lines)
     parsed = {name.lower(): value for name, value in pairs}
     return Reply(int(status_line.split(" ")[1]), parsed, body)
+
+
+def _whole(received: bytes, method: str) -> bool:
+    head, blank, body = received.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)content-length: (\d+)", head)
+    return bool(blank and length and (method == "HEAD" or len(body) >= int(length[1])))
 
 
 @dataclass
@@ -131,16 +138,20 @@ class Service:
 
 @contextmanager
 def running(
-    *arguments: str, management: bool = False, environment: Mapping[str, str] | None = None
+    *arguments: str,
+    management: bool = False,
+    environment: Mapping[str, str] | None = None,
+    closed_output: bool = False,
 ) -> Iterator[Service]:
     """Run ``viralfx serve`` with more arguments; it is killed when still there at the end."""
+    close = ["sh", "-c", 'exec "$@" >&-', "sh"] if closed_output else []
     port = free_port()
     management_port = free_port() if management else None
     variables = {**clean_environment(), "PORT": str(port), **(environment or {})}
     if management_port is not None:
         variables["MANAGEMENT_PORT"] = str(management_port)
     process = subprocess.Popen(
-        [sys.executable, "-m", "viralfx", "serve", *arguments],
+        [*close, sys.executable, "-m", "viralfx", "serve", *arguments],
         cwd=ROOT,
         env=variables,
         stdout=subprocess.PIPE,

@@ -1,9 +1,11 @@
 """The ordered stop, seen from outside: real processes, sockets and signals."""
 
 import contextlib
+import os
 import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 from tests.system.keepalive import KeepAliveClients
@@ -509,3 +511,139 @@ def _handles_sigterm(pid: int) -> bool:
     with open(f"/proc/{pid}/status", encoding="ascii") as status:  # noqa: PTH123
         caught = next(line for line in status if line.startswith("SigCgt:"))
     return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+BLOCKED = {
+    "SHUTDOWN_DRAIN_TIMEOUT": "500",
+    "SHUTDOWN_STATE_TIMEOUT": "100",
+    "SHUTDOWN_CONNECTION_TIMEOUT": "100",
+    "SHUTDOWN_FORCE_TIMEOUT": "1000",
+}
+
+
+@pytest.mark.parametrize("path", ["/stderr/none", "/stderr/full"])
+def test_the_watchdog_needs_no_standard_error(path: str) -> None:
+    """It ends the process when there is nothing to write to, and when writing blocks."""
+    with running(*PLAIN, environment=BLOCKED) as service:
+        service.wait_ready()
+        assert service.get(path).status == 200
+        blocked = _send(service, b"GET /block/python HTTP/1.1\r\nHost: test\r\n\r\n")
+        wait_for(lambda: _times_out(service), what="the loop is blocked")
+        service.signal(signal.SIGTERM)
+        code = service.exit_code(seconds=10)
+        blocked.close()
+
+    assert code == 124
+
+
+def test_a_signal_for_a_forked_child_is_the_childs() -> None:
+    """A child that is terminated dies by that, and the service goes on."""
+    with running(*PLAIN) as service:
+        service.wait_ready()
+        child = service.get("/child/terminated").json()
+
+        assert child == {"exitcode": -signal.SIGTERM}
+        assert service.get("/health/ready").status == 200
+        service.signal(signal.SIGTERM)
+        assert service.exit_code() == 0
+
+
+def test_a_child_that_lives_on_does_not_hold_up_the_exit() -> None:
+    """It is ended, and does not keep the port."""
+    with running(*PLAIN, environment={"SHUTDOWN_FORCE_TIMEOUT": "55000"}) as service:
+        service.wait_ready()
+        assert service.get("/child/kept").status == 200
+        service.signal(signal.SIGTERM)
+
+        assert service.exit_code(seconds=8) == 0
+        socket.create_server(("", service.port)).close()
+
+
+def test_an_event_stream_without_an_event_yet_is_told() -> None:
+    """A stream that waits for its first event hears of the shutdown as well."""
+    with running(*PLAIN, environment={"SHUTDOWN_DRAIN_TIMEOUT": "20000"}) as service:
+        service.wait_ready()
+        quiet = _open(service, b"GET /quiet HTTP/1.1\r\nHost: test\r\n\r\n")
+        service.signal(signal.SIGTERM)
+        heard = b""
+        while b"event: shutdown" not in heard:
+            heard += quiet.recv(65536)
+        quiet.close()
+
+        assert service.exit_code(seconds=10) == 0
+
+
+def test_a_request_whose_client_has_left_is_not_lost() -> None:
+    """Cutting it keeps nothing from anybody; exit 0."""
+    with running(*PLAIN, environment={"SHUTDOWN_DRAIN_TIMEOUT": "1000"}) as service:
+        service.wait_ready()
+        gone = _send(service, b"GET /slow?seconds=500 HTTP/1.1\r\nHost: test\r\n\r\n")
+        wait_for(lambda: service.get("/work").status == 200, what="the request arrived")
+        gone.close()
+        service.signal(signal.SIGTERM)
+
+        assert service.exit_code() == 0
+
+
+def test_a_websocket_during_the_delay_is_sent_elsewhere() -> None:
+    """It gets 503 and Retry-After, not a 403 that looks final; an accepted one has an id."""
+    upgrade = (
+        b"GET /socket HTTP/1.1\r\nHost: test\r\nUpgrade: websocket\r\n"
+        b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nX-Correlation-ID: given-1\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    with running(*PLAIN, environment={"SHUTDOWN_READINESS_DELAY": "2000"}) as service:
+        service.wait_ready()
+        first = _send(service, upgrade)
+        accepted = first.recv(65536)
+        service.signal(signal.SIGTERM)
+        wait_for(lambda: service.status("/health/ready") == 503, what="the stop began")
+        second = _send(service, upgrade)
+        refused = second.recv(65536)
+        first.close()
+        second.close()
+
+        assert accepted.startswith(b"HTTP/1.1 101 ")
+        assert b"x-correlation-id: given-1" in accepted.lower()
+        assert refused.startswith(b"HTTP/1.1 503 ")
+        assert b"retry-after: 1" in refused.lower()
+        assert service.exit_code() == 0
+
+
+def test_an_application_with_litestars_own_logging_logs_as_all_others() -> None:
+    """Making a Litestar application configures logging; ours comes after it."""
+    with running("--app", "tests.system.apps:default_logging") as service:
+        service.wait_ready()
+        service.signal(signal.SIGTERM)
+        assert service.exit_code() == 0
+
+    assert service.logged("Process ends")
+    assert [line for line in service.output if not line.startswith("{")] == []
+
+
+def test_a_closed_standard_output_changes_nothing() -> None:
+    """Without a place for its log the service runs and stops all the same."""
+    with running(*PLAIN, closed_output=True) as service:
+        service.wait_ready()
+        service.signal(signal.SIGTERM)
+
+        assert service.exit_code() == 0
+
+
+def test_probes_answer_while_saved_state_is_slow_to_load(tmp_path: Path) -> None:
+    """A disk that hangs keeps the service from being ready, not from answering."""
+    os.mkfifo(tmp_path / "state.json")
+    with running(*PLAIN, environment={"STATE_DIR": str(tmp_path)}) as service:
+        wait_for(lambda: service.status("/health/live") == 200, what="live")
+        ready = service.get("/health/ready")
+
+        assert (ready.status, ready.json()["reason"]) == (503, "starting")
+
+
+def test_an_application_cannot_make_the_service_deaf() -> None:
+    """SIGTERM that a start-up hook set to be ignored is heard again."""
+    with running("--app", "tests.system.apps:ignores_sigterm") as service:
+        service.wait_ready()
+        service.signal(signal.SIGTERM)
+
+        assert service.exit_code() == 0

@@ -973,3 +973,22 @@ async def test_refresh_of_a_stopped_monitor_returns_at_once(clock: ManualClock) 
     monitor = make(clock, {"one": (ActingCheck(), POLICY)})
 
     assert (await monitor.refresh()).started is False
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+async def test_a_check_cannot_end_the_process(
+    clock: ManualClock, error: type[BaseException]
+) -> None:
+    """What would go through the event loop is a failure like any other."""
+
+    class Leaving:
+        async def check(self) -> Observation:
+            raise error
+
+    monitor = make(clock, {"one": (Leaving(), POLICY)})
+    monitor.start()
+    await clock.advance(0.0)
+    report = monitor.report().checks["one"]
+    await monitor.stop()
+
+    assert (report.status, report.code) == (Status.FAIL, "error")

@@ -11,6 +11,7 @@ from tests.unit.conftest import Releasable
 from tests.unit.doubles import Act, ActingStage, BrokenError
 
 from viralfx.domain.correlation import current_correlation_id
+from viralfx.domain.health import Health, HealthReport
 from viralfx.domain.lifecycle import Lifecycle, State
 from viralfx.domain.sequence import CUT_MARGIN, ShutdownSequence
 from viralfx.domain.shutdown import (
@@ -26,12 +27,24 @@ from viralfx.domain.shutdown import (
 BUDGETS = ShutdownBudgets(readiness_delay=5, drain=30, state=5, connections=12, force=60)
 
 
+READY = HealthReport(
+    checks={},
+    health=Health.HEALTHY,
+    started=True,
+    failing_gates=(),
+    fail_open=False,
+    valid_until=float("inf"),
+)
+
+
 class Stop:
     """A sequence with its clock, its stages and what they wrote down."""
 
     def __init__(self, clock: ManualClock, budgets: ShutdownBudgets = BUDGETS) -> None:
         self.clock = clock
         self.lifecycle = Lifecycle(clock)
+        self.lifecycle.application_ready()
+        self.lifecycle.follow(READY)
         self.sequence = ShutdownSequence(budgets=budgets, lifecycle=self.lifecycle, clock=clock)
         self.journal: list[str] = []
         self.began_at = clock.monotonic()
@@ -213,7 +226,8 @@ async def test_states_follow_the_phases(stop: Stop) -> None:
 
     assert seen == [State.LAME_DUCK, State.DRAINING, State.DRAINING, State.DRAINING]
     assert State.STOPPED is stop.lifecycle.state
-    assert {"requested"} == {event.reason for event in stop.lifecycle.history}
+    reasons = [event.reason for event in stop.lifecycle.history]
+    assert reasons == ["checks pass", "requested", "requested", "requested"]
 
 
 # -- stages that misbehave -------------------------------------------------------------------
@@ -523,3 +537,16 @@ async def test_stages_share_a_correlation_id_of_the_shutdown(stop: Stop) -> None
 
     assert len(seen) == 1
     assert None not in seen
+
+
+async def test_no_delay_for_who_was_never_ready(clock: ManualClock) -> None:
+    """Nobody sends traffic to an instance that never said yes, so nobody has to learn of it."""
+    stop = Stop(clock, ShutdownBudgets(readiness_delay=5.0))
+    stop.lifecycle = Lifecycle(clock)
+    stop.sequence = ShutdownSequence(
+        budgets=ShutdownBudgets(readiness_delay=5.0), lifecycle=stop.lifecycle, clock=clock
+    )
+    stop.add(Phase.STOP_ACCEPTING, "listeners")
+    await stop.finish()
+
+    assert stop.elapsed < 1.0

@@ -172,6 +172,46 @@ async def test_the_lifespan_runs_checks_and_stages() -> None:
     assert recorder.ran == ["check", "stage 30", "stage 15"]
 
 
+async def test_a_second_lifespan_is_as_good_as_the_first() -> None:
+    """An application may be started again, as test clients do, and is ready again."""
+    app = Litestar(
+        plugins=[OperationsPlugin(OperationsConfig(settings=SETTINGS))], logging_config=None
+    )
+    for _ in range(2):
+        async with AsyncTestClient(app) as client:
+            await ready(client)
+            assert (await client.get("/health")).json()["status"] == "ok"
+
+
+def test_one_plugin_is_for_one_application() -> None:
+    """Two would share one shutdown, so the second is refused."""
+    plugin = OperationsPlugin(OperationsConfig(settings=SETTINGS))
+    Litestar(plugins=[plugin], logging_config=None)
+
+    with pytest.raises(ConfigurationError, match="one of its own"):
+        Litestar(plugins=[plugin], logging_config=None)
+
+
+@pytest.mark.parametrize("lifespan", [True, False])
+async def test_a_root_path_is_not_part_of_the_path(*, lifespan: bool) -> None:
+    """Behind a server that strips nothing from the path, probes answer all the same."""
+    app = Litestar(
+        plugins=[OperationsPlugin(OperationsConfig(settings=SETTINGS))], logging_config=None
+    )
+    transport = ASGITransport(app=cast("Any", app), root_path="/api")
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(
+            AsyncClient(transport=transport, base_url="http://test")
+        )
+        if lifespan:
+            await stack.enter_async_context(app.lifespan())
+        statuses = [
+            (await client.get(f"/api/health/{path}")).status_code for path in ("live", "live/")
+        ]
+
+    assert statuses == [200, 404]
+
+
 async def test_the_path_can_be_another() -> None:
     """OperationsConfig(path=...) moves the endpoints, and /health stays the application's."""
 

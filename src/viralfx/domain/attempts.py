@@ -158,7 +158,11 @@ class CheckRunner:
 
 
 async def _observe(check: HealthCheck) -> Observation:
-    observation: object = await check.check()
+    try:
+        observation: object = await check.check()
+    except (SystemExit, KeyboardInterrupt) as error:
+        # These would go through the event loop and end the process: a check only ever fails.
+        raise RuntimeError(f"a check raised {type(error).__name__}") from error
     if not isinstance(observation, Observation):
         raise TypeError(f"a check must return an Observation, got {type(observation).__name__}")
     return observation

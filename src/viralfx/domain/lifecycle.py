@@ -60,6 +60,7 @@ class Lifecycle:
         self._began = clock.monotonic()
         self._state = State.STARTING
         self._application_started = False
+        self._was_ready = False
         self._listeners: tuple[Listener[StateChanged], ...] = ()
         self._history: deque[StateChanged] = deque(maxlen=100)
 
@@ -82,6 +83,11 @@ class Lifecycle:
     def application_started(self) -> bool:
         """Whether the application's own start-up has finished."""
         return self._application_started
+
+    @property
+    def was_ready(self) -> bool:
+        """Whether traffic was ever let in."""
+        return self._was_ready
 
     @property
     def uptime(self) -> float:
@@ -118,5 +124,6 @@ class Lifecycle:
             return
         event = StateChanged(old=self._state, new=state, reason=reason, at=self._clock.now())
         self._state = state
+        self._was_ready = self._was_ready or state is State.READY
         self._history.append(event)
         notify(self._listeners, event)

@@ -103,7 +103,8 @@ class ShutdownSequence:
         if self._running is None:
             self.trigger("requested")
             self._running = asyncio.create_task(self._run(), name="shutdown")
-        await asyncio.wait({self._running})
+        if not self._running.done():
+            await asyncio.wait({self._running})
         return self.report()
 
     def report(self) -> ShutdownReport:
@@ -120,9 +121,11 @@ class ShutdownSequence:
             progress = self._progress[phase]
             progress.began_at = self._clock.monotonic()
             budget = max(0.0, min(progress.budget, self.remaining() - self._reserve))
-            if phase is Phase.STOP_ACCEPTING and self._stages[phase]:
+            serving = self._stages[phase] and self._lifecycle.was_ready
+            if phase is Phase.STOP_ACCEPTING and serving:
                 # Still serving: the time others need to learn that this instance is leaving.
-                # Where nothing here stops accepting, somebody else already did.
+                # Where nothing here stops accepting, somebody else already did, and who was never
+                # ready has nobody to tell.
                 await self._clock.sleep(budget)
                 budget = 0.0  # and then at once
             if phase is Phase.DRAIN:

@@ -58,6 +58,7 @@ class Process:
         self._shutdown_on_uncaught = shutdown_on_uncaught
         self._loop = loop_factory()()
         self._uncaught = 0
+        self._thread_hook = threading.__excepthook__
         self._startup_failed = False
         operations.staged = True
         operations.shutdown.subscribe(self._on_shutdown_event)
@@ -71,7 +72,7 @@ class Process:
         executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="worker")
         loop.set_default_executor(executor)
         loop.set_exception_handler(self._on_loop_exception)
-        threading.excepthook = self._on_thread_exception
+        self._thread_hook, threading.excepthook = threading.excepthook, self._on_thread_exception
         main = loop.create_task(self._main(), name="main")
         while not main.done():
             try:
@@ -95,14 +96,16 @@ class Process:
         if not left:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
+        children = _end_children()
         deadline = time.monotonic() + _LAST_GRACE
         while (busy := _busy_threads()) and time.monotonic() < deadline:
             busy[0].join(0.01)
         logging.shutdown()
-        if left or busy:
+        if left or busy or children:
             for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError):
-                    stream.flush()
+                if stream is not None:
+                    with contextlib.suppress(OSError, ValueError):
+                        stream.flush()
             os._exit(code)
 
     async def _main(self) -> int:
@@ -125,13 +128,14 @@ class Process:
 
     async def _start(self, server: HttpServer, management: HttpServer | None) -> None:
         try:
-            await self._operations.start()
+            # The servers first: probes are answered while everything else is still to come.
             if management is not None:
                 await management.open()
             await server.open()
+            await self._operations.start()
             if not await server.start_application():
                 raise StartupError("the application's start-up failed; the log above says why")  # noqa: TRY301
-            self._signals.take_wakeup()
+            self._signals.reclaim()
         except Exception as error:
             self._startup_failed = True
             _logger.error("Start-up failed", exc_info=error)  # noqa: TRY400
@@ -207,6 +211,24 @@ class Process:
         if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
             name = args.thread.name if args.thread else "?"
             self._on_uncaught(f"thread {name}", args.exc_value)
+        if self._thread_hook is not threading.__excepthook__:
+            self._thread_hook(args)  # the application's own wants to know as well
+
+
+def _end_children() -> bool:
+    """End the processes of multiprocessing, which would be waited for; tell if there were any."""
+    multiprocessing = sys.modules.get("multiprocessing")
+    if multiprocessing is None:
+        return False
+    children = multiprocessing.active_children()
+    for child in children:
+        child.terminate()
+    deadline = time.monotonic() + _LAST_GRACE
+    for child in children:
+        child.join(max(0.0, deadline - time.monotonic()))
+        if child.is_alive():
+            child.kill()
+    return bool(children)
 
 
 def _busy_threads() -> list[threading.Thread]:

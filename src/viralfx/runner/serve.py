@@ -30,6 +30,8 @@ def serve(signals: SignalWatch, *, app: str | None, host: str | None, port: int 
     signals.force_timeout = settings.shutdown_force_timeout / 1000
     configure_logging(level=settings.log_level, console=settings.log_format == "console")
     application, plugin = find_application(settings, app)
+    # Again, because making a Litestar application configures logging, by default its own way.
+    configure_logging(level=settings.log_level, console=settings.log_format == "console")
     # The application may have brought settings of its own; where to listen is the caller's word.
     settings = msgspec.structs.replace(
         plugin.settings,

@@ -9,7 +9,6 @@ import faulthandler
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ EXIT_WATCHDOG = 124
 EXIT_FORCED = 130
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
+_NOBODY = (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler, None)
 
 
 class SignalWatch:
@@ -45,10 +45,22 @@ class SignalWatch:
 
     def install(self) -> None:
         """Take over the signals. Call it on the main thread, once."""
-        for number in _STOPPING:
-            signal.signal(number, self._handle)
-        self.take_wakeup()
+        self.reclaim()
+        # A forked child shares our pipe and our handlers, so a signal for it would be read as one
+        # for us. It gets none before it has let go of both.
+        os.register_at_fork(
+            before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING),
+            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING),
+            after_in_child=_let_go,
+        )
         self._thread.start()
+
+    def reclaim(self) -> None:
+        """Take back what an application may have put to rest; its own handlers stay."""
+        for number in _STOPPING:
+            if signal.getsignal(number) in _NOBODY:
+                signal.signal(number, self._handle)
+        self.take_wakeup()
 
     def take_wakeup(self) -> None:
         """Have signals reported to our pipe, and pass them on to who had them reported before.
@@ -114,8 +126,8 @@ class SignalWatch:
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
-                _last_words("Second SIGINT: ending now, without the rest of the shutdown.")
-                os._exit(EXIT_FORCED)
+                text = "Second SIGINT: ending now, without the rest of the shutdown."
+                _exit_with(EXIT_FORCED, text)
         self.arm(self.force_timeout)
         name = signal.Signals(number).name
         with self._lock:
@@ -127,12 +139,37 @@ class SignalWatch:
             on_signal(name)
 
     def _expire(self) -> None:
-        _last_words("Shutdown did not end within SHUTDOWN_FORCE_TIMEOUT; stacks of all threads:")
+        text = "Shutdown did not end within SHUTDOWN_FORCE_TIMEOUT; stacks of all threads:"
+        _exit_with(EXIT_WATCHDOG, text, stacks=True)
+
+
+_STDERR = 2
+_LAST_WORDS = 1.0
+"""Seconds that may pass over them."""
+
+
+def _let_go() -> None:
+    with contextlib.suppress(ValueError):  # not the child's main thread
+        signal.set_wakeup_fd(-1)
+        for number in _STOPPING:
+            if isinstance(getattr(signal.getsignal(number), "__self__", None), SignalWatch):
+                signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+
+
+def _exit_with(code: int, text: str, *, stacks: bool = False) -> None:
+    """End the process; what is said before may fail or block without holding the end up."""
+
+    def say() -> None:
+        # The descriptor, not sys.stderr: that may be None, closed or somebody else's object.
         with contextlib.suppress(Exception):
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        os._exit(EXIT_WATCHDOG)
+            os.write(_STDERR, f"{text}\n".encode())
+            if stacks:
+                faulthandler.dump_traceback(_STDERR, all_threads=True)
 
-
-def _last_words(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        os.write(sys.stderr.fileno(), f"{text}\n".encode())
+    try:
+        teller = threading.Thread(target=say, name="last-words", daemon=True)
+        teller.start()
+        teller.join(_LAST_WORDS)  # a full pipe that nobody reads blocks for ever
+    finally:
+        os._exit(code)

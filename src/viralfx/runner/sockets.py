@@ -42,4 +42,6 @@ def listen(variable: str, host: str, port: int, *, backlog: int = 2048) -> socke
         else:
             what = f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}"
         raise StartupError(f"{variable}: {what}") from None
+    # A forked child must not keep the port when this process is gone.
+    os.register_at_fork(after_in_child=listener.close)
     return listener

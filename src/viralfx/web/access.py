@@ -33,7 +33,7 @@ class AccessPolicy:
         """Take the rules from MANAGEMENT_TOKEN and HEALTH_DETAILS."""
         secret = settings.management_token
         return cls(
-            token=secret.value.encode() if secret else None,
+            token=secret.value.strip().encode() if secret else None,
             details_need_token=settings.health_details == "authorized",
         )
 

@@ -6,13 +6,14 @@ from collections.abc import Awaitable
 
 from viralfx.domain.clock import Clock, finished_within
 from viralfx.domain.errors import WorkLostError
-from viralfx.web.asgi import Message, Scope, Send
+from viralfx.web.asgi import Message, Receive, Scope, Send
 from viralfx.web.correlation import HEADER
 
 _logger = logging.getLogger("viralfx.requests")
 
 _FAREWELL = b"event: shutdown\ndata: {}\n\n"
 _CUT_RESERVE = 0.5
+_A_MOMENT = 0.01
 
 
 class Exchange:
@@ -27,16 +28,23 @@ class Exchange:
     """Whether the answer announced its length, so that cutting it loses something."""
     cut = False
     """Whether its task was cancelled because the budget is over."""
-    _at_boundary = False
+    _at_boundary = True  # right after the headers is one
     _told = False
 
     def __init__(
-        self, exchanges: "Exchanges", send: Send, header: tuple[bytes, bytes], *, websocket: bool
+        self,
+        exchanges: "Exchanges",
+        receive: Receive,
+        send: Send,
+        header: tuple[bytes, bytes],
+        *,
+        websocket: bool,
     ) -> None:
         self.websocket = websocket
         self.task: asyncio.Task[object] | None = asyncio.current_task(exchanges.loop)
         self._exchanges = exchanges
         self._header = header
+        self._receive = receive
         self._send = send
 
     @property
@@ -45,6 +53,19 @@ class Exchange:
         if self.websocket or self.complete:
             return False
         return not self.started or self.has_length
+
+    async def client_left(self, clock: Clock) -> bool:
+        """Whether nobody waits for the answer any more. Asked only when it is cut anyway.
+
+        The body of a request that is still to be read would be lost by asking.
+        """
+        asked = asyncio.ensure_future(self._receive())
+        try:
+            if not await finished_within(asked, _A_MOMENT, clock):
+                return False
+            return asked.exception() is None and asked.result()["type"] == "http.disconnect"
+        finally:
+            asked.cancel()
 
     def send(self, message: Message) -> Awaitable[None]:
         """Pass a message on; the first one gets the correlation id, and the last news."""
@@ -57,6 +78,7 @@ class Exchange:
             self._begin(message)
         elif kind == "websocket.accept":
             self.started = True
+            message["headers"] = [*message.get("headers", ()), self._header]
         return self._send(message)
 
     async def _send_events(self, message: Message) -> None:
@@ -69,16 +91,20 @@ class Exchange:
     def _begin(self, message: Message) -> None:
         self.started = True
         headers = [self._header]
-        leaving = self._exchanges.leaving
+        leaving, encoded = self._exchanges.leaving, False
         for pair in message.get("headers", ()):
             name, value = pair
             if name == b"content-type":
                 self.event_stream = value.startswith(b"text/event-stream")
             elif name == b"content-length":
                 self.has_length = True
+            elif name == b"content-encoding":
+                encoded = True
             elif name == HEADER or (leaving and name == b"connection"):
                 continue
             headers.append(pair)
+        # Words of our own cannot be put into a stream that is compressed.
+        self.event_stream = self.event_stream and not encoded
         if leaving:
             headers.append((b"connection", b"close"))
         message["headers"] = headers
@@ -107,11 +133,13 @@ class Exchanges:
     def __len__(self) -> int:
         return len(self._open)
 
-    def begin(self, scope: Scope, send: Send, header: tuple[bytes, bytes]) -> Exchange:
+    def begin(
+        self, scope: Scope, receive: Receive, send: Send, header: tuple[bytes, bytes]
+    ) -> Exchange:
         """Count a request in."""
         if self.loop is None:
             self.loop = asyncio.get_running_loop()
-        exchange = Exchange(self, send, header, websocket=scope["type"] == "websocket")
+        exchange = Exchange(self, receive, send, header, websocket=scope["type"] == "websocket")
         self._open.add(exchange)
         return exchange
 
@@ -148,7 +176,7 @@ class Exchanges:
         if await self._emptied(budget - reserve, clock):
             return
         left = list(self._open)
-        lost = [exchange for exchange in left if exchange.loses_something]
+        lost = [e for e in left if e.loses_something and not await e.client_left(clock)]
         extra = {"unanswered": len(lost), "streams": len(left) - len(lost)}
         _logger.warning("Cutting requests", extra=extra)
         for task in self._telling:

@@ -7,8 +7,8 @@ nor its routing nor its mistakes, can slow or break a probe.
 import asyncio
 
 from viralfx.domain.correlation import bind_correlation_id
-from viralfx.web.answers import Answer, OperationsAnswers, problem_answer
-from viralfx.web.asgi import ASGIApp, Receive, Scope, Send
+from viralfx.web.answers import Answer, Endpoint, OperationsAnswers, problem_answer
+from viralfx.web.asgi import ASGIApp, Message, Receive, Scope, Send
 from viralfx.web.correlation import HEADER, correlation_id_of
 from viralfx.web.exchanges import Exchange, Exchanges
 
@@ -35,7 +35,7 @@ class Gate:
         bind_correlation_id(correlation_id)
         header = (HEADER, correlation_id.encode("ascii"))
         if kind == "http":
-            endpoint = self._endpoints.get(scope["path"]) or self._answers.find(scope["path"])
+            endpoint = self._endpoints.get(scope["path"]) or self._find(scope)
             if endpoint is not None:
                 answer = endpoint(scope["method"], scope["query_string"], scope["headers"])
                 if not isinstance(answer, Answer):
@@ -47,10 +47,10 @@ class Gate:
                 return
         elif app is None or not self.open or self.exchanges.leaving:
             await receive()
-            await send({"type": "websocket.close", "code": 1013, "reason": "try again later"})
+            await self._refuse_websocket(scope, send, header)
             return
         # Here and not in a method: one coroutine more costs a percent of an ordinary request.
-        exchange = self.exchanges.begin(scope, send, header)
+        exchange = self.exchanges.begin(scope, receive, send, header)
         try:
             await app(scope, receive, exchange.send)
         except asyncio.CancelledError:
@@ -59,10 +59,28 @@ class Gate:
         finally:
             self.exchanges.end(exchange)
 
+    def _find(self, scope: Scope) -> Endpoint | None:
+        path: str = scope["path"]
+        if root_path := scope.get("root_path"):
+            path = path.removeprefix(root_path)
+        return self._answers.find(path)
+
     def _refusal(self) -> Answer:
         if self._app is None:
             return problem_answer(404, "This port answers operations endpoints only.")
-        return problem_answer(503, "The service is starting.", (b"retry-after", b"1"))
+        what = "stopping" if self.exchanges.leaving else "starting"
+        return problem_answer(503, f"The service is {what}.", (b"retry-after", b"1"))
+
+    async def _refuse_websocket(
+        self, scope: Scope, send: Send, header: tuple[bytes, bytes]
+    ) -> None:
+        if "websocket.http.response" not in (scope.get("extensions") or {}):
+            await send({"type": "websocket.close", "code": 1013, "reason": "try again later"})
+            return
+        answer = self._refusal()
+        start: Message = {"type": "websocket.http.response.start", "status": answer.status}
+        await send({**start, "headers": [*answer.headers, header]})
+        await send({"type": "websocket.http.response.body", "body": answer.body})
 
     async def _cut(
         self, exchange: Exchange, scope: Scope, send: Send, header: tuple[bytes, bytes]

@@ -174,7 +174,8 @@ async def _give(request: AnyRequest) -> Response[bytes]:
     answers: OperationsAnswers = request.app.state[ANSWERS]
     # The path as the client wrote it: Litestar ignores a trailing slash, a probe must not.
     raw_path, _, _ = request.scope["raw_path"].partition(b"?")
-    endpoint = answers.find(raw_path.decode("latin-1"))
+    path = raw_path.decode("latin-1").removeprefix(request.scope.get("root_path", ""))
+    endpoint = answers.find(path)
     if endpoint is None:
         raise NotFoundException
     answer = endpoint(request.method, request.scope["query_string"], request.scope["headers"])

@@ -62,7 +62,7 @@ class OperationsPlugin(InitPlugin):
     other server the application's lifespan runs the stages when it ends.
     """
 
-    __slots__ = ("_config", "answers", "operations", "settings")
+    __slots__ = ("_app_seen", "_config", "answers", "operations", "settings")
 
     def __init__(
         self, config: OperationsConfig | None = None, *, operations: Operations | None = None
@@ -72,9 +72,14 @@ class OperationsPlugin(InitPlugin):
         Raises :class:`ConfigurationError` that lists every problem of the settings.
         """
         self._config = config = config or OperationsConfig()
-        self.settings = settings = config.settings or read_settings(os.environ)
+        self.settings = config.settings or read_settings(os.environ)
+        self._app_seen = False
+        self._wire(operations)
+
+    def _wire(self, operations: Operations | None = None) -> None:
+        config = self._config
         self.operations = operations or build_operations(
-            settings,
+            self.settings,
             checks=config.checks,
             breakers=config.breakers,
             stages={
@@ -84,11 +89,17 @@ class OperationsPlugin(InitPlugin):
             },
         )
         self.answers = OperationsAnswers(
-            self.operations, AccessPolicy.from_settings(settings), prefix=config.path
+            self.operations, AccessPolicy.from_settings(self.settings), prefix=config.path
         )
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
-        """Append routes and a lifespan to the application's own."""
+        """Append routes and a lifespan to the application's own.
+
+        Raises :class:`ConfigurationError` in a second application: they would share one shutdown.
+        """
+        if self._app_seen:
+            raise ConfigurationError(["OperationsPlugin: each application needs one of its own"])
+        self._app_seen = True
         router = health_router(prefix=self._config.path, tag=self._config.tag)
         app_config.route_handlers.append(router)
         app_config.state.update(self._state())
@@ -116,6 +127,11 @@ class OperationsPlugin(InitPlugin):
 
     @asynccontextmanager
     async def _lifespan(self, app: Litestar) -> AsyncIterator[None]:
+        if self.operations.shutdown.triggered and not self.operations.staged:
+            # A lifespan once more, as with one test client after another. A shutdown is for good,
+            # so what was shut down is made anew.
+            self._wire()
+            app.state.update(self._state())
         operations = self.operations
         await operations.start()
         if operations.staged:

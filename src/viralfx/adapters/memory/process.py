@@ -29,6 +29,8 @@ class ProcessMemory:
 
     async def check(self) -> Observation:
         """Read the process's memory and compare."""
+        # The kernel walks the process's pages for this, a few milliseconds for each gigabyte. Not
+        # on the shared pool of threads: an application that fills it would make this check fail.
         usage = self._read()
         details = {
             "heapUsed": _megabytes(usage.heap_used),
