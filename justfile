@@ -36,8 +36,8 @@ fuzz:
 
 # change the resilience core one thing at a time, and see a test fail each time
 mutate *modules:
-    {{bin}}/uv run --no-project --python {{bin}}/python --with-requirements requirements-dev.lock \
-        --with cosmic-ray==8.7.0 --with-editable . python tests/mutation/mutate.py {{modules}}
+    {{bin}}/uv pip install --quiet --python {{bin}}/python --group mutate
+    {{bin}}/python tests/mutation/mutate.py {{modules}}
 
 # probes against a bare ASGI app and a bare Litestar handler
 bench-probes *arguments:
