@@ -28,6 +28,7 @@ from cosmic_ray.plugins import get_operator, operator_names
 ROOT = Path(__file__).parents[2]
 MODULES = ("retry", "breaker", "circuit", "circuit_states", "retry_decision", "retry_loop")
 TESTS = (
+    "boundaries",
     "breaker_rules",
     "retry_rules",
     "windows",

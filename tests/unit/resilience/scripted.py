@@ -58,9 +58,9 @@ def state_of(breaker: CircuitBreaker) -> str:
 class SkippingClock(ManualClock):
     """A clock on which every sleep is over at once, and written down."""
 
-    def __init__(self) -> None:
+    def __init__(self, monotonic: float = 7.0) -> None:
         # Not a round number of the durations in use: differences of times must be differences.
-        super().__init__(monotonic=7.0)
+        super().__init__(monotonic=monotonic)
         self.slept: list[float] = []
 
     async def sleep(self, seconds: float) -> None:

@@ -183,8 +183,7 @@ class Circuit:
         if state == CircuitState.CLOSED:
             self._command(lambda _: self._closed(min(failures, self._threshold - 1)))
         else:
-            held = remaining is None
-            until = math.inf if held else self._now() + min(remaining or 0.0, self._open_for)
+            until = math.inf if remaining is None else self._now() + min(remaining, self._open_for)
             self._command(lambda _: Open(until, failures))
 
     # -- deciding and learning ----------------------------------------------------------------

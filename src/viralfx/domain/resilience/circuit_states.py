@@ -42,9 +42,9 @@ class RollingWindow:
 
     def __post_init__(self) -> None:
         """Refuse what could never trip or always would (``ValueError``)."""
-        slow_after = 1.0 if self.slow_after is None else self.slow_after
         require_positive("seconds", self.seconds)
-        require_positive("slow_after", slow_after)
+        if self.slow_after is not None:
+            require_positive("slow_after", self.slow_after)
         for name, rate in (("failure_rate", self.failure_rate), ("slow_rate", self.slow_rate)):
             if not 0 < rate <= 1:
                 raise ValueError(f"{name} must be more than 0 and at most 1, got {rate!r}")
