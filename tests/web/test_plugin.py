@@ -305,3 +305,31 @@ def status(port: int, path: str) -> int | None:
         return request(port, path).status
     except OSError:
         return None
+
+
+async def test_a_token_may_have_blanks_around_it() -> None:
+    """Blanks from a file or a manifest do not lock everybody out."""
+    settings = Settings(management_token=Secret(" planted "))
+    app = Litestar(
+        plugins=[OperationsPlugin(OperationsConfig(settings=settings))], logging_config=None
+    )
+    async with AsyncTestClient(app) as client:
+        reply = await client.get("/health/shutdown", headers={"Authorization": "Bearer planted"})
+
+    assert reply.status_code == 200
+
+
+async def test_details_that_are_no_json_are_shown_as_text() -> None:
+    """A check may put anything into its details without breaking the answer."""
+
+    class Odd:
+        async def check(self) -> Observation:
+            return Observation(status=Status.PASS, message="odd", details={"what": Path("/odd")})
+
+    config = OperationsConfig(settings=SETTINGS, checks={"odd": Odd()})
+    app = Litestar(plugins=[OperationsPlugin(config)], logging_config=None)
+    async with AsyncTestClient(app) as client:
+        await ready(client)
+        body = (await client.get("/health/detailed")).json()
+
+    assert body["checks"]["odd"]["details"]["what"] == "/odd"

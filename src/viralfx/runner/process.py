@@ -26,7 +26,6 @@ from viralfx.web.gate import Gate
 
 EXIT_OK = 0
 EXIT_UNCAUGHT = 1
-EXIT_CONFIGURATION = 2
 EXIT_STARTUP = 3
 EXIT_STAGE = 4
 
