@@ -177,7 +177,8 @@ def _outcome(
     if (error := task.exception()) is not None:
         message = f"{name} check failed"
         return Observation(status=Status.FAIL, message=message, code="error"), error
-    return task.result(), None
+    observation = task.result()
+    return observation, observation.error
 
 
 def _timed_out(name: str, seconds: float) -> Observation:

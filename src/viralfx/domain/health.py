@@ -40,13 +40,15 @@ class Observation:
     """What a check saw this time.
 
     ``code`` is a short machine word for what is wrong (``timeout``, ``usage_high``); it is shown
-    to anyone who may read the check, so it must not carry data.
+    to anyone who may read the check, so it must not carry data. ``error`` is what caused it, for
+    the log only.
     """
 
     status: Status
     message: str
     details: Details = field(default_factory=dict)
     code: str | None = None
+    error: BaseException | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Take the status's word for the status. Raises ``ValueError`` for another word."""
