@@ -1,0 +1,304 @@
+"""The servers of the tests themselves: each fault has the effect that it is named after."""
+
+import asyncio
+import ssl
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import asyncpg
+import pytest
+import redis as driver
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from tests.servers.certificates import Certificates
+from tests.servers.postgres import Database, PostgresServer, postgres_server
+from tests.servers.redis import RedisServer, redis_server
+from tests.servers.sentinel import SentinelSetup
+from tests.servers.server import Server
+from tests.servers.waiting import wait_until
+
+SHORT = 0.5
+"""Seconds; what answers in time needs a hundredth of it."""
+
+
+async def connect(url: str, **more: Any) -> "asyncpg.Connection[asyncpg.Record]":
+    """Connect to Postgres as a program would."""
+    return await asyncpg.connect(url, **{"timeout": 5, **more})
+
+
+@contextmanager
+def client(server: RedisServer, **more: Any) -> Iterator[driver.Redis]:
+    """Return a client of Redis that does not try again."""
+    options = {"socket_timeout": SHORT, "retry": Retry(NoBackoff(), 0), **more}
+    made = driver.Redis(server.host, server.port, **options)
+    with closing(made):
+        yield made
+
+
+async def test_a_database_is_empty_and_can_be_looked_at_from_outside(database: Database) -> None:
+    """A test has a database to itself, and sees what its sessions do there."""
+    connection = await connect(database.url)
+
+    sessions = "select count(*) from pg_stat_activity where datname = current_database()"
+    assert database.execute(sessions) == [(2,)]
+    assert database.execute("select * from pg_tables where schemaname = 'public'") == []
+
+    await connection.close()
+
+
+async def test_an_address_is_encoded_and_its_password_is_checked(database: Database) -> None:
+    """Any password can stand in an address, and only the right one opens."""
+    database.execute("create role \"o'neil\" login password 'p@ss/w:rd?#%'")
+    right = database.server.url(
+        database.name, user="o'neil", password="p@ss/w:rd?#%", application_name="a b"
+    )
+    wrong = database.server.url(database.name, user="o'neil")
+
+    connection = await connect(right)
+    assert await connection.fetchval("show application_name") == "a b"
+    await connection.close()
+    with pytest.raises(asyncpg.InvalidPasswordError):
+        await connect(wrong)
+
+    database.execute('drop role "o\'neil"')
+
+
+async def test_a_frozen_postgres_answers_nobody_until_it_thaws(
+    own_postgres: PostgresServer,
+) -> None:
+    """Open sessions stand still like new ones, and go on afterwards."""
+    connection = await connect(own_postgres.url())
+
+    await asyncio.to_thread(own_postgres.freeze)
+    with pytest.raises(TimeoutError):
+        await connect(own_postgres.url(), timeout=SHORT)
+    query = asyncio.create_task(connection.fetchval("select 1"))
+    done, _ = await asyncio.wait([query], timeout=SHORT)
+    assert not done
+    await asyncio.to_thread(own_postgres.thaw)
+
+    assert await query == 1
+    assert own_postgres.execute("select 2") == [(2,)]
+    await connection.close()
+
+
+@pytest.mark.parametrize("end", [PostgresServer.kill, PostgresServer.stop])
+async def test_a_postgres_that_ended_comes_back_with_its_data(
+    own_postgres: PostgresServer, end: Callable[[PostgresServer], None]
+) -> None:
+    """Meanwhile nobody listens; then it is on the same port with what was committed."""
+    port = own_postgres.port
+    own_postgres.execute("create table kept as select 7 as x")
+    connection = await connect(own_postgres.url())
+
+    await asyncio.to_thread(end, own_postgres)
+    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
+        await connection.fetchval("select 1", timeout=5)
+    with pytest.raises(ConnectionRefusedError):
+        await connect(own_postgres.url())
+    await asyncio.to_thread(own_postgres.start)
+
+    assert own_postgres.port == port
+    assert own_postgres.execute("select x from kept") == [(7,)]
+
+
+def test_settings_reach_postgres() -> None:
+    """A test says what is particular about its server."""
+    with postgres_server(settings={"max_connections": "7", "fsync": "on"}) as server:
+        assert server.execute("show max_connections") == [("7",)]
+        assert server.execute("show fsync") == [("on",)]
+
+
+async def test_postgres_speaks_tls_to_whoever_trusts_its_authority(
+    tls_postgres: PostgresServer, certificates: Certificates
+) -> None:
+    """The right chain connects; the wrong authority and plain text do not."""
+    good = tls_postgres.url(sslmode="verify-full", sslrootcert=str(certificates.ca))
+    wrong = tls_postgres.url(sslmode="verify-full", sslrootcert=str(certificates.other_ca))
+    plain = tls_postgres.url(sslmode="disable")
+
+    connection = await connect(good)
+    encrypted = "select ssl from pg_stat_ssl where pid = pg_backend_pid()"
+    assert await connection.fetchval(encrypted) is True
+    await connection.close()
+    with pytest.raises(ssl.SSLCertVerificationError):
+        await connect(wrong)
+    with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError):
+        await connect(plain)
+
+
+def test_the_shared_redis_is_empty(redis: RedisServer) -> None:
+    """What one test leaves there, the next one does not find."""
+    assert redis.command("DBSIZE") == 0
+
+    redis.command("SET", "left", "behind")
+    assert redis.command("GET", "left") == "behind"
+    redis.flush()
+
+    assert redis.command("DBSIZE") == 0
+
+
+def test_a_frozen_redis_answers_nobody_until_it_thaws(own_redis: RedisServer) -> None:
+    """Open connections stand still like new ones, and go on afterwards."""
+    with client(own_redis) as one, client(own_redis) as another:
+        one.set("key", "kept")
+
+        own_redis.freeze()
+        with pytest.raises(driver.TimeoutError):
+            one.ping()
+        with pytest.raises(driver.TimeoutError):
+            another.ping()
+        own_redis.thaw()
+
+        assert one.get("key") == b"kept"
+
+
+@pytest.mark.parametrize("end", [RedisServer.kill, RedisServer.stop])
+def test_a_redis_that_ended_comes_back_with_what_it_wrote_down(
+    end: Callable[[RedisServer], None],
+) -> None:
+    """Meanwhile nobody listens; with the append-only file it has its keys again."""
+    with redis_server(arguments=["--appendonly", "yes", "--appendfsync", "always"]) as server:
+        port = server.port
+        server.command("SET", "key", "kept")
+
+        end(server)
+        with client(server) as gone, pytest.raises(driver.ConnectionError, match="refused"):
+            gone.ping()
+        server.start()
+
+        assert (server.port, server.command("GET", "key")) == (port, "kept")
+
+
+def test_a_redis_forgets_when_nothing_is_written_down(own_redis: RedisServer) -> None:
+    """A restart without persistence is an empty one."""
+    own_redis.command("SET", "key", "lost")
+
+    own_redis.restart()
+
+    assert own_redis.command("DBSIZE") == 0
+
+
+def test_redis_can_be_seen_loading(own_redis: RedisServer) -> None:
+    """It accepts connections and refuses commands, then serves with its data."""
+    own_redis.command("SET", "key", "kept")
+
+    own_redis.loading(1.0)
+    with client(own_redis) as early, pytest.raises(driver.BusyLoadingError):
+        early.ping()
+
+    def value() -> bytes | None:
+        with client(own_redis) as late:
+            try:
+                return late.get("key")  # type: ignore[return-value]  # also typed for asyncio
+            except driver.BusyLoadingError:
+                return None
+
+    assert wait_until(value, what="loaded") == b"kept"
+
+
+def test_redis_knows_passwords_and_users() -> None:
+    """The default user has the password; another one only what its line grants."""
+    line = "reader on >read-only ~public:* +get"
+    with redis_server(password="hush", users=[line]) as server:
+        reader = {"username": "reader", "password": "read-only"}
+        with client(server) as nobody, pytest.raises(driver.AuthenticationError):
+            nobody.ping()
+        with client(server, password="wrong") as liar, pytest.raises(driver.AuthenticationError):
+            liar.ping()
+        with client(server, **reader) as user:
+            assert user.get("public:x") is None
+            with pytest.raises(driver.exceptions.NoPermissionError):
+                user.set("public:x", "1")
+
+        assert server.command("ACL", "WHOAMI") == "default"
+
+
+def test_redis_speaks_tls_to_whoever_trusts_its_authority(
+    tls_redis: RedisServer, certificates: Certificates
+) -> None:
+    """The right chain connects; the wrong authority and plain text do not."""
+    trusting = {"ssl": True, "password": tls_redis.password}
+    with client(tls_redis, ssl_ca_certs=str(certificates.ca), **trusting) as good:
+        assert good.ping()
+    with (
+        client(tls_redis, ssl_ca_certs=str(certificates.other_ca), **trusting) as wrong,
+        pytest.raises(driver.ConnectionError, match="CERTIFICATE_VERIFY_FAILED"),
+    ):
+        wrong.ping()
+    with (
+        client(tls_redis, password=tls_redis.password) as plain,
+        pytest.raises((driver.ConnectionError, driver.TimeoutError)),
+    ):
+        plain.ping()
+
+
+def test_the_faults_of_a_redis_hold_behind_tls(
+    tls_redis: RedisServer, certificates: Certificates
+) -> None:
+    """It freezes, thaws, ends and comes back as the others do."""
+    options = {"ssl": True, "ssl_ca_certs": str(certificates.ca), "password": tls_redis.password}
+    with client(tls_redis, **options) as one:
+        one.ping()
+
+        tls_redis.freeze()
+        with pytest.raises(driver.TimeoutError):
+            one.ping()
+        tls_redis.thaw()
+        assert one.ping()
+        tls_redis.kill()
+        with pytest.raises(driver.ConnectionError):
+            one.ping()
+        with pytest.raises(driver.ConnectionError, match="refused"):
+            one.ping()
+        tls_redis.start()
+
+        assert one.ping()
+
+
+def test_a_frozen_server_can_be_ended(own_postgres: PostgresServer, own_redis: RedisServer) -> None:
+    """No process of it stays behind, and it can be started again."""
+    servers: list[Server] = [own_postgres, own_redis]
+    for server in servers:
+        for end in (server.kill, server.stop):
+            server.freeze()
+            end()
+            assert server.pids == []
+            server.start()
+
+    assert own_postgres.execute("select 1") == [(1,)]
+    assert own_redis.command("PING")
+
+
+def test_sentinels_promote_the_replica_of_a_killed_primary(sentinel_setup: SentinelSetup) -> None:
+    """It has what it copied and takes writes; the old one comes back as its replica."""
+    before = sentinel_setup.primary_server()
+    other = sentinel_setup.replica_server()
+    before.command("SET", "key", "kept")
+    before.command("WAIT", 1, 5000)
+
+    assert sentinel_setup.kill_primary() is before
+    after = sentinel_setup.wait_failover(before)
+
+    assert after is other
+    assert sentinel_setup.primary() == (other.host, other.port)
+    assert after.command("GET", "key") == "kept"
+    after.command("SET", "key", "new")
+    before.start()
+    wait_until(lambda: before.command("ROLE")[0] == "slave", what="the old primary follows")
+
+
+def test_sentinels_ask_for_a_password_of_their_own(sentinel_setup: SentinelSetup) -> None:
+    """Who has only the one of the servers is not told where they are."""
+    sentinel = sentinel_setup.sentinel_servers[0]
+
+    def ask(password: str | None) -> Any:
+        with client(sentinel, password=password) as made:
+            execute: Callable[..., Any] = made.execute_command
+            return execute("SENTINEL", "GET-MASTER-ADDR-BY-NAME", sentinel_setup.name)
+
+    host, port = sentinel_setup.primary()
+    assert ask(sentinel_setup.sentinel_password) == [host.encode(), str(port).encode()]
+    with pytest.raises(driver.AuthenticationError):
+        ask(sentinel_setup.password)

@@ -1,0 +1,173 @@
+"""A TCP proxy whose faults are switched while traffic flows."""
+
+import asyncio
+import math
+import socket
+import ssl
+import threading
+from collections.abc import Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Self, TypeVar
+
+from tests.servers.proxied import Link, reset
+from tests.servers.waiting import free_port
+
+T = TypeVar("T")
+
+
+class Fault(Enum):
+    """Modes without a number."""
+
+    PASS = "forward everything"
+    BLACKHOLE = "keep connections open, accept new ones, and forward nothing until another mode"
+    RESET = "reset all connections, and each new one"
+    REFUSE = "reset all connections, and listen no more"
+
+
+@dataclass(frozen=True)
+class Delay:
+    """Forward each piece this long after it came, in both directions."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class CutAfter:
+    """Close each connection after so many more bytes of answers, in the middle of one."""
+
+    count: int
+
+
+Mode = Fault | Delay | CutAfter
+PASS, BLACKHOLE, RESET, REFUSE = Fault.PASS, Fault.BLACKHOLE, Fault.RESET, Fault.REFUSE
+
+
+class FaultProxy:
+    """Stands on a port of its own in front of a server; runs in a thread of its own.
+
+    ``mode`` may be set from any thread at any time; it is in force when the assignment returns.
+    What a black hole held back arrives when it ends, as after a cut in a network. With ``tls``
+    clients speak TLS to the proxy, and the server behind gets plain text.
+    """
+
+    host = "127.0.0.1"
+
+    def __init__(
+        self, port: int, *, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None
+    ) -> None:
+        self.port = 0
+        self.accepted = 0
+        """Connections that clients have made so far, those that were reset included."""
+        self.upstream = host, port
+        """Where new connections go."""
+        self._tls = tls
+        self._mode: Mode = PASS
+        self._links: dict[asyncio.Task[None], Link] = {}
+        self._listener: socket.socket | None = None
+        self._loop = asyncio.new_event_loop()
+        self._switched = asyncio.Event()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        try:
+            self._call(self._switch(PASS))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def mode(self) -> Mode:
+        """What happens to connections now."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        self._call(self._switch(mode))
+
+    @property
+    def open(self) -> int:
+        """Connections that clients hold open now."""
+        return sum(not link.client_left for link in list(self._links.values()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Reset what is open and end."""
+        if self._loop.is_closed():
+            return
+        self._call(self._switch(REFUSE))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+    async def _switch(self, mode: Mode) -> None:
+        self._mode = mode
+        self._switched.set()
+        self._switched = asyncio.Event()
+        if mode is REFUSE and self._listener is not None:
+            self._loop.remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
+        if mode is not REFUSE and self._listener is None:
+            self._listener = self._listen()
+            self._loop.add_reader(self._listener, self._accept, self._listener)
+        if mode in {RESET, REFUSE} and self._links:
+            for task, link in self._links.items():
+                link.reset()
+                task.cancel()
+            await asyncio.wait(list(self._links))
+
+    def _listen(self) -> socket.socket:
+        for _ in range(5):
+            port = self.port or free_port()
+            with suppress(OSError):
+                listener = socket.create_server((self.host, port), backlog=1024)
+                listener.setblocking(False)
+                self.port = port
+                return listener
+        raise OSError(f"cannot listen on port {self.port}")
+
+    def _accept(self, listener: socket.socket) -> None:
+        # Not by a task: when that is cancelled, what it has just accepted is lost.
+        with suppress(BlockingIOError, ConnectionAbortedError):
+            client, _ = listener.accept()
+            client.setblocking(False)
+            self.accepted += 1
+            if self._mode is RESET:
+                reset(client)
+                client.close()
+                return
+            link = Link(client, self._tls, self.upstream, self)
+            task = self._loop.create_task(link.run())
+            self._links[task] = link
+            task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._links.pop(task).close()
+
+    async def hold(self, arrived: float) -> None:
+        """Wait as long as the mode holds back what came at a time of the loop."""
+        while (left := self._left(arrived)) > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._switched.wait()
+
+    def _left(self, arrived: float) -> float:
+        if self._mode is BLACKHOLE:
+            return math.inf
+        if isinstance(self._mode, Delay):
+            return arrived + self._mode.seconds - self._loop.time()
+        return 0.0
+
+    def cut(self) -> tuple[object, float]:
+        """Return how many bytes of answers may pass, and since which switch they count."""
+        mode = self._mode
+        return mode, mode.count if isinstance(mode, CutAfter) else math.inf

@@ -1,0 +1,202 @@
+"""Servers as processes of this machine."""
+# ruff: noqa: D102 - the class Host documents these methods
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import psutil
+from tests.servers import reaper
+from tests.servers.host import Host
+from tests.servers.waiting import free_port, wait_until
+
+
+@cache
+def account() -> tuple[int, int] | None:
+    """Return the user and group that servers run as; None when it is the one of the tests.
+
+    Postgres refuses to run as root, so root gives servers to nobody.
+    """
+    if os.geteuid() != 0:
+        return None
+    nobody = pwd.getpwnam("nobody")
+    return nobody.pw_uid, nobody.pw_gid
+
+
+def give(path: Path) -> Path:
+    """Hand a file or folder to the user that servers run as."""
+    if (owner := account()) is not None:
+        os.chown(path, *owner)
+    return path
+
+
+def make_folder() -> Path:
+    """Make a folder that belongs to the servers' user, below folders which that user may pass.
+
+    The folders of pytest are not: they are closed to everybody else.
+    """
+    # As short as can be: names of sockets below it are limited to about a hundred characters.
+    folder = Path(tempfile.mkdtemp(prefix="viralfx-"))
+    reaper.watch_folder(folder)
+    return give(folder)
+
+
+@cache
+def reachable(installation: Path) -> Path:
+    """Return the folder of an installation, or a copy of it where servers may not go there."""
+    if account() is None or all(
+        parent.stat().st_mode & 0o001 for parent in [installation, *installation.parents]
+    ):
+        return installation
+    copy = make_folder()
+    copy.chmod(0o755)
+    return shutil.copytree(installation, copy / installation.name, symlinks=True)
+
+
+def run(command: Sequence[str | Path], *, cwd: Path) -> None:
+    """Run a program of a server to its end, as the user of servers."""
+    user, group = account() or (None, None)
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        user=user,
+        group=group,
+        extra_groups=[] if user is not None else None,
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command[0]}: {done.stdout}{done.stderr}"
+
+
+def _environment() -> dict[str, str]:
+    """Return an environment in which nothing of the caller configures a server."""
+    kept = ("PATH", "LD_LIBRARY_PATH", "TMPDIR", "TZ")
+    return {"LC_ALL": "C", **{name: os.environ[name] for name in kept if name in os.environ}}
+
+
+class ProcessHost(Host):
+    """One server as a process, in a folder of its own, in a session of its own."""
+
+    address = "127.0.0.1"
+    listen = "127.0.0.1"
+
+    def __init__(
+        self,
+        program: Path,
+        *,
+        stop_signal: signal.Signals = signal.SIGTERM,
+        close_signal: signal.Signals = signal.SIGKILL,
+    ) -> None:
+        self.path = make_folder()
+        self.folder = str(self.path)
+        self.port = free_port()
+        self._program = program
+        self._stop_signal, self._close_signal = stop_signal, close_signal
+        self._popen: subprocess.Popen[bytes] | None = None
+        self._log = self.path / "server.log"
+        self._log.touch()
+
+    @property
+    def listen_port(self) -> int:
+        return self.port
+
+    def write(self, name: str, content: bytes) -> str:
+        path = self.path / name
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600)
+        path.write_bytes(content)
+        return str(give(path))
+
+    def start(self, arguments: Sequence[str]) -> None:
+        assert not self.running(), "it runs already"
+        user, group = account() or (None, None)
+        with self._log.open("wb") as log:
+            self._popen = subprocess.Popen(
+                [self._program, *arguments],
+                cwd=self.path,
+                user=user,
+                group=group,
+                extra_groups=[] if user is not None else None,
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        reaper.watch(psutil.Process(self._popen.pid))
+
+    def stop(self) -> None:
+        if not self._ends_by(self._stop_signal):
+            self.kill()
+            raise AssertionError(f"did not stop within 10 s: {self.log()}")
+
+    def kill(self) -> None:
+        if self._popen is None:
+            return
+        if self._popen.poll() is None:
+            reaper.end(psutil.Process(self._popen.pid))
+        self._popen.wait(10)
+
+    def freeze(self) -> None:
+        first, *_ = self._family()
+        first.suspend()  # before it can have another child
+        family = self._family()
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+        wait_until(lambda: all(map(_stands, family)), seconds=5, what="frozen")
+
+    def thaw(self) -> None:
+        for process in self._family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+    def running(self) -> bool:
+        return self._popen is not None and self._popen.poll() is None
+
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._family()]
+
+    def log(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def close(self) -> None:
+        if not self._ends_by(self._close_signal):
+            self.kill()
+        shutil.rmtree(self.path)
+
+    def _ends_by(self, number: signal.Signals) -> bool:
+        if self._popen is None:
+            return True
+        self.thaw()
+        self._popen.send_signal(number)
+        try:
+            self._popen.wait(10)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def _family(self) -> list[psutil.Process]:
+        # Children may have sessions of their own, so the group is not the whole family.
+        if self._popen is None or self._popen.poll() is not None:
+            return []
+        first = psutil.Process(self._popen.pid)
+        return [first, *first.children(recursive=True)]
+
+
+def _stands(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_STOPPED or reaper.is_gone(process)
+    except psutil.NoSuchProcess:
+        return True

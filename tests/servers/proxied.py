@@ -1,0 +1,140 @@
+"""One connection through the fault proxy."""
+
+import asyncio
+import math
+import socket
+import ssl
+import struct
+from contextlib import suppress
+from typing import Protocol
+
+CHUNK = 65536
+HELD = 64
+"""Pieces that one direction keeps before it stops reading."""
+
+Piece = tuple[float, bytes]
+"""When it came, by the loop's clock, and what; nothing for the end."""
+
+
+class Policy(Protocol):
+    """What the link asks before it forwards."""
+
+    async def hold(self, arrived: float) -> None:
+        """Wait as long as what came at a time must not go on."""
+
+    def cut(self) -> tuple[object, float]:
+        """Return how many bytes of answers may pass, and since which switch they count."""
+
+
+def reset(connection: socket.socket) -> None:
+    """Let the close that follows be a reset: the other side gets an error, not an end."""
+    with suppress(OSError):  # closed already
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+class Link:
+    """A client's connection and the one behind it, which lives and ends with it."""
+
+    def __init__(
+        self,
+        client: socket.socket,
+        tls: ssl.SSLContext | None,
+        upstream: tuple[str, int],
+        policy: Policy,
+    ) -> None:
+        self.client_left = False
+        self._socket, self._tls, self._upstream, self._policy = client, tls, upstream, policy
+        self._writers: list[asyncio.StreamWriter] = []
+        self._since: object = None
+        self._answered = 0
+
+    async def run(self) -> None:
+        """Forward until both sides have ended, or one was reset."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                await self._forward(tasks)
+        except* OSError:
+            # A reset of one side, or a server that is not there, is a reset for the other.
+            self.reset()
+        finally:
+            self.client_left = True
+            for writer in self._writers:
+                writer.close()
+                with suppress(OSError):
+                    await writer.wait_closed()
+
+    def close(self) -> None:
+        """Release what is left when ``run`` has ended, or was cancelled before it began."""
+        self._socket.close()
+
+    def reset(self) -> None:
+        """End both connections by a reset."""
+        reset(self._socket)
+        for writer in self._writers:
+            reset(writer.get_extra_info("socket"))
+            writer.transport.abort()
+
+    async def _forward(self, tasks: asyncio.TaskGroup) -> None:
+        if self._tls is not None:
+            await self._policy.hold(0.0)
+        from_client, to_client = await self._accept()
+        asked: asyncio.Queue[Piece] = asyncio.Queue(HELD)
+        # Read from the client before the server is reached, so as to see it leave.
+        tasks.create_task(self._take(from_client, asked, is_client=True))
+        await self._policy.hold(0.0)
+        from_server, to_server = await asyncio.open_connection(*self._upstream)
+        self._writers.append(to_server)
+        answered: asyncio.Queue[Piece] = asyncio.Queue(HELD)
+        tasks.create_task(self._take(from_server, answered))
+        tasks.create_task(self._give(asked, to_server))
+        tasks.create_task(self._give(answered, to_client, limited=True))
+
+    async def _accept(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await loop.connect_accepted_socket(
+            lambda: protocol, self._socket, ssl=self._tls
+        )
+        writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+        self._writers.append(writer)
+        return reader, writer
+
+    async def _take(
+        self, reader: asyncio.StreamReader, pieces: asyncio.Queue[Piece], *, is_client: bool = False
+    ) -> None:
+        time = asyncio.get_running_loop().time
+        try:
+            while data := await reader.read(CHUNK):
+                await pieces.put((time(), data))
+        finally:
+            self.client_left |= is_client
+        await pieces.put((time(), b""))
+
+    async def _give(
+        self, pieces: asyncio.Queue[Piece], writer: asyncio.StreamWriter, *, limited: bool = False
+    ) -> None:
+        while True:
+            arrived, data = await pieces.get()
+            await self._policy.hold(arrived)
+            if not data:
+                break
+            allowed = self._allowed(len(data)) if limited else math.inf
+            writer.write(data if allowed > len(data) else data[: int(allowed)])
+            await writer.drain()
+            if allowed <= len(data):
+                for other in self._writers:
+                    other.close()
+                return
+        if writer.can_write_eof():
+            writer.write_eof()
+        else:
+            writer.close()
+
+    def _allowed(self, count: int) -> float:
+        since, limit = self._policy.cut()
+        if since is not self._since:
+            self._since, self._answered = since, 0
+        allowed = limit - self._answered
+        self._answered += count
+        return allowed

