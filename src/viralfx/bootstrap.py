@@ -124,7 +124,7 @@ def _policy(name: str, settings: Settings) -> CheckPolicy:
     # Memory comes and goes with every burst: one sample over the line is no change yet.
     least = 2 if name == "memory" else 1
     return CheckPolicy(
-        interval=settings.db_health_check_interval / 1000 if name == "database" else interval,
+        interval=settings.db.health_check_interval / 1000 if name == "database" else interval,
         retry_interval=interval,
         timeout=settings.health_check_timeout / 1000,
         failure_threshold=max(least, settings.health_failure_threshold),

@@ -119,7 +119,7 @@ def _env(options: argparse.Namespace) -> int:
         (
             field.variable,
             show(field.default),
-            show(getattr(settings, field.name)),
+            show(field.of(settings)),
             field.meaning,
             source(field.variable, os.environ),
         )

@@ -36,7 +36,7 @@ def test_env_lists_every_variable(capsys: pytest.CaptureFixture[str]) -> None:
     assert {
         field.variable: [
             show(field.default),
-            show(getattr(defaults, field.name)),
+            show(field.of(defaults)),
             field.meaning,
             "default",
         ]

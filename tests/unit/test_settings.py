@@ -7,7 +7,7 @@ import pytest
 
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.shutdown import Phase
-from viralfx.settings import Secret, Settings, fields, read_settings, show, source
+from viralfx.settings import DatabaseSettings, Secret, Settings, fields, read_settings, show, source
 
 GIVEN: dict[str, tuple[str, object]] = {
     "HOST": ("127.0.0.1", "127.0.0.1"),
@@ -20,6 +20,32 @@ GIVEN: dict[str, tuple[str, object]] = {
     "LOG_FORMAT": ("console", "console"),
     "STATE_DIR": ("/var/lib/viralfx", "/var/lib/viralfx"),
     "QUEUES": ("default, slow", ("default", "slow")),
+    "DATABASE_URL": ("postgresql://db/app", Secret("postgresql://db/app")),
+    "POOL_PROFILE": ("medium", "medium"),
+    "DB_PASSWORD": ("hush", Secret("hush")),
+    "DB_TLS_MODE": ("verify-full", "verify-full"),
+    "DB_TLS_CA_FILE": (__file__, __file__),
+    "DB_POOL_MIN": ("3", 3),
+    "DB_POOL_MAX": ("30", 30),
+    "DB_POOL_TIMEOUT": ("1500", 1500),
+    "DB_CONNECTION_TIMEOUT": ("2500", 2500),
+    "DB_STATEMENT_TIMEOUT": ("0", 0),
+    "DB_SLOW_QUERY_THRESHOLD": ("250", 250),
+    "DB_MAX_RECONNECT_ATTEMPTS": ("7", 7),
+    "DB_RECONNECT_DELAY": ("100", 100),
+    "REDIS_HOST": ("redis.production.internal", "redis.production.internal"),
+    "REDIS_PORT": ("6380", 6380),
+    "REDIS_USERNAME": ("app", "app"),
+    "REDIS_PASSWORD": ("hush", Secret("hush")),
+    "REDIS_DB": ("2", 2),
+    "REDIS_SENTINEL_ENABLED": ("true", True),
+    "REDIS_SENTINELS": ("10.0.0.1:26379,[::1]:26380", ("10.0.0.1:26379", "[::1]:26380")),
+    "REDIS_SENTINEL_NAME": ("viralfx-master", "viralfx-master"),
+    "REDIS_SENTINEL_USERNAME": ("watcher", "watcher"),
+    "REDIS_SENTINEL_PASSWORD": ("hush", Secret("hush")),
+    "REDIS_TLS_ENABLED": ("true", True),
+    "REDIS_TLS_REJECT_UNAUTHORIZED": ("false", False),
+    "REDIS_TLS_CA_FILE": (__file__, __file__),
     "HEALTH_CHECK_INTERVAL": ("100", 100),
     "HEALTH_CHECK_TIMEOUT": ("50", 50),
     "DB_HEALTH_CHECK_INTERVAL": ("200", 200),
@@ -59,7 +85,7 @@ def test_defaults_are_the_contracts() -> None:
     assert (
         settings.health_check_interval,
         settings.health_check_timeout,
-        settings.db_health_check_interval,
+        settings.db.health_check_interval,
     ) == (5000, 2000, 30000)
     assert settings.health_critical == ("database", "memory")
     assert settings.readiness_requires == ("database",)
@@ -89,7 +115,7 @@ def test_every_variable_is_read() -> None:
     settings = read_settings({name: text for name, (text, _) in GIVEN.items()})
 
     assert {name: value for name, (_, value) in GIVEN.items()} == {
-        name: getattr(settings, name.lower()) for name in GIVEN
+        field.variable: field.of(settings) for field in fields()
     }
 
 
@@ -98,18 +124,20 @@ def test_every_variable_can_come_from_a_file(name: str, tmp_path: Path) -> None:
     """``NAME_FILE`` reads the value from a file, without the line end that editors add."""
     text, value = GIVEN[name]
     (tmp_path / "value").write_text(f"{text}\n")
-    environ = {f"{name}_FILE": str(tmp_path / "value"), "MANAGEMENT_TOKEN": "hush"}
-    if name == "MANAGEMENT_TOKEN":
-        del environ["MANAGEMENT_TOKEN"]
+    environ = {f"{name}_FILE": str(tmp_path / "value")}
+    for needed in {"MANAGEMENT_TOKEN", "REDIS_SENTINELS"} - {name}:
+        environ[needed] = GIVEN[needed][0]
+    (field,) = (field for field in fields() if field.variable == name)
 
-    assert value == getattr(read_settings(environ), name.lower())
+    assert value == field.of(read_settings(environ))
+    assert source(name, environ) == f"file {tmp_path}/value"
 
 
 def test_shown_value_is_read_as_the_same() -> None:
     """What ``viralfx env`` prints can be set again, secrets apart."""
     settings = read_settings({name: text for name, (text, _) in GIVEN.items()})
-    shown = {field.variable: show(getattr(settings, field.name)) for field in fields()}
-    shown["MANAGEMENT_TOKEN"] = "hush"
+    shown = {field.variable: show(field.of(settings)) for field in fields()}
+    shown |= {name: text for name, (text, value) in GIVEN.items() if isinstance(value, Secret)}
 
     assert settings == read_settings(shown)
 
@@ -210,20 +238,11 @@ def test_unknown_variable_with_our_prefix_gets_a_suggestion(name: str, suggestio
     assert [f"{name}: unknown variable; did you mean {suggestion}?"] == problems(**{name: "1"})
 
 
-@pytest.mark.parametrize("name", ["POOL_XYZZY", "JOB_XYZZY", "REDIS_XYZZY"])
+@pytest.mark.parametrize("name", ["POOL_XYZZY", "JOB_XYZZY", "QUEUE_XYZZY"])
 def test_unknown_variable_like_no_other_points_to_the_list(name: str) -> None:
     """Where nothing is close, the command that lists all variables is named."""
     assert [f"{name}: unknown variable; `viralfx env` lists what is known"] == problems(
         **{name: "1"}
-    )
-
-
-@pytest.mark.parametrize("name", ["DATABASE_URL", "REDIS_HOST", "REDIS_SENTINEL_ENABLED"])
-@pytest.mark.parametrize("suffix", ["", "_FILE"])
-def test_back_end_that_is_not_there_yet_is_refused(name: str, suffix: str) -> None:
-    """Who configures a database must not get memory instead."""
-    assert [f"{name}{suffix}: this version keeps everything in memory; unset it"] == problems(
-        **{f"{name}{suffix}": "x"}
     )
 
 
@@ -250,11 +269,12 @@ def test_kubernetes_service_links_are_ignored(name: str, value: str) -> None:
     assert Settings() == read_settings({name: value})
 
 
-def test_value_that_only_resembles_a_service_link_is_an_error() -> None:
+def test_value_that_only_resembles_a_service_link_is_read() -> None:
     """A port that is no injected address is read like any other."""
-    assert [line.partition(";")[0] for line in problems(REDIS_PORT="6379")] == [
-        "REDIS_PORT: unknown variable"
+    assert problems(REDIS_PORT="tcp:6379") == [
+        "REDIS_PORT: 'tcp:6379' is not a whole number from 0 to 65535"
     ]
+    assert read_settings({"REDIS_PORT": "6380"}).redis.port == 6380
 
 
 # -- files -----------------------------------------------------------------------------------
@@ -324,11 +344,16 @@ def test_authorized_details_need_a_token() -> None:
 
 
 def test_production_refuses_memory_unless_told() -> None:
-    """In production memory adapters need an explicit word, and the line says which."""
-    (line,) = problems(ENVIRONMENT="production")
+    """In production memory adapters need an explicit word, and the lines say which."""
+    url = "postgresql://db/app"
+    database, redis = problems(ENVIRONMENT="production")
 
-    assert line.startswith("ENVIRONMENT: production refuses ")
-    assert "ALLOW_MEMORY_ADAPTERS=true" in line
+    assert database.startswith("DATABASE_URL: ENVIRONMENT=production refuses ")
+    assert redis.startswith("REDIS_HOST: ENVIRONMENT=production refuses ")
+    assert all("ALLOW_MEMORY_ADAPTERS=true" in line for line in (database, redis))
+    assert problems(ENVIRONMENT="production", DATABASE_URL=url) == [redis]
+    assert problems(ENVIRONMENT="production", REDIS_HOST="redis") == [database]
+    assert problems(ENVIRONMENT="production", DATABASE_URL=url, REDIS_HOST="redis") == []
     assert problems(ENVIRONMENT="production", ALLOW_MEMORY_ADAPTERS="true") == []
 
 
@@ -340,25 +365,235 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         LOG_LEVEL="loud",
         MANAGEMENT_TOKEN_FILE=str(tmp_path / "missing"),
         ENVIRONMENT="production",
-        DATABASE_URL="postgres://user:pass@host/db",
+        DATABASE_URL="postgres//user:hunter2@host/db",
     )
 
     assert {
         "DATABASE_URL",
-        "ENVIRONMENT",
         "LOG_LEVEL",
         "MANAGEMENT_TOKEN",
         "PORT",
+        "REDIS_HOST",
         "SHUTDOWN_DRAIN_TIMOUT",
     } == {line.partition(":")[0] for line in lines}
     assert len(lines) == 6
     assert not any("\n" in line for line in lines)
+    assert "hunter2" not in str(lines)
 
 
 def test_error_says_all_problems_in_one_text() -> None:
     """The exception's own text has every problem too."""
     with pytest.raises(ConfigurationError, match=r"PORT: .*; .*LOG_LEVEL: |LOG_LEVEL: .*; PORT"):
         read_settings({"PORT": "x", "LOG_LEVEL": "x"})
+
+
+# -- the database and Redis --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("profile", "sizes"), [("small", (2, 10)), ("medium", (5, 20)), ("large", (10, 50))]
+)
+def test_pool_profile_gives_the_guides_sizes(profile: str, sizes: tuple[int, int]) -> None:
+    """Each row of the guide's sizing table, where nothing else is said."""
+    environ = {"POOL_PROFILE": profile}
+    settings = read_settings(environ)
+
+    assert (settings.db.pool_min, settings.db.pool_max) == sizes
+    assert source("DB_POOL_MAX", environ) == "POOL_PROFILE"
+
+
+def test_explicit_pool_size_wins_over_the_profile() -> None:
+    """The profile only speaks for what is not said."""
+    settings = read_settings({"POOL_PROFILE": "large", "DB_POOL_MAX": "12"})
+
+    assert (settings.db.pool_min, settings.db.pool_max) == (10, 12)
+
+
+def test_least_above_most_is_refused() -> None:
+    """A pool cannot have a minimum above its maximum."""
+    assert problems(DB_POOL_MIN="9", DB_POOL_MAX="5") == [
+        "DB_POOL_MIN: 9 is more than DB_POOL_MAX=5; lower it, or raise DB_POOL_MAX"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("url", "part"),
+    [
+        ("postgressql://db/app", "did you mean postgresql://?"),
+        ("postgres//db/app", "is no Postgres address"),
+        ("host=db password=hunter2", "is no Postgres address"),
+        ("mysql://db/app", "is no Postgres address"),
+        ("postgresql://user:hunter2/x@db/app", "put the password into DB_PASSWORD"),
+        ("postgresql://user:hunter2?x@db/app", "put the password into DB_PASSWORD"),
+        ("postgresql://user:hunter2#x@db/app", "put the password into DB_PASSWORD"),
+        ("postgresql://user:[hunter2@db/app", "put the password into DB_PASSWORD"),
+        ("postgresql://user:12/hunter2@db/app", "put the password into DB_PASSWORD"),
+        ("postgresql://db:hunter2/app", "the host or port cannot be read"),
+        ("postgresql://db:99999/app", "the host or port cannot be read"),
+        ("postgresql://db:0/app", "port 0"),
+        ("postgresql:///app", "names no host"),
+        ("postgresql://a,b/app", "names several hosts"),
+        ("postgresql://db/app/more", "holds a slash"),
+        ("postgresql://db/app?sslmod=require", "'sslmod'; did you mean sslmode?"),
+        ("postgresql://db/app?hunter2=x", "unknown parameter; there are sslmode,"),
+        ("postgresql://db/app?sslmode", "not name=value pairs"),
+        ("postgresql://db/app?sslmode=on", "sslmode: 'on' is not one of disable, prefer,"),
+        ("postgresql://db/app?connection_limit=0", "connection_limit: '0' is not a whole number"),
+    ],
+)
+def test_wrong_database_url_is_one_line_without_the_secret(url: str, part: str) -> None:
+    """What is wrong and what to do, and nothing that may be a password."""
+    (line,) = problems(DATABASE_URL=url)
+
+    assert line.startswith("DATABASE_URL: ")
+    assert part in line
+    assert "hunter2" not in line
+
+
+@pytest.mark.parametrize(
+    ("url", "password"),
+    [
+        ("postgresql://u:p%40s%3As%2Fw@db/app", "p@s:s/w"),
+        ("postgresql://u:p@s:s@db/app", "p@s:s"),
+        ("postgres://u:100%25@db/app", "100%"),
+        ("postgresql://u@db/app", None),
+        ("postgresql://db/app", None),
+    ],
+)
+def test_password_of_a_url_is_decoded(url: str, password: str | None) -> None:
+    """Encoded characters are decoded; an @ or : alone is no obstacle."""
+    address = read_settings({"DATABASE_URL": url}).database_address
+
+    assert address is not None
+    assert (address.host, address.port, address.database) == ("db", 5432, "app")
+    assert address.password == password
+    assert "p@s" not in repr(address)
+
+
+def test_parameters_of_a_url_speak_for_variables() -> None:
+    """The same settings under the names that other tools use, in their units."""
+    environ = {
+        "DATABASE_URL": "postgresql://db:5433/app?sslmode=require&connection_limit=7&pool_timeout=3"
+        "&connect_timeout=4&statement_timeout=1500&schema=fx&application_name=me"
+    }
+    settings = read_settings(environ)
+    address = settings.database_address
+
+    assert settings.db == DatabaseSettings(
+        tls_mode="require",
+        pool_max=7,
+        pool_timeout=3000,
+        connection_timeout=4000,
+        statement_timeout=1500,
+    )
+    assert address is not None
+    assert (address.port, address.schema, address.application_name) == (5433, "fx", "me")
+    assert source("DB_POOL_MAX", environ) == "DATABASE_URL"
+
+
+def test_folder_of_a_socket_can_be_the_host() -> None:
+    """As libpq has it."""
+    address = read_settings({"DATABASE_URL": "postgresql:///app?host=/run/pg"}).database_address
+
+    assert address is not None
+    assert address.host == "/run/pg"
+
+
+@pytest.mark.parametrize(
+    ("url", "variable", "value", "line"),
+    [
+        (
+            "postgresql://db/app?sslmode=disable",
+            "DB_TLS_MODE",
+            "require",
+            "DB_TLS_MODE: require contradicts sslmode in DATABASE_URL, disable; keep one",
+        ),
+        (
+            "postgresql://db/app?connection_limit=5",
+            "DB_POOL_MAX",
+            "10",
+            "DB_POOL_MAX: 10 contradicts connection_limit in DATABASE_URL, 5; keep one",
+        ),
+        (
+            "postgresql://u:hunter2@db/app",
+            "DB_PASSWORD",
+            "hunter3",
+            "DB_PASSWORD: DATABASE_URL holds another password; keep one",
+        ),
+    ],
+)
+def test_url_and_variables_that_contradict_are_refused(
+    url: str, variable: str, value: str, line: str
+) -> None:
+    """Which of the two would win is not left to guessing; the same twice is no contradiction."""
+    assert problems(**{"DATABASE_URL": url, variable: value}) == [line]
+    same = {"DB_TLS_MODE": "disable", "DB_POOL_MAX": "5", "DB_PASSWORD": "hunter2"}[variable]
+    assert problems(**{"DATABASE_URL": url, variable: same}) == []
+
+
+@pytest.mark.parametrize(
+    ("environ", "line"),
+    [
+        (
+            {"REDIS_SENTINEL_ENABLED": "true"},
+            (
+                "REDIS_SENTINELS: REDIS_SENTINEL_ENABLED=true needs addresses, such as"
+                " host1:26379,host2:26379"
+            ),
+        ),
+        (
+            {"REDIS_SENTINEL_ENABLED": "true", "REDIS_SENTINELS": "one:26379;two:26379"},
+            (
+                "REDIS_SENTINELS: 'one:26379;two:26379' is not a list like host1:26379,host2:26379,"
+                " or none"
+            ),
+        ),
+        (
+            {"REDIS_SENTINEL_ENABLED": "true", "REDIS_SENTINELS": "one"},
+            "REDIS_SENTINELS: 'one' is not a list like host1:26379,host2:26379, or none",
+        ),
+        (
+            {"REDIS_SENTINEL_ENABLED": "true", "REDIS_SENTINELS": "one:99999"},
+            "REDIS_SENTINELS: one:99999 has no port from 1 to 65535",
+        ),
+        (
+            {"REDIS_HOST": "rediss://app:hunter2@cache:6380/0"},
+            (
+                "REDIS_HOST: that is not the name or address of a host alone; the rest has variables of"
+                " its own: REDIS_PORT, REDIS_USERNAME, REDIS_PASSWORD, REDIS_DB, REDIS_TLS_ENABLED"
+            ),
+        ),
+        (
+            {"REDIS_HOST": "cache:6380"},
+            (
+                "REDIS_HOST: 'cache:6380' is not the name or address of a host alone; the rest has"
+                " variables of its own: REDIS_PORT, REDIS_USERNAME, REDIS_PASSWORD, REDIS_DB,"
+                " REDIS_TLS_ENABLED"
+            ),
+        ),
+    ],
+)
+def test_wrong_redis_address_is_one_line(environ: dict[str, str], line: str) -> None:
+    """What is wrong and what to do, and nothing that may be a password."""
+    assert problems(**environ) == [line]
+
+
+def test_certificates_that_are_not_there_are_named(tmp_path: Path) -> None:
+    """Before anything connects."""
+    path = tmp_path / "ca.pem"
+
+    assert problems(DB_TLS_CA_FILE=str(path), REDIS_TLS_CA_FILE=str(path)) == [
+        f"DB_TLS_CA_FILE: cannot read {path}: No such file or directory",
+        f"REDIS_TLS_CA_FILE: cannot read {path}: No such file or directory",
+    ]
+
+
+def test_sentinel_or_a_host_means_redis() -> None:
+    """Without either the cache is in memory."""
+    assert not read_settings({"REDIS_SENTINELS": "a:1", "REDIS_PORT": "1"}).redis.in_use
+    assert read_settings({"REDIS_HOST": "cache"}).redis.in_use
+    environ = {"REDIS_SENTINEL_ENABLED": "true", "REDIS_SENTINELS": "[::1]:26379, b:1"}
+    assert read_settings(environ).redis.sentinel_addresses == (("::1", 26379), ("b", 1))
 
 
 # -- secrets ---------------------------------------------------------------------------------
@@ -422,6 +657,7 @@ def test_contradiction_with_a_value_that_is_wrong_anyway_is_not_told() -> None:
 def test_source_of_a_value_is_told(tmp_path: Path) -> None:
     """The environment, a file, or the default; a service link is none of them."""
     file = tmp_path / "token"
+    file.write_text("hush")
     environ = {
         "PORT": "1",
         "MANAGEMENT_PORT": "tcp://10.0.0.1:80",

@@ -1,6 +1,21 @@
 """The configuration of a process: what can be set, and how it is read."""
 
-from viralfx.settings.environment import Field, fields, read_settings, show, source
-from viralfx.settings.model import Secret, Settings
+from viralfx.settings.backends import DatabaseSettings, RedisSettings
+from viralfx.settings.database_url import DatabaseAddress
+from viralfx.settings.environment import read_settings, source
+from viralfx.settings.fields import Field, fields, show
+from viralfx.settings.kinds import Secret
+from viralfx.settings.model import Settings
 
-__all__ = ["Field", "Secret", "Settings", "fields", "read_settings", "show", "source"]
+__all__ = [
+    "DatabaseAddress",
+    "DatabaseSettings",
+    "Field",
+    "RedisSettings",
+    "Secret",
+    "Settings",
+    "fields",
+    "read_settings",
+    "show",
+    "source",
+]

@@ -7,107 +7,108 @@ import msgspec
 from msgspec import Meta
 
 from viralfx.domain.shutdown import ShutdownBudgets
-
-# The largest signed 32-bit number: 24 days, and no timer or date overflows with it.
-Milliseconds = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-PositiveMilliseconds = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-Threshold = Annotated[int, Meta(ge=1, le=1000)]
-Port = Annotated[int, Meta(ge=0, le=65535)]
-Names = tuple[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]*$")], ...]
-
-
-class Secret(msgspec.Struct, frozen=True):
-    """A value that never shows itself: not in a log, a traceback or ``viralfx env``."""
-
-    value: str
-
-    def __repr__(self) -> str:
-        return "Secret('***')"
-
-
-def _meaning(text: str) -> Meta:
-    return Meta(description=text)
+from viralfx.settings.backends import DatabaseSettings, RedisSettings
+from viralfx.settings.database_url import DatabaseAddress, parse_database_url
+from viralfx.settings.kinds import (
+    Milliseconds,
+    Names,
+    Port,
+    PositiveMilliseconds,
+    Secret,
+    Threshold,
+    meaning,
+)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that can be set. A field's name in capitals is its environment variable."""
+    """Everything that can be set. A field's name in capitals is its environment variable.
 
-    host: Annotated[str, _meaning("Address the API listens on")] = "0.0.0.0"  # noqa: S104 - a pod's
-    port: Annotated[Port, _meaning("Port of the API; 0 takes any free one")] = 3000
+    ``db`` and ``redis`` are groups: their names come before those of their fields.
+    """
+
+    host: Annotated[str, meaning("Address the API listens on")] = "0.0.0.0"  # noqa: S104 - a pod's
+    port: Annotated[Port, meaning("Port of the API; 0 takes any free one")] = 3000
     management_port: Annotated[
         Port | None,
-        _meaning("Second port for health and shutdown that closes last; unset: none"),
+        meaning("Second port for health and shutdown that closes last; unset: none"),
     ] = None
     management_token: Annotated[
         Secret | None,
-        _meaning("Bearer token for /health/shutdown, and for details when authorized"),
+        meaning("Bearer token for /health/shutdown, and for details when authorized"),
     ] = None
     environment: Annotated[
-        str, Meta(min_length=1), _meaning("Name of the environment, shown by /health")
+        str, Meta(min_length=1), meaning("Name of the environment, shown by /health")
     ] = "development"
     allow_memory_adapters: Annotated[
-        bool, _meaning("Let ENVIRONMENT=production run on memory adapters")
+        bool, meaning("Let ENVIRONMENT=production run on memory adapters")
     ] = False
     log_level: Annotated[
-        Literal["error", "warn", "log", "debug", "verbose"], _meaning("Least level that is logged")
+        Literal["error", "warn", "log", "debug", "verbose"], meaning("Least level that is logged")
     ] = "log"
-    log_format: Annotated[
-        Literal["json", "console"], _meaning("JSON lines, or text for people")
-    ] = "json"
+    log_format: Annotated[Literal["json", "console"], meaning("JSON lines, or text for people")] = (
+        "json"
+    )
     state_dir: Annotated[
-        str | None, _meaning("Folder that keeps state.json across restarts; unset: memory only")
+        str | None, meaning("Folder that keeps state.json across restarts; unset: memory only")
     ] = None
-    queues: Annotated[Names, Meta(min_length=1), _meaning("Names of the job queues")] = (
+    queues: Annotated[Names, Meta(min_length=1), meaning("Names of the job queues")] = (
         "default",
         "notifications",
         "analytics",
     )
 
+    database_url: Annotated[
+        Secret | None,
+        meaning("Postgres, as postgresql://user:password@host:5432/database; unset: memory"),
+    ] = None
+    pool_profile: Annotated[
+        Literal["small", "medium", "large"],
+        meaning("Sizes of the pool where DB_POOL_MIN and DB_POOL_MAX say nothing"),
+    ] = "small"
+    db: DatabaseSettings = DatabaseSettings()
+    redis: RedisSettings = RedisSettings()
+
     health_check_interval: Annotated[
-        PositiveMilliseconds, _meaning("Time between two attempts of a check")
+        PositiveMilliseconds, meaning("Time between two attempts of a check")
     ] = 5000
     health_check_timeout: Annotated[
-        PositiveMilliseconds, _meaning("Time after which an attempt is abandoned and fails")
+        PositiveMilliseconds, meaning("Time after which an attempt is abandoned and fails")
     ] = 2000
-    db_health_check_interval: Annotated[
-        PositiveMilliseconds,
-        _meaning("Time between two attempts of the database check while it passes"),
-    ] = 30000
     health_failure_threshold: Annotated[
-        Threshold, _meaning("Observations in a row before a check gets worse")
+        Threshold, meaning("Observations in a row before a check gets worse")
     ] = 1
     health_recovery_threshold: Annotated[
-        Threshold, _meaning("Observations in a row before a check gets better")
+        Threshold, meaning("Observations in a row before a check gets better")
     ] = 1
     health_critical: Annotated[
-        Names, _meaning("Checks whose failure makes the service unhealthy")
+        Names, meaning("Checks whose failure makes the service unhealthy")
     ] = ("database", "memory")
     health_details: Annotated[
-        Literal["always", "authorized"], _meaning("Who may read /health/detailed and one check")
+        Literal["always", "authorized"], meaning("Who may read /health/detailed and one check")
     ] = "always"
-    readiness_requires: Annotated[Names, _meaning("Checks that must pass to be ready")] = (
+    readiness_requires: Annotated[Names, meaning("Checks that must pass to be ready")] = (
         "database",
     )
     readiness_fail_open_after: Annotated[
         Milliseconds,
-        _meaning("Ready again after failing so long on shared dependencies alone; 0: never"),
+        meaning("Ready again after failing so long on shared dependencies alone; 0: never"),
     ] = 0
 
     shutdown_readiness_delay: Annotated[
-        Milliseconds, _meaning("Time readiness says no while still serving")
+        Milliseconds, meaning("Time readiness says no while still serving")
     ] = 0
     shutdown_drain_timeout: Annotated[
-        Milliseconds, _meaning("Budget for requests and jobs in flight")
+        Milliseconds, meaning("Budget for requests and jobs in flight")
     ] = 30000
-    shutdown_state_timeout: Annotated[Milliseconds, _meaning("Budget for saving state")] = 5000
+    shutdown_state_timeout: Annotated[Milliseconds, meaning("Budget for saving state")] = 5000
     shutdown_connection_timeout: Annotated[
-        Milliseconds, _meaning("Budget for closing connections")
+        Milliseconds, meaning("Budget for closing connections")
     ] = 15000
     shutdown_force_timeout: Annotated[
-        PositiveMilliseconds, _meaning("Time from the trigger after which the process is ended")
+        PositiveMilliseconds, meaning("Time from the trigger after which the process is ended")
     ] = 60000
     shutdown_on_uncaught: Annotated[
-        bool, _meaning("An uncaught exception starts the shutdown; false: it is only logged")
+        bool, meaning("An uncaught exception starts the shutdown; false: it is only logged")
     ] = True
 
     @property
@@ -121,27 +122,68 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             force=self.shutdown_force_timeout / 1000,
         )
 
+    @property
+    def database_address(self) -> DatabaseAddress | None:
+        """What DATABASE_URL says, None while not set. Raises ``ValueError`` when it is wrong."""
+        return None if self.database_url is None else parse_database_url(self.database_url.value)
+
     def contradictions(self, failed: Collection[str] = ()) -> Iterator[str]:
         """Yield what is wrong with values that are right one by one.
 
-        What involves a field in ``failed`` is passed over: its value is not what was meant.
+        What involves a variable in ``failed`` is passed over: its value is not what was meant.
         """
-        ok = set(self.__struct_fields__).difference(failed)
-        if ok.issuperset(name for name in self.__struct_fields__ if name.startswith("shutdown_")):
-            try:
-                _ = self.shutdown_budgets
-            except ValueError as error:
-                yield f"SHUTDOWN_FORCE_TIMEOUT: {error}; raise it, or lower a budget"
-        same_port = self.management_port and self.management_port == self.port
-        if same_port and ok.issuperset({"port", "management_port"}):
-            yield f"MANAGEMENT_PORT: {self.port} is PORT already; choose another"
-        tokenless = self.health_details == "authorized" and self.management_token is None
-        if tokenless and "management_token" in ok:
-            yield "HEALTH_DETAILS: authorized needs MANAGEMENT_TOKEN to be set"
-        in_memory = self.environment == "production" and not self.allow_memory_adapters
-        if in_memory and "allow_memory_adapters" in ok:
+        for variables, problem in self._contradictions():
+            if variables.isdisjoint(failed):
+                yield problem
+
+    def _contradictions(self) -> Iterator[tuple[frozenset[str], str]]:
+        try:
+            _ = self.shutdown_budgets
+        except ValueError as error:
             yield (
-                "ENVIRONMENT: production refuses to keep its data in memory, and this version has"
-                " memory adapters only; set ALLOW_MEMORY_ADAPTERS=true to accept the loss of all"
-                " data at every stop"
+                _BUDGETS,
+                f"SHUTDOWN_FORCE_TIMEOUT: {error}; raise it, or lower a budget",
             )
+        if self.management_port and self.management_port == self.port:
+            yield (
+                frozenset({"PORT", "MANAGEMENT_PORT"}),
+                f"MANAGEMENT_PORT: {self.port} is PORT already; choose another",
+            )
+        if self.health_details == "authorized" and self.management_token is None:
+            yield (
+                frozenset({"MANAGEMENT_TOKEN", "HEALTH_DETAILS"}),
+                "HEALTH_DETAILS: authorized needs MANAGEMENT_TOKEN to be set",
+            )
+        try:
+            _ = self.database_address
+        except ValueError as error:
+            yield frozenset({"DATABASE_URL"}), f"DATABASE_URL: {error}"
+        if self.db.pool_min > self.db.pool_max:
+            problem = (
+                f"DB_POOL_MIN: {self.db.pool_min} is more than DB_POOL_MAX={self.db.pool_max};"
+                " lower it, or raise DB_POOL_MAX"
+            )
+            yield frozenset({"DB_POOL_MIN", "DB_POOL_MAX", "POOL_PROFILE"}), problem
+        yield from self.redis.contradictions()
+        if self.environment == "production" and not self.allow_memory_adapters:
+            yield from self._memory_in_production()
+
+    def _memory_in_production(self) -> Iterator[tuple[frozenset[str], str]]:
+        accept = "ALLOW_MEMORY_ADAPTERS"
+        if self.database_url is None:
+            problem = (
+                "DATABASE_URL: ENVIRONMENT=production refuses a database in memory; set it, or"
+                f" {accept}=true to accept the loss of all data at every stop"
+            )
+            yield frozenset({"DATABASE_URL", accept}), problem
+        if not self.redis.in_use:
+            problem = (
+                "REDIS_HOST: ENVIRONMENT=production refuses a cache in memory; set it, or"
+                f" REDIS_SENTINEL_ENABLED=true, or {accept}=true to do without Redis"
+            )
+            yield frozenset({"REDIS_HOST", "REDIS_SENTINEL_ENABLED", accept}), problem
+
+
+_BUDGETS = frozenset(
+    name.upper() for name in Settings.__struct_fields__ if name.startswith("shutdown_")
+)
