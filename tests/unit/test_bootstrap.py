@@ -6,7 +6,7 @@ import pytest
 from tests.manual_clock import ManualClock
 from tests.unit.doubles import Act, ActingCheck, ActingStage
 
-from viralfx.bootstrap import build_operations
+from viralfx.bootstrap import assemble
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.health import CheckPolicy, HealthCheck, Status
 from viralfx.domain.lifecycle import State
@@ -20,7 +20,7 @@ def problems(
 ) -> tuple[str, ...]:
     """Return what is said about the settings and checks; nothing when they are fine."""
     try:
-        build_operations(settings or Settings(), checks=checks)
+        assemble(settings or Settings(), checks=checks)
     except ConfigurationError as error:
         return error.problems
     return ()
@@ -28,7 +28,7 @@ def problems(
 
 def test_built_in_checks_come_first_and_in_order() -> None:
     """The guide's four checks, then the application's own."""
-    operations = build_operations(Settings(), checks={"disk": ActingCheck()})
+    operations = assemble(Settings(), checks={"disk": ActingCheck()}).operations
 
     assert operations.monitor.checks == (
         "database",
@@ -72,7 +72,7 @@ def test_built_in_checks_come_first_and_in_order() -> None:
 )
 def test_default_policies_are_the_contracts(name: str, policy: CheckPolicy) -> None:
     """Intervals, thresholds, criticality and gates without any configuration."""
-    operations = build_operations(Settings(), checks={"disk": ActingCheck()})
+    operations = assemble(Settings(), checks={"disk": ActingCheck()}).operations
 
     assert policy == operations.monitor.policy(name)
 
@@ -86,7 +86,7 @@ def test_policies_follow_the_settings() -> None:
         health_check_interval=100,
         health_check_timeout=50,
     )
-    monitor = build_operations(settings, checks={"disk": ActingCheck()}).monitor
+    monitor = assemble(settings, checks={"disk": ActingCheck()}).operations.monitor
 
     assert CheckPolicy(
         interval=0.1,
@@ -136,7 +136,7 @@ def test_setting_that_names_no_check_gets_a_suggestion() -> None:
 def test_own_stages_come_behind_the_built_in_ones(clock: ManualClock) -> None:
     """An application's stages join their phases."""
     stage = ActingStage(clock=clock)
-    operations = build_operations(Settings(), stages={Phase.CLOSE: {"pool": stage}}, clock=clock)
+    operations = assemble(Settings(), stages={Phase.CLOSE: {"pool": stage}}, clock=clock).operations
 
     assert operations.shutdown.report().reason is None
 
@@ -149,7 +149,7 @@ async def test_shutdown_saves_and_the_next_start_restores(
 ) -> None:
     """Counters, last health and the reason of the stop reach the next process."""
     settings = Settings(state_dir=str(tmp_path))
-    first = build_operations(settings, clock=clock)
+    first = assemble(settings, clock=clock).operations
     await first.start()
     await clock.settle()
     first.application_ready()
@@ -157,11 +157,11 @@ async def test_shutdown_saves_and_the_next_start_restores(
     first.shutdown.trigger("SIGTERM")
     report = await first.shutdown.run()
 
-    second = build_operations(settings, clock=clock)
+    second = assemble(settings, clock=clock).operations
     await second.start()
     await clock.settle()
     await second.shutdown.run()
-    third = build_operations(settings, clock=clock)
+    third = assemble(settings, clock=clock).operations
     await third.start()
     previous = third.previous
     await third.shutdown.run()
@@ -183,9 +183,9 @@ async def test_shutdown_saves_and_the_next_start_restores(
 async def test_process_follows_its_gates(clock: ManualClock) -> None:
     """Without any probe asking, the state of the process follows the checks."""
     disk = ActingCheck()
-    operations = build_operations(
+    operations = assemble(
         Settings(readiness_requires=("disk",)), checks={"disk": disk}, clock=clock
-    )
+    ).operations
     await operations.start()
     await clock.settle()
     operations.application_ready()
@@ -203,7 +203,7 @@ async def test_process_follows_its_gates(clock: ManualClock) -> None:
 async def test_start_twice_is_harmless(clock: ManualClock) -> None:
     """A lifespan and a runner may both start the layer."""
     disk = ActingCheck()
-    operations = build_operations(Settings(), checks={"disk": disk}, clock=clock)
+    operations = assemble(Settings(), checks={"disk": disk}, clock=clock).operations
     await operations.start()
     await operations.start()
     await clock.settle()
@@ -219,7 +219,7 @@ async def test_an_open_breaker_stays_open_over_a_restart(
     """The application's breakers are the check ``circuits``, saved at the stop and restored."""
     settings = Settings(state_dir=str(tmp_path))
     breaker = CircuitBreaker(failure_threshold=1, open_for=60.0, name="users", clock=clock)
-    first = build_operations(settings, clock=clock, breakers=[breaker])
+    first = assemble(settings, clock=clock, breakers=[breaker]).operations
     await first.start()
     await clock.settle()
     breaker.open()
@@ -228,7 +228,7 @@ async def test_an_open_breaker_stays_open_over_a_restart(
     await first.shutdown.run()
 
     again = CircuitBreaker(failure_threshold=1, open_for=60.0, name="users", clock=clock)
-    second = build_operations(settings, clock=clock, breakers=[again])
+    second = assemble(settings, clock=clock, breakers=[again]).operations
     await second.start()
     await second.shutdown.run()
 
@@ -241,4 +241,4 @@ def test_two_breakers_of_one_name_are_refused() -> None:
     twice = [CircuitBreaker(name="users"), CircuitBreaker(name="users")]
 
     with pytest.raises(ConfigurationError, match=r"OperationsConfig\.breakers: .*'users'"):
-        build_operations(Settings(), breakers=twice)
+        assemble(Settings(), breakers=twice)

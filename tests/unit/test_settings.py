@@ -559,8 +559,9 @@ def test_url_and_variables_that_contradict_are_refused(
         (
             {"REDIS_HOST": "rediss://app:hunter2@cache:6380/0"},
             (
-                "REDIS_HOST: that is not the name or address of a host alone; the rest has variables of"
-                " its own: REDIS_PORT, REDIS_USERNAME, REDIS_PASSWORD, REDIS_DB, REDIS_TLS_ENABLED"
+                "REDIS_HOST: that is not the name or address of a host alone; the rest has"
+                " variables of its own: REDIS_PORT, REDIS_USERNAME, REDIS_PASSWORD, REDIS_DB,"
+                " REDIS_TLS_ENABLED"
             ),
         ),
         (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from viralfx.adapters.memory import FileStateStore, MemoryStateStore
-from viralfx.bootstrap import build_operations
+from viralfx.bootstrap import assemble
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.state import SavedState
 from viralfx.settings import Settings
@@ -167,7 +167,7 @@ def test_state_dir_must_be_a_folder(tmp_path: Path) -> None:
     path = tmp_path / "gone"
 
     with pytest.raises(ConfigurationError) as caught:
-        build_operations(Settings(state_dir=str(path)))
+        assemble(Settings(state_dir=str(path)))
     assert (f"STATE_DIR: {path} is not a folder; create it",) == caught.value.problems
 
 
@@ -177,13 +177,13 @@ def test_state_dir_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "access", lambda *_: False)
 
     with pytest.raises(ConfigurationError) as caught:
-        build_operations(Settings(state_dir=str(tmp_path)))
+        assemble(Settings(state_dir=str(tmp_path)))
     assert (f"STATE_DIR: {tmp_path} is not writable for this user",) == caught.value.problems
 
 
 def test_where_the_state_is_kept(tmp_path: Path) -> None:
     """With ``STATE_DIR`` it is a file, without it memory."""
-    assert isinstance(build_operations(Settings()).state_store, MemoryStateStore)
+    assert isinstance(assemble(Settings()).operations.state_store, MemoryStateStore)
     assert isinstance(
-        build_operations(Settings(state_dir=str(tmp_path))).state_store, FileStateStore
+        assemble(Settings(state_dir=str(tmp_path))).operations.state_store, FileStateStore
     )

@@ -41,10 +41,13 @@ class StateStore(Protocol):
 class SaveState:
     """Shutdown stage: collects the state at that moment and hands it to the store."""
 
-    def __init__(self, store: StateStore, collect: Callable[[], SavedState]) -> None:
+    def __init__(self, store: StateStore, collect: Callable[[], SavedState | None]) -> None:
+        """``collect`` returns None while there is nothing worth replacing what was saved before."""
         self._store = store
         self._collect = collect
 
     async def run(self, budget: float) -> None:  # noqa: ARG002 - one write; the sequence cuts it
         """Save once."""
-        await self._store.save(self._collect())
+        state = self._collect()
+        if state is not None:
+            await self._store.save(state)

@@ -137,7 +137,10 @@ class Process:
             self._signals.reclaim()
         except Exception as error:
             self._startup_failed = True
-            _logger.error("Start-up failed", exc_info=error)  # noqa: TRY400
+            if isinstance(error, StartupError):
+                _logger.error("Start-up failed", extra={"detail": str(error)})  # noqa: TRY400 - it says everything
+            else:
+                _logger.exception("Start-up failed")
             self._operations.shutdown.trigger("start-up failed")
             return
         self._gate.open = True

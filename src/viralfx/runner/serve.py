@@ -12,7 +12,7 @@ from viralfx.runner.http import HttpServer
 from viralfx.runner.process import Process
 from viralfx.runner.signals import SignalWatch
 from viralfx.runner.sockets import listen
-from viralfx.settings import read_settings
+from viralfx.settings import Settings, read_settings
 from viralfx.telemetry.logs import configure_logging
 from viralfx.web.gate import Gate
 from viralfx.web.load import find_application
@@ -41,7 +41,7 @@ def serve(signals: SignalWatch, *, app: str | None, host: str | None, port: int 
     signals.force_timeout = settings.shutdown_force_timeout / 1000
     if problems := list(settings.contradictions()):
         raise ConfigurationError(problems)
-    _logger.warning("Database, cache and queues are in memory: all data ends with this process")
+    _warn_of_memory(settings)
 
     listener = listen("PORT", settings.host, settings.port)
     management = None
@@ -64,3 +64,14 @@ def serve(signals: SignalWatch, *, app: str | None, host: str | None, port: int 
     gc.freeze()
     gc.enable()
     return process.run()
+
+
+def _warn_of_memory(settings: Settings) -> None:
+    in_memory = [
+        *(["database"] if settings.database_url is None else []),
+        *(["cache"] if not settings.redis.in_use else []),
+        "queues",
+    ]
+    _logger.warning(
+        "Data in memory ends with this process", extra={"inMemory": ", ".join(in_memory)}
+    )

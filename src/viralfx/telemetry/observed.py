@@ -1,6 +1,7 @@
 """Listeners that write the domain's events as log lines, one per event and no more."""
 
 import logging
+from collections.abc import Mapping
 
 from viralfx.domain.attempts import CheckCompleted
 from viralfx.domain.health import Status, Transition
@@ -15,13 +16,22 @@ _lifecycle = logging.getLogger("viralfx.lifecycle")
 _circuits = logging.getLogger("viralfx.circuits")
 _shutdown = logging.getLogger("viralfx.shutdown")
 
+_CONNECTED = {"schema_behind"}
+"""Codes of failures that are told over a connection that works."""
+
 _LEVEL = {Status.PASS: logging.INFO, Status.WARN: logging.WARNING, Status.FAIL: logging.ERROR}
 
 
 class HealthLog:
-    """Writes each transition once, with the exception that caused it when there was one."""
+    """Writes each transition once, with the exception that caused it when there was one.
 
-    def __init__(self) -> None:
+    ``connections`` names the checks that look at a connection, as ``{"redis": "Redis"}``: losing
+    it and getting it back have messages of their own, which people search their logs for.
+    """
+
+    def __init__(self, connections: Mapping[str, str] | None = None) -> None:
+        self._connections = connections or {}
+        self._lost: set[str] = set()
         self._last_errors: dict[str, tuple[str, BaseException | None]] = {}
 
     def __call__(self, event: MonitorEvent) -> None:
@@ -34,7 +44,7 @@ class HealthLog:
         attempt, error = self._last_errors.get(event.check, (None, None))
         _health.log(
             _LEVEL[event.new],
-            "Health check changed",
+            self._message(event),
             exc_info=error if attempt == event.correlation_id else None,
             extra={
                 "check": event.check,
@@ -45,6 +55,17 @@ class HealthLog:
                 "correlationId": event.correlation_id,
             },
         )
+
+    def _message(self, event: Transition) -> str:
+        name = self._connections.get(event.check)
+        if name is not None and event.new is Status.FAIL and event.old is not None:
+            if event.code not in _CONNECTED:
+                self._lost.add(event.check)
+                return f"{name} connection lost"
+        elif name is not None and event.new is not Status.FAIL and event.check in self._lost:
+            self._lost.discard(event.check)
+            return f"{name} connection restored"
+        return "Health check changed"
 
 
 def log_lifecycle(event: LifecycleChanged) -> None:

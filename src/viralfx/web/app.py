@@ -11,7 +11,6 @@ from litestar.openapi.plugins import ScalarRenderPlugin
 from litestar.types import ExceptionHandlersMap
 
 from viralfx.domain.correlation import current_correlation_id
-from viralfx.domain.operations import Operations
 from viralfx.settings import Settings
 from viralfx.web.plugin import OperationsConfig, OperationsPlugin
 from viralfx.web.problems import PROBLEM_MEDIA_TYPE, Problem, problem
@@ -19,9 +18,9 @@ from viralfx.web.problems import PROBLEM_MEDIA_TYPE, Problem, problem
 _logger = logging.getLogger("viralfx.web")
 
 
-def create_app(settings: Settings, operations: Operations | None = None) -> Litestar:
-    """Make the ViralFX backend; ``operations`` are wired from the settings unless given."""
-    plugin = OperationsPlugin(OperationsConfig(settings=settings), operations=operations)
+def create_app(settings: Settings) -> Litestar:
+    """Make the ViralFX backend."""
+    plugin = OperationsPlugin(OperationsConfig(settings=settings))
     return Litestar(
         plugins=[plugin],
         exception_handlers=_exception_handlers(),

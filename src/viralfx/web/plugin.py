@@ -11,7 +11,7 @@ from litestar.config.app import AppConfig
 from litestar.plugins import InitPlugin
 from litestar.types import ASGIApp as LitestarASGIApp
 
-from viralfx.bootstrap import build_operations
+from viralfx.bootstrap import assemble
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.health import HealthCheck
 from viralfx.domain.operations import Operations
@@ -62,23 +62,21 @@ class OperationsPlugin(InitPlugin):
     other server the application's lifespan runs the stages when it ends.
     """
 
-    __slots__ = ("_app_seen", "_config", "answers", "operations", "settings")
+    __slots__ = ("_app_seen", "_config", "answers", "assembly", "settings")
 
-    def __init__(
-        self, config: OperationsConfig | None = None, *, operations: Operations | None = None
-    ) -> None:
-        """Wire the layer from ``config``, or mount ``operations`` that are wired already.
+    def __init__(self, config: OperationsConfig | None = None) -> None:
+        """Wire the layer.
 
         Raises :class:`ConfigurationError` that lists every problem of the settings.
         """
         self._config = config = config or OperationsConfig()
         self.settings = config.settings or read_settings(os.environ)
         self._app_seen = False
-        self._wire(operations)
+        self._wire()
 
-    def _wire(self, operations: Operations | None = None) -> None:
+    def _wire(self) -> None:
         config = self._config
-        self.operations = operations or build_operations(
+        self.assembly = assemble(
             self.settings,
             checks=config.checks,
             breakers=config.breakers,
@@ -89,8 +87,13 @@ class OperationsPlugin(InitPlugin):
             },
         )
         self.answers = OperationsAnswers(
-            self.operations, AccessPolicy.from_settings(self.settings), prefix=config.path
+            self.assembly.operations, AccessPolicy.from_settings(self.settings), prefix=config.path
         )
+
+    @property
+    def operations(self) -> Operations:
+        """Lifecycle, monitor and shutdown."""
+        return self.assembly.operations
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
         """Append routes and a lifespan to the application's own.

@@ -1,11 +1,13 @@
-"""The composition root: settings in, wired services out; the only module that names adapters."""
+"""Settings in, wired services out."""
 
 import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from viralfx.adapters.memory import (
     DrainQueues,
@@ -16,6 +18,7 @@ from viralfx.adapters.memory import (
     MemoryStateStore,
     ProcessMemory,
 )
+from viralfx.bootstrap.backend import Backend
 from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.health import CheckPolicy, HealthCheck, HealthReport
@@ -30,6 +33,9 @@ from viralfx.domain.state import SaveState, StateStore
 from viralfx.settings import Settings
 from viralfx.telemetry.observed import HealthLog, log_circuit, log_lifecycle, log_shutdown
 
+if TYPE_CHECKING:
+    from viralfx.adapters.postgres import PostgresDatabase
+
 # Losing one of these is losing it for every instance at once.
 _SHARED = frozenset({"database", "redis", "queues"})
 
@@ -38,15 +44,23 @@ _CHECK_NAME = re.compile(r"[a-z][a-z0-9_-]*").fullmatch
 _RESERVED = frozenset({"live", "ready", "startup", "detailed", "shutdown", "loggers"})
 
 
-def build_operations(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """Everything that was wired. ``database`` is None where memory stands in for it."""
+
+    operations: Operations
+    database: "PostgresDatabase | None"
+
+
+def assemble(
     settings: Settings,
     *,
     checks: Mapping[str, HealthCheck] | None = None,
     stages: Mapping[Phase, Mapping[str, ShutdownStage]] | None = None,
     breakers: Iterable[CircuitBreaker] = (),
     clock: Clock | None = None,
-) -> Operations:
-    """Wire the operations layer; nothing runs yet.
+) -> Assembly:
+    """Wire the operations layer and what it looks after; nothing runs or connects yet.
 
     ``checks``, ``stages`` and ``breakers`` are an application's own, beside the built-in ones.
     Raises :class:`ConfigurationError` for a name that is taken or a setting that names no check.
@@ -55,9 +69,13 @@ def build_operations(
     memory = ProcessMemory()
     queues = MemoryQueues(settings.queues)
     circuits = BreakerRegistry()
+    lifecycle = Lifecycle(clock)
+    monitor = HealthMonitor(clock=clock, fail_open_after=settings.readiness_fail_open_after / 1000)
+    database, database_backend = _database(settings, clock, monitor)
+    backends = {"redis": Backend(check=MemoryRedis(clock)), "database": database_backend}
     built_in: dict[str, HealthCheck] = {
-        "database": MemoryDatabase(clock),
-        "redis": MemoryRedis(clock),
+        "database": backends["database"].check,
+        "redis": backends["redis"].check,
         "memory": memory,
         "queues": queues,
         "circuits": circuits,
@@ -84,8 +102,6 @@ def build_operations(
     if problems:
         raise ConfigurationError(problems)
 
-    lifecycle = Lifecycle(clock)
-    monitor = HealthMonitor(clock=clock, fail_open_after=settings.readiness_fail_open_after / 1000)
     for name, check in {**built_in, **own}.items():
         monitor.register(name, check, _policy(name, settings))
     shutdown = ShutdownSequence(budgets=settings.shutdown_budgets, lifecycle=lifecycle, clock=clock)
@@ -97,8 +113,9 @@ def build_operations(
         monitor=monitor,
         shutdown=shutdown,
         breakers=circuits,
-        state_store=_state_store(settings),
+        state_store=_state_store(settings, database),
         usage=lambda: memory.usage,
+        resources=tuple(b.resource for b in backends.values() if b.resource is not None),
     )
     shutdown.register(Phase.DRAIN, "queues", DrainQueues(queues, clock))
     shutdown.register(
@@ -109,14 +126,29 @@ def build_operations(
             shutdown.register(phase, name, stage)
     # After the last health was saved, and before anything that is checked gets closed.
     shutdown.register(Phase.SAVE_STATE, "health checks", StopChecking(monitor))
-    monitor.subscribe(HealthLog())
+    for name, backend in backends.items():
+        if backend.close is not None:
+            shutdown.register(Phase.CLOSE, name, backend.close)
+    connections = {name: name.capitalize() for name, b in backends.items() if b.close is not None}
+    monitor.subscribe(HealthLog(connections))
     monitor.subscribe(
         lambda event: lifecycle.follow(event) if isinstance(event, HealthReport) else None
     )
     lifecycle.subscribe(log_lifecycle)
     shutdown.subscribe(log_shutdown)
     circuits.subscribe(log_circuit)
-    return operations
+    return Assembly(operations=operations, database=database)
+
+
+def _database(
+    settings: Settings, clock: Clock, monitor: HealthMonitor
+) -> "tuple[PostgresDatabase | None, Backend]":
+    if settings.database_url is None:
+        return None, Backend(check=MemoryDatabase(clock))
+    # Not at the top: a process without Postgres starts a good deal sooner without its driver.
+    from viralfx.bootstrap.postgres import wire_postgres  # noqa: PLC0415
+
+    return wire_postgres(settings, clock, lambda: monitor.request_check("database"))
 
 
 def _policy(name: str, settings: Settings) -> CheckPolicy:
@@ -145,7 +177,11 @@ def _unknown_checks(
             yield f"{variable}: there is no check named {name!r}; {hint}"
 
 
-def _state_store(settings: Settings) -> StateStore:
+def _state_store(settings: Settings, database: "PostgresDatabase | None") -> StateStore:
+    if settings.state_dir is None and database is not None:
+        from viralfx.bootstrap.postgres import state_store  # noqa: PLC0415
+
+        return state_store(database)
     if settings.state_dir is None:
         return MemoryStateStore()
     folder = Path(settings.state_dir)

@@ -22,10 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # here, where a reader that went away is expected
     except ConfigurationError as error:
         for line in error.problems:
-            print(f"viralfx: {line}", file=sys.stderr)  # noqa: T201 - a command talks
+            print(f"viralfx: {line}", file=sys.stderr)
         return EXIT_CONFIGURATION
     except StartupError as error:
-        print(f"viralfx: {error}", file=sys.stderr)  # noqa: T201
+        print(f"viralfx: {error}", file=sys.stderr)
         return EXIT_STARTUP
     except BrokenPipeError:
         # Whoever read our output has seen enough; leave nothing for the interpreter to flush.
@@ -45,6 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", help="address to listen on (default: HOST, or 0.0.0.0)")
     serve.add_argument("--port", type=_port, help="port to listen on (default: PORT, or 3000)")
     serve.set_defaults(run=_serve)
+
+    migrate = commands.add_parser("migrate", help="bring the database's schema up to date")
+    migrate.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 if something is pending"
+    )
+    migrate.set_defaults(run=_migrate)
 
     probe = commands.add_parser("probe", help="ask a running service; exit 0 if it says yes")
     probe.add_argument("kind", choices=["live", "ready", "startup"])
@@ -93,6 +99,12 @@ def _serve(options: argparse.Namespace) -> int:
         gc.enable()
 
 
+def _migrate(options: argparse.Namespace) -> int:
+    from viralfx.cli.migrate import migrate  # noqa: PLC0415
+
+    return migrate(check=options.check)
+
+
 def _probe(options: argparse.Namespace) -> int:
     from viralfx.runner.probe import probe  # noqa: PLC0415
 
@@ -136,5 +148,5 @@ def _env(options: argparse.Namespace) -> int:
             "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True))
             for row in rows
         ]
-    print("\n".join(line.rstrip() for line in lines))  # noqa: T201
+    print("\n".join(line.rstrip() for line in lines))
     return 0

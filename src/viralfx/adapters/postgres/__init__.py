@@ -1,0 +1,19 @@
+"""Postgres through asyncpg: pool, check, close stage, saved state."""
+
+from viralfx.adapters.postgres.config import PostgresConfig
+from viralfx.adapters.postgres.database import PostgresDatabase
+from viralfx.adapters.postgres.errors import PoolTimeoutError, explain, retry_policy
+from viralfx.adapters.postgres.health import PostgresHealthCheck
+from viralfx.adapters.postgres.stages import ClosePostgres
+from viralfx.adapters.postgres.state import PostgresStateStore
+
+__all__ = [
+    "ClosePostgres",
+    "PoolTimeoutError",
+    "PostgresConfig",
+    "PostgresDatabase",
+    "PostgresHealthCheck",
+    "PostgresStateStore",
+    "explain",
+    "retry_policy",
+]

@@ -1,0 +1,260 @@
+"""The pool of connections that the application uses, and what it adds to the driver's."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias, TypeVar
+
+import asyncpg
+from asyncpg.connection import Connection
+from asyncpg.pool import Pool, PoolConnectionProxy
+
+from viralfx.adapters.postgres.config import PostgresConfig
+from viralfx.adapters.postgres.errors import (
+    PoolTimeoutError,
+    explain,
+    is_loss,
+    is_rolled_back,
+    retry_policy,
+)
+from viralfx.adapters.postgres.slow_queries import SlowQueryLog
+from viralfx.domain.clock import Clock
+from viralfx.domain.errors import StartupError
+from viralfx.domain.resilience.retry import Retrier
+
+_logger = logging.getLogger("viralfx.database")
+
+T = TypeVar("T")
+Lease: TypeAlias = "PoolConnectionProxy[Any]"
+"""A connection of the pool, for as long as the block that took it."""
+
+_GIVE_BACK = 5.0
+"""Seconds to clean a connection that is given back; it is closed when that does not suffice."""
+
+
+class PostgresDatabase:
+    """Postgres, through a pool.
+
+    ``on_doubt`` is called when something looks like a lost database, from the event loop; it
+    must not block.
+    """
+
+    def __init__(
+        self, config: PostgresConfig, *, clock: Clock, on_doubt: Callable[[], None] = lambda: None
+    ) -> None:
+        """Take the configuration; nothing is connected before :meth:`open`.
+
+        Raises ``OSError`` for certificates that cannot be used.
+        """
+        self.config = config
+        self._arguments = config.connect_arguments()
+        self._clock = clock
+        self.on_doubt = on_doubt
+        self._slow = SlowQueryLog(config.slow_query_threshold, self._doubt)
+        self._pool: Pool[Any] | None = None
+        self._closed = False
+        self._in_use = 0
+        self._waiting = 0
+        self._failed_connections = 0
+
+    # -- life --------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect, in as many attempts as the configuration allows.
+
+        Raises :class:`StartupError` that names what is wrong and what to look at.
+        """
+        if self._pool is not None:
+            return
+        attempts = self.config.connect_attempts
+        for attempt in range(1, attempts + 1):
+            pool = self._new_pool()
+            try:
+                _ = await pool
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+                pool.terminate()
+                trouble = explain(error)
+                _logger.warning(
+                    "Database connection attempt failed",
+                    extra={"attempt": attempt, "attempts": attempts, "code": trouble.code},
+                )
+                if attempt == attempts:
+                    raise StartupError(
+                        f"DATABASE_URL: the database at {self.config.address} {trouble.problem},"
+                        f" after {attempts} attempt{'s' * (attempts > 1)}; {trouble.remedy}"
+                    ) from error
+                await self._clock.sleep(self.config.connect_delay)
+            except BaseException:
+                pool.terminate()
+                raise
+            else:
+                self._pool = pool
+                return
+
+    async def close(self) -> None:
+        """Wait until every connection was given back, and close them.
+
+        Cancelling it cuts them all. Doing it again, or before anything was opened, is harmless.
+        """
+        self._closed = True
+        if self._pool is not None:
+            await self._pool.close()
+
+    def terminate(self) -> None:
+        """Cut every connection at once."""
+        self._closed = True
+        if self._pool is not None:
+            self._pool.terminate()
+
+    # -- use ---------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def acquire(self) -> AsyncIterator[Lease]:
+        """Take a connection for the block.
+
+        Raises :class:`PoolTimeoutError` when there is none in time, and what the driver raises
+        when a new one cannot be made.
+        """
+        pool = self._open_pool()
+        doubt = asyncio.get_running_loop().call_later(self.config.doubt_after, self._doubt)
+        try:
+            connection = await self._take(pool)
+            self._in_use += 1
+            try:
+                yield connection
+            finally:
+                self._in_use -= 1
+                await _give_back(pool, connection)
+        finally:
+            doubt.cancel()
+
+    async def execute_with_retry(
+        self,
+        operation: Callable[[Lease], Awaitable[T]],
+        attempts: int = 3,
+        *,
+        idempotent: bool = False,
+    ) -> T:
+        """Run ``operation`` in a transaction, again from its start after a transient error.
+
+        Each attempt has a connection and a transaction of its own, so an attempt that failed left
+        nothing behind, with one exception: the connection was lost while COMMIT was under way.
+        Whether that took effect nobody knows, and it is tried again only when the operation is
+        declared ``idempotent``. Raises the last error, which then has ``maybe_applied`` true.
+        """
+        retrier = Retrier(
+            retry_policy(attempts),
+            name="database",
+            idempotent=idempotent,
+            clock=self._clock,
+        )
+        return await retrier.execute(lambda: self._in_transaction(operation))
+
+    async def _in_transaction(self, operation: Callable[[Lease], Awaitable[T]]) -> T:
+        async with self.acquire() as connection:
+            transaction = connection.transaction()
+            await transaction.start()
+            try:
+                result = await operation(connection)
+            except BaseException:
+                with contextlib.suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                    await transaction.rollback()
+                raise
+            try:
+                await transaction.commit()
+            except Exception as error:
+                if not is_rolled_back(error):
+                    error.maybe_applied = True  # type: ignore[attr-defined]  # read by the retrier
+                raise
+            return result
+
+    # -- statistics --------------------------------------------------------------------------
+
+    @property
+    def total_connections(self) -> int:
+        """Connections of the pool that are open."""
+        return self._pool.get_size() if self._pool is not None else 0
+
+    @property
+    def idle_connections(self) -> int:
+        """Connections of the pool that are open and wait to be used."""
+        return self._pool.get_idle_size() if self._pool is not None else 0
+
+    @property
+    def waiting(self) -> int:
+        """Callers that wait for a connection."""
+        return self._waiting
+
+    @property
+    def failed_connections(self) -> int:
+        """Attempts to connect that failed, since the start."""
+        return self._failed_connections
+
+    @property
+    def slow_queries(self) -> int:
+        """Slow queries since the start."""
+        return self._slow.count
+
+    # -- inside ------------------------------------------------------------------------------
+
+    async def connect(self, application_name: str) -> "Connection[Any]":
+        """Make a connection beside the pool's; raises what the driver does."""
+        settings = {**self._arguments["server_settings"], "application_name": application_name}
+        return await self._connect(server_settings=settings)
+
+    async def _connect(self, **more: Any) -> "Connection[Any]":
+        try:
+            connection: Connection[Any] = await asyncpg.connect(**{**self._arguments, **more})
+        except Exception:
+            self._failed_connections += 1
+            raise
+        return connection
+
+    def _new_pool(self) -> "Pool[Any]":
+        async def connect(*_: object, **kwargs: Any) -> "Connection[Any]":
+            connection = await self._connect(**kwargs)
+            connection.add_query_logger(self._slow)
+            return connection
+
+        return asyncpg.create_pool(
+            connect=connect,
+            min_size=self.config.pool_min,
+            max_size=self.config.pool_max,
+        )
+
+    def _open_pool(self) -> "Pool[Any]":
+        if self._pool is None or self._closed:
+            state = "closed" if self._closed else "not open yet"
+            raise asyncpg.InterfaceError(f"the database's pool is {state}")
+        return self._pool
+
+    async def _take(self, pool: "Pool[Any]") -> Lease:
+        self._waiting += 1
+        try:
+            return await pool.acquire(timeout=self.config.pool_timeout)
+        except TimeoutError as error:
+            self._doubt()
+            size = self.config.pool_max
+            raise PoolTimeoutError(
+                f"Connection timeout: no database connection within {self.config.pool_timeout:g} s"
+                f" ({self._in_use} of {size} in use, {self._waiting - 1} others wait)"
+            ) from error
+        except Exception as error:
+            if is_loss(error):
+                self._doubt()
+            raise
+        finally:
+            self._waiting -= 1
+
+    def _doubt(self) -> None:
+        if not self._closed:
+            self.on_doubt()
+
+
+async def _give_back(pool: "Pool[Any]", connection: Lease) -> None:
+    try:
+        await pool.release(connection, timeout=_GIVE_BACK)
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        # It could not be cleaned and is closed already; what was done with it is done.
+        _logger.debug("Database connection dropped", exc_info=error)

@@ -1,0 +1,157 @@
+"""What an error of Postgres, of its driver or of the network on the way means."""
+
+import socket
+import ssl
+from dataclasses import dataclass
+
+from asyncpg import exceptions as pg
+from asyncpg.exceptions import InterfaceError, PostgresError
+
+from viralfx.domain.errors import ViralFXError
+from viralfx.domain.resilience.backoff import Backoff, Jitter
+from viralfx.domain.resilience.retry_policy import BackoffPolicy
+
+
+class PoolTimeoutError(ViralFXError, TimeoutError):
+    """No connection of the pool became free in time; nothing was sent to the database."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """An error, explained. ``remedy`` says what to look at; neither holds data or a secret."""
+
+    code: str
+    problem: str
+    remedy: str
+
+
+_BY_CLASS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Trouble], ...] = (
+    (
+        pg.InvalidAuthorizationSpecificationError,
+        Trouble("auth", "refuses the user or password", "check the user and password"),
+    ),
+    (
+        pg.InvalidCatalogNameError,
+        Trouble("no_database", "has no database of that name", "check the name, or create it"),
+    ),
+    (
+        pg.TooManyConnectionsError,
+        Trouble(
+            "too_many_connections",
+            "has no connection left",
+            "lower DB_POOL_MAX or raise max_connections",
+        ),
+    ),
+    (
+        (pg.CannotConnectNowError, pg.AdminShutdownError, pg.CrashShutdownError),
+        Trouble("restarting", "is starting or stopping", "wait, or look at its log"),
+    ),
+    (
+        pg.InsufficientPrivilegeError,
+        Trouble("forbidden", "denies this user a permission", "grant it"),
+    ),
+    (
+        pg.QueryCanceledError,
+        Trouble("timeout", "cancelled a statement", "look at its load and locks"),
+    ),
+    (
+        pg.ReadOnlySQLTransactionError,
+        Trouble("read_only", "accepts no writes", "name the primary"),
+    ),
+    (
+        ssl.SSLError,
+        Trouble("tls", "cannot be trusted over TLS", "check DB_TLS_MODE and DB_TLS_CA_FILE"),
+    ),
+    (
+        socket.gaierror,
+        Trouble("unreachable", "has a host name that is not known", "check the host"),
+    ),
+    (
+        TimeoutError,
+        Trouble("timeout", "does not answer", "look at the server, and at what is in between"),
+    ),
+    (
+        ConnectionRefusedError,
+        Trouble("refused", "refuses connections", "check host and port, and that it runs"),
+    ),
+    (
+        (pg.PostgresConnectionError, InterfaceError, ConnectionError),
+        Trouble("lost", "closed the connection", "look at its log"),
+    ),
+    (
+        FileNotFoundError,
+        Trouble("unreachable", "has no socket in that folder", "check the folder"),
+    ),
+)
+_TLS_REFUSED = Trouble("tls", "speaks no TLS", "turn it on there, or see DB_TLS_MODE")
+_UNREACHABLE = Trouble("unreachable", "cannot be reached", "check the host and the network")
+_UNKNOWN = Trouble("error", "failed", "the log has the error")
+
+
+def explain(error: BaseException) -> Trouble:
+    """Say what an error means, for a check's code and a person's eyes."""
+    text = str(error)
+    if isinstance(error, ConnectionError) and "SSL upgrade" in text:
+        return _TLS_REFUSED
+    for kinds, trouble in _BY_CLASS:
+        if isinstance(error, kinds):
+            return trouble
+    if isinstance(error, OSError):
+        # Several addresses of one name, all tried, come as one error with its parts as text.
+        refused = "Connect call failed" in text or "Connection refused" in text
+        return explain(ConnectionRefusedError()) if refused else _UNREACHABLE
+    return _UNKNOWN
+
+
+_TRANSIENT = (
+    pg.PostgresConnectionError,
+    pg.CannotConnectNowError,
+    pg.AdminShutdownError,
+    pg.CrashShutdownError,
+    pg.TooManyConnectionsError,
+    pg.SerializationError,
+    pg.DeadlockDetectedError,
+)
+_NEVER = (PoolTimeoutError, ssl.SSLError, socket.gaierror, PermissionError, FileNotFoundError)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Tell whether the same call may well succeed soon.
+
+    That is: connections lost or refused, a server that restarts or has no connection left, and
+    transactions that lost against another (SQLSTATE classes 08 and 40, 53300, 57P01-57P03; see
+    "PostgreSQL Error Codes" in its manual). A pool that gave out no connection in time is not: who
+    waited that long must not double the queue.
+    """
+    if isinstance(error, _NEVER):
+        return False
+    if isinstance(error, InterfaceError):
+        # The driver's word for a connection that is gone; its other uses are mistakes in the code.
+        return "closed" in str(error)
+    return isinstance(error, (*_TRANSIENT, OSError))
+
+
+def is_rolled_back(error: BaseException) -> bool:
+    """Tell whether the server itself said that the transaction had no effect."""
+    lost = (pg.PostgresConnectionError, pg.AdminShutdownError, pg.CrashShutdownError)
+    return isinstance(error, PostgresError) and not isinstance(error, lost)
+
+
+def is_loss(error: BaseException) -> bool:
+    """Tell whether an error gives reason to doubt the database, rather than the statement."""
+    return is_transient(error) and not isinstance(
+        error, pg.SerializationError | pg.DeadlockDetectedError
+    )
+
+
+def retry_policy(attempts: int = 3) -> BackoffPolicy:
+    """Return the policy of this technology: transient errors, soon and at random moments.
+
+    What lost against another transaction would meet it again, were the waits the same for both.
+    Raises ``ValueError`` for a number of attempts below one.
+    """
+    return BackoffPolicy(
+        attempts=attempts,
+        backoff=Backoff(base=0.1, cap=5.0, jitter=Jitter.FULL),
+        retry_on=is_transient,
+    )

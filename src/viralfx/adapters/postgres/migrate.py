@@ -1,0 +1,72 @@
+"""Applies the migrations: Alembic's order and bookkeeping, our connection and our lock."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+from alembic.config import Config
+from alembic.runtime.environment import EnvironmentContext
+from alembic.runtime.migration import MigrationContext, MigrationInfo
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, text
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from viralfx.adapters.postgres.config import PostgresConfig
+from viralfx.adapters.postgres.schema import VERSION_TABLE
+
+_LOCK = 7_305_981_240_662_115
+"""Of all advisory locks in the database, ours: any number that nobody else uses."""
+
+
+def scripts() -> ScriptDirectory:
+    """Return the migrations of this package."""
+    config = Config(stdout=io.StringIO())
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("path_separator", "os")
+    return ScriptDirectory.from_config(config)
+
+
+async def apply_migrations(config: PostgresConfig) -> list[tuple[str, str]]:
+    """Apply what is pending and return it, as pairs of revision and meaning.
+
+    All of it is one transaction under a lock: a failure leaves nothing behind, and of several runs
+    at once one works and the others find nothing to do. Raises what the driver does.
+    """
+
+    async def connect() -> "asyncpg.Connection[Any]":
+        arguments = {**config.connect_arguments(), "command_timeout": None}
+        # A migration may take its time, but not hold up everybody who waits behind its lock.
+        arguments["server_settings"] |= {"statement_timeout": "0", "lock_timeout": "10s"}
+        connection: asyncpg.Connection[Any] = await asyncpg.connect(**arguments)
+        return connection
+
+    engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
+    try:
+        async with engine.begin() as connection:
+            await connection.execute(text("SET LOCAL lock_timeout = 0"))
+            await connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
+            await connection.execute(text("SET LOCAL lock_timeout = '10s'"))
+            return await connection.run_sync(_upgrade)
+    finally:
+        await engine.dispose()
+
+
+def _upgrade(connection: Connection) -> list[tuple[str, str]]:
+    directory = scripts()
+    applied: list[tuple[str, str]] = []
+
+    def note(ctx: object, step: MigrationInfo, heads: object, run_args: object) -> None:  # noqa: ARG001 - the names are Alembic's
+        script = directory.get_revision(str(step.up_revision_id))
+        applied.append((script.revision, script.doc))
+
+    def steps(revision: Any, _: MigrationContext) -> Any:
+        return directory._upgrade_revs("head", revision)  # noqa: SLF001 - as alembic's own command
+
+    with EnvironmentContext(Config(), directory, fn=steps) as environment:
+        environment.configure(
+            connection=connection, version_table=VERSION_TABLE, on_version_apply=note
+        )
+        environment.run_migrations()
+    return applied

@@ -1,0 +1,1 @@
+"""The migrations, which only :mod:`viralfx.adapters.postgres.migrate` loads."""

@@ -1,0 +1,35 @@
+"""Which version of the schema this code needs, and which the database has."""
+
+from typing import Any, Protocol
+
+REVISIONS = ("0001",)
+"""Every migration in order; a test holds it to the files in ``migrations/versions``."""
+
+VERSION_TABLE = "viralfx_migrations"
+
+
+class _Queryable(Protocol):
+    async def fetchval(self, query: str, /) -> Any: ...
+
+
+async def current_revision(connection: _Queryable) -> str | None:
+    """Return the last migration that was applied; None when there was none."""
+    found: object = await connection.fetchval(f"SELECT to_regclass('{VERSION_TABLE}')::text")
+    if found is None:
+        return None
+    revision: str | None = await connection.fetchval(f"SELECT version_num FROM {VERSION_TABLE}")  # noqa: S608 - a constant
+    return revision
+
+
+async def pending_migrations(connection: _Queryable) -> tuple[str, ...]:
+    """Return the migrations that this code needs and the database lacks.
+
+    A revision that this code does not know is a later one: a newer version of the service made it,
+    and migrations stay usable by the version before.
+    """
+    revision = await current_revision(connection)
+    if revision is None:
+        return REVISIONS
+    if revision not in REVISIONS:
+        return ()
+    return REVISIONS[REVISIONS.index(revision) + 1 :]

@@ -1,0 +1,90 @@
+"""Brings the database's schema to the version that this code needs."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+
+from viralfx.adapters.postgres import PostgresConfig, PostgresDatabase, explain
+from viralfx.adapters.postgres.schema import REVISIONS, current_revision, pending_migrations
+from viralfx.bootstrap.postgres import postgres_config
+from viralfx.domain.clock import SystemClock
+from viralfx.domain.errors import ConfigurationError, StartupError
+from viralfx.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchemaState:
+    """What a database's schema is, against what this code needs."""
+
+    address: str
+    """Where the database is, without credentials."""
+    revision: str | None
+    """The last migration that was applied; None when there was none."""
+    pending: tuple[str, ...]
+    applied: tuple[tuple[str, str], ...] = ()
+    """What was applied just now, with what it means."""
+
+    @property
+    def newer(self) -> bool:
+        """Whether a later version of the service migrated it."""
+        return self.revision is not None and self.revision not in REVISIONS
+
+
+async def schema_state(settings: Settings) -> SchemaState:
+    """Look at the schema. Raises as :func:`migrate_schema`."""
+    config = postgres_config(settings)
+    async with _connected(config) as database, database.acquire() as connection:
+        return SchemaState(
+            address=config.address,
+            revision=await current_revision(connection),
+            pending=await pending_migrations(connection),
+        )
+
+
+async def migrate_schema(settings: Settings) -> SchemaState:
+    """Apply what is pending; of several runs at once one does it and the others wait.
+
+    Raises :class:`ConfigurationError` without a usable DATABASE_URL, and :class:`StartupError`
+    when the database cannot be reached or refuses a migration.
+    """
+    before = await schema_state(settings)
+    if not before.pending:
+        return before
+    # Alembic and SQLAlchemy are only loaded where there is something for them to do.
+    from viralfx.adapters.postgres.migrate import apply_migrations  # noqa: PLC0415
+
+    try:
+        applied = await apply_migrations(postgres_config(settings))
+    except Exception as error:
+        cause = _driver_error(error)
+        trouble = explain(cause)
+        # What the server says about a statement of ours holds no secret.
+        detail = f" ({cause})" if trouble.code in {"error", "forbidden", "timeout"} else ""
+        raise StartupError(
+            f"DATABASE_URL: the database at {before.address} {trouble.problem} while it was"
+            f" migrated, and is as it was before{detail}; {trouble.remedy}"
+        ) from error
+    after = await schema_state(settings)
+    return replace(after, applied=tuple(applied))
+
+
+@contextlib.asynccontextmanager
+async def _connected(config: PostgresConfig) -> AsyncIterator[PostgresDatabase]:
+    try:
+        database = PostgresDatabase(replace(config, pool_min=1, pool_max=1), clock=SystemClock())
+    except OSError as error:
+        raise ConfigurationError(
+            [f"DB_TLS_CA_FILE: {config.tls_ca_file} holds no certificates: {error}"]
+        ) from None
+    await database.open()
+    try:
+        yield database
+    finally:
+        database.terminate()
+
+
+def _driver_error(error: BaseException) -> BaseException:
+    # SQLAlchemy wraps what the driver raised, sometimes twice.
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -1,0 +1,78 @@
+"""Wires the Postgres adapter; imported only where DATABASE_URL is set."""
+
+import socket
+from collections.abc import Callable
+
+from viralfx.adapters.postgres import (
+    ClosePostgres,
+    PostgresConfig,
+    PostgresDatabase,
+    PostgresHealthCheck,
+    PostgresStateStore,
+)
+from viralfx.bootstrap.backend import CHECK_SHARE, Backend
+from viralfx.domain.clock import Clock
+from viralfx.domain.errors import ConfigurationError
+from viralfx.domain.state import StateStore
+from viralfx.settings import Settings
+
+
+def postgres_config(settings: Settings) -> PostgresConfig:
+    """Return how Postgres is reached.
+
+    Raises :class:`ConfigurationError` when DATABASE_URL is missing or cannot be understood.
+    """
+    try:
+        address = settings.database_address
+    except ValueError as error:
+        raise ConfigurationError([f"DATABASE_URL: {error}"]) from None
+    if address is None:
+        raise ConfigurationError(["DATABASE_URL: not set, so there is no database"])
+    db = settings.db
+    return PostgresConfig(
+        host=address.host,
+        port=address.port,
+        user=address.user,
+        password=address.password if db.password is None else db.password.value,
+        database=address.database,
+        schema=address.schema,
+        application_name=address.application_name,
+        tls_mode=db.tls_mode,
+        tls_ca_file=db.tls_ca_file,
+        pool_min=db.pool_min,
+        pool_max=db.pool_max,
+        pool_timeout=db.pool_timeout / 1000,
+        connection_timeout=db.connection_timeout / 1000,
+        statement_timeout=db.statement_timeout / 1000,
+        slow_query_threshold=db.slow_query_threshold / 1000,
+        doubt_after=settings.health_check_timeout / 1000,
+        connect_attempts=db.max_reconnect_attempts,
+        connect_delay=db.reconnect_delay / 1000,
+    )
+
+
+def wire_postgres(
+    settings: Settings, clock: Clock, on_doubt: Callable[[], None]
+) -> tuple[PostgresDatabase, Backend]:
+    """Wire the Postgres adapter; nothing is connected yet.
+
+    Raises :class:`ConfigurationError` for certificates that cannot be used.
+    """
+    config = postgres_config(settings)
+    try:
+        database = PostgresDatabase(config, clock=clock, on_doubt=on_doubt)
+    except OSError as error:
+        raise ConfigurationError(
+            [f"DB_TLS_CA_FILE: {config.tls_ca_file} holds no certificates: {error.strerror}"]
+        ) from None
+    check = PostgresHealthCheck(
+        database, clock, timeout=settings.health_check_timeout / 1000 * CHECK_SHARE
+    )
+    return database, Backend(
+        check=check, resource=database, close=ClosePostgres(database, check, clock)
+    )
+
+
+def state_store(database: PostgresDatabase) -> StateStore:
+    """Keep saved state in the database, under this machine's name: in Kubernetes, the pod's."""
+    return PostgresStateStore(database, socket.gethostname())
