@@ -126,7 +126,7 @@ def test_every_command_answers_help(command: str, capsys: pytest.CaptureFixture[
     "arguments",
     [
         [],
-        ["migrate"],
+        ["migrat"],
         ["serve", "--port", "http"],
         ["serve", "--port", "65536"],
         ["serve", "--port", "-1"],
