@@ -1,5 +1,6 @@
 """The embedded default: this process's own memory, and stand-ins that live in it."""
 
+from viralfx.adapters.memory.cache import MemoryCacheStore
 from viralfx.adapters.memory.database import MemoryDatabase
 from viralfx.adapters.memory.process import ProcessMemory, memory_limit
 from viralfx.adapters.memory.queues import DrainQueues, MemoryQueues
@@ -10,6 +11,7 @@ from viralfx.adapters.memory.state import FileStateStore, MemoryStateStore
 __all__ = [
     "DrainQueues",
     "FileStateStore",
+    "MemoryCacheStore",
     "MemoryDatabase",
     "MemoryQueues",
     "MemoryRedis",
