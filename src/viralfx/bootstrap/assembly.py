@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from viralfx.adapters.memory import (
     DrainQueues,
     FileStateStore,
+    MemoryCacheStore,
     MemoryDatabase,
     MemoryQueues,
     MemoryRedis,
@@ -19,6 +20,7 @@ from viralfx.adapters.memory import (
     ProcessMemory,
 )
 from viralfx.bootstrap.backend import Backend
+from viralfx.domain.cache import Cache, CacheStore
 from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.health import CheckPolicy, HealthCheck, HealthReport
@@ -35,6 +37,7 @@ from viralfx.telemetry.observed import HealthLog, log_circuit, log_lifecycle, lo
 
 if TYPE_CHECKING:
     from viralfx.adapters.postgres import PostgresDatabase
+    from viralfx.adapters.redis import RedisClient
 
 # Losing one of these is losing it for every instance at once.
 _SHARED = frozenset({"database", "redis", "queues"})
@@ -46,10 +49,12 @@ _RESERVED = frozenset({"live", "ready", "startup", "detailed", "shutdown", "logg
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembly:
-    """Everything that was wired. ``database`` is None where memory stands in for it."""
+    """Everything that was wired. ``database`` and ``redis`` are None where memory stands in."""
 
     operations: Operations
     database: "PostgresDatabase | None"
+    redis: "RedisClient | None"
+    cache: Cache
 
 
 def assemble(
@@ -72,7 +77,9 @@ def assemble(
     lifecycle = Lifecycle(clock)
     monitor = HealthMonitor(clock=clock, fail_open_after=settings.readiness_fail_open_after / 1000)
     database, database_backend = _database(settings, clock, monitor)
-    backends = {"redis": Backend(check=MemoryRedis(clock)), "database": database_backend}
+    redis, cache_store, redis_backend = _redis(settings, clock, monitor)
+    # In the order in which they are left.
+    backends = {"redis": redis_backend, "database": database_backend}
     built_in: dict[str, HealthCheck] = {
         "database": backends["database"].check,
         "redis": backends["redis"].check,
@@ -137,7 +144,7 @@ def assemble(
     lifecycle.subscribe(log_lifecycle)
     shutdown.subscribe(log_shutdown)
     circuits.subscribe(log_circuit)
-    return Assembly(operations=operations, database=database)
+    return Assembly(operations=operations, database=database, redis=redis, cache=Cache(cache_store))
 
 
 def _database(
@@ -149,6 +156,17 @@ def _database(
     from viralfx.bootstrap.postgres import wire_postgres  # noqa: PLC0415
 
     return wire_postgres(settings, clock, lambda: monitor.request_check("database"))
+
+
+def _redis(
+    settings: Settings, clock: Clock, monitor: HealthMonitor
+) -> "tuple[RedisClient | None, CacheStore, Backend]":
+    if not settings.redis.in_use:
+        return None, MemoryCacheStore(clock), Backend(check=MemoryRedis(clock))
+    from viralfx.bootstrap.redis import cache_store, wire_redis  # noqa: PLC0415 - likewise
+
+    client, backend = wire_redis(settings, clock, lambda: monitor.request_check("redis"))
+    return client, cache_store(client), backend
 
 
 def _policy(name: str, settings: Settings) -> CheckPolicy:

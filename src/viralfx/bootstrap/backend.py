@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.health import HealthCheck
 from viralfx.domain.resources import Resource
 from viralfx.domain.shutdown import ShutdownStage
@@ -17,3 +18,9 @@ class Backend:
     check: HealthCheck
     resource: Resource | None = None
     close: ShutdownStage | None = None
+
+
+def unusable_certificates(variable: str, path: str | None, error: OSError) -> ConfigurationError:
+    """Say that a file that a variable names is none of certificates."""
+    reason = error.strerror or str(error)
+    return ConfigurationError([f"{variable}: {path} holds no certificates: {reason}"])

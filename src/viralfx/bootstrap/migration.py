@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 from viralfx.adapters.postgres import PostgresConfig, PostgresDatabase, explain
 from viralfx.adapters.postgres.schema import REVISIONS, current_revision, pending_migrations
+from viralfx.bootstrap.backend import unusable_certificates
 from viralfx.bootstrap.postgres import postgres_config
 from viralfx.domain.clock import SystemClock
-from viralfx.domain.errors import ConfigurationError, StartupError
+from viralfx.domain.errors import StartupError
 from viralfx.settings import Settings
 
 
@@ -73,9 +74,7 @@ async def _connected(config: PostgresConfig) -> AsyncIterator[PostgresDatabase]:
     try:
         database = PostgresDatabase(replace(config, pool_min=1, pool_max=1), clock=SystemClock())
     except OSError as error:
-        raise ConfigurationError(
-            [f"DB_TLS_CA_FILE: {config.tls_ca_file} holds no certificates: {error}"]
-        ) from None
+        raise unusable_certificates("DB_TLS_CA_FILE", config.tls_ca_file, error) from None
     await database.open()
     try:
         yield database

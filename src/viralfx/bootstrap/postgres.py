@@ -10,7 +10,7 @@ from viralfx.adapters.postgres import (
     PostgresHealthCheck,
     PostgresStateStore,
 )
-from viralfx.bootstrap.backend import CHECK_SHARE, Backend
+from viralfx.bootstrap.backend import CHECK_SHARE, Backend, unusable_certificates
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.state import StateStore
@@ -62,9 +62,7 @@ def wire_postgres(
     try:
         database = PostgresDatabase(config, clock=clock, on_doubt=on_doubt)
     except OSError as error:
-        raise ConfigurationError(
-            [f"DB_TLS_CA_FILE: {config.tls_ca_file} holds no certificates: {error.strerror}"]
-        ) from None
+        raise unusable_certificates("DB_TLS_CA_FILE", config.tls_ca_file, error) from None
     check = PostgresHealthCheck(
         database, clock, timeout=settings.health_check_timeout / 1000 * CHECK_SHARE
     )

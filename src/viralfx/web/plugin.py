@@ -4,7 +4,7 @@ import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from litestar import Litestar
 from litestar.config.app import AppConfig
@@ -12,6 +12,7 @@ from litestar.plugins import InitPlugin
 from litestar.types import ASGIApp as LitestarASGIApp
 
 from viralfx.bootstrap import assemble
+from viralfx.domain.cache import Cache
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.health import HealthCheck
 from viralfx.domain.operations import Operations
@@ -23,6 +24,9 @@ from viralfx.web.answers import OperationsAnswers
 from viralfx.web.asgi import ASGIApp
 from viralfx.web.gate import Gate
 from viralfx.web.health import ANSWERS, health_router
+
+if TYPE_CHECKING:
+    from viralfx.bootstrap import PostgresDatabase, RedisClient
 
 
 @dataclass(slots=True, kw_only=True)
@@ -94,6 +98,31 @@ class OperationsPlugin(InitPlugin):
     def operations(self) -> Operations:
         """Lifecycle, monitor and shutdown."""
         return self.assembly.operations
+
+    @property
+    def database(self) -> "PostgresDatabase":
+        """Postgres: its pool and ``execute_with_retry``. Connected once the application starts.
+
+        Raises :class:`ConfigurationError` without DATABASE_URL.
+        """
+        if self.assembly.database is None:
+            raise ConfigurationError(["DATABASE_URL: not set, so there is no database"])
+        return self.assembly.database
+
+    @property
+    def redis(self) -> "RedisClient":
+        """Redis: redis-py's client and ``get_with_graceful_degradation``.
+
+        Raises :class:`ConfigurationError` without REDIS_HOST and REDIS_SENTINEL_ENABLED.
+        """
+        if self.assembly.redis is None:
+            raise ConfigurationError(["REDIS_HOST: not set, so there is no Redis"])
+        return self.assembly.redis
+
+    @property
+    def cache(self) -> Cache:
+        """A cache with a time to live and one load at a time, in Redis or in memory."""
+        return self.assembly.cache
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
         """Append routes and a lifespan to the application's own.

@@ -21,7 +21,13 @@ class RedisHealthCheck:
     could.
     """
 
-    def __init__(self, client: RedisClient, clock: Clock) -> None:
+    def __init__(self, client: RedisClient, clock: Clock, *, timeout: float | None = None) -> None:
+        """``timeout`` in seconds should be shorter than the monitor's.
+
+        The check then says for itself that there is no answer, with the counters; the monitor,
+        which cuts it off, could not.
+        """
+        self._timeout = timeout
         self._client = client
         self._clock = clock
         self._connection: ServerConnection | None = None
@@ -34,8 +40,9 @@ class RedisHealthCheck:
             traffic = self._client.traffic
             before = traffic.answers
             try:
-                await self._ping()
-            except RedisError as error:
+                async with asyncio.timeout(self._timeout):
+                    await self._ping()
+            except (RedisError, TimeoutError) as error:
                 return self._failed(error, before)
             except asyncio.CancelledError:
                 # Cut for taking too long, most likely: nobody answered in that time.
@@ -55,7 +62,7 @@ class RedisHealthCheck:
             details=self._details(connected=True),
         )
 
-    def _failed(self, error: RedisError, answers_before: int) -> Observation:
+    def _failed(self, error: Exception, answers_before: int) -> Observation:
         code = trouble(error)
         refused = isinstance(error, ResponseError) and code is Trouble.ERROR
         if refused:
