@@ -90,6 +90,8 @@ class PostgresDatabase:
                 raise
             else:
                 self._pool = pool
+                # The last look at it was before there was a pool to count.
+                self._doubt()
                 return
 
     async def close(self) -> None:

@@ -1,0 +1,117 @@
+"""Requests at a steady rate, whatever the answers do: what users are, and closed loops are not."""
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+from tests.system.service import ROOT, percentile
+
+_LONGEST = 30.0
+
+
+class Answer(NamedTuple):
+    """One request; ``status`` is None when there was no answer. Times are seconds."""
+
+    path: str
+    at: float
+    status: int | None
+    seconds: float
+    body: str
+
+
+class Load:
+    """Sends ``rates`` requests a second to each path, from a process of its own.
+
+    A path is a GET, or another method with ``POST `` before it. Each request is a connection.
+    """
+
+    def __init__(self, port: int, rates: Mapping[str, float]) -> None:
+        self.answers: list[Answer] = []
+        self._arguments = [str(port), json.dumps(dict(rates))]
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.system.load", *self._arguments],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._reader.join(_LONGEST + 10)
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def of(self, path: str, *, since: float = 0.0) -> list[Answer]:
+        """Return the answers of a path, those of requests sent at ``since`` or later."""
+        return [a for a in list(self.answers) if a.path == path and a.at >= since]
+
+    def slowest(self, path: str, share: float = 0.99) -> float:
+        """Return the seconds that ``share`` of a path's answers did not exceed."""
+        return percentile([answer.seconds for answer in self.of(path)], share)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.answers.append(Answer(*json.loads(line)))
+
+
+async def _ask(port: int, path: str) -> None:
+    method, _, url = path.rpartition(" ")
+    head = f"{method or 'GET'} {url} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n"
+    if method:
+        head += "Content-Length: 0\r\n"
+    began = time.monotonic()
+    status, body = None, ""
+    with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError, ValueError):
+        async with asyncio.timeout(_LONGEST):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                writer.write(head.encode() + b"\r\n")
+                received = await reader.read()
+            finally:
+                writer.transport.abort()
+        first, _, rest = received.partition(b"\r\n")
+        body = rest.partition(b"\r\n\r\n")[2].decode()
+        status = int(first.split(b" ")[1])
+    sys.stdout.write(json.dumps((path, began, status, time.monotonic() - began, body[:200])) + "\n")
+
+
+async def _send(group: asyncio.TaskGroup, port: int, path: str, rate: float) -> None:
+    due = time.monotonic()
+    while True:
+        group.create_task(_ask(port, path))
+        due += 1 / rate
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+
+
+async def _run(port: int, rates: dict[str, float]) -> None:
+    stopped = asyncio.Event()
+    asyncio.get_running_loop().add_reader(0, stopped.set)
+    async with asyncio.TaskGroup() as answers:
+        senders: list[asyncio.Task[Any]] = [
+            asyncio.create_task(_send(answers, port, path, rate)) for path, rate in rates.items()
+        ]
+        await stopped.wait()
+        for sender in senders:
+            sender.cancel()
+        await asyncio.wait(senders)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] # it is a file here
+    asyncio.run(_run(int(sys.argv[1]), json.loads(sys.argv[2])))

@@ -1,0 +1,211 @@
+"""The service on Postgres and Redis: what its answers show, and how little it asks of them."""
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jq
+import pytest
+from tests.servers.postgres import PostgresServer, postgres_server
+from tests.servers.redis import RedisServer
+from tests.system.load import Load
+from tests.system.service import Service, command, running, wait_for
+
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+
+
+@contextmanager
+def serving(postgres: PostgresServer, redis: RedisServer, **more: str) -> Iterator[Service]:
+    """Run the service itself on both."""
+    environment = {
+        "DATABASE_URL": postgres.url(),
+        "REDIS_HOST": redis.host,
+        "REDIS_PORT": str(redis.port),
+        **more,
+    }
+    result = command("migrate", environment=environment)
+    assert result.returncode == 0, result.stderr
+    with running(environment=environment) as service:
+        yield service.wait_ready()
+
+
+@pytest.fixture(scope="module")
+def talkative() -> Iterator[PostgresServer]:
+    """Return a Postgres that logs every statement with the name of who sent it."""
+    with postgres_server(settings={"log_statement": "all", "log_line_prefix": "[%a] "}) as server:
+        yield server
+
+
+def shape(value: Any) -> Any:
+    """Return the names and types of a JSON value."""
+    if isinstance(value, dict):
+        return {name: shape(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [shape(inner) for inner in value]
+    if isinstance(value, str) and TIME.fullmatch(value):
+        return "time"
+    return {bool: "boolean", int: "number", float: "number", str: "text"}[type(value)]
+
+
+def holds(shown: Any, wanted: Any) -> bool:
+    """Say whether everything wanted is there; more may be."""
+    if isinstance(wanted, dict):
+        return isinstance(shown, dict) and all(
+            name in shown and holds(shown[name], inner) for name, inner in wanted.items()
+        )
+    return bool(shown == wanted)
+
+
+DATABASE_STATS = {
+    "totalConnections": "number",
+    "activeConnections": "number",
+    "idleConnections": "number",
+    "failedConnections": "number",
+    "lastHealthCheck": "time",
+}
+REDIS_STATS = {
+    "isConnected": "boolean",
+    "lastHealthCheck": "time",
+    "failedAttempts": "number",
+    "totalRequests": "number",
+    "successfulRequests": "number",
+    "failedRequests": "number",
+}
+DATABASE = {
+    "status": "text",
+    "message": "text",
+    "details": {
+        "isConnected": "boolean",
+        "stats": DATABASE_STATS,
+        "poolConfig": {"min": "number", "max": "number", "timeout": "number"},
+        "responseTime": "number",
+    },
+    "responseTime": "number",
+}
+FILTERS: dict[str, object] = {
+    ".checks.database.details.stats": DATABASE_STATS,
+    ".checks.database": DATABASE,
+    ".checks.database.details.responseTime": "number",
+    ".checks.redis": {
+        "status": "text",
+        "message": "text",
+        "details": {
+            "isConnected": "boolean",
+            "stats": REDIS_STATS,
+            "config": {"host": "text", "port": "number", "db": "number"},
+        },
+        "responseTime": "number",
+    },
+    ".checks.memory": {"status": "text", "details": {"rss": "text", "usagePercent": "text"}},
+    ".checks.queues": {"status": "text", "message": "text", "responseTime": "number"},
+    ".metrics": {
+        "responseTime": "number",
+        "memoryUsage": {
+            "rss": "number",
+            "heapTotal": "number",
+            "heapUsed": "number",
+            "external": "number",
+        },
+        "cpuUsage": "number",
+    },
+}
+
+
+def test_the_guides_filters_print_what_it_says(
+    talkative: PostgresServer, own_redis: RedisServer
+) -> None:
+    """Each jq filter of the guide, run on a real answer, healthy and with both servers gone."""
+    times = {"HEALTH_CHECK_INTERVAL": "500", "DB_HEALTH_CHECK_INTERVAL": "500"}
+    with serving(talkative, own_redis, **times) as service:
+        wait_for(
+            lambda: service.get("/health/database").json()["details"]["stats"]["totalConnections"],
+            what="counts after the pool was opened",
+        )
+        healthy = service.get("/health/detailed").json()
+        talkative.freeze()
+        own_redis.freeze()
+        try:
+            wait_for(lambda: service.status("/health/detailed") == 503, what="unhealthy")
+            wait_for(lambda: service.status("/health/redis") == 503, what="both are gone")
+            failing = service.get("/health/detailed").json()
+        finally:
+            talkative.thaw()
+            own_redis.thaw()
+
+    for answer in (healthy, failing):
+        for text, wanted in FILTERS.items():
+            shown = shape(jq.compile(text).input_value(answer).first())
+            assert holds(shown, wanted), f"{text}: {shown}"
+        failed = jq.compile(".checks.queues.details[].metrics.failed").input_value(answer).all()
+        assert failed == [0, 0, 0]
+    stats = healthy["checks"]["database"]["details"]["stats"]
+    assert stats["totalConnections"] == 2
+    assert stats["activeConnections"] + stats["idleConnections"] == stats["totalConnections"]
+    assert healthy["checks"]["database"]["details"]["isConnected"] is True
+    assert healthy["checks"]["redis"]["details"]["config"] == {
+        "host": own_redis.host,
+        "port": own_redis.port,
+        "db": 0,
+    }
+    assert (failing["status"], failing["checks"]["database"]["details"]["isConnected"]) == (
+        "unhealthy",
+        False,
+    )
+
+
+def test_details_ask_each_backend_once_a_second_at_most(
+    talkative: PostgresServer, own_redis: RedisServer
+) -> None:
+    """300 requests a second, each for a new round: one question a second to each server."""
+    with serving(talkative, own_redis) as service:
+        before, began = asked(talkative, own_redis), time.monotonic()
+        rates = {"/health/detailed?fresh=1": 150.0, "/health/detailed": 150.0}
+        with Load(service.port, rates) as load:
+            wait_for(lambda: time.monotonic() > began + 5, what="five seconds of it")
+        seconds = time.monotonic() - began
+        after = asked(talkative, own_redis)
+
+    assert len(load.answers) > 500
+    assert {a.status for a in load.answers} == {200}
+    for old, new in zip(before, after, strict=True):
+        assert 3 <= new - old <= seconds + 2
+
+
+def test_an_idle_service_asks_once_an_interval(
+    talkative: PostgresServer, own_redis: RedisServer
+) -> None:
+    """And what it asks is all that it sends, however many probes there are."""
+    times = {"HEALTH_CHECK_INTERVAL": "1000", "DB_HEALTH_CHECK_INTERVAL": "1000"}
+    with serving(talkative, own_redis, **times) as service:
+        wait_for(lambda: asked(talkative, own_redis)[1] > 1, what="it has settled")
+        before, began = everything(talkative, own_redis), time.monotonic()
+        with Load(service.port, {"/health/ready": 50.0, "/health/detailed": 50.0}):
+            wait_for(lambda: time.monotonic() > began + 5, what="five seconds of it")
+        seconds = time.monotonic() - began
+        after = everything(talkative, own_redis)
+
+    for old, new in zip(before, after, strict=True):
+        # The interval runs from the end of one attempt to the start of the next.
+        assert 2 <= new - old <= seconds + 1
+
+
+def asked(postgres: PostgresServer, redis: RedisServer) -> tuple[int, int]:
+    """Count the questions of health checks so far."""
+    pings = redis.command("INFO", "commandstats").get("cmdstat_ping", {"calls": 0})
+    return postgres.log().count("pg_is_in_recovery()"), int(pings["calls"])
+
+
+def everything(postgres: PostgresServer, redis: RedisServer) -> tuple[int, int]:
+    """Count all that the service sent so far, to Redis with what this very question costs."""
+    statements = re.findall(
+        r"^\[viralfx.*\] LOG: .*(?:statement|execute)", postgres.log(), re.MULTILINE
+    )
+    info = redis.command("INFO", "commandstats")
+    calls = {
+        name: int(stats["calls"])
+        for name, stats in info.items()
+        if name.removeprefix("cmdstat_") not in {"info", "hello", "client|setinfo"}
+    }
+    return len(statements), sum(calls.values())
