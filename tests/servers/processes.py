@@ -49,15 +49,20 @@ def make_folder() -> Path:
 
 
 @cache
-def reachable(installation: Path) -> Path:
-    """Return the folder of an installation, or a copy of it where servers may not go there."""
+def reachable(installed: Path) -> Path:
+    """Return a program or a whole installation, or its copy where servers may not go there."""
     if account() is None or all(
-        parent.stat().st_mode & 0o001 for parent in [installation, *installation.parents]
+        parent.stat().st_mode & 0o001 for parent in [installed, *installed.parents]
     ):
-        return installation
-    copy = make_folder()
-    copy.chmod(0o755)
-    return shutil.copytree(installation, copy / installation.name, symlinks=True)
+        return installed
+    folder = make_folder()
+    folder.chmod(0o711)
+    copy = folder / installed.name
+    if installed.is_dir():
+        shutil.copytree(installed, copy, symlinks=True)
+    else:
+        shutil.copy(installed, copy)
+    return copy
 
 
 def run(command: Sequence[str | Path], *, cwd: Path) -> None:

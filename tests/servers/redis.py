@@ -130,7 +130,7 @@ def redis_host(*, tls: Certificates | None = None) -> Host:
     source = chosen().redis
     if isinstance(source, Image):
         raise NotImplementedError
-    host = ProcessHost(reachable(source.path.parent) / source.path.name)
+    host = ProcessHost(reachable(source.path))
     return host if tls is None or source.speaks_tls else TlsTerminator(host, tls)
 
 

@@ -63,12 +63,14 @@ class Supply:
     tls_postgres: Program | Image | None
 
     def __str__(self) -> str:
-        tls = "none" if self.tls_postgres is None else self.tls_postgres
-        front = "" if self.redis.speaks_tls else " behind a TLS proxy"
-        return (
-            f"{self.tier}; postgres {self.postgres}, redis {self.redis}; "
-            f"TLS: postgres {tls}, redis{front}"
-        )
+        named = f"postgres {self.postgres}, redis {self.redis}, from {self.tier}"
+        if self.tls_postgres is None:
+            named += "; no postgres that speaks TLS"
+        elif self.tls_postgres is not self.postgres:
+            named += f"; for TLS postgres {self.tls_postgres}"
+        if not self.redis.speaks_tls:
+            named += "; redis speaks TLS through a proxy"
+        return named
 
 
 def _docker() -> Supply:
@@ -114,15 +116,17 @@ def _in_package(package: str, pattern: str, *, speaks_tls: bool) -> Program:
 def _debian() -> Supply:
     installed = Path("/usr/lib/postgresql").glob("*/bin/initdb")
     newest = sorted(installed, key=lambda path: int(path.parts[-3].split(".")[0]), reverse=True)
-    found = shutil.which("initdb")
-    initdb = Path(found).resolve() if found else next(iter(newest), None)
-    if initdb is None:
-        raise UnavailableError("no initdb on PATH or in /usr/lib/postgresql/*/bin")
-    postgres = Program(initdb.with_name("postgres"), str(initdb.parent), speaks_tls=True)
+    found = str(next(iter(newest), "")) or shutil.which("initdb")
+    if found is None:
+        raise UnavailableError("no initdb in /usr/lib/postgresql/*/bin or on PATH")
+    # Whatever links lead there, its other programs are in the same folder.
+    binaries = Path(found).resolve().parent
+    postgres = Program(binaries / "postgres", str(binaries), speaks_tls=True)
     server = shutil.which("redis-server") or shutil.which("valkey-server")
     if server is None:
         raise UnavailableError("no redis-server or valkey-server on PATH")
-    redis = Program(Path(server).resolve(), server, speaks_tls=True)
+    # Links are not followed: the program does by its name what it does.
+    redis = Program(Path(server), server, speaks_tls=True)
     return Supply(Tier.DEBIAN, postgres, redis, postgres)
 
 
