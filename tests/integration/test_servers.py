@@ -279,7 +279,7 @@ def test_sentinels_promote_the_replica_of_a_killed_primary(sentinel_setup: Senti
     before.command("WAIT", 1, 5000)
 
     assert sentinel_setup.kill_primary() is before
-    after = sentinel_setup.wait_failover(before)
+    after = sentinel_setup.wait_failover()
 
     assert after is other
     assert sentinel_setup.primary() == (other.host, other.port)

@@ -21,6 +21,7 @@ from tests.servers.server import Server
 from tests.servers.supply import Image, Program, UnavailableError, chosen
 
 T = TypeVar("T")
+INITDB = ("--no-sync", "--no-instructions", "--locale=C", "--encoding=UTF8")
 USER = "viralfx"
 SETTINGS = {
     "fsync": "off",
@@ -172,9 +173,8 @@ def _template(postgres: Path) -> tuple[Path, str]:
     secret.touch(mode=0o600)
     secret.write_text(password, encoding="ascii")
     options = ("--auth=scram-sha-256", f"--username={USER}", f"--pwfile={give(secret)}")
-    speed = ("--no-sync", "--no-instructions", "--locale=C", "--encoding=UTF8")
     data = folder / "data"
-    run([postgres.with_name("initdb"), "-D", data, *options, *speed], cwd=folder)
+    run([postgres.with_name("initdb"), "-D", data, *options, *INITDB], cwd=folder)
     return data, password
 
 
@@ -198,9 +198,9 @@ def _make(
     source: Program | Image, tls: Certificates | None, settings: Mapping[str, str] | None
 ) -> PostgresServer:
     if isinstance(source, Image):
-        raise NotImplementedError
+        return _in_container(source, tls, settings or {})
     # The whole installation is the folder above bin.
-    postgres = reachable(source.path.parents[1]) / "bin" / "postgres"
+    postgres = reachable(source.path.parents[1]) / "bin" / source.path.name
     template, password = _template(postgres)
     host = PostgresProcess(postgres, template)
     own = {
@@ -212,6 +212,25 @@ def _make(
     return PostgresServer(
         host, password=password, arguments=arguments, settings={**own, **(settings or {})}, tls=tls
     )
+
+
+def _in_container(
+    image: Image, tls: Certificates | None, settings: Mapping[str, str]
+) -> PostgresServer:
+    # Not above: only a run with containers pays for these imports.
+    from tests.servers.containers import ContainerHost  # noqa: PLC0415 - see above
+
+    password = secrets.token_hex(12)
+    environment = {
+        "POSTGRES_USER": USER,
+        "POSTGRES_PASSWORD": password,
+        "POSTGRES_DB": "postgres",
+        "POSTGRES_INITDB_ARGS": " ".join(INITDB),
+    }
+    host = ContainerHost(
+        image, program="postgres", user="postgres", inside=5432, environment=environment
+    )
+    return PostgresServer(host, password=password, settings=settings, tls=tls)
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:

@@ -16,6 +16,8 @@ from tests.servers.tls_terminator import TlsTerminator
 
 CONFIGURATION = "redis.conf"
 FILLER = "filler:"
+PROGRAM, USER = "redis-server", "redis"
+"""What a container runs, and as whom."""
 
 
 class RedisServer(Server):
@@ -129,9 +131,25 @@ def redis_host(*, tls: Certificates | None = None) -> Host:
     """Return a place for one Redis, which speaks TLS to its clients if it has to."""
     source = chosen().redis
     if isinstance(source, Image):
-        raise NotImplementedError
+        # Not above: only a run with containers pays for these imports.
+        from tests.servers.containers import ContainerHost  # noqa: PLC0415 - see above
+
+        return ContainerHost(source, program=PROGRAM, user=USER, inside=6379)
     host = ProcessHost(reachable(source.path))
     return host if tls is None or source.speaks_tls else TlsTerminator(host, tls)
+
+
+@contextmanager
+def redis_hosts(count: int) -> Iterator[list[Host]]:
+    """Return places for servers that reach each other where clients reach them."""
+    source = chosen().redis
+    if not isinstance(source, Image):
+        yield [redis_host() for _ in range(count)]
+        return
+    from tests.servers.containers import neighbours  # noqa: PLC0415 - see redis_host
+
+    with neighbours(source, program=PROGRAM, user=USER, count=count) as hosts:
+        yield hosts
 
 
 @contextmanager

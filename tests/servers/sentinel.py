@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import redis
-from tests.servers.redis import RedisServer, redis_host
+from tests.servers.redis import RedisServer, redis_hosts
 from tests.servers.waiting import wait_until
 
 NAME = "viralfx-primary"
@@ -21,6 +21,7 @@ class SentinelSetup:
         self.name = name
         self.servers = servers
         self.sentinel_servers = sentinels
+        self._killed: RedisServer | None = None
 
     @property
     def sentinels(self) -> list[tuple[str, int]]:
@@ -56,15 +57,19 @@ class SentinelSetup:
 
     def kill_primary(self) -> RedisServer:
         """Kill the server that the Sentinels name, and return it."""
-        primary = self.primary_server()
-        primary.kill()
-        return primary
+        self._killed = self.primary_server()
+        self._killed.kill()
+        return self._killed
 
-    def wait_failover(self, old: RedisServer, *, seconds: float = 20.0) -> RedisServer:
+    def wait_failover(
+        self, old: RedisServer | None = None, *, seconds: float = 20.0
+    ) -> RedisServer:
         """Wait until all Sentinels that answer name another server than the old one.
 
-        Returns the new primary once it takes writes.
+        The old one is the one killed last if not given. Returns the new primary once it takes
+        writes.
         """
+        old = old or self._killed
 
         def named() -> RedisServer | None:
             answers = {self._named_by(sentinel) for sentinel in self.sentinel_servers} - {None}
@@ -93,9 +98,10 @@ def sentinel_setup(
         lines = ["repl-diskless-sync-delay 0"]
         if password:
             lines.append(f"masterauth {password}")
-        primary = stack.enter_context(RedisServer(redis_host(), password=password, lines=lines))
+        first, second, *others = stack.enter_context(redis_hosts(2 + 3))
+        primary = stack.enter_context(RedisServer(first, password=password, lines=lines))
         lines = [*lines, f"replicaof {primary.host} {primary.port}"]
-        replica = stack.enter_context(RedisServer(redis_host(), password=password, lines=lines))
+        replica = stack.enter_context(RedisServer(second, password=password, lines=lines))
         wait_until(lambda: "connected" in replica.command("ROLE"), what="the replica is in step")
         watch = [
             f"sentinel monitor {name} {primary.host} {primary.port} {QUORUM}",
@@ -108,9 +114,9 @@ def sentinel_setup(
             watch.append(f"sentinel sentinel-pass {sentinel_password}")
         sentinels = [
             stack.enter_context(
-                RedisServer(redis_host(), password=sentinel_password, lines=watch, sentinel=True)
+                RedisServer(host, password=sentinel_password, lines=watch, sentinel=True)
             )
-            for _ in range(3)
+            for host in others
         ]
         setup = SentinelSetup([primary, replica], sentinels, name=name)
         for sentinel in sentinels:
