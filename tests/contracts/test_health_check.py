@@ -13,8 +13,11 @@ from dataclasses import dataclass
 
 import pytest
 from tests.manual_clock import ManualClock
+from tests.servers.fixtures import or_skip
+from tests.servers.redis import redis_server
 
 from viralfx.adapters.memory import MemoryDatabase, MemoryQueues, MemoryRedis, ProcessMemory
+from viralfx.adapters.redis import RedisClient, RedisConfig, RedisHealthCheck
 from viralfx.domain.clock import Clock, timestamp
 from viralfx.domain.health import HealthCheck, Observation, Status
 
@@ -83,10 +86,22 @@ def plain(make: Callable[[Clock], HealthCheck]) -> Make:
     return opened
 
 
+@asynccontextmanager
+async def redis(clock: Clock) -> AsyncIterator[HealthCheck]:
+    """Look at a real server."""
+    with or_skip(), redis_server() as server:
+        client = RedisClient(RedisConfig(host=server.host, port=server.port), clock=clock)
+        try:
+            yield RedisHealthCheck(client, clock)
+        finally:
+            await client.close()
+
+
 ADAPTERS = [
     Adapter("memory database", plain(MemoryDatabase), DATABASE),
     Adapter("memory redis", plain(MemoryRedis), REDIS),
     Adapter("process memory", plain(lambda _: ProcessMemory()), MEMORY),
+    Adapter("redis", redis, REDIS),
     Adapter("memory queues", plain(lambda _: MemoryQueues(["default", "slow"])), QUEUES),
 ]
 

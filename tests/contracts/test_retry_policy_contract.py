@@ -12,9 +12,11 @@ import random
 from dataclasses import dataclass
 
 import pytest
+from redis import exceptions as redis_errors
 from tests.unit.resilience.scripted import SkippingClock
 
 from viralfx.adapters.memory.retry import MemoryRetryPolicy
+from viralfx.adapters.redis import RedisRetryPolicy
 from viralfx.domain.resilience.backoff import Backoff, Jitter
 from viralfx.domain.resilience.retry import Retrier, retry
 from viralfx.domain.resilience.retry_policy import BackoffPolicy, RetryPolicy
@@ -42,6 +44,11 @@ POLICIES = {
     ),
     "memory": Case(
         policy=MemoryRetryPolicy(retry_on=OSError), transient=OSError(), permanent=KeyError("k")
+    ),
+    "redis": Case(
+        policy=RedisRetryPolicy(),
+        transient=redis_errors.ConnectionError(),
+        permanent=redis_errors.AuthenticationError(),
     ),
 }
 
@@ -104,7 +111,7 @@ async def test_a_runner_gives_each_concurrent_caller_its_attempts(case: Case) ->
     async def call(number: int) -> None:
         calls[number] += 1
         if calls[number] < allowed:
-            raise OSError
+            raise case.transient
 
     async with asyncio.TaskGroup() as group:
         for number in range(10):

@@ -4,6 +4,7 @@ A new stage adds a row to ``STAGES``.
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
@@ -11,8 +12,12 @@ from pathlib import Path
 
 import pytest
 from tests.manual_clock import ManualClock
+from tests.servers.fixtures import or_skip
+from tests.servers.redis import RedisServer, redis_server
+from tests.servers.waiting import wait_until
 
 from viralfx.adapters.memory import DrainQueues, FileStateStore, MemoryQueues, MemoryStateStore
+from viralfx.adapters.redis import CloseRedis, RedisClient, RedisConfig, RedisHealthCheck
 from viralfx.domain.clock import Clock
 from viralfx.domain.health import CheckPolicy, Observation
 from viralfx.domain.monitor import HealthMonitor, StopChecking
@@ -107,11 +112,48 @@ def _http(make: Callable[[HttpServer, Gate, Clock], ShutdownStage], *, opened: b
     return made
 
 
+def _redis_client(clock: Clock, server: RedisServer) -> RedisClient:
+    return RedisClient(RedisConfig(host=server.host, port=server.port), clock=clock)
+
+
+@asynccontextmanager
+async def _unused_redis(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
+    yield CloseRedis(RedisClient(RedisConfig(), clock=clock))
+
+
+@asynccontextmanager
+async def _used_redis(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
+    with or_skip(), redis_server() as server:
+        client = _redis_client(clock, server)
+        await client.redis.set("key", "value")
+        await RedisHealthCheck(client, clock).check()
+        yield CloseRedis(client)
+        await client.close()
+
+
+@asynccontextmanager
+async def _frozen_redis(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
+    with or_skip(), redis_server() as server:
+        client = _redis_client(clock, server)
+        await client.redis.set("key", "value")
+        server.freeze()
+        request = asyncio.ensure_future(client.redis.get("key"))
+        await asyncio.to_thread(wait_until, lambda: client.active)
+        yield CloseRedis(client)
+        request.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await request
+        await client.close()
+
+
 STAGES: dict[str, Make] = {
     "drain queues": _idle_queues,
     "drain busy queues": _busy_queues,
     "save state in memory": _memory_state,
     "save state in a file": _file_state,
+    "close redis before start": _unused_redis,
+    "close redis": _used_redis,
+    "close frozen redis": _frozen_redis,
     "stop checking before start": _idle_checks,
     "stop checking": _busy_checks,
     **{

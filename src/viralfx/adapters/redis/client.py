@@ -4,7 +4,6 @@ import asyncio
 import functools
 import logging
 import socket
-import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -75,7 +74,7 @@ class RedisClient:
             retry=request_retry(config.retries, config.retry_base, config.retry_cap),
             **options,
         )
-        self._own: weakref.WeakSet[ServerConnection] = weakref.WeakSet()
+        self._own: list[ServerConnection] = []
         self._make_own = functools.partial(ServerConnection, traffic=self._traffic, **options)
         self.redis = CountingRedis.from_pool(self._pool)
 
@@ -94,6 +93,11 @@ class RedisClient:
     def traffic(self) -> Traffic:
         """The counters, live."""
         return self._traffic
+
+    @property
+    def active(self) -> int:
+        """How many connections are in use."""
+        return self._pool.lent
 
     @property
     def waiting(self) -> int:
@@ -149,12 +153,12 @@ class RedisClient:
     # -- connections -------------------------------------------------------------------------
 
     def own_connection(self) -> ServerConnection:
-        """Return a new connection of the caller's own: not of the pool, without retries, closed.
+        """Return a connection for somebody's sole use: not of the pool, without retries, not open.
 
-        It must be cut by who took it, and is so at the latest when this client is closed.
+        It is kept, to be opened as often as need be, and cut when this client is closed.
         """
         connection = self._make_own()
-        self._own.add(connection)
+        self._own.append(connection)
         return connection
 
     async def close(self, patience: float = 0.0) -> None:
@@ -177,6 +181,7 @@ class RedisClient:
                 pool.cut()
             for connection in self._own:
                 connection.cut()
+        await self._clock.sleep(0)  # the turn in which the loop closes the sockets
 
 
 def _degrades(error: Exception) -> bool:

@@ -30,7 +30,7 @@ class RedisHealthCheck:
         self._timeout = timeout
         self._client = client
         self._clock = clock
-        self._connection: ServerConnection | None = None
+        self._connection = client.own_connection()
         # A forced round may come beside a scheduled one; replies must not be mixed up.
         self._turn = asyncio.Lock()
 
@@ -88,7 +88,7 @@ class RedisHealthCheck:
 
     async def _ping(self) -> None:
         connection = self._connection
-        if connection is not None and connection.is_connected and not connection.outdated:
+        if connection.is_connected and not connection.outdated:
             try:
                 await _ask(connection)
             except RedisError as error:
@@ -98,9 +98,7 @@ class RedisHealthCheck:
                     raise
             else:
                 return
-        if connection is not None:
-            connection.cut()
-        self._connection = connection = self._client.own_connection()
+        connection.cut()
         await _ask(connection)
 
     def _details(self, *, connected: bool) -> dict[str, object]:
