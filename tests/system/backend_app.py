@@ -36,10 +36,10 @@ async def retried() -> dict[str, bool]:
 @get("/cached")
 async def cached() -> dict[str, str]:
     """Read a key as the guide does, with a fallback for when Redis is down."""
-    value = await plugin.redis.get_with_graceful_degradation(
+    value: bytes | None = await plugin.redis.get_with_graceful_degradation(
         lambda: plugin.redis.redis.get("planted"), b"fallback"
     )
-    return {"value": "nothing" if value is None else value.decode()}
+    return {"value": "nothing" if value is None else str(value, "utf-8")}
 
 
 @post("/counter", status_code=200)

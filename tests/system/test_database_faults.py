@@ -154,17 +154,11 @@ def test_an_exhausted_pool_is_a_warning(own_postgres: PostgresServer) -> None:
     with serving(own_postgres, **small) as service:
         rates = {"/slow-query/30": 4.0, "/health/ready": 30.0, "/health/detailed": 30.0}
         with Load(service.port, rates) as load:
-            seen = wait_for(
-                lambda: next(
-                    (
-                        check
-                        for check in [service.get("/health/database").json()]
-                        if check["status"] == "warn"
-                    ),
-                    None,
-                ),
+            wait_for(
+                lambda: service.get("/health/database").json()["status"] == "warn",
                 what="a warning",
             )
+            seen = service.get("/health/database").json()
             assert seen["error"]["code"] == "pool_exhausted"
             stats = seen["details"]["stats"]
             assert (stats["activeConnections"], stats["idleConnections"]) == (2, 0)
