@@ -36,10 +36,12 @@ async def retried() -> dict[str, bool]:
 @get("/cached")
 async def cached() -> dict[str, str]:
     """Read a key as the guide does, with a fallback for when Redis is down."""
-    value: bytes | None = await plugin.redis.get_with_graceful_degradation(
+    value = await plugin.redis.get_with_graceful_degradation(
         lambda: plugin.redis.redis.get("planted"), b"fallback"
     )
-    return {"value": "nothing" if value is None else str(value, "utf-8")}
+    if value is None:
+        return {"value": "nothing"}
+    return {"value": value if isinstance(value, str) else value.decode()}
 
 
 @post("/counter", status_code=200)
