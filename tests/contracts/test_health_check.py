@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import pytest
+from tests.integration.postgres_clients import checked, config_of, migrated, opened
 from tests.manual_clock import ManualClock
 from tests.servers.fixtures import or_skip
 from tests.servers.redis import redis_server
@@ -64,7 +65,7 @@ QUEUES: object = [
     }
 ]
 
-Make = Callable[[Clock], AbstractAsyncContextManager[HealthCheck]]
+Make = Callable[[Clock, pytest.FixtureRequest], AbstractAsyncContextManager[HealthCheck]]
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,17 @@ def plain(make: Callable[[Clock], HealthCheck]) -> Make:
     """Wrap a check that needs nothing to be opened or closed."""
 
     @asynccontextmanager
-    async def opened(clock: Clock) -> AsyncIterator[HealthCheck]:
+    async def made(clock: Clock, _: pytest.FixtureRequest) -> AsyncIterator[HealthCheck]:
         yield make(clock)
 
-    return opened
+    return made
+
+
+@asynccontextmanager
+async def _postgres(clock: Clock, request: pytest.FixtureRequest) -> AsyncIterator[HealthCheck]:
+    config = await migrated(config_of(request.getfixturevalue("database")))
+    async with opened(config, clock=clock) as database, checked(database, clock=clock) as check:
+        yield check
 
 
 @asynccontextmanager
@@ -99,6 +107,7 @@ async def redis(clock: Clock) -> AsyncIterator[HealthCheck]:
 
 ADAPTERS = [
     Adapter("memory database", plain(MemoryDatabase), DATABASE),
+    Adapter("postgres", _postgres, DATABASE),
     Adapter("memory redis", plain(MemoryRedis), REDIS),
     Adapter("process memory", plain(lambda _: ProcessMemory()), MEMORY),
     Adapter("redis", redis, REDIS),
@@ -120,9 +129,11 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-async def check(adapter: Adapter, clock: ManualClock) -> AsyncIterator[HealthCheck]:
+async def check(
+    adapter: Adapter, clock: ManualClock, request: pytest.FixtureRequest
+) -> AsyncIterator[HealthCheck]:
     """Return the adapter's check, opened."""
-    async with adapter.make(clock) as check:
+    async with adapter.make(clock, request) as check:
         yield check
 
 

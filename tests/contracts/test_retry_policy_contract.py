@@ -15,6 +15,7 @@ import pytest
 from redis import exceptions as redis_errors
 from tests.unit.resilience.scripted import SkippingClock
 
+from viralfx.adapters import postgres
 from viralfx.adapters.memory.retry import MemoryRetryPolicy
 from viralfx.adapters.redis import RedisRetryPolicy
 from viralfx.domain.resilience.backoff import Backoff, Jitter
@@ -42,6 +43,7 @@ POLICIES = {
     "decorator": Case(
         policy=retry(attempts=4, retry_on=OSError), transient=OSError(), permanent=KeyError("k")
     ),
+    "postgres": Case(policy=postgres.retry_policy(), transient=OSError(), permanent=KeyError("k")),
     "memory": Case(
         policy=MemoryRetryPolicy(retry_on=OSError), transient=OSError(), permanent=KeyError("k")
     ),

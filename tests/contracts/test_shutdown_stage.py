@@ -11,12 +11,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from tests.integration.postgres_clients import config_of
 from tests.manual_clock import ManualClock
 from tests.servers.fixtures import or_skip
 from tests.servers.redis import RedisServer, redis_server
 from tests.servers.waiting import wait_until
 
 from viralfx.adapters.memory import DrainQueues, FileStateStore, MemoryQueues, MemoryStateStore
+from viralfx.adapters.postgres import ClosePostgres, PostgresDatabase, PostgresHealthCheck
 from viralfx.adapters.redis import CloseRedis, RedisClient, RedisConfig, RedisHealthCheck
 from viralfx.domain.clock import Clock
 from viralfx.domain.health import CheckPolicy, Observation
@@ -31,7 +33,7 @@ from viralfx.web.asgi import Receive, Scope, Send
 from viralfx.web.gate import Gate
 from viralfx.web.plugin import OperationsConfig, OperationsPlugin
 
-Make = Callable[[Clock, Path], AbstractAsyncContextManager[ShutdownStage]]
+Make = Callable[[Clock, Path, pytest.FixtureRequest], AbstractAsyncContextManager[ShutdownStage]]
 
 STATE = SavedState(
     saved_at=datetime(2026, 1, 6, 12, tzinfo=UTC), starts=1, uptime=1.0, health="healthy"
@@ -54,12 +56,12 @@ async def _application(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @asynccontextmanager
-async def _idle_queues(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
+async def _idle_queues(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
     yield DrainQueues(MemoryQueues(["default"]), clock)
 
 
 @asynccontextmanager
-async def _busy_queues(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
+async def _busy_queues(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
     queues = MemoryQueues(["default"])
 
     async def job() -> None:
@@ -70,24 +72,24 @@ async def _busy_queues(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
 
 
 @asynccontextmanager
-async def _memory_state(_: Clock, __: Path) -> AsyncIterator[ShutdownStage]:
+async def _memory_state(*_: object) -> AsyncIterator[ShutdownStage]:
     yield SaveState(MemoryStateStore(), lambda: STATE)
 
 
 @asynccontextmanager
-async def _file_state(_: Clock, folder: Path) -> AsyncIterator[ShutdownStage]:
+async def _file_state(_: Clock, folder: Path, __: object) -> AsyncIterator[ShutdownStage]:
     yield SaveState(FileStateStore(folder), lambda: STATE)
 
 
 @asynccontextmanager
-async def _idle_checks(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
+async def _idle_checks(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
     monitor = HealthMonitor(clock=clock)
     monitor.register("hanging", _Hanging(), CheckPolicy())
     yield StopChecking(monitor)
 
 
 @asynccontextmanager
-async def _busy_checks(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
+async def _busy_checks(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
     monitor = HealthMonitor(clock=clock)
     monitor.register("hanging", _Hanging(), CheckPolicy())
     monitor.start()
@@ -95,9 +97,40 @@ async def _busy_checks(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
     yield StopChecking(monitor)
 
 
+def _postgres(*, opened: bool = True, in_use: bool = False) -> Make:
+    @asynccontextmanager
+    async def made(
+        clock: Clock, _: Path, request: pytest.FixtureRequest
+    ) -> AsyncIterator[ShutdownStage]:
+        database = PostgresDatabase(config_of(request.getfixturevalue("database")), clock=clock)
+        check = PostgresHealthCheck(database, clock, timeout=2.0)
+
+        async def use() -> None:
+            async with database.acquire():
+                used.set()
+                await clock.sleep(2.0)
+
+        used, using = asyncio.Event(), None
+        try:
+            if opened:
+                await database.open()
+                await check.check()
+            if in_use:
+                using = asyncio.create_task(use())
+                await used.wait()
+            yield ClosePostgres(database, check, clock)
+        finally:
+            database.terminate()
+            await check.close()
+            if using is not None:
+                using.cancel()
+
+    return made
+
+
 def _http(make: Callable[[HttpServer, Gate, Clock], ShutdownStage], *, opened: bool) -> Make:
     @asynccontextmanager
-    async def made(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
+    async def made(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
         gate = Gate(OperationsPlugin(OperationsConfig(settings=Settings())).answers, _application)
         server = HttpServer(gate, listen("PORT", "127.0.0.1", 0), lifespan=True)
         if opened:
@@ -156,6 +189,9 @@ STAGES: dict[str, Make] = {
     "close frozen redis": _frozen_redis,
     "stop checking before start": _idle_checks,
     "stop checking": _busy_checks,
+    "close postgres": _postgres(),
+    "close postgres in use": _postgres(in_use=True),
+    "close postgres before start": _postgres(opened=False),
     **{
         f"{name}{when}": _http(make, opened=opened)
         for name, make in (
@@ -181,7 +217,7 @@ async def stage(
 ) -> AsyncIterator[ShutdownStage]:
     """Return each stage in turn."""
     make: Make = request.param
-    async with make(clock, tmp_path) as stage:
+    async with make(clock, tmp_path, request) as stage:
         yield stage
 
 
