@@ -1,23 +1,25 @@
 """Connections and their pool: opened within a request's attempts, lent in turn, cut when in doubt.
 
-Three things of redis-py 8.1 are done differently here. It opens connections with retries of their
+Four things of redis-py 8.1 are done differently here. It opens connections with retries of their
 own before a request's attempts begin, so that a request could have twice as many; here the pool
 lends a closed connection, and opening it is part of the attempt. Behind Sentinel it opens a lost
 connection to the same address again for as long as the request lasts, also when the primary has
-moved; here each opening asks where the primary is. And it closes politely, which with unsent data
-and a frozen server never ends; here a connection is cut.
+moved; here each opening asks where the primary is. It closes politely, which with unsent data and
+a frozen server never ends; here a connection is cut. And it writes under ``wait_for``, which up to
+Python 3.11 swallows a cancellation that comes as the write ends.
 """
 
 import asyncio
 import contextlib
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, cast
 
 from redis.asyncio.connection import AbstractConnection, Connection, ConnectionPool
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import MaxConnectionsError, ReadOnlyError, RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from viralfx.adapters.redis.config import RedisTls
@@ -88,6 +90,32 @@ class ServerConnection(Connection):
             self.cut()
             raise
         self._traffic.failed_attempts = 0
+
+    async def send_packed_command(
+        self,
+        command: bytes | str | Iterable[bytes],
+        check_health: bool = True,  # noqa: ARG002, FBT001, FBT002 - redis-py's signature
+    ) -> None:
+        """Write a command, to a connection that is opened first if need be."""
+        if not self.is_connected:
+            await self.connect_check_health(check_health=False)
+        if isinstance(command, str):
+            command = command.encode()
+        if (writer := self._writer) is None:
+            raise RedisConnectionError("the connection was cut")
+        try:
+            writer.writelines([command] if isinstance(command, bytes) else command)
+            async with asyncio.timeout(self.socket_timeout):
+                await writer.drain()
+        except TimeoutError:
+            self.cut()
+            raise RedisTimeoutError(f"timeout writing to {self._host_error()}") from None
+        except OSError as error:
+            self.cut()
+            raise RedisConnectionError(f"error writing to {self._host_error()}") from error
+        except BaseException:
+            self.cut()  # nobody knows how much of it was sent
+            raise
 
     async def read_response(self, *args: Any, **options: Any) -> Any:
         """Read a reply; a primary that has become a replica counts as a lost connection."""

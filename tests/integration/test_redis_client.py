@@ -1,0 +1,561 @@
+"""Requests to a real Redis that is frozen, killed, restarted, loading, slow or out of reach."""
+
+import asyncio
+import functools
+import socket
+import time
+from typing import Any, cast
+
+import pytest
+from redis import exceptions
+from redis.asyncio.client import Pipeline
+from tests.integration.redis_clients import (
+    QUICK,
+    Possessions,
+    check_of,
+    opened,
+    opened_with,
+    seen,
+    until,
+    within,
+)
+from tests.servers.fault_proxy import BLACKHOLE, PASS, REFUSE, RESET, CutAfter
+from tests.servers.fixtures import FaultProxies
+from tests.servers.redis import RedisServer, redis_server
+
+from viralfx.adapters.redis import CloseRedis, RedisClient, RedisConfig
+from viralfx.adapters.redis.errors import ClientClosedError
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def reader(client: RedisClient, key: str = "key") -> Any:
+    """Return an operation that reads."""
+    return functools.partial(client.redis.get, key)
+
+
+def queue(pipeline: Pipeline, *commands: tuple[str, ...]) -> None:
+    """Put commands into a pipeline; redis-py types them as if they were sent at once."""
+    for command in commands:
+        pipeline.pipeline_execute_command(*command)  # type: ignore[no-untyped-call]
+
+
+# -- requests --------------------------------------------------------------------------------
+
+
+async def test_nothing_is_opened_before_the_first_request(redis: RedisServer) -> None:
+    """A client costs nothing, and raises nothing, when it is made."""
+    held = Possessions()
+    async with opened(redis) as client:
+        await held.as_before()
+        await client.redis.set("key", b"\xff")
+
+        assert await client.redis.get("key") == b"\xff"
+    await held.as_before()
+
+
+async def test_connections_introduce_themselves_and_are_kept_alive(redis: RedisServer) -> None:
+    """Name and database can be seen on the server; the kernel probes after 30 s of silence."""
+    async with opened(redis, db=3) as client:
+        await client.redis.ping()
+        listed = redis.command("CLIENT", "LIST")
+        pool = client.redis.connection_pool
+        (connection,) = pool._available_connections
+        writer = cast("asyncio.StreamWriter", connection._writer)
+        sock = writer.get_extra_info("socket")
+        mine = [line for line in str(listed).splitlines() if "name=viralfx" in line]
+
+        assert len(mine) == 1
+        assert " db=3 " in mine[0]
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+
+
+async def test_requests_are_counted_as_the_guide_names_them(redis: RedisServer) -> None:
+    """Commands, pipelines and transactions; what the server answers with an error has failed."""
+    async with opened(redis) as client:
+        await client.redis.set("key", "text")
+        async with client.redis.pipeline(transaction=False) as pipeline:
+            queue(pipeline, ("GET", "key"), ("GET", "key"))
+            await pipeline.execute()
+        async with client.redis.pipeline() as pipeline:
+            queue(pipeline, ("INCR", "n"), ("INCR", "n"))
+            await pipeline.execute()
+            assert await pipeline.execute() == []
+        async with client.redis.pipeline() as pipeline:
+            await pipeline.watch("n")
+            await pipeline.get("n")
+            pipeline.multi()  # type: ignore[no-untyped-call]
+            queue(pipeline, ("INCR", "n"))
+            await pipeline.execute()
+        with pytest.raises(exceptions.ResponseError):
+            await client.redis.lpush("key", "x")
+        async with client.redis.pipeline() as pipeline:
+            queue(pipeline, ("LPUSH", "key", "x"))
+            with pytest.raises(exceptions.ResponseError):
+                await pipeline.execute()
+        details: Any = (await check_of(client).check()).details
+
+    # set, pipeline, transaction, watch, get, transaction; lpush, transaction
+    assert details["stats"]["successfulRequests"] == 6
+    assert details["stats"]["failedRequests"] == 2
+    assert details["stats"]["totalRequests"] == 8
+
+
+async def test_a_cancelled_request_counts_neither_way(own_redis: RedisServer) -> None:
+    """Its caller went away; that says nothing about Redis."""
+    async with opened(own_redis) as client:
+        await client.redis.ping()
+        own_redis.freeze()
+        with pytest.raises(TimeoutError):
+            await within(0.05, client.redis.get("key"))
+        own_redis.thaw()
+
+        assert (client.traffic.successful, client.traffic.failed) == (1, 0)
+        assert client.available
+
+
+async def test_a_refused_request_has_four_attempts_in_three_and_a_half_seconds(
+    own_redis: RedisServer,
+) -> None:
+    """0.5, 1 and 2 s apart, and no second retry anywhere multiplies them."""
+    own_redis.stop()
+    async with opened(own_redis) as client:
+        began = time.monotonic()
+        with pytest.raises(exceptions.ConnectionError):
+            await within(10.0, client.redis.get("key"))
+        took = time.monotonic() - began
+
+        assert client.traffic.failed_attempts == 4
+        assert 3.5 <= took < 5.0
+
+
+@pytest.mark.parametrize("opened_before", [False, True], ids=["first request", "open connection"])
+async def test_attempts_are_counted_on_the_wire(
+    redis: RedisServer, fault_proxy: FaultProxies, *, opened_before: bool
+) -> None:
+    """Four, and one of them may be that of the connection there was before."""
+    proxy = fault_proxy(redis.port)
+    async with opened(proxy, **QUICK) as client:
+        if opened_before:
+            await client.redis.ping()
+        before = proxy.accepted
+        proxy.mode = RESET
+        with pytest.raises(exceptions.ConnectionError):
+            await client.redis.get("key")
+
+        assert proxy.accepted - before in ({3, 4} if opened_before else {4})
+
+
+async def test_wrong_credentials_are_sent_once(fault_proxy: FaultProxies) -> None:
+    """Another attempt cannot make them right, and may lock somebody out."""
+    with redis_server(password="hush") as server:
+        proxy = fault_proxy(server.port)
+        for password in ("wrong", None):
+            async with opened(proxy, password=password) as client:
+                before = proxy.accepted
+                with pytest.raises(exceptions.AuthenticationError):
+                    await client.redis.get("key")
+
+                assert proxy.accepted - before == 1
+
+
+async def test_an_acl_user_may_do_what_is_granted() -> None:
+    """And is told what is not: that is no outage, so there is no fallback for it."""
+    with redis_server(users=["alice on >secret ~* -@all +@connection +acl|whoami +get"]) as server:
+        async with opened(server, username="alice", password="secret") as client:
+            assert await client.redis.acl_whoami() == "alice"
+            assert await client.redis.get("key") is None
+            with pytest.raises(exceptions.NoPermissionError):
+                await client.get_with_graceful_degradation(
+                    lambda: client.redis.set("key", "value"), None
+                )
+            assert client.available
+            assert (await check_of(client).check()).message == "Redis is healthy"
+
+
+async def test_the_request_after_a_restart_succeeds(own_redis: RedisServer) -> None:
+    """A connection that ended while it was idle is replaced before it is used."""
+    async with opened(own_redis) as client:
+        await asyncio.gather(*(client.redis.ping() for _ in range(10)))
+        await asyncio.to_thread(own_redis.restart)
+
+        assert await asyncio.gather(*(client.redis.ping() for _ in range(10))) == [True] * 10
+        assert client.traffic.failed == 0
+
+
+async def test_a_request_outlasts_a_kill(own_redis: RedisServer) -> None:
+    """It is under way when the server dies, and is answered by the one started after that."""
+    async with opened(own_redis) as client:
+        await client.redis.ping()
+        own_redis.freeze()
+        request = asyncio.ensure_future(client.redis.set("key", "value"))
+        await until(lambda: client.active)
+        await asyncio.to_thread(own_redis.kill)
+        await asyncio.to_thread(own_redis.start)
+
+        assert await within(10.0, request) is True
+        assert client.traffic.failed == 0
+
+
+async def test_a_loading_server_is_waited_for(own_redis: RedisServer) -> None:
+    """Loading is not ready: the request is tried again, and the check says what is going on."""
+    async with opened(own_redis) as client:
+        await client.redis.set("key", "value")
+        await asyncio.to_thread(own_redis.loading, 1.0)
+        observation = await check_of(client).check()
+
+        assert (str(observation.status), observation.code) == ("fail", "loading")
+        assert observation.message == "Redis is loading its data"
+        assert await within(10.0, client.redis.get("key")) == b"value"
+        assert client.traffic.failed == 0
+
+
+async def test_a_loading_server_is_away_when_it_takes_too_long(own_redis: RedisServer) -> None:
+    """The error is the server's own, and a fallback is given."""
+    # A server that loads answers slowly, between two pieces of its data.
+    async with opened(own_redis, retry_base=0.005, degrade_after=0.1) as client:
+        await asyncio.to_thread(own_redis.loading, 10.0)
+        with pytest.raises(exceptions.BusyLoadingError):
+            await client.redis.get("key")
+
+        assert not client.available
+        assert await client.get_with_graceful_degradation(reader(client), b"else") == b"else"
+
+
+@pytest.mark.parametrize("count", range(0, 150, 10))
+async def test_an_answer_cut_in_the_middle_is_never_taken_for_one(
+    redis: RedisServer, fault_proxy: FaultProxies, count: int
+) -> None:
+    """Wherever the connection ends: in the greeting, in the answer, in the next one."""
+    proxy = fault_proxy(redis.port)
+    redis.command("SET", "a", "a" * 30)
+    redis.command("SET", "b", "b" * 30)
+    held = Possessions()
+    async with opened(proxy, **QUICK) as client:
+        proxy.mode = CutAfter(count)
+        for key in ("a", "b", "a", "b"):
+            try:
+                answer = await within(5.0, client.redis.get(key))
+            except (exceptions.ConnectionError, exceptions.TimeoutError):
+                continue
+            assert answer == key.encode() * 30
+        proxy.mode = PASS
+
+        assert await client.redis.get("b") == b"b" * 30
+    await held.as_before()
+
+
+async def test_a_frozen_server_holds_a_request_only_so_long(own_redis: RedisServer) -> None:
+    """Each attempt ends after the socket timeout, and then there is an error."""
+    async with opened(own_redis, **QUICK) as client:
+        await client.redis.ping()
+        own_redis.freeze()
+        with pytest.raises(exceptions.TimeoutError):
+            await within(5.0, client.redis.get("key"))
+
+        assert not client.available
+
+
+async def test_unsent_data_keeps_no_socket_open(own_redis: RedisServer) -> None:
+    """A polite close would wait until a frozen server has taken all of it."""
+    held = Possessions()
+    async with opened(own_redis, **QUICK) as client:
+        await client.redis.ping()
+        own_redis.freeze()
+        with pytest.raises(exceptions.TimeoutError):
+            await within(20.0, client.redis.set("key", b"x" * 30_000_000))
+    await held.as_before()
+
+
+@pytest.mark.parametrize("turns", [*range(12), 15, 20, 30])
+@pytest.mark.parametrize("opened_before", [False, True], ids=["first request", "open connection"])
+async def test_a_request_may_be_cancelled_at_any_turn(
+    redis: RedisServer, turns: int, *, opened_before: bool
+) -> None:
+    """No place in the pool is lost, no answer goes to somebody else, nothing is left behind."""
+    redis.command("MSET", "a", "a", "b", "b")
+    held = Possessions()
+    async with opened(redis, pool_size=1, pool_timeout=2.0) as client:
+        if opened_before:
+            await client.redis.ping()
+        cut = asyncio.ensure_future(client.redis.get("a"))
+        line = [asyncio.ensure_future(client.redis.get("a")) for _ in range(3)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        cut.cancel()
+        line[1].cancel()
+
+        assert await client.redis.get("b") == b"b"
+        assert await line[0] == await line[2] == b"a"
+        assert (client.active, client.waiting) == (0, 0)
+    await held.as_before()
+
+
+# -- the pool --------------------------------------------------------------------------------
+
+
+async def test_who_comes_when_all_connections_are_in_use_waits_in_line(redis: RedisServer) -> None:
+    """The check warns, and says how many wait; Redis itself is healthy."""
+    async with opened(redis, pool_size=2) as client:
+        check = check_of(client)
+        slow = [asyncio.ensure_future(client.redis.blpop(["none"], 1)) for _ in range(2)]
+        await until(lambda: client.active == 2)
+        line = [asyncio.ensure_future(client.redis.ping()) for _ in range(3)]
+        await until(lambda: client.waiting == 3)
+        observation = await check.check()
+
+        assert (str(observation.status), observation.code) == ("warn", "pool_exhausted")
+        assert observation.message == "Redis is healthy, but 3 requests wait for a connection"
+        assert await asyncio.gather(*line) == [True] * 3
+        assert await asyncio.gather(*slow) == [None] * 2
+        assert (await check.check()).code is None
+
+
+async def test_waiting_in_line_has_an_end(redis: RedisServer) -> None:
+    """It is no outage, but a fallback is better than an error."""
+    async with opened(redis, pool_size=1, pool_timeout=0.05) as client:
+        slow = asyncio.ensure_future(client.redis.blpop(["none"], 1))
+        await until(lambda: client.active)
+        with pytest.raises(exceptions.MaxConnectionsError, match="all 1 connections were in use"):
+            await client.redis.ping()
+
+        assert await client.get_with_graceful_degradation(reader(client), b"else") == b"else"
+        assert client.available
+        slow.cancel()
+
+
+# -- graceful degradation --------------------------------------------------------------------
+
+
+async def test_the_guides_example(own_redis: RedisServer) -> None:
+    """The value when Redis is there, the fallback when it is down."""
+    async with opened(own_redis) as client:
+        await client.redis.set("user:123", "somebody")
+        operation = reader(client, "user:123")
+
+        assert await client.get_with_graceful_degradation(operation, None) == b"somebody"
+        await asyncio.to_thread(own_redis.kill)
+        assert await client.get_with_graceful_degradation(operation, None) is None
+
+
+@pytest.mark.parametrize("loss", ["frozen", "killed"])
+async def test_the_fallback_is_immediate_once_the_loss_is_known(
+    own_redis: RedisServer, loss: str
+) -> None:
+    """The first call is bounded; those after it take no time, and one doubt is reported."""
+    doubts: list[None] = []
+    async with opened(own_redis, on_doubt=lambda: doubts.append(None)) as client:
+        await client.redis.set("key", "value")
+        await asyncio.to_thread(own_redis.freeze if loss == "frozen" else own_redis.kill)
+        began = time.monotonic()
+        first = await client.get_with_graceful_degradation(reader(client), b"else")
+        bounded = time.monotonic() - began
+        times = []
+        for _ in range(100):
+            began = time.monotonic()
+            assert await client.get_with_graceful_degradation(reader(client), b"else") == b"else"
+            times.append(time.monotonic() - began)
+
+        assert first == b"else"
+        assert bounded < 1.5
+        assert max(times) < 0.1
+        assert len(doubts) == 1
+
+
+@pytest.mark.parametrize("loss", ["frozen", "killed", "flushed", "restarted"])
+async def test_cached_reads_recover_by_themselves(own_redis: RedisServer, loss: str) -> None:
+    """The check finds Redis again, and with it the reads."""
+    async with opened(own_redis, **QUICK) as client:
+        check = check_of(client)
+        await client.redis.set("key", "value")
+        match loss:
+            case "frozen":
+                own_redis.freeze()
+                assert await client.get_with_graceful_degradation(reader(client), None) is None
+                own_redis.thaw()
+            case "killed":
+                await asyncio.to_thread(own_redis.kill)
+                assert await client.get_with_graceful_degradation(reader(client), None) is None
+                await asyncio.to_thread(own_redis.start)
+            case "restarted":
+                await asyncio.to_thread(own_redis.restart)
+            case _:
+                own_redis.flush()
+                assert await client.get_with_graceful_degradation(reader(client), None) is None
+        await seen(check, None)
+
+        assert client.available
+        await client.get_with_graceful_degradation(lambda: client.redis.set("key", "new"), None)
+        assert await client.get_with_graceful_degradation(reader(client), None) == b"new"
+
+
+async def test_the_check_learns_of_a_loss_before_any_request(own_redis: RedisServer) -> None:
+    """An idle client knows as well, without being asked in doubt."""
+    doubts: list[None] = []
+    async with opened(own_redis, on_doubt=lambda: doubts.append(None)) as client:
+        check = check_of(client)
+        await check.check()
+        own_redis.freeze()
+        with pytest.raises(TimeoutError):
+            await within(0.2, check.check())
+        known = not client.available
+        own_redis.thaw()
+
+        assert known
+        assert doubts == []
+
+
+async def test_errors_that_are_not_an_outage_reach_the_caller(redis: RedisServer) -> None:
+    """A key of another type, and a mistake in the operation."""
+    async with opened(redis) as client:
+        await client.redis.set("key", "text")
+
+        async def fails() -> None:
+            raise KeyError("bug")
+
+        async def takes_long_elsewhere() -> None:
+            raise TimeoutError
+
+        with pytest.raises(exceptions.ResponseError):
+            await client.get_with_graceful_degradation(lambda: client.redis.lpop("key"), None)
+        with pytest.raises(KeyError):
+            await client.get_with_graceful_degradation(fails, None)
+        with pytest.raises(TimeoutError):
+            await client.get_with_graceful_degradation(takes_long_elsewhere, None)
+        with pytest.raises(TypeError):
+            await client.get_with_graceful_degradation(cast("Any", 3), None)
+        assert client.available
+
+
+async def test_a_slow_operation_is_no_outage_while_redis_answers_others(redis: RedisServer) -> None:
+    """It gets the fallback, and nobody else does."""
+    doubts: list[None] = []
+    async with opened(redis, on_doubt=lambda: doubts.append(None), **QUICK) as client:
+
+        async def slow() -> bytes:
+            while True:
+                await client.redis.ping()
+                await asyncio.sleep(0.001)
+
+        assert await client.get_with_graceful_degradation(slow, b"else") == b"else"
+        assert client.available
+        assert len(doubts) == 1
+
+
+async def test_cancellation_goes_through(own_redis: RedisServer) -> None:
+    """A caller who leaves gets no fallback."""
+    async with opened(own_redis) as client:
+        await client.redis.ping()
+        own_redis.freeze()
+        call = asyncio.create_task(client.get_with_graceful_degradation(reader(client), None))
+        await until(lambda: client.active)
+        call.cancel()
+        await asyncio.wait({call})
+
+        assert call.cancelled()
+        assert client.available
+
+
+async def test_fifty_freezes_leave_nothing_behind(own_redis: RedisServer) -> None:
+    """No task, connection or file; and each time everything works again afterwards."""
+    async with opened(own_redis, **QUICK) as client:
+        check = check_of(client)
+        await asyncio.gather(*(client.redis.ping() for _ in range(5)))
+        await check.check()
+        held = Possessions()
+        for cycle in range(50):
+            own_redis.freeze()
+            cut = asyncio.create_task(check.check())
+            reads = [
+                asyncio.create_task(client.get_with_graceful_degradation(reader(client), b"else"))
+                for _ in range(5)
+            ]
+            for _ in range(cycle):
+                await asyncio.sleep(0)
+            cut.cancel()
+            assert await asyncio.gather(*reads) == [b"else"] * 5
+            own_redis.thaw()
+            await seen(check, None)
+            assert await client.redis.set("key", cycle) is True
+            assert await client.redis.get("key") == b"%d" % cycle
+            assert await client.redis.delete("key") == 1
+        await held.as_before()
+        clients = str(own_redis.command("CLIENT", "LIST")).count("name=viralfx")
+
+    assert clients <= 6
+
+
+# -- closing ---------------------------------------------------------------------------------
+
+
+async def test_closing_lets_requests_end_and_refuses_new_ones(redis: RedisServer) -> None:
+    """What comes later fails at once and opens nothing."""
+    held = Possessions()
+    async with opened(redis) as client:
+        check = check_of(client)
+        await check.check()
+        slow = asyncio.ensure_future(client.redis.blpop(["none"], 0.3))
+        await until(lambda: client.active)
+        await within(5.0, CloseRedis(client).run(10.0))
+
+        assert await slow is None
+        with pytest.raises(ClientClosedError):
+            await within(0.5, client.redis.get("key"))
+        assert (await check.check()).code == "lost"
+        await held.as_before()
+
+
+async def test_closing_cuts_what_hangs(
+    own_redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Within its budget, and says so."""
+    held = Possessions()
+    async with opened(own_redis) as client:
+        await client.redis.ping()
+        own_redis.freeze()
+        hanging = asyncio.ensure_future(client.redis.get("key"))
+        await until(lambda: client.active)
+        await within(1.0, CloseRedis(client).run(0.4))
+
+        with pytest.raises(exceptions.ConnectionError):
+            await within(2.0, hanging)
+        assert [record.message for record in caplog.records] == ["Redis requests were cut"]
+    await held.as_before()
+
+
+# -- where it is -----------------------------------------------------------------------------
+
+
+async def test_a_name_with_two_addresses_that_both_refuse_is_refused(
+    own_redis: RedisServer,
+) -> None:
+    """As localhost has where there is IPv6."""
+    port = own_redis.port
+    own_redis.stop()
+    async with opened_with(RedisConfig(host="localhost", port=port)) as client:
+        assert (await check_of(client).check()).code == "refused"
+
+
+async def test_an_unknown_host_is_unreachable() -> None:
+    """And raises nothing when the client is made."""
+    async with opened_with(RedisConfig(host="redis.invalid", **QUICK)) as client:
+        observation = await within(20.0, check_of(client).check())
+
+        assert observation.code == "unreachable"
+        assert "redis.invalid" not in observation.message
+
+
+async def test_a_host_that_swallows_everything_times_out(
+    redis: RedisServer, fault_proxy: FaultProxies
+) -> None:
+    """As behind a firewall that drops; and it is found again afterwards."""
+    proxy = fault_proxy(redis.port)
+    async with opened(proxy, **QUICK) as client:
+        proxy.mode = BLACKHOLE
+        check = check_of(client)
+        assert (await within(5.0, check.check())).code == "timeout"
+        proxy.mode = REFUSE
+        assert (await within(5.0, check.check())).code == "refused"
+        proxy.mode = PASS
+        assert (await within(5.0, check.check())).code is None
