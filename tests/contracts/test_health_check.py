@@ -95,7 +95,7 @@ async def _postgres(clock: Clock, request: pytest.FixtureRequest) -> AsyncIterat
 
 
 @asynccontextmanager
-async def redis(clock: Clock) -> AsyncIterator[HealthCheck]:
+async def _redis(clock: Clock, _: pytest.FixtureRequest) -> AsyncIterator[HealthCheck]:
     """Look at a real server."""
     with or_skip(), redis_server() as server:
         client = RedisClient(RedisConfig(host=server.host, port=server.port), clock=clock)
@@ -110,7 +110,7 @@ ADAPTERS = [
     Adapter("postgres", _postgres, DATABASE),
     Adapter("memory redis", plain(MemoryRedis), REDIS),
     Adapter("process memory", plain(lambda _: ProcessMemory()), MEMORY),
-    Adapter("redis", redis, REDIS),
+    Adapter("redis", _redis, REDIS),
     Adapter("memory queues", plain(lambda _: MemoryQueues(["default", "slow"])), QUEUES),
 ]
 

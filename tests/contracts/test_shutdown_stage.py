@@ -150,12 +150,16 @@ def _redis_client(clock: Clock, server: RedisServer) -> RedisClient:
 
 
 @asynccontextmanager
-async def _unused_redis(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
+async def _unused_redis(
+    clock: Clock, _: Path, __: pytest.FixtureRequest
+) -> AsyncIterator[ShutdownStage]:
     yield CloseRedis(RedisClient(RedisConfig(), clock=clock))
 
 
 @asynccontextmanager
-async def _used_redis(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
+async def _used_redis(
+    clock: Clock, _: Path, __: pytest.FixtureRequest
+) -> AsyncIterator[ShutdownStage]:
     with or_skip(), redis_server() as server:
         client = _redis_client(clock, server)
         await client.redis.set("key", "value")
@@ -165,7 +169,9 @@ async def _used_redis(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
 
 
 @asynccontextmanager
-async def _frozen_redis(clock: Clock, _: Path) -> AsyncIterator[ShutdownStage]:
+async def _frozen_redis(
+    clock: Clock, _: Path, __: pytest.FixtureRequest
+) -> AsyncIterator[ShutdownStage]:
     with or_skip(), redis_server() as server:
         client = _redis_client(clock, server)
         await client.redis.set("key", "value")
