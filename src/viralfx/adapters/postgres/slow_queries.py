@@ -10,20 +10,24 @@ from viralfx.adapters.postgres.errors import is_loss
 
 _logger = logging.getLogger("viralfx.database")
 
-_LONGEST = 2000
-"""Characters of a statement that are logged."""
+_READ, _LONGEST = 10_000, 2_000
+"""Characters of a statement that are looked at, and that are logged."""
 
-# In the order in which one hides another: comments and quoted text before numbers.
+# Names as Postgres's own scanner reads them: every character beyond ASCII may be in one. In doubt
+# too much counts as a value: where a backslash stands before a quote, a setting of the server
+# decides what it means, and what is in a comment in a comment is not worth a stack.
+_FIRST, _NEXT = r"[A-Za-z_\x80-\U0010FFFF]", r"\w\x80-\U0010FFFF"
 _PARTS = re.compile(
-    r"""
-    (?P<comment> --[^\n]* | /\*.*?\*/ )
-  | (?P<name> "(?:[^"]|"")*" | \$[0-9]+ | [^\W\d][\w$]* (?<!\b[eE]) (?<!\b[uU]&) (?!') )
+    rf"""
+    (?P<comment> --[^\n\r]*+ | /\*(?:[^*/]|\*(?!/)|/(?!\*))*+\*/ )
   | (?P<value>
-        [eE]'(?:[^'\\]|\\.|'')*' | (?:[bBxXnN]|[uU]&)?'(?:[^']|'')*'
-      | \$(?P<tag>[^\W\d]\w*)?\$.*?\$(?(tag)(?P=tag))\$
-      | (?:0[xX][0-9a-fA-F_]+|[0-9][0-9_]*\.?[0-9_]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+)
+        [eE]'(?:[^'\\]|\\.|'')*+'
+      | (?:[bBxXnN]|[uU]&)?'(?:[^'\\]|\\(?!')|'')*+'
+      | \$(?P<tag>(?:{_FIRST}[{_NEXT}]*+)?)\$ .*? \$(?P=tag)\$
+      | \.?[0-9](?:[eE][+-](?=[0-9])|[\w.])*+
     )
-  | (?P<open> ' .* )
+  | (?P<kept> (?:[uU]&)?"(?:[^"]|"")*+" | \$[0-9]++ | {_FIRST}[{_NEXT}$]*+ )
+  | (?P<endless> (?: ['"] | /\* | \$(?:{_FIRST}[{_NEXT}]*+)?\$ ) .* )
     """,
     re.VERBOSE | re.DOTALL,
 )
@@ -64,14 +68,13 @@ def without_values(statement: str) -> str:
     Values sent beside the statement are in none of it anyway. What cannot be understood to its
     end is left out from there.
     """
-    text = _PARTS.sub(_replacement, statement)
+    text = _PARTS.sub(_replacement, statement[:_READ])
     text = " ".join(text.split())
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+    whole = len(statement) <= _READ and len(text) <= _LONGEST
+    return text if whole else text[:_LONGEST] + " ..."
 
 
 def _replacement(match: re.Match[str]) -> str:
     if match["comment"] is not None:
         return " "
-    if match["name"] is not None:
-        return match["name"]
-    return "?"
+    return match["kept"] or "?"
