@@ -48,7 +48,8 @@ class PostgresConfig:
         if self.statement_timeout:
             settings["statement_timeout"] = str(max(1, round(self.statement_timeout * 1000)))
         if self.schema:
-            settings["search_path"] = self.schema
+            quoted = self.schema.replace('"', '""')
+            settings["search_path"] = f'"{quoted}"'
         return {
             "host": self.host,
             "port": self.port,

@@ -27,8 +27,13 @@ class Trouble:
 
 _BY_CLASS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Trouble], ...] = (
     (
-        pg.InvalidAuthorizationSpecificationError,
+        pg.InvalidPasswordError,
         Trouble("auth", "refuses the user or password", "check the user and password"),
+    ),
+    (
+        # No such user where no password is asked for, or no rule for it, from here, without TLS.
+        pg.InvalidAuthorizationSpecificationError,
+        Trouble("auth", "does not let this user in", "check user, pg_hba.conf and DB_TLS_MODE"),
     ),
     (
         pg.InvalidCatalogNameError,
@@ -63,7 +68,8 @@ _BY_CLASS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Tr
         Trouble("tls", "cannot be trusted over TLS", "check DB_TLS_MODE and DB_TLS_CA_FILE"),
     ),
     (
-        socket.gaierror,
+        # The second is what no name of a host can look like.
+        (socket.gaierror, UnicodeError),
         Trouble("unreachable", "has a host name that is not known", "check the host"),
     ),
     (
@@ -83,6 +89,11 @@ _BY_CLASS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Tr
         Trouble("unreachable", "has no socket in that folder", "check the folder"),
     ),
 )
+_TLS_OTHER_NAME = Trouble(
+    "tls", "shows a certificate for another host", "check the host, or see DB_TLS_MODE"
+)
+_OTHER_NAME = {62, 64}
+"""OpenSSL's numbers for a host name and for an address that the certificate is not for."""
 _TLS_REFUSED = Trouble("tls", "speaks no TLS", "turn it on there, or see DB_TLS_MODE")
 _UNREACHABLE = Trouble("unreachable", "cannot be reached", "check the host and the network")
 _UNKNOWN = Trouble("error", "failed", "the log has the error")
@@ -90,17 +101,23 @@ _UNKNOWN = Trouble("error", "failed", "the log has the error")
 
 def explain(error: BaseException) -> Trouble:
     """Say what an error means, for a check's code and a person's eyes."""
-    text = str(error)
-    if isinstance(error, ConnectionError) and "SSL upgrade" in text:
+    if _refuses_tls(error):
         return _TLS_REFUSED
+    if getattr(error, "verify_code", None) in _OTHER_NAME:
+        return _TLS_OTHER_NAME
     for kinds, trouble in _BY_CLASS:
         if isinstance(error, kinds):
             return trouble
     if isinstance(error, OSError):
         # Several addresses of one name, all tried, come as one error with its parts as text.
+        text = str(error)
         refused = "Connect call failed" in text or "Connection refused" in text
         return explain(ConnectionRefusedError()) if refused else _UNREACHABLE
     return _UNKNOWN
+
+
+def _refuses_tls(error: BaseException) -> bool:
+    return isinstance(error, ConnectionError) and "SSL upgrade" in str(error)
 
 
 _TRANSIENT = (
@@ -119,21 +136,24 @@ def is_transient(error: BaseException) -> bool:
     """Tell whether the same call may well succeed soon.
 
     That is: connections lost or refused, a server that restarts or has no connection left, and
-    transactions that lost against another (SQLSTATE classes 08 and 40, 53300, 57P01-57P03; see
-    "PostgreSQL Error Codes" in its manual). A pool that gave out no connection in time is not: who
-    waited that long must not double the queue.
+    transactions that lost against another (SQLSTATE class 08, 40001, 40P01, 53300, 57P01-57P03;
+    see "PostgreSQL Error Codes" in its manual). A pool that gave out no connection in time is not:
+    who waited that long must not double the queue.
     """
-    if isinstance(error, _NEVER):
+    if isinstance(error, _NEVER) or _refuses_tls(error):
         return False
     if isinstance(error, InterfaceError):
-        # The driver's word for a connection that is gone; its other uses are mistakes in the code.
-        return "closed" in str(error)
+        # The driver's words for a connection that is gone, and so went back to the pool, which has
+        # none of ours in use; its other uses are mistakes in the code, or a pool that is closed.
+        text = str(error)
+        return "connection" in text and ("closed" in text or "released back" in text)
     return isinstance(error, (*_TRANSIENT, OSError))
 
 
 def is_rolled_back(error: BaseException) -> bool:
     """Tell whether the server itself said that the transaction had no effect."""
-    lost = (pg.PostgresConnectionError, pg.AdminShutdownError, pg.CrashShutdownError)
+    unknown = pg.StatementCompletionUnknownError
+    lost = (pg.PostgresConnectionError, pg.AdminShutdownError, pg.CrashShutdownError, unknown)
     return isinstance(error, PostgresError) and not isinstance(error, lost)
 
 

@@ -1,0 +1,190 @@
+"""What errors of Postgres, its driver and the network mean."""
+
+import asyncio
+import re
+import socket
+import ssl
+
+import asyncpg
+import pytest
+from asyncpg import exceptions as pg
+
+from viralfx.adapters.postgres.errors import (
+    PoolTimeoutError,
+    explain,
+    is_loss,
+    is_rolled_back,
+    is_transient,
+)
+
+SECRET = "hunter2"
+
+
+def other_name(code: int) -> ssl.SSLCertVerificationError:
+    """Return an error about a certificate for somebody else."""
+    error = ssl.SSLCertVerificationError(1, SECRET)
+    error.verify_code = code
+    return error
+
+
+CODES: list[tuple[BaseException, str]] = [
+    (pg.InvalidPasswordError(SECRET), "auth"),
+    (pg.InvalidAuthorizationSpecificationError(SECRET), "auth"),
+    (pg.InvalidCatalogNameError(SECRET), "no_database"),
+    (pg.TooManyConnectionsError(SECRET), "too_many_connections"),
+    (pg.CannotConnectNowError(SECRET), "restarting"),
+    (pg.AdminShutdownError(SECRET), "restarting"),
+    (pg.CrashShutdownError(SECRET), "restarting"),
+    (pg.InsufficientPrivilegeError(SECRET), "forbidden"),
+    (pg.QueryCanceledError(SECRET), "timeout"),
+    (pg.ReadOnlySQLTransactionError(SECRET), "read_only"),
+    (ssl.SSLError(1, SECRET), "tls"),
+    (ssl.SSLCertVerificationError(1, SECRET), "tls"),
+    (other_name(62), "tls"),
+    (other_name(64), "tls"),
+    (ConnectionError(f'PostgreSQL server at "{SECRET}" rejected SSL upgrade'), "tls"),
+    (socket.gaierror(-2, SECRET), "unreachable"),
+    (UnicodeError(SECRET), "unreachable"),
+    (FileNotFoundError(2, SECRET), "unreachable"),
+    (OSError(113, SECRET), "unreachable"),
+    (PermissionError(13, SECRET), "unreachable"),
+    (ConnectionRefusedError(111, SECRET), "refused"),
+    (OSError(f"Multiple exceptions: [Errno 111] Connect call failed ('{SECRET}', 1)"), "refused"),
+    (TimeoutError(), "timeout"),
+    (PoolTimeoutError(SECRET), "timeout"),
+    (pg.ConnectionDoesNotExistError(SECRET), "lost"),
+    (ConnectionResetError(104, SECRET), "lost"),
+    (asyncpg.InterfaceError("connection is closed"), "lost"),
+    (pg.UniqueViolationError(SECRET), "error"),
+    (pg.UndefinedTableError(SECRET), "error"),
+    (ValueError(SECRET), "error"),
+    (KeyError(), "error"),
+]
+
+RELEASED = (
+    "cannot call Connection.fetch(): connection has been released back to the pool",
+    "cannot call Cursor.fetch(): the underlying connection has been released back to the pool",
+    "cannot call Transaction.commit(): the underlying connection is closed",
+    "cannot perform operation: connection is closed",
+    "connection is closed",
+)
+TRANSIENT: list[BaseException] = [
+    pg.SerializationError(),
+    pg.DeadlockDetectedError(),
+    pg.TooManyConnectionsError(),
+    pg.AdminShutdownError(),
+    pg.CrashShutdownError(),
+    pg.CannotConnectNowError(),
+    pg.PostgresConnectionError(),
+    pg.ConnectionDoesNotExistError(),
+    ConnectionRefusedError(),
+    ConnectionResetError(),
+    TimeoutError(),
+    OSError(113, "No route to host"),
+    *map(asyncpg.InterfaceError, RELEASED),
+]
+PERMANENT: list[BaseException] = [
+    pg.UniqueViolationError(),
+    pg.QueryCanceledError(),
+    pg.PostgresSyntaxError(),
+    pg.InvalidPasswordError(),
+    pg.ReadOnlySQLTransactionError(),
+    pg.InFailedSQLTransactionError(),
+    pg.TransactionIntegrityConstraintViolationError(),
+    pg.StatementCompletionUnknownError(),
+    PoolTimeoutError(),
+    ssl.SSLError(),
+    ConnectionError("server rejected SSL upgrade"),
+    socket.gaierror(),
+    PermissionError(),
+    FileNotFoundError(),
+    asyncpg.InterfaceError("the server expects 1 argument for this query, 0 were passed"),
+    asyncpg.InterfaceError("cannot perform operation: another operation is in progress"),
+    asyncpg.InterfaceError("pool is closing"),
+    asyncpg.InterfaceError("the database's pool is closed"),
+    ValueError(),
+    asyncio.CancelledError(),
+]
+ALL = [*(error for error, _ in CODES), *TRANSIENT, *PERMANENT]
+
+
+def named(errors: list[BaseException]) -> list[str]:
+    """Return what tests are called after."""
+    return [f"{number} {type(error).__name__}" for number, error in enumerate(errors)]
+
+
+@pytest.mark.parametrize(("error", "code"), CODES, ids=named([error for error, _ in CODES]))
+def test_each_error_has_its_code(error: BaseException, code: str) -> None:
+    """The code is what a person searches for."""
+    assert explain(error).code == code
+
+
+@pytest.mark.parametrize("error", ALL, ids=named(ALL))
+def test_an_explanation_holds_nothing_of_the_error(error: BaseException) -> None:
+    """Anybody may read it, and errors quote data: one line of ours, and a machine's word."""
+    trouble = explain(error)
+
+    assert re.fullmatch(r"[a-z][a-z_]*", trouble.code)
+    assert SECRET not in f"{trouble}"
+    for text in (trouble.problem, trouble.remedy):
+        assert text.strip() == text
+        assert "\n" not in text
+
+
+@pytest.mark.parametrize("error", TRANSIENT, ids=named(TRANSIENT))
+def test_transient_errors_are_worth_another_attempt(error: BaseException) -> None:
+    """They say nothing about the statement."""
+    assert is_transient(error)
+
+
+@pytest.mark.parametrize("error", PERMANENT, ids=named(PERMANENT))
+def test_permanent_errors_are_not(error: BaseException) -> None:
+    """They would come again, or nobody knows what became of the statement."""
+    assert not is_transient(error)
+    assert not is_loss(error)
+
+
+def test_who_lost_against_another_transaction_has_not_lost_the_database() -> None:
+    """Everything else that is transient is a reason to look at it."""
+    told = [type(error) for error in TRANSIENT if not is_loss(error)]
+
+    assert told == [pg.SerializationError, pg.DeadlockDetectedError]
+
+
+@pytest.mark.parametrize(
+    ("error", "rolled_back"),
+    [
+        (pg.SerializationError(), True),
+        (pg.DeadlockDetectedError(), True),
+        (pg.UniqueViolationError(), True),
+        (pg.TransactionRollbackError(), True),
+        (pg.StatementCompletionUnknownError(), False),
+        (pg.TransactionResolutionUnknownError(), False),
+        (pg.ConnectionDoesNotExistError(), False),
+        (pg.AdminShutdownError(), False),
+        (pg.CrashShutdownError(), False),
+        (asyncpg.InterfaceError("connection is closed"), False),
+        (ConnectionResetError(), False),
+        (TimeoutError(), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
+)
+def test_only_the_servers_word_counts_for_a_rollback(
+    error: BaseException, *, rolled_back: bool
+) -> None:
+    """Whoever was cut off during COMMIT does not know."""
+    assert is_rolled_back(error) == rolled_back
+
+
+def test_every_error_of_the_driver_is_classified() -> None:
+    """None of its classes makes the functions raise, and each has a code."""
+    kinds = [
+        kind
+        for kind in vars(pg).values()
+        if isinstance(kind, type) and issubclass(kind, asyncpg.PostgresError)
+    ]
+    assert len(kinds) > 200
+    for kind in kinds:
+        error = kind(SECRET)
+        is_transient(error), is_rolled_back(error)
+        assert SECRET not in f"{explain(error)}"
