@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 import asyncpg
 from asyncpg.connection import Connection
 from asyncpg.pool import Pool, PoolConnectionProxy
+from asyncpg.transaction import Transaction
 
 from viralfx.adapters.postgres.config import PostgresConfig
 from viralfx.adapters.postgres.errors import (
@@ -18,6 +19,7 @@ from viralfx.adapters.postgres.errors import (
     is_rolled_back,
     retry_policy,
 )
+from viralfx.adapters.postgres.refilling import quiet_refilling
 from viralfx.adapters.postgres.slow_queries import SlowQueryLog
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import StartupError
@@ -51,12 +53,13 @@ class PostgresDatabase:
         self._arguments = config.connect_arguments()
         self._clock = clock
         self.on_doubt = on_doubt
-        self._slow = SlowQueryLog(config.slow_query_threshold, self._doubt)
+        self._slow = SlowQueryLog(config.slow_query_threshold)
         self._pool: Pool[Any] | None = None
         self._closed = False
         self._in_use = 0
         self._waiting = 0
         self._failed_connections = 0
+        quiet_refilling()
 
     # -- life --------------------------------------------------------------------------------
 
@@ -72,11 +75,13 @@ class PostgresDatabase:
             pool = self._new_pool()
             try:
                 _ = await pool
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            except Exception as error:
+                # Every one: how a driver can fail on what speaks no Postgres has no end.
                 pool.terminate()
                 trouble = explain(error)
                 _logger.warning(
                     "Database connection attempt failed",
+                    exc_info=error if trouble.code == "error" else None,
                     extra={"attempt": attempt, "attempts": attempts, "code": trouble.code},
                 )
                 if attempt == attempts:
@@ -156,17 +161,18 @@ class PostgresDatabase:
     async def _in_transaction(self, operation: Callable[[Lease], Awaitable[T]]) -> T:
         async with self.acquire() as connection:
             transaction = connection.transaction()
-            await transaction.start()
             try:
+                await transaction.start()
                 result = await operation(connection)
             except BaseException:
-                with contextlib.suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-                    await transaction.rollback()
+                await _roll_back(connection, transaction)
                 raise
+            # Raises, as the commit would, where the connection has gone back to the pool.
+            can_be_sent = not connection.is_closed()
             try:
                 await transaction.commit()
             except Exception as error:
-                if not is_rolled_back(error):
+                if can_be_sent and not is_rolled_back(error):
                     error.maybe_applied = True  # type: ignore[attr-defined]  # read by the retrier
                 raise
             return result
@@ -182,6 +188,11 @@ class PostgresDatabase:
     def idle_connections(self) -> int:
         """Connections of the pool that are open and wait to be used."""
         return self._pool.get_idle_size() if self._pool is not None else 0
+
+    @property
+    def in_use(self) -> int:
+        """Connections that callers hold, those included that were lost meanwhile."""
+        return self._in_use
 
     @property
     def waiting(self) -> int:
@@ -211,6 +222,8 @@ class PostgresDatabase:
         except Exception:
             self._failed_connections += 1
             raise
+        # Also where nobody is at it: that is when a server stops or is cut off.
+        connection.add_termination_listener(self._terminated)
         return connection
 
     def _new_pool(self) -> "Pool[Any]":
@@ -221,6 +234,8 @@ class PostgresDatabase:
 
         return asyncpg.create_pool(
             connect=connect,
+            # One at least, or a pool that may be empty would never show that nothing can be had.
+            init_size=max(1, self.config.pool_min),
             min_size=self.config.pool_min,
             max_size=self.config.pool_max,
         )
@@ -233,25 +248,40 @@ class PostgresDatabase:
 
     async def _take(self, pool: "Pool[Any]") -> Lease:
         self._waiting += 1
+        limit = self.config.pool_timeout
+        waiting = asyncio.timeout(limit)
         try:
-            return await pool.acquire(timeout=self.config.pool_timeout)
-        except TimeoutError as error:
-            self._doubt()
-            size = self.config.pool_max
-            raise PoolTimeoutError(
-                f"Connection timeout: no database connection within {self.config.pool_timeout:g} s"
-                f" ({self._in_use} of {size} in use, {self._waiting - 1} others wait)"
-            ) from error
+            async with waiting:
+                return await pool.acquire()
         except Exception as error:
-            if is_loss(error):
+            if is_loss(error) or waiting.expired():
                 self._doubt()
-            raise
+            if not waiting.expired():
+                raise
+            raise PoolTimeoutError(
+                f"Connection timeout: no database connection within {limit:g} s ({self._in_use} of"
+                f" {self.config.pool_max} in use, {self._waiting - 1} others wait)"
+            ) from error
         finally:
             self._waiting -= 1
+
+    def _terminated(self, _: object) -> None:
+        self._doubt()
 
     def _doubt(self) -> None:
         if not self._closed:
             self.on_doubt()
+
+
+async def _roll_back(connection: Lease, transaction: Transaction) -> None:
+    try:
+        async with asyncio.timeout(_GIVE_BACK):
+            await transaction.rollback()
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        # A server that does not answer must not hold whoever was cancelled; without its
+        # connection it rolls back by itself.
+        with contextlib.suppress(asyncpg.InterfaceError):  # it is gone already
+            connection.terminate()
 
 
 async def _give_back(pool: "Pool[Any]", connection: Lease) -> None:

@@ -65,16 +65,18 @@ class PostgresHealthCheck:
             if pending:
                 return self._observe(
                     Status.FAIL,
-                    f"Database schema is behind: {len(pending)} migrations are pending;"
+                    f"Database schema is behind: {', '.join(pending)} pending;"
                     " run `viralfx migrate`",
                     "schema_behind",
                 )
             self._schema_is_current = True
-        # As cheap as SELECT 1, and tells a replica from the primary.
-        question = connection.fetchval("SELECT pg_catalog.pg_is_in_recovery()")
-        if await _answer(connection, question):
+        # As cheap as SELECT 1, and tells a primary from a replica, or from one that was set so.
+        question = "SELECT pg_catalog.current_setting('transaction_read_only')"
+        if await _answer(connection, connection.fetchval(question)) != "off":
             return self._observe(
-                Status.WARN, "Database is a replica that accepts no writes", "read_only"
+                Status.WARN,
+                "Database accepts no writes: it is a replica, or was set to read only",
+                "read_only",
             )
         config, waiting = self._database.config, self._database.waiting
         if waiting and self._active >= config.pool_max:

@@ -2,11 +2,8 @@
 
 import logging
 import re
-from collections.abc import Callable
 
 from asyncpg.connection import LoggedQuery
-
-from viralfx.adapters.postgres.errors import is_loss
 
 _logger = logging.getLogger("viralfx.database")
 
@@ -34,22 +31,19 @@ _PARTS = re.compile(
 
 
 class SlowQueryLog:
-    """Looks at each query that ended: counts and logs the slow, and reports what looks like loss.
+    """Looks at each query that ended: counts and logs the slow ones.
 
     It is called by the driver after the query, in the context of the task that made it.
     """
 
-    def __init__(self, threshold: float, on_doubt: Callable[[], None]) -> None:
+    def __init__(self, threshold: float) -> None:
         """Take the ``threshold`` in seconds (0: nothing is slow)."""
         self._threshold = threshold
-        self._on_doubt = on_doubt
         self.count = 0
         """How many there were."""
 
     def __call__(self, query: LoggedQuery) -> None:
         """Take in one query."""
-        if query.exception is not None and is_loss(query.exception):
-            self._on_doubt()
         if not self._threshold or query.elapsed < self._threshold:
             return
         self.count += 1

@@ -33,7 +33,10 @@ class ClosePostgres:
             self._database.terminate()
             closing.cancel()
             raise
-        in_use = self._database.total_connections - self._database.idle_connections
+        in_use = self._database.in_use
         self._database.terminate()
         closing.cancel()
-        raise WorkLostError(f"{in_use} database connections were still in use and were cut")
+        if in_use:
+            raise WorkLostError(f"{in_use} database connections were still in use and were cut")
+        # Nothing is lost with a server that does not take leave.
+        _logger.warning("Database connections cut: the server does not answer")

@@ -5,7 +5,7 @@ import logging
 import asyncpg
 import msgspec
 
-from viralfx.adapters.postgres.database import PostgresDatabase
+from viralfx.adapters.postgres.database import Lease, PostgresDatabase
 from viralfx.domain.state import SavedState
 
 _logger = logging.getLogger("viralfx.state")
@@ -50,6 +50,9 @@ class PostgresStateStore:
     async def save(self, state: SavedState) -> None:
         """Replace this instance's row; raises what the driver does when it cannot."""
         content = msgspec.json.encode(state).decode()
-        async with self._database.acquire() as connection, connection.transaction():
+
+        async def write(connection: Lease) -> None:
             await connection.execute(_SAVE, self._instance, content)
             await connection.execute(_PRUNE)
+
+        await self._database.execute_with_retry(write, idempotent=True)
