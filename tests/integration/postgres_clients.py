@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -113,6 +113,45 @@ def sessions(database: Database, application_name: str = "viralfx") -> list[int]
         "select pid, application_name from pg_stat_activity where datname = current_database()"
     )
     return sorted(pid for pid, name in rows if name == application_name)
+
+
+def active(database: Database) -> list[int]:
+    """Return the server's processes that run a statement of the pool's."""
+    rows = database.execute(
+        "select pid from pg_stat_activity where datname = current_database()"
+        " and application_name = 'viralfx' and state = 'active'"
+    )
+    return [pid for (pid,) in rows]
+
+
+async def ask(database: PostgresDatabase, statement: str) -> None:
+    """Run one statement on a connection of the pool."""
+    async with database.acquire() as connection:
+        await connection.execute(statement)
+
+
+async def use(database: PostgresDatabase) -> None:
+    """Use a connection of the pool as shortly as possible."""
+    await ask(database, "select 1")
+
+
+async def all_can_be_taken(database: PostgresDatabase) -> None:
+    """Take every connection that there may be at once, and use it."""
+    async with AsyncExitStack() as stack:
+        for _ in range(database.config.pool_max):
+            connection = await stack.enter_async_context(database.acquire())
+            assert await connection.fetchval("select 1") == 1
+
+
+class Doubts:
+    """Counts how often a check was asked for."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> None:
+        """Ask for one."""
+        self.count += 1
 
 
 class Possessions:
