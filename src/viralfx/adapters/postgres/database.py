@@ -12,6 +12,7 @@ from asyncpg.pool import Pool, PoolConnectionProxy
 from asyncpg.transaction import Transaction
 
 from viralfx.adapters.postgres.config import PostgresConfig
+from viralfx.adapters.postgres.connection import CheckedConnection
 from viralfx.adapters.postgres.errors import (
     PoolTimeoutError,
     explain,
@@ -234,6 +235,7 @@ class PostgresDatabase:
 
         return asyncpg.create_pool(
             connect=connect,
+            connection_class=CheckedConnection,
             # One at least, or a pool that may be empty would never show that nothing can be had.
             init_size=max(1, self.config.pool_min),
             min_size=self.config.pool_min,
