@@ -33,7 +33,9 @@ _PARTS = re.compile(
 class SlowQueryLog:
     """Looks at each query that ended: counts and logs the slow ones.
 
-    It is called by the driver after the query, in the context of the task that made it.
+    It is called by the driver after the query, in the context of the task that made it. About
+    cursors, prepared statements and COPY the driver says nothing, nor about a query that ended
+    with its connection.
     """
 
     def __init__(self, threshold: float) -> None:
