@@ -46,7 +46,7 @@ BOTH_REFUSED = OSError(
         (exceptions.AuthenticationError("WRONGPASS"), "auth"),
         (exceptions.NoPermissionError("NOPERM"), "auth"),
         (caused(ssl.SSLCertVerificationError("self-signed")), "tls"),
-        (caused(FileNotFoundError(errno.ENOENT, "no file", "ca.pem")), "tls"),
+        (caused(PermissionError(errno.EPERM, "packet filter")), "unreachable"),
         (exceptions.BusyLoadingError("LOADING"), "loading"),
         (caused(ConnectionResetError(errno.ECONNRESET, "reset")), "lost"),
         (exceptions.ConnectionError("Connection closed by server."), "lost"),

@@ -35,8 +35,13 @@ class TlsContext:
 
     @cached_property
     def context(self) -> ssl.SSLContext:
-        """The context; raises ``OSError`` for a file that cannot be read or is no certificate."""
-        context = ssl.create_default_context(cafile=self._tls.ca_file)
+        """The context; raises ``SSLError`` for a file that cannot be read or is no certificate."""
+        try:
+            context = ssl.create_default_context(cafile=self._tls.ca_file)
+        except ssl.SSLError:
+            raise
+        except OSError as error:
+            raise ssl.SSLError(f"cannot read {self._tls.ca_file}: {error.strerror}") from error
         if not self._tls.verify:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE

@@ -69,6 +69,8 @@ _NO_WAY = {
     errno.ENETDOWN,
     errno.EHOSTDOWN,
     errno.EADDRNOTAVAIL,
+    errno.EACCES,  # a packet filter says no
+    errno.EPERM,
 }
 _NUMBER = re.compile(r"\[Errno (\d+)\]").search
 
@@ -130,11 +132,7 @@ def _specific(error: BaseException) -> Trouble | None:
     for kinds, found in _KINDS:
         if isinstance(error, kinds):
             return found
-    if not isinstance(error, OSError):
-        return None
-    if error.filename is not None:
-        return Trouble.TLS  # the only file that is read is the authority's certificate
-    return _by_number(error)
+    return _by_number(error) if isinstance(error, OSError) else None
 
 
 def _by_number(error: OSError) -> Trouble | None:

@@ -1,0 +1,71 @@
+"""The cache in a real Redis, while that Redis comes and goes."""
+
+import asyncio
+import time
+
+import pytest
+from redis import exceptions
+from tests.integration.redis_clients import QUICK, check_of, opened, seen
+from tests.servers.redis import RedisServer
+
+from viralfx.adapters.redis import RedisCacheStore
+from viralfx.domain.cache import Cache
+
+pytestmark = pytest.mark.timeout(60)
+
+
+async def test_keys_have_a_prefix_and_a_time(redis: RedisServer) -> None:
+    """Whoever looks into Redis sees whose they are, and none stays for ever."""
+    async with opened(redis) as client:
+        await RedisCacheStore(client).set("user:1", b"value", 1.5)
+
+    assert redis.command("KEYS", "*") == ["viralfx:cache:user:1"]
+    assert 0 < redis.command("PTTL", "viralfx:cache:user:1") <= 1500
+
+
+@pytest.mark.parametrize("loss", ["frozen", "killed"])
+async def test_a_read_goes_on_without_redis(own_redis: RedisServer, loss: str) -> None:
+    """The loader answers, at once after the first time, and later the cache does again."""
+    calls = 0
+
+    async def load() -> bytes:
+        nonlocal calls
+        calls += 1
+        return b"%d" % calls
+
+    async with opened(own_redis, **QUICK) as client:
+        cache = Cache(RedisCacheStore(client))
+        assert [await cache.get_or_load("k", 60.0, load) for _ in range(2)] == [b"1", b"1"]
+        await asyncio.to_thread(own_redis.freeze if loss == "frozen" else own_redis.kill)
+        assert await cache.get_or_load("k", 60.0, load) == b"2"
+        began = time.monotonic()
+        assert await cache.get_or_load("k", 60.0, load) == b"3"
+        took = time.monotonic() - began
+        await asyncio.to_thread(own_redis.thaw if loss == "frozen" else own_redis.start)
+        await seen(check_of(client), None)
+        back = [await cache.get_or_load("k", 60.0, load) for _ in range(2)]
+
+    assert took < 0.1
+    # What was kept before is there again after a freeze, and has gone with the server.
+    assert back == ([b"1", b"1"] if loss == "frozen" else [b"4", b"4"])
+
+
+async def test_flushall_is_a_miss(redis: RedisServer) -> None:
+    """Nothing remembers what is gone."""
+    async with opened(redis) as client:
+        store = RedisCacheStore(client)
+        await store.set("k", b"v", 60.0)
+        redis.flush()
+
+        assert await store.get("k") is None
+
+
+async def test_a_value_that_cannot_be_deleted_is_no_secret(own_redis: RedisServer) -> None:
+    """It would be served again when Redis is back."""
+    async with opened(own_redis, **QUICK) as client:
+        store = RedisCacheStore(client)
+        await store.set("k", b"v", 60.0)
+        await asyncio.to_thread(own_redis.kill)
+
+        with pytest.raises(exceptions.ConnectionError):
+            await store.delete("k")

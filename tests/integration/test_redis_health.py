@@ -1,0 +1,262 @@
+"""The health check of a real Redis, and of what is none."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.integration.redis_clients import (
+    QUICK,
+    Possessions,
+    check_of,
+    opened,
+    seen,
+    until,
+    within,
+)
+from tests.servers.fault_proxy import BLACKHOLE, PASS, RESET, FaultProxy
+from tests.servers.fixtures import FaultProxies
+from tests.servers.redis import RedisServer, redis_server
+
+from viralfx.adapters.redis import RedisHealthCheck
+from viralfx.domain.clock import SystemClock
+from viralfx.domain.health import CheckPolicy, Status
+from viralfx.domain.monitor import HealthMonitor
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def commands(server: RedisServer) -> dict[str, int]:
+    """Return how often each command was called."""
+    lines = server.command("INFO", "commandstats")
+    return {name.removeprefix("cmdstat_"): stats["calls"] for name, stats in lines.items()}
+
+
+def seal(server: RedisServer, mode: int) -> None:
+    """Say what the server may do in its own folder."""
+    Path(server._host.folder).chmod(mode)
+
+
+async def test_an_idle_check_is_one_command_on_one_connection(own_redis: RedisServer) -> None:
+    """Ten checks are ten pings, and the greeting of the first."""
+    async with opened(own_redis) as client:
+        check = check_of(client)
+        await check.check()
+        before, connections = commands(own_redis), own_redis.command("INFO", "clients")
+        for _ in range(10):
+            assert (await check.check()).status is Status.PASS
+        after = commands(own_redis)
+
+    more = {name: count - before.get(name, 0) for name, count in after.items()}
+    for asked_here in ("info", "client|setinfo"):
+        del more[asked_here]
+    assert {name: count for name, count in more.items() if count} == {"ping": 10}
+    assert connections["connected_clients"] == 2
+
+
+async def test_pings_are_no_requests(redis: RedisServer) -> None:
+    """The counters are the application's."""
+    async with opened(redis) as client:
+        check = check_of(client)
+        await check.check()
+        details: Any = (await check.check()).details
+
+    assert details["stats"]["totalRequests"] == 0
+
+
+async def test_the_check_does_not_wait_for_the_pool(redis: RedisServer) -> None:
+    """A busy application does not hide a healthy server."""
+    async with opened(redis, pool_size=1) as client:
+        slow = asyncio.ensure_future(client.redis.blpop(["none"], 1))
+        await until(lambda: client.active)
+
+        assert (await within(0.5, check_of(client).check())).status is Status.PASS
+        slow.cancel()
+
+
+async def test_a_connection_that_broke_is_replaced_within_the_check(
+    own_redis: RedisServer,
+) -> None:
+    """A restart between two checks is not seen as a failure."""
+    async with opened(own_redis) as client:
+        check = check_of(client)
+        await check.check()
+        await asyncio.to_thread(own_redis.restart)
+
+        assert (await check.check()).status is Status.PASS
+
+
+async def test_there_is_at_most_one_reconnect_in_a_check(
+    redis: RedisServer, fault_proxy: FaultProxies
+) -> None:
+    """The next check is the retry."""
+    proxy = fault_proxy(redis.port)
+    async with opened(proxy) as client:
+        check = check_of(client)
+        await check.check()
+        proxy.mode = RESET
+        before = proxy.accepted
+        observation = await within(1.0, check.check())
+
+        assert (observation.status, observation.code) == (Status.FAIL, "lost")
+        assert observation.message == "Redis connection lost"
+        assert proxy.accepted - before == 1
+
+
+async def test_a_failure_has_the_guides_details_and_the_error_for_the_log(
+    own_redis: RedisServer,
+) -> None:
+    """Live counters, and nothing secret."""
+    async with opened(own_redis, password="hush", **QUICK) as client:
+        check = check_of(client)
+        await asyncio.to_thread(own_redis.kill)
+        for attempts in (1, 2, 3):
+            observation = await within(1.0, check.check())
+            details: Any = observation.details
+
+            assert (observation.status, observation.code) == (Status.FAIL, "refused")
+            assert observation.message == "Redis refuses connections"
+            assert observation.error is not None
+            assert details["isConnected"] is details["stats"]["isConnected"] is False
+            assert details["stats"]["failedAttempts"] == attempts
+            assert details["config"] == {"host": "127.0.0.1", "port": own_redis.port, "db": 0}
+            assert "hush" not in repr(observation)
+        await asyncio.to_thread(own_redis.start)
+        recovered: Any = (await seen(check, None)).details
+
+        assert recovered["isConnected"] is True
+        assert recovered["stats"]["failedAttempts"] == 0
+
+
+@pytest.mark.parametrize("password", ["wrong", None])
+async def test_wrong_credentials_are_told(password: str | None) -> None:
+    """Apart from any outage, and without the password."""
+    with redis_server(password="hush") as server:
+        async with opened(server, password=password) as client:
+            observation = await check_of(client).check()
+
+            assert (observation.code, observation.message) == (
+                "auth",
+                "Redis refuses the credentials",
+            )
+            assert "wrong" not in observation.message
+            assert not client.available
+
+
+async def test_a_user_who_may_not_ping_is_told() -> None:
+    """It is a matter of rights, not of the network."""
+    with redis_server(users=["bob on >pw ~* -@all +hello +auth +client +get"]) as server:
+        async with opened(server, username="bob", password="pw") as client:
+            assert (await check_of(client).check()).code == "auth"
+
+
+async def test_a_server_that_cannot_save_is_a_warning() -> None:
+    """It answers, and refuses to write: nothing of it is lost, but somebody should look."""
+    with redis_server(arguments=["--save", "3600 100000"]) as server:
+        async with opened(server) as client:
+            check = check_of(client)
+            seal(server, 0o500)
+            server.command("BGSAVE")
+            try:
+                observation = await seen(check, "writes_refused")
+            finally:
+                seal(server, 0o700)
+
+            assert observation.status is Status.WARN
+            assert client.available
+            server.command("BGSAVE")
+            await seen(check, None)
+
+
+@asynccontextmanager
+async def watched(check: RedisHealthCheck) -> AsyncIterator[HealthMonitor]:
+    """Run the check as the service does, only more often."""
+    monitor = HealthMonitor(clock=SystemClock())
+    monitor.register("redis", check, CheckPolicy(interval=0.05, timeout=0.2))
+    monitor.start()
+    try:
+        yield monitor
+    finally:
+        await monitor.stop()
+
+
+async def test_a_request_in_doubt_brings_the_check_forward(own_redis: RedisServer) -> None:
+    """The monitor knows before its interval is over, and finds Redis again by itself."""
+    monitor = HealthMonitor(clock=SystemClock())
+    doubt = lambda: monitor.request_check("redis")  # noqa: E731 - as bootstrap wires it
+    async with opened(own_redis, on_doubt=doubt, **QUICK) as client:
+        policy = CheckPolicy(interval=3600.0, retry_interval=0.05, timeout=0.5, max_age=1e6)
+        monitor.register("redis", check_of(client), policy)
+        monitor.start()
+        await until(lambda: monitor.report().started)
+        await asyncio.to_thread(own_redis.kill)
+        await client.get_with_graceful_degradation(lambda: client.redis.get("key"), None)
+        await until(lambda: monitor.report().checks["redis"].code == "refused")
+        await asyncio.to_thread(own_redis.start)
+        await until(lambda: monitor.report().checks["redis"].status is Status.PASS)
+
+        assert client.available
+        await monitor.stop()
+
+
+@pytest.mark.parametrize("how", ["server", "network"])
+async def test_fifty_freezes_under_the_monitor_leave_nothing_behind(
+    own_redis: RedisServer, fault_proxy: FaultProxies, how: str
+) -> None:
+    """Each is a timeout, each is recovered from, and in the end nothing more is open."""
+    proxy = fault_proxy(own_redis.port)
+    async with (
+        opened(proxy, **QUICK) as client,
+        watched(check_of(client)) as monitor,
+    ):
+
+        def code() -> str | None:
+            return monitor.report().checks["redis"].code
+
+        await until(lambda: monitor.report().started)
+        held, connections = Possessions(), proxy.open
+        for _ in range(50):
+            freeze(own_redis, proxy, how)
+            await until(lambda: code() == "timeout")
+            thaw(own_redis, proxy, how)
+            await until(lambda: code() is None)
+        await monitor.stop()
+        await until(lambda: proxy.open <= connections)
+        await held.as_before()
+
+        assert len(monitor.history) == 100
+
+
+def freeze(server: RedisServer, proxy: FaultProxy, how: str) -> None:
+    """Let nothing answer any more."""
+    if how == "server":
+        server.freeze()
+    else:
+        proxy.mode = BLACKHOLE
+
+
+def thaw(server: RedisServer, proxy: FaultProxy, how: str) -> None:
+    """Let it go on."""
+    if how == "server":
+        server.thaw()
+    else:
+        proxy.mode = PASS
+
+
+@pytest.mark.parametrize("turns", [*range(40)])
+async def test_a_check_may_be_cancelled_at_any_turn(redis: RedisServer, turns: int) -> None:
+    """While connecting, greeting or pinging; the next one works."""
+    held = Possessions()
+    async with opened(redis) as client:
+        check = check_of(client)
+        cut = asyncio.create_task(check.check())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        cut.cancel()
+        await asyncio.wait({cut})
+
+        assert (await within(5.0, check.check())).status is Status.PASS
+        assert client.available
+    await held.as_before()

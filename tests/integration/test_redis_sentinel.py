@@ -1,0 +1,213 @@
+"""A real primary, replica and three Sentinels: failover while requests go on."""
+
+import asyncio
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+from redis import exceptions
+from tests.integration.redis_clients import (
+    QUICK,
+    Possessions,
+    check_of,
+    opened_with,
+    seen,
+    until,
+    within,
+)
+from tests.servers.fixtures import FaultProxies
+from tests.servers.sentinel import SentinelSetup
+from tests.servers.waiting import wait_until
+
+from viralfx.adapters.redis import CloseRedis, RedisClient, RedisConfig
+
+pytestmark = pytest.mark.timeout(80)
+
+RATE = 200
+"""Reads and writes per second, one of each for every number."""
+
+
+def behind(setup: SentinelSetup, **more: Any) -> RedisConfig:
+    """Return the configuration of a client of the set-up."""
+    return RedisConfig(
+        **{
+            "sentinels": tuple(setup.sentinels),
+            "sentinel_name": setup.name,
+            "sentinel_password": setup.sentinel_password,
+            "password": setup.password,
+            **more,
+        }
+    )
+
+
+class Load:
+    """Writes a number and reads it back, so and so often per second, until it is stopped."""
+
+    def __init__(self, client: RedisClient, name: str) -> None:
+        self.done = 0
+        self.failures: Counter[str] = Counter()
+        self._client = client
+        self._name = name
+        self._requests: set[asyncio.Task[None]] = set()
+        self._stopped = False
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Make no more requests, and wait for those under way."""
+        self._stopped = True
+        await self._task
+        if self._requests:
+            await asyncio.wait(self._requests)
+
+    async def _run(self) -> None:
+        began = time.monotonic()
+        number = 0
+        while not self._stopped:
+            number += 1
+            request = asyncio.create_task(self._one(number))
+            self._requests.add(request)
+            request.add_done_callback(self._requests.discard)
+            # Open loop: who is slow does not make the others come later.
+            await asyncio.sleep(max(0.0, began + number / RATE - time.monotonic()))
+
+    async def _one(self, number: int) -> None:
+        key = f"{self._name}:{number}"
+        try:
+            await self._client.redis.set(key, number)
+            value = await self._client.redis.get(key)
+        except exceptions.RedisError as error:
+            self.failures[type(error).__name__] += 1
+            return
+        # What was accepted may be lost by a failover: replication does not wait for the replica.
+        if value in {b"%d" % number, None}:
+            self.done += 1
+        else:
+            self.failures["wrong answer"] += 1
+
+
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+async def test_no_request_fails_in_a_failover(sentinel_setup: SentinelSetup, how: str) -> None:
+    """With the retries none; without them those that came meanwhile, so the load does bite."""
+    async with (
+        opened_with(behind(sentinel_setup)) as client,
+        opened_with(behind(sentinel_setup, retries=0)) as impatient,
+    ):
+        check = check_of(client)
+        assert (await check.check()).code is None
+        old = sentinel_setup.primary_server()
+        patient_load, impatient_load = Load(client, "a"), Load(impatient, "b")
+        await until(lambda: patient_load.done > RATE and impatient_load.done > RATE)
+        await asyncio.to_thread(old.kill if how == "killed" else old.freeze)
+        new = await asyncio.to_thread(sentinel_setup.wait_failover, old)
+        done = patient_load.done
+        await until(lambda: patient_load.done > done + 2 * RATE, seconds=20.0)
+        await patient_load.stop()
+        await impatient_load.stop()
+        observation: Any = await seen(check, None)
+
+        assert patient_load.failures == Counter()
+        assert client.traffic.failed == 0
+        assert impatient_load.failures.total() > 0
+        assert observation.details["config"] == {"host": new.host, "port": new.port, "db": 0}
+        assert client.address == (new.host, new.port)
+        old.thaw()
+
+
+async def test_the_primary_that_returns_as_a_replica_is_left_alone(
+    sentinel_setup: SentinelSetup,
+) -> None:
+    """An ordered failover: the old primary lives on, and nothing is read from it or written."""
+    async with opened_with(behind(sentinel_setup)) as client:
+        check = check_of(client)
+        await check.check()
+        await client.redis.set("key", "old")
+        old = sentinel_setup.primary_server()
+        sentinel = sentinel_setup.sentinel_servers[0]
+        sentinel.command("SENTINEL", "FAILOVER", sentinel_setup.name)
+        new = await asyncio.to_thread(sentinel_setup.wait_failover, old)
+        # Until it has heard of it, the old one takes writes, which are lost: Redis is like that.
+        await asyncio.to_thread(wait_until, lambda: old.command("ROLE")[0] == "slave")
+        assert await within(10.0, client.redis.set("key", "new")) is True
+        observation: Any = await seen(check, None)
+
+        assert observation.details["config"]["port"] == new.port
+        assert new.command("GET", "key") == "new"
+        assert client.traffic.failed == 0
+
+
+async def test_a_sentinel_that_is_down_or_frozen_does_not_matter(
+    sentinel_setup: SentinelSetup,
+) -> None:
+    """The next one is asked, and the one that did not help comes last from then on."""
+    first, second, _ = sentinel_setup.sentinel_servers
+    await asyncio.to_thread(first.kill)
+    second.freeze()
+    async with opened_with(behind(sentinel_setup, sentinel_timeout=0.3)) as client:
+        assert (await within(5.0, check_of(client).check())).code is None
+        assert (await within(0.2, check_of(client).check())).code is None
+    second.thaw()
+
+
+async def test_connections_opened_together_ask_once(
+    sentinel_setup: SentinelSetup, fault_proxy: FaultProxies
+) -> None:
+    """Fifty requests, one search, one connection to a sentinel."""
+    server = sentinel_setup.sentinel_servers[0]
+    proxy = fault_proxy(server.port)
+    config = behind(sentinel_setup, sentinels=((proxy.host, proxy.port),))
+    async with opened_with(config) as client:
+        await asyncio.gather(*(client.redis.ping() for _ in range(50)))
+
+        assert proxy.accepted == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [
+        ({"sentinel_password": "wrong"}, "auth"),
+        ({"password": "wrong"}, "auth"),
+        ({"sentinel_name": "nobody"}, "error"),
+    ],
+)
+async def test_a_wrong_setting_is_told(
+    sentinel_setup: SentinelSetup, more: dict[str, str], code: str
+) -> None:
+    """Of the sentinels or of the servers, and not tried again and again."""
+    async with opened_with(behind(sentinel_setup, **more)) as client:
+        observation = await check_of(client).check()
+        with pytest.raises(exceptions.RedisError):
+            await within(1.0, client.redis.get("key"))
+
+        assert observation.code == code
+        assert "wrong" not in observation.message
+
+
+async def test_sentinels_that_are_all_down_are_refused(sentinel_setup: SentinelSetup) -> None:
+    """The check says what they did; a connection that is open stays in use."""
+    held = Possessions()
+    async with opened_with(behind(sentinel_setup, **QUICK)) as client:
+        await client.redis.ping()
+        for sentinel in sentinel_setup.sentinel_servers:
+            await asyncio.to_thread(sentinel.kill)
+        assert await client.redis.ping() is True
+        observation: Any = await check_of(client).check()
+
+        assert observation.code == "refused"
+        assert observation.details["config"]["port"] == client.address[1]
+        await within(1.0, CloseRedis(client).run(5.0))
+    await held.as_before()
+
+
+async def test_no_primary_at_the_moment(sentinel_setup: SentinelSetup) -> None:
+    """Both servers are gone, and the sentinels know: the connection is lost, not refused."""
+    async with opened_with(behind(sentinel_setup, **QUICK)) as client:
+        check = check_of(client)
+        assert client.address == (sentinel_setup.name, 0)
+        await check.check()
+        for server in sentinel_setup.servers:
+            await asyncio.to_thread(server.kill)
+        await seen(check, "lost")
+
+        assert not client.available
+        assert await client.get_with_graceful_degradation(client.redis.ping, False) is False
