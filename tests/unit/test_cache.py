@@ -225,7 +225,30 @@ async def test_a_store_that_fails_does_not_break_a_read(
         values.append(await cache.get_or_load("k", 1.0, loader))
 
     assert values == [b"1", b"2", b"3", b"4", b"4", b"5"]
-    assert [record.message for record in caplog.records] == ["Cache store failed"] * 2
+    assert {record.message for record in caplog.records} == {"Cache store failed"}
+    told = [vars(record)["operation"] for record in caplog.records]
+    assert told == ["read", "write"] * 2
+
+
+class FullStore(BrokenStore):
+    """Answers reads and refuses writes, as Redis does without memory left."""
+
+    async def get(self, key: str) -> bytes | None:  # noqa: ARG002 - it has nothing
+        """Miss."""
+        return None
+
+
+async def test_a_full_store_is_told_of_once(
+    loader: Loader, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Reads that work between the writes that fail make no new line of each."""
+    cache = Cache(FullStore())
+    loader.end()
+    with caplog.at_level(logging.WARNING, "viralfx.cache"):
+        for _ in range(5):
+            await cache.get_or_load("k", 1.0, loader)
+
+    assert [vars(record)["operation"] for record in caplog.records] == ["write"]
 
 
 async def test_a_time_that_cannot_be_meant_is_refused_at_once(cache: Cache, loader: Loader) -> None:

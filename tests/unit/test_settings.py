@@ -125,7 +125,7 @@ def test_every_variable_can_come_from_a_file(name: str, tmp_path: Path) -> None:
     text, value = GIVEN[name]
     (tmp_path / "value").write_text(f"{text}\n")
     environ = {f"{name}_FILE": str(tmp_path / "value")}
-    for needed in {"MANAGEMENT_TOKEN", "REDIS_SENTINELS"} - {name}:
+    for needed in {"MANAGEMENT_TOKEN", "REDIS_SENTINELS", "REDIS_TLS_ENABLED"} - {name}:
         environ[needed] = GIVEN[needed][0]
     (field,) = (field for field in fields() if field.variable == name)
 
@@ -272,7 +272,7 @@ def test_kubernetes_service_links_are_ignored(name: str, value: str) -> None:
 def test_value_that_only_resembles_a_service_link_is_read() -> None:
     """A port that is no injected address is read like any other."""
     assert problems(REDIS_PORT="tcp:6379") == [
-        "REDIS_PORT: 'tcp:6379' is not a whole number from 0 to 65535"
+        "REDIS_PORT: 'tcp:6379' is not a whole number from 1 to 65535"
     ]
     assert read_settings({"REDIS_PORT": "6380"}).redis.port == 6380
 
@@ -437,6 +437,10 @@ def test_least_above_most_is_refused() -> None:
         ("postgresql://db/app?sslmod=require", "'sslmod'; did you mean sslmode?"),
         ("postgresql://db/app?hunter2=x", "unknown parameter; there are sslmode,"),
         ("postgresql://db/app?sslmode", "not name=value pairs"),
+        ("postgresql://db/app?sslmode=require&sslmode=disable", "says sslmode twice"),
+        ("postgresql://db/app?host=a:1,b", "names several hosts"),
+        ("postgresql://a..b/app", "names no possible host"),
+        (f"postgresql://{'a' * 64}/app", "names no possible host"),
         ("postgresql://db/app?sslmode=on", "sslmode: 'on' is not one of disable, prefer,"),
         ("postgresql://db/app?connection_limit=0", "connection_limit: '0' is not a whole number"),
     ],
@@ -457,6 +461,7 @@ def test_wrong_database_url_is_one_line_without_the_secret(url: str, part: str) 
         ("postgresql://u:p@s:s@db/app", "p@s:s"),
         ("postgres://u:100%25@db/app", "100%"),
         ("postgresql://u@db/app", None),
+        ("postgresql://u:@db/app", None),
         ("postgresql://db/app", None),
     ],
 )
@@ -493,10 +498,11 @@ def test_parameters_of_a_url_speak_for_variables() -> None:
 
 def test_folder_of_a_socket_can_be_the_host() -> None:
     """As libpq has it."""
-    address = read_settings({"DATABASE_URL": "postgresql:///app?host=/run/pg"}).database_address
+    for url in ("postgresql:///app?host=/run/pg", "postgresql://u@%2Frun%2Fpg:5433/app"):
+        address = read_settings({"DATABASE_URL": url}).database_address
 
-    assert address is not None
-    assert address.host == "/run/pg"
+        assert address is not None
+        assert address.host == "/run/pg"
 
 
 @pytest.mark.parametrize(
@@ -579,11 +585,35 @@ def test_wrong_redis_address_is_one_line(environ: dict[str, str], line: str) -> 
     assert problems(**environ) == [line]
 
 
+def test_certificates_mean_verification() -> None:
+    """Who names an authority is not connected to anybody else's server, or in plain text."""
+    environ = {"DB_TLS_CA_FILE": __file__}
+
+    assert read_settings(environ).db.tls_mode == "verify-full"
+    assert source("DB_TLS_MODE", environ) == "DB_TLS_CA_FILE"
+    assert read_settings({**environ, "DB_TLS_MODE": "verify-ca"}).db.tls_mode == "verify-ca"
+    for mode in ("disable", "prefer"):
+        assert problems(DB_TLS_CA_FILE=__file__, DB_TLS_MODE=mode) == [
+            f"DB_TLS_CA_FILE: verifies nothing with DB_TLS_MODE={mode}; set it to verify-full"
+        ]
+    assert problems(REDIS_TLS_CA_FILE=__file__) == [
+        "REDIS_TLS_CA_FILE: has no effect without REDIS_TLS_ENABLED=true"
+    ]
+
+
+def test_blank_secret_is_none() -> None:
+    """Spaces would be a token that nobody needs to know."""
+    assert problems(MANAGEMENT_TOKEN="  ") == [
+        "MANAGEMENT_TOKEN: a secret of nothing but spaces is none; set one, or unset it"
+    ]
+
+
 def test_certificates_that_are_not_there_are_named(tmp_path: Path) -> None:
     """Before anything connects."""
     path = tmp_path / "ca.pem"
 
-    assert problems(DB_TLS_CA_FILE=str(path), REDIS_TLS_CA_FILE=str(path)) == [
+    files = {"DB_TLS_CA_FILE": str(path), "REDIS_TLS_CA_FILE": str(path)}
+    assert problems(**files, REDIS_TLS_ENABLED="true") == [
         f"DB_TLS_CA_FILE: cannot read {path}: No such file or directory",
         f"REDIS_TLS_CA_FILE: cannot read {path}: No such file or directory",
     ]
@@ -593,6 +623,7 @@ def test_sentinel_or_a_host_means_redis() -> None:
     """Without either the cache is in memory."""
     assert not read_settings({"REDIS_SENTINELS": "a:1", "REDIS_PORT": "1"}).redis.in_use
     assert read_settings({"REDIS_HOST": "cache"}).redis.in_use
+    assert read_settings({"REDIS_HOST": "[::1]"}).redis.address == "::1"
     environ = {"REDIS_SENTINEL_ENABLED": "true", "REDIS_SENTINELS": "[::1]:26379, b:1"}
     assert read_settings(environ).redis.sentinel_addresses == (("::1", 26379), ("b", 1))
 

@@ -22,7 +22,7 @@ def redis_config(settings: Settings) -> RedisConfig:
     redis = settings.redis
     tls = RedisTls(ca_file=redis.tls_ca_file, verify=redis.tls_reject_unauthorized)
     return RedisConfig(
-        host=redis.host or "localhost",
+        host=redis.address or "localhost",
         port=redis.port,
         db=redis.db,
         username=redis.username,

@@ -40,7 +40,7 @@ class Cache:
     def __init__(self, store: CacheStore) -> None:
         self._store = store
         self._flights: SingleFlight[bytes] = SingleFlight()
-        self._store_works = True
+        self._failing: set[str] = set()
 
     async def get_or_load(
         self, key: str, ttl: float, loader: Callable[[], Awaitable[bytes]]
@@ -66,9 +66,9 @@ class Cache:
             value = await self._store.get(key)
         except Exception as error:  # noqa: BLE001 - it is logged
             # A boundary: a read that the store cannot answer is answered by the loader.
-            self._store_failed(error)
+            self._failed("read", error)
             return None
-        self._store_works = True
+        self._failing.discard("read")
         return value
 
     async def _keep(self, key: str, value: bytes, ttl: float) -> None:
@@ -76,10 +76,13 @@ class Cache:
             await self._store.set(key, value, ttl)
         except Exception as error:  # noqa: BLE001 - it is logged
             # A boundary: the value is there, and worth returning though nobody keeps it.
-            self._store_failed(error)
+            self._failed("write", error)
+        else:
+            self._failing.discard("write")
 
-    def _store_failed(self, error: Exception) -> None:
-        # Once, until it works again: every read would say the same.
-        if self._store_works:
-            _logger.warning("Cache store failed", exc_info=error)
-        self._store_works = False
+    def _failed(self, what: str, error: Exception) -> None:
+        # Once, until it works again: every call would say the same. Reads and writes apart, as a
+        # full store answers the ones and refuses the others.
+        if what not in self._failing:
+            _logger.warning("Cache store failed", exc_info=error, extra={"operation": what})
+        self._failing.add(what)

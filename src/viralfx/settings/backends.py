@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from viralfx.settings.hosts import is_possible_host
 from viralfx.settings.kinds import (
     Endpoints,
     Milliseconds,
-    Port,
     PositiveMilliseconds,
+    RemotePort,
     Secret,
     meaning,
 )
@@ -31,7 +32,7 @@ class DatabaseSettings(msgspec.Struct, frozen=True, kw_only=True):
     )
     tls_mode: Annotated[
         Literal["disable", "prefer", "require", "verify-ca", "verify-full"],
-        meaning("TLS to Postgres, as libpq's sslmode"),
+        meaning("TLS to Postgres, as libpq's sslmode; verify-full where a CA file is named"),
     ] = "prefer"
     tls_ca_file: Annotated[
         str | None, meaning("Certificates that verify Postgres's; unset: the system's trust")
@@ -61,6 +62,12 @@ class DatabaseSettings(msgspec.Struct, frozen=True, kw_only=True):
         Milliseconds, meaning("Time between two attempts to connect at start-up")
     ] = 5000
 
+    def contradictions(self) -> Iterator[tuple[frozenset[str], str]]:
+        """Yield what is wrong, each with the variables that it comes from."""
+        if self.tls_ca_file is not None and self.tls_mode in {"disable", "prefer"}:
+            problem = f"verifies nothing with DB_TLS_MODE={self.tls_mode}; set it to verify-full"
+            yield frozenset({"DB_TLS_CA_FILE", "DB_TLS_MODE"}), f"DB_TLS_CA_FILE: {problem}"
+
 
 class RedisSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How Redis is found and used. A field's variable is ``REDIS_`` and its name."""
@@ -70,7 +77,7 @@ class RedisSettings(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[str, Meta(pattern=r"^(\[?[0-9A-Fa-f:.]+\]?|[^\s\[\]:/@]+)$")] | None,
         meaning("Redis host; unset, and without Sentinel: the cache is in memory"),
     ] = None
-    port: Annotated[Port, meaning("Redis port")] = 6379
+    port: Annotated[RemotePort, meaning("Redis port")] = 6379
     username: Annotated[str | None, meaning("Redis ACL user; unset: the default user")] = None
     password: Annotated[Secret | None, meaning("Redis password")] = None
     db: Annotated[int, Meta(ge=0, le=10_000), meaning("Number of the Redis database")] = 0
@@ -88,6 +95,11 @@ class RedisSettings(msgspec.Struct, frozen=True, kw_only=True):
     tls_ca_file: Annotated[
         str | None, meaning("Certificates that verify Redis's; unset: the system's trust")
     ] = None
+
+    @property
+    def address(self) -> str:
+        """The host, without the brackets of an IPv6 address; empty where there is none."""
+        return (self.host or "").strip("[]")
 
     @property
     def in_use(self) -> bool:
@@ -108,6 +120,16 @@ class RedisSettings(msgspec.Struct, frozen=True, kw_only=True):
                 " host1:26379,host2:26379"
             )
             yield frozenset({"REDIS_SENTINELS", "REDIS_SENTINEL_ENABLED"}), problem
+        if self.tls_ca_file is not None and not self.tls_enabled:
+            yield (
+                frozenset({"REDIS_TLS_CA_FILE", "REDIS_TLS_ENABLED"}),
+                "REDIS_TLS_CA_FILE: has no effect without REDIS_TLS_ENABLED=true",
+            )
+        if not is_possible_host(self.address or "redis"):
+            yield (
+                frozenset({"REDIS_HOST"}),
+                f"REDIS_HOST: {self.host!r} is no possible host name; look for a typing error",
+            )
         for host, port in self.sentinel_addresses:
             if not 1 <= port <= 65535:  # noqa: PLR2004 - the range of ports
                 yield (

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
+from viralfx.settings.hosts import is_possible_host
+
 IMPLIED = {
     "sslmode": "DB_TLS_MODE",
     "sslrootcert": "DB_TLS_CA_FILE",
@@ -61,11 +63,13 @@ def parse_database_url(url: str) -> DatabaseAddress:
     if parts.fragment or "#" in url:
         raise ValueError(f"ends at a #; {_ENCODE}")
     parameters = _parameters(parts)
-    host = parameters.get("host") or parts.hostname
+    host = parameters.get("host") or _host(parts)
     if not host:
         raise ValueError(f"names no host: {_SHAPE}")
-    if "," in parts.netloc:
+    if "," in parts.netloc + host:
         raise ValueError("names several hosts; name one, or the one address in front of them")
+    if not is_possible_host(host) or (":" in host and parts.hostname != host):
+        raise ValueError("names no possible host; look for a typing error")
     database = unquote(parts.path.removeprefix("/"))
     if "/" in database:
         raise ValueError(f"the database's name holds a slash: {_SHAPE}")
@@ -75,7 +79,7 @@ def parse_database_url(url: str) -> DatabaseAddress:
         host=host,
         port=5432 if port is None else port,
         user=_unquoted(parts.username),
-        password=_unquoted(parts.password),
+        password=_unquoted(parts.password) or None,
         database=database or None,
         application_name=parameters.get("application_name") or "viralfx",
         schema=parameters.get("schema") or None,
@@ -91,6 +95,9 @@ def _parameters(parts: SplitResult) -> dict[str, str]:
     except ValueError:
         raise ValueError("what follows the ? is not name=value pairs joined by &") from None
     known = (*IMPLIED, *_KEPT)
+    twice = {name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1}
+    if twice & set(known):
+        raise ValueError(f"says {', '.join(sorted(twice & set(known)))} twice; keep one")
     for name, _ in pairs:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -105,6 +112,12 @@ def _in_its_unit(name: str, text: str) -> str:
     if name in _IN_SECONDS and text.isascii() and text.isdecimal():
         return str(int(text) * 1000)
     return text
+
+
+def _host(parts: SplitResult) -> str | None:
+    # A folder of sockets stands there encoded, as libpq has it.
+    name = unquote(parts.netloc.rpartition("@")[2])
+    return name.partition(":")[0] if name.startswith("/") else parts.hostname
 
 
 def _unquoted(text: str | None) -> str | None:

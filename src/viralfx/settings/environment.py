@@ -71,6 +71,7 @@ def _read(environ: Mapping[str, str]) -> _Reading:
             reading.take(one, raw, source)
     _imply_from_url(reading)
     _imply_from_profile(reading)
+    _imply_verification(reading)
     for one in fields():
         if one.variable.endswith("_CA_FILE") and one.variable in reading.values:
             _check_readable(reading, one.variable)
@@ -115,6 +116,13 @@ def _imply_from_profile(reading: _Reading) -> None:
     for variable, size in zip(("DB_POOL_MIN", "DB_POOL_MAX"), POOL_PROFILES[profile], strict=True):
         if variable not in reading.values.keys() | reading.failed:
             reading.take(_field(variable), str(size), "POOL_PROFILE")
+
+
+def _imply_verification(reading: _Reading) -> None:
+    """Verify where there is something to verify with: nobody names a CA file for less."""
+    named = "DB_TLS_CA_FILE" in reading.values
+    if named and "DB_TLS_MODE" not in reading.values.keys() | reading.failed:
+        reading.take(_field("DB_TLS_MODE"), "verify-full", "DB_TLS_CA_FILE")
 
 
 def _check_readable(reading: _Reading, variable: str) -> None:

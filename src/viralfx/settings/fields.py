@@ -41,6 +41,8 @@ class Field(msgspec.Struct, frozen=True):
         Raises ``ValueError`` saying what is allowed.
         """
         if self.secret:
+            if not raw.strip():
+                raise ValueError("a secret of nothing but spaces is none; set one, or unset it")
             return Secret(raw)
         text = raw.strip()
         if not text:

@@ -10,6 +10,7 @@ Milliseconds = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 PositiveMilliseconds = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Threshold = Annotated[int, Meta(ge=1, le=1000)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
+RemotePort = Annotated[int, Meta(ge=1, le=65535)]
 Names = tuple[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]*$")], ...]
 Endpoints = tuple[
     Annotated[

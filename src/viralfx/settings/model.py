@@ -49,7 +49,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         "json"
     )
     state_dir: Annotated[
-        str | None, meaning("Folder that keeps state.json across restarts; unset: memory only")
+        str | None,
+        meaning("Folder for state.json across restarts; unset: the database, or memory"),
     ] = None
     queues: Annotated[Names, Meta(min_length=1), meaning("Names of the job queues")] = (
         "default",
@@ -164,6 +165,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 " lower it, or raise DB_POOL_MAX"
             )
             yield frozenset({"DB_POOL_MIN", "DB_POOL_MAX", "POOL_PROFILE"}), problem
+        yield from self.db.contradictions()
         yield from self.redis.contradictions()
         if self.environment == "production" and not self.allow_memory_adapters:
             yield from self._memory_in_production()

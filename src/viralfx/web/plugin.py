@@ -165,19 +165,21 @@ class OperationsPlugin(InitPlugin):
             self._wire()
             app.state.update(self._state())
         operations = self.operations
-        await operations.start()
         if operations.staged:
+            await operations.start()
             yield
             return
-        # No runner put a gate in front of the application, so it gets its own, inside itself.
         inner = app.asgi_handler
-        gate = Gate(self.answers, cast("ASGIApp", inner))
-        gate.open = True
-        app.asgi_handler = cast("LitestarASGIApp", gate)
-        operations.application_ready()
         try:
+            await operations.start()
+            # No runner put a gate in front of the application, so it gets its own, inside itself.
+            gate = Gate(self.answers, cast("ASGIApp", inner))
+            gate.open = True
+            app.asgi_handler = cast("LitestarASGIApp", gate)
+            operations.application_ready()
             yield
         finally:
+            # Also when the start failed: what it began has to end.
             operations.shutdown.trigger("application lifespan ended")
             await operations.shutdown.run()
             app.asgi_handler = inner
