@@ -109,10 +109,16 @@ def test_help_lists_the_commands_that_work(capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
 
     assert caught.value.code == 0
-    assert re.findall(r"^ {4}(\w+)\s", out, re.MULTILINE) == ["serve", "migrate", "probe", "env"]
+    assert re.findall(r"^ {4}(\w+)\s", out, re.MULTILINE) == [
+        "serve",
+        "migrate",
+        "doctor",
+        "probe",
+        "env",
+    ]
 
 
-@pytest.mark.parametrize("command", ["serve", "migrate", "probe", "env"])
+@pytest.mark.parametrize("command", ["serve", "migrate", "doctor", "probe", "env"])
 def test_every_command_answers_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Each command explains itself."""
     with pytest.raises(SystemExit) as caught:

@@ -52,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     migrate.set_defaults(run=_migrate)
 
+    doctor = commands.add_parser(
+        "doctor", help="look for what is wrong before a deployment; exit 0 if nothing fails"
+    )
+    doctor.add_argument("--json", action="store_true", help="for programs, instead of a table")
+    doctor.add_argument("--app", metavar="MODULE:NAME", help="the application, as for serve")
+    doctor.set_defaults(run=_doctor)
+
     probe = commands.add_parser("probe", help="ask a running service; exit 0 if it says yes")
     probe.add_argument("kind", choices=["live", "ready", "startup"])
     probe.add_argument(
@@ -103,6 +110,12 @@ def _migrate(options: argparse.Namespace) -> int:
     from viralfx.cli.migrate import migrate  # noqa: PLC0415
 
     return migrate(check=options.check)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from viralfx.cli.doctor import doctor  # noqa: PLC0415
+
+    return doctor(app=options.app, as_json=options.json)
 
 
 def _probe(options: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from viralfx.settings.backends import DatabaseSettings, RedisSettings
 from viralfx.settings.database_url import DatabaseAddress
-from viralfx.settings.environment import read_settings, source
+from viralfx.settings.environment import given, read_settings, source
 from viralfx.settings.fields import Field, fields, show
 from viralfx.settings.kinds import Secret
 from viralfx.settings.model import Settings
@@ -15,6 +15,7 @@ __all__ = [
     "Secret",
     "Settings",
     "fields",
+    "given",
     "read_settings",
     "show",
     "source",

@@ -40,6 +40,14 @@ def source(variable: str, environ: Mapping[str, str]) -> str:
     return _read(environ).sources.get(variable, "default")
 
 
+def given(environ: Mapping[str, str]) -> frozenset[str]:
+    """Return the variables that are set themselves: directly, or by the file that they name."""
+    sources = _read(environ).sources
+    return frozenset(
+        name for name, where in sources.items() if where.startswith(("environment", "file "))
+    )
+
+
 @dataclass(slots=True)
 class _Reading:
     values: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,66 @@
+"""Runs ``viralfx doctor`` as a program, and looks for secrets in all that it prints."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+TOKEN = "planted-token-0123456789"
+USER_PASSWORD = "h:u@n/t#e?r2"
+
+GOOD = {
+    "ENVIRONMENT": "production",
+    "ALLOW_MEMORY_ADAPTERS": "true",
+    "PORT": "0",
+    "MANAGEMENT_TOKEN": TOKEN,
+    "SHUTDOWN_READINESS_DELAY": "5000",
+}
+"""A right configuration, but for the servers that it needs."""
+
+Findings = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What one run said."""
+
+    code: int
+    status: str
+    findings: Findings
+
+    def of(self, area: str) -> Findings:
+        """Return what is not fine in an area."""
+        return [
+            finding
+            for finding in self.findings
+            if finding["area"] == area and finding["status"] in {"warn", "fail"}
+        ]
+
+    def judged(self, area: str, text: str) -> list[str]:
+        """Return the verdicts on what holds a text."""
+        return [finding["status"] for finding in self.of(area) if text in finding["found"]]
+
+
+def program(
+    environ: Mapping[str, str], *arguments: str, command: str = "doctor"
+) -> subprocess.CompletedProcess[str]:
+    """Run one command in an environment that holds nothing else."""
+    return subprocess.run(
+        [sys.executable, "-m", "viralfx", command, *arguments],
+        env={"PATH": os.environ["PATH"], **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+
+
+def visit(environ: Mapping[str, str], *arguments: str, secrets: tuple[str, ...] = ()) -> Visit:
+    """Have it examine a configuration; nothing secret may come out, nor anything but findings."""
+    done = program(environ, "--json", *arguments)
+    assert done.stderr == ""
+    assert not [s for s in (TOKEN, USER_PASSWORD, *secrets) if s in done.stdout]
+    said = json.loads(done.stdout)
+    return Visit(done.returncode, said["status"], said["findings"])

@@ -1,0 +1,599 @@
+"""What ``viralfx doctor`` says: verdicts, examinations that fail, settings, servers' facts."""
+
+import asyncio
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+from tests.manual_clock import ManualClock
+from tests.unit.conftest import Releasable
+from tests.unit.doubles import BrokenError, swallow_cancellation
+
+from viralfx.adapters.memory.examination import StateFolderExamination
+from viralfx.adapters.postgres.config import PostgresConfig
+from viralfx.adapters.postgres.facts import Facts, judge
+from viralfx.cli import main
+from viralfx.domain.diagnosis import (
+    Area,
+    Finding,
+    Verdict,
+    diagnose,
+    failed,
+    in_order,
+    passed,
+    skipped,
+    warned,
+    worst,
+)
+from viralfx.settings import fields, read_settings
+from viralfx.settings.review import review
+
+PASS, WARN, FAIL, SKIP = Verdict
+LONG_TOKEN = "0123456789abcdef-planted"
+GOOD = {
+    "ENVIRONMENT": "production",
+    "MANAGEMENT_TOKEN": LONG_TOKEN,
+    "DATABASE_URL": "postgresql://app:hunter2@db.internal/app",
+    "DB_TLS_MODE": "verify-full",
+    "REDIS_HOST": "redis.internal",
+    "REDIS_TLS_ENABLED": "true",
+    "REDIS_PASSWORD": "hunter3",
+    "SHUTDOWN_READINESS_DELAY": "5000",
+}
+
+
+# -- the run ---------------------------------------------------------------------------------
+
+
+class Examined:
+    """Examination that does what it is told, and remembers whether it was cancelled."""
+
+    def __init__(self, *findings: Finding, error: BaseException | None = None) -> None:
+        self._findings = findings
+        self._error = error
+
+    async def examine(self) -> Sequence[Finding]:
+        """Return or raise."""
+        await asyncio.sleep(0)
+        if self._error is not None:
+            raise self._error
+        return self._findings
+
+
+@dataclass
+class Hanging:
+    """Examination that never answers, whatever is done to it."""
+
+    released: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def release(self) -> None:
+        """Let it end."""
+        self.released.set()
+
+    async def examine(self) -> Sequence[Finding]:
+        """Wait, and swallow being cancelled."""
+        await swallow_cancellation(self.released)
+        return []
+
+
+async def test_findings_come_in_the_order_of_areas(clock: ManualClock) -> None:
+    """Area by area, in each the worst first, whoever found it."""
+    one = passed(Area.DATABASE, "it answers")
+    two = failed(Area.DATABASE, "but not well", "mend it")
+    three = warned(Area.ENVIRONMENT, "odd", "look")
+    found = await diagnose(
+        [(Area.DATABASE, Examined(one, two)), (Area.ENVIRONMENT, Examined(three))],
+        clock=clock,
+        limit=8.0,
+    )
+
+    assert found == (three, two, one)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(BrokenError("hunter2"), "BrokenError"), (asyncio.CancelledError(), "cancel")],
+)
+async def test_an_examination_that_crashes_is_a_failure(
+    clock: ManualClock, error: BaseException, said: str
+) -> None:
+    """The others are told all the same, and what the error said is not."""
+    good = passed(Area.REDIS, "it answers")
+    found = await diagnose(
+        [(Area.DATABASE, Examined(error=error)), (Area.REDIS, Examined(good))],
+        clock=clock,
+        limit=8.0,
+    )
+
+    assert [(f.area, f.verdict) for f in found] == [(Area.DATABASE, FAIL), (Area.REDIS, PASS)]
+    assert said in found[0].found
+    assert "hunter2" not in found[0].found + found[0].remedy
+
+
+async def test_an_examination_that_hangs_is_a_failure(
+    clock: ManualClock, held: list[Releasable]
+) -> None:
+    """After the limit it is left behind, even when it swallows being cancelled."""
+    hanging = Hanging()
+    held.append(hanging)
+    good = passed(Area.REDIS, "it answers")
+    run = asyncio.ensure_future(
+        diagnose([(Area.DATABASE, hanging), (Area.REDIS, Examined(good))], clock=clock, limit=8.0)
+    )
+    await clock.advance(7.9)
+    assert not run.done()
+    await clock.advance(0.2)
+
+    assert [(f.area, f.verdict) for f in await run] == [(Area.DATABASE, FAIL), (Area.REDIS, PASS)]
+    assert "8 s" in (await run)[0].found
+
+
+def test_the_worst_verdict_counts() -> None:
+    """What was skipped says nothing; nothing at all is no failure."""
+    skip, good = skipped(Area.REDIS, "none"), passed(Area.REDIS, "good")
+    warn, bad = warned(Area.REDIS, "odd", "look"), failed(Area.REDIS, "bad", "mend")
+
+    assert [worst(f) for f in ([], [skip], [skip, good], [warn, good], [warn, bad])] == [
+        PASS,
+        PASS,
+        PASS,
+        WARN,
+        FAIL,
+    ]
+    assert in_order([good, skip, bad, warn]) == (bad, warn, good, skip)
+
+
+def test_a_finding_is_one_line_with_a_remedy() -> None:
+    """Nobody is told of trouble without what to do, and a table stays a table."""
+    with pytest.raises(ValueError, match="nobody is told what to do"):
+        Finding(area=Area.REDIS, verdict=WARN, found="odd")
+    with pytest.raises(ValueError, match="one line"):
+        passed(Area.REDIS, "two\nlines")
+
+
+# -- settings --------------------------------------------------------------------------------
+
+
+def reviewed(environ: Mapping[str, str]) -> list[Finding]:
+    """Return what is said about an environment, without what is fine."""
+    found = review(read_settings(environ), environ)
+    return [f for f in found if f.verdict in {WARN, FAIL}]
+
+
+def test_good_settings_of_production_are_good() -> None:
+    """Nothing to be warned of; each area of settings says that it passes."""
+    found = review(read_settings(GOOD), GOOD)
+
+    assert reviewed(GOOD) == []
+    assert {f.area for f in found if f.verdict is PASS} == {
+        Area.ENVIRONMENT,
+        Area.SECRETS,
+        Area.BUDGETS,
+        Area.LOGGING,
+    }
+
+
+Planted = tuple[dict[str, str | None], Area, Verdict, str]
+PLANTED: dict[str, Planted] = {
+    "typo": ({"LOG_LEVL": "warn"}, Area.ENVIRONMENT, WARN, "LOG_LEVL is read by nobody"),
+    "typo of a file": (
+        {"DATABSE_URL_FILE": "/x"},
+        Area.ENVIRONMENT,
+        WARN,
+        "DATABSE_URL_FILE is read by nobody",
+    ),
+    "not quite production": ({"ENVIRONMENT": "Prod"}, Area.ENVIRONMENT, WARN, "ENVIRONMENT=Prod"),
+    "memory in production": (
+        {"ALLOW_MEMORY_ADAPTERS": "true", "DATABASE_URL": None, "DB_TLS_MODE": None},
+        Area.ENVIRONMENT,
+        WARN,
+        "the database of production in memory",
+    ),
+    "memory allowed for nothing": (
+        {"ALLOW_MEMORY_ADAPTERS": "true"},
+        Area.ENVIRONMENT,
+        WARN,
+        "ALLOW_MEMORY_ADAPTERS=true has no effect",
+    ),
+    "no token": ({"MANAGEMENT_TOKEN": None}, Area.SECRETS, WARN, "MANAGEMENT_TOKEN is not set"),
+    "short token": ({"MANAGEMENT_TOKEN": "hush"}, Area.SECRETS, FAIL, "fewer than 16 characters"),
+    "short token of a developer": (
+        {"MANAGEMENT_TOKEN": "hush", "ENVIRONMENT": "development"},
+        Area.SECRETS,
+        WARN,
+        "fewer than 16 characters",
+    ),
+    "blank token": (
+        {"MANAGEMENT_TOKEN": "    ", "ENVIRONMENT": "development"},
+        Area.SECRETS,
+        FAIL,
+        "nothing but spaces",
+    ),
+    "token of one letter": (
+        {"MANAGEMENT_TOKEN": "x" * 40},
+        Area.SECRETS,
+        FAIL,
+        "can be guessed",
+    ),
+    "no readiness delay": (
+        {"SHUTDOWN_READINESS_DELAY": "0"},
+        Area.BUDGETS,
+        WARN,
+        "SHUTDOWN_READINESS_DELAY=0",
+    ),
+    "no time to drain": (
+        {"SHUTDOWN_DRAIN_TIMEOUT": "0"},
+        Area.BUDGETS,
+        WARN,
+        "SHUTDOWN_DRAIN_TIMEOUT=0: requests and jobs under way are cut",
+    ),
+    "no time to save": (
+        {"SHUTDOWN_STATE_TIMEOUT": "0"},
+        Area.BUDGETS,
+        WARN,
+        "SHUTDOWN_STATE_TIMEOUT=0",
+    ),
+    "no time to close": (
+        {"SHUTDOWN_CONNECTION_TIMEOUT": "0"},
+        Area.BUDGETS,
+        WARN,
+        "SHUTDOWN_CONNECTION_TIMEOUT=0",
+    ),
+    "plain text to the database": (
+        {"DB_TLS_MODE": "disable"},
+        Area.DATABASE,
+        WARN,
+        "DB_TLS_MODE=disable: password and data may cross the network",
+    ),
+    "plain text by default": (
+        {"DB_TLS_MODE": None},
+        Area.DATABASE,
+        WARN,
+        "DB_TLS_MODE=prefer: password and data may cross the network",
+    ),
+    "unverified database": (
+        {"DB_TLS_MODE": "require"},
+        Area.DATABASE,
+        WARN,
+        "whoever answers is believed to be the database",
+    ),
+    "authority for nothing": (
+        {"DB_TLS_MODE": "prefer", "DB_TLS_CA_FILE": __file__},
+        Area.DATABASE,
+        WARN,
+        "DB_TLS_CA_FILE without effect",
+    ),
+    "endless statements": (
+        {"DB_STATEMENT_TIMEOUT": "0"},
+        Area.DATABASE,
+        WARN,
+        "DB_STATEMENT_TIMEOUT=0",
+    ),
+    "nothing is slow": (
+        {"DB_SLOW_QUERY_THRESHOLD": "2000", "DB_STATEMENT_TIMEOUT": "2000"},
+        Area.DATABASE,
+        WARN,
+        "DB_SLOW_QUERY_THRESHOLD=2000: no query lasts so long",
+    ),
+    "database variables without a database": (
+        {
+            "DATABASE_URL": None,
+            "DB_POOL_MAX": "9",
+            "ALLOW_MEMORY_ADAPTERS": "true",
+        },
+        Area.DATABASE,
+        WARN,
+        "DB_POOL_MAX, DB_TLS_MODE without effect: DATABASE_URL is not set",
+    ),
+    "profile for nothing": (
+        {"POOL_PROFILE": "large", "DB_POOL_MIN": "1", "DB_POOL_MAX": "2"},
+        Area.POOL,
+        WARN,
+        "POOL_PROFILE without effect",
+    ),
+    "unverified Redis": (
+        {"REDIS_TLS_REJECT_UNAUTHORIZED": "false"},
+        Area.REDIS,
+        WARN,
+        "REDIS_TLS_REJECT_UNAUTHORIZED=false: encrypted, but whoever answers",
+    ),
+    "Redis authority for nothing": (
+        {"REDIS_TLS_REJECT_UNAUTHORIZED": "false", "REDIS_TLS_CA_FILE": __file__},
+        Area.REDIS,
+        WARN,
+        "REDIS_TLS_CA_FILE without effect",
+    ),
+    "plain text to Redis": (
+        {"REDIS_TLS_ENABLED": None},
+        Area.REDIS,
+        WARN,
+        "REDIS_TLS_ENABLED=false",
+    ),
+    "TLS settings without TLS": (
+        {"REDIS_TLS_ENABLED": None, "REDIS_TLS_CA_FILE": __file__},
+        Area.REDIS,
+        WARN,
+        "REDIS_TLS_CA_FILE without effect: REDIS_TLS_ENABLED=false",
+    ),
+    "open Redis": ({"REDIS_PASSWORD": None}, Area.REDIS, WARN, "REDIS_PASSWORD is not set"),
+    "Redis variables without Redis": (
+        {"REDIS_HOST": None, "ALLOW_MEMORY_ADAPTERS": "true"},
+        Area.REDIS,
+        WARN,
+        "REDIS_PASSWORD, REDIS_TLS_ENABLED without effect: neither REDIS_HOST",
+    ),
+    "Sentinels for nothing": (
+        {"REDIS_SENTINELS": "a:26379,b:26379"},
+        Area.REDIS,
+        WARN,
+        "REDIS_SENTINELS without effect: REDIS_SENTINEL_ENABLED=false",
+    ),
+    "host beside Sentinels": (
+        {"REDIS_SENTINELS": "a:26379", "REDIS_SENTINEL_ENABLED": "true"},
+        Area.REDIS,
+        WARN,
+        "REDIS_HOST without effect: the Sentinels say where Redis is",
+    ),
+    "two places for state": (
+        {"STATE_DIR": "/var/lib/viralfx"},
+        Area.STATE,
+        WARN,
+        "STATE_DIR and DATABASE_URL are both set",
+    ),
+    "timeout as long as the interval": (
+        {"HEALTH_CHECK_TIMEOUT": "5000"},
+        Area.ENDPOINTS,
+        WARN,
+        "HEALTH_CHECK_TIMEOUT=5000 is not below HEALTH_CHECK_INTERVAL=5000",
+    ),
+    "ready only with Redis": (
+        {"READINESS_REQUIRES": "database,redis"},
+        Area.ENDPOINTS,
+        WARN,
+        "READINESS_REQUIRES names redis",
+    ),
+    "ready without the database": (
+        {"READINESS_REQUIRES": "none"},
+        Area.ENDPOINTS,
+        WARN,
+        "READINESS_REQUIRES does not name database",
+    ),
+    "talkative": ({"LOG_LEVEL": "debug"}, Area.LOGGING, WARN, "LOG_LEVEL=debug"),
+    "very talkative": ({"LOG_LEVEL": "verbose"}, Area.LOGGING, WARN, "LOG_LEVEL=verbose"),
+    "taciturn": ({"LOG_LEVEL": "error"}, Area.LOGGING, WARN, "LOG_LEVEL=error"),
+    "for people": ({"LOG_FORMAT": "console"}, Area.LOGGING, WARN, "LOG_FORMAT=console"),
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED)
+def test_unwise_settings_are_found(planted: Planted) -> None:
+    """Each is found once, in its area, with its verdict."""
+    changes, area, verdict, text = planted
+    merged = {**GOOD, **changes}
+    environ = {name: value for name, value in merged.items() if value is not None}
+    found = reviewed(environ)
+
+    assert [(f.area, f.verdict) for f in found if text in f.found] == [(area, verdict)], found
+    assert all(value not in repr(found) for value in ("hunter2", "hunter3", LONG_TOKEN))
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
+def test_what_stays_on_this_machine_needs_no_tls(host: str) -> None:
+    """Neither a loopback address nor a Unix socket crosses a network."""
+    environ = {
+        **GOOD,
+        "DATABASE_URL": f"postgresql://app@{host}/app",
+        "DB_TLS_MODE": "prefer",
+        "REDIS_HOST": host,
+        "REDIS_TLS_ENABLED": "false",
+    }
+    environ.pop("REDIS_PASSWORD")
+
+    assert reviewed(environ) == []
+
+
+def test_rules_for_production_are_for_production() -> None:
+    """Elsewhere only what is pointless or dangerous anywhere is told."""
+    environ = {"LOG_LEVEL": "debug", "LOG_FORMAT": "console", "DATABASE_URL": "postgresql://db/app"}
+
+    assert [f.found.split()[0] for f in reviewed(environ)] == ["MANAGEMENT_TOKEN"]
+
+
+# -- Postgres --------------------------------------------------------------------------------
+
+RIGHT = Facts(version="18.1", major=18, tls="TLSv1.3", statement_timeout=60000)
+
+
+def judged(facts: Facts, config: PostgresConfig | None = None) -> list[Finding]:
+    """Return what is said about a server in production, without what is fine."""
+    config = config or PostgresConfig(host="db", database="app")
+    found = judge(facts, config, production=True)
+    return [f for f in found if f.verdict is not PASS]
+
+
+def test_a_right_server_is_right() -> None:
+    """It passes, and says what it is."""
+    found = list(judge(RIGHT, PostgresConfig(host="db", database="app"), production=True))
+
+    assert [(f.area, f.verdict) for f in found] == [(Area.DATABASE, PASS), (Area.POOL, PASS)]
+    assert found[0].found == "PostgreSQL 18.1 at db:5432/app answers over TLSv1.3"
+
+
+@pytest.mark.parametrize(
+    ("facts", "area", "verdict", "text"),
+    [
+        (replace(RIGHT, version="13.9", major=13), Area.DATABASE, FAIL, "13.9 is too old"),
+        (replace(RIGHT, replica=True), Area.DATABASE, FAIL, "is a replica"),
+        (replace(RIGHT, read_only=True), Area.DATABASE, FAIL, "nothing can be written"),
+        (replace(RIGHT, encoding="SQL_ASCII"), Area.DATABASE, WARN, "encoded in SQL_ASCII"),
+        (replace(RIGHT, schema=None), Area.DATABASE, FAIL, "no schema"),
+        (replace(RIGHT, superuser=True), Area.DATABASE, WARN, "superuser"),
+        (
+            replace(RIGHT, lacking=(("viralfx_state", ("INSERT", "DELETE")),)),
+            Area.DATABASE,
+            FAIL,
+            "INSERT, DELETE on the table viralfx_state",
+        ),
+        (replace(RIGHT, statement_timeout=10), Area.DATABASE, WARN, "after 10 ms"),
+        (replace(RIGHT, transaction_timeout=10), Area.DATABASE, WARN, "transaction_timeout"),
+        (replace(RIGHT, idle_session_timeout=10), Area.DATABASE, WARN, "idle_session_timeout"),
+        (replace(RIGHT, max_connections=13), Area.POOL, FAIL, "more than the 10 that"),
+        (replace(RIGHT, max_connections=14), Area.POOL, WARN, "half of the 11"),
+        (replace(RIGHT, max_connections=24), Area.POOL, WARN, "half of the 21"),
+        (replace(RIGHT, user_limit=0), Area.POOL, FAIL, "more than the 0 that"),
+        (replace(RIGHT, database_limit=12), Area.POOL, WARN, "half of the 12"),
+        (replace(RIGHT, in_use=90), Area.POOL, WARN, "90 of 97 are in use"),
+    ],
+)
+def test_what_is_wrong_with_a_server_is_found(
+    facts: Facts, area: Area, verdict: Verdict, text: str
+) -> None:
+    """Each fact that is not as it should be makes one finding."""
+    found = judged(facts)
+
+    assert [(f.area, f.verdict, text in f.found) for f in found] == [(area, verdict, True)], found
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        replace(RIGHT, major=14),
+        replace(RIGHT, max_connections=25),
+        replace(RIGHT, in_use=86),
+        replace(RIGHT, transaction_timeout=60000),
+        replace(RIGHT, user_limit=22, database_limit=22),
+    ],
+)
+def test_what_just_suffices_is_enough(facts: Facts) -> None:
+    """The limits themselves are no trouble."""
+    assert judged(facts) == []
+
+
+# -- saved state -----------------------------------------------------------------------------
+
+
+def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path: Path) -> None:
+    """The trial leaves nothing behind."""
+    (found,) = asyncio.run(StateFolderExamination(tmp_path).examine())
+
+    assert (found.area, found.verdict, list(tmp_path.iterdir())) == (Area.STATE, PASS, [])
+
+
+@pytest.mark.parametrize(
+    ("folder", "text"),
+    [("/dev/null", "is not a folder"), ("/nowhere", "is not a folder"), ("/proc", "cannot be")],
+)
+def test_a_folder_that_cannot_be_written_to_is_found(folder: str, text: str) -> None:
+    """Whether it is none, or does not let anybody in."""
+    (found,) = asyncio.run(StateFolderExamination(Path(folder)).examine())
+
+    assert (found.area, found.verdict, text in found.found) == (Area.STATE, FAIL, True)
+
+
+# -- the command -----------------------------------------------------------------------------
+
+Doctor = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def doctor(plain_environ: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Doctor:
+    """Return what runs the command in an environment; it gives the code and what was printed."""
+    plain_environ.setenv("PORT", "0")
+
+    def run(*arguments: str, **environ: str) -> tuple[int, str]:
+        for name, value in environ.items():
+            plain_environ.setenv(name, value)
+        code = main(["doctor", *arguments])
+        out, err = capsys.readouterr()
+        assert err == ""
+        return code, out
+
+    return run
+
+
+def test_without_configuration_nothing_fails(doctor: Doctor) -> None:
+    """Everything is in memory, and warnings do not fail."""
+    code, out = doctor()
+
+    assert code == 0
+    assert out.splitlines()[-1].startswith("0 failed, 1 warned of")
+
+
+def test_the_table_has_columns_and_fits(doctor: Doctor) -> None:
+    """Each line is at most 100 wide; what is wrapped stays in its column."""
+    _, out = doctor()
+    header, *lines = out.splitlines()[:-2]
+    second, third = header.index("area"), header.index("found")
+    areas = [line[second:third].strip() for line in lines if line[0] != " "]
+
+    assert max(map(len, lines)) <= 100
+    assert areas == [str(area) for area in Area]
+    assert all(line[:third].isspace() or line[third - 1] == " " for line in lines)
+    assert not re.search(r"\x1b", out)
+
+
+def test_json_says_the_same(doctor: Doctor) -> None:
+    """One object with the overall status and every finding."""
+    code, out = doctor("--json", READINESS_REQUIRES="databse")
+    said = json.loads(out)
+
+    assert (code, said["status"], list(said)) == (1, "fail", ["status", "findings"])
+    assert {tuple(finding) for finding in said["findings"]} == {
+        ("area", "status", "found", "remedy")
+    }
+    assert {
+        "area": "health endpoints",
+        "status": "fail",
+        "found": "READINESS_REQUIRES: there is no check named 'databse'",
+        "remedy": "did you mean database?",
+    } in said["findings"]
+
+
+def test_settings_that_cannot_be_read_are_findings(doctor: Doctor, tmp_path: Path) -> None:
+    """One for each problem, in its area, the rest skipped; exit code 2 as everywhere."""
+    code, out = doctor(
+        "--json",
+        DB_POL_MAX="5",
+        DB_POOL_MIN="20",
+        DATABASE_URL="postgresql://app:hunter2/@db/app",
+        SHUTDOWN_DRAIN_TIMEOUT="90000",
+        REDIS_SENTINEL_ENABLED="true",
+        MANAGEMENT_TOKEN_FILE=str(tmp_path / "token"),
+        LOG_LEVEL="loud",
+        PORT="http",
+        HEALTH_DETAILS="some",
+        LOG_FORMATT="json",
+    )
+    findings = json.loads(out)["findings"]
+    problems = [(f["area"], f["found"].partition(":")[0]) for f in findings if f["remedy"]]
+
+    assert code == 2
+    assert problems == [
+        ("environment", "DB_POL_MAX"),
+        ("environment", "LOG_FORMATT is read by nobody"),
+        ("secrets", "MANAGEMENT_TOKEN"),
+        ("shutdown budgets", "SHUTDOWN_FORCE_TIMEOUT"),
+        ("database", "DATABASE_URL"),
+        ("pool", "DB_POOL_MIN"),
+        ("redis", "REDIS_SENTINELS"),
+        ("ports", "PORT"),
+        ("health endpoints", "HEALTH_DETAILS"),
+        ("logging", "LOG_LEVEL"),
+    ]
+    assert {(f["status"], f["found"]) for f in findings if not f["remedy"]} == {
+        ("skip", "the settings could not be read")
+    }
+    assert "hunter2" not in out
+
+
+def test_every_variable_has_an_area(doctor: Doctor) -> None:
+    """A value that is refused is told for each variable that can be wrong."""
+    numbers = [f.variable for f in fields() if "whole number" in f.allowed]
+    code, out = doctor("--json", **dict.fromkeys(numbers, "x"))
+    found = {f["found"].partition(":")[0] for f in json.loads(out)["findings"]}
+
+    assert code == 2
+    assert set(numbers) <= found
