@@ -138,6 +138,9 @@ class PostgresServer(Server):
         return [*self._first_arguments, *pairs]
 
     def _answers(self) -> bool:
+        if "ready to accept" not in self.log():
+            # What it refuses while it starts leaves a transport behind when TLS is spoken.
+            return False
         try:
             return self.execute("select 1") == [(1,)]
         except (OSError, asyncpg.CannotConnectNowError, asyncpg.ConnectionDoesNotExistError):
