@@ -15,6 +15,8 @@ from tests.unit.doubles import BrokenError, swallow_cancellation
 from viralfx.adapters.memory.examination import StateFolderExamination
 from viralfx.adapters.postgres.config import PostgresConfig
 from viralfx.adapters.postgres.facts import Facts, judge
+from viralfx.adapters.redis import RedisConfig, RedisTls
+from viralfx.adapters.redis import facts as redis_facts
 from viralfx.cli import main
 from viralfx.domain.diagnosis import (
     Area,
@@ -470,6 +472,68 @@ def test_what_is_wrong_with_a_server_is_found(
 def test_what_just_suffices_is_enough(facts: Facts) -> None:
     """The limits themselves are no trouble."""
     assert judged(facts) == []
+
+
+# -- Redis -----------------------------------------------------------------------------------
+
+FINE = redis_facts.Facts(product="Redis 8.0.1", version=(8, 0, 1))
+WATCHED = RedisConfig(sentinels=(("s", 26379),))
+
+
+def judged_redis(facts: redis_facts.Facts, config: RedisConfig) -> list[Finding]:
+    """Return what is said about a server, without what is fine."""
+    return [f for f in redis_facts.judge(facts, config, "r:6379") if f.verdict is not PASS]
+
+
+def test_a_right_redis_is_right() -> None:
+    """It passes, and says what it is."""
+    (found,) = redis_facts.judge(FINE, RedisConfig(tls=RedisTls()), "r:6379")
+
+    assert (found.area, found.verdict) == (Area.REDIS, PASS)
+    assert found.found == "Redis 8.0.1 at r:6379 answers over TLS"
+
+
+@pytest.mark.parametrize(
+    ("facts", "config", "verdict", "text"),
+    [
+        (replace(FINE, version=(6, 0, 16)), RedisConfig(), FAIL, "is too old"),
+        (replace(FINE, version=()), RedisConfig(), FAIL, "is too old"),
+        (replace(FINE, mode="cluster"), RedisConfig(), FAIL, "a part of a cluster"),
+        (replace(FINE, mode="sentinel", version=()), RedisConfig(), FAIL, "is a Sentinel"),
+        (replace(FINE, replica=True, replicas=0), WATCHED, FAIL, "is a replica"),
+        (replace(FINE, replicas=0), WATCHED, WARN, "nothing to fail over to"),
+        (replace(FINE, policy="allkeys-lfu"), RedisConfig(), WARN, "allkeys-lfu"),
+        (replace(FINE, memory=9, memory_limit=10), RedisConfig(), WARN, "90 % of maxmemory"),
+        (replace(FINE, persistent=False), RedisConfig(), WARN, "nothing is kept on disk"),
+        (replace(FINE, saved=False), RedisConfig(), WARN, "could not save its data"),
+        (replace(FINE, clients_limit=101), RedisConfig(), WARN, "more than half of the 101"),
+        (replace(FINE, clients=9950), RedisConfig(), WARN, "9950 of 10000 are in use"),
+    ],
+)
+def test_what_is_wrong_with_a_redis_is_found(
+    facts: redis_facts.Facts, config: RedisConfig, verdict: Verdict, text: str
+) -> None:
+    """Each fact that is not as it should be makes one finding."""
+    found = judged_redis(facts, config)
+
+    assert [(f.verdict, text in f.found) for f in found] == [(verdict, True)], found
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        replace(FINE, version=(6, 2)),
+        replace(FINE, replicas=0),
+        replace(FINE, policy="volatile-lru"),
+        replace(FINE, memory=8, memory_limit=10),
+        replace(FINE, persistent=None),
+        replace(FINE, clients_limit=102),
+        replace(FINE, clients=9949),
+    ],
+)
+def test_what_just_suffices_of_a_redis_is_enough(facts: redis_facts.Facts) -> None:
+    """The limits themselves are no trouble, nor what nobody would tell."""
+    assert judged_redis(facts, RedisConfig()) == []
 
 
 # -- saved state -----------------------------------------------------------------------------

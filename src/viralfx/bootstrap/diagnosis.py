@@ -101,7 +101,10 @@ def _database(settings: Settings) -> Examination:
 def _redis(settings: Settings) -> Examination:
     if not settings.redis.in_use:
         return Known([skipped(Area.REDIS, "REDIS_HOST is not set: the cache is in memory")])
-    return Known([skipped(Area.REDIS, "nothing here looks at Redis yet")])
+    from viralfx.adapters.redis.examination import RedisExamination  # noqa: PLC0415 - likewise
+    from viralfx.bootstrap.redis import redis_config  # noqa: PLC0415
+
+    return RedisExamination(redis_config(settings))
 
 
 def _state(settings: Settings) -> Examination:
