@@ -14,12 +14,6 @@ from tests.servers.postgres import Database, PostgresProcess, PostgresServer
 from tests.servers.redis import redis_server
 from tests.servers.waiting import free_port, wait_until
 
-# A TLS connection of a test server's own is not always closed when its event loop is.
-_UNCLOSED = "Exception ignored in. <(function _SelectorTransport|socket.socket)"
-pytestmark = pytest.mark.filterwarnings(
-    f"ignore:{_UNCLOSED}:pytest.PytestUnraisableExceptionWarning"
-)
-
 USER = "planted_user"
 
 
