@@ -309,7 +309,12 @@ def test_a_frozen_server_is_found(own_postgres: PostgresServer) -> None:
             "DB_TLS_CA_FILE",
         ),
         ({"DB_TLS_MODE": "verify-ca"}, "cannot be trusted over TLS", "DB_TLS_MODE"),
-        ({"DB_TLS_MODE": "disable"}, "refuses", "DB_TLS_MODE"),
+        (
+            {"DB_TLS_MODE": "verify-full", "DB_TLS_CA_FILE": "own-ca", "other": "name"},
+            "shows a certificate for another host",
+            "DB_TLS_MODE",
+        ),
+        ({"DB_TLS_MODE": "disable"}, "does not let this user in", "DB_TLS_MODE"),
     ],
 )
 def test_wrong_tls_to_the_database_is_found(
@@ -320,10 +325,12 @@ def test_wrong_tls_to_the_database_is_found(
     remedy: str,
 ) -> None:
     """An authority that did not sign, none at all, and plain text where TLS is a must."""
-    environ = {n: v.replace("other-ca", str(certificates.other_ca)) for n, v in environ.items()}
-    found = visit(
-        {**GOOD, "DATABASE_URL": tls_postgres.url(), **environ}, secrets=(tls_postgres.password,)
-    )
+    files = {"other-ca": str(certificates.other_ca), "own-ca": str(certificates.ca)}
+    environ = {name: files.get(value, value) for name, value in environ.items()}
+    # Another way to write the same address, which the certificate does not hold.
+    host = "127.1" if environ.pop("other", None) else None
+    address = tls_postgres.url(host=host)
+    found = visit({**GOOD, "DATABASE_URL": address, **environ}, secrets=(tls_postgres.password,))
 
     assert found.judged("database", text) == ["fail"], found
     assert remedy in found.of("database")[0]["remedy"]

@@ -71,20 +71,19 @@ class PostgresExamination:
         return failed(
             Area.DATABASE,
             f"the database at {self._config.address} {trouble.problem}",
-            self._remedy(trouble, error),
+            _remedy(trouble),
         )
-
-    def _remedy(self, trouble: Trouble, error: BaseException) -> str:
-        if trouble.code == "auth" and "pg_hba" in str(error):
-            # Not the user and not the password: nobody may come in this way.
-            way = "without TLS" if self._config.tls_mode in {"disable", "prefer"} else "from here"
-            return f"let pg_hba.conf admit this user {way}, or see DB_TLS_MODE (DATABASE_URL)"
-        variables = _VARIABLES.get(trouble.code, "DATABASE_URL")
-        return f"{trouble.remedy} ({variables})" if variables else trouble.remedy
 
     def _alone(self, finding: Finding) -> Sequence[Finding]:
         reason = "the database could not be asked"
         return [finding, skipped(Area.POOL, reason), skipped(Area.MIGRATIONS, reason)]
+
+
+def _remedy(trouble: Trouble) -> str:
+    if trouble.code == "error":
+        return "look at the server's log"
+    variables = _VARIABLES.get(trouble.code, "DATABASE_URL")
+    return f"{trouble.remedy} ({variables})" if variables else trouble.remedy
 
 
 async def _migrations(connection: "Connection[Any]", facts: Facts) -> Sequence[Finding]:
