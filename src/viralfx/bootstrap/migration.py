@@ -34,12 +34,20 @@ class SchemaState:
 async def schema_state(settings: Settings) -> SchemaState:
     """Look at the schema. Raises as :func:`migrate_schema`."""
     config = postgres_config(settings)
-    async with _connected(config) as database, database.acquire() as connection:
-        return SchemaState(
-            address=config.address,
-            revision=await current_revision(connection),
-            pending=await pending_migrations(connection),
-        )
+    async with _connected(config) as database:
+        try:
+            async with database.acquire() as connection:
+                return SchemaState(
+                    address=config.address,
+                    revision=await current_revision(connection),
+                    pending=await pending_migrations(connection),
+                )
+        except Exception as error:
+            trouble = explain(error)
+            raise StartupError(
+                f"DATABASE_URL: the database at {config.address} {trouble.problem} when asked for"
+                f" its migrations; {trouble.remedy}"
+            ) from error
 
 
 async def migrate_schema(settings: Settings) -> SchemaState:

@@ -39,13 +39,6 @@ def _of_database(settings: Settings, given: Collection[str]) -> Iterator[Finding
         variables = [n for n in given if n.startswith("DB_") or n == "POOL_PROFILE"]
         yield from _in_vain(Area.DATABASE, variables, "DATABASE_URL is not set", "set DATABASE_URL")
         return
-    if settings.db.tls_mode in {"disable", "prefer"} and settings.db.tls_ca_file is not None:
-        yield from _in_vain(
-            Area.DATABASE,
-            ["DB_TLS_CA_FILE"],
-            f"DB_TLS_MODE={settings.db.tls_mode} verifies nothing",
-            "set DB_TLS_MODE=verify-full",
-        )
     if {"POOL_PROFILE", "DB_POOL_MIN", "DB_POOL_MAX"} <= set(given):
         yield from _in_vain(
             Area.POOL, ["POOL_PROFILE"], "DB_POOL_MIN and DB_POOL_MAX say it", "remove POOL_PROFILE"
@@ -81,7 +74,7 @@ def _of_redis(settings: Settings, given: Collection[str]) -> Iterator[Finding]:
     if not redis.tls_enabled:
         yield from _in_vain(
             area,
-            ours & {"REDIS_TLS_CA_FILE", "REDIS_TLS_REJECT_UNAUTHORIZED"},
+            ours & {"REDIS_TLS_REJECT_UNAUTHORIZED"},
             "REDIS_TLS_ENABLED=false",
             "set REDIS_TLS_ENABLED=true",
         )
