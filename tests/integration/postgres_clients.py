@@ -62,10 +62,14 @@ async def opened(
     clock: Clock | None = None,
     on_doubt: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[PostgresDatabase]:
-    """Return the database, open; what is left of it at the end is cut."""
-    database = PostgresDatabase(config, clock=clock or SystemClock(), on_doubt=on_doubt)
+    """Return the database, open; what is left of it at the end is cut.
+
+    Doubts count from here: that it was opened is one, too.
+    """
+    database = PostgresDatabase(config, clock=clock or SystemClock())
     try:
         await database.open()
+        database.on_doubt = on_doubt
         yield database
     finally:
         database.terminate()

@@ -61,17 +61,18 @@ class PostgresConfig:
             "command_timeout": self.statement_timeout + 5.0 if self.statement_timeout else None,
             "server_settings": settings,
             "ssl": self.tls(),
+            # Said, or the driver looks for them in variables of the environment.
+            "direct_tls": False,
+            "target_session_attrs": "any",
         }
 
-    def tls(self) -> ssl.SSLContext | str | bool:
+    def tls(self) -> ssl.SSLContext | bool:
         """Return asyncpg's ``ssl``: what is verified is decided here and not by files it finds."""
         if self.tls_mode == "disable" or self.host.startswith("/"):
             return False
-        if self.tls_mode == "prefer":
-            return "prefer"
         context = ssl.create_default_context(cafile=self.tls_ca_file)
         context.check_hostname = self.tls_mode == "verify-full"
-        if self.tls_mode == "require":
+        if self.tls_mode in {"prefer", "require"}:
             # As libpq: encrypted, but whoever answers is believed, unless there is a CA file.
             context.verify_mode = ssl.CERT_REQUIRED if self.tls_ca_file else ssl.CERT_NONE
         return context

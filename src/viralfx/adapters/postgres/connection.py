@@ -1,8 +1,12 @@
-"""The driver's connection, with one silence of Postgres broken."""
+"""The driver's connection: how it is made, and one silence of Postgres broken."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import asyncpg
+
+from viralfx.adapters.postgres.config import PostgresConfig
+from viralfx.adapters.postgres.errors import refuses_tls
 
 
 class CheckedConnection(asyncpg.Connection):
@@ -22,3 +26,20 @@ class CheckedConnection(asyncpg.Connection):
                 "the transaction was rolled back: a statement in it had failed"
             )
         return status
+
+
+async def connect(
+    config: PostgresConfig, arguments: Mapping[str, Any]
+) -> "asyncpg.Connection[Any]":
+    """Connect with ``arguments``, which are the configuration's, changed where there is need.
+
+    Where TLS is only preferred, and the server says that it speaks none, in plain text. Raises
+    what the driver does.
+    """
+    try:
+        connection: asyncpg.Connection[Any] = await asyncpg.connect(**arguments)
+    except ConnectionError as error:
+        if config.tls_mode != "prefer" or not refuses_tls(error):
+            raise
+        connection = await asyncpg.connect(**{**arguments, "ssl": False})
+    return connection

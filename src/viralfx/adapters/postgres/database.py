@@ -12,7 +12,7 @@ from asyncpg.pool import Pool, PoolConnectionProxy
 from asyncpg.transaction import Transaction
 
 from viralfx.adapters.postgres.config import PostgresConfig
-from viralfx.adapters.postgres.connection import CheckedConnection
+from viralfx.adapters.postgres.connection import CheckedConnection, connect
 from viralfx.adapters.postgres.errors import (
     PoolTimeoutError,
     explain,
@@ -34,6 +34,8 @@ Lease: TypeAlias = "PoolConnectionProxy[Any]"
 
 _GIVE_BACK = 5.0
 """Seconds to clean a connection that is given back; it is closed when that does not suffice."""
+_GIVE_BACK_CUT = 1.0
+"""The same for a caller that was cancelled, and has no time for it."""
 
 
 class PostgresDatabase:
@@ -129,11 +131,15 @@ class PostgresDatabase:
         try:
             connection = await self._take(pool)
             self._in_use += 1
+            patience = _GIVE_BACK
             try:
                 yield connection
+            except asyncio.CancelledError:
+                patience = _GIVE_BACK_CUT
+                raise
             finally:
                 self._in_use -= 1
-                await _give_back(pool, connection)
+                await _give_back(pool, connection, patience)
         finally:
             doubt.cancel()
 
@@ -165,8 +171,12 @@ class PostgresDatabase:
             try:
                 await transaction.start()
                 result = await operation(connection)
-            except BaseException:
-                await _roll_back(connection, transaction)
+            except BaseException as error:
+                if isinstance(error, OSError) and not connection.is_closed():
+                    # A file, another service, a time limit of its own: not the database's error.
+                    error.not_the_database = True  # type: ignore[attr-defined]  # see is_transient
+                cut = isinstance(error, asyncio.CancelledError)
+                await _roll_back(connection, transaction, _GIVE_BACK_CUT if cut else _GIVE_BACK)
                 raise
             # Raises, as the commit would, where the connection has gone back to the pool.
             can_be_sent = not connection.is_closed()
@@ -219,7 +229,7 @@ class PostgresDatabase:
 
     async def _connect(self, **more: Any) -> "Connection[Any]":
         try:
-            connection: Connection[Any] = await asyncpg.connect(**{**self._arguments, **more})
+            connection = await connect(self.config, {**self._arguments, **more})
         except Exception:
             self._failed_connections += 1
             raise
@@ -228,13 +238,13 @@ class PostgresDatabase:
         return connection
 
     def _new_pool(self) -> "Pool[Any]":
-        async def connect(*_: object, **kwargs: Any) -> "Connection[Any]":
+        async def make(*_: object, **kwargs: Any) -> "Connection[Any]":
             connection = await self._connect(**kwargs)
             connection.add_query_logger(self._slow)
             return connection
 
         return asyncpg.create_pool(
-            connect=connect,
+            connect=make,
             connection_class=CheckedConnection,
             # One at least, or a pool that may be empty would never show that nothing can be had.
             init_size=max(1, self.config.pool_min),
@@ -275,9 +285,9 @@ class PostgresDatabase:
             self.on_doubt()
 
 
-async def _roll_back(connection: Lease, transaction: Transaction) -> None:
+async def _roll_back(connection: Lease, transaction: Transaction, patience: float) -> None:
     try:
-        async with asyncio.timeout(_GIVE_BACK):
+        async with asyncio.timeout(patience):
             await transaction.rollback()
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
         # A server that does not answer must not hold whoever was cancelled; without its
@@ -286,9 +296,9 @@ async def _roll_back(connection: Lease, transaction: Transaction) -> None:
             connection.terminate()
 
 
-async def _give_back(pool: "Pool[Any]", connection: Lease) -> None:
+async def _give_back(pool: "Pool[Any]", connection: Lease, patience: float) -> None:
     try:
-        await pool.release(connection, timeout=_GIVE_BACK)
+        await pool.release(connection, timeout=patience)
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         # It could not be cleaned and is closed already; what was done with it is done.
         _logger.debug("Database connection dropped", exc_info=error)

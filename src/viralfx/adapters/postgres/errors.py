@@ -101,7 +101,7 @@ _UNKNOWN = Trouble("error", "failed", "the log has the error")
 
 def explain(error: BaseException) -> Trouble:
     """Say what an error means, for a check's code and a person's eyes."""
-    if _refuses_tls(error):
+    if refuses_tls(error):
         return _TLS_REFUSED
     if getattr(error, "verify_code", None) in _OTHER_NAME:
         return _TLS_OTHER_NAME
@@ -116,7 +116,8 @@ def explain(error: BaseException) -> Trouble:
     return _UNKNOWN
 
 
-def _refuses_tls(error: BaseException) -> bool:
+def refuses_tls(error: BaseException) -> bool:
+    """Tell whether the server said that it speaks no TLS."""
     return isinstance(error, ConnectionError) and "SSL upgrade" in str(error)
 
 
@@ -140,7 +141,9 @@ def is_transient(error: BaseException) -> bool:
     see "PostgreSQL Error Codes" in its manual). A pool that gave out no connection in time is not:
     who waited that long must not double the queue.
     """
-    if isinstance(error, _NEVER) or _refuses_tls(error):
+    if getattr(error, "not_the_database", False):
+        return False
+    if isinstance(error, _NEVER) or refuses_tls(error):
         return False
     if isinstance(error, InterfaceError):
         # The driver's words for a connection that is gone, and so went back to the pool, which has

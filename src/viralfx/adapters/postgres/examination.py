@@ -10,6 +10,7 @@ import asyncpg
 from asyncpg.connection import Connection
 
 from viralfx.adapters.postgres.config import PostgresConfig
+from viralfx.adapters.postgres.connection import connect
 from viralfx.adapters.postgres.errors import Trouble, explain
 from viralfx.adapters.postgres.facts import Facts, ask, judge
 from viralfx.adapters.postgres.schema import REVISIONS, VERSION_TABLE, pending_migrations
@@ -46,7 +47,7 @@ class PostgresExamination:
         arguments["command_timeout"] = LONGEST
         arguments["server_settings"]["application_name"] = f"{config.application_name}-doctor"
         try:
-            connection: Connection[Any] = await asyncpg.connect(**arguments)
+            connection = await connect(config, arguments)
         except Exception as error:  # noqa: BLE001 - every error is explained
             return self._alone(self._explained(error))
         try:

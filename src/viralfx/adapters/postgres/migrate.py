@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from viralfx.adapters.postgres.config import PostgresConfig
+from viralfx.adapters.postgres.connection import connect
 from viralfx.adapters.postgres.schema import VERSION_TABLE
 
 _LOCK = 7_305_981_240_662_115
@@ -35,14 +36,13 @@ async def apply_migrations(config: PostgresConfig) -> list[tuple[str, str]]:
     at once one works and the others find nothing to do. Raises what the driver does.
     """
 
-    async def connect() -> "asyncpg.Connection[Any]":
+    async def make() -> "asyncpg.Connection[Any]":
         arguments = {**config.connect_arguments(), "command_timeout": None}
         # A migration may take its time, but not hold up everybody who waits behind its lock.
         arguments["server_settings"] |= {"statement_timeout": "0", "lock_timeout": "10s"}
-        connection: asyncpg.Connection[Any] = await asyncpg.connect(**arguments)
-        return connection
+        return await connect(config, arguments)
 
-    engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
+    engine = create_async_engine("postgresql+asyncpg://", async_creator=make, poolclass=NullPool)
     try:
         async with engine.begin() as connection:
             await connection.execute(text("SET LOCAL lock_timeout = 0"))

@@ -10,6 +10,9 @@ from viralfx.domain.errors import WorkLostError
 
 _logger = logging.getLogger("viralfx.database")
 
+_LEAVE = 1.0
+"""Seconds for connections that nobody uses to be closed in order."""
+
 
 class ClosePostgres:
     """Closes the pool when its connections were given back, and cuts it when they are not."""
@@ -26,7 +29,9 @@ class ClosePostgres:
         await self._check.close()
         closing = asyncio.ensure_future(self._database.close())
         try:
-            if await finished_within(closing, budget, self._clock):
+            # Those who use a connection get the time there is. Idle ones only take their leave.
+            patience = budget if self._database.in_use else min(budget, _LEAVE)
+            if await finished_within(closing, patience, self._clock):
                 await closing
                 return
         except BaseException:

@@ -1,5 +1,6 @@
 """Saved state in Postgres: one row for each instance."""
 
+import asyncio
 import logging
 
 import asyncpg
@@ -17,6 +18,8 @@ _SAVE = """
 INSERT INTO viralfx_state (instance, saved_at, state) VALUES ($1, now(), $2::json)
 ON CONFLICT (instance) DO UPDATE SET saved_at = excluded.saved_at, state = excluded.state
 """
+_PATIENCE = 5.0
+"""Seconds that a start waits for what was saved."""
 _PRUNE = "DELETE FROM viralfx_state WHERE saved_at < now() - interval '30 days'"
 
 
@@ -33,8 +36,10 @@ class PostgresStateStore:
     async def load(self) -> SavedState | None:
         """Read the state; one that cannot be had or understood is logged and counts as none."""
         try:
-            async with self._database.acquire() as connection:
+            async with asyncio.timeout(_PATIENCE), self._database.acquire() as connection:
                 content = await connection.fetchval(_LOAD, self._instance)
+        except asyncpg.UndefinedTableError:
+            return None  # before the first migration, which the check tells of
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             # What was saved is worth less than a service that starts.
             _logger.warning("Saved state cannot be read", exc_info=error)
@@ -55,4 +60,7 @@ class PostgresStateStore:
             await connection.execute(_SAVE, self._instance, content)
             await connection.execute(_PRUNE)
 
-        await self._database.execute_with_retry(write, idempotent=True)
+        try:
+            await self._database.execute_with_retry(write, idempotent=True)
+        except asyncpg.UndefinedTableError:
+            _logger.warning("State is not saved: the database has not been migrated")
