@@ -95,6 +95,9 @@ class ContainerHost(Host):
     def running(self) -> bool:
         return self._status() in {"running", "paused"}
 
+    def listens(self) -> bool:
+        return True  # the engine gives a port to one container only
+
     def pids(self) -> list[int]:
         if not self.running():
             return []

@@ -56,6 +56,10 @@ class Host(ABC):
         """Say whether there is a process, frozen or not."""
 
     @abstractmethod
+    def listens(self) -> bool:
+        """Say whether it is this server that listens on the port, and not another program."""
+
+    @abstractmethod
     def pids(self) -> list[int]:
         """Return the ids of its processes, the first one first."""
 

@@ -28,7 +28,6 @@ SETTINGS = {
     "full_page_writes": "off",
     "shared_buffers": "32MB",
     "max_wal_size": "256MB",
-    "log_min_messages": "warning",
 }
 """For speed, and so that many servers fit on one machine; a test may say otherwise."""
 
@@ -202,8 +201,7 @@ def _make(
 ) -> PostgresServer:
     if isinstance(source, Image):
         return _in_container(source, tls, settings or {})
-    # The whole installation is the folder above bin.
-    postgres = reachable(source.path.parents[1]) / "bin" / source.path.name
+    postgres = reachable(source.path)
     template, password = _template(postgres)
     host = PostgresProcess(postgres, template)
     own = {

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 from tests.servers import reaper
 from tests.servers.host import Host
+from tests.servers.supply import UnavailableError
 from tests.servers.waiting import free_port, wait_until
 
 
@@ -42,27 +43,31 @@ def make_folder() -> Path:
 
     The folders of pytest are not: they are closed to everybody else.
     """
-    # As short as can be: names of sockets below it are limited to about a hundred characters.
     folder = Path(tempfile.mkdtemp(prefix="viralfx-"))
     reaper.watch_folder(folder)
     return give(folder)
 
 
 @cache
-def reachable(installed: Path) -> Path:
-    """Return a program or a whole installation, or its copy where servers may not go there."""
-    if account() is None or all(
-        parent.stat().st_mode & 0o001 for parent in [installed, *installed.parents]
-    ):
-        return installed
+def reachable(program: Path) -> Path:
+    """Return a server's program, or that of a copy of its package where servers may not go.
+
+    Raises ``UnavailableError`` when it is part of no package.
+    """
+    if account() is None or all(parent.stat().st_mode & 0o001 for parent in program.parents):
+        return program
+    for package in program.parents:
+        if package.parent.name in {"site-packages", "dist-packages"}:
+            break
+    else:
+        raise UnavailableError(f"user nobody, who runs servers for root, may not go to {program}")
     folder = make_folder()
     folder.chmod(0o711)
-    copy = folder / installed.name
-    if installed.is_dir():
-        shutil.copytree(installed, copy, symlinks=True)
-    else:
-        shutil.copy(installed, copy)
-    return copy
+    shutil.copytree(package, folder / package.name, symlinks=True)
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.exists():
+        shutil.copytree(libraries, folder / libraries.name, symlinks=True)
+    return folder / program.relative_to(package.parent)
 
 
 def run(command: Sequence[str | Path], *, cwd: Path) -> None:
@@ -139,7 +144,7 @@ class ProcessHost(Host):
                 stderr=log,
                 start_new_session=True,
             )
-        reaper.watch(psutil.Process(self._popen.pid))
+        reaper.watch(psutil.Process(self._popen.pid), self._close_signal)
 
     def stop(self) -> None:
         if not self._ends_by(self._stop_signal):
@@ -169,6 +174,13 @@ class ProcessHost(Host):
 
     def running(self) -> bool:
         return self._popen is not None and self._popen.poll() is None
+
+    def listens(self) -> bool:
+        return any(
+            connection.status == psutil.CONN_LISTEN and connection.laddr.port == self.port
+            for process in self._family()[:1]
+            for connection in process.net_connections("tcp")
+        )
 
     def pids(self) -> list[int]:
         return [process.pid for process in self._family()]

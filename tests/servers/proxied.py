@@ -71,7 +71,8 @@ class Link:
         """End both connections by a reset."""
         reset(self._socket)
         for writer in self._writers:
-            reset(writer.get_extra_info("socket"))
+            if (connection := writer.get_extra_info("socket")) is not None:
+                reset(connection)
             writer.transport.abort()
 
     async def _forward(self, tasks: asyncio.TaskGroup) -> None:

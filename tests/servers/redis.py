@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
+from urllib.parse import quote
 
 import redis
 from redis.backoff import NoBackoff
@@ -21,7 +22,7 @@ PROGRAM, USER = "redis-server", "redis"
 
 
 class RedisServer(Server):
-    """A Redis, or Valkey, of its own; a Sentinel where ``sentinel`` says so.
+    """A Redis, or Valkey, of its own.
 
     Without persistence unless ``arguments`` ask for it: ``["--appendonly", "yes"]``.
     """
@@ -34,17 +35,17 @@ class RedisServer(Server):
         tls: Certificates | None = None,
         arguments: Sequence[str] = (),
         lines: Sequence[str] = (),
-        sentinel: bool = False,
+        may_move: bool = True,
     ) -> None:
-        super().__init__(host)
+        super().__init__(host, may_move=may_move)
         self.password = password
         self.tls = tls
-        self._more_arguments = [*(["--sentinel"] if sentinel else []), *arguments]
-        self._lines = [*([] if sentinel else ['save ""', "appendonly no"]), *lines]
+        self._more_arguments = arguments
+        self._lines = ['save ""', "appendonly no", *lines]
 
     def url(self, database: int = 0) -> str:
         """Return an address of it, with its password."""
-        account = f":{self.password}@" if self.password else ""
+        account = f":{quote(self.password, safe='')}@" if self.password else ""
         scheme = "redis" if self.tls is None else "rediss"
         return f"{scheme}://{account}{self.host}:{self.port}/{database}"
 
@@ -70,6 +71,16 @@ class RedisServer(Server):
         """Remove all keys, and scripts."""
         self.command("FLUSHALL")
         self.command("SCRIPT", "FLUSH")
+
+    def role(self) -> str | None:
+        """Return ``master`` or ``slave``; None when it does not say.
+
+        A Sentinel that changes the role closes the connections of all clients.
+        """
+        try:
+            return str(self.command("ROLE")[0])
+        except redis.ConnectionError:
+            return None
 
     def loading(self, seconds: float) -> None:
         """Restart it so that it answers ``-LOADING`` for about so long; return when it does.
@@ -164,14 +175,19 @@ def redis_server(
     """Run a Redis of its own; with ``tls`` it answers nobody in plain text.
 
     ``arguments`` are the program's; ``users`` are lines of the access control list, such as
-    ``alice on >secret ~* +@all``. A ``port`` that is given must be free.
-
-    Raises ``UnavailableError``.
+    ``alice on >secret ~* +@all``. Raises ``UnavailableError``, and
+    ``PortTakenError`` when there is no way to get a ``port`` that was asked for.
     """
     host = redis_host(tls=tls)
     if port is not None:
         host.port = port
     lines = [f"user {user}" for user in users]
-    server = RedisServer(host, password=password, tls=tls, arguments=arguments, lines=lines)
-    with server:
+    with RedisServer(
+        host,
+        password=password,
+        tls=tls,
+        arguments=arguments,
+        lines=lines,
+        may_move=port is None,
+    ) as server:
         yield server

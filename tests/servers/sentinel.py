@@ -1,10 +1,11 @@
 """A primary and a replica under the watch of three Sentinels."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import redis
+from tests.servers.host import Host
 from tests.servers.redis import RedisServer, redis_hosts
 from tests.servers.waiting import wait_until
 
@@ -12,12 +13,37 @@ NAME = "viralfx-primary"
 QUORUM = 2
 
 
+PERIODS = {"PING-PERIOD": 250, "PUBLISH-PERIOD": 100, "INFO-PERIOD": 200}
+"""Milliseconds. A Sentinel that pings only as often as servers have to answer, its default here,
+takes each one that it has just met for down, also the primary after a failover. But five pings
+have to take longer than the second between two looks at a replica, or none is fit for promotion.
+"""
+
+
+class Sentinel(RedisServer):
+    """A Sentinel that looks often enough to react within a second."""
+
+    def __init__(self, host: Host, *, password: str | None, lines: Sequence[str]) -> None:
+        super().__init__(host, password=password, arguments=["--sentinel"])
+        self._lines = [*lines]
+
+    def start(self) -> None:
+        """Start it with what it wrote down; return when it answers."""
+        super().start()
+        self.command("SENTINEL", "DEBUG", *(part for pair in PERIODS.items() for part in pair))
+
+    def knows(self, name: str, *, sentinels: int, replicas: int) -> bool:
+        """Say whether it sees a primary up, with so many replicas and other Sentinels."""
+        flat = self.command("SENTINEL", "MASTER", name)
+        seen = dict(zip(flat[::2], flat[1::2], strict=True))
+        counts = int(seen["num-other-sentinels"]), int(seen["num-slaves"])
+        return seen["flags"] == "master" and counts == (sentinels, replicas)
+
+
 class SentinelSetup:
     """What ``sentinel_setup`` runs. Each member may be frozen, killed and started again."""
 
-    def __init__(
-        self, servers: list[RedisServer], sentinels: list[RedisServer], *, name: str
-    ) -> None:
+    def __init__(self, servers: list[RedisServer], sentinels: list[Sentinel], *, name: str) -> None:
         self.name = name
         self.servers = servers
         self.sentinel_servers = sentinels
@@ -75,10 +101,22 @@ class SentinelSetup:
             answers = {self._named_by(sentinel) for sentinel in self.sentinel_servers} - {None}
             for server in self.servers:
                 if server is not old and answers == {(server.host, server.port)}:
-                    return server if server.command("ROLE")[0] == "master" else None
+                    return server if server.role() == "master" else None
             return None
 
-        return wait_until(named, seconds=seconds, what="failover")
+        return wait_until(named, seconds=seconds, what=lambda: f"failover; {self.log()}")
+
+    def wait_follows(self, server: RedisServer, *, seconds: float = 20.0) -> None:
+        """Wait until a server that was started again is the replica of the primary."""
+        wait_until(
+            lambda: server.role() == "slave",
+            seconds=seconds,
+            what=lambda: f"it follows; {self.log()}",
+        )
+
+    def log(self) -> str:
+        """Return what the Sentinels wrote, one after another."""
+        return "\n".join(sentinel.log() for sentinel in self.sentinel_servers)
 
     def _named_by(self, sentinel: RedisServer) -> tuple[str, int] | None:
         try:
@@ -113,21 +151,10 @@ def sentinel_setup(
         if sentinel_password:
             watch.append(f"sentinel sentinel-pass {sentinel_password}")
         sentinels = [
-            stack.enter_context(
-                RedisServer(host, password=sentinel_password, lines=watch, sentinel=True)
-            )
+            stack.enter_context(Sentinel(host, password=sentinel_password, lines=watch))
             for host in others
         ]
-        setup = SentinelSetup([primary, replica], sentinels, name=name)
         for sentinel in sentinels:
-            # They find each other by what they publish, every two seconds if not told otherwise.
-            sentinel.command("SENTINEL", "DEBUG", "PUBLISH-PERIOD", "100", "INFO-PERIOD", "200")
-        for sentinel in sentinels:
-            wait_until(partial(_knows_all, sentinel, name), what="a Sentinel knows the others")
-        yield setup
-
-
-def _knows_all(sentinel: RedisServer, name: str) -> bool:
-    flat = sentinel.command("SENTINEL", "MASTER", name)
-    known = flat if isinstance(flat, dict) else dict(zip(flat[::2], flat[1::2], strict=True))
-    return int(known["num-other-sentinels"]) == 2 and int(known["num-slaves"]) == 1
+            knows_all = partial(sentinel.knows, name, sentinels=2, replicas=1)
+            wait_until(knows_all, what="a Sentinel knows the others")
+        yield SentinelSetup([primary, replica], sentinels, name=name)

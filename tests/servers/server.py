@@ -15,8 +15,10 @@ class Server(ABC):
     The methods block; an asynchronous test calls them through ``asyncio.to_thread``.
     """
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, *, may_move: bool = True) -> None:
+        """Prepare a server; its host's port is another one when taken, if it ``may_move``."""
         self._host = host
+        self._attempts = 5 if may_move else 1
 
     @property
     def host(self) -> str:
@@ -49,13 +51,14 @@ class Server(ABC):
         self.close()
 
     def _open(self) -> None:
-        for _ in range(5):
+        for attempt in range(self._attempts):
+            if attempt:
+                self._host.port = free_port()
             self._prepare()
             with suppress(PortTakenError):
                 self.start()
                 return
-            self._host.port = free_port()
-        raise PortTakenError(f"lost each race for a port; {self.log()}")
+        raise PortTakenError(f"port {self._host.port} is taken: {self.log()}")
 
     def start(self) -> None:
         """Start it on the same port with the data it has; return when it answers."""
@@ -91,7 +94,7 @@ class Server(ABC):
         def look() -> bool:
             self._host.check_port()
             assert self._host.running(), f"ended early: {self.log()}"
-            return answers()
+            return self._host.listens() and answers()
 
         wait_until(look, what=lambda: f"server answers; {self.log()}")
 

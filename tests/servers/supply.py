@@ -28,18 +28,15 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Program:
-    """Binaries of this machine: one of a server's, in its folder."""
+    """A server's binary on this machine, with its other programs beside it."""
 
     path: Path
     origin: str
+    version: str
     speaks_tls: bool
 
     def __str__(self) -> str:
-        told = subprocess.run(
-            [self.path, "--version"], capture_output=True, text=True, check=True, timeout=10
-        ).stdout
-        version = re.search(r"(?:v=|\) )(\d[\w.]*)", told)
-        return f"{version[1] if version else told.strip()} ({self.origin})"
+        return f"{self.version} ({self.origin})"
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def _in_package(package: str, pattern: str, *, speaks_tls: bool) -> Program:
     spec = importlib.util.find_spec(package)
     for place in spec.submodule_search_locations or () if spec else ():
         for path in Path(place).glob(pattern):
-            return Program(path, package.replace("_", "-"), speaks_tls)
+            return _program(path, package.replace("_", "-"), speaks_tls=speaks_tls)
     raise UnavailableError(f"the package {package} with {pattern} is not installed")
 
 
@@ -121,13 +118,25 @@ def _debian() -> Supply:
         raise UnavailableError("no initdb in /usr/lib/postgresql/*/bin or on PATH")
     # Whatever links lead there, its other programs are in the same folder.
     binaries = Path(found).resolve().parent
-    postgres = Program(binaries / "postgres", str(binaries), speaks_tls=True)
+    postgres = _program(binaries / "postgres", str(binaries), speaks_tls=True)
     server = shutil.which("redis-server") or shutil.which("valkey-server")
     if server is None:
         raise UnavailableError("no redis-server or valkey-server on PATH")
     # Links are not followed: the program does by its name what it does.
-    redis = Program(Path(server), server, speaks_tls=True)
+    redis = _program(Path(server), server, speaks_tls=True)
     return Supply(Tier.DEBIAN, postgres, redis, postgres)
+
+
+def _program(path: Path, origin: str, *, speaks_tls: bool) -> Program:
+    """Describe a program by what it says of itself."""
+    try:
+        told = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UnavailableError(f"{path} does not run here: {error}") from error
+    version = re.search(r"(?:v=|\) )(\d[\w.]*)", told)
+    return Program(path, origin, version[1] if version else told.strip(), speaks_tls)
 
 
 FINDERS = {Tier.DOCKER: _docker, Tier.WHEELS: _wheels, Tier.DEBIAN: _debian}

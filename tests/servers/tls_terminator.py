@@ -60,6 +60,9 @@ class TlsTerminator(Host):
     def running(self) -> bool:
         return self._behind.running()
 
+    def listens(self) -> bool:
+        return self._behind.listens()
+
     def pids(self) -> list[int]:
         return self._behind.pids()
 
