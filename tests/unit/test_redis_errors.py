@@ -40,6 +40,7 @@ BOTH_REFUSED = OSError(
         (caused(OSError(errno.ECONNREFUSED, "refused")), "refused"),
         (caused(BOTH_REFUSED), "refused"),
         (caused(socket.gaierror(socket.EAI_NONAME, "unknown")), "unreachable"),
+        (caused(UnicodeError("label too long")), "unreachable"),
         (caused(OSError(errno.EHOSTUNREACH, "no route")), "unreachable"),
         (caused(TimeoutError(), exceptions.TimeoutError("Timeout connecting")), "timeout"),
         (exceptions.TimeoutError("Timeout reading"), "timeout"),

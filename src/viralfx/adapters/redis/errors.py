@@ -123,7 +123,7 @@ _KINDS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Troub
     (_REFUSES_US, Trouble.AUTH),
     (ssl.SSLError, Trouble.TLS),
     (ConnectionRefusedError, Trouble.REFUSED),
-    (socket.gaierror, Trouble.UNREACHABLE),
+    ((socket.gaierror, UnicodeError), Trouble.UNREACHABLE),  # the latter: no name at all
     ((exceptions.TimeoutError, TimeoutError), Trouble.TIMEOUT),
 )
 
