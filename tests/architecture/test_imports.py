@@ -115,6 +115,7 @@ def test_the_contracts_are_kept() -> None:
         ("web/app.py", "import viralfx.adapters.memory", "ADR-0002: only bootstrap picks adapters"),
         ("runner/serve.py", "import litestar", "ADR-0004: Litestar stays in web"),
         ("web/gate.py", "import uvicorn", "ADR-0008: uvicorn stays in the runner"),
+        ("telemetry/logs.py", "import redis", "ADR-0018: redis stays in its adapter"),
         ("domain/events.py", "import viralfx.domain.monitor", "ADR-0002: no cycles"),
     ],
 )

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,11 +31,6 @@ def commands(server: RedisServer) -> dict[str, int]:
     """Return how often each command was called."""
     lines = server.command("INFO", "commandstats")
     return {name.removeprefix("cmdstat_"): stats["calls"] for name, stats in lines.items()}
-
-
-def seal(server: RedisServer, mode: int) -> None:
-    """Say what the server may do in its own folder."""
-    Path(server._host.folder).chmod(mode)
 
 
 async def test_an_idle_check_is_one_command_on_one_connection(own_redis: RedisServer) -> None:
@@ -154,18 +148,18 @@ async def test_a_user_who_may_not_ping_is_told() -> None:
 
 async def test_a_server_that_cannot_save_is_a_warning() -> None:
     """It answers, and refuses to write: nothing of it is lost, but somebody should look."""
-    with redis_server(arguments=["--save", "3600 100000"]) as server:
+    arguments = ["--save", "3600 100000", "--enable-protected-configs", "yes"]
+    with redis_server(arguments=arguments) as server:
+        _, folder = server.command("CONFIG", "GET", "dir")
         async with opened(server) as client:
             check = check_of(client)
-            seal(server, 0o500)
+            server.command("CONFIG", "SET", "dir", "/proc")  # where nobody can write
             server.command("BGSAVE")
-            try:
-                observation = await seen(check, "writes_refused")
-            finally:
-                seal(server, 0o700)
+            observation = await seen(check, "writes_refused")
 
             assert observation.status is Status.WARN
             assert client.available
+            server.command("CONFIG", "SET", "dir", folder)
             server.command("BGSAVE")
             await seen(check, None)
 
