@@ -4,13 +4,19 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import asyncpg
 from asyncpg.connection import Connection
-from asyncpg.pool import Pool, PoolConnectionProxy
-from asyncpg.transaction import Transaction
+from asyncpg.pool import Pool
 
+from viralfx.adapters.postgres.cleaning import (
+    IN_A_HURRY,
+    PATIENTLY,
+    Lease,
+    give_back,
+    roll_back,
+)
 from viralfx.adapters.postgres.config import PostgresConfig
 from viralfx.adapters.postgres.connection import CheckedConnection, connect
 from viralfx.adapters.postgres.errors import (
@@ -29,13 +35,6 @@ from viralfx.domain.resilience.retry import Retrier
 _logger = logging.getLogger("viralfx.database")
 
 T = TypeVar("T")
-Lease: TypeAlias = "PoolConnectionProxy[Any]"
-"""A connection of the pool, for as long as the block that took it."""
-
-_GIVE_BACK = 5.0
-"""Seconds to clean a connection that is given back; it is closed when that does not suffice."""
-_GIVE_BACK_CUT = 1.0
-"""The same for a caller that was cancelled, and has no time for it."""
 
 
 class PostgresDatabase:
@@ -131,15 +130,15 @@ class PostgresDatabase:
         try:
             connection = await self._take(pool)
             self._in_use += 1
-            patience = _GIVE_BACK
+            patience = PATIENTLY
             try:
                 yield connection
             except asyncio.CancelledError:
-                patience = _GIVE_BACK_CUT
+                patience = IN_A_HURRY
                 raise
             finally:
                 self._in_use -= 1
-                await _give_back(pool, connection, patience)
+                await give_back(pool, connection, patience)
         finally:
             doubt.cancel()
 
@@ -176,7 +175,7 @@ class PostgresDatabase:
                     # A file, another service, a time limit of its own: not the database's error.
                     error.not_the_database = True  # type: ignore[attr-defined]  # see is_transient
                 cut = isinstance(error, asyncio.CancelledError)
-                await _roll_back(connection, transaction, _GIVE_BACK_CUT if cut else _GIVE_BACK)
+                await roll_back(connection, transaction, IN_A_HURRY if cut else PATIENTLY)
                 raise
             # Raises, as the commit would, where the connection has gone back to the pool.
             can_be_sent = not connection.is_closed()
@@ -283,22 +282,3 @@ class PostgresDatabase:
     def _doubt(self) -> None:
         if not self._closed:
             self.on_doubt()
-
-
-async def _roll_back(connection: Lease, transaction: Transaction, patience: float) -> None:
-    try:
-        async with asyncio.timeout(patience):
-            await transaction.rollback()
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-        # A server that does not answer must not hold whoever was cancelled; without its
-        # connection it rolls back by itself.
-        with contextlib.suppress(asyncpg.InterfaceError):  # it is gone already
-            connection.terminate()
-
-
-async def _give_back(pool: "Pool[Any]", connection: Lease, patience: float) -> None:
-    try:
-        await pool.release(connection, timeout=patience)
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        # It could not be cleaned and is closed already; what was done with it is done.
-        _logger.debug("Database connection dropped", exc_info=error)

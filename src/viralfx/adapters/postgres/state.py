@@ -6,7 +6,8 @@ import logging
 import asyncpg
 import msgspec
 
-from viralfx.adapters.postgres.database import Lease, PostgresDatabase
+from viralfx.adapters.postgres.cleaning import Lease
+from viralfx.adapters.postgres.database import PostgresDatabase
 from viralfx.domain.state import SavedState
 
 _logger = logging.getLogger("viralfx.state")
