@@ -15,7 +15,7 @@ from tests.servers.waiting import wait_until
 from tests.unit.resilience.scripted import SkippingClock
 
 from viralfx.adapters.postgres import PoolTimeoutError
-from viralfx.adapters.postgres.database import Lease
+from viralfx.adapters.postgres.cleaning import Lease
 
 Fault = Callable[[], None]
 

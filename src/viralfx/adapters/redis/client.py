@@ -75,7 +75,7 @@ class RedisClient:
             **options,
         )
         self._own: list[ServerConnection] = []
-        self._make_own = functools.partial(ServerConnection, traffic=self._traffic, **options)
+        self._own_options = options
         self.redis = CountingRedis.from_pool(self._pool)
 
     # -- reading -----------------------------------------------------------------------------
@@ -157,7 +157,7 @@ class RedisClient:
 
         It is kept, to be opened as often as need be, and cut when this client is closed.
         """
-        connection = self._make_own()
+        connection = ServerConnection(traffic=self._traffic, **self._own_options)
         self._own.append(connection)
         return connection
 

@@ -26,6 +26,9 @@ from viralfx.adapters.redis.config import RedisTls
 from viralfx.adapters.redis.sentinel import Primary
 from viralfx.adapters.redis.traffic import Traffic
 
+_HANDSHAKE = 1.5
+"""Seconds for a TLS handshake: less than a health check has, so that it can tell."""
+
 
 class TlsContext:
     """The TLS context that all connections share: reading the system's trust takes its time."""
@@ -73,6 +76,7 @@ class ServerConnection(Connection):
         arguments = dict(super()._connection_arguments())
         if self._tls is not None:
             arguments["ssl"] = self._tls.context
+            arguments["ssl_handshake_timeout"] = _HANDSHAKE
         return arguments
 
     async def connect_check_health(

@@ -129,6 +129,9 @@ _KINDS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Troub
 
 
 def _specific(error: BaseException) -> Trouble | None:
+    if isinstance(error, ConnectionAbortedError) and "SSL handshake" in str(error):
+        # It took the connection and said nothing: what speaks no TLS waits for more.
+        return Trouble.TLS
     for kinds, found in _KINDS:
         if isinstance(error, kinds):
             return found
