@@ -57,6 +57,7 @@ class PostgresDatabase:
         self.on_doubt = on_doubt
         self._slow = SlowQueryLog(config.slow_query_threshold)
         self._pool: Pool[Any] | None = None
+        self._opened = asyncio.Event()
         self._closed = False
         self._in_use = 0
         self._waiting = 0
@@ -97,6 +98,7 @@ class PostgresDatabase:
                 raise
             else:
                 self._pool = pool
+                self._opened.set()
                 # The last look at it was before there was a pool to count.
                 self._doubt()
                 return
@@ -107,12 +109,14 @@ class PostgresDatabase:
         Cancelling it cuts them all. Doing it again, or before anything was opened, is harmless.
         """
         self._closed = True
+        self._opened.set()
         if self._pool is not None:
             await self._pool.close()
 
     def terminate(self) -> None:
         """Cut every connection at once."""
         self._closed = True
+        self._opened.set()
         if self._pool is not None:
             self._pool.terminate()
 
@@ -125,7 +129,7 @@ class PostgresDatabase:
         Raises :class:`PoolTimeoutError` when there is none in time, and what the driver raises
         when a new one cannot be made.
         """
-        pool = self._open_pool()
+        pool = await self._open_pool()
         doubt = asyncio.get_running_loop().call_later(self.config.doubt_after, self._doubt)
         try:
             connection = await self._take(pool)
@@ -251,7 +255,12 @@ class PostgresDatabase:
             max_size=self.config.pool_max,
         )
 
-    def _open_pool(self) -> "Pool[Any]":
+    async def _open_pool(self) -> "Pool[Any]":
+        if self._pool is None and not self._closed:
+            # Who comes before the start is over waits for it, as for any connection.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.config.pool_timeout):
+                    await self._opened.wait()
         if self._pool is None or self._closed:
             state = "closed" if self._closed else "not open yet"
             raise asyncpg.InterfaceError(f"the database's pool is {state}")

@@ -87,7 +87,7 @@ class RedisExamination:
         if not config.sentinels:
             return await self._server((config.host, config.port), _SERVER)
         watches = await asyncio.gather(*(self._watch(at) for at in config.sentinels))
-        findings = list(_judge_sentinels(watches, config.sentinel_name, tls=config.tls is not None))
+        findings = list(_judge_sentinels(watches, config.sentinel_name))
         named = Counter(w.primary for w in watches if w.primary[1]).most_common(1)
         for primary, _ in named:
             findings += await self._server(primary, _PRIMARY)
@@ -106,7 +106,7 @@ class RedisExamination:
                 remedy = "grant +info to the user of REDIS_USERNAME to have the server looked at"
                 return [skipped(Area.REDIS, found, remedy)]
         except (RedisError, OSError) as error:
-            return [_explained(f"Redis at {address}", error, names, tls=config.tls is not None)]
+            return [_explained(f"Redis at {address}", error, names)]
         finally:
             await client.close()
         return list(judge(facts, config, address))
@@ -149,13 +149,13 @@ async def _ask_sentinel(client: RedisClient, at: Address, name: str) -> _Watch:
     return _Watch(at, primary=(str(said["ip"]), int(said["port"])), down=down, quorum=quorum)
 
 
-def _judge_sentinels(watches: Sequence[_Watch], name: str, *, tls: bool) -> Iterator[Finding]:
+def _judge_sentinels(watches: Sequence[_Watch], name: str) -> Iterator[Finding]:
     area = Area.REDIS
     answered = [w for w in watches if w.error is None]
     for watch in watches:
         if watch.error is not None:
             what = f"Sentinel at {_text(watch.at)}"
-            finding = _explained(what, watch.error, _SENTINEL, tls=tls)
+            finding = _explained(what, watch.error, _SENTINEL)
             yield warned(area, finding.found, finding.remedy) if answered else finding
     knowing = [w for w in answered if not w.unknown]
     if not knowing:
@@ -196,14 +196,11 @@ def _judge_sentinels(watches: Sequence[_Watch], name: str, *, tls: bool) -> Iter
         yield passed(area, f"{len(answered)} of {len(watches)} Sentinels answer and can fail over")
 
 
-def _explained(what: str, error: BaseException, names: dict[str, str], *, tls: bool) -> Finding:
+def _explained(what: str, error: BaseException, names: dict[str, str]) -> Finding:
     code = trouble(error)
     problem = _PROBLEMS.get(code, "answers with an error")
     remedy = _REMEDIES.get(code, "look at its log; check REDIS_DB, and what its user may do")
     remedy = remedy.format(**names)
-    if tls and code is Trouble.TIMEOUT:
-        # Taken for plain text, the beginning of TLS is a command that is not complete yet.
-        remedy += "; if it speaks no TLS, remove REDIS_TLS_ENABLED"
     return failed(Area.REDIS, f"{what} {problem}", remedy)
 
 
