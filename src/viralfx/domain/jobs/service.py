@@ -1,0 +1,124 @@
+"""What applications ask of jobs: accept, look up, retry, cancel."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from viralfx.domain.correlation import current_correlation_id
+from viralfx.domain.errors import ViralFXError
+from viralfx.domain.jobs.codec import Codec
+from viralfx.domain.jobs.job import (
+    Job,
+    JobDraft,
+    JobNotFoundError,
+    JobState,
+    KeyConflictError,
+    new_job_id,
+)
+from viralfx.domain.jobs.ledger import Accepted, JobLedger, QueueCounts
+from viralfx.domain.jobs.tasks import TaskRegistry
+
+
+class UnknownQueueError(ViralFXError):
+    """There is no queue of this name."""
+
+
+class JobService:
+    """Accepts jobs durably and answers for them.
+
+    Every method raises :class:`LedgerUnavailableError` when the ledger cannot be reached.
+    """
+
+    def __init__(
+        self,
+        *,
+        ledger: JobLedger,
+        tasks: TaskRegistry,
+        codec: Codec,
+        queues: Collection[str],
+        ring: Callable[[str, Sequence[str]], None] = lambda _queue, _ids: None,
+    ) -> None:
+        """``ring`` tells workers of jobs by queue and ids; it neither waits nor raises."""
+        self._ledger = ledger
+        self._tasks = tasks
+        self._codec = codec
+        self._queues = frozenset(queues)
+        self._ring = ring
+
+    async def accept(
+        self,
+        task: str,
+        payload: bytes,
+        *,
+        run_at: datetime | None = None,
+        key: str | None = None,
+        traceparent: str | None = None,
+    ) -> Accepted:
+        """Accept a job: when this returns, it is durable and will be run.
+
+        ``run_at`` is in UTC. The same ``key`` again returns the first job. Raises
+        :class:`UnknownTaskError`, :class:`PayloadError` and, for a key that was used for another
+        job, :class:`KeyConflictError`.
+        """
+        declared = self._tasks.find(task)
+        self._codec.decode(payload, declared.payload_type)
+        draft = JobDraft(
+            id=new_job_id(),
+            queue=declared.queue,
+            task=task,
+            payload=payload,
+            run_at=run_at,
+            key=key,
+            correlation_id=current_correlation_id(),
+            traceparent=traceparent,
+        )
+        (accepted,) = await self._ledger.accept([draft])
+        if accepted.created:
+            if run_at is None:
+                self._ring(draft.queue, (draft.id,))
+        elif not accepted.job.comes_from(draft):
+            raise KeyConflictError(
+                f"the idempotency key was used for job {accepted.job.id}, which asks for"
+                " something else"
+            )
+        return accepted
+
+    async def submit(self, task: str, payload: Any, *, key: str | None = None) -> Accepted:
+        """Accept a job from a value instead of its JSON; raises as :meth:`accept` does."""
+        return await self.accept(task, self._codec.encode(payload), key=key)
+
+    async def get(self, job_id: str) -> Job:
+        """Return a job. Raises :class:`JobNotFoundError`."""
+        job = await self._ledger.get(job_id)
+        if job is None:
+            raise JobNotFoundError(f"there is no job {job_id}")
+        return job
+
+    async def page(
+        self,
+        *,
+        queue: str | None = None,
+        state: JobState | None = None,
+        before: str | None = None,
+        limit: int = 50,
+    ) -> Sequence[Job]:
+        """Return jobs, the newest first. Raises :class:`UnknownQueueError`."""
+        if queue is not None and queue not in self._queues:
+            known = ", ".join(sorted(self._queues))
+            raise UnknownQueueError(f"there is no queue {queue!r}; there are {known}")
+        return await self._ledger.page(queue=queue, state=state, before=before, limit=limit)
+
+    async def retry(self, job_id: str) -> Job:
+        """Run a failed job again. Raises :class:`JobNotFoundError`, :class:`JobStateError`."""
+        job = await self._ledger.retry(job_id)
+        self._ring(job.queue, (job.id,))
+        return job
+
+    async def cancel(self, job_id: str) -> Job:
+        """Cancel a waiting job. Raises :class:`JobNotFoundError`, :class:`JobStateError`."""
+        return await self._ledger.cancel(job_id)
+
+    async def counts(self) -> Mapping[str, QueueCounts]:
+        """Return how each queue stands, also those that never had a job."""
+        known = await self._ledger.counts()
+        return {name: known.get(name, QueueCounts()) for name in {*self._queues, *known}}
