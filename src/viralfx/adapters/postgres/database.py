@@ -97,6 +97,10 @@ class PostgresDatabase:
                 pool.terminate()
                 raise
             else:
+                if self._closed:
+                    # Closed meanwhile, when there was none to close.
+                    pool.terminate()
+                    return
                 self._pool = pool
                 self._opened.set()
                 # The last look at it was before there was a pool to count.
