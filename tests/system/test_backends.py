@@ -194,7 +194,7 @@ def test_an_idle_service_asks_once_an_interval(
 def asked(postgres: PostgresServer, redis: RedisServer) -> tuple[int, int]:
     """Count the questions of health checks so far."""
     pings = redis.command("INFO", "commandstats").get("cmdstat_ping", {"calls": 0})
-    return postgres.log().count("pg_is_in_recovery()"), int(pings["calls"])
+    return postgres.log().count("current_setting('transaction_read_only')"), int(pings["calls"])
 
 
 def everything(postgres: PostgresServer, redis: RedisServer) -> tuple[int, int]:

@@ -31,9 +31,12 @@ def test_all_problems_are_told_at_once() -> None:
         "viralfx: LOG_LEVEL: 'info' is not one of debug, error, log, verbose, warn",
         "viralfx: READINESS_REQUIRES: 'Database' is not a list of names like one,two, or none",
         (
-            "viralfx: ENVIRONMENT: production refuses to keep its data in memory, and this version"
-            " has memory adapters only; set ALLOW_MEMORY_ADAPTERS=true to accept the loss of all"
-            " data at every stop"
+            "viralfx: DATABASE_URL: ENVIRONMENT=production refuses a database in memory; set it,"
+            " or ALLOW_MEMORY_ADAPTERS=true to accept the loss of all data at every stop"
+        ),
+        (
+            "viralfx: REDIS_HOST: ENVIRONMENT=production refuses a cache in memory; set it, or"
+            " REDIS_SENTINEL_ENABLED=true, or ALLOW_MEMORY_ADAPTERS=true to do without Redis"
         ),
     ]
 
@@ -133,10 +136,10 @@ def test_the_help_lists_what_works() -> None:
     result = command("--help")
 
     assert "serve" in result.stdout
-    for name in ("serve", "probe", "env"):
+    for name in ("serve", "migrate", "doctor", "probe", "env"):
+        assert f"\n    {name} " in result.stdout
         assert command(name, "--help").returncode == 0
-    for later in ("worker", "migrate", "doctor"):
-        assert later not in result.stdout
+    assert "worker" not in result.stdout
 
 
 def test_a_probe_of_nobody_fails() -> None:
