@@ -7,6 +7,7 @@ from viralfx.domain.errors import ViralFXError
 
 if TYPE_CHECKING:
     from viralfx.domain.health import HealthCheck, Observation, Status
+    from viralfx.domain.jobs.tasks import JobContext, task
     from viralfx.domain.resilience.backoff import Backoff
     from viralfx.domain.resilience.breaker import CircuitBreaker, circuit_breaker
     from viralfx.domain.resilience.circuit import CircuitOpenError
@@ -23,6 +24,7 @@ __all__ = [
     "CircuitOpenError",
     "Deadline",
     "HealthCheck",
+    "JobContext",
     "Observation",
     "OperationsConfig",
     "OperationsPlugin",
@@ -32,11 +34,13 @@ __all__ = [
     "ViralFXError",
     "circuit_breaker",
     "retry",
+    "task",
     "with_fallback",
 ]
 
 _HOMES = {
     "domain.health": ("HealthCheck", "Observation", "Status"),
+    "domain.jobs.tasks": ("JobContext", "task"),
     "domain.resilience.backoff": ("Backoff",),
     "domain.resilience.breaker": ("CircuitBreaker", "circuit_breaker"),
     "domain.resilience.circuit": ("CircuitOpenError",),
