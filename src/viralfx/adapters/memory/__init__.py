@@ -2,6 +2,7 @@
 
 from viralfx.adapters.memory.cache import MemoryCacheStore
 from viralfx.adapters.memory.database import MemoryDatabase
+from viralfx.adapters.memory.job_ledger import MemoryJobLedger
 from viralfx.adapters.memory.process import ProcessMemory, memory_limit
 from viralfx.adapters.memory.queues import DrainQueues, MemoryQueues
 from viralfx.adapters.memory.redis import MemoryRedis
@@ -13,6 +14,7 @@ __all__ = [
     "FileStateStore",
     "MemoryCacheStore",
     "MemoryDatabase",
+    "MemoryJobLedger",
     "MemoryQueues",
     "MemoryRedis",
     "MemoryRetryPolicy",

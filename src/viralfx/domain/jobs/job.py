@@ -69,7 +69,8 @@ class Job:
     traceparent: str | None
     created_at: datetime
     run_at: datetime
-    """When it is due: what was asked for, then the time of its next attempt."""
+    """When it is due: what was asked for, but not before it was accepted; then the time of its
+    next attempt."""
     asked_run_at: datetime | None
     """The ``run_at`` of its draft."""
     started_at: datetime | None
@@ -81,7 +82,7 @@ class Job:
     crashes: int
     """Workers that died over it."""
     claims: int
-    """How often a worker was given it."""
+    """How often a worker was given it; never less than before, whatever happens to the job."""
     worker: str | None
     """Who has it, while active."""
     result: bytes | None
@@ -132,8 +133,9 @@ class Settlement:
     """COMPLETED, FAILED, or WAITING to be run again."""
     result: bytes | None = None
     error: JobError | None = None
-    delay: float = 0.0
-    """Seconds until it is due again, where it waits."""
+    delay: float | None = None
+    """Seconds until it is due again, where it waits; None: due as it was, so that it keeps its
+    place."""
     spends_attempt: bool = False
 
 

@@ -57,7 +57,10 @@ class JobLedger(Protocol):
     """
 
     async def accept(self, drafts: Sequence[JobDraft]) -> Sequence[Accepted]:
-        """Keep the jobs durably and return them in order, or what is kept under their keys."""
+        """Keep the jobs durably and return them in order, or what is kept under their keys.
+
+        A draft whose id is kept is that job: accepting again after an unknown outcome is harmless.
+        """
         ...
 
     async def claim(
@@ -69,8 +72,9 @@ class JobLedger(Protocol):
     ) -> Sequence[Claim]:
         """Give up to ``limit`` due jobs of a queue to ``worker``, the longest due first.
 
-        With ``ids`` only of these. A job is never given to two workers at once. What another
-        claim is just taking is passed over, not waited for. The worker must have registered.
+        With ``ids`` only of these, whatever else is among them. A job is never given to two
+        workers at once. What another claim is just taking is passed over, not waited for. The
+        worker must have registered: what one without a good lease has, the next sweep takes.
         """
         ...
 
@@ -110,7 +114,7 @@ class JobLedger(Protocol):
     async def sweep(self, max_crashes: int) -> Swept:
         """Take the jobs from workers whose lease ran out, each counted as a crash.
 
-        A job with ``max_crashes`` crashes fails with code ``crashed``; the others wait again.
+        A job with ``max_crashes`` crashes fails with code ``crashed``; the others wait as before.
         """
         ...
 
@@ -126,7 +130,10 @@ class JobLedger(Protocol):
         before: str | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
-        """Return jobs, the newest first, from those older than the id ``before``."""
+        """Return jobs, the newest first, from those older than the id ``before``.
+
+        There need not be a job of that id any more; before what is no id there are none.
+        """
         ...
 
     async def retry(self, job_id: str) -> Job:
@@ -147,6 +154,6 @@ class JobLedger(Protocol):
     async def prune(self, older_than: float, limit: int = 1000) -> int:
         """Forget up to ``limit`` jobs that reached a final state ``older_than`` seconds ago.
 
-        Returns how many.
+        Returns how many. Their keys are free again.
         """
         ...
