@@ -2,6 +2,7 @@
 
 from viralfx.adapters.memory.cache import MemoryCacheStore
 from viralfx.adapters.memory.database import MemoryDatabase
+from viralfx.adapters.memory.job_bell import MemoryBell
 from viralfx.adapters.memory.job_ledger import MemoryJobLedger
 from viralfx.adapters.memory.process import ProcessMemory, memory_limit
 from viralfx.adapters.memory.queues import DrainQueues, MemoryQueues
@@ -12,6 +13,7 @@ from viralfx.adapters.memory.state import FileStateStore, MemoryStateStore
 __all__ = [
     "DrainQueues",
     "FileStateStore",
+    "MemoryBell",
     "MemoryCacheStore",
     "MemoryDatabase",
     "MemoryJobLedger",

@@ -38,8 +38,8 @@ class MemoryJobLedger:
         """In order."""
         self._keys: dict[str, str] = {}
         self._queues: defaultdict[str, MemoryJobQueue] = defaultdict(MemoryJobQueue)
-        self._held: defaultdict[str, dict[str, None]] = defaultdict(dict)
-        """The ids of active jobs by worker."""
+        self._held: defaultdict[str, dict[str, float]] = defaultdict(dict)
+        """By worker, when its active jobs were given to it."""
         self._finished: OrderedDict[str, float] = OrderedDict()
         """When jobs reached their final state, in that order."""
         self._leases: dict[str, float] = {}
@@ -147,10 +147,22 @@ class MemoryJobLedger:
         result = await effect(None)
         return self._settle(completed(claim, result))
 
-    async def register(self, worker: str, queues: Collection[str], lease: float) -> None:
+    async def register(
+        self,
+        worker: str,
+        queues: Collection[str],
+        lease: float,
+        holding: Collection[str] | None = None,
+    ) -> None:
         """Note a worker's queues, and until when its lease is good."""
-        self._leases[worker] = self._clock.monotonic() + lease
+        now = self._clock.monotonic()
+        self._leases[worker] = now + lease
         self._consumed[worker] = frozenset(queues)
+        if holding is not None:
+            known = frozenset(holding)
+            for job_id, given in tuple(self._held.get(worker, {}).items()):
+                if given < now - lease and job_id not in known:
+                    self._wait(self._jobs[job_id])
 
     async def leave(self, worker: str) -> Mapping[str, Sequence[str]]:
         """Let what the worker has wait again, and forget the worker."""
@@ -289,7 +301,7 @@ class MemoryJobLedger:
         self._jobs[job.id] = job
         self._queues[job.queue].put(job)
         if job.worker is not None:
-            self._held[job.worker][job.id] = None
+            self._held[job.worker][job.id] = self._clock.monotonic()
         if job.state.final:
             self._finished[job.id] = self._clock.monotonic()
         return job

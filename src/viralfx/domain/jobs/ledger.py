@@ -97,10 +97,20 @@ class JobLedger(Protocol):
         """
         ...
 
-    async def register(self, worker: str, queues: Collection[str], lease: float) -> None:
+    async def register(
+        self,
+        worker: str,
+        queues: Collection[str],
+        lease: float,
+        holding: Collection[str] | None = None,
+    ) -> None:
         """Note that ``worker`` lives and consumes ``queues``, for the next ``lease`` seconds.
 
-        Called again it renews the lease: of all the worker's jobs at once.
+        The name is of one life of one process: who starts again takes a new one. Called again it
+        renews the lease: of all the worker's jobs at once. ``holding`` is the ids that it knows to
+        have, None when it does not say. What it was given more than ``lease`` seconds ago and is
+        not among them waits as before, without any cost: the answer to that claim never came, and
+        nobody would ever run the job.
         """
         ...
 

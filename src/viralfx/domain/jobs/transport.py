@@ -25,7 +25,9 @@ class JobTransport(Protocol):
         """Call ``hear`` for each bell of a queue until cancelled.
 
         At most ``slots`` calls run at once, and no bell is taken from others while they all do:
-        it belongs to a worker that has time. Never raises; what is lost is found again by itself.
+        it belongs to a worker that has time. Never raises; what is lost is found again by itself,
+        and what ``hear`` raises is logged. Cancelling cancels the calls that still run, and ends
+        when they ended: what must go on after that, ``hear`` only starts and looks at.
         """
         ...
 
