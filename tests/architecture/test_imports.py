@@ -193,7 +193,7 @@ def test_there_is_one_process() -> None:
 
 
 def test_the_domain_waits_in_one_way() -> None:
-    """Timers and limits of the domain are the clock's, but for three that say why they are not."""
+    """Timers and limits of the domain are the clock's, but for four that say why they are not."""
     used = {
         (name_of(module), node.attr)
         for module in (PACKAGE / "domain").rglob("*.py")
@@ -211,6 +211,8 @@ def test_the_domain_waits_in_one_way() -> None:
         ("domain/clock.py", "monotonic"),
         ("domain/clock.py", "now"),
         ("domain/clock.py", "sleep"),
+        # A job's id begins with the time at which it was made.
+        ("domain/jobs/job.py", "time_ns"),
         # A deadline cuts the caller's own code, and so waits for its cleaning up.
         ("domain/resilience/deadline.py", "timeout"),
         # What waits in a plain function; an argument.

@@ -15,6 +15,7 @@ GOOD = {
     "ALLOW_MEMORY_ADAPTERS": "true",
     "PORT": "0",
     "MANAGEMENT_TOKEN": TOKEN,
+    "API_TOKEN": TOKEN,
     "SHUTDOWN_READINESS_DELAY": "5000",
 }
 """A right configuration, but for the servers that it needs."""

@@ -38,6 +38,10 @@ def test_all_problems_are_told_at_once() -> None:
             "viralfx: REDIS_HOST: ENVIRONMENT=production refuses a cache in memory; set it, or"
             " REDIS_SENTINEL_ENABLED=true, or ALLOW_MEMORY_ADAPTERS=true to do without Redis"
         ),
+        (
+            "viralfx: API_TOKEN: ENVIRONMENT=production refuses a jobs API that is open to"
+            " everybody; set it"
+        ),
     ]
 
 
@@ -167,7 +171,11 @@ def test_a_probe_of_a_running_service() -> None:
 
 def test_production_runs_in_memory_only_on_demand() -> None:
     """With ALLOW_MEMORY_ADAPTERS=true it does, and one WARN line says what that means."""
-    environment = {"ENVIRONMENT": "production", "ALLOW_MEMORY_ADAPTERS": "true"}
+    environment = {
+        "ENVIRONMENT": "production",
+        "ALLOW_MEMORY_ADAPTERS": "true",
+        "API_TOKEN": "planted",
+    }
     with running(environment=environment) as service:
         service.wait_ready()
 

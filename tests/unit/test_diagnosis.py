@@ -38,6 +38,7 @@ LONG_TOKEN = "0123456789abcdef-planted"
 GOOD = {
     "ENVIRONMENT": "production",
     "MANAGEMENT_TOKEN": LONG_TOKEN,
+    "API_TOKEN": LONG_TOKEN,
     "DATABASE_URL": "postgresql://app:hunter2@db.internal/app",
     "DB_TLS_MODE": "verify-full",
     "REDIS_HOST": "redis.internal",
@@ -207,6 +208,12 @@ PLANTED: dict[str, Planted] = {
         Area.SECRETS,
         WARN,
         "fewer than 16 characters",
+    ),
+    "short token of the API": (
+        {"API_TOKEN": "hush"},
+        Area.SECRETS,
+        FAIL,
+        "API_TOKEN has fewer than 16 characters",
     ),
     "token of one letter": (
         {"MANAGEMENT_TOKEN": "x" * 40},

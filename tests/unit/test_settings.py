@@ -14,12 +14,15 @@ GIVEN: dict[str, tuple[str, object]] = {
     "PORT": ("8080", 8080),
     "MANAGEMENT_PORT": ("3001", 3001),
     "MANAGEMENT_TOKEN": ("hush", Secret("hush")),
+    "API_TOKEN": ("hush", Secret("hush")),
     "ENVIRONMENT": ("staging", "staging"),
     "ALLOW_MEMORY_ADAPTERS": ("true", True),
     "LOG_LEVEL": ("verbose", "verbose"),
     "LOG_FORMAT": ("console", "console"),
     "STATE_DIR": ("/var/lib/viralfx", "/var/lib/viralfx"),
     "QUEUES": ("default, slow", ("default", "slow")),
+    "TASK_MODULES": ("orders.tasks, billing", ("orders.tasks", "billing")),
+    "ALERT_WEBHOOK_URL": ("https://hooks.example/a", Secret("https://hooks.example/a")),
     "DATABASE_URL": ("postgresql://db/app", Secret("postgresql://db/app")),
     "POOL_PROFILE": ("medium", "medium"),
     "DB_PASSWORD": ("hush", Secret("hush")),
@@ -46,6 +49,18 @@ GIVEN: dict[str, tuple[str, object]] = {
     "REDIS_TLS_ENABLED": ("true", True),
     "REDIS_TLS_REJECT_UNAUTHORIZED": ("false", False),
     "REDIS_TLS_CA_FILE": (__file__, __file__),
+    "JOB_CONCURRENCY": ("4", 4),
+    "JOB_TIMEOUT": ("60000", 60000),
+    "JOB_MAX_ATTEMPTS": ("7", 7),
+    "JOB_MAX_CRASHES": ("2", 2),
+    "JOB_LEASE": ("20000", 20000),
+    "JOB_SWEEP_INTERVAL": ("2000", 2000),
+    "JOB_LOOK_INTERVAL": ("500", 500),
+    "JOB_RETENTION": ("7776000000", 7_776_000_000),
+    "JOB_BACKLOG_WARN": ("0", 0),
+    "WEBHOOK_ALLOWED_HOSTS": ("hooks.example,10.0.0.7", ("hooks.example", "10.0.0.7")),
+    "WEBHOOK_SECRET": ("hush", Secret("hush")),
+    "WEBHOOK_TIMEOUT": ("3000", 3000),
     "HEALTH_CHECK_INTERVAL": ("100", 100),
     "HEALTH_CHECK_TIMEOUT": ("50", 50),
     "DB_HEALTH_CHECK_INTERVAL": ("200", 200),
@@ -68,6 +83,15 @@ def problems(**environ: str) -> list[str]:
     """Return what is said about an environment; nothing when it is fine."""
     try:
         read_settings(environ)
+    except ConfigurationError as error:
+        return list(error.problems)
+    return []
+
+
+def api_problems(**environ: str) -> list[str]:
+    """Return what is said about an environment in which the jobs API is served."""
+    try:
+        read_settings(environ, with_api=True)
     except ConfigurationError as error:
         return list(error.problems)
     return []
@@ -125,7 +149,13 @@ def test_every_variable_can_come_from_a_file(name: str, tmp_path: Path) -> None:
     text, value = GIVEN[name]
     (tmp_path / "value").write_text(f"{text}\n")
     environ = {f"{name}_FILE": str(tmp_path / "value")}
-    for needed in {"MANAGEMENT_TOKEN", "REDIS_SENTINELS", "REDIS_TLS_ENABLED"} - {name}:
+    needed_by_others = {
+        "MANAGEMENT_TOKEN",
+        "REDIS_SENTINELS",
+        "REDIS_TLS_ENABLED",
+        "WEBHOOK_ALLOWED_HOSTS",
+    }
+    for needed in needed_by_others - {name}:
         environ[needed] = GIVEN[needed][0]
     (field,) = (field for field in fields() if field.variable == name)
 
@@ -385,6 +415,80 @@ def test_error_says_all_problems_in_one_text() -> None:
     """The exception's own text has every problem too."""
     with pytest.raises(ConfigurationError, match=r"PORT: .*; .*LOG_LEVEL: |LOG_LEVEL: .*; PORT"):
         read_settings({"PORT": "x", "LOG_LEVEL": "x"})
+
+
+# -- jobs and webhooks --------------------------------------------------------------------------
+
+
+def test_production_asks_for_a_token_where_the_api_is_served() -> None:
+    """A worker, or an application of somebody else, has no jobs API to guard."""
+    environ = {"ENVIRONMENT": "production", "ALLOW_MEMORY_ADAPTERS": "true"}
+
+    assert problems(**environ) == []
+    assert api_problems() == []
+    assert api_problems(**environ) == [
+        "API_TOKEN: ENVIRONMENT=production refuses a jobs API that is open to everybody; set it"
+    ]
+    assert api_problems(API_TOKEN="hush", **environ) == []
+    assert api_problems(API_TOKEN=" ", **environ) == [
+        "API_TOKEN: a secret of nothing but spaces is none; set one, or unset it"
+    ]
+
+
+def test_sweeps_must_not_come_later_than_the_lease() -> None:
+    """What a dead worker had would wait for the sweep alone."""
+    assert problems(JOB_SWEEP_INTERVAL="2001", JOB_LEASE="2000") == [
+        (
+            "JOB_SWEEP_INTERVAL: 2001 is more than JOB_LEASE=2000, so jobs of dead workers would be"
+            " found late; lower it, or raise JOB_LEASE"
+        )
+    ]
+    assert problems(JOB_SWEEP_INTERVAL="2000", JOB_LEASE="2000") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "allowed"),
+    [
+        ("JOB_CONCURRENCY", "0", "a whole number from 1 to 1000"),
+        ("JOB_MAX_ATTEMPTS", "0", "a whole number from 1 to 10000"),
+        ("JOB_LEASE", "0", "a whole number from 1 "),
+        ("JOB_RETENTION", "-1", "a whole number from 0 "),
+        ("TASK_MODULES", "orders/tasks.py", "a list like orders.tasks,billing.tasks, or none"),
+        ("TASK_MODULES", "orders.", "a list like orders.tasks,billing.tasks, or none"),
+        ("TASK_MODULES", "orders.tasks:ship", "a list like orders.tasks,billing.tasks, or none"),
+        ("WEBHOOK_ALLOWED_HOSTS", "a:443", "a list like hooks.example.com,api.example.com, or n"),
+        ("WEBHOOK_ALLOWED_HOSTS", "*.b.com", "a list like hooks.example.com,api.example.com, or"),
+    ],
+)
+def test_malformed_job_setting_is_named(name: str, text: str, allowed: str) -> None:
+    """One line: the variable, the text and what it may be."""
+    (line,) = problems(**{name: text})
+
+    assert line.startswith(f"{name}: {text!r} is not {allowed}")
+
+
+def test_alerts_need_an_address_whose_host_is_allowed() -> None:
+    """The address may hold a secret, so the line shows its host at most."""
+    wrong = "ALERT_WEBHOOK_URL: that is not an address like https://hooks.example.com/alerts"
+
+    assert problems(ALERT_WEBHOOK_URL="https://Hooks.example/hunter2") == [
+        "ALERT_WEBHOOK_URL: its host hooks.example is not in WEBHOOK_ALLOWED_HOSTS; add it there"
+    ]
+    assert (
+        problems(
+            ALERT_WEBHOOK_URL="https://hooks.example/hunter2", WEBHOOK_ALLOWED_HOSTS="HOOKS.example"
+        )
+        == []
+    )
+    for address in ("hooks.example/hunter2", "ftp://a/hunter2", "https://", "https://a:x/hunter2"):
+        assert problems(ALERT_WEBHOOK_URL=address) == [wrong]
+
+
+def test_an_impossible_webhook_host_is_refused() -> None:
+    """A typing error is told before the first webhook."""
+    assert problems(WEBHOOK_ALLOWED_HOSTS="a..b") == [
+        "WEBHOOK_ALLOWED_HOSTS: 'a..b' is no possible host name; look for a typing error"
+    ]
 
 
 # -- the database and Redis --------------------------------------------------------------------

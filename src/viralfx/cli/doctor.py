@@ -50,7 +50,7 @@ def doctor(*, app: str | None, as_json: bool) -> int:
     It may end the process itself, after printing, when something that hangs would keep it.
     """
     try:
-        settings = read_settings(os.environ)
+        settings = read_settings(os.environ, with_api=app is None)
     except ConfigurationError as error:
         findings = in_order(unreadable(error.problems, os.environ))
         _print(findings, as_json=as_json)

@@ -26,7 +26,7 @@ def serve(signals: SignalWatch, *, app: str | None, host: str | None, port: int 
     ``host`` and ``port`` override HOST and PORT. Raises :class:`ConfigurationError` and
     :class:`StartupError` before anything runs.
     """
-    settings = read_settings(os.environ)
+    settings = read_settings(os.environ, with_api=app is None)
     signals.force_timeout = settings.shutdown_force_timeout / 1000
     configure_logging(level=settings.log_level, console=settings.log_format == "console")
     application, plugin = find_application(settings, app)

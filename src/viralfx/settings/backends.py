@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from viralfx.settings.hosts import is_possible_host
 from viralfx.settings.kinds import (
+    Attempts,
     Endpoints,
     Milliseconds,
     PositiveMilliseconds,
@@ -18,7 +19,6 @@ from viralfx.settings.kinds import (
 
 PoolSize = Annotated[int, Meta(ge=0, le=10_000)]
 PositivePoolSize = Annotated[int, Meta(ge=1, le=10_000)]
-Attempts = Annotated[int, Meta(ge=1, le=10_000)]
 
 POOL_PROFILES = {"small": (2, 10), "medium": (5, 20), "large": (10, 50)}
 """Least and most connections by the size of an application: 1-10, 10-100, 100+ requests/s."""

@@ -20,8 +20,10 @@ _SERVICE_LINK = re.compile(
 )
 
 
-def read_settings(environ: Mapping[str, str]) -> Settings:
+def read_settings(environ: Mapping[str, str], *, with_api: bool = False) -> Settings:
     """Read the settings; an empty variable counts as not set.
+
+    ``with_api`` is for a process that serves the jobs API: production asks more of it.
 
     Raises :class:`ConfigurationError` that lists every problem, each naming the variable and
     what to do. A value is shown only when it is not a secret.
@@ -29,7 +31,11 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     reading = _read(environ)
     given = reading.values
     settings = assemble({f.path: given[f.variable] for f in fields() if f.variable in given})
-    problems = [*_unknown(environ), *reading.problems, *settings.contradictions(reading.failed)]
+    problems = [
+        *_unknown(environ),
+        *reading.problems,
+        *settings.contradictions(reading.failed, with_api=with_api),
+    ]
     if problems:
         raise ConfigurationError(problems)
     return settings

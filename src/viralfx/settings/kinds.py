@@ -9,9 +9,27 @@ from msgspec import Meta
 Milliseconds = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 PositiveMilliseconds = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Threshold = Annotated[int, Meta(ge=1, le=1000)]
+Attempts = Annotated[int, Meta(ge=1, le=10_000)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 RemotePort = Annotated[int, Meta(ge=1, le=65535)]
 Names = tuple[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]*$")], ...]
+Modules = tuple[
+    Annotated[
+        str,
+        Meta(
+            pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*$",
+            examples=["orders.tasks,billing.tasks"],
+        ),
+    ],
+    ...,
+]
+Hosts = tuple[
+    # A port or a whole address is a frequent mistake, and it may hold a password.
+    Annotated[
+        str, Meta(pattern=r"^[^\s\[\]:/@*]+$", examples=["hooks.example.com,api.example.com"])
+    ],
+    ...,
+]
 Endpoints = tuple[
     Annotated[
         str,

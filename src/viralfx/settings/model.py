@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -9,8 +10,10 @@ from msgspec import Meta
 from viralfx.domain.shutdown import ShutdownBudgets
 from viralfx.settings.backends import DatabaseSettings, RedisSettings
 from viralfx.settings.database_url import DatabaseAddress, parse_database_url
+from viralfx.settings.jobs import JobSettings, WebhookSettings
 from viralfx.settings.kinds import (
     Milliseconds,
+    Modules,
     Names,
     Port,
     PositiveMilliseconds,
@@ -23,7 +26,8 @@ from viralfx.settings.kinds import (
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that can be set. A field's name in capitals is its environment variable.
 
-    ``db`` and ``redis`` are groups: their names come before those of their fields.
+    ``db``, ``redis``, ``job`` and ``webhook`` are groups: their names come before those of their
+    fields.
     """
 
     host: Annotated[str, meaning("Address the API listens on")] = "0.0.0.0"  # noqa: S104 - a pod's
@@ -35,6 +39,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     management_token: Annotated[
         Secret | None,
         meaning("Bearer token for /health/shutdown, and for details when authorized"),
+    ] = None
+    api_token: Annotated[
+        Secret | None,
+        meaning("Bearer token for the jobs API; production needs it; unset: open to everybody"),
     ] = None
     environment: Annotated[
         str, Meta(min_length=1), meaning("Name of the environment, shown by /health")
@@ -57,6 +65,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         "notifications",
         "analytics",
     )
+    task_modules: Annotated[
+        Modules, meaning("Modules whose functions with @task are run as jobs")
+    ] = ()
+    alert_webhook_url: Annotated[
+        Secret | None,
+        meaning("Where changes of health are sent; its host must be in WEBHOOK_ALLOWED_HOSTS"),
+    ] = None
 
     database_url: Annotated[
         Secret | None,
@@ -68,6 +83,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = "small"
     db: DatabaseSettings = DatabaseSettings()
     redis: RedisSettings = RedisSettings()
+    job: JobSettings = JobSettings()
+    webhook: WebhookSettings = WebhookSettings()
 
     health_check_interval: Annotated[
         PositiveMilliseconds, meaning("Time between two attempts of a check")
@@ -128,14 +145,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """What DATABASE_URL says, None while not set. Raises ``ValueError`` when it is wrong."""
         return None if self.database_url is None else parse_database_url(self.database_url.value)
 
-    def contradictions(self, failed: Collection[str] = ()) -> Iterator[str]:
+    def contradictions(
+        self, failed: Collection[str] = (), *, with_api: bool = False
+    ) -> Iterator[str]:
         """Yield what is wrong with values that are right one by one.
 
         What involves a variable in ``failed`` is passed over: its value is not what was meant.
+        ``with_api`` tells that the jobs API is served.
         """
         for variables, problem in self._contradictions():
             if variables.isdisjoint(failed):
                 yield problem
+        if with_api and self.environment == "production" and self.api_token is None:
+            problem = "ENVIRONMENT=production refuses a jobs API that is open to everybody; set it"
+            if "API_TOKEN" not in failed:
+                yield f"API_TOKEN: {problem}"
 
     def _contradictions(self) -> Iterator[tuple[frozenset[str], str]]:
         try:
@@ -167,8 +191,26 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             yield frozenset({"DB_POOL_MIN", "DB_POOL_MAX", "POOL_PROFILE"}), problem
         yield from self.db.contradictions()
         yield from self.redis.contradictions()
+        yield from self.job.contradictions()
+        yield from self.webhook.contradictions()
+        yield from self._alerts_that_cannot_be_sent()
         if self.environment == "production" and not self.allow_memory_adapters:
             yield from self._memory_in_production()
+
+    def _alerts_that_cannot_be_sent(self) -> Iterator[tuple[frozenset[str], str]]:
+        if self.alert_webhook_url is None:
+            return
+        host = _host_of(self.alert_webhook_url.value)
+        if host is None:
+            yield (
+                frozenset({"ALERT_WEBHOOK_URL"}),
+                "ALERT_WEBHOOK_URL: that is not an address like https://hooks.example.com/alerts",
+            )
+        elif host not in map(str.lower, self.webhook.allowed_hosts):
+            yield (
+                frozenset({"ALERT_WEBHOOK_URL", "WEBHOOK_ALLOWED_HOSTS"}),
+                f"ALERT_WEBHOOK_URL: its host {host} is not in WEBHOOK_ALLOWED_HOSTS; add it there",
+            )
 
     def _memory_in_production(self) -> Iterator[tuple[frozenset[str], str]]:
         accept = "ALLOW_MEMORY_ADAPTERS"
@@ -184,6 +226,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 f" REDIS_SENTINEL_ENABLED=true, or {accept}=true to do without Redis"
             )
             yield frozenset({"REDIS_HOST", "REDIS_SENTINEL_ENABLED", accept}), problem
+
+
+def _host_of(address: str) -> str | None:
+    """Return the host of an HTTP address; None for anything else."""
+    try:
+        parts = urlsplit(address.strip())
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts.hostname if parts.scheme in {"http", "https"} else None
 
 
 _BUDGETS = frozenset(

@@ -80,26 +80,28 @@ def _environment(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fin
 
 
 def _secrets(settings: Settings) -> Iterator[Finding]:
-    variable, area = "MANAGEMENT_TOKEN", Area.SECRETS
     if settings.management_token is None:
         yield warned(
-            area,
-            f"{variable} is not set: nobody may see or begin the shutdown over HTTP",
-            f"set {variable} to a random text, such as `openssl rand -hex 32` prints",
+            Area.SECRETS,
+            "MANAGEMENT_TOKEN is not set: nobody may see or begin the shutdown over HTTP",
+            "set MANAGEMENT_TOKEN to a random text, such as `openssl rand -hex 32` prints",
         )
-        return
-    token = settings.management_token.value.strip()
+    tokens = {"MANAGEMENT_TOKEN": settings.management_token, "API_TOKEN": settings.api_token}
+    for variable, secret in tokens.items():
+        if secret is not None:
+            yield _strength(variable, secret.value.strip(), settings.environment)
+
+
+def _strength(variable: str, token: str, environment: str) -> Finding:
     weakness = None
     if len(token) < _LEAST_TOKEN:
         weakness = f"{variable} has fewer than {_LEAST_TOKEN} characters"
     elif len(set(token)) < _LEAST_VARIETY:
         weakness = f"{variable} repeats a few characters and can be guessed"
     if weakness is None:
-        yield passed(area, f"{variable} is set and long enough")
-    elif settings.environment == PRODUCTION:
-        yield failed(area, weakness, "set it to what `openssl rand -hex 32` prints")
-    else:
-        yield warned(area, weakness, "set it to what `openssl rand -hex 32` prints")
+        return passed(Area.SECRETS, f"{variable} is set and long enough")
+    tell = failed if environment == PRODUCTION else warned
+    return tell(Area.SECRETS, weakness, "set it to what `openssl rand -hex 32` prints")
 
 
 def _budgets(settings: Settings) -> Iterator[Finding]:
