@@ -320,7 +320,7 @@ async def test_an_idle_monitor_asks_at_most_once_an_interval(talkative: Postgres
         monitor.start()
         await until(lambda: monitor.report().started)
         before, began = statements(talkative).total(), time.monotonic()
-        await until(lambda: monitor.report() and time.monotonic() > began + 2.0)
+        await until(lambda: monitor.report().started and time.monotonic() > began + 2.0)
         asked, seconds = statements(talkative).total() - before, time.monotonic() - began
         await monitor.stop()
 

@@ -31,6 +31,8 @@ CODES: list[tuple[BaseException, str]] = [
     (pg.InvalidPasswordError(SECRET), "auth"),
     (pg.InvalidAuthorizationSpecificationError(SECRET), "auth"),
     (pg.InvalidCatalogNameError(SECRET), "no_database"),
+    (pg.InvalidSchemaNameError(SECRET), "no_schema"),
+    (pg.LockNotAvailableError(SECRET), "locked"),
     (pg.TooManyConnectionsError(SECRET), "too_many_connections"),
     (pg.CannotConnectNowError(SECRET), "restarting"),
     (pg.AdminShutdownError(SECRET), "restarting"),

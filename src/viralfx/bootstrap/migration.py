@@ -1,16 +1,28 @@
 """Brings the database's schema to the version that this code needs."""
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
-from viralfx.adapters.postgres import PostgresConfig, PostgresDatabase, explain
+from viralfx.adapters.postgres import (
+    PostgresConfig,
+    PostgresDatabase,
+    explain,
+    is_rolled_back,
+    said_by_server,
+)
 from viralfx.adapters.postgres.schema import REVISIONS, current_revision, pending_migrations
 from viralfx.bootstrap.backend import unusable_certificates
 from viralfx.bootstrap.postgres import postgres_config
 from viralfx.domain.clock import SystemClock
 from viralfx.domain.errors import StartupError
 from viralfx.settings import Settings
+
+_logger = logging.getLogger("viralfx.database")
+
+_SAYS_LITTLE = {"error", "forbidden", "locked", "timeout"}
+"""Codes that leave open what it is about; the server's own words do not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +55,7 @@ async def schema_state(settings: Settings) -> SchemaState:
                     pending=await pending_migrations(connection),
                 )
         except Exception as error:
-            trouble = explain(error)
-            raise StartupError(
-                f"DATABASE_URL: the database at {config.address} {trouble.problem} when asked for"
-                f" its migrations; {trouble.remedy}"
-            ) from error
+            raise _refusal(config.address, " when asked for its migrations", error) from error
 
 
 async def migrate_schema(settings: Settings) -> SchemaState:
@@ -65,14 +73,9 @@ async def migrate_schema(settings: Settings) -> SchemaState:
     try:
         applied = await apply_migrations(postgres_config(settings))
     except Exception as error:
-        cause = _driver_error(error)
-        trouble = explain(cause)
-        # What the server says about a statement of ours holds no secret.
-        detail = f" ({cause})" if trouble.code in {"error", "forbidden", "timeout"} else ""
-        raise StartupError(
-            f"DATABASE_URL: the database at {before.address} {trouble.problem} while it was"
-            f" migrated, and is as it was before{detail}; {trouble.remedy}"
-        ) from error
+        sure = is_rolled_back(error)
+        when = ", so nothing was migrated" if sure else " while it was migrated"
+        raise _refusal(before.address, when, error) from error
     after = await schema_state(settings)
     return replace(after, applied=tuple(applied))
 
@@ -90,8 +93,16 @@ async def _connected(config: PostgresConfig) -> AsyncIterator[PostgresDatabase]:
         database.terminate()
 
 
-def _driver_error(error: BaseException) -> BaseException:
-    # SQLAlchemy wraps what the driver raised, sometimes twice.
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+def _refusal(address: str, when: str, error: Exception) -> StartupError:
+    trouble, said = explain(error), said_by_server(error)
+    remedy, detail = trouble.remedy, ""
+    if said is not None and trouble.code in _SAYS_LITTLE:
+        # What it says about a statement of ours holds no secret.
+        detail = f" ({said})"
+        if trouble.code == "error":
+            remedy = "mend that, and run it again"
+    elif trouble.code == "error":
+        _logger.error("Migration failed", exc_info=error)
+    return StartupError(
+        f"DATABASE_URL: the database at {address} {trouble.problem}{when}{detail}; {remedy}"
+    )

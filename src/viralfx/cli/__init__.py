@@ -11,6 +11,7 @@ from viralfx.domain.errors import ConfigurationError, StartupError
 EXIT_PROBE_FAILED = 1
 EXIT_CONFIGURATION = 2
 EXIT_STARTUP = 3
+EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StartupError as error:
         print(f"viralfx: {error}", file=sys.stderr)
         return EXIT_STARTUP
+    except KeyboardInterrupt:
+        print("viralfx: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has seen enough; leave nothing for the interpreter to flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,7 @@
 """``viralfx migrate``: applies the database's migrations, or says which are missing."""
 
 import asyncio
+import logging
 import os
 import sys
 
@@ -19,6 +20,7 @@ def migrate(*, check: bool) -> int:
     settings = read_settings(os.environ)
     # Answers go to standard output; what is logged on the way is for people, beside them.
     configure_logging(level="warn", console=True, stream=sys.stderr)
+    logging.getLogger("viralfx.database").addFilter(_is_more_than_the_last_line)
     state = asyncio.run(schema_state(settings) if check else migrate_schema(settings))
     for revision, meaning in state.applied:
         print(f"applied {revision}: {meaning}")
@@ -33,3 +35,8 @@ def migrate(*, check: bool) -> int:
     else:
         print(f"{state.address} is current at {state.revision}")
     return 0
+
+
+def _is_more_than_the_last_line(record: logging.LogRecord) -> bool:
+    # That and why attempts to connect failed is what the last line says; it has no traceback.
+    return bool(record.exc_info)

@@ -2,7 +2,13 @@
 
 from viralfx.adapters.postgres.config import PostgresConfig
 from viralfx.adapters.postgres.database import PostgresDatabase
-from viralfx.adapters.postgres.errors import PoolTimeoutError, explain, retry_policy
+from viralfx.adapters.postgres.errors import (
+    PoolTimeoutError,
+    explain,
+    is_rolled_back,
+    retry_policy,
+    said_by_server,
+)
 from viralfx.adapters.postgres.health import PostgresHealthCheck
 from viralfx.adapters.postgres.stages import ClosePostgres
 from viralfx.adapters.postgres.state import PostgresStateStore
@@ -15,5 +21,7 @@ __all__ = [
     "PostgresHealthCheck",
     "PostgresStateStore",
     "explain",
+    "is_rolled_back",
     "retry_policy",
+    "said_by_server",
 ]

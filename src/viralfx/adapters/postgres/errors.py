@@ -40,6 +40,10 @@ _BY_CLASS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Tr
         Trouble("no_database", "has no database of that name", "check the name, or create it"),
     ),
     (
+        pg.InvalidSchemaNameError,
+        Trouble("no_schema", "has no schema of that name", "check the name, or create it"),
+    ),
+    (
         pg.TooManyConnectionsError,
         Trouble(
             "too_many_connections",
@@ -58,6 +62,10 @@ _BY_CLASS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Tr
     (
         pg.QueryCanceledError,
         Trouble("timeout", "cancelled a statement", "look at its load and locks"),
+    ),
+    (
+        pg.LockNotAvailableError,
+        Trouble("locked", "has something locked", "look at what holds it"),
     ),
     (
         pg.ReadOnlySQLTransactionError,
@@ -151,6 +159,14 @@ def is_transient(error: BaseException) -> bool:
         text = str(error)
         return "connection" in text and ("closed" in text or "released back" in text)
     return isinstance(error, (*_TRANSIENT, OSError))
+
+
+def said_by_server(error: BaseException) -> str | None:
+    """Return the server's own words, in one line; None when they are somebody else's.
+
+    Its details and hints are left out: they may quote data.
+    """
+    return error.args[0] if isinstance(error, PostgresError) and error.args else None
 
 
 def is_rolled_back(error: BaseException) -> bool:

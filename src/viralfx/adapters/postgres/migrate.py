@@ -1,5 +1,6 @@
 """Applies the migrations: Alembic's order and bookkeeping, our connection and our lock."""
 
+import asyncio
 import io
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from alembic.runtime.environment import EnvironmentContext
 from alembic.runtime.migration import MigrationContext, MigrationInfo
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -17,7 +19,7 @@ from viralfx.adapters.postgres.config import PostgresConfig
 from viralfx.adapters.postgres.connection import connect
 from viralfx.adapters.postgres.schema import VERSION_TABLE
 
-_LOCK = 7_305_981_240_662_115
+LOCK = 7_305_981_240_662_115
 """Of all advisory locks in the database, ours: any number that nobody else uses."""
 
 
@@ -33,24 +35,52 @@ async def apply_migrations(config: PostgresConfig) -> list[tuple[str, str]]:
     """Apply what is pending and return it, as pairs of revision and meaning.
 
     All of it is one transaction under a lock: a failure leaves nothing behind, and of several runs
-    at once one works and the others find nothing to do. Raises what the driver does.
+    at once one works and the others find nothing to do. It takes the time it needs, but ends at
+    once when cancelled. Raises what the driver does.
     """
+    made: list[asyncpg.Connection[Any]] = []
+    work = asyncio.ensure_future(_apply(config, made))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        # Cancelling alone would ask the server to cancel, and wait for it. Without its connection
+        # it rolls back by itself.
+        for connection in made:
+            connection.terminate()
+        work.cancel()
+        await asyncio.wait({work})
+        raise
+    except DBAPIError as error:
+        raise _driver_error(error) from None
 
+
+async def _apply(
+    config: PostgresConfig, made: "list[asyncpg.Connection[Any]]"
+) -> list[tuple[str, str]]:
     async def make() -> "asyncpg.Connection[Any]":
         arguments = {**config.connect_arguments(), "command_timeout": None}
         # A migration may take its time, but not hold up everybody who waits behind its lock.
         arguments["server_settings"] |= {"statement_timeout": "0", "lock_timeout": "10s"}
-        return await connect(config, arguments)
+        connection = await connect(config, arguments)
+        made.append(connection)
+        return connection
 
     engine = create_async_engine("postgresql+asyncpg://", async_creator=make, poolclass=NullPool)
     try:
         async with engine.begin() as connection:
             await connection.execute(text("SET LOCAL lock_timeout = 0"))
-            await connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
+            await connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK})"))
             await connection.execute(text("SET LOCAL lock_timeout = '10s'"))
             return await connection.run_sync(_upgrade)
     finally:
         await engine.dispose()
+
+
+def _driver_error(error: BaseException) -> BaseException:
+    # SQLAlchemy wraps what the driver raised, sometimes twice.
+    while error.__cause__ is not None and not isinstance(error, OSError | asyncpg.PostgresError):
+        error = error.__cause__
+    return error
 
 
 def _upgrade(connection: Connection) -> list[tuple[str, str]]:
