@@ -1,0 +1,22 @@
+"""Gives the contract suites of jobs each adapter in turn."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+from tests.contracts.ledgers import LEDGERS, Kept, Make
+
+from viralfx.domain.jobs.ledger import JobLedger
+
+
+@pytest.fixture(params=list(LEDGERS.values()), ids=list(LEDGERS))
+async def kept(request: pytest.FixtureRequest) -> AsyncIterator[Kept]:
+    """Return each ledger in turn, empty, with what tests need besides."""
+    make: Make = request.param
+    async with make(request) as kept:
+        yield kept
+
+
+@pytest.fixture
+def ledger(kept: Kept) -> JobLedger:
+    """Return the ledger of :func:`kept`."""
+    return kept.ledger
