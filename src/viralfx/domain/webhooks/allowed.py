@@ -93,12 +93,8 @@ def _check_literal(host: str) -> None:
 class AllowList:
     """Says where webhooks may go. An empty one allows nothing."""
 
-    def __init__(self, entries: Iterable[str] = (), *, also: str | None = None) -> None:
-        """``also`` is a URL whose host is listed by being configured, as that of the alerts is.
-
-        Raises ``ValueError`` for an entry or an address that cannot be listed, and
-        :class:`WebhookRefusedError` for a URL that is none.
-        """
+    def __init__(self, entries: Iterable[str] = ()) -> None:
+        """See :func:`parse_allowed`; raises ``ValueError`` for an entry that is none."""
         hosts: list[AllowedHost] = []
         networks: list[Network] = []
         for entry in entries:
@@ -107,11 +103,6 @@ class AllowList:
                 hosts.append(parsed)
             else:
                 networks.append(parsed)
-        if also is not None:
-            there = parse_destination(also)
-            if there.address is not None:
-                _check_literal(there.host)
-            hosts.append(AllowedHost(scheme=there.scheme, host=there.host, port=there.port))
         self._hosts = tuple(hosts)
         self._networks = tuple(networks)
 

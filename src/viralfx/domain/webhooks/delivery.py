@@ -7,14 +7,13 @@ from typing import Protocol
 
 from viralfx.domain.clock import Clock
 from viralfx.domain.resilience.backoff import Backoff, Jitter
-from viralfx.domain.resilience.failures import CallRejectedError
 from viralfx.domain.resilience.retry_policy import BackoffPolicy
 from viralfx.domain.webhooks.allowed import AllowList
 from viralfx.domain.webhooks.destinations import Destination
-from viralfx.domain.webhooks.errors import WebhookRefusedError, WebhookUnavailableError
+from viralfx.domain.webhooks.errors import WebhookRefusedError, WebhookRejectedError
 from viralfx.domain.webhooks.hosts import HostCircuits
 from viralfx.domain.webhooks.responses import LONGEST_RETRY_AFTER, failure_of, is_host_failing
-from viralfx.domain.webhooks.signature import Signer, webhook_headers
+from viralfx.domain.webhooks.signature import Signer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +49,12 @@ def webhook_retries(attempts: int = 10) -> BackoffPolicy:
     return BackoffPolicy(
         attempts=attempts,
         backoff=Backoff(base=5.0, factor=4.0, cap=LONGEST_RETRY_AFTER, jitter=Jitter.EQUAL),
-        retry_on=(WebhookUnavailableError, CallRejectedError, TimeoutError),
+        retry_on=_may_pass,
     )
+
+
+def _may_pass(error: Exception) -> bool:
+    return not isinstance(error, WebhookRefusedError | WebhookRejectedError)
 
 
 class WebhookDelivery:
@@ -72,20 +75,17 @@ class WebhookDelivery:
         self._circuits = circuits
         self._clock = clock
 
-    async def deliver(
-        self, url: str, *, message_id: str, body: bytes, unsigned: bool = False
-    ) -> int:
+    async def deliver(self, url: str, *, message_id: str, body: bytes) -> int:
         """Deliver ``body`` and return the status of the answer, some 2xx.
 
-        ``message_id`` tells the receiver that it has had this one already. With ``unsigned`` a
-        missing secret is no obstacle. Raises a :class:`WebhookError`, or ``CircuitOpenError``
-        while the host is given a rest.
+        ``message_id`` tells the receiver that it has had this one already. Raises a
+        :class:`WebhookError`, or ``CircuitOpenError`` while the host is given a rest.
         """
         destination = self._allowed.admit(url)
-        if self._signer is None and not unsigned:
+        if self._signer is None:
             raise WebhookRefusedError("WEBHOOK_SECRET is not set: the webhook cannot be signed")
-        now = self._clock.now()
-        signed = webhook_headers(self._signer, message_id, int(now.timestamp()), body)
+        seconds = int(self._clock.now().timestamp())
+        signed = self._signer.headers(message_id, seconds, body)
         answer = await self._exchange(destination, signed, body)
         if HTTPStatus.OK <= answer.status < HTTPStatus.MULTIPLE_CHOICES:
             return answer.status

@@ -1,0 +1,219 @@
+"""Delivering: allowed, signed, judged, and each host with a breaker of its own."""
+
+import asyncio
+
+import pytest
+from tests.manual_clock import ManualClock
+from tests.unit.webhooks.scripted import ScriptedSender
+
+from viralfx.domain.events import Listener
+from viralfx.domain.resilience.circuit import CircuitEvent, CircuitOpenError, StateChanged
+from viralfx.domain.resilience.circuit_states import CircuitState
+from viralfx.domain.webhooks.allowed import AllowList
+from viralfx.domain.webhooks.delivery import Answer, WebhookDelivery, webhook_retries
+from viralfx.domain.webhooks.errors import (
+    WebhookError,
+    WebhookRefusedError,
+    WebhookRejectedError,
+    WebhookUnavailableError,
+)
+from viralfx.domain.webhooks.hosts import HostCircuits
+from viralfx.domain.webhooks.signature import Signer
+
+URL = "https://hooks.example.com/path?key=hunter2"
+KEY = b"k" * 32
+UNAVAILABLE = WebhookUnavailableError("hooks.example.com did not answer")
+
+
+def delivery(
+    clock: ManualClock,
+    sender: ScriptedSender,
+    *,
+    signer: Signer | None = None,
+    signed: bool = True,
+    listeners: tuple[Listener[CircuitEvent], ...] = (),
+) -> WebhookDelivery:
+    """Return one to anything below example.com."""
+    return WebhookDelivery(
+        allowed=AllowList(["*.example.com", "http://*.example.com:81"]),
+        signer=(signer or Signer([KEY])) if signed else None,
+        sender=sender,
+        circuits=HostCircuits(failure_threshold=2, open_for=60.0, listeners=listeners, clock=clock),
+        clock=clock,
+    )
+
+
+@pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
+async def test_any_2xx_is_a_delivery(clock: ManualClock, status: int) -> None:
+    """And its status is returned; the body went out as it was, signed at the clock's time."""
+    sender = ScriptedSender(status)
+
+    assert await delivery(clock, sender).deliver(URL, message_id="id-1", body=b"{}") == status
+
+    (posted,) = sender.posted
+    assert posted.destination.target == "/path?key=hunter2"
+    assert posted.body == b"{}"
+    seconds = int(clock.now().timestamp())
+    assert posted.headers == Signer([KEY]).headers("id-1", seconds, b"{}")
+
+
+async def test_each_attempt_is_signed_anew_under_the_same_id(clock: ManualClock) -> None:
+    """So that a receiver can refuse old signatures and still know a message again."""
+    sender = ScriptedSender(429, 200)
+    delivering = delivery(clock, sender)
+    with pytest.raises(WebhookUnavailableError):
+        await delivering.deliver(URL, message_id="id-1", body=b"{}")
+    await clock.advance(30)
+    await delivering.deliver(URL, message_id="id-1", body=b"{}")
+
+    first, second = (posted.headers for posted in sender.posted)
+    assert first["webhook-id"] == second["webhook-id"] == "id-1"
+    assert int(second["webhook-timestamp"]) == int(first["webhook-timestamp"]) + 30
+    assert first["webhook-signature"] != second["webhook-signature"]
+
+
+@pytest.mark.parametrize(
+    "url", ["https://example.com/", "http://hooks.example.com/", "nonsense", "https://10.0.0.1/"]
+)
+async def test_what_is_not_allowed_is_not_sent(clock: ManualClock, url: str) -> None:
+    """It does not even reach the sender."""
+    sender = ScriptedSender(200)
+    with pytest.raises(WebhookRefusedError):
+        await delivery(clock, sender).deliver(url, message_id="id-1", body=b"{}")
+    assert sender.posted == []
+
+
+async def test_nothing_is_sent_unsigned(clock: ManualClock) -> None:
+    """Without a secret nothing goes out, and the error says what to set."""
+    sender = ScriptedSender(200)
+    with pytest.raises(WebhookRefusedError, match="WEBHOOK_SECRET is not set"):
+        await delivery(clock, sender, signed=False).deliver(URL, message_id="id-1", body=b"{}")
+    assert sender.posted == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "retry_after"),
+    [
+        (Answer(status=429, retry_after="30"), WebhookUnavailableError, 30.0),
+        (Answer(status=503, retry_after="30"), WebhookUnavailableError, 30.0),
+        (Answer(status=503), WebhookUnavailableError, None),
+        (Answer(status=410), WebhookRejectedError, None),
+        (Answer(status=302), WebhookRejectedError, None),
+    ],
+)
+async def test_any_other_answer_is_a_failure(
+    clock: ManualClock, answer: Answer, error: type[WebhookError], retry_after: float | None
+) -> None:
+    """Of the kind that its status says."""
+    with pytest.raises(error) as failed:
+        await delivery(clock, ScriptedSender(answer)).deliver(URL, message_id="i", body=b"")
+    assert getattr(failed.value, "retry_after", None) == retry_after
+    assert "hunter2" not in str(failed.value)
+
+
+@pytest.mark.parametrize("failure", [500, 503, UNAVAILABLE])
+async def test_a_host_in_trouble_is_given_a_rest(
+    clock: ManualClock, failure: int | WebhookUnavailableError
+) -> None:
+    """After so many failures it is not called, says when it will be, and recovers by one call."""
+    sender = ScriptedSender(failure, failure, 200)
+    events: list[CircuitEvent] = []
+    delivering = delivery(clock, sender, listeners=(events.append,))
+    for _ in range(2):
+        with pytest.raises(WebhookUnavailableError):
+            await delivering.deliver(URL, message_id="i", body=b"")
+    await clock.advance(20)
+    with pytest.raises(CircuitOpenError) as rejected:
+        await delivering.deliver(URL, message_id="i", body=b"")
+    assert rejected.value.retry_after == 40.0
+    assert rejected.value.circuit == "hooks.example.com"
+    assert len(sender.posted) == 2
+
+    # Another host, and another port of this one, are others.
+    assert await delivering.deliver("https://b.example.com/", message_id="i", body=b"") == 200
+    other_port = "http://hooks.example.com:81/"
+    assert await delivering.deliver(other_port, message_id="i", body=b"") == 200
+
+    await clock.advance(40)
+    assert await delivering.deliver(URL, message_id="i", body=b"") == 200
+    assert [e.new for e in events if isinstance(e, StateChanged)] == [
+        CircuitState.OPEN,
+        CircuitState.HALF_OPEN,
+        CircuitState.CLOSED,
+    ]
+
+
+@pytest.mark.parametrize("outcome", [200, 404, 410, 429, 302])
+async def test_a_host_that_answers_is_not_in_trouble(clock: ManualClock, outcome: int) -> None:
+    """Refusals do not open its circuit, and one closes it."""
+    sender = ScriptedSender(500, *[outcome] * 9, 500, outcome)
+    delivering = delivery(clock, sender)
+    for _ in range(12):
+        try:
+            await delivering.deliver(URL, message_id="i", body=b"")
+        except WebhookError:
+            continue
+    assert len(sender.posted) == 12
+
+
+@pytest.mark.parametrize(
+    "neutral", [WebhookRefusedError("not public"), asyncio.CancelledError(), RuntimeError("a bug")]
+)
+async def test_what_says_nothing_about_the_host_is_neutral(
+    clock: ManualClock, neutral: BaseException
+) -> None:
+    """An address that is not allowed, a job cut off, a mistake of ours."""
+    sender = ScriptedSender(*[neutral] * 5, 200)
+    delivering = delivery(clock, sender)
+    for _ in range(5):
+        with pytest.raises(type(neutral)):
+            await delivering.deliver(URL, message_id="i", body=b"")
+    assert await delivering.deliver(URL, message_id="i", body=b"") == 200
+
+
+def test_the_hosts_that_are_remembered_are_bounded() -> None:
+    """The closed one that was used longest ago is forgotten first, an open one last."""
+    clock = ManualClock()
+    circuits = HostCircuits(most=3, clock=clock)
+    a, b, c = circuits["a"], circuits["b"], circuits["c"]
+    a.open()
+    assert circuits["b"] is b
+
+    circuits["d"]
+
+    assert len(circuits) == 3
+    assert circuits["a"] is a
+    assert circuits["b"] is b
+    assert circuits["c"] is not c
+    for name in "abcdefgh":
+        circuits[name].open()
+    assert len(circuits) == 3
+    assert circuits["h"].state is CircuitState.OPEN
+    assert circuits["a"] is not a
+
+
+@pytest.mark.parametrize("wrong", [{"most": 0}, {"failure_threshold": 0}, {"open_for": -1.0}])
+def test_wrong_numbers_are_refused_where_they_are_written(wrong: dict[str, float]) -> None:
+    """Not at the first webhook."""
+    with pytest.raises(ValueError, match="must be"):
+        HostCircuits(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_schedule() -> None:
+    """Ten attempts within twenty hours; a receiver's wish is followed; some are not tried again."""
+    policy = webhook_retries()
+    longest = policy.backoff.delays(10)
+    assert longest == (5.0, 20.0, 80.0, 320.0, 1280.0, 5120.0, 20480.0, 21600.0, 21600.0)
+    assert sum(longest) < 20 * 3600
+    for attempt, most in enumerate(longest, start=1):
+        delay = policy.next_delay(attempt, UNAVAILABLE)
+        assert delay is not None
+        assert most / 2 <= delay <= most
+    assert policy.next_delay(10, UNAVAILABLE) is None
+    assert policy.next_delay(1, WebhookUnavailableError("busy", 21600.0)) == 21600.0
+    assert policy.next_delay(1, CircuitOpenError("a", "", 42.0)) == 42.0
+    assert policy.next_delay(1, CircuitOpenError("a", "", float("inf"))) is not None
+    assert policy.next_delay(1, TimeoutError()) is not None
+    assert policy.next_delay(1, WebhookRefusedError("no")) is None
+    assert policy.next_delay(1, WebhookRejectedError("no", 410)) is None
+    assert policy.next_delay(1, RuntimeError("who knows")) is not None
