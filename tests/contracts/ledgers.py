@@ -16,7 +16,16 @@ import pytest
 from tests.manual_clock import ManualClock
 
 from viralfx.adapters.memory import MemoryJobLedger
-from viralfx.domain.jobs.job import Claim, Job, JobDraft, JobError, JobState, completed, failed
+from viralfx.domain.jobs.job import (
+    Claim,
+    Job,
+    JobDraft,
+    JobError,
+    JobState,
+    completed,
+    failed,
+    retried,
+)
 from viralfx.domain.jobs.ledger import JobLedger
 
 T = TypeVar("T")
@@ -25,7 +34,10 @@ LONG = 60.0
 """Seconds of a lease that outlives any test."""
 SHORT = 0.2
 """Seconds of a lease that a test waits for."""
+TURNS = (0, 1, 2, 3, 5, 10, 30, 100)
+"""Of the loop, after which a step is cut: a server's answer takes some tens."""
 ERROR = JobError(code="error", message="the task raised")
+EARLIER = JobError(code="timeout", message="an earlier attempt")
 
 _numbers = itertools.count(1)
 _FIRST_ID = UUID("01990000-0000-7000-8000-000000000000").int
@@ -88,6 +100,14 @@ class Kept(ABC):
         (job,) = await self.accept()
         (claim,) = await self.claim(**more)
         assert claim.id == job.id
+        return claim
+
+    async def second_claim(self) -> Claim:
+        """Have a new job accepted, fail once with ``EARLIER``, and given to a worker again."""
+        first = await self.accept_and_claim()
+        await self.ledger.settle([retried(first, EARLIER, 0.0)])
+        (claim,) = await self.claim()
+        assert (claim.id, claim.number, claim.attempt) == (first.id, 2, 2)
         return claim
 
     async def job(self, job_id: str) -> Job:

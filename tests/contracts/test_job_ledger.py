@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
-from tests.contracts.ledgers import ERROR, LONG, Kept, cut, draft, later
+from tests.contracts.ledgers import ERROR, LONG, TURNS, Kept, cut, draft, later
 
 from viralfx.domain.jobs.job import Claim, JobState, completed, retried
 from viralfx.domain.jobs.ledger import JobLedger
@@ -113,7 +113,7 @@ async def test_accepting_the_same_draft_again_is_harmless(kept: Kept) -> None:
     assert (await kept.ledger.counts())["default"].waiting == 0
 
 
-@pytest.mark.parametrize("turns", range(6))
+@pytest.mark.parametrize("turns", TURNS)
 async def test_accepting_that_is_cancelled_keeps_a_job_or_none(kept: Kept, turns: int) -> None:
     """Cut at any moment; accepting again tells which, and there is one job then."""
     drafts = [draft(), draft()]
@@ -296,7 +296,7 @@ async def test_no_job_is_given_twice(kept: Kept, *, by_ids: bool) -> None:
         assert (await kept.job(claim.id)).worker == claim.worker
 
 
-@pytest.mark.parametrize("turns", range(6))
+@pytest.mark.parametrize("turns", TURNS)
 async def test_a_claim_that_is_cancelled_loses_no_job(kept: Kept, turns: int) -> None:
     """Whether it was given is unknown then; the worker's leaving brings it back either way."""
     (job,) = await kept.accept()
