@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 
 import pytest
-from tests.contracts.ledgers import SHORT, TURNS, Kept, cut
+from tests.contracts.ledgers import LONG, SHORT, TURNS, Kept, cut
 
 from viralfx.domain.jobs.job import Claim, JobState, completed
 
