@@ -6,8 +6,9 @@ A new adapter adds a subclass of :class:`Kept` and a row to ``LEDGERS``.
 import asyncio
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 from uuid import UUID
@@ -26,7 +27,7 @@ from viralfx.domain.jobs.job import (
     failed,
     retried,
 )
-from viralfx.domain.jobs.ledger import JobLedger
+from viralfx.domain.jobs.ledger import JobLedger, QueueCounts
 
 T = TypeVar("T")
 
@@ -185,6 +186,16 @@ async def cut(step: Coroutine[Any, Any, object], turns: int) -> None:
     task.cancel()
     async with asyncio.timeout(10.0):
         await asyncio.wait({task})
+
+
+async def totals(kept: Kept, queue: str = "default") -> QueueCounts:
+    """Return the counts of a queue's jobs, without how long they wait and who consumes it."""
+    return replace((await kept.ledger.counts())[queue], oldest_due=0.0, consumers=0)
+
+
+def ids(jobs: Iterable[Job | Claim]) -> list[str]:
+    """Return their ids, in order."""
+    return [job.id for job in jobs]
 
 
 def later(moment: datetime, seconds: float) -> datetime:
