@@ -1,4 +1,4 @@
-"""Postgres through asyncpg: pool, check, close stage, saved state."""
+"""Postgres through asyncpg: pool, check, close stage, saved state, job ledger."""
 
 from viralfx.adapters.postgres.config import PostgresConfig
 from viralfx.adapters.postgres.database import PostgresDatabase
@@ -10,6 +10,7 @@ from viralfx.adapters.postgres.errors import (
     said_by_server,
 )
 from viralfx.adapters.postgres.health import PostgresHealthCheck
+from viralfx.adapters.postgres.job_ledger import PostgresJobLedger
 from viralfx.adapters.postgres.stages import ClosePostgres
 from viralfx.adapters.postgres.state import PostgresStateStore
 
@@ -19,6 +20,7 @@ __all__ = [
     "PostgresConfig",
     "PostgresDatabase",
     "PostgresHealthCheck",
+    "PostgresJobLedger",
     "PostgresStateStore",
     "explain",
     "is_rolled_back",

@@ -44,7 +44,11 @@ class PostgresConfig:
 
         Raises ``OSError`` (``ssl.SSLError`` included) for certificates that cannot be used.
         """
-        settings = {"application_name": self.application_name}
+        settings = {
+            "application_name": self.application_name,
+            # A plan that was made while a table was empty, and kept, would read all of it later.
+            "plan_cache_mode": "force_custom_plan",
+        }
         if self.statement_timeout:
             settings["statement_timeout"] = str(max(1, round(self.statement_timeout * 1000)))
         if self.schema:

@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 """Every migration in order; a test holds it to the files in ``migrations/versions``."""
 
 VERSION_TABLE = "viralfx_migrations"
