@@ -14,9 +14,12 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 import pytest
+from tests.integration.postgres_clients import config_of, migrated, opened
 from tests.manual_clock import ManualClock
+from tests.servers.postgres import Database
 
 from viralfx.adapters.memory import MemoryJobLedger
+from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
 from viralfx.domain.jobs.job import (
     Claim,
     Job,
@@ -173,9 +176,37 @@ async def _memory(_: pytest.FixtureRequest) -> AsyncIterator[Kept]:
     yield _MemoryKept()
 
 
+class _PostgresKept(Kept):
+    def __init__(self, pool: PostgresDatabase, database: Database) -> None:
+        self._database = database
+        database.execute("create table effects (id serial, text text)")
+        super().__init__(PostgresJobLedger(pool))
+
+    def now(self) -> datetime:
+        ((now,),) = self._database.execute("select clock_timestamp()")
+        assert isinstance(now, datetime)
+        return now
+
+    async def pass_time(self) -> None:
+        await asyncio.sleep(0.01)
+
+    async def write(self, connection: Any, text: str) -> None:
+        await connection.execute("insert into effects (text) values ($1)", text)
+
+    async def written(self) -> Sequence[str]:
+        return [text for (text,) in self._database.execute("select text from effects order by id")]
+
+
+@asynccontextmanager
+async def _postgres(request: pytest.FixtureRequest) -> AsyncIterator[Kept]:
+    database = request.getfixturevalue("database")
+    async with opened(await migrated(config_of(database, pool_max=10))) as pool:
+        yield _PostgresKept(pool, database)
+
+
 Make = Callable[[pytest.FixtureRequest], AbstractAsyncContextManager[Kept]]
 
-LEDGERS: dict[str, Make] = {"memory": _memory}
+LEDGERS: dict[str, Make] = {"memory": _memory, "postgres": _postgres}
 
 
 async def cut(step: Coroutine[Any, Any, object], turns: int) -> None:
