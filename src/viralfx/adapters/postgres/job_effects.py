@@ -10,7 +10,7 @@ from viralfx.adapters.postgres.cleaning import Lease
 from viralfx.adapters.postgres.database import PostgresDatabase
 from viralfx.adapters.postgres.errors import is_loss, is_rolled_back
 from viralfx.adapters.postgres.job_rows import settlement_columns
-from viralfx.adapters.postgres.job_statements import SETTLE_AND_COMMIT
+from viralfx.adapters.postgres.job_statements import HELD, SETTLE_AND_COMMIT
 from viralfx.adapters.postgres.outages import BAD_VALUE, unavailable
 from viralfx.domain.errors import ViralFXError
 from viralfx.domain.jobs.codec import ResultError
@@ -20,7 +20,7 @@ Effect = Callable[[Any], Awaitable[bytes]]
 
 
 class SupersededError(ViralFXError):
-    """The claim is no longer the job's latest; the transaction was rolled back."""
+    """The claim is no longer the job's latest; nothing is left of the effect, if it began."""
 
 
 class InDoubtError(ViralFXError):
@@ -76,6 +76,9 @@ class _Execution:
             raise unavailable(error) from error
 
     async def _operate(self, connection: Lease) -> None:
+        # No lock yet: that would hold up the sweep of a worker that hangs in its effect.
+        if not await connection.fetchval(HELD, self._claim.id, self._claim.number):
+            raise SupersededError(f"job {self._claim.id} is no longer that of this claim")
         self._limit.reschedule(None)
         try:
             result = await self._effect(connection)
@@ -98,5 +101,5 @@ class _Execution:
             error.add_note("The task went on after a statement of its transaction had failed.")
             raise
         if not taken:
-            raise SupersededError(f"job {self._claim.id} has a later claim")
+            raise SupersededError(f"job {self._claim.id} was taken during its effect")
         self._settled = True

@@ -101,6 +101,9 @@ WHERE job.claims = given.number AND job.state = given.state
     AND job.attempts = given.attempts AND job.crashes = given.crashes
 """
 
+HELD: Final = """
+SELECT true FROM viralfx_jobs WHERE id = $1 AND state = 'active' AND claims = $2
+"""
 # Between this and COMMIT it holds the job's row; a client that is cut off there must not hold it
 # for as long as it takes the server to notice.
 SETTLE_AND_COMMIT: Final = f"""
