@@ -4,6 +4,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 from tests.contracts.ledgers import LEDGERS, Kept, Make
+from tests.contracts.transports import TRANSPORTS, Line
+from tests.contracts.transports import Make as MakeLine
 
 from viralfx.domain.jobs.ledger import JobLedger
 
@@ -20,3 +22,11 @@ async def kept(request: pytest.FixtureRequest) -> AsyncIterator[Kept]:
 def ledger(kept: Kept) -> JobLedger:
     """Return the ledger of :func:`kept`."""
     return kept.ledger
+
+
+@pytest.fixture(params=list(TRANSPORTS.values()), ids=list(TRANSPORTS))
+async def line(request: pytest.FixtureRequest) -> AsyncIterator[Line]:
+    """Return each transport in turn, with nothing on its way."""
+    make: MakeLine = request.param
+    async with make(request) as line:
+        yield line
