@@ -1,0 +1,63 @@
+"""Whether the ledger answers: told once when it is lost and once when it is back."""
+
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from viralfx.domain.clock import Clock
+from viralfx.domain.jobs.job import LedgerUnavailableError
+from viralfx.domain.resilience.backoff import Backoff, Jitter
+
+_logger = logging.getLogger("viralfx.jobs")
+
+T = TypeVar("T")
+
+_BACKOFF = Backoff(base=0.1, factor=2.0, cap=2.0, jitter=Jitter.EQUAL)
+
+
+class LedgerReach:
+    """What the steps of one worker know together about the ledger."""
+
+    def __init__(self, clock: Clock, *, rng: random.Random | None = None) -> None:
+        self._clock = clock
+        self._rng = rng or random.Random()  # noqa: S311 - it spreads load only
+        self._failing: dict[str, int] = {}
+        """How often each step has failed in a row."""
+        self._lost_at = 0.0
+
+    def failed(self, step: str, error: Exception) -> float:
+        """Note that a step failed; return the seconds after which to try it again."""
+        times = self._failing.get(step, 0) + 1
+        if not isinstance(error, LedgerUnavailableError):
+            if times == 1:
+                _logger.error("Job ledger refused a step", exc_info=error, extra={"step": step})
+        elif not self._failing:
+            self._lost_at = self._clock.monotonic()
+            _logger.error("Job ledger unavailable", exc_info=error, extra={"step": step})
+        self._failing[step] = times
+        return _BACKOFF.delay(times, self._rng)
+
+    def succeeded(self, step: str) -> None:
+        """Note that a step was done; the ledger is back once every step is."""
+        if self._failing and self._failing.pop(step, 0) and not self._failing:
+            seconds = round(self._clock.monotonic() - self._lost_at, 3)
+            _logger.info("Job ledger available again", extra={"seconds": seconds})
+
+    def forget(self, step: str) -> None:
+        """Note that a step is not tried any more."""
+        self._failing.pop(step, None)
+
+    async def until_done(self, step: str, call: Callable[[], Awaitable[T]]) -> T:
+        """Return what ``call`` returns, however often it takes; only outages are tried again."""
+        try:
+            while True:
+                try:
+                    result = await call()
+                except LedgerUnavailableError as error:
+                    await self._clock.sleep(self.failed(step, error))
+                else:
+                    self.succeeded(step)
+                    return result
+        finally:
+            self.forget(step)

@@ -1,0 +1,63 @@
+"""Taking jobs from workers that died: every worker looks for them."""
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+
+from viralfx.domain.clock import Clock
+from viralfx.domain.jobs.ledger import JobLedger, Swept
+from viralfx.domain.jobs.reach import LedgerReach
+
+_logger = logging.getLogger("viralfx.jobs")
+
+
+class Sweeper:
+    """Sweeps at least every ``interval`` seconds, at times that differ from worker to worker."""
+
+    def __init__(
+        self,
+        ledger: JobLedger,
+        *,
+        interval: float,
+        max_crashes: int,
+        reach: LedgerReach,
+        clock: Clock,
+        ring: Callable[[str, Sequence[str]], None],
+        rng: random.Random | None = None,
+    ) -> None:
+        """``ring`` is told of the jobs that wait again."""
+        self._ledger = ledger
+        self._interval = interval
+        self._max_crashes = max_crashes
+        self._reach = reach
+        self._clock = clock
+        self._ring = ring
+        self._rng = rng or random.Random()  # noqa: S311 - it spreads load only
+
+    async def run(self) -> None:
+        """Sweep until cancelled."""
+        try:
+            while True:
+                await self._clock.sleep(self._interval * self._rng.uniform(0.5, 1.0))
+                await self._sweep()
+        finally:
+            self._reach.forget("sweep")
+
+    async def _sweep(self) -> None:
+        try:
+            swept = await self._ledger.sweep(self._max_crashes)
+        except Exception as error:  # noqa: BLE001 - others sweep as well, and this one again
+            self._reach.failed("sweep", error)
+            return
+        self._reach.succeeded("sweep")
+        _log(swept)
+        for queue, ids in swept.returned.items():
+            self._ring(queue, ids)
+
+
+def _log(swept: Swept) -> None:
+    returned = sum(len(ids) for ids in swept.returned.values())
+    if returned:
+        _logger.warning("Jobs of dead workers wait again", extra={"count": returned})
+    for job_id in swept.crashed:
+        _logger.error("Job failed", extra={"job": job_id, "code": "crashed"})
