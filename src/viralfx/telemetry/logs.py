@@ -58,8 +58,9 @@ def configure_logging(*, level: str, console: bool, stream: TextIO | None = None
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    # Its information lines tell of start and stop, which the lifecycle tells better.
-    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, LEVELS[level]))
+    # Their information lines tell of start and stop, which the lifecycle tells better.
+    for name in ("uvicorn.error", "taskiq"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, LEVELS[level]))
 
 
 def _shape(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+from redis.asyncio import Redis
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from viralfx.adapters.redis.config import Address, RedisConfig
@@ -76,6 +77,7 @@ class RedisClient:
         )
         self._own: list[ServerConnection] = []
         self._own_options = options
+        self._further: list[WaitingPool] = []
         self.redis = CountingRedis.from_pool(self._pool)
 
     # -- reading -----------------------------------------------------------------------------
@@ -161,6 +163,23 @@ class RedisClient:
         self._own.append(connection)
         return connection
 
+    def further_client(self, *, size: int, socket_timeout: float, connect_timeout: float) -> Redis:
+        """Return a client of the same server, or primary, with ``size`` connections of its own.
+
+        For requests that wait otherwise than a cache does. Each has one attempt, and counts; its
+        durations are seconds. It is cut when this client is closed.
+        """
+        options = {"socket_timeout": socket_timeout, "socket_connect_timeout": connect_timeout}
+        pool = WaitingPool(
+            traffic=self._traffic,
+            size=size,
+            patience=socket_timeout,
+            retry=request_retry(0, 0.0, 0.0),
+            **{**self._own_options, **options},
+        )
+        self._further.append(pool)
+        return CountingRedis.from_pool(pool)
+
     async def close(self, patience: float = 0.0) -> None:
         """Refuse new requests, let those under way end for ``patience`` seconds, and cut the rest.
 
@@ -177,7 +196,7 @@ class RedisClient:
         finally:
             if self._pool.lent:
                 _logger.warning("Redis requests were cut", extra={"requests": self._pool.lent})
-            for pool in (self._pool, *self._sentinels):
+            for pool in (self._pool, *self._further, *self._sentinels):
                 pool.cut()
             for connection in self._own:
                 connection.cut()
