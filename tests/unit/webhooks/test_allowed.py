@@ -167,3 +167,18 @@ def test_an_address_that_is_listed_is_reached() -> None:
     """It was written out, so it is meant."""
     allowed = AllowList(["10.0.0.7"])
     allowed.check_addresses(allowed.admit("https://10.0.0.7/"), ["10.0.0.7"])
+
+
+def test_a_configured_url_is_listed_by_that() -> None:
+    """Its scheme, host and port; its addresses still follow the rule."""
+    allowed = AllowList(also="http://alerts.example.com:9093/hunter2")
+    destination = allowed.admit("http://alerts.example.com:9093/another")
+    with pytest.raises(WebhookRefusedError, match="not public"):
+        allowed.check_addresses(destination, ["10.0.0.1"])
+    with pytest.raises(WebhookRefusedError, match="does not list"):
+        allowed.admit("https://alerts.example.com/")
+    assert AllowList(also="https://10.0.0.7/").admit("https://10.0.0.7/").host == "10.0.0.7"
+    with pytest.raises(ValueError, match="never be called"):
+        AllowList(also="http://169.254.169.254/latest")
+    with pytest.raises(WebhookRefusedError):
+        AllowList(also="alerts.example.com")

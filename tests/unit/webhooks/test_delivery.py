@@ -10,7 +10,7 @@ from viralfx.domain.events import Listener
 from viralfx.domain.resilience.circuit import CircuitEvent, CircuitOpenError, StateChanged
 from viralfx.domain.resilience.circuit_states import CircuitState
 from viralfx.domain.webhooks.allowed import AllowList
-from viralfx.domain.webhooks.delivery import Answer, WebhookDelivery, webhook_retries
+from viralfx.domain.webhooks.delivery import Answer, WebhookDelivery
 from viralfx.domain.webhooks.errors import (
     WebhookError,
     WebhookRefusedError,
@@ -18,7 +18,7 @@ from viralfx.domain.webhooks.errors import (
     WebhookUnavailableError,
 )
 from viralfx.domain.webhooks.hosts import HostCircuits
-from viralfx.domain.webhooks.signature import Signer
+from viralfx.domain.webhooks.signature import Signer, webhook_headers
 
 URL = "https://hooks.example.com/path?key=hunter2"
 KEY = b"k" * 32
@@ -54,7 +54,7 @@ async def test_any_2xx_is_a_delivery(clock: ManualClock, status: int) -> None:
     assert posted.destination.target == "/path?key=hunter2"
     assert posted.body == b"{}"
     seconds = int(clock.now().timestamp())
-    assert posted.headers == Signer([KEY]).headers("id-1", seconds, b"{}")
+    assert posted.headers == webhook_headers(Signer([KEY]), "id-1", seconds, b"{}")
 
 
 async def test_each_attempt_is_signed_anew_under_the_same_id(clock: ManualClock) -> None:
@@ -83,12 +83,15 @@ async def test_what_is_not_allowed_is_not_sent(clock: ManualClock, url: str) -> 
     assert sender.posted == []
 
 
-async def test_nothing_is_sent_unsigned(clock: ManualClock) -> None:
-    """Without a secret nothing goes out, and the error says what to set."""
+async def test_nothing_is_sent_unsigned_by_itself(clock: ManualClock) -> None:
+    """Without a secret nothing goes out, and the error says what to set; unless it may."""
     sender = ScriptedSender(200)
+    delivering = delivery(clock, sender, signed=False)
     with pytest.raises(WebhookRefusedError, match="WEBHOOK_SECRET is not set"):
-        await delivery(clock, sender, signed=False).deliver(URL, message_id="id-1", body=b"{}")
+        await delivering.deliver(URL, message_id="id-1", body=b"{}")
     assert sender.posted == []
+    await delivering.deliver(URL, message_id="id-1", body=b"{}", unsigned=True)
+    assert "webhook-signature" not in sender.posted[0].headers
 
 
 @pytest.mark.parametrize(
@@ -197,23 +200,3 @@ def test_wrong_numbers_are_refused_where_they_are_written(wrong: dict[str, float
     """Not at the first webhook."""
     with pytest.raises(ValueError, match="must be"):
         HostCircuits(**wrong)  # type: ignore[arg-type]
-
-
-def test_the_schedule() -> None:
-    """Ten attempts within twenty hours; a receiver's wish is followed; some are not tried again."""
-    policy = webhook_retries()
-    longest = policy.backoff.delays(10)
-    assert longest == (5.0, 20.0, 80.0, 320.0, 1280.0, 5120.0, 20480.0, 21600.0, 21600.0)
-    assert sum(longest) < 20 * 3600
-    for attempt, most in enumerate(longest, start=1):
-        delay = policy.next_delay(attempt, UNAVAILABLE)
-        assert delay is not None
-        assert most / 2 <= delay <= most
-    assert policy.next_delay(10, UNAVAILABLE) is None
-    assert policy.next_delay(1, WebhookUnavailableError("busy", 21600.0)) == 21600.0
-    assert policy.next_delay(1, CircuitOpenError("a", "", 42.0)) == 42.0
-    assert policy.next_delay(1, CircuitOpenError("a", "", float("inf"))) is not None
-    assert policy.next_delay(1, TimeoutError()) is not None
-    assert policy.next_delay(1, WebhookRefusedError("no")) is None
-    assert policy.next_delay(1, WebhookRejectedError("no", 410)) is None
-    assert policy.next_delay(1, RuntimeError("who knows")) is not None

@@ -6,7 +6,7 @@ import hmac
 
 import pytest
 
-from viralfx.domain.webhooks.signature import Signer, parse_secrets
+from viralfx.domain.webhooks.signature import Signer, parse_secrets, webhook_headers
 
 # The example of the Standard Webhooks specification and of its reference implementations.
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -34,12 +34,13 @@ def test_every_secret_signs() -> None:
 
 
 def test_the_three_headers() -> None:
-    """Which message, when, and by whom."""
-    assert Signer(parse_secrets(SECRET)).headers(MESSAGE, SECONDS, BODY) == {
-        "webhook-id": MESSAGE,
-        "webhook-timestamp": str(SECONDS),
+    """Which message, when, and by whom; without a secret, not by whom."""
+    named = {"webhook-id": MESSAGE, "webhook-timestamp": str(SECONDS)}
+    assert webhook_headers(Signer(parse_secrets(SECRET)), MESSAGE, SECONDS, BODY) == {
+        **named,
         "webhook-signature": SIGNATURE,
     }
+    assert webhook_headers(None, MESSAGE, SECONDS, BODY) == named
 
 
 @pytest.mark.parametrize("separator", [" ", ",", ", ", "\n"])

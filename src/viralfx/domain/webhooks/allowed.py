@@ -93,8 +93,13 @@ def _check_literal(host: str) -> None:
 class AllowList:
     """Says where webhooks may go. An empty one allows nothing."""
 
-    def __init__(self, entries: Iterable[str] = ()) -> None:
-        """See :func:`parse_allowed`; raises ``ValueError`` for an entry that is none."""
+    def __init__(self, entries: Iterable[str] = (), *, also: str | None = None) -> None:
+        """``entries`` are as :func:`parse_allowed` has them.
+
+        ``also`` is a URL whose host is listed by being configured, as that of the alerts is; its
+        addresses follow the rule all the same. Raises ``ValueError`` for what cannot be listed,
+        and :class:`WebhookRefusedError` for a URL that is none.
+        """
         hosts: list[AllowedHost] = []
         networks: list[Network] = []
         for entry in entries:
@@ -103,6 +108,11 @@ class AllowList:
                 hosts.append(parsed)
             else:
                 networks.append(parsed)
+        if also is not None:
+            there = parse_destination(also)
+            if there.address is not None:
+                _check_literal(there.host)
+            hosts.append(AllowedHost(scheme=there.scheme, host=there.host, port=there.port))
         self._hosts = tuple(hosts)
         self._networks = tuple(networks)
 

@@ -6,14 +6,12 @@ from http import HTTPStatus
 from typing import Protocol
 
 from viralfx.domain.clock import Clock
-from viralfx.domain.resilience.backoff import Backoff, Jitter
-from viralfx.domain.resilience.retry_policy import BackoffPolicy
 from viralfx.domain.webhooks.allowed import AllowList
 from viralfx.domain.webhooks.destinations import Destination
-from viralfx.domain.webhooks.errors import WebhookRefusedError, WebhookRejectedError
+from viralfx.domain.webhooks.errors import WebhookRefusedError
 from viralfx.domain.webhooks.hosts import HostCircuits
-from viralfx.domain.webhooks.responses import LONGEST_RETRY_AFTER, failure_of, is_host_failing
-from viralfx.domain.webhooks.signature import Signer
+from viralfx.domain.webhooks.responses import failure_of, is_host_failing
+from viralfx.domain.webhooks.signature import Signer, webhook_headers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,23 +38,6 @@ class WebhookSender(Protocol):
         ...
 
 
-def webhook_retries(attempts: int = 10) -> BackoffPolicy:
-    """Return the policy of webhooks: 10 attempts within 20 hours, or when the receiver asks.
-
-    They are 5 s, 20 s, 80 s, 5 min, 21 min, 85 min and then 6 h apart, each shortened by up to a
-    half, so that those who failed together do not return together.
-    """
-    return BackoffPolicy(
-        attempts=attempts,
-        backoff=Backoff(base=5.0, factor=4.0, cap=LONGEST_RETRY_AFTER, jitter=Jitter.EQUAL),
-        retry_on=_may_pass,
-    )
-
-
-def _may_pass(error: Exception) -> bool:
-    return not isinstance(error, WebhookRefusedError | WebhookRejectedError)
-
-
 class WebhookDelivery:
     """Sends webhooks. Several may be under way."""
 
@@ -75,18 +56,21 @@ class WebhookDelivery:
         self._circuits = circuits
         self._clock = clock
 
-    async def deliver(self, url: str, *, message_id: str, body: bytes) -> int:
+    async def deliver(
+        self, url: str, *, message_id: str, body: bytes, unsigned: bool = False
+    ) -> int:
         """Deliver ``body`` and return the status of the answer, some 2xx.
 
-        ``message_id`` tells the receiver that it has had this one already. Raises a
-        :class:`WebhookError`, or ``CircuitOpenError`` while the host is given a rest.
+        ``message_id`` tells the receiver that it has had this one already. With ``unsigned`` a
+        missing secret is no obstacle. Raises a :class:`WebhookError`, or ``CircuitOpenError``
+        while the host is given a rest.
         """
         destination = self._allowed.admit(url)
-        if self._signer is None:
+        if self._signer is None and not unsigned:
             raise WebhookRefusedError("WEBHOOK_SECRET is not set: the webhook cannot be signed")
         seconds = int(self._clock.now().timestamp())
-        signed = self._signer.headers(message_id, seconds, body)
-        answer = await self._exchange(destination, signed, body)
+        headers = webhook_headers(self._signer, message_id, seconds, body)
+        answer = await self._exchange(destination, headers, body)
         if HTTPStatus.OK <= answer.status < HTTPStatus.MULTIPLE_CHOICES:
             return answer.status
         raise failure_of(destination.host, answer.status, answer.retry_after, self._clock.now())

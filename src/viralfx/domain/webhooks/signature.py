@@ -47,19 +47,22 @@ class Signer:
         if not self._keys:
             raise ValueError("a signer needs at least one secret")
 
-    def headers(self, message_id: str, seconds: int, body: bytes) -> Mapping[str, str]:
-        """Return what tells a receiver which message this is, when it was sent and by whom.
-
-        ``seconds`` is the Unix time of this attempt; ``message_id`` is the same in every attempt.
-        """
-        return {
-            "webhook-id": message_id,
-            "webhook-timestamp": str(seconds),
-            "webhook-signature": self.sign(message_id, seconds, body),
-        }
-
     def sign(self, message_id: str, seconds: int, body: bytes) -> str:
         """Return the value of ``webhook-signature``: one ``v1,<base64>`` for each secret."""
         signed = b"%s.%d.%s" % (message_id.encode(), seconds, body)
         digests = (hmac.new(key, signed, hashlib.sha256).digest() for key in self._keys)
         return " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests)
+
+
+def webhook_headers(
+    signer: Signer | None, message_id: str, seconds: int, body: bytes
+) -> Mapping[str, str]:
+    """Return what tells a receiver which message this is, when it was sent and by whom.
+
+    ``seconds`` is the Unix time of this attempt; ``message_id`` is the same in every attempt.
+    Without a signer it is not said by whom.
+    """
+    headers = {"webhook-id": message_id, "webhook-timestamp": str(seconds)}
+    if signer is not None:
+        headers["webhook-signature"] = signer.sign(message_id, seconds, body)
+    return headers
