@@ -19,7 +19,7 @@ class WebhookRetryPolicy:
     """
 
     def __init__(self, attempts: int = 10) -> None:
-        """Raises as :class:`BackoffPolicy` does, and ``ValueError`` for a single attempt."""
+        """Refuse less than two attempts: raises ``ValueError``, ``TypeError`` for no number."""
         require_count("attempts - 1", attempts - 1)
         self._attempts = attempts
         self._policy = BackoffPolicy(
