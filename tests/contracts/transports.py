@@ -9,8 +9,11 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
+from tests.servers.redis import RedisServer
 
 from viralfx.adapters.memory import MemoryBell
+from viralfx.adapters.redis import RedisClient, RedisConfig
+from viralfx.adapters.taskiq import StreamTransport
 from viralfx.domain.jobs.transport import Bell, JobTransport
 
 
@@ -33,7 +36,22 @@ async def _memory(_: pytest.FixtureRequest) -> AsyncIterator[Line]:
     await bell.close()
 
 
-TRANSPORTS: dict[str, Make] = {"memory": _memory}
+@asynccontextmanager
+async def _streams(request: pytest.FixtureRequest) -> AsyncIterator[Line]:
+    server: RedisServer = request.getfixturevalue("redis")
+    config = RedisConfig(host=server.host, port=server.port)
+    clients = RedisClient(config), RedisClient(config)
+    here, there = map(StreamTransport, clients)
+    try:
+        yield Line(here, there)
+    finally:
+        for transport in (here, there):
+            await transport.close()
+        for client in clients:
+            await client.close()
+
+
+TRANSPORTS: dict[str, Make] = {"memory": _memory, "streams": _streams}
 
 
 async def until(look: Callable[[], object], *, seconds: float = 10.0) -> None:
