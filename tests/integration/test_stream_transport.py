@@ -2,7 +2,10 @@
 
 import asyncio
 import logging
+import sys
 import time
+from asyncio.subprocess import PIPE
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +33,7 @@ from viralfx.domain.jobs.transport import Bell
 
 pytestmark = pytest.mark.timeout(60)
 
+ROOT = Path(__file__).parents[2]
 LOST = "Bells are not heard, workers look for jobs by themselves"
 FOUND = "Bells are heard again"
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -288,6 +292,37 @@ async def test_what_a_killed_worker_left_is_removed(redis: RedisServer) -> None:
             await until(lambda: redis.command("XLEN", STREAM) == 0)
         assert groups(redis)["consumers"] == 1
         assert groups(redis)["pending"] == 0
+
+
+async def test_a_killed_worker_leaves_nothing(redis: RedisServer) -> None:
+    """Killed with bells in its hands: they are gone from the stream, and so is its name."""
+    heard = Heard()
+    async with transport_to(redis) as transport:
+        await ring(transport, "a", "b", "c")
+        arguments = (
+            sys.executable,
+            "-m",
+            "tests.integration.listener",
+            redis.host,
+            str(redis.port),
+        )
+        worker = await asyncio.create_subprocess_exec(*arguments, stdout=PIPE, cwd=ROOT)
+        try:
+            assert worker.stdout is not None
+            async with asyncio.timeout(20):
+                held = [(await worker.stdout.readline()).strip() for _ in range(2)]
+        finally:
+            worker.kill()
+            await worker.wait()
+        assert redis.command("XLEN", STREAM) == 1
+        async with listening(transport, heard):
+            await ring(transport, "d")
+            await until(lambda: len(heard) == 2)
+
+        assert held == [b"a", b"b"]
+        assert heard == ["c", "d"]
+        assert redis.command("XLEN", STREAM) == 0
+        assert (groups(redis)["consumers"], groups(redis)["pending"]) == (1, 0)
 
 
 # -- faults --------------------------------------------------------------------------------------
