@@ -6,6 +6,7 @@ from typing import Any
 
 from viralfx.domain.correlation import current_correlation_id
 from viralfx.domain.errors import ViralFXError
+from viralfx.domain.jobs.coalescing import Coalescer
 from viralfx.domain.jobs.codec import Codec
 from viralfx.domain.jobs.job import (
     Job,
@@ -13,6 +14,7 @@ from viralfx.domain.jobs.job import (
     JobNotFoundError,
     JobState,
     KeyConflictError,
+    LedgerUnavailableError,
     new_job_id,
 )
 from viralfx.domain.jobs.ledger import Accepted, JobLedger, QueueCounts
@@ -40,6 +42,11 @@ class JobService:
     ) -> None:
         """``ring`` tells workers of jobs by queue and ids; it neither waits nor raises."""
         self._ledger = ledger
+        # Concurrent requests share a step. Drafts of one key do not: the second is told of the
+        # first one's job, which is in the ledger by then.
+        self._accept = Coalescer(
+            ledger.accept, apart=lambda draft: draft.key, shared=LedgerUnavailableError
+        )
         self._tasks = tasks
         self._codec = codec
         self._queues = frozenset(queues)
@@ -72,7 +79,7 @@ class JobService:
             correlation_id=current_correlation_id(),
             traceparent=traceparent,
         )
-        (accepted,) = await self._ledger.accept([draft])
+        accepted = await self._accept(draft)
         if accepted.created:
             if run_at is None:
                 self._ring(draft.queue, (draft.id,))
