@@ -60,6 +60,8 @@ class QueueConsumer:
         self._due: list[float] = []
         self._stopping = False
         self._wake = asyncio.Event()
+        self._covered = asyncio.Event()
+        """Set once the next claim was made."""
         slots.subscribe(self.wake, self.remember_due)
 
     def busy_before(self, moment: float) -> bool:
@@ -69,8 +71,13 @@ class QueueConsumer:
     # -- why to claim ------------------------------------------------------------------------
 
     async def hear(self, bell: Bell) -> None:
-        """Take in a bell; return when there is time for another."""
-        if not self._more and not self._stopping:
+        """Take in a bell; return when there is time for another.
+
+        That is when a claim was made since, and there is a free slot all the same: who is busy
+        takes no more bells than it runs jobs, and leaves the others to workers that have time.
+        """
+        covered = self._covered
+        if not self._more:
             room = max(0, self.slots.free - len(self._rung))
             self._rung.update(dict.fromkeys(bell.ids[:room]))
             if rest := bell.ids[room:]:
@@ -78,6 +85,7 @@ class QueueConsumer:
                 self._more = True
                 self._ring(self.queue, rest)
             self._wake.set()
+        await covered.wait()
         await self.slots.room.wait()
 
     def look(self) -> None:
@@ -160,9 +168,12 @@ class QueueConsumer:
         ids = list(self._rung)[: self.slots.free]
         for job_id in ids:
             del self._rung[job_id]
-        await self._claim(self.slots.free, ids)
+        if await self._claim(self.slots.free, ids) < len(ids):
+            # Somebody found them by looking, maybe in place of others that are due.
+            self.look()
 
     async def _claim(self, limit: int, ids: Sequence[str] | None) -> int:
+        covered, self._covered = self._covered, asyncio.Event()
         try:
             claims = await self._ledger.claim(self.queue, self._worker, limit, ids)
         except Exception as error:  # noqa: BLE001 - a queue is never left alone
@@ -170,6 +181,8 @@ class QueueConsumer:
             pause = self._reach.failed(self._step, error)
             self._look_at = self._not_before = self._clock.monotonic() + pause
             return 0
+        finally:
+            covered.set()
         self._reach.succeeded(self._step)
         for claim in claims:
             self.slots.begin(claim)

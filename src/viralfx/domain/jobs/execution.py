@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from viralfx.domain.clock import Clock
@@ -102,6 +102,9 @@ class Executor:
     on_fenced: Callable[[Claim], None]
     """Called where an effect was rolled back because its job had been given to somebody else."""
 
+    _unknown_tasks: set[str] = field(default_factory=set, repr=False)
+    """Those that were told of."""
+
     def timeout_of(self, task: Task) -> float:
         """Return the seconds that one attempt may take."""
         return self.default_timeout if task.timeout is None else task.timeout
@@ -141,7 +144,9 @@ class Executor:
         if age >= UNKNOWN_TASK_PATIENCE and claim.number >= _LEAST_TRIES:
             _log_failure(claim, reason.code, None)
             return failed(claim, reason)
-        _logger.warning("Job postponed: its task is unknown here", extra=_names(claim))
+        if claim.task not in self._unknown_tasks:
+            self._unknown_tasks.add(claim.task)
+            _logger.warning("Jobs postponed: their task is unknown here", extra=_names(claim))
         return postponed(claim, reason, UNKNOWN_TASK_PAUSE)
 
     def _settle(self, run: "_Run", error: Exception | asyncio.CancelledError) -> Settlement:
@@ -239,8 +244,8 @@ class _Run:
         if isinstance(error, ResultError):
             return "result"
         deadline = self.execution.deadline
-        expired = deadline is not None and not deadline.remaining()
-        return "timeout" if expired and isinstance(error, TimeoutError) else "error"
+        cut = deadline is not None and deadline.cut
+        return "timeout" if cut and isinstance(error, TimeoutError) else "error"
 
 
 def _is_cancelled() -> bool:

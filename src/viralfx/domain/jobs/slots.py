@@ -53,7 +53,7 @@ class Slots:
     def subscribe(self, on_room: Callable[[], None], on_wait: Callable[[float], None]) -> None:
         """Call ``on_room`` when there is a free slot again after there was none.
 
-        And call ``on_wait`` with the seconds after which a job that was recorded is due again.
+        And call ``on_wait`` with the seconds after which a job is to be tried again.
         """
         self._on_room, self._on_wait = on_room, on_wait
 
@@ -134,7 +134,9 @@ class Slots:
             self._ring(self.queue, (settlement.claim.id,))
             return
         self.recorded += 1
-        if waits:
+        # What was put off for other reasons is for whoever looks first: this worker does not know
+        # the task, for example, and another one may.
+        if waits and settlement.spends_attempt:
             self._on_wait(settlement.delay or 0.0)
 
     def _ended(self, execution: Execution) -> None:

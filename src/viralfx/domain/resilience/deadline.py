@@ -22,17 +22,23 @@ class Deadline:
     Raises ``ValueError`` for a negative or non-finite number of seconds.
     """
 
-    __slots__ = ("_clock", "_expires_at", "_seconds")
+    __slots__ = ("_clock", "_cut", "_expires_at", "_seconds")
 
     def __init__(self, seconds: float, *, clock: Clock | None = None) -> None:
         require_not_negative("a deadline", seconds)
         self._seconds = seconds
         self._clock = clock or SystemClock()
         self._expires_at = self._clock.monotonic() + seconds
+        self._cut = False
 
     def remaining(self) -> float:
         """Return the seconds left, zero once it has passed."""
         return max(0.0, self._expires_at - self._clock.monotonic())
+
+    @property
+    def cut(self) -> bool:
+        """Whether a block was cancelled because the time had come."""
+        return self._cut
 
     async def __aenter__(self) -> Self:
         """Start the block.
@@ -62,6 +68,7 @@ class Deadline:
         try:
             await block.timeout.__aexit__(kind, error, traceback)
         except TimeoutError as expired:
+            self._cut = True
             expired.args = (self._message,)
             raise
 
