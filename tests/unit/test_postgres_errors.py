@@ -27,6 +27,11 @@ def other_name(code: int) -> ssl.SSLCertVerificationError:
     return error
 
 
+ENDING = asyncpg.InternalClientError(
+    "cannot switch to state 15; another operation (2) is in progress"
+)
+"""What the driver says between the server's word that it ends a connection and the end."""
+
 CODES: list[tuple[BaseException, str]] = [
     (pg.InvalidPasswordError(SECRET), "auth"),
     (pg.InvalidAuthorizationSpecificationError(SECRET), "auth"),
@@ -57,6 +62,7 @@ CODES: list[tuple[BaseException, str]] = [
     (pg.ConnectionDoesNotExistError(SECRET), "lost"),
     (ConnectionResetError(104, SECRET), "lost"),
     (asyncpg.InterfaceError("connection is closed"), "lost"),
+    (ENDING, "lost"),
     (pg.UniqueViolationError(SECRET), "error"),
     (pg.UndefinedTableError(SECRET), "error"),
     (ValueError(SECRET), "error"),
@@ -84,6 +90,7 @@ TRANSIENT: list[BaseException] = [
     TimeoutError(),
     OSError(113, "No route to host"),
     *map(asyncpg.InterfaceError, RELEASED),
+    ENDING,
 ]
 PERMANENT: list[BaseException] = [
     pg.UniqueViolationError(),
@@ -103,6 +110,7 @@ PERMANENT: list[BaseException] = [
     asyncpg.InterfaceError("the server expects 1 argument for this query, 0 were passed"),
     asyncpg.InterfaceError("cannot perform operation: another operation is in progress"),
     asyncpg.InterfaceError("pool is closing"),
+    asyncpg.InternalClientError("got result for unknown protocol state 3"),
     asyncpg.InterfaceError("the database's pool is closed"),
     ValueError(),
     asyncio.CancelledError(),

@@ -9,6 +9,8 @@ import asyncpg
 from asyncpg.pool import Pool, PoolConnectionProxy
 from asyncpg.transaction import Transaction
 
+from viralfx.adapters.postgres.errors import DATABASE_ERRORS
+
 _logger = logging.getLogger("viralfx.database")
 
 Lease: TypeAlias = "PoolConnectionProxy[Any]"
@@ -25,7 +27,7 @@ async def roll_back(connection: Lease, transaction: Transaction, patience: float
     try:
         async with asyncio.timeout(patience):
             await transaction.rollback()
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+    except DATABASE_ERRORS:
         # A server that does not answer must not hold whoever was cancelled; without its
         # connection it rolls back by itself.
         with contextlib.suppress(asyncpg.InterfaceError):  # it is gone already
@@ -36,6 +38,6 @@ async def give_back(pool: "Pool[Any]", connection: Lease, patience: float) -> No
     """Clean a connection for the next within ``patience`` seconds, or close it; never raises."""
     try:
         await pool.release(connection, timeout=patience)
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except DATABASE_ERRORS as error:
         # It could not be cleaned and is closed already; what was done with it is done.
         _logger.debug("Database connection dropped", exc_info=error)

@@ -5,11 +5,14 @@ import ssl
 from dataclasses import dataclass
 
 from asyncpg import exceptions as pg
-from asyncpg.exceptions import InterfaceError, PostgresError
+from asyncpg.exceptions import InterfaceError, InternalClientError, PostgresError
 
 from viralfx.domain.errors import ViralFXError
 from viralfx.domain.resilience.backoff import Backoff, Jitter
 from viralfx.domain.resilience.retry_policy import BackoffPolicy
+
+DATABASE_ERRORS = (OSError, PostgresError, InterfaceError, InternalClientError)
+"""Every kind of error that the driver raises for a database that does not do what it should."""
 
 
 class PoolTimeoutError(ViralFXError, TimeoutError):
@@ -89,7 +92,7 @@ _BY_CLASS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Tr
         Trouble("refused", "refuses connections", "check host and port, and that it runs"),
     ),
     (
-        (pg.PostgresConnectionError, InterfaceError, ConnectionError),
+        (pg.PostgresConnectionError, InterfaceError, InternalClientError, ConnectionError),
         Trouble("lost", "closed the connection", "look at its log"),
     ),
     (
@@ -153,6 +156,9 @@ def is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, _NEVER) or refuses_tls(error):
         return False
+    if isinstance(error, InternalClientError):
+        # Its connection has been told that the server ends it, and waits for the end.
+        return "cannot switch to state" in str(error)
     if isinstance(error, InterfaceError):
         # The driver's words for a connection that is gone, and so went back to the pool, which has
         # none of ours in use; its other uses are mistakes in the code, or a pool that is closed.

@@ -1,6 +1,9 @@
 """Accepting jobs: each once, by its id and by its key."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from asyncpg.connection import Connection
 
 from viralfx.adapters.postgres.cleaning import Lease
 from viralfx.adapters.postgres.job_rows import draft_columns, job_of_draft, job_of_row
@@ -12,7 +15,7 @@ _ROUNDS = 10
 
 
 async def accept(
-    connection: Lease, drafts: Sequence[JobDraft], *, again: bool
+    connection: "Lease | Connection[Any]", drafts: Sequence[JobDraft], *, again: bool
 ) -> Sequence[Accepted]:
     """Insert what is not there yet, and return all of it in order.
 
@@ -39,7 +42,7 @@ async def accept(
 
 
 async def _find(
-    connection: Lease, drafts: Mapping[int, JobDraft], *, again: bool
+    connection: "Lease | Connection[Any]", drafts: Mapping[int, JobDraft], *, again: bool
 ) -> dict[int, Accepted]:
     ids = [draft.id for draft in drafts.values()]
     keys = [draft.key for draft in drafts.values() if draft.key is not None]

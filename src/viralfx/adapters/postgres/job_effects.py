@@ -8,7 +8,7 @@ import asyncpg
 
 from viralfx.adapters.postgres.cleaning import Lease
 from viralfx.adapters.postgres.database import PostgresDatabase
-from viralfx.adapters.postgres.errors import is_loss, is_rolled_back
+from viralfx.adapters.postgres.errors import DATABASE_ERRORS, is_loss, is_rolled_back
 from viralfx.adapters.postgres.job_rows import settlement_columns
 from viralfx.adapters.postgres.job_statements import HELD, SETTLE_AND_COMMIT
 from viralfx.adapters.postgres.outages import BAD_VALUE, unavailable
@@ -68,7 +68,7 @@ class _Execution:
             async with self._limit:
                 # Not again: what it did elsewhere is not undone by a rollback.
                 await self._database.execute_with_retry(self._operate, attempts=1)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except DATABASE_ERRORS as error:
             if self._failed_by_itself:
                 raise
             if self._settled and not is_rolled_back(error):
@@ -83,7 +83,8 @@ class _Execution:
         try:
             result = await self._effect(connection)
         except Exception as error:
-            self._failed_by_itself = not (connection.is_closed() and is_loss(error))
+            ends = connection.is_closed() or isinstance(error, asyncpg.InternalClientError)
+            self._failed_by_itself = not (ends and is_loss(error))
             raise
         self._limit.reschedule(asyncio.get_running_loop().time() + self._patience)
         await self._complete(connection, result)

@@ -2,6 +2,9 @@
 
 import random
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from asyncpg.connection import Connection
 
 from viralfx.adapters.postgres import job_statements as sql
 from viralfx.adapters.postgres.cleaning import Lease
@@ -71,11 +74,13 @@ class PostgresJobLedger:
         except BAD_VALUE as error:
             raise PayloadError(f"the job cannot be stored: {error}") from error
 
-    async def accept_in(self, connection: Lease, drafts: Sequence[JobDraft]) -> Sequence[Accepted]:
+    async def accept_in(
+        self, connection: "Lease | Connection[Any]", drafts: Sequence[JobDraft]
+    ) -> Sequence[Accepted]:
         """Accept jobs in the transaction that is open on ``connection``, and live or die with it.
 
-        Raises what the driver raises. No bell rings for them: workers find them by looking, or
-        whoever commits tells them.
+        Raises what the driver raises. No bell rings for them: workers find them by looking, unless
+        whoever commits rings.
         """
         return await accept(connection, drafts, again=False)
 

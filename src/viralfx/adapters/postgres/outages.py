@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import asyncpg
 
-from viralfx.adapters.postgres.errors import explain
+from viralfx.adapters.postgres.errors import DATABASE_ERRORS, explain
 from viralfx.domain.jobs.job import LedgerUnavailableError, NotMigratedError
 
 _NOT_MIGRATED = (
@@ -24,7 +24,7 @@ def outages() -> Iterator[None]:
         yield
     except BAD_VALUE:
         raise
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except DATABASE_ERRORS as error:
         raise unavailable(error) from error
 
 

@@ -1,0 +1,344 @@
+"""Effects and outbox on a real server: one transaction with the job, whatever becomes of it."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncpg
+import pytest
+from tests.contracts.ledgers import ERROR, LONG, draft
+from tests.integration.job_ledgers import ledger_in, work
+from tests.integration.postgres_clients import config_of, migrated, opened, until
+from tests.servers.fault_proxy import PASS, RESET
+from tests.servers.fixtures import FaultProxies
+from tests.servers.postgres import Database
+
+from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
+from viralfx.domain.jobs.codec import ResultError
+from viralfx.domain.jobs.job import JobState, LedgerUnavailableError, retried
+
+
+@pytest.fixture
+def table(database: Database) -> Database:
+    """Return a database with a table for effects, each number once."""
+    database.execute("create table effects (number int primary key)")
+    return database
+
+
+@pytest.fixture
+async def pool(table: Database) -> AsyncIterator[PostgresDatabase]:
+    """Return a pool on a database that is migrated."""
+    await migrated(config_of(table))
+    async with opened(config_of(table)) as pool:
+        yield pool
+
+
+def effects(database: Database) -> list[int]:
+    """Return what effects left."""
+    return [number for (number,) in database.execute("select number from effects order by 1")]
+
+
+class Effect:
+    """Writes a number, and says when it has."""
+
+    def __init__(self, number: int = 1) -> None:
+        self.runs = 0
+        self._number = number
+
+    async def __call__(self, connection: Any) -> bytes:
+        """Write."""
+        self.runs += 1
+        await connection.execute("insert into effects values ($1)", self._number)
+        return b"1"
+
+
+async def test_a_worker_is_heard_while_its_effects_take_long(table: Database) -> None:
+    """Twenty slow ones and three connections: one runs at a time, and heartbeats get through."""
+    begun, running, most, over = 0, 0, 0, asyncio.Event()
+
+    async def slow(connection: Any) -> bytes:
+        nonlocal begun, running, most
+        begun, running = begun + 1, running + 1
+        most = max(most, running)
+        await connection.execute("select 1")
+        await over.wait()
+        running -= 1
+        return b"1"
+
+    async with ledger_in(table, pool_max=3) as ledger:
+        await work(ledger)
+        await ledger.accept([draft() for _ in range(20)])
+        claims = await ledger.claim("default", "w", 20)
+        latencies = []
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            calls = [group.create_task(ledger.settle_with_effect(claim, slow)) for claim in claims]
+            await until(lambda: begun)
+            for _ in range(50):
+                started = time.perf_counter()
+                await ledger.register("w", ["default"], LONG, [claim.id for claim in claims])
+                latencies.append(time.perf_counter() - started)
+            assert (begun, most) == (1, 1)
+            over.set()
+        counts = (await ledger.counts())["default"]
+
+    assert all(call.result() for call in calls)
+    assert (most, counts.completed) == (1, 21)
+    assert sorted(latencies)[45] < 0.5
+    assert max(latencies) < 3.0
+
+
+async def test_an_error_of_sql_that_the_effect_hides_undoes_everything(
+    pool: PostgresDatabase, table: Database
+) -> None:
+    """To Postgres the transaction is over with it; the job must not be completed without it."""
+
+    async def hide(connection: Any) -> bytes:
+        await connection.execute("insert into effects values (1)")
+        with contextlib.suppress(asyncpg.UniqueViolationError):
+            await connection.execute("insert into effects values (1)")
+        return b"1"
+
+    ledger = PostgresJobLedger(pool)
+    claim = await work(ledger)
+    with pytest.raises(asyncpg.InFailedSQLTransactionError) as caught:
+        await ledger.settle_with_effect(claim, hide)
+    taken = await ledger.settle([retried(claim, ERROR, 0.0)])
+
+    assert "after a statement of its transaction had failed" in str(caught.value.__notes__)
+    assert set(taken) == {claim.id}
+    assert effects(table) == []
+
+
+async def test_an_error_of_sql_that_the_effect_hides_in_a_savepoint_undoes_only_that(
+    pool: PostgresDatabase, table: Database
+) -> None:
+    """That is how to do it."""
+
+    async def hide(connection: Any) -> bytes:
+        await connection.execute("insert into effects values (1)")
+        with contextlib.suppress(asyncpg.UniqueViolationError):
+            async with connection.transaction():
+                await connection.execute("insert into effects values (1)")
+        return b"1"
+
+    ledger = PostgresJobLedger(pool)
+
+    assert await ledger.settle_with_effect(await work(ledger), hide)
+    assert effects(table) == [1]
+
+
+@pytest.mark.parametrize("statement", ["commit", "rollback"])
+async def test_an_effect_that_ends_the_transaction_is_an_error(
+    pool: PostgresDatabase, table: Database, statement: str
+) -> None:
+    """Its job is not completed by it."""
+
+    async def end(connection: Any) -> bytes:
+        await connection.execute(statement)
+        return b"1"
+
+    ledger = PostgresJobLedger(pool)
+    claim = await work(ledger)
+    with pytest.raises(RuntimeError, match="ended the transaction"):
+        await ledger.settle_with_effect(claim, end)
+    job = await ledger.get(claim.id)
+
+    assert job is not None
+    assert job.state is JobState.ACTIVE
+    assert (await ledger.counts())["default"].completed == 1
+    assert effects(table) == []
+
+
+async def test_what_an_effect_raises_is_its_own(pool: PostgresDatabase) -> None:
+    """Errors of the database's or of the network's kind as well: the database is there."""
+    ledger = PostgresJobLedger(pool)
+    claim = await work(ledger)
+    for error in (asyncpg.UniqueViolationError("x"), ConnectionResetError("x"), TimeoutError("x")):
+
+        async def fail(_: Any, error: Exception = error) -> bytes:
+            raise error
+
+        with pytest.raises(type(error)) as caught:
+            await ledger.settle_with_effect(claim, fail)
+        assert caught.value is error
+
+
+async def test_an_effect_whose_connection_is_lost_is_an_outage(
+    pool: PostgresDatabase, table: Database
+) -> None:
+    """Not the task's own failure: it costs no attempt."""
+
+    async def lose(connection: Any) -> bytes:
+        await connection.execute("insert into effects values (1)")
+        pid = connection.get_server_pid()
+        await asyncio.to_thread(table.execute, f"select pg_terminate_backend({pid})")
+        await connection.execute("select 1")
+        return b"1"
+
+    ledger = PostgresJobLedger(pool)
+    claim = await work(ledger)
+    with pytest.raises(LedgerUnavailableError):
+        await ledger.settle_with_effect(claim, lose)
+
+    assert await ledger.settle_with_effect(claim, Effect(2))
+    assert effects(table) == [2]
+
+
+@pytest.mark.parametrize("result", [b"nonsense", b"\xff", b'"\x00"', b""])
+async def test_a_result_that_is_no_json_undoes_its_effect(
+    pool: PostgresDatabase, table: Database, result: bytes
+) -> None:
+    """It is said in the ledger's words; settled beside others it fails its own job alone."""
+
+    async def effect(connection: Any) -> bytes:
+        await connection.execute("insert into effects values (1)")
+        return result
+
+    ledger = PostgresJobLedger(pool)
+    claim = await work(ledger)
+    with pytest.raises(ResultError):
+        await ledger.settle_with_effect(claim, effect)
+
+    assert effects(table) == []
+    assert await ledger.settle_with_effect(claim, Effect())
+
+
+# -- COMMIT without an answer ----------------------------------------------------------------
+
+
+def close_the_gate(database: Database) -> None:
+    """Have each COMMIT of an effect wait for the advisory lock 4711, when somebody has it."""
+    database.execute("create table seen (setting text)")
+    database.execute(
+        "create function wait() returns trigger language plpgsql as $$ begin"
+        " insert into seen values (current_setting('idle_in_transaction_session_timeout'));"
+        " perform pg_advisory_xact_lock(4711); return null; end $$"
+    )
+    database.execute(
+        "create constraint trigger waits after insert on effects deferrable initially deferred"
+        " for each row execute function wait()"
+    )
+
+
+def waiting(database: Database, event: str) -> list[int]:
+    """Return the server's processes that wait for a kind of lock."""
+    rows = database.execute(
+        f"select pid from pg_stat_activity where wait_event = '{event}'"  # noqa: S608 - of this test
+        " and datname = current_database()"
+    )
+    return [pid for (pid,) in rows]
+
+
+@pytest.mark.parametrize("applied", [True, False])
+async def test_a_commit_without_an_answer_is_looked_up(
+    table: Database, fault_proxy: FaultProxies, *, applied: bool
+) -> None:
+    """Not before it is decided: the one that asks waits for the lock on the job's row."""
+    proxy = fault_proxy(table.server.port)
+    close_the_gate(table)
+    effect = Effect()
+    async with (
+        ledger_in(table, through=proxy) as ledger,
+        opened(config_of(table)) as beside,
+        beside.acquire() as gate,
+        asyncio.timeout(30),
+    ):
+        claim = await work(ledger)
+        await gate.execute("select pg_advisory_lock(4711)")
+        settling = asyncio.create_task(ledger.settle_with_effect(claim, effect))
+        (pid,) = await seen(lambda: waiting(table, "advisory"))
+        proxy.mode = RESET
+        proxy.mode = PASS
+        assert await seen(lambda: waiting(table, "transactionid"))
+        if applied:
+            await gate.execute("select pg_advisory_unlock(4711)")
+            assert await settling
+        else:
+            table.execute(f"select pg_terminate_backend({pid})")
+            with pytest.raises(LedgerUnavailableError):
+                await settling
+            assert effects(table) == []
+            await gate.execute("select pg_advisory_unlock(4711)")
+            assert await ledger.settle_with_effect(claim, effect)
+        assert not await ledger.settle_with_effect(claim, effect)
+        assert (await ledger.counts())["default"].completed == 2
+
+    assert effect.runs == (1 if applied else 2)
+    assert effects(table) == [1]
+
+
+async def test_a_client_that_is_cut_off_before_commit_holds_the_row_for_seconds(
+    pool: PostgresDatabase, table: Database
+) -> None:
+    """The server ends its session; the next user of a connection has a limit no longer."""
+    close_the_gate(table)
+    ledger = PostgresJobLedger(pool)
+    assert await ledger.settle_with_effect(await work(ledger), Effect())
+    async with pool.acquire() as connection:
+        after = await connection.fetchval("show idle_in_transaction_session_timeout")
+
+    assert table.execute("select setting from seen") == [("10s",)]
+    assert after == "0"
+
+
+async def seen(look: Any) -> list[int]:
+    """Look until there is something."""
+    found: list[int] = []
+
+    def found_some() -> bool:
+        found[:] = look()
+        return bool(found)
+
+    await until(found_some)
+    return found
+
+
+# -- the outbox ------------------------------------------------------------------------------
+
+
+async def test_jobs_live_and_die_with_the_transaction_that_accepts_them(
+    pool: PostgresDatabase, table: Database
+) -> None:
+    """A business row and its job: both, or none."""
+    ledger = PostgresJobLedger(pool)
+    kept, dropped = draft(key="kept"), draft(key="dropped")
+
+    async def order(connection: Any, number: int, asked: Any) -> None:
+        await connection.execute("insert into effects values ($1)", number)
+        (accepted,) = await ledger.accept_in(connection, [asked])
+        assert accepted.created
+        assert await ledger.get(asked.id) is None
+
+    async def order_and_fail(connection: Any) -> None:
+        await order(connection, 2, dropped)
+        await connection.execute("insert into effects values (1)")
+
+    await pool.execute_with_retry(lambda connection: order(connection, 1, kept))
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await pool.execute_with_retry(order_and_fail)
+
+    assert effects(table) == [1]
+    assert await ledger.get(kept.id) is not None
+    assert await ledger.get(dropped.id) is None
+
+
+async def test_an_effect_may_accept_jobs(pool: PostgresDatabase, table: Database) -> None:
+    """A chain: the next job is there when this one is completed, and not before."""
+    ledger = PostgresJobLedger(pool)
+    claim = await work(ledger)
+    following = draft(key="next")
+
+    async def chain(connection: Any) -> bytes:
+        (accepted,) = await ledger.accept_in(connection, [following])
+        (again,) = await ledger.accept_in(connection, [draft(key="next")])
+        assert (accepted.created, again.created) == (True, False)
+        assert list(await ledger.claim("default", "w", 10)) == []
+        return b"1"
+
+    assert await ledger.settle_with_effect(claim, chain)
+    (next_claim,) = await ledger.claim("default", "w", 10)
+
+    assert next_claim.id == following.id
+    assert effects(table) == []
