@@ -1,10 +1,18 @@
-"""A sender that does what a test tells it."""
+"""A sender that does what a test tells it, and a delivery by it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from viralfx.domain.webhooks.delivery import Answer
+from viralfx.domain.clock import Clock
+from viralfx.domain.events import Listener
+from viralfx.domain.resilience.circuit import CircuitEvent
+from viralfx.domain.webhooks.allowed import AllowList
+from viralfx.domain.webhooks.delivery import Answer, WebhookDelivery
 from viralfx.domain.webhooks.destinations import Destination
+from viralfx.domain.webhooks.hosts import HostCircuits
+from viralfx.domain.webhooks.signature import Signer
+
+KEY = b"k" * 32
 
 
 @dataclass(frozen=True)
@@ -32,3 +40,20 @@ class ScriptedSender:
         if isinstance(act, BaseException):
             raise act
         return Answer(status=act) if isinstance(act, int) else act
+
+
+def delivery_to(
+    *allowed: str,
+    sender: ScriptedSender,
+    clock: Clock,
+    key: bytes | None = KEY,
+    listeners: tuple[Listener[CircuitEvent], ...] = (),
+) -> WebhookDelivery:
+    """Return a delivery whose breakers open for a minute after two failures."""
+    return WebhookDelivery(
+        allowed=AllowList(allowed),
+        signer=None if key is None else Signer([key]),
+        sender=sender,
+        circuits=HostCircuits(failure_threshold=2, open_for=60.0, listeners=listeners, clock=clock),
+        clock=clock,
+    )

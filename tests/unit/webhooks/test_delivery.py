@@ -4,12 +4,11 @@ import asyncio
 
 import pytest
 from tests.manual_clock import ManualClock
-from tests.unit.webhooks.scripted import ScriptedSender
+from tests.unit.webhooks.scripted import KEY, ScriptedSender, delivery_to
 
 from viralfx.domain.events import Listener
 from viralfx.domain.resilience.circuit import CircuitEvent, CircuitOpenError, StateChanged
 from viralfx.domain.resilience.circuit_states import CircuitState
-from viralfx.domain.webhooks.allowed import AllowList
 from viralfx.domain.webhooks.delivery import Answer, WebhookDelivery
 from viralfx.domain.webhooks.errors import (
     WebhookError,
@@ -21,7 +20,6 @@ from viralfx.domain.webhooks.hosts import HostCircuits
 from viralfx.domain.webhooks.signature import Signer, webhook_headers
 
 URL = "https://hooks.example.com/path?key=hunter2"
-KEY = b"k" * 32
 UNAVAILABLE = WebhookUnavailableError("hooks.example.com did not answer")
 
 
@@ -29,18 +27,12 @@ def delivery(
     clock: ManualClock,
     sender: ScriptedSender,
     *,
-    signer: Signer | None = None,
-    signed: bool = True,
+    key: bytes | None = KEY,
     listeners: tuple[Listener[CircuitEvent], ...] = (),
 ) -> WebhookDelivery:
     """Return one to anything below example.com."""
-    return WebhookDelivery(
-        allowed=AllowList(["*.example.com", "http://*.example.com:81"]),
-        signer=(signer or Signer([KEY])) if signed else None,
-        sender=sender,
-        circuits=HostCircuits(failure_threshold=2, open_for=60.0, listeners=listeners, clock=clock),
-        clock=clock,
-    )
+    allowed = ("*.example.com", "http://*.example.com:81")
+    return delivery_to(*allowed, sender=sender, clock=clock, key=key, listeners=listeners)
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
@@ -86,7 +78,7 @@ async def test_what_is_not_allowed_is_not_sent(clock: ManualClock, url: str) -> 
 async def test_nothing_is_sent_unsigned_by_itself(clock: ManualClock) -> None:
     """Without a secret nothing goes out, and the error says what to set; unless it may."""
     sender = ScriptedSender(200)
-    delivering = delivery(clock, sender, signed=False)
+    delivering = delivery(clock, sender, key=None)
     with pytest.raises(WebhookRefusedError, match="WEBHOOK_SECRET is not set"):
         await delivering.deliver(URL, message_id="id-1", body=b"{}")
     assert sender.posted == []

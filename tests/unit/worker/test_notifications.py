@@ -1,0 +1,140 @@
+"""``notifications.webhook``: what it takes, where it sends, and what a duplicate looks like."""
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+from tests.manual_clock import ManualClock
+from tests.unit.webhooks.scripted import ScriptedSender, delivery_to
+
+from viralfx.adapters.codec import MsgspecCodec
+from viralfx.domain.jobs.codec import PayloadError
+from viralfx.domain.jobs.tasks import JobContext, declared_task
+from viralfx.domain.resilience.deadline import Deadline
+from viralfx.domain.webhooks.errors import WebhookRefusedError, WebhookRejectedError
+from viralfx.domain.webhooks.message import WebhookMessage
+from viralfx.domain.webhooks.retries import WebhookRetryPolicy
+from viralfx.worker.notifications import SendWebhook, send_webhook
+
+CREATED = datetime(2026, 1, 6, 12, tzinfo=UTC)
+ALERT_URL = "https://alerts.example.com/hunter2"
+
+
+def context(attempt: int = 1) -> JobContext:
+    """Return that of one attempt of one job."""
+    return JobContext(
+        id="job-1",
+        attempt=attempt,
+        deadline=Deadline(10.0),
+        correlation_id="conversation",
+        created_at=CREATED,
+    )
+
+
+def sending(
+    clock: ManualClock, sender: ScriptedSender, *, alert_url: str | None = ALERT_URL
+) -> SendWebhook:
+    """Return the task with a delivery to anything below example.com."""
+    delivery = delivery_to("*.example.com", sender=sender, clock=clock)
+    return send_webhook(delivery, alert_url=alert_url, timeout=10.0)
+
+
+def message(**more: object) -> WebhookMessage:
+    """Decode a message as a worker does."""
+    payload = {"type": "order.shipped", "data": {"id": 7, "name": "Zoë"}, **more}
+    decoded = MsgspecCodec().decode(json.dumps(payload).encode(), WebhookMessage)
+    assert isinstance(decoded, WebhookMessage)
+    return decoded
+
+
+def test_it_is_declared_as_it_is_documented(clock: ManualClock) -> None:
+    """Its queue, its policy, and more time than the delivery takes."""
+    declared = declared_task(sending(clock, ScriptedSender(200)))
+    assert declared is not None
+    assert (declared.name, declared.queue) == ("notifications.webhook", "notifications")
+    assert declared.payload_type is WebhookMessage
+    assert isinstance(declared.retry, WebhookRetryPolicy)
+    assert declared.timeout == 15.0
+    assert not declared.transactional
+
+
+async def test_it_sends_to_the_url_of_its_payload(clock: ManualClock) -> None:
+    """The body says what, when and with which data; the result is the answer's status."""
+    sender = ScriptedSender(202)
+    send = sending(clock, sender)
+
+    assert await send(message(url="https://a.example.com/in"), context()) == {"status": 202}
+
+    (posted,) = sender.posted
+    assert posted.destination.host == "a.example.com"
+    assert posted.headers["webhook-id"] == "job-1"
+    assert json.loads(posted.body) == {
+        "type": "order.shipped",
+        "timestamp": "2026-01-06T12:00:00.000Z",
+        "data": {"id": 7, "name": "Zoë"},
+    }
+
+
+async def test_attempts_and_duplicates_are_the_same_message(clock: ManualClock) -> None:
+    """The same id and the same bytes, whenever and wherever it is run again."""
+    sender = ScriptedSender(200)
+    for attempt in (1, 2):
+        send = sending(clock, sender)
+        await send(message(url="https://a.example.com/in"), context(attempt))
+        await clock.advance(3600)
+    first, second = sender.posted
+    assert first.headers["webhook-id"] == second.headers["webhook-id"]
+    assert first.body == second.body
+    assert first.headers["webhook-timestamp"] != second.headers["webhook-timestamp"]
+
+
+async def test_alerts_go_where_the_process_is_told(clock: ManualClock) -> None:
+    """And fail for good where it is not."""
+    sender = ScriptedSender(200)
+    await sending(clock, sender)(message(alert=True), context())
+    assert sender.posted[0].destination.host == "alerts.example.com"
+    with pytest.raises(WebhookRefusedError, match="ALERT_WEBHOOK_URL is not set"):
+        await sending(clock, sender, alert_url=None)(message(alert=True), context())
+    assert len(sender.posted) == 1
+
+
+async def test_alerts_need_no_secret_and_others_do(clock: ManualClock) -> None:
+    """Where an alert goes is the operator's word, and receivers of alerts seldom verify."""
+    sender = ScriptedSender(200)
+    delivery = delivery_to("*.example.com", sender=sender, clock=clock, key=None)
+    send = send_webhook(delivery, alert_url=ALERT_URL, timeout=10.0)
+    await send(message(alert=True), context())
+    assert "webhook-signature" not in sender.posted[0].headers
+    with pytest.raises(WebhookRefusedError, match="WEBHOOK_SECRET is not set"):
+        await send(message(url="https://a.example.com/"), context())
+
+
+async def test_no_error_tells_of_the_alerts_url(clock: ManualClock) -> None:
+    """Its path is a secret, and errors stand in jobs that others may read."""
+    with pytest.raises(WebhookRejectedError) as gone:
+        await sending(clock, ScriptedSender(410))(message(alert=True), context())
+    assert str(gone.value) == "alerts.example.com answered 410"
+
+
+@pytest.mark.parametrize(
+    ("payload", "told"),
+    [
+        ({}, "required field"),
+        ({"type": "a", "data": {}}, "either a url or alert: true"),
+        ({"type": "a", "data": {}, "alert": False}, "either a url or alert: true"),
+        ({"type": "a", "data": {}, "url": "https://a.example.com", "alert": True}, "either a url"),
+        ({"type": "", "data": {}, "alert": True}, "type must say"),
+        ({"type": "a", "data": [], "alert": True}, "Expected `object`"),
+        ({"type": "a", "data": {}, "alert": "true"}, "Expected `bool`"),
+        ({"type": "a", "data": {}, "url": "ftp://a.example.com/"}, "https://host/path"),
+        ({"type": "a", "data": {}, "url": "https://u:hunter2@a.example.com/"}, "a user or a pass"),
+        ({"type": "a", "data": {}, "url": 7}, "Expected `str | null`"),
+        (None, "Expected `object`"),
+    ],
+)
+def test_what_could_never_be_sent_is_not_accepted(payload: object, told: str) -> None:
+    """It is refused while somebody still waits for the answer."""
+    with pytest.raises(PayloadError) as refused:
+        MsgspecCodec().decode(json.dumps(payload).encode(), WebhookMessage)
+    assert told in str(refused.value)
+    assert "hunter2" not in str(refused.value)
