@@ -43,6 +43,8 @@ from viralfx.domain.jobs.ledger import Accepted, QueueCounts, Swept
 _rng = random.Random()  # noqa: S311 - numbers that differ, no secrets
 
 _NEWEST = "ffffffff-ffff-ffff-ffff-ffffffffffff"
+_MANY_COUNTERS = 100
+"""Rows of counters that are worth folding."""
 _RETRIED = frozenset({JobState.WAITING, JobState.ACTIVE, JobState.COMPLETED})
 _CANCELLED = frozenset({JobState.CANCELLED})
 """In which states a job was changed already, where the answer to the change was lost."""
@@ -170,7 +172,7 @@ class PostgresJobLedger:
 
         async def step(turn: Turn) -> Sequence[Row]:
             rows = await turn.connection.fetch(sql.SWEEP, max_crashes)
-            await turn.connection.execute(sql.FOLD)
+            await turn.connection.execute(sql.FOLD, _MANY_COUNTERS)
             return rows
 
         rows = await self._steps.run(step)
@@ -236,7 +238,9 @@ class PostgresJobLedger:
 
     async def counts(self) -> Mapping[str, QueueCounts]:
         """See :class:`JobLedger`."""
-        rows = await self._steps.run(lambda turn: turn.connection.fetch(sql.COUNTS))
+        rows = await self._steps.run(
+            lambda turn: turn.connection.fetch(sql.COUNTS, JobState.ACTIVE)
+        )
         return {
             row["queue"]: QueueCounts(
                 waiting=int(row["waiting"]),

@@ -1,7 +1,7 @@
 """The statements of the job ledger.
 
 Each is complete in itself: one round trip, and no transaction but its own. The time is that at
-which the server received it.
+which the server received it. Each has parameters, so that its plan is made anew for each execution.
 """
 
 from typing import Final
@@ -50,7 +50,7 @@ WITH chosen AS MATERIALIZED (
 )
 {_GIVE}
 """  # noqa: S608 - constants
-# Said so that the index of those that wait does not fit: it would be read from its beginning.
+# Said so that the index of all that wait does not fit, but only that of the ids; SETTLE likewise.
 CLAIM_THESE: Final = f"""
 WITH chosen AS MATERIALIZED (
     SELECT id FROM viralfx_jobs
@@ -91,7 +91,8 @@ FROM unnest(
     $1::uuid[], $2::integer[], $3::text[], $4::json[], $5::text[], $6::text[], $7::float8[],
     $8::integer[]
 ) AS given (id, number, state, result, code, message, delay, spent)
-WHERE job.id = given.id AND job.state = 'active' AND job.claims = given.number
+WHERE job.id = given.id
+    AND job.state IS NOT DISTINCT FROM 'active' AND job.claims = given.number
 RETURNING job.id
 """
 SETTLED_BEFORE: Final = """
@@ -175,7 +176,7 @@ WITH folded AS (
     DELETE FROM viralfx_job_counters
     WHERE ctid = ANY(ARRAY(
         SELECT ctid FROM viralfx_job_counters
-        WHERE (SELECT count(*) FROM viralfx_job_counters) > 100
+        WHERE (SELECT count(*) FROM viralfx_job_counters) > $1
         FOR UPDATE SKIP LOCKED
     ))
     RETURNING queue, state, count
@@ -201,6 +202,8 @@ queues AS (
     FROM queues WHERE queue IS NOT NULL
 )
 """
+# By a range of the index for pages: were queue and state compared apart, all jobs might be read
+# by their ids, in the hope that the state is a common one.
 _PAGE = f"""
 , found AS (
     SELECT few.id
@@ -208,9 +211,11 @@ _PAGE = f"""
     CROSS JOIN {_STATES} AS states (state)
     CROSS JOIN LATERAL (
         SELECT job.id FROM viralfx_jobs AS job
-        WHERE job.queue = queues.queue AND job.state = states.state AND job.state <> 'active'
-            AND job.id < $1
-        ORDER BY job.id DESC LIMIT $2
+        WHERE (job.queue, job.state, job.id) < (queues.queue, states.state, $1::uuid)
+            AND (job.queue, job.state, job.id)
+                >= (queues.queue, states.state, '00000000-0000-0000-0000-000000000000'::uuid)
+            AND job.state <> 'active'
+        ORDER BY job.queue DESC, job.state DESC, job.id DESC LIMIT $2
     ) AS few
     UNION ALL
     SELECT id FROM viralfx_jobs
@@ -239,6 +244,8 @@ WHERE id = $1 AND state = 'waiting'
 RETURNING {JOB}
 """  # noqa: S608 - constants
 
+# The parameter is always 'active': a statement without any gets one plan for good, made when the
+# tables were as small as on the first day.
 COUNTS: Final = """
 SELECT queue,
     sum(waiting) AS waiting, sum(scheduled) AS scheduled, sum(active) AS active,
@@ -254,7 +261,7 @@ FROM (
     FROM viralfx_jobs WHERE state = 'waiting' GROUP BY queue
     UNION ALL
     SELECT queue, 0, 0, count(*), 0, 0, 0, NULL, 0
-    FROM viralfx_jobs WHERE state = 'active' GROUP BY queue
+    FROM viralfx_jobs WHERE state = $1 GROUP BY queue
     UNION ALL
     SELECT queue, 0, 0, 0,
         coalesce(sum(count) FILTER (WHERE state = 'completed'), 0),
