@@ -14,6 +14,7 @@ from viralfx.domain.jobs.job import (
     Claim,
     Job,
     JobDraft,
+    JobState,
     LedgerUnavailableError,
     Settlement,
     new_job_id,
@@ -25,11 +26,11 @@ from viralfx.domain.jobs.worker import JobWorker
 from viralfx.domain.resilience.retry_policy import RetryPolicy
 
 
-class ShakyLedger(MemoryJobLedger):
-    """A ledger in memory that can be away, slow, or refuse; it notes the calls made to it."""
+class ShakyLedger:
+    """The way to a ledger: it can be away, slow, or hang; it notes the calls made to it."""
 
-    def __init__(self, clock: LoopClock) -> None:
-        super().__init__(clock)
+    def __init__(self, kept: MemoryJobLedger) -> None:
+        self._kept = kept
         self.calls: list[tuple[str, object]] = []
         self.away: frozenset[str] = frozenset()
         """The steps that fail now."""
@@ -69,7 +70,7 @@ class ShakyLedger(MemoryJobLedger):
     async def accept(self, drafts: Sequence[JobDraft]) -> Sequence[Accepted]:
         """Accept, when it answers."""
         await self._step("accept", len(drafts))
-        accepted = await super().accept(drafts)
+        accepted = await self._kept.accept(drafts)
         self._after("accept")
         return accepted
 
@@ -78,14 +79,14 @@ class ShakyLedger(MemoryJobLedger):
     ) -> Sequence[Claim]:
         """Claim, likewise."""
         await self._step("claim", (queue, worker, limit, ids))
-        claims = await super().claim(queue, worker, limit, ids)
+        claims = await self._kept.claim(queue, worker, limit, ids)
         self._after("claim")
         return claims
 
     async def settle(self, settlements: Sequence[Settlement]) -> Collection[str]:
         """Settle, likewise."""
         await self._step("settle", list(settlements))
-        taken = await super().settle(settlements)
+        taken = await self._kept.settle(settlements)
         self._after("settle")
         return taken
 
@@ -94,7 +95,7 @@ class ShakyLedger(MemoryJobLedger):
     ) -> bool:
         """Settle with an effect, likewise."""
         await self._step("settle_with_effect", claim)
-        taken = await super().settle_with_effect(claim, effect)
+        taken = await self._kept.settle_with_effect(claim, effect)
         self._after("settle_with_effect")
         return taken
 
@@ -107,22 +108,49 @@ class ShakyLedger(MemoryJobLedger):
     ) -> None:
         """Register, likewise."""
         await self._step("register", worker)
-        await super().register(worker, queues, lease, holding)
+        await self._kept.register(worker, queues, lease, holding)
 
     async def leave(self, worker: str) -> Mapping[str, Sequence[str]]:
         """Leave, likewise."""
         await self._step("leave", worker)
-        return await super().leave(worker)
+        return await self._kept.leave(worker)
 
     async def sweep(self, max_crashes: int) -> Swept:
         """Sweep, likewise."""
         await self._step("sweep", max_crashes)
-        return await super().sweep(max_crashes)
+        return await self._kept.sweep(max_crashes)
 
     async def counts(self) -> Mapping[str, QueueCounts]:
         """Count, likewise."""
         await self._step("counts", None)
-        return await super().counts()
+        return await self._kept.counts()
+
+    async def get(self, job_id: str) -> Job | None:
+        """Get, always."""
+        return await self._kept.get(job_id)
+
+    async def page(
+        self,
+        *,
+        queue: str | None = None,
+        state: JobState | None = None,
+        before: str | None = None,
+        limit: int = 50,
+    ) -> Sequence[Job]:
+        """Return a page, always."""
+        return await self._kept.page(queue=queue, state=state, before=before, limit=limit)
+
+    async def retry(self, job_id: str) -> Job:
+        """Retry, always."""
+        return await self._kept.retry(job_id)
+
+    async def cancel(self, job_id: str) -> Job:
+        """Cancel, always."""
+        return await self._kept.cancel(job_id)
+
+    async def prune(self, older_than: float, limit: int = 1000) -> int:
+        """Prune, always."""
+        return await self._kept.prune(older_than, limit)
 
 
 class ShakyBell(MemoryBell):
@@ -155,7 +183,9 @@ class Fleet:
 
     def __init__(self) -> None:
         self.clock = LoopClock()
-        self.ledger = ShakyLedger(self.clock)
+        self.kept = MemoryJobLedger(self.clock)
+        """The ledger, as those see it for whom it is never away."""
+        self.ledger = ShakyLedger(self.kept)
         self.bell = ShakyBell()
         self.tasks = TaskRegistry()
         self.done: list[Any] = []
@@ -243,7 +273,7 @@ class Fleet:
     ) -> str:
         """Accept a job without telling anybody; return its id."""
         draft = JobDraft(id=new_job_id(), queue=queue, task=name, payload=payload.encode(), **more)
-        (accepted,) = await self.ledger.accept([draft])
+        (accepted,) = await self.kept.accept([draft])
         return accepted.job.id
 
     async def submit(self, name: str = "note", payload: str = "0", **more: Any) -> str:

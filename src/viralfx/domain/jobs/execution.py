@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,7 @@ MESSAGE_LIMIT = 2000
 """Characters of an error's message that are kept."""
 
 UNKNOWN_TASK_PAUSE = 10.0
-"""Seconds until a job is tried again whose task this worker does not know."""
+"""Seconds, and up to a fifth more, until a job is tried again whose task is unknown here."""
 
 UNKNOWN_TASK_PATIENCE = 3600.0
 """Seconds since its acceptance after which such a job fails."""
@@ -102,6 +103,7 @@ class Executor:
     on_fenced: Callable[[Claim], None]
     """Called where an effect was rolled back because its job had been given to somebody else."""
 
+    rng: random.Random = field(default_factory=random.Random, repr=False)
     _unknown_tasks: set[str] = field(default_factory=set, repr=False)
     """Those that were told of."""
 
@@ -147,7 +149,8 @@ class Executor:
         if claim.task not in self._unknown_tasks:
             self._unknown_tasks.add(claim.task)
             _logger.warning("Jobs postponed: their task is unknown here", extra=_names(claim))
-        return postponed(claim, reason, UNKNOWN_TASK_PAUSE)
+        # Not in step with this worker's own looks, or it might be the first each time.
+        return postponed(claim, reason, UNKNOWN_TASK_PAUSE * self.rng.uniform(1.0, 1.2))
 
     def _settle(self, run: "_Run", error: Exception | asyncio.CancelledError) -> Settlement:
         claim = run.execution.claim

@@ -1,0 +1,115 @@
+"""Jobs over which workers died: they must not take others with them."""
+
+import asyncio
+
+import pytest
+from tests.unit.jobs.fleet import Fleet
+
+from viralfx.domain.jobs.job import JobState
+
+
+async def crash(fleet: Fleet, *ids: str, times: int) -> None:
+    """Have workers die over jobs."""
+    for number in range(times):
+        name = f"died-{number}"
+        await fleet.kept.register(name, ["default"], 0.001)
+        claims = await fleet.kept.claim("default", name, len(ids), ids)
+        assert len(claims) == len(ids)
+        await asyncio.sleep(0.01)
+        await fleet.kept.sweep(100)
+
+
+async def test_one_suspect_runs_at_a_time(fleet: Fleet) -> None:
+    """In all queues together, while jobs that are none run beside it."""
+    ids = [await fleet.accept("sleep", "1.0") for _ in range(4)]
+    await crash(fleet, *ids, times=2)
+    others = [await fleet.accept(payload=str(number)) for number in range(50)]
+    fleet.start(queues={"default": 10, "other": 10})
+    assert await fleet.final(*others) < 1.0
+    await fleet.final(*ids)
+
+    assert fleet.most_running == 1
+    assert [(await fleet.job(job_id)).attempts for job_id in ids] == [0] * 4
+
+
+async def test_a_job_that_was_beside_a_crash_once_is_no_suspect(fleet: Fleet) -> None:
+    """It could not help it."""
+    ids = [await fleet.accept("sleep", "1.0") for _ in range(4)]
+    await crash(fleet, *ids, times=1)
+    fleet.start()
+
+    assert await fleet.final(*ids) == pytest.approx(1.0, abs=0.1)
+    assert fleet.most_running == 4
+
+
+async def test_workers_share_their_suspects(fleet: Fleet) -> None:
+    """One each."""
+    ids = [await fleet.accept("sleep", "5.0") for _ in range(3)]
+    await crash(fleet, *ids, times=2)
+    for name in ("a", "b", "c"):
+        fleet.start(name)
+
+    assert await fleet.final(*ids) <= 12.0
+    assert 1 < fleet.most_running <= 3
+
+
+async def test_a_suspect_begins_when_no_other_is_held(fleet: Fleet) -> None:
+    """If it kills the worker, the others are not counted among the killed."""
+    ids = [await fleet.accept("look") for _ in range(5)]
+    await crash(fleet, *ids, times=3)
+    held: list[int] = []
+
+    async def look(_: object) -> None:
+        jobs = [await fleet.job(job_id) for job_id in ids]
+        held.append(sum(job.state is JobState.ACTIVE for job in jobs))
+
+    fleet.declare("look", look)
+    fleet.ledger.seconds = {"settle": 0.2}
+    fleet.start()
+    await fleet.final(*ids)
+
+    assert held == [1] * 5
+
+
+async def test_a_job_that_kills_every_worker_is_given_up(fleet: Fleet) -> None:
+    """With a code of its own, by whoever sweeps."""
+    job_id = await fleet.accept()
+    await crash(fleet, job_id, times=4)
+    await fleet.ledger.register("last", ["default"], 1.0)
+    await fleet.ledger.claim("default", "last", 1)
+    fleet.start(max_crashes=5)
+    await fleet.final(job_id)
+    job = await fleet.job(job_id)
+
+    assert job.error is not None
+    assert (job.state, job.error.code, job.crashes) == (JobState.FAILED, "crashed", 5)
+
+
+async def test_a_suspect_that_ignores_its_cancellation_makes_way(fleet: Fleet) -> None:
+    """Its place is free once it was left behind, and stays the next one's."""
+    released = asyncio.Event()
+
+    async def ignore(payload: str) -> None:
+        if payload == "ignore":
+            while not released.is_set():
+                try:
+                    await released.wait()
+                except asyncio.CancelledError:
+                    continue
+        else:
+            await fleet.sleep(20.0)
+
+    fleet.declare("it", ignore, timeout=30.0)
+    first = await fleet.accept("it", '"ignore"')
+    await crash(fleet, first, times=2)
+    fleet.start(sweep_interval=1000.0)
+    await asyncio.sleep(1.0)
+    ids = [await fleet.accept("it", '"sleep"') for _ in range(2)]
+    await asyncio.sleep(0.0)
+    for job_id in ids:
+        assert not (await fleet.job(job_id)).state.final
+    await asyncio.sleep(32.0)
+    released.set()
+    await fleet.final(*ids, within=120.0)
+
+    assert fleet.most_running <= 2
