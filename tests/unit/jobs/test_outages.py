@@ -201,7 +201,7 @@ async def test_a_transport_that_is_away_costs_a_look(fleet: Fleet) -> None:
     assert await fleet.final(job_id) <= 1.01
 
 
-@settings(max_examples=settings().max_examples // 5)
+@settings(max_examples=settings().max_examples // 8)
 @given(
     outages=st.lists(
         st.tuples(

