@@ -1,3 +1,3 @@
 """Makes the fixtures with real servers known to all tests."""
 
-pytest_plugins = ["tests.servers.fixtures"]
+pytest_plugins = ["tests.servers.fixtures", "tests.integration.databases"]

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 import pytest
-from tests.integration.postgres_clients import config_of, migrated, opened
+from tests.integration.postgres_clients import config_of, opened
 from tests.manual_clock import ManualClock
 from tests.servers.postgres import Database
 
@@ -199,8 +199,8 @@ class _PostgresKept(Kept):
 
 @asynccontextmanager
 async def _postgres(request: pytest.FixtureRequest) -> AsyncIterator[Kept]:
-    database = request.getfixturevalue("database")
-    async with opened(await migrated(config_of(database, pool_max=10))) as pool:
+    database = request.getfixturevalue("migrated_database")
+    async with opened(config_of(database, pool_max=10)) as pool:
         yield _PostgresKept(pool, database)
 
 

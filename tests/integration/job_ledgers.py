@@ -20,8 +20,9 @@ NOBODY = "00000000-0000-7000-8000-000000000000"
 async def ledger_in(
     database: Database | PostgresServer, *, patience: float = 8.0, **config: Any
 ) -> AsyncIterator[PostgresJobLedger]:
-    """Return a ledger in a database that is migrated."""
-    await migrated(config_of(database))
+    """Return a ledger in a database that is migrated, or in one that is it hereby."""
+    if isinstance(database, PostgresServer):
+        await migrated(config_of(database))
     async with opened(config_of(database, **config)) as pool:
         yield PostgresJobLedger(pool, patience=patience)
 

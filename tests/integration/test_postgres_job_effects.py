@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 from tests.contracts.ledgers import ERROR, LONG, draft
 from tests.integration.job_ledgers import ledger_in, work
-from tests.integration.postgres_clients import config_of, migrated, opened, until
+from tests.integration.postgres_clients import config_of, opened, until
 from tests.servers.fault_proxy import PASS, RESET
 from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database
@@ -18,6 +18,12 @@ from tests.servers.postgres import Database
 from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
 from viralfx.domain.jobs.codec import ResultError
 from viralfx.domain.jobs.job import JobState, LedgerUnavailableError, retried
+
+
+@pytest.fixture
+def database(migrated_database: Database) -> Database:
+    """Return a database with the tables of jobs."""
+    return migrated_database
 
 
 @pytest.fixture
@@ -30,7 +36,6 @@ def table(database: Database) -> Database:
 @pytest.fixture
 async def pool(table: Database) -> AsyncIterator[PostgresDatabase]:
     """Return a pool on a database that is migrated."""
-    await migrated(config_of(table))
     async with opened(config_of(table)) as pool:
         yield pool
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
 from tests.contracts.ledgers import ERROR, LONG, draft
 from tests.integration.job_ledgers import NOBODY, QUICK, ledger_in, work
 from tests.integration.postgres_clients import until
@@ -20,6 +21,13 @@ from viralfx.domain.jobs.job import (
 
 CLEANING = 3.0
 """Seconds that a call may take longer: it lets go of its connection in that time."""
+
+
+@pytest.fixture
+def database(migrated_database: Database) -> Database:
+    """Return a database with the tables of jobs."""
+    return migrated_database
+
 
 CALLS: dict[str, Callable[[PostgresJobLedger, Claim], Awaitable[object]]] = {
     "accept": lambda ledger, _: ledger.accept([draft()]),

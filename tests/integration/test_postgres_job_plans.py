@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.contracts.ledgers import ERROR, LONG, draft
 from tests.integration.job_ledgers import NOBODY, work
-from tests.integration.postgres_clients import config_of, migrated, opened
+from tests.integration.postgres_clients import config_of, opened
 from tests.servers.postgres import Database
 
 from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
@@ -34,9 +34,14 @@ from (
 
 
 @pytest.fixture
+def database(migrated_database: Database) -> Database:
+    """Return a database with the tables of jobs."""
+    return migrated_database
+
+
+@pytest.fixture
 async def pool(database: Database) -> AsyncIterator[PostgresDatabase]:
     """Return a pool on a database that is migrated."""
-    await migrated(config_of(database))
     async with opened(config_of(database, pool_max=8)) as pool:
         yield pool
 
@@ -115,7 +120,6 @@ async def test_each_statement_finds_its_rows_by_an_index(
 
 async def test_no_plan_is_kept_while_the_table_grows(database: Database) -> None:
     """The plan for an empty table would read all of a full one, until somebody looks again."""
-    await migrated(config_of(database))
     async with opened(config_of(database, pool_max=1)) as pool:
         ledger = PostgresJobLedger(pool)
         for _ in range(10):

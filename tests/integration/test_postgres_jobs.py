@@ -21,6 +21,12 @@ from viralfx.domain.jobs.job import (
 
 
 @pytest.fixture
+def database(migrated_database: Database) -> Database:
+    """Return a database with the tables of jobs."""
+    return migrated_database
+
+
+@pytest.fixture
 def proxy(database: Database, fault_proxy: FaultProxies) -> FaultProxy:
     """Return a proxy in front of the database's server."""
     return fault_proxy(database.server.port)

@@ -89,10 +89,10 @@ class PostgresServer(Server):
         """Run one statement as the superuser, outside any transaction; return its rows."""
         return [tuple(row) for row in _run(self._fetch(sql, database))]
 
-    def create_database(self) -> str:
-        """Create an empty database and return its name."""
+    def create_database(self, template: str = "template0") -> str:
+        """Create a copy of a database, an empty one unless said, and return its name."""
         name = f"test_{secrets.token_hex(6)}"
-        self.execute(f"create database {name} template template0")
+        self.execute(f"create database {name} template {template}")
         return name
 
     def drop_database(self, name: str) -> None:
