@@ -47,6 +47,10 @@ bench-probes *arguments:
 bench-shutdown *arguments:
     {{bin}}/python benchmarks/shutdown.py {{arguments}}
 
+# the job ledger beside 1 000, 100 000 and 1 000 000 finished jobs
+bench-ledger *arguments:
+    {{bin}}/python benchmarks/ledger.py {{arguments}}
+
 # retry and breaker against the libraries people use: cost, then behaviour
 bench-resilience:
     {{bin}}/uv pip install --quiet --python {{bin}}/python --group bench-resilience
