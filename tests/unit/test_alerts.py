@@ -32,7 +32,8 @@ class AwayLedger(MemoryJobLedger):
     def __init__(self, clock: ManualClock) -> None:
         super().__init__(clock)
         self.trouble: BaseException | None = None
-        self.hangs = False
+        self.held: asyncio.Event | None = None
+        """While it is set to one, whoever asks waits for that."""
         self.asked = 0
         self.accepted: list[Job] = []
         """In the order of their acceptance; their ids only tell the millisecond."""
@@ -40,8 +41,8 @@ class AwayLedger(MemoryJobLedger):
     async def accept(self, drafts: Sequence[JobDraft]) -> Sequence[Accepted]:
         """Accept, unless it is told not to."""
         self.asked += 1
-        if self.hangs:
-            await asyncio.Event().wait()
+        if self.held is not None:
+            await self.held.wait()
         if self.trouble is not None:
             raise self.trouble
         answers = await super().accept(drafts)
@@ -233,14 +234,16 @@ async def test_alerts_wait_for_the_ledger(clock: ManualClock, trouble: str) -> N
         if trouble == "away":
             one.ledger.trouble = LedgerUnavailableError("gone")
         else:
-            one.ledger.hangs = True
+            one.ledger.held = asyncio.Event()
         one.becomes(PASS)
         one.becomes(FAIL)
         await clock.advance(600)
         assert one.alerts.waiting == 1
         assert one.ledger.asked <= 25
         one.becomes(PASS)
-        one.ledger.trouble, one.ledger.hangs = None, False
+        one.ledger.trouble = None
+        if one.ledger.held is not None:
+            one.ledger.held.set()
 
         await clock.advance(60)
 
