@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +20,12 @@ from viralfx.adapters.memory import (
     ProcessMemory,
 )
 from viralfx.bootstrap.backend import Backend
+from viralfx.bootstrap.jobs import JobSystem, wire_jobs
 from viralfx.domain.cache import Cache, CacheStore
 from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.health import CheckPolicy, HealthCheck, HealthReport
-from viralfx.domain.lifecycle import Lifecycle
+from viralfx.domain.lifecycle import Lifecycle, State
 from viralfx.domain.monitor import HealthMonitor, StopChecking
 from viralfx.domain.operations import Operations
 from viralfx.domain.resilience.breaker import CircuitBreaker
@@ -55,6 +56,7 @@ class Assembly:
     database: "PostgresDatabase | None"
     redis: "RedisClient | None"
     cache: Cache
+    jobs: JobSystem
 
 
 def assemble(
@@ -63,11 +65,13 @@ def assemble(
     checks: Mapping[str, HealthCheck] | None = None,
     stages: Mapping[Phase, Mapping[str, ShutdownStage]] | None = None,
     breakers: Iterable[CircuitBreaker] = (),
+    tasks: Sequence[object] = (),
     clock: Clock | None = None,
 ) -> Assembly:
     """Wire the operations layer and what it looks after; nothing runs or connects yet.
 
-    ``checks``, ``stages`` and ``breakers`` are an application's own, beside the built-in ones.
+    ``checks``, ``stages``, ``breakers`` and ``tasks`` are an application's own, beside the built-in
+    ones.
     Raises :class:`ConfigurationError` for a name that is taken or a setting that names no check.
     """
     clock = clock or SystemClock()
@@ -106,6 +110,10 @@ def assemble(
             circuits.add(breaker)
         except ValueError as error:
             problems.append(f"OperationsConfig.breakers: {error}")
+    try:
+        jobs = wire_jobs(settings, clock, tasks)
+    except ConfigurationError as error:
+        raise ConfigurationError([*problems, *error.problems]) from None
     if problems:
         raise ConfigurationError(problems)
 
@@ -141,10 +149,18 @@ def assemble(
     monitor.subscribe(
         lambda event: lifecycle.follow(event) if isinstance(event, HealthReport) else None
     )
+    # Who follows a job is told by then that the process leaves.
+    lifecycle.subscribe(lambda event: jobs.watch.end() if event.new is State.DRAINING else None)
     lifecycle.subscribe(log_lifecycle)
     shutdown.subscribe(log_shutdown)
     circuits.subscribe(log_circuit)
-    return Assembly(operations=operations, database=database, redis=redis, cache=Cache(cache_store))
+    return Assembly(
+        operations=operations,
+        database=database,
+        redis=redis,
+        cache=Cache(cache_store),
+        jobs=jobs,
+    )
 
 
 def _database(

@@ -29,6 +29,12 @@ def is_correlation_id(text: str) -> bool:
     return _VALID(text) is not None
 
 
+def is_traceparent(text: str) -> bool:
+    """Tell whether a text is a W3C ``traceparent`` that names a trace."""
+    match = _TRACEPARENT(text)
+    return match is not None and match[1] != _NO_TRACE
+
+
 def choose_correlation_id(
     correlation_id: str | None, request_id: str | None, traceparent: str | None
 ) -> str:

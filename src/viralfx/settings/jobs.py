@@ -6,7 +6,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from viralfx.settings.hosts import is_possible_host
+from viralfx.domain.webhooks.allowed import parse_allowed
+from viralfx.domain.webhooks.signature import parse_secrets
 from viralfx.settings.kinds import (
     Attempts,
     Hosts,
@@ -62,12 +63,19 @@ class WebhookSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What ``notifications.webhook`` may do. A field's variable is ``WEBHOOK_`` and its name."""
 
     allowed_hosts: Annotated[Hosts, meaning("The only hosts that webhooks are sent to")] = ()
-    secret: Annotated[Secret | None, meaning("Signs webhooks; unset: they are not signed")] = None
+    secret: Annotated[
+        Secret | None, meaning("Signs webhooks, as whsec_... says; unset: none but alerts is sent")
+    ] = None
     timeout: Annotated[PositiveMilliseconds, meaning("Time for one webhook")] = 10_000
 
     def contradictions(self) -> Iterator[tuple[frozenset[str], str]]:
         """Yield what is wrong, each with the variables that it comes from."""
-        for host in self.allowed_hosts:
-            if not is_possible_host(host):
-                problem = f"{host!r} is no possible host name; look for a typing error"
-                yield frozenset({"WEBHOOK_ALLOWED_HOSTS"}), f"WEBHOOK_ALLOWED_HOSTS: {problem}"
+        for entry in self.allowed_hosts:
+            try:
+                parse_allowed(entry)
+            except ValueError as error:
+                yield frozenset({"WEBHOOK_ALLOWED_HOSTS"}), f"WEBHOOK_ALLOWED_HOSTS: {error}"
+        try:
+            _ = self.secret and parse_secrets(self.secret.value)
+        except ValueError as error:
+            yield frozenset({"WEBHOOK_SECRET"}), f"WEBHOOK_SECRET: {error}"

@@ -24,10 +24,8 @@ Modules = tuple[
     ...,
 ]
 Hosts = tuple[
-    # A port or a whole address is a frequent mistake, and it may hold a password.
-    Annotated[
-        str, Meta(pattern=r"^[^\s\[\]:/@*]+$", examples=["hooks.example.com,api.example.com"])
-    ],
+    # What an entry may be is told one by one; what may be a password is not told.
+    Annotated[str, Meta(pattern=r"^[^\s@]+$", examples=["hooks.example.com,*.example.org"])],
     ...,
 ]
 Endpoints = tuple[

@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Iterator
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
 
 from viralfx.domain.shutdown import ShutdownBudgets
+from viralfx.domain.webhooks.allowed import AllowList
+from viralfx.domain.webhooks.errors import WebhookRefusedError
 from viralfx.settings.backends import DatabaseSettings, RedisSettings
 from viralfx.settings.database_url import DatabaseAddress, parse_database_url
 from viralfx.settings.jobs import JobSettings, WebhookSettings
@@ -70,7 +71,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = ()
     alert_webhook_url: Annotated[
         Secret | None,
-        meaning("Where changes of health are sent; its host must be in WEBHOOK_ALLOWED_HOSTS"),
+        meaning("Where changes of health are sent; unset: nowhere"),
     ] = None
 
     database_url: Annotated[
@@ -193,24 +194,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         yield from self.redis.contradictions()
         yield from self.job.contradictions()
         yield from self.webhook.contradictions()
-        yield from self._alerts_that_cannot_be_sent()
+        yield from self._alerts_to_nowhere()
         if self.environment == "production" and not self.allow_memory_adapters:
             yield from self._memory_in_production()
 
-    def _alerts_that_cannot_be_sent(self) -> Iterator[tuple[frozenset[str], str]]:
+    def _alerts_to_nowhere(self) -> Iterator[tuple[frozenset[str], str]]:
         if self.alert_webhook_url is None:
             return
-        host = _host_of(self.alert_webhook_url.value)
-        if host is None:
-            yield (
-                frozenset({"ALERT_WEBHOOK_URL"}),
-                "ALERT_WEBHOOK_URL: that is not an address like https://hooks.example.com/alerts",
-            )
-        elif host not in map(str.lower, self.webhook.allowed_hosts):
-            yield (
-                frozenset({"ALERT_WEBHOOK_URL", "WEBHOOK_ALLOWED_HOSTS"}),
-                f"ALERT_WEBHOOK_URL: its host {host} is not in WEBHOOK_ALLOWED_HOSTS; add it there",
-            )
+        try:
+            AllowList(also=self.alert_webhook_url.value.strip())
+        except (ValueError, WebhookRefusedError) as error:
+            yield frozenset({"ALERT_WEBHOOK_URL"}), f"ALERT_WEBHOOK_URL: {error}"
 
     def _memory_in_production(self) -> Iterator[tuple[frozenset[str], str]]:
         accept = "ALLOW_MEMORY_ADAPTERS"
@@ -226,16 +220,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 f" REDIS_SENTINEL_ENABLED=true, or {accept}=true to do without Redis"
             )
             yield frozenset({"REDIS_HOST", "REDIS_SENTINEL_ENABLED", accept}), problem
-
-
-def _host_of(address: str) -> str | None:
-    """Return the host of an HTTP address; None for anything else."""
-    try:
-        parts = urlsplit(address.strip())
-        _ = parts.port
-    except ValueError:
-        return None
-    return parts.hostname if parts.scheme in {"http", "https"} else None
 
 
 _BUDGETS = frozenset(

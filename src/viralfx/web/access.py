@@ -1,4 +1,4 @@
-"""Who may read details and stop the process: one bearer token, compared in constant time."""
+"""Who may do what: bearer tokens, compared in constant time."""
 
 import hmac
 from collections.abc import Iterable
@@ -43,9 +43,14 @@ class AccessPolicy:
 
     def to_shutdown(self, headers: Headers) -> Verdict:
         """Judge a request to see or begin the shutdown."""
-        if self.token is None:
-            return Verdict.FORBIDDEN
-        given = next((value for name, value in headers if name == b"authorization"), b"")
-        scheme, _, token = given.partition(b" ")
-        right = scheme.lower() == b"bearer" and hmac.compare_digest(token.strip(), self.token)
-        return Verdict.ALLOWED if right else Verdict.UNAUTHORIZED
+        return judge_bearer(headers, self.token)
+
+
+def judge_bearer(headers: Headers, expected: bytes | None) -> Verdict:
+    """Compare the bearer token of a request with the one that is configured, if one is."""
+    if expected is None:
+        return Verdict.FORBIDDEN
+    given = next((value for name, value in headers if name == b"authorization"), b"")
+    scheme, _, token = given.partition(b" ")
+    right = scheme.lower() == b"bearer" and hmac.compare_digest(token.strip(), expected)
+    return Verdict.ALLOWED if right else Verdict.UNAUTHORIZED

@@ -12,6 +12,8 @@ from litestar.types import ExceptionHandlersMap
 
 from viralfx.domain.correlation import current_correlation_id
 from viralfx.settings import Settings
+from viralfx.web.jobs import jobs_router
+from viralfx.web.jobs.documentation import COMPONENTS
 from viralfx.web.plugin import OperationsConfig, OperationsPlugin
 from viralfx.web.problems import PROBLEM_MEDIA_TYPE, Problem, problem
 
@@ -22,6 +24,7 @@ def create_app(settings: Settings) -> Litestar:
     """Make the ViralFX backend."""
     plugin = OperationsPlugin(OperationsConfig(settings=settings))
     return Litestar(
+        [jobs_router()],
         plugins=[plugin],
         exception_handlers=_exception_handlers(),
         logging_config=None,
@@ -29,6 +32,7 @@ def create_app(settings: Settings) -> Litestar:
             title="ViralFX Backend",
             version=plugin.operations.version,
             path="/api/docs",
+            components=COMPONENTS,
             render_plugins=[ScalarRenderPlugin()],
         ),
     )

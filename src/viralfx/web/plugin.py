@@ -1,7 +1,7 @@
 """The plugin: gives any Litestar application the operations layer."""
 
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
@@ -15,6 +15,7 @@ from viralfx.bootstrap import assemble
 from viralfx.domain.cache import Cache
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.health import HealthCheck
+from viralfx.domain.jobs.service import JobService
 from viralfx.domain.operations import Operations
 from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.domain.shutdown import Phase, ShutdownStage
@@ -24,6 +25,7 @@ from viralfx.web.answers import OperationsAnswers
 from viralfx.web.asgi import ASGIApp
 from viralfx.web.gate import Gate
 from viralfx.web.health import ANSWERS, health_router
+from viralfx.web.jobs import JOBS, JobsApi
 
 if TYPE_CHECKING:
     from viralfx.bootstrap import PostgresDatabase, RedisClient
@@ -46,6 +48,8 @@ class OperationsConfig:
     """Run in order after the application's lifespan ended, within SHUTDOWN_CONNECTION_TIMEOUT."""
     breakers: Sequence[CircuitBreaker] = ()
     """The application's circuit breakers: listed as check ``circuits``, saved and restored."""
+    tasks: Sequence[Callable[..., Awaitable[object]]] = ()
+    """The application's own functions with ``@task``, beside those of TASK_MODULES."""
     path: str = "/health"
     """Where the endpoints are. Manifests and the ``probe`` command expect the default."""
     tag: str = "operations"
@@ -84,6 +88,7 @@ class OperationsPlugin(InitPlugin):
             self.settings,
             checks=config.checks,
             breakers=config.breakers,
+            tasks=config.tasks,
             stages={
                 Phase.DRAIN: config.drain_stages,
                 Phase.SAVE_STATE: config.save_stages,
@@ -124,6 +129,11 @@ class OperationsPlugin(InitPlugin):
         """A cache with a time to live and one load at a time, in Redis or in memory."""
         return self.assembly.cache
 
+    @property
+    def jobs(self) -> JobService:
+        """Jobs: accept, look up, retry, cancel. In Postgres or in memory."""
+        return self.assembly.jobs.service
+
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
         """Append routes and a lifespan to the application's own.
 
@@ -155,7 +165,14 @@ class OperationsPlugin(InitPlugin):
         app.register(health_router(prefix=path, tag=self._config.tag))
 
     def _state(self) -> dict[str, object]:
-        return {"operations": self.operations, ANSWERS: self.answers}
+        jobs, token = self.assembly.jobs, self.settings.api_token
+        api = JobsApi(
+            service=jobs.service,
+            watch=jobs.watch,
+            token=None if token is None else token.value.strip().encode(),
+            open_without_token=self.settings.environment != "production",
+        )
+        return {"operations": self.operations, ANSWERS: self.answers, JOBS: api}
 
     @asynccontextmanager
     async def _lifespan(self, app: Litestar) -> AsyncIterator[None]:

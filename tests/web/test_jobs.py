@@ -1,0 +1,468 @@
+"""The jobs API: what is taken and what is refused, lists and pages, retry and cancel."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+import httpx
+import pytest
+from litestar import Litestar
+from litestar.testing import AsyncTestClient
+
+from viralfx.domain.jobs.job import (
+    JobError,
+    JobState,
+    LedgerUnavailableError,
+    NotMigratedError,
+    failed,
+)
+from viralfx.domain.jobs.ledger import JobLedger
+from viralfx.settings import Settings
+from viralfx.web.app import create_app
+from viralfx.web.plugin import OperationsPlugin
+
+JOBS = "/api/v1/jobs"
+SETTINGS = Settings(task_modules=("tests.job_tasks",))
+PARCEL = {"task": "parcels.ship", "payload": {"weight": 3}}
+
+
+def application() -> Litestar:
+    """Make the service; no worker runs in it."""
+    return create_app(SETTINGS)
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[AsyncTestClient[Litestar]]:
+    """Return a client of the service."""
+    async with AsyncTestClient(application(), raise_server_exceptions=False) as test_client:
+        yield test_client
+
+
+Client = AsyncTestClient[Litestar]
+
+
+def ledger_of(client: Client) -> JobLedger:
+    """Return where the jobs of the service are."""
+    return client.app.plugins.get(OperationsPlugin).assembly.jobs.ledger
+
+
+async def accept(client: Client, **body: Any) -> str:
+    """Have a job accepted and return its id."""
+    reply = await client.post(JOBS, json={**PARCEL, **body})
+    assert reply.status_code == 202, reply.text
+    return str(reply.json()["id"])
+
+
+async def fail(client: Client, queue: str = "default") -> None:
+    """Have the longest waiting job fail, as a worker would."""
+    ledger = ledger_of(client)
+    await ledger.register("test", [queue], 60.0)
+    (claim,) = await ledger.claim(queue, "test", 1)
+    await ledger.settle([failed(claim, JobError(code="error", message="planted"))])
+
+
+def assert_problem(reply: httpx.Response, status: int, text: str) -> None:
+    """Assert that a reply is a problem of a status whose detail or errors hold a text."""
+    body = reply.json()
+
+    assert (reply.status_code, body["status"]) == (status, status), reply.text
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert body["correlationId"] == reply.headers["x-correlation-id"]
+    assert text in body["detail"] + json.dumps(body.get("errors", "")), body
+
+
+# -- accept ----------------------------------------------------------------------------------
+
+
+async def test_a_job_is_accepted_and_found(client: Client) -> None:
+    """202 with id, queue, state and links, and the links lead to it."""
+    reply = await client.post(JOBS, json=PARCEL, headers={"X-Correlation-ID": "order-17"})
+    body = reply.json()
+    job = (await client.get(body["links"]["self"])).json()
+
+    assert reply.status_code == 202
+    assert set(body) == {"id", "queue", "state", "links"}
+    assert (body["queue"], body["state"]) == ("default", "waiting")
+    assert body["links"] == {
+        "self": f"{JOBS}/{body['id']}",
+        "events": f"{JOBS}/{body['id']}/events",
+    }
+    assert reply.headers["location"] == body["links"]["self"]
+    assert job == {
+        **body,
+        "task": "parcels.ship",
+        "payload": {"weight": 3},
+        "attempts": 0,
+        "crashes": 0,
+        "error": None,
+        "result": None,
+        "correlationId": "order-17",
+        "idempotencyKey": None,
+        "createdAt": job["createdAt"],
+        "runAt": job["createdAt"],
+        "startedAt": None,
+        "finishedAt": None,
+        "worker": None,
+    }
+
+
+async def test_a_time_to_come_is_kept_in_utc(client: Client) -> None:
+    """Whatever time zone it was said in."""
+    job_id = await accept(client, runAt="2030-01-01T12:00:00.5+02:00")
+    job = (await client.get(f"{JOBS}/{job_id}")).json()
+
+    assert (job["state"], job["runAt"]) == ("waiting", "2030-01-01T10:00:00.500Z")
+
+
+async def test_the_same_key_gives_the_same_job(client: Client) -> None:
+    """202 the first time, then 200; a different body under the key is a conflict."""
+    headers = {"Idempotency-Key": "order-17"}
+    first = await client.post(JOBS, json=PARCEL, headers=headers)
+    again = await client.post(JOBS, json=PARCEL, headers=headers)
+    other = await client.post(JOBS, json={**PARCEL, "payload": {"weight": 4}}, headers=headers)
+    later = await client.post(
+        JOBS, json={**PARCEL, "runAt": "2030-01-01T00:00:00Z"}, headers=headers
+    )
+    task = await client.post(JOBS, json={"task": "parcels.echo"}, headers=headers)
+
+    assert (first.status_code, again.status_code) == (202, 200)
+    assert first.json() == again.json()
+    for refused in (other, later, task):
+        assert_problem(refused, 409, "he idempotency key was used")
+    job = (await client.get(first.json()["links"]["self"])).json()
+    assert job["idempotencyKey"] == "order-17"
+    assert len((await client.get(JOBS)).json()["items"]) == 1
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "a b", "ä".encode("latin-1"), "\t", "a\x7f"])
+async def test_a_key_that_cannot_be_is_refused(client: Client, key: str | bytes) -> None:
+    """One to 255 visible characters."""
+    headers = [(b"Idempotency-Key", key.encode() if isinstance(key, str) else key)]
+
+    assert_problem(await client.post(JOBS, json=PARCEL, headers=headers), 400, "Idempotency-Key")
+
+
+async def test_two_keys_are_refused(client: Client) -> None:
+    """Which one would count is not left to guessing; 255 characters are taken."""
+    headers = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
+    longest = await client.post(JOBS, json=PARCEL, headers={"Idempotency-Key": "~" * 255})
+
+    assert_problem(await client.post(JOBS, json=PARCEL, headers=headers), 400, "Idempotency-Key")
+    assert longest.status_code == 202
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b"", "truncated"),
+        (b"{", "truncated"),
+        (b"null", "Expected `object`, got `null`"),
+        (b"[]", "Expected `object`, got `array`"),
+        (b'{"payload":1}', "missing required field `task`"),
+        (b'{"task":""}', "`$.task`"),
+        (b'{"task":1}', "`$.task`"),
+        (b'{"task":"%s"}' % (b"x" * 201), "`$.task`"),
+        (b'{"task":"parcels.ship","payload":{"weight":1},"queue":"default"}', "`queue`"),
+        (b'{"task":"parcels.ship","payload":{"weight":1},"run_at":null}', "`run_at`"),
+        (b'{"task":"parcels.ship","payload":{"weight":1}}}', "trailing"),
+        (b'{"task":"parcels.ship","payload":{"weight":NaN}}', "malformed"),
+        (b'{"task":"parcels.ship","payload":{weight:1}}', "malformed"),
+        (b'{"task":"parcels.ship","payload":"\xff"}', "not UTF-8"),
+        (b'\xef\xbb\xbf{"task":"parcels.ship"}', "malformed"),
+        (b'{"task":"x","runAt":"2030-01-01T12:00:00"}', "`$.runAt`"),
+        (b'{"task":"x","runAt":"2030-01-01"}', "`$.runAt`"),
+        (b'{"task":"x","runAt":"tomorrow"}', "`$.runAt`"),
+        (b'{"task":"x","runAt":1767225600}', "`$.runAt`"),
+        (b'{"task":"x","runAt":"0001-01-01T00:00:00+10:00"}', "`$.runAt` is out of range"),
+        (b'{"task":"x","payload":' + b"[" * 500 + b"]" * 500 + b"}", "more than 500 levels"),
+    ],
+)
+async def test_a_body_that_is_no_request_is_refused(client: Client, body: bytes, text: str) -> None:
+    """400 with what is wrong and where."""
+    headers = {"Content-Type": "application/json"}
+
+    assert_problem(await client.post(JOBS, content=body, headers=headers), 400, text)
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"task": "parcels.shipp"}, "There is no task named 'parcels.shipp'"),
+        ({"task": "parcels.ship"}, "Expected `object`, got `null`"),
+        ({"task": "parcels.ship", "payload": {}}, "missing required field `weight`"),
+        ({"task": "parcels.ship", "payload": {"weight": "3"}}, "`$.weight`"),
+        ({"task": "parcels.ship", "payload": {"weight": 1, "to": ["a", 2]}}, "`$.to[1]`"),
+        ({"task": "parcels.ship", "payload": {"weight": 1, "x": 2}}, "unknown field `x`"),
+    ],
+)
+async def test_what_no_task_takes_is_refused(client: Client, body: object, text: str) -> None:
+    """422 with the path in the payload, and nothing is kept."""
+    assert_problem(await client.post(JOBS, json=body), 422, text)
+    assert (await client.get(JOBS)).json()["items"] == []
+
+
+async def test_a_large_body_is_refused(client: Client) -> None:
+    """64 KiB are read, and one byte more is not, whether its length is announced or not."""
+    room = 64 * 1024 - len('{"task":"parcels.echo","payload":""}')
+    fits, too_large = (
+        b'{"task":"parcels.echo","payload":"%s"}' % (b"x" * size) for size in (room, room + 1)
+    )
+
+    async def chunks(body: bytes) -> AsyncIterator[bytes]:
+        yield body[:1000]
+        yield body[1000:]
+
+    transport = httpx.ASGITransport(app=cast("Any", client.app))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as streaming:
+        replies = [
+            await streaming.post(JOBS, content=content)
+            for content in (fits, chunks(fits), too_large, chunks(too_large))
+        ]
+
+    assert [reply.status_code for reply in replies] == [202, 202, 413, 413]
+    for refused in replies[2:]:
+        assert_problem(refused, 413, "The body is over 64 KiB.")
+
+
+async def test_a_body_of_another_type_is_refused(client: Client) -> None:
+    """A page of somebody else's cannot have jobs accepted by a form."""
+    body = json.dumps(PARCEL).encode()
+    for media_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+        headers = {"Content-Type": media_type}
+
+        assert_problem(await client.post(JOBS, content=body, headers=headers), 415, "json")
+    for media_type in ("application/json; charset=utf-8", "application/vnd.viralfx+json"):
+        headers = {"Content-Type": media_type}
+
+        assert (await client.post(JOBS, content=body, headers=headers)).status_code == 202
+
+
+async def test_a_payload_is_kept_as_it_came(client: Client) -> None:
+    """Numbers that no float holds, repeated names, spaces: nothing is lost on the way."""
+    payload = b'{ "n": 123456789012345678901234567890.5, "n":2,  "s":"\\u00fc" }'
+    reply = await client.post(JOBS, content=b'{"task":"parcels.echo","payload":%s}' % payload)
+    shown = await client.get(reply.json()["links"]["self"])
+
+    assert payload in shown.content
+
+
+# -- lists -----------------------------------------------------------------------------------
+
+
+async def test_pages_hold_every_job_once(client: Client) -> None:
+    """The newest first, from cursor to cursor, also when jobs come in between."""
+    ids = [await accept(client) for _ in range(7)]
+    seen, cursor = [], None
+    while True:
+        query = {"limit": 3, **({"cursor": cursor} if cursor else {})}
+        page = (await client.get(JOBS, params=query)).json()
+        seen += [job["id"] for job in page["items"]]
+        cursor = page["nextCursor"]
+        if cursor is None:
+            break
+        await accept(client)
+
+    assert seen == ids[::-1]
+
+
+async def test_the_last_full_page_has_no_cursor(client: Client) -> None:
+    """Nobody has to look at an empty page."""
+    for _ in range(2):
+        await accept(client)
+
+    page = (await client.get(JOBS, params={"limit": 2})).json()
+
+    assert (len(page["items"]), page["nextCursor"]) == (2, None)
+
+
+async def test_lists_can_be_of_a_queue_or_a_state(client: Client) -> None:
+    """Both filters, alone and together; the items do without payload and result."""
+    shipped, echoed = await accept(client), await accept(client, task="parcels.echo")
+    gone = await accept(client)
+    await client.delete(f"{JOBS}/{gone}")
+
+    async def listed(**query: str) -> list[str]:
+        return [job["id"] for job in (await client.get(JOBS, params=query)).json()["items"]]
+
+    assert await listed() == [gone, echoed, shipped]
+    assert await listed(queue="default") == [gone, shipped]
+    assert await listed(state="waiting") == [echoed, shipped]
+    assert await listed(state="waiting", queue="default") == [shipped]
+    assert await listed(state="active") == []
+    (item,) = (await client.get(JOBS, params={"queue": "analytics"})).json()["items"]
+    assert {"payload", "result"}.isdisjoint(item)
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "text"),
+    [
+        ("queue=nothing", 422, "There is no queue 'nothing'; there are analytics, default,"),
+        ("state=done", 400, "state must be one of waiting, active, completed, failed, cancelled"),
+        ("cursor=x", 400, "cursor must be the nextCursor"),
+        ("cursor=", 400, "cursor must be the nextCursor"),
+        ("limit=0", 400, "limit"),
+        ("limit=101", 400, "limit"),
+        ("limit=x", 400, "limit"),
+        ("sate=failed", 400, "There is no parameter 'sate'"),
+    ],
+)
+async def test_a_wrong_filter_is_refused(
+    client: Client, query: str, status: int, text: str
+) -> None:
+    """A typing error does not list everything."""
+    assert_problem(await client.get(f"{JOBS}?{query}"), status, text)
+
+
+# -- one job ---------------------------------------------------------------------------------
+
+
+async def test_a_failed_job_tells_why_and_can_be_run_again(client: Client) -> None:
+    """The code and message of the failure; then it waits, its attempts forgotten."""
+    job_id = await accept(client)
+    await fail(client)
+    job = (await client.get(f"{JOBS}/{job_id}")).json()
+    reply = await client.post(f"{JOBS}/{job_id}/retry")
+    again = (await client.get(f"{JOBS}/{job_id}")).json()
+
+    assert (job["state"], job["attempts"]) == ("failed", 1)
+    assert job["error"] == {"code": "error", "message": "planted"}
+    assert job["finishedAt"] >= job["startedAt"] >= job["createdAt"]
+    assert (reply.status_code, reply.json()["id"], reply.json()["state"]) == (
+        202,
+        job_id,
+        "waiting",
+    )
+    assert (again["state"], again["attempts"], again["finishedAt"]) == ("waiting", 0, None)
+
+
+async def test_a_job_that_is_done_tells_its_result(client: Client) -> None:
+    """As JSON, with the attempt that it took."""
+    job_id = await accept(client)
+    ledger = ledger_of(client)
+    await ledger.register("test", ["default"], 60.0)
+    (claim,) = await ledger.claim("default", "test", 1)
+    running = (await client.get(f"{JOBS}/{job_id}")).json()
+    await ledger.settle_with_effect(claim, _result)
+    job = (await client.get(f"{JOBS}/{job_id}")).json()
+
+    assert (running["state"], running["attempts"], running["worker"]) == ("active", 1, "test")
+    assert (job["state"], job["attempts"], job["result"]) == ("completed", 1, {"done": [1.50]})
+
+
+async def _result(_: object) -> bytes:
+    return b'{"done":[1.50]}'
+
+
+async def test_a_waiting_job_can_be_cancelled(client: Client) -> None:
+    """204 without a body; it stays to be seen, as cancelled."""
+    job_id = await accept(client)
+    reply = await client.delete(f"{JOBS}/{job_id}")
+    job = (await client.get(f"{JOBS}/{job_id}")).json()
+
+    assert (reply.status_code, reply.content) == (204, b"")
+    assert job["state"] == "cancelled"
+    assert job["finishedAt"] is not None
+
+
+async def test_what_the_state_forbids_is_a_conflict(client: Client) -> None:
+    """Only a failed job is retried, and only a waiting one cancelled."""
+    waiting = await accept(client)
+    retried = await client.post(f"{JOBS}/{waiting}/retry")
+    await fail(client)
+    cancelled = await client.delete(f"{JOBS}/{waiting}")
+
+    assert_problem(retried, 409, "is waiting; only one that is failed can be retried")
+    assert_problem(cancelled, 409, "is failed; only one that is waiting can be cancelled")
+
+
+@pytest.mark.parametrize("job_id", ["01991f3c-5a0e-7c3b-8a52-6f5d7c0e9b11", "x", "x" * 5000, "%00"])
+async def test_an_unknown_job_is_not_found(client: Client, job_id: str) -> None:
+    """Whether it looks like an id or not."""
+    for method, path in (
+        ("GET", ""),
+        ("DELETE", ""),
+        ("POST", "/retry"),
+        ("GET", "/events"),
+    ):
+        assert_problem(await client.request(method, f"{JOBS}/{job_id}{path}"), 404, "no job")
+
+
+# -- when the ledger is away -------------------------------------------------------------------
+
+
+class Away:
+    """Makes every call of a ledger fail."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __getattr__(self, _: str) -> Any:
+        """Return what fails."""
+
+        async def call(*_: object, **__: object) -> None:
+            raise self._error
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (LedgerUnavailableError("planted secret"), "The ledger of the jobs cannot be reached."),
+        (NotMigratedError("planted secret"), "`viralfx migrate` is to be run"),
+    ],
+)
+async def test_without_its_ledger_the_service_asks_to_try_again(
+    client: Client, error: Exception, text: str
+) -> None:
+    """503 with Retry-After, and not a word of the error itself."""
+    service = client.app.plugins.get(OperationsPlugin).assembly.jobs.service
+    service._ledger = Away(error)  # type: ignore[assignment]
+    for method, path, body in (
+        ("POST", "", PARCEL),
+        ("GET", "", None),
+        ("GET", "/x", None),
+        ("DELETE", "/x", None),
+        ("POST", "/x/retry", None),
+        ("GET", "/x/events", None),
+    ):
+        reply = await client.request(method, f"{JOBS}{path}", json=body)
+
+        assert_problem(reply, 503, text)
+        assert reply.headers["retry-after"] == "1"
+        assert "planted" not in reply.text
+
+
+# -- the document ------------------------------------------------------------------------------
+
+
+async def test_the_api_is_documented(client: Client) -> None:
+    """Every operation, its security, its problems, and examples that are what is answered."""
+    document = (await client.get("/api/docs/openapi.json")).json()
+    paths = {p: item for p, item in document["paths"].items() if p.startswith(JOBS)}
+    operations = [o for item in paths.values() for o in item.values() if "operationId" in o]
+    post = paths[JOBS]["post"]
+    (example,) = post["responses"]["202"]["content"]["application/json"]["examples"].values()
+
+    assert sorted(o["operationId"] for o in operations) == [
+        "job",
+        "jobAccept",
+        "jobCancel",
+        "jobEvents",
+        "jobList",
+        "jobRetry",
+    ]
+    assert all(o["security"] == [{"apiToken": []}] for o in operations)
+    assert document["components"]["securitySchemes"]["apiToken"]["scheme"] == "bearer"
+    assert {"200", "202", "400", "401", "403", "409", "413", "415", "422", "503"} == set(
+        post["responses"]
+    )
+    assert set(example["value"]) == {"id", "queue", "state", "links"}
+    schema = post["requestBody"]["content"]["application/json"]["schema"]
+    assert (schema["required"], schema["additionalProperties"]) == (["task"], False)
+    assert [p["name"] for p in post["parameters"]] == ["Idempotency-Key"]
+
+
+async def test_states_are_told_as_the_contract_has_them() -> None:
+    """The five words."""
+    assert [str(s) for s in JobState] == ["waiting", "active", "completed", "failed", "cancelled"]

@@ -1,0 +1,120 @@
+"""The progress of one job as server-sent events."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+from httpx import ASGITransport, AsyncClient
+from litestar import Litestar
+
+from viralfx.domain.jobs.job import completed
+from viralfx.domain.jobs.watch import JobWatch
+from viralfx.settings import Settings
+from viralfx.web.app import create_app
+from viralfx.web.plugin import OperationsPlugin
+
+JOBS = "/api/v1/jobs"
+
+
+class Client(AsyncClient):
+    """A client on the loop of the application itself, so that both go on at once."""
+
+    def __init__(self, app: Litestar, **more: Any) -> None:
+        super().__init__(**more)
+        self.app = app
+
+    async def wait_until_followed(self) -> None:
+        """Return once somebody follows a job."""
+        async with asyncio.timeout(10):
+            while not plugin_of(self).assembly.jobs.watch._watched:
+                await self.get("/health/detailed?fresh=1")
+
+
+@asynccontextmanager
+async def service() -> AsyncIterator[Client]:
+    """Return a client of the service; no worker runs in it."""
+    app = create_app(Settings(task_modules=("tests.job_tasks",)))
+    transport = ASGITransport(app=cast("Any", app))
+    async with app.lifespan(), Client(app, transport=transport, base_url="http://test") as made:
+        yield made
+
+
+async def accept(client: Client) -> str:
+    """Have a job accepted and return where its events are."""
+    reply = await client.post(JOBS, json={"task": "parcels.echo", "payload": "x" * 1000})
+    return str(reply.json()["links"]["events"])
+
+
+def plugin_of(client: Client) -> OperationsPlugin:
+    """Return the service's plugin."""
+    return client.app.plugins.get(OperationsPlugin)
+
+
+def events(text: str) -> list[tuple[str, str]]:
+    """Return the names of events with the states that they tell."""
+    found = []
+    for block in text.split("\r\n\r\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if line)
+        if "event" in fields:
+            found.append((fields["event"], json.loads(fields["data"])["state"]))
+    return found
+
+
+async def test_a_job_is_followed_to_its_end() -> None:
+    """The stream ends by itself after the final state."""
+    async with service() as client:
+        following = asyncio.create_task(client.get(await accept(client)))
+        ledger = plugin_of(client).assembly.jobs.ledger
+        await ledger.register("w", ["analytics"], 60.0)
+        async with asyncio.timeout(10):
+            await client.wait_until_followed()
+            (claim,) = await ledger.claim("analytics", "w", 1)
+            await ledger.settle([completed(claim, b"1")])
+            reply = await following
+
+        assert events(reply.text) == [("job", "waiting"), ("job", "completed")]
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        assert reply.headers["cache-control"] == "no-store"
+        assert "content-length" not in reply.headers
+        assert "xxx" not in reply.text
+
+
+async def test_a_job_that_is_over_is_told_once() -> None:
+    """And then the stream ends."""
+    async with service() as client:
+        link = await accept(client)
+        await client.delete(link.removesuffix("/events"))
+        reply = await client.get(link)
+
+        assert events(reply.text) == [("job", "cancelled")]
+
+
+async def test_the_stop_ends_what_is_followed() -> None:
+    """Nobody keeps the process from leaving by watching it."""
+    async with service() as client:
+        following = asyncio.create_task(client.get(await accept(client)))
+        plugin = plugin_of(client)
+        async with asyncio.timeout(10):
+            await client.wait_until_followed()
+            plugin.operations.shutdown.trigger("test")
+            await plugin.operations.shutdown.run()
+            reply = await following
+
+        assert events(reply.text) == [("job", "waiting")]
+
+
+async def test_too_many_followers_are_sent_away() -> None:
+    """503 and when to come back."""
+    async with service() as client:
+        link = await accept(client)
+        jobs = plugin_of(client).assembly.jobs
+        object.__setattr__(
+            client.app.state["jobs_api"],
+            "watch",
+            JobWatch(jobs.service.get, plugin_of(client).operations.clock, most=0),
+        )
+        reply = await client.get(link)
+
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
