@@ -17,10 +17,13 @@ from tests.manual_clock import ManualClock
 from tests.servers.fixtures import or_skip
 from tests.servers.redis import redis_server
 
-from viralfx.adapters.memory import MemoryDatabase, MemoryQueues, MemoryRedis, ProcessMemory
+from viralfx.adapters.memory import MemoryDatabase, MemoryRedis, ProcessMemory
 from viralfx.adapters.redis import RedisClient, RedisConfig, RedisHealthCheck
+from viralfx.bootstrap import assemble
+from viralfx.bootstrap.jobs import wire_jobs
 from viralfx.domain.clock import Clock, timestamp
 from viralfx.domain.health import HealthCheck, Observation, Status
+from viralfx.settings import Settings
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 MEGABYTES = re.compile(r"\d+MB")
@@ -105,13 +108,29 @@ async def _redis(clock: Clock, _: pytest.FixtureRequest) -> AsyncIterator[Health
             await client.close()
 
 
+_QUEUES = Settings(queues=("default", "slow"))
+
+
+@asynccontextmanager
+async def _postgres_queues(
+    clock: Clock, request: pytest.FixtureRequest
+) -> AsyncIterator[HealthCheck]:
+    config = await migrated(config_of(request.getfixturevalue("database")))
+    async with opened(config, clock=clock) as database:
+        jobs = wire_jobs(_QUEUES, clock, database=database, redis=None, functions=())
+        yield jobs.check
+
+
 ADAPTERS = [
     Adapter("memory database", plain(MemoryDatabase), DATABASE),
     Adapter("postgres", _postgres, DATABASE),
     Adapter("memory redis", plain(MemoryRedis), REDIS),
     Adapter("process memory", plain(lambda _: ProcessMemory()), MEMORY),
     Adapter("redis", _redis, REDIS),
-    Adapter("memory queues", plain(lambda _: MemoryQueues(["default", "slow"])), QUEUES),
+    Adapter(
+        "memory queues", plain(lambda clock: assemble(_QUEUES, clock=clock).jobs.check), QUEUES
+    ),
+    Adapter("postgres queues", _postgres_queues, QUEUES),
 ]
 
 

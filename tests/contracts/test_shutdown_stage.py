@@ -17,9 +17,12 @@ from tests.servers.fixtures import or_skip
 from tests.servers.redis import RedisServer, redis_server
 from tests.servers.waiting import wait_until
 
-from viralfx.adapters.memory import DrainQueues, FileStateStore, MemoryQueues, MemoryStateStore
+from viralfx import task
+from viralfx.adapters.memory import FileStateStore, MemoryStateStore
 from viralfx.adapters.postgres import ClosePostgres, PostgresDatabase, PostgresHealthCheck
 from viralfx.adapters.redis import CloseRedis, RedisClient, RedisConfig, RedisHealthCheck
+from viralfx.bootstrap import assemble
+from viralfx.bootstrap.jobs import CloseBells, DrainWorker, JobSystem
 from viralfx.domain.clock import Clock
 from viralfx.domain.health import CheckPolicy, Observation
 from viralfx.domain.monitor import HealthMonitor, StopChecking
@@ -55,20 +58,41 @@ async def _application(scope: Scope, receive: Receive, send: Send) -> None:
             return
 
 
-@asynccontextmanager
-async def _idle_queues(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
-    yield DrainQueues(MemoryQueues(["default"]), clock)
+def _jobs(clock: Clock) -> JobSystem:
+    @task("work")
+    async def work(seconds: float) -> None:
+        await clock.sleep(seconds)
+
+    return assemble(Settings(), tasks=[work], clock=clock).jobs
 
 
 @asynccontextmanager
-async def _busy_queues(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
-    queues = MemoryQueues(["default"])
+async def _idle_jobs(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
+    jobs = _jobs(clock)
+    jobs.start()
+    yield DrainWorker(jobs)
 
-    async def job() -> None:
-        await clock.sleep(2.0)
 
-    queues.submit("default", job)
-    yield DrainQueues(queues, clock)
+@asynccontextmanager
+async def _busy_jobs(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
+    jobs = _jobs(clock)
+    jobs.start()
+    await jobs.service.submit("work", 2.0)
+    yield DrainWorker(jobs)
+
+
+@asynccontextmanager
+async def _jobs_elsewhere(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
+    jobs = _jobs(clock)
+    jobs.dismiss()
+    yield DrainWorker(jobs)
+
+
+@asynccontextmanager
+async def _bells(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
+    jobs = _jobs(clock)
+    await jobs.service.submit("work", 2.0)
+    yield CloseBells(jobs)
 
 
 @asynccontextmanager
@@ -186,8 +210,10 @@ async def _frozen_redis(
 
 
 STAGES: dict[str, Make] = {
-    "drain queues": _idle_queues,
-    "drain busy queues": _busy_queues,
+    "drain jobs": _idle_jobs,
+    "drain busy jobs": _busy_jobs,
+    "drain jobs elsewhere": _jobs_elsewhere,
+    "close bells": _bells,
     "save state in memory": _memory_state,
     "save state in a file": _file_state,
     "close redis before start": _unused_redis,

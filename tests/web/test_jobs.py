@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any, cast
 
 import httpx
@@ -9,6 +10,7 @@ import pytest
 from litestar import Litestar
 from litestar.testing import AsyncTestClient
 
+from viralfx.adapters.codec import MsgspecCodec
 from viralfx.domain.jobs.job import (
     JobError,
     JobState,
@@ -17,6 +19,7 @@ from viralfx.domain.jobs.job import (
     failed,
 )
 from viralfx.domain.jobs.ledger import JobLedger
+from viralfx.domain.jobs.service import JobService
 from viralfx.settings import Settings
 from viralfx.web.app import create_app
 from viralfx.web.plugin import OperationsPlugin
@@ -28,7 +31,9 @@ PARCEL = {"task": "parcels.ship", "payload": {"weight": 3}}
 
 def application() -> Litestar:
     """Make the service; no worker runs in it."""
-    return create_app(SETTINGS)
+    app = create_app(SETTINGS)
+    app.plugins.get(OperationsPlugin).assembly.jobs.dismiss()
+    return app
 
 
 @pytest.fixture
@@ -43,7 +48,8 @@ Client = AsyncTestClient[Litestar]
 
 def ledger_of(client: Client) -> JobLedger:
     """Return where the jobs of the service are."""
-    return client.app.plugins.get(OperationsPlugin).assembly.jobs.ledger
+    ledger: JobLedger = client.app.plugins.get(OperationsPlugin).assembly.jobs.ledger
+    return ledger
 
 
 async def accept(client: Client, **body: Any) -> str:
@@ -416,8 +422,14 @@ async def test_without_its_ledger_the_service_asks_to_try_again(
     client: Client, error: Exception, text: str
 ) -> None:
     """503 with Retry-After, and not a word of the error itself."""
-    service = client.app.plugins.get(OperationsPlugin).assembly.jobs.service
-    service._ledger = Away(error)  # type: ignore[assignment]
+    jobs = client.app.plugins.get(OperationsPlugin).assembly.jobs
+    away = JobService(
+        ledger=cast("JobLedger", Away(error)),
+        tasks=jobs.tasks,
+        codec=MsgspecCodec(),
+        queues=SETTINGS.queues,
+    )
+    client.app.state["jobs_api"] = replace(client.app.state["jobs_api"], service=away)
     for method, path, body in (
         ("POST", "", PARCEL),
         ("GET", "", None),

@@ -36,6 +36,7 @@ class Client(AsyncClient):
 async def service() -> AsyncIterator[Client]:
     """Return a client of the service; no worker runs in it."""
     app = create_app(Settings(task_modules=("tests.job_tasks",)))
+    app.plugins.get(OperationsPlugin).assembly.jobs.dismiss()
     transport = ASGITransport(app=cast("Any", app))
     async with app.lifespan(), Client(app, transport=transport, base_url="http://test") as made:
         yield made

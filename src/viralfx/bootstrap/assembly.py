@@ -1,30 +1,27 @@
 """Settings in, wired services out."""
 
-import difflib
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from viralfx.adapters.memory import (
-    DrainQueues,
     FileStateStore,
     MemoryCacheStore,
     MemoryDatabase,
-    MemoryQueues,
     MemoryRedis,
     MemoryStateStore,
     ProcessMemory,
 )
 from viralfx.bootstrap.backend import Backend
-from viralfx.bootstrap.jobs import JobSystem, wire_jobs
+from viralfx.bootstrap.checks import policy_of, problems_with_names
+from viralfx.bootstrap.jobs import CloseBells, DrainWorker, JobSystem, wire_jobs
 from viralfx.domain.cache import Cache, CacheStore
 from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.health import CheckPolicy, HealthCheck, HealthReport
+from viralfx.domain.health import HealthCheck, HealthReport
 from viralfx.domain.lifecycle import Lifecycle, State
 from viralfx.domain.monitor import HealthMonitor, StopChecking
 from viralfx.domain.operations import Operations
@@ -39,13 +36,6 @@ from viralfx.telemetry.observed import HealthLog, log_circuit, log_lifecycle, lo
 if TYPE_CHECKING:
     from viralfx.adapters.postgres import PostgresDatabase
     from viralfx.adapters.redis import RedisClient
-
-# Losing one of these is losing it for every instance at once.
-_SHARED = frozenset({"database", "redis", "queues"})
-
-_CHECK_NAME = re.compile(r"[a-z][a-z0-9_-]*").fullmatch
-# These are paths below /health already.
-_RESERVED = frozenset({"live", "ready", "startup", "detailed", "shutdown", "loggers"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +61,11 @@ def assemble(
     """Wire the operations layer and what it looks after; nothing runs or connects yet.
 
     ``checks``, ``stages``, ``breakers`` and ``tasks`` are an application's own, beside the built-in
-    ones.
-    Raises :class:`ConfigurationError` for a name that is taken or a setting that names no check.
+    ones. Raises :class:`ConfigurationError` for a name that is taken, a setting that names no
+    check, and tasks that cannot be had.
     """
     clock = clock or SystemClock()
     memory = ProcessMemory()
-    queues = MemoryQueues(settings.queues)
     circuits = BreakerRegistry()
     lifecycle = Lifecycle(clock)
     monitor = HealthMonitor(clock=clock, fail_open_after=settings.readiness_fail_open_after / 1000)
@@ -84,41 +73,29 @@ def assemble(
     redis, cache_store, redis_backend = _redis(settings, clock, monitor)
     # In the order in which they are left.
     backends = {"redis": redis_backend, "database": database_backend}
-    built_in: dict[str, HealthCheck] = {
-        "database": backends["database"].check,
-        "redis": backends["redis"].check,
-        "memory": memory,
-        "queues": queues,
-        "circuits": circuits,
-    }
     own = dict(checks or {})
-    problems = [
-        f"OperationsConfig.checks: {name!r} is a built-in check; choose another name"
-        for name in built_in.keys() & own.keys()
-    ]
-    problems += [
-        f"OperationsConfig.checks: {name!r} cannot be a check's name; use small letters, digits, -"
-        f" and _, and none of {', '.join(sorted(_RESERVED))}"
-        for name in own
-        if name in _RESERVED or not _CHECK_NAME(name)
-    ]
-    every_check = {**own, **built_in}
-    problems += _unknown_checks("HEALTH_CRITICAL", settings.health_critical, every_check)
-    problems += _unknown_checks("READINESS_REQUIRES", settings.readiness_requires, every_check)
+    problems = list(problems_with_names(own, settings))
     for breaker in breakers:
         try:
             circuits.add(breaker)
         except ValueError as error:
             problems.append(f"OperationsConfig.breakers: {error}")
     try:
-        jobs = wire_jobs(settings, clock, tasks)
+        jobs = wire_jobs(settings, clock, database=database, redis=redis, functions=tasks)
     except ConfigurationError as error:
         raise ConfigurationError([*problems, *error.problems]) from None
     if problems:
         raise ConfigurationError(problems)
 
+    built_in: dict[str, HealthCheck] = {
+        "database": backends["database"].check,
+        "redis": backends["redis"].check,
+        "memory": memory,
+        "queues": jobs.check,
+        "circuits": circuits,
+    }
     for name, check in {**built_in, **own}.items():
-        monitor.register(name, check, _policy(name, settings))
+        monitor.register(name, check, policy_of(name, settings))
     shutdown = ShutdownSequence(budgets=settings.shutdown_budgets, lifecycle=lifecycle, clock=clock)
     operations = Operations(
         version=version("viralfx"),
@@ -131,26 +108,15 @@ def assemble(
         state_store=_state_store(settings, database),
         usage=lambda: memory.usage,
         resources=tuple(b.resource for b in backends.values() if b.resource is not None),
+        on_ready=(jobs.start,),
     )
-    shutdown.register(Phase.DRAIN, "queues", DrainQueues(queues, clock))
-    shutdown.register(
-        Phase.SAVE_STATE, "state", SaveState(operations.state_store, operations.state_to_save)
-    )
-    for phase, named in (stages or {}).items():
-        for name, stage in named.items():
-            shutdown.register(phase, name, stage)
-    # After the last health was saved, and before anything that is checked gets closed.
-    shutdown.register(Phase.SAVE_STATE, "health checks", StopChecking(monitor))
-    for name, backend in backends.items():
-        if backend.close is not None:
-            shutdown.register(Phase.CLOSE, name, backend.close)
+    _register_stages(operations, jobs, stages or {}, backends)
     connections = {name: name.capitalize() for name, b in backends.items() if b.close is not None}
     monitor.subscribe(HealthLog(connections))
     monitor.subscribe(
         lambda event: lifecycle.follow(event) if isinstance(event, HealthReport) else None
     )
-    # Who follows a job is told by then that the process leaves.
-    lifecycle.subscribe(lambda event: jobs.watch.end() if event.new is State.DRAINING else None)
+    lifecycle.subscribe(lambda event: jobs.leave() if event.new is State.DRAINING else None)
     lifecycle.subscribe(log_lifecycle)
     shutdown.subscribe(log_shutdown)
     circuits.subscribe(log_circuit)
@@ -161,6 +127,29 @@ def assemble(
         cache=Cache(cache_store),
         jobs=jobs,
     )
+
+
+def _register_stages(
+    operations: Operations,
+    jobs: JobSystem,
+    own: Mapping[Phase, Mapping[str, ShutdownStage]],
+    backends: Mapping[str, Backend],
+) -> None:
+    shutdown = operations.shutdown
+    shutdown.register(Phase.DRAIN, "jobs", DrainWorker(jobs))
+    shutdown.register(
+        Phase.SAVE_STATE, "state", SaveState(operations.state_store, operations.state_to_save)
+    )
+    for phase, named in own.items():
+        for name, stage in named.items():
+            shutdown.register(phase, name, stage)
+    # After the last health was saved, and before anything that is checked gets closed.
+    shutdown.register(Phase.SAVE_STATE, "health checks", StopChecking(operations.monitor))
+    if not jobs.in_memory:
+        shutdown.register(Phase.CLOSE, "bells", CloseBells(jobs))
+    for name, backend in backends.items():
+        if backend.close is not None:
+            shutdown.register(Phase.CLOSE, name, backend.close)
 
 
 def _database(
@@ -183,32 +172,6 @@ def _redis(
 
     client, backend = wire_redis(settings, clock, lambda: monitor.request_check("redis"))
     return client, cache_store(client), backend
-
-
-def _policy(name: str, settings: Settings) -> CheckPolicy:
-    interval = settings.health_check_interval / 1000
-    # Memory comes and goes with every burst: one sample over the line is no change yet.
-    least = 2 if name == "memory" else 1
-    return CheckPolicy(
-        interval=settings.db.health_check_interval / 1000 if name == "database" else interval,
-        retry_interval=interval,
-        timeout=settings.health_check_timeout / 1000,
-        failure_threshold=max(least, settings.health_failure_threshold),
-        recovery_threshold=max(least, settings.health_recovery_threshold),
-        critical=name in settings.health_critical,
-        gates_readiness=name in settings.readiness_requires,
-        shared=name in _SHARED,
-    )
-
-
-def _unknown_checks(
-    variable: str, names: Iterable[str], checks: Mapping[str, HealthCheck]
-) -> Iterator[str]:
-    for name in names:
-        if name not in checks:
-            close = difflib.get_close_matches(name, checks, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(checks)}"
-            yield f"{variable}: there is no check named {name!r}; {hint}"
 
 
 def _state_store(settings: Settings, database: "PostgresDatabase | None") -> StateStore:

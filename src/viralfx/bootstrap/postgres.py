@@ -8,11 +8,13 @@ from viralfx.adapters.postgres import (
     PostgresConfig,
     PostgresDatabase,
     PostgresHealthCheck,
+    PostgresJobLedger,
     PostgresStateStore,
 )
 from viralfx.bootstrap.backend import CHECK_SHARE, Backend, unusable_certificates
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import ConfigurationError
+from viralfx.domain.jobs.ledger import JobLedger
 from viralfx.domain.state import StateStore
 from viralfx.settings import Settings
 
@@ -69,6 +71,11 @@ def wire_postgres(
     return database, Backend(
         check=check, resource=database, close=ClosePostgres(database, check, clock)
     )
+
+
+def job_ledger(database: PostgresDatabase, clock: Clock) -> JobLedger:
+    """Keep jobs in the database."""
+    return PostgresJobLedger(database, clock=clock)
 
 
 def state_store(database: PostgresDatabase) -> StateStore:

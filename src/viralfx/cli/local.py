@@ -83,6 +83,7 @@ class ApplicationExamination:
         gate = Gate(plugin.answers, application)
         try:
             await _first_round(monitor)
+            plugin.assembly.jobs.dismiss()  # nobody's work is done while somebody looks
             plugin.operations.application_ready()
             prefix = next(iter(plugin.answers.endpoints))
             token = plugin.settings.management_token

@@ -28,6 +28,8 @@ class Operations:
     usage: Callable[[], ProcessUsage]
     resources: Sequence[Resource] = ()
     """What is opened at start-up, in this order."""
+    on_ready: Sequence[Callable[[], object]] = ()
+    """What begins to work once the application is ready; doing it twice must be harmless."""
     previous: SavedState | None = None
     """What the process before this one left; known once started."""
     staged: bool = False
@@ -57,9 +59,11 @@ class Operations:
         self._restored = True
 
     def application_ready(self) -> None:
-        """Note that the application's own start-up is over; the checks decide from here."""
+        """Note that the application's own start-up is over: the checks decide, and work begins."""
         self.lifecycle.application_ready()
         self.lifecycle.follow(self.monitor.report())
+        for begin in self.on_ready:
+            begin()
 
     def state_to_save(self) -> SavedState | None:
         """Collect what the next process should know; None before start-up took in what was saved.

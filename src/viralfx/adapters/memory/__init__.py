@@ -5,19 +5,16 @@ from viralfx.adapters.memory.database import MemoryDatabase
 from viralfx.adapters.memory.job_bell import MemoryBell
 from viralfx.adapters.memory.job_ledger import MemoryJobLedger
 from viralfx.adapters.memory.process import ProcessMemory, memory_limit
-from viralfx.adapters.memory.queues import DrainQueues, MemoryQueues
 from viralfx.adapters.memory.redis import MemoryRedis
 from viralfx.adapters.memory.retry import MemoryRetryPolicy
 from viralfx.adapters.memory.state import FileStateStore, MemoryStateStore
 
 __all__ = [
-    "DrainQueues",
     "FileStateStore",
     "MemoryBell",
     "MemoryCacheStore",
     "MemoryDatabase",
     "MemoryJobLedger",
-    "MemoryQueues",
     "MemoryRedis",
     "MemoryRetryPolicy",
     "MemoryStateStore",

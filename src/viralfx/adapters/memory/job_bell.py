@@ -13,9 +13,13 @@ _MOST_BELLS = 10_000
 
 
 class MemoryBell:
-    """Implements ``JobTransport`` in process. Bells of a queue go to its listeners in turn."""
+    """Implements ``JobTransport`` in process. Bells of a queue go to its listeners in turn.
 
-    def __init__(self) -> None:
+    ``complete`` tells whether all who ring do it here; otherwise workers are not to rely on it.
+    """
+
+    def __init__(self, *, complete: bool = True) -> None:
+        self._complete = complete
         self._bells: defaultdict[str, asyncio.Queue[Bell]] = defaultdict(
             lambda: asyncio.Queue(_MOST_BELLS)
         )
@@ -53,8 +57,8 @@ class MemoryBell:
             self._listeners[queue] -= 1
 
     def hears(self, queue: str) -> bool:
-        """Tell whether somebody listens to a queue."""
-        return not self._closed and self._listeners[queue] > 0
+        """Tell whether somebody listens to a queue, and hears of all its jobs."""
+        return self._complete and not self._closed and self._listeners[queue] > 0
 
     async def close(self) -> None:
         """Take no more bells, and forget those that nobody heard."""

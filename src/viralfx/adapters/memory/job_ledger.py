@@ -9,6 +9,8 @@ from typing import Any
 from uuid import UUID
 
 from viralfx.adapters.memory.job_queue import MemoryJobQueue
+from viralfx.adapters.memory.job_records import claim_of, new_job
+from viralfx.adapters.memory.job_workers import MemoryWorkers
 from viralfx.domain.clock import Clock
 from viralfx.domain.jobs.job import (
     Claim,
@@ -18,6 +20,7 @@ from viralfx.domain.jobs.job import (
     JobNotFoundError,
     JobState,
     JobStateError,
+    LedgerUnavailableError,
     Settlement,
     completed,
 )
@@ -42,39 +45,24 @@ class MemoryJobLedger:
         """By worker, when its active jobs were given to it."""
         self._finished: OrderedDict[str, float] = OrderedDict()
         """When jobs reached their final state, in that order."""
-        self._leases: dict[str, float] = {}
-        self._consumed: dict[str, frozenset[str]] = {}
+        self._workers = MemoryWorkers(clock)
+        self._closed = False
+
+    def close(self) -> None:
+        """Accept nothing more: the process stops, and would take the job with it."""
+        self._closed = True
 
     async def accept(self, drafts: Sequence[JobDraft]) -> Sequence[Accepted]:
         """Keep the jobs, but for those whose key or id is kept already."""
+        if self._closed:
+            raise LedgerUnavailableError("the process stops, and its jobs in memory with it")
         return [self._accept(draft) for draft in drafts]
 
     def _accept(self, draft: JobDraft) -> Accepted:
         known = draft.id if draft.key is None else self._keys.get(draft.key, draft.id)
         if known in self._jobs:
             return Accepted(self._jobs[known], created=False)
-        now = self._clock.now()
-        job = Job(
-            id=draft.id,
-            queue=draft.queue,
-            task=draft.task,
-            state=JobState.WAITING,
-            payload=draft.payload,
-            key=draft.key,
-            correlation_id=draft.correlation_id,
-            traceparent=draft.traceparent,
-            created_at=now,
-            run_at=now if draft.run_at is None else max(now, draft.run_at),
-            asked_run_at=draft.run_at,
-            started_at=None,
-            finished_at=None,
-            attempts=0,
-            crashes=0,
-            claims=0,
-            worker=None,
-            result=None,
-            error=None,
-        )
+        job = new_job(draft, self._clock.now())
         insort(self._ids, job.id)
         if job.key is not None:
             self._keys[job.key] = job.id
@@ -105,20 +93,7 @@ class MemoryJobLedger:
         given = self._move(
             job, state=JobState.ACTIVE, worker=worker, claims=job.claims + 1, started_at=now
         )
-        return Claim(
-            id=given.id,
-            queue=given.queue,
-            task=given.task,
-            payload=given.payload,
-            worker=worker,
-            number=given.claims,
-            attempt=given.attempts + 1,
-            crashes=given.crashes,
-            correlation_id=given.correlation_id,
-            traceparent=given.traceparent,
-            created_at=given.created_at,
-            due_since=max(0.0, (now - given.run_at).total_seconds()),
-        )
+        return claim_of(given, worker, now)
 
     async def settle(self, settlements: Sequence[Settlement]) -> Collection[str]:
         """Record what became of the jobs whose claims are good."""
@@ -155,13 +130,11 @@ class MemoryJobLedger:
         holding: Collection[str] | None = None,
     ) -> None:
         """Note a worker's queues, and until when its lease is good."""
-        now = self._clock.monotonic()
-        self._leases[worker] = now + lease
-        self._consumed[worker] = frozenset(queues)
+        self._workers.renew(worker, queues, lease)
         if holding is not None:
-            known = frozenset(holding)
+            known, long_ago = frozenset(holding), self._clock.monotonic() - lease
             for job_id, given in tuple(self._held.get(worker, {}).items()):
-                if given < now - lease and job_id not in known:
+                if given < long_ago and job_id not in known:
                     self._wait(self._jobs[job_id])
 
     async def leave(self, worker: str) -> Mapping[str, Sequence[str]]:
@@ -176,9 +149,8 @@ class MemoryJobLedger:
         """Take the jobs of workers without a good lease, and forget those workers."""
         returned: defaultdict[str, list[str]] = defaultdict(list)
         crashed: list[str] = []
-        now = self._clock.monotonic()
-        for worker in {*self._held, *self._leases}:
-            if self._leases.get(worker, now) > now:
+        for worker in {*self._held, *self._workers.known}:
+            if self._workers.is_alive(worker):
                 continue
             for job_id in self._forget(worker):
                 job = self._jobs[job_id]
@@ -196,8 +168,7 @@ class MemoryJobLedger:
         return Swept(returned=dict(returned), crashed=crashed)
 
     def _forget(self, worker: str) -> Iterable[str]:
-        self._leases.pop(worker, None)
-        self._consumed.pop(worker, None)
+        self._workers.forget(worker)
         return tuple(self._held.get(worker, ()))
 
     async def get(self, job_id: str) -> Job | None:
@@ -249,12 +220,7 @@ class MemoryJobLedger:
 
     async def counts(self) -> Mapping[str, QueueCounts]:
         """Return how the queues stand."""
-        now, monotonic = self._clock.now(), self._clock.monotonic()
-        consumers: defaultdict[str, int] = defaultdict(int)
-        for worker, until in self._leases.items():
-            if until > monotonic:
-                for name in self._consumed[worker]:
-                    consumers[name] += 1
+        now, consumers = self._clock.now(), self._workers.consumers()
         idle = {name: QueueCounts(consumers=consumers[name]) for name in consumers}
         known = {name: it.counts(now, consumers[name]) for name, it in self._queues.items()}
         return {**idle, **known}

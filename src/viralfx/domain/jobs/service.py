@@ -49,7 +49,7 @@ class JobService:
         )
         self._tasks = tasks
         self._codec = codec
-        self._queues = frozenset(queues)
+        self._queues = tuple(dict.fromkeys(queues))
         self._ring = ring
 
     async def accept(
@@ -128,4 +128,4 @@ class JobService:
     async def counts(self) -> Mapping[str, QueueCounts]:
         """Return how each queue stands, also those that never had a job."""
         known = await self._ledger.counts()
-        return {name: known.get(name, QueueCounts()) for name in {*self._queues, *known}}
+        return {name: known.get(name, QueueCounts()) for name in (*self._queues, *known)}
