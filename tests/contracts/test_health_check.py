@@ -23,6 +23,7 @@ from viralfx.bootstrap import assemble
 from viralfx.bootstrap.jobs import wire_jobs
 from viralfx.domain.clock import Clock, timestamp
 from viralfx.domain.health import HealthCheck, Observation, Status
+from viralfx.domain.monitor import HealthMonitor
 from viralfx.settings import Settings
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -117,7 +118,8 @@ async def _postgres_queues(
 ) -> AsyncIterator[HealthCheck]:
     config = await migrated(config_of(request.getfixturevalue("database")))
     async with opened(config, clock=clock) as database:
-        jobs = wire_jobs(_QUEUES, clock, database=database, redis=None, functions=())
+        monitor = HealthMonitor(clock=clock)
+        jobs = wire_jobs(_QUEUES, clock, monitor, database=database, redis=None, functions=())
         yield jobs.check
 
 

@@ -22,7 +22,7 @@ from viralfx.adapters.memory import FileStateStore, MemoryStateStore
 from viralfx.adapters.postgres import ClosePostgres, PostgresDatabase, PostgresHealthCheck
 from viralfx.adapters.redis import CloseRedis, RedisClient, RedisConfig, RedisHealthCheck
 from viralfx.bootstrap import assemble
-from viralfx.bootstrap.jobs import CloseBells, DrainWorker, JobSystem
+from viralfx.bootstrap.job_system import CloseBells, DrainWorker, JobSystem
 from viralfx.domain.clock import Clock
 from viralfx.domain.health import CheckPolicy, Observation
 from viralfx.domain.monitor import HealthMonitor, StopChecking

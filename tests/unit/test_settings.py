@@ -441,6 +441,17 @@ def test_sweeps_must_not_come_later_than_the_lease() -> None:
     assert problems(JOB_SWEEP_INTERVAL="2000", JOB_LEASE="2000") == []
 
 
+def test_jobs_are_kept_for_longer_than_a_period() -> None:
+    """Or for ever."""
+    assert problems(JOB_RETENTION="7199999") == [
+        (
+            "JOB_RETENTION: 7199999 is less than 7200000, so hourly jobs would be forgotten and run"
+            " again in the same hour; raise it"
+        )
+    ]
+    assert problems(JOB_RETENTION="7200000") == problems(JOB_RETENTION="0") == []
+
+
 @pytest.mark.parametrize(
     ("name", "text", "allowed"),
     [

@@ -30,7 +30,7 @@ def test_a_process_without_webhooks_does_not_load_their_client() -> None:
         "from viralfx.bootstrap.webhooks import wire_webhooks\n"
         "from viralfx.domain.clock import SystemClock\n"
         "from viralfx.settings import Settings\n"
-        "wire_webhooks(Settings(), SystemClock(), runs_jobs=True)\n"
+        "wire_webhooks(Settings(), SystemClock())\n"
         "sys.exit('httpcore' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
@@ -38,7 +38,7 @@ def test_a_process_without_webhooks_does_not_load_their_client() -> None:
 
 async def test_nothing_is_allowed_by_default(clock: ManualClock) -> None:
     """Neither hosts nor alerts."""
-    delivery = wire_webhooks(Settings(), clock, runs_jobs=True)
+    delivery = wire_webhooks(Settings(), clock)
     with pytest.raises(WebhookRefusedError, match="does not list"):
         await delivery.deliver("https://example.com/", message_id="i", body=b"")
     assert alert_url(Settings()) is None
@@ -50,19 +50,22 @@ async def test_listed_hosts_and_the_alerts_host_are_called(clock: ManualClock) -
         webhook=WebhookSettings(allowed_hosts=("127.0.0.1:1",), secret=SECRET, timeout=2000),
         alert_webhook_url=ALERTS,
     )
-    delivery = wire_webhooks(settings, clock, runs_jobs=True)
+    delivery = wire_webhooks(settings, clock)
     assert alert_url(settings) == "https://127.0.0.1:9/alerts"
     for url in ("https://127.0.0.1:1/", "https://127.0.0.1:9/alerts"):
         with pytest.raises(WebhookUnavailableError, match="cannot be connected to"):
             await delivery.deliver(url, message_id="i", body=b"")
 
 
-async def test_a_process_that_runs_no_jobs_sends_none(clock: ManualClock) -> None:
-    """Whatever it is told."""
+async def test_what_sends_is_made_once_for_all_who_send_at_first(clock: ManualClock) -> None:
+    """However many begin at the same time."""
     settings = Settings(webhook=WebhookSettings(allowed_hosts=("127.0.0.1:1",), secret=SECRET))
-    delivery = wire_webhooks(settings, clock, runs_jobs=False)
-    with pytest.raises(WebhookRefusedError, match="this process sends no webhooks"):
-        await delivery.deliver("https://127.0.0.1:1/", message_id="i", body=b"")
+    delivery = wire_webhooks(settings, clock)
+    sent = [delivery.deliver("https://127.0.0.1:1/", message_id="i", body=b"") for _ in range(3)]
+
+    outcomes = await asyncio.gather(*sent, return_exceptions=True)
+
+    assert [type(outcome) for outcome in outcomes] == [WebhookUnavailableError] * 3
 
 
 async def test_alerts_hear_the_monitor_where_they_have_somewhere_to_go(clock: ManualClock) -> None:
@@ -75,7 +78,7 @@ async def test_alerts_hear_the_monitor_where_they_have_somewhere_to_go(clock: Ma
         ledger=ledger,
         monitor=monitor,
         clock=clock,
-        delivery=wire_webhooks(settings, clock, runs_jobs=True),
+        delivery=wire_webhooks(settings, clock),
         alert_url=alert_url(settings),
         webhook_timeout=10.0,
         retention=0.0,

@@ -17,7 +17,8 @@ from viralfx.adapters.memory import (
 )
 from viralfx.bootstrap.backend import Backend
 from viralfx.bootstrap.checks import policy_of, problems_with_names
-from viralfx.bootstrap.jobs import CloseBells, DrainWorker, JobSystem, wire_jobs
+from viralfx.bootstrap.job_system import CloseBells, DrainWorker, EndAlerts, JobSystem
+from viralfx.bootstrap.jobs import wire_jobs
 from viralfx.domain.cache import Cache, CacheStore
 from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.errors import ConfigurationError
@@ -81,7 +82,7 @@ def assemble(
         except ValueError as error:
             problems.append(f"OperationsConfig.breakers: {error}")
     try:
-        jobs = wire_jobs(settings, clock, database=database, redis=redis, functions=tasks)
+        jobs = wire_jobs(settings, clock, monitor, database=database, redis=redis, functions=tasks)
     except ConfigurationError as error:
         raise ConfigurationError([*problems, *error.problems]) from None
     if problems:
@@ -137,6 +138,7 @@ def _register_stages(
 ) -> None:
     shutdown = operations.shutdown
     shutdown.register(Phase.DRAIN, "jobs", DrainWorker(jobs))
+    shutdown.register(Phase.DRAIN, "alerts", EndAlerts(jobs))
     shutdown.register(
         Phase.SAVE_STATE, "state", SaveState(operations.state_store, operations.state_to_save)
     )

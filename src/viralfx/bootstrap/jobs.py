@@ -3,116 +3,37 @@
 import os
 import secrets
 import socket
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryBell, MemoryJobLedger
+from viralfx.bootstrap.job_system import JobSystem
 from viralfx.bootstrap.modules import declared_tasks, load_tasks, registry_of
+from viralfx.bootstrap.webhooks import alert_url, wire_alerts, wire_webhooks
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.health import HealthCheck
 from viralfx.domain.jobs.backlog import BacklogCheck
 from viralfx.domain.jobs.ledger import JobLedger
 from viralfx.domain.jobs.ringing import Ringer
 from viralfx.domain.jobs.service import JobService
-from viralfx.domain.jobs.tasks import TaskRegistry
+from viralfx.domain.jobs.tasks import Task, TaskRegistry
 from viralfx.domain.jobs.transport import JobTransport
-from viralfx.domain.jobs.watch import JobWatch
-from viralfx.domain.jobs.worker import DrainJobs, JobWorker
+from viralfx.domain.jobs.worker import JobWorker
+from viralfx.domain.monitor import HealthMonitor
 from viralfx.domain.resilience.retry_policy import BackoffPolicy
 from viralfx.settings import Settings
+from viralfx.worker import built_in_periodic, built_in_tasks
 
 if TYPE_CHECKING:
     from viralfx.adapters.postgres import PostgresDatabase
     from viralfx.adapters.redis import RedisClient
 
-_BELL_SHARE = 0.5
-"""Part of the budget for closing that the last bells may take."""
-
-
-class JobSystem:
-    """Everything about jobs in one process."""
-
-    def __init__(
-        self,
-        *,
-        service: JobService,
-        tasks: TaskRegistry,
-        ledger: JobLedger,
-        transport: JobTransport,
-        ringer: Ringer,
-        check: HealthCheck,
-        clock: Clock,
-        make_worker: Callable[[Collection[str]], JobWorker],
-    ) -> None:
-        self.service = service
-        self.tasks = tasks
-        self.ledger = ledger
-        self.transport = transport
-        self.ringer = ringer
-        self.check = check
-        self.watch = JobWatch(service.get, clock)
-        self.worker: JobWorker | None = None
-        """Who runs jobs in this process; None: others do."""
-        self._make_worker = make_worker
-        if self.in_memory:
-            self.employ(())
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether the jobs end with this process, so that nobody else could run them."""
-        return isinstance(self.ledger, MemoryJobLedger)
-
-    def employ(self, queues: Collection[str]) -> None:
-        """Have this process run the jobs of ``queues``, or of all where there are none given."""
-        self.worker = self._make_worker(queues)
-
-    def dismiss(self) -> None:
-        """Have this process run no jobs."""
-        self.worker = None
-
-    def start(self) -> None:
-        """Begin to run jobs, if that is this process's work."""
-        if self.worker is not None:
-            self.worker.start()
-
-    def leave(self) -> None:
-        """Let nobody wait for news, and in memory take no job that could not be run any more."""
-        self.watch.end()
-        if isinstance(self.ledger, MemoryJobLedger):
-            self.ledger.close()
-
-
-class DrainWorker:
-    """Shutdown stage: lets the worker of this process leave, if there is one."""
-
-    def __init__(self, jobs: JobSystem) -> None:
-        self._jobs = jobs
-
-    async def run(self, budget: float) -> None:
-        """Finish what can be, hand back the rest; raises as :class:`DrainJobs` does."""
-        if self._jobs.worker is not None:
-            await DrainJobs(self._jobs.worker).run(budget)
-
-
-class CloseBells:
-    """Shutdown stage: rings what is still to be rung, and lets go of the transport."""
-
-    def __init__(self, jobs: JobSystem) -> None:
-        self._jobs = jobs
-
-    async def run(self, budget: float) -> None:
-        """Close both."""
-        try:
-            await self._jobs.ringer.close(budget * _BELL_SHARE)
-        finally:
-            await self._jobs.transport.close()
-
 
 def wire_jobs(
     settings: Settings,
     clock: Clock,
+    monitor: HealthMonitor,
     *,
     database: "PostgresDatabase | None",
     redis: "RedisClient | None",
@@ -122,18 +43,14 @@ def wire_jobs(
 
     ``functions`` are an application's own tasks. Raises :class:`ConfigurationError`.
     """
-    codec = MsgspecCodec()
-    tasks = _tasks(settings, functions, codec)
+    codec, instance = MsgspecCodec(), _instance_name()
     ledger = _ledger(database, clock)
+    built_in = _built_in(settings, clock, monitor, ledger, instance)
+    tasks = _tasks(settings, functions, built_in, codec)
     transport = _transport(database, redis, clock)
     ringer = Ringer(transport, clock=clock)
     service = JobService(
         ledger=ledger, tasks=tasks, codec=codec, queues=settings.queues, ring=ringer.ring
-    )
-    check = BacklogCheck(
-        counts=service.counts,
-        warn_after=settings.job.backlog_warn / 1000,
-        remark="" if database is not None else ", in memory: their jobs end with this process",
     )
 
     def make_worker(queues: Collection[str]) -> JobWorker:
@@ -144,7 +61,7 @@ def wire_jobs(
             tasks=tasks,
             codec=codec,
             queues=dict.fromkeys(queues or settings.queues, job.concurrency),
-            worker=_worker_name(),
+            worker=instance,
             lease=job.lease / 1000,
             sweep_interval=job.sweep_interval / 1000,
             look_interval=job.look_interval / 1000,
@@ -152,6 +69,7 @@ def wire_jobs(
             default_timeout=job.timeout / 1000,
             max_crashes=job.max_crashes,
             clock=clock,
+            periodic=built_in_periodic(),
             durable=database is not None,
         )
 
@@ -161,16 +79,41 @@ def wire_jobs(
         ledger=ledger,
         transport=transport,
         ringer=ringer,
-        check=check,
+        check=BacklogCheck(
+            counts=service.counts,
+            warn_after=settings.job.backlog_warn / 1000,
+            remark="" if database is not None else ", in memory: their jobs end with this process",
+        ),
+        alerts=wire_alerts(settings, clock, service, monitor, instance),
         clock=clock,
         make_worker=make_worker,
     )
 
 
-def _tasks(settings: Settings, functions: Sequence[object], codec: MsgspecCodec) -> TaskRegistry:
+def _built_in(
+    settings: Settings, clock: Clock, monitor: HealthMonitor, ledger: JobLedger, instance: str
+) -> Sequence[Task]:
+    return built_in_tasks(
+        ledger=ledger,
+        monitor=monitor,
+        clock=clock,
+        delivery=wire_webhooks(settings, clock),
+        alert_url=alert_url(settings),
+        webhook_timeout=settings.webhook.timeout / 1000,
+        retention=settings.job.retention / 1000,
+        instance=instance,
+    )
+
+
+def _tasks(
+    settings: Settings,
+    functions: Sequence[object],
+    built_in: Sequence[Task],
+    codec: MsgspecCodec,
+) -> TaskRegistry:
     loaded, problems = load_tasks(settings.task_modules)
     given, more = declared_tasks(functions)
-    registry, wrong = registry_of([*loaded, *given], (), settings.queues, codec)
+    registry, wrong = registry_of([*loaded, *given], built_in, settings.queues, codec)
     if problems or more or wrong:
         raise ConfigurationError([*problems, *more, *wrong])
     return registry
@@ -195,6 +138,6 @@ def _transport(
     return stream_transport(redis, clock)
 
 
-def _worker_name() -> str:
+def _instance_name() -> str:
     # The host and the process are for people; the rest makes it a name that nobody ever had.
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"

@@ -1,32 +1,33 @@
 """Wires webhooks, and the alerts that leave as such."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 
 from viralfx.domain.clock import Clock
 from viralfx.domain.jobs.alerts import HealthAlerts
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.monitor import HealthMonitor
+from viralfx.domain.single_flight import SingleFlight
 from viralfx.domain.webhooks.allowed import AllowList
 from viralfx.domain.webhooks.delivery import Answer, WebhookDelivery, WebhookSender
 from viralfx.domain.webhooks.destinations import Destination
-from viralfx.domain.webhooks.errors import WebhookRefusedError
 from viralfx.domain.webhooks.hosts import HostCircuits
 from viralfx.domain.webhooks.signature import Signer, parse_secrets
 from viralfx.settings import Settings
 from viralfx.telemetry.observed import log_circuit
 
 
-def wire_webhooks(settings: Settings, clock: Clock, *, runs_jobs: bool) -> WebhookDelivery:
-    """Wire the delivery of webhooks. A process that runs no jobs gets one that sends none.
+def wire_webhooks(settings: Settings, clock: Clock) -> WebhookDelivery:
+    """Wire the delivery of webhooks; the settings must be free of contradictions.
 
-    The settings must be free of contradictions.
+    What sends them is loaded with the first one.
     """
     secret = settings.webhook.secret
     allowed = AllowList(settings.webhook.allowed_hosts, also=alert_url(settings))
     return WebhookDelivery(
         allowed=allowed,
         signer=None if secret is None else Signer(parse_secrets(secret.value)),
-        sender=_sender(settings, allowed) if runs_jobs and not allowed.empty else _NoSender(),
+        sender=_LateSender(lambda: _sender(settings, allowed)),
         circuits=HostCircuits(listeners=(log_circuit,), clock=clock),
         clock=clock,
     )
@@ -65,14 +66,18 @@ def _sender(settings: Settings, allowed: AllowList) -> WebhookSender:
     return HttpWebhookSender(allowed.check_addresses, timeout=settings.webhook.timeout / 1000)
 
 
-class _NoSender:
-    """Stands where nothing is to be sent: the allow list is empty, or jobs are run elsewhere."""
+class _LateSender:
+    """Makes the sender, in a thread, when something is to be sent."""
+
+    def __init__(self, make: Callable[[], WebhookSender]) -> None:
+        self._make = make
+        self._making = SingleFlight[WebhookSender]()
+        self._sender: WebhookSender | None = None
 
     async def post(
-        self,
-        destination: Destination,  # noqa: ARG002 - the port's
-        headers: Mapping[str, str],  # noqa: ARG002
-        body: bytes,  # noqa: ARG002
+        self, destination: Destination, headers: Mapping[str, str], body: bytes
     ) -> Answer:
         """See the port."""
-        raise WebhookRefusedError("this process sends no webhooks")
+        if self._sender is None:
+            self._sender = await self._making.run("", lambda: asyncio.to_thread(self._make))
+        return await self._sender.post(destination, headers, body)

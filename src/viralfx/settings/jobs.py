@@ -21,6 +21,9 @@ from viralfx.settings.kinds import (
 # No timer waits for it, so it need not fit into one: ten years.
 Retention = Annotated[int, Meta(ge=0, le=315_360_000_000)]
 
+_LEAST_RETENTION = 7_200_000
+"""Milliseconds: twice the longest period of a periodic job."""
+
 
 class JobSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How jobs are run and kept. A field's variable is ``JOB_`` and its name."""
@@ -57,6 +60,12 @@ class JobSettings(msgspec.Struct, frozen=True, kw_only=True):
                 " jobs of dead workers would be found late; lower it, or raise JOB_LEASE"
             )
             yield frozenset({"JOB_SWEEP_INTERVAL", "JOB_LEASE"}), problem
+        if 0 < self.retention < _LEAST_RETENTION:
+            problem = (
+                f"JOB_RETENTION: {self.retention} is less than {_LEAST_RETENTION}, so hourly jobs"
+                " would be forgotten and run again in the same hour; raise it"
+            )
+            yield frozenset({"JOB_RETENTION"}), problem
 
 
 class WebhookSettings(msgspec.Struct, frozen=True, kw_only=True):
