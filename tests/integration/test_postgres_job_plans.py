@@ -14,6 +14,7 @@ from tests.servers.postgres import Database
 
 from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
 from viralfx.adapters.postgres import job_statements as sql
+from viralfx.adapters.postgres.job_rows import settlement_columns
 from viralfx.domain.jobs.job import Claim, JobState, completed, failed
 
 ROWS = 100_000
@@ -165,6 +166,27 @@ async def test_a_page_reads_few_rows_of_many(pool: PostgresDatabase, database: D
     assert len(ids) == 500
     assert ids == sorted(ids, reverse=True)
     assert {job.state for job in older} == {JobState.FAILED}
+
+
+async def test_outcomes_are_found_in_a_table_that_was_small(
+    pool: PostgresDatabase, database: Database
+) -> None:
+    """The server believes that no job is active; what it does is as much as there are outcomes."""
+    ledger = PostgresJobLedger(pool)
+    await ledger.accept([draft() for _ in range(1000)])
+    database.execute("analyze viralfx_jobs")
+    await ledger.register("w", ["default"], LONG)
+    claims = await ledger.claim("default", "w", 1000)
+    outcomes = settlement_columns([completed(claim, b"1") for claim in claims[:50]])
+    async with pool.acquire() as connection:
+        text = await connection.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) {sql.SETTLE}", *outcomes)
+    compared = [
+        (part["Actual Rows"] + part.get("Rows Removed by Join Filter", 0)) * part["Actual Loops"]
+        for part in nodes(json.loads(text)[0]["Plan"])
+    ]
+
+    assert (await ledger.counts())["default"].completed == 50
+    assert max(compared) <= 2000
 
 
 async def test_what_another_is_taking_is_passed_over(

@@ -50,7 +50,7 @@ WITH chosen AS MATERIALIZED (
 )
 {_GIVE}
 """  # noqa: S608 - constants
-# Said so that the index of all that wait does not fit, but only that of the ids; SETTLE likewise.
+# Said so that the index of all that wait does not fit, but only that of the ids.
 CLAIM_THESE: Final = f"""
 WITH chosen AS MATERIALIZED (
     SELECT id FROM viralfx_jobs
@@ -70,6 +70,8 @@ UPDATE viralfx_jobs SET state = 'waiting', worker = NULL
 WHERE state = 'active' AND worker = $1 AND receipt = ANY($2::bigint[])
 """
 
+# The planner has no opinion of a CASE. It would think that there are no active jobs, if there were
+# none when it last looked, and compare each of the many that there are with each that is given.
 SETTLE: Final = """
 UPDATE viralfx_jobs AS job
 SET state = given.state,
@@ -92,7 +94,7 @@ FROM unnest(
     $8::integer[]
 ) AS given (id, number, state, result, code, message, delay, spent)
 WHERE job.id = given.id
-    AND job.state IS NOT DISTINCT FROM 'active' AND job.claims = given.number
+    AND CASE WHEN job.state = 'active' THEN job.claims = given.number ELSE false END
 RETURNING job.id
 """
 SETTLED_BEFORE: Final = """
@@ -149,9 +151,9 @@ WITH gone AS (
     )
 ), lost AS MATERIALIZED (
     SELECT id FROM viralfx_jobs AS job
-    WHERE state = 'active' AND NOT EXISTS (
-        SELECT FROM viralfx_workers AS living
-        WHERE living.worker = job.worker AND lease_until > statement_timestamp()
+    WHERE state = 'active' AND coalesce(worker, '') NOT IN (
+        SELECT living.worker FROM viralfx_workers AS living
+        WHERE lease_until > statement_timestamp()
     )
     FOR UPDATE OF job SKIP LOCKED
 )
