@@ -18,7 +18,6 @@ from tests.integration.redis_clients import (
 )
 from tests.servers.fixtures import FaultProxies
 from tests.servers.sentinel import SentinelSetup
-from tests.servers.waiting import wait_until
 
 from viralfx.adapters.redis import CloseRedis, RedisClient, RedisConfig
 
@@ -122,12 +121,10 @@ async def test_the_primary_that_returns_as_a_replica_is_left_alone(
         check = check_of(client)
         await check.check()
         await client.redis.set("key", "old")
-        old = sentinel_setup.primary_server()
-        sentinel = sentinel_setup.sentinel_servers[0]
-        sentinel.command("SENTINEL", "FAILOVER", sentinel_setup.name)
+        old = await asyncio.to_thread(sentinel_setup.fail_over)
         new = await asyncio.to_thread(sentinel_setup.wait_failover, old)
         # Until it has heard of it, the old one takes writes, which are lost: Redis is like that.
-        await asyncio.to_thread(wait_until, lambda: old.command("ROLE")[0] == "slave")
+        await asyncio.to_thread(sentinel_setup.wait_follows, old)
         assert await within(10.0, client.redis.set("key", "new")) is True
         observation: Any = await seen(check, None)
 

@@ -1,7 +1,7 @@
 """A primary and a replica under the watch of three Sentinels."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
 import redis
@@ -13,10 +13,12 @@ NAME = "viralfx-primary"
 QUORUM = 2
 
 
-PERIODS = {"PING-PERIOD": 250, "PUBLISH-PERIOD": 100, "INFO-PERIOD": 200}
+PERIODS = {"PING-PERIOD": 250, "PUBLISH-PERIOD": 500, "INFO-PERIOD": 200}
 """Milliseconds. A Sentinel that pings only as often as servers have to answer, its default here,
 takes each one that it has just met for down, also the primary after a failover. But five pings
 have to take longer than the second between two looks at a replica, or none is fit for promotion.
+And who sees a promoted replica while the old primary is well, as after SENTINEL FAILOVER, makes it
+a replica again after four publications: by then the one who promoted it must have looked and told.
 """
 
 
@@ -86,6 +88,20 @@ class SentinelSetup:
         self._killed = self.primary_server()
         self._killed.kill()
         return self._killed
+
+    def fail_over(self) -> RedisServer:
+        """Ask for an ordered failover until a Sentinel begins one; return the old primary."""
+        old = self.primary_server()
+
+        def begun() -> bool:
+            # Refused while it has not looked at the replica lately, or with a failover under way.
+            with suppress(redis.ResponseError):
+                self.sentinel_servers[0].command("SENTINEL", "FAILOVER", self.name)
+                return True
+            return self.primary_server() is not old
+
+        wait_until(begun, what="a Sentinel begins a failover")
+        return old
 
     def wait_failover(
         self, old: RedisServer | None = None, *, seconds: float = 20.0
