@@ -42,7 +42,7 @@ class Coalescer(Generic[ItemT, AnswerT]):
 
     async def __call__(self, item: ItemT) -> AnswerT:
         """Return the answer for ``item``, or raise its error."""
-        entry = _Entry[ItemT, AnswerT](item)
+        entry: _Entry[ItemT, AnswerT] = _Entry(item)
         self._waiting.append(entry)
         if self._running is None:
             # A task begins after whatever is ready to run now, and takes what that brings. What

@@ -131,7 +131,7 @@ class QueueConsumer:
     def _pause(self) -> float | None:
         """Return the seconds to wait for before claiming; None: none."""
         now = self._clock.monotonic()
-        if self.slots.free <= 0 or not self._heartbeat.good(now):
+        if self.slots.free <= 0 or not self._heartbeat.secure(now):
             return float("inf")  # a change of either wakes
         if now < self._not_before:
             return self._not_before - now

@@ -47,6 +47,10 @@ class Heartbeat:
         """Tell whether the lease is good at a monotonic time."""
         return self._good_until is not None and now < self._good_until
 
+    def secure(self, now: float) -> bool:
+        """Tell whether it is good for long enough to claim jobs under it."""
+        return self.good(now + self._lease / 5)
+
     async def run(self) -> None:
         """Renew until cancelled."""
         try:

@@ -147,6 +147,9 @@ class Departure:
             leaving.cancel()
             _logger.error("Job worker could not leave the ledger: it does not answer")
             return None
+        if (error := leaving.exception()) is not None:
+            _logger.error("Job worker could not leave the ledger", exc_info=error)
+            return None
         returned = leaving.result()
         for queue, ids in returned.items():
             self._ringer.ring(queue, ids)

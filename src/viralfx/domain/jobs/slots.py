@@ -13,8 +13,8 @@ from viralfx.domain.jobs.suspects import Suspects, is_suspect
 class Slots:
     """Runs claimed jobs.
 
-    A slot is free again when its task has ended. What the ledger has not been told by then needs
-    none, but there is no slot for anything new while there are as many of those.
+    A slot is free again when its task has ended: the next job is claimed while the outcome is
+    recorded. What is not recorded is bounded, too: it is never more than twice the slots.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Slots:
     @property
     def free(self) -> int:
         """How many jobs may begin now."""
-        return self.count - max(len(self._running), len(self._unrecorded))
+        return min(self.count, 2 * self.count - len(self._unrecorded)) - len(self._running)
 
     @property
     def active(self) -> int:
