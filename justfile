@@ -57,6 +57,24 @@ bench-resilience:
     {{bin}}/python -m benchmarks.resilience.bench 7 4000
     {{bin}}/python -m benchmarks.resilience.probe
 
+# enqueue and process jobs next to other job queues (short: --jobs 1000 --rounds 1 --rows 1000)
+bench-jobs *arguments: _bench-jobs-apart
+    {{bin}}/uv pip install --quiet --python {{bin}}/python --group bench-jobs
+    {{bin}}/python -m benchmarks.jobs.rates {{arguments}}
+
+# where those go whose dependencies do not go with ours
+_bench-jobs-apart:
+    {{bin}}/uv venv --quiet --allow-existing --python {{bin}}/python .venv-bench-jobs
+    {{bin}}/uv pip install --quiet --python .venv-bench-jobs/bin/python --group bench-jobs-apart
+
+# accept jobs over HTTP, against a handler that keeps nothing
+bench-accept *arguments:
+    {{bin}}/python -m benchmarks.jobs.accept {{arguments}}
+
+# run 100 000 jobs, and see that no memory grows; exits 1 when some does
+bench-flat *arguments:
+    {{bin}}/python -m benchmarks.jobs.flat {{arguments}}
+
 # renew docs/configuration.md from the settings
 configuration:
     { sed -n "1,/^$/p" docs/configuration.md; env -i {{bin}}/viralfx env --markdown; } > docs/configuration.new

@@ -17,9 +17,15 @@ HEADERS = {"User-Agent": "kube-probe/1.34", "Accept": "*/*"}
 class KeepAliveClients:
     """Clients that each send one request after another, and reconnect when told to close."""
 
-    def __init__(self, port: int, path: str, *, count: int) -> None:
-        lines = [f"GET {path} HTTP/1.1", "Host: localhost", *map(": ".join, HEADERS.items())]
-        self.request = "\r\n".join([*lines, "\r\n"]).encode()
+    def __init__(self, port: int, path: str, *, count: int, posted: str = "") -> None:
+        """Get a path; with ``posted``, a JSON document, post it there."""
+        lines = ["Host: localhost", *map(": ".join, HEADERS.items())]
+        if posted:
+            length = f"Content-Length: {len(posted.encode())}"
+            lines = [f"POST {path} HTTP/1.1", *lines, "Content-Type: application/json", length]
+        else:
+            lines = [f"GET {path} HTTP/1.1", *lines]
+        self.request = "\r\n".join([*lines, "", posted]).encode()
         self.answered = 0
         self.lost: list[str] = []
         """Why each request that was to be answered was not; its client then gives up."""
@@ -86,7 +92,7 @@ class _Connection(asyncio.Protocol):
             return
         self._received = b""
         clients = self._clients
-        if not received.startswith(b"HTTP/1.1 200 "):
+        if not received.startswith(b"HTTP/1.1 2"):
             clients.lost.append(received[:head_end].split(b"\r", 1)[0].decode("latin-1"))
         else:
             clients.answered += 1
@@ -106,8 +112,10 @@ class _Connection(asyncio.Protocol):
             self._clients.give_up(f"closed: {exc}")
 
 
-async def _load(port: int, path: str, connections: int, seconds: float) -> dict[str, float]:
-    clients = KeepAliveClients(port, path, count=connections)
+async def _load(
+    port: int, path: str, connections: int, seconds: float, posted: str = ""
+) -> dict[str, float]:
+    clients = KeepAliveClients(port, path, count=connections, posted=posted)
     began = time.monotonic()
     await clients.come()
     await asyncio.sleep(seconds)
@@ -120,6 +128,6 @@ async def _load(port: int, path: str, connections: int, seconds: float) -> dict[
 
 
 if __name__ == "__main__":
-    port_text, requested, connections_text, seconds_text = sys.argv[1:]
-    work = _load(int(port_text), requested, int(connections_text), float(seconds_text))
+    port_text, requested, connections_text, seconds_text, *body = sys.argv[1:]
+    work = _load(int(port_text), requested, int(connections_text), float(seconds_text), *body)
     print(json.dumps(uvloop.run(work)))

@@ -21,7 +21,7 @@ _CLIENT = Path(__file__).with_name("keepalive.py")
 
 
 class LoadError(Exception):
-    """The load generator failed, or had answers other than 200."""
+    """The load generator failed, or had answers that are no success."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +46,18 @@ def generator() -> str:
     return " ".join(said.split()[:2])
 
 
-def load(server: Server, path: str, *, seconds: int) -> Sample:
-    """Load one path for some seconds. Raises :class:`LoadError` when an answer is not 200."""
+def load(
+    server: Server, path: str, *, seconds: int, posted: str = "", connections: int = CONNECTIONS
+) -> Sample:
+    """Load one path for some seconds, by a document ``posted`` there or by getting it.
+
+    What is posted comes from our own client. Raises :class:`LoadError` when an answer is not 2xx.
+    """
     served, own, all_used = server.cpu_seconds(), _own_seconds(), _core_seconds()
-    count, took = _wrk(server.port, path, seconds) if _WRK else _ours(server.port, path, seconds)
+    if _WRK and not posted:
+        count, took = _wrk(server.port, path, seconds)
+    else:
+        count, took = _ours(server.port, path, connections, seconds, posted)
     served, own, all_used = (
         server.cpu_seconds() - served,
         _own_seconds() - own,
@@ -99,10 +107,9 @@ def _wrk(port: int, path: str, seconds: int) -> tuple[int, float]:
     return int(found[1]), float(found[2])
 
 
-def _ours(port: int, path: str, seconds: int) -> tuple[int, float]:
-    said = json.loads(
-        _run(sys.executable, str(_CLIENT), str(port), path, str(CONNECTIONS), str(seconds))
-    )
+def _ours(port: int, path: str, connections: int, seconds: int, posted: str) -> tuple[int, float]:
+    arguments = (str(port), path, str(connections), str(seconds), posted)
+    said = json.loads(_run(sys.executable, str(_CLIENT), *arguments))
     if said["failed"]:
         raise LoadError(f"{path}: {said}")
     return said["requests"], said["seconds"]

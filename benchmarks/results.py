@@ -72,21 +72,30 @@ def circumstances(*more: str) -> list[str]:
     ]
 
 
-def publish(script: str, lines: Iterable[str], targets: Iterable[Target], *, check: bool) -> int:
+def publish(
+    script: str,
+    lines: Iterable[str],
+    targets: Iterable[Target],
+    *,
+    check: bool,
+    record: bool = True,
+) -> int:
     """Print a section and write it into the results; the exit code is 1 if a target is missed.
 
-    Only with ``check``, that is: without it the figures are for reading.
+    Only with ``check``, that is: without it the figures are for reading. A trial run does not
+    ``record`` what it saw.
     """
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     name = f"{script} on Python {python}"
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     section = "\n".join([begin, f"## `{script}`, Python {python}", "", *lines, end])
     print(section)
-    text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else _HEADING
-    before, found, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    text = f"{before}{section}{after}" if found else f"{text.rstrip()}\n\n{section}\n"
-    RESULTS.write_text(text, encoding="utf-8")
+    if record:
+        text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else _HEADING
+        before, found, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{section}{after}" if found else f"{text.rstrip()}\n\n{section}\n"
+        RESULTS.write_text(text, encoding="utf-8")
     missed = [target.what for target in targets if not target.met]
     for what in missed:
         print(f"missed: {what}", file=sys.stderr)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +38,7 @@ def on_core(core: int) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """A server program; ``{port}`` in the arguments stands for its port."""
+    """A server program; ``{port}`` in arguments and environment stands for its port."""
 
     name: str
     arguments: tuple[str, ...]
@@ -51,6 +51,12 @@ def uvicorn(name: str, module: str) -> Program:
     where = "--host 127.0.0.1 --port {port}"
     arguments = ("-m", "uvicorn", f"{module}:app", *options.split(), *where.split())
     return Program(name=name, arguments=arguments)
+
+
+def worker(name: str, **environment: str) -> Program:
+    """Run ``viralfx worker``; its port is that of its management."""
+    more = {**environment, "MANAGEMENT_PORT": "{port}"}
+    return Program(name=name, arguments=("-m", "viralfx", "worker"), environment=more)
 
 
 def viralfx(name: str, module: str | None = None, **environment: str) -> Program:
@@ -71,19 +77,25 @@ class ServerError(Exception):
 
 
 class Server:
-    """A running program; on leaving the block it is killed if it still runs."""
+    """A running program; on leaving the block it is killed if it still runs.
 
-    def __init__(self, program: Program) -> None:
+    It has a core of its own unless it is to run ``anywhere``.
+    """
+
+    def __init__(self, program: Program, *, anywhere: bool = False) -> None:
         self.program = program
-        self.port = _free_port()
+        self.port = free_port()
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed at the end
         kept = {name: value for name, value in os.environ.items() if not _OURS.match(name)}
-        with on_core(SERVER_CORE):
+        environment = {
+            name: value.format(port=self.port) for name, value in program.environment.items()
+        }
+        with nullcontext() if anywhere else on_core(SERVER_CORE):
             self.started_at = time.monotonic()
             self._process = subprocess.Popen(
                 [sys.executable, *(a.format(port=self.port) for a in program.arguments)],
                 cwd=ROOT,
-                env={**kept, **program.environment},
+                env={**kept, **environment},
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
             )
@@ -115,6 +127,10 @@ class Server:
         times = psutil.Process(self._process.pid).cpu_times()
         return times.user + times.system
 
+    def rss(self) -> int:
+        """Return the bytes of its memory that are resident."""
+        return int(psutil.Process(self._process.pid).memory_info().rss)
+
     def terminate(self) -> None:
         """Send SIGTERM and return at once."""
         self._terminated_at = time.monotonic()
@@ -141,7 +157,8 @@ class Server:
         return self._output.read().decode(errors="replace")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,0 +1,45 @@
+"""SAQ over Redis."""
+
+from typing import Any
+
+from benchmarks.jobs.peer import SLOTS, redis_url
+from benchmarks.jobs.tally import ran
+from saq import Queue
+
+DISTRIBUTIONS = ("saq", "redis")
+WORKER = (
+    *("-m", "benchmarks.jobs.on_uvloop", "saq"),
+    "benchmarks.jobs.peers.saq_redis.settings",
+)
+
+queue = Queue.from_url(redis_url())
+
+
+async def noop(_context: Any) -> None:
+    """Do nothing."""
+    ran()
+
+
+settings = {"queue": queue, "functions": [noop], "concurrency": SLOTS}
+
+
+class Producer:
+    """Enqueues with SAQ's defaults: results are kept for ten minutes."""
+
+    gathers = True
+
+    async def prepare(self) -> None:
+        """Connect."""
+        await queue.connect()
+
+    async def enqueue(self) -> None:
+        """Enqueue one job."""
+        await queue.enqueue("noop")
+
+    async def unfinished(self) -> int:
+        """Count what is queued, scheduled or active."""
+        return int(await queue.count("incomplete"))
+
+    async def close(self) -> None:
+        """Disconnect."""
+        await queue.disconnect()

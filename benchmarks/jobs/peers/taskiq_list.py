@@ -1,0 +1,42 @@
+"""Plain taskiq over a Redis list, which knows nothing of a job once a worker took it."""
+
+from benchmarks.jobs.peer import SLOTS, redis_url
+from benchmarks.jobs.peers.taskiq_redis_broker import worker_of
+from benchmarks.jobs.tally import ran
+from redis.asyncio import Redis
+from taskiq_redis import ListQueueBroker
+
+DISTRIBUTIONS = ("taskiq", "taskiq-redis", "redis")
+WORKER = worker_of("benchmarks.jobs.peers.taskiq_list")
+
+# With redis-py's own limit of 5 s an idle worker dies again and again.
+broker = ListQueueBroker(redis_url(), max_connection_pool_size=SLOTS + 1, socket_timeout=None)
+
+
+@broker.task
+async def noop() -> None:
+    """Do nothing."""
+    ran()
+
+
+class Producer:
+    """Enqueues on the list."""
+
+    gathers = True
+
+    async def prepare(self) -> None:
+        """Connect."""
+        await broker.startup()
+        self._redis = Redis(connection_pool=broker.connection_pool)
+
+    async def enqueue(self) -> None:
+        """Push one message."""
+        await noop.kiq()
+
+    async def unfinished(self) -> int:
+        """Count what no worker took."""
+        return int(await self._redis.llen(broker.queue_name))
+
+    async def close(self) -> None:
+        """Disconnect."""
+        await broker.shutdown()
