@@ -116,6 +116,7 @@ def test_the_contracts_are_kept() -> None:
         ("runner/serve.py", "import litestar", "ADR-0004: Litestar stays in web"),
         ("web/gate.py", "import uvicorn", "ADR-0008: uvicorn stays in the runner"),
         ("telemetry/logs.py", "import redis", "ADR-0018: redis stays in its adapter"),
+        ("runner/process.py", "import taskiq", "ADR-0023: taskiq stays in its adapter"),
         ("domain/events.py", "import viralfx.domain.monitor", "ADR-0002: no cycles"),
     ],
 )
