@@ -369,6 +369,37 @@ async def test_a_restart_is_two_lines(
     assert told(caplog) == [LOST, FOUND]
 
 
+async def test_slots_hold_through_an_outage(own_redis: RedisServer) -> None:
+    """The calls under way notice nothing, and keep their slots."""
+    running = most = 0
+    heard, done = Heard(), asyncio.Event()
+
+    async def hear(bell: Bell) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await done.wait()
+        running -= 1
+        await heard(bell)
+
+    async with transport_to(own_redis) as transport, listening(transport, hear, slots=3):
+        await ring(transport, "a", "b")
+        await until(lambda: running == 2)
+        own_redis.kill()
+        await until(lambda: not transport.hears(QUEUE))
+        own_redis.start()
+        await until(lambda: transport.hears(QUEUE), seconds=10)
+        await ring_until_sent(transport, "c")
+        await ring(transport, "d", "e")
+        await until(lambda: running == 3)
+        await until(lambda: own_redis.command("XLEN", STREAM) == 2)
+        done.set()
+        await until(lambda: len(heard) == 5)
+
+    assert most == 3
+    assert sorted(heard) == ["a", "b", "c", "d", "e"]
+
+
 async def test_redis_down_at_the_start(
     own_redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
