@@ -234,7 +234,7 @@ def test_only_the_program_configures_logging() -> None:
         )
     }
 
-    assert callers == {"runner/serve.py", "cli/migrate.py"}
+    assert callers == {"runner/serve.py", "runner/worker.py", "cli/migrate.py"}
 
 
 def test_importing_the_package_is_cheap() -> None:

@@ -126,6 +126,87 @@ def test_an_application_with_a_mistake_in_it(tmp_path: Path) -> None:
     assert "broken_application.py:3" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (None, "TASK_MODULES: there is no module 'my_tasks'"),
+        ('"""No tasks."""', "TASK_MODULES: my_tasks declares no task; put @task('...') on an"),
+        ('raise ValueError("oops")', "TASK_MODULES: importing my_tasks failed: ValueError: oops ("),
+        ("import nothing_at_all", "TASK_MODULES: importing my_tasks failed: ModuleNotFoundError"),
+        ("raise SystemExit(0)", "TASK_MODULES: importing my_tasks failed: SystemExit: 0 ("),
+        ("def broken(:", "TASK_MODULES: importing my_tasks failed: SyntaxError"),
+    ],
+)
+def test_task_modules_that_cannot_be_used(tmp_path: Path, text: str | None, line: str) -> None:
+    """One line for each, from the worker as from the service; no traceback."""
+    if text is not None:
+        (tmp_path / "my_tasks.py").write_text(f"{text}\n")
+    environment = {"TASK_MODULES": "my_tasks,tests_nowhere.tasks"}
+    for arguments, more in ((["serve"], {}), (["worker"], {"DATABASE_URL": "postgresql://db/x"})):
+        result = command(*arguments, environment={**environment, **more}, cwd=tmp_path)
+        first, second = result.stderr.splitlines()
+
+        assert (result.returncode, result.stdout) == (2, "")
+        assert first.startswith(f"viralfx: {line}")
+        assert second == (
+            "viralfx: TASK_MODULES: there is no module 'tests_nowhere', which tests_nowhere.tasks"
+            " would be in"
+        )
+
+
+def test_tasks_that_cannot_be_used(tmp_path: Path) -> None:
+    """A name twice, a queue that is none and a payload that is none are one line each."""
+    (tmp_path / "my_tasks.py").write_text(
+        """from viralfx import task
+
+
+class Odd:
+    pass
+
+
+@task("one")
+async def one(payload: int) -> None: ...
+
+
+@task("one", queue="analitics")
+async def two(payload: int) -> None: ...
+
+
+@task("default.prune", queue="zzz")
+async def three(payload: Odd | list[int]) -> None: ...
+"""
+    )
+    result = command("serve", environment={"TASK_MODULES": "my_tasks"}, cwd=tmp_path)
+    lines = result.stderr.splitlines()
+
+    assert (result.returncode, len(lines)) == (2, 5)
+    assert lines[0] == (
+        "viralfx: @task('one'): there is no queue named 'analitics'; did you mean analytics?"
+    )
+    assert lines[1] == (
+        "viralfx: @task('one'): there are two tasks named 'one'; rename one (my_tasks.two)"
+    )
+    assert lines[2].endswith(
+        "there is no queue named 'zzz'; QUEUES has default, notifications, analytics"
+    )
+    assert lines[3].startswith("viralfx: @task('default.prune'): its payload has no JSON: ")
+    assert lines[4].startswith("viralfx: @task('default.prune'): there are two tasks named")
+
+
+def test_a_worker_that_could_not_work() -> None:
+    """Without a database, and of a queue that is none: one line each."""
+    result = command("worker", "--queue", "notification")
+
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines() == [
+        (
+            "viralfx: DATABASE_URL: not set, so each process keeps its jobs in its own memory and"
+            " nobody could give a worker any; set it, or run jobs in `viralfx serve`"
+        ),
+        "viralfx: --queue: there is no queue named 'notification'; did you mean notifications?",
+    ]
+
+
 @pytest.mark.parametrize("port", ["-1", "65536", "x", ""])
 def test_a_port_that_is_none(port: str) -> None:
     """--port is checked like PORT."""
@@ -136,14 +217,12 @@ def test_a_port_that_is_none(port: str) -> None:
 
 
 def test_the_help_lists_what_works() -> None:
-    """Every command of this version answers --help, and no other is listed."""
+    """Every command of this version is listed and answers --help."""
     result = command("--help")
 
-    assert "serve" in result.stdout
-    for name in ("serve", "migrate", "doctor", "probe", "env"):
+    for name in ("serve", "worker", "migrate", "doctor", "probe", "env"):
         assert f"\n    {name} " in result.stdout
         assert command(name, "--help").returncode == 0
-    assert "worker" not in result.stdout
 
 
 def test_a_probe_of_nobody_fails() -> None:

@@ -111,6 +111,7 @@ def test_help_lists_the_commands_that_work(capsys: pytest.CaptureFixture[str]) -
     assert caught.value.code == 0
     assert re.findall(r"^ {4}(\w+)\s", out, re.MULTILINE) == [
         "serve",
+        "worker",
         "migrate",
         "doctor",
         "probe",
@@ -118,7 +119,7 @@ def test_help_lists_the_commands_that_work(capsys: pytest.CaptureFixture[str]) -
     ]
 
 
-@pytest.mark.parametrize("command", ["serve", "migrate", "doctor", "probe", "env"])
+@pytest.mark.parametrize("command", ["serve", "worker", "migrate", "doctor", "probe", "env"])
 def test_every_command_answers_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Each command explains itself."""
     with pytest.raises(SystemExit) as caught:
@@ -138,6 +139,8 @@ def test_every_command_answers_help(command: str, capsys: pytest.CaptureFixture[
         ["serve", "--port", "-1"],
         ["serve", "--port", "٣"],
         ["serve", "--workers", "4"],
+        ["worker", "--queue"],
+        ["worker", "default"],
         ["env", "--json"],
     ],
     ids=lambda arguments: " ".join(arguments) or "nothing",
@@ -152,6 +155,45 @@ def test_wrong_arguments_are_refused(
 
     assert (caught.value.code, out) == (2, "")
     assert err.startswith("usage: viralfx")
+
+
+# -- worker ----------------------------------------------------------------------------------
+
+
+def refusals(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """Return the lines with which ``viralfx worker`` refuses to begin."""
+    assert main(["worker", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err.splitlines()
+
+
+MEMORY = (
+    "viralfx: DATABASE_URL: not set, so each process keeps its jobs in its own memory and nobody"
+    " could give a worker any; set it, or run jobs in `viralfx serve`"
+)
+
+
+def test_a_worker_without_a_database_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody could give it jobs."""
+    assert refusals(capsys) == [MEMORY]
+
+
+def test_an_unknown_queue_is_refused_with_a_suggestion(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them at once, beside everything else that is wrong."""
+    arguments = ("--queue", "defualt", "--queue", "analytics", "--queue", "zzz")
+    first = "viralfx: --queue: there is no queue named 'defualt'; did you mean default?"
+    second = (
+        "viralfx: --queue: there is no queue named 'zzz'; QUEUES=default,notifications,analytics"
+    )
+
+    assert refusals(capsys, *arguments) == [MEMORY, first, second]
+
+    monkeypatch.setenv("DATABASE_URL", "postgresql://db/app")
+
+    assert refusals(capsys, *arguments) == [first, second]
 
 
 # -- as a process ----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 
 from viralfx.adapters.memory import MemoryJobLedger
 from viralfx.domain.clock import Clock
+from viralfx.domain.errors import WorkLostError
 from viralfx.domain.health import HealthCheck
 from viralfx.domain.jobs.alerts import HealthAlerts, StopAlerts
 from viralfx.domain.jobs.ledger import JobLedger
@@ -89,6 +90,10 @@ class DrainWorker:
         """Finish what can be, hand back the rest; raises as :class:`DrainJobs` does."""
         if self._jobs.worker is not None:
             await DrainJobs(self._jobs.worker).run(budget)
+        elif self._jobs.in_memory:
+            counts = (await self._jobs.ledger.counts()).values()
+            if lost := sum(queue.waiting + queue.scheduled for queue in counts):
+                raise WorkLostError(f"{lost} in-memory jobs were run by nobody")
 
 
 class EndAlerts:

@@ -48,7 +48,22 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--app", metavar="MODULE:NAME", help="a Litestar application of your own")
     serve.add_argument("--host", help="address to listen on (default: HOST, or 0.0.0.0)")
     serve.add_argument("--port", type=_port, help="port to listen on (default: PORT, or 3000)")
+    serve.add_argument(
+        "--worker",
+        action=argparse.BooleanOptionalAction,
+        help="run jobs in this process, too, or do not (default: only jobs in memory)",
+    )
     serve.set_defaults(run=_serve)
+
+    worker = commands.add_parser("worker", help="run jobs until told to stop")
+    worker.add_argument(
+        "--queue",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only the jobs of this queue; may be given several times (default: all of QUEUES)",
+    )
+    worker.set_defaults(run=_worker)
 
     migrate = commands.add_parser("migrate", help="bring the database's schema up to date")
     migrate.add_argument(
@@ -105,7 +120,28 @@ def _serve(options: argparse.Namespace) -> int:
     try:
         from viralfx.runner.serve import serve  # noqa: PLC0415
 
-        return serve(signals, app=options.app, host=options.host, port=options.port)
+        return serve(
+            signals,
+            app=options.app,
+            host=options.host,
+            port=options.port,
+            worker=options.worker,
+        )
+    finally:
+        gc.enable()
+
+
+def _worker(options: argparse.Namespace) -> int:
+    from viralfx.runner.signals import SignalWatch  # noqa: PLC0415
+
+    signals = SignalWatch()
+    signals.install()  # as for serve
+
+    gc.disable()
+    try:
+        from viralfx.runner.worker import work  # noqa: PLC0415
+
+        return work(signals, queues=options.queue)
     finally:
         gc.enable()
 

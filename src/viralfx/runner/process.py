@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from viralfx.domain.errors import StartupError
@@ -43,18 +43,24 @@ class Process:
         *,
         operations: Operations,
         signals: SignalWatch,
-        server: Callable[[], HttpServer],
+        server: Callable[[], HttpServer] | None,
         gate: Gate,
         management: Callable[[], HttpServer] | None,
         shutdown_on_uncaught: bool,
+        queues: Sequence[str] = (),
     ) -> None:
-        """Take what there is to run; the servers are made on the loop that runs them."""
+        """Take what there is to run; the servers are made on the loop that runs them.
+
+        ``server`` is the application's, None where there is none; ``gate`` stands in front of it,
+        or else of the management endpoints. ``queues`` are told of at the start.
+        """
         self._operations = operations
         self._signals = signals
         self._make_server = server
         self._gate = gate
         self._make_management = management
         self._shutdown_on_uncaught = shutdown_on_uncaught
+        self._queues = tuple(queues)
         self._loop = loop_factory()()
         self._uncaught = 0
         self._thread_hook = threading.__excepthook__
@@ -111,7 +117,7 @@ class Process:
         operations = self._operations
         self._signals.take_wakeup()  # the loop took it when it began to run
         self._signals.deliver_to(self._on_signal)
-        server = self._make_server()
+        server = self._make_server() if self._make_server else None
         management = self._make_management() if self._make_management else None
         self._register_stages(server, management)
         start = asyncio.create_task(self._start(server, management), name="start-up")
@@ -125,14 +131,15 @@ class Process:
         _logger.info("Process ends", extra={"exitCode": code, "reason": report.reason})
         return code
 
-    async def _start(self, server: HttpServer, management: HttpServer | None) -> None:
+    async def _start(self, server: HttpServer | None, management: HttpServer | None) -> None:
         try:
             # The servers first: probes are answered while everything else is still to come.
             if management is not None:
                 await management.open()
-            await server.open()
+            if server is not None:
+                await server.open()
             await self._operations.start()
-            if not await server.start_application():
+            if server is not None and not await server.start_application():
                 raise StartupError("the application's start-up failed; the log above says why")  # noqa: TRY301
             self._signals.reclaim()
         except Exception as error:
@@ -145,20 +152,24 @@ class Process:
             return
         self._gate.open = True
         self._operations.application_ready()
-        host, port = server.address
-        extra: dict[str, object] = {"host": host, "port": port}
+        extra: dict[str, object] = {}
+        if server is not None:
+            extra["host"], extra["port"] = server.address
         if management is not None:
-            extra["managementPort"] = management.address[1]
-        _logger.info("Listening", extra=extra)
+            extra["host"], extra["managementPort"] = management.address
+        if self._queues:
+            extra["queues"] = ",".join(self._queues)
+        _logger.info("Listening" if server is not None else "Working", extra=extra)
 
-    def _register_stages(self, server: HttpServer, management: HttpServer | None) -> None:
+    def _register_stages(self, server: HttpServer | None, management: HttpServer | None) -> None:
         shutdown = self._operations.shutdown
-        shutdown.register(Phase.STOP_ACCEPTING, "listeners", StopListening(server, self._gate))
-        shutdown.register(
-            Phase.DRAIN, "requests", DrainRequests(self._gate, self._operations.clock)
-        )
-        shutdown.register(Phase.CLOSE, "application", StopApplication(server), first=True)
-        shutdown.register(Phase.CLOSE, "server", CloseServer(server))
+        if server is not None:
+            shutdown.register(Phase.STOP_ACCEPTING, "listeners", StopListening(server, self._gate))
+            shutdown.register(
+                Phase.DRAIN, "requests", DrainRequests(self._gate, self._operations.clock)
+            )
+            shutdown.register(Phase.CLOSE, "application", StopApplication(server), first=True)
+            shutdown.register(Phase.CLOSE, "server", CloseServer(server))
         if management is not None:
             shutdown.register(Phase.CLOSE, "management server", CloseServer(management))
 

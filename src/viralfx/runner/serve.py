@@ -20,11 +20,19 @@ from viralfx.web.load import find_application
 _logger = logging.getLogger("viralfx.serve")
 
 
-def serve(signals: SignalWatch, *, app: str | None, host: str | None, port: int | None) -> int:
+def serve(
+    signals: SignalWatch,
+    *,
+    app: str | None,
+    host: str | None,
+    port: int | None,
+    worker: bool | None = None,
+) -> int:
     """Serve until told to stop; returns the exit code.
 
-    ``host`` and ``port`` override HOST and PORT. Raises :class:`ConfigurationError` and
-    :class:`StartupError` before anything runs.
+    ``host`` and ``port`` override HOST and PORT. ``worker`` says whether jobs are run here, too;
+    None: only where nobody else could, because they are in memory. Raises
+    :class:`ConfigurationError` and :class:`StartupError` before anything runs.
     """
     settings = read_settings(os.environ, with_api=app is None)
     signals.force_timeout = settings.shutdown_force_timeout / 1000
@@ -42,6 +50,11 @@ def serve(signals: SignalWatch, *, app: str | None, host: str | None, port: int 
     if problems := list(settings.contradictions()):
         raise ConfigurationError(problems)
     _warn_of_memory(settings)
+    jobs = plugin.assembly.jobs
+    if worker is True:
+        jobs.employ()
+    elif worker is False:
+        jobs.dismiss()
 
     listener = listen("PORT", settings.host, settings.port)
     management = None
@@ -59,6 +72,7 @@ def serve(signals: SignalWatch, *, app: str | None, host: str | None, port: int 
             else None
         ),
         shutdown_on_uncaught=settings.shutdown_on_uncaught,
+        queues=settings.queues if jobs.worker is not None else (),
     )
     # What was made until here stays for good: no collection need look at it ever again.
     gc.freeze()
@@ -68,10 +82,10 @@ def serve(signals: SignalWatch, *, app: str | None, host: str | None, port: int 
 
 def _warn_of_memory(settings: Settings) -> None:
     in_memory = [
-        *(["database"] if settings.database_url is None else []),
+        *(["database", "jobs"] if settings.database_url is None else []),
         *(["cache"] if not settings.redis.in_use else []),
-        "queues",
     ]
-    _logger.warning(
-        "Data in memory ends with this process", extra={"inMemory": ", ".join(in_memory)}
-    )
+    if in_memory:
+        _logger.warning(
+            "Data in memory ends with this process", extra={"inMemory": ", ".join(in_memory)}
+        )
