@@ -34,6 +34,10 @@ arch:
 fuzz:
     VIRALFX_HYPOTHESIS=nightly FUZZ_EXAMPLES=20000 {{bin}}/pytest tests/unit --timeout 3600
 
+# jobs under every fault at once: how many, a seed, and within how many seconds
+chaos jobs="10000" seed="1" seconds="600":
+    {{bin}}/python -m tests.chaos.ordeal {{jobs}} {{seed}} {{seconds}}
+
 # change the resilience core one thing at a time, and see a test fail each time
 mutate *modules:
     {{bin}}/uv pip install --quiet --python {{bin}}/python --group mutate
