@@ -11,7 +11,7 @@ from tests.servers.postgres import Database, PostgresServer
 from viralfx.adapters.postgres import PostgresJobLedger
 from viralfx.domain.jobs.job import Claim, completed
 
-QUICK = 1.0
+QUICK = 2.0
 """Seconds of patience for calls that are to fail."""
 NOBODY = "00000000-0000-7000-8000-000000000000"
 

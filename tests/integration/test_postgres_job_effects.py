@@ -1,4 +1,4 @@
-"""Effects and outbox on a real server: one transaction with the job, whatever becomes of it."""
+"""Effects on a real server: one transaction with their job, whatever becomes of it."""
 
 import asyncio
 import contextlib
@@ -92,6 +92,23 @@ async def test_a_worker_is_heard_while_its_effects_take_long(table: Database) ->
     assert (most, counts.completed) == (1, 21)
     assert sorted(latencies)[45] < 0.5
     assert max(latencies) < 3.0
+
+
+async def test_an_effect_may_take_longer_than_the_ledgers_patience(table: Database) -> None:
+    """And wait for its turn for as long: the task's own timeout is the one that counts."""
+
+    async def slow(connection: Any) -> bytes:
+        await connection.execute("select pg_sleep(1.2)")
+        return b"1"
+
+    async with ledger_in(table, pool_max=3, patience=1.0) as ledger:
+        await work(ledger)
+        await ledger.accept([draft() for _ in range(3)])
+        claims = await ledger.claim("default", "w", 3)
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            calls = [group.create_task(ledger.settle_with_effect(claim, slow)) for claim in claims]
+
+    assert [call.result() for call in calls] == [True, True, True]
 
 
 async def test_an_error_of_sql_that_the_effect_hides_undoes_everything(
@@ -298,52 +315,3 @@ async def seen(look: Any) -> list[int]:
 
     await until(found_some)
     return found
-
-
-# -- the outbox ------------------------------------------------------------------------------
-
-
-async def test_jobs_live_and_die_with_the_transaction_that_accepts_them(
-    pool: PostgresDatabase, table: Database
-) -> None:
-    """A business row and its job: both, or none."""
-    ledger = PostgresJobLedger(pool)
-    kept, dropped = draft(key="kept"), draft(key="dropped")
-
-    async def order(connection: Any, number: int, asked: Any) -> None:
-        await connection.execute("insert into effects values ($1)", number)
-        (accepted,) = await ledger.accept_in(connection, [asked])
-        assert accepted.created
-        assert await ledger.get(asked.id) is None
-
-    async def order_and_fail(connection: Any) -> None:
-        await order(connection, 2, dropped)
-        await connection.execute("insert into effects values (1)")
-
-    await pool.execute_with_retry(lambda connection: order(connection, 1, kept))
-    with pytest.raises(asyncpg.UniqueViolationError):
-        await pool.execute_with_retry(order_and_fail)
-
-    assert effects(table) == [1]
-    assert await ledger.get(kept.id) is not None
-    assert await ledger.get(dropped.id) is None
-
-
-async def test_an_effect_may_accept_jobs(pool: PostgresDatabase, table: Database) -> None:
-    """A chain: the next job is there when this one is completed, and not before."""
-    ledger = PostgresJobLedger(pool)
-    claim = await work(ledger)
-    following = draft(key="next")
-
-    async def chain(connection: Any) -> bytes:
-        (accepted,) = await ledger.accept_in(connection, [following])
-        (again,) = await ledger.accept_in(connection, [draft(key="next")])
-        assert (accepted.created, again.created) == (True, False)
-        assert list(await ledger.claim("default", "w", 10)) == []
-        return b"1"
-
-    assert await ledger.settle_with_effect(claim, chain)
-    (next_claim,) = await ledger.claim("default", "w", 10)
-
-    assert next_claim.id == following.id
-    assert effects(table) == []

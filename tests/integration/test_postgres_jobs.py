@@ -12,6 +12,7 @@ from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database
 
 from viralfx.domain.jobs.job import (
+    JobNotFoundError,
     JobState,
     LedgerUnavailableError,
     completed,
@@ -190,6 +191,9 @@ async def test_a_change_without_an_answer_is_made_once(
     async with ledger_in(database, through=proxy) as ledger:
         claim = await work(ledger)
         await ledger.settle([failed(claim, ERROR)])
+        for change in (ledger.retry, ledger.cancel):
+            with pytest.raises(JobNotFoundError):
+                await change(NOBODY)
         lose(proxy)
         retried_job = await ledger.retry(claim.id)
         await until(lambda: proxy.mode is PASS)
