@@ -57,25 +57,29 @@ def request(
     method: str = "GET",
     headers: Mapping[str, str] | None = None,
     raw_headers: bytes = b"",
+    json_body: object = None,
     timeout: float = 10.0,
 ) -> Reply:
     """Ask over a new connection. Raises ``OSError`` when there is no complete answer."""
     sent = {"Host": "test", "User-Agent": "kube-probe/1.34", "Connection": "close"}
+    body = b"" if json_body is None else json.dumps(json_body).encode()
+    if body:
+        sent |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
     lines = [f"{name}: {value}" for name, value in {**sent, **(headers or {})}.items()]
     head = "\r\n".join([f"{method} {path} HTTP/1.1", *lines]).encode() + b"\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=timeout) as connection:
-        connection.sendall(head + raw_headers + b"\r\n")
+        connection.sendall(head + raw_headers + b"\r\n" + body)
         received = b""
         # Up to the length that was announced: a forked child may keep the connection open.
         while not _whole(received, method) and (chunk := connection.recv(65536)):
             received += chunk
     if b"\r\n\r\n" not in received:
         raise ConnectionResetError("the connection closed without an answer")
-    head_part, _, body = received.partition(b"\r\n\r\n")
+    head_part, _, answer = received.partition(b"\r\n\r\n")
     status_line, *header_lines = head_part.decode("latin-1").split("\r\n")
     pairs = (line.split(": ", 1) for line in header_lines)
     parsed = {name.lower(): value for name, value in pairs}
-    return Reply(int(status_line.split(" ")[1]), parsed, body)
+    return Reply(int(status_line.split(" ")[1]), parsed, answer)
 
 
 def _whole(received: bytes, method: str) -> bool:
@@ -93,6 +97,8 @@ class Service:
     management_port: int | None
     output: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    serves: bool = True
+    """Whether it answers on ``port``; a worker has its management port alone."""
 
     def get(self, path: str, **more: Any) -> Reply:
         """Ask the API port."""
@@ -106,7 +112,7 @@ class Service:
     def status(self, path: str) -> int | None:
         """Return the status of an answer, or None when there is none."""
         try:
-            return self.get(path).status
+            return (self.get if self.serves else self.manage)(path).status
         except OSError:
             return None
 
@@ -142,8 +148,12 @@ def running(
     management: bool = False,
     environment: Mapping[str, str] | None = None,
     closed_output: bool = False,
+    program: str = "serve",
 ) -> Iterator[Service]:
-    """Run ``viralfx serve`` with more arguments; it is killed when still there at the end."""
+    """Run ``viralfx serve`` with more arguments; it is killed when still there at the end.
+
+    ``program`` may be ``worker`` instead.
+    """
     close = ["sh", "-c", 'exec "$@" >&-', "sh"] if closed_output else []
     port = free_port()
     management_port = free_port() if management else None
@@ -151,14 +161,14 @@ def running(
     if management_port is not None:
         variables["MANAGEMENT_PORT"] = str(management_port)
     process = subprocess.Popen(
-        [*close, sys.executable, "-m", "viralfx", "serve", *arguments],
+        [*close, sys.executable, "-m", "viralfx", program, *arguments],
         cwd=ROOT,
         env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    service = Service(process, port, management_port)
+    service = Service(process, port, management_port, serves=program == "serve")
     readers = [
         threading.Thread(target=service.output.extend, args=(process.stdout,), daemon=True),
         threading.Thread(target=service.errors.extend, args=(process.stderr,), daemon=True),

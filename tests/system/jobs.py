@@ -1,0 +1,33 @@
+"""Asks a running service for jobs, as a client of its API would."""
+
+from typing import Any
+
+from tests.system.service import Service, wait_for
+
+JOBS = "/api/v1/jobs"
+
+
+def accept(service: Service, task: str, payload: object, **headers: str) -> str:
+    """Have a job accepted, and return its id."""
+    body = {"task": task, "payload": payload}
+    reply = service.get(JOBS, method="POST", json_body=body, headers=headers)
+    assert reply.status == 202, reply
+    return str(reply.json()["id"])
+
+
+def job(service: Service, job_id: str) -> dict[str, Any]:
+    """Return a job as it is now."""
+    shown: dict[str, Any] = service.get(f"{JOBS}/{job_id}").json()
+    return shown
+
+
+def until(service: Service, job_id: str, state: str, *, seconds: float = 20.0) -> dict[str, Any]:
+    """Return a job once it is in a state."""
+
+    def look() -> dict[str, Any] | None:
+        shown = job(service, job_id)
+        return shown if shown["state"] == state else None
+
+    found = wait_for(look, seconds=seconds, what=f"job {job_id} {state}")
+    assert found is not None
+    return found
