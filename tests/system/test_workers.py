@@ -1,0 +1,246 @@
+"""Jobs in Postgres: the API in one process, workers in others, that stop, die and come back."""
+
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from tests.servers.postgres import Database, PostgresServer
+from tests.servers.redis import RedisServer
+from tests.system.jobs import JOBS, accept, job, until
+from tests.system.service import Service, command, running, wait_for
+
+LEASE, SWEEP = 1.0, 0.3
+"""Seconds."""
+
+
+def environment_of(database: Database | PostgresServer, **more: str) -> dict[str, str]:
+    """Return the variables of every process on a database that is migrated."""
+    environment = {
+        "DATABASE_URL": database.url() if isinstance(database, PostgresServer) else database.url,
+        "TASK_MODULES": "tests.job_tasks",
+        "JOB_LEASE": str(int(LEASE * 1000)),
+        "JOB_SWEEP_INTERVAL": str(int(SWEEP * 1000)),
+        **more,
+    }
+    migrated = command("migrate", environment=environment)
+    assert migrated.returncode == 0, migrated.stderr
+    return environment
+
+
+@contextmanager
+def worker(environment: Mapping[str, str], *arguments: str) -> Iterator[Service]:
+    """Run a worker, ready."""
+    with running(*arguments, program="worker", management=True, environment=environment) as process:
+        yield process.wait_ready()
+
+
+@contextmanager
+def api(environment: Mapping[str, str], *arguments: str) -> Iterator[Service]:
+    """Run the service, ready."""
+    with running(*arguments, environment=environment) as service:
+        yield service.wait_ready()
+
+
+def test_jobs_are_run_by_a_worker_and_by_nobody_else(database: Database) -> None:
+    """What the API accepts waits for a worker, whose name is on the job while it runs."""
+    environment = environment_of(database)
+    with api(environment) as service:
+        headers = {"X-Correlation-ID": "order-17", "Idempotency-Key": "order-17"}
+        job_id = accept(service, "parcels.ship", {"weight": 3}, **headers)
+        held_id = accept(service, "parcels.wait", 600)
+        assert job(service, job_id)["state"] == "waiting"
+        with worker(environment) as first:
+            done = until(service, job_id, "completed")
+            held = until(service, held_id, "active")
+            first.signal(signal.SIGTERM)
+
+            assert first.exit_code(seconds=40) == 0
+        service.signal(signal.SIGTERM)
+
+        assert service.exit_code() == 0
+    assert done["result"] == {"weight": 3, "attempt": 1, "correlationId": "order-17"}
+    assert f"-{first.process.pid}-" in held["worker"]
+    assert service.logged("Listening")[0].get("queues") is None
+    working = first.logged("Working")[0]
+    assert (working["queues"], working["managementPort"]) == (
+        "default,notifications,analytics",
+        first.management_port,
+    )
+
+
+def test_a_worker_answers_for_itself(database: Database) -> None:
+    """Probes, details and nothing else, on its management port."""
+    environment = environment_of(database, MANAGEMENT_TOKEN="planted")
+    with worker(environment) as process:
+        statuses = {
+            path: process.manage(path).status
+            for path in ("/health", "/health/live", "/health/ready", "/health/startup", JOBS)
+        }
+        queues = process.manage("/health/queues?fresh=1").json()
+        token = {"Authorization": "Bearer planted"}
+        stopping = process.manage("/health/shutdown", method="POST", headers=token)
+        code = process.exit_code()
+
+    assert list(statuses.values()) == [200, 200, 200, 200, 404]
+    assert queues["status"] == "pass"
+    assert (stopping.status, code) == (202, 0)
+
+
+def test_a_worker_of_one_queue_leaves_the_others(database: Database) -> None:
+    """--queue names what it runs."""
+    environment = environment_of(database)
+    with (
+        api(environment) as service,
+        worker(environment, "--queue", "analytics", "--queue", "default") as process,
+    ):
+        left = accept(service, "parcels.wait", 0)
+        taken = [accept(service, "parcels.echo", 1), accept(service, "parcels.ship", {"weight": 1})]
+        for job_id in taken:
+            until(service, job_id, "completed")
+
+        assert job(service, left)["state"] == "waiting"
+        assert process.logged("Working")[0]["queues"] == "analytics,default"
+
+
+def test_a_worker_that_is_told_to_stop_hands_its_jobs_back(database: Database) -> None:
+    """What does not fit the budget costs nothing, and another worker has it within 2 s."""
+    environment = environment_of(database, SHUTDOWN_DRAIN_TIMEOUT="1000")
+    with api(environment) as service, worker(environment) as first:
+        short = accept(service, "parcels.wait", 0.5)
+        long, stubborn = accept(service, "parcels.wait", 600), accept(service, "parcels.never", 0)
+        for job_id in (long, stubborn):
+            until(service, job_id, "active")
+        with worker(environment) as second:
+            began = time.monotonic()
+            first.signal(signal.SIGTERM)
+            code = first.exit_code()
+            stopped_after = time.monotonic() - began
+            again = wait_for(
+                lambda: _active_at(service, (long, stubborn), second),
+                seconds=2.0,
+                what="taken over",
+            )
+            done = until(service, short, "completed")
+            second.process.kill()
+
+    assert (code, again) == (0, True)
+    assert stopped_after < 3.0
+    assert (done["attempts"], done["crashes"]) == (1, 0)
+
+
+def _active_at(service: Service, ids: tuple[str, ...], owner: Service) -> bool:
+    name = f"-{owner.process.pid}-"
+    shown = [job(service, job_id) for job_id in ids]
+    return all(
+        (each["state"], each["attempts"], each["crashes"]) == ("active", 1, 0)
+        and name in each["worker"]
+        for each in shown
+    )
+
+
+def test_jobs_of_a_killed_worker_are_run_elsewhere(database: Database) -> None:
+    """Within the lease and a sweep, without any new message; the death costs no attempt."""
+    environment = environment_of(database)
+    with api(environment) as service, worker(environment) as first:
+        job_id = accept(service, "parcels.wait", 600)
+        until(service, job_id, "active")
+        with worker(environment) as second:
+            first.process.kill()
+            began = time.monotonic()
+            wait_for(lambda: f"-{second.process.pid}-" in str(job(service, job_id)["worker"]))
+            took = time.monotonic() - began
+            taken = job(service, job_id)
+            second.process.kill()
+
+    assert took < LEASE + SWEEP + 1.0  # one second for three processes on a busy machine
+    assert (taken["attempts"], taken["crashes"]) == (1, 1)
+
+
+def test_a_job_that_kills_workers_is_given_up(database: Database) -> None:
+    """After JOB_MAX_CRASHES it has failed, and the workers that are left go on."""
+    environment = environment_of(database, JOB_MAX_CRASHES="2")
+    with api(environment) as service:
+        poison = accept(service, "parcels.die", None)
+        for _ in range(2):
+            with running(program="worker", management=True, environment=environment) as victim:
+                assert victim.exit_code() == 66
+        with worker(environment):
+            failed = until(service, poison, "failed")
+            until(service, accept(service, "parcels.echo", 1), "completed")
+
+    assert failed["error"]["code"] == "crashed"
+    assert (failed["attempts"], failed["crashes"]) == (0, 2)
+
+
+def test_the_service_may_run_jobs_in_postgres_itself(database: Database) -> None:
+    """With --worker; what it has when it stops is handed back."""
+    environment = environment_of(database, SHUTDOWN_DRAIN_TIMEOUT="500")
+    with api(environment, "--worker") as service:
+        until(service, accept(service, "parcels.echo", 1), "completed")
+        held = accept(service, "parcels.wait", 600)
+        until(service, held, "active")
+        service.signal(signal.SIGTERM)
+        code = service.exit_code()
+    with api(environment) as again:
+        handed_back = job(again, held)
+
+    assert code == 0
+    assert (handed_back["state"], handed_back["attempts"]) == ("waiting", 0)
+
+
+def test_bells_over_redis_are_heard_at_once(database: Database, redis: RedisServer) -> None:
+    """With a look only every ten seconds, jobs still run without delay."""
+    environment = environment_of(
+        database,
+        REDIS_HOST=redis.host,
+        REDIS_PORT=str(redis.port),
+        JOB_LOOK_INTERVAL="10000",
+        JOB_LEASE="30000",
+        JOB_SWEEP_INTERVAL="30000",
+    )
+    with api(environment) as service, worker(environment) as process:
+        until(service, accept(service, "parcels.echo", 0), "completed")
+        began = time.monotonic()
+        for number in range(20):
+            until(service, accept(service, "parcels.echo", number), "completed")
+        took = time.monotonic() - began
+        process.signal(signal.SIGTERM)
+
+        assert process.exit_code() == 0
+    assert took < 8.0
+
+
+def test_without_tables_the_api_says_what_to_do(database: Database) -> None:
+    """503 until `viralfx migrate` has run, and no restart after it."""
+    environment = {"DATABASE_URL": database.url, "TASK_MODULES": "tests.job_tasks"}
+    with running(environment=environment) as service:
+        wait_for(lambda: service.status("/health/live") == 200)
+        wait_for(lambda: b"migrate" in service.get(JOBS).body, what="started")
+        reply = service.get(JOBS)
+        environment_of(database)
+        wait_for(lambda: service.status(JOBS) == 200, what="the API works")
+
+    assert reply.status == 503
+    assert "viralfx migrate" in reply.json()["detail"]
+    assert reply.headers["retry-after"] == "1"
+
+
+def test_without_its_database_nothing_is_accepted(own_postgres: PostgresServer) -> None:
+    """503 within seconds, never 202; jobs go on when it is back."""
+    environment = environment_of(own_postgres)
+    with api(environment) as service, worker(environment):
+        before = accept(service, "parcels.wait", 3.0)
+        own_postgres.stop()
+        began = time.monotonic()
+        reply = service.get(JOBS, method="POST", json_body={"task": "parcels.echo"}, timeout=30)
+        took = time.monotonic() - began
+        own_postgres.start()
+        wait_for(lambda: service.status(JOBS) == 200, what="the API is back")
+        after = accept(service, "parcels.echo", 1)
+        until(service, after, "completed", seconds=40)
+        until(service, before, "completed", seconds=40)
+
+    assert reply.status == 503
+    assert reply.headers["retry-after"]
+    assert took < 12.0
