@@ -114,7 +114,7 @@ class _Connection(asyncio.Protocol):
 
 async def _load(
     port: int, path: str, connections: int, seconds: float, posted: str = ""
-) -> dict[str, float]:
+) -> dict[str, object]:
     clients = KeepAliveClients(port, path, count=connections, posted=posted)
     began = time.monotonic()
     await clients.come()
@@ -123,6 +123,7 @@ async def _load(
     return {
         "requests": clients.answered,
         "failed": len(clients.lost),
+        "why": sorted(set(clients.lost)),
         "seconds": time.monotonic() - began,
     }
 

@@ -72,6 +72,11 @@ def circumstances(*more: str) -> list[str]:
     ]
 
 
+def command(recipe: str) -> str:
+    """Say how this was run."""
+    return f"Command: `{' '.join(['just', recipe, *sys.argv[1:]])}`"
+
+
 def publish(
     script: str,
     lines: Iterable[str],

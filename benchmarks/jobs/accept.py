@@ -16,7 +16,7 @@ from operator import attrgetter
 from benchmarks.jobs.arena import Arena, arena
 from benchmarks.jobs.noop import TASK
 from benchmarks.load import Sample, load, wait_for_calm
-from benchmarks.results import circumstances, publish, table
+from benchmarks.results import circumstances, command, publish, table
 from benchmarks.servers import Program, Server, uvicorn, viralfx
 
 ROUNDS = 11
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = str(ground)
     lines = [
         *circumstances(
-            f"Command: `just bench-accept {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+            command("bench-accept"),
             where,
             f"Load: benchmarks/keepalive.py posts `{BODY}`; server and clients each on a core of "
             "their own",
@@ -86,7 +86,9 @@ def _measure(ground: Arena, options: argparse.Namespace) -> tuple[list[Subject],
     with ExitStack() as stack:
         servers = {program: stack.enter_context(Server(program)) for program in programs}
         for program, server in servers.items():
-            server.wait_for_200("/schema/openapi.json" if program is BARE else "/health/ready")
+            server.wait_for_200(
+                "/schema/openapi.json" if program is BARE else "/health/ready", seconds=60
+            )
         for number in range(1 + options.rounds):
             patience -= wait_for_calm(most_foreign=MOST_FOREIGN, seconds=patience)
             samples = {

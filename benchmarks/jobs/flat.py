@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import uvloop
 from benchmarks.jobs.arena import CONCURRENCY, Arena, arena
 from benchmarks.jobs.flow import CLIENTS, MIB, Flow, Sample
-from benchmarks.results import Target, circumstances, publish, table, target_table
+from benchmarks.results import Target, circumstances, command, publish, table, target_table
 from benchmarks.servers import Server, viralfx, worker
 
 JOBS = 100_000
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     targets = _targets(settled, samples[-1], options)
     lines = [
         *circumstances(
-            f"Command: `{' '.join(['just bench-flat', *sys.argv[1:]])}`",
+            command("bench-flat"),
             where,
             f"{options.jobs:,} jobs from {CLIENTS} clients, who pause while "
             f"{options.most_waiting:,} are unfinished; JOB_CONCURRENCY={CONCURRENCY}",
@@ -70,7 +70,7 @@ def _measure(ground: Arena, jobs: int, most_waiting: int) -> list[Sample]:
         Server(worker("viralfx worker", **environment), anywhere=True) as working,
     ):
         for server in (api, working):
-            server.wait_for_200("/health/ready")
+            server.wait_for_200("/health/ready", seconds=60)
         flow = Flow(api, working, ground.redis, jobs=jobs, most_waiting=most_waiting)
         uvloop.run(flow.run(ground.postgres.url(database)))
         return flow.samples

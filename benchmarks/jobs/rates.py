@@ -27,7 +27,7 @@ from benchmarks.jobs.contenders import (
 )
 from benchmarks.jobs.peer import SLOTS
 from benchmarks.load import wait_for_calm
-from benchmarks.results import Target, circumstances, publish, table, target_table
+from benchmarks.results import Target, circumstances, command, publish, table, target_table
 
 JOBS = 10_000
 ONE_BY_ONE = 2_000
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     targets = _targets(rounds, options.rows)
     lines = [
         *circumstances(
-            f"Command: `just bench-jobs{_given(arguments)}`",
+            command("bench-jobs"),
             where,
             f"{options.rounds} interleaved rounds; {options.jobs:,} jobs each, or the share that "
             f"the table names; {SLOTS} at once, where a worker can; one worker process",
@@ -217,11 +217,6 @@ def _versions(rounds: Rounds) -> str:
         for item in bout.versions.items()
     }
     return ", ".join(f"{name} {version}" for name, version in sorted(found))
-
-
-def _given(arguments: Sequence[str] | None) -> str:
-    given = [a for a in (sys.argv[1:] if arguments is None else arguments) if a != "--check"]
-    return f" {' '.join(given)}" if given else ""
 
 
 if __name__ == "__main__":

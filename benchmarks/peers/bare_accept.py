@@ -11,7 +11,7 @@ class Draft(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=T
     """What is asked for."""
 
     task: str
-    payload: msgspec.Raw
+    payload: object
     run_at: datetime | None = None
 
 
