@@ -82,7 +82,7 @@ class PostgresJobLedger:
         """Accept jobs in the transaction that is open on ``connection``, and live or die with it.
 
         Raises what the driver raises. No bell rings for them: workers find them by looking, unless
-        whoever commits rings.
+        whoever commits rings. Whoever accepts under the same key meanwhile waits for the end.
         """
         return await accept(connection, drafts, again=False)
 
