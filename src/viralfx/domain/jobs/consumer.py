@@ -121,7 +121,9 @@ class QueueConsumer:
                 pause = self._pause()
                 if pause is not None:
                     await self._wait(pause)
-                elif self._more or not self._rung:
+                elif self._more or not self._rung or self._is_time_to_look():
+                    # Also while bells keep ringing: for what is due without one, it is the only
+                    # way to be run.
                     await self._look()
                 else:
                     await self._claim_rung()
@@ -137,8 +139,13 @@ class QueueConsumer:
             return self._not_before - now
         if self._more or self._rung:
             return None
-        due = min(self._look_at, self._due[0] if self._due else self._look_at)
-        return due - now if now < due else None
+        return None if self._is_time_to_look() else self._next_look() - now
+
+    def _next_look(self) -> float:
+        return min(self._look_at, self._due[0]) if self._due else self._look_at
+
+    def _is_time_to_look(self) -> bool:
+        return self._clock.monotonic() >= self._next_look()
 
     async def _wait(self, seconds: float) -> None:
         if seconds == float("inf"):

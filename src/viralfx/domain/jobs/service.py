@@ -81,7 +81,7 @@ class JobService:
         )
         accepted = await self._accept(draft)
         if accepted.created:
-            if run_at is None:
+            if accepted.job.run_at <= accepted.job.created_at:
                 self._ring(draft.queue, (draft.id,))
         elif not accepted.job.comes_from(draft):
             raise KeyConflictError(
