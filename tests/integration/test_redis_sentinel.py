@@ -21,6 +21,8 @@ from tests.servers.sentinel import SentinelSetup
 
 from viralfx.adapters.redis import CloseRedis, RedisClient, RedisConfig
 
+pytestmark = pytest.mark.alone
+
 pytestmark = pytest.mark.timeout(80)
 
 RATE = 200

@@ -13,6 +13,8 @@ from tests.servers.redis import RedisServer
 from tests.system.load import Load
 from tests.system.service import Service, command, running, wait_for
 
+pytestmark = pytest.mark.alone
+
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 

@@ -5,6 +5,8 @@ from tests.chaos.ordeal import suffer
 from tests.servers.postgres import PostgresServer
 from tests.servers.redis import RedisServer
 
+pytestmark = pytest.mark.alone
+
 _JOBS, _SECONDS, _SEED = 600, 40.0, 20
 
 

@@ -11,6 +11,8 @@ from tests.servers.postgres import PostgresServer
 from tests.system.load import Load
 from tests.system.service import Prober, Service, command, running, wait_for
 
+pytestmark = pytest.mark.alone
+
 APP = ("--app", "tests.system.backend_app:app")
 TIMEOUT, INTERVAL = 1.0, 0.5
 """Seconds of HEALTH_CHECK_TIMEOUT and of both intervals in these tests."""

@@ -12,6 +12,8 @@ from tests.servers.sentinel import SentinelSetup
 from tests.system.load import Load
 from tests.system.service import Service, running, wait_for
 
+pytestmark = pytest.mark.alone
+
 APP = ("--app", "tests.system.backend_app:app")
 QUICK = 0.1
 """Seconds in which a cached read has its fallback once Redis is known to be away."""
