@@ -69,7 +69,13 @@ def test_it_applies_what_is_pending_once(database: Database) -> None:
     environ, address = quick(database.url), place(database)
 
     assert migrate(environ) == (DONE, [*APPLIED, f"{address} is current at {REVISIONS[-1]}"], [])
-    assert database.execute(TABLES) == [("viralfx_migrations",), ("viralfx_state",)]
+    assert [name for (name,) in database.execute(TABLES)] == [
+        "viralfx_job_counters",
+        "viralfx_jobs",
+        "viralfx_migrations",
+        "viralfx_state",
+        "viralfx_workers",
+    ]
     assert database.execute(AT) == [(REVISIONS[-1],)]
     database.execute("insert into viralfx_state values ('a', now(), '{}')")
     assert migrate(environ) == (DONE, [f"{address} is current at {REVISIONS[-1]}"], [])
