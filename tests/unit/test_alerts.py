@@ -240,6 +240,8 @@ async def test_alerts_wait_for_the_ledger(clock: ManualClock, trouble: str) -> N
         await clock.advance(600)
         assert one.alerts.waiting == 1
         assert one.ledger.asked <= 25
+        # Nothing piles up: the tasks left behind were cancelled.
+        assert len(asyncio.all_tasks()) < 8
         one.becomes(PASS)
         one.ledger.trouble = None
         if one.ledger.held is not None:
@@ -267,6 +269,36 @@ async def test_those_that_wait_are_bounded(
         one.ledger.trouble = None
         await clock.advance(60)
         assert await one.told() == [(f"check-{number}", "fail") for number in range(3, 8)]
+
+
+async def test_one_that_is_dropped_on_its_way_takes_no_other_along(clock: ManualClock) -> None:
+    """It may still arrive; what comes after it does."""
+    async with instances(clock) as (one,):
+        one.ledger.held = asyncio.Event()
+        for number in range(6):
+            one.becomes(FAIL, f"check-{number}")
+            await clock.settle()
+        assert (one.alerts.waiting, one.alerts.dropped) == (5, 1)
+        one.ledger.held.set()
+        assert await one.told() == [(f"check-{number}", "fail") for number in range(6)]
+
+
+async def test_each_outage_begins_with_a_short_wait(clock: ManualClock) -> None:
+    """However long the one before was."""
+    async with instances(clock) as (one,):
+        for number in range(2):
+            one.ledger.trouble = LedgerUnavailableError("gone")
+            one.becomes(FAIL, f"check-{number}")
+            await clock.advance(100)
+            one.ledger.trouble = None
+            await clock.advance(30)
+            assert one.alerts.waiting == 0
+        one.ledger.trouble = LedgerUnavailableError("gone")
+        one.becomes(FAIL, "check-2")
+        await clock.settle()
+        one.ledger.trouble = None
+        await clock.advance(1.0)
+        assert one.alerts.waiting == 0
 
 
 async def test_an_error_drops_one_alert_and_no_other(
@@ -314,7 +346,9 @@ async def test_the_stop_waits_for_alerts_that_are_on_their_way(clock: ManualCloc
         one.becomes(PASS)
         began = clock.monotonic()
         stopping = asyncio.create_task(stage.run(10.0))
-        await clock.advance(2.0)
+        await clock.advance(1.9)
+        assert not stopping.done()
+        await clock.advance(0.1)
         assert stopping.done()
-        assert clock.monotonic() - began == 2.0
+        assert clock.monotonic() - began == pytest.approx(2.0)
         assert one.alerts.waiting == 1

@@ -93,7 +93,7 @@ def test_a_url_is_taken_apart(
         "https://*.example.com/",
         "https://exa,mple.com/",
         f"https://{'a' * 64}.com/",
-        f"https://{'a.' * 127}com/",
+        f"https://{'a.' * 125}aaaa/",
         # other scripts: not in ASCII, and dots and digits that only look so
         "https://bücher.example/",
         "https://\u0435xample.com/",  # a Cyrillic letter
@@ -147,6 +147,12 @@ def test_a_url_has_a_longest_length() -> None:
     assert len(parse_destination(url).target) == LONGEST_URL - len("https://example.com")
     with pytest.raises(WebhookRefusedError, match="longer than 2048"):
         parse_destination(url + "a")
+
+
+def test_a_name_has_a_longest_length() -> None:
+    """Up to 253 characters, in labels of up to 63."""
+    longest = f"{'a' * 63}.{'b' * 63}.{'c' * 63}.{'d' * 61}"
+    assert parse_destination(f"https://{longest}/").host == longest
 
 
 def test_nothing_of_a_url_but_its_host_is_told() -> None:

@@ -1,5 +1,6 @@
 """Answers: what each status means, and when to come back."""
 
+import time
 from datetime import UTC, datetime
 
 import pytest
@@ -85,6 +86,17 @@ def test_retry_after(header: str, seconds: float | None) -> None:
     failure = failure_of("example.com", 429, header, NOW)
     assert isinstance(failure, WebhookUnavailableError)
     assert failure.retry_after == seconds
+
+
+def test_a_date_is_utc_wherever_the_process_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that does not say so."""
+    try:
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setenv("TZ", "America/New_York")
+            time.tzset()
+            assert parse_retry_after("Tue Jan  6 12:01:30 2026", NOW) == 90.0
+    finally:
+        time.tzset()
 
 
 @given(st.text(max_size=60) | st.from_regex(r"\A[A-Z][a-z]{2}, ?\d+ [A-Za-z]* \d+ [\d:]* [A-Z]*"))

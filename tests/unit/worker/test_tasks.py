@@ -112,7 +112,7 @@ async def test_what_does_not_fit_into_the_time_is_left(clock: ManualClock) -> No
 
     class Slow(MemoryJobLedger):
         async def prune(self, older_than: float, limit: int = 1000) -> int:
-            clock.jump(30.0)
+            clock.jump(25.0)
             return await super().prune(older_than, limit)
 
     ledger = Slow(clock)

@@ -34,7 +34,7 @@ class AllowedHost:
         if (destination.scheme, destination.port) != (self.scheme, self.port):
             return False
         if self.below:
-            return destination.address is None and destination.host.endswith(f".{self.host}")
+            return destination.host.endswith(f".{self.host}")
         return destination.host == self.host
 
 
