@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         samples = _measure(ground, options.jobs, options.most_waiting)
         where = str(ground)
     settled = [s for s in samples if s.finished >= options.jobs * WARM_UP]
-    targets = _targets(settled, samples[-1], options)
+    targets = _targets(samples, settled, options)
     lines = [
         *circumstances(
             command("bench-flat"),
@@ -76,7 +76,9 @@ def _measure(ground: Arena, jobs: int, most_waiting: int) -> list[Sample]:
         return flow.samples
 
 
-def _targets(settled: Sequence[Sample], last: Sample, options: argparse.Namespace) -> list[Target]:
+def _targets(
+    samples: Sequence[Sample], settled: Sequence[Sample], options: argparse.Namespace
+) -> list[Target]:
     followed = options.jobs * (1 - WARM_UP)
 
     def growth(what: str, of: Callable[[Sample], float]) -> Target:
@@ -97,8 +99,8 @@ def _targets(settled: Sequence[Sample], last: Sample, options: argparse.Namespac
         growth("the worker's RSS", lambda sample: sample.worker),
         growth("the API's RSS", lambda sample: sample.api),
         growth("Redis' used_memory", lambda sample: sample.redis),
-        at_most("stream entries beyond unfinished jobs", max(s.excess for s in settled)),
-        at_most("stream entries at the end", last.entries),
+        at_most("stream entries beyond unfinished jobs", max(s.excess for s in samples)),
+        at_most("stream entries at the end", samples[-1].entries),
     ]
 
 
