@@ -302,9 +302,12 @@ class Fleet:
             await asyncio.sleep(max(0.001, passed / 150))
 
     async def final(self, *ids: str, within: float = 60.0) -> float:
-        """Let time pass until the jobs are final; return the seconds it took."""
+        """Let time pass until the jobs are final; return the seconds until the last one was."""
+        began = self.clock.now()
 
         async def all_final() -> bool:
             return all([(await self.job(job_id)).state.final for job_id in ids])
 
-        return await self.until(all_final, within)
+        await self.until(all_final, within)
+        ends = [job.finished_at for job in [await self.job(job_id) for job_id in ids]]
+        return max([(end - began).total_seconds() for end in ends if end is not None], default=0.0)

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -254,6 +254,23 @@ async def test_a_ledger_that_comes_back_while_leaving_takes_everything(fleet: Fl
 
     assert left == Left(finished=1, handed_back=0, ignoring=0, unrecorded=0)
     assert (await fleet.job(job_id)).state is JobState.COMPLETED
+
+
+async def test_a_fault_in_leaving_the_ledger_ends_nothing_else(fleet: Fleet) -> None:
+    """The worker has stopped all the same."""
+
+    class Buggy(ShakyLedger):
+        async def leave(self, worker: str) -> Mapping[str, Sequence[str]]:
+            raise KeyError(worker)
+
+    fleet.ledger = Buggy(fleet.kept)
+    worker = fleet.start()
+    await fleet.until(lambda: fleet.ledger.count("claim"))
+    left, took = await drain(fleet, worker, 10.0)
+
+    assert took < 0.1
+    assert left.unrecorded == 0
+    assert worker.state is WorkerState.STOPPED
 
 
 async def test_leaving_before_the_start_is_leaving(fleet: Fleet) -> None:

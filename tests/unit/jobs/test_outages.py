@@ -11,6 +11,7 @@ from tests.unit.jobs.fleet import Fleet, ShakyLedger
 from tests.virtual_time import run_in_virtual_time
 
 from viralfx.domain.jobs.job import JobState, Settlement
+from viralfx.domain.resilience.retry_policy import BackoffPolicy
 
 EVERYTHING = ShakyLedger.EVERYTHING
 
@@ -167,6 +168,53 @@ async def test_one_outcome_that_is_refused_harms_no_other(
     assert jobs[1].error is not None
     assert (jobs[1].error.code, jobs[1].result) == ("result", None)
     assert said(caplog).count("Outcome refused by the ledger") == 1
+
+
+async def test_a_message_that_is_refused_does_not_keep_its_job(fleet: Fleet) -> None:
+    """It fails without it."""
+
+    class Fussy(ShakyLedger):
+        async def settle(self, settlements: Sequence[Settlement]) -> frozenset[str]:
+            if any(each.error and "strange" in each.error.message for each in settlements):
+                raise ValueError("invalid byte sequence")
+            return frozenset(await super().settle(settlements))
+
+    async def fail(_: object) -> None:
+        raise RuntimeError("strange")
+
+    fleet.ledger = Fussy(fleet.kept)
+    fleet.declare("fail", fail, retry=BackoffPolicy(attempts=1))
+    fleet.start()
+    job_id = await fleet.accept("fail")
+    await fleet.final(job_id)
+    job = await fleet.job(job_id)
+
+    assert job.error is not None
+    assert (job.error.code, job.error.message) == (
+        "error",
+        "the ledger cannot keep the error's message",
+    )
+
+
+async def test_a_ledger_that_refuses_everything_holds_no_other_queue_up(fleet: Fleet) -> None:
+    """What cannot be recorded in any way is tried again, and recorded when it can be."""
+
+    class Broken(ShakyLedger):
+        broken = True
+
+        async def settle(self, settlements: Sequence[Settlement]) -> frozenset[str]:
+            if self.broken and any(each.claim.queue == "default" for each in settlements):
+                raise KeyError("a bug")
+            return frozenset(await super().settle(settlements))
+
+    fleet.ledger = broken = Broken(fleet.kept)
+    fleet.start(queues={"default": 1, "other": 1})
+    ids = [await fleet.accept(), await fleet.accept(queue="other")]
+    await fleet.final(ids[1])
+    await asyncio.sleep(30.0)
+    broken.broken = False
+
+    assert await fleet.final(ids[0]) < 3.0
 
 
 async def test_an_error_of_a_step_that_is_no_outage_ends_nothing(

@@ -113,3 +113,20 @@ async def test_a_suspect_that_ignores_its_cancellation_makes_way(fleet: Fleet) -
     await fleet.final(*ids, within=120.0)
 
     assert fleet.most_running <= 2
+
+
+async def test_a_suspect_that_has_not_begun_is_handed_back(fleet: Fleet) -> None:
+    """Where its worker leaves while it waits to be alone."""
+    ids = [await fleet.accept() for _ in range(2)]
+    await crash(fleet, *ids, times=2)
+    fleet.ledger.away = frozenset({"settle"})
+    worker = fleet.start()
+    await fleet.until(lambda: worker.active == 2)
+    draining = asyncio.create_task(worker.drain(10.0))
+    await asyncio.sleep(7.0)
+    fleet.ledger.away = frozenset()
+    left = await draining
+
+    assert left.handed_back == 2
+    assert [(await fleet.job(job_id)).crashes for job_id in ids] == [2, 2]
+    assert fleet.done == []

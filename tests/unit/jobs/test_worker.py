@@ -297,3 +297,20 @@ async def test_a_transport_that_ends_leaves_the_worker_working(fleet: Fleet) -> 
     job_id = await fleet.accept()
 
     assert await fleet.final(job_id) < 0.5
+
+
+async def test_a_transport_that_breaks_is_told_of(fleet: Fleet) -> None:
+    """As an uncaught exception: a port that promises not to raise has a bug."""
+
+    class Broken(MemoryBell):
+        async def listen(self, *_: object) -> None:
+            raise ZeroDivisionError("a bug")
+
+    told: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    fleet.bell = Broken()  # type: ignore[assignment]
+    fleet.start()
+    job_id = await fleet.accept()
+    await fleet.final(job_id)
+
+    assert [str(context["exception"]) for context in told] == ["a bug"]

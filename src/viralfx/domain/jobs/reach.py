@@ -34,7 +34,8 @@ class LedgerReach:
                 _logger.error("Job ledger refused a step", exc_info=error, extra={"step": step})
         elif not self._failing:
             self._lost_at = self._clock.monotonic()
-            _logger.error("Job ledger unavailable", exc_info=error, extra={"step": step})
+            reason = str(error)
+            _logger.error("Job ledger unavailable", extra={"step": step, "reason": reason})
         self._failing[step] = times
         return _BACKOFF.delay(times, self._rng)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextvars import Context
 
 from viralfx.domain.clock import Clock, SystemClock, finished_within
+from viralfx.domain.errors import ViralFXError
 from viralfx.domain.jobs.transport import Bell, JobTransport
 
 _logger = logging.getLogger("viralfx.jobs")
@@ -92,8 +93,11 @@ class Ringer:
             self._count = 0
             if not self._lost:
                 self._lost = True
+                foreseen = isinstance(error, OSError | ViralFXError)
                 _logger.warning(
-                    "Job bells cannot be rung; workers look by themselves", exc_info=error
+                    "Job bells cannot be rung; workers look by themselves",
+                    exc_info=None if foreseen else error,
+                    extra={"reason": str(error)},
                 )
         else:
             if self._lost:

@@ -87,7 +87,7 @@ class Slots:
 
     def _launch(self, execution: Execution, run: Coroutine[Any, Any, None]) -> None:
         execution.runner = asyncio.create_task(run, name=execution.claim.id)
-        execution.runner.add_done_callback(lambda _: self._ended(execution))
+        execution.runner.add_done_callback(lambda runner: self._ended(execution, runner))
 
     async def _run(self, execution: Execution) -> None:
         claim = execution.claim
@@ -139,14 +139,11 @@ class Slots:
         if waits and settlement.spends_attempt:
             self._on_wait(settlement.delay or 0.0)
 
-    def _ended(self, execution: Execution) -> None:
+    def _ended(self, execution: Execution, runner: asyncio.Task[None]) -> None:
         self._running.discard(execution)
         self._unrecorded.discard(execution)
-        self._count_room()
-        runner = execution.runner
-        if runner is None:
-            return
         self._left_behind.discard(runner)
+        self._count_room()
         if not runner.cancelled() and (error := runner.exception()) is not None:
             runner.get_loop().call_exception_handler(
                 {"message": "Job execution failed", "exception": error, "future": runner}
