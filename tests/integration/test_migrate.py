@@ -40,7 +40,7 @@ def quick(url: str, **more: str) -> dict[str, str]:
     return {
         "DATABASE_URL": url,
         "DB_MAX_RECONNECT_ATTEMPTS": "1",
-        "DB_CONNECTION_TIMEOUT": "2000",
+        "DB_CONNECTION_TIMEOUT": "10000",
         **more,
     }
 
@@ -124,7 +124,11 @@ def test_several_at_once(database: Database, count: int) -> None:
         # All of them have looked and found it behind before any of them may begin.
         with locked(database):
             runs = [stack.enter_context(started(quick(database.url))) for _ in range(count)]
-            wait_until(lambda: len(waiting(database.server)) == count, what="all wait for the lock")
+            wait_until(
+                lambda: len(waiting(database.server)) == count,
+                seconds=60.0,
+                what="all wait for the lock",
+            )
         outputs = [(run.communicate(timeout=30), run.returncode) for run in runs]
 
     current = f"{place(database)} is current at {REVISIONS[-1]}\n"

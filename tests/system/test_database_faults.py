@@ -11,6 +11,8 @@ from tests.servers.postgres import PostgresServer
 from tests.system.load import Load
 from tests.system.service import Prober, Service, command, running, wait_for
 
+from viralfx.adapters.postgres.schema import REVISIONS
+
 pytestmark = pytest.mark.alone
 
 APP = ("--app", "tests.system.backend_app:app")
@@ -115,17 +117,42 @@ def test_probes_stay_quick_and_tell_the_truth(own_postgres: PostgresServer, faul
 
 
 def test_a_restart_is_survived(own_postgres: PostgresServer) -> None:
-    """The pool and the check find the new server by themselves."""
+    """Under the same load: the pool and the check find the new server by themselves."""
     with serving(own_postgres) as service:
-        own_postgres.restart()
-        wait_for(lambda: service.status("/query") == 200, what="answers")
-        wait_for(lambda: service.status("/health/ready") == 200, what="ready")
-        wait_for(lambda: service.get("/health/database").json()["status"] == "pass", what="healthy")
+        rates = {"/query": 140.0, "/health/live": 30.0, "/health/ready": 30.0}
+        with Load(service.port, rates) as load:
+            wait_for(lambda: len(load.of("/query")) > 200, what="traffic")
+            own_postgres.restart()
+            up = time.monotonic()
+            wait_for(
+                lambda: any(a.status == 200 for a in load.of("/query", since=up)), what="answers"
+            )
+            wait_for(
+                lambda: service.get("/health/database").json()["status"] == "pass", what="healthy"
+            )
+            healthy = time.monotonic()
+            wait_for(lambda: len(load.of("/health/ready", since=healthy)) > 30, what="probes")
         assert service.process.poll() is None
+        print(  # noqa: T201 - the timeline, for whoever wonders why it failed
+            f"restarted: healthy again {healthy - up:.2f} s after it was up, p99 live"
+            f" {load.slowest('/health/live'):.4f} ready {load.slowest('/health/ready'):.4f} s of"
+            f" {len(load.answers)} requests"
+        )
+        assert healthy - up < INTERVAL + MARGIN
+        assert {a.status for a in load.of("/health/live")} == {200}
+        assert {a.status for a in load.of("/health/ready", since=healthy)} == {200}
+        assert load.slowest("/health/live") < QUICK
+        assert load.slowest("/health/ready") < QUICK
+        # It may be up again before anybody has noticed.
+        lost = service.logged("Database connection lost")
+        assert len(lost) == len(service.logged("Database connection restored")) <= 1
 
 
-def test_nothing_leaks_in_fifty_cycles(own_postgres: PostgresServer) -> None:
-    """Frozen and thawed fifty times: as many descriptors, connections and tasks as before."""
+@pytest.mark.parametrize("fault", ["frozen", "killed"])
+@pytest.mark.timeout(240)
+def test_nothing_leaks_in_fifty_cycles(own_postgres: PostgresServer, fault: str) -> None:
+    """Fifty times away and back: as many descriptors, connections and tasks as before."""
+    begin, end = FAULTS[fault]
     quick = {"HEALTH_CHECK_TIMEOUT": "200", "HEALTH_CHECK_INTERVAL": "50"}
     with serving(own_postgres, **quick, DB_HEALTH_CHECK_INTERVAL="50") as service:
         process = psutil.Process(service.process.pid)
@@ -140,9 +167,9 @@ def test_nothing_leaks_in_fifty_cycles(own_postgres: PostgresServer) -> None:
         wait_for(lambda: sessions() >= 3, what="pool and check are connected")
         before = state()
         for _ in range(50):
-            own_postgres.freeze()
+            begin(own_postgres)
             wait_for(lambda: service.status("/health/ready") == 503, what="not ready")
-            own_postgres.thaw()
+            end(own_postgres)
             wait_for(lambda: service.status("/health/ready") == 200, what="ready again")
         # What was cut is gone once the server noticed it, too.
         wait_for(
@@ -188,3 +215,52 @@ def test_an_exhausted_pool_is_a_warning(own_postgres: PostgresServer) -> None:
         assert len(slow) <= 2 * (seconds / 2.9 + 1)
         assert len({(line["timestamp"], line["duration"]) for line in slow}) == len(slow)
         assert "planted-literal" not in "".join(service.output)
+
+
+def test_a_schema_that_is_behind_is_not_ready_and_says_why(own_postgres: PostgresServer) -> None:
+    """It starts, tells what to run, and is ready once somebody has."""
+    times = {"HEALTH_CHECK_INTERVAL": "200", "DB_HEALTH_CHECK_INTERVAL": "200"}
+    with running(*APP, environment={"DATABASE_URL": own_postgres.url(), **times}) as service:
+
+        def behind() -> bool:
+            seen = service.get("/health/database")
+            return seen.status == 503 and seen.json()["error"]["code"] == "schema_behind"
+
+        wait_for(lambda: service.status("/health/live") == 200, what="alive")
+        wait_for(behind, what="looked at")
+        ready, check = service.get("/health/ready"), service.get("/health/database").json()
+        assert ready.status == 503
+        assert ready.json()["checks"]["database"] is False
+        assert check["message"] == (
+            f"Database schema is behind: {', '.join(REVISIONS)} pending; run `viralfx migrate`"
+        )
+        result = command("migrate", environment={"DATABASE_URL": own_postgres.url()})
+        assert result.returncode == 0, result.stderr
+        wait_for(lambda: service.status("/health/ready") == 200, what="ready")
+
+
+def test_wrong_credentials_end_the_start_after_all_attempts(own_postgres: PostgresServer) -> None:
+    """Exit code 3, one line that says what to do; until then probes answer, and no secret shows."""
+    environment = {
+        "DATABASE_URL": own_postgres.url(password="planted:wrong@"),
+        "DB_MAX_RECONNECT_ATTEMPTS": "3",
+        "DB_RECONNECT_DELAY": "700",
+    }
+    with running(environment=environment) as service:
+        wait_for(lambda: service.status("/health/live") == 200, what="alive while it tries")
+        assert service.status("/health/ready") == 503
+        assert service.exit_code() == 3
+        attempts = service.logged("Database connection attempt failed")
+        assert [(line["attempt"], line["code"]) for line in attempts] == [
+            (1, "auth"),
+            (2, "auth"),
+            (3, "auth"),
+        ]
+        [line] = service.logged("Start-up failed")
+        assert line["detail"].startswith("DATABASE_URL: the database at 127.0.0.1:")
+        assert line["detail"].endswith(
+            " refuses the user or password, after 3 attempts; check the user and password"
+        )
+        said = "".join([*service.output, *service.errors])
+        assert "planted" not in said
+        assert "Traceback" not in said
