@@ -138,7 +138,8 @@ def test_the_jobs_of_a_killed_worker_are_run_although_nothing_else_happens(home:
 
 def test_a_job_that_kills_its_workers_takes_no_other_with_it(home: Home) -> None:
     """After JOB_MAX_CRASHES it failed with code ``crashed``; what ran beside it completes."""
-    environment = home.with_lease(LEASE / 2, JOB_MAX_CRASHES="3")
+    # Who was beside it twice is suspected as well, and waits for a look until it has its turn.
+    environment = home.with_lease(LEASE / 2, JOB_MAX_CRASHES="3", JOB_LOOK_INTERVAL="500")
     with ExitStack() as stack:
         first = stack.enter_context(worker(environment))
         here = {"pid": first.process.pid}
@@ -152,7 +153,7 @@ def test_a_job_that_kills_its_workers_takes_no_other_with_it(home: Home) -> None
             for _ in range(3)
         ]
         failed = until(home.service, poison, "failed", seconds=40)
-        done = [until(home.service, job_id, "completed") for job_id in beside]
+        done = [until(home.service, job_id, "completed", seconds=30) for job_id in beside]
         codes += [code for each in others if (code := each.process.poll()) is not None]
 
     assert (failed["error"]["code"], failed["attempts"], failed["crashes"]) == ("crashed", 0, 3)
