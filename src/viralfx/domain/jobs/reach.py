@@ -1,6 +1,7 @@
 """Whether the ledger answers: told once when it is lost and once when it is back."""
 
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -13,18 +14,35 @@ _logger = logging.getLogger("viralfx.jobs")
 
 T = TypeVar("T")
 
-_BACKOFF = Backoff(base=0.1, factor=2.0, cap=2.0, jitter=Jitter.EQUAL)
+LONGEST_PAUSE = 2.0
+"""Seconds between two tries of one step, at most."""
+
+_BACKOFF = Backoff(base=0.1, factor=2.0, cap=LONGEST_PAUSE, jitter=Jitter.EQUAL)
 
 
 class LedgerReach:
     """What the steps of one worker know together about the ledger."""
 
-    def __init__(self, clock: Clock, *, rng: random.Random | None = None) -> None:
+    def __init__(
+        self, clock: Clock, *, absence: float = math.inf, rng: random.Random | None = None
+    ) -> None:
+        """``absence`` is how many seconds without any answer are worth remembering."""
         self._clock = clock
+        self._absence = absence
         self._rng = rng or random.Random()  # noqa: S311 - it spreads load only
         self._failing: dict[str, int] = {}
         """How often each step has failed in a row."""
         self._lost_at = 0.0
+        self._answered_at: float | None = None
+        self._steady_since = -math.inf
+
+    @property
+    def steady_for(self) -> float:
+        """Seconds since the end of the last absence, infinite without any; zero while it lasts."""
+        now = self._clock.monotonic()
+        if self._answered_at is None or now - self._answered_at >= self._absence:
+            return 0.0
+        return now - self._steady_since
 
     def failed(self, step: str, error: Exception) -> float:
         """Note that a step failed; return the seconds after which to try it again."""
@@ -41,6 +59,14 @@ class LedgerReach:
 
     def succeeded(self, step: str) -> None:
         """Note that a step was done; the ledger is back once every step is."""
+        now = self._clock.monotonic()
+        if self._answered_at is not None and now - self._answered_at >= self._absence:
+            self._steady_since = now
+        self._answered_at = now
+        self.excuse(step)
+
+    def excuse(self, step: str) -> None:
+        """Note that a step is not tried for now, although it might be done."""
         if self._failing and self._failing.pop(step, 0) and not self._failing:
             seconds = round(self._clock.monotonic() - self._lost_at, 3)
             _logger.info("Job ledger available again", extra={"seconds": seconds})

@@ -12,13 +12,19 @@ _logger = logging.getLogger("viralfx.jobs")
 
 
 class Sweeper:
-    """Sweeps at least every ``interval`` seconds, at times that differ from worker to worker."""
+    """Sweeps at least every ``interval`` seconds, at times that differ from worker to worker.
+
+    After the ledger was away for longer than leases last, it looks as if everybody had died. So
+    there is no sweep until it has answered for ``hold`` seconds again, in which those who live
+    can say so.
+    """
 
     def __init__(
         self,
         ledger: JobLedger,
         *,
         interval: float,
+        hold: float,
         max_crashes: int,
         reach: LedgerReach,
         clock: Clock,
@@ -28,6 +34,7 @@ class Sweeper:
         """``ring`` is told of the jobs that wait again."""
         self._ledger = ledger
         self._interval = interval
+        self._hold = hold
         self._max_crashes = max_crashes
         self._reach = reach
         self._clock = clock
@@ -39,7 +46,11 @@ class Sweeper:
         try:
             while True:
                 await self._clock.sleep(self._interval * self._rng.uniform(0.5, 1.0))
-                await self._sweep()
+                steady_for = self._reach.steady_for
+                if steady_for >= self._hold:
+                    await self._sweep()
+                elif steady_for > 0:
+                    self._reach.excuse("sweep")
         finally:
             self._reach.forget("sweep")
 

@@ -14,7 +14,7 @@ from viralfx.domain.jobs.job import LedgerUnavailableError
 from viralfx.domain.jobs.leaving import Departure, Left
 from viralfx.domain.jobs.ledger import JobLedger
 from viralfx.domain.jobs.periodic import Periodic, Schedule
-from viralfx.domain.jobs.reach import LedgerReach
+from viralfx.domain.jobs.reach import LONGEST_PAUSE, LedgerReach
 from viralfx.domain.jobs.ringing import Ringer
 from viralfx.domain.jobs.settling import Settler
 from viralfx.domain.jobs.slots import Slots
@@ -79,7 +79,8 @@ class JobWorker:
         self._state = WorkerState.NEW
         self._departing: asyncio.Task[Left] | None = None
         self.name = worker
-        reach = LedgerReach(clock)
+        # A lease is renewed every third of it, so that none ends in a shorter absence.
+        reach = LedgerReach(clock, absence=lease * 2 / 3)
         self._ringer = Ringer(transport, clock=clock)
         self._settler = Settler(ledger, reach, clock)
         self._heartbeat = Heartbeat(
@@ -95,6 +96,8 @@ class JobWorker:
         self._sweeper = Sweeper(
             ledger,
             interval=sweep_interval,
+            # A renewal that hangs is cut after half a lease, and tried again after a pause.
+            hold=lease / 2 + LONGEST_PAUSE,
             max_crashes=max_crashes,
             reach=reach,
             clock=clock,
