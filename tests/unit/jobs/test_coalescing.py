@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.virtual_time import run_in_virtual_time
 
+from viralfx.domain.correlation import correlated, current_correlation_id
 from viralfx.domain.jobs.coalescing import Coalescer
 
 
@@ -157,6 +158,20 @@ async def test_a_call_does_not_inherit_the_deadline_of_one_caller() -> None:
     assert await other == "B"
     with pytest.raises(TimeoutError):
         await hurrying
+
+
+async def test_a_call_is_nobody_s_conversation() -> None:
+    """Its log lines would else be taken for those of who came first."""
+    seen: list[str | None] = []
+
+    async def look(items: Sequence[str]) -> Sequence[str]:
+        seen.append(current_correlation_id())
+        return items
+
+    with correlated("mine"):
+        await Coalescer(look)("a")
+
+    assert seen == [None]
 
 
 async def test_cancelling_it_cancels_all_callers_and_nobody_who_comes_later() -> None:

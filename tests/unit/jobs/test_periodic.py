@@ -46,6 +46,15 @@ async def test_it_runs_just_when_its_period_begins(fleet: Fleet) -> None:
     assert newest.correlation_id is not None
 
 
+async def test_one_that_was_asked_for_is_not_asked_for_again(fleet: Fleet) -> None:
+    """However often the clock is read in its period."""
+    periodic = [Periodic(task="note", every=7200.0), Periodic(task="sleep", every=50.0)]
+    fleet.start(periodic=periodic, look_interval=60.0)
+    await asyncio.sleep(600.0)
+
+    assert fleet.ledger.count("accept") in (13, 14)
+
+
 async def test_a_worker_that_starts_again_asks_for_nothing_twice(fleet: Fleet) -> None:
     """Its period's job is in the ledger."""
     for number in range(5):

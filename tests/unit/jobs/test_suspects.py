@@ -3,9 +3,11 @@
 import asyncio
 
 import pytest
+from tests.unit.doubles import swallow_cancellation
 from tests.unit.jobs.fleet import Fleet
 
 from viralfx.domain.jobs.job import JobState
+from viralfx.domain.resilience.retry_policy import BackoffPolicy
 
 
 async def crash(fleet: Fleet, *ids: str, times: int) -> None:
@@ -86,33 +88,27 @@ async def test_a_job_that_kills_every_worker_is_given_up(fleet: Fleet) -> None:
 
 
 async def test_a_suspect_that_ignores_its_cancellation_makes_way(fleet: Fleet) -> None:
-    """Its place is free once it was left behind, and stays the next one's."""
+    """Its place is free once it was left behind, and from then on the next one's."""
     released = asyncio.Event()
 
-    async def ignore(payload: str) -> None:
-        if payload == "ignore":
-            while not released.is_set():
-                try:
-                    await released.wait()
-                except asyncio.CancelledError:
-                    continue
-        else:
-            await fleet.sleep(20.0)
+    async def ignore(_: object) -> None:
+        await swallow_cancellation(released)
 
-    fleet.declare("it", ignore, timeout=30.0)
-    first = await fleet.accept("it", '"ignore"')
+    fleet.declare("ignore", ignore, timeout=10.0, retry=BackoffPolicy(attempts=1))
+    first = await fleet.accept("ignore")
     await crash(fleet, first, times=2)
-    fleet.start(sweep_interval=1000.0)
-    await asyncio.sleep(1.0)
-    ids = [await fleet.accept("it", '"sleep"') for _ in range(2)]
-    await asyncio.sleep(0.0)
-    for job_id in ids:
-        assert not (await fleet.job(job_id)).state.final
-    await asyncio.sleep(32.0)
+    worker = fleet.start()
+    await fleet.until(lambda: worker.active)
+    others = [await fleet.accept("sleep", "20.0") for _ in range(2)]
+    await crash(fleet, *others, times=2)
+    await asyncio.sleep(5.0)
+    assert fleet.most_running == 0
+    await fleet.final(first)
+    await fleet.until(lambda: fleet.running)
     released.set()
-    await fleet.final(*ids, within=120.0)
+    await fleet.final(*others, within=120.0)
 
-    assert fleet.most_running <= 2
+    assert fleet.most_running == 1
 
 
 async def test_a_suspect_that_has_not_begun_is_handed_back(fleet: Fleet) -> None:

@@ -1,6 +1,7 @@
 """When a worker claims jobs, which, and how many it runs at once."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any
@@ -127,6 +128,47 @@ async def test_bells_are_not_taken_by_a_worker_without_time(fleet: Fleet) -> Non
     ids = [await fleet.submit() for _ in range(10)]
 
     assert await fleet.final(*ids) < 0.1
+
+
+class _Handed(MemoryBell):
+    """Hands its bells over one by one."""
+
+    hear: Callable[[Bell], Awaitable[None]]
+
+    async def listen(self, _: str, hear: Callable[[Bell], Awaitable[None]], __: int) -> None:
+        self.hear = hear
+        await asyncio.Event().wait()
+
+    def hears(self, _: str) -> bool:
+        return True
+
+    def begin(self, *ids: str) -> asyncio.Future[None]:
+        """Let a bell be heard; return the call."""
+        return asyncio.ensure_future(self.hear(Bell(queue="default", ids=ids)))
+
+
+async def test_a_bell_is_heard_until_its_jobs_are_claimed_and_there_is_time(
+    fleet: Fleet,
+) -> None:
+    """So long it keeps the worker from taking another."""
+    fleet.bell = bell = _Handed()  # type: ignore[assignment]
+    fleet.ledger.seconds = {"claim": 1.0}
+    await listening(fleet, queues={"default": 2}, look_interval=1000.0)
+    await asyncio.sleep(2.0)
+    first = bell.begin(await fleet.accept("sleep", "10.0"))
+    await asyncio.sleep(0.5)
+    assert not first.done()
+    await asyncio.sleep(1.0)
+    assert first.done()
+
+    second = bell.begin(await fleet.accept("sleep", "10.0"))
+    await asyncio.sleep(5.0)
+    assert fleet.running == 2
+    assert not second.done()
+
+    await fleet.until(lambda: fleet.running < 2)
+    await asyncio.sleep(0.01)
+    assert second.done()
 
 
 async def test_what_one_worker_cannot_take_is_told_to_others(fleet: Fleet) -> None:
