@@ -76,6 +76,24 @@ async def test_what_comes_meanwhile_is_the_next_call() -> None:
     assert store.most_at_once == 1
 
 
+async def test_nobody_waits_for_more_than_two_calls_that_fail_for_all() -> None:
+    """However many callers there are: those who found no place in a call share its error."""
+    store = Store()
+    store.away = True
+    coalescer = Coalescer(store.take, most=2, apart=first_letter, shared=AwayError)
+    waiting = [asyncio.create_task(coalescer("-1"))]
+    await asyncio.sleep(0.5)
+    waiting += [asyncio.create_task(coalescer(item)) for item in ("a", "ab", *"bcdefg")]
+    await asyncio.sleep(1.0)
+    last = asyncio.create_task(coalescer("h"))
+    errors = await asyncio.gather(*waiting, return_exceptions=True)
+    store.away = False
+
+    assert [type(error) for error in errors] == [AwayError] * 9
+    assert await last == "H"
+    assert store.batches == [["-1"], ["a", "b"], ["h"]]
+
+
 async def test_a_call_has_no_more_than_so_many_items() -> None:
     """The others are next."""
     store = Store()

@@ -19,7 +19,8 @@ class Coalescer(Generic[ItemT, AnswerT]):
     One call is under way at a time, with up to ``most`` items in the order they came. Items for
     which ``apart`` returns the same key, None aside, never share a call.
 
-    An error of a kind in ``shared`` is that of every item of the call. After any other one the
+    An error of a kind in ``shared`` is that of every item of the call, and of those that found no
+    place in it: while no call succeeds, nobody waits for more than two. After any other one the
     items are tried again in ever smaller parts, so that it reaches only those that cause it:
     ``call`` must do all or nothing. A caller that is cancelled leaves the others alone; whether
     its own item was handed over is then unknown.
@@ -61,7 +62,10 @@ class Coalescer(Generic[ItemT, AnswerT]):
         batch: list[_Entry[ItemT, AnswerT]] = []
         try:
             while batch := self._take():
-                await self._send(batch)
+                behind = tuple(self._waiting)
+                if (error := await self._send(batch)) is not None:
+                    for entry in behind:
+                        entry.fail(error)
         except asyncio.CancelledError:
             for entry in batch:
                 entry.answer.cancel()
@@ -88,21 +92,26 @@ class Coalescer(Generic[ItemT, AnswerT]):
         self._waiting = later
         return taken
 
-    async def _send(self, batch: "list[_Entry[ItemT, AnswerT]]") -> None:
+    async def _send(self, batch: "list[_Entry[ItemT, AnswerT]]") -> Exception | None:
+        """Answer the callers; return an error that is all of theirs."""
         try:
             answers = await self._call([entry.item for entry in batch])
         except Exception as error:  # noqa: BLE001 - it is owed to those whose items caused it
-            if len(batch) == 1 or isinstance(error, self._shared):
+            shared = isinstance(error, self._shared)
+            if len(batch) == 1 or shared:
                 for entry in batch:
                     entry.fail(error)
-                return
+                return error if shared else None
         else:
             for entry, answer in zip(batch, answers, strict=True):
                 entry.succeed(answer)
-            return
+            return None
         middle = len(batch) // 2
-        await self._send(batch[:middle])
-        await self._send(batch[middle:])
+        if (failure := await self._send(batch[:middle])) is None:
+            return await self._send(batch[middle:])
+        for entry in batch[middle:]:
+            entry.fail(failure)
+        return failure
 
 
 class _Entry(Generic[ItemT, AnswerT]):
