@@ -1,6 +1,6 @@
 """The words of jobs: what is accepted, what a worker is given, and how it ends."""
 
-import random
+import secrets
 import time
 import uuid
 from dataclasses import dataclass
@@ -190,11 +190,10 @@ class NotMigratedError(LedgerUnavailableError):
     """The ledger's tables are missing: ``viralfx migrate`` has not been run."""
 
 
-_rng = random.Random()  # noqa: S311 - an id is a name, not a secret
-
-
 def new_job_id() -> str:
     """Make a UUID of version 7 (RFC 9562): ids sort by the time they were made."""
+    # Of the system: no two processes draw the same, whoever forked or seeded them.
+    chance = secrets.randbits(74)
     milliseconds = time.time_ns() // 1_000_000
-    value = milliseconds << 80 | 0x7 << 76 | _rng.getrandbits(12) << 64
-    return str(uuid.UUID(int=value | 0b10 << 62 | _rng.getrandbits(62)))
+    value = milliseconds << 80 | 0x7 << 76 | chance >> 62 << 64
+    return str(uuid.UUID(int=value | 0b10 << 62 | chance & 2**62 - 1))
