@@ -36,6 +36,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         """Seconds, moved by timers only."""
         return self._virtual.time
 
+    def jump(self, seconds: float) -> None:
+        """Let time pass in which the process does not run; its timers are late then."""
+        self._virtual.time += seconds
+
 
 class LoopClock:
     """Implements ``viralfx.domain.clock.Clock`` by the running loop's own time."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.jobs.fleet import Fleet, ShakyLedger
-from tests.virtual_time import run_in_virtual_time
+from tests.virtual_time import VirtualTimeLoop, run_in_virtual_time
 
 from viralfx.domain.jobs.job import JobState, Settlement
 from viralfx.domain.resilience.retry_policy import BackoffPolicy
@@ -128,6 +128,21 @@ async def test_a_lease_that_was_lost_is_regained(
         "Job lease lost: others may be given this worker's jobs",
         "Job lease regained",
     ]
+
+
+async def test_a_pause_of_the_process_is_not_its_own_death(fleet: Fleet) -> None:
+    """Its own lease ran out meanwhile; nobody else was there to take its jobs, nor does it."""
+    fleet.start(lease=10.0, sweep_interval=1.0)
+    job_id = await fleet.accept("sleep", "60.0")
+    await fleet.until(lambda: fleet.running)
+    fleet.ledger.seconds = {"register": 0.5}
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    loop.jump(30.0)
+    await fleet.final(job_id, within=120.0)
+
+    job = await fleet.job(job_id)
+    assert (job.crashes, job.claims) == (0, 1)
 
 
 async def test_a_renewal_that_hangs_is_tried_again_in_time(fleet: Fleet) -> None:
