@@ -81,6 +81,7 @@ def test_a_right_configuration_passes(place: Place) -> None:
     assert passed == [
         "environment",
         "secrets",
+        "secrets",
         "shutdown budgets",
         "database",
         "pool",
@@ -91,7 +92,7 @@ def test_a_right_configuration_passes(place: Place) -> None:
         "logging",
     ]
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == "0 failed, 0 warned of, 10 passed, 2 skipped"
+    assert done.stdout.splitlines()[-1] == "0 failed, 0 warned of, 11 passed, 2 skipped"
     assert not [
         s for s in (TOKEN, USER_PASSWORD, "h:u@sh", place.server.password) if s in done.stdout
     ]

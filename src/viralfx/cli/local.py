@@ -1,6 +1,7 @@
 """Examines what runs in this process itself: its ports, and the application with its probes."""
 
 import asyncio
+import contextlib
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 
@@ -64,7 +65,9 @@ class ApplicationExamination:
     def __init__(self, settings: Settings, app: str | None) -> None:
         """``app`` is as for ``viralfx serve --app``."""
         db = msgspec.structs.replace(
-            settings.db, connection_timeout=min(settings.db.connection_timeout, _LONGEST)
+            settings.db,
+            connection_timeout=min(settings.db.connection_timeout, _LONGEST),
+            max_reconnect_attempts=1,
         )
         timeout = min(settings.health_check_timeout, _LONGEST)
         self._settings = msgspec.structs.replace(settings, db=db, health_check_timeout=timeout)
@@ -82,6 +85,10 @@ class ApplicationExamination:
         monitor = plugin.operations.monitor
         gate = Gate(plugin.answers, application)
         try:
+            # What cannot be had is told by its check.
+            with contextlib.suppress(StartupError):
+                for resource in plugin.operations.resources:
+                    await resource.open()
             await _first_round(monitor)
             plugin.assembly.jobs.dismiss()  # nobody's work is done while somebody looks
             plugin.operations.application_ready()
