@@ -55,7 +55,8 @@ async def test_workers_share_their_suspects(fleet: Fleet) -> None:
     assert 1 < fleet.most_running <= 3
 
 
-async def test_a_suspect_begins_when_no_other_is_held(fleet: Fleet) -> None:
+@pytest.mark.parametrize("look_interval", [0.05, 1.0])
+async def test_a_suspect_begins_when_no_other_is_held(fleet: Fleet, look_interval: float) -> None:
     """If it kills the worker, the others are not counted among the killed."""
     ids = [await fleet.accept("look") for _ in range(5)]
     await crash(fleet, *ids, times=3)
@@ -66,8 +67,8 @@ async def test_a_suspect_begins_when_no_other_is_held(fleet: Fleet) -> None:
         held.append(sum(job.state is JobState.ACTIVE for job in jobs))
 
     fleet.declare("look", look)
-    fleet.ledger.seconds = {"settle": 0.2}
-    fleet.start()
+    fleet.ledger.seconds = {"settle": 0.6}
+    fleet.start(look_interval=look_interval)
     await fleet.final(*ids)
 
     assert held == [1] * 5

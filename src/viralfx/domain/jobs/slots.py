@@ -96,7 +96,10 @@ class Slots:
         elif not is_suspect(claim):
             await self._record(execution, await self._executor.execute(execution))
         elif self._suspects.enter(execution):
-            await self._record(execution, await self._execute_alone(execution))
+            try:
+                await self._record(execution, await self._execute_alone(execution))
+            finally:  # not before: what is unrecorded would count as killed by the next one
+                self._suspects.leave(execution)
         else:
             try:
                 await self._record(execution, self._suspects.defer(claim))
@@ -111,8 +114,6 @@ class Slots:
             if execution.called_back:
                 return handed_back(execution.claim)
             raise
-        finally:
-            self._suspects.leave(execution)
 
     async def _record(self, execution: Execution, settlement: Settlement | None) -> None:
         if execution.abandoned:
