@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tests.unit.jobs.fleet import Fleet, ShakyLedger
 from tests.virtual_time import VirtualTimeLoop, run_in_virtual_time
 
-from viralfx.domain.jobs.job import JobState, Settlement
+from viralfx.domain.jobs.job import Claim, JobState, LedgerUnavailableError, Settlement
 from viralfx.domain.resilience.retry_policy import BackoffPolicy
 
 EVERYTHING = ShakyLedger.EVERYTHING
@@ -143,6 +144,34 @@ async def test_a_pause_of_the_process_is_not_its_own_death(fleet: Fleet) -> None
 
     job = await fleet.job(job_id)
     assert (job.crashes, job.claims) == (0, 1)
+
+
+async def test_a_task_that_ends_its_own_connection_is_not_run_for_ever(fleet: Fleet) -> None:
+    """It looks like an outage each time; after so many it is the task's failure."""
+
+    class Cut(ShakyLedger):
+        async def settle_with_effect(
+            self, claim: Claim, effect: Callable[[Any], Awaitable[bytes]]
+        ) -> bool:
+            await effect(None)
+            assert claim.number <= 32
+            raise LedgerUnavailableError("the database closed the connection")
+
+    fleet.ledger = Cut(fleet.kept)
+    fleet.declare(
+        "cut",
+        lambda payload, _: fleet.note(payload),
+        transactional=True,
+        retry=BackoffPolicy(attempts=2),
+    )
+    fleet.start()
+    job_id = await fleet.accept("cut")
+    await fleet.final(job_id, within=120.0)
+
+    job = await fleet.job(job_id)
+    assert (job.state, job.attempts, job.claims) == (JobState.FAILED, 2, 32)
+    assert job.error is not None
+    assert (job.error.code, job.error.message) == ("error", "the database closed the connection")
 
 
 async def test_a_renewal_that_hangs_is_tried_again_in_time(fleet: Fleet) -> None:

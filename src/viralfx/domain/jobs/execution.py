@@ -49,6 +49,10 @@ it is left behind."""
 LEDGER_PAUSE = 1.0
 """Seconds until a job is tried again whose transaction the ledger could not finish."""
 
+_MOST_CLAIMS_UNSPENT = 30
+"""Claims without a spent attempt from which on such a transaction counts as the task's failure: it
+is the task, then, that ends its connection, by waiting in a transaction or by what it asks for."""
+
 
 class TaskExitedError(Exception):
     """A task raised what is meant to end a program."""
@@ -161,7 +165,7 @@ class Executor:
                 raise error
             # Something that the task waited for was cancelled.
             error = TaskExitedError("the task raised CancelledError, but nobody had cancelled it")
-        if isinstance(error, LedgerUnavailableError) and error is not run.raised:
+        if isinstance(error, LedgerUnavailableError) and run.was_cut_off(error):
             # The task did not fail, and it may even be completed: then this is passed over.
             reason = JobError(code="error", message=_bounded(error))
             return postponed(claim, reason, LEDGER_PAUSE)
@@ -242,6 +246,12 @@ class _Run:
             raise TaskExitedError(f"the task raised {type(error).__name__}({error})") from error
         finally:
             execution.recording = True
+
+    def was_cut_off(self, error: LedgerUnavailableError) -> bool:
+        """Tell whether it was the ledger that failed, and not, by all that is known, the task."""
+        claim, begun = self.execution.claim, self.execution.deadline is not None
+        too_often = claim.number - claim.attempt >= _MOST_CLAIMS_UNSPENT
+        return error is not self.raised and not (begun and too_often)
 
     def code_of(self, error: Exception) -> str:
         if isinstance(error, ResultError):
