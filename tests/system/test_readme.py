@@ -40,8 +40,9 @@ def test_the_configuration_document_is_what_the_program_prints() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    """Every relative link of the README names an existing file."""
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    """Every relative link of the README and the documents names an existing file."""
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        links = re.findall(r"\]\(([^)#:]+)\)", document.read_text())
 
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+        assert links or document.name != "README.md"
+        assert [link for link in links if not (document.parent / link).exists()] == []
