@@ -114,6 +114,10 @@ def test_detailed(service: Service) -> None:
             "active": int,
             "completed": int,
             "failed": int,
+            "scheduled": int,
+            "cancelled": int,
+            "oldestDue": float,
+            "consumers": int,
         }
     assert types(body["metrics"]["memoryUsage"]) == {
         "rss": int,
@@ -290,6 +294,10 @@ def test_the_routes_are_documented(service: Service) -> None:
         "/health/detailed",
         "/health/shutdown",
         "/health/{check}",
+        "/api/v1/jobs",
+        "/api/v1/jobs/{job_id}",
+        "/api/v1/jobs/{job_id}/retry",
+        "/api/v1/jobs/{job_id}/events",
     }
     assert paths["/health/shutdown"].keys() == {"get", "post"}
     assert paths["/health/ready"]["get"]["responses"].keys() == {"200", "503"}
