@@ -190,10 +190,27 @@ class NotMigratedError(LedgerUnavailableError):
     """The ledger's tables are missing: ``viralfx migrate`` has not been run."""
 
 
+class _Ids:
+    """Makes UUIDs of version 7 (RFC 9562)."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def make(self) -> uuid.UUID:
+        # Of the system: no two processes draw the same, whoever forked or seeded them.
+        chance = secrets.randbits(73)
+        # The time in milliseconds and what follows it are one number that only grows: also within
+        # a millisecond, and while the clock is set back.
+        moment = time.time_ns() // 1_000_000 << 12 | chance >> 62
+        self._last = max(self._last + 1, moment)
+        milliseconds, count = divmod(self._last, 1 << 12)
+        value = milliseconds << 80 | 0x7 << 76 | count << 64
+        return uuid.UUID(int=value | 0b10 << 62 | chance & 2**62 - 1)
+
+
+_ids = _Ids()
+
+
 def new_job_id() -> str:
-    """Make a UUID of version 7 (RFC 9562): ids sort by the time they were made."""
-    # Of the system: no two processes draw the same, whoever forked or seeded them.
-    chance = secrets.randbits(74)
-    milliseconds = time.time_ns() // 1_000_000
-    value = milliseconds << 80 | 0x7 << 76 | chance >> 62 << 64
-    return str(uuid.UUID(int=value | 0b10 << 62 | chance & 2**62 - 1))
+    """Make a UUID that no other job has; those of one process sort in the order they were made."""
+    return str(_ids.make())
