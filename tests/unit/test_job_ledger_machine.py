@@ -359,3 +359,20 @@ class LedgerMachine(RuleBasedStateMachine):
 def test_no_job_is_ever_lost() -> None:
     """Whatever happens in whatever order, each accepted job is in the one state it must be in."""
     run_state_machine_as_test(LedgerMachine, settings=settings(stateful_step_count=60))
+
+
+async def test_the_oldest_finished_jobs_make_room() -> None:
+    """Memory holds so many at most; their keys are free, and all of them stay counted."""
+    ledger = MemoryJobLedger(ManualClock(), most_finished=3)
+    drafts = [
+        JobDraft(id=str(UUID(int=n)), queue="default", task="t", payload=b"1", key=f"k{n}")
+        for n in range(5)
+    ]
+    await ledger.accept(drafts)
+    await ledger.register("a", QUEUES, LEASE)
+    for claim in await ledger.claim("default", "a", 5):
+        await ledger.settle([completed(claim, b"1")])
+    again = await ledger.accept(drafts)
+
+    assert [accepted.created for accepted in again] == [True, True, False, False, False]
+    assert (await ledger.counts())["default"].completed == 5

@@ -457,7 +457,8 @@ def test_jobs_are_kept_for_longer_than_a_period() -> None:
     [
         ("JOB_CONCURRENCY", "0", "a whole number from 1 to 1000"),
         ("JOB_MAX_ATTEMPTS", "0", "a whole number from 1 to 10000"),
-        ("JOB_LEASE", "0", "a whole number from 1 "),
+        ("JOB_LEASE", "999", "a whole number from 1000 "),
+        ("JOB_LOOK_INTERVAL", "60001", "a whole number from 1 to 60000"),
         ("JOB_RETENTION", "-1", "a whole number from 0 "),
         ("TASK_MODULES", "orders/tasks.py", "a list like orders.tasks,billing.tasks, or none"),
         ("TASK_MODULES", "orders.", "a list like orders.tasks,billing.tasks, or none"),

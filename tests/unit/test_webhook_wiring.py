@@ -109,7 +109,7 @@ async def test_alerts_hear_the_monitor_where_they_have_somewhere_to_go(clock: Ma
     jobs = await ledger.page(limit=10)
     window = int(clock.now().timestamp() // 300)
     assert {job.key for job in jobs} == {
-        f"alert:all:database:fail:{window}",
-        f"alert:pod-1:memory:fail:{window}",
+        f"alert all:database:fail:{window}",
+        f"alert pod-1:memory:fail:{window}",
     }
     assert all(b'"environment":"staging"' in job.payload for job in jobs)

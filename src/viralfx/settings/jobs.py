@@ -21,6 +21,11 @@ from viralfx.settings.kinds import (
 # No timer waits for it, so it need not fit into one: ten years.
 Retention = Annotated[int, Meta(ge=0, le=315_360_000_000)]
 
+# A worker has to renew it several times over a database that is busy.
+Lease = Annotated[int, Meta(ge=1000, le=2**31 - 1)]
+# What no bell told of waits for the next look.
+LookInterval = Annotated[int, Meta(ge=1, le=60_000)]
+
 _LEAST_RETENTION = 7_200_000
 """Milliseconds: twice the longest period of a periodic job."""
 
@@ -36,14 +41,14 @@ class JobSettings(msgspec.Struct, frozen=True, kw_only=True):
         Attempts, meaning("Attempts of a task that says nothing itself before its job fails")
     ] = 3
     max_crashes: Annotated[Attempts, meaning("Workers that may die over a job before it fails")] = 5
-    lease: Annotated[
-        PositiveMilliseconds, meaning("Time after which a worker that is silent counts as dead")
-    ] = 30_000
+    lease: Annotated[Lease, meaning("Time after which a worker that is silent counts as dead")] = (
+        30_000
+    )
     sweep_interval: Annotated[
         PositiveMilliseconds, meaning("Time between two searches for jobs of dead workers")
     ] = 5000
     look_interval: Annotated[
-        PositiveMilliseconds, meaning("Time between two looks for jobs that no bell told of")
+        LookInterval, meaning("Time between two looks for jobs that no bell told of")
     ] = 1000
     retention: Annotated[
         Retention, meaning("Time for which a job is kept after it ended; 0: for ever")

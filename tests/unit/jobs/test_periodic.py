@@ -42,7 +42,7 @@ async def test_it_runs_just_when_its_period_begins(fleet: Fleet) -> None:
 
     assert newest.finished_at is not None
     assert newest.finished_at.timestamp() % 60.0 == pytest.approx(0.0, abs=0.5)
-    assert newest.key == f"periodic:note:{int(newest.finished_at.timestamp() // 60)}"
+    assert newest.key == f"periodic note:{int(newest.finished_at.timestamp() // 60)}"
     assert newest.correlation_id is not None
 
 

@@ -34,8 +34,10 @@ class MemoryJobLedger:
     whole. What that effect did is not undone when its job turns out to be no longer its own.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, *, most_finished: int = 10_000) -> None:
+        """Beyond ``most_finished`` jobs in a final state the oldest of them are forgotten."""
         self._clock = clock
+        self._most_finished = most_finished
         self._jobs: dict[str, Job] = {}
         self._ids: list[str] = []
         """In order."""
@@ -228,19 +230,19 @@ class MemoryJobLedger:
     async def prune(self, older_than: float, limit: int = 1000) -> int:
         """Forget jobs that are final, those first that have been so for longest."""
         until = self._clock.monotonic() - older_than
-        gone: set[str] = set()
-        while self._finished and len(gone) < limit:
-            job_id, finished = next(iter(self._finished.items()))
-            if finished > until:
+        forgotten = 0
+        while self._finished and forgotten < limit:
+            if next(iter(self._finished.values())) > until:
                 break
-            del self._finished[job_id]
-            job = self._jobs.pop(job_id)
-            if job.key is not None:
-                del self._keys[job.key]
-            gone.add(job_id)
-        if gone:
-            self._ids = [job_id for job_id in self._ids if job_id not in gone]
-        return len(gone)
+            self._forget_oldest()
+            forgotten += 1
+        return forgotten
+
+    def _forget_oldest(self) -> None:
+        job = self._jobs.pop(self._finished.popitem(last=False)[0])
+        if job.key is not None:
+            del self._keys[job.key]
+        del self._ids[bisect_left(self._ids, job.id)]
 
     def _held_by(self, claim: Claim) -> Job | None:
         job = self._jobs.get(claim.id)
@@ -270,6 +272,8 @@ class MemoryJobLedger:
             self._held[job.worker][job.id] = self._clock.monotonic()
         if job.state.final:
             self._finished[job.id] = self._clock.monotonic()
+            if len(self._finished) > self._most_finished:
+                self._forget_oldest()
         return job
 
 

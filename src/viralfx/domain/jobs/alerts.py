@@ -194,7 +194,8 @@ class HealthAlerts:
     def _key(self, alert: _Alert) -> str:
         check, status = alert.subject
         whose = "all" if self._shared(check) else self._origin["instance"]
-        return f"alert:{whose}:{check}:{status}:{alert.window}"
+        # With a space, which no client's key has.
+        return f"alert {whose}:{check}:{status}:{alert.window}"
 
     def _drop(self, alert: _Alert, reason: str, error: BaseException | None = None) -> None:
         self._dropped += 1

@@ -91,7 +91,8 @@ class Schedule:
             queue=self._queues[each.task],
             task=each.task,
             payload=each.payload,
-            key=f"periodic:{each.task}:{period}",
+            # With a space, which no client's key has.
+            key=f"periodic {each.task}:{period}",
             correlation_id=new_correlation_id(),
         )
         (accepted,) = await self._ledger.accept([draft])
