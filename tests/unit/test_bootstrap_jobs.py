@@ -19,7 +19,7 @@ from viralfx.domain.jobs.job import Job, JobState, LedgerUnavailableError
 from viralfx.domain.jobs.worker import WorkerState
 from viralfx.domain.operations import Operations
 from viralfx.domain.shutdown import Outcome, Phase
-from viralfx.settings import JobSettings, Secret, Settings
+from viralfx.settings import DatabaseSettings, JobSettings, Secret, Settings
 
 POSTGRES = Settings(database_url=Secret("postgresql://db/app"))
 
@@ -89,6 +89,18 @@ def test_only_jobs_in_memory_are_run_here_by_default() -> None:
     postgres.employ()
 
     assert (memory.worker, postgres.worker is not None) == (None, True)
+
+
+def test_a_pool_too_small_for_a_worker_is_refused() -> None:
+    """Its own tasks could keep it from renewing its lease."""
+    jobs = assemble(
+        Settings(
+            database_url=Secret("postgresql://db/app"), db=DatabaseSettings(pool_min=1, pool_max=2)
+        )
+    ).jobs
+
+    with pytest.raises(ConfigurationError, match="DB_POOL_MAX: 2 is too few to run jobs: "):
+        jobs.employ()
 
 
 async def test_the_worker_begins_when_the_application_is_ready(
@@ -169,7 +181,8 @@ def test_an_attempt_has_the_time_of_the_settings() -> None:
 
 async def test_periodic_jobs_are_run_once_an_hour(clock: ManualClock) -> None:
     """The built-in ones, in their queues."""
-    assembly = assemble(Settings(), clock=clock)
+    seldom = JobSettings(look_interval=600_000, sweep_interval=600_000, lease=1_800_000)
+    assembly = assemble(Settings(job=seldom, health_check_interval=600_000), clock=clock)
     await ready(assembly.operations, clock)
     await clock.advance(7200.0)
     jobs = await assembly.jobs.service.page(state=JobState.COMPLETED)

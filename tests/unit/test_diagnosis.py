@@ -201,6 +201,18 @@ PLANTED: dict[str, Planted] = {
         WARN,
         "ALLOW_MEMORY_ADAPTERS=true has no effect",
     ),
+    "a webhook secret for nothing": (
+        {"WEBHOOK_SECRET": "whsec_" + "c2Vj" * 8},
+        Area.ENVIRONMENT,
+        WARN,
+        "WEBHOOK_SECRET without effect",
+    ),
+    "webhook hosts without a secret": (
+        {"WEBHOOK_ALLOWED_HOSTS": "hooks.example"},
+        Area.ENVIRONMENT,
+        WARN,
+        "WEBHOOK_ALLOWED_HOSTS without effect",
+    ),
     "no token": ({"MANAGEMENT_TOKEN": None}, Area.SECRETS, WARN, "MANAGEMENT_TOKEN is not set"),
     "short token": ({"MANAGEMENT_TOKEN": "hush"}, Area.SECRETS, FAIL, "fewer than 16 characters"),
     "short token of a developer": (

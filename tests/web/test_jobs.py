@@ -193,7 +193,11 @@ async def test_a_body_that_is_no_request_is_refused(client: Client, body: bytes,
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        ({"task": "parcels.shipp"}, "There is no task named 'parcels.shipp'"),
+        (
+            {"task": "parcels.shipp"},
+            "There is no task named 'parcels.shipp' here; did you mean parcels.ship?",
+        ),
+        ({"task": "zzz"}, "There is no task named 'zzz' here."),
         ({"task": "parcels.ship"}, "Expected `object`, got `null`"),
         ({"task": "parcels.ship", "payload": {}}, "missing required field `weight`"),
         ({"task": "parcels.ship", "payload": {"weight": "3"}}, "`$.weight`"),

@@ -59,7 +59,10 @@ class JobSystem:
         return isinstance(self.ledger, MemoryJobLedger)
 
     def employ(self, queues: Collection[str] = ()) -> None:
-        """Have this process run the jobs of ``queues``, or of all where none is named."""
+        """Have this process run the jobs of ``queues``, or of all where none is named.
+
+        Raises :class:`ConfigurationError` where it could not.
+        """
         self.worker = self._make_worker(queues)
 
     def dismiss(self) -> None:

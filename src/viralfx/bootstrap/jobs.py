@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from viralfx.adapters.postgres import PostgresDatabase
     from viralfx.adapters.redis import RedisClient
 
+_LEAST_POOL = 3
+"""Connections without which a worker could lose its jobs to its own tasks."""
+
 
 def wire_jobs(
     settings: Settings,
@@ -55,6 +58,13 @@ def wire_jobs(
 
     def make_worker(queues: Collection[str]) -> JobWorker:
         job = settings.job
+        if database is not None and settings.db.pool_max < _LEAST_POOL:
+            problem = (
+                f"DB_POOL_MAX: {settings.db.pool_max} is too few to run jobs: a transactional task,"
+                " the claims and the heartbeat need a connection each; set at least"
+                f" {_LEAST_POOL}"
+            )
+            raise ConfigurationError([problem])
         return JobWorker(
             ledger=ledger,
             transport=transport,

@@ -17,6 +17,7 @@ def unused_settings(settings: Settings, given: Collection[str]) -> Iterator[Find
     """Yield what was set in vain; ``given`` are the variables that were set."""
     yield from _of_database(settings, given)
     yield from _of_redis(settings, given)
+    yield from _of_webhooks(settings, given)
     if "STATE_DIR" in given and "DATABASE_URL" in given:
         yield warned(
             Area.STATE,
@@ -84,6 +85,24 @@ def _of_redis(settings: Settings, given: Collection[str]) -> Iterator[Finding]:
             ["REDIS_TLS_CA_FILE"],
             "REDIS_TLS_REJECT_UNAUTHORIZED=false verifies nothing",
             "remove REDIS_TLS_REJECT_UNAUTHORIZED",
+        )
+
+
+def _of_webhooks(settings: Settings, given: Collection[str]) -> Iterator[Finding]:
+    area, alerts = Area.ENVIRONMENT, settings.alert_webhook_url is not None
+    if not settings.webhook.allowed_hosts and not alerts:
+        yield from _in_vain(
+            area,
+            {"WEBHOOK_SECRET", "WEBHOOK_TIMEOUT"}.intersection(given),
+            "WEBHOOK_ALLOWED_HOSTS lists no host, so no webhook is sent",
+            "set WEBHOOK_ALLOWED_HOSTS",
+        )
+    elif settings.webhook.allowed_hosts and settings.webhook.secret is None:
+        yield from _in_vain(
+            area,
+            ["WEBHOOK_ALLOWED_HOSTS"],
+            "WEBHOOK_SECRET is not set, so no webhook but alerts is sent",
+            "set WEBHOOK_SECRET to whsec_ and what `openssl rand -base64 32` prints",
         )
 
 

@@ -1,5 +1,6 @@
 """Tasks: what an application declares with ``@task``, and the registry of those in force."""
 
+import difflib
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -150,7 +151,9 @@ class TaskRegistry:
         """Return the task of a name. Raises :class:`UnknownTaskError`."""
         found = self._tasks.get(name)
         if found is None:
-            raise UnknownTaskError(f"there is no task named {name!r} here")
+            close = difflib.get_close_matches(name, self._tasks, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UnknownTaskError(f"there is no task named {name!r} here{hint}")
         return found
 
     def __iter__(self) -> Iterator[Task]:

@@ -68,7 +68,7 @@ def _not_migrated(_: Request[object, object, State], __: Exception) -> Response[
 
 
 def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
+    return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith("?") else ".")
 
 
 HANDLERS: ExceptionHandlersMap = {
