@@ -179,18 +179,6 @@ def test_a_worker_without_a_database_is_refused(capsys: pytest.CaptureFixture[st
     assert refusals(capsys) == [MEMORY]
 
 
-def test_a_worker_needs_two_connections(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A transactional task holds one; the other claims, records and renews."""
-    monkeypatch.setenv("DATABASE_URL", "postgresql://app:hush@localhost:5432/app")
-    monkeypatch.setenv("DB_POOL_MIN", "1")
-    monkeypatch.setenv("DB_POOL_MAX", "1")
-
-    (line,) = refusals(capsys)
-    assert line.startswith("viralfx: DB_POOL_MAX: 1 leaves a worker no connection beside that of")
-
-
 def test_an_unknown_queue_is_refused_with_a_suggestion(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

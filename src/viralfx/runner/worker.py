@@ -19,7 +19,6 @@ from viralfx.web.answers import OperationsAnswers
 from viralfx.web.gate import Gate
 
 DEFAULT_MANAGEMENT_PORT = 3001
-_LEAST_POOL = 2
 
 
 def work(signals: SignalWatch, *, queues: Sequence[str]) -> int:
@@ -61,11 +60,6 @@ def _problems(settings: Settings, queues: Collection[str]) -> Iterator[str]:
         yield (
             "DATABASE_URL: not set, so each process keeps its jobs in its own memory and nobody"
             " could give a worker any; set it, or run jobs in `viralfx serve`"
-        )
-    elif settings.db.pool_max < _LEAST_POOL:
-        yield (
-            f"DB_POOL_MAX: {settings.db.pool_max} leaves a worker no connection beside that of a"
-            f" transactional task; raise it to {_LEAST_POOL} or more"
         )
     for name in queues:
         if name not in settings.queues:
