@@ -6,8 +6,17 @@ import pytest
 from tests.contracts.ledgers import LEDGERS, Kept, Make
 from tests.contracts.transports import TRANSPORTS, Line
 from tests.contracts.transports import Make as MakeLine
+from tests.servers.postgres import Database, PostgresServer
 
 from viralfx.domain.jobs.ledger import JobLedger
+
+
+@pytest.fixture(scope="session")
+def ledger_database(postgres: PostgresServer, migrated_template: str) -> Database:
+    """Return the database that all tests of the ledger in Postgres share: emptied is cheap."""
+    database = Database(postgres, postgres.create_database(migrated_template))
+    database.execute("create table effects (id serial, text text)")
+    return database
 
 
 @pytest.fixture(params=list(LEDGERS.values()), ids=list(LEDGERS))

@@ -179,7 +179,6 @@ async def _memory(_: pytest.FixtureRequest) -> AsyncIterator[Kept]:
 class _PostgresKept(Kept):
     def __init__(self, pool: PostgresDatabase, database: Database) -> None:
         self._database = database
-        database.execute("create table effects (id serial, text text)")
         super().__init__(PostgresJobLedger(pool))
 
     def now(self) -> datetime:
@@ -199,9 +198,21 @@ class _PostgresKept(Kept):
 
 @asynccontextmanager
 async def _postgres(request: pytest.FixtureRequest) -> AsyncIterator[Kept]:
-    database = request.getfixturevalue("migrated_database")
+    database: Database = request.getfixturevalue("ledger_database")
+    # What a test before this one cut off may still be under way.
+    database.execute(_END_OTHERS)
+    database.execute(_EMPTY)
     async with opened(config_of(database, pool_max=10)) as pool:
         yield _PostgresKept(pool, database)
+
+
+_END_OTHERS = """
+select pg_terminate_backend(pid, 10000) from pg_stat_activity
+where datname = current_database() and pid <> pg_backend_pid()
+"""
+_EMPTY = """
+truncate effects, viralfx_jobs, viralfx_workers, viralfx_job_counters restart identity
+"""
 
 
 Make = Callable[[pytest.FixtureRequest], AbstractAsyncContextManager[Kept]]
