@@ -95,20 +95,14 @@ async def test_a_worker_is_heard_while_its_effects_take_long(table: Database) ->
 
 
 async def test_an_effect_may_take_longer_than_the_ledgers_patience(table: Database) -> None:
-    """And wait for its turn for as long: the task's own timeout is the one that counts."""
+    """The task's own timeout is the one that counts."""
 
     async def slow(connection: Any) -> bytes:
         await connection.execute("select pg_sleep(1.2)")
         return b"1"
 
-    async with ledger_in(table, pool_max=3, patience=1.0) as ledger:
-        await work(ledger)
-        await ledger.accept([draft() for _ in range(3)])
-        claims = await ledger.claim("default", "w", 3)
-        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
-            calls = [group.create_task(ledger.settle_with_effect(claim, slow)) for claim in claims]
-
-    assert [call.result() for call in calls] == [True, True, True]
+    async with ledger_in(table, patience=1.0) as ledger:
+        assert await ledger.settle_with_effect(await work(ledger), slow)
 
 
 async def test_an_error_of_sql_that_the_effect_hides_undoes_everything(

@@ -61,7 +61,7 @@ def wire_jobs(
         if database is not None and settings.db.pool_max < _LEAST_POOL:
             problem = (
                 f"DB_POOL_MAX: {settings.db.pool_max} is too few to run jobs: a transactional task,"
-                " the claims and the heartbeat need a connection each; set at least"
+                " the claims and the outcomes need a connection each; set at least"
                 f" {_LEAST_POOL}"
             )
             raise ConfigurationError([problem])

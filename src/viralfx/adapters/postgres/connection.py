@@ -1,5 +1,7 @@
 """The driver's connection: how it is made, and one silence of Postgres broken."""
 
+import asyncio
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,3 +45,19 @@ async def connect(
             raise
         connection = await asyncpg.connect(**{**arguments, "ssl": False})
     return connection
+
+
+async def answer(connection: "asyncpg.Connection[Any]", question: Any) -> Any:
+    """Await the answer; when cancelled, cut the connection at once.
+
+    Cancelling the driver instead would make it open another connection to ask for the query's
+    cancellation, and wait for a server that does not answer.
+    """
+    asking = asyncio.ensure_future(question)
+    try:
+        return await asyncio.shield(asking)
+    except asyncio.CancelledError:
+        connection.terminate()
+        with contextlib.suppress(Exception):
+            await asking
+        raise

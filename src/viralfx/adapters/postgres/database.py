@@ -10,13 +10,7 @@ import asyncpg
 from asyncpg.connection import Connection
 from asyncpg.pool import Pool
 
-from viralfx.adapters.postgres.cleaning import (
-    IN_A_HURRY,
-    PATIENTLY,
-    Lease,
-    give_back,
-    roll_back,
-)
+from viralfx.adapters.postgres.cleaning import IN_A_HURRY, PATIENTLY, Lease, give_back, roll_back
 from viralfx.adapters.postgres.config import PostgresConfig
 from viralfx.adapters.postgres.connection import CheckedConnection, connect
 from viralfx.adapters.postgres.errors import (
@@ -57,6 +51,7 @@ class PostgresDatabase:
         self.on_doubt = on_doubt
         self._slow = SlowQueryLog(config.slow_query_threshold)
         self._pool: Pool[Any] | None = None
+        self._beside: set[Connection[Any]] = set()
         self._opened = asyncio.Event()
         self._closed = False
         self._in_use = 0
@@ -112,15 +107,13 @@ class PostgresDatabase:
 
         Cancelling it cuts them all. Doing it again, or before anything was opened, is harmless.
         """
-        self._closed = True
-        self._opened.set()
+        self._refuse()
         if self._pool is not None:
             await self._pool.close()
 
     def terminate(self) -> None:
         """Cut every connection at once."""
-        self._closed = True
-        self._opened.set()
+        self._refuse()
         if self._pool is not None:
             self._pool.terminate()
 
@@ -165,10 +158,7 @@ class PostgresDatabase:
         declared ``idempotent``. Raises the last error, which then has ``maybe_applied`` true.
         """
         retrier = Retrier(
-            retry_policy(attempts),
-            name="database",
-            idempotent=idempotent,
-            clock=self._clock,
+            retry_policy(attempts), name="database", idempotent=idempotent, clock=self._clock
         )
         return await retrier.execute(lambda: self._in_transaction(operation))
 
@@ -229,10 +219,15 @@ class PostgresDatabase:
 
     # -- inside ------------------------------------------------------------------------------
 
-    async def connect(self, application_name: str) -> "Connection[Any]":
-        """Make a connection beside the pool's; raises what the driver does."""
+    async def connect(self, application_name: str, *, cut: bool = False) -> "Connection[Any]":
+        """Make a connection beside the pool's, ``cut`` with it; raises what the driver does."""
         settings = {**self._arguments["server_settings"], "application_name": application_name}
-        return await self._connect(server_settings=settings)
+        connection = await self._connect(server_settings=settings)
+        if cut:
+            self._beside.add(connection)
+            if self._closed:
+                connection.terminate()
+        return connection
 
     async def _connect(self, **more: Any) -> "Connection[Any]":
         try:
@@ -289,8 +284,15 @@ class PostgresDatabase:
         finally:
             self._waiting -= 1
 
-    def _terminated(self, _: object) -> None:
+    def _terminated(self, connection: Any) -> None:
+        self._beside.discard(connection)
         self._doubt()
+
+    def _refuse(self) -> None:
+        self._closed = True
+        self._opened.set()
+        for connection in tuple(self._beside):
+            connection.terminate()
 
     def _doubt(self) -> None:
         if not self._closed:

@@ -1,11 +1,11 @@
 """The database check: a connection of its own, the pool's counters, and the schema's version."""
 
 import asyncio
-import contextlib
 from typing import Any
 
 from asyncpg.connection import Connection
 
+from viralfx.adapters.postgres.connection import answer
 from viralfx.adapters.postgres.database import PostgresDatabase
 from viralfx.adapters.postgres.errors import explain
 from viralfx.adapters.postgres.schema import pending_migrations
@@ -61,7 +61,7 @@ class PostgresHealthCheck:
             connection = self._connection = await self._database.connect(name)
             self._schema_is_current = False
         if not self._schema_is_current:
-            pending = await _answer(connection, pending_migrations(connection))
+            pending = await answer(connection, pending_migrations(connection))
             if pending:
                 return self._observe(
                     Status.FAIL,
@@ -72,7 +72,7 @@ class PostgresHealthCheck:
             self._schema_is_current = True
         # As cheap as SELECT 1, and tells a primary from a replica, or from one that was set so.
         question = "SELECT pg_catalog.current_setting('transaction_read_only')"
-        if await _answer(connection, connection.fetchval(question)) != "off":
+        if await answer(connection, connection.fetchval(question)) != "off":
             return self._observe(
                 Status.WARN,
                 "Database accepts no writes: it is a replica, or was set to read only",
@@ -128,19 +128,3 @@ class PostgresHealthCheck:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.terminate()
-
-
-async def _answer(connection: "Connection[Any]", question: Any) -> Any:
-    """Await the answer; when cancelled, cut the connection at once.
-
-    Cancelling the driver instead would make it open another connection to ask for the query's
-    cancellation, and wait for a server that does not answer.
-    """
-    asking = asyncio.ensure_future(question)
-    try:
-        return await asyncio.shield(asking)
-    except asyncio.CancelledError:
-        connection.terminate()
-        with contextlib.suppress(Exception):
-            await asking
-        raise

@@ -24,6 +24,7 @@ from viralfx.adapters.postgres.job_rows import (
 )
 from viralfx.adapters.postgres.job_steps import Steps, Turn
 from viralfx.adapters.postgres.outages import BAD_VALUE
+from viralfx.adapters.postgres.own_connection import OwnConnection
 from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.jobs.codec import PayloadError
 from viralfx.domain.jobs.job import (
@@ -62,7 +63,11 @@ class PostgresJobLedger:
         self, database: PostgresDatabase, *, clock: Clock | None = None, patience: float = 8.0
     ) -> None:
         """``patience`` is how long a call may take, in seconds; cleaning up may add two."""
-        self._steps = Steps(database, patience=patience, clock=clock or SystemClock())
+        clock = clock or SystemClock()
+        self._steps = Steps(database.acquire, patience=patience, clock=clock)
+        # Not of the pool: while tasks have all of that, a worker must not be taken for dead.
+        own = OwnConnection(database, "heartbeat")
+        self._life = Steps(own.acquire, patience=patience, clock=clock)
         self._effects = Effects(database, patience)
 
     # -- accepting ---------------------------------------------------------------------------
@@ -133,8 +138,9 @@ class PostgresJobLedger:
     async def settle_with_effect(self, claim: Claim, effect: Effect) -> bool:
         """See :class:`JobLedger`.
 
-        No more effects run at once than leave two connections of the pool to everything else; the
-        others wait for their turn, as long as it takes.
+        No more effects run at once than leave two connections of the pool to everything else, and
+        no queue has all of these turns. One that gets none within the ledger's patience did not
+        begin, which is :class:`LedgerUnavailableError`.
         """
         try:
             await self._effects.settle(claim, effect)
@@ -160,11 +166,11 @@ class PostgresJobLedger:
         statement, arguments = sql.REGISTER, [worker, sorted(set(queues)), interval(lease)]
         if holding is not None:
             statement, arguments = sql.REGISTER_HOLDING, [*arguments, identifiers(holding)]
-        await self._steps.run(lambda turn: turn.connection.execute(statement, *arguments))
+        await self._life.run(lambda turn: turn.connection.execute(statement, *arguments))
 
     async def leave(self, worker: str) -> Mapping[str, Sequence[str]]:
         """See :class:`JobLedger`."""
-        rows = await self._steps.run(lambda turn: turn.connection.fetch(sql.LEAVE, worker))
+        rows = await self._life.run(lambda turn: turn.connection.fetch(sql.LEAVE, worker))
         return _by_queue(rows)
 
     async def sweep(self, max_crashes: int) -> Swept:

@@ -2,11 +2,11 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from viralfx.adapters.postgres.cleaning import Lease
-from viralfx.adapters.postgres.database import PostgresDatabase
 from viralfx.adapters.postgres.errors import retry_policy
 from viralfx.adapters.postgres.outages import outages
 from viralfx.domain.clock import Clock
@@ -30,16 +30,25 @@ class Turn:
 class Steps:
     """Runs steps that may be done again."""
 
-    def __init__(self, database: PostgresDatabase, *, patience: float, clock: Clock) -> None:
-        """``patience`` is how long a step may take with all its attempts, in seconds."""
-        self._database = database
+    def __init__(
+        self,
+        acquire: Callable[[], AbstractAsyncContextManager[Any]],
+        *,
+        patience: float,
+        clock: Clock,
+    ) -> None:
+        """``acquire`` takes a connection for a block, of the pool's or another.
+
+        ``patience`` is how long a step may take with all its attempts, in seconds.
+        """
+        self._acquire = acquire
         self._patience = patience
         self._retrier = Retrier(
             retry_policy(_ATTEMPTS), name="ledger", idempotent=True, clock=clock
         )
 
     async def run(self, step: Callable[[Turn], Awaitable[T]]) -> T:
-        """Run a step on a connection of its own, again after a transient error.
+        """Run a step on a connection, again after a transient error.
 
         Raises :class:`LedgerUnavailableError`, what ``step`` raises itself, and ``BAD_VALUE``.
         """
@@ -47,7 +56,7 @@ class Steps:
 
         async def attempt() -> T:
             nonlocal begun
-            async with self._database.acquire() as connection:
+            async with self._acquire() as connection:
                 turn = Turn(connection, again=begun)
                 begun = True
                 return await step(turn)
