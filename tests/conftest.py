@@ -1,3 +1,17 @@
-"""Makes the fixtures with real servers known to all tests."""
+"""Makes the fixtures with real servers known to all tests, and says what may run side by side."""
+
+import pytest
 
 pytest_plugins = ["tests.servers.fixtures", "tests.integration.databases"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what measures time last, in one group; with ``-n`` no group is split up."""
+    items.sort(key=_alone)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("alone" if _alone(item) else str(item.path)))
+
+
+def _alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None
