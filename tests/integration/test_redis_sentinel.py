@@ -21,7 +21,7 @@ from tests.servers.sentinel import SentinelSetup
 
 from viralfx.adapters.redis import CloseRedis, RedisClient, RedisConfig
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(80)]
+pytestmark = pytest.mark.timeout(80)
 
 RATE = 200
 """Reads and writes per second, one of each for every number."""

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 import pytest
 from tests.system.service import Service, percentile, request, running, wait_for
 
-pytestmark = pytest.mark.alone
-
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 TOKEN = {"Authorization": "Bearer planted"}
 

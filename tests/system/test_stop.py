@@ -11,8 +11,6 @@ import pytest
 from tests.system.keepalive import KeepAliveClients
 from tests.system.service import Prober, Service, free_port, request, running, wait_for
 
-pytestmark = pytest.mark.alone
-
 APP = ("--app", "tests.system.apps:planted")
 PLAIN = ("--app", "tests.system.apps:plain")
 
