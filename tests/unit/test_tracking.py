@@ -5,7 +5,14 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from tests.unit.doubles import observed
 
-from viralfx.domain.health import CheckPolicy, CheckReport, Observation, Status, Transition
+from viralfx.domain.health import (
+    CheckPolicy,
+    CheckReport,
+    Details,
+    Observation,
+    Status,
+    Transition,
+)
 from viralfx.domain.tracking import CheckTrack
 
 EPOCH = datetime(2026, 1, 6, 12, tzinfo=UTC)
@@ -259,3 +266,17 @@ def test_correlation_id_belongs_to_what_is_shown() -> None:
     report = track.see(observed(P))
 
     assert (report.status, report.correlation_id) == (F, "id-1")
+
+
+@pytest.mark.parametrize(
+    ("details", "nothing"), [([{"name": "default"}], ()), ({"isConnected": True}, {})]
+)
+def test_without_an_answer_the_details_are_empty_but_of_their_form(
+    details: Details, nothing: Details
+) -> None:
+    """Who reads a list finds a list, also after a timeout."""
+    track = Track(CheckPolicy())
+    seen = track.see(Observation(status=P, message="fine", details=details))
+    late = track.see(Observation(status=F, message="no answer", code="timeout"))
+
+    assert (seen.details, late.details) == (details, nothing)

@@ -1,6 +1,7 @@
 """One check's memory: thresholds, age and the status they amount to. Pure; no tasks, no clock."""
 
 from collections import deque
+from collections.abc import Mapping
 from datetime import datetime
 from typing import NamedTuple
 
@@ -41,6 +42,8 @@ class CheckTrack:
         self._response_time: float | None = None
         self._status_seen: Status | None = None
         self._since = created_at
+        self._nothing: Details = {}
+        """Empty details, in the form that the check's have had."""
 
     @property
     def reported(self) -> bool:
@@ -72,6 +75,8 @@ class CheckTrack:
     ) -> None:
         """Take in one observation; ``monotonic`` and ``at`` are the time it was completed."""
         self._recent.append(_Seen(observation, correlation_id))
+        if observation.details:
+            self._nothing = {} if isinstance(observation.details, Mapping) else ()
         self._recorded_at = monotonic
         self._checked_at = at
         self._response_time = response_time
@@ -137,4 +142,6 @@ class CheckTrack:
             return Status.FAIL, message, "stale", shown.details
         if shown.status is Status.PASS:
             return shown.status, shown.message, None, shown.details
-        return shown.status, shown.message, shown.code or str(shown.status), shown.details
+        # One that did not answer tells nothing; who reads a list must find one all the same.
+        details = shown.details or self._nothing
+        return shown.status, shown.message, shown.code or str(shown.status), details
