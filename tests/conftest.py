@@ -13,5 +13,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group("alone" if _alone(item) else str(item.path)))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_to_serializable(report: object) -> None:
+    """Let ``-n`` carry reports of tests that log what no encoding has."""
+    if isinstance(report, pytest.TestReport):
+        report.sections = [(name, _encodable(text)) for name, text in report.sections]
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _alone(item: pytest.Item) -> bool:
     return item.get_closest_marker("alone") is not None

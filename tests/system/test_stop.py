@@ -15,6 +15,7 @@ APP = ("--app", "tests.system.apps:planted")
 PLAIN = ("--app", "tests.system.apps:plain")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("run", range(10))
 def test_nothing_is_lost_when_clients_leave_within_the_readiness_delay(run: int) -> None:
     """256 keep-alive clients lose no request, and the probes tell what happens in order."""
