@@ -156,7 +156,7 @@ def test_a_large_body_is_refused_before_it_is_there() -> None:
             ),
         ]
 
-    assert [b"413 Request Entity Too Large" in reply for reply in replies] == [True, True]
+    assert [reply.startswith(b"HTTP/1.1 413 ") for reply in replies] == [True, True]
 
 
 def _post(service: Service, header: bytes, body: bytes) -> bytes:
