@@ -5,12 +5,14 @@ import pytest
 pytest_plugins = ["tests.servers.fixtures", "tests.integration.databases"]
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Put each test into a group, that of what measures time or its file's: ``-n`` splits none."""
+    item.add_marker(pytest.mark.xdist_group("alone" if _alone(item) else str(item.path)))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put what measures time last, in one group; with ``-n`` no group is split up."""
+    """Put what measures time last."""
     items.sort(key=_alone)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("alone" if _alone(item) else str(item.path)))
 
 
 @pytest.hookimpl(tryfirst=True)
