@@ -11,7 +11,8 @@ README = (ROOT / "README.md").read_text()
 def test_the_two_commands_are_there() -> None:
     """A newcomer finds one command that serves and one that tests, and they do what they say."""
     serve = re.search(r"^\.ci/venv && (.venv/bin/viralfx serve)$", README, re.MULTILINE)
-    test = re.search(r"^\.ci/venv --dev && (.venv/bin/pytest -n 4)$", README, re.MULTILINE)
+    parallel, alone = "\\.venv/bin/pytest -n 4 -m .not alone.", "\\.venv/bin/pytest -m alone"
+    test = re.search(rf"^\.ci/venv --dev && {parallel} && {alone}$", README, re.MULTILINE)
 
     assert serve
     assert test
