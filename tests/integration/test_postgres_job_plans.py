@@ -14,6 +14,7 @@ from tests.servers.postgres import Database
 
 from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
 from viralfx.adapters.postgres import job_statements as sql
+from viralfx.adapters.postgres.health_question import QUESTION
 from viralfx.adapters.postgres.job_rows import settlement_columns
 from viralfx.domain.jobs.job import Claim, JobState, completed, failed
 
@@ -76,6 +77,7 @@ STATEMENTS: dict[str, tuple[str, list[Any], set[str]]] = {
         {"pkey"},
     ),
     "counts": (sql.COUNTS, ["active"], {"waiting", "active"}),
+    "counts for the health checks": (QUESTION, ["active"], {"waiting", "active"}),
     "prune": (sql.PRUNE, [3600.0, 1000], {"finished", "pkey"}),
     "get": (sql.GET, [NOBODY], {"pkey"}),
     "page": (sql.PAGE, [NEWEST, 50], {"pkey"}),

@@ -23,6 +23,7 @@ from viralfx.domain.cache import Cache, CacheStore
 from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.health import HealthCheck, HealthReport
+from viralfx.domain.jobs.ledger import Counts
 from viralfx.domain.lifecycle import Lifecycle, State
 from viralfx.domain.monitor import HealthMonitor, StopChecking
 from viralfx.domain.operations import Operations
@@ -70,7 +71,7 @@ def assemble(
     circuits = BreakerRegistry()
     lifecycle = Lifecycle(clock)
     monitor = HealthMonitor(clock=clock, fail_open_after=settings.readiness_fail_open_after / 1000)
-    database, database_backend = _database(settings, clock, monitor)
+    database, counts, database_backend = _database(settings, clock, monitor)
     redis, cache_store, redis_backend = _redis(settings, clock, monitor)
     # In the order in which they are left.
     backends = {"redis": redis_backend, "database": database_backend}
@@ -82,7 +83,15 @@ def assemble(
         except ValueError as error:
             problems.append(f"OperationsConfig.breakers: {error}")
     try:
-        jobs = wire_jobs(settings, clock, monitor, database=database, redis=redis, functions=tasks)
+        jobs = wire_jobs(
+            settings,
+            clock,
+            monitor,
+            database=database,
+            redis=redis,
+            functions=tasks,
+            counts=counts,
+        )
     except ConfigurationError as error:
         raise ConfigurationError([*problems, *error.problems]) from None
     if problems:
@@ -156,9 +165,9 @@ def _register_stages(
 
 def _database(
     settings: Settings, clock: Clock, monitor: HealthMonitor
-) -> "tuple[PostgresDatabase | None, Backend]":
+) -> "tuple[PostgresDatabase | None, Counts | None, Backend]":
     if settings.database_url is None:
-        return None, Backend(check=MemoryDatabase(clock))
+        return None, None, Backend(check=MemoryDatabase(clock))
     # Not at the top: a process without Postgres starts a good deal sooner without its driver.
     from viralfx.bootstrap.postgres import wire_postgres  # noqa: PLC0415
 

@@ -3,7 +3,7 @@
 import os
 import secrets
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from viralfx.adapters.codec import MsgspecCodec
@@ -14,7 +14,7 @@ from viralfx.bootstrap.webhooks import alert_url, wire_alerts, wire_webhooks
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.jobs.backlog import BacklogCheck
-from viralfx.domain.jobs.ledger import JobLedger
+from viralfx.domain.jobs.ledger import Counts, JobLedger, QueueCounts
 from viralfx.domain.jobs.ringing import Ringer
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.jobs.tasks import Task, TaskRegistry
@@ -41,10 +41,12 @@ def wire_jobs(
     database: "PostgresDatabase | None",
     redis: "RedisClient | None",
     functions: Sequence[object],
+    counts: Counts | None = None,
 ) -> JobSystem:
     """Wire the jobs; nothing runs yet.
 
-    ``functions`` are an application's own tasks. Raises :class:`ConfigurationError`.
+    ``functions`` are an application's own tasks. ``counts`` is how the health check counts, if
+    not at the ledger. Raises :class:`ConfigurationError`.
     """
     codec, instance = MsgspecCodec(), _instance_name()
     ledger = _ledger(database, clock)
@@ -83,6 +85,11 @@ def wire_jobs(
             durable=database is not None,
         )
 
+    count = counts or ledger.counts
+
+    async def count_every_queue() -> Mapping[str, QueueCounts]:
+        return service.every_queue(await count())
+
     return JobSystem(
         service=service,
         tasks=tasks,
@@ -90,7 +97,7 @@ def wire_jobs(
         transport=transport,
         ringer=ringer,
         check=BacklogCheck(
-            counts=service.counts,
+            counts=count_every_queue,
             warn_after=settings.job.backlog_warn / 1000,
             remark="" if database is not None else ", in memory: their jobs end with this process",
         ),

@@ -14,9 +14,12 @@ from viralfx.adapters.postgres import (
 from viralfx.bootstrap.backend import CHECK_SHARE, Backend, unusable_certificates
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.jobs.ledger import JobLedger
+from viralfx.domain.jobs.ledger import Counts, JobLedger
 from viralfx.domain.state import StateStore
 from viralfx.settings import Settings
+
+_SHARED_FOR = 1.25
+"""Intervals for which one answer serves two checks: the later one need not ask just before it."""
 
 
 def postgres_config(settings: Settings) -> PostgresConfig:
@@ -55,8 +58,11 @@ def postgres_config(settings: Settings) -> PostgresConfig:
 
 def wire_postgres(
     settings: Settings, clock: Clock, on_doubt: Callable[[], None]
-) -> tuple[PostgresDatabase, Backend]:
+) -> tuple[PostgresDatabase, Counts, Backend]:
     """Wire the Postgres adapter; nothing is connected yet.
+
+    Returns beside it how the health check of the queues counts them: where the database was asked
+    within an interval, its answer holds the counts already.
 
     Raises :class:`ConfigurationError` for certificates that cannot be used.
     """
@@ -68,8 +74,11 @@ def wire_postgres(
     check = PostgresHealthCheck(
         database, clock, timeout=settings.health_check_timeout / 1000 * CHECK_SHARE
     )
-    return database, Backend(
-        check=check, resource=database, close=ClosePostgres(database, check, clock)
+    max_age = settings.health_check_interval / 1000 * _SHARED_FOR
+    return (
+        database,
+        lambda: check.question.counts(max_age),
+        Backend(check=check, resource=database, close=ClosePostgres(database, check, clock)),
     )
 
 

@@ -219,9 +219,9 @@ class PostgresDatabase:
 
     # -- inside ------------------------------------------------------------------------------
 
-    async def connect(self, application_name: str, *, cut: bool = False) -> "Connection[Any]":
-        """Make a connection beside the pool's, ``cut`` with it; raises what the driver does."""
-        settings = {**self._arguments["server_settings"], "application_name": application_name}
+    async def connect(self, *, cut: bool = False, **settings: str) -> "Connection[Any]":
+        """Connect beside the pool, to be ``cut`` with it, with ``settings`` of the server changed."""
+        settings = {**self._arguments["server_settings"], **settings}
         connection = await self._connect(server_settings=settings)
         if cut:
             self._beside.add(connection)

@@ -1,23 +1,16 @@
-"""The database check: a connection of its own, the pool's counters, and the schema's version."""
+"""The database check: what the server answers, the pool's counters, the schema's version."""
 
-import asyncio
-from typing import Any
-
-from asyncpg.connection import Connection
-
-from viralfx.adapters.postgres.connection import answer
 from viralfx.adapters.postgres.database import PostgresDatabase
 from viralfx.adapters.postgres.errors import explain
-from viralfx.adapters.postgres.schema import pending_migrations
+from viralfx.adapters.postgres.health_question import HealthQuestion
 from viralfx.domain.clock import Clock, timestamp
 from viralfx.domain.health import Observation, Status
 
 
 class PostgresHealthCheck:
-    """Asks the server one question per attempt, over a connection that is used for nothing else.
+    """Asks the server once per attempt, over a connection that is used for nothing else.
 
-    The application's pool may be exhausted, which is a warning, without making the check wait. A
-    connection that fails or hangs is cut and made anew at the next attempt.
+    The application's pool may be exhausted, which is a warning, without making the check wait.
     """
 
     def __init__(self, database: PostgresDatabase, clock: Clock, *, timeout: float) -> None:
@@ -26,53 +19,28 @@ class PostgresHealthCheck:
         The check then says for itself that there is no answer, with the pool's counters; the
         monitor, which cuts it off, could not.
         """
-        self._timeout = timeout
         self._database = database
         self._clock = clock
-        self._connection: Connection[Any] | None = None
-        self._schema_is_current = False
-        self._turn = asyncio.Lock()
+        self.question = HealthQuestion(database, clock, timeout=timeout)
+        """What is asked; other checks may share the answer."""
 
     async def check(self) -> Observation:
         """Look once. The monitor's timeout may cancel it at any point."""
-        async with self._turn:
-            try:
-                async with asyncio.timeout(self._timeout):
-                    return await self._look()
-            except Exception as error:  # noqa: BLE001 - every error has a code; the log gets it
-                self._drop()
-                trouble = explain(error)
-                return self._observe(
-                    Status.FAIL, f"Database {trouble.problem}", trouble.code, error=error
-                )
-            except BaseException:
-                self._drop()
-                raise
-
-    async def close(self) -> None:
-        """Cut the connection."""
-        self._drop()
-
-    async def _look(self) -> Observation:
-        connection = self._connection
-        if connection is None or connection.is_closed():
-            self._drop()
-            name = f"{self._database.config.application_name}-health"
-            connection = self._connection = await self._database.connect(name)
-            self._schema_is_current = False
-        if not self._schema_is_current:
-            pending = await answer(connection, pending_migrations(connection))
-            if pending:
-                return self._observe(
-                    Status.FAIL,
-                    f"Database schema is behind: {', '.join(pending)} pending;"
-                    " run `viralfx migrate`",
-                    "schema_behind",
-                )
-            self._schema_is_current = True
-        # As cheap as SELECT 1, and tells a primary from a replica, or from one that was set so.
-        question = "SELECT pg_catalog.current_setting('transaction_read_only')"
-        if await answer(connection, connection.fetchval(question)) != "off":
+        try:
+            answer = await self.question.ask()
+        except Exception as error:  # noqa: BLE001 - every error has a code; the log gets it
+            trouble = explain(error)
+            return self._observe(
+                Status.FAIL, f"Database {trouble.problem}", trouble.code, error=error
+            )
+        if answer.pending:
+            return self._observe(
+                Status.FAIL,
+                f"Database schema is behind: {', '.join(answer.pending)} pending;"
+                " run `viralfx migrate`",
+                "schema_behind",
+            )
+        if answer.read_only:
             return self._observe(
                 Status.WARN,
                 "Database accepts no writes: it is a replica, or was set to read only",
@@ -86,6 +54,10 @@ class PostgresHealthCheck:
                 "pool_exhausted",
             )
         return self._observe(Status.PASS, "Database is healthy", None)
+
+    async def close(self) -> None:
+        """Cut the connection."""
+        self.question.close()
 
     @property
     def _active(self) -> int:
@@ -106,7 +78,7 @@ class PostgresHealthCheck:
             error=error,
             details={
                 "adapter": "postgres",
-                "isConnected": self._connection is not None,
+                "isConnected": self.question.connected,
                 "stats": {
                     "totalConnections": database.total_connections,
                     "activeConnections": self._active,
@@ -123,8 +95,3 @@ class PostgresHealthCheck:
                 },
             },
         )
-
-    def _drop(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.terminate()

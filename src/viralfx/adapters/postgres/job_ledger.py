@@ -14,6 +14,7 @@ from viralfx.adapters.postgres.job_effects import Effect, Effects, InDoubtError,
 from viralfx.adapters.postgres.job_rows import (
     Row,
     claims_of_rows,
+    counts_of_rows,
     identifier,
     identifiers,
     interval,
@@ -247,19 +248,7 @@ class PostgresJobLedger:
         rows = await self._steps.run(
             lambda turn: turn.connection.fetch(sql.COUNTS, JobState.ACTIVE)
         )
-        return {
-            row["queue"]: QueueCounts(
-                waiting=int(row["waiting"]),
-                scheduled=int(row["scheduled"]),
-                active=int(row["active"]),
-                completed=int(row["completed"]),
-                failed=int(row["failed"]),
-                cancelled=int(row["cancelled"]),
-                oldest_due=float(row["oldest_due"]),
-                consumers=int(row["consumers"]),
-            )
-            for row in rows
-        }
+        return counts_of_rows(rows)
 
     async def prune(self, older_than: float, limit: int = 1000) -> int:
         """See :class:`JobLedger`."""

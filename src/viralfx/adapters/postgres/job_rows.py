@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from viralfx.domain.jobs.job import Claim, Job, JobDraft, JobError, JobState, Settlement
+from viralfx.domain.jobs.ledger import QueueCounts
 
 Row = Mapping[str, Any]
 
@@ -162,3 +163,20 @@ def claims_of_rows(rows: Iterable[Row], worker: str) -> list[Claim]:
         )
         for row in ordered
     ]
+
+
+def counts_of_rows(rows: Iterable[Row]) -> dict[str, QueueCounts]:
+    """Return what ``COUNTS`` found."""
+    return {
+        row["queue"]: QueueCounts(
+            waiting=int(row["waiting"]),
+            scheduled=int(row["scheduled"]),
+            active=int(row["active"]),
+            completed=int(row["completed"]),
+            failed=int(row["failed"]),
+            cancelled=int(row["cancelled"]),
+            oldest_due=float(row["oldest_due"]),
+            consumers=int(row["consumers"]),
+        )
+        for row in rows
+    }

@@ -29,7 +29,7 @@ class OwnConnection:
         """
         async with self._turn:
             if self._connection is None or self._connection.is_closed():
-                self._connection = await self._database.connect(self._name, cut=True)
+                self._connection = await self._database.connect(cut=True, application_name=self._name)
             try:
                 yield Questions(self._connection)
             except BaseException:

@@ -1,11 +1,10 @@
 """The queues as a health check: their counts, and whether jobs wait for too long."""
 
-from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from viralfx.domain.health import Observation, Status
 from viralfx.domain.jobs.job import LedgerUnavailableError, NotMigratedError
-from viralfx.domain.jobs.ledger import QueueCounts
+from viralfx.domain.jobs.ledger import Counts, QueueCounts
 
 _UNATTENDED = 5.0
 """Seconds that a due job may wait before it matters that nobody consumes its queue."""
@@ -19,7 +18,7 @@ class BacklogCheck:
     before its queue warns; zero: any number. ``remark`` is added to the message.
     """
 
-    counts: Callable[[], Awaitable[Mapping[str, QueueCounts]]]
+    counts: Counts
     warn_after: float = 60.0
     remark: str = ""
 

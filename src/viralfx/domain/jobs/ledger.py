@@ -39,6 +39,10 @@ class QueueCounts:
     """Workers that consume this queue and whose lease is good."""
 
 
+Counts = Callable[[], Awaitable[Mapping[str, QueueCounts]]]
+"""Finds out how the queues stand; raises :class:`LedgerUnavailableError`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swept:
     """What a sweep did: the ids of the jobs that wait again by queue, and of those given up."""

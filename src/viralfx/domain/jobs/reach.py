@@ -32,7 +32,8 @@ class LedgerReach:
         self._rng = rng or random.Random()  # noqa: S311 - it spreads load only
         self._failing: dict[str, int] = {}
         """How often each step has failed in a row."""
-        self._lost_at = 0.0
+        self._lost_at: float | None = None
+        """Since when an outage lasts that was told of."""
         self._answered_at: float | None = None
         self._steady_since = -math.inf
 
@@ -50,7 +51,7 @@ class LedgerReach:
         if not isinstance(error, LedgerUnavailableError):
             if times == 1:
                 _logger.error("Job ledger refused a step", exc_info=error, extra={"step": step})
-        elif not self._failing:
+        elif self._lost_at is None:
             self._lost_at = self._clock.monotonic()
             reason = str(error)
             _logger.error("Job ledger unavailable", extra={"step": step, "reason": reason})
@@ -67,13 +68,16 @@ class LedgerReach:
 
     def excuse(self, step: str) -> None:
         """Note that a step is not tried for now, although it might be done."""
-        if self._failing and self._failing.pop(step, 0) and not self._failing:
+        if self._failing.pop(step, 0) and not self._failing and self._lost_at is not None:
             seconds = round(self._clock.monotonic() - self._lost_at, 3)
+            self._lost_at = None
             _logger.info("Job ledger available again", extra={"seconds": seconds})
 
     def forget(self, step: str) -> None:
         """Note that a step is not tried any more."""
-        self._failing.pop(step, None)
+        if self._failing.pop(step, 0) and not self._failing:
+            # Nobody is left to see the end of it; who meets it next tells of it anew.
+            self._lost_at = None
 
     async def until_done(self, step: str, call: Callable[[], Awaitable[T]]) -> T:
         """Return what ``call`` returns, however often it takes; only outages are tried again."""

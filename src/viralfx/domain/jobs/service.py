@@ -127,5 +127,8 @@ class JobService:
 
     async def counts(self) -> Mapping[str, QueueCounts]:
         """Return how each queue stands, also those that never had a job."""
-        known = await self._ledger.counts()
+        return self.every_queue(await self._ledger.counts())
+
+    def every_queue(self, known: Mapping[str, QueueCounts]) -> Mapping[str, QueueCounts]:
+        """Return counts of the ledger with those of queues that never had a job."""
         return {name: known.get(name, QueueCounts()) for name in (*self._queues, *known)}
