@@ -220,7 +220,7 @@ class PostgresDatabase:
     # -- inside ------------------------------------------------------------------------------
 
     async def connect(self, *, cut: bool = False, **settings: str) -> "Connection[Any]":
-        """Connect beside the pool, to be ``cut`` with it, with ``settings`` of the server changed."""
+        """Connect beside the pool, to be ``cut`` with it, ``settings`` of the server changed."""
         settings = {**self._arguments["server_settings"], **settings}
         connection = await self._connect(server_settings=settings)
         if cut:

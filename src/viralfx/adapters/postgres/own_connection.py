@@ -29,7 +29,8 @@ class OwnConnection:
         """
         async with self._turn:
             if self._connection is None or self._connection.is_closed():
-                self._connection = await self._database.connect(cut=True, application_name=self._name)
+                named = {"application_name": self._name}
+                self._connection = await self._database.connect(cut=True, **named)
             try:
                 yield Questions(self._connection)
             except BaseException:
