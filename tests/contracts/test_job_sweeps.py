@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 
 import pytest
-from tests.contracts.ledgers import LONG, SHORT, TURNS, Kept, cut
+from tests.contracts.ledgers import LONG, SHORT, TURNS, Kept, cut, later
 
 from viralfx.domain.jobs.job import Claim, JobState, completed
 
@@ -201,3 +201,18 @@ async def test_a_sweep_that_is_cancelled_counts_a_crash_at_most_once(
     jobs = [await kept.job(claim.id) for claim in claims]
 
     assert [(job.state, job.crashes) for job in jobs] == [(JobState.WAITING, 1)] * 3
+
+
+async def test_a_sweep_that_comes_too_late_does_nothing(kept: Kept) -> None:
+    """Before the moment it was given it does its work, from then on it takes nobody's job."""
+    claim = await kept.accept_and_claim()
+    ends = await kept.ledger.register("sweeper", ["default"], LONG)
+    await kept.expire()
+    begun = kept.now()
+    late = [await kept.ledger.sweep(5, moment) for moment in (begun, later(begun, -LONG))]
+    untouched = await kept.job(claim.id)
+    in_time = await kept.ledger.sweep(5, ends)
+
+    assert [(dict(each.returned), list(each.crashed)) for each in late] == [({}, [])] * 2
+    assert (untouched.state, untouched.worker, untouched.crashes) == (JobState.ACTIVE, "w", 0)
+    assert {queue: list(ids) for queue, ids in in_time.returned.items()} == {"default": [claim.id]}

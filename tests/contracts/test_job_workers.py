@@ -1,7 +1,7 @@
 """The contract of ``JobLedger``: workers live by their leases, and what they leave is not lost."""
 
 import pytest
-from tests.contracts.ledgers import LONG, SHORT, TURNS, Kept, cut
+from tests.contracts.ledgers import LONG, SHORT, TURNS, Kept, cut, later
 
 from viralfx.domain.jobs.job import Claim, JobState, completed
 from viralfx.domain.jobs.ledger import JobLedger
@@ -144,3 +144,14 @@ async def test_leaving_that_is_cancelled_can_be_done_again(kept: Kept, turns: in
 
     assert {(await kept.job(claim.id)).state for claim in claims} == {JobState.WAITING}
     assert await _consumers(kept.ledger) == {}
+
+
+async def test_who_registers_is_told_when_the_lease_ends(kept: Kept) -> None:
+    """By the ledger's time, each time anew, whether or not it says what it has."""
+    says: list[list[str] | None] = [None, [], None]
+    for holding in says:
+        before = kept.now()
+        ends = await kept.ledger.register("w", ["default"], LONG, holding)
+
+        assert later(before, LONG) <= ends <= later(kept.now(), LONG)
+        await kept.pass_time()

@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from tests.contracts.ledgers import ERROR, LONG, draft
+from tests.contracts.ledgers import ERROR, LONG, draft, later
 from tests.integration.job_ledgers import NOBODY, QUICK, ledger_in, work
 from tests.integration.postgres_clients import until
 from tests.servers.postgres import Database, PostgresServer
@@ -126,3 +127,25 @@ async def test_every_call_says_that_nobody_migrated(database: Database) -> None:
 
     assert [type(error) for error in said] == [NotMigratedError] * len(CALLS)
     assert "viralfx migrate" in str(said[0])
+
+
+async def test_a_sweep_that_waited_in_a_frozen_server_takes_no_job(
+    own_postgres: PostgresServer,
+) -> None:
+    """Nobody could renew a lease meanwhile; the sweep is received when all of them are over."""
+    lease = 1.0
+    async with ledger_in(own_postgres, patience=10.0) as ledger:
+        claim = await work(ledger)
+        ends = await ledger.register("w", ["default"], lease)
+        await ledger.sweep(5, ends)  # the driver knows the statement, and sends it in one piece
+        own_postgres.freeze()
+        try:
+            sweeping = asyncio.create_task(ledger.sweep(5, ends))
+            await until(lambda: datetime.now(UTC) > later(ends, lease))
+        finally:
+            own_postgres.thaw()
+        swept = await sweeping
+        await ledger.register("w", ["default"], LONG)
+
+        assert (dict(swept.returned), list(swept.crashed)) == ({}, [])
+        assert await ledger.settle([completed(claim, b"1")]) == {claim.id}

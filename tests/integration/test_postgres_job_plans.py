@@ -70,7 +70,7 @@ STATEMENTS: dict[str, tuple[str, list[Any], set[str]]] = {
     "take back": (sql.TAKE_BACK, ["w", [1, 2]], {"active"}),
     "heartbeat": (sql.REGISTER_HOLDING, ["w", ["default"], 30.0, [NOBODY] * 50], {"active"}),
     "leave": (sql.LEAVE, ["w"], {"active"}),
-    "sweep": (sql.SWEEP, [5], {"active", "pkey"}),
+    "sweep": (sql.SWEEP, [5, None], {"active", "pkey"}),
     "settle": (
         sql.SETTLE,
         [[one] * 50 for one in (NOBODY, 1, "completed", "1", None, None, None, 0)],

@@ -2,6 +2,8 @@
 
 import signal
 import time
+from contextlib import ExitStack
+from functools import partial
 
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.redis import RedisServer
@@ -123,6 +125,46 @@ def test_jobs_of_a_killed_worker_are_run_elsewhere(database: Database) -> None:
 
     assert took < LEASE + SWEEP + 1.0  # one second for three processes on a busy machine
     assert (taken["attempts"], taken["crashes"]) == (1, 1)
+
+
+def test_a_frozen_database_is_nobody_s_death(own_postgres: PostgresServer) -> None:
+    """Longer than leases are: who died meanwhile is found, by old and new, and nobody else is."""
+    environment = environment_of(own_postgres, JOB_LOOK_INTERVAL="100")
+    lost = "Job lease lost: others may be given this worker's jobs"
+    with ExitStack() as stack:
+        service = stack.enter_context(api(environment))
+        victim, *living = [stack.enter_context(worker(environment)) for _ in range(4)]
+        ids = [accept(service, "parcels.wait", 600) for _ in range(16)]
+        held = [until(service, job_id, "active") for job_id in ids]
+        own_postgres.freeze()
+        try:
+            victim.process.kill()
+            for each in living:
+                wait_for(partial(each.logged, lost), what="leases are over")
+            beginners = [
+                stack.enter_context(
+                    running(program="worker", management=True, environment=environment)
+                )
+                for _ in range(2)
+            ]
+        finally:
+            own_postgres.thaw()
+        for each in beginners:
+            each.wait_ready()
+        dead = [each["id"] for each in held if f"-{victim.process.pid}-" in each["worker"]]
+        for job_id in dead:
+            wait_for(partial(_has_crashed, service, job_id), what="found")
+        shown = {job_id: job(service, job_id) for job_id in ids}
+        for each in (*living, *beginners):
+            each.process.kill()
+
+    assert 0 < len(dead) < len(ids)
+    assert [job_id for job_id in ids if shown[job_id]["crashes"]] == dead
+    assert {each["attempts"] for each in shown.values()} == {1}
+
+
+def _has_crashed(service: Service, job_id: str) -> bool:
+    return bool(job(service, job_id)["crashes"])
 
 
 def test_a_job_that_kills_workers_is_given_up(database: Database) -> None:

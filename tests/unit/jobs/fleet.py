@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from typing import Any
 
 from tests.virtual_time import LoopClock
@@ -105,20 +106,20 @@ class ShakyLedger:
         queues: Collection[str],
         lease: float,
         holding: Collection[str] | None = None,
-    ) -> None:
+    ) -> datetime:
         """Register, likewise."""
         await self._step("register", worker)
-        await self._kept.register(worker, queues, lease, holding)
+        return await self._kept.register(worker, queues, lease, holding)
 
     async def leave(self, worker: str) -> Mapping[str, Sequence[str]]:
         """Leave, likewise."""
         await self._step("leave", worker)
         return await self._kept.leave(worker)
 
-    async def sweep(self, max_crashes: int) -> Swept:
+    async def sweep(self, max_crashes: int, before: datetime | None = None) -> Swept:
         """Sweep, likewise."""
         await self._step("sweep", max_crashes)
-        return await self._kept.sweep(max_crashes)
+        return await self._kept.sweep(max_crashes, before)
 
     async def counts(self) -> Mapping[str, QueueCounts]:
         """Count, likewise."""

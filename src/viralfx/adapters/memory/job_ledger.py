@@ -130,14 +130,16 @@ class MemoryJobLedger:
         queues: Collection[str],
         lease: float,
         holding: Collection[str] | None = None,
-    ) -> None:
+    ) -> datetime:
         """Note a worker's queues, and until when its lease is good."""
+        ends = self._clock.now() + timedelta(seconds=lease)
         self._workers.renew(worker, queues, lease)
         if holding is not None:
             known, long_ago = frozenset(holding), self._clock.monotonic() - lease
             for job_id, given in tuple(self._held.get(worker, {}).items()):
                 if given < long_ago and job_id not in known:
                     self._wait(self._jobs[job_id])
+        return ends
 
     async def leave(self, worker: str) -> Mapping[str, Sequence[str]]:
         """Let what the worker has wait again, and forget the worker."""
@@ -147,8 +149,10 @@ class MemoryJobLedger:
             returned[job.queue].append(job.id)
         return dict(returned)
 
-    async def sweep(self, max_crashes: int) -> Swept:
+    async def sweep(self, max_crashes: int, before: datetime | None = None) -> Swept:
         """Take the jobs of workers without a good lease, and forget those workers."""
+        if before is not None and self._clock.now() >= before:
+            return Swept()
         returned: defaultdict[str, list[str]] = defaultdict(list)
         crashed: list[str] = []
         for worker in {*self._held, *self._workers.known}:

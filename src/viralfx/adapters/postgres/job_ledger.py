@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from asyncpg.connection import Connection
@@ -162,23 +163,25 @@ class PostgresJobLedger:
         queues: Collection[str],
         lease: float,
         holding: Collection[str] | None = None,
-    ) -> None:
+    ) -> datetime:
         """See :class:`JobLedger`."""
         statement, arguments = sql.REGISTER, [worker, sorted(set(queues)), interval(lease)]
         if holding is not None:
             statement, arguments = sql.REGISTER_HOLDING, [*arguments, identifiers(holding)]
-        await self._life.run(lambda turn: turn.connection.execute(statement, *arguments))
+        rows = await self._life.run(lambda turn: turn.connection.fetch(statement, *arguments))
+        lease_until: datetime = rows[0]["lease_until"]
+        return lease_until
 
     async def leave(self, worker: str) -> Mapping[str, Sequence[str]]:
         """See :class:`JobLedger`."""
         rows = await self._life.run(lambda turn: turn.connection.fetch(sql.LEAVE, worker))
         return _by_queue(rows)
 
-    async def sweep(self, max_crashes: int) -> Swept:
+    async def sweep(self, max_crashes: int, before: datetime | None = None) -> Swept:
         """See :class:`JobLedger`; the counters are folded on this occasion."""
 
         async def step(turn: Turn) -> Sequence[Row]:
-            rows = await turn.connection.fetch(sql.SWEEP, max_crashes)
+            rows = await turn.connection.fetch(sql.SWEEP, max_crashes, before)
             await turn.connection.execute(sql.FOLD, _MANY_COUNTERS)
             return rows
 

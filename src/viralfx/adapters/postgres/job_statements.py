@@ -122,6 +122,7 @@ REGISTER: Final = """
 INSERT INTO viralfx_workers (worker, queues, lease_until)
 VALUES ($1, $2, statement_timestamp() + make_interval(secs => $3))
 ON CONFLICT (worker) DO UPDATE SET queues = excluded.queues, lease_until = excluded.lease_until
+RETURNING lease_until
 """
 # What was given only just now may be in an answer that is under way.
 REGISTER_HOLDING: Final = f"""
@@ -142,11 +143,13 @@ WHERE state = 'active' AND worker = $1
 RETURNING id, queue
 """
 
+# What waits unread while the server hangs is received only after that: then it is too late.
 SWEEP: Final = """
 WITH gone AS (
     DELETE FROM viralfx_workers WHERE worker IN (
         SELECT worker FROM viralfx_workers
         WHERE lease_until <= statement_timestamp()
+            AND ($2::timestamptz IS NULL OR statement_timestamp() < $2)
         FOR UPDATE SKIP LOCKED
     )
 ), lost AS MATERIALIZED (
@@ -154,7 +157,7 @@ WITH gone AS (
     WHERE state = 'active' AND coalesce(worker, '') NOT IN (
         SELECT living.worker FROM viralfx_workers AS living
         WHERE lease_until > statement_timestamp()
-    )
+    ) AND ($2::timestamptz IS NULL OR statement_timestamp() < $2)
     FOR UPDATE OF job SKIP LOCKED
 )
 UPDATE viralfx_jobs AS job

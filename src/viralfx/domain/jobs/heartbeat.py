@@ -3,13 +3,26 @@
 import asyncio
 import logging
 from collections.abc import Callable, Collection
+from datetime import datetime, timedelta
 
 from viralfx.domain.clock import Clock, finished_within
 from viralfx.domain.jobs.job import LedgerUnavailableError
 from viralfx.domain.jobs.ledger import JobLedger
-from viralfx.domain.jobs.reach import LedgerReach
+from viralfx.domain.jobs.reach import LONGEST_PAUSE, LedgerReach
 
 _logger = logging.getLogger("viralfx.jobs")
+
+
+def longest_delay(lease: float) -> float:
+    """Return the seconds in which a worker of such a lease renews it after an outage, at most.
+
+    A renewal that hangs is cut after half a lease, and tried again after a pause.
+    """
+    return lease / 2 + _longest_pause(lease)
+
+
+def _longest_pause(lease: float) -> float:
+    return min(LONGEST_PAUSE, lease / 6)
 
 
 class Heartbeat:
@@ -41,6 +54,8 @@ class Heartbeat:
         self._holding = holding
         self._on_renewed = on_renewed
         self._good_until: float | None = None
+        self._ends: datetime | None = None
+        self._unbroken_since = 0.0
         self._told = False
 
     def good(self, now: float) -> bool:
@@ -51,6 +66,19 @@ class Heartbeat:
         """Tell whether it is good for long enough to claim jobs under it."""
         return self.good(now + self._lease / 5)
 
+    def unbroken_for(self, now: float) -> float:
+        """Return the seconds for which it has been good at all times; zero while it is not."""
+        return now - self._unbroken_since if self.good(now) else 0.0
+
+    @property
+    def others_good_before(self) -> datetime | None:
+        """Until when others that live have good leases, by the ledger's time; None: unknown.
+
+        That is two thirds of a lease from this worker's own last renewal, whatever has happened
+        since: all who renew theirs in time had as much left at that moment.
+        """
+        return None if self._ends is None else self._ends - timedelta(seconds=self._lease / 3)
+
     async def run(self) -> None:
         """Renew until cancelled."""
         try:
@@ -58,9 +86,9 @@ class Heartbeat:
                 await self._clock.sleep(await self._renew())
         finally:
             self._reach.forget("register")
-            self._good_until = None
+            self._good_until = self._ends = None
 
-    async def _register(self) -> None:
+    async def _register(self) -> datetime:
         registering = asyncio.create_task(
             self._ledger.register(self._worker, self._queues, self._lease, self._holding()),
             name="job-register",
@@ -71,15 +99,15 @@ class Heartbeat:
                 raise LedgerUnavailableError("the ledger does not answer")
         finally:
             registering.cancel()
-        registering.result()
+        return registering.result()
 
     async def _renew(self) -> float:
         # Reckoned from before the call: the ledger begins to count no earlier.
         began = self._clock.monotonic()
         try:
-            await self._register()
+            ends = await self._register()
         except Exception as error:  # noqa: BLE001 - without this loop all jobs would be lost to it
-            delay = self._reach.failed("register", error)
+            delay = min(self._reach.failed("register", error), _longest_pause(self._lease))
             now = self._clock.monotonic()
             if self._good_until is not None and not self._told and not self.good(now + delay):
                 self._told = True
@@ -87,7 +115,9 @@ class Heartbeat:
                     "Job lease lost: others may be given this worker's jobs"
                 )
             return delay
-        self._good_until = began + self._lease
+        if self._ends is None or ends - timedelta(seconds=self._lease) >= self._ends:
+            self._unbroken_since = self._clock.monotonic()
+        self._good_until, self._ends = began + self._lease, ends
         self._reach.succeeded("register")
         if self._told:
             self._told = False

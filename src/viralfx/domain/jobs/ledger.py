@@ -5,6 +5,7 @@ All time is the ledger's own, so that workers whose clocks differ agree about le
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Protocol
 
 from viralfx.domain.jobs.job import Claim, Job, JobDraft, JobState, Settlement
@@ -107,8 +108,10 @@ class JobLedger(Protocol):
         queues: Collection[str],
         lease: float,
         holding: Collection[str] | None = None,
-    ) -> None:
+    ) -> datetime:
         """Note that ``worker`` lives and consumes ``queues``, for the next ``lease`` seconds.
+
+        Returns when the lease ends, by the ledger's time.
 
         The name is of one life of one process: who starts again takes a new one. Called again it
         renews the lease: of all the worker's jobs at once. ``holding`` is the ids that it knows to
@@ -125,10 +128,12 @@ class JobLedger(Protocol):
         """
         ...
 
-    async def sweep(self, max_crashes: int) -> Swept:
+    async def sweep(self, max_crashes: int, before: datetime | None = None) -> Swept:
         """Take the jobs from workers whose lease ran out, each counted as a crash.
 
         A job with ``max_crashes`` crashes fails with code ``crashed``; the others wait as before.
+        Nobody's job is taken once it is ``before`` by the ledger's time: a sweep that was held up
+        on its way, while nobody could renew a lease, is too late to do harm.
         """
         ...
 

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from viralfx.domain.clock import Clock
+from viralfx.domain.jobs.heartbeat import Heartbeat
 from viralfx.domain.jobs.ledger import JobLedger, Swept
 from viralfx.domain.jobs.reach import LedgerReach
 
@@ -16,7 +17,9 @@ class Sweeper:
 
     After the ledger was away for longer than leases last, it looks as if everybody had died. So
     there is no sweep until it has answered for ``hold`` seconds again, in which those who live
-    can say so.
+    can say so. Nor is there one until this worker's own lease has been good for as long: who has
+    just begun does not know what was before. And one that hangs while the ledger is away is told
+    until when it may do anything.
     """
 
     def __init__(
@@ -26,6 +29,7 @@ class Sweeper:
         interval: float,
         hold: float,
         max_crashes: int,
+        heartbeat: Heartbeat,
         reach: LedgerReach,
         clock: Clock,
         ring: Callable[[str, Sequence[str]], None],
@@ -36,6 +40,7 @@ class Sweeper:
         self._interval = interval
         self._hold = hold
         self._max_crashes = max_crashes
+        self._heartbeat = heartbeat
         self._reach = reach
         self._clock = clock
         self._ring = ring
@@ -46,7 +51,8 @@ class Sweeper:
         try:
             while True:
                 await self._clock.sleep(self._interval * self._rng.uniform(0.5, 1.0))
-                steady_for = self._reach.steady_for
+                unbroken_for = self._heartbeat.unbroken_for(self._clock.monotonic())
+                steady_for = min(self._reach.steady_for, unbroken_for)
                 if steady_for >= self._hold:
                     await self._sweep()
                 elif steady_for > 0:
@@ -56,7 +62,7 @@ class Sweeper:
 
     async def _sweep(self) -> None:
         try:
-            swept = await self._ledger.sweep(self._max_crashes)
+            swept = await self._ledger.sweep(self._max_crashes, self._heartbeat.others_good_before)
         except Exception as error:  # noqa: BLE001 - others sweep as well, and this one again
             self._reach.failed("sweep", error)
             return

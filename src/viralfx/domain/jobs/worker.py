@@ -9,12 +9,12 @@ from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.jobs.codec import Codec
 from viralfx.domain.jobs.consumer import QueueConsumer
 from viralfx.domain.jobs.execution import PATIENCE, Executor
-from viralfx.domain.jobs.heartbeat import Heartbeat
+from viralfx.domain.jobs.heartbeat import Heartbeat, longest_delay
 from viralfx.domain.jobs.job import LedgerUnavailableError
 from viralfx.domain.jobs.leaving import Departure, Left
 from viralfx.domain.jobs.ledger import JobLedger
 from viralfx.domain.jobs.periodic import Periodic, Schedule
-from viralfx.domain.jobs.reach import LONGEST_PAUSE, LedgerReach
+from viralfx.domain.jobs.reach import LedgerReach
 from viralfx.domain.jobs.ringing import Ringer
 from viralfx.domain.jobs.settling import Settler
 from viralfx.domain.jobs.slots import Slots
@@ -79,8 +79,9 @@ class JobWorker:
         self._state = WorkerState.NEW
         self._departing: asyncio.Task[Left] | None = None
         self.name = worker
-        # A lease is renewed every third of it, so that none ends in a shorter absence.
-        reach = LedgerReach(clock, absence=lease * 2 / 3)
+        # A lease is renewed every third of it, so that after a shorter absence all have enough
+        # left to be renewed.
+        reach = LedgerReach(clock, absence=lease / 2)
         self._ringer = Ringer(transport, clock=clock)
         self._settler = Settler(ledger, reach, clock)
         self._heartbeat = Heartbeat(
@@ -96,9 +97,9 @@ class JobWorker:
         self._sweeper = Sweeper(
             ledger,
             interval=sweep_interval,
-            # A renewal that hangs is cut after half a lease, and tried again after a pause.
-            hold=lease / 2 + LONGEST_PAUSE,
+            hold=longest_delay(lease),
             max_crashes=max_crashes,
+            heartbeat=self._heartbeat,
             reach=reach,
             clock=clock,
             ring=self._wait_again,
