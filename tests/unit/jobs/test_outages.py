@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from tests.unit.jobs.fleet import Fleet, ShakyLedger
 from tests.virtual_time import VirtualTimeLoop, run_in_virtual_time
 
-from viralfx.domain.jobs.job import Claim, JobState, LedgerUnavailableError, Settlement
+from viralfx.domain.jobs.job import (
+    Claim,
+    JobState,
+    LedgerUnavailableError,
+    Settlement,
+    UnstorableError,
+)
 from viralfx.domain.resilience.retry_policy import BackoffPolicy
 
 EVERYTHING = ShakyLedger.EVERYTHING
@@ -194,7 +200,7 @@ async def test_one_outcome_that_is_refused_harms_no_other(
     class Fussy(ShakyLedger):
         async def settle(self, settlements: Sequence[Settlement]) -> frozenset[str]:
             if any(b"bad" in (settled.result or b"") for settled in settlements):
-                raise ValueError("invalid byte sequence")
+                raise UnstorableError("invalid byte sequence")
             return frozenset(await super().settle(settlements))
 
     fleet.ledger = Fussy(fleet.kept)
@@ -220,7 +226,7 @@ async def test_a_message_that_is_refused_does_not_keep_its_job(fleet: Fleet) -> 
     class Fussy(ShakyLedger):
         async def settle(self, settlements: Sequence[Settlement]) -> frozenset[str]:
             if any(each.error and "strange" in each.error.message for each in settlements):
-                raise ValueError("invalid byte sequence")
+                raise UnstorableError("invalid byte sequence")
             return frozenset(await super().settle(settlements))
 
     async def fail(_: object) -> None:
@@ -259,6 +265,38 @@ async def test_a_ledger_that_refuses_everything_holds_no_other_queue_up(fleet: F
     broken.broken = False
 
     assert await fleet.final(ids[0]) < 3.0
+    assert [(await fleet.job(job_id)).state for job_id in ids] == [JobState.COMPLETED] * 2
+
+
+@pytest.mark.parametrize("times", [1, 5])
+async def test_what_is_completed_stays_so_although_the_ledger_refused_it(
+    fleet: Fleet, times: int
+) -> None:
+    """By a fault of its own, and not by what was to be recorded."""
+
+    class Faulty(ShakyLedger):
+        faults = times
+
+        async def settle(self, settlements: Sequence[Settlement]) -> frozenset[str]:
+            if self.faults:
+                self.faults -= 1
+                raise RuntimeError("a bug")
+            return frozenset(await super().settle(settlements))
+
+    async def fail(_: object) -> None:
+        raise RuntimeError("strange")
+
+    fleet.ledger = Faulty(fleet.kept)
+    fleet.declare("fail", fail, retry=BackoffPolicy(attempts=1))
+    fleet.start()
+    ids = [await fleet.accept(payload='"kept"'), await fleet.accept("fail")]
+    await fleet.final(*ids)
+    done, over = [await fleet.job(job_id) for job_id in ids]
+
+    assert (done.state, done.result, done.error) == (JobState.COMPLETED, b'"kept"', None)
+    assert over.error is not None
+    assert (over.state, over.error.message) == (JobState.FAILED, "strange")
+    assert fleet.done == ["kept"]
 
 
 async def test_an_error_of_a_step_that_is_no_outage_ends_nothing(

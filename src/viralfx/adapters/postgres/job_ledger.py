@@ -25,7 +25,7 @@ from viralfx.adapters.postgres.job_rows import (
     settlement_columns,
 )
 from viralfx.adapters.postgres.job_steps import Steps, Turn
-from viralfx.adapters.postgres.outages import BAD_VALUE
+from viralfx.adapters.postgres.outages import BAD_CONTENT, BAD_VALUE
 from viralfx.adapters.postgres.own_connection import OwnConnection
 from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.jobs.codec import PayloadError
@@ -39,6 +39,7 @@ from viralfx.domain.jobs.job import (
     JobStateError,
     LedgerUnavailableError,
     Settlement,
+    UnstorableError,
     failed,
 )
 from viralfx.domain.jobs.ledger import Accepted, QueueCounts, Swept
@@ -125,7 +126,7 @@ class PostgresJobLedger:
             return ()
         try:
             return await self._steps.run(lambda turn: _settle(turn, settlements))
-        except BAD_VALUE as error:
+        except BAD_CONTENT as error:
             if len(settlements) > 1:
                 taken: set[str] = set()
                 for each in settlements:
@@ -133,7 +134,7 @@ class PostgresJobLedger:
                 return taken
             (bad,) = settlements
             if bad.result is None:
-                raise
+                raise UnstorableError(f"the outcome cannot be stored: {error}") from error
             fault = JobError(code="result", message=f"the result cannot be stored: {error}")
             return await self.settle([failed(bad.claim, fault)])
 

@@ -13,8 +13,10 @@ _NOT_MIGRATED = (
     asyncpg.UndefinedColumnError,
     asyncpg.InvalidSchemaNameError,
 )
-BAD_VALUE = (asyncpg.DataError, ValueError)
+BAD_CONTENT = (asyncpg.DataError, UnicodeError)
 """What the server, or the driver already, says of a value that cannot be stored."""
+BAD_VALUE = (*BAD_CONTENT, ValueError)
+"""That, and what is said here before either is asked."""
 
 
 @contextlib.contextmanager

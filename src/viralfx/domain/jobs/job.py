@@ -186,6 +186,10 @@ class LedgerUnavailableError(ViralFXError):
     """The ledger cannot be reached now, or not in time; what was asked for may have happened."""
 
 
+class UnstorableError(ViralFXError):
+    """What an outcome says, its result or its message, is nothing that the ledger can keep."""
+
+
 class NotMigratedError(LedgerUnavailableError):
     """The ledger's tables are missing: ``viralfx migrate`` has not been run."""
 

@@ -87,7 +87,9 @@ class JobLedger(Protocol):
         """Record what became of claimed jobs; return the ids of those that were taken.
 
         One whose claim is no longer the job's latest, or that was settled before, is passed over.
-        Settling again what was taken is therefore harmless.
+        Settling again what was taken is therefore harmless. A result that cannot be kept for what
+        it is fails its job with code ``result``, and no other. Raises :class:`UnstorableError` when
+        nothing of that kind helps.
         """
         ...
 

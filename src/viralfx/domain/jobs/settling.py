@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from viralfx.domain.clock import Clock
 from viralfx.domain.jobs.coalescing import Coalescer
-from viralfx.domain.jobs.job import Claim, JobError, JobState, Settlement
+from viralfx.domain.jobs.job import Claim, JobError, JobState, Settlement, UnstorableError
 from viralfx.domain.jobs.ledger import JobLedger
 from viralfx.domain.jobs.reach import LedgerReach
 
@@ -36,11 +36,14 @@ class Settler:
             try:
                 taken = await self._coalescer(settlement)
             except Exception as error:
-                # A boundary: a job must not stay active for ever because of what it returned.
+                # A boundary: what went wrong is not the outcome's fault, so it is kept as it is.
+                # Only one that can never be recorded gives way to one that can: its job must not
+                # stay active for ever.
                 if not refused:
                     refused = True
                     _logger.exception("Outcome refused by the ledger", extra=_names(settlement))
-                settlement = _storable(settlement)
+                if isinstance(error, UnstorableError):
+                    settlement = _storable(settlement)
                 await self._clock.sleep(self._reach.failed("settle", error))
         if not taken:
             self.lost_fence(settlement.claim)
