@@ -184,6 +184,36 @@ async def test_a_task_that_ends_late_but_ends_is_done(fleet: Fleet) -> None:
     assert (job.state, job.result) == (JobState.COMPLETED, b'"late"')
 
 
+async def test_tasks_that_ignore_their_cancellation_are_bounded(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At twice the slots their queue stands still, and no other; it goes on when they end."""
+    caplog.set_level(logging.INFO, "viralfx.jobs")
+    released = asyncio.Event()
+    running: list[object] = []
+
+    async def ignore(payload: object) -> None:
+        running.append(payload)
+        await swallow_cancellation(released)
+
+    fleet.declare("ignore", ignore, timeout=5.0, retry=ONCE)
+    worker = fleet.start(queues={"default": 3, "other": 1})
+    ids = [await fleet.accept("ignore") for _ in range(20)]
+    await fleet.until(lambda: worker.abandoned == 6)
+    await asyncio.sleep(600.0)
+    other = await fleet.accept(queue="other")
+    await fleet.final(other)
+
+    assert (len(running), worker.abandoned, worker.active) == (6, 6, 0)
+    told = [r for r in caplog.records if r.getMessage().startswith("Queue stands still")]
+    assert [(r.__dict__["queue"], r.__dict__["running"]) for r in told] == [("default", 6)]
+
+    released.set()
+    await fleet.final(*ids)
+    assert len(running) == 20
+    assert [r.getMessage() for r in caplog.records].count("Queue has all its slots again") == 1
+
+
 async def test_a_task_that_ignores_its_cancellation_is_left_behind(fleet: Fleet) -> None:
     """It has timed out, its slot is free, and what it comes to later is nothing."""
     released = asyncio.Event()
@@ -576,7 +606,6 @@ def test_whatever_tasks_do_every_job_becomes_final(acts: list[str], slots: int) 
 
     async def main() -> None:
         fleet = Fleet()
-        released = asyncio.Event()
 
         async def act(what: str) -> object:
             match what:
@@ -591,6 +620,8 @@ def test_whatever_tasks_do_every_job_becomes_final(acts: list[str], slots: int) 
                 case "cancel":
                     raise asyncio.CancelledError
                 case "ignore":
+                    released = asyncio.Event()
+                    asyncio.get_running_loop().call_later(20.0, released.set)
                     await swallow_cancellation(released)
             return what
 
@@ -605,7 +636,6 @@ def test_whatever_tasks_do_every_job_becomes_final(acts: list[str], slots: int) 
             assert job.attempts == (0 if good else 2)
         assert worker.active == 0
         assert worker.abandoned == 2 * acts.count("ignore")
-        released.set()
         await fleet.stop()
 
     run_in_virtual_time(main())

@@ -10,12 +10,13 @@ from viralfx.domain.jobs.job import JobState
 from viralfx.domain.resilience.retry_policy import BackoffPolicy
 
 
-async def crash(fleet: Fleet, *ids: str, times: int) -> None:
-    """Have workers die over jobs."""
+async def crash(fleet: Fleet, *ids: str, times: int = 2) -> None:
+    """Have workers die over jobs of one queue."""
+    queue = (await fleet.job(ids[0])).queue
     for number in range(times):
         name = f"died-{number}"
-        await fleet.kept.register(name, ["default"], 0.001)
-        claims = await fleet.kept.claim("default", name, len(ids), ids)
+        await fleet.kept.register(name, [queue], 0.001)
+        claims = await fleet.kept.claim(queue, name, len(ids), ids)
         assert len(claims) == len(ids)
         await asyncio.sleep(0.01)
         await fleet.kept.sweep(100)
@@ -72,6 +73,22 @@ async def test_a_suspect_begins_when_no_other_is_held(fleet: Fleet, look_interva
     await fleet.final(*ids)
 
     assert held == [1] * 5
+
+
+async def test_suspects_follow_one_another_without_waiting_for_a_look(fleet: Fleet) -> None:
+    """In whatever queues they are, and however long each takes."""
+    ids = [await fleet.accept("sleep", "0.1", queue=queue) for queue in ("default", "other") * 3]
+    ids += [await fleet.accept("sleep", "5.0") for _ in range(2)]
+    for queue in ("default", "other"):
+        await crash(fleet, *[each for each in ids if (await fleet.job(each)).queue == queue])
+    claims = sum([(await fleet.job(job_id)).claims for job_id in ids])
+    fleet.start(queues={"default": 10, "other": 10}, look_interval=600.0)
+    took = await fleet.final(*ids, within=3600.0)
+
+    # Each takes its time, and the next one at most as long as one that was given back waits.
+    assert took < 6 * (0.1 + 1.1) + 2 * (5.0 + 0.1)
+    assert fleet.most_running == 1
+    assert sum([(await fleet.job(job_id)).claims for job_id in ids]) - claims <= 40
 
 
 async def test_a_job_that_kills_every_worker_is_given_up(fleet: Fleet) -> None:

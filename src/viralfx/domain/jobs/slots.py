@@ -1,6 +1,7 @@
 """The executions of one queue: so many at once, each until the ledger has its outcome."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -9,12 +10,16 @@ from viralfx.domain.jobs.job import Claim, JobState, Settlement, handed_back
 from viralfx.domain.jobs.settling import Settler
 from viralfx.domain.jobs.suspects import Suspects, is_suspect
 
+_logger = logging.getLogger("viralfx.jobs")
+
 
 class Slots:
     """Runs claimed jobs.
 
     A slot is free again when its task has ended: the next job is claimed while the outcome is
-    recorded. What is not recorded is bounded, too: it is never more than twice the slots.
+    recorded. What is not recorded is bounded, too: it is never more than twice the slots. So are
+    tasks that were left behind and still run: when they and those that run are twice the slots,
+    nothing more begins until one ends.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class Slots:
         self._running: set[Execution] = set()
         self._unrecorded: set[Execution] = set()
         self._left_behind: set[asyncio.Task[None]] = set()
+        self._told = False
         self._stopping = False
         self.room = asyncio.Event()
         """Set while a slot is free."""
@@ -60,7 +66,8 @@ class Slots:
     @property
     def free(self) -> int:
         """How many jobs may begin now."""
-        return min(self.count, 2 * self.count - len(self._unrecorded)) - len(self._running)
+        waited_for = max(len(self._unrecorded), len(self._left_behind))
+        return min(self.count, 2 * self.count - waited_for) - len(self._running)
 
     @property
     def active(self) -> int:
@@ -101,10 +108,11 @@ class Slots:
             finally:  # not before: what is unrecorded would count as killed by the next one
                 self._suspects.leave(execution)
         else:
+            deferral = self._suspects.defer(claim)
             try:
-                await self._record(execution, self._suspects.defer(claim))
+                await self._record(execution, deferral)
             finally:
-                self._suspects.deferred()
+                self._suspects.deferred(deferral, self._on_wait)
 
     async def _execute_alone(self, execution: Execution) -> Settlement | None:
         try:
@@ -151,11 +159,26 @@ class Slots:
             )
 
     def _count_room(self) -> None:
+        self._tell_of_those_left_behind()
         if self.free <= 0:
             self.room.clear()
         elif not self.room.is_set():
             self.room.set()
             self._on_room()
+
+    def _tell_of_those_left_behind(self) -> None:
+        count = len(self._left_behind)
+        if not self._told and count >= 2 * self.count and not self._stopping:
+            self._told = True
+            _logger.error(
+                "Queue stands still: its tasks ignore that they are cancelled",
+                extra={"queue": self.queue, "running": count},
+            )
+        elif self._told and count <= self.count:
+            self._told = False
+            _logger.info(
+                "Queue has all its slots again", extra={"queue": self.queue, "running": count}
+            )
 
     # -- what does not end by itself ---------------------------------------------------------
 

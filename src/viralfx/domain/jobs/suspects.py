@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Callable
 
 from viralfx.domain.clock import Clock
 from viralfx.domain.jobs.job import Claim, JobState, Settlement
@@ -30,6 +31,8 @@ class Suspects:
         self._rng = rng or random.Random()  # noqa: S311 - it spreads load only
         self._holder: object | None = None
         self._leaving = 0
+        self._due: dict[str, tuple[float, Callable[[float], None]]] = {}
+        """When each that was given back is due again, by its id, and who is told."""
         self._alone = asyncio.Event()
         self._alone.set()
 
@@ -44,6 +47,7 @@ class Suspects:
         """Free the place, if it is still taken by just this one."""
         if self._holder is who:
             self._holder = None
+            self._tell()
 
     def defer(self, claim: Claim) -> Settlement:
         """Let a suspect that found no place wait again; tell :meth:`deferred` when that is done."""
@@ -52,11 +56,25 @@ class Suspects:
         delay = self._rng.uniform(_PAUSE, 2 * _PAUSE)
         return Settlement(claim=claim, state=JobState.WAITING, delay=delay)
 
-    def deferred(self) -> None:
-        """Note that a suspect has left."""
+    def deferred(self, deferral: Settlement, on_wait: Callable[[float], None]) -> None:
+        """Note that a suspect has left.
+
+        When the place is free, ``on_wait`` is called with the seconds after which the suspect is
+        due: the next one need not wait for a look.
+        """
         self._leaving -= 1
         if not self._leaving:
             self._alone.set()
+        due = self._clock.monotonic() + (deferral.delay or 0.0)
+        self._due[deferral.claim.id] = due, on_wait
+        if self._holder is None:
+            self._tell()
+
+    def _tell(self) -> None:
+        now, told = self._clock.monotonic(), self._due
+        self._due = {}
+        for due, on_wait in told.values():
+            on_wait(max(0.0, due - now))
 
     async def alone(self) -> None:
         """Return once no other suspect is here."""
