@@ -124,3 +124,38 @@ def test_a_script_can_be_run(name: str) -> None:
 
     assert os.access(script, os.X_OK)
     assert "\nset -euo pipefail\n" in script.read_text(encoding="utf-8")
+
+
+def _fields_of_log_lines(tree: ast.AST) -> list[str]:
+    """Return what is written as ``extra=``, ``extra = {...}`` and ``extra["..."] =``."""
+    given: list[ast.AST] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "extra":
+            given.append(node.value)
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(
+                "extra" in {n.id for n in ast.walk(t) if isinstance(n, ast.Name)} for t in targets
+            ):
+                given += [*targets, node.value]
+    return [
+        part.value
+        for root in given
+        for node in ast.walk(root)
+        for part in (node.keys if isinstance(node, ast.Dict) else [getattr(node, "slice", None)])
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)
+    ]
+
+
+def test_fields_of_log_lines_are_in_camel_case() -> None:
+    """As all of them are in the operations guide; none is made of a class's own names."""
+    fields = {
+        (path.name, field)
+        for path in SOURCES
+        for field in _fields_of_log_lines(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    unnamed = [path.name for path in SOURCES if "extra=asdict(" in path.read_text(encoding="utf-8")]
+
+    assert len(fields) > 20
+    assert {name for name in fields if not re.fullmatch(r"[a-z]+([A-Z][a-z]+)*", name[1])} == set()
+    assert unnamed == []

@@ -98,7 +98,7 @@ def test_told_to_stop_a_worker_finishes_what_it_can_and_hands_back_the_rest(
 
     assert code == 0
     assert BUDGET / 2 < took < BUDGET + LOADED
-    assert (left["finished"], left["handed_back"], left["ignoring"]) == (3, 4, 1)
+    assert (left["finished"], left["handedBack"], left["ignoring"]) == (3, 4, 1)
     assert {each["result"] for each in finished} == {first.process.pid}
     assert {each["result"] for each in moved} == {second.process.pid}
     assert _costs([*finished, *moved]) == {(1, 0)}

@@ -321,7 +321,7 @@ async def test_how_a_worker_left_is_logged(fleet: Fleet, caplog: pytest.LogCaptu
     await worker.drain(5.0)
 
     (record,) = caplog.records
-    assert (record.getMessage(), record.__dict__["handed_back"]) == ("Job worker left", 1)
+    assert (record.getMessage(), record.__dict__["handedBack"]) == ("Job worker left", 1)
 
 
 # -- a ledger that ends with the process ---------------------------------------------------------

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from viralfx.domain.clock import Clock, finished_within
@@ -46,6 +46,15 @@ class Left:
     unrecorded: int
     """Jobs that could not be handed back, or their outcome recorded: they run again once the
     lease is over."""
+
+    def fields(self) -> dict[str, int]:
+        """Return them by the names that they have in log lines."""
+        return {
+            "finished": self.finished,
+            "handedBack": self.handed_back,
+            "ignoring": self.ignoring,
+            "unrecorded": self.unrecorded,
+        }
 
 
 class Departure:
@@ -108,7 +117,7 @@ class Departure:
             ignoring=ignoring,
             unrecorded=unsettled if left_over is None else 0,
         )
-        _logger.info("Job worker left", extra=asdict(left))
+        _logger.info("Job worker left", extra=left.fields())
         if not self._durable:
             await self._count_losses(budget)
         return left
