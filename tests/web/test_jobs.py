@@ -445,6 +445,9 @@ async def test_without_its_ledger_the_service_asks_to_try_again(
         reply = await client.request(method, f"{JOBS}{path}", json=body)
 
         assert_problem(reply, 503, text)
+        # Only who accepts has a key to send again.
+        accepts = (method, path) == ("POST", "") and type(error) is LedgerUnavailableError
+        assert ("Idempotency-Key" in reply.text) is accepts
         assert reply.headers["retry-after"] == "1"
         assert "planted" not in reply.text
 

@@ -52,14 +52,13 @@ def _misfit(_: Request[object, object, State], error: Exception) -> Response[Pro
     return respond(422, "The payload does not fit the task.", errors=[what])
 
 
-def _unavailable(request: Request[object, object, State], _: Exception) -> Response[Problem]:
-    detail = "The ledger of the jobs cannot be reached."
-    if request.method == "POST":
-        detail += (
-            " The job may have been accepted all the same: send it again with the same"
-            " Idempotency-Key."
-        )
-    return respond(503, detail, headers=_SOON)
+def _unavailable(advice: str) -> Handler:
+    detail = f"The ledger of the jobs cannot be reached.{advice}"
+
+    def handle(_: Request[object, object, State], __: Exception) -> Response[Problem]:
+        return respond(503, detail, headers=_SOON)
+
+    return handle
 
 
 def _not_migrated(_: Request[object, object, State], __: Exception) -> Response[Problem]:
@@ -78,6 +77,20 @@ HANDLERS: ExceptionHandlersMap = {
     UnknownTaskError: _said(422),
     UnknownQueueError: _said(422),
     PayloadError: _misfit,
-    LedgerUnavailableError: _unavailable,
+    LedgerUnavailableError: _unavailable(""),
     NotMigratedError: _not_migrated,
 }
+
+ON_ACCEPT: ExceptionHandlersMap = {
+    LedgerUnavailableError: _unavailable(
+        " The job may have been accepted all the same: send it again with the same Idempotency-Key."
+    ),
+}
+"""What is said otherwise where a job is accepted."""
+
+ON_CHANGE: ExceptionHandlersMap = {
+    LedgerUnavailableError: _unavailable(
+        " The change may have been made all the same: look at the job before asking again."
+    ),
+}
+"""And where one is changed that there is."""

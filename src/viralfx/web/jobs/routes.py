@@ -22,7 +22,7 @@ from viralfx.domain.jobs.service import JobService
 from viralfx.domain.jobs.watch import JobWatch
 from viralfx.web.access import Verdict, judge_bearer
 from viralfx.web.jobs import documentation, requests, views
-from viralfx.web.jobs.errors import HANDLERS
+from viralfx.web.jobs.errors import HANDLERS, ON_ACCEPT, ON_CHANGE
 from viralfx.web.jobs.requests import AnyRequest
 from viralfx.web.jobs.views import PATH
 
@@ -75,6 +75,7 @@ class JobsController(Controller):
         request_max_body_size=requests.MOST_BYTES,
         operation_class=documentation.AcceptOperation,
         responses=documentation.ACCEPT_RESPONSES,
+        exception_handlers=ON_ACCEPT,
     )
     async def accept(self, request: AnyRequest) -> Response[views.JobAccepted]:
         key = requests.idempotency_key(request)
@@ -140,6 +141,7 @@ class JobsController(Controller):
         operation_id="jobCancel",
         summary="Cancel a job that waits",
         responses=documentation.CANCEL_RESPONSES,
+        exception_handlers=ON_CHANGE,
     )
     async def cancel(self, request: AnyRequest, job_id: FromPath[str]) -> None:
         await _api(request).service.cancel(job_id)
@@ -151,6 +153,7 @@ class JobsController(Controller):
         status_code=202,
         request_max_body_size=requests.MOST_BYTES,
         responses=documentation.RETRY_RESPONSES,
+        exception_handlers=ON_CHANGE,
     )
     async def retry(self, request: AnyRequest, job_id: FromPath[str]) -> views.JobAccepted:
         return views.accepted(await _api(request).service.retry(job_id))
