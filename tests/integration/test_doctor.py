@@ -240,7 +240,7 @@ DATABASE: dict[str, tuple[Plant, str, str, str]] = {
         lambda _: {"DB_POOL_MAX": "500"},
         "pool",
         "fail",
-        "DB_POOL_MAX=500 and one connection for health are more than the 97",
+        "DB_POOL_MAX=500 and two connections for health and heartbeats are more than the 97",
     ),
     "no second instance fits": (
         lambda _: {"POOL_PROFILE": "large"},

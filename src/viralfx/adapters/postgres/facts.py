@@ -192,8 +192,9 @@ def _limits_of_time(facts: Facts, config: PostgresConfig) -> Iterator[Finding]:
 
 
 def _pool(facts: Facts, config: PostgresConfig) -> Iterator[Finding]:
-    area, needed, usable = Area.POOL, config.pool_max + 1, facts.usable
-    pool = f"DB_POOL_MAX={config.pool_max} and one connection for health"
+    # Beside the pool: one for health and, where jobs are worked on, one for heartbeats.
+    area, needed, usable = Area.POOL, config.pool_max + 2, facts.usable
+    pool = f"DB_POOL_MAX={config.pool_max} and two connections for health and heartbeats"
     remedy = "lower DB_POOL_MAX, or raise max_connections or the user's or database's limit"
     if needed > usable:
         yield failed(area, f"{pool} are more than the {usable} that the server allows", remedy)
@@ -213,6 +214,6 @@ def _pool(facts: Facts, config: PostgresConfig) -> Iterator[Finding]:
     else:
         yield passed(
             area,
-            f"{config.pool_min} to {config.pool_max} connections and one for health, of {usable}"
-            f" that the server allows; {facts.in_use} are in use",
+            f"{config.pool_min} to {config.pool_max} connections and two for health and heartbeats,"
+            f" of {usable} that the server allows; {facts.in_use} are in use",
         )
