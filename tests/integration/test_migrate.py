@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,7 +20,10 @@ from tests.servers.postgres import Database, PostgresServer
 from tests.servers.waiting import wait_until
 
 from viralfx.adapters.postgres.migrate import LOCK, scripts
-from viralfx.adapters.postgres.schema import REVISIONS
+from viralfx.adapters.postgres.schema import LOCK_PATIENCE, REVISIONS
+from viralfx.bootstrap.migration import migrate_schema
+from viralfx.domain.errors import StartupError
+from viralfx.settings import read_settings
 
 DONE, PENDING, WRONG, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes."""
@@ -138,6 +142,26 @@ def test_several_at_once(database: Database, count: int) -> None:
         [told + current, *[current] * (count - 1)]
     )
     assert {err for (_, err), _ in outputs} == {""}
+
+
+def test_it_does_not_wait_for_another_run_for_ever(database: Database) -> None:
+    """It says what it waited for; how long that is, --help has as well."""
+    settings = read_settings(quick(database.url))
+    with locked(database):
+        began = time.monotonic()
+        with pytest.raises(StartupError) as raised:
+            asyncio.run(migrate_schema(settings, patience=0.5))
+        took = time.monotonic() - began
+    said = str(raised.value)
+
+    assert 0.5 <= took < 5.0
+    assert said == (
+        f"DATABASE_URL: the database at {place(database)} is being migrated by another run, which"
+        " took longer than 0.5 s, so nothing was migrated; run it again when that one has ended"
+    )
+    assert LOCK_PATIENCE == 60.0
+    assert "60 s" in " ".join(migrate({}, "--help")[1])
+    assert migrate(quick(database.url))[0] == 0
 
 
 def test_a_failure_in_the_middle_leaves_nothing(database: Database) -> None:

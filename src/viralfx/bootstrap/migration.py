@@ -12,7 +12,12 @@ from viralfx.adapters.postgres import (
     is_rolled_back,
     said_by_server,
 )
-from viralfx.adapters.postgres.schema import REVISIONS, current_revision, pending_migrations
+from viralfx.adapters.postgres.schema import (
+    LOCK_PATIENCE,
+    REVISIONS,
+    current_revision,
+    pending_migrations,
+)
 from viralfx.bootstrap.backend import unusable_certificates
 from viralfx.bootstrap.postgres import postgres_config
 from viralfx.domain.clock import SystemClock
@@ -58,20 +63,29 @@ async def schema_state(settings: Settings) -> SchemaState:
             raise _refusal(config.address, " when asked for its migrations", error) from error
 
 
-async def migrate_schema(settings: Settings) -> SchemaState:
+async def migrate_schema(settings: Settings, *, patience: float = LOCK_PATIENCE) -> SchemaState:
     """Apply what is pending; of several runs at once one does it and the others wait.
 
-    Raises :class:`ConfigurationError` without a usable DATABASE_URL, and :class:`StartupError`
-    when the database cannot be reached or refuses a migration.
+    They do so for ``patience`` seconds. Raises :class:`ConfigurationError` without a usable
+    DATABASE_URL, and :class:`StartupError` when the database cannot be reached, refuses a
+    migration, or is still being migrated by another run.
     """
     before = await schema_state(settings)
     if not before.pending:
         return before
     # Alembic and SQLAlchemy are only loaded where there is something for them to do.
-    from viralfx.adapters.postgres.migrate import apply_migrations  # noqa: PLC0415
+    from viralfx.adapters.postgres.migrate import (  # noqa: PLC0415
+        MigrationLockedError,
+        apply_migrations,
+    )
 
     try:
-        applied = await apply_migrations(postgres_config(settings))
+        applied = await apply_migrations(postgres_config(settings), patience=patience)
+    except MigrationLockedError as error:
+        raise StartupError(
+            f"DATABASE_URL: the database at {before.address} {error}, so nothing was migrated;"
+            " run it again when that one has ended"
+        ) from error
     except Exception as error:
         sure = is_rolled_back(error)
         when = ", so nothing was migrated" if sure else " while it was migrated"

@@ -12,15 +12,20 @@ from alembic.runtime.migration import MigrationContext, MigrationInfo
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from viralfx.adapters.postgres.config import PostgresConfig
 from viralfx.adapters.postgres.connection import connect
-from viralfx.adapters.postgres.schema import VERSION_TABLE
+from viralfx.adapters.postgres.schema import LOCK_PATIENCE, VERSION_TABLE
+from viralfx.domain.errors import ViralFXError
 
 LOCK = 7_305_981_240_662_115
 """Of all advisory locks in the database, ours: any number that nobody else uses."""
+
+
+class MigrationLockedError(ViralFXError):
+    """Another run holds the lock, and did not end in time."""
 
 
 def scripts() -> ScriptDirectory:
@@ -31,15 +36,18 @@ def scripts() -> ScriptDirectory:
     return ScriptDirectory.from_config(config)
 
 
-async def apply_migrations(config: PostgresConfig) -> list[tuple[str, str]]:
+async def apply_migrations(
+    config: PostgresConfig, *, patience: float = LOCK_PATIENCE
+) -> list[tuple[str, str]]:
     """Apply what is pending and return it, as pairs of revision and meaning.
 
     All of it is one transaction under a lock: a failure leaves nothing behind, and of several runs
-    at once one works and the others find nothing to do. It takes the time it needs, but ends at
-    once when cancelled. Raises what the driver does.
+    at once one works and the others find nothing to do. It takes the time it needs, but waits for
+    another run no longer than ``patience`` seconds, and ends at once when cancelled. Raises
+    :class:`MigrationLockedError` and what the driver does.
     """
     made: list[asyncpg.Connection[Any]] = []
-    work = asyncio.ensure_future(_apply(config, made))
+    work = asyncio.ensure_future(_apply(config, made, patience))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
@@ -55,7 +63,7 @@ async def apply_migrations(config: PostgresConfig) -> list[tuple[str, str]]:
 
 
 async def _apply(
-    config: PostgresConfig, made: "list[asyncpg.Connection[Any]]"
+    config: PostgresConfig, made: "list[asyncpg.Connection[Any]]", patience: float
 ) -> list[tuple[str, str]]:
     async def make() -> "asyncpg.Connection[Any]":
         arguments = {**config.connect_arguments(), "command_timeout": None}
@@ -68,12 +76,23 @@ async def _apply(
     engine = create_async_engine("postgresql+asyncpg://", async_creator=make, poolclass=NullPool)
     try:
         async with engine.begin() as connection:
-            await connection.execute(text("SET LOCAL lock_timeout = 0"))
-            await connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK})"))
-            await connection.execute(text("SET LOCAL lock_timeout = '10s'"))
+            await _lock(connection, patience)
             return await connection.run_sync(_upgrade)
     finally:
         await engine.dispose()
+
+
+async def _lock(connection: AsyncConnection, patience: float) -> None:
+    await connection.execute(text(f"SET LOCAL lock_timeout = {max(1, round(patience * 1000))}"))
+    try:
+        await connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK})"))
+    except DBAPIError as error:
+        if isinstance(_driver_error(error), asyncpg.LockNotAvailableError):
+            raise MigrationLockedError(
+                f"is being migrated by another run, which took longer than {patience:g} s"
+            ) from error
+        raise
+    await connection.execute(text("SET LOCAL lock_timeout = '10s'"))
 
 
 def _driver_error(error: BaseException) -> BaseException:

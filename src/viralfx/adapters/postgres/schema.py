@@ -7,6 +7,9 @@ REVISIONS = ("0001", "0002")
 
 VERSION_TABLE = "viralfx_migrations"
 
+LOCK_PATIENCE = 60.0
+"""Seconds for which one run of the migrations waits for another."""
+
 
 class _Queryable(Protocol):
     async def fetchval(self, query: str, /) -> Any: ...
