@@ -1,6 +1,7 @@
 """Jobs in Postgres: the API in one process, workers in others, that stop, die and come back."""
 
 import signal
+import socket
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -8,7 +9,7 @@ from functools import partial
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.redis import RedisServer
 from tests.system.jobs import JOBS, accept, job, until
-from tests.system.service import Service, running, wait_for
+from tests.system.service import Service, command, running, wait_for
 from tests.system.workers import LEASE, SWEEP, api, environment_of, worker
 
 
@@ -55,6 +56,33 @@ def test_a_worker_answers_for_itself(database: Database) -> None:
     assert list(statuses.values()) == [200, 200, 200, 200, 404]
     assert queues["status"] == "pass"
     assert (stopping.status, code) == (202, 0)
+
+
+def test_a_worker_is_probed_where_it_answers(database: Database) -> None:
+    """Without MANAGEMENT_PORT, too: then on 3001, which is not where a service in its pod is."""
+    environment = environment_of(database, HOST="127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        environment["PORT"] = str(nobody.getsockname()[1])
+        with running(program="worker", environment=environment) as process:
+            wait_for(lambda: process.logged("Working"))
+            kinds = ("live", "ready", "startup")
+            asked = [command("probe", kind, "--worker", environment=environment) for kind in kinds]
+            (working,) = process.logged("Working")
+            elsewhere = {**environment, "MANAGEMENT_PORT": "1"}
+            refused = command("probe", "live", "--worker", environment=elsewhere)
+
+    assert working["managementPort"] == 3001
+    assert [result.returncode for result in asked] == [0, 0, 0]
+    assert '"ready":true' in asked[1].stdout
+    assert (refused.returncode, ":1/health/live" in refused.stderr) == (1, True)
+
+
+def test_what_is_in_memory_is_told(database: Database) -> None:
+    """Beside Postgres the cache alone: jobs are in Postgres."""
+    with api(environment_of(database)) as service:
+        (told,) = service.logged("Data in memory ends with this process")
+
+    assert told["inMemory"] == "cache"
 
 
 def test_a_worker_of_one_queue_leaves_the_others(database: Database) -> None:

@@ -65,7 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     worker.set_defaults(run=_worker)
 
-    migrate = commands.add_parser("migrate", help="bring the database's schema up to date")
+    migrate = commands.add_parser(
+        "migrate",
+        help="bring the database's schema up to date",
+        description="Brings the database's schema up to date. Of several runs at once one does it,"
+        " and the others wait for up to 60 s; then they exit 3.",
+    )
     migrate.add_argument(
         "--check", action="store_true", help="change nothing; exit 1 if something is pending"
     )
@@ -82,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("kind", choices=["live", "ready", "startup"])
     probe.add_argument(
         "--url", help="where it listens (default: this machine, MANAGEMENT_PORT or PORT)"
+    )
+    probe.add_argument(
+        "--worker",
+        action="store_true",
+        help="ask `viralfx worker`: MANAGEMENT_PORT, which is 3001 there if it is not set",
     )
     probe.add_argument("--timeout", type=_seconds, default=2.0, help="seconds to wait (default: 2)")
     probe.set_defaults(run=_probe)
@@ -169,7 +179,10 @@ def _probe(options: argparse.Namespace) -> int:
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)  # noqa: S104
         if ":" in host and not host.startswith("["):
             host = f"[{host}]"
-        url = f"http://{host}:{settings.management_port or settings.port}"
+        port = settings.management_port or settings.port
+        if options.worker:
+            port = settings.worker_management_port
+        url = f"http://{host}:{port}"
     passed, said = probe(options.kind, url, timeout=options.timeout)
     print(said, file=sys.stdout if passed else sys.stderr)
     return 0 if passed else EXIT_PROBE_FAILED

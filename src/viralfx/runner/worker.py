@@ -18,8 +18,6 @@ from viralfx.web.access import AccessPolicy
 from viralfx.web.answers import OperationsAnswers
 from viralfx.web.gate import Gate
 
-DEFAULT_MANAGEMENT_PORT = 3001
-
 
 def work(signals: SignalWatch, *, queues: Sequence[str]) -> int:
     """Run jobs until told to stop; returns the exit code.
@@ -35,10 +33,7 @@ def work(signals: SignalWatch, *, queues: Sequence[str]) -> int:
     assembly = assemble(settings)
     assembly.jobs.employ(queues)
 
-    port = settings.management_port
-    listener = listen(
-        "MANAGEMENT_PORT", settings.host, DEFAULT_MANAGEMENT_PORT if port is None else port
-    )
+    listener = listen("MANAGEMENT_PORT", settings.host, settings.worker_management_port)
     answers = OperationsAnswers(assembly.operations, AccessPolicy.from_settings(settings))
     gate = Gate(answers)
     process = Process(

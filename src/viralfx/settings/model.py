@@ -23,6 +23,9 @@ from viralfx.settings.kinds import (
     meaning,
 )
 
+WORKER_MANAGEMENT_PORT = 3001
+"""Where `viralfx worker` serves its probes when nothing else is said."""
+
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that can be set. A field's name in capitals is its environment variable.
@@ -35,7 +38,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     port: Annotated[Port, meaning("Port of the API; 0 takes any free one")] = 3000
     management_port: Annotated[
         Port | None,
-        meaning("Second port for health and shutdown that closes last; unset: none"),
+        meaning(
+            "Second port for health and shutdown that closes last; unset: none,"
+            f" for `viralfx worker` {WORKER_MANAGEMENT_PORT}"
+        ),
     ] = None
     management_token: Annotated[
         Secret | None,
@@ -129,6 +135,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     shutdown_on_uncaught: Annotated[
         bool, meaning("An uncaught exception starts the shutdown; false: it is only logged")
     ] = True
+
+    @property
+    def worker_management_port(self) -> int:
+        """Where a worker serves its probes; it always does."""
+        return WORKER_MANAGEMENT_PORT if self.management_port is None else self.management_port
 
     @property
     def shutdown_budgets(self) -> ShutdownBudgets:
