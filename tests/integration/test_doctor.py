@@ -242,6 +242,12 @@ DATABASE: dict[str, tuple[Plant, str, str, str]] = {
         "fail",
         "DB_POOL_MAX=500 and two connections for health and heartbeats are more than the 97",
     ),
+    "none is left for heartbeats": (
+        changed(f"ALTER ROLE {USER} CONNECTION LIMIT 11", DB_POOL_MAX="10"),
+        "pool",
+        "fail",
+        "DB_POOL_MAX=10 and two connections for health and heartbeats are more than the 11",
+    ),
     "no second instance fits": (
         lambda _: {"POOL_PROFILE": "large"},
         "pool",
