@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tests import forked
+
 TOKEN = "planted-token-0123456789"
 USER_PASSWORD = "h:u@n/t#e?r2"
 
@@ -44,12 +46,10 @@ class Visit:
         return [finding["status"] for finding in self.of(area) if text in finding["found"]]
 
 
-def program(
-    environ: Mapping[str, str], *arguments: str, command: str = "doctor"
-) -> subprocess.CompletedProcess[str]:
-    """Run one command in an environment that holds nothing else."""
+def program(environ: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run it from nothing, in an environment that holds nothing else."""
     return subprocess.run(
-        [sys.executable, "-m", "viralfx", command, *arguments],
+        [sys.executable, "-m", "viralfx", "doctor"],
         env={"PATH": os.environ["PATH"], **environ},
         capture_output=True,
         text=True,
@@ -60,7 +60,7 @@ def program(
 
 def visit(environ: Mapping[str, str], *arguments: str, secrets: tuple[str, ...] = ()) -> Visit:
     """Have it examine a configuration; nothing secret may come out, nor anything but findings."""
-    done = program(environ, "--json", *arguments)
+    done = forked.viralfx("doctor", "--json", *arguments, environ=environ)
     assert done.stderr == ""
     assert not [s for s in (TOKEN, USER_PASSWORD, *secrets) if s in done.stdout]
     said = json.loads(done.stdout)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests import forked
 from tests.integration.doctor import GOOD, TOKEN, USER_PASSWORD, program, visit
 from tests.servers.certificates import Certificates
 from tests.servers.postgres import Database, PostgresProcess, PostgresServer
@@ -48,7 +49,7 @@ def settle(database: Database) -> Place:
     place = Place(database)
     database.execute(f"CREATE ROLE {USER} LOGIN PASSWORD '{USER_PASSWORD}'")
     database.execute(f"GRANT CREATE ON SCHEMA public TO {USER}")
-    done = program({"DATABASE_URL": place.url()}, command="migrate")
+    done = forked.viralfx("migrate", environ={"DATABASE_URL": place.url()})
     assert done.returncode == 0, done.stderr
     return place
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from tests.integration.doctor import program
+from tests import forked
 from tests.servers.certificates import Certificates
 from tests.servers.fault_proxy import BLACKHOLE, REFUSE, RESET
 from tests.servers.fixtures import FaultProxies
@@ -51,7 +51,7 @@ def quick(url: str, **more: str) -> dict[str, str]:
 
 def migrate(environ: Mapping[str, str], *arguments: str) -> tuple[int, list[str], list[str]]:
     """Run it; return the exit code and the lines of both outputs."""
-    done = program(environ, *arguments, command="migrate")
+    done = forked.viralfx("migrate", *arguments, environ=environ)
     for secret in (SECRET, "hunt%3Ae%40r%2F2"):
         assert secret not in done.stdout + done.stderr
     return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()

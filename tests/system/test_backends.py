@@ -8,12 +8,11 @@ from typing import Any
 
 import jq
 import pytest
+from tests import forked
 from tests.servers.postgres import PostgresServer, postgres_server
 from tests.servers.redis import RedisServer
 from tests.system.load import Load
-from tests.system.service import Service, command, running, wait_for
-
-pytestmark = pytest.mark.alone
+from tests.system.service import Service, running, wait_for
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
@@ -27,7 +26,7 @@ def serving(postgres: PostgresServer, redis: RedisServer, **more: str) -> Iterat
         "REDIS_PORT": str(redis.port),
         **more,
     }
-    result = command("migrate", environment=environment)
+    result = forked.viralfx("migrate", environ=environment)
     assert result.returncode == 0, result.stderr
     with running(environment=environment) as service:
         yield service.wait_ready()
@@ -159,6 +158,7 @@ def test_the_guides_filters_print_what_it_says(
     )
 
 
+@pytest.mark.alone
 def test_details_ask_each_backend_once_a_second_at_most(
     talkative: PostgresServer, own_redis: RedisServer
 ) -> None:
@@ -177,6 +177,7 @@ def test_details_ask_each_backend_once_a_second_at_most(
         assert 3 <= new - old <= seconds + 2
 
 
+@pytest.mark.alone
 def test_an_idle_service_asks_once_an_interval(
     talkative: PostgresServer, own_redis: RedisServer
 ) -> None:

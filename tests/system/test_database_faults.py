@@ -7,13 +7,12 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
+from tests import forked
 from tests.servers.postgres import PostgresServer
 from tests.system.load import Load
 from tests.system.service import Prober, Service, command, running, wait_for
 
 from viralfx.adapters.postgres.schema import REVISIONS
-
-pytestmark = pytest.mark.alone
 
 APP = ("--app", "tests.system.backend_app:app")
 TIMEOUT, INTERVAL = 1.0, 0.5
@@ -58,7 +57,7 @@ def migrated(server: PostgresServer) -> dict[str, str]:
         "DB_STATEMENT_TIMEOUT": "3000",
         "SHUTDOWN_DRAIN_TIMEOUT": "10000",
     }
-    result = command("migrate", environment=environment)
+    result = forked.viralfx("migrate", environ=environment)
     assert result.returncode == 0, result.stderr
     return environment
 
@@ -77,6 +76,7 @@ def first(probes: Prober, status: int, *, since: float) -> float:
     )
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("fault", FAULTS)
 def test_probes_stay_quick_and_tell_the_truth(own_postgres: PostgresServer, fault: str) -> None:
     """Under 200 requests/s: p99 under 50 ms, 503 in time, 200 again in time, one line each."""
@@ -116,6 +116,7 @@ def test_probes_stay_quick_and_tell_the_truth(own_postgres: PostgresServer, faul
         assert service.exit_code() == 0
 
 
+@pytest.mark.alone
 def test_a_restart_is_survived(own_postgres: PostgresServer) -> None:
     """Under the same load: the pool and the check find the new server by themselves."""
     with serving(own_postgres) as service:
@@ -180,6 +181,7 @@ def test_nothing_leaks_in_fifty_cycles(own_postgres: PostgresServer, fault: str)
         assert len(service.logged("Database connection restored")) == 50
 
 
+@pytest.mark.alone
 def test_an_exhausted_pool_is_a_warning(own_postgres: PostgresServer) -> None:
     """Health answers in time and counts the waiters; ready stays; statements end by the limit."""
     small = {"DB_POOL_MIN": "1", "DB_POOL_MAX": "2", "DB_POOL_TIMEOUT": "5000"}

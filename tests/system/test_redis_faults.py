@@ -12,8 +12,6 @@ from tests.servers.sentinel import SentinelSetup
 from tests.system.load import Load
 from tests.system.service import Service, running, wait_for
 
-pytestmark = pytest.mark.alone
-
 APP = ("--app", "tests.system.backend_app:app")
 QUICK = 0.1
 """Seconds in which a cached read has its fallback once Redis is known to be away."""
@@ -45,6 +43,7 @@ FAULTS: dict[str, tuple[Callable[[RedisServer], None], Callable[[RedisServer], N
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_service_goes_on_without_redis(own_redis: RedisServer, fault: str) -> None:
     """Ready and degraded, fallbacks at once, and back by itself; one line each."""
@@ -125,6 +124,7 @@ def test_wrong_password_is_degraded_and_says_auth(sentinel_setup: SentinelSetup)
         assert "planted-wrong" not in "".join([str(check), *service.output, *service.errors])
 
 
+@pytest.mark.alone
 def test_failover_under_load_loses_no_request(sentinel_setup: SentinelSetup) -> None:
     """The primary is killed under 150 requests/s: all are answered, by the new one, no restart."""
     old = sentinel_setup.primary_server()

@@ -15,7 +15,7 @@ from tests.system.workers import LEASE, SWEEP, api, environment_of, worker
 
 def test_jobs_are_run_by_a_worker_and_by_nobody_else(database: Database) -> None:
     """What the API accepts waits for a worker, whose name is on the job while it runs."""
-    environment = environment_of(database)
+    environment = environment_of(database, SHUTDOWN_DRAIN_TIMEOUT="2000")
     with api(environment) as service:
         headers = {"X-Correlation-ID": "order-17", "Idempotency-Key": "order-17"}
         job_id = accept(service, "parcels.ship", {"weight": 3}, **headers)
@@ -26,7 +26,7 @@ def test_jobs_are_run_by_a_worker_and_by_nobody_else(database: Database) -> None
             held = until(service, held_id, "active")
             first.signal(signal.SIGTERM)
 
-            assert first.exit_code(seconds=40) == 0
+            assert first.exit_code() == 0
         service.signal(signal.SIGTERM)
 
         assert service.exit_code() == 0

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from tests import forked
 from tests.servers.postgres import Database, PostgresServer
-from tests.system.service import Service, command, running
+from tests.system.service import Service, running
 
 LEASE, SWEEP = 1.0, 0.3
 """Seconds."""
@@ -19,7 +20,7 @@ def environment_of(database: Database | PostgresServer, **more: str) -> dict[str
         "JOB_SWEEP_INTERVAL": str(int(SWEEP * 1000)),
         **more,
     }
-    migrated = command("migrate", environment=environment)
+    migrated = forked.viralfx("migrate", environ=environment)
     assert migrated.returncode == 0, migrated.stderr
     return environment
 

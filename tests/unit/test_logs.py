@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,28 +19,6 @@ from viralfx.telemetry.logs import VERBOSE, configure_logging
 from viralfx.telemetry.observed import HealthLog, log_shutdown
 
 STARTED = datetime(2026, 1, 6, 12, tzinfo=UTC)
-LOGGERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "litestar")
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    """Put back what configuring replaced."""
-    root = logging.getLogger()
-    handlers, level, raising = list(root.handlers), root.level, logging.raiseExceptions
-    loggers = {
-        name: (list(logger.handlers), logger.level, logger.propagate)
-        for name in LOGGERS
-        for logger in [logging.getLogger(name)]
-    }
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.raiseExceptions = raising
-    for name, (before, own_level, propagate) in loggers.items():
-        logger = logging.getLogger(name)
-        logger.handlers[:] = before
-        logger.setLevel(own_level)
-        logger.propagate = propagate
 
 
 class Lines:
