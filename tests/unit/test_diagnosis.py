@@ -449,9 +449,9 @@ def test_a_right_server_is_right() -> None:
         (replace(RIGHT, statement_timeout=10), Area.DATABASE, WARN, "after 10 ms"),
         (replace(RIGHT, transaction_timeout=10), Area.DATABASE, WARN, "transaction_timeout"),
         (replace(RIGHT, idle_session_timeout=10), Area.DATABASE, WARN, "idle_session_timeout"),
-        (replace(RIGHT, max_connections=13), Area.POOL, FAIL, "more than the 10 that"),
-        (replace(RIGHT, max_connections=14), Area.POOL, WARN, "half of the 11"),
-        (replace(RIGHT, max_connections=24), Area.POOL, WARN, "half of the 21"),
+        (replace(RIGHT, max_connections=14), Area.POOL, FAIL, "more than the 11 that"),
+        (replace(RIGHT, max_connections=15), Area.POOL, WARN, "half of the 12"),
+        (replace(RIGHT, max_connections=26), Area.POOL, WARN, "half of the 23"),
         (replace(RIGHT, user_limit=0), Area.POOL, FAIL, "more than the 0 that"),
         (replace(RIGHT, database_limit=12), Area.POOL, WARN, "half of the 12"),
         (replace(RIGHT, in_use=90), Area.POOL, WARN, "90 of 97 are in use"),
@@ -470,10 +470,10 @@ def test_what_is_wrong_with_a_server_is_found(
     "facts",
     [
         replace(RIGHT, major=14),
-        replace(RIGHT, max_connections=25),
-        replace(RIGHT, in_use=86),
+        replace(RIGHT, max_connections=27),
+        replace(RIGHT, in_use=85),
         replace(RIGHT, transaction_timeout=60000),
-        replace(RIGHT, user_limit=22, database_limit=22),
+        replace(RIGHT, user_limit=24, database_limit=24),
     ],
 )
 def test_what_just_suffices_is_enough(facts: Facts) -> None:
