@@ -33,6 +33,9 @@ from viralfx.domain.sequence import ShutdownSequence
 from viralfx.domain.shutdown import Phase, ShutdownStage
 from viralfx.domain.state import SaveState, StateStore
 from viralfx.settings import Settings
+from viralfx.telemetry.metrics import Metrics
+from viralfx.telemetry.metrics.health import HealthMetrics
+from viralfx.telemetry.metrics.jobs import QueueMetrics
 from viralfx.telemetry.observed import HealthLog, log_circuit, log_lifecycle, log_shutdown
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ class Assembly:
     redis: "RedisClient | None"
     cache: Cache
     jobs: JobSystem
+    metrics: Metrics
 
 
 def assemble(
@@ -130,7 +134,11 @@ def assemble(
     lifecycle.subscribe(log_lifecycle)
     shutdown.subscribe(log_shutdown)
     circuits.subscribe(log_circuit)
+    metrics = Metrics()
+    HealthMetrics(metrics.registry, operations)
+    metrics.registry.register(QueueMetrics(lambda: jobs.last_counts))
     return Assembly(
+        metrics=metrics,
         operations=operations,
         database=database,
         redis=redis,

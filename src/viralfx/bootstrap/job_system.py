@@ -1,14 +1,14 @@
 """The jobs of one process: who accepts and who runs them, when they begin and how they are left."""
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from viralfx.adapters.memory import MemoryJobLedger
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import WorkLostError
 from viralfx.domain.health import HealthCheck
 from viralfx.domain.jobs.alerts import HealthAlerts, StopAlerts
-from viralfx.domain.jobs.ledger import JobLedger
+from viralfx.domain.jobs.ledger import JobLedger, QueueCounts
 from viralfx.domain.jobs.ringing import Ringer
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.jobs.tasks import TaskRegistry
@@ -46,6 +46,8 @@ class JobSystem:
         self.alerts = alerts
         self.clock = clock
         self.watch = JobWatch(service.get, clock)
+        self.last_counts: Mapping[str, QueueCounts] = {}
+        """How the queues stood at the last health check that could tell."""
         self.worker: JobWorker | None = None
         """Who runs jobs in this process; None: others do."""
         self.alerting: asyncio.Task[None] | None = None

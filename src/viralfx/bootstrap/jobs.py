@@ -88,9 +88,10 @@ def wire_jobs(
     count = counts or ledger.counts
 
     async def count_every_queue() -> Mapping[str, QueueCounts]:
-        return service.every_queue(await count())
+        system.last_counts = service.every_queue(await count())
+        return system.last_counts
 
-    return JobSystem(
+    system = JobSystem(
         service=service,
         tasks=tasks,
         ledger=ledger,
@@ -105,6 +106,7 @@ def wire_jobs(
         clock=clock,
         make_worker=make_worker,
     )
+    return system
 
 
 def _built_in(

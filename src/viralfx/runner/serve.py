@@ -60,7 +60,7 @@ def serve(
     management = None
     if settings.management_port is not None:
         management = listen("MANAGEMENT_PORT", settings.host, settings.management_port)
-    gate = Gate(plugin.answers, application)
+    gate = Gate(plugin.answers, application, plugin.watch())
     process = Process(
         operations=plugin.operations,
         signals=signals,

@@ -34,7 +34,9 @@ def work(signals: SignalWatch, *, queues: Sequence[str]) -> int:
     assembly.jobs.employ(queues)
 
     listener = listen("MANAGEMENT_PORT", settings.host, settings.worker_management_port)
-    answers = OperationsAnswers(assembly.operations, AccessPolicy.from_settings(settings))
+    answers = OperationsAnswers(
+        assembly.operations, AccessPolicy.from_settings(settings), assembly.metrics
+    )
     gate = Gate(answers)
     process = Process(
         operations=assembly.operations,

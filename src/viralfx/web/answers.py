@@ -15,6 +15,7 @@ from viralfx.domain.correlation import current_correlation_id
 from viralfx.domain.health import Health, HealthReport, Status
 from viralfx.domain.lifecycle import NotReadyReason
 from viralfx.domain.operations import Operations
+from viralfx.telemetry.metrics import Metrics
 from viralfx.web import bodies
 from viralfx.web.access import AccessPolicy, Headers, Verdict
 from viralfx.web.problems import PROBLEM_MEDIA_TYPE, problem
@@ -59,9 +60,16 @@ class OperationsAnswers:
     """Answers every operations endpoint below ``prefix``."""
 
     def __init__(
-        self, operations: Operations, access: AccessPolicy, *, prefix: str = "/health"
+        self,
+        operations: Operations,
+        access: AccessPolicy,
+        metrics: Metrics,
+        *,
+        prefix: str = "/health",
+        metrics_path: str = "/metrics",
     ) -> None:
         self._operations = operations
+        self._metrics = metrics
         self._lifecycle = operations.lifecycle
         self._monitor = operations.monitor
         self._clock = operations.clock
@@ -83,6 +91,7 @@ class OperationsAnswers:
             f"{prefix}/startup": self._reading(self.startup),
             f"{prefix}/detailed": self._details,
             f"{prefix}/shutdown": self._shutdown,
+            metrics_path: self._scrape,
         }
         """By path; the first four answer without looking at the request."""
         for name in self._monitor.checks:
@@ -235,6 +244,16 @@ class OperationsAnswers:
         if (refusal := _refusal(self._access.to_shutdown(headers))) is not None:
             return refusal
         return self.begin_shutdown() if method == "POST" else self.shutdown_status()
+
+    def _scrape(self, method: str, _query: bytes, headers: Headers) -> Answer:
+        if method not in _READ:
+            return _not_allowed("GET, HEAD")
+        if (refusal := _refusal(self._access.to_details(headers))) is not None:
+            return refusal
+        accept = b",".join(value for name, value in headers if name == b"accept")
+        body, media_type = self._metrics.render(accept.decode("latin-1"))
+        length = (b"content-length", b"%d" % len(body))
+        return Answer(200, [(b"content-type", media_type.encode()), length, _NO_STORE], body)
 
     def _unknown(self, _method: str, _query: bytes, _headers: Headers) -> Answer:
         names = ", ".join(self._monitor.checks)

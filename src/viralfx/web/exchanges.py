@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from time import perf_counter
 
 from viralfx.domain.clock import Clock, finished_within
 from viralfx.domain.errors import WorkLostError
@@ -26,6 +27,10 @@ class Exchange:
     event_stream = False
     has_length = False
     """Whether the answer announced its length, so that cutting it loses something."""
+    status: int | None = None
+    """Of its answer, once that began."""
+    sent = 0
+    """Bytes of the answer's body so far."""
     cut = False
     """Whether its task was cancelled because the budget is over."""
     _at_boundary = True  # right after the headers is one
@@ -34,13 +39,14 @@ class Exchange:
     def __init__(
         self,
         exchanges: "Exchanges",
+        scope: Scope,
         receive: Receive,
         send: Send,
         header: tuple[bytes, bytes],
-        *,
-        websocket: bool,
     ) -> None:
-        self.websocket = websocket
+        self.scope = scope
+        self.websocket = scope["type"] == "websocket"
+        self.began = perf_counter()
         self.task: asyncio.Task[object] | None = asyncio.current_task(exchanges.loop)
         self._exchanges = exchanges
         self._header = header
@@ -71,6 +77,7 @@ class Exchange:
         """Pass a message on; the first one gets the correlation id, and the last news."""
         kind = message["type"]
         if kind == "http.response.body":
+            self.sent += len(message.get("body", b""))
             if self.event_stream:
                 return self._send_events(message)
             self.complete = not message.get("more_body", False)
@@ -90,6 +97,7 @@ class Exchange:
 
     def _begin(self, message: Message) -> None:
         self.started = True
+        self.status = message["status"]
         headers = [self._header]
         leaving, encoded = self._exchanges.leaving, False
         for pair in message.get("headers", ()):
@@ -119,7 +127,9 @@ class Exchange:
 class Exchanges:
     """All requests in flight through one gate; probes are not among them."""
 
-    def __init__(self) -> None:
+    def __init__(self, ended: Callable[[Exchange], None] | None = None) -> None:
+        """Take ``ended``, which is told of each request whose application has returned."""
+        self._on_end = ended
         self._open: set[Exchange] = set()
         self._telling: set[asyncio.Task[None]] = set()
         self._drained: asyncio.Event | None = None
@@ -139,7 +149,7 @@ class Exchanges:
         """Count a request in."""
         if self.loop is None:
             self.loop = asyncio.get_running_loop()
-        exchange = Exchange(self, receive, send, header, websocket=scope["type"] == "websocket")
+        exchange = Exchange(self, scope, receive, send, header)
         self._open.add(exchange)
         return exchange
 
@@ -148,6 +158,8 @@ class Exchanges:
         self._open.discard(exchange)
         if self._drained is not None and not self._open:
             self._drained.set()
+        if self._on_end is not None:
+            self._on_end(exchange)
 
     def tell(self) -> None:
         """Tell the clients of event streams; those between two events at once, others after."""

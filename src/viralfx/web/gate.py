@@ -11,16 +11,25 @@ from viralfx.web.answers import Answer, Endpoint, OperationsAnswers, problem_ans
 from viralfx.web.asgi import ASGIApp, Message, Receive, Scope, Send
 from viralfx.web.correlation import HEADER, correlation_id_of
 from viralfx.web.exchanges import Exchange, Exchanges
+from viralfx.web.watching import RequestWatch
 
 
 class Gate:
     """An ASGI application around another; without one it answers the operations endpoints only."""
 
-    def __init__(self, answers: OperationsAnswers, app: ASGIApp | None = None) -> None:
+    def __init__(
+        self,
+        answers: OperationsAnswers,
+        app: ASGIApp | None = None,
+        watch: RequestWatch | None = None,
+    ) -> None:
+        """``watch`` is told of each request that the application answered."""
         self._answers = answers
         self._endpoints = answers.endpoints
         self._app = app
-        self.exchanges = Exchanges()
+        self.exchanges = Exchanges(None if watch is None else watch.ended)
+        if watch is not None:
+            watch.count_active(self.exchanges.__len__)
         self.open = False
         """Whether requests are let through; until then they get 503 and ``Retry-After``."""
 

@@ -26,6 +26,7 @@ from viralfx.web.asgi import ASGIApp
 from viralfx.web.gate import Gate
 from viralfx.web.health import ANSWERS, health_router
 from viralfx.web.jobs import JOBS, JobsApi
+from viralfx.web.watching import RequestWatch
 
 if TYPE_CHECKING:
     from viralfx.bootstrap import PostgresDatabase, RedisClient
@@ -52,6 +53,8 @@ class OperationsConfig:
     """The application's own functions with ``@task``, beside those of TASK_MODULES."""
     path: str = "/health"
     """Where the endpoints are. Manifests and the ``probe`` command expect the default."""
+    metrics_path: str = "/metrics"
+    """Where the metrics are, in Prometheus's text format or OpenMetrics."""
     tag: str = "operations"
     """The OpenAPI tag of the endpoints."""
 
@@ -96,7 +99,11 @@ class OperationsPlugin(InitPlugin):
             },
         )
         self.answers = OperationsAnswers(
-            self.assembly.operations, AccessPolicy.from_settings(self.settings), prefix=config.path
+            self.assembly.operations,
+            AccessPolicy.from_settings(self.settings),
+            self.assembly.metrics,
+            prefix=config.path,
+            metrics_path=config.metrics_path,
         )
 
     @property
@@ -133,6 +140,10 @@ class OperationsPlugin(InitPlugin):
     def jobs(self) -> JobService:
         """Jobs: accept, look up, retry, cancel. In Postgres or in memory."""
         return self.assembly.jobs.service
+
+    def watch(self) -> RequestWatch:
+        """Return what a gate tells of each request."""
+        return RequestWatch(self.assembly.metrics.requests)
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
         """Append routes and a lifespan to the application's own.
@@ -190,7 +201,7 @@ class OperationsPlugin(InitPlugin):
         try:
             await operations.start()
             # No runner put a gate in front of the application, so it gets its own, inside itself.
-            gate = Gate(self.answers, cast("ASGIApp", inner))
+            gate = Gate(self.answers, cast("ASGIApp", inner), self.watch())
             gate.open = True
             app.asgi_handler = cast("LitestarASGIApp", gate)
             operations.application_ready()

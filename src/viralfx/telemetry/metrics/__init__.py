@@ -1,0 +1,30 @@
+"""What can be scraped: one registry per assembly, and how it is written out."""
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+
+from viralfx.telemetry.metrics.exemplars import Exemplar, no_exemplar
+from viralfx.telemetry.metrics.requests import RequestMetrics
+
+
+class Metrics:
+    """The metrics of one assembly.
+
+    They have a registry of their own, not the library's global one, so that two applications in
+    one process do not count into each other's.
+    """
+
+    def __init__(self, exemplar: Exemplar = no_exemplar) -> None:
+        """``exemplar`` names the trace of what is measured."""
+        self.registry = CollectorRegistry(auto_describe=True)
+        self.requests = RequestMetrics(self.registry, exemplar)
+        ProcessCollector(registry=self.registry)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """Write everything out; returns the body and its media type.
+
+        ``accept`` is the header of the request: who asks for OpenMetrics gets it, exemplars
+        included, and everybody else the older text format.
+        """
+        encode, media_type = choose_encoder(accept)
+        return encode(self.registry), media_type
