@@ -25,6 +25,7 @@ from viralfx.domain.clock import Clock, timestamp
 from viralfx.domain.health import HealthCheck, Observation, Status
 from viralfx.domain.monitor import HealthMonitor
 from viralfx.settings import Settings
+from viralfx.telemetry.metrics import Metrics
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 MEGABYTES = re.compile(r"\d+MB")
@@ -119,7 +120,15 @@ async def _postgres_queues(
     config = await migrated(config_of(request.getfixturevalue("database")))
     async with opened(config, clock=clock) as database:
         monitor = HealthMonitor(clock=clock)
-        jobs = wire_jobs(_QUEUES, clock, monitor, database=database, redis=None, functions=())
+        jobs = wire_jobs(
+            _QUEUES,
+            clock,
+            monitor,
+            database=database,
+            redis=None,
+            functions=(),
+            metrics=Metrics(),
+        )
         yield jobs.check
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,8 +35,10 @@ from viralfx.domain.shutdown import Phase, ShutdownStage
 from viralfx.domain.state import SaveState, StateStore
 from viralfx.settings import Settings
 from viralfx.telemetry.metrics import Metrics
+from viralfx.telemetry.metrics.backends import OperationTimes, PoolMetrics, RedisMetrics
 from viralfx.telemetry.metrics.health import HealthMetrics
 from viralfx.telemetry.metrics.jobs import QueueMetrics
+from viralfx.telemetry.metrics.resilience import CircuitMetrics
 from viralfx.telemetry.observed import HealthLog, log_circuit, log_lifecycle, log_shutdown
 
 if TYPE_CHECKING:
@@ -86,6 +89,7 @@ def assemble(
             circuits.add(breaker)
         except ValueError as error:
             problems.append(f"OperationsConfig.breakers: {error}")
+    metrics = Metrics()
     try:
         jobs = wire_jobs(
             settings,
@@ -94,6 +98,7 @@ def assemble(
             database=database,
             redis=redis,
             functions=tasks,
+            metrics=metrics,
             counts=counts,
         )
     except ConfigurationError as error:
@@ -134,9 +139,7 @@ def assemble(
     lifecycle.subscribe(log_lifecycle)
     shutdown.subscribe(log_shutdown)
     circuits.subscribe(log_circuit)
-    metrics = Metrics()
-    HealthMetrics(metrics.registry, operations)
-    metrics.registry.register(QueueMetrics(lambda: jobs.last_counts))
+    _measure(metrics, operations, jobs, database, redis)
     return Assembly(
         metrics=metrics,
         operations=operations,
@@ -145,6 +148,28 @@ def assemble(
         cache=Cache(cache_store),
         jobs=jobs,
     )
+
+
+def _measure(
+    metrics: Metrics,
+    operations: Operations,
+    jobs: JobSystem,
+    database: "PostgresDatabase | None",
+    redis: "RedisClient | None",
+) -> None:
+    registry = metrics.registry
+    HealthMetrics(registry, operations)
+    CircuitMetrics(registry, operations.breakers)
+    registry.register(QueueMetrics(lambda: jobs.last_counts))
+    times = OperationTimes(registry)
+    if database is not None:
+        registry.register(PoolMetrics(database, database.config.pool_max))
+        database.queries.observe = partial(times.observe, "postgresql")
+    if redis is not None:
+        registry.register(
+            RedisMetrics(redis.traffic, available=lambda: redis.available, memory=lambda: None)
+        )
+        redis.traffic.observe = partial(times.observe, "redis")
 
 
 def _register_stages(

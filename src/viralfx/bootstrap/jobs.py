@@ -23,6 +23,8 @@ from viralfx.domain.jobs.worker import JobWorker
 from viralfx.domain.monitor import HealthMonitor
 from viralfx.domain.resilience.retry_policy import BackoffPolicy
 from viralfx.settings import Settings
+from viralfx.telemetry.metrics import Metrics
+from viralfx.telemetry.metrics.jobs import JobMetrics
 from viralfx.worker import built_in_periodic, built_in_tasks
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ def wire_jobs(
     database: "PostgresDatabase | None",
     redis: "RedisClient | None",
     functions: Sequence[object],
+    metrics: Metrics,
     counts: Counts | None = None,
 ) -> JobSystem:
     """Wire the jobs; nothing runs yet.
@@ -52,10 +55,16 @@ def wire_jobs(
     ledger = _ledger(database, clock)
     built_in = _built_in(settings, clock, monitor, ledger, instance)
     tasks = _tasks(settings, functions, built_in, codec)
+    observer = JobMetrics(metrics.registry, tasks.__contains__)
     transport = _transport(database, redis, clock)
     ringer = Ringer(transport, clock=clock)
     service = JobService(
-        ledger=ledger, tasks=tasks, codec=codec, queues=settings.queues, ring=ringer.ring
+        ledger=ledger,
+        tasks=tasks,
+        codec=codec,
+        queues=settings.queues,
+        ring=ringer.ring,
+        observer=observer,
     )
 
     def make_worker(queues: Collection[str]) -> JobWorker:
@@ -83,6 +92,7 @@ def wire_jobs(
             clock=clock,
             periodic=built_in_periodic(),
             durable=database is not None,
+            observer=observer,
         )
 
     count = counts or ledger.counts

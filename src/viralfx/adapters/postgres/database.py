@@ -49,7 +49,7 @@ class PostgresDatabase:
         self._arguments = config.connect_arguments()
         self._clock = clock
         self.on_doubt = on_doubt
-        self._slow = SlowQueryLog(config.slow_query_threshold)
+        self.queries = SlowQueryLog(config.slow_query_threshold)
         self._pool: Pool[Any] | None = None
         self._beside: set[Connection[Any]] = set()
         self._opened = asyncio.Event()
@@ -215,7 +215,7 @@ class PostgresDatabase:
     @property
     def slow_queries(self) -> int:
         """Slow queries since the start."""
-        return self._slow.count
+        return self.queries.count
 
     # -- inside ------------------------------------------------------------------------------
 
@@ -242,7 +242,7 @@ class PostgresDatabase:
     def _new_pool(self) -> "Pool[Any]":
         async def make(*_: object, **kwargs: Any) -> "Connection[Any]":
             connection = await self._connect(**kwargs)
-            connection.add_query_logger(self._slow)
+            connection.add_query_logger(self.queries)
             return connection
 
         return asyncpg.create_pool(

@@ -5,8 +5,12 @@ import re
 
 from asyncpg.connection import LoggedQuery
 
+from viralfx.domain.operation_times import OperationListener, ignore_operation
+
 _logger = logging.getLogger("viralfx.database")
 
+_LONGEST_OPERATION = 20
+"""Characters, and more than any word that a statement may begin with."""
 _READ, _LONGEST = 10_000, 2_000
 """Characters of a statement that are looked at, and that are logged."""
 
@@ -41,11 +45,14 @@ class SlowQueryLog:
     def __init__(self, threshold: float) -> None:
         """Take the ``threshold`` in seconds (0: nothing is slow)."""
         self._threshold = threshold
+        self.observe: OperationListener = ignore_operation
+        """Is told of every query, slow or not."""
         self.count = 0
         """How many there were."""
 
     def __call__(self, query: LoggedQuery) -> None:
         """Take in one query."""
+        self.observe(_operation(query.query), query.elapsed, query.exception)
         if not self._threshold or query.elapsed < self._threshold:
             return
         self.count += 1
@@ -56,6 +63,11 @@ class SlowQueryLog:
         if query.exception is not None:
             extra["error"] = type(query.exception).__name__
         _logger.warning("Slow query", extra=extra)
+
+
+def _operation(statement: str) -> str:
+    word = statement.lstrip()[:_LONGEST_OPERATION].split(None, 1)
+    return word[0].upper().rstrip(";") if word and word[0].rstrip(";").isalpha() else "_OTHER"
 
 
 def without_values(statement: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Protocol, TypeVar, cast
 
 from redis.asyncio import Redis
@@ -9,6 +10,7 @@ from redis.asyncio.client import Pipeline
 from redis.exceptions import ResponseError
 
 from viralfx.adapters.redis.errors import ClientClosedError, is_away
+from viralfx.domain.operation_times import OperationListener, ignore_operation
 
 T = TypeVar("T")
 
@@ -32,6 +34,8 @@ class Traffic:
     available: bool = True
     """Whether Redis is believed to be there; True until somebody finds out otherwise."""
     closed: bool = False
+    observe: OperationListener = ignore_operation
+    """Is told of every request, but for those whose caller was cancelled."""
 
     def answered(self) -> None:
         """Take in a sign of life."""
@@ -74,7 +78,7 @@ class CountingRedis(Redis):
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute one command; see redis-py."""
         request: Awaitable[Any] = super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
-        return await _counted(self, request)
+        return await _counted(self, _command(args), request)
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:  # noqa: FBT001, FBT002 - redis-py's signature
         """Return a pipeline that counts as one request; see redis-py."""
@@ -90,23 +94,29 @@ class CountingPipeline(Pipeline):
         """Execute what is queued; see redis-py."""
         if not self.command_stack and not self.watching:
             return []
-        return await _counted(self, super().execute(raise_on_error))
+        return await _counted(self, "PIPELINE", super().execute(raise_on_error))
 
     async def immediate_execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute one command between WATCH and MULTI; see redis-py."""
         request: Awaitable[Any] = super().immediate_execute_command(*args, **options)  # type: ignore[no-untyped-call]
-        return await _counted(self, request)
+        return await _counted(self, _command(args), request)
 
 
-async def _counted(client: Redis, request: Awaitable[T]) -> T:
+def _command(args: tuple[Any, ...]) -> str:
+    return str(args[0]).partition(" ")[0].upper() if args else "_OTHER"
+
+
+async def _counted(client: Redis, operation: str, request: Awaitable[T]) -> T:
     traffic = cast("_Pool", client.connection_pool).traffic
-    before = traffic.answers
+    before, began = traffic.answers, perf_counter()
     try:
         result = await request
     except Exception as error:
         # Every kind: whatever it is, the request failed, and the error goes on to who made it.
+        traffic.observe(operation, perf_counter() - began, error)
         traffic.request_failed(error, before)
         raise
+    traffic.observe(operation, perf_counter() - began, None)
     traffic.successful += 1
     traffic.answered()
     return result

@@ -23,14 +23,13 @@ from viralfx.domain.jobs.job import (
     retried,
 )
 from viralfx.domain.jobs.ledger import JobLedger
+from viralfx.domain.jobs.observing import JobObserver, Unobserved
+from viralfx.domain.jobs.reporting import log_failure, message_of, names_of
 from viralfx.domain.jobs.tasks import JobContext, Task, TaskRegistry, UnknownTaskError
 from viralfx.domain.resilience.deadline import Deadline
 from viralfx.domain.resilience.retry_policy import RetryPolicy
 
 _logger = logging.getLogger("viralfx.jobs")
-
-MESSAGE_LIMIT = 2000
-"""Characters of an error's message that are kept."""
 
 UNKNOWN_TASK_PAUSE = 10.0
 """Seconds, and up to a fifth more, until a job is tried again whose task is unknown here."""
@@ -106,6 +105,7 @@ class Executor:
     clock: Clock
     on_fenced: Callable[[Claim], None]
     """Called where an effect was rolled back because its job had been given to somebody else."""
+    observer: JobObserver = field(default_factory=Unobserved)
 
     rng: random.Random = field(default_factory=random.Random, repr=False)
     _unknown_tasks: set[str] = field(default_factory=set, repr=False)
@@ -124,6 +124,13 @@ class Executor:
         claim = execution.claim
         # Without a conversation to belong to, all attempts of a job are one.
         bind_correlation_id(claim.correlation_id or claim.id.replace("-", ""))
+        with self.observer.executing(claim) as ended:
+            settlement = await self._execute(execution)
+            ended(settlement)
+        return settlement
+
+    async def _execute(self, execution: Execution) -> Settlement | None:
+        claim = execution.claim
         try:
             task = self.tasks.find(claim.task)
         except UnknownTaskError as error:
@@ -132,8 +139,8 @@ class Executor:
         try:
             run.payload = self.codec.decode(claim.payload, task.payload_type)
         except PayloadError as error:
-            _log_failure(claim, "payload", error)
-            return failed(claim, JobError(code="payload", message=_bounded(error)))
+            log_failure(claim, "payload", error)
+            return failed(claim, JobError(code="payload", message=message_of(error)))
         except Exception as error:  # noqa: BLE001 - what decodes may be the task's own code
             return self._settle(run, error)
         try:
@@ -145,14 +152,14 @@ class Executor:
 
     def _unknown(self, claim: Claim, error: Exception) -> Settlement:
         # Another version of the program may know it: one that is being deployed, or replaced.
-        reason = JobError(code="unknown_task", message=_bounded(error))
+        reason = JobError(code="unknown_task", message=message_of(error))
         age = (self.clock.now() - claim.created_at).total_seconds()
         if age >= UNKNOWN_TASK_PATIENCE and claim.number >= _LEAST_TRIES:
-            _log_failure(claim, reason.code, None)
+            log_failure(claim, reason.code, None)
             return failed(claim, reason)
         if claim.task not in self._unknown_tasks:
             self._unknown_tasks.add(claim.task)
-            _logger.warning("Jobs postponed: their task is unknown here", extra=_names(claim))
+            _logger.warning("Jobs postponed: their task is unknown here", extra=names_of(claim))
         # Not in step with this worker's own looks, or it might be the first each time.
         return postponed(claim, reason, UNKNOWN_TASK_PAUSE * self.rng.uniform(1.0, 1.2))
 
@@ -167,7 +174,7 @@ class Executor:
             error = TaskExitedError("the task raised CancelledError, but nobody had cancelled it")
         if isinstance(error, LedgerUnavailableError) and run.was_cut_off(error):
             # The task did not fail, and it may even be completed: then this is passed over.
-            reason = JobError(code="error", message=_bounded(error))
+            reason = JobError(code="error", message=message_of(error))
             return postponed(claim, reason, LEDGER_PAUSE)
         return self._by_policy(claim, run.task, run.code_of(error), error)
 
@@ -179,15 +186,15 @@ class Executor:
         return self._by_policy(claim, task, "timeout", error)
 
     def _by_policy(self, claim: Claim, task: Task, code: str, error: Exception) -> Settlement:
-        reason = JobError(code=code, message=_bounded(error))
+        reason = JobError(code=code, message=message_of(error))
         delay = _next_delay(task.retry or self.default_retry, claim.attempt, error)
         if delay is None:
-            _log_failure(claim, code, error)
+            log_failure(claim, code, error)
             return failed(claim, reason)
         _logger.warning(
             "Job attempt failed",
             exc_info=error,
-            extra={**_names(claim), "code": code, "delay": delay},
+            extra={**names_of(claim), "code": code, "delay": delay},
         )
         return retried(claim, reason, delay)
 
@@ -274,26 +281,3 @@ def _next_delay(policy: RetryPolicy, attempt: int, error: Exception) -> float | 
         _logger.exception("Retry policy failed", extra={"policy": type(policy).__name__})
         return None
     return delay if delay is not None and 0 <= delay < math.inf else None
-
-
-def _bounded(error: BaseException) -> str:
-    try:
-        text = str(error) or type(error).__name__
-    except Exception:  # noqa: BLE001 - a boundary: the text is the task's own code
-        text = type(error).__name__
-    # Neither of these two can be stored as text everywhere.
-    text = text[:MESSAGE_LIMIT].replace("\0", "\\0")
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _log_failure(claim: Claim, code: str, error: BaseException | None) -> None:
-    _logger.error("Job failed", exc_info=error, extra={**_names(claim), "code": code})
-
-
-def _names(claim: Claim) -> dict[str, object]:
-    return {
-        "job": claim.id,
-        "task": claim.task,
-        "queue": claim.queue,
-        "attempt": claim.attempt,
-    }

@@ -18,6 +18,7 @@ from viralfx.domain.jobs.job import (
     new_job_id,
 )
 from viralfx.domain.jobs.ledger import Accepted, JobLedger, QueueCounts
+from viralfx.domain.jobs.observing import JobObserver, Unobserved
 from viralfx.domain.jobs.tasks import TaskRegistry
 
 
@@ -39,6 +40,7 @@ class JobService:
         codec: Codec,
         queues: Collection[str],
         ring: Callable[[str, Sequence[str]], None] = lambda _queue, _ids: None,
+        observer: JobObserver | None = None,
     ) -> None:
         """``ring`` tells workers of jobs by queue and ids; it neither waits nor raises."""
         self._ledger = ledger
@@ -51,6 +53,7 @@ class JobService:
         self._codec = codec
         self._queues = tuple(dict.fromkeys(queues))
         self._ring = ring
+        self._observer = observer or Unobserved()
 
     async def accept(
         self,
@@ -79,7 +82,8 @@ class JobService:
             correlation_id=current_correlation_id(),
             traceparent=traceparent,
         )
-        accepted = await self._accept(draft)
+        with self._observer.accepting(draft) as draft:
+            accepted = await self._accept(draft)
         if accepted.created:
             if accepted.job.run_at <= accepted.job.created_at:
                 self._ring(draft.queue, (draft.id,))

@@ -156,6 +156,10 @@ class TaskRegistry:
             raise UnknownTaskError(f"there is no task named {name!r} here{hint}")
         return found
 
+    def __contains__(self, name: object) -> bool:
+        """Tell whether there is a task of this name."""
+        return name in self._tasks
+
     def __iter__(self) -> Iterator[Task]:
         """Iterate over the tasks in the order of their declaration."""
         return iter(self._tasks.values())

@@ -13,6 +13,7 @@ from viralfx.domain.jobs.heartbeat import Heartbeat, longest_delay
 from viralfx.domain.jobs.job import LedgerUnavailableError
 from viralfx.domain.jobs.leaving import Departure, Left
 from viralfx.domain.jobs.ledger import JobLedger
+from viralfx.domain.jobs.observing import JobObserver, Unobserved
 from viralfx.domain.jobs.periodic import Periodic, Schedule
 from viralfx.domain.jobs.reach import LedgerReach
 from viralfx.domain.jobs.ringing import Ringer
@@ -60,6 +61,7 @@ class JobWorker:
         clock: Clock | None = None,
         periodic: Iterable[Periodic] = (),
         durable: bool = True,
+        observer: JobObserver | None = None,
     ) -> None:
         """``queues`` gives how many jobs of each may run at once; durations are seconds.
 
@@ -115,6 +117,7 @@ class JobWorker:
             default_timeout=default_timeout,
             clock=clock,
             on_fenced=self._settler.lost_fence,
+            observer=observer or Unobserved(),
         )
         suspects = Suspects(clock)
 
