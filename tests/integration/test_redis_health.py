@@ -34,7 +34,7 @@ def commands(server: RedisServer) -> dict[str, int]:
 
 
 async def test_an_idle_check_is_one_command_on_one_connection(own_redis: RedisServer) -> None:
-    """Ten checks are ten pings, and the greeting of the first."""
+    """After the greeting, ten checks are nine pings and one question for the memory."""
     async with opened(own_redis) as client:
         check = check_of(client)
         await check.check()
@@ -44,10 +44,39 @@ async def test_an_idle_check_is_one_command_on_one_connection(own_redis: RedisSe
         after = commands(own_redis)
 
     more = {name: count - before.get(name, 0) for name, count in after.items()}
-    for asked_here in ("info", "client|setinfo"):
-        del more[asked_here]
-    assert {name: count for name, count in more.items() if count} == {"ping": 10}
+    del more["client|setinfo"]  # of the questions of this test, which are two by ``INFO``
+    more["info"] -= 2
+    assert {name: count for name, count in more.items() if count} == {"ping": 9, "info": 1}
     assert connections["connected_clients"] == 2
+
+
+async def test_the_memory_is_what_redis_says(own_redis: RedisServer) -> None:
+    """Asked for after a ping that passed; with the limit where there is one."""
+    async with opened(own_redis) as client:
+        check = check_of(client)
+        await check.check()
+        before = client.memory.answer
+        own_redis.command("CONFIG", "SET", "maxmemory", 100_000_000)
+        await check.check()
+
+    assert before is None
+    assert client.memory.answer is not None
+    assert 100_000 < client.memory.answer.used < 100_000_000
+    assert client.memory.answer.limit == 100_000_000
+
+
+@pytest.mark.parametrize("how", ["renamed", "forbidden"])
+async def test_who_may_not_ask_for_the_memory_pings(how: str) -> None:
+    """Neither rights nor a renamed command make a healthy server look otherwise."""
+    arguments = ["--rename-command", "INFO", ""] if how == "renamed" else []
+    user: dict[str, Any] = {"username": "bob", "password": "pw"} if how == "forbidden" else {}
+    with redis_server(arguments=arguments, users=["bob on >pw ~* +@all -info"]) as server:
+        async with opened(server, **user) as client:
+            check = check_of(client)
+            seen_again = [(await check.check()).status for _ in range(4)]
+
+            assert seen_again == [Status.PASS] * 4
+            assert client.memory.answer is None
 
 
 async def test_pings_are_no_requests(redis: RedisServer) -> None:

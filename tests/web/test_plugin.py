@@ -333,3 +333,32 @@ async def test_details_that_are_no_json_are_shown_as_text() -> None:
         body = (await client.get("/health/detailed")).json()
 
     assert body["checks"]["odd"]["details"]["what"] == "/odd"
+
+
+@get("/metrics")
+async def own_metrics() -> str:
+    """Answer for somebody else's metrics."""
+    return "own"
+
+
+async def test_metrics_of_the_applications_own_are_not_hidden() -> None:
+    """It would be answered ahead of the routing; another path leaves both."""
+    app = Litestar([own_metrics], plugins=[OperationsPlugin(OperationsConfig(settings=SETTINGS))])
+    with pytest.raises(ExceptionGroup) as caught:
+        async with app.lifespan():
+            pass
+    what = "metrics_path: the application answers /metrics itself"
+    assert caught.group_contains(ConfigurationError, match=what)
+
+    config = OperationsConfig(settings=SETTINGS, metrics_path="/prometheus")
+    app = Litestar([own_metrics], plugins=[OperationsPlugin(config)])
+    async with AsyncTestClient(app) as client:
+        assert (await client.get("/metrics")).text == "own"
+        assert "viralfx_ready" in (await client.get("/prometheus")).text
+
+
+@pytest.mark.parametrize("path", ["metrics", "/metrics/", "/health", "/health/metrics"])
+def test_a_metrics_path_that_is_none_is_refused(path: str) -> None:
+    """Not absolute, with a slash at its end, or where the health endpoints are."""
+    with pytest.raises(ValueError, match="metrics_path must"):
+        OperationsConfig(metrics_path=path)

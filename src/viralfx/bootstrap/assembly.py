@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +16,10 @@ from viralfx.adapters.memory import (
     ProcessMemory,
 )
 from viralfx.bootstrap.backend import Backend
-from viralfx.bootstrap.checks import policy_of, problems_with_names
+from viralfx.bootstrap.checks import policy_of, problems_with_names, problems_with_retriers
 from viralfx.bootstrap.job_system import CloseBells, DrainWorker, EndAlerts, JobSystem
 from viralfx.bootstrap.jobs import wire_jobs
+from viralfx.bootstrap.measuring import measure
 from viralfx.domain.cache import Cache, CacheStore
 from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.errors import ConfigurationError
@@ -30,15 +30,13 @@ from viralfx.domain.monitor import HealthMonitor, StopChecking
 from viralfx.domain.operations import Operations
 from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.domain.resilience.circuits import BreakerRegistry
+from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.sequence import ShutdownSequence
 from viralfx.domain.shutdown import Phase, ShutdownStage
 from viralfx.domain.state import SaveState, StateStore
 from viralfx.settings import Settings
 from viralfx.telemetry.metrics import Metrics
-from viralfx.telemetry.metrics.backends import OperationTimes, PoolMetrics, RedisMetrics
-from viralfx.telemetry.metrics.health import HealthMetrics
-from viralfx.telemetry.metrics.jobs import QueueMetrics
-from viralfx.telemetry.metrics.resilience import CircuitMetrics
+from viralfx.telemetry.metrics.loop import LoopLag
 from viralfx.telemetry.observed import HealthLog, log_circuit, log_lifecycle, log_shutdown
 
 if TYPE_CHECKING:
@@ -64,14 +62,15 @@ def assemble(
     checks: Mapping[str, HealthCheck] | None = None,
     stages: Mapping[Phase, Mapping[str, ShutdownStage]] | None = None,
     breakers: Iterable[CircuitBreaker] = (),
+    retriers: Sequence[Retrier] = (),
     tasks: Sequence[object] = (),
     clock: Clock | None = None,
 ) -> Assembly:
     """Wire the operations layer and what it looks after; nothing runs or connects yet.
 
-    ``checks``, ``stages``, ``breakers`` and ``tasks`` are an application's own, beside the built-in
-    ones. Raises :class:`ConfigurationError` for a name that is taken, a setting that names no
-    check, and tasks that cannot be had.
+    ``checks``, ``stages``, ``breakers``, ``retriers`` and ``tasks`` are an application's own,
+    beside the built-in ones. Raises :class:`ConfigurationError` for a name that is taken or
+    missing, a setting that names no check, and tasks that cannot be had.
     """
     clock = clock or SystemClock()
     memory = ProcessMemory()
@@ -89,7 +88,9 @@ def assemble(
             circuits.add(breaker)
         except ValueError as error:
             problems.append(f"OperationsConfig.breakers: {error}")
+    problems += problems_with_retriers(retriers)
     metrics = Metrics()
+    lag = LoopLag(metrics.registry)
     try:
         jobs = wire_jobs(
             settings,
@@ -127,7 +128,7 @@ def assemble(
         state_store=_state_store(settings, database),
         usage=lambda: memory.usage,
         resources=tuple(b.resource for b in backends.values() if b.resource is not None),
-        on_ready=(jobs.start,),
+        on_ready=(jobs.start, lag.start),
     )
     _register_stages(operations, jobs, stages or {}, backends)
     connections = {name: name.capitalize() for name, b in backends.items() if b.close is not None}
@@ -136,10 +137,11 @@ def assemble(
         lambda event: lifecycle.follow(event) if isinstance(event, HealthReport) else None
     )
     lifecycle.subscribe(lambda event: jobs.leave() if event.new is State.DRAINING else None)
+    lifecycle.subscribe(lambda event: lag.stop() if event.new is State.STOPPED else None)
     lifecycle.subscribe(log_lifecycle)
     shutdown.subscribe(log_shutdown)
     circuits.subscribe(log_circuit)
-    _measure(metrics, operations, jobs, database, redis)
+    measure(metrics, operations, jobs, retriers, database=database, redis=redis)
     return Assembly(
         metrics=metrics,
         operations=operations,
@@ -148,28 +150,6 @@ def assemble(
         cache=Cache(cache_store),
         jobs=jobs,
     )
-
-
-def _measure(
-    metrics: Metrics,
-    operations: Operations,
-    jobs: JobSystem,
-    database: "PostgresDatabase | None",
-    redis: "RedisClient | None",
-) -> None:
-    registry = metrics.registry
-    HealthMetrics(registry, operations)
-    CircuitMetrics(registry, operations.breakers)
-    registry.register(QueueMetrics(lambda: jobs.last_counts))
-    times = OperationTimes(registry)
-    if database is not None:
-        registry.register(PoolMetrics(database, database.config.pool_max))
-        database.queries.observe = partial(times.observe, "postgresql")
-    if redis is not None:
-        registry.register(
-            RedisMetrics(redis.traffic, available=lambda: redis.available, memory=lambda: None)
-        )
-        redis.traffic.observe = partial(times.observe, "redis")
 
 
 def _register_stages(

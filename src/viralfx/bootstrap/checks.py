@@ -2,9 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from viralfx.domain.health import CheckPolicy
+from viralfx.domain.resilience.retry import Retrier
 from viralfx.settings import Settings
 
 BUILT_IN = ("database", "redis", "memory", "queues", "circuits")
@@ -31,6 +32,15 @@ def problems_with_names(own: Collection[str], settings: Settings) -> Iterator[st
     every_check = (*own, *BUILT_IN)
     yield from _unknown_checks("HEALTH_CRITICAL", settings.health_critical, every_check)
     yield from _unknown_checks("READINESS_REQUIRES", settings.readiness_requires, every_check)
+
+
+def problems_with_retriers(own: Sequence[Retrier]) -> Iterator[str]:
+    """Yield what keeps an application's retriers from being told apart."""
+    names = [retrier.name for retrier in own]
+    if None in names:
+        yield 'OperationsConfig.retriers: one has no name; make it with retry(name="...")'
+    for name in sorted({name for name in names if name is not None and names.count(name) > 1}):
+        yield f"OperationsConfig.retriers: a retrier named {name!r} is registered already"
 
 
 def policy_of(name: str, settings: Settings) -> CheckPolicy:

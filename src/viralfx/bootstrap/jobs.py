@@ -25,6 +25,7 @@ from viralfx.domain.resilience.retry_policy import BackoffPolicy
 from viralfx.settings import Settings
 from viralfx.telemetry.metrics import Metrics
 from viralfx.telemetry.metrics.jobs import JobMetrics
+from viralfx.telemetry.metrics.resilience import ReceiverCircuits
 from viralfx.worker import built_in_periodic, built_in_tasks
 
 if TYPE_CHECKING:
@@ -53,9 +54,19 @@ def wire_jobs(
     """
     codec, instance = MsgspecCodec(), _instance_name()
     ledger = _ledger(database, clock)
-    built_in = _built_in(settings, clock, monitor, ledger, instance)
+    receivers = ReceiverCircuits(metrics.registry)
+    built_in = built_in_tasks(
+        ledger=ledger,
+        monitor=monitor,
+        clock=clock,
+        delivery=wire_webhooks(settings, clock, listeners=(receivers,)),
+        alert_url=alert_url(settings),
+        webhook_timeout=settings.webhook.timeout / 1000,
+        retention=settings.job.retention / 1000,
+        instance=instance,
+    )
     tasks = _tasks(settings, functions, built_in, codec)
-    observer = JobMetrics(metrics.registry, tasks.__contains__)
+    observer = JobMetrics(metrics.registry, tasks.__contains__, metrics.exemplar)
     transport = _transport(database, redis, clock)
     ringer = Ringer(transport, clock=clock)
     service = JobService(
@@ -117,21 +128,6 @@ def wire_jobs(
         make_worker=make_worker,
     )
     return system
-
-
-def _built_in(
-    settings: Settings, clock: Clock, monitor: HealthMonitor, ledger: JobLedger, instance: str
-) -> Sequence[Task]:
-    return built_in_tasks(
-        ledger=ledger,
-        monitor=monitor,
-        clock=clock,
-        delivery=wire_webhooks(settings, clock),
-        alert_url=alert_url(settings),
-        webhook_timeout=settings.webhook.timeout / 1000,
-        retention=settings.job.retention / 1000,
-        instance=instance,
-    )
 
 
 def _tasks(

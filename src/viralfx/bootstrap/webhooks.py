@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from viralfx.domain.clock import Clock
+from viralfx.domain.events import Listener
 from viralfx.domain.jobs.alerts import HealthAlerts
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.monitor import HealthMonitor
+from viralfx.domain.resilience.circuit import CircuitEvent
 from viralfx.domain.single_flight import SingleFlight
 from viralfx.domain.webhooks.allowed import AllowList
 from viralfx.domain.webhooks.delivery import Answer, WebhookDelivery, WebhookSender
@@ -17,10 +19,13 @@ from viralfx.settings import Settings
 from viralfx.telemetry.observed import log_circuit
 
 
-def wire_webhooks(settings: Settings, clock: Clock) -> WebhookDelivery:
+def wire_webhooks(
+    settings: Settings, clock: Clock, *, listeners: tuple[Listener[CircuitEvent], ...] = ()
+) -> WebhookDelivery:
     """Wire the delivery of webhooks; the settings must be free of contradictions.
 
-    What sends them is loaded with the first one.
+    What sends them is loaded with the first one. ``listeners`` are told of the circuits of those
+    who receive them.
     """
     secret = settings.webhook.secret
     allowed = AllowList(settings.webhook.allowed_hosts, also=alert_url(settings))
@@ -28,7 +33,7 @@ def wire_webhooks(settings: Settings, clock: Clock) -> WebhookDelivery:
         allowed=allowed,
         signer=None if secret is None else Signer(parse_secrets(secret.value)),
         sender=_LateSender(lambda: _sender(settings, allowed)),
-        circuits=HostCircuits(listeners=(log_circuit,), clock=clock),
+        circuits=HostCircuits(listeners=(log_circuit, *listeners), clock=clock),
         clock=clock,
     )
 

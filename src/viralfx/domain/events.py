@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 _logger = logging.getLogger("viralfx.events")
 
@@ -21,3 +21,18 @@ def notify(listeners: tuple[Listener[EventT], ...], event: EventT) -> None:
         except (Exception, asyncio.CancelledError):
             # Synchronous code is not what is cancelled: the error is the listener's own.
             _logger.exception("Event listener failed", extra={"event": type(event).__name__})
+
+
+class Relay(Generic[EventT]):
+    """A listener that passes events on to whoever subscribed, before or after it was made known."""
+
+    def __init__(self) -> None:
+        self._listeners: tuple[Listener[EventT], ...] = ()
+
+    def subscribe(self, listener: Listener[EventT]) -> None:
+        """Call ``listener`` with every event that comes here."""
+        self._listeners = (*self._listeners, listener)
+
+    def __call__(self, event: EventT) -> None:
+        """Pass it on."""
+        notify(self._listeners, event)

@@ -98,9 +98,7 @@ class OperationsAnswers:
             self.endpoints.setdefault(f"{prefix}/{name}", self._one_check(name))
 
     def find(self, path: str) -> Endpoint | None:
-        """Return what answers a path; None for a path that is not below the prefix."""
-        if not path.startswith(self._prefix):  # the usual case, before anything dearer
-            return None
+        """Return what answers a path; None for one that is neither known nor below the prefix."""
         endpoint = self.endpoints.get(path)
         if endpoint is None and path.startswith(self._prefix + "/"):
             # One segment below the prefix is ours, known or not; a trailing slash is a segment.

@@ -31,6 +31,7 @@ def find_application(settings: Settings, spec: str | None) -> tuple[ASGIApp, Ope
         plugin = OperationsPlugin(OperationsConfig(settings=settings))
         plugin.mount(app)
         _logger.info("Added the operations plugin to the application", extra={"app": spec})
+    plugin.require_metrics_path(app)
     return cast("ASGIApp", app), plugin
 
 

@@ -18,6 +18,7 @@ from viralfx.domain.health import HealthCheck
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.operations import Operations
 from viralfx.domain.resilience.breaker import CircuitBreaker
+from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.shutdown import Phase, ShutdownStage
 from viralfx.settings import Settings, read_settings
 from viralfx.web.access import AccessPolicy
@@ -49,6 +50,9 @@ class OperationsConfig:
     """Run in order after the application's lifespan ended, within SHUTDOWN_CONNECTION_TIMEOUT."""
     breakers: Sequence[CircuitBreaker] = ()
     """The application's circuit breakers: listed as check ``circuits``, saved and restored."""
+    retriers: Sequence[Retrier] = ()
+    """The application's retriers, each with a name of its own: their failed attempts are counted,
+    and what is left of their budgets is shown."""
     tasks: Sequence[Callable[..., Awaitable[object]]] = ()
     """The application's own functions with ``@task``, beside those of TASK_MODULES."""
     path: str = "/health"
@@ -59,9 +63,12 @@ class OperationsConfig:
     """The OpenAPI tag of the endpoints."""
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` for a path that is not absolute, or ends in a slash."""
-        if not self.path.startswith("/") or self.path.endswith("/"):
-            raise ValueError(f"path must start with a slash and not end with one: {self.path!r}")
+        """Raise ``ValueError`` for a path that is not absolute, ends in a slash, or is taken."""
+        for name, path in (("path", self.path), ("metrics_path", self.metrics_path)):
+            if not path.startswith("/") or path.endswith("/"):
+                raise ValueError(f"{name} must start with a slash and not end with one: {path!r}")
+        if f"{self.metrics_path}/".startswith(f"{self.path}/"):
+            raise ValueError(f"metrics_path must not be below path: {self.metrics_path!r}")
 
 
 class OperationsPlugin(InitPlugin):
@@ -91,6 +98,7 @@ class OperationsPlugin(InitPlugin):
             self.settings,
             checks=config.checks,
             breakers=config.breakers,
+            retriers=config.retriers,
             tasks=config.tasks,
             stages={
                 Phase.DRAIN: config.drain_stages,
@@ -172,8 +180,19 @@ class OperationsPlugin(InitPlugin):
             what = f"--app: the application answers {', '.join(sorted(taken))} itself"
             remedy = "give it OperationsPlugin(OperationsConfig(path=...)) with a path that is free"
             raise ConfigurationError([f"{what}; {remedy}"])
+        self.require_metrics_path(app)
         app.state.update(self._state())
         app.register(health_router(prefix=path, tag=self._config.tag))
+
+    def require_metrics_path(self, app: Litestar) -> None:
+        """Raise :class:`ConfigurationError` where the application answers at it itself.
+
+        The gate stands ahead of its routing, and would hide that route.
+        """
+        path = self._config.metrics_path
+        if any(route.path == path for route in app.routes):
+            what = f"OperationsConfig.metrics_path: the application answers {path} itself"
+            raise ConfigurationError([f"{what}; choose another path"])
 
     def _state(self) -> dict[str, object]:
         jobs, token = self.assembly.jobs, self.settings.api_token
@@ -187,6 +206,7 @@ class OperationsPlugin(InitPlugin):
 
     @asynccontextmanager
     async def _lifespan(self, app: Litestar) -> AsyncIterator[None]:
+        self.require_metrics_path(app)
         if self.operations.shutdown.triggered and not self.operations.staged:
             # A lifespan once more, as with one test client after another. A shutdown is for good,
             # so what was shut down is made anew.

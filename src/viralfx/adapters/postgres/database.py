@@ -25,6 +25,7 @@ from viralfx.adapters.postgres.slow_queries import SlowQueryLog
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import StartupError
 from viralfx.domain.resilience.retry import Retrier
+from viralfx.domain.resilience.retry_decision import RetryRelay
 
 _logger = logging.getLogger("viralfx.database")
 
@@ -50,6 +51,7 @@ class PostgresDatabase:
         self._clock = clock
         self.on_doubt = on_doubt
         self.queries = SlowQueryLog(config.slow_query_threshold)
+        self.retries = RetryRelay()
         self._pool: Pool[Any] | None = None
         self._beside: set[Connection[Any]] = set()
         self._opened = asyncio.Event()
@@ -160,6 +162,7 @@ class PostgresDatabase:
         retrier = Retrier(
             retry_policy(attempts), name="database", idempotent=idempotent, clock=self._clock
         )
+        retrier.subscribe(self.retries)
         return await retrier.execute(lambda: self._in_transaction(operation))
 
     async def _in_transaction(self, operation: Callable[[Lease], Awaitable[T]]) -> T:
@@ -216,8 +219,6 @@ class PostgresDatabase:
     def slow_queries(self) -> int:
         """Slow queries since the start."""
         return self.queries.count
-
-    # -- inside ------------------------------------------------------------------------------
 
     async def connect(self, *, cut: bool = False, **settings: str) -> "Connection[Any]":
         """Connect beside the pool, to be ``cut`` with it, ``settings`` of the server changed."""

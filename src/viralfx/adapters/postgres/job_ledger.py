@@ -67,10 +67,11 @@ class PostgresJobLedger:
     ) -> None:
         """``patience`` is how long a call may take, in seconds; cleaning up may add two."""
         clock = clock or SystemClock()
-        self._steps = Steps(database.acquire, patience=patience, clock=clock)
+        told = database.retries
+        self._steps = Steps(database.acquire, patience=patience, clock=clock, listener=told)
         # Not of the pool: while tasks have all of that, a worker must not be taken for dead.
         own = OwnConnection(database, "heartbeat")
-        self._life = Steps(own.acquire, patience=patience, clock=clock)
+        self._life = Steps(own.acquire, patience=patience, clock=clock, listener=told)
         self._effects = Effects(database, patience)
 
     # -- accepting ---------------------------------------------------------------------------

@@ -10,7 +10,9 @@ from viralfx.adapters.postgres.cleaning import Lease
 from viralfx.adapters.postgres.errors import retry_policy
 from viralfx.adapters.postgres.outages import outages
 from viralfx.domain.clock import Clock
+from viralfx.domain.events import Listener
 from viralfx.domain.resilience.retry import Retrier
+from viralfx.domain.resilience.retry_decision import RetryEvent
 
 T = TypeVar("T")
 
@@ -36,15 +38,21 @@ class Steps:
         *,
         patience: float,
         clock: Clock,
+        listener: Listener[RetryEvent],
     ) -> None:
         """``acquire`` takes a connection for a block, of the pool's or another.
 
-        ``patience`` is how long a step may take with all its attempts, in seconds.
+        ``patience`` is how long a step may take with all its attempts, in seconds; ``listener`` is
+        told of those that failed.
         """
         self._acquire = acquire
         self._patience = patience
         self._retrier = Retrier(
-            retry_policy(_ATTEMPTS), name="ledger", idempotent=True, clock=clock
+            retry_policy(_ATTEMPTS),
+            name="ledger",
+            idempotent=True,
+            listeners=(listener,),
+            clock=clock,
         )
 
     async def run(self, step: Callable[[Turn], Awaitable[T]]) -> T:

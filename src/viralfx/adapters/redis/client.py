@@ -13,6 +13,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from viralfx.adapters.redis.config import Address, RedisConfig
 from viralfx.adapters.redis.connections import ServerConnection, TlsContext, WaitingPool
 from viralfx.adapters.redis.errors import is_away, is_exhausted
+from viralfx.adapters.redis.memory import MemoryQuestion
 from viralfx.adapters.redis.retry import request_retry
 from viralfx.adapters.redis.sentinel import Primary
 from viralfx.adapters.redis.traffic import CountingRedis, Traffic
@@ -49,6 +50,8 @@ class RedisClient:
         self.config = config
         self._clock = clock or SystemClock()
         self._traffic = Traffic(on_doubt=on_doubt)
+        self.memory = MemoryQuestion(self._clock)
+        """What the health check asks the server about its memory."""
         self._sentinel_traffic = Traffic(on_doubt=lambda: None)
         tls = None if config.tls is None else TlsContext(config.tls)
         self._sentinels = [

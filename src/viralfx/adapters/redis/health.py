@@ -1,6 +1,7 @@
-"""The health check: one ping on a connection of its own."""
+"""The health check: one ping on a connection of its own, or now and then a question instead."""
 
 import asyncio
+import contextlib
 
 from redis.exceptions import RedisError, ResponseError
 
@@ -18,7 +19,7 @@ class RedisHealthCheck:
     and has no retries: the next check is one. A connection that was lost since the last check is
     replaced once. What it sees makes the client available or not; ``failedAttempts`` counts the
     connections, the application's and its own, that could not be opened since the last one that
-    could.
+    could. Every half minute a question for its memory takes the place of the ping.
     """
 
     def __init__(self, client: RedisClient, clock: Clock, *, timeout: float | None = None) -> None:
@@ -31,20 +32,23 @@ class RedisHealthCheck:
         self._client = client
         self._clock = clock
         self._connection = client.own_connection()
+        self._memory = client.memory
         # A forced round may come beside a scheduled one; replies must not be mixed up.
         self._turn = asyncio.Lock()
 
     async def check(self) -> Observation:
-        """Ping once."""
+        """Ask once."""
         async with self._turn:
             traffic = self._client.traffic
             before = traffic.answers
             try:
                 async with asyncio.timeout(self._timeout):
-                    await self._ping()
+                    await self._ask_once()
             except (RedisError, TimeoutError) as error:
+                self._memory.failed()
                 return self._failed(error, before)
             except asyncio.CancelledError:
+                self._memory.failed()
                 # Cut for taking too long, most likely: nobody answered in that time.
                 traffic.unanswered(before, doubt=False)
                 raise
@@ -86,11 +90,11 @@ class RedisHealthCheck:
             error=error,
         )
 
-    async def _ping(self) -> None:
+    async def _ask_once(self) -> None:
         connection = self._connection
         if connection.is_connected and not connection.outdated:
             try:
-                await _ask(connection)
+                await self._ask(connection)
             except RedisError as error:
                 # Only a connection that broke is worth another: a server that does not answer, or
                 # answers with an error, will do so again.
@@ -99,7 +103,26 @@ class RedisHealthCheck:
             else:
                 return
         connection.cut()
-        await _ask(connection)
+        self._memory.failed()
+        await self._ask(connection)
+
+    async def _ask(self, connection: ServerConnection) -> None:
+        try:
+            await connection.connect_check_health()
+            if self._memory.due:
+                # Not allowed, or renamed; whether anything is wrong the ping will tell.
+                with contextlib.suppress(ResponseError):
+                    await connection.send_command("INFO", "memory")
+                    self._memory.answered(await connection.read_response())
+                    return
+                self._memory.forbidden()
+            await connection.send_command("PING")
+            await connection.read_response()
+        except BaseException:
+            # Nobody knows what would be read from it next.
+            connection.cut()
+            raise
+        self._memory.pinged()
 
     def _details(self, *, connected: bool) -> dict[str, object]:
         traffic, (host, port) = self._client.traffic, self._client.address
@@ -115,14 +138,3 @@ class RedisHealthCheck:
             },
             "config": {"host": host, "port": port, "db": self._client.config.db},
         }
-
-
-async def _ask(connection: ServerConnection) -> None:
-    try:
-        await connection.connect_check_health()
-        await connection.send_command("PING")
-        await connection.read_response()
-    except BaseException:
-        # Nobody knows what would be read from it next.
-        connection.cut()
-        raise

@@ -60,11 +60,13 @@ class Retrier:
         """``name`` stands in events and defaults to the operation's; ``block`` waits in ``def``."""
         self._clock = clock or SystemClock()
         self._now = reader_of(self._clock)
-        self._name = name
+        self.name = name
+        """What stands in events; None: the name of the operation."""
         if deadline is not None:
             require_not_negative("a deadline", deadline)
         self._deadline = deadline
-        self._budget = budget
+        self.budget = budget
+        """What is charged for each retry, if anything is."""
         self._block = block
         self._decider = Decider(
             policy=policy,
@@ -120,18 +122,18 @@ class Retrier:
         """
         if self._deadline is not None:
             raise TypeError("put the loop inside `async with Deadline(...)` instead")
-        return Attempts(self._decider, self._name or "loop", self._begin())
+        return Attempts(self._decider, self.name or "loop", self._begin())
 
     # -- running -----------------------------------------------------------------------------
 
     def _begin(self) -> float:
         started = self._now()
-        if self._budget is not None:
-            self._budget.deposit(started)
+        if self.budget is not None:
+            self.budget.deposit(started)
         return started
 
     def _guard_async(self, function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
-        now, budget, name = self._now, self._budget, self._name or operation_name(function)
+        now, budget, name = self._now, self.budget, self.name or operation_name(function)
 
         @functools.wraps(function)
         async def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -162,7 +164,7 @@ class Retrier:
         return limited
 
     def _guard_sync(self, function: Callable[P, T]) -> Callable[P, T]:
-        name = self._name or operation_name(function)
+        name = self.name or operation_name(function)
 
         @functools.wraps(function)
         def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -199,7 +201,7 @@ class Retrier:
         except Exception as error:  # noqa: BLE001 - a boundary: what fails may be tried again
             failure = error
         try:
-            name = self._name or operation_name(operation)
+            name = self.name or operation_name(operation)
             return await self._again(operation, name, failure, started)
         finally:
             del failure

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from viralfx.domain.clock import Clock
-from viralfx.domain.events import Listener, notify
+from viralfx.domain.events import Listener, Relay, notify
 from viralfx.domain.resilience.budget import RetryBudget
 from viralfx.domain.resilience.circuit import CircuitOpenError
 from viralfx.domain.resilience.deadline import time_left
@@ -68,6 +68,11 @@ class BudgetExhausted:
 
 
 RetryEvent: TypeAlias = AttemptFailed | GaveUp | BudgetExhausted
+
+
+class RetryRelay(Relay[RetryEvent]):
+    """Passes on what happens in several retriers, which may come and go."""
+
 
 _WHY = {
     GiveUpReason.DEADLINE: ": the next would start after the deadline",

@@ -17,6 +17,8 @@ class Metrics:
     def __init__(self, exemplar: Exemplar = no_exemplar) -> None:
         """``exemplar`` names the trace of what is measured."""
         self.registry = CollectorRegistry(auto_describe=True)
+        self.exemplar = exemplar
+        """What names the trace of a measurement, for those who measure."""
         self.requests = RequestMetrics(self.registry, exemplar)
         ProcessCollector(registry=self.registry)
 

@@ -8,12 +8,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from viralfx.telemetry.metrics.exemplars import Exemplar, no_exemplar
+from viralfx.telemetry.metrics.names import BoundedNames
 
 # The bounds that OpenTelemetry's semantic conventions advise for this very metric.
 _BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
-
-_MOST_OPERATIONS = 64
-"""Different names of operations that are told apart; code that makes names has no end of them."""
 
 
 class Pool(Protocol):
@@ -77,6 +75,8 @@ class OperationTimes:
             ("db_system_name", "error_type"),
             registry=registry,
         )
+        self._names = BoundedNames()
+        # A look-up by labels takes longer than all the rest.
         self._series: dict[tuple[str, str], Histogram] = {}
 
     def observe(
@@ -85,10 +85,10 @@ class OperationTimes:
         """Count one, by its ``system`` (``postgresql``, ``redis``) and what it did (``SELECT``)."""
         series = self._series.get((system, operation))
         if series is None:
-            if len(self._series) >= _MOST_OPERATIONS:
-                series = self._duration.labels(system, "_OTHER")
-            else:
-                series = self._duration.labels(system, operation)
+            # Code that makes names of operations has no end of them.
+            name = self._names(operation)
+            series = self._duration.labels(system, name)
+            if name == operation:
                 self._series[system, operation] = series
         series.observe(seconds, self._exemplar())
         if error is not None:
@@ -105,7 +105,7 @@ class PoolMetrics(Collector):
 
     def describe(self) -> Iterable[Metric]:
         """Name what there is, without looking at the pool."""
-        return self._families().values()
+        return (*self._families().values(), _counter(*_FAILURES), _counter(*_SLOW))
 
     def collect(self) -> Iterator[Metric]:
         """Look at the pool."""
@@ -116,16 +116,8 @@ class PoolMetrics(Collector):
         families["connections_max"].add_metric([], self._most)
         families["waiting_requests"].add_metric([], pool.waiting)
         yield from families.values()
-        yield _counter(
-            "viralfx_database_connection_failures",
-            "Attempts to connect to the database that failed.",
-            pool.failed_connections,
-        )
-        yield _counter(
-            "viralfx_database_slow_queries",
-            "Queries that took longer than DB_SLOW_QUERY_THRESHOLD.",
-            pool.slow_queries,
-        )
+        yield _counter(*_FAILURES, pool.failed_connections)
+        yield _counter(*_SLOW, pool.slow_queries)
 
     @staticmethod
     def _families() -> dict[str, GaugeMetricFamily]:
@@ -139,6 +131,20 @@ class PoolMetrics(Collector):
         }
 
 
+class MemoryUse(Protocol):
+    """What Redis said about its memory, in bytes."""
+
+    @property
+    def used(self) -> int:
+        """What it uses."""
+        ...
+
+    @property
+    def limit(self) -> int | None:
+        """What it may use; None: it has no limit of its own."""
+        ...
+
+
 class RedisMetrics(Collector):
     """Redis as its client sees it, read when somebody asks."""
 
@@ -147,41 +153,57 @@ class RedisMetrics(Collector):
         traffic: Traffic,
         *,
         available: Callable[[], bool],
-        memory: Callable[[], int | None],
+        memory: Callable[[], MemoryUse | None],
     ) -> None:
-        """``memory`` returns the bytes that Redis said it uses, None where it did not say."""
+        """``memory`` returns what Redis said last, None where it did not say."""
         self._traffic = traffic
         self._available = available
         self._memory = memory
 
     def describe(self) -> Iterable[Metric]:
-        """Name nothing beforehand: the names are this class's alone."""
-        return ()
+        """Name what there is, without looking at the client."""
+        return (*self._gauges().values(), _counter(*_ANSWERED), _counter(*_FAILED))
 
     def collect(self) -> Iterator[Metric]:
         """Look at the client."""
-        connected = GaugeMetricFamily("viralfx_redis_connected", "Whether Redis answers.")
-        connected.add_metric([], float(self._available()))
-        yield connected
+        gauges = self._gauges()
+        gauges["connected"].add_metric([], float(self._available()))
         if (memory := self._memory()) is not None:
-            used = GaugeMetricFamily(
-                "viralfx_redis_memory_bytes", "Memory that Redis uses, as it says itself."
+            gauges["memory_used_bytes"].add_metric([], memory.used)
+            if memory.limit is not None:
+                gauges["memory_limit_bytes"].add_metric([], memory.limit)
+        yield from gauges.values()
+        yield _counter(*_ANSWERED, self._traffic.successful)
+        yield _counter(*_FAILED, self._traffic.failed)
+
+    @staticmethod
+    def _gauges() -> dict[str, GaugeMetricFamily]:
+        return {
+            name: GaugeMetricFamily(f"viralfx_redis_{name}", text)
+            for name, text in (
+                ("connected", "Whether Redis answers."),
+                ("memory_used_bytes", "Memory that Redis uses, as it says itself."),
+                (
+                    "memory_limit_bytes",
+                    "Memory that Redis may use, where it has a maxmemory.",
+                ),
             )
-            used.add_metric([], memory)
-            yield used
-        yield _counter(
-            "viralfx_redis_requests",
-            "Requests to Redis that were answered.",
-            self._traffic.successful,
-        )
-        yield _counter(
-            "viralfx_redis_failed_requests",
-            "Requests to Redis that were given up.",
-            self._traffic.failed,
-        )
+        }
 
 
-def _counter(name: str, text: str, value: int) -> CounterMetricFamily:
+_FAILURES = (
+    "viralfx_database_connection_failures",
+    "Attempts to connect to the database that failed.",
+)
+_SLOW = (
+    "viralfx_database_slow_queries",
+    "Queries that took longer than DB_SLOW_QUERY_THRESHOLD.",
+)
+_ANSWERED = ("viralfx_redis_requests", "Requests to Redis that were answered.")
+_FAILED = ("viralfx_redis_failed_requests", "Requests to Redis that were given up.")
+
+
+def _counter(name: str, text: str, value: int = 0) -> CounterMetricFamily:
     family = CounterMetricFamily(name, text)
     family.add_metric([], value)
     return family

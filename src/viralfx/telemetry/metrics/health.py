@@ -46,6 +46,13 @@ class HealthMetrics:
             ("phase", "stage", "outcome"),
             registry=registry,
         )
+        build = Gauge(
+            "viralfx_build_info",
+            "1, labelled with the version and the environment that it runs in.",
+            ("version", "environment"),
+            registry=registry,
+        )
+        build.labels(operations.version, operations.environment).set(1)
         for check in operations.monitor.checks:
             # There from the start: a counter that begins with its first event hides it.
             for status in Status:

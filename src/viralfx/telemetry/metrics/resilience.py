@@ -1,17 +1,14 @@
-"""Circuits and retries: their states, and what they did with calls."""
+"""Circuits: their states, and what they did with calls."""
 
 from collections.abc import Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from viralfx.domain.resilience.circuit import CallRejected, CircuitEvent, StateChanged
 from viralfx.domain.resilience.circuit_states import CircuitState
 from viralfx.domain.resilience.circuits import BreakerRegistry
-from viralfx.domain.resilience.retry_decision import AttemptFailed, GaveUp, RetryEvent
-
-_DELAYS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60)
 
 
 class CircuitMetrics(Collector):
@@ -62,35 +59,30 @@ class CircuitMetrics(Collector):
             self._rejected.labels(event.name).inc()
 
 
-class RetryMetrics:
-    """Counts failed attempts, the waits between them, and when it was given up: a listener."""
+class ReceiverCircuits:
+    """Counts what the breakers of webhooks' receivers do, all under one name.
+
+    The receivers' hosts come from jobs, so that they are no label.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._failed = Counter(
-            "viralfx_retry_failed_attempts_total",
-            "Attempts of retried operations that failed.",
-            ("operation",),
+        self._changes = Counter(
+            "viralfx_webhook_circuit_changes_total",
+            "Changes of state of the circuits of webhooks' receivers, by the new one.",
+            ("state",),
             registry=registry,
         )
-        self._delay = Histogram(
-            "viralfx_retry_delay_seconds",
-            "Time until the next attempt.",
-            ("operation",),
-            buckets=_DELAYS,
+        self._rejected = Counter(
+            "viralfx_webhook_rejected_calls_total",
+            "Webhooks that were put off because their receiver's circuit was open.",
             registry=registry,
         )
-        self._gave_up = Counter(
-            "viralfx_retry_gave_up_total",
-            "Operations that failed for good, by why they were not tried again.",
-            ("operation", "reason"),
-            registry=registry,
-        )
+        for state in CircuitState:
+            self._changes.labels(str(state))
 
-    def __call__(self, event: RetryEvent) -> None:
-        """Take in one event of a retrier."""
-        if isinstance(event, AttemptFailed):
-            self._failed.labels(event.name).inc()
-            if event.delay is not None:
-                self._delay.labels(event.name).observe(event.delay)
-        elif isinstance(event, GaveUp):
-            self._gave_up.labels(event.name, str(event.reason)).inc()
+    def __call__(self, event: CircuitEvent) -> None:
+        """Take in one event of one of them."""
+        if isinstance(event, StateChanged):
+            self._changes.labels(str(event.new)).inc()
+        elif isinstance(event, CallRejected):
+            self._rejected.inc()

@@ -1,0 +1,48 @@
+"""How late the event loop is: what every request waits for when something blocks it."""
+
+import asyncio
+
+from prometheus_client import CollectorRegistry, Histogram
+
+_PERIOD = 0.5
+"""Seconds between two samples: each costs some ten microseconds."""
+
+_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+
+class LoopLag:
+    """Has the loop call back at a time, and notes how much later it did.
+
+    Nothing runs before :meth:`start`, which an application that is never started never calls.
+    """
+
+    def __init__(self, registry: CollectorRegistry, period: float = _PERIOD) -> None:
+        """``period`` is the time between two samples in seconds."""
+        self._period = period
+        self._lag = Histogram(
+            "viralfx_event_loop_lag_seconds",
+            "Time by which the event loop called back later than it was asked to.",
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin, on the running loop; doing it twice is harmless."""
+        if self._timer is None:
+            self._wait(asyncio.get_running_loop())
+
+    def stop(self) -> None:
+        """End; it may begin again."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
+        due = loop.time() + self._period
+        self._timer = loop.call_at(due, self._sample, loop, due)
+
+    def _sample(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
+        # A clock of the loop may be coarser than that of its timers.
+        self._lag.observe(max(0.0, loop.time() - due))
+        self._wait(loop)
