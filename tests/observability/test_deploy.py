@@ -1,0 +1,194 @@
+"""deploy/observability asks only for what exists, and every alert leads to what to do."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+from tests.observability.promql import asked
+from tests.observability.wired import described, wired
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "deploy/observability"
+METRICS = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+RUNBOOK = (ROOT / "docs/runbook.md").read_text(encoding="utf-8")
+
+SCRAPED = {"job", "instance"}
+"""Labels that a scrape adds."""
+OF_PROMETHEUS = {"up"}
+"""Series that a scrape adds."""
+
+
+def load(name: str) -> Any:
+    """Read one of the files."""
+    return yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
+
+
+def rules() -> list[dict[str, Any]]:
+    """Return the alert rules."""
+    return [rule for group in load("rules.yml")["groups"] for rule in group["rules"]]
+
+
+def dashboard() -> dict[str, Any]:
+    """Return the dashboard."""
+    found: dict[str, Any] = json.loads((FOLDER / "dashboard.json").read_text(encoding="utf-8"))
+    return found
+
+
+def panels() -> list[dict[str, Any]]:
+    """Return the panels of the dashboard that show something."""
+    return [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    """Yield what is asked for, and where."""
+    for rule in rules():
+        yield rule["alert"], rule["expr"]
+    for panel in panels():
+        for target in panel["targets"]:
+            yield panel["title"], target["expr"]
+    yield from re.findall(r"^\| ([^|]+) \| `([^`]+\(.+)` \|$", METRICS, re.MULTILINE)
+
+
+def unknown(expression: str) -> list[str]:
+    """Return the series and labels of an expression that do not exist."""
+    known = {name: m.series_labels for m in described(wired()) for name in m.series}
+    known |= dict.fromkeys(OF_PROMETHEUS, frozenset())
+    query = asked(expression)
+    found = [name for name in query.series if name not in known]
+    available = SCRAPED.union(*(known.get(name, frozenset()) for name in query.series))
+    for name, labels in query.series.items():
+        found += sorted(f"{name}{{{x}}}" for x in labels - known.get(name, frozenset()) - SCRAPED)
+    return found + sorted(query.grouped - available)
+
+
+@pytest.mark.parametrize(("where", "expression"), list(expressions()))
+def test_only_what_exists_is_asked_for(where: str, expression: str) -> None:
+    """Series and labels, in alerts and on the dashboard."""
+    assert asked(expression).series, where
+    assert unknown(expression) == []
+
+
+@pytest.mark.parametrize(
+    ("expression", "found"),
+    [
+        ("sum(rate(viralfx_nothing_total[5m]))", ["viralfx_nothing_total"]),
+        ('viralfx_ready{colour="red"} == 0', ["viralfx_ready{colour}"]),
+        ("max by (colour) (viralfx_ready)", ["colour"]),
+        ('viralfx_check_status{check="a and b", status!~"x|y"} > 0 and viralfx_ready', []),
+        ("http_server_request_duration_seconds > 1", ["http_server_request_duration_seconds"]),
+    ],
+)
+def test_what_does_not_exist_is_found_out(expression: str, found: list[str]) -> None:
+    """The rule above finds what it is about."""
+    assert unknown(expression) == found
+
+
+def test_the_legends_name_labels_that_are_left() -> None:
+    """A label that was grouped away would show as nothing."""
+    for panel in panels():
+        for target in panel["targets"]:
+            query = asked(target["expr"])
+            named = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+            left = query.grouped if " by (" in target["expr"] else SCRAPED
+            assert named <= left, (panel["title"], target["legendFormat"])
+
+
+def test_the_dashboard_shows_everything_that_is_to_be_watched() -> None:
+    """Every metric is in some panel, but for those that another one tells already."""
+    shown = {
+        name for panel in panels() for t in panel["targets"] for name in asked(t["expr"]).series
+    }
+    unseen = {m.name for m in described(wired()) if not m.series & shown}
+
+    assert unseen == {
+        "process_max_fds",
+        "process_start_time_seconds",
+        "process_virtual_memory_bytes",
+        "viralfx_check_age_seconds",
+        "viralfx_check_attempts_total",
+        "viralfx_check_transitions_total",
+        "viralfx_circuit_changes_total",
+        "viralfx_job_attempts",
+        "viralfx_retry_delay_seconds",
+        "viralfx_webhook_circuit_changes_total",
+    }
+
+
+def test_panels_do_not_overlap() -> None:
+    """Each has a place of its own on a grid of 24 columns, and an id."""
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard()["panels"]:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken, panel["title"]
+        assert max(x for x, _ in cells) < 24
+        taken |= cells
+    ids = [panel["id"] for panel in dashboard()["panels"]]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
+def test_an_alert_says_how_bad_it_is_and_what_to_do(rule: dict[str, Any]) -> None:
+    """A severity, a summary, and a heading of the runbook with symptom, commands and remedy."""
+    document, _, anchor = rule["annotations"]["runbook_url"].partition("#")
+    sections = {part.split("\n", 1)[0].lower(): part for part in RUNBOOK.split("\n## ")[1:]}
+
+    assert rule["labels"]["severity"] in {"critical", "warning"}
+    assert rule["annotations"]["summary"]
+    assert document == "docs/runbook.md"
+    assert anchor == rule["alert"].lower()
+    wanted = r"\*\*Symptom:\*\*.*```bash\n.*(curl|kubectl).*```.*\*\*Remedy:\*\*"
+    assert re.search(wanted, sections[anchor], re.DOTALL)
+
+
+def test_the_runbook_has_no_heading_without_an_alert() -> None:
+    """And none twice."""
+    headings = re.findall(r"^## (.+)$", RUNBOOK, re.MULTILINE)
+
+    assert sorted(headings) == sorted(rule["alert"] for rule in rules())
+
+
+def test_every_alert_is_tested_firing_and_not() -> None:
+    """Each has a time at which exactly some series make it fire, and others do not."""
+    fired = {
+        check["alertname"]
+        for test in load("rules_test.yml")["tests"]
+        for check in test["alert_rule_test"]
+        if check["exp_alerts"] and len(test["input_series"]) > len(check["exp_alerts"])
+    }
+
+    assert fired == {rule["alert"] for rule in rules()}
+
+
+def test_the_scrape_is_the_guides() -> None:
+    """Job, path, interval and target of the operations guide, and the workers beside it."""
+    jobs = {job["job_name"]: job for job in load("prometheus.yml")["scrape_configs"]}
+
+    assert jobs["viralfx-backend"] == {
+        "job_name": "viralfx-backend",
+        "metrics_path": "/metrics",
+        "scrape_interval": "15s",
+        "static_configs": [{"targets": ["backend:3000"]}],
+    }
+    assert jobs["viralfx-worker"]["static_configs"] == [{"targets": ["worker:3001"]}]
+
+
+def test_the_collector_takes_traces_over_both_transports() -> None:
+    """Every part of the pipeline is configured, and everything configured is in it."""
+    collector = load("otel-collector.yml")
+    pipelines = collector["service"]["pipelines"]
+    traces = pipelines["traces"]
+
+    assert set(pipelines) == {"traces"}
+    assert set(collector["receivers"]["otlp"]["protocols"]) == {"grpc", "http"}
+    for part in ("receivers", "processors", "exporters"):
+        assert set(traces[part]) == set(collector[part])
+    assert traces["processors"][0] == "memory_limiter"
