@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml  # type: ignore[import-untyped]
+import yaml
 from tests.observability.promql import asked
 from tests.observability.wired import described, wired
 
