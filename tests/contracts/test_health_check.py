@@ -128,6 +128,7 @@ async def _postgres_queues(
             redis=None,
             functions=(),
             metrics=Metrics(),
+            instance="here",
         )
         yield jobs.check
 

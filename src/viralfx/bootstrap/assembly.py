@@ -18,8 +18,9 @@ from viralfx.adapters.memory import (
 from viralfx.bootstrap.backend import Backend
 from viralfx.bootstrap.checks import policy_of, problems_with_names, problems_with_retriers
 from viralfx.bootstrap.job_system import CloseBells, DrainWorker, EndAlerts, JobSystem
-from viralfx.bootstrap.jobs import wire_jobs
+from viralfx.bootstrap.jobs import instance_name, wire_jobs
 from viralfx.bootstrap.measuring import measure
+from viralfx.bootstrap.tracing import trace, wire_tracing
 from viralfx.domain.cache import Cache, CacheStore
 from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.errors import ConfigurationError
@@ -35,13 +36,16 @@ from viralfx.domain.sequence import ShutdownSequence
 from viralfx.domain.shutdown import Phase, ShutdownStage
 from viralfx.domain.state import SaveState, StateStore
 from viralfx.settings import Settings
+from viralfx.telemetry.import_guard import without_opentelemetry
 from viralfx.telemetry.metrics import Metrics
+from viralfx.telemetry.metrics.exemplars import current_exemplar
 from viralfx.telemetry.metrics.loop import LoopLag
 from viralfx.telemetry.observed import HealthLog, log_circuit, log_lifecycle, log_shutdown
 
 if TYPE_CHECKING:
     from viralfx.adapters.postgres import PostgresDatabase
     from viralfx.adapters.redis import RedisClient
+    from viralfx.telemetry.tracing.wiring import Tracing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +58,7 @@ class Assembly:
     cache: Cache
     jobs: JobSystem
     metrics: Metrics
+    tracing: "Tracing | None" = None
 
 
 def assemble(
@@ -89,8 +94,10 @@ def assemble(
         except ValueError as error:
             problems.append(f"OperationsConfig.breakers: {error}")
     problems += problems_with_retriers(retriers)
-    metrics = Metrics()
+    metrics = Metrics(current_exemplar)
     lag = LoopLag(metrics.registry)
+    instance = instance_name()
+    tracing = wire_tracing(settings, instance)
     try:
         jobs = wire_jobs(
             settings,
@@ -100,6 +107,8 @@ def assemble(
             redis=redis,
             functions=tasks,
             metrics=metrics,
+            instance=instance,
+            tracing=tracing,
             counts=counts,
         )
     except ConfigurationError as error:
@@ -142,8 +151,11 @@ def assemble(
     shutdown.subscribe(log_shutdown)
     circuits.subscribe(log_circuit)
     measure(metrics, operations, jobs, retriers, database=database, redis=redis)
+    if tracing is not None:
+        trace(tracing, operations, database=database, redis=redis)
     return Assembly(
         metrics=metrics,
+        tracing=tracing,
         operations=operations,
         database=database,
         redis=redis,
@@ -192,7 +204,8 @@ def _redis(
 ) -> "tuple[RedisClient | None, CacheStore, Backend]":
     if not settings.redis.in_use:
         return None, MemoryCacheStore(clock), Backend(check=MemoryRedis(clock))
-    from viralfx.bootstrap.redis import cache_store, wire_redis  # noqa: PLC0415 - likewise
+    with without_opentelemetry():
+        from viralfx.bootstrap.redis import cache_store, wire_redis  # noqa: PLC0415 - likewise
 
     client, backend = wire_redis(settings, clock, lambda: monitor.request_check("redis"))
     return client, cache_store(client), backend

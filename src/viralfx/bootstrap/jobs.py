@@ -15,6 +15,7 @@ from viralfx.domain.clock import Clock
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.jobs.backlog import BacklogCheck
 from viralfx.domain.jobs.ledger import Counts, JobLedger, QueueCounts
+from viralfx.domain.jobs.observing import JobObserver, Observers
 from viralfx.domain.jobs.ringing import Ringer
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.jobs.tasks import Task, TaskRegistry
@@ -31,6 +32,7 @@ from viralfx.worker import built_in_periodic, built_in_tasks
 if TYPE_CHECKING:
     from viralfx.adapters.postgres import PostgresDatabase
     from viralfx.adapters.redis import RedisClient
+    from viralfx.telemetry.tracing.wiring import Tracing
 
 _LEAST_POOL = 3
 """Connections without which a worker could lose its jobs to its own tasks."""
@@ -45,28 +47,32 @@ def wire_jobs(
     redis: "RedisClient | None",
     functions: Sequence[object],
     metrics: Metrics,
+    instance: str,
+    tracing: "Tracing | None" = None,
     counts: Counts | None = None,
 ) -> JobSystem:
     """Wire the jobs; nothing runs yet.
 
-    ``functions`` are an application's own tasks. ``counts`` is how the health check counts, if
-    not at the ledger. Raises :class:`ConfigurationError`.
+    ``functions`` are an application's own tasks. ``instance`` is this process's name. ``counts``
+    is how the health check counts, if not at the ledger. Raises :class:`ConfigurationError`.
     """
-    codec, instance = MsgspecCodec(), _instance_name()
+    codec = MsgspecCodec()
     ledger = _ledger(database, clock)
     receivers = ReceiverCircuits(metrics.registry)
     built_in = built_in_tasks(
         ledger=ledger,
         monitor=monitor,
         clock=clock,
-        delivery=wire_webhooks(settings, clock, listeners=(receivers,)),
+        delivery=wire_webhooks(settings, clock, listeners=(receivers,), tracing=tracing),
         alert_url=alert_url(settings),
         webhook_timeout=settings.webhook.timeout / 1000,
         retention=settings.job.retention / 1000,
         instance=instance,
     )
     tasks = _tasks(settings, functions, built_in, codec)
-    observer = JobMetrics(metrics.registry, tasks.__contains__, metrics.exemplar)
+    observer: JobObserver = JobMetrics(metrics.registry, tasks.__contains__, metrics.exemplar)
+    if tracing is not None:
+        observer = Observers(tracing.jobs, observer)
     transport = _transport(database, redis, clock)
     ringer = Ringer(transport, clock=clock)
     service = JobService(
@@ -163,6 +169,7 @@ def _transport(
     return stream_transport(redis, clock)
 
 
-def _instance_name() -> str:
+def instance_name() -> str:
+    """Make the name of this process, among all that share a ledger."""
     # The host and the process are for people; the rest makes it a name that nobody ever had.
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"

@@ -10,6 +10,7 @@ from viralfx.adapters.postgres import (
     PostgresHealthCheck,
     PostgresJobLedger,
     PostgresStateStore,
+    without_values,
 )
 from viralfx.bootstrap.backend import CHECK_SHARE, Backend, unusable_certificates
 from viralfx.domain.clock import Clock
@@ -80,6 +81,11 @@ def wire_postgres(
         lambda: check.question.counts(max_age),
         Backend(check=check, resource=database, close=ClosePostgres(database, check, clock)),
     )
+
+
+def clean_statement(statement: str) -> str:
+    """Return a statement without the values in it, for whoever shows it to people."""
+    return without_values(statement)
 
 
 def job_ledger(database: PostgresDatabase, clock: Clock) -> JobLedger:

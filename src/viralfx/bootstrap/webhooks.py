@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from viralfx.domain.clock import Clock
 from viralfx.domain.events import Listener
@@ -18,9 +19,16 @@ from viralfx.domain.webhooks.signature import Signer, parse_secrets
 from viralfx.settings import Settings
 from viralfx.telemetry.observed import log_circuit
 
+if TYPE_CHECKING:
+    from viralfx.telemetry.tracing.wiring import Tracing
+
 
 def wire_webhooks(
-    settings: Settings, clock: Clock, *, listeners: tuple[Listener[CircuitEvent], ...] = ()
+    settings: Settings,
+    clock: Clock,
+    *,
+    listeners: tuple[Listener[CircuitEvent], ...] = (),
+    tracing: "Tracing | None" = None,
 ) -> WebhookDelivery:
     """Wire the delivery of webhooks; the settings must be free of contradictions.
 
@@ -28,11 +36,13 @@ def wire_webhooks(
     who receive them.
     """
     secret = settings.webhook.secret
+    if tracing is not None:
+        listeners = (*listeners, tracing.on_circuit)
     allowed = AllowList(settings.webhook.allowed_hosts, also=alert_url(settings))
     return WebhookDelivery(
         allowed=allowed,
         signer=None if secret is None else Signer(parse_secrets(secret.value)),
-        sender=_LateSender(lambda: _sender(settings, allowed)),
+        sender=_LateSender(lambda: _sender(settings, allowed, tracing)),
         circuits=HostCircuits(listeners=(log_circuit, *listeners), clock=clock),
         clock=clock,
     )
@@ -64,11 +74,12 @@ def wire_alerts(
     return alerts
 
 
-def _sender(settings: Settings, allowed: AllowList) -> WebhookSender:
+def _sender(settings: Settings, allowed: AllowList, tracing: "Tracing | None") -> WebhookSender:
     # Not at the top: most processes send no webhook, and it costs as much as the rest of a start.
     from viralfx.adapters.http import HttpWebhookSender  # noqa: PLC0415
 
-    return HttpWebhookSender(allowed.check_addresses, timeout=settings.webhook.timeout / 1000)
+    sender = HttpWebhookSender(allowed.check_addresses, timeout=settings.webhook.timeout / 1000)
+    return sender if tracing is None else tracing.webhooks(sender)
 
 
 class _LateSender:

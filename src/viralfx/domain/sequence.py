@@ -41,6 +41,7 @@ class ShutdownSequence:
         self._lifecycle = lifecycle
         self._clock = clock
         self._stages: dict[Phase, dict[str, ShutdownStage]] = {phase: {} for phase in Phase}
+        self._last: dict[Phase, dict[str, ShutdownStage]] = {phase: {} for phase in Phase}
         self._progress = {phase: _Progress(phase, budgets.of(phase)) for phase in Phase}
         self._listeners: tuple[Listener[ShutdownEvent], ...] = ()
         self._reason: str | None = None
@@ -52,16 +53,28 @@ class ShutdownSequence:
         self._running: asyncio.Task[None] | None = None
 
     def register(
-        self, phase: Phase, name: str, stage: ShutdownStage, *, first: bool = False
+        self,
+        phase: Phase,
+        name: str,
+        stage: ShutdownStage,
+        *,
+        first: bool = False,
+        last: bool = False,
     ) -> None:
-        """Add a stage at the end of a phase, or at its beginning.
+        """Add a stage at the end of a phase, at its beginning, or behind all to come.
 
         Raises ``ValueError`` when the phase has a stage of that name.
         """
-        stages = self._stages[phase]
-        if name in stages:
+        stages = self._last[phase] if last else self._stages[phase]
+        if name in self._all_of(phase):
             raise ValueError(f"phase {phase!r} has a stage named {name!r} already")
-        self._stages[phase] = {name: stage, **stages} if first else {**stages, name: stage}
+        if first:
+            self._stages[phase] = {name: stage, **stages}
+        else:
+            stages[name] = stage
+
+    def _all_of(self, phase: Phase) -> dict[str, ShutdownStage]:
+        return {**self._stages[phase], **self._last[phase]}
 
     def subscribe(self, listener: Listener[ShutdownEvent]) -> None:
         """Call ``listener`` with :class:`ShutdownTriggered` and each :class:`StageFinished`."""
@@ -121,7 +134,7 @@ class ShutdownSequence:
             progress = self._progress[phase]
             progress.began_at = self._clock.monotonic()
             budget = max(0.0, min(progress.budget, self.remaining() - self._reserve))
-            serving = self._stages[phase] and self._lifecycle.was_ready
+            serving = self._all_of(phase) and self._lifecycle.was_ready
             if phase is Phase.STOP_ACCEPTING and serving:
                 # Still serving: the time others need to learn that this instance is leaving.
                 # Where nothing here stops accepting, somebody else already did, and who was never
@@ -137,13 +150,13 @@ class ShutdownSequence:
         self._lifecycle.advance(State.STOPPED, self._reason or "")
 
     async def _run_together(self, progress: "_Progress", budget: float) -> None:
-        stages = self._stages[progress.phase]
+        stages = self._all_of(progress.phase)
         if stages:
             runs = [self._run_stage(progress, name, stages[name], budget) for name in stages]
             await asyncio.wait([asyncio.create_task(run) for run in runs])
 
     async def _run_in_order(self, progress: "_Progress", budget: float) -> None:
-        stages = self._stages[progress.phase]
+        stages = self._all_of(progress.phase)
         ends_at = self._clock.monotonic() + budget
         for position, (name, stage) in enumerate(stages.items()):
             left = max(0.0, ends_at - self._clock.monotonic())

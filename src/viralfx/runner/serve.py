@@ -60,7 +60,9 @@ def serve(
     management = None
     if settings.management_port is not None:
         management = listen("MANAGEMENT_PORT", settings.host, settings.management_port)
-    gate = Gate(plugin.answers, application, plugin.watch())
+    if (tracing := plugin.assembly.tracing) is not None:
+        tracing.make_global()
+    gate = Gate(plugin.answers, plugin.traced(application), plugin.watch())
     process = Process(
         operations=plugin.operations,
         signals=signals,

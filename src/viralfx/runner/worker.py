@@ -32,6 +32,8 @@ def work(signals: SignalWatch, *, queues: Sequence[str]) -> int:
         raise ConfigurationError(problems)
     assembly = assemble(settings)
     assembly.jobs.employ(queues)
+    if assembly.tracing is not None:
+        assembly.tracing.make_global()
 
     listener = listen("MANAGEMENT_PORT", settings.host, settings.worker_management_port)
     answers = OperationsAnswers(

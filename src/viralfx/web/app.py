@@ -12,6 +12,7 @@ from litestar.types import ExceptionHandlersMap
 
 from viralfx.domain.correlation import current_correlation_id
 from viralfx.settings import Settings
+from viralfx.telemetry.import_guard import without_opentelemetry
 from viralfx.web.jobs import jobs_router
 from viralfx.web.jobs.documentation import COMPONENTS
 from viralfx.web.plugin import OperationsConfig, OperationsPlugin
@@ -23,19 +24,20 @@ _logger = logging.getLogger("viralfx.web")
 def create_app(settings: Settings) -> Litestar:
     """Make the ViralFX backend."""
     plugin = OperationsPlugin(OperationsConfig(settings=settings))
-    return Litestar(
-        [jobs_router()],
-        plugins=[plugin],
-        exception_handlers=_exception_handlers(),
-        logging_config=None,
-        openapi_config=OpenAPIConfig(
-            title="ViralFX Backend",
-            version=plugin.operations.version,
-            path="/api/docs",
-            components=COMPONENTS,
-            render_plugins=[ScalarRenderPlugin()],
-        ),
-    )
+    with without_opentelemetry():
+        return Litestar(
+            [jobs_router()],
+            plugins=[plugin],
+            exception_handlers=_exception_handlers(),
+            logging_config=None,
+            openapi_config=OpenAPIConfig(
+                title="ViralFX Backend",
+                version=plugin.operations.version,
+                path="/api/docs",
+                components=COMPONENTS,
+                render_plugins=[ScalarRenderPlugin()],
+            ),
+        )
 
 
 def _exception_handlers() -> ExceptionHandlersMap:

@@ -153,6 +153,11 @@ class OperationsPlugin(InitPlugin):
         """Return what a gate tells of each request."""
         return RequestWatch(self.assembly.metrics.requests)
 
+    def traced(self, app: ASGIApp) -> ASGIApp:
+        """Return what a gate is put in front of: an application whose requests are traced."""
+        tracing = self.assembly.tracing
+        return app if tracing is None else tracing.requests(app)
+
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
         """Append routes and a lifespan to the application's own.
 
@@ -221,7 +226,7 @@ class OperationsPlugin(InitPlugin):
         try:
             await operations.start()
             # No runner put a gate in front of the application, so it gets its own, inside itself.
-            gate = Gate(self.answers, cast("ASGIApp", inner), self.watch())
+            gate = Gate(self.answers, self.traced(cast("ASGIApp", inner)), self.watch())
             gate.open = True
             app.asgi_handler = cast("LitestarASGIApp", gate)
             operations.application_ready()

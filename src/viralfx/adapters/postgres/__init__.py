@@ -11,6 +11,7 @@ from viralfx.adapters.postgres.errors import (
 )
 from viralfx.adapters.postgres.health import PostgresHealthCheck
 from viralfx.adapters.postgres.job_ledger import PostgresJobLedger
+from viralfx.adapters.postgres.slow_queries import without_values
 from viralfx.adapters.postgres.stages import ClosePostgres
 from viralfx.adapters.postgres.state import PostgresStateStore
 
@@ -26,4 +27,5 @@ __all__ = [
     "is_rolled_back",
     "retry_policy",
     "said_by_server",
+    "without_values",
 ]

@@ -47,7 +47,7 @@ class JobService:
         # Concurrent requests share a step. Drafts of one key do not: the second is told of the
         # first one's job, which is in the ledger by then.
         self._accept = Coalescer(
-            ledger.accept, apart=lambda draft: draft.key, shared=LedgerUnavailableError
+            self._store, apart=lambda draft: draft.key, shared=LedgerUnavailableError
         )
         self._tasks = tasks
         self._codec = codec
@@ -93,6 +93,10 @@ class JobService:
                 " something else"
             )
         return accepted
+
+    async def _store(self, drafts: Sequence[JobDraft]) -> Sequence[Accepted]:
+        with self._observer.storing(drafts):
+            return await self._ledger.accept(drafts)
 
     async def submit(self, task: str, payload: Any, *, key: str | None = None) -> Accepted:
         """Accept a job from a value instead of its JSON; raises as :meth:`accept` does."""

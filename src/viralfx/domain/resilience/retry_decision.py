@@ -74,6 +74,16 @@ class RetryRelay(Relay[RetryEvent]):
     """Passes on what happens in several retriers, which may come and go."""
 
 
+_everywhere: tuple[Listener[RetryEvent], ...] = ()
+
+
+def listen_to_retries(listener: Listener[RetryEvent]) -> None:
+    """Call ``listener`` with the events of every retrier of the process; doing it twice is once."""
+    global _everywhere  # noqa: PLW0603 - retriers are made anywhere, also before this is called
+    if listener not in _everywhere:
+        _everywhere = (*_everywhere, listener)
+
+
 _WHY = {
     GiveUpReason.DEADLINE: ": the next would start after the deadline",
     GiveUpReason.BUDGET: ": the retry budget is spent",
@@ -101,7 +111,7 @@ class Decider:
         Giving up leaves a note on the error that says after how many attempts and why.
         """
         delay, reason = self._decide(attempt, error, may_wait=may_wait)
-        listeners = tuple(self.listeners)
+        listeners = (*self.listeners, *_everywhere)
         if listeners:
             notify(listeners, AttemptFailed(name=name, attempt=attempt, delay=delay, error=error))
         if reason is None:

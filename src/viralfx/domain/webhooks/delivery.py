@@ -6,12 +6,16 @@ from http import HTTPStatus
 from typing import Protocol
 
 from viralfx.domain.clock import Clock
+from viralfx.domain.correlation import current_correlation_id
 from viralfx.domain.webhooks.allowed import AllowList
 from viralfx.domain.webhooks.destinations import Destination
 from viralfx.domain.webhooks.errors import WebhookRefusedError
 from viralfx.domain.webhooks.hosts import HostCircuits
 from viralfx.domain.webhooks.responses import failure_of, is_host_failing
 from viralfx.domain.webhooks.signature import Signer, webhook_headers
+
+CORRELATION = "X-Correlation-ID"
+"""The header that tells a receiver which conversation a webhook belongs to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +73,9 @@ class WebhookDelivery:
         if self._signer is None and not unsigned:
             raise WebhookRefusedError("WEBHOOK_SECRET is not set: the webhook cannot be signed")
         seconds = int(self._clock.now().timestamp())
-        headers = webhook_headers(self._signer, message_id, seconds, body)
+        headers = dict(webhook_headers(self._signer, message_id, seconds, body))
+        if (correlation_id := current_correlation_id()) is not None:
+            headers[CORRELATION] = correlation_id
         answer = await self._exchange(destination, headers, body)
         if HTTPStatus.OK <= answer.status < HTTPStatus.MULTIPLE_CHOICES:
             return answer.status

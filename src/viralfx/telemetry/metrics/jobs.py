@@ -1,7 +1,7 @@
 """The queues, as the last health check counted them, and the jobs that this process runs."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -113,6 +113,10 @@ class JobMetrics:
         """Count a job once it is accepted."""
         yield draft
         self._accepted.labels(draft.queue, draft.task).inc()
+
+    def storing(self, drafts: Sequence[JobDraft]) -> AbstractContextManager[None]:  # noqa: ARG002 - the port's
+        """Measure nothing."""
+        return nullcontext()
 
     def executing(self, claim: Claim) -> "_Execution":
         """Time an execution."""

@@ -1,0 +1,178 @@
+"""What leaves: spans without secrets, and one line of the log about a collector that is away."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias
+
+from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.trace import Status
+from opentelemetry.util.types import AttributeValue
+
+_logger = logging.getLogger("viralfx.tracing")
+
+Clean: TypeAlias = Callable[[str], str]
+
+_OWN_LOGGERS = ("opentelemetry.exporter", "opentelemetry.sdk._shared_internal")
+"""What says more about a collector than anybody wants to read, and says it all the time."""
+
+_CALM = 10.0
+"""Seconds without any trouble after which the collector is taken to be back."""
+_LONGEST_REASON = 300
+
+
+class _Ear(logging.Handler):
+    """Takes in what a library logs instead of everybody else."""
+
+    def __init__(self, hear: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._hear = hear
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take in one record."""
+        self._hear(record.getMessage())
+
+
+def listen_to(names: Sequence[str], hear: Callable[[str], None]) -> Callable[[], None]:
+    """Have ``hear`` told of the warnings and errors of loggers, and nobody else of anything.
+
+    Returns what undoes it.
+    """
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(logger, logger.propagate, logger.level) for logger in loggers]
+    ear = _Ear(hear)
+    for logger in loggers:
+        logger.addHandler(ear)
+        logger.propagate = False
+        logger.setLevel(logging.WARNING)
+
+    def undo() -> None:
+        for logger, propagate, level in before:
+            logger.removeHandler(ear)
+            logger.propagate = propagate
+            logger.setLevel(level)
+
+    return undo
+
+
+@contextmanager
+def complaints(name: str) -> Iterator[list[str]]:
+    """Gather what a library complains of within the block, which is then logged nowhere."""
+    heard: list[str] = []
+    undo = listen_to([name], heard.append)
+    try:
+        yield heard
+    finally:
+        undo()
+
+
+class ReportingExporter(SpanExporter):
+    """Tells once that spans are lost, and once that they arrive again.
+
+    It is called by the processor's thread, one batch after another.
+    """
+
+    def __init__(
+        self,
+        inner: SpanExporter,
+        *,
+        clean: Clean | None = None,
+        clean_sql: Clean | None = None,
+        calm: float = _CALM,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``clean`` takes secrets out of any text, ``clean_sql`` the values out of statements."""
+        self._inner = inner
+        self._clean = clean
+        self._clean_sql = clean_sql
+        self._calm = calm
+        self._now = now
+        self._lock = threading.Lock()
+        self._last_trouble = 0.0
+        self._last_said = ""
+        self.in_trouble = False
+        """Whether spans were lost a moment ago."""
+        self._undo = listen_to(_OWN_LOGGERS, self._hear)
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Send a batch."""
+        if self._clean is not None or self._clean_sql is not None:
+            spans = [self._cleaned(span) for span in spans]
+        result = self._inner.export(spans)
+        if result is SpanExportResult.SUCCESS:
+            self._went_well()
+        else:
+            self._trouble(self._last_said)
+        return result
+
+    def shutdown(self) -> None:
+        """Let go of the connection."""
+        self._inner.shutdown()
+        self._undo()
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:
+        """Nothing is kept here."""
+        return self._inner.force_flush(timeout_millis)
+
+    def _hear(self, message: str) -> None:
+        if message.startswith("Queue full"):
+            self._trouble("the collector takes fewer spans than there are")
+        else:
+            self._last_said = message
+
+    def _trouble(self, reason: str) -> None:
+        # Also from the threads of those who end spans, when there is no room for one.
+        with self._lock:
+            self._last_trouble = self._now()
+            told, self.in_trouble = self.in_trouble, True
+        if not told:
+            _logger.warning("Traces are lost", extra={"reason": reason[:_LONGEST_REASON]})
+
+    def _went_well(self) -> None:
+        with self._lock:
+            if not self.in_trouble or self._now() - self._last_trouble < self._calm:
+                return
+            self.in_trouble = False
+        _logger.info("Traces arrive again")
+
+    # -- cleaning ----------------------------------------------------------------------------
+
+    def _cleaned(self, span: ReadableSpan) -> ReadableSpan:
+        attributes = self._cleaned_attributes(span.attributes or {})
+        status = span.status
+        if self._clean is not None and status.description:
+            status = Status(status.status_code, self._clean(status.description))
+        return ReadableSpan(
+            name=span.name,
+            context=span.context,
+            parent=span.parent,
+            resource=span.resource,
+            attributes=attributes,
+            events=[
+                Event(event.name, self._cleaned_attributes(event.attributes or {}), event.timestamp)
+                for event in span.events
+            ],
+            links=span.links,
+            kind=span.kind,
+            status=status,
+            start_time=span.start_time,
+            end_time=span.end_time,
+            instrumentation_scope=span.instrumentation_scope,
+        )
+
+    def _cleaned_attributes(
+        self, attributes: Mapping[str, AttributeValue]
+    ) -> dict[str, AttributeValue]:
+        cleaned = dict(attributes)
+        if self._clean is not None:
+            for key, value in attributes.items():
+                if isinstance(value, str):
+                    cleaned[key] = self._clean(value)
+        statement = cleaned.get("db.query.text")
+        sql = isinstance(statement, str) and attributes.get("db.system.name") == "postgresql"
+        if self._clean_sql is not None and sql:
+            cleaned["db.query.text"] = self._clean_sql(str(statement))
+        return cleaned

@@ -1,0 +1,117 @@
+"""Makes what records and sends spans, all by the standard variables."""
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+
+from opentelemetry.context import Context
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import Span, SpanLimits, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+
+from viralfx.domain.correlation import current_correlation_id
+from viralfx.domain.errors import ConfigurationError
+from viralfx.telemetry.tracing.export import Clean, ReportingExporter, complaints
+from viralfx.telemetry.tracing.sampling import ChosenIds, WithoutOrphans
+from viralfx.telemetry.tracing.variables import problems, uses_grpc
+
+SERVICE = "viralfx-backend"
+"""The service's name, where OTEL_SERVICE_NAME says no other."""
+
+_LONGEST_VALUE = "4096"
+"""Characters of an attribute: what waits to be sent is bounded in number, and so in size."""
+
+
+class CorrelationIds(SpanProcessor):
+    """Puts the correlation id on every span, those of drivers included."""
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:  # noqa: ARG002
+        """Take in a span that begins."""
+        if (correlation_id := current_correlation_id()) is not None:
+            span.set_attribute("viralfx.correlation_id", correlation_id)
+
+
+def make_provider(
+    *,
+    instance: str,
+    environment: str,
+    exporter: SpanExporter | None = None,
+    clean: Clean | None = None,
+    clean_sql: Clean | None = None,
+) -> tuple[TracerProvider, ReportingExporter]:
+    """Make a provider, which sends already; it is nobody's global one.
+
+    ``instance`` and ``environment`` name this process, where the variables do not. ``exporter``
+    takes the place of that of the variables. Raises :class:`ConfigurationError` with all that is
+    wrong with them.
+    """
+    wrong = list(problems(os.environ))
+    if wrong:
+        raise ConfigurationError(wrong)
+    _set_defaults()
+    attributes = {
+        "service.name": SERVICE,
+        "service.version": version("viralfx"),
+        "service.instance.id": instance,
+        "deployment.environment.name": environment,
+    }
+    with complaints("opentelemetry") as heard:
+        try:
+            reporting, provider = _make(attributes, exporter, clean, clean_sql)
+        except Exception as error:
+            # Whatever it is, it comes of the variables: nothing else has a say in it.
+            what = f"OTEL_*: {type(error).__name__}: {error}"
+            raise ConfigurationError([_on_one_line(what)]) from error
+    if heard:
+        provider.shutdown()
+        raise ConfigurationError([_on_one_line(f"OTEL_*: {each}") for each in heard])
+    return provider, reporting
+
+
+def _make(
+    attributes: Mapping[str, str],
+    exporter: SpanExporter | None,
+    clean: Clean | None,
+    clean_sql: Clean | None,
+) -> tuple[ReportingExporter, TracerProvider]:
+    named = {**attributes, **OTELResourceDetector().detect().attributes}
+    # Its own hook at the interpreter's end would wait for a collector that is away.
+    provider = TracerProvider(
+        resource=Resource.create(named),
+        id_generator=ChosenIds(),
+        span_limits=SpanLimits(),
+        shutdown_on_exit=False,
+    )
+    provider.sampler = WithoutOrphans(provider.sampler)
+    reporting = ReportingExporter(exporter or _exporter(), clean=clean, clean_sql=clean_sql)
+    provider.add_span_processor(CorrelationIds())
+    provider.add_span_processor(BatchSpanProcessor(reporting))
+    return reporting, provider
+
+
+def _exporter() -> SpanExporter:
+    if uses_grpc(os.environ):
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # noqa: PLC0415
+            OTLPSpanExporter as GrpcExporter,
+        )
+
+        return GrpcExporter()
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
+        OTLPSpanExporter as HttpExporter,
+    )
+
+    return HttpExporter()
+
+
+def _set_defaults() -> None:
+    # The instrumentation of drivers knows them only from here.
+    for name, value in {
+        "OTEL_SEMCONV_STABILITY_OPT_IN": "http,database",
+        "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT": _LONGEST_VALUE,
+    }.items():
+        if not os.environ.get(name):
+            os.environ[name] = value
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,130 @@
+"""Requests: one span for each that is recorded, and as little as possible for all others.
+
+The decision is the first thing that happens. Most requests are not recorded: for them only the
+trace's id is put where logs and outgoing calls find it (ADR-0026).
+"""
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, TypeAlias
+
+from opentelemetry.context import attach
+from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
+from opentelemetry.trace.propagation import set_span_in_context
+
+from viralfx.domain.correlation import current_correlation_id
+from viralfx.telemetry.tracing.context import NOTHING, remote_parent
+from viralfx.telemetry.tracing.sampling import trace_called
+
+_Scope: TypeAlias = MutableMapping[str, Any]
+_Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
+_Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+_App: TypeAlias = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
+
+_METHODS = frozenset(
+    {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"}
+)
+_IDS = frozenset({b"x-correlation-id", b"x-request-id"})
+_LONGEST = 256
+"""Characters of what a client chooses; there are two thousand spans that may wait to be sent."""
+_FIRST_SERVER_ERROR = 500
+_DIGITS_OF_A_PORT = 5
+
+
+class TracedRequests:
+    """An ASGI application around another."""
+
+    def __init__(self, app: _App, tracer: Tracer) -> None:
+        self._app = app
+        self._tracer = tracer
+
+    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        """Serve one connection's scope; only requests are traced."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        span = self._begin(scope)
+        # For the rest of this task, as the correlation id is: who measures and logs the request
+        # afterwards is to find it, too.
+        attach(set_span_in_context(span, NOTHING))
+        if not span.is_recording():
+            await self._app(scope, receive, send)
+            return
+        await self._record(span, scope, receive, send)
+
+    def _begin(self, scope: _Scope) -> Span:
+        parents: list[str] = []
+        states: list[str] = []
+        named = False
+        for name, value in scope["headers"]:
+            if name == b"traceparent":
+                parents.append(value.decode("latin-1"))
+            elif name == b"tracestate":
+                states.append(value.decode("latin-1"))
+            elif name in _IDS:
+                named = True
+        method = scope["method"]
+        attributes = {
+            "http.request.method": method if method in _METHODS else "_OTHER",
+            "url.path": scope["path"][:_LONGEST],
+            "url.scheme": scope.get("scheme", "http"),
+        }
+        name = method if method in _METHODS else "HTTP"
+        parent = remote_parent(parents, states) if parents else NOTHING
+        # Where nobody named the conversation, its id was made here, and the trace takes it as well.
+        own = None if named or parent is not NOTHING else current_correlation_id()
+        with trace_called(own):
+            return self._tracer.start_span(name, parent, SpanKind.SERVER, attributes)
+
+    async def _record(self, span: Span, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        status: int | None = None
+
+        def watch(message: MutableMapping[str, Any]) -> Awaitable[None]:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            return send(message)
+
+        span.set_attributes(_particulars(scope))
+        try:
+            await self._app(scope, receive, watch)
+        except BaseException as error:
+            span.set_attribute("error.type", type(error).__qualname__)
+            span.set_status(StatusCode.ERROR)
+            if isinstance(error, Exception):
+                span.record_exception(error)
+            raise
+        finally:
+            # Litestar leaves the template of the route that it found in the scope.
+            if (route := scope.get("path_template")) is not None:
+                method = scope["method"]
+                span.update_name(f"{method if method in _METHODS else 'HTTP'} {route}")
+                span.set_attribute("http.route", route)
+            if status is not None:
+                span.set_attribute("http.response.status_code", status)
+                if status >= _FIRST_SERVER_ERROR:
+                    span.set_attribute("error.type", str(status))
+                    span.set_status(StatusCode.ERROR)
+            span.end()
+
+
+def _particulars(scope: _Scope) -> dict[str, str | int]:
+    attributes: dict[str, str | int] = {"network.protocol.version": scope["http_version"]}
+    if scope["method"] not in _METHODS:
+        attributes["http.request.method_original"] = scope["method"][:_LONGEST]
+    if scope.get("client"):
+        attributes["client.address"] = scope["client"][0]
+    host = ""
+    for name, value in scope["headers"]:
+        if name == b"host":
+            host = value.decode("latin-1")[:_LONGEST]
+        elif name == b"user-agent":
+            attributes["user_agent.original"] = value.decode("latin-1")[:_LONGEST]
+    address, _, port = host.rpartition(":")
+    if address and port.isascii() and port.isdecimal() and len(port) <= _DIGITS_OF_A_PORT:
+        attributes["server.address"] = address
+        attributes["server.port"] = int(port)
+    elif host:
+        attributes["server.address"] = host
+    elif scope.get("server"):
+        attributes["server.address"] = scope["server"][0]
+    return attributes

@@ -1,0 +1,127 @@
+"""The standard ``OTEL_*`` variables: whether traces are wanted, and what is wrong with a value.
+
+The SDK reads them itself. Of most mistakes it only logs that it takes its default instead, which
+nobody sees until a trace is missed; here they are problems of the start, told all at once.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+_GRPC, _HTTP = "grpc", "http/protobuf"
+
+_SAMPLERS = (
+    "always_on",
+    "always_off",
+    "traceidratio",
+    "parentbased_always_on",
+    "parentbased_always_off",
+    "parentbased_traceidratio",
+)
+
+_WHOLE_NUMBERS = (
+    "OTEL_BSP_SCHEDULE_DELAY",
+    "OTEL_BSP_EXPORT_TIMEOUT",
+    "OTEL_BSP_MAX_QUEUE_SIZE",
+    "OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
+)
+
+
+def is_wanted(environ: Mapping[str, str]) -> bool:
+    """Tell whether traces are to be sent: there is an endpoint, and nobody said no."""
+    if _word(environ, "OTEL_SDK_DISABLED") == "true":
+        return False
+    if _word(environ, "OTEL_TRACES_EXPORTER") == "none":
+        return False
+    return bool(_of_traces(environ, "ENDPOINT")[1])
+
+
+def uses_grpc(environ: Mapping[str, str]) -> bool:
+    """Tell the protocol: gRPC, or what the specification has for the default, protobuf by HTTP."""
+    return _of_traces(environ, "PROTOCOL")[1].lower() == _GRPC
+
+
+def problems(environ: Mapping[str, str]) -> Iterator[str]:
+    """Yield what is wrong with the variables."""
+    exporter = _word(environ, "OTEL_TRACES_EXPORTER")
+    if exporter not in {"", "otlp"}:
+        yield f"OTEL_TRACES_EXPORTER: {exporter!r} is none of otlp, none"
+    name, protocol = _of_traces(environ, "PROTOCOL")
+    if protocol.lower() not in {"", _GRPC, _HTTP}:
+        yield f"{name}: {protocol!r} is none of {_GRPC}, {_HTTP}"
+    name, endpoint = _of_traces(environ, "ENDPOINT")
+    if endpoint and not _is_endpoint(endpoint, grpc=uses_grpc(environ)):
+        yield f"{name}: it must be a URL such as http://localhost:4318"
+    name, timeout = _of_traces(environ, "TIMEOUT")
+    if timeout and not _is_positive(timeout):
+        yield f"{name}: {timeout!r} is no number of seconds above 0"
+    name, compression = _of_traces(environ, "COMPRESSION")
+    known = ("none", "gzip") if uses_grpc(environ) else ("none", "gzip", "deflate")
+    if compression and compression.lower() not in known:
+        yield f"{name}: {compression!r} is none of {', '.join(known)}"
+    for kind in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE"):
+        name, path = _of_traces(environ, kind)
+        if path and not Path(path).is_file():
+            yield f"{name}: there is no file {path}"
+    yield from _numbers(environ)
+    yield from _sampling(environ)
+
+
+def _numbers(environ: Mapping[str, str]) -> Iterator[str]:
+    wrong = [name for name in _WHOLE_NUMBERS if not _is_whole(environ.get(name, "").strip() or "1")]
+    for name in wrong:
+        yield f"{name}: {environ[name]!r} is no whole number above 0"
+    if not wrong:
+        queue = int(environ.get("OTEL_BSP_MAX_QUEUE_SIZE", "").strip() or 2048)
+        batch = int(environ.get("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "").strip() or 512)
+        if batch > queue:
+            yield (
+                f"OTEL_BSP_MAX_EXPORT_BATCH_SIZE: {batch} is above OTEL_BSP_MAX_QUEUE_SIZE, {queue}"
+            )
+
+
+def _sampling(environ: Mapping[str, str]) -> Iterator[str]:
+    sampler = _word(environ, "OTEL_TRACES_SAMPLER")
+    if sampler and sampler not in _SAMPLERS:
+        yield f"OTEL_TRACES_SAMPLER: {sampler!r} is none of {', '.join(_SAMPLERS)}"
+    argument = environ.get("OTEL_TRACES_SAMPLER_ARG", "").strip()
+    if sampler.endswith("traceidratio") and argument and not _is_share(argument):
+        yield f"OTEL_TRACES_SAMPLER_ARG: {argument!r} is no number from 0 to 1"
+
+
+def _word(environ: Mapping[str, str], name: str) -> str:
+    return environ.get(name, "").strip().lower()
+
+
+def _of_traces(environ: Mapping[str, str], kind: str) -> tuple[str, str]:
+    """Return the variable that counts for traces, and its value; an empty one is none."""
+    special, general = f"OTEL_EXPORTER_OTLP_TRACES_{kind}", f"OTEL_EXPORTER_OTLP_{kind}"
+    value = environ.get(special, "").strip()
+    return (special, value) if value else (general, environ.get(general, "").strip())
+
+
+def _is_endpoint(text: str, *, grpc: bool) -> bool:
+    try:
+        parts = urlsplit(text if "://" in text or not grpc else f"http://{text}")
+        _ = parts.port
+    except ValueError:
+        return False
+    return parts.scheme in {"http", "https"} and bool(parts.hostname)
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
+
+
+def _is_whole(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and int(text) > 0
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False

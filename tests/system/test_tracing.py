@@ -1,0 +1,250 @@
+"""Traces: one through all processes, at a receiver of OTLP; and no cost where none is named."""
+
+import asyncio
+import base64
+import json
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import psutil
+import pytest
+from tests.servers.collector import COLLECTORS, Collector, http_collector, silent_port
+from tests.servers.postgres import Database
+from tests.servers.receiver import Receiver, receiver, status
+from tests.servers.redis import RedisServer
+from tests.system.jobs import JOBS, accept, until
+from tests.system.load import Load
+from tests.system.service import Service, command, free_port, running, wait_for
+from tests.system.workers import api, environment_of, worker
+
+TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+CORRELATION = "order-17"
+SECRET = "whsec_" + base64.b64encode(b"n" * 32).decode()
+
+
+def sending(collector: Collector, **more: str) -> dict[str, str]:
+    """Return the variables of a process that sends its traces soon."""
+    return {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+        "OTEL_BSP_SCHEDULE_DELAY": "100",
+        **more,
+    }
+
+
+@pytest.mark.parametrize("protocol", COLLECTORS)
+async def test_one_trace_leads_through_everything(database: Database, protocol: str) -> None:
+    """From a caller's request to the receiver of a webhook, through two processes of ours."""
+    with COLLECTORS[protocol]() as collector:
+        async with receiver() as receiving:
+            receiving.answer(status(503, "Retry-After: 1"), status(204))
+            seen = await asyncio.to_thread(_one_job, database, protocol, collector, receiving)
+    shown, first, second = seen
+    request, send, sql = collector.wait_for("POST /api/v1/jobs", "send notifications", "INSERT")
+    attempts = sorted(collector.named("process notifications"), key=lambda span: span.began)
+    posts = sorted(collector.named("POST"), key=lambda span: span.began)
+
+    # One trace, in right parentage.
+    ours = [request, send, sql, *attempts, *posts]
+    assert (len(attempts), len(posts)) == (2, 2)
+    assert {span.trace for span in ours} == {TRACE}
+    assert (request.parent, send.parent, sql.parent) == (CALLER, request.id, send.id)
+    assert [attempt.parent for attempt in attempts] == [send.id, send.id]
+    assert [post.parent for post in posts] == [attempt.id for attempt in attempts]
+    assert [span.kind for span in ours[:3]] == ["SERVER", "PRODUCER", "CLIENT"]
+    assert [span.kind for span in (attempts[0], posts[0])] == ["CONSUMER", "CLIENT"]
+    assert sql.attributes["db.system.name"] == "postgresql"
+    assert "INSERT INTO viralfx_jobs" in sql.attributes["db.query.text"]
+    assert (posts[0].failed, posts[1].failed) == (True, False)
+    assert [name for name, _ in attempts[0].events] == ["viralfx.job.attempt_failed"]
+
+    # Two processes of one service.
+    instances = {span.resource["service.instance.id"] for span in ours}
+    assert len(instances) == 2
+    assert {span.resource["service.name"] for span in ours} == {"viralfx-backend"}
+
+    # One id on all of it.
+    assert {span.attributes["viralfx.correlation_id"] for span in ours} == {CORRELATION}
+    assert shown["correlationId"] == CORRELATION
+    for post, received in zip(posts, receiving.requests, strict=True):
+        assert received.headers["x-correlation-id"] == CORRELATION
+        assert received.headers["traceparent"].startswith(f"00-{TRACE}-{post.id}-0")
+        assert "webhook-signature" in received.headers
+    lines = _lines(second, shown["id"], TRACE)
+    assert [line["message"] for line in lines if line["level"] == "warn"] == ["Job attempt failed"]
+    for line in [*_lines(first, shown["id"], TRACE), *lines]:
+        assert line["correlationId"] == CORRELATION, line
+
+    # And nothing of what only keeps the process going.
+    assert all(span.parent for span in collector.spans if span.kind == "CLIENT")
+
+
+def _one_job(
+    database: Database, protocol: str, collector: Collector, receiving: Receiver
+) -> tuple[dict[str, Any], Service, Service]:
+    environment = environment_of(
+        database,
+        **sending(collector, OTEL_EXPORTER_OTLP_PROTOCOL=protocol),
+        WEBHOOK_ALLOWED_HOSTS=f"http://127.0.0.1:{receiving.port}",
+        WEBHOOK_SECRET=SECRET,
+        LOG_LEVEL="verbose",
+    )
+    payload = {
+        "url": f"http://127.0.0.1:{receiving.port}/orders",
+        "type": "order.shipped",
+        "data": {},
+    }
+    headers = {"X-Correlation-ID": CORRELATION, "traceparent": f"00-{TRACE}-{CALLER}-01"}
+    with api(environment) as service, worker(environment) as working:
+        job_id = accept(service, "notifications.webhook", payload, **headers)
+        shown = until(service, job_id, "completed")
+        for process in (service, working):
+            process.signal(signal.SIGTERM)
+            assert process.exit_code() == 0
+    return shown, service, working
+
+
+def _lines(process: Service, *texts: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in process.output if any(text in line for text in texts)]
+
+
+@pytest.mark.parametrize("process", ["serve", "worker"])
+def test_nothing_is_imported_where_no_endpoint_is_named(
+    database: Database, redis: RedisServer, process: str
+) -> None:
+    """Whatever else the variables say."""
+    off = {"OTEL_SERVICE_NAME": "shop", "OTEL_TRACES_EXPORTER": "otlp"}
+    backends = {"REDIS_HOST": redis.host, "REDIS_PORT": str(redis.port)}
+    tasks = {"TASK_MODULES": "tests.system.module_tasks"}
+    environment = environment_of(database, **tasks, **backends, **off)
+    with ExitStack() as stack:
+        if process == "worker":
+            stack.enter_context(worker(environment))
+        service = stack.enter_context(
+            api(environment, *(["--worker"] if process == "serve" else []))
+        )
+        found = [
+            until(service, accept(service, "modules.list", prefix), "completed")["result"]
+            for prefix in ("opentelemetry", "grpc", "google.protobuf", "viralfx.telemetry.tracing.")
+        ]
+
+    assert found == [[], [], [], ["viralfx.telemetry.tracing.variables"]]
+
+
+@pytest.mark.parametrize("program", ["serve", "worker"])
+def test_a_bad_value_ends_the_start(database: Database, program: str) -> None:
+    """With a line for each, and exit code 2."""
+    environment = {
+        "DATABASE_URL": database.url,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "localhost:4318",
+        "OTEL_TRACES_SAMPLER": "sometimes",
+    }
+    ended = command(program, environment=environment)
+
+    assert ended.returncode == 2
+    lines = ended.stderr.splitlines()
+    assert [line.split(":")[1].strip() for line in lines] == [
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "OTEL_TRACES_SAMPLER",
+    ]
+
+
+def test_probes_are_no_traces_and_the_shutdown_is_one() -> None:
+    """With a span for each of its stages, sent before the process ends."""
+    with http_collector() as collector:
+        with running("--no-worker", environment=sending(collector), management=True) as service:
+            service.wait_ready()
+            for path in ("/health", "/health/live", "/health/detailed?fresh=1", "/metrics"):
+                assert service.get(path).status == service.manage(path).status == 200
+            assert service.get("/nowhere").status == 404
+            service.signal(signal.SIGTERM)
+            assert service.exit_code() == 0
+        (root,) = collector.named("shutdown")
+
+    stages = [span for span in collector.spans if span.parent == root.id]
+    assert {"stage requests", "stage jobs", "stage server"} <= {span.name for span in stages}
+    assert root.attributes["viralfx.shutdown.reason"] == "SIGTERM"
+    assert all(root.began <= span.began <= span.ended <= root.ended for span in stages)
+    (ended,) = service.logged("Process ends")
+    assert {span.trace for span in stages} == {root.trace}
+    rest = {span.name for span in collector.spans if span.trace != root.trace}
+    assert rest == {"GET"}
+    assert ended["exitCode"] == 0
+
+
+def test_exemplars_lead_to_traces_that_were_sent() -> None:
+    """From a bucket of a histogram to the very request."""
+    with http_collector() as collector, running(environment=sending(collector)) as service:
+        service.wait_ready()
+        service.get(JOBS)
+        (span,) = collector.wait_for(f"GET {JOBS}")
+        accepted = {"Accept": "application/openmetrics-text; version=1.0.0"}
+        text = service.get("/metrics", headers=accepted).body.decode()
+
+    measured = [line for line in text.splitlines() if f'trace_id="{span.trace}"' in line]
+    assert any(line.startswith("http_server_request_duration_seconds_bucket") for line in measured)
+    assert f'span_id="{span.id}"' in measured[0]
+
+
+class Away:
+    """Collectors that do not do what they are for."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+
+    def environment(self, how: str) -> Mapping[str, str]:
+        """Return the variables that lead to one of them."""
+        if how == "silent":
+            port = self._stack.enter_context(silent_port())
+        elif how == "dead":
+            port = free_port()
+        else:
+            collector: Collector = self._stack.enter_context(http_collector())
+            port = collector.port
+            if how == "erring":
+                collector.status = 500
+            elif how == "overloaded":
+                collector.status = 503
+            else:
+                collector.hold.clear()
+        return {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}",
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc" if how == "dead" else "http/protobuf",
+            "OTEL_BSP_SCHEDULE_DELAY": "100",
+            "OTEL_EXPORTER_OTLP_TIMEOUT": "1",
+        }
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("how", ["dead", "silent", "erring", "overloaded", "holding"])
+def test_a_collector_that_fails_costs_nobody_anything(how: str) -> None:
+    """No request is slower for it, memory is bounded, one line tells of it, the end is in time."""
+    with ExitStack() as stack:
+        environment = {
+            **Away(stack).environment(how),
+            "OTEL_BSP_MAX_QUEUE_SIZE": "512",
+            "SHUTDOWN_CONNECTION_TIMEOUT": "2000",
+        }
+        with running(environment=environment) as service:
+            service.wait_ready()
+            memory = psutil.Process(service.process.pid)
+            with Load(service.port, {"/nowhere": 200}) as load:
+                wait_for(lambda: len(load.answers) >= 400, seconds=20)
+                before = memory.memory_info().rss
+                wait_for(lambda: len(load.answers) >= 1200, seconds=20)
+                grown = memory.memory_info().rss - before
+            wait_for(lambda: service.logged("Traces are lost"), seconds=10)
+            began = time.monotonic()
+            service.signal(signal.SIGTERM)
+            code, took = service.exit_code(), time.monotonic() - began
+
+    assert code == 0
+    assert took < 2.5
+    assert {answer.status for answer in load.answers} == {404}
+    assert load.slowest("/nowhere") < 0.1
+    assert grown < 20_000_000
+    told = [line for line in service.output if '"warn"' in line and "memory ends" not in line]
+    assert len(told) == 1, told
+    assert service.errors == []

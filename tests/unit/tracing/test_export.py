@@ -1,0 +1,142 @@
+"""A collector that is away: one line, bounded memory; and nothing secret leaves."""
+
+import logging
+from collections.abc import Sequence
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
+
+from viralfx.telemetry.tracing.export import ReportingExporter
+from viralfx.telemetry.tracing.provider import make_provider
+
+_library = logging.getLogger("opentelemetry.exporter.otlp.proto.http")
+
+
+class Collector(SpanExporter):
+    """Takes spans, or does not."""
+
+    def __init__(self) -> None:
+        self.up = True
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:  # noqa: ARG002
+        """Take a batch."""
+        if self.up:
+            return SpanExportResult.SUCCESS
+        _library.warning("Transient error, retrying in 1 s")
+        _library.error("Failed to export: refused")
+        return SpanExportResult.FAILURE
+
+
+class Clock:
+    """Stands still until it is moved."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        """Return what time it is."""
+        return self.now
+
+
+def test_an_outage_is_one_line_and_its_end_another(caplog: pytest.LogCaptureFixture) -> None:
+    """However often it is tried, and although it comes and goes for a while."""
+    collector, clock = Collector(), Clock()
+    exporter = ReportingExporter(collector, calm=10.0, now=clock)
+    with caplog.at_level(logging.INFO):
+        for up in (True, False, False, True, False, True, True):
+            collector.up = up
+            clock.now += 3
+            exporter.export([])
+            assert exporter.in_trouble or clock.now < 6
+        clock.now += 10
+        exporter.export([])
+    exporter.shutdown()
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "Traces are lost",
+        "Traces arrive again",
+    ]
+    assert caplog.records[0].__dict__["reason"] == "Failed to export: refused"
+    assert not exporter.in_trouble
+
+
+def test_the_library_is_as_before_once_nobody_sends(caplog: pytest.LogCaptureFixture) -> None:
+    """Its loggers are the application's, too."""
+    ReportingExporter(Collector()).shutdown()
+    with caplog.at_level(logging.WARNING):
+        _library.warning("planted")
+
+    assert [record.getMessage() for record in caplog.records] == ["planted"]
+
+
+def test_what_waits_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, memory: InMemorySpanExporter
+) -> None:
+    """The oldest is dropped, and that is told once."""
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "100")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "100")
+    collector = Stuck(memory)
+    provider, _ = make_provider(instance="here", environment="test", exporter=collector)
+    tracer = provider.get_tracer("test")
+    with caplog.at_level(logging.INFO):
+        for number in range(1000):
+            tracer.start_span(f"{number}").end()
+        collector.go()
+        provider.force_flush()
+    provider.shutdown()
+
+    assert len(memory.get_finished_spans()) <= 300
+    assert [record.getMessage() for record in caplog.records] == ["Traces are lost"]
+
+
+class Stuck(SpanExporter):
+    """Takes nothing until it is let go."""
+
+    def __init__(self, inner: SpanExporter) -> None:
+        import threading  # noqa: PLC0415
+
+        self._inner = inner
+        self._event = threading.Event()
+
+    def go(self) -> None:
+        """Take everything from now on."""
+        self._event.set()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Wait, then take a batch."""
+        self._event.wait(20)
+        return self._inner.export(spans)
+
+
+def test_nothing_secret_leaves(memory: InMemorySpanExporter) -> None:
+    """Neither in an attribute nor in an event, nor as a value in a statement."""
+    provider, _ = make_provider(
+        instance="here",
+        environment="test",
+        exporter=memory,
+        clean=lambda text: text.replace("hunter2", "***"),
+        clean_sql=lambda _: "SELECT ?",
+    )
+    with provider.get_tracer("test").start_as_current_span("work") as span:
+        span.set_attributes({"token": "hunter2", "number": 7})
+        span.add_event("exception", {"exception.message": "no hunter2 here"})
+        span.set_status(StatusCode.ERROR, "hunter2 was wrong")
+    statement = {"db.system.name": "postgresql", "db.query.text": "SELECT 'planted'"}
+    provider.get_tracer("test").start_span("SELECT", attributes=statement).end()
+    provider.force_flush()
+    work, select = memory.get_finished_spans()
+    provider.shutdown()
+
+    assert "hunter2" not in work.to_json()
+    assert (work.attributes or {})["number"] == 7
+    assert work.end_time == span.end_time  # type: ignore[attr-defined]
+    assert (select.attributes or {})["db.query.text"] == "SELECT ?"
+
+
+def test_a_provider_is_nobody_s_global_one(provider: TracerProvider) -> None:
+    """The application's own stays what it is."""
+    from opentelemetry import trace  # noqa: PLC0415
+
+    assert trace.get_tracer_provider() is not provider

@@ -1,0 +1,253 @@
+"""The span of a request: what is on it, whose child it is, and what a client may not do to it."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from opentelemetry import baggage
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode, get_current_span
+from tests.unit.tracing.conftest import Finished
+
+from viralfx.domain.correlation import bind_correlation_id, new_correlation_id
+from viralfx.telemetry.tracing.provider import make_provider
+from viralfx.telemetry.tracing.requests import TracedRequests
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
+
+
+class App:
+    """An application with one route."""
+
+    def __init__(self, status: int | None = 200, error: BaseException | None = None) -> None:
+        self.status = status
+        self.error = error
+        self.inside: list[Any] = []
+
+    async def __call__(self, scope: Any, _receive: Any, send: Any) -> None:
+        """Answer, or fail."""
+        self.inside.append((get_current_span().get_span_context(), baggage.get_all()))
+        if scope["type"] == "http" and scope["path"].startswith("/items/"):
+            scope["path_template"] = "/items/{item_id}"
+        if self.status is not None:
+            await send({"type": "http.response.start", "status": self.status, "headers": []})
+        if self.error is not None:
+            raise self.error
+
+
+def ask(
+    provider: TracerProvider,
+    app: App,
+    *headers: tuple[str, str],
+    method: str = "GET",
+    path: str = "/items/4",
+    correlation_id: str | None = None,
+    kind: str = "http",
+) -> None:
+    """Send one request, in a task of its own."""
+
+    async def send(_message: Any) -> None:
+        """Take no notice."""
+
+    async def run() -> None:
+        bind_correlation_id(correlation_id or new_correlation_id())
+        scope = {
+            "type": kind,
+            "method": method,
+            "path": path,
+            "scheme": "http",
+            "http_version": "1.1",
+            "client": ("192.0.2.7", 4711),
+            "server": ("127.0.0.1", 3000),
+            "headers": [(name.lower().encode(), value.encode()) for name, value in headers],
+        }
+        await TracedRequests(app, provider.get_tracer("test"))(scope, None, send)  # type: ignore[arg-type]
+
+    asyncio.run(run())
+
+
+def only(spans: Sequence[ReadableSpan]) -> ReadableSpan:
+    """Return the one span that there is."""
+    (span,) = spans
+    return span
+
+
+def test_a_request_is_named_by_its_route(provider: TracerProvider, finished: Finished) -> None:
+    """And described in the words of the present semantic conventions."""
+    ask(
+        provider,
+        App(201),
+        ("Host", "shop.example:8443"),
+        ("User-Agent", "curl/8"),
+        ("X-Correlation-ID", "order-17"),
+        method="POST",
+        correlation_id="order-17",
+    )
+    span = only(finished())
+
+    assert (span.name, span.kind, span.parent) == ("POST /items/{item_id}", SpanKind.SERVER, None)
+    assert span.status.status_code is StatusCode.UNSET
+    assert span.attributes == {
+        "http.request.method": "POST",
+        "http.route": "/items/{item_id}",
+        "http.response.status_code": 201,
+        "url.path": "/items/4",
+        "url.scheme": "http",
+        "server.address": "shop.example",
+        "server.port": 8443,
+        "client.address": "192.0.2.7",
+        "network.protocol.version": "1.1",
+        "user_agent.original": "curl/8",
+        "viralfx.correlation_id": "order-17",
+    }
+
+
+def test_what_has_no_route_is_named_by_its_method(
+    provider: TracerProvider, finished: Finished
+) -> None:
+    """However many paths and methods somebody thinks of, there are few names."""
+    for number in range(100):
+        ask(provider, App(404), path=f"/nothing/{number}", method=f"M{number}")
+        ask(provider, App(404), path=f"/nothing/{number}")
+    spans = finished()
+
+    assert {span.name for span in spans} == {"HTTP", "GET"}
+    assert spans[0].attributes is not None
+    assert spans[0].attributes["http.request.method"] == "_OTHER"
+    assert spans[0].attributes["http.request.method_original"] == "M0"
+    assert "http.route" not in spans[0].attributes
+
+
+def test_failures_are_on_the_span(provider: TracerProvider, finished: Finished) -> None:
+    """An answer of 5xx, an error without any answer, and a request that was cut."""
+    ask(provider, App(503))
+    with pytest.raises(RuntimeError):
+        ask(provider, App(None, RuntimeError("planted")))
+    with pytest.raises(asyncio.CancelledError):
+        ask(provider, App(None, asyncio.CancelledError()))
+    ask(provider, App(404))
+    spans = finished()
+
+    types = [(span.attributes or {}).get("error.type") for span in spans]
+    assert types == ["503", "RuntimeError", "CancelledError", None]
+    assert [span.status.status_code is StatusCode.ERROR for span in spans] == [True] * 3 + [False]
+    assert [event.name for event in spans[1].events] == ["exception"]
+
+
+def test_a_caller_s_trace_goes_on(provider: TracerProvider, finished: Finished) -> None:
+    """By ``traceparent`` and ``tracestate``; what it calls ``baggage`` is not taken over."""
+    app = App()
+    ask(
+        provider,
+        app,
+        ("traceparent", TRACEPARENT),
+        ("tracestate", "a=1, b=2"),
+        ("tracestate", "c=3"),
+        ("baggage", "userId=admin"),
+    )
+    span = only(finished())
+    ((inside, carried),) = app.inside
+
+    assert span.parent is not None
+    assert (f"{span.parent.trace_id:032x}", f"{span.parent.span_id:016x}") == (TRACE, PARENT)
+    assert inside == span.context
+    assert inside.trace_state.to_header() == "a=1,b=2,c=3"
+    assert carried == {}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("traceparent", "")],
+        [("traceparent", "00-xyz-b7ad6b7169203331-01")],
+        [("traceparent", f"00-{'0' * 32}-{PARENT}-01")],
+        [("traceparent", f"00-{TRACE}-{'0' * 16}-01")],
+        [("traceparent", f"ff-{TRACE}-{PARENT}-01")],
+        [("traceparent", f"00-{TRACE.upper()}-{PARENT}-01")],
+        [("traceparent", f"00-{TRACE}-{PARENT}-01-more")],
+        [("traceparent", "x" * 60_000)],
+        [("traceparent", TRACEPARENT), ("traceparent", TRACEPARENT)],
+        [("tracestate", "a=1")],
+    ],
+)
+def test_a_malformed_parent_is_none(
+    provider: TracerProvider,
+    finished: Finished,
+    caplog: pytest.LogCaptureFixture,
+    headers: list[tuple[str, str]],
+) -> None:
+    """The request begins a trace of its own, and nobody logs a word."""
+    with caplog.at_level(logging.DEBUG):
+        ask(provider, App(), *headers)
+
+    assert only(finished()).parent is None
+    assert [record for record in caplog.records if record.name != "asyncio"] == []
+
+
+@pytest.mark.parametrize(
+    "state", ["", "=", "a", "a=1,a=2", "A=1", "a=\x7f", ",".join(["a=1"] * 40), "a=" + "1" * 60_000]
+)
+def test_a_malformed_state_is_left_out(
+    provider: TracerProvider, finished: Finished, caplog: pytest.LogCaptureFixture, state: str
+) -> None:
+    """The trace goes on without it."""
+    app = App()
+    with caplog.at_level(logging.DEBUG):
+        ask(provider, app, ("traceparent", TRACEPARENT), ("tracestate", state))
+
+    assert only(finished()).parent is not None
+    assert not app.inside[0][0].trace_state
+    assert [record for record in caplog.records if record.name != "asyncio"] == []
+
+
+def test_a_trace_of_our_own_has_the_correlation_id_for_its_id(
+    provider: TracerProvider, finished: Finished
+) -> None:
+    """Where nobody chose the latter: who has the one has the other. A client's is no trace."""
+    own = new_correlation_id()
+    ask(provider, App(), correlation_id=own)
+    ask(provider, App(), ("X-Correlation-ID", TRACE), correlation_id=TRACE)
+    first, second = finished()
+
+    assert f"{first.context.trace_id:032x}" == own
+    assert f"{second.context.trace_id:032x}" != TRACE
+
+
+def test_what_a_client_chooses_is_cut(provider: TracerProvider, finished: Finished) -> None:
+    """Spans wait in memory to be sent."""
+    long = "x" * 60_000
+    ask(provider, App(), ("User-Agent", long), ("Host", long), path=f"/items/{long}", method=long)
+
+    for value in (only(finished()).attributes or {}).values():
+        assert len(str(value)) <= 256
+
+
+def test_without_a_sample_only_the_trace_is_known(
+    monkeypatch: pytest.MonkeyPatch, memory: InMemorySpanExporter
+) -> None:
+    """So that nobody called from there records anything either."""
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0")
+    provider, _ = make_provider(instance="here", environment="test", exporter=memory)
+    app = App()
+    ask(provider, app)
+    ask(provider, app, ("traceparent", TRACEPARENT))
+    ask(provider, app, ("traceparent", TRACEPARENT.removesuffix("1") + "0"))
+    provider.force_flush()
+    provider.shutdown()
+
+    assert [inside.trace_flags.sampled for inside, _ in app.inside] == [False, True, False]
+    assert all(inside.is_valid for inside, _ in app.inside)
+    assert len(memory.get_finished_spans()) == 1
+
+
+def test_only_requests_are_traced(provider: TracerProvider, finished: Finished) -> None:
+    """Lifespans and WebSockets pass through."""
+    ask(provider, App(None), kind="lifespan")
+    ask(provider, App(None), kind="websocket")
+
+    assert finished() == ()
