@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from tests import forked
 from tests.servers.collector import COLLECTORS, Collector, http_collector, silent_port
 from tests.servers.postgres import Database
 from tests.servers.receiver import Receiver, receiver, status
@@ -172,6 +173,44 @@ def test_probes_are_no_traces_and_the_shutdown_is_one() -> None:
     rest = {span.name for span in collector.spans if span.trace != root.trace}
     assert rest == {"GET"}
     assert ended["exitCode"] == 0
+
+
+def test_statements_and_commands_are_children_of_their_request(
+    database: Database, redis: RedisServer
+) -> None:
+    """Without the values in them, and without what only keeps a pool in order."""
+    environment = {"DATABASE_URL": database.url, "REDIS_HOST": redis.host}
+    environment["REDIS_PORT"] = str(redis.port)
+    forked.viralfx("migrate", environ=environment)
+    app = ("--app", "tests.system.backend_app:app")
+    with (
+        http_collector() as collector,
+        running(*app, environment={**environment, **sending(collector)}) as service,
+    ):
+        service.wait_ready()
+        for path in ("/query", "/slow-query/0.01", "/cached"):
+            assert service.get(path).status == 200
+        service.signal(signal.SIGTERM)
+        assert service.exit_code() == 0
+    below = {
+        span.name: [child for child in collector.spans if child.parent == span.id]
+        for span in collector.spans
+        if span.kind == "SERVER"
+    }
+
+    ((query,), (slow,), (cached,)) = (
+        below[f"GET {route}"] for route in ("/query", "/slow-query/{seconds}", "/cached")
+    )
+    assert (query.kind, query.name, query.attributes["db.query.text"]) == (
+        "CLIENT",
+        "SELECT",
+        "SELECT ?",
+    )
+    assert query.attributes["db.system.name"] == "postgresql"
+    assert slow.attributes["db.query.text"] == "SELECT pg_sleep(?), ?"
+    assert (cached.name, cached.attributes["db.system.name"]) == ("GET", "redis")
+    assert cached.attributes["db.query.text"] == "GET ?"
+    assert "planted" not in repr(collector.spans)
 
 
 def test_exemplars_lead_to_traces_that_were_sent() -> None:

@@ -6,6 +6,7 @@ import pytest
 from tests.manual_clock import ManualClock
 from tests.unit.webhooks.scripted import KEY, ScriptedSender, delivery_to
 
+from viralfx.domain.correlation import correlated
 from viralfx.domain.events import Listener
 from viralfx.domain.resilience.circuit import CircuitEvent, CircuitOpenError, StateChanged
 from viralfx.domain.resilience.circuit_states import CircuitState
@@ -47,6 +48,17 @@ async def test_any_2xx_is_a_delivery(clock: ManualClock, status: int) -> None:
     assert posted.body == b"{}"
     seconds = int(clock.now().timestamp())
     assert posted.headers == webhook_headers(Signer([KEY]), "id-1", seconds, b"{}")
+
+
+async def test_a_receiver_is_told_of_the_conversation(clock: ManualClock) -> None:
+    """In a header that is no part of what is signed."""
+    sender = ScriptedSender(200)
+    with correlated("order-17"):
+        await delivery(clock, sender).deliver(URL, message_id="id-1", body=b"{}")
+
+    (posted,) = sender.posted
+    signed = webhook_headers(Signer([KEY]), "id-1", int(clock.now().timestamp()), b"{}")
+    assert posted.headers == {**signed, "X-Correlation-ID": "order-17"}
 
 
 async def test_each_attempt_is_signed_anew_under_the_same_id(clock: ManualClock) -> None:
