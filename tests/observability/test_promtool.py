@@ -8,6 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from tests.observability.wired import wired
 from tests.servers.promtool import promtool
+from tests.system.service import running
 
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.telemetry.metrics.jobs import QueueMetrics
@@ -80,3 +81,16 @@ def test_the_dashboards_expressions_are_valid(tmp_path: Path) -> None:
 
     assert f"SUCCESS: {len(records)} rules found" in judged("check", "rules", str(rules))
     assert len(records) > 40
+
+
+def test_what_a_running_service_tells_follows_them_too() -> None:
+    """As it is scraped, with requests and jobs in it."""
+    with running() as service:
+        service.wait_ready()
+        service.get("/api/v1/jobs")
+        service.get("/nothing")
+        job = {"task": "analytics.rollup_health", "payload": None}
+        assert service.get("/api/v1/jobs", method="POST", json_body=job).status == 202
+        said = judged("check", "metrics", given=service.get("/metrics").body.decode())
+
+    assert said.strip() == ""
