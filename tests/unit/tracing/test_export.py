@@ -50,8 +50,10 @@ def test_an_outage_is_one_line_and_its_end_another(caplog: pytest.LogCaptureFixt
             clock.now += 3
             exporter.export([])
             assert exporter.in_trouble or clock.now < 6
+            assert (exporter.patience() < 1) is exporter.in_trouble
         clock.now += 10
         exporter.export([])
+    assert exporter.patience() == 5.0
     exporter.shutdown()
 
     assert [record.getMessage() for record in caplog.records] == [

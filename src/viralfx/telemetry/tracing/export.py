@@ -23,6 +23,10 @@ _CALM = 10.0
 """Seconds without any trouble after which the collector is taken to be back."""
 _LONGEST_REASON = 300
 
+_MOST, _MOST_AT_FIRST, _MOST_IN_TROUBLE = 5.0, 2.0, 0.5
+"""Seconds that the last spans of a process are worth: where others arrived, where none did yet, and
+where the collector is away."""
+
 
 class _Ear(logging.Handler):
     """Takes in what a library logs instead of everybody else."""
@@ -95,6 +99,7 @@ class ReportingExporter(SpanExporter):
         self._last_said = ""
         self.in_trouble = False
         """Whether spans were lost a moment ago."""
+        self._arrived = False
         self._undo = listen_to(_OWN_LOGGERS, self._hear)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
@@ -131,7 +136,14 @@ class ReportingExporter(SpanExporter):
         if not told:
             _logger.warning("Traces are lost", extra={"reason": reason[:_LONGEST_REASON]})
 
+    def patience(self) -> float:
+        """Return how many seconds the last spans are worth waiting for."""
+        if self.in_trouble:
+            return _MOST_IN_TROUBLE
+        return _MOST if self._arrived else _MOST_AT_FIRST
+
     def _went_well(self) -> None:
+        self._arrived = True
         with self._lock:
             if not self.in_trouble or self._now() - self._last_trouble < self._calm:
                 return

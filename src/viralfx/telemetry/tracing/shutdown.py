@@ -23,10 +23,6 @@ from viralfx.telemetry.tracing.sampling import trace_called
 
 _SHARE = 0.8
 """Part of the stage's budget that sending may take."""
-_MOST = 5.0
-"""Seconds that it may take at most: nobody needs a process that only waits for a collector."""
-_MOST_IN_TROUBLE = 0.5
-"""The same where the collector was away before."""
 _A_SECOND = 1_000_000_000
 
 
@@ -97,17 +93,17 @@ class FlushTraces:
     """Shutdown stage: sends what is left, and never fails for a collector."""
 
     def __init__(
-        self, trace: ShutdownTrace, end: Callable[[], object], in_trouble: Callable[[], bool]
+        self, trace: ShutdownTrace, end: Callable[[], object], patience: Callable[[], float]
     ) -> None:
-        """``end`` sends everything and blocks meanwhile; ``in_trouble`` says that it may not go."""
+        """``end`` sends everything and blocks meanwhile, for ``patience`` seconds at most."""
         self._trace = trace
         self._end = end
-        self._in_trouble = in_trouble
+        self._patience = patience
 
     async def run(self, budget: float) -> None:
         """Send for as long as the budget allows; what is left then is lost."""
         self._trace.finish()
-        limit = min(budget * _SHARE, _MOST_IN_TROUBLE if self._in_trouble() else _MOST)
+        limit = min(budget * _SHARE, self._patience())
         loop, sent = asyncio.get_running_loop(), asyncio.Event()
 
         def send() -> None:

@@ -42,9 +42,7 @@ class Tracing:
         self.on_retry = trace_retry
         self.on_circuit = trace_circuit
         self.on_shutdown = self._shutdown
-        self.stage: ShutdownStage = FlushTraces(
-            self._shutdown, self._end, lambda: exporter.in_trouble
-        )
+        self.stage: ShutdownStage = FlushTraces(self._shutdown, self._end, exporter.patience)
         answer_with(current_ids)
 
     def _end(self) -> None:
