@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from viralfx.domain.errors import ViralFXError
 
 if TYPE_CHECKING:
+    from viralfx.domain.correlation import bind_user_id
     from viralfx.domain.health import HealthCheck, Observation, Status
     from viralfx.domain.jobs.tasks import JobContext, task
     from viralfx.domain.resilience.backoff import Backoff
@@ -32,6 +33,7 @@ __all__ = [
     "ShutdownStage",
     "Status",
     "ViralFXError",
+    "bind_user_id",
     "circuit_breaker",
     "retry",
     "task",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "domain.correlation": ("bind_user_id",),
     "domain.health": ("HealthCheck", "Observation", "Status"),
     "domain.jobs.tasks": ("JobContext", "task"),
     "domain.resilience.backoff": ("Backoff",),

@@ -31,6 +31,7 @@ PUBLIC = {
     "ShutdownStage",
     "Status",
     "ViralFXError",
+    "bind_user_id",
     "circuit_breaker",
     "retry",
     "task",

@@ -206,8 +206,8 @@ def command(
 def clean_environment() -> dict[str, str]:
     """Return this environment without anything that would configure the program."""
     ours = re.compile(
-        r"(DB|REDIS|SHUTDOWN|HEALTH|POOL|JOB|READINESS|MANAGEMENT|LOG|API|WEBHOOK|ALERT|TASK)_"
-        r"|QUEUE|PORT$|OTEL_"
+        r"(DB|REDIS|SHUTDOWN|HEALTH|POOL|JOB|READINESS|MANAGEMENT|LOG|ACCESS|HEAP|LOOP|API|WEBHOOK"
+        r"|ALERT|TASK)_|QUEUE|PORT$|OTEL_"
     )
     kept = {name: value for name, value in os.environ.items() if not ours.match(name)}
     for name in ("ENVIRONMENT", "STATE_DIR", "HOST"):

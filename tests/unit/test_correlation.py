@@ -1,6 +1,7 @@
 """Correlation ids: which header wins, and what hostile ones become."""
 
 import asyncio
+import contextvars
 import re
 
 import pytest
@@ -9,9 +10,11 @@ from hypothesis import strategies as st
 
 from viralfx.domain.correlation import (
     bind_correlation_id,
+    bind_user_id,
     choose_correlation_id,
     correlated,
     current_correlation_id,
+    current_user_id,
     is_correlation_id,
     new_correlation_id,
 )
@@ -136,3 +139,21 @@ async def test_bound_in_a_task_does_not_leak() -> None:
 
     assert seen == ["mine"]
     assert current_correlation_id() is None
+
+
+# -- the user ----------------------------------------------------------------------------------
+
+
+def test_a_user_is_bound_for_the_rest_of_a_task() -> None:
+    """And cut where a client could make it long; nobody is None."""
+    context = contextvars.copy_context()
+
+    def bind() -> list[str | None]:
+        seen = [current_user_id()]
+        for user in ("user-123", "x" * 10_000, None):
+            bind_user_id(user)
+            seen.append(current_user_id())
+        return seen
+
+    assert context.run(bind) == [None, "user-123", "x" * 128, None]
+    assert current_user_id() is None

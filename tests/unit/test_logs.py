@@ -1,10 +1,12 @@
 """Log lines: one shape for all libraries, and no harm from a stream that is gone."""
 
+import contextvars
 import io
 import json
 import logging
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,11 +14,17 @@ import pytest
 from tests.unit.doubles import BrokenError, observed
 
 from viralfx.domain.attempts import CheckCompleted
-from viralfx.domain.correlation import correlated
+from viralfx.domain.correlation import bind_correlation_id, bind_user_id, correlated
 from viralfx.domain.health import Status, Transition
 from viralfx.domain.shutdown import Outcome, Phase, ShutdownTriggered, StageFinished, StageReport
-from viralfx.telemetry.logs import VERBOSE, configure_logging
+from viralfx.telemetry import logs
+from viralfx.telemetry.access_log import AccessRecord
+from viralfx.telemetry.log_levels import VERBOSE
+from viralfx.telemetry.log_lines import JsonLines
+from viralfx.telemetry.logs import configure_logging
 from viralfx.telemetry.observed import HealthLog, log_shutdown
+from viralfx.telemetry.redaction import Redaction
+from viralfx.telemetry.trace_context import answer_with
 
 STARTED = datetime(2026, 1, 6, 12, tzinfo=UTC)
 
@@ -366,3 +374,135 @@ def test_traceback_for_people_shows_no_local_variables() -> None:
 
     assert "BrokenError" in lines.stream.getvalue()
     assert secret not in lines.stream.getvalue()
+
+
+# -- ids, requests and what others write -----------------------------------------------------
+
+
+@pytest.fixture
+def traced() -> Iterator[None]:
+    """Make every moment belong to a span."""
+    answer_with(lambda: ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"))
+    yield
+    answer_with(None)
+
+
+def in_a_request(work: Callable[[], None]) -> None:
+    """Run something as a request of a user would."""
+
+    def run() -> None:
+        bind_correlation_id("order-1")
+        bind_user_id('user "1"')
+        work()
+
+    contextvars.copy_context().run(run)
+
+
+@pytest.mark.usefixtures("traced")
+def test_ids_come_in_the_contracts_order() -> None:
+    """Correlation, user, trace and span, before what a caller adds."""
+    lines = Lines()
+    in_a_request(lambda: logging.getLogger("viralfx.jobs").info("x", extra={"queue": "default"}))
+    (line,) = lines.parsed
+
+    assert list(line) == [
+        "timestamp",
+        "level",
+        "context",
+        "message",
+        "correlationId",
+        "userId",
+        "traceId",
+        "spanId",
+        "queue",
+    ]
+    assert line["userId"] == 'user "1"'
+    assert (line["traceId"], line["spanId"]) == (
+        "4bf92f3577b34da6a3ce929d0e0e4736",
+        "00f067aa0ba902b7",
+    )
+
+
+def answered(**more: Any) -> AccessRecord:
+    """Make the record of a request."""
+    wanted: dict[str, Any] = {
+        "request_size": 10,
+        "response_size": 12,
+        "cut": False,
+        "trace": ("a" * 32, "b" * 16),
+        **more,
+    }
+    return AccessRecord("GET", "/orders/{order}", wanted.pop("status", 200), 0.0123456, **wanted)
+
+
+RECORDS = {
+    "whole": {},
+    "small": {"request_size": None, "trace": None},
+    "cut": {"cut": True},
+    "unanswered": {"status": None, "cut": True, "response_size": 0},
+}
+
+
+@pytest.mark.parametrize("more", RECORDS.values(), ids=RECORDS.keys())
+def test_the_short_way_of_a_request_leads_to_the_same_line(more: dict[str, Any]) -> None:
+    """What is put together from parts is what the ordinary way makes of the same record."""
+    record, lines = answered(**more), JsonLines(Redaction(), lambda _: [])
+    rendered: list[bytes] = []
+    in_a_request(lambda: rendered.extend([lines.render(record), lines.ordinary(record)]))
+    quick, ordinary = (json.loads(line) for line in rendered)
+
+    assert list(quick) == list(ordinary)
+    assert quick == ordinary
+    assert quick["duration"] == 12.346
+    assert quick["message"].startswith("GET /orders/{order} ")
+    assert ("status" in quick) == ("status" not in more)
+
+
+def test_a_secret_in_the_ids_of_a_request_is_replaced() -> None:
+    """A client may have chosen the correlation id."""
+    lines = JsonLines(Redaction(["order-1"]), lambda _: [])
+    rendered: list[bytes] = []
+    in_a_request(lambda: rendered.append(lines.render(answered())))
+
+    assert json.loads(rendered[0])["correlationId"] == "***"
+
+
+def test_other_handlers_understand_the_record_of_a_request() -> None:
+    """It has every attribute of an ordinary one."""
+    ordinary = vars(logging.LogRecord("x", logging.INFO, "", 0, "m", (), None))
+    record = answered()
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s").format(record)
+
+    assert ordinary.keys() <= vars(record).keys()
+    assert text.endswith("INFO viralfx.access GET /orders/{order} 200")
+
+
+def test_warnings_are_lines() -> None:
+    """Not text on standard error that nothing collects."""
+    lines = Lines()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = logs._show_warning
+        warnings.warn("planted", UserWarning, stacklevel=1)
+    (line,) = lines.parsed
+
+    assert (line["level"], line["context"], line["message"]) == ("warn", "warnings", "planted")
+    assert line["category"] == "UserWarning"
+
+
+def test_a_message_whose_arguments_do_not_fit_is_a_line() -> None:
+    """Somebody's mistake costs the arguments, not the line."""
+    lines = Lines()
+    logging.getLogger("any").warning("%d apples", "two")
+
+    assert [line["message"] for line in lines.parsed] == ["%d apples"]
+
+
+def test_bytes_are_written_so_that_redaction_can_read_them() -> None:
+    """Not in base64."""
+    stream = io.StringIO()
+    redaction = Redaction(["planted-secret"])
+    configure_logging(level="log", console=False, stream=stream, redaction=redaction)
+    logging.getLogger("any").info("x", extra={"raw": b"a planted-secret", "deep": {"b": b"c"}})
+
+    assert json.loads(stream.getvalue())["raw"] == "b'a ***'"

@@ -20,6 +20,9 @@ GIVEN: dict[str, tuple[str, object]] = {
     "ALLOW_MEMORY_ADAPTERS": ("true", True),
     "LOG_LEVEL": ("verbose", "verbose"),
     "LOG_FORMAT": ("console", "console"),
+    "ACCESS_LOG": ("false", False),
+    "HEAP_SNAPSHOT_DIR": ("/var/tmp", "/var/tmp"),  # noqa: S108 - it is only read
+    "LOOP_STALL_THRESHOLD": ("250", 250),
     "STATE_DIR": ("/var/lib/viralfx", "/var/lib/viralfx"),
     "QUEUES": ("default, slow", ("default", "slow")),
     "TASK_MODULES": ("orders.tasks, billing", ("orders.tasks", "billing")),

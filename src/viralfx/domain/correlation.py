@@ -1,4 +1,4 @@
-"""The correlation id: one name for one conversation, from the request to the last log line."""
+"""The names of a conversation and of its user, from the request to the last log line."""
 
 import random
 import re
@@ -10,7 +10,10 @@ _VALID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII).fullmatch
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?").fullmatch
 _NO_TRACE = "0" * 32
 
+_MOST_OF_A_USER_ID = 128
+
 _current: ContextVar[str | None] = ContextVar("viralfx_correlation_id", default=None)
+_user: ContextVar[str | None] = ContextVar("viralfx_user_id", default=None)
 
 
 def current_correlation_id() -> str | None:
@@ -67,3 +70,17 @@ def correlated(correlation_id: str) -> Iterator[str]:
         yield correlation_id
     finally:
         _current.reset(token)
+
+
+def bind_user_id(user_id: str | None) -> None:
+    """Name the user in every log line of the rest of this request or task; None: nobody.
+
+    For an application that knows who asks, in a middleware for instance. The name may come from a
+    client, so no more than 128 characters of it are kept. Jobs do not inherit it.
+    """
+    _user.set(None if user_id is None else user_id[:_MOST_OF_A_USER_ID])
+
+
+def current_user_id() -> str | None:
+    """Return the user bound to this task, or None."""
+    return _user.get()

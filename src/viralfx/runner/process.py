@@ -22,6 +22,7 @@ from viralfx.runner.stages import (
     StopApplication,
     StopListening,
 )
+from viralfx.runner.stalls import StallDetector
 from viralfx.web.gate import Gate
 
 EXIT_OK = 0
@@ -48,11 +49,13 @@ class Process:
         management: Callable[[], HttpServer] | None,
         shutdown_on_uncaught: bool,
         queues: Sequence[str] = (),
+        stall_threshold: float = 0.0,
     ) -> None:
         """Take what there is to run; the servers are made on the loop that runs them.
 
         ``server`` is the application's, None where there is none; ``gate`` stands in front of it,
-        or else of the management endpoints. ``queues`` are told of at the start.
+        or else of the management endpoints. ``queues`` are told of at the start. A loop that is
+        blocked for ``stall_threshold`` seconds is logged; 0: it is not.
         """
         self._operations = operations
         self._signals = signals
@@ -61,6 +64,7 @@ class Process:
         self._make_management = management
         self._shutdown_on_uncaught = shutdown_on_uncaught
         self._queues = tuple(queues)
+        self._stall_threshold = stall_threshold
         self._loop = loop_factory()()
         self._uncaught = 0
         self._thread_hook = threading.__excepthook__
@@ -120,6 +124,9 @@ class Process:
         server = self._make_server() if self._make_server else None
         management = self._make_management() if self._make_management else None
         self._register_stages(server, management)
+        stalls = StallDetector(self._loop, self._stall_threshold)
+        if self._stall_threshold:
+            stalls.start()
         start = asyncio.create_task(self._start(server, management), name="start-up")
         stop = asyncio.create_task(operations.shutdown.wait(), name="shutdown-trigger")
         await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -127,6 +134,7 @@ class Process:
         # Still starting when told to stop: what it began is closed by the stages.
         start.cancel()
         report = await operations.shutdown.run()
+        stalls.stop()
         code = self._exit_code(report)
         _logger.info("Process ends", extra={"exitCode": code, "reason": report.reason})
         return code

@@ -8,12 +8,14 @@ from functools import partial
 import msgspec
 
 from viralfx.domain.errors import ConfigurationError
+from viralfx.runner.heap import HeapReports
 from viralfx.runner.http import HttpServer
 from viralfx.runner.process import Process
 from viralfx.runner.signals import SignalWatch
 from viralfx.runner.sockets import listen
 from viralfx.settings import Settings, read_settings
 from viralfx.telemetry.logs import configure_logging
+from viralfx.telemetry.redaction import Redaction, secrets_of
 from viralfx.web.gate import Gate
 from viralfx.web.load import find_application
 
@@ -36,10 +38,19 @@ def serve(
     """
     settings = read_settings(os.environ, with_api=app is None)
     signals.force_timeout = settings.shutdown_force_timeout / 1000
-    configure_logging(level=settings.log_level, console=settings.log_format == "console")
+    secrets = {*secrets_of(settings)}
+    configure_logging(
+        level=settings.log_level,
+        console=settings.log_format == "console",
+        redaction=Redaction(secrets),
+    )
     application, plugin = find_application(settings, app)
     # Again, because making a Litestar application configures logging, by default its own way.
-    configure_logging(level=settings.log_level, console=settings.log_format == "console")
+    configure_logging(
+        level=settings.log_level,
+        console=settings.log_format == "console",
+        redaction=Redaction({*secrets, *secrets_of(plugin.settings)}),
+    )
     # The application may have brought settings of its own; where to listen is the caller's word.
     settings = msgspec.structs.replace(
         plugin.settings,
@@ -63,6 +74,7 @@ def serve(
     if (tracing := plugin.assembly.tracing) is not None:
         tracing.make_global()
     gate = Gate(plugin.answers, plugin.traced(application), plugin.watch())
+    HeapReports(settings.heap_snapshot_dir).install()
     process = Process(
         operations=plugin.operations,
         signals=signals,
@@ -74,6 +86,7 @@ def serve(
             else None
         ),
         shutdown_on_uncaught=settings.shutdown_on_uncaught,
+        stall_threshold=settings.loop_stall_threshold / 1000,
         queues=settings.queues if jobs.worker is not None else (),
     )
     # What was made until here stays for good: no collection need look at it ever again.

@@ -6,6 +6,7 @@ first process of a container ignores SIGTERM until it has a handler.
 
 import contextlib
 import faulthandler
+import logging
 import os
 import select
 import signal
@@ -166,6 +167,8 @@ def _exit_with(code: int, text: str, *, stacks: bool = False) -> None:
             os.write(_STDERR, f"{text}\n".encode())
             if stacks:
                 faulthandler.dump_traceback(_STDERR, all_threads=True)
+            for handler in logging.getLogger().handlers:
+                handler.flush()
 
     try:
         teller = threading.Thread(target=say, name="last-words", daemon=True)

@@ -8,12 +8,14 @@ from functools import partial
 
 from viralfx.bootstrap import assemble
 from viralfx.domain.errors import ConfigurationError
+from viralfx.runner.heap import HeapReports
 from viralfx.runner.http import HttpServer
 from viralfx.runner.process import Process
 from viralfx.runner.signals import SignalWatch
 from viralfx.runner.sockets import listen
 from viralfx.settings import Settings, read_settings
 from viralfx.telemetry.logs import configure_logging
+from viralfx.telemetry.redaction import Redaction, secrets_of
 from viralfx.web.access import AccessPolicy
 from viralfx.web.answers import OperationsAnswers
 from viralfx.web.gate import Gate
@@ -27,7 +29,11 @@ def work(signals: SignalWatch, *, queues: Sequence[str]) -> int:
     """
     settings = read_settings(os.environ)
     signals.force_timeout = settings.shutdown_force_timeout / 1000
-    configure_logging(level=settings.log_level, console=settings.log_format == "console")
+    configure_logging(
+        level=settings.log_level,
+        console=settings.log_format == "console",
+        redaction=Redaction(secrets_of(settings)),
+    )
     if problems := list(_problems(settings, queues)):
         raise ConfigurationError(problems)
     assembly = assemble(settings)
@@ -40,6 +46,7 @@ def work(signals: SignalWatch, *, queues: Sequence[str]) -> int:
         assembly.operations, AccessPolicy.from_settings(settings), assembly.metrics
     )
     gate = Gate(answers)
+    HeapReports(settings.heap_snapshot_dir).install()
     process = Process(
         operations=assembly.operations,
         signals=signals,
@@ -47,6 +54,7 @@ def work(signals: SignalWatch, *, queues: Sequence[str]) -> int:
         gate=gate,
         management=partial(HttpServer, gate, listener, lifespan=False),
         shutdown_on_uncaught=settings.shutdown_on_uncaught,
+        stall_threshold=settings.loop_stall_threshold / 1000,
         queues=tuple(dict.fromkeys(queues or settings.queues)),
     )
     gc.freeze()  # as for serve

@@ -63,6 +63,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: Annotated[Literal["json", "console"], meaning("JSON lines, or text for people")] = (
         "json"
     )
+    access_log: Annotated[bool, meaning("One log line for each request")] = True
+    heap_snapshot_dir: Annotated[
+        str | None,
+        meaning("Folder for heap reports at SIGUSR2; unset: that for temporary files"),
+    ] = None
+    loop_stall_threshold: Annotated[
+        Milliseconds,
+        meaning("Time from which a blocked event loop is logged, with what blocks it; 0: never"),
+    ] = 500
     state_dir: Annotated[
         str | None,
         meaning("Folder for state.json across restarts; unset: the database, or memory"),

@@ -1,111 +1,147 @@
 """Log lines in one shape for every library: JSON for machines, text for people."""
 
-import json
+import contextlib
 import logging
 import sys
-from datetime import UTC, datetime
+import warnings
+from collections.abc import Callable
 from typing import TextIO
 
 import structlog
-from structlog.typing import EventDict, Processor, WrappedLogger
 
-from viralfx.domain.clock import timestamp
-from viralfx.domain.correlation import current_correlation_id
+from viralfx.telemetry.line_writer import LineWriter
+from viralfx.telemetry.log_levels import LEVELS, VERBOSE, word
+from viralfx.telemetry.log_lines import JsonLines
+from viralfx.telemetry.redaction import Redaction
 
-VERBOSE = 5
-"""Below DEBUG: very detailed tracing."""
-
-LEVELS = {
-    "error": logging.ERROR,
-    "warn": logging.WARNING,
-    "log": logging.INFO,
-    "debug": logging.DEBUG,
-    "verbose": VERBOSE,
-}
-"""The words that LOG_LEVEL accepts."""
+_SERVERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "litestar")
 
 
-def configure_logging(*, level: str, console: bool, stream: TextIO | None = None) -> None:
-    """Send every record of the process to ``stream`` (standard output), one line each.
+def configure_logging(
+    *,
+    level: str,
+    console: bool,
+    stream: TextIO | None = None,
+    redaction: Redaction | None = None,
+) -> None:
+    """Send every record of the process to ``stream``, one line each; warnings become records.
 
-    Owns the root logger, so it is for programs: a library never calls it. A record that cannot be
-    written is dropped without an error, as no request may fail for its log line.
+    Without a stream lines go to the descriptor of standard output, by a thread, so that nobody
+    waits for who reads them. Owns the root logger, so it is for programs: a library never calls
+    it. A line that cannot be written is lost without an error, as no request may fail for it.
     """
-    stream = stream or sys.stdout
+    redaction = redaction or Redaction()
     logging.addLevelName(VERBOSE, "VERBOSE")
     logging.raiseExceptions = False
-    pipeline: list[Processor] = [
-        structlog.stdlib.ExtraAdder(),
-        _shape,
-        structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-    ]
-    if console:
-        pipeline += [_for_people, _console(colors=stream.isatty())]
-    else:
-        pipeline += [
-            # Without local variables: they hold whatever a request brought, tokens included.
-            structlog.processors.ExceptionRenderer(
-                structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-            ),
-            structlog.processors.JSONRenderer(serializer=_to_json),
-        ]
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=pipeline))
+    output = stream or sys.stdout or sys.stderr
+    # Without local variables: they hold whatever a request brought, tokens included.
+    explain = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+    lines = JsonLines(redaction, explain)
+    render = _Console(lines, redaction, colors=_is_terminal(output)) if console else lines.render
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    for handler in root.handlers:
+        if isinstance(handler, LineHandler):
+            handler.close()
+    root.handlers[:] = [LineHandler(render, output, threaded=stream is None)]
     root.setLevel(LEVELS[level])
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "litestar"):
+    for name in _SERVERS:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
     # Their information lines tell of start and stop, which the lifecycle tells better.
     for name in ("uvicorn.error", "taskiq"):
         logging.getLogger(name).setLevel(max(logging.WARNING, LEVELS[level]))
+    warnings.showwarning = _show_warning
 
 
-def _shape(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    record: logging.LogRecord = event["_record"]
-    shaped: EventDict = {
-        "timestamp": timestamp(datetime.fromtimestamp(record.created, UTC)),
-        "level": _word(record.levelno),
-        "context": record.name.removeprefix("viralfx."),
-        "message": event.pop("event"),
-    }
-    if (correlation_id := current_correlation_id()) is not None:
-        shaped["correlationId"] = correlation_id
-    if record.exc_info:
-        shaped["exc_info"] = record.exc_info
-    # Nothing that a caller adds can take the place of these, but for an id it knows better.
-    return {**shaped, **event, **{k: v for k, v in shaped.items() if k != "correlationId"}}
+class LineHandler(logging.Handler):
+    """Renders records and passes the lines on; whoever logs neither waits nor fails for them."""
+
+    def __init__(
+        self, render: Callable[[logging.LogRecord], bytes], output: TextIO | None, *, threaded: bool
+    ) -> None:
+        """``threaded`` writes to the descriptor of ``output``, if it has one, in a thread."""
+        super().__init__()
+        self._render = render
+        self._output = output
+        self._writer: LineWriter | None = None
+        if threaded and output is not None:
+            with contextlib.suppress(OSError, ValueError):  # no file, or it is closed
+                self._writer = LineWriter(output.fileno(), tell_lost=self._tell_lost)
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Take a record; without the lock of other handlers, for which there is nothing to do."""
+        self.emit(record)
+        return True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        try:
+            line = self._render(record)
+            if self._writer is not None:
+                self._writer.write(line, urgent=record.levelno >= logging.WARNING)
+            elif self._output is not None:
+                self._output.write(line.decode())
+                self._output.flush()
+        except Exception:  # noqa: BLE001 - whatever a value's text or a stream does
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Wait for what is to be written, for a moment at most."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is left, and end the thread."""
+        if self._writer is not None:
+            self._writer.close()
+        super().close()
+
+    def _tell_lost(self, count: int) -> bytes:
+        record = logging.LogRecord(
+            "viralfx.logs", logging.WARNING, "", 0, "Log lines were lost", (), None
+        )
+        record.lost = count
+        return self._render(record)
 
 
-def _to_json(event: EventDict, **_: object) -> str:
-    try:
-        return json.dumps(event, default=str, allow_nan=False)
-    except ValueError:
-        # A number that JSON has no word for, or a value that contains itself.
-        plain = {k: v if isinstance(v, str | int) else repr(v) for k, v in event.items()}
-        return json.dumps(plain)
+class _Console:
+    """Text for people, with the same content."""
+
+    def __init__(self, lines: JsonLines, redaction: Redaction, *, colors: bool) -> None:
+        self._lines = lines
+        self._redaction = redaction
+        # Its usual tracebacks show local variables, which hold whatever a request brought.
+        self._renderer = structlog.dev.ConsoleRenderer(
+            colors=colors, exception_formatter=structlog.dev.plain_traceback
+        )
+
+    def __call__(self, record: logging.LogRecord) -> bytes:
+        event, _ = self._lines.fields(record)
+        event["event"] = event.pop("message")
+        event["logger"] = event.pop("context")
+        if event.pop("exception", None) is not None:
+            event["exc_info"] = record.exc_info
+        text = str(self._renderer(None, word(record.levelno), event))
+        return self._redaction.text(f"{text}\n").encode("utf-8", "backslashreplace")
 
 
-def _console(*, colors: bool) -> Processor:
-    # Its usual tracebacks show local variables, which hold whatever a request brought.
-    return structlog.dev.ConsoleRenderer(
-        colors=colors, exception_formatter=structlog.dev.plain_traceback
+def _show_warning(  # noqa: PLR0917 - as the library calls it
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    del file, line
+    logging.getLogger("warnings").warning(
+        "%s", message, extra={"category": category.__name__, "where": f"{filename}:{lineno}"}
     )
 
 
-def _for_people(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    event["event"] = event.pop("message")
-    event["logger"] = event.pop("context")
-    return event
-
-
-def _word(level: int) -> str:
-    if level >= logging.ERROR:
-        return "error"
-    if level >= logging.WARNING:
-        return "warn"
-    if level >= logging.INFO:
-        return "info"
-    return "debug" if level >= logging.DEBUG else "verbose"
+def _is_terminal(output: TextIO | None) -> bool:
+    try:
+        return output is not None and output.isatty()
+    except ValueError:  # it is closed
+        return False

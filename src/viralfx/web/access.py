@@ -45,6 +45,10 @@ class AccessPolicy:
         """Judge a request to see or begin the shutdown."""
         return judge_bearer(headers, self.token)
 
+    def to_change(self, headers: Headers) -> Verdict:
+        """Judge a request to change how the process runs, such as the level of a logger."""
+        return judge_bearer(headers, self.token)
+
 
 def judge_bearer(headers: Headers, expected: bytes | None) -> Verdict:
     """Compare the bearer token of a request with the one that is configured, if one is."""

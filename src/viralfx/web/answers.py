@@ -1,59 +1,33 @@
 """The answers of the operations endpoints, as status, headers and bytes.
 
-Everything here is synchronous and reads what is already known, except a forced round of checks.
+Everything here is synchronous and reads what is already known, except a forced round of checks and
+the body of a request that changes something.
 The same answers are given ahead of an application's routing and by its documented routes.
 """
 
-import math
 from collections.abc import Awaitable, Callable
 from urllib.parse import parse_qs
 
-import msgspec
-
 from viralfx.domain.clock import timestamp
-from viralfx.domain.correlation import current_correlation_id
 from viralfx.domain.health import Health, HealthReport, Status
 from viralfx.domain.lifecycle import NotReadyReason
 from viralfx.domain.operations import Operations
 from viralfx.telemetry.metrics import Metrics
 from viralfx.web import bodies
-from viralfx.web.access import AccessPolicy, Headers, Verdict
-from viralfx.web.problems import PROBLEM_MEDIA_TYPE, problem
-
-# Details are an application's own; one that is no JSON is shown as text, and breaks nothing.
-_encode = msgspec.json.Encoder(enc_hook=str).encode
-
-_JSON = (b"content-type", b"application/json")
-_NO_STORE = (b"cache-control", b"no-store")
-
-
-class Answer(msgspec.Struct, frozen=True):
-    """A complete response, but for the correlation id that whoever sends it adds."""
-
-    status: int
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
-
-
-Endpoint = Callable[[str, bytes, Headers], Answer | Awaitable[Answer]]
-"""Answers a method, query string and headers."""
-
-
-def _answer(status: int, body: bytes, *more: tuple[bytes, bytes]) -> Answer:
-    length = (b"content-length", b"%d" % len(body))
-    return Answer(status, [_JSON, length, _NO_STORE, *more], body)
-
-
-def problem_answer(status: int, detail: str, *more: tuple[bytes, bytes]) -> Answer:
-    """Answer with problem details that carry the correlation id bound at the moment."""
-    body = _encode(problem(status, detail=detail, correlation_id=current_correlation_id()))
-    media_type = (b"content-type", PROBLEM_MEDIA_TYPE.encode())
-    length = (b"content-length", b"%d" % len(body))
-    return Answer(status, [media_type, length, _NO_STORE, *more], body)
-
-
-def _retry_after(seconds: float) -> tuple[bytes, bytes]:
-    return (b"retry-after", b"%d" % max(1, math.ceil(min(seconds, 86400.0))))
+from viralfx.web.access import AccessPolicy, Headers
+from viralfx.web.loggers import LoggersEndpoints
+from viralfx.web.replies import (
+    NO_STORE,
+    READ,
+    Answer,
+    Endpoint,
+    answer_with,
+    encode,
+    not_allowed,
+    problem_answer,
+    refusal_of,
+    retry_after,
+)
 
 
 class OperationsAnswers:
@@ -75,15 +49,16 @@ class OperationsAnswers:
         self._clock = operations.clock
         self._access = access
         self._prefix = prefix
-        self._environment = _encode(operations.environment)
+        self._environment = encode(operations.environment)
         self._ready: tuple[HealthReport | None, NotReadyReason | None, Answer] = (
             None,
             None,
-            _answer(503, b""),
+            answer_with(503, b""),
         )
         self._detailed: tuple[HealthReport | None, bytes, bytes] = (None, b"", b"")
         intervals = (self._monitor.policy(n).interval_when_failing for n in self._monitor.checks)
         self._next_look = min(intervals, default=1.0)
+        self._loggers = LoggersEndpoints(access, f"{prefix}/loggers")
         self.endpoints: dict[str, Endpoint] = {
             prefix: self._reading(self.basic),
             f"{prefix}/live": self._reading(self.live),
@@ -91,6 +66,7 @@ class OperationsAnswers:
             f"{prefix}/startup": self._reading(self.startup),
             f"{prefix}/detailed": self._details,
             f"{prefix}/shutdown": self._shutdown,
+            f"{prefix}/loggers": self._loggers.list,
             metrics_path: self._scrape,
         }
         """By path; the first four answer without looking at the request."""
@@ -101,6 +77,8 @@ class OperationsAnswers:
         """Return what answers a path; None for one that is neither known nor below the prefix."""
         endpoint = self.endpoints.get(path)
         if endpoint is None and path.startswith(self._prefix + "/"):
+            if (logger := self._loggers.find(path)) is not None:
+                return logger
             # One segment below the prefix is ours, known or not; a trailing slash is a segment.
             return self._unknown if "/" not in path[len(self._prefix) + 1 : -1] else None
         return endpoint
@@ -117,8 +95,8 @@ class OperationsAnswers:
             self._environment,
         )
         if stopping:
-            return _answer(503, body, self._until_the_end())
-        return _answer(200, body)
+            return answer_with(503, body, self._until_the_end())
+        return answer_with(200, body)
 
     def live(self) -> Answer:
         """``GET /health/live``: 200 as long as the loop runs at all."""
@@ -126,7 +104,7 @@ class OperationsAnswers:
             self._lifecycle.uptime,
             timestamp(self._clock.now()).encode(),
         )
-        return _answer(200, body)
+        return answer_with(200, body)
 
     def ready(self) -> Answer:
         """``GET /health/ready``."""
@@ -137,11 +115,11 @@ class OperationsAnswers:
             return answer
         body = bodies.readiness(report, reason)
         if reason is None:
-            answer = _answer(200, _encode(body))
+            answer = answer_with(200, encode(body))
         elif reason is NotReadyReason.DRAINING:
-            answer = _answer(503, _encode(body), self._until_the_end())
+            answer = answer_with(503, encode(body), self._until_the_end())
         else:
-            answer = _answer(503, _encode(body), _retry_after(self._next_look))
+            answer = answer_with(503, encode(body), retry_after(self._next_look))
         self._ready = (report, reason, answer)
         return answer
 
@@ -151,11 +129,11 @@ class OperationsAnswers:
         self._lifecycle.follow(report)
         body = bodies.startup(report, application_started=self._lifecycle.application_started)
         if body.started:
-            return _answer(200, _encode(body))
-        return _answer(503, _encode(body), _retry_after(1.0))
+            return answer_with(200, encode(body))
+        return answer_with(503, encode(body), retry_after(1.0))
 
     def _until_the_end(self) -> tuple[bytes, bytes]:
-        return _retry_after(self._operations.shutdown.remaining())
+        return retry_after(self._operations.shutdown.remaining())
 
     # -- details -----------------------------------------------------------------------------
 
@@ -164,7 +142,7 @@ class OperationsAnswers:
         report = self._monitor.report()
         seen_report, head, tail = self._detailed
         if seen_report is not report:
-            whole = _encode(bodies.detailed(self._operations, report))
+            whole = encode(bodies.detailed(self._operations, report))
             # Time goes on while the report stays, so the two moving fields, which come second
             # and third, are written anew into each answer.
             head, _, tail = whole.partition(b',"timestamp":"","uptime":0.0,')
@@ -176,8 +154,8 @@ class OperationsAnswers:
             tail,
         )
         if report.health is Health.UNHEALTHY:
-            return _answer(503, body, _retry_after(self._next_look))
-        return _answer(200, body)
+            return answer_with(503, body, retry_after(self._next_look))
+        return answer_with(200, body)
 
     async def detailed_fresh(self) -> Answer:
         """``GET /health/detailed?fresh=1``: after one new round of checks."""
@@ -189,10 +167,10 @@ class OperationsAnswers:
         report = self._monitor.report().checks.get(name)
         if report is None:
             return problem_answer(404, f"There is no check named {name!r}.")
-        body = _encode(bodies.named_check(report, self._monitor.history))
+        body = encode(bodies.named_check(report, self._monitor.history))
         if report.status is Status.FAIL:
-            return _answer(503, body, _retry_after(report.policy.interval_when_failing))
-        return _answer(200, body)
+            return answer_with(503, body, retry_after(report.policy.interval_when_failing))
+        return answer_with(200, body)
 
     # -- shutdown ----------------------------------------------------------------------------
 
@@ -205,24 +183,24 @@ class OperationsAnswers:
         began = self._operations.shutdown.trigger(f"POST {self._prefix}/shutdown")
         body = bodies.shutdown_accepted(self._operations)
         location = (b"location", f"{self._prefix}/shutdown".encode())
-        return _answer(202 if began else 200, _encode(body), location)
+        return answer_with(202 if began else 200, encode(body), location)
 
     def shutdown_status(self) -> Answer:
         """``GET /health/shutdown``, already authorised; it never triggers anything."""
-        return _answer(200, _encode(bodies.shutdown_status(self._operations)))
+        return answer_with(200, encode(bodies.shutdown_status(self._operations)))
 
     # -- methods, queries and tokens ---------------------------------------------------------
 
     def _reading(self, give: Callable[[], Answer]) -> Endpoint:
         def endpoint(method: str, _query: bytes, _headers: Headers) -> Answer:
-            return give() if method in _READ else _not_allowed("GET, HEAD")
+            return give() if method in READ else not_allowed("GET, HEAD")
 
         return endpoint
 
     def _details(self, method: str, query: bytes, headers: Headers) -> Answer | Awaitable[Answer]:
-        if method not in _READ:
-            return _not_allowed("GET, HEAD")
-        if (refusal := _refusal(self._access.to_details(headers))) is not None:
+        if method not in READ:
+            return not_allowed("GET, HEAD")
+        if (refusal := refusal_of(self._access.to_details(headers))) is not None:
             return refusal
         if query and parse_qs(query.decode("latin-1")).get("fresh") == ["1"]:
             return self.detailed_fresh()
@@ -230,46 +208,29 @@ class OperationsAnswers:
 
     def _one_check(self, name: str) -> Endpoint:
         def endpoint(method: str, _query: bytes, headers: Headers) -> Answer:
-            if method not in _READ:
-                return _not_allowed("GET, HEAD")
-            return _refusal(self._access.to_details(headers)) or self.check(name)
+            if method not in READ:
+                return not_allowed("GET, HEAD")
+            return refusal_of(self._access.to_details(headers)) or self.check(name)
 
         return endpoint
 
     def _shutdown(self, method: str, _query: bytes, headers: Headers) -> Answer:
-        if method not in (*_READ, "POST"):
-            return _not_allowed("GET, HEAD, POST")
-        if (refusal := _refusal(self._access.to_shutdown(headers))) is not None:
+        if method not in (*READ, "POST"):
+            return not_allowed("GET, HEAD, POST")
+        if (refusal := refusal_of(self._access.to_shutdown(headers))) is not None:
             return refusal
         return self.begin_shutdown() if method == "POST" else self.shutdown_status()
 
     def _scrape(self, method: str, _query: bytes, headers: Headers) -> Answer:
-        if method not in _READ:
-            return _not_allowed("GET, HEAD")
-        if (refusal := _refusal(self._access.to_details(headers))) is not None:
+        if method not in READ:
+            return not_allowed("GET, HEAD")
+        if (refusal := refusal_of(self._access.to_details(headers))) is not None:
             return refusal
         accept = b",".join(value for name, value in headers if name == b"accept")
         body, media_type = self._metrics.render(accept.decode("latin-1"))
         length = (b"content-length", b"%d" % len(body))
-        return Answer(200, [(b"content-type", media_type.encode()), length, _NO_STORE], body)
+        return Answer(200, [(b"content-type", media_type.encode()), length, NO_STORE], body)
 
     def _unknown(self, _method: str, _query: bytes, _headers: Headers) -> Answer:
         names = ", ".join(self._monitor.checks)
         return problem_answer(404, f"There is no such check; there are {names}.")
-
-
-_READ = ("GET", "HEAD")
-
-
-def _not_allowed(allow: str) -> Answer:
-    detail = f"This path answers {allow} only."
-    return problem_answer(405, detail, (b"allow", allow.encode()))
-
-
-def _refusal(verdict: Verdict) -> Answer | None:
-    if verdict is Verdict.ALLOWED:
-        return None
-    if verdict is Verdict.FORBIDDEN:
-        return problem_answer(403, "MANAGEMENT_TOKEN is not set, so nobody may do this.")
-    challenge = (b"www-authenticate", b"Bearer")
-    return problem_answer(401, "Send the management token as a bearer token.", challenge)

@@ -7,10 +7,11 @@ nor its routing nor its mistakes, can slow or break a probe.
 import asyncio
 
 from viralfx.domain.correlation import bind_correlation_id
-from viralfx.web.answers import Answer, Endpoint, OperationsAnswers, problem_answer
+from viralfx.web.answers import OperationsAnswers
 from viralfx.web.asgi import ASGIApp, Message, Receive, Scope, Send
 from viralfx.web.correlation import HEADER, correlation_id_of
 from viralfx.web.exchanges import Exchange, Exchanges
+from viralfx.web.replies import Answer, Endpoint, complete, problem_answer
 from viralfx.web.watching import RequestWatch
 
 
@@ -48,7 +49,7 @@ class Gate:
             if endpoint is not None:
                 answer = endpoint(scope["method"], scope["query_string"], scope["headers"])
                 if not isinstance(answer, Answer):
-                    answer = await answer
+                    answer = await complete(answer, receive)
                 await self._reply(answer, scope, send, header)
                 return
             if app is None or not self.open:

@@ -1,16 +1,27 @@
 """The operations endpoints as Litestar routes: documented, and served where no gate stands."""
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, cast
 
-from litestar import Controller, HttpMethod, Request, Response, Router, get, post, route
+from litestar import Controller, HttpMethod, Request, Response, Router, get, post, put, route
 from litestar.datastructures import State
 from litestar.exceptions import NotFoundException
 from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import (
+    OpenAPIMediaType,
+    OpenAPIType,
+    Operation,
+    RequestBody,
+    Schema,
+)
 from litestar.params import FromPath, QueryParameter
 
+from viralfx.telemetry.log_levels import LEVELS
 from viralfx.web import schemas
-from viralfx.web.answers import Answer, OperationsAnswers
+from viralfx.web.answers import OperationsAnswers
+from viralfx.web.asgi import Receive
 from viralfx.web.problems import PROBLEM_MEDIA_TYPE, Problem
+from viralfx.web.replies import Answer, complete
 
 ANSWERS = "operations_answers"
 """Where the application's state holds what these routes give."""
@@ -35,6 +46,29 @@ _TOKEN_PROBLEMS = {
 _DETAILS_PROBLEMS = {
     401: _problem("HEALTH_DETAILS=authorized, and the management token is missing or wrong.")
 }
+_NO_LOGGER = {404: _problem("There is no logger of that name.")}
+
+
+@dataclass
+class ChangeOperation(Operation):
+    """Describes the body, which is read as the gate reads it."""
+
+    def __post_init__(self) -> None:
+        """Add it."""
+        level = Schema(
+            type=[OpenAPIType.STRING, OpenAPIType.NULL],
+            enum=[*LEVELS, None],
+            description="null: what it was before all changes",
+        )
+        schema = Schema(
+            type=OpenAPIType.OBJECT,
+            title="NewLevel",
+            required=["level"],
+            additional_properties=False,
+            properties={"level": level},
+        )
+        content = {"application/json": OpenAPIMediaType(schema=schema)}
+        self.request_body = RequestBody(required=True, content=content)
 
 
 def _response(answer: Answer) -> Response[bytes]:
@@ -147,6 +181,45 @@ class HealthController(Controller):
         return await _give(request)
 
     @get(
+        "/loggers",
+        operation_id="loggers",
+        summary="Every logger and its level",
+        responses={200: _body(schemas.Loggers, "The loggers by name."), **_DETAILS_PROBLEMS},
+    )
+    async def loggers(self, request: AnyRequest) -> Response[bytes]:
+        return await _give(request)
+
+    @get(
+        "/loggers/{name:str}",
+        operation_id="logger",
+        summary="One logger and its level",
+        responses={
+            200: _body(schemas.LoggerState, "The logger."),
+            **_NO_LOGGER,
+            **_DETAILS_PROBLEMS,
+        },
+    )
+    async def logger(self, request: AnyRequest, name: FromPath[str]) -> Response[bytes]:
+        del name  # as for a check
+        return await _give(request)
+
+    @put(
+        "/loggers/{name:str}",
+        operation_id="loggerChange",
+        operation_class=ChangeOperation,
+        summary="Change the level of a logger until the process ends",
+        responses={
+            200: _body(schemas.LoggerState, "The level is changed."),
+            400: _problem("The body is not a level."),
+            **_NO_LOGGER,
+            **_TOKEN_PROBLEMS,
+        },
+    )
+    async def change_logger(self, request: AnyRequest, name: FromPath[str]) -> Response[bytes]:
+        del name  # likewise
+        return await _give(request)
+
+    @get(
         "/{check:str}",
         operation_id="healthCheck",
         summary="One check",
@@ -162,7 +235,17 @@ class HealthController(Controller):
         return await _give(request)
 
     @route(
-        ["/", "/live", "/ready", "/startup", "/detailed", "/shutdown", "/{check:str}"],
+        [
+            "/",
+            "/live",
+            "/ready",
+            "/startup",
+            "/detailed",
+            "/shutdown",
+            "/loggers",
+            "/loggers/{name:str}",
+            "/{check:str}",
+        ],
         http_method=HttpMethod.HEAD,
         include_in_schema=False,  # HTTP itself says what HEAD is
     )
@@ -179,7 +262,9 @@ async def _give(request: AnyRequest) -> Response[bytes]:
     if endpoint is None:
         raise NotFoundException
     answer = endpoint(request.method, request.scope["query_string"], request.scope["headers"])
-    return _response(answer if isinstance(answer, Answer) else await answer)
+    if not isinstance(answer, Answer):
+        answer = await complete(answer, cast("Receive", request.receive))
+    return _response(answer)
 
 
 def health_router(*, prefix: str, tag: str) -> Router:

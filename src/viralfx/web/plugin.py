@@ -151,7 +151,7 @@ class OperationsPlugin(InitPlugin):
 
     def watch(self) -> RequestWatch:
         """Return what a gate tells of each request."""
-        return RequestWatch(self.assembly.metrics.requests)
+        return RequestWatch(self.assembly.metrics.requests, access_log=self.settings.access_log)
 
     def traced(self, app: ASGIApp) -> ASGIApp:
         """Return what a gate is put in front of: an application whose requests are traced."""

@@ -158,3 +158,29 @@ class ShutdownStatus(ShutdownAccepted):
 
     stages: list[PhaseState]
     previous: PreviousRun | None
+
+
+class LoggerState(_Body):
+    """``GET`` and ``PUT /health/loggers/{name}``."""
+
+    level: Annotated[
+        str | None,
+        Meta(description="Of its own; null where it takes that of the logger above it"),
+    ]
+    effective_level: Annotated[str, Meta(description="What holds for it")]
+
+
+class Loggers(_Body):
+    """``GET /health/loggers``."""
+
+    levels: Annotated[list[str], Meta(description="The words for a level, the least first")]
+    loggers: dict[str, LoggerState]
+
+
+class NewLevel(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of ``PUT /health/loggers/{name}``."""
+
+    level: Annotated[
+        str | None,
+        Meta(description="error, warn, log, debug or verbose; null: what it was before"),
+    ]

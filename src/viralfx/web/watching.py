@@ -1,17 +1,23 @@
 """What is told of each request once it is over."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from logging import INFO
 from time import perf_counter
 
-from viralfx.telemetry.metrics.requests import RequestMetrics
+from viralfx.telemetry.access_log import AccessRecord, logger
+from viralfx.telemetry.metrics.requests import METHODS, OTHER, UNMATCHED, RequestMetrics
 from viralfx.web.exchanges import Exchange
+
+_DIGITS = 20
+"""As many make no number that a request could have; a client may write any."""
 
 
 class RequestWatch:
-    """Counts the requests that an application answered."""
+    """Counts the requests that an application answered, and logs each of them."""
 
-    def __init__(self, metrics: RequestMetrics) -> None:
+    def __init__(self, metrics: RequestMetrics, *, access_log: bool) -> None:
         self._metrics = metrics
+        self._access_log = access_log
 
     def count_active(self, in_flight: Callable[[], int]) -> None:
         """Take from ``in_flight`` how many requests are under way."""
@@ -26,3 +32,24 @@ class RequestWatch:
         # Litestar leaves the template of the route that it found in the scope.
         route = scope.get("path_template")
         self._metrics.observe(scope["method"], route, exchange.status, seconds)
+        if self._access_log and logger.isEnabledFor(INFO):
+            # A client chooses paths and methods: neither goes into a line as it comes.
+            method = scope["method"]
+            record = AccessRecord(
+                method if method in METHODS else OTHER,
+                route or UNMATCHED,
+                exchange.status,
+                seconds,
+                request_size=_announced(scope["headers"]),
+                response_size=exchange.sent,
+                cut=exchange.cut or exchange.status is None,
+                trace=exchange.trace,
+            )
+            logger.handle(record)
+
+
+def _announced(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    for name, value in headers:
+        if name == b"content-length":
+            return int(value) if value.isdigit() and len(value) < _DIGITS else None
+    return None

@@ -9,9 +9,12 @@ from viralfx.telemetry.metrics.exemplars import Exemplar, no_exemplar
 # The bounds that OpenTelemetry's semantic conventions advise for this very metric.
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 
-_METHODS = frozenset(
+METHODS = frozenset(
     {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"}
 )
+
+OTHER = "_OTHER"
+"""The method of a request whose method is none of those."""
 
 UNMATCHED = "unmatched"
 """The route of a request that none of the application's routes is for."""
@@ -60,7 +63,7 @@ class RequestMetrics:
         key = (method, route or UNMATCHED, status)
         series = self._series.get(key)
         if series is None:
-            known = method if method in _METHODS else "_OTHER"
+            known = method if method in METHODS else OTHER
             series = self._duration.labels(known, key[1], str(status))
             if known == method:
                 self._series[key] = series

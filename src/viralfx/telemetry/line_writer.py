@@ -1,0 +1,174 @@
+"""Writes lines to a file descriptor without ever making who logs wait for it.
+
+A pipe whose reader stopped reading blocks whoever writes into it, and so would a hung disk: that
+must be a thread of its own and not the event loop (ADR-0027).
+"""
+
+import contextlib
+import os
+import select
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+
+_MOST_WAITING = 8 * 2**20
+"""Bytes of lines that wait to be written; what comes on top of them is lost, and counted."""
+_GATHERING = 0.01
+"""Seconds in which lines are gathered: one write of many costs a fraction of many writes."""
+_AT_ONCE = select.PIPE_BUF
+"""Bytes of one write: a pipe takes them without mixing them with what others write into it."""
+_LINE_END = ord("\n")
+_LAST_WAIT = 1.0
+"""Seconds that :meth:`LineWriter.flush` waits for a descriptor that takes nothing."""
+
+
+class LineWriter:
+    """Takes lines from any thread and writes them in order, in a thread that it starts itself."""
+
+    def __init__(
+        self,
+        descriptor: int,
+        *,
+        tell_lost: Callable[[int], bytes],
+        most_waiting: int = _MOST_WAITING,
+    ) -> None:
+        """``tell_lost`` makes the line that says how many were lost, once one can be written."""
+        self._descriptor = descriptor
+        self._tell_lost = tell_lost
+        self._most_waiting = most_waiting
+        self._lines: deque[bytes] = deque()
+        self._waiting = 0
+        self._lost = 0
+        self._torn = False
+        self._writing = False
+        self._closed = False
+        self._gave_up = False
+        self._direct = False
+        self._thread: threading.Thread | None = None
+        self._make_locks()
+        mine = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _forked(mine()))
+
+    def _make_locks(self) -> None:
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._wanted = threading.Event()
+        self._hurry = threading.Event()
+
+    @property
+    def lost(self) -> int:
+        """Lines that were lost and are not told of yet."""
+        return self._lost
+
+    def write(self, line: bytes, *, urgent: bool = False) -> None:
+        """Take a line, its end included; it is written within moments, an urgent one at once."""
+        if self._direct:
+            self._put(line)
+            return
+        with self._lock:
+            if self._waiting + len(line) > self._most_waiting:
+                self._lost += 1
+                return
+            first = not self._lines
+            self._lines.append(line)
+            self._waiting += len(line)
+        if first:
+            if self._thread is None:
+                self._start()
+            self._wanted.set()
+        if urgent:
+            self._hurry.set()
+
+    def flush(self, seconds: float = _LAST_WAIT) -> bool:
+        """Wait until everything is written, at most ``seconds``; tell whether it is.
+
+        Who waited in vain once does not wait again: the end of a process comes by here twice.
+        """
+        if self._direct or self._thread is None:
+            return True
+        self._hurry.set()
+        with self._idle:
+            wait = 0.0 if self._gave_up else seconds
+            done = self._idle.wait_for(lambda: not self._lines and not self._writing, wait)
+            self._gave_up = not done
+        return done
+
+    def close(self) -> None:
+        """Write what waits; lines that come later are written by who brings them."""
+        if self.flush():
+            self._direct = True
+        self._closed = True
+        self._hurry.set()
+        self._wanted.set()
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while not self._closed or self._lines:
+            self._wanted.wait()
+            self._hurry.wait(_GATHERING)
+            self._wanted.clear()
+            self._hurry.clear()
+            while chunk := self._take():
+                self._put(chunk)
+            with self._idle:
+                self._writing = False
+                self._idle.notify_all()
+
+    def _take(self) -> bytes:
+        """Return the next lines that go into one write; nothing when there are none."""
+        with self._lock:
+            chunk: list[bytes] = []
+            size = 0
+            while self._lines and (not chunk or size + len(self._lines[0]) <= _AT_ONCE):
+                chunk.append(self._lines.popleft())
+                size += len(chunk[-1])
+            self._waiting -= size
+            self._writing = bool(chunk)
+        return b"".join(chunk)
+
+    def _put(self, chunk: bytes) -> None:
+        unwritten = self._write(chunk)
+        if not unwritten and self._lost:
+            with self._lock:
+                lost, self._lost = self._lost, 0
+            unwritten = self._write(self._tell_lost(lost)) and lost
+        if unwritten:
+            # A full disk, or nobody who reads any more: what waits would fare no better.
+            with self._lock:
+                self._lost += unwritten + len(self._lines)
+                self._lines.clear()
+                self._waiting = 0
+
+    def _write(self, chunk: bytes) -> int:
+        """Write everything, however long it takes; return how many lines were not taken."""
+        # What was cut off in the middle of a line ends there, so that the next one is whole.
+        rest = memoryview(b"\n" + chunk if self._torn else chunk)
+        try:
+            while rest:
+                try:
+                    written = os.write(self._descriptor, rest)
+                except BlockingIOError:
+                    # Who shares the descriptor with us made it a non-blocking one.
+                    with contextlib.suppress(ValueError):  # too many are open for this call
+                        select.select([], [self._descriptor], [], 1.0)
+                    continue
+                self._torn = rest[written - 1] != _LINE_END
+                rest = rest[written:]
+        except OSError:
+            return min(bytes(rest).count(b"\n"), chunk.count(b"\n"))
+        return 0
+
+
+def _forked(writer: LineWriter | None) -> None:
+    """Let a forked child, which has no thread of ours, write by itself; our lines stay ours."""
+    if writer is not None:
+        writer._make_locks()  # noqa: SLF001 - it is this module's own
+        writer._lines.clear()  # noqa: SLF001
+        writer._waiting = writer._lost = 0  # noqa: SLF001
+        writer._direct = True  # noqa: SLF001

@@ -1,0 +1,196 @@
+"""The log of a process: access lines, users, levels, and a reader that stops reading."""
+
+import fcntl
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+from tests.system.service import (
+    ROOT,
+    Service,
+    clean_environment,
+    free_port,
+    request,
+    running,
+    wait_for,
+)
+
+APP = ("--app", "tests.system.log_app:app")
+TOKEN = {"MANAGEMENT_TOKEN": "planted-token"}
+BEARER = {"Authorization": "Bearer planted-token"}
+
+
+def access_lines(service: Service, count: int) -> list[dict[str, Any]]:
+    """Wait for that many access lines and return them."""
+
+    def look() -> list[dict[str, Any]]:
+        parsed = [json.loads(line) for line in list(service.output)]
+        found = [line for line in parsed if line["context"] == "access"]
+        return found if len(found) >= count else []
+
+    return wait_for(look, what=f"{count} access lines; {service.output}")
+
+
+def test_each_request_of_the_application_is_one_line() -> None:
+    """Route, status, duration, sizes, ids and the user; nothing that a client chose at length."""
+    ids = {"X-Correlation-ID": "order-1"}
+    with running(*APP, environment=TOKEN) as service:
+        service.wait_ready()
+        service.get("/orders/17", headers={**ids, "X-User": "user-123"})
+        service.get("/echo", method="POST", json_body={"a": "b"}, headers=ids)
+        service.get("/none/" + "x" * 5000, headers=ids)
+        service.get("/orders/18", method="BREW", headers=ids)
+        for path in ("/health", "/health/live", "/metrics", "/health/loggers", "/health/none"):
+            service.get(path, headers=ids)
+        lines = access_lines(service, 3)
+        service.signal(signal.SIGTERM)
+        assert service.exit_code() == 0
+        lines = access_lines(service, 3)
+        own = service.logged("Order read")
+    for line in lines:
+        assert 0 < line.pop("duration") < 1000
+        assert line.pop("timestamp")
+        assert line.pop("responseSize") > 0
+    shared = {"level": "info", "context": "access", "correlationId": "order-1"}
+
+    assert lines[0] == {
+        **shared,
+        "message": "GET /orders/{order} 200",
+        "userId": "user-123",
+        "method": "GET",
+        "route": "/orders/{order}",
+        "status": 200,
+    }
+    assert lines[1] == {
+        **shared,
+        "message": "POST /echo 200",
+        "method": "POST",
+        "route": "/echo",
+        "status": 200,
+        "requestSize": 10,
+    }
+    assert lines[2]["message"] == "GET unmatched 404"
+    assert max(len(line) for line in service.output) < 1000
+    assert [(line["userId"], line["correlationId"]) for line in own] == [("user-123", "order-1")]
+
+
+def test_the_access_log_can_be_turned_off() -> None:
+    """``ACCESS_LOG=false``, or its logger's level."""
+    with running(*APP, environment={"ACCESS_LOG": "false"}) as service:
+        service.wait_ready()
+        service.get("/orders/17")
+        wait_for(lambda: service.logged("Order read"), what="the application's own line")
+        service.signal(signal.SIGTERM)
+        service.exit_code()
+        assert not [line for line in service.output if '"context":"access"' in line]
+
+
+def test_the_level_of_a_logger_is_changed_while_it_runs() -> None:
+    """More of one part, then as before; each change is a line of its own."""
+    with running(*APP, environment=TOKEN) as service:
+        service.wait_ready()
+        service.get("/orders/1")
+        path = "/health/loggers/shop.orders"
+        assert service.get(path).json() == {"level": None, "effectiveLevel": "log"}
+        changed = service.get(path, method="PUT", json_body={"level": "debug"}, headers=BEARER)
+        assert (changed.status, changed.json()) == (
+            200,
+            {"level": "debug", "effectiveLevel": "debug"},
+        )
+        service.get("/orders/2")
+        reset = service.get(path, method="PUT", json_body={"level": None}, headers=BEARER)
+        assert reset.json() == {"level": None, "effectiveLevel": "log"}
+        service.get("/orders/3")
+        wait_for(lambda: len(service.logged("Order read")) == 3, what="all three")
+        told = service.logged("Order was in the cache")
+        changes = service.logged("Logger level changed")
+
+    assert [line["order"] for line in told] == [2]
+    assert [line["logger"] for line in changes] == ["shop.orders", "shop.orders"]
+
+
+@pytest.mark.alone
+def test_a_reader_that_stops_reading_breaks_and_delays_nothing() -> None:
+    """Its pipe is full in no time; requests are answered, and the loss is told afterwards."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "viralfx", "serve", *APP],
+        cwd=ROOT,
+        env={**clean_environment(), "PORT": str(port)},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+    )
+    os.close(writer)
+    service = Service(process, port, None)  # type: ignore[arg-type] # its output is not text
+    try:
+        service.wait_ready()
+        slowest = 0.0
+        for _ in range(60):
+            began = time.monotonic()
+            assert request(port, "/flood?lines=1000", timeout=5).status == 200
+            probed = time.monotonic()
+            assert request(port, "/health/live", timeout=5).status == 200
+            slowest = max(slowest, time.monotonic() - probed)
+            assert probed - began < 2
+        assert slowest < 0.5
+        said = bytearray()
+
+        def told() -> bool:
+            while select.select([reader], [], [], 0.2)[0]:
+                said.extend(os.read(reader, 65536))
+            request(port, "/orders/1")  # something new, so that the loss can be told
+            lost = sum(map(int, re.findall(rb'"lost":(\d+)', said)))
+            return lost > 20_000 and said.count(b'"message":"Flood"') + lost >= 60_000
+
+        wait_for(told, seconds=40, what="everything is written or told as lost")
+        for line in said.splitlines():
+            assert json.loads(line)["message"]
+        for _ in range(40):  # full again, so that the end finds it so
+            request(port, "/flood?lines=1000")
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert time.monotonic() - began < 5
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reader)
+        if process.stderr is not None:
+            process.stderr.close()
+
+
+def test_a_full_disk_breaks_nothing() -> None:
+    """Standard output is a device that is always full."""
+    port = free_port()
+    with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123 - a device
+        process = subprocess.Popen(
+            [sys.executable, "-m", "viralfx", "serve", *APP],
+            cwd=ROOT,
+            env={**clean_environment(), "PORT": str(port)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    service = Service(process, port, None)
+    try:
+        service.wait_ready()
+        for _ in range(20):
+            assert request(port, "/flood?lines=100").status == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()

@@ -1,0 +1,100 @@
+"""What a process tells of itself when it is asked, or when it stands still."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from tests.system.service import Prober, percentile, running, wait_for
+
+APP = ("--app", "tests.system.log_app:app")
+
+
+@pytest.mark.alone
+def test_a_heap_report_is_written_while_the_service_goes_on(tmp_path: Path) -> None:
+    """SIGUSR2 makes a file, a line that says where, and no probe late."""
+    environment = {"HEAP_SNAPSHOT_DIR": str(tmp_path)}
+    with running(*APP, environment=environment) as service:
+        service.wait_ready()
+        with Prober(service.port, "/health/live") as prober:
+            wait_for(lambda: len(prober.seen) > 20, what="some probes")
+            service.signal(signal.SIGUSR2)
+            service.signal(signal.SIGUSR2)
+            (line,) = wait_for(lambda: service.logged("Heap report written"), what="the report")
+            wait_for(lambda: prober.seen[-1].at > prober.seen[0].at + 1, what="a second of probes")
+        path = Path(line["path"])
+        text = path.read_text(encoding="utf-8")
+        seconds = [sighting.seconds for sighting in prober.seen]
+        print(  # noqa: T201 - what it measured
+            f"report in {line['duration']} ms; p99 {percentile(seconds, 0.99) * 1000:.1f} ms"
+        )
+
+        assert path.parent == tmp_path
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert line["objects"] > 10_000
+        assert str(service.process.pid) in text
+        assert "dict" in text
+        assert all(sighting.status == 200 for sighting in prober.seen)
+        assert max(seconds) < 1.0
+        service.signal(signal.SIGUSR2)  # and another one
+        wait_for(lambda: len(service.logged("Heap report written")) >= 2, what="another report")
+        service.signal(signal.SIGTERM)
+        assert service.exit_code() == 0
+
+
+@pytest.mark.parametrize("what", ["missing", "not writable", "full"])
+def test_a_heap_report_that_cannot_be_written_is_one_line(tmp_path: Path, what: str) -> None:
+    """No permission, no folder, no room: the service goes on."""
+    folder = tmp_path / "reports"
+    if what != "missing":
+        folder.mkdir()
+    if what == "not writable":
+        if os.geteuid() == 0:
+            folder = Path("/proc/self")  # where not even root creates files
+        else:
+            folder.chmod(0o500)
+    environment = {"HEAP_SNAPSHOT_DIR": str(folder)}
+    with running(*APP, environment=environment) as service:
+        service.wait_ready()
+        if what == "full":
+            import resource  # noqa: PLC0415 - a limit stands in for a disk
+
+            resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (100, 100))
+        service.signal(signal.SIGUSR2)
+        (line,) = wait_for(lambda: service.logged("Heap report failed"), what="the line")
+        assert service.get("/health/live").status == 200
+
+    assert line["level"] == "error"
+    assert line["detail"].startswith("cannot ")
+    assert not folder.exists() or not list(folder.glob("heap-*"))
+
+
+def test_a_blocked_loop_is_one_warning_that_shows_what_blocks_it() -> None:
+    """While it is blocked; and how long it took once it is over."""
+    environment = {"LOOP_STALL_THRESHOLD": "200"}
+    with running(*APP, environment=environment) as service:
+        service.wait_ready()
+        service.get("/block?seconds=1.2")
+        (over,) = wait_for(lambda: service.logged("Event loop runs again"), what="the end")
+        (blocked,) = service.logged("Event loop is blocked")
+        service.signal(signal.SIGTERM)
+        assert service.exit_code() == 0
+
+    assert blocked["level"] == "warn"
+    assert any("log_app.py" in frame and frame.endswith(" block") for frame in blocked["stack"])
+    assert 190 <= blocked["blocked"] < 1200
+    assert 900 <= over["duration"] < 3000
+    assert service.output.index(next(one for one in service.output if "is blocked" in one)) < (
+        service.output.index(next(one for one in service.output if "runs again" in one))
+    )
+
+
+def test_a_loop_that_runs_is_not_told_of() -> None:
+    """Nor is one that is blocked for less than the threshold, or when nobody wants to know."""
+    for threshold, seconds in (("5000", "0.3"), ("0", "1.0")):
+        with running(*APP, environment={"LOOP_STALL_THRESHOLD": threshold}) as service:
+            service.wait_ready()
+            service.get(f"/block?seconds={seconds}")
+            service.signal(signal.SIGTERM)
+            assert service.exit_code() == 0
+            assert not service.logged("Event loop is blocked")

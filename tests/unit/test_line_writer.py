@@ -1,0 +1,204 @@
+"""The writer of log lines: order, loss and the ends of pipes, with real descriptors."""
+
+import contextlib
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tests.system.service import wait_for
+
+from viralfx.telemetry.line_writer import LineWriter
+
+
+@dataclass
+class Pipe:
+    """A pipe of 4096 bytes that the test reads."""
+
+    reader: int
+    writer: int
+    read: bytes = b""
+
+    def take(self) -> bytes:
+        """Read what is there and return everything so far."""
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self.reader, 65536):
+                self.read += chunk
+        return self.read
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    """Return a small pipe whose reader never waits."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    os.set_blocking(reader, False)
+    yield Pipe(reader, writer)
+    for descriptor in (reader, writer):
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+def lost_line(count: int) -> bytes:
+    """Say how many lines were lost."""
+    return b"lost %d\n" % count
+
+
+def test_lines_are_written_whole_and_in_order(pipe: Pipe) -> None:
+    """Ten thousand from four threads, each thread's in its own order."""
+    writer = LineWriter(pipe.writer, tell_lost=lost_line)
+
+    def write(name: int) -> None:
+        for number in range(2500):
+            writer.write(b"%d %d\n" % (name, number))
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: pipe.take().count(b"\n") == 10_000, what="all lines")
+    for thread in threads:
+        thread.join()
+    lines = pipe.read.splitlines()
+
+    for name in range(4):
+        mine = [line for line in lines if line.startswith(b"%d " % name)]
+        assert mine == [b"%d %d" % (name, number) for number in range(2500)]
+    writer.close()
+
+
+def test_a_reader_that_stops_reading_delays_nobody_and_loses_the_latest(pipe: Pipe) -> None:
+    """The queue is bounded, what does not fit is counted, and told when it can be."""
+    writer = LineWriter(pipe.writer, tell_lost=lost_line, most_waiting=100_000)
+    slowest = 0.0
+    for number in range(20_000):
+        began = time.perf_counter()
+        writer.write(b"line %05d\n" % number)
+        slowest = max(slowest, time.perf_counter() - began)
+    assert slowest < 0.25  # a turn of the interpreter's threads, not of the reader
+    assert not writer.flush(0.05)
+    wait_for(lambda: b"lost" in pipe.take(), what="the loss is told")
+    wait_for(lambda: pipe.take() and writer.flush(0.01), what="the rest")
+    lines = pipe.take().splitlines()
+    lost = sum(int(line.removeprefix(b"lost ")) for line in lines if line.startswith(b"lost "))
+    kept = [line for line in lines if line.startswith(b"line ")]
+    assert 5000 < lost < 11_000
+    assert len(kept) + lost == 20_000
+    assert kept == sorted(kept)
+    writer.close()
+
+
+def test_flush_waits_in_vain_once(pipe: Pipe) -> None:
+    """A process whose log nobody reads ends a moment later, and not two."""
+    writer = LineWriter(pipe.writer, tell_lost=lost_line)
+    for _ in range(1000):
+        writer.write(b"x" * 99 + b"\n")
+    began = time.monotonic()
+
+    assert not writer.flush(0.2)
+    assert not writer.flush(30.0)
+    writer.close()
+    assert time.monotonic() - began < 2.0
+    pipe.take()  # lets the thread end
+
+
+def test_a_closed_pipe_costs_lines_only(pipe: Pipe) -> None:
+    """Whoever read went away for good."""
+    os.close(pipe.reader)
+    writer = LineWriter(pipe.writer, tell_lost=lost_line)
+    for _ in range(1000):
+        writer.write(b"x\n")
+    wait_for(lambda: writer.flush() and writer.lost, what="all lost")
+
+    assert writer.lost == 1000
+    writer.close()
+
+
+def test_a_full_disk_costs_lines_only() -> None:
+    """As a device shows that is always full."""
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    writer = LineWriter(descriptor, tell_lost=lost_line)
+    writer.write(b"one\n")
+    writer.write(b"two\n")
+
+    assert writer.flush()
+    assert writer.lost == 2
+    writer.close()
+    os.close(descriptor)
+
+
+def test_a_line_that_was_cut_off_ends_before_the_next(tmp_path: Path) -> None:
+    """When the disk has room again, the next line is whole, and the loss is told."""
+    import resource  # noqa: PLC0415 - a limit stands in for a disk
+    import signal  # noqa: PLC0415
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    descriptor = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    writer = LineWriter(descriptor, tell_lost=lost_line)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+        writer.write(b"first\n")
+        assert writer.flush()
+        writer.write(b"second is too long\n")
+        assert writer.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    writer.write(b"third\n")
+    assert writer.flush()
+    writer.close()
+    os.close(descriptor)
+
+    assert (tmp_path / "log").read_bytes() == b"first\nseco\nthird\nlost 1\n"
+
+
+def test_a_descriptor_that_somebody_made_non_blocking_is_waited_for(pipe: Pipe) -> None:
+    """Who shares the terminal or pipe with us may do that; nothing is lost by it."""
+    os.set_blocking(pipe.writer, False)
+    writer = LineWriter(pipe.writer, tell_lost=lost_line)
+    for _ in range(1000):
+        writer.write(b"x" * 99 + b"\n")
+    wait_for(lambda: len(pipe.take()) == 100_000, what="all lines")
+
+    assert writer.lost == 0
+    writer.close()
+
+
+def test_an_urgent_line_is_written_at_once(pipe: Pipe) -> None:
+    """Others wait a moment for more of them."""
+    writer = LineWriter(pipe.writer, tell_lost=lost_line)
+    writer.write(b"error\n", urgent=True)
+    wait_for(lambda: pipe.take() == b"error\n", what="the line")
+
+    writer.close()
+
+
+# A thread runs, as it does in the program: the child is one that starts none.
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_writes_its_own_lines_only(pipe: Pipe) -> None:
+    """It has no thread of ours, and what waits in the parent is the parent's to write."""
+    writer = LineWriter(pipe.writer, tell_lost=lost_line)
+    writer.write(b"parent\n")
+    child = os.fork()
+    if child == 0:
+        writer.write(b"child\n")
+        os._exit(0)
+    os.waitpid(child, 0)
+
+    assert writer.flush()
+    assert sorted(pipe.take().splitlines()) == [b"child", b"parent"]
+    writer.close()
+
+
+def test_lines_after_the_end_are_still_written(pipe: Pipe) -> None:
+    """By who brings them: the thread is gone, and the interpreter may say something yet."""
+    writer = LineWriter(pipe.writer, tell_lost=lost_line)
+    writer.write(b"before\n")
+    writer.close()
+    writer.write(b"after\n")
+
+    assert pipe.take() == b"before\nafter\n"
