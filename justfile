@@ -47,6 +47,10 @@ mutate *modules:
 bench-probes *arguments:
     {{bin}}/python benchmarks/probes.py {{arguments}}
 
+# metrics, the log of requests and traces, layer by layer
+bench-telemetry *arguments:
+    {{bin}}/python benchmarks/telemetry.py {{arguments}}
+
 # start and stop against bare uvicorn
 bench-shutdown *arguments:
     {{bin}}/python benchmarks/shutdown.py {{arguments}}

@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 _CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE, CLIENT_CORE = _CORES[0], _CORES[-1]
 _POLL_SECONDS = 0.001
-_OURS = re.compile(r"(DB|REDIS|SHUTDOWN|HEALTH|POOL|JOB|READINESS|MANAGEMENT|LOG)_|QUEUE|PORT$")
+_OURS = re.compile(
+    r"(DB|REDIS|SHUTDOWN|HEALTH|POOL|JOB|READINESS|MANAGEMENT|LOG|ACCESS|LOOP|OTEL)_|QUEUE|PORT$"
+)
 
 
 @contextmanager

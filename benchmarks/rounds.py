@@ -1,0 +1,125 @@
+"""Interleaved rounds: servers take turns under load, and are compared within a round only.
+
+So whatever else the machine does hits both sides of a comparison alike. One server at a time is
+loaded, in short slices.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from operator import attrgetter
+
+from benchmarks.load import CONNECTIONS, Sample, generator, load, wait_for_calm
+from benchmarks.results import Target, circumstances, table
+from benchmarks.servers import Program, Server
+
+ROUNDS = 11
+MOST_REPEATS = 6
+SLICE_SECONDS = 1
+MOST_WAITING = 45.0
+"""Seconds in all to wait for other processes to leave the machine alone."""
+SATURATED = 0.9
+"""Below this share of the time the server waits for the client: rates say little then."""
+MOST_FOREIGN = 0.1
+"""A round in which other processes took more of a core than this is repeated."""
+
+READING = (
+    "A ratio compares requests per second; the remark gives the same ratio by the server's "
+    "processor time. Where a client could not keep a server busy, processor time counts."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A path of a server."""
+
+    program: Program
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.program.name} `{self.path}`"
+
+
+Round = Mapping[Subject, Sample]
+
+
+def measure(subjects: Sequence[Subject], count: int) -> list[Round]:
+    """Return the calmest rounds; those that other processes disturbed are repeated for a while."""
+    with ExitStack() as stack:
+        servers: dict[Program, Server] = {}
+        for subject in subjects:
+            if subject.program not in servers:
+                servers[subject.program] = stack.enter_context(Server(subject.program))
+            servers[subject.program].wait_for_200(subject.path)
+        measured: list[Round] = []
+        patience = MOST_WAITING
+        for number in range(1 + count + MOST_REPEATS):
+            patience -= wait_for_calm(most_foreign=MOST_FOREIGN, seconds=patience)
+            order = subjects if number % 2 else subjects[::-1]
+            samples = {s: load(servers[s.program], s.path, seconds=SLICE_SECONDS) for s in order}
+            if number:  # the first one warms up
+                measured.append(samples)
+            if sum(map(_undisturbed, measured)) == count:
+                break
+    return sorted(measured, key=_foreign)[:count]
+
+
+def how(rounds: Sequence[Round], recipe: str) -> list[str]:
+    """Say how the rounds were measured, and in which circumstances."""
+    calm = sum(map(_undisturbed, rounds))
+    return circumstances(
+        f"Command: `{recipe}`",
+        f"Load: {generator()}, {CONNECTIONS} keep-alive connections; server and client each on "
+        "a core of their own",
+        f"Medians of {len(rounds)} interleaved rounds of {SLICE_SECONDS} s per row; in {calm} "
+        f"of them other processes took less than {MOST_FOREIGN:.0%} of a core",
+    )
+
+
+def _foreign(samples: Round) -> float:
+    return max(sample.foreign for sample in samples.values())
+
+
+def _undisturbed(samples: Round) -> bool:
+    return _foreign(samples) <= MOST_FOREIGN
+
+
+def _median(rounds: Sequence[Round], subject: Subject, what: Callable[[Sample], float]) -> float:
+    return statistics.median(what(samples[subject]) for samples in rounds)
+
+
+def ratios(rounds: Sequence[Round], ours: Subject, theirs: Subject) -> tuple[float, float]:
+    """Return the medians of the rounds' ratios, by rate and by processor time."""
+    by_rate = statistics.median(r[ours].rate / r[theirs].rate for r in rounds)
+    by_cost = statistics.median(r[theirs].cost / r[ours].cost for r in rounds)
+    return by_rate, by_cost
+
+
+def target(rounds: Sequence[Round], ours: Subject, theirs: Subject, limit: float) -> Target:
+    """Return the target that one keeps at least ``limit`` of the other's rate."""
+    by_rate, by_cost = ratios(rounds, ours, theirs)
+    saturated = all(_median(rounds, s, attrgetter("busy")) >= SATURATED for s in (ours, theirs))
+    return Target(
+        what=f"{ours} / {theirs}",
+        measured=by_rate if saturated else by_cost,
+        limit=limit,
+        at_least=True,
+        remark=f"{by_cost:.2f} by CPU" if saturated else f"by CPU; {by_rate:.2f} by rate",
+    )
+
+
+def subject_table(rounds: Sequence[Round], subjects: Sequence[Subject]) -> list[str]:
+    """Return the lines of a table of what each subject did."""
+    return table(
+        ("server and path", "requests/s", "CPU µs/request", "server busy"),
+        (
+            (
+                str(subject),
+                f"{_median(rounds, subject, attrgetter('rate')):,.0f}",
+                f"{_median(rounds, subject, attrgetter('cost')):.1f}",
+                f"{_median(rounds, subject, attrgetter('busy')):.0%}",
+            )
+            for subject in subjects
+        ),
+    )
