@@ -60,7 +60,8 @@ def test_an_outage_is_one_line_and_its_end_another(caplog: pytest.LogCaptureFixt
         "Traces are lost",
         "Traces arrive again",
     ]
-    assert caplog.records[0].__dict__["reason"] == "Failed to export: refused"
+    reason = "Transient error, retrying in 1 s; Failed to export: refused"
+    assert caplog.records[0].__dict__["reason"] == reason
     assert not exporter.in_trouble
 
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import Context
 from typing import TypeAlias
 
 from opentelemetry.sdk.trace import Event, ReadableSpan
@@ -96,7 +97,7 @@ class ReportingExporter(SpanExporter):
         self._now = now
         self._lock = threading.Lock()
         self._last_trouble = 0.0
-        self._last_said = ""
+        self._said: list[str] = []
         self.in_trouble = False
         """Whether spans were lost a moment ago."""
         self._arrived = False
@@ -106,11 +107,13 @@ class ReportingExporter(SpanExporter):
         """Send a batch."""
         if self._clean is not None or self._clean_sql is not None:
             spans = [self._cleaned(span) for span in spans]
+        self._said.clear()
         result = self._inner.export(spans)
         if result is SpanExportResult.SUCCESS:
             self._went_well()
         else:
-            self._trouble(self._last_said)
+            # The first says what is wrong, the last what became of it.
+            self._trouble("; ".join(dict.fromkeys([*self._said[:1], *self._said[-1:]])))
         return result
 
     def shutdown(self) -> None:
@@ -126,7 +129,7 @@ class ReportingExporter(SpanExporter):
         if message.startswith("Queue full"):
             self._trouble("the collector takes fewer spans than there are")
         else:
-            self._last_said = message
+            self._said.append(message)
 
     def _trouble(self, reason: str) -> None:
         # Also from the threads of those who end spans, when there is no room for one.
@@ -134,7 +137,9 @@ class ReportingExporter(SpanExporter):
             self._last_trouble = self._now()
             told, self.in_trouble = self.in_trouble, True
         if not told:
-            _logger.warning("Traces are lost", extra={"reason": reason[:_LONGEST_REASON]})
+            # In no context: it is nobody's request, although one may have been the first to find.
+            extra = {"reason": reason[:_LONGEST_REASON]}
+            Context().run(_logger.warning, "Traces are lost", extra=extra)
 
     def patience(self) -> float:
         """Return how many seconds the last spans are worth waiting for."""
