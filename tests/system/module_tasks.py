@@ -1,5 +1,6 @@
 """A task that looks at the process that runs it."""
 
+import os
 import sys
 
 from viralfx import task
@@ -9,3 +10,9 @@ from viralfx import task
 async def modules(prefix: str) -> list[str]:
     """Return the modules whose names begin so."""
     return sorted(name for name in sys.modules if name.startswith(prefix))
+
+
+@task("modules.betray")
+async def betray(name: str) -> None:
+    """Fail with what nobody should see."""
+    raise RuntimeError(f"{os.environ[name]} at postgres://user:planted@db/shop")

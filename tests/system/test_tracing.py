@@ -75,8 +75,10 @@ async def test_one_trace_leads_through_everything(database: Database, protocol: 
         assert "webhook-signature" in received.headers
     lines = _lines(second, shown["id"], TRACE)
     assert [line["message"] for line in lines if line["level"] == "warn"] == ["Job attempt failed"]
-    for line in [*_lines(first, shown["id"], TRACE), *lines]:
-        assert line["correlationId"] == CORRELATION, line
+    (access,) = [line for line in _lines(first, TRACE) if line["context"] == "access"]
+    assert (access["traceId"], access["spanId"]) == (TRACE, request.id)
+    for line in [*_lines(first, shown["id"], TRACE, CORRELATION), *lines]:
+        assert (line["correlationId"], line["traceId"]) == (CORRELATION, TRACE), line
 
     # And nothing of what only keeps the process going.
     assert all(span.parent for span in collector.spans if span.kind == "CLIENT")
@@ -210,6 +212,32 @@ def test_statements_and_commands_are_children_of_their_request(
     assert slow.attributes["db.query.text"] == "SELECT pg_sleep(?), ?"
     assert (cached.name, cached.attributes["db.system.name"]) == ("GET", "redis")
     assert cached.attributes["db.query.text"] == "GET ?"
+    assert "planted" not in repr(collector.spans)
+
+
+def test_no_secret_is_in_a_trace() -> None:
+    """Although a task puts some into its error."""
+    secrets = {"API_TOKEN": "planted-api-token", "TASK_MODULES": "tests.system.module_tasks"}
+    with (
+        http_collector() as collector,
+        running(environment={**sending(collector), **secrets}) as service,
+    ):
+        service.wait_ready()
+        headers = {"Authorization": "Bearer planted-api-token"}
+        accept(service, "modules.betray", "API_TOKEN", **headers)
+        (name, event), *_ = wait_for(
+            lambda: [
+                event
+                for span in collector.named("process default")
+                if span.attributes["viralfx.job.task"] == "modules.betray"
+                for event in span.events
+            ]
+        )
+        service.signal(signal.SIGTERM)
+        service.exit_code()
+
+    assert name == "viralfx.job.attempt_failed"
+    assert event["exception.message"] == "*** at postgres://***@db/shop"
     assert "planted" not in repr(collector.spans)
 
 

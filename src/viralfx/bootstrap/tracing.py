@@ -6,6 +6,7 @@ from viralfx.domain.operations import Operations
 from viralfx.domain.resilience.retry_decision import listen_to_retries
 from viralfx.domain.shutdown import Phase
 from viralfx.settings import Settings
+from viralfx.telemetry.redaction import Redaction, secrets_of
 from viralfx.telemetry.tracing import start_tracing
 
 if TYPE_CHECKING:
@@ -25,7 +26,12 @@ def wire_tracing(settings: Settings, instance: str) -> "Tracing | None":
         from viralfx.bootstrap.postgres import clean_statement  # noqa: PLC0415
 
         clean_sql = clean_statement
-    return start_tracing(instance=instance, environment=settings.environment, clean_sql=clean_sql)
+    return start_tracing(
+        instance=instance,
+        environment=settings.environment,
+        clean=Redaction(secrets_of(settings)).text,
+        clean_sql=clean_sql,
+    )
 
 
 def trace(
