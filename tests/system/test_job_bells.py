@@ -126,4 +126,4 @@ def test_in_memory_what_waits_is_run_and_what_cannot_be_is_told() -> None:
     lost = [line for line in service.output if "1 in-memory jobs did not finish" in line]
 
     assert (code, stage["outcome"], len(lost)) == (4, "failed", 1)
-    assert (left["handed_back"], left["ignoring"], left["unrecorded"]) == (0, 0, 0)
+    assert (left["handedBack"], left["ignoring"], left["unrecorded"]) == (0, 0, 0)

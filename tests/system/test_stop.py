@@ -3,6 +3,7 @@
 import signal
 import socket
 import time
+from typing import Any
 
 import pytest
 from tests.system.connections import begun, send
@@ -205,7 +206,13 @@ def test_the_shutdown_can_be_asked_for_over_http() -> None:
         service.wait_ready()
         before = service.manage("/health/shutdown", headers=token).json()
         answer = service.manage("/health/shutdown", method="POST", headers=token)
-        report = service.manage("/health/shutdown", headers=token).json()
+
+        def running_stage() -> dict[str, Any]:
+            seen: dict[str, Any] = service.manage("/health/shutdown", headers=token).json()
+            return seen if seen["stages"][0]["state"] == "running" else {}
+
+        # It is triggered when it is answered, and begins with the loop's next turn.
+        report = wait_for(running_stage, what="the first stage runs")
 
         assert (before["reason"], before["deadline"]) == (None, None)
         assert {stage["state"] for stage in before["stages"]} == {"pending"}

@@ -157,7 +157,8 @@ def test_jobs_of_a_killed_worker_are_run_elsewhere(database: Database) -> None:
 
 def test_a_frozen_database_is_nobody_s_death(own_postgres: PostgresServer) -> None:
     """Longer than leases are: who died meanwhile is found, by old and new, and nobody else is."""
-    environment = environment_of(own_postgres, JOB_LOOK_INTERVAL="100")
+    # So that each of the four has four of the sixteen jobs.
+    environment = environment_of(own_postgres, JOB_LOOK_INTERVAL="100", JOB_CONCURRENCY="4")
     lost = "Job lease lost: others may be given this worker's jobs"
     with ExitStack() as stack:
         service = stack.enter_context(api(environment))
@@ -186,7 +187,7 @@ def test_a_frozen_database_is_nobody_s_death(own_postgres: PostgresServer) -> No
         for each in (*living, *beginners):
             each.process.kill()
 
-    assert 0 < len(dead) < len(ids)
+    assert len(dead) == 4
     assert [job_id for job_id in ids if shown[job_id]["crashes"]] == dead
     assert {each["attempts"] for each in shown.values()} == {1}
 
