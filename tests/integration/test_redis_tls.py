@@ -107,11 +107,12 @@ async def plain_listener(answer: bytes) -> AsyncIterator[tuple[int, list[bytes]]
         yield server.sockets[0].getsockname()[1], received
     finally:
         server.close()
-        await server.wait_closed()
         for writer in served:
             writer.close()
             with suppress(OSError):
                 await writer.wait_closed()
+        # Last: from Python 3.12 on it waits for the connections, too.
+        await server.wait_closed()
 
 
 @pytest.mark.parametrize("answer", [b"-ERR unknown command\r\n", b"+PONG\r\n", b""])
