@@ -175,7 +175,7 @@ def test_details_ask_each_backend_once_a_second_at_most(
     assert len(load.answers) > 500
     assert {a.status for a in load.answers} == {200}
     for old, new in zip(before, after, strict=True):
-        assert 3 <= new - old <= seconds + 2
+        assert 3 <= new - old <= seconds + 1
 
 
 @pytest.mark.alone

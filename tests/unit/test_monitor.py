@@ -362,6 +362,7 @@ async def test_late_error_of_an_abandoned_attempt_is_nobodys_exception(
 async def test_refresh_makes_one_new_attempt(clock: ManualClock) -> None:
     """A forced round looks again and reports what it saw."""
     async with running(clock, check := ActingCheck()) as monitor:
+        await clock.advance(1.0)
         check.act = Act.FAIL
         report = await monitor.refresh()
 
@@ -384,16 +385,27 @@ async def test_refresh_is_single_flight(clock: ManualClock) -> None:
 async def test_refresh_within_the_gap_is_the_report_that_is_there(clock: ManualClock) -> None:
     """Rounds are at least ``refresh_gap`` apart, however often they are asked for."""
     async with running(clock, check := ActingCheck()) as monitor:
-        await monitor.refresh()
+        await clock.advance(1.0)
+        for seconds, attempts in ((0.0, 2), (0.0, 2), (0.99, 2), (0.01, 3)):
+            await clock.advance(seconds)
+            await monitor.refresh()
+
+            assert check.attempts == attempts
+
+
+async def test_refresh_soon_after_an_attempt_waits_for_the_next(clock: ManualClock) -> None:
+    """Attempts are at least ``refresh_gap`` apart, the scheduled ones included."""
+    async with running(clock, check := ActingCheck()) as monitor:
+        asked = asyncio.create_task(monitor.refresh())
         await clock.advance(0.99)
-        await monitor.refresh()
+
+        assert (check.attempts, asked.done()) == (1, False)
+
+        check.act = Act.FAIL
+        await clock.advance(0.01)
 
         assert check.attempts == 2
-
-        await clock.advance(0.01)
-        await monitor.refresh()
-
-        assert check.attempts == 3
+        assert (await asked).checks["one"].status is Status.FAIL
 
 
 async def test_refresh_puts_the_schedule_off(clock: ManualClock) -> None:
@@ -504,6 +516,7 @@ async def test_gate_that_passes_or_warns_is_open(clock: ManualClock, act: Act) -
 async def test_failing_gate_closes(clock: ManualClock) -> None:
     """A failing check that gates readiness takes the instance out, by name."""
     async with running(clock, check := ActingCheck(), GATE) as monitor:
+        await clock.advance(1.0)
         check.act = Act.FAIL
         report = await monitor.refresh()
 
@@ -555,6 +568,7 @@ async def test_started_needs_the_gates_to_pass_once(clock: ManualClock) -> None:
     async with running(clock, check := ActingCheck(Act.FAIL), GATE) as monitor:
         assert not monitor.report().started
 
+        await clock.advance(1.0)
         check.act = Act.PASS
 
         assert (await monitor.refresh()).started
@@ -563,6 +577,7 @@ async def test_started_needs_the_gates_to_pass_once(clock: ManualClock) -> None:
 async def test_started_never_goes_back(clock: ManualClock) -> None:
     """Later failures are readiness's business, not the start-up probe's."""
     async with running(clock, check := ActingCheck(), GATE) as monitor:
+        await clock.advance(1.0)
         check.act = Act.FAIL
         report = await monitor.refresh()
 
@@ -585,6 +600,7 @@ async def failing_open(
     monitor = make(clock, {"database": (database, SHARED_GATE), **more}, fail_open_after=60.0)
     monitor.start()
     await clock.settle()
+    await clock.advance(1.0)
     database.act = Act.FAIL
     await monitor.refresh()
     yield monitor, database

@@ -77,11 +77,14 @@ class CheckRunner:
         self._due = min(self._due, earliest)
         self._woken.set()
 
-    def force(self) -> asyncio.Future[None]:
-        """Attempt now; the future is done with the next record, or cancelled by :meth:`abandon`."""
+    def force(self, gap: float) -> asyncio.Future[None]:
+        """Attempt as soon as the last one began ``gap`` seconds ago.
+
+        The future is done with the next record, or cancelled by :meth:`abandon`.
+        """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting_for_round.append(done)
-        self._due = float("-inf")
+        self._due = min(self._due, self._last_start + gap)
         self._woken.set()
         return done
 

@@ -149,7 +149,8 @@ class HealthMonitor:
         """Run one new round of all checks and return the report that includes it.
 
         Callers share the round that is under way. Within ``refresh_gap`` of the last round there
-        is no new one. Bounded by the largest timeout.
+        is no new one, and a check that began an attempt within as much is waited for until it may
+        begin another. Bounded by that and twice the largest timeout.
         """
         if not self._tasks:
             return self.report()
@@ -162,12 +163,12 @@ class HealthMonitor:
         return self.report()
 
     async def _run_round(self) -> None:
-        rounds = [runner.force() for runner in self._runners.values()]
+        rounds = [runner.force(self._refresh_gap) for runner in self._runners.values()]
         longest = max((r.track.policy.timeout for r in self._runners.values()), default=0.0)
         if rounds:
             everything = asyncio.ensure_future(asyncio.wait(rounds))
             # Twice: an attempt may be in flight already, or one may first have to end.
-            await finished_within(everything, 2 * longest, self._clock)
+            await finished_within(everything, self._refresh_gap + 2 * longest, self._clock)
             everything.cancel()
         self._refreshed_at = self._clock.monotonic()
 
