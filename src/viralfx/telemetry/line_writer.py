@@ -14,17 +14,23 @@ from collections.abc import Callable
 
 _MOST_WAITING = 8 * 2**20
 """Bytes of lines that wait to be written; what comes on top of them is lost, and counted."""
-_GATHERING = 0.01
+_GATHERING = 0.02
 """Seconds in which lines are gathered: one write of many costs a fraction of many writes."""
 _AT_ONCE = select.PIPE_BUF
-"""Bytes of one write: a pipe takes them without mixing them with what others write into it."""
+"""Bytes of one write: a pipe takes them without mixing them with what others write into it, and
+takes them at once when it says that it can be written to."""
 _LINE_END = ord("\n")
 _LAST_WAIT = 1.0
 """Seconds that :meth:`LineWriter.flush` waits for a descriptor that takes nothing."""
 
 
 class LineWriter:
-    """Takes lines from any thread and writes them in order, in a thread that it starts itself."""
+    """Takes lines from any thread and writes them in order.
+
+    Whoever brings the line that fills a write also writes, if the descriptor takes it at once: a
+    switch of threads would cost more. All else is done by a thread that the writer starts itself,
+    and that may wait.
+    """
 
     def __init__(
         self,
@@ -45,6 +51,8 @@ class LineWriter:
         self._closed = False
         self._gave_up = False
         self._direct = False
+        self._ready = select.poll()
+        self._ready.register(descriptor, select.POLLOUT)
         self._thread: threading.Thread | None = None
         self._make_locks()
         mine = weakref.ref(self)
@@ -53,6 +61,7 @@ class LineWriter:
     def _make_locks(self) -> None:
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
+        self._output = threading.Lock()
         self._wanted = threading.Event()
         self._hurry = threading.Event()
 
@@ -77,8 +86,21 @@ class LineWriter:
             if self._thread is None:
                 self._start()
             self._wanted.set()
+        elif self._waiting > _AT_ONCE and self._output.acquire(blocking=False):
+            try:
+                self._write_if_ready()
+            finally:
+                self._output.release()
         if urgent:
             self._hurry.set()
+
+    def _write_if_ready(self) -> None:
+        """Write what fits into one write, if that cannot take long; the rest is for the thread."""
+        fits = self._lines and len(self._lines[0]) <= _AT_ONCE
+        if fits and not self._lost and self._ready.poll(0):
+            self._put(self._take())
+            with self._lock:
+                self._writing = False
 
     def flush(self, seconds: float = _LAST_WAIT) -> bool:
         """Wait until everything is written, at most ``seconds``; tell whether it is.
@@ -114,8 +136,9 @@ class LineWriter:
             self._hurry.wait(_GATHERING)
             self._wanted.clear()
             self._hurry.clear()
-            while chunk := self._take():
-                self._put(chunk)
+            with self._output:
+                while chunk := self._take():
+                    self._put(chunk)
             with self._idle:
                 self._writing = False
                 self._idle.notify_all()
