@@ -14,19 +14,30 @@ _KEPT = Path(sys.prefix) / "bin" / "promtool"
 """Where a fetched one is kept: it goes with the virtual environment."""
 
 
-@cache
 def promtool() -> Path:
     """Return the program.
 
     Where it is not on PATH, it is taken out of Debian's package of that name, of which nothing
     else is installed and no service is started. Raises ``UnavailableError`` where that cannot be.
     """
+    found = _found()
+    if isinstance(found, UnavailableError):
+        raise found
+    return found
+
+
+@cache
+def _found() -> Path | UnavailableError:
+    # Looked for once: where there is no network, each time takes a while.
     if found := shutil.which("promtool"):
         return Path(found)
     with (_KEPT.parent / ".promtool.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several workers may want it at once
         if not _KEPT.exists():
-            _fetch()
+            try:
+                _fetch()
+            except UnavailableError as error:
+                return error
     return _KEPT
 
 
@@ -52,7 +63,7 @@ def _run(command: list[str], folder: str) -> str | None:
     """Run a command; return what went wrong."""
     try:
         result = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=300, check=False
+            command, cwd=folder, capture_output=True, text=True, timeout=90, check=False
         )
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
