@@ -293,6 +293,8 @@ def test_the_routes_are_documented(service: Service) -> None:
         "/health/startup",
         "/health/detailed",
         "/health/shutdown",
+        "/health/loggers",
+        "/health/loggers/{name}",
         "/health/{check}",
         "/api/v1/jobs",
         "/api/v1/jobs/{job_id}",
