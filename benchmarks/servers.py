@@ -71,7 +71,8 @@ def viralfx(name: str, module: str | None = None, **environment: str) -> Program
 BARE_ASGI = uvicorn("bare ASGI", "benchmarks.peers.bare_asgi")
 BARE_LITESTAR = uvicorn("bare Litestar", "benchmarks.peers.bare_litestar")
 BACKEND = viralfx("viralfx serve")
-MOUNTED = viralfx("viralfx serve --app", "benchmarks.peers.mounted")
+# As its peers: without a log of requests, whose cost benchmarks/telemetry.py has by itself.
+MOUNTED = viralfx("viralfx serve --app", "benchmarks.peers.mounted", ACCESS_LOG="false")
 
 
 class ServerError(Exception):

@@ -15,6 +15,13 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 pytest_plugins = ["tests.servers.fixtures", "tests.integration.databases"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run a test twice more where something took too long: other processes can do that."""
+    for item in items:
+        if item.get_closest_marker("alone"):
+            item.add_marker(pytest.mark.flaky(reruns=2, only_rerun="TooSlowError"))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_report_to_serializable(report: object) -> None:
     """Let ``-n`` carry reports of tests that log what no encoding has."""

@@ -15,6 +15,16 @@ from tests.system.service import ROOT, percentile
 _LONGEST = 30.0
 
 
+class TooSlowError(AssertionError):
+    """Something took longer than it may. A busy machine can do that, so the test is run again."""
+
+
+def require_quick(seconds: float, limit: float, what: str) -> None:
+    """Raise :class:`TooSlowError` where it took ``limit`` seconds or more."""
+    if seconds >= limit:
+        raise TooSlowError(f"{what}: {seconds:.4f} s, which is to be less than {limit:g} s")
+
+
 class Answer(NamedTuple):
     """One request; ``status`` is None when there was no answer. Times are seconds."""
 
