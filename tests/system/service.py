@@ -137,7 +137,9 @@ class Service:
             raise AssertionError(f"still running: {self.output} {self.errors}") from None
 
     def logged(self, message: str) -> list[dict[str, Any]]:
-        """Return the JSON log lines with a message."""
+        """Return the JSON log lines with a message, those written by now included."""
+        # Lines are gathered for moments before they are written (ADR-0027), then read by a thread.
+        threading.Event().wait(0.05)
         lines = [json.loads(line) for line in list(self.output) if line.startswith("{")]
         return [line for line in lines if line["message"] == message]
 

@@ -181,6 +181,9 @@ def test_nothing_leaks_in_fifty_cycles(own_postgres: PostgresServer, fault: str)
             lambda: all(now <= then for now, then in zip(state(), before, strict=True)),
             what=f"no more than {before}",
         )
+        wait_for(
+            lambda: len(service.logged("Database connection restored")) >= 50, what="all is logged"
+        )
         assert len(service.logged("Database connection lost")) == 50
         assert len(service.logged("Database connection restored")) == 50
 
