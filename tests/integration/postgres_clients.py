@@ -73,6 +73,11 @@ async def opened(
         yield database
     finally:
         database.terminate()
+        # A connection that was still being made closes its socket in one of the next turns. Left
+        # open in a loop that has stopped, half way through its login, it would hold up the server
+        # in dropping any database.
+        for _ in range(10):
+            await asyncio.sleep(0)
 
 
 async def migrated(config: PostgresConfig) -> PostgresConfig:

@@ -24,6 +24,8 @@ T = TypeVar("T")
 INITDB = ("--no-sync", "--no-instructions", "--locale=C", "--encoding=UTF8")
 USER = "viralfx"
 SETTINGS = {
+    # Who is half way through a login holds up the dropping of any database.
+    "authentication_timeout": "10s",
     "fsync": "off",
     "full_page_writes": "off",
     "shared_buffers": "32MB",
