@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 from tests.observability.wired import wired
+from tests.servers.debian import promtool
 from tests.servers.fixtures import or_skip
-from tests.servers.promtool import promtool
 from tests.system.service import running
 
 from viralfx.domain.jobs.ledger import QueueCounts

@@ -1,4 +1,4 @@
-"""Prometheus's own judge of metrics and rules: found, or fetched where it can be."""
+"""Programs of one file that judge and render, without a service: found, or fetched from Debian."""
 
 import fcntl
 import shutil
@@ -10,53 +10,64 @@ from pathlib import Path
 
 from tests.servers.supply import UnavailableError
 
-_KEPT = Path(sys.prefix) / "bin" / "promtool"
-"""Where a fetched one is kept: it goes with the virtual environment."""
+_KEPT = Path(sys.prefix) / "bin"
+"""Where what was fetched is kept: it goes with the virtual environment."""
 
 
 def promtool() -> Path:
-    """Return the program.
+    """Return Prometheus's own judge of metrics and rules. Raises ``UnavailableError``."""
+    return program("promtool")
+
+
+def kustomize() -> Path:
+    """Return what renders manifests. Raises ``UnavailableError``."""
+    return program("kustomize")
+
+
+def program(name: str) -> Path:
+    """Return a program.
 
     Where it is not on PATH, it is taken out of Debian's package of that name, of which nothing
-    else is installed and no service is started. Raises ``UnavailableError`` where that cannot be.
+    else is installed. Raises ``UnavailableError`` where that cannot be.
     """
-    found = _found()
+    found = _found(name)
     if isinstance(found, UnavailableError):
         raise found
     return found
 
 
 @cache
-def _found() -> Path | UnavailableError:
+def _found(name: str) -> Path | UnavailableError:
     # Looked for once: where there is no network, each time takes a while.
-    if found := shutil.which("promtool"):
+    if found := shutil.which(name):
         return Path(found)
-    with (_KEPT.parent / ".promtool.lock").open("w") as lock:
+    kept = _KEPT / name
+    with (_KEPT / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several workers may want it at once
-        if not _KEPT.exists():
+        if not kept.exists():
             try:
-                _fetch()
+                _fetch(name, kept)
             except UnavailableError as error:
                 return error
-    return _KEPT
+    return kept
 
 
-def _fetch() -> None:
+def _fetch(name: str, kept: Path) -> None:
     if shutil.which("apt-get") is None:
-        raise UnavailableError("promtool is not on PATH, and there is no apt-get to fetch it")
+        raise UnavailableError(f"{name} is not on PATH, and there is no apt-get to fetch it")
     with tempfile.TemporaryDirectory() as folder:
-        download = ["apt-get", "download", "-qq", "promtool"]
+        download = ["apt-get", "download", "-qq", name]
         problem = _run(download, folder)
         if problem and _run(["apt-get", "update", "-qq"], folder) is None:
             problem = _run(download, folder)
-        packages = list(Path(folder).glob("promtool_*.deb"))
+        packages = list(Path(folder).glob(f"{name}_*.deb"))
         if problem or not packages:
-            raise UnavailableError(f"promtool is not on PATH, and cannot be fetched: {problem}")
+            raise UnavailableError(f"{name} is not on PATH, and cannot be fetched: {problem}")
         problem = _run(["dpkg-deb", "--extract", str(packages[0]), "unpacked"], folder)
-        taken = Path(folder, "unpacked/usr/bin/promtool")
+        taken = Path(folder, "unpacked/usr/bin", name)
         if problem or not taken.exists():
-            raise UnavailableError(f"the package promtool does not hold it: {problem}")
-        shutil.copy2(taken, _KEPT)
+            raise UnavailableError(f"the package {name} does not hold it: {problem}")
+        shutil.copy2(taken, kept)
 
 
 def _run(command: list[str], folder: str) -> str | None:

@@ -1,0 +1,103 @@
+"""What kustomize makes of deploy/kustomize, taken apart."""
+
+import json
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tests.servers.debian import kustomize
+
+FOLDER = Path(__file__).parents[2] / "deploy/kustomize"
+OVERLAYS = sorted(path.parent.name for path in FOLDER.glob("overlays/*/kustomization.yaml"))
+RENDERED = ("base", *OVERLAYS)
+"""Everything that can be rendered; the base has to hold what the overlays do not say."""
+
+Resource = dict[str, Any]
+
+
+def render(name: str) -> list[Resource]:
+    """Return the resources of an overlay, or of the base; the caller may change them.
+
+    Raises ``UnavailableError`` where nothing renders.
+    """
+    resources: list[Resource] = json.loads(_rendered(name))
+    return resources
+
+
+@cache
+def _rendered(name: str) -> str:
+    folder = FOLDER / (name if name == "base" else f"overlays/{name}")
+    made = subprocess.run(
+        [kustomize(), "build", str(folder)], capture_output=True, text=True, check=False, timeout=60
+    )
+    # It warns of what it will no longer do, and that counts as well.
+    assert (made.returncode, made.stderr) == (0, ""), made.stderr
+    return json.dumps(list(yaml.safe_load_all(made.stdout)))
+
+
+@dataclass(frozen=True)
+class Container:
+    """One container, with the pod that it is in."""
+
+    workload: Resource
+    pod: Resource
+    spec: Resource
+
+    @property
+    def command(self) -> str:
+        """Which of the program's commands it runs."""
+        return " ".join(self.spec["command"][1:])
+
+    @property
+    def where(self) -> str:
+        """Say which one it is."""
+        return f"{self.workload['kind']}/{self.workload['metadata']['name']} {self.spec['name']}"
+
+    def port(self, reference: str | int) -> int | None:
+        """Return the number of a port that is referred to by name or number; None for none."""
+        ports = {port["name"]: port["containerPort"] for port in self.spec.get("ports", ())}
+        return ports.get(reference) if isinstance(reference, str) else reference
+
+    def variables(self, resources: list[Resource]) -> dict[str, str]:
+        """Return its environment; a secret has the name of its key as value."""
+        found: dict[str, str] = {}
+        maps = {r["metadata"]["name"]: r["data"] for r in of_kind(resources, "ConfigMap")}
+        for source in self.spec.get("envFrom", ()):
+            found |= maps.get(source["configMapRef"]["name"], {})
+        for variable in self.spec.get("env", ()):
+            secret = variable.get("valueFrom", {}).get("secretKeyRef", {})
+            found[variable["name"]] = variable.get("value", secret.get("key", ""))
+        return found
+
+
+def of_kind(resources: list[Resource], *kinds: str) -> list[Resource]:
+    """Return the resources of some kinds."""
+    return [resource for resource in resources if resource["kind"] in kinds]
+
+
+def containers(resources: list[Resource]) -> Iterator[Container]:
+    """Yield each container of each pod that something makes."""
+    for workload in of_kind(resources, "Deployment", "Job"):
+        pod = workload["spec"]["template"]["spec"]
+        for spec in (*pod.get("initContainers", ()), *pod["containers"]):
+            yield Container(workload, pod, spec)
+
+
+def labels_of_pods(workload: Resource) -> Mapping[str, str]:
+    """Return the labels that a workload's pods have."""
+    labels: Mapping[str, str] = workload["spec"]["template"]["metadata"]["labels"]
+    return labels
+
+
+def selected(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    """Tell whether a selector, of either form, takes what has these labels."""
+    if "matchExpressions" in selector or "matchLabels" in selector:
+        expressions = selector.get("matchExpressions", ())
+        return selected(selector.get("matchLabels", {}), labels) and all(
+            labels.get(one["key"]) in one["values"] for one in expressions
+        )
+    return all(labels.get(name) == value for name, value in selector.items())

@@ -1,0 +1,168 @@
+"""The rendered manifests against the schemas of Kubernetes, strictly, and KEDA's against ours."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+from kubernetes_validate.utils import all_versions
+from tests.deploy.manifests import OVERLAYS, RENDERED, Resource, of_kind, render
+from tests.observability.test_deploy import unknown
+from tests.servers.fixtures import or_skip
+
+NEWEST = list(dict.fromkeys(all_versions()))[-3:]
+FOREIGN = {"ScaledObject"}
+"""Kinds that Kubernetes itself does not know."""
+
+_BEHAVIOUR = {"type": "object"}  # Kubernetes's own; an autoscaler of ours is held to it
+_SCALED_OBJECT = {
+    "type": "object",
+    "required": ["scaleTargetRef", "triggers"],
+    "additionalProperties": False,
+    "properties": {
+        "scaleTargetRef": {
+            "type": "object",
+            "required": ["name"],
+            "additionalProperties": False,
+            "properties": {"name": {"type": "string"}},
+        },
+        "minReplicaCount": {"type": "integer", "minimum": 1},
+        "maxReplicaCount": {"type": "integer", "minimum": 1},
+        "pollingInterval": {"type": "integer", "minimum": 1},
+        "fallback": {
+            "type": "object",
+            "required": ["failureThreshold", "replicas"],
+            "additionalProperties": False,
+            "properties": {
+                "failureThreshold": {"type": "integer", "minimum": 1},
+                "replicas": {"type": "integer", "minimum": 1},
+            },
+        },
+        "advanced": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "horizontalPodAutoscalerConfig": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {"behavior": _BEHAVIOUR},
+                }
+            },
+        },
+        "triggers": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["type", "metadata"],
+                "additionalProperties": False,
+                "properties": {
+                    "type": {"const": "prometheus"},
+                    # The fallback needs it.
+                    "metricType": {"const": "AverageValue"},
+                    "metadata": {
+                        "type": "object",
+                        "required": ["serverAddress", "query", "threshold"],
+                        "additionalProperties": False,
+                        "properties": {
+                            "serverAddress": {"type": "string", "pattern": "^http"},
+                            "query": {"type": "string"},
+                            # KEDA wants texts there, and numbers in them.
+                            "threshold": {"type": "string", "pattern": "^[0-9.]+$"},
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+"""The part of KEDA's resource that is used, written after its definition: whatever else stands in
+ours is refused. No package brings the definition itself."""
+
+
+def resources(name: str) -> list[Resource]:
+    """Return what an overlay consists of, or skip."""
+    with or_skip():  # where there is neither kustomize nor Debian
+        return render(name)
+
+
+def scaled_objects() -> Iterator[Resource]:
+    """Yield KEDA's resources of all overlays."""
+    for name in OVERLAYS:
+        yield from of_kind(resources(name), "ScaledObject")
+
+
+def test_there_are_overlays() -> None:
+    """The rules look at something."""
+    assert OVERLAYS == ["canary", "production", "production-keda"]
+    assert len(NEWEST) == 3
+
+
+@pytest.mark.parametrize("version", NEWEST)
+@pytest.mark.parametrize("name", RENDERED)
+def test_the_schema_is_kept(name: str, version: str) -> None:
+    """For the three newest versions of Kubernetes there are: no field that it does not know."""
+    native = [one for one in resources(name) if one["kind"] not in FOREIGN]
+
+    assert len(native) > 4
+    for resource in native:
+        kubernetes_validate.validate(resource, version, strict=True)
+
+
+@pytest.mark.parametrize("version", NEWEST)
+def test_a_field_that_does_not_exist_is_refused(version: str) -> None:
+    """The rule above is strict."""
+    (service,) = of_kind(resources("base"), "Service")
+    service["spec"]["sessionStickiness"] = "None"
+
+    with pytest.raises(kubernetes_validate.ValidationError, match="sessionStickiness"):
+        kubernetes_validate.validate(service, version, strict=True)
+
+
+def test_kedas_resource_has_its_form() -> None:
+    """Its fields are those of its definition, and what becomes Kubernetes's own is valid there."""
+    found = list(scaled_objects())
+    assert len(found) == 1
+    for resource in found:
+        assert resource["apiVersion"] == "keda.sh/v1alpha1"
+        jsonschema.validate(resource["spec"], _SCALED_OBJECT)
+        kubernetes_validate.validate(_autoscaler(resource["spec"]), NEWEST[-1], strict=True)
+
+
+def _autoscaler(spec: dict[str, Any]) -> Resource:
+    """Return the autoscaler that KEDA makes of it, as far as it is ours."""
+    return {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": "made-by-keda"},
+        "spec": {
+            "scaleTargetRef": {"kind": "Deployment", "name": spec["scaleTargetRef"]["name"]},
+            "minReplicas": spec["minReplicaCount"],
+            "maxReplicas": spec["maxReplicaCount"],
+            "behavior": spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"],
+        },
+    }
+
+
+@pytest.mark.parametrize("path", ["", "fallback", "scaleTargetRef", "triggers/0/metadata"])
+def test_a_field_that_keda_does_not_know_is_refused(path: str) -> None:
+    """The form is strict, too."""
+    spec = copy.deepcopy(next(scaled_objects())["spec"])
+    part = spec
+    for step in filter(None, path.split("/")):
+        part = part[int(step)] if step.isdigit() else part[step]
+    part["colour"] = "red"
+
+    with pytest.raises(jsonschema.ValidationError, match="colour"):
+        jsonschema.validate(spec, _SCALED_OBJECT)
+
+
+def test_keda_asks_for_what_is_measured() -> None:
+    """One number, of series and labels that there are."""
+    for resource in scaled_objects():
+        for trigger in resource["spec"]["triggers"]:
+            query = trigger["metadata"]["query"]
+            assert unknown(query) == []
+            assert query.startswith("sum(")
