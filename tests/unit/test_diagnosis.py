@@ -18,6 +18,7 @@ from viralfx.adapters.postgres.facts import Facts, judge
 from viralfx.adapters.redis import RedisConfig, RedisTls
 from viralfx.adapters.redis import facts as redis_facts
 from viralfx.cli import main
+from viralfx.cli.local import judge_memory
 from viralfx.domain.diagnosis import (
     Area,
     Finding,
@@ -30,6 +31,7 @@ from viralfx.domain.diagnosis import (
     warned,
     worst,
 )
+from viralfx.domain.usage import ProcessUsage
 from viralfx.settings import fields, read_settings
 from viralfx.settings.review import review
 
@@ -281,6 +283,12 @@ PLANTED: dict[str, Planted] = {
         WARN,
         "DB_STATEMENT_TIMEOUT=0",
     ),
+    "hardly any margin": (
+        {"SHUTDOWN_GRACE_PERIOD": "64999"},
+        Area.BUDGETS,
+        WARN,
+        "4.999 s before the process is killed",
+    ),
     "nothing is slow": (
         {"DB_SLOW_QUERY_THRESHOLD": "2000", "DB_STATEMENT_TIMEOUT": "2000"},
         Area.DATABASE,
@@ -409,6 +417,33 @@ def test_rules_for_production_are_for_production() -> None:
     environ = {"LOG_LEVEL": "debug", "LOG_FORMAT": "console", "DATABASE_URL": "postgresql://db/app"}
 
     assert [f.found.split()[0] for f in reviewed(environ)] == ["MANAGEMENT_TOKEN"]
+
+
+# -- memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "verdict", "remedy"),
+    [
+        (161, PASS, ""),
+        (160, WARN, "raise the memory limit to 256 MiB or more"),
+        (107, WARN, "raise the memory limit to 256 MiB or more"),
+        (106, FAIL, "raise the memory limit to 256 MiB or more"),
+    ],
+)
+def test_an_idle_process_leaves_memory_for_work(limit: int, verdict: Verdict, remedy: str) -> None:
+    """Half of the limit is much; from three quarters on its own check would warn all the time."""
+    usage = ProcessUsage(
+        rss=80 * 2**20, heap_used=60 * 2**20, heap_total=limit * 2**20, cpu_percent=0.0
+    )
+
+    assert judge_memory(usage) == Finding(
+        area=Area.MEMORY,
+        verdict=verdict,
+        found=f"with the application loaded, 80 MiB of {limit} MiB are in use before any request"
+        " or job",
+        remedy=remedy,
+    )
 
 
 # -- Postgres --------------------------------------------------------------------------------

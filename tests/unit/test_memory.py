@@ -9,8 +9,10 @@ import psutil
 import pytest
 
 from viralfx.adapters.memory import ProcessMemory, memory_limit
+from viralfx.domain.errors import StartupError
 from viralfx.domain.health import Observation, Status
 from viralfx.domain.usage import ProcessUsage
+from viralfx.runner.memory import require_memory
 
 MIB = 2**20
 HOST = 64 * MIB
@@ -266,3 +268,23 @@ def test_odd_group_names_and_lines_do_not_harm(root: Root) -> None:
     folder = root("nonsense\n0::/pöd\n", {f"{V2}/pöd/memory.max": "1000\n"})
 
     assert memory_limit(folder) == 1000
+
+
+# -- too little of it ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", ["max", f"{64 * MIB}"])
+def test_enough_to_start_is_enough(root: Root, limit: str) -> None:
+    """No limit, or exactly what is needed."""
+    require_memory(root("0::/pod\n", {f"{V2}/pod/memory.max": limit}))
+
+
+def test_too_little_to_start_is_refused(root: Root) -> None:
+    """Whichever group it is that allows too little."""
+    files = {f"{V2}/pod/memory.max": f"{32 * MIB}", f"{V2}/pod/app/memory.max": "max"}
+
+    with pytest.raises(StartupError) as refused:
+        require_memory(root("0::/pod/app\n", files))
+    assert str(refused.value) == (
+        "the memory limit is 32 MiB, and to start alone takes 64 MiB; raise it to 256 MiB or more"
+    )

@@ -79,6 +79,7 @@ GIVEN: dict[str, tuple[str, object]] = {
     "SHUTDOWN_STATE_TIMEOUT": ("2000", 2000),
     "SHUTDOWN_CONNECTION_TIMEOUT": ("3000", 3000),
     "SHUTDOWN_FORCE_TIMEOUT": ("120000", 120000),
+    "SHUTDOWN_GRACE_PERIOD": ("150000", 150000),
     "SHUTDOWN_ON_UNCAUGHT": ("false", False),
 }
 
@@ -354,6 +355,17 @@ def test_budgets_that_do_not_fit_are_refused() -> None:
     assert problems(SHUTDOWN_FORCE_TIMEOUT="50000") == []
     assert line.startswith("SHUTDOWN_FORCE_TIMEOUT: the phases need 50 s together (")
     assert line.endswith("; raise it, or lower a budget")
+
+
+def test_a_grace_period_that_ends_first_is_refused() -> None:
+    """What kills must come after what forces the end; not known is not compared."""
+    (line,) = problems(SHUTDOWN_GRACE_PERIOD="60000")
+
+    assert problems(SHUTDOWN_GRACE_PERIOD="60001") == []
+    assert line == (
+        "SHUTDOWN_GRACE_PERIOD: the process is killed after 60 s, before it is forced to end after"
+        " 60 s; raise it where it is granted, or lower SHUTDOWN_FORCE_TIMEOUT and its budgets"
+    )
 
 
 def test_one_port_for_both_servers_is_refused() -> None:

@@ -123,6 +123,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     signals = SignalWatch()
     signals.install()  # before the slow imports: see there
+    _require_memory()
 
     # Collecting while modules load finds nothing and takes a tenth of the start; the runner turns
     # it on again before it serves.
@@ -146,6 +147,7 @@ def _worker(options: argparse.Namespace) -> int:
 
     signals = SignalWatch()
     signals.install()  # as for serve
+    _require_memory()
 
     gc.disable()
     try:
@@ -156,6 +158,12 @@ def _worker(options: argparse.Namespace) -> int:
         gc.enable()
 
 
+def _require_memory() -> None:
+    from viralfx.runner.memory import require_memory  # noqa: PLC0415
+
+    require_memory()
+
+
 def _migrate(options: argparse.Namespace) -> int:
     from viralfx.cli.migrate import migrate  # noqa: PLC0415
 
@@ -163,6 +171,7 @@ def _migrate(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    _require_memory()  # it loads what the service does
     from viralfx.cli.doctor import doctor  # noqa: PLC0415
 
     return doctor(app=options.app, as_json=options.json)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 
@@ -12,6 +13,7 @@ from viralfx.domain.diagnosis import Area, Finding, failed, passed, warned
 from viralfx.domain.errors import ConfigurationError, StartupError
 from viralfx.domain.health import HealthReport, Status
 from viralfx.domain.monitor import HealthMonitor
+from viralfx.domain.usage import ProcessUsage
 from viralfx.runner.sockets import listen
 from viralfx.settings import Settings
 from viralfx.web.asgi import Message
@@ -20,6 +22,8 @@ from viralfx.web.load import find_application
 
 _PROBES = ("", "/live", "/startup", "/ready", "/detailed")
 _PRIVILEGED = 1024
+_MUCH, _TOO_MUCH = 0.5, 0.75
+"""Parts of the memory limit that an idle process may hold; from the second on its check warns."""
 _LONGEST = 3000
 """Milliseconds that a check may take here, and a connection; ours are to be told in time."""
 
@@ -98,10 +102,21 @@ class ApplicationExamination:
                 prefix + path: await _ask(gate, prefix + path, token.value if token else "")
                 for path in _PROBES
             }
-            return [_judge(answers, monitor.report())]
+            return [judge_memory(plugin.operations.usage()), _judge(answers, monitor.report())]
         finally:
             # Saves nothing: what was never started has no state.
             await asyncio.shield(plugin.operations.shutdown.run())
+
+
+def judge_memory(usage: ProcessUsage) -> Finding:
+    """Judge what is in use before there is anything to do."""
+    used, limit = (f"{size / 2**20:.0f} MiB" for size in (usage.rss, usage.heap_total))
+    found = f"with the application loaded, {used} of {limit} are in use before any request or job"
+    if usage.ratio < _MUCH:
+        return passed(Area.MEMORY, found)
+    tell = failed if usage.ratio >= _TOO_MUCH else warned
+    least = 2 ** math.ceil(math.log2(usage.rss / 2**20 / _MUCH))
+    return tell(Area.MEMORY, found, f"raise the memory limit to {least} MiB or more")
 
 
 def _judge(answers: dict[str, int], report: HealthReport) -> Finding:

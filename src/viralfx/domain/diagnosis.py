@@ -20,6 +20,7 @@ class Area(StrEnum):
     MIGRATIONS = "migrations"
     REDIS = "redis"
     STATE = "saved state"
+    MEMORY = "memory"
     PORTS = "ports"
     ENDPOINTS = "health endpoints"
     LOGGING = "logging"

@@ -141,6 +141,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     shutdown_force_timeout: Annotated[
         PositiveMilliseconds, meaning("Time from the trigger after which the process is ended")
     ] = 60000
+    shutdown_grace_period: Annotated[
+        PositiveMilliseconds | None,
+        meaning(
+            "Time from SIGTERM until whoever sent it kills, such as a kubelet; unset: not known"
+        ),
+    ] = None
     shutdown_on_uncaught: Annotated[
         bool, meaning("An uncaught exception starts the shutdown; false: it is only logged")
     ] = True
@@ -189,6 +195,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             yield (
                 _BUDGETS,
                 f"SHUTDOWN_FORCE_TIMEOUT: {error}; raise it, or lower a budget",
+            )
+        if (grace := self.shutdown_grace_period) and grace <= self.shutdown_force_timeout:
+            yield (
+                _BUDGETS,
+                (
+                    f"SHUTDOWN_GRACE_PERIOD: the process is killed after {grace / 1000:g} s, before it"
+                    f" is forced to end after {self.shutdown_force_timeout / 1000:g} s; raise it where"
+                    " it is granted, or lower SHUTDOWN_FORCE_TIMEOUT and its budgets"
+                ),
             )
         if self.management_port and self.management_port == self.port:
             yield (

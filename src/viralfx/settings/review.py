@@ -18,6 +18,8 @@ PRODUCTION = "production"
 
 _LEAST_TOKEN = 16
 _LEAST_VARIETY = 6
+_LEAST_MARGIN = 5.0
+"""Seconds that should be left between the forced end and being killed."""
 _CLOSE = 0.85
 """How alike two names are that are probably meant to be one."""
 
@@ -107,11 +109,12 @@ def _strength(variable: str, token: str, environment: str) -> Finding:
 def _budgets(settings: Settings) -> Iterator[Finding]:
     area, budgets = Area.BUDGETS, settings.shutdown_budgets
     total = budgets.readiness_delay + budgets.drain + budgets.state + budgets.connections
-    yield passed(
-        area,
-        f"the phases need {total:g} s, and the end is forced after {budgets.force:g} s;"
-        " terminationGracePeriodSeconds must be more",
-    )
+    needed = f"the phases need {total:g} s, and the end is forced after {budgets.force:g} s"
+    if settings.shutdown_grace_period is None:
+        found = f"{needed}; terminationGracePeriodSeconds must be more"
+        yield passed(area, f"{found}, which is compared where SHUTDOWN_GRACE_PERIOD tells it")
+    else:
+        yield _granted(needed, budgets.force, settings.shutdown_grace_period / 1000)
     if settings.environment == PRODUCTION and not budgets.readiness_delay:
         yield warned(
             area,
@@ -126,6 +129,18 @@ def _budgets(settings: Settings) -> Iterator[Finding]:
     ):
         if not seconds:
             yield warned(area, f"{variable}=0: {loss} at every stop", f"raise {variable}")
+
+
+def _granted(needed: str, force: float, grace: float) -> Finding:
+    if grace - force < _LEAST_MARGIN:
+        return warned(
+            Area.BUDGETS,
+            f"{needed}, {grace - force:g} s before the process is killed: a busy machine may be"
+            " late by as much",
+            f"grant {force + _LEAST_MARGIN:g} s and set SHUTDOWN_GRACE_PERIOD, or lower"
+            " SHUTDOWN_FORCE_TIMEOUT",
+        )
+    return passed(Area.BUDGETS, f"{needed}, of the {grace:g} s that are granted")
 
 
 def _database(settings: Settings) -> Iterator[Finding]:
