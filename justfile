@@ -20,6 +20,7 @@ check:
     {{bin}}/ruff format --check .
     {{bin}}/mypy
     {{bin}}/lint-imports
+    {{bin}}/hadolint Dockerfile
 
 # mend what can be mended by machine
 fix:
@@ -82,6 +83,10 @@ bench-accept *arguments:
 # run 100 000 jobs, and see that no memory grows; exits 1 when some does
 bench-flat *arguments:
     {{bin}}/python -m benchmarks.jobs.flat {{arguments}}
+
+# the image, named after the version and marked with the commit
+image *arguments:
+    docker build --build-arg REVISION=$(git rev-parse HEAD) --tag viralfx-backend:$({{bin}}/uv version --short) {{arguments}} .
 
 # renew docs/configuration.md from the settings
 configuration:

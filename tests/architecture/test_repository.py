@@ -96,7 +96,9 @@ def test_the_lock_of_one_tool_is_not_tracked(tracked: list[Path]) -> None:
     assert "uv.lock" in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "requirements-dev.lock"])
+@pytest.mark.parametrize(
+    "name", ["requirements.lock", "requirements-dev.lock", "requirements-build.lock"]
+)
 def test_every_locked_requirement_is_hashed(name: str) -> None:
     """Each requirement has one version and at least one hash."""
     text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", "")
@@ -107,11 +109,12 @@ def test_every_locked_requirement_is_hashed(name: str) -> None:
     assert [line for line in requirements if not locked.match(line)] == []
 
 
-def test_the_second_lock_holds_the_first() -> None:
-    """Tests run on the versions that the service runs on."""
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-build.lock"])
+def test_the_lock_for_developers_holds_the_others(name: str) -> None:
+    """Tests run on the versions that the service runs on, and the image is built with."""
     pinned = [
-        set(re.findall(r"^(\S+==\S+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE))
-        for name in ("requirements.lock", "requirements-dev.lock")
+        set(re.findall(r"^(\S+==\S+)", (ROOT / lock).read_text(encoding="utf-8"), re.MULTILINE))
+        for lock in (name, "requirements-dev.lock")
     ]
 
     assert pinned[0] - pinned[1] == set()

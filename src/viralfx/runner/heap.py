@@ -33,7 +33,7 @@ class HeapReports:
 
     def __init__(self, folder: str | None) -> None:
         """``folder`` None is the system's for temporary files."""
-        self._folder = Path(folder or tempfile.gettempdir())
+        self._folder = Path(folder) if folder else _temporary()
         self._busy = threading.Lock()
 
     def install(self) -> None:
@@ -95,6 +95,15 @@ class HeapReports:
             _logger.error("Heap report failed", extra=extra)
         else:
             _logger.warning("Heap report written", extra=extra)
+
+
+def _temporary() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        # Nothing can be written anywhere, as in a container that is to be so: a report will fail
+        # and say where it would have been, and nobody else is the worse for it.
+        return Path("/tmp")  # noqa: S108 - it is not there, or cannot be written
 
 
 def _report_and_exit(path: Path, writer: int) -> None:

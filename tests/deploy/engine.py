@@ -1,0 +1,152 @@
+"""The container engine of this machine, asked by its command line as people do."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tests.servers.supply import UnavailableError
+from tests.servers.waiting import free_port, wait_until
+from tests.system.service import Reply, request
+
+ROOT = Path(__file__).parents[2]
+BASE_IMAGE = os.environ.get("VIRALFX_TEST_BASE_IMAGE", "python:3.13-slim")
+ON_BASE = f"--build-arg=BASE_IMAGE={BASE_IMAGE}"
+
+CONSTRAINED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges")
+"""How the image is to be run."""
+IN_MEMORY = ("--env=ALLOW_MEMORY_ADAPTERS=true", "--env=API_TOKEN=planted-for-the-tests")
+"""What production asks for where there is neither Postgres nor Redis."""
+PORT = 3000
+
+
+class EngineError(Exception):
+    """A command of the engine failed; holds what it said."""
+
+
+def docker(*arguments: str | Path, seconds: float = 60, **environment: str) -> str:
+    """Run ``docker`` and return what it prints. Raises :class:`EngineError`."""
+    ran = attempt(*arguments, seconds=seconds, **environment)
+    if ran.returncode != 0:
+        told = f"docker {' '.join(map(str, arguments))}\n{ran.stdout}{ran.stderr}"
+        raise EngineError(told.strip())
+    return ran.stdout.strip()
+
+
+def attempt(
+    *arguments: str | Path, seconds: float = 60, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run ``docker`` and return what came of it."""
+    program = shutil.which("docker")
+    if program is None:
+        raise UnavailableError("no container engine: there is no docker on PATH")
+    return subprocess.run(
+        [program, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+
+
+@cache
+def require(*images: str) -> None:
+    """See to it that an engine answers and has these images.
+
+    Raises ``UnavailableError`` that says what is missing.
+    """
+    try:
+        docker("version", "--format", "{{.Server.Version}}", seconds=10)
+        docker("buildx", "version", seconds=10)
+        docker("compose", "version", seconds=10)
+    except (EngineError, subprocess.TimeoutExpired) as error:
+        raise UnavailableError(f"no container engine that builds: {_last_line(error)}") from None
+    for image in images:
+        try:
+            if attempt("image", "inspect", image).returncode != 0:
+                docker("pull", "--quiet", image, seconds=120)
+        except (EngineError, subprocess.TimeoutExpired) as error:
+            raise UnavailableError(
+                f"the image {image} cannot be had: {_last_line(error)}"
+            ) from None
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).splitlines()[-1]
+
+
+def inspected(name: str) -> dict[str, Any]:
+    """Return everything that the engine knows of an image or a container."""
+    found: list[dict[str, Any]] = json.loads(docker("inspect", name))
+    return found[0]
+
+
+class Container:
+    """A container of the image, asked from outside."""
+
+    def __init__(self, name: str, port: int) -> None:
+        """``port`` is where the engine publishes port 3000."""
+        self.name, self.port = name, port
+
+    def get(self, path: str, **more: Any) -> Reply:
+        """Ask the API."""
+        return request(self.port, path, **more)
+
+    def answers(self, path: str) -> Reply | None:
+        """Ask the API; None where there is no answer."""
+        try:
+            return self.get(path)
+        except OSError:
+            return None
+
+    def state(self) -> dict[str, Any]:
+        """Return the engine's ``State``: Status, ExitCode, OOMKilled, Health."""
+        found: dict[str, Any] = inspected(self.name)["State"]
+        return found
+
+    def python(self, code: str) -> str:
+        """Run Python inside, as another process."""
+        return docker("exec", self.name, "python", "-c", code)
+
+    def log(self) -> str:
+        """Return all that it wrote."""
+        ran = attempt("logs", self.name)
+        return ran.stdout + ran.stderr
+
+    def logged(self, message: str) -> list[dict[str, Any]]:
+        """Return its JSON lines with a message."""
+        lines = [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
+        return [line for line in lines if line["message"] == message]
+
+    def wait(self, look: Callable[[], Any], what: str, *, seconds: float = 30) -> Any:
+        """Wait until something is true of it, and return that."""
+        return wait_until(look, seconds=seconds, what=lambda: f"{what}\n{self.log()}")
+
+    def wait_healthy(self) -> "Container":
+        """Return once its HEALTHCHECK passed."""
+        self.wait(lambda: self.state()["Health"]["Status"] == "healthy", "healthy")
+        return self
+
+    def wait_ended(self, *, seconds: float = 30) -> dict[str, Any]:
+        """Return its state once it ended by itself."""
+        self.wait(lambda: self.state()["Status"] == "exited", "the end", seconds=seconds)
+        return self.state()
+
+
+@contextmanager
+def container(image: str, *command: str, options: Sequence[str] = ()) -> Iterator[Container]:
+    """Run the image as it is to be run; the container is gone afterwards."""
+    port = free_port()
+    publish = f"--publish=127.0.0.1:{port}:{PORT}"
+    name = docker("run", "--detach", publish, *CONSTRAINED, *options, image, *command)
+    try:
+        yield Container(name, port)
+    finally:
+        docker("rm", "--force", "--volumes", name)

@@ -1,0 +1,75 @@
+"""The Dockerfile and what it is built from, read; no engine is needed."""
+
+import re
+import tomllib
+
+from tests.deploy.engine import ROOT
+
+from viralfx.settings.model import WORKER_MANAGEMENT_PORT, Settings
+
+TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+LINES = [
+    line
+    for line in TEXT.replace("\\\n", " ").splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+
+def instructions(name: str) -> list[str]:
+    """Return what follows an instruction, wherever it stands."""
+    return [line.split(None, 1)[1] for line in LINES if line.startswith(f"{name} ")]
+
+
+def test_nothing_but_the_base_image_comes_from_a_registry() -> None:
+    """No frontend of its own, and no file of somebody else's image."""
+    stages = {stage.partition(" AS ")[2] for stage in instructions("FROM")}
+    sources = set(re.findall(r"(?:--from|,from|=from)=([\w./:-]+)", TEXT))
+
+    assert not re.search(r"^#\s*syntax\s*=", TEXT, re.MULTILINE)
+    assert {stage.split(" ")[0] for stage in instructions("FROM")} == {"${BASE_IMAGE}", "scratch"}
+    assert sources == {"download", "wheels", "build"}
+    assert sources < stages
+
+
+def test_only_one_step_uses_a_network() -> None:
+    """It fetches what the locks name; whatever installs has the hashes looked at."""
+    networked = [run for run in instructions("RUN") if "--network=none" not in run]
+    installing = [
+        command
+        for run in instructions("RUN")
+        for command in run.split("&&")
+        if re.search(r"pip (download|install)", command) and "dist/*.whl" not in command
+    ]
+
+    assert len(networked) == 1
+    assert "pip download" in networked[0]
+    assert len(installing) == 3
+    assert [command for command in installing if "--require-hashes" not in command] == []
+
+
+def test_the_version_is_the_projects() -> None:
+    """Whoever says none gets the right one."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    assert set(re.findall(r"VERSION=([\d.]+)$", TEXT, re.MULTILINE)) == {project["version"]}
+    assert f'licenses="{project["license"]}"' in TEXT
+
+
+def test_the_ports_are_those_of_the_settings() -> None:
+    """That of the API, and that of a worker's management."""
+    assert instructions("EXPOSE") == [f"{Settings().port} {WORKER_MANAGEMENT_PORT}"]
+
+
+def test_what_is_copied_is_all_that_a_build_is_given() -> None:
+    """Nothing else of a checkout reaches the engine, secrets least of all."""
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    given = {line[1:] for line in ignored if line.startswith("!")}
+    copied = {
+        name
+        for line in instructions("COPY")
+        if not line.startswith("--from")
+        for name in line.split()[:-1]
+    }
+
+    assert "*" in ignored
+    assert copied == given
