@@ -88,13 +88,13 @@ async def call(app: App, parent: bytes | None) -> float:
 def subjects() -> dict[str, tuple[App, bytes | None]]:
     """Return what is compared: an application, and the parent that requests name."""
     never, always = _provider("0"), _provider("1")
-    ours = TracedRequests(noop, never.get_tracer("bench"))
+    ours = TracedRequests(noop, never.get_tracer("bench"), never.sampler)
     parent = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
     found: dict[str, tuple[App, bytes | None]] = {
         "bare": (noop, None),
         "ours, not sampled": (ours, None),
         "ours, the caller did not sample": (ours, parent),
-        "ours, sampled": (TracedRequests(noop, always.get_tracer("bench")), None),
+        "ours, sampled": (TracedRequests(noop, always.get_tracer("bench"), always.sampler), None),
     }
     try:
         from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware  # noqa: PLC0415

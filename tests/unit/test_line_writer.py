@@ -5,7 +5,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,83 @@ def test_lines_are_written_whole_and_in_order(pipe: Pipe) -> None:
     for name in range(4):
         mine = [line for line in lines if line.startswith(b"%d " % name)]
         assert mine == [b"%d %d" % (name, number) for number in range(2500)]
+    writer.close()
+
+
+def test_lines_that_are_made_together_keep_their_place(pipe: Pipe) -> None:
+    """Among those that were made already, from four threads, and before a flush is over."""
+    batches: list[int] = []
+
+    def make(items: Sequence[bytes]) -> bytes:
+        batches.append(len(items))
+        return b"".join(items)
+
+    writer = LineWriter(pipe.writer, tell_lost=lost_line, make=make)
+
+    def write(name: int) -> None:
+        for number in range(2500):
+            line = b"%d %d\n" % (name, number)
+            if number % 50:
+                writer.write_later(line)
+            else:
+                writer.write(line)
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: pipe.take().count(b"\n") == 10_000, what="all lines")
+    for thread in threads:
+        thread.join()
+    lines = pipe.read.splitlines()
+
+    for name in range(4):
+        mine = [line for line in lines if line.startswith(b"%d " % name)]
+        assert mine == [b"%d %d" % (name, number) for number in range(2500)]
+    assert sum(batches) == 10_000 - 4 * 50
+    assert len(batches) < 3000
+    writer.close()
+    writer.write_later(b"afterwards\n")
+    assert pipe.take().endswith(b"afterwards\n")
+
+
+def test_a_single_line_that_is_made_later_is_written_soon(pipe: Pipe) -> None:
+    """Nobody has to bring another one."""
+    writer = LineWriter(pipe.writer, tell_lost=lost_line)
+    for number in range(3):
+        writer.write_later(b"%d\n" % number)
+        wait_for(lambda: pipe.take().endswith(b"%d\n" % number), what="the line")  # noqa: B023
+
+    writer.write_later(b"last\n")
+    assert writer.flush()
+    assert pipe.take().endswith(b"last\n")
+    writer.close()
+
+
+def test_what_cannot_be_made_into_lines_is_counted(pipe: Pipe) -> None:
+    """Nobody fails for it, and what comes after it is written."""
+
+    def make(items: Sequence[bytes]) -> bytes:
+        raise ValueError(items)
+
+    writer = LineWriter(pipe.writer, tell_lost=lost_line, make=make)
+    for _ in range(3):
+        writer.write_later(b"never\n")
+    writer.write(b"after\n")
+
+    assert writer.flush()
+    assert pipe.take() == b"after\nlost 3\n"
+    writer.close()
+
+
+def test_lines_too_long_to_be_written_together_are_written_one_by_one(pipe: Pipe) -> None:
+    """Of what a pipe takes at once nothing is mixed with what others write into it."""
+    writer = LineWriter(pipe.writer, tell_lost=lost_line)
+    lines = [b"%d" % number * 900 + b"\n" for number in range(9)]
+    for line in lines:
+        writer.write_later(line)
+    wait_for(lambda: pipe.take().count(b"\n") == 9, what="all lines")
+
+    assert pipe.read == b"".join(lines)
     writer.close()
 
 

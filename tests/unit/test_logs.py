@@ -7,6 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from copy import copy
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,7 +19,7 @@ from viralfx.domain.correlation import bind_correlation_id, bind_user_id, correl
 from viralfx.domain.health import Status, Transition
 from viralfx.domain.shutdown import Outcome, Phase, ShutdownTriggered, StageFinished, StageReport
 from viralfx.telemetry import logs
-from viralfx.telemetry.access_log import AccessRecord
+from viralfx.telemetry.access_log import AccessLine, AccessRecord, log_request
 from viralfx.telemetry.log_levels import VERBOSE
 from viralfx.telemetry.log_lines import JsonLines
 from viralfx.telemetry.logs import configure_logging
@@ -423,19 +424,31 @@ def test_ids_come_in_the_contracts_order() -> None:
     )
 
 
-def answered(**more: Any) -> AccessRecord:
-    """Make the record of a request."""
+def answered(**more: Any) -> AccessLine:
+    """Return what a line says of a request."""
     wanted: dict[str, Any] = {
         "request_size": 10,
         "response_size": 12,
         "cut": False,
         "trace": ("a" * 32, "b" * 16),
+        "status": 200,
         **more,
     }
-    return AccessRecord("GET", "/orders/{order}", wanted.pop("status", 200), 0.0123456, **wanted)
+    taken: list[AccessLine] = []
+    root = logging.getLogger()
+    handler = logging.NullHandler()
+    handler.take_request = taken.append  # type: ignore[attr-defined]
+    before, root.handlers[:] = root.handlers[:], [handler]
+    root.setLevel(logging.INFO)
+    try:
+        log_request("GET", "/orders/{order}", wanted.pop("status"), 0.0123456, **wanted)
+    finally:
+        root.handlers[:] = before
+    (line,) = taken
+    return line
 
 
-RECORDS = {
+REQUESTS = {
     "whole": {},
     "small": {"request_size": None, "trace": None},
     "cut": {"cut": True},
@@ -443,34 +456,75 @@ RECORDS = {
 }
 
 
-@pytest.mark.parametrize("more", RECORDS.values(), ids=RECORDS.keys())
+@pytest.mark.parametrize("more", REQUESTS.values(), ids=REQUESTS.keys())
 def test_the_short_way_of_a_request_leads_to_the_same_line(more: dict[str, Any]) -> None:
-    """What is put together from parts is what the ordinary way makes of the same record."""
-    record, lines = answered(**more), JsonLines(Redaction(), lambda _: [])
+    """What is made of many requests together is what a record of each leads to."""
+    lines = JsonLines(Redaction(), lambda _: [])
     rendered: list[bytes] = []
-    in_a_request(lambda: rendered.extend([lines.render(record), lines.ordinary(record)]))
-    quick, ordinary = (json.loads(line) for line in rendered)
+
+    def both() -> None:
+        line = answered(**more)
+        rendered.append(lines.render(AccessRecord(line)))
+        rendered.extend(lines.of_requests([line, copy(line)]).splitlines())
+
+    in_a_request(both)
+    ordinary, quick, again = (json.loads(line) for line in rendered)
 
     assert list(quick) == list(ordinary)
-    assert quick == ordinary
+    assert quick == ordinary == again
     assert quick["duration"] == 12.346
     assert quick["message"].startswith("GET /orders/{order} ")
     assert ("status" in quick) == ("status" not in more)
 
 
 def test_a_secret_in_the_ids_of_a_request_is_replaced() -> None:
-    """A client may have chosen the correlation id."""
+    """A client may have chosen the correlation id; the lines beside it stay as they are."""
     lines = JsonLines(Redaction(["order-1"]), lambda _: [])
-    rendered: list[bytes] = []
-    in_a_request(lambda: rendered.append(lines.render(answered())))
+    taken: list[AccessLine] = []
+    in_a_request(lambda: taken.append(answered()))
+    other = answered()
+    made = [json.loads(line) for line in lines.of_requests([*taken, other]).splitlines()]
 
-    assert json.loads(rendered[0])["correlationId"] == "***"
+    assert [line.get("correlationId") for line in made] == ["***", None]
+
+
+@pytest.mark.parametrize("user", ["Zoë\u2028", "half a character: \ud800"])
+def test_a_user_of_any_name_is_on_one_line(user: str) -> None:
+    """Whatever the application calls him; nothing is lost for it."""
+    lines = JsonLines(Redaction(), lambda _: [])
+    line = answered()
+    line.user_id = user
+    made = lines.of_requests([line, answered()])
+
+    assert made.isascii()
+    assert [json.loads(each).get("userId") for each in made.splitlines()] == [user, None]
+
+
+def test_who_filters_or_handles_requests_gets_records() -> None:
+    """The short way is for nobody else's eyes only."""
+    seen: list[logging.LogRecord] = []
+    configure_logging(level="log", console=False)
+    access = logging.getLogger("viralfx.access")
+
+    def look(record: logging.LogRecord) -> bool:
+        seen.append(record)
+        return False
+
+    access.addFilter(look)
+    try:
+        log_request("GET", "/", 200, 0.1, request_size=None, response_size=1, cut=False, trace=None)
+    finally:
+        access.removeFilter(look)
+    (record,) = seen
+
+    assert isinstance(record, AccessRecord)
+    assert vars(record)["responseSize"] == 1
 
 
 def test_other_handlers_understand_the_record_of_a_request() -> None:
     """It has every attribute of an ordinary one."""
     ordinary = vars(logging.LogRecord("x", logging.INFO, "", 0, "m", (), None))
-    record = answered()
+    record = AccessRecord(answered())
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s").format(record)
 
     assert ordinary.keys() <= vars(record).keys()

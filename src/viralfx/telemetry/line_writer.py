@@ -10,7 +10,8 @@ import select
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 _MOST_WAITING = 8 * 2**20
 """Bytes of lines that wait to be written; what comes on top of them is lost, and counted."""
@@ -19,6 +20,8 @@ _GATHERING = 0.02
 _AT_ONCE = select.PIPE_BUF
 """Bytes of one write: a pipe takes them without mixing them with what others write into it, and
 takes them at once when it says that it can be written to."""
+_TOGETHER = 12
+"""Lines that are made together; as many of the usual length go into one write."""
 _LINE_END = ord("\n")
 _LAST_WAIT = 1.0
 """Seconds that :meth:`LineWriter.flush` waits for a descriptor that takes nothing."""
@@ -37,12 +40,19 @@ class LineWriter:
         descriptor: int,
         *,
         tell_lost: Callable[[int], bytes],
+        make: Callable[[Sequence[Any]], bytes] = b"".join,
         most_waiting: int = _MOST_WAITING,
     ) -> None:
-        """``tell_lost`` makes the line that says how many were lost, once one can be written."""
+        """``tell_lost`` makes the line that says how many were lost, once one can be written.
+
+        ``make`` makes lines, one each, of what is given to :meth:`write_later`.
+        """
         self._descriptor = descriptor
         self._tell_lost = tell_lost
+        self._make = make
         self._most_waiting = most_waiting
+        self._unmade: deque[Any] = deque()
+        self._awaited = False
         self._lines: deque[bytes] = deque()
         self._waiting = 0
         self._lost = 0
@@ -60,6 +70,7 @@ class LineWriter:
 
     def _make_locks(self) -> None:
         self._lock = threading.Lock()
+        self._making = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._output = threading.Lock()
         self._wanted = threading.Event()
@@ -72,27 +83,65 @@ class LineWriter:
 
     def write(self, line: bytes, *, urgent: bool = False) -> None:
         """Take a line, its end included; it is written within moments, an urgent one at once."""
+        if self._unmade:
+            self._make_lines()
+        self._append(line)
+        if urgent:
+            self._hurry.set()
+
+    def write_later(self, item: Any) -> None:
+        """Take what a line is made of: many of them together cost a fraction of one by one."""
+        self._unmade.append(item)
+        if self._direct or len(self._unmade) >= _TOGETHER:
+            self._make_lines()
+        elif not self._awaited:
+            self._awaited = True
+            self._wake()
+
+    def _make_lines(self) -> None:
+        """Make lines of what waits for it."""
+        # One at a time, or lines of one thread could overtake each other.
+        with self._making:
+            # In this order: what is brought from here on is waited for, or is among these.
+            self._awaited = False
+            items = [self._unmade.popleft() for _ in range(len(self._unmade))]
+            if not items:
+                return
+            try:
+                made = self._make(items)
+            except Exception:  # noqa: BLE001 - whatever a value does; nobody may fail for it
+                with self._lock:
+                    self._lost += len(items)
+                return
+            if len(made) <= _AT_ONCE:
+                self._append(made)
+            else:
+                for line in made.splitlines(keepends=True):
+                    self._append(line)
+
+    def _append(self, lines: bytes) -> None:
         if self._direct:
-            self._put(line)
+            self._put(lines)
             return
         with self._lock:
-            if self._waiting + len(line) > self._most_waiting:
-                self._lost += 1
+            if self._waiting + len(lines) > self._most_waiting:
+                self._lost += lines.count(b"\n")
                 return
             first = not self._lines
-            self._lines.append(line)
-            self._waiting += len(line)
+            self._lines.append(lines)
+            self._waiting += len(lines)
         if first:
-            if self._thread is None:
-                self._start()
-            self._wanted.set()
+            self._wake()
         elif self._waiting > _AT_ONCE and self._output.acquire(blocking=False):
             try:
                 self._write_if_ready()
             finally:
                 self._output.release()
-        if urgent:
-            self._hurry.set()
+
+    def _wake(self) -> None:
+        if self._thread is None:
+            self._start()
+        self._wanted.set()
 
     def _write_if_ready(self) -> None:
         """Write what fits into one write, if that cannot take long; the rest is for the thread."""
@@ -109,12 +158,16 @@ class LineWriter:
         """
         if self._direct or self._thread is None:
             return True
+        self._make_lines()
         self._hurry.set()
         with self._idle:
             wait = 0.0 if self._gave_up else seconds
-            done = self._idle.wait_for(lambda: not self._lines and not self._writing, wait)
+            done = self._idle.wait_for(self._nothing_waits, wait)
             self._gave_up = not done
         return done
+
+    def _nothing_waits(self) -> bool:
+        return not (self._unmade or self._lines or self._writing)
 
     def close(self) -> None:
         """Write what waits; lines that come later are written by who brings them."""
@@ -131,11 +184,12 @@ class LineWriter:
                 self._thread.start()
 
     def _run(self) -> None:
-        while not self._closed or self._lines:
+        while not self._closed or self._unmade or self._lines:
             self._wanted.wait()
             self._hurry.wait(_GATHERING)
             self._wanted.clear()
             self._hurry.clear()
+            self._make_lines()
             with self._output:
                 while chunk := self._take():
                     self._put(chunk)
@@ -164,7 +218,7 @@ class LineWriter:
         if unwritten:
             # A full disk, or nobody who reads any more: what waits would fare no better.
             with self._lock:
-                self._lost += unwritten + len(self._lines)
+                self._lost += unwritten + sum(each.count(b"\n") for each in self._lines)
                 self._lines.clear()
                 self._waiting = 0
 
@@ -192,6 +246,7 @@ def _forked(writer: LineWriter | None) -> None:
     """Let a forked child, which has no thread of ours, write by itself; our lines stay ours."""
     if writer is not None:
         writer._make_locks()  # noqa: SLF001 - it is this module's own
+        writer._unmade.clear()  # noqa: SLF001
         writer._lines.clear()  # noqa: SLF001
         writer._waiting = writer._lost = 0  # noqa: SLF001
         writer._direct = True  # noqa: SLF001

@@ -4,11 +4,12 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 import structlog
 
+from viralfx.telemetry.access_log import AccessLine, TakeLine
 from viralfx.telemetry.line_writer import LineWriter
 from viralfx.telemetry.log_levels import LEVELS, VERBOSE, word
 from viralfx.telemetry.log_lines import JsonLines
@@ -37,12 +38,18 @@ def configure_logging(
     # Without local variables: they hold whatever a request brought, tokens included.
     explain = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
     lines = JsonLines(redaction, explain)
-    render = _Console(lines, redaction, colors=_is_terminal(output)) if console else lines.render
     root = logging.getLogger()
     for handler in root.handlers:
         if isinstance(handler, LineHandler):
             handler.close()
-    root.handlers[:] = [LineHandler(render, output, threaded=stream is None)]
+    if console:
+        text = _Console(lines, redaction, colors=_is_terminal(output))
+        handler = LineHandler(text, output, threaded=stream is None)
+    else:
+        handler = LineHandler(
+            lines.render, output, threaded=stream is None, of_requests=lines.of_requests
+        )
+    root.handlers[:] = [handler]
     root.setLevel(LEVELS[level])
     for name in _SERVERS:
         logger = logging.getLogger(name)
@@ -57,17 +64,31 @@ def configure_logging(
 class LineHandler(logging.Handler):
     """Renders records and passes the lines on; whoever logs neither waits nor fails for them."""
 
+    take_request: TakeLine | None = None
+    """Takes the line of a request without a record, where that can be done."""
+
     def __init__(
-        self, render: Callable[[logging.LogRecord], bytes], output: TextIO | None, *, threaded: bool
+        self,
+        render: Callable[[logging.LogRecord], bytes],
+        output: TextIO | None,
+        *,
+        threaded: bool,
+        of_requests: Callable[[Sequence[AccessLine]], bytes] | None = None,
     ) -> None:
-        """``threaded`` writes to the descriptor of ``output``, if it has one, in a thread."""
+        """``threaded`` writes to the descriptor of ``output``, if it has one, in a thread.
+
+        ``of_requests`` renders what requests are logged by, many at a time.
+        """
         super().__init__()
         self._render = render
         self._output = output
         self._writer: LineWriter | None = None
         if threaded and output is not None:
+            make = of_requests or b"".join
             with contextlib.suppress(OSError, ValueError):  # no file, or it is closed
-                self._writer = LineWriter(output.fileno(), tell_lost=self._tell_lost)
+                self._writer = LineWriter(output.fileno(), tell_lost=self._tell_lost, make=make)
+                if of_requests is not None:
+                    self.take_request = self._writer.write_later
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Take a record; without the lock of other handlers, for which there is nothing to do."""

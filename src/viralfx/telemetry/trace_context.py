@@ -5,6 +5,9 @@ Log lines and exemplars ask here. Tracing puts its answer in place when it start
 
 from collections.abc import Callable
 
+TRACE = "viralfx.trace"
+"""Where the scope of a request that is recorded has the ids of its trace and of its span."""
+
 CurrentTrace = Callable[[], tuple[str, str] | None]
 """Returns the ids of the trace and of the span that the present work belongs to, in small hex
 digits, if the span is recorded; None otherwise."""

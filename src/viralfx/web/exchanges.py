@@ -7,7 +7,6 @@ from time import perf_counter
 
 from viralfx.domain.clock import Clock, finished_within
 from viralfx.domain.errors import WorkLostError
-from viralfx.telemetry.trace_context import current_trace
 from viralfx.web.asgi import Message, Receive, Scope, Send
 from viralfx.web.correlation import HEADER
 
@@ -30,8 +29,6 @@ class Exchange:
     """Whether the answer announced its length, so that cutting it loses something."""
     status: int | None = None
     """Of its answer, once that began."""
-    trace: tuple[str, str] | None = None
-    """The ids of the trace and the span that its answer began in, where that is recorded."""
     sent = 0
     """Bytes of the answer's body so far."""
     cut = False
@@ -101,7 +98,6 @@ class Exchange:
     def _begin(self, message: Message) -> None:
         self.started = True
         self.status = message["status"]
-        self.trace = current_trace()
         headers = [self._header]
         leaving, encoded = self._exchanges.leaving, False
         for pair in message.get("headers", ()):

@@ -1,11 +1,11 @@
 """What is told of each request once it is over."""
 
 from collections.abc import Callable, Iterable
-from logging import INFO
 from time import perf_counter
 
-from viralfx.telemetry.access_log import AccessRecord, logger
+from viralfx.telemetry.access_log import log_request
 from viralfx.telemetry.metrics.requests import METHODS, OTHER, UNMATCHED, RequestMetrics
+from viralfx.telemetry.trace_context import TRACE
 from viralfx.web.exchanges import Exchange
 
 _DIGITS = 20
@@ -31,21 +31,20 @@ class RequestWatch:
         seconds = perf_counter() - exchange.began
         # Litestar leaves the template of the route that it found in the scope.
         route = scope.get("path_template")
-        self._metrics.observe(scope["method"], route, exchange.status, seconds)
-        if self._access_log and logger.isEnabledFor(INFO):
+        method, status, trace = scope["method"], exchange.status, scope.get(TRACE)
+        self._metrics.observe(method, route, status, seconds, trace)
+        if self._access_log:
             # A client chooses paths and methods: neither goes into a line as it comes.
-            method = scope["method"]
-            record = AccessRecord(
+            log_request(
                 method if method in METHODS else OTHER,
                 route or UNMATCHED,
-                exchange.status,
+                status,
                 seconds,
                 request_size=_announced(scope["headers"]),
                 response_size=exchange.sent,
-                cut=exchange.cut or exchange.status is None,
-                trace=exchange.trace,
+                cut=exchange.cut or status is None,
+                trace=trace,
             )
-            logger.handle(record)
 
 
 def _announced(headers: Iterable[tuple[bytes, bytes]]) -> int | None:

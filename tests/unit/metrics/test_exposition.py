@@ -22,7 +22,7 @@ def parsed(scraped: str) -> Iterable[Metric]:
     return families
 
 
-TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
 def test_who_asks_for_openmetrics_gets_it() -> None:
@@ -43,8 +43,8 @@ def test_who_asks_for_openmetrics_gets_it() -> None:
 
 def test_a_measurement_names_its_trace() -> None:
     """In OpenMetrics, at the bucket that it falls into."""
-    metrics = Metrics(lambda: {"trace_id": TRACE})
-    metrics.requests.observe("GET", "/", 200, 0.03)
+    metrics = Metrics()
+    metrics.requests.observe("GET", "/", 200, 0.03, (TRACE, SPAN))
     families = parsed(text(metrics, OPENMETRICS))
     exemplars = [
         (sample.labels["le"], sample.exemplar.labels, sample.exemplar.value)
@@ -53,7 +53,7 @@ def test_a_measurement_names_its_trace() -> None:
         if sample.exemplar is not None
     ]
 
-    assert exemplars == [("0.05", {"trace_id": TRACE}, 0.03)]
+    assert exemplars == [("0.05", {"trace_id": TRACE, "span_id": SPAN}, 0.03)]
     assert TRACE not in text(metrics)
 
 

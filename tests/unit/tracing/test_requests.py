@@ -65,7 +65,7 @@ def ask(
             "server": ("127.0.0.1", 3000),
             "headers": [(name.lower().encode(), value.encode()) for name, value in headers],
         }
-        await TracedRequests(app, provider.get_tracer("test"))(scope, None, send)  # type: ignore[arg-type]
+        await TracedRequests(app, provider.get_tracer("test"), provider.sampler)(scope, None, send)  # type: ignore[arg-type]
 
     asyncio.run(run())
 

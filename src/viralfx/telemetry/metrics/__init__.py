@@ -19,7 +19,7 @@ class Metrics:
         self.registry = CollectorRegistry(auto_describe=True)
         self.exemplar = exemplar
         """What names the trace of a measurement, for those who measure."""
-        self.requests = RequestMetrics(self.registry, exemplar)
+        self.requests = RequestMetrics(self.registry)
         ProcessCollector(registry=self.registry)
 
     def render(self, accept: str) -> tuple[bytes, str]:

@@ -13,7 +13,7 @@ from viralfx.domain.correlation import current_correlation_id
 from viralfx.domain.errors import ConfigurationError
 from viralfx.telemetry.tracing.export import Clean, ReportingExporter, complaints
 from viralfx.telemetry.tracing.sampling import ChosenIds, WithoutOrphans
-from viralfx.telemetry.tracing.variables import problems, uses_grpc
+from viralfx.telemetry.tracing.variables import problems, sampling, uses_grpc
 
 SERVICE = "viralfx-backend"
 """The service's name, where OTEL_SERVICE_NAME says no other."""
@@ -82,7 +82,7 @@ def _make(
         span_limits=SpanLimits(),
         shutdown_on_exit=False,
     )
-    provider.sampler = WithoutOrphans(provider.sampler)
+    provider.sampler = WithoutOrphans(provider.sampler, sampling(os.environ))
     reporting = ReportingExporter(exporter or _exporter(), clean=clean, clean_sql=clean_sql)
     provider.add_span_processor(CorrelationIds())
     provider.add_span_processor(BatchSpanProcessor(reporting))
@@ -104,6 +104,10 @@ def _exporter() -> SpanExporter:
 
 
 def _set_defaults() -> None:
+    # By the specification an empty variable is as good as none; the SDK refuses some.
+    for name in [name for name in os.environ if name.startswith("OTEL_")]:
+        if not os.environ[name].strip():
+            del os.environ[name]
     # The instrumentation of drivers knows them only from here.
     for name, value in {
         "OTEL_SEMCONV_STABILITY_OPT_IN": "http,database",

@@ -4,16 +4,25 @@ The decision is the first thing that happens. Most requests are not recorded: fo
 trace's id is put where logs and outgoing calls find it (ADR-0026).
 """
 
-from collections.abc import Awaitable, Callable, MutableMapping
+import random
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 from opentelemetry.context import attach
-from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    Span,
+    SpanContext,
+    SpanKind,
+    StatusCode,
+    Tracer,
+)
 from opentelemetry.trace.propagation import set_span_in_context
 
 from viralfx.domain.correlation import current_correlation_id
+from viralfx.telemetry.trace_context import TRACE
 from viralfx.telemetry.tracing.context import NOTHING, remote_parent
-from viralfx.telemetry.tracing.sampling import trace_called
+from viralfx.telemetry.tracing.sampling import WithoutOrphans, trace_called
 
 _Scope: TypeAlias = MutableMapping[str, Any]
 _Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -33,9 +42,11 @@ _DIGITS_OF_A_PORT = 5
 class TracedRequests:
     """An ASGI application around another."""
 
-    def __init__(self, app: _App, tracer: Tracer) -> None:
+    def __init__(self, app: _App, tracer: Tracer, sampler: WithoutOrphans | None = None) -> None:
+        """``sampler`` is the tracer's, if it can say quickly what it drops."""
         self._app = app
         self._tracer = tracer
+        self._sampler = sampler
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         """Serve one connection's scope; only requests are traced."""
@@ -62,6 +73,16 @@ class TracedRequests:
                 states.append(value.decode("latin-1"))
             elif name in _IDS:
                 named = True
+        # Where nobody named the conversation, its id was made here, and the trace takes it as well.
+        own = None if named else current_correlation_id()
+        chosen = int(own, 16) if own is not None else random.getrandbits(128)
+        if not parents:
+            dropped = chosen if self._drops_trace(chosen) else None
+        else:
+            dropped = self._drops_continued(parents, states)
+        if dropped is not None:
+            # Nobody refers to a span that is not recorded: any id will do.
+            return NonRecordingSpan(SpanContext(dropped, random.getrandbits(64), is_remote=False))
         method = scope["method"]
         attributes = {
             "http.request.method": method if method in _METHODS else "_OTHER",
@@ -70,10 +91,17 @@ class TracedRequests:
         }
         name = method if method in _METHODS else "HTTP"
         parent = remote_parent(parents, states) if parents else NOTHING
-        # Where nobody named the conversation, its id was made here, and the trace takes it as well.
-        own = None if named or parent is not NOTHING else current_correlation_id()
-        with trace_called(own):
+        with trace_called(chosen if parent is NOTHING else None):
             return self._tracer.start_span(name, parent, SpanKind.SERVER, attributes)
+
+    def _drops_trace(self, trace_id: int) -> bool:
+        return self._sampler is not None and self._sampler.drops_trace(trace_id)
+
+    def _drops_continued(self, parents: Sequence[str], states: Sequence[str]) -> int | None:
+        # What a caller's state says is passed on, also where nothing is recorded.
+        if self._sampler is None or len(parents) > 1 or states:
+            return None
+        return self._sampler.drops_continued(parents[0])
 
     async def _record(self, span: Span, scope: _Scope, receive: _Receive, send: _Send) -> None:
         status: int | None = None
@@ -84,6 +112,8 @@ class TracedRequests:
                 status = message["status"]
             return send(message)
 
+        context = span.get_span_context()
+        scope[TRACE] = (f"{context.trace_id:032x}", f"{context.span_id:016x}")
         span.set_attributes(_particulars(scope))
         try:
             await self._app(scope, receive, watch)

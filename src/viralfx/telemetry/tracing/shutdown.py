@@ -59,7 +59,8 @@ class ShutdownTrace:
         if self._began is None:
             return
         # Made by the sequence, in the shape of a trace's id: the lines of the log lead here.
-        with trace_called(current_correlation_id()):
+        own = current_correlation_id()
+        with trace_called(None if own is None else int(own, 16)):
             root = self._tracer.start_span(
                 "shutdown",
                 NOTHING,

@@ -5,6 +5,7 @@ nobody sees until a trace is missed; here they are problems of the start, told a
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -39,6 +40,25 @@ def is_wanted(environ: Mapping[str, str]) -> bool:
 def uses_grpc(environ: Mapping[str, str]) -> bool:
     """Tell the protocol: gRPC, or what the specification has for the default, protobuf by HTTP."""
     return _of_traces(environ, "PROTOCOL")[1].lower() == _GRPC
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What the variables say about which traces are recorded."""
+
+    share: float
+    """Of the traces that begin here, from 0 to 1."""
+    follows_parents: bool
+    """Whether a trace that a caller began is recorded if the caller records it, and only then."""
+
+
+def sampling(environ: Mapping[str, str]) -> Sampling:
+    """Return it for variables that have no problem."""
+    name = _word(environ, "OTEL_TRACES_SAMPLER") or "parentbased_always_on"
+    share = 0.0 if name.endswith("always_off") else 1.0
+    if name.endswith("traceidratio"):
+        share = float(environ.get("OTEL_TRACES_SAMPLER_ARG", "").strip() or 1.0)
+    return Sampling(share=share, follows_parents=name.startswith("parentbased_"))
 
 
 def problems(environ: Mapping[str, str]) -> Iterator[str]:

@@ -37,6 +37,8 @@ class Tracing:
     def __init__(self, provider: TracerProvider, exporter: ReportingExporter) -> None:
         self.provider = provider
         self._tracer = provider.get_tracer("viralfx")
+        sampler = provider.sampler
+        self._sampler = sampler if isinstance(sampler, WithoutOrphans) else None
         self._shutdown = ShutdownTrace(self._tracer)
         self.jobs: JobObserver = TracedJobs(self._tracer)
         self.on_retry = trace_retry
@@ -46,13 +48,13 @@ class Tracing:
         answer_with(current_ids)
 
     def _end(self) -> None:
-        if isinstance(self.provider.sampler, WithoutOrphans):
-            self.provider.sampler.closed = True
+        if self._sampler is not None:
+            self._sampler.closed = True
         self.provider.shutdown()
 
     def requests(self, app: _App) -> _App:
         """Return an application that makes a span of each request to ``app``."""
-        return TracedRequests(app, self._tracer)
+        return TracedRequests(app, self._tracer, self._sampler)
 
     def webhooks(self, sender: WebhookSender) -> WebhookSender:
         """Return a sender that makes a span of each webhook."""
