@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from tests.servers.debian import kustomize
 
-FOLDER = Path(__file__).parents[2] / "deploy/kustomize"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "deploy/kustomize"
 OVERLAYS = sorted(path.parent.name for path in FOLDER.glob("overlays/*/kustomization.yaml"))
 RENDERED = ("base", *OVERLAYS)
 """Everything that can be rendered; the base has to hold what the overlays do not say."""
@@ -50,7 +51,17 @@ class Container:
     @property
     def command(self) -> str:
         """Which of the program's commands it runs."""
-        return " ".join(self.spec["command"][1:])
+        return " ".join(self.spec.get("command", ())[1:])
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """The labels of its pod."""
+        return labels_of_pods(self.workload)
+
+    @property
+    def neighbours(self) -> list["Container"]:
+        """All containers of its pod, itself too."""
+        return [Container(self.workload, self.pod, spec) for spec in self.pod["containers"]]
 
     @property
     def where(self) -> str:
@@ -67,7 +78,7 @@ class Container:
         found: dict[str, str] = {}
         maps = {r["metadata"]["name"]: r["data"] for r in of_kind(resources, "ConfigMap")}
         for source in self.spec.get("envFrom", ()):
-            found |= maps.get(source["configMapRef"]["name"], {})
+            found |= maps.get(source.get("configMapRef", {}).get("name"), {})
         for variable in self.spec.get("env", ()):
             secret = variable.get("valueFrom", {}).get("secretKeyRef", {})
             found[variable["name"]] = variable.get("value", secret.get("key", ""))
@@ -83,21 +94,29 @@ def containers(resources: list[Resource]) -> Iterator[Container]:
     """Yield each container of each pod that something makes."""
     for workload in of_kind(resources, "Deployment", "Job"):
         pod = workload["spec"]["template"]["spec"]
-        for spec in (*pod.get("initContainers", ()), *pod["containers"]):
-            yield Container(workload, pod, spec)
+        yield from (Container(workload, pod, spec) for spec in pod["containers"])
 
 
 def labels_of_pods(workload: Resource) -> Mapping[str, str]:
     """Return the labels that a workload's pods have."""
-    labels: Mapping[str, str] = workload["spec"]["template"]["metadata"]["labels"]
+    labels: Mapping[str, str] = workload["spec"]["template"]["metadata"].get("labels", {})
     return labels
 
 
 def selected(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
-    """Tell whether a selector, of either form, takes what has these labels."""
+    """Tell whether a selector, of either form, takes what has these labels.
+
+    One that says nothing takes nothing here, though everything in Kubernetes: it is a mistake.
+    """
+    wanted, expressions = selector, []
     if "matchExpressions" in selector or "matchLabels" in selector:
-        expressions = selector.get("matchExpressions", ())
-        return selected(selector.get("matchLabels", {}), labels) and all(
-            labels.get(one["key"]) in one["values"] for one in expressions
+        wanted = selector.get("matchLabels", {})
+        expressions = selector.get("matchExpressions", [])
+    return (
+        bool(wanted or expressions)
+        and all(labels.get(name) == value for name, value in wanted.items())
+        and all(
+            one.get("operator") == "In" and labels.get(one.get("key")) in one.get("values", ())
+            for one in expressions
         )
-    return all(labels.get(name) == value for name, value in selector.items())
+    )

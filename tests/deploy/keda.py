@@ -1,0 +1,81 @@
+"""What there may be in KEDA's resource, written after its definition, which no package brings."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import jsonschema
+from tests.observability.test_deploy import unknown
+
+from viralfx.settings import Settings
+
+
+def _only(*required: str, **properties: object) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "required": list(required),
+        "additionalProperties": False,
+        "properties": properties,
+    }
+
+
+_NUMBER = {"type": "integer", "minimum": 1}
+_TRIGGER = _only(
+    "type",
+    "metricType",
+    "metadata",
+    type={"const": "prometheus"},
+    # The fallback needs it.
+    metricType={"const": "AverageValue"},
+    metadata=_only(
+        "serverAddress",
+        "query",
+        "threshold",
+        serverAddress={"type": "string", "pattern": "^http://[a-z.-]+:[0-9]+$"},
+        query={"type": "string"},
+        # A text, with a number in it
+        threshold={"type": "string", "pattern": "^[0-9.]+$"},
+    ),
+)
+SCALED_OBJECT = _only(
+    "scaleTargetRef",
+    "minReplicaCount",
+    "maxReplicaCount",
+    "fallback",
+    "advanced",
+    "triggers",
+    scaleTargetRef=_only("name", name={"type": "string"}),
+    minReplicaCount=_NUMBER,
+    maxReplicaCount=_NUMBER,
+    pollingInterval=_NUMBER,
+    fallback=_only("failureThreshold", "replicas", failureThreshold=_NUMBER, replicas=_NUMBER),
+    advanced=_only(
+        "horizontalPodAutoscalerConfig",
+        # What is in it is Kubernetes's own.
+        horizontalPodAutoscalerConfig=_only("behavior", behavior={"type": "object"}),
+    ),
+    triggers={"type": "array", "minItems": 1, "items": _TRIGGER},
+)
+"""The part of the specification that is used: whatever else stands in ours is refused."""
+
+
+def rules_of_keda(spec: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the specification of a ScaledObject."""
+    for error in jsonschema.Draft202012Validator(SCALED_OBJECT).iter_errors(spec):
+        yield f"{'/'.join(map(str, error.path))}: {error.message}"
+    for trigger in spec.get("triggers", ()):
+        query = trigger.get("metadata", {}).get("query", "")
+        # One number is asked for, and more are an error there; busy workers are needed, too.
+        if query != 'sum(max by (queue) (viralfx_queue_jobs{state=~"waiting|active"}))':
+            yield f"it asks for {query}"
+        if found := _unknown(query):
+            yield f"nobody measures {found}"
+        if float(trigger["metadata"]["threshold"]) != 2 * Settings().job.concurrency:
+            yield "the threshold is not twice what a worker runs at once of a queue"
+    if not spec["minReplicaCount"] <= spec["fallback"]["replicas"] <= spec["maxReplicaCount"]:
+        yield "what is done without metrics is outside of the limits"
+
+
+@cache
+def _unknown(query: str) -> tuple[str, ...]:
+    return tuple(unknown(query))

@@ -1,0 +1,100 @@
+"""The manifests agree with the code, with each other, and with what the documents say of them."""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from tests.deploy.agreement import complaints
+from tests.deploy.cluster_rules import CONTAINERS
+from tests.deploy.manifests import (
+    FOLDER,
+    RENDERED,
+    ROOT,
+    Resource,
+    containers,
+    labels_of_pods,
+    of_kind,
+    render,
+    selected,
+)
+from tests.servers.fixtures import or_skip
+
+DOCUMENTS = ["README.md", "docs/runbook.md"]
+
+
+def resources(name: str) -> list[Resource]:
+    """Return what an overlay consists of, or skip."""
+    with or_skip():  # where there is neither kustomize nor Debian
+        return render(name)
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_an_overlay_agrees_with_everything(name: str) -> None:
+    """Every rule there is; test_manifests_notice.py shows that they find what they are about."""
+    assert complaints(name, resources(name)) == []
+
+
+def test_a_canary_has_its_share_and_is_apart() -> None:
+    """The stable Service sends it requests; nothing else of production takes its pods."""
+    (canary,) = of_kind(resources("canary"), "Deployment")
+    labels = labels_of_pods(canary)
+    production = resources("production")
+    (service,) = of_kind(production, "Service")
+    (policy,) = of_kind(production, "NetworkPolicy")
+
+    assert selected(service["spec"]["selector"], labels)
+    assert selected(policy["spec"]["podSelector"], labels)
+    for other in of_kind(production, "Deployment", "PodDisruptionBudget"):
+        assert not selected(other["spec"]["selector"], labels)
+    names = [
+        {(r["kind"], r["metadata"]["name"]) for r in rs} for rs in (resources("canary"), production)
+    ]
+    assert names[0] & names[1] == set()
+
+
+def test_a_worker_is_the_same_wherever_it_runs() -> None:
+    """Beside a backend or by itself: but for its share of the machine, and who waits for it."""
+    workers = [c for c in containers(resources("production")) if c.command == "worker"]
+    own = {"resources", "readinessProbe"}
+    same = [{k: v for k, v in c.spec.items() if k not in own} for c in workers]
+
+    assert len(same) == 2
+    assert same[0] == same[1]
+
+
+def test_there_is_no_secret_in_any_file() -> None:
+    """Neither one that is made, nor one that is generated."""
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+
+    assert len(files) > 12
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(
+            r"kind: Secret\b|secretGenerator|stringData|password=|://\S+:\S+@", text
+        )
+
+
+def commands() -> Iterator[str]:
+    """Yield the lines of the documents that ask the cluster for something."""
+    for name in DOCUMENTS:
+        text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
+        yield from re.findall(r"^ *kubectl .+$", text, re.MULTILINE)
+
+
+def test_commands_of_the_documents_name_what_there_is() -> None:
+    """Deployments, jobs, containers, labels and folders."""
+    found = [*resources("production"), *resources("canary")]
+    named = {f"{r['kind'].lower()}/{r['metadata']['name']}" for r in found}
+    lines = list(commands())
+    assert len(lines) >= 8
+    for line in lines:
+        for name in re.findall(r"\b(?:deployment|job|service|configmap)/[\w-]+", line):
+            assert name in named, line
+        for container in re.findall(r" -c ([\w-]+)", line):
+            assert container in CONTAINERS["viralfx-backend"], line
+        for label, value in re.findall(r" -l ([\w.-]+)=([\w-]+)", line):
+            assert any(
+                selected({label: value}, labels_of_pods(w)) for w in of_kind(found, "Deployment")
+            ), line
+        for folder in re.findall(r" -k (\S+)", line):
+            assert (ROOT / folder / "kustomization.yaml").exists(), line

@@ -1,0 +1,252 @@
+"""A change on one side alone is noticed: of any value of the manifests, or of the code.
+
+First every single value and part of the rendered manifests is changed and left out, one at a time.
+What nobody notices then is a matter of choice, and is listed here. Then the code is changed.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.deploy import program_rules
+from tests.deploy.agreement import complaints
+from tests.deploy.manifests import OVERLAYS, ROOT, Resource, render
+from tests.servers.fixtures import or_skip
+
+FREE = {
+    "ConfigMap data/REDIS_HOST changed": "another place",
+    "Deployment spec/revisionHistoryLimit *": "how far one may go back",
+    "Deployment spec/progressDeadlineSeconds changed": "a second more or less",
+    "Deployment */startupProbe/failureThreshold changed": "one look more",
+    "* */resources/*/cpu *": "what a pod costs; the one that is scaled by must not be left out",
+    "* */resources/*/ephemeral-storage *": "likewise",
+    "* */scaleDown/stabilizationWindowSeconds *": "300 s are Kubernetes's default, too",
+    "* */scaleDown/policies/0/periodSeconds changed": "a second more or less",
+    "Job spec/ttlSecondsAfterFinished changed": "a second more or less",
+    "ScaledObject spec/fallback/* changed": "within the limits",
+    "ScaledObject spec/pollingInterval *": "a second more or less, or KEDA's default",
+    "NetworkPolicy spec/egress/0/ports/1/protocol gone": "TCP is Kubernetes's default, too",
+    "* metadata/labels/track *": "of a canary's resources other than pods: for people",
+    "Job spec/template/metadata/labels/track *": "likewise",
+    "Deployment */topologySpreadConstraints/?/labelSelector/* gone": "one label of two will do",
+}
+"""What may be changed without anybody noticing, and why."""
+
+
+def resources(name: str) -> list[Resource]:
+    """Return what an overlay consists of, or skip."""
+    with or_skip():  # where there is neither kustomize nor Debian
+        return render(name)
+
+
+Steps = tuple[str | int, ...]
+
+
+def sites(node: Any, path: Steps = ()) -> Iterator[tuple[Steps, str]]:
+    """Yield every place of a document, with what is done there."""
+    if isinstance(node, dict | list):
+        for step, part in node.items() if isinstance(node, dict) else enumerate(node):
+            yield (*path, step), "gone"
+            yield from sites(part, (*path, step))
+    else:
+        yield path, "changed"
+
+
+def change(document: Any, path: Steps, how: str) -> None:
+    """Leave out what is there, or make it the next number, the opposite, or another text."""
+    *way, last = path
+    for step in way:
+        document = document[step]
+    value = document[last]
+    if how == "gone":
+        del document[last]
+    elif isinstance(value, bool):
+        document[last] = not value
+    elif isinstance(value, int):
+        document[last] = value + 1
+    else:
+        document[last] = str(int(value) + 1) if value.isdecimal() else f"{value}x"
+
+
+def unnoticed(name: str) -> Iterator[str]:
+    """Yield each change of an overlay that no rule complains about."""
+    original = resources(name)
+    text = json.dumps(original)
+    same = resources("production") if name == "production-keda" else []
+    for path, how in sites(original):
+        if original[int(path[0])] in same:
+            continue  # it is changed there
+        changed = json.loads(text)
+        change(changed, path, how)
+        if not complaints(name, changed):
+            kind, inside = original[int(path[0])]["kind"], "/".join(map(str, path[1:]))
+            yield f"{kind} {inside} {how}"
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_whatever_is_changed_in_a_manifest_is_noticed(name: str) -> None:
+    """Any value, any part, one at a time: but for what is a matter of choice."""
+    missed = set(unnoticed(name))
+
+    assert [one for one in sorted(missed) if not any(fnmatchcase(one, free) for free in FREE)] == []
+    assert missed
+
+
+def test_many_places_are_tried() -> None:
+    """The rule above looks at hundreds, and what it is about is among them."""
+    found = ["/".join(map(str, path)) for path, _ in sites(resources("production"))]
+
+    assert len(found) > 900
+    for word in (
+        "containerPort",
+        "env/",
+        "httpGet/path",
+        "terminationGracePeriodSeconds",
+        "labels",
+    ):
+        assert any(word in one for one in found), word
+
+
+DEPLOYMENT: Steps = ("Deployment", "viralfx-backend")
+SERVICE: Steps = ("Service", "viralfx-backend")
+POD = (*DEPLOYMENT, "spec", "template", "spec")
+BACKEND = (*POD, "containers", 0)
+WORKER = (*POD, "containers", 1)
+MANIFEST_SIDE = {
+    "port": ((*BACKEND, "ports", 0, "containerPort"), 3002, "ports"),
+    "the worker's port is the API's": ((*WORKER, "ports", 0, "containerPort"), 3000, "ports"),
+    "port of the Service": (
+        ("Service", "viralfx-backend", "spec", "ports", 0, "port"),
+        80,
+        "labels",
+    ),
+    "path": ((*BACKEND, "readinessProbe", "httpGet", "path"), "/health", "probes"),
+    "variable": ((*BACKEND, "env", 0, "name"), "DATABASE_URI", "variables"),
+    "typo of a setting": (("ConfigMap", "data", "SHUTDOWN_DRAIN_TIMOUT"), "30000", "variables"),
+    "secret in the open": (("ConfigMap", "data", "API_TOKEN"), "hunter2", "variables"),
+    "budget": (("ConfigMap", "data", "SHUTDOWN_DRAIN_TIMEOUT"), "25000", "budgets"),
+    "budgets over the forced end": (
+        ("ConfigMap", "data", "SHUTDOWN_READINESS_DELAY"),
+        "15000",
+        "variables",
+    ),
+    "grace of the guide": ((*POD, "terminationGracePeriodSeconds"), 60, "budgets"),
+    "grace that is told only": (("ConfigMap", "data", "SHUTDOWN_GRACE_PERIOD"), "90000", "budgets"),
+    "label": ((*DEPLOYMENT, "spec", "template", "metadata", "labels", "app"), "viralfx", "labels"),
+    "probe's number": ((*BACKEND, "livenessProbe", "periodSeconds"), 10, "probes"),
+    "a start that is killed": ((*BACKEND, "startupProbe", "failureThreshold"), 30, "probes"),
+    "a hook": ((*BACKEND, "lifecycle"), {"preStop": {"sleep": {"seconds": 5}}}, "budgets"),
+    "root": ((*POD, "securityContext", "runAsNonRoot"), False, "security"),
+    "memory below need": ((*WORKER, "resources", "limits", "memory"), "128Mi", "memory"),
+    "another command": ((*WORKER, "command", 1), "work", "command"),
+    "another release": ((*BACKEND, "image"), "viralfx-backend:latest", "image"),
+}
+"""What somebody might do, and which rule tells them."""
+
+
+@pytest.mark.parametrize("mistake", MANIFEST_SIDE)
+def test_a_mistake_in_a_manifest_is_told_by_its_rule(mistake: str) -> None:
+    """Not by just any."""
+    (kind, *path), value, rule = MANIFEST_SIDE[mistake]
+    changed = resources("production")
+    part: Any = next(r for r in changed if r["kind"] == kind)
+    if kind != "ConfigMap":
+        assert path.pop(0) == part["metadata"]["name"]
+    for step in path[:-1]:
+        part = part[step]
+    part[path[-1]] = value
+
+    assert rule in {complaint.partition(":")[0] for complaint in complaints("production", changed)}
+
+
+MODEL, BACKENDS, ANSWERS = "settings/model.py", "settings/backends.py", "web/answers.py"
+CODE_SIDE = {
+    "port": (MODEL, 'takes any free one")] = 3000', 'takes any free one")] = 8000', "ports"),
+    "worker's port": (MODEL, "MANAGEMENT_PORT = 3001", "MANAGEMENT_PORT = 3002", "ports"),
+    "variable": (MODEL, "shutdown_grace_period", "shutdown_granted_period", "variables"),
+    "secret's variable": (BACKENDS, "    password: Annotated", "    word: Annotated", "variables"),
+    "budget": (MODEL, 'in flight")\n    ] = 30000', 'in flight")\n    ] = 20000', "budgets"),
+    "forced end": (MODEL, 'is ended")\n    ] = 60000', 'is ended")\n    ] = 75000', "variables"),
+    "path of readiness": (ANSWERS, '{prefix}/ready"', '{prefix}/readiness"', "probes"),
+    "path of metrics": (ANSWERS, '"/metrics",\n    )', '"/prometheus",\n    )', "ports"),
+    "command": ("cli/__init__.py", 'add_parser("worker"', 'add_parser("work"', "command"),
+    "longest start": (BACKENDS, 'it fails")\n    ] = 5', 'it fails")\n    ] = 6', "probes"),
+    "Redis's port": (BACKENDS, "6379", "6380", "network"),
+    "jobs at once": ("settings/jobs.py", 'at once")] = 10', 'at once")] = 20', "scaling"),
+}
+"""A file of the code, what in it becomes what, and the rule that tells of it."""
+
+
+@pytest.mark.parametrize("change", CODE_SIDE)
+def test_a_change_of_the_code_alone_is_noticed(change: str, tmp_path: Path) -> None:
+    """The manifests as they are, and a copy of the code with another default or name."""
+    file, before, after, rule = CODE_SIDE[change]
+    package = tmp_path / "viralfx"
+    # With what is compiled: only what is changed is compiled again.
+    shutil.copytree(ROOT / "src/viralfx", package)
+    text = (package / file).read_text(encoding="utf-8")
+    assert before in text
+    (package / file).write_text(text.replace(before, after), encoding="utf-8")
+
+    found = told_by_the_copy(tmp_path, resources("production-keda"))
+
+    assert rule in {complaint.partition(":")[0] for complaint in found}
+
+
+def test_an_unchanged_copy_of_the_code_agrees(tmp_path: Path) -> None:
+    """It is the change that is noticed above."""
+    shutil.copytree(ROOT / "src/viralfx", tmp_path / "viralfx")
+
+    assert told_by_the_copy(tmp_path, resources("production-keda")) == []
+
+
+def told_by_the_copy(folder: Path, overlay: list[Resource]) -> list[str]:
+    """Return the complaints of the rules where the code is the one in a folder."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.deploy.agreement"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        input=json.dumps({"production-keda": overlay}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said: list[str] = json.loads(done.stdout)["production-keda"]
+    return said
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after"),
+    [
+        ("deploy/observability/prometheus.yml", "backend:3000", "backend:9090"),
+        ("deploy/observability/prometheus.yml", "worker:3001", "worker:9090"),
+        ("docs/runbook.md", "a worker at 3001", "a worker at 3002"),
+    ],
+)
+def test_a_change_of_a_document_alone_is_noticed(
+    file: str, before: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever scrapes or looks by hand asks at the same ports."""
+    found = resources("production")
+    for name in ("deploy/observability", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    text = (tmp_path / file).read_text(encoding="utf-8")
+    (tmp_path / file).write_text(text.replace(before, after), encoding="utf-8")
+    monkeypatch.setattr(program_rules, "ROOT", tmp_path)
+    caches = (program_rules._scraped, program_rules._runbook)
+    for cached in caches:
+        cached.cache_clear()
+    try:
+        assert {c.partition(":")[0] for c in complaints("production", found)} == {"ports"}
+    finally:
+        for cached in caches:
+            cached.cache_clear()
