@@ -200,9 +200,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             yield (
                 _BUDGETS,
                 (
-                    f"SHUTDOWN_GRACE_PERIOD: the process is killed after {grace / 1000:g} s, before it"
-                    f" is forced to end after {self.shutdown_force_timeout / 1000:g} s; raise it where"
-                    " it is granted, or lower SHUTDOWN_FORCE_TIMEOUT and its budgets"
+                    f"SHUTDOWN_GRACE_PERIOD: the process is killed after {grace / 1000:g} s, before"
+                    f" it is forced to end after {self.shutdown_force_timeout / 1000:g} s; raise it"
+                    " where it is granted, or lower SHUTDOWN_FORCE_TIMEOUT and its budgets"
                 ),
             )
         if self.management_port and self.management_port == self.port:
