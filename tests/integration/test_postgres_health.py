@@ -250,12 +250,20 @@ async def test_a_schema_that_is_behind_fails_until_it_was_migrated(database: Dat
     assert (again.code, after.status) == ("schema_behind", Status.PASS)
 
 
-async def test_a_schema_of_a_later_version_is_fine(database: Database) -> None:
-    """The version before goes on while the next one is rolled out."""
+async def test_a_schema_of_a_later_version_is_fine(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The version before goes on while the next one is rolled out, and says so once."""
     config = await migrated(config_of(database))
     database.execute("update viralfx_migrations set version_num = '9999'")
     async with opened(config) as pool, checked(pool) as check:
         assert (await look(check)).status is Status.PASS
+        [own] = sessions(database, HEALTH)
+        database.execute(f"select pg_terminate_backend({own})")
+        await seen(check, None)
+
+    lines = [record for record in caplog.records if "later version" in record.message]
+    assert [vars(line)["revision"] for line in lines] == ["9999"]
 
 
 async def test_the_schema_is_looked_at_again_on_a_new_connection(database: Database) -> None:

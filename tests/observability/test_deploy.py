@@ -178,7 +178,8 @@ def test_the_scrape_is_the_guides() -> None:
         "scrape_interval": "15s",
         "static_configs": [{"targets": ["backend:3000"]}],
     }
-    assert jobs["viralfx-worker"]["static_configs"] == [{"targets": ["worker:3001"]}]
+    [workers] = jobs["viralfx-worker"]["dns_sd_configs"]
+    assert workers == {"names": ["worker"], "type": "A", "port": 3001}
 
 
 def test_the_collector_takes_traces_over_both_transports() -> None:

@@ -14,8 +14,8 @@ from viralfx.adapters.postgres import (
 )
 from viralfx.adapters.postgres.schema import (
     LOCK_PATIENCE,
-    REVISIONS,
     current_revision,
+    is_later,
     pending_migrations,
 )
 from viralfx.bootstrap.backend import unusable_certificates
@@ -45,7 +45,7 @@ class SchemaState:
     @property
     def newer(self) -> bool:
         """Whether a later version of the service migrated it."""
-        return self.revision is not None and self.revision not in REVISIONS
+        return is_later(self.revision)
 
 
 async def schema_state(settings: Settings) -> SchemaState:

@@ -13,7 +13,7 @@ from viralfx.adapters.postgres.config import PostgresConfig
 from viralfx.adapters.postgres.connection import connect
 from viralfx.adapters.postgres.errors import Trouble, explain
 from viralfx.adapters.postgres.facts import Facts, ask, judge
-from viralfx.adapters.postgres.schema import REVISIONS, VERSION_TABLE, pending_migrations
+from viralfx.adapters.postgres.schema import VERSION_TABLE, is_later, pending_migrations
 from viralfx.domain.diagnosis import Area, Finding, failed, passed, skipped, warned
 
 LONGEST = 5.0
@@ -102,7 +102,7 @@ async def _migrations(connection: "Connection[Any]", facts: Facts) -> Sequence[F
         names = ", ".join(pending)
         behind = failed(area, f"the schema is behind: {names} pending", "run `viralfx migrate`")
         return [behind, *_migrator_rights(facts)]
-    if revision not in REVISIONS:
+    if is_later(revision):
         return [
             warned(
                 area,

@@ -1,6 +1,7 @@
 """The one question that all checks of the database share, over a connection of its own."""
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,10 +15,17 @@ from viralfx.adapters.postgres.errors import is_loss
 from viralfx.adapters.postgres.job_rows import counts_of_rows
 from viralfx.adapters.postgres.job_statements import COUNTS
 from viralfx.adapters.postgres.outages import unavailable
-from viralfx.adapters.postgres.schema import pending_migrations
+from viralfx.adapters.postgres.schema import (
+    REVISIONS,
+    current_revision,
+    is_later,
+    missing_after,
+)
 from viralfx.domain.clock import Clock
 from viralfx.domain.jobs.job import JobState, LedgerUnavailableError, NotMigratedError
 from viralfx.domain.jobs.ledger import QueueCounts
+
+_logger = logging.getLogger("viralfx.database")
 
 # As cheap as SELECT 1, and tells a primary from a replica, or from one that was set so.
 _WRITABLE: Final = "SELECT pg_catalog.current_setting('transaction_read_only') AS read_only"
@@ -55,6 +63,7 @@ class HealthQuestion:
         self._timeout = timeout
         self._connection: Connection[Any] | None = None
         self._schema_is_current = False
+        self._told_of: str | None = None
         self._turn = asyncio.Lock()
         self._answer: Answer | None = None
         self._answered_at = 0.0
@@ -112,11 +121,12 @@ class HealthQuestion:
             connection = self._connection = await self._connect()
             self._schema_is_current = False
         if not self._schema_is_current:
-            pending = await answer(connection, pending_migrations(connection))
-            if pending:
+            revision = await answer(connection, current_revision(connection))
+            if pending := missing_after(revision):
                 behind = NotMigratedError("the tables of jobs are behind: run `viralfx migrate`")
                 return Answer(pending, read_only=False, counts=behind)
             self._schema_is_current = True
+            self._tell_of_later(revision)
         try:
             rows = await answer(connection, connection.fetch(QUESTION, JobState.ACTIVE))
         except PostgresError as error:
@@ -127,6 +137,13 @@ class HealthQuestion:
             return Answer((), read_only=read_only != "off", counts=unavailable(error))
         counts = counts_of_rows(row for row in rows if row["queue"] is not None)
         return Answer((), read_only=rows[0]["read_only"] != "off", counts=counts)
+
+    def _tell_of_later(self, revision: str | None) -> None:
+        # Usable, as after a roll-out that was undone; but whoever runs the wrong image should see.
+        if is_later(revision) and revision != self._told_of:
+            extra = {"revision": revision, "known": REVISIONS[-1]}
+            _logger.warning("Database schema is of a later version", extra=extra)
+            self._told_of = revision
 
     async def _connect(self) -> "Connection[Any]":
         limit = str(max(1, round(self._timeout * _COUNTING_SHARE * 1000)))

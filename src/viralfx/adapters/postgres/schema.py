@@ -25,14 +25,23 @@ async def current_revision(connection: _Queryable) -> str | None:
 
 
 async def pending_migrations(connection: _Queryable) -> tuple[str, ...]:
-    """Return the migrations that this code needs and the database lacks.
+    """Return the migrations that this code needs and the database lacks."""
+    return missing_after(await current_revision(connection))
+
+
+def missing_after(revision: str | None) -> tuple[str, ...]:
+    """Return the migrations that this code needs, and a database at ``revision`` lacks.
 
     A revision that this code does not know is a later one: a newer version of the service made it,
     and migrations stay usable by the version before.
     """
-    revision = await current_revision(connection)
     if revision is None:
         return REVISIONS
-    if revision not in REVISIONS:
+    if is_later(revision):
         return ()
     return REVISIONS[REVISIONS.index(revision) + 1 :]
+
+
+def is_later(revision: str | None) -> bool:
+    """Whether a later version of the service made it."""
+    return revision is not None and revision not in REVISIONS

@@ -1,0 +1,150 @@
+"""deploy/compose.yaml, read: it agrees with the code, the manifests and the files beside it."""
+
+import re
+from typing import Any
+
+import pytest
+import yaml
+from tests.deploy.engine import ROOT
+
+from viralfx.cli import _parser
+from viralfx.settings import Settings, read_settings
+from viralfx.settings.model import WORKER_MANAGEMENT_PORT
+
+FOLDER = ROOT / "deploy"
+SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(
+    (FOLDER / "compose.yaml").read_text(encoding="utf-8")
+)["services"]
+OURS = {name: service for name, service in SERVICES.items() if "build" in service}
+PROGRAMS = ("migrate", "backend", "worker")
+
+
+def seconds(text: str) -> int:
+    """Read a duration such as 75s."""
+    return int(text.removesuffix("s"))
+
+
+def deployment() -> dict[str, Any]:
+    """Return the pods that Kubernetes is asked for."""
+    text = (FOLDER / "kustomize/base/deployment.yaml").read_text(encoding="utf-8")
+    found: dict[str, Any] = yaml.safe_load(text)["spec"]["template"]["spec"]
+    return found
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_is_contained_and_pinned(name: str) -> None:
+    """No rights, nothing to write to but what is named, and an image of a known version."""
+    service = SERVICES[name]
+
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert "cap_add" not in service
+    assert re.search(r":v?\d[\d.]*$|:-viralfx-backend:trial\}$", service["image"])
+    for port in service.get("ports", []):
+        assert port.startswith("127.0.0.1:")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_is_run_with_settings_that_it_takes(name: str) -> None:
+    """Every variable is known and every value right, in production too."""
+    given = {**OURS[name]["environment"], "ENVIRONMENT": "production"}
+    for variable in [variable for variable in given if variable.endswith("_FILE")]:
+        # Where the file would be is another test's subject.
+        assert given.pop(variable).startswith("/run/secrets/")
+        given[variable.removesuffix("_FILE")] = "planted-for-the-tests"
+    endpoint = given.pop("OTEL_EXPORTER_OTLP_ENDPOINT")
+
+    settings = read_settings(given, with_api=name == "backend")
+
+    assert endpoint == "${OTEL_EXPORTER_OTLP_ENDPOINT:-}"
+    assert settings.shutdown_grace_period == seconds(OURS[name]["stop_grace_period"]) * 1000
+    assert settings.database_address is not None
+    assert settings.database_address.host in SERVICES
+    assert settings.redis.host in SERVICES
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_secret_is_in_a_volume_that_the_program_only_reads(name: str) -> None:
+    """And which the service that makes them fills."""
+    made = {volume.split(":")[1] for volume in SERVICES["secrets"]["volumes"]}
+    mounted = {volume.split(":")[1] for volume in OURS[name]["volumes"]}
+    named = [v for k, v in OURS[name]["environment"].items() if k.endswith("_FILE")]
+    script = SERVICES["secrets"]["command"][0]
+
+    assert {volume.rpartition(":")[2] for volume in OURS[name]["volumes"]} == {"ro"}
+    assert mounted <= made
+    for path in named:
+        assert path.rpartition("/")[0] in mounted
+        assert path.removeprefix("/run/secrets/") in script
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_command_and_its_probe_are_the_programs(name: str) -> None:
+    """As its command line knows them."""
+    service = OURS[name]
+    assert callable(_parser().parse_args(service["command"]).run)
+    if name == "migrate":
+        assert service["healthcheck"] == {"disable": True}
+        return
+    kind, program, *arguments = service["healthcheck"]["test"]
+    probe = _parser().parse_args(arguments)
+
+    assert (kind, program) == ("CMD", "viralfx")
+    assert (probe.kind, probe.worker) == ("ready", name == "worker")
+    assert probe.timeout < seconds(service["healthcheck"]["timeout"])
+
+
+def test_it_agrees_with_the_manifests() -> None:
+    """The same limits of time and memory, or it would be no trial of them."""
+    pod = deployment()
+    limits = {container["resources"]["limits"]["memory"] for container in pod["containers"]}
+
+    assert {seconds(OURS[name]["stop_grace_period"]) for name in PROGRAMS} == {
+        pod["terminationGracePeriodSeconds"]
+    }
+    assert {f"{OURS[name]['mem_limit'].removesuffix('m')}Mi" for name in PROGRAMS} == limits
+
+
+def test_the_ports_are_those_of_the_settings() -> None:
+    """The API is published where the documents say; nothing else of ours is."""
+    port = Settings().port
+
+    assert SERVICES["backend"]["ports"] == [f"127.0.0.1:${{VIRALFX_PORT:-{port}}}:{port}"]
+    assert [name for name in OURS if "ports" in OURS[name]] == ["backend"]
+
+
+def test_what_is_mounted_is_there() -> None:
+    """A file that is missing would become an empty folder."""
+    mounted = [
+        volume.split(":")
+        for service in SERVICES.values()
+        for volume in service.get("volumes", [])
+        if volume.startswith(".")
+    ]
+
+    assert len(mounted) == 6
+    assert [source for source, _, mode in mounted if not (FOLDER / source).is_file()] == []
+    assert {mode for _, _, mode in mounted} == {"ro"}
+
+
+def test_prometheus_finds_the_programs_and_grafana_prometheus() -> None:
+    """Each by the name of a service and a port where it listens."""
+    read = yaml.safe_load
+    observability = FOLDER / "observability"
+    scrapes = read((observability / "prometheus.yml").read_text())["scrape_configs"]
+    jobs = {scrape["job_name"]: scrape for scrape in scrapes}
+    [source] = read((observability / "grafana/datasources.yml").read_text())["datasources"]
+    [provider] = read((observability / "grafana/dashboards.yml").read_text())["providers"]
+    dashboard = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    [workers] = jobs["viralfx-worker"]["dns_sd_configs"]
+
+    assert jobs["viralfx-backend"]["static_configs"] == [
+        {"targets": [f"backend:{Settings().port}"]}
+    ]
+    assert (workers["names"], workers["port"]) == (["worker"], WORKER_MANAGEMENT_PORT)
+    assert source["url"] == "http://prometheus:9090"
+    assert f"./observability/dashboard.json:{dashboard}:ro" in SERVICES["grafana"]["volumes"]
+    assert dashboard.startswith(f"{provider['options']['path']}/")
+    profiles = {name for name, service in SERVICES.items() if service.get("profiles")}
+    assert profiles == {"prometheus", "grafana", "otel-collector"}
