@@ -98,3 +98,33 @@ def test_commands_of_the_documents_name_what_there_is() -> None:
             ), line
         for folder in re.findall(r" -k (\S+)", line):
             assert (ROOT / folder / "kustomization.yaml").exists(), line
+
+
+def test_the_image_is_the_one_that_the_manifests_run() -> None:
+    """It exposes the ports that are declared, and its user is a number that is not root's."""
+    image = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    last = image[image.rindex("\nFROM ") :]
+    declared = {
+        p["containerPort"] for c in containers(resources("base")) for p in c.spec.get("ports", ())
+    }
+
+    assert {int(p) for p in re.findall(r"^EXPOSE (.+)$", last, re.MULTILINE)[0].split()} == declared
+    assert re.search(r"^USER [1-9]\d*", last, re.MULTILINE)
+    assert 'ENTRYPOINT ["viralfx"]' in last
+    assert "docker build --tag viralfx-backend ." in image
+
+
+def test_the_proxy_notices_within_the_readiness_delay() -> None:
+    """In the worst case: an interval, a quick one for each look more, and the time of each look."""
+    text = (ROOT / "deploy/haproxy.cfg").read_text(encoding="utf-8")
+    seconds = {
+        name: float(number) / (1000 if unit == "ms" else 1)
+        for name, number, unit in re.findall(r"\b(inter|fastinter|check) (\d+)(ms|s)\b", text)
+    }
+    looks = int(re.findall(r" fall (\d+)", text)[0])
+    worst = seconds["inter"] + (looks - 1) * seconds["fastinter"] + looks * seconds["check"]
+    (config,) = of_kind(resources("production"), "ConfigMap")
+
+    assert f"{worst:g} s until the" in text
+    assert worst + 1 < int(config["data"]["SHUTDOWN_READINESS_DELAY"]) / 1000
+    assert "uri /health/ready " in text
