@@ -183,6 +183,8 @@ def _scraped(job: str) -> int:
     (scrape,) = (one for one in jobs if one["job_name"] == job)
     if scrape["metrics_path"] not in endpoints():
         return -1
+    if "dns_sd_configs" in scrape:
+        return int(scrape["dns_sd_configs"][0]["port"])
     return int(scrape["static_configs"][0]["targets"][0].rpartition(":")[2])
 
 

@@ -228,7 +228,7 @@ def told_by_the_copy(folder: Path, overlay: list[Resource]) -> list[str]:
     ("file", "before", "after"),
     [
         ("deploy/observability/prometheus.yml", "backend:3000", "backend:9090"),
-        ("deploy/observability/prometheus.yml", "worker:3001", "worker:9090"),
+        ("deploy/observability/prometheus.yml", "port: 3001", "port: 9090"),
         ("docs/runbook.md", "a worker at 3001", "a worker at 3002"),
     ],
 )
@@ -240,6 +240,7 @@ def test_a_change_of_a_document_alone_is_noticed(
     for name in ("deploy/observability", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name)
     text = (tmp_path / file).read_text(encoding="utf-8")
+    assert before in text
     (tmp_path / file).write_text(text.replace(before, after), encoding="utf-8")
     monkeypatch.setattr(program_rules, "ROOT", tmp_path)
     caches = (program_rules._scraped, program_rules._runbook)
