@@ -17,9 +17,11 @@ from tests.deploy.manifests import (
     render,
     selected,
 )
+from tests.deploy.program_rules import settings_of
 from tests.servers.fixtures import or_skip
 
-DOCUMENTS = ["README.md", "docs/runbook.md"]
+DOCUMENTS = ["README.md", "docs/runbook.md", "docs/deployment.md"]
+DEPLOYMENT = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
 
 
 def resources(name: str) -> list[Resource]:
@@ -86,7 +88,7 @@ def test_commands_of_the_documents_name_what_there_is() -> None:
     found = [*resources("production"), *resources("canary")]
     named = {f"{r['kind'].lower()}/{r['metadata']['name']}" for r in found}
     lines = list(commands())
-    assert len(lines) >= 8
+    assert len(lines) >= 20
     for line in lines:
         for name in re.findall(r"\b(?:deployment|job|service|configmap)/[\w-]+", line):
             assert name in named, line
@@ -112,6 +114,40 @@ def test_the_image_is_the_one_that_the_manifests_run() -> None:
     assert re.search(r"^USER [1-9]\d*", last, re.MULTILINE)
     assert 'ENTRYPOINT ["viralfx"]' in last
     assert "docker build --tag viralfx-backend ." in image
+
+
+def test_the_document_says_how_many_connections_there_may_be() -> None:
+    """Of everything at its most, while each Deployment is replaced by one pod more."""
+    production, canary = resources("production"), resources("canary")
+    highest = {
+        scaler["spec"]["scaleTargetRef"]["name"]: scaler["spec"]["maxReplicas"]
+        for scaler in of_kind(production, "HorizontalPodAutoscaler")
+    }
+    total = 0
+    for found in (production, canary):
+        for container in containers(found):
+            settings, _ = settings_of(container, found)
+            assert settings is not None
+            if container.workload["kind"] == "Deployment":
+                spec = container.workload["spec"]
+                pods = highest.get(container.workload["metadata"]["name"], spec.get("replicas"))
+                surge = spec["strategy"]["rollingUpdate"]["maxSurge"]
+                # Two for health and for heartbeats, beside the pool
+                total += (pods + surge) * (settings.db.pool_max + 2)
+
+    assert f"has at most {total} connections open" in " ".join(DEPLOYMENT.split())
+
+
+def test_the_document_lists_the_secrets() -> None:
+    """Each key that is referred to, with who is given it, and no other."""
+    given: dict[str, set[str]] = {}
+    for container in containers(resources("base")):
+        for variable in container.spec["env"]:
+            role = {"serve": "backend", "worker": "worker", "migrate": "migration"}
+            given.setdefault(variable["name"], set()).add(role[container.command])
+    rows = re.findall(r"^\| `([A-Z_]+)` \| ([a-z, ]+?)(?:;.*)? \|$", DEPLOYMENT, re.MULTILINE)
+
+    assert {name: set(who.split(", ")) for name, who in rows} == given
 
 
 def test_the_proxy_notices_within_the_readiness_delay() -> None:

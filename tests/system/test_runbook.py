@@ -1,4 +1,4 @@
-"""The runbook's commands, run against the service."""
+"""The commands of the runbook and of the deployment's checklist, run against the service."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,10 @@ from tests.observability.wired import described, wired
 from tests.system.service import ROOT, Service, running
 
 RUNBOOK = (ROOT / "docs/runbook.md").read_text(encoding="utf-8")
-ASKED = sorted(set(re.findall(r'\$INSTANCE(/[^"\s]*)"? \| jq \'(.+)\'$', RUNBOOK, re.MULTILINE)))
+DEPLOYMENT = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
+ASKED = sorted(
+    set(re.findall(r'\$INSTANCE(/[^"\s]*)"? \| jq \'(.+)\'$', RUNBOOK + DEPLOYMENT, re.MULTILINE))
+)
 SEARCHED = re.findall(r"\$INSTANCE/metrics \| grep (?:-E )?'([^']+)'", RUNBOOK)
 TOKEN = {"Authorization": "Bearer planted"}
 
@@ -39,7 +42,7 @@ def test_a_filter_finds_what_it_is_for(service: Service, path: str, text: str) -
 
 def test_there_are_many_of_them() -> None:
     """The rule above looks at them all."""
-    assert len(ASKED) >= 12
+    assert len(ASKED) >= 18
     assert len(SEARCHED) >= 9
 
 
