@@ -7,7 +7,6 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from copy import copy
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,7 +18,7 @@ from viralfx.domain.correlation import bind_correlation_id, bind_user_id, correl
 from viralfx.domain.health import Status, Transition
 from viralfx.domain.shutdown import Outcome, Phase, ShutdownTriggered, StageFinished, StageReport
 from viralfx.telemetry import logs
-from viralfx.telemetry.access_log import AccessLine, AccessRecord, log_request
+from viralfx.telemetry.access_log import AccessRecord, EndedRequest, log_request
 from viralfx.telemetry.log_levels import VERBOSE
 from viralfx.telemetry.log_lines import JsonLines
 from viralfx.telemetry.logs import configure_logging
@@ -424,17 +423,17 @@ def test_ids_come_in_the_contracts_order() -> None:
     )
 
 
-def answered(**more: Any) -> AccessLine:
-    """Return what a line says of a request."""
+def answered(**more: Any) -> EndedRequest:
+    """Return what is known of a request."""
     wanted: dict[str, Any] = {
-        "request_size": 10,
-        "response_size": 12,
+        "headers": [(b"host", b"here"), (b"content-length", b"10")],
+        "sent": 12,
         "cut": False,
         "trace": ("a" * 32, "b" * 16),
         "status": 200,
         **more,
     }
-    taken: list[AccessLine] = []
+    taken: list[EndedRequest] = []
     root = logging.getLogger()
     handler = logging.NullHandler()
     handler.take_request = taken.append  # type: ignore[attr-defined]
@@ -444,15 +443,15 @@ def answered(**more: Any) -> AccessLine:
         log_request("GET", "/orders/{order}", wanted.pop("status"), 0.0123456, **wanted)
     finally:
         root.handlers[:] = before
-    (line,) = taken
-    return line
+    (request,) = taken
+    return request
 
 
 REQUESTS = {
     "whole": {},
-    "small": {"request_size": None, "trace": None},
+    "small": {"headers": [], "trace": None},
     "cut": {"cut": True},
-    "unanswered": {"status": None, "cut": True, "response_size": 0},
+    "unanswered": {"status": None, "cut": True, "sent": 0},
 }
 
 
@@ -463,9 +462,9 @@ def test_the_short_way_of_a_request_leads_to_the_same_line(more: dict[str, Any])
     rendered: list[bytes] = []
 
     def both() -> None:
-        line = answered(**more)
-        rendered.append(lines.render(AccessRecord(line)))
-        rendered.extend(lines.of_requests([line, copy(line)]).splitlines())
+        request = answered(**more)
+        rendered.append(lines.render(AccessRecord(request)))
+        rendered.extend(lines.of_requests([request, request]).splitlines())
 
     in_a_request(both)
     ordinary, quick, again = (json.loads(line) for line in rendered)
@@ -480,7 +479,7 @@ def test_the_short_way_of_a_request_leads_to_the_same_line(more: dict[str, Any])
 def test_a_secret_in_the_ids_of_a_request_is_replaced() -> None:
     """A client may have chosen the correlation id; the lines beside it stay as they are."""
     lines = JsonLines(Redaction(["order-1"]), lambda _: [])
-    taken: list[AccessLine] = []
+    taken: list[EndedRequest] = []
     in_a_request(lambda: taken.append(answered()))
     other = answered()
     made = [json.loads(line) for line in lines.of_requests([*taken, other]).splitlines()]
@@ -492,9 +491,9 @@ def test_a_secret_in_the_ids_of_a_request_is_replaced() -> None:
 def test_a_user_of_any_name_is_on_one_line(user: str) -> None:
     """Whatever the application calls him; nothing is lost for it."""
     lines = JsonLines(Redaction(), lambda _: [])
-    line = answered()
-    line.user_id = user
-    made = lines.of_requests([line, answered()])
+    request = answered()
+    request.user_id = user
+    made = lines.of_requests([request, answered()])
 
     assert made.isascii()
     assert [json.loads(each).get("userId") for each in made.splitlines()] == [user, None]
@@ -512,7 +511,7 @@ def test_who_filters_or_handles_requests_gets_records() -> None:
 
     access.addFilter(look)
     try:
-        log_request("GET", "/", 200, 0.1, request_size=None, response_size=1, cut=False, trace=None)
+        log_request("GET", "/", 200, 0.1, headers=[], sent=1, cut=False, trace=None)
     finally:
         access.removeFilter(look)
     (record,) = seen

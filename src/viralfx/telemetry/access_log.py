@@ -2,22 +2,25 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from viralfx.domain.correlation import current_correlation_id, current_user_id
+from viralfx.telemetry.metrics.requests import METHODS, OTHER, UNMATCHED
 
 _logger = logging.getLogger("viralfx.access")
+
+_DIGITS = 20
+"""As many make no number that a request could have; a client may write any."""
 
 
 class AccessLine(msgspec.Struct, rename="camel", gc=False):
     """What a line says of a request, its fields in the order of the line."""
 
-    timestamp: float | str
-    """Seconds since the epoch, or how a line has it."""
+    timestamp: str
     level: str
     context: str
     message: str
@@ -35,53 +38,90 @@ class AccessLine(msgspec.Struct, rename="camel", gc=False):
     cut: bool | UnsetType
 
 
-TakeLine: TypeAlias = Callable[[AccessLine], None]
+class EndedRequest(msgspec.Struct):
+    """What is known of a request that is over; its line is made later, with those of others."""
+
+    at: float
+    """Seconds since the epoch."""
+    correlation_id: str | None
+    user_id: str | None
+    method: str
+    route: str | None
+    """The template; None where the application has none for it."""
+    status: int | None
+    """None where no answer began."""
+    seconds: float
+    headers: Iterable[tuple[bytes, bytes]]
+    """Of the request."""
+    sent: int
+    """Bytes of the answer's body."""
+    cut: bool
+    trace: tuple[str, str] | None
+    """The ids of its trace and of its span, where they were recorded."""
+
+    def line(self, timestamp: str) -> AccessLine:
+        """Return what is said of it, ``timestamp`` being its time."""
+        # A client chooses paths and methods: neither goes into a line as it comes.
+        method = self.method if self.method in METHODS else OTHER
+        route, status, size = self.route or UNMATCHED, self.status, _announced(self.headers)
+        trace_id, span_id = self.trace or (UNSET, UNSET)
+        return AccessLine(
+            timestamp,
+            "info",
+            "access",
+            f"{method} {route} {'without an answer' if status is None else status}",
+            self.correlation_id or UNSET,
+            self.user_id or UNSET,
+            trace_id,
+            span_id,
+            method,
+            route,
+            UNSET if status is None else status,
+            round(self.seconds * 1000, 3),
+            UNSET if size is None else size,
+            self.sent,
+            self.cut or UNSET,
+        )
+
+
+TakeRequest: TypeAlias = Callable[[EndedRequest], None]
 
 
 def log_request(
     method: str,
-    route: str,
+    route: str | None,
     status: int | None,
     seconds: float,
     *,
-    request_size: int | None,
-    response_size: int,
+    headers: Iterable[tuple[bytes, bytes]],
+    sent: int,
     cut: bool,
     trace: tuple[str, str] | None,
 ) -> None:
-    """Log a request that is over.
-
-    ``status`` is None where no answer began, ``request_size`` where it was not announced,
-    ``trace`` where none is recorded.
-    """
+    """Log a request that is over, in the words of :class:`EndedRequest`."""
     if not _logger.isEnabledFor(logging.INFO):
         return
-    trace_id, span_id = trace or (UNSET, UNSET)
-    line = AccessLine(
+    request = EndedRequest(
         time.time(),
-        "info",
-        "access",
-        f"{method} {route} {'without an answer' if status is None else status}",
-        current_correlation_id() or UNSET,
-        current_user_id() or UNSET,
-        trace_id,
-        span_id,
+        current_correlation_id(),
+        current_user_id(),
         method,
         route,
-        UNSET if status is None else status,
-        round(seconds * 1000, 3),
-        UNSET if request_size is None else request_size,
-        response_size,
-        cut or UNSET,
+        status,
+        seconds,
+        headers,
+        sent,
+        cut,
+        trace,
     )
     take = _short_way()
     if take is None:
-        _logger.handle(AccessRecord(line))
+        _logger.handle(AccessRecord(request))
     else:
-        take(line)
+        take(request)
 
 
-def _short_way() -> TakeLine | None:
+def _short_way() -> TakeRequest | None:
     """Return who takes lines without a record, if nobody else is to see it."""
     node, root = _logger, logging.root
     while node is not root:
@@ -90,23 +130,34 @@ def _short_way() -> TakeLine | None:
         node = node.parent
     if len(root.handlers) != 1 or root.handlers[0].filters:
         return None
-    take: TakeLine | None = getattr(root.handlers[0], "take_request", None)
+    take: TakeRequest | None = getattr(root.handlers[0], "take_request", None)
     return take
 
 
 class AccessRecord(logging.LogRecord):
     """The record of one request, for any handler and filter."""
 
-    def __init__(self, line: AccessLine) -> None:
+    def __init__(self, request: EndedRequest) -> None:
+        line = request.line("")
         super().__init__(_logger.name, logging.INFO, "", 0, line.message, (), None)
-        own, known = vars(self), msgspec.structs.asdict(line)
-        own["created"] = created = known.pop("timestamp")
-        own["msecs"] = created % 1 * 1000
-        for name in ("level", "context", "message"):
-            del known[name]
-        own.update((_in_camel_case[name], v) for name, v in known.items() if v is not UNSET)
+        own = vars(self)
+        own["created"], own["msecs"] = request.at, request.at % 1 * 1000
+        for name, field in _FIELDS:
+            if (value := getattr(line, field)) is not UNSET:
+                own[name] = value
 
 
-_in_camel_case = dict(
-    zip(AccessLine.__struct_fields__, AccessLine.__struct_encode_fields__, strict=True)
+_FIELDS = tuple(
+    (name, field)
+    for name, field in zip(
+        AccessLine.__struct_encode_fields__, AccessLine.__struct_fields__, strict=True
+    )
+    if field not in {"timestamp", "level", "context", "message"}
 )
+
+
+def _announced(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    for name, value in headers:
+        if name == b"content-length":
+            return int(value) if value.isdigit() and len(value) < _DIGITS else None
+    return None

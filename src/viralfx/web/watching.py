@@ -1,15 +1,12 @@
 """What is told of each request once it is over."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from time import perf_counter
 
 from viralfx.telemetry.access_log import log_request
-from viralfx.telemetry.metrics.requests import METHODS, OTHER, UNMATCHED, RequestMetrics
+from viralfx.telemetry.metrics.requests import RequestMetrics
 from viralfx.telemetry.trace_context import TRACE
 from viralfx.web.exchanges import Exchange
-
-_DIGITS = 20
-"""As many make no number that a request could have; a client may write any."""
 
 
 class RequestWatch:
@@ -34,21 +31,13 @@ class RequestWatch:
         method, status, trace = scope["method"], exchange.status, scope.get(TRACE)
         self._metrics.observe(method, route, status, seconds, trace)
         if self._access_log:
-            # A client chooses paths and methods: neither goes into a line as it comes.
             log_request(
-                method if method in METHODS else OTHER,
-                route or UNMATCHED,
+                method,
+                route,
                 status,
                 seconds,
-                request_size=_announced(scope["headers"]),
-                response_size=exchange.sent,
+                headers=scope["headers"],
+                sent=exchange.sent,
                 cut=exchange.cut or status is None,
                 trace=trace,
             )
-
-
-def _announced(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
-    for name, value in headers:
-        if name == b"content-length":
-            return int(value) if value.isdigit() and len(value) < _DIGITS else None
-    return None

@@ -48,19 +48,18 @@ class TracedRequests:
         self._tracer = tracer
         self._sampler = sampler
 
-    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+    def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> Awaitable[None]:
         """Serve one connection's scope; only requests are traced."""
+        # No coroutine of its own: most requests are not recorded, and need none.
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+            return self._app(scope, receive, send)
         span = self._begin(scope)
         # For the rest of this task, as the correlation id is: who measures and logs the request
         # afterwards is to find it, too.
         attach(set_span_in_context(span, NOTHING))
         if not span.is_recording():
-            await self._app(scope, receive, send)
-            return
-        await self._record(span, scope, receive, send)
+            return self._app(scope, receive, send)
+        return self._record(span, scope, receive, send)
 
     def _begin(self, scope: _Scope) -> Span:
         parents: list[str] = []
