@@ -38,7 +38,7 @@ class AccessLine(msgspec.Struct, rename="camel", gc=False):
     cut: bool | UnsetType
 
 
-class EndedRequest(msgspec.Struct):
+class EndedRequest(msgspec.Struct, gc=False):
     """What is known of a request that is over; its line is made later, with those of others."""
 
     at: float

@@ -10,7 +10,7 @@ import select
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 _MOST_WAITING = 8 * 2**20
@@ -20,8 +20,8 @@ _GATHERING = 0.02
 _AT_ONCE = select.PIPE_BUF
 """Bytes of one write: a pipe takes them without mixing them with what others write into it, and
 takes them at once when it says that it can be written to."""
-_TOGETHER = 12
-"""Lines that are made together; as many of the usual length go into one write."""
+_TOGETHER = 32
+"""Lines that are made together: what that costs by itself hardly counts for each of them then."""
 _LINE_END = ord("\n")
 _LAST_WAIT = 1.0
 """Seconds that :meth:`LineWriter.flush` waits for a descriptor that takes nothing."""
@@ -53,6 +53,7 @@ class LineWriter:
         self._most_waiting = most_waiting
         self._unmade: deque[Any] = deque()
         self._awaited = False
+        self._times_made = 0
         self._lines: deque[bytes] = deque()
         self._waiting = 0
         self._lost = 0
@@ -104,6 +105,7 @@ class LineWriter:
         with self._making:
             # In this order: what is brought from here on is waited for, or is among these.
             self._awaited = False
+            self._times_made += 1
             items = [self._unmade.popleft() for _ in range(len(self._unmade))]
             if not items:
                 return
@@ -113,11 +115,8 @@ class LineWriter:
                 with self._lock:
                     self._lost += len(items)
                 return
-            if len(made) <= _AT_ONCE:
-                self._append(made)
-            else:
-                for line in made.splitlines(keepends=True):
-                    self._append(line)
+            for lines in _in_writes(made):
+                self._append(lines)
 
     def _append(self, lines: bytes) -> None:
         if self._direct:
@@ -150,6 +149,8 @@ class LineWriter:
             self._put(self._take())
             with self._lock:
                 self._writing = False
+        else:
+            self._hurry.set()
 
     def flush(self, seconds: float = _LAST_WAIT) -> bool:
         """Wait until everything is written, at most ``seconds``; tell whether it is.
@@ -186,7 +187,10 @@ class LineWriter:
     def _run(self) -> None:
         while not self._closed or self._unmade or self._lines:
             self._wanted.wait()
-            self._hurry.wait(_GATHERING)
+            # As long as those who bring lines fill writes, and write, there is nothing to do.
+            made = self._times_made
+            while not self._hurry.wait(_GATHERING) and made != self._times_made:
+                made = self._times_made
             self._wanted.clear()
             self._hurry.clear()
             self._make_lines()
@@ -240,6 +244,19 @@ class LineWriter:
         except OSError:
             return min(bytes(rest).count(b"\n"), chunk.count(b"\n"))
         return 0
+
+
+def _in_writes(lines: bytes) -> Iterator[bytes]:
+    """Yield whole lines, as many at a time as go into one write; one at least."""
+    start = 0
+    while len(lines) - start > _AT_ONCE:
+        end = lines.rfind(b"\n", start, start + _AT_ONCE)
+        if end < 0:
+            end = lines.index(b"\n", start)
+        yield lines[start : end + 1]
+        start = end + 1
+    if start < len(lines):
+        yield lines[start:]
 
 
 def _forked(writer: LineWriter | None) -> None:

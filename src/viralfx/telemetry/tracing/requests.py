@@ -15,7 +15,9 @@ from opentelemetry.trace import (
     SpanContext,
     SpanKind,
     StatusCode,
+    TraceFlags,
     Tracer,
+    TraceState,
 )
 from opentelemetry.trace.propagation import set_span_in_context
 
@@ -33,6 +35,7 @@ _METHODS = frozenset(
     {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"}
 )
 _IDS = frozenset({b"x-correlation-id", b"x-request-id"})
+_UNSAMPLED, _NO_STATE = TraceFlags(TraceFlags.DEFAULT), TraceState()
 _LONGEST = 256
 """Characters of what a client chooses; there are two thousand spans that may wait to be sent."""
 _FIRST_SERVER_ERROR = 500
@@ -81,7 +84,9 @@ class TracedRequests:
             dropped = self._drops_continued(parents, states)
         if dropped is not None:
             # Nobody refers to a span that is not recorded: any id will do.
-            return NonRecordingSpan(SpanContext(dropped, random.getrandbits(64), is_remote=False))
+            return NonRecordingSpan(
+                SpanContext(dropped, random.getrandbits(64), False, _UNSAMPLED, _NO_STATE)  # noqa: FBT003 - not remote; by name it costs more
+            )
         method = scope["method"]
         attributes = {
             "http.request.method": method if method in _METHODS else "_OTHER",
