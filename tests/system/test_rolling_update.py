@@ -14,7 +14,7 @@ from tests import forked
 from tests.servers.fixtures import or_skip
 from tests.servers.haproxy import Proxy, haproxy
 from tests.servers.postgres import Database
-from tests.system.load import Answer, Load
+from tests.system.load import Answer, Load, TooSlowError
 from tests.system.service import ROOT, Service, free_port, running, wait_for
 
 APP = ("--app", "tests.system.backend_app:app")
@@ -117,7 +117,8 @@ def test_no_request_fails_while_both_backends_are_replaced(
     statuses = Counter(answer.status for answer in load.answers)
     print(f"{len(load.answers)} requests in {seconds:.1f} s: {dict(statuses)}")  # noqa: T201
     assert failed == []
-    assert len(load.answers) > 0.9 * seconds * sum(RATES.values())
+    if len(load.answers) < 0.9 * seconds * sum(RATES.values()):
+        raise TooSlowError(f"{len(load.answers)} requests in {seconds:.1f} s are too few")
     # Nothing was hidden by the proxy: each request was sent once, and to one that took it.
     assert {counted(one) for one in told.values()} == {(0, 0, 0)}
     assert all(int(one["chkdown"]) >= ROUNDS for name, one in told.items() if name != "BACKEND")
