@@ -85,7 +85,7 @@ class TracedRequests:
         if dropped is not None:
             # Nobody refers to a span that is not recorded: any id will do.
             return NonRecordingSpan(
-                SpanContext(dropped, random.getrandbits(64), False, _UNSAMPLED, _NO_STATE)  # noqa: FBT003 - not remote; by name it costs more
+                SpanContext(dropped, random.getrandbits(64), False, _UNSAMPLED, _NO_STATE)  # by name it costs more
             )
         method = scope["method"]
         attributes = {
