@@ -83,9 +83,10 @@ class TracedRequests:
         else:
             dropped = self._drops_continued(parents, states)
         if dropped is not None:
-            # Nobody refers to a span that is not recorded: any id will do.
+            # Nobody refers to a span that is not recorded: any id will do. It is not remote, and a
+            # call by names costs more.
             return NonRecordingSpan(
-                SpanContext(dropped, random.getrandbits(64), False, _UNSAMPLED, _NO_STATE)  # by name it costs more
+                SpanContext(dropped, random.getrandbits(64), False, _UNSAMPLED, _NO_STATE)
             )
         method = scope["method"]
         attributes = {
