@@ -77,8 +77,8 @@ def test_two_applications_in_one_process_do_not_clash() -> None:
 
 
 @pytest.mark.alone
-def test_observing_a_request_costs_a_few_microseconds() -> None:
-    """Less than 3 in the best of many rounds, on whatever machine."""
+def test_observing_a_request_costs_a_microsecond() -> None:
+    """Less than 1.5 in the best of many rounds, on whatever machine."""
     requests = Metrics().requests
     times = 10_000
 
@@ -87,4 +87,4 @@ def test_observing_a_request_costs_a_few_microseconds() -> None:
 
     best = min(timeit.repeat(observe, number=times, repeat=20)) / times
 
-    assert best < 3e-6
+    assert best < 1.5e-6
