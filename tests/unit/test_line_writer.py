@@ -106,6 +106,28 @@ def test_lines_that_are_made_together_keep_their_place(pipe: Pipe) -> None:
     assert pipe.take().endswith(b"afterwards\n")
 
 
+def test_a_line_does_not_overtake_those_that_are_being_made(pipe: Pipe) -> None:
+    """However long that takes in another thread."""
+    making, go_on = threading.Event(), threading.Event()
+
+    def make(items: Sequence[bytes]) -> bytes:
+        making.set()
+        assert go_on.wait(5)
+        return b"".join(items)
+
+    writer = LineWriter(pipe.writer, tell_lost=lost_line, make=make)
+    writer.write_later(b"first\n")
+    assert making.wait(5)  # the writer's own thread makes it
+    second = threading.Thread(target=writer.write, args=(b"second\n",))
+    second.start()
+    go_on.set()
+    second.join()
+    assert writer.flush()
+
+    assert pipe.take() == b"first\nsecond\n"
+    writer.close()
+
+
 def test_a_single_line_that_is_made_later_is_written_soon(pipe: Pipe) -> None:
     """Nobody has to bring another one."""
     writer = LineWriter(pipe.writer, tell_lost=lost_line)

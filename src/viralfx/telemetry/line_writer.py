@@ -84,7 +84,8 @@ class LineWriter:
 
     def write(self, line: bytes, *, urgent: bool = False) -> None:
         """Take a line, its end included; it is written within moments, an urgent one at once."""
-        if self._unmade:
+        # Also those that another thread is making at the moment come before this one.
+        if self._unmade or self._making.locked():
             self._make_lines()
         self._append(line)
         if urgent:
