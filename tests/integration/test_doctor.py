@@ -11,7 +11,7 @@ import pytest
 from tests import forked
 from tests.integration.doctor import GOOD, TOKEN, USER_PASSWORD, program, visit
 from tests.servers.certificates import Certificates
-from tests.servers.postgres import Database, PostgresProcess, PostgresServer
+from tests.servers.postgres import Database, PostgresServer
 from tests.servers.redis import redis_server
 from tests.servers.waiting import free_port, wait_until
 
@@ -291,11 +291,9 @@ def test_a_database_of_another_encoding_is_found(postgres: PostgresServer) -> No
 
 def test_a_replica_is_found(own_postgres: PostgresServer) -> None:
     """A server that only recovers accepts no writes."""
-    host = own_postgres._host
-    assert isinstance(host, PostgresProcess)
-    own_postgres.stop()
-    (host.data / "standby.signal").touch()
-    own_postgres.start()
+    [(data,)] = own_postgres.execute("show data_directory")
+    own_postgres.execute(f"copy (select 1) to '{data}/standby.signal'")
+    own_postgres.restart()
     found = visit({**GOOD, "DATABASE_URL": own_postgres.url()}, secrets=(own_postgres.password,))
 
     assert found.judged("database", "is a replica that accepts no writes") == ["fail"], found

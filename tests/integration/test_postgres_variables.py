@@ -118,8 +118,9 @@ async def test_database_url(
     finally:
         database.execute(f"drop owned by {role}")
         database.execute(f"drop role {role}")
+    who = "select system_identifier from pg_control_system()"
     async with wired({"DATABASE_URL": own_postgres.url()}) as pool, pool.acquire() as connection:
-        assert await connection.fetchval("show port") == str(own_postgres.port)
+        assert [(await connection.fetchval(who),)] == own_postgres.execute(who)
     wrong = own_postgres.url(password="wrong")
     assert "refuses the user or password" in await refusal({"DATABASE_URL": wrong})
 

@@ -108,7 +108,7 @@ class ContainerHost(Host):
     def log(self) -> str:
         if self._made is None:
             return ""
-        return bytes(self._container.logs(tail=200)).decode(errors="replace")
+        return bytes(self._container.logs()).decode(errors="replace")
 
     def close(self) -> None:
         if self._made is not None:
@@ -149,6 +149,8 @@ def address_of(container: DockerContainer) -> str:
 
 def begin(container: DockerContainer) -> None:
     """Start a container, and leave nothing of it when that fails."""
+    # A connection to the engine that is kept looks like one that the program under test left open.
+    container.get_docker_client().client.api.headers["Connection"] = "close"
     try:
         container.start()
     except APIError as error:

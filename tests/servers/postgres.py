@@ -139,8 +139,10 @@ class PostgresServer(Server):
         return [*self._first_arguments, *pairs]
 
     def _answers(self) -> bool:
-        if "ready to accept" not in self.log():
-            # What it refuses while it starts leaves a transport behind when TLS is spoken.
+        # What is refused while it starts leaves a transport behind when TLS is spoken. An image
+        # first starts one that nobody outside reaches, and it may have run before.
+        newest = self.log().rpartition("starting PostgreSQL")[2]
+        if "listening on IPv4" not in newest or "ready to accept" not in newest:
             return False
         try:
             return self.execute("select 1") == [(1,)]

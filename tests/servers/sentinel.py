@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
 import redis
+from tests.servers import supply
 from tests.servers.host import Host
 from tests.servers.redis import RedisServer, redis_hosts
 from tests.servers.waiting import wait_until
@@ -50,6 +51,15 @@ class SentinelSetup:
         self.servers = servers
         self.sentinel_servers = sentinels
         self._killed: RedisServer | None = None
+
+    @property
+    def refuses(self) -> bool:
+        """Whether a member that ended refuses connections.
+
+        In containers they share a network, and the engine takes connections to all ports of it,
+        and closes those that nobody listens to.
+        """
+        return supply.chosen().tier is not supply.Tier.DOCKER
 
     @property
     def sentinels(self) -> list[tuple[str, int]]:
