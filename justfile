@@ -84,6 +84,10 @@ bench-accept *arguments:
 bench-flat *arguments:
     {{bin}}/python -m benchmarks.jobs.flat {{arguments}}
 
+# memory of processes that have nothing to do, next to a bare Litestar application
+bench-memory *arguments:
+    {{bin}}/python -m benchmarks.memory {{arguments}}
+
 # the image, named after the version and marked with the commit
 image *arguments:
     docker build --build-arg REVISION=$(git rev-parse HEAD) --tag viralfx-backend:$({{bin}}/uv version --short) {{arguments}} .

@@ -134,6 +134,10 @@ class Server:
         """Return the bytes of its memory that are resident."""
         return int(psutil.Process(self._process.pid).memory_info().rss)
 
+    def uss(self) -> int:
+        """Return the bytes of its memory that no other process shares."""
+        return int(psutil.Process(self._process.pid).memory_full_info().uss)
+
     def terminate(self) -> None:
         """Send SIGTERM and return at once."""
         self._terminated_at = time.monotonic()

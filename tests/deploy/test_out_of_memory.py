@@ -1,0 +1,82 @@
+"""A container whose memory fills up: the check warns while there is still something to be done."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.deploy.engine import IN_MEMORY, Container, container
+
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(180)]
+
+LIMIT = 256
+STEP = 4
+"""Mebibytes."""
+APP = Path(__file__).with_name("filling.py")
+OPTIONS = (
+    *IN_MEMORY,
+    f"--memory={LIMIT}m",
+    f"--memory-swap={LIMIT}m",
+    f"--volume={APP}:/app/filling.py:ro",
+    "--env=HEALTH_CHECK_INTERVAL=100",
+)
+
+
+def test_the_memory_check_warns_before_the_kernel_kills(image: str) -> None:
+    """Filled step by step: pass, warn, fail, and only then is it killed, with 137."""
+    seen: dict[str, dict[str, Any]] = {}
+    with container(image, "serve", "--app", "filling:app", options=OPTIONS) as service:
+        service.wait_healthy()
+        kept = 0
+        while fill(service, STEP):
+            kept += STEP
+            detailed = looked_again(service)
+            if detailed is None:
+                break
+            memory = detailed["checks"]["memory"]
+            told = {"kept": kept, "overall": detailed["status"], **memory["details"]}
+            seen.setdefault(memory["status"], told)
+        end = service.wait_ended()
+    for status, told in seen.items():
+        print(status, told)  # noqa: T201
+    print(f"killed with {kept} MiB kept: {end['ExitCode']}, OOMKilled {end['OOMKilled']}")  # noqa: T201
+
+    assert (end["ExitCode"], end["OOMKilled"]) == (137, True)
+    assert list(seen) == ["pass", "warn", "fail"]
+    assert {told["heapTotal"] for told in seen.values()} == {f"{LIMIT}MB"}
+    assert [told["overall"] for told in seen.values()] == ["healthy", "degraded", "unhealthy"]
+    assert 75 <= percent(seen["warn"]) < 90
+    assert percent(seen["fail"]) >= 90
+    assert seen["warn"]["kept"] < seen["fail"]["kept"] < kept + STEP
+
+
+def fill(service: Container, mebibytes: int) -> bool:
+    """Have it keep more; say whether it lives."""
+    try:
+        return service.get(f"/fill/{mebibytes}", method="POST").status == 201
+    except OSError:
+        return False
+
+
+def looked_again(service: Container) -> dict[str, Any] | None:
+    """Return its health once the check looked as often as a change of its status takes.
+
+    None where it is no longer there to ask.
+    """
+    rounds: set[str] = set()
+    newest: dict[str, Any] = {}
+
+    def look() -> bool:
+        reply = service.answers("/health/detailed")
+        if reply is None:
+            return True
+        newest.update(reply.json())
+        rounds.add(newest["checks"]["memory"]["checkedAt"])
+        return len(rounds) > 3
+
+    service.wait(look, "more looks at its memory")
+    return newest if len(rounds) > 3 else None
+
+
+def percent(details: dict[str, Any]) -> float:
+    """Return what a reading says of the limit."""
+    return float(details["usagePercent"].removesuffix("%"))
