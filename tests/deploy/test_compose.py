@@ -114,6 +114,18 @@ def test_the_ports_are_those_of_the_settings() -> None:
     assert [name for name in OURS if "ports" in OURS[name]] == ["backend"]
 
 
+@pytest.mark.parametrize("path", ["README.md", "deploy/compose.yaml"])
+def test_the_first_commands_are_right(path: str) -> None:
+    """The token that people are told to fetch is where the API reads it."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    compose = "docker compose -f deploy/compose.yaml"
+    fetched = re.search(rf"{compose} exec -T backend cat (\S+?)\)?$", text, re.MULTILINE)
+
+    assert re.search(rf"^[# ]*{compose} up --wait$", text, re.MULTILINE)
+    assert fetched
+    assert fetched[1] == SERVICES["backend"]["environment"]["API_TOKEN_FILE"]
+
+
 def test_what_is_mounted_is_there() -> None:
     """A file that is missing would become an empty folder."""
     mounted = [

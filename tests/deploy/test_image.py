@@ -153,12 +153,14 @@ def test_it_builds_without_a_network_and_is_small(image: str, tmp_path: Path) ->
 
 
 def test_what_production_needs_is_told_at_once(image: str) -> None:
-    """Each variable is one line that says what to do; nothing is served."""
+    """Each variable is one line that says what to do, as the README shows; nothing is served."""
     ran = attempt("run", "--rm", *CONSTRAINED, image)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
 
     assert ran.returncode == 2
     assert re.findall(r"^viralfx: (\w+): .+", ran.stderr, re.MULTILINE) == NEEDED
     assert len(ran.stderr.splitlines()) == len(NEEDED)
+    assert f"```\n{ran.stderr}```\n" in readme
 
 
 @pytest.mark.parametrize("command", ["serve", "worker", "migrate"])
