@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
@@ -65,13 +65,44 @@ def test_an_outage_is_one_line_and_its_end_another(caplog: pytest.LogCaptureFixt
     assert not exporter.in_trouble
 
 
+def test_spans_that_are_lost_all_the_time_are_one_outage(
+    caplog: pytest.LogCaptureFixture, memory: InMemorySpanExporter
+) -> None:
+    """A collector that takes some, but fewer than there are: it is not back by that."""
+    clock = Clock()
+    exporter = ReportingExporter(memory, calm=10.0, now=clock)
+    # One may wait, and there is no room for any other.
+    processor = BatchSpanProcessor(exporter, max_queue_size=1, max_export_batch_size=1)
+    span = TracerProvider(shutdown_on_exit=False).get_tracer("test").start_span("work")
+    assert isinstance(span, ReadableSpan)
+    with caplog.at_level(logging.INFO):
+        for _ in range(5):
+            with processor._batch_processor._export_lock:
+                for _ in range(4):
+                    processor.on_end(span)
+            clock.now += 6
+            processor.force_flush()
+            assert exporter.in_trouble
+        clock.now += 10
+        exporter.export([span])
+    processor.shutdown()  # type: ignore[no-untyped-call]
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "Traces are lost",
+        "Traces arrive again",
+    ]
+
+
 def test_the_library_is_as_before_once_nobody_sends(caplog: pytest.LogCaptureFixture) -> None:
     """Its loggers are the application's, too."""
+    processing = logging.getLogger("opentelemetry.sdk._shared_internal")
+    filters = list(processing.filters)
     ReportingExporter(Collector()).shutdown()
     with caplog.at_level(logging.WARNING):
         _library.warning("planted")
 
     assert [record.getMessage() for record in caplog.records] == ["planted"]
+    assert processing.filters == filters != []
 
 
 def test_what_waits_is_bounded(

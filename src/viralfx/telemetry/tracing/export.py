@@ -44,21 +44,25 @@ class _Ear(logging.Handler):
 def listen_to(names: Sequence[str], hear: Callable[[str], None]) -> Callable[[], None]:
     """Have ``hear`` told of the warnings and errors of loggers, and nobody else of anything.
 
-    Returns what undoes it.
+    It is told of all of them: filters are left out. Returns what undoes it.
     """
     loggers = [logging.getLogger(name) for name in names]
-    before = [(logger, logger.propagate, logger.level) for logger in loggers]
+    before = [(logger, logger.propagate, logger.level, list(logger.filters)) for logger in loggers]
     ear = _Ear(hear)
     for logger in loggers:
         logger.addHandler(ear)
         logger.propagate = False
         logger.setLevel(logging.WARNING)
+        # The library's own drops what it has said within 20 s: spans that are lost all the time
+        # would seem to be lost now and then.
+        logger.filters.clear()
 
     def undo() -> None:
-        for logger, propagate, level in before:
+        for logger, propagate, level, filters in before:
             logger.removeHandler(ear)
             logger.propagate = propagate
             logger.setLevel(level)
+            logger.filters[:] = filters
 
     return undo
 
