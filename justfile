@@ -52,6 +52,10 @@ bench-probes *arguments:
 bench-telemetry *arguments:
     {{bin}}/python benchmarks/telemetry.py {{arguments}}
 
+# requests while the collector of traces is dead, frozen, slow or erring (short: --seconds 5)
+bench-collector *arguments:
+    {{bin}}/python benchmarks/collector.py {{arguments}}
+
 # start and stop against bare uvicorn
 bench-shutdown *arguments:
     {{bin}}/python benchmarks/shutdown.py {{arguments}}

@@ -53,15 +53,15 @@ def load(
 
     What is posted comes from our own client. Raises :class:`LoadError` when an answer is not 2xx.
     """
-    served, own, all_used = server.cpu_seconds(), _own_seconds(), _core_seconds()
+    served, own, all_used = server.cpu_seconds(), own_seconds(), core_seconds()
     if _WRK and not posted:
         count, took = _wrk(server.port, path, seconds)
     else:
         count, took = _ours(server.port, path, connections, seconds, posted)
     served, own, all_used = (
         server.cpu_seconds() - served,
-        _own_seconds() - own,
-        _core_seconds() - all_used,
+        own_seconds() - own,
+        core_seconds() - all_used,
     )
     return Sample(
         rate=count / took,
@@ -75,21 +75,22 @@ def wait_for_calm(*, most_foreign: float, seconds: float) -> float:
     """Wait until others leave both cores alone, at most ``seconds``; return how long it took."""
     began = time.monotonic()
     while (waited := time.monotonic() - began) < seconds:
-        own, all_used = _own_seconds(), _core_seconds()
+        own, all_used = own_seconds(), core_seconds()
         time.sleep(_LOOK_SECONDS)
-        foreign = _core_seconds() - all_used - (_own_seconds() - own)
+        foreign = core_seconds() - all_used - (own_seconds() - own)
         if foreign <= most_foreign * _LOOK_SECONDS:
             break
     return waited
 
 
-def _own_seconds() -> float:
+def own_seconds() -> float:
     """Return the processor time of this process and of the clients that ended."""
     usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _core_seconds() -> float:
+def core_seconds() -> float:
+    """Return the processor time that all processes used on the server's core and the client's."""
     cores = psutil.cpu_times(percpu=True)
     return sum(
         float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
