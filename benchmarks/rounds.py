@@ -1,12 +1,12 @@
 """Interleaved rounds: servers take turns under load, and are compared within a round only.
 
 So whatever else the machine does hits both sides of a comparison alike. One server at a time is
-loaded, in short slices.
+loaded, in short slices, after a slice that warms it up.
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -46,23 +46,32 @@ Round = Mapping[Subject, Sample]
 
 def measure(subjects: Sequence[Subject], count: int) -> list[Round]:
     """Return the calmest rounds; those that other processes disturbed are repeated for a while."""
+    measured: list[Round] = []
+    patience = MOST_WAITING
+    for number in range(count + MOST_REPEATS):
+        order = subjects if number % 2 else subjects[::-1]
+        # Anew each time: two processes of one program differ by several percent for as long as
+        # they live, by where their memory happens to be.
+        with _servers(order) as servers:
+            for subject in order:
+                load(servers[subject.program], subject.path, seconds=SLICE_SECONDS)
+            patience -= wait_for_calm(most_foreign=MOST_FOREIGN, seconds=patience)
+            samples = {s: load(servers[s.program], s.path, seconds=SLICE_SECONDS) for s in order}
+        measured.append(samples)
+        if sum(map(_undisturbed, measured)) == count:
+            break
+    return sorted(measured, key=_foreign)[:count]
+
+
+@contextmanager
+def _servers(subjects: Sequence[Subject]) -> Iterator[Mapping[Program, Server]]:
     with ExitStack() as stack:
         servers: dict[Program, Server] = {}
         for subject in subjects:
             if subject.program not in servers:
                 servers[subject.program] = stack.enter_context(Server(subject.program))
             servers[subject.program].wait_for_200(subject.path)
-        measured: list[Round] = []
-        patience = MOST_WAITING
-        for number in range(1 + count + MOST_REPEATS):
-            patience -= wait_for_calm(most_foreign=MOST_FOREIGN, seconds=patience)
-            order = subjects if number % 2 else subjects[::-1]
-            samples = {s: load(servers[s.program], s.path, seconds=SLICE_SECONDS) for s in order}
-            if number:  # the first one warms up
-                measured.append(samples)
-            if sum(map(_undisturbed, measured)) == count:
-                break
-    return sorted(measured, key=_foreign)[:count]
+        yield servers
 
 
 def how(rounds: Sequence[Round], recipe: str) -> list[str]:
@@ -72,7 +81,8 @@ def how(rounds: Sequence[Round], recipe: str) -> list[str]:
         f"Command: `{recipe}`",
         f"Load: {generator()}, {CONNECTIONS} keep-alive connections; server and client each on "
         "a core of their own",
-        f"Medians of {len(rounds)} interleaved rounds of {SLICE_SECONDS} s per row; in {calm} "
+        f"Medians of {len(rounds)} interleaved rounds of {SLICE_SECONDS} s per row, each with new"
+        f" processes; in {calm} "
         f"of them other processes took less than {MOST_FOREIGN:.0%} of a core",
     )
 

@@ -1,20 +1,15 @@
 """One line for each request that an application answered."""
 
 import logging
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TypeAlias
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from viralfx.domain.correlation import current_correlation_id, current_user_id
 from viralfx.telemetry.metrics.requests import METHODS, OTHER, UNMATCHED
 
 _logger = logging.getLogger("viralfx.access")
-
-_DIGITS = 20
-"""As many make no number that a request could have; a client may write any."""
 
 
 class AccessLine(msgspec.Struct, rename="camel", gc=False):
@@ -51,8 +46,8 @@ class EndedRequest(msgspec.Struct, gc=False):
     status: int | None
     """None where no answer began."""
     seconds: float
-    headers: Iterable[tuple[bytes, bytes]]
-    """Of the request."""
+    received: int | None
+    """Bytes of the request's body, as far as they were announced."""
     sent: int
     """Bytes of the answer's body."""
     cut: bool
@@ -63,7 +58,7 @@ class EndedRequest(msgspec.Struct, gc=False):
         """Return what is said of it, ``timestamp`` being its time."""
         # A client chooses paths and methods: neither goes into a line as it comes.
         method = self.method if self.method in METHODS else OTHER
-        route, status, size = self.route or UNMATCHED, self.status, _announced(self.headers)
+        route, status, received = self.route or UNMATCHED, self.status, self.received
         trace_id, span_id = self.trace or (UNSET, UNSET)
         return AccessLine(
             timestamp,
@@ -78,7 +73,7 @@ class EndedRequest(msgspec.Struct, gc=False):
             route,
             UNSET if status is None else status,
             round(self.seconds * 1000, 3),
-            UNSET if size is None else size,
+            UNSET if received is None else received,
             self.sent,
             self.cut or UNSET,
         )
@@ -87,33 +82,13 @@ class EndedRequest(msgspec.Struct, gc=False):
 TakeRequest: TypeAlias = Callable[[EndedRequest], None]
 
 
-def log_request(
-    method: str,
-    route: str | None,
-    status: int | None,
-    seconds: float,
-    *,
-    headers: Iterable[tuple[bytes, bytes]],
-    sent: int,
-    cut: bool,
-    trace: tuple[str, str] | None,
-) -> None:
-    """Log a request that is over, in the words of :class:`EndedRequest`."""
-    if not _logger.isEnabledFor(logging.INFO):
-        return
-    request = EndedRequest(
-        time.time(),
-        current_correlation_id(),
-        current_user_id(),
-        method,
-        route,
-        status,
-        seconds,
-        headers,
-        sent,
-        cut,
-        trace,
-    )
+def wanted() -> bool:
+    """Tell whether requests are to be logged at the moment."""
+    return _logger.isEnabledFor(logging.INFO)
+
+
+def log_request(request: EndedRequest) -> None:
+    """Log a request that is over."""
     take = _short_way()
     if take is None:
         _logger.handle(AccessRecord(request))
@@ -154,10 +129,3 @@ _FIELDS = tuple(
     )
     if field not in {"timestamp", "level", "context", "message"}
 )
-
-
-def _announced(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
-    for name, value in headers:
-        if name == b"content-length":
-            return int(value) if value.isdigit() and len(value) < _DIGITS else None
-    return None

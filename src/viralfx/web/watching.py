@@ -1,12 +1,16 @@
 """What is told of each request once it is over."""
 
-from collections.abc import Callable
-from time import perf_counter
+from collections.abc import Callable, Iterable
+from time import perf_counter, time
 
-from viralfx.telemetry.access_log import log_request
+from viralfx.domain.correlation import current_correlation_id, current_user_id
+from viralfx.telemetry.access_log import EndedRequest, log_request, wanted
 from viralfx.telemetry.metrics.requests import RequestMetrics
 from viralfx.telemetry.trace_context import TRACE
 from viralfx.web.exchanges import Exchange
+
+_DIGITS = 20
+"""As many make no number that a request could have; a client may write any."""
 
 
 class RequestWatch:
@@ -30,14 +34,26 @@ class RequestWatch:
         route = scope.get("path_template")
         method, status, trace = scope["method"], exchange.status, scope.get(TRACE)
         self._metrics.observe(method, route, status, seconds, trace)
-        if self._access_log:
+        if self._access_log and wanted():
             log_request(
-                method,
-                route,
-                status,
-                seconds,
-                headers=scope["headers"],
-                sent=exchange.sent,
-                cut=exchange.cut or status is None,
-                trace=trace,
+                EndedRequest(
+                    time(),
+                    current_correlation_id(),
+                    current_user_id(),
+                    method,
+                    route,
+                    status,
+                    seconds,
+                    _announced(scope["headers"]),
+                    exchange.sent,
+                    exchange.cut or status is None,
+                    trace,
+                )
             )
+
+
+def _announced(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    for name, value in headers:
+        if name == b"content-length":
+            return int(value) if value.isdigit() and len(value) < _DIGITS else None
+    return None
