@@ -1,6 +1,5 @@
 """deploy/observability asks only for what exists, and every alert leads to what to do."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.observability.dashboards import dashboard
 from tests.observability.promql import asked
 from tests.observability.wired import described, wired
 
@@ -30,12 +30,6 @@ def load(name: str) -> Any:
 def rules() -> list[dict[str, Any]]:
     """Return the alert rules."""
     return [rule for group in load("rules.yml")["groups"] for rule in group["rules"]]
-
-
-def dashboard() -> dict[str, Any]:
-    """Return the dashboard."""
-    found: dict[str, Any] = json.loads((FOLDER / "dashboard.json").read_text(encoding="utf-8"))
-    return found
 
 
 def panels() -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Programs of one file that judge and render, without a service: found, or fetched from Debian."""
+"""Programs of one file, without a service around them: found, or fetched from Debian."""
 
 import fcntl
 import shutil
@@ -17,6 +17,11 @@ _KEPT = Path(sys.prefix) / "bin"
 def promtool() -> Path:
     """Return Prometheus's own judge of metrics and rules. Raises ``UnavailableError``."""
     return program("promtool")
+
+
+def prometheus() -> Path:
+    """Return Prometheus itself. Raises ``UnavailableError``."""
+    return program("prometheus")
 
 
 def kustomize() -> Path:
