@@ -66,7 +66,12 @@ def test_built_in_checks_come_first_and_in_order() -> None:
                 critical=True,
             ),
         ),
-        ("queues", CheckPolicy(interval=5.0, retry_interval=5.0, timeout=2.0, shared=True)),
+        (
+            "queues",
+            CheckPolicy(
+                interval=5.0, retry_interval=5.0, timeout=2.0, shared=True, follows="database"
+            ),
+        ),
         ("disk", CheckPolicy(interval=5.0, retry_interval=5.0, timeout=2.0)),
     ],
 )

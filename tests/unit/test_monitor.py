@@ -12,7 +12,7 @@ from tests.manual_clock import ManualClock
 from tests.unit.conftest import Releasable
 from tests.unit.doubles import Act, ActingCheck, BrokenError
 
-from viralfx.domain.attempts import CheckCompleted
+from viralfx.domain.attempts import CheckCompleted, CheckRunner
 from viralfx.domain.correlation import current_correlation_id
 from viralfx.domain.health import (
     CheckPolicy,
@@ -24,6 +24,7 @@ from viralfx.domain.health import (
     Transition,
 )
 from viralfx.domain.monitor import HealthMonitor, MonitorEvent
+from viralfx.domain.tracking import CheckTrack
 
 INTERVAL, TIMEOUT = 5.0, 2.0
 POLICY = CheckPolicy(interval=INTERVAL, timeout=TIMEOUT)
@@ -433,6 +434,199 @@ async def test_refresh_of_a_hung_check_is_bounded(
         assert caller.done()
         assert caller.result().checks["one"].code == "timeout"
         assert check.attempts == 1
+
+
+async def test_refresh_does_not_take_an_attempt_in_flight_for_an_answer(
+    clock: ManualClock,
+) -> None:
+    """What it sees may have changed before the round was asked for: another one follows it."""
+    check = ActingCheck(Act.SLOW, clock=clock)
+    check.seconds = 1.5
+    began = clock.monotonic()
+    async with running(clock, check) as monitor:
+        await clock.advance(0.5)
+        asked = asyncio.create_task(monitor.refresh())
+        check.act = Act.FAIL
+        await clock.advance(0.99)
+
+        assert (check.attempts, asked.done()) == (1, False)
+
+        await clock.advance(0.01)
+
+        assert asked.done()
+        assert asked.result().checks["one"].status is Status.FAIL
+        assert [began, began + 1.5] == check.begun_at
+
+
+async def test_refresh_during_a_short_attempt_keeps_the_gap(clock: ManualClock) -> None:
+    """The attempt that answers begins ``refresh_gap`` after the one in flight, and only one."""
+    check = ActingCheck(Act.SLOW, clock=clock)
+    check.seconds = 0.3
+    began = clock.monotonic()
+    async with running(clock, check) as monitor:
+        await clock.advance(0.1)
+        asked = asyncio.create_task(monitor.refresh())
+        await clock.advance(1.2)
+
+        assert asked.done()
+        await clock.advance(INTERVAL)
+
+    assert [began, began + 1.0, began + 1.3 + INTERVAL] == pytest.approx(check.begun_at)
+
+
+@pytest.mark.parametrize(
+    ("act", "status", "after"), [(Act.HANG, Status.PASS, 2.0), (Act.SWALLOW, Status.FAIL, 4.0)]
+)
+async def test_refresh_over_an_attempt_that_hangs_is_bounded(
+    clock: ManualClock, held: list[Releasable], act: Act, status: Status, after: float
+) -> None:
+    """Whether another attempt can begin once the one in flight is late, or none can."""
+    held.append(check := ActingCheck(act))
+    async with running(clock, check) as monitor:
+        check.act = Act.PASS
+        await clock.advance(0.5)
+        asked = asyncio.create_task(monitor.refresh())
+        await clock.advance(after - 0.5 - 0.01)
+
+        assert not asked.done()
+
+        await clock.advance(0.01)
+
+        assert asked.done()
+        assert asked.result().checks["one"].status is status
+
+
+async def test_refresh_that_waits_for_a_stuck_attempt_is_answered_by_the_next(
+    clock: ManualClock, held: list[Releasable]
+) -> None:
+    """A turn that found an attempt stuck when it was asked begins its own after that."""
+    held.append(check := ActingCheck(Act.SWALLOW))
+    async with running(clock, check) as monitor:
+        await clock.advance(TIMEOUT + INTERVAL + 1.0)
+        asked = asyncio.create_task(monitor.refresh())
+        await clock.settle()
+        check.act = Act.WARN
+        check.release()
+        await clock.settle()
+
+        assert asked.done()
+        assert asked.result().checks["one"].status is Status.WARN
+        assert check.attempts == 2
+
+
+async def test_refresh_ends_at_its_bound_whatever_the_attempts_do(
+    clock: ManualClock, held: list[Releasable]
+) -> None:
+    """One in flight, one that could begin only when that one ended, and the end of patience."""
+    held.append(check := ActingCheck(Act.SWALLOW))
+    async with running(clock, check) as monitor:
+        asked = asyncio.create_task(monitor.refresh())
+        await clock.advance(2 * TIMEOUT - 0.1)
+        check.release()
+        await clock.advance(1.09)
+
+        assert (check.attempts, asked.done()) == (2, False)
+
+        await clock.advance(0.01)
+
+        assert asked.done()
+
+
+async def test_abandoning_cancels_everyone_who_waits(clock: ManualClock) -> None:
+    """For the attempt under way, and for the one after it."""
+    track = CheckTrack("one", POLICY, clock.now())
+    check = ActingCheck(Act.HANG)
+    runner = CheckRunner(check, track, clock=clock, completed=lambda _: None, gap=1.0)
+    waiting = [runner.force()]
+    schedule = asyncio.create_task(runner.run(1.0))
+    await clock.settle()
+    waiting.append(runner.force())
+    runner.abandon()
+    schedule.cancel()
+    await asyncio.wait({schedule})
+
+    assert [future.cancelled() for future in waiting] == [True, True]
+
+
+@asynccontextmanager
+async def followed(
+    clock: ManualClock, leader: HealthCheck, follower: HealthCheck
+) -> AsyncIterator[HealthMonitor]:
+    """Run a monitor in which ``two``, every 3 s, follows ``one``, every 5 s."""
+    policy = CheckPolicy(interval=3.0, timeout=TIMEOUT, follows="one")
+    monitor = make(clock, {"one": (leader, POLICY), "two": (follower, policy)})
+    monitor.start()
+    await clock.settle()
+    yield monitor
+    await monitor.stop()
+
+
+async def test_a_forced_round_looks_at_a_follower_after_the_one_it_follows(
+    clock: ManualClock,
+) -> None:
+    """Although the follower might be looked at first: it would see what was found out before."""
+    leader, follower = ActingCheck(clock=clock), ActingCheck(clock=clock)
+    began = clock.monotonic()
+    async with followed(clock, leader, follower) as monitor:
+        await clock.advance(5.5)
+        leader.act, leader.seconds = Act.SLOW, 0.2
+        asked = asyncio.create_task(monitor.refresh())
+        await clock.advance(1.49)
+
+        assert not asked.done()
+
+        follower.act = Act.FAIL
+        await clock.advance(0.01)
+
+        assert asked.done()
+        assert asked.result().checks["two"].status is Status.FAIL
+
+    assert [began, began + 5.0, began + 6.0] == leader.begun_at
+    # The last but one on schedule. The last once the other had answered, at 6.2 s, and the gap.
+    assert [began, began + 3.0, began + 6.0, began + 7.0] == follower.begun_at
+
+
+async def test_a_follower_is_looked_at_as_soon_as_the_one_it_follows_was(
+    clock: ManualClock,
+) -> None:
+    """Nothing but the gap between its own attempts and the other's answer is waited for."""
+    leader, follower = ActingCheck(clock=clock), ActingCheck(clock=clock)
+    began = clock.monotonic()
+    async with followed(clock, leader, follower) as monitor:
+        await clock.advance(1.5)
+        leader.act, leader.seconds = Act.SLOW, 0.2
+        asked = asyncio.create_task(monitor.refresh())
+        await clock.advance(0.2)
+
+        assert asked.done()
+
+    assert [began, began + 1.5] == leader.begun_at
+    assert [began, began + 1.7] == pytest.approx(follower.begun_at)
+
+
+async def test_a_round_over_a_stuck_check_and_its_follower_is_bounded(
+    clock: ManualClock, held: list[Releasable]
+) -> None:
+    """The follower has its own turn once the other's time is over, and its own bound."""
+    leader, follower = ActingCheck(Act.SWALLOW), ActingCheck(Act.SWALLOW)
+    held += [leader, follower]
+    async with followed(clock, leader, follower) as monitor:
+        await clock.advance(1.0)
+        asked = asyncio.create_task(monitor.refresh())
+        await clock.advance(2 * (1.0 + 2 * TIMEOUT))
+
+        assert asked.done()
+        assert {check.code for check in asked.result().checks.values()} == {"timeout"}
+        assert (leader.attempts, follower.attempts) == (1, 1)
+
+
+async def test_a_check_can_follow_only_one_that_is_there(clock: ManualClock) -> None:
+    """Nor itself; so nothing is ever waited for in a circle."""
+    monitor = HealthMonitor(clock=clock)
+
+    for other in ("one", "two"):
+        with pytest.raises(ValueError, match=f"'one' follows '{other}': there is none"):
+            monitor.register("one", ActingCheck(), CheckPolicy(follows=other))
 
 
 async def test_caller_that_leaves_does_not_cancel_the_round(clock: ManualClock) -> None:

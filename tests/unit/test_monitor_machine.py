@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import pytest
@@ -26,6 +26,7 @@ from viralfx.domain.monitor import HealthMonitor, MonitorEvent
 NAMES = ("a", "b", "c")
 FAIL_OPEN_AFTER = 20.0
 HISTORY = 8
+REFRESH_GAP = 1.0
 
 ResultT = TypeVar("ResultT")
 
@@ -49,6 +50,7 @@ class Model:
 
     policy: CheckPolicy
     seen: list[Status] = field(default_factory=list)
+    code: str | None = None
     recorded_at: float = 0.0
     told: list[Transition] = field(default_factory=list)
 
@@ -87,7 +89,10 @@ class MonitorMachine(RuleBasedStateMachine):
         self.clock = ManualClock()
         self.running = False
         self.events: list[MonitorEvent] = []
-        self.rounds: list[tuple[float, asyncio.Task[HealthReport]]] = []
+        self.rounds: list[tuple[float, asyncio.Task[None]]] = []
+        self.round_ended_at = float("-inf")
+        self.old_news: list[str] = []
+        self.stops = 0
         self.resumed_at = self.clock.monotonic()
         self.not_failing_at = self.clock.monotonic()
         self.was_started = False
@@ -96,21 +101,33 @@ class MonitorMachine(RuleBasedStateMachine):
         """Run a coroutine on the machine's loop."""
         return self.runner.run(coroutine)
 
-    @initialize(policies=st.tuples(policies, policies, policies), seed=st.integers(0, 9))
-    def wire(self, policies: tuple[CheckPolicy, CheckPolicy, CheckPolicy], seed: int) -> None:
-        """Make the monitor and start it."""
+    @initialize(
+        policies=st.tuples(policies, policies, policies),
+        follows=st.sampled_from([None, NAMES[0]]),
+        seed=st.integers(0, 9),
+    )
+    def wire(
+        self,
+        policies: tuple[CheckPolicy, CheckPolicy, CheckPolicy],
+        follows: str | None,
+        seed: int,
+    ) -> None:
+        """Make the monitor and start it; the second check may follow the first."""
+        policies = (policies[0], replace(policies[1], follows=follows), policies[2])
         self.monitor = HealthMonitor(
             clock=self.clock,
             rng=random.Random(seed),  # noqa: S311 - repeatable
             fail_open_after=FAIL_OPEN_AFTER,
             history_size=HISTORY,
+            refresh_gap=REFRESH_GAP,
         )
         self.checks, self.models = {}, {}
         for name, policy in zip(NAMES, policies, strict=True):
             self.checks[name] = ActingCheck(clock=self.clock)
             self.models[name] = Model(policy)
             self.monitor.register(name, self.checks[name], policy)
-        self.longest = max(policy.timeout for policy in policies)
+        bounds = [REFRESH_GAP + 2 * policy.timeout for policy in policies]
+        self.bound = max(bounds[0] + (bounds[1] if follows else 0.0), *bounds)
         self.monitor.subscribe(self._heard)
         self.start()
 
@@ -122,6 +139,7 @@ class MonitorMachine(RuleBasedStateMachine):
         if isinstance(event, CheckCompleted):
             assert event.observation.message != LATE
             model.seen.append(event.observation.status)
+            model.code = event.observation.code
             model.recorded_at = self.clock.monotonic()
         else:
             model.told.append(event)
@@ -155,11 +173,25 @@ class MonitorMachine(RuleBasedStateMachine):
         """Ask for a round."""
 
         async def refresh() -> None:
-            caller = asyncio.create_task(self.monitor.refresh())
+            caller = asyncio.create_task(self._ask_for_a_round())
             self.rounds.append((self.clock.monotonic(), caller))
             await self.clock.settle()
 
         self.do(refresh())
+
+    async def _ask_for_a_round(self) -> None:
+        asked_at, stops = self.clock.monotonic(), self.stops
+        shares = asked_at < self.round_ended_at + REFRESH_GAP or not all(
+            caller.done() for _, caller in self.rounds[:-1]
+        )
+        await self.monitor.refresh()
+        self.round_ended_at = self.clock.monotonic()
+        if not shares and stops == self.stops:
+            self.old_news += [
+                name
+                for name, model in self.models.items()
+                if model.code != "timeout" and self.checks[name].begun_at[-1] < asked_at
+            ]
 
     @rule(name=st.sampled_from(NAMES))
     def request(self, name: str) -> None:
@@ -175,6 +207,7 @@ class MonitorMachine(RuleBasedStateMachine):
     @rule()
     def stop(self) -> None:
         """Stop the monitor; it must not take any time."""
+        self.stops += 1
 
         async def stop() -> None:
             stopping = asyncio.create_task(self.monitor.stop())
@@ -245,10 +278,15 @@ class MonitorMachine(RuleBasedStateMachine):
 
     @invariant()
     def rounds_are_bounded(self) -> None:
-        """Whoever asked for a round has an answer after two timeouts."""
+        """Whoever asked for a round has an answer after the gap and two timeouts, of each turn."""
         for asked_at, caller in self.rounds:
-            if self.clock.monotonic() - asked_at > 2 * self.longest:
+            if self.clock.monotonic() - asked_at > self.bound + 1e-6:
                 assert caller.done()
+
+    @invariant()
+    def rounds_bring_news(self) -> None:
+        """Whoever had a round made knows of attempts that began since, or that none could."""
+        assert self.old_news == []
 
     @invariant()
     def readiness_follows_the_gates(self) -> None:

@@ -13,6 +13,9 @@ BUILT_IN = ("database", "redis", "memory", "queues", "circuits")
 # Losing one of these is losing it for every instance at once.
 _SHARED = frozenset({"database", "redis", "queues"})
 
+# One question to the database answers both.
+_FOLLOWS = {"queues": "database"}
+
 _CHECK_NAME = re.compile(r"[a-z][a-z0-9_-]*").fullmatch
 # These are paths below /health already.
 _RESERVED = frozenset({"live", "ready", "startup", "detailed", "shutdown", "loggers"})
@@ -57,6 +60,7 @@ def policy_of(name: str, settings: Settings) -> CheckPolicy:
         critical=name in settings.health_critical,
         gates_readiness=name in settings.readiness_requires,
         shared=name in _SHARED,
+        follows=_FOLLOWS.get(name),
     )
 
 

@@ -36,18 +36,23 @@ class CheckRunner:
         *,
         clock: Clock,
         completed: Callable[[CheckCompleted], None],
+        gap: float,
     ) -> None:
+        """``gap`` is the least number of seconds between the last attempt and a forced one."""
         self.track = track
         self._check = check
         self._clock = clock
         self._completed = completed
+        self._gap = gap
         self._outstanding: asyncio.Task[Observation] | None = None
         self._outstanding_since = 0.0
         self._last_start = float("-inf")
         self._due = float("inf")
         self._requested = False
         self._woken = asyncio.Event()
-        self._waiting_for_round: list[asyncio.Future[None]] = []
+        # Two lists, as an attempt that began before somebody asked is no answer to that.
+        self._waiting: list[asyncio.Future[None]] = []
+        self._served: list[asyncio.Future[None]] = []
 
     async def run(self, phase: float) -> None:
         """Check for ever; the first wait is shortened to ``phase`` of an interval."""
@@ -58,6 +63,8 @@ class CheckRunner:
             self._due = self._clock.monotonic() + phase * interval
             if self._requested:  # while the attempt was under way
                 self._due = min(self._due, self._last_start + policy.interval_when_failing)
+            if self._waiting:  # likewise
+                self._due = min(self._due, self._last_start + self._gap)
             phase = 1.0
             await self._pause()
 
@@ -77,14 +84,15 @@ class CheckRunner:
         self._due = min(self._due, earliest)
         self._woken.set()
 
-    def force(self, gap: float) -> asyncio.Future[None]:
-        """Attempt as soon as the last one began ``gap`` seconds ago.
+    def force(self) -> asyncio.Future[None]:
+        """Attempt as soon as the last one has ended and began ``gap`` seconds ago.
 
-        The future is done with the next record, or cancelled by :meth:`abandon`.
+        The future is done with the record of an attempt that began after the call, or of a turn
+        that found the one before it still hanging; or it is cancelled by :meth:`abandon`.
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting_for_round.append(done)
-        self._due = min(self._due, self._last_start + gap)
+        self._waiting.append(done)
+        self._due = min(self._due, self._last_start + self._gap)
         self._woken.set()
         return done
 
@@ -92,13 +100,15 @@ class CheckRunner:
         """Cancel what is in flight and everyone who waits for it."""
         if self._outstanding is not None:
             self._outstanding.cancel()
-        for waiter in self._waiting_for_round:
+        for waiter in (*self._served, *self._waiting):
             waiter.cancel()
-        self._waiting_for_round.clear()
+        self._served.clear()
+        self._waiting.clear()
 
     async def _attempt(self) -> None:
         clock, timeout = self._clock, self.track.policy.timeout
         started = clock.monotonic()
+        self._serve_who_waits()
         if self._outstanding is not None and not await finished_within(
             self._outstanding, timeout, clock
         ):
@@ -106,6 +116,7 @@ class CheckRunner:
             self._record(_timed_out(self.track.name, stuck_for), started, new_correlation_id())
             return
         self._requested = False
+        self._serve_who_waits()
         started = self._last_start = self._outstanding_since = clock.monotonic()
         correlation_id = new_correlation_id()
         context = contextvars.copy_context()
@@ -121,6 +132,10 @@ class CheckRunner:
         else:
             task.cancel()
             self._record(_timed_out(self.track.name, timeout), started, correlation_id)
+
+    def _serve_who_waits(self) -> None:
+        self._served += self._waiting
+        self._waiting.clear()
 
     def _ended(self, task: asyncio.Task[Observation]) -> None:
         if not task.cancelled():
@@ -154,8 +169,8 @@ class CheckRunner:
                 error=error,
             )
         )
-        waiters, self._waiting_for_round = self._waiting_for_round, []
-        for waiter in waiters:
+        served, self._served = self._served, []
+        for waiter in served:
             if not waiter.done():
                 waiter.set_result(None)
 

@@ -76,7 +76,8 @@ class CheckPolicy:
     ``failure_threshold`` observations in a row that are worse, and for the better after
     ``recovery_threshold`` in a row that are better. A result older than ``max_age`` (``None``:
     three intervals and a timeout) is a failure with code ``stale``. A ``shared`` dependency is one
-    that every instance loses together.
+    that every instance loses together. A check that ``follows`` another shares what that one
+    found out, so a forced round looks at it only once it has looked at the other.
     """
 
     interval: float = 5.0
@@ -88,6 +89,7 @@ class CheckPolicy:
     critical: bool = False
     gates_readiness: bool = False
     shared: bool = False
+    follows: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what could never work.

@@ -62,15 +62,20 @@ class HealthMonitor:
     # -- wiring ------------------------------------------------------------------------------
 
     def register(self, name: str, check: HealthCheck, policy: CheckPolicy) -> None:
-        """Add a check before :meth:`start`. Raises ``ValueError`` for a name taken already."""
+        """Add a check before :meth:`start`, and after the one that it follows.
+
+        Raises ``ValueError`` for a name taken already, and for following a check that is not there.
+        """
         if name in self._runners:
             raise ValueError(f"a health check named {name!r} is registered already")
         if self._tasks:
             raise ValueError(f"health check {name!r} comes too late: the monitor is running")
+        if policy.follows is not None and policy.follows not in self._runners:
+            raise ValueError(f"health check {name!r} follows {policy.follows!r}: there is none")
         track = CheckTrack(name, policy, self._clock.now())
         self._started = False
         self._runners[name] = CheckRunner(
-            check, track, clock=self._clock, completed=self._completed
+            check, track, clock=self._clock, completed=self._completed, gap=self._refresh_gap
         )
         self._report = None
 
@@ -150,7 +155,9 @@ class HealthMonitor:
 
         Callers share the round that is under way. Within ``refresh_gap`` of the last round there
         is no new one, and a check that began an attempt within as much is waited for until it may
-        begin another. Bounded by that and twice the largest timeout.
+        begin another. Each check is looked at after the round began, and one that follows another
+        after that one. Bounded, for each check, by the gap and twice its timeout, beside the bound
+        of the one that it follows.
         """
         if not self._tasks:
             return self.report()
@@ -163,14 +170,19 @@ class HealthMonitor:
         return self.report()
 
     async def _run_round(self) -> None:
-        rounds = [runner.force(self._refresh_gap) for runner in self._runners.values()]
-        longest = max((r.track.policy.timeout for r in self._runners.values()), default=0.0)
-        if rounds:
-            everything = asyncio.ensure_future(asyncio.wait(rounds))
-            # Twice: an attempt may be in flight already, or one may first have to end.
-            await finished_within(everything, self._refresh_gap + 2 * longest, self._clock)
-            everything.cancel()
+        looks: dict[str | None, asyncio.Task[None]] = {}
+        async with asyncio.TaskGroup() as round_:
+            for name, runner in self._runners.items():
+                followed = looks.get(runner.track.policy.follows)
+                looks[name] = round_.create_task(self._look_anew(runner, followed))
         self._refreshed_at = self._clock.monotonic()
+
+    async def _look_anew(self, runner: CheckRunner, followed: asyncio.Task[None] | None) -> None:
+        if followed is not None:
+            await asyncio.wait({followed})
+        # Twice: an attempt may be in flight already, or one may first have to end.
+        limit = self._refresh_gap + 2 * runner.track.policy.timeout
+        await finished_within(runner.force(), limit, self._clock)
 
     # -- evaluating --------------------------------------------------------------------------
 
