@@ -2,11 +2,16 @@
 
 import asyncio
 import time
+from typing import Any
 
+import pytest
 from tests.integration.postgres_clients import checked, config_of, migrated, opened, until
+from tests.manual_clock import ManualClock
+from tests.servers.fault_proxy import REFUSE
+from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database, PostgresServer, postgres_server
 
-from viralfx.adapters.postgres import PostgresConfig, PostgresJobLedger
+from viralfx.adapters.postgres import PostgresConfig, PostgresDatabase, PostgresJobLedger
 from viralfx.domain.clock import SystemClock
 from viralfx.domain.health import CheckPolicy, Status
 from viralfx.domain.jobs.backlog import BacklogCheck
@@ -74,6 +79,51 @@ async def test_both_checks_together_cost_one_command_an_interval() -> None:
     assert [check.status for check in report.checks.values()] == [Status.PASS, Status.PASS]
 
 
+async def test_a_forced_round_counts_what_was_there_when_it_was_asked_for(
+    database: Database,
+) -> None:
+    """Whenever that is: the queues are looked at after the database, and share its new answer."""
+    gap, interval = 0.1, 0.3
+    told = []
+    async with opened(await prepared(database)) as pool, checked(pool) as check:
+        ledger = PostgresJobLedger(pool)
+        monitor = HealthMonitor(clock=SystemClock(), refresh_gap=gap)
+        monitor.register("database", check, CheckPolicy(interval=0.6 * interval))
+        queues = BacklogCheck(counts=lambda: check.question.counts(1.25 * interval))
+        monitor.register("queues", queues, CheckPolicy(interval=interval, follows="database"))
+        monitor.start()
+        await until(lambda: monitor.report().started)
+        for turn in range(1, 31):
+            later = time.monotonic() + gap + turn * interval / 30
+            await until(lambda later=later: time.monotonic() > later)  # type: ignore[misc]
+            await ledger.accept([a_job()])
+            details: Any = (await monitor.refresh()).checks["queues"].details
+            told.append(details[0]["metrics"]["waiting"])
+        await monitor.stop()
+
+    assert told == list(range(1, 31))
+
+
+async def test_a_question_under_way_answers_nobody_who_asks_for_a_new_one(
+    own_postgres: PostgresServer,
+) -> None:
+    """The server may have counted already; who is content with some age waits for it."""
+    async with opened(await prepared(own_postgres)) as pool, checked(pool) as check:
+        await check.check()
+        own_postgres.freeze()
+        try:
+            asked = []
+            for max_age in (0.0, 60.0, 0.0):
+                asked.append(asyncio.create_task(check.question.ask(max_age)))
+                await asyncio.sleep(0)
+        finally:
+            own_postgres.thaw()
+        under_way, shared, new = await asyncio.gather(*asked)
+
+    assert shared is under_way
+    assert new is not under_way
+
+
 async def test_locked_tables_of_jobs_are_no_fault_of_the_database(database: Database) -> None:
     """A migration of them must not take every instance out of the traffic."""
     async with opened(await prepared(database)) as pool, checked(pool, within=1.0) as check:
@@ -125,6 +175,26 @@ async def test_a_failure_is_shared_by_all_who_wait_for_the_answer(
         TimeoutError,
     ]
     assert within <= took < 2 * within
+
+
+async def test_a_failure_is_shared_for_a_second_with_who_takes_answers_of_some_age(
+    database: Database, fault_proxy: FaultProxies
+) -> None:
+    """A database that fails is not asked again by the next check of the same round."""
+    proxy = fault_proxy(database.server.port)
+    proxy.mode = REFUSE
+    clock = ManualClock()
+    failing = PostgresDatabase(config_of(database, through=proxy), clock=SystemClock())
+    asked = []
+    async with checked(failing, clock=clock) as check:
+        assert (await check.check()).status is Status.FAIL
+        for seconds, max_age in ((1.0, 60.0), (0.01, 60.0), (0.5, 0.4), (0.3, 0.4), (0.01, 0.0)):
+            await clock.advance(seconds)
+            with pytest.raises(LedgerUnavailableError):
+                await check.question.counts(max_age)
+            asked.append(failing.failed_connections)
+
+    assert asked == [1, 2, 3, 3, 4]
 
 
 async def test_who_asked_and_went_away_leaves_the_turn_to_the_next(

@@ -36,6 +36,9 @@ QUESTION: Final = (
 _COUNTING_SHARE = 0.4
 """Part of the time for an answer after which the server gives up counting, locked or busy."""
 
+_FAILURE_SHARED_FOR = 1.0
+"""Seconds for which a failure, too, serves who is content with an answer of some age."""
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -51,9 +54,10 @@ class Answer:
 class HealthQuestion:
     """Asks the server everything that checks want to know, in one command.
 
-    Who asks while another one's question is under way, or soon after it, shares its answer or its
-    failure. The connection is used for nothing else; one that fails, hangs or whose user is
-    cancelled is cut, and made anew for the next question.
+    Who is content with an answer of some age shares that of a question under way, or of one not
+    long ago. Who waited while a question failed shares the failure. The connection is used for
+    nothing else; one that fails, hangs or whose user is cancelled is cut, and made anew for the
+    next question.
     """
 
     def __init__(self, database: PostgresDatabase, clock: Clock, *, timeout: float) -> None:
@@ -66,7 +70,7 @@ class HealthQuestion:
         self._told_of: str | None = None
         self._turn = asyncio.Lock()
         self._answer: Answer | None = None
-        self._answered_at = 0.0
+        self._asked_at = 0.0
         self._failure: Exception | None = None
         self._failed_at = 0.0
 
@@ -76,16 +80,20 @@ class HealthQuestion:
         return self._connection is not None
 
     async def ask(self, max_age: float = 0.0) -> Answer:
-        """Return an answer that was given after the call, or at most ``max_age`` seconds before.
+        """Return the answer to a question asked after the call, or at most ``max_age`` s before.
 
-        Raises what the driver does, and ``TimeoutError``.
+        Raises what the driver does, and ``TimeoutError``; also where another one's question failed
+        since the call, or at most ``max_age`` and one second before it.
         """
         began = self._clock.monotonic()
         async with self._turn:
-            if self._answer is not None and self._answered_at >= began - max_age:
+            if self._answer is not None and self._asked_at >= began - max_age:
                 return self._answer
-            if self._failure is not None and self._failed_at >= began:
+            shared_for = min(max_age, _FAILURE_SHARED_FOR)
+            if self._failure is not None and self._failed_at >= began - shared_for:
                 raise self._failure
+            # When it is answered is too late: what happened since the server counted is missing.
+            self._asked_at = self._clock.monotonic()
             try:
                 async with asyncio.timeout(self._timeout):
                     self._answer = await self._look()
@@ -95,7 +103,7 @@ class HealthQuestion:
                 self._failure = error if isinstance(error, Exception) else None
                 self._failed_at = self._clock.monotonic()
                 raise
-            self._failure, self._answered_at = None, self._clock.monotonic()
+            self._failure = None
             return self._answer
 
     async def counts(self, max_age: float = 0.0) -> Mapping[str, QueueCounts]:
