@@ -1,6 +1,5 @@
 """The service's own application: the operations plugin, problem details and documentation."""
 
-import logging
 from http import HTTPStatus
 
 from litestar import Litestar, Request, Response
@@ -17,8 +16,6 @@ from viralfx.web.jobs import jobs_router
 from viralfx.web.jobs.documentation import COMPONENTS
 from viralfx.web.plugin import OperationsConfig, OperationsPlugin
 from viralfx.web.problems import PROBLEM_MEDIA_TYPE, Problem, problem
-
-_logger = logging.getLogger("viralfx.web")
 
 
 def create_app(settings: Settings) -> Litestar:
@@ -60,12 +57,7 @@ def _http_error(request: Request[object, object, State], error: HTTPException) -
     )
 
 
-def _unhandled(request: Request[object, object, State], error: Exception) -> Response[Problem]:
-    _logger.error(
-        "Request failed",
-        exc_info=error,
-        extra={"method": request.method, "path": request.scope["path"]},
-    )
+def _unhandled(_request: Request[object, object, State], _error: Exception) -> Response[Problem]:
     detail = "Something went wrong on our side; the log tells more under the correlation id."
     return Response(
         problem(500, detail=detail, correlation_id=current_correlation_id()),

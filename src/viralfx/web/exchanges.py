@@ -3,12 +3,14 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from time import perf_counter
 
 from viralfx.domain.clock import Clock, finished_within
 from viralfx.domain.errors import WorkLostError
 from viralfx.web.asgi import Message, Receive, Scope, Send
 from viralfx.web.correlation import HEADER
+from viralfx.web.failures import log_error
 
 _logger = logging.getLogger("viralfx.requests")
 
@@ -97,7 +99,9 @@ class Exchange:
 
     def _begin(self, message: Message) -> None:
         self.started = True
-        self.status = message["status"]
+        self.status = status = message["status"]
+        if status == HTTPStatus.INTERNAL_SERVER_ERROR:
+            log_error(self.scope)
         headers = [self._header]
         leaving, encoded = self._exchanges.leaving, False
         for pair in message.get("headers", ()):

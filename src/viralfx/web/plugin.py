@@ -24,6 +24,7 @@ from viralfx.settings import Settings, read_settings
 from viralfx.web.access import AccessPolicy
 from viralfx.web.answers import OperationsAnswers
 from viralfx.web.asgi import ASGIApp
+from viralfx.web.failures import keep_error
 from viralfx.web.gate import Gate
 from viralfx.web.health import ANSWERS, health_router
 from viralfx.web.jobs import JOBS, JobsApi
@@ -159,7 +160,7 @@ class OperationsPlugin(InitPlugin):
         return app if tracing is None else tracing.requests(app)
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
-        """Append routes and a lifespan to the application's own.
+        """Append routes, a lifespan and a hook for errors to the application's own.
 
         Raises :class:`ConfigurationError` in a second application: they would share one shutdown.
         """
@@ -171,6 +172,7 @@ class OperationsPlugin(InitPlugin):
         app_config.state.update(self._state())
         # Entered last and left first: checks must end before the application closes its pools.
         app_config.lifespan.append(self._lifespan)
+        app_config.after_exception.append(keep_error)
         return app_config
 
     def mount(self, app: Litestar) -> None:
@@ -187,6 +189,7 @@ class OperationsPlugin(InitPlugin):
             raise ConfigurationError([f"{what}; {remedy}"])
         self.require_metrics_path(app)
         app.state.update(self._state())
+        app.after_exception.append(keep_error)
         app.register(health_router(prefix=path, tag=self._config.tag))
 
     def require_metrics_path(self, app: Litestar) -> None:
