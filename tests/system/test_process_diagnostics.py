@@ -4,7 +4,9 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
+from tests.system.control_group import control_group
 from tests.system.load import require_quick
 from tests.system.service import Prober, percentile, running, wait_for
 
@@ -68,6 +70,28 @@ def test_a_heap_report_that_cannot_be_written_is_one_line(tmp_path: Path, what: 
     assert line["level"] == "error"
     assert line["detail"].startswith("cannot ")
     assert not folder.exists() or not list(folder.glob("heap-*"))
+
+
+def test_a_heap_report_for_which_no_memory_is_left_is_given_up(tmp_path: Path) -> None:
+    """Before the kernel gives up the service for it."""
+    limit, used = 256, 0.88
+    filled = ("--app", "tests.system.drills.app:app")
+    with (
+        control_group() as group,
+        running(*filled, environment={"HEAP_SNAPSHOT_DIR": str(tmp_path)}) as service,
+    ):
+        group.limit(limit)
+        group.add(service.process.pid)
+        service.wait_ready()
+        resident = psutil.Process(service.process.pid).memory_info().rss
+        more = round(limit * used - resident / 2**20)
+        assert service.get(f"/uploads/{more}", method="POST").status == 201
+        service.signal(signal.SIGUSR2)
+        (line,) = wait_for(lambda: service.logged("Heap report failed"), what="it is given up")
+        assert service.get("/health/live").status == 200
+
+    assert line["detail"] == "it takes more memory than is left"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_blocked_loop_is_one_warning_that_shows_what_blocks_it() -> None:

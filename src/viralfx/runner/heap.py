@@ -20,10 +20,14 @@ from itertools import islice
 from pathlib import Path
 from types import FrameType
 
+from viralfx.runner.room import Room
+
 _logger = logging.getLogger("viralfx.heap")
 
 _LONGEST = 120.0
 """Seconds after which a child that is still counting is ended."""
+_PAUSE = 0.05
+"""Seconds between two looks at the memory that the child takes."""
 _ROWS = 40
 _DESCRIPTORS = 2**20
 
@@ -77,10 +81,10 @@ class HeapReports:
         follower.start()
 
     def _follow(self, child: int, reader: int, path: Path) -> None:
-        began = time.monotonic()
+        began, said = time.monotonic(), b""
         try:
-            readable, _, _ = select.select([reader], [], [], _LONGEST)
-            said = os.read(reader, select.PIPE_BUF) if readable else b""
+            why = _what_is_wrong(reader, Room(child))
+            said = os.read(reader, select.PIPE_BUF) if why is None else b""
             if not said:
                 os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -88,13 +92,28 @@ class HeapReports:
             os.close(reader)
             self._busy.release()
         duration = round((time.monotonic() - began) * 1000)
-        why = "the child ended early" if readable else "it took too long"
+        if not said:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        why = why or "the child ended early"
         result: dict[str, object] = json.loads(said) if said else {"detail": why}
         extra = {"path": str(path), "duration": duration, **result}
         if "detail" in result:
             _logger.error("Heap report failed", extra=extra)
         else:
             _logger.warning("Heap report written", extra=extra)
+
+
+def _what_is_wrong(reader: int, room: Room) -> str | None:
+    """Wait until the child has said something, or ended; return why it is not worth waiting."""
+    deadline = time.monotonic() + _LONGEST
+    while not select.select([reader], [], [], _PAUSE)[0]:
+        if room.is_short():
+            # Rather no report than none and no process: the kernel would end either of them.
+            return "it takes more memory than is left"
+        if time.monotonic() > deadline:
+            return "it took too long"
+    return None
 
 
 def _temporary() -> Path:

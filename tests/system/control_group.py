@@ -1,0 +1,52 @@
+"""A control group of this machine, by which the kernel limits the memory of processes."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from tests.system.service import wait_for
+
+_V1, _V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+
+
+class ControlGroup:
+    """A group that limits the memory of the processes in it."""
+
+    def __init__(self, path: Path, file: str) -> None:
+        self.path = path
+        self._file = path / file
+
+    def limit(self, mebibytes: int) -> None:
+        """Let them have so much together."""
+        self._file.write_text(str(mebibytes * 2**20))
+
+    def add(self, pid: int) -> None:
+        """Move a process into it; what it uses already counts where it was."""
+        (self.path / "cgroup.procs").write_text(str(pid))
+
+
+@contextmanager
+def control_group() -> Iterator[ControlGroup]:
+    """Make one, and remove it when its processes have ended; skip the test where nobody may."""
+    path, file = _V1 / f"viralfx-{uuid.uuid4().hex[:8]}", "memory.limit_in_bytes"
+    if not _V1.is_dir():
+        path, file = _V2 / path.name, "memory.max"
+    try:
+        path.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        if not (path / file).exists():
+            pytest.skip("the memory controller is not there for new control groups")
+        yield ControlGroup(path, file)
+    finally:
+        wait_for(lambda: _removed(path), what="the control group is empty")
+
+
+def _removed(path: Path) -> bool:
+    with suppress(OSError):
+        os.rmdir(path)  # noqa: PTH106 - its files are not to be removed, and cannot be
+    return not path.exists()
