@@ -21,6 +21,7 @@ from tests.deploy.program_rules import settings_of
 from tests.servers.fixtures import or_skip
 
 DOCUMENTS = ["README.md", "docs/runbook.md", "docs/deployment.md"]
+KINDS = "deployment|job|service|configmap|horizontalpodautoscaler"
 DEPLOYMENT = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
 
 
@@ -90,7 +91,7 @@ def test_commands_of_the_documents_name_what_there_is() -> None:
     lines = list(commands())
     assert len(lines) >= 20
     for line in lines:
-        for name in re.findall(r"\b(?:deployment|job|service|configmap)/[\w-]+", line):
+        for name in re.findall(rf"\b(?:{KINDS})/[\w-]+", line):
             assert name in named, line
         for container in re.findall(r" -c ([\w-]+)", line):
             assert container in CONTAINERS["viralfx-backend"], line

@@ -2,19 +2,25 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jq
 import pytest
 from tests.observability.wired import described, wired
-from tests.system.service import ROOT, Service, running
+from tests.system.drills.procedures import PARTS, Console, procedure
+from tests.system.service import ROOT, Service, command, free_port, running
+
+from viralfx.adapters.postgres.errors import _BY_CLASS
 
 RUNBOOK = (ROOT / "docs/runbook.md").read_text(encoding="utf-8")
 DEPLOYMENT = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
 ASKED = sorted(
-    set(re.findall(r'\$INSTANCE(/[^"\s]*)"? \| jq \'(.+)\'$', RUNBOOK + DEPLOYMENT, re.MULTILINE))
+    set(re.findall(r"\$INSTANCE(/[^\"\s]*)\"? \| jq (?:-\w+ )?'([^']+)'", RUNBOOK + DEPLOYMENT))
 )
 SEARCHED = re.findall(r"\$INSTANCE/metrics \| grep (?:-E )?'([^']+)'", RUNBOOK)
+EMERGENCIES = re.findall(r"\| \[(ViralFX\w+)\]\(#viralfx\w+\) \|\n", RUNBOOK.split("\n## ")[0])
+DRILLS = "".join(path.read_text() for path in Path(__file__).parent.glob("test_drills*.py"))
 TOKEN = {"Authorization": "Bearer planted"}
 
 
@@ -31,7 +37,7 @@ def test_a_filter_finds_what_it_is_for(service: Service, path: str, text: str) -
     """The path exists, and the filter prints something but nulls, unless there is nothing now."""
     reply = service.get(path, headers=TOKEN)
     found: list[Any] = jq.compile(text).input_value(reply.json()).all()
-    nothing_now = ".items[]" in text or 'select(.status == "fail")' in text
+    nothing_now = any(part in text for part in (".items[]", "select(.status ==", ".error.code"))
 
     assert reply.status == 200
     assert nothing_now or found not in ([], [None])
@@ -52,4 +58,60 @@ def test_a_search_is_for_metrics_that_exist(pattern: str) -> None:
     names = [name for metric in described(wired()) for name in metric.series]
 
     for part in pattern.split("|"):
-        assert [name for name in names if re.match(part.removeprefix("^"), name)] != []
+        (beginning,) = re.findall(r"^\^?(\w+)", part)
+        assert [name for name in names if name.startswith(beginning)] != []
+
+
+def test_the_emergencies_are_those_of_the_guide() -> None:
+    """Its emergency procedures, and its troubleshooting."""
+    assert len(EMERGENCIES) == len(set(EMERGENCIES)) == 8
+
+
+@pytest.mark.parametrize("heading", EMERGENCIES)
+def test_an_emergency_has_a_whole_procedure_and_a_drill(heading: str) -> None:
+    """Symptom, diagnosis, remedy and end, each with what is printed; and a test that does it."""
+    found = procedure(heading)
+
+    assert tuple(found.parts) == PARTS
+    for part in ("Symptom", "Diagnosis", "Over"):
+        assert any(step.shown for step in found.steps(part)), part
+    assert f'"{heading}"' in DRILLS
+
+
+def test_the_codes_of_the_database_are_known() -> None:
+    """Those that the procedure explains are those that the check tells."""
+    table = re.findall(r"^\| (`.+`) \|", procedure("ViralFXDatabaseDown").text, re.MULTILINE)
+    named = set(re.findall(r"`(\w+)`", " ".join(table)))
+
+    assert len(named) >= 10
+    assert named <= {trouble.code for _, trouble in _BY_CLASS} | {"schema_behind"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "code", "said"),
+    [
+        ({"PORT": "planted"}, 2, "PORT: "),
+        (
+            {
+                "DATABASE_URL": f"postgresql://nobody@127.0.0.1:{free_port()}/none",
+                "DB_MAX_RECONNECT_ATTEMPTS": "1",
+            },
+            3,
+            "Start-up failed DATABASE_URL: the database at 127.0.0.1:",
+        ),
+    ],
+)
+def test_the_log_says_why_a_process_starts_again_and_again(
+    environment: dict[str, str], code: int, said: str, tmp_path: Path
+) -> None:
+    """Whether that is a line for programs or for people."""
+    ended = command("serve", environment=environment)
+    log = tmp_path / "log"
+    log.write_text(ended.stdout + ended.stderr)
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(f"#!/bin/sh\ncat {log}\n")
+    kubectl.chmod(0o755)
+    (line,) = re.findall(r"^kubectl logs .+$", procedure("ViralFXRestarting").text, re.MULTILINE)
+
+    assert ended.returncode == code
+    assert said in Console(tmp_path, {}).type(line)

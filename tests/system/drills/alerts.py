@@ -1,0 +1,70 @@
+"""Which alerts of deploy/observability/rules.yml fire for what was scraped, by promtool."""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+from tests.servers.debian import promtool
+from tests.system.service import ROOT
+
+RULES = ROOT / "deploy/observability/rules.yml"
+_MINUTES = 30
+"""How long it goes on like that: longer than any alert waits, with the window that it looks at."""
+_GROWING = ("_total", "_bucket", "_count", "_sum")
+
+
+def firing(before: str, now: str, *, job: str = "viralfx-backend") -> set[str]:
+    """Return the alerts that fire where things go on as they are.
+
+    ``before`` and ``now`` are two scrapes of one process. A gauge stays as it is ``now``; what
+    only grows grows each minute by what it grew in between. Raises ``UnavailableError`` where
+    there is no promtool.
+    """
+    labels = {"job": job, "instance": "drilled"}
+    old = _samples(before)
+    series = [{"series": f"up{_text(labels)}", "values": f"1x{_MINUTES}"}]
+    for (name, pairs), value in _samples(now).items():
+        grown = value - old.get((name, pairs), 0.0) if name.endswith(_GROWING) else 0.0
+        series.append(
+            {
+                "series": name + _text({**dict(pairs), **labels}),
+                "values": f"{value!r}+{grown!r}x{_MINUTES}",
+            }
+        )
+    asked = {
+        "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
+        "eval_time": f"{_MINUTES}m",
+        "exp_samples": [{"labels": '{alertname="none"}', "value": 1}],
+    }
+    test = {"interval": "1m", "input_series": series, "promql_expr_test": [asked]}
+    tests = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": [test]}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "drill.yml")
+        path.write_text(json.dumps(tests), encoding="utf-8")
+        done = subprocess.run(
+            [promtool(), "test", "rules", str(path)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    # It is told to expect what never is, and says what it got instead.
+    said = done.stdout + done.stderr
+    assert "got:" in said, said
+    return set(re.findall(r'alertname=\\?"(\w+)', said.partition("got:")[2]))
+
+
+def _samples(scrape: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(scrape)
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }
+
+
+def _text(labels: dict[str, str]) -> str:
+    return "{" + ",".join(f"{name}={json.dumps(value)}" for name, value in labels.items()) + "}"

@@ -1,0 +1,87 @@
+"""Drills of the runbook's procedures for jobs that wait: too few workers, and none."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.servers.postgres import Database, PostgresServer
+from tests.system.drills.cluster import BACKEND, BESIDE, WORKER, Cluster
+from tests.system.drills.drill import QUICK, Drill
+from tests.system.jobs import JOBS
+from tests.system.service import Service, wait_for
+from tests.system.workers import environment_of
+
+# The first one may have to fetch promtool.
+pytestmark = [pytest.mark.timeout(240)]
+
+ALLOWED = {"Authorization": "Bearer planted-token"}
+
+
+@pytest.fixture
+def cluster(postgres: PostgresServer, database: Database, tmp_path: Path) -> Iterator[Cluster]:
+    """Return a cluster with the API of the jobs, and a Deployment of workers at nothing."""
+    del postgres
+    environment = environment_of(
+        database, **QUICK, TASK_MODULES="tests.system.drills.tasks", API_TOKEN="planted-token"
+    )
+    with Cluster(tmp_path, environment) as cluster:
+        cluster.deploy(BACKEND)
+        cluster.deploy(WORKER, replicas=0)
+        yield cluster
+
+
+def accept(cluster: Cluster, payload: str = "") -> str:
+    """Have a job accepted."""
+    body = {"task": "orders.ship", "payload": payload}
+    (backend,) = cluster.processes(BACKEND)
+    reply = backend.get(JOBS, method="POST", json_body=body, headers=ALLOWED)
+    assert reply.status == 202, reply
+    return str(reply.json()["id"])
+
+
+def age(database: Database) -> None:
+    """Let the jobs that wait have waited for ten minutes: the drill is not to take as long."""
+    database.execute(
+        "UPDATE viralfx_jobs SET run_at = run_at - interval '10 minutes' WHERE state = 'waiting'"
+    )
+
+
+def wait_until(service: Service, job_id: str, state: str) -> None:
+    """Wait until a job is in a state."""
+
+    def is_there() -> bool:
+        shown = service.get(f"{JOBS}/{job_id}", headers=ALLOWED).json()
+        return bool(shown["state"] == state)
+
+    wait_for(is_there, what=f"job {job_id} {state}")
+
+
+def test_a_backlog(cluster: Cluster, database: Database, tmp_path: Path) -> None:
+    """One worker that does one thing at a time, and that takes long."""
+    told = tmp_path / "told"
+    cluster.deploy(BESIDE, environment={"JOB_CONCURRENCY": "1"})
+    drill = Drill("ViralFXQueueBacklog", cluster, API_TOKEN="planted-token")
+    (backend,) = cluster.processes(BACKEND)
+    slow = accept(cluster, str(told))
+    wait_until(backend, slow, "active")
+    for _ in range(12):
+        accept(cluster)
+    age(database)
+    drill.show_symptom()
+    drill.diagnose()
+    drill.remedy()
+    drill.end()
+    told.touch()
+    wait_until(backend, slow, "completed")
+
+
+def test_nobody_works(cluster: Cluster, database: Database) -> None:
+    """There is no worker, until somebody says that there are to be two."""
+    drill = Drill("ViralFXQueueUnattended", cluster)
+    for _ in range(3):
+        accept(cluster)
+    age(database)
+    drill.show_symptom()
+    drill.diagnose()
+    drill.remedy()
+    drill.end()
