@@ -7,6 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from copy import copy
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,7 +25,7 @@ from viralfx.domain.correlation import (
 from viralfx.domain.health import Status, Transition
 from viralfx.domain.shutdown import Outcome, Phase, ShutdownTriggered, StageFinished, StageReport
 from viralfx.telemetry import logs
-from viralfx.telemetry.access_log import AccessRecord, EndedRequest, log_request
+from viralfx.telemetry.access_log import AccessLine, AccessRecord, log_request
 from viralfx.telemetry.log_levels import VERBOSE
 from viralfx.telemetry.log_lines import JsonLines
 from viralfx.telemetry.logs import configure_logging
@@ -429,12 +430,13 @@ def test_ids_come_in_the_contracts_order() -> None:
     )
 
 
-def answered(**more: Any) -> EndedRequest:
-    """Return what is known of a request."""
+def answered(**more: Any) -> AccessLine:
+    """Return what a line says of a request."""
     known: dict[str, Any] = {
         "at": 1764122463.1204,
         "correlation_id": current_correlation_id(),
         "user_id": current_user_id(),
+        "trace": ("a" * 32, "b" * 16),
         "method": "GET",
         "route": "/orders/{order}",
         "status": 200,
@@ -442,9 +444,19 @@ def answered(**more: Any) -> EndedRequest:
         "received": 10,
         "sent": 12,
         "cut": False,
-        "trace": ("a" * 32, "b" * 16),
+        **more,
     }
-    return EndedRequest(**{**known, **more})
+    taken: list[AccessLine] = []
+    handler = logging.NullHandler()
+    handler.take_request = taken.append  # type: ignore[attr-defined]
+    root = logging.getLogger()
+    before, root.handlers[:] = root.handlers[:], [handler]
+    try:
+        log_request(**known)
+    finally:
+        root.handlers[:] = before
+    (line,) = taken
+    return line
 
 
 REQUESTS = {
@@ -462,16 +474,16 @@ def test_the_short_way_of_a_request_leads_to_the_same_line(more: dict[str, Any])
     rendered: list[bytes] = []
 
     def both() -> None:
-        request = answered(**more)
-        rendered.append(lines.render(AccessRecord(request)))
-        rendered.extend(lines.of_requests([request, request]).splitlines())
+        line = answered(**more)
+        rendered.append(lines.render(AccessRecord(line)))
+        rendered.extend(lines.of_requests([line, copy(line)]).splitlines())
 
     in_a_request(both)
     ordinary, quick, again = (json.loads(line) for line in rendered)
 
     assert list(quick) == list(ordinary)
     assert quick == ordinary == again
-    assert quick["duration"] == 12.346
+    assert quick["duration"] == 12.345
     assert quick["message"].startswith("GET /orders/{order} ")
     assert ("status" in quick) == ("status" not in more)
 
@@ -479,7 +491,7 @@ def test_the_short_way_of_a_request_leads_to_the_same_line(more: dict[str, Any])
 def test_a_secret_in_the_ids_of_a_request_is_replaced() -> None:
     """A client may have chosen the correlation id; the lines beside it stay as they are."""
     lines = JsonLines(Redaction(["order-1"]), lambda _: [])
-    taken: list[EndedRequest] = []
+    taken: list[AccessLine] = []
     in_a_request(lambda: taken.append(answered()))
     other = answered()
     made = [json.loads(line) for line in lines.of_requests([*taken, other]).splitlines()]
@@ -491,9 +503,9 @@ def test_a_secret_in_the_ids_of_a_request_is_replaced() -> None:
 def test_a_user_of_any_name_is_on_one_line(user: str) -> None:
     """Whatever the application calls him; nothing is lost for it."""
     lines = JsonLines(Redaction(), lambda _: [])
-    request = answered()
-    request.user_id = user
-    made = lines.of_requests([request, answered()])
+    line = answered()
+    line.user_id = user
+    made = lines.of_requests([line, answered()])
 
     assert made.isascii()
     assert [json.loads(each).get("userId") for each in made.splitlines()] == [user, None]
@@ -511,7 +523,7 @@ def test_who_filters_or_handles_requests_gets_records() -> None:
 
     access.addFilter(look)
     try:
-        log_request(answered(sent=1))
+        log_request(1.0, None, None, None, "GET", "/", 200, 0.1, None, 1, False)
     finally:
         access.removeFilter(look)
     (record,) = seen

@@ -5,81 +5,41 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import msgspec
-from msgspec import UNSET, UnsetType
 
 from viralfx.telemetry.metrics.requests import METHODS, OTHER, UNMATCHED
 
 _logger = logging.getLogger("viralfx.access")
 
 
-class AccessLine(msgspec.Struct, rename="camel", gc=False):
-    """What a line says of a request, its fields in the order of the line."""
+class AccessLine(msgspec.Struct, rename="camel", omit_defaults=True, gc=False):
+    """What a line says of a request, its fields in the order of the line.
 
-    timestamp: str
+    What is None is not in it; the other defaults are there because a field that may be left out
+    stands before them.
+    """
+
+    timestamp: float | str
+    """Seconds since the epoch, until it is written as text."""
     level: str
     context: str
     message: str
-    correlation_id: str | UnsetType
-    user_id: str | UnsetType
-    trace_id: str | UnsetType
-    span_id: str | UnsetType
-    method: str
-    route: str
-    status: int | UnsetType
-    duration: float
-    """Milliseconds."""
-    request_size: int | UnsetType
-    response_size: int
-    cut: bool | UnsetType
-
-
-class EndedRequest(msgspec.Struct, gc=False):
-    """What is known of a request that is over; its line is made later, with those of others."""
-
-    at: float
-    """Seconds since the epoch."""
-    correlation_id: str | None
-    user_id: str | None
-    method: str
-    route: str | None
-    """The template; None where the application has none for it."""
-    status: int | None
+    correlation_id: str | None = None
+    user_id: str | None = None
+    trace_id: str | None = None
+    span_id: str | None = None
+    method: str = ""
+    route: str = ""
+    status: int | None = None
     """None where no answer began."""
-    seconds: float
-    received: int | None
-    """Bytes of the request's body, as far as they were announced."""
-    sent: int
-    """Bytes of the answer's body."""
-    cut: bool
-    trace: tuple[str, str] | None
-    """The ids of its trace and of its span, where they were recorded."""
-
-    def line(self, timestamp: str) -> AccessLine:
-        """Return what is said of it, ``timestamp`` being its time."""
-        # A client chooses paths and methods: neither goes into a line as it comes.
-        method = self.method if self.method in METHODS else OTHER
-        route, status, received = self.route or UNMATCHED, self.status, self.received
-        trace_id, span_id = self.trace or (UNSET, UNSET)
-        return AccessLine(
-            timestamp,
-            "info",
-            "access",
-            f"{method} {route} {'without an answer' if status is None else status}",
-            self.correlation_id or UNSET,
-            self.user_id or UNSET,
-            trace_id,
-            span_id,
-            method,
-            route,
-            UNSET if status is None else status,
-            round(self.seconds * 1000, 3),
-            UNSET if received is None else received,
-            self.sent,
-            self.cut or UNSET,
-        )
+    duration: float = -1.0
+    """Milliseconds."""
+    request_size: int | None = None
+    """Bytes, where the client announced them."""
+    response_size: int = -1
+    cut: bool = False
 
 
-TakeRequest: TypeAlias = Callable[[EndedRequest], None]
+TakeLine: TypeAlias = Callable[[AccessLine], None]
 
 
 def wanted() -> bool:
@@ -87,16 +47,56 @@ def wanted() -> bool:
     return _logger.isEnabledFor(logging.INFO)
 
 
-def log_request(request: EndedRequest) -> None:
-    """Log a request that is over."""
+def log_request(  # noqa: PLR0917 - by name they would cost more than all that is done with them
+    at: float,
+    correlation_id: str | None,
+    user_id: str | None,
+    trace: tuple[str, str] | None,
+    method: str,
+    route: str | None,
+    status: int | None,
+    seconds: float,
+    received: int | None,
+    sent: int,
+    cut: bool,  # noqa: FBT001 - see above
+) -> None:
+    """Log a request that is over.
+
+    ``at`` is in seconds since the epoch; ``trace`` are the ids of its trace and of its span, where
+    they were recorded; ``route`` is its template, None where the application has none for it;
+    ``status`` is None where no answer began, ``received`` where no size was announced.
+    """
+    # A client chooses paths and methods: neither goes into a line as it comes.
+    if method not in METHODS:
+        method = OTHER
+    if route is None:
+        route = UNMATCHED
+    trace_id, span_id = trace or (None, None)
+    line = AccessLine(
+        at,
+        "info",
+        "access",
+        f"{method} {route} {'without an answer' if status is None else status}",
+        correlation_id,
+        user_id,
+        trace_id,
+        span_id,
+        method,
+        route,
+        status,
+        int(seconds * 1e6) / 1000,
+        received,
+        sent,
+        cut,
+    )
     take = _short_way()
     if take is None:
-        _logger.handle(AccessRecord(request))
+        _logger.handle(AccessRecord(line))
     else:
-        take(request)
+        take(line)
 
 
-def _short_way() -> TakeRequest | None:
+def _short_way() -> TakeLine | None:
     """Return who takes lines without a record, if nobody else is to see it."""
     node, root = _logger, logging.root
     while node is not root:
@@ -105,27 +105,25 @@ def _short_way() -> TakeRequest | None:
         node = node.parent
     if len(root.handlers) != 1 or root.handlers[0].filters:
         return None
-    take: TakeRequest | None = getattr(root.handlers[0], "take_request", None)
+    take: TakeLine | None = getattr(root.handlers[0], "take_request", None)
     return take
 
 
 class AccessRecord(logging.LogRecord):
     """The record of one request, for any handler and filter."""
 
-    def __init__(self, request: EndedRequest) -> None:
-        line = request.line("")
+    def __init__(self, line: AccessLine) -> None:
         super().__init__(_logger.name, logging.INFO, "", 0, line.message, (), None)
         own = vars(self)
-        own["created"], own["msecs"] = request.at, request.at % 1 * 1000
-        for name, field in _FIELDS:
-            if (value := getattr(line, field)) is not UNSET:
+        own["created"] = created = float(line.timestamp)
+        own["msecs"] = created % 1 * 1000
+        for name, field, default in _FIELDS:
+            if (value := getattr(line, field)) != default:
                 own[name] = value
 
 
 _FIELDS = tuple(
-    (name, field)
-    for name, field in zip(
-        AccessLine.__struct_encode_fields__, AccessLine.__struct_fields__, strict=True
-    )
-    if field not in {"timestamp", "level", "context", "message"}
+    (field.encode_name, field.name, field.default)
+    for field in msgspec.structs.fields(AccessLine)
+    if not field.required
 )

@@ -117,7 +117,22 @@ class LineWriter:
                     self._lost += len(items)
                 return
             for lines in _in_writes(made):
-                self._append(lines)
+                if not self._written_at_once(lines):
+                    self._append(lines)
+
+    def _written_at_once(self, lines: bytes) -> bool:
+        """Write lines that nothing waits before, if that cannot take long; tell whether it did."""
+        if self._lines or self._lost or len(lines) > _AT_ONCE:
+            return False
+        if not self._output.acquire(blocking=False):
+            return False
+        try:
+            if self._lines or not self._ready.poll(0):
+                return False
+            self._put(lines)
+        finally:
+            self._output.release()
+        return True
 
     def _append(self, lines: bytes) -> None:
         if self._direct:

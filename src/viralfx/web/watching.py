@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from time import perf_counter, time
 
 from viralfx.domain.correlation import current_correlation_id, current_user_id
-from viralfx.telemetry.access_log import EndedRequest, log_request, wanted
+from viralfx.telemetry.access_log import log_request, wanted
 from viralfx.telemetry.metrics.requests import RequestMetrics
 from viralfx.telemetry.trace_context import TRACE
 from viralfx.web.exchanges import Exchange
@@ -36,19 +36,17 @@ class RequestWatch:
         self._metrics.observe(method, route, status, seconds, trace)
         if self._access_log and wanted():
             log_request(
-                EndedRequest(
-                    time(),
-                    current_correlation_id(),
-                    current_user_id(),
-                    method,
-                    route,
-                    status,
-                    seconds,
-                    _announced(scope["headers"]),
-                    exchange.sent,
-                    exchange.cut or status is None,
-                    trace,
-                )
+                time(),
+                current_correlation_id(),
+                current_user_id(),
+                trace,
+                method,
+                route,
+                status,
+                seconds,
+                _announced(scope["headers"]),
+                exchange.sent,
+                exchange.cut or status is None,
             )
 
 
