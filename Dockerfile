@@ -66,7 +66,8 @@ WORKDIR /app
 USER 10001:10001
 EXPOSE 3000 3001
 STOPSIGNAL SIGTERM
-# Whoever acts on this replaces the container, so it asks for what only that would mend.
+# Whoever acts on this replaces the container, so it asks for what only that would mend. A worker is
+# asked with `viralfx probe live --worker`; what runs one has to say so.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --start-interval=1s --retries=3 \
   CMD ["viralfx", "probe", "live"]
 ENTRYPOINT ["viralfx"]
