@@ -30,9 +30,9 @@ def cluster(postgres: PostgresServer, database: Database, tmp_path: Path) -> Ite
         yield cluster
 
 
-def accept(cluster: Cluster, payload: str = "") -> str:
+def accept(cluster: Cluster, payload: str = "", task: str = "orders.ship") -> str:
     """Have a job accepted."""
-    body = {"task": "orders.ship", "payload": payload}
+    body = {"task": task, "payload": payload}
     (backend,) = cluster.processes(BACKEND)
     reply = backend.get(JOBS, method="POST", json_body=body, headers=ALLOWED)
     assert reply.status == 202, reply
@@ -83,5 +83,26 @@ def test_nobody_works(cluster: Cluster, database: Database) -> None:
     age(database)
     drill.show_symptom()
     drill.diagnose()
+    drill.remedy()
+    drill.end()
+
+
+def test_jobs_fail(cluster: Cluster, tmp_path: Path) -> None:
+    """For what can be mended; then they are let run again."""
+    paper = tmp_path / "paper"
+    cluster.deploy(BESIDE, environment={"JOB_MAX_ATTEMPTS": "1"})
+    (worker,) = cluster.processes(BESIDE)
+    drill = Drill(
+        "ViralFXJobsFailing",
+        cluster,
+        scraped="WORKER",
+        WORKER=f"localhost:{worker.management_port}",
+        API_TOKEN="planted-token",
+    )
+    for _ in range(6):
+        accept(cluster, str(paper), "orders.bill")
+    drill.show_symptom()
+    drill.diagnose()
+    paper.touch()
     drill.remedy()
     drill.end()

@@ -8,7 +8,7 @@ from typing import Any
 import jq
 import pytest
 from tests.observability.wired import described, wired
-from tests.system.drills.procedures import PARTS, Console, procedure
+from tests.system.drills.procedures import PARTS, Console, masked, procedure
 from tests.system.service import ROOT, Service, command, free_port, running
 
 from viralfx.adapters.postgres.errors import _BY_CLASS
@@ -16,9 +16,9 @@ from viralfx.adapters.postgres.errors import _BY_CLASS
 RUNBOOK = (ROOT / "docs/runbook.md").read_text(encoding="utf-8")
 DEPLOYMENT = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
 ASKED = sorted(
-    set(re.findall(r"\$INSTANCE(/[^\"\s]*)\"? \| jq (?:-\w+ )?'([^']+)'", RUNBOOK + DEPLOYMENT))
+    set(re.findall(r"\$INSTANCE(/[^\"\s$]*)\"? \| jq (?:-\w+ )?'([^']+)'", RUNBOOK + DEPLOYMENT))
 )
-SEARCHED = re.findall(r"\$INSTANCE/metrics \| grep (?:-E )?'([^']+)'", RUNBOOK)
+SEARCHED = re.findall(r"\$(?:INSTANCE|WORKER)/metrics \| grep (?:-E )?'([^']+)'", RUNBOOK)
 EMERGENCIES = re.findall(r"\| \[(ViralFX\w+)\]\(#viralfx\w+\) \|\n", RUNBOOK.split("\n## ")[0])
 DRILLS = "".join(path.read_text() for path in Path(__file__).parent.glob("test_drills*.py"))
 TOKEN = {"Authorization": "Bearer planted"}
@@ -64,7 +64,7 @@ def test_a_search_is_for_metrics_that_exist(pattern: str) -> None:
 
 def test_the_emergencies_are_those_of_the_guide() -> None:
     """Its emergency procedures, and its troubleshooting."""
-    assert len(EMERGENCIES) == len(set(EMERGENCIES)) == 8
+    assert len(EMERGENCIES) == len(set(EMERGENCIES)) == 9
 
 
 @pytest.mark.parametrize("heading", EMERGENCIES)
@@ -115,3 +115,25 @@ def test_the_log_says_why_a_process_starts_again_and_again(
 
     assert ended.returncode == code
     assert said in Console(tmp_path, {}).type(line)
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        ('["fail","refused"]', '["fail","refused"]', True),
+        ('["fail","refused"]', '["fail","timeout"]', False),
+        ("viralfx_ready 0.0", "viralfx_ready 1.0", False),
+        ("process_resident_memory_bytes 2.1e+08", "process_resident_memory_bytes 9.9e+07", True),
+        ('{"waiting":12,"oldestDue":604.788}', '{"waiting":12,"oldestDue":611.2}', True),
+        ('{"waiting":12,"oldestDue":604.788}', '{"waiting":11,"oldestDue":604.788}', False),
+        ("      3 GET /orders 500", "     27 GET /orders 500", True),
+        ("      3 GET /orders 500", "      3 GET /orders 200", False),
+        ("2 of 2 in use, 2 others wait", "2 of 2 in use, 5 others wait", True),
+        (" 23624 | idle", "    17 | idle", True),
+        ("shown", "shown\nand more", False),
+        ("t\nt", "t", True),
+    ],
+)
+def test_an_output_is_compared_but_for_what_varies(shown: str, printed: str, *, same: bool) -> None:
+    """States and names are to be as they are shown; amounts and times are the load's."""
+    assert (masked(shown) == masked(printed)) is same

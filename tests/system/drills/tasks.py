@@ -1,9 +1,16 @@
-"""The job of the drills, which takes until somebody says so."""
+"""The jobs of the drills, which take or fail until somebody says otherwise."""
 
 import asyncio
 from pathlib import Path
 
 from viralfx import task
+
+
+@task("orders.bill")
+async def bill(paper: str) -> None:
+    """Fail until there is a file."""
+    if not Path(paper).exists():  # noqa: ASYNC240 - likewise
+        raise RuntimeError("the printer is out of paper")
 
 
 @task("orders.ship")
