@@ -77,7 +77,7 @@ class Scene:
         self._worker = stack.enter_context(worker(environment))
         self.prometheus = stack.enter_context(PrometheusServer(self._targets(), seconds=seconds))
         stack.enter_context(Load(self._api.port, RATES))
-        self._crowd = stack.enter_context(ThreadPoolExecutor(4 * _POOL))
+        self._crowd = stack.enter_context(ThreadPoolExecutor(5 * _POOL))
         self._seconds = seconds
         self._over = threading.Event()
         stack.callback(self._over.set)
@@ -135,11 +135,10 @@ class Scene:
             request(self._api.port, "/jobs", method="POST", json_body=body)
 
     def _crowded(self) -> None:
-        took = 2.0 * self._seconds
-        for _ in range(3 * _POOL):
+        took = 0.6 * self._seconds
+        for _ in range(4 * _POOL):
             self._crowd.submit(request, self._api.port, f"/reports/{took}", timeout=60)
-        self._while_scraped()
-        self.wait(2 * took)
+        self.wait(4 * took)
 
     def _supplier_away(self) -> None:
         request(self._api.port, "/supplier/away", method="POST")
