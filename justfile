@@ -96,6 +96,11 @@ bench-memory *arguments:
 image *arguments:
     docker build --build-arg REVISION=$(git rev-parse HEAD) --tag viralfx-backend:$({{bin}}/uv version --short) {{arguments}} .
 
+# draw the dashboard with Grafana's components and ten minutes of real data (wants npm and Chromium)
+dashboard-preview *arguments:
+    cd tests/observability/preview && npm ci --no-audit --no-fund && npm run build
+    {{bin}}/python -m tests.observability.preview.draw {{arguments}}
+
 # renew docs/configuration.md from the settings
 configuration:
     { sed -n "1,/^$/p" docs/configuration.md; env -i {{bin}}/viralfx env --markdown; } > docs/configuration.new
