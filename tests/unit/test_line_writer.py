@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gc
 import os
 import threading
 import time
@@ -125,6 +126,57 @@ def test_a_line_does_not_overtake_those_that_are_being_made(pipe: Pipe) -> None:
     assert writer.flush()
 
     assert pipe.take() == b"first\nsecond\n"
+    writer.close()
+
+
+def test_who_logs_while_lines_are_made_does_not_wait_for_itself(pipe: Pipe) -> None:
+    """A finalizer that the garbage collector calls, or the handler of a signal."""
+
+    def make(items: Sequence[bytes]) -> bytes:
+        if items[0] == b"0\n":
+            writer.write(b"from within\n")
+            writer.write_later(b"later from within\n")
+        return b"".join(items)
+
+    def write() -> None:
+        for number in range(32):
+            writer.write_later(b"%d\n" % number)
+
+    writer = LineWriter(pipe.writer, tell_lost=lost_line, make=make)
+    loop = threading.Thread(target=write, daemon=True)
+    loop.start()
+    loop.join(5)
+    assert not loop.is_alive()
+    wait_for(lambda: pipe.take().count(b"\n") == 34, what="all lines")
+    writer.close()
+
+
+def test_a_finalizer_may_log_wherever_it_is_called(pipe: Pipe) -> None:
+    """Also between taking lines and writing them."""
+    writer = LineWriter(pipe.writer, tell_lost=lost_line)
+    numbers = iter(range(5000))
+
+    def log(phase: str, _info: dict[str, int]) -> None:
+        if phase == "stop" and (number := next(numbers, None)) is not None:
+            writer.write(b"%d\n" % number)
+
+    def write() -> None:
+        while next(numbers, None) is not None:
+            writer.write(b"line\n", urgent=True)
+
+    before = gc.get_threshold()
+    gc.callbacks.append(log)
+    gc.freeze()  # or each collection would take long
+    gc.set_threshold(1)
+    try:
+        loop = threading.Thread(target=write, daemon=True)
+        loop.start()
+        wait_for(lambda: pipe.take() is not None and not loop.is_alive(), what="the end")
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(log)
+        gc.unfreeze()
+    wait_for(lambda: pipe.take().count(b"\n") == 5000, what="all lines")
     writer.close()
 
 
@@ -291,6 +343,21 @@ def test_a_forked_child_writes_its_own_lines_only(pipe: Pipe) -> None:
     assert writer.flush()
     assert sorted(pipe.take().splitlines()) == [b"child", b"parent"]
     writer.close()
+
+
+def test_lines_after_an_end_that_could_not_wait_are_still_written(pipe: Pipe) -> None:
+    """Once the reader has read on, and the writer's thread is gone."""
+    before = set(threading.enumerate())
+    os.write(pipe.writer, b"x" * 4095 + b"\n")
+    writer = LineWriter(pipe.writer, tell_lost=lost_line)
+    writer.write(b"line\n", urgent=True)
+    (thread,) = set(threading.enumerate()) - before
+    writer.close()
+    wait_for(lambda: pipe.take().endswith(b"line\n"), what="the line")
+    thread.join(5)
+
+    writer.write(b"afterwards\n")
+    assert pipe.take().endswith(b"afterwards\n")
 
 
 def test_lines_after_the_end_are_still_written(pipe: Pipe) -> None:

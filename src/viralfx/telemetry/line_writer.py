@@ -10,16 +10,16 @@ import select
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from viralfx.telemetry.flag import Flag
+from viralfx.telemetry.writes import AT_ONCE, in_writes
 
 _MOST_WAITING = 8 * 2**20
 """Bytes of lines that wait to be written; what comes on top of them is lost, and counted."""
 _GATHERING = 0.02
 """Seconds in which lines are gathered: one write of many costs a fraction of many writes."""
-_AT_ONCE = select.PIPE_BUF
-"""Bytes of one write: a pipe takes them without mixing them with what others write into it, and
-takes them at once when it says that it can be written to."""
 _TOGETHER = 32
 """Lines that are made together: what that costs by itself hardly counts for each of them then."""
 _LINE_END = ord("\n")
@@ -33,6 +33,9 @@ class LineWriter:
     Whoever brings the line that fills a write also writes, if the descriptor takes it at once: a
     switch of threads would cost more. All else is done by a thread that the writer starts itself,
     and that may wait.
+
+    A finalizer or a signal's handler may log in the midst of anything here, on the same thread: no
+    lock that it could meet is one that its own thread would wait for.
     """
 
     def __init__(
@@ -70,12 +73,13 @@ class LineWriter:
         os.register_at_fork(after_in_child=lambda: _forked(mine()))
 
     def _make_locks(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._making = threading.Lock()
+        self._maker: int | None = None
         self._idle = threading.Condition(self._lock)
         self._output = threading.Lock()
-        self._wanted = threading.Event()
-        self._hurry = threading.Event()
+        self._wanted = Flag()
+        self._hurry = Flag()
 
     @property
     def lost(self) -> int:
@@ -102,27 +106,39 @@ class LineWriter:
 
     def _make_lines(self) -> None:
         """Make lines of what waits for it."""
+        me = threading.get_ident()
+        if self._maker == me:
+            # In the midst of this very work: what was brought now is for the writer's thread.
+            self._wake()
+            return
         # One at a time, or lines of one thread could overtake each other.
         with self._making:
-            # In this order: what is brought from here on is waited for, or is among these.
-            self._awaited = False
-            self._times_made += 1
-            items = [self._unmade.popleft() for _ in range(len(self._unmade))]
-            if not items:
-                return
+            self._maker = me
             try:
-                made = self._make(items)
-            except Exception:  # noqa: BLE001 - whatever a value does; nobody may fail for it
-                with self._lock:
-                    self._lost += len(items)
-                return
-            for lines in _in_writes(made):
-                if not self._written_at_once(lines):
-                    self._append(lines)
+                self._make_what_waits()
+            finally:
+                self._maker = None
+
+    def _make_what_waits(self) -> None:
+        # In this order: what is brought from here on is waited for, or is among these.
+        self._awaited = False
+        self._times_made += 1
+        items = [self._unmade.popleft() for _ in range(len(self._unmade))]
+        if not items:
+            return
+        try:
+            made = self._make(items)
+        except Exception:  # noqa: BLE001 - whatever a value does; nobody may fail for it
+            with self._lock:
+                self._lost += len(items)
+            return
+        for lines in in_writes(made):
+            if not self._written_at_once(lines):
+                self._append(lines)
 
     def _written_at_once(self, lines: bytes) -> bool:
         """Write lines that nothing waits before, if that cannot take long; tell whether it did."""
-        if self._lines or self._lost or len(lines) > _AT_ONCE:
+        if self._lines or self._lost or len(lines) > AT_ONCE:
             return False
         if not self._output.acquire(blocking=False):
             return False
@@ -138,16 +154,17 @@ class LineWriter:
         if self._direct:
             self._put(lines)
             return
+        size, count = len(lines), lines.count(b"\n")
         with self._lock:
-            if self._waiting + len(lines) > self._most_waiting:
-                self._lost += lines.count(b"\n")
+            if self._waiting + size > self._most_waiting:
+                self._lost += count
                 return
             first = not self._lines
             self._lines.append(lines)
-            self._waiting += len(lines)
+            self._waiting += size
         if first:
             self._wake()
-        elif self._waiting > _AT_ONCE and self._output.acquire(blocking=False):
+        elif self._waiting > AT_ONCE and self._output.acquire(blocking=False):
             try:
                 self._write_if_ready()
             finally:
@@ -160,7 +177,7 @@ class LineWriter:
 
     def _write_if_ready(self) -> None:
         """Write what fits into one write, if that cannot take long; the rest is for the thread."""
-        fits = self._lines and len(self._lines[0]) <= _AT_ONCE
+        fits = self._lines and len(self._lines[0]) <= AT_ONCE
         if fits and not self._lost and self._ready.poll(0):
             self._put(self._take())
             with self._lock:
@@ -216,13 +233,15 @@ class LineWriter:
             with self._idle:
                 self._writing = False
                 self._idle.notify_all()
+        # Also where the end came before the reader read on: nobody else writes from here on.
+        self._direct = True
 
     def _take(self) -> bytes:
         """Return the next lines that go into one write; nothing when there are none."""
         with self._lock:
             chunk: list[bytes] = []
             size = 0
-            while self._lines and (not chunk or size + len(self._lines[0]) <= _AT_ONCE):
+            while self._lines and (not chunk or size + len(self._lines[0]) <= AT_ONCE):
                 chunk.append(self._lines.popleft())
                 size += len(chunk[-1])
             self._waiting -= size
@@ -238,7 +257,8 @@ class LineWriter:
         if unwritten:
             # A full disk, or nobody who reads any more: what waits would fare no better.
             with self._lock:
-                self._lost += unwritten + sum(each.count(b"\n") for each in self._lines)
+                unwritten += sum(each.count(b"\n") for each in list(self._lines))
+                self._lost += unwritten
                 self._lines.clear()
                 self._waiting = 0
 
@@ -260,19 +280,6 @@ class LineWriter:
         except OSError:
             return min(bytes(rest).count(b"\n"), chunk.count(b"\n"))
         return 0
-
-
-def _in_writes(lines: bytes) -> Iterator[bytes]:
-    """Yield whole lines, as many at a time as go into one write; one at least."""
-    start = 0
-    while len(lines) - start > _AT_ONCE:
-        end = lines.rfind(b"\n", start, start + _AT_ONCE)
-        if end < 0:
-            end = lines.index(b"\n", start)
-        yield lines[start : end + 1]
-        start = end + 1
-    if start < len(lines):
-        yield lines[start:]
 
 
 def _forked(writer: LineWriter | None) -> None:
