@@ -60,7 +60,11 @@ class HeapReports:
             return
         name = f"heap-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}.txt"
         path = self._folder / name
-        reader, writer = os.pipe()
+        try:
+            reader, writer = os.pipe()
+        except OSError as error:
+            self._give_up(error)
+            return
         try:
             with warnings.catch_warnings():
                 # The child runs on one thread and does nothing that another one could hold up.
@@ -69,8 +73,7 @@ class HeapReports:
         except OSError as error:
             os.close(reader)
             os.close(writer)
-            self._busy.release()
-            _logger.error("Heap report failed", extra={"detail": error.strerror})  # noqa: TRY400
+            self._give_up(error)
             return
         if child == 0:
             _report_and_exit(path, writer)
@@ -79,6 +82,11 @@ class HeapReports:
             target=self._follow, args=(child, reader, path), name="heap-report", daemon=True
         )
         follower.start()
+
+    def _give_up(self, error: OSError) -> None:
+        # Without a traceback: it would only show the work that the signal came into.
+        self._busy.release()
+        _logger.error("Heap report failed", extra={"detail": error.strerror})
 
     def _follow(self, child: int, reader: int, path: Path) -> None:
         began, said = time.monotonic(), b""
@@ -107,7 +115,10 @@ class HeapReports:
 def _what_is_wrong(reader: int, room: Room) -> str | None:
     """Wait until the child has said something, or ended; return why it is not worth waiting."""
     deadline = time.monotonic() + _LONGEST
-    while not select.select([reader], [], [], _PAUSE)[0]:
+    # Not ``select``, which takes no descriptor above 1023: as many clients as that are nothing odd.
+    said = select.poll()
+    said.register(reader, select.POLLIN)
+    while not said.poll(_PAUSE * 1000):
         if room.is_short():
             # Rather no report than none and no process: the kernel would end either of them.
             return "it takes more memory than is left"
