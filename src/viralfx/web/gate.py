@@ -6,7 +6,7 @@ nor its routing nor its mistakes, can slow or break a probe.
 
 import asyncio
 
-from viralfx.domain.correlation import bind_correlation_id
+from viralfx.domain.correlation import bind_correlation_id, bind_user_id
 from viralfx.web.answers import OperationsAnswers
 from viralfx.web.asgi import ASGIApp, Message, Receive, Scope, Send
 from viralfx.web.correlation import HEADER, correlation_id_of
@@ -43,6 +43,8 @@ class Gate:
             return
         correlation_id = correlation_id_of(scope["headers"])
         bind_correlation_id(correlation_id)
+        # A server may begin a task in the context of the connection's last request.
+        bind_user_id(None)
         header = (HEADER, correlation_id.encode("ascii"))
         if kind == "http":
             endpoint = self._endpoints.get(scope["path"]) or self._find(scope)
