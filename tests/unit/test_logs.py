@@ -499,6 +499,25 @@ def test_a_secret_in_the_ids_of_a_request_is_replaced() -> None:
     assert [line.get("correlationId") for line in made] == ["***", None]
 
 
+def test_a_secret_that_json_writes_otherwise_is_found_in_the_ids() -> None:
+    """Also on the short way, which searches no whole lines."""
+    secret = 'pa"ss\\word'
+    lines = JsonLines(Redaction([secret]), lambda _: [])
+    line = answered()
+    line.user_id = secret
+    (made,) = lines.of_requests([line]).splitlines()
+
+    assert json.loads(made)["userId"] == "***"
+
+
+def test_what_is_mounted_has_no_route() -> None:
+    """The template that Litestar has for it is empty."""
+    line = answered(route="")
+
+    assert line.route == "unmatched"
+    assert line.message == "GET unmatched 200"
+
+
 @pytest.mark.parametrize("user", ["Zoë\u2028", "half a character: \ud800"])
 def test_a_user_of_any_name_is_on_one_line(user: str) -> None:
     """Whatever the application calls him; nothing is lost for it."""

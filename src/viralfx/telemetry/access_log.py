@@ -63,13 +63,13 @@ def log_request(  # noqa: PLR0917 - by name they would cost more than all that i
     """Log a request that is over.
 
     ``at`` is in seconds since the epoch; ``trace`` are the ids of its trace and of its span, where
-    they were recorded; ``route`` is its template, None where the application has none for it;
+    they were recorded; ``route`` is its template, None or empty where the application has none;
     ``status`` is None where no answer began, ``received`` where no size was announced.
     """
     # A client chooses paths and methods: neither goes into a line as it comes.
     if method not in METHODS:
         method = OTHER
-    if route is None:
+    if not route:
         route = UNMATCHED
     trace_id, span_id = trace or (None, None)
     line = AccessLine(

@@ -85,11 +85,11 @@ class JsonLines:
         """
         for line in lines:
             line.timestamp = self._timestamp(float(line.timestamp))
-        # All else is an application's own words, or numbers.
+        # All else is an application's own words, or numbers. As JSON, as that is what is searched.
         ids = [name for each in lines for name in (each.correlation_id, each.user_id) if name]
         try:
             made = _encode_lines(lines)
-            if made.isascii() and not self._redaction.suspects("\n".join(ids).encode()):
+            if made.isascii() and not self._redaction.suspects(_encode(ids)):
                 return made
         except UnicodeEncodeError:  # half a character
             pass
