@@ -217,6 +217,16 @@ def test_a_trace_of_our_own_has_the_correlation_id_for_its_id(
     assert f"{second.context.trace_id:032x}" != TRACE
 
 
+def test_a_name_that_cannot_be_used_is_no_name(
+    provider: TracerProvider, finished: Finished
+) -> None:
+    """An id was made in its place, and the trace has that."""
+    own = new_correlation_id()
+    ask(provider, App(), ("X-Correlation-ID", "not valid"), correlation_id=own)
+
+    assert f"{only(finished()).context.trace_id:032x}" == own
+
+
 def test_what_a_client_chooses_is_cut(provider: TracerProvider, finished: Finished) -> None:
     """Spans wait in memory to be sent."""
     long = "x" * 60_000

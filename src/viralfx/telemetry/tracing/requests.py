@@ -67,16 +67,16 @@ class TracedRequests:
     def _begin(self, scope: _Scope) -> Span:
         parents: list[str] = []
         states: list[str] = []
-        named = False
+        own = current_correlation_id()
         for name, value in scope["headers"]:
             if name == b"traceparent":
                 parents.append(value.decode("latin-1"))
             elif name == b"tracestate":
                 states.append(value.decode("latin-1"))
-            elif name in _IDS:
-                named = True
-        # Where nobody named the conversation, its id was made here, and the trace takes it as well.
-        own = None if named else current_correlation_id()
+            elif name in _IDS and value.decode("latin-1") == own:
+                own = None
+        # Where nobody named the conversation, or by no name that can be used, its id was made here,
+        # and the trace takes it as well.
         chosen = int(own, 16) if own is not None else random.getrandbits(128)
         if not parents:
             dropped = chosen if self._drops_trace(chosen) else None
@@ -129,8 +129,9 @@ class TracedRequests:
                 span.record_exception(error)
             raise
         finally:
-            # Litestar leaves the template of the route that it found in the scope.
-            if (route := scope.get("path_template")) is not None:
+            # Litestar leaves the template of the route that it found in the scope; an empty one
+            # where another application is mounted.
+            if route := scope.get("path_template"):
                 method = scope["method"]
                 span.update_name(f"{method if method in _METHODS else 'HTTP'} {route}")
                 span.set_attribute("http.route", route)
