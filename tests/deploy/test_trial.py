@@ -74,7 +74,7 @@ def test_a_job_is_done_by_a_worker_container(trial: Trial) -> None:
 def test_killing_a_worker_loses_nothing(trial: Trial) -> None:
     """What it had is done by the other one: as many completed as were accepted."""
     killed = trial.containers("worker")[0]
-    ids = [trial.accept(0.2) for _ in range(JOBS)]
+    ids = [trial.accept(1.0) for _ in range(JOBS)]
     killed.wait(lambda: mine(trial, killed.name), "a job that it runs")
     docker("kill", "--signal=KILL", killed.name)
     assert killed.wait_ended()["ExitCode"] == 137

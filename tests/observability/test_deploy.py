@@ -155,7 +155,7 @@ def test_every_alert_is_tested_firing_and_not() -> None:
     fired = {
         check["alertname"]
         for test in load("rules_test.yml")["tests"]
-        for check in test["alert_rule_test"]
+        for check in test.get("alert_rule_test", ())
         if check["exp_alerts"] and len(test["input_series"]) > len(check["exp_alerts"])
     }
 
