@@ -182,7 +182,7 @@ def test_a_frozen_database_is_nobody_s_death(own_postgres: PostgresServer) -> No
             each.wait_ready()
         dead = [each["id"] for each in held if f"-{victim.process.pid}-" in each["worker"]]
         for job_id in dead:
-            wait_for(partial(_has_crashed, service, job_id), what="found")
+            wait_for(partial(_runs_again, service, job_id), what="found, and run by another")
         shown = {job_id: job(service, job_id) for job_id in ids}
         for each in (*living, *beginners):
             each.process.kill()
@@ -192,8 +192,9 @@ def test_a_frozen_database_is_nobody_s_death(own_postgres: PostgresServer) -> No
     assert {each["attempts"] for each in shown.values()} == {1}
 
 
-def _has_crashed(service: Service, job_id: str) -> bool:
-    return bool(job(service, job_id)["crashes"])
+def _runs_again(service: Service, job_id: str) -> bool:
+    shown = job(service, job_id)
+    return bool(shown["crashes"]) and shown["state"] == "active"
 
 
 def test_a_job_that_kills_workers_is_given_up(database: Database) -> None:
