@@ -46,8 +46,8 @@ async def test_a_job_that_was_beside_a_crash_once_is_no_suspect(fleet: Fleet) ->
 
 
 async def test_workers_share_their_suspects(fleet: Fleet) -> None:
-    """One each."""
-    ids = [await fleet.accept("sleep", "5.0") for _ in range(3)]
+    """One each, once each has looked."""
+    ids = [await fleet.accept("sleep", "25.0") for _ in range(3)]
     await crash(fleet, *ids, times=2)
     for name in ("a", "b", "c"):
         fleet.start(name)
