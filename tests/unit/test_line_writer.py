@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import gc
 import os
+import select
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import pytest
 from tests.system.service import wait_for
 
 from viralfx.telemetry.line_writer import LineWriter
+from viralfx.telemetry.writes import at_once
 
 
 @dataclass
@@ -219,6 +221,22 @@ def test_lines_too_long_to_be_written_together_are_written_one_by_one(pipe: Pipe
 
     assert pipe.read == b"".join(lines)
     writer.close()
+
+
+def test_a_file_takes_more_at_a_time_than_a_pipe(pipe: Pipe, tmp_path: Path) -> None:
+    """Each write costs it, and nobody else writes between two halves of one."""
+    descriptor = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    writer = LineWriter(descriptor, tell_lost=lost_line)
+    lines = [b"%04d" % number * 100 + b"\n" for number in range(1000)]
+    for line in lines:
+        writer.write_later(line)
+    assert writer.flush()
+    writer.close()
+
+    assert (tmp_path / "log").read_bytes() == b"".join(lines)
+    assert at_once(descriptor) > at_once(pipe.writer) == select.PIPE_BUF
+    os.close(descriptor)
+    assert at_once(descriptor) == select.PIPE_BUF
 
 
 def test_a_reader_that_stops_reading_delays_nobody_and_loses_the_latest(pipe: Pipe) -> None:

@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from viralfx.telemetry.flag import Flag
-from viralfx.telemetry.writes import AT_ONCE, in_writes
+from viralfx.telemetry.writes import at_once, in_writes
 
 _MOST_WAITING = 8 * 2**20
 """Bytes of lines that wait to be written; what comes on top of them is lost, and counted."""
 _GATHERING = 0.02
 """Seconds in which lines are gathered: one write of many costs a fraction of many writes."""
-_TOGETHER = 32
+_TOGETHER = 128
 """Lines that are made together: what that costs by itself hardly counts for each of them then."""
 _LINE_END = ord("\n")
 _LAST_WAIT = 1.0
@@ -65,6 +65,7 @@ class LineWriter:
         self._closed = False
         self._gave_up = False
         self._direct = False
+        self._at_once = at_once(descriptor)
         self._ready = select.poll()
         self._ready.register(descriptor, select.POLLOUT)
         self._thread: threading.Thread | None = None
@@ -132,13 +133,13 @@ class LineWriter:
             with self._lock:
                 self._lost += len(items)
             return
-        for lines in in_writes(made):
+        for lines in in_writes(made, self._at_once):
             if not self._written_at_once(lines):
                 self._append(lines)
 
     def _written_at_once(self, lines: bytes) -> bool:
         """Write lines that nothing waits before, if that cannot take long; tell whether it did."""
-        if self._lines or self._lost or len(lines) > AT_ONCE:
+        if self._lines or self._lost or len(lines) > self._at_once:
             return False
         if not self._output.acquire(blocking=False):
             return False
@@ -164,7 +165,7 @@ class LineWriter:
             self._waiting += size
         if first:
             self._wake()
-        elif self._waiting > AT_ONCE and self._output.acquire(blocking=False):
+        elif self._waiting > self._at_once and self._output.acquire(blocking=False):
             try:
                 self._write_if_ready()
             finally:
@@ -177,7 +178,7 @@ class LineWriter:
 
     def _write_if_ready(self) -> None:
         """Write what fits into one write, if that cannot take long; the rest is for the thread."""
-        fits = self._lines and len(self._lines[0]) <= AT_ONCE
+        fits = self._lines and len(self._lines[0]) <= self._at_once
         if fits and not self._lost and self._ready.poll(0):
             self._put(self._take())
             with self._lock:
@@ -241,7 +242,7 @@ class LineWriter:
         with self._lock:
             chunk: list[bytes] = []
             size = 0
-            while self._lines and (not chunk or size + len(self._lines[0]) <= AT_ONCE):
+            while self._lines and (not chunk or size + len(self._lines[0]) <= self._at_once):
                 chunk.append(self._lines.popleft())
                 size += len(chunk[-1])
             self._waiting -= size

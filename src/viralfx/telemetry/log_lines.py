@@ -15,9 +15,9 @@ from typing import Any
 import msgspec
 
 from viralfx.domain.correlation import current_correlation_id, current_user_id
-from viralfx.telemetry.access_log import AccessLine
 from viralfx.telemetry.log_levels import word
 from viralfx.telemetry.redaction import Redaction
+from viralfx.telemetry.requests import EndedRequest
 from viralfx.telemetry.trace_context import current_trace
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
@@ -30,7 +30,6 @@ _IDS = ("correlationId", "userId", "traceId", "spanId")
 _COMPACT = (",", ":")
 
 _encode = msgspec.json.Encoder().encode
-_encode_lines = msgspec.json.Encoder().encode_lines
 
 
 class JsonLines:
@@ -46,6 +45,7 @@ class JsonLines:
         self._redaction = redaction
         self._explain = explain
         self._millisecond: tuple[int, str] = (-1, "")
+        self._frames: dict[tuple[str, str, int | None], tuple[str, str]] = {}
 
     def render(self, record: logging.LogRecord) -> bytes:
         """Return the line, its end included."""
@@ -78,26 +78,49 @@ class JsonLines:
             event["stack"] = record.stack_info
         return event, simple
 
-    def of_requests(self, lines: Sequence[AccessLine]) -> bytes:
-        """Return the lines of requests, with their ends; much cheaper together than one by one.
+    def of_requests(self, requests: Sequence[EndedRequest]) -> bytes:
+        """Return the lines of requests, with their ends; much cheaper together than one by one."""
+        # All else is an application's own words, or numbers.
+        ids = " ".join([i for each in requests for i in (each.correlation_id, each.user_id) if i])
+        if _is_plain(ids) and not self._redaction.suspects(ids.encode()):
+            return "".join(map(self._of_plain_ids, requests)).encode()
+        return b"".join(map(self._of_any_ids, requests))
 
-        The time of each becomes text.
-        """
-        for line in lines:
-            line.timestamp = self._timestamp(float(line.timestamp))
-        # All else is an application's own words, or numbers. As JSON, as that is what is searched.
-        ids = [name for each in lines for name in (each.correlation_id, each.user_id) if name]
-        try:
-            made = _encode_lines(lines)
-            if made.isascii() and not self._redaction.suspects(_encode(ids)):
-                return made
-        except UnicodeEncodeError:  # half a character
-            pass
-        return b"".join(map(self._with_care, lines))
-
-    def _with_care(self, line: AccessLine) -> bytes:
-        event = msgspec.to_builtins(line)
+    def _of_any_ids(self, request: EndedRequest) -> bytes:
+        event = {
+            "timestamp": self._timestamp(request.at),
+            "level": "info",
+            "context": "access",
+            "message": request.message,
+            **request.fields(),
+        }
         return self._redaction.line(_to_json(event, simple=True)) + b"\n"
+
+    def _of_plain_ids(self, request: EndedRequest) -> str:
+        """Return the line of a request whose ids JSON writes as they are."""
+        kind = (request.method, request.route, request.status)
+        head, middle = self._frames.get(kind) or self._frame(request)
+        correlation_id = request.correlation_id
+        if request.user_id is None and request.trace is None and correlation_id is not None:
+            ids = f',"correlationId":"{correlation_id}"'
+        else:
+            ids = _plain_ids(request)
+        received = "" if request.received is None else f',"requestSize":{request.received}'
+        cut = ',"cut":true' if request.cut else ""
+        return (
+            f'{{"timestamp":"{self._timestamp(request.at)}{head}{ids}{middle}{request.duration}'
+            f'{received},"responseSize":{request.sent}{cut}}}\n'
+        )
+
+    def _frame(self, request: EndedRequest) -> tuple[str, str]:
+        """Make what all requests of a kind have in their lines: before the ids, and after them."""
+        method, route, status = request.method, request.route, request.status
+        code = "" if status is None else f',"status":{status}'
+        head = f'","level":"info","context":"access","message":{json.dumps(request.message)}'
+        middle = f',"method":{json.dumps(method)},"route":{json.dumps(route)}{code},"duration":'
+        # No more than there are routes, methods and codes: a client has no say in them.
+        self._frames[method, route, status] = head, middle
+        return head, middle
 
     def _timestamp(self, created: float) -> str:
         millisecond = int(created * 1000)
@@ -107,6 +130,17 @@ class JsonLines:
             text = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(second))}.{rest:03d}Z"
             self._millisecond = (millisecond, text)
         return text
+
+
+def _is_plain(text: str) -> bool:
+    """Tell whether JSON, ASCII alone, writes a text as it is."""
+    return text.isascii() and text.isprintable() and '"' not in text and "\\" not in text
+
+
+def _plain_ids(request: EndedRequest) -> str:
+    values = (request.correlation_id, request.user_id, *(request.trace or (None, None)))
+    ids = zip(_IDS, values, strict=True)
+    return "".join([f',"{name}":"{value}"' for name, value in ids if value is not None])
 
 
 def message_of(record: logging.LogRecord) -> str:

@@ -9,11 +9,12 @@ from typing import TextIO
 
 import structlog
 
-from viralfx.telemetry.access_log import AccessLine, TakeLine
+from viralfx.telemetry.access_log import TakeRequest
 from viralfx.telemetry.line_writer import LineWriter
 from viralfx.telemetry.log_levels import LEVELS, VERBOSE, word
 from viralfx.telemetry.log_lines import JsonLines
 from viralfx.telemetry.redaction import Redaction
+from viralfx.telemetry.requests import EndedRequest
 
 _SERVERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "litestar")
 
@@ -64,7 +65,7 @@ def configure_logging(
 class LineHandler(logging.Handler):
     """Renders records and passes the lines on; whoever logs neither waits nor fails for them."""
 
-    take_request: TakeLine | None = None
+    take_request: TakeRequest | None = None
     """Takes the line of a request without a record, where that can be done."""
 
     def __init__(
@@ -73,7 +74,7 @@ class LineHandler(logging.Handler):
         output: TextIO | None,
         *,
         threaded: bool,
-        of_requests: Callable[[Sequence[AccessLine]], bytes] | None = None,
+        of_requests: Callable[[Sequence[EndedRequest]], bytes] | None = None,
     ) -> None:
         """``threaded`` writes to the descriptor of ``output``, if it has one, in a thread.
 

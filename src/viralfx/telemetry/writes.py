@@ -1,18 +1,31 @@
 """How much is written at a time."""
 
+import os
 import select
+import stat
 from collections.abc import Iterator
 
-AT_ONCE = select.PIPE_BUF
-"""Bytes of one write: a pipe takes them without mixing them with what others write into it, and
-takes them at once when it says that it can be written to."""
+_OF_A_FILE = 2**16
 
 
-def in_writes(lines: bytes) -> Iterator[bytes]:
-    """Yield whole lines, as many at a time as go into one write; one at least."""
+def at_once(descriptor: int) -> int:
+    """Return how many bytes go into one write.
+
+    A pipe takes as many without mixing them with what others write into it, and takes them at once
+    when it says that it can be written to. A file takes any number so, and each write costs it.
+    """
+    try:
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    except OSError:
+        is_file = False
+    return _OF_A_FILE if is_file else select.PIPE_BUF
+
+
+def in_writes(lines: bytes, most: int) -> Iterator[bytes]:
+    """Yield whole lines, of ``most`` bytes or one line at a time."""
     start = 0
-    while len(lines) - start > AT_ONCE:
-        end = lines.rfind(b"\n", start, start + AT_ONCE)
+    while len(lines) - start > most:
+        end = lines.rfind(b"\n", start, start + most)
         if end < 0:
             end = lines.index(b"\n", start)
         yield lines[start : end + 1]

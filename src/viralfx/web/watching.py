@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable
 from time import perf_counter, time
 
 from viralfx.domain.correlation import current_correlation_id, current_user_id
-from viralfx.telemetry.access_log import log_request, wanted
+from viralfx.telemetry.access_log import AccessLog
 from viralfx.telemetry.metrics.requests import RequestMetrics
+from viralfx.telemetry.requests import METHODS, OTHER, UNMATCHED, EndedRequest
 from viralfx.telemetry.trace_context import TRACE
 from viralfx.web.exchanges import Exchange
 
@@ -18,7 +19,7 @@ class RequestWatch:
 
     def __init__(self, metrics: RequestMetrics, *, access_log: bool) -> None:
         self._metrics = metrics
-        self._access_log = access_log
+        self._access_log = AccessLog() if access_log else None
 
     def count_active(self, in_flight: Callable[[], int]) -> None:
         """Take from ``in_flight`` how many requests are under way."""
@@ -30,23 +31,30 @@ class RequestWatch:
             return
         scope = exchange.scope
         seconds = perf_counter() - exchange.began
-        # Litestar leaves the template of the route that it found in the scope.
-        route = scope.get("path_template")
-        method, status, trace = scope["method"], exchange.status, scope.get(TRACE)
+        # A client chooses paths and methods: neither is counted by or logged as it comes. Litestar
+        # leaves the template of the route that it found in the scope; an empty one where another
+        # application is mounted.
+        route = scope.get("path_template") or UNMATCHED
+        method = scope["method"]
+        if method not in METHODS:
+            method = OTHER
+        status, trace = exchange.status, scope.get(TRACE)
         self._metrics.observe(method, route, status, seconds, trace)
-        if self._access_log and wanted():
-            log_request(
-                time(),
-                current_correlation_id(),
-                current_user_id(),
-                trace,
-                method,
-                route,
-                status,
-                seconds,
-                _announced(scope["headers"]),
-                exchange.sent,
-                exchange.cut or status is None,
+        if (log := self._access_log) is not None and log.wanted():
+            log.write(
+                EndedRequest(
+                    time(),
+                    current_correlation_id(),
+                    current_user_id(),
+                    trace,
+                    method,
+                    route,
+                    status,
+                    seconds,
+                    _announced(scope["headers"]),
+                    exchange.sent,
+                    exchange.cut or status is None,
+                )
             )
 
 

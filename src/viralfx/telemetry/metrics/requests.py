@@ -14,23 +14,9 @@ from prometheus_client.samples import Exemplar
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 _BOUNDS = [*map(str, map(float, _BUCKETS)), "+Inf"]
 
-METHODS = frozenset(
-    {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"}
-)
-
-OTHER = "_OTHER"
-"""The method of a request whose method is none of those."""
-
-UNMATCHED = "unmatched"
-"""The route of a request that none of the application's routes is for."""
-
 
 class RequestMetrics:
-    """Counts requests under names of OpenTelemetry's semantic conventions.
-
-    A client chooses paths and methods, so neither is a label as it comes: the route is its
-    template, and an unknown method is ``_OTHER``.
-    """
+    """Counts requests under names of OpenTelemetry's semantic conventions."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._durations = _Durations()
@@ -51,21 +37,22 @@ class RequestMetrics:
     def observe(
         self,
         method: str,
-        route: str | None,
+        route: str,
         status: int | None,
         seconds: float,
         trace: tuple[str, str] | None = None,
     ) -> None:
         """Count a request.
 
-        ``route`` is a template, ``status`` None where no answer began; ``trace`` are the ids of
-        the trace and the span that were recorded of it.
+        ``method`` and ``route`` are as in :class:`EndedRequest`: a client can make up neither.
+        ``status`` is None where no answer began; ``trace`` are the ids of the trace and the span
+        that were recorded of it.
         """
         if status is None:
             self._cut.inc()
             return
         series = self._durations.series
-        key = (method if method in METHODS else OTHER, route or UNMATCHED, status)
+        key = (method, route, status)
         one = series.get(key)
         if one is None:
             one = series[key] = _Series()

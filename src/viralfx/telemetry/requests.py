@@ -1,0 +1,72 @@
+"""What is counted and logged of a request that an application answered."""
+
+from typing import Any
+
+import msgspec
+
+METHODS = frozenset(
+    {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"}
+)
+
+OTHER = "_OTHER"
+"""The method of a request whose method is none of those."""
+
+UNMATCHED = "unmatched"
+"""The route of a request that none of the application's routes is for."""
+
+
+class EndedRequest(msgspec.Struct, gc=False):
+    """A request that is over.
+
+    No more than what is known by then. What becomes of it is worked out later, of many at a time:
+    one by one that costs several times as much, as the request between two of them has the
+    processor forget all it needs (ADR-0027).
+    """
+
+    at: float
+    """Seconds since the epoch."""
+    correlation_id: str | None
+    user_id: str | None
+    trace: tuple[str, str] | None
+    """The ids of its trace and of its span, where they were recorded."""
+    method: str
+    """One of ``METHODS``, or ``OTHER``: a client may make up any."""
+    route: str
+    """Its template, or ``UNMATCHED``: a client chooses paths."""
+    status: int | None
+    """None where no answer began."""
+    seconds: float
+    received: int | None
+    """Bytes, where the client announced them."""
+    sent: int
+    """Bytes."""
+    cut: bool
+
+    @property
+    def message(self) -> str:
+        """What people read."""
+        ended = "without an answer" if self.status is None else self.status
+        return f"{self.method} {self.route} {ended}"
+
+    @property
+    def duration(self) -> float:
+        """Milliseconds, to the microsecond."""
+        return int(self.seconds * 1e6) / 1000
+
+    def fields(self) -> dict[str, Any]:
+        """Return what its line has beside time, level, context and message, in its order."""
+        trace_id, span_id = self.trace or (None, None)
+        fields = {
+            "correlationId": self.correlation_id,
+            "userId": self.user_id,
+            "traceId": trace_id,
+            "spanId": span_id,
+            "method": self.method,
+            "route": self.route,
+            "status": self.status,
+            "duration": self.duration,
+            "requestSize": self.received,
+            "responseSize": self.sent,
+            "cut": self.cut or None,
+        }
+        return {name: value for name, value in fields.items() if value is not None}

@@ -1,0 +1,157 @@
+"""What is told of requests: nothing that a client made up is counted by, or kept."""
+
+import logging
+import time
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from tests.unit.metrics.reading import series, value
+
+from viralfx.telemetry.metrics.requests import RequestMetrics
+from viralfx.telemetry.requests import EndedRequest
+from viralfx.web.exchanges import Exchanges
+from viralfx.web.watching import RequestWatch
+
+COUNT = "http_server_request_duration_seconds_count"
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    """Return an empty registry."""
+    return CollectorRegistry()
+
+
+class Taker(logging.NullHandler):
+    """Takes requests the short way, as the handler of a program does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: list[EndedRequest] = []
+        self.take_request = self.requests.append
+
+
+class Seeing(logging.Handler):
+    """Keeps the messages of records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take one."""
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def logging_requests() -> Iterator[list[EndedRequest]]:
+    """Yield what is logged of requests."""
+    # Within the test: the test framework has handlers of its own by then.
+    root, access, taker = logging.getLogger(), logging.getLogger("viralfx.access"), Taker()
+    before, root.handlers[:] = root.handlers[:], [taker]
+    level = access.level
+    access.setLevel(logging.INFO)
+    try:
+        yield taker.requests
+    finally:
+        access.setLevel(level)
+        root.handlers[:] = before
+
+
+async def nothing(*_: object) -> Any:
+    """Stand for a client that neither says nor takes anything."""
+
+
+async def ended(watch: RequestWatch, scope: dict[str, Any], status: int | None = 200) -> None:
+    """Tell of a request that ended so."""
+    exchanges = Exchanges(watch.ended)
+    exchange = exchanges.begin(
+        {"type": "http", "headers": [], **scope}, nothing, nothing, (b"", b"")
+    )
+    exchange.status = status
+    exchanges.end(exchange)
+
+
+def labels(method: str, route: str, status: int) -> dict[str, str]:
+    """Return the labels of a request."""
+    return {
+        "http_request_method": method,
+        "http_route": route,
+        "http_response_status_code": str(status),
+    }
+
+
+@pytest.mark.parametrize("scope", [{}, {"path_template": ""}], ids=["no_route", "mounted"])
+async def test_what_no_route_is_for_shares_one_name(
+    scope: dict[str, Any], registry: CollectorRegistry
+) -> None:
+    """A scanner's paths are one series; so is what Litestar mounts, whose template is empty."""
+    watch = RequestWatch(RequestMetrics(registry), access_log=True)
+    with logging_requests() as taken:
+        for number in range(3):
+            await ended(watch, {"method": "GET", "path": f"/{number}", **scope}, 404)
+
+    assert value(registry, COUNT, **labels("GET", "unmatched", 404)) == 3
+    assert [request.message for request in taken] == ["GET unmatched 404"] * 3
+
+
+async def test_ten_thousand_methods_are_one_series_and_no_memory(
+    registry: CollectorRegistry,
+) -> None:
+    """Clients make methods up; what is known stays known beside them."""
+    watch = RequestWatch(RequestMetrics(registry), access_log=True)
+    await ended(watch, {"method": "GET", "path_template": "/"})
+    await ended(watch, {"method": "X0", "path_template": "/"}, 405)
+    before = series(registry)
+    with logging_requests() as taken:
+        tracemalloc.start()
+        try:
+            began = tracemalloc.take_snapshot()
+            for number in range(1, 10_001):
+                await ended(watch, {"method": f"X{number}", "path_template": "/"}, 405)
+                assert taken.pop().method == "_OTHER"
+            differences = tracemalloc.take_snapshot().compare_to(began, "filename")
+        finally:
+            tracemalloc.stop()
+
+    assert series(registry) == before
+    assert value(registry, COUNT, **labels("_OTHER", "/", 405)) == 10_001
+    assert sum(difference.size_diff for difference in differences) < 200_000
+
+
+async def test_what_is_told_of_a_request_is_what_is_logged(registry: CollectorRegistry) -> None:
+    """Also of one that was cut, and of one that announced a size that none can have."""
+    watch = RequestWatch(RequestMetrics(registry), access_log=True)
+    head = {"method": "POST", "path_template": "/orders"}
+    with logging_requests() as taken:
+        await ended(watch, {**head, "headers": [(b"content-length", b"12")]}, 201)
+        await ended(watch, {**head, "headers": [(b"content-length", b"9" * 40)]}, None)
+    whole, cut = taken
+
+    assert (whole.status, whole.received, whole.cut) == (201, 12, False)
+    assert (cut.status, cut.received, cut.cut) == (None, None, True)
+    assert value(registry, "viralfx_requests_cut_total") == 1
+
+
+async def test_who_begins_to_handle_requests_soon_gets_them(registry: CollectorRegistry) -> None:
+    """As records; and who stops is not given any for long either."""
+    watch = RequestWatch(RequestMetrics(registry), access_log=True)
+    handler, access = Seeing(), logging.getLogger("viralfx.access")
+    deadline = time.monotonic() + 5
+    with logging_requests() as taken:
+        await ended(watch, {"method": "GET", "path_template": "/"})
+        access.addHandler(handler)
+        try:
+            while not handler.messages and time.monotonic() < deadline:
+                await ended(watch, {"method": "GET", "path_template": "/"})
+        finally:
+            access.removeHandler(handler)
+        before = len(taken)
+        while len(taken) == before and time.monotonic() < deadline:
+            await ended(watch, {"method": "GET", "path_template": "/"})
+
+    assert handler.messages[0] == "GET / 200"
+    assert len(taken) > before > 0
