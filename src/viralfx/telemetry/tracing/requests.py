@@ -17,7 +17,6 @@ from opentelemetry.trace import (
     StatusCode,
     TraceFlags,
     Tracer,
-    TraceState,
 )
 from opentelemetry.trace.propagation import set_span_in_context
 
@@ -34,8 +33,7 @@ _App: TypeAlias = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 _METHODS = frozenset(
     {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"}
 )
-_IDS = frozenset({b"x-correlation-id", b"x-request-id"})
-_UNSAMPLED, _NO_STATE = TraceFlags(TraceFlags.DEFAULT), TraceState()
+_HEADERS = frozenset({b"traceparent", b"tracestate", b"x-correlation-id", b"x-request-id"})
 _LONGEST = 256
 """Characters of what a client chooses; there are two thousand spans that may wait to be sent."""
 _FIRST_SERVER_ERROR = 500
@@ -69,11 +67,14 @@ class TracedRequests:
         states: list[str] = []
         own = current_correlation_id()
         for name, value in scope["headers"]:
+            if name not in _HEADERS:
+                continue
+            text = value.decode("latin-1")
             if name == b"traceparent":
-                parents.append(value.decode("latin-1"))
+                parents.append(text)
             elif name == b"tracestate":
-                states.append(value.decode("latin-1"))
-            elif name in _IDS and value.decode("latin-1") == own:
+                states.append(text)
+            elif text == own:
                 own = None
         # Where nobody named the conversation, or by no name that can be used, its id was made here,
         # and the trace takes it as well.
@@ -83,11 +84,7 @@ class TracedRequests:
         else:
             dropped = self._drops_continued(parents, states)
         if dropped is not None:
-            # Nobody refers to a span that is not recorded: any id will do. It is not remote, and a
-            # call by names costs more.
-            return NonRecordingSpan(
-                SpanContext(dropped, random.getrandbits(64), False, _UNSAMPLED, _NO_STATE)
-            )
+            return _Dropped(dropped)
         method = scope["method"]
         attributes = {
             "http.request.method": method if method in _METHODS else "_OTHER",
@@ -141,6 +138,29 @@ class TracedRequests:
                     span.set_attribute("error.type", str(status))
                     span.set_status(StatusCode.ERROR)
             span.end()
+
+
+class _Dropped(NonRecordingSpan):
+    """The span of a request that is not recorded; most are asked for no more than that."""
+
+    def __init__(self, trace_id: int) -> None:
+        self._trace_id = trace_id
+        self._known: SpanContext | None = None
+
+    def get_span_context(self) -> SpanContext:
+        """Return what calls to others are told of it."""
+        if self._known is None:
+            # Nobody refers to a span that is not recorded: any id will do.
+            self._known = SpanContext(
+                self._trace_id,
+                random.getrandbits(64),
+                is_remote=False,
+                trace_flags=TraceFlags(TraceFlags.DEFAULT),
+            )
+        return self._known
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.get_span_context()!r})"
 
 
 def _particulars(scope: _Scope) -> dict[str, str | int]:
