@@ -20,7 +20,7 @@ _MOST_WAITING = 8 * 2**20
 """Bytes of lines that wait to be written; what comes on top of them is lost, and counted."""
 _GATHERING = 0.02
 """Seconds in which lines are gathered: one write of many costs a fraction of many writes."""
-_TOGETHER = 128
+_TOGETHER = 256
 """Lines that are made together: what that costs by itself hardly counts for each of them then."""
 _LINE_END = ord("\n")
 _LAST_WAIT = 1.0

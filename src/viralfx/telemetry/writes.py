@@ -5,7 +5,7 @@ import select
 import stat
 from collections.abc import Iterator
 
-_OF_A_FILE = 2**16
+_OF_A_FILE = 2**17
 
 
 def at_once(descriptor: int) -> int:
