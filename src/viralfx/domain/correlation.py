@@ -62,6 +62,14 @@ def bind_correlation_id(correlation_id: str) -> None:
     _current.set(correlation_id)
 
 
+def begin_conversation(correlation_id: str) -> None:
+    """Set the id for the rest of this task, and nobody as its user."""
+    _current.set(correlation_id)
+    # A server may begin a task in the context of the connection's last request.
+    if _user.get() is not None:
+        _user.set(None)
+
+
 @contextmanager
 def correlated(correlation_id: str) -> Iterator[str]:
     """Bind the id for a block and restore what was bound before."""

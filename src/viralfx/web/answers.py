@@ -6,6 +6,7 @@ The same answers are given ahead of an application's routing and by its document
 """
 
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from urllib.parse import parse_qs
 
 from viralfx.domain.clock import timestamp
@@ -29,6 +30,8 @@ from viralfx.web.replies import (
     retry_after,
 )
 
+_MILLISECOND = timedelta(milliseconds=1)
+
 
 class OperationsAnswers:
     """Answers every operations endpoint below ``prefix``."""
@@ -49,6 +52,8 @@ class OperationsAnswers:
         self._clock = operations.clock
         self._access = access
         self._prefix = prefix
+        self.below = f"{prefix}/"
+        """What a path begins with that nobody else answers."""
         self._environment = encode(operations.environment)
         self._ready: tuple[HealthReport | None, NotReadyReason | None, Answer] = (
             None,
@@ -58,6 +63,7 @@ class OperationsAnswers:
         self._detailed: tuple[HealthReport | None, bytes, bytes] = (None, b"", b"")
         intervals = (self._monitor.policy(n).interval_when_failing for n in self._monitor.checks)
         self._next_look = min(intervals, default=1.0)
+        self._moment = (datetime.max.replace(tzinfo=UTC), datetime.min.replace(tzinfo=UTC), b"")
         self._loggers = LoggersEndpoints(access, f"{prefix}/loggers")
         self.endpoints: dict[str, Endpoint] = {
             prefix: self._reading(self.basic),
@@ -76,12 +82,22 @@ class OperationsAnswers:
     def find(self, path: str) -> Endpoint | None:
         """Return what answers a path; None for one that is neither known nor below the prefix."""
         endpoint = self.endpoints.get(path)
-        if endpoint is None and path.startswith(self._prefix + "/"):
+        if endpoint is None and path.startswith(self.below):
             if (logger := self._loggers.find(path)) is not None:
                 return logger
             # One segment below the prefix is ours, known or not; a trailing slash is a segment.
             return self._unknown if "/" not in path[len(self._prefix) + 1 : -1] else None
         return endpoint
+
+    def _now(self) -> bytes:
+        # Most answers are in the same millisecond as another, and a time costs as much as they do.
+        moment = self._clock.now()
+        began, over, text = self._moment
+        if not began <= moment < over:
+            text = timestamp(moment).encode()
+            began = moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+            self._moment = (began, began + _MILLISECOND, text)
+        return text
 
     # -- the probes --------------------------------------------------------------------------
 
@@ -90,7 +106,7 @@ class OperationsAnswers:
         stopping = self._lifecycle.stopping
         body = b'{"status":"%s","timestamp":"%s","uptime":%.3f,"environment":%s}' % (
             b"shutting_down" if stopping else b"ok",
-            timestamp(self._clock.now()).encode(),
+            self._now(),
             self._lifecycle.uptime,
             self._environment,
         )
@@ -102,7 +118,7 @@ class OperationsAnswers:
         """``GET /health/live``: 200 as long as the loop runs at all."""
         body = b'{"alive":true,"uptime":%.3f,"timestamp":"%s"}' % (
             self._lifecycle.uptime,
-            timestamp(self._clock.now()).encode(),
+            self._now(),
         )
         return answer_with(200, body)
 
@@ -149,7 +165,7 @@ class OperationsAnswers:
             self._detailed = (report, head, tail)
         body = b'%s,"timestamp":"%s","uptime":%.3f,%s' % (
             head,
-            timestamp(self._clock.now()).encode(),
+            self._now(),
             self._lifecycle.uptime,
             tail,
         )

@@ -5,14 +5,19 @@ nor its routing nor its mistakes, can slow or break a probe.
 """
 
 import asyncio
+from collections.abc import Awaitable
 
-from viralfx.domain.correlation import bind_correlation_id, bind_user_id
+from viralfx.domain.correlation import begin_conversation
 from viralfx.web.answers import OperationsAnswers
 from viralfx.web.asgi import ASGIApp, Message, Receive, Scope, Send
 from viralfx.web.correlation import HEADER, correlation_id_of
 from viralfx.web.exchanges import Exchange, Exchanges
-from viralfx.web.replies import Answer, Endpoint, complete, problem_answer
+from viralfx.web.replies import Answer, Endpoint, WithBody, complete, problem_answer
 from viralfx.web.watching import RequestWatch
+
+
+async def _nothing(_scope: Scope, _receive: Receive, _send: Send) -> None:
+    """Stand for an application that does not hear of anything."""
 
 
 class Gate:
@@ -27,7 +32,9 @@ class Gate:
         """``watch`` is told of each request that the application answered."""
         self._answers = answers
         self._endpoints = answers.endpoints
-        self._app = app
+        self._below = answers.below
+        self._alone = app is None
+        self._app = app or _nothing
         self.exchanges = Exchanges(None if watch is None else watch.ended)
         if watch is not None:
             watch.count_active(self.exchanges.__len__)
@@ -38,28 +45,24 @@ class Gate:
         """Serve one connection's scope."""
         kind, app = scope["type"], self._app
         if kind not in {"http", "websocket"}:
-            if app is not None:
-                await app(scope, receive, send)
+            await app(scope, receive, send)
             return
         correlation_id = correlation_id_of(scope["headers"])
-        bind_correlation_id(correlation_id)
-        # A server may begin a task in the context of the connection's last request.
-        bind_user_id(None)
+        begin_conversation(correlation_id)
         header = (HEADER, correlation_id.encode("ascii"))
+        answer = None
         if kind == "http":
-            endpoint = self._endpoints.get(scope["path"]) or self._find(scope)
-            if endpoint is not None:
-                answer = endpoint(scope["method"], scope["query_string"], scope["headers"])
-                if not isinstance(answer, Answer):
-                    answer = await complete(answer, receive)
-                await self._reply(answer, scope, send, header)
-                return
-            if app is None or not self.open:
-                await self._reply(self._refusal(), scope, send, header)
-                return
-        elif app is None or not self.open or self.exchanges.leaving:
+            answer = self._answer(scope)
+        elif self._alone or not self.open or self.exchanges.leaving:
             await receive()
             await self._refuse_websocket(scope, send, header)
+            return
+        if answer is not None:
+            if not isinstance(answer, Answer):
+                answer = await complete(answer, receive)
+            start, body = self._messages(answer, scope, header)
+            await send(start)
+            await send(body)
             return
         # Here and not in a method: one coroutine more costs a percent of an ordinary request.
         exchange = self.exchanges.begin(scope, receive, send, header)
@@ -71,6 +74,18 @@ class Gate:
         finally:
             self.exchanges.end(exchange)
 
+    def _answer(self, scope: Scope) -> Answer | Awaitable[Answer] | WithBody | None:
+        """Return the answer to a request that is not for the application; None for one that is."""
+        path = scope["path"]
+        endpoint = self._endpoints.get(path)
+        if endpoint is None and (path.startswith(self._below) or scope.get("root_path")):
+            endpoint = self._find(scope)
+        if endpoint is not None:
+            return endpoint(scope["method"], scope["query_string"], scope["headers"])
+        if self._alone or not self.open:
+            return self._refusal()
+        return None
+
     def _find(self, scope: Scope) -> Endpoint | None:
         path: str = scope["path"]
         if root_path := scope.get("root_path"):
@@ -78,7 +93,7 @@ class Gate:
         return self._answers.find(path)
 
     def _refusal(self) -> Answer:
-        if self._app is None:
+        if self._alone:
             return problem_answer(404, "This port answers operations endpoints only.")
         what = "stopping" if self.exchanges.leaving else "starting"
         return problem_answer(503, f"The service is {what}.", (b"retry-after", b"1"))
@@ -106,7 +121,8 @@ class Gate:
                 "The service stopped before it could answer.",
                 (b"retry-after", b"1"),
             )
-            await self._reply(answer, scope, send, header)
+            for message in self._messages(answer, scope, header):
+                await send(message)
             return True
         if exchange.event_stream:
             # An event stream has no end of its own: closing it in order lets the client reconnect.
@@ -114,12 +130,14 @@ class Gate:
             return True
         return False
 
-    async def _reply(
-        self, answer: Answer, scope: Scope, send: Send, header: tuple[bytes, bytes]
-    ) -> None:
+    def _messages(
+        self, answer: Answer, scope: Scope, header: tuple[bytes, bytes]
+    ) -> tuple[Message, Message]:
         headers = [*answer.headers, header]
         if self.exchanges.leaving:
             headers.append((b"connection", b"close"))
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         body = b"" if scope["method"] == "HEAD" else answer.body
-        await send({"type": "http.response.body", "body": body})
+        return (
+            {"type": "http.response.start", "status": answer.status, "headers": headers},
+            {"type": "http.response.body", "body": body},
+        )
