@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import os
 import re
 
 import pytest
@@ -112,6 +113,26 @@ def test_chosen_id_is_always_fit(correlation: str, request_id: str, parent: str)
 def test_new_ids_differ() -> None:
     """A thousand new ids are a thousand names."""
     assert len({new_correlation_id() for _ in range(1000)}) == 1000
+
+
+# Other tests' threads may run: the child is one that starts none.
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_makes_ids_of_its_own() -> None:
+    """Its parent may have made many in advance."""
+    new_correlation_id()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, " ".join(new_correlation_id() for _ in range(100)).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    theirs = os.read(reader, 65536).decode().split()
+    os.close(reader)
+    os.close(writer)
+    ours = {new_correlation_id() for _ in range(1000)}
+
+    assert len(set(theirs)) == 100
+    assert ours.isdisjoint(theirs)
 
 
 def test_bound_for_a_block_and_restored_after_it() -> None:
