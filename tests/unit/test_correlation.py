@@ -123,8 +123,10 @@ def test_a_forked_child_makes_ids_of_its_own() -> None:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writer, " ".join(new_correlation_id() for _ in range(100)).encode())
-        os._exit(0)
+        try:
+            os.write(writer, " ".join(new_correlation_id() for _ in range(100)).encode())
+        finally:
+            os._exit(0)
     os.waitpid(child, 0)
     theirs = os.read(reader, 65536).decode().split()
     os.close(reader)

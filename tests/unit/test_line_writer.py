@@ -239,6 +239,26 @@ def test_a_file_takes_more_at_a_time_than_a_pipe(pipe: Pipe, tmp_path: Path) -> 
     assert at_once(descriptor) == select.PIPE_BUF
 
 
+def test_lines_of_both_kinds_are_written_soon(tmp_path: Path) -> None:
+    """Though more of them keep coming: nobody waits until a whole write has gathered."""
+    descriptor = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    writer = LineWriter(descriptor, tell_lost=lost_line)
+    pace, brought = threading.Event(), 0
+    while os.fstat(descriptor).st_size == 0 and brought < at_once(descriptor) // 2:
+        writer.write(b"x" * 19 + b"\n")
+        writer.write_later(b"y" * 19 + b"\n")
+        brought += 40
+        pace.wait(0.001)  # as requests come, one after another
+    soon = os.fstat(descriptor).st_size > 0
+    writer.close()
+    os.close(descriptor)
+
+    assert soon
+    assert (tmp_path / "log").read_bytes() == (b"x" * 19 + b"\n" + b"y" * 19 + b"\n") * (
+        brought // 40
+    )
+
+
 def test_a_reader_that_stops_reading_delays_nobody_and_loses_the_latest(pipe: Pipe) -> None:
     """The queue is bounded, what does not fit is counted, and told when it can be."""
     writer = LineWriter(pipe.writer, tell_lost=lost_line, most_waiting=100_000)

@@ -514,6 +514,28 @@ def test_ids_of_any_kind_are_on_one_line(user: str) -> None:
     assert "userId" not in conversation
 
 
+@pytest.mark.parametrize("user", [b"bytes", ["a", "list"]], ids=["bytes", "list"])
+def test_a_user_that_is_no_text_costs_nobody_a_line(user: Any) -> None:
+    """An application forgot to decode what it took from a header."""
+    lines = JsonLines(Redaction(), lambda _: [])
+    made = lines.of_requests([answered(), answered(user_id=user), answered()]).splitlines()
+
+    assert len(made) == 3
+    assert json.loads(made[1])["userId"]
+    assert made[0] == made[2]
+
+
+def test_an_odd_id_changes_nothing_of_the_lines_beside_it() -> None:
+    """Each is what it would be without it."""
+    lines = JsonLines(Redaction(["s3cret"]), lambda _: [])
+    others = [answered(correlation_id=f"id-{number}") for number in range(255)]
+    odd = answered(correlation_id="of-s3cret")
+    made = lines.of_requests([*others[:100], odd, *others[100:]]).splitlines()
+
+    assert json.loads(made.pop(100))["correlationId"] == "of-***"
+    assert made == lines.of_requests(others).splitlines()
+
+
 def test_who_filters_or_handles_requests_gets_records() -> None:
     """The short way is for nobody else's eyes only."""
     seen: list[logging.LogRecord] = []

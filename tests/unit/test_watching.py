@@ -1,5 +1,7 @@
 """What is told of requests: nothing that a client made up is counted by, or kept."""
 
+import enum
+import json
 import logging
 import time
 import tracemalloc
@@ -11,7 +13,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 from tests.unit.metrics.reading import series, value
 
+from viralfx.telemetry.log_lines import JsonLines
 from viralfx.telemetry.metrics.requests import RequestMetrics
+from viralfx.telemetry.redaction import Redaction
 from viralfx.telemetry.requests import EndedRequest
 from viralfx.web.exchanges import Exchanges
 from viralfx.web.watching import RequestWatch
@@ -63,6 +67,30 @@ def logging_requests() -> Iterator[list[EndedRequest]]:
 
 async def nothing(*_: object) -> Any:
     """Stand for a client that neither says nor takes anything."""
+
+
+class Code(int, enum.Enum):
+    """As an application may have: its members are numbers, but do not look like them."""
+
+    FINE = 200
+
+
+async def test_a_status_is_a_number_whatever_the_application_has(
+    registry: CollectorRegistry,
+) -> None:
+    """Or the name of an enumeration's member would be a label, and break a line of JSON."""
+    watch = RequestWatch(RequestMetrics(registry), access_log=True)
+    exchanges = Exchanges(watch.ended)
+    with logging_requests() as taken:
+        for status in (Code.FINE, 200, 1_000_000):
+            scope = {"type": "http", "headers": [], "method": "GET", "path_template": "/"}
+            exchange = exchanges.begin(scope, nothing, nothing, (b"", b""))
+            await exchange.send({"type": "http.response.start", "status": status})
+            exchanges.end(exchange)
+    made = JsonLines(Redaction(), lambda _: []).of_requests(taken).splitlines()
+
+    assert [json.loads(line).get("status") for line in made] == [200, 200, None]
+    assert value(registry, COUNT, **labels("GET", "/", 200)) == 2
 
 
 async def ended(watch: RequestWatch, scope: dict[str, Any], status: int | None = 200) -> None:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from math import inf
+from time import monotonic
 from typing import TypeAlias
 
 from viralfx.telemetry.requests import EndedRequest
@@ -25,14 +26,15 @@ class AccessLog:
 
     def __init__(self) -> None:
         self._take: TakeRequest | None = None
-        self._looked = -inf
+        self._look_again = -inf
 
     def write(self, request: EndedRequest) -> None:
         """Log a request that is over."""
         # Whether anybody looks costs as much as all else here: it is asked now and then.
-        if not self._looked <= request.at < self._looked + _LOOK_SECONDS:
+        now = monotonic()
+        if now >= self._look_again:
             self._take = _short_way()
-            self._looked = request.at
+            self._look_again = now + _LOOK_SECONDS
         if self._take is None:
             _logger.handle(AccessRecord(request))
         else:

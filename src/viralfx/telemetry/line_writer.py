@@ -56,7 +56,7 @@ class LineWriter:
         self._most_waiting = most_waiting
         self._unmade: deque[Any] = deque()
         self._awaited = False
-        self._times_made = 0
+        self._times_written = 0
         self._lines: deque[bytes] = deque()
         self._waiting = 0
         self._lost = 0
@@ -123,7 +123,6 @@ class LineWriter:
     def _make_what_waits(self) -> None:
         # In this order: what is brought from here on is waited for, or is among these.
         self._awaited = False
-        self._times_made += 1
         items = [self._unmade.popleft() for _ in range(len(self._unmade))]
         if not items:
             return
@@ -147,6 +146,7 @@ class LineWriter:
             if self._lines or not self._ready.poll(0):
                 return False
             self._put(lines)
+            self._times_written += 1
         finally:
             self._output.release()
         return True
@@ -181,6 +181,7 @@ class LineWriter:
         fits = self._lines and len(self._lines[0]) <= self._at_once
         if fits and not self._lost and self._ready.poll(0):
             self._put(self._take())
+            self._times_written += 1
             with self._lock:
                 self._writing = False
         else:
@@ -222,9 +223,9 @@ class LineWriter:
         while not self._closed or self._unmade or self._lines:
             self._wanted.wait()
             # As long as those who bring lines fill writes, and write, there is nothing to do.
-            made = self._times_made
-            while not self._hurry.wait(_GATHERING) and made != self._times_made:
-                made = self._times_made
+            written = self._times_written
+            while not self._hurry.wait(_GATHERING) and written != self._times_written:
+                written = self._times_written
             self._wanted.clear()
             self._hurry.clear()
             self._make_lines()

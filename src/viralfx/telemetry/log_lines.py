@@ -1,7 +1,8 @@
 """Makes a line of JSON of a log record, at a cost that every request can bear.
 
-Nearly all lines hold nothing but texts and numbers, which msgspec writes at once. What else there
-may be takes the standard library's way: slower, and with a word for everything.
+Nearly all lines are those of requests, which are made many at a time around texts that most of them
+have in common. Nearly all others hold nothing but texts and numbers, which msgspec writes at once.
+What else there may be takes the standard library's way: slower, and with a word for everything.
 """
 
 import json
@@ -80,11 +81,28 @@ class JsonLines:
 
     def of_requests(self, requests: Sequence[EndedRequest]) -> bytes:
         """Return the lines of requests, with their ends; much cheaper together than one by one."""
-        # All else is an application's own words, or numbers.
-        ids = " ".join([i for each in requests for i in (each.correlation_id, each.user_id) if i])
-        if _is_plain(ids) and not self._redaction.suspects(ids.encode()):
+        if self._have_plain_ids(requests):
             return "".join(map(self._of_plain_ids, requests)).encode()
-        return b"".join(map(self._of_any_ids, requests))
+        return b"".join(
+            [
+                self._of_plain_ids(each).encode()
+                if self._have_plain_ids([each])
+                else self._of_any_ids(each)
+                for each in requests
+            ]
+        )
+
+    def _have_plain_ids(self, requests: Sequence[EndedRequest]) -> bool:
+        """Tell whether JSON writes the ids as they are, and none of them may hold a secret.
+
+        All else in the lines is an application's own words, or numbers.
+        """
+        ids = [i for each in requests for i in (each.correlation_id, each.user_id) if i]
+        try:
+            text = " ".join(ids)
+        except TypeError:  # an application named its user by what is no text
+            return False
+        return _is_plain(text) and not self._redaction.suspects(text.encode())
 
     def _of_any_ids(self, request: EndedRequest) -> bytes:
         event = {
@@ -94,7 +112,8 @@ class JsonLines:
             "message": request.message,
             **request.fields(),
         }
-        return self._redaction.line(_to_json(event, simple=True)) + b"\n"
+        simple = request.user_id is None or type(request.user_id) is str
+        return self._redaction.line(_to_json(event, simple=simple)) + b"\n"
 
     def _of_plain_ids(self, request: EndedRequest) -> str:
         """Return the line of a request whose ids JSON writes as they are."""
@@ -118,7 +137,7 @@ class JsonLines:
         code = "" if status is None else f',"status":{status}'
         head = f'","level":"info","context":"access","message":{json.dumps(request.message)}'
         middle = f',"method":{json.dumps(method)},"route":{json.dumps(route)}{code},"duration":'
-        # No more than there are routes, methods and codes: a client has no say in them.
+        # No more than there are routes, methods and codes: a client can make up none of them.
         self._frames[method, route, status] = head, middle
         return head, middle
 

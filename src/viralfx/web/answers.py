@@ -15,7 +15,7 @@ from viralfx.domain.lifecycle import NotReadyReason
 from viralfx.domain.operations import Operations
 from viralfx.telemetry.metrics import Metrics
 from viralfx.web import bodies
-from viralfx.web.access import AccessPolicy, Headers
+from viralfx.web.access import AccessPolicy, Headers, Verdict
 from viralfx.web.loggers import LoggersEndpoints
 from viralfx.web.replies import (
     NO_STORE,
@@ -53,7 +53,7 @@ class OperationsAnswers:
         self._access = access
         self._prefix = prefix
         self.below = f"{prefix}/"
-        """What a path begins with that nobody else answers."""
+        """What a path begins with that may be answered here though it is not listed."""
         self._environment = encode(operations.environment)
         self._ready: tuple[HealthReport | None, NotReadyReason | None, Answer] = (
             None,
@@ -216,11 +216,9 @@ class OperationsAnswers:
     def _details(self, method: str, query: bytes, headers: Headers) -> Answer | Awaitable[Answer]:
         if method not in READ:
             return not_allowed("GET, HEAD")
-        # Asked here what the policy would ask: it is polled as often as a probe.
-        if self._access.details_need_token:
-            refusal = refusal_of(self._access.to_details(headers))
-            if refusal is not None:
-                return refusal
+        verdict = self._access.to_details(headers)
+        if verdict is not Verdict.ALLOWED and (refusal := refusal_of(verdict)) is not None:
+            return refusal
         if query and parse_qs(query.decode("latin-1")).get("fresh") == ["1"]:
             return self.detailed_fresh()
         return self.detailed()

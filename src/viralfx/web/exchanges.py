@@ -13,6 +13,7 @@ from viralfx.web.failures import log_error
 
 _logger = logging.getLogger("viralfx.requests")
 
+_FIRST_STATUS, _LAST_STATUS = 100, 599
 _SERVER_ERROR = 500  # as a number: asking HTTPStatus costs more than comparing
 _FAREWELL = b"event: shutdown\ndata: {}\n\n"
 _CUT_RESERVE = 0.5
@@ -30,7 +31,7 @@ class Exchange:
     has_length = False
     """Whether the answer announced its length, so that cutting it loses something."""
     status: int | None = None
-    """Of its answer, once that began."""
+    """Of its answer, once that began; None for one that is no HTTP status."""
     sent = 0
     """Bytes of the answer's body so far."""
     cut = False
@@ -99,7 +100,9 @@ class Exchange:
 
     def _begin(self, message: Message) -> None:
         self.started = True
-        self.status = status = message["status"]
+        status = int(message["status"])  # an enumeration's member would be counted by its name
+        # No server sends any other, whatever an application makes of what a client asks for.
+        self.status = status if _FIRST_STATUS <= status <= _LAST_STATUS else None
         if status == _SERVER_ERROR:
             log_error(self.scope)
         headers = [self._header]

@@ -34,7 +34,7 @@ class Gate:
         self._endpoints = answers.endpoints
         self._below = answers.below
         self._alone = app is None
-        self._app = app or _nothing
+        self._app = _nothing if app is None else app
         self.exchanges = Exchanges(None if watch is None else watch.ended)
         if watch is not None:
             watch.count_active(self.exchanges.__len__)

@@ -9,7 +9,7 @@ import pytest
 from opentelemetry import baggage
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import SpanKind, StatusCode, get_current_span
+from opentelemetry.trace import SpanContext, SpanKind, StatusCode, get_current_span
 from tests.unit.tracing.conftest import Finished
 
 from viralfx.domain.correlation import bind_correlation_id, new_correlation_id
@@ -120,6 +120,28 @@ def test_what_has_no_route_is_named_by_its_method(
     assert spans[0].attributes["http.request.method"] == "_OTHER"
     assert spans[0].attributes["http.request.method_original"] == "M0"
     assert "http.route" not in spans[0].attributes
+
+
+def test_a_request_that_is_not_recorded_is_one_span_to_all_it_calls(
+    monkeypatch: pytest.MonkeyPatch, memory: InMemorySpanExporter
+) -> None:
+    """However often its context is asked for; others are told not to record either."""
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
+    provider, _ = make_provider(instance="here", environment="test", exporter=memory)
+    seen: list[SpanContext] = []
+
+    async def app(_scope: Any, _receive: Any, _send: Any) -> None:
+        seen.extend(get_current_span().get_span_context() for _ in range(2))
+        assert repr(seen[0]) in repr(get_current_span())
+
+    ask(provider, app)  # type: ignore[arg-type]
+    provider.shutdown()
+    first, second = seen
+
+    assert first is second
+    assert first.is_valid
+    assert not first.is_remote
+    assert not first.trace_flags.sampled
 
 
 def test_failures_are_on_the_span(provider: TracerProvider, finished: Finished) -> None:
