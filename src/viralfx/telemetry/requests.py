@@ -1,4 +1,4 @@
-"""What is counted and logged of a request that an application answered."""
+"""What is known of a request that an application answered, and by which names it is counted."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ UNMATCHED = "unmatched"
 class EndedRequest(msgspec.Struct, gc=False):
     """A request that is over.
 
-    No more than what is known by then. What becomes of it is worked out later, of many at a time:
-    one by one that costs several times as much, as the request between two of them has the
-    processor forget all it needs (ADR-0027).
+    No more than what is known by then. Its line is made later, of many at a time: one by one that
+    costs several times as much, as the request between two of them has the processor forget all
+    it needs (ADR-0027).
     """
 
     at: float

@@ -216,6 +216,7 @@ class OperationsAnswers:
     def _details(self, method: str, query: bytes, headers: Headers) -> Answer | Awaitable[Answer]:
         if method not in READ:
             return not_allowed("GET, HEAD")
+        # As rarely refused as it is often polled: no call more than one where it is allowed.
         verdict = self._access.to_details(headers)
         if verdict is not Verdict.ALLOWED and (refusal := refusal_of(verdict)) is not None:
             return refusal

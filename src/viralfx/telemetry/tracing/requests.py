@@ -21,6 +21,7 @@ from opentelemetry.trace import (
 from opentelemetry.trace.propagation import set_span_in_context
 
 from viralfx.domain.correlation import current_correlation_id
+from viralfx.telemetry.requests import METHODS, OTHER
 from viralfx.telemetry.trace_context import TRACE
 from viralfx.telemetry.tracing.context import NOTHING, remote_parent
 from viralfx.telemetry.tracing.sampling import WithoutOrphans, trace_called
@@ -30,9 +31,6 @@ _Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _App: TypeAlias = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 
-_METHODS = frozenset(
-    {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"}
-)
 _HEADERS = frozenset({b"traceparent", b"tracestate", b"x-correlation-id", b"x-request-id"})
 _LONGEST = 256
 """Characters of what a client chooses; there are two thousand spans that may wait to be sent."""
@@ -87,11 +85,11 @@ class TracedRequests:
             return _Dropped(dropped)
         method = scope["method"]
         attributes = {
-            "http.request.method": method if method in _METHODS else "_OTHER",
+            "http.request.method": method if method in METHODS else OTHER,
             "url.path": scope["path"][:_LONGEST],
             "url.scheme": scope.get("scheme", "http"),
         }
-        name = method if method in _METHODS else "HTTP"
+        name = method if method in METHODS else "HTTP"
         parent = remote_parent(parents, states) if parents else NOTHING
         with trace_called(chosen if parent is NOTHING else None):
             return self._tracer.start_span(name, parent, SpanKind.SERVER, attributes)
@@ -130,7 +128,7 @@ class TracedRequests:
             # where another application is mounted.
             if route := scope.get("path_template"):
                 method = scope["method"]
-                span.update_name(f"{method if method in _METHODS else 'HTTP'} {route}")
+                span.update_name(f"{method if method in METHODS else 'HTTP'} {route}")
                 span.set_attribute("http.route", route)
             if status is not None:
                 span.set_attribute("http.response.status_code", status)
@@ -165,7 +163,7 @@ class _Dropped(NonRecordingSpan):
 
 def _particulars(scope: _Scope) -> dict[str, str | int]:
     attributes: dict[str, str | int] = {"network.protocol.version": scope["http_version"]}
-    if scope["method"] not in _METHODS:
+    if scope["method"] not in METHODS:
         attributes["http.request.method_original"] = scope["method"][:_LONGEST]
     if scope.get("client"):
         attributes["client.address"] = scope["client"][0]
