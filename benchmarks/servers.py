@@ -10,13 +10,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 import psutil
+from tests.servers.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 _CORES = sorted(os.sched_getaffinity(0))
@@ -162,13 +163,6 @@ class Server:
     def _said(self) -> str:
         self._output.seek(0)
         return self._output.read().decode(errors="replace")
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _answers_200(port: int, path: str) -> bool:

@@ -13,8 +13,9 @@ from typing import Any, Self
 from urllib.request import Request, urlopen
 
 import psutil
-from benchmarks.servers import CLIENT_CORE, ROOT, free_port, on_core
+from benchmarks.servers import CLIENT_CORE, ROOT, on_core
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from tests.servers.ports import free_port
 
 _OK = 200
 _LONGEST = 20.0

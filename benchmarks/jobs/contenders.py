@@ -11,7 +11,8 @@ from benchmarks.jobs.arena import Arena
 from benchmarks.jobs.bout import Bout
 from benchmarks.jobs.peer import DATABASE, REDIS
 from benchmarks.jobs.servers_cpu import SERVERS
-from benchmarks.servers import ROOT, free_port
+from benchmarks.servers import ROOT
+from tests.servers.ports import free_port
 
 APART = ROOT / ".venv-bench-jobs" / "bin" / "python"
 """The interpreter of those whose dependencies do not go with ours."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from tests.system.service import ROOT, clean_environment, free_port
+from tests.servers.ports import free_port
+from tests.system.service import ROOT, clean_environment
 
 EXIT_OK = 0
 _READY_WITHIN = 60.0

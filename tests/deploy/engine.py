@@ -10,8 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tests.servers.ports import free_port
 from tests.servers.supply import UnavailableError
-from tests.servers.waiting import free_port, wait_until
+from tests.servers.waiting import wait_until
 from tests.system.service import Reply, request
 
 ROOT = Path(__file__).parents[2]

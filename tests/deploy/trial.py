@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.deploy.engine import ROOT, Container, attempt, docker
-from tests.servers.waiting import free_port, wait_until
+from tests.servers.ports import free_port
+from tests.servers.waiting import wait_until
 from tests.system.service import Reply, request
 
 FILE = ROOT / "deploy/compose.yaml"

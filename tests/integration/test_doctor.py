@@ -11,9 +11,10 @@ import pytest
 from tests import forked
 from tests.integration.doctor import GOOD, TOKEN, USER_PASSWORD, program, visit
 from tests.servers.certificates import Certificates
+from tests.servers.ports import free_port
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.redis import redis_server
-from tests.servers.waiting import free_port, wait_until
+from tests.servers.waiting import wait_until
 
 USER = "planted_user"
 

@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 from tests.integration.doctor import GOOD, visit
 from tests.servers.certificates import Certificates
+from tests.servers.ports import free_port
 from tests.servers.redis import RedisServer, redis_server
 from tests.servers.sentinel import SentinelSetup
-from tests.servers.waiting import free_port, wait_until
+from tests.servers.waiting import wait_until
 
 PASSWORD = "h:u@sh"
 WEAK, DUMB = "we:ak", "du:mb"

@@ -10,8 +10,8 @@ import pytest
 from tests.integration.webhooks import BODY, LOOPBACK, Names, delivery, hang, until
 from tests.manual_clock import ManualClock
 from tests.servers.certificates import Certificates
+from tests.servers.ports import free_port
 from tests.servers.receiver import Behaviour, Receiver, receiver, status
-from tests.servers.waiting import free_port
 
 from viralfx.domain.resilience.circuit import CircuitOpenError
 from viralfx.domain.webhooks.errors import WebhookRejectedError, WebhookUnavailableError

@@ -11,10 +11,10 @@ from itertools import count
 from signal import SIGTERM
 
 from tests.servers.fault_proxy import PASS, RESET, FaultProxy
+from tests.servers.ports import free_port
 from tests.servers.postgres import PostgresServer, postgres_server
 from tests.servers.prometheus import PrometheusServer, Targets
 from tests.servers.redis import RedisServer, redis_server
-from tests.servers.waiting import free_port
 from tests.system.load import Load
 from tests.system.service import Service, request, running
 from tests.system.workers import environment_of, worker

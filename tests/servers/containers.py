@@ -9,8 +9,9 @@ from docker.errors import APIError  # type: ignore[import-untyped]  # it has no 
 from docker.models.containers import Container  # type: ignore[import-untyped]  # likewise
 from testcontainers.core.container import DockerContainer
 from tests.servers.host import Host, PortTakenError
+from tests.servers.ports import free_port
 from tests.servers.supply import Image, UnavailableError
-from tests.servers.waiting import free_port, wait_until
+from tests.servers.waiting import wait_until
 
 LOCAL = "127.0.0.1"
 TAKEN = ("already allocated", "already in use")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Self, TypeVar
 
+from tests.servers.ports import free_port
 from tests.servers.proxied import Link, reset
-from tests.servers.waiting import free_port
 
 T = TypeVar("T")
 

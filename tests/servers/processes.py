@@ -15,8 +15,9 @@ from pathlib import Path
 import psutil
 from tests.servers import reaper
 from tests.servers.host import Host
+from tests.servers.ports import free_port
 from tests.servers.supply import UnavailableError
-from tests.servers.waiting import free_port, wait_until
+from tests.servers.waiting import wait_until
 
 
 @cache

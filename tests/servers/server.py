@@ -6,7 +6,8 @@ from contextlib import suppress
 from typing import Self
 
 from tests.servers.host import Host, PortTakenError
-from tests.servers.waiting import free_port, wait_until
+from tests.servers.ports import free_port
+from tests.servers.waiting import wait_until
 
 
 class Server(ABC):

@@ -10,10 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
+
+from tests.servers.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 T = TypeVar("T")
@@ -28,13 +30,6 @@ def wait_for(look: Callable[[], T], *, seconds: float = 20.0, what: str = "condi
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds:g} s: {what}")
         pause.wait(0.01)
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.servers.ports import free_port
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.redis import RedisServer
 from tests.system.jobs import JOBS, accept, until
-from tests.system.service import Prober, Service, command, free_port, running, wait_for
+from tests.system.service import Prober, Service, command, running, wait_for
 from tests.system.workers import api, environment_of, worker
 
 BUDGET = 2.5

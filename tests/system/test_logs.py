@@ -12,16 +12,9 @@ import time
 from typing import Any
 
 import pytest
+from tests.servers.ports import free_port
 from tests.system.load import require_quick
-from tests.system.service import (
-    ROOT,
-    Service,
-    clean_environment,
-    free_port,
-    request,
-    running,
-    wait_for,
-)
+from tests.system.service import ROOT, Service, clean_environment, request, running, wait_for
 
 APP = ("--app", "tests.system.log_app:app")
 TOKEN = {"MANAGEMENT_TOKEN": "planted-token"}

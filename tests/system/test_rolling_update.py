@@ -13,9 +13,10 @@ import pytest
 from tests import forked
 from tests.servers.fixtures import or_skip
 from tests.servers.haproxy import Proxy, haproxy
+from tests.servers.ports import free_port
 from tests.servers.postgres import Database
 from tests.system.load import Answer, Load, TooSlowError
-from tests.system.service import ROOT, Service, free_port, running, wait_for
+from tests.system.service import ROOT, Service, running, wait_for
 
 APP = ("--app", "tests.system.backend_app:app")
 RATES = {"/query": 150.0, "POST /retried": 40.0, "/slow-query/0.5": 10.0}

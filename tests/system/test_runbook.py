@@ -8,8 +8,9 @@ from typing import Any
 import jq
 import pytest
 from tests.observability.wired import described, wired
+from tests.servers.ports import free_port
 from tests.system.drills.procedures import PARTS, Console, masked, procedure
-from tests.system.service import ROOT, Service, command, free_port, running
+from tests.system.service import ROOT, Service, command, running
 
 from viralfx.adapters.postgres.errors import _BY_CLASS
 

@@ -6,10 +6,11 @@ import time
 from typing import Any
 
 import pytest
+from tests.servers.ports import free_port
 from tests.system.connections import begun, send
 from tests.system.keepalive import KeepAliveClients
 from tests.system.load import require_quick
-from tests.system.service import Prober, free_port, running, wait_for
+from tests.system.service import Prober, running, wait_for
 
 APP = ("--app", "tests.system.apps:planted")
 PLAIN = ("--app", "tests.system.apps:plain")

@@ -13,12 +13,13 @@ import psutil
 import pytest
 from tests import forked
 from tests.servers.collector import COLLECTORS, Collector, http_collector, silent_port
+from tests.servers.ports import free_port
 from tests.servers.postgres import Database
 from tests.servers.receiver import Receiver, receiver, status
 from tests.servers.redis import RedisServer
 from tests.system.jobs import JOBS, accept, until
 from tests.system.load import Load, require_quick
-from tests.system.service import Service, command, free_port, running, wait_for
+from tests.system.service import Service, command, running, wait_for
 from tests.system.workers import api, environment_of, worker
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

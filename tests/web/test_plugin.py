@@ -16,7 +16,8 @@ from litestar import Litestar, Request, Response, get
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException, ImproperlyConfiguredException
 from litestar.testing import AsyncTestClient
-from tests.system.service import ROOT, free_port, request, wait_for
+from tests.servers.ports import free_port
+from tests.system.service import ROOT, request, wait_for
 
 from viralfx import Observation, OperationsConfig, OperationsPlugin, Status, ViralFXError
 from viralfx.domain.correlation import current_correlation_id
