@@ -35,6 +35,7 @@ def meta(container: Container, port: dict[str, Any]) -> dict[str, str]:
     """Return what the cluster tells of a port, after the prefix that all of it has."""
     return {
         **{f"pod_label_{name}": value for name, value in container.labels.items()},
+        "namespace": "shop",
         "pod_name": "pod-1",
         "pod_phase": "Running",
         "pod_container_port_name": port["name"],
@@ -60,6 +61,7 @@ def test_each_process_is_scraped(name: str) -> None:
         if container.command != "migrate":
             labels = targets[container.where]
             assert commands[labels["job"]] == container.command
+            assert labels["namespace"] == "shop"
             assert labels["track"] == container.labels.get("track", "")
             assert re.fullmatch(r"pod-1:300[01]", labels["instance"])
 
