@@ -406,3 +406,36 @@ def test_lines_after_the_end_are_still_written(pipe: Pipe) -> None:
     writer.write(b"after\n")
 
     assert pipe.take() == b"before\nafter\n"
+
+
+def test_without_room_for_a_thread_nobody_fails_and_nothing_is_lost(pipe: Pipe) -> None:
+    """Each line tries again; until then who fills a write writes, and whoever flushes."""
+    writer = LineWriter(pipe.writer, tell_lost=lost_line)
+    with no_more_threads():
+        writer.write_later(b"later\n")
+        writer.write(b"first\n")
+        pipe.take()
+        assert writer.flush()
+        assert pipe.take() == b"later\nfirst\n"
+        for _ in range(10):
+            writer.write(b"%s\n" % (b"x" * 999))
+            pipe.take()
+        assert pipe.read.count(b"\n") == 2 + 8
+        writer.write_later(b"last\n")
+    writer.write_later(b"with a thread\n")
+
+    wait_for(lambda: pipe.take().endswith(b"x\nlast\nwith a thread\n"), what="all lines, in order")
+    assert pipe.read.count(b"\n") == 2 + 10 + 2
+    writer.close()
+
+
+@contextlib.contextmanager
+def no_more_threads() -> Iterator[None]:
+    """Let no thread start: none could have a stack of the size that is asked for."""
+    usual = threading.stack_size(2**46)
+    try:
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            threading.Thread().start()
+        yield
+    finally:
+        threading.stack_size(usual)

@@ -557,6 +557,21 @@ def test_who_filters_or_handles_requests_gets_records() -> None:
     assert vars(record)["responseSize"] == 1
 
 
+def test_a_filter_of_the_handler_is_heard() -> None:
+    """As with any handler: applications that add things to records do it so."""
+    lines = Lines()
+
+    def look(record: logging.LogRecord) -> bool:
+        record.tenant = "acme"
+        return record.name != "noise"
+
+    logging.getLogger().handlers[0].addFilter(look)
+    logging.getLogger("noise").info("left out")
+    logging.getLogger("any").info("kept")
+
+    assert [(line["message"], line["tenant"]) for line in lines.parsed] == [("kept", "acme")]
+
+
 def test_other_handlers_understand_the_record_of_a_request() -> None:
     """It has every attribute of an ordinary one."""
     ordinary = vars(logging.LogRecord("x", logging.INFO, "", 0, "m", (), None))

@@ -4,9 +4,7 @@ A pipe whose reader stopped reading blocks whoever writes into it, and so would 
 must be a thread of its own and not the event loop (ADR-0027).
 """
 
-import contextlib
 import os
-import select
 import threading
 import weakref
 from collections import deque
@@ -14,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from viralfx.telemetry.flag import Flag
-from viralfx.telemetry.writes import at_once, in_writes
+from viralfx.telemetry.writes import Output, in_writes
 
 _MOST_WAITING = 8 * 2**20
 """Bytes of lines that wait to be written; what comes on top of them is lost, and counted."""
@@ -22,7 +20,6 @@ _GATHERING = 0.02
 """Seconds in which lines are gathered: one write of many costs a fraction of many writes."""
 _TOGETHER = 256
 """Lines that are made together: what that costs by itself hardly counts for each of them then."""
-_LINE_END = ord("\n")
 _LAST_WAIT = 1.0
 """Seconds that :meth:`LineWriter.flush` waits for a descriptor that takes nothing."""
 
@@ -50,7 +47,8 @@ class LineWriter:
 
         ``make`` makes lines, one each, of what is given to :meth:`write_later`.
         """
-        self._descriptor = descriptor
+        self._output = Output(descriptor)
+        self._at_once = self._output.at_once
         self._tell_lost = tell_lost
         self._make = make
         self._most_waiting = most_waiting
@@ -60,14 +58,10 @@ class LineWriter:
         self._lines: deque[bytes] = deque()
         self._waiting = 0
         self._lost = 0
-        self._torn = False
         self._writing = False
         self._closed = False
         self._gave_up = False
         self._direct = False
-        self._at_once = at_once(descriptor)
-        self._ready = select.poll()
-        self._ready.register(descriptor, select.POLLOUT)
         self._thread: threading.Thread | None = None
         self._make_locks()
         mine = weakref.ref(self)
@@ -78,7 +72,7 @@ class LineWriter:
         self._making = threading.Lock()
         self._maker: int | None = None
         self._idle = threading.Condition(self._lock)
-        self._output = threading.Lock()
+        self._turn = threading.Lock()
         self._wanted = Flag()
         self._hurry = Flag()
 
@@ -140,15 +134,15 @@ class LineWriter:
         """Write lines that nothing waits before, if that cannot take long; tell whether it did."""
         if self._lines or self._lost or len(lines) > self._at_once:
             return False
-        if not self._output.acquire(blocking=False):
+        if not self._turn.acquire(blocking=False):
             return False
         try:
-            if self._lines or not self._ready.poll(0):
+            if self._lines or not self._output.ready():
                 return False
             self._put(lines)
             self._times_written += 1
         finally:
-            self._output.release()
+            self._turn.release()
         return True
 
     def _append(self, lines: bytes) -> None:
@@ -163,13 +157,13 @@ class LineWriter:
             first = not self._lines
             self._lines.append(lines)
             self._waiting += size
-        if first:
+        if first or self._thread is None:
             self._wake()
-        elif self._waiting > self._at_once and self._output.acquire(blocking=False):
+        if self._waiting > self._at_once and self._turn.acquire(blocking=False):
             try:
                 self._write_if_ready()
             finally:
-                self._output.release()
+                self._turn.release()
 
     def _wake(self) -> None:
         if self._thread is None:
@@ -179,7 +173,7 @@ class LineWriter:
     def _write_if_ready(self) -> None:
         """Write what fits into one write, if that cannot take long; the rest is for the thread."""
         fits = self._lines and len(self._lines[0]) <= self._at_once
-        if fits and not self._lost and self._ready.poll(0):
+        if fits and not self._lost and self._output.ready():
             self._put(self._take())
             self._times_written += 1
             with self._lock:
@@ -192,15 +186,25 @@ class LineWriter:
 
         Who waited in vain once does not wait again: the end of a process comes by here twice.
         """
-        if self._direct or self._thread is None:
+        if self._direct:
             return True
         self._make_lines()
+        if self._thread is None:
+            return self._write_alone(seconds)
         self._hurry.set()
         with self._idle:
             wait = 0.0 if self._gave_up else seconds
             done = self._idle.wait_for(self._nothing_waits, wait)
             self._gave_up = not done
         return done
+
+    def _write_alone(self, seconds: float) -> bool:
+        """Write what waits as long as it is taken; tell whether that was everything."""
+        with self._turn:
+            while self._lines and self._output.ready(seconds):
+                self._put(self._take())
+            self._writing = False
+        return not self._lines
 
     def _nothing_waits(self) -> bool:
         return not (self._unmade or self._lines or self._writing)
@@ -215,9 +219,14 @@ class LineWriter:
 
     def _start(self) -> None:
         with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
+            if self._thread is not None:
+                return
+            self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
+            try:
                 self._thread.start()
+            except RuntimeError:  # no more threads may run; who brings the next line tries again
+                self._thread = None
+                self._awaited = False
 
     def _run(self) -> None:
         while not self._closed or self._unmade or self._lines:
@@ -229,7 +238,7 @@ class LineWriter:
             self._wanted.clear()
             self._hurry.clear()
             self._make_lines()
-            with self._output:
+            with self._turn:
                 while chunk := self._take():
                     self._put(chunk)
             with self._idle:
@@ -251,11 +260,11 @@ class LineWriter:
         return b"".join(chunk)
 
     def _put(self, chunk: bytes) -> None:
-        unwritten = self._write(chunk)
+        unwritten = self._output.write(chunk)
         if not unwritten and self._lost:
             with self._lock:
                 lost, self._lost = self._lost, 0
-            unwritten = self._write(self._tell_lost(lost)) and lost
+            unwritten = self._output.write(self._tell_lost(lost)) and lost
         if unwritten:
             # A full disk, or nobody who reads any more: what waits would fare no better.
             with self._lock:
@@ -263,25 +272,6 @@ class LineWriter:
                 self._lost += unwritten
                 self._lines.clear()
                 self._waiting = 0
-
-    def _write(self, chunk: bytes) -> int:
-        """Write everything, however long it takes; return how many lines were not taken."""
-        # What was cut off in the middle of a line ends there, so that the next one is whole.
-        rest = memoryview(b"\n" + chunk if self._torn else chunk)
-        try:
-            while rest:
-                try:
-                    written = os.write(self._descriptor, rest)
-                except BlockingIOError:
-                    # Who shares the descriptor with us made it a non-blocking one.
-                    with contextlib.suppress(ValueError):  # too many are open for this call
-                        select.select([], [self._descriptor], [], 1.0)
-                    continue
-                self._torn = rest[written - 1] != _LINE_END
-                rest = rest[written:]
-        except OSError:
-            return min(bytes(rest).count(b"\n"), chunk.count(b"\n"))
-        return 0
 
 
 def _forked(writer: LineWriter | None) -> None:

@@ -93,8 +93,11 @@ class LineHandler(logging.Handler):
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Take a record; without the lock of other handlers, for which there is nothing to do."""
-        self.emit(record)
-        return True
+        # From Python 3.12 on a filter may give another record in its place.
+        verdict: object = self.filter(record) if self.filters else True
+        if verdict:
+            self.emit(verdict if isinstance(verdict, logging.LogRecord) else record)
+        return bool(verdict)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""

@@ -1,11 +1,48 @@
-"""How much is written at a time."""
+"""What lines are written to, and how much at a time."""
 
+import contextlib
 import os
 import select
 import stat
 from collections.abc import Iterator
 
 _OF_A_FILE = 2**17
+_LINE_END = ord("\n")
+
+
+class Output:
+    """A file descriptor that takes lines."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._torn = False
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+        self.at_once = at_once(descriptor)
+        """Bytes that go into one write."""
+
+    def ready(self, seconds: float = 0.0) -> bool:
+        """Whether it takes as much as goes into one write at once; wait for that so long."""
+        return bool(self._poll.poll(seconds * 1000))
+
+    def write(self, chunk: bytes) -> int:
+        """Write everything, however long it takes; return how many lines were not taken."""
+        # What was cut off in the middle of a line ends there, so that the next one is whole.
+        rest = memoryview(b"\n" + chunk if self._torn else chunk)
+        try:
+            while rest:
+                try:
+                    written = os.write(self._descriptor, rest)
+                except BlockingIOError:
+                    # Who shares the descriptor with us made it a non-blocking one.
+                    with contextlib.suppress(ValueError):  # too many are open for this call
+                        select.select([], [self._descriptor], [], 1.0)
+                    continue
+                self._torn = rest[written - 1] != _LINE_END
+                rest = rest[written:]
+        except OSError:
+            return min(bytes(rest).count(b"\n"), chunk.count(b"\n"))
+        return 0
 
 
 def at_once(descriptor: int) -> int:
