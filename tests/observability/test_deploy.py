@@ -106,6 +106,7 @@ def test_the_dashboard_shows_everything_that_is_to_be_watched() -> None:
         "viralfx_check_attempts_total",
         "viralfx_check_transitions_total",
         "viralfx_circuit_changes_total",
+        "viralfx_event_streams_total",
         "viralfx_job_attempts",
         "viralfx_retry_delay_seconds",
         "viralfx_webhook_circuit_changes_total",

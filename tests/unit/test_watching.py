@@ -164,6 +164,27 @@ async def test_what_is_told_of_a_request_is_what_is_logged(registry: CollectorRe
     assert value(registry, "viralfx_requests_cut_total") == 1
 
 
+@pytest.mark.parametrize("encoding", [[], [(b"content-encoding", b"gzip")]], ids=["plain", "gzip"])
+async def test_how_long_somebody_listened_is_no_duration_of_a_request(
+    encoding: list[tuple[bytes, bytes]], registry: CollectorRegistry
+) -> None:
+    """An event stream is counted by itself; whoever wants to know how long it was has the line."""
+    watch = RequestWatch(RequestMetrics(registry), access_log=True)
+    exchanges = Exchanges(watch.ended)
+    scope = {"type": "http", "headers": [], "method": "GET", "path_template": "/events"}
+    headers = [(b"content-type", b"text/event-stream; charset=utf-8"), *encoding]
+    with logging_requests() as taken:
+        exchange = exchanges.begin(scope, nothing, nothing, (b"", b""))
+        await exchange.send({"type": "http.response.start", "status": 200, "headers": headers})
+        exchange.began -= 3600
+        exchanges.end(exchange)
+
+    assert value(registry, COUNT, **labels("GET", "/events", 200)) is None
+    assert value(registry, "viralfx_event_streams_total", http_route="/events") == 1
+    assert [request.message for request in taken] == ["GET /events 200"]
+    assert taken[0].seconds > 3599
+
+
 async def test_who_begins_to_handle_requests_soon_gets_them(registry: CollectorRegistry) -> None:
     """As records; and who stops is not given any for long either."""
     watch = RequestWatch(RequestMetrics(registry), access_log=True)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from httpx import ASGITransport, AsyncClient
 from litestar import Litestar
+from tests.unit.metrics.reading import family, value
 
 from viralfx.domain.jobs.job import completed
 from viralfx.domain.jobs.watch import JobWatch
@@ -80,6 +81,11 @@ async def test_a_job_is_followed_to_its_end() -> None:
         assert reply.headers["cache-control"] == "no-store"
         assert "content-length" not in reply.headers
         assert "xxx" not in reply.text
+        registry = plugin_of(client).assembly.metrics.registry
+        route = "/api/v1/jobs/{job_id}/events"
+        assert value(registry, "viralfx_event_streams_total", http_route=route) == 1
+        durations = family(registry, "http_server_request_duration_seconds").samples
+        assert {sample.labels["http_route"] for sample in durations} == {JOBS}
 
 
 async def test_a_job_that_is_over_is_told_once() -> None:

@@ -27,7 +27,10 @@ class Exchange:
     """Whether an answer has begun, or a WebSocket was accepted."""
     complete = False
     """Whether the application has said everything; the client may not have read it yet."""
+    lasts = False
+    """Whether it is an event stream, which takes as long as its client cares to listen."""
     event_stream = False
+    """Whether it is one that words of our own can be put into."""
     has_length = False
     """Whether the answer announced its length, so that cutting it loses something."""
     status: int | None = None
@@ -110,7 +113,7 @@ class Exchange:
         for pair in message.get("headers", ()):
             name, value = pair
             if name == b"content-type":
-                self.event_stream = value.startswith(b"text/event-stream")
+                self.lasts = value.startswith(b"text/event-stream")
             elif name == b"content-length":
                 self.has_length = True
             elif name == b"content-encoding":
@@ -118,8 +121,8 @@ class Exchange:
             elif name == HEADER or (leaving and name == b"connection"):
                 continue
             headers.append(pair)
-        # Words of our own cannot be put into a stream that is compressed.
-        self.event_stream = self.event_stream and not encoded
+        # Nothing of ours would be understood in a stream that is compressed.
+        self.event_stream = self.lasts and not encoded
         if leaving:
             headers.append((b"connection", b"close"))
         message["headers"] = headers

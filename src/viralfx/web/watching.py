@@ -39,7 +39,10 @@ class RequestWatch:
         if method not in METHODS:
             method = OTHER
         status, trace = exchange.status, scope.get(TRACE)
-        self._metrics.observe(method, route, status, seconds, trace)
+        if exchange.lasts:
+            self._metrics.count_stream(route)
+        else:
+            self._metrics.observe(method, route, status, seconds, trace)
         if (log := self._access_log) is not None and log.wanted():
             log.write(
                 EndedRequest(

@@ -29,6 +29,12 @@ class RequestMetrics:
             "Requests that the shutdown or the client ended before their answer.",
             registry=registry,
         )
+        self._streams = Counter(
+            "viralfx_event_streams_total",
+            "Event streams that ended.",
+            ("http_route",),
+            registry=registry,
+        )
 
     def count_active(self, in_flight: Callable[[], int]) -> None:
         """Take the number of requests that are under way from ``in_flight`` at each scrape."""
@@ -62,6 +68,13 @@ class RequestMetrics:
         if trace is not None:
             ids = {"trace_id": trace[0], "span_id": trace[1]}
             one.exemplars[place] = Exemplar(ids, seconds, time())
+
+    def count_stream(self, route: str) -> None:
+        """Count an event stream, which lasted for as long as somebody listened.
+
+        Among the durations it would make the service look slow.
+        """
+        self._streams.labels(route).inc()
 
 
 class _Series:
@@ -108,6 +121,6 @@ class _Durations(Collector):
     def _family() -> HistogramMetricFamily:
         return HistogramMetricFamily(
             "http_server_request_duration_seconds",
-            "Time from a request's head to the end of its answer. Probes are not counted.",
+            "Time from a request's head to its answer's end, but for probes and event streams.",
             labels=("http_request_method", "http_route", "http_response_status_code"),
         )
