@@ -1,36 +1,34 @@
-"""Heap reports where descriptors are many, or run out."""
+"""Heap reports where descriptors, threads or children are not what they usually are."""
 
 import contextlib
 import logging
 import os
-import resource
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.system.service import wait_for
+from tests.unit.shortages import descriptors_used_up, no_more_threads
 
 from viralfx.runner.heap import HeapReports
 
-MANY = 1100
-"""More descriptors than ``select`` can take."""
-
 
 @contextlib.contextmanager
-def descriptors_used_up() -> Iterator[list[int]]:
-    """Open as many as there may be, which are a little more than a thousand; return them."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (MANY, hard))
-    opened: list[int] = []
+def children_that_nobody_waits_for() -> Iterator[None]:
+    """Have the kernel forget each child that ends, as who started us may have said."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
-        with contextlib.suppress(OSError):
-            while True:
-                opened.append(os.dup(0))
-        yield opened
+        yield
     finally:
-        for descriptor in opened:
-            os.close(descriptor)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        signal.signal(signal.SIGCHLD, before)
+
+
+def is_followed() -> bool:
+    """Tell whether a thread still waits for a report."""
+    return any(thread.name == "heap-report" for thread in threading.enumerate())
 
 
 def last_message(caplog: pytest.LogCaptureFixture) -> str:
@@ -63,3 +61,32 @@ def test_a_report_is_made_beside_a_thousand_clients(
 
     assert last_message(caplog) == "Heap report written"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_report_is_made_where_children_are_waited_for_by_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who is told that there is no such child is not the one to fail for it."""
+    caplog.set_level(logging.WARNING)
+    with children_that_nobody_waits_for():
+        HeapReports(str(tmp_path)).make()
+        wait_for(lambda: not is_followed(), seconds=60, what="the end of the report")
+
+    assert caplog.messages == ["Heap report written"]
+
+
+def test_a_report_without_a_thread_is_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each time anew; no child and no descriptor is left."""
+    caplog.set_level(logging.WARNING)
+    reports = HeapReports(str(tmp_path))
+    process = psutil.Process()
+    before = process.num_fds(), process.children()
+    with no_more_threads():
+        reports.make()
+        reports.make()
+
+    assert caplog.messages == ["Heap report failed"] * 2
+    assert (process.num_fds(), process.children()) == before
+    assert list(tmp_path.iterdir()) == []

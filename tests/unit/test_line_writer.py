@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.system.service import wait_for
+from tests.unit.shortages import no_more_threads
 
 from viralfx.telemetry.line_writer import LineWriter
 from viralfx.telemetry.writes import at_once
@@ -427,15 +428,3 @@ def test_without_room_for_a_thread_nobody_fails_and_nothing_is_lost(pipe: Pipe) 
     wait_for(lambda: pipe.take().endswith(b"x\nlast\nwith a thread\n"), what="all lines, in order")
     assert pipe.read.count(b"\n") == 2 + 10 + 2
     writer.close()
-
-
-@contextlib.contextmanager
-def no_more_threads() -> Iterator[None]:
-    """Let no thread start: none could have a stack of the size that is asked for."""
-    usual = threading.stack_size(2**46)
-    try:
-        with pytest.raises(RuntimeError, match="can't start new thread"):
-            threading.Thread().start()
-        yield
-    finally:
-        threading.stack_size(usual)

@@ -63,7 +63,7 @@ class HeapReports:
         try:
             reader, writer = os.pipe()
         except OSError as error:
-            self._give_up(error)
+            self._give_up(error.strerror)
             return
         try:
             with warnings.catch_warnings():
@@ -73,7 +73,7 @@ class HeapReports:
         except OSError as error:
             os.close(reader)
             os.close(writer)
-            self._give_up(error)
+            self._give_up(error.strerror)
             return
         if child == 0:
             _report_and_exit(path, writer)
@@ -81,28 +81,34 @@ class HeapReports:
         follower = threading.Thread(
             target=self._follow, args=(child, reader, path), name="heap-report", daemon=True
         )
-        follower.start()
+        try:
+            follower.start()
+        except RuntimeError as error:  # no more threads may run
+            os.close(reader)
+            _kill(child)
+            _wait_for_end(child)
+            _remove(path)
+            self._give_up(str(error))
 
-    def _give_up(self, error: OSError) -> None:
+    def _give_up(self, why: str | None) -> None:
         # Without a traceback: it would only show the work that the signal came into.
         self._busy.release()
-        _logger.error("Heap report failed", extra={"detail": error.strerror})
+        _logger.error("Heap report failed", extra={"detail": why})
 
     def _follow(self, child: int, reader: int, path: Path) -> None:
         began, said = time.monotonic(), b""
         try:
             why = _what_is_wrong(reader, Room(child))
             said = os.read(reader, select.PIPE_BUF) if why is None else b""
-            if not said:
-                os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            if why is not None:
+                _kill(child)
+            _wait_for_end(child)
         finally:
             os.close(reader)
             self._busy.release()
         duration = round((time.monotonic() - began) * 1000)
         if not said:
-            with contextlib.suppress(OSError):
-                path.unlink()
+            _remove(path)
         why = why or "the child ended early"
         result: dict[str, object] = json.loads(said) if said else {"detail": why}
         extra = {"path": str(path), "duration": duration, **result}
@@ -125,6 +131,22 @@ def _what_is_wrong(reader: int, room: Room) -> str | None:
         if time.monotonic() > deadline:
             return "it took too long"
     return None
+
+
+def _kill(child: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended, and somebody knows
+        os.kill(child, signal.SIGKILL)
+
+
+def _wait_for_end(child: int) -> None:
+    # Whoever started us may have SIGCHLD ignored, or an application wait for every child there is.
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(child, 0)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _temporary() -> Path:
@@ -158,8 +180,7 @@ def _written(path: Path, report: Callable[[], tuple[str, int, int]]) -> dict[str
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
     except Exception as error:  # noqa: BLE001 - the child's boundary: it can only tell its parent
-        with contextlib.suppress(OSError):
-            path.unlink()
+        _remove(path)
         why = error.strerror if isinstance(error, OSError) else type(error).__name__
         return {"detail": f"cannot write it: {why}"}
     return {"objects": objects, "heapBytes": size}
