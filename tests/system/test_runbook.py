@@ -17,7 +17,11 @@ from viralfx.adapters.postgres.errors import _BY_CLASS
 RUNBOOK = (ROOT / "docs/runbook.md").read_text(encoding="utf-8")
 DEPLOYMENT = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
 ASKED = sorted(
-    set(re.findall(r"\$INSTANCE(/[^\"\s$]*)\"? \| jq (?:-\w+ )?'([^']+)'", RUNBOOK + DEPLOYMENT))
+    set(
+        re.findall(
+            r"\$(?:INSTANCE|WORKER)(/[^\"\s$]*)\"? \| jq (?:-\w+ )?'([^']+)'", RUNBOOK + DEPLOYMENT
+        )
+    )
 )
 SEARCHED = re.findall(r"\$(?:INSTANCE|WORKER)/metrics \| grep (?:-E )?'([^']+)'", RUNBOOK)
 EMERGENCIES = re.findall(r"\| \[(ViralFX\w+)\]\(#viralfx\w+\) \|\n", RUNBOOK.split("\n## ")[0])

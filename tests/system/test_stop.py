@@ -256,11 +256,13 @@ def test_the_management_port_outlives_the_api() -> None:
         wait_for(lambda: service.status("/health/ready") is None, what="the API refuses")
         live = service.manage("/health/live")
         ready = service.manage("/health/ready")
+        metrics = service.manage("/metrics").body
         elsewhere = service.manage("/work")
         slow.close()
 
         assert live.status == 200
         assert (ready.status, ready.json()["reason"]) == (503, "draining")
+        assert b"\nviralfx_shutdown_seconds_left " in metrics
         assert elsewhere.status == 404
         assert service.exit_code() == 0
 
