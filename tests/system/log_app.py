@@ -13,6 +13,7 @@ from litestar.params import FromPath, QueryParameter
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from viralfx import OperationsPlugin, bind_user_id
+from viralfx.web.jobs import jobs_router
 
 plugin = OperationsPlugin()
 _logger = logging.getLogger("shop.orders")
@@ -83,4 +84,8 @@ async def flood(lines: Annotated[int, QueryParameter()]) -> None:
         _logger.info("Flood", extra={"number": number, "padding": "x" * 200})
 
 
-app = Litestar([one, echo, leak, block, crash, flood], middleware=[_Identity()], plugins=[plugin])
+app = Litestar(
+    [one, echo, leak, block, crash, flood, jobs_router()],
+    middleware=[_Identity()],
+    plugins=[plugin],
+)

@@ -16,3 +16,9 @@ async def modules(prefix: str) -> list[str]:
 async def betray(name: str) -> None:
     """Fail with what nobody should see."""
     raise RuntimeError(f"{os.environ[name]} at postgres://user:planted@db/shop")
+
+
+@task("modules.betray_all")
+async def betray_all(names: list[str]) -> None:
+    """Fail with more of it."""
+    raise ConnectionError(f"cannot reach {[os.environ[name] for name in names]}")

@@ -11,6 +11,7 @@ import pytest
 from tests.servers.fixtures import or_skip
 from tests.servers.postgres import PostgresServer
 from tests.servers.redis import RedisServer, redis_server
+from tests.system import jobs
 from tests.system.service import Reply, Service, running, wait_for
 from tests.system.workers import environment_of
 
@@ -49,6 +50,8 @@ def environment(own_postgres: PostgresServer, own_redis: RedisServer) -> dict[st
         SHUTDOWN_ON_UNCAUGHT="false",
         LOG_LEVEL="verbose",
         LOOP_STALL_THRESHOLD="200",
+        TASK_MODULES="tests.system.module_tasks",
+        JOB_MAX_ATTEMPTS="2",
     )
 
 
@@ -91,6 +94,21 @@ def everything_said(service: Service) -> Iterator[Reply]:
     yield service.get("/health/shutdown", headers=BEARER)
 
 
+def failed_job(service: Service) -> Iterator[Reply]:
+    """Have a task fail with every secret, and yield what the API says of its job."""
+    bearer = {"Authorization": f"Bearer {API_TOKEN}"}
+    names = ["DATABASE_URL", "REDIS_PASSWORD", "MANAGEMENT_TOKEN", "API_TOKEN", "WEBHOOK_SECRET"]
+    job_id = jobs.accept(service, "modules.betray_all", names, **bearer)
+
+    def failed() -> list[Reply]:
+        reply = service.get(f"{jobs.JOBS}/{job_id}", headers=bearer)
+        return [reply] if reply.json()["state"] == "failed" else []
+
+    yield from wait_for(failed, what="the job failed")
+    yield service.get(f"{jobs.JOBS}?state=failed", headers=bearer)
+    yield service.get(f"{jobs.JOBS}/{job_id}/events", headers=bearer)
+
+
 def test_no_secret_is_seen_in_a_whole_run(
     environment: dict[str, str], own_postgres: PostgresServer, own_redis: RedisServer
 ) -> None:
@@ -104,6 +122,7 @@ def test_no_secret_is_seen_in_a_whole_run(
         ).wait_ready()
         api.get("/crash")
         replies += everything_said(api)
+        of_a_job = [*failed_job(api)]
         own_postgres.freeze()
         own_redis.freeze()
         wait_for(
@@ -123,8 +142,9 @@ def test_no_secret_is_seen_in_a_whole_run(
         failing = stack.enter_context(running(*app, environment=wrong))
         assert failing.exit_code() == 3
         state = own_postgres.execute("SELECT * FROM viralfx_state")
+        rows = own_postgres.execute("SELECT * FROM viralfx_jobs")
     lines = [line for service in (api, worker, failing) for line in service.output]
-    said = "\n".join(reply.body.decode() for reply in replies)
+    said = "\n".join(reply.body.decode() for reply in [*replies, *of_a_job])
     errors = "\n".join(line for service in (api, worker, failing) for line in service.errors)
 
     for line in lines:
@@ -140,6 +160,7 @@ def test_no_secret_is_seen_in_a_whole_run(
             "answers": said,
             "errors": errors,
             "state": repr(state),
+            "ledger": repr(rows),
         }.items()
         for secret in planted(environment) | {"wrong-planted-password"}
         if secret in text
@@ -148,6 +169,8 @@ def test_no_secret_is_seen_in_a_whole_run(
     assert len(lines) > 50
     assert len(replies) == 39
     assert state
+    assert "cannot reach ['***', '***', '***'" in repr(rows)
+    assert of_a_job[0].json()["error"]["message"].startswith("cannot reach ['***', ")
     contexts = {json.loads(line)["context"] for line in lines}
     assert {"access", "health", "warnings", "asyncpg", "taskiq.receiver", "loop"} <= contexts
 

@@ -27,6 +27,7 @@ from viralfx.settings import Settings
 from viralfx.telemetry.metrics import Metrics
 from viralfx.telemetry.metrics.jobs import JobMetrics
 from viralfx.telemetry.metrics.resilience import ReceiverCircuits
+from viralfx.telemetry.redaction import Redaction, secrets_of
 from viralfx.worker import built_in_periodic, built_in_tasks
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def wire_jobs(
             periodic=built_in_periodic(),
             durable=database is not None,
             observer=observer,
+            clean=Redaction(secrets_of(settings)).text,
         )
 
     count = counts or ledger.counts

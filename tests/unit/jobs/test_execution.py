@@ -438,6 +438,23 @@ async def test_a_message_is_bounded_and_can_be_kept_everywhere(
     assert job.error.message == message
 
 
+@pytest.mark.parametrize("before", ["", "x" * 1990], ids=["short", "where it is cut"])
+async def test_a_message_holds_no_secret(fleet: Fleet, before: str) -> None:
+    """Neither does the part of one where it is cut."""
+
+    async def fail(_: object) -> None:
+        raise ConnectionError(f"{before} planted-secret refused")
+
+    fleet.declare("it", fail, retry=ONCE)
+    fleet.start(clean=lambda text: text.replace("planted-secret", "***"))
+    job_id = await fleet.accept("it")
+    await fleet.final(job_id)
+    job = await fleet.job(job_id)
+
+    assert job.error is not None
+    assert job.error.message == f"{before} *** refused"[:2000]
+
+
 class _BrokenPolicy:
     def __init__(self, answer: object) -> None:
         self._answer = answer

@@ -105,6 +105,8 @@ class Executor:
     clock: Clock
     on_fenced: Callable[[Claim], None]
     """Called where an effect was rolled back because its job had been given to somebody else."""
+    clean: Callable[[str], str]
+    """Takes the secrets out of a text."""
     observer: JobObserver = field(default_factory=Unobserved)
 
     rng: random.Random = field(default_factory=random.Random, repr=False)
@@ -140,7 +142,7 @@ class Executor:
             run.payload = self.codec.decode(claim.payload, task.payload_type)
         except PayloadError as error:
             log_failure(claim, "payload", error)
-            return failed(claim, JobError(code="payload", message=message_of(error)))
+            return failed(claim, self._reason("payload", error))
         except Exception as error:  # noqa: BLE001 - what decodes may be the task's own code
             return self._settle(run, error)
         try:
@@ -152,7 +154,7 @@ class Executor:
 
     def _unknown(self, claim: Claim, error: Exception) -> Settlement:
         # Another version of the program may know it: one that is being deployed, or replaced.
-        reason = JobError(code="unknown_task", message=message_of(error))
+        reason = self._reason("unknown_task", error)
         age = (self.clock.now() - claim.created_at).total_seconds()
         if age >= UNKNOWN_TASK_PATIENCE and claim.number >= _LEAST_TRIES:
             log_failure(claim, reason.code, None)
@@ -174,7 +176,7 @@ class Executor:
             error = TaskExitedError("the task raised CancelledError, but nobody had cancelled it")
         if isinstance(error, LedgerUnavailableError) and run.was_cut_off(error):
             # The task did not fail, and it may even be completed: then this is passed over.
-            reason = JobError(code="error", message=message_of(error))
+            reason = self._reason("error", error)
             return postponed(claim, reason, LEDGER_PAUSE)
         return self._by_policy(claim, run.task, run.code_of(error), error)
 
@@ -186,7 +188,7 @@ class Executor:
         return self._by_policy(claim, task, "timeout", error)
 
     def _by_policy(self, claim: Claim, task: Task, code: str, error: Exception) -> Settlement:
-        reason = JobError(code=code, message=message_of(error))
+        reason = self._reason(code, error)
         delay = _next_delay(task.retry or self.default_retry, claim.attempt, error)
         if delay is None:
             log_failure(claim, code, error)
@@ -197,6 +199,9 @@ class Executor:
             extra={**names_of(claim), "code": code, "delay": delay},
         )
         return retried(claim, reason, delay)
+
+    def _reason(self, code: str, error: BaseException) -> JobError:
+        return JobError(code=code, message=message_of(error, self.clean))
 
 
 class _Run:

@@ -35,7 +35,8 @@ class JobError:
     """For programs: ``error``, ``timeout``, ``unknown_task``, ``payload``, ``result`` or
     ``crashed``."""
     message: str
-    """For people. What the task raised, so it may hold what the task put into it."""
+    """For people. What the task raised, so it may hold what the task put into it, but for the
+    secrets that the process knows of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The worker: consumes queues until it is told to leave."""
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -62,12 +62,14 @@ class JobWorker:
         periodic: Iterable[Periodic] = (),
         durable: bool = True,
         observer: JobObserver | None = None,
+        clean: Callable[[str], str] = str,
     ) -> None:
         """``queues`` gives how many jobs of each may run at once; durations are seconds.
 
         ``worker`` is a name that no other worker has or had. ``durable`` is False for a ledger
-        that ends with this process. Raises ``ValueError`` for a number that cannot be meant and
-        :class:`UnknownTaskError` for a periodic task that is not declared.
+        that ends with this process. ``clean`` takes the secrets out of what tasks raise. Raises
+        ``ValueError`` for a number that cannot be meant and :class:`UnknownTaskError` for a
+        periodic task that is not declared.
         """
         for queue, slots in queues.items():
             require_count(f"the concurrency of queue {queue!r}", slots)
@@ -117,6 +119,7 @@ class JobWorker:
             default_timeout=default_timeout,
             clock=clock,
             on_fenced=self._settler.lost_fence,
+            clean=clean,
             observer=observer or Unobserved(),
         )
         suspects = Suspects(clock)
