@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import pty
 import re
 import select
 import signal
@@ -111,10 +112,14 @@ def test_the_level_of_a_logger_is_changed_while_it_runs() -> None:
 
 
 @pytest.mark.alone
-def test_a_reader_that_stops_reading_breaks_and_delays_nothing() -> None:
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_a_reader_that_stops_reading_breaks_and_delays_nothing(kind: str) -> None:
     """Its pipe is full in no time; requests are answered, and the loss is told afterwards."""
-    reader, writer = os.pipe()
-    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    if kind == "pipe":
+        reader, writer = os.pipe()
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    else:
+        reader, writer = pty.openpty()
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "viralfx", "serve", *APP],

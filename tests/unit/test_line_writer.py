@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import gc
 import os
+import pty
 import select
 import threading
 import time
@@ -279,6 +280,35 @@ def test_a_reader_that_stops_reading_delays_nobody_and_loses_the_latest(pipe: Pi
     assert len(kept) + lost == 20_000
     assert kept == sorted(kept)
     writer.close()
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_terminal_that_stands_still_delays_nobody(*, later: bool) -> None:
+    """As after Ctrl-S, or where nobody reads what a container with a terminal says."""
+    master, terminal = pty.openpty()
+    writer = LineWriter(terminal, tell_lost=lost_line)
+    lines = [b"line %05d %s\n" % (number, b"x" * 99) for number in range(3000)]
+
+    def log() -> None:
+        for line in lines:
+            if later:
+                writer.write_later(line)
+            else:
+                writer.write(line)
+
+    loop = threading.Thread(target=log, daemon=True)
+    loop.start()
+    loop.join(10)
+    stood_still = loop.is_alive()
+    read = b""
+    while read.count(b"\n") < len(lines) and select.select([master], [], [], 10)[0]:
+        read += os.read(master, 65536)
+    writer.close()
+    os.close(master)
+    os.close(terminal)
+
+    assert not stood_still
+    assert read.replace(b"\r", b"") == b"".join(lines)
 
 
 def test_flush_waits_in_vain_once(pipe: Pipe) -> None:

@@ -6,6 +6,7 @@ must be a thread of its own and not the event loop (ADR-0027).
 
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -200,8 +201,9 @@ class LineWriter:
 
     def _write_alone(self, seconds: float) -> bool:
         """Write what waits as long as it is taken; tell whether that was everything."""
+        deadline = time.monotonic() + seconds
         with self._turn:
-            while self._lines and self._output.ready(seconds):
+            while self._lines and self._output.wait(max(0.0, deadline - time.monotonic())):
                 self._put(self._take())
             self._writing = False
         return not self._lines

@@ -18,11 +18,18 @@ class Output:
         self._torn = False
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
+        # A terminal says that it can be written to when it has room for a single byte, and whoever
+        # writes more waits: for ever, once somebody has pressed Ctrl-S.
+        self._keeps_its_word = not os.isatty(descriptor)
         self.at_once = at_once(descriptor)
         """Bytes that go into one write."""
 
-    def ready(self, seconds: float = 0.0) -> bool:
-        """Whether it takes as much as goes into one write at once; wait for that so long."""
+    def ready(self) -> bool:
+        """Whether it is certain to take as much as goes into one write at once."""
+        return self._keeps_its_word and bool(self._poll.poll(0))
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long until it takes something; tell whether it does."""
         return bool(self._poll.poll(seconds * 1000))
 
     def write(self, chunk: bytes) -> int:
