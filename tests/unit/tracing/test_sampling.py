@@ -156,3 +156,16 @@ def test_what_is_not_quite_a_context_is_left_to_the_library(
     """It knows all of the rules."""
     assert isinstance(provider.sampler, WithoutOrphans)
     assert provider.sampler.drops_continued(traceparent) is None
+
+
+@pytest.mark.parametrize("text", ["db.statement", "db.query.text"])
+def test_what_the_pool_asks_is_not_recorded(
+    provider: TracerProvider, finished: Finished, text: str
+) -> None:
+    """By either name: a host's variables, or its instrumentation, may bring back the former."""
+    tracer = provider.get_tracer("test")
+    attributes = {text: "SELECT pg_advisory_unlock_all();\nCLOSE ALL;"}
+    with tracer.start_as_current_span("work"):
+        tracer.start_span("SELECT", kind=SpanKind.CLIENT, attributes=attributes).end()
+
+    assert [span.name for span in finished()] == ["work"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from viralfx.telemetry.tracing.variables import is_wanted
 
 if TYPE_CHECKING:
-    from viralfx.telemetry.tracing.export import Clean
+    from viralfx.telemetry.tracing.cleaning import Clean
     from viralfx.telemetry.tracing.wiring import Tracing
 
 __all__ = ["start_tracing"]

@@ -3,19 +3,16 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context
-from typing import TypeAlias
 
-from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
-from opentelemetry.trace import Status
-from opentelemetry.util.types import AttributeValue
+
+from viralfx.telemetry.tracing.cleaning import Cleaning
 
 _logger = logging.getLogger("viralfx.tracing")
-
-Clean: TypeAlias = Callable[[str], str]
 
 _OWN_LOGGERS = ("opentelemetry.exporter", "opentelemetry.sdk._shared_internal")
 """What says more about a collector than anybody wants to read, and says it all the time."""
@@ -88,15 +85,13 @@ class ReportingExporter(SpanExporter):
         self,
         inner: SpanExporter,
         *,
-        clean: Clean | None = None,
-        clean_sql: Clean | None = None,
+        cleaning: Cleaning | None = None,
         calm: float = _CALM,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``clean`` takes secrets out of any text, ``clean_sql`` the values out of statements."""
+        """``calm`` is how many seconds without trouble mean that the collector is back."""
         self._inner = inner
-        self._clean = clean
-        self._clean_sql = clean_sql
+        self._cleaning = cleaning or Cleaning()
         self._calm = calm
         self._now = now
         self._lock = threading.Lock()
@@ -109,10 +104,12 @@ class ReportingExporter(SpanExporter):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Send a batch."""
-        if self._clean is not None or self._clean_sql is not None:
-            spans = [self._cleaned(span) for span in spans]
         self._said.clear()
-        result = self._inner.export(spans)
+        try:
+            result = self._inner.export([self._cleaning.span(span) for span in spans])
+        except Exception as error:  # noqa: BLE001 - a boundary: whatever it is, they are lost
+            self._trouble(f"{type(error).__name__}: {error}")
+            return SpanExportResult.FAILURE
         if result is SpanExportResult.SUCCESS:
             self._went_well()
         else:
@@ -158,42 +155,3 @@ class ReportingExporter(SpanExporter):
                 return
             self.in_trouble = False
         _logger.info("Traces arrive again")
-
-    # -- cleaning ----------------------------------------------------------------------------
-
-    def _cleaned(self, span: ReadableSpan) -> ReadableSpan:
-        attributes = self._cleaned_attributes(span.attributes or {})
-        status = span.status
-        if self._clean is not None and status.description:
-            status = Status(status.status_code, self._clean(status.description))
-        return ReadableSpan(
-            name=span.name,
-            context=span.context,
-            parent=span.parent,
-            resource=span.resource,
-            attributes=attributes,
-            events=[
-                Event(event.name, self._cleaned_attributes(event.attributes or {}), event.timestamp)
-                for event in span.events
-            ],
-            links=span.links,
-            kind=span.kind,
-            status=status,
-            start_time=span.start_time,
-            end_time=span.end_time,
-            instrumentation_scope=span.instrumentation_scope,
-        )
-
-    def _cleaned_attributes(
-        self, attributes: Mapping[str, AttributeValue]
-    ) -> dict[str, AttributeValue]:
-        cleaned = dict(attributes)
-        if self._clean is not None:
-            for key, value in attributes.items():
-                if isinstance(value, str):
-                    cleaned[key] = self._clean(value)
-        statement = cleaned.get("db.query.text")
-        sql = isinstance(statement, str) and attributes.get("db.system.name") == "postgresql"
-        if self._clean_sql is not None and sql:
-            cleaned["db.query.text"] = self._clean_sql(str(statement))
-        return cleaned

@@ -11,7 +11,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 
 from viralfx.domain.correlation import current_correlation_id
 from viralfx.domain.errors import ConfigurationError
-from viralfx.telemetry.tracing.export import Clean, ReportingExporter, complaints
+from viralfx.telemetry.tracing.cleaning import Clean, Cleaning
+from viralfx.telemetry.tracing.export import ReportingExporter, complaints
 from viralfx.telemetry.tracing.sampling import ChosenIds, WithoutOrphans
 from viralfx.telemetry.tracing.variables import problems, sampling, uses_grpc
 
@@ -57,7 +58,7 @@ def make_provider(
     }
     with complaints("opentelemetry") as heard:
         try:
-            reporting, provider = _make(attributes, exporter, clean, clean_sql)
+            reporting, provider = _make(attributes, exporter, Cleaning(clean, clean_sql))
         except Exception as error:
             # Whatever it is, it comes of the variables: nothing else has a say in it.
             what = f"OTEL_*: {type(error).__name__}: {error}"
@@ -71,8 +72,7 @@ def make_provider(
 def _make(
     attributes: Mapping[str, str],
     exporter: SpanExporter | None,
-    clean: Clean | None,
-    clean_sql: Clean | None,
+    cleaning: Cleaning,
 ) -> tuple[ReportingExporter, TracerProvider]:
     named = {**attributes, **OTELResourceDetector().detect().attributes}
     # Its own hook at the interpreter's end would wait for a collector that is away.
@@ -83,7 +83,7 @@ def _make(
         shutdown_on_exit=False,
     )
     provider.sampler = WithoutOrphans(provider.sampler, sampling(os.environ))
-    reporting = ReportingExporter(exporter or _exporter(), clean=clean, clean_sql=clean_sql)
+    reporting = ReportingExporter(exporter or _exporter(), cleaning=cleaning)
     provider.add_span_processor(CorrelationIds())
     provider.add_span_processor(BatchSpanProcessor(reporting))
     return reporting, provider

@@ -76,8 +76,10 @@ class WithoutOrphans(Sampler):
         if kind is SpanKind.CLIENT:
             if not get_current_span(parent_context).get_span_context().is_valid:
                 return _DROPPED
-            if attributes and str(attributes.get("db.query.text", "")).startswith(_CLEANING):
-                return _DROPPED
+            if attributes:
+                text = attributes.get("db.query.text") or attributes.get("db.statement")
+                if text is not None and str(text).startswith(_CLEANING):
+                    return _DROPPED
         return self._inner.should_sample(
             parent_context, trace_id, name, kind, attributes, links, trace_state
         )

@@ -1,0 +1,124 @@
+"""What is taken out of spans before they leave: secrets, values, and what cannot be sent."""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import TypeAlias
+
+from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.trace import Link, Status
+from opentelemetry.util.types import AnyValue
+
+Clean: TypeAlias = Callable[[str], str]
+
+_SYSTEMS = ("db.system.name", "db.system")
+_STATEMENTS = ("db.query.text", "db.statement")
+"""Each as it is called now and as it was: OTEL_SEMCONV_STABILITY_OPT_IN brings that back."""
+_POSTGRES, _REDIS = "opentelemetry.instrumentation.asyncpg", "opentelemetry.instrumentation.redis"
+"""Whose spans are named after statements and commands, and so by whatever is written there."""
+
+_LONGEST_NAME = 256
+_NAMES_REMEMBERED = 1024
+_KEYWORD = re.compile(r"[A-Za-z]+")
+_CURSOR = "CURSOR: "
+
+
+class Cleaning:
+    """Makes of each span one that may leave."""
+
+    def __init__(self, clean: Clean | None = None, clean_sql: Clean | None = None) -> None:
+        """``clean`` takes secrets out of any text, ``clean_sql`` the values out of statements."""
+        self._clean = clean
+        self._clean_sql = clean_sql
+        # There are few, and they come with each span: to search them each time costs a multiple.
+        self._name = lru_cache(_NAMES_REMEMBERED)(self._text)
+
+    def span(self, span: ReadableSpan) -> ReadableSpan:
+        """Return a span without secrets, of which everything can be encoded."""
+        attributes = self._attributes(span.attributes or {})
+        status = span.status
+        if status.description:
+            status = Status(status.status_code, self._text(status.description))
+        name = span.name
+        scope = None if span.instrumentation_scope is None else span.instrumentation_scope.name
+        if scope == _POSTGRES:
+            name = _name_of_statement(name, attributes)
+        elif scope == _REDIS:
+            name = _without_arguments(name, attributes)
+        return ReadableSpan(
+            name=self._name(name)[:_LONGEST_NAME],
+            context=span.context,
+            parent=span.parent,
+            resource=span.resource,
+            attributes=attributes,
+            events=[
+                Event(
+                    self._name(event.name),
+                    self._attributes(event.attributes or {}),
+                    event.timestamp,
+                )
+                for event in span.events
+            ],
+            links=[
+                Link(link.context, self._attributes(link.attributes or {})) for link in span.links
+            ],
+            kind=span.kind,
+            status=status,
+            start_time=span.start_time,
+            end_time=span.end_time,
+            instrumentation_scope=span.instrumentation_scope,
+        )
+
+    def _attributes(self, attributes: Mapping[str, AnyValue]) -> dict[str, AnyValue]:
+        cleaned = {self._name(key): self._value(value) for key, value in attributes.items()}
+        if self._clean_sql is not None and any(
+            attributes.get(key) == "postgresql" for key in _SYSTEMS
+        ):
+            for key in _STATEMENTS:
+                if isinstance(statement := cleaned.get(key), str):
+                    cleaned[key] = self._clean_sql(statement)
+        return cleaned
+
+    def _value(self, value: AnyValue) -> AnyValue:
+        match value:
+            case str():
+                return self._text(value)
+            case list() | tuple():
+                return [self._value(each) for each in value]
+            case Mapping():
+                return {self._name(key): self._value(each) for key, each in value.items()}
+            case bytes():
+                return self._text(value.decode("latin-1")).encode("latin-1", "replace")
+            case _:
+                return value
+
+    def _text(self, text: str) -> str:
+        if self._clean is not None:
+            text = self._clean(text)
+        if text.isascii():
+            return text
+        # Half a surrogate, which any client's JSON may hold, would cost the whole batch.
+        return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _name_of_statement(name: str, attributes: Mapping[str, AnyValue]) -> str:
+    """Return the first keyword: what precedes the first space may go on with a value."""
+    statement = next((attributes[key] for key in _STATEMENTS if key in attributes), "")
+    found = _KEYWORD.search(str(statement)) or _KEYWORD.match(name.removeprefix(_CURSOR))
+    word = "postgresql" if found is None else found[0]
+    return f"{_CURSOR}{word}" if name.startswith(_CURSOR) else word
+
+
+def _without_arguments(name: str, attributes: dict[str, AnyValue]) -> str:
+    """Take out what a command's own text holds of its arguments, and return the span's name."""
+    pipeline = "db.redis.pipeline_length" in attributes
+    for key in _STATEMENTS:
+        if isinstance(text := attributes.get(key), str):
+            commands = text.split("\n") if pipeline else [text]
+            attributes[key] = "\n".join(map(_command, commands))
+    return "PIPELINE" if pipeline else _command(name).partition(" ")[0] or "redis"
+
+
+def _command(text: str) -> str:
+    first, *arguments = text.split() or [""]
+    return " ".join([first, *("?" for _ in arguments)])

@@ -1,0 +1,148 @@
+"""What leaves: nothing secret, no value of a statement or a command, and all of the batch."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import Link, SpanContext, SpanKind, StatusCode, TraceFlags
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from tests.unit.tracing.conftest import Finished
+
+from viralfx.bootstrap.postgres import clean_statement
+from viralfx.telemetry.redaction import Redaction
+from viralfx.telemetry.tracing.databases import trace_redis
+from viralfx.telemetry.tracing.provider import make_provider
+
+_SECRET = "planted-secret"
+_POSTGRES = "opentelemetry.instrumentation.asyncpg"
+_ELSEWHERE = SpanContext(1, 2, is_remote=True, trace_flags=TraceFlags(1))
+
+
+@pytest.fixture
+def provider(memory: InMemorySpanExporter) -> Iterator[TracerProvider]:
+    """Return a provider that cleans as the program's does."""
+    made, _ = make_provider(
+        instance="here",
+        environment="test",
+        exporter=memory,
+        clean=Redaction([_SECRET]).text,
+        clean_sql=clean_statement,
+    )
+    yield made
+    made.shutdown()
+
+
+def attributes_of(span: ReadableSpan) -> Mapping[str, Any]:
+    """Return a span's attributes."""
+    return span.attributes or {}
+
+
+def test_nothing_secret_leaves(provider: TracerProvider, finished: Finished) -> None:
+    """Wherever a text may stand, however deep."""
+    links = [Link(_ELSEWHERE, {"link": f"{_SECRET} linked"})]
+    with provider.get_tracer("test").start_as_current_span(f"do {_SECRET}", links=links) as span:
+        span.set_attributes({"token": _SECRET, "number": 7, f"of {_SECRET}": True})
+        span.set_attribute("many", [f"postgresql://user:{_SECRET}@host/db", "else"])
+        span.set_attribute("deep", {_SECRET: [{"one": _SECRET}]})
+        span.set_attribute("bytes", f"\xff{_SECRET}".encode("latin-1"))
+        span.add_event(f"event {_SECRET}", {"exception.message": f"no {_SECRET} here"})
+        span.set_status(StatusCode.ERROR, f"{_SECRET} was wrong")
+    [work] = finished()
+
+    assert _SECRET.encode() not in encode_spans([work]).SerializeToString()
+    assert work.name == "do ***"
+    assert attributes_of(work)["number"] == 7
+    assert attributes_of(work)["many"] == ["postgresql://***@host/db", "else"]
+    assert attributes_of(work)["bytes"] == b"\xff***"
+    assert work.links[0].context == _ELSEWHERE
+    assert work.end_time == span.end_time  # type: ignore[attr-defined]
+
+
+def test_half_a_character_costs_no_batch(provider: TracerProvider, finished: Finished) -> None:
+    """JSON of a client may hold it, and it cannot be encoded as it is."""
+    span = provider.get_tracer("test").start_span("\ud800")
+    span.set_attribute("\udcff", ["\udcff", "\N{WHITE SMILING FACE}"])
+    span.record_exception(ValueError("no such user: \ud800"))
+    span.set_status(StatusCode.ERROR, "\ud800")
+    span.end()
+    provider.get_tracer("test").start_span("good").end()
+
+    assert len(encode_spans(finished()).resource_spans[0].scope_spans[0].spans) == 2
+    bad = finished()[0]
+    assert bad.name == "\\ud800"
+    assert attributes_of(bad) == {"\\udcff": ["\\udcff", "\N{WHITE SMILING FACE}"]}
+    assert bad.status.description == "\\ud800"
+    message = (bad.events[0].attributes or {})["exception.message"]
+    assert message == "no such user: \\ud800"
+
+
+@pytest.mark.parametrize("system", ["db.system", "db.system.name"])
+@pytest.mark.parametrize("text", ["db.statement", "db.query.text"])
+def test_a_statement_has_no_values(
+    provider: TracerProvider, finished: Finished, system: str, text: str
+) -> None:
+    """By whichever names, in whatever mixture a host's variables bring about."""
+    statement = "SELECT * FROM users WHERE email = 'alice@example.com'"
+    attributes = {system: "postgresql", text: statement}
+    provider.get_tracer("test").start_span("work", attributes=attributes).end()
+    [span] = finished()
+
+    assert attributes_of(span)[text] == "SELECT * FROM users WHERE email = ?"
+
+
+@pytest.mark.parametrize(
+    ("statement", "first", "name"),
+    [
+        ("SELECT 1", "SELECT", "SELECT"),
+        ("select'hunter2'as x", "select'hunter2'as", "select"),
+        ("-- hunter2\n(SELECT 1)", "--", "SELECT"),
+        ("/* a\n b */ INSERT INTO x VALUES (1)", "/*", "INSERT"),
+        ("FETCH 1", "CURSOR: FETCH'hunter2'", "CURSOR: FETCH"),
+        ("", "", "postgresql"),
+    ],
+)
+def test_a_statement_is_called_by_its_keyword(
+    provider: TracerProvider, finished: Finished, statement: str, first: str, name: str
+) -> None:
+    """What the driver's instrumentation takes for its first word may go on with a value."""
+    attributes = {"db.system.name": "postgresql", "db.query.text": statement}
+    provider.get_tracer(_POSTGRES).start_span(first, attributes=attributes).end()
+    [span] = finished()
+
+    assert span.name == name
+
+
+async def test_a_command_has_no_arguments(provider: TracerProvider, finished: Finished) -> None:
+    """Not even where they are given as one text; and no name grows with a pipeline."""
+    client = Redis(port=1, retry=Retry(NoBackoff(), 0))
+    trace_redis(client, provider)
+    pipeline = client.pipeline()
+    for number in range(3000):
+        pipeline.set(f"key{number}", number)  # type: ignore[unused-awaitable]
+    with provider.get_tracer("test").start_as_current_span("work"):
+        with pytest.raises(RedisConnectionError):
+            await client.execute_command("SET session:alice hunter2")  # type: ignore[no-untyped-call]
+        with pytest.raises(RedisConnectionError):
+            await client.get("alice")
+        with pytest.raises(RedisConnectionError):
+            await pipeline.execute()
+    one, two, three, _ = finished()
+
+    assert (one.name, attributes_of(one)["db.query.text"]) == ("SET", "SET ? ?")
+    assert (two.name, attributes_of(two)["db.query.text"]) == ("GET", "GET ?")
+    assert three.name == "PIPELINE"
+    assert set(attributes_of(three)["db.query.text"].split("\n")[:500]) == {"SET ? ?"}
+
+
+def test_a_name_is_not_endless(provider: TracerProvider, finished: Finished) -> None:
+    """Whoever gives it."""
+    provider.get_tracer("test").start_span("x" * 9000, kind=SpanKind.SERVER).end()
+    [span] = finished()
+
+    assert span.name == "x" * 256
