@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 from tests.system.service import wait_for
-from tests.unit.shortages import no_more_threads
+from tests.unit.shortages import descriptors_used_up, no_more_threads
 
 from viralfx.telemetry.line_writer import LineWriter
-from viralfx.telemetry.writes import at_once
+from viralfx.telemetry.writes import Output, at_once
 
 
 @dataclass
@@ -388,6 +388,28 @@ def test_a_descriptor_that_somebody_made_non_blocking_is_waited_for(pipe: Pipe) 
     writer.close()
 
 
+def test_what_is_waited_for_beside_a_thousand_clients_costs_nothing(pipe: Pipe) -> None:
+    """Whose descriptors leave none below 1024."""
+    with descriptors_used_up() as opened:
+        os.dup2(pipe.writer, opened[-1])
+        os.set_blocking(opened[-1], False)
+        output, computed = Output(opened[-1]), []
+
+        def write() -> None:
+            began = time.thread_time()
+            output.write(b"x" * 8191 + b"\n")
+            computed.append(time.thread_time() - began)
+
+        thread = threading.Thread(target=write, daemon=True)
+        thread.start()
+        thread.join(0.5)  # nobody reads so long
+        assert thread.is_alive()
+        wait_for(lambda: len(pipe.take()) == 8192, what="all that was written")
+        thread.join(5)
+
+    assert computed[0] < 0.1
+
+
 def test_an_urgent_line_is_written_at_once(pipe: Pipe) -> None:
     """Others wait a moment for more of them."""
     writer = LineWriter(pipe.writer, tell_lost=lost_line)
@@ -437,6 +459,33 @@ def test_lines_after_the_end_are_still_written(pipe: Pipe) -> None:
     writer.write(b"after\n")
 
     assert pipe.take() == b"before\nafter\n"
+
+
+def test_without_room_for_a_thread_a_flush_waits_no_longer_than_it_may(pipe: Pipe) -> None:
+    """Also where somebody reads all the time, but slowly."""
+    os.write(pipe.writer, b"x" * 4096)
+    writer = LineWriter(pipe.writer, tell_lost=lost_line)
+    enough = threading.Event()
+
+    def read_slowly() -> None:
+        while not enough.wait(0.15):
+            pipe.read += os.read(pipe.reader, 4096)
+
+    reader = threading.Thread(target=read_slowly)
+    reader.start()
+    with no_more_threads():
+        for _ in range(20):
+            writer.write(b"x" * 4095 + b"\n")
+        began = time.monotonic()
+        done = writer.flush(0.4)
+        took = time.monotonic() - began
+    enough.set()
+    reader.join()
+
+    assert not done
+    assert took < 1.2
+    wait_for(lambda: pipe.take() and writer.flush(0.01), what="the rest")
+    writer.close()
 
 
 def test_without_room_for_a_thread_nobody_fails_and_nothing_is_lost(pipe: Pipe) -> None:

@@ -1,6 +1,5 @@
 """What lines are written to, and how much at a time."""
 
-import contextlib
 import os
 import select
 import stat
@@ -42,14 +41,20 @@ class Output:
                     written = os.write(self._descriptor, rest)
                 except BlockingIOError:
                     # Who shares the descriptor with us made it a non-blocking one.
-                    with contextlib.suppress(ValueError):  # too many are open for this call
-                        select.select([], [self._descriptor], [], 1.0)
+                    self._wait_apart(1.0)
                     continue
                 self._torn = rest[written - 1] != _LINE_END
                 rest = rest[written:]
         except OSError:
             return min(bytes(rest).count(b"\n"), chunk.count(b"\n"))
         return 0
+
+    def _wait_apart(self, seconds: float) -> None:
+        # With an object of its own: at the end several threads may write, and one object serves
+        # one of them at a time. Not ``select``, which takes no descriptor above 1023.
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLOUT)
+        poll.poll(seconds * 1000)
 
 
 def at_once(descriptor: int) -> int:
