@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from tests.manual_clock import ManualClock
+from tests.unit.metrics.reading import family
 from tests.virtual_time import LoopClock, run_in_virtual_time
 
 from viralfx import JobContext, task
@@ -89,6 +90,19 @@ def test_only_jobs_in_memory_are_run_here_by_default() -> None:
     postgres.employ()
 
     assert (memory.worker, postgres.worker is not None) == (None, True)
+
+
+def test_that_no_job_has_failed_is_told_from_the_start(work: Work) -> None:
+    """Of each task in its queue, and of jobs in any queue that no task is for."""
+    registry = assemble(Settings(), tasks=work.tasks).metrics.registry
+    told = {
+        (sample.labels["queue"], sample.labels["task"])
+        for sample in family(registry, "viralfx_job_executions").samples
+        if sample.name.endswith("_total") and sample.labels["outcome"] == "failed"
+    }
+
+    assert told >= {("default", "work"), ("analytics", "fail"), ("default", "default.prune")}
+    assert {queue for queue, task in told if task == "unknown"} == set(Settings().queues)
 
 
 def test_a_pool_too_small_for_a_worker_is_refused() -> None:

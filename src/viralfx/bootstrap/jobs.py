@@ -71,7 +71,12 @@ def wire_jobs(
         instance=instance,
     )
     tasks = _tasks(settings, functions, built_in, codec)
-    observer: JobObserver = JobMetrics(metrics.registry, tasks.__contains__, metrics.exemplar)
+    observer: JobObserver = JobMetrics(
+        metrics.registry,
+        {task.name: task.queue for task in tasks},
+        settings.queues,
+        metrics.exemplar,
+    )
     if tracing is not None:
         observer = Observers(tracing.jobs, observer)
     transport = _transport(database, redis, clock)

@@ -49,7 +49,7 @@ def registry() -> CollectorRegistry:
 @pytest.fixture
 def metrics(registry: CollectorRegistry) -> JobMetrics:
     """Return metrics that know one task."""
-    return JobMetrics(registry, {"greet"}.__contains__)
+    return JobMetrics(registry, {"greet": "default"}, ["default"])
 
 
 def test_queues_are_as_they_were_counted_last(registry: CollectorRegistry) -> None:
@@ -118,6 +118,17 @@ def test_an_execution_is_counted_by_what_became_of_it(
     assert value(registry, "viralfx_job_wait_seconds_sum", **labels) == 1.5
     assert value(registry, "viralfx_job_duration_seconds_count", **labels) == 1
     assert value(registry, "viralfx_job_attempts_count", **labels) == attempts
+
+
+@pytest.mark.usefixtures("metrics")
+@pytest.mark.parametrize("task", ["greet", "unknown"])
+def test_nothing_failed_is_told_before_something_does(
+    task: str, registry: CollectorRegistry
+) -> None:
+    """Or two hundred failures between two scrapes would be where the counter began: no increase."""
+    labels = {"queue": "default", "task": task}
+
+    assert value(registry, "viralfx_job_executions_total", **labels, outcome="failed") == 0
 
 
 def test_an_execution_that_was_cut_is_counted_too(

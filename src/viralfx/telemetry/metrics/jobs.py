@@ -12,6 +12,7 @@ from viralfx.domain.jobs.job import Claim, JobDraft, JobState, Settlement
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.telemetry.metrics.exemplars import Exemplar, no_exemplar
 
+_UNKNOWN = "unknown"
 _BUCKETS = (0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
 
 
@@ -64,15 +65,17 @@ class JobMetrics:
     def __init__(
         self,
         registry: CollectorRegistry,
-        is_known: Callable[[str], bool],
+        tasks: Mapping[str, str],
+        queues: Iterable[str] = (),
         exemplar: Exemplar = no_exemplar,
     ) -> None:
-        """``is_known`` tells whether a task is declared here: others share the label ``unknown``.
+        """``tasks`` are those that are declared here, with their queues; ``queues`` are all.
 
-        Their names come from the ledger, and so from any version of the program.
+        Other tasks share the label ``unknown``: their names come from the ledger, and so from any
+        version of the program.
         """
         labels = ("queue", "task")
-        self._is_known = is_known
+        self._tasks = tasks
         self.exemplar = exemplar
         self._accepted = Counter(
             "viralfx_jobs_accepted_total",
@@ -107,6 +110,12 @@ class JobMetrics:
             buckets=(1, 2, 3, 5, 10, 20),
             registry=registry,
         )
+        # There from the start: a counter that begins with its first event hides it, and of these
+        # there may be hundreds before the first scrape.
+        for task, queue in tasks.items():
+            self.executions.labels(queue, task, "failed")
+        for queue in queues:
+            self.executions.labels(queue, _UNKNOWN, "failed")
 
     @contextmanager
     def accepting(self, draft: JobDraft) -> Iterator[JobDraft]:
@@ -120,7 +129,7 @@ class JobMetrics:
 
     def executing(self, claim: Claim) -> "_Execution":
         """Time an execution."""
-        task = claim.task if self._is_known(claim.task) else "unknown"
+        task = claim.task if claim.task in self._tasks else _UNKNOWN
         return _Execution(self, claim, task)
 
 
