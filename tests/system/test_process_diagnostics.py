@@ -13,6 +13,13 @@ from tests.system.service import Prober, percentile, running, wait_for
 APP = ("--app", "tests.system.log_app:app")
 
 
+def handles(pid: int, number: signal.Signals) -> bool:
+    """Tell whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 @pytest.mark.alone
 def test_a_heap_report_is_written_while_the_service_goes_on(tmp_path: Path) -> None:
     """SIGUSR2 makes a file, a line that says where, and no probe late."""
@@ -70,6 +77,14 @@ def test_a_heap_report_that_cannot_be_written_is_one_line(tmp_path: Path, what: 
     assert line["level"] == "error"
     assert line["detail"].startswith("cannot ")
     assert not folder.exists() or not list(folder.glob("heap-*"))
+
+
+def test_a_heap_report_that_is_asked_for_too_early_ends_nothing() -> None:
+    """While it starts there is none, and nobody who asks can know how far it has come."""
+    with running(*APP) as service:
+        wait_for(lambda: handles(service.process.pid, signal.SIGTERM), what="its first handler")
+        service.signal(signal.SIGUSR2)
+        service.wait_ready()
 
 
 def test_a_heap_report_for_which_no_memory_is_left_is_given_up(tmp_path: Path) -> None:

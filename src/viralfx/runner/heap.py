@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from viralfx.runner.room import Room
+from viralfx.runner.signals import not_yet
 
 _logger = logging.getLogger("viralfx.heap")
 
@@ -29,6 +30,7 @@ _LONGEST = 120.0
 _PAUSE = 0.05
 """Seconds between two looks at the memory that the child takes."""
 _ROWS = 40
+_NOBODY = (signal.SIG_DFL, not_yet, None)
 _DESCRIPTORS = 2**20
 
 
@@ -45,7 +47,7 @@ class HeapReports:
 
         Call it on the main thread.
         """
-        if signal.getsignal(signal.SIGUSR2) in {signal.SIG_DFL, None}:
+        if signal.getsignal(signal.SIGUSR2) in _NOBODY:
             signal.signal(signal.SIGUSR2, self._on_signal)
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:

@@ -45,7 +45,12 @@ class SignalWatch:
         self._thread = threading.Thread(target=self._watch, name="signal-watch", daemon=True)
 
     def install(self) -> None:
-        """Take over the signals. Call it on the main thread, once."""
+        """Take over the signals. Call it on the main thread, once.
+
+        SIGUSR2 does nothing from here on, until somebody has a use for it.
+        """
+        if signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL:
+            signal.signal(signal.SIGUSR2, not_yet)
         self.reclaim()
         # A forked child shares our pipe and our handlers, so a signal for it would be read as one
         # for us. It gets none before it has let go of both.
@@ -142,6 +147,10 @@ class SignalWatch:
     def _expire(self) -> None:
         text = "Shutdown did not end within SHUTDOWN_FORCE_TIMEOUT; stacks of all threads:"
         _exit_with(EXIT_WATCHDOG, text, stacks=True)
+
+
+def not_yet(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing at a signal that asks for what is still to come, but would end the process."""
 
 
 _STDERR = 2
