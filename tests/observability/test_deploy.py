@@ -16,8 +16,8 @@ FOLDER = ROOT / "deploy/observability"
 METRICS = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
 RUNBOOK = (ROOT / "docs/runbook.md").read_text(encoding="utf-8")
 
-SCRAPED = {"job", "instance"}
-"""Labels that a scrape adds."""
+SCRAPED = {"job", "instance", "namespace"}
+"""Labels that a scrape adds; the last one in a cluster."""
 OF_PROMETHEUS = {"up"}
 """Series that a scrape adds."""
 
