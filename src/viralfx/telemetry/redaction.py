@@ -1,6 +1,7 @@
 """Keeps secrets out of log lines, whoever wrote them and however they came into the text."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -8,6 +9,7 @@ from urllib.parse import quote, quote_plus, unquote, urlsplit
 
 from viralfx.settings import Settings, fields
 from viralfx.settings.kinds import Secret
+from viralfx.telemetry.tracing.variables import secrets as secrets_of_exporters
 
 _MASK = "***"
 _LEAST = 4
@@ -81,7 +83,11 @@ class Redaction:
 
 
 def secrets_of(settings: Settings) -> Iterator[str]:
-    """Yield every secret of the settings, and what those that are addresses or lists hold."""
+    """Yield every secret of the settings, and what those that are addresses or lists hold.
+
+    So are those of OpenTelemetry's variables, which are no settings and are read by its SDK.
+    """
+    yield from secrets_of_exporters(os.environ)
     for field in fields():
         value = field.of(settings)
         if isinstance(value, Secret):

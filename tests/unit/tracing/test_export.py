@@ -8,6 +8,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from viralfx.telemetry.tracing.cleaning import Cleaning
 from viralfx.telemetry.tracing.export import ReportingExporter
 from viralfx.telemetry.tracing.provider import make_provider
 
@@ -65,19 +66,20 @@ def test_an_outage_is_one_line_and_its_end_another(caplog: pytest.LogCaptureFixt
 
 
 def test_an_exporter_that_raises_loses_spans(caplog: pytest.LogCaptureFixture) -> None:
-    """The library would only log it, where nobody hears it."""
+    """The library would only log it, where nobody hears it; and the reason shows no secret."""
 
     class Raising(Collector):
         def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:  # noqa: ARG002
             """Take nothing."""
-            raise ValueError("cannot be encoded")
+            raise ValueError("x" * 278 + "by user:planted@host")
 
-    exporter = ReportingExporter(Raising())
+    cleaning = Cleaning(lambda text: text.replace("user:planted", "***"))
+    exporter = ReportingExporter(Raising(), cleaning=cleaning)
     assert exporter.export([]) is SpanExportResult.FAILURE
     exporter.shutdown()
 
     [record] = caplog.records
-    assert record.__dict__["reason"] == "ValueError: cannot be encoded"
+    assert record.__dict__["reason"] == "ValueError: " + "x" * 278 + "by ***@hos"
 
 
 def test_spans_that_are_lost_all_the_time_are_one_outage(

@@ -5,9 +5,11 @@ import os
 import pytest
 
 from viralfx.domain.errors import ConfigurationError
+from viralfx.settings import read_settings
+from viralfx.telemetry.redaction import Redaction, secrets_of
 from viralfx.telemetry.tracing import start_tracing
 from viralfx.telemetry.tracing.provider import make_provider
-from viralfx.telemetry.tracing.variables import is_wanted, problems, uses_grpc
+from viralfx.telemetry.tracing.variables import is_wanted, problems, secrets, uses_grpc
 
 ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318"}
 
@@ -53,6 +55,10 @@ def test_the_protocol_is_http_unless_said_otherwise() -> None:
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "localhost:4318"),
         ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:port"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "authorization Bearer planted-key"),
+        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "x-key=planted%0Akey"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "api-key=good, x key=planted-key"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", 'api-key="planted-key"'),
         ("OTEL_EXPORTER_OTLP_TIMEOUT", "soon"),
         ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "-1"),
         ("OTEL_EXPORTER_OTLP_COMPRESSION", "zip"),
@@ -69,6 +75,45 @@ def test_a_bad_value_is_a_problem(name: str, value: str) -> None:
     (problem,) = problems({**ENDPOINT, name: value})
 
     assert problem.startswith(f"{name}: ")
+    assert "planted" not in problem
+
+
+def test_grpc_tells_no_user_and_fewer_names() -> None:
+    """It would take the user for a part of the host, and each export would fail at the name."""
+    grpc = {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
+    for name, value in {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://user:planted@localhost:4317",
+        "OTEL_EXPORTER_OTLP_HEADERS": "x~key=planted",
+    }.items():
+        assert list(problems({**ENDPOINT, name: value})) == []
+        (problem,) = problems({**ENDPOINT, **grpc, name: value})
+        assert problem.startswith(f"{name}: ")
+        assert "planted" not in problem
+
+
+def test_keys_and_passwords_of_exporters_are_secrets() -> None:
+    """Whatever they are for; but not the word by which a tenant is known in every line."""
+    environ = {
+        "OTEL_EXPORTER_OTLP_HEADERS": "authorization=Bearer%20short, x-scope-orgid=default",
+        "OTEL_EXPORTER_OTLP_TRACES_HEADERS": "x-ingest=0123456789abcdef%3D",
+        "OTEL_EXPORTER_OTLP_LOGS_ENDPOINT": "https://user:p%40ss@host/v1/logs",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "https://host/v1",
+        "OTEL_RESOURCE_ATTRIBUTES": "token=none",
+    }
+
+    found = set(secrets(environ))
+    assert found == {
+        *("Bearer%20short", "Bearer short", "short"),
+        *("0123456789abcdef%3D", "0123456789abcdef="),
+        *("user:p%40ss", "user:p@ss", "p%40ss", "p@ss"),
+    }
+
+
+def test_they_are_in_no_line_of_the_log_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries tell of how they send, too."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "api-key=planted")
+
+    assert Redaction(secrets_of(read_settings({}))).text("key=planted") == "key=***"
 
 
 def test_the_share_of_a_ratio_is_looked_at() -> None:
@@ -101,7 +146,6 @@ def test_good_values_are_none() -> None:
     ("name", "value"),
     [
         ("OTEL_RESOURCE_ATTRIBUTES", "team"),
-        ("OTEL_EXPORTER_OTLP_HEADERS", "api key"),
         ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "few"),
     ],
 )
@@ -115,6 +159,18 @@ def test_what_the_sdk_complains_of_ends_the_start(
     with pytest.raises(ConfigurationError) as raised:
         make_provider(instance="here", environment="test")
     assert raised.value.problems[0].startswith("OTEL_*: ")
+
+
+def test_what_the_sdk_complains_of_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows the value."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "planted")
+
+    with pytest.raises(ConfigurationError, match=r"\*\*\*") as raised:
+        make_provider(
+            instance="here", environment="test", clean=lambda text: text.replace("planted", "***")
+        )
+    assert "planted" not in repr(raised.value.problems)
 
 
 def test_every_problem_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,14 +31,14 @@ class Cleaning:
         self._clean = clean
         self._clean_sql = clean_sql
         # There are few, and they come with each span: to search them each time costs a multiple.
-        self._name = lru_cache(_NAMES_REMEMBERED)(self._text)
+        self._name = lru_cache(_NAMES_REMEMBERED)(self.text)
 
     def span(self, span: ReadableSpan) -> ReadableSpan:
         """Return a span without secrets, of which everything can be encoded."""
         attributes = self._attributes(span.attributes or {})
         status = span.status
         if status.description:
-            status = Status(status.status_code, self._text(status.description))
+            status = Status(status.status_code, self.text(status.description))
         name = span.name
         scope = None if span.instrumentation_scope is None else span.instrumentation_scope.name
         if scope == _POSTGRES:
@@ -69,6 +69,15 @@ class Cleaning:
             instrumentation_scope=span.instrumentation_scope,
         )
 
+    def text(self, text: str) -> str:
+        """Return a text without secrets that can be encoded."""
+        if self._clean is not None:
+            text = self._clean(text)
+        if text.isascii():
+            return text
+        # Half a surrogate, which any client's JSON may hold, would cost the whole batch.
+        return text.encode("utf-8", "backslashreplace").decode()
+
     def _attributes(self, attributes: Mapping[str, AnyValue]) -> dict[str, AnyValue]:
         cleaned = {self._name(key): self._value(value) for key, value in attributes.items()}
         if self._clean_sql is not None and any(
@@ -82,23 +91,15 @@ class Cleaning:
     def _value(self, value: AnyValue) -> AnyValue:
         match value:
             case str():
-                return self._text(value)
+                return self.text(value)
             case list() | tuple():
                 return [self._value(each) for each in value]
             case Mapping():
                 return {self._name(key): self._value(each) for key, each in value.items()}
             case bytes():
-                return self._text(value.decode("latin-1")).encode("latin-1", "replace")
+                return self.text(value.decode("latin-1")).encode("latin-1", "replace")
             case _:
                 return value
-
-    def _text(self, text: str) -> str:
-        if self._clean is not None:
-            text = self._clean(text)
-        if text.isascii():
-            return text
-        # Half a surrogate, which any client's JSON may hold, would cost the whole batch.
-        return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _name_of_statement(name: str, attributes: Mapping[str, AnyValue]) -> str:

@@ -139,7 +139,7 @@ class ReportingExporter(SpanExporter):
             told, self.in_trouble = self.in_trouble, True
         if not told:
             # In no context: it is nobody's request, although one may have been the first to find.
-            extra = {"reason": reason[:_LONGEST_REASON]}
+            extra = {"reason": self._cleaning.text(reason)[:_LONGEST_REASON]}
             Context().run(_logger.warning, "Traces are lost", extra=extra)
 
     def patience(self) -> float:

@@ -56,16 +56,17 @@ def make_provider(
         "service.instance.id": instance,
         "deployment.environment.name": environment,
     }
+    cleaning = Cleaning(clean, clean_sql)
     with complaints("opentelemetry") as heard:
         try:
-            reporting, provider = _make(attributes, exporter, Cleaning(clean, clean_sql))
+            reporting, provider = _make(attributes, exporter, cleaning)
         except Exception as error:
             # Whatever it is, it comes of the variables: nothing else has a say in it.
-            what = f"OTEL_*: {type(error).__name__}: {error}"
+            what = cleaning.text(f"OTEL_*: {type(error).__name__}: {error}")
             raise ConfigurationError([_on_one_line(what)]) from error
     if heard:
         provider.shutdown()
-        raise ConfigurationError([_on_one_line(f"OTEL_*: {each}") for each in heard])
+        raise ConfigurationError([_on_one_line(cleaning.text(f"OTEL_*: {each}")) for each in heard])
     return provider, reporting
 
 

@@ -4,10 +4,11 @@ The SDK reads them itself. Of most mistakes it only logs that it takes its defau
 nobody sees until a trace is missed; here they are problems of the start, told all at once.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 _GRPC, _HTTP = "grpc", "http/protobuf"
 
@@ -26,6 +27,18 @@ _WHOLE_NUMBERS = (
     "OTEL_BSP_MAX_QUEUE_SIZE",
     "OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
 )
+
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+").fullmatch
+_METADATA_NAME = re.compile(r"[A-Za-z0-9_.-]+").fullmatch
+_HEADER_VALUE = re.compile(r"[\x20-\x7e]*").fullmatch
+_UNQUOTED = re.compile(r'[^"\\]*').fullmatch
+_TELLING = re.compile(
+    r"auth|key|token|secret|pass|team|dsn|cookie|credential|licen[cs]e", re.IGNORECASE
+).search
+"""Names of headers that say of a value of any length that it is a secret."""
+_LEAST_OF_A_TOKEN = 16
+"""Characters from which on a value is taken for a secret, whatever its header is called: others are
+names of tenants and of data sets, which are words of every log."""
 
 
 def is_wanted(environ: Mapping[str, str]) -> bool:
@@ -72,6 +85,9 @@ def problems(environ: Mapping[str, str]) -> Iterator[str]:
     name, endpoint = _of_traces(environ, "ENDPOINT")
     if endpoint and not _is_endpoint(endpoint, grpc=uses_grpc(environ)):
         yield f"{name}: it must be a URL such as http://localhost:4318"
+    elif uses_grpc(environ) and "@" in endpoint:
+        yield f"{name}: by gRPC no user can be told"
+    yield from _headers(environ)
     name, timeout = _of_traces(environ, "TIMEOUT")
     if timeout and not _is_positive(timeout):
         yield f"{name}: {timeout!r} is no number of seconds above 0"
@@ -85,6 +101,46 @@ def problems(environ: Mapping[str, str]) -> Iterator[str]:
             yield f"{name}: there is no file {path}"
     yield from _numbers(environ)
     yield from _sampling(environ)
+
+
+def secrets(environ: Mapping[str, str]) -> Iterator[str]:
+    """Yield what must not be told of how telemetry is sent, also of what others in here send.
+
+    That are values of headers, which mostly are keys, and passwords in addresses.
+    """
+    for variable, value in environ.items():
+        if not variable.startswith("OTEL_EXPORTER_OTLP_"):
+            continue
+        if variable.endswith("_HEADERS"):
+            for name, text in _pairs(value):
+                for secret in {text, unquote(text)}:
+                    # What comes before a space is the scheme, as Bearer.
+                    word = secret.rpartition(" ")[2]
+                    if len(word) >= _LEAST_OF_A_TOKEN or _TELLING(name):
+                        yield from {secret, word}
+        elif variable.endswith("_ENDPOINT") and "@" in value:
+            user = value.rpartition("@")[0].rpartition("://")[2]
+            password = user.partition(":")[2]
+            yield from {user, password, unquote(user), unquote(password)} - {""}
+
+
+def _pairs(headers: str) -> list[tuple[str, str]]:
+    """Return names and values, as written; what is neither has no name."""
+    pairs = [each.strip().partition("=") for each in headers.split(",") if each.strip()]
+    return [
+        (name.strip(), value.strip()) if equals else ("", name) for name, equals, value in pairs
+    ]
+
+
+def _headers(environ: Mapping[str, str]) -> Iterator[str]:
+    # The library would show the value, which mostly is a key.
+    variable, headers = _of_traces(environ, "HEADERS")
+    named = _METADATA_NAME if uses_grpc(environ) else _HEADER_NAME
+    for number, (name, value) in enumerate(_pairs(headers), 1):
+        if not named(unquote(name)):
+            yield f"{variable}: the header at place {number} is no name=value"
+        elif not _UNQUOTED(value) or not _HEADER_VALUE(unquote(value)):
+            yield f"{variable}: the value at place {number} has characters that no header may have"
 
 
 def _numbers(environ: Mapping[str, str]) -> Iterator[str]:
