@@ -41,6 +41,26 @@ def test_who_asks_for_openmetrics_gets_it() -> None:
     assert names >= newer_names
 
 
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "application/openmetrics-text; version=abc",
+        "application/openmetrics-text; version=1..0",
+        "application/openmetrics-text; version=\N{SUPERSCRIPT TWO}",
+        "text/plain; version=1.0.0abc",
+    ],
+)
+def test_who_asks_for_a_version_that_is_none_gets_the_older_text(accept: str) -> None:
+    """A header that somebody mistyped is no error of the service."""
+    metrics = Metrics()
+    _, usual = metrics.render("")
+    body, media_type = metrics.render(accept)
+    names = {family.name for family in text_string_to_metric_families(body.decode())}
+
+    assert media_type == usual
+    assert "process_open_fds" in names
+
+
 def test_a_measurement_names_its_trace() -> None:
     """In OpenMetrics, at the bucket that it falls into."""
     metrics = Metrics()

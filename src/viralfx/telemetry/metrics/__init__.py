@@ -26,7 +26,11 @@ class Metrics:
         """Write everything out; returns the body and its media type.
 
         ``accept`` is the header of the request: who asks for OpenMetrics gets it, exemplars
-        included, and everybody else the older text format.
+        included, and everybody else the older text format. So does who asks for a version that is
+        none.
         """
-        encode, media_type = choose_encoder(accept)
+        try:
+            encode, media_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # the library takes a version apart without looking
+            encode, media_type = choose_encoder("")
         return encode(self.registry), media_type
