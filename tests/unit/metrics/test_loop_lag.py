@@ -3,6 +3,7 @@
 import asyncio
 from typing import cast
 
+import pytest
 from prometheus_client import CollectorRegistry
 from tests.unit.metrics.reading import value
 from tests.virtual_time import VirtualTimeLoop, run_in_virtual_time
@@ -12,10 +13,11 @@ from viralfx.settings import Settings
 from viralfx.telemetry.metrics.loop import LoopLag
 
 COUNT, SUM = "viralfx_event_loop_lag_seconds_count", "viralfx_event_loop_lag_seconds_sum"
+BUCKET = "viralfx_event_loop_lag_seconds_bucket"
 
 
 def test_a_loop_that_is_held_up_is_late() -> None:
-    """By as much as it was blocked; otherwise by nothing."""
+    """By as much as it was blocked, and by what is left of that half a second later; and so on."""
     registry = CollectorRegistry()
 
     async def main() -> None:
@@ -31,8 +33,47 @@ def test_a_loop_that_is_held_up_is_late() -> None:
 
     run_in_virtual_time(main())
 
-    assert value(registry, COUNT) == 11
-    assert value(registry, SUM) == 2.75
+    assert value(registry, COUNT) == 10 + 6
+    assert value(registry, SUM) == 2.75 + 2.25 + 1.75 + 1.25 + 0.75 + 0.25
+
+
+def test_a_loop_that_is_blocked_in_one_piece_is_late_for_as_long() -> None:
+    """Thirty seconds of five minutes are a tenth of all samples."""
+    registry = CollectorRegistry()
+
+    async def main() -> None:
+        lag = LoopLag(registry)
+        lag.start()
+        await asyncio.sleep(135.1)
+        cast("VirtualTimeLoop", asyncio.get_running_loop()).jump(30.0)
+        await asyncio.sleep(135.1)
+        lag.stop()
+
+    run_in_virtual_time(main())
+    count, quick = value(registry, COUNT), value(registry, BUCKET, le="0.25")
+
+    assert count is not None
+    assert quick is not None
+    assert count == pytest.approx(600, abs=2)
+    assert count - quick == pytest.approx(60, abs=1)
+
+
+def test_a_process_that_was_stopped_for_a_night_does_not_count_for_long() -> None:
+    """It makes up for the five minutes of samples that were the latest, and no more."""
+    registry = CollectorRegistry()
+
+    async def main() -> None:
+        lag = LoopLag(registry)
+        lag.start()
+        await asyncio.sleep(1.25)
+        cast("VirtualTimeLoop", asyncio.get_running_loop()).jump(8 * 3600.0)
+        await asyncio.sleep(0.1)
+        lag.stop()
+
+    run_in_virtual_time(main())
+
+    assert value(registry, COUNT) == 2 + 600
+    assert value(registry, BUCKET, le="10.0") == 2
 
 
 def test_it_runs_from_the_start_of_the_application_to_its_end() -> None:
