@@ -17,9 +17,9 @@ _BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 class LoopLag:
     """Has the loop call back at a time, and notes how much later it did.
 
-    While the loop is blocked others would have been due, each later than it was asked to be by
-    what is left of the delay. They count as well, or a loop that is blocked for a third of its time,
-    in one piece, would be late once in a hundred times.
+    While the loop is blocked others would have been due, each late by what is left of the delay.
+    They count as well, or a loop that is blocked for a third of its time, in one piece, would be
+    late once in a hundred times.
 
     Nothing runs before :meth:`start`, which an application that is never started never calls.
     """
