@@ -31,10 +31,13 @@ _TRIGGER = _only(
         "serverAddress",
         "query",
         "threshold",
+        "ignoreNullValues",
         serverAddress={"type": "string", "pattern": "^http://[a-z.-]+:[0-9]+$"},
         query={"type": "string"},
         # A text, with a number in it
         threshold={"type": "string", "pattern": "^[0-9.]+$"},
+        # Or no answer would be taken for no jobs.
+        ignoreNullValues={"const": "false"},
     ),
 )
 SCALED_OBJECT = _only(

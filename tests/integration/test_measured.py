@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 import asyncpg
 import pytest
 from tests.integration.postgres_clients import until
+from tests.servers.fault_proxy import BLACKHOLE, PASS
+from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database
 from tests.servers.redis import RedisServer
 from tests.unit.metrics.reading import value
@@ -68,6 +70,37 @@ async def test_statements_and_commands_are_timed_by_name(assembly: Assembly) -> 
     assert value(registry, "viralfx_db_client_errors_total", **errors) == 1
     assert value(registry, "viralfx_redis_requests_total") == 2
     assert value(registry, "viralfx_redis_failed_requests_total") == 1
+
+
+async def test_the_queues_are_told_while_somebody_can_count_them(
+    migrated_database: Database, fault_proxy: FaultProxies
+) -> None:
+    """Not as they were before the database was lost, which may be long ago; and again after it."""
+    proxy = fault_proxy(migrated_database.server.port)
+    name, server = migrated_database.name, migrated_database.server
+    settings = read_settings(
+        {
+            "DATABASE_URL": server.url(name, host=proxy.host, port=proxy.port),
+            "HEALTH_CHECK_INTERVAL": "100",
+            "HEALTH_CHECK_TIMEOUT": "500",
+        }
+    )
+    assembly = assemble(settings)
+    registry = assembly.metrics.registry
+
+    def waiting() -> float | None:
+        return value(registry, "viralfx_queue_jobs", queue="default", state="waiting")
+
+    await assembly.operations.start()
+    try:
+        await until(lambda: waiting() == 0)
+        proxy.mode = BLACKHOLE
+        await until(lambda: waiting() is None)
+        proxy.mode = PASS
+        await until(lambda: waiting() == 0)
+    finally:
+        proxy.mode = PASS
+        await assembly.operations.shutdown.run()
 
 
 async def test_the_pool_is_what_it_is_at_the_moment(assembly: Assembly) -> None:

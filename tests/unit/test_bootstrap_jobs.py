@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from tests.manual_clock import ManualClock
-from tests.unit.metrics.reading import family
+from tests.unit.metrics.reading import family, value
 from tests.virtual_time import LoopClock, run_in_virtual_time
 
 from viralfx import JobContext, task
@@ -103,6 +103,23 @@ def test_that_no_job_has_failed_is_told_from_the_start(work: Work) -> None:
 
     assert told >= {("default", "work"), ("analytics", "fail"), ("default", "default.prune")}
     assert {queue for queue, task in told if task == "unknown"} == set(Settings().queues)
+
+
+async def test_counts_that_nobody_renews_are_told_for_three_intervals_and_a_timeout(
+    clock: ManualClock, work: Work
+) -> None:
+    """As long as what any check found; then alerts look at who can still count."""
+    assembly = assemble(Settings(), tasks=work.tasks, clock=clock)
+    registry, operations = assembly.metrics.registry, assembly.operations
+    await ready(operations, clock)
+    await operations.monitor.stop()
+    seen = []
+    for seconds in (0.0, 16.9, 0.2):
+        await clock.advance(seconds)
+        seen.append(value(registry, "viralfx_queue_consumers", queue="default"))
+
+    assert seen == [0, 0, None]
+    await operations.shutdown.run()
 
 
 def test_a_pool_too_small_for_a_worker_is_refused() -> None:

@@ -46,12 +46,12 @@ class JobSystem:
         self.alerts = alerts
         self.clock = clock
         self.watch = JobWatch(service.get, clock)
-        self.last_counts: Mapping[str, QueueCounts] = {}
-        """How the queues stood at the last health check that could tell."""
         self.worker: JobWorker | None = None
         """Who runs jobs in this process; None: others do."""
         self.alerting: asyncio.Task[None] | None = None
         self._make_worker = make_worker
+        self._counts: Mapping[str, QueueCounts] = {}
+        self._counted_at = 0.0
         if self.in_memory:
             self.employ()
 
@@ -59,6 +59,17 @@ class JobSystem:
     def in_memory(self) -> bool:
         """Whether the jobs end with this process, so that nobody else could run them."""
         return isinstance(self.ledger, MemoryJobLedger)
+
+    def counted(self, counts: Mapping[str, QueueCounts]) -> None:
+        """Keep how the queues stand now."""
+        self._counts, self._counted_at = counts, self.clock.monotonic()
+
+    def counts_within(self, seconds: float) -> Mapping[str, QueueCounts]:
+        """Return how the queues stood when they were counted last; nothing if that is longer ago.
+
+        What somebody remembers who has lost the database must not outvote those who have not.
+        """
+        return self._counts if self.clock.monotonic() - self._counted_at <= seconds else {}
 
     def employ(self, queues: Collection[str] = ()) -> None:
         """Have this process run the jobs of ``queues``, or of all where none is named.

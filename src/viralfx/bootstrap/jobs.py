@@ -122,8 +122,9 @@ def wire_jobs(
     count = counts or ledger.counts
 
     async def count_every_queue() -> Mapping[str, QueueCounts]:
-        system.last_counts = service.every_queue(await count())
-        return system.last_counts
+        counted = service.every_queue(await count())
+        system.counted(counted)
+        return counted
 
     system = JobSystem(
         service=service,

@@ -35,7 +35,9 @@ def measure(
     retries = RetryMetrics(registry, operations.clock)
     for retrier in retriers:
         retries.add(retrier)
-    registry.register(QueueMetrics(lambda: jobs.last_counts))
+    # As old as what a check found may be, before it says nothing any more.
+    oldest = operations.monitor.policy("queues").oldest_allowed
+    registry.register(QueueMetrics(lambda: jobs.counts_within(oldest)))
     times = OperationTimes(registry, metrics.exemplar)
     if database is not None:
         registry.register(PoolMetrics(database, database.config.pool_max))

@@ -20,7 +20,7 @@ class QueueMetrics(Collector):
     """How the queues stand. It asks nobody: a scrape must not cost the database a query."""
 
     def __init__(self, counts: Callable[[], Mapping[str, QueueCounts]]) -> None:
-        """Take ``counts``, which returns what was counted last, and nothing before that."""
+        """Take ``counts``, which returns what was counted last; nothing where that says nothing."""
         self._counts = counts
 
     def describe(self) -> Iterable[Metric]:
