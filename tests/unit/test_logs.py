@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from copy import copy
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from viralfx.telemetry import logs
 from viralfx.telemetry.access_log import AccessLog, AccessRecord
 from viralfx.telemetry.log_levels import VERBOSE
 from viralfx.telemetry.log_lines import JsonLines
-from viralfx.telemetry.logs import configure_logging
+from viralfx.telemetry.logs import LineHandler, configure_logging
 from viralfx.telemetry.observed import HealthLog, log_shutdown
 from viralfx.telemetry.redaction import Redaction
 from viralfx.telemetry.requests import EndedRequest
@@ -157,6 +158,43 @@ def test_value_that_is_no_json_is_written_as_text() -> None:
 
 def _fail(secret: str) -> None:
     raise BrokenError(f"{len(secret)} characters")
+
+
+class _Mute:
+    """What has no text, as an object of a database mapper whose session is gone."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("planted")
+
+
+@pytest.mark.parametrize("value", [_Mute(), [_Mute()]], ids=["alone", "in a list"])
+def test_value_that_has_no_text_costs_nobody_a_line(value: object) -> None:
+    """Its kind is said, and everything else; also where it is the message itself."""
+    lines = Lines()
+    logging.getLogger("any").warning("x", extra={"odd": value, "order": 1})
+    logging.getLogger("any").warning(value)
+    line, message = lines.parsed
+
+    assert "_Mute object at" in line["odd"] or line["odd"].startswith("<list object at")
+    assert (line["message"], line["order"]) == ("x", 1)
+    assert " object at " in message["message"]
+
+
+def test_line_that_cannot_be_made_is_counted(tmp_path: Path) -> None:
+    """As any other that is lost, and told with the next one."""
+
+    def render(record: logging.LogRecord) -> bytes:
+        if record.msg == "never":
+            raise RuntimeError("planted")
+        return f"{record.getMessage()} {vars(record).get('lost', '')}\n".encode()
+
+    with (tmp_path / "log").open("w", encoding="utf-8") as file:
+        handler = LineHandler(render, file, threaded=True)
+        for message in ("never", "never", "after"):
+            handler.handle(logging.LogRecord("any", logging.INFO, "", 0, message, (), None))
+        handler.close()
+
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "after \nLog lines were lost 2\n"
 
 
 def test_exception_is_structured_and_without_locals() -> None:

@@ -82,6 +82,11 @@ class LineWriter:
         """Lines that were lost and are not told of yet."""
         return self._lost
 
+    def count_lost(self, lines: int) -> None:
+        """Count lines that could not be made; they are told of after the next one."""
+        with self._lock:
+            self._lost += lines
+
     def write(self, line: bytes, *, urgent: bool = False) -> None:
         """Take a line, its end included; it is written within moments, an urgent one at once."""
         # Also those that another thread is making at the moment come before this one.
@@ -124,8 +129,7 @@ class LineWriter:
         try:
             made = self._make(items)
         except Exception:  # noqa: BLE001 - whatever a value does; nobody may fail for it
-            with self._lock:
-                self._lost += len(items)
+            self.count_lost(len(items))
             return
         for lines in in_writes(made, self._at_once):
             if not self._written_at_once(lines):

@@ -167,7 +167,14 @@ def message_of(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
     except Exception:  # noqa: BLE001 - whatever the text of somebody's argument does
-        return str(record.msg)
+        return _text(record.msg, str)
+
+
+def _text(value: object, make: Callable[[object], str]) -> str:
+    try:
+        return make(value)
+    except Exception:  # noqa: BLE001 - it has a way of its own, and that fails
+        return object.__repr__(value)
 
 
 def _to_json(event: dict[str, Any], *, simple: bool) -> bytes:
@@ -182,7 +189,7 @@ def _to_json(event: dict[str, Any], *, simple: bool) -> bytes:
                 return line
     try:
         return json.dumps(event, default=str, allow_nan=False, separators=_COMPACT).encode()
-    except (ValueError, TypeError, RecursionError):
-        # A number that JSON has no word for, a value that contains itself, keys that are no text.
-        plain = {k: v if isinstance(v, str | int) else repr(v) for k, v in event.items()}
+    except Exception:  # noqa: BLE001 - whatever the text of somebody's value does
+        # Or a number that JSON has no word for, a value within itself, keys that are no text.
+        plain = {k: v if isinstance(v, str | int) else _text(v, repr) for k, v in event.items()}
         return json.dumps(plain, separators=_COMPACT).encode()

@@ -109,6 +109,8 @@ class LineHandler(logging.Handler):
                 self._output.write(line.decode())
                 self._output.flush()
         except Exception:  # noqa: BLE001 - whatever a value's text or a stream does
+            if self._writer is not None:
+                self._writer.count_lost(1)
             self.handleError(record)
 
     def flush(self) -> None:
