@@ -9,6 +9,12 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import Link, Status
 from opentelemetry.util.types import AnyValue
 
+from viralfx.telemetry.tracing.error_texts import (
+    description_without_values,
+    is_said_by_postgres,
+    without_values,
+)
+
 Clean: TypeAlias = Callable[[str], str]
 
 _SYSTEMS = ("db.system.name", "db.system")
@@ -38,7 +44,8 @@ class Cleaning:
         attributes = self._attributes(span.attributes or {})
         status = span.status
         if status.description:
-            status = Status(status.status_code, self.text(status.description))
+            description = description_without_values(status.description)
+            status = Status(status.status_code, self.text(description))
         name = span.name
         scope = None if span.instrumentation_scope is None else span.instrumentation_scope.name
         if scope == _POSTGRES:
@@ -79,6 +86,7 @@ class Cleaning:
         return text.encode("utf-8", "backslashreplace").decode()
 
     def _attributes(self, attributes: Mapping[str, AnyValue]) -> dict[str, AnyValue]:
+        attributes = {**attributes, **_texts_of_error(attributes)}
         cleaned = {self._name(key): self._value(value) for key, value in attributes.items()}
         if self._clean_sql is not None and any(
             attributes.get(key) == "postgresql" for key in _SYSTEMS
@@ -100,6 +108,17 @@ class Cleaning:
                 return self.text(value.decode("latin-1")).encode("latin-1", "replace")
             case _:
                 return value
+
+
+def _texts_of_error(attributes: Mapping[str, AnyValue]) -> dict[str, str]:
+    """Return those of an exception's attributes that may quote values, without them."""
+    texts: dict[str, str] = {}
+    for key in ("exception.message", "exception.stacktrace"):
+        if isinstance(text := attributes.get(key), str):
+            texts[key] = without_values(text)
+    if texts and is_said_by_postgres(str(attributes.get("exception.type"))):
+        texts["exception.message"] = ""
+    return texts
 
 
 def _name_of_statement(name: str, attributes: Mapping[str, AnyValue]) -> str:

@@ -1,0 +1,44 @@
+"""The texts of errors without what they quote: rows of Postgres, arguments of commands."""
+
+import re
+import sys
+
+_REST = r"(?=\n[ |]*\n[ |]*(?:The above exception was|During handling of the above)|\n[ |]*\+-|\Z)"
+"""What follows an error's text in a traceback: another traceback, or nothing."""
+_DETAIL = re.compile(rf"(?:^|\n)[ |]*DETAIL:.*?{_REST}", re.DOTALL)
+_SAID = re.compile(
+    # What the driver itself says of its connections holds no values.
+    rf"^([ |]*asyncpg\.exceptions\.(?!_base\.InterfaceError:)[\w.]+): .*?{_REST}",
+    re.DOTALL | re.MULTILINE,
+)
+_INVALID = re.compile(
+    rf"(invalid input (?:syntax|value|for query argument)[^:\n]*:).*?{_REST}", re.DOTALL
+)
+"""What Postgres and its driver say of a value, where others tell of it in words of their own."""
+_IN_PIPELINE = re.compile(r"(Command # \d+ \(\S+) .*?(\) of pipeline caused error)", re.DOTALL)
+_UNKNOWN_COMMAND = re.compile(r"(, with args beginning with:).*")
+
+
+def is_said_by_postgres(kind: str) -> bool:
+    """Tell whether an error, called with its module or without, is one whose text quotes values.
+
+    It may be about them, as the one of a key that exists, or be a procedure's own words.
+    """
+    name = kind.rpartition(".")[2]
+    exceptions = sys.modules.get("asyncpg.exceptions")
+    return name.endswith("Error") and name != "InterfaceError" and hasattr(exceptions, name)
+
+
+def without_values(text: str) -> str:
+    """Return the text of an error, or of a traceback, without the values in it."""
+    text = _SAID.sub(r"\1", text)
+    text = _DETAIL.sub("", text)
+    text = _INVALID.sub(r"\1 ...", text)
+    text = _IN_PIPELINE.sub(r"\1 ...\2", text)
+    return _UNKNOWN_COMMAND.sub(r"\1 ...", text)
+
+
+def description_without_values(description: str) -> str:
+    """Return the description of a status: that of an exception begins with what it is called."""
+    kind = description.partition(":")[0]
+    return kind if is_said_by_postgres(kind) else without_values(description)
