@@ -595,6 +595,20 @@ def test_who_filters_or_handles_requests_gets_records() -> None:
     assert vars(record)["responseSize"] == 1
 
 
+def test_a_level_of_the_handler_holds_for_requests(capfd: pytest.CaptureFixture[str]) -> None:
+    """As for any other line."""
+    configure_logging(level="log", console=False)
+    (handler,) = logging.getLogger().handlers
+    AccessLog().write(answered(route="/before"))
+    handler.setLevel(logging.ERROR)
+    AccessLog().write(answered(route="/after"))
+    handler.close()
+    written = capfd.readouterr().out
+
+    assert "/before" in written
+    assert "/after" not in written
+
+
 def test_a_filter_of_the_handler_is_heard() -> None:
     """As with any handler: applications that add things to records do it so."""
     lines = Lines()

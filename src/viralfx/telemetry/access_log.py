@@ -48,9 +48,12 @@ def _short_way() -> TakeRequest | None:
         if node.handlers or node.filters or not node.propagate or node.parent is None:
             return None
         node = node.parent
-    if len(root.handlers) != 1 or root.handlers[0].filters:
+    if len(root.handlers) != 1:
         return None
-    take: TakeRequest | None = getattr(root.handlers[0], "take_request", None)
+    (handler,) = root.handlers
+    if handler.filters or handler.level > logging.INFO:
+        return None
+    take: TakeRequest | None = getattr(handler, "take_request", None)
     return take
 
 
