@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
+from prometheus_client.samples import Sample
 from tests.observability.dashboards import dashboard
 from tests.observability.promql import asked
 from tests.observability.wired import described, wired
+
+from viralfx.telemetry.metrics.requests import RequestMetrics
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy/observability"
@@ -175,6 +179,27 @@ def test_the_scrape_is_the_guides() -> None:
     }
     [workers] = jobs["viralfx-worker"]["dns_sd_configs"]
     assert workers == {"names": ["worker"], "type": "A", "port": 3001}
+
+
+def test_what_leads_from_a_graph_to_a_trace_is_there_to_be_switched_on() -> None:
+    """Nothing that is delivered keeps traces; the lines for it fit what is scraped."""
+    text = (FOLDER / "grafana/datasources.yml").read_text(encoding="utf-8")
+    (only,) = yaml.safe_load(text)["datasources"]
+    metrics, traces = yaml.safe_load(re.sub("(?m)^( +)# ", r"\1", text))["datasources"]
+    (exemplar,) = [sample.exemplar for sample in traced_request() if sample.exemplar]
+    (leads,) = metrics.pop("jsonData")["exemplarTraceIdDestinations"]
+
+    assert metrics == only
+    assert leads["name"] in exemplar.labels
+    assert leads["datasourceUid"] == traces["uid"]
+
+
+def traced_request() -> Iterator[Sample]:
+    """Yield what is measured of one request that was traced."""
+    registry = CollectorRegistry()
+    RequestMetrics(registry).observe("GET", "/", 200, 0.1, ("a" * 32, "b" * 16))
+    for family in registry.collect():
+        yield from family.samples
 
 
 def test_the_collector_takes_traces_over_both_transports() -> None:
