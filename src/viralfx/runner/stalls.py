@@ -1,7 +1,6 @@
 """Finds out what blocks the event loop, on a thread that it cannot block."""
 
 import asyncio
-import contextlib
 import logging
 import sys
 import threading
@@ -45,14 +44,17 @@ class StallDetector:
         self._answered.set()
 
     def _watch(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: there is nothing to watch
-            while not self._stopped.wait(self._threshold / _ASKS_PER_THRESHOLD):
-                self._ask()
+        while not self._stopped.wait(self._threshold / _ASKS_PER_THRESHOLD):
+            self._ask()
 
     def _ask(self) -> None:
         self._answered.clear()
         asked, cpu = time.monotonic(), time.process_time()
-        self._loop.call_soon_threadsafe(self._answered.set)
+        try:
+            self._loop.call_soon_threadsafe(self._answered.set)
+        except RuntimeError:  # the loop is closed: there is nothing to watch
+            self._stopped.set()
+            return
         if self._answered.wait(self._threshold) or self._stopped.is_set():
             return
         stack = self._stack()
