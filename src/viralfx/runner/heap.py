@@ -69,7 +69,8 @@ class HeapReports:
             return
         try:
             with warnings.catch_warnings():
-                # The child runs on one thread and does nothing that another one could hold up.
+                # The child does nothing that a thread of the parent's could hold up, nor one of
+                # those that hooks of other libraries start in it.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 child = os.fork()
         except OSError as error:
