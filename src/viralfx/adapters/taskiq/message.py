@@ -1,4 +1,4 @@
-"""A bell as bytes: the ids and where the trace comes from, nothing else."""
+"""A bell as bytes: the ids of its jobs, nothing else."""
 
 import msgspec
 
@@ -9,10 +9,9 @@ class UnknownMessageError(Exception):
     """This is no bell."""
 
 
-class _Message(msgspec.Struct, frozen=True, omit_defaults=True):
+class _Message(msgspec.Struct, frozen=True):
     # Fields of a later release are passed over: during a deployment it rings older workers.
     ids: tuple[str, ...]
-    traceparent: str | None = None
 
 
 _encode = msgspec.json.Encoder().encode
@@ -21,7 +20,7 @@ _decode = msgspec.json.Decoder(_Message).decode
 
 def encode(bell: Bell) -> bytes:
     """Return a bell as JSON; the queue is where it is put."""
-    return _encode(_Message(ids=tuple(bell.ids), traceparent=bell.traceparent))
+    return _encode(_Message(ids=tuple(bell.ids)))
 
 
 def decode(queue: str, data: bytes) -> Bell:
@@ -30,4 +29,4 @@ def decode(queue: str, data: bytes) -> Bell:
         message = _decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise UnknownMessageError(str(error)) from None
-    return Bell(queue=queue, ids=message.ids, traceparent=message.traceparent)
+    return Bell(queue=queue, ids=message.ids)

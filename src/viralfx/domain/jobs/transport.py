@@ -11,7 +11,6 @@ class Bell:
 
     queue: str
     ids: Sequence[str]
-    traceparent: str | None = None
 
 
 class JobTransport(Protocol):
