@@ -16,6 +16,11 @@ from tests.unit.tracing.conftest import Finished
 
 from viralfx.bootstrap.postgres import clean_statement
 from viralfx.telemetry.redaction import Redaction
+from viralfx.telemetry.tracing.cleaning import (
+    KEPT_OF_A_CLIENT,
+    LONGEST_OF_A_CLIENT,
+    LONGEST_VALUE,
+)
 from viralfx.telemetry.tracing.databases import trace_redis
 from viralfx.telemetry.tracing.provider import make_provider
 
@@ -146,3 +151,40 @@ def test_a_name_is_not_endless(provider: TracerProvider, finished: Finished) -> 
     [span] = finished()
 
     assert span.name == "x" * 256
+
+
+@pytest.mark.parametrize("before", range(40, 4200, 160))
+def test_no_half_of_a_secret_is_left_where_a_value_ends(
+    provider: TracerProvider, finished: Finished, before: int
+) -> None:
+    """What is too long is cut after the secrets were found, or where they could not be."""
+    text = "x" * before + f" {_SECRET}" * 500
+    with provider.get_tracer("test").start_as_current_span("work") as span:
+        span.set_attributes({"text": text, "many": [text], "url.path": text[:KEPT_OF_A_CLIENT]})
+        span.record_exception(ValueError(text))
+        span.set_status(StatusCode.ERROR, text)
+    [work] = finished()
+
+    assert "pla" not in work.to_json()
+    assert len(attributes_of(work)["text"]) <= LONGEST_VALUE
+    assert len(attributes_of(work)["many"][0]) <= LONGEST_VALUE
+    assert len(attributes_of(work)["url.path"]) <= LONGEST_OF_A_CLIENT
+    assert len(str(work.status.description)) <= LONGEST_VALUE
+
+
+@pytest.mark.parametrize(
+    "name", ["OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT"]
+)
+def test_a_limit_of_the_variables_is_kept(
+    monkeypatch: pytest.MonkeyPatch, memory: InMemorySpanExporter, name: str
+) -> None:
+    """Of what leaves; a text that is not too long is there to its end."""
+    monkeypatch.setenv(name, "100")
+    provider, _ = make_provider(instance="here", environment="test", exporter=memory)
+    span = provider.get_tracer("test").start_span("work")
+    span.set_attributes({"long": "x" * 101, "short": "x" * 100})
+    span.end()
+    provider.shutdown()
+    [work] = memory.get_finished_spans()
+
+    assert attributes_of(work) == {"long": "x" * 100, "short": "x" * 100}

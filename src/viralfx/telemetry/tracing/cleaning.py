@@ -23,6 +23,17 @@ _STATEMENTS = ("db.query.text", "db.statement")
 _POSTGRES, _REDIS = "opentelemetry.instrumentation.asyncpg", "opentelemetry.instrumentation.redis"
 """Whose spans are named after statements and commands, and so by whatever is written there."""
 
+LONGEST_VALUE = 4096
+"""Characters of an attribute: what waits to be sent is bounded in number, and so in size."""
+LONGEST_OF_A_CLIENT = 256
+"""Characters of what a client chooses; there are two thousand spans that may wait to be sent."""
+KEPT_OF_A_CLIENT = 2 * LONGEST_OF_A_CLIENT
+KEPT_BEYOND = 2048
+"""Characters that are kept of an attribute beyond what may leave of it: so a secret that is cut in
+two, and could not be found any more, is where nothing leaves."""
+_OF_A_CLIENT = frozenset(
+    {"url.path", "http.request.method_original", "server.address", "user_agent.original"}
+)
 _LONGEST_NAME = 256
 _NAMES_REMEMBERED = 1024
 _KEYWORD = re.compile(r"[A-Za-z]+")
@@ -32,9 +43,20 @@ _CURSOR = "CURSOR: "
 class Cleaning:
     """Makes of each span one that may leave."""
 
-    def __init__(self, clean: Clean | None = None, clean_sql: Clean | None = None) -> None:
-        """``clean`` takes secrets out of any text, ``clean_sql`` the values out of statements."""
+    def __init__(
+        self,
+        clean: Clean | None = None,
+        clean_sql: Clean | None = None,
+        *,
+        longest: int = LONGEST_VALUE,
+    ) -> None:
+        """``clean`` takes secrets out of any text, ``clean_sql`` the values out of statements.
+
+        ``longest`` is how many characters of an attribute may leave, of which ``KEPT_BEYOND`` more
+        are kept until then.
+        """
         self._clean = clean
+        self._longest = longest
         self._clean_sql = clean_sql
         # There are few, and they come with each span: to search them each time costs a multiple.
         self._name = lru_cache(_NAMES_REMEMBERED)(self.text)
@@ -45,7 +67,7 @@ class Cleaning:
         status = span.status
         if status.description:
             description = description_without_values(status.description)
-            status = Status(status.status_code, self.text(description))
+            status = Status(status.status_code, self.text(description)[: self._longest])
         name = span.name
         scope = None if span.instrumentation_scope is None else span.instrumentation_scope.name
         if scope == _POSTGRES:
@@ -87,7 +109,7 @@ class Cleaning:
 
     def _attributes(self, attributes: Mapping[str, AnyValue]) -> dict[str, AnyValue]:
         attributes = {**attributes, **_texts_of_error(attributes)}
-        cleaned = {self._name(key): self._value(value) for key, value in attributes.items()}
+        cleaned = {self._name(key): self._value(value, key) for key, value in attributes.items()}
         if self._clean_sql is not None and any(
             attributes.get(key) == "postgresql" for key in _SYSTEMS
         ):
@@ -96,10 +118,12 @@ class Cleaning:
                     cleaned[key] = self._clean_sql(statement)
         return cleaned
 
-    def _value(self, value: AnyValue) -> AnyValue:
+    def _value(self, value: AnyValue, key: str = "") -> AnyValue:
         match value:
             case str():
-                return self.text(value)
+                if key in _OF_A_CLIENT:
+                    return self._cut(value, LONGEST_OF_A_CLIENT, KEPT_OF_A_CLIENT)
+                return self._cut(value, self._longest, self._longest + KEPT_BEYOND)
             case list() | tuple():
                 return [self._value(each) for each in value]
             case Mapping():
@@ -108,6 +132,13 @@ class Cleaning:
                 return self.text(value.decode("latin-1")).encode("latin-1", "replace")
             case _:
                 return value
+
+    def _cut(self, text: str, longest: int, kept: int) -> str:
+        cleaned = self.text(text)
+        if len(text) >= kept:
+            # Its end was cut, and may be the beginning of a secret.
+            cleaned = cleaned[: max(0, len(cleaned) - (kept - longest))]
+        return cleaned[:longest]
 
 
 def _texts_of_error(attributes: Mapping[str, AnyValue]) -> dict[str, str]:

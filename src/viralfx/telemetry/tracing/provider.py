@@ -11,16 +11,13 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 
 from viralfx.domain.correlation import current_correlation_id
 from viralfx.domain.errors import ConfigurationError
-from viralfx.telemetry.tracing.cleaning import Clean, Cleaning
+from viralfx.telemetry.tracing.cleaning import KEPT_BEYOND, LONGEST_VALUE, Clean, Cleaning
 from viralfx.telemetry.tracing.export import ReportingExporter, complaints
 from viralfx.telemetry.tracing.sampling import ChosenIds, WithoutOrphans
 from viralfx.telemetry.tracing.variables import problems, sampling, uses_grpc
 
 SERVICE = "viralfx-backend"
 """The service's name, where OTEL_SERVICE_NAME says no other."""
-
-_LONGEST_VALUE = "4096"
-"""Characters of an attribute: what waits to be sent is bounded in number, and so in size."""
 
 
 class CorrelationIds(SpanProcessor):
@@ -56,22 +53,25 @@ def make_provider(
         "service.instance.id": instance,
         "deployment.environment.name": environment,
     }
-    cleaning = Cleaning(clean, clean_sql)
+    text = clean or str
     with complaints("opentelemetry") as heard:
         try:
-            reporting, provider = _make(attributes, exporter, cleaning)
+            limits = SpanLimits()
+            cleaning = Cleaning(clean, clean_sql, longest=_bound(limits))
+            reporting, provider = _make(attributes, limits, exporter, cleaning)
         except Exception as error:
             # Whatever it is, it comes of the variables: nothing else has a say in it.
-            what = cleaning.text(f"OTEL_*: {type(error).__name__}: {error}")
+            what = text(f"OTEL_*: {type(error).__name__}: {error}")
             raise ConfigurationError([_on_one_line(what)]) from error
     if heard:
         provider.shutdown()
-        raise ConfigurationError([_on_one_line(cleaning.text(f"OTEL_*: {each}")) for each in heard])
+        raise ConfigurationError([_on_one_line(text(f"OTEL_*: {each}")) for each in heard])
     return provider, reporting
 
 
 def _make(
     attributes: Mapping[str, str],
+    limits: SpanLimits,
     exporter: SpanExporter | None,
     cleaning: Cleaning,
 ) -> tuple[ReportingExporter, TracerProvider]:
@@ -80,7 +80,7 @@ def _make(
     provider = TracerProvider(
         resource=Resource.create(named),
         id_generator=ChosenIds(),
-        span_limits=SpanLimits(),
+        span_limits=limits,
         shutdown_on_exit=False,
     )
     provider.sampler = WithoutOrphans(provider.sampler, sampling(os.environ))
@@ -88,6 +88,18 @@ def _make(
     provider.add_span_processor(CorrelationIds())
     provider.add_span_processor(BatchSpanProcessor(reporting))
     return reporting, provider
+
+
+def _bound(limits: SpanLimits) -> int:
+    """Have attributes bounded where no variable does it; returns how much of one may leave."""
+    longest = limits.max_attribute_length
+    if longest is None:
+        longest = LONGEST_VALUE
+    of_span = limits.max_span_attribute_length
+    if of_span is not None:
+        longest = min(longest, of_span)
+    limits.max_attribute_length = limits.max_span_attribute_length = longest + KEPT_BEYOND
+    return longest
 
 
 def _exporter() -> SpanExporter:
@@ -112,7 +124,6 @@ def _set_defaults() -> None:
     # The instrumentation of drivers knows them only from here.
     for name, value in {
         "OTEL_SEMCONV_STABILITY_OPT_IN": "http,database",
-        "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT": _LONGEST_VALUE,
     }.items():
         if not os.environ.get(name):
             os.environ[name] = value

@@ -23,6 +23,7 @@ from opentelemetry.trace.propagation import set_span_in_context
 from viralfx.domain.correlation import current_correlation_id
 from viralfx.telemetry.requests import METHODS, OTHER
 from viralfx.telemetry.trace_context import TRACE
+from viralfx.telemetry.tracing.cleaning import KEPT_OF_A_CLIENT
 from viralfx.telemetry.tracing.context import NOTHING, remote_parent
 from viralfx.telemetry.tracing.sampling import WithoutOrphans, trace_called
 
@@ -32,8 +33,6 @@ _Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _App: TypeAlias = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 
 _HEADERS = frozenset({b"traceparent", b"tracestate", b"x-correlation-id", b"x-request-id"})
-_LONGEST = 256
-"""Characters of what a client chooses; there are two thousand spans that may wait to be sent."""
 _FIRST_SERVER_ERROR = 500
 _DIGITS_OF_A_PORT = 5
 
@@ -86,7 +85,7 @@ class TracedRequests:
         method = scope["method"]
         attributes = {
             "http.request.method": method if method in METHODS else OTHER,
-            "url.path": scope["path"][:_LONGEST],
+            "url.path": scope["path"][:KEPT_OF_A_CLIENT],
             "url.scheme": scope.get("scheme", "http"),
         }
         name = method if method in METHODS else "HTTP"
@@ -164,15 +163,15 @@ class _Dropped(NonRecordingSpan):
 def _particulars(scope: _Scope) -> dict[str, str | int]:
     attributes: dict[str, str | int] = {"network.protocol.version": scope["http_version"]}
     if scope["method"] not in METHODS:
-        attributes["http.request.method_original"] = scope["method"][:_LONGEST]
+        attributes["http.request.method_original"] = scope["method"][:KEPT_OF_A_CLIENT]
     if scope.get("client"):
         attributes["client.address"] = scope["client"][0]
     host = ""
     for name, value in scope["headers"]:
         if name == b"host":
-            host = value.decode("latin-1")[:_LONGEST]
+            host = value.decode("latin-1")[:KEPT_OF_A_CLIENT]
         elif name == b"user-agent":
-            attributes["user_agent.original"] = value.decode("latin-1")[:_LONGEST]
+            attributes["user_agent.original"] = value.decode("latin-1")[:KEPT_OF_A_CLIENT]
     address, _, port = host.rpartition(":")
     if address and port.isascii() and port.isdecimal() and len(port) <= _DIGITS_OF_A_PORT:
         attributes["server.address"] = address
