@@ -1,15 +1,17 @@
 """A collector that is away: one line, and bounded memory."""
 
 import logging
+import threading
 from collections.abc import Sequence
 
 import pytest
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from viralfx.telemetry.tracing.cleaning import Cleaning
-from viralfx.telemetry.tracing.export import ReportingExporter
+from viralfx.telemetry.tracing.export import ReportingExporter, ReportingProcessor
+from viralfx.telemetry.tracing.listening import complaints
 from viralfx.telemetry.tracing.provider import make_provider
 
 _library = logging.getLogger("opentelemetry.exporter.otlp.proto.http")
@@ -89,7 +91,7 @@ def test_spans_that_are_lost_all_the_time_are_one_outage(
     clock = Clock()
     exporter = ReportingExporter(memory, calm=10.0, now=clock)
     # One may wait, and there is no room for any other.
-    processor = BatchSpanProcessor(exporter, max_queue_size=1, max_export_batch_size=1)
+    processor = ReportingProcessor(exporter, max_queue_size=1, max_export_batch_size=1)
     span = TracerProvider(shutdown_on_exit=False).get_tracer("test").start_span("work")
     assert isinstance(span, ReadableSpan)
     with caplog.at_level(logging.INFO):
@@ -110,16 +112,91 @@ def test_spans_that_are_lost_all_the_time_are_one_outage(
     ]
 
 
-def test_the_library_is_as_before_once_nobody_sends(caplog: pytest.LogCaptureFixture) -> None:
-    """Its loggers are the application's, too."""
+def test_what_others_send_is_theirs(caplog: pytest.LogCaptureFixture) -> None:
+    """The application may send logs and metrics itself, by the same library."""
     processing = logging.getLogger("opentelemetry.sdk._shared_internal")
-    filters = list(processing.filters)
-    ReportingExporter(Collector()).shutdown()
+    metrics = logging.getLogger("opentelemetry.exporter.otlp.proto.http.metric_exporter")
+    exporter, provider = ReportingExporter(Collector()), TracerProvider(shutdown_on_exit=False)
+    theirs = BatchSpanProcessor(Collector(), max_queue_size=1, max_export_batch_size=1)
+    span = provider.get_tracer("test").start_span("work")
+    assert isinstance(span, ReadableSpan)
     with caplog.at_level(logging.WARNING):
+        processing.warning("Queue full, dropping %s.", "Log")
+        metrics.error("Failed to export metrics batch code: 401")
+        with theirs._batch_processor._export_lock:
+            for _ in range(3):
+                theirs.on_end(span)
+    in_trouble = exporter.in_trouble
+    exporter.shutdown()
+    theirs.shutdown()  # type: ignore[no-untyped-call]
+
+    assert not in_trouble
+    assert {record.getMessage() for record in caplog.records} == {
+        "Queue full, dropping Log.",
+        "Failed to export metrics batch code: 401",
+        "Queue full, dropping Span.",
+    }
+
+
+def test_loggers_are_as_before_whoever_ends_first(caplog: pytest.LogCaptureFixture) -> None:
+    """Two applications in one process; neither hears what the other loses."""
+
+    def state() -> list[tuple[bool, int, list[object], list[object]]]:
+        names = ("opentelemetry", "opentelemetry.exporter", "opentelemetry.attributes")
+        processing = "opentelemetry.sdk._shared_internal"
+        loggers = [*map(logging.getLogger, [*names, processing]), _library]
+        return [(each.propagate, each.level, [*each.filters], [*each.handlers]) for each in loggers]
+
+    before = state()
+    collectors = Collector(), Collector()
+    providers = [
+        make_provider(instance="here", environment="test", exporter=each) for each in collectors
+    ]
+    (first, of_first), (second, of_second) = providers
+    collectors[1].up = False
+    with caplog.at_level(logging.WARNING):
+        for provider in (first, second):
+            provider.get_tracer("test").start_span("work").end()
+            provider.force_flush()
+        troubles = [of_first.in_trouble, of_second.in_trouble]
+        first.shutdown()
+        second.get_tracer("test").start_span("work").end()
+        second.force_flush()
+        second.shutdown()
         _library.warning("planted")
 
-    assert [record.getMessage() for record in caplog.records] == ["planted"]
-    assert processing.filters == filters != []
+    assert troubles == [False, True]
+    assert [record.getMessage() for record in caplog.records] == ["Traces are lost", "planted"]
+    assert state() == before
+
+
+def test_an_attribute_that_is_cut_is_no_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Each request may have one; but whoever cuts at another length is told."""
+    provider, _ = make_provider(instance="here", environment="test", exporter=Collector())
+    theirs = TracerProvider(shutdown_on_exit=False, span_limits=SpanLimits(max_attribute_length=9))
+    with caplog.at_level(logging.WARNING):
+        provider.get_tracer("test").start_span("work", attributes={"long": "x" * 9000}).end()
+        assert caplog.records == []
+        theirs.get_tracer("test").start_span("work", attributes={"long": "x" * 10}).end()
+    provider.shutdown()
+
+    [record] = caplog.records
+    assert record.getMessage().startswith("String attribute value exceeds max length of 9")
+
+
+def test_what_another_thread_logs_is_no_complaint_of_a_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It goes where it always went, and a level that hides complaints hides none."""
+    logger = logging.getLogger("opentelemetry.test")
+    with caplog.at_level(logging.ERROR), complaints("opentelemetry") as heard:
+        logger.warning("planted")
+        thread = threading.Thread(target=logger.error, args=["elsewhere"])
+        thread.start()
+        thread.join()
+
+    assert heard == ["planted"]
+    assert [record.getMessage() for record in caplog.records] == ["elsewhere"]
 
 
 def test_what_waits_is_bounded(
@@ -146,8 +223,6 @@ class Stuck(SpanExporter):
     """Takes nothing until it is let go."""
 
     def __init__(self, inner: SpanExporter) -> None:
-        import threading  # noqa: PLC0415
-
         self._inner = inner
         self._event = threading.Event()
 

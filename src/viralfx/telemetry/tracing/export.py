@@ -3,19 +3,17 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from contextvars import Context
 
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 from viralfx.telemetry.tracing.cleaning import Cleaning
+from viralfx.telemetry.tracing.listening import Ear
 
 _logger = logging.getLogger("viralfx.tracing")
-
-_OWN_LOGGERS = ("opentelemetry.exporter", "opentelemetry.sdk._shared_internal")
-"""What says more about a collector than anybody wants to read, and says it all the time."""
 
 _CALM = 10.0
 """Seconds without any trouble after which the collector is taken to be back."""
@@ -24,55 +22,6 @@ _LONGEST_REASON = 300
 _MOST, _MOST_AT_FIRST, _MOST_IN_TROUBLE = 5.0, 2.0, 0.5
 """Seconds that the last spans of a process are worth: where others arrived, where none did yet, and
 where the collector is away."""
-
-
-class _Ear(logging.Handler):
-    """Takes in what a library logs instead of everybody else."""
-
-    def __init__(self, hear: Callable[[str], None]) -> None:
-        super().__init__(logging.WARNING)
-        self._hear = hear
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Take in one record."""
-        self._hear(record.getMessage())
-
-
-def listen_to(names: Sequence[str], hear: Callable[[str], None]) -> Callable[[], None]:
-    """Have ``hear`` told of the warnings and errors of loggers, and nobody else of anything.
-
-    It is told of all of them: filters are left out. Returns what undoes it.
-    """
-    loggers = [logging.getLogger(name) for name in names]
-    before = [(logger, logger.propagate, logger.level, list(logger.filters)) for logger in loggers]
-    ear = _Ear(hear)
-    for logger in loggers:
-        logger.addHandler(ear)
-        logger.propagate = False
-        logger.setLevel(logging.WARNING)
-        # The library's own drops what it has said within 20 s: spans that are lost all the time
-        # would seem to be lost now and then.
-        logger.filters.clear()
-
-    def undo() -> None:
-        for logger, propagate, level, filters in before:
-            logger.removeHandler(ear)
-            logger.propagate = propagate
-            logger.setLevel(level)
-            logger.filters[:] = filters
-
-    return undo
-
-
-@contextmanager
-def complaints(name: str) -> Iterator[list[str]]:
-    """Gather what a library complains of within the block, which is then logged nowhere."""
-    heard: list[str] = []
-    undo = listen_to([name], heard.append)
-    try:
-        yield heard
-    finally:
-        undo()
 
 
 class ReportingExporter(SpanExporter):
@@ -86,10 +35,14 @@ class ReportingExporter(SpanExporter):
         inner: SpanExporter,
         *,
         cleaning: Cleaning | None = None,
+        cuts: Collection[int] = (),
         calm: float = _CALM,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``calm`` is how many seconds without trouble mean that the collector is back."""
+        """``cuts`` are the lengths at which spans' attributes are cut; see :class:`Ear`.
+
+        ``calm`` is how many seconds without trouble mean that the collector is back.
+        """
         self._inner = inner
         self._cleaning = cleaning or Cleaning()
         self._calm = calm
@@ -100,13 +53,14 @@ class ReportingExporter(SpanExporter):
         self.in_trouble = False
         """Whether spans were lost a moment ago."""
         self._arrived = False
-        self._undo = listen_to(_OWN_LOGGERS, self._hear)
+        self._ear = Ear(self._hear, cuts)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Send a batch."""
         self._said.clear()
         try:
-            result = self._inner.export([self._cleaning.span(span) for span in spans])
+            with self._ear.open():
+                result = self._inner.export([self._cleaning.span(span) for span in spans])
         except Exception as error:  # noqa: BLE001 - a boundary: whatever it is, they are lost
             self._trouble(f"{type(error).__name__}: {error}")
             return SpanExportResult.FAILURE
@@ -119,12 +73,17 @@ class ReportingExporter(SpanExporter):
 
     def shutdown(self) -> None:
         """Let go of the connection."""
-        self._inner.shutdown()
-        self._undo()
+        with self._ear.open():
+            self._inner.shutdown()
+        self._ear.close()
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
         """Nothing is kept here."""
         return self._inner.force_flush(timeout_millis)
+
+    def listening(self) -> AbstractContextManager[None]:
+        """Return a block in which what the library says of spans that wait is heard."""
+        return self._ear.open()
 
     def _hear(self, message: str) -> None:
         if message.startswith("Queue full"):
@@ -155,3 +114,17 @@ class ReportingExporter(SpanExporter):
                 return
             self.in_trouble = False
         _logger.info("Traces arrive again")
+
+
+class ReportingProcessor(BatchSpanProcessor):
+    """Has its exporter told of spans for which there is no room, and nobody else."""
+
+    def __init__(self, exporter: ReportingExporter, **limits: float) -> None:
+        """``limits`` are those of the library's own, instead of the variables."""
+        super().__init__(exporter, **limits)  # type: ignore[arg-type]
+        self._reporting = exporter
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Take in a span that has ended."""
+        with self._reporting.listening():
+            super().on_end(span)

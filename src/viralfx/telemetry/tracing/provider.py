@@ -7,12 +7,13 @@ from importlib.metadata import version
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import Span, SpanLimits, SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.export import SpanExporter
 
 from viralfx.domain.correlation import current_correlation_id
 from viralfx.domain.errors import ConfigurationError
 from viralfx.telemetry.tracing.cleaning import KEPT_BEYOND, LONGEST_VALUE, Clean, Cleaning
-from viralfx.telemetry.tracing.export import ReportingExporter, complaints
+from viralfx.telemetry.tracing.export import ReportingExporter, ReportingProcessor
+from viralfx.telemetry.tracing.listening import complaints
 from viralfx.telemetry.tracing.sampling import ChosenIds, WithoutOrphans
 from viralfx.telemetry.tracing.variables import problems, sampling, uses_grpc
 
@@ -84,9 +85,13 @@ def _make(
         shutdown_on_exit=False,
     )
     provider.sampler = WithoutOrphans(provider.sampler, sampling(os.environ))
-    reporting = ReportingExporter(exporter or _exporter(), cleaning=cleaning)
+    reporting = ReportingExporter(
+        exporter or _exporter(),
+        cleaning=cleaning,
+        cuts={limits.max_attribute_length or 0},
+    )
     provider.add_span_processor(CorrelationIds())
-    provider.add_span_processor(BatchSpanProcessor(reporting))
+    provider.add_span_processor(ReportingProcessor(reporting))
     return reporting, provider
 
 
