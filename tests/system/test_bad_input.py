@@ -127,6 +127,35 @@ def test_an_application_with_a_mistake_in_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "error", ["ValueError", "SystemExit", "ModuleNotFoundError"], ids=lambda name: f"by {name}"
+)
+@pytest.mark.parametrize(
+    ("code", "arguments", "modules", "what"),
+    [
+        ("{raised}", ("serve", "--app", "betraying:app"), "", "--app: importing betraying"),
+        ("{raised}", ("doctor", "--app", "betraying:app"), "", "--app: importing betraying"),
+        ("def app(): {raised}", ("serve", "--app", "betraying:app"), "", "--app: calling"),
+        ("{raised}", ("serve",), "betraying", "TASK_MODULES: importing betraying"),
+    ],
+    ids=["app", "doctor", "factory", "tasks"],
+)
+def test_what_foreign_code_says_is_told_without_secrets(  # noqa: PLR0917
+    tmp_path: Path, error: str, code: str, arguments: tuple[str, ...], modules: str, what: str
+) -> None:
+    """Neither its own nor ours: a library quotes the address that it cannot use."""
+    text = "bad address postgresql://app:planted-password@db/x, not planted-token"
+    (tmp_path / "betraying.py").write_text(code.format(raised=f"raise {error}({text!r})"))
+    environment = {"MANAGEMENT_TOKEN": "planted-token", "TASK_MODULES": modules}
+    result = command(*arguments, environment=environment, cwd=tmp_path)
+    said = " ".join((result.stdout + result.stderr).split())
+
+    assert result.returncode == (1 if arguments[0] == "doctor" else 2)
+    assert what in said
+    assert f"{error}: bad address postgresql://***@db/x, not ***" in said
+    assert "planted" not in said
+
+
+@pytest.mark.parametrize(
     ("text", "line"),
     [
         (None, "TASK_MODULES: there is no module 'my_tasks'"),

@@ -150,7 +150,7 @@ def _tasks(
     built_in: Sequence[Task],
     codec: MsgspecCodec,
 ) -> TaskRegistry:
-    loaded, problems = load_tasks(settings.task_modules)
+    loaded, problems = load_tasks(settings)
     given, more = declared_tasks(functions)
     registry, wrong = registry_of([*loaded, *given], built_in, settings.queues, codec)
     if problems or more or wrong:

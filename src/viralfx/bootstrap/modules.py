@@ -12,15 +12,17 @@ from types import ModuleType
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.jobs.tasks import Task, TaskRegistry, declared_task
+from viralfx.settings import Settings
+from viralfx.telemetry.redaction import Redaction, secrets_of
 
 
-def load_tasks(names: Iterable[str]) -> tuple[list[Task], list[str]]:
-    """Import modules; return the tasks that they declare or import, and what went wrong."""
+def load_tasks(settings: Settings) -> tuple[list[Task], list[str]]:
+    """Import TASK_MODULES; return the tasks that they declare or import, and what went wrong."""
     tasks: list[Task] = []
     problems: list[str] = []
-    for name in names:
+    for name in settings.task_modules:
         try:
-            module = _import(name)
+            module = _import(name, settings)
         except ConfigurationError as error:
             problems += error.problems
             continue
@@ -83,7 +85,7 @@ def _where(task: Task) -> str:
     return f"{task.function.__module__}.{task.function.__qualname__}"
 
 
-def _import(name: str) -> ModuleType:
+def _import(name: str, settings: Settings) -> ModuleType:
     # As for --app: a module in the current folder can be named.
     if (here := os.getcwd()) not in sys.path:  # noqa: PTH109 - sys.path holds strings
         sys.path.insert(0, here)
@@ -94,13 +96,9 @@ def _import(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
             raise ConfigurationError([_missing(name, error.name)]) from None
-        raise ConfigurationError(
-            [f"TASK_MODULES: importing {name} failed: {_told(error)}"]
-        ) from None
+        raise _failed(name, error, settings) from None
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a module does at import
-        raise ConfigurationError(
-            [f"TASK_MODULES: importing {name} failed: {_told(error)}"]
-        ) from None
+        raise _failed(name, error, settings) from None
 
 
 def _missing(name: str, missing: str) -> str:
@@ -109,7 +107,15 @@ def _missing(name: str, missing: str) -> str:
     )
 
 
-def _told(error: BaseException) -> str:
+def _failed(name: str, error: BaseException, settings: Settings) -> ConfigurationError:
+    return ConfigurationError(
+        [f"TASK_MODULES: importing {name} failed: {in_one_line(error, settings)}"]
+    )
+
+
+def in_one_line(error: BaseException, settings: Settings) -> str:
+    """Say what somebody else's code raised, and where, without the secrets it may have quoted."""
     frames = traceback.extract_tb(error.__traceback__)
     last = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{last}".replace("\n", " ")
+    text = f"{type(error).__name__}: {error}{last}"
+    return Redaction(secrets_of(settings)).text(text).replace("\n", " ")
