@@ -3,9 +3,15 @@
 Each is imported only by those who use the driver: it imports that.
 """
 
-from typing import Any
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, TypeAlias
 
 from opentelemetry.trace import TracerProvider
+
+_Method: TypeAlias = Callable[..., Awaitable[object]]
+_Arguments: TypeAlias = tuple[Any, ...]
+_Named: TypeAlias = dict[str, Any]
 
 
 def trace_asyncpg(provider: TracerProvider) -> None:
@@ -18,6 +24,11 @@ def trace_asyncpg(provider: TracerProvider) -> None:
     instrumentor = AsyncPGInstrumentor()  # type: ignore[no-untyped-call]
     if instrumentor.is_instrumented_by_opentelemetry:
         instrumentor.uninstrument()
+    # What the library puts around the driver's methods is looked up when it does so.
+    library: Any = AsyncPGInstrumentor
+    traced = partial(library._do_execute, instrumentor)  # noqa: SLF001 - no other way
+    wrapped: Any = partial(_statement_first, traced)
+    instrumentor._do_execute = wrapped  # type: ignore[method-assign]  # noqa: SLF001
     instrumentor.instrument(tracer_provider=provider)
 
 
@@ -26,3 +37,23 @@ def trace_redis(client: Any, provider: TracerProvider) -> None:
     from opentelemetry.instrumentation.redis import RedisInstrumentor  # noqa: PLC0415
 
     RedisInstrumentor.instrument_client(client, tracer_provider=provider)
+
+
+def _statement_first(
+    traced: Callable[[_Method, object, _Arguments, _Named], Awaitable[object]],
+    method: _Method,
+    connection: object,
+    arguments: _Arguments,
+    named: _Named,
+) -> Awaitable[object]:
+    """Call the library's wrapper, which takes it for granted that no statement is given by name.
+
+    ``executemany`` calls it a command.
+    """
+    if not arguments:
+        name = "query" if "query" in named else "command"
+        if name not in named:
+            return method(**named)  # which says itself what is missing
+        arguments = (named[name],)
+        named = {key: value for key, value in named.items() if key != name}
+    return traced(method, connection, arguments, named)
