@@ -459,7 +459,7 @@ async def test_cancellation_goes_through(own_redis: RedisServer) -> None:
 
 async def test_fifty_freezes_leave_nothing_behind(own_redis: RedisServer) -> None:
     """No task, connection or file; and each time everything works again afterwards."""
-    async with opened(own_redis, **QUICK) as client:
+    async with opened(own_redis, degrade_after=0.1, **QUICK) as client:
         check = check_of(client)
         await asyncio.gather(*(client.redis.ping() for _ in range(5)))
         await check.check()
