@@ -158,7 +158,7 @@ async def test_a_server_that_comes_up_in_between_is_enough(
     own_postgres: PostgresServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its port is closed at first, then it takes its time, and then it answers."""
-    config = config_of(own_postgres, connect_attempts=5, connection_timeout=0.2)
+    config = config_of(own_postgres, connect_attempts=5, connection_timeout=1.0)
     own_postgres.stop()
 
     def start_slowly() -> None:
