@@ -114,7 +114,7 @@ def test_a_black_hole_swallows_old_and_new_connections_until_it_ends(proxy: Faul
             for connection in (old, new):
                 with pytest.raises(TimeoutError):
                     ask(connection, timeout=SHORT)
-            assert (proxy.accepted, proxy.open) == (2, 2)
+            assert (proxy.accepted, proxy.open, proxy.struck) == (2, 2, 2)
 
             proxy.mode = PASS
             for connection in (old, new):
@@ -187,6 +187,7 @@ def test_cut_after_ends_an_answer_in_its_middle(proxy: FaultProxy) -> None:
         with connect(proxy) as next_one:
             assert ask(next_one) == b"p"
             assert next_one.recv(16) == b""
+    assert proxy.struck == 3
 
 
 def test_a_server_that_is_not_there_is_a_reset(fault_proxy: FaultProxies) -> None:

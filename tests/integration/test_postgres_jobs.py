@@ -7,7 +7,7 @@ import pytest
 from tests.contracts.ledgers import ERROR, draft
 from tests.integration.job_ledgers import NOBODY, QUICK, ledger_in, work
 from tests.integration.postgres_clients import until
-from tests.servers.fault_proxy import BLACKHOLE, PASS, RESET, CutAfter, FaultProxy
+from tests.servers.fault_proxy import BLACKHOLE, PASS, RESET, CutAfter, FaultProxy, Mode
 from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database
 
@@ -33,18 +33,30 @@ def proxy(database: Database, fault_proxy: FaultProxies) -> FaultProxy:
     return fault_proxy(database.server.port)
 
 
-def lose_the_answer(proxy: FaultProxy, *, seconds: float = 0.05) -> None:
+def lose_the_answer(proxy: FaultProxy) -> None:
     """Let the next question arrive, and cut its answer; all is well a little later."""
-    proxy.mode = CutAfter(0)
-    asyncio.get_running_loop().call_later(seconds, setattr, proxy, "mode", PASS)
+    _lose(proxy, CutAfter(0))
 
 
-def lose_the_question(proxy: FaultProxy, *, seconds: float = 0.05) -> None:
+def lose_the_question(proxy: FaultProxy) -> None:
     """Let the next question not arrive; all is well a little later."""
-    proxy.mode = BLACKHOLE
-    loop = asyncio.get_running_loop()
-    loop.call_later(seconds, setattr, proxy, "mode", RESET)
-    loop.call_later(2 * seconds, setattr, proxy, "mode", PASS)
+    _lose(proxy, BLACKHOLE)
+
+
+def _lose(proxy: FaultProxy, mode: Mode) -> None:
+    loop, before = asyncio.get_running_loop(), proxy.struck
+    proxy.mode = mode
+
+    def go_on() -> None:
+        if proxy.struck == before:  # not yet: however long the question takes, it is lost
+            loop.call_later(0.005, go_on)
+        elif mode is BLACKHOLE:
+            proxy.mode = RESET
+            loop.call_later(0.05, setattr, proxy, "mode", PASS)
+        else:
+            proxy.mode = PASS
+
+    go_on()
 
 
 LOSSES: dict[str, Callable[[FaultProxy], None]] = {

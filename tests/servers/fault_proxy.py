@@ -60,6 +60,8 @@ class FaultProxy:
         self.port = 0
         self.accepted = 0
         """Connections that clients have made so far, those that were reset included."""
+        self.struck = 0
+        """How often something came that the mode held back, or an answer that it cut."""
         self.upstream = host, port
         """Where new connections go."""
         self._tls = tls
@@ -155,6 +157,7 @@ class FaultProxy:
 
     async def hold(self, arrived: float) -> None:
         """Wait as long as the mode holds back what came at a time of the loop."""
+        self.struck += self._left(arrived) > 0
         while (left := self._left(arrived)) > 0:
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):
@@ -171,3 +174,7 @@ class FaultProxy:
         """Return how many bytes of answers may pass, and since which switch they count."""
         mode = self._mode
         return mode, mode.count if isinstance(mode, CutAfter) else math.inf
+
+    def was_cut(self) -> None:
+        """Count it."""
+        self.struck += 1

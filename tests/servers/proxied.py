@@ -25,6 +25,9 @@ class Policy(Protocol):
     def cut(self) -> tuple[object, float]:
         """Return how many bytes of answers may pass, and since which switch they count."""
 
+    def was_cut(self) -> None:
+        """Hear that they have passed, and the connection is about to be closed."""
+
 
 def reset(connection: socket.socket) -> None:
     """Let the close that follows be a reset: the other side gets an error, not an end."""
@@ -124,6 +127,7 @@ class Link:
             writer.write(data if allowed > len(data) else data[: int(allowed)])
             await writer.drain()
             if allowed <= len(data):
+                self._policy.was_cut()
                 for other in self._writers:
                     other.close()
                 return
