@@ -1,14 +1,16 @@
 """What a process tells of itself when it is asked, or when it stands still."""
 
+import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from tests.system.control_group import control_group
 from tests.system.load import require_quick
-from tests.system.service import Prober, percentile, running, wait_for
+from tests.system.service import Prober, Service, percentile, running, wait_for
 
 APP = ("--app", "tests.system.log_app:app")
 
@@ -111,22 +113,39 @@ def test_a_heap_report_for_which_no_memory_is_left_is_given_up(tmp_path: Path) -
 
 def test_a_blocked_loop_is_one_warning_that_shows_what_blocks_it() -> None:
     """While it is blocked; and how long it took once it is over."""
-    environment = {"LOOP_STALL_THRESHOLD": "200"}
+    environment = {"LOOP_STALL_THRESHOLD": "400"}
     with running(*APP, environment=environment) as service:
         service.wait_ready()
         service.get("/block?seconds=1.2")
-        (over,) = wait_for(lambda: service.logged("Event loop runs again"), what="the end")
-        (blocked,) = service.logged("Event loop is blocked")
+        blocked, over = wait_for(lambda: block_and_end(service), what="the end")
         service.signal(signal.SIGTERM)
         assert service.exit_code() == 0
+        assert block_and_end(service) == [blocked, over]
 
     assert blocked["level"] == "warn"
-    assert any("log_app.py" in frame and frame.endswith(" block") for frame in blocked["stack"])
-    assert 190 <= blocked["blocked"] < 1200
+    assert 390 <= blocked["blocked"] < 1200
     assert 900 <= over["duration"] < 3000
-    assert service.output.index(next(one for one in service.output if "is blocked" in one)) < (
-        service.output.index(next(one for one in service.output if "runs again" in one))
-    )
+
+
+def block_and_end(service: Service) -> list[dict[str, Any]]:
+    """Return the one line that tells of ``/block``, and the one on its end: both, or none yet.
+
+    On a busy machine the loop may stand still by itself, too: that is told as well.
+    """
+    lines = [json.loads(line) for line in list(service.output) if line.startswith("{")]
+    told = [line for line in lines if line["message"].startswith("Event loop ")]
+    blocks = [at for at, line in enumerate(told) if shows_the_block(line)]
+    if not blocks or blocks[0] + 1 == len(told):
+        return []
+    (at,) = blocks
+    assert told[at + 1]["message"] == "Event loop runs again"
+    return told[at : at + 2]
+
+
+def shows_the_block(line: dict[str, Any]) -> bool:
+    """Tell whether a line holds a stack in whose innermost frame the application blocks."""
+    *_, innermost = line.get("stack", [""])
+    return "log_app.py" in innermost and innermost.endswith(" block")
 
 
 def test_a_loop_that_runs_is_not_told_of() -> None:
