@@ -75,7 +75,7 @@ def _metrics(service: Service, queue: str) -> dict[str, int]:
 def test_the_stop_finishes_the_jobs_in_memory() -> None:
     """Those that run and those that wait; nobody else could."""
     with serving(JOB_CONCURRENCY="2") as service:
-        ids = [accept(service, "parcels.wait", 0.5) for _ in range(6)]
+        ids = [accept(service, "parcels.wait", 2.0) for _ in range(4)]
         wait_for(lambda: job(service, ids[0])["state"] != "waiting", what="some run")
         service.signal(signal.SIGTERM)
         code = service.exit_code()
