@@ -171,11 +171,11 @@ async def test_statistics_have_the_guides_names_and_true_values(database: Databa
             pool_min=2,
             pool_max=4,
             pool_timeout=7.5,
-            slow_query_threshold=0.01,
+            slow_query_threshold=0.5,
         )
     )
     async with opened(config) as pool, checked(pool, clock=clock) as check:
-        await ask(pool, "select pg_sleep(0.02)")
+        await ask(pool, "select pg_sleep(0.6)")
         async with AsyncExitStack() as stack:
             for _ in range(3):
                 await stack.enter_async_context(pool.acquire())

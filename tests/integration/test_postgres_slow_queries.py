@@ -12,8 +12,9 @@ from viralfx.adapters.postgres import PostgresDatabase
 from viralfx.domain.correlation import bind_correlation_id, current_correlation_id
 
 SECRET = "hunter2"
-SLEEP = "pg_sleep(0.06)"
-THRESHOLD = 0.05
+SLEEP = "pg_sleep(0.6)"
+THRESHOLD = 0.5
+"""Seconds that nothing else takes that is asked here, nor what the driver asks beside it."""
 
 
 class Records(logging.Handler):
@@ -68,7 +69,7 @@ async def test_each_slow_query_is_logged_once(database: Database, records: Recor
         assert pool.slow_queries == 1
     [(statement, duration, correlation_id)] = records.slow
     assert statement == "select ?, pg_sleep(?), $1::int"
-    assert 60 <= duration < 5000
+    assert 600 <= duration < 5000
     assert correlation_id == "request-1"
     [record] = [r for r, _ in records.all if r.getMessage() == "Slow query"]
     assert (record.name, record.levelname) == ("viralfx.database", "WARNING")
@@ -116,7 +117,7 @@ async def test_no_value_reaches_the_log(database: Database, records: Records) ->
             with pytest.raises(asyncpg.UniqueViolationError):
                 await connection.execute(slow, SECRET)
             with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.1):
+                async with asyncio.timeout(0.7):
                     await connection.execute(f"select '{SECRET}', pg_sleep(60)")
         await told()
         assert pool.slow_queries == 3

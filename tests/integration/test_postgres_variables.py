@@ -277,19 +277,24 @@ async def test_statement_timeout(database: Database, environ: dict[str, str], sh
 
 
 @pytest.mark.parametrize(
-    ("environ", "slow"),
+    ("environ", "seconds", "slow"),
     [
-        ({}, 0),
-        ({"DB_SLOW_QUERY_THRESHOLD": "50"}, 1),
-        ({"DB_SLOW_QUERY_THRESHOLD": "0"}, 0),
+        ({}, 0.06, 0),
+        ({}, 1.1, 1),
+        ({"DB_SLOW_QUERY_THRESHOLD": "500"}, 0.6, 1),
+        ({"DB_SLOW_QUERY_THRESHOLD": "0"}, 0.06, 0),
     ],
 )
 async def test_slow_query_threshold(
-    database: Database, caplog: pytest.LogCaptureFixture, environ: dict[str, str], slow: int
+    database: Database,
+    caplog: pytest.LogCaptureFixture,
+    environ: dict[str, str],
+    seconds: float,
+    slow: int,
 ) -> None:
     """What takes as long is logged and counted, and nothing else is."""
     async with wired(of(database, **environ)) as pool:
-        await ask(pool, "select pg_sleep(0.06)")
+        await ask(pool, f"select pg_sleep({seconds})")
         await asyncio.sleep(0)
         await asyncio.sleep(0)
 
