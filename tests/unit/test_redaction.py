@@ -8,7 +8,7 @@ import urllib.parse
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from viralfx.settings import read_settings
@@ -89,7 +89,10 @@ def test_a_secret_in_an_exception_is_replaced(*, console: bool) -> None:
         ("amqp://u:se/cret@h", "amqp://***@h"),
         ("postgres://u:p?ss#w@h", "postgres://***@h"),
         ("postgres://u:it's\"so@h", "postgres://***@h"),
+        ("postgres://u:it'!s@h", "postgres://***@h"),
         ("postgres://u@corp:hunter22@h", "postgres://***@h"),
+        (r"smb://CORP\user:hunter22@h", "smb://***@h"),
+        ("http://u:p@[::1]:80/a", "http://***@[::1]:80/a"),
         ("redis://t0ken@cache", "redis://***@cache"),
         ("https://ghp_abc@github.com/x/y.git", "https://***@github.com/x/y.git"),
         ("https://me@host:3000/a@b", "https://***@host:3000/a@b"),
@@ -123,6 +126,8 @@ def test_credentials_of_others_are_replaced(text: str, expected: str) -> None:
         "what stands before :// in user@host",
         '{"url":"http://host","mail":"a@b"}',
         '{"url":"http://host:x","mail":"a@b"}',
+        r'"{\"url\":\"http://host:x\",\"mail\":\"a@b\"}"',
+        "['http://host:x']a@b, \"http://host:x\";a@b",
         "{'url': 'http://host:x', 'mail': 'a@b'}",
         r"C:\/x a@b",
         "the bearer of news",
@@ -135,11 +140,15 @@ def test_what_is_no_credential_is_left_alone(text: str) -> None:
     assert text == Redaction([PASSWORD]).text(text)
 
 
-@given(st.text(alphabet="ab1:/@\\\"' ?#[].,*", max_size=40), st.text(alphabet="a:/@", min_size=4))
+@given(
+    st.text(alphabet="ab1:/@\\\"' ?#[].,*", max_size=40),
+    st.text(alphabet="a:/@", min_size=4, max_size=8),
+)
+@example("[a@b:1/c@d", "secret")
 def test_a_clean_text_stays_as_it_is(text: str, secret: str) -> None:
     """Cleaning it once more, as spans and lines do with what a job raised, changes nothing."""
     redaction = Redaction([secret])
-    cleaned = redaction.text(f"bearer abcd://{text}")
+    cleaned = redaction.text(f"bearer abcd x://{text}")
 
     assert cleaned == redaction.text(cleaned)
 

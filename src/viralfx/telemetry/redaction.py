@@ -22,12 +22,13 @@ _NESTED = 3
 _BEARER = re.compile(r"([Bb]earer|BEARER)\s+[\w.~+/=-]{4,}")
 _SLASHES = re.compile(r"(:\\*/\\*/)")
 """Where an address begins; some write slashes in JSON with a backslash before each."""
-_END = re.compile(r"""[\s"'](?:(?<=\s)|(?!\w))""")
-"""Where one ends for sure: a quotation mark before a letter may be one of a password."""
+_END = re.compile(r"""[\s"'](?:(?<=\s)|(?=[\s,:;)\]}\\]|$))""")
+"""Where one ends for sure: a quotation mark may be one of a password, unless it seems to close."""
 _AUTHORITY = re.compile(r"""[^\s/?#\\"'<>(),;]*""")
-_AFTER_HOST = re.compile(r"[/?#\\]|^\[")
-"""What no user has; a bracket begins an address of IPv6, which has colons of its own."""
+_AFTER_HOST = re.compile(r"[/?#]")
 _PORT = re.compile(r"[0-9]{1,5}\\*/")
+_IPV6 = re.compile(r"\[[0-9A-Fa-f:.]+\](?::[0-9]{1,5})?(?:[/?#\\]|$)")
+"""A host with colons of its own, and no user before it."""
 _ESCAPE = re.compile(r"%[0-9A-F]{2}")
 _LISTS = frozenset({"WEBHOOK_SECRET"})
 """Variables that may hold several secrets, with commas or spaces between them."""
@@ -164,6 +165,8 @@ def _without_user(address: str) -> str:
         return address
     found = _END.search(address)
     end = found.start() if found else len(address)
+    if _IPV6.match(address, 0, end):
+        return address
     user, colon, rest = address[:end].partition(":")
     # Who writes a password into an address by hand often leaves its slashes and @ as they are, so
     # it ends at the last @. Where a port stands, the @ is one of the path.
