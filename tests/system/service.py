@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +94,8 @@ class Service:
     errors: list[str] = field(default_factory=list)
     serves: bool = True
     """Whether it answers on ``port``; a worker has its management port alone."""
+    readers: Sequence[threading.Thread] = ()
+    """Those who read what it writes, until its end."""
 
     def get(self, path: str, **more: Any) -> Reply:
         """Ask the API port."""
@@ -132,9 +134,13 @@ class Service:
             raise AssertionError(f"still running: {self.output} {self.errors}") from None
 
     def logged(self, message: str) -> list[dict[str, Any]]:
-        """Return the JSON log lines with a message, those written by now included."""
-        # Lines are gathered for moments before they are written (ADR-0027), then read by a thread.
-        threading.Event().wait(0.05)
+        """Return the JSON log lines with a message: all of a process that has ended.
+
+        Those of one that runs come moments later (ADR-0027), so wait for them.
+        """
+        if self.process.poll() is not None:
+            for reader in self.readers:
+                reader.join(5)
         lines = [json.loads(line) for line in list(self.output) if line.startswith("{")]
         return [line for line in lines if line["message"] == message]
 
@@ -166,11 +172,11 @@ def running(
         text=True,
     )
     service = Service(process, port, management_port, serves=program == "serve")
-    readers = [
+    service.readers = [
         threading.Thread(target=service.output.extend, args=(process.stdout,), daemon=True),
         threading.Thread(target=service.errors.extend, args=(process.stderr,), daemon=True),
     ]
-    for reader in readers:
+    for reader in service.readers:
         reader.start()
     try:
         yield service
@@ -178,7 +184,7 @@ def running(
         if process.poll() is None:
             process.kill()
         process.wait()
-        for reader in readers:
+        for reader in service.readers:
             reader.join(5)
         for stream in (process.stdout, process.stderr):
             if stream is not None:

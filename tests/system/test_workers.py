@@ -80,7 +80,7 @@ def test_a_worker_is_probed_where_it_answers(database: Database) -> None:
 def test_what_is_in_memory_is_told(database: Database) -> None:
     """Beside Postgres the cache alone: jobs are in Postgres."""
     with api(environment_of(database)) as service:
-        (told,) = service.logged("Data in memory ends with this process")
+        (told,) = wait_for(lambda: service.logged("Data in memory ends with this process"))
 
     assert told["inMemory"] == "cache"
 
@@ -98,7 +98,8 @@ def test_a_worker_of_one_queue_leaves_the_others(database: Database) -> None:
             until(service, job_id, "completed")
 
         assert job(service, left)["state"] == "waiting"
-        assert process.logged("Working")[0]["queues"] == "analytics,default"
+        (working,) = wait_for(lambda: process.logged("Working"))
+    assert working["queues"] == "analytics,default"
 
 
 def test_a_worker_that_is_told_to_stop_hands_its_jobs_back(database: Database) -> None:
