@@ -85,6 +85,10 @@ def test_precedence(
         f"00-{TRACE}-00f067aa0ba902b7-01\n",
         f" {PARENT}",
         f"0x-{TRACE}-00f067aa0ba902b7-01",
+        f"ff-{TRACE}-00f067aa0ba902b7-01",
+        f"00-{TRACE}-{'0' * 16}-01",
+        f"{PARENT}-extra",
+        f"{PARENT}-",
     ],
 )
 def test_without_any_valid_id_a_new_one_is_made(parent: str | None) -> None:
@@ -97,9 +101,11 @@ def test_without_any_valid_id_a_new_one_is_made(parent: str | None) -> None:
 
 def test_later_version_of_trace_parent_may_have_more_fields() -> None:
     """A field that a later version appends is ignored, as W3C asks."""
-    parent = f"01-{TRACE}-00f067aa0ba902b7-01-extra"
-
-    assert choose_correlation_id(None, None, parent) == TRACE
+    for version in ("01", "0f", "f0", "fe"):
+        parent = f"{version}-{TRACE}-00f067aa0ba902b7-01"
+        assert choose_correlation_id(None, None, parent) == TRACE
+        assert choose_correlation_id(None, None, f"{parent}-extra") == TRACE
+        assert choose_correlation_id(None, None, f"{parent}extra") != TRACE
 
 
 @given(st.text(), st.text(), st.text())

@@ -8,8 +8,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 _VALID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII).fullmatch
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?").fullmatch
-_NO_TRACE = "0" * 32
+_TRACEPARENT = re.compile(
+    r"(?!ff)(?:(00)|(?!00)[0-9a-f]{2})"
+    r"-(?!0{32})(?P<trace>[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+    # Only versions to come may have more.
+    r"(?(1)|(?:-.*)?)"
+).fullmatch
 
 _MOST_OF_A_USER_ID = 128
 
@@ -46,8 +50,7 @@ def is_correlation_id(text: str) -> bool:
 
 def is_traceparent(text: str) -> bool:
     """Tell whether a text is a W3C ``traceparent`` that names a trace."""
-    match = _TRACEPARENT(text)
-    return match is not None and match[1] != _NO_TRACE
+    return _TRACEPARENT(text) is not None
 
 
 def choose_correlation_id(
@@ -63,9 +66,7 @@ def choose_correlation_id(
     if request_id is not None and _VALID(request_id):
         return request_id
     if traceparent is not None and (match := _TRACEPARENT(traceparent)):
-        trace_id = match[1]
-        if trace_id != _NO_TRACE:
-            return trace_id
+        return match["trace"]
     return new_correlation_id()
 
 

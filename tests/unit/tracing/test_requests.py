@@ -15,6 +15,7 @@ from tests.unit.tracing.conftest import Finished
 from viralfx.domain.correlation import bind_correlation_id, new_correlation_id
 from viralfx.telemetry.tracing.provider import make_provider
 from viralfx.telemetry.tracing.requests import TracedRequests
+from viralfx.web.correlation import correlation_id_of
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
@@ -192,7 +193,9 @@ def test_a_caller_s_trace_goes_on(provider: TracerProvider, finished: Finished) 
         [("traceparent", f"00-{TRACE.upper()}-{PARENT}-01")],
         [("traceparent", f"00-{TRACE}-{PARENT}-01-more")],
         [("traceparent", "x" * 60_000)],
+        [("traceparent", f" {TRACEPARENT}")],
         [("traceparent", TRACEPARENT), ("traceparent", TRACEPARENT)],
+        [("traceparent", TRACEPARENT), ("traceparent", ""), ("traceparent", TRACEPARENT)],
         [("tracestate", "a=1")],
     ],
 )
@@ -202,12 +205,26 @@ def test_a_malformed_parent_is_none(
     caplog: pytest.LogCaptureFixture,
     headers: list[tuple[str, str]],
 ) -> None:
-    """The request begins a trace of its own, and nobody logs a word."""
+    """The request begins a trace of its own, by whose id it is known; and nobody logs a word."""
     with caplog.at_level(logging.DEBUG):
-        ask(provider, App(), *headers)
+        asked = [(name.encode(), value.encode()) for name, value in headers]
+        correlation_id = correlation_id_of(asked)
+        ask(provider, App(), *headers, correlation_id=correlation_id)
 
-    assert only(finished()).parent is None
+    span = only(finished())
+    assert span.parent is None
+    assert span.context is not None
+    assert f"{span.context.trace_id:032x}" == correlation_id != TRACE
     assert [record for record in caplog.records if record.name != "asyncio"] == []
+
+
+def test_a_version_to_come_is_followed(provider: TracerProvider, finished: Finished) -> None:
+    """And its additional fields are none of ours."""
+    ask(provider, App(), ("traceparent", f"01-{TRACE}-{PARENT}-01-more"))
+
+    parent = only(finished()).parent
+    assert parent is not None
+    assert f"{parent.trace_id:032x}" == TRACE
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from opentelemetry.context import Context
 from opentelemetry.trace import SpanContext, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from viralfx.domain.correlation import is_traceparent
+
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 
 NOTHING = Context()
@@ -24,7 +26,7 @@ _MEMBER = re.compile(
 
 def remote_parent(traceparents: Sequence[str], tracestates: Sequence[str] = ()) -> Context:
     """Return the context of a caller; one without a span where it says nothing that can be read."""
-    if len(traceparents) != 1:
+    if len(traceparents) != 1 or not is_traceparent(traceparents[0]):
         return NOTHING
     carrier = {TRACEPARENT: traceparents[0]}
     if tracestates and (state := _readable(",".join(tracestates))):

@@ -67,8 +67,8 @@ def idempotency_key(request: AnyRequest) -> str | None:
 
 def traceparent(request: AnyRequest) -> str | None:
     """Return the trace that a request belongs to, if it says so rightly."""
-    given = request.headers.get("traceparent")
-    return given if given is not None and is_traceparent(given) else None
+    given = request.headers.getall("traceparent", [])
+    return given[0] if len(given) == 1 and is_traceparent(given[0]) else None
 
 
 def cursor_of(text: str | None) -> str | None:
