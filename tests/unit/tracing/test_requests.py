@@ -295,8 +295,11 @@ def test_without_a_sample_only_the_trace_is_known(
 
 
 def test_only_requests_are_traced(provider: TracerProvider, finished: Finished) -> None:
-    """Lifespans and WebSockets pass through."""
-    ask(provider, App(None), kind="lifespan")
-    ask(provider, App(None), kind="websocket")
+    """Lifespans and WebSockets pass through, and are no part of a request that was before."""
+    app = App(None)
+    with provider.get_tracer("test").start_as_current_span("the connection's last request"):
+        ask(provider, app, kind="lifespan")
+        ask(provider, app, kind="websocket")
 
-    assert finished() == ()
+    assert only(finished()).name == "the connection's last request"
+    assert [inside.is_valid for inside, _ in app.inside] == [False, False]

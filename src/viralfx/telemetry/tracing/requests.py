@@ -50,6 +50,8 @@ class TracedRequests:
         """Serve one connection's scope; only requests are traced."""
         # No coroutine of its own: most requests are not recorded, and need none.
         if scope["type"] != "http":
+            # A server may begin it in the context of the connection's last request, which is over.
+            attach(NOTHING)
             return self._app(scope, receive, send)
         span = self._begin(scope)
         # For the rest of this task, as the correlation id is: who measures and logs the request
