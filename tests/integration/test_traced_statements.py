@@ -95,6 +95,15 @@ async def test_no_row_is_in_a_trace_of_what_went_wrong(
     provider.force_flush()
     failed = [span for span in told(memory) if span.events]
 
+    assert [(span.attributes or {})["error.type"] for span in failed] == [
+        "UniqueViolationError",
+        "DataError",
+        "RaiseError",
+    ]
+    assert {str((span.attributes or {})["db.operation.name"]) for span in failed} == {
+        "INSERT",
+        "DO",
+    }
     assert [span.status.description for span in failed] == [
         "UniqueViolationError",
         "DataError",

@@ -142,6 +142,12 @@ async def test_a_command_has_no_arguments(provider: TracerProvider, finished: Fi
     assert (one.name, attributes_of(one)["db.query.text"]) == ("SET", "SET ? ?")
     assert (two.name, attributes_of(two)["db.query.text"]) == ("GET", "GET ?")
     assert three.name == "PIPELINE"
+    assert [attributes_of(span)["db.operation.name"] for span in (one, two, three)] == [
+        "SET",
+        "GET",
+        "PIPELINE",
+    ]
+    assert {attributes_of(span)["error.type"] for span in (one, two, three)} == {"ConnectionError"}
     assert set(attributes_of(three)["db.query.text"].split("\n")[:500]) == {"SET ? ?"}
 
 

@@ -222,6 +222,7 @@ def test_a_webhook_tells_its_receiver_of_the_trace(
     assert attributes.get("http.response.status_code") == status
     assert attributes.get("error.type") == error
     assert attributes["server.address"] == "hooks.example"
+    assert attributes["url.full"] == "https://hooks.example:8443/"
     assert "hunter2" not in span.to_json()
 
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import TypeAlias
 
 from opentelemetry.sdk.trace import Event, ReadableSpan
-from opentelemetry.trace import Link, Status
+from opentelemetry.trace import Link, Status, StatusCode
 from opentelemetry.util.types import AnyValue
 
 from viralfx.telemetry.tracing.error_texts import (
@@ -70,10 +70,12 @@ class Cleaning:
             status = Status(status.status_code, self.text(description)[: self._longest])
         name = span.name
         scope = None if span.instrumentation_scope is None else span.instrumentation_scope.name
-        if scope == _POSTGRES:
-            name = _name_of_statement(name, attributes)
-        elif scope == _REDIS:
-            name = _without_arguments(name, attributes)
+        if scope in {_POSTGRES, _REDIS}:
+            called = _statement if scope == _POSTGRES else _command
+            name, operation = called(name, attributes)
+            attributes.setdefault("db.operation.name", operation)
+            if (kind := _error_of(span)) is not None:
+                attributes.setdefault("error.type", kind)
         return ReadableSpan(
             name=self._name(name)[:_LONGEST_NAME],
             context=span.context,
@@ -152,24 +154,39 @@ def _texts_of_error(attributes: Mapping[str, AnyValue]) -> dict[str, str]:
     return texts
 
 
-def _name_of_statement(name: str, attributes: Mapping[str, AnyValue]) -> str:
-    """Return the first keyword: what precedes the first space may go on with a value."""
+def _error_of(span: ReadableSpan) -> str | None:
+    """Return the class of the error that a failed span ended with, if it saw one."""
+    if span.status.status_code is not StatusCode.ERROR or not span.events:
+        return None
+    kind = (span.events[-1].attributes or {}).get("exception.type")
+    return None if kind is None else str(kind).rpartition(".")[2]
+
+
+def _statement(name: str, attributes: Mapping[str, AnyValue]) -> tuple[str, str]:
+    """Return how a statement's span is called, and the statement: both by its keyword alone.
+
+    What precedes the first space may go on with a value.
+    """
     statement = next((attributes[key] for key in _STATEMENTS if key in attributes), "")
     found = _KEYWORD.search(str(statement)) or _KEYWORD.match(name.removeprefix(_CURSOR))
     word = "postgresql" if found is None else found[0]
-    return f"{_CURSOR}{word}" if name.startswith(_CURSOR) else word
+    return f"{_CURSOR}{word}" if name.startswith(_CURSOR) else word, word
 
 
-def _without_arguments(name: str, attributes: dict[str, AnyValue]) -> str:
-    """Take out what a command's own text holds of its arguments, and return the span's name."""
+def _command(name: str, attributes: dict[str, AnyValue]) -> tuple[str, str]:
+    """Take a command's arguments out of its text; returns how the span is called, and the command.
+
+    That is the first word: all may be given as one text. A pipeline has no end of them.
+    """
     pipeline = "db.redis.pipeline_length" in attributes
     for key in _STATEMENTS:
         if isinstance(text := attributes.get(key), str):
             commands = text.split("\n") if pipeline else [text]
-            attributes[key] = "\n".join(map(_command, commands))
-    return "PIPELINE" if pipeline else _command(name).partition(" ")[0] or "redis"
+            attributes[key] = "\n".join(map(_without_arguments, commands))
+    word = "PIPELINE" if pipeline else _without_arguments(name).partition(" ")[0] or "redis"
+    return word, word
 
 
-def _command(text: str) -> str:
-    first, *arguments = text.split() or [""]
+def _without_arguments(command: str) -> str:
+    first, *arguments = command.split() or [""]
     return " ".join([first, *("?" for _ in arguments)])

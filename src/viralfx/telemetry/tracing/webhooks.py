@@ -28,6 +28,7 @@ class TracedSender:
         attributes: dict[str, str | int] = {
             "http.request.method": "POST",
             "url.scheme": destination.scheme,
+            "url.full": f"{destination.scheme}://{destination.authority}/",
             "server.address": destination.host,
             "server.port": destination.port,
             "http.request.body.size": len(body),
