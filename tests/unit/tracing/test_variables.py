@@ -3,11 +3,15 @@
 import os
 
 import pytest
+from opentelemetry.instrumentation.asyncpg import AsyncPGInstrumentor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from redis.asyncio import Redis
 
 from viralfx.domain.errors import ConfigurationError
 from viralfx.settings import read_settings
 from viralfx.telemetry.redaction import Redaction, secrets_of
 from viralfx.telemetry.tracing import start_tracing
+from viralfx.telemetry.tracing.databases import trace_asyncpg, trace_redis
 from viralfx.telemetry.tracing.provider import make_provider
 from viralfx.telemetry.tracing.variables import is_wanted, problems, secrets, uses_grpc
 
@@ -182,3 +186,19 @@ def test_every_problem_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         start_tracing(instance="here", environment="test")
     assert len(raised.value.problems) == 2
     assert "OTEL_SEMCONV_STABILITY_OPT_IN" not in os.environ
+
+
+def test_variables_are_as_they_were(
+    monkeypatch: pytest.MonkeyPatch, memory: InMemorySpanExporter
+) -> None:
+    """Empty ones are as good as none; they are the application's, and its children's."""
+    monkeypatch.setenv("OTEL_SPAN_LINK_COUNT_LIMIT", "")
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", " ")
+    before = dict(os.environ)
+    provider, _ = make_provider(instance="here", environment="test", exporter=memory)
+    trace_asyncpg(provider)
+    trace_redis(Redis(), provider)
+    provider.shutdown()
+    AsyncPGInstrumentor().uninstrument()  # type: ignore[no-untyped-call]
+
+    assert dict(os.environ) == before

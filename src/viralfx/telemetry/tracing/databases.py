@@ -3,11 +3,14 @@
 Each is imported only by those who use the driver: it imports that.
 """
 
+import os
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeAlias
 
 from opentelemetry.trace import TracerProvider
+
+from viralfx.telemetry.tracing.variables import as_the_library_reads
 
 _Method: TypeAlias = Callable[..., Awaitable[object]]
 _Arguments: TypeAlias = tuple[Any, ...]
@@ -29,14 +32,16 @@ def trace_asyncpg(provider: TracerProvider) -> None:
     traced = partial(library._do_execute, instrumentor)  # noqa: SLF001 - no other way
     wrapped: Any = partial(_statement_first, traced)
     instrumentor._do_execute = wrapped  # type: ignore[method-assign]  # noqa: SLF001
-    instrumentor.instrument(tracer_provider=provider)
+    with as_the_library_reads(os.environ):
+        instrumentor.instrument(tracer_provider=provider)
 
 
 def trace_redis(client: Any, provider: TracerProvider) -> None:
     """Have a client of redis-py make spans."""
     from opentelemetry.instrumentation.redis import RedisInstrumentor  # noqa: PLC0415
 
-    RedisInstrumentor.instrument_client(client, tracer_provider=provider)
+    with as_the_library_reads(os.environ):
+        RedisInstrumentor.instrument_client(client, tracer_provider=provider)
 
 
 def _statement_first(

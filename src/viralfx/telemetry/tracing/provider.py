@@ -15,7 +15,12 @@ from viralfx.telemetry.tracing.cleaning import KEPT_BEYOND, LONGEST_VALUE, Clean
 from viralfx.telemetry.tracing.export import ReportingExporter, ReportingProcessor
 from viralfx.telemetry.tracing.listening import complaints
 from viralfx.telemetry.tracing.sampling import ChosenIds, WithoutOrphans
-from viralfx.telemetry.tracing.variables import problems, sampling, uses_grpc
+from viralfx.telemetry.tracing.variables import (
+    as_the_library_reads,
+    problems,
+    sampling,
+    uses_grpc,
+)
 
 SERVICE = "viralfx-backend"
 """The service's name, where OTEL_SERVICE_NAME says no other."""
@@ -47,7 +52,6 @@ def make_provider(
     wrong = list(problems(os.environ))
     if wrong:
         raise ConfigurationError(wrong)
-    _set_defaults()
     attributes = {
         "service.name": SERVICE,
         "service.version": version("viralfx"),
@@ -55,7 +59,7 @@ def make_provider(
         "deployment.environment.name": environment,
     }
     text = clean or str
-    with complaints("opentelemetry") as heard:
+    with as_the_library_reads(os.environ), complaints("opentelemetry") as heard:
         try:
             limits = SpanLimits()
             cleaning = Cleaning(clean, clean_sql, longest=_bound(limits))
@@ -119,19 +123,6 @@ def _exporter() -> SpanExporter:
     )
 
     return HttpExporter()
-
-
-def _set_defaults() -> None:
-    # By the specification an empty variable is as good as none; the SDK refuses some.
-    for name in [name for name in os.environ if name.startswith("OTEL_")]:
-        if not os.environ[name].strip():
-            del os.environ[name]
-    # The instrumentation of drivers knows them only from here.
-    for name, value in {
-        "OTEL_SEMCONV_STABILITY_OPT_IN": "http,database",
-    }.items():
-        if not os.environ.get(name):
-            os.environ[name] = value
 
 
 def _on_one_line(text: str) -> str:

@@ -5,13 +5,15 @@ nobody sees until a trace is missed; here they are problems of the start, told a
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 _GRPC, _HTTP = "grpc", "http/protobuf"
 
+_CONVENTIONS = "OTEL_SEMCONV_STABILITY_OPT_IN"
 _SAMPLERS = (
     "always_on",
     "always_off",
@@ -72,6 +74,30 @@ def sampling(environ: Mapping[str, str]) -> Sampling:
     if name.endswith("traceidratio"):
         share = float(environ.get("OTEL_TRACES_SAMPLER_ARG", "").strip() or 1.0)
     return Sampling(share=share, follows_parents=name.startswith("parentbased_"))
+
+
+@contextmanager
+def as_the_library_reads(environ: MutableMapping[str, str]) -> Iterator[None]:
+    """Have the variables within the block as the library wants them; they are the application's.
+
+    By the specification an empty variable is as good as none, and the library refuses some. The
+    instrumentation of drivers has the words of the present conventions only where a variable asks.
+    """
+    changed = {
+        name: value
+        for name, value in environ.items()
+        if name.startswith("OTEL_") and not value.strip()
+    }
+    for name in changed:
+        del environ[name]
+    present = _CONVENTIONS in environ
+    environ.setdefault(_CONVENTIONS, "http,database")
+    try:
+        yield
+    finally:
+        if not present:
+            del environ[_CONVENTIONS]
+        environ.update(changed)
 
 
 def problems(environ: Mapping[str, str]) -> Iterator[str]:
