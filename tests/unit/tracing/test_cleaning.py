@@ -1,5 +1,6 @@
 """What leaves: nothing secret, no value of a statement or a command, and all of the batch."""
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -153,10 +154,31 @@ async def test_a_command_has_no_arguments(provider: TracerProvider, finished: Fi
 
 def test_a_name_is_not_endless(provider: TracerProvider, finished: Finished) -> None:
     """Whoever gives it."""
-    provider.get_tracer("test").start_span("x" * 9000, kind=SpanKind.SERVER).end()
+    began = provider.get_tracer("test").start_span("x" * 9000, kind=SpanKind.SERVER)
+    assert isinstance(began, ReadableSpan)
+    assert len(began.name) <= 512
+    began.update_name(f"{'y' * 509} {_SECRET}")
+    began.add_event("z" * 9000)
+    began.end()
     [span] = finished()
 
-    assert span.name == "x" * 256
+    assert span.name == "y" * 256
+    assert span.events[0].name == "z" * 256
+
+
+def test_a_message_of_a_client_s_making_takes_no_time(
+    provider: TracerProvider, finished: Finished
+) -> None:
+    """Each piece of it begins as something does that is looked for, and none ends like that."""
+    span = provider.get_tracer("test").start_span("work")
+    for piece in ("Command # 1 (a ", "invalid input syntax:", "\n| DETAIL:", "\n|\n|", "://a:"):
+        span.record_exception(ValueError(piece * 100_000))
+        span.set_status(StatusCode.ERROR, piece * 100_000)
+    began = time.process_time()
+    span.end()
+    assert finished()
+
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize("before", range(40, 4200, 160))

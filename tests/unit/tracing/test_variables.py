@@ -63,6 +63,7 @@ def test_the_protocol_is_http_unless_said_otherwise() -> None:
         ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "x-key=planted%0Akey"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "api-key=good, x key=planted-key"),
         ("OTEL_EXPORTER_OTLP_HEADERS", 'api-key="planted-key"'),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "api=planted;1"),
         ("OTEL_EXPORTER_OTLP_TIMEOUT", "soon"),
         ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "-1"),
         ("OTEL_EXPORTER_OTLP_COMPRESSION", "zip"),

@@ -35,6 +35,7 @@ _OF_A_CLIENT = frozenset(
     {"url.path", "http.request.method_original", "server.address", "user_agent.original"}
 )
 _LONGEST_NAME = 256
+KEPT_OF_A_NAME = 2 * _LONGEST_NAME
 _NAMES_REMEMBERED = 1024
 _KEYWORD = re.compile(r"[A-Za-z]+")
 _CURSOR = "CURSOR: "
@@ -59,15 +60,16 @@ class Cleaning:
         self._longest = longest
         self._clean_sql = clean_sql
         # There are few, and they come with each span: to search them each time costs a multiple.
-        self._name = lru_cache(_NAMES_REMEMBERED)(self.text)
+        self._known = lru_cache(_NAMES_REMEMBERED)(self.text)
 
     def span(self, span: ReadableSpan) -> ReadableSpan:
         """Return a span without secrets, of which everything can be encoded."""
         attributes = self._attributes(span.attributes or {})
         status = span.status
         if status.description:
-            description = description_without_values(status.description)
-            status = Status(status.status_code, self.text(description)[: self._longest])
+            kept = self._longest + KEPT_BEYOND
+            description = self._cut(status.description[:kept], self._longest, kept)
+            status = Status(status.status_code, description_without_values(description))
         name = span.name
         scope = None if span.instrumentation_scope is None else span.instrumentation_scope.name
         if scope in {_POSTGRES, _REDIS}:
@@ -77,7 +79,7 @@ class Cleaning:
             if (kind := _error_of(span)) is not None:
                 attributes.setdefault("error.type", kind)
         return ReadableSpan(
-            name=self._name(name)[:_LONGEST_NAME],
+            name=self._name(name),
             context=span.context,
             parent=span.parent,
             resource=span.resource,
@@ -110,8 +112,8 @@ class Cleaning:
         return text.encode("utf-8", "backslashreplace").decode()
 
     def _attributes(self, attributes: Mapping[str, AnyValue]) -> dict[str, AnyValue]:
-        attributes = {**attributes, **_texts_of_error(attributes)}
         cleaned = {self._name(key): self._value(value, key) for key, value in attributes.items()}
+        cleaned |= _texts_of_error(cleaned)
         if self._clean_sql is not None and any(
             attributes.get(key) == "postgresql" for key in _SYSTEMS
         ):
@@ -119,6 +121,11 @@ class Cleaning:
                 if isinstance(statement := cleaned.get(key), str):
                     cleaned[key] = self._clean_sql(statement)
         return cleaned
+
+    def _name(self, name: str) -> str:
+        if len(name) <= _LONGEST_NAME:
+            return self._known(name)
+        return self._cut(name[:KEPT_OF_A_NAME], _LONGEST_NAME, KEPT_OF_A_NAME)
 
     def _value(self, value: AnyValue, key: str = "") -> AnyValue:
         match value:

@@ -15,7 +15,9 @@ _INVALID = re.compile(
     rf"(invalid input (?:syntax|value|for query argument)[^:\n]*:).*?{_REST}", re.DOTALL
 )
 """What Postgres and its driver say of a value, where others tell of it in words of their own."""
-_IN_PIPELINE = re.compile(r"(Command # \d+ \(\S+) .*?(\) of pipeline caused error)", re.DOTALL)
+_IN_PIPELINE = re.compile(
+    r"(Command # \d+ \(\S+) .{0,500}?(\) of pipeline caused error)", re.DOTALL
+)
 _UNKNOWN_COMMAND = re.compile(r"(, with args beginning with:).*")
 
 

@@ -11,7 +11,13 @@ from opentelemetry.sdk.trace.export import SpanExporter
 
 from viralfx.domain.correlation import current_correlation_id
 from viralfx.domain.errors import ConfigurationError
-from viralfx.telemetry.tracing.cleaning import KEPT_BEYOND, LONGEST_VALUE, Clean, Cleaning
+from viralfx.telemetry.tracing.cleaning import (
+    KEPT_BEYOND,
+    KEPT_OF_A_NAME,
+    LONGEST_VALUE,
+    Clean,
+    Cleaning,
+)
 from viralfx.telemetry.tracing.export import ReportingExporter, ReportingProcessor
 from viralfx.telemetry.tracing.listening import complaints
 from viralfx.telemetry.tracing.sampling import ChosenIds, WithoutOrphans
@@ -27,12 +33,15 @@ SERVICE = "viralfx-backend"
 
 
 class CorrelationIds(SpanProcessor):
-    """Puts the correlation id on every span, those of drivers included."""
+    """Puts the correlation id on every span, those of drivers included; and bounds its name."""
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:  # noqa: ARG002
         """Take in a span that begins."""
         if (correlation_id := current_correlation_id()) is not None:
             span.set_attribute("viralfx.correlation_id", correlation_id)
+        # That of a pipeline has all of its commands.
+        if len(span.name) > KEPT_OF_A_NAME:
+            span.update_name(span.name[:KEPT_OF_A_NAME])
 
 
 def make_provider(

@@ -33,7 +33,7 @@ _WHOLE_NUMBERS = (
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+").fullmatch
 _METADATA_NAME = re.compile(r"[A-Za-z0-9_.-]+").fullmatch
 _HEADER_VALUE = re.compile(r"[\x20-\x7e]*").fullmatch
-_UNQUOTED = re.compile(r'[^"\\]*').fullmatch
+_UNQUOTED = re.compile(r'[^"\\;]*').fullmatch
 _TELLING = re.compile(
     r"auth|key|token|secret|pass|team|dsn|cookie|credential|licen[cs]e", re.IGNORECASE
 ).search
