@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from tests.again import AGAIN_IF_SLOW
 
 # Each worker and each process under test reads the same modules: whatever the environment says,
 # compiling all of them each time would cost more than most tests.
@@ -19,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run a test twice more where something took too long: other processes can do that."""
     for item in items:
         if item.get_closest_marker("alone"):
-            item.add_marker(pytest.mark.flaky(reruns=2, only_rerun="TooSlowError"))
+            item.add_marker(AGAIN_IF_SLOW)
 
 
 @pytest.hookimpl(tryfirst=True)
