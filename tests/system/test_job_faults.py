@@ -140,7 +140,7 @@ def test_the_jobs_of_a_killed_worker_are_run_although_nothing_else_happens(home:
 def test_a_job_that_kills_its_workers_takes_no_other_with_it(home: Home) -> None:
     """After JOB_MAX_CRASHES it failed with code ``crashed``; what ran beside it completes."""
     # Who was beside it twice is suspected as well, and has its turn without waiting for a look.
-    environment = home.with_lease(LEASE / 2, JOB_MAX_CRASHES="3")
+    environment = home.with_lease(LEASE, JOB_MAX_CRASHES="3")
     with ExitStack() as stack:
         first = stack.enter_context(worker(environment))
         here = {"pid": first.process.pid}

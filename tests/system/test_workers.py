@@ -152,7 +152,7 @@ def test_jobs_of_a_killed_worker_are_run_elsewhere(database: Database) -> None:
             taken = job(service, job_id)
             second.process.kill()
 
-    assert took < LEASE + SWEEP + 1.0  # one second for three processes on a busy machine
+    assert took < LEASE + SWEEP + 2.0  # two seconds for three processes on a busy machine
     assert (taken["attempts"], taken["crashes"]) == (1, 1)
 
 
@@ -216,7 +216,7 @@ def test_a_job_that_kills_workers_is_given_up(database: Database) -> None:
 
 def test_the_service_may_run_jobs_in_postgres_itself(database: Database) -> None:
     """With --worker; what it has when it stops is handed back."""
-    environment = environment_of(database, SHUTDOWN_DRAIN_TIMEOUT="500")
+    environment = environment_of(database, SHUTDOWN_DRAIN_TIMEOUT="2000")
     with api(environment, "--worker") as service:
         until(service, accept(service, "parcels.echo", 1), "completed")
         held = accept(service, "parcels.wait", 600)

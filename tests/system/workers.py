@@ -7,8 +7,8 @@ from tests import forked
 from tests.servers.postgres import Database, PostgresServer
 from tests.system.service import Service, running
 
-LEASE, SWEEP = 1.0, 0.3
-"""Seconds."""
+LEASE, SWEEP = 2.0, 0.3
+"""Seconds. A shorter lease may end while a worker lives, where its machine is busy."""
 
 
 def environment_of(database: Database | PostgresServer, **more: str) -> dict[str, str]:
