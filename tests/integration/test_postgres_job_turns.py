@@ -14,7 +14,7 @@ from tests.servers.postgres import Database
 from viralfx.adapters.postgres import PostgresJobLedger
 from viralfx.domain.jobs.job import JobState, LedgerUnavailableError
 
-QUICK = 0.3
+QUICK = 1.5
 """Seconds of patience for a turn that nobody gives."""
 HEARTBEAT = "viralfx-heartbeat"
 

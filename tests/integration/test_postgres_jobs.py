@@ -134,7 +134,7 @@ async def test_what_a_claim_took_whose_caller_heard_nothing_comes_back(
     database: Database, proxy: FaultProxy
 ) -> None:
     """Its worker lives, so no sweep takes it; the worker does not name it, so it waits again."""
-    lease = 0.2
+    lease = 2.0
     async with ledger_in(database, through=proxy, patience=QUICK) as ledger:
         other = await work(ledger)
         await ledger.accept([asked := draft()])

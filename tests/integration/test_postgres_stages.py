@@ -110,7 +110,7 @@ async def test_work_that_ends_in_time_is_waited_for(database: Database) -> None:
     """It keeps its connection to the end, and the stage is not longer than the work."""
     async with opened(config_of(database)) as pool:
         stage, _ = stage_of(pool)
-        work = asyncio.create_task(ask(pool, "select pg_sleep(1.2)"))
+        work = asyncio.create_task(ask(pool, "select pg_sleep(3)"))
         await until(lambda: active(database))
         took = await timed(stage, LONG)
         await work
