@@ -288,7 +288,9 @@ def test_production_runs_in_memory_only_on_demand() -> None:
         service.wait_ready()
 
         assert service.get("/health").json()["environment"] == "production"
-    warnings = [line for line in service.output if '"warn"' in line]
+    # Not of the loop, which a busy machine may hold up.
+    told = [line for line in service.output if '"context":"loop"' not in line]
+    warnings = [line for line in told if '"warn"' in line]
     assert len(warnings) == 1
     assert "in memory" in warnings[0]
 

@@ -430,8 +430,11 @@ def test_probes_cause_no_checks() -> None:
             for path in ("/health/live", "/health/ready", "/health/detailed", "/health/planted"):
                 assert service.get(path).status == 200
         after = service.get("/attempts").json()["attempts"]
+        began = time.monotonic()
         for _ in range(20):
             assert service.get("/health/detailed?fresh=1").status == 200
+        more = int(time.monotonic() - began)  # a second after a round there may be another
         fresh = service.get("/attempts").json()["attempts"]
 
-        assert (before, after, fresh) == (1, 1, 2)
+        assert (before, after) == (1, 1)
+        assert 2 <= fresh <= 2 + more

@@ -309,10 +309,15 @@ def test_a_collector_that_fails_costs_nobody_anything(how: str) -> None:
             code, took = service.exit_code(), time.monotonic() - began
 
     assert code == 0
-    assert took < 2.5
     assert {answer.status for answer in load.answers} == {404}
-    require_quick(load.slowest("/nowhere"), 0.1, "/nowhere")
     assert grown < 20_000_000
-    told = [line for line in service.output if '"warn"' in line and "memory ends" not in line]
+    expected = ("memory ends", '"context":"loop"')  # and a loop that a busy machine holds up
+    told = [
+        line
+        for line in service.output
+        if '"warn"' in line and not any(each in line for each in expected)
+    ]
     assert len(told) == 1, told
     assert service.errors == []
+    require_quick(load.slowest("/nowhere"), 0.1, "/nowhere")
+    require_quick(took, 2.5, "the stop")

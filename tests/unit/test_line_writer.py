@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.system.service import wait_for
+from tests.system.service import percentile, wait_for
 from tests.unit.shortages import descriptors_used_up, no_more_threads
 
 from viralfx.telemetry.line_writer import LineWriter
@@ -264,12 +264,13 @@ def test_lines_of_both_kinds_are_written_soon(tmp_path: Path) -> None:
 def test_a_reader_that_stops_reading_delays_nobody_and_loses_the_latest(pipe: Pipe) -> None:
     """The queue is bounded, what does not fit is counted, and told when it can be."""
     writer = LineWriter(pipe.writer, tell_lost=lost_line, most_waiting=100_000)
-    slowest = 0.0
+    took = []
     for number in range(20_000):
         began = time.perf_counter()
         writer.write(b"line %05d\n" % number)
-        slowest = max(slowest, time.perf_counter() - began)
-    assert slowest < 0.25  # a turn of the interpreter's threads, not of the reader
+        took.append(time.perf_counter() - began)
+    # Nobody reads meanwhile: who waited for that would be one of the many, or wait for ever.
+    assert percentile(took, 0.99) < 0.01
     assert not writer.flush(0.05)
     wait_for(lambda: b"lost" in pipe.take(), what="the loss is told")
     wait_for(lambda: pipe.take() and writer.flush(0.01), what="the rest")

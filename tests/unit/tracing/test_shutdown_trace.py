@@ -75,7 +75,7 @@ def test_sending_ends_with_its_budget(
     took = asyncio.run(run())
     hang.set()
 
-    assert 0.2 < took < 0.4
+    assert 0.2 < took < 2.0  # the other of the two is at least 5 s
 
 
 async def test_the_stage_comes_last(provider: TracerProvider) -> None:
