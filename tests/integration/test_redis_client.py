@@ -202,7 +202,7 @@ async def test_a_loading_server_is_waited_for(own_redis: RedisServer) -> None:
     """Loading is not ready: the request is tried again, and the check says what is going on."""
     async with opened(own_redis) as client:
         await client.redis.set("key", "value")
-        await asyncio.to_thread(own_redis.loading, 1.0)
+        await asyncio.to_thread(own_redis.loading, 2.0)
         observation = await check_of(client).check()
 
         assert (str(observation.status), observation.code) == ("fail", "loading")

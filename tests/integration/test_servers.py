@@ -188,7 +188,7 @@ def test_redis_can_be_seen_loading(own_redis: RedisServer) -> None:
     """It accepts connections and refuses commands, then serves with its data."""
     own_redis.command("SET", "key", "kept")
 
-    own_redis.loading(1.0)
+    own_redis.loading(3.0)
     with client(own_redis) as early, pytest.raises(driver.BusyLoadingError):
         early.ping()
 
