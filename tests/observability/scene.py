@@ -16,7 +16,7 @@ from tests.servers.postgres import PostgresServer, postgres_server
 from tests.servers.prometheus import PrometheusServer, Targets
 from tests.servers.redis import RedisServer, redis_server
 from tests.system.load import Load
-from tests.system.service import Service, request, running
+from tests.system.service import Service, request, running, wait_for
 from tests.system.workers import environment_of, worker
 
 API, WORKER = "viralfx-backend", "viralfx-worker"
@@ -88,6 +88,11 @@ class Scene:
         environment = {**self._environment, **more}
         with running(*app, management=True, environment=environment) as service:
             yield service.wait_ready()
+
+    def scraped(self) -> bool:
+        """Tell whether Prometheus sees both that run, which it may find only after seconds."""
+        found = self.prometheus.ask("query", query="up == 1")["result"]
+        return {each["metric"]["job"] for each in found} == {API, WORKER}
 
     # -- what happens ----------------------------------------------------------------------------
 
@@ -194,7 +199,9 @@ def scene(*, seconds: int = 1) -> Iterator[Scene]:
         postgres = stack.enter_context(postgres_server())
         redis = stack.enter_context(redis_server())
         redis.command("CONFIG", "SET", "maxmemory", 100_000_000)
-        yield Scene(stack, postgres, redis, seconds)
+        on = Scene(stack, postgres, redis, seconds)
+        wait_for(on.scraped, seconds=60, what="all is scraped")
+        yield on
 
 
 def acting(on: Scene, *, pause: float, until: float) -> None:
