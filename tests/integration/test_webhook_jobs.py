@@ -5,6 +5,7 @@ import base64
 import hashlib
 import hmac
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import pytest
 from tests.integration.webhooks import KEYS, delivery
 from tests.servers.certificates import Certificates
 from tests.servers.receiver import Receiver, receiver, status
+from tests.servers.waiting import wait_until
 from tests.unit.doubles import Act, ActingCheck
 
 from viralfx.adapters.codec import MsgspecCodec
@@ -27,6 +29,7 @@ from viralfx.domain.jobs.tasks import TaskRegistry
 from viralfx.domain.jobs.worker import JobWorker
 from viralfx.domain.monitor import HealthMonitor
 from viralfx.worker import built_in_periodic, built_in_tasks
+from viralfx.worker.tasks import ROLLUP_PERIOD
 
 QUEUES = ["default", "notifications", "analytics"]
 
@@ -208,6 +211,8 @@ async def test_the_periodic_ones_run_by_themselves(
     secure: Receiver, certificates: Certificates
 ) -> None:
     """Once for the period under way."""
+    # Not where the next one begins meanwhile.
+    wait_until(lambda: time.time() % ROLLUP_PERIOD < ROLLUP_PERIOD - 5, what="an hour begins")
     async with system(secure, certificates) as running:
         (rollup,) = await running.jobs(1, "analytics.rollup_health")
         (prune,) = await running.jobs(1, "default.prune")
