@@ -33,7 +33,7 @@ async def test_jobs_are_counted_by_state(kept: Kept) -> None:
 
 async def test_a_scheduled_job_counts_as_waiting_when_it_is_due(kept: Kept) -> None:
     """By itself."""
-    await kept.accept(run_at=later(kept.now(), 1.0))
+    await kept.accept(run_at=later(kept.now(), 3.0))
     before = await totals(kept)
 
     async def due() -> bool:

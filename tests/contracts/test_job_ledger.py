@@ -129,7 +129,7 @@ async def test_accepting_that_is_cancelled_keeps_a_job_or_none(kept: Kept, turns
 
 async def test_a_job_is_given_when_it_is_due(kept: Kept) -> None:
     """Not before, neither by itself nor by its id."""
-    moment = later(kept.now(), 1.000001)
+    moment = later(kept.now(), 3.000001)
     asked = draft(run_at=moment)
     (accepted,) = await kept.ledger.accept([asked])
     await kept.ledger.register("w", ["default"], LONG)
