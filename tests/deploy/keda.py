@@ -1,5 +1,6 @@
 """What there may be in KEDA's resource, written after its definition, which no package brings."""
 
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -19,6 +20,7 @@ def _only(*required: str, **properties: object) -> dict[str, Any]:
     }
 
 
+_OF_ONE_NAMESPACE = re.compile(r'\{namespace="[a-z0-9-]+",')
 _NUMBER = {"type": "integer", "minimum": 1}
 _TRIGGER = _only(
     "type",
@@ -51,7 +53,15 @@ SCALED_OBJECT = _only(
     minReplicaCount=_NUMBER,
     maxReplicaCount=_NUMBER,
     pollingInterval=_NUMBER,
-    fallback=_only("failureThreshold", "replicas", failureThreshold=_NUMBER, replicas=_NUMBER),
+    fallback=_only(
+        "failureThreshold",
+        "replicas",
+        "behavior",
+        failureThreshold=_NUMBER,
+        replicas=_NUMBER,
+        # Or busy workers would be taken away while nobody knows what is due.
+        behavior={"const": "currentReplicasIfHigher"},
+    ),
     advanced=_only(
         "horizontalPodAutoscalerConfig",
         # What is in it is Kubernetes's own.
@@ -77,7 +87,7 @@ def rules_of_keda(spec: dict[str, Any]) -> Iterator[str]:
     for trigger in spec.get("triggers", ()):
         query = trigger.get("metadata", {}).get("query", "")
         # One number is asked for, and more are an error there; busy workers are needed, too.
-        if query != proven_query():
+        if _OF_ONE_NAMESPACE.sub("{", query) != proven_query():
             yield f"it asks for {query}"
         if found := _unknown(query):
             yield f"nobody measures {found}"

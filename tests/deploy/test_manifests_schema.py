@@ -8,7 +8,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 from kubernetes_validate.utils import all_versions
-from tests.deploy.keda import SCALED_OBJECT
+from tests.deploy.keda import SCALED_OBJECT, rules_of_keda
 from tests.deploy.manifests import OVERLAYS, RENDERED, Resource, of_kind, render
 from tests.servers.fixtures import or_skip
 
@@ -92,3 +92,15 @@ def test_a_field_that_keda_does_not_know_is_refused(path: str) -> None:
 
     with pytest.raises(jsonschema.ValidationError, match="colour"):
         jsonschema.validate(spec, SCALED_OBJECT)
+
+
+def test_kedas_query_may_be_for_one_namespace_of_several() -> None:
+    """As its comment says; another condition would leave out jobs that are due."""
+    spec = copy.deepcopy(next(scaled_objects())["spec"])
+    metadata = spec["triggers"][0]["metadata"]
+    query = metadata["query"]
+
+    metadata["query"] = query.replace("{", '{namespace="shop",')
+    assert list(rules_of_keda(spec)) == []
+    metadata["query"] = query.replace("{", '{queue="default",')
+    assert list(rules_of_keda(spec)) == [f"it asks for {metadata['query']}"]
