@@ -63,7 +63,7 @@ def test_the_configuration_and_the_rules_are_accepted() -> None:
     said = judged("check", "config", "prometheus.yml")
 
     assert "SUCCESS: prometheus.yml is valid prometheus config file syntax" in said
-    assert "SUCCESS: 23 rules found" in said
+    assert "SUCCESS: 24 rules found" in said
 
 
 def test_the_rules_do_what_their_tests_say() -> None:
