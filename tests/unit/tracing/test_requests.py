@@ -295,11 +295,32 @@ def test_without_a_sample_only_the_trace_is_known(
 
 
 def test_only_requests_are_traced(provider: TracerProvider, finished: Finished) -> None:
-    """Lifespans and WebSockets pass through, and are no part of a request that was before."""
+    """Lifespans and WebSockets pass through, in the trace of a host that is around them."""
     app = App(None)
-    with provider.get_tracer("test").start_as_current_span("the connection's last request"):
+    with provider.get_tracer("test").start_as_current_span("the host's own"):
         ask(provider, app, kind="lifespan")
         ask(provider, app, kind="websocket")
 
-    assert only(finished()).name == "the connection's last request"
-    assert [inside.is_valid for inside, _ in app.inside] == [False, False]
+    span = only(finished())
+    assert [inside for inside, _ in app.inside] == [span.context] * 2
+
+
+@pytest.mark.parametrize("sampler", ["always_on", "always_off"])
+def test_a_websocket_is_no_part_of_the_request_before(
+    monkeypatch: pytest.MonkeyPatch, memory: InMemorySpanExporter, sampler: str
+) -> None:
+    """In whose context a server may begin it, when both come by one connection."""
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
+    provider, _ = make_provider(instance="here", environment="test", exporter=memory)
+    app = App(None)
+    traced = TracedRequests(app, provider.get_tracer("test"), provider.sampler)  # type: ignore[arg-type]
+
+    async def connection() -> None:
+        request = {"type": "http", "method": "GET", "path": "/", "http_version": "1.1"}
+        await traced({**request, "headers": []}, None, None)  # type: ignore[arg-type]
+        await traced({"type": "websocket"}, None, None)  # type: ignore[arg-type]
+
+    asyncio.run(connection())
+    provider.shutdown()
+
+    assert [inside.is_valid for inside, _ in app.inside] == [True, False]

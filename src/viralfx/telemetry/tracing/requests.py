@@ -17,6 +17,7 @@ from opentelemetry.trace import (
     StatusCode,
     TraceFlags,
     Tracer,
+    get_current_span,
 )
 from opentelemetry.trace.propagation import set_span_in_context
 
@@ -50,8 +51,9 @@ class TracedRequests:
         """Serve one connection's scope; only requests are traced."""
         # No coroutine of its own: most requests are not recorded, and need none.
         if scope["type"] != "http":
-            # A server may begin it in the context of the connection's last request, which is over.
-            attach(NOTHING)
+            # A server may begin it in the context of the connection's last request.
+            if scope["type"] == "websocket" and _is_over(get_current_span()):
+                attach(NOTHING)
             return self._app(scope, receive, send)
         span = self._begin(scope)
         # For the rest of this task, as the correlation id is: who measures and logs the request
@@ -160,6 +162,10 @@ class _Dropped(NonRecordingSpan):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.get_span_context()!r})"
+
+
+def _is_over(span: Span) -> bool:
+    return isinstance(span, _Dropped) or getattr(span, "end_time", None) is not None
 
 
 def _particulars(scope: _Scope) -> dict[str, str | int]:
