@@ -3,8 +3,10 @@
 import os
 
 import pytest
+from opentelemetry import trace
 from opentelemetry.instrumentation.asyncpg import AsyncPGInstrumentor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.util._once import Once
 from redis.asyncio import Redis
 
 from viralfx.domain.errors import ConfigurationError
@@ -14,6 +16,7 @@ from viralfx.telemetry.tracing import start_tracing
 from viralfx.telemetry.tracing.databases import trace_asyncpg, trace_redis
 from viralfx.telemetry.tracing.provider import make_provider
 from viralfx.telemetry.tracing.variables import is_wanted, problems, secrets, uses_grpc
+from viralfx.telemetry.tracing.wiring import Tracing
 
 ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318"}
 
@@ -73,6 +76,7 @@ def test_the_protocol_is_http_unless_said_otherwise() -> None:
         ("OTEL_BSP_EXPORT_TIMEOUT", "1.5"),
         ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4096"),
         ("OTEL_TRACES_SAMPLER", "sometimes"),
+        ("OTEL_PYTHON_TRACER_PROVIDER", "nobody_s"),
     ],
 )
 def test_a_bad_value_is_a_problem(name: str, value: str) -> None:
@@ -84,11 +88,12 @@ def test_a_bad_value_is_a_problem(name: str, value: str) -> None:
 
 
 def test_grpc_tells_no_user_and_fewer_names() -> None:
-    """It would take the user for a part of the host, and each export would fail at the name."""
+    """It would take the user for a part of the host, and each export would fail at the header."""
     grpc = {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
     for name, value in {
         "OTEL_EXPORTER_OTLP_ENDPOINT": "http://user:planted@localhost:4317",
         "OTEL_EXPORTER_OTLP_HEADERS": "x~key=planted",
+        "OTEL_EXPORTER_OTLP_TRACES_HEADERS": "x-key=planted-caf%C3%A9",
     }.items():
         assert list(problems({**ENDPOINT, name: value})) == []
         (problem,) = problems({**ENDPOINT, **grpc, name: value})
@@ -97,21 +102,35 @@ def test_grpc_tells_no_user_and_fewer_names() -> None:
 
 
 def test_keys_and_passwords_of_exporters_are_secrets() -> None:
-    """Whatever they are for; but not the word by which a tenant is known in every line."""
+    """Whatever they are for."""
     environ = {
-        "OTEL_EXPORTER_OTLP_HEADERS": "authorization=Bearer%20short, x-scope-orgid=default",
-        "OTEL_EXPORTER_OTLP_TRACES_HEADERS": "x-ingest=0123456789abcdef%3D",
+        "OTEL_EXPORTER_OTLP_HEADERS": "authorization=Bearer%20short",
+        "OTEL_EXPORTER_OTLP_TRACES_HEADERS": "x-ingest=0123456789abcdef%3D, apikey=abcd",
         "OTEL_EXPORTER_OTLP_LOGS_ENDPOINT": "https://user:p%40ss@host/v1/logs",
-        "OTEL_EXPORTER_OTLP_ENDPOINT": "https://host/v1",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "https://host/v1?zone=north&api_key=ab%2Bcd#part",
         "OTEL_RESOURCE_ATTRIBUTES": "token=none",
     }
 
     found = set(secrets(environ))
     assert found == {
         *("Bearer%20short", "Bearer short", "short"),
-        *("0123456789abcdef%3D", "0123456789abcdef="),
+        *("0123456789abcdef%3D", "0123456789abcdef=", "abcd"),
         *("user:p%40ss", "user:p@ss", "p%40ss", "p@ss"),
+        *("ab%2Bcd", "ab+cd"),
     }
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *("x-scope-orgid=default", "x-team=payments", "x-zone=north", "x-passage=open"),
+        *("content-type=application/x-protobuf", "user-agent=OTel-OTLP-Exporter-Python/1.39"),
+        *("x-honeycomb-dataset=shop-in-production", "x-secret-name=shop-in-production"),
+    ],
+)
+def test_words_of_every_log_are_no_secrets(header: str) -> None:
+    """They would be masked wherever they stand."""
+    assert list(secrets({"OTEL_EXPORTER_OTLP_HEADERS": header})) == []
 
 
 def test_they_are_in_no_line_of_the_log_either(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,3 +222,17 @@ def test_variables_are_as_they_were(
     AsyncPGInstrumentor().uninstrument()  # type: ignore[no-untyped-call]
 
     assert dict(os.environ) == before
+
+
+def test_an_empty_variable_names_no_provider(
+    monkeypatch: pytest.MonkeyPatch, memory: InMemorySpanExporter
+) -> None:
+    """By the specification; the library looks for one of that name, and finds none."""
+    monkeypatch.setenv("OTEL_PYTHON_TRACER_PROVIDER", "")
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", None)
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER_SET_ONCE", Once())
+    tracing = Tracing(*make_provider(instance="here", environment="test", exporter=memory))
+    tracing.make_global()
+
+    assert trace.get_tracer_provider() is tracing.provider
+    tracing.provider.shutdown()

@@ -8,12 +8,14 @@ import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, unquote_plus, urlsplit
 
 _GRPC, _HTTP = "grpc", "http/protobuf"
 
 _CONVENTIONS = "OTEL_SEMCONV_STABILITY_OPT_IN"
+_PROVIDER = "OTEL_PYTHON_TRACER_PROVIDER"
 _SAMPLERS = (
     "always_on",
     "always_off",
@@ -32,15 +34,22 @@ _WHOLE_NUMBERS = (
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+").fullmatch
 _METADATA_NAME = re.compile(r"[A-Za-z0-9_.-]+").fullmatch
-_HEADER_VALUE = re.compile(r"[\x20-\x7e]*").fullmatch
+_METADATA_VALUE = re.compile(r"[\x20-\x7e]*").fullmatch
+_HEADER_VALUE = re.compile(r"[\x20-\x7e\xa0-\xff]*").fullmatch
 _UNQUOTED = re.compile(r'[^"\\;]*').fullmatch
-_TELLING = re.compile(
-    r"auth|key|token|secret|pass|team|dsn|cookie|credential|licen[cs]e", re.IGNORECASE
+_OF_SECRETS = re.compile(
+    r"(^|[^a-z])(auth|authorization|cookie|credentials?|dsn|(api)?key|licen[cs]e|pass|passw(or)?d"
+    r"|pwd|secret|sig|signature|token)($|[^a-z])",
+    re.IGNORECASE,
 ).search
-"""Names of headers that say of a value of any length that it is a secret."""
+"""Words in names of headers and parameters by which a value of any length is a secret."""
+_OF_NO_SECRETS = re.compile(
+    r"(^|[^a-z])(agent|dataset|name|namespace|org|orgid|tenant|type)($|[^a-z])", re.IGNORECASE
+).search
+"""Those by which it is none: Content-Type, User-Agent, X-Scope-OrgID, X-Honeycomb-Dataset."""
 _LEAST_OF_A_TOKEN = 16
-"""Characters from which on a value is taken for a secret, whatever its header is called: others are
-names of tenants and of data sets, which are words of every log."""
+"""Characters from which on a value is taken for a secret where its name says nothing: others are
+names of teams and zones, which are words of every log."""
 
 
 def is_wanted(environ: Mapping[str, str]) -> bool:
@@ -127,12 +136,15 @@ def problems(environ: Mapping[str, str]) -> Iterator[str]:
             yield f"{name}: there is no file {path}"
     yield from _numbers(environ)
     yield from _sampling(environ)
+    provider = environ.get(_PROVIDER, "").strip()
+    if provider and not entry_points(group="opentelemetry_tracer_provider", name=provider):
+        yield f"{_PROVIDER}: {provider!r} is not installed; leave it out, and this one traces"
 
 
 def secrets(environ: Mapping[str, str]) -> Iterator[str]:
     """Yield what must not be told of how telemetry is sent, also of what others in here send.
 
-    That are values of headers, which mostly are keys, and passwords in addresses.
+    That are values of headers, which mostly are keys, and in addresses passwords and queries.
     """
     for variable, value in environ.items():
         if not variable.startswith("OTEL_EXPORTER_OTLP_"):
@@ -142,12 +154,28 @@ def secrets(environ: Mapping[str, str]) -> Iterator[str]:
                 for secret in {text, unquote(text)}:
                     # What comes before a space is the scheme, as Bearer.
                     word = secret.rpartition(" ")[2]
-                    if len(word) >= _LEAST_OF_A_TOKEN or _TELLING(name):
+                    if _is_secret(unquote(name), word):
                         yield from {secret, word}
-        elif variable.endswith("_ENDPOINT") and "@" in value:
-            user = value.rpartition("@")[0].rpartition("://")[2]
-            password = user.partition(":")[2]
-            yield from {user, password, unquote(user), unquote(password)} - {""}
+        elif variable.endswith("_ENDPOINT"):
+            yield from _in_address(value)
+
+
+def _in_address(address: str) -> Iterator[str]:
+    if "@" in address:
+        user = address.rpartition("@")[0].rpartition("://")[2]
+        password = user.partition(":")[2]
+        yield from {user, password, unquote(user), unquote(password)} - {""}
+    for pair in address.partition("#")[0].partition("?")[2].split("&"):
+        name, _, value = pair.partition("=")
+        for secret in {value, unquote_plus(value)}:
+            if _is_secret(unquote_plus(name), secret):
+                yield secret
+
+
+def _is_secret(name: str, value: str) -> bool:
+    if _OF_NO_SECRETS(name):
+        return False
+    return len(value) >= _LEAST_OF_A_TOKEN or bool(value and _OF_SECRETS(name))
 
 
 def _pairs(headers: str) -> list[tuple[str, str]]:
@@ -161,11 +189,13 @@ def _pairs(headers: str) -> list[tuple[str, str]]:
 def _headers(environ: Mapping[str, str]) -> Iterator[str]:
     # The library would show the value, which mostly is a key.
     variable, headers = _of_traces(environ, "HEADERS")
-    named = _METADATA_NAME if uses_grpc(environ) else _HEADER_NAME
+    named, valued = _HEADER_NAME, _HEADER_VALUE
+    if uses_grpc(environ):
+        named, valued = _METADATA_NAME, _METADATA_VALUE
     for number, (name, value) in enumerate(_pairs(headers), 1):
         if not named(unquote(name)):
             yield f"{variable}: the header at place {number} is no name=value"
-        elif not _UNQUOTED(value) or not _HEADER_VALUE(unquote(value)):
+        elif not _UNQUOTED(value) or not valued(unquote(value)):
             yield f"{variable}: the value at place {number} has characters that no header may have"
 
 

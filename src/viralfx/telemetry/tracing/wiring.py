@@ -1,5 +1,6 @@
 """Everything that traces, made of one provider, and how it is left."""
 
+import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from viralfx.telemetry.tracing.jobs import TracedJobs
 from viralfx.telemetry.tracing.requests import TracedRequests
 from viralfx.telemetry.tracing.sampling import WithoutOrphans
 from viralfx.telemetry.tracing.shutdown import FlushTraces, ShutdownTrace
+from viralfx.telemetry.tracing.variables import as_the_library_reads
 from viralfx.telemetry.tracing.webhooks import TracedSender
 
 _Scope = MutableMapping[str, Any]
@@ -70,5 +72,7 @@ class Tracing:
 
     def make_global(self) -> None:
         """Have the application's own code trace with this, where nobody else provides."""
-        if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        with as_the_library_reads(os.environ):
+            other = trace.get_tracer_provider()
+        if isinstance(other, trace.ProxyTracerProvider):
             trace.set_tracer_provider(self.provider)
