@@ -217,7 +217,7 @@ def test_statements_and_commands_are_children_of_their_request(
 
 
 def test_no_secret_is_in_a_trace() -> None:
-    """Although a task puts some into its error."""
+    """Although a task puts some into its error, of which the class is told."""
     secrets = {"API_TOKEN": "planted-api-token", "TASK_MODULES": "tests.system.module_tasks"}
     with (
         http_collector() as collector,
@@ -238,7 +238,7 @@ def test_no_secret_is_in_a_trace() -> None:
         service.exit_code()
 
     assert name == "viralfx.job.attempt_failed"
-    assert event["exception.message"] == "*** at postgres://***@db/shop"
+    assert set(event) == {"viralfx.job.attempt", "error.type", "viralfx.job.delay"}
     assert "planted" not in repr(collector.spans)
 
 

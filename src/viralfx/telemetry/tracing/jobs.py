@@ -16,7 +16,6 @@ from viralfx.domain.jobs.observing import Ended
 from viralfx.telemetry.tracing.context import NOTHING, is_sampled, remote_parent, traceparent_of
 
 _SYSTEM = "viralfx"
-_LONGEST_MESSAGE = 1024
 
 
 class TracedJobs:
@@ -106,10 +105,10 @@ class _Execution:
         if error is None:
             span.add_event("viralfx.job.handed_back")
             return
+        # Its message may quote a row; the log and the job itself have it.
         event: dict[str, str | float] = {
             "viralfx.job.attempt": self._claim.attempt,
             "error.type": error.code,
-            "exception.message": error.message[:_LONGEST_MESSAGE],
         }
         if settlement.delay is not None:
             event["viralfx.job.delay"] = settlement.delay
