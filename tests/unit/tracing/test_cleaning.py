@@ -27,6 +27,7 @@ from viralfx.telemetry.tracing.provider import make_provider
 
 _SECRET = "planted-secret"
 _POSTGRES = "opentelemetry.instrumentation.asyncpg"
+_REDIS = "opentelemetry.instrumentation.redis"
 _ELSEWHERE = SpanContext(1, 2, is_remote=True, trace_flags=TraceFlags(1))
 
 
@@ -102,6 +103,34 @@ def test_a_statement_has_no_values(
     assert attributes_of(span)[text] == "SELECT * FROM users WHERE email = ?"
 
 
+@pytest.mark.parametrize("secret", ["postgresql", "text", "query"])
+def test_a_secret_that_is_a_word_of_the_conventions_hides_no_value(
+    memory: InMemorySpanExporter, secret: str
+) -> None:
+    """Of a system by its name, of an attribute by its key."""
+    provider, _ = make_provider(
+        instance="here",
+        environment="test",
+        exporter=memory,
+        clean=Redaction([secret]).text,
+        clean_sql=clean_statement,
+    )
+    attributes: dict[str, str | bool] = {
+        "db.system.name": "postgresql",
+        "db.query.text": f"SELECT '{secret}', 'planted'",
+        f"of {secret}": True,
+    }
+    provider.get_tracer("test").start_span("work", attributes=attributes).end()
+    provider.shutdown()
+    [span] = memory.get_finished_spans()
+
+    assert attributes_of(span) == {
+        "db.system.name": "postgresql",
+        "db.query.text": "SELECT ?, ?",
+        "of ***": True,
+    }
+
+
 @pytest.mark.parametrize(
     ("statement", "first", "name"),
     [
@@ -152,6 +181,18 @@ async def test_a_command_has_no_arguments(provider: TracerProvider, finished: Fi
     assert set(attributes_of(three)["db.query.text"].split("\n")[:500]) == {"SET ? ?"}
 
 
+def test_a_search_has_no_values(provider: TracerProvider, finished: Finished) -> None:
+    """What the driver's instrumentation tells of one is what was looked for, and what was found."""
+    span = provider.get_tracer(_REDIS).start_span("redis.search")
+    for key in ("query", "xdoc_7.email"):
+        span.set_attribute(f"redis.search.{key}", "planted")
+    span.set_attribute("redis.search.total", 1)
+    span.end()
+    [search] = finished()
+
+    assert attributes_of(search) == {"redis.search.total": 1, "db.operation.name": "redis.search"}
+
+
 def test_a_name_is_not_endless(provider: TracerProvider, finished: Finished) -> None:
     """Whoever gives it."""
     began = provider.get_tracer("test").start_span("x" * 9000, kind=SpanKind.SERVER)
@@ -171,7 +212,10 @@ def test_a_message_of_a_client_s_making_takes_no_time(
 ) -> None:
     """Each piece of it begins as something does that is looked for, and none ends like that."""
     span = provider.get_tracer("test").start_span("work")
-    for piece in ("Command # 1 (a ", "invalid input syntax:", "\n| DETAIL:", "\n|\n|", "://a:"):
+    for piece in (
+        *("Command # 1 (a ", "invalid input syntax:", "invalid input syntax ", "\n| DETAIL:"),
+        *("\n|\n|", "\\nDETAIL: ", "://a:"),
+    ):
         span.record_exception(ValueError(piece * 100_000))
         span.set_status(StatusCode.ERROR, piece * 100_000)
     began = time.process_time()
@@ -216,3 +260,22 @@ def test_a_limit_of_the_variables_is_kept(
     [work] = memory.get_finished_spans()
 
     assert attributes_of(work) == {"long": "x" * 100, "short": "x" * 100}
+
+
+def test_a_limit_of_spans_is_none_of_events(
+    monkeypatch: pytest.MonkeyPatch, memory: InMemorySpanExporter
+) -> None:
+    """By the specification they have one of their own."""
+    monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "10")
+    provider, _ = make_provider(instance="here", environment="test", exporter=memory)
+    span = provider.get_tracer("test").start_span("work")
+    span.set_attribute("long", "x" * 5000)
+    span.add_event("happened", {"long": "x" * 5000})
+    span.set_status(StatusCode.ERROR, "x" * 5000)
+    span.end()
+    provider.shutdown()
+    [work] = memory.get_finished_spans()
+
+    assert attributes_of(work) == {"long": "x" * 10}
+    assert (work.events[0].attributes or {}) == {"long": "x" * LONGEST_VALUE}
+    assert work.status.description == "x" * LONGEST_VALUE

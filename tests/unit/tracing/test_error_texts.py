@@ -3,6 +3,7 @@
 import pytest
 from asyncpg import exceptions as pg
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.trace import StatusCode
 from redis.exceptions import ResponseError
 from tests.unit.tracing.conftest import Finished
 
@@ -29,6 +30,10 @@ def fail(provider: TracerProvider, error: BaseException) -> None:
         provider.get_tracer("test").start_as_current_span("work"),
     ):
         raise error
+
+
+class DataError(Exception):
+    """An application's own, by the name of one of the driver's."""
 
 
 def texts(span: ReadableSpan) -> tuple[str, str, str]:
@@ -81,6 +86,30 @@ def test_what_another_error_tells_of_it_is_without_the_row(
     assert "planted" not in repr((one, several))
 
 
+def test_an_error_of_another_s_with_such_a_name_is_told(
+    provider: TracerProvider, finished: Finished
+) -> None:
+    """It is no error of Postgres."""
+    fail(provider, DataError("column 3 is missing"))
+    message, _, status = texts(*finished())
+
+    assert (message, status) == ("column 3 is missing", "DataError: column 3 is missing")
+
+
+def test_a_status_without_an_error_is_told_by_its_name(
+    provider: TracerProvider, finished: Finished
+) -> None:
+    """Where a span was not to record it, nothing says which class it was of."""
+    tracer = provider.get_tracer("test")
+    with (
+        pytest.raises(pg.RaiseError),
+        tracer.start_as_current_span("work", record_exception=False),
+    ):
+        raise pg.RaiseError("planted")
+
+    assert finished()[0].status.description == "RaiseError"
+
+
 def test_what_the_driver_says_itself_is_kept(provider: TracerProvider, finished: Finished) -> None:
     """It is about connections, and helps."""
     fail(provider, pg.InterfaceError("pool is closing"))
@@ -119,7 +148,18 @@ def test_an_error_of_redis_shows_no_arguments(
 @pytest.mark.parametrize(
     ("said", "kept"),
     [
-        (str(twice()), 'duplicate key value violates unique constraint "users_email_key"'),
+        (
+            str(twice()),
+            'duplicate key value violates unique constraint "users_email_key"\nDETAIL: ...',
+        ),
+        (
+            f"not stored: {str(twice())!r}",
+            (
+                r"not stored: 'duplicate key value violates unique constraint "
+                r'"users_email_key"\nDETAIL: ...'
+            ),
+        ),
+        (repr([repr(str(twice()))]), None),
         (
             "invalid input for query argument $1: 'planted",
             "invalid input for query argument $1: ...",
@@ -130,12 +170,15 @@ def test_an_error_of_redis_shows_no_arguments(
         ),
     ],
 )
-def test_an_error_of_a_job_shows_no_row(
-    provider: TracerProvider, finished: Finished, said: str, kept: str
+def test_an_error_in_somebody_s_words_shows_no_row(
+    provider: TracerProvider, finished: Finished, said: str, kept: str | None
 ) -> None:
     """Of which class it was is not known of it."""
     with provider.get_tracer("test").start_as_current_span("process") as span:
-        span.add_event("viralfx.job.attempt_failed", {"exception.message": said})
-    [event] = finished()[0].events
+        span.add_event("went wrong", {"exception.message": said})
+        span.set_status(StatusCode.ERROR, said)
+    [work] = finished()
+    message = str((work.events[0].attributes or {})["exception.message"])
 
-    assert (event.attributes or {})["exception.message"] == kept
+    assert "planted" not in work.to_json()
+    assert kept is None or (message, work.status.description) == (kept, kept)

@@ -37,6 +37,13 @@ _OF_A_CLIENT = frozenset(
 _LONGEST_NAME = 256
 KEPT_OF_A_NAME = 2 * _LONGEST_NAME
 _NAMES_REMEMBERED = 1024
+_OF_CONVENTIONS = (
+    *("client.", "db.", "error.", "exception.", "http.", "messaging.", "network.", "server."),
+    *("url.", "user_agent.", "viralfx."),
+)
+"""How keys begin that are nobody's own: they stay, although a password may be a word of them."""
+_SEARCHED = ("redis.search.query", "redis.search.xdoc_", "redis.create_index.")
+"""What is said of arguments and answers of one module of Redis, whose values those are."""
 _KEYWORD = re.compile(r"[A-Za-z]+")
 _CURSOR = "CURSOR: "
 
@@ -50,34 +57,37 @@ class Cleaning:
         clean_sql: Clean | None = None,
         *,
         longest: int = LONGEST_VALUE,
+        longest_of_span: int | None = None,
     ) -> None:
         """``clean`` takes secrets out of any text, ``clean_sql`` the values out of statements.
 
-        ``longest`` is how many characters of an attribute may leave, of which ``KEPT_BEYOND`` more
-        are kept until then.
+        ``longest`` is how many characters of an attribute may leave, ``longest_of_span`` is the
+        same for those of the span itself, where it differs. Spans that come have ``KEPT_BEYOND``
+        more of each.
         """
         self._clean = clean
         self._longest = longest
+        self._longest_of_span = longest if longest_of_span is None else longest_of_span
         self._clean_sql = clean_sql
         # There are few, and they come with each span: to search them each time costs a multiple.
         self._known = lru_cache(_NAMES_REMEMBERED)(self.text)
 
     def span(self, span: ReadableSpan) -> ReadableSpan:
         """Return a span without secrets, of which everything can be encoded."""
-        attributes = self._attributes(span.attributes or {})
-        status = span.status
+        attributes = self._attributes(span.attributes or {}, self._longest_of_span)
+        status, kind = span.status, _kind_of_error(span)
         if status.description:
             kept = self._longest + KEPT_BEYOND
-            description = self._cut(status.description[:kept], self._longest, kept)
-            status = Status(status.status_code, description_without_values(description))
+            description = self._cut(status.description[:kept], self._longest)
+            status = Status(status.status_code, description_without_values(description, kind))
         name = span.name
         scope = None if span.instrumentation_scope is None else span.instrumentation_scope.name
         if scope in {_POSTGRES, _REDIS}:
             called = _statement if scope == _POSTGRES else _command
             name, operation = called(name, attributes)
             attributes.setdefault("db.operation.name", operation)
-            if (kind := _error_of(span)) is not None:
-                attributes.setdefault("error.type", kind)
+            if kind is not None and status.status_code is StatusCode.ERROR:
+                attributes.setdefault("error.type", kind.rpartition(".")[2])
         return ReadableSpan(
             name=self._name(name),
             context=span.context,
@@ -87,13 +97,14 @@ class Cleaning:
             events=[
                 Event(
                     self._name(event.name),
-                    self._attributes(event.attributes or {}),
+                    self._attributes(event.attributes or {}, self._longest),
                     event.timestamp,
                 )
                 for event in span.events
             ],
             links=[
-                Link(link.context, self._attributes(link.attributes or {})) for link in span.links
+                Link(link.context, self._attributes(link.attributes or {}, self._longest))
+                for link in span.links
             ],
             kind=span.kind,
             status=status,
@@ -111,62 +122,71 @@ class Cleaning:
         # Half a surrogate, which any client's JSON may hold, would cost the whole batch.
         return text.encode("utf-8", "backslashreplace").decode()
 
-    def _attributes(self, attributes: Mapping[str, AnyValue]) -> dict[str, AnyValue]:
-        cleaned = {self._name(key): self._value(value, key) for key, value in attributes.items()}
-        cleaned |= _texts_of_error(cleaned)
-        if self._clean_sql is not None and any(
-            attributes.get(key) == "postgresql" for key in _SYSTEMS
-        ):
-            for key in _STATEMENTS:
-                if isinstance(statement := cleaned.get(key), str):
-                    cleaned[key] = self._clean_sql(statement)
-        return cleaned
+    def _attributes(self, attributes: Mapping[str, AnyValue], longest: int) -> dict[str, AnyValue]:
+        # A secret may be a word of what is looked up, so it is looked up as it was.
+        clean_sql = self._clean_sql
+        if not any(attributes.get(key) == "postgresql" for key in _SYSTEMS):
+            clean_sql = None
+        cleaned: dict[str, AnyValue] = {}
+        for key, value in attributes.items():
+            if key in _SYSTEMS:
+                cleaned[key] = value
+            elif key in _STATEMENTS and clean_sql is not None and isinstance(value, str):
+                # The secrets of a statement come last: masked, they may end a literal.
+                cleaned[key] = self._cut(value, longest, first=clean_sql)
+            elif key.startswith(_OF_CONVENTIONS):
+                cleaned[key] = self._value(value, longest, key)
+            else:
+                cleaned[self._name(key)] = self._value(value, longest)
+        return cleaned | _texts_of_error(cleaned, attributes.get("exception.type"))
 
     def _name(self, name: str) -> str:
         if len(name) <= _LONGEST_NAME:
             return self._known(name)
-        return self._cut(name[:KEPT_OF_A_NAME], _LONGEST_NAME, KEPT_OF_A_NAME)
+        kept = KEPT_OF_A_NAME - _LONGEST_NAME
+        return self._cut(name[:KEPT_OF_A_NAME], _LONGEST_NAME, kept)
 
-    def _value(self, value: AnyValue, key: str = "") -> AnyValue:
+    def _value(self, value: AnyValue, longest: int, key: str = "") -> AnyValue:
         match value:
             case str():
-                if key in _OF_A_CLIENT:
-                    return self._cut(value, LONGEST_OF_A_CLIENT, KEPT_OF_A_CLIENT)
-                return self._cut(value, self._longest, self._longest + KEPT_BEYOND)
+                if key in _OF_A_CLIENT and longest > LONGEST_OF_A_CLIENT:
+                    kept = KEPT_OF_A_CLIENT - LONGEST_OF_A_CLIENT
+                    return self._cut(value, LONGEST_OF_A_CLIENT, kept)
+                return self._cut(value, longest)
             case list() | tuple():
-                return [self._value(each) for each in value]
+                return [self._value(each, longest) for each in value]
             case Mapping():
-                return {self._name(key): self._value(each) for key, each in value.items()}
+                return {self._name(key): self._value(each, longest) for key, each in value.items()}
             case bytes():
                 return self.text(value.decode("latin-1")).encode("latin-1", "replace")
             case _:
                 return value
 
-    def _cut(self, text: str, longest: int, kept: int) -> str:
-        cleaned = self.text(text)
-        if len(text) >= kept:
+    def _cut(
+        self, text: str, longest: int, beyond: int = KEPT_BEYOND, *, first: Clean | None = None
+    ) -> str:
+        cleaned = self.text(text if first is None else first(text))
+        if len(text) >= longest + beyond:
             # Its end was cut, and may be the beginning of a secret.
-            cleaned = cleaned[: max(0, len(cleaned) - (kept - longest))]
+            cleaned = cleaned[: max(0, len(cleaned) - beyond)]
         return cleaned[:longest]
 
 
-def _texts_of_error(attributes: Mapping[str, AnyValue]) -> dict[str, str]:
+def _texts_of_error(attributes: Mapping[str, AnyValue], kind: AnyValue) -> dict[str, str]:
     """Return those of an exception's attributes that may quote values, without them."""
     texts: dict[str, str] = {}
     for key in ("exception.message", "exception.stacktrace"):
         if isinstance(text := attributes.get(key), str):
             texts[key] = without_values(text)
-    if texts and is_said_by_postgres(str(attributes.get("exception.type"))):
+    if texts and is_said_by_postgres(str(kind)):
         texts["exception.message"] = ""
     return texts
 
 
-def _error_of(span: ReadableSpan) -> str | None:
-    """Return the class of the error that a failed span ended with, if it saw one."""
-    if span.status.status_code is not StatusCode.ERROR or not span.events:
-        return None
-    kind = (span.events[-1].attributes or {}).get("exception.type")
-    return None if kind is None else str(kind).rpartition(".")[2]
+def _kind_of_error(span: ReadableSpan) -> str | None:
+    """Return the class of the error that a span saw last, with its module."""
+    kind = (span.events[-1].attributes or {}).get("exception.type") if span.events else None
+    return None if kind is None else str(kind)
 
 
 def _statement(name: str, attributes: Mapping[str, AnyValue]) -> tuple[str, str]:
@@ -190,6 +210,8 @@ def _command(name: str, attributes: dict[str, AnyValue]) -> tuple[str, str]:
         if isinstance(text := attributes.get(key), str):
             commands = text.split("\n") if pipeline else [text]
             attributes[key] = "\n".join(map(_without_arguments, commands))
+    for key in [key for key in attributes if key.startswith(_SEARCHED)]:
+        del attributes[key]
     word = "PIPELINE" if pipeline else _without_arguments(name).partition(" ")[0] or "redis"
     return word, word
 

@@ -5,14 +5,15 @@ import sys
 
 _REST = r"(?=\n[ |]*\n[ |]*(?:The above exception was|During handling of the above)|\n[ |]*\+-|\Z)"
 """What follows an error's text in a traceback: another traceback, or nothing."""
-_DETAIL = re.compile(rf"(?:^|\n)[ |]*DETAIL:.*?{_REST}", re.DOTALL)
+_DETAIL = re.compile(rf"((?:\b|(?<=\\n))DETAIL:).*?{_REST}", re.DOTALL)
+"""Where an error is shown as Python writes it, the line before ends with ``\\n``."""
 _SAID = re.compile(
     # What the driver itself says of its connections holds no values.
     rf"^([ |]*asyncpg\.exceptions\.(?!_base\.InterfaceError:)[\w.]+): .*?{_REST}",
     re.DOTALL | re.MULTILINE,
 )
 _INVALID = re.compile(
-    rf"(invalid input (?:syntax|value|for query argument)[^:\n]*:).*?{_REST}", re.DOTALL
+    rf"(invalid input (?:syntax|value|for query argument)[^:\n]{{0,200}}:).*?{_REST}", re.DOTALL
 )
 """What Postgres and its driver say of a value, where others tell of it in words of their own."""
 _IN_PIPELINE = re.compile(
@@ -22,25 +23,35 @@ _UNKNOWN_COMMAND = re.compile(r"(, with args beginning with:).*")
 
 
 def is_said_by_postgres(kind: str) -> bool:
-    """Tell whether an error, called with its module or without, is one whose text quotes values.
+    """Tell whether an error, called with its module, is one whose text quotes values.
 
     It may be about them, as the one of a key that exists, or be a procedure's own words.
     """
-    name = kind.rpartition(".")[2]
-    exceptions = sys.modules.get("asyncpg.exceptions")
-    return name.endswith("Error") and name != "InterfaceError" and hasattr(exceptions, name)
+    module, _, name = kind.rpartition(".")
+    return module.partition(".")[0] == "asyncpg" and _quotes(name)
 
 
 def without_values(text: str) -> str:
     """Return the text of an error, or of a traceback, without the values in it."""
     text = _SAID.sub(r"\1", text)
-    text = _DETAIL.sub("", text)
+    text = _DETAIL.sub(r"\1 ...", text)
     text = _INVALID.sub(r"\1 ...", text)
     text = _IN_PIPELINE.sub(r"\1 ...\2", text)
     return _UNKNOWN_COMMAND.sub(r"\1 ...", text)
 
 
-def description_without_values(description: str) -> str:
-    """Return the description of a status: that of an exception begins with what it is called."""
-    kind = description.partition(":")[0]
-    return kind if is_said_by_postgres(kind) else without_values(description)
+def description_without_values(description: str, kind: str | None = None) -> str:
+    """Return the description of a status: that of an exception begins with what it is called.
+
+    ``kind`` is that of the exception, called with its module, if the span tells of one.
+    """
+    name = description.partition(":")[0]
+    known = kind is not None and kind.rpartition(".")[2] == name
+    if is_said_by_postgres(str(kind)) if known else _quotes(name):
+        return name
+    return without_values(description)
+
+
+def _quotes(name: str) -> bool:
+    exceptions = sys.modules.get("asyncpg.exceptions")
+    return name.endswith("Error") and name != "InterfaceError" and hasattr(exceptions, name)

@@ -71,7 +71,8 @@ def make_provider(
     with as_the_library_reads(os.environ), complaints("opentelemetry") as heard:
         try:
             limits = SpanLimits()
-            cleaning = Cleaning(clean, clean_sql, longest=_bound(limits))
+            longest, of_span = _bound(limits)
+            cleaning = Cleaning(clean, clean_sql, longest=longest, longest_of_span=of_span)
             reporting, provider = _make(attributes, limits, exporter, cleaning)
         except Exception as error:
             # Whatever it is, it comes of the variables: nothing else has a say in it.
@@ -101,23 +102,27 @@ def _make(
     reporting = ReportingExporter(
         exporter or _exporter(),
         cleaning=cleaning,
-        cuts={limits.max_attribute_length or 0},
+        cuts={limits.max_attribute_length or 0, limits.max_span_attribute_length or 0},
     )
     provider.add_span_processor(CorrelationIds())
     provider.add_span_processor(ReportingProcessor(reporting))
     return reporting, provider
 
 
-def _bound(limits: SpanLimits) -> int:
-    """Have attributes bounded where no variable does it; returns how much of one may leave."""
+def _bound(limits: SpanLimits) -> tuple[int, int]:
+    """Have attributes bounded where no variable does it.
+
+    Returns how much of one may leave: of those of events and links, and of those of spans.
+    """
     longest = limits.max_attribute_length
     if longest is None:
         longest = LONGEST_VALUE
     of_span = limits.max_span_attribute_length
-    if of_span is not None:
-        longest = min(longest, of_span)
-    limits.max_attribute_length = limits.max_span_attribute_length = longest + KEPT_BEYOND
-    return longest
+    if of_span is None:
+        of_span = longest
+    limits.max_attribute_length = longest + KEPT_BEYOND
+    limits.max_span_attribute_length = of_span + KEPT_BEYOND
+    return longest, of_span
 
 
 def _exporter() -> SpanExporter:
