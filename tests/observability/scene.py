@@ -15,8 +15,9 @@ from tests.servers.ports import free_port
 from tests.servers.postgres import PostgresServer, postgres_server
 from tests.servers.prometheus import PrometheusServer, Targets
 from tests.servers.redis import RedisServer, redis_server
+from tests.servers.waiting import wait_until
 from tests.system.load import Load
-from tests.system.service import Service, request, running, wait_for
+from tests.system.service import Service, request, running
 from tests.system.workers import environment_of, worker
 
 API, WORKER = "viralfx-backend", "viralfx-worker"
@@ -200,7 +201,7 @@ def scene(*, seconds: int = 1) -> Iterator[Scene]:
         redis = stack.enter_context(redis_server())
         redis.command("CONFIG", "SET", "maxmemory", 100_000_000)
         on = Scene(stack, postgres, redis, seconds)
-        wait_for(on.scraped, seconds=60, what="all is scraped")
+        wait_until(on.scraped, seconds=60, what="all is scraped")
         yield on
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from tests.system.service import wait_for
+from tests.servers.waiting import wait_until
 
 _V1, _V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 
@@ -43,7 +43,7 @@ def control_group() -> Iterator[ControlGroup]:
             pytest.skip("the memory controller is not there for new control groups")
         yield ControlGroup(path, file)
     finally:
-        wait_for(lambda: _removed(path), what="the control group is empty")
+        wait_until(lambda: _removed(path), what="the control group is empty")
 
 
 def _removed(path: Path) -> bool:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from tests.system.service import Service, wait_for
+from tests.servers.waiting import wait_until
+from tests.system.service import Service
 
 JOBS = "/api/v1/jobs"
 
@@ -28,6 +29,6 @@ def until(service: Service, job_id: str, state: str, *, seconds: float = 20.0) -
         shown = job(service, job_id)
         return shown if shown["state"] == state else None
 
-    found = wait_for(look, seconds=seconds, what=f"job {job_id} {state}")
+    found = wait_until(look, seconds=seconds, what=f"job {job_id} {state}")
     assert found is not None
     return found

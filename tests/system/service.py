@@ -9,27 +9,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from tests.servers.ports import free_port
+from tests.servers.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
-T = TypeVar("T")
-
-
-def wait_for(look: Callable[[], T], *, seconds: float = 20.0, what: str = "condition") -> T:
-    """Look until what is seen is true; fail with ``what`` after the deadline."""
-    deadline, pause = time.monotonic() + seconds, threading.Event()
-    while True:
-        if seen := look():
-            return seen
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds:g} s: {what}")
-        pause.wait(0.01)
 
 
 @dataclass(frozen=True)
@@ -114,10 +103,11 @@ class Service:
             return None
 
     def wait_ready(self) -> "Service":
-        """Return once readiness says yes."""
-        wait_for(
+        """Return once readiness says yes; on a busy machine a start takes long."""
+        wait_until(
             lambda: self.process.poll() is not None or self.status("/health/ready") == 200,
-            what=f"ready; {self.output} {self.errors}",
+            seconds=60,
+            what=lambda: f"ready; {self.output} {self.errors}",
         )
         assert self.process.poll() is None, f"ended early: {self.output} {self.errors}"
         return self

@@ -11,8 +11,9 @@ import pytest
 from tests import forked
 from tests.servers.postgres import PostgresServer, postgres_server
 from tests.servers.redis import RedisServer
+from tests.servers.waiting import wait_until
 from tests.system.load import Load
-from tests.system.service import Service, running, wait_for
+from tests.system.service import Service, running
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
@@ -120,7 +121,7 @@ def test_the_guides_filters_print_what_it_says(
     """Each jq filter of the guide, run on a real answer, healthy and with both servers gone."""
     times = {"HEALTH_CHECK_INTERVAL": "500", "DB_HEALTH_CHECK_INTERVAL": "500"}
     with serving(talkative, own_redis, **times) as service:
-        wait_for(
+        wait_until(
             lambda: service.get("/health/database").json()["details"]["stats"]["totalConnections"],
             what="counts after the pool was opened",
         )
@@ -128,9 +129,9 @@ def test_the_guides_filters_print_what_it_says(
         talkative.freeze()
         own_redis.freeze()
         try:
-            wait_for(lambda: service.status("/health/detailed") == 503, what="unhealthy")
-            wait_for(lambda: service.status("/health/redis") == 503, what="both are gone")
-            wait_for(lambda: service.status("/health/queues") == 503, what="nothing is counted")
+            wait_until(lambda: service.status("/health/detailed") == 503, what="unhealthy")
+            wait_until(lambda: service.status("/health/redis") == 503, what="both are gone")
+            wait_until(lambda: service.status("/health/queues") == 503, what="nothing is counted")
             failing = service.get("/health/detailed").json()
         finally:
             talkative.thaw()
@@ -168,7 +169,7 @@ def test_details_ask_each_backend_once_a_second_at_most(
         before, began = asked.questions(), time.monotonic()
         rates = {"/health/detailed?fresh=1": 150.0, "/health/detailed": 150.0}
         with Load(service.port, rates) as load:
-            wait_for(lambda: time.monotonic() > began + 5, what="five seconds of it")
+            wait_until(lambda: time.monotonic() > began + 5, what="five seconds of it")
         seconds = time.monotonic() - began
         after = asked.questions()
 
@@ -186,10 +187,10 @@ def test_an_idle_service_asks_once_an_interval(
     times = {"HEALTH_CHECK_INTERVAL": "1000", "DB_HEALTH_CHECK_INTERVAL": "1000"}
     with serving(talkative, own_redis, **times) as service:
         asked = Asked(talkative, own_redis)
-        wait_for(lambda: asked.questions()[1] > 1, what="it has settled")
+        wait_until(lambda: asked.questions()[1] > 1, what="it has settled")
         before, began = asked.everything(), time.monotonic()
         with Load(service.port, {"/health/ready": 50.0, "/health/detailed": 50.0}):
-            wait_for(lambda: time.monotonic() > began + 5, what="five seconds of it")
+            wait_until(lambda: time.monotonic() > began + 5, what="five seconds of it")
         seconds = time.monotonic() - began
         after = asked.everything()
 

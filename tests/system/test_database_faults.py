@@ -9,8 +9,9 @@ import psutil
 import pytest
 from tests import forked
 from tests.servers.postgres import PostgresServer
+from tests.servers.waiting import wait_until
 from tests.system.load import Load, require_quick
-from tests.system.service import Prober, Service, command, running, wait_for
+from tests.system.service import Prober, Service, command, running
 
 from viralfx.adapters.postgres.schema import REVISIONS
 
@@ -84,17 +85,17 @@ def test_probes_stay_quick_and_tell_the_truth(own_postgres: PostgresServer, faul
     with serving(own_postgres) as service:
         rates = {"/query": 140.0, "/health/live": 30.0, "/health/ready": 30.0}
         with Load(service.port, rates) as load, Prober(service.port, "/health/ready") as ready:
-            wait_for(lambda: len(load.of("/query")) > 200, what="traffic")
+            wait_until(lambda: len(load.of("/query")) > 200, what="traffic")
             began = time.monotonic()
             begin(own_postgres)
-            wait_for(lambda: ready.seen[-1].status == 503, what="not ready")
-            wait_for(lambda: time.monotonic() > began + 4, what="four seconds of it")
+            wait_until(lambda: ready.seen[-1].status == 503, what="not ready")
+            wait_until(lambda: time.monotonic() > began + 4, what="four seconds of it")
             lost = service.logged("Database connection lost")
             end(own_postgres)
             ended = time.monotonic()
-            wait_for(lambda: ready.seen[-1].status == 200, what="ready again")
+            wait_until(lambda: ready.seen[-1].status == 200, what="ready again")
             again = time.monotonic()
-            wait_for(
+            wait_until(
                 lambda: any(a.status == 200 for a in load.of("/query", since=again)), what="answers"
             )
         assert service.process.poll() is None
@@ -122,17 +123,17 @@ def test_a_restart_is_survived(own_postgres: PostgresServer) -> None:
     with serving(own_postgres) as service:
         rates = {"/query": 140.0, "/health/live": 30.0, "/health/ready": 30.0}
         with Load(service.port, rates) as load:
-            wait_for(lambda: len(load.of("/query")) > 200, what="traffic")
+            wait_until(lambda: len(load.of("/query")) > 200, what="traffic")
             own_postgres.restart()
             up = time.monotonic()
-            wait_for(
+            wait_until(
                 lambda: any(a.status == 200 for a in load.of("/query", since=up)), what="answers"
             )
-            wait_for(
+            wait_until(
                 lambda: service.get("/health/database").json()["status"] == "pass", what="healthy"
             )
             healthy = time.monotonic()
-            wait_for(lambda: len(load.of("/health/ready", since=healthy)) > 30, what="probes")
+            wait_until(lambda: len(load.of("/health/ready", since=healthy)) > 30, what="probes")
         assert service.process.poll() is None
         print(  # noqa: T201 - the timeline, for whoever wonders why it failed
             f"restarted: healthy again {healthy - up:.2f} s after it was up, p99 live"
@@ -171,19 +172,19 @@ def test_nothing_leaks_in_fifty_cycles(own_postgres: PostgresServer, fault: str)
         def state() -> tuple[int, int, int]:
             return process.num_fds(), sessions(), service.get("/tasks").json()["tasks"]
 
-        wait_for(lambda: sessions() >= 3, what="pool and check are connected")
+        wait_until(lambda: sessions() >= 3, what="pool and check are connected")
         before = state()
         for _ in range(50):
             begin(own_postgres)
-            wait_for(lambda: service.status("/health/ready") == 503, what="not ready")
+            wait_until(lambda: service.status("/health/ready") == 503, what="not ready")
             end(own_postgres)
-            wait_for(lambda: service.status("/health/ready") == 200, what="ready again")
+            wait_until(lambda: service.status("/health/ready") == 200, what="ready again")
         # What was cut is gone once the server noticed it, too.
-        wait_for(
+        wait_until(
             lambda: all(now <= then for now, then in zip(state(), before, strict=True)),
             what=f"no more than {before}",
         )
-        wait_for(
+        wait_until(
             lambda: len(service.logged("Database connection restored")) >= 50, what="all is logged"
         )
         assert len(service.logged("Database connection lost")) == 50
@@ -197,7 +198,7 @@ def test_an_exhausted_pool_is_a_warning(own_postgres: PostgresServer) -> None:
     with serving(own_postgres, **small) as service:
         rates = {"/slow-query/30": 4.0, "/health/ready": 30.0, "/health/detailed": 30.0}
         with Load(service.port, rates) as load:
-            wait_for(
+            wait_until(
                 lambda: service.get("/health/database").json()["status"] == "warn",
                 what="a warning",
             )
@@ -208,7 +209,7 @@ def test_an_exhausted_pool_is_a_warning(own_postgres: PostgresServer) -> None:
             assert stats["waitingRequests"] >= 1
             assert f"{stats['waitingRequests']} wait" in seen["message"]
             assert service.get("/health/detailed").json()["status"] == "degraded"
-            wait_for(lambda: service.logged("Slow query"), what="a slow query")
+            wait_until(lambda: service.logged("Slow query"), what="a slow query")
             running_longest = own_postgres.execute(
                 "SELECT max(extract(epoch FROM now() - query_start)) FROM pg_stat_activity"
                 " WHERE query LIKE '%pg_sleep%' AND pid <> pg_backend_pid() AND state = 'active'"
@@ -237,8 +238,8 @@ def test_a_schema_that_is_behind_is_not_ready_and_says_why(own_postgres: Postgre
             seen = service.get("/health/database")
             return seen.status == 503 and seen.json()["error"]["code"] == "schema_behind"
 
-        wait_for(lambda: service.status("/health/live") == 200, what="alive")
-        wait_for(behind, what="looked at")
+        wait_until(lambda: service.status("/health/live") == 200, what="alive")
+        wait_until(behind, what="looked at")
         ready, check = service.get("/health/ready"), service.get("/health/database").json()
         assert ready.status == 503
         assert ready.json()["checks"]["database"] is False
@@ -247,7 +248,7 @@ def test_a_schema_that_is_behind_is_not_ready_and_says_why(own_postgres: Postgre
         )
         result = command("migrate", environment={"DATABASE_URL": own_postgres.url()})
         assert result.returncode == 0, result.stderr
-        wait_for(lambda: service.status("/health/ready") == 200, what="ready")
+        wait_until(lambda: service.status("/health/ready") == 200, what="ready")
 
 
 def test_wrong_credentials_end_the_start_after_all_attempts(own_postgres: PostgresServer) -> None:
@@ -258,7 +259,7 @@ def test_wrong_credentials_end_the_start_after_all_attempts(own_postgres: Postgr
         "DB_RECONNECT_DELAY": "700",
     }
     with running(environment=environment) as service:
-        wait_for(lambda: service.status("/health/live") == 200, what="alive while it tries")
+        wait_until(lambda: service.status("/health/live") == 200, what="alive while it tries")
         assert service.status("/health/ready") == 503
         assert service.exit_code() == 3
         attempts = service.logged("Database connection attempt failed")

@@ -11,9 +11,9 @@ import pytest
 from tests.servers.fixtures import or_skip
 from tests.servers.postgres import PostgresServer, postgres_server
 from tests.servers.redis import RedisServer, redis_server
+from tests.servers.waiting import wait_until
 from tests.system.drills.cluster import BACKEND, Cluster
 from tests.system.drills.drill import QUICK, Drill, clients
-from tests.system.service import wait_for
 from tests.system.workers import environment_of
 
 # The first one may have to fetch promtool.
@@ -173,7 +173,7 @@ def locked(database: PostgresServer) -> Iterator[None]:
     thread = threading.Thread(target=asyncio.run, args=(hold(),))
     thread.start()
     try:
-        wait_for(held.is_set, what="the row is locked")
+        wait_until(held.is_set, what="the row is locked")
         yield
     finally:
         over.set()

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 from tests.servers.postgres import Database, PostgresServer
+from tests.servers.waiting import wait_until
 from tests.system.drills.cluster import BACKEND, BESIDE, WORKER, Cluster
 from tests.system.drills.drill import QUICK, Drill
 from tests.system.jobs import JOBS
-from tests.system.service import Service, wait_for
+from tests.system.service import Service
 from tests.system.workers import environment_of
 
 # The first one may have to fetch promtool.
@@ -46,14 +47,14 @@ def age(database: Database) -> None:
     )
 
 
-def wait_until(service: Service, job_id: str, state: str) -> None:
+def wait_for_job(service: Service, job_id: str, state: str) -> None:
     """Wait until a job is in a state."""
 
     def is_there() -> bool:
         shown = service.get(f"{JOBS}/{job_id}", headers=ALLOWED).json()
         return bool(shown["state"] == state)
 
-    wait_for(is_there, what=f"job {job_id} {state}")
+    wait_until(is_there, what=f"job {job_id} {state}")
 
 
 def test_a_backlog(cluster: Cluster, database: Database, tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_a_backlog(cluster: Cluster, database: Database, tmp_path: Path) -> None
     drill = Drill("ViralFXQueueBacklog", cluster, API_TOKEN="planted-token")
     (backend,) = cluster.processes(BACKEND)
     slow = accept(cluster, str(told))
-    wait_until(backend, slow, "active")
+    wait_for_job(backend, slow, "active")
     for _ in range(12):
         accept(cluster)
     age(database)
@@ -72,7 +73,7 @@ def test_a_backlog(cluster: Cluster, database: Database, tmp_path: Path) -> None
     drill.remedy()
     drill.end()
     told.touch()
-    wait_until(backend, slow, "completed")
+    wait_for_job(backend, slow, "completed")
 
 
 def test_nobody_works(cluster: Cluster, database: Database) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from tests.servers.postgres import Database
 from tests.servers.redis import RedisServer
+from tests.servers.waiting import wait_until
 from tests.system.jobs import JOBS, accept, until
-from tests.system.service import Service, running, wait_for
+from tests.system.service import Service, running
 from tests.system.workers import api, environment_of, worker
 
 LOOK = 1.0
@@ -52,8 +53,8 @@ def test_jobs_are_run_whatever_becomes_of_redis(database: Database, own_redis: R
     with api(environment) as service, worker(environment) as process:
         never_there = _slowest(service, 8)
         own_redis.start()
-        wait_for(lambda: _redis_is(process, "pass"), what="the worker has Redis")
-        wait_for(lambda: _redis_is(service, "pass"), what="the API has Redis")
+        wait_until(lambda: _redis_is(process, "pass"), what="the worker has Redis")
+        wait_until(lambda: _redis_is(service, "pass"), what="the API has Redis")
         there = _slowest(service, 8)
         emptied = []
         for _ in range(8):

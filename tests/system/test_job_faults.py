@@ -18,8 +18,9 @@ import pytest
 from tests.servers.ports import free_port
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.redis import RedisServer
+from tests.servers.waiting import wait_until
 from tests.system.jobs import JOBS, accept, until
-from tests.system.service import Prober, Service, command, running, wait_for
+from tests.system.service import Prober, Service, command, running
 from tests.system.workers import api, environment_of, worker
 
 BUDGET = 2.5
@@ -82,10 +83,10 @@ def test_told_to_stop_a_worker_finishes_what_it_can_and_hands_back_the_rest(
             Prober(first.management_port, "/health/ready", timeout=5) as ready,
             Prober(first.management_port, "/health/live", timeout=5) as live,
         ):
-            wait_for(lambda: {200} == {*ready.order(), *live.order()}, what="probes")
+            wait_until(lambda: {200} == {*ready.order(), *live.order()}, what="probes")
             began = time.monotonic()
             first.signal(signal.SIGTERM)
-            wait_for(lambda: 503 in ready.order(), what="ready says no")
+            wait_until(lambda: 503 in ready.order(), what="ready says no")
             told.touch()
             # Neither of these is a reason to hurry.
             first.signal(signal.SIGTERM)
@@ -181,7 +182,7 @@ def test_a_worker_that_is_forced_to_end_loses_no_job(home: Home) -> None:
         until(home.service, stays, "active")
         until(home.service, blocks, "active")
         interrupted.signal(signal.SIGINT)
-        wait_for(lambda: interrupted.status("/health/ready") == 503, what="it drains")
+        wait_until(lambda: interrupted.status("/health/ready") == 503, what="it drains")
         began = time.monotonic()
         interrupted.signal(signal.SIGINT)
         blocked.signal(signal.SIGTERM)
@@ -221,7 +222,7 @@ def test_a_worker_that_cannot_begin_says_why() -> None:
 def test_the_counts_of_health_are_those_of_the_ledger(home: Home) -> None:
     """Of everything that happened here, at rest, whoever is asked."""
     # Not where an hour begins meanwhile: with it some jobs do.
-    wait_for(lambda: time.time() % 3600 < 3600 - 15, what="an hour begins")
+    wait_until(lambda: time.time() % 3600 < 3600 - 15, what="an hour begins")
     with worker(home.environment, "--queue", "default", "--queue", "analytics") as process:
         done = [accept(home.service, "faults.work", 0) for _ in range(5)]
         fails = [accept(home.service, "faults.fail", None) for _ in range(3)]
@@ -235,7 +236,7 @@ def test_the_counts_of_health_are_those_of_the_ledger(home: Home) -> None:
         for job_id in fails:
             until(home.service, job_id, "failed")
         assert home.service.get(f"{JOBS}/{fails[0]}/retry", method="POST").status == 202
-        wait_for(lambda: _rests(home), what="rest")
+        wait_until(lambda: _rests(home), what="rest")
         told = [
             _counts(answer.json())
             for answer in (

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from tests.servers.waiting import wait_until
 from tests.system.jobs import JOBS, accept, job, until
-from tests.system.service import Service, running, wait_for
+from tests.system.service import Service, running
 
 TASKS = {"TASK_MODULES": "tests.job_tasks"}
 
@@ -57,7 +58,7 @@ def test_the_counts_are_in_the_details_of_health() -> None:
     with serving(JOB_CONCURRENCY="1", JOB_MAX_ATTEMPTS="1") as service:
         for payload in (0.01, 600, 600):
             accept(service, "parcels.wait", payload)
-        wait_for(
+        wait_until(
             lambda: (
                 _metrics(service, "notifications")
                 == {"waiting": 1, "active": 1, "completed": 1, "failed": 0}
@@ -76,7 +77,7 @@ def test_the_stop_finishes_the_jobs_in_memory() -> None:
     """Those that run and those that wait; nobody else could."""
     with serving(JOB_CONCURRENCY="2") as service:
         ids = [accept(service, "parcels.wait", 2.0) for _ in range(4)]
-        wait_for(lambda: job(service, ids[0])["state"] != "waiting", what="some run")
+        wait_until(lambda: job(service, ids[0])["state"] != "waiting", what="some run")
         service.signal(signal.SIGTERM)
         code = service.exit_code()
 
@@ -187,7 +188,7 @@ def test_without_a_worker_jobs_wait() -> None:
     with running("--no-worker", environment=TASKS) as service:
         service.wait_ready()
         job_id = accept(service, "parcels.ship", {"weight": 1})
-        wait_for(
+        wait_until(
             lambda: service.get("/health/queues?fresh=1").json()["status"] == "pass", what="a check"
         )
         waiting = job(service, job_id)["state"]

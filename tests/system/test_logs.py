@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 from tests.servers.ports import free_port
+from tests.servers.waiting import wait_until
 from tests.system.load import require_quick
-from tests.system.service import ROOT, Service, clean_environment, request, running, wait_for
+from tests.system.service import ROOT, Service, clean_environment, request, running
 
 APP = ("--app", "tests.system.log_app:app")
 TOKEN = {"MANAGEMENT_TOKEN": "planted-token"}
@@ -30,7 +31,7 @@ def access_lines(service: Service, count: int) -> list[dict[str, Any]]:
         found = [line for line in parsed if line["context"] == "access"]
         return found if len(found) >= count else []
 
-    return wait_for(look, what=f"{count} access lines; {service.output}")
+    return wait_until(look, what=lambda: f"{count} access lines; {service.output}")
 
 
 def test_each_request_of_the_application_is_one_line() -> None:
@@ -81,7 +82,7 @@ def test_the_access_log_can_be_turned_off() -> None:
     with running(*APP, environment={"ACCESS_LOG": "false"}) as service:
         service.wait_ready()
         service.get("/orders/17")
-        wait_for(lambda: service.logged("Order read"), what="the application's own line")
+        wait_until(lambda: service.logged("Order read"), what="the application's own line")
         service.signal(signal.SIGTERM)
         service.exit_code()
         assert not [line for line in service.output if '"context":"access"' in line]
@@ -103,7 +104,7 @@ def test_the_level_of_a_logger_is_changed_while_it_runs() -> None:
         reset = service.get(path, method="PUT", json_body={"level": None}, headers=BEARER)
         assert reset.json() == {"level": None, "effectiveLevel": "log"}
         service.get("/orders/3")
-        wait_for(lambda: len(service.logged("Order read")) == 3, what="all three")
+        wait_until(lambda: len(service.logged("Order read")) == 3, what="all three")
         told = service.logged("Order was in the cache")
         changes = service.logged("Logger level changed")
 
@@ -150,7 +151,7 @@ def test_a_reader_that_stops_reading_breaks_and_delays_nothing(kind: str) -> Non
             lost = sum(map(int, re.findall(rb'"lost":(\d+)', said)))
             return lost > 20_000 and said.count(b'"message":"Flood"') + lost >= 60_000
 
-        wait_for(told, seconds=40, what="everything is written or told as lost")
+        wait_until(told, seconds=40, what="everything is written or told as lost")
         for line in said.splitlines():
             assert json.loads(line)["message"]
         for _ in range(40):  # full again, so that the end finds it so

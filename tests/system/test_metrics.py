@@ -9,7 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests import forked
 from tests.servers.postgres import postgres_server
 from tests.servers.redis import RedisServer
-from tests.system.service import Reply, Service, request, running, wait_for
+from tests.servers.waiting import wait_until
+from tests.system.service import Reply, Service, request, running
 
 OPENMETRICS = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"}
 REQUESTS = "http_server_request_duration_seconds_count"
@@ -108,7 +109,7 @@ def test_a_job_is_counted_from_its_acceptance_to_its_end() -> None:
                 "/api/v1/jobs", method="POST", json_body={"task": task["task"], "payload": None}
             )
             assert reply.status == 202, reply.body
-        wait_for(lambda: scrape(service).get(ended, 0) >= 3, what="three executions")
+        wait_until(lambda: scrape(service).get(ended, 0) >= 3, what="three executions")
         seen = scrape(service)
 
     assert seen[accepted] >= 3
@@ -179,7 +180,7 @@ def settled(service: Service) -> None:
         checks = [v for (name, _), v in seen.items() if name == "viralfx_check_age_seconds"]
         return connections == 2 and len(checks) == 5
 
-    wait_for(there, what="the pool and the checks")
+    wait_until(there, what="the pool and the checks")
 
 
 def test_redis_tells_its_memory_in_place_of_a_ping(own_redis: RedisServer) -> None:
@@ -192,7 +193,7 @@ def test_redis_tells_its_memory_in_place_of_a_ping(own_redis: RedisServer) -> No
     used: Key = ("viralfx_redis_memory_used_bytes", frozenset())
     with running(environment=environment) as service:
         service.wait_ready()
-        wait_for(lambda: used in scrape(service), what="memory")
+        wait_until(lambda: used in scrape(service), what="memory")
         seen = scrape(service)[used]
 
     assert 100_000 < seen < 1e9

@@ -9,8 +9,9 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import pytest
+from tests.servers.waiting import wait_until
 from tests.system.load import require_quick
-from tests.system.service import Service, percentile, request, running, wait_for
+from tests.system.service import Service, percentile, request, running
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 TOKEN = {"Authorization": "Bearer planted"}
@@ -36,7 +37,7 @@ def test_basic(service: Service) -> None:
 def test_live(service: Service) -> None:
     """GET /health/live has the guide's three fields, and time goes on between two calls."""
     first = service.get("/health/live").json()
-    later = wait_for(
+    later = wait_until(
         lambda: service.get("/health/live").json()["uptime"] > first["uptime"], what="time goes on"
     )
 
@@ -315,9 +316,9 @@ def test_the_routes_are_documented(service: Service) -> None:
 def test_a_bad_check_fails_and_stops_nothing(behaviour: str, code: str) -> None:
     """Probes answer, the check fails in time, and one attempt is outstanding at most."""
     with bad_check(behaviour) as service:
-        wait_for(lambda: service.status("/health/live") == 200, what="live")
+        wait_until(lambda: service.status("/health/live") == 200, what="live")
         began = time.monotonic()
-        wait_for(
+        wait_until(
             lambda: service.get("/health/planted").json()["error"]["code"] == code,
             what="the check fails",
         )
@@ -371,7 +372,7 @@ def test_a_bad_check_slows_no_probe() -> None:
         ]
         for service in services:
             service.wait_ready()
-            wait_for(partial(has_failed, service), what="the check fails")
+            wait_until(partial(has_failed, service), what="the check fails")
         for service in services:
             times: dict[str, list[float]] = {"/health/live": [], "/health/ready": []}
             for _ in range(300):
@@ -407,7 +408,7 @@ def test_a_critical_check_makes_it_unhealthy_and_a_gate_not_ready() -> None:
         "READINESS_REQUIRES": "database,planted",
     }
     with running("--app", "tests.system.apps:planted", environment=environment) as service:
-        wait_for(lambda: service.status("/health/planted") == 503, what="the check fails")
+        wait_until(lambda: service.status("/health/planted") == 503, what="the check fails")
         ready, detailed = service.get("/health/ready"), service.get("/health/detailed")
         startup = service.get("/health/startup")
 

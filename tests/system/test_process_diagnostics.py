@@ -8,9 +8,10 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.servers.waiting import wait_until
 from tests.system.control_group import control_group
 from tests.system.load import require_quick
-from tests.system.service import Prober, Service, percentile, running, wait_for
+from tests.system.service import Prober, Service, percentile, running
 
 APP = ("--app", "tests.system.log_app:app")
 
@@ -29,11 +30,13 @@ def test_a_heap_report_is_written_while_the_service_goes_on(tmp_path: Path) -> N
     with running(*APP, environment=environment) as service:
         service.wait_ready()
         with Prober(service.port, "/health/live") as prober:
-            wait_for(lambda: len(prober.seen) > 20, what="some probes")
+            wait_until(lambda: len(prober.seen) > 20, what="some probes")
             service.signal(signal.SIGUSR2)
             service.signal(signal.SIGUSR2)
-            (line,) = wait_for(lambda: service.logged("Heap report written"), what="the report")
-            wait_for(lambda: prober.seen[-1].at > prober.seen[0].at + 1, what="a second of probes")
+            (line,) = wait_until(lambda: service.logged("Heap report written"), what="the report")
+            wait_until(
+                lambda: prober.seen[-1].at > prober.seen[0].at + 1, what="a second of probes"
+            )
         path = Path(line["path"])
         text = path.read_text(encoding="utf-8")
         seconds = [sighting.seconds for sighting in prober.seen]
@@ -49,7 +52,7 @@ def test_a_heap_report_is_written_while_the_service_goes_on(tmp_path: Path) -> N
         assert all(sighting.status == 200 for sighting in prober.seen)
         require_quick(max(seconds), 1.0, "/health/live")
         service.signal(signal.SIGUSR2)  # and another one
-        wait_for(lambda: len(service.logged("Heap report written")) >= 2, what="another report")
+        wait_until(lambda: len(service.logged("Heap report written")) >= 2, what="another report")
         service.signal(signal.SIGTERM)
         assert service.exit_code() == 0
 
@@ -73,7 +76,7 @@ def test_a_heap_report_that_cannot_be_written_is_one_line(tmp_path: Path, what: 
 
             resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (100, 100))
         service.signal(signal.SIGUSR2)
-        (line,) = wait_for(lambda: service.logged("Heap report failed"), what="the line")
+        (line,) = wait_until(lambda: service.logged("Heap report failed"), what="the line")
         assert service.get("/health/live").status == 200
 
     assert line["level"] == "error"
@@ -84,7 +87,7 @@ def test_a_heap_report_that_cannot_be_written_is_one_line(tmp_path: Path, what: 
 def test_a_heap_report_that_is_asked_for_too_early_ends_nothing() -> None:
     """While it starts there is none, and nobody who asks can know how far it has come."""
     with running(*APP) as service:
-        wait_for(lambda: handles(service.process.pid, signal.SIGTERM), what="its first handler")
+        wait_until(lambda: handles(service.process.pid, signal.SIGTERM), what="its first handler")
         service.signal(signal.SIGUSR2)
         service.wait_ready()
 
@@ -104,7 +107,7 @@ def test_a_heap_report_for_which_no_memory_is_left_is_given_up(tmp_path: Path) -
         more = round(limit * used - resident / 2**20)
         assert service.get(f"/uploads/{more}", method="POST").status == 201
         service.signal(signal.SIGUSR2)
-        (line,) = wait_for(lambda: service.logged("Heap report failed"), what="it is given up")
+        (line,) = wait_until(lambda: service.logged("Heap report failed"), what="it is given up")
         assert service.get("/health/live").status == 200
 
     assert line["detail"] == "it takes more memory than is left"
@@ -117,7 +120,7 @@ def test_a_blocked_loop_is_one_warning_that_shows_what_blocks_it() -> None:
     with running(*APP, environment=environment) as service:
         service.wait_ready()
         service.get("/block?seconds=1.2")
-        blocked, over = wait_for(lambda: block_and_end(service), what="the end")
+        blocked, over = wait_until(lambda: block_and_end(service), what="the end")
         service.signal(signal.SIGTERM)
         assert service.exit_code() == 0
         assert block_and_end(service) == [blocked, over]

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from tests.servers.redis import RedisServer
 from tests.servers.sentinel import SentinelSetup
+from tests.servers.waiting import wait_until
 from tests.system.load import Load, require_quick
-from tests.system.service import Service, running, wait_for
+from tests.system.service import Service, running
 
 APP = ("--app", "tests.system.backend_app:app")
 QUICK = 0.1
@@ -53,19 +54,19 @@ def test_the_service_goes_on_without_redis(own_redis: RedisServer, fault: str) -
         assert service.get("/cached").json() == {"value": "value"}
         rates = {"/cached": 60.0, "/health/ready": 40.0}
         with Load(service.port, rates) as load:
-            wait_for(lambda: len(load.of("/cached")) > 50, what="traffic")
+            wait_until(lambda: len(load.of("/cached")) > 50, what="traffic")
             began = time.monotonic()
             begin(own_redis)
-            wait_for(lambda: redis_check(service)["status"] == "fail", what="known to be away")
+            wait_until(lambda: redis_check(service)["status"] == "fail", what="known to be away")
             known = time.monotonic()
-            wait_for(lambda: time.monotonic() > known + 3, what="three seconds of it")
+            wait_until(lambda: time.monotonic() > known + 3, what="three seconds of it")
             ready, detailed = service.get("/health/ready"), service.get("/health/detailed")
             end(own_redis)
-            wait_for(lambda: redis_check(service)["status"] == "pass", what="restored")
+            wait_until(lambda: redis_check(service)["status"] == "pass", what="restored")
             restored = time.monotonic()
             # A server that was killed or stopped without persistence comes back empty.
             expected = "value" if fault == "frozen" else "nothing"
-            wait_for(
+            wait_until(
                 lambda: service.get("/cached").json() == {"value": expected}, what="read again"
             )
         assert (ready.status, ready.json()["checks"]["redis"]) == (200, False)
@@ -112,7 +113,7 @@ def test_a_start_without_redis_is_degraded(own_redis: RedisServer) -> None:
         assert redis_check(service)["error"]["code"] == "refused"
         assert service.get("/cached").json() == {"value": "fallback"}
         own_redis.start()
-        wait_for(lambda: redis_check(service)["status"] == "pass", what="found")
+        wait_until(lambda: redis_check(service)["status"] == "pass", what="found")
         assert service.get("/cached").json() == {"value": "nothing"}
 
 
@@ -142,16 +143,16 @@ def test_failover_under_load_loses_no_request(sentinel_setup: SentinelSetup) -> 
         assert (config["host"], config["port"]) == (old.host, old.port)
         rates = {"POST /counter": 100.0, "/cached": 50.0, "/health/ready": 20.0}
         with Load(service.port, rates) as load:
-            wait_for(lambda: len(load.of("POST /counter")) > 200, what="traffic")
+            wait_until(lambda: len(load.of("POST /counter")) > 200, what="traffic")
             killed = time.monotonic()
             sentinel_setup.kill_primary()
             new = sentinel_setup.wait_failover(old)
             promoted = time.monotonic()
-            wait_for(
+            wait_until(
                 lambda: any(a.status == 200 for a in load.of("POST /counter", since=promoted)),
                 what="writes to the new primary",
             )
-            wait_for(
+            wait_until(
                 lambda: redis_check(service)["details"]["config"]["port"] == new.port,
                 what="the new primary is shown",
             )

@@ -15,8 +15,9 @@ from tests.servers.fixtures import or_skip
 from tests.servers.haproxy import Proxy, haproxy
 from tests.servers.ports import free_port
 from tests.servers.postgres import Database
+from tests.servers.waiting import wait_until
 from tests.system.load import Answer, Load, TooSlowError
-from tests.system.service import ROOT, Service, running, wait_for
+from tests.system.service import ROOT, Service, running
 
 APP = ("--app", "tests.system.backend_app:app")
 RATES = {"/query": 150.0, "POST /retried": 40.0, "/slow-query/0.5": 10.0}
@@ -74,8 +75,8 @@ def proxied(database: Database, folder: Path, **more: str) -> Iterator[tuple[Fle
     assert forked.viralfx("migrate", environ=environment).returncode == 0
     database.execute("CREATE TABLE written (id bigserial PRIMARY KEY)")
     with Fleet(environment) as fleet, or_skip(), haproxy(free_port(), fleet.ports, folder) as proxy:
-        wait_for(proxy.statistics.exists, what="the proxy runs")
-        wait_for(lambda: proxy.is_up("a") and proxy.is_up("b"), what="both are believed in")
+        wait_until(proxy.statistics.exists, what="the proxy runs")
+        wait_until(lambda: proxy.is_up("a") and proxy.is_up("b"), what="both are believed in")
         yield fleet, proxy
 
 
@@ -89,9 +90,9 @@ def replace(fleet: Fleet, proxy: Proxy, name: str, load: Load) -> str:
     sent = len(load.answers)
     code, seconds = fleet.stop(name)
     fleet.start(name)
-    wait_for(lambda: proxy.is_up(name), what=f"the proxy believes in {name} again")
+    wait_until(lambda: proxy.is_up(name), what=f"the proxy believes in {name} again")
     had = int(proxy.of(name)["stot"])
-    wait_for(lambda: int(proxy.of(name)["stot"]) > had + 100, what=f"{name} has its share")
+    wait_until(lambda: int(proxy.of(name)["stot"]) > had + 100, what=f"{name} has its share")
     assert code == 0
     # The delay was needed by nobody for all of it, and nothing was left to wait for after it.
     assert 5.0 <= seconds < 20.0
@@ -107,7 +108,7 @@ def test_no_request_fails_while_both_backends_are_replaced(
     with proxied(database, tmp_path) as (fleet, proxy):
         began = time.monotonic()
         with Load(proxy.port, RATES) as load:
-            wait_for(lambda: len(load.answers) > 200, what="load")
+            wait_until(lambda: len(load.answers) > 200, what="load")
             for number in range(ROUNDS):
                 for name in fleet.ports:
                     print(f"round {number + 1}: {replace(fleet, proxy, name, load)}")  # noqa: T201
@@ -132,9 +133,9 @@ def test_without_the_delay_the_proxy_meets_closed_doors(database: Database, tmp_
         proxied(database, tmp_path, SHUTDOWN_READINESS_DELAY="0") as (fleet, proxy),
         Load(proxy.port, RATES) as load,
     ):
-        wait_for(lambda: len(load.answers) > 200, what="load")
+        wait_until(lambda: len(load.answers) > 200, what="load")
         fleet.stop("a")
-        wait_for(lambda: not proxy.is_up("a"), what="the proxy has seen it")
+        wait_until(lambda: not proxy.is_up("a"), what="the proxy has seen it")
         again, elsewhere, wrong = counted(proxy.of("a"))
 
     assert again + elsewhere + wrong > 0

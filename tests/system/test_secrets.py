@@ -11,8 +11,9 @@ import pytest
 from tests.servers.fixtures import or_skip
 from tests.servers.postgres import PostgresServer
 from tests.servers.redis import RedisServer, redis_server
+from tests.servers.waiting import wait_until
 from tests.system import jobs
-from tests.system.service import Reply, Service, running, wait_for
+from tests.system.service import Reply, Service, running
 from tests.system.workers import environment_of
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -104,7 +105,7 @@ def failed_job(service: Service) -> Iterator[Reply]:
         reply = service.get(f"{jobs.JOBS}/{job_id}", headers=bearer)
         return [reply] if reply.json()["state"] == "failed" else []
 
-    yield from wait_for(failed, what="the job failed")
+    yield from wait_until(failed, what="the job failed")
     yield service.get(f"{jobs.JOBS}?state=failed", headers=bearer)
     yield service.get(f"{jobs.JOBS}/{job_id}/events", headers=bearer)
 
@@ -125,14 +126,14 @@ def test_no_secret_is_seen_in_a_whole_run(
         of_a_job = [*failed_job(api)]
         own_postgres.freeze()
         own_redis.freeze()
-        wait_for(
+        wait_until(
             lambda: all(s.logged("Database connection lost") for s in (api, worker)),
             what="the loss is noticed",
         )
         replies += everything_said(api)
         own_postgres.thaw()
         own_redis.thaw()
-        wait_for(lambda: api.status("/health/ready") == 200, what="recovery")
+        wait_until(lambda: api.status("/health/ready") == 200, what="recovery")
         replies += everything_said(api)
         for service in (api, worker):
             service.signal(signal.SIGTERM)

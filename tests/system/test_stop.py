@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from tests.servers.ports import free_port
+from tests.servers.waiting import wait_until
 from tests.system.connections import begun, send
 from tests.system.keepalive import KeepAliveClients
 from tests.system.load import require_quick
-from tests.system.service import Prober, running, wait_for
+from tests.system.service import Prober, running
 
 APP = ("--app", "tests.system.apps:planted")
 PLAIN = ("--app", "tests.system.apps:plain")
@@ -30,12 +31,12 @@ def test_nothing_is_lost_when_clients_leave_within_the_readiness_delay(run: int)
             Prober(service.port, "/work") as work,
             Prober(service.management_port, "/health/live") as live,
         ):
-            wait_for(lambda: clients.answered > 1000, what="traffic")
+            wait_until(lambda: clients.answered > 1000, what="traffic")
             service.signal(signal.SIGTERM)
-            wait_for(lambda: 503 in ready.order(), what="ready says no")
+            wait_until(lambda: 503 in ready.order(), what="ready says no")
             told_at = time.monotonic()
             answered_when_told = clients.answered
-            wait_for(lambda: clients.answered > answered_when_told + 500, what="still serving")
+            wait_until(lambda: clients.answered > answered_when_told + 500, what="still serving")
             clients.leave()
             left_after = time.monotonic() - told_at
             code = service.exit_code()
@@ -56,7 +57,7 @@ def test_clients_are_told_to_close_while_still_being_served() -> None:
         kept.sendall(b"GET /work HTTP/1.1\r\nHost: test\r\n\r\n")
         before = kept.recv(65536)
         service.signal(signal.SIGTERM)
-        wait_for(lambda: service.status("/health/ready") == 503, what="ready says no")
+        wait_until(lambda: service.status("/health/ready") == 503, what="ready says no")
         health = service.get("/health")
         kept.sendall(b"GET /work HTTP/1.1\r\nHost: test\r\n\r\n")
         after = b""
@@ -79,7 +80,7 @@ def test_a_request_in_flight_is_finished() -> None:
         service.wait_ready()
         with socket.create_connection(("127.0.0.1", service.port)) as connection:
             connection.sendall(b"GET /slow?seconds=1 HTTP/1.1\r\nHost: test\r\n\r\n")
-            wait_for(lambda: service.get("/work").status == 200, what="the request arrived")
+            wait_until(lambda: service.get("/work").status == 200, what="the request arrived")
             service.signal(signal.SIGTERM)
             answer = b""
             while chunk := connection.recv(65536):
@@ -96,7 +97,7 @@ def test_a_request_that_does_not_end_is_cut_and_its_client_told() -> None:
         service.wait_ready()
         with socket.create_connection(("127.0.0.1", service.port)) as connection:
             connection.sendall(b"GET /slow?seconds=500 HTTP/1.1\r\nHost: test\r\n\r\n")
-            wait_for(lambda: service.get("/work").status == 200, what="the request arrived")
+            wait_until(lambda: service.get("/work").status == 200, what="the request arrived")
             service.signal(signal.SIGTERM)
             answer = b""
             while chunk := connection.recv(65536):
@@ -214,7 +215,7 @@ def test_the_shutdown_can_be_asked_for_over_http() -> None:
             return seen if seen["stages"][0]["state"] == "running" else {}
 
         # It is triggered when it is answered, and begins with the loop's next turn.
-        report = wait_for(running_stage, what="the first stage runs")
+        report = wait_until(running_stage, what="the first stage runs")
 
         assert (before["reason"], before["deadline"]) == (None, None)
         assert {stage["state"] for stage in before["stages"]} == {"pending"}
@@ -251,9 +252,9 @@ def test_the_management_port_outlives_the_api() -> None:
     with running(*PLAIN, management=True) as service:
         service.wait_ready()
         slow = send(service, b"GET /slow?seconds=2 HTTP/1.1\r\nHost: test\r\n\r\n")
-        wait_for(lambda: service.get("/work").status == 200, what="the request arrived")
+        wait_until(lambda: service.get("/work").status == 200, what="the request arrived")
         service.signal(signal.SIGTERM)
-        wait_for(lambda: service.status("/health/ready") is None, what="the API refuses")
+        wait_until(lambda: service.status("/health/ready") is None, what="the API refuses")
         live = service.manage("/health/live")
         ready = service.manage("/health/ready")
         metrics = service.manage("/metrics").body
@@ -307,7 +308,7 @@ def test_a_request_whose_client_has_left_is_not_lost() -> None:
     with running(*PLAIN, environment={"SHUTDOWN_DRAIN_TIMEOUT": "1000"}) as service:
         service.wait_ready()
         gone = send(service, b"GET /slow?seconds=500 HTTP/1.1\r\nHost: test\r\n\r\n")
-        wait_for(lambda: service.get("/work").status == 200, what="the request arrived")
+        wait_until(lambda: service.get("/work").status == 200, what="the request arrived")
         gone.close()
         service.signal(signal.SIGTERM)
 
@@ -326,7 +327,7 @@ def test_a_websocket_during_the_delay_is_sent_elsewhere() -> None:
         first = send(service, upgrade)
         accepted = first.recv(65536)
         service.signal(signal.SIGTERM)
-        wait_for(lambda: service.status("/health/ready") == 503, what="the stop began")
+        wait_until(lambda: service.status("/health/ready") == 503, what="the stop began")
         second = send(service, upgrade)
         refused = second.recv(65536)
         first.close()

@@ -6,8 +6,9 @@ import socket
 import time
 
 import pytest
+from tests.servers.waiting import wait_until
 from tests.system.connections import send
-from tests.system.service import Service, request, running, wait_for
+from tests.system.service import Service, request, running
 
 APP = ("--app", "tests.system.apps:planted")
 PLAIN = ("--app", "tests.system.apps:plain")
@@ -31,7 +32,7 @@ def test_a_blocked_loop_ends_by_the_watchdog(where: str) -> None:
     with running(*PLAIN, environment=budgets) as service:
         service.wait_ready()
         blocked = send(service, f"GET /block/{where} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
-        wait_for(lambda: _times_out(service), what="the loop is blocked")
+        wait_until(lambda: _times_out(service), what="the loop is blocked")
         began = time.monotonic()
         service.signal(signal.SIGTERM)
         code = service.exit_code()
@@ -50,7 +51,7 @@ def test_a_second_sigint_forces() -> None:
     with running(*PLAIN, environment={"SHUTDOWN_READINESS_DELAY": "9000"}) as service:
         service.wait_ready()
         service.signal(signal.SIGINT)
-        wait_for(lambda: service.status("/health/ready") == 503, what="the stop began")
+        wait_until(lambda: service.status("/health/ready") == 503, what="the stop began")
         service.signal(signal.SIGINT)
 
         assert service.exit_code(seconds=5) == 130
@@ -63,7 +64,7 @@ def test_repeated_sigterm_and_one_sigint_are_one_shutdown() -> None:
     with running(*PLAIN, environment=environment) as service:
         service.wait_ready()
         service.signal(signal.SIGTERM)
-        wait_for(lambda: service.status("/health/ready") == 503, what="the stop began")
+        wait_until(lambda: service.status("/health/ready") == 503, what="the stop began")
         first = service.get("/health/shutdown", headers=token).json()
         service.signal(signal.SIGTERM)
         service.signal(signal.SIGINT)
@@ -85,7 +86,7 @@ def test_an_uncaught_exception_runs_the_stages_and_exits_1(where: str) -> None:
         if where == "main":
             # Where the handler runs is chance: in a destructor the interpreter ignores what it
             # raises. So the signal comes until it was raised where somebody could see it.
-            wait_for(lambda: _signalled(service), what="the exception is seen")
+            wait_until(lambda: _signalled(service), what="the exception is seen")
         code = service.exit_code()
 
     assert code == 1
@@ -100,7 +101,7 @@ def test_an_uncaught_exception_may_be_only_logged() -> None:
     with running(*APP, environment={"SHUTDOWN_ON_UNCAUGHT": "false"}) as service:
         service.wait_ready()
         service.status("/crash/thread")
-        wait_for(lambda: service.logged("Uncaught exception"), what="the log line")
+        wait_until(lambda: service.logged("Uncaught exception"), what="the log line")
         still = service.status("/health/ready")
         service.signal(signal.SIGTERM)
 
@@ -165,7 +166,7 @@ def test_an_application_that_fails_to_stop_gives_4() -> None:
 def _signalled(service: Service) -> bool:
     service.signal(signal.SIGUSR1)
     with contextlib.suppress(AssertionError):
-        wait_for(lambda: service.logged("Uncaught exception"), seconds=1, what="the log line")
+        wait_until(lambda: service.logged("Uncaught exception"), seconds=1, what="the log line")
     return bool(service.logged("Uncaught exception"))
 
 
@@ -186,7 +187,7 @@ def test_the_watchdog_needs_no_standard_error(path: str) -> None:
         service.wait_ready()
         assert service.get(path).status == 200
         blocked = send(service, b"GET /block/python HTTP/1.1\r\nHost: test\r\n\r\n")
-        wait_for(lambda: _times_out(service), what="the loop is blocked")
+        wait_until(lambda: _times_out(service), what="the loop is blocked")
         service.signal(signal.SIGTERM)
         code = service.exit_code(seconds=10)
         blocked.close()

@@ -17,9 +17,10 @@ from tests.servers.ports import free_port
 from tests.servers.postgres import Database
 from tests.servers.receiver import Receiver, receiver, status
 from tests.servers.redis import RedisServer
+from tests.servers.waiting import wait_until
 from tests.system.jobs import JOBS, accept, until
 from tests.system.load import Load, require_quick
-from tests.system.service import Service, command, running, wait_for
+from tests.system.service import Service, command, running
 from tests.system.workers import api, environment_of, worker
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -226,7 +227,7 @@ def test_no_secret_is_in_a_trace() -> None:
         service.wait_ready()
         headers = {"Authorization": "Bearer planted-api-token"}
         accept(service, "modules.betray", "API_TOKEN", **headers)
-        (name, event), *_ = wait_for(
+        (name, event), *_ = wait_until(
             lambda: [
                 event
                 for span in collector.named("process default")
@@ -299,11 +300,11 @@ def test_a_collector_that_fails_costs_nobody_anything(how: str) -> None:
             service.wait_ready()
             memory = psutil.Process(service.process.pid)
             with Load(service.port, {"/nowhere": 200}) as load:
-                wait_for(lambda: len(load.answers) >= 400, seconds=20)
+                wait_until(lambda: len(load.answers) >= 400, seconds=20)
                 before = memory.memory_info().rss
-                wait_for(lambda: len(load.answers) >= 1200, seconds=20)
+                wait_until(lambda: len(load.answers) >= 1200, seconds=20)
                 grown = memory.memory_info().rss - before
-            wait_for(lambda: service.logged("Traces are lost"), seconds=10)
+            wait_until(lambda: service.logged("Traces are lost"), seconds=10)
             began = time.monotonic()
             service.signal(signal.SIGTERM)
             code, took = service.exit_code(), time.monotonic() - began

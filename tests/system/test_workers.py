@@ -8,8 +8,9 @@ from functools import partial
 
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.redis import RedisServer
+from tests.servers.waiting import wait_until
 from tests.system.jobs import JOBS, accept, job, until
-from tests.system.service import Service, command, running, wait_for
+from tests.system.service import Service, command, running
 from tests.system.workers import LEASE, SWEEP, api, environment_of, worker
 
 
@@ -64,7 +65,7 @@ def test_a_worker_is_probed_where_it_answers(database: Database) -> None:
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         environment["PORT"] = str(nobody.getsockname()[1])
         with running(program="worker", environment=environment) as process:
-            wait_for(lambda: process.logged("Working"))
+            wait_until(lambda: process.logged("Working"))
             kinds = ("live", "ready", "startup")
             asked = [command("probe", kind, "--worker", environment=environment) for kind in kinds]
             (working,) = process.logged("Working")
@@ -80,7 +81,7 @@ def test_a_worker_is_probed_where_it_answers(database: Database) -> None:
 def test_what_is_in_memory_is_told(database: Database) -> None:
     """Beside Postgres the cache alone: jobs are in Postgres."""
     with api(environment_of(database)) as service:
-        (told,) = wait_for(lambda: service.logged("Data in memory ends with this process"))
+        (told,) = wait_until(lambda: service.logged("Data in memory ends with this process"))
 
     assert told["inMemory"] == "cache"
 
@@ -98,7 +99,7 @@ def test_a_worker_of_one_queue_leaves_the_others(database: Database) -> None:
             until(service, job_id, "completed")
 
         assert job(service, left)["state"] == "waiting"
-        (working,) = wait_for(lambda: process.logged("Working"))
+        (working,) = wait_until(lambda: process.logged("Working"))
     assert working["queues"] == "analytics,default"
 
 
@@ -115,7 +116,7 @@ def test_a_worker_that_is_told_to_stop_hands_its_jobs_back(database: Database) -
             first.signal(signal.SIGTERM)
             code = first.exit_code()
             stopped_after = time.monotonic() - began
-            again = wait_for(
+            again = wait_until(
                 lambda: _active_at(service, (long, stubborn), second),
                 seconds=2.0,
                 what="taken over",
@@ -147,7 +148,7 @@ def test_jobs_of_a_killed_worker_are_run_elsewhere(database: Database) -> None:
         with worker(environment) as second:
             first.process.kill()
             began = time.monotonic()
-            wait_for(lambda: f"-{second.process.pid}-" in str(job(service, job_id)["worker"]))
+            wait_until(lambda: f"-{second.process.pid}-" in str(job(service, job_id)["worker"]))
             took = time.monotonic() - began
             taken = job(service, job_id)
             second.process.kill()
@@ -170,7 +171,7 @@ def test_a_frozen_database_is_nobody_s_death(own_postgres: PostgresServer) -> No
         try:
             victim.process.kill()
             for each in living:
-                wait_for(partial(each.logged, lost), what="leases are over")
+                wait_until(partial(each.logged, lost), what="leases are over")
             beginners = [
                 stack.enter_context(
                     running(program="worker", management=True, environment=environment)
@@ -183,7 +184,7 @@ def test_a_frozen_database_is_nobody_s_death(own_postgres: PostgresServer) -> No
             each.wait_ready()
         dead = [each["id"] for each in held if f"-{victim.process.pid}-" in each["worker"]]
         for job_id in dead:
-            wait_for(partial(_runs_again, service, job_id), what="found, and run by another")
+            wait_until(partial(_runs_again, service, job_id), what="found, and run by another")
         shown = {job_id: job(service, job_id) for job_id in ids}
         for each in (*living, *beginners):
             each.process.kill()
@@ -256,11 +257,11 @@ def test_without_tables_the_api_says_what_to_do(database: Database) -> None:
     """503 until `viralfx migrate` has run, and no restart after it."""
     environment = {"DATABASE_URL": database.url, "TASK_MODULES": "tests.job_tasks"}
     with running(environment=environment) as service:
-        wait_for(lambda: service.status("/health/live") == 200)
-        wait_for(lambda: b"migrate" in service.get(JOBS).body, what="started")
+        wait_until(lambda: service.status("/health/live") == 200)
+        wait_until(lambda: b"migrate" in service.get(JOBS).body, what="started")
         reply = service.get(JOBS)
         environment_of(database)
-        wait_for(lambda: service.status(JOBS) == 200, what="the API works")
+        wait_until(lambda: service.status(JOBS) == 200, what="the API works")
 
     assert reply.status == 503
     assert "viralfx migrate" in reply.json()["detail"]
@@ -277,7 +278,7 @@ def test_without_its_database_nothing_is_accepted(own_postgres: PostgresServer) 
         reply = service.get(JOBS, method="POST", json_body={"task": "parcels.echo"}, timeout=30)
         took = time.monotonic() - began
         own_postgres.start()
-        wait_for(lambda: service.status(JOBS) == 200, what="the API is back")
+        wait_until(lambda: service.status(JOBS) == 200, what="the API is back")
         after = accept(service, "parcels.echo", 1)
         until(service, after, "completed", seconds=40)
         until(service, before, "completed", seconds=40)

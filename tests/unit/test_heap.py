@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.system.service import wait_for
+from tests.servers.waiting import wait_until
 from tests.unit.shortages import descriptors_used_up, no_more_threads
 
 from viralfx.runner.heap import HeapReports
@@ -57,7 +57,7 @@ def test_a_report_is_made_beside_a_thousand_clients(
         for _ in range(20):
             os.close(opened.pop())
         HeapReports(str(tmp_path)).make()
-        wait_for(lambda: last_message(caplog), seconds=60, what="the report")
+        wait_until(lambda: last_message(caplog), seconds=60, what="the report")
 
     assert last_message(caplog) == "Heap report written"
     assert len(list(tmp_path.iterdir())) == 1
@@ -70,7 +70,7 @@ def test_a_report_is_made_where_children_are_waited_for_by_others(
     caplog.set_level(logging.WARNING)
     with children_that_nobody_waits_for():
         HeapReports(str(tmp_path)).make()
-        wait_for(lambda: not is_followed(), seconds=60, what="the end of the report")
+        wait_until(lambda: not is_followed(), seconds=60, what="the end of the report")
 
     assert caplog.messages == ["Heap report written"]
 

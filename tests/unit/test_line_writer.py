@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.system.service import percentile, wait_for
+from tests.servers.waiting import wait_until
+from tests.system.service import percentile
 from tests.unit.shortages import descriptors_used_up, no_more_threads
 
 from viralfx.telemetry.line_writer import LineWriter
@@ -64,7 +65,7 @@ def test_lines_are_written_whole_and_in_order(pipe: Pipe) -> None:
     threads = [threading.Thread(target=write, args=(name,)) for name in range(4)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: pipe.take().count(b"\n") == 10_000, what="all lines")
+    wait_until(lambda: pipe.take().count(b"\n") == 10_000, what="all lines")
     for thread in threads:
         thread.join()
     lines = pipe.read.splitlines()
@@ -96,7 +97,7 @@ def test_lines_that_are_made_together_keep_their_place(pipe: Pipe) -> None:
     threads = [threading.Thread(target=write, args=(name,)) for name in range(4)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: pipe.take().count(b"\n") == 10_000, what="all lines")
+    wait_until(lambda: pipe.take().count(b"\n") == 10_000, what="all lines")
     for thread in threads:
         thread.join()
     lines = pipe.read.splitlines()
@@ -151,7 +152,7 @@ def test_who_logs_while_lines_are_made_does_not_wait_for_itself(pipe: Pipe) -> N
     loop.start()
     loop.join(5)
     assert not loop.is_alive()
-    wait_for(lambda: pipe.take().count(b"\n") == 34, what="all lines")
+    wait_until(lambda: pipe.take().count(b"\n") == 34, what="all lines")
     writer.close()
 
 
@@ -175,12 +176,12 @@ def test_a_finalizer_may_log_wherever_it_is_called(pipe: Pipe) -> None:
     try:
         loop = threading.Thread(target=write, daemon=True)
         loop.start()
-        wait_for(lambda: pipe.take() is not None and not loop.is_alive(), what="the end")
+        wait_until(lambda: pipe.take() is not None and not loop.is_alive(), what="the end")
     finally:
         gc.set_threshold(*before)
         gc.callbacks.remove(log)
         gc.unfreeze()
-    wait_for(lambda: pipe.take().count(b"\n") == 5000, what="all lines")
+    wait_until(lambda: pipe.take().count(b"\n") == 5000, what="all lines")
     writer.close()
 
 
@@ -189,7 +190,7 @@ def test_a_single_line_that_is_made_later_is_written_soon(pipe: Pipe) -> None:
     writer = LineWriter(pipe.writer, tell_lost=lost_line)
     for number in range(3):
         writer.write_later(b"%d\n" % number)
-        wait_for(lambda: pipe.take().endswith(b"%d\n" % number), what="the line")  # noqa: B023
+        wait_until(lambda: pipe.take().endswith(b"%d\n" % number), what="the line")  # noqa: B023
 
     writer.write_later(b"last\n")
     assert writer.flush()
@@ -219,7 +220,7 @@ def test_lines_too_long_to_be_written_together_are_written_one_by_one(pipe: Pipe
     lines = [b"%d" % number * 900 + b"\n" for number in range(9)]
     for line in lines:
         writer.write_later(line)
-    wait_for(lambda: pipe.take().count(b"\n") == 9, what="all lines")
+    wait_until(lambda: pipe.take().count(b"\n") == 9, what="all lines")
 
     assert pipe.read == b"".join(lines)
     writer.close()
@@ -272,8 +273,8 @@ def test_a_reader_that_stops_reading_delays_nobody_and_loses_the_latest(pipe: Pi
     # Nobody reads meanwhile: who waited for that would be one of the many, or wait for ever.
     assert percentile(took, 0.99) < 0.01
     assert not writer.flush(0.05)
-    wait_for(lambda: b"lost" in pipe.take(), what="the loss is told")
-    wait_for(lambda: pipe.take() and writer.flush(0.01), what="the rest")
+    wait_until(lambda: b"lost" in pipe.take(), what="the loss is told")
+    wait_until(lambda: pipe.take() and writer.flush(0.01), what="the rest")
     lines = pipe.take().splitlines()
     lost = sum(int(line.removeprefix(b"lost ")) for line in lines if line.startswith(b"lost "))
     kept = [line for line in lines if line.startswith(b"line ")]
@@ -332,7 +333,7 @@ def test_a_closed_pipe_costs_lines_only(pipe: Pipe) -> None:
     writer = LineWriter(pipe.writer, tell_lost=lost_line)
     for _ in range(1000):
         writer.write(b"x\n")
-    wait_for(lambda: writer.flush() and writer.lost, what="all lost")
+    wait_until(lambda: writer.flush() and writer.lost, what="all lost")
 
     assert writer.lost == 1000
     writer.close()
@@ -383,7 +384,7 @@ def test_a_descriptor_that_somebody_made_non_blocking_is_waited_for(pipe: Pipe) 
     writer = LineWriter(pipe.writer, tell_lost=lost_line)
     for _ in range(1000):
         writer.write(b"x" * 99 + b"\n")
-    wait_for(lambda: len(pipe.take()) == 100_000, what="all lines")
+    wait_until(lambda: len(pipe.take()) == 100_000, what="all lines")
 
     assert writer.lost == 0
     writer.close()
@@ -405,7 +406,7 @@ def test_what_is_waited_for_beside_a_thousand_clients_costs_nothing(pipe: Pipe) 
         thread.start()
         thread.join(0.5)  # nobody reads so long
         assert thread.is_alive()
-        wait_for(lambda: len(pipe.take()) == 8192, what="all that was written")
+        wait_until(lambda: len(pipe.take()) == 8192, what="all that was written")
         thread.join(5)
 
     assert computed[0] < 0.1
@@ -415,7 +416,7 @@ def test_an_urgent_line_is_written_at_once(pipe: Pipe) -> None:
     """Others wait a moment for more of them."""
     writer = LineWriter(pipe.writer, tell_lost=lost_line)
     writer.write(b"error\n", urgent=True)
-    wait_for(lambda: pipe.take() == b"error\n", what="the line")
+    wait_until(lambda: pipe.take() == b"error\n", what="the line")
 
     writer.close()
 
@@ -445,7 +446,7 @@ def test_lines_after_an_end_that_could_not_wait_are_still_written(pipe: Pipe) ->
     writer.write(b"line\n", urgent=True)
     (thread,) = set(threading.enumerate()) - before
     writer.close()
-    wait_for(lambda: pipe.take().endswith(b"line\n"), what="the line")
+    wait_until(lambda: pipe.take().endswith(b"line\n"), what="the line")
     thread.join(5)
 
     writer.write(b"afterwards\n")
@@ -485,7 +486,7 @@ def test_without_room_for_a_thread_a_flush_waits_no_longer_than_it_may(pipe: Pip
 
     assert not done
     assert took < 1.2
-    wait_for(lambda: pipe.take() and writer.flush(0.01), what="the rest")
+    wait_until(lambda: pipe.take() and writer.flush(0.01), what="the rest")
     writer.close()
 
 
@@ -505,6 +506,8 @@ def test_without_room_for_a_thread_nobody_fails_and_nothing_is_lost(pipe: Pipe) 
         writer.write_later(b"last\n")
     writer.write_later(b"with a thread\n")
 
-    wait_for(lambda: pipe.take().endswith(b"x\nlast\nwith a thread\n"), what="all lines, in order")
+    wait_until(
+        lambda: pipe.take().endswith(b"x\nlast\nwith a thread\n"), what="all lines, in order"
+    )
     assert pipe.read.count(b"\n") == 2 + 10 + 2
     writer.close()

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from tests.system.service import wait_for
+from tests.servers.waiting import wait_until
 
 from viralfx.runner.stalls import StallDetector
 
@@ -24,7 +24,7 @@ def test_the_watch_over_a_loop_that_is_closed_is_over() -> None:
     loop.close()
     StallDetector(loop, THRESHOLD).start()
 
-    wait_for(lambda: not is_watched(), what="the end of the watch")
+    wait_until(lambda: not is_watched(), what="the end of the watch")
 
 
 def test_a_watch_that_fails_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def test_a_watch_that_fails_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None
         loop.call_soon(time.sleep, 10 * THRESHOLD)
         loop.call_later(11 * THRESHOLD, loop.stop)
         loop.run_forever()
-        wait_for(lambda: not is_watched(), what="the end of the watch")
+        wait_until(lambda: not is_watched(), what="the end of the watch")
     finally:
         logger.removeFilter(fail)
         loop.close()

@@ -6,10 +6,11 @@ from contextlib import contextmanager, suppress
 
 import pytest
 from tests.servers.supply import UnavailableError
+from tests.servers.waiting import wait_until
 from tests.system.drills.alerts import firing
 from tests.system.drills.cluster import Cluster
 from tests.system.drills.procedures import Console, procedure
-from tests.system.service import request, wait_for
+from tests.system.service import request
 
 QUICK = {
     "HEALTH_CHECK_INTERVAL": "500",
@@ -70,7 +71,7 @@ class Drill:
             return "" if fires else scrape
 
         try:
-            return wait_for(look)
+            return wait_until(look)
         except AssertionError:
             raise AssertionError(f"fires, though nothing is wrong: {fires}") from None
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from tests.system.service import ROOT, wait_for
+from tests.servers.waiting import wait_until
+from tests.system.service import ROOT
 
 RUNBOOK = ROOT / "docs/runbook.md"
 PARTS = ("Symptom", "Diagnosis", "Remedy", "Over")
@@ -142,7 +143,7 @@ class Console:
             return masked(seen) == expected
 
         try:
-            wait_for(look, seconds=seconds)
+            wait_until(look, seconds=seconds)
         except AssertionError:
             lines = difflib.unified_diff(
                 expected, masked(seen), "the document", "printed", lineterm=""
