@@ -110,8 +110,9 @@ class JobMetrics:
             buckets=(1, 2, 3, 5, 10, 20),
             registry=registry,
         )
-        # There from the start: a counter that begins with its first event hides it, and of these
-        # there may be hundreds before the first scrape.
+        # There from the start: of a counter that begins with its first event nobody sees it grow by
+        # that. For what happened before the first scrape this does nothing: of a young process the
+        # alert takes the whole counter.
         for task, queue in tasks.items():
             self.executions.labels(queue, task, "failed")
         for queue in queues:
