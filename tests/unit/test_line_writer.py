@@ -214,6 +214,46 @@ def test_what_cannot_be_made_into_lines_is_counted(pipe: Pipe) -> None:
     writer.close()
 
 
+def test_what_was_lost_last_is_told_of_at_the_end(pipe: Pipe) -> None:
+    """There may be no line any more that it could be told of after."""
+
+    def make(items: Sequence[bytes]) -> bytes:
+        raise ValueError(items)
+
+    writer = LineWriter(pipe.writer, tell_lost=lost_line, make=make)
+    writer.write(b"before\n")
+    assert writer.flush()
+    for _ in range(3):
+        writer.write_later(b"never\n")
+    writer.close()
+
+    assert pipe.take() == b"before\nlost 3\n"
+    assert writer.lost == 0
+
+
+def test_what_was_lost_is_told_of_also_where_nothing_was_ever_written(pipe: Pipe) -> None:
+    """There is no thread then."""
+    writer = LineWriter(pipe.writer, tell_lost=lost_line)
+    writer.count_lost(2)
+    writer.close()
+
+    assert pipe.take() == b"lost 2\n"
+
+
+def test_the_end_waits_for_nobody_who_does_not_read_of_what_was_lost(pipe: Pipe) -> None:
+    """It is not told of then, and a process that ends does not hang for it."""
+    os.write(pipe.writer, b"x" * 4096)
+    writer = LineWriter(pipe.writer, tell_lost=lost_line)
+    writer.count_lost(2)
+    ending = threading.Thread(target=writer.close, daemon=True)
+    ending.start()
+    ending.join(10)
+
+    assert not ending.is_alive()
+    assert writer.lost == 2
+    assert pipe.take() == b"x" * 4096
+
+
 def test_lines_too_long_to_be_written_together_are_written_one_by_one(pipe: Pipe) -> None:
     """Of what a pipe takes at once nothing is mixed with what others write into it."""
     writer = LineWriter(pipe.writer, tell_lost=lost_line)
@@ -349,6 +389,7 @@ def test_a_full_disk_costs_lines_only() -> None:
     assert writer.flush()
     assert writer.lost == 2
     writer.close()
+    assert writer.lost == 2
     os.close(descriptor)
 
 

@@ -59,6 +59,7 @@ class LineWriter:
         self._lines: deque[bytes] = deque()
         self._waiting = 0
         self._lost = 0
+        self._to_tell = False
         self._writing = False
         self._closed = False
         self._gave_up = False
@@ -209,14 +210,21 @@ class LineWriter:
         with self._turn:
             while self._lines and self._output.wait(max(0.0, deadline - time.monotonic())):
                 self._put(self._take())
+            if self._to_tell and self._output.wait(max(0.0, deadline - time.monotonic())):
+                self._tell()
             self._writing = False
-        return not self._lines
+        return not (self._lines or self._to_tell)
 
     def _nothing_waits(self) -> bool:
-        return not (self._unmade or self._lines or self._writing)
+        return not (self._unmade or self._lines or self._writing or self._to_tell)
 
     def close(self) -> None:
         """Write what waits; lines that come later are written by who brings them."""
+        # What is lost is told of after the next line, and there may be none any more. Those that
+        # cannot be made are among it.
+        self._make_lines()
+        self._to_tell = self._lost > 0
+        self._wanted.set()
         if self.flush():
             self._direct = True
         self._closed = True
@@ -247,6 +255,8 @@ class LineWriter:
             with self._turn:
                 while chunk := self._take():
                     self._put(chunk)
+                if self._to_tell:
+                    self._tell()
             with self._idle:
                 self._writing = False
                 self._idle.notify_all()
@@ -264,6 +274,11 @@ class LineWriter:
             self._waiting -= size
             self._writing = bool(chunk)
         return b"".join(chunk)
+
+    def _tell(self) -> None:
+        if self._lost:
+            self._put(b"")
+        self._to_tell = False
 
     def _put(self, chunk: bytes) -> None:
         unwritten = self._output.write(chunk)
