@@ -409,6 +409,30 @@ def test_number_that_json_has_no_word_for_is_text() -> None:
     assert (line["ratio"], line["count"]) == ("nan", 3)
 
 
+@pytest.mark.parametrize(
+    ("odd", "shown"),
+    [
+        ({"many": 10**5000}, "many"),
+        ({("a", 1): "x"}, "('a', 1)"),
+        ({_Mute(): "x"}, None),
+        ({("a", 1): "x", "more": {_Mute()}}, "('a', 1)"),
+    ],
+    ids=["more digits than are written", "a name that is no text", "nor has one", "both"],
+)
+def test_what_json_cannot_hold_changes_nothing_beside_it(
+    odd: dict[Any, Any], shown: str | None
+) -> None:
+    """Texts are as they were, without quotes of their own; so are truth, numbers and nothing."""
+    beside = {"order": "o-1", "kind": Status.PASS, "again": True, "count": 3, "none": None}
+    lines = Lines()
+    logging.getLogger("any").info("x", extra={**beside, **odd})
+    (line,) = lines.parsed
+
+    assert {name: line[name] for name in beside} == {**beside, "kind": "pass"}
+    assert line["again"] is True
+    assert any(name == shown if shown else " object at " in name for name in line)
+
+
 def test_traceback_for_people_shows_no_local_variables() -> None:
     """The console says where it failed, and nothing of what the function held."""
     lines = Lines(console=True)

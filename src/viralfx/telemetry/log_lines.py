@@ -29,6 +29,7 @@ _STANDARD = frozenset(
 _SIMPLE = frozenset({str, int, bool, type(None)})
 _IDS = ("correlationId", "userId", "traceId", "spanId")
 _COMPACT = (",", ":")
+_MOST_BITS = 64
 
 _encode = msgspec.json.Encoder().encode
 
@@ -181,8 +182,8 @@ def _to_json(event: dict[str, Any], *, simple: bool) -> bytes:
     if simple:
         try:
             line = _encode(event)
-        except (UnicodeEncodeError, OverflowError):  # half a character, or a number without end
-            pass
+        except (ValueError, OverflowError, TypeError):
+            pass  # half a character, a number without end, a name that is no text
         else:
             # Of what is not ASCII some ends a line for some programs.
             if line.isascii():
@@ -191,5 +192,15 @@ def _to_json(event: dict[str, Any], *, simple: bool) -> bytes:
         return json.dumps(event, default=str, allow_nan=False, separators=_COMPACT).encode()
     except Exception:  # noqa: BLE001 - whatever the text of somebody's value does
         # Or a number that JSON has no word for, a value within itself, keys that are no text.
-        plain = {k: v if isinstance(v, str | int) else _text(v, repr) for k, v in event.items()}
+        plain = {_text(name, str): _plain(value) for name, value in event.items()}
         return json.dumps(plain, separators=_COMPACT).encode()
+
+
+def _plain(value: object) -> object:
+    """Return a value that JSON holds in any case, and that is the same if it can be."""
+    if value is None or isinstance(value, str):
+        return value
+    # Python writes out no number of thousands of digits.
+    if isinstance(value, int) and int.bit_length(value) <= _MOST_BITS:
+        return value
+    return _text(value, repr)
