@@ -185,6 +185,31 @@ async def test_how_long_somebody_listened_is_no_duration_of_a_request(
     assert taken[0].seconds > 3599
 
 
+@pytest.mark.parametrize("status", [400, 404, 503])
+async def test_an_event_stream_that_was_refused_is_a_request_like_any_other(
+    status: int, registry: CollectorRegistry
+) -> None:
+    """Whatever kind its answer says to be of: nobody listens to it, and an error has to count."""
+    watch = RequestWatch(RequestMetrics(registry), access_log=False)
+    exchanges, sent = Exchanges(watch.ended), list[Any]()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "headers": [], "method": "GET", "path_template": "/events"}
+    headers = [(b"content-type", b"text/event-stream")]
+    exchange = exchanges.begin(scope, nothing, send, (b"", b""))
+    await exchange.send({"type": "http.response.start", "status": status, "headers": headers})
+    exchanges.tell()
+    body = {"type": "http.response.body", "body": b"data: no\n\n", "more_body": True}
+    await exchange.send(body)
+    exchanges.end(exchange)
+
+    assert value(registry, COUNT, **labels("GET", "/events", status)) == 1
+    assert value(registry, "viralfx_event_streams_total", http_route="/events") is None
+    assert sent[1:] == [body]
+
+
 async def test_who_begins_to_handle_requests_soon_gets_them(registry: CollectorRegistry) -> None:
     """As records; and who stops is not given any for long either."""
     watch = RequestWatch(RequestMetrics(registry), access_log=True)

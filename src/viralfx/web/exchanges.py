@@ -14,6 +14,7 @@ from viralfx.web.failures import log_error
 _logger = logging.getLogger("viralfx.requests")
 
 _FIRST_STATUS, _LAST_STATUS = 100, 599
+_FIRST_FAILURE = 400
 _SERVER_ERROR = 500  # as a number: asking HTTPStatus costs more than comparing
 _FAREWELL = b"event: shutdown\ndata: {}\n\n"
 _CUT_RESERVE = 0.5
@@ -113,7 +114,8 @@ class Exchange:
         for pair in message.get("headers", ()):
             name, value = pair
             if name == b"content-type":
-                self.lasts = value.startswith(b"text/event-stream")
+                # To one that is refused nobody listens: an error is no stream, whatever it says.
+                self.lasts = status < _FIRST_FAILURE and value.startswith(b"text/event-stream")
             elif name == b"content-length":
                 self.has_length = True
             elif name == b"content-encoding":
