@@ -23,6 +23,16 @@ def handles(pid: int, number: signal.Signals) -> bool:
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
+def reported(service: Service, message: str, *, count: int = 1) -> list[dict[str, Any]]:
+    """Wait for that many lines on heap reports and return them: each takes seconds of CPU."""
+
+    def look() -> list[dict[str, Any]]:
+        lines = service.logged(message)
+        return lines if len(lines) >= count else []
+
+    return wait_until(look, seconds=60, what=lambda: f"{message}; {service.output}")
+
+
 @pytest.mark.alone
 def test_a_heap_report_is_written_while_the_service_goes_on(tmp_path: Path) -> None:
     """SIGUSR2 makes a file, a line that says where, and no probe late."""
@@ -33,7 +43,7 @@ def test_a_heap_report_is_written_while_the_service_goes_on(tmp_path: Path) -> N
             wait_until(lambda: len(prober.seen) > 20, what="some probes")
             service.signal(signal.SIGUSR2)
             service.signal(signal.SIGUSR2)
-            (line,) = wait_until(lambda: service.logged("Heap report written"), what="the report")
+            (line,) = reported(service, "Heap report written")
             wait_until(
                 lambda: prober.seen[-1].at > prober.seen[0].at + 1, what="a second of probes"
             )
@@ -52,7 +62,7 @@ def test_a_heap_report_is_written_while_the_service_goes_on(tmp_path: Path) -> N
         assert all(sighting.status == 200 for sighting in prober.seen)
         require_quick(max(seconds), 1.0, "/health/live")
         service.signal(signal.SIGUSR2)  # and another one
-        wait_until(lambda: len(service.logged("Heap report written")) >= 2, what="another report")
+        reported(service, "Heap report written", count=2)
         service.signal(signal.SIGTERM)
         assert service.exit_code() == 0
 
@@ -76,7 +86,7 @@ def test_a_heap_report_that_cannot_be_written_is_one_line(tmp_path: Path, what: 
 
             resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (100, 100))
         service.signal(signal.SIGUSR2)
-        (line,) = wait_until(lambda: service.logged("Heap report failed"), what="the line")
+        (line,) = reported(service, "Heap report failed")
         assert service.get("/health/live").status == 200
 
     assert line["level"] == "error"
@@ -87,7 +97,11 @@ def test_a_heap_report_that_cannot_be_written_is_one_line(tmp_path: Path, what: 
 def test_a_heap_report_that_is_asked_for_too_early_ends_nothing() -> None:
     """While it starts there is none, and nobody who asks can know how far it has come."""
     with running(*APP) as service:
-        wait_until(lambda: handles(service.process.pid, signal.SIGTERM), what="its first handler")
+        wait_until(
+            lambda: handles(service.process.pid, signal.SIGTERM),
+            seconds=60,
+            what="its first handler",
+        )
         service.signal(signal.SIGUSR2)
         service.wait_ready()
 
@@ -107,7 +121,7 @@ def test_a_heap_report_for_which_no_memory_is_left_is_given_up(tmp_path: Path) -
         more = round(limit * used - resident / 2**20)
         assert service.get(f"/uploads/{more}", method="POST").status == 201
         service.signal(signal.SIGUSR2)
-        (line,) = wait_until(lambda: service.logged("Heap report failed"), what="it is given up")
+        (line,) = reported(service, "Heap report failed")
         assert service.get("/health/live").status == 200
 
     assert line["detail"] == "it takes more memory than is left"
