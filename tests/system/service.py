@@ -19,6 +19,8 @@ from tests.servers.ports import free_port
 from tests.servers.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
+READY_WITHIN = 60.0
+"""Seconds that a start may take on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,10 @@ class Service:
             return None
 
     def wait_ready(self) -> "Service":
-        """Return once readiness says yes; on a busy machine a start takes long."""
+        """Return once readiness says yes."""
         wait_until(
             lambda: self.process.poll() is not None or self.status("/health/ready") == 200,
-            seconds=60,
+            seconds=READY_WITHIN,
             what=lambda: f"ready; {self.output} {self.errors}",
         )
         assert self.process.poll() is None, f"ended early: {self.output} {self.errors}"
@@ -191,7 +193,7 @@ def command(
         env={**clean_environment(), **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=READY_WITHIN,
         check=False,
     )
 

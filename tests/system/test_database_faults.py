@@ -11,7 +11,7 @@ from tests import forked
 from tests.servers.postgres import PostgresServer
 from tests.servers.waiting import wait_until
 from tests.system.load import Load, require_quick
-from tests.system.service import Prober, Service, command, running
+from tests.system.service import READY_WITHIN, Prober, Service, command, running
 
 from viralfx.adapters.postgres.schema import REVISIONS
 
@@ -238,7 +238,9 @@ def test_a_schema_that_is_behind_is_not_ready_and_says_why(own_postgres: Postgre
             seen = service.get("/health/database")
             return seen.status == 503 and seen.json()["error"]["code"] == "schema_behind"
 
-        wait_until(lambda: service.status("/health/live") == 200, what="alive")
+        wait_until(
+            lambda: service.status("/health/live") == 200, seconds=READY_WITHIN, what="alive"
+        )
         wait_until(behind, what="looked at")
         ready, check = service.get("/health/ready"), service.get("/health/database").json()
         assert ready.status == 503
@@ -259,7 +261,11 @@ def test_wrong_credentials_end_the_start_after_all_attempts(own_postgres: Postgr
         "DB_RECONNECT_DELAY": "700",
     }
     with running(environment=environment) as service:
-        wait_until(lambda: service.status("/health/live") == 200, what="alive while it tries")
+        wait_until(
+            lambda: service.status("/health/live") == 200,
+            seconds=READY_WITHIN,
+            what="alive while it tries",
+        )
         assert service.status("/health/ready") == 503
         assert service.exit_code() == 3
         attempts = service.logged("Database connection attempt failed")

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 from tests.servers.waiting import wait_until
 from tests.system.load import require_quick
-from tests.system.service import Service, percentile, request, running
+from tests.system.service import READY_WITHIN, Service, percentile, request, running
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 TOKEN = {"Authorization": "Bearer planted"}
@@ -316,7 +316,7 @@ def test_the_routes_are_documented(service: Service) -> None:
 def test_a_bad_check_fails_and_stops_nothing(behaviour: str, code: str) -> None:
     """Probes answer, the check fails in time, and one attempt is outstanding at most."""
     with bad_check(behaviour) as service:
-        wait_until(lambda: service.status("/health/live") == 200, what="live")
+        wait_until(lambda: service.status("/health/live") == 200, seconds=READY_WITHIN, what="live")
         began = time.monotonic()
         wait_until(
             lambda: service.get("/health/planted").json()["error"]["code"] == code,

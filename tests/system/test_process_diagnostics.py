@@ -11,7 +11,7 @@ import pytest
 from tests.servers.waiting import wait_until
 from tests.system.control_group import control_group
 from tests.system.load import require_quick
-from tests.system.service import Prober, Service, percentile, running
+from tests.system.service import READY_WITHIN, Prober, Service, percentile, running
 
 APP = ("--app", "tests.system.log_app:app")
 
@@ -99,7 +99,7 @@ def test_a_heap_report_that_is_asked_for_too_early_ends_nothing() -> None:
     with running(*APP) as service:
         wait_until(
             lambda: handles(service.process.pid, signal.SIGTERM),
-            seconds=60,
+            seconds=READY_WITHIN,
             what="its first handler",
         )
         service.signal(signal.SIGUSR2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from tests.servers.waiting import wait_until
-from tests.system.service import running
+from tests.system.service import READY_WITHIN, running
 
 PLAIN = ("--app", "tests.system.apps:plain")
 
@@ -23,7 +23,7 @@ def test_an_application_that_fails_to_start_exits_3() -> None:
 def test_probes_answer_while_the_application_starts() -> None:
     """Live is 200, ready and startup 503, requests are refused with 503; SIGTERM still stops it."""
     with running("--app", "tests.system.apps:never_starts") as service:
-        wait_until(lambda: service.status("/health/live") == 200, what="live")
+        wait_until(lambda: service.status("/health/live") == 200, seconds=READY_WITHIN, what="live")
         ready = service.get("/health/ready")
         startup = service.get("/health/startup")
         other = service.get("/anything")
@@ -32,13 +32,17 @@ def test_probes_answer_while_the_application_starts() -> None:
         assert (ready.status, ready.json()["reason"]) == (503, "starting")
         assert (startup.status, startup.json()["started"]) == (503, False)
         assert (other.status, other.headers["retry-after"]) == (503, "1")
-        assert service.exit_code(seconds=10) == 0
+        assert service.exit_code(seconds=60) == 0
 
 
 def test_a_signal_during_the_imports_is_not_lost() -> None:
     """SIGTERM that comes before the event loop runs still ends in an ordered stop."""
     with running(*PLAIN) as service:
-        wait_until(lambda: _handles_sigterm(service.process.pid), what="the handler is there")
+        wait_until(
+            lambda: _handles_sigterm(service.process.pid),
+            seconds=READY_WITHIN,
+            what="the handler is there",
+        )
         service.signal(signal.SIGTERM)
 
         assert service.exit_code() == 0
@@ -98,7 +102,7 @@ def test_probes_answer_while_saved_state_is_slow_to_load(tmp_path: Path) -> None
     """A disk that hangs keeps the service from being ready, not from answering."""
     os.mkfifo(tmp_path / "state.json")
     with running(*PLAIN, environment={"STATE_DIR": str(tmp_path)}) as service:
-        wait_until(lambda: service.status("/health/live") == 200, what="live")
+        wait_until(lambda: service.status("/health/live") == 200, seconds=READY_WITHIN, what="live")
         ready = service.get("/health/ready")
 
         assert (ready.status, ready.json()["reason"]) == (503, "starting")

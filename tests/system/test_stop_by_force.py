@@ -189,7 +189,7 @@ def test_the_watchdog_needs_no_standard_error(path: str) -> None:
         blocked = send(service, b"GET /block/python HTTP/1.1\r\nHost: test\r\n\r\n")
         wait_until(lambda: _times_out(service), what="the loop is blocked")
         service.signal(signal.SIGTERM)
-        code = service.exit_code(seconds=10)
+        code = service.exit_code(seconds=60)
         blocked.close()
 
     assert code == 124

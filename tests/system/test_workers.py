@@ -10,7 +10,7 @@ from tests.servers.postgres import Database, PostgresServer
 from tests.servers.redis import RedisServer
 from tests.servers.waiting import wait_until
 from tests.system.jobs import JOBS, accept, job, until
-from tests.system.service import Service, command, running
+from tests.system.service import READY_WITHIN, Service, command, running
 from tests.system.workers import LEASE, SWEEP, api, environment_of, worker
 
 
@@ -65,7 +65,7 @@ def test_a_worker_is_probed_where_it_answers(database: Database) -> None:
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         environment["PORT"] = str(nobody.getsockname()[1])
         with running(program="worker", environment=environment) as process:
-            wait_until(lambda: process.logged("Working"))
+            wait_until(lambda: process.logged("Working"), seconds=READY_WITHIN, what="it works")
             kinds = ("live", "ready", "startup")
             asked = [command("probe", kind, "--worker", environment=environment) for kind in kinds]
             (working,) = process.logged("Working")
@@ -257,8 +257,10 @@ def test_without_tables_the_api_says_what_to_do(database: Database) -> None:
     """503 until `viralfx migrate` has run, and no restart after it."""
     environment = {"DATABASE_URL": database.url, "TASK_MODULES": "tests.job_tasks"}
     with running(environment=environment) as service:
-        wait_until(lambda: service.status("/health/live") == 200)
-        wait_until(lambda: b"migrate" in service.get(JOBS).body, what="started")
+        wait_until(lambda: service.status("/health/live") == 200, seconds=READY_WITHIN, what="live")
+        wait_until(
+            lambda: b"migrate" in service.get(JOBS).body, seconds=READY_WITHIN, what="started"
+        )
         reply = service.get(JOBS)
         environment_of(database)
         wait_until(lambda: service.status(JOBS) == 200, what="the API works")

@@ -18,7 +18,7 @@ from litestar.exceptions import HTTPException, ImproperlyConfiguredException
 from litestar.testing import AsyncTestClient
 from tests.servers.ports import free_port
 from tests.servers.waiting import wait_until
-from tests.system.service import ROOT, request
+from tests.system.service import READY_WITHIN, ROOT, request
 
 from viralfx import Observation, OperationsConfig, OperationsPlugin, Status, ViralFXError
 from viralfx.domain.correlation import current_correlation_id
@@ -290,7 +290,9 @@ def test_it_runs_under_a_plain_server(tmp_path: Path) -> None:
             env={**os.environ, "SHUTDOWN_READINESS_DELAY": "5000"},
         )
         try:
-            wait_until(lambda: status(port, "/health/ready") == 200, what="ready")
+            wait_until(
+                lambda: status(port, "/health/ready") == 200, seconds=READY_WITHIN, what="ready"
+            )
             request(port, "/orders/tea", method="POST")
             process.send_signal(signal.SIGTERM)
             code = process.wait(4)

@@ -212,7 +212,7 @@ class Cluster:
         """Run a command where process 1 is the container's."""
         pid = self.processes(name)[0].process.pid
         words = [word.replace("-USR2 1", f"-USR2 {pid}") for word in command]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
         return done.returncode, done.stdout + done.stderr
 
 

@@ -116,12 +116,12 @@ class Console:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=30,
+            timeout=120,  # a restart of two pods, on a busy machine
             check=False,
         )
         return done.stdout
 
-    def follow(self, steps: list[Step], *, seconds: float = 15.0) -> None:
+    def follow(self, steps: list[Step], *, seconds: float = 60.0) -> None:
         """Carry out commands one after another, each until it prints what the document shows.
 
         What shows nothing in the document is run once, and is to print no error.
@@ -133,7 +133,7 @@ class Console:
             else:
                 self.expect(step, step.shown, seconds=seconds)
 
-    def expect(self, step: Step, shown: str, *, seconds: float = 15.0) -> None:
+    def expect(self, step: Step, shown: str, *, seconds: float = 60.0) -> None:
         """Run a command until it prints something, but for what varies."""
         expected, seen = masked(shown), ""
 
