@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import threading
-import time
+from collections.abc import Callable
 
 import pytest
 from tests.servers.waiting import wait_until
@@ -27,26 +27,64 @@ def test_the_watch_over_a_loop_that_is_closed_is_over() -> None:
     wait_until(lambda: not is_watched(), what="the end of the watch")
 
 
-def test_a_watch_that_fails_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the error: it must not look as if nothing had ever blocked the loop."""
-    heard: list[threading.ExceptHookArgs] = []
-    monkeypatch.setattr(threading, "excepthook", heard.append)
+class Heard(logging.Handler):
+    """Keeps records."""
 
-    def fail(_record: logging.LogRecord) -> bool:
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take one."""
+        self.records.append(record)
+
+
+def block(loop: asyncio.AbstractEventLoop, until: Callable[[], object]) -> None:
+    """Block a loop until something is so."""
+
+    def wait() -> None:
+        try:
+            wait_until(until, what="what the loop is blocked for")
+        finally:
+            loop.stop()
+
+    loop.call_soon(wait)
+    loop.run_forever()
+
+
+def test_a_watch_that_fails_says_so_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the error: it ends no process, which an error of a thread that nobody takes does."""
+    uncaught: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", uncaught.append)
+    heard, failures = Heard(), []
+
+    def fail(record: logging.LogRecord) -> bool:
+        failures.append(record)
         raise RuntimeError("planted")
 
-    logger = logging.getLogger("viralfx.loop")
-    logger.addFilter(fail)
+    logger, process = logging.getLogger("viralfx.loop"), logging.getLogger("viralfx.process")
     loop = asyncio.new_event_loop()
+    detector = StallDetector(loop, THRESHOLD)
+    logger.addHandler(heard)
+    process.addHandler(heard)
+    logger.addFilter(fail)
     try:
-        StallDetector(loop, THRESHOLD).start()
-        loop.call_soon(time.sleep, 10 * THRESHOLD)
-        loop.call_later(11 * THRESHOLD, loop.stop)
-        loop.run_forever()
-        wait_until(lambda: not is_watched(), what="the end of the watch")
+        detector.start()
+        block(loop, lambda: len(failures) > 2)
+        logger.removeFilter(fail)
+        block(loop, lambda: len(heard.records) > 1)
     finally:
         logger.removeFilter(fail)
+        logger.removeHandler(heard)
+        process.removeHandler(heard)
+        detector.stop()
+        wait_until(lambda: not is_watched(), what="the end of the watch")
         loop.close()
-    (error,) = heard
+    error, *others = heard.records
 
-    assert str(error.exc_value) == "planted"
+    assert uncaught == []
+    assert error.name == "viralfx.process"
+    assert error.getMessage() == "Watch over the event loop failed"
+    assert error.exc_info is not None
+    assert str(error.exc_info[1]) == "planted"
+    assert {other.name for other in others} == {"viralfx.loop"}

@@ -1,6 +1,7 @@
 """Finds out what blocks the event loop, on a thread that it cannot block."""
 
 import asyncio
+import contextlib
 import logging
 import sys
 import threading
@@ -8,6 +9,7 @@ import time
 import traceback
 
 _logger = logging.getLogger("viralfx.loop")
+_process_logger = logging.getLogger("viralfx.process")
 
 _MOST_FRAMES = 30
 """The innermost of the stack: what led there is the same each time."""
@@ -29,6 +31,7 @@ class StallDetector:
         self._loop = loop
         self._threshold = threshold
         self._loop_thread = threading.get_ident()
+        self._failed = False
         self._stopped = threading.Event()
         self._answered = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="loop-watch", daemon=True)
@@ -45,7 +48,19 @@ class StallDetector:
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._threshold / _ASKS_PER_THRESHOLD):
-            self._ask()
+            try:
+                self._ask()
+            except Exception as error:  # noqa: BLE001 - whatever a filter of somebody's does
+                self._say_it_failed(error)
+
+    def _say_it_failed(self, error: Exception) -> None:
+        """Log the first error of the watch itself; one that nobody takes would end the process."""
+        if self._failed:
+            return
+        self._failed = True
+        # By another logger: what is wrong with ours may be what has failed.
+        with contextlib.suppress(Exception):
+            _process_logger.error("Watch over the event loop failed", exc_info=error)
 
     def _ask(self) -> None:
         self._answered.clear()
