@@ -3,36 +3,77 @@
 import os
 import random
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import cache
 from itertools import cycle
+from pathlib import Path
+
+_OURS = range(15000, 32000)
+_LEAST = 50
+"""Ports, below which one process might come round to one that it still needs."""
+_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+_turn = threading.Lock()
 
 
-def _in_turn() -> Iterator[int]:
-    """Yield the ports that are this test process's own, over and over."""
+def outgoing() -> range:
+    """Return the ports that this machine gives to outgoing connections."""
+    if not _RANGE.exists():
+        return range(49152, 65536)  # what other systems than Linux have
+    low, high = map(int, _RANGE.read_text(encoding="ascii").split())
+    return range(low, high + 1)
+
+
+def share(worker: int, workers: int, taken: range) -> Sequence[int]:
+    """Return the ports of one of a run's test processes, without those that are ``taken``.
+
+    There are two shares for each: xdist numbers on where a process takes the place of one that
+    crashed. Raises :class:`RuntimeError` where there are more processes than shares of a useful
+    size.
+    """
+    shares = 2 * workers
+    if worker >= shares:
+        raise RuntimeError(
+            f"test process {worker} has no ports of its own: there are {shares} shares, and too"
+            " many of the processes before it crashed"
+        )
+    own = [port for port in _OURS[worker::shares] if port not in taken]
+    if len(own) < _LEAST:
+        raise RuntimeError(
+            f"each of {workers} test processes has {len(own)} ports, which are fewer than"
+            f" {_LEAST}: run fewer of them (-n), or let outgoing connections have others than"
+            f" {_OURS[0]} to {_OURS[-1]} (net.ipv4.ip_local_port_range is {taken[0]} to"
+            f" {taken[-1]})"
+        )
+    return own
+
+
+@cache
+def _in_turn() -> tuple[Iterator[int], int]:
+    """Return this test process's own ports, over and over, and how many there are."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    own = range(15000 + worker, 32000, count)
+    own = share(worker, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), outgoing())
     first = random.SystemRandom().randrange(len(own))
-    return cycle([*own[first:], *own[:first]])
-
-
-_ports = _in_turn()
+    return cycle([*own[first:], *own[:first]]), len(own)
 
 
 def free_port() -> int:
     """Return a port of this machine that nobody listens on, another one each time.
 
     No other process of this test run is given it: the server it is for may take a while to listen.
-    It lies below the range from which outgoing connections take theirs: while a server is down,
-    nobody may come by its port by accident, nor connect to itself there.
+    It is none from which outgoing connections take theirs: while a server is down, nobody may come
+    by its port by accident, nor connect to itself there.
     """
-    for _ in range(100):
-        port = next(_ports)
-        with closing(socket.socket()) as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-            return port
+    with _turn:
+        ports, count = _in_turn()
+        for _ in range(count - 1):  # not as far as the one that was returned before
+            port = next(ports)
+            with closing(socket.socket()) as probe:
+                try:
+                    probe.bind(("", port))
+                except OSError:
+                    continue
+                return port
     raise RuntimeError("no free port was found")
