@@ -382,7 +382,7 @@ def test_an_address_of_another_machine_is_found() -> None:
 
 def test_a_privileged_port_is_found() -> None:
     """Whether or not the user of this test may listen on it."""
-    found = visit({**GOOD, "HOST": "127.0.0.1", "PORT": "1"})
+    found = visit({**GOOD, "HOST": "127.0.0.1", "PORT": "3"})
 
     assert [f["status"] for f in found.of("ports")] in (["warn"], ["fail"]), found
 

@@ -59,6 +59,15 @@ def _in_turn() -> tuple[Iterator[int], int]:
     return cycle([*own[first:], *own[:first]]), len(own)
 
 
+def own_address() -> str:
+    """Return an address of this machine that no other test process has: for a port that is fixed.
+
+    All of 127.0.0.0/8 is this machine, where that is Linux.
+    """
+    pid = os.getpid()  # below 2 ** 22
+    return f"127.{64 + (pid >> 16)}.{pid >> 8 & 255}.{pid & 255}"
+
+
 def free_port() -> int:
     """Return a port of this machine that nobody listens on, another one each time.
 

@@ -155,6 +155,7 @@ def running(
     variables = {**clean_environment(), "PORT": str(port), **(environment or {})}
     if management_port is not None:
         variables["MANAGEMENT_PORT"] = str(management_port)
+    assert variables["PORT"] != variables.get("MANAGEMENT_PORT"), "one port for both"
     process = subprocess.Popen(
         [*close, sys.executable, "-m", "viralfx", program, *arguments],
         cwd=ROOT,

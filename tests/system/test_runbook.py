@@ -98,7 +98,8 @@ def test_the_codes_of_the_database_are_known() -> None:
         ({"PORT": "planted"}, 2, "PORT: "),
         (
             {
-                "DATABASE_URL": f"postgresql://nobody@127.0.0.1:{free_port()}/none",
+                "DATABASE_URL": "postgresql://nobody@127.0.0.1:{nobody}/none",
+                "PORT": "{port}",
                 "DB_MAX_RECONNECT_ATTEMPTS": "1",
             },
             3,
@@ -110,7 +111,9 @@ def test_the_log_says_why_a_process_starts_again_and_again(
     environment: dict[str, str], code: int, said: str, tmp_path: Path
 ) -> None:
     """Whether that is a line for programs or for people."""
-    ended = command("serve", environment=environment)
+    ports = {"nobody": free_port(), "port": free_port()}
+    filled = {name: value.format(**ports) for name, value in environment.items()}
+    ended = command("serve", environment=filled)
     log = tmp_path / "log"
     log.write_text(ended.stdout + ended.stderr)
     kubectl = tmp_path / "kubectl"

@@ -270,10 +270,12 @@ def test_the_management_port_outlives_the_api() -> None:
 
 def test_two_services_cannot_share_a_management_port() -> None:
     """The second one says so and exits 3, before it takes any request."""
-    with socket.create_server(("", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        with running(environment={"MANAGEMENT_PORT": port, "PORT": str(free_port())}) as service:
-            assert service.exit_code() == 3
+    port = str(free_port())
+    with (
+        socket.create_server(("", int(port))),
+        running(environment={"MANAGEMENT_PORT": port}) as service,
+    ):
+        assert service.exit_code() == 3
 
     assert service.errors[0].startswith(f"viralfx: MANAGEMENT_PORT: port {port} ")
 

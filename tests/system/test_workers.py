@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack
 from functools import partial
 
+from tests.servers.ports import free_port, own_address
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.redis import RedisServer
 from tests.servers.waiting import wait_until
@@ -61,16 +62,17 @@ def test_a_worker_answers_for_itself(database: Database) -> None:
 
 def test_a_worker_is_probed_where_it_answers(database: Database) -> None:
     """Without MANAGEMENT_PORT, too: then on 3001, which is not where a service in its pod is."""
-    environment = environment_of(database, HOST="127.0.0.1")
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
-        environment["PORT"] = str(nobody.getsockname()[1])
-        with running(program="worker", environment=environment) as process:
-            wait_until(lambda: process.logged("Working"), seconds=READY_WITHIN, what="it works")
-            kinds = ("live", "ready", "startup")
-            asked = [command("probe", kind, "--worker", environment=environment) for kind in kinds]
-            (working,) = process.logged("Working")
-            elsewhere = {**environment, "MANAGEMENT_PORT": "1"}
-            refused = command("probe", "live", "--worker", environment=elsewhere)
+    environment = environment_of(database, HOST=(host := own_address()), PORT=str(free_port()))
+    with (
+        socket.create_server((host, int(environment["PORT"]))),
+        running(program="worker", environment=environment) as process,
+    ):
+        wait_until(lambda: process.logged("Working"), seconds=READY_WITHIN, what="it works")
+        kinds = ("live", "ready", "startup")
+        asked = [command("probe", kind, "--worker", environment=environment) for kind in kinds]
+        (working,) = process.logged("Working")
+        elsewhere = {**environment, "MANAGEMENT_PORT": "1"}
+        refused = command("probe", "live", "--worker", environment=elsewhere)
 
     assert working["managementPort"] == 3001
     assert [result.returncode for result in asked] == [0, 0, 0]

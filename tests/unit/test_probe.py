@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from tests.servers.ports import free_port
 
 from viralfx.cli import main
 from viralfx.domain.errors import ConfigurationError
@@ -95,8 +96,7 @@ def test_proxy_of_the_environment_is_not_used(monkeypatch: pytest.MonkeyPatch) -
 
 def test_nobody_listening_is_no() -> None:
     """A refused connection says so."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        base = f"http://127.0.0.1:{server.getsockname()[1]}"
+    base = f"http://127.0.0.1:{free_port()}"
     passed, said = probe("live", base, timeout=5.0)
 
     assert not passed

@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from tests.servers.ports import free_port
 
 from viralfx.domain.errors import StartupError
 from viralfx.runner.sockets import listen
@@ -34,10 +35,13 @@ def test_port_in_use_is_one_clear_line() -> None:
 
 def test_port_is_free_again_at_once() -> None:
     """A restart is not held up by connections of the process before."""
-    with listen("PORT", "127.0.0.1", 0) as first:
-        address = first.getsockname()
-        with socket.create_connection(address), first:
-            pass
+    address = "127.0.0.1", free_port()
+    with (
+        listen("PORT", *address) as first,
+        socket.create_connection(address),
+        first,
+    ):
+        pass
     listen("PORT", *address).close()
 
 
@@ -60,15 +64,15 @@ def test_address_of_another_machine_is_one_clear_line() -> None:
 
 
 def test_privileged_port_is_one_clear_line_unless_allowed() -> None:
-    """Who lacks the right to port 1 is told which ports are free for all."""
+    """Who lacks the right to port 2 is told which ports are free for all."""
     said = None
     try:
-        listen("PORT", "127.0.0.1", 1).close()
+        listen("PORT", "127.0.0.1", 2).close()  # where no other test expects nobody
     except StartupError as error:
         said = str(error)
     limit = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
-    allowed = os.geteuid() == 0 or limit <= 1
-    refusal = "PORT: no permission for port 1 on 127.0.0.1; choose one above 1023"
+    allowed = os.geteuid() == 0 or limit <= 2
+    refusal = "PORT: no permission for port 2 on 127.0.0.1; choose one above 1023"
 
     assert said == (None if allowed else refusal)
 
