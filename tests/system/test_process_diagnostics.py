@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,28 @@ def test_a_heap_report_is_written_while_the_service_goes_on(tmp_path: Path) -> N
         reported(service, "Heap report written", count=2)
         service.signal(signal.SIGTERM)
         assert service.exit_code() == 0
+
+
+def test_a_heap_report_beside_grpc_says_nothing_of_its_own(tmp_path: Path) -> None:
+    """Whose library would tell of the descriptors that the report's process is without."""
+    with socket.create_server(("127.0.0.1", 0)) as collector:
+        environment = {
+            "HEAP_SNAPSHOT_DIR": str(tmp_path),
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.getsockname()[1]}",
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+            "OTEL_BSP_SCHEDULE_DELAY": "100",
+        }
+        with running(*APP, environment=environment) as service:
+            service.wait_ready()
+            service.get("/orders/1")
+            collector.settimeout(READY_WITHIN)
+            with collector.accept()[0]:
+                service.signal(signal.SIGUSR2)
+                reported(service, "Heap report written")
+                service.signal(signal.SIGTERM)
+                assert service.exit_code() == 0
+
+    assert service.errors == []
 
 
 @pytest.mark.parametrize("what", ["missing", "not writable", "full"])

@@ -14,7 +14,12 @@ from urllib.parse import unquote, unquote_plus, urlsplit
 
 _GRPC, _HTTP = "grpc", "http/protobuf"
 
-_CONVENTIONS = "OTEL_SEMCONV_STABILITY_OPT_IN"
+_WANTED = {
+    "OTEL_SEMCONV_STABILITY_OPT_IN": "http,database",
+    # A heap report forks, and its process calls nobody: all that the library does about forks is to
+    # write past the log.
+    "GRPC_ENABLE_FORK_SUPPORT": "false",
+}
 _PROVIDER = "OTEL_PYTHON_TRACER_PROVIDER"
 _SAMPLERS = (
     "always_on",
@@ -91,6 +96,7 @@ def as_the_library_reads(environ: MutableMapping[str, str]) -> Iterator[None]:
 
     By the specification an empty variable is as good as none, and the library refuses some. The
     instrumentation of drivers has the words of the present conventions only where a variable asks.
+    Each is read once, by the first in the process that needs it.
     """
     changed = {
         name: value
@@ -99,13 +105,13 @@ def as_the_library_reads(environ: MutableMapping[str, str]) -> Iterator[None]:
     }
     for name in changed:
         del environ[name]
-    present = _CONVENTIONS in environ
-    environ.setdefault(_CONVENTIONS, "http,database")
+    absent = {name: value for name, value in _WANTED.items() if name not in environ}
+    environ.update(absent)
     try:
         yield
     finally:
-        if not present:
-            del environ[_CONVENTIONS]
+        for name in absent:
+            del environ[name]
         environ.update(changed)
 
 
@@ -173,9 +179,11 @@ def _in_address(address: str) -> Iterator[str]:
 
 
 def _is_secret(name: str, value: str) -> bool:
-    if _OF_NO_SECRETS(name):
-        return False
-    return len(value) >= _LEAST_OF_A_TOKEN or bool(value and _OF_SECRETS(name))
+    long, harmless = len(value) >= _LEAST_OF_A_TOKEN, bool(_OF_NO_SECRETS(name))
+    if _OF_SECRETS(name):
+        # The type of a token is none, but the token of a tenant is one.
+        return bool(value) and (long or not harmless)
+    return long and not harmless
 
 
 def _pairs(headers: str) -> list[tuple[str, str]]:
