@@ -60,14 +60,12 @@ class LineWriter:
         self._waiting = 0
         self._lost = 0
         self._to_tell = False
-        self._writing = False
-        self._closed = False
-        self._gave_up = False
-        self._direct = False
+        self._writing = self._closed = False
+        self._gave_up = self._direct = False
         self._thread: threading.Thread | None = None
         self._make_locks()
-        mine = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: _forked(mine()))
+        begin = weakref.WeakMethod(self._begin_in_child)
+        os.register_at_fork(after_in_child=lambda: (found := begin()) and found())
 
     def _make_locks(self) -> None:
         self._lock = threading.RLock()
@@ -220,8 +218,7 @@ class LineWriter:
 
     def close(self) -> None:
         """Write what waits; lines that come later are written by who brings them."""
-        # What is lost is told of after the next line, and there may be none any more. Those that
-        # cannot be made are among it.
+        # What is lost is told of after the next line, and there may be none any more.
         self._make_lines()
         self._to_tell = self._lost > 0
         self._wanted.set()
@@ -294,12 +291,10 @@ class LineWriter:
                 self._lines.clear()
                 self._waiting = 0
 
-
-def _forked(writer: LineWriter | None) -> None:
-    """Let a forked child, which has no thread of ours, write by itself; our lines stay ours."""
-    if writer is not None:
-        writer._make_locks()  # noqa: SLF001 - it is this module's own
-        writer._unmade.clear()  # noqa: SLF001
-        writer._lines.clear()  # noqa: SLF001
-        writer._waiting = writer._lost = 0  # noqa: SLF001
-        writer._direct = True  # noqa: SLF001
+    def _begin_in_child(self) -> None:
+        """Write by itself in a forked child, which has no thread of ours; our lines stay ours."""
+        self._make_locks()
+        self._unmade.clear()
+        self._lines.clear()
+        self._waiting = self._lost = 0
+        self._direct = True
