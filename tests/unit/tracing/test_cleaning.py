@@ -103,6 +103,39 @@ def test_a_statement_has_no_values(
     assert attributes_of(span)[text] == "SELECT * FROM users WHERE email = ?"
 
 
+@pytest.mark.parametrize("length", [2000, 4096, 6143, 6144, 9000])
+def test_a_long_statement_is_not_nothing(
+    provider: TracerProvider, finished: Finished, length: int
+) -> None:
+    """However long it is, and whether of values or of columns."""
+    tracer = provider.get_tracer("test")
+    for head, each in (("INSERT INTO x VALUES (", "'planted', "), ("SELECT ", "a_column, ")):
+        statement = (head + each * length)[:length]
+        attributes = {"db.system.name": "postgresql", "db.query.text": statement}
+        tracer.start_span("work", attributes=attributes).end()
+    insert, select = (attributes_of(span)["db.query.text"] for span in finished())
+
+    assert insert.startswith("INSERT INTO x VALUES (?, ?")
+    assert "pla" not in insert
+    assert select.startswith("SELECT a_column, a_column")
+    assert min(len(insert), len(select)) > 400
+
+
+def test_a_name_that_is_no_text_costs_no_batch(
+    provider: TracerProvider, finished: Finished
+) -> None:
+    """Nor does it raise in whose span it is."""
+    odd: Any
+    for odd in (None, b"GET", 5, SpanKind.SERVER):
+        span = provider.get_tracer("test").start_span(odd)
+        span.add_event(odd)
+        span.update_name(odd)
+        span.end()
+
+    assert [span.name for span in finished()] == ["None", "b'GET'", "5", "SpanKind.SERVER"]
+    assert len(encode_spans(finished()).resource_spans[0].scope_spans[0].spans) == 4
+
+
 @pytest.mark.parametrize("secret", ["postgresql", "text", "query"])
 def test_a_secret_that_is_a_word_of_the_conventions_hides_no_value(
     memory: InMemorySpanExporter, secret: str

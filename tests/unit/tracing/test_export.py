@@ -84,6 +84,42 @@ def test_an_exporter_that_raises_loses_spans(caplog: pytest.LogCaptureFixture) -
     assert record.__dict__["reason"] == "ValueError: " + "x" * 278 + "by ***@hos"
 
 
+def test_a_span_that_cannot_be_cleaned_costs_no_other(
+    caplog: pytest.LogCaptureFixture, memory: InMemorySpanExporter
+) -> None:
+    """It is left out, which is said once."""
+
+    def clean(text: str) -> str:
+        if text == "odd":
+            raise ValueError(text)
+        return text
+
+    exporter = ReportingExporter(memory, cleaning=Cleaning(clean))
+    tracer = TracerProvider(shutdown_on_exit=False).get_tracer("test")
+    spans = [tracer.start_span(name) for name in ("one", "odd", "two", "odd")]
+    with caplog.at_level(logging.INFO):
+        result = exporter.export([span for span in spans if isinstance(span, ReadableSpan)])
+
+    assert result is SpanExportResult.SUCCESS
+    assert [span.name for span in memory.get_finished_spans()] == ["one", "two"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Spans cannot be sent, and are left out"
+    ]
+
+
+def test_a_span_that_ends_after_the_last_were_sent_is_nobody_s_line(
+    caplog: pytest.LogCaptureFixture, memory: InMemorySpanExporter
+) -> None:
+    """The library would tell of each."""
+    provider, _ = make_provider(instance="here", environment="test", exporter=memory)
+    span = provider.get_tracer("test").start_span("late")
+    with caplog.at_level(logging.DEBUG):
+        provider.shutdown()
+        span.end()
+
+    assert caplog.records == []
+
+
 def test_spans_that_are_lost_all_the_time_are_one_outage(
     caplog: pytest.LogCaptureFixture, memory: InMemorySpanExporter
 ) -> None:
@@ -104,7 +140,7 @@ def test_spans_that_are_lost_all_the_time_are_one_outage(
             assert exporter.in_trouble
         clock.now += 10
         exporter.export([span])
-    processor.shutdown()  # type: ignore[no-untyped-call]
+    processor.shutdown()
 
     assert [record.getMessage() for record in caplog.records] == [
         "Traces are lost",

@@ -106,6 +106,7 @@ def test_keys_and_passwords_of_exporters_are_secrets() -> None:
     environ = {
         "OTEL_EXPORTER_OTLP_HEADERS": "authorization=Bearer%20short",
         "OTEL_EXPORTER_OTLP_TRACES_HEADERS": "x-ingest=0123456789abcdef%3D, apikey=abcd",
+        "OTEL_EXPORTER_OTLP_LOGS_HEADERS": "x-tenant-token=fedcba9876543210",
         "OTEL_EXPORTER_OTLP_LOGS_ENDPOINT": "https://user:p%40ss@host/v1/logs",
         "OTEL_EXPORTER_OTLP_ENDPOINT": "https://host/v1?zone=north&api_key=ab%2Bcd#part",
         "OTEL_RESOURCE_ATTRIBUTES": "token=none",
@@ -114,7 +115,7 @@ def test_keys_and_passwords_of_exporters_are_secrets() -> None:
     found = set(secrets(environ))
     assert found == {
         *("Bearer%20short", "Bearer short", "short"),
-        *("0123456789abcdef%3D", "0123456789abcdef=", "abcd"),
+        *("0123456789abcdef%3D", "0123456789abcdef=", "abcd", "fedcba9876543210"),
         *("user:p%40ss", "user:p@ss", "p%40ss", "p@ss"),
         *("ab%2Bcd", "ab+cd"),
     }
@@ -125,7 +126,7 @@ def test_keys_and_passwords_of_exporters_are_secrets() -> None:
     [
         *("x-scope-orgid=default", "x-team=payments", "x-zone=north", "x-passage=open"),
         *("content-type=application/x-protobuf", "user-agent=OTel-OTLP-Exporter-Python/1.39"),
-        *("x-honeycomb-dataset=shop-in-production", "x-secret-name=shop-in-production"),
+        *("x-honeycomb-dataset=shop-in-production", "x-secret-name=production"),
     ],
 )
 def test_words_of_every_log_are_no_secrets(header: str) -> None:

@@ -80,7 +80,7 @@ class Cleaning:
             kept = self._longest + KEPT_BEYOND
             description = self._cut(status.description[:kept], self._longest)
             status = Status(status.status_code, description_without_values(description, kind))
-        name = span.name
+        name = self._name(span.name)
         scope = None if span.instrumentation_scope is None else span.instrumentation_scope.name
         if scope in {_POSTGRES, _REDIS}:
             called = _statement if scope == _POSTGRES else _command
@@ -89,7 +89,7 @@ class Cleaning:
             if kind is not None and status.status_code is StatusCode.ERROR:
                 attributes.setdefault("error.type", kind.rpartition(".")[2])
         return ReadableSpan(
-            name=self._name(name),
+            name=name,
             context=span.context,
             parent=span.parent,
             resource=span.resource,
@@ -132,15 +132,18 @@ class Cleaning:
             if key in _SYSTEMS:
                 cleaned[key] = value
             elif key in _STATEMENTS and clean_sql is not None and isinstance(value, str):
-                # The secrets of a statement come last: masked, they may end a literal.
-                cleaned[key] = self._cut(value, longest, first=clean_sql)
+                # First the values: without the secrets, what is one would be harder to tell. Then
+                # nothing is left where its end was cut of which a half could be told.
+                cleaned[key] = self.text(clean_sql(value))[:longest]
             elif key.startswith(_OF_CONVENTIONS):
                 cleaned[key] = self._value(value, longest, key)
             else:
                 cleaned[self._name(key)] = self._value(value, longest)
         return cleaned | _texts_of_error(cleaned, attributes.get("exception.type"))
 
-    def _name(self, name: str) -> str:
+    def _name(self, name: object) -> str:
+        # Nobody sees to it that it is a text, and of what is none no batch could be made.
+        name = name if isinstance(name, str) else str(name)
         if len(name) <= _LONGEST_NAME:
             return self._known(name)
         kept = KEPT_OF_A_NAME - _LONGEST_NAME
@@ -162,10 +165,8 @@ class Cleaning:
             case _:
                 return value
 
-    def _cut(
-        self, text: str, longest: int, beyond: int = KEPT_BEYOND, *, first: Clean | None = None
-    ) -> str:
-        cleaned = self.text(text if first is None else first(text))
+    def _cut(self, text: str, longest: int, beyond: int = KEPT_BEYOND) -> str:
+        cleaned = self.text(text)
         if len(text) >= longest + beyond:
             # Its end was cut, and may be the beginning of a secret.
             cleaned = cleaned[: max(0, len(cleaned) - beyond)]

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import Context
 
@@ -53,6 +53,7 @@ class ReportingExporter(SpanExporter):
         self.in_trouble = False
         """Whether spans were lost a moment ago."""
         self._arrived = False
+        self._left_out = False
         self._ear = Ear(self._hear, cuts)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
@@ -60,7 +61,7 @@ class ReportingExporter(SpanExporter):
         self._said.clear()
         try:
             with self._ear.open():
-                result = self._inner.export([self._cleaning.span(span) for span in spans])
+                result = self._inner.export(list(self._cleaned(spans)))
         except Exception as error:  # noqa: BLE001 - a boundary: whatever it is, they are lost
             self._trouble(f"{type(error).__name__}: {error}")
             return SpanExportResult.FAILURE
@@ -70,6 +71,16 @@ class ReportingExporter(SpanExporter):
             # The first says what is wrong, the last what became of it.
             self._trouble("; ".join(dict.fromkeys([*self._said[:1], *self._said[-1:]])))
         return result
+
+    def _cleaned(self, spans: Sequence[ReadableSpan]) -> Iterator[ReadableSpan]:
+        for span in spans:
+            try:
+                yield self._cleaning.span(span)
+            except Exception as error:
+                # What an application made of it is no reason to lose those beside it.
+                if not self._left_out:
+                    self._left_out = True
+                    _logger.warning("Spans cannot be sent, and are left out", exc_info=error)
 
     def shutdown(self) -> None:
         """Let go of the connection."""
@@ -123,8 +134,17 @@ class ReportingProcessor(BatchSpanProcessor):
         """``limits`` are those of the library's own, instead of the variables."""
         super().__init__(exporter, **limits)  # type: ignore[arg-type]
         self._reporting = exporter
+        self._ended = False
+
+    def shutdown(self) -> None:
+        """Send what waits, and take in nothing any more."""
+        self._ended = True
+        super().shutdown()  # type: ignore[no-untyped-call]
 
     def on_end(self, span: ReadableSpan) -> None:
         """Take in a span that has ended."""
+        # The library would log of each that comes too late.
+        if self._ended:
+            return
         with self._reporting.listening():
             super().on_end(span)

@@ -39,9 +39,10 @@ class CorrelationIds(SpanProcessor):
         """Take in a span that begins."""
         if (correlation_id := current_correlation_id()) is not None:
             span.set_attribute("viralfx.correlation_id", correlation_id)
-        # That of a pipeline has all of its commands.
-        if len(span.name) > KEPT_OF_A_NAME:
-            span.update_name(span.name[:KEPT_OF_A_NAME])
+        # That of a pipeline has all of its commands; that of an application may be no text.
+        name: object = span.name
+        if isinstance(name, str) and len(name) > KEPT_OF_A_NAME:
+            span.update_name(name[:KEPT_OF_A_NAME])
 
 
 def make_provider(
