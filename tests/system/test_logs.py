@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 from tests.servers.ports import free_port
+from tests.servers.postgres import Database
 from tests.servers.waiting import wait_until
 from tests.system.load import require_quick
 from tests.system.service import ROOT, Service, clean_environment, request, running
+from tests.system.workers import environment_of
 
 APP = ("--app", "tests.system.log_app:app")
 TOKEN = {"MANAGEMENT_TOKEN": "planted-token"}
@@ -75,6 +77,25 @@ def test_each_request_of_the_application_is_one_line() -> None:
     assert lines[2]["message"] == "GET unmatched 404"
     assert max(len(line) for line in service.output) < 1000
     assert [(line["userId"], line["correlationId"]) for line in own] == [("user-123", "order-1")]
+
+
+@pytest.mark.parametrize("program", ["serve", "worker"])
+def test_lines_have_their_shape_while_an_application_is_loaded(
+    database: Database, program: str
+) -> None:
+    """Which makes a Litestar application, and so has logging configured another way."""
+    module = "tests.system.noisy_app"
+    environment = environment_of(database, API_TOKEN="planted-token", TASK_MODULES=module)
+    arguments = ("--app", f"{module}:make") if program == "serve" else ()
+    with running(*arguments, program=program, management=True, environment=environment) as service:
+        service.wait_ready()
+        service.signal(signal.SIGTERM)
+        assert service.exit_code() == 0
+        messages = [json.loads(line)["message"] for line in service.output]
+
+    assert {"Made with ***", "Made at postgres://***@db/shop"} <= set(messages)
+    assert messages[-1] == "Process ends"
+    assert service.errors == []
 
 
 def test_the_access_log_can_be_turned_off() -> None:

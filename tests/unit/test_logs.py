@@ -4,6 +4,7 @@ import contextvars
 import io
 import json
 import logging
+import logging.config
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from litestar import Litestar
 from tests.unit.doubles import BrokenError, observed
 
 from viralfx.domain.attempts import CheckCompleted
@@ -29,7 +31,7 @@ from viralfx.telemetry import logs
 from viralfx.telemetry.access_log import AccessLog, AccessRecord
 from viralfx.telemetry.log_levels import VERBOSE
 from viralfx.telemetry.log_lines import JsonLines
-from viralfx.telemetry.logs import LineHandler, configure_logging
+from viralfx.telemetry.logs import LineHandler, configure_logging, lines_kept
 from viralfx.telemetry.observed import HealthLog, log_shutdown
 from viralfx.telemetry.redaction import Redaction
 from viralfx.telemetry.requests import EndedRequest
@@ -167,6 +169,13 @@ class _Mute:
         raise RuntimeError("planted")
 
 
+def _deep(times: int) -> object:
+    value: object = None
+    for _ in range(times):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize("value", [_Mute(), [_Mute()]], ids=["alone", "in a list"])
 def test_value_that_has_no_text_costs_nobody_a_line(value: object) -> None:
     """Its kind is said, and everything else; also where it is the message itself."""
@@ -225,6 +234,45 @@ def test_console_is_for_people() -> None:
     assert all(part in text for part in ("warn", "jobs", "Job slow", "default", "order-1"))
     assert not text.startswith("{")
     assert "\x1b" not in text
+
+
+def test_console_shows_lists_and_texts_of_errors_as_they_are() -> None:
+    """What blocked the loop is a list of frames; another's error may be a text."""
+    lines = Lines(console=True)
+    extra = {"stack": ["first frame", "second frame"], "exception": "as they told it"}
+    logging.getLogger("viralfx.loop").warning("Event loop is blocked", extra=extra)
+    logging.getLogger("any").warning("x", extra={"stack": 7, "exception": ["one", "two"]})
+
+    assert "Event loop is blocked" in lines.raw[0]
+    assert {"first frame", "second frame", "as they told it", "7", "one", "two"} <= set(lines.raw)
+
+
+@pytest.mark.parametrize("value", [_Mute(), [_Mute()], 10**5000, _deep(20_000)], ids=range(4))
+def test_console_has_a_line_for_what_has_no_text(value: object) -> None:
+    """Its kind is said, and everything else, and where it failed."""
+    lines = Lines(console=True)
+    try:
+        _fail("")
+    except BrokenError:
+        logging.getLogger("any").exception("It broke", extra={"odd": value, "order": "o-1"})
+
+    assert all(part in lines.raw[0] for part in ("It broke", "o-1", "odd"))
+    assert "BrokenError" in lines.stream.getvalue()
+
+
+def test_lines_stay_what_they_are_while_an_application_is_loaded() -> None:
+    """Which has logging configured its own way; afterwards that is its own affair."""
+    lines = Lines(level="log")
+    with lines_kept():
+        Litestar()
+        logging.getLogger("any").info("1")
+        logging.getLogger("litestar").info("2")
+        logging.getLogger("any").debug("too much")
+    assert [line["message"] for line in lines.parsed] == ["1", "2"]
+
+    others = {"version": 1, "disable_existing_loggers": False, "root": {"level": "ERROR"}}
+    logging.config.dictConfig(others)
+    assert logging.getLogger().level == logging.ERROR
 
 
 def test_configuring_twice_writes_once() -> None:

@@ -14,7 +14,7 @@ from viralfx.runner.process import Process
 from viralfx.runner.signals import SignalWatch
 from viralfx.runner.sockets import listen
 from viralfx.settings import Settings, read_settings
-from viralfx.telemetry.logs import configure_logging
+from viralfx.telemetry.logs import configure_logging, lines_kept
 from viralfx.telemetry.redaction import Redaction, secrets_of
 from viralfx.web.gate import Gate
 from viralfx.web.load import find_application
@@ -44,8 +44,9 @@ def serve(
         console=settings.log_format == "console",
         redaction=Redaction(secrets),
     )
-    application, plugin = find_application(settings, app)
-    # Again, because making a Litestar application configures logging, by default its own way.
+    with lines_kept():
+        application, plugin = find_application(settings, app)
+    # Again, for its settings may hold other secrets.
     configure_logging(
         level=settings.log_level,
         console=settings.log_format == "console",

@@ -192,15 +192,17 @@ def _to_json(event: dict[str, Any], *, simple: bool) -> bytes:
         return json.dumps(event, default=str, allow_nan=False, separators=_COMPACT).encode()
     except Exception:  # noqa: BLE001 - whatever the text of somebody's value does
         # Or a number that JSON has no word for, a value within itself, keys that are no text.
-        plain = {_text(name, str): _plain(value) for name, value in event.items()}
-        return json.dumps(plain, separators=_COMPACT).encode()
+        event = {_text(name, str): plain(value) for name, value in event.items()}
+        return json.dumps(event, separators=_COMPACT).encode()
 
 
-def _plain(value: object) -> object:
-    """Return a value that JSON holds in any case, and that is the same if it can be."""
-    if value is None or isinstance(value, str):
+def plain(value: object) -> object:
+    """Return a value that can be written in any case, and that is the same if it can be."""
+    if value is None or type(value) is bool:
         return value
+    if isinstance(value, str):
+        return str.__str__(value)
     # Python writes out no number of thousands of digits.
     if isinstance(value, int) and int.bit_length(value) <= _MOST_BITS:
-        return value
+        return int(value)
     return _text(value, repr)

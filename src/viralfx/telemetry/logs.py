@@ -2,9 +2,10 @@
 
 import contextlib
 import logging
+import logging.config
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 import structlog
@@ -12,7 +13,7 @@ import structlog
 from viralfx.telemetry.access_log import TakeRequest
 from viralfx.telemetry.line_writer import LineWriter
 from viralfx.telemetry.log_levels import LEVELS, VERBOSE, word
-from viralfx.telemetry.log_lines import JsonLines
+from viralfx.telemetry.log_lines import JsonLines, plain
 from viralfx.telemetry.redaction import Redaction
 from viralfx.telemetry.requests import EndedRequest
 
@@ -50,16 +51,45 @@ def configure_logging(
         handler = LineHandler(
             lines.render, output, threaded=stream is None, of_requests=lines.of_requests
         )
-    root.handlers[:] = [handler]
-    root.setLevel(LEVELS[level])
+    _send_all_to([handler], LEVELS[level])
+    warnings.showwarning = _show_warning
+
+
+@contextlib.contextmanager
+def lines_kept() -> Iterator[None]:
+    """Have lines stay what they are within the block, in which an application is loaded.
+
+    Making a Litestar application configures logging, by default its own way: lines would have
+    another shape, and secrets in them. They are written by whoever logs from then on, so
+    :func:`configure_logging` is to be called again.
+    """
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    class Kept(logging.config.DictConfigurator):
+        def configure(self) -> None:
+            super().configure()
+            _send_all_to(handlers, level)
+
+    usual = logging.config.dictConfigClass
+    logging.config.dictConfigClass = Kept
+    try:
+        yield
+    finally:
+        logging.config.dictConfigClass = usual
+
+
+def _send_all_to(handlers: list[logging.Handler], level: int) -> None:
+    root = logging.getLogger()
+    root.handlers[:] = handlers
+    root.setLevel(level)
     for name in _SERVERS:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
     # Their information lines tell of start and stop, which the lifecycle tells better.
     for name in ("uvicorn.error", "taskiq"):
-        logging.getLogger(name).setLevel(max(logging.WARNING, LEVELS[level]))
-    warnings.showwarning = _show_warning
+        logging.getLogger(name).setLevel(max(logging.WARNING, level))
 
 
 class LineHandler(logging.Handler):
@@ -147,9 +177,16 @@ class _Console:
         event, _ = self._lines.fields(record)
         event["event"] = event.pop("message")
         event["logger"] = event.pop("context")
-        if event.pop("exception", None) is not None:
+        if record.exc_info and event.pop("exception", None) is not None:
             event["exc_info"] = record.exc_info
-        text = str(self._renderer(None, word(record.levelno), event))
+        for name in ("stack", "exception"):  # which it prints as they are
+            if name in event and not isinstance(lines := event[name], str):
+                event[name] = "\n".join(map(str, lines)) if isinstance(lines, list) else str(lines)
+        try:
+            text = self._renderer(None, word(record.levelno), event.copy())
+        except Exception:  # noqa: BLE001 - whatever the text of somebody's value does
+            event = {k: v if k == "exc_info" else plain(v) for k, v in event.items()}
+            text = self._renderer(None, word(record.levelno), event)
         return self._redaction.text(f"{text}\n").encode("utf-8", "backslashreplace")
 
 
