@@ -225,15 +225,12 @@ def test_the_domain_waits_in_one_way() -> None:
 
 
 def test_only_the_program_configures_logging() -> None:
-    """The root logger is set up in one function, and only the runner calls it.
-
-    Beside that function another one keeps it so while an application is loaded.
-    """
+    """The root logger is set up and kept so in one module, whose functions only programs call."""
     callers = {
         name_of(module)
         for module in MODULES
         if any(
-            name.endswith((".configure_logging", "logging.config", "logging.basicConfig"))
+            name.endswith((".configure_logging", ".own_logging", "logging.config", ".basicConfig"))
             for name in imports(module)
         )
     }

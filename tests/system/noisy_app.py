@@ -1,13 +1,30 @@
-"""An application that logs while it is loaded, after it had logging configured its own way."""
+"""An application that configures logging its own way, again and again, and logs meanwhile."""
 
 import logging
+import logging.config
 import os
+from configparser import RawConfigParser
 
 from litestar import Litestar
 
 from viralfx import task
 
 _logger = logging.getLogger("noisy")
+
+_AS_ALEMBIC_HAS_IT = """
+[loggers]
+keys = root
+[handlers]
+keys = console
+[formatters]
+keys =
+[logger_root]
+level = WARNING
+handlers = console
+[handler_console]
+class = StreamHandler
+args = (sys.stderr,)
+"""
 
 
 @task("noisy.work")
@@ -18,10 +35,22 @@ async def work(what: str) -> None:
 
 def make() -> Litestar:
     """Return an application without the plugin."""
-    app = Litestar()
+    app = Litestar(on_startup=[start])
     _logger.warning("Made with %s", os.environ["API_TOKEN"])
     logging.getLogger("litestar").warning("Made at postgres://user:planted@db/shop")
+    # Which disables every logger that there is.
+    logging.config.dictConfig({"version": 1, "root": {"level": "ERROR"}})
+    _logger.warning("Made by dictConfig")
     return app
+
+
+def start() -> None:
+    """Do what a migration of the start does."""
+    Litestar()
+    _logger.warning("Starting with %s", os.environ["API_TOKEN"])
+    parser = RawConfigParser()
+    parser.read_string(_AS_ALEMBIC_HAS_IT)
+    logging.config.fileConfig(parser)
 
 
 made = make()

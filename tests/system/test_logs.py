@@ -80,20 +80,22 @@ def test_each_request_of_the_application_is_one_line() -> None:
 
 
 @pytest.mark.parametrize("program", ["serve", "worker"])
-def test_lines_have_their_shape_while_an_application_is_loaded(
+def test_lines_keep_their_shape_whoever_configures_logging(
     database: Database, program: str
 ) -> None:
-    """Which makes a Litestar application, and so has logging configured another way."""
+    """An application does while it is made and while it starts, and so may a module of tasks."""
     module = "tests.system.noisy_app"
     environment = environment_of(database, API_TOKEN="planted-token", TASK_MODULES=module)
-    arguments = ("--app", f"{module}:make") if program == "serve" else ()
+    arguments = ("--app", f"{module}:made") if program == "serve" else ()
     with running(*arguments, program=program, management=True, environment=environment) as service:
         service.wait_ready()
         service.signal(signal.SIGTERM)
         assert service.exit_code() == 0
         messages = [json.loads(line)["message"] for line in service.output]
 
-    assert {"Made with ***", "Made at postgres://***@db/shop"} <= set(messages)
+    said = ["Made with ***", "Made at postgres://***@db/shop", "Made by dictConfig"]
+    said += ["Starting with ***", "Listening"] if program == "serve" else ["Working"]
+    assert [message for message in messages if message in said] == said
     assert messages[-1] == "Process ends"
     assert service.errors == []
 

@@ -31,7 +31,7 @@ from viralfx.telemetry import logs
 from viralfx.telemetry.access_log import AccessLog, AccessRecord
 from viralfx.telemetry.log_levels import VERBOSE
 from viralfx.telemetry.log_lines import JsonLines
-from viralfx.telemetry.logs import LineHandler, configure_logging, lines_kept
+from viralfx.telemetry.logs import LineHandler, configure_logging, own_logging
 from viralfx.telemetry.observed import HealthLog, log_shutdown
 from viralfx.telemetry.redaction import Redaction
 from viralfx.telemetry.requests import EndedRequest
@@ -241,7 +241,7 @@ def test_console_shows_lists_and_texts_of_errors_as_they_are() -> None:
     lines = Lines(console=True)
     extra = {"stack": ["first frame", "second frame"], "exception": "as they told it"}
     logging.getLogger("viralfx.loop").warning("Event loop is blocked", extra=extra)
-    logging.getLogger("any").warning("x", extra={"stack": 7, "exception": ["one", "two"]})
+    logging.getLogger("any").warning("x", extra={"stack": 7, "exception": ["one", "two", _Mute()]})
 
     assert "Event loop is blocked" in lines.raw[0]
     assert {"first frame", "second frame", "as they told it", "7", "one", "two"} <= set(lines.raw)
@@ -260,19 +260,34 @@ def test_console_has_a_line_for_what_has_no_text(value: object) -> None:
     assert "BrokenError" in lines.stream.getvalue()
 
 
-def test_lines_stay_what_they_are_while_an_application_is_loaded() -> None:
-    """Which has logging configured its own way; afterwards that is its own affair."""
-    lines = Lines(level="log")
-    with lines_kept():
-        Litestar()
-        logging.getLogger("any").info("1")
-        logging.getLogger("litestar").info("2")
-        logging.getLogger("any").debug("too much")
-    assert [line["message"] for line in lines.parsed] == ["1", "2"]
+def test_lines_stay_what_they_are_whoever_configures_logging(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By ``dictConfig``, or by hand until it is taken back; a handler beside ours may stay."""
+    monkeypatch.setattr(logging.config, "dictConfigClass", logging.config.DictConfigurator)
+    reclaim = own_logging(level="log", console=False, redaction=Redaction(["planted"]))
+    any_logger, root = logging.getLogger("any"), logging.getLogger()
+    Litestar()
+    any_logger.info("1 planted")
+    logging.getLogger("litestar").info("2")
+    any_logger.debug("too much")
+    logging.config.dictConfig({"version": 1, "root": {"level": "ERROR"}})
+    any_logger.info("3")
+    root.handlers[0].flush()
+    root.handlers[:] = [logging.NullHandler()]
+    any_logger.disabled = True
+    any_logger.info("nowhere")
+    reclaim()
+    any_logger.info("4")
+    root.addHandler(other := logging.NullHandler())
+    reclaim()
+    any_logger.info("5")
+    assert other in root.handlers
+    root.handlers[0].flush()
 
-    others = {"version": 1, "disable_existing_loggers": False, "root": {"level": "ERROR"}}
-    logging.config.dictConfig(others)
-    assert logging.getLogger().level == logging.ERROR
+    out, err = capfd.readouterr()
+    assert [json.loads(line)["message"] for line in out.splitlines()] == ["1 ***", *"2345"]
+    assert err == ""
 
 
 def test_configuring_twice_writes_once() -> None:

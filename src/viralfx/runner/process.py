@@ -44,6 +44,7 @@ class Process:
         *,
         operations: Operations,
         signals: SignalWatch,
+        reclaim_log: Callable[[], None],
         server: Callable[[], HttpServer] | None,
         gate: Gate,
         management: Callable[[], HttpServer] | None,
@@ -53,12 +54,14 @@ class Process:
     ) -> None:
         """Take what there is to run; the servers are made on the loop that runs them.
 
+        ``reclaim_log`` takes logging back from whoever configured it while the application started.
         ``server`` is the application's, None where there is none; ``gate`` stands in front of it,
         or else of the management endpoints. ``queues`` are told of at the start. A loop that is
         blocked for ``stall_threshold`` seconds is logged; 0: it is not.
         """
         self._operations = operations
         self._signals = signals
+        self._reclaim_log = reclaim_log
         self._make_server = server
         self._gate = gate
         self._make_management = management
@@ -150,7 +153,9 @@ class Process:
             if server is not None and not await server.start_application():
                 raise StartupError("the application's start-up failed; the log above says why")  # noqa: TRY301
             self._signals.reclaim()
+            self._reclaim_log()
         except Exception as error:
+            self._reclaim_log()
             self._startup_failed = True
             if isinstance(error, StartupError):
                 _logger.error("Start-up failed", extra={"detail": str(error)})  # noqa: TRY400 - it says everything

@@ -14,7 +14,7 @@ from viralfx.runner.process import Process
 from viralfx.runner.signals import SignalWatch
 from viralfx.runner.sockets import listen
 from viralfx.settings import Settings, read_settings
-from viralfx.telemetry.logs import configure_logging, lines_kept
+from viralfx.telemetry.logs import own_logging
 from viralfx.telemetry.redaction import Redaction, secrets_of
 from viralfx.web.gate import Gate
 from viralfx.web.load import find_application
@@ -39,15 +39,14 @@ def serve(
     settings = read_settings(os.environ, with_api=app is None)
     signals.force_timeout = settings.shutdown_force_timeout / 1000
     secrets = {*secrets_of(settings)}
-    configure_logging(
+    own_logging(
         level=settings.log_level,
         console=settings.log_format == "console",
         redaction=Redaction(secrets),
     )
-    with lines_kept():
-        application, plugin = find_application(settings, app)
+    application, plugin = find_application(settings, app)
     # Again, for its settings may hold other secrets.
-    configure_logging(
+    reclaim_log = own_logging(
         level=settings.log_level,
         console=settings.log_format == "console",
         redaction=Redaction({*secrets, *secrets_of(plugin.settings)}),
@@ -79,6 +78,7 @@ def serve(
     process = Process(
         operations=plugin.operations,
         signals=signals,
+        reclaim_log=reclaim_log,
         server=partial(HttpServer, gate, listener, lifespan=True),
         gate=gate,
         management=(

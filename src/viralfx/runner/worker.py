@@ -14,7 +14,7 @@ from viralfx.runner.process import Process
 from viralfx.runner.signals import SignalWatch
 from viralfx.runner.sockets import listen
 from viralfx.settings import Settings, read_settings
-from viralfx.telemetry.logs import configure_logging, lines_kept
+from viralfx.telemetry.logs import own_logging
 from viralfx.telemetry.redaction import Redaction, secrets_of
 from viralfx.web.access import AccessPolicy
 from viralfx.web.answers import OperationsAnswers
@@ -29,19 +29,14 @@ def work(signals: SignalWatch, *, queues: Sequence[str]) -> int:
     """
     settings = read_settings(os.environ)
     signals.force_timeout = settings.shutdown_force_timeout / 1000
-    set_up_logging = partial(
-        configure_logging,
+    reclaim_log = own_logging(
         level=settings.log_level,
         console=settings.log_format == "console",
         redaction=Redaction(secrets_of(settings)),
     )
-    set_up_logging()
     if problems := list(_problems(settings, queues)):
         raise ConfigurationError(problems)
-    # A module with tasks may make an application as well, which configures logging its own way.
-    with lines_kept():
-        assembly = assemble(settings)
-    set_up_logging()
+    assembly = assemble(settings)
     assembly.jobs.employ(queues)
     if assembly.tracing is not None:
         assembly.tracing.make_global()
@@ -55,6 +50,7 @@ def work(signals: SignalWatch, *, queues: Sequence[str]) -> int:
     process = Process(
         operations=assembly.operations,
         signals=signals,
+        reclaim_log=reclaim_log,
         server=None,
         gate=gate,
         management=partial(HttpServer, gate, listener, lifespan=False),

@@ -5,7 +5,8 @@ import logging
 import logging.config
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TextIO
 
 import structlog
@@ -51,45 +52,42 @@ def configure_logging(
         handler = LineHandler(
             lines.render, output, threaded=stream is None, of_requests=lines.of_requests
         )
-    _send_all_to([handler], LEVELS[level])
-    warnings.showwarning = _show_warning
-
-
-@contextlib.contextmanager
-def lines_kept() -> Iterator[None]:
-    """Have lines stay what they are within the block, in which an application is loaded.
-
-    Making a Litestar application configures logging, by default its own way: lines would have
-    another shape, and secrets in them. They are written by whoever logs from then on, so
-    :func:`configure_logging` is to be called again.
-    """
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-
-    class Kept(logging.config.DictConfigurator):
-        def configure(self) -> None:
-            super().configure()
-            _send_all_to(handlers, level)
-
-    usual = logging.config.dictConfigClass
-    logging.config.dictConfigClass = Kept
-    try:
-        yield
-    finally:
-        logging.config.dictConfigClass = usual
-
-
-def _send_all_to(handlers: list[logging.Handler], level: int) -> None:
-    root = logging.getLogger()
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    root.handlers[:] = [handler]
+    root.setLevel(LEVELS[level])
+    for known in root.manager.loggerDict.values():
+        if isinstance(known, logging.Logger):
+            # By default whoever configures logging disables all loggers that there are.
+            known.disabled = False
     for name in _SERVERS:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
     # Their information lines tell of start and stop, which the lifecycle tells better.
     for name in ("uvicorn.error", "taskiq"):
-        logging.getLogger(name).setLevel(max(logging.WARNING, level))
+        logging.getLogger(name).setLevel(max(logging.WARNING, LEVELS[level]))
+    warnings.showwarning = _show_warning
+
+
+def own_logging(*, level: str, console: bool, redaction: Redaction) -> Callable[[], None]:
+    """Configure logging, and again whenever an application has configured it otherwise.
+
+    Making a Litestar application does, by default: lines would have another shape, and secrets in
+    them. Returns what takes logging back where it was done in a way that nobody can be told of.
+    """
+    configure = partial(configure_logging, level=level, console=console, redaction=redaction)
+
+    class Owned(logging.config.DictConfigurator):
+        def configure(self) -> None:
+            super().configure()
+            configure()
+
+    def reclaim() -> None:
+        if not any(isinstance(each, LineHandler) for each in logging.getLogger().handlers):
+            configure()
+
+    logging.config.dictConfigClass = Owned  # which exists to be replaced
+    configure()
+    return reclaim
 
 
 class LineHandler(logging.Handler):
@@ -180,8 +178,9 @@ class _Console:
         if record.exc_info and event.pop("exception", None) is not None:
             event["exc_info"] = record.exc_info
         for name in ("stack", "exception"):  # which it prints as they are
-            if name in event and not isinstance(lines := event[name], str):
-                event[name] = "\n".join(map(str, lines)) if isinstance(lines, list) else str(lines)
+            if name in event and not isinstance(value := event[name], str):
+                lines = value if isinstance(value, list) else [value]
+                event[name] = "\n".join(str(plain(line)) for line in lines)
         try:
             text = self._renderer(None, word(record.levelno), event.copy())
         except Exception:  # noqa: BLE001 - whatever the text of somebody's value does
