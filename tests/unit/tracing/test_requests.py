@@ -305,9 +305,13 @@ def test_only_requests_are_traced(provider: TracerProvider, finished: Finished) 
     assert [inside for inside, _ in app.inside] == [span.context] * 2
 
 
+@pytest.mark.parametrize("headers", [[], [(b"traceparent", b""), (b"tracestate", b"a=1")]])
 @pytest.mark.parametrize("sampler", ["always_on", "always_off"])
 def test_a_websocket_is_no_part_of_the_request_before(
-    monkeypatch: pytest.MonkeyPatch, memory: InMemorySpanExporter, sampler: str
+    monkeypatch: pytest.MonkeyPatch,
+    memory: InMemorySpanExporter,
+    sampler: str,
+    headers: list[tuple[bytes, bytes]],
 ) -> None:
     """In whose context a server may begin it, when both come by one connection."""
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
@@ -317,7 +321,7 @@ def test_a_websocket_is_no_part_of_the_request_before(
 
     async def connection() -> None:
         request = {"type": "http", "method": "GET", "path": "/", "http_version": "1.1"}
-        await traced({**request, "headers": []}, None, None)  # type: ignore[arg-type]
+        await traced({**request, "headers": headers}, None, None)  # type: ignore[arg-type]
         await traced({"type": "websocket"}, None, None)  # type: ignore[arg-type]
 
     asyncio.run(connection())

@@ -95,7 +95,8 @@ class TracedRequests:
         name = method if method in METHODS else "HTTP"
         parent = remote_parent(parents, states) if parents else NOTHING
         with trace_called(chosen if parent is NOTHING else None):
-            return self._tracer.start_span(name, parent, SpanKind.SERVER, attributes)
+            span = self._tracer.start_span(name, parent, SpanKind.SERVER, attributes)
+        return span if span.is_recording() else _Dropped(chosen, span.get_span_context())
 
     def _drops_trace(self, trace_id: int) -> bool:
         return self._sampler is not None and self._sampler.drops_trace(trace_id)
@@ -144,9 +145,9 @@ class TracedRequests:
 class _Dropped(NonRecordingSpan):
     """The span of a request that is not recorded; most are asked for no more than that."""
 
-    def __init__(self, trace_id: int) -> None:
+    def __init__(self, trace_id: int, known: SpanContext | None = None) -> None:
         self._trace_id = trace_id
-        self._known: SpanContext | None = None
+        self._known = known
 
     def get_span_context(self) -> SpanContext:
         """Return what calls to others are told of it."""
