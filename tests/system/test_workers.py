@@ -67,7 +67,12 @@ def test_a_worker_is_probed_where_it_answers(database: Database) -> None:
         socket.create_server((host, int(environment["PORT"]))),
         running(program="worker", environment=environment) as process,
     ):
-        wait_until(lambda: process.logged("Working"), seconds=READY_WITHIN, what="it works")
+        wait_until(
+            lambda: process.process.poll() is not None or process.logged("Working"),
+            seconds=READY_WITHIN,
+            what="it works",
+        )
+        assert process.process.poll() is None, f"ended early: {process.output} {process.errors}"
         kinds = ("live", "ready", "startup")
         asked = [command("probe", kind, "--worker", environment=environment) for kind in kinds]
         (working,) = process.logged("Working")
