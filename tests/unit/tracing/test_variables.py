@@ -122,6 +122,29 @@ def test_keys_and_passwords_of_exporters_are_secrets() -> None:
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "api-key",
+            "apikey",
+            "x-accesskey",
+            "licensekey",
+            "apisecret",
+            "authtoken",
+            "accessToken",
+        ),
+        *("x-authentication", "Passphrase", "X-JWT", "authorization", "db_password"),
+    ],
+)
+def test_a_name_that_says_so_has_a_secret(name: str) -> None:
+    """In whatever way its words are put together, and however short the secret is."""
+    headers = {"OTEL_EXPORTER_OTLP_HEADERS": f"{name}=hunter2"}
+    query = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"https://host/v1?{name}=hunter2"}
+    for environ in (headers, query):
+        assert set(secrets(environ)) == {"hunter2"}
+
+
+@pytest.mark.parametrize(
     "header",
     [
         *("x-scope-orgid=default", "x-team=payments", "x-zone=north", "x-passage=open"),

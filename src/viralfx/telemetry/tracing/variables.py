@@ -43,11 +43,11 @@ _METADATA_VALUE = re.compile(r"[\x20-\x7e]*").fullmatch
 _HEADER_VALUE = re.compile(r"[\x20-\x7e\xa0-\xff]*").fullmatch
 _UNQUOTED = re.compile(r'[^"\\;]*').fullmatch
 _OF_SECRETS = re.compile(
-    r"(^|[^a-z])(auth|authorization|cookie|credentials?|dsn|(api)?key|licen[cs]e|pass|passw(or)?d"
-    r"|pwd|secret|sig|signature|token)($|[^a-z])",
+    r"(auth|authorization|authentication|cookie|credentials?|dsn|jwt|key|licen[cs]e|pass|passphrase"
+    r"|passw(or)?d|pwd|secret|sig|signature|token)($|[^a-z])",
     re.IGNORECASE,
 ).search
-"""Words in names of headers and parameters by which a value of any length is a secret."""
+"""Ends of words in names of headers and parameters by which a value of any length is a secret."""
 _OF_NO_SECRETS = re.compile(
     r"(^|[^a-z])(agent|dataset|name|namespace|org|orgid|tenant|type)($|[^a-z])", re.IGNORECASE
 ).search
