@@ -136,7 +136,7 @@ def test_a_name_that_is_no_text_costs_no_batch(
     assert len(encode_spans(finished()).resource_spans[0].scope_spans[0].spans) == 4
 
 
-@pytest.mark.parametrize("secret", ["postgresql", "text", "query"])
+@pytest.mark.parametrize("secret", ["postgresql", "text", "query", "redis"])
 def test_a_secret_that_is_a_word_of_the_conventions_hides_no_value(
     memory: InMemorySpanExporter, secret: str
 ) -> None:
@@ -154,14 +154,32 @@ def test_a_secret_that_is_a_word_of_the_conventions_hides_no_value(
         f"of {secret}": True,
     }
     provider.get_tracer("test").start_span("work", attributes=attributes).end()
+    search = {"redis.search.query": "planted", "db.system": "redis"}
+    provider.get_tracer(_REDIS).start_span("redis.search", attributes=search).end()
     provider.shutdown()
-    [span] = memory.get_finished_spans()
+    span, search_span = memory.get_finished_spans()
 
     assert attributes_of(span) == {
         "db.system.name": "postgresql",
         "db.query.text": "SELECT ?, ?",
         "of ***": True,
     }
+    assert "planted" not in search_span.to_json()
+
+
+def test_no_key_is_left_as_it_came(provider: TracerProvider, finished: Finished) -> None:
+    """Also where it begins as those of the conventions do."""
+    attributes: dict[str, int | str] = {
+        f"http.{_SECRET}": 1,
+        "url.\ud800": 2,
+        "db." + "x" * 9000: 3,
+        "db.system": _SECRET,
+    }
+    provider.get_tracer("test").start_span("work", attributes=attributes).end()
+    [span] = finished()
+
+    assert list(attributes_of(span)) == ["http.***", "url.\\ud800", "db." + "x" * 253, "db.system"]
+    assert attributes_of(span)["db.system"] == "***"
 
 
 @pytest.mark.parametrize(
@@ -247,7 +265,7 @@ def test_a_message_of_a_client_s_making_takes_no_time(
     span = provider.get_tracer("test").start_span("work")
     for piece in (
         *("Command # 1 (a ", "invalid input syntax:", "invalid input syntax ", "\n| DETAIL:"),
-        *("\n|\n|", "\\nDETAIL: ", "://a:"),
+        *("\n|\n|", "\\nDETAIL: ", "://a:", "[SQL: ", "RaiseError('", "\n+-+--"),
     ):
         span.record_exception(ValueError(piece * 100_000))
         span.set_status(StatusCode.ERROR, piece * 100_000)

@@ -110,6 +110,39 @@ def test_a_status_without_an_error_is_told_by_its_name(
     assert finished()[0].status.description == "RaiseError"
 
 
+def test_a_table_in_a_row_does_not_end_it(provider: TracerProvider, finished: Finished) -> None:
+    """It looks like what stands between the errors of a group."""
+    table = "a row (1, | a | b |\n+---+---+\n| x | y |, planted)"
+    fail(provider, pg.PostgresError.new({"S": "ERROR", "C": "23514", "M": "no", "D": table}))
+    fail(provider, ExceptionGroup("both", [pg.RaiseError(table), KeyError("other")]))
+    one, several = finished()
+
+    assert "planted" not in one.to_json() + several.to_json()
+    assert "KeyError: 'other'" in texts(several)[1]
+
+
+def test_a_mapper_tells_no_row_either(provider: TracerProvider, finished: Finished) -> None:
+    """As SQLAlchemy does: the driver's error, the statement, what was bound to it."""
+
+    class DBAPIError(Exception):
+        pass
+
+    said = (
+        "(sqlalchemy.dialects.postgresql.asyncpg.Error) <class 'asyncpg.exceptions.RaiseError'>: "
+        "planted\n[SQL: INSERT INTO users VALUES ('planted', $1)]\n[parameters: ('planted',)]\n"
+        "(Background on this error at: https://sqlalche.me/e/20/dbapi)"
+    )
+    fail(provider, DBAPIError(said))
+    fail(provider, DBAPIError("[SQL: SELECT 'planted']\n[parameters: ('planted\nplanted',)]"))
+    fail(provider, DBAPIError(f"shown: {pg.RaiseError('planted')!r}, {pg.RaiseError('planted')}"))
+    first, second, third = finished()
+
+    assert all("planted" not in span.to_json() for span in (first, second, third))
+    assert texts(first)[0].endswith("Error) <class 'asyncpg.exceptions.RaiseError'>: ...")
+    assert texts(second)[0] == "[SQL: ..."
+    assert texts(third)[0] == "shown: RaiseError(..."
+
+
 def test_what_the_driver_says_itself_is_kept(provider: TracerProvider, finished: Finished) -> None:
     """It is about connections, and helps."""
     fail(provider, pg.InterfaceError("pool is closing"))

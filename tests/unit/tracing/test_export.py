@@ -96,7 +96,9 @@ def test_a_span_that_cannot_be_cleaned_costs_no_other(
 
     exporter = ReportingExporter(memory, cleaning=Cleaning(clean))
     tracer = TracerProvider(shutdown_on_exit=False).get_tracer("test")
-    spans = [tracer.start_span(name) for name in ("one", "odd", "two", "odd")]
+    spans = [tracer.start_span(name) for name in ("one", "odd", "late", "early", "two", "odd")]
+    spans[2].end(end_time=1.5e9)  # type: ignore[arg-type]
+    spans[3].add_event("before there was a time", timestamp=-1)
     with caplog.at_level(logging.INFO):
         result = exporter.export([span for span in spans if isinstance(span, ReadableSpan)])
 

@@ -18,6 +18,7 @@ from viralfx.telemetry.tracing.error_texts import (
 Clean: TypeAlias = Callable[[str], str]
 
 _SYSTEMS = ("db.system.name", "db.system")
+_OWN_SYSTEMS = ("postgresql", "redis")
 _STATEMENTS = ("db.query.text", "db.statement")
 """Each as it is called now and as it was: OTEL_SEMCONV_STABILITY_OPT_IN brings that back."""
 _POSTGRES, _REDIS = "opentelemetry.instrumentation.asyncpg", "opentelemetry.instrumentation.redis"
@@ -37,13 +38,13 @@ _OF_A_CLIENT = frozenset(
 _LONGEST_NAME = 256
 KEPT_OF_A_NAME = 2 * _LONGEST_NAME
 _NAMES_REMEMBERED = 1024
-_OF_CONVENTIONS = (
-    *("client.", "db.", "error.", "exception.", "http.", "messaging.", "network.", "server."),
-    *("url.", "user_agent.", "viralfx."),
-)
-"""How keys begin that are nobody's own: they stay, although a password may be a word of them."""
+_ABOUT_ERRORS = ("exception.type", "exception.message", "exception.stacktrace")
+_LENGTH = "db.redis.pipeline_length"
+_LOOKED_UP = frozenset({*_STATEMENTS, *_ABOUT_ERRORS, _LENGTH, "db.operation.name", "error.type"})
+"""Keys that stay as they are, although a password may be a word of them."""
 _SEARCHED = ("redis.search.query", "redis.search.xdoc_", "redis.create_index.")
 """What is said of arguments and answers of one module of Redis, whose values those are."""
+_END_OF_TIME = 2**64
 _KEYWORD = re.compile(r"[A-Za-z]+")
 _CURSOR = "CURSOR: "
 
@@ -74,14 +75,18 @@ class Cleaning:
 
     def span(self, span: ReadableSpan) -> ReadableSpan:
         """Return a span without secrets, of which everything can be encoded."""
-        attributes = self._attributes(span.attributes or {}, self._longest_of_span)
+        _require_times(span)
+        own = span.attributes or {}
+        scope = None if span.instrumentation_scope is None else span.instrumentation_scope.name
+        if scope == _REDIS:
+            own = {key: value for key, value in own.items() if not key.startswith(_SEARCHED)}
+        attributes = self._attributes(own, self._longest_of_span)
         status, kind = span.status, _kind_of_error(span)
         if status.description:
             kept = self._longest + KEPT_BEYOND
             description = self._cut(status.description[:kept], self._longest)
             status = Status(status.status_code, description_without_values(description, kind))
         name = self._name(span.name)
-        scope = None if span.instrumentation_scope is None else span.instrumentation_scope.name
         if scope in {_POSTGRES, _REDIS}:
             called = _statement if scope == _POSTGRES else _command
             name, operation = called(name, attributes)
@@ -129,16 +134,15 @@ class Cleaning:
             clean_sql = None
         cleaned: dict[str, AnyValue] = {}
         for key, value in attributes.items():
-            if key in _SYSTEMS:
+            if key in _SYSTEMS and value in _OWN_SYSTEMS:
                 cleaned[key] = value
             elif key in _STATEMENTS and clean_sql is not None and isinstance(value, str):
                 # First the values: without the secrets, what is one would be harder to tell. Then
                 # nothing is left where its end was cut of which a half could be told.
                 cleaned[key] = self.text(clean_sql(value))[:longest]
-            elif key.startswith(_OF_CONVENTIONS):
-                cleaned[key] = self._value(value, longest, key)
             else:
-                cleaned[self._name(key)] = self._value(value, longest)
+                name = key if key in _LOOKED_UP else self._name(key)
+                cleaned[name] = self._value(value, longest, key)
         return cleaned | _texts_of_error(cleaned, attributes.get("exception.type"))
 
     def _name(self, name: object) -> str:
@@ -176,12 +180,20 @@ class Cleaning:
 def _texts_of_error(attributes: Mapping[str, AnyValue], kind: AnyValue) -> dict[str, str]:
     """Return those of an exception's attributes that may quote values, without them."""
     texts: dict[str, str] = {}
-    for key in ("exception.message", "exception.stacktrace"):
+    for key in _ABOUT_ERRORS[1:]:
         if isinstance(text := attributes.get(key), str):
             texts[key] = without_values(text)
     if texts and is_said_by_postgres(str(kind)):
         texts["exception.message"] = ""
     return texts
+
+
+def _require_times(span: ReadableSpan) -> None:
+    """Raise ValueError for times that cannot be sent, as seconds that are no whole number."""
+    each: object
+    for each in (span.start_time, span.end_time, *(event.timestamp for event in span.events)):
+        if each is not None and not (isinstance(each, int) and 0 <= each < _END_OF_TIME):
+            raise ValueError(f"a time of it is {each!r} and not nanoseconds since 1970")
 
 
 def _kind_of_error(span: ReadableSpan) -> str | None:
@@ -206,13 +218,11 @@ def _command(name: str, attributes: dict[str, AnyValue]) -> tuple[str, str]:
 
     That is the first word: all may be given as one text. A pipeline has no end of them.
     """
-    pipeline = "db.redis.pipeline_length" in attributes
+    pipeline = _LENGTH in attributes
     for key in _STATEMENTS:
         if isinstance(text := attributes.get(key), str):
             commands = text.split("\n") if pipeline else [text]
             attributes[key] = "\n".join(map(_without_arguments, commands))
-    for key in [key for key in attributes if key.startswith(_SEARCHED)]:
-        del attributes[key]
     word = "PIPELINE" if pipeline else _without_arguments(name).partition(" ")[0] or "redis"
     return word, word
 

@@ -3,8 +3,12 @@
 import re
 import sys
 
-_REST = r"(?=\n[ |]*\n[ |]*(?:The above exception was|During handling of the above)|\n[ |]*\+-|\Z)"
-"""What follows an error's text in a traceback: another traceback, or nothing."""
+_REST = (
+    r"(?=\n[ |]*\n[ |]*(?:The above exception was|During handling of the above)"
+    r"|\n[ |]*(?:\+-)?\+-{16}(?: (?:\d+|\.\.\.) -{16}|-{20})(?:\n|\Z)|\Z)"
+)
+"""What follows an error's text in a traceback: another one, a member of a group, or nothing."""
+_END = re.compile(_REST)
 _DETAIL = re.compile(rf"((?:\b|(?<=\\n))DETAIL:).*?{_REST}", re.DOTALL)
 """Where an error is shown as Python writes it, the line before ends with ``\\n``."""
 _SAID = re.compile(
@@ -12,6 +16,11 @@ _SAID = re.compile(
     rf"^([ |]*asyncpg\.exceptions\.(?!_base\.InterfaceError:)[\w.]+): .*?{_REST}",
     re.DOTALL | re.MULTILINE,
 )
+_QUOTED = re.compile(
+    rf"(<class 'asyncpg\.exceptions\.[\w.]+'>:|\[(?:SQL|parameters):) .*?{_REST}", re.DOTALL
+)
+"""How SQLAlchemy tells of what the driver raised, and what of."""
+_SHOWN = re.compile(r"\b(\w+Error)\((?=['\"])")
 _INVALID = re.compile(
     rf"(invalid input (?:syntax|value|for query argument)[^:\n]{{0,200}}:).*?{_REST}", re.DOTALL
 )
@@ -34,6 +43,8 @@ def is_said_by_postgres(kind: str) -> bool:
 def without_values(text: str) -> str:
     """Return the text of an error, or of a traceback, without the values in it."""
     text = _SAID.sub(r"\1", text)
+    text = _QUOTED.sub(r"\1 ...", text)
+    text = _without_shown(text)
     text = _DETAIL.sub(r"\1 ...", text)
     text = _INVALID.sub(r"\1 ...", text)
     text = _IN_PIPELINE.sub(r"\1 ...\2", text)
@@ -50,6 +61,17 @@ def description_without_values(description: str, kind: str | None = None) -> str
     if is_said_by_postgres(str(kind)) if known else _quotes(name):
         return name
     return without_values(description)
+
+
+def _without_shown(text: str) -> str:
+    """Return a text in which no error of Postgres is shown as Python writes one."""
+    kept, at = [], 0
+    for found in _SHOWN.finditer(text):
+        if found.start() >= at and _quotes(found[1]):
+            kept.append(text[at : found.end()] + "...")
+            end = _END.search(text, found.end())
+            at = end.start() if end is not None else len(text)
+    return "".join([*kept, text[at:]])
 
 
 def _quotes(name: str) -> bool:
