@@ -190,8 +190,9 @@ def _texts_of_error(attributes: Mapping[str, AnyValue], kind: AnyValue) -> dict[
 
 def _require_times(span: ReadableSpan) -> None:
     """Raise ValueError for times that cannot be sent, as seconds that are no whole number."""
-    each: object
-    for each in (span.start_time, span.end_time, *(event.timestamp for event in span.events)):
+    times: list[object] = [span.start_time, span.end_time]
+    times += [event.timestamp for event in span.events]
+    for each in times:
         if each is not None and not (isinstance(each, int) and 0 <= each < _END_OF_TIME):
             raise ValueError(f"a time of it is {each!r} and not nanoseconds since 1970")
 
