@@ -1,5 +1,6 @@
 """Spans of statements, of a real server: made by the library, and without what is in no trace."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 
@@ -8,11 +9,13 @@ import pytest
 from opentelemetry.instrumentation.asyncpg import AsyncPGInstrumentor
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import SpanKind, StatusCode
+from redis.asyncio import Redis
 from tests.servers.postgres import Database
+from tests.servers.redis import RedisServer
 
 from viralfx.bootstrap.postgres import clean_statement
-from viralfx.telemetry.tracing.databases import trace_asyncpg
+from viralfx.telemetry.tracing.databases import trace_asyncpg, trace_redis
 from viralfx.telemetry.tracing.provider import make_provider
 
 
@@ -76,6 +79,42 @@ async def test_a_statement_may_be_given_by_name(
         ("SELECT", "SELECT * FROM shop WHERE name < ?"),
         ("SELECT", "SELECT name FROM shop"),
     ]
+
+
+async def test_a_statement_that_is_given_up_is_told_of(
+    provider: TracerProvider,
+    memory: InMemorySpanExporter,
+    connection: "asyncpg.Connection[asyncpg.Record]",
+) -> None:
+    """By whoever waits for it no longer: the library tells of errors alone."""
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await connection.execute("SELECT pg_sleep(60)")
+    provider.force_flush()
+    [span] = told(memory)
+
+    assert (span.attributes or {})["error.type"] == "CancelledError"
+    assert span.status.status_code is StatusCode.ERROR
+
+
+async def test_a_command_that_is_given_up_is_told_of(
+    provider: TracerProvider, memory: InMemorySpanExporter, redis: RedisServer
+) -> None:
+    """Of Redis, too."""
+    client = Redis.from_url(redis.url())
+    trace_redis(client, provider)
+    with provider.get_tracer("test").start_as_current_span("work"):
+        await client.ping()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await client.execute_command("BLPOP", "nothing", 60)  # type: ignore[no-untyped-call]
+        await client.aclose()
+    provider.force_flush()
+    ping, blpop = told(memory)
+
+    assert "error.type" not in (ping.attributes or {})
+    assert (blpop.attributes or {})["error.type"] == "CancelledError"
+    assert blpop.status.status_code is StatusCode.ERROR
 
 
 async def test_no_row_is_in_a_trace_of_what_went_wrong(

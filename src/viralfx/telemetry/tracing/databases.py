@@ -3,12 +3,14 @@
 Each is imported only by those who use the driver: it imports that.
 """
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from functools import partial
+from types import MethodType
 from typing import Any, TypeAlias
 
-from opentelemetry.trace import TracerProvider
+from opentelemetry.trace import StatusCode, TracerProvider, get_current_span
 
 from viralfx.telemetry.tracing.variables import as_the_library_reads
 
@@ -40,6 +42,13 @@ def trace_redis(client: Any, provider: TracerProvider) -> None:
     """Have a client of redis-py make spans."""
     from opentelemetry.instrumentation.redis import RedisInstrumentor  # noqa: PLC0415
 
+    execute = client.execute_command
+
+    def execute_command(_client: Any, *arguments: Any, **named: Any) -> Awaitable[object]:
+        return _cancelled_aloud(execute, *arguments, **named)
+
+    # A method, of which the library asks whose it is.
+    client.execute_command = MethodType(execute_command, client)
     with as_the_library_reads(os.environ):
         RedisInstrumentor.instrument_client(client, tracer_provider=provider)
 
@@ -61,4 +70,15 @@ def _statement_first(
             return method(**named)  # which says itself what is missing
         arguments = (named[name],)
         named = {key: value for key, value in named.items() if key != name}
-    return traced(method, connection, arguments, named)
+    return traced(partial(_cancelled_aloud, method), connection, arguments, named)
+
+
+async def _cancelled_aloud(method: _Method, /, *arguments: Any, **named: Any) -> object:
+    """Call a method; have its span tell of a cancellation, which the library does not."""
+    try:
+        return await method(*arguments, **named)
+    except asyncio.CancelledError as error:
+        span = get_current_span()
+        span.set_attribute("error.type", type(error).__name__)
+        span.set_status(StatusCode.ERROR)
+        raise
