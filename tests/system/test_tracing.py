@@ -135,7 +135,12 @@ def test_nothing_is_imported_where_no_endpoint_is_named(
             for prefix in ("opentelemetry", "grpc", "google.protobuf", "viralfx.telemetry.tracing.")
         ]
 
-    assert found == [[], [], [], ["viralfx.telemetry.tracing.variables"]]
+    assert found == [
+        [],
+        [],
+        [],
+        [*("viralfx.telemetry.tracing.credentials", "viralfx.telemetry.tracing.variables")],
+    ]
 
 
 @pytest.mark.parametrize("program", ["serve", "worker"])
@@ -145,6 +150,8 @@ def test_a_bad_value_ends_the_start(database: Database, program: str) -> None:
         "DATABASE_URL": database.url,
         "OTEL_EXPORTER_OTLP_ENDPOINT": "localhost:4318",
         "OTEL_TRACES_SAMPLER": "sometimes",
+        # Which the library looks at when it is imported.
+        "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "few",
     }
     ended = command(program, environment=environment)
 
@@ -152,6 +159,7 @@ def test_a_bad_value_ends_the_start(database: Database, program: str) -> None:
     lines = ended.stderr.splitlines()
     assert [line.split(":")[1].strip() for line in lines] == [
         "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT",
         "OTEL_TRACES_SAMPLER",
     ]
 

@@ -9,7 +9,7 @@ from urllib.parse import quote, quote_plus, unquote, urlsplit
 
 from viralfx.settings import Settings, fields
 from viralfx.settings.kinds import Secret
-from viralfx.telemetry.tracing.variables import secrets as secrets_of_exporters
+from viralfx.telemetry.tracing.credentials import secrets as secrets_of_exporters
 
 _MASK = "***"
 _LEAST = 4

@@ -3,7 +3,8 @@
 import os
 from typing import TYPE_CHECKING
 
-from viralfx.telemetry.tracing.variables import is_wanted
+from viralfx.domain.errors import ConfigurationError
+from viralfx.telemetry.tracing.variables import is_wanted, problems
 
 if TYPE_CHECKING:
     from viralfx.telemetry.tracing.cleaning import Clean
@@ -26,6 +27,9 @@ def start_tracing(
     """
     if not is_wanted(os.environ):
         return None
+    # Before the import, at which the library reads some of them.
+    if wrong := list(problems(os.environ)):
+        raise ConfigurationError(wrong)
     # Not at the top: it takes as long as everything else at a start together.
     from viralfx.telemetry.tracing.provider import make_provider  # noqa: PLC0415
     from viralfx.telemetry.tracing.wiring import Tracing  # noqa: PLC0415

@@ -23,7 +23,6 @@ from viralfx.telemetry.tracing.listening import complaints
 from viralfx.telemetry.tracing.sampling import ChosenIds, WithoutOrphans
 from viralfx.telemetry.tracing.variables import (
     as_the_library_reads,
-    problems,
     sampling,
     uses_grpc,
 )
@@ -56,12 +55,9 @@ def make_provider(
     """Make a provider, which sends already; it is nobody's global one.
 
     ``instance`` and ``environment`` name this process, where the variables do not. ``exporter``
-    takes the place of that of the variables. Raises :class:`ConfigurationError` with all that is
-    wrong with them.
+    takes the place of that of the variables. Raises :class:`ConfigurationError` where the library
+    finds something wrong with them, beside the problems of which others have told already.
     """
-    wrong = list(problems(os.environ))
-    if wrong:
-        raise ConfigurationError(wrong)
     attributes = {
         "service.name": SERVICE,
         "service.version": version("viralfx"),

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from urllib.parse import unquote, unquote_plus, urlsplit
+from urllib.parse import unquote, urlsplit
+
+from viralfx.telemetry.tracing.credentials import pairs_of
 
 _GRPC, _HTTP = "grpc", "http/protobuf"
 
@@ -37,24 +39,23 @@ _WHOLE_NUMBERS = (
     "OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
 )
 
+_LIMITS = (
+    *("OTEL_ATTRIBUTE_COUNT_LIMIT", "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT"),
+    *("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT"),
+    *("OTEL_SPAN_EVENT_COUNT_LIMIT", "OTEL_SPAN_LINK_COUNT_LIMIT"),
+    *("OTEL_EVENT_ATTRIBUTE_COUNT_LIMIT", "OTEL_LINK_ATTRIBUTE_COUNT_LIMIT"),
+)
+_SWITCHES = (
+    "OTEL_SDK_DISABLED",
+    "OTEL_EXPORTER_OTLP_INSECURE",
+    "OTEL_EXPORTER_OTLP_TRACES_INSECURE",
+)
+
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+").fullmatch
 _METADATA_NAME = re.compile(r"[A-Za-z0-9_.-]+").fullmatch
 _METADATA_VALUE = re.compile(r"[\x20-\x7e]*").fullmatch
 _HEADER_VALUE = re.compile(r"[\x20-\x7e\xa0-\xff]*").fullmatch
 _UNQUOTED = re.compile(r'[^"\\;]*').fullmatch
-_OF_SECRETS = re.compile(
-    r"(auth|authorization|authentication|cookie|credentials?|dsn|jwt|key|licen[cs]e|pass|passphrase"
-    r"|passw(or)?d|pwd|secret|sig|signature|token)($|[^a-z])",
-    re.IGNORECASE,
-).search
-"""Ends of words in names of headers and parameters by which a value of any length is a secret."""
-_OF_NO_SECRETS = re.compile(
-    r"(^|[^a-z])(agent|dataset|name|namespace|org|orgid|tenant|type)($|[^a-z])", re.IGNORECASE
-).search
-"""Those by which it is none: Content-Type, User-Agent, X-Scope-OrgID, X-Honeycomb-Dataset."""
-_LEAST_OF_A_TOKEN = 16
-"""Characters from which on a value is taken for a secret where its name says nothing: others are
-names of teams and zones, which are words of every log."""
 
 
 def is_wanted(environ: Mapping[str, str]) -> bool:
@@ -120,6 +121,23 @@ def problems(environ: Mapping[str, str]) -> Iterator[str]:
     exporter = _word(environ, "OTEL_TRACES_EXPORTER")
     if exporter not in {"", "otlp"}:
         yield f"OTEL_TRACES_EXPORTER: {exporter!r} is none of otlp, none"
+    for name in _SWITCHES:
+        if _word(environ, name) not in {"", "true", "false"}:
+            yield f"{name}: {environ[name]!r} is none of true, false"
+    yield from _collector(environ)
+    yield from _headers(environ)
+    yield from _numbers(environ)
+    yield from _sampling(environ)
+    pairs = pairs_of(environ.get("OTEL_RESOURCE_ATTRIBUTES", ""))
+    for number, (name, _) in enumerate(pairs, 1):
+        if not name:
+            yield f"OTEL_RESOURCE_ATTRIBUTES: what is at place {number} is no name=value"
+    provider = environ.get(_PROVIDER, "").strip()
+    if provider and not entry_points(group="opentelemetry_tracer_provider", name=provider):
+        yield f"{_PROVIDER}: {provider!r} is not installed; leave it out, and this one traces"
+
+
+def _collector(environ: Mapping[str, str]) -> Iterator[str]:
     name, protocol = _of_traces(environ, "PROTOCOL")
     if protocol.lower() not in {"", _GRPC, _HTTP}:
         yield f"{name}: {protocol!r} is none of {_GRPC}, {_HTTP}"
@@ -128,7 +146,6 @@ def problems(environ: Mapping[str, str]) -> Iterator[str]:
         yield f"{name}: it must be a URL such as http://localhost:4318"
     elif uses_grpc(environ) and "@" in endpoint:
         yield f"{name}: by gRPC no user can be told"
-    yield from _headers(environ)
     name, timeout = _of_traces(environ, "TIMEOUT")
     if timeout and not _is_positive(timeout):
         yield f"{name}: {timeout!r} is no number of seconds above 0"
@@ -140,58 +157,6 @@ def problems(environ: Mapping[str, str]) -> Iterator[str]:
         name, path = _of_traces(environ, kind)
         if path and not Path(path).is_file():
             yield f"{name}: there is no file {path}"
-    yield from _numbers(environ)
-    yield from _sampling(environ)
-    provider = environ.get(_PROVIDER, "").strip()
-    if provider and not entry_points(group="opentelemetry_tracer_provider", name=provider):
-        yield f"{_PROVIDER}: {provider!r} is not installed; leave it out, and this one traces"
-
-
-def secrets(environ: Mapping[str, str]) -> Iterator[str]:
-    """Yield what must not be told of how telemetry is sent, also of what others in here send.
-
-    That are values of headers, which mostly are keys, and in addresses passwords and queries.
-    """
-    for variable, value in environ.items():
-        if not variable.startswith("OTEL_EXPORTER_OTLP_"):
-            continue
-        if variable.endswith("_HEADERS"):
-            for name, text in _pairs(value):
-                for secret in {text, unquote(text)}:
-                    # What comes before a space is the scheme, as Bearer.
-                    word = secret.rpartition(" ")[2]
-                    if _is_secret(unquote(name), word):
-                        yield from {secret, word}
-        elif variable.endswith("_ENDPOINT"):
-            yield from _in_address(value)
-
-
-def _in_address(address: str) -> Iterator[str]:
-    if "@" in address:
-        user = address.rpartition("@")[0].rpartition("://")[2]
-        password = user.partition(":")[2]
-        yield from {user, password, unquote(user), unquote(password)} - {""}
-    for pair in address.partition("#")[0].partition("?")[2].split("&"):
-        name, _, value = pair.partition("=")
-        for secret in {value, unquote_plus(value)}:
-            if _is_secret(unquote_plus(name), secret):
-                yield secret
-
-
-def _is_secret(name: str, value: str) -> bool:
-    long, harmless = len(value) >= _LEAST_OF_A_TOKEN, bool(_OF_NO_SECRETS(name))
-    if _OF_SECRETS(name):
-        # The type of a token is none, but the token of a tenant is one.
-        return bool(value) and (long or not harmless)
-    return long and not harmless
-
-
-def _pairs(headers: str) -> list[tuple[str, str]]:
-    """Return names and values, as written; what is neither has no name."""
-    pairs = [each.strip().partition("=") for each in headers.split(",") if each.strip()]
-    return [
-        (name.strip(), value.strip()) if equals else ("", name) for name, equals, value in pairs
-    ]
 
 
 def _headers(environ: Mapping[str, str]) -> Iterator[str]:
@@ -200,7 +165,7 @@ def _headers(environ: Mapping[str, str]) -> Iterator[str]:
     named, valued = _HEADER_NAME, _HEADER_VALUE
     if uses_grpc(environ):
         named, valued = _METADATA_NAME, _METADATA_VALUE
-    for number, (name, value) in enumerate(_pairs(headers), 1):
+    for number, (name, value) in enumerate(pairs_of(headers), 1):
         if not named(unquote(name)):
             yield f"{variable}: the header at place {number} is no name=value"
         elif not _UNQUOTED(value) or not valued(unquote(value)):
@@ -208,6 +173,9 @@ def _headers(environ: Mapping[str, str]) -> Iterator[str]:
 
 
 def _numbers(environ: Mapping[str, str]) -> Iterator[str]:
+    for name in _LIMITS:
+        if (limit := environ.get(name, "").strip() or "0") != "0" and not _is_whole(limit):
+            yield f"{name}: {environ[name]!r} is no whole number"
     wrong = [name for name in _WHOLE_NUMBERS if not _is_whole(environ.get(name, "").strip() or "1")]
     for name in wrong:
         yield f"{name}: {environ[name]!r} is no whole number above 0"
