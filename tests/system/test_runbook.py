@@ -9,7 +9,7 @@ import jq
 import pytest
 from tests.observability.wired import described, wired
 from tests.servers.ports import free_port
-from tests.system.drills.procedures import PARTS, Console, masked, procedure
+from tests.system.drills.procedures import FENCED, PARTS, Console, masked, procedure
 from tests.system.service import ROOT, Service, command, running
 
 from viralfx.adapters.postgres.errors import _BY_CLASS
@@ -83,6 +83,19 @@ def test_an_emergency_has_a_whole_procedure_and_a_drill(heading: str) -> None:
     assert f'"{heading}"' in DRILLS
 
 
+def test_each_output_that_is_shown_is_compared() -> None:
+    """It follows its command, in a procedure that a drill goes through, and is not nothing.
+
+    What prints nothing at first, and the lines that count only later, would pass for nothing.
+    """
+    shown = [output for _, output in FENCED.findall(RUNBOOK) if output]
+    steps = [step for h in EMERGENCIES for part in PARTS for step in procedure(h).steps(part)]
+
+    assert "```" not in FENCED.sub("", RUNBOOK)
+    assert sorted(shown) == sorted(step.shown for step in steps if step.shown is not None)
+    assert [output for output in shown if not masked(output)] == []
+
+
 def test_the_codes_of_the_database_are_known() -> None:
     """Those that the procedure explains are those that the check tells."""
     table = re.findall(r"^\| (`.+`) \|", procedure("ViralFXDatabaseDown").text, re.MULTILINE)
@@ -138,6 +151,8 @@ def test_the_log_says_why_a_process_starts_again_and_again(
         ("      3 GET /orders 500", "      3 GET /orders 200", False),
         ("2 of 2 in use, 2 others wait", "2 of 2 in use, 5 others wait", True),
         (" 23624 | idle", "    17 | idle", True),
+        ("  355   372264715   89.8%  bytearray", " 9     1   2.5%  bytearray", True),
+        ("  355   372264715   89.8%  bytearray", "  355   372264715   89.8%  dict", False),
         ("shown", "shown\nand more", False),
         ("t\nt", "t", True),
     ],

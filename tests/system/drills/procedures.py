@@ -19,7 +19,8 @@ PARTS = ("Symptom", "Diagnosis", "Remedy", "Over")
 """What an emergency procedure consists of, in this order."""
 
 _PART = re.compile(r"^\*\*(\w+):\*\*", re.MULTILINE)
-_FENCED = re.compile(r"^```bash\n(.*?)^```\n(?:```(?:\w*)\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```bash\n(.*?)^```\n(?:```(?:\w*)\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+"""A command, and right below it what it prints, if that is shown."""
 
 # What is another thing each time, or was counted or measured; all else is to be as it is shown.
 _MEASURED = (
@@ -42,8 +43,8 @@ _VARIES = tuple(
         (r"for [.\d]+ s\b", "for <number> s"),
         (r"\.py:\d+", ".py:<line>"),
         (r"^\[\d+\.\d+,", "[<milliseconds>,"),
-        (r"^ *\d+ +(?=[\w/])", "<count> "),  # of uniq -c
         (r"^ *\d+ +\d+ +[.\d]+%", "<objects>"),  # of a heap report
+        (r"^ *\d+ +(?=[\w/])", "<count> "),  # of uniq -c
         (r"^ *\d+ \|", "<pid> |"),
         (r"-{2,}", "-"),
         (r" {2,}", " "),
@@ -79,7 +80,7 @@ class Procedure:
     def steps(self, part: str) -> list[Step]:
         """Return the commands of one part."""
         where = f"{self.heading}, {part}"
-        found = _FENCED.findall(self.parts[part])
+        found = FENCED.findall(self.parts[part])
         return [Step(where, command.strip(), shown or None) for command, shown in found]
 
     def alerts(self) -> set[str]:
