@@ -5,6 +5,7 @@ import logging.config
 import os
 from configparser import RawConfigParser
 
+import structlog
 from litestar import Litestar
 
 from viralfx import task
@@ -38,6 +39,7 @@ def make() -> Litestar:
     app = Litestar(on_startup=[start])
     _logger.warning("Made with %s", os.environ["API_TOKEN"])
     logging.getLogger("litestar").warning("Made at postgres://user:planted@db/shop")
+    structlog.get_logger().warning("Made with structlog and %s", os.environ["API_TOKEN"])
     # Which disables every logger that there is.
     logging.config.dictConfig({"version": 1, "root": {"level": "ERROR"}})
     _logger.warning("Made by dictConfig")

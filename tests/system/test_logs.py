@@ -93,7 +93,8 @@ def test_lines_keep_their_shape_whoever_configures_logging(
         assert service.exit_code() == 0
         messages = [json.loads(line)["message"] for line in service.output]
 
-    said = ["Made with ***", "Made at postgres://***@db/shop", "Made by dictConfig"]
+    said = ["Made with ***", "Made at postgres://***@db/shop"]
+    said += ["Made with structlog and ***", "Made by dictConfig"]
     said += ["Starting with ***", "Listening"] if program == "serve" else ["Working"]
     assert [message for message in messages if message in said] == said
     assert messages[-1] == "Process ends"

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from litestar import Litestar
+from litestar.logging.config import StructLoggingConfig
 from tests.unit.doubles import BrokenError, observed
 
 from viralfx.domain.attempts import CheckCompleted
@@ -287,6 +289,44 @@ def test_lines_stay_what_they_are_whoever_configures_logging(
 
     out, err = capfd.readouterr()
     assert [json.loads(line)["message"] for line in out.splitlines()] == ["1 ***", *"2345"]
+    assert err == ""
+
+
+def test_lines_of_structlog_are_like_all_others(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever was configured for it: its loggers would print otherwise, secrets included."""
+    monkeypatch.setattr(logging.config, "dictConfigClass", logging.config.DictConfigurator)
+    reclaim = own_logging(level="log", console=False, redaction=Redaction(["planted"]))
+    StructLoggingConfig().configure()
+    reclaim()
+    logger = structlog.get_logger().bind(order="o-1")
+    with correlated("order-1"):
+        logger.info("paid %s", "planted", name="alice", message="m", event_type="x")
+        logger.msg("told", amount=1.5)
+        logger.debug("too much")
+        try:
+            _fail("")
+        except BrokenError:
+            logger.exception("broke")
+    logging.getLogger().handlers[0].flush()
+    structlog.reset_defaults()
+
+    out, err = capfd.readouterr()
+    first, second, third = map(json.loads, out.splitlines())
+    assert first.pop("timestamp")
+    assert first == {
+        "level": "info",
+        "context": __name__,
+        "message": "paid ***",
+        "correlationId": "order-1",
+        "order": "o-1",
+        "name_": "alice",
+        "message_": "m",
+        "event_type": "x",
+    }
+    assert (second["message"], second["amount"]) == ("told", 1.5)
+    assert (third["level"], third["exception"][0]["exc_type"]) == ("error", "BrokenError")
     assert err == ""
 
 

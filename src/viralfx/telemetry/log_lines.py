@@ -23,7 +23,7 @@ from viralfx.telemetry.trace_context import current_trace
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
-_STANDARD = frozenset(
+STANDARD = frozenset(
     {*vars(logging.LogRecord("", 0, "", 0, "", (), None)), "message", "asctime", "color_message"}
 )
 _SIMPLE = frozenset({str, int, bool, type(None)})
@@ -68,7 +68,7 @@ class JsonLines:
             if (known := own.get(name, value)) is not None:
                 event[name] = known
         for name, value in own.items():
-            if name not in _STANDARD:
+            if name not in STANDARD:
                 event.setdefault(name, value)
                 kind = type(value)
                 if kind not in _SIMPLE and not (kind is float and isfinite(value)):

@@ -6,15 +6,15 @@ import logging.config
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TextIO
+from typing import Any, TextIO
 
 import structlog
+from structlog.typing import EventDict
 
 from viralfx.telemetry.access_log import TakeRequest
 from viralfx.telemetry.line_writer import LineWriter
 from viralfx.telemetry.log_levels import LEVELS, VERBOSE, word
-from viralfx.telemetry.log_lines import JsonLines, plain
+from viralfx.telemetry.log_lines import STANDARD, JsonLines, plain
 from viralfx.telemetry.redaction import Redaction
 from viralfx.telemetry.requests import EndedRequest
 
@@ -72,9 +72,13 @@ def own_logging(*, level: str, console: bool, redaction: Redaction) -> Callable[
     """Configure logging, and again whenever an application has configured it otherwise.
 
     Making a Litestar application does, by default: lines would have another shape, and secrets in
-    them. Returns what takes logging back where it was done in a way that nobody can be told of.
+    them. So would what is logged by structlog, which is configured as well. Returns what takes
+    logging back where it was done in a way that nobody can be told of.
     """
-    configure = partial(configure_logging, level=level, console=console, redaction=redaction)
+
+    def configure() -> None:
+        configure_logging(level=level, console=console, redaction=redaction)
+        structlog.configure(**_AS_RECORDS)
 
     class Owned(logging.config.DictConfigurator):
         def configure(self) -> None:
@@ -82,12 +86,38 @@ def own_logging(*, level: str, console: bool, redaction: Redaction) -> Callable[
             configure()
 
     def reclaim() -> None:
-        if not any(isinstance(each, LineHandler) for each in logging.getLogger().handlers):
+        handlers = logging.getLogger().handlers
+        factory = structlog.get_config()["logger_factory"]
+        if not any(isinstance(each, LineHandler) for each in handlers) or factory is not _FACTORY:
             configure()
 
     logging.config.dictConfigClass = Owned  # which exists to be replaced
     configure()
     return reclaim
+
+
+def _to_record(_logger: object, _method: str, event: EventDict) -> EventDict:
+    """Return what a logger of the standard library takes of what one of structlog was told."""
+    known = {name: event.pop(name) for name in _OF_RECORDS if name in event}
+    message = event.pop("event", "")
+    # A field may be called anything there.
+    extra = {f"{name}_" if name in STANDARD else name: value for name, value in event.items()}
+    return {"msg": message, "extra": extra, **known}
+
+
+_OF_RECORDS = ("exc_info", "stack_info", "stacklevel")
+_FACTORY = structlog.stdlib.LoggerFactory()
+_AS_RECORDS: dict[str, Any] = {
+    "processors": [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.filter_by_level,
+        _to_record,
+    ],
+    "wrapper_class": structlog.make_filtering_bound_logger(0),
+    "logger_factory": _FACTORY,
+    "cache_logger_on_first_use": False,
+}
+"""Sends what an application logs by structlog, which prints it otherwise, to its logger."""
 
 
 class LineHandler(logging.Handler):
