@@ -83,11 +83,21 @@ async def test_an_unknown_name_is_404_and_makes_no_logger(client: AsyncClient, n
     assert len(logging.root.manager.loggerDict) == before
 
 
+async def test_no_name_is_no_logger_either(client: AsyncClient) -> None:
+    """Nor a check; routes may say that this is no path, or none to change."""
+    for method in ("GET", "PUT"):
+        answer = await client.request(method, "/health/loggers/", json={}, headers=BEARER)
+
+        assert answer.status_code in {404, 405}
+        assert "no such check" not in answer.text
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [
         (b'{"level": "loud"}', 400),
         (b'{"level": "DEBUG"}', 400),
+        (b'{"level": "info"}', 400),
         (b'{"level": 10}', 400),
         (b'{"level": "debug", "more": 1}', 400),
         (b"{}", 400),
@@ -107,6 +117,7 @@ async def test_a_wrong_body_is_a_problem_that_says_what_is_right(
     assert answer.headers["content-type"] == "application/problem+json"
     if status == 400:
         assert "error, warn, log, debug, verbose" in answer.json()["detail"]
+        assert answer.json()["detail"].endswith("What log lines call info is log.")
     assert logging.getLogger(NAME).level == logging.NOTSET
 
 
@@ -149,6 +160,7 @@ async def test_the_endpoints_are_documented() -> None:
     change = paths["/health/loggers/{name}"]["put"]
     schema = change["requestBody"]["content"]["application/json"]["schema"]
 
+    assert {"200", "400", "401", "403", "404", "408", "413"} <= set(change["responses"])
     assert "get" in paths["/health/loggers"]
     assert schema["properties"]["level"]["enum"] == [
         "error",

@@ -58,7 +58,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         bool, meaning("Let ENVIRONMENT=production run on memory adapters")
     ] = False
     log_level: Annotated[
-        Literal["error", "warn", "log", "debug", "verbose"], meaning("Least level that is logged")
+        Literal["error", "warn", "log", "debug", "verbose"],
+        meaning("Least level that is logged; what lines call info is log"),
     ] = "log"
     log_format: Annotated[Literal["json", "console"], meaning("JSON lines, or text for people")] = (
         "json"

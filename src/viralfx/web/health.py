@@ -211,6 +211,8 @@ class HealthController(Controller):
         responses={
             200: _body(schemas.LoggerState, "The level is changed."),
             400: _problem("The body is not a level."),
+            408: _problem("The body did not come in time."),
+            413: _problem("The body is longer than any level."),
             **_NO_LOGGER,
             **_TOKEN_PROBLEMS,
         },

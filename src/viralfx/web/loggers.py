@@ -37,7 +37,7 @@ class LoggersEndpoints:
         if not path.startswith(f"{self._path}/"):
             return None
         name = path[len(self._path) + 1 :]
-        return self._one(name) if name and "/" not in name else None
+        return self._one(name) if "/" not in name else None
 
     def list(self, method: str, _query: bytes, headers: Headers) -> Answer:
         """``GET /health/loggers``."""
@@ -72,7 +72,7 @@ class LoggersEndpoints:
         except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
             words = ", ".join(LEVELS)
             detail = f'Send {{"level": ...}} with one of {words}, or null for what it was before.'
-            return problem_answer(400, detail)
+            return problem_answer(400, f"{detail} What log lines call info is log.")
         return answer_with(200, encode(_state(level)))
 
 
