@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import pytest
 from httpx import ASGITransport, AsyncClient
-from litestar import Litestar, Request, Response, get
+from litestar import Litestar, Request, Response, WebSocket, get, websocket
 from litestar.datastructures import State
-from litestar.exceptions import HTTPException, ImproperlyConfiguredException
+from litestar.exceptions import HTTPException
 from litestar.testing import AsyncTestClient
 from tests.servers.ports import free_port
 from tests.servers.waiting import wait_until
@@ -228,19 +228,6 @@ async def test_the_path_can_be_another() -> None:
     assert (mine.text, moved.status_code) == ("mine", 200)
 
 
-def test_a_path_that_is_taken_is_refused_at_construction() -> None:
-    """Litestar itself refuses two handlers for one path."""
-
-    @get("/health")
-    async def own() -> str:
-        return "mine"
-
-    plugin = OperationsPlugin(OperationsConfig(settings=SETTINGS))
-
-    with pytest.raises(ImproperlyConfiguredException):
-        Litestar([own], plugins=[plugin])
-
-
 @pytest.mark.parametrize("path", ["health", "/health/", ""])
 def test_a_path_that_is_none_is_refused(path: str) -> None:
     """The path must be absolute and not end in a slash."""
@@ -359,6 +346,47 @@ async def test_metrics_of_the_applications_own_are_not_hidden() -> None:
     async with AsyncTestClient(app) as client:
         assert (await client.get("/metrics")).text == "own"
         assert "viralfx_ready" in (await client.get("/prometheus")).text
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/health", "/health/own", "/health/{own:str}", "/health/loggers", "/health/loggers/own"],
+)
+async def test_routes_of_the_applications_own_are_not_hidden(path: str) -> None:
+    """Litestar would refuse some, and some would not be reached; another path leaves both."""
+
+    @get(path)
+    async def own() -> str:
+        return "own"
+
+    what = f"OperationsConfig.path: the application answers {path} itself"
+    with pytest.raises(ConfigurationError) as caught:
+        Litestar([own], plugins=[OperationsPlugin(OperationsConfig(settings=SETTINGS))])
+    assert str(caught.value) == f"{what}; choose another path than /health"
+
+    config = OperationsConfig(settings=SETTINGS, path="/operations")
+    app = Litestar([own], plugins=[OperationsPlugin(config)], logging_config=None)
+    async with AsyncTestClient(app) as client:
+        assert (await client.get(path.replace("{own:str}", "own"))).text == "own"
+        assert (await client.get("/operations/live")).json()["alive"] is True
+
+
+async def test_what_is_far_below_the_path_is_the_applications() -> None:
+    """Two segments that are none of ours, and WebSockets."""
+
+    @get("/health/own/page")
+    async def page() -> str:
+        return "own"
+
+    @websocket("/health/own")
+    async def echo(socket: WebSocket[object, object, State]) -> None:
+        await socket.accept()
+        await socket.close()
+
+    plugin = OperationsPlugin(OperationsConfig(settings=SETTINGS))
+    app = Litestar([page, echo], plugins=[plugin], logging_config=None)
+    async with AsyncTestClient(app) as client:
+        assert (await client.get("/health/own/page")).text == "own"
 
 
 @pytest.mark.parametrize("path", ["metrics", "/metrics/", "/health", "/health/metrics"])

@@ -15,6 +15,7 @@ from litestar.openapi.spec import (
     Schema,
 )
 from litestar.params import FromPath, QueryParameter
+from litestar.routes import BaseRoute, HTTPRoute
 
 from viralfx.telemetry.log_levels import LEVELS
 from viralfx.web import schemas
@@ -25,6 +26,9 @@ from viralfx.web.replies import Answer, complete
 
 ANSWERS = "operations_answers"
 """Where the application's state holds what these routes give."""
+
+_OURS = "viralfx.operations"
+"""The key in ``opt`` by which these routes are told from the application's."""
 
 AnyRequest = Request[object, object, State]
 
@@ -269,6 +273,13 @@ async def _give(request: AnyRequest) -> Response[bytes]:
     return _response(answer)
 
 
+def is_ours(route: BaseRoute) -> bool:
+    """Tell whether a route is one of these alone."""
+    return isinstance(route, HTTPRoute) and all(
+        _OURS in handler.opt for handler in route.route_handlers
+    )
+
+
 def health_router(*, prefix: str, tag: str) -> Router:
     """Make the routes of every endpoint; the application's state must hold the answers."""
-    return Router(prefix, route_handlers=[HealthController], tags=[tag])
+    return Router(prefix, route_handlers=[HealthController], tags=[tag], opt={_OURS: True})

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, cast
 
 from litestar import Litestar
 from litestar.config.app import AppConfig
-from litestar.plugins import InitPlugin
+from litestar.plugins import InitPlugin, ReceiveRoutePlugin
+from litestar.routes import BaseRoute, WebSocketRoute
 from litestar.types import ASGIApp as LitestarASGIApp
 
 from viralfx.bootstrap import assemble
@@ -26,7 +27,7 @@ from viralfx.web.answers import OperationsAnswers
 from viralfx.web.asgi import ASGIApp
 from viralfx.web.failures import keep_error
 from viralfx.web.gate import Gate
-from viralfx.web.health import ANSWERS, health_router
+from viralfx.web.health import ANSWERS, health_router, is_ours
 from viralfx.web.jobs import JOBS, JobsApi
 from viralfx.web.watching import RequestWatch
 
@@ -72,7 +73,7 @@ class OperationsConfig:
             raise ValueError(f"metrics_path must not be below path: {self.metrics_path!r}")
 
 
-class OperationsPlugin(InitPlugin):
+class OperationsPlugin(InitPlugin, ReceiveRoutePlugin):
     """Adds health endpoints, background checks, correlation ids and shutdown stages to an app.
 
     It appends and never replaces: no route, error handler, logger or signal of the application is
@@ -174,6 +175,20 @@ class OperationsPlugin(InitPlugin):
         app_config.lifespan.append(self._lifespan)
         app_config.after_exception.append(keep_error)
         return app_config
+
+    def receive_route(self, route: BaseRoute) -> None:
+        """Raise :class:`ConfigurationError` for one of the application's that is ours to answer.
+
+        Litestar would refuse some without a word about whose the other one is; the gate would hide
+        the rest. It lets WebSockets through.
+        """
+        path = self._config.path
+        below = route.path == path or route.path.startswith(self.answers.below)
+        if not below or isinstance(route, WebSocketRoute) or is_ours(route):
+            return
+        if self.answers.find(route.path) is not None:
+            what = f"OperationsConfig.path: the application answers {route.path} itself"
+            raise ConfigurationError([f"{what}; choose another path than {path}"])
 
     def mount(self, app: Litestar) -> None:
         """Add the endpoints to an application that was made without the plugin.
