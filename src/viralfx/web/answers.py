@@ -17,16 +17,17 @@ from viralfx.telemetry.metrics import Metrics
 from viralfx.web import bodies
 from viralfx.web.access import AccessPolicy, Headers, Verdict
 from viralfx.web.loggers import LoggersEndpoints
+from viralfx.web.refusals import Refusals
 from viralfx.web.replies import (
     NO_STORE,
     READ,
     Answer,
     Endpoint,
+    Refused,
     answer_with,
     encode,
     not_allowed,
     problem_answer,
-    refusal_of,
     retry_after,
 )
 
@@ -51,6 +52,7 @@ class OperationsAnswers:
         self._monitor = operations.monitor
         self._clock = operations.clock
         self._access = access
+        self._refusals = Refusals(operations.clock)
         self._prefix = prefix
         self.below = f"{prefix}/"
         """What a path begins with that may be answered here though it is not listed."""
@@ -64,7 +66,7 @@ class OperationsAnswers:
         intervals = (self._monitor.policy(n).interval_when_failing for n in self._monitor.checks)
         self._next_look = min(intervals, default=1.0)
         self._moment = (datetime.max.replace(tzinfo=UTC), datetime.min.replace(tzinfo=UTC), b"")
-        self._loggers = LoggersEndpoints(access, f"{prefix}/loggers")
+        self._loggers = LoggersEndpoints(access, self._refusals, f"{prefix}/loggers")
         self.endpoints: dict[str, Endpoint] = {
             prefix: self._reading(self.basic),
             f"{prefix}/live": self._reading(self.live),
@@ -213,36 +215,38 @@ class OperationsAnswers:
 
         return endpoint
 
-    def _details(self, method: str, query: bytes, headers: Headers) -> Answer | Awaitable[Answer]:
+    def _details(
+        self, method: str, query: bytes, headers: Headers
+    ) -> Answer | Awaitable[Answer] | Refused:
         if method not in READ:
             return not_allowed("GET, HEAD")
         # As rarely refused as it is often polled: no call more than one where it is allowed.
         verdict = self._access.to_details(headers)
-        if verdict is not Verdict.ALLOWED and (refusal := refusal_of(verdict)) is not None:
+        if verdict is not Verdict.ALLOWED and (refusal := self._refusals.of(verdict)) is not None:
             return refusal
         if query and parse_qs(query.decode("latin-1")).get("fresh") == ["1"]:
             return self.detailed_fresh()
         return self.detailed()
 
     def _one_check(self, name: str) -> Endpoint:
-        def endpoint(method: str, _query: bytes, headers: Headers) -> Answer:
+        def endpoint(method: str, _query: bytes, headers: Headers) -> Answer | Refused:
             if method not in READ:
                 return not_allowed("GET, HEAD")
-            return refusal_of(self._access.to_details(headers)) or self.check(name)
+            return self._refusals.of(self._access.to_details(headers)) or self.check(name)
 
         return endpoint
 
-    def _shutdown(self, method: str, _query: bytes, headers: Headers) -> Answer:
+    def _shutdown(self, method: str, _query: bytes, headers: Headers) -> Answer | Refused:
         if method not in (*READ, "POST"):
             return not_allowed("GET, HEAD, POST")
-        if (refusal := refusal_of(self._access.to_shutdown(headers))) is not None:
+        if (refusal := self._refusals.of(self._access.to_shutdown(headers))) is not None:
             return refusal
         return self.begin_shutdown() if method == "POST" else self.shutdown_status()
 
-    def _scrape(self, method: str, _query: bytes, headers: Headers) -> Answer:
+    def _scrape(self, method: str, _query: bytes, headers: Headers) -> Answer | Refused:
         if method not in READ:
             return not_allowed("GET, HEAD")
-        if (refusal := refusal_of(self._access.to_details(headers))) is not None:
+        if (refusal := self._refusals.of(self._access.to_details(headers))) is not None:
             return refusal
         accept = b",".join(value for name, value in headers if name == b"accept")
         body, media_type = self._metrics.render(accept.decode("latin-1"))

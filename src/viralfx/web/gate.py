@@ -12,7 +12,7 @@ from viralfx.web.answers import OperationsAnswers
 from viralfx.web.asgi import ASGIApp, Message, Receive, Scope, Send
 from viralfx.web.correlation import HEADER, correlation_id_of
 from viralfx.web.exchanges import Exchange, Exchanges
-from viralfx.web.replies import Answer, Endpoint, WithBody, complete, problem_answer
+from viralfx.web.replies import Answer, Endpoint, Refused, WithBody, complete, problem_answer
 from viralfx.web.watching import RequestWatch
 
 
@@ -59,7 +59,7 @@ class Gate:
             return
         if answer is not None:
             if not isinstance(answer, Answer):
-                answer = await complete(answer, receive)
+                answer = await complete(answer, scope, receive)
             start, body = self._messages(answer, scope, header)
             await send(start)
             await send(body)
@@ -74,7 +74,7 @@ class Gate:
         finally:
             self.exchanges.end(exchange)
 
-    def _answer(self, scope: Scope) -> Answer | Awaitable[Answer] | WithBody | None:
+    def _answer(self, scope: Scope) -> Answer | Awaitable[Answer] | WithBody | Refused | None:
         """Return the answer to a request that is not for the application; None for one that is."""
         path = scope["path"]
         endpoint = self._endpoints.get(path)

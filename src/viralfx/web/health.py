@@ -20,7 +20,7 @@ from litestar.routes import BaseRoute, HTTPRoute
 from viralfx.telemetry.log_levels import LEVELS
 from viralfx.web import schemas
 from viralfx.web.answers import OperationsAnswers
-from viralfx.web.asgi import Receive
+from viralfx.web.asgi import Receive, Scope
 from viralfx.web.problems import PROBLEM_MEDIA_TYPE, Problem
 from viralfx.web.replies import Answer, complete
 
@@ -269,7 +269,9 @@ async def _give(request: AnyRequest) -> Response[bytes]:
         raise NotFoundException
     answer = endpoint(request.method, request.scope["query_string"], request.scope["headers"])
     if not isinstance(answer, Answer):
-        answer = await complete(answer, cast("Receive", request.receive))
+        answer = await complete(
+            answer, cast("Scope", request.scope), cast("Receive", request.receive)
+        )
     return _response(answer)
 
 

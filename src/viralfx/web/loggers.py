@@ -4,16 +4,17 @@ import msgspec
 
 from viralfx.telemetry.log_levels import LEVELS, LoggerLevel, LoggerLevels
 from viralfx.web.access import AccessPolicy, Headers
+from viralfx.web.refusals import Refusals
 from viralfx.web.replies import (
     READ,
     Answer,
     Endpoint,
+    Refused,
     WithBody,
     answer_with,
     encode,
     not_allowed,
     problem_answer,
-    refusal_of,
 )
 from viralfx.web.schemas import Loggers, LoggerState, NewLevel
 
@@ -27,8 +28,9 @@ _decode = msgspec.json.Decoder(NewLevel).decode
 class LoggersEndpoints:
     """Answers ``/health/loggers`` and the names below it."""
 
-    def __init__(self, access: AccessPolicy, path: str) -> None:
+    def __init__(self, access: AccessPolicy, refusals: Refusals, path: str) -> None:
         self._access = access
+        self._refusals = refusals
         self._path = path
         self._levels = LoggerLevels()
 
@@ -39,22 +41,22 @@ class LoggersEndpoints:
         name = path[len(self._path) + 1 :]
         return self._one(name) if "/" not in name else None
 
-    def list(self, method: str, _query: bytes, headers: Headers) -> Answer:
+    def list(self, method: str, _query: bytes, headers: Headers) -> Answer | Refused:
         """``GET /health/loggers``."""
         if method not in READ:
             return not_allowed("GET, HEAD")
-        if (refusal := refusal_of(self._access.to_details(headers))) is not None:
+        if (refusal := self._refusals.of(self._access.to_details(headers))) is not None:
             return refusal
         loggers = {name: _state(level) for name, level in self._levels.all().items()}
         return answer_with(200, encode(Loggers(levels=list(LEVELS), loggers=loggers)))
 
     def _one(self, name: str) -> Endpoint:
-        def endpoint(method: str, _query: bytes, headers: Headers) -> Answer | WithBody:
+        def endpoint(method: str, _query: bytes, headers: Headers) -> Answer | WithBody | Refused:
             if method not in (*READ, "PUT"):
                 return not_allowed("GET, HEAD, PUT")
             changes = method == "PUT"
             may = self._access.to_change if changes else self._access.to_details
-            if (refusal := refusal_of(may(headers))) is not None:
+            if (refusal := self._refusals.of(may(headers))) is not None:
                 return refusal
             known = self._levels.find(name) if len(name) <= _LONGEST_NAME else None
             if known is None:

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from viralfx.domain.correlation import current_correlation_id
-from viralfx.web.access import Headers, Verdict
-from viralfx.web.asgi import Receive
+from viralfx.web.access import Headers
+from viralfx.web.asgi import Receive, Scope
 from viralfx.web.problems import PROBLEM_MEDIA_TYPE, problem
 
 # Details are an application's own; one that is no JSON is shown as text, and breaks nothing.
@@ -34,7 +34,15 @@ class WithBody(msgspec.Struct, frozen=True):
     answer: Callable[[bytes], Answer]
 
 
-Endpoint = Callable[[str, bytes, Headers], Answer | Awaitable[Answer] | WithBody]
+class Refused(msgspec.Struct, frozen=True):
+    """An answer to who may not do what was asked, which whoever sends it tells of."""
+
+    answer: Answer
+    tell: Callable[[Scope, int], None]
+    """Takes the request's scope and the answer's status."""
+
+
+Endpoint = Callable[[str, bytes, Headers], Answer | Awaitable[Answer] | WithBody | Refused]
 """Answers a method, query string and headers."""
 
 
@@ -61,8 +69,13 @@ _BODY_SECONDS = 5.0
 """A client that is still sending its few bytes then is given up."""
 
 
-async def complete(promised: Awaitable[Answer] | WithBody, receive: Receive) -> Answer:
-    """Wait for an answer that is not there at once."""
+async def complete(
+    promised: Awaitable[Answer] | WithBody | Refused, scope: Scope, receive: Receive
+) -> Answer:
+    """Wait for an answer that is not there at once, or do what one asks for beside it."""
+    if isinstance(promised, Refused):
+        promised.tell(scope, promised.answer.status)
+        return promised.answer
     if isinstance(promised, WithBody):
         return await _with_body(promised, receive)
     return await promised
@@ -92,13 +105,3 @@ def not_allowed(allow: str) -> Answer:
     """Answer a method that a path does not have."""
     detail = f"This path answers {allow} only."
     return problem_answer(405, detail, (b"allow", allow.encode()))
-
-
-def refusal_of(verdict: Verdict) -> Answer | None:
-    """Answer who may not do what was asked; None where it is allowed."""
-    if verdict is Verdict.ALLOWED:
-        return None
-    if verdict is Verdict.FORBIDDEN:
-        return problem_answer(403, "MANAGEMENT_TOKEN is not set, so nobody may do this.")
-    challenge = (b"www-authenticate", b"Bearer")
-    return problem_answer(401, "Send the management token as a bearer token.", challenge)
