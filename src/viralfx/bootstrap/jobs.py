@@ -24,6 +24,7 @@ from viralfx.domain.jobs.worker import JobWorker
 from viralfx.domain.monitor import HealthMonitor
 from viralfx.domain.resilience.retry_policy import BackoffPolicy
 from viralfx.settings import Settings
+from viralfx.telemetry.job_log import JobLog
 from viralfx.telemetry.metrics import Metrics
 from viralfx.telemetry.metrics.jobs import JobMetrics
 from viralfx.telemetry.metrics.resilience import ReceiverCircuits
@@ -79,6 +80,7 @@ def wire_jobs(
     )
     if tracing is not None:
         observer = Observers(tracing.jobs, observer)
+    observer = JobLog(observer)
     transport = _transport(database, redis, clock)
     ringer = Ringer(transport, clock=clock)
     service = JobService(

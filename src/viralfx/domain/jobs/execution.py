@@ -17,6 +17,7 @@ from viralfx.domain.jobs.job import (
     LedgerUnavailableError,
     Settlement,
     completed,
+    conversation_of,
     failed,
     handed_back,
     postponed,
@@ -124,8 +125,7 @@ class Executor:
         back.
         """
         claim = execution.claim
-        # Without a conversation to belong to, all attempts of a job are one.
-        bind_correlation_id(claim.correlation_id or claim.id.replace("-", ""))
+        bind_correlation_id(conversation_of(claim))
         with self.observer.executing(claim) as ended:
             settlement = await self._execute(execution)
             ended(settlement)
@@ -246,7 +246,7 @@ class _Run:
                     id=claim.id,
                     attempt=claim.attempt,
                     deadline=deadline,
-                    correlation_id=claim.correlation_id or claim.id.replace("-", ""),
+                    correlation_id=conversation_of(claim),
                     created_at=claim.created_at,
                     connection=connection,
                 )

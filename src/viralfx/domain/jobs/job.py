@@ -125,6 +125,14 @@ class Claim:
     """Seconds from when the job was due until it was given away."""
 
 
+def conversation_of(job: JobDraft | Job | Claim) -> str:
+    """Return the correlation id of a job's lines: one that nobody's request asked for is its own.
+
+    So all attempts of such a job are one conversation, too.
+    """
+    return job.correlation_id or job.id.replace("-", "")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settlement:
     """What becomes of a claimed job."""

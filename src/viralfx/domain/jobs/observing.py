@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Protocol
 
 from viralfx.domain.jobs.job import Claim, JobDraft, Settlement
+from viralfx.domain.jobs.ledger import Accepted
 
 Ended = Callable[[Settlement | None], object]
 """Is told what becomes of the job; None: the ledger has it already, with the task's effect."""
@@ -24,6 +25,10 @@ class JobObserver(Protocol):
         """Surround the ledger's step that accepts several jobs at once, in a task of its own."""
         ...
 
+    def accepted(self, accepted: Accepted) -> None:
+        """Learn, after an acceptance, which job it gave: under its key there may be another."""
+        ...
+
     def executing(self, claim: Claim) -> AbstractContextManager[Ended]:
         """Surround an execution, from before its payload is decoded until its outcome is known."""
         ...
@@ -39,6 +44,9 @@ class Unobserved:
     def storing(self, drafts: Sequence[JobDraft]) -> AbstractContextManager[None]:  # noqa: ARG002 - the port's
         """Surround nothing."""
         return nullcontext()
+
+    def accepted(self, accepted: Accepted) -> None:
+        """Do nothing about it."""
 
     def executing(self, claim: Claim) -> AbstractContextManager[Ended]:  # noqa: ARG002 - the port's
         """Surround nothing."""
@@ -66,6 +74,11 @@ class Observers:
             for observer in self._observers:
                 stack.enter_context(observer.storing(drafts))
             yield
+
+    def accepted(self, accepted: Accepted) -> None:
+        """Tell each."""
+        for observer in self._observers:
+            observer.accepted(accepted)
 
     @contextmanager
     def executing(self, claim: Claim) -> Iterator[Ended]:

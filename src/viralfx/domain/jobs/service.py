@@ -92,6 +92,7 @@ class JobService:
                 f"the idempotency key was used for job {accepted.job.id}, which asks for"
                 " something else"
             )
+        self._observer.accepted(accepted)
         return accepted
 
     async def _store(self, drafts: Sequence[JobDraft]) -> Sequence[Accepted]:

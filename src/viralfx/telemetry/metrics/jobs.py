@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from viralfx.domain.jobs.job import Claim, JobDraft, JobState, Settlement
-from viralfx.domain.jobs.ledger import QueueCounts
+from viralfx.domain.jobs.ledger import Accepted, QueueCounts
 from viralfx.telemetry.metrics.exemplars import Exemplar, no_exemplar
 
 _UNKNOWN = "unknown"
@@ -127,6 +127,9 @@ class JobMetrics:
     def storing(self, drafts: Sequence[JobDraft]) -> AbstractContextManager[None]:  # noqa: ARG002 - the port's
         """Measure nothing."""
         return nullcontext()
+
+    def accepted(self, accepted: Accepted) -> None:
+        """Do nothing: it is counted."""
 
     def executing(self, claim: Claim) -> "_Execution":
         """Time an execution."""

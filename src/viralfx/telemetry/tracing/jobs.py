@@ -11,7 +11,8 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, get_current_
 from opentelemetry.trace.propagation import set_span_in_context
 
 from viralfx.domain.correlation import correlated
-from viralfx.domain.jobs.job import Claim, JobDraft, JobState, Settlement
+from viralfx.domain.jobs.job import Claim, JobDraft, JobState, Settlement, conversation_of
+from viralfx.domain.jobs.ledger import Accepted
 from viralfx.domain.jobs.observing import Ended
 from viralfx.telemetry.tracing.context import NOTHING, is_sampled, remote_parent, traceparent_of
 
@@ -54,10 +55,13 @@ class TracedJobs:
             return
         token = attach(remote_parent([draft.traceparent]))
         try:
-            with correlated(draft.correlation_id or draft.id.replace("-", "")):
+            with correlated(conversation_of(draft)):
                 yield
         finally:
             detach(token)
+
+    def accepted(self, accepted: Accepted) -> None:
+        """Do nothing: its span is complete."""
 
     def executing(self, claim: Claim) -> "_Execution":
         """Surround an execution by ``process {queue}``, a child of where it was accepted."""
@@ -74,8 +78,7 @@ class _Execution:
     def __enter__(self) -> Ended:
         claim = self._claim
         parent = remote_parent([claim.traceparent]) if claim.traceparent else NOTHING
-        correlation_id = claim.correlation_id or claim.id.replace("-", "")
-        attributes = _attributes(claim, correlation_id, "process", "process")
+        attributes = _attributes(claim, conversation_of(claim), "process", "process")
         attributes["viralfx.job.attempt"] = claim.attempt
         self._span: Span = self._tracer.start_span(
             f"process {claim.queue}", parent, SpanKind.CONSUMER, attributes
