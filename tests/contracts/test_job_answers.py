@@ -1,6 +1,7 @@
 """The contract of ``JobLedger``: what it answers about jobs, and what people may do with them."""
 
 import asyncio
+from typing import Any
 
 import pytest
 from tests.contracts.ledgers import ERROR, LONG, Kept, draft, ids, later, totals
@@ -9,9 +10,10 @@ from viralfx.domain.jobs.job import (
     JobNotFoundError,
     JobState,
     JobStateError,
+    conversation_of,
     retried,
 )
-from viralfx.domain.jobs.ledger import JobLedger, QueueCounts
+from viralfx.domain.jobs.ledger import Found, JobLedger, QueueCounts
 
 NONSENSE = ["", "nonsense", "\x00", "\ud800", "x" * 10_000, "0" * 35, "'; --"]
 
@@ -26,6 +28,7 @@ async def test_what_is_no_id_is_no_job(ledger: JobLedger, job_id: str) -> None:
 
     assert await ledger.get(job_id) is None
     assert list(await ledger.page(before=job_id)) == []
+    assert await ledger.find("order-17", before=job_id) == Found(jobs=(), before=None)
     with pytest.raises(JobNotFoundError):
         await ledger.retry(job_id)
     with pytest.raises(JobNotFoundError):
@@ -103,6 +106,59 @@ async def test_a_page_goes_on_after_what_is_gone(kept: Kept) -> None:
 
     assert ids(first) == [newest.id, done.id]
     assert ids(second) == [oldest.id]
+
+
+async def test_the_jobs_of_a_conversation_are_found(kept: Kept) -> None:
+    """The newest first, in any state, among those of others; all of them from page to page."""
+    first, second = await kept.accept(2, correlation_id="order-17")
+    await kept.ledger.cancel(first.id)
+    await kept.accept(2, correlation_id="order-170")
+    await kept.accept()
+    (third,) = await kept.accept(correlation_id="order-17", queue="analytics")
+    found = await kept.ledger.find("order-17")
+    pages: list[list[str]] = []
+    before = None
+    while not pages or before is not None:
+        page = await kept.ledger.find("order-17", before=before, limit=2)
+        pages.append(ids(page.jobs))
+        before = page.before
+
+    assert ids(found.jobs) == [third.id, second.id, first.id]
+    assert list(found.jobs) == [await kept.job(job.id) for job in found.jobs]
+    assert found.before is None
+    assert pages == [[third.id, second.id], [first.id]]
+    assert (await kept.ledger.find("order-17", limit=3)).before is None
+    assert list((await kept.ledger.find("order-18")).jobs) == []
+
+
+async def test_a_conversation_can_be_looked_for_in_a_queue_or_a_state(kept: Kept) -> None:
+    """Both, alone and together; and before an id, of whatever job."""
+    waiting, cancelled = await kept.accept(2, correlation_id="order-17")
+    await kept.ledger.cancel(cancelled.id)
+    (counted,) = await kept.accept(correlation_id="order-17", queue="analytics")
+    await kept.accept(correlation_id="order-18")
+
+    async def found(**more: Any) -> list[str]:
+        return ids((await kept.ledger.find("order-17", **more)).jobs)
+
+    assert await found(queue="default") == [cancelled.id, waiting.id]
+    assert await found(state=JobState.WAITING) == [counted.id, waiting.id]
+    assert await found(queue="default", state=JobState.WAITING) == [waiting.id]
+    assert await found(queue="notifications") == []
+    assert await found(before=counted.id) == [cancelled.id, waiting.id]
+    assert await found(before=draft().id, limit=1) == [counted.id]
+
+
+async def test_a_job_that_nobody_asked_for_is_found_by_the_id_of_its_lines(kept: Kept) -> None:
+    """Which is its own, without dashes; of a job that has one, that is none."""
+    (own,) = await kept.accept()
+    (other,) = await kept.accept(correlation_id="order-17")
+    by_its_own = await kept.ledger.find(conversation_of(own))
+    by_its_id = await kept.ledger.find(own.id)
+    by_the_others = await kept.ledger.find(other.id.replace("-", ""))
+
+    assert ids(by_its_own.jobs) == [own.id]
+    assert list(by_its_id.jobs) == list(by_the_others.jobs) == []
 
 
 # -- retry and cancel ------------------------------------------------------------------------

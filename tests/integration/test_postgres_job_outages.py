@@ -41,6 +41,7 @@ CALLS: dict[str, Callable[[PostgresJobLedger, Claim], Awaitable[object]]] = {
     "sweep": lambda ledger, _: ledger.sweep(5),
     "get": lambda ledger, _: ledger.get(NOBODY),
     "page": lambda ledger, _: ledger.page(),
+    "find": lambda ledger, _: ledger.find("order-17"),
     "retry": lambda ledger, _: ledger.retry(NOBODY),
     "cancel": lambda ledger, _: ledger.cancel(NOBODY),
     "counts": lambda ledger, _: ledger.counts(),

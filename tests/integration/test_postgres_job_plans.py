@@ -16,10 +16,14 @@ from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
 from viralfx.adapters.postgres import job_statements as sql
 from viralfx.adapters.postgres.health_question import QUESTION
 from viralfx.adapters.postgres.job_rows import settlement_columns
+from viralfx.adapters.postgres.job_search import FIND, LAST_LOOKED_AT
 from viralfx.domain.jobs.job import Claim, JobState, completed, failed
 
 ROWS = 100_000
 NEWEST = "ffffffff-ffff-ffff-ffff-ffffffffffff"
+OLDEST = "00000000-0000-7000-8000-000000000000"
+RECENT = "00000001-82b8-7000-8000-0000000182b8"
+"""The id of the thousandth row, from the newest."""
 FINISHED = f"""
 insert into viralfx_jobs
     (id, queue, task, state, payload, created_at, run_at, started_at, finished_at, claims, result)
@@ -87,6 +91,8 @@ STATEMENTS: dict[str, tuple[str, list[Any], set[str]]] = {
         {"pages", "active", "pkey"},
     ),
     "page of a state": (sql.PAGE_OF_STATE, [NEWEST, 50, None, ["failed"]], {"pages", "pkey"}),
+    "last that a search looks at": (LAST_LOOKED_AT, [NEWEST, 1000], {"pkey"}),
+    "search": (FIND, [NEWEST, RECENT, "order-17", None, None, 51], {"pkey"}),
 }
 
 
@@ -168,6 +174,36 @@ async def test_a_page_reads_few_rows_of_many(pool: PostgresDatabase, database: D
     assert len(ids) == 500
     assert ids == sorted(ids, reverse=True)
     assert {job.state for job in older} == {JobState.FAILED}
+
+
+async def test_a_search_stops_after_so_many_jobs(
+    pool: PostgresDatabase, database: Database
+) -> None:
+    """Found or not, and says where it goes on: what is old costs no more than what is new."""
+    ledger = PostgresJobLedger(pool, most_looked_at=20_000)
+    accepted = await ledger.accept([draft(id=OLDEST, correlation_id="order-17")])
+    database.execute(FINISHED)
+    database.execute("analyze viralfx_jobs")
+    found = await ledger.find("order-17")
+    places = [found.before]
+    while found.before is not None:
+        assert list(found.jobs) == []
+        found = await ledger.find("order-17", before=found.before)
+        places.append(found.before)
+    async with pool.acquire() as connection:
+        text = await connection.fetchval(
+            f"EXPLAIN (ANALYZE, FORMAT JSON) {FIND}",
+            *[NEWEST, places[0], "order-17", None, None, 51],
+        )
+    looked_at = [
+        (part["Actual Rows"] + part.get("Rows Removed by Filter", 0)) * part["Actual Loops"]
+        for part in nodes(json.loads(text)[0]["Plan"])
+    ]
+
+    assert list(found.jobs) == [each.job for each in accepted]
+    assert places == [*sorted(filter(None, places), reverse=True), None]
+    assert len(places) == 6
+    assert max(looked_at) <= 20_000
 
 
 async def test_outcomes_are_found_in_a_table_that_was_small(

@@ -303,6 +303,30 @@ async def test_lists_can_be_of_a_queue_or_a_state(client: Client) -> None:
     assert {"payload", "result"}.isdisjoint(item)
 
 
+async def test_a_correlation_id_leads_to_its_jobs(client: Client) -> None:
+    """Those that a request of this id asked for, from page to page, with the other filters."""
+    headers = {"X-Correlation-ID": "order-17"}
+    ids = []
+    for task in ("parcels.ship", "parcels.echo", "parcels.ship"):
+        reply = await client.post(JOBS, json={**PARCEL, "task": task}, headers=headers)
+        ids.append(reply.json()["id"])
+        await accept(client)
+
+    async def found(**query: str | int) -> tuple[list[str], str | None]:
+        page = (await client.get(JOBS, params={"correlationId": "order-17", **query})).json()
+        assert {job["correlationId"] for job in page["items"]} <= {"order-17"}
+        return [job["id"] for job in page["items"]], page["nextCursor"]
+
+    first, cursor = await found(limit=2)
+
+    assert await found() == (ids[::-1], None)
+    assert first == ids[:0:-1]
+    assert cursor is not None
+    assert await found(limit=2, cursor=cursor) == (ids[:1], None)
+    assert await found(queue="default", state="waiting") == ([ids[2], ids[0]], None)
+    assert await found(state="active") == ([], None)
+
+
 @pytest.mark.parametrize(
     ("query", "status", "text"),
     [
@@ -310,6 +334,10 @@ async def test_lists_can_be_of_a_queue_or_a_state(client: Client) -> None:
         ("state=done", 400, "state must be one of waiting, active, completed, failed, cancelled"),
         ("cursor=x", 400, "cursor must be the nextCursor"),
         ("cursor=", 400, "cursor must be the nextCursor"),
+        ("correlationId=", 400, "correlationId must be 1 to 128 of A-Z"),
+        ("correlationId=order%2017", 400, "correlationId must be 1 to 128 of A-Z"),
+        ("correlationId=order-17&queue=nothing", 422, "There is no queue 'nothing'"),
+        ("correlationid=order-17", 400, "There is no parameter 'correlationid'"),
         ("limit=0", 400, "limit"),
         ("limit=101", 400, "limit"),
         ("limit=x", 400, "limit"),

@@ -20,7 +20,7 @@ from viralfx.domain.jobs.job import (
     Settlement,
     new_job_id,
 )
-from viralfx.domain.jobs.ledger import Accepted, JobLedger, QueueCounts, Swept
+from viralfx.domain.jobs.ledger import Accepted, Found, JobLedger, QueueCounts, Swept
 from viralfx.domain.jobs.tasks import Task, TaskRegistry
 from viralfx.domain.jobs.transport import Bell
 from viralfx.domain.jobs.worker import JobWorker
@@ -140,6 +140,20 @@ class ShakyLedger:
     ) -> Sequence[Job]:
         """Return a page, always."""
         return await self._kept.page(queue=queue, state=state, before=before, limit=limit)
+
+    async def find(
+        self,
+        correlation_id: str,
+        *,
+        queue: str | None = None,
+        state: JobState | None = None,
+        before: str | None = None,
+        limit: int = 50,
+    ) -> Found:
+        """Look, always."""
+        return await self._kept.find(
+            correlation_id, queue=queue, state=state, before=before, limit=limit
+        )
 
     async def retry(self, job_id: str) -> Job:
         """Retry, always."""

@@ -2,14 +2,15 @@
 
 from bisect import bisect_left, insort
 from collections import OrderedDict, defaultdict
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import Any
 from uuid import UUID
 
 from viralfx.adapters.memory.job_queue import MemoryJobQueue
-from viralfx.adapters.memory.job_records import claim_of, new_job
+from viralfx.adapters.memory.job_records import claim_of, is_due, is_of, new_job
 from viralfx.adapters.memory.job_workers import MemoryWorkers
 from viralfx.domain.clock import Clock
 from viralfx.domain.jobs.job import (
@@ -23,8 +24,9 @@ from viralfx.domain.jobs.job import (
     LedgerUnavailableError,
     Settlement,
     completed,
+    conversation_of,
 )
-from viralfx.domain.jobs.ledger import Accepted, QueueCounts, Swept
+from viralfx.domain.jobs.ledger import Accepted, Found, QueueCounts, Swept
 
 
 class MemoryJobLedger:
@@ -86,7 +88,7 @@ class MemoryJobLedger:
             chosen = [self._jobs[job_id] for job_id in self._queues[queue].pop_due(now, limit)]
         else:
             asked = [job for job_id in set(ids) if (job := self._jobs.get(job_id)) is not None]
-            due = [job for job in asked if _is_due(job, queue, now)]
+            due = [job for job in asked if is_due(job, queue, now)]
             due.sort(key=lambda job: (job.run_at, job.id))
             chosen = due[: max(0, limit)]
         return [self._give(job, worker, now) for job in chosen]
@@ -190,14 +192,31 @@ class MemoryJobLedger:
         limit: int = 50,
     ) -> Sequence[Job]:
         """Return jobs by id, downwards."""
-        found: list[Job] = []
-        place = len(self._ids) if before is None else self._place_of(before)
-        while place and len(found) < limit:
-            place -= 1
-            job = self._jobs[self._ids[place]]
-            if queue in (None, job.queue) and state in (None, job.state):
-                found.append(job)
-        return found
+        jobs = self._before(before)
+        return list(islice((job for job in jobs if is_of(job, queue, state)), max(0, limit)))
+
+    async def find(
+        self,
+        correlation_id: str,
+        *,
+        queue: str | None = None,
+        state: JobState | None = None,
+        before: str | None = None,
+        limit: int = 50,
+    ) -> Found:
+        """Return jobs of a conversation; all there are were looked at."""
+        found = [
+            job
+            for job in self._before(before)
+            if conversation_of(job) == correlation_id and is_of(job, queue, state)
+        ]
+        return Found(
+            jobs=tuple(found[:limit]), before=found[limit - 1].id if found[limit:] else None
+        )
+
+    def _before(self, job_id: str | None) -> Iterator[Job]:
+        place = len(self._ids) if job_id is None else self._place_of(job_id)
+        return (self._jobs[self._ids[at]] for at in range(place - 1, -1, -1))
 
     def _place_of(self, job_id: str) -> int:
         try:
@@ -279,7 +298,3 @@ class MemoryJobLedger:
             if len(self._finished) > self._most_finished:
                 self._forget_oldest()
         return job
-
-
-def _is_due(job: Job, queue: str, now: datetime) -> bool:
-    return job.queue == queue and job.state is JobState.WAITING and job.run_at <= now

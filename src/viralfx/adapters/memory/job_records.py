@@ -46,3 +46,13 @@ def claim_of(job: Job, worker: str, now: datetime) -> Claim:
         created_at=job.created_at,
         due_since=max(0.0, (now - job.run_at).total_seconds()),
     )
+
+
+def is_due(job: Job, queue: str, now: datetime) -> bool:
+    """Tell whether a job can be given to a worker of a queue."""
+    return job.queue == queue and job.state is JobState.WAITING and job.run_at <= now
+
+
+def is_of(job: Job, queue: str | None, state: JobState | None) -> bool:
+    """Tell whether a job is of a queue and in a state; None: of any."""
+    return queue in (None, job.queue) and state in (None, job.state)

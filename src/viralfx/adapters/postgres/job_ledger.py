@@ -12,18 +12,19 @@ from viralfx.adapters.postgres.cleaning import Lease
 from viralfx.adapters.postgres.database import PostgresDatabase
 from viralfx.adapters.postgres.job_acceptance import accept
 from viralfx.adapters.postgres.job_effects import Effect, Effects, InDoubtError, SupersededError
+from viralfx.adapters.postgres.job_outcomes import record
 from viralfx.adapters.postgres.job_rows import (
     Row,
     claims_of_rows,
     counts_of_rows,
     identifier,
     identifiers,
+    ids_by_queue,
     interval,
     is_identifier,
     job_of_row,
-    settled_columns,
-    settlement_columns,
 )
+from viralfx.adapters.postgres.job_search import MOST_LOOKED_AT, find
 from viralfx.adapters.postgres.job_steps import Steps, Turn
 from viralfx.adapters.postgres.outages import BAD_CONTENT, BAD_VALUE
 from viralfx.adapters.postgres.own_connection import OwnConnection
@@ -42,7 +43,7 @@ from viralfx.domain.jobs.job import (
     UnstorableError,
     failed,
 )
-from viralfx.domain.jobs.ledger import Accepted, QueueCounts, Swept
+from viralfx.domain.jobs.ledger import Accepted, Found, QueueCounts, Swept
 
 _rng = random.Random()  # noqa: S311 - numbers that differ, no secrets
 
@@ -63,9 +64,18 @@ class PostgresJobLedger:
     """
 
     def __init__(
-        self, database: PostgresDatabase, *, clock: Clock | None = None, patience: float = 8.0
+        self,
+        database: PostgresDatabase,
+        *,
+        clock: Clock | None = None,
+        patience: float = 8.0,
+        most_looked_at: int = MOST_LOOKED_AT,
     ) -> None:
-        """``patience`` is how long a call may take, in seconds; cleaning up may add two."""
+        """``patience`` is how long a call may take, in seconds; cleaning up may add two.
+
+        ``most_looked_at`` is how many jobs :meth:`find` looks at.
+        """
+        self._most_looked_at = most_looked_at
         clock = clock or SystemClock()
         told = database.retries
         self._steps = Steps(database.acquire, patience=patience, clock=clock, listener=told)
@@ -126,7 +136,7 @@ class PostgresJobLedger:
         if not settlements:
             return ()
         try:
-            return await self._steps.run(lambda turn: _settle(turn, settlements))
+            return await self._steps.run(lambda turn: record(turn, settlements))
         except BAD_CONTENT as error:
             if len(settlements) > 1:
                 taken: set[str] = set()
@@ -177,7 +187,7 @@ class PostgresJobLedger:
     async def leave(self, worker: str) -> Mapping[str, Sequence[str]]:
         """See :class:`JobLedger`."""
         rows = await self._life.run(lambda turn: turn.connection.fetch(sql.LEAVE, worker))
-        return _by_queue(rows)
+        return ids_by_queue(rows)
 
     async def sweep(self, max_crashes: int, before: datetime | None = None) -> Swept:
         """See :class:`JobLedger`; the counters are folded on this occasion."""
@@ -190,7 +200,7 @@ class PostgresJobLedger:
         rows = await self._steps.run(step)
         waiting = [row for row in rows if row["state"] == JobState.WAITING]
         crashed = [str(row["id"]) for row in rows if row["state"] == JobState.FAILED]
-        return Swept(returned=_by_queue(waiting), crashed=crashed)
+        return Swept(returned=ids_by_queue(waiting), crashed=crashed)
 
     # -- looking and changing ----------------------------------------------------------------
 
@@ -218,6 +228,28 @@ class PostgresJobLedger:
             arguments += [queue, [each.value for each in JobState if state in (None, each)]]
         rows = await self._steps.run(lambda turn: turn.connection.fetch(statement, *arguments))
         return [job_of_row(row) for row in rows]
+
+    async def find(
+        self,
+        correlation_id: str,
+        *,
+        queue: str | None = None,
+        state: JobState | None = None,
+        before: str | None = None,
+        limit: int = 50,
+    ) -> Found:
+        """See :class:`JobLedger`; looks at ``most_looked_at`` jobs and stops."""
+        return await self._steps.run(
+            lambda turn: find(
+                turn.connection,
+                correlation_id,
+                queue=queue,
+                state=state,
+                before=_NEWEST if before is None else before,
+                limit=limit,
+                most=self._most_looked_at,
+            )
+        )
 
     async def retry(self, job_id: str) -> Job:
         """See :class:`JobLedger`."""
@@ -260,20 +292,3 @@ class PostgresJobLedger:
         arguments = interval(older_than), max(0, limit)
         status = await self._steps.run(lambda turn: turn.connection.execute(sql.PRUNE, *arguments))
         return int(status.split()[-1])
-
-
-async def _settle(turn: Turn, settlements: Sequence[Settlement]) -> Collection[str]:
-    rows = await turn.connection.fetch(sql.SETTLE, *settlement_columns(settlements))
-    taken = {str(row["id"]) for row in rows}
-    if turn.again:
-        others = [each for each in settlements if each.claim.id not in taken]
-        rows = await turn.connection.fetch(sql.SETTLED_BEFORE, *settled_columns(others))
-        taken.update(str(row["id"]) for row in rows)
-    return taken
-
-
-def _by_queue(rows: Sequence[Row]) -> dict[str, list[str]]:
-    queues: dict[str, list[str]] = {}
-    for row in rows:
-        queues.setdefault(row["queue"], []).append(str(row["id"]))
-    return queues

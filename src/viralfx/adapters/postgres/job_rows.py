@@ -45,6 +45,14 @@ def is_identifier(candidate: str) -> bool:
     return identifier(candidate) == candidate
 
 
+def ids_by_queue(rows: Iterable[Row]) -> dict[str, list[str]]:
+    """Return the ids of rows by their queues."""
+    queues: dict[str, list[str]] = {}
+    for row in rows:
+        queues.setdefault(row["queue"], []).append(str(row["id"]))
+    return queues
+
+
 def draft_columns(drafts: Collection[JobDraft]) -> tuple[list[Any], ...]:
     """Return the arguments of ``ACCEPT``.
 

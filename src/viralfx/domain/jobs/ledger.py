@@ -20,6 +20,15 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Jobs that were looked for, the newest first."""
+
+    jobs: Sequence[Job]
+    before: str | None
+    """The id to go on looking from; None: there are no older jobs that it could be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QueueCounts:
     """How one queue stands."""
 
@@ -154,6 +163,23 @@ class JobLedger(Protocol):
         """Return jobs, the newest first, from those older than the id ``before``.
 
         There need not be a job of that id any more; before what is no id there are none.
+        """
+        ...
+
+    async def find(
+        self,
+        correlation_id: str,
+        *,
+        queue: str | None = None,
+        state: JobState | None = None,
+        before: str | None = None,
+        limit: int = 50,
+    ) -> Found:
+        """Look for the jobs of a conversation, as :func:`conversation_of` tells it.
+
+        Only for those older than the id ``before``, as for a page; ``limit`` is one or more. A
+        ledger may look at so many jobs and stop: then it finds fewer, or none, and says where to go
+        on. To note whose conversation each job is could cost every job more than it is worth.
         """
         ...
 

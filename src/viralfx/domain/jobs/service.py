@@ -17,7 +17,7 @@ from viralfx.domain.jobs.job import (
     LedgerUnavailableError,
     new_job_id,
 )
-from viralfx.domain.jobs.ledger import Accepted, JobLedger, QueueCounts
+from viralfx.domain.jobs.ledger import Accepted, Found, JobLedger, QueueCounts
 from viralfx.domain.jobs.observing import JobObserver, Unobserved
 from viralfx.domain.jobs.tasks import TaskRegistry
 
@@ -119,10 +119,28 @@ class JobService:
         limit: int = 50,
     ) -> Sequence[Job]:
         """Return jobs, the newest first. Raises :class:`UnknownQueueError`."""
+        self._require(queue)
+        return await self._ledger.page(queue=queue, state=state, before=before, limit=limit)
+
+    async def find(
+        self,
+        correlation_id: str,
+        *,
+        queue: str | None = None,
+        state: JobState | None = None,
+        before: str | None = None,
+        limit: int = 50,
+    ) -> Found:
+        """Look for the jobs of a conversation. Raises :class:`UnknownQueueError`."""
+        self._require(queue)
+        return await self._ledger.find(
+            correlation_id, queue=queue, state=state, before=before, limit=limit
+        )
+
+    def _require(self, queue: str | None) -> None:
         if queue is not None and queue not in self._queues:
             known = ", ".join(sorted(self._queues))
             raise UnknownQueueError(f"there is no queue {queue!r}; there are {known}")
-        return await self._ledger.page(queue=queue, state=state, before=before, limit=limit)
 
     async def retry(self, job_id: str) -> Job:
         """Run a failed job again. Raises :class:`JobNotFoundError`, :class:`JobStateError`."""

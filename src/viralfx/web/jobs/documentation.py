@@ -24,6 +24,10 @@ ACCEPT = (
     "Answers only when the job is kept durably; then it will be run, whatever dies. The same"
     " Idempotency-Key again gives the same job."
 )
+LIST = (
+    "With `correlationId` one answer looks at a bounded number of jobs. So its page may have fewer"
+    " than `limit`, or none, and a `nextCursor` all the same: older jobs are still to be looked at."
+)
 EVENTS = (
     "Server-sent events named `job`, each with the job as in a list: now, and at each change"
     " until the job is final. The event `shutdown` comes when this instance stops; connect again."

@@ -9,7 +9,7 @@ from litestar.datastructures import State
 from litestar.exceptions import ClientException, HTTPException, InternalServerException
 from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 
-from viralfx.domain.correlation import is_traceparent
+from viralfx.domain.correlation import is_correlation_id, is_traceparent
 from viralfx.domain.jobs.job import JobState
 from viralfx.domain.jobs.nesting import MOST, is_too_deep
 from viralfx.web.jobs.views import JobRequest
@@ -89,6 +89,13 @@ def state_of(text: str | None) -> JobState | None:
         return JobState(text)
     except ValueError:
         raise ClientException(f"state must be one of {', '.join(JobState)}.") from None
+
+
+def correlation_id_of(text: str | None) -> str | None:
+    """Return the correlation id that a list is of. Raises 400 for a text that no job can have."""
+    if text is not None and not is_correlation_id(text):
+        raise ClientException("correlationId must be 1 to 128 of A-Z, a-z, 0-9, '.', '_' and '-'.")
+    return text
 
 
 def refuse_unknown_parameters(request: AnyRequest, *known: str) -> None:

@@ -98,15 +98,24 @@ class JobsController(Controller):
         "/",
         operation_id="jobList",
         summary="Jobs, the newest first",
+        description=documentation.LIST,
         responses=documentation.LIST_RESPONSES,
     )
     async def page(
         self,
         request: AnyRequest,
+        *,
         queue: Annotated[str | None, QueryParameter(description="Only of this queue")] = None,
         # Not `state`: that name is Litestar's own.
         in_state: Annotated[
             str | None, QueryParameter(name="state", description="Only in this state")
+        ] = None,
+        correlation_id: Annotated[
+            str | None,
+            QueryParameter(
+                name="correlationId",
+                description="Only of this conversation: the correlationId of their log lines",
+            ),
         ] = None,
         cursor: Annotated[
             str | None, QueryParameter(description="The nextCursor of the page before")
@@ -115,17 +124,18 @@ class JobsController(Controller):
             int, QueryParameter(description="Jobs on a page", ge=1, le=_MOST_LISTED)
         ] = 50,
     ) -> views.JobPage:
-        requests.refuse_unknown_parameters(request, "queue", "state", "cursor", "limit")
-        jobs = await _api(request).service.page(
-            queue=queue,
-            state=requests.state_of(in_state),
-            before=requests.cursor_of(cursor),
-            limit=limit + 1,
+        requests.refuse_unknown_parameters(
+            request, "queue", "state", "correlationId", "cursor", "limit"
         )
-        return views.JobPage(
-            items=[views.summary(job) for job in jobs[:limit]],
-            next_cursor=jobs[limit - 1].id if len(jobs) > limit else None,
-        )
+        state, before = requests.state_of(in_state), requests.cursor_of(cursor)
+        service = _api(request).service
+        if (conversation := requests.correlation_id_of(correlation_id)) is not None:
+            found = await service.find(
+                conversation, queue=queue, state=state, before=before, limit=limit
+            )
+            return views.page(found.jobs, found.before)
+        jobs = await service.page(queue=queue, state=state, before=before, limit=limit + 1)
+        return views.page(jobs[:limit], jobs[limit - 1].id if len(jobs) > limit else None)
 
     @get(
         "/{job_id:str}",

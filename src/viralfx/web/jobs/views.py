@@ -1,5 +1,6 @@
 """The bodies of the jobs API, field by field as clients read and write them."""
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -112,6 +113,11 @@ def accepted(job: Job) -> JobAccepted:
 def summary(job: Job) -> JobSummary:
     """Show a job in a list."""
     return JobSummary(**_common(job))
+
+
+def page(jobs: Iterable[Job], next_cursor: str | None) -> JobPage:
+    """Show a list of jobs."""
+    return JobPage(items=[summary(job) for job in jobs], next_cursor=next_cursor)
 
 
 def view(job: Job) -> JobView:
