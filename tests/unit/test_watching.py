@@ -99,7 +99,7 @@ async def ended(watch: RequestWatch, scope: dict[str, Any], status: int | None =
     exchange = exchanges.begin(
         {"type": "http", "headers": [], **scope}, nothing, nothing, (b"", b"")
     )
-    exchange.status = status
+    exchange.status, exchange.complete = status, status is not None
     exchanges.end(exchange)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 from uvicorn.lifespan.on import LifespanOn
 
+from viralfx.runner.server_log import SERVER_LOG
 from viralfx.web.asgi import ASGIApp
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
@@ -47,6 +48,7 @@ class HttpServer:
 
     async def open(self) -> None:
         """Accept connections; the application's lifespan has not begun yet."""
+        SERVER_LOG.install()
         self._server.lifespan = _StateOnly(self._lifespan.state if self._lifespan else {})
         await self._server.on_tick(0)
         await self._server.startup(sockets=[self._listener])

@@ -15,6 +15,32 @@ UNMATCHED = "unmatched"
 """The route of a request that none of the application's routes is for."""
 
 
+CLIENT_LEFT = "viralfx.client_left"
+"""Where the scope of a request says that its client left before all of it had come."""
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return what an application raised, without what its framework wrapped it in.
+
+    Litestar does once an answer has begun, and a group of tasks does that has one failure.
+    """
+    while True:
+        inner = _wrapped_in(error)
+        if inner is None:
+            return error
+        error = inner
+
+
+def _wrapped_in(error: BaseException) -> BaseException | None:
+    if isinstance(error, BaseExceptionGroup):
+        return error.exceptions[0] if len(error.exceptions) == 1 else None
+    # By name: this is no place to know a framework from. Its other errors are derived from it.
+    kind = type(error)
+    if kind.__name__ == "LitestarException" and kind.__module__.startswith("litestar."):
+        return error.__cause__
+    return None
+
+
 class EndedRequest(msgspec.Struct, gc=False):
     """A request that is over.
 

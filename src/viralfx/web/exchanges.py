@@ -7,9 +7,10 @@ from time import perf_counter
 
 from viralfx.domain.clock import Clock, finished_within
 from viralfx.domain.errors import WorkLostError
+from viralfx.telemetry.requests import CLIENT_LEFT
 from viralfx.web.asgi import Message, Receive, Scope, Send
 from viralfx.web.correlation import HEADER
-from viralfx.web.failures import log_error
+from viralfx.web.failures import log_error, log_escaped
 
 _logger = logging.getLogger("viralfx.requests")
 
@@ -35,7 +36,7 @@ class Exchange:
     has_length = False
     """Whether the answer announced its length, so that cutting it loses something."""
     status: int | None = None
-    """Of its answer, once that began; None for one that is no HTTP status."""
+    """Of its answer, once that began; None for one that is no HTTP status, or for nobody."""
     sent = 0
     """Bytes of the answer's body so far."""
     cut = False
@@ -107,8 +108,11 @@ class Exchange:
         status = int(message["status"])  # an enumeration's member would be counted by its name
         # No server sends any other, whatever an application makes of what a client asks for.
         self.status = status if _FIRST_STATUS <= status <= _LAST_STATUS else None
-        if status == _SERVER_ERROR:
-            log_error(self.scope)
+        if status >= _FIRST_FAILURE:
+            if self.scope.get(CLIENT_LEFT):
+                self.status = None
+            elif status == _SERVER_ERROR:
+                log_error(self.scope)
         headers = [self._header]
         leaving, encoded = self._exchanges.leaving, False
         for pair in message.get("headers", ()):
@@ -128,6 +132,15 @@ class Exchange:
         if leaving:
             headers.append((b"connection", b"close"))
         message["headers"] = headers
+
+    def failed(self, error: Exception) -> None:
+        """Take in what its application raised past whatever makes answers of errors."""
+        if self.websocket:
+            return
+        log_escaped(error, self.scope)
+        if not self.started and not self.scope.get(CLIENT_LEFT):
+            # So every server answers then, in words of its own.
+            self.status, self.complete = _SERVER_ERROR, True
 
     async def tell(self) -> None:
         """Send an event stream's client the event ``shutdown``, between two events of its own."""

@@ -7,14 +7,18 @@ import logging
 
 from litestar import Litestar
 from litestar.enums import ScopeType
-from litestar.exceptions import HTTPException, WebSocketException
+from litestar.exceptions import HTTPException, InternalServerException, WebSocketException
 from litestar.types import Scope as LitestarScope
 
+from viralfx.telemetry.requests import CLIENT_LEFT, cause_of
 from viralfx.web.asgi import Scope
 
 _logger = logging.getLogger("viralfx.web")
 
 _KEPT = "viralfx.error"
+_TOLD = "viralfx_told"
+_LEFT = "client disconnected prematurely"
+"""What Litestar says where the client left before the whole body had come; it has no other word."""
 
 
 async def keep_error(error: Exception, scope: LitestarScope) -> None:
@@ -22,6 +26,9 @@ async def keep_error(error: Exception, scope: LitestarScope) -> None:
 
     A WebSocket has no answer, so its error is logged at once.
     """
+    if _says_client_left(error):
+        scope[CLIENT_LEFT] = True  # type: ignore[literal-required]
+        return
     if _logs_itself(scope["litestar_app"]):
         return
     if scope["type"] == ScopeType.WEBSOCKET:
@@ -40,7 +47,34 @@ def log_error(scope: Scope) -> None:
         _log(error, scope["method"], scope["path"])
 
 
-def _log(error: Exception, method: str, path: str) -> None:
+def log_escaped(error: Exception, scope: Scope) -> None:
+    """Log what was raised where no answer tells of it, and mark it so that no server logs it, too.
+
+    Unless it only says that the client left.
+    """
+    tell_no_more(error)
+    if _says_client_left(error):
+        scope[CLIENT_LEFT] = True
+    else:
+        _log(cause_of(error), scope["method"], scope["path"])
+
+
+def tell_no_more(error: BaseException) -> None:
+    """Mark an error that nobody is to log any more."""
+    vars(error)[_TOLD] = True
+
+
+def is_told(error: BaseException) -> bool:
+    """Tell whether an error is marked so."""
+    return _TOLD in vars(error)
+
+
+def _says_client_left(error: Exception) -> bool:
+    cause = cause_of(error)
+    return isinstance(cause, InternalServerException) and cause.detail == _LEFT
+
+
+def _log(error: BaseException, method: str, path: str) -> None:
     _logger.error("Request failed", exc_info=error, extra={"method": method, "path": path})
 
 

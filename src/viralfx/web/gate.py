@@ -12,6 +12,7 @@ from viralfx.web.answers import OperationsAnswers
 from viralfx.web.asgi import ASGIApp, Message, Receive, Scope, Send
 from viralfx.web.correlation import HEADER, correlation_id_of
 from viralfx.web.exchanges import Exchange, Exchanges
+from viralfx.web.failures import tell_no_more
 from viralfx.web.replies import Answer, Endpoint, Refused, WithBody, complete, problem_answer
 from viralfx.web.watching import RequestWatch
 
@@ -68,9 +69,15 @@ class Gate:
         exchange = self.exchanges.begin(scope, receive, send, header)
         try:
             await app(scope, receive, exchange.send)
-        except asyncio.CancelledError:
-            if not exchange.cut or not await self._cut(exchange, scope, send, header):
+        except asyncio.CancelledError as error:
+            if not exchange.cut:
                 raise
+            if not await self._cut(exchange, scope, send, header):
+                tell_no_more(error)
+                raise
+        except Exception as error:
+            exchange.failed(error)
+            raise
         finally:
             self.exchanges.end(exchange)
 

@@ -56,7 +56,7 @@ class RequestWatch:
                     seconds,
                     _announced(scope["headers"]),
                     exchange.sent,
-                    exchange.cut or status is None,
+                    not exchange.complete or status is None,
                 )
             )
 

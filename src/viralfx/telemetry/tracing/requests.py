@@ -22,7 +22,7 @@ from opentelemetry.trace import (
 from opentelemetry.trace.propagation import set_span_in_context
 
 from viralfx.domain.correlation import current_correlation_id
-from viralfx.telemetry.requests import METHODS, OTHER
+from viralfx.telemetry.requests import CLIENT_LEFT, METHODS, OTHER, cause_of
 from viralfx.telemetry.trace_context import TRACE
 from viralfx.telemetry.tracing.cleaning import KEPT_OF_A_CLIENT
 from viralfx.telemetry.tracing.context import NOTHING, remote_parent
@@ -122,10 +122,11 @@ class TracedRequests:
         try:
             await self._app(scope, receive, watch)
         except BaseException as error:
-            span.set_attribute("error.type", type(error).__qualname__)
+            cause = cause_of(error)
+            span.set_attribute("error.type", type(cause).__qualname__)
             span.set_status(StatusCode.ERROR)
-            if isinstance(error, Exception):
-                span.record_exception(error)
+            if isinstance(cause, Exception):
+                span.record_exception(cause)
             raise
         finally:
             # Litestar leaves the template of the route that it found in the scope; an empty one
@@ -134,7 +135,7 @@ class TracedRequests:
                 method = scope["method"]
                 span.update_name(f"{method if method in METHODS else 'HTTP'} {route}")
                 span.set_attribute("http.route", route)
-            if status is not None:
+            if status is not None and not scope.get(CLIENT_LEFT):
                 span.set_attribute("http.response.status_code", status)
                 if status >= _FIRST_SERVER_ERROR:
                     span.set_attribute("error.type", str(status))
