@@ -347,6 +347,17 @@ def test_servers_own_information_is_left_out() -> None:
     assert [line["message"] for line in lines.parsed] == ["Exception in ASGI application"]
 
 
+@pytest.mark.parametrize("console", [False, True])
+def test_no_message_ends_a_line(*, console: bool) -> None:
+    """As some of uvicorn's would."""
+    lines = Lines(console=console)
+    logging.getLogger("any").error("Exception in %s\n", "ASGI\r\n")
+
+    (line,) = lines.raw
+    if not console:
+        assert json.loads(line)["message"] == "Exception in ASGI"
+
+
 # -- streams that fail -----------------------------------------------------------------------
 
 

@@ -164,11 +164,12 @@ def _plain_ids(request: EndedRequest) -> str:
 
 
 def message_of(record: logging.LogRecord) -> str:
-    """Return the message; without its arguments where they do not fit."""
+    """Return the message, of which no line ends; without its arguments where they do not fit."""
     try:
-        return record.getMessage()
+        text = record.getMessage()
     except Exception:  # noqa: BLE001 - whatever the text of somebody's argument does
-        return _text(record.msg, str)
+        text = _text(record.msg, str)
+    return text.rstrip("\r\n")
 
 
 def _text(value: object, make: Callable[[object], str]) -> str:
