@@ -85,11 +85,13 @@ class HttpServer:
         for connection in list(self._server.server_state.connections):
             if connection.transport is not None:
                 connection.transport.close()
+        SERVER_LOG.tell_rest(now=True)
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(1.0)
             await self._server.on_tick(0)  # renews the Date header
+            SERVER_LOG.tell_rest()
 
 
 class _StateOnly:
