@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from litestar import Litestar, Request, Response, get, post
+from litestar import Litestar, Request, Response, asgi, get, post
 from litestar.background_tasks import BackgroundTask
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.response import Stream
+from litestar.types import Receive, Scope, Send
 
 from viralfx import OperationsPlugin
 
@@ -76,6 +77,14 @@ async def failing_handler() -> None:
     raise HTTPException(status_code=409)
 
 
+@asgi("/mounted", is_mount=True, copy_scope=True)
+async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
+    """Stand for another application."""
+    del scope, receive
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"mounted", "more_body": False})
+
+
 app = Litestar(
     [
         upload,
@@ -85,6 +94,7 @@ app = Litestar(
         failing_stream,
         failing_after,
         failing_handler,
+        mounted,
     ],
     plugins=[OperationsPlugin()],
     logging_config=None,

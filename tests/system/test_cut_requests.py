@@ -155,3 +155,17 @@ def test_a_failure_that_the_server_answers_for_is_a_500() -> None:
     assert counted(metrics, "/handler/fails", 500)
     assert told["message"] == "Request failed"
     assert told["exception"][0]["exc_value"] == "planted"
+
+
+def test_what_is_mounted_is_called_by_its_path() -> None:
+    """Whatever is below it, and apart from what nothing is for."""
+    with http_collector() as collector, running(*APP, environment=sending(collector)) as service:
+        service.wait_ready()
+        assert b"mounted" in service.get("/mounted/anything/else").body
+        line = access(service, "/mounted")
+        (span,) = collector.wait_for("GET /mounted")
+        metrics = service.get("/metrics").body.decode()
+
+    assert line["message"] == "GET /mounted 200"
+    assert span.attributes["http.route"] == "/mounted"
+    assert counted(metrics, "/mounted", 200)

@@ -1,6 +1,8 @@
 """What is known of a request that an application answered, and by which names it is counted."""
 
+from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 
@@ -39,6 +41,21 @@ def _wrapped_in(error: BaseException) -> BaseException | None:
     if kind.__name__ == "LitestarException" and kind.__module__.startswith("litestar."):
         return error.__cause__
     return None
+
+
+def mount_of(scope: Mapping[str, Any]) -> str | None:
+    """Return the path where the application is mounted that a request was given to, if one is.
+
+    Litestar has no template for it, but the handler. Of several paths of its own it is the one
+    that the client asked for, as far as that can be told.
+    """
+    handler, app = scope.get("route_handler"), scope.get("litestar_app")
+    if handler is None or app is None:
+        return None
+    paths = [each.path for each in app.routes if getattr(each, "route_handler", None) is handler]
+    asked = unquote((scope.get("raw_path") or b"").decode("latin-1"))
+    matching = [path for path in paths if asked.startswith(path)]
+    return max(matching, key=len) if matching else next(iter(paths), None)
 
 
 class EndedRequest(msgspec.Struct, gc=False):

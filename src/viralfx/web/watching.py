@@ -6,7 +6,7 @@ from time import perf_counter, time
 from viralfx.domain.correlation import current_correlation_id, current_user_id
 from viralfx.telemetry.access_log import AccessLog
 from viralfx.telemetry.metrics.requests import RequestMetrics
-from viralfx.telemetry.requests import METHODS, OTHER, UNMATCHED, EndedRequest
+from viralfx.telemetry.requests import METHODS, OTHER, UNMATCHED, EndedRequest, mount_of
 from viralfx.telemetry.trace_context import TRACE
 from viralfx.web.exchanges import Exchange
 
@@ -34,7 +34,7 @@ class RequestWatch:
         # A client chooses paths and methods: neither is counted by or logged as it comes. Litestar
         # leaves the template of the route that it found in the scope; an empty one where another
         # application is mounted.
-        route = scope.get("path_template") or UNMATCHED
+        route = scope.get("path_template") or mount_of(scope) or UNMATCHED
         method = scope["method"]
         if method not in METHODS:
             method = OTHER

@@ -22,7 +22,7 @@ from opentelemetry.trace import (
 from opentelemetry.trace.propagation import set_span_in_context
 
 from viralfx.domain.correlation import current_correlation_id
-from viralfx.telemetry.requests import CLIENT_LEFT, METHODS, OTHER, cause_of
+from viralfx.telemetry.requests import CLIENT_LEFT, METHODS, OTHER, cause_of, mount_of
 from viralfx.telemetry.trace_context import TRACE
 from viralfx.telemetry.tracing.cleaning import KEPT_OF_A_CLIENT
 from viralfx.telemetry.tracing.context import NOTHING, remote_parent
@@ -131,7 +131,7 @@ class TracedRequests:
         finally:
             # Litestar leaves the template of the route that it found in the scope; an empty one
             # where another application is mounted.
-            if route := scope.get("path_template"):
+            if route := scope.get("path_template") or mount_of(scope):
                 method = scope["method"]
                 span.update_name(f"{method if method in METHODS else 'HTTP'} {route}")
                 span.set_attribute("http.route", route)
