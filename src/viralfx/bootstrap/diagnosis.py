@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from viralfx.adapters.memory.examination import StateFolderExamination
+from viralfx.bootstrap.tracing_review import review_tracing, tracing_problems
 from viralfx.domain.diagnosis import Area, Examination, Finding, failed, skipped
 from viralfx.settings import Settings, fields
 from viralfx.settings.review import PRODUCTION, misspelt, review
@@ -25,6 +26,7 @@ _AREAS = (
     ("HOST", Area.PORTS),
     ("MANAGEMENT_PORT", Area.PORTS),
 )
+_OF_TRACES = "OTEL_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +48,15 @@ def examinations(
     yield Area.DATABASE, _database(settings)
     yield Area.REDIS, _redis(settings)
     yield Area.STATE, _state(settings)
+    yield Area.TRACING, Known(_tracing(environ))
 
 
 def unreadable(problems: Iterable[str], environ: Mapping[str, str]) -> list[Finding]:
-    """Make findings of what :func:`viralfx.settings.read_settings` refused.
+    """Make findings of what :func:`viralfx.settings.read_settings` refused, and those of traces.
 
     Everything that needs the settings is skipped.
     """
-    findings = refused(problems)
+    findings = refused([*problems, *tracing_problems(environ)])
     told_variables = {finding.found.partition(":")[0] for finding in findings}
     findings += [f for f in misspelt(environ) if f.found.partition(" ")[0] not in told_variables]
     told = {finding.area for finding in findings}
@@ -68,7 +71,18 @@ def refused(problems: Iterable[str], area: Area | None = None) -> list[Finding]:
     return [_refused(problem, area) for problem in problems]
 
 
+def unmade(problems: Iterable[str], environ: Mapping[str, str]) -> list[Finding]:
+    """Make findings of why there is no application; of its traces only what is not told yet."""
+    told = set(tracing_problems(environ))
+    left = [problem for problem in problems if problem not in told]
+    findings = [_refused(p, None if p.startswith(_OF_TRACES) else Area.ENDPOINTS) for p in left]
+    if all(finding.area is Area.TRACING for finding in findings):
+        findings.append(skipped(Area.ENDPOINTS, "nothing starts before tracing is put right"))
+    return findings
+
+
 def _refused(problem: str, area: Area | None = None) -> Finding:
+    problem = " ".join(problem.splitlines())  # it may show what a variable holds
     variable = problem.partition(":")[0]
     found, _, remedy = problem.rpartition("; ")
     if not found:
@@ -77,12 +91,18 @@ def _refused(problem: str, area: Area | None = None) -> Finding:
 
 
 def _area(variable: str) -> Area:
+    if variable.startswith(_OF_TRACES):
+        return Area.TRACING
     ours = {field.variable: field for field in fields()}
     if variable not in ours:
         return Area.ENVIRONMENT
     if ours[variable].secret and variable != "DATABASE_URL":
         return Area.SECRETS
     return next((a for start, a in _AREAS if variable.startswith(start)), Area.ENVIRONMENT)
+
+
+def _tracing(environ: Mapping[str, str]) -> list[Finding]:
+    return refused(tracing_problems(environ)) or [review_tracing(environ)]
 
 
 def _database(settings: Settings) -> Examination:

@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 
 import msgspec
 
-from viralfx.bootstrap.diagnosis import refused
+from viralfx.bootstrap.diagnosis import refused, unmade
 from viralfx.domain.diagnosis import Area, Finding, failed, passed, warned
 from viralfx.domain.errors import ConfigurationError, StartupError
 from viralfx.domain.health import HealthReport, Status
@@ -85,7 +86,7 @@ class ApplicationExamination:
                 find_application, self._settings, self._app
             )
         except ConfigurationError as error:
-            return refused(error.problems, Area.ENDPOINTS)
+            return unmade(error.problems, os.environ)
         monitor = plugin.operations.monitor
         gate = Gate(plugin.answers, application)
         try:

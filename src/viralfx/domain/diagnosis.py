@@ -24,6 +24,7 @@ class Area(StrEnum):
     PORTS = "ports"
     ENDPOINTS = "health endpoints"
     LOGGING = "logging"
+    TRACING = "tracing"
     MONITORING = "monitoring"
 
 
