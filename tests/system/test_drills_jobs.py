@@ -8,6 +8,7 @@ from tests.servers.postgres import Database, PostgresServer
 from tests.servers.waiting import wait_until
 from tests.system.drills.cluster import BACKEND, BESIDE, WORKER, Cluster
 from tests.system.drills.drill import QUICK, Drill
+from tests.system.drills.procedures import Console, steps_of_beginning
 from tests.system.jobs import JOBS
 from tests.system.service import Service
 from tests.system.workers import environment_of
@@ -23,7 +24,11 @@ def cluster(postgres: PostgresServer, database: Database, tmp_path: Path) -> Ite
     """Return a cluster with the API of the jobs, and a Deployment of workers at nothing."""
     del postgres
     environment = environment_of(
-        database, **QUICK, TASK_MODULES="tests.system.drills.tasks", API_TOKEN="planted-token"
+        database,
+        **QUICK,
+        TASK_MODULES="tests.system.drills.tasks",
+        API_TOKEN="planted-token",
+        MANAGEMENT_TOKEN="planted-token",
     )
     with Cluster(tmp_path, environment) as cluster:
         cluster.deploy(BACKEND)
@@ -31,11 +36,11 @@ def cluster(postgres: PostgresServer, database: Database, tmp_path: Path) -> Ite
         yield cluster
 
 
-def accept(cluster: Cluster, payload: str = "", task: str = "orders.ship") -> str:
+def accept(cluster: Cluster, payload: str = "", task: str = "orders.ship", **headers: str) -> str:
     """Have a job accepted."""
     body = {"task": task, "payload": payload}
     (backend,) = cluster.processes(BACKEND)
-    reply = backend.get(JOBS, method="POST", json_body=body, headers=ALLOWED)
+    reply = backend.get(JOBS, method="POST", json_body=body, headers={**ALLOWED, **headers})
     assert reply.status == 202, reply
     return str(reply.json()["id"])
 
@@ -107,3 +112,34 @@ def test_jobs_fail(cluster: Cluster, tmp_path: Path) -> None:
     paper.touch()
     drill.remedy()
     drill.end()
+
+
+def test_a_correlation_id_leads_to_the_job_and_back(cluster: Cluster) -> None:
+    """Without traces; from the levels that there are at first, and from those that are set then."""
+    cluster.deploy(BESIDE)
+    (backend,), (worker,) = cluster.processes(BACKEND), cluster.processes(BESIDE)
+    for number in range(3):
+        accept(cluster, **{"X-Correlation-ID": f"other-{number}"})
+    job_id = accept(cluster, **{"X-Correlation-ID": "order-17"})
+    wait_for_job(backend, job_id, "completed")
+    job = backend.get(f"{JOBS}/{job_id}", headers=ALLOWED).json()
+    console = Console(
+        cluster.folder,
+        {
+            "INSTANCE": cluster.instance,
+            "WORKER": f"localhost:{worker.management_port}",
+            "API_TOKEN": "planted-token",
+            "MANAGEMENT_TOKEN": "planted-token",
+            "ID": "order-17",
+            "AT": job["createdAt"],
+            "JOB": job_id,
+        },
+    )
+    *before, by_job = steps_of_beginning("From a correlation id to the job, and back")
+    console.follow(before)
+    console.environment["JOB"] = accept(cluster, **{"X-Correlation-ID": "order-18"})
+    console.follow([by_job])
+
+    assert len(before) == 4
+    assert job_id in console.type(before[0].command)
+    assert job_id in console.type(before[1].command)

@@ -9,7 +9,14 @@ import jq
 import pytest
 from tests.observability.wired import described, wired
 from tests.servers.ports import free_port
-from tests.system.drills.procedures import FENCED, PARTS, Console, masked, procedure
+from tests.system.drills.procedures import (
+    FENCED,
+    PARTS,
+    Console,
+    masked,
+    procedure,
+    steps_of_beginning,
+)
 from tests.system.service import ROOT, Service, command, running
 
 from viralfx.adapters.postgres.errors import _BY_CLASS
@@ -25,6 +32,7 @@ ASKED = sorted(
 )
 SEARCHED = re.findall(r"\$(?:INSTANCE|WORKER)/metrics \| grep (?:-E )?'([^']+)'", RUNBOOK)
 EMERGENCIES = re.findall(r"\| \[(ViralFX\w+)\]\(#viralfx\w+\) \|\n", RUNBOOK.split("\n## ")[0])
+BEGINNING = re.findall(r"^### (.+)$", RUNBOOK.split("\n## ")[0], re.MULTILINE)
 DRILLS = "".join(path.read_text() for path in Path(__file__).parent.glob("test_drills*.py"))
 TOKEN = {"Authorization": "Bearer planted"}
 
@@ -83,6 +91,13 @@ def test_an_emergency_has_a_whole_procedure_and_a_drill(heading: str) -> None:
     assert f'"{heading}"' in DRILLS
 
 
+@pytest.mark.parametrize("heading", BEGINNING)
+def test_what_is_said_before_the_alerts_has_a_drill(heading: str) -> None:
+    """Of the commands that are for all of them, each shows what it prints."""
+    assert all(step.shown for step in steps_of_beginning(heading))
+    assert f'"{heading}"' in DRILLS
+
+
 def test_each_output_that_is_shown_is_compared() -> None:
     """It follows its command, in a procedure that a drill goes through, and is not nothing.
 
@@ -90,6 +105,7 @@ def test_each_output_that_is_shown_is_compared() -> None:
     """
     shown = [output for _, output in FENCED.findall(RUNBOOK) if output]
     steps = [step for h in EMERGENCIES for part in PARTS for step in procedure(h).steps(part)]
+    steps += [step for heading in BEGINNING for step in steps_of_beginning(heading)]
 
     assert "```" not in FENCED.sub("", RUNBOOK)
     assert sorted(shown) == sorted(step.shown for step in steps if step.shown is not None)

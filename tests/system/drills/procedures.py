@@ -79,9 +79,7 @@ class Procedure:
 
     def steps(self, part: str) -> list[Step]:
         """Return the commands of one part."""
-        where = f"{self.heading}, {part}"
-        found = FENCED.findall(self.parts[part])
-        return [Step(where, command.strip(), shown or None) for command, shown in found]
+        return _steps(f"{self.heading}, {part}", self.parts[part])
 
     def alerts(self) -> set[str]:
         """Return the alerts that are to fire, as the symptom names them."""
@@ -94,6 +92,18 @@ def procedure(heading: str) -> Procedure:
     sections = {part.split("\n", 1)[0]: part for part in text.split("\n## ")[1:]}
     _, *rest = _PART.split(sections[heading])
     return Procedure(heading, sections[heading], dict(zip(rest[::2], rest[1::2], strict=True)))
+
+
+def steps_of_beginning(heading: str) -> list[Step]:
+    """Return the commands under a heading before those of the alerts."""
+    beginning = RUNBOOK.read_text(encoding="utf-8").split("\n## ")[0]
+    (text,) = [part for part in beginning.split("\n### ") if part.startswith(f"{heading}\n")]
+    return _steps(heading, text)
+
+
+def _steps(where: str, text: str) -> list[Step]:
+    found = FENCED.findall(text)
+    return [Step(where, command.strip(), shown or None) for command, shown in found]
 
 
 class Console:
