@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def test_a_blocked_loop_is_one_warning_that_shows_what_blocks_it() -> None:
     environment = {"LOOP_STALL_THRESHOLD": "400"}
     with running(*APP, environment=environment) as service:
         service.wait_ready()
-        service.get("/block?seconds=1.2")
+        service.get("/block?seconds=1.2", headers={"X-Correlation-ID": "order-1"})
         blocked, over = wait_until(lambda: block_and_end(service), what="the end")
         service.signal(signal.SIGTERM)
         assert service.exit_code() == 0
@@ -164,6 +165,9 @@ def test_a_blocked_loop_is_one_warning_that_shows_what_blocks_it() -> None:
 
     assert blocked["level"] == "warn"
     assert 390 <= blocked["blocked"] < 1200
+    # Before that Python tells no thread what the loop of another is at.
+    assert blocked.get("correlationId") == ("order-1" if sys.version_info >= (3, 12) else None)
+    assert "correlationId" not in over
     assert 900 <= over["duration"] < 3000
 
 

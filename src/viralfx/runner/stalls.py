@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import traceback
+from contextvars import Context
 
 _logger = logging.getLogger("viralfx.loop")
 _process_logger = logging.getLogger("viralfx.process")
@@ -72,16 +73,15 @@ class StallDetector:
             return
         if self._answered.wait(self._threshold) or self._stopped.is_set():
             return
-        stack = self._stack()
+        stack, context = self._stack(), self._context()
         # The loop may run again by now, where this thread could not run before either.
         late = time.monotonic() - asked > 2 * self._threshold
         if late and time.process_time() - cpu < _RAN * (time.monotonic() - asked):
             self._answered.wait()
             _logger.warning("Process did not run", extra={"duration": _milliseconds(asked)})
             return
-        _logger.warning(
-            "Event loop is blocked", extra={"blocked": _milliseconds(asked), "stack": stack}
-        )
+        extra = {"blocked": _milliseconds(asked), "stack": stack}
+        context.run(_logger.warning, "Event loop is blocked", extra=extra)
         self._answered.wait()
         if not self._stopped.is_set():
             _logger.info("Event loop runs again", extra={"duration": _milliseconds(asked)})
@@ -91,6 +91,18 @@ class StallDetector:
         # Without source lines and values: where it is says enough, and holds no secret.
         frames = traceback.extract_stack(frame)[-_MOST_FRAMES:] if frame is not None else []
         return [f"{one.filename}:{one.lineno} {one.name}" for one in frames]
+
+    def _context(self) -> Context:
+        """Return the context of what the loop is busy with, in which a line has its ids.
+
+        An empty one where no task runs, and before Python 3.12, where nobody tells.
+        """
+        if sys.version_info >= (3, 12):
+            task = asyncio.current_task(self._loop)
+            if task is not None:
+                # A copy: the context itself is entered already, on the thread of the loop.
+                return task.get_context().copy()
+        return Context()
 
 
 def _milliseconds(since: float) -> int:
