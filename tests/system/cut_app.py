@@ -11,6 +11,7 @@ from litestar.response import Stream
 from litestar.types import Receive, Scope, Send
 
 from viralfx import OperationsPlugin
+from viralfx.web.jobs import jobs_router
 
 AnyRequest = Request[object, object, State]
 
@@ -95,6 +96,7 @@ app = Litestar(
         failing_after,
         failing_handler,
         mounted,
+        jobs_router(),
     ],
     plugins=[OperationsPlugin()],
     logging_config=None,

@@ -9,6 +9,7 @@ import pytest
 from tests.servers.collector import Collector, http_collector
 from tests.servers.waiting import wait_until
 from tests.system.connections import begun, send
+from tests.system.jobs import JOBS
 from tests.system.service import Service, running
 
 APP = ("--app", "tests.system.cut_app:app")
@@ -55,7 +56,7 @@ def sending(collector: Collector) -> dict[str, str]:
     return {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
 
 
-@pytest.mark.parametrize("route", ["/upload", "/upload/typed", "/upload/group"])
+@pytest.mark.parametrize("route", ["/upload", "/upload/typed", "/upload/group", JOBS])
 def test_a_client_that_leaves_during_its_upload_is_nobodys_failure(route: str) -> None:
     """Neither in the log nor among the answers that are counted, nor in the trace."""
     head = f"POST {route} HTTP/1.1\r\nHost: test\r\nContent-Length: 100\r\n\r\nabc"
@@ -69,6 +70,7 @@ def test_a_client_that_leaves_during_its_upload_is_nobodys_failure(route: str) -
 
     assert (line["message"], line["cut"]) == (f"POST {route} without an answer", True)
     assert "status" not in line
+    assert (line["requestSize"], line["responseSize"]) == (100, 0)
     assert told == []
     assert f'http_route="{route}"' not in metrics
     assert "\nviralfx_requests_cut_total 1.0\n" in metrics

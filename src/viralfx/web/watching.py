@@ -55,7 +55,7 @@ class RequestWatch:
                     status,
                     seconds,
                     _announced(scope["headers"]),
-                    exchange.sent,
+                    0 if status is None else exchange.sent,
                     not exchange.complete or status is None,
                 )
             )

@@ -6,7 +6,7 @@ from uuid import UUID
 import msgspec
 from litestar import Request
 from litestar.datastructures import State
-from litestar.exceptions import ClientException, HTTPException, InternalServerException
+from litestar.exceptions import ClientException, HTTPException
 from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 
 from viralfx.domain.correlation import is_correlation_id, is_traceparent
@@ -33,8 +33,6 @@ async def read_request(request: AnyRequest) -> JobRequest:
         body = await request.body()
     except RequestEntityTooLarge:
         raise RequestEntityTooLarge(f"The body is over {MOST_BYTES // 1024} KiB.") from None
-    except InternalServerException:
-        raise ClientException("The connection ended before the body did.") from None
     if is_too_deep(body):
         raise ClientException(f"The body is nested more than {MOST} levels deep.")
     try:
