@@ -22,6 +22,7 @@ from viralfx.domain.jobs.job import (
     retried,
 )
 from viralfx.domain.jobs.observing import Observers, Unobserved
+from viralfx.domain.resilience import retry_decision
 from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.domain.resilience.circuit import CircuitOpenError
 from viralfx.domain.resilience.retry import retry
@@ -227,9 +228,11 @@ def test_a_webhook_tells_its_receiver_of_the_trace(
 
 
 def test_retries_and_circuits_are_events_of_who_waits(
-    provider: TracerProvider, finished: Finished
+    monkeypatch: pytest.MonkeyPatch, provider: TracerProvider, finished: Finished
 ) -> None:
     """Each attempt, the end of it, the change of the circuit, and what it rejects."""
+    # A test before this one may have traced the whole process.
+    monkeypatch.setattr(retry_decision, "_everywhere", ())
     breaker = CircuitBreaker(2, name="parcels", listeners=(trace_circuit,))
 
     @retry(attempts=2, base_delay=0.001, name="ship", listeners=(trace_retry,))
