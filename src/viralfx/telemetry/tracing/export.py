@@ -1,11 +1,13 @@
 """What leaves: spans without secrets, and one line of the log about a collector that is away."""
 
+import gc
 import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import Context
+from typing import overload
 
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
@@ -61,7 +63,7 @@ class ReportingExporter(SpanExporter):
         self._said.clear()
         try:
             with self._ear.open():
-                result = self._inner.export(list(self._cleaned(spans)))
+                result = self._inner.export(_Cleaned(spans, self._clean))
         except Exception as error:  # noqa: BLE001 - a boundary: whatever it is, they are lost
             self._trouble(f"{type(error).__name__}: {error}")
             return SpanExportResult.FAILURE
@@ -70,17 +72,20 @@ class ReportingExporter(SpanExporter):
         else:
             # The first says what is wrong, the last what became of it.
             self._trouble("; ".join(dict.fromkeys([*self._said[:1], *self._said[-1:]])))
+            # The errors of a client in vain refer to themselves, and so to what it sent. That is
+            # let go of while it is young: less than a millisecond, however much else there is.
+            gc.collect(1)
         return result
 
-    def _cleaned(self, spans: Sequence[ReadableSpan]) -> Iterator[ReadableSpan]:
-        for span in spans:
-            try:
-                yield self._cleaning.span(span)
-            except Exception as error:
-                # What an application made of it is no reason to lose those beside it.
-                if not self._left_out:
-                    self._left_out = True
-                    _logger.warning("Spans cannot be sent, and are left out", exc_info=error)
+    def _clean(self, span: ReadableSpan) -> ReadableSpan | None:
+        try:
+            return self._cleaning.span(span)
+        except Exception as error:
+            # What an application made of it is no reason to lose those beside it.
+            if not self._left_out:
+                self._left_out = True
+                _logger.warning("Spans cannot be sent, and are left out", exc_info=error)
+            return None
 
     def shutdown(self) -> None:
         """Let go of the connection."""
@@ -125,6 +130,34 @@ class ReportingExporter(SpanExporter):
                 return
             self.in_trouble = False
         _logger.info("Traces arrive again")
+
+
+class _Cleaned(Sequence[ReadableSpan]):
+    """A batch that is cleaned span by span while it is encoded, and not kept while it is sent."""
+
+    def __init__(
+        self,
+        spans: Sequence[ReadableSpan],
+        clean: Callable[[ReadableSpan], ReadableSpan | None],
+    ) -> None:
+        self._spans = spans
+        self._clean = clean
+
+    def __len__(self) -> int:
+        """Count the spans, those that will be left out included."""
+        return len(self._spans)
+
+    def __iter__(self) -> Iterator[ReadableSpan]:
+        for span in self._spans:
+            if (cleaned := self._clean(span)) is not None:
+                yield cleaned
+
+    @overload
+    def __getitem__(self, index: int) -> ReadableSpan: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[ReadableSpan]: ...
+    def __getitem__(self, index: int | slice) -> ReadableSpan | Sequence[ReadableSpan]:
+        return list(self)[index]
 
 
 class ReportingProcessor(BatchSpanProcessor):
