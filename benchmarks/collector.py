@@ -1,8 +1,8 @@
-"""What a collector of traces that is dead, frozen, slow or erring does to requests: nothing.
+"""Measures the effect of a dead, frozen, slow or failing trace collector on requests.
 
-A steady 500 requests a second go to ``viralfx serve``, every one of them recorded as a trace. A
-collector takes the traces during the warm-up; then it fails, for as long as is measured. Rounds
-with a collector that works stand between the others: what these differ by is the noise.
+A steady 500 requests a second go to ``viralfx serve``, and every request is traced. The collector
+works during the warm-up and then fails for the rest of the round. Rounds with a working collector
+run in between; the difference between them is the noise.
 """
 
 import argparse
@@ -30,23 +30,24 @@ DELAY = 2.0
 """Seconds that a slow collector takes to answer."""
 PATH = "/work"
 MIB = 2**20
-MOST_FOREIGN = 0.4
-"""A round in which other processes took more of a core than this is repeated."""
-MOST_REPEATS = 2
-MOST_WAITING = 20.0
-"""Seconds to wait before each round for other processes to leave the machine alone."""
-_LOOK_SECONDS = 0.25
+MAX_FOREIGN = 0.4
+"""A round is repeated if other processes used more than this share of a core."""
+MAX_REPEATS = 2
+MAX_WAITING = 20.0
+"""Seconds to wait before each round until other processes are idle."""
+_POLL_SECONDS = 0.25
 _CLIENT = Path(__file__).with_name("steady.py")
 
-MOST_P99 = 1.5
-MOST_GROWTH = 16.0
-"""MiB of RSS: 2048 spans that wait, a batch of them under way, and what the allocator keeps."""
-MOST_LATE_GROWTH = 8.0
-"""MiB of RSS in the second half: spans that were kept, at some 3 kB each, would be 45 MiB."""
+MAX_P99 = 1.5
+MAX_GROWTH = 16.0
+"""MiB of RSS: 2048 waiting spans, one batch in flight, and memory that the allocator keeps."""
+MAX_LATE_GROWTH = 8.0
+"""MiB of RSS in the second half; leaked spans of some 3 kB each would be 45 MiB."""
 STOPS = {True: 5.0, False: 0.5}
-"""Seconds that docs/tracing.md allows for the last spans, by whether these arrive."""
-STOP_BESIDES = 1.0
-"""Seconds for everything else that a stop does."""
+"""Seconds that docs/tracing.md allows for the last spans, by whether the collector receives them.
+"""
+OTHER_SECONDS = 1.0
+"""Seconds for the other parts of a stop."""
 
 HEALTHY, OFF = "healthy", "no endpoint"
 Break = Callable[[TraceReceiver], object]
@@ -62,13 +63,13 @@ ORDER = (OFF, HEALTHY, _FIRST, _SECOND, HEALTHY, _THIRD, _FOURTH, HEALTHY)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """One process's life under load."""
+    """One process under load, from start to stop."""
 
     state: str
-    answers: Mapping[str, Any]
-    """What the client saw while it was measured."""
+    responses: Mapping[str, Any]
+    """The client's results during the measurement."""
     rss: Sequence[float]
-    """MiB, at equal distances from the beginning of the load until its end."""
+    """MiB, at equal intervals from the start of the load to its end."""
     spans_lost: int | None
     busy: float
     foreign: float
@@ -77,17 +78,17 @@ class Seen:
 
     @property
     def works(self) -> bool:
-        """Whether spans could arrive until the end."""
+        """Whether the collector received spans until the end."""
         return self.state in {HEALTHY, OFF}
 
     @property
     def errors(self) -> int:
-        """Requests without an answer that is a success."""
-        return sum(self.answers["lost"].values())
+        """Requests without a successful response."""
+        return sum(self.responses["lost"].values())
 
     @property
     def late_growth(self) -> float:
-        """MiB that RSS grew by in the second half."""
+        """Growth of RSS in the second half, in MiB."""
         return self.rss[-1] - self.rss[len(self.rss) // 2]
 
 
@@ -103,13 +104,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = [
         *circumstances(
             command("bench-collector"),
-            f"Load: {RATE} requests/s to `{PATH}`, whatever the answers do, for "
+            f"Load: {RATE} requests/s to `{PATH}`, independent of responses, for "
             f"{options.seconds:g} s after {WARM_UP:g} s with a collector that works; client and "
             "collector on one core, the server on the other",
             "Traces: OTLP by HTTP, every request recorded, and nothing else of OTEL_* set: the "
             "queue of 2048 spans is full after 4 s",
-            f"Rounds in which others took more than {MOST_FOREIGN:.0%} of a core were repeated, up "
-            f"to {MOST_REPEATS} times; the calmest count",
+            f"Rounds in which others took more than {MAX_FOREIGN:.0%} of a core were repeated, up "
+            f"to {MAX_REPEATS} times; the calmest count",
         ),
         "",
         *_table(seen),
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "",
         READING,
     ]
-    # A short run is a rehearsal.
+    # A short run is only a rehearsal.
     recorded = options.seconds >= SECONDS
     return publish("collector.py", lines, targets, check=options.check, record=recorded)
 
@@ -139,13 +140,13 @@ READING = (
 
 def _calm_life(state: str, seconds: float) -> Seen:
     lives: list[Seen] = []
-    while not lives or (lives[-1].foreign > MOST_FOREIGN and len(lives) <= MOST_REPEATS):
+    while not lives or (lives[-1].foreign > MAX_FOREIGN and len(lives) <= MAX_REPEATS):
         lives.append(_live(state, seconds))
     return min(lives, key=lambda seen: seen.foreign)
 
 
 def _live(state: str, seconds: float) -> Seen:
-    wait_for_calm(most_foreign=MOST_FOREIGN / 4, seconds=MOST_WAITING)
+    wait_for_calm(most_foreign=MAX_FOREIGN / 4, seconds=MAX_WAITING)
     with ExitStack() as stack:
         receiver = None if state == OFF else stack.enter_context(TraceReceiver())
         server = stack.enter_context(Server(_program(receiver)))
@@ -156,7 +157,7 @@ def _live(state: str, seconds: float) -> Seen:
             arrived = receiver.received()
             FAULTS[state](receiver)
         began, before = time.monotonic(), _seconds_used(server, receiver)
-        answers, rss = _load(server, seconds)
+        responses, rss = _load(server, seconds)
         took, after = time.monotonic() - began, _seconds_used(server, receiver)
         server.terminate()
         code, stop = server.wait_for_exit()
@@ -164,11 +165,11 @@ def _live(state: str, seconds: float) -> Seen:
         if receiver is not None:
             if state not in {"dead", "frozen"}:
                 arrived = receiver.received()
-            # One more: that of the first answer.
-            lost = 1 + warm["answered"] + answers["answered"] - arrived
+            # Plus one for the first response.
+            lost = 1 + warm["answered"] + responses["answered"] - arrived
     return Seen(
         state=state,
-        answers=answers,
+        responses=responses,
         rss=rss,
         spans_lost=lost,
         busy=(after[0] - before[0]) / took,
@@ -186,7 +187,7 @@ def _program(receiver: TraceReceiver | None) -> Program:
 
 
 def _load(server: Server, seconds: float) -> tuple[dict[str, Any], list[float]]:
-    """Load for a while; return what the client saw, and the server's RSS all the while."""
+    """Run the load; return the client's results, and samples of the server's RSS."""
     rss = [server.rss() / MIB]
     arguments = (str(server.port), PATH, str(RATE), str(seconds))
     with on_core(CLIENT_CORE):
@@ -198,27 +199,27 @@ def _load(server: Server, seconds: float) -> tuple[dict[str, Any], list[float]]:
         )
     with client:
         while client.poll() is None:
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
             rss.append(server.rss() / MIB)
         said = client.stdout.read() if client.stdout else ""
     return json.loads(said), rss
 
 
 def _seconds_used(server: Server, receiver: TraceReceiver | None) -> tuple[float, float]:
-    """Return the processor time of the server, and that of processes that are not ours."""
+    """Return the processor time of the server, and that of unrelated processes."""
     served = server.cpu_seconds()
     received = 0.0 if receiver is None else receiver.cpu_seconds()
     return served, core_seconds() - own_seconds() - served - received
 
 
 def _targets(seen: Sequence[Seen]) -> list[Target]:
-    healthy = [each.answers["p99"] for each in seen if each.state == HEALTHY]
+    healthy = [each.responses["p99"] for each in seen if each.state == HEALTHY]
     spread = f"healthy rounds: {min(healthy):.2f} to {max(healthy):.2f} ms"
     targets = [
         Target(
             what=f"p99, {each.state} / the slowest healthy round",
-            measured=each.answers["p99"] / max(healthy),
-            limit=MOST_P99,
+            measured=each.responses["p99"] / max(healthy),
+            limit=MAX_P99,
             at_least=False,
             remark=spread,
         )
@@ -234,11 +235,11 @@ def _targets(seen: Sequence[Seen]) -> list[Target]:
     return [
         *targets,
         at_most("requests without a good answer", sum(each.errors for each in seen), 0),
-        at_most("most growth of RSS", growth, MOST_GROWTH, " MiB"),
+        at_most("most growth of RSS", growth, MAX_GROWTH, " MiB"),
         at_most(
             "most growth of RSS in the second half",
             max(each.late_growth for each in seen),
-            MOST_LATE_GROWTH,
+            MAX_LATE_GROWTH,
             " MiB",
         ),
         at_most(
@@ -247,10 +248,16 @@ def _targets(seen: Sequence[Seen]) -> list[Target]:
             0,
         ),
         at_most(
-            "longest stop where spans arrive", max(stops[True]), STOPS[True] + STOP_BESIDES, " s"
+            "longest stop where spans arrive",
+            max(stops[True]),
+            STOPS[True] + OTHER_SECONDS,
+            " s",
         ),
         at_most(
-            "longest stop where they do not", max(stops[False]), STOPS[False] + STOP_BESIDES, " s"
+            "longest stop where they do not",
+            max(stops[False]),
+            STOPS[False] + OTHER_SECONDS,
+            " s",
         ),
         at_most("exit codes other than 0", sum(each.code != 0 for each in seen), 0),
     ]
@@ -279,8 +286,8 @@ def _table(seen: Sequence[Seen]) -> list[str]:
         (
             (
                 each.state,
-                *(f"{each.answers[name]:.2f}" for name in ("p50", "p99", "max")),
-                f"{each.answers['answered']:,}",
+                *(f"{each.responses[name]:.2f}" for name in ("p50", "p99", "max")),
+                f"{each.responses['answered']:,}",
                 str(each.errors),
                 *(f"{value:.1f}" for value in (each.rss[0], max(each.rss), each.rss[-1])),
                 f"{each.late_growth:+.1f}",

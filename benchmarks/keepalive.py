@@ -1,6 +1,6 @@
-"""Keep-alive clients that know of each request whether it was answered.
+"""Keep-alive clients that record the outcome of each request.
 
-Run as a program it is the load generator where ``wrk`` is not installed.
+Run as a program it is the load generator if ``wrk`` is not installed.
 """
 
 import asyncio
@@ -15,10 +15,10 @@ HEADERS = {"User-Agent": "kube-probe/1.34", "Accept": "*/*"}
 
 
 class KeepAliveClients:
-    """Clients that each send one request after another, and reconnect when told to close."""
+    """Clients that each send one request after another, and reconnect if the server closes."""
 
     def __init__(self, port: int, path: str, *, count: int, posted: str = "") -> None:
-        """Get a path; with ``posted``, a JSON document, post it there."""
+        """Request a path by GET, or POST the JSON document ``posted`` to it."""
         lines = ["Host: localhost", *map(": ".join, HEADERS.items())]
         if posted:
             length = f"Content-Length: {len(posted.encode())}"
@@ -26,23 +26,23 @@ class KeepAliveClients:
         else:
             lines = [f"GET {path} HTTP/1.1", *lines]
         self.request = "\r\n".join([*lines, "", posted]).encode()
-        self.answered = 0
+        self.responded = 0
         self.lost: list[str] = []
-        """Why each request that was to be answered was not; its client then gives up."""
+        """The reason for each lost request; its client then stops."""
         self.leaving = False
         self._port, self._count = port, count
         self._present = 0
         self._gone = asyncio.Event()
 
     async def come(self) -> None:
-        """Connect and begin; returns when every client is connected."""
+        """Connect and start; returns when every client is connected."""
         self._present = self._count
         async with asyncio.TaskGroup() as group:
             for _ in range(self._count):
                 group.create_task(self.connect())
 
     async def leave(self) -> None:
-        """Finish the requests that were sent, send no more, and close."""
+        """Wait for responses to sent requests, send no more, and close."""
         self.leaving = True
         if self._present:
             await self._gone.wait()
@@ -56,12 +56,12 @@ class KeepAliveClients:
             self.give_up(f"refused: {error.strerror}")
 
     def give_up(self, why: str) -> None:
-        """Count a request as lost, and its client as gone."""
+        """Count a request as lost, and its client as stopped."""
         self.lost.append(why)
         self.went()
 
     def went(self) -> None:
-        """Count a client out."""
+        """Count a client as stopped."""
         self._present -= 1
         if not self._present:
             self._gone.set()
@@ -95,7 +95,7 @@ class _Connection(asyncio.Protocol):
         if not received.startswith(b"HTTP/1.1 2"):
             clients.lost.append(received[:head_end].split(b"\r", 1)[0].decode("latin-1"))
         else:
-            clients.answered += 1
+            clients.responded += 1
         if clients.leaving:
             self._waiting = False
             self._transport.close()
@@ -121,7 +121,7 @@ async def _load(
     await asyncio.sleep(seconds)
     await clients.leave()
     return {
-        "requests": clients.answered,
+        "requests": clients.responded,
         "failed": len(clients.lost),
         "why": sorted(set(clients.lost)),
         "seconds": time.monotonic() - began,

@@ -1,15 +1,16 @@
-"""What a job costs the ledger in Postgres, beside few finished jobs and beside a million.
+"""Measures the Postgres ledger empty, and beside many finished and many scheduled jobs.
 
-The databases take turns, on one server of this script's own that writes to disk as it should.
+The databases take turns on one server that this script starts, with durable writes to disk.
 """
 
 import argparse
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,12 +23,16 @@ from tests.integration.postgres_clients import config_of, migrated, opened
 from tests.servers.postgres import Database, PostgresServer, postgres_server
 
 from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
-from viralfx.domain.jobs.job import JobDraft, completed, new_job_id
+from viralfx.domain.jobs.model import JobDraft, completed, new_job_id
 
-SIZES = (1_000, 100_000, 1_000_000)
-ROUNDS = 9
+FINISHED = 10_000_000
+SCHEDULED = 1_000_000
+ROUNDS = 45
 JOBS = 2_000
 BATCH = 50
+PRUNED_AT_ONCE = 500
+QUEUES = 3
+"""Each ledger has a finished job in each of these, so that all counts have as many rows."""
 COUNTS = 50
 SETTINGS = {
     "fsync": "on",
@@ -36,35 +41,62 @@ SETTINGS = {
     "max_wal_size": "2GB",
 }
 CHUNK = 100_000
-FILL = """
-INSERT INTO viralfx_jobs
-    (id, queue, task, state, payload, created_at, run_at, started_at, finished_at, claims, result)
+FILL_FINISHED = """
+INSERT INTO viralfx_ops.viralfx_finished_jobs
+    (id, queue, task, state, payload, key, created_at, run_at, started_at, finished_at, claims,
+    result)
 SELECT
     (lpad(to_hex(n), 12, '0') || '70008000' || lpad(to_hex(n), 12, '0'))::uuid,
     (ARRAY['default', 'notifications', 'analytics'])[1 + n % 3], 'noop',
-    CASE WHEN n % 100 = 0 THEN 'failed' ELSE 'completed' END,
-    '{"number": 1}', at, at, at, at, 1, 'null'
+    CASE WHEN n % 100 = 0 THEN 'cancelled' ELSE 'completed' END,
+    '{"number": 1}', CASE WHEN n % 10 = 0 THEN 'order ' || n END, at, at, at, at, 1, 'null'
 FROM (
-    SELECT n, now() - interval '2 days' + n * interval '100 ms' AS at
+    SELECT n, now() - interval '30 days' + n * interval '100 ms' AS at
     FROM generate_series($1::int, $2::int) AS n
 ) AS numbers
 """
-COUNT = """
-INSERT INTO viralfx_job_counters (queue, state, count)
-SELECT queue, state, count(*) FROM viralfx_jobs GROUP BY queue, state
+FILL_SCHEDULED = """
+INSERT INTO viralfx_ops.viralfx_jobs
+    (id, queue, task, state, payload, created_at, run_at, asked_run_at)
+SELECT
+    (lpad(to_hex(n), 12, '0') || '70009000' || lpad(to_hex(n), 12, '0'))::uuid,
+    (ARRAY['default', 'notifications', 'analytics'])[1 + n % 3], 'noop', 'scheduled',
+    '{"number": 1}', now(), at, at
+FROM (
+    SELECT n, now() + interval '1 day' + n * interval '31 s' AS at
+    FROM generate_series($1::int, $2::int) AS n
+) AS numbers
 """
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The jobs that a ledger has beside those of the rounds."""
+
+    finished: int = 0
+    scheduled: int = 0
+
+    def __str__(self) -> str:
+        if self.finished:
+            return f"{self.finished:,} finished"
+        return f"{self.scheduled:,} scheduled" if self.scheduled else "none"
 
 
 @dataclass
 class Measured:
-    """What was seen beside so many finished jobs."""
+    """The results of one ledger, in jobs a second in each round."""
 
     accepted: list[float] = field(default_factory=list)
-    """Jobs a second, of each round; likewise the next two."""
     claimed: list[float] = field(default_factory=list)
     settled: list[float] = field(default_factory=list)
+    pruned: list[float] = field(default_factory=list)
     counted: list[float] = field(default_factory=list)
-    """Milliseconds of each call."""
+    """Calls a second."""
+    times: list[float] = field(default_factory=list)
+    """Milliseconds for each call that counts."""
+
+
+RATES = ("accepted", "claimed", "settled", "counted", "pruned")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,21 +105,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     parser.add_argument("--jobs", type=int, default=JOBS, help=f"a round; default: {JOBS}")
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", default=SIZES, help=f"finished jobs; default: {SIZES}"
-    )
+    parser.add_argument("--finished", type=int, default=FINISHED, help=f"default: {FINISHED}")
+    parser.add_argument("--scheduled", type=int, default=SCHEDULED, help=f"default: {SCHEDULED}")
     options = parser.parse_args(arguments)
-    sizes = sorted(options.sizes)
+    ledgers = (Beside(), Beside(finished=options.finished), Beside(scheduled=options.scheduled))
     with postgres_server(settings=SETTINGS) as server:
-        found, server_version = uvloop.run(measure(server, sizes, options.rounds, options.jobs))
+        found, server_version = uvloop.run(measure(server, ledgers, options.rounds, options.jobs))
     targets = _targets(found)
     lines = [
         *circumstances(
-            "Command: `python benchmarks/ledger.py`",
+            "Command: `just bench-ledger`",
             f"PostgreSQL {server_version}, asyncpg {version('asyncpg')}, "
             + ", ".join(f"{name}={value}" for name, value in SETTINGS.items()),
             f"{options.jobs:,} no-op jobs in each of {options.rounds} interleaved rounds, {BATCH}"
-            f" in one step, one connection; counts: {COUNTS} calls a round, all queues in each",
+            f" in one step, {PRUNED_AT_ONCE} in one prune, one connection; counts: {COUNTS} calls a"
+            " round, all queues in each",
         ),
         "",
         *_table(found),
@@ -98,72 +130,100 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def measure(
-    server: PostgresServer, sizes: Sequence[int], rounds: int, jobs: int
-) -> tuple[dict[int, Measured], str]:
-    """Return what was seen for each number of finished jobs, and the server's version."""
-    found = {size: Measured() for size in sizes}
+    server: PostgresServer, ledgers: Sequence[Beside], rounds: int, jobs: int
+) -> tuple[dict[Beside, Measured], str]:
+    """Return the results of each ledger, and the server's version."""
+    found = {beside: Measured() for beside in ledgers}
     async with AsyncExitStack() as stack:
-        ledgers = {size: await stack.enter_async_context(filled(server, size)) for size in sizes}
+        filled_ledgers = {
+            beside: await stack.enter_async_context(filled(server, beside)) for beside in ledgers
+        }
+        # Otherwise the writes of the fill go on beside the first rounds.
+        server.execute("checkpoint")
         for number in range(-1, rounds):
-            for size, ledger in ledgers.items():
-                # The first one fills the caches.
-                await one_round(ledger, jobs, found[size] if number >= 0 else Measured())
+            for beside, ledger in filled_ledgers.items():
+                # The first round warms up the caches.
+                seen = found[beside] if number >= 0 else Measured()
+                await one_round(ledger, jobs, seen, partial(server.execute, "checkpoint"))
     ((server_version,),) = server.execute("show server_version")
     return found, str(server_version)
 
 
 @asynccontextmanager
-async def filled(server: PostgresServer, size: int) -> AsyncIterator[PostgresJobLedger]:
-    """Return a ledger with so many finished jobs in a database of its own."""
+async def filled(server: PostgresServer, beside: Beside) -> AsyncIterator[PostgresJobLedger]:
+    """Return a ledger with these jobs in a database of its own."""
     database = Database(server, server.create_database())
     config = await migrated(config_of(database, pool_max=4, statement_timeout=0))
     async with opened(config) as pool:
-        await fill(pool, size)
+        await fill(pool, max(QUEUES, beside.finished))
+        await fill(pool, beside.scheduled, FILL_SCHEDULED)
         ledger = PostgresJobLedger(pool)
         await ledger.register("worker", ["default"], 86_400.0)
-        counts = await ledger.counts()
-        _require(sum(each.completed + each.failed for each in counts.values()) == size)
+        await ledger.sweep(5)
+        counts = (await ledger.counts()).values()
+        finished = sum(each.completed + each.cancelled for each in counts)
+        _require(finished == max(QUEUES, beside.finished))
+        _require(sum(each.scheduled for each in counts) == beside.scheduled)
         yield ledger
 
 
-async def fill(pool: PostgresDatabase, size: int) -> None:
-    """Write finished jobs as a ledger has them after a while: looked at by vacuum."""
+async def fill(pool: PostgresDatabase, jobs: int, statement: str = FILL_FINISHED) -> None:
+    """Insert jobs, and vacuum the tables, as in a ledger that has run for a while."""
     async with pool.acquire() as connection:
-        for first in range(1, size + 1, CHUNK):
-            await connection.execute(FILL, first, min(size, first + CHUNK - 1))
-        await connection.execute(COUNT)
-        await connection.execute("VACUUM (ANALYZE) viralfx_jobs")
+        for first in range(1, jobs + 1, CHUNK):
+            await connection.execute(statement, first, min(jobs, first + CHUNK - 1))
+        if jobs:
+            tables = "viralfx_ops.viralfx_jobs, viralfx_ops.viralfx_finished_jobs"
+            await connection.execute(f"VACUUM (ANALYZE) {tables}")
 
 
-async def one_round(ledger: PostgresJobLedger, jobs: int, seen: Measured) -> None:
-    """Take jobs from their acceptance to their end, and count."""
+async def one_round(
+    ledger: PostgresJobLedger, jobs: int, seen: Measured, checkpoint: Callable[[], object]
+) -> None:
+    """Process jobs from acceptance to deletion, and measure.
+
+    A checkpoint comes before the deletion, because a service deletes jobs hours after they
+    finished: the first change of a page after a checkpoint logs the whole page.
+    """
     drafts = [
         JobDraft(id=new_job_id(), queue="default", task="noop", payload=b'{"number": 1}')
         for _ in range(jobs)
     ]
-    started = time.perf_counter()
-    for first in range(0, jobs, BATCH):
-        await ledger.accept(drafts[first : first + BATCH])
-    seen.accepted.append(jobs / (time.perf_counter() - started))
-    for _ in range(COUNTS):
-        started = time.perf_counter()
-        counts = await ledger.counts()
-        seen.counted.append((time.perf_counter() - started) * 1000)
-        _require(counts["default"].waiting == jobs)
+    with timed(seen.accepted, jobs):
+        for first in range(0, jobs, BATCH):
+            await ledger.accept(drafts[first : first + BATCH])
+    with timed(seen.counted, COUNTS):
+        for _ in range(COUNTS):
+            started = time.perf_counter()
+            counts = await ledger.counts()
+            seen.times.append((time.perf_counter() - started) * 1000)
+            _require(counts["default"].waiting == jobs)
     claims = []
-    started = time.perf_counter()
-    while claimed := await ledger.claim("default", "worker", BATCH):
-        claims.append(claimed)
-    seen.claimed.append(jobs / (time.perf_counter() - started))
+    with timed(seen.claimed, jobs):
+        while claimed := await ledger.claim("default", "worker", BATCH):
+            claims.append(claimed)
     _require(sum(map(len, claims)) == jobs)
-    started = time.perf_counter()
-    for claimed in claims:
-        taken = await ledger.settle([completed(claim, b"null") for claim in claimed])
-        _require(len(taken) == len(claimed))
-    seen.settled.append(jobs / (time.perf_counter() - started))
-    # As the periodic ones do; so there are as many finished jobs as before.
+    with timed(seen.settled, jobs):
+        for claimed in claims:
+            taken = await ledger.settle([completed(claim, b"null") for claim in claimed])
+            _require(len(taken) == len(claimed))
+    # As the leader of the workers does.
     await ledger.sweep(5)
-    _require(await ledger.prune(0.0, jobs) == jobs)
+    pruned = 0
+    checkpoint()
+    with timed(seen.pruned, jobs):
+        while pruned < jobs:
+            deleted = await ledger.prune(0.0, min(PRUNED_AT_ONCE, jobs - pruned), failed=False)
+            _require(deleted)
+            pruned += deleted
+
+
+@contextmanager
+def timed(rates: list[float], times: int) -> Iterator[None]:
+    """Add how often a second something was done that the block does so many times."""
+    started = time.perf_counter()
+    yield
+    rates.append(times / (time.perf_counter() - started))
 
 
 def _require(condition: object) -> None:
@@ -171,41 +231,34 @@ def _require(condition: object) -> None:
         raise RuntimeError("the ledger did not do what was measured")
 
 
-def _per_job(seen: Measured) -> list[float]:
-    """Return the microseconds that one job took in each round, from its acceptance to its end."""
-    rates = zip(seen.accepted, seen.claimed, seen.settled, strict=True)
-    return [1e6 * sum(1 / rate for rate in rates_of_round) for rates_of_round in rates]
+def _ratio(found: dict[Beside, Measured], beside: Beside, rate: str) -> float:
+    """Return the median over the rounds of a rate by that of the empty ledger."""
+    pairs = zip(getattr(found[beside], rate), getattr(found[Beside()], rate), strict=True)
+    return float(statistics.median(full / empty for full, empty in pairs))
 
 
-def _targets(found: dict[int, Measured]) -> list[Target]:
-    smallest, largest = min(found), max(found)
-    pairs = zip(_per_job(found[smallest]), _per_job(found[largest]), strict=True)
+def _targets(found: dict[Beside, Measured]) -> list[Target]:
+    finished, scheduled = [beside for beside in found if beside != Beside()]
+    asked = [(finished, rate) for rate in RATES] + [(scheduled, "counted")]
     return [
         Target(
-            what=f"counts of all queues beside {largest:,} finished jobs",
-            measured=statistics.median(found[largest].counted),
-            limit=10,
-            at_least=False,
-            unit=" ms",
-            remark="one query, with a backlog of a round",
-        ),
-        Target(
-            what=f"rate beside {largest:,} / rate beside {smallest:,}",
-            measured=statistics.median(small / large for small, large in pairs),
+            what=f"{rate}, beside {beside} / beside none",
+            measured=_ratio(found, beside, rate),
             limit=0.9,
             at_least=True,
-            remark="accept, claim and settle together, median of rounds",
-        ),
+            remark="rates, median of the rounds",
+        )
+        for beside, rate in asked
     ]
 
 
-def _table(found: dict[int, Measured]) -> list[str]:
+def _table(found: dict[Beside, Measured]) -> list[str]:
     header = (
-        "finished jobs",
+        "other jobs",
         "accept /s",
         "claim /s",
         "settle /s",
-        "whole job µs",
+        "prune /s",
         "counts ms",
         "99 % ms",
     )
@@ -213,15 +266,15 @@ def _table(found: dict[int, Measured]) -> list[str]:
         header,
         (
             (
-                f"{size:,}",
+                str(beside),
                 *(
                     f"{statistics.median(rates):,.0f}"
-                    for rates in (seen.accepted, seen.claimed, seen.settled, _per_job(seen))
+                    for rates in (seen.accepted, seen.claimed, seen.settled, seen.pruned)
                 ),
-                f"{statistics.median(seen.counted):.2f}",
-                f"{statistics.quantiles(seen.counted, n=100)[98]:.2f}",
+                f"{statistics.median(seen.times):.2f}",
+                f"{statistics.quantiles(seen.times, n=100)[98]:.2f}",
             )
-            for size, seen in found.items()
+            for beside, seen in found.items()
         ),
     )
 

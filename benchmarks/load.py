@@ -1,4 +1,4 @@
-"""Puts load on a server from the other core, with ``wrk`` or with our own client."""
+"""Loads a server from the other core, with ``wrk`` or with our own client."""
 
 import json
 import re
@@ -15,31 +15,31 @@ from benchmarks.keepalive import HEADERS
 from benchmarks.servers import CLIENT_CORE, SERVER_CORE, Server, on_core
 
 CONNECTIONS = 32
-_LOOK_SECONDS = 0.25
+_POLL_SECONDS = 0.25
 _WRK = shutil.which("wrk")
 _CLIENT = Path(__file__).with_name("keepalive.py")
 
 
 class LoadError(Exception):
-    """The load generator failed, or had answers that are no success."""
+    """The load generator failed, or got an unsuccessful response."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What one slice of load showed."""
+    """The results of one slice of load."""
 
     rate: float
-    """Answers per second."""
+    """Responses per second."""
     cost: float
-    """Microseconds of the server's processor time per answer."""
+    """Microseconds of the server's processor time per response."""
     busy: float
-    """The share of the time that the server was running."""
+    """The share of the time in which the server was running."""
     foreign: float
-    """The share of a core that went to other processes, on the server's core and the client's."""
+    """The share of a core that other processes used, on both cores."""
 
 
 def generator() -> str:
-    """Say what makes the load."""
+    """Return the name and version of the load generator."""
     if _WRK is None:
         return "Python client (benchmarks/keepalive.py), as wrk is not installed"
     said = subprocess.run([_WRK, "-v"], capture_output=True, text=True, check=False).stdout
@@ -49,9 +49,9 @@ def generator() -> str:
 def load(
     server: Server, path: str, *, seconds: int, posted: str = "", connections: int = CONNECTIONS
 ) -> Sample:
-    """Load one path for some seconds, by a document ``posted`` there or by getting it.
+    """Load one path for some seconds, by GET or by POST of the document ``posted``.
 
-    What is posted comes from our own client. Raises :class:`LoadError` when an answer is not 2xx.
+    Our own client sends POST requests. Raises :class:`LoadError` if a response is not 2xx.
     """
     served, own, all_used = server.cpu_seconds(), own_seconds(), core_seconds()
     if _WRK and not posted:
@@ -72,19 +72,19 @@ def load(
 
 
 def wait_for_calm(*, most_foreign: float, seconds: float) -> float:
-    """Wait until others leave both cores alone, at most ``seconds``; return how long it took."""
+    """Wait for idle cores, at most ``seconds``; return the time waited."""
     began = time.monotonic()
     while (waited := time.monotonic() - began) < seconds:
         own, all_used = own_seconds(), core_seconds()
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
         foreign = core_seconds() - all_used - (own_seconds() - own)
-        if foreign <= most_foreign * _LOOK_SECONDS:
+        if foreign <= most_foreign * _POLL_SECONDS:
             break
     return waited
 
 
 def own_seconds() -> float:
-    """Return the processor time of this process and of the clients that ended."""
+    """Return the processor time of this process and of ended clients."""
     usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 

@@ -1,4 +1,7 @@
-"""What probes and ordinary requests cost under ``viralfx serve``, next to bare peers."""
+"""Measures probes and ordinary requests under ``viralfx serve``, compared with bare servers.
+
+Go's net/http is included if a Go compiler is installed.
+"""
 
 import argparse
 import sys
@@ -19,7 +22,7 @@ from benchmarks.rounds import (
     subject_table,
     target,
 )
-from benchmarks.servers import BACKEND, BARE_ASGI, BARE_LITESTAR, MOUNTED
+from benchmarks.servers import BACKEND, BARE_ASGI, BARE_LITESTAR, MOUNTED, net_http
 
 ASGI_LIVE = Subject(BARE_ASGI, "/health/live")
 ASGI_DETAILED = Subject(BARE_ASGI, "/health/detailed")
@@ -41,9 +44,9 @@ SUBJECTS = (
     MOUNTED_WORK,
 )
 COMPARISONS = (
-    (LIVE, ASGI_LIVE, 0.70),
-    (READY, LIVE, 0.90),
-    (DETAILED, LIVE, 0.90),
+    (LIVE, ASGI_LIVE, 1.5),
+    (READY, ASGI_LIVE, 1.5),
+    (DETAILED, ASGI_DETAILED, 1.5),
     (MOUNTED_WORK, LITESTAR_WORK, 0.85),
 )
 FOR_ORIENTATION = ((LITESTAR_LIVE, ASGI_LIVE), (ASGI_DETAILED, ASGI_LIVE))
@@ -55,18 +58,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     options = parser.parse_args(arguments)
-    rounds = measure(SUBJECTS, options.rounds)
+    go = net_http()
+    go_live = () if go is None else (Subject(go, "/health/live"),)
+    rounds = measure((*SUBJECTS, *go_live), options.rounds)
     targets = [target(rounds, *comparison) for comparison in COMPARISONS]
     lines = [
         *how(rounds, "python benchmarks/probes.py"),
         "",
-        *subject_table(rounds, SUBJECTS),
+        *subject_table(rounds, (*SUBJECTS, *go_live)),
         "",
         *target_table(targets),
         "",
         READING,
         "",
         *(f"- For orientation: {_orientation(rounds, *pair)}" for pair in FOR_ORIENTATION),
+        *(f"- For orientation: {_orientation(rounds, LIVE, peer)}" for peer in go_live),
     ]
     return publish("probes.py", lines, targets, check=options.check)
 

@@ -1,4 +1,4 @@
-"""Turns figures into Markdown, and puts it where the README takes it from."""
+"""Formats figures as Markdown, and writes them to RESULTS.md, the source of the documents."""
 
 import os
 import platform
@@ -21,7 +21,7 @@ Each section is written by the script that it names; run it again to renew it.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A figure that must be at least, or else at most, some limit."""
+    """A figure with a lower or an upper limit."""
 
     what: str
     measured: float
@@ -32,7 +32,7 @@ class Target:
 
     @property
     def met(self) -> bool:
-        """Whether the figure is on the right side of the limit."""
+        """Whether the figure is within the limit."""
         return self.measured >= self.limit if self.at_least else self.measured <= self.limit
 
 
@@ -60,7 +60,7 @@ def target_table(targets: Iterable[Target]) -> list[str]:
 
 
 def circumstances(*more: str) -> list[str]:
-    """Say when, where and with what was measured."""
+    """Return date, machine and versions of a measurement."""
     memory = psutil.virtual_memory().total / 2**30
     load = os.getloadavg()[0]
     return [
@@ -73,7 +73,7 @@ def circumstances(*more: str) -> list[str]:
 
 
 def command(recipe: str) -> str:
-    """Say how this was run."""
+    """Return the command line of this run."""
     return f"Command: `{' '.join(['just', recipe, *sys.argv[1:]])}`"
 
 
@@ -85,10 +85,9 @@ def publish(
     check: bool,
     record: bool = True,
 ) -> int:
-    """Print a section and write it into the results; the exit code is 1 if a target is missed.
+    """Print a section and write it to the results; return the exit code.
 
-    Only with ``check``, that is: without it the figures are for reading. A trial run does not
-    ``record`` what it saw.
+    It is 1 if ``check`` is set and a target is missed. A trial run does not ``record`` its results.
     """
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     name = f"{script} on Python {python}"

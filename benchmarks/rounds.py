@@ -1,7 +1,7 @@
 """Interleaved rounds: servers take turns under load, and are compared within a round only.
 
-So whatever else the machine does hits both sides of a comparison alike. One server at a time is
-loaded, in short slices, after a slice that warms it up.
+So other activity of the machine affects both sides of a comparison. One server at a time is loaded,
+in short slices, after a slice for its warm-up.
 """
 
 import statistics
@@ -15,14 +15,14 @@ from benchmarks.results import Target, circumstances, table
 from benchmarks.servers import Program, Server
 
 ROUNDS = 11
-MOST_REPEATS = 6
+MAX_REPEATS = 6
 SLICE_SECONDS = 1
-MOST_WAITING = 45.0
-"""Seconds in all to wait for other processes to leave the machine alone."""
+MAX_WAITING = 45.0
+"""Total seconds to wait for other processes to become idle."""
 SATURATED = 0.9
-"""Below this share of the time the server waits for the client: rates say little then."""
-MOST_FOREIGN = 0.1
-"""A round in which other processes took more of a core than this is repeated."""
+"""Below this share of the time the server waits for the client, and rates say little."""
+MAX_FOREIGN = 0.1
+"""A round is repeated if other processes used more than this share of a core."""
 
 READING = (
     "A ratio compares requests per second; the remark gives the same ratio by the server's "
@@ -45,17 +45,17 @@ Round = Mapping[Subject, Sample]
 
 
 def measure(subjects: Sequence[Subject], count: int) -> list[Round]:
-    """Return the calmest rounds; those that other processes disturbed are repeated for a while."""
+    """Return the rounds with the least disturbance; disturbed rounds are repeated for a while."""
     measured: list[Round] = []
-    patience = MOST_WAITING
-    for number in range(count + MOST_REPEATS):
+    patience = MAX_WAITING
+    for number in range(count + MAX_REPEATS):
         order = subjects if number % 2 else subjects[::-1]
-        # Anew each time: two processes of one program differ by several percent for as long as
-        # they live, by where their memory happens to be.
+        # New processes each time: two processes of one program differ by several percent, because
+        # of their memory layout.
         with _servers(order) as servers:
             for subject in order:
                 load(servers[subject.program], subject.path, seconds=SLICE_SECONDS)
-            patience -= wait_for_calm(most_foreign=MOST_FOREIGN, seconds=patience)
+            patience -= wait_for_calm(most_foreign=MAX_FOREIGN, seconds=patience)
             samples = {s: load(servers[s.program], s.path, seconds=SLICE_SECONDS) for s in order}
         measured.append(samples)
         if sum(map(_undisturbed, measured)) == count:
@@ -75,7 +75,7 @@ def _servers(subjects: Sequence[Subject]) -> Iterator[Mapping[Program, Server]]:
 
 
 def how(rounds: Sequence[Round], recipe: str) -> list[str]:
-    """Say how the rounds were measured, and in which circumstances."""
+    """Return the conditions of the rounds."""
     calm = sum(map(_undisturbed, rounds))
     return circumstances(
         f"Command: `{recipe}`",
@@ -83,7 +83,7 @@ def how(rounds: Sequence[Round], recipe: str) -> list[str]:
         "a core of their own",
         f"Medians of {len(rounds)} interleaved rounds of {SLICE_SECONDS} s per row, each with new"
         f" processes; in {calm} "
-        f"of them other processes took less than {MOST_FOREIGN:.0%} of a core",
+        f"of them other processes took less than {MAX_FOREIGN:.0%} of a core",
     )
 
 
@@ -92,7 +92,7 @@ def _foreign(samples: Round) -> float:
 
 
 def _undisturbed(samples: Round) -> bool:
-    return _foreign(samples) <= MOST_FOREIGN
+    return _foreign(samples) <= MAX_FOREIGN
 
 
 def _median(rounds: Sequence[Round], subject: Subject, what: Callable[[Sample], float]) -> float:
@@ -107,7 +107,7 @@ def ratios(rounds: Sequence[Round], ours: Subject, theirs: Subject) -> tuple[flo
 
 
 def target(rounds: Sequence[Round], ours: Subject, theirs: Subject, limit: float) -> Target:
-    """Return the target that one keeps at least ``limit`` of the other's rate."""
+    """Return the target that ``ours`` keeps at least ``limit`` of the rate of ``theirs``."""
     by_rate, by_cost = ratios(rounds, ours, theirs)
     saturated = all(_median(rounds, s, attrgetter("busy")) >= SATURATED for s in (ours, theirs))
     return Target(
@@ -120,7 +120,7 @@ def target(rounds: Sequence[Round], ours: Subject, theirs: Subject, limit: float
 
 
 def subject_table(rounds: Sequence[Round], subjects: Sequence[Subject]) -> list[str]:
-    """Return the lines of a table of what each subject did."""
+    """Return the lines of a table with the results of each subject."""
     return table(
         ("server and path", "requests/s", "CPU µs/request", "server busy"),
         (

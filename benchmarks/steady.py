@@ -1,7 +1,7 @@
-"""Requests at a steady rate, whatever the answers do, over connections that stay open.
+"""Sends requests at a steady rate, independent of responses, over connections that stay open.
 
-What users are, and closed loops are not: a server that stands still is asked all the same. Run as
-a program it prints what it saw.
+Unlike closed loops, real users also send requests to a server that does not respond. Run as a
+program it prints its results.
 """
 
 import asyncio
@@ -15,31 +15,31 @@ import uvloop
 from benchmarks.keepalive import HEADERS
 
 _CONNECTIONS = 8
-"""Open from the beginning; where none is idle when a request is due, another one is made."""
-_LONGEST = 30.0
-"""Seconds that the last answers are waited for."""
-_LOOK_SECONDS = 0.01
+"""Connections at the start; if none is idle when a request is due, another one is opened."""
+_LAST_RESPONSES_SECONDS = 30.0
+"""Seconds to wait for the last responses."""
+_POLL_SECONDS = 0.01
 
 
 class Steady:
-    """Sends ``rate`` requests a second to one path; times are seconds from sending to answer."""
+    """Sends ``rate`` requests a second to one path; times are seconds from sending to response."""
 
     def __init__(self, port: int, path: str, rate: float) -> None:
         lines = [f"GET {path} HTTP/1.1", "Host: localhost", *map(": ".join, HEADERS.items())]
         self.request = "\r\n".join([*lines, "", ""]).encode()
         self.idle: deque[_Connection] = deque()
-        self.answered: list[float] = []
+        self.responded: list[float] = []
         self.lost: Counter[str] = Counter()
-        """Why requests have no answer, or none that is a success."""
+        """Reasons of requests without a successful response."""
         self.latest = 0.0
-        """Seconds by which a request was sent after it was due: the client's own failing."""
+        """Seconds by which a request was sent too late: a fault of the client."""
         self.most_connections = 0
         self._port, self._rate = port, rate
         self._opening: set[asyncio.Task[None]] = set()
         self._connections = 0
 
     async def run(self, seconds: float) -> None:
-        """Send, and wait for the answers of all that was sent."""
+        """Send all requests, and wait for their responses."""
         for _ in range(_CONNECTIONS):
             self.idle.append(await self._open())
         began, count = time.perf_counter(), round(seconds * self._rate)
@@ -48,15 +48,15 @@ class Steady:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             self.latest = max(self.latest, time.perf_counter() - due)
             self._send()
-        deadline = time.perf_counter() + _LONGEST
-        while (missing := count - len(self.answered) - self.lost.total()) > 0:
-            await asyncio.sleep(_LOOK_SECONDS)
+        deadline = time.perf_counter() + _LAST_RESPONSES_SECONDS
+        while (missing := count - len(self.responded) - self.lost.total()) > 0:
+            await asyncio.sleep(_POLL_SECONDS)
             if time.perf_counter() > deadline:
                 self.lost["no answer"] += missing
 
-    def told(self) -> dict[str, Any]:
-        """Return what was seen, in milliseconds."""
-        ordered = sorted(self.answered)
+    def results(self) -> dict[str, Any]:
+        """Return the results, in milliseconds."""
+        ordered = sorted(self.responded)
         shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
         return {
             "answered": len(ordered),
@@ -69,7 +69,7 @@ class Steady:
     def _send(self) -> None:
         at = time.perf_counter()
         if self.idle:
-            # The one that has been idle longest: none gets so old that the server closes it.
+            # The longest idle one, so that the server does not close any for its age.
             self.idle.popleft().send(at)
         else:
             task = asyncio.get_running_loop().create_task(self._send_on_another(at))
@@ -94,7 +94,7 @@ class Steady:
         return connection
 
     def closed(self) -> None:
-        """Count a connection out."""
+        """Count a connection as closed."""
         self._connections -= 1
 
 
@@ -121,7 +121,7 @@ class _Connection(asyncio.Protocol):
             return
         self._received = b""
         if head.startswith(b"HTTP/1.1 2"):
-            self._load.answered.append(time.perf_counter() - self._sent_at)
+            self._load.responded.append(time.perf_counter() - self._sent_at)
         else:
             self._load.lost[head.split(b"\r", 1)[0].decode("latin-1")] += 1
         self._sent_at = None
@@ -146,4 +146,4 @@ if __name__ == "__main__":
     port_text, requested, rate_text, seconds_text = sys.argv[1:]
     steady = Steady(int(port_text), requested, float(rate_text))
     uvloop.run(steady.run(float(seconds_text)))
-    print(json.dumps(steady.told()))
+    print(json.dumps(steady.results()))

@@ -1,4 +1,4 @@
-"""What metrics, the log of requests and traces cost an ordinary handler, layer by layer."""
+"""Measures the cost of metrics, access log and traces for an ordinary handler, layer by layer."""
 
 import argparse
 import sys
@@ -20,14 +20,14 @@ METRICS = Subject(viralfx("metrics", "benchmarks.peers.mounted", ACCESS_LOG="fal
 LOGS = Subject(viralfx("metrics, JSON log", "benchmarks.peers.mounted"), PATH)
 SAMPLED = "0.01"
 ROUNDS = 21
-"""More than elsewhere: what is looked for are differences of a few percent."""
+"""More rounds than elsewhere, because the differences are only a few percent."""
 
 
 class _Blackhole(BaseHTTPRequestHandler):
-    """Takes whatever it is sent."""
+    """Accepts every request."""
 
     def do_POST(self) -> None:
-        """Answer that all is well."""
+        """Answer 200."""
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.send_response(200)
         self.send_header("Content-Type", "application/x-protobuf")
@@ -35,12 +35,12 @@ class _Blackhole(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its own name
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextmanager
 def _receiver() -> Iterator[str]:
-    """Run a receiver of traces that keeps nothing; yield its address."""
+    """Run a trace receiver that stores nothing; yield its address."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Blackhole) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"

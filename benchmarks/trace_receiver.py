@@ -1,4 +1,4 @@
-"""A receiver of traces in a process of its own, that can be killed, frozen, slowed and spoiled."""
+"""A trace receiver in a process of its own, which can be killed, frozen, slowed or made to fail."""
 
 import json
 import signal
@@ -18,11 +18,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from tests.servers.ports import free_port
 
 _OK = 200
-_LONGEST = 20.0
+_TIMEOUT_SECONDS = 20.0
 
 
 class TraceReceiver:
-    """Runs the program below; on leaving the block it is killed."""
+    """Runs the program below; it is killed at the end of the block."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -32,7 +32,7 @@ class TraceReceiver:
             )
 
     def __enter__(self) -> Self:
-        deadline = time.monotonic() + _LONGEST
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
         while True:
             try:
                 self.received()
@@ -52,19 +52,19 @@ class TraceReceiver:
         self.kill()
 
     def received(self) -> int:
-        """Return how many spans of requests came and were taken."""
-        with urlopen(f"http://127.0.0.1:{self.port}/", timeout=_LONGEST) as answer:
-            return int(json.load(answer))
+        """Return the numbers of received and accepted spans of requests."""
+        with urlopen(f"http://127.0.0.1:{self.port}/", timeout=_TIMEOUT_SECONDS) as response:
+            return int(json.load(response))
 
     def behave(self, *, status: int = _OK, delay: float = 0.0) -> None:
-        """Answer with this status, after so many seconds."""
-        told = json.dumps({"status": status, "delay": delay}).encode()
+        """Answer with this status, after this delay in seconds."""
+        command = json.dumps({"status": status, "delay": delay}).encode()
         address = f"http://127.0.0.1:{self.port}/behave"
-        with urlopen(Request(address, told), timeout=_LONGEST):
+        with urlopen(Request(address, command), timeout=_TIMEOUT_SECONDS):
             pass
 
     def freeze(self) -> None:
-        """Stop it: the kernel goes on accepting connections, and nobody reads from them."""
+        """Suspend it: the kernel still accepts connections, but no process reads from them."""
         self._process.send_signal(signal.SIGSTOP)
 
     def cpu_seconds(self) -> float:
@@ -75,7 +75,7 @@ class TraceReceiver:
         return float(times.user + times.system)
 
     def kill(self) -> None:
-        """End it: connections are refused from now on."""
+        """End it; later connections are refused."""
         self._process.kill()
         self._process.wait()
 
@@ -88,15 +88,15 @@ class _Handler(BaseHTTPRequestHandler):
     delay = 0.0
 
     def do_GET(self) -> None:
-        """Tell how many spans were taken."""
+        """Return the number of accepted spans."""
         self._answer(_OK, json.dumps(_Handler.spans).encode())
 
     def do_POST(self) -> None:
-        """Take spans, or an order."""
+        """Accept spans, or a command."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/behave":
-            told = json.loads(body)
-            _Handler.status, _Handler.delay = told["status"], told["delay"]
+            command = json.loads(body)
+            _Handler.status, _Handler.delay = command["status"], command["delay"]
             self._answer(_OK)
             return
         status = _Handler.status
@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
             with self.lock:
                 _Handler.spans += _requests(ExportTraceServiceRequest.FromString(body))
         time.sleep(_Handler.delay)
-        with suppress(ConnectionError):  # who gave up waiting is gone
+        with suppress(ConnectionError):  # the client has timed out
             self._answer(status)
 
     def _answer(self, status: int, body: bytes = b"") -> None:
@@ -114,11 +114,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its own name
-        """Say nothing."""
+        """Log nothing."""
 
 
 def _requests(sent: ExportTraceServiceRequest) -> int:
-    """Count the spans of requests; those of the shutdown are not what was lost or not."""
+    """Count the spans of requests, without those of the shutdown."""
     return sum(
         span.name.startswith("GET")
         for resource in sent.resource_spans

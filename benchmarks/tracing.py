@@ -1,8 +1,8 @@
-"""What tracing a request costs: our wrapper beside the middleware of OpenTelemetry's contrib.
+"""Measures the cost of tracing a request: our wrapper and OpenTelemetry's contrib middleware.
 
-One no-op ASGI application is called in this process, by turns bare and wrapped, so that whatever
-else the machine does hits all alike. The figures are the median of the rounds, in microseconds of
-processor time per request. Contrib's middleware is in the dependency group ``bench-tracing``.
+One no-op ASGI application is called in this process, in turns bare and wrapped, so that other
+activity of the machine affects all alike. The figures are the median of the rounds, in microseconds
+of processor time per request. Contrib's middleware is in the dependency group ``bench-tracing``.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from viralfx.domain.correlation import bind_correlation_id, new_correlation_id
 from viralfx.telemetry.tracing.provider import make_provider
-from viralfx.telemetry.tracing.requests import TracedRequests
+from viralfx.telemetry.tracing.spans import TracedRequests
 
 ROUNDS = 31
 REQUESTS = 1000
@@ -37,15 +37,15 @@ HEADERS = [
 
 
 class Nowhere(SpanExporter):
-    """Takes what is sent and forgets it."""
+    """Discards every span."""
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:  # noqa: ARG002
-        """Forget it."""
+        """Discard the spans."""
         return SpanExportResult.SUCCESS
 
 
 async def noop(scope: MutableMapping[str, Any], _receive: object, send: Any) -> None:
-    """Answer as fast as can be."""
+    """Send an empty response."""
     scope["path_template"] = "/work"
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"{}"})
@@ -60,7 +60,7 @@ async def _send(_message: object) -> None:
 
 
 async def call(app: App, parent: bytes | None) -> float:
-    """Return the microseconds of one request, of a round of them."""
+    """Return the microseconds per request in one round."""
     headers = [*HEADERS, *([(b"traceparent", parent)] if parent else [])]
     began = time.process_time()
     for _ in range(REQUESTS):
@@ -86,7 +86,7 @@ async def call(app: App, parent: bytes | None) -> float:
 
 
 def subjects() -> dict[str, tuple[App, bytes | None]]:
-    """Return what is compared: an application, and the parent that requests name."""
+    """Return each compared application with the parent that its requests name."""
     never, always = _provider("0"), _provider("1")
     ours = TracedRequests(noop, never.get_tracer("bench"), never.sampler)
     parent = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"

@@ -1,6 +1,6 @@
-"""Tests that are run again where something took too long, because other processes can do that."""
+"""Reruns of tests that measure time, since other processes can delay them."""
 
 import pytest
 
 AGAIN_IF_SLOW = pytest.mark.flaky(reruns=2, only_rerun="TooSlowError")
-"""Twice more, and for nothing but a ``TooSlowError``; those that run ``alone`` have it anyway."""
+"""Up to two reruns, only after a ``TooSlowError``. Tests marked ``alone`` get it automatically."""

@@ -1,23 +1,56 @@
-"""Makes the fixtures with real servers known to all tests, and keeps tests apart."""
+"""Registers the fixtures with real servers, and isolates tests from each other."""
 
+import gc
 import logging
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
 from tests.again import AGAIN_IF_SLOW
 
-# Each worker and each process under test reads the same modules: whatever the environment says,
-# compiling all of them each time would cost more than most tests.
+# Each worker and each process under test reads the same modules. Compiling them each time would
+# cost more than most tests, so the environment must not disable bytecode.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 pytest_plugins = ["tests.servers.fixtures", "tests.integration.databases"]
 
 
+_SLOW_FIRST = ("observability", "system", "edge", "integration", "process", "simulation")
+
+
+@cache
+def _rank(file: Path) -> int:
+    layer = file.relative_to(Path(__file__).parent).parts[0]
+    return _SLOW_FIRST.index(layer) if layer in _SLOW_FIRST else len(_SLOW_FIRST)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Exclude the objects that pytest collects from garbage collections.
+
+    Each process of a run collects all tests, and those objects live until its end. Almost half of
+    the time of the collection would go into looking for garbage among them.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run a test twice more where something took too long: other processes can do that."""
+    """Let tests marked ``alone`` run twice more after a ``TooSlowError``.
+
+    The layers with slow tests come first: at the end one slow file would run while the other
+    workers of the run have nothing left to do.
+    """
+    items.sort(key=lambda item: _rank(item.path))
     for item in items:
         if item.get_closest_marker("alone"):
             item.add_marker(AGAIN_IF_SLOW)
@@ -25,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_report_to_serializable(report: object) -> None:
-    """Let ``-n`` carry reports of tests that log what no encoding has."""
+    """Make reports serializable for ``-n`` if a test logs characters that UTF-8 cannot encode."""
     if isinstance(report, pytest.TestReport):
         report.sections = [(name, _encodable(text)) for name, text in report.sections]
 
@@ -34,9 +67,17 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+@pytest.fixture
+def default_sighup() -> Iterator[None]:
+    """Let child processes receive SIGHUP, also where the tests run under ``nohup``."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
-    """Put back what a test configured: the next one may look at what is logged."""
+    """Restore the logging configuration after a test."""
     raising, before = logging.raiseExceptions, {log: _state(log) for log in _loggers()}
     yield
     logging.raiseExceptions = raising
@@ -56,8 +97,8 @@ def _state(logger: logging.Logger) -> _State:
 
 
 def _loggers() -> list[logging.Logger]:
-    """Return the loggers that ours, Litestar or a test may have configured."""
+    """Return the loggers that the service, Litestar or a test may have configured."""
     named = logging.root.manager.loggerDict.items()
-    ours = ("viralfx", "litestar", "uvicorn", "taskiq")
-    found = [log for name, log in named if name.partition(".")[0] in ours]
+    roots = ("viralfx", "litestar", "uvicorn", "taskiq")
+    found = [log for name, log in named if name.partition(".")[0] in roots]
     return [logging.getLogger(), *(log for log in found if isinstance(log, logging.Logger))]

@@ -1,7 +1,9 @@
-"""Tasks that somebody else might have declared, for TASK_MODULES."""
+"""Tasks as an application declares them, for TASK_MODULES."""
 
 import asyncio
+import gc
 import os
+import sys
 
 import msgspec
 
@@ -44,6 +46,12 @@ async def lose(_: object) -> None:
     raise RuntimeError("planted: the parcel is lost")
 
 
+@task("parcels.interpreter")
+async def interpreter(_: object) -> dict[str, float]:
+    """Return how the interpreter switches between threads and collects garbage."""
+    return {"switches": sys.getswitchinterval(), "collects": gc.get_threshold()[0]}
+
+
 @task("parcels.die")
 async def die(_: object) -> None:
     """End the process without any ado."""
@@ -52,7 +60,7 @@ async def die(_: object) -> None:
 
 @task("parcels.never", queue="notifications")
 async def never(_: object) -> None:
-    """Wait for ever, whatever is done to it."""
+    """Wait forever and ignore every cancellation."""
     while True:
         try:
             await asyncio.Event().wait()

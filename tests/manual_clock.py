@@ -5,13 +5,13 @@ import heapq
 from datetime import UTC, datetime, timedelta
 
 _START = datetime(2026, 1, 6, 12, tzinfo=UTC)
-_MOST_TURNS = 1000
+MAX_TURNS = 1000
 
 
 class ManualClock:
     """Implements ``viralfx.domain.clock.Clock`` without any real time.
 
-    Monotonic and wall-clock time move together. A sleeper that is cancelled is forgotten.
+    Monotonic and wall-clock time move together. A cancelled sleep is removed.
     """
 
     def __init__(self, *, monotonic: float = 1000.0, now: datetime = _START) -> None:
@@ -21,20 +21,20 @@ class ManualClock:
         self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
 
     def monotonic(self) -> float:
-        """Seconds, moved by :meth:`advance` only."""
+        """Return seconds that only :meth:`advance` and :meth:`jump` move."""
         return self._monotonic
 
     def now(self) -> datetime:
-        """UTC time that moves along."""
+        """Return UTC time that moves with the monotonic time."""
         return self._epoch + timedelta(seconds=self._monotonic)
 
     @property
     def sleeping(self) -> int:
-        """How many sleeps have neither ended nor been cancelled."""
+        """Number of sleeps that have neither ended nor been cancelled."""
         return len(self._sleepers)
 
     async def sleep(self, seconds: float) -> None:
-        """Return once the clock was advanced by ``seconds``; zero or less yields once."""
+        """Return once the clock has advanced by ``seconds``; zero or less yields once."""
         if seconds <= 0:
             await asyncio.sleep(0)
             return
@@ -65,15 +65,15 @@ class ManualClock:
         await self.settle()
 
     def jump(self, seconds: float) -> None:
-        """Move on without waking anybody: what a call that blocks does."""
+        """Move on without waking sleepers, like a blocking call."""
         self._monotonic += seconds
 
     async def settle(self) -> None:
-        """Let every task run until all of them wait for time or for something outside."""
-        # The loop's own queue is the one exact witness that nothing is left to run; a loop
-        # without it (uvloop) gets a fixed, generous number of turns.
+        """Run the loop until all tasks wait for time or for an external event."""
+        # Only the loop's own queue shows exactly whether a task can run. A loop without it (uvloop)
+        # gets a fixed, generous number of turns.
         queue = getattr(asyncio.get_running_loop(), "_ready", None)
-        for turn in range(_MOST_TURNS):
+        for turn in range(MAX_TURNS):
             await asyncio.sleep(0)
             idle = turn >= 200 if queue is None else not queue
             if idle:

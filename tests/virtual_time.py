@@ -1,4 +1,4 @@
-"""An event loop whose time jumps to the next timer: the loop's own timeouts without real time."""
+"""An event loop whose time jumps to the next timer, so that timeouts take no real time."""
 
 import asyncio
 import selectors
@@ -12,7 +12,7 @@ _START = datetime(2026, 1, 6, 12, tzinfo=UTC)
 
 
 class _JumpingSelector(selectors.SelectSelector):
-    """Instead of waiting for a timer, moves time to it."""
+    """Moves time to the next timer instead of waiting for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,29 +20,29 @@ class _JumpingSelector(selectors.SelectSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
-            raise RuntimeError("nothing is scheduled: this would wait for ever")
+            raise RuntimeError("nothing is scheduled: this would wait without end")
         self.time += timeout
         return super().select(0)
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """The standard loop on a clock that only timers move."""
+    """The standard loop with a time that only timers move."""
 
     def __init__(self) -> None:
         self._virtual = _JumpingSelector()
         super().__init__(self._virtual)
 
     def time(self) -> float:
-        """Seconds, moved by timers only."""
+        """Return seconds that only timers move."""
         return self._virtual.time
 
     def jump(self, seconds: float) -> None:
-        """Let time pass in which the process does not run; its timers are late then."""
+        """Advance time as if the process had not run; its timers are late then."""
         self._virtual.time += seconds
 
 
 class LoopClock:
-    """Implements ``viralfx.domain.clock.Clock`` by the running loop's own time."""
+    """Implements ``viralfx.domain.clock.Clock`` with the running loop's time."""
 
     def monotonic(self) -> float:
         """Read the loop's time."""
@@ -58,6 +58,6 @@ class LoopClock:
 
 
 def run_in_virtual_time(main: Coroutine[Any, Any, T]) -> T:
-    """Run ``main`` to its end on a loop of virtual time."""
+    """Run ``main`` to its end on a loop with virtual time."""
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         return runner.run(main)

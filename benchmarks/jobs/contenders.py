@@ -1,4 +1,4 @@
-"""Who takes part, and how one of them is let into the arena."""
+"""The compared job queues, and a run of each in processes of its own."""
 
 import json
 import os
@@ -7,17 +7,18 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.jobs.arena import Arena
-from benchmarks.jobs.bout import Bout
+from benchmarks.jobs.cpu_seconds import SERVERS
 from benchmarks.jobs.peer import DATABASE, REDIS
-from benchmarks.jobs.servers_cpu import SERVERS
+from benchmarks.jobs.testbed import Testbed
+from benchmarks.jobs.trial import Trial
 from benchmarks.servers import ROOT
+from tests.servers.pgbouncer import PgBouncer
 from tests.servers.ports import free_port
 
 APART = ROOT / ".venv-bench-jobs" / "bin" / "python"
-"""The interpreter of those whose dependencies do not go with ours."""
-LEAST_JOBS = 300
-"""Several times what a worker may take before it runs the first one."""
+"""The interpreter of contenders whose dependencies conflict with ours."""
+MIN_JOBS = 300
+"""Several times the longest start of a worker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,22 +28,24 @@ class Contender:
     name: str
     module: str
     durable: bool = False
-    """Whether a job that was accepted survives the death of worker, Redis and machine."""
+    """Whether an accepted job survives the end of worker, Redis and machine."""
     apart: bool = False
     share: float = 1.0
-    """How many of the jobs it gets, where all of them would take too long."""
+    """The share of the jobs it gets, if all of them would take too long."""
     ours: bool = False
     with_redis: bool = True
     finished: int = 0
-    """Finished jobs in our ledger before."""
+    """Finished jobs in our ledger before the run."""
+    pooler: str = ""
+    """The mode of a PgBouncer between us and Postgres; empty: there is none."""
 
     def jobs(self, jobs: int) -> int:
-        """Return how many of so many jobs it gets."""
-        return max(LEAST_JOBS, round(jobs * self.share))
+        """Return the number of jobs for it."""
+        return max(MIN_JOBS, round(jobs * self.share))
 
     @property
     def python(self) -> Path:
-        """The interpreter that has it installed."""
+        """The interpreter with its packages."""
         return APART if self.apart else Path(sys.executable)
 
 
@@ -52,8 +55,8 @@ def _peer(name: str, module: str, share: float = 1.0, *, apart: bool = False) ->
     return Contender(name=name, module=path, durable=durable, share=share, apart=apart)
 
 
-def ours(name: str, *, with_redis: bool = True, finished: int = 0) -> Contender:
-    """Return ours in one set-up."""
+def ours(name: str, *, with_redis: bool = True, finished: int = 0, pooler: str = "") -> Contender:
+    """Return viralfx in one set-up."""
     return Contender(
         name=name,
         module="benchmarks.jobs.peers.ours",
@@ -61,10 +64,11 @@ def ours(name: str, *, with_redis: bool = True, finished: int = 0) -> Contender:
         ours=True,
         with_redis=with_redis,
         finished=finished,
+        pooler=pooler,
     )
 
 
-OURS = ours("viralfx")
+VIRALFX = ours("viralfx")
 WITHOUT_REDIS = ours("viralfx without Redis", with_redis=False)
 TASKIQ_STREAM = _peer("taskiq RedisStream", "taskiq_stream")
 PROCRASTINATE = _peer("procrastinate", "procrastinate_postgres", 0.3)
@@ -81,31 +85,41 @@ PEERS = (
 
 
 def with_rows(rows: int) -> Contender:
-    """Return ours with so many finished jobs in the ledger."""
+    """Return viralfx with this number of finished jobs in the ledger."""
     return ours(f"viralfx, {rows:,} finished", finished=rows)
 
 
-class FailedBoutError(Exception):
-    """A contender did not finish; the message holds what it said."""
+def behind(pooler: str) -> Contender:
+    """Return viralfx behind a pooler in this mode, without prepared statements in it."""
+    return ours(f"viralfx, PgBouncer in {pooler} mode", pooler=pooler)
 
 
-def fight(contender: Contender, arena: Arena, *, jobs: int, one_by_one: int) -> Bout:
-    """Let a contender into an empty arena, in processes of its own.
+class FailedTrialError(Exception):
+    """A contender did not finish; the message holds its output."""
 
-    Raises :class:`FailedBoutError`.
-    """
+
+def run_trial(contender: Contender, bed: Testbed, *, jobs: int, one_by_one: int) -> Trial:
+    """Run a contender on empty servers in its own processes. Raises :class:`FailedTrialError`."""
+    with bed.pooler(contender.pooler) as pooler:
+        return _run(contender, bed, pooler, jobs=jobs, one_by_one=one_by_one)
+
+
+def _run(
+    contender: Contender, bed: Testbed, pooler: PgBouncer | None, *, jobs: int, one_by_one: int
+) -> Trial:
     jobs = contender.jobs(jobs)
-    arena.redis.flush()
-    database = arena.ledger(contender.finished) if contender.ours else arena.database()
+    bed.redis.flush()
+    servers = [bed.postgres, bed.redis, *([pooler] if pooler else [])]
+    database = bed.ledger(contender.finished) if contender.ours else bed.database()
     environment = {
-        REDIS: arena.redis.url(),
-        DATABASE: arena.postgres.url(database),
-        SERVERS: f"{arena.postgres.pids[0]} {arena.redis.pids[0]}",
+        REDIS: bed.redis.url(),
+        DATABASE: bed.postgres.url(database),
+        SERVERS: " ".join(str(server.pids[0]) for server in servers),
     }
     if contender.ours:
-        environment |= arena.our_environment(database, with_redis=contender.with_redis)
+        environment |= bed.our_environment(database, with_redis=contender.with_redis, pooler=pooler)
         environment["MANAGEMENT_PORT"] = str(free_port())
-    command = (contender.python, "-m", "benchmarks.jobs.bout", contender.module)
+    command = (contender.python, "-m", "benchmarks.jobs.trial", contender.module)
     try:
         done = subprocess.run(
             [*command, str(jobs), str(min(one_by_one, jobs // 3))],
@@ -116,7 +130,7 @@ def fight(contender: Contender, arena: Arena, *, jobs: int, one_by_one: int) -> 
             check=False,
         )
     finally:
-        arena.drop(database)
+        bed.drop(database)
     if done.returncode:
-        raise FailedBoutError(f"{contender.name}: {done.stdout[-1000:]}{done.stderr[-4000:]}")
-    return Bout(**json.loads(done.stdout.splitlines()[-1]))
+        raise FailedTrialError(f"{contender.name}: {done.stdout[-1000:]}{done.stderr[-4000:]}")
+    return Trial(**json.loads(done.stdout.splitlines()[-1]))

@@ -1,4 +1,4 @@
-"""A stream of jobs through one API and one worker, and how both look meanwhile."""
+"""A stream of jobs through one API and one worker, with samples of both."""
 
 import asyncio
 import json
@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import asyncpg
-from benchmarks.jobs.arena import CONCURRENCY
-from benchmarks.jobs.noop import TASK
+from benchmarks.jobs.empty_task import TASK
+from benchmarks.jobs.testbed import CONCURRENCY
 from benchmarks.servers import Server
 from tests.servers.redis import RedisServer
 
 CLIENTS = 16
 MIB = 2**20
 SAMPLE_SECONDS = 1.0
-LOOK_SECONDS = 0.02
+POLL_SECONDS = 0.02
 STALLED_SECONDS = 60.0
 BODY = json.dumps({"task": TASK, "payload": None}).encode()
 REQUEST = (
@@ -23,18 +23,18 @@ REQUEST = (
     b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
 )
 UNFINISHED = """
-SELECT (SELECT count(*) FROM viralfx_jobs WHERE state = 'waiting')
-    + (SELECT count(*) FROM viralfx_jobs WHERE state = 'active')
+SELECT (SELECT count(*) FROM viralfx_ops.viralfx_jobs WHERE state = 'waiting')
+    + (SELECT count(*) FROM viralfx_ops.viralfx_jobs WHERE state = 'active')
 """
 
 
 class FlowError(Exception):
-    """A job was not accepted, or none was finished for a long time."""
+    """A job was not accepted, or none has finished for a long time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """How things stood at one moment. Memory is in MiB."""
+    """The state at one moment. Memory is in MiB."""
 
     seconds: float
     finished: int
@@ -42,14 +42,14 @@ class Sample:
     entries: int
     """In all streams."""
     excess: int
-    """How many of them are more than there were unfinished jobs."""
+    """Stream entries beyond the number of unfinished jobs."""
     worker: float
     api: float
     redis: float
 
 
 class Flow:
-    """Posts jobs, so that never many more than ``most_waiting`` are unfinished, and looks."""
+    """Posts jobs and takes samples; about ``most_waiting`` jobs at most are unfinished."""
 
     def __init__(
         self, api: Server, worker: Server, redis: RedisServer, *, jobs: int, most_waiting: int
@@ -70,7 +70,7 @@ class Flow:
             async with asyncio.TaskGroup() as group:
                 for _ in range(CLIENTS):
                     group.create_task(self._post(numbers))
-                await self._look()
+                await self._poll()
         finally:
             await self._connection.close()
 
@@ -89,11 +89,13 @@ class Flow:
         finally:
             writer.close()
 
-    async def _look(self) -> None:
-        """Count what is unfinished, often, and take a sample now and then."""
+    async def _poll(self) -> None:
+        """Count unfinished jobs often, and take a sample at intervals."""
         finished, progress, sampled = -1, time.monotonic(), 0.0
         while finished < self._jobs:
-            accepted = self._accepted  # before: what is accepted while it counts may be in neither
+            accepted = (
+                self._accepted
+            )  # before: a job that is accepted during the count may be in neither
             await self._count()
             now = time.monotonic()
             if accepted - self._unfinished > finished:
@@ -103,7 +105,7 @@ class Flow:
             if now > sampled + SAMPLE_SECONDS or finished == self._jobs:
                 sampled = now
                 await self._sample(finished)
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _count(self) -> None:
         self._unfinished = await self._connection.fetchval(UNFINISHED)
@@ -115,7 +117,7 @@ class Flow:
     async def _sample(self, finished: int) -> None:
         before, unfinished = self._accepted, self._unfinished
         entries = await asyncio.to_thread(self._entries)
-        # All that were unfinished at some time since: each may have had its entry.
+        # All jobs that were unfinished at some time since: each may have had an entry.
         most = unfinished + self._accepted - before + CLIENTS + CONCURRENCY
         memory = await asyncio.to_thread(self._redis.command, "INFO", "memory")
         self.samples.append(

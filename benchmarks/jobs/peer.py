@@ -1,12 +1,12 @@
-"""The form to which every job queue is brought. Standard library only: peers import it."""
+"""The common interface of the job queues. Standard library only: peers import it."""
 
 import os
 from typing import Protocol
 
 SLOTS = 100
-"""Jobs that a worker may run at once, where it can."""
+"""Concurrent jobs of a worker, if it supports that."""
 REDIS, DATABASE = "BENCH_REDIS_URL", "BENCH_DATABASE_URL"
-"""Environment variables that say where the servers are."""
+"""Environment variables with the addresses of the servers."""
 
 
 class Peer(Protocol):
@@ -20,7 +20,7 @@ class Peer(Protocol):
     """Whether several :meth:`enqueue` can be under way at once."""
 
     async def prepare(self) -> None:
-        """Connect, and make in an empty Redis or a fresh database what the queue needs."""
+        """Connect, and create the queue's objects in an empty Redis or database."""
         ...
 
     async def enqueue(self) -> None:
@@ -28,11 +28,11 @@ class Peer(Protocol):
         ...
 
     async def unfinished(self) -> int:
-        """Count the jobs that wait or run, as far as the queue keeps account of them."""
+        """Count the jobs that wait or run, as far as the queue knows them."""
         ...
 
     async def close(self) -> None:
-        """Let go of what :meth:`prepare` opened."""
+        """Close the connections of :meth:`prepare`."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""How fast a job that does nothing is enqueued and processed, next to other job queues.
+"""Measures how fast an empty job is enqueued and processed, compared with other job queues.
 
 One contender at a time has the machine; they take turns, and are compared within a round.
 """
@@ -11,34 +11,42 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from benchmarks.jobs.arena import Arena, arena
-from benchmarks.jobs.bout import Bout
 from benchmarks.jobs.contenders import (
     APART,
-    OURS,
     PEERS,
     PROCRASTINATE,
     TASKIQ_STREAM,
+    VIRALFX,
     WITHOUT_REDIS,
     Contender,
-    FailedBoutError,
-    fight,
+    FailedTrialError,
+    behind,
+    run_trial,
     with_rows,
 )
 from benchmarks.jobs.peer import SLOTS
+from benchmarks.jobs.scaling import ScalingError, processed_per_second
+from benchmarks.jobs.testbed import Testbed, testbed
+from benchmarks.jobs.trial import Trial
 from benchmarks.load import wait_for_calm
 from benchmarks.results import Target, circumstances, command, publish, table, target_table
+from benchmarks.servers import ServerError
+from tests.servers.pgbouncer import MODES
 
 JOBS = 10_000
 ONE_BY_ONE = 2_000
 ROUNDS = 5
 ROWS = (1_000, 100_000, 1_000_000)
-MOST_WAITING = 60.0
-"""Seconds in all to wait for other processes to leave the machine alone."""
-MOST_FOREIGN = 0.1
+SCALING_JOBS = 40_000
+WORKERS = (1, 2)
+MIN_OF_STREAM = 4.0
+MIN_SCALING = 1.5
+MAX_WAITING = 60.0
+"""Total seconds to wait for other processes to become idle."""
+MAX_FOREIGN = 0.1
 READING = (
     "Enqueued, then processed by one worker process that was started afterwards: from the first "
-    "job's run until the last one's, or until the queue knows of none that waits or runs. Then as "
+    "job's run until the last one's, or until the queue holds no waiting or running job. Then as "
     "many once more, both at once: from the first one's enqueuing. "
     "“Durable” says whether an accepted job survives the death of the worker, of Redis and of the "
     "machine. Ratios are medians of the rounds' own; a spread goes from the slowest to the fastest."
@@ -50,21 +58,29 @@ _FLOWED = attrgetter("flowed")
 
 @dataclass
 class Rounds:
-    """All bouts, in rounds."""
+    """All trials, in rounds."""
 
-    bouts: list[dict[Contender, Bout]] = field(default_factory=list)
+    trials: list[dict[Contender, Trial]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    by_workers: list[dict[int, float]] = field(default_factory=list)
+    """The jobs per second of one and of several worker processes, by round."""
 
-    def of(self, contender: Contender) -> list[Bout]:
-        """Return what one contender showed."""
-        return [bouts[contender] for bouts in self.bouts if contender in bouts]
+    def scaling(self) -> float | None:
+        """Compare several workers with one; None if they were not measured."""
+        few, many = min(WORKERS), max(WORKERS)
+        ratios = [rates[many] / rates[few] for rates in self.by_workers]
+        return statistics.median(ratios) if ratios else None
+
+    def of(self, contender: Contender) -> list[Trial]:
+        """Return the results of one contender."""
+        return [trials[contender] for trials in self.trials if contender in trials]
 
     def ratio(
-        self, one: Contender, other: Contender, of: Callable[[Bout], float] = _PROCESSED
+        self, one: Contender, other: Contender, of: Callable[[Trial], float] = _PROCESSED
     ) -> float | None:
         """Compare two of them; None where no round has both."""
-        both = [bouts for bouts in self.bouts if {one, other} <= bouts.keys()]
-        ratios = [of(bouts[one]) / of(bouts[other]) for bouts in both]
+        both = [trials for trials in self.trials if {one, other} <= trials.keys()]
+        ratios = [of(trials[one]) / of(trials[other]) for trials in both]
         return statistics.median(ratios) if ratios else None
 
 
@@ -72,9 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, publish, and return the exit code."""
     options = _options(arguments)
     contenders = _contenders(options)
-    with arena() as ground:
-        rounds = _measure(ground, contenders, options)
-        where = str(ground)
+    with testbed() as bed:
+        rounds = _measure(bed, contenders, options)
+        where = str(bed)
     targets = _targets(rounds, options.rows)
     lines = [
         *circumstances(
@@ -86,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
         "",
         *_table(rounds, [c for c in contenders if rounds.of(c)], options.jobs),
+        "",
+        *_scaling_table(rounds),
         "",
         *target_table(targets),
         "",
@@ -103,6 +121,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--one-by-one", type=int, default=ONE_BY_ONE, help=f"of them; default: {ONE_BY_ONE}")
     add("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     add("--rows", type=int, nargs="*", default=ROWS, help="finished jobs in the ledger before")
+    add(
+        "--scaling-jobs",
+        type=int,
+        default=SCALING_JOBS,
+        help=f"for one and two worker processes; 0: none; default: {SCALING_JOBS}",
+    )
+    add("--pooler", nargs="*", default=(), choices=MODES, help="also behind PgBouncer, by mode")
     add("--only", nargs="+", default=(), metavar="WORD", help="contenders whose name has a WORD")
     add("--check", action="store_true", help="exit 1 when a target is missed")
     add("--dry", action="store_true", help="print, and leave RESULTS.md as it is")
@@ -110,10 +135,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _contenders(options: argparse.Namespace) -> list[Contender]:
-    everybody = [OURS, WITHOUT_REDIS, *map(with_rows, options.rows), *PEERS]
+    contenders = [
+        VIRALFX,
+        WITHOUT_REDIS,
+        *map(behind, options.pooler),
+        *map(with_rows, options.rows),
+        *PEERS,
+    ]
     asked = [
         contender
-        for contender in everybody
+        for contender in contenders
         if not options.only or any(word.lower() in contender.name.lower() for word in options.only)
     ]
     for contender in asked:
@@ -122,40 +153,65 @@ def _contenders(options: argparse.Namespace) -> list[Contender]:
     return [contender for contender in asked if contender.python.exists()]
 
 
-def _measure(ground: Arena, contenders: Sequence[Contender], options: argparse.Namespace) -> Rounds:
+def _measure(bed: Testbed, contenders: Sequence[Contender], options: argparse.Namespace) -> Rounds:
     rounds = Rounds()
-    patience = MOST_WAITING
+    patience = MAX_WAITING
     for number in range(1, options.rounds + 1):
-        bouts: dict[Contender, Bout] = {}
+        trials: dict[Contender, Trial] = {}
         for contender in random.sample(contenders, len(contenders)):
-            patience -= wait_for_calm(most_foreign=MOST_FOREIGN, seconds=patience)
+            patience -= wait_for_calm(most_foreign=MAX_FOREIGN, seconds=patience)
             try:
-                bout = fight(contender, ground, jobs=options.jobs, one_by_one=options.one_by_one)
-            except FailedBoutError as error:
+                trial = run_trial(contender, bed, jobs=options.jobs, one_by_one=options.one_by_one)
+            except FailedTrialError as error:
                 print(f"round {number}: {error}", file=sys.stderr)
                 rounds.failures.append(f"{contender.name} in round {number}")
                 continue
-            bouts[contender] = bout
-            print(f"round {number}: {contender.name}: {bout.processed:.0f}/s", file=sys.stderr)
-        rounds.bouts.append(bouts)
+            trials[contender] = trial
+            print(f"round {number}: {contender.name}: {trial.processed:.0f}/s", file=sys.stderr)
+        rounds.trials.append(trials)
+        if options.scaling_jobs:
+            patience -= wait_for_calm(most_foreign=MAX_FOREIGN, seconds=patience)
+            try:
+                rates = {
+                    workers: processed_per_second(bed, workers, options.scaling_jobs)
+                    for workers in (WORKERS if number % 2 else WORKERS[::-1])
+                }
+            except (ScalingError, ServerError) as error:
+                print(f"round {number}: {error}", file=sys.stderr)
+                rounds.failures.append(f"several worker processes in round {number}")
+                continue
+            said = ", ".join(f"{workers}: {rate:.0f}/s" for workers, rate in rates.items())
+            print(f"round {number}: by worker processes: {said}", file=sys.stderr)
+            rounds.by_workers.append(rates)
     return rounds
 
 
 def _targets(rounds: Rounds, rows: Sequence[int]) -> list[Target]:
     few, many = with_rows(min(rows, default=0)), with_rows(max(rows, default=0))
     wanted = [
-        (OURS, TASKIQ_STREAM, _PROCESSED, 0.8, "processed; the aim is 1.0"),
-        (OURS, TASKIQ_STREAM, _FLOWED, 0.8, "both at once; the aim is 1.0"),
-        (OURS, PROCRASTINATE, _PROCESSED, 3.0, "processed"),
-        (OURS, PROCRASTINATE, _FLOWED, 3.0, "both at once"),
+        (VIRALFX, TASKIQ_STREAM, _PROCESSED, MIN_OF_STREAM, "processed"),
+        (VIRALFX, TASKIQ_STREAM, _FLOWED, 1.0, "both at once"),
+        (VIRALFX, PROCRASTINATE, _PROCESSED, 3.0, "processed"),
+        (VIRALFX, PROCRASTINATE, _FLOWED, 3.0, "both at once"),
         *([(many, few, _PROCESSED, 0.9, "processed")] if len(rows) > 1 else []),
         *([(many, few, _FLOWED, 0.9, "both at once")] if len(rows) > 1 else []),
     ]
-    return [
+    targets = [
         Target(what=f"{a.name} / {b.name}", measured=r, limit=limit, at_least=True, remark=remark)
         for a, b, of, limit, remark in wanted
         if (r := rounds.ratio(a, b, of)) is not None
     ]
+    if (scaling := rounds.scaling()) is not None:
+        targets.append(
+            Target(
+                what="two worker processes / one",
+                measured=scaling,
+                limit=MIN_SCALING,
+                at_least=True,
+                remark="processed, on cores shared with Postgres",
+            )
+        )
+    return targets
 
 
 def _table(rounds: Rounds, contenders: Sequence[Contender], jobs: int) -> list[str]:
@@ -183,13 +239,13 @@ def _table(rounds: Rounds, contenders: Sequence[Contender], jobs: int) -> list[s
                 contender.name,
                 "yes" if contender.durable else "no",
                 f"{contender.jobs(jobs):,}",
-                _median(rounds.of(contender), lambda bout: bout.one_by_one),
-                _median(rounds.of(contender), lambda bout: bout.gathered),
-                _median(rounds.of(contender), lambda bout: bout.processed),
+                _median(rounds.of(contender), lambda trial: trial.one_by_one),
+                _median(rounds.of(contender), lambda trial: trial.gathered),
+                _median(rounds.of(contender), lambda trial: trial.processed),
                 _spread(rounds.of(contender)),
-                _median(rounds.of(contender), lambda bout: bout.flowed),
-                _median(rounds.of(contender), lambda bout: bout.worker_cost),
-                _median(rounds.of(contender), lambda bout: bout.servers_cost),
+                _median(rounds.of(contender), lambda trial: trial.flowed),
+                _median(rounds.of(contender), lambda trial: trial.worker_cost),
+                _median(rounds.of(contender), lambda trial: trial.servers_cost),
                 ratio(contender, TASKIQ_STREAM),
                 ratio(contender, PROCRASTINATE),
             )
@@ -198,13 +254,29 @@ def _table(rounds: Rounds, contenders: Sequence[Contender], jobs: int) -> list[s
     )
 
 
-def _median(bouts: Sequence[Bout], what: Callable[[Bout], float | None]) -> str:
-    figures = [figure for bout in bouts if (figure := what(bout)) is not None]
+def _scaling_table(rounds: Rounds) -> list[str]:
+    by_workers = {n: [rates[n] for rates in rounds.by_workers] for n in WORKERS}
+    return table(
+        ("worker processes", "processed /s", "spread"),
+        (
+            (
+                str(workers),
+                f"{statistics.median(rates):,.0f}",
+                f"{min(rates):,.0f} to {max(rates):,.0f}",
+            )
+            for workers, rates in by_workers.items()
+            if rates
+        ),
+    )
+
+
+def _median(trials: Sequence[Trial], what: Callable[[Trial], float | None]) -> str:
+    figures = [figure for trial in trials if (figure := what(trial)) is not None]
     return f"{statistics.median(figures):,.0f}" if figures else "-"
 
 
-def _spread(bouts: Sequence[Bout]) -> str:
-    rates = [bout.processed for bout in bouts]
+def _spread(trials: Sequence[Trial]) -> str:
+    rates = [trial.processed for trial in trials]
     return f"{min(rates):,.0f} to {max(rates):,.0f}"
 
 
@@ -212,9 +284,9 @@ def _versions(rounds: Rounds) -> str:
     # The same library may be there twice, in two environments.
     found: Mapping[tuple[str, str], None] = {
         item: None
-        for bouts in rounds.bouts
-        for bout in bouts.values()
-        for item in bout.versions.items()
+        for trials in rounds.trials
+        for trial in trials.values()
+        for item in trial.versions.items()
     }
     return ", ".join(f"{name} {version}" for name, version in sorted(found))
 

@@ -1,4 +1,4 @@
-"""A Litestar application that decodes a job, answers 202 as our API does, and keeps nothing."""
+"""A Litestar application that decodes a job, answers 202 as the API does, and stores nothing."""
 
 import uuid
 from datetime import datetime
@@ -8,7 +8,7 @@ from litestar import Litestar, post
 
 
 class Draft(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
-    """What is asked for."""
+    """The request."""
 
     task: str
     payload: object
@@ -16,7 +16,7 @@ class Draft(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=T
 
 
 class Accepted(msgspec.Struct, frozen=True):
-    """What is answered."""
+    """The response."""
 
     id: str
     queue: str
@@ -26,7 +26,7 @@ class Accepted(msgspec.Struct, frozen=True):
 
 @post("/api/v1/jobs", status_code=202)
 async def accept(data: Draft) -> Accepted:  # noqa: ARG001 - that it was decoded is the point
-    """Answer, and forget it."""
+    """Answer, and discard the job."""
     job = str(uuid.uuid4())
     return Accepted(job, "default", "waiting", {"self": f"/api/v1/jobs/{job}"})
 

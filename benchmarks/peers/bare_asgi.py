@@ -1,4 +1,4 @@
-"""The least that an ASGI application can do: constant answers of the size of ours."""
+"""A minimal ASGI application with constant responses of the same size."""
 
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -29,7 +29,7 @@ async def app(
     receive: Callable[[], Awaitable[Message]],
     send: Callable[[Message], Awaitable[None]],
 ) -> None:
-    """Answer what the table above has; any other path is an error."""
+    """Send the response from the table; any other path is an error."""
     if scope["type"] == "lifespan":
         while True:
             kind = (await receive())["type"]

@@ -1,4 +1,4 @@
-"""A Litestar application with a health handler of the usual kind, and nothing around it."""
+"""A bare Litestar application with a typical health handler."""
 
 import time
 from datetime import UTC, datetime
@@ -11,7 +11,7 @@ _BEGAN = time.monotonic()
 
 
 class Liveness(msgspec.Struct, frozen=True):
-    """The fields of our own liveness answer."""
+    """The fields of the liveness response."""
 
     alive: bool
     uptime: float

@@ -10,7 +10,7 @@ HANDLER_SECONDS = 0.02
 
 
 class Work(msgspec.Struct, frozen=True, rename="camel"):
-    """What an ordinary handler returns."""
+    """The response of an ordinary handler."""
 
     work_id: int
     state: str
@@ -21,11 +21,11 @@ class Work(msgspec.Struct, frozen=True, rename="camel"):
 @get("/work")
 async def work() -> Work:
     """Answer at once."""
-    return Work(work_id=42, state="finished", owner="somebody", finished_at=datetime.now(UTC))
+    return Work(work_id=42, state="finished", owner="operator", finished_at=datetime.now(UTC))
 
 
 @get("/slow")
 async def slow() -> Work:
     """Answer after 20 ms."""
     await asyncio.sleep(HANDLER_SECONDS)
-    return Work(work_id=43, state="finished", owner="somebody", finished_at=datetime.now(UTC))
+    return Work(work_id=43, state="finished", owner="operator", finished_at=datetime.now(UTC))

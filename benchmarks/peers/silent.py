@@ -1,4 +1,4 @@
-"""The handlers of the bare application under the operations layer that neither counts nor logs."""
+"""The handlers of the bare application under the operations layer, without metrics and log."""
 
 from benchmarks.peers.handlers import slow, work
 from litestar import Litestar
@@ -7,7 +7,7 @@ from viralfx import OperationsPlugin
 
 
 class _Silent(OperationsPlugin):
-    def watch(self) -> None:  # type: ignore[override] # nobody is told of requests
+    def request_recorder(self) -> None:  # type: ignore[override] # requests are not recorded
         return None
 
 

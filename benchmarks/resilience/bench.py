@@ -1,9 +1,9 @@
-"""What a guard costs: interleaved rounds, the minimum of each, and its ratio to a bare await.
+"""Measures the cost of guards: the minimum of interleaved rounds, and its ratio to a bare await.
 
-    python -m benchmarks.resilience.bench [rounds] [calls]
+python -m benchmarks.resilience.bench [rounds] [calls]
 
-The rounds of all candidates alternate in random order, so that a slow moment of the machine hits
-all alike; the spread of rounds is wide, only minima and ratios are comparable. Prints Markdown.
+The rounds of all candidates alternate in random order, so that a slow moment of the machine affects
+all alike. The spread of rounds is wide; only minima and ratios are comparable. Prints Markdown.
 """
 
 import asyncio
@@ -16,14 +16,14 @@ from collections.abc import Awaitable, Callable
 from benchmarks.resilience.subjects import BREAKERS, RETRIES, BackendError, ours, ours_window
 
 from viralfx.domain.resilience.breaker import CircuitBreaker
-from viralfx.domain.resilience.circuit_states import RollingWindow
+from viralfx.domain.resilience.breaker_states import RollingWindow
 from viralfx.domain.resilience.retry import retry
 
 Candidate = Callable[[], Awaitable[object]]
 
 
 async def noop() -> None:
-    """Do nothing: the operation guarded, and the unit of every ratio."""
+    """Do nothing: the guarded operation, and the unit of every ratio."""
 
 
 async def failing() -> None:
@@ -45,7 +45,7 @@ def flaky() -> Candidate:
 
 
 def swallowing(call: Candidate) -> Candidate:
-    """Catch whatever the call raises."""
+    """Catch any error of the call."""
 
     async def swallowed() -> None:
         try:  # noqa: SIM105 - contextlib.suppress would be measured too
@@ -72,7 +72,7 @@ async def opened(make: Callable[[float], Callable[[Candidate], Candidate]]) -> C
 
 
 def happy() -> dict[str, dict[str, Candidate]]:
-    """Return what is measured on success."""
+    """Return the candidates for a successful call."""
     retrier, breaker = retry(), CircuitBreaker()
 
     async def guarded() -> None:
@@ -104,7 +104,7 @@ def happy() -> dict[str, dict[str, Candidate]]:
 
 
 async def unhappy() -> dict[str, dict[str, Candidate]]:
-    """Return what is measured on failure."""
+    """Return the candidates for a failing call."""
     makers = {**BREAKERS, "viralfx": ours, "viralfx, window": ours_window}
     rejections = {name: await opened(make) for name, make in makers.items()}
     rejections["bare raise and catch"] = swallowing(failing)

@@ -1,6 +1,7 @@
-"""The behaviour probe: what each library does in the situations that the field notes list.
+"""Puts each library into the situations of docs/resilience-rules.md.
 
-Everything is judged from outside, by which calls reach the backend. Prints two Markdown tables.
+Everything is judged from outside, by the calls that arrive at the backend. Prints two Markdown
+tables.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ OPEN_FOR = 0.05
 
 
 class Backend:
-    """Does what the probe wants of it, and counts who reached it."""
+    """Behaves as the probe sets it, and counts its calls."""
 
     def __init__(self, guard: Guard) -> None:
         self.reached = 0
@@ -43,22 +44,22 @@ class Backend:
         return outcome
 
     async def ends(self, outcome: object) -> BaseException | None:
-        """Make one call that ends so; return what the caller saw."""
+        """Make one call with this outcome; return the caller's result."""
         self.outcome = outcome
         try:
             await self.call()
-        except Exception as error:  # noqa: BLE001 - whatever the library raises is the answer
+        except Exception as error:  # noqa: BLE001 - any error is the result
             return error
         return None
 
     async def reaches(self, outcome: object) -> bool:
-        """Make one call; tell whether the backend was asked."""
+        """Make one call; return whether it arrived at the backend."""
         before = self.reached
         await self.ends(outcome)
         return self.reached > before
 
     async def trip(self) -> BaseException | None:
-        """Let five calls fail; return what the fifth caller saw."""
+        """Make five failing calls; return the error of the fifth caller."""
         return [await self.ends(BackendError()) for _ in range(5)][-1]
 
     async def hang(
@@ -86,7 +87,7 @@ async def finish(ended: asyncio.Future[object], tasks: list[asyncio.Task[object]
 
 
 async def failures_until_rejected(backend: Backend) -> int:
-    """Count the failing calls that still reach the backend, ten at most."""
+    """Count the failing calls that still arrive at the backend, ten at most."""
     for failures in range(10):
         if not await backend.reaches(BackendError()):
             return failures
@@ -129,7 +130,7 @@ async def b3(backend: Backend) -> str:
 
 
 async def b4(backend: Backend) -> str:
-    """Probe: what the tripping caller sees."""
+    """Probe: the error of the caller that opens the circuit."""
     error = await backend.trip()
     return "original" if isinstance(error, BackendError) else type(error).__name__
 
@@ -227,7 +228,7 @@ async def r6(guard: Guard) -> str:
     started = time.perf_counter()
     try:
         await guard(hang)()
-    except Exception:  # noqa: BLE001 - whatever it is: the time counts
+    except Exception:  # noqa: BLE001 - only the time counts
         return f"{(time.perf_counter() - started) * 1000:.0f} ms"
     return "succeeded"
 

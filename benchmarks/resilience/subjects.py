@@ -1,8 +1,8 @@
-"""Every library measured, brought to one form: a function that guards a coroutine function.
+"""The measured libraries in a common form: a function that guards a coroutine function.
 
 Breakers open after five failures of :class:`BackendError` in a row (or at a rate of 100 % of at
-least five calls, where a library knows rates only) for ``open_for`` seconds and close after one
-success, in each library's own words. Retries make three attempts.
+least five calls, for libraries with rates only) for ``open_for`` seconds and close after one
+success, in each library's own terms. Retries make three attempts.
 """
 
 import datetime as dt
@@ -30,7 +30,7 @@ import stamina
 import tenacity
 
 from viralfx.domain.resilience.breaker import CircuitBreaker
-from viralfx.domain.resilience.circuit_states import RollingWindow
+from viralfx.domain.resilience.breaker_states import RollingWindow
 from viralfx.domain.resilience.retry import retry
 
 Call = Callable[[], Awaitable[object]]
@@ -46,7 +46,7 @@ class UnlistedError(Exception):
 
 
 def ours(open_for: float, **options: Any) -> Guard:
-    """Consecutive mode, as the guide uses it."""
+    """Consecutive mode, as docs/operations.md describes it."""
     lease = 2 * open_for
     return CircuitBreaker(5, open_for, probe_lease=lease, failure_on=BackendError, **options)
 
@@ -174,7 +174,7 @@ def with_fluxgate(open_for: float) -> Guard:
         tripper=(fluxgate.trippers.Closed() & fluxgate.trippers.FailureStreak(5))
         | (fluxgate.trippers.HalfOpened() & fluxgate.trippers.FailureStreak(1)),
         retry=fluxgate.retries.Cooldown(open_for),
-        # Not the default, which lets probes through at random.
+        # Not the default, which admits random probes.
         permit=fluxgate.permits.All(),
         max_half_open_calls=1,
     )
@@ -257,4 +257,4 @@ RETRIES: dict[str, Callable[[float, float | None], Guard]] = {
     "tenacity": tenacity_retry,
 }
 UNLIMITED = {"hyx"}
-"""Retries without a limit for everything together."""
+"""Retries without an overall time limit."""

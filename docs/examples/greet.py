@@ -1,4 +1,4 @@
-"""A task of one's own: TASK_MODULES=docs.examples.greet."""
+"""A task in a module of its own: TASK_MODULES=greet, beside it."""
 
 from typing import TypedDict
 

@@ -9,7 +9,7 @@ from viralfx import OperationsPlugin, bind_user_id
 
 class Identity(ASGIMiddleware):
     async def handle(self, scope: Scope, receive: Receive, send: Send, next_app: ASGIApp) -> None:
-        # Where yours has verified who it is: a session, a token, a client certificate.
+        # Verify the user here: by a session, a token or a client certificate.
         headers = dict(scope.get("headers", ()))
         if user := headers.get(b"x-verified-user"):
             bind_user_id(user.decode("latin-1"))

@@ -1,4 +1,4 @@
-"""An application of somebody else: its own check, its own stage, the operations layer around it.
+"""An application with a check and a stage of its own inside the operations layer.
 
 viralfx serve --app docs.examples.orders:app
 """
@@ -12,8 +12,8 @@ from viralfx import Observation, OperationsConfig, OperationsPlugin, Status
 orders: asyncio.Queue[str] = asyncio.Queue(maxsize=100)
 
 
-class RoomForOrders:
-    """Warns when the backlog is nearly full: an instance that cannot take more should say so."""
+class OrderBacklog:
+    """Warns when the backlog is nearly full."""
 
     async def check(self) -> Observation:
         details = {"waiting": orders.qsize(), "limit": orders.maxsize}
@@ -21,19 +21,22 @@ class RoomForOrders:
             return Observation(
                 status=Status.WARN, message="Few places left", details=details, code="backlog"
             )
-        return Observation(status=Status.PASS, message="Room for orders", details=details)
+        return Observation(
+            status=Status.PASS, message="The backlog has free places", details=details
+        )
 
 
-class ShipWhatWaits:
-    """Ships the orders that still wait, before the process stops."""
+class ShipWaitingOrders:
+    """Ships the waiting orders before the process stops."""
 
     async def run(self, budget: float) -> None:
         while not orders.empty():
-            print("shipped", orders.get_nowait(), flush=True)
+            # One write, so that no log line of another thread divides it.
+            print(f"shipped {orders.get_nowait()}\n", end="", flush=True)
 
 
 @post("/orders/{name:str}", status_code=202)
-async def take(name: str) -> dict[str, int]:
+async def accept(name: str) -> dict[str, int]:
     await orders.put(name)
     return {"waiting": orders.qsize()}
 
@@ -44,6 +47,6 @@ async def index() -> dict[str, int]:
 
 
 config = OperationsConfig(
-    checks={"orders": RoomForOrders()}, drain_stages={"orders": ShipWhatWaits()}
+    checks={"orders": OrderBacklog()}, drain_stages={"orders": ShipWaitingOrders()}
 )
-app = Litestar([take, index], plugins=[OperationsPlugin(config)])
+app = Litestar([accept, index], plugins=[OperationsPlugin(config)])

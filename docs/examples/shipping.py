@@ -1,13 +1,16 @@
-"""An application whose work is done by jobs: what it accepted is shipped, whatever dies meanwhile.
+"""An application that ships orders by jobs; each accepted order is shipped after any fault.
 
 viralfx serve --app docs.examples.shipping:app
 """
 
+import logging
 from dataclasses import dataclass
 
 from litestar import Litestar, post
 
 from viralfx import JobContext, OperationsConfig, OperationsPlugin, task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -18,8 +21,8 @@ class Parcel:
 
 @task("shipping.ship", timeout=30.0)
 async def ship(parcel: Parcel, context: JobContext) -> str:
-    # It may run twice when a worker dies: the job's id tells the carrier that it is the same one.
-    print("shipped", parcel.order, "attempt", context.attempt, flush=True)
+    # It may run twice if a worker dies; pass the job's id to the carrier to detect the repetition.
+    logger.info("Order shipped", extra={"order": parcel.order, "attempt": context.attempt})
     return f"{parcel.order} weighs {parcel.weight:g} kg"
 
 

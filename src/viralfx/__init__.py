@@ -1,66 +1,164 @@
-"""ViralFX Backend: an operations layer for Litestar services, and the service built on it."""
+"""ViralFX Backend: an operations layer for ASGI applications, and the service built on it."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
-from viralfx.domain.errors import ViralFXError
+from viralfx.domain.errors import ConfigurationError, ViralFXError
 
+# Type checkers treat the name as true. Importing it from typing would double the time until
+# signals are handled, and the run time of a probe.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from viralfx.bootstrap import PostgresDatabase, RedisClient
+    from viralfx.checks import DiskCheck, HttpCheck, SqlAlchemyCheck, TcpCheck
+    from viralfx.domain.cache import Cache
     from viralfx.domain.correlation import bind_user_id
-    from viralfx.domain.health import HealthCheck, Observation, Status
-    from viralfx.domain.jobs.tasks import JobContext, task
-    from viralfx.domain.resilience.backoff import Backoff
-    from viralfx.domain.resilience.breaker import CircuitBreaker, circuit_breaker
-    from viralfx.domain.resilience.circuit import CircuitOpenError
+    from viralfx.domain.health.checks import CheckConfig
+    from viralfx.domain.health.model import HealthCheck, Observation, Status
+    from viralfx.domain.jobs.codec import PayloadError, PayloadTooLargeError
+    from viralfx.domain.jobs.hooks import TaskMiddleware
+    from viralfx.domain.jobs.ledger import Accepted, TransactionError
+    from viralfx.domain.jobs.model import (
+        InvalidFilterError,
+        Job,
+        JobFilter,
+        JobNotFoundError,
+        JobState,
+        JobStateError,
+        KeyConflictError,
+        LedgerUnavailableError,
+        UnknownQueueError,
+        UnstorableError,
+    )
+    from viralfx.domain.jobs.service import JobService
+    from viralfx.domain.jobs.tasks import (
+        JobContext,
+        NoRetryError,
+        PostponedError,
+        UnknownTaskError,
+        task,
+    )
+    from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError, circuit_breaker
+    from viralfx.domain.resilience.bulkhead import Bulkhead, BulkheadFullError, with_fallback
     from viralfx.domain.resilience.deadline import Deadline
-    from viralfx.domain.resilience.fallback import with_fallback
+    from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, RetryPolicy
     from viralfx.domain.resilience.retry import retry
-    from viralfx.domain.resilience.retry_policy import RetryPolicy
     from viralfx.domain.shutdown import ShutdownStage
-    from viralfx.web.plugin import OperationsConfig, OperationsPlugin
+    from viralfx.settings import Settings, read_settings
+    from viralfx.web.api_docs import ApiDocsPlugin
+    from viralfx.web.layer import OperationsConfig
+    from viralfx.web.plugin import OperationsPlugin
 
 __all__ = [
+    "Accepted",
+    "ApiDocsPlugin",
     "Backoff",
+    "BackoffPolicy",
+    "Bulkhead",
+    "BulkheadFullError",
+    "Cache",
+    "CheckConfig",
     "CircuitBreaker",
     "CircuitOpenError",
+    "ConfigurationError",
     "Deadline",
+    "DiskCheck",
     "HealthCheck",
+    "HttpCheck",
+    "InvalidFilterError",
+    "Job",
     "JobContext",
+    "JobFilter",
+    "JobNotFoundError",
+    "JobService",
+    "JobState",
+    "JobStateError",
+    "KeyConflictError",
+    "LedgerUnavailableError",
+    "NoRetryError",
     "Observation",
     "OperationsConfig",
     "OperationsPlugin",
+    "PayloadError",
+    "PayloadTooLargeError",
+    "PostgresDatabase",
+    "PostponedError",
+    "RedisClient",
     "RetryPolicy",
+    "Settings",
     "ShutdownStage",
+    "SqlAlchemyCheck",
     "Status",
+    "TaskMiddleware",
+    "TcpCheck",
+    "TransactionError",
+    "UnknownQueueError",
+    "UnknownTaskError",
+    "UnstorableError",
     "ViralFXError",
     "bind_user_id",
     "circuit_breaker",
+    "read_settings",
     "retry",
     "task",
     "with_fallback",
 ]
 
 _HOMES = {
+    "adapters.postgres": ("PostgresDatabase",),
+    "adapters.redis": ("RedisClient",),
+    "checks": ("DiskCheck", "HttpCheck", "SqlAlchemyCheck", "TcpCheck"),
+    "domain.cache": ("Cache",),
     "domain.correlation": ("bind_user_id",),
-    "domain.health": ("HealthCheck", "Observation", "Status"),
-    "domain.jobs.tasks": ("JobContext", "task"),
-    "domain.resilience.backoff": ("Backoff",),
-    "domain.resilience.breaker": ("CircuitBreaker", "circuit_breaker"),
-    "domain.resilience.circuit": ("CircuitOpenError",),
+    "domain.health.checks": ("CheckConfig",),
+    "domain.health.model": ("HealthCheck", "Observation", "Status"),
+    "domain.jobs.codec": ("PayloadError", "PayloadTooLargeError"),
+    "domain.jobs.hooks": ("TaskMiddleware",),
+    "domain.jobs.ledger": ("Accepted", "TransactionError"),
+    "domain.jobs.model": (
+        "InvalidFilterError",
+        "Job",
+        "JobFilter",
+        "JobNotFoundError",
+        "JobState",
+        "JobStateError",
+        "KeyConflictError",
+        "LedgerUnavailableError",
+        "UnknownQueueError",
+        "UnstorableError",
+    ),
+    "domain.jobs.service": ("JobService",),
+    "domain.jobs.tasks": (
+        "JobContext",
+        "NoRetryError",
+        "PostponedError",
+        "UnknownTaskError",
+        "task",
+    ),
+    "domain.resilience.breaker": ("CircuitBreaker", "CircuitOpenError", "circuit_breaker"),
+    "domain.resilience.bulkhead": ("Bulkhead", "BulkheadFullError", "with_fallback"),
     "domain.resilience.deadline": ("Deadline",),
-    "domain.resilience.fallback": ("with_fallback",),
+    "domain.resilience.policy": ("Backoff", "BackoffPolicy", "RetryPolicy"),
     "domain.resilience.retry": ("retry",),
-    "domain.resilience.retry_policy": ("RetryPolicy",),
     "domain.shutdown": ("ShutdownStage",),
-    "web.plugin": ("OperationsConfig", "OperationsPlugin"),
+    "settings": ("Settings", "read_settings"),
+    "web.api_docs": ("ApiDocsPlugin",),
+    "web.layer": ("OperationsConfig",),
+    "web.plugin": ("OperationsPlugin",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
-    """Import a name's module when it is first used: most uses need few, and none Litestar."""
+    """Import the module of a public name on first use: resilience does not need Litestar."""
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found: object = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    try:
+        found: object = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    except ModuleNotFoundError:
+        # Imported late: every import of viralfx would wait for it.
+        from viralfx.domain.extras import needed_by  # noqa: PLC0415
+
+        with needed_by(f"viralfx.{name}"):
+            raise
     globals()[name] = found
     return found

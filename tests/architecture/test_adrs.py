@@ -1,9 +1,11 @@
 """The decision records: their form, their index, their links, and the evidence they name."""
 
+import ast
 import re
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,13 +46,13 @@ class Record:
 
     @property
     def status(self) -> str:
-        """What the front matter says, or nothing."""
+        """The status of the front matter, or an empty string."""
         head = HEAD.match(self.text)
         return head[1] if head else ""
 
     @property
     def title(self) -> str:
-        """The heading of the first level, or nothing."""
+        """The heading of the first level, or an empty string."""
         head = HEAD.match(self.text)
         return head[2] if head else ""
 
@@ -72,6 +74,7 @@ def problems(project: Path) -> list[str]:
     records = [Record(path.name, path.read_text(encoding="utf-8")) for path in files]
     found = [*numbers(records), *index(records, folder), *supersession(records)]
     contracts = contract_names(project)
+    found += cited(records, contracts)
     for name in contracts:
         known = {record.number for record in records}
         if any(number not in known for number in REFERENCE.findall(name)):
@@ -104,7 +107,7 @@ def numbers(records: list[Record]) -> Iterator[str]:
 
 
 def form(record: Record) -> Iterator[str]:
-    """Report a wrong front matter, section order or list marker, and what is for ever."""
+    """Report a wrong front matter, section order or list marker, and a decision without a term."""
     if not HEAD.match(record.text):
         yield "the front matter or the title is missing or malformed"
     elif not STATUS.fullmatch(record.status):
@@ -138,15 +141,61 @@ def evidence(record: Record, project: Path, contracts: list[str]) -> Iterator[st
     paths = [name for name in named if "/" in name or name.endswith((".py", ".toml"))]
     if not paths:
         yield "nothing confirms it"
+    elif record.status == "accepted" and not any(
+        p.startswith(("tests/", "benchmarks/")) for p in paths
+    ):
+        yield "no test or benchmark confirms it"
     for path, _, function in (name.partition("::") for name in paths):
         file = project / path
         if not file.exists():
             yield f"{path} does not exist"
         elif function and not re.search(rf"\bdef {re.escape(function)}\b", file.read_text()):
             yield f"{path} has no {function}"
+        elif path.startswith("tests/") and file.name.startswith("test_"):
+            yield from (f"{path}::{name} asserts nothing" for name in idle(file, function))
     for name in named:
         if name.startswith("ADR-") and name not in contracts:
             yield f"there is no contract {name!r}"
+
+
+def idle(file: Path, function: str) -> list[str]:
+    """Return the named test if it asserts nothing; without a name, all tests if none asserts."""
+    tests = asserting(file.resolve())
+    if function:
+        return [] if tests.get(function) else [function]
+    return [] if any(tests.values()) else [*tests]
+
+
+@cache
+def asserting(file: Path) -> dict[str, bool]:
+    """Return the tests of a file, and whether each asserts, itself or by a helper of the file."""
+    functions = {
+        node.name: node
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    direct = {name for name, node in functions.items() if asserts(node, ())}
+    return {n: asserts(node, direct) for n, node in functions.items() if n.startswith("test_")}
+
+
+def asserts(function: ast.AST, helpers: Collection[str]) -> bool:
+    """Tell whether a function asserts, expects an error, or calls a helper that does."""
+    return any(
+        isinstance(node, ast.Assert)
+        or (isinstance(node, ast.Attribute) and node.attr in {"raises", "warns"})
+        or (isinstance(node, ast.Name) and node.id in helpers)
+        or (isinstance(node, ast.Name) and node.id.startswith(("run_", "assert_", "check_")))
+        for node in ast.walk(function)
+    )
+
+
+def cited(records: list[Record], contracts: list[str]) -> Iterator[str]:
+    """Report import contracts that their record does not cite in back-ticks."""
+    texts = {r.number: r.section("### Confirmation") for r in records}
+    for name in contracts:
+        number = name[len("ADR-") :].partition(":")[0]
+        if number in texts and name not in CODE.findall(texts[number]):
+            yield f"ADR-{number} does not cite the contract {name!r} in back-ticks"
 
 
 def index(records: list[Record], folder: Path) -> Iterator[str]:
@@ -180,7 +229,7 @@ def test_the_records_are_in_order() -> None:
 
 
 def test_references_in_the_code_lead_to_records() -> None:
-    """Whoever reads ADR-0008 in a comment finds it."""
+    """Each ADR number in a comment has a record."""
     known = {path.name[:4] for path in (ROOT / "adr").glob("[0-9]*.md")}
     sources = [ROOT / "pyproject.toml", *(ROOT / "src").rglob("*.py")]
     referred = {n for path in sources for n in REFERENCE.findall(path.read_text("utf-8"))}
@@ -273,6 +322,17 @@ TAMPERINGS: dict[str, tuple[Tamper, str]] = {
         change("^### Confirmation\n", "### Confirmation\n\n* `ADR-0002: zzz`\n"),
         "no contract 'ADR-0002: zzz'",
     ),
+    "a contract that is not cited": (
+        change("`ADR-0004: Litestar stays in web`", "ADR-0004: Litestar stays", "adr/0004-*.md"),
+        "ADR-0004 does not cite the contract",
+    ),
+    "no test": (
+        change(
+            r"(?s)(^### Confirmation\n).*?(?=^## )",
+            r"\1\n* `src/viralfx/py.typed`\n\n",
+        ),
+        "no test or benchmark confirms it",
+    ),
     "a link": (change(r"^# .+\n", r"\g<0>\n[there](nowhere.md)\n"), "'nowhere.md' leads nowhere"),
     "an unlisted record": (
         change(r"^\| \[0004\].*\n", "", "adr/README.md"),
@@ -299,10 +359,24 @@ TAMPERINGS: dict[str, tuple[Tamper, str]] = {
 @pytest.mark.parametrize("name", TAMPERINGS)
 def test_a_tampered_record_is_found_out(project: Path, name: str) -> None:
     """Each rule reports a record that breaks it."""
-    tamper, told = TAMPERINGS[name]
+    tamper, expected = TAMPERINGS[name]
     tamper(project)
 
-    assert [problem for problem in problems(project) if told in problem] != []
+    assert [problem for problem in problems(project) if expected in problem] != []
+
+
+def test_evidence_that_asserts_nothing_is_found(tmp_path: Path) -> None:
+    """A test that only returns, or only calls such a function, is no evidence."""
+    file = tmp_path / "test_it.py"
+    file.write_text(
+        "def check():\n    assert True\n"
+        "def test_empty():\n    return\n"
+        "def test_it():\n    check()\n"
+        "def test_error():\n    with pytest.raises(ValueError): ...\n"
+    )
+
+    assert idle(file, "test_empty") == ["test_empty"]
+    assert idle(file, "test_it") == idle(file, "test_error") == idle(file, "") == []
 
 
 def test_a_supersession_linked_both_ways_is_in_order(project: Path) -> None:

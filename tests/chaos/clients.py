@@ -1,8 +1,10 @@
-"""The users of the ordeal: they ask until they are answered, and remember every answer."""
+"""The clients of the chaos run: each repeats a job until it is acknowledged."""
 
 import asyncio
+import itertools
 import random
 from collections import Counter
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -16,7 +18,7 @@ _TIMEOUT = 15.0
 
 
 class Clients:
-    """Have jobs accepted over HTTP, each under an idempotency key of its own."""
+    """Submit jobs over HTTP, each with its own idempotency key."""
 
     def __init__(self, fleet: Fleet, rng: random.Random) -> None:
         self.acknowledged: dict[int, set[str]] = {}
@@ -26,9 +28,16 @@ class Clients:
         self.problems: list[str] = []
         self._fleet, self._rng = fleet, rng
 
-    async def run(self, jobs: int, rate: float, together: int = 16) -> None:
-        """Ask for ``jobs`` jobs, about ``rate`` a second; returns when all are acknowledged."""
-        numbers = iter(range(jobs))
+    async def run(
+        self, jobs: int, rate: float, enough: Callable[[], bool], together: int = 16
+    ) -> None:
+        """Submit ``jobs`` jobs, and more until ``enough``, about ``rate`` a second.
+
+        Return when all are acknowledged.
+        """
+        numbers = itertools.takewhile(
+            lambda number: number < jobs or not enough(), itertools.count()
+        )
         loop = asyncio.get_running_loop()
         began = loop.time()
 
@@ -67,7 +76,7 @@ class Clients:
     def _job(self, number: int) -> dict[str, Any]:
         rng = random.Random(number)  # noqa: S311 - the same job, asked for again
         task = rng.choice(["chaos.transactional", "chaos.external"])
-        # Most are short; some are long enough to be under way when their worker dies.
+        # Most are short; some are long enough to be running when their worker dies.
         pause = rng.choice([0.0] * 8 + [0.2, 1.5])
         failures = rng.choice([0] * 19 + [1])
         return {"task": task, "payload": {"number": number, "pause": pause, "failures": failures}}

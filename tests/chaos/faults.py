@@ -1,4 +1,4 @@
-"""What befalls the fleet and its servers, at random times from a seed."""
+"""Faults of the fleet and its servers, at random times from a seed."""
 
 import asyncio
 import random
@@ -6,8 +6,8 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
+from tests.chaos.cluster import Cluster
 from tests.chaos.fleet import Fleet
-from tests.servers.postgres import PostgresServer
 from tests.servers.redis import RedisServer
 
 _FROZEN = 1.5
@@ -16,28 +16,59 @@ _DOWN = 1.0
 
 
 class Faults:
-    """Lets one thing after another happen."""
+    """Injects one fault after the other."""
 
     def __init__(
-        self, fleet: Fleet, postgres: PostgresServer, redis: RedisServer, rng: random.Random
+        self,
+        fleet: Fleet,
+        cluster: Cluster,
+        redis: RedisServer | None,
+        rng: random.Random,
+        *,
+        lease: float,
     ) -> None:
+        """``lease`` is in seconds: a frozen worker loses it. Without Redis, NOTIFY is used."""
         self.happened: Counter[str] = Counter()
-        self._fleet, self._postgres, self._redis, self._rng = fleet, postgres, redis, rng
+        self._rng = rng
+
+        def database(fault: Callable[[], None]) -> Callable[[], Awaitable[None]]:
+            return lambda: asyncio.to_thread(fault)
+
         self._kinds: dict[str, tuple[int, Callable[[], Awaitable[None]]]] = {
             "worker killed": (6, lambda: fleet.kill_worker(rng)),
             "worker stopped": (4, lambda: fleet.stop_worker(rng)),
-            "redis emptied": (3, lambda: asyncio.to_thread(redis.flush)),
-            "redis restarted": (2, self._restart_redis),
-            "redis frozen": (2, self._freeze_redis),
-            "postgres restarted": (2, self._restart_postgres),
-            "postgres killed": (1, self._kill_postgres),
+            "worker frozen": (2, lambda: fleet.freeze_worker(rng, 1.5 * lease)),
+            "postgres restarted": (2, database(cluster.restart)),
+            "postgres killed": (1, database(cluster.kill)),
             "api redeployed": (2, fleet.redeploy),
         }
+        if redis is None:
+            self._kinds["listeners cut"] = (4, database(cluster.cut_listeners))
+        else:
+            self._kinds |= {
+                "redis emptied": (3, lambda: asyncio.to_thread(redis.flush)),
+                "redis restarted": (2, lambda: _restart(redis)),
+                "redis frozen": (2, lambda: _freeze(redis)),
+            }
+        if cluster.has_standby:
+            self._kinds |= {
+                "failover": (1, database(cluster.fail_over)),
+                "failover from silence": (1, database(cluster.fail_over_from_silence)),
+            }
+        if cluster.pooler is not None:
+            self._kinds["pooler restarted"] = (2, database(cluster.restart_pooler))
+            self._kinds["pooler paused"] = (2, database(cluster.pause_pooler))
+        if cluster.has_disk:
+            self._kinds["disk full"] = (1, database(cluster.fill_disk))
+
+    def spared(self) -> list[str]:
+        """Return the faults that are possible here and have not happened."""
+        return [kind for kind in self._kinds if not self.happened[kind]]
 
     async def run(self, pause: float) -> None:
-        """Go on until cancelled, with about ``pause`` seconds between two faults.
+        """Run until cancelled, with about ``pause`` seconds between two faults.
 
-        Each kind happens once before any happens again by chance.
+        Each kind of fault happens once before one of them repeats.
         """
         first = list(self._kinds)
         self._rng.shuffle(first)
@@ -45,7 +76,7 @@ class Faults:
             await asyncio.sleep(self._rng.uniform(0.5, 1.5) * pause)
             kind = first.pop() if first else self._draw()
             began = time.monotonic()
-            # Never left half done: what is frozen has to thaw.
+            # Always completed: a frozen server must continue.
             step = asyncio.ensure_future(self._kinds[kind][1]())
             try:
                 await asyncio.shield(step)
@@ -59,23 +90,16 @@ class Faults:
         weights = [weight for weight, _ in self._kinds.values()]
         return self._rng.choices(list(self._kinds), weights)[0]
 
-    async def _restart_redis(self) -> None:
-        await asyncio.to_thread(self._redis.kill)
-        await asyncio.sleep(_DOWN)
-        await asyncio.to_thread(self._redis.start)
 
-    async def _freeze_redis(self) -> None:
-        await asyncio.to_thread(self._redis.freeze)
-        try:
-            await asyncio.sleep(_FROZEN)
-        finally:
-            await asyncio.to_thread(self._redis.thaw)
+async def _restart(redis: RedisServer) -> None:
+    await asyncio.to_thread(redis.kill)
+    await asyncio.sleep(_DOWN)
+    await asyncio.to_thread(redis.start)
 
-    async def _restart_postgres(self) -> None:
-        await asyncio.to_thread(self._postgres.stop)
-        await asyncio.sleep(_DOWN)
-        await asyncio.to_thread(self._postgres.start)
 
-    async def _kill_postgres(self) -> None:
-        await asyncio.to_thread(self._postgres.kill)
-        await asyncio.to_thread(self._postgres.start)
+async def _freeze(redis: RedisServer) -> None:
+    await asyncio.to_thread(redis.freeze)
+    try:
+        await asyncio.sleep(_FROZEN)
+    finally:
+        await asyncio.to_thread(redis.thaw)

@@ -1,4 +1,4 @@
-"""The processes of the ordeal: one API at a time, several workers, replaced when they end."""
+"""The processes of the chaos run: one API at a time and several workers, replaced when they end."""
 
 import asyncio
 import os
@@ -6,15 +6,19 @@ import random
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from tests.chaos.skewed import SKEW
 from tests.servers.ports import free_port
 from tests.system.service import ROOT, clean_environment
 
 EXIT_OK = 0
+_SKEWS = (7200, 0, -7200)
+"""Seconds by which the clocks of consecutive processes of a kind are wrong."""
 _READY_WITHIN = 60.0
 _LEFT_WITHIN = 45.0
 
@@ -30,48 +34,48 @@ class Member:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended."""
+        """True until the process has ended."""
         return self.process.returncode is None
 
 
 class Fleet:
-    """Starts, kills, stops and replaces API and workers; collects what went wrong with them."""
+    """Starts, kills, stops and replaces the API and workers; records their problems."""
 
     def __init__(self, environment: Mapping[str, str], folder: Path, workers: int) -> None:
         self.problems: list[str] = []
-        self.ended: dict[str, int] = {"killed": 0, "terminated": 0, "redeployed": 0}
+        self.ended: Counter[str] = Counter()
         self._environment = {**clean_environment(), **environment}
         self._folder = folder
         self._count = workers
-        self._started = 0
+        self._started: Counter[str] = Counter()
         self._workers: list[Member] = []
         self._api: Member | None = None
 
     @property
     def api(self) -> str:
-        """Where the API listens now."""
+        """The port of the current API."""
         assert self._api is not None
         return f"http://127.0.0.1:{self._api.port}"
 
     async def open(self) -> None:
-        """Start everything; returns once the API is ready."""
+        """Start everything; return once the API is ready."""
         self._api = await self._start("serve", "--no-worker")
         self._workers = [await self._start("worker") for _ in range(self._count)]
         await self._ready(self._api)
 
     async def close(self) -> None:
-        """Stop everything in order; what does not is a problem."""
+        """Stop everything in order; record processes that do not stop."""
         members = [*self._workers, *([self._api] if self._api else [])]
-        await asyncio.gather(*(self._leave(member) for member in members))
+        await asyncio.gather(*(self._stop(member) for member in members))
 
     def kill(self) -> None:
-        """End everything at once, whatever happened before."""
+        """End all processes at once."""
         for member in (*self._workers, *([self._api] if self._api else [])):
             if member.running:
                 member.process.kill()
 
     async def kill_worker(self, rng: random.Random) -> None:
-        """Have a worker die without a word, and put another one in its place."""
+        """Kill a worker, and start another in its place."""
         victim = rng.choice(self._workers)
         self._workers.remove(victim)
         victim.process.kill()
@@ -81,16 +85,26 @@ class Fleet:
         self.ended["killed"] += 1
         self._workers.append(await self._start("worker"))
 
+    async def freeze_worker(self, rng: random.Random, seconds: float) -> None:
+        """Stop a worker's execution for a time, in which others may take its jobs."""
+        frozen = rng.choice(self._workers)
+        frozen.process.send_signal(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            frozen.process.send_signal(signal.SIGCONT)
+        self.ended["frozen"] += 1
+
     async def stop_worker(self, rng: random.Random) -> None:
-        """Have a worker leave in order, while another one takes its place."""
-        leaving = rng.choice(self._workers)
-        self._workers.remove(leaving)
+        """Stop a worker in order, while another one takes its place."""
+        stopping = rng.choice(self._workers)
+        self._workers.remove(stopping)
         self._workers.append(await self._start("worker"))
-        await self._leave(leaving)
+        await self._stop(stopping)
         self.ended["terminated"] += 1
 
     async def redeploy(self) -> None:
-        """Start a new API, send clients there once it is ready, and have the old one leave."""
+        """Start a new API, direct clients to it once it is ready, and stop the old one."""
         old, new = self._api, await self._start("serve", "--no-worker")
         assert old is not None
         try:
@@ -99,23 +113,27 @@ class Fleet:
             new.process.kill()
             raise
         self._api = new
-        await self._leave(old)
+        await self._stop(old)
         self.ended["redeployed"] += 1
 
     async def _start(self, *arguments: str) -> Member:
-        self._started += 1
-        name = f"{arguments[0]}-{self._started}"
+        program = arguments[0]
+        self._started[program] += 1
+        name = f"{program}-{self._started[program]}"
+        # The first API is right, so that there is no run without.
+        skew = _SKEWS[self._started[program] % len(_SKEWS)]
         port, log = free_port(), self._folder / f"{name}.log"
         with log.open("wb") as file:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "viralfx",
+                "tests.chaos.skewed",
                 *arguments,
                 cwd=ROOT,
                 env={
                     **self._environment,
-                    "MANAGEMENT_PORT" if arguments[0] == "worker" else "PORT": str(port),
+                    SKEW: str(skew),
+                    "MANAGEMENT_PORT" if program == "worker" else "PORT": str(port),
                 },
                 stdout=file,
                 stderr=file,
@@ -132,24 +150,24 @@ class Fleet:
                 except httpx.TransportError:
                     pass
                 await asyncio.sleep(1 / 20)
-        raise AssertionError(f"{member.name} ended at its start: {said(member.log)}")
+        raise AssertionError(f"{member.name} ended at its start: {last_lines(member.log)}")
 
-    async def _leave(self, member: Member) -> None:
+    async def _stop(self, member: Member) -> None:
         if member.running:
             member.process.send_signal(signal.SIGTERM)
         try:
             code = await asyncio.wait_for(member.process.wait(), _LEFT_WITHIN)
         except TimeoutError:
             member.process.kill()
-            self.problems.append(f"{member.name} did not leave: {said(member.log)}")
+            self.problems.append(f"{member.name} did not stop: {last_lines(member.log)}")
             return
-        # 4: a stage overran because Postgres was just then restarted; nothing may be lost by it,
-        # and the verdict looks at just that.
+        # 4: a stage overran because Postgres was restarting. No job may be lost by that, and the
+        # verdict checks it.
         if code not in (EXIT_OK, 4):
-            self.problems.append(f"{member.name} ended with {code}: {said(member.log)}")
+            self.problems.append(f"{member.name} ended with {code}: {last_lines(member.log)}")
 
 
-def said(log: Path) -> str:
-    """Return the last lines of a log, without what changes from run to run."""
+def last_lines(log: Path) -> str:
+    """Return the last lines of a log, without the parts that differ between runs."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
     return re.sub(re.escape(os.fspath(ROOT)), ".", "\n".join(lines))

@@ -1,4 +1,4 @@
-"""The tasks of the ordeal: each leaves an effect that can be counted afterwards."""
+"""The tasks of the chaos run: each has an effect that can be counted afterwards."""
 
 import asyncio
 import os
@@ -12,7 +12,7 @@ EFFECTS_FILE = "CHAOS_EFFECTS_FILE"
 
 
 class Work(TypedDict):
-    """What each job of the ordeal is given."""
+    """The payload of each job of the run."""
 
     number: int
     pause: float
@@ -33,7 +33,7 @@ async def transactional(payload: Work, context: JobContext) -> int:
 
 @task("chaos.external", queue="notifications")
 async def external(payload: Work, context: JobContext) -> int:
-    """Append a line to a file, which no database can take back."""
+    """Append a line to a file, which no database can roll back."""
     await _work(payload, context)
     line = f"{context.id} {payload['number']}\n"
     _append(line)
@@ -48,4 +48,4 @@ def _append(line: str) -> None:
 async def _work(payload: Work, context: JobContext) -> None:
     await asyncio.sleep(payload["pause"])
     if context.attempt <= payload["failures"]:
-        raise ValueError(f"attempt {context.attempt} fails, as it was told to")
+        raise ValueError(f"attempt {context.attempt} fails, as its payload demands")

@@ -1,4 +1,4 @@
-"""Counts what became of every job of the ordeal, from the API and from the effects."""
+"""Checks the outcome of every job of the chaos run, from the API and from the effects."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,14 +14,14 @@ KEY = "ordeal-"
 
 @dataclass(frozen=True)
 class Effects:
-    """What the tasks did, by job id and number, each as often as it was done."""
+    """The effects of the tasks by job id and number, once for each execution."""
 
     rows: Counter[tuple[str, int]]
     lines: Counter[tuple[str, int]]
 
 
 def effects_in(rows: list[tuple[Any, ...]], file: Path) -> Effects:
-    """Collect the effects: ``rows`` are (job, number) of the table."""
+    """Collect the effects; ``rows`` are (job, number) of the table."""
     lines = (line.split() for line in file.read_text(encoding="ascii").splitlines())
     return Effects(
         rows=Counter((str(job), int(number)) for job, number in rows),
@@ -30,7 +30,7 @@ def effects_in(rows: list[tuple[Any, ...]], file: Path) -> Effects:
 
 
 def every_job(api: str) -> dict[str, dict[str, Any]]:
-    """Return all jobs of the tasks of the ordeal, by id, page after page."""
+    """Return all jobs of the run by id, page after page."""
     found: dict[str, dict[str, Any]] = {}
     cursor: str | None = None
     with httpx.Client(base_url=api, timeout=30) as client:
@@ -47,7 +47,7 @@ def every_job(api: str) -> dict[str, dict[str, Any]]:
 def judge(
     acknowledged: Mapping[int, set[str]], jobs: Mapping[str, Mapping[str, Any]], effects: Effects
 ) -> list[str]:
-    """Return every promise that was broken, in words."""
+    """Return a description of every broken promise."""
     known = {one for ids in acknowledged.values() for one in ids}
     problems = [
         f"job {number} was acknowledged as {sorted(ids) or 'nothing'}"

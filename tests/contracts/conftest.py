@@ -1,11 +1,12 @@
-"""Gives the contract suites of jobs each adapter in turn."""
+"""Runs the contract suites of jobs against each adapter."""
 
 from collections.abc import AsyncIterator
 
 import pytest
-from tests.contracts.ledgers import LEDGERS, Kept, Make
-from tests.contracts.transports import TRANSPORTS, Line
-from tests.contracts.transports import Make as MakeLine
+from _pytest.mark import ParameterSet
+from tests.contracts.ledgers import LEDGERS, LedgerCase, Make
+from tests.contracts.notifiers import BROADCASTING, NOTIFIERS, SHARING, NotifierPair
+from tests.contracts.notifiers import Make as MakePair
 from tests.servers.postgres import Database, PostgresServer
 
 from viralfx.domain.jobs.ledger import JobLedger
@@ -13,29 +14,51 @@ from viralfx.domain.jobs.ledger import JobLedger
 
 @pytest.fixture(scope="session")
 def ledger_database(postgres: PostgresServer, migrated_template: str) -> Database:
-    """Return the database that all tests of the ledger in Postgres share: emptied is cheap."""
+    """Return the database that all tests of the Postgres ledger share: emptying it is cheap."""
     database = Database(postgres, postgres.create_database(migrated_template))
     database.execute("create table effects (id serial, text text)")
     return database
 
 
-@pytest.fixture(params=list(LEDGERS.values()), ids=list(LEDGERS))
-async def kept(request: pytest.FixtureRequest) -> AsyncIterator[Kept]:
-    """Return each ledger in turn, empty, with what tests need besides."""
+def _parameters() -> list[ParameterSet]:
+    # ``.ci/soak`` repeats tests by their mark: the ledger behind each pooler, and nothing else.
+    marks = {name: [pytest.mark.soak] * name.startswith("pgbouncer") for name in LEDGERS}
+    return [pytest.param(make, id=name, marks=marks[name]) for name, make in LEDGERS.items()]
+
+
+@pytest.fixture(params=_parameters())
+async def case(request: pytest.FixtureRequest) -> AsyncIterator[LedgerCase]:
+    """Return each ledger, empty, with the operations that tests need."""
     make: Make = request.param
-    async with make(request) as kept:
-        yield kept
+    async with make(request) as case:
+        yield case
 
 
 @pytest.fixture
-def ledger(kept: Kept) -> JobLedger:
-    """Return the ledger of :func:`kept`."""
-    return kept.ledger
+def ledger(case: LedgerCase) -> JobLedger:
+    """Return the ledger of :func:`case`."""
+    return case.ledger
 
 
-@pytest.fixture(params=list(TRANSPORTS.values()), ids=list(TRANSPORTS))
-async def line(request: pytest.FixtureRequest) -> AsyncIterator[Line]:
-    """Return each transport in turn, with nothing on its way."""
-    make: MakeLine = request.param
-    async with make(request) as line:
-        yield line
+@pytest.fixture(params=list(NOTIFIERS.values()), ids=list(NOTIFIERS))
+async def pair(request: pytest.FixtureRequest) -> AsyncIterator[NotifierPair]:
+    """Return two instances of each notifier, without pending notifications."""
+    make: MakePair = request.param
+    async with make(request) as pair:
+        yield pair
+
+
+@pytest.fixture(params=list(SHARING.values()), ids=list(SHARING))
+async def sharing_pair(request: pytest.FixtureRequest) -> AsyncIterator[NotifierPair]:
+    """Return two instances of each notifier whose listeners share the notifications."""
+    make: MakePair = request.param
+    async with make(request) as pair:
+        yield pair
+
+
+@pytest.fixture(params=list(BROADCASTING.values()), ids=list(BROADCASTING))
+async def broadcasting_pair(request: pytest.FixtureRequest) -> AsyncIterator[NotifierPair]:
+    """Return two instances of each notifier whose listeners receive each notification."""
+    make: MakePair = request.param
+    async with make(request) as pair:
+        yield pair

@@ -1,6 +1,6 @@
-"""The ledgers that the contract of ``JobLedger`` is run against, and what its tests do with one.
+"""The ledgers that the contract suite of ``JobLedger`` runs against.
 
-A new adapter adds a subclass of :class:`Kept` and a row to ``LEDGERS``.
+To test a new adapter, add a subclass of :class:`LedgerCase` and a row to ``LEDGERS``.
 """
 
 import asyncio
@@ -16,11 +16,13 @@ from uuid import UUID
 import pytest
 from tests.integration.postgres_clients import config_of, opened
 from tests.manual_clock import ManualClock
+from tests.servers.pgbouncer import POOLED, Poolers
 from tests.servers.postgres import Database
 
 from viralfx.adapters.memory import MemoryJobLedger
 from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
-from viralfx.domain.jobs.job import (
+from viralfx.domain.jobs.ledger import JobLedger, QueueCounts
+from viralfx.domain.jobs.model import (
     Claim,
     Job,
     JobDraft,
@@ -30,16 +32,15 @@ from viralfx.domain.jobs.job import (
     failed,
     retried,
 )
-from viralfx.domain.jobs.ledger import JobLedger, QueueCounts
 
 T = TypeVar("T")
 
-LONG = 60.0
-"""Seconds of a lease that outlives any test."""
-SHORT = 0.2
-"""Seconds of a lease that a test waits for."""
+LONG_LEASE = 60.0
+"""Seconds of a lease that outlasts every test."""
+SHORT_LEASE = 0.2
+"""Seconds of a lease whose end a test waits for."""
 TURNS = (0, 1, 2, 3, 5, 10, 30, 100)
-"""Of the loop, after which a step is cut: a server's answer takes some tens."""
+"""Turns of the loop after which a step is cancelled; a response of a server takes some tens."""
 ERROR = JobError(code="error", message="the task raised")
 EARLIER = JobError(code="timeout", message="an earlier attempt")
 
@@ -47,42 +48,42 @@ _numbers = itertools.count(1)
 _FIRST_ID = UUID("01990000-0000-7000-8000-000000000000").int
 
 
-class Kept(ABC):
-    """A ledger, empty, with what tests need besides."""
+class LedgerCase(ABC):
+    """An empty ledger, and the operations that its tests need."""
 
     undoes = True
-    """Whether what an effect wrote is rolled back with its job."""
+    """True if an effect is rolled back with its job."""
 
     def __init__(self, ledger: JobLedger) -> None:
         self.ledger = ledger
 
     @abstractmethod
     def now(self) -> datetime:
-        """Return the ledger's time, in UTC."""
+        """Return the time of the ledger, in UTC."""
 
     @abstractmethod
     async def pass_time(self) -> None:
-        """Let a little of the ledger's time pass."""
+        """Let a short time of the ledger pass."""
 
     @abstractmethod
     async def write(self, connection: Any, text: str) -> None:
-        """Write what an effect writes, through the connection it was given."""
+        """Write as an effect does, through the effect's connection."""
 
     @abstractmethod
     async def written(self) -> Sequence[str]:
-        """Return what effects wrote and nothing undid, in order."""
+        """Return the texts of effects that were not rolled back, in order."""
 
-    async def until(self, look: Callable[[], Awaitable[T]]) -> T:
-        """Look until what is seen is true and return it, for at most ten seconds."""
+    async def until(self, condition: Callable[[], Awaitable[T]]) -> T:
+        """Return the first true value of ``condition``; fail after ten seconds."""
         async with asyncio.timeout(10.0):
-            while not (seen := await look()):
+            while not (seen := await condition()):
                 await self.pass_time()
         return seen
 
-    # -- short ways to what many tests begin with ---------------------------------------------
+    # -- common first steps of tests -----------------------------------------------------------
 
     async def accept(self, count: int = 1, **more: Any) -> list[Job]:
-        """Have new jobs accepted one after the other."""
+        """Accept new jobs one after the other."""
         jobs = []
         for _ in range(count):
             (accepted,) = await self.ledger.accept([draft(**more)])
@@ -91,23 +92,28 @@ class Kept(ABC):
         return jobs
 
     async def claim(
-        self, count: int = 1, *, worker: str = "w", queue: str = "default", lease: float = LONG
+        self,
+        count: int = 1,
+        *,
+        worker: str = "w",
+        queue: str = "default",
+        lease: float = LONG_LEASE,
     ) -> list[Claim]:
-        """Give due jobs, just so many, to a worker that registers for this."""
+        """Register a worker and claim exactly ``count`` due jobs for it."""
         await self.ledger.register(worker, [queue], lease)
         claims = await self.ledger.claim(queue, worker, count)
         assert len(claims) == count
         return list(claims)
 
     async def accept_and_claim(self, **more: Any) -> Claim:
-        """Have a new job accepted and given to a worker."""
+        """Accept a new job and claim it."""
         (job,) = await self.accept()
         (claim,) = await self.claim(**more)
         assert claim.id == job.id
         return claim
 
     async def second_claim(self) -> Claim:
-        """Have a new job accepted, fail once with ``EARLIER``, and given to a worker again."""
+        """Accept a new job, let it fail once with ``EARLIER``, and claim it again."""
         first = await self.accept_and_claim()
         await self.ledger.settle([retried(first, EARLIER, 0.0)])
         (claim,) = await self.claim()
@@ -115,7 +121,7 @@ class Kept(ABC):
         return claim
 
     async def job(self, job_id: str) -> Job:
-        """Return a job that there is."""
+        """Return a job that exists."""
         found = await self.ledger.get(job_id)
         assert found is not None
         return found
@@ -134,22 +140,22 @@ class Kept(ABC):
         return await self.job(job.id)
 
     async def expire(self, worker: str = "w") -> None:
-        """Wait until a worker's lease is over, by its being forgotten in the counts."""
-        await self.ledger.register(worker, ["expiring"], SHORT)
-        await self.until(self._nobody_expires)
+        """Wait until a worker's lease has expired, by the counts of consumers."""
+        await self.ledger.register(worker, ["expiring"], SHORT_LEASE)
+        await self.until(self._has_expired)
 
-    async def _nobody_expires(self) -> bool:
+    async def _has_expired(self) -> bool:
         counts = await self.ledger.counts()
         return "expiring" not in counts or not counts["expiring"].consumers
 
 
 def draft(queue: str = "default", task: str = "task", **more: Any) -> JobDraft:
-    """Make a draft; ids are in the order in which they are made."""
+    """Return a draft; ids increase in the order of the calls."""
     more = {"payload": b"{}", "id": str(UUID(int=_FIRST_ID + next(_numbers)))} | more
     return JobDraft(queue=queue, task=task, **more)
 
 
-class _MemoryKept(Kept):
+class _MemoryCase(LedgerCase):
     undoes = False
 
     def __init__(self) -> None:
@@ -164,7 +170,7 @@ class _MemoryKept(Kept):
         await self.clock.advance(0.01)
 
     async def write(self, connection: Any, text: str) -> None:
-        assert connection is None
+        assert connection is not None
         self._written.append(text)
 
     async def written(self) -> Sequence[str]:
@@ -172,11 +178,11 @@ class _MemoryKept(Kept):
 
 
 @asynccontextmanager
-async def _memory(_: pytest.FixtureRequest) -> AsyncIterator[Kept]:
-    yield _MemoryKept()
+async def _memory(_: pytest.FixtureRequest) -> AsyncIterator[LedgerCase]:
+    yield _MemoryCase()
 
 
-class _PostgresKept(Kept):
+class _PostgresCase(LedgerCase):
     def __init__(self, pool: PostgresDatabase, database: Database) -> None:
         self._database = database
         super().__init__(PostgresJobLedger(pool))
@@ -197,31 +203,56 @@ class _PostgresKept(Kept):
 
 
 @asynccontextmanager
-async def _postgres(request: pytest.FixtureRequest) -> AsyncIterator[Kept]:
+async def _postgres(request: pytest.FixtureRequest) -> AsyncIterator[LedgerCase]:
     database: Database = request.getfixturevalue("ledger_database")
-    # What a test before this one cut off may still be under way.
-    database.execute(_END_OTHERS)
     database.execute(_EMPTY)
     async with opened(config_of(database, pool_max=10)) as pool:
-        yield _PostgresKept(pool, database)
+        yield _PostgresCase(pool, database)
 
 
-_END_OTHERS = """
-select pg_terminate_backend(pid, 10000) from pg_stat_activity
-where datname = current_database() and pid <> pg_backend_pid()
-"""
+def _behind(mode: str, prepared: int) -> "Make":
+    @asynccontextmanager
+    async def made(request: pytest.FixtureRequest) -> AsyncIterator[LedgerCase]:
+        database: Database = request.getfixturevalue("ledger_database")
+        poolers: Poolers = request.getfixturevalue("shared_pgbouncer")
+        database.execute(_EMPTY)
+        pooler = poolers(database.server, mode, max_prepared_statements=prepared)
+        config = config_of(database, through=pooler, pooler=mode, pool_max=10)
+        async with opened(config) as pool:
+            yield _PostgresCase(pool, database)
+
+    return made
+
+
+# A call that an earlier test cancelled may still be running. TRUNCATE replaces the files of a table
+# and of its indexes, which costs five times as much as deleting a few rows.
 _EMPTY = """
-truncate effects, viralfx_jobs, viralfx_workers, viralfx_job_counters restart identity
+do $$ declare name text; begin
+    perform pg_terminate_backend(pid, 10000) from pg_stat_activity
+    where datname = current_database() and pid <> pg_backend_pid();
+    foreach name in array array[
+        'effects', 'viralfx_jobs', 'viralfx_finished_jobs', 'viralfx_job_counters',
+        'viralfx_workers', 'viralfx_unknown_tasks', 'viralfx_schedules', 'viralfx_paused_queues',
+        'viralfx_task_limits', 'viralfx_instances', 'viralfx_transitions', 'viralfx_audit'
+    ] loop
+        if pg_relation_size(name::regclass) > 100000 then execute 'truncate ' || name;
+        else execute 'delete from ' || name; end if;
+    end loop;
+end $$
 """
 
 
-Make = Callable[[pytest.FixtureRequest], AbstractAsyncContextManager[Kept]]
+Make = Callable[[pytest.FixtureRequest], AbstractAsyncContextManager[LedgerCase]]
 
-LEDGERS: dict[str, Make] = {"memory": _memory, "postgres": _postgres}
+LEDGERS: dict[str, Make] = {
+    "memory": _memory,
+    "postgres": _postgres,
+    **{f"pgbouncer {mode} {number}": _behind(mode, number) for mode, number in POOLED},
+}
 
 
-async def cut(step: Coroutine[Any, Any, object], turns: int) -> None:
-    """Cancel a step after so many turns of the loop, and wait for its end."""
+async def cancelled_after(step: Coroutine[Any, Any, object], turns: int) -> None:
+    """Cancel a step after so many turns of the loop, and wait until it has ended."""
     task = asyncio.create_task(step)
     for _ in range(turns):
         await asyncio.sleep(0)
@@ -230,16 +261,16 @@ async def cut(step: Coroutine[Any, Any, object], turns: int) -> None:
         await asyncio.wait({task})
 
 
-async def totals(kept: Kept, queue: str = "default") -> QueueCounts:
-    """Return the counts of a queue's jobs, without how long they wait and who consumes it."""
-    return replace((await kept.ledger.counts())[queue], oldest_due=0.0, consumers=0)
+async def totals(case: LedgerCase, queue: str = "default") -> QueueCounts:
+    """Return the counts of a queue without ``oldest_due`` and ``consumers``."""
+    return replace((await case.ledger.counts())[queue], oldest_due=0.0, consumers=0)
 
 
 def ids(jobs: Iterable[Job | Claim]) -> list[str]:
-    """Return their ids, in order."""
+    """Return the ids of jobs, in order."""
     return [job.id for job in jobs]
 
 
 def later(moment: datetime, seconds: float) -> datetime:
-    """Return a moment some seconds after another, or before it."""
+    """Return the moment ``seconds`` after another one; negative for before."""
     return moment + timedelta(seconds=seconds)

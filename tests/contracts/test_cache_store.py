@@ -15,13 +15,14 @@ from tests.servers.fixtures import or_skip
 from tests.servers.redis import redis_server
 
 from viralfx.adapters.memory import MemoryCacheStore
-from viralfx.adapters.redis import RedisCacheStore, RedisClient, RedisConfig
+from viralfx.adapters.redis import RedisCacheStore, RedisClient
 from viralfx.domain.cache import Cache, CacheStore
+from viralfx.settings import RedisSettings
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A store, empty, and how its time passes."""
+    """An empty store, and a function that lets its time pass."""
 
     store: CacheStore
     wait: Callable[[float], Awaitable[None]]
@@ -39,9 +40,9 @@ async def _memory() -> AsyncIterator[Stored]:
 @asynccontextmanager
 async def _redis() -> AsyncIterator[Stored]:
     with or_skip(), redis_server() as server:
-        client = RedisClient(RedisConfig(host=server.host, port=server.port))
+        client = RedisClient(RedisSettings(host=server.host, port=server.port))
         try:
-            # Its time is the server's own; nothing here can move that.
+            # It uses the server's clock, which the test cannot move.
             yield Stored(RedisCacheStore(client), asyncio.sleep)
         finally:
             await client.close()
@@ -64,14 +65,14 @@ def store(stored: Stored) -> CacheStore:
     return stored.store
 
 
-async def test_what_is_not_there_is_a_miss(store: CacheStore) -> None:
-    """And no error."""
+async def test_unknown_key_is_a_miss(store: CacheStore) -> None:
+    """It is no error."""
     assert await store.get("nothing") is None
 
 
 @pytest.mark.parametrize("value", [b"", b"value", bytes(range(256)), b"x" * 1_000_000])
-async def test_what_was_set_comes_back(store: CacheStore, value: bytes) -> None:
-    """Whatever the bytes are; an empty value is not a miss."""
+async def test_stored_value_is_returned(store: CacheStore, value: bytes) -> None:
+    """For any bytes; an empty value is not a miss."""
     await store.set("key", value, 60.0)
 
     assert await store.get("key") == value
@@ -79,23 +80,23 @@ async def test_what_was_set_comes_back(store: CacheStore, value: bytes) -> None:
 
 @pytest.mark.parametrize("key", ["", "user:123", "größe\n\x00", "k" * 1000])
 async def test_any_text_is_a_key(store: CacheStore, key: str) -> None:
-    """Keys that differ hold values that differ."""
+    """Different keys have different values."""
     await store.set(key, b"mine", 60.0)
     await store.set(f"{key}:", b"other", 60.0)
 
     assert await store.get(key) == b"mine"
 
 
-async def test_the_last_value_counts(store: CacheStore) -> None:
-    """Setting replaces, the time to live included."""
+async def test_last_value_wins(store: CacheStore) -> None:
+    """Storing replaces the value and its time to live."""
     await store.set("key", b"old", 60.0)
     await store.set("key", b"new", 60.0)
 
     assert await store.get("key") == b"new"
 
 
-async def test_a_value_ends_with_its_time(stored: Stored) -> None:
-    """Not before, and its reading prolongs nothing."""
+async def test_value_expires_after_its_ttl(stored: Stored) -> None:
+    """Not earlier; reading does not prolong it."""
     await stored.store.set("short", b"value", 0.4)
     await stored.store.set("long", b"value", 60.0)
     before = await stored.store.get("short")
@@ -106,8 +107,8 @@ async def test_a_value_ends_with_its_time(stored: Stored) -> None:
     assert await stored.store.get("long") == b"value"
 
 
-async def test_setting_begins_a_new_time(stored: Stored) -> None:
-    """The time of the old value is not that of the new one."""
+async def test_storing_starts_a_new_ttl(stored: Stored) -> None:
+    """The old one no longer applies."""
     await stored.store.set("key", b"old", 0.2)
     await stored.store.set("key", b"new", 60.0)
     await stored.wait(0.3)
@@ -115,8 +116,8 @@ async def test_setting_begins_a_new_time(stored: Stored) -> None:
     assert await stored.store.get("key") == b"new"
 
 
-async def test_what_was_deleted_is_a_miss(store: CacheStore) -> None:
-    """Others stay, and deleting what is not there is no error."""
+async def test_deleted_key_is_a_miss(store: CacheStore) -> None:
+    """Other keys stay; deleting an unknown key is no error."""
     await store.set("key", b"value", 60.0)
     await store.set("other", b"value", 60.0)
     await store.delete("key")
@@ -127,8 +128,8 @@ async def test_what_was_deleted_is_a_miss(store: CacheStore) -> None:
 
 
 @pytest.mark.parametrize("ttl", [0.0, -1.0, math.inf, math.nan])
-async def test_a_time_that_cannot_be_meant_is_refused(store: CacheStore, ttl: float) -> None:
-    """And nothing is kept."""
+async def test_invalid_ttl_is_refused(store: CacheStore, ttl: float) -> None:
+    """The value is not stored."""
     with pytest.raises(ValueError, match="ttl must be more than zero and finite"):
         await store.set("key", b"value", ttl)
 
@@ -136,13 +137,13 @@ async def test_a_time_that_cannot_be_meant_is_refused(store: CacheStore, ttl: fl
 
 
 @pytest.mark.parametrize("ttl", [0.0001, 1e9])
-async def test_the_shortest_and_the_longest_time_are_taken(store: CacheStore, ttl: float) -> None:
-    """Less than a store can measure, and more than anybody waits."""
+async def test_very_short_and_very_long_ttls_are_accepted(store: CacheStore, ttl: float) -> None:
+    """Below the resolution of a store, and beyond any use."""
     await store.set("key", b"value", ttl)
 
 
-async def test_a_cache_loads_once_what_it_then_has(store: CacheStore) -> None:
-    """The service on top: concurrent and later callers share one call of the loader."""
+async def test_cache_loads_a_value_once(store: CacheStore) -> None:
+    """Concurrent and later callers share one call of the loader."""
     calls = 0
 
     async def load() -> bytes:

@@ -1,10 +1,19 @@
-"""The contract of ``JobLedger``: workers live by their leases, and what they leave is not lost."""
+"""The contract of ``JobLedger``: leases of workers, and the jobs that they hand back."""
+
+import math
 
 import pytest
-from tests.contracts.ledgers import LONG, SHORT, TURNS, Kept, cut, later
+from tests.contracts.ledgers import (
+    LONG_LEASE,
+    SHORT_LEASE,
+    TURNS,
+    LedgerCase,
+    cancelled_after,
+    later,
+)
 
-from viralfx.domain.jobs.job import Claim, JobState, completed
 from viralfx.domain.jobs.ledger import JobLedger
+from viralfx.domain.jobs.model import Claim, JobState, completed
 
 
 async def _consumers(ledger: JobLedger) -> dict[str, int]:
@@ -15,102 +24,175 @@ async def _consumers(ledger: JobLedger) -> dict[str, int]:
 # -- consumers -------------------------------------------------------------------------------
 
 
+async def test_consumers_whose_event_loop_is_blocked_are_counted(case: LedgerCase) -> None:
+    """Until their next renewal without a block."""
+    await case.ledger.register("w", ["default"], LONG_LEASE, eligible=False)
+    await case.ledger.register("v", ["default"], LONG_LEASE)
+    blocked = (await case.ledger.counts())["default"]
+    await case.ledger.register("w", ["default"], LONG_LEASE)
+    free = (await case.ledger.counts())["default"]
+
+    assert (blocked.consumers, blocked.blocked) == (2, 1)
+    assert (free.consumers, free.blocked) == (2, 0)
+
+
 async def test_a_worker_counts_for_the_queues_it_consumes(ledger: JobLedger) -> None:
-    """Also where no job ever was; what it says last counts."""
-    await ledger.register("a", ["default", "analytics"], LONG)
-    await ledger.register("b", ["default"], LONG)
+    """Also if a queue never had a job; the last registration counts."""
+    await ledger.register("a", ["default", "analytics"], LONG_LEASE)
+    await ledger.register("b", ["default"], LONG_LEASE)
     first = await _consumers(ledger)
-    await ledger.register("a", ["notifications"], LONG)
+    await ledger.register("a", ["notifications"], LONG_LEASE)
     second = await _consumers(ledger)
-    await ledger.leave("b")
+    await ledger.deregister("b")
 
     assert first == {"default": 2, "analytics": 1}
     assert second == {"default": 1, "notifications": 1}
     assert await _consumers(ledger) == {"notifications": 1}
 
 
-async def test_a_worker_counts_while_its_lease_is_good(kept: Kept) -> None:
-    """By itself, before any sweep, and again when it registers again."""
-    await kept.ledger.register("a", ["default"], LONG)
-    await kept.ledger.register("b", ["default"], SHORT)
+async def test_a_worker_counts_while_its_lease_is_valid(case: LedgerCase) -> None:
+    """Without a sweep, and again after it registers again."""
+    await case.ledger.register("a", ["default"], LONG_LEASE)
+    await case.ledger.register("b", ["default"], SHORT_LEASE)
 
     async def one() -> bool:
-        return await _consumers(kept.ledger) == {"default": 1}
+        return await _consumers(case.ledger) == {"default": 1}
 
-    await kept.until(one)
-    await kept.ledger.register("b", ["default"], LONG)
+    await case.until(one)
+    await case.ledger.register("b", ["default"], LONG_LEASE)
 
-    assert await _consumers(kept.ledger) == {"default": 2}
-
-
-# -- what a worker holds ---------------------------------------------------------------------
+    assert await _consumers(case.ledger) == {"default": 2}
 
 
-async def test_a_claim_whose_answer_was_lost_is_no_trap(kept: Kept) -> None:
-    """A worker that renews its lease says what it holds: the rest waits again, without a cost."""
-    lost, known = [await kept.accept_and_claim() for _ in range(2)]
-    before = await kept.job(lost.id)
+# -- place among the workers ------------------------------------------------------------------
+
+
+async def test_the_smallest_name_leads(ledger: JobLedger) -> None:
+    """In the order of code points; each learns it at its own registration."""
+    for name, others, leads in (("b", 0, True), ("B", 1, True), ("é", 2, False), ("b", 2, False)):
+        found = await ledger.register(name, ["default"], LONG_LEASE)
+        assert (found.workers, found.leader) == (1 + others, leads), name
+    await ledger.deregister("B")
+
+    assert (await ledger.register("b", ["default"], LONG_LEASE)).leader
+
+
+async def test_only_workers_that_share_a_queue_count(ledger: JobLedger) -> None:
+    """The leader leads all of them."""
+    await ledger.register("a", ["default", "analytics"], LONG_LEASE)
+    await ledger.register("b", ["other"], LONG_LEASE)
+    found = {
+        name: await ledger.register(name, queues, LONG_LEASE)
+        for name, queues in {"c": ["analytics", "third"], "d": ["other"], "e": ["alone"]}.items()
+    }
+
+    assert {name: each.workers for name, each in found.items()} == {"c": 2, "d": 2, "e": 1}
+    assert not any(each.leader for each in found.values())
+
+
+async def test_a_worker_that_is_not_eligible_does_not_lead(ledger: JobLedger) -> None:
+    """It counts as a worker, and leads again once it is eligible."""
+    await ledger.register("a", ["default"], LONG_LEASE)
+    first = await ledger.register("a", ["default"], LONG_LEASE, eligible=False)
+    second = await ledger.register("b", ["default"], LONG_LEASE)
+    third = await ledger.register("a", ["default"], LONG_LEASE)
+
+    assert [(each.workers, each.leader) for each in (first, second, third)] == [
+        (1, False),
+        (2, True),
+        (2, True),
+    ]
+
+
+async def test_a_worker_without_a_valid_lease_does_not_lead(case: LedgerCase) -> None:
+    """Nor does it count."""
+    await case.expire("a")
+    found = await case.ledger.register("b", ["default"], LONG_LEASE)
+
+    assert (found.workers, found.leader, found.leader_for) == (1, True, math.inf)
+
+
+async def test_a_worker_learns_when_the_lease_of_the_leader_ends(ledger: JobLedger) -> None:
+    """Then it leads itself, without another registration."""
+    await ledger.register("a", ["default"], 30.0)
+    await ledger.register("b", ["default"], 20.0)
+    await ledger.register("c", ["default"], 10.0, eligible=False)
+    third = await ledger.register("d", ["default"], 10.0)
+    blocked = await ledger.register("a", ["default"], 30.0, eligible=False)
+
+    assert (third.leader, blocked.leader) == (False, False)
+    assert third.leader_for == pytest.approx(30.0, abs=5.0)
+    assert blocked.leader_for == pytest.approx(20.0, abs=5.0)
+
+
+# -- jobs of a worker ------------------------------------------------------------------------
+
+
+async def test_a_job_of_a_lost_claim_response_is_returned(case: LedgerCase) -> None:
+    """A renewal lists the jobs that the worker has; others are due again at no cost."""
+    lost, known = [await case.accept_and_claim() for _ in range(2)]
+    before = await case.job(lost.id)
 
     async def returned() -> bool:
-        await kept.ledger.register("w", ["default"], SHORT, [known.id])
-        return (await kept.job(lost.id)).state is JobState.WAITING
+        await case.ledger.register("w", ["default"], SHORT_LEASE, [known.id])
+        return (await case.job(lost.id)).state is JobState.WAITING
 
-    await kept.until(returned)
-    job = await kept.job(lost.id)
-    waited = (kept.now() - before.created_at).total_seconds()
+    await case.until(returned)
+    job = await case.job(lost.id)
+    waited = (case.now() - before.created_at).total_seconds()
 
-    assert waited > SHORT
+    assert waited > SHORT_LEASE
     assert (job.attempts, job.crashes, job.claims, job.worker) == (0, 0, 1, None)
     assert (job.run_at, job.error) == (before.run_at, None)
-    assert (await kept.job(known.id)).state is JobState.ACTIVE
-    assert set(await kept.ledger.settle([completed(lost, b"1"), completed(known, b"1")])) == {
+    assert (await case.job(known.id)).state is JobState.ACTIVE
+    assert set(await case.ledger.settle([completed(lost, b"1"), completed(known, b"1")])) == {
         known.id
     }
-    assert [claim.id for claim in await kept.claim()] == [lost.id]
+    assert [claim.id for claim in await case.claim()] == [lost.id]
 
 
-async def test_a_claim_whose_answer_is_on_its_way_is_kept(kept: Kept) -> None:
-    """A worker may say what it holds while it is being given more."""
-    claim = await kept.accept_and_claim()
-    others = await kept.accept_and_claim(worker="other")
-    await kept.ledger.register("w", ["default"], LONG, [])
-    await kept.ledger.register("w", ["default"], LONG)
+async def test_a_recent_claim_survives_a_renewal(case: LedgerCase) -> None:
+    """The response to it may still be under way."""
+    claim = await case.accept_and_claim()
+    others = await case.accept_and_claim(worker="other")
+    await case.ledger.register("w", ["default"], LONG_LEASE, [])
+    await case.ledger.register("w", ["default"], LONG_LEASE)
 
-    assert (await kept.job(claim.id)).state is JobState.ACTIVE
-    assert (await kept.job(others.id)).state is JobState.ACTIVE
+    assert (await case.job(claim.id)).state is JobState.ACTIVE
+    assert (await case.job(others.id)).state is JobState.ACTIVE
 
 
-async def test_what_a_worker_holds_is_its_own(kept: Kept) -> None:
-    """Nobody else's job is touched, nor any by somebody who does not say what it holds."""
-    silent = await kept.accept_and_claim(worker="silent")
-    claim = await kept.accept_and_claim(worker="w")
+async def test_a_renewal_affects_the_workers_own_jobs_only(case: LedgerCase) -> None:
+    """And none at all without a list of jobs."""
+    silent = await case.accept_and_claim(worker="silent")
+    claim = await case.accept_and_claim(worker="w")
 
     async def returned() -> bool:
-        await kept.ledger.register("silent", ["default"], SHORT)
-        await kept.ledger.register("w", ["default"], SHORT, [silent.id, "nonsense", "\x00"])
-        return (await kept.job(claim.id)).state is JobState.WAITING
+        await case.ledger.register("silent", ["default"], SHORT_LEASE)
+        await case.ledger.register("w", ["default"], SHORT_LEASE, [silent.id, "nonsense", "\x00"])
+        return (await case.job(claim.id)).state is JobState.WAITING
 
-    await kept.until(returned)
+    await case.until(returned)
 
-    assert (await kept.job(silent.id)).state is JobState.ACTIVE
-
-
-# -- leave -----------------------------------------------------------------------------------
+    assert (await case.job(silent.id)).state is JobState.ACTIVE
 
 
-async def test_who_leaves_hands_back_what_it_has(kept: Kept) -> None:
-    """At no cost, whatever the queue, in the old places; what others have stays theirs."""
+# -- deregister ------------------------------------------------------------------------------
+
+
+async def test_deregistering_hands_back_all_jobs(case: LedgerCase) -> None:
+    """From every queue, in their old places; jobs of other workers stay."""
     queues = {"default": ["leaver", "leaver", "other"], "analytics": ["leaver"]}
     claims: list[Claim] = []
     for queue, workers in queues.items():
         for worker in workers:
-            await kept.accept(queue=queue)
-            claims += await kept.claim(worker=worker, queue=queue)
-    await kept.ledger.settle([completed(claims[0], b"1")])
-    await kept.pass_time()
-    await kept.accept()
-    returned = await kept.ledger.leave("leaver")
-    job = await kept.job(claims[1].id)
+            await case.accept(queue=queue)
+            claims += await case.claim(worker=worker, queue=queue)
+    await case.ledger.settle([completed(claims[0], b"1")])
+    await case.pass_time()
+    await case.accept()
+    returned = await case.ledger.deregister("leaver")
+    job = await case.job(claims[1].id)
 
     assert {queue: list(ids) for queue, ids in returned.items()} == {
         "default": [claims[1].id],
@@ -118,40 +200,41 @@ async def test_who_leaves_hands_back_what_it_has(kept: Kept) -> None:
     }
     assert (job.state, job.worker, job.attempts, job.crashes) == (JobState.WAITING, None, 0, 0)
     assert (job.claims, job.finished_at) == (1, None)
-    assert (await kept.job(claims[2].id)).state is JobState.ACTIVE
-    assert [claim.id for claim in await kept.claim()] == [claims[1].id]
+    assert (await case.job(claims[2].id)).state is JobState.ACTIVE
+    assert [claim.id for claim in await case.claim()] == [claims[1].id]
 
 
-async def test_leaving_again_or_unknown_is_harmless(kept: Kept) -> None:
-    """It has nothing to hand back, and no sweep finds anything either."""
-    claim = await kept.accept_and_claim(worker="leaver")
-    await kept.ledger.leave("leaver")
-    (new,) = await kept.claim(worker="other")
+async def test_deregistering_twice_or_unknown_does_nothing(case: LedgerCase) -> None:
+    """No sweep finds anything afterwards."""
+    claim = await case.accept_and_claim(worker="leaver")
+    await case.ledger.deregister("leaver")
+    (new,) = await case.claim(worker="other")
 
-    assert dict(await kept.ledger.leave("leaver")) == {}
-    assert dict(await kept.ledger.leave("stranger")) == {}
-    assert dict((await kept.ledger.sweep(5)).returned) == {}
-    assert set(await kept.ledger.settle([completed(claim, b"1")])) == set()
-    assert (await kept.job(new.id)).worker == "other"
+    assert dict(await case.ledger.deregister("leaver")) == {}
+    assert dict(await case.ledger.deregister("stranger")) == {}
+    assert dict((await case.ledger.sweep(5)).returned) == {}
+    assert set(await case.ledger.settle([completed(claim, b"1")])) == set()
+    assert (await case.job(new.id)).worker == "other"
 
 
 @pytest.mark.parametrize("turns", TURNS)
-async def test_leaving_that_is_cancelled_can_be_done_again(kept: Kept, turns: int) -> None:
-    """Cut at any moment, no job is kept."""
-    claims = [await kept.accept_and_claim() for _ in range(3)]
-    await cut(kept.ledger.leave("w"), turns)
-    await kept.ledger.leave("w")
+async def test_a_cancelled_deregistration_can_be_repeated(case: LedgerCase, turns: int) -> None:
+    """It loses no job."""
+    claims = [await case.accept_and_claim() for _ in range(3)]
+    await cancelled_after(case.ledger.deregister("w"), turns)
+    await case.ledger.deregister("w")
 
-    assert {(await kept.job(claim.id)).state for claim in claims} == {JobState.WAITING}
-    assert await _consumers(kept.ledger) == {}
+    assert {(await case.job(claim.id)).state for claim in claims} == {JobState.WAITING}
+    assert await _consumers(case.ledger) == {}
 
 
-async def test_who_registers_is_told_when_the_lease_ends(kept: Kept) -> None:
-    """By the ledger's time, each time anew, whether or not it says what it has."""
-    says: list[list[str] | None] = [None, [], None]
-    for holding in says:
-        before = kept.now()
-        ends = await kept.ledger.register("w", ["default"], LONG, holding)
+async def test_registering_returns_the_end_of_the_lease(case: LedgerCase) -> None:
+    """By the ledger's time, at each renewal."""
+    variants: list[list[str] | None] = [None, [], None]
+    for holding in variants:
+        before = case.now()
+        found = await case.ledger.register("w", ["default"], LONG_LEASE, holding)
+        ends = found.lease_until
 
-        assert later(before, LONG) <= ends <= later(kept.now(), LONG)
-        await kept.pass_time()
+        assert later(before, LONG_LEASE) <= ends <= later(case.now(), LONG_LEASE)
+        await case.pass_time()

@@ -1,7 +1,7 @@
-"""What every retry policy must hold to, whatever technology it speaks for.
+"""The contract of ``RetryPolicy``, run against every policy.
 
-A technology adds its policy to ``POLICIES``: the policy, an error it retries and, if there is
-one, an error it does not.
+A technology adds a row to ``POLICIES``: the policy, an error it retries and, if any, an error it
+does not.
 """
 
 import asyncio
@@ -15,12 +15,9 @@ import pytest
 from redis import exceptions as redis_errors
 from tests.unit.resilience.scripted import SkippingClock
 
-from viralfx.adapters import postgres
-from viralfx.adapters.memory.retry import MemoryRetryPolicy
-from viralfx.adapters.redis import RedisRetryPolicy
-from viralfx.domain.resilience.backoff import Backoff, Jitter
+from viralfx.adapters import postgres, redis
+from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, Jitter, RetryPolicy
 from viralfx.domain.resilience.retry import Retrier, retry
-from viralfx.domain.resilience.retry_policy import BackoffPolicy, RetryPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +41,8 @@ POLICIES = {
         policy=retry(attempts=4, retry_on=OSError), transient=OSError(), permanent=KeyError("k")
     ),
     "postgres": Case(policy=postgres.retry_policy(), transient=OSError(), permanent=KeyError("k")),
-    "memory": Case(
-        policy=MemoryRetryPolicy(retry_on=OSError), transient=OSError(), permanent=KeyError("k")
-    ),
     "redis": Case(
-        policy=RedisRetryPolicy(),
+        policy=redis.retry_policy(),
         transient=redis_errors.ConnectionError(),
         permanent=redis_errors.AuthenticationError(),
     ),
@@ -62,38 +56,38 @@ def case(request: pytest.FixtureRequest) -> Case:
     return found
 
 
-def test_it_decides_without_waiting(case: Case) -> None:
-    """The port is a plain function; what it returns need not be awaited."""
+def test_decision_does_not_wait(case: Case) -> None:
+    """The port is a plain function; its result is not awaited."""
     assert not inspect.isawaitable(case.policy.next_delay(1, case.transient))
 
 
 @pytest.mark.parametrize("attempt", [1, 2, 3, 10, 100, 10_000])
-def test_it_answers_with_a_finite_delay_or_none(case: Case, attempt: int) -> None:
-    """However many attempts there were; and it never raises."""
+def test_delay_is_finite_or_none(case: Case, attempt: int) -> None:
+    """For any number of attempts, without raising."""
     delay = case.policy.next_delay(attempt, case.transient)
     assert delay is None or 0 <= delay < math.inf
 
 
-def test_a_transient_error_is_worth_a_second_attempt(case: Case) -> None:
-    """A policy that never retries is none."""
+def test_transient_error_gets_a_second_attempt(case: Case) -> None:
+    """A policy retries at least once."""
     assert case.policy.next_delay(1, case.transient) is not None
 
 
-def test_a_permanent_error_is_not(case: Case) -> None:
-    """Nor does the number of the attempt matter."""
+def test_permanent_error_is_not_retried(case: Case) -> None:
+    """For any attempt."""
     if case.permanent is None:
         pytest.skip("retries every error")
     assert [case.policy.next_delay(n, case.permanent) for n in (1, 2)] == [None, None]
 
 
-def test_once_it_gives_up_it_has_given_up(case: Case) -> None:
-    """No later attempt is answered with a delay again."""
+def test_giving_up_is_final(case: Case) -> None:
+    """No later attempt gets a delay."""
     gives_up = [case.policy.next_delay(n, case.transient) is None for n in range(1, 50)]
     assert gives_up == sorted(gives_up)
 
 
-def test_it_remembers_nothing_of_a_call(case: Case) -> None:
-    """Asked about another caller in between, it says the same about this one."""
+def test_policy_has_no_state(case: Case) -> None:
+    """Decisions for other callers do not change the result."""
     alone = [case.policy.next_delay(n, case.transient) is None for n in range(1, 6)]
     mixed = []
     for attempt in range(1, 6):
@@ -102,8 +96,8 @@ def test_it_remembers_nothing_of_a_call(case: Case) -> None:
     assert mixed == alone
 
 
-async def test_a_runner_gives_each_concurrent_caller_its_attempts(case: Case) -> None:
-    """As many as the policy says; nothing is shared between callers."""
+async def test_concurrent_callers_have_their_own_attempts(case: Case) -> None:
+    """As many as the policy allows."""
     allowed = 1
     while case.policy.next_delay(allowed, case.transient) is not None and allowed < 5:
         allowed += 1
@@ -121,19 +115,7 @@ async def test_a_runner_gives_each_concurrent_caller_its_attempts(case: Case) ->
     assert calls == [allowed] * 10
 
 
-def test_the_memory_policy_never_waits() -> None:
-    """The embedded default and the tests lose no time."""
-    policy = MemoryRetryPolicy(attempts=3)
-    assert [policy.next_delay(n, OSError()) for n in (1, 2, 3)] == [0.0, 0.0, None]
-
-
-def test_the_memory_policy_refuses_what_cannot_be_meant() -> None:
-    """One attempt is the least there can be."""
-    with pytest.raises(ValueError, match="attempts must be at least 1"):
-        MemoryRetryPolicy(attempts=0)
-
-
-def test_a_random_source_of_ones_own_makes_delays_repeatable() -> None:
+def test_seeded_generator_makes_delays_repeatable() -> None:
     """Randomness is an argument."""
     backoff = Backoff(jitter=Jitter.FULL)
     first, second = (

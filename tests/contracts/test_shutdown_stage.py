@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,24 +20,24 @@ from tests.servers.waiting import wait_until
 
 from viralfx import task
 from viralfx.adapters.memory import FileStateStore, MemoryStateStore
-from viralfx.adapters.postgres import ClosePostgres, PostgresDatabase, PostgresHealthCheck
-from viralfx.adapters.redis import CloseRedis, RedisClient, RedisConfig, RedisHealthCheck
+from viralfx.adapters.postgres import PostgresDatabase, PostgresHealthCheck, close_postgres
+from viralfx.adapters.redis import RedisClient, RedisHealthCheck, close_redis
 from viralfx.bootstrap import assemble
-from viralfx.bootstrap.job_system import CloseBells, DrainWorker, JobSystem
+from viralfx.bootstrap.jobs import JobRuntime
 from viralfx.domain.clock import Clock
-from viralfx.domain.health import CheckPolicy, Observation
-from viralfx.domain.monitor import HealthMonitor, StopChecking
-from viralfx.domain.shutdown import ShutdownStage
-from viralfx.domain.state import SavedState, SaveState
-from viralfx.runner.http import HttpServer
-from viralfx.runner.sockets import listen
-from viralfx.runner.stages import CloseServer, DrainRequests, StopApplication, StopListening
-from viralfx.settings import Settings
-from viralfx.web.asgi import Receive, Scope, Send
+from viralfx.domain.health.model import CheckPolicy, Observation
+from viralfx.domain.health.monitor import HealthMonitor
+from viralfx.domain.operations import SavedState, save_state
+from viralfx.domain.shutdown import StageFunction
+from viralfx.runner.process import drain_requests, stop_application, stop_listening
+from viralfx.runner.server import ApplicationLifespan, HttpServer, listen
+from viralfx.settings import RedisSettings, Settings
 from viralfx.web.gate import Gate
-from viralfx.web.plugin import OperationsConfig, OperationsPlugin
+from viralfx.web.layer import OperationsConfig
+from viralfx.web.plugin import OperationsPlugin
+from viralfx.web.responses import Receive, Scope, Send
 
-Make = Callable[[Clock, Path, pytest.FixtureRequest], AbstractAsyncContextManager[ShutdownStage]]
+Make = Callable[[Clock, Path, pytest.FixtureRequest], AbstractAsyncContextManager[StageFunction]]
 
 STATE = SavedState(
     saved_at=datetime(2026, 1, 6, 12, tzinfo=UTC), starts=1, uptime=1.0, health="healthy"
@@ -58,7 +59,7 @@ async def _application(scope: Scope, receive: Receive, send: Send) -> None:
             return
 
 
-def _jobs(clock: Clock) -> JobSystem:
+def _jobs(clock: Clock) -> JobRuntime:
     @task("work")
     async def work(seconds: float) -> None:
         await clock.sleep(seconds)
@@ -67,65 +68,67 @@ def _jobs(clock: Clock) -> JobSystem:
 
 
 @asynccontextmanager
-async def _idle_jobs(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
+async def _idle_jobs(clock: Clock, *_: object) -> AsyncIterator[StageFunction]:
     jobs = _jobs(clock)
     jobs.start()
-    yield DrainWorker(jobs)
+    yield jobs.drain
 
 
 @asynccontextmanager
-async def _busy_jobs(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
+async def _busy_jobs(clock: Clock, *_: object) -> AsyncIterator[StageFunction]:
     jobs = _jobs(clock)
     jobs.start()
     await jobs.service.submit("work", 2.0)
-    yield DrainWorker(jobs)
+    yield jobs.drain
 
 
 @asynccontextmanager
-async def _jobs_elsewhere(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
+async def _jobs_elsewhere(clock: Clock, *_: object) -> AsyncIterator[StageFunction]:
     jobs = _jobs(clock)
-    jobs.dismiss()
-    yield DrainWorker(jobs)
+    jobs.disable_worker()
+    yield jobs.drain
 
 
 @asynccontextmanager
-async def _bells(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
+async def _notifications(clock: Clock, *_: object) -> AsyncIterator[StageFunction]:
     jobs = _jobs(clock)
     await jobs.service.submit("work", 2.0)
-    yield CloseBells(jobs)
+    yield jobs.close_notifier
 
 
 @asynccontextmanager
-async def _memory_state(*_: object) -> AsyncIterator[ShutdownStage]:
-    yield SaveState(MemoryStateStore(), lambda: STATE)
+async def _memory_state(*_: object) -> AsyncIterator[StageFunction]:
+    store = MemoryStateStore()
+    yield lambda _: save_state(store, lambda: STATE)
 
 
 @asynccontextmanager
-async def _file_state(_: Clock, folder: Path, __: object) -> AsyncIterator[ShutdownStage]:
-    yield SaveState(FileStateStore(folder), lambda: STATE)
+async def _file_state(_: Clock, folder: Path, __: object) -> AsyncIterator[StageFunction]:
+    store = FileStateStore(folder)
+    yield lambda _: save_state(store, lambda: STATE)
 
 
 @asynccontextmanager
-async def _idle_checks(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
+async def _idle_checks(clock: Clock, *_: object) -> AsyncIterator[StageFunction]:
     monitor = HealthMonitor(clock=clock)
     monitor.register("hanging", _Hanging(), CheckPolicy())
-    yield StopChecking(monitor)
+    yield lambda _: monitor.stop()
 
 
 @asynccontextmanager
-async def _busy_checks(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
+async def _busy_checks(clock: Clock, *_: object) -> AsyncIterator[StageFunction]:
     monitor = HealthMonitor(clock=clock)
     monitor.register("hanging", _Hanging(), CheckPolicy())
     monitor.start()
     await asyncio.sleep(0)
-    yield StopChecking(monitor)
+    yield lambda _: monitor.stop()
 
 
 def _postgres(*, opened: bool = True, in_use: bool = False) -> Make:
     @asynccontextmanager
     async def made(
         clock: Clock, _: Path, request: pytest.FixtureRequest
-    ) -> AsyncIterator[ShutdownStage]:
+    ) -> AsyncIterator[StageFunction]:
         database = PostgresDatabase(config_of(request.getfixturevalue("database")), clock=clock)
         check = PostgresHealthCheck(database, clock, timeout=2.0)
 
@@ -142,7 +145,7 @@ def _postgres(*, opened: bool = True, in_use: bool = False) -> Make:
             if in_use:
                 using = asyncio.create_task(use())
                 await used.wait()
-            yield ClosePostgres(database, check, clock)
+            yield partial(close_postgres, database, check, clock)
         finally:
             database.terminate()
             await check.close()
@@ -152,57 +155,62 @@ def _postgres(*, opened: bool = True, in_use: bool = False) -> Make:
     return made
 
 
-def _http(make: Callable[[HttpServer, Gate, Clock], ShutdownStage], *, opened: bool) -> Make:
+def _http(make: Callable[[HttpServer, Gate, Clock], StageFunction], *, opened: bool) -> Make:
     @asynccontextmanager
-    async def made(clock: Clock, *_: object) -> AsyncIterator[ShutdownStage]:
-        gate = Gate(OperationsPlugin(OperationsConfig(settings=Settings())).answers, _application)
+    async def made(clock: Clock, *_: object) -> AsyncIterator[StageFunction]:
+        gate = Gate(OperationsPlugin(OperationsConfig(settings=Settings())).endpoints, _application)
         server = HttpServer(gate, listen("PORT", "127.0.0.1", 0), lifespan=True)
         if opened:
             await server.open()
-            assert await server.start_application()
+            assert await _lifespan_of(server).start()
         try:
             yield make(server, gate, clock)
         finally:
-            await server.stop_application()
-            server.close()
+            await _lifespan_of(server).stop()
+            await server.close()
 
     return made
 
 
+def _lifespan_of(server: HttpServer) -> ApplicationLifespan:
+    assert server.application is not None
+    return server.application
+
+
 def _redis_client(clock: Clock, server: RedisServer) -> RedisClient:
-    return RedisClient(RedisConfig(host=server.host, port=server.port), clock=clock)
+    return RedisClient(RedisSettings(host=server.host, port=server.port), clock=clock)
 
 
 @asynccontextmanager
 async def _unused_redis(
     clock: Clock, _: Path, __: pytest.FixtureRequest
-) -> AsyncIterator[ShutdownStage]:
-    yield CloseRedis(RedisClient(RedisConfig(), clock=clock))
+) -> AsyncIterator[StageFunction]:
+    yield partial(close_redis, RedisClient(RedisSettings(), clock=clock))
 
 
 @asynccontextmanager
 async def _used_redis(
     clock: Clock, _: Path, __: pytest.FixtureRequest
-) -> AsyncIterator[ShutdownStage]:
+) -> AsyncIterator[StageFunction]:
     with or_skip(), redis_server() as server:
         client = _redis_client(clock, server)
         await client.redis.set("key", "value")
         await RedisHealthCheck(client, clock).check()
-        yield CloseRedis(client)
+        yield partial(close_redis, client)
         await client.close()
 
 
 @asynccontextmanager
 async def _frozen_redis(
     clock: Clock, _: Path, __: pytest.FixtureRequest
-) -> AsyncIterator[ShutdownStage]:
+) -> AsyncIterator[StageFunction]:
     with or_skip(), redis_server() as server:
         client = _redis_client(clock, server)
         await client.redis.set("key", "value")
         server.freeze()
         request = asyncio.ensure_future(client.redis.get("key"))
         await asyncio.to_thread(wait_until, lambda: client.active)
-        yield CloseRedis(client)
+        yield partial(close_redis, client)
         request.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await request
@@ -213,7 +221,7 @@ STAGES: dict[str, Make] = {
     "drain jobs": _idle_jobs,
     "drain busy jobs": _busy_jobs,
     "drain jobs elsewhere": _jobs_elsewhere,
-    "close bells": _bells,
+    "close notifications": _notifications,
     "save state in memory": _memory_state,
     "save state in a file": _file_state,
     "close redis before start": _unused_redis,
@@ -227,10 +235,13 @@ STAGES: dict[str, Make] = {
     **{
         f"{name}{when}": _http(make, opened=opened)
         for name, make in (
-            ("stop listening", lambda server, gate, _: StopListening(server, gate)),
-            ("drain requests", lambda _, gate, clock: DrainRequests(gate, clock)),
-            ("stop application", lambda server, _, __: StopApplication(server)),
-            ("close server", lambda server, _, __: CloseServer(server)),
+            ("stop listening", lambda server, gate, _: lambda _: stop_listening(server, gate)),
+            ("drain requests", partial(partial, drain_requests)),
+            (
+                "stop application",
+                lambda server, _, __: lambda _: stop_application(_lifespan_of(server)),
+            ),
+            ("close server", lambda server, _, __: lambda _: server.close()),
         )
         for when, opened in (("", True), (" before start", False))
     },
@@ -246,7 +257,7 @@ def clock() -> ManualClock:
 @pytest.fixture(params=list(STAGES.values()), ids=list(STAGES))
 async def stage(
     request: pytest.FixtureRequest, clock: ManualClock, tmp_path: Path
-) -> AsyncIterator[ShutdownStage]:
+) -> AsyncIterator[StageFunction]:
     """Return each stage in turn."""
     make: Make = request.param
     async with make(clock, tmp_path, request) as stage:
@@ -254,46 +265,46 @@ async def stage(
 
 
 async def ended(task: asyncio.Task[None], clock: ManualClock, *, within: float) -> None:
-    """Move the clock until the task is done; fail when it is not within the seconds."""
+    """Advance the clock until the task is done; fail if it takes longer than the seconds."""
     began = clock.monotonic()
     async with asyncio.timeout(5.0):
         while not task.done():
-            # Real threads and sockets may have the next word, so each step gives them a turn.
+            # Real threads and sockets may act next, so each step yields to them.
             await asyncio.to_thread(lambda: None)
             if clock.monotonic() - began < within:
                 await clock.advance(0.25)
     assert clock.monotonic() - began <= within
 
 
-async def test_ends_within_its_budget(stage: ShutdownStage, clock: ManualClock) -> None:
-    """A stage with nothing in its way ends in time and without an error."""
-    run = asyncio.create_task(stage.run(10.0))
+async def test_ends_within_its_budget(stage: StageFunction, clock: ManualClock) -> None:
+    """An unhindered stage ends in time and without an error."""
+    run = asyncio.create_task(stage(10.0))
     await ended(run, clock, within=10.0)
 
     assert run.exception() is None
 
 
-async def test_running_twice_is_safe(stage: ShutdownStage, clock: ManualClock) -> None:
-    """The second run has nothing to do and does it without an error."""
+async def test_running_twice_is_safe(stage: StageFunction, clock: ManualClock) -> None:
+    """The second run does nothing and raises nothing."""
     for _ in range(2):
-        run = asyncio.create_task(stage.run(10.0))
+        run = asyncio.create_task(stage(10.0))
         await ended(run, clock, within=10.0)
 
         assert run.exception() is None
 
 
-async def test_zero_budget_is_survived(stage: ShutdownStage, clock: ManualClock) -> None:
-    """With no time at all a stage ends at once; it may raise, as it may have to give up."""
-    run = asyncio.create_task(stage.run(0.0))
+async def test_zero_budget_is_survived(stage: StageFunction, clock: ManualClock) -> None:
+    """The stage ends at once; it may raise because it has to give up."""
+    run = asyncio.create_task(stage(0.0))
     await ended(run, clock, within=0.0)
 
     assert not run.cancelled()
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 5])
-async def test_honours_cancellation(stage: ShutdownStage, clock: ManualClock, turns: int) -> None:
-    """A stage that is cut at any of its first turns ends soon."""
-    run = asyncio.create_task(stage.run(10.0))
+async def test_honours_cancellation(stage: StageFunction, clock: ManualClock, turns: int) -> None:
+    """Cancelled at any of its first awaits, a stage ends soon."""
+    run = asyncio.create_task(stage(10.0))
     for _ in range(turns):
         await asyncio.sleep(0)
     run.cancel()
@@ -301,13 +312,13 @@ async def test_honours_cancellation(stage: ShutdownStage, clock: ManualClock, tu
 
 
 @pytest.mark.parametrize("stage", list(STAGES.values()), ids=list(STAGES), indirect=True)
-async def test_runs_again_after_a_cut(stage: ShutdownStage, clock: ManualClock) -> None:
-    """A stage that was cut once does its work at the next call."""
-    run = asyncio.create_task(stage.run(10.0))
+async def test_runs_again_after_a_cancellation(stage: StageFunction, clock: ManualClock) -> None:
+    """It does its work at the next call."""
+    run = asyncio.create_task(stage(10.0))
     await asyncio.sleep(0)
     run.cancel()
     await ended(run, clock, within=0.0)
-    again = asyncio.create_task(stage.run(10.0))
+    again = asyncio.create_task(stage(10.0))
     await ended(again, clock, within=10.0)
 
     assert again.exception() is None

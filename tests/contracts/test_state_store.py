@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 from tests.integration.postgres_clients import config_of, migrated, opened
+from tests.servers.pgbouncer import POOLED, Poolers
 from tests.servers.postgres import Database
 
 from viralfx.adapters.memory import FileStateStore, MemoryStateStore
 from viralfx.adapters.postgres import PostgresStateStore
-from viralfx.domain.state import SavedState, StateStore
+from viralfx.domain.operations import SavedState, StateStore
 
 Make = Callable[[Path, pytest.FixtureRequest], AbstractAsyncContextManager[StateStore]]
 
-LEAST = SavedState(
+MINIMAL = SavedState(
     saved_at=datetime(2026, 1, 6, 12, tzinfo=UTC), starts=1, uptime=0.0, health="healthy"
 )
 FULL = SavedState(
@@ -52,10 +53,29 @@ async def _postgres(_: Path, request: pytest.FixtureRequest) -> AsyncIterator[St
         yield PostgresStateStore(database, "pod-1")
 
 
+def _behind(mode: str, prepared: int) -> Make:
+    @asynccontextmanager
+    async def made(_: Path, request: pytest.FixtureRequest) -> AsyncIterator[StateStore]:
+        database: Database = request.getfixturevalue("database")
+        poolers: Poolers = request.getfixturevalue("shared_pgbouncer")
+        pooler = poolers(database.server, mode, max_prepared_statements=prepared)
+        await migrated(config_of(database))
+        async with opened(config_of(database, through=pooler, pooler=mode)) as pool:
+            yield PostgresStateStore(pool, "pod-1")
+
+    return made
+
+
 ADAPTERS: dict[str, Make] = {"memory": _memory, "file": _file, "postgres": _postgres}
+POOLERS = {f"pgbouncer {mode} {number}": _behind(mode, number) for mode, number in POOLED}
 
 
-@pytest.fixture(params=list(ADAPTERS.values()), ids=list(ADAPTERS))
+@pytest.fixture(
+    params=[
+        *(pytest.param(make, id=name) for name, make in ADAPTERS.items()),
+        *(pytest.param(make, id=name, marks=pytest.mark.soak) for name, make in POOLERS.items()),
+    ]
+)
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[StateStore]:
     """Return each store in turn, empty."""
     make: Make = request.param
@@ -63,14 +83,14 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         yield store
 
 
-async def test_empty_store_has_nothing(store: StateStore) -> None:
-    """The first start finds no state, and that is no error."""
+async def test_empty_store_loads_none(store: StateStore) -> None:
+    """The first start finds no state; that is no error."""
     assert await store.load() is None
 
 
-@pytest.mark.parametrize("state", [LEAST, FULL], ids=["least", "full"])
-async def test_what_was_saved_is_loaded(store: StateStore, state: SavedState) -> None:
-    """Every field comes back equal, the time with its zone."""
+@pytest.mark.parametrize("state", [MINIMAL, FULL], ids=["least", "full"])
+async def test_saved_state_is_loaded(store: StateStore, state: SavedState) -> None:
+    """Every field compares equal, times with their zone."""
     await store.save(state)
     loaded = await store.load()
 
@@ -79,16 +99,16 @@ async def test_what_was_saved_is_loaded(store: StateStore, state: SavedState) ->
     assert state.saved_at.utcoffset() == loaded.saved_at.utcoffset()
 
 
-async def test_last_save_counts(store: StateStore) -> None:
-    """Saving replaces the whole state; nothing of the old one is mixed in."""
+async def test_last_save_wins(store: StateStore) -> None:
+    """Saving replaces the whole state."""
     await store.save(FULL)
-    await store.save(LEAST)
+    await store.save(MINIMAL)
 
-    assert await store.load() == LEAST
+    assert await store.load() == MINIMAL
 
 
-async def test_loading_takes_nothing_away(store: StateStore) -> None:
-    """A process that starts and dies at once leaves the state to the next."""
+async def test_loading_keeps_the_state(store: StateStore) -> None:
+    """A process that exits early leaves the state to the next one."""
     await store.save(FULL)
     await store.load()
 
@@ -96,9 +116,9 @@ async def test_loading_takes_nothing_away(store: StateStore) -> None:
 
 
 @pytest.mark.parametrize("turns", range(4))
-async def test_save_that_is_cancelled_leaves_one_whole_state(store: StateStore, turns: int) -> None:
-    """Cut at any moment, there is the old state or the new one."""
-    await store.save(LEAST)
+async def test_cancelled_save_is_atomic(store: StateStore, turns: int) -> None:
+    """The store has the old state or the new one."""
+    await store.save(MINIMAL)
     task = asyncio.create_task(store.save(FULL))
     for _ in range(turns):
         await asyncio.sleep(0)
@@ -106,22 +126,22 @@ async def test_save_that_is_cancelled_leaves_one_whole_state(store: StateStore, 
     async with asyncio.timeout(5.0):
         await asyncio.wait({task})
 
-    assert await store.load() in (LEAST, FULL)
+    assert await store.load() in (MINIMAL, FULL)
 
 
-async def test_reading_while_saving_sees_one_whole_state(store: StateStore) -> None:
-    """A reader beside a writer gets the old state or the new one, never a part."""
-    await store.save(LEAST)
+async def test_concurrent_load_sees_one_whole_state(store: StateStore) -> None:
+    """The old one or the new one, never a mixture."""
+    await store.save(MINIMAL)
     async with asyncio.TaskGroup() as group:
         group.create_task(store.save(FULL))
         reading = [group.create_task(store.load()) for _ in range(20)]
 
-    assert all(task.result() in (LEAST, FULL) for task in reading)
+    assert all(task.result() in (MINIMAL, FULL) for task in reading)
     assert await store.load() == FULL
 
 
-async def test_postgres_prefers_ones_own_row(database: Database) -> None:
-    """An instance that comes back continues its own state, a new one that of the last to save."""
+async def test_postgres_prefers_the_instances_own_row(database: Database) -> None:
+    """A restarted instance loads its own state, a new one the latest."""
     mine, theirs = replace(FULL, starts=1), replace(FULL, starts=2)
     async with opened(await migrated(config_of(database))) as opened_database:
         first, second, third = (
@@ -139,26 +159,26 @@ async def test_postgres_prefers_ones_own_row(database: Database) -> None:
         assert await third.load() == mine
 
 
-async def test_postgres_forgets_instances_that_are_gone(database: Database) -> None:
-    """A row is kept for 30 days: names of pods would pile up otherwise."""
+async def test_postgres_deletes_old_rows(database: Database) -> None:
+    """After 30 days; otherwise rows of former pods would pile up."""
     async with opened(await migrated(config_of(database))) as opened_database:
         for name in ("kept", "forgotten"):
-            await PostgresStateStore(opened_database, name).save(LEAST)
+            await PostgresStateStore(opened_database, name).save(MINIMAL)
         for name, days in (("kept", 29), ("forgotten", 31)):
             database.execute(
                 f"update viralfx_state set saved_at = now() - interval '{days} days'"  # noqa: S608 - of this test
                 f" where instance = '{name}'"
             )
-        await PostgresStateStore(opened_database, "new").save(LEAST)
+        await PostgresStateStore(opened_database, "new").save(MINIMAL)
 
     rows = database.execute("select instance from viralfx_state order by instance")
     assert rows == [("kept",), ("new",)]
 
 
-async def test_postgres_without_a_readable_row_has_nothing(
+async def test_postgres_loads_none_without_a_readable_row(
     database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A row of an unknown shape is told; no table is the check's to tell."""
+    """An invalid row is logged; the health check reports a missing table."""
     async with opened(await migrated(config_of(database))) as opened_database:
         store = PostgresStateStore(opened_database, "pod-1")
         database.execute("insert into viralfx_state values ('pod-1', now(), '{\"starts\": 0.5}')")
@@ -166,10 +186,10 @@ async def test_postgres_without_a_readable_row_has_nothing(
         database.execute("drop table viralfx_state")
         assert await store.load() is None
 
-        await store.save(LEAST)
+        await store.save(MINIMAL)
 
-    told = [r.getMessage() for r in caplog.records if r.name == "viralfx.state"]
-    assert told == [
+    messages = [r.getMessage() for r in caplog.records if r.name == "viralfx.state"]
+    assert messages == [
         "Saved state is unreadable and is not used",
         "State is not saved: the database has not been migrated",
     ]

@@ -1,7 +1,7 @@
-"""Everything that the manifests and the code have to agree on, as complaints of one line each.
+"""Compares the manifests with the code; each disagreement is a complaint of one line.
 
-As a program it reads rendered overlays from standard input, and prints the complaints: so the same
-rules look at a changed copy of the code.
+As a program it reads rendered overlays from standard input and prints the complaints, so that the
+same rules can check a changed copy of the code.
 """
 
 import json
@@ -16,7 +16,7 @@ from tests.deploy.program_rules import rules_of_the_program
 def complaints(name: str, resources: list[Resource]) -> list[str]:
     """Return what is wrong with an overlay, each with the name of its rule before a colon.
 
-    What is so broken that a rule cannot look at it is a complaint, too.
+    A rule that fails on a broken overlay adds a complaint.
     """
     found: list[str] = []
     for rules in (rules_of_the_program, rules_of_the_cluster):
@@ -29,4 +29,4 @@ def complaints(name: str, resources: list[Resource]) -> list[str]:
 
 if __name__ == "__main__":
     overlays: dict[str, Any] = json.load(sys.stdin)
-    print(json.dumps({name: complaints(name, found) for name, found in overlays.items()}))  # noqa: T201 - its answer
+    print(json.dumps({name: complaints(name, found) for name, found in overlays.items()}))

@@ -1,4 +1,4 @@
-"""What the manifests say of each other: kinds, names, labels, and who may reach whom."""
+"""Rules about how the manifests fit together: kinds, names, labels and network policy."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ CONTAINERS = {
     "viralfx-worker": {"queue-worker": "worker"},
     "viralfx-migrate": {"migrate": "migrate"},
 }
-"""By the label ``app``: containers, and what each runs. The guide's commands name them."""
+"""By the label ``app``: containers, and what each runs. Commands of docs/runbook.md name them."""
 
 _CORE = {
     "ServiceAccount": ("v1", 1),
@@ -38,13 +38,13 @@ KINDS = {
         "ScaledObject": ("keda.sh/v1alpha1", 1),
     },
 }
-"""What there is, of which version, and how many."""
+"""The kinds of resources of each overlay, with version and number."""
 
 PRIVATE = {"10.0.0.0/8", "100.64.0.0/10", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"}
 
 
 def rules_of_the_cluster(name: str, resources: list[Resource]) -> Iterator[str]:
-    """Yield what is wrong with an overlay, one line each, with the rule's name before it."""
+    """Yield the problems of an overlay, one line each, with the rule's name before it."""
     suffix = "-canary" if name == "canary" else ""
     yield from (f"kinds: {problem}" for problem in _kinds(name, resources))
     yield from (f"labels: {problem}" for problem in _workloads(resources, suffix))
@@ -79,7 +79,7 @@ def _workloads(resources: list[Resource], suffix: str) -> Iterator[str]:
         if name != f"{app}{suffix}" or workload["metadata"].get("labels", {}).get("app") != app:
             yield f"{name} and its pods are called differently"
         found = {
-            container["name"]: " ".join(container.get("command", ())[1:])
+            container["name"]: " ".join(container.get("args", ()))
             for container in workload["spec"]["template"]["spec"]["containers"]
         }
         if found != CONTAINERS.get(app):
@@ -111,7 +111,7 @@ def _services(resources: list[Resource], suffix: str) -> Iterator[str]:
 
 
 def _network(resources: list[Resource]) -> Iterator[str]:
-    """Whoever comes in is named, and nobody's own network is reached by webhooks."""
+    """Every source of ingress is named, and webhooks cannot reach private networks."""
     for policy in of_kind(resources, "NetworkPolicy"):
         spec = policy["spec"]
         if policy["metadata"].get("name") != "viralfx":

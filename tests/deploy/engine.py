@@ -1,4 +1,4 @@
-"""The container engine of this machine, asked by its command line as people do."""
+"""The container engine of this machine, driven by its command line."""
 
 import json
 import os
@@ -20,29 +20,29 @@ BASE_IMAGE = os.environ.get("VIRALFX_TEST_BASE_IMAGE", "python:3.13-slim")
 ON_BASE = f"--build-arg=BASE_IMAGE={BASE_IMAGE}"
 
 CONSTRAINED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges")
-"""How the image is to be run."""
+"""The options that the image supports: no write access, no capabilities."""
 IN_MEMORY = ("--env=ALLOW_MEMORY_ADAPTERS=true", "--env=API_TOKEN=planted-for-the-tests")
-"""What production asks for where there is neither Postgres nor Redis."""
+"""The settings that production requires if there is neither Postgres nor Redis."""
 PORT = 3000
 
 
 class EngineError(Exception):
-    """A command of the engine failed; holds what it said."""
+    """A command of the engine failed; holds its output."""
 
 
 def docker(*arguments: str | Path, seconds: float = 60, **environment: str) -> str:
     """Run ``docker`` and return what it prints. Raises :class:`EngineError`."""
     ran = attempt(*arguments, seconds=seconds, **environment)
     if ran.returncode != 0:
-        told = f"docker {' '.join(map(str, arguments))}\n{ran.stdout}{ran.stderr}"
-        raise EngineError(told.strip())
+        output = f"docker {' '.join(map(str, arguments))}\n{ran.stdout}{ran.stderr}"
+        raise EngineError(output.strip())
     return ran.stdout.strip()
 
 
 def attempt(
     *arguments: str | Path, seconds: float = 60, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``docker`` and return what came of it."""
+    """Run ``docker`` and return the result."""
     program = shutil.which("docker")
     if program is None:
         raise UnavailableError("no container engine: there is no docker on PATH")
@@ -59,9 +59,9 @@ def attempt(
 
 @cache
 def require(*images: str) -> None:
-    """See to it that an engine answers and has these images.
+    """Require an engine that answers and has these images.
 
-    Raises ``UnavailableError`` that says what is missing.
+    Raises ``UnavailableError`` with the missing part.
     """
     try:
         docker("version", "--format", "{{.Server.Version}}", seconds=10)
@@ -84,24 +84,24 @@ def _last_line(error: Exception) -> str:
 
 
 def inspected(name: str) -> dict[str, Any]:
-    """Return everything that the engine knows of an image or a container."""
+    """Return the details of an image or a container."""
     found: list[dict[str, Any]] = json.loads(docker("inspect", name))
     return found[0]
 
 
 class Container:
-    """A container of the image, asked from outside."""
+    """A container of the image, queried from outside."""
 
     def __init__(self, name: str, port: int) -> None:
         """``port`` is where the engine publishes port 3000."""
         self.name, self.port = name, port
 
     def get(self, path: str, **more: Any) -> Reply:
-        """Ask the API."""
+        """Send a request to the API."""
         return request(self.port, path, **more)
 
     def answers(self, path: str) -> Reply | None:
-        """Ask the API; None where there is no answer."""
+        """Send a request to the API; return None without a response."""
         try:
             return self.get(path)
         except OSError:
@@ -117,7 +117,7 @@ class Container:
         return docker("exec", self.name, "python", "-c", code)
 
     def log(self) -> str:
-        """Return all that it wrote."""
+        """Return its whole log."""
         ran = attempt("logs", self.name)
         return ran.stdout + ran.stderr
 
@@ -126,9 +126,9 @@ class Container:
         lines = [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
         return [line for line in lines if line["message"] == message]
 
-    def wait(self, look: Callable[[], Any], what: str, *, seconds: float = 30) -> Any:
-        """Wait until something is true of it, and return that."""
-        return wait_until(look, seconds=seconds, what=lambda: f"{what}\n{self.log()}")
+    def wait(self, poll: Callable[[], Any], what: str, *, seconds: float = 30) -> Any:
+        """Poll until the result is true, and return it."""
+        return wait_until(poll, seconds=seconds, what=lambda: f"{what}\n{self.log()}")
 
     def wait_healthy(self) -> "Container":
         """Return once its HEALTHCHECK passed."""
@@ -143,7 +143,7 @@ class Container:
 
 @contextmanager
 def container(image: str, *command: str, options: Sequence[str] = ()) -> Iterator[Container]:
-    """Run the image as it is to be run; the container is gone afterwards."""
+    """Run the image with these constraints; remove the container afterwards."""
     port = free_port()
     publish = f"--publish=127.0.0.1:{port}:{PORT}"
     name = docker("run", "--detach", publish, *CONSTRAINED, *options, image, *command)

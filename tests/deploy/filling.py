@@ -1,4 +1,4 @@
-"""An application for a container, where this file is put: it keeps what it is told to keep."""
+"""An application for a container that allocates memory on request and keeps it."""
 
 from litestar import Litestar, post
 
@@ -7,7 +7,7 @@ _kept: list[bytearray] = []
 
 @post("/fill/{mebibytes:int}")
 async def fill(mebibytes: int) -> None:
-    """Hold on to so much more memory, every page of it."""
+    """Allocate memory, touch every page and keep it."""
     _kept.append(bytearray(b"x") * (mebibytes * 2**20))
 
 

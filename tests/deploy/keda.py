@@ -1,4 +1,4 @@
-"""What there may be in KEDA's resource, written after its definition, which no package brings."""
+"""The schema of KEDA's resource, written after its definition, which no package contains."""
 
 import re
 from collections.abc import Iterator
@@ -59,29 +59,29 @@ SCALED_OBJECT = _only(
         "behavior",
         failureThreshold=_NUMBER,
         replicas=_NUMBER,
-        # Or busy workers would be taken away while nobody knows what is due.
+        # Otherwise KEDA would remove busy workers while the number of due jobs is unknown.
         behavior={"const": "currentReplicasIfHigher"},
     ),
     advanced=_only(
         "horizontalPodAutoscalerConfig",
-        # What is in it is Kubernetes's own.
+        # Kubernetes defines its contents.
         horizontalPodAutoscalerConfig=_only("behavior", behavior={"type": "object"}),
     ),
     triggers={"type": "array", "minItems": 1, "items": _TRIGGER},
 )
-"""The part of the specification that is used: whatever else stands in ours is refused."""
+"""The part of the specification that is used; any other field is an error."""
 
 
 @cache
 def proven_query() -> str:
-    """Return the query whose answer is tested: each job that waits or runs counts, and once."""
+    """Return the expected query: it counts each waiting or running job once."""
     tests = load("rules_test.yml")["tests"]
     (check,) = [check for test in tests for check in test.get("promql_expr_test", ())]
     return str(check["expr"])
 
 
 def rules_of_keda(spec: dict[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the specification of a ScaledObject."""
+    """Yield the problems of the specification of a ScaledObject."""
     for error in jsonschema.Draft202012Validator(SCALED_OBJECT).iter_errors(spec):
         yield f"{'/'.join(map(str, error.path))}: {error.message}"
     for trigger in spec.get("triggers", ()):
@@ -90,11 +90,11 @@ def rules_of_keda(spec: dict[str, Any]) -> Iterator[str]:
         if _OF_ONE_NAMESPACE.sub("{", query) != proven_query():
             yield f"it asks for {query}"
         if found := _unknown(query):
-            yield f"nobody measures {found}"
+            yield f"no metric {found} exists"
         if float(trigger["metadata"]["threshold"]) != 2 * Settings().job.concurrency:
             yield "the threshold is not twice what a worker runs at once of a queue"
     if not spec["minReplicaCount"] <= spec["fallback"]["replicas"] <= spec["maxReplicaCount"]:
-        yield "what is done without metrics is outside of the limits"
+        yield "the fallback is outside the limits"
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What kustomize makes of deploy/kustomize, taken apart."""
+"""The resources that kustomize renders from deploy/kustomize."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy/kustomize"
 OVERLAYS = sorted(path.parent.name for path in FOLDER.glob("overlays/*/kustomization.yaml"))
 RENDERED = ("base", *OVERLAYS)
-"""Everything that can be rendered; the base has to hold what the overlays do not say."""
+"""The base and the overlays."""
 
 Resource = dict[str, Any]
 
@@ -24,7 +24,7 @@ Resource = dict[str, Any]
 def render(name: str) -> list[Resource]:
     """Return the resources of an overlay, or of the base; the caller may change them.
 
-    Raises ``UnavailableError`` where nothing renders.
+    Raises ``UnavailableError`` without kubectl and kustomize.
     """
     resources: list[Resource] = json.loads(_rendered(name))
     return resources
@@ -38,7 +38,7 @@ def _rendered(name: str) -> str:
     made = subprocess.run(
         [*command, str(folder)], capture_output=True, text=True, check=False, timeout=60
     )
-    # It warns of what it will no longer do, and that counts as well.
+    # Its deprecation warnings count as errors.
     assert (made.returncode, made.stderr) == (0, ""), made.stderr
     return json.dumps(list(yaml.safe_load_all(made.stdout)))
 
@@ -53,8 +53,8 @@ class Container:
 
     @property
     def command(self) -> str:
-        """Which of the program's commands it runs."""
-        return " ".join(self.spec.get("command", ())[1:])
+        """The program's command that it runs: the arguments of the image's entry point."""
+        return " ".join(self.spec.get("args", ()))
 
     @property
     def labels(self) -> Mapping[str, str]:
@@ -63,12 +63,12 @@ class Container:
 
     @property
     def neighbours(self) -> list["Container"]:
-        """All containers of its pod, itself too."""
+        """All containers of its pod, including this one."""
         return [Container(self.workload, self.pod, spec) for spec in self.pod["containers"]]
 
     @property
     def where(self) -> str:
-        """Say which one it is."""
+        """The kind and name of its workload, and its own name."""
         return f"{self.workload['kind']}/{self.workload['metadata']['name']} {self.spec['name']}"
 
     def port(self, reference: str | int) -> int | None:
@@ -94,7 +94,7 @@ def of_kind(resources: list[Resource], *kinds: str) -> list[Resource]:
 
 
 def containers(resources: list[Resource]) -> Iterator[Container]:
-    """Yield each container of each pod that something makes."""
+    """Yield each container of each workload."""
     for workload in of_kind(resources, "Deployment", "Job"):
         pod = workload["spec"]["template"]["spec"]
         yield from (Container(workload, pod, spec) for spec in pod["containers"])
@@ -107,9 +107,9 @@ def labels_of_pods(workload: Resource) -> Mapping[str, str]:
 
 
 def selected(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
-    """Tell whether a selector, of either form, takes what has these labels.
+    """Return whether a selector of either form matches these labels.
 
-    One that says nothing takes nothing here, though everything in Kubernetes: it is a mistake.
+    An empty selector matches nothing here. In Kubernetes it matches everything, which is a mistake.
     """
     wanted, expressions = selector, []
     if "matchExpressions" in selector or "matchLabels" in selector:

@@ -1,4 +1,4 @@
-"""What a pod may do, what it is made of, and where it runs."""
+"""Rules about pods: security, files, memory, image and placement."""
 
 import re
 import tomllib
@@ -7,15 +7,15 @@ from functools import cache
 
 from tests.deploy.manifests import ROOT, Container, Resource, labels_of_pods, of_kind, selected
 
-from viralfx.runner.memory import LEAST
+from viralfx.settings.memory_limit import MIN_MEMORY_MIB
 
-ROOMY = 4 * LEAST
-"""MiB of memory that are enough for an idle process twice over."""
+COMFORTABLE_MIB = 4 * MIN_MEMORY_MIB
+"""Twice the MiB that an idle process needs with a margin."""
 _MIB = {"Mi": 1, "Gi": 1024}
 
 
 def rules_of_a_container(container: Container, overlay: str) -> Iterator[str]:
-    """Yield what is wrong with one container and its pod, with the rule's name before it."""
+    """Yield the problems of one container and its pod, with the rule's name before it."""
     yield from (f"security: {problem}" for problem in _security(container))
     yield from (f"files: {problem}" for problem in _files(container))
     yield from (f"memory: {problem}" for problem in _memory(container))
@@ -49,7 +49,7 @@ def _security(container: Container) -> Iterator[str]:
 
 
 def _files(container: Container) -> Iterator[str]:
-    """Nothing to write to but a /tmp of its own, of limited size."""
+    """Require a /tmp of its own with a size limit, and no other writable folder."""
     pod = container.pod
     volumes = {v["name"]: v["emptyDir"].get("sizeLimit") for v in pod.get("volumes", ())}
     mounts = {m["mountPath"]: m["name"] for m in container.spec.get("volumeMounts", ())}
@@ -65,8 +65,8 @@ def _files(container: Container) -> Iterator[str]:
 def _memory(container: Container) -> Iterator[str]:
     given = container.spec.get("resources", {})
     limit, request = (given.get(kind, {}).get("memory", "0Mi") for kind in ("limits", "requests"))
-    if _mebibytes(limit) < ROOMY:
-        yield f"a limit of {limit} is less than {ROOMY} MiB"
+    if _mebibytes(limit) < COMFORTABLE_MIB:
+        yield f"a limit of {limit} is less than {COMFORTABLE_MIB} MiB"
     if not 0 < _mebibytes(request) <= _mebibytes(limit):
         yield f"a request of {request} and a limit of {limit}"
 
@@ -83,7 +83,7 @@ def _version() -> str:
 
 
 def rules_of_places(overlay: str, resources: list[Resource]) -> Iterator[str]:
-    """Where there are machines to choose from, pods are spread as a wish, among their own."""
+    """Overlays spread the pods of a Deployment over nodes, as a preference."""
     for deployment in of_kind(resources, "Deployment"):
         app = labels_of_pods(deployment)["app"]
         keys = ["kubernetes.io/hostname"]
@@ -99,8 +99,8 @@ def rules_of_places(overlay: str, resources: list[Resource]) -> Iterator[str]:
     for job in of_kind(resources, "Job"):
         spec = job["spec"]
         limits = [spec.get("backoffLimit"), spec.get("activeDeadlineSeconds")]
-        # Another migration is waited for, each time, for up to a minute.
+        # Each attempt waits up to a minute for another migration.
         if spec["template"]["spec"].get("restartPolicy") != "Never" or limits != [3, 600]:
-            yield "the migration hides what failed, or goes on for ever"
+            yield "the migration hides its failure, or has no time limit"
         if not 0 < spec.get("ttlSecondsAfterFinished", 0) <= 600:
-            yield "the migration is in the way of the next one"
+            yield "the finished migration blocks the next one"

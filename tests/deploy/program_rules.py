@@ -1,4 +1,4 @@
-"""What the manifests say of the program, against the program: variables, ports, paths, times."""
+"""Rules about the manifests and the program: variables, ports, paths, times."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -9,12 +9,12 @@ from tests.deploy.manifests import ROOT, Container, Resource, containers, of_kin
 
 from viralfx.bootstrap import assemble
 from viralfx.cli import _parser
-from viralfx.domain.diagnosis import Area, Finding, Verdict, failed
+from viralfx.domain.doctor import Area, Finding, Verdict, failed
 from viralfx.domain.errors import ConfigurationError
 from viralfx.settings import Settings, fields, read_settings
-from viralfx.settings.review import PRODUCTION, review
-from viralfx.web.access import AccessPolicy
-from viralfx.web.answers import OperationsAnswers
+from viralfx.settings.doctor import PRODUCTION, review
+from viralfx.web.auth import AccessPolicy
+from viralfx.web.endpoints import OperationsEndpoints
 
 PROBES = {
     "livenessProbe": (
@@ -32,29 +32,31 @@ PROBES = {
     ),
     "startupProbe": ("/health/startup", {}),
 }
-"""What each probe asks, and the operations guide's numbers for it."""
+"""The path of each probe, and its numbers in docs/operations.md."""
 
 PHASES = (5.0, 30.0, 5.0, 15.0, 60.0)
-"""Seconds for readiness delay, drain, state, connections and the forced end, as in the guide."""
+"""Seconds of readiness delay, drain, state, connections and forced end: docs/operations.md."""
 GRACE = 75
 
 _SAMPLES = {
-    "DATABASE_URL": "postgresql://app:hunter2@db.production.internal/app",
+    "CONSOLE_TOKEN": "0123456789abcdef-console",
+    "DATABASE_URL": "postgresql://app:0123456789abcdef@db.production.internal/app",
     "WEBHOOK_SECRET": "whsec_" + "c2Vj" * 8,
     "ALERT_WEBHOOK_URL": "https://hooks.production.internal/alerts",
 }
 
 
 def rules_of_the_program(name: str, resources: list[Resource]) -> Iterator[str]:
-    """Yield what is wrong with an overlay, one line each, with the rule's name before it."""
-    # The base leaves to the overlays what depends on the place.
+    """Yield the problems of an overlay, one line each, with the rule's name before it."""
+    # The overlays set the values that depend on the environment.
     unsaid = {Area.DATABASE, Area.REDIS} if name == "base" else set()
     for container in containers(resources):
+        yield from (f"variables: {container.where}: {p}" for p in _sources(container, resources))
         settings, findings = settings_of(container, resources)
         problems = [finding.found for finding in findings if finding.area not in unsaid]
         yield from (f"variables: {container.where}: {problem}" for problem in problems)
-        yield from (f"variables: {container.where}: {p}" for p in _sources(container, resources))
         yield from (f"command: {container.where}: {p}" for p in _command(container))
+        yield from (f"init: {container.where}: {p}" for p in _init(container))
         if settings is None or container.command not in {"serve", "worker"}:
             continue
         yield from (f"ports: {container.where}: {p}" for p in _ports(container, settings))
@@ -69,7 +71,7 @@ def rules_of_the_program(name: str, resources: list[Resource]) -> Iterator[str]:
 def settings_of(
     container: Container, resources: list[Resource]
 ) -> tuple[Settings | None, list[Finding]]:
-    """Return what the program would read there, and everything it would refuse or be warned of."""
+    """Return the settings that the program would read there, and the findings about them."""
     environ = container.variables(resources)
     for name in environ.keys() & {field.variable for field in fields() if field.secret}:
         environ[name] = _SAMPLES.get(name, "0123456789abcdef-planted")
@@ -82,7 +84,7 @@ def _read(
 ) -> tuple[Settings | None, list[Finding]]:
     environ = dict(variables)
     try:
-        settings = read_settings(environ, with_api=command == "serve")
+        settings = read_settings(environ, strict=True, with_api=command == "serve")
     except ConfigurationError as error:
         return None, [failed(Area.ENVIRONMENT, problem, "see there") for problem in error.problems]
     found = review(settings, environ) if command in {"serve", "worker"} else []
@@ -92,7 +94,7 @@ def _read(
 
 
 def _sources(container: Container, resources: list[Resource]) -> Iterator[str]:
-    """Every name is one of the program's; secrets come from the Secret, and nothing else does."""
+    """Every name is a setting; secrets, and only secrets, come from the Secret."""
     known = {field.variable: field for field in fields()}
     secrets = {one["name"]: one for one in container.spec.get("env", ())}
     for name, key in container.variables(resources).items():
@@ -115,6 +117,7 @@ _LONG_LIVED = {
     *_BACKENDS,
     "REDIS_PASSWORD",
     "MANAGEMENT_TOKEN",
+    "CONSOLE_TOKEN",
     "WEBHOOK_SECRET",
     "ALERT_WEBHOOK_URL",
     "DB_HEALTH_CHECK_INTERVAL",
@@ -126,14 +129,12 @@ NEEDED = {
     "worker": _LONG_LIVED,
     "migrate": _BACKENDS,
 }
-"""What each command is to be told; who needs no secret is given none."""
-OPTIONAL = {"WEBHOOK_SECRET", "ALERT_WEBHOOK_URL"}
+"""The variables that each command needs; a command gets no secret that it does not need."""
+OPTIONAL = {"CONSOLE_TOKEN", "WEBHOOK_SECRET", "ALERT_WEBHOOK_URL"}
 
 
 def _command(container: Container) -> Iterator[str]:
-    program, *arguments = container.spec["command"]
-    if program != "viralfx":
-        yield f"{program} is not the program"
+    arguments = container.spec["args"]
     if container.command not in NEEDED:
         yield f"{container.command} is none of {', '.join(NEEDED)}"
         return
@@ -142,6 +143,12 @@ def _command(container: Container) -> Iterator[str]:
     given = {one["name"] for one in container.spec.get("env", ())}
     if more := given - NEEDED[container.command]:
         yield f"it has no need of {', '.join(sorted(more))}"
+
+
+def _init(container: Container) -> Iterator[str]:
+    """Check that nothing replaces the entry point, which starts the init as PID 1."""
+    if "command" in container.spec:
+        yield f"command {container.spec['command']} bypasses the image's init; use args"
 
 
 @cache
@@ -160,7 +167,7 @@ def _listens(container: Container, settings: Settings) -> set[int]:
 
 
 def _ports(container: Container, settings: Settings) -> Iterator[str]:
-    """Ports that are declared are listened on, and nobody else of the pod listens there."""
+    """Check that the container listens on its declared ports, and no other one of the pod does."""
     declared = [port["containerPort"] for port in container.spec.get("ports", ())]
     listens = _listens(container, settings)
     if set(declared) != listens:
@@ -173,7 +180,7 @@ def _ports(container: Container, settings: Settings) -> Iterator[str]:
     if (scraped := _scraped(job)) not in listens:
         yield f"prometheus.yml scrapes {job} at {scraped}"
     if f"port {settings.port}, a worker at {settings.worker_management_port}" not in _runbook():
-        yield "the runbook asks at other ports"
+        yield "the runbook uses other ports"
 
 
 @cache
@@ -199,14 +206,14 @@ def endpoints() -> frozenset[str]:
     settings = Settings()
     assembly = assemble(settings)
     access = AccessPolicy.from_settings(settings)
-    return frozenset(OperationsAnswers(assembly.operations, access, assembly.metrics).endpoints)
+    return frozenset(OperationsEndpoints(assembly.operations, access, assembly.metrics).endpoints)
 
 
 def _probes(container: Container, settings: Settings) -> Iterator[str]:
     probes = {kind: container.spec[kind] for kind in PROBES if kind in container.spec}
     expected = set(PROBES)
     if container.command == "worker" and len(container.neighbours) > 1:
-        # It would take the API beside it out of the Service.
+        # It would remove the API in the same pod from the Service.
         expected -= {"readinessProbe"}
     if probes.keys() != expected:
         yield f"has {sorted(probes)}, not {sorted(expected)}"
@@ -218,52 +225,52 @@ def _probes(container: Container, settings: Settings) -> Iterator[str]:
         if container.port(asked.get("port", "")) not in _listens(container, settings):
             yield f"{kind} asks at {asked.get('port')}"
         if wrong := {n for n, v in numbers.items() if probe.get(n) != v}:
-            yield f"{kind}: {sorted(wrong)} are not the guide's"
+            yield f"{kind}: {sorted(wrong)} differ from docs/operations.md"
     yield from _start(container, probes.get("startupProbe", {}), settings)
 
 
 def _start(container: Container, probe: dict[str, Any], settings: Settings) -> Iterator[str]:
-    """Let a start that fails say why before it is killed, and a rollout wait for longer."""
+    """Check that the startup probe outlasts a failing start, and a roll-out the probe."""
     db = settings.db
-    attempts = db.max_reconnect_attempts * db.connection_timeout / 1000
-    longest = attempts + (db.max_reconnect_attempts - 1) * db.reconnect_delay / 1000
-    patience = probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
-    if not longest < patience <= longest + 60:
-        yield f"startupProbe waits {patience} s, a start takes up to {longest:g} s"
+    attempts = db.max_reconnect_attempts * db.connection_timeout
+    longest = attempts + (db.max_reconnect_attempts - 1) * db.reconnect_delay
+    allowed = probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
+    if not longest < allowed <= longest + 60:
+        yield f"startupProbe waits {allowed} s, a start takes up to {longest:g} s"
     if (
         probe.get("initialDelaySeconds")
         or probe.get("timeoutSeconds") != 3
         or probe.get("periodSeconds", 10) > 5
     ):
-        yield "startupProbe looks late"
-    if container.workload["spec"].get("progressDeadlineSeconds", 0) < 2 * patience:
+        yield "startupProbe is slow"
+    if container.workload["spec"].get("progressDeadlineSeconds", 0) < 2 * allowed:
         yield "progressDeadlineSeconds ends before a start may"
 
 
 def _budgets(container: Container, settings: Settings) -> Iterator[str]:
-    """Phases are the guide's, fit into each other, and into what is granted."""
+    """Phases are those of docs/operations.md, and fit into each other and the grace period."""
     b = settings.shutdown_budgets
     phases = (b.readiness_delay, b.drain, b.state, b.connections, b.force)
     if phases != PHASES:
         yield f"the phases are {phases}, not {PHASES}"
     granted = container.pod.get("terminationGracePeriodSeconds", 30)
-    told = (settings.shutdown_grace_period or 0) / 1000
-    if not granted == told == GRACE:
-        yield f"{granted} s are granted, {told:g} s are told, and {GRACE} s are to be"
+    known = settings.shutdown_grace_period or 0.0
+    if not granted == known == GRACE:
+        yield f"{granted} s are granted, the program knows {known:g} s, and {GRACE} s are right"
     if granted < b.force + 10:
         yield f"{granted} s are granted for {b.force:g} s and a margin"
     if "lifecycle" in container.spec:
-        yield "a hook would take its time from the program's"
-    if settings.db.health_check_interval > 5000:
-        yield "an outage of the database is seen late"
+        yield "a hook would use up the grace period"
+    if settings.db.health_check_interval > 5.0:
+        yield "an outage of the database is noticed late"
 
 
 def _network(policy: dict[str, Any], container: Container, settings: Settings) -> Iterator[str]:
-    """Ports that are listened on can be reached, and servers that the program needs as well."""
+    """Check that the policy admits traffic to the ports and to the needed servers."""
     entries = [port for rule in policy.get("ingress", ()) for port in rule.get("ports", ())]
     for port in _listens(container, settings):
         if port not in {container.port(entry["port"]) for entry in entries}:
-            yield f"nobody can reach {port}"
+            yield f"the policy blocks port {port}"
     exits = {
         (port["port"], port.get("protocol", "TCP"))
         for rule in policy.get("egress", ())
@@ -281,10 +288,12 @@ def _network(policy: dict[str, Any], container: Container, settings: Settings) -
         *(("a collector", port, "TCP") for port in _receivers()),
     }
     yield from (
-        f"cannot reach {what} at {port}" for what, port, kind in needed if (port, kind) not in exits
+        f"cannot reach {server} at {port}"
+        for server, port, kind in needed
+        if (port, kind) not in exits
     )
     if more := exits - {(port, kind) for _, port, kind in needed}:
-        yield f"may reach {sorted(more)} for nothing"
+        yield f"may reach {sorted(more)} without need"
 
 
 @cache

@@ -1,4 +1,4 @@
-"""How many pods there are, how they are replaced, and who says so."""
+"""Rules about the number of pods: replicas, autoscalers, roll-outs and disruption budgets."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,20 +11,20 @@ LIMITS = {
     ("viralfx-worker", "HorizontalPodAutoscaler"): (2, 8),
     ("viralfx-worker", "ScaledObject"): (1, 8),
 }
-"""Fewest and most pods; docs/deployment.md makes the connections to Postgres of them."""
+"""Minimum and maximum of pods; docs/deployment.md derives the connections to Postgres from them."""
 REPLICAS = {"viralfx-backend": 2, "viralfx-backend-canary": 1}
-"""Of what nobody scales."""
+"""Replicas of Deployments without an autoscaler."""
 _BUSY = {"type": "Utilization", "averageUtilization": 70}
 
 
 def rules_of_scaling(resources: list[Resource]) -> Iterator[str]:
-    """Each Deployment has a number of pods, or exactly one that says how many there are."""
+    """Each Deployment has either a number of replicas or exactly one autoscaler."""
     scalers: dict[str, list[Resource]] = {}
     for scaler in of_kind(resources, "HorizontalPodAutoscaler", "ScaledObject"):
         name = scaler["spec"]["scaleTargetRef"]["name"]
         scalers.setdefault(name, []).append(scaler)
         if scaler["metadata"].get("name") != name:
-            yield f"what scales {name} is called {scaler['metadata'].get('name')}"
+            yield f"the scaler of {name} is called {scaler['metadata'].get('name')}"
     for deployment in of_kind(resources, "Deployment"):
         name, spec = deployment["metadata"]["name"], deployment["spec"]
         rolling = spec.get("strategy", {}).get("rollingUpdate", {})
@@ -74,14 +74,14 @@ def _metrics(spec: dict[str, Any], deployment: Resource) -> Iterator[str]:
     main = next(iter(found))
     wanted = {"name": "cpu", "container": main, "target": _BUSY}
     if spec["metrics"] != [{"type": "ContainerResource", "containerResource": wanted}]:
-        yield f"it looks at {spec['metrics']}, not at the CPU of {main}"
-    # Utilization is a part of what is requested.
+        yield f"it measures {spec['metrics']}, not at the CPU of {main}"
+    # Utilization is a share of the request.
     if "cpu" not in found[main].get("resources", {}).get("requests", {}):
         yield f"{main} requests no CPU"
 
 
 def _disruption(resources: list[Resource]) -> Iterator[str]:
-    """Of what is scaled one at a time is taken away, and what serves nobody always may be."""
+    """Check that scaled Deployments lose one pod at a time, and pods not ready may be evicted."""
     scaled = [
         s["spec"]["scaleTargetRef"]["name"]
         for s in resources
@@ -101,6 +101,6 @@ def _disruption(resources: list[Resource]) -> Iterator[str]:
         if spec.get("maxUnavailable") != 1:
             yield f"budget {name} takes more than one away"
         if spec.get("unhealthyPodEvictionPolicy") != "AlwaysAllow":
-            yield f"budget {name} keeps what is not ready"
+            yield f"budget {name} keeps pods that are not ready"
     if sorted(kept) != sorted(scaled):
         yield f"there are budgets for {kept}, and scaled are {scaled}"

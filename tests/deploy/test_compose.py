@@ -15,7 +15,7 @@ FOLDER = ROOT / "deploy"
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(
     (FOLDER / "compose.yaml").read_text(encoding="utf-8")
 )["services"]
-OURS = {name: service for name, service in SERVICES.items() if "build" in service}
+PROGRAM_SERVICES = {name: service for name, service in SERVICES.items() if "build" in service}
 PROGRAMS = ("migrate", "backend", "worker")
 
 
@@ -25,7 +25,7 @@ def seconds(text: str) -> int:
 
 
 def deployment() -> dict[str, Any]:
-    """Return the pods that Kubernetes is asked for."""
+    """Return the pods of the manifests."""
     text = (FOLDER / "kustomize/base/deployment.yaml").read_text(encoding="utf-8")
     found: dict[str, Any] = yaml.safe_load(text)["spec"]["template"]["spec"]
     return found
@@ -33,7 +33,7 @@ def deployment() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_a_service_is_contained_and_pinned(name: str) -> None:
-    """No rights, nothing to write to but what is named, and an image of a known version."""
+    """No capabilities, no write access except to named volumes, and a pinned image."""
     service = SERVICES[name]
 
     assert service["read_only"] is True
@@ -47,18 +47,19 @@ def test_a_service_is_contained_and_pinned(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_is_run_with_settings_that_it_takes(name: str) -> None:
-    """Every variable is known and every value right, in production too."""
-    given = {**OURS[name]["environment"], "ENVIRONMENT": "production"}
+    """Every variable is known and every value valid, also in production."""
+    given = {**PROGRAM_SERVICES[name]["environment"], "ENVIRONMENT": "production"}
     for variable in [variable for variable in given if variable.endswith("_FILE")]:
-        # Where the file would be is another test's subject.
+        # Another test checks the paths of the files.
         assert given.pop(variable).startswith("/run/secrets/")
         given[variable.removesuffix("_FILE")] = "planted-for-the-tests"
     endpoint = given.pop("OTEL_EXPORTER_OTLP_ENDPOINT")
 
-    settings = read_settings(given, with_api=name == "backend")
+    settings = read_settings(given, strict=True, with_api=name == "backend")
 
     assert endpoint == "${OTEL_EXPORTER_OTLP_ENDPOINT:-}"
-    assert settings.shutdown_grace_period == seconds(OURS[name]["stop_grace_period"]) * 1000
+    granted = seconds(PROGRAM_SERVICES[name]["stop_grace_period"])
+    assert settings.shutdown_grace_period == granted
     assert settings.database_address is not None
     assert settings.database_address.host in SERVICES
     assert settings.redis.host in SERVICES
@@ -66,13 +67,13 @@ def test_a_program_is_run_with_settings_that_it_takes(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_secret_is_in_a_volume_that_the_program_only_reads(name: str) -> None:
-    """And which the service that makes them fills."""
+    """The service that generates the secrets fills the volume."""
     made = {volume.split(":")[1] for volume in SERVICES["secrets"]["volumes"]}
-    mounted = {volume.split(":")[1] for volume in OURS[name]["volumes"]}
-    named = [v for k, v in OURS[name]["environment"].items() if k.endswith("_FILE")]
+    mounted = {volume.split(":")[1] for volume in PROGRAM_SERVICES[name]["volumes"]}
+    named = [v for k, v in PROGRAM_SERVICES[name]["environment"].items() if k.endswith("_FILE")]
     script = SERVICES["secrets"]["command"][0]
 
-    assert {volume.rpartition(":")[2] for volume in OURS[name]["volumes"]} == {"ro"}
+    assert {volume.rpartition(":")[2] for volume in PROGRAM_SERVICES[name]["volumes"]} == {"ro"}
     assert mounted <= made
     for path in named:
         assert path.rpartition("/")[0] in mounted
@@ -81,8 +82,8 @@ def test_a_secret_is_in_a_volume_that_the_program_only_reads(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_command_and_its_probe_are_the_programs(name: str) -> None:
-    """As its command line knows them."""
-    service = OURS[name]
+    """The command line accepts them."""
+    service = PROGRAM_SERVICES[name]
     assert callable(_parser().parse_args(service["command"]).run)
     if name == "migrate":
         assert service["healthcheck"] == {"disable": True}
@@ -95,28 +96,36 @@ def test_a_command_and_its_probe_are_the_programs(name: str) -> None:
     assert probe.timeout < seconds(service["healthcheck"]["timeout"])
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_init_of_the_image_is_the_first_process(name: str) -> None:
+    """Nothing replaces the image's entry point, and no second init stands before it."""
+    assert not {"entrypoint", "init", "pid"} & PROGRAM_SERVICES[name].keys()
+
+
 def test_it_agrees_with_the_manifests() -> None:
-    """The same limits of time and memory, or it would be no trial of them."""
+    """The limits of time and memory are equal, so that the trial exercises them."""
     pod = deployment()
     limits = {container["resources"]["limits"]["memory"] for container in pod["containers"]}
 
-    assert {seconds(OURS[name]["stop_grace_period"]) for name in PROGRAMS} == {
+    assert {seconds(PROGRAM_SERVICES[name]["stop_grace_period"]) for name in PROGRAMS} == {
         pod["terminationGracePeriodSeconds"]
     }
-    assert {f"{OURS[name]['mem_limit'].removesuffix('m')}Mi" for name in PROGRAMS} == limits
+    assert {
+        f"{PROGRAM_SERVICES[name]['mem_limit'].removesuffix('m')}Mi" for name in PROGRAMS
+    } == limits
 
 
 def test_the_ports_are_those_of_the_settings() -> None:
-    """The API is published where the documents say; nothing else of ours is."""
+    """Only the API is published, at the documented port."""
     port = Settings().port
 
     assert SERVICES["backend"]["ports"] == [f"127.0.0.1:${{VIRALFX_PORT:-{port}}}:{port}"]
-    assert [name for name in OURS if "ports" in OURS[name]] == ["backend"]
+    assert [name for name in PROGRAM_SERVICES if "ports" in PROGRAM_SERVICES[name]] == ["backend"]
 
 
-@pytest.mark.parametrize("path", ["README.md", "deploy/compose.yaml"])
+@pytest.mark.parametrize("path", ["docs/deployment.md", "deploy/compose.yaml"])
 def test_the_first_commands_are_right(path: str) -> None:
-    """The token that people are told to fetch is where the API reads it."""
+    """The documented command reads the token that the API reads."""
     text = (ROOT / path).read_text(encoding="utf-8")
     compose = "docker compose -f deploy/compose.yaml"
     fetched = re.search(rf"{compose} exec -T backend cat (\S+?)\)?$", text, re.MULTILINE)
@@ -126,7 +135,7 @@ def test_the_first_commands_are_right(path: str) -> None:
     assert fetched[1] == SERVICES["backend"]["environment"]["API_TOKEN_FILE"]
 
 
-def test_what_is_mounted_is_there() -> None:
+def test_mounted_files_exist() -> None:
     """A file that is missing would become an empty folder."""
     mounted = [
         volume.split(":")

@@ -21,7 +21,7 @@ def instructions(name: str) -> list[str]:
 
 
 def test_nothing_but_the_base_image_comes_from_a_registry() -> None:
-    """No frontend of its own, and no file of somebody else's image."""
+    """No frontend and no file comes from another image."""
     stages = {stage.partition(" AS ")[2] for stage in instructions("FROM")}
     sources = set(re.findall(r"(?:--from|,from|=from)=([\w./:-]+)", TEXT))
 
@@ -31,8 +31,8 @@ def test_nothing_but_the_base_image_comes_from_a_registry() -> None:
     assert sources < stages
 
 
-def test_only_one_step_uses_a_network() -> None:
-    """It fetches what the locks name; whatever installs has the hashes looked at."""
+def test_only_the_first_stage_uses_a_network() -> None:
+    """It fetches what the locks name, and the init; each install verifies the hashes."""
     networked = [run for run in instructions("RUN") if "--network=none" not in run]
     installing = [
         command
@@ -41,14 +41,17 @@ def test_only_one_step_uses_a_network() -> None:
         if re.search(r"pip (download|install)", command) and "dist/*.whl" not in command
     ]
 
-    assert len(networked) == 1
+    assert len(networked) == 2
     assert "pip download" in networked[0]
+    assert "apt-get download" in networked[1]
+    assert "apt-get install" not in TEXT
+    assert TEXT.index("apt-get download") < TEXT.index("FROM scratch AS wheels")
     assert len(installing) == 3
     assert [command for command in installing if "--require-hashes" not in command] == []
 
 
 def test_the_version_is_the_projects() -> None:
-    """Whoever says none gets the right one."""
+    """The default of the build argument is the version of the project."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
     assert set(re.findall(r"VERSION=([\d.]+)$", TEXT, re.MULTILINE)) == {project["version"]}
@@ -60,7 +63,7 @@ def test_the_ports_are_those_of_the_settings() -> None:
     assert instructions("EXPOSE") == [f"{Settings().port} {WORKER_MANAGEMENT_PORT}"]
 
 
-def test_what_is_copied_is_all_that_a_build_is_given() -> None:
+def test_the_build_context_holds_only_copied_files() -> None:
     """Nothing else of a checkout reaches the engine, secrets least of all."""
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     given = {line[1:] for line in ignored if line.startswith("!")}

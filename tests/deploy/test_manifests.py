@@ -1,9 +1,10 @@
-"""The manifests agree with the code, with each other, and with what the documents say of them."""
+"""The manifests agree with the code, with each other, and with the documents."""
 
 import re
 from collections.abc import Iterator
 
 import pytest
+import yaml
 from tests.deploy.agreement import complaints
 from tests.deploy.cluster_rules import CONTAINERS
 from tests.deploy.manifests import (
@@ -26,14 +27,14 @@ DEPLOYMENT = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
 
 
 def resources(name: str) -> list[Resource]:
-    """Return what an overlay consists of, or skip."""
+    """Return the resources of an overlay, or skip."""
     with or_skip():  # where there is neither kustomize nor Debian
         return render(name)
 
 
 @pytest.mark.parametrize("name", RENDERED)
 def test_an_overlay_agrees_with_everything(name: str) -> None:
-    """Every rule there is; test_manifests_notice.py shows that they find what they are about."""
+    """Every rule holds; test_manifests_notice.py shows that the rules bite."""
     assert complaints(name, resources(name)) == []
 
 
@@ -78,13 +79,13 @@ def test_there_is_no_secret_in_any_file() -> None:
 
 
 def commands() -> Iterator[str]:
-    """Yield the lines of the documents that ask the cluster for something."""
+    """Yield the kubectl commands of the documents."""
     for name in DOCUMENTS:
         text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
         yield from re.findall(r"^ *kubectl .+$", text, re.MULTILINE)
 
 
-def test_commands_of_the_documents_name_what_there_is() -> None:
+def test_commands_of_the_documents_name_existing_resources() -> None:
     """Deployments, jobs, containers, labels and folders."""
     found = [*resources("production"), *resources("canary")]
     named = {f"{r['kind'].lower()}/{r['metadata']['name']}" for r in found}
@@ -113,12 +114,12 @@ def test_the_image_is_the_one_that_the_manifests_run() -> None:
 
     assert {int(p) for p in re.findall(r"^EXPOSE (.+)$", last, re.MULTILINE)[0].split()} == declared
     assert re.search(r"^USER [1-9]\d*", last, re.MULTILINE)
-    assert 'ENTRYPOINT ["viralfx"]' in last
+    assert 'ENTRYPOINT ["tini", "-e", "143", "--", "viralfx"]' in last
     assert "docker build --tag viralfx-backend ." in image
 
 
 def test_the_document_says_how_many_connections_there_may_be() -> None:
-    """Of everything at its most, while each Deployment is replaced by one pod more."""
+    """The number is for all pods at their maximum, during a roll-out of each Deployment."""
     production, canary = resources("production"), resources("canary")
     highest = {
         scaler["spec"]["scaleTargetRef"]["name"]: scaler["spec"]["maxReplicas"]
@@ -140,7 +141,7 @@ def test_the_document_says_how_many_connections_there_may_be() -> None:
 
 
 def test_the_document_lists_the_secrets() -> None:
-    """Each key that is referred to, with who is given it, and no other."""
+    """Each referenced key with the commands that get it, and no other."""
     given: dict[str, set[str]] = {}
     for container in containers(resources("base")):
         for variable in container.spec["env"]:
@@ -152,16 +153,33 @@ def test_the_document_lists_the_secrets() -> None:
 
 
 def test_the_proxy_notices_within_the_readiness_delay() -> None:
-    """In the worst case: an interval, a quick one for each look more, and the time of each look."""
+    """The worst case is an interval, fast intervals for further checks, and all checks."""
     text = (ROOT / "deploy/haproxy.cfg").read_text(encoding="utf-8")
     seconds = {
         name: float(number) / (1000 if unit == "ms" else 1)
         for name, number, unit in re.findall(r"\b(inter|fastinter|check) (\d+)(ms|s)\b", text)
     }
-    looks = int(re.findall(r" fall (\d+)", text)[0])
-    worst = seconds["inter"] + (looks - 1) * seconds["fastinter"] + looks * seconds["check"]
+    checks = int(re.findall(r" fall (\d+)", text)[0])
+    worst = seconds["inter"] + (checks - 1) * seconds["fastinter"] + checks * seconds["check"]
     (config,) = of_kind(resources("production"), "ConfigMap")
 
     assert f"{worst:g} s until the" in text
     assert worst + 1 < int(config["data"]["SHUTDOWN_READINESS_DELAY"]) / 1000
     assert "uri /health/ready " in text
+
+
+def test_envoy_notices_within_the_readiness_delay() -> None:
+    """One answer of 503 is enough, so the worst case is an interval and a check."""
+    text = (ROOT / "deploy/envoy.yaml").read_text(encoding="utf-8")
+    (cluster,) = yaml.safe_load(text)["static_resources"]["clusters"]
+    (check,) = cluster["health_checks"]
+    interval, quiet, timeout = (
+        float(check[name].removesuffix("s"))
+        for name in ("interval", "no_traffic_interval", "timeout")
+    )
+    worst = max(interval, quiet) + timeout
+    (config,) = of_kind(resources("production"), "ConfigMap")
+
+    assert f"{worst:g} s until the" in text
+    assert worst + 1 < int(config["data"]["SHUTDOWN_READINESS_DELAY"]) / 1000
+    assert check["http_health_check"]["path"] == "/health/ready"

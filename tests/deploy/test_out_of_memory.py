@@ -1,4 +1,4 @@
-"""A container whose memory fills up: the check warns while there is still something to be done."""
+"""A container whose memory fills up: the check warns before the kernel ends the process."""
 
 from pathlib import Path
 from typing import Any
@@ -29,43 +29,43 @@ def test_the_memory_check_warns_before_the_kernel_kills(image: str) -> None:
         kept = 0
         while fill(service, STEP):
             kept += STEP
-            detailed = looked_again(service)
+            detailed = health_after_checks(service)
             if detailed is None:
                 break
             memory = detailed["checks"]["memory"]
-            told = {"kept": kept, "overall": detailed["status"], **memory["details"]}
-            seen.setdefault(memory["status"], told)
+            reading = {"kept": kept, "overall": detailed["status"], **memory["details"]}
+            seen.setdefault(memory["status"], reading)
         end = service.wait_ended()
-    for status, told in seen.items():
-        print(status, told)  # noqa: T201
-    print(f"killed with {kept} MiB kept: {end['ExitCode']}, OOMKilled {end['OOMKilled']}")  # noqa: T201
+    for status, reading in seen.items():
+        print(status, reading)
+    print(f"killed with {kept} MiB kept: {end['ExitCode']}, OOMKilled {end['OOMKilled']}")
 
     assert (end["ExitCode"], end["OOMKilled"]) == (137, True)
     assert list(seen) == ["pass", "warn", "fail"]
-    assert {told["heapTotal"] for told in seen.values()} == {f"{LIMIT}MB"}
-    assert [told["overall"] for told in seen.values()] == ["healthy", "degraded", "unhealthy"]
+    assert {reading["heapTotal"] for reading in seen.values()} == {f"{LIMIT}MB"}
+    assert [reading["overall"] for reading in seen.values()] == ["healthy", "degraded", "unhealthy"]
     assert 75 <= percent(seen["warn"]) < 90
     assert percent(seen["fail"]) >= 90
     assert seen["warn"]["kept"] < seen["fail"]["kept"] < kept + STEP
 
 
 def fill(service: Container, mebibytes: int) -> bool:
-    """Have it keep more; say whether it lives."""
+    """Allocate more memory; return whether the process survives."""
     try:
         return service.get(f"/fill/{mebibytes}", method="POST").status == 201
     except OSError:
         return False
 
 
-def looked_again(service: Container) -> dict[str, Any] | None:
-    """Return its health once the check looked as often as a change of its status takes.
+def health_after_checks(service: Container) -> dict[str, Any] | None:
+    """Return its health after as many checks as a change of status needs.
 
-    None where it is no longer there to ask.
+    None if the process has ended.
     """
     rounds: set[str] = set()
     newest: dict[str, Any] = {}
 
-    def look() -> bool:
+    def poll() -> bool:
         reply = service.answers("/health/detailed")
         if reply is None:
             return True
@@ -73,10 +73,10 @@ def looked_again(service: Container) -> dict[str, Any] | None:
         rounds.add(newest["checks"]["memory"]["checkedAt"])
         return len(rounds) > 3
 
-    service.wait(look, "more looks at its memory")
+    service.wait(poll, "more checks of its memory")
     return newest if len(rounds) > 3 else None
 
 
 def percent(details: dict[str, Any]) -> float:
-    """Return what a reading says of the limit."""
+    """Return the used share of the limit."""
     return float(details["usagePercent"].removesuffix("%"))

@@ -14,7 +14,7 @@ FOLDER = ROOT / "deploy/observability"
 
 
 def relabelled(meta: dict[str, str]) -> dict[str, str] | None:
-    """Return the labels that a target gets, as Prometheus would; None where it is not kept."""
+    """Return the labels of a target after relabelling; None if it is dropped."""
     text = (FOLDER / "prometheus-kubernetes.yml").read_text(encoding="utf-8")
     (scrape,) = yaml.safe_load(text)["scrape_configs"]
     labels = {"job": scrape["job_name"]}
@@ -32,7 +32,7 @@ def relabelled(meta: dict[str, str]) -> dict[str, str] | None:
 
 
 def meta(container: Container, port: dict[str, Any]) -> dict[str, str]:
-    """Return what the cluster tells of a port, after the prefix that all of it has."""
+    """Return the discovery labels of a port, without their common prefix."""
     return {
         **{f"pod_label_{name}": value for name, value in container.labels.items()},
         "namespace": "shop",
@@ -45,7 +45,7 @@ def meta(container: Container, port: dict[str, Any]) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", ["production", "canary"])
 def test_each_process_is_scraped(name: str) -> None:
-    """Once, under the job of its kind, and a canary's can be told from the others."""
+    """Each process has one target, with the job of its kind, and a label for the canary."""
     with or_skip():
         found = list(containers(render(name)))
     targets = {}
@@ -66,8 +66,8 @@ def test_each_process_is_scraped(name: str) -> None:
             assert re.fullmatch(r"pod-1:300[01]", labels["instance"])
 
 
-def test_nobody_else_is_scraped() -> None:
-    """Neither other pods, nor those that have ended."""
+def test_other_pods_are_not_scraped() -> None:
+    """Pods of other applications and ended pods are dropped."""
     one = {"pod_label_app": "viralfx-backend", "pod_container_port_name": "http"}
 
     assert relabelled({**one, "pod_phase": "Running"}) is not None

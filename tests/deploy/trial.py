@@ -66,6 +66,18 @@ class Trial:
         headers = {"Authorization": f"Bearer {self._token}", **more.pop("headers", {})}
         return request(self.port, path, headers=headers, **more)
 
+    def healthy(self) -> dict[str, Any] | None:
+        """Return the details of health if all checks pass, else None."""
+        detailed: dict[str, Any] = self.ask("/health/detailed").json()
+        return detailed if detailed["status"] == "healthy" else None
+
+    def not_passing(self) -> dict[str, str]:
+        """Return the messages of the checks that do not pass."""
+        checks = self.ask("/health/detailed").json()["checks"]
+        return {
+            name: check["message"] for name, check in checks.items() if check["status"] != "pass"
+        }
+
     def accept(self, seconds: float) -> str:
         """Have a job accepted that takes so long, and return its id."""
         body = {"task": "trial.work", "payload": {"seconds": seconds}}

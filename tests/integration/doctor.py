@@ -1,4 +1,4 @@
-"""Runs ``viralfx doctor`` as a program, and looks for secrets in all that it prints."""
+"""Runs ``viralfx doctor`` as a program and searches its output for secrets."""
 
 import json
 import os
@@ -26,15 +26,15 @@ Findings = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Visit:
-    """What one run said."""
+class DoctorRun:
+    """The result of one run."""
 
     code: int
     status: str
     findings: Findings
 
     def of(self, area: str) -> Findings:
-        """Return what is not fine in an area."""
+        """Return the problems in an area."""
         return [
             finding
             for finding in self.findings
@@ -42,12 +42,12 @@ class Visit:
         ]
 
     def judged(self, area: str, text: str) -> list[str]:
-        """Return the verdicts on what holds a text."""
+        """Return the verdicts of the findings that contain a text."""
         return [finding["status"] for finding in self.of(area) if text in finding["found"]]
 
 
 def program(environ: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run it from nothing, in an environment that holds nothing else."""
+    """Run it in an environment with only the given variables."""
     return subprocess.run(
         [sys.executable, "-m", "viralfx", "doctor"],
         env={"PATH": os.environ["PATH"], **environ},
@@ -58,10 +58,10 @@ def program(environ: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def visit(environ: Mapping[str, str], *arguments: str, secrets: tuple[str, ...] = ()) -> Visit:
-    """Have it examine a configuration; nothing secret may come out, nor anything but findings."""
+def visit(environ: Mapping[str, str], *arguments: str, secrets: tuple[str, ...] = ()) -> DoctorRun:
+    """Run the doctor on a configuration; its output may contain only findings and no secret."""
     done = forked.viralfx("doctor", "--json", *arguments, environ=environ)
     assert done.stderr == ""
     assert not [s for s in (TOKEN, USER_PASSWORD, *secrets) if s in done.stdout]
-    said = json.loads(done.stdout)
-    return Visit(done.returncode, said["status"], said["findings"])
+    report = json.loads(done.stdout)
+    return DoctorRun(done.returncode, report["status"], report["findings"])

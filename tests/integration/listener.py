@@ -1,4 +1,4 @@
-"""A process that hears bells with two slots, says so, and never has done with one.
+"""A process that listens with two slots, prints the ids, and never finishes a notification.
 
 ``python -m tests.integration.listener HOST PORT``
 """
@@ -6,23 +6,26 @@
 import asyncio
 import sys
 
-from tests.integration.bells import QUEUE
+from tests.integration.notifications import QUEUE
 
-from viralfx.adapters.redis import RedisClient, RedisConfig
-from viralfx.adapters.taskiq import StreamTransport
-from viralfx.domain.jobs.transport import Bell
+from viralfx.adapters.redis import RedisClient
+from viralfx.adapters.taskiq import StreamNotifier
+from viralfx.domain.jobs.notifier import JobNotification
+from viralfx.settings import RedisSettings
 
 
-async def hear(bell: Bell) -> None:
-    """Hear one for ever."""
-    sys.stdout.write("".join(f"{job}\n" for job in bell.ids))
+async def on_notification(notification: JobNotification) -> None:
+    """Print the ids, and never return."""
+    sys.stdout.write("".join(f"{job}\n" for job in notification.ids))
     sys.stdout.flush()
     await asyncio.Event().wait()
 
 
 async def main(host: str, port: int) -> None:
-    """Listen."""
-    await StreamTransport(RedisClient(RedisConfig(host=host, port=port))).listen(QUEUE, hear, 2)
+    """Listen with two slots."""
+    await StreamNotifier(RedisClient(RedisSettings(host=host, port=port))).listen(
+        QUEUE, on_notification, 2
+    )
 
 
 if __name__ == "__main__":

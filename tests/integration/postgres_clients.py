@@ -1,4 +1,4 @@
-"""The Postgres adapter on the servers of a test, and what it must not leave behind."""
+"""The Postgres adapter on the servers of a test, and checks for leaks."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -7,17 +7,17 @@ from dataclasses import replace
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-import psutil
+import msgspec
 from tests.servers.postgres import Database, PostgresServer
 
 from viralfx.adapters.postgres import PostgresConfig, PostgresDatabase, PostgresHealthCheck
 from viralfx.adapters.postgres.migrate import apply_migrations
 from viralfx.domain.clock import Clock, SystemClock
-from viralfx.domain.health import Observation
+from viralfx.settings import DatabaseAddress, DatabaseSettings
 
 
 class Place(Protocol):
-    """Where a client connects to: a server, or a proxy in front of one."""
+    """An address for a client: a server, or a proxy in front of one."""
 
     @property
     def host(self) -> str:
@@ -33,15 +33,16 @@ class Place(Protocol):
 def config_of(
     database: Database | PostgresServer, *, through: Place | None = None, **more: Any
 ) -> PostgresConfig:
-    """Return how to reach a database, or the first one of a server, in little time."""
+    """Return a configuration with short timeouts for a database, or for a server's first one."""
     server = database.server if isinstance(database, Database) else database
     place = through or server
-    quick = PostgresConfig(
-        host=place.host,
-        port=place.port,
+    address = DatabaseAddress(
+        hosts=((place.host, place.port),),
         user=server.user,
         password=server.password,
         database=urlsplit(database.url).path[1:] if isinstance(database, Database) else "postgres",
+    )
+    settings = DatabaseSettings(
         tls_mode="disable",
         pool_min=1,
         pool_max=3,
@@ -49,10 +50,24 @@ def config_of(
         connection_timeout=5.0,
         statement_timeout=10.0,
         slow_query_threshold=0.0,
-        connect_attempts=1,
-        connect_delay=0.01,
+        max_reconnect_attempts=1,
+        reconnect_delay=0.01,
     )
-    return replace(quick, **more)
+    return changed(PostgresConfig(address=address, settings=settings), **more)
+
+
+def changed(config: PostgresConfig, **more: Any) -> PostgresConfig:
+    """Return a configuration with fields of its address or of its settings replaced."""
+    suspect_after = more.pop("suspect_after", config.suspect_after)
+    host, port = config.address.hosts[0]
+    if more.keys() & {"host", "port"}:
+        more["hosts"] = ((more.pop("host", host), more.pop("port", port)),)
+    address = {name: more.pop(name) for name in tuple(more) if hasattr(config.address, name)}
+    return PostgresConfig(
+        address=replace(config.address, **address),
+        settings=msgspec.structs.replace(config.settings, **more),
+        suspect_after=suspect_after,
+    )
 
 
 @asynccontextmanager
@@ -60,16 +75,16 @@ async def opened(
     config: PostgresConfig,
     *,
     clock: Clock | None = None,
-    on_doubt: Callable[[], None] = lambda: None,
+    on_suspected_outage: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[PostgresDatabase]:
-    """Return the database, open; what is left of it at the end is cut.
+    """Open the database, and close its connections at the end.
 
-    Doubts count from here: that it was opened is one, too.
+    ``on_suspected_outage`` is set after the opening, which also triggers it.
     """
     database = PostgresDatabase(config, clock=clock or SystemClock())
     try:
         await database.open()
-        database.on_doubt = on_doubt
+        database.on_suspected_outage = on_suspected_outage
         yield database
     finally:
         database.terminate()
@@ -90,30 +105,12 @@ async def migrated(config: PostgresConfig) -> PostgresConfig:
 async def checked(
     database: PostgresDatabase, *, clock: Clock | None = None, within: float = 2.0
 ) -> AsyncIterator[PostgresHealthCheck]:
-    """Return the check of a database, closed at the end."""
+    """Return the check of a database; it is closed at the end."""
     check = PostgresHealthCheck(database, clock or SystemClock(), timeout=within)
     try:
         yield check
     finally:
         await check.close()
-
-
-async def seen(check: PostgresHealthCheck, code: str | None, *, seconds: float = 10) -> Observation:
-    """Check until the code is seen."""
-    async with asyncio.timeout(seconds):
-        while True:
-            if (observation := await check.check()).code == code:
-                return observation
-            await asyncio.sleep(0.01)
-
-
-async def until(look: Callable[[], object], *, seconds: float = 10.0) -> None:
-    """Wait until what is looked at is true; fail when it is not in time."""
-    async with asyncio.timeout(seconds):
-        while True:
-            if look():
-                return
-            await asyncio.sleep(0.005)
 
 
 def sessions(database: Database, application_name: str = "viralfx") -> list[int]:
@@ -125,7 +122,7 @@ def sessions(database: Database, application_name: str = "viralfx") -> list[int]
 
 
 def active(database: Database) -> list[int]:
-    """Return the server's processes that run a statement of the pool's."""
+    """Return the server's processes that run a statement of the pool."""
     rows = database.execute(
         "select pid from pg_stat_activity where datname = current_database()"
         " and application_name = 'viralfx' and state = 'active'"
@@ -140,44 +137,24 @@ async def ask(database: PostgresDatabase, statement: str) -> None:
 
 
 async def use(database: PostgresDatabase) -> None:
-    """Use a connection of the pool as shortly as possible."""
+    """Acquire and use a connection of the pool briefly."""
     await ask(database, "select 1")
 
 
 async def all_can_be_taken(database: PostgresDatabase) -> None:
-    """Take every connection that there may be at once, and use it."""
+    """Acquire all connections of the pool at the same time, and use them."""
     async with AsyncExitStack() as stack:
-        for _ in range(database.config.pool_max):
+        for _ in range(database.config.settings.pool_max):
             connection = await stack.enter_async_context(database.acquire())
             assert await connection.fetchval("select 1") == 1
 
 
-class Doubts:
-    """Counts how often a check was asked for."""
+class Suspicions:
+    """Counts suspected outages."""
 
     def __init__(self) -> None:
         self.count = 0
 
     def __call__(self) -> None:
-        """Ask for one."""
+        """Count one."""
         self.count += 1
-
-
-class Possessions:
-    """The open files and the tasks of this process, compared with those at the beginning."""
-
-    def __init__(self) -> None:
-        self._process = psutil.Process()
-        self._files, self._tasks = self._process.num_fds(), asyncio.all_tasks()
-
-    async def as_before(self) -> None:
-        """Wait until there is nothing more; fail when that does not come."""
-        try:
-            await until(lambda: not self._more())
-        except TimeoutError:
-            raise AssertionError(f"left behind: {self._more()}") from None
-
-    def _more(self) -> str:
-        files = self._process.num_fds() - self._files
-        tasks = asyncio.all_tasks() - self._tasks
-        return f"{files} files, {tasks}" if files > 0 or tasks else ""

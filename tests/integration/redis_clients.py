@@ -1,20 +1,18 @@
-"""Clients of the Redis servers of a test, and what they must not leave behind."""
+"""Clients of the Redis servers of a test, and checks for leaks."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-import psutil
-
-from viralfx.adapters.redis import RedisClient, RedisConfig, RedisHealthCheck
+from viralfx.adapters.redis import RedisClient, RedisHealthCheck, RedisLimits
 from viralfx.domain.clock import SystemClock
-from viralfx.domain.health import Observation
+from viralfx.settings import RedisSettings, Secret
 
 T = TypeVar("T")
 
-QUICK: dict[str, Any] = {"retry_base": 0.005, "socket_timeout": 0.2}
-"""For tests that are about something else than how long it takes.
+QUICK: dict[str, Any] = {"retry_base": 0.01, "socket_timeout": 0.2}
+"""Short limits, for tests that do not measure time.
 
 One attempt may be late where much else runs. Four are not, so nothing is cut before them.
 """
@@ -34,22 +32,43 @@ class Address(Protocol):
         ...
 
 
+def addresses_of(sentinels: Iterable[tuple[str, int]]) -> tuple[str, ...]:
+    """Return the addresses of Sentinels as ``REDIS_SENTINELS`` has them."""
+    return tuple(f"{host}:{port}" for host, port in sentinels)
+
+
+class RedisConfig(NamedTuple):
+    """The first two arguments of :class:`RedisClient`."""
+
+    settings: RedisSettings
+    limits: RedisLimits
+
+
+def config_of(**more: Any) -> RedisConfig:
+    """Return settings and limits, each with its fields of ``more``; passwords are plain text."""
+    limits = {name: more.pop(name) for name in tuple(more) if hasattr(RedisLimits(), name)}
+    for name in ("password", "sentinel_password"):
+        if more.get(name) is not None:
+            more[name] = Secret(more[name])
+    return RedisConfig(RedisSettings(**more), RedisLimits(**limits))
+
+
 @asynccontextmanager
 async def opened(
-    server: Address, *, on_doubt: Callable[[], object] = lambda: None, **more: Any
+    server: Address, *, on_suspected_outage: Callable[[], object] = lambda: None, **more: Any
 ) -> AsyncIterator[RedisClient]:
     """Return a client of the server, closed at the end."""
-    config = RedisConfig(host=server.host, port=server.port, **more)
-    async with opened_with(config, on_doubt=on_doubt) as client:
+    config = config_of(host=server.host, port=server.port, **more)
+    async with opened_with(config, on_suspected_outage=on_suspected_outage) as client:
         yield client
 
 
 @asynccontextmanager
 async def opened_with(
-    config: RedisConfig, *, on_doubt: Callable[[], object] = lambda: None
+    config: RedisConfig, *, on_suspected_outage: Callable[[], object] = lambda: None
 ) -> AsyncIterator[RedisClient]:
     """Return a client, closed at the end."""
-    client = RedisClient(config, on_doubt=on_doubt)
+    client = RedisClient(*config, on_suspected_outage=on_suspected_outage)
     try:
         yield client
     finally:
@@ -65,41 +84,3 @@ async def within(seconds: float, work: Awaitable[T]) -> T:
     """Return what is awaited; fail when it takes longer."""
     async with asyncio.timeout(seconds):
         return await work
-
-
-async def seen(check: RedisHealthCheck, code: str | None, *, seconds: float = 20.0) -> Observation:
-    """Check until the code is seen."""
-    async with asyncio.timeout(seconds):
-        while True:
-            if (observation := await check.check()).code == code:
-                return observation
-            await asyncio.sleep(0.01)
-
-
-async def until(look: Callable[[], object], *, seconds: float = 5.0) -> None:
-    """Wait until what is looked at is true; fail when it is not in time."""
-    async with asyncio.timeout(seconds):
-        while True:
-            if look():
-                return
-            await asyncio.sleep(0.005)
-
-
-class Possessions:
-    """The open files and the tasks of this process, compared with those at the beginning."""
-
-    def __init__(self) -> None:
-        self._process = psutil.Process()
-        self._files, self._tasks = self._process.num_fds(), asyncio.all_tasks()
-
-    async def as_before(self) -> None:
-        """Wait until there is nothing more; fail when that does not come."""
-        try:
-            await until(lambda: not self._more())
-        except TimeoutError:
-            raise AssertionError(f"left behind: {self._more()}") from None
-
-    def _more(self) -> str:
-        files = self._process.num_fds() - self._files
-        tasks = asyncio.all_tasks() - self._tasks
-        return f"{files} files, {tasks}" if files > 0 or tasks else ""

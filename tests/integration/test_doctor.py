@@ -1,27 +1,30 @@
-"""``viralfx doctor`` with real servers: misconfigurations are planted, and each is found."""
+"""``viralfx doctor`` with real servers finds planted misconfigurations."""
 
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from tests import forked
 from tests.integration.doctor import GOOD, TOKEN, USER_PASSWORD, program, visit
 from tests.servers.certificates import Certificates
 from tests.servers.ports import free_port
-from tests.servers.postgres import Database, PostgresServer
+from tests.servers.postgres import Database, PostgresServer, postgres_server
 from tests.servers.redis import redis_server
 from tests.servers.waiting import wait_until
+
+from viralfx.adapters.postgres.migrations import REVISIONS
 
 USER = "planted_user"
 
 
 @dataclass(frozen=True)
 class Place:
-    """A migrated database, and a user for the service who may do what it needs."""
+    """A migrated database, and a service user with the required permissions."""
 
     database: Database
 
@@ -45,11 +48,11 @@ class Place:
         return {**GOOD, "DATABASE_URL": self.url()}
 
 
-def settle(database: Database) -> Place:
-    """Migrate a database, as a user of its own."""
+def prepare(database: Database) -> Place:
+    """Migrate a database as a separate user."""
     place = Place(database)
     database.execute(f"CREATE ROLE {USER} LOGIN PASSWORD '{USER_PASSWORD}'")
-    database.execute(f"GRANT CREATE ON SCHEMA public TO {USER}")
+    database.execute(f'GRANT CREATE ON DATABASE "{database.name}" TO {USER}')
     done = forked.viralfx("migrate", environ={"DATABASE_URL": place.url()})
     assert done.returncode == 0, done.stderr
     return place
@@ -58,29 +61,30 @@ def settle(database: Database) -> Place:
 @pytest.fixture
 def place(database: Database) -> Iterator[Place]:
     """Return a database that is ready for the service."""
-    yield settle(database)
-    database.execute(f"DROP OWNED BY {USER}")
+    yield prepare(database)
+    database.execute(f"DROP OWNED BY {USER} CASCADE")
     database.execute(f"DROP ROLE {USER}")
 
 
 # -- what is right ---------------------------------------------------------------------------
 
 
-def test_a_right_configuration_passes(place: Place) -> None:
-    """Exit code 0 and no warning, with a database and a Redis; and nothing was changed there."""
+def test_correct_configuration_passes(place: Place) -> None:
+    """Exit code 0 and no warning; the servers are unchanged."""
     tables = "SELECT relname FROM pg_class WHERE relname LIKE 'viralfx%' ORDER BY 1"
     before = place.database.execute(tables), place.database.execute("TABLE viralfx_state")
-    with redis_server(password="h:u@sh", arguments=["--appendonly", "yes"]) as redis:
-        own = {"REDIS_HOST": redis.host, "REDIS_PORT": str(redis.port), "REDIS_PASSWORD": "h:u@sh"}
-        environ = {**place.good, **own}
+    with redis_server(password="h:u@s%41", arguments=["--appendonly", "yes"]) as redis:
+        own = {"REDIS_HOST": redis.host, "REDIS_PORT": str(redis.port)}
+        environ = {**place.good, **own, "REDIS_PASSWORD": "h:u@s%41"}
         del environ["ALLOW_MEMORY_ADAPTERS"]
-        found = visit(environ, secrets=("h:u@sh",))
+        found = visit(environ, secrets=("h:u@s%41",))
         done = program(environ)
         keys = redis.command("DBSIZE")
 
     assert (found.code, found.status) == (0, "pass"), found
     passed = [f["area"] for f in found.findings if f["status"] == "pass"]
     assert passed == [
+        "environment",
         "environment",
         "secrets",
         "secrets",
@@ -95,21 +99,26 @@ def test_a_right_configuration_passes(place: Place) -> None:
         "logging",
     ]
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == "0 failed, 0 warned of, 12 passed, 3 skipped"
+    assert done.stdout.splitlines()[-1] == "0 failed, 0 warned, 13 passed, 3 skipped"
     assert not [
-        s for s in (TOKEN, USER_PASSWORD, "h:u@sh", place.server.password) if s in done.stdout
+        s for s in (TOKEN, USER_PASSWORD, "h:u@s%41", place.server.password) if s in done.stdout
     ]
     after = place.database.execute(tables), place.database.execute("TABLE viralfx_state")
     assert (after, keys) == (before, 0)
 
 
-def test_nothing_is_left_on_the_server(place: Place) -> None:
-    """Its connections are closed in order."""
-    visit(place.good)
+def test_doctor_closes_its_connections() -> None:
+    """In order, so that the server does not log a lost client."""
     left = f"SELECT 1 FROM pg_stat_activity WHERE usename = '{USER}'"  # noqa: S608 - a constant
-
-    wait_until(lambda: not place.database.execute(left), what="connections are closed")
-    assert "unexpected EOF" not in place.server.log()
+    with postgres_server(
+        settings={"log_line_prefix": "[%u] ", "log_disconnections": "on"}
+    ) as server:
+        place = prepare(Database(server=server, name=server.create_database()))
+        visit(place.good)
+        wait_until(lambda: not place.database.execute(left), what="connections are closed")
+        log = server.log()
+    assert f"[{USER}]" in log
+    assert "unexpected EOF" not in log
 
 
 # -- what is planted in the database ---------------------------------------------------------
@@ -118,7 +127,7 @@ Plant = Callable[[Place], dict[str, str]]
 
 
 def changed(*statements: str, **environ: str) -> Plant:
-    """Plant by statements of the superuser, and variables."""
+    """Change the database by SQL of the superuser, and variables."""
 
     def plant(place: Place) -> dict[str, str]:
         for sql in statements:
@@ -129,12 +138,12 @@ def changed(*statements: str, **environ: str) -> Plant:
 
 
 def url(**parts: str) -> Plant:
-    """Plant a part of the address."""
+    """Change a part of the address."""
     return lambda place: {"DATABASE_URL": place.url(**parts)}
 
 
 def garbage(place: Place) -> dict[str, str]:
-    """Plant a file of certificates that is none."""
+    """Write a file that holds no certificates."""
     del place
     return {"DB_TLS_MODE": "verify-ca", "DB_TLS_CA_FILE": __file__}
 
@@ -151,7 +160,7 @@ DATABASE: dict[str, tuple[Plant, str, str, str]] = {
         lambda _: {"DATABASE_URL": "postgresql://u:p@db.invalid/app"},
         "database",
         "fail",
-        "db.invalid:5432/app has a host name that is not known",
+        "db.invalid:5432/app has an unknown host name",
     ),
     "refused port": (
         lambda _: {"DATABASE_URL": f"postgresql://u:p@127.0.0.1:{free_port()}/app"},
@@ -169,7 +178,7 @@ DATABASE: dict[str, tuple[Plant, str, str, str]] = {
         lambda _: {"DB_TLS_MODE": "require"},
         "database",
         "fail",
-        "speaks no TLS",
+        "does not support TLS",
     ),
     "certificates that are none": (garbage, "database", "fail", "holds no certificates"),
     "schema behind": (
@@ -185,10 +194,12 @@ DATABASE: dict[str, tuple[Plant, str, str, str]] = {
         "the schema is at 9999",
     ),
     "no right to migrate": (
-        changed("DROP TABLE viralfx_migrations", f"REVOKE CREATE ON SCHEMA public FROM {USER}"),
+        changed(
+            "DROP TABLE viralfx_migrations", f"REVOKE CREATE ON SCHEMA viralfx_ops FROM {USER}"
+        ),
         "migrations",
         "fail",
-        "cannot create tables as this user in the schema public",
+        "may not create tables in the schema viralfx_ops, so `viralfx migrate` would fail",
     ),
     "no right to read the versions": (
         changed(
@@ -197,7 +208,7 @@ DATABASE: dict[str, tuple[Plant, str, str, str]] = {
         ),
         "migrations",
         "fail",
-        "may not read the table viralfx_migrations",
+        "may not read the table viralfx_ops.viralfx_migrations",
     ),
     "no right to save state": (
         changed(
@@ -206,9 +217,51 @@ DATABASE: dict[str, tuple[Plant, str, str, str]] = {
         ),
         "database",
         "fail",
-        "may not DELETE, INSERT, UPDATE on the table viralfx_state",
+        "may not DELETE, INSERT, UPDATE on the table viralfx_ops.viralfx_state",
     ),
-    "no such schema": (url(schema="elsewhere"), "database", "fail", "no schema of the search path"),
+    "no right to read all jobs": (
+        changed(
+            "ALTER VIEW viralfx_all_jobs OWNER TO viralfx",
+            f"REVOKE ALL ON viralfx_all_jobs FROM {USER}",
+        ),
+        "database",
+        "fail",
+        "may not SELECT on the table viralfx_ops.viralfx_all_jobs",
+    ),
+    "tables of another user": (
+        changed(
+            "DROP TABLE viralfx_migrations",
+            "ALTER TABLE viralfx_unknown_tasks OWNER TO viralfx",
+        ),
+        "migrations",
+        "fail",
+        "tables of the service belong to viralfx, so `viralfx migrate` would fail",
+    ),
+    "no right to use the schema": (
+        changed(
+            "ALTER SCHEMA viralfx_ops OWNER TO viralfx",
+            f"REVOKE ALL ON SCHEMA viralfx_ops FROM {USER}",
+        ),
+        "migrations",
+        "fail",
+        "may not use the schema viralfx_ops",
+    ),
+    "no such schema": (
+        url(schema="elsewhere"),
+        "migrations",
+        "fail",
+        "the schema is behind: 0001",
+    ),
+    "no right to create the schema": (
+        changed(
+            "DROP SCHEMA viralfx_ops CASCADE",
+            # The server's user owns the database.
+            f"DROP OWNED BY {USER}",
+        ),
+        "migrations",
+        "fail",
+        "may not create the schema viralfx_ops, so `viralfx migrate` would fail",
+    ),
     "superuser": (
         lambda p: {"DATABASE_URL": p.database.url},
         "database",
@@ -267,10 +320,10 @@ DATABASE: dict[str, tuple[Plant, str, str, str]] = {
 
 
 @pytest.mark.parametrize("planted", DATABASE.values(), ids=DATABASE)
-def test_what_is_wrong_with_the_database_is_found(
+def test_each_problem_of_the_database_is_found(
     place: Place, planted: tuple[Plant, str, str, str]
 ) -> None:
-    """Each is found once, where it is, and what fails decides the exit code."""
+    """Once, in its area; failures determine the exit code."""
     plant, area, status, text = planted
     environ = {**place.good, **plant(place)}
     if environ.get("DB_STATEMENT_TIMEOUT") == "1" and sys.platform != "linux":
@@ -281,8 +334,31 @@ def test_what_is_wrong_with_the_database_is_found(
     assert (found.code, found.status) == ((1, "fail") if status == "fail" else (0, "warn")), found
 
 
-def test_a_database_of_another_encoding_is_found(postgres: PostgresServer) -> None:
-    """Texts that it cannot hold would be refused one day."""
+def test_each_of_several_hosts_is_tried(place: Place) -> None:
+    """The service works with one of them; the other could not take over."""
+    dead = f"127.0.0.1:{free_port()}"
+    url = place.url().replace("@", f"@{dead},", 1)
+    found = visit({**GOOD, "DATABASE_URL": url})
+
+    assert found.judged("database", f"the host {dead} refuses connections") == ["warn"], found
+    assert found.code == 0, found
+
+
+def test_password_of_the_application_is_used(place: Place, tmp_path: Path) -> None:
+    """With ``--app``; without it there is none."""
+    path = tmp_path / "token"
+    path.write_text(USER_PASSWORD)
+    url = place.url().replace(f":{quote(USER_PASSWORD, safe='')}@", "@")
+    environ = {**GOOD, "DATABASE_URL": url, "DB_TOKEN_PATH": str(path)}
+    with_app = visit(environ, "--app", "tests.system.rotating_app:app")
+    without = visit(environ)
+
+    assert with_app.of("database") == [], with_app
+    assert without.judged("database", "refuses the user or password") == ["fail"], without
+
+
+def test_other_encoding_is_found(postgres: PostgresServer) -> None:
+    """It refuses some characters."""
     postgres.execute("CREATE DATABASE ascii ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
     found = visit({**GOOD, "DATABASE_URL": postgres.url("ascii")})
     postgres.drop_database("ascii")
@@ -290,8 +366,8 @@ def test_a_database_of_another_encoding_is_found(postgres: PostgresServer) -> No
     assert found.judged("database", "encoded in SQL_ASCII") == ["warn"], found
 
 
-def test_a_replica_is_found(own_postgres: PostgresServer) -> None:
-    """A server that only recovers accepts no writes."""
+def test_replica_is_found(own_postgres: PostgresServer) -> None:
+    """It accepts no writes."""
     [(data,)] = own_postgres.execute("show data_directory")
     own_postgres.execute(f"copy (select 1) to '{data}/standby.signal'")
     own_postgres.restart()
@@ -300,8 +376,8 @@ def test_a_replica_is_found(own_postgres: PostgresServer) -> None:
     assert found.judged("database", "is a replica that accepts no writes") == ["fail"], found
 
 
-def test_a_frozen_server_is_found(own_postgres: PostgresServer) -> None:
-    """It does not wait as long as the service may, and says so."""
+def test_frozen_server_is_found(own_postgres: PostgresServer) -> None:
+    """The doctor waits less long than the service."""
     own_postgres.freeze()
     found = visit({**GOOD, "DATABASE_URL": own_postgres.url()}, secrets=(own_postgres.password,))
 
@@ -319,10 +395,10 @@ def test_a_frozen_server_is_found(own_postgres: PostgresServer) -> None:
         ({"DB_TLS_MODE": "verify-ca"}, "cannot be trusted over TLS", "DB_TLS_MODE"),
         (
             {"DB_TLS_MODE": "verify-full", "DB_TLS_CA_FILE": "own-ca", "other": "name"},
-            "shows a certificate for another host",
+            "presents a certificate for another host",
             "DB_TLS_MODE",
         ),
-        ({"DB_TLS_MODE": "disable"}, "does not let this user in", "DB_TLS_MODE"),
+        ({"DB_TLS_MODE": "disable"}, "does not admit this user", "DB_TLS_MODE"),
     ],
 )
 def test_wrong_tls_to_the_database_is_found(
@@ -332,10 +408,10 @@ def test_wrong_tls_to_the_database_is_found(
     text: str,
     remedy: str,
 ) -> None:
-    """An authority that did not sign, none at all, and plain text where TLS is a must."""
+    """A wrong CA, none, and plain text where the server requires TLS."""
     files = {"other-ca": str(certificates.other_ca), "own-ca": str(certificates.ca)}
     environ = {name: files.get(value, value) for name, value in environ.items()}
-    # Another way to write the same address, which the certificate does not hold.
+    # The same address in a form that the certificate does not contain.
     host = "127.1" if environ.pop("other", None) else None
     address = tls_postgres.url(host=host)
     found = visit({**GOOD, "DATABASE_URL": address, **environ}, secrets=(tls_postgres.password,))
@@ -344,10 +420,10 @@ def test_wrong_tls_to_the_database_is_found(
     assert remedy in found.of("database")[0]["remedy"]
 
 
-def test_right_tls_to_the_database_passes(
+def test_correct_tls_to_the_database_passes(
     tls_postgres: PostgresServer, certificates: Certificates
 ) -> None:
-    """It says that TLS is spoken."""
+    """The finding says that TLS is used."""
     environ = {
         **GOOD,
         "DATABASE_URL": tls_postgres.url(),
@@ -362,8 +438,8 @@ def test_right_tls_to_the_database_passes(
 # -- what is planted around the process ------------------------------------------------------
 
 
-def test_a_port_in_use_is_found() -> None:
-    """Whichever variable names it."""
+def test_port_in_use_is_found() -> None:
+    """Of either server."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         found = visit({**GOOD, "HOST": "127.0.0.1", "PORT": port})
@@ -373,30 +449,30 @@ def test_a_port_in_use_is_found() -> None:
     assert second.judged("ports", f"MANAGEMENT_PORT: port {port} on 127.0.0.1") == ["fail"], second
 
 
-def test_an_address_of_another_machine_is_found() -> None:
-    """One cannot listen there."""
+def test_address_of_another_machine_is_found() -> None:
+    """The server cannot listen there."""
     found = visit({**GOOD, "HOST": "192.0.2.1"})
 
-    assert found.judged("ports", "HOST: 192.0.2.1 is no address of this machine") == ["fail"]
+    assert found.judged("ports", "HOST: 192.0.2.1 is not an address of this machine") == ["fail"]
 
 
-def test_a_privileged_port_is_found() -> None:
-    """Whether or not the user of this test may listen on it."""
+def test_privileged_port_is_found() -> None:
+    """Also if the user of this test may use it."""
     found = visit({**GOOD, "HOST": "127.0.0.1", "PORT": "3"})
 
     assert [f["status"] for f in found.of("ports")] in (["warn"], ["fail"]), found
 
 
 @pytest.mark.parametrize("folder", ["/nowhere", "/dev/null", "/proc"])
-def test_a_folder_that_cannot_be_written_to_is_found(folder: str) -> None:
-    """Nor does the application start with one that is none."""
+def test_unwritable_folder_is_found(folder: str) -> None:
+    """The application does not start with a missing one either."""
     found = visit({**GOOD, "STATE_DIR": folder})
 
     assert found.judged("saved state", f"STATE_DIR: {folder}") == ["fail"], found
 
 
-def test_a_full_disk_is_found(tmp_path: Path) -> None:
-    """Here a limit of the shell's plays one: no file may be longer than nothing."""
+def test_full_disk_is_found(tmp_path: Path) -> None:
+    """Simulated by a file size limit of the shell."""
     done = subprocess.run(
         ["/bin/sh", "-c", f'ulimit -f 0; exec "{sys.executable}" -m viralfx doctor'],
         env={**GOOD, "STATE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"},
@@ -428,10 +504,10 @@ app = Litestar(plugins=[OperationsPlugin(OperationsConfig(checks={{"disk": Check
         ("FAIL", "disk", "fail", "/health/ready 503 (disk: the disk is FAIL)"),
     ],
 )
-def test_an_application_of_ones_own_is_tried(
+def test_custom_application_is_checked(
     tmp_path: Path, status: str, requires: str, expected: str | None, text: str
 ) -> None:
-    """With its own checks, which the settings may name."""
+    """With its own checks, which settings may name."""
     (tmp_path / "planted.py").write_text(APPLICATION.format(status=status))
     environ = {**GOOD, "PYTHONPATH": str(tmp_path), "READINESS_REQUIRES": requires}
     found = visit(environ, "--app", "planted:app")
@@ -444,26 +520,26 @@ def test_an_application_of_ones_own_is_tried(
 
 @pytest.mark.parametrize(
     ("code", "text"),
-    [("1 / 0", "ZeroDivisionError"), ("app = 1", "is not a Litestar application")],
+    [("1 / 0", "ZeroDivisionError"), ("app = 1", "is not an ASGI application")],
 )
-def test_a_broken_application_is_found(tmp_path: Path, code: str, text: str) -> None:
-    """One that cannot be imported, and one that is none."""
+def test_broken_application_is_found(tmp_path: Path, code: str, text: str) -> None:
+    """It cannot be imported, or is not an application."""
     (tmp_path / "planted.py").write_text(code)
     found = visit({**GOOD, "PYTHONPATH": str(tmp_path)}, "--app", "planted:app")
 
     assert (found.code, found.judged("health endpoints", text)) == (1, ["fail"]), found
 
 
-def test_a_check_that_is_not_there_is_found() -> None:
-    """As the service finds it when it starts."""
+def test_unknown_check_is_found() -> None:
+    """As at the start of the service."""
     found = visit({**GOOD, "READINESS_REQUIRES": "databse"})
 
     assert found.judged("health endpoints", "no check named 'databse'") == ["fail"], found
 
 
 @pytest.mark.parametrize("details", ["always", "authorized"])
-def test_details_are_asked_with_the_token(details: str) -> None:
-    """Who may not read them learns nothing; the doctor may."""
+def test_doctor_sends_the_token(details: str) -> None:
+    """So it may read the details."""
     found = visit({**GOOD, "HEALTH_DETAILS": details})
 
     assert found.judged("health endpoints", "") == [], found
@@ -481,8 +557,8 @@ sys.exit(main(["doctor"]))
 """
 
 
-def test_it_ends_whatever_hangs() -> None:
-    """A look-up of a name cannot be cancelled, and is not waited for."""
+def test_doctor_ends_if_a_name_lookup_hangs() -> None:
+    """A lookup cannot be cancelled and is not awaited."""
     done = subprocess.run(
         [sys.executable, "-c", HANGS],
         env={**GOOD, "DATABASE_URL": f"postgresql://u:{TOKEN}@db.invalid/app"},
@@ -493,12 +569,30 @@ def test_it_ends_whatever_hangs() -> None:
     )
 
     assert (done.returncode, done.stderr) == (1, "")
-    assert "nothing was found out within 0.5 s" in done.stdout
+    assert "no result within 0.5 s" in done.stdout
     assert TOKEN not in done.stdout
 
 
-def test_wrong_settings_are_told_without_servers(place: Place) -> None:
-    """One finding for each problem, exit code 2; the database is not asked."""
+def test_another_user_migrates(place: Place) -> None:
+    """With DATABASE_MIGRATION_URL, the service's user needs no right to create tables."""
+    place.execute(f"REVOKE CREATE ON SCHEMA viralfx_ops FROM {USER}")
+    place.execute("DELETE FROM viralfx_migrations")
+    environ = {**place.good, "DATABASE_MIGRATION_URL": place.database.url}
+    behind = [f"the schema is behind: {', '.join(REVISIONS)} pending"]
+    assert _about_migrations(environ) == behind
+
+    place.execute("ALTER SCHEMA viralfx_ops OWNER TO viralfx")
+    place.execute(f"REVOKE ALL ON SCHEMA viralfx_ops FROM {USER}")
+    unusable = "the user may not use the schema viralfx_ops"
+    assert _about_migrations(environ) == [unusable, *behind]
+
+
+def _about_migrations(environ: Mapping[str, str]) -> list[str]:
+    return [f["found"] for f in visit(environ).findings if f["area"] == "migrations"]
+
+
+def test_invalid_settings_are_reported_without_connecting(place: Place) -> None:
+    """One finding per problem, and exit code 2."""
     found = visit({**place.good, "DB_POOL_MIN": "20", "DB_POL_MAX": "9"})
 
     assert (found.code, found.status) == (2, "fail")

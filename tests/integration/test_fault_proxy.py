@@ -1,29 +1,34 @@
-"""The proxy of the tests itself: each mode has the effect that it is named after."""
+"""The fault proxy of the tests: each mode has the effect of its name."""
 
+import random
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
 
+import asyncpg
 import pytest
 from tests.servers.fault_proxy import (
     BLACKHOLE,
+    DROP,
     PASS,
     REFUSE,
     RESET,
     CutAfter,
+    CutCommits,
     Delay,
     FaultProxy,
 )
 from tests.servers.fixtures import FaultProxies
+from tests.servers.postgres import Database
 from tests.servers.waiting import wait_until
 
 SHORT = 0.3
 
 
 def echo(connection: socket.socket) -> None:
-    """Send back what comes, to the end."""
+    """Send back all received bytes."""
     with connection:
         try:
             while data := connection.recv(65536):
@@ -34,7 +39,7 @@ def echo(connection: socket.socket) -> None:
 
 @pytest.fixture
 def proxy(fault_proxy: FaultProxies) -> Iterator[FaultProxy]:
-    """Return a proxy in front of a server that sends everything back."""
+    """Return a proxy in front of an echo server."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -58,14 +63,14 @@ def connect(proxy: FaultProxy) -> socket.socket:
 
 
 def ask(connection: socket.socket, data: bytes = b"ping", timeout: float = 5.0) -> bytes:
-    """Send something and return what comes back first."""
+    """Send bytes and return the first bytes of the reply."""
     connection.settimeout(timeout)
     connection.sendall(data)
     return connection.recv(65536)
 
 
 def test_pass_forwards_and_counts(proxy: FaultProxy) -> None:
-    """What one side sends, the other one gets; the counters follow."""
+    """Bytes pass in both directions; the counters follow."""
     with connect(proxy) as one, connect(proxy) as two:
         assert (ask(one, b"a"), ask(two, b"b")) == (b"a", b"b")
         assert (proxy.mode, proxy.accepted, proxy.open) == (PASS, 2, 2)
@@ -77,8 +82,8 @@ def test_pass_forwards_and_counts(proxy: FaultProxy) -> None:
     assert proxy.accepted == 2
 
 
-def test_much_goes_through_unchanged(proxy: FaultProxy) -> None:
-    """A client that is slow to read loses nothing."""
+def test_large_data_passes_unchanged(proxy: FaultProxy) -> None:
+    """A slow reader loses nothing."""
     sent = bytes(range(256)) * 40_000
     with connect(proxy) as connection:
         sender = threading.Thread(target=connection.sendall, args=(sent,))
@@ -91,8 +96,8 @@ def test_much_goes_through_unchanged(proxy: FaultProxy) -> None:
     assert got == sent
 
 
-def test_delay_holds_each_piece_back_in_both_directions(proxy: FaultProxy) -> None:
-    """A question and its answer take twice the delay, and nothing is lost at the end of it."""
+def test_delay_applies_to_both_directions(proxy: FaultProxy) -> None:
+    """A round trip takes twice the delay; no byte is lost at its end."""
     with connect(proxy) as connection:
         proxy.mode = Delay(0.1)
         began = time.monotonic()
@@ -105,8 +110,8 @@ def test_delay_holds_each_piece_back_in_both_directions(proxy: FaultProxy) -> No
         assert connection.recv(16) == b"late"
 
 
-def test_a_black_hole_swallows_old_and_new_connections_until_it_ends(proxy: FaultProxy) -> None:
-    """Both stay open without an answer; what was sent arrives afterwards."""
+def test_black_hole_holds_old_and_new_connections(proxy: FaultProxy) -> None:
+    """They stay open without a reply; the data arrives afterwards."""
     with connect(proxy) as old:
         assert ask(old) == b"ping"
         proxy.mode = BLACKHOLE
@@ -122,8 +127,23 @@ def test_a_black_hole_swallows_old_and_new_connections_until_it_ends(proxy: Faul
                 assert connection.recv(16) == b"ping"
 
 
-def test_a_black_hole_sees_a_client_leave(proxy: FaultProxy) -> None:
-    """The counter of open connections is about clients, whatever the server is told."""
+def test_drop_holds_old_connections_and_serves_new_ones(proxy: FaultProxy) -> None:
+    """As a firewall that has lost its table of connections."""
+    with connect(proxy) as old:
+        ask(old)
+        proxy.mode = DROP
+        with pytest.raises(TimeoutError):
+            ask(old, b"old", timeout=SHORT)
+        with connect(proxy) as new:
+            assert ask(new, b"new") == b"new"
+
+        proxy.mode = PASS
+        old.settimeout(5)
+        assert old.recv(65536) == b"old"
+
+
+def test_black_hole_notices_closed_clients(proxy: FaultProxy) -> None:
+    """The counter of open connections is about clients, not about the server."""
     with connect(proxy) as old:
         ask(old)
         proxy.mode = BLACKHOLE
@@ -135,7 +155,7 @@ def test_a_black_hole_sees_a_client_leave(proxy: FaultProxy) -> None:
 
 
 def test_reset_breaks_old_and_new_connections(proxy: FaultProxy) -> None:
-    """Each gets an error rather than an end."""
+    """Each gets an error and not an end of file."""
     with connect(proxy) as old:
         assert ask(old) == b"ping"
 
@@ -151,8 +171,8 @@ def test_reset_breaks_old_and_new_connections(proxy: FaultProxy) -> None:
         assert ask(again) == b"ping"
 
 
-def test_refuse_listens_no_more(proxy: FaultProxy) -> None:
-    """Old connections break and new ones are refused; then it is on the same port again."""
+def test_refuse_closes_the_port(proxy: FaultProxy) -> None:
+    """Old connections break and new ones are refused; later the same port is open again."""
     port = proxy.port
     with connect(proxy) as old:
         ask(old)
@@ -169,8 +189,8 @@ def test_refuse_listens_no_more(proxy: FaultProxy) -> None:
         assert ask(again) == b"ping"
 
 
-def test_cut_after_ends_an_answer_in_its_middle(proxy: FaultProxy) -> None:
-    """So many bytes since the switch arrive on each connection, then its end."""
+def test_cut_after_truncates_a_reply(proxy: FaultProxy) -> None:
+    """That number of bytes arrives on each connection, then its end."""
     with connect(proxy) as old:
         assert ask(old) == b"ping"
         proxy.mode = CutAfter(6)
@@ -190,18 +210,62 @@ def test_cut_after_ends_an_answer_in_its_middle(proxy: FaultProxy) -> None:
     assert proxy.struck == 3
 
 
-def test_a_server_that_is_not_there_is_a_reset(fault_proxy: FaultProxies) -> None:
-    """A client learns at once that nobody is behind the proxy."""
-    with closing(socket.socket()) as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        proxy = fault_proxy(nobody.getsockname()[1])
+async def test_cut_commits_lose_the_statement_or_its_answer(
+    database: Database, fault_proxy: FaultProxies
+) -> None:
+    """The client gets an error each time; the server has about half of the rows."""
+    database.execute("create table kept (number int)")
+    server = database.server
+    proxy = fault_proxy(server.port, host=server.host)
+    url = server.url(database.name, host=proxy.host, port=proxy.port)
+    lost = 0
+    proxy.mode = CutCommits(1.0, random.Random(1))  # noqa: S311 - to be repeated
+    for _ in range(20):
+        connection = await asyncpg.connect(url, timeout=5)
+        try:
+            with pytest.raises((asyncpg.PostgresConnectionError, OSError)):
+                await connection.execute("insert into kept values (7)")
+            lost += 1
+        finally:
+            connection.terminate()
+    (arrived,) = database.execute("select count(*) from kept")[0]
+
+    assert proxy.struck == lost == 20
+    assert 5 <= arrived <= 15
+
+
+async def test_cut_commits_spare_other_statements(
+    database: Database, fault_proxy: FaultProxies
+) -> None:
+    """A share of zero cuts nothing; an eighth cuts each COMMIT."""
+    server = database.server
+    proxy = fault_proxy(server.port, host=server.host)
+    connection = await asyncpg.connect(
+        server.url(database.name, host=proxy.host, port=proxy.port), timeout=5
+    )
+    try:
+        proxy.mode = CutCommits(0.0)
+        await connection.execute("begin")
+        assert await connection.fetchval("select 1") == 1
+        proxy.mode = CutCommits(1 / 8)
+        with pytest.raises((asyncpg.PostgresConnectionError, OSError)):
+            await connection.execute("COMMIT")
+    finally:
+        connection.terminate()
+
+
+def test_missing_server_is_a_reset(fault_proxy: FaultProxies) -> None:
+    """The client notices at once."""
+    with closing(socket.socket()) as closed_port:
+        closed_port.bind(("127.0.0.1", 0))
+        proxy = fault_proxy(closed_port.getsockname()[1])
 
         with pytest.raises(ConnectionResetError), connect(proxy) as connection:
             connection.recv(16)
 
 
-def test_modes_may_be_switched_while_traffic_flows(proxy: FaultProxy) -> None:
-    """No order of modes breaks the proxy."""
+def test_modes_can_be_switched_under_traffic(proxy: FaultProxy) -> None:
+    """In any order."""
     stop = threading.Event()
 
     def traffic() -> None:

@@ -1,18 +1,18 @@
-"""What is measured of Postgres, Redis and webhooks, wired as the service wires it."""
+"""Metrics of Postgres, Redis and webhooks, wired as in the service."""
 
 import asyncio
 from collections.abc import AsyncIterator
 
 import asyncpg
 import pytest
-from tests.integration.postgres_clients import until
 from tests.servers.fault_proxy import BLACKHOLE, PASS
 from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database
 from tests.servers.redis import RedisServer
+from tests.servers.waiting import until
 from tests.unit.metrics.reading import value
 
-from viralfx.adapters.postgres.cleaning import Lease
+from viralfx.adapters.postgres.database import Lease
 from viralfx.bootstrap import Assembly, assemble
 from viralfx.settings import read_settings
 
@@ -22,7 +22,7 @@ FAILED, GAVE_UP = "viralfx_retry_failed_attempts_total", "viralfx_retry_gave_up_
 
 @pytest.fixture
 async def assembly(migrated_database: Database, redis: RedisServer) -> AsyncIterator[Assembly]:
-    """Return what is wired on both servers, its pool open."""
+    """Return the wired services on both servers, with an open pool."""
     assembly = assemble(
         read_settings(
             {
@@ -41,7 +41,7 @@ async def assembly(migrated_database: Database, redis: RedisServer) -> AsyncIter
 
 
 async def test_statements_and_commands_are_timed_by_name(assembly: Assembly) -> None:
-    """Each that ended, and the error that one ended with."""
+    """Each finished one, with its error if any."""
     assert assembly.database is not None
     assert assembly.redis is not None
     registry, client = assembly.metrics.registry, assembly.redis.redis
@@ -72,10 +72,10 @@ async def test_statements_and_commands_are_timed_by_name(assembly: Assembly) -> 
     assert value(registry, "viralfx_redis_failed_requests_total") == 1
 
 
-async def test_the_queues_are_told_while_somebody_can_count_them(
+async def test_queue_metrics_need_current_counts(
     migrated_database: Database, fault_proxy: FaultProxies
 ) -> None:
-    """Not as they were before the database was lost, which may be long ago; and again after it."""
+    """They are missing during an outage of the database, and return after it."""
     proxy = fault_proxy(migrated_database.server.port)
     name, server = migrated_database.name, migrated_database.server
     settings = read_settings(
@@ -103,8 +103,8 @@ async def test_the_queues_are_told_while_somebody_can_count_them(
         await assembly.operations.shutdown.run()
 
 
-async def test_the_pool_is_what_it_is_at_the_moment(assembly: Assembly) -> None:
-    """Connections that somebody holds are active."""
+async def test_pool_metrics_are_current(assembly: Assembly) -> None:
+    """Acquired connections are active."""
     assert assembly.database is not None
     registry = assembly.metrics.registry
     name = "viralfx_database_pool_connections"
@@ -117,7 +117,7 @@ async def test_the_pool_is_what_it_is_at_the_moment(assembly: Assembly) -> None:
 
 
 async def test_retries_of_the_database_are_counted(assembly: Assembly) -> None:
-    """Those that helped, and the end of those that did not."""
+    """Successful ones, and those that gave up."""
     assert assembly.database is not None
     registry, attempts = assembly.metrics.registry, 0
 
@@ -142,7 +142,7 @@ async def test_retries_of_the_database_are_counted(assembly: Assembly) -> None:
 async def test_retries_of_the_ledger_are_counted(
     assembly: Assembly, migrated_database: Database
 ) -> None:
-    """A connection that breaks under a step of the ledger costs one attempt more."""
+    """A connection lost during a ledger call costs one more attempt."""
     registry, service = assembly.metrics.registry, assembly.jobs.service
     accepting = asyncio.create_task(service.submit("default.prune", None))
     accepted = await accepting

@@ -1,26 +1,27 @@
-"""``viralfx migrate`` as a program on a real server: what it does, says, and exits with."""
+"""``viralfx migrate`` as a program on a real server: effects, output and exit codes."""
 
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import asyncpg
 import pytest
 from tests import forked
+from tests.forked import ForkedProcess
+from tests.integration.postgres_clients import config_of
 from tests.servers.certificates import Certificates
 from tests.servers.fault_proxy import BLACKHOLE, REFUSE, RESET
 from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.waiting import wait_until
 
-from viralfx.adapters.postgres.migrate import LOCK, scripts
-from viralfx.adapters.postgres.schema import LOCK_PATIENCE, REVISIONS
+from viralfx.adapters.postgres.migrate import LOCK, apply_migrations, scripts
+from viralfx.adapters.postgres.migrations import LOCK_TIMEOUT_SECONDS, REVISIONS
 from viralfx.bootstrap.migration import migrate_schema
 from viralfx.domain.errors import StartupError
 from viralfx.settings import read_settings
@@ -31,16 +32,23 @@ DONE, PENDING, WRONG, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 SECRET = "hunt:e@r/2"
 TABLES = "select relname from pg_class where relname like 'viralfx%' and relkind = 'r' order by 1"
 AT = "select version_num from viralfx_migrations"
+LAST_TABLE = "viralfx_audit"
+"""A table of the last migration."""
+WAITING = """
+select xact_start from pg_stat_activity join pg_locks using (pid)
+where not granted and relation = 'viralfx_ops.viralfx_jobs'::regclass
+    and mode = 'AccessExclusiveLock'
+"""
 APPLIED = [f"applied {n}: {scripts().get_revision(n).doc}" for n in REVISIONS]
 
 
 def place(database: Database) -> str:
-    """Return where a database is, as it is told."""
+    """Return the database's address as in messages."""
     return f"{database.server.host}:{database.server.port}/{database.name}"
 
 
 def quick(url: str, **more: str) -> dict[str, str]:
-    """Return the variables for a database that is tried once only."""
+    """Return the variables for a database with a single connection attempt."""
     return {
         "DATABASE_URL": url,
         "DB_MAX_RECONNECT_ATTEMPTS": "1",
@@ -50,7 +58,7 @@ def quick(url: str, **more: str) -> dict[str, str]:
 
 
 def migrate(environ: Mapping[str, str], *arguments: str) -> tuple[int, list[str], list[str]]:
-    """Run it; return the exit code and the lines of both outputs."""
+    """Run it; return exit code and output lines."""
     done = forked.viralfx("migrate", *arguments, environ=environ)
     for secret in (SECRET, "hunt%3Ae%40r%2F2"):
         assert secret not in done.stdout + done.stderr
@@ -58,26 +66,34 @@ def migrate(environ: Mapping[str, str], *arguments: str) -> tuple[int, list[str]
 
 
 def refused(environ: Mapping[str, str], *arguments: str) -> str:
-    """Run what has to fail because of the server; return the one line that says why."""
-    code, out, told = migrate(environ, *arguments)
+    """Run a case that the server makes fail; return the error line."""
+    code, out, errors = migrate(environ, *arguments)
     assert (code, out) == (UNREACHABLE, [])
-    [line] = told
+    [line] = errors
     return line.removeprefix("viralfx: DATABASE_URL: the database at ")
 
 
 # -- what it does ----------------------------------------------------------------------------
 
 
-def test_it_applies_what_is_pending_once(database: Database) -> None:
-    """Each with its meaning; a second run has nothing to do and changes nothing."""
+def test_pending_migrations_are_applied_once(database: Database) -> None:
+    """Each is printed with its description; a second run changes nothing."""
     environ, address = quick(database.url), place(database)
 
     assert migrate(environ) == (DONE, [*APPLIED, f"{address} is current at {REVISIONS[-1]}"], [])
     assert [name for (name,) in database.execute(TABLES)] == [
+        "viralfx_audit",
+        "viralfx_finished_jobs",
+        "viralfx_instances",
         "viralfx_job_counters",
         "viralfx_jobs",
         "viralfx_migrations",
+        "viralfx_paused_queues",
+        "viralfx_schedules",
         "viralfx_state",
+        "viralfx_task_limits",
+        "viralfx_transitions",
+        "viralfx_unknown_tasks",
         "viralfx_workers",
     ]
     assert database.execute(AT) == [(REVISIONS[-1],)]
@@ -86,8 +102,8 @@ def test_it_applies_what_is_pending_once(database: Database) -> None:
     assert database.execute("select instance from viralfx_state") == [("a",)]
 
 
-def test_check_says_what_is_pending_and_changes_nothing(database: Database) -> None:
-    """1 while something is, 0 once nothing is."""
+def test_check_lists_pending_migrations_and_changes_nothing(database: Database) -> None:
+    """Exit code 1 if there are any, else 0."""
     environ, address = quick(database.url), place(database)
     behind = f"{address} is behind: {', '.join(REVISIONS)} pending; run `viralfx migrate`"
 
@@ -97,35 +113,34 @@ def test_check_says_what_is_pending_and_changes_nothing(database: Database) -> N
     assert migrate(environ, "--check") == (DONE, [f"{address} is current at {REVISIONS[-1]}"], [])
 
 
-def test_a_schema_of_a_later_version_is_left_alone(database: Database) -> None:
-    """It is usable, so both ways of asking are content."""
+def test_later_schema_is_not_changed(database: Database) -> None:
+    """It is usable, so both modes succeed."""
     environ = quick(database.url)
     migrate(environ)
     database.execute("update viralfx_migrations set version_num = '9999'")
-    line = f"{place(database)} is at 9999, which a later version made; it is usable"
+    line = f"{place(database)} is at 9999, which a later version created; it is usable"
 
     assert migrate(environ, "--check") == (DONE, [line], [])
     assert migrate(environ) == (DONE, [line], [])
     assert database.execute(AT) == [("9999",)]
 
 
-def test_a_schema_of_its_own(database: Database) -> None:
-    """Tables and bookkeeping go where the address says, and nothing to where others are."""
-    database.execute('create schema "Mine"')
-    environ = quick(f"{database.url}?schema=Mine")
+def test_custom_schema(database: Database) -> None:
+    """All tables are in the schema of the address, and other schemas are unchanged."""
+    environ = quick(f"{database.url}?schema=mine")
 
     assert migrate(environ)[0] == DONE
     where = "select distinct relnamespace::regnamespace::text from pg_class"
-    assert database.execute(f"{where} where relname like 'viralfx%'") == [('"Mine"',)]
+    assert database.execute(f"{where} where relname like 'viralfx%'") == [("mine",)]
     assert migrate(environ, "--check")[0] == DONE
     assert migrate(quick(database.url), "--check")[0] == PENDING
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_several_at_once(database: Database, count: int) -> None:
-    """One does the work, all succeed, and it is done once."""
+def test_concurrent_runs_migrate_once(database: Database, count: int) -> None:
+    """Each migration is applied by one of them, and all succeed."""
     with ExitStack() as stack:
-        # All of them have looked and found it behind before any of them may begin.
+        # All runs have found pending migrations before one may begin.
         with locked(database):
             runs = [stack.enter_context(started(quick(database.url))) for _ in range(count)]
             wait_until(
@@ -136,52 +151,108 @@ def test_several_at_once(database: Database, count: int) -> None:
         outputs = [(run.communicate(timeout=30), run.returncode) for run in runs]
 
     current = f"{place(database)} is current at {REVISIONS[-1]}\n"
-    told = "".join(f"{line}\n" for line in APPLIED)
     assert {code for _, code in outputs} == {DONE}
-    assert sorted(out for (out, _), _ in outputs) == sorted(
-        [told + current, *[current] * (count - 1)]
+    assert {out.splitlines(keepends=True)[-1] for (out, _), _ in outputs} == {current}
+    assert sorted("".join(out.replace(current, "") for (out, _), _ in outputs).splitlines()) == (
+        APPLIED
     )
     assert {err for (_, err), _ in outputs} == {""}
 
 
-def test_it_does_not_wait_for_another_run_for_ever(database: Database) -> None:
-    """It says what it waited for; how long that is, --help has as well."""
+def test_wait_for_another_run_is_limited(database: Database) -> None:
+    """The error says so; --help has the limit."""
     settings = read_settings(quick(database.url))
     with locked(database):
         began = time.monotonic()
         with pytest.raises(StartupError) as raised:
-            asyncio.run(migrate_schema(settings, patience=0.5))
+            asyncio.run(migrate_schema(settings, lock_timeout=0.5))
         took = time.monotonic() - began
-    said = str(raised.value)
+    message = str(raised.value)
 
     assert 0.5 <= took < 5.0
-    assert said == (
+    assert message == (
         f"DATABASE_URL: the database at {place(database)} is being migrated by another run, which"
-        " took longer than 0.5 s, so nothing was migrated; run it again when that one has ended"
+        " took longer than 0.5 s, so nothing was migrated; run it again when the other run has"
+        " ended"
     )
-    assert LOCK_PATIENCE == 60.0
+    assert LOCK_TIMEOUT_SECONDS == 60.0
     assert "60 s" in " ".join(migrate({}, "--help")[1])
     assert migrate(quick(database.url))[0] == 0
 
 
-def test_a_failure_in_the_middle_leaves_nothing(database: Database) -> None:
-    """What it had made before that is gone, and it works once the reason is mended."""
-    # A type of that name has a hint in the server's error, which is a line of its own.
-    database.execute("create domain viralfx_state as int")
+def test_failed_migration_is_rolled_back(database: Database) -> None:
+    """It succeeds once the cause is fixed."""
+    # The server's error for an existing type has a hint on a separate line.
+    database.execute("create schema viralfx_ops")
+    database.execute("create domain viralfx_ops.viralfx_state as int")
     assert refused(quick(database.url)) == (
         f"{place(database)} failed, so nothing was migrated"
-        ' (type "viralfx_state" already exists); mend that, and run it again'
+        ' (type "viralfx_state" already exists); fix the cause, and run it again'
     )
     assert database.execute(TABLES) == []
-    database.execute("drop domain viralfx_state")
+    database.execute("drop domain viralfx_ops.viralfx_state")
     assert migrate(quick(database.url))[0] == DONE
+
+
+def test_migrations_before_a_failed_one_stay(database: Database) -> None:
+    """Each is a transaction, so that the next one does not keep tables locked."""
+    database.execute("create schema viralfx_ops")
+    database.execute(f"create domain viralfx_ops.{LAST_TABLE} as int")
+    before = ", ".join(REVISIONS[:-1])
+    assert refused(quick(database.url)) == (
+        f"{place(database)} failed, so only {before} was applied"
+        f' (type "{LAST_TABLE}" already exists); fix the cause, and run it again'
+    )
+    assert database.execute(AT) == [(REVISIONS[-2],)]
+    database.execute(f"drop domain viralfx_ops.{LAST_TABLE}")
+    assert migrate(quick(database.url)) == (
+        DONE,
+        [APPLIED[-1], f"{place(database)} is current at {REVISIONS[-1]}"],
+        [],
+    )
+
+
+async def test_a_table_in_use_is_waited_for_in_short_tries(database: Database) -> None:
+    """Others use it meanwhile, although an open transaction keeps the migration waiting."""
+    config = config_of(database)
+    await apply_migrations(config, target="0002")
+    holder = await asyncpg.connect(database.url, ssl=False)
+    other = await asyncpg.connect(database.url, ssl=False)
+    tries = set[datetime]()
+    async with asyncio.timeout(60):
+        async with holder.transaction():
+            await holder.execute("select from viralfx_ops.viralfx_jobs")
+            migrating = asyncio.create_task(apply_migrations(config))
+            while len(tries) < 2:
+                tries.update(row["xact_start"] for row in await other.fetch(WAITING))
+                await asyncio.sleep(0.01)
+            await other.execute("select from viralfx_ops.viralfx_jobs")
+            assert not migrating.done()
+        applied = await migrating
+    for connection in (holder, other):
+        await connection.close()
+
+    assert [revision for revision, _ in applied] == list(REVISIONS[2:])
+
+
+async def test_a_table_that_stays_in_use_ends_the_run(database: Database) -> None:
+    """The error says so; the earlier migrations stay."""
+    await apply_migrations(config_of(database), target="0002")
+    async with asyncio.timeout(60):
+        holder = await asyncpg.connect(database.url, ssl=False)
+        async with holder.transaction():
+            await holder.execute("select from viralfx_ops.viralfx_jobs")
+            with pytest.raises(StartupError, match="lock held too long, so nothing was migrated"):
+                await migrate_schema(read_settings(quick(database.url)), lock_timeout=0.5)
+        await holder.close()
+    assert database.execute(AT) == [("0002",)]
 
 
 # -- what the server refuses -----------------------------------------------------------------
 
 
 def test_wrong_credentials(database: Database) -> None:
-    """One line with the remedy, of either mode, however the password is given."""
+    """One line with the remedy, in both modes."""
     text = " refuses the user or password, after 1 attempt; check the user and password"
     server, name = database.server, database.name
     for environ in (
@@ -192,8 +263,8 @@ def test_wrong_credentials(database: Database) -> None:
         assert refused(environ) == refused(environ, "--check") == place(database) + text
 
 
-def test_an_unknown_database(database: Database) -> None:
-    """It is not created: whoever runs this may not be allowed to, and a typing error is likely."""
+def test_unknown_database(database: Database) -> None:
+    """It is not created: a typing error is likely, and permissions may be missing."""
     server = database.server
     assert refused(quick(server.url("nowhere"))) == (
         f"{server.host}:{server.port}/nowhere has no database of that name, after 1 attempt;"
@@ -201,17 +272,9 @@ def test_an_unknown_database(database: Database) -> None:
     )
 
 
-def test_an_unknown_schema(database: Database) -> None:
-    """Likewise."""
-    assert refused(quick(f"{database.url}?schema=nowhere")) == (
-        f"{place(database)} has no schema of that name, so nothing was migrated;"
-        " check the name, or create it"
-    )
-
-
 @pytest.fixture
-def poor(database: Database) -> Iterator[str]:
-    """Return the address for a user who may connect, and nothing else."""
+def limited_user(database: Database) -> Iterator[str]:
+    """Return the address for a user with no permission but CONNECT."""
     role = f"{database.name}_poor"
     database.execute(f"create role {role} login password '{SECRET}'")
     yield database.server.url(database.name, user=role, password=SECRET)
@@ -219,57 +282,82 @@ def poor(database: Database) -> Iterator[str]:
     database.execute(f"drop role {role}")
 
 
-def test_no_permission_to_create(database: Database, poor: str) -> None:
-    """With the server's words for what it denies; once granted, it goes on."""
-    assert refused(quick(poor)) == (
-        f"{place(database)} denies this user a permission, so nothing was migrated"
-        " (permission denied for schema public); grant it"
+def advice(database: Database, problem: str, statement: str) -> str:
+    """Return the error line for a right that the user lacks."""
+    return (
+        f"viralfx: DATABASE_URL: the user of the database at {place(database)} may not {problem};"
+        f" let the database's owner run `{statement}`, and try again"
     )
-    database.execute(f"grant create on schema public to {database.name}_poor")
-    assert migrate(quick(poor))[0] == DONE
 
 
-def test_no_permission_to_look(database: Database, poor: str) -> None:
-    """A schema that another user migrated, and lets nobody see."""
+def test_no_permission_to_create(database: Database, limited_user: str) -> None:
+    """The error has the statement that permits it; after that it succeeds."""
+    role = f"{database.name}_poor"
+    create = f'CREATE SCHEMA "viralfx_ops" AUTHORIZATION {role}'
+    grant = f'GRANT USAGE, CREATE ON SCHEMA "viralfx_ops" TO {role}'
+    for problem, statement, other in (
+        ("create the schema viralfx_ops", create, "create schema viralfx_ops"),
+        ("use the schema viralfx_ops", grant, f"grant usage on schema viralfx_ops to {role}"),
+        ("create tables in the schema viralfx_ops", grant, grant),
+    ):
+        assert refused(quick(limited_user)) == advice(database, problem, statement)
+        database.execute(other)
+    assert migrate(quick(limited_user))[0] == DONE
+
+
+def test_schema_made_for_the_user(database: Database, limited_user: str) -> None:
+    """The user needs no right on the database."""
+    database.execute(f"create schema viralfx_ops authorization {database.name}_poor")
+    assert migrate(quick(limited_user))[0] == DONE
+
+
+def test_no_permission_to_read(database: Database, limited_user: str) -> None:
+    """The schema was migrated by another user."""
     migrate(quick(database.url))
+    role = f"{database.name}_poor"
+    grant = f'GRANT USAGE ON SCHEMA "viralfx_ops" TO {role}'
+    assert refused(quick(limited_user), "--check") == advice(
+        database, "use the schema viralfx_ops", grant
+    )
+    database.execute(f"grant usage on schema viralfx_ops to {role}")
     for arguments in ((), ("--check",)):
-        assert refused(quick(poor), *arguments) == (
-            f"{place(database)} denies this user a permission when asked for its migrations"
+        assert refused(quick(limited_user), *arguments) == (
+            f"{place(database)} denies this user a permission when queried for its migrations"
             " (permission denied for table viralfx_migrations); grant it"
         )
 
 
-def test_a_database_that_takes_no_writes(database: Database) -> None:
-    """A replica's address is a frequent mistake."""
+def test_read_only_database(database: Database) -> None:
+    """The address of a replica is a frequent mistake."""
     database.execute(f"alter database {database.name} set default_transaction_read_only = on")
     assert refused(quick(database.url)) == (
         f"{place(database)} accepts no writes, so nothing was migrated; name the primary"
     )
 
 
-def test_a_server_that_cannot_be_reached(database: Database, fault_proxy: FaultProxies) -> None:
-    """Refused, silent, unknown or without TLS: each in one line, after all of the attempts."""
+def test_unreachable_server(database: Database, fault_proxy: FaultProxies) -> None:
+    """Refused, silent, unknown or without TLS: one line after all attempts."""
     proxy = fault_proxy(database.server.port)
     url = database.server.url(database.name, host=proxy.host, port=proxy.port)
     patient = {"DB_MAX_RECONNECT_ATTEMPTS": "3", "DB_RECONNECT_DELAY": "10"}
     proxy.mode = REFUSE
     assert refused(quick(url, **patient)).endswith(
-        " refuses connections, after 3 attempts; check host and port, and that it runs"
+        " refuses connections, after 3 attempts; check host and port, and that it is running"
     )
     proxy.mode = BLACKHOLE
     assert refused(quick(url, DB_CONNECTION_TIMEOUT="100")).endswith(
-        " does not answer, after 1 attempt; look at the server, and at what is in between"
+        " does not answer, after 1 attempt; check the server and the network"
     )
     assert refused(quick(database.server.url(host="nowhere.invalid"))).endswith(
-        " has a host name that is not known, after 1 attempt; check the host"
+        " has an unknown host name, after 1 attempt; check the host"
     )
     assert refused(quick(database.url, DB_TLS_MODE="require")).endswith(
-        " speaks no TLS, after 1 attempt; turn it on there, or see DB_TLS_MODE"
+        " does not support TLS, after 1 attempt; enable TLS on the server, or see DB_TLS_MODE"
     )
 
 
 def test_tls(tls_postgres: PostgresServer, certificates: Certificates) -> None:
-    """It migrates over TLS, and not past a certificate that it cannot trust."""
+    """It uses TLS and refuses an untrusted certificate."""
     verified = {"DB_TLS_MODE": "verify-full", "DB_TLS_CA_FILE": str(certificates.ca)}
     other = {**verified, "DB_TLS_CA_FILE": str(certificates.other_ca)}
 
@@ -280,10 +368,10 @@ def test_tls(tls_postgres: PostgresServer, certificates: Certificates) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("--check",)])
-def test_what_is_wrong_in_the_settings_is_told_before_anything_connects(
+def test_invalid_settings_are_reported_before_connecting(
     database: Database, tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
-    """Exit code 2, one line for each problem, and no secret."""
+    """Exit code 2, one line per problem, and no secret."""
     empty = tmp_path / "empty.pem"
     empty.touch()
     right = quick(database.url)
@@ -298,9 +386,9 @@ def test_what_is_wrong_in_the_settings_is_told_before_anything_connects(
             "DB_TLS_CA_FILE: ",
         ),
     ):
-        code, out, told = migrate(environ, *arguments)
-        assert (code, out, len(told)) == (WRONG, [], 1)
-        assert told[0].startswith(f"viralfx: {variable}")
+        code, out, errors = migrate(environ, *arguments)
+        assert (code, out, len(errors)) == (WRONG, [], 1)
+        assert errors[0].startswith(f"viralfx: {variable}")
     assert database.execute(TABLES) == []
 
 
@@ -308,26 +396,27 @@ def test_what_is_wrong_in_the_settings_is_told_before_anything_connects(
 
 
 @contextmanager
-def started(environ: Mapping[str, str]) -> Iterator["subprocess.Popen[str]"]:
-    """Start it, and leave nothing of it."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "viralfx", "migrate"],
-        env={"PATH": os.environ["PATH"], **environ},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that runs the tests in the background has all of them ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - one call
-    ) as run:
-        try:
-            yield run
-        finally:
-            run.kill()
+def started(environ: Mapping[str, str]) -> Iterator[ForkedProcess]:
+    """Start it; kill it at the end."""
+    variables = {"PATH": os.environ["PATH"], **environ}
+    # A shell that runs the tests in the background makes them ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        run = ForkedProcess(["migrate"], environ=variables, cwd=Path.cwd())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        yield run
+    finally:
+        run.kill()
+        run.wait()
+        run.stdout.close()
+        run.stderr.close()
 
 
 @contextmanager
 def locked(database: Database) -> Iterator[None]:
-    """Hold what a migration has to wait for, as another run in the middle of its work would."""
+    """Hold the lock of migrations, as a concurrent run does."""
     with asyncio.Runner() as runner:
         holder = runner.run(asyncpg.connect(database.url, ssl=False))
         try:
@@ -343,18 +432,18 @@ def waiting(server: PostgresServer) -> list[int]:
     return [pid for (pid,) in rows]
 
 
-def interrupted(run: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    """Press Ctrl-C once; return how it ended."""
+def interrupted(run: ForkedProcess) -> tuple[int, str, str]:
+    """Press Ctrl-C once; return exit code and output."""
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=5)
-    return run.returncode, out, err
+    return run.wait(), out, err
 
 
 SAID = (INTERRUPTED, "", "viralfx: interrupted\n")
 
 
-def test_ctrl_c_while_it_connects(database: Database, fault_proxy: FaultProxies) -> None:
-    """In an attempt that hangs, and in the pause between two."""
+def test_ctrl_c_while_connecting(database: Database, fault_proxy: FaultProxies) -> None:
+    """In a hanging attempt, and between two attempts."""
     proxy = fault_proxy(database.server.port)
     url = database.server.url(database.name, host=proxy.host, port=proxy.port)
     proxy.mode = BLACKHOLE
@@ -370,8 +459,8 @@ def test_ctrl_c_while_it_connects(database: Database, fault_proxy: FaultProxies)
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["in order", "frozen"])
-def test_ctrl_c_while_it_migrates(own_postgres: PostgresServer, *, frozen: bool) -> None:
-    """It ends at once, whether the server answers or not, and nothing was changed."""
+def test_ctrl_c_while_migrating(own_postgres: PostgresServer, *, frozen: bool) -> None:
+    """It ends at once, also on a frozen server, and nothing is changed."""
     database = Database(own_postgres, own_postgres.create_database())
     with locked(database), started(quick(database.url)) as run:
         wait_until(lambda: waiting(own_postgres), what="it waits for the lock")
@@ -382,6 +471,6 @@ def test_ctrl_c_while_it_migrates(own_postgres: PostgresServer, *, frozen: bool)
         finally:
             own_postgres.thaw()
     assert database.execute(TABLES) == []
-    # What waited for the lock goes on until it has it, and then finds nobody to work for.
+    # A waiting session gets the lock later, and then finds its client gone.
     wait_until(lambda: not waiting(own_postgres), what="the server noticed")
     assert migrate(quick(database.url))[0] == DONE

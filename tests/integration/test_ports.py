@@ -1,4 +1,4 @@
-"""The ports that tests give to servers: nobody else's, and no two of them the same."""
+"""The ports of test servers: free and unique."""
 
 import socket
 from contextlib import ExitStack
@@ -14,7 +14,7 @@ USUAL = range(32768, 61000)
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 64])
 def test_test_processes_share_no_port(workers: int) -> None:
-    """Nor does one that takes the place of another that crashed."""
+    """Nor does a process that replaces a crashed one."""
     shares = [set(share(worker, workers, USUAL)) for worker in range(2 * workers)]
 
     assert all(one.isdisjoint(other) for one, other in combinations(shares, 2))
@@ -23,7 +23,7 @@ def test_test_processes_share_no_port(workers: int) -> None:
 
 @pytest.mark.parametrize("taken", [USUAL, range(16000, 65536), range(1024, 20000), outgoing()])
 def test_outgoing_connections_have_other_ports(taken: range) -> None:
-    """Wherever the machine begins with theirs."""
+    """For any range of ephemeral ports."""
     assert not set(share(1, 4, taken)) & set(taken)
 
 
@@ -39,13 +39,13 @@ def test_outgoing_connections_have_other_ports(taken: range) -> None:
 def test_too_few_ports_are_a_clear_error(
     worker: int, workers: int, taken: range, said: str
 ) -> None:
-    """It says what to do."""
+    """With the remedy."""
     with pytest.raises(RuntimeError, match=said):
         share(worker, workers, taken)
 
 
-def test_each_port_is_another_one_and_free() -> None:
-    """Whether or not a server listens on those before: PORT and MANAGEMENT_PORT always differ."""
+def test_each_port_is_unique_and_free() -> None:
+    """PORT and MANAGEMENT_PORT always differ."""
     ports = [free_port() for _ in range(20)]
     with ExitStack() as stack:
         for port in ports:

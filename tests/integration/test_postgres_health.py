@@ -1,41 +1,41 @@
-"""The check of a real Postgres: a connection of its own, few questions, and true answers."""
+"""The check of a real Postgres: dedicated connection, number of queries, and results."""
 
 import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from tests.integration.leaks import LeakCheck
 from tests.integration.postgres_clients import (
-    Possessions,
     all_can_be_taken,
     ask,
+    changed,
     checked,
     config_of,
     migrated,
     opened,
-    seen,
     sessions,
-    until,
     use,
 )
 from tests.manual_clock import ManualClock
 from tests.servers.fault_proxy import BLACKHOLE, PASS, REFUSE, RESET
 from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database, PostgresServer, postgres_server
+from tests.servers.waiting import until, wait_for_code
+from tests.soak import cycles
 
 from viralfx.adapters.postgres import PostgresConfig, PostgresDatabase, PostgresHealthCheck
-from viralfx.adapters.postgres.schema import REVISIONS
+from viralfx.adapters.postgres.migrations import REVISIONS
 from viralfx.domain.clock import SystemClock, timestamp
-from viralfx.domain.health import CheckPolicy, Observation, Status
-from viralfx.domain.monitor import HealthMonitor
+from viralfx.domain.health.model import CheckPolicy, Observation, Status
+from viralfx.domain.health.monitor import HealthMonitor
 
 HEALTH = "viralfx-health"
 SOON = 1.0
-"""Seconds that no answer of a server in order takes, even on a busy machine."""
+"""Seconds; a working server responds faster, even on a busy machine."""
 
 
 def numbers(observation: Observation) -> dict[str, Any]:
@@ -52,14 +52,14 @@ def connected(observation: Observation) -> bool:
     return bool(details["isConnected"])
 
 
-async def look(check: PostgresHealthCheck, *, within: float = SOON) -> Observation:
-    """Check once, in time."""
+async def run_check(check: PostgresHealthCheck, *, within: float = SOON) -> Observation:
+    """Run the check once, within its timeout."""
     async with asyncio.timeout(within):
         return await check.check()
 
 
 @asynccontextmanager
-async def looking(
+async def checked_pool(
     config: PostgresConfig, *, within: float = 2.0
 ) -> AsyncIterator[tuple[PostgresDatabase, PostgresHealthCheck]]:
     """Return the pool of a migrated database and its check."""
@@ -71,35 +71,35 @@ async def looking(
 # -- its own connection ----------------------------------------------------------------------
 
 
-async def test_it_has_one_connection_of_its_own(database: Database) -> None:
-    """Made at the first look, kept, with a name of its own; the pool gives nothing for it."""
-    async with looking(config_of(database, pool_min=1, pool_max=1)) as (pool, check):
+async def test_check_uses_a_dedicated_connection(database: Database) -> None:
+    """It is opened at the first check, kept and named; it is not taken from the pool."""
+    async with checked_pool(config_of(database, pool_min=1, pool_max=1)) as (pool, check):
         async with pool.acquire():
             assert sessions(database, HEALTH) == []
-            assert (await look(check)).status is Status.PASS
+            assert (await run_check(check)).status is Status.PASS
             [own] = sessions(database, HEALTH)
             for _ in range(5):
-                await look(check)
+                await run_check(check)
             assert sessions(database, HEALTH) == [own]
         assert pool.total_connections == len(sessions(database)) == 1
         await check.close()
         await until(lambda: sessions(database, HEALTH) == [])
 
 
-async def test_an_exhausted_pool_is_a_warning_with_the_waiters(database: Database) -> None:
-    """Answered as quickly as ever; over when the last waiter has its turn."""
+async def test_exhausted_pool_is_a_warning_with_the_number_of_waiters(database: Database) -> None:
+    """The check is as fast as before; the warning ends when no caller waits."""
     config = config_of(database, pool_max=2, pool_timeout=30.0)
-    async with looking(config) as (pool, check):
+    async with checked_pool(config) as (pool, check):
         async with AsyncExitStack() as stack:
             for _ in range(2):
                 await stack.enter_async_context(pool.acquire())
-            # All in use is no trouble yet: nobody waits.
-            assert (await look(check)).status is Status.PASS
+            # All connections are in use, but no caller waits.
+            assert (await run_check(check)).status is Status.PASS
             waiters = [asyncio.create_task(use(pool)) for _ in range(7)]
             await until(lambda: pool.waiting == 7)
-            exhausted = await look(check)
+            exhausted = await run_check(check)
         await asyncio.gather(*waiters)
-        after = await look(check)
+        after = await run_check(check)
 
     assert (exhausted.status, exhausted.code) == (Status.WARN, "pool_exhausted")
     assert exhausted.message == "Database connection pool is exhausted: 7 wait for a connection"
@@ -111,11 +111,11 @@ async def test_an_exhausted_pool_is_a_warning_with_the_waiters(database: Databas
     assert (after.status, numbers(after)["waitingRequests"]) == (Status.PASS, 0)
 
 
-async def test_a_warning_gates_no_readiness(database: Database) -> None:
-    """The monitor that the service runs stays ready while the pool is exhausted."""
-    async with looking(config_of(database, pool_max=1, pool_timeout=30.0)) as (pool, check):
+async def test_warning_keeps_the_service_ready(database: Database) -> None:
+    """The service's monitor stays ready while the pool is exhausted."""
+    async with checked_pool(config_of(database, pool_max=1, pool_timeout=30.0)) as (pool, check):
         monitor = HealthMonitor(clock=SystemClock())
-        policy = CheckPolicy(interval=0.05, critical=True, gates_readiness=True, shared=True)
+        policy = CheckPolicy(interval=0.05, critical=True, required_for_readiness=True, shared=True)
         monitor.register("database", check, policy)
         monitor.start()
         await until(lambda: monitor.report().started)
@@ -136,16 +136,17 @@ async def test_a_warning_gates_no_readiness(database: Database) -> None:
     ]
 
 
-async def test_no_connection_left_for_the_check_is_told(database: Database) -> None:
-    """The server may have given all it has to others: that is a failure with a code of its own."""
+async def test_too_many_connections_has_its_own_code(database: Database) -> None:
+    """The check fails if the server has no connection left for it."""
     config = await migrated(config_of(database))
     role = f"{database.name}_one"
     database.execute(f"create role {role} login connection limit 1 password 'planted'")
-    database.execute(f"grant select on all tables in schema public to {role}")
+    database.execute(f"grant usage on schema viralfx_ops to {role}")
+    database.execute(f"grant select on all tables in schema viralfx_ops to {role}")
     try:
-        single = replace(config, user=role, password="planted", pool_max=1)
+        single = changed(config, user=role, password="planted", pool_max=1)
         async with opened(single) as pool, checked(pool) as check:
-            observation = await look(check)
+            observation = await run_check(check)
             assert (observation.status, observation.code) == (
                 Status.FAIL,
                 "too_many_connections",
@@ -153,7 +154,7 @@ async def test_no_connection_left_for_the_check_is_told(database: Database) -> N
             assert numbers(observation)["failedConnections"] == 1
             assert not connected(observation)
             await pool.close()
-            await seen(check, None)
+            await wait_for_code(check, None)
     finally:
         database.execute(f"drop owned by {role}")
         database.execute(f"drop role {role}")
@@ -162,8 +163,8 @@ async def test_no_connection_left_for_the_check_is_told(database: Database) -> N
 # -- what it shows ---------------------------------------------------------------------------
 
 
-async def test_statistics_have_the_guides_names_and_true_values(database: Database) -> None:
-    """One by one, against what was done."""
+async def test_statistics_have_documented_names_and_correct_values(database: Database) -> None:
+    """Each value matches the operations of the test."""
     clock = ManualClock()
     config = await migrated(
         config_of(
@@ -179,7 +180,7 @@ async def test_statistics_have_the_guides_names_and_true_values(database: Databa
         async with AsyncExitStack() as stack:
             for _ in range(3):
                 await stack.enter_async_context(pool.acquire())
-            busy = await look(check)
+            busy = await run_check(check)
         assert busy.details == {
             "adapter": "postgres",
             "isConnected": True,
@@ -194,36 +195,41 @@ async def test_statistics_have_the_guides_names_and_true_values(database: Databa
             },
             "poolConfig": {"min": 2, "max": 4, "timeout": 7500},
         }
+        # Without another check, in responses after the connections are back.
+        assert busy.live_details is not None
+        stats: Any = busy.live_details()["stats"]
+        assert (stats["activeConnections"], stats["idleConnections"]) == (0, 3)
+        assert stats["lastHealthCheck"] == timestamp(clock.now())
         await clock.advance(60.0)
-        idle = numbers(await look(check))
+        idle = numbers(await run_check(check))
 
     assert (idle["activeConnections"], idle["idleConnections"]) == (0, 3)
     assert idle["lastHealthCheck"] == timestamp(clock.now())
 
 
-async def test_failed_connections_count_the_checks_own(
+async def test_failed_connections_include_those_of_the_check(
     database: Database, fault_proxy: FaultProxies
 ) -> None:
-    """Each attempt that failed, and none that did not."""
+    """Only failed attempts are counted."""
     proxy = fault_proxy(database.server.port)
-    async with looking(config_of(database, through=proxy)) as (_, check):
-        assert numbers(await look(check))["failedConnections"] == 0
+    async with checked_pool(config_of(database, through=proxy)) as (_, check):
+        assert numbers(await run_check(check))["failedConnections"] == 0
         proxy.mode = REFUSE
-        counts = [numbers(await look(check))["failedConnections"] for _ in range(3)]
+        counts = [numbers(await run_check(check))["failedConnections"] for _ in range(3)]
         proxy.mode = PASS
-        after = numbers(await seen(check, None))["failedConnections"]
+        after = numbers(await wait_for_code(check, None))["failedConnections"]
 
-    # The first look finds its connection cut; the pool tries to refill itself meanwhile.
+    # The first check finds its connection closed; the pool tries to refill itself meanwhile.
     assert counts == sorted(counts)
     assert after >= counts[-1] >= 2
 
 
-async def test_before_the_pool_is_open_it_answers_all_the_same(database: Database) -> None:
-    """The check runs while the start still tries to connect."""
+async def test_check_works_before_the_pool_is_open(database: Database) -> None:
+    """It runs while the start still tries to connect."""
     config = await migrated(config_of(database))
     pool = PostgresDatabase(config, clock=SystemClock())
     async with checked(pool) as check:
-        observation = await look(check)
+        observation = await run_check(check)
 
     assert observation.status is Status.PASS
     assert numbers(observation)["totalConnections"] == 0
@@ -232,58 +238,58 @@ async def test_before_the_pool_is_open_it_answers_all_the_same(database: Databas
 # -- the schema ------------------------------------------------------------------------------
 
 
-async def test_a_schema_that_is_behind_fails_until_it_was_migrated(database: Database) -> None:
-    """It says what is pending and what to run, and sees by itself that it was done."""
+async def test_pending_migrations_fail_until_they_are_applied(database: Database) -> None:
+    """The message names them and the command; the check notices that they were applied."""
     config = config_of(database)
     async with opened(config) as pool, checked(pool) as check:
-        behind = await look(check)
-        again = await look(check)
+        behind = await run_check(check)
+        again = await run_check(check)
         await migrated(config)
-        after = await look(check)
+        after = await run_check(check)
 
     assert (behind.status, behind.code) == (Status.FAIL, "schema_behind")
     assert behind.message == (
         f"Database schema is behind: {', '.join(REVISIONS)} pending; run `viralfx migrate`"
     )
-    # The database itself is fine, and that can be seen.
+    # The other fields show that the database itself is healthy.
     assert connected(behind)
     assert (again.code, after.status) == ("schema_behind", Status.PASS)
 
 
-async def test_a_schema_of_a_later_version_is_fine(
+async def test_schema_of_a_later_version_passes(
     database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The version before goes on while the next one is rolled out, and says so once."""
+    """The previous version keeps running during a roll-out; it logs that once."""
     config = await migrated(config_of(database))
     database.execute("update viralfx_migrations set version_num = '9999'")
     async with opened(config) as pool, checked(pool) as check:
-        assert (await look(check)).status is Status.PASS
+        assert (await run_check(check)).status is Status.PASS
         [own] = sessions(database, HEALTH)
         database.execute(f"select pg_terminate_backend({own})")
-        await seen(check, None)
+        await wait_for_code(check, None)
 
     lines = [record for record in caplog.records if "later version" in record.message]
     assert [vars(line)["revision"] for line in lines] == ["9999"]
 
 
-async def test_the_schema_is_looked_at_again_on_a_new_connection(database: Database) -> None:
-    """Behind the same address may be another database, restored from an older time."""
-    async with looking(config_of(database)) as (_, check):
-        assert (await look(check)).status is Status.PASS
+async def test_schema_is_checked_again_on_a_new_connection(database: Database) -> None:
+    """The same address may lead to another database, restored from a backup."""
+    async with checked_pool(config_of(database)) as (_, check):
+        assert (await run_check(check)).status is Status.PASS
         database.execute("drop table viralfx_migrations")
         [own] = sessions(database, HEALTH)
         database.execute(f"select pg_terminate_backend({own})")
-        await seen(check, "schema_behind")
+        await wait_for_code(check, "schema_behind")
 
 
-async def test_a_database_that_takes_no_writes_is_a_warning(database: Database) -> None:
-    """A replica, or one that was set so."""
+async def test_read_only_database_fails(database: Database) -> None:
+    """No job can be accepted or claimed, so another instance should get the requests."""
     config = await migrated(config_of(database))
     database.execute(f"alter database {database.name} set default_transaction_read_only = on")
     async with opened(config) as pool, checked(pool) as check:
-        observation = await look(check)
+        observation = await run_check(check)
 
-    assert (observation.status, observation.code) == (Status.WARN, "read_only")
+    assert (observation.status, observation.code) == (Status.FAIL, "read_only")
     assert connected(observation)
 
 
@@ -291,14 +297,14 @@ async def test_a_database_that_takes_no_writes_is_a_warning(database: Database) 
 
 
 @pytest.fixture
-def talkative() -> Iterator[PostgresServer]:
-    """Return a Postgres that logs every statement with the name of who sent it."""
+def logging_postgres() -> Iterator[PostgresServer]:
+    """Return a Postgres that logs every statement with the application name."""
     with postgres_server(settings={"log_statement": "all", "log_line_prefix": "[%a] "}) as server:
         yield server
 
 
 def statements(server: PostgresServer) -> Counter[str]:
-    """Count what the check sent, by its text."""
+    """Count the statements of the check by their text."""
     return Counter(
         line.partition(": ")[2]
         for line in server.log().splitlines()
@@ -306,39 +312,39 @@ def statements(server: PostgresServer) -> Counter[str]:
     )
 
 
-async def test_each_look_is_one_command(talkative: PostgresServer) -> None:
-    """After the first, which also reads the version of the schema."""
-    async with looking(config_of(talkative)) as (_, check):
-        await look(check)
-        before = statements(talkative)
+async def test_each_check_is_one_command(logging_postgres: PostgresServer) -> None:
+    """Except the first, which also reads the version of the schema."""
+    async with checked_pool(config_of(logging_postgres)) as (_, check):
+        await run_check(check)
+        before = statements(logging_postgres)
         for _ in range(20):
-            assert (await look(check)).status is Status.PASS
-        more = statements(talkative) - before
+            assert (await run_check(check)).status is Status.PASS
+        more = statements(logging_postgres) - before
 
     assert before.total() <= 3
     assert list(more.values()) == [20]
 
 
-async def test_an_idle_monitor_asks_at_most_once_an_interval(talkative: PostgresServer) -> None:
-    """However often its report is read."""
+async def test_idle_monitor_runs_one_check_per_interval(logging_postgres: PostgresServer) -> None:
+    """Reading its report runs no check."""
     interval = 0.2
-    async with looking(config_of(talkative)) as (_, check):
+    async with checked_pool(config_of(logging_postgres)) as (_, check):
         monitor = HealthMonitor(clock=SystemClock())
         monitor.register("database", check, CheckPolicy(interval=interval))
         monitor.start()
         await until(lambda: monitor.report().started)
-        before, began = statements(talkative).total(), time.monotonic()
+        before, began = statements(logging_postgres).total(), time.monotonic()
         await until(lambda: monitor.report().started and time.monotonic() > began + 2.0)
-        asked, seconds = statements(talkative).total() - before, time.monotonic() - began
+        asked, seconds = statements(logging_postgres).total() - before, time.monotonic() - began
         await monitor.stop()
 
     assert 3 <= asked <= seconds / interval + 1
 
 
-async def test_looks_at_the_same_time_take_turns(database: Database) -> None:
-    """One that was left behind by the monitor must not meet the next on the wire."""
-    async with looking(config_of(database)) as (_, check):
-        observations = await asyncio.gather(*(look(check, within=5.0) for _ in range(20)))
+async def test_concurrent_checks_do_not_mix_their_queries(database: Database) -> None:
+    """A check that the monitor abandoned must not share the connection with the next one."""
+    async with checked_pool(config_of(database)) as (_, check):
+        observations = await asyncio.gather(*(run_check(check, within=5.0) for _ in range(20)))
         assert {o.status for o in observations} == {Status.PASS}
         assert len(sessions(database, HEALTH)) == 1
 
@@ -347,18 +353,18 @@ async def test_looks_at_the_same_time_take_turns(database: Database) -> None:
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-async def test_lost_and_restored(own_postgres: PostgresServer, how: str) -> None:
-    """One look says that it is gone and why, and one that it is back; the pool comes back, too."""
-    async with looking(config_of(own_postgres)) as (pool, check):
-        assert (await look(check)).status is Status.PASS
+async def test_check_reports_loss_and_recovery(own_postgres: PostgresServer, how: str) -> None:
+    """One check reports the loss with its cause, and one the recovery, also of the pool."""
+    async with checked_pool(config_of(own_postgres)) as (pool, check):
+        assert (await run_check(check)).status is Status.PASS
         if how == "killed":
             own_postgres.kill()
         else:
             own_postgres.stop()
-        await seen(check, "refused")
-        gone = await look(check)
+        await wait_for_code(check, "refused")
+        gone = await run_check(check)
         own_postgres.start()
-        back = await look(check)
+        back = await run_check(check)
         await all_can_be_taken(pool)
 
     assert (gone.status, gone.message) == (Status.FAIL, "Database refuses connections")
@@ -370,39 +376,39 @@ async def test_lost_and_restored(own_postgres: PostgresServer, how: str) -> None
 
 
 @pytest.mark.parametrize("way", ["terminated", "reset"])
-async def test_a_connection_that_broke_is_made_anew(
+async def test_broken_connection_is_reopened(
     database: Database, fault_proxy: FaultProxies, way: str
 ) -> None:
-    """Where that was between two looks, the next one does not even fail."""
+    """If it broke between two checks, the next one does not fail."""
     proxy = fault_proxy(database.server.port)
-    async with looking(config_of(database, through=proxy)) as (_, check):
-        await look(check)
+    async with checked_pool(config_of(database, through=proxy)) as (_, check):
+        await run_check(check)
         [own] = sessions(database, HEALTH)
         if way == "terminated":
             database.execute(f"select pg_terminate_backend({own})")
         else:
             proxy.mode = RESET
             proxy.mode = PASS
-        # Until this process has heard of it, a look may fail.
-        await seen(check, None)
+        # Until this process has noticed it, a check may fail.
+        await wait_for_code(check, None)
         await until(lambda: sessions(database, HEALTH) not in ([], [own]))
-        assert (await look(check)).status is Status.PASS
+        assert (await run_check(check)).status is Status.PASS
 
 
-async def test_a_frozen_server_is_a_timeout_with_the_pools_numbers(
+async def test_frozen_server_is_a_timeout_with_pool_statistics(
     own_postgres: PostgresServer,
 ) -> None:
-    """In the check's own time, again at the next look, and over at the first after the thaw."""
+    """The check ends within its timeout, and passes again after the thaw."""
     within = 0.3
     config = config_of(own_postgres, pool_min=2, pool_max=2, connection_timeout=5.0)
-    async with looking(config, within=within) as (_, check):
-        await look(check)
+    async with checked_pool(config, within=within) as (_, check):
+        await run_check(check)
         own_postgres.freeze()
         try:
             took = []
             for _ in range(3):
                 began = time.monotonic()
-                frozen = await look(check, within=within + SOON)
+                frozen = await run_check(check, within=within + SOON)
                 took.append(time.monotonic() - began)
                 assert (frozen.status, frozen.code) == (Status.FAIL, "timeout")
                 assert frozen.message == "Database does not answer"
@@ -410,33 +416,34 @@ async def test_a_frozen_server_is_a_timeout_with_the_pools_numbers(
                 assert not connected(frozen)
         finally:
             own_postgres.thaw()
-        assert (await seen(check, None)).status is Status.PASS
+        assert (await wait_for_code(check, None)).status is Status.PASS
 
     assert all(within <= seconds < within + SOON for seconds in took)
 
 
-async def test_fifty_freezes_leave_nothing(own_postgres: PostgresServer) -> None:
+@pytest.mark.soak
+async def test_repeated_freezes_leave_no_resources(own_postgres: PostgresServer) -> None:
     """No descriptor, task or session more than before."""
     config = config_of(own_postgres)
-    async with looking(config, within=0.05) as (_, check):
-        await seen(check, None)
-        held = Possessions()
-        for _ in range(50):
+    async with checked_pool(config, within=0.5) as (_, check):
+        await wait_for_code(check, None)
+        leaks = LeakCheck()
+        for _ in cycles(50):
             own_postgres.freeze()
             try:
-                await seen(check, "timeout")
+                await wait_for_code(check, "timeout")
             finally:
                 own_postgres.thaw()
-            await seen(check, None)
-        await held.as_before()
+            await wait_for_code(check, None)
+        await leaks.assert_none()
         count = "select count(*) from pg_stat_activity where application_name = 'viralfx-health'"
         await until(lambda: own_postgres.execute(count) == [(1,)])
 
 
-async def test_it_may_be_cancelled_at_any_turn(database: Database) -> None:
-    """While connecting, reading the version or asking; the next one works."""
+async def test_cancellation_at_any_await_is_safe(database: Database) -> None:
+    """While connecting, reading the version or querying; the next check works."""
     config = await migrated(config_of(database))
-    before = Possessions()
+    leaks = LeakCheck()
     async with opened(config) as pool:
         for turns in range(60):
             async with checked(pool) as check:
@@ -447,15 +454,15 @@ async def test_it_may_be_cancelled_at_any_turn(database: Database) -> None:
                 async with asyncio.timeout(SOON):
                     await asyncio.wait({cut})
 
-                assert (await look(check, within=5.0)).status is Status.PASS
+                assert (await run_check(check, within=5.0)).status is Status.PASS
         await until(lambda: sessions(database, HEALTH) == [])
-    await before.as_before()
+    await leaks.assert_none()
 
 
-async def test_cancelled_on_a_frozen_server_it_ends_at_once(own_postgres: PostgresServer) -> None:
-    """The monitor's own timeout cuts it, and must not have to leave it behind."""
-    async with looking(config_of(own_postgres), within=60.0) as (_, check):
-        await look(check)
+async def test_cancellation_on_a_frozen_server_is_immediate(own_postgres: PostgresServer) -> None:
+    """The monitor's timeout cancels the check and does not have to abandon it."""
+    async with checked_pool(config_of(own_postgres), within=60.0) as (_, check):
+        await run_check(check)
         own_postgres.freeze()
         try:
             checking = asyncio.create_task(check.check())
@@ -466,28 +473,28 @@ async def test_cancelled_on_a_frozen_server_it_ends_at_once(own_postgres: Postgr
             assert checking.cancelled()
         finally:
             own_postgres.thaw()
-        await seen(check, None)
+        await wait_for_code(check, None)
 
 
-async def test_nothing_secret_is_shown(database: Database, fault_proxy: FaultProxies) -> None:
-    """Whatever is wrong, neither message nor details hold the password or the user."""
+async def test_no_secret_is_shown(database: Database, fault_proxy: FaultProxies) -> None:
+    """Neither message nor details contain the password or the user, for any failure."""
     proxy = fault_proxy(database.server.port)
     planted = "planted-secret"
     right = config_of(database, through=proxy)
     wrong = [
-        replace(right, password=planted),
-        replace(right, user=planted, password=planted),
-        replace(right, database=planted),
-        replace(right, tls_mode="require"),
+        changed(right, password=planted),
+        changed(right, user=planted, password=planted),
+        changed(right, database=planted),
+        changed(right, tls_mode="require"),
     ]
     codes = []
     for config in wrong:
         async with checked(PostgresDatabase(config, clock=SystemClock())) as check:
-            observation = await look(check)
+            observation = await run_check(check)
             codes.append(observation.code)
             assert planted not in f"{observation.message} {observation.details}"
     proxy.mode = BLACKHOLE
     async with checked(PostgresDatabase(right, clock=SystemClock()), within=0.1) as check:
-        codes.append((await look(check)).code)
+        codes.append((await run_check(check)).code)
 
     assert codes == ["auth", "auth", "no_database", "tls", "timeout"]

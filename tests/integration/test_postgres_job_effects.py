@@ -1,4 +1,4 @@
-"""Effects on a real server: one transaction with their job, whatever becomes of it."""
+"""Transactional effects on a real server: one transaction with the completion of their job."""
 
 import asyncio
 import contextlib
@@ -8,16 +8,18 @@ from typing import Any
 
 import asyncpg
 import pytest
-from tests.contracts.ledgers import ERROR, LONG, draft
+from tests.contracts.ledgers import ERROR, LONG_LEASE, draft
 from tests.integration.job_ledgers import ledger_in, work
-from tests.integration.postgres_clients import config_of, opened, until
+from tests.integration.postgres_clients import config_of, opened
 from tests.servers.fault_proxy import PASS, RESET
 from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database
+from tests.servers.waiting import until
 
 from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
 from viralfx.domain.jobs.codec import ResultError
-from viralfx.domain.jobs.job import JobState, LedgerUnavailableError, retried
+from viralfx.domain.jobs.ledger import ProgressReport
+from viralfx.domain.jobs.model import JobState, LedgerUnavailableError, failed, retried
 
 
 @pytest.fixture
@@ -41,12 +43,12 @@ async def pool(table: Database) -> AsyncIterator[PostgresDatabase]:
 
 
 def effects(database: Database) -> list[int]:
-    """Return what effects left."""
+    """Return the numbers that effects wrote."""
     return [number for (number,) in database.execute("select number from effects order by 1")]
 
 
 class Effect:
-    """Writes a number, and says when it has."""
+    """Writes a number, and signals that it has."""
 
     def __init__(self, number: int = 1) -> None:
         self.runs = 0
@@ -59,8 +61,8 @@ class Effect:
         return b"1"
 
 
-async def test_a_worker_is_heard_while_its_effects_take_long(table: Database) -> None:
-    """Twenty slow ones and three connections: one runs at a time, and heartbeats get through."""
+async def test_heartbeats_continue_during_long_effects(table: Database) -> None:
+    """Twenty slow effects and three connections: one runs at a time."""
     begun, running, most, over = 0, 0, 0, asyncio.Event()
 
     async def slow(connection: Any) -> bytes:
@@ -82,7 +84,7 @@ async def test_a_worker_is_heard_while_its_effects_take_long(table: Database) ->
             await until(lambda: begun)
             for _ in range(50):
                 started = time.perf_counter()
-                await ledger.register("w", ["default"], LONG, [claim.id for claim in claims])
+                await ledger.register("w", ["default"], LONG_LEASE, [claim.id for claim in claims])
                 latencies.append(time.perf_counter() - started)
             assert (begun, most) == (1, 1)
             over.set()
@@ -94,21 +96,21 @@ async def test_a_worker_is_heard_while_its_effects_take_long(table: Database) ->
     assert max(latencies) < 3.0
 
 
-async def test_an_effect_may_take_longer_than_the_ledgers_patience(table: Database) -> None:
-    """The task's own timeout is the one that counts."""
+async def test_effect_may_exceed_the_ledger_timeout(table: Database) -> None:
+    """Only the timeout of the task applies."""
 
     async def slow(connection: Any) -> bytes:
         await connection.execute("select pg_sleep(1.2)")
         return b"1"
 
-    async with ledger_in(table, patience=1.0) as ledger:
+    async with ledger_in(table, call_timeout=1.0) as ledger:
         assert await ledger.settle_with_effect(await work(ledger), slow)
 
 
-async def test_an_error_of_sql_that_the_effect_hides_undoes_everything(
+async def test_swallowed_sql_error_rolls_everything_back(
     pool: PostgresDatabase, table: Database
 ) -> None:
-    """To Postgres the transaction is over with it; the job must not be completed without it."""
+    """Postgres has aborted the transaction, so the job must not be completed."""
 
     async def hide(connection: Any) -> bytes:
         await connection.execute("insert into effects values (1)")
@@ -127,10 +129,10 @@ async def test_an_error_of_sql_that_the_effect_hides_undoes_everything(
     assert effects(table) == []
 
 
-async def test_an_error_of_sql_that_the_effect_hides_in_a_savepoint_undoes_only_that(
+async def test_sql_error_in_a_savepoint_rolls_back_only_that(
     pool: PostgresDatabase, table: Database
 ) -> None:
-    """That is how to do it."""
+    """A task that continues after an error needs a savepoint."""
 
     async def hide(connection: Any) -> bytes:
         await connection.execute("insert into effects values (1)")
@@ -146,10 +148,10 @@ async def test_an_error_of_sql_that_the_effect_hides_in_a_savepoint_undoes_only_
 
 
 @pytest.mark.parametrize("statement", ["commit", "rollback"])
-async def test_an_effect_that_ends_the_transaction_is_an_error(
+async def test_effect_must_not_end_the_transaction(
     pool: PostgresDatabase, table: Database, statement: str
 ) -> None:
-    """Its job is not completed by it."""
+    """The job is not completed."""
 
     async def end(connection: Any) -> bytes:
         await connection.execute(statement)
@@ -167,8 +169,8 @@ async def test_an_effect_that_ends_the_transaction_is_an_error(
     assert effects(table) == []
 
 
-async def test_what_an_effect_raises_is_its_own(pool: PostgresDatabase) -> None:
-    """Errors of the database's or of the network's kind as well: the database is there."""
+async def test_error_of_an_effect_is_raised(pool: PostgresDatabase) -> None:
+    """Also errors of the same types as those of the database and the network."""
     ledger = PostgresJobLedger(pool)
     claim = await work(ledger)
     for error in (asyncpg.UniqueViolationError("x"), ConnectionResetError("x"), TimeoutError("x")):
@@ -181,10 +183,10 @@ async def test_what_an_effect_raises_is_its_own(pool: PostgresDatabase) -> None:
         assert caught.value is error
 
 
-async def test_an_effect_whose_connection_is_lost_is_an_outage(
+async def test_lost_connection_of_an_effect_is_an_outage(
     pool: PostgresDatabase, table: Database
 ) -> None:
-    """Not the task's own failure: it costs no attempt."""
+    """It is not a failure of the task and costs no attempt."""
 
     async def lose(connection: Any) -> bytes:
         await connection.execute("insert into effects values (1)")
@@ -203,10 +205,10 @@ async def test_an_effect_whose_connection_is_lost_is_an_outage(
 
 
 @pytest.mark.parametrize("result", [b"nonsense", b"\xff", b'"\x00"', b""])
-async def test_a_result_that_is_no_json_undoes_its_effect(
+async def test_result_without_json_rolls_the_effect_back(
     pool: PostgresDatabase, table: Database, result: bytes
 ) -> None:
-    """It is said in the ledger's words; settled beside others it fails its own job alone."""
+    """The ledger raises its own error; only this job fails."""
 
     async def effect(connection: Any) -> bytes:
         await connection.execute("insert into effects values (1)")
@@ -221,11 +223,57 @@ async def test_a_result_that_is_no_json_undoes_its_effect(
     assert await ledger.settle_with_effect(claim, Effect())
 
 
+@pytest.mark.parametrize(
+    ("statement", "sqlstate"),
+    [("raise exception 'no'", "P0001"), ("perform 1/0", "22012"), ("perform nothing()", "42883")],
+)
+async def test_a_refused_completion_rolls_the_effect_back(
+    pool: PostgresDatabase, table: Database, statement: str, sqlstate: str
+) -> None:
+    """A trigger of the user's refuses it; the job can be settled otherwise."""
+    table.execute(
+        "create function refuse() returns trigger language plpgsql as $$ begin"
+        f" if new.result is not null then {statement}; end if; return new; end $$"
+    )
+    ledger = PostgresJobLedger(pool)
+    claim = await work(ledger)
+    table.execute(
+        "create trigger refuses before insert on viralfx_finished_jobs"
+        " for each row execute function refuse()"
+    )
+    with pytest.raises(ResultError, match=f"cannot be stored: .*SQLSTATE {sqlstate}"):
+        await ledger.settle_with_effect(claim, Effect())
+
+    assert effects(table) == []
+    assert await ledger.settle([failed(claim, ERROR)]) == {claim.id}
+
+
+async def test_a_constraint_that_refuses_the_effect_at_commit_is_the_tasks_error(
+    pool: PostgresDatabase, table: Database
+) -> None:
+    """The ledger is available: another attempt at once would fail in the same way."""
+    table.execute(
+        "alter table effects add parent int references effects deferrable initially deferred"
+    )
+
+    async def orphan(connection: Any) -> bytes:
+        await connection.execute("insert into effects values (1, 2)")
+        return b"1"
+
+    ledger = PostgresJobLedger(pool)
+    claim = await work(ledger)
+    with pytest.raises(asyncpg.ForeignKeyViolationError):
+        await ledger.settle_with_effect(claim, orphan)
+
+    assert effects(table) == []
+    assert await ledger.settle_with_effect(claim, Effect())
+
+
 # -- COMMIT without an answer ----------------------------------------------------------------
 
 
 def close_the_gate(database: Database) -> None:
-    """Have each COMMIT of an effect wait for the advisory lock 4711, when somebody has it."""
+    """Let each COMMIT of an effect wait for the advisory lock 4711."""
     database.execute("create table seen (setting text)")
     database.execute(
         "create function wait() returns trigger language plpgsql as $$ begin"
@@ -248,10 +296,10 @@ def waiting(database: Database, event: str) -> list[int]:
 
 
 @pytest.mark.parametrize("applied", [True, False])
-async def test_a_commit_without_an_answer_is_looked_up(
+async def test_commit_without_a_response_is_looked_up(
     table: Database, fault_proxy: FaultProxies, *, applied: bool
 ) -> None:
-    """Not before it is decided: the one that asks waits for the lock on the job's row."""
+    """After the decision: the query waits for the lock on the job's row."""
     proxy = fault_proxy(table.server.port)
     close_the_gate(table)
     effect = Effect()
@@ -264,10 +312,10 @@ async def test_a_commit_without_an_answer_is_looked_up(
         claim = await work(ledger)
         await gate.execute("select pg_advisory_lock(4711)")
         settling = asyncio.create_task(ledger.settle_with_effect(claim, effect))
-        (pid,) = await seen(lambda: waiting(table, "advisory"))
+        (pid,) = await eventually(lambda: waiting(table, "advisory"))
         proxy.mode = RESET
         proxy.mode = PASS
-        assert await seen(lambda: waiting(table, "transactionid"))
+        assert await eventually(lambda: waiting(table, "transactionid"))
         if applied:
             await gate.execute("select pg_advisory_unlock(4711)")
             assert await settling
@@ -285,10 +333,35 @@ async def test_a_commit_without_an_answer_is_looked_up(
     assert effects(table) == [1]
 
 
-async def test_a_client_that_is_cut_off_before_commit_holds_the_row_for_seconds(
+async def test_an_effect_with_one_snapshot_completes_beside_reports(
+    table: Database,
+) -> None:
+    """Also if a default of the database makes the transaction fail after a change of its row."""
+    (name,) = table.execute("select current_database()")[0]
+    isolation = "default_transaction_isolation = 'serializable'"
+    table.execute(f'alter database "{name}" set {isolation}')
+    progress = b'{"current": 1, "total": 2, "message": null}'
+    async with ledger_in(table) as ledger, asyncio.timeout(30):
+        claim = await work(ledger)
+        report = ProgressReport(claim=claim, progress=progress)
+
+        async def effect(connection: Any) -> bytes:
+            (level,) = await connection.fetchrow("show transaction_isolation")
+            await ledger.report([report])
+            return f'"{level}"'.encode()
+
+        assert await ledger.settle_with_effect(claim, effect, lambda: progress)
+        job = await ledger.get(claim.id)
+
+    assert job is not None
+    assert (job.state, job.result) == (JobState.COMPLETED, b'"serializable"')
+    assert job.progress == progress
+
+
+async def test_client_lost_before_commit_locks_the_row_for_seconds(
     pool: PostgresDatabase, table: Database
 ) -> None:
-    """The server ends its session; the next user of a connection has a limit no longer."""
+    """The server ends its session; the limit does not apply to the next user of a connection."""
     close_the_gate(table)
     ledger = PostgresJobLedger(pool)
     assert await ledger.settle_with_effect(await work(ledger), Effect())
@@ -299,12 +372,12 @@ async def test_a_client_that_is_cut_off_before_commit_holds_the_row_for_seconds(
     assert after == "0"
 
 
-async def seen(look: Any) -> list[int]:
-    """Look until there is something."""
+async def eventually(query: Any) -> list[int]:
+    """Repeat a query until it returns rows."""
     found: list[int] = []
 
     def found_some() -> bool:
-        found[:] = look()
+        found[:] = query()
         return bool(found)
 
     await until(found_some)

@@ -1,4 +1,4 @@
-"""Jobs that are accepted in a transaction of the caller's own."""
+"""Jobs accepted in a transaction of the caller."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -11,12 +11,12 @@ from tests.integration.postgres_clients import config_of, opened
 from tests.servers.postgres import Database
 
 from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
-from viralfx.domain.jobs.job import JobDraft
+from viralfx.domain.jobs.model import JobDraft
 
 
 @pytest.fixture
 def table(migrated_database: Database) -> Database:
-    """Return a database with a table for what else is written, each number once."""
+    """Return a database with a table of unique numbers."""
     migrated_database.execute("create table effects (number int primary key)")
     return migrated_database
 
@@ -29,14 +29,14 @@ async def pool(table: Database) -> AsyncIterator[PostgresDatabase]:
 
 
 def effects(database: Database) -> list[int]:
-    """Return what was written."""
+    """Return the numbers that were written."""
     return [number for (number,) in database.execute("select number from effects order by 1")]
 
 
-async def test_jobs_live_and_die_with_the_transaction_that_accepts_them(
+async def test_jobs_commit_and_roll_back_with_the_transaction(
     pool: PostgresDatabase, table: Database
 ) -> None:
-    """A business row and its job: both, or none."""
+    """A business row and its job: both or none."""
     ledger = PostgresJobLedger(pool)
     kept, dropped = draft(key="kept"), draft(key="dropped")
 
@@ -59,8 +59,8 @@ async def test_jobs_live_and_die_with_the_transaction_that_accepts_them(
     assert await ledger.get(dropped.id) is None
 
 
-async def test_an_effect_may_accept_jobs(pool: PostgresDatabase, table: Database) -> None:
-    """A chain: the next job is there when this one is completed, and not before."""
+async def test_effect_may_accept_jobs(pool: PostgresDatabase, table: Database) -> None:
+    """The next job exists only after this one is completed."""
     ledger = PostgresJobLedger(pool)
     claim = await work(ledger)
     following = draft(key="next")

@@ -1,4 +1,4 @@
-"""Tasks that have the pool's connections for long, and what must go on beside them."""
+"""Effects that occupy the pool's connections for long, and the work that must continue."""
 
 import asyncio
 from contextlib import AsyncExitStack, suppress
@@ -6,16 +6,17 @@ from typing import Any
 
 import asyncpg
 import pytest
-from tests.contracts.ledgers import LONG, draft
+from tests.contracts.ledgers import LONG_LEASE, draft
 from tests.integration.job_ledgers import work
-from tests.integration.postgres_clients import config_of, opened, sessions, until
+from tests.integration.postgres_clients import config_of, opened, sessions
 from tests.servers.postgres import Database
+from tests.servers.waiting import until
 
 from viralfx.adapters.postgres import PostgresJobLedger
-from viralfx.domain.jobs.job import JobState, LedgerUnavailableError
+from viralfx.domain.jobs.model import JobState, LedgerUnavailableError
 
 QUICK = 1.5
-"""Seconds of patience for a turn that nobody gives."""
+"""Seconds; timeout for a slot that never becomes free."""
 HEARTBEAT = "viralfx-heartbeat"
 
 
@@ -26,7 +27,7 @@ def database(migrated_database: Database) -> Database:
 
 
 class Holding:
-    """An effect that holds its turn until it is let go."""
+    """An effect that keeps its slot until it is released."""
 
     def __init__(self) -> None:
         self.begun = 0
@@ -39,8 +40,8 @@ class Holding:
         return b"1"
 
 
-async def test_a_worker_is_heard_while_others_have_the_whole_pool(database: Database) -> None:
-    """Its lease is renewed over a connection of its own, made anew when it is lost."""
+async def test_lease_is_renewed_while_the_pool_is_exhausted(database: Database) -> None:
+    """Over a dedicated connection, which is reopened after a loss."""
     lease = "select lease_until from viralfx_workers where worker = 'w'"
     async with opened(config_of(database, pool_max=2)) as pool, AsyncExitStack() as held:
         ledger = PostgresJobLedger(pool)
@@ -49,13 +50,13 @@ async def test_a_worker_is_heard_while_others_have_the_whole_pool(database: Data
             await held.enter_async_context(pool.acquire())
         before = database.execute(lease)
         async with asyncio.timeout(3):
-            await ledger.register("w", ["default"], LONG)
+            await ledger.register("w", ["default"], LONG_LEASE)
         renewed = database.execute(lease)
         (pid,) = sessions(database, HEARTBEAT)
         database.execute(f"select pg_terminate_backend({pid})")
         async with asyncio.timeout(3):
-            await ledger.register("w", ["default"], LONG, [])
-            assert await ledger.leave("w")
+            await ledger.register("w", ["default"], LONG_LEASE, [])
+            assert await ledger.deregister("w")
         (other,) = sessions(database, HEARTBEAT)
         assert pool.in_use == 2
 
@@ -64,27 +65,27 @@ async def test_a_worker_is_heard_while_others_have_the_whole_pool(database: Data
     await until(lambda: not sessions(database, HEARTBEAT))
 
 
-async def test_only_a_worker_has_the_connection(database: Database) -> None:
-    """And no longer than the database is open."""
+async def test_only_a_worker_opens_the_dedicated_connection(database: Database) -> None:
+    """It is closed with the database."""
     async with opened(config_of(database)) as pool:
         ledger = PostgresJobLedger(pool)
         await ledger.accept([draft()])
         assert not sessions(database, HEARTBEAT)
-        await ledger.register("w", ["default"], LONG)
+        await ledger.register("w", ["default"], LONG_LEASE)
         assert sessions(database, HEARTBEAT)
         await pool.close()
         await until(lambda: not sessions(database, HEARTBEAT))
         with pytest.raises(LedgerUnavailableError):
-            await ledger.register("w", ["default"], LONG)
+            await ledger.register("w", ["default"], LONG_LEASE)
         await until(lambda: not sessions(database, HEARTBEAT))
 
 
-async def test_an_effect_without_a_turn_does_not_begin(database: Database) -> None:
-    """Its job can be put off, and had by another worker, instead of being held for ever."""
+async def test_effect_without_a_slot_does_not_start(database: Database) -> None:
+    """Its job can be deferred and claimed by another worker."""
     holding, later = Holding(), Holding()
     later.over.set()
     async with opened(config_of(database, pool_max=3)) as pool, asyncio.timeout(20):
-        ledger = PostgresJobLedger(pool, patience=QUICK)
+        ledger = PostgresJobLedger(pool, timeout=QUICK)
         first, second = await work(ledger), await work(ledger)
         running = asyncio.create_task(ledger.settle_with_effect(first, holding))
         await until(lambda: holding.begun)
@@ -98,8 +99,8 @@ async def test_an_effect_without_a_turn_does_not_begin(database: Database) -> No
     assert (begun, later.begun) == (0, 1)
 
 
-async def test_an_effect_that_ignores_its_cancellation_loses_its_turn(database: Database) -> None:
-    """And its connection, with all it wrote: it can do no more harm."""
+async def test_effect_that_ignores_its_cancellation_loses_its_slot(database: Database) -> None:
+    """It also loses its connection, and its changes are rolled back."""
     said: list[Exception] = []
     begun, over, after = asyncio.Event(), asyncio.Event(), Holding()
     after.over.set()
@@ -117,10 +118,10 @@ async def test_an_effect_that_ignores_its_cancellation_loses_its_turn(database: 
             said.append(error)
         return b"1"
 
-    # None at least, or the one that is cut is made anew before anybody sees that it was.
+    # No minimum, or the pool would reopen the closed connection before the test sees it.
     config = config_of(database, pool_min=0, pool_max=1)
     async with opened(config) as pool, asyncio.timeout(20):
-        ledger = PostgresJobLedger(pool, patience=QUICK)
+        ledger = PostgresJobLedger(pool, timeout=QUICK)
         first, second = await work(ledger), await work(ledger)
         ignoring = asyncio.create_task(ledger.settle_with_effect(first, stubborn))
         try:
@@ -139,12 +140,12 @@ async def test_an_effect_that_ignores_its_cancellation_loses_its_turn(database: 
     assert database.execute("select * from effects") == []
 
 
-async def test_a_queue_leaves_a_turn_to_the_others(database: Database) -> None:
-    """Three turns: hanging tasks of one queue have two of them."""
+async def test_one_queue_cannot_use_all_slots(database: Database) -> None:
+    """Of three slots, hanging tasks of one queue get two."""
     holding, other = Holding(), Holding()
     other.over.set()
     async with opened(config_of(database, pool_max=5)) as pool, asyncio.timeout(20):
-        ledger = PostgresJobLedger(pool, patience=QUICK)
+        ledger = PostgresJobLedger(pool, timeout=QUICK)
         claims = [await work(ledger) for _ in range(3)]
         await ledger.accept([draft(queue="mail")])
         (mail,) = await ledger.claim("mail", "w", 1)

@@ -1,17 +1,17 @@
-"""The job ledger on a real server: questions and answers that are lost on the way."""
+"""The job ledger on a real server: lost requests and lost responses."""
 
 import asyncio
 from collections.abc import Callable
 
 import pytest
 from tests.contracts.ledgers import ERROR, draft
-from tests.integration.job_ledgers import NOBODY, QUICK, ledger_in, work
-from tests.integration.postgres_clients import until
+from tests.integration.job_ledgers import NO_WORKER, QUICK, ledger_in, work
 from tests.servers.fault_proxy import BLACKHOLE, PASS, RESET, CutAfter, FaultProxy, Mode
 from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database
+from tests.servers.waiting import until
 
-from viralfx.domain.jobs.job import (
+from viralfx.domain.jobs.model import (
     JobNotFoundError,
     JobState,
     LedgerUnavailableError,
@@ -29,17 +29,17 @@ def database(migrated_database: Database) -> Database:
 
 @pytest.fixture
 def proxy(database: Database, fault_proxy: FaultProxies) -> FaultProxy:
-    """Return a proxy in front of the database's server."""
+    """Return a proxy in front of the database server."""
     return fault_proxy(database.server.port)
 
 
-def lose_the_answer(proxy: FaultProxy) -> None:
-    """Let the next question arrive, and cut its answer; all is well a little later."""
+def lose_the_response(proxy: FaultProxy) -> None:
+    """Let the next statement arrive and cut its response; the network recovers soon."""
     _lose(proxy, CutAfter(0))
 
 
-def lose_the_question(proxy: FaultProxy) -> None:
-    """Let the next question not arrive; all is well a little later."""
+def lose_the_request(proxy: FaultProxy) -> None:
+    """Cut the next statement before it arrives; the network recovers soon."""
     _lose(proxy, BLACKHOLE)
 
 
@@ -48,7 +48,7 @@ def _lose(proxy: FaultProxy, mode: Mode) -> None:
     proxy.mode = mode
 
     def go_on() -> None:
-        if proxy.struck == before:  # not yet: however long the question takes, it is lost
+        if proxy.struck == before:  # not yet: the next statement is lost in any case
             loop.call_later(0.005, go_on)
         elif mode is BLACKHOLE:
             proxy.mode = RESET
@@ -60,8 +60,8 @@ def _lose(proxy: FaultProxy, mode: Mode) -> None:
 
 
 LOSSES: dict[str, Callable[[FaultProxy], None]] = {
-    "the answer": lose_the_answer,
-    "the question": lose_the_question,
+    "the answer": lose_the_response,
+    "the question": lose_the_request,
 }
 lost = pytest.mark.parametrize("lose", LOSSES.values(), ids=LOSSES)
 Lose = Callable[[FaultProxy], None]
@@ -71,10 +71,10 @@ Lose = Callable[[FaultProxy], None]
 
 
 @lost
-async def test_accepting_without_an_answer_accepts_once(
+async def test_accept_is_idempotent_after_a_lost_message(
     database: Database, proxy: FaultProxy, lose: Lose
 ) -> None:
-    """The caller hears that it was accepted just now, whichever of the two was lost."""
+    """The caller gets a new job, whichever of the two was lost."""
     drafts = [draft(), draft(key="key")]
     async with ledger_in(database, through=proxy) as ledger:
         await work(ledger)
@@ -85,20 +85,18 @@ async def test_accepting_without_an_answer_accepts_once(
     assert [each.created for each in accepted] == [True, True]
     assert [each.created for each in again] == [False, False]
     assert [each.job for each in again] == [each.job for each in accepted]
-    assert database.execute("select count(*) from viralfx_jobs") == [(4,)]
+    assert database.execute("select count(*) from viralfx_all_jobs") == [(4,)]
 
 
-async def test_a_job_of_which_its_caller_heard_nothing_is_kept(
-    database: Database, proxy: FaultProxy
-) -> None:
-    """Accepting it once more, when that can be done again, finds it."""
+async def test_unacknowledged_job_is_kept(database: Database, proxy: FaultProxy) -> None:
+    """A repeated accept finds it."""
     asked = draft()
-    async with ledger_in(database, through=proxy, patience=QUICK) as ledger:
+    async with ledger_in(database, through=proxy, call_timeout=QUICK) as ledger:
         await work(ledger)
         proxy.mode = CutAfter(0)
         with pytest.raises(LedgerUnavailableError):
             await ledger.accept([asked])
-        kept = database.execute("select count(*) from viralfx_jobs")
+        kept = database.execute("select count(*) from viralfx_all_jobs")
         proxy.mode = PASS
         (accepted,) = await ledger.accept([asked])
 
@@ -108,14 +106,14 @@ async def test_a_job_of_which_its_caller_heard_nothing_is_kept(
 
 @lost
 @pytest.mark.parametrize("by_ids", [False, True])
-async def test_a_claim_without_an_answer_is_made_again(
+async def test_claim_is_repeated_after_a_lost_message(
     database: Database, proxy: FaultProxy, lose: Lose, *, by_ids: bool
 ) -> None:
-    """What the lost one took is given to the one that comes through."""
+    """Jobs of the lost claim are claimed by the repetition."""
     drafts = [draft() for _ in range(5)]
     async with ledger_in(database, through=proxy) as ledger:
         other = await work(ledger)
-        await ledger.claim("default", "w", 1, [NOBODY])
+        await ledger.claim("default", "w", 1, [NO_WORKER])
         await ledger.accept(drafts)
         lose(proxy)
         claims = await ledger.claim("default", "w", 3, [d.id for d in drafts] if by_ids else None)
@@ -124,18 +122,18 @@ async def test_a_claim_without_an_answer_is_made_again(
 
     expected = [asked.id for asked in drafts[:3]]
     assert [claim.id for claim in claims] == expected
-    assert {claim.number for claim in claims} == {2 if lose is lose_the_answer else 1}
+    assert {claim.number for claim in claims} == {2 if lose is lose_the_response else 1}
     assert set(taken) == set(expected)
     assert (counts.waiting, counts.active, counts.completed) == (2, 1, 4)
     assert other.id not in expected
 
 
-async def test_what_a_claim_took_whose_caller_heard_nothing_comes_back(
+async def test_jobs_of_an_unacknowledged_claim_are_returned(
     database: Database, proxy: FaultProxy
 ) -> None:
-    """Its worker lives, so no sweep takes it; the worker does not name it, so it waits again."""
+    """The worker is alive, so no sweep returns them; its heartbeat does not list them."""
     lease = 2.0
-    async with ledger_in(database, through=proxy, patience=QUICK) as ledger:
+    async with ledger_in(database, through=proxy, call_timeout=QUICK) as ledger:
         other = await work(ledger)
         await ledger.accept([asked := draft()])
         proxy.mode = CutAfter(0)
@@ -154,10 +152,10 @@ async def test_what_a_claim_took_whose_caller_heard_nothing_comes_back(
 
 
 @lost
-async def test_settling_without_an_answer_settles_once(
+async def test_settle_is_idempotent_after_a_lost_message(
     database: Database, proxy: FaultProxy, lose: Lose
 ) -> None:
-    """Each outcome counts once, and the caller hears that it was taken."""
+    """Each outcome counts once, and the caller gets its confirmation."""
     async with ledger_in(database, through=proxy) as ledger:
         await work(ledger)
         await ledger.accept([draft() for _ in range(3)])
@@ -178,15 +176,13 @@ async def test_settling_without_an_answer_settles_once(
     assert (job.state, job.attempts) == (JobState.WAITING, 1)
 
 
-async def test_settling_without_an_answer_takes_nothing_that_is_anothers(
-    database: Database, proxy: FaultProxy
-) -> None:
-    """A job that was swept meanwhile looks as if it had been handed back, and was not."""
+async def test_repeated_settle_respects_newer_claims(database: Database, proxy: FaultProxy) -> None:
+    """A swept job looks like one that was handed back, but was not."""
     async with ledger_in(database, through=proxy) as ledger:
         mine = await work(ledger)
         database.execute("update viralfx_workers set lease_until = now() - interval '1 s'")
         await ledger.sweep(5)
-        lose_the_answer(proxy)
+        lose_the_response(proxy)
         taken = await ledger.settle([retried(mine, ERROR, 0.0), completed(mine, b"1")])
         job = await ledger.get(mine.id)
 
@@ -196,16 +192,16 @@ async def test_settling_without_an_answer_takes_nothing_that_is_anothers(
 
 
 @lost
-async def test_a_change_without_an_answer_is_made_once(
+async def test_retry_and_cancel_are_idempotent_after_a_lost_message(
     database: Database, proxy: FaultProxy, lose: Lose
 ) -> None:
-    """Retry and cancel are answered with what the job is now."""
+    """Both return the job's new state."""
     async with ledger_in(database, through=proxy) as ledger:
         claim = await work(ledger)
         await ledger.settle([failed(claim, ERROR)])
         for change in (ledger.retry, ledger.cancel):
             with pytest.raises(JobNotFoundError):
-                await change(NOBODY)
+                await change(NO_WORKER)
         lose(proxy)
         retried_job = await ledger.retry(claim.id)
         await until(lambda: proxy.mode is PASS)

@@ -1,4 +1,4 @@
-"""``execute_with_retry`` on a real server: what is tried again, and what must not be."""
+"""``execute_with_retry`` on a real server: which errors are retried."""
 
 import asyncio
 import contextlib
@@ -7,15 +7,15 @@ from functools import partial
 
 import asyncpg
 import pytest
-from tests.integration.postgres_clients import config_of, opened, until
+from tests.integration.postgres_clients import config_of, opened
 from tests.servers.fault_proxy import BLACKHOLE, PASS, RESET, CutAfter
 from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database
-from tests.servers.waiting import wait_until
+from tests.servers.waiting import until, wait_until
 from tests.unit.resilience.scripted import SkippingClock
 
 from viralfx.adapters.postgres import PoolTimeoutError
-from viralfx.adapters.postgres.cleaning import Lease
+from viralfx.adapters.postgres.database import Lease
 
 Fault = Callable[[], None]
 
@@ -34,7 +34,7 @@ def numbers(database: Database) -> list[int]:
 
 
 class Insertion:
-    """An operation that adds one row, with something that happens at the end of an attempt."""
+    """An operation that adds one row and calls a hook at the end of an attempt."""
 
     def __init__(
         self,
@@ -60,14 +60,14 @@ class Insertion:
 
 
 def kill(database: Database, pid: int) -> None:
-    """End a session; return when its process is gone."""
+    """End a session; return when its process has exited."""
     database.execute(f"select pg_terminate_backend({pid})")
     running = f"select 1 from pg_stat_activity where pid = {pid}"  # noqa: S608 - a number
     wait_until(lambda: not database.execute(running))
 
 
 async def lose(database: Database, connection: Lease) -> None:
-    """End a session; return when the driver knows."""
+    """End a session; return when the driver has noticed."""
     lost = asyncio.Event()
     connection.add_termination_listener(lambda _: lost.set())
     await asyncio.to_thread(kill, database, connection.get_server_pid())
@@ -75,12 +75,12 @@ async def lose(database: Database, connection: Lease) -> None:
 
 
 async def conflict(_: Lease) -> None:
-    """Raise what two transactions that meet raise."""
+    """Raise a serialization error."""
     raise asyncpg.SerializationError("could not serialize access")
 
 
-async def test_the_result_is_that_of_the_operation(rows: Database) -> None:
-    """Without an error there is one attempt, and it is committed."""
+async def test_result_of_the_operation_is_returned(rows: Database) -> None:
+    """Without an error there is one attempt, which is committed."""
     insertion = Insertion()
     async with opened(config_of(rows)) as pool:
         assert await pool.execute_with_retry(insertion) == 1
@@ -88,8 +88,8 @@ async def test_the_result_is_that_of_the_operation(rows: Database) -> None:
     assert numbers(rows) == [1, 2, 3]
 
 
-async def test_a_serialization_failure_is_tried_again(rows: Database) -> None:
-    """What another transaction changed meanwhile is seen by the next attempt."""
+async def test_serialization_failure_is_retried(rows: Database) -> None:
+    """The next attempt sees the changes of the other transaction."""
     attempts = 0
 
     async def count(connection: Lease) -> int:
@@ -109,8 +109,22 @@ async def test_a_serialization_failure_is_tried_again(rows: Database) -> None:
     assert rows.execute("select hits from rows where number = 1") == [(11,)]
 
 
-async def test_a_deadlock_is_tried_again(rows: Database) -> None:
-    """Of two that wait for each other one is chosen to lose, and then both have worked."""
+async def test_the_transaction_has_the_given_options(rows: Database) -> None:
+    """Its isolation level, and whether it may write."""
+
+    async def options(connection: Lease) -> tuple[str, str]:
+        level = await connection.fetchval("show transaction_isolation")
+        return level, await connection.fetchval("show transaction_read_only")
+
+    async with opened(config_of(rows)) as pool:
+        seen = await pool.execute_with_retry(options, isolation="serializable", readonly=True)
+        usual = await pool.execute_with_retry(options)
+
+    assert (seen, usual) == (("serializable", "on"), ("read committed", "off"))
+
+
+async def test_deadlock_is_retried(rows: Database) -> None:
+    """Postgres aborts one of the transactions; in the end both have succeeded."""
     both_began, attempts = asyncio.Barrier(2), []
 
     async def count(first: int, second: int, connection: Lease) -> None:
@@ -129,8 +143,8 @@ async def test_a_deadlock_is_tried_again(rows: Database) -> None:
     assert rows.execute("select hits from rows") == [(2,), (2,)]
 
 
-async def test_an_error_of_the_operation_is_not(rows: Database) -> None:
-    """A violated constraint would be violated again; nothing is left of the attempt."""
+async def test_constraint_violation_is_not_retried(rows: Database) -> None:
+    """It would be violated again; the attempt is rolled back."""
     insertion = Insertion(number=1)
     async with opened(config_of(rows)) as pool:
         with pytest.raises(asyncpg.UniqueViolationError):
@@ -141,8 +155,8 @@ async def test_an_error_of_the_operation_is_not(rows: Database) -> None:
     assert numbers(rows) == [1, 2]
 
 
-async def test_nor_is_a_pool_that_has_none_left(rows: Database) -> None:
-    """Who waited so long must not stand in the queue again."""
+async def test_pool_timeout_is_not_retried(rows: Database) -> None:
+    """A retry would wait in the same queue again."""
     clock = SkippingClock()
     config = config_of(rows, pool_max=1, pool_timeout=0.05)
     async with opened(config, clock=clock) as pool, pool.acquire():
@@ -153,8 +167,8 @@ async def test_nor_is_a_pool_that_has_none_left(rows: Database) -> None:
 
 
 @pytest.mark.parametrize("allowed", [1, 3, 4])
-async def test_attempts_are_counted_and_waits_are_the_clocks(rows: Database, allowed: int) -> None:
-    """As many as allowed, at random moments that come later each time; then the last error."""
+async def test_attempts_and_waits_follow_the_policy(rows: Database, allowed: int) -> None:
+    """As many attempts as allowed, with growing random waits; then the last error."""
     clock, insertion = SkippingClock(), Insertion(*[conflict] * 10)
     async with opened(config_of(rows), clock=clock) as pool:
         with pytest.raises(asyncpg.SerializationError):
@@ -166,8 +180,8 @@ async def test_attempts_are_counted_and_waits_are_the_clocks(rows: Database, all
     assert numbers(rows) == [1, 2]
 
 
-async def test_a_connection_lost_before_commit_is_tried_again(rows: Database) -> None:
-    """During a statement, and when its loss is noticed after the last one: nothing was sent."""
+async def test_connection_lost_before_commit_is_retried(rows: Database) -> None:
+    """During a statement, or after the last one: COMMIT was not sent."""
 
     async def during(connection: Lease) -> None:
         sleeping = asyncio.ensure_future(connection.execute("select pg_sleep(60)"))
@@ -184,8 +198,8 @@ async def test_a_connection_lost_before_commit_is_tried_again(rows: Database) ->
     assert numbers(rows) == [1, 2, 3]
 
 
-async def test_a_connection_lost_in_between_is_no_mistake_of_the_callers(rows: Database) -> None:
-    """The driver speaks of a connection that was given back; the next statement finds it gone."""
+async def test_connection_lost_between_statements_is_retried(rows: Database) -> None:
+    """The driver reports it as a released connection at the next statement."""
 
     async def between(connection: Lease) -> None:
         await lose(rows, connection)
@@ -197,11 +211,27 @@ async def test_a_connection_lost_in_between_is_no_mistake_of_the_callers(rows: D
     assert numbers(rows) == [1, 2, 3]
 
 
+async def test_error_of_another_service_stays_after_a_lost_connection(rows: Database) -> None:
+    """It is raised as it is, and judged by itself: a missing file is no reason to repeat."""
+
+    async def fail(connection: Lease) -> None:
+        await lose(rows, connection)
+        raise FileNotFoundError("planted")
+
+    insertion = Insertion(fail, conflict)
+    async with opened(config_of(rows)) as pool:
+        with pytest.raises(FileNotFoundError, match="planted"):
+            await pool.execute_with_retry(insertion)
+
+    assert insertion.attempts == 1
+    assert numbers(rows) == [1, 2]
+
+
 @pytest.mark.parametrize("applied", [True, False])
-async def test_a_commit_without_an_answer_is_not_tried_again(
+async def test_commit_without_a_response_is_not_retried(
     rows: Database, fault_proxy: FaultProxies, *, applied: bool
 ) -> None:
-    """Nobody knows whether it took effect: here it did, and there it did not."""
+    """It may have taken effect: in one case here it did, in the other it did not."""
     proxy = fault_proxy(rows.server.port)
 
     async def cut(_: Lease) -> None:
@@ -221,10 +251,10 @@ async def test_a_commit_without_an_answer_is_not_tried_again(
     await until(lambda: numbers(rows) == ([1, 2, 3] if applied else [1, 2]))
 
 
-async def test_unless_the_operation_is_idempotent(
+async def test_idempotent_commit_without_a_response_is_retried(
     rows: Database, fault_proxy: FaultProxies
 ) -> None:
-    """Whoever says that it may happen twice gets it done."""
+    """The caller declares that a repetition is harmless."""
     proxy = fault_proxy(rows.server.port)
 
     async def cut(_: Lease) -> None:
@@ -238,8 +268,8 @@ async def test_unless_the_operation_is_idempotent(
     assert numbers(rows) == [1, 2, 3]
 
 
-async def test_a_commit_that_the_server_refuses_is_no_riddle(rows: Database) -> None:
-    """A constraint that is looked at only then: an error of the operation, and nothing is left."""
+async def test_refused_commit_is_rolled_back(rows: Database) -> None:
+    """A deferred constraint is an error of the operation, and nothing is left."""
     rows.execute(
         "create table parts (id int, number int references rows deferrable initially deferred)"
     )
@@ -253,8 +283,8 @@ async def test_a_commit_that_the_server_refuses_is_no_riddle(rows: Database) -> 
     assert rows.execute("select count(*) from parts") == [(0,)]
 
 
-async def test_an_error_that_the_operation_hides_is_told(rows: Database) -> None:
-    """To Postgres the transaction is over with it, and COMMIT does nothing."""
+async def test_swallowed_statement_error_fails_the_transaction(rows: Database) -> None:
+    """Postgres has aborted the transaction, so COMMIT would do nothing."""
 
     async def hide(connection: Lease) -> None:
         await connection.execute("insert into rows values (3)")
@@ -276,8 +306,8 @@ async def test_an_error_that_the_operation_hides_is_told(rows: Database) -> None
     assert numbers(rows) == [1, 2, 4]
 
 
-async def test_a_wait_can_be_cancelled(rows: Database) -> None:
-    """Between two attempts as well."""
+async def test_wait_between_attempts_can_be_cancelled(rows: Database) -> None:
+    """Cancellation ends the call."""
 
     class Endless(SkippingClock):
         async def sleep(self, seconds: float) -> None:

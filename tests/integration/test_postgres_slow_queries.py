@@ -13,12 +13,12 @@ from viralfx.domain.correlation import bind_correlation_id, current_correlation_
 
 SECRET = "hunter2"
 SLEEP = "pg_sleep(0.6)"
-THRESHOLD = 0.5
-"""Seconds that nothing else takes that is asked here, nor what the driver asks beside it."""
+THRESHOLD = 500
+"""Milliseconds; other queries of the test and of the driver are faster."""
 
 
 class Records(logging.Handler):
-    """Keeps what is logged by anybody, with the correlation id of that moment."""
+    """Keeps log records with the correlation id at that time."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -38,33 +38,33 @@ class Records(logging.Handler):
         ]
 
     def text(self) -> str:
-        """Return everything that any record holds."""
+        """Return the text of all records."""
         return repr([vars(record) for record, _ in self.all])
 
 
 @pytest.fixture
 def records(monkeypatch: pytest.MonkeyPatch) -> Records:
-    """Return what is logged from here on, whatever its level."""
+    """Return the records of all loggers and levels from here on."""
     handler, root = Records(), logging.getLogger()
     monkeypatch.setattr(root, "handlers", [*root.handlers, handler])
     monkeypatch.setattr(root, "level", logging.DEBUG)
     return handler
 
 
-async def told() -> None:
-    """Wait until the driver has told of the queries that ended."""
+async def flushed() -> None:
+    """Wait until the driver has reported the finished queries."""
     await asyncio.sleep(0)
     await asyncio.sleep(0)
 
 
 async def test_each_slow_query_is_logged_once(database: Database, records: Records) -> None:
-    """Its shape, how long it took and on whose behalf; the quick ones are not."""
-    async with opened(config_of(database, slow_query_threshold=THRESHOLD)) as pool:
+    """With statement, duration and correlation id; fast queries are not logged."""
+    async with opened(config_of(database, slow_query_threshold=THRESHOLD / 1000)) as pool:
         bind_correlation_id("request-1")
         async with pool.acquire() as connection:
             await connection.execute("select 1")
             await connection.fetchval(f"select  'a', {SLEEP},\n $1::int", 7)
-        await told()
+        await flushed()
 
         assert pool.slow_queries == 1
     [(statement, duration, correlation_id)] = records.slow
@@ -76,8 +76,10 @@ async def test_each_slow_query_is_logged_once(database: Database, records: Recor
 
 
 @pytest.mark.parametrize("way", ["execute", "fetch", "many", "transaction", "retry"])
-async def test_however_it_is_asked(database: Database, records: Records, way: str) -> None:
-    """The driver has many ways; each tells once."""
+async def test_every_query_method_of_the_driver_is_logged_once(
+    database: Database, records: Records, way: str
+) -> None:
+    """The driver has several methods."""
     query = f"select {SLEEP} where $1::text is not null"
 
     async def ask(pool: PostgresDatabase) -> None:
@@ -95,9 +97,9 @@ async def test_however_it_is_asked(database: Database, records: Records, way: st
                 async with connection.transaction():
                     await connection.fetchrow(query, SECRET)
 
-    async with opened(config_of(database, slow_query_threshold=THRESHOLD)) as pool:
+    async with opened(config_of(database, slow_query_threshold=THRESHOLD / 1000)) as pool:
         await ask(pool)
-        await told()
+        await flushed()
         assert pool.slow_queries == 1
 
     assert [statement for statement, _, _ in records.slow] == [
@@ -106,12 +108,12 @@ async def test_however_it_is_asked(database: Database, records: Records, way: st
     assert SECRET not in records.text()
 
 
-async def test_no_value_reaches_the_log(database: Database, records: Records) -> None:
-    """Neither parameters nor literals, also where the query fails or is cancelled."""
+async def test_no_value_is_logged(database: Database, records: Records) -> None:
+    """Neither parameters nor literals, also if the query fails or is cancelled."""
     database.execute("create table users (name text primary key)")
     slow = f"insert into users select $1 || '{SECRET}' from {SLEEP}"  # noqa: S608 - planted
     slow += f" -- {SECRET}"
-    async with opened(config_of(database, slow_query_threshold=THRESHOLD)) as pool:
+    async with opened(config_of(database, slow_query_threshold=THRESHOLD / 1000)) as pool:
         async with pool.acquire() as connection:
             await connection.execute(slow, SECRET)
             with pytest.raises(asyncpg.UniqueViolationError):
@@ -119,7 +121,7 @@ async def test_no_value_reaches_the_log(database: Database, records: Records) ->
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.7):
                     await connection.execute(f"select '{SECRET}', pg_sleep(60)")
-        await told()
+        await flushed()
         assert pool.slow_queries == 3
 
     assert len(records.slow) == 3
@@ -128,12 +130,12 @@ async def test_no_value_reaches_the_log(database: Database, records: Records) ->
     assert SECRET not in records.text()
 
 
-async def test_a_threshold_of_zero_logs_none(database: Database, records: Records) -> None:
-    """And counts none."""
+async def test_threshold_of_zero_turns_the_log_off(database: Database, records: Records) -> None:
+    """Nothing is counted either."""
     async with opened(config_of(database, slow_query_threshold=0.0)) as pool:
         async with pool.acquire() as connection:
             await connection.execute(f"select {SLEEP}")
-        await told()
+        await flushed()
 
         assert pool.slow_queries == 0
     assert records.slow == []

@@ -1,25 +1,24 @@
-"""TLS to a real server that speaks nothing else; that it is encrypted is the server's word."""
+"""TLS to a real server that accepts nothing else; the server confirms the encryption."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.integration.postgres_clients import checked, config_of, opened
+from tests.integration.postgres_clients import changed, checked, config_of, migrated, opened
 from tests.servers.certificates import Certificates
 from tests.servers.postgres import PostgresServer
 
-from viralfx.adapters.postgres import PostgresConfig
+from viralfx.adapters.postgres import PostgresConfig, PostgresLeaseStore
 from viralfx.bootstrap import assemble
 from viralfx.domain.errors import ConfigurationError, StartupError
 from viralfx.settings import read_settings
 
 UNKNOWN_NAME = "127.1"
-"""The server's address, written so that it is no name of its certificate's."""
+"""The server's address in a form that its certificate does not contain."""
 
 ENCRYPTED = "encrypted"
-PLAIN = "does not let this user in, after 1 attempt; check user, pg_hba.conf and DB_TLS_MODE"
+PLAIN = "does not admit this user, after 1 attempt; check user, pg_hba.conf and DB_TLS_MODE"
 UNTRUSTED = "cannot be trusted over TLS, after 1 attempt; check DB_TLS_MODE and DB_TLS_CA_FILE"
-OTHER_HOST = "shows a certificate for another host, after 1 attempt; check the host, or see"
+OTHER_HOST = "presents a certificate for another host, after 1 attempt; check the host, or see"
 
 MODES: dict[str, dict[tuple[str | None, str], str]] = {
     "disable": {(None, "localhost"): PLAIN},
@@ -27,7 +26,7 @@ MODES: dict[str, dict[tuple[str | None, str], str]] = {
     "require": {
         (None, UNKNOWN_NAME): ENCRYPTED,
         ("ca", UNKNOWN_NAME): ENCRYPTED,
-        # As libpq: where it is told whom to trust, it trusts nobody else.
+        # As in libpq: with a CA file, the certificate is verified.
         ("other_ca", "localhost"): UNTRUSTED,
     },
     "verify-ca": {
@@ -46,7 +45,7 @@ MODES: dict[str, dict[tuple[str | None, str], str]] = {
 
 
 async def outcome(config: PostgresConfig) -> str:
-    """Say how connecting went, for the pool and for the check."""
+    """Return the result of connecting, for the pool and for the check."""
     try:
         async with opened(config) as pool, checked(pool) as check, pool.acquire() as connection:
             await check.check()
@@ -61,21 +60,39 @@ async def outcome(config: PostgresConfig) -> str:
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_each_mode(
+async def test_each_mode_accepts_and_refuses_as_documented(
     tls_postgres: PostgresServer, certificates: Certificates, mode: str
 ) -> None:
-    """Takes what it should, and refuses the rest with what to look at."""
+    """Refusals name the remedy."""
     for (ca, host), expected in MODES[mode].items():
         file = None if ca is None else str(getattr(certificates, ca))
-        config = replace(config_of(tls_postgres), tls_mode=mode, tls_ca_file=file, host=host)
+        config = changed(config_of(tls_postgres), tls_mode=mode, tls_ca_file=file, host=host)
         assert expected in await outcome(config), (ca, host)
 
 
+async def test_the_lease_store_encrypts_as_the_pool_does(
+    tls_postgres: PostgresServer, certificates: Certificates
+) -> None:
+    """Its connection has the same settings."""
+    plain = config_of(tls_postgres)
+    config = changed(plain, tls_mode="verify-full", tls_ca_file=str(certificates.ca))
+    await migrated(config)
+    async with opened(config) as pool, pool.acquire() as connection:
+        store = PostgresLeaseStore(pool)
+        await store.register("w", ["default"], 1.0)
+        encrypted = await connection.fetchval(
+            "select ssl from pg_stat_ssl join pg_stat_activity using (pid)"
+            " where application_name = 'viralfx-heartbeat'"
+        )
+        await store.close()
+    assert encrypted is True
+
+
 @pytest.mark.parametrize("content", ["", "no certificate"])
-def test_a_file_without_certificates_is_refused_before_anything_connects(
+def test_invalid_ca_file_is_refused_before_connecting(
     tls_postgres: PostgresServer, tmp_path: Path, content: str
 ) -> None:
-    """Not one by one by connections that cannot be verified."""
+    """The start fails with the variable's name."""
     path = tmp_path / "ca.pem"
     path.write_text(content, encoding="utf-8")
     environ = {

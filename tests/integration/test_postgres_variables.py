@@ -1,4 +1,4 @@
-"""Each variable of Postgres has an effect on real servers: ignored, its test fails."""
+"""Each variable of Postgres has an effect on real servers."""
 
 import asyncio
 import time
@@ -9,26 +9,22 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from tests.integration.postgres_clients import (
-    ask,
-    config_of,
-    migrated,
-    sessions,
-    until,
-    use,
-)
+from tests.contracts.ledgers import draft
+from tests.integration.postgres_clients import ask, config_of, migrated, sessions, use
 from tests.manual_clock import ManualClock
 from tests.servers.certificates import Certificates
 from tests.servers.fault_proxy import BLACKHOLE, RESET
 from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database, PostgresServer
+from tests.servers.waiting import until
 
-from viralfx.adapters.postgres import PoolTimeoutError, PostgresDatabase
+from viralfx.adapters.postgres import PoolTimeoutError, PostgresDatabase, PostgresJobLedger
 from viralfx.bootstrap import assemble
-from viralfx.domain.attempts import CheckCompleted
+from viralfx.bootstrap.postgres import postgres_config
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import StartupError
-from viralfx.domain.health import Status
+from viralfx.domain.health.check_runner import CheckCompleted
+from viralfx.domain.health.model import Status
 from viralfx.settings import fields, read_settings
 
 pytestmark = pytest.mark.timeout(60)
@@ -39,6 +35,7 @@ COVERED = {
     "DB_PASSWORD",
     "DB_TLS_MODE",
     "DB_TLS_CA_FILE",
+    "DB_SCHEMA",
     "DB_POOL_MIN",
     "DB_POOL_MAX",
     "DB_POOL_TIMEOUT",
@@ -49,25 +46,38 @@ COVERED = {
     "DB_MAX_RECONNECT_ATTEMPTS",
     "DB_RECONNECT_DELAY",
 }
+ELSEWHERE = {
+    "DATABASE_MIGRATION_URL": "test_poolers.py",
+    "DATABASE_LISTEN_URL": "test_poolers.py",
+    "DB_POOLER": "test_poolers.py",
+    "DB_MAX_LIFETIME": "test_postgres_failover.py",
+    "DB_TLS_CERT_FILE": "test_postgres_rotation.py",
+    "DB_TLS_KEY_FILE": "test_postgres_rotation.py",
+}
+"""Variables with tests in another file, by their names or as arguments."""
 ONCE = {"DB_MAX_RECONNECT_ATTEMPTS": "1"}
 LATE = 2.0
-"""Seconds that a busy machine may be late."""
+"""Tolerance in seconds for a busy machine."""
 
 
 def test_every_variable_has_a_test_here() -> None:
-    """A new variable needs one."""
+    """The test fails for a new variable without a test."""
     ours = ("DB_", "DATABASE_", "POOL_")
     text = Path(__file__).read_text(encoding="utf-8").partition("ONCE =")[2]
 
-    assert {f.variable for f in fields() if f.variable.startswith(ours)} == COVERED
+    assert {f.variable for f in fields() if f.variable.startswith(ours)} == COVERED | set(ELSEWHERE)
     assert {variable for variable in COVERED if variable not in text} == set()
+    for variable, file in ELSEWHERE.items():
+        other = Path(__file__).with_name(file).read_text(encoding="utf-8")
+        argument = variable.removeprefix("DB_").lower()
+        assert variable in other or f"{argument}=" in other, variable
 
 
 @asynccontextmanager
 async def wired(
     environ: Mapping[str, str], *, clock: Clock | None = None
 ) -> AsyncIterator[PostgresDatabase]:
-    """Return the pool that the variables make, as the program wires it, open."""
+    """Return the opened pool for an environment, wired as in the program."""
     database = assemble(read_settings(environ), clock=clock).database
     assert database is not None
     try:
@@ -78,7 +88,7 @@ async def wired(
 
 
 async def refusal(environ: Mapping[str, str], *, clock: Clock | None = None) -> str:
-    """Return what is said where the variables lead to no pool."""
+    """Return the error message for an environment without a usable pool."""
     with pytest.raises(StartupError) as caught:
         async with wired({**ONCE, **environ}, clock=clock):
             pass
@@ -90,7 +100,7 @@ def of(database: Database, **more: str) -> dict[str, str]:
     return {"DATABASE_URL": database.url, **more}
 
 
-# -- where it is, and as whom ----------------------------------------------------------------
+# -- address and credentials -----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -104,7 +114,7 @@ def other(postgres: PostgresServer) -> Iterator[Database]:
 async def test_database_url(
     database: Database, other: Database, own_postgres: PostgresServer
 ) -> None:
-    """What is written is in that database of that server, and was written by that user."""
+    """Data goes to the named database and server, as the named user."""
     role = f"{database.name}_role"
     database.execute(f"create role {role} login password 'p:w@'")
     database.execute(f"grant create on schema public to {role}")
@@ -125,16 +135,15 @@ async def test_database_url(
     assert "refuses the user or password" in await refusal({"DATABASE_URL": wrong})
 
 
-async def test_what_database_url_may_say_beside_the_place(database: Database) -> None:
-    """As libpq and Prisma have it; for each there is a variable, or a name in the server."""
-    database.execute("create schema app")
+async def test_parameters_of_database_url(database: Database) -> None:
+    """Those of libpq and Prisma that correspond to a variable or a server setting."""
     parameters = "application_name=mine&schema=app&connection_limit=3&statement_timeout=250"
     async with (
         wired({"DATABASE_URL": f"{database.url}?{parameters}&pool_timeout=1"}) as pool,
         AsyncExitStack() as stack,
     ):
         connection = await stack.enter_async_context(pool.acquire())
-        assert await connection.fetchval("select current_schema()") == "app"
+        assert pool.config.settings.schema == "app"
         assert await connection.fetchval("show statement_timeout") == "250ms"
         for _ in range(2):
             await stack.enter_async_context(pool.acquire())
@@ -144,12 +153,23 @@ async def test_what_database_url_may_say_beside_the_place(database: Database) ->
             await use(pool)
         assert 1 <= time.monotonic() - began < 1 + LATE
     text = await refusal({"DATABASE_URL": f"{database.url}?sslmode=require"})
-    assert "speaks no TLS" in text
+    assert "does not support TLS" in text
+
+
+async def test_schema(database: Database) -> None:
+    """The tables are there; a schema with the name of the user, which comes first, is not used."""
+    environ = {"DATABASE_URL": database.url, "DB_SCHEMA": "mine"}
+    await migrated(postgres_config(read_settings(environ)))
+    database.execute(f"create schema {database.server.user}")
+    database.execute(f"create table {database.server.user}.viralfx_jobs (number int)")
+    async with wired(environ) as pool:
+        await PostgresJobLedger(pool).accept([draft()])
+    assert database.execute("select count(*) from mine.viralfx_jobs") == [(1,)]
 
 
 @pytest.mark.parametrize("way", ["DB_PASSWORD", "DB_PASSWORD_FILE"])
 async def test_password(database: Database, tmp_path: Path, way: str) -> None:
-    """As it is, without any encoding, or as a mounted secret has it."""
+    """Plain in the variable, or in a mounted secret."""
     role, password = f"{database.name}_role", "p:w@/?#%41"
     file = tmp_path / "password"
     file.write_text(f"{password}\n", encoding="utf-8")
@@ -168,7 +188,7 @@ async def test_password(database: Database, tmp_path: Path, way: str) -> None:
 
 
 async def test_tls(tls_postgres: PostgresServer, certificates: Certificates) -> None:
-    """Not asked for, asked for, verified, and by the authority that is named."""
+    """Off, required, verified, and verified with a CA file."""
     url = {"DATABASE_URL": tls_postgres.url()}
 
     async def encrypted(**more: str) -> bool:
@@ -180,8 +200,8 @@ async def test_tls(tls_postgres: PostgresServer, certificates: Certificates) -> 
             )
 
     assert await encrypted(DB_TLS_MODE="require")
-    assert "does not let this user in" in await refusal({**url, "DB_TLS_MODE": "disable"})
-    # The system trusts no authority of a test.
+    assert "does not admit this user" in await refusal({**url, "DB_TLS_MODE": "disable"})
+    # The system does not trust the test's CA.
     unknown = {**url, "DB_TLS_MODE": "verify-full"}
     assert "cannot be trusted over TLS" in await refusal(unknown)
     assert await encrypted(DB_TLS_MODE="verify-full", DB_TLS_CA_FILE=str(certificates.ca))
@@ -207,7 +227,7 @@ async def hold(pool: PostgresDatabase) -> None:
         ({"POOL_PROFILE": "small"}, (2, 10)),
         ({"POOL_PROFILE": "medium"}, (5, 20)),
         ({"POOL_PROFILE": "large"}, (10, 50)),
-        # What is said one by one wins.
+        # Explicit sizes override the profile.
         ({"POOL_PROFILE": "medium", "DB_POOL_MIN": "1"}, (1, 20)),
         ({"POOL_PROFILE": "large", "DB_POOL_MAX": "12"}, (10, 12)),
     ],
@@ -216,14 +236,14 @@ async def hold(pool: PostgresDatabase) -> None:
 async def test_sizes(
     database: Database, environ: dict[str, str], expected: tuple[int, int]
 ) -> None:
-    """As the server counts them: those of the guide's table, or those that were set."""
+    """The server sees the sizes of the profile in docs/operations.md, or those set."""
     (least, most), callers = expected, 60
     async with wired(of(database, DB_POOL_TIMEOUT="60000", **environ)) as pool:
         assert len(sessions(database)) == least
         holding = [asyncio.create_task(hold(pool)) for _ in range(callers)]
         try:
             await until(lambda: pool.in_use == most)
-            # Were there more to be had, somebody would get it now.
+            # A connection above the maximum would be opened here.
             await asyncio.sleep(0.2)
             assert (pool.in_use, pool.waiting) == (most, callers - most)
             assert len(sessions(database)) == most
@@ -237,7 +257,7 @@ async def test_sizes(
 
 
 async def test_pool_timeout(database: Database) -> None:
-    """Who waits for a connection waits that long."""
+    """A caller waits that long for a connection."""
     environ = of(database, DB_POOL_MIN="1", DB_POOL_MAX="1", DB_POOL_TIMEOUT="150")
     async with wired(environ) as pool, pool.acquire():
         began = time.monotonic()
@@ -248,7 +268,7 @@ async def test_pool_timeout(database: Database) -> None:
 
 
 async def test_connection_timeout(database: Database, fault_proxy: FaultProxies) -> None:
-    """An attempt to connect takes that long where nothing answers."""
+    """An attempt to connect to a silent server takes that long."""
     proxy = fault_proxy(database.server.port)
     proxy.mode = BLACKHOLE
     url = database.server.url(database.name, host=proxy.host, port=proxy.port)
@@ -268,7 +288,7 @@ async def test_connection_timeout(database: Database, fault_proxy: FaultProxies)
     ],
 )
 async def test_statement_timeout(database: Database, environ: dict[str, str], shown: str) -> None:
-    """The server is told, and cancels what takes longer."""
+    """The server cancels longer statements."""
     async with wired(of(database, **environ)) as pool, pool.acquire() as connection:
         assert await connection.fetchval("show statement_timeout") == shown
         if shown == "150ms":
@@ -292,7 +312,7 @@ async def test_slow_query_threshold(
     seconds: float,
     slow: int,
 ) -> None:
-    """What takes as long is logged and counted, and nothing else is."""
+    """Only queries of that duration are logged and counted."""
     async with wired(of(database, **environ)) as pool:
         await ask(pool, f"select pg_sleep({seconds})")
         await asyncio.sleep(0)
@@ -306,9 +326,10 @@ async def test_slow_query_threshold(
 
 @pytest.mark.parametrize("often", ["database", "others"])
 async def test_health_check_interval(database: Database, often: str) -> None:
-    """The database, while it passes, has an interval of its own; the others have theirs."""
+    """It applies to the database while it passes, and to no other check."""
     await migrated(config_of(database))
-    short, long = "100", "60000"
+    # The second attempt is at a random moment of the interval.
+    short, long = "100", "3600000"
     environ = of(
         database,
         DB_HEALTH_CHECK_INTERVAL=short if often == "database" else long,
@@ -332,8 +353,8 @@ async def test_health_check_interval(database: Database, often: str) -> None:
         await assembly.operations.shutdown.run()
 
 
-class Impatient(ManualClock):
-    """A clock on which every wait is over at once, and is noted."""
+class NoWaitClock(ManualClock):
+    """A clock that records waits and skips them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -361,11 +382,11 @@ async def test_attempts_and_delay(
     attempts: int,
     delay: float,
 ) -> None:
-    """So many connections are tried, with so much time between two of them."""
+    """Number of attempts, and the time between them."""
     proxy = fault_proxy(database.server.port)
     proxy.mode = RESET
     url = database.server.url(database.name, host=proxy.host, port=proxy.port)
-    clock = Impatient()
+    clock = NoWaitClock()
     with pytest.raises(StartupError, match=f"after {attempts} attempt"):
         async with wired({"DATABASE_URL": url, "DB_TLS_MODE": "disable", **environ}, clock=clock):
             pass

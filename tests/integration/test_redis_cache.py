@@ -1,12 +1,13 @@
-"""The cache in a real Redis, while that Redis comes and goes."""
+"""The cache in a real Redis that becomes unavailable and returns."""
 
 import asyncio
 import time
 
 import pytest
 from redis import exceptions
-from tests.integration.redis_clients import QUICK, check_of, opened, seen
+from tests.integration.redis_clients import QUICK, check_of, opened
 from tests.servers.redis import RedisServer
+from tests.servers.waiting import wait_for_code
 
 from viralfx.adapters.redis import RedisCacheStore
 from viralfx.domain.cache import Cache
@@ -14,8 +15,8 @@ from viralfx.domain.cache import Cache
 pytestmark = pytest.mark.timeout(60)
 
 
-async def test_keys_have_a_prefix_and_a_time(redis: RedisServer) -> None:
-    """Whoever looks into Redis sees whose they are, and none stays for ever."""
+async def test_keys_have_a_prefix_and_an_expiry(redis: RedisServer) -> None:
+    """Operators can identify them, and none stays forever."""
     async with opened(redis) as client:
         await RedisCacheStore(client).set("user:1", b"value", 1.5)
 
@@ -24,8 +25,11 @@ async def test_keys_have_a_prefix_and_a_time(redis: RedisServer) -> None:
 
 
 @pytest.mark.parametrize("loss", ["frozen", "killed"])
-async def test_a_read_goes_on_without_redis(own_redis: RedisServer, loss: str) -> None:
-    """The loader answers, at once after the first time, and later the cache does again."""
+async def test_reads_continue_without_redis(own_redis: RedisServer, loss: str) -> None:
+    """The loader provides the value, without delay once the outage is known.
+
+    Later the cache does.
+    """
     calls = 0
 
     async def load() -> bytes:
@@ -44,16 +48,16 @@ async def test_a_read_goes_on_without_redis(own_redis: RedisServer, loss: str) -
             assert await cache.get_or_load("k", 60.0, load) == b"%d" % number
             took.append(time.monotonic() - began)
         await asyncio.to_thread(own_redis.thaw if loss == "frozen" else own_redis.start)
-        await seen(check_of(client), None)
+        await wait_for_code(check_of(client), None)
         back = [await cache.get_or_load("k", 60.0, load) for _ in range(2)]
 
     assert min(took) < 0.1
-    # What was kept before is there again after a freeze, and has gone with the server.
+    # Earlier values are available again after a freeze, but lost with a killed server.
     assert back == ([b"1", b"1"] if loss == "frozen" else [b"8", b"8"])
 
 
 async def test_flushall_is_a_miss(redis: RedisServer) -> None:
-    """Nothing remembers what is gone."""
+    """No copy of a deleted value is kept."""
     async with opened(redis) as client:
         store = RedisCacheStore(client)
         await store.set("k", b"v", 60.0)
@@ -62,8 +66,8 @@ async def test_flushall_is_a_miss(redis: RedisServer) -> None:
         assert await store.get("k") is None
 
 
-async def test_a_value_that_cannot_be_deleted_is_no_secret(own_redis: RedisServer) -> None:
-    """It would be served again when Redis is back."""
+async def test_failed_delete_raises(own_redis: RedisServer) -> None:
+    """Otherwise Redis would return the value later."""
     async with opened(own_redis, **QUICK) as client:
         store = RedisCacheStore(client)
         await store.set("k", b"v", 60.0)

@@ -1,4 +1,4 @@
-"""Requests to a real Redis that is frozen, killed, restarted, loading, slow or out of reach."""
+"""Requests to a real Redis that is frozen, killed, restarted, loading, slow or unreachable."""
 
 import asyncio
 import functools
@@ -9,21 +9,15 @@ from typing import Any, cast
 import pytest
 from redis import exceptions
 from redis.asyncio.client import Pipeline
-from tests.integration.redis_clients import (
-    QUICK,
-    Possessions,
-    check_of,
-    opened,
-    opened_with,
-    seen,
-    until,
-    within,
-)
+from tests.integration.leaks import LeakCheck
+from tests.integration.redis_clients import QUICK, check_of, config_of, opened, opened_with, within
 from tests.servers.fault_proxy import BLACKHOLE, PASS, REFUSE, RESET, CutAfter
 from tests.servers.fixtures import FaultProxies
 from tests.servers.redis import RedisServer, redis_server
+from tests.servers.waiting import until, wait_for_code
+from tests.soak import cycles
 
-from viralfx.adapters.redis import CloseRedis, RedisClient, RedisConfig
+from viralfx.adapters.redis import RedisClient, close_redis
 from viralfx.adapters.redis.errors import ClientClosedError
 
 pytestmark = pytest.mark.timeout(60)
@@ -43,19 +37,19 @@ def queue(pipeline: Pipeline, *commands: tuple[str, ...]) -> None:
 # -- requests --------------------------------------------------------------------------------
 
 
-async def test_nothing_is_opened_before_the_first_request(redis: RedisServer) -> None:
-    """A client costs nothing, and raises nothing, when it is made."""
-    held = Possessions()
+async def test_client_connects_at_the_first_request(redis: RedisServer) -> None:
+    """Creating a client opens nothing and raises nothing."""
+    leaks = LeakCheck()
     async with opened(redis) as client:
-        await held.as_before()
+        await leaks.assert_none()
         await client.redis.set("key", b"\xff")
 
         assert await client.redis.get("key") == b"\xff"
-    await held.as_before()
+    await leaks.assert_none()
 
 
-async def test_connections_introduce_themselves_and_are_kept_alive(redis: RedisServer) -> None:
-    """Name and database can be seen on the server; the kernel probes after 30 s of silence."""
+async def test_connections_have_a_name_and_keep_alive(redis: RedisServer) -> None:
+    """The server shows name and database; the kernel probes after 30 s of silence."""
     async with opened(redis, db=3) as client:
         await client.redis.ping()
         listed = redis.command("CLIENT", "LIST")
@@ -71,8 +65,8 @@ async def test_connections_introduce_themselves_and_are_kept_alive(redis: RedisS
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
 
 
-async def test_requests_are_counted_as_the_guide_names_them(redis: RedisServer) -> None:
-    """Commands, pipelines and transactions; what the server answers with an error has failed."""
+async def test_requests_are_counted_under_documented_names(redis: RedisServer) -> None:
+    """Commands, pipelines and transactions; an error reply counts as failed."""
     async with opened(redis) as client:
         await client.redis.set("key", "text")
         async with client.redis.pipeline(transaction=False) as pipeline:
@@ -102,8 +96,8 @@ async def test_requests_are_counted_as_the_guide_names_them(redis: RedisServer) 
     assert details["stats"]["totalRequests"] == 8
 
 
-async def test_a_cancelled_request_counts_neither_way(own_redis: RedisServer) -> None:
-    """Its caller went away; that says nothing about Redis."""
+async def test_cancelled_request_is_not_counted(own_redis: RedisServer) -> None:
+    """It says nothing about Redis."""
     async with opened(own_redis) as client:
         await client.redis.ping()
         own_redis.freeze()
@@ -115,10 +109,10 @@ async def test_a_cancelled_request_counts_neither_way(own_redis: RedisServer) ->
         assert client.available
 
 
-async def test_a_refused_request_has_four_attempts_in_three_and_a_half_seconds(
+async def test_refused_request_has_four_attempts_in_three_and_a_half_seconds(
     own_redis: RedisServer,
 ) -> None:
-    """0.5, 1 and 2 s apart, and no second retry anywhere multiplies them."""
+    """The waits are 0.5, 1 and 2 s; no second retry multiplies them."""
     own_redis.stop()
     async with opened(own_redis) as client:
         began = time.monotonic()
@@ -131,10 +125,10 @@ async def test_a_refused_request_has_four_attempts_in_three_and_a_half_seconds(
 
 
 @pytest.mark.parametrize("opened_before", [False, True], ids=["first request", "open connection"])
-async def test_attempts_are_counted_on_the_wire(
+async def test_request_makes_four_attempts_on_the_wire(
     redis: RedisServer, fault_proxy: FaultProxies, *, opened_before: bool
 ) -> None:
-    """Four, and one of them may be that of the connection there was before."""
+    """An existing connection may be one of them."""
     proxy = fault_proxy(redis.port)
     async with opened(proxy, **QUICK) as client:
         if opened_before:
@@ -148,7 +142,7 @@ async def test_attempts_are_counted_on_the_wire(
 
 
 async def test_wrong_credentials_are_sent_once(fault_proxy: FaultProxies) -> None:
-    """Another attempt cannot make them right, and may lock somebody out."""
+    """Repeating them cannot help and may lock the account."""
     with redis_server(password="hush") as server:
         proxy = fault_proxy(server.port)
         for password in ("wrong", None):
@@ -160,8 +154,8 @@ async def test_wrong_credentials_are_sent_once(fault_proxy: FaultProxies) -> Non
                 assert proxy.accepted - before == 1
 
 
-async def test_an_acl_user_may_do_what_is_granted() -> None:
-    """And is told what is not: that is no outage, so there is no fallback for it."""
+async def test_acl_user_is_limited_to_its_permissions() -> None:
+    """A missing permission is an error and not an outage, so there is no fallback."""
     with redis_server(users=["alice on >secret ~* -@all +@connection +acl|whoami +get"]) as server:
         async with opened(server, username="alice", password="secret") as client:
             assert await client.redis.acl_whoami() == "alice"
@@ -174,8 +168,8 @@ async def test_an_acl_user_may_do_what_is_granted() -> None:
             assert (await check_of(client).check()).message == "Redis is healthy"
 
 
-async def test_the_request_after_a_restart_succeeds(own_redis: RedisServer) -> None:
-    """A connection that ended while it was idle is replaced before it is used."""
+async def test_request_after_a_restart_succeeds(own_redis: RedisServer) -> None:
+    """A connection that was closed while idle is replaced before its use."""
     async with opened(own_redis) as client:
         await asyncio.gather(*(client.redis.ping() for _ in range(10)))
         await asyncio.to_thread(own_redis.restart)
@@ -184,8 +178,8 @@ async def test_the_request_after_a_restart_succeeds(own_redis: RedisServer) -> N
         assert client.traffic.failed == 0
 
 
-async def test_a_request_outlasts_a_kill(own_redis: RedisServer) -> None:
-    """It is under way when the server dies, and is answered by the one started after that."""
+async def test_request_survives_a_killed_server(own_redis: RedisServer) -> None:
+    """The server that starts afterwards answers it."""
     async with opened(own_redis) as client:
         await client.redis.ping()
         own_redis.freeze()
@@ -198,8 +192,8 @@ async def test_a_request_outlasts_a_kill(own_redis: RedisServer) -> None:
         assert client.traffic.failed == 0
 
 
-async def test_a_loading_server_is_waited_for(own_redis: RedisServer) -> None:
-    """Loading is not ready: the request is tried again, and the check says what is going on."""
+async def test_request_waits_for_a_loading_server(own_redis: RedisServer) -> None:
+    """The request is retried, and the check reports the code."""
     async with opened(own_redis) as client:
         await client.redis.set("key", "value")
         await asyncio.to_thread(own_redis.loading, 2.0)
@@ -211,10 +205,10 @@ async def test_a_loading_server_is_waited_for(own_redis: RedisServer) -> None:
         assert client.traffic.failed == 0
 
 
-async def test_a_loading_server_is_away_when_it_takes_too_long(own_redis: RedisServer) -> None:
-    """The error is the server's own, and a fallback is given."""
-    # A server that loads answers slowly, between two pieces of its data.
-    async with opened(own_redis, retries=0) as client:
+async def test_server_that_loads_too_long_is_unavailable(own_redis: RedisServer) -> None:
+    """The error is the server's, and the fallback is used."""
+    # A loading server responds slowly, between two chunks of its data.
+    async with opened(own_redis, attempts=1) as client:
         await asyncio.to_thread(own_redis.loading, 5.0)
         with pytest.raises(exceptions.BusyLoadingError):
             await client.redis.get("key")
@@ -224,14 +218,14 @@ async def test_a_loading_server_is_away_when_it_takes_too_long(own_redis: RedisS
 
 
 @pytest.mark.parametrize("count", range(0, 150, 10))
-async def test_an_answer_cut_in_the_middle_is_never_taken_for_one(
+async def test_truncated_reply_is_never_returned(
     redis: RedisServer, fault_proxy: FaultProxies, count: int
 ) -> None:
-    """Wherever the connection ends: in the greeting, in the answer, in the next one."""
+    """The connection is cut in the greeting, in the reply, or in the next one."""
     proxy = fault_proxy(redis.port)
     redis.command("SET", "a", "a" * 30)
     redis.command("SET", "b", "b" * 30)
-    held = Possessions()
+    leaks = LeakCheck()
     async with opened(proxy, **QUICK) as client:
         proxy.mode = CutAfter(count)
         for key in ("a", "b", "a", "b"):
@@ -243,11 +237,11 @@ async def test_an_answer_cut_in_the_middle_is_never_taken_for_one(
         proxy.mode = PASS
 
         assert await client.redis.get("b") == b"b" * 30
-    await held.as_before()
+    await leaks.assert_none()
 
 
-async def test_a_frozen_server_holds_a_request_only_so_long(own_redis: RedisServer) -> None:
-    """Each attempt ends after the socket timeout, and then there is an error."""
+async def test_frozen_server_fails_a_request_within_its_limit(own_redis: RedisServer) -> None:
+    """Each attempt ends after the socket timeout; then the request fails."""
     async with opened(own_redis, **QUICK) as client:
         await client.redis.ping()
         own_redis.freeze()
@@ -257,25 +251,25 @@ async def test_a_frozen_server_holds_a_request_only_so_long(own_redis: RedisServ
         assert not client.available
 
 
-async def test_unsent_data_keeps_no_socket_open(own_redis: RedisServer) -> None:
-    """A polite close would wait until a frozen server has taken all of it."""
-    held = Possessions()
+async def test_unsent_data_does_not_delay_closing(own_redis: RedisServer) -> None:
+    """A graceful close would wait until the frozen server reads it."""
+    leaks = LeakCheck()
     async with opened(own_redis, **QUICK) as client:
         await client.redis.ping()
         own_redis.freeze()
         with pytest.raises(exceptions.TimeoutError):
             await within(20.0, client.redis.set("key", b"x" * 30_000_000))
-    await held.as_before()
+    await leaks.assert_none()
 
 
 @pytest.mark.parametrize("turns", [*range(12), 15, 20, 30])
 @pytest.mark.parametrize("opened_before", [False, True], ids=["first request", "open connection"])
-async def test_a_request_may_be_cancelled_at_any_turn(
+async def test_cancellation_at_any_await_is_safe(
     redis: RedisServer, turns: int, *, opened_before: bool
 ) -> None:
-    """No place in the pool is lost, no answer goes to somebody else, nothing is left behind."""
+    """No slot of the pool leaks, no reply goes to another caller, and nothing is left."""
     redis.command("MSET", "a", "a", "b", "b")
-    held = Possessions()
+    leaks = LeakCheck()
     async with opened(redis, pool_size=1, pool_timeout=2.0) as client:
         if opened_before:
             await client.redis.ping()
@@ -289,14 +283,14 @@ async def test_a_request_may_be_cancelled_at_any_turn(
         assert await client.redis.get("b") == b"b"
         assert await line[0] == await line[2] == b"a"
         assert (client.active, client.waiting) == (0, 0)
-    await held.as_before()
+    await leaks.assert_none()
 
 
 # -- the pool --------------------------------------------------------------------------------
 
 
-async def test_who_comes_when_all_connections_are_in_use_waits_in_line(redis: RedisServer) -> None:
-    """The check warns, and says how many wait; Redis itself is healthy."""
+async def test_requests_wait_for_a_free_connection(redis: RedisServer) -> None:
+    """The check warns with the number of waiting requests."""
     async with opened(redis, pool_size=2) as client:
         check = check_of(client)
         slow = [asyncio.ensure_future(client.redis.blpop(["none"], 1)) for _ in range(2)]
@@ -312,8 +306,8 @@ async def test_who_comes_when_all_connections_are_in_use_waits_in_line(redis: Re
         assert (await check.check()).code is None
 
 
-async def test_waiting_in_line_has_an_end(redis: RedisServer) -> None:
-    """It is no outage, but a fallback is better than an error."""
+async def test_wait_for_a_connection_is_limited(redis: RedisServer) -> None:
+    """A timeout is no outage, but results in the fallback."""
     async with opened(redis, pool_size=1, pool_timeout=0.05) as client:
         slow = asyncio.ensure_future(client.redis.blpop(["none"], 1))
         await until(lambda: client.active)
@@ -328,24 +322,24 @@ async def test_waiting_in_line_has_an_end(redis: RedisServer) -> None:
 # -- graceful degradation --------------------------------------------------------------------
 
 
-async def test_the_guides_example(own_redis: RedisServer) -> None:
-    """The value when Redis is there, the fallback when it is down."""
+async def test_documented_example(own_redis: RedisServer) -> None:
+    """The value if Redis is available, the fallback during an outage."""
     async with opened(own_redis) as client:
-        await client.redis.set("user:123", "somebody")
+        await client.redis.set("user:123", "a user")
         operation = reader(client, "user:123")
 
-        assert await client.get_with_graceful_degradation(operation, None) == b"somebody"
+        assert await client.get_with_graceful_degradation(operation, None) == b"a user"
         await asyncio.to_thread(own_redis.kill)
         assert await client.get_with_graceful_degradation(operation, None) is None
 
 
 @pytest.mark.parametrize("loss", ["frozen", "killed"])
-async def test_the_fallback_is_immediate_once_the_loss_is_known(
+async def test_fallback_is_immediate_during_a_known_outage(
     own_redis: RedisServer, loss: str
 ) -> None:
-    """The first call is bounded; those after it take no time, and one doubt is reported."""
-    doubts: list[None] = []
-    async with opened(own_redis, on_doubt=lambda: doubts.append(None)) as client:
+    """The first call is limited, later ones take no time, and one outage is reported."""
+    suspicions: list[None] = []
+    async with opened(own_redis, on_suspected_outage=lambda: suspicions.append(None)) as client:
         await client.redis.set("key", "value")
         await asyncio.to_thread(own_redis.freeze if loss == "frozen" else own_redis.kill)
         began = time.monotonic()
@@ -360,12 +354,12 @@ async def test_the_fallback_is_immediate_once_the_loss_is_known(
         assert first == b"else"
         assert bounded < 1.5
         assert max(times) < 0.1
-        assert len(doubts) == 1
+        assert len(suspicions) == 1
 
 
 @pytest.mark.parametrize("loss", ["frozen", "killed", "flushed", "restarted"])
-async def test_cached_reads_recover_by_themselves(own_redis: RedisServer, loss: str) -> None:
-    """The check finds Redis again, and with it the reads."""
+async def test_cached_reads_recover(own_redis: RedisServer, loss: str) -> None:
+    """The check detects that Redis is back."""
     async with opened(own_redis, **QUICK) as client:
         check = check_of(client)
         await client.redis.set("key", "value")
@@ -383,17 +377,17 @@ async def test_cached_reads_recover_by_themselves(own_redis: RedisServer, loss: 
             case _:
                 own_redis.flush()
                 assert await client.get_with_graceful_degradation(reader(client), None) is None
-        await seen(check, None)
+        await wait_for_code(check, None)
 
         assert client.available
         await client.get_with_graceful_degradation(lambda: client.redis.set("key", "new"), None)
         assert await client.get_with_graceful_degradation(reader(client), None) == b"new"
 
 
-async def test_the_check_learns_of_a_loss_before_any_request(own_redis: RedisServer) -> None:
-    """An idle client knows as well, without being asked in doubt."""
-    doubts: list[None] = []
-    async with opened(own_redis, on_doubt=lambda: doubts.append(None)) as client:
+async def test_check_detects_an_outage_without_requests(own_redis: RedisServer) -> None:
+    """An idle client knows the outage too."""
+    suspicions: list[None] = []
+    async with opened(own_redis, on_suspected_outage=lambda: suspicions.append(None)) as client:
         check = check_of(client)
         await check.check()
         own_redis.freeze()
@@ -403,11 +397,11 @@ async def test_the_check_learns_of_a_loss_before_any_request(own_redis: RedisSer
         own_redis.thaw()
 
         assert known
-        assert doubts == []
+        assert suspicions == []
 
 
-async def test_errors_that_are_not_an_outage_reach_the_caller(redis: RedisServer) -> None:
-    """A key of another type, and a mistake in the operation."""
+async def test_other_errors_are_raised(redis: RedisServer) -> None:
+    """A key of another type, or a mistake in the operation."""
     async with opened(redis) as client:
         await client.redis.set("key", "text")
 
@@ -428,10 +422,12 @@ async def test_errors_that_are_not_an_outage_reach_the_caller(redis: RedisServer
         assert client.available
 
 
-async def test_a_slow_operation_is_no_outage_while_redis_answers_others(redis: RedisServer) -> None:
-    """It gets the fallback, and nobody else does."""
-    doubts: list[None] = []
-    async with opened(redis, on_doubt=lambda: doubts.append(None), **QUICK) as client:
+async def test_slow_operation_is_no_outage_while_redis_responds(redis: RedisServer) -> None:
+    """Only the slow caller gets the fallback."""
+    suspicions: list[None] = []
+    async with opened(
+        redis, on_suspected_outage=lambda: suspicions.append(None), **QUICK
+    ) as client:
 
         async def slow() -> bytes:
             while True:
@@ -440,11 +436,11 @@ async def test_a_slow_operation_is_no_outage_while_redis_answers_others(redis: R
 
         assert await client.get_with_graceful_degradation(slow, b"else") == b"else"
         assert client.available
-        assert len(doubts) == 1
+        assert len(suspicions) == 1
 
 
-async def test_cancellation_goes_through(own_redis: RedisServer) -> None:
-    """A caller who leaves gets no fallback."""
+async def test_cancellation_is_propagated(own_redis: RedisServer) -> None:
+    """A cancelled caller gets no fallback."""
     async with opened(own_redis) as client:
         await client.redis.ping()
         own_redis.freeze()
@@ -457,14 +453,15 @@ async def test_cancellation_goes_through(own_redis: RedisServer) -> None:
         assert client.available
 
 
-async def test_fifty_freezes_leave_nothing_behind(own_redis: RedisServer) -> None:
+@pytest.mark.soak
+async def test_repeated_freezes_leave_no_resources(own_redis: RedisServer) -> None:
     """No task, connection or file; and each time everything works again afterwards."""
     async with opened(own_redis, degrade_after=0.1, **QUICK) as client:
         check = check_of(client)
         await asyncio.gather(*(client.redis.ping() for _ in range(5)))
         await check.check()
-        held = Possessions()
-        for cycle in range(50):
+        leaks = LeakCheck()
+        for cycle in cycles(50, usual=3):
             own_redis.freeze()
             cut = asyncio.create_task(check.check())
             reads = [
@@ -476,11 +473,11 @@ async def test_fifty_freezes_leave_nothing_behind(own_redis: RedisServer) -> Non
             cut.cancel()
             assert await asyncio.gather(*reads) == [b"else"] * 5
             own_redis.thaw()
-            await seen(check, None)
+            await wait_for_code(check, None)
             assert await client.redis.set("key", cycle) is True
             assert await client.redis.get("key") == b"%d" % cycle
             assert await client.redis.delete("key") == 1
-        await held.as_before()
+        await leaks.assert_none()
         clients = str(own_redis.command("CLIENT", "LIST")).count("name=viralfx")
 
     assert clients <= 6
@@ -489,67 +486,65 @@ async def test_fifty_freezes_leave_nothing_behind(own_redis: RedisServer) -> Non
 # -- closing ---------------------------------------------------------------------------------
 
 
-async def test_closing_lets_requests_end_and_refuses_new_ones(redis: RedisServer) -> None:
-    """What comes later fails at once and opens nothing."""
-    held = Possessions()
+async def test_close_waits_for_running_requests_and_refuses_new_ones(redis: RedisServer) -> None:
+    """New requests fail at once and open nothing."""
+    leaks = LeakCheck()
     async with opened(redis) as client:
         check = check_of(client)
         await check.check()
         slow = asyncio.ensure_future(client.redis.blpop(["none"], 0.3))
         await until(lambda: client.active)
-        await within(5.0, CloseRedis(client).run(10.0))
+        await within(5.0, close_redis(client, 10.0))
 
         assert await slow is None
         with pytest.raises(ClientClosedError):
             await within(0.5, client.redis.get("key"))
         assert (await check.check()).code == "lost"
-        await held.as_before()
+        await leaks.assert_none()
 
 
-async def test_closing_cuts_what_hangs(
+async def test_close_cuts_hanging_requests(
     own_redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Within its budget, and says so."""
-    held = Possessions()
+    """Within its budget, and with a log line."""
+    leaks = LeakCheck()
     async with opened(own_redis) as client:
         await client.redis.ping()
         own_redis.freeze()
         hanging = asyncio.ensure_future(client.redis.get("key"))
         await until(lambda: client.active)
-        await within(1.0, CloseRedis(client).run(0.4))
+        await within(1.0, close_redis(client, 0.4))
 
         with pytest.raises(exceptions.ConnectionError):
             await within(2.0, hanging)
         assert [record.message for record in caplog.records] == ["Redis requests were cut"]
-    await held.as_before()
+    await leaks.assert_none()
 
 
 # -- where it is -----------------------------------------------------------------------------
 
 
-async def test_a_name_with_two_addresses_that_both_refuse_is_refused(
+async def test_refusal_by_all_addresses_of_a_name_is_refused(
     own_redis: RedisServer,
 ) -> None:
-    """As localhost has where there is IPv6."""
+    """For example localhost with IPv6."""
     port = own_redis.port
     own_redis.stop()
-    async with opened_with(RedisConfig(host="localhost", port=port)) as client:
+    async with opened_with(config_of(host="localhost", port=port)) as client:
         assert (await check_of(client).check()).code == "refused"
 
 
-async def test_an_unknown_host_is_unreachable() -> None:
-    """And raises nothing when the client is made."""
-    async with opened_with(RedisConfig(host="redis.invalid", **QUICK)) as client:
+async def test_unknown_host_is_unreachable() -> None:
+    """Creating the client raises nothing."""
+    async with opened_with(config_of(host="redis.invalid", **QUICK)) as client:
         observation = await within(20.0, check_of(client).check())
 
         assert observation.code == "unreachable"
         assert "redis.invalid" not in observation.message
 
 
-async def test_a_host_that_swallows_everything_times_out(
-    redis: RedisServer, fault_proxy: FaultProxies
-) -> None:
-    """As behind a firewall that drops; and it is found again afterwards."""
+async def test_dropped_packets_are_a_timeout(redis: RedisServer, fault_proxy: FaultProxies) -> None:
+    """As behind a firewall; the check also detects the end of it."""
     proxy = fault_proxy(redis.port)
     async with opened(proxy, **QUICK) as client:
         proxy.mode = BLACKHOLE

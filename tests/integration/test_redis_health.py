@@ -1,4 +1,4 @@
-"""The health check of a real Redis, and of what is none."""
+"""The health check against a real Redis and against other servers."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -6,23 +6,18 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from tests.integration.redis_clients import (
-    QUICK,
-    Possessions,
-    check_of,
-    opened,
-    seen,
-    until,
-    within,
-)
+from tests.integration.leaks import LeakCheck
+from tests.integration.redis_clients import QUICK, check_of, opened, within
 from tests.servers.fault_proxy import BLACKHOLE, PASS, RESET, FaultProxy
 from tests.servers.fixtures import FaultProxies
 from tests.servers.redis import RedisServer, redis_server
+from tests.servers.waiting import until, wait_for_code
+from tests.soak import cycles
 
 from viralfx.adapters.redis import RedisHealthCheck
 from viralfx.domain.clock import SystemClock
-from viralfx.domain.health import CheckPolicy, Status
-from viralfx.domain.monitor import HealthMonitor
+from viralfx.domain.health.model import CheckPolicy, Status
+from viralfx.domain.health.monitor import HealthMonitor
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -33,8 +28,8 @@ def commands(server: RedisServer) -> dict[str, int]:
     return {name.removeprefix("cmdstat_"): stats["calls"] for name, stats in lines.items()}
 
 
-async def test_an_idle_check_is_one_command_on_one_connection(own_redis: RedisServer) -> None:
-    """After the greeting, ten checks are nine pings and one question for the memory."""
+async def test_each_check_is_one_round_trip_on_one_connection(own_redis: RedisServer) -> None:
+    """Ten checks are nine pings and one memory query, each with a greeting and a test of writes."""
     async with opened(own_redis) as client:
         check = check_of(client)
         await check.check()
@@ -46,28 +41,33 @@ async def test_an_idle_check_is_one_command_on_one_connection(own_redis: RedisSe
     more = {name: count - before.get(name, 0) for name, count in after.items()}
     del more["client|setinfo"]  # of the questions of this test, which are two by ``INFO``
     more["info"] -= 2
-    assert {name: count for name, count in more.items() if count} == {"ping": 9, "info": 1}
+    assert {name: count for name, count in more.items() if count} == {
+        "ping": 9,
+        "info": 1,
+        "hello": 10,
+        "set": 10,
+    }
     assert connections["connected_clients"] == 2
 
 
-async def test_the_memory_is_what_redis_says(own_redis: RedisServer) -> None:
-    """Asked for after a ping that passed; with the limit where there is one."""
+async def test_memory_usage_is_that_of_redis(own_redis: RedisServer) -> None:
+    """It is queried after a successful ping; with the limit if there is one."""
     async with opened(own_redis) as client:
         check = check_of(client)
         await check.check()
-        before = client.memory.answer
+        before = client.memory.usage
         own_redis.command("CONFIG", "SET", "maxmemory", 100_000_000)
         await check.check()
 
     assert before is None
-    assert client.memory.answer is not None
-    assert 100_000 < client.memory.answer.used < 100_000_000
-    assert client.memory.answer.limit == 100_000_000
+    assert client.memory.usage is not None
+    assert 100_000 < client.memory.usage.used < 100_000_000
+    assert client.memory.usage.limit == 100_000_000
 
 
 @pytest.mark.parametrize("how", ["renamed", "forbidden"])
-async def test_who_may_not_ask_for_the_memory_pings(how: str) -> None:
-    """Neither rights nor a renamed command make a healthy server look otherwise."""
+async def test_forbidden_memory_query_falls_back_to_ping(how: str) -> None:
+    """Missing permissions or a renamed command do not fail the check."""
     arguments = ["--rename-command", "INFO", ""] if how == "renamed" else []
     user: dict[str, Any] = {"username": "bob", "password": "pw"} if how == "forbidden" else {}
     with redis_server(arguments=arguments, users=["bob on >pw ~* +@all -info"]) as server:
@@ -76,11 +76,11 @@ async def test_who_may_not_ask_for_the_memory_pings(how: str) -> None:
             seen_again = [(await check.check()).status for _ in range(4)]
 
             assert seen_again == [Status.PASS] * 4
-            assert client.memory.answer is None
+            assert client.memory.usage is None
 
 
-async def test_pings_are_no_requests(redis: RedisServer) -> None:
-    """The counters are the application's."""
+async def test_pings_are_not_counted_as_requests(redis: RedisServer) -> None:
+    """The counters are those of the application."""
     async with opened(redis) as client:
         check = check_of(client)
         await check.check()
@@ -89,7 +89,7 @@ async def test_pings_are_no_requests(redis: RedisServer) -> None:
     assert details["stats"]["totalRequests"] == 0
 
 
-async def test_the_check_does_not_wait_for_the_pool(redis: RedisServer) -> None:
+async def test_check_does_not_wait_for_the_pool(redis: RedisServer) -> None:
     """A busy application does not hide a healthy server."""
     async with opened(redis, pool_size=1) as client:
         slow = asyncio.ensure_future(client.redis.blpop(["none"], 1))
@@ -99,10 +99,10 @@ async def test_the_check_does_not_wait_for_the_pool(redis: RedisServer) -> None:
         slow.cancel()
 
 
-async def test_a_connection_that_broke_is_replaced_within_the_check(
+async def test_broken_connection_is_reopened_within_the_check(
     own_redis: RedisServer,
 ) -> None:
-    """A restart between two checks is not seen as a failure."""
+    """A restart between two checks is not reported as a failure."""
     async with opened(own_redis) as client:
         check = check_of(client)
         await check.check()
@@ -111,9 +111,7 @@ async def test_a_connection_that_broke_is_replaced_within_the_check(
         assert (await check.check()).status is Status.PASS
 
 
-async def test_there_is_at_most_one_reconnect_in_a_check(
-    redis: RedisServer, fault_proxy: FaultProxies
-) -> None:
+async def test_check_reconnects_at_most_once(redis: RedisServer, fault_proxy: FaultProxies) -> None:
     """The next check is the retry."""
     proxy = fault_proxy(redis.port)
     async with opened(proxy) as client:
@@ -128,10 +126,10 @@ async def test_there_is_at_most_one_reconnect_in_a_check(
         assert proxy.accepted - before == 1
 
 
-async def test_a_failure_has_the_guides_details_and_the_error_for_the_log(
+async def test_failure_has_documented_details_and_the_error(
     own_redis: RedisServer,
 ) -> None:
-    """Live counters, and nothing secret."""
+    """Live counters, and no secret."""
     async with opened(own_redis, password="hush", **QUICK) as client:
         check = check_of(client)
         await asyncio.to_thread(own_redis.kill)
@@ -147,15 +145,15 @@ async def test_a_failure_has_the_guides_details_and_the_error_for_the_log(
             assert details["config"] == {"host": "127.0.0.1", "port": own_redis.port, "db": 0}
             assert "hush" not in repr(observation)
         await asyncio.to_thread(own_redis.start)
-        recovered: Any = (await seen(check, None)).details
+        recovered: Any = (await wait_for_code(check, None)).details
 
         assert recovered["isConnected"] is True
         assert recovered["stats"]["failedAttempts"] == 0
 
 
 @pytest.mark.parametrize("password", ["wrong", None])
-async def test_wrong_credentials_are_told(password: str | None) -> None:
-    """Apart from any outage, and without the password."""
+async def test_wrong_credentials_have_their_own_code(password: str | None) -> None:
+    """The message contains no password."""
     with redis_server(password="hush") as server:
         async with opened(server, password=password) as client:
             observation = await check_of(client).check()
@@ -168,34 +166,34 @@ async def test_wrong_credentials_are_told(password: str | None) -> None:
             assert not client.available
 
 
-async def test_a_user_who_may_not_ping_is_told() -> None:
-    """It is a matter of rights, not of the network."""
+async def test_missing_permission_to_ping_is_an_auth_failure() -> None:
+    """It is not reported as a network problem."""
     with redis_server(users=["bob on >pw ~* -@all +hello +auth +client +get"]) as server:
         async with opened(server, username="bob", password="pw") as client:
             assert (await check_of(client).check()).code == "auth"
 
 
 async def test_a_server_that_cannot_save_is_a_warning() -> None:
-    """It answers, and refuses to write: nothing of it is lost, but somebody should look."""
+    """It serves reads and refuses writes; an operator should look at it."""
     arguments = ["--save", "3600 100000", "--enable-protected-configs", "yes"]
     with redis_server(arguments=arguments) as server:
         _, folder = server.command("CONFIG", "GET", "dir")
         async with opened(server) as client:
             check = check_of(client)
-            server.command("CONFIG", "SET", "dir", "/proc")  # where nobody can write
+            server.command("CONFIG", "SET", "dir", "/proc")  # not writable
             server.command("BGSAVE")
-            observation = await seen(check, "writes_refused")
+            observation = await wait_for_code(check, "writes_refused")
 
             assert observation.status is Status.WARN
             assert client.available
             server.command("CONFIG", "SET", "dir", folder)
             server.command("BGSAVE")
-            await seen(check, None)
+            await wait_for_code(check, None)
 
 
 @asynccontextmanager
 async def watched(check: RedisHealthCheck) -> AsyncIterator[HealthMonitor]:
-    """Run the check as the service does, only more often."""
+    """Run the check as the service does, but more often."""
     monitor = HealthMonitor(clock=SystemClock())
     monitor.register("redis", check, CheckPolicy(interval=0.05, timeout=0.2))
     monitor.start()
@@ -205,11 +203,11 @@ async def watched(check: RedisHealthCheck) -> AsyncIterator[HealthMonitor]:
         await monitor.stop()
 
 
-async def test_a_request_in_doubt_brings_the_check_forward(own_redis: RedisServer) -> None:
-    """The monitor knows before its interval is over, and finds Redis again by itself."""
+async def test_failed_request_triggers_a_check(own_redis: RedisServer) -> None:
+    """The monitor notices the outage before its interval ends, and detects the recovery."""
     monitor = HealthMonitor(clock=SystemClock())
     doubt = lambda: monitor.request_check("redis")  # noqa: E731 - as bootstrap wires it
-    async with opened(own_redis, on_doubt=doubt, **QUICK) as client:
+    async with opened(own_redis, on_suspected_outage=doubt, **QUICK) as client:
         policy = CheckPolicy(interval=3600.0, retry_interval=0.05, timeout=0.5, max_age=1e6)
         monitor.register("redis", check_of(client), policy)
         monitor.start()
@@ -224,11 +222,12 @@ async def test_a_request_in_doubt_brings_the_check_forward(own_redis: RedisServe
         await monitor.stop()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("how", ["server", "network"])
-async def test_fifty_freezes_under_the_monitor_leave_nothing_behind(
+async def test_repeated_freezes_under_the_monitor_leave_no_resources(
     own_redis: RedisServer, fault_proxy: FaultProxies, how: str
 ) -> None:
-    """Each is a timeout, each is recovered from, and in the end nothing more is open."""
+    """Each is a timeout and a recovery; nothing is left open."""
     proxy = fault_proxy(own_redis.port)
     async with (
         opened(proxy, **QUICK) as client,
@@ -239,21 +238,22 @@ async def test_fifty_freezes_under_the_monitor_leave_nothing_behind(
             return monitor.report().checks["redis"].code
 
         await until(lambda: monitor.report().started)
-        held, connections = Possessions(), proxy.open
-        for _ in range(50):
+        leaks, connections = LeakCheck(), proxy.open
+        for _ in cycles(50):
             freeze(own_redis, proxy, how)
             await until(lambda: code() == "timeout")
             thaw(own_redis, proxy, how)
             await until(lambda: code() is None)
         await monitor.stop()
         await until(lambda: proxy.open <= connections)
-        await held.as_before()
+        await leaks.assert_none()
 
-        assert len(monitor.history) == 100
+        # The start, and two changes in each cycle; the history holds 100.
+        assert len(monitor.history) == min(100, 1 + 2 * len(cycles(50)))
 
 
 def freeze(server: RedisServer, proxy: FaultProxy, how: str) -> None:
-    """Let nothing answer any more."""
+    """Stop the server from responding."""
     if how == "server":
         server.freeze()
     else:
@@ -261,7 +261,7 @@ def freeze(server: RedisServer, proxy: FaultProxy, how: str) -> None:
 
 
 def thaw(server: RedisServer, proxy: FaultProxy, how: str) -> None:
-    """Let it go on."""
+    """Let the server respond again."""
     if how == "server":
         server.thaw()
     else:
@@ -269,9 +269,9 @@ def thaw(server: RedisServer, proxy: FaultProxy, how: str) -> None:
 
 
 @pytest.mark.parametrize("turns", [*range(40)])
-async def test_a_check_may_be_cancelled_at_any_turn(redis: RedisServer, turns: int) -> None:
-    """While connecting, greeting or pinging; the next one works."""
-    held = Possessions()
+async def test_cancellation_at_any_await_is_safe(redis: RedisServer, turns: int) -> None:
+    """While connecting, greeting or pinging; the next check works."""
+    leaks = LeakCheck()
     async with opened(redis) as client:
         check = check_of(client)
         cut = asyncio.create_task(check.check())
@@ -282,4 +282,4 @@ async def test_a_check_may_be_cancelled_at_any_turn(redis: RedisServer, turns: i
 
         assert (await within(5.0, check.check())).status is Status.PASS
         assert client.available
-    await held.as_before()
+    await leaks.assert_none()

@@ -1,4 +1,4 @@
-"""A real primary, replica and three Sentinels: failover while requests go on."""
+"""A real primary, replica and three Sentinels: failover during requests."""
 
 import asyncio
 import time
@@ -8,20 +8,22 @@ from typing import Any
 import pytest
 from redis import exceptions
 from tests.again import AGAIN_IF_SLOW
+from tests.integration.leaks import LeakCheck
 from tests.integration.redis_clients import (
     QUICK,
-    Possessions,
+    RedisConfig,
+    addresses_of,
     check_of,
+    config_of,
     opened_with,
-    seen,
-    until,
     within,
 )
 from tests.servers.fixtures import FaultProxies
 from tests.servers.sentinel import SentinelSetup
+from tests.servers.waiting import until, wait_for_code
 from tests.system.load import require_quick
 
-from viralfx.adapters.redis import CloseRedis, RedisClient, RedisConfig
+from viralfx.adapters.redis import RedisClient, close_redis
 
 pytestmark = pytest.mark.timeout(80)
 
@@ -29,11 +31,12 @@ RATE = 200
 """Reads and writes per second, one of each for every number."""
 
 
-def behind(setup: SentinelSetup, **more: Any) -> RedisConfig:
-    """Return the configuration of a client of the set-up."""
-    return RedisConfig(
+def behind_sentinel(setup: SentinelSetup, **more: Any) -> RedisConfig:
+    """Return the configuration of a client behind Sentinel."""
+    return config_of(
         **{
-            "sentinels": tuple(setup.sentinels),
+            "sentinel_enabled": True,
+            "sentinels": addresses_of(setup.sentinels),
             "sentinel_name": setup.name,
             "sentinel_password": setup.sentinel_password,
             "password": setup.password,
@@ -43,7 +46,7 @@ def behind(setup: SentinelSetup, **more: Any) -> RedisConfig:
 
 
 class Load:
-    """Writes a number and reads it back, so and so often per second, until it is stopped."""
+    """Writes and reads back numbers at a fixed rate until it is stopped."""
 
     def __init__(self, client: RedisClient, name: str) -> None:
         self.done = 0
@@ -57,7 +60,7 @@ class Load:
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """Make no more requests, and wait for those under way."""
+        """Make no more requests, and wait for the running ones."""
         self._stopped = True
         await self._task
         if self._requests:
@@ -71,7 +74,7 @@ class Load:
             request = asyncio.create_task(self._one(number))
             self._requests.add(request)
             request.add_done_callback(self._requests.discard)
-            # Open loop: who is slow does not make the others come later.
+            # Open loop: slow requests do not delay later ones.
             await asyncio.sleep(max(0.0, began + number / RATE - time.monotonic()))
 
     async def _one(self, number: int) -> None:
@@ -83,7 +86,7 @@ class Load:
             self.failures[type(error).__name__] += 1
             self.failed_at.append(began)
             return
-        # What was accepted may be lost by a failover: replication does not wait for the replica.
+        # A failover may lose accepted writes: replication is asynchronous.
         if value in {b"%d" % number, None}:
             self.done += 1
         else:
@@ -92,11 +95,11 @@ class Load:
 
 @AGAIN_IF_SLOW
 @pytest.mark.parametrize("how", ["killed", "frozen"])
-async def test_no_request_fails_in_a_failover(sentinel_setup: SentinelSetup, how: str) -> None:
-    """With the retries none; without them those alone that were under way until it was over."""
+async def test_no_request_fails_during_a_failover(sentinel_setup: SentinelSetup, how: str) -> None:
+    """With retries; without them, only requests during the failover fail."""
     async with (
-        opened_with(behind(sentinel_setup)) as client,
-        opened_with(behind(sentinel_setup, retries=0)) as impatient,
+        opened_with(behind_sentinel(sentinel_setup)) as client,
+        opened_with(behind_sentinel(sentinel_setup, attempts=1)) as impatient,
     ):
         check = check_of(client)
         assert (await check.check()).code is None
@@ -111,13 +114,13 @@ async def test_no_request_fails_in_a_failover(sentinel_setup: SentinelSetup, how
         await until(lambda: patient_load.done > done + 2 * RATE, seconds=20.0)
         await patient_load.stop()
         await impatient_load.stop()
-        observation: Any = await seen(check, None)
+        observation: Any = await wait_for_code(check, None)
 
-        # Sentinels that do not agree at once vote again only after longer than is retried.
+        # After a failed vote, Sentinels wait longer for the next one than requests are retried.
         require_quick(promoted - gone, 3.0, "the promotion")
         assert patient_load.failures == Counter()
         assert client.traffic.failed == 0
-        print(  # noqa: T201 - the timeline, for whoever wonders why it failed
+        print(  # noqa: T201 - the timeline, in case of a failure
             f"{how}: promoted after {promoted - gone:.2f} s; with retries {patient_load.done} done,"
             f" {patient_load.failures.total()} failed; without {impatient_load.done} done,"
             f" {impatient_load.failures.total()} failed, begun"
@@ -125,54 +128,54 @@ async def test_no_request_fails_in_a_failover(sentinel_setup: SentinelSetup, how
             f" {max(impatient_load.failed_at, default=gone) - gone:+.2f} s"
         )
         assert impatient_load.failures.total() > 0
-        assert min(impatient_load.failed_at) > gone - impatient.config.socket_timeout
-        # A connection to the frozen one is given up when its time for a reply is over.
-        assert max(impatient_load.failed_at) < promoted + impatient.config.socket_timeout
+        assert min(impatient_load.failed_at) > gone - impatient.limits.socket_timeout
+        # A connection to the frozen server fails after the socket timeout.
+        assert max(impatient_load.failed_at) < promoted + impatient.limits.socket_timeout
         assert observation.details["config"] == {"host": new.host, "port": new.port, "db": 0}
         assert client.address == (new.host, new.port)
         old.thaw()
 
 
-async def test_the_primary_that_returns_as_a_replica_is_left_alone(
+async def test_former_primary_is_not_used_as_a_replica(
     sentinel_setup: SentinelSetup,
 ) -> None:
-    """An ordered failover: the old primary lives on, and nothing is read from it or written."""
-    async with opened_with(behind(sentinel_setup)) as client:
+    """After a manual failover it gets neither reads nor writes."""
+    async with opened_with(behind_sentinel(sentinel_setup)) as client:
         check = check_of(client)
         await check.check()
         await client.redis.set("key", "old")
         old = await asyncio.to_thread(sentinel_setup.fail_over)
         new = await asyncio.to_thread(sentinel_setup.wait_failover, old)
-        # Until it has heard of it, the old one takes writes, which are lost: Redis is like that.
+        # Until it notices the failover, the old primary accepts writes, which are lost by design.
         await asyncio.to_thread(sentinel_setup.wait_follows, old)
         assert await within(10.0, client.redis.set("key", "new")) is True
-        observation: Any = await seen(check, None)
+        observation: Any = await wait_for_code(check, None)
 
         assert observation.details["config"]["port"] == new.port
         assert new.command("GET", "key") == "new"
         assert client.traffic.failed == 0
 
 
-async def test_a_sentinel_that_is_down_or_frozen_does_not_matter(
+async def test_unavailable_sentinel_is_skipped(
     sentinel_setup: SentinelSetup,
 ) -> None:
-    """The next one is asked, and the one that did not help comes last from then on."""
+    """The next one is asked, and the failed one moves to the end of the list."""
     first, second, _ = sentinel_setup.sentinel_servers
     await asyncio.to_thread(first.kill)
     second.freeze()
-    async with opened_with(behind(sentinel_setup, sentinel_timeout=0.3)) as client:
+    async with opened_with(behind_sentinel(sentinel_setup, sentinel_timeout=0.3)) as client:
         assert (await within(5.0, check_of(client).check())).code is None
         assert (await within(0.2, check_of(client).check())).code is None
     second.thaw()
 
 
-async def test_connections_opened_together_ask_once(
+async def test_concurrent_connections_share_one_search(
     sentinel_setup: SentinelSetup, fault_proxy: FaultProxies
 ) -> None:
     """Fifty requests, one search, one connection to a sentinel."""
     server = sentinel_setup.sentinel_servers[0]
     proxy = fault_proxy(server.port)
-    config = behind(sentinel_setup, sentinels=((proxy.host, proxy.port),))
+    config = behind_sentinel(sentinel_setup, sentinels=addresses_of([(proxy.host, proxy.port)]))
     async with opened_with(config) as client:
         await asyncio.gather(*(client.redis.ping() for _ in range(50)))
 
@@ -184,26 +187,28 @@ async def test_connections_opened_together_ask_once(
     [
         ({"sentinel_password": "wrong"}, "auth"),
         ({"password": "wrong"}, "auth"),
-        ({"sentinel_name": "nobody"}, "error"),
+        ({"sentinel_name": "another"}, "unknown_primary"),
     ],
 )
-async def test_a_wrong_setting_is_told(
+async def test_wrong_setting_is_reported_without_retries(
     sentinel_setup: SentinelSetup, more: dict[str, str], code: str
 ) -> None:
-    """Of the sentinels or of the servers, and not tried again and again."""
-    async with opened_with(behind(sentinel_setup, **more)) as client:
+    """Of the sentinels or of the servers."""
+    async with opened_with(behind_sentinel(sentinel_setup, **more)) as client:
         observation = await check_of(client).check()
         with pytest.raises(exceptions.RedisError):
             await within(1.0, client.redis.get("key"))
 
         assert observation.code == code
         assert "wrong" not in observation.message
+        named = "no primary named 'another'; correct REDIS_SENTINEL_NAME"
+        assert (named in observation.message) is (code == "unknown_primary")
 
 
-async def test_sentinels_that_are_all_down_are_refused(sentinel_setup: SentinelSetup) -> None:
-    """The check says what they did; a connection that is open stays in use."""
-    held = Possessions()
-    async with opened_with(behind(sentinel_setup, **QUICK)) as client:
+async def test_failure_of_all_sentinels_is_reported(sentinel_setup: SentinelSetup) -> None:
+    """The check reports their errors; an open connection stays in use."""
+    leaks = LeakCheck()
+    async with opened_with(behind_sentinel(sentinel_setup, **QUICK)) as client:
         await client.redis.ping()
         for sentinel in sentinel_setup.sentinel_servers:
             await asyncio.to_thread(sentinel.kill)
@@ -212,19 +217,19 @@ async def test_sentinels_that_are_all_down_are_refused(sentinel_setup: SentinelS
 
         assert observation.code == ("refused" if sentinel_setup.refuses else "lost")
         assert observation.details["config"]["port"] == client.address[1]
-        await within(1.0, CloseRedis(client).run(5.0))
-    await held.as_before()
+        await within(1.0, close_redis(client, 5.0))
+    await leaks.assert_none()
 
 
-async def test_no_primary_at_the_moment(sentinel_setup: SentinelSetup) -> None:
-    """Both servers are gone, and the sentinels know: the connection is lost, not refused."""
-    async with opened_with(behind(sentinel_setup, **QUICK)) as client:
+async def test_missing_primary_is_a_lost_connection(sentinel_setup: SentinelSetup) -> None:
+    """Both servers are down and the sentinels know it."""
+    async with opened_with(behind_sentinel(sentinel_setup, **QUICK)) as client:
         check = check_of(client)
         assert client.address == (sentinel_setup.name, 0)
         await check.check()
         for server in sentinel_setup.servers:
             await asyncio.to_thread(server.kill)
-        await seen(check, "lost")
+        await wait_for_code(check, "lost")
 
         assert not client.available
         assert await client.get_with_graceful_degradation(client.redis.ping, False) is False

@@ -1,4 +1,4 @@
-"""TLS to a real Redis: trusted or not, and never anything else instead."""
+"""TLS to a real Redis, without any fallback to plain text."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,27 +8,33 @@ from typing import Any
 
 import pytest
 from redis import exceptions
-from tests.integration.redis_clients import QUICK, Possessions, check_of, opened, opened_with
+from tests.integration.leaks import LeakCheck
+from tests.integration.redis_clients import (
+    QUICK,
+    addresses_of,
+    check_of,
+    config_of,
+    opened,
+    opened_with,
+)
 from tests.servers.certificates import Certificates
 from tests.servers.fault_proxy import BLACKHOLE, PASS, FaultProxy
 from tests.servers.redis import RedisServer
 from tests.servers.sentinel import SentinelSetup
 
-from viralfx.adapters.redis import RedisConfig, RedisTls
-
 pytestmark = pytest.mark.timeout(60)
 
 
-def tls_client(server: RedisServer, tls: RedisTls | None, **more: Any) -> Any:
-    """Return a client of a server that has a password."""
-    return opened(server, password=server.password, tls=tls, **QUICK, **more)
+def tls_client(server: RedisServer, **more: Any) -> Any:
+    """Return a client of a server that has a password; it uses TLS by default."""
+    return opened(server, **{"password": server.password, "tls_enabled": True, **QUICK, **more})
 
 
-async def test_a_trusted_certificate_is_accepted(
+async def test_trusted_certificate_is_accepted(
     tls_redis: RedisServer, certificates: Certificates
 ) -> None:
-    """Requests and checks go through TLS."""
-    async with tls_client(tls_redis, RedisTls(ca_file=str(certificates.ca))) as client:
+    """Requests and checks use TLS."""
+    async with tls_client(tls_redis, tls_ca_file=str(certificates.ca)) as client:
         await client.redis.set("key", "value")
 
         assert await client.redis.get("key") == b"value"
@@ -36,12 +42,12 @@ async def test_a_trusted_certificate_is_accepted(
 
 
 @pytest.mark.parametrize("trust", ["another authority", "the system"])
-async def test_an_untrusted_certificate_is_refused(
+async def test_untrusted_certificate_is_refused(
     tls_redis: RedisServer, certificates: Certificates, trust: str
 ) -> None:
-    """With the code ``tls``, and without trying again."""
+    """With the code ``tls`` and without retries."""
     ca_file = str(certificates.other_ca) if trust == "another authority" else None
-    async with tls_client(tls_redis, RedisTls(ca_file=ca_file)) as client:
+    async with tls_client(tls_redis, tls_ca_file=ca_file) as client:
         observation = await check_of(client).check()
 
         assert observation.code == "tls"
@@ -51,15 +57,16 @@ async def test_an_untrusted_certificate_is_refused(
         assert client.traffic.failed_attempts == 2  # one of the check, one of the request
 
 
-async def test_a_certificate_for_another_name_is_refused(
+async def test_certificate_for_another_name_is_refused(
     tls_redis: RedisServer, certificates: Certificates
 ) -> None:
-    """An address that leads there is not enough."""
-    config = RedisConfig(
+    """A matching IP address is not enough."""
+    config = config_of(
         host="127.1",
         port=tls_redis.port,
         password="hush",
-        tls=RedisTls(ca_file=str(certificates.ca)),
+        tls_enabled=True,
+        tls_ca_file=str(certificates.ca),
         **QUICK,
     )
     async with opened_with(config) as client:
@@ -67,20 +74,20 @@ async def test_a_certificate_for_another_name_is_refused(
 
 
 async def test_verification_can_be_turned_off(tls_redis: RedisServer) -> None:
-    """It is still TLS, with whomever."""
-    async with tls_client(tls_redis, RedisTls(verify=False)) as client:
+    """The connection still uses TLS."""
+    async with tls_client(tls_redis, tls_reject_unauthorized=False) as client:
         assert await client.redis.set("key", "value") is True
 
 
 @pytest.mark.parametrize("content", [None, "no certificate"])
-async def test_a_useless_authority_file_is_told_by_the_check(
+async def test_invalid_ca_file_is_reported_by_the_check(
     tls_redis: RedisServer, tmp_path: Path, content: str | None
 ) -> None:
-    """Nothing is raised when the client is made; mending the file is enough."""
+    """Creating the client raises nothing; correcting the file is enough."""
     file = tmp_path / "ca.pem"
     if content is not None:
         file.write_text(content)
-    async with tls_client(tls_redis, RedisTls(ca_file=str(file))) as client:
+    async with tls_client(tls_redis, tls_ca_file=str(file)) as client:
         check = check_of(client)
         assert (await check.check()).code == "tls"
         file.write_bytes(tls_redis.tls.ca.read_bytes() if tls_redis.tls else b"")
@@ -89,7 +96,7 @@ async def test_a_useless_authority_file_is_told_by_the_check(
 
 @asynccontextmanager
 async def plain_listener(answer: bytes) -> AsyncIterator[tuple[int, list[bytes]]]:
-    """Listen like a server without TLS, and keep what comes."""
+    """Listen as a server without TLS, and keep the received bytes."""
     received: list[bytes] = []
     served: list[asyncio.StreamWriter] = []
 
@@ -111,22 +118,23 @@ async def plain_listener(answer: bytes) -> AsyncIterator[tuple[int, list[bytes]]
             writer.close()
             with suppress(OSError):
                 await writer.wait_closed()
-        # Last: from Python 3.12 on it waits for the connections, too.
+        # Last: from Python 3.12 on it also waits for the connections.
         await server.wait_closed()
 
 
 @pytest.mark.parametrize("answer", [b"-ERR unknown command\r\n", b"+PONG\r\n", b""])
-async def test_plain_text_is_never_spoken_instead(answer: bytes) -> None:
-    """Whatever a server without TLS answers: not one byte of the password is sent."""
+async def test_there_is_no_fallback_to_plain_text(answer: bytes) -> None:
+    """For any reply of a server without TLS, no byte of the password is sent."""
     config = {"connect_timeout": 0.3, **QUICK}
     async with (
         plain_listener(answer) as (port, received),
         opened_with(
-            RedisConfig(
+            config_of(
                 host="127.0.0.1",
                 port=port,
                 password="hush",
-                tls=RedisTls(verify=False),
+                tls_enabled=True,
+                tls_reject_unauthorized=False,
                 **config,
             )
         ) as client,
@@ -141,29 +149,31 @@ async def test_plain_text_is_never_spoken_instead(answer: bytes) -> None:
         assert not any(b"hush" in first for first in received)
 
 
-async def test_a_real_server_without_tls_is_no_fallback(redis: RedisServer) -> None:
-    """It cannot make sense of the greeting, nor we of it."""
-    async with opened(redis, tls=RedisTls(verify=False), connect_timeout=0.5, **QUICK) as client:
+async def test_real_server_without_tls_is_refused(redis: RedisServer) -> None:
+    """It does not understand the TLS greeting."""
+    async with opened(
+        redis, tls_enabled=True, tls_reject_unauthorized=False, connect_timeout=0.5, **QUICK
+    ) as client:
         assert (await check_of(client).check()).code in {"tls", "timeout", "lost"}
 
 
-async def test_a_server_with_tls_is_not_spoken_to_in_plain(tls_redis: RedisServer) -> None:
-    """The setting counts, not what would work."""
-    async with tls_client(tls_redis, None) as client:
+async def test_plain_text_to_a_tls_server_fails(tls_redis: RedisServer) -> None:
+    """The setting decides, not the server."""
+    async with tls_client(tls_redis, tls_enabled=False) as client:
         assert (await check_of(client).check()).code in {"lost", "timeout", "error"}
 
 
-async def test_a_frozen_handshake_keeps_nothing_open(
+async def test_frozen_handshake_leaks_nothing(
     tls_redis: RedisServer, certificates: Certificates
 ) -> None:
-    """Cut off at any moment of it."""
+    """The handshake is cut at any moment."""
     proxy = FaultProxy(tls_redis.port)
     with proxy:
-        tls = RedisTls(ca_file=str(certificates.ca))
-        async with opened(proxy, password="hush", tls=tls, **QUICK) as client:
+        tls: dict[str, Any] = {"tls_enabled": True, "tls_ca_file": str(certificates.ca)}
+        async with opened(proxy, password="hush", **tls, **QUICK) as client:
             check = check_of(client)
             await check.check()
-            held = Possessions()
+            leaks = LeakCheck()
             for turns in range(20):
                 proxy.mode = BLACKHOLE
                 fresh = check_of(client)
@@ -173,21 +183,23 @@ async def test_a_frozen_handshake_keeps_nothing_open(
                 cut.cancel()
                 await asyncio.wait({cut})
             proxy.mode = PASS  # it keeps its own side of what it holds back
-            await held.as_before()
+            await leaks.assert_none()
 
 
-async def test_the_sentinels_are_asked_in_tls_too(
+async def test_sentinels_use_tls_too(
     sentinel_setup: SentinelSetup, certificates: Certificates
 ) -> None:
-    """With a sentinel behind TLS the primary is found; it is then not spoken to in plain."""
+    """The primary is found through a sentinel with TLS, and is not contacted in plain text."""
     sentinel = sentinel_setup.sentinel_servers[0]
     with FaultProxy(sentinel.port, tls=certificates.server_context()) as front:
-        config = RedisConfig(
-            sentinels=((front.host, front.port),),
+        config = config_of(
+            sentinel_enabled=True,
+            sentinels=addresses_of([(front.host, front.port)]),
             sentinel_name=sentinel_setup.name,
             sentinel_password=sentinel_setup.sentinel_password,
             password=sentinel_setup.password,
-            tls=RedisTls(ca_file=str(certificates.ca)),
+            tls_enabled=True,
+            tls_ca_file=str(certificates.ca),
             connect_timeout=0.5,
             **QUICK,
         )

@@ -1,4 +1,4 @@
-"""Each variable ``REDIS_*`` has an effect on real servers: ignored, its test fails."""
+"""Each variable ``REDIS_*`` has an effect on real servers."""
 
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -8,10 +8,11 @@ import pytest
 from tests.servers.certificates import Certificates
 from tests.servers.redis import RedisServer, redis_server
 from tests.servers.sentinel import SentinelSetup
+from tests.servers.supply import Tier, chosen
 
 from viralfx.adapters.redis import RedisClient
 from viralfx.bootstrap import assemble
-from viralfx.domain.health import Observation, Status
+from viralfx.domain.health.model import Observation, Status
 from viralfx.settings import fields, read_settings
 
 pytestmark = pytest.mark.timeout(60)
@@ -19,6 +20,8 @@ pytestmark = pytest.mark.timeout(60)
 COVERED = {
     "REDIS_HOST",
     "REDIS_PORT",
+    "REDIS_SOCKET",
+    "REDIS_URL",
     "REDIS_USERNAME",
     "REDIS_PASSWORD",
     "REDIS_DB",
@@ -34,13 +37,13 @@ COVERED = {
 
 
 def test_every_variable_has_a_test_here() -> None:
-    """A new variable needs one."""
+    """The test fails for a new variable without a test."""
     assert {f.variable for f in fields() if f.variable.startswith("REDIS_")} == COVERED
 
 
 @asynccontextmanager
 async def wired(environ: Mapping[str, str]) -> AsyncIterator[RedisClient]:
-    """Return the client that the variables make, as the program wires it."""
+    """Return the client for an environment, wired as in the program."""
     redis = assemble(read_settings(environ)).redis
     assert redis is not None
     try:
@@ -50,7 +53,7 @@ async def wired(environ: Mapping[str, str]) -> AsyncIterator[RedisClient]:
 
 
 async def seen(environ: Mapping[str, str]) -> Observation:
-    """Return what the health check says that the variables make."""
+    """Return the result of the health check for an environment."""
     assembly = assemble(read_settings({**environ, "HEALTH_CHECK_TIMEOUT": "3000"}))
     assert assembly.redis is not None
     monitor = assembly.operations.monitor
@@ -71,7 +74,7 @@ def plain(server: RedisServer, **more: str) -> dict[str, str]:
 
 
 def sentinels(setup: SentinelSetup, **more: str) -> dict[str, str]:
-    """Return the variables for a set-up with Sentinels."""
+    """Return the variables for a setup with Sentinels."""
     return {
         "REDIS_SENTINEL_ENABLED": "true",
         "REDIS_SENTINELS": ",".join(f"{host}:{port}" for host, port in setup.sentinels),
@@ -83,7 +86,7 @@ def sentinels(setup: SentinelSetup, **more: str) -> dict[str, str]:
 
 
 async def test_host_and_port(own_redis: RedisServer, redis: RedisServer) -> None:
-    """What is written is there, and not on another server."""
+    """Data goes to that server."""
     async with wired(plain(own_redis)) as client:
         await client.redis.set("planted", "here")
 
@@ -92,8 +95,41 @@ async def test_host_and_port(own_redis: RedisServer, redis: RedisServer) -> None
     assert (await seen(plain(own_redis, REDIS_HOST="nosuch.invalid"))).code == "unreachable"
 
 
+async def test_url() -> None:
+    """It has all in one; a variable that is set wins."""
+    with with_user() as server:
+        url = f"redis://alice:secret@{server.host}:{server.port}/3"
+        async with wired({"REDIS_URL": url}) as client:
+            await client.redis.set("planted", "here")
+            assert await client.redis.acl_whoami() == "alice"
+        wrong = await seen({"REDIS_URL": url, "REDIS_PASSWORD": "wrong"})
+
+        assert "db3" in server.command("INFO", "keyspace")
+        assert wrong.code == "auth"
+
+
+async def test_socket() -> None:
+    """Data goes through it, with the password; the check has its path, and port 0."""
+    if chosen().tier is Tier.DOCKER:
+        pytest.skip("a container keeps its socket to itself")
+    arguments = ["--unixsocket", "redis.sock", "--unixsocketperm", "777"]
+    with redis_server(password="hush", arguments=arguments) as server:
+        path = str(Path(server.command("CONFIG", "GET", "dir")[1]) / "redis.sock")
+        environ = {"REDIS_SOCKET": path, "REDIS_PASSWORD": "hush", "REDIS_DB": "3"}
+        async with wired(environ) as client:
+            await client.redis.set("planted", "here")
+        observation = await seen(environ)
+        missing = await seen({"REDIS_SOCKET": f"{path}.missing"})
+
+        assert "db3" in server.command("INFO", "keyspace")
+        assert observation.status is Status.PASS
+        assert isinstance(observation.details, Mapping)
+        assert observation.details["config"] == {"host": path, "port": 0, "db": 3}
+        assert missing.code == "unreachable"
+
+
 async def test_db(redis: RedisServer) -> None:
-    """What is written is in that database."""
+    """Data goes to that database."""
     async with wired(plain(redis, REDIS_DB="3")) as client:
         await client.redis.set("planted", "three")
 
@@ -103,13 +139,13 @@ async def test_db(redis: RedisServer) -> None:
 
 @contextmanager
 def with_user() -> Iterator[RedisServer]:
-    """Run a Redis that has a user beside the default one."""
+    """Run a Redis that has a second user."""
     with redis_server(password="hush", users=["alice on >secret ~* +@all"]) as server:
         yield server
 
 
 async def test_username_and_password() -> None:
-    """The default user needs the one password, another user its own."""
+    """The default user and another user have passwords of their own."""
     with with_user() as server:
         assert (await seen(plain(server))).code == "auth"
         assert (await seen(plain(server, REDIS_PASSWORD="wrong"))).code == "auth"
@@ -121,7 +157,7 @@ async def test_username_and_password() -> None:
 
 
 async def test_password_from_a_file(tmp_path: Path) -> None:
-    """As a mounted secret has it."""
+    """For example a mounted secret."""
     (tmp_path / "password").write_text("hush\n")
     with with_user() as server:
         environ = plain(server, REDIS_PASSWORD_FILE=str(tmp_path / "password"))
@@ -129,7 +165,7 @@ async def test_password_from_a_file(tmp_path: Path) -> None:
 
 
 async def test_sentinel(sentinel_setup: SentinelSetup) -> None:
-    """Enabled, the Sentinels say where the primary is, whatever REDIS_HOST says."""
+    """If enabled, the Sentinels provide the address, and REDIS_HOST is ignored."""
     primary = sentinel_setup.primary_server()
     environ = sentinels(sentinel_setup, REDIS_HOST="nosuch.invalid")
     observation = await seen(environ)
@@ -151,7 +187,7 @@ async def test_sentinel(sentinel_setup: SentinelSetup) -> None:
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
-async def test_sentinel_settings_count(
+async def test_each_sentinel_setting_matters(
     sentinel_setup: SentinelSetup, wrong: dict[str, str]
 ) -> None:
     """With one of them wrong the primary is not found."""
@@ -160,7 +196,7 @@ async def test_sentinel_settings_count(
 
 
 async def test_tls(tls_redis: RedisServer, certificates: Certificates) -> None:
-    """Asked for, verified, by the authority that is named; each switch by itself."""
+    """Enabled, verified, and verified with a CA file; each switch by itself."""
     environ = plain(tls_redis, REDIS_PASSWORD=str(tls_redis.password))
     trusted = {**environ, "REDIS_TLS_ENABLED": "true", "REDIS_TLS_CA_FILE": str(certificates.ca)}
 
@@ -171,8 +207,8 @@ async def test_tls(tls_redis: RedisServer, certificates: Certificates) -> None:
     assert (await seen({**other, "REDIS_TLS_REJECT_UNAUTHORIZED": "false"})).status is Status.PASS
 
 
-async def test_tls_is_never_left_out(redis: RedisServer) -> None:
-    """A server that speaks none waits for more of what it does not understand; that is all."""
+async def test_there_is_no_fallback_to_plain_text(redis: RedisServer) -> None:
+    """A server without TLS gets a TLS greeting and nothing else."""
     redis.command("CONFIG", "RESETSTAT")
     observation = await seen(plain(redis, REDIS_TLS_ENABLED="true"))
 

@@ -1,9 +1,11 @@
-"""The servers of the tests themselves: each fault has the effect that it is named after."""
+"""The servers of the tests: each fault has the effect of its name."""
 
 import asyncio
 import ssl
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -14,31 +16,46 @@ from redis.retry import Retry
 from tests.servers.certificates import Certificates
 from tests.servers.host import PortTakenError
 from tests.servers.postgres import Database, PostgresServer, postgres_server
+from tests.servers.processes import MEMORY, make_folder, use_memory
 from tests.servers.redis import RedisServer, redis_host, redis_server
 from tests.servers.sentinel import SentinelSetup
 from tests.servers.server import Server
 from tests.servers.waiting import wait_until
 
 SHORT = 0.5
-"""Seconds; what answers in time needs a hundredth of it."""
+"""Seconds; a working server needs a hundredth of it."""
 
 
 async def connect(url: str, **more: Any) -> "asyncpg.Connection[asyncpg.Record]":
-    """Connect to Postgres as a program would."""
+    """Connect to Postgres as a program does."""
     return await asyncpg.connect(url, **{"timeout": 5, **more})
 
 
 @contextmanager
 def client(server: RedisServer, **more: Any) -> Iterator[driver.Redis]:
-    """Return a client of Redis that does not try again."""
+    """Return a client of Redis without retries."""
     options = {"socket_timeout": SHORT, "retry": Retry(NoBackoff(), 0), **more}
     made = driver.Redis(server.host, server.port, **options)
     with closing(made):
         yield made
 
 
-async def test_a_database_is_empty_and_can_be_looked_at_from_outside(database: Database) -> None:
-    """A test has a database to itself, and sees what its sessions do there."""
+def test_data_of_servers_are_in_memory_and_programs_are_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An empty variable keeps both on the disk."""
+    monkeypatch.setenv(MEMORY, str(tmp_path))
+    folder, programs = make_folder(), make_folder(programs=True)
+    monkeypatch.setenv(MEMORY, "")
+    use_memory()
+    on_disk = make_folder()
+
+    assert folder.parent == tmp_path
+    assert {programs.parent, on_disk.parent} == {Path(tempfile.gettempdir())}
+
+
+async def test_database_is_empty_and_observable(database: Database) -> None:
+    """Each test has a database of its own and can see its sessions."""
     connection = await connect(database.url)
 
     sessions = "select count(*) from pg_stat_activity where datname = current_database()"
@@ -48,8 +65,8 @@ async def test_a_database_is_empty_and_can_be_looked_at_from_outside(database: D
     await connection.close()
 
 
-async def test_an_address_is_encoded_and_its_password_is_checked(database: Database) -> None:
-    """Any password can stand in an address, and only the right one opens."""
+async def test_address_is_encoded_and_its_password_is_checked(database: Database) -> None:
+    """Any password can be used in an address."""
     database.execute("create role \"o'neil\" login password 'p@ss/w:rd?#%'")
     right = database.server.url(
         database.name, user="o'neil", password="p@ss/w:rd?#%", application_name="a b"
@@ -65,10 +82,10 @@ async def test_an_address_is_encoded_and_its_password_is_checked(database: Datab
     database.execute('drop role "o\'neil"')
 
 
-async def test_a_frozen_postgres_answers_nobody_until_it_thaws(
+async def test_frozen_postgres_responds_after_the_thaw(
     own_postgres: PostgresServer,
 ) -> None:
-    """Open sessions stand still like new ones, and go on afterwards."""
+    """Open and new sessions hang until then."""
     connection = await connect(own_postgres.url())
 
     await asyncio.to_thread(own_postgres.freeze)
@@ -85,16 +102,16 @@ async def test_a_frozen_postgres_answers_nobody_until_it_thaws(
 
 
 @pytest.mark.parametrize("end", [PostgresServer.kill, PostgresServer.stop])
-async def test_a_postgres_that_ended_comes_back_with_its_data(
+async def test_restarted_postgres_keeps_its_data(
     own_postgres: PostgresServer, end: Callable[[PostgresServer], None]
 ) -> None:
-    """Meanwhile nobody listens; then it is on the same port with what was committed."""
+    """The port is closed meanwhile and the same afterwards."""
     port = own_postgres.port
     own_postgres.execute("create table kept as select 7 as x")
     connection = await connect(own_postgres.url())
 
     await asyncio.to_thread(end, own_postgres)
-    # Which one depends on how much of the end the driver has read.
+    # The type depends on how much of the end the driver has read.
     lost = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
     with pytest.raises(lost):
         await connection.fetchval("select 1", timeout=5)
@@ -107,17 +124,17 @@ async def test_a_postgres_that_ended_comes_back_with_its_data(
     assert own_postgres.execute("select x from kept") == [(7,)]
 
 
-def test_settings_reach_postgres() -> None:
-    """A test says what is particular about its server."""
+def test_settings_are_passed_to_postgres() -> None:
+    """A test can set any parameter."""
     with postgres_server(settings={"max_connections": "7", "fsync": "on"}) as server:
         assert server.execute("show max_connections") == [("7",)]
         assert server.execute("show fsync") == [("on",)]
 
 
-async def test_postgres_speaks_tls_to_whoever_trusts_its_authority(
+async def test_postgres_with_tls_needs_its_ca(
     tls_postgres: PostgresServer, certificates: Certificates
 ) -> None:
-    """The right chain connects; the wrong authority and plain text do not."""
+    """A wrong CA and plain text are refused."""
     good = tls_postgres.url(sslmode="verify-full", sslrootcert=str(certificates.ca))
     wrong = tls_postgres.url(sslmode="verify-full", sslrootcert=str(certificates.other_ca))
     plain = tls_postgres.url(sslmode="disable")
@@ -132,8 +149,8 @@ async def test_postgres_speaks_tls_to_whoever_trusts_its_authority(
         await connect(plain)
 
 
-def test_the_shared_redis_is_empty(redis: RedisServer) -> None:
-    """What one test leaves there, the next one does not find."""
+def test_shared_redis_is_empty(redis: RedisServer) -> None:
+    """Each test starts without keys of others."""
     assert redis.command("DBSIZE") == 0
 
     redis.command("SET", "left", "behind")
@@ -143,8 +160,8 @@ def test_the_shared_redis_is_empty(redis: RedisServer) -> None:
     assert redis.command("DBSIZE") == 0
 
 
-def test_a_frozen_redis_answers_nobody_until_it_thaws(own_redis: RedisServer) -> None:
-    """Open connections stand still like new ones, and go on afterwards."""
+def test_frozen_redis_responds_after_the_thaw(own_redis: RedisServer) -> None:
+    """Open and new connections hang until then."""
     with client(own_redis) as one, client(own_redis) as another:
         one.set("key", "kept")
 
@@ -159,10 +176,10 @@ def test_a_frozen_redis_answers_nobody_until_it_thaws(own_redis: RedisServer) ->
 
 
 @pytest.mark.parametrize("end", [RedisServer.kill, RedisServer.stop])
-def test_a_redis_that_ended_comes_back_with_what_it_wrote_down(
+def test_restarted_redis_keeps_persisted_keys(
     end: Callable[[RedisServer], None],
 ) -> None:
-    """Meanwhile nobody listens; with the append-only file it has its keys again."""
+    """With the append-only file; the port is closed meanwhile."""
     with redis_server(arguments=["--appendonly", "yes", "--appendfsync", "always"]) as server:
         port = server.port
         server.command("SET", "key", "kept")
@@ -175,8 +192,8 @@ def test_a_redis_that_ended_comes_back_with_what_it_wrote_down(
         assert (server.port, server.command("GET", "key")) == (port, "kept")
 
 
-def test_a_redis_forgets_when_nothing_is_written_down(own_redis: RedisServer) -> None:
-    """A restart without persistence is an empty one."""
+def test_restarted_redis_without_persistence_is_empty(own_redis: RedisServer) -> None:
+    """All keys are lost."""
     own_redis.command("SET", "key", "lost")
 
     own_redis.restart()
@@ -184,8 +201,8 @@ def test_a_redis_forgets_when_nothing_is_written_down(own_redis: RedisServer) ->
     assert own_redis.command("DBSIZE") == 0
 
 
-def test_redis_can_be_seen_loading(own_redis: RedisServer) -> None:
-    """It accepts connections and refuses commands, then serves with its data."""
+def test_redis_can_be_observed_while_loading(own_redis: RedisServer) -> None:
+    """It accepts connections and refuses commands, then serves its data."""
     own_redis.command("SET", "key", "kept")
 
     own_redis.loading(3.0)
@@ -202,13 +219,13 @@ def test_redis_can_be_seen_loading(own_redis: RedisServer) -> None:
     assert wait_until(value, what="loaded") == b"kept"
 
 
-def test_redis_knows_passwords_and_users() -> None:
-    """The default user has the password; another one only what its line grants."""
+def test_redis_has_passwords_and_users() -> None:
+    """The default user has the password; another user has only its permissions."""
     line = "reader on >read-only ~public:* +get"
     with redis_server(password="hush", users=[line]) as server:
         reader = {"username": "reader", "password": "read-only"}
-        with client(server) as nobody, pytest.raises(driver.AuthenticationError):
-            nobody.ping()
+        with client(server) as anonymous, pytest.raises(driver.AuthenticationError):
+            anonymous.ping()
         with client(server, password="wrong") as liar, pytest.raises(driver.AuthenticationError):
             liar.ping()
         with client(server, **reader) as user:
@@ -219,10 +236,8 @@ def test_redis_knows_passwords_and_users() -> None:
         assert server.command("ACL", "WHOAMI") == "default"
 
 
-def test_redis_speaks_tls_to_whoever_trusts_its_authority(
-    tls_redis: RedisServer, certificates: Certificates
-) -> None:
-    """The right chain connects; the wrong authority and plain text do not."""
+def test_redis_with_tls_needs_its_ca(tls_redis: RedisServer, certificates: Certificates) -> None:
+    """A wrong CA and plain text are refused."""
     trusting = {"ssl": True, "password": tls_redis.password}
     with client(tls_redis, ssl_ca_certs=str(certificates.ca), **trusting) as good:
         assert good.ping()
@@ -238,10 +253,10 @@ def test_redis_speaks_tls_to_whoever_trusts_its_authority(
         plain.ping()
 
 
-def test_the_faults_of_a_redis_hold_behind_tls(
+def test_faults_of_redis_work_behind_tls(
     tls_redis: RedisServer, certificates: Certificates
 ) -> None:
-    """It freezes, thaws, ends and comes back as the others do."""
+    """Freeze, thaw, kill and restart."""
     options = {"ssl": True, "ssl_ca_certs": str(certificates.ca), "password": tls_redis.password}
     with client(tls_redis, **options) as one:
         one.ping()
@@ -261,8 +276,8 @@ def test_the_faults_of_a_redis_hold_behind_tls(
         assert one.ping()
 
 
-def test_a_server_moves_when_its_port_is_taken(own_redis: RedisServer) -> None:
-    """Two servers that chose the same port both start; one that was asked for is not given up."""
+def test_server_moves_if_its_port_is_taken(own_redis: RedisServer) -> None:
+    """Two servers with the same chosen port both start; a requested port is never changed."""
     taken = own_redis.port
     host = redis_host()
     host.port = taken
@@ -277,8 +292,8 @@ def test_a_server_moves_when_its_port_is_taken(own_redis: RedisServer) -> None:
         assert (follower.port, follower.command("PING")) == (taken, True)
 
 
-def test_a_frozen_server_can_be_ended(own_postgres: PostgresServer, own_redis: RedisServer) -> None:
-    """No process of it stays behind, and it can be started again."""
+def test_frozen_server_can_be_stopped(own_postgres: PostgresServer, own_redis: RedisServer) -> None:
+    """No process is left, and it can be started again."""
     servers: list[Server] = [own_postgres, own_redis]
     for server in servers:
         for end in (server.kill, server.stop):
@@ -292,7 +307,7 @@ def test_a_frozen_server_can_be_ended(own_postgres: PostgresServer, own_redis: R
 
 
 def test_sentinels_promote_the_replica_of_a_killed_primary(sentinel_setup: SentinelSetup) -> None:
-    """It has what it copied and takes writes; the old one comes back as its replica."""
+    """It has the replicated data and accepts writes; the old primary returns as its replica."""
     before = sentinel_setup.primary_server()
     other = sentinel_setup.replica_server()
     before.command("SET", "key", "kept")
@@ -309,8 +324,8 @@ def test_sentinels_promote_the_replica_of_a_killed_primary(sentinel_setup: Senti
     sentinel_setup.wait_follows(before)
 
 
-def test_sentinels_ask_for_a_password_of_their_own(sentinel_setup: SentinelSetup) -> None:
-    """Who has only the one of the servers is not told where they are."""
+def test_sentinels_have_a_password_of_their_own(sentinel_setup: SentinelSetup) -> None:
+    """The password of the servers is not enough."""
     sentinel = sentinel_setup.sentinel_servers[0]
 
     def ask(password: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""Spans of statements, of a real server: made by the library, and without what is in no trace."""
+"""Spans of statements on a real server, made by the instrumentation library and redacted."""
 
 import asyncio
 import os
@@ -15,18 +15,18 @@ from tests.servers.postgres import Database
 from tests.servers.redis import RedisServer
 
 from viralfx.bootstrap.postgres import clean_statement
-from viralfx.telemetry.tracing.databases import trace_asyncpg, trace_redis
 from viralfx.telemetry.tracing.provider import make_provider
+from viralfx.telemetry.tracing.setup import trace_asyncpg, trace_redis
 
 
-def told(memory: InMemorySpanExporter) -> Sequence[ReadableSpan]:
+def spans_of_statements(memory: InMemorySpanExporter) -> Sequence[ReadableSpan]:
     """Return the spans of statements."""
     return [span for span in memory.get_finished_spans() if span.kind is SpanKind.CLIENT]
 
 
 @pytest.fixture
 def memory() -> InMemorySpanExporter:
-    """Return where spans go."""
+    """Return the exporter that keeps spans in memory."""
     return InMemorySpanExporter()
 
 
@@ -34,7 +34,7 @@ def memory() -> InMemorySpanExporter:
 def provider(
     monkeypatch: pytest.MonkeyPatch, memory: InMemorySpanExporter
 ) -> Iterator[TracerProvider]:
-    """Return what the driver's calls are traced with."""
+    """Return the tracer provider of the driver's instrumentation."""
     for name in [name for name in os.environ if name.startswith("OTEL_")]:
         monkeypatch.delenv(name)
     made, _ = make_provider(
@@ -50,7 +50,7 @@ def provider(
 async def connection(
     database: Database, provider: TracerProvider
 ) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-    """Return a connection of the application's own."""
+    """Return a connection of the application."""
     with provider.get_tracer("test").start_as_current_span("work"):
         made = await asyncpg.connect(database.url)
         try:
@@ -59,12 +59,12 @@ async def connection(
             await made.close()
 
 
-async def test_a_statement_may_be_given_by_name(
+async def test_statement_may_be_a_keyword_argument(
     provider: TracerProvider,
     memory: InMemorySpanExporter,
     connection: "asyncpg.Connection[asyncpg.Record]",
 ) -> None:
-    """As the driver has it; and what is missing is missed by the driver."""
+    """As in the driver, which also reports a missing one."""
     await connection.execute(query="CREATE TABLE shop (name text PRIMARY KEY)")
     await connection.executemany(command="INSERT INTO shop VALUES ($1)", args=[["a"], ["b"]])
     assert len(await connection.fetch(query="SELECT * FROM shop WHERE name < 'c'")) == 2
@@ -73,7 +73,10 @@ async def test_a_statement_may_be_given_by_name(
         await connection.fetch()  # type: ignore[call-overload]
     provider.force_flush()
 
-    assert [(span.name, (span.attributes or {})["db.query.text"]) for span in told(memory)] == [
+    assert [
+        (span.name, (span.attributes or {})["db.query.text"])
+        for span in spans_of_statements(memory)
+    ] == [
         ("CREATE", "CREATE TABLE shop (name text PRIMARY KEY)"),
         ("INSERT", "INSERT INTO shop VALUES ($1)"),
         ("SELECT", "SELECT * FROM shop WHERE name < ?"),
@@ -81,26 +84,26 @@ async def test_a_statement_may_be_given_by_name(
     ]
 
 
-async def test_a_statement_that_is_given_up_is_told_of(
+async def test_cancelled_statement_has_a_span(
     provider: TracerProvider,
     memory: InMemorySpanExporter,
     connection: "asyncpg.Connection[asyncpg.Record]",
 ) -> None:
-    """By whoever waits for it no longer: the library tells of errors alone."""
+    """The library by itself records only errors."""
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
             await connection.execute("SELECT pg_sleep(60)")
     provider.force_flush()
-    [span] = told(memory)
+    [span] = spans_of_statements(memory)
 
     assert (span.attributes or {})["error.type"] == "CancelledError"
     assert span.status.status_code is StatusCode.ERROR
 
 
-async def test_a_command_that_is_given_up_is_told_of(
+async def test_cancelled_redis_command_has_a_span(
     provider: TracerProvider, memory: InMemorySpanExporter, redis: RedisServer
 ) -> None:
-    """Of Redis, too."""
+    """The rules of statements hold for commands."""
     client = Redis.from_url(redis.url())
     trace_redis(client, provider)
     with provider.get_tracer("test").start_as_current_span("work"):
@@ -110,19 +113,19 @@ async def test_a_command_that_is_given_up_is_told_of(
                 await client.execute_command("BLPOP", "nothing", 60)  # type: ignore[no-untyped-call]
         await client.aclose()
     provider.force_flush()
-    ping, blpop = told(memory)
+    ping, blpop = spans_of_statements(memory)
 
     assert "error.type" not in (ping.attributes or {})
     assert (blpop.attributes or {})["error.type"] == "CancelledError"
     assert blpop.status.status_code is StatusCode.ERROR
 
 
-async def test_no_row_is_in_a_trace_of_what_went_wrong(
+async def test_failed_statement_has_no_row_in_its_span(
     provider: TracerProvider,
     memory: InMemorySpanExporter,
     connection: "asyncpg.Connection[asyncpg.Record]",
 ) -> None:
-    """Not in what the server says, nor in what the driver says of what it was given."""
+    """Neither from the server's message nor from the driver's."""
     await connection.execute("CREATE TABLE shop (name text PRIMARY KEY, number integer)")
     await connection.execute("INSERT INTO shop VALUES ('planted', 1)")
     with pytest.raises(asyncpg.UniqueViolationError, match="shop_pkey"):
@@ -132,7 +135,7 @@ async def test_no_row_is_in_a_trace_of_what_went_wrong(
     with pytest.raises(asyncpg.RaiseError, match="planted"):
         await connection.execute("DO $$ BEGIN RAISE EXCEPTION 'planted'; END $$")
     provider.force_flush()
-    failed = [span for span in told(memory) if span.events]
+    failed = [span for span in spans_of_statements(memory) if span.events]
 
     assert [(span.attributes or {})["error.type"] for span in failed] == [
         "UniqueViolationError",

@@ -1,4 +1,4 @@
-"""Webhooks to receivers that are slow, endless, broken, busy, gone or away."""
+"""Webhooks to receivers that are slow, endless, broken, busy or unavailable."""
 
 import asyncio
 import socket
@@ -7,38 +7,39 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
-from tests.integration.webhooks import BODY, LOOPBACK, Names, delivery, hang, until
+from tests.integration.webhooks import BODY, LOOPBACK, Names, delivery, hang
 from tests.manual_clock import ManualClock
 from tests.servers.certificates import Certificates
 from tests.servers.ports import free_port
 from tests.servers.receiver import Behaviour, Receiver, receiver, status
+from tests.servers.waiting import until
 
-from viralfx.domain.resilience.circuit import CircuitOpenError
-from viralfx.domain.webhooks.errors import WebhookRejectedError, WebhookUnavailableError
-from viralfx.domain.webhooks.hosts import HostCircuits
+from viralfx.domain.resilience.breaker import CircuitOpenError
+from viralfx.domain.webhooks.delivery import HostCircuits
+from viralfx.domain.webhooks.url import WebhookRejectedError, WebhookUnavailableError
 
 
 @pytest.fixture
 async def plain() -> AsyncIterator[Receiver]:
-    """Return a receiver that speaks plain HTTP."""
+    """Return a receiver without TLS."""
     async with receiver() as receiving:
         yield receiving
 
 
 @pytest.fixture
 async def secure(certificates: Certificates) -> AsyncIterator[Receiver]:
-    """Return a receiver that speaks TLS, as localhost and 127.0.0.1."""
+    """Return a receiver with TLS for localhost and 127.0.0.1."""
     async with receiver(certificates.server_context()) as receiving:
         yield receiving
 
 
 async def read_nothing(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Take nothing in and say nothing."""
+    """Neither read nor send."""
     await writer.wait_closed()
 
 
 def saying(first: bytes, then: bytes, pause: float = 0.02) -> Behaviour:
-    """Say something at once, then something else again and again."""
+    """Send one text at once, then another one repeatedly."""
 
     async def behave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -56,18 +57,18 @@ MISBEHAVIOURS = {
     "silence": hang,
     "a head that drips": saying(HEAD, b"X-Drip: 1\r\n"),
     "a line that drips": saying(b"HTTP/1.1 20", b"0"),
-    "interim answers for ever": saying(b"", b"HTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n"),
+    "endless interim responses": saying(b"", b"HTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n"),
 }
 
 
 @pytest.mark.parametrize("name", MISBEHAVIOURS)
 @pytest.mark.parametrize("encrypted", [False, True])
-async def test_no_answer_in_time_is_none(
+async def test_total_time_is_limited(
     name: str, certificates: Certificates, *, encrypted: bool
 ) -> None:
-    """One limit bounds it all, however busy the receiver looks; the connection is closed."""
+    """However active the receiver is; the connection is closed."""
     async with receiver(certificates.server_context() if encrypted else None) as receiving:
-        receiving.answer(MISBEHAVIOURS[name])
+        receiving.respond_with(MISBEHAVIOURS[name])
         where = f"{'https' if encrypted else 'http'}://127.0.0.1:{receiving.port}"
         delivering = delivery(where, trust=certificates, timeout=0.4)
         began = time.monotonic()
@@ -79,9 +80,9 @@ async def test_no_answer_in_time_is_none(
         await until(lambda: receiving.ended == 1)
 
 
-async def test_a_receiver_that_takes_nothing_in(plain: Receiver) -> None:
-    """The limit bounds the sending too."""
-    plain.answer(read_nothing)
+async def test_receiver_that_does_not_read(plain: Receiver) -> None:
+    """The limit includes sending."""
+    plain.respond_with(read_nothing)
     where = f"http://127.0.0.1:{plain.port}"
     with pytest.raises(WebhookUnavailableError, match=r"within 0\.3 s"):
         await delivery(where, timeout=0.3).deliver(
@@ -89,16 +90,16 @@ async def test_a_receiver_that_takes_nothing_in(plain: Receiver) -> None:
         )
 
 
-async def test_a_tls_handshake_without_an_answer(plain: Receiver) -> None:
-    """It is cut, and its connection closed."""
-    plain.answer(hang)
+async def test_tls_handshake_without_a_response(plain: Receiver) -> None:
+    """It is aborted, and the connection is closed."""
+    plain.respond_with(hang)
     where = f"127.0.0.1:{plain.port}"
     with pytest.raises(WebhookUnavailableError, match=r"within 0\.3 s"):
         await delivery(where, timeout=0.3).deliver(f"https://{where}/", message_id="i", body=BODY)
     await until(lambda: plain.ended == 1)
 
 
-async def test_a_name_server_without_an_answer() -> None:
+async def test_name_server_without_a_response() -> None:
     """The limit includes the lookup."""
 
     async def never(host: str, port: int) -> Sequence[str]:
@@ -110,8 +111,8 @@ async def test_a_name_server_without_an_answer() -> None:
         await delivering.deliver("https://hooks.example.com/", message_id="i", body=BODY)
 
 
-async def never_going_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Say a head, and nothing more."""
+async def never_continuing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Send the head of a response and nothing more."""
     writer.write(HEAD + b"Content-Length: 1000000\r\n\r\n")
     await hang(reader, writer)
 
@@ -119,15 +120,15 @@ async def never_going_on(reader: asyncio.StreamReader, writer: asyncio.StreamWri
 BODIES = {
     "without an end": saying(HEAD + b"\r\n", b"x" * 65536, pause=0),
     "that drips": saying(HEAD + b"Content-Length: 1000000\r\n\r\n", b"x"),
-    "that never comes": never_going_on,
+    "that never comes": never_continuing,
     "in broken chunks": saying(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"zzz\r\n"),
 }
 
 
 @pytest.mark.parametrize("name", BODIES)
-async def test_the_body_of_an_answer_does_not_matter(plain: Receiver, name: str) -> None:
-    """The status has come, so it is delivered; the rest is given a second and then left."""
-    plain.answer(BODIES[name])
+async def test_body_of_a_response_is_ignored(plain: Receiver, name: str) -> None:
+    """The status decides; the body gets a second."""
+    plain.respond_with(BODIES[name])
     where = f"http://127.0.0.1:{plain.port}"
     began = time.monotonic()
 
@@ -138,14 +139,14 @@ async def test_the_body_of_an_answer_does_not_matter(plain: Receiver, name: str)
 
 
 async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Reset the connection once the request has begun to come."""
+    """Reset the connection after the beginning of the request."""
     await reader.read(1)
     lingering = struct.pack("ii", 1, 0)
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, lingering)
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "told"),
+    ("behaviour", "error"),
     [
         (reset, "broke off"),
         (b"", "broke off, or did not speak HTTP"),
@@ -156,23 +157,25 @@ async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     ],
     ids=["reset", "closed", "half a head", "another protocol", "a huge head", "a wrong status"],
 )
-async def test_no_answer_at_all(plain: Receiver, behaviour: Behaviour | bytes, told: str) -> None:
-    """It may have been taken; another try is worth it."""
-    plain.answer(behaviour)
+async def test_lost_response_is_retried(
+    plain: Receiver, behaviour: Behaviour | bytes, error: str
+) -> None:
+    """The receiver may have got the request."""
+    plain.respond_with(behaviour)
     where = f"http://127.0.0.1:{plain.port}"
-    with pytest.raises(WebhookUnavailableError, match=f"127.0.0.1 did not answer: .*{told}"):
+    with pytest.raises(WebhookUnavailableError, match=f"127.0.0.1 did not answer: .*{error}"):
         await delivery(where).deliver(f"{where}/", message_id="i", body=BODY)
 
 
-async def test_nobody_listens() -> None:
-    """Another try is worth it."""
+async def test_refused_connection_is_retried() -> None:
+    """The receiver may be restarting."""
     where = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(WebhookUnavailableError, match="it cannot be connected to"):
         await delivery(where).deliver(f"{where}/", message_id="i", body=BODY)
 
 
-async def test_an_address_that_does_not_accept_leaves_time_for_the_next(plain: Receiver) -> None:
-    """Refused, or swallowed: the host's other address is tried."""
+async def test_next_address_is_tried(plain: Receiver) -> None:
+    """After a refusal, and after an address that drops packets."""
     with socket.socket() as full:
         full.bind(("127.0.0.3", plain.port))
         full.listen(0)
@@ -191,30 +194,30 @@ async def test_an_address_that_does_not_accept_leaves_time_for_the_next(plain: R
 
 
 @pytest.mark.parametrize("number", [429, 503])
-async def test_a_receiver_says_when_to_come_back(plain: Receiver, number: int) -> None:
+async def test_retry_after_is_parsed(plain: Receiver, number: int) -> None:
     """In seconds or as a date."""
     where = f"http://127.0.0.1:{plain.port}"
     for written in (
         "42",
         time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 43)),
     ):
-        plain.answer(status(number, f"Retry-After: {written}"))
+        plain.respond_with(status(number, f"Retry-After: {written}"))
         with pytest.raises(WebhookUnavailableError) as busy:
             await delivery(where).deliver(f"{where}/", message_id="i", body=BODY)
         assert busy.value.retry_after == pytest.approx(42, abs=2)
 
 
-async def test_a_receiver_that_is_gone(plain: Receiver) -> None:
-    """410 is for ever."""
-    plain.answer(status(410, "Retry-After: 1", body=b"gone"))
+async def test_gone_is_permanent(plain: Receiver) -> None:
+    """Status 410."""
+    plain.respond_with(status(410, "Retry-After: 1", body=b"gone"))
     where = f"http://127.0.0.1:{plain.port}"
     with pytest.raises(WebhookRejectedError) as gone:
         await delivery(where).deliver(f"{where}/", message_id="i", body=BODY)
     assert gone.value.status == 410
 
 
-async def test_a_host_that_is_down_is_left_alone_and_found_again(plain: Receiver) -> None:
-    """Its circuit opens, others are served, and one call finds it back."""
+async def test_circuit_opens_for_an_unavailable_host(plain: Receiver) -> None:
+    """Other hosts are served, and one probe call detects the recovery."""
     port = free_port()
     down, up = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{plain.port}"
     clock = ManualClock()
@@ -234,9 +237,9 @@ async def test_a_host_that_is_down_is_left_alone_and_found_again(plain: Receiver
             assert await delivering.deliver(f"{down}/", message_id="i", body=BODY) == 200
 
 
-async def test_a_job_that_is_cut_off_leaves_nothing_behind(plain: Receiver) -> None:
-    """The cancellation comes through and the connection is closed."""
-    plain.answer(hang)
+async def test_cancelled_delivery_closes_its_connection(plain: Receiver) -> None:
+    """The cancellation is propagated."""
+    plain.respond_with(hang)
     where = f"http://127.0.0.1:{plain.port}"
     task = asyncio.create_task(delivery(where).deliver(f"{where}/", message_id="i", body=BODY))
     await until(lambda: plain.connections == 1)
@@ -246,8 +249,10 @@ async def test_a_job_that_is_cut_off_leaves_nothing_behind(plain: Receiver) -> N
     await until(lambda: plain.ended == 1)
 
 
-async def test_many_at_once(secure: Receiver, certificates: Certificates) -> None:
-    """Deliveries share nothing that they could disturb one another by."""
+async def test_concurrent_deliveries_are_independent(
+    secure: Receiver, certificates: Certificates
+) -> None:
+    """They share no state."""
     where = f"https://127.0.0.1:{secure.port}"
     delivering = delivery(where, trust=certificates)
     async with asyncio.TaskGroup() as group:

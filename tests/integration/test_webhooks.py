@@ -1,4 +1,4 @@
-"""Webhooks over real sockets and real TLS: how they arrive, and what keeps them from inside."""
+"""Webhooks over real sockets and TLS: delivery, and protection against SSRF."""
 
 import asyncio
 import base64
@@ -19,8 +19,8 @@ from tests.servers.certificates import Certificates
 from tests.servers.receiver import Receiver, receiver, status
 
 from viralfx.adapters.http import HttpWebhookSender, SystemResolver, client_context
-from viralfx.domain.webhooks.allowed import AllowList
-from viralfx.domain.webhooks.errors import (
+from viralfx.domain.webhooks.url import (
+    AllowList,
     WebhookRefusedError,
     WebhookRejectedError,
     WebhookUnavailableError,
@@ -29,14 +29,14 @@ from viralfx.domain.webhooks.errors import (
 
 @pytest.fixture
 async def plain() -> AsyncIterator[Receiver]:
-    """Return a receiver that speaks plain HTTP."""
+    """Return a receiver without TLS."""
     async with receiver() as receiving:
         yield receiving
 
 
 @pytest.fixture
 async def secure(certificates: Certificates) -> AsyncIterator[Receiver]:
-    """Return a receiver that speaks TLS, as localhost and 127.0.0.1."""
+    """Return a receiver with TLS for localhost and 127.0.0.1."""
     async with receiver(certificates.server_context()) as receiving:
         yield receiving
 
@@ -45,7 +45,7 @@ async def secure(certificates: Certificates) -> AsyncIterator[Receiver]:
 
 
 def verified(received: Receiver, key: bytes) -> bool:
-    """Verify the last request as a receiver does that has never seen this project."""
+    """Verify the last request with an independent implementation."""
     request = received.requests[-1]
     headers = request.headers
     signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + request.body
@@ -54,10 +54,10 @@ def verified(received: Receiver, key: bytes) -> bool:
     return f"v1,{expected}" in headers["webhook-signature"].split(" ")
 
 
-async def test_a_webhook_arrives_signed_over_tls(
+async def test_webhook_is_delivered_signed_over_tls(
     secure: Receiver, certificates: Certificates
 ) -> None:
-    """Body, headers, server name and signature are what a receiver expects, by either secret."""
+    """Body, headers, server name and signature are correct, with either secret."""
     delivering = delivery(f"localhost:{secure.port}", LOOPBACK, trust=certificates)
     url = f"https://localhost:{secure.port}/in?key=1"
 
@@ -75,8 +75,8 @@ async def test_a_webhook_arrives_signed_over_tls(
     assert not verified(secure, b"another" * 4)
 
 
-async def test_addresses_are_hosts_too(certificates: Certificates) -> None:
-    """Of both families, and with a certificate for the address."""
+async def test_host_may_be_an_address(certificates: Certificates) -> None:
+    """IPv4 and IPv6, with a certificate for the address."""
     async with receiver(certificates.server_context()) as four:
         delivering = delivery(f"127.0.0.1:{four.port}", trust=certificates)
         url = f"https://127.0.0.1:{four.port}/"
@@ -88,8 +88,8 @@ async def test_addresses_are_hosts_too(certificates: Certificates) -> None:
         assert six.requests[0].headers["host"] == f"[::1]:{six.port}"
 
 
-async def test_the_system_is_asked_for_names(plain: Receiver) -> None:
-    """A name that it does not know is worth another try: name servers come back."""
+async def test_names_are_resolved_by_the_system(plain: Receiver) -> None:
+    """An unknown name is retried: name servers may recover."""
     assert "127.0.0.1" in await SystemResolver()("localhost", 80)
     known = delivery(f"http://localhost:{plain.port}", LOOPBACK, "::1/128")
     url = f"http://localhost:{plain.port}/"
@@ -99,8 +99,8 @@ async def test_the_system_is_asked_for_names(plain: Receiver) -> None:
         await unknown.deliver("https://hooks.invalid/", message_id="i", body=BODY)
 
 
-def test_it_works_on_uvloop_as_well(certificates: Certificates) -> None:
-    """The loop that the service runs on."""
+def test_delivery_works_on_uvloop(certificates: Certificates) -> None:
+    """The event loop of the service."""
 
     async def main() -> None:
         async with receiver(certificates.server_context()) as secure:
@@ -108,7 +108,7 @@ def test_it_works_on_uvloop_as_well(certificates: Certificates) -> None:
             delivering = delivery(where, LOOPBACK, "::1/128", trust=certificates)
             assert await delivering.deliver(f"https://{where}/", message_id="i", body=BODY) == 200
         async with receiver() as silent:
-            silent.answer(hang)
+            silent.respond_with(hang)
             where = f"localhost:{silent.port}"
             delivering = delivery(where, LOOPBACK, "::1/128", timeout=0.2)
             with pytest.raises(WebhookUnavailableError, match=r"within 0\.2 s"):
@@ -129,15 +129,15 @@ def test_it_works_on_uvloop_as_well(certificates: Certificates) -> None:
         ["127.0.0.1", "8.8.8.8"],
         ["::ffff:127.0.0.1"],
         ["64:ff9b::127.0.0.1"],
-        ["0.0.0.0"],  # noqa: S104 - nobody binds to it
+        ["0.0.0.0"],  # noqa: S104 - no socket is bound
         ["::1"],
         ["169.254.169.254"],
     ],
 )
-async def test_a_name_for_a_private_address_is_refused(
+async def test_name_with_a_private_address_is_refused(
     plain: Receiver, addresses: list[str]
 ) -> None:
-    """One such address among several is enough, and nobody is connected to."""
+    """One such address among several is enough; there is no connection."""
     names = Names(addresses)
     delivering = delivery(f"http://hooks.example.com:{plain.port}", names=names)
     url = f"http://hooks.example.com:{plain.port}/"
@@ -149,7 +149,7 @@ async def test_a_name_for_a_private_address_is_refused(
     assert plain.connections == 0
 
 
-async def test_a_name_cannot_change_its_meaning_after_the_look(
+async def test_dns_rebinding_has_no_effect(
     plain: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is looked up once, and what is connected to is the address that was looked at.
@@ -180,24 +180,24 @@ async def test_a_name_cannot_change_its_meaning_after_the_look(
 
 
 @pytest.mark.parametrize("number", [301, 302, 303, 307, 308])
-async def test_a_redirect_is_not_followed(plain: Receiver, number: int) -> None:
-    """Neither inward nor back to the same host."""
+async def test_redirect_is_not_followed(plain: Receiver, number: int) -> None:
+    """Neither to a private address nor to the same host."""
     async with receiver() as inward:
         where = f"http://127.0.0.1:{plain.port}"
         delivering = delivery(where, f"http://127.0.0.1:{inward.port}")
-        plain.answer(status(number, f"Location: http://127.0.0.1:{inward.port}/admin"))
+        plain.respond_with(status(number, f"Location: http://127.0.0.1:{inward.port}/admin"))
         with pytest.raises(WebhookRejectedError, match="redirects are not followed"):
             await delivering.deliver(f"{where}/", message_id="i", body=BODY)
-        plain.answer(status(number, "Location: /again"))
+        plain.respond_with(status(number, "Location: /again"))
         with pytest.raises(WebhookRejectedError, match="redirects are not followed"):
             await delivering.deliver(f"{where}/", message_id="i", body=BODY)
         assert (plain.connections, inward.connections) == (2, 0)
 
 
-async def test_no_proxy_of_the_environment_is_used(
+async def test_proxy_of_the_environment_is_ignored(
     plain: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would connect to addresses that nobody looked at."""
+    """It would connect to unchecked addresses."""
     async with receiver() as proxy:
         for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
             for name in (variable, variable.lower()):
@@ -207,9 +207,9 @@ async def test_no_proxy_of_the_environment_is_used(
         assert proxy.connections == 0
 
 
-async def test_no_cookie_is_kept(plain: Receiver) -> None:
-    """What a receiver sets does not come back to it."""
-    plain.answer(status(200, "Set-Cookie: session=1; Path=/"))
+async def test_cookies_are_not_kept(plain: Receiver) -> None:
+    """The next request sends none."""
+    plain.respond_with(status(200, "Set-Cookie: session=1; Path=/"))
     where = f"http://127.0.0.1:{plain.port}"
     delivering = delivery(where)
     for _ in range(2):
@@ -217,13 +217,11 @@ async def test_no_cookie_is_kept(plain: Receiver) -> None:
     assert "cookie" not in plain.requests[1].headers
 
 
-# -- with whom TLS is spoken -----------------------------------------------------------------------
+# -- verification of certificates ------------------------------------------------------------------
 
 
-async def test_an_unknown_authority_is_not_trusted(
-    secure: Receiver, certificates: Certificates
-) -> None:
-    """Nothing is sent to a server whose certificate is not accepted."""
+async def test_unknown_ca_is_refused(secure: Receiver, certificates: Certificates) -> None:
+    """Nothing is sent to the server."""
     hosts = AllowList([f"localhost:{secure.port}", LOOPBACK])
     for tls in (client_context(str(certificates.other_ca)), client_context()):
         sender = HttpWebhookSender(hosts.check_addresses, tls=tls, resolve=Names(["127.0.0.1"]))
@@ -233,10 +231,10 @@ async def test_an_unknown_authority_is_not_trusted(
     assert secure.requests == []
 
 
-async def test_a_certificate_for_another_name_is_not_accepted(
+async def test_certificate_for_another_name_is_refused(
     secure: Receiver, certificates: Certificates
 ) -> None:
-    """The name is checked though the connection is made to an address."""
+    """The name is verified although the connection uses an address."""
     names = Names(["127.0.0.1"])
     where = f"hooks.example.com:{secure.port}"
     delivering = delivery(where, LOOPBACK, trust=certificates, names=names)
@@ -246,8 +244,8 @@ async def test_a_certificate_for_another_name_is_not_accepted(
     assert secure.requests == []
 
 
-async def test_an_expired_certificate_is_not_accepted() -> None:
-    """It may be renewed, so another try is worth it."""
+async def test_expired_certificate_is_refused() -> None:
+    """It may be renewed, so the delivery is retried."""
     authority = trustme.CA()
     expired = authority.issue_cert("127.0.0.1", not_after=datetime(2020, 1, 1, tzinfo=UTC))
     shown, trusted = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), client_context()
@@ -262,8 +260,10 @@ async def test_an_expired_certificate_is_not_accepted() -> None:
         assert receiving.requests == []
 
 
-async def test_tls_is_not_left_for_plain_text(plain: Receiver, certificates: Certificates) -> None:
-    """A server that speaks none gets nothing."""
+async def test_there_is_no_fallback_to_plain_text(
+    plain: Receiver, certificates: Certificates
+) -> None:
+    """A server without TLS gets no request."""
     where = f"localhost:{plain.port}"
     delivering = delivery(where, LOOPBACK, trust=certificates, names=Names(["127.0.0.1"]))
 
@@ -271,6 +271,6 @@ async def test_tls_is_not_left_for_plain_text(plain: Receiver, certificates: Cer
         writer.write(b"220 mail.example.com ESMTP\r\n")
         await writer.drain()
 
-    plain.answer(not_tls)
+    plain.respond_with(not_tls)
     with pytest.raises(WebhookUnavailableError, match="TLS failed"):
         await delivering.deliver(f"https://{where}/", message_id="i", body=BODY)

@@ -1,4 +1,4 @@
-"""What the tests of webhooks share: names that lead where a test says, and the wiring."""
+"""Helpers for tests of webhooks: scripted name resolution, and the wiring."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -7,10 +7,8 @@ from tests.servers.certificates import Certificates
 
 from viralfx.adapters.http import HttpWebhookSender, client_context
 from viralfx.domain.clock import SystemClock
-from viralfx.domain.webhooks.allowed import AllowList
-from viralfx.domain.webhooks.delivery import WebhookDelivery
-from viralfx.domain.webhooks.hosts import HostCircuits
-from viralfx.domain.webhooks.signature import Signer
+from viralfx.domain.webhooks.delivery import HostCircuits, Signer, WebhookDelivery
+from viralfx.domain.webhooks.url import AllowList
 
 KEYS = [b"n" * 32, b"o" * 24]
 BODY = b'{"type":"order.shipped","data":{"id":7}}'
@@ -18,7 +16,7 @@ LOOPBACK = "127.0.0.0/8"
 
 
 class Names:
-    """A resolver: each lookup gets the next answer, the last one for ever."""
+    """A resolver with scripted answers; the last one repeats."""
 
     def __init__(self, *answers: Sequence[str]) -> None:
         self.asked: list[str] = []
@@ -38,7 +36,7 @@ def delivery(
     timeout: float = 5.0,
     circuits: HostCircuits | None = None,
 ) -> WebhookDelivery:
-    """Wire a delivery as a worker does, to a test's own hosts."""
+    """Wire a delivery as a worker does, to the hosts of a test."""
     hosts = AllowList(allowed)
     return WebhookDelivery(
         allowed=hosts,
@@ -54,15 +52,8 @@ def delivery(
     )
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what the other end of a connection is to see."""
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - a socket sets no event
-            await asyncio.sleep(0.005)
-
-
 async def hang(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
-    """Read whatever comes and say nothing, until the client leaves."""
+    """Read without responding until the client disconnects."""
     while await reader.read(65536):
         pass
     raise EOFError

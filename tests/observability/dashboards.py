@@ -1,4 +1,4 @@
-"""The dashboard as Grafana reads it: which queries it makes of its variables."""
+"""The dashboard as Grafana reads it: its queries with the variables filled in."""
 
 import json
 import re
@@ -23,13 +23,13 @@ class Target:
         return f"{self.row} / {self.panel} / {self.legend}"
 
     def query(self, *, scraped: float) -> str:
-        """Return the query for everything, where a target is scraped every ``scraped`` seconds."""
-        # The least that Grafana takes for it, whatever the range on the screen.
+        """Return the query for all values, with a scrape interval of ``scraped`` seconds."""
+        # Grafana's minimum for this interval, for any time range.
         values = {"job": ".*", "instance": ".*", "__rate_interval": f"{4 * scraped:g}s"}
         return re.sub(r"\$(\w+)", lambda match: values[match[1]], self.expression)
 
     def name(self, labels: Mapping[str, str]) -> str:
-        """Return what the legend says of a series; raises ``KeyError`` for a label it lacks."""
+        """Return the legend of a series; raises ``KeyError`` for a missing label."""
         return re.sub(r"\{\{(\w+)\}\}", lambda match: labels[match[1]], self.legend)
 
 

@@ -1,4 +1,4 @@
-"""Takes expressions of PromQL apart, as far as to know which series and labels they ask for."""
+"""Parses PromQL expressions far enough to find their series and labels."""
 
 import re
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _KEYWORDS = {"and", "or", "unless", "by", "on", "bool", "offset"}
 
 @dataclass(frozen=True)
 class Asked:
-    """What an expression asks for."""
+    """The series and labels of an expression."""
 
     series: dict[str, frozenset[str]]
     """The names of series, with the labels that are compared."""
@@ -21,7 +21,7 @@ class Asked:
 
 
 def asked(expression: str) -> Asked:
-    """Take an expression apart."""
+    """Parse an expression."""
     grouped = {
         label.strip()
         for labels in _GROUPING.findall(expression)

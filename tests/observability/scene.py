@@ -1,7 +1,8 @@
-"""A service and its worker under traffic, with faults by turns, and a Prometheus that looks on."""
+"""A service and its worker under traffic, with faults one after another, and a Prometheus."""
 
 import base64
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,14 +32,15 @@ RATES = {
     "/nowhere": 0.5,
     "POST /mistakes": 0.2,
 }
-"""Requests a second."""
+"""Requests per second."""
 
 _POOL = 5
 _SECRET = "whsec_" + base64.b64encode(b"n" * 32).decode()
+_LEASE = 10.0
 _SETTINGS = {
     "TASK_MODULES": "tests.job_tasks",
     "JOB_CONCURRENCY": "2",
-    "JOB_LEASE": "10000",
+    "JOB_LEASE": str(int(1000 * _LEASE)),
     "JOB_SWEEP_INTERVAL": "1000",
     "DB_POOL_MAX": str(_POOL),
     "DB_SLOW_QUERY_THRESHOLD": "500",
@@ -47,12 +49,23 @@ _SETTINGS = {
     "WEBHOOK_SECRET": _SECRET,
     "ACCESS_LOG": "false",
 }
+_REFUSE = """
+create or replace function refuse() returns trigger language plpgsql as $$ begin
+    if new.payload::text = '"refused"' and new.state not in ('waiting', 'active') then
+        raise 'refused';
+    end if;
+    return new;
+end $$
+"""
+_TRIGGER = """
+create trigger refuse before insert or update on {table} for each row execute function refuse()
+"""
 _ANY = "127.0.0.1"
 _RECEIVERS = 8
 
 
 class Scene:
-    """What runs; :meth:`act` has one thing after another happen to it."""
+    """The running processes; :meth:`act` causes one fault after another."""
 
     def __init__(
         self,
@@ -61,10 +74,11 @@ class Scene:
         redis: RedisServer,
         seconds: int,
     ) -> None:
+        self._postgres = postgres
         self._database = stack.enter_context(FaultProxy(postgres.port))
         self._redis = stack.enter_context(FaultProxy(redis.port))
         self._dead = free_port()
-        """Nobody receives webhooks there."""
+        """Send webhooks to an address without a receiver."""
         environment = environment_of(
             postgres,
             **_SETTINGS,
@@ -91,21 +105,23 @@ class Scene:
             yield service.wait_ready()
 
     def scraped(self) -> bool:
-        """Tell whether Prometheus sees both that run, which it may find only after seconds."""
+        """Return whether Prometheus has scraped both processes."""
         found = self.prometheus.ask("query", query="up == 1")["result"]
         return {each["metric"]["job"] for each in found} == {API, WORKER}
 
-    # -- what happens ----------------------------------------------------------------------------
+    # -- faults ----------------------------------------------------------------------------------
 
     def act(self, pause: float = 0.0) -> None:
-        """Go through all of it once, with a pause of so many seconds after each."""
+        """Cause every fault once, with a pause of so many seconds after each."""
         happenings: list[Callable[[], None]] = [
             self._jobs,
             self._crowded,
+            self._hostile,
             self._supplier_away,
             self._redis_away,
             self._jobs,
             self._webhooks,
+            self._outcome_refused,
             self._database_away,
             self._instance_leaves,
         ]
@@ -114,11 +130,11 @@ class Scene:
             self.wait(pause)
 
     def wait(self, seconds: float) -> None:
-        """Let traffic go on."""
+        """Let the traffic continue."""
         self._over.wait(seconds)
 
     def _while_scraped(self) -> None:
-        """Wait until what happens now has been seen twice."""
+        """Wait until Prometheus has scraped the current state twice."""
         self.wait(2.5 * self._seconds)
 
     def _jobs(self) -> None:
@@ -135,6 +151,18 @@ class Scene:
             self._ask_for("notifications.webhook", {**payload, "data": {"id": number}})
         self._while_scraped()
 
+    def _outcome_refused(self) -> None:
+        """Let Postgres refuse the outcome of a job for longer than a lease."""
+        tables = ("viralfx_jobs", "viralfx_finished_jobs")
+        self._postgres.execute(_REFUSE)
+        for table in tables:
+            self._postgres.execute(_TRIGGER.format(table=table))
+        self._ask_for("parcels.echo", "refused")
+        self.wait(_LEASE)
+        self._while_scraped()
+        for table in tables:
+            self._postgres.execute(f"drop trigger refuse on {table}")
+
     def _ask_for(self, task: str, payload: object) -> None:
         body = {"task": task, "payload": payload}
         with contextlib.suppress(OSError):
@@ -145,6 +173,14 @@ class Scene:
         for _ in range(4 * _POOL):
             self._crowd.submit(request, self._api.port, f"/reports/{took}", timeout=60)
         self.wait(4 * took)
+
+    def _hostile(self) -> None:
+        """Send requests that the server rejects, one for each reason that needs no waiting."""
+        for sent in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", self._api.port), timeout=20) as client:
+                client.sendall(sent)
+                client.recv(65536)
+        self._while_scraped()
 
     def _supplier_away(self) -> None:
         request(self._api.port, "/supplier/away", method="POST")
@@ -163,12 +199,12 @@ class Scene:
         self._while_scraped()
 
     def _instance_leaves(self) -> None:
-        """Stop another instance in sight of Prometheus; it cuts the request that it had."""
+        """Stop another instance while Prometheus scrapes it; it cuts a request in flight."""
         phase = 3 * self._seconds
         slow = {
             "SHUTDOWN_READINESS_DELAY": str(1000 * phase),
             "SHUTDOWN_DRAIN_TIMEOUT": str(1000 * phase),
-            # The application has a part of it.
+            # The application contributes a part of this fault.
             "SHUTDOWN_CONNECTION_TIMEOUT": str(5000 * phase),
             "SHUTDOWN_FORCE_TIMEOUT": str(10_000 * phase),
             "SHOP_CLOSING_SECONDS": str(phase * 0.8),
@@ -206,7 +242,7 @@ def scene(*, seconds: int = 1) -> Iterator[Scene]:
 
 
 def acting(on: Scene, *, pause: float, until: float) -> None:
-    """Go through everything again and again until a time of the monotonic clock."""
+    """Repeat all faults until a time of the monotonic clock."""
     for _ in count():
         if time.monotonic() >= until:
             return

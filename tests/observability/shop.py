@@ -1,4 +1,4 @@
-"""An application that does everything that the dashboard shows, when it is asked to."""
+"""An application whose routes cause everything that the dashboard shows."""
 
 import asyncio
 import os
@@ -8,11 +8,11 @@ from litestar import Litestar, get, post
 from litestar.exceptions import ServiceUnavailableException
 
 from viralfx import CircuitBreaker, CircuitOpenError, OperationsConfig, OperationsPlugin, retry
-from viralfx.domain.resilience.budget import RetryBudget
+from viralfx.domain.resilience.policy import RetryBudget
 
 
 class _AwayError(Exception):
-    """The supplier does not answer."""
+    """The supplier does not respond."""
 
 
 class _Supplier:
@@ -35,7 +35,7 @@ plugin = OperationsPlugin(OperationsConfig(breakers=[breaker], retriers=[persist
 
 @get("/orders/{order:int}")
 async def order(order: int) -> dict[str, int]:
-    """Look into Redis and Postgres."""
+    """Query Redis and Postgres."""
     await plugin.redis.get_with_graceful_degradation(
         lambda: plugin.redis.redis.get(f"order:{order}"), None
     )
@@ -45,7 +45,7 @@ async def order(order: int) -> dict[str, int]:
 
 @get("/reports/{seconds:float}")
 async def report(seconds: float) -> dict[str, float]:
-    """Hold a connection of the pool for as long as asked."""
+    """Hold a connection of the pool for the requested time."""
     async with plugin.database.acquire() as connection:
         await connection.execute("SELECT pg_sleep($1)", seconds)
     return {"took": seconds}
@@ -53,20 +53,20 @@ async def report(seconds: float) -> dict[str, float]:
 
 @post("/mistakes", status_code=200)
 async def mistake() -> dict[str, int]:
-    """Send a statement that Postgres refuses."""
+    """Send a statement that Postgres rejects."""
     async with plugin.database.acquire() as connection:
         return {"answer": await connection.fetchval("SELECT 1 / 0")}
 
 
 @post("/counter", status_code=200)
 async def counter() -> dict[str, int]:
-    """Count in Redis, which fails without it."""
+    """Increment a counter in Redis; fails without Redis."""
     return {"count": await plugin.redis.redis.incr("counter")}
 
 
 @get("/prices")
 async def price() -> dict[str, int]:
-    """Ask a supplier, behind a circuit and with retries."""
+    """Call a supplier with a circuit breaker and retries."""
     try:
         return {"price": await persistence(breaker(supplier.price))()}
     except (CircuitOpenError, _AwayError) as error:
@@ -75,19 +75,19 @@ async def price() -> dict[str, int]:
 
 @post("/supplier/{place:str}", status_code=200)
 async def change(place: str) -> None:
-    """Let the supplier go ``away``, or be ``back``."""
+    """Switch the supplier to ``away`` or ``back``."""
     supplier.away = place == "away"
 
 
 @post("/jobs", status_code=202)
 async def ask(data: dict[str, Any]) -> dict[str, str]:
-    """Have a job accepted."""
+    """Submit a job."""
     accepted = await plugin.jobs.submit(data["task"], data["payload"])
     return {"id": accepted.job.id}
 
 
 async def close() -> None:
-    """Take as long to close as the environment says."""
+    """Wait for the time that the environment sets."""
     await asyncio.sleep(float(os.environ.get("SHOP_CLOSING_SECONDS", "0")))
 
 

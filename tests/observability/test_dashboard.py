@@ -1,4 +1,4 @@
-"""Every panel of the dashboard shows something: a real Prometheus scrapes a service in trouble."""
+"""Every panel of the dashboard shows data: a real Prometheus scrapes a service with faults."""
 
 import math
 import time
@@ -10,15 +10,15 @@ from tests.observability.scene import Scene, scene
 from tests.servers.fixtures import or_skip
 from tests.servers.prometheus import Series
 
-# It may have to fetch Prometheus, and waits for scrapes.
+# The first test may download Prometheus, and all wait for scrapes.
 pytestmark = pytest.mark.timeout(600)
 
-MOST_TIMES = 3
-"""On a busy machine something may be over before it is scraped; then all of it happens again."""
+MAX_ATTEMPTS = 3
+"""On a busy machine a fault may end before a scrape sees it; then all faults are repeated."""
 
 
 class Seen:
-    """What the queries of the dashboard returned."""
+    """The results of the dashboard's queries."""
 
     def __init__(self, on: Scene) -> None:
         self._on = on
@@ -26,16 +26,16 @@ class Seen:
         self.series: dict[Target, list[Series]] = {}
 
     def ask(self, query: str) -> list[Series]:
-        """Ask for everything since the beginning."""
+        """Run all queries for the time since the start."""
         prometheus = self._on.prometheus
         return prometheus.range(query, begin=self._began, end=time.time(), step=prometheus.seconds)
 
     def query(self, target: Target) -> str:
-        """Return what Grafana makes of a query."""
+        """Return the query as Grafana builds it."""
         return target.query(scraped=self._on.prometheus.seconds)
 
-    def look(self) -> list[str]:
-        """Ask again what had nothing to show yet; return what still has not."""
+    def retry_empty(self) -> list[str]:
+        """Repeat the queries without data; return those that still have none."""
         for target in targets():
             if not moved(self.series.get(target, [])):
                 self.series[target] = self.ask(self.query(target))
@@ -43,25 +43,25 @@ class Seen:
 
 
 def moved(series: list[Series]) -> bool:
-    """Tell whether there is a sample that is a number above zero."""
+    """Return whether a sample is above zero."""
     return any(math.isfinite(value) and value > 0 for each in series for value in each.values)
 
 
 @pytest.fixture(scope="module")
 def seen() -> Iterator[Seen]:
-    """Return what the dashboard shows, after everything happened."""
+    """Return the dashboard's data after all faults."""
     with or_skip(), scene() as on:
         found = Seen(on)
-        for _ in range(MOST_TIMES):
+        for _ in range(MAX_ATTEMPTS):
             on.act()
-            if not found.look():
+            if not found.retry_empty():
                 break
         yield found
 
 
 @pytest.mark.parametrize("target", targets(), ids=str)
 def test_a_query_returns_samples(seen: Seen, target: Target) -> None:
-    """With a number above zero among them, and a name for each series."""
+    """A sample is above zero, and each series has a legend."""
     series = seen.series[target]
 
     assert series, "no data"
@@ -73,15 +73,15 @@ def test_a_query_returns_samples(seen: Seen, target: Target) -> None:
 
 @pytest.mark.parametrize("code", ["4..", "5.."])
 def test_no_errors_are_a_line_at_zero(seen: Seen, code: str) -> None:
-    """And not a panel without data, which could mean anything."""
+    """A panel without data would be ambiguous."""
     (target,) = [t for t in targets() if t.panel == "Errors" and code in t.expression]
     (series,) = seen.ask(seen.query(target).replace(code, "nothing"))
 
     assert set(series.values) == {0.0}
 
 
-def test_what_waits_for_redis_is_no_slow_command(seen: Seen) -> None:
-    """Workers wait for their streams for seconds, by a command that they are not slow by."""
+def test_blocking_reads_of_redis_are_not_slow_commands(seen: Seen) -> None:
+    """Workers wait for their streams for seconds with a blocking command."""
     (waiting,) = seen.ask(
         'sum(db_client_operation_duration_seconds_sum{db_operation_name="XREADGROUP"})'
     )

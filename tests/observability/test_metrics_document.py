@@ -1,4 +1,4 @@
-"""docs/metrics.md holds every metric that there is, and what the operations guide asks for."""
+"""Tests of docs/metrics.md: it lists every metric and the items of docs/operations.md."""
 
 import re
 from pathlib import Path
@@ -37,39 +37,50 @@ GUIDE = {
     "Queues: completed jobs": ("viralfx_queue_finished_jobs_total",),
     "Queues: failed jobs": ("viralfx_queue_finished_jobs_total",),
 }
-"""The list "Key Metrics to Monitor" of the operations guide, and what answers it."""
+"""The items of "Key metrics to monitor" in docs/operations.md, and the metrics that answer them."""
 
 
 def row(metric: Described) -> str:
-    """Write one metric as a row of the table."""
+    """Return one metric as a row of the table."""
     labels = ", ".join(f"`{label}`" for label in metric.labels)
-    answers = "; ".join(item for item, names in GUIDE.items() if metric.name in names)
-    return f"| `{metric.name}` | {metric.type} | {labels} | {metric.meaning} | {answers} |"
+    responses = "; ".join(item for item, names in GUIDE.items() if metric.name in names)
+    return f"| `{metric.name}` | {metric.type} | {labels} | {metric.meaning} | {responses} |"
 
 
 def table(metrics: list[Described]) -> str:
-    """Write the table."""
+    """Return the table."""
     head = ["| name | type | labels | meaning | in the guide |", "|---|---|---|---|---|"]
     return "\n".join([*head, *map(row, metrics)])
 
 
-def test_the_table_is_that_of_the_registry() -> None:
-    """Every metric of an assembly with everything in it; the right table is shown when not."""
+def test_the_table_matches_the_registry() -> None:
+    """The registry is that of an assembly with all parts; a failure shows the right table."""
     right = table(described(wired()))
 
     assert right in DOCUMENT, f"docs/metrics.md should hold this table:\n\n{right}\n"
 
 
-def test_each_item_of_the_guide_is_answered() -> None:
-    """By metrics that exist."""
+def test_each_item_of_the_guide_has_existing_metrics() -> None:
+    """The guide lists seventeen items."""
     names = {metric.name for metric in described(wired())}
 
     assert len(GUIDE) == 17
     assert {item for item, wanted in GUIDE.items() if not set(wanted) <= names} == set()
 
 
+def test_the_operations_guide_has_the_same_items() -> None:
+    """Groups and items have the same order."""
+    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Key metrics to monitor\n")[2].partition("\n## ")[0]
+    groups = re.findall(r"^\| (\w+) \| (.*) \|$", section, re.MULTILINE)[1:]
+
+    assert [f"{group}: {item}" for group, items in groups for item in items.split("; ")] == list(
+        GUIDE
+    )
+
+
 def test_names_follow_the_conventions() -> None:
-    """Base units, ``_total`` for counters and for nothing else, a prefix or a convention."""
+    """Names have base units, ``_total`` only for counters, and a known prefix."""
     metrics = described(wired())
     prefixes = re.compile(r"viralfx_|process_|http_server_|db_client_")
     scaled = re.compile(r"_(ms|millis\w*|micros\w*|minutes|kb|mb|kilo\w+|mega\w+|percent)(_|$)")

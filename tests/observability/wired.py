@@ -1,4 +1,4 @@
-"""An assembly with everything that is measured, and the metrics that it has."""
+"""An assembly with all metrics, and their descriptions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from viralfx.bootstrap import Assembly, assemble
 from viralfx.domain.resilience.breaker import CircuitBreaker
-from viralfx.domain.resilience.budget import RetryBudget
+from viralfx.domain.resilience.policy import RetryBudget
 from viralfx.domain.resilience.retry import retry
 from viralfx.settings import read_settings
 
 
 @dataclass(frozen=True, order=True)
 class Described:
-    """One metric, by the name that it is asked for by."""
+    """One metric with its query name."""
 
     name: str
     type: str
@@ -32,12 +32,12 @@ class Described:
 
     @property
     def series_labels(self) -> frozenset[str]:
-        """The labels that its series may have, before those that a scrape adds."""
+        """Return the labels of its series, without those that a scrape adds."""
         return frozenset(self.labels) | ({"le"} if self.type == "histogram" else set())
 
 
 def wired() -> Assembly:
-    """Wire everything that can be measured; nothing is connected."""
+    """Wire all metrics without connecting to any server."""
     settings = read_settings({"DATABASE_URL": "postgresql://u:p@localhost/d", "REDIS_HOST": "r"})
     return assemble(
         settings,
@@ -60,7 +60,7 @@ def _described(assembly: Assembly) -> Iterator[Described]:
             (metric,) = collector.describe()
             yield _of(metric, tuple(collector._labelnames))
         else:
-            for metric in collector.describe():  # type: ignore[attr-defined]  # each of ours has it
+            for metric in collector.describe():  # type: ignore[attr-defined]  # all collectors of this project have it
                 yield _of(metric, tuple(metric._labelnames))
 
 

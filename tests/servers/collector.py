@@ -1,4 +1,4 @@
-"""A receiver of OTLP, over HTTP and over gRPC, that keeps what came; and ways for it to fail."""
+"""An OTLP receiver over HTTP and gRPC that records spans, and ways for it to fail."""
 
 import gzip
 import http.server
@@ -28,7 +28,7 @@ OK = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """A span as it came over the wire."""
+    """A span as received."""
 
     trace: str
     id: str
@@ -45,28 +45,28 @@ class Seen:
 
 @dataclass
 class Collector:
-    """What came, and what is answered."""
+    """The received spans, and the configured response."""
 
     port: int = 0
     spans: list[Seen] = field(default_factory=list)
     headers: list[Mapping[str, str]] = field(default_factory=list)
     requests: int = 0
     status: int = OK
-    """Of the answers over HTTP; anything but 200 keeps nothing."""
+    """The status over HTTP; spans are recorded only with 200."""
     hold: threading.Event = field(default_factory=threading.Event)
-    """Answers wait for it; it is set at first."""
+    """Responses wait for this event; it is set at first."""
 
     def __post_init__(self) -> None:
-        """Let answers go."""
+        """Release the responses."""
         self.hold.set()
 
     @property
     def url(self) -> str:
-        """Where to send."""
+        """The address of the receiver."""
         return f"http://127.0.0.1:{self.port}"
 
     def keep(self, request: ExportTraceServiceRequest) -> None:
-        """Take in what came."""
+        """Record the spans of a request."""
         for of_resource in request.resource_spans:
             resource = _values(of_resource.resource.attributes)
             for scope in of_resource.scope_spans:
@@ -79,12 +79,12 @@ class Collector:
     def wait_for(self, *names: str, seconds: float = 20.0) -> list[Seen]:
         """Return the first span of each name, once there are all."""
 
-        def look() -> list[Seen] | None:
+        def poll() -> list[Seen] | None:
             found = [self.named(name)[:1] for name in names]
             return [each[0] for each in found] if all(found) else None
 
         return wait_until(
-            look, seconds=seconds, what=lambda: f"{names}; {[s.name for s in self.spans]}"
+            poll, seconds=seconds, what=lambda: f"{names}; {[s.name for s in self.spans]}"
         )
 
 
@@ -139,14 +139,14 @@ def http_collector(port: int = 0) -> Iterator[Collector]:
             self.wfile.write(answer)
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Suppress the log."""
 
     class Server(http.server.ThreadingHTTPServer):
         daemon_threads = True
         block_on_close = False
 
         def handle_error(self, *_: object) -> None:
-            """Take no notice of clients that left."""
+            """Ignore disconnected clients."""
 
     with Server(("127.0.0.1", port), Handler) as server:
         collector.port = server.server_address[1]
@@ -193,6 +193,6 @@ COLLECTORS: Mapping[str, Callable[[], Any]] = {
 
 @contextmanager
 def silent_port() -> Iterator[int]:
-    """Accept connections and never say a word."""
+    """Accept connections and never answer."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
         yield listener.getsockname()[1]

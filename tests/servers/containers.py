@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from docker.errors import APIError  # type: ignore[import-untyped]  # it has no types
-from docker.models.containers import Container  # type: ignore[import-untyped]  # likewise
+from docker.models.containers import Container  # type: ignore[import-untyped]  # it has no types
 from testcontainers.core.container import DockerContainer
 from tests.servers.host import Host, PortTakenError
 from tests.servers.ports import free_port
@@ -128,7 +128,7 @@ class ContainerHost(Host):
         return str(self._container.status)
 
     def _wait_closed(self) -> None:
-        # What forwards the port ends a little after the container.
+        # The port forwarder ends a little after the container.
         if self._anchor is None:
             wait_until(lambda: not _listens(self.address, self.port), what="the port is closed")
 
@@ -149,8 +149,8 @@ def address_of(container: DockerContainer) -> str:
 
 
 def begin(container: DockerContainer) -> None:
-    """Start a container, and leave nothing of it when that fails."""
-    # A connection to the engine that is kept looks like one that the program under test left open.
+    """Start a container; remove it if the start fails."""
+    # A kept connection to the engine would count as a leak of the program under test.
     container.get_docker_client().client.api.headers["Connection"] = "close"
     try:
         container.start()

@@ -2,17 +2,18 @@
 
 import asyncio
 import math
+import random
 import socket
 import ssl
 import threading
 from collections.abc import Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Self, TypeVar
 
 from tests.servers.ports import free_port
-from tests.servers.proxied import Link, reset
+from tests.servers.proxied import Fate, Link, reset
 
 T = TypeVar("T")
 
@@ -22,13 +23,14 @@ class Fault(Enum):
 
     PASS = "forward everything"
     BLACKHOLE = "keep connections open, accept new ones, and forward nothing until another mode"
+    DROP = "forward nothing on the connections of this moment, and everything on new ones"
     RESET = "reset all connections, and each new one"
     REFUSE = "reset all connections, and listen no more"
 
 
 @dataclass(frozen=True)
 class Delay:
-    """Forward each piece this long after it came, in both directions."""
+    """Delay each piece by this time, in both directions."""
 
     seconds: float
 
@@ -40,16 +42,45 @@ class CutAfter:
     count: int
 
 
-Mode = Fault | Delay | CutAfter
-PASS, BLACKHOLE, RESET, REFUSE = Fault.PASS, Fault.BLACKHOLE, Fault.RESET, Fault.REFUSE
+@dataclass(frozen=True, eq=False)
+class CutCommits:
+    """Reset Postgres connections at the end of statements, half before the server sees it.
+
+    The other half is reset once the server has answered, and the answer is lost. ``share`` of the
+    statements outside a transaction block meet this, and eight times as many COMMITs.
+    """
+
+    share: float
+    rng: random.Random = field(default_factory=random.Random)
+
+    def fate_of(self, data: bytes) -> Fate:
+        """Decide about a piece from the client."""
+        # A Sync or Query message ends the transaction of a statement outside a block.
+        if b"COMMIT" in data:
+            share = 8 * self.share
+        elif data.startswith(b"Q") or data.endswith(_SYNC):
+            share = self.share
+        else:
+            return Fate.FORWARDED
+        if self.rng.random() >= share:
+            return Fate.FORWARDED
+        return self.rng.choice([Fate.LOST, Fate.UNANSWERED])
+
+
+_SYNC = b"S\0\0\0\4"
+
+Mode = Fault | Delay | CutAfter | CutCommits
+PASS, BLACKHOLE, DROP = Fault.PASS, Fault.BLACKHOLE, Fault.DROP
+RESET, REFUSE = Fault.RESET, Fault.REFUSE
 
 
 class FaultProxy:
     """Stands on a port of its own in front of a server; runs in a thread of its own.
 
     ``mode`` may be set from any thread at any time; it is in force when the assignment returns.
-    What a black hole held back arrives when it ends, as after a cut in a network. With ``tls``
-    clients speak TLS to the proxy, and the server behind gets plain text.
+    Data held back by a black hole arrives when the mode ends, as after a network partition. So does
+    what a firewall that lost its table, ``DROP``, holds back.
+    With ``tls`` clients speak TLS to the proxy, and the server behind gets plain text.
     """
 
     host = "127.0.0.1"
@@ -70,6 +101,7 @@ class FaultProxy:
         self._listener: socket.socket | None = None
         self._loop = asyncio.new_event_loop()
         self._switched = asyncio.Event()
+        self._switched_at = 0.0
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         try:
@@ -80,7 +112,7 @@ class FaultProxy:
 
     @property
     def mode(self) -> Mode:
-        """What happens to connections now."""
+        """The current fault mode."""
         return self._mode
 
     @mode.setter
@@ -111,7 +143,7 @@ class FaultProxy:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
 
     async def _switch(self, mode: Mode) -> None:
-        self._mode = mode
+        self._mode, self._switched_at = mode, self._loop.time()
         self._switched.set()
         self._switched = asyncio.Event()
         if mode is REFUSE and self._listener is not None:
@@ -155,16 +187,16 @@ class FaultProxy:
     def _forget(self, task: asyncio.Task[None]) -> None:
         self._links.pop(task).close()
 
-    async def hold(self, arrived: float) -> None:
+    async def hold(self, arrived: float, accepted: float) -> None:
         """Wait as long as the mode holds back what came at a time of the loop."""
-        self.struck += self._left(arrived) > 0
-        while (left := self._left(arrived)) > 0:
+        self.struck += self._left(arrived, accepted) > 0
+        while (left := self._left(arrived, accepted)) > 0:
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await self._switched.wait()
 
-    def _left(self, arrived: float) -> float:
-        if self._mode is BLACKHOLE:
+    def _left(self, arrived: float, accepted: float) -> float:
+        if self._mode is BLACKHOLE or (self._mode is DROP and accepted <= self._switched_at):
             return math.inf
         if isinstance(self._mode, Delay):
             return arrived + self._mode.seconds - self._loop.time()
@@ -175,6 +207,11 @@ class FaultProxy:
         mode = self._mode
         return mode, mode.count if isinstance(mode, CutAfter) else math.inf
 
+    def fate_of(self, data: bytes) -> Fate:
+        """Decide about a piece from the client."""
+        mode = self._mode
+        return mode.fate_of(data) if isinstance(mode, CutCommits) else Fate.FORWARDED
+
     def was_cut(self) -> None:
-        """Count it."""
+        """Count the interference."""
         self.struck += 1

@@ -3,13 +3,17 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Protocol
 
 import pytest
 from tests.servers import supply
 from tests.servers.certificates import Certificates
 from tests.servers.fault_proxy import FaultProxy
-from tests.servers.postgres import Database, PostgresServer, postgres_server
+from tests.servers.pgbouncer import PgBouncer, Poolers
+from tests.servers.pgbouncer import pgbouncer as running_pgbouncer
+from tests.servers.postgres import Database, PostgresServer, postgres_server, share_folder
+from tests.servers.processes import use_memory
 from tests.servers.redis import RedisServer, redis_server
 from tests.servers.sentinel import SentinelSetup
 from tests.servers.sentinel import sentinel_setup as running_sentinels
@@ -23,8 +27,11 @@ def pytest_report_header() -> str:
         return f"servers: none, tests that need one are skipped ({reason})"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Refuse to run without the servers that were asked for."""
+    use_memory()
+    if config.getoption("numprocesses", None):
+        share_folder()
     if supply.asked():
         try:
             supply.chosen()
@@ -132,3 +139,28 @@ def fault_proxy() -> Iterator[FaultProxies]:
             return stack.enter_context(FaultProxy(port, host=host))
 
         yield make
+
+
+@contextmanager
+def _poolers() -> Iterator[Poolers]:
+    with ExitStack() as stack:
+
+        def make(server: PostgresServer, mode: str, **more: object) -> PgBouncer:
+            with or_skip():
+                return stack.enter_context(running_pgbouncer(server, mode, **more))
+
+        yield make
+
+
+@pytest.fixture
+def pgbouncer() -> Iterator[Poolers]:
+    """Return what puts poolers in front of servers."""
+    with _poolers() as make:
+        yield make
+
+
+@pytest.fixture(scope="session")
+def shared_pgbouncer() -> Iterator[Poolers]:
+    """Return what gives poolers of the whole run: not to be stopped, frozen or paused."""
+    with _poolers() as make:
+        yield cache(make)

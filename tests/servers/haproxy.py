@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.servers.supply import UnavailableError
+from tests.servers.waiting import wait_until
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy/haproxy.cfg"
 
@@ -23,12 +24,21 @@ class Proxy:
     statistics: Path
 
     def of(self, name: str) -> dict[str, str]:
-        """Return what it tells of a server, or of a backend by ``BACKEND``."""
+        """Return the statistics of a server, or of a backend by ``BACKEND``."""
         return next(row for row in self._rows() if row["svname"] == name)
 
     def is_up(self, server: str) -> bool:
-        """Tell whether it sends requests there."""
+        """Return whether it sends requests there."""
         return self.of(server)["status"].startswith("UP")
+
+    def sent(self, server: str) -> int:
+        """Return the number of requests that it has sent there."""
+        return int(self.of(server)["stot"])
+
+    def hidden(self) -> int:
+        """Return the number of requests that it repeated, or that a server did not answer."""
+        counts = ("wretr", "wredis", "eresp")
+        return sum(int(self.of(name)[count]) for name in ("a", "b", "BACKEND") for count in counts)
 
     def _rows(self) -> list[dict[str, str]]:
         with socket.socket(socket.AF_UNIX) as connection:
@@ -41,7 +51,9 @@ class Proxy:
 
 
 @contextmanager
-def haproxy(port: int, servers: dict[str, int], folder: Path) -> Iterator[Proxy]:
+def haproxy(
+    port: int, servers: dict[str, int], folder: Path, configuration: Path = CONFIGURATION
+) -> Iterator[Proxy]:
     """Run one on a port, in front of servers ``a`` and ``b`` at ports of this machine.
 
     It writes into the folder. Raises ``UnavailableError`` where there is none on this machine.
@@ -58,9 +70,10 @@ def haproxy(port: int, servers: dict[str, int], folder: Path) -> Iterator[Proxy]
     }
     with (folder / "haproxy.log").open("wb") as log:
         process = subprocess.Popen(
-            [program, "-db", "-f", str(CONFIGURATION)], env=environment, stdout=log, stderr=log
+            [program, "-db", "-f", str(configuration)], env=environment, stdout=log, stderr=log
         )
     try:
+        wait_until(proxy.statistics.exists, what="the proxy runs")
         yield proxy
     finally:
         process.terminate()

@@ -10,9 +10,9 @@ from functools import cache
 from itertools import cycle
 from pathlib import Path
 
-_OURS = range(15000, 32000)
-_LEAST = 50
-"""Ports, below which one process might come round to one that it still needs."""
+_TEST_PORTS = range(15000, 32000)
+_MIN_PORTS = 50
+"""Ports of one process. With fewer, a process could reuse a port that it still needs."""
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 _turn = threading.Lock()
@@ -21,7 +21,7 @@ _turn = threading.Lock()
 def outgoing() -> range:
     """Return the ports that this machine gives to outgoing connections."""
     if not _RANGE.exists():
-        return range(49152, 65536)  # what other systems than Linux have
+        return range(49152, 65536)  # the range of systems other than Linux
     low, high = map(int, _RANGE.read_text(encoding="ascii").split())
     return range(low, high + 1)
 
@@ -39,12 +39,12 @@ def share(worker: int, workers: int, taken: range) -> Sequence[int]:
             f"test process {worker} has no ports of its own: there are {shares} shares, and too"
             " many of the processes before it crashed"
         )
-    own = [port for port in _OURS[worker::shares] if port not in taken]
-    if len(own) < _LEAST:
+    own = [port for port in _TEST_PORTS[worker::shares] if port not in taken]
+    if len(own) < _MIN_PORTS:
         raise RuntimeError(
             f"each of {workers} test processes has {len(own)} ports, which are fewer than"
-            f" {_LEAST}: run fewer of them (-n), or let outgoing connections have others than"
-            f" {_OURS[0]} to {_OURS[-1]} (net.ipv4.ip_local_port_range is {taken[0]} to"
+            f" {_MIN_PORTS}: run fewer of them (-n), or let outgoing connections have others than"
+            f" {_TEST_PORTS[0]} to {_TEST_PORTS[-1]} (net.ipv4.ip_local_port_range is {taken[0]} to"
             f" {taken[-1]})"
         )
     return own
@@ -69,11 +69,11 @@ def own_address() -> str:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on, another one each time.
+    """Return a free port of this machine, another one each time.
 
-    No other process of this test run is given it: the server it is for may take a while to listen.
-    It is none from which outgoing connections take theirs: while a server is down, nobody may come
-    by its port by accident, nor connect to itself there.
+    No other process of this test run gets it, since its server may take a while to listen. It is
+    outside the range of outgoing connections: while a server is down, no client may get its port
+    by accident, nor connect to itself there.
     """
     with _turn:
         ports, count = _in_turn()

@@ -19,17 +19,22 @@ from tests.servers.ports import free_port
 from tests.servers.supply import UnavailableError
 from tests.servers.waiting import wait_until
 
+MEMORY = "VIRALFX_TEST_MEMORY"
+"""The variable with the folder for the data of servers; empty: on the disk."""
+_MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108 - each folder in it has a random name
+_PLENTY = 4 * 2**30
+
 
 @cache
 def account() -> tuple[int, int] | None:
     """Return the user and group that servers run as; None when it is the one of the tests.
 
-    Postgres refuses to run as root, so root gives servers to nobody.
+    Postgres refuses to run as root, so root runs servers as an unprivileged user.
     """
     if os.geteuid() != 0:
         return None
-    nobody = pwd.getpwnam("nobody")
-    return nobody.pw_uid, nobody.pw_gid
+    account = pwd.getpwnam("nobody")
+    return account.pw_uid, account.pw_gid
 
 
 def give(path: Path) -> Path:
@@ -39,12 +44,26 @@ def give(path: Path) -> Path:
     return path
 
 
-def make_folder() -> Path:
+def use_memory() -> None:
+    """Keep the data of servers in memory, in this process and those that it starts.
+
+    A new database is hundreds of small files: on a disk it takes several times the processor time.
+    Without a file system in memory, or with less than 4 GiB, the data stay on the disk.
+    """
+    with contextlib.suppress(OSError):
+        free = min(shutil.disk_usage(_MEMORY_FOLDER).free, psutil.virtual_memory().available)
+        if free >= _PLENTY and os.access(_MEMORY_FOLDER, os.W_OK):
+            os.environ.setdefault(MEMORY, str(_MEMORY_FOLDER))
+
+
+def make_folder(*, programs: bool = False) -> Path:
     """Make a folder that belongs to the servers' user, below folders which that user may pass.
 
-    The folders of pytest are not: they are closed to everybody else.
+    The folders of pytest are not: they are closed to everybody else. A folder for ``programs`` is
+    on the disk, since a file system in memory may not allow to run them.
     """
-    folder = Path(tempfile.mkdtemp(prefix="viralfx-"))
+    place = None if programs else os.environ.get(MEMORY) or None
+    folder = Path(tempfile.mkdtemp(prefix="viralfx-", dir=place))
     reaper.watch_folder(folder)
     return give(folder)
 
@@ -61,8 +80,10 @@ def reachable(program: Path) -> Path:
         if package.parent.name in {"site-packages", "dist-packages"}:
             break
     else:
-        raise UnavailableError(f"user nobody, who runs servers for root, may not go to {program}")
-    folder = make_folder()
+        raise UnavailableError(
+            f"the unprivileged user that runs servers for root may not go to {program}"
+        )
+    folder = make_folder(programs=True)
     folder.chmod(0o711)
     shutil.copytree(package, folder / package.name, symlinks=True)
     libraries = package.with_name(f"{package.name}.libs")
@@ -71,8 +92,8 @@ def reachable(program: Path) -> Path:
     return folder / program.relative_to(package.parent)
 
 
-def run(command: Sequence[str | Path], *, cwd: Path) -> None:
-    """Run a program of a server to its end, as the user of servers."""
+def run(command: Sequence[str | Path], *, cwd: Path, given: str = "") -> None:
+    """Run a program of a server to its end, as the user of servers; ``given`` is its input."""
     user, group = account() or (None, None)
     done = subprocess.run(
         command,
@@ -81,7 +102,7 @@ def run(command: Sequence[str | Path], *, cwd: Path) -> None:
         group=group,
         extra_groups=[] if user is not None else None,
         env=_environment(),
-        stdin=subprocess.DEVNULL,
+        input=given,
         capture_output=True,
         text=True,
         timeout=60,

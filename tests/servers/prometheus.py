@@ -29,10 +29,20 @@ class Series:
 class PrometheusServer(Server):
     """Scrapes every target once in ``seconds``. Raises ``UnavailableError`` where there is none."""
 
-    def __init__(self, targets: Targets, *, seconds: int = 1) -> None:
+    def __init__(
+        self,
+        targets: Targets,
+        *,
+        seconds: int = 1,
+        rules: object = None,
+        alertmanager: int | None = None,
+    ) -> None:
+        """``rules``: the content of a rule file; its alerts go to the port ``alertmanager``."""
         super().__init__(ProcessHost(_placed(prometheus())))
         self.seconds = seconds
         self._targets = targets
+        self._rules = rules
+        self._alertmanager = alertmanager
 
     @property
     def url(self) -> str:
@@ -41,9 +51,9 @@ class PrometheusServer(Server):
 
     def ask(self, path: str, **parameters: str | float) -> Any:
         """Ask its API; return the data of the answer."""
-        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=10)
-        assert answer.is_success, f"{path} {parameters}: {answer.text}"
-        return answer.json()["data"]
+        response = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=10)
+        assert response.is_success, f"{path} {parameters}: {response.text}"
+        return response.json()["data"]
 
     def range(self, expression: str, *, begin: float, end: float, step: float) -> list[Series]:
         """Evaluate an expression at every ``step`` seconds between two times since 1970."""
@@ -60,8 +70,9 @@ class PrometheusServer(Server):
 
     def _prepare(self) -> None:
         self._write_targets()
-        configuration = {
-            "global": {"scrape_interval": f"{self.seconds}s"},
+        pause = f"{self.seconds}s"
+        configuration: dict[str, object] = {
+            "global": {"scrape_interval": pause, "evaluation_interval": pause},
             "scrape_configs": [
                 {
                     "job_name": job,
@@ -70,6 +81,13 @@ class PrometheusServer(Server):
                 for job in self._targets
             ],
         }
+        if self._rules is not None:
+            configuration["rule_files"] = ["rules.yml"]
+            self._host.write("rules.yml", json.dumps(self._rules).encode())
+        if self._alertmanager is not None:
+            targets = [f"127.0.0.1:{self._alertmanager}"]
+            managers = [{"static_configs": [{"targets": targets}]}]
+            configuration["alerting"] = {"alertmanagers": managers}
         self._host.write("prometheus.yml", json.dumps(configuration).encode())
 
     def _write_targets(self) -> None:
@@ -86,7 +104,7 @@ class PrometheusServer(Server):
             "--enable-feature=exemplar-storage",
         ]
 
-    def _answers(self) -> bool:
+    def _responds(self) -> bool:
         try:
             return httpx.get(f"{self.url}/-/ready", timeout=5).is_success
         except httpx.TransportError:
@@ -99,6 +117,6 @@ def _placed(program: Path) -> Path:
     try:
         return reachable(program)
     except UnavailableError:
-        folder = make_folder()
+        folder = make_folder(programs=True)
         folder.chmod(0o711)
         return Path(shutil.copy2(program, folder))

@@ -6,6 +6,7 @@ import socket
 import ssl
 import struct
 from contextlib import suppress
+from enum import Enum
 from typing import Protocol
 
 CHUNK = 65536
@@ -16,17 +17,31 @@ Piece = tuple[float, bytes]
 """When it came, by the loop's clock, and what; nothing for the end."""
 
 
-class Policy(Protocol):
-    """What the link asks before it forwards."""
+class Fate(Enum):
+    """The end of a piece from the client."""
 
-    async def hold(self, arrived: float) -> None:
-        """Wait as long as what came at a time must not go on."""
+    FORWARDED = "the server gets it"
+    LOST = "the connection is reset before the server gets it"
+    UNANSWERED = "the server gets it, and the connection is reset instead of an answer"
+
+
+class Policy(Protocol):
+    """The decisions that a link needs before it forwards."""
+
+    async def hold(self, arrived: float, accepted: float) -> None:
+        """Wait as long as the mode holds back a piece received at that time.
+
+        ``accepted`` is the time of the loop at which its connection came.
+        """
 
     def cut(self) -> tuple[object, float]:
         """Return how many bytes of answers may pass, and since which switch they count."""
 
+    def fate_of(self, data: bytes) -> Fate:
+        """Decide about a piece from the client."""
+
     def was_cut(self) -> None:
-        """Hear that they have passed, and the connection is about to be closed."""
+        """Record that the bytes have passed; the connection is about to be closed."""
 
 
 def reset(connection: socket.socket) -> None:
@@ -50,6 +65,8 @@ class Link:
         self._writers: list[asyncio.StreamWriter] = []
         self._since: object = None
         self._answered = 0
+        self._unanswered = False
+        self._accepted = asyncio.get_running_loop().time()
 
     async def run(self) -> None:
         """Forward until both sides have ended, or one was reset."""
@@ -80,12 +97,12 @@ class Link:
 
     async def _forward(self, tasks: asyncio.TaskGroup) -> None:
         if self._tls is not None:
-            await self._policy.hold(0.0)
+            await self._policy.hold(0.0, self._accepted)
         from_client, to_client = await self._accept()
         asked: asyncio.Queue[Piece] = asyncio.Queue(HELD)
         # Read from the client before the server is reached, so as to see it leave.
         tasks.create_task(self._take(from_client, asked, is_client=True))
-        await self._policy.hold(0.0)
+        await self._policy.hold(0.0, self._accepted)
         from_server, to_server = await asyncio.open_connection(*self._upstream)
         self._writers.append(to_server)
         answered: asyncio.Queue[Piece] = asyncio.Queue(HELD)
@@ -120,9 +137,13 @@ class Link:
     ) -> None:
         while True:
             arrived, data = await pieces.get()
-            await self._policy.hold(arrived)
+            await self._policy.hold(arrived, self._accepted)
             if not data:
                 break
+            if self._meets_its_end(data, from_client=not limited):
+                self._policy.was_cut()
+                self.reset()
+                return
             allowed = self._allowed(len(data)) if limited else math.inf
             writer.write(data if allowed > len(data) else data[: int(allowed)])
             await writer.drain()
@@ -135,6 +156,13 @@ class Link:
             writer.write_eof()
         else:
             writer.close()
+
+    def _meets_its_end(self, data: bytes, *, from_client: bool) -> bool:
+        if not from_client:
+            return self._unanswered
+        fate = self._policy.fate_of(data)
+        self._unanswered |= fate is Fate.UNANSWERED
+        return fate is Fate.LOST
 
     def _allowed(self, count: int) -> float:
         since, limit = self._policy.cut()

@@ -23,13 +23,13 @@ LOCK = threading.Lock()
 
 
 def watch(process: psutil.Process, number: signal.Signals) -> None:
-    """See to it that a process does not outlive this one; a signal lets it leave nothing."""
-    _tell(f"{process.pid} {number:d} {process.create_time()!r}")
+    """Register a process that must not outlive this one; ``number`` is the signal that ends it."""
+    _register(f"{process.pid} {number:d} {process.create_time()!r}")
 
 
 def watch_folder(folder: Path) -> None:
-    """See to it that a folder does not outlive this process."""
-    _tell(f"{folder}")
+    """Register a folder that must not outlive this process."""
+    _register(f"{folder}")
 
 
 def dismiss(process: psutil.Process, number: int) -> None:
@@ -65,9 +65,9 @@ def _ended(family: list[psutil.Process], *, seconds: float) -> bool:
 
 
 def is_gone(process: psutil.Process) -> bool:
-    """Say whether a process has ended.
+    """Return whether a process has ended.
 
-    One whose parent collects nobody stays a zombie, which holds nothing any more.
+    A process whose parent does not wait for it stays a zombie, which holds no resources.
     """
     try:
         return process.status() in {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
@@ -75,7 +75,7 @@ def is_gone(process: psutil.Process) -> bool:
         return True
 
 
-def _tell(line: str) -> None:
+def _register(line: str) -> None:
     with LOCK:
         child = _child()
         assert child.stdin is not None
@@ -104,6 +104,9 @@ def main() -> None:
             if process.create_time() == float(created):
                 dismiss(process, int(number))
     for folder in (line for line in lines if line[0] == "/"):
+        for disk in filter(Path.is_mount, Path(folder).iterdir() if Path(folder).exists() else ()):
+            unmount = ("umount", "--lazy", disk)
+            subprocess.run(unmount, check=False)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""A receiver of webhooks that answers, or does not, as a test tells it."""
+"""A receiver of webhooks and checks that answers, or does not, as a test tells it."""
 
 import asyncio
 import ssl
@@ -32,10 +32,11 @@ class Receiver:
     behaviours: list[Behaviour] = field(default_factory=list)
     """One for each connection; the last one for all that follow."""
 
-    def answer(self, *answers: bytes | Behaviour) -> None:
+    def respond_with(self, *responses: bytes | Behaviour) -> None:
         """Set what to do with each connection: a complete answer to a request, or anything."""
         self.behaviours = [
-            self._answering(answer) if isinstance(answer, bytes) else answer for answer in answers
+            self._responding(response) if isinstance(response, bytes) else response
+            for response in responses
         ]
 
     async def read(self, reader: asyncio.StreamReader) -> None:
@@ -43,13 +44,13 @@ class Receiver:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         line, *lines = head.removesuffix("\r\n\r\n").split("\r\n")
         headers = {name.lower(): value for name, value in (each.split(": ", 1) for each in lines)}
-        body = await reader.readexactly(int(headers["content-length"]))
+        body = await reader.readexactly(int(headers.get("content-length", "0")))
         self.requests.append(Received(line=line, headers=headers, body=body))
 
-    def _answering(self, answer: bytes) -> Behaviour:
+    def _responding(self, response: bytes) -> Behaviour:
         async def behave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await self.read(reader)
-            writer.write(answer)
+            writer.write(response)
             await writer.drain()
 
         return behave
@@ -78,7 +79,7 @@ async def receiver(
 ) -> AsyncIterator[Receiver]:
     """Run a receiver that answers 200 until told otherwise."""
     receiving = Receiver()
-    receiving.answer(status(200))
+    receiving.respond_with(status(200))
     if tls is not None:
         tls.sni_callback = lambda _object, name, _context: receiving.names.append(name)
     tasks: set[asyncio.Task[None]] = set()

@@ -18,7 +18,7 @@ from tests.servers.tls_terminator import TlsTerminator
 CONFIGURATION = "redis.conf"
 FILLER = "filler:"
 PROGRAM, USER = "redis-server", "redis"
-"""What a container runs, and as whom."""
+"""The command of a container, and its user."""
 
 
 class RedisServer(Server):
@@ -85,7 +85,7 @@ class RedisServer(Server):
     def loading(self, seconds: float) -> None:
         """Restart it so that it answers ``-LOADING`` for about so long; return when it does.
 
-        What it had in memory is there afterwards, and a thousand keys more.
+        It keeps its data, and has a thousand more keys afterwards.
         """
         keys = 1000
         fill = "for i = 1, ARGV[1] do redis.call('SET', ARGV[2] .. i, i) end"
@@ -120,7 +120,7 @@ class RedisServer(Server):
     def _arguments(self) -> Sequence[str]:
         return [f"{self._host.folder}/{CONFIGURATION}", *self._more_arguments]
 
-    def _answers(self) -> bool:
+    def _responds(self) -> bool:
         try:
             return bool(self.command("PING"))
         except redis.ConnectionError as error:  # also while it loads
@@ -172,7 +172,7 @@ def redis_server(
     users: Sequence[str] = (),
     port: int | None = None,
 ) -> Iterator[RedisServer]:
-    """Run a Redis of its own; with ``tls`` it answers nobody in plain text.
+    """Run a Redis of its own; with ``tls`` it rejects plain text.
 
     ``arguments`` are the program's; ``users`` are lines of the access control list, such as
     ``alice on >secret ~* +@all``. Raises ``UnavailableError``, and

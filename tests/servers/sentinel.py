@@ -15,16 +15,16 @@ QUORUM = 2
 
 
 PERIODS = {"PING-PERIOD": 250, "PUBLISH-PERIOD": 500, "INFO-PERIOD": 200}
-"""Milliseconds. A Sentinel that pings only as often as servers have to answer, its default here,
-takes each one that it has just met for down, also the primary after a failover. But five pings
-have to take longer than the second between two looks at a replica, or none is fit for promotion.
-And who sees a promoted replica while the old primary is well, as after SENTINEL FAILOVER, makes it
-a replica again after four publications: by then the one who promoted it must have looked and told.
+"""Milliseconds. If the ping period equals the answer timeout, which is the default here, a Sentinel
+considers each new server down, also the primary after a failover. Five pings have to take longer
+than the second between two checks of a replica, or no replica is fit for promotion. A Sentinel
+that sees a promoted replica beside a healthy primary, as after SENTINEL FAILOVER, demotes it after
+four publications: by then the Sentinel that promoted it must have checked and published.
 """
 
 
 class Sentinel(RedisServer):
-    """A Sentinel that looks often enough to react within a second."""
+    """A Sentinel that checks often enough to react within a second."""
 
     def __init__(self, host: Host, *, password: str | None, lines: Sequence[str]) -> None:
         super().__init__(host, password=password, arguments=["--sentinel"])
@@ -36,7 +36,7 @@ class Sentinel(RedisServer):
         self.command("SENTINEL", "DEBUG", *(part for pair in PERIODS.items() for part in pair))
 
     def knows(self, name: str, *, sentinels: int, replicas: int) -> bool:
-        """Say whether it sees a primary up, with so many replicas and other Sentinels."""
+        """Return whether it sees a primary up, with so many replicas and other Sentinels."""
         flat = self.command("SENTINEL", "MASTER", name)
         seen = dict(zip(flat[::2], flat[1::2], strict=True))
         counts = int(seen["num-other-sentinels"]), int(seen["num-slaves"])
@@ -57,7 +57,7 @@ class SentinelSetup:
         """Whether a member that ended refuses connections.
 
         In containers they share a network, and the engine takes connections to all ports of it,
-        and closes those that nobody listens to.
+        and closes connections without a listener.
         """
         return supply.chosen().tier is not supply.Tier.DOCKER
 
@@ -104,7 +104,7 @@ class SentinelSetup:
         old = self.primary_server()
 
         def begun() -> bool:
-            # Refused while it has not looked at the replica lately, or with a failover under way.
+            # Refused while it has not checked the replica lately, or with a failover under way.
             with suppress(redis.ResponseError):
                 self.sentinel_servers[0].command("SENTINEL", "FAILOVER", self.name)
                 return True

@@ -1,4 +1,4 @@
-"""What Postgres and Redis have in common as servers of a test."""
+"""The common parts of Postgres and Redis as servers of tests."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -64,7 +64,7 @@ class Server(ABC):
     def start(self) -> None:
         """Start it on the same port with the data it has; return when it answers."""
         self._host.start(self._arguments())
-        self._wait(self._answers)
+        self._wait(self._responds)
 
     def stop(self) -> None:
         """End it in its quick orderly way, even when it is frozen."""
@@ -80,11 +80,11 @@ class Server(ABC):
         self.start()
 
     def freeze(self) -> None:
-        """Let it and its children do nothing: connections stay open and nothing answers."""
+        """Suspend it and its children: connections stay open without answers."""
         self._host.freeze()
 
     def thaw(self) -> None:
-        """Let it go on after ``freeze``."""
+        """Resume it after ``freeze``."""
         self._host.thaw()
 
     def close(self) -> None:
@@ -92,12 +92,12 @@ class Server(ABC):
         self._host.close()
 
     def _wait(self, answers: Callable[[], bool]) -> None:
-        def look() -> bool:
+        def poll() -> bool:
             self._host.check_port()
             assert self._host.running(), f"ended early: {self.log()}"
             return self._host.listens() and answers()
 
-        wait_until(look, what=lambda: f"server answers; {self.log()}")
+        wait_until(poll, what=lambda: f"server answers; {self.log()}")
 
     @abstractmethod
     def _prepare(self) -> None:
@@ -108,5 +108,5 @@ class Server(ABC):
         """Return the arguments of the program."""
 
     @abstractmethod
-    def _answers(self) -> bool:
-        """Say whether it serves clients now."""
+    def _responds(self) -> bool:
+        """Return whether it serves clients now."""

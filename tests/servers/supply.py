@@ -52,7 +52,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Supply:
-    """What a run uses."""
+    """The servers that a run uses."""
 
     tier: Tier
     postgres: Program | Image
@@ -116,7 +116,7 @@ def _debian() -> Supply:
     found = str(next(iter(newest), "")) or shutil.which("initdb")
     if found is None:
         raise UnavailableError("no initdb in /usr/lib/postgresql/*/bin or on PATH")
-    # Whatever links lead there, its other programs are in the same folder.
+    # The link is resolved because its other programs are in the folder of the target.
     binaries = Path(found).resolve().parent
     postgres = _program(binaries / "postgres", str(binaries), speaks_tls=True)
     server = shutil.which("redis-server") or shutil.which("valkey-server")
@@ -128,15 +128,15 @@ def _debian() -> Supply:
 
 
 def _program(path: Path, origin: str, *, speaks_tls: bool) -> Program:
-    """Describe a program by what it says of itself."""
+    """Describe a program by its own version output."""
     try:
-        told = subprocess.run(
+        output = subprocess.run(
             [path, "--version"], capture_output=True, text=True, check=True, timeout=10
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise UnavailableError(f"{path} does not run here: {error}") from error
-    version = re.search(r"(?:v=|\) )(\d[\w.]*)", told)
-    return Program(path, origin, version[1] if version else told.strip(), speaks_tls)
+    version = re.search(r"(?:v=|\) )(\d[\w.]*)", output)
+    return Program(path, origin, version[1] if version else output.strip(), speaks_tls)
 
 
 FINDERS = {Tier.DOCKER: _docker, Tier.WHEELS: _wheels, Tier.DEBIAN: _debian}

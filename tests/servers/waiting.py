@@ -1,25 +1,46 @@
 """Waits on conditions with a deadline."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from viralfx.domain.health.model import HealthCheck, Observation
+
 T = TypeVar("T")
 
 
 def wait_until(
-    look: Callable[[], T | None],
+    poll: Callable[[], T | None],
     *,
     seconds: float = 20.0,
     what: Callable[[], str] | str = "condition",
 ) -> T:
-    """Look until what is seen is true and return it; fail with ``what`` after ``seconds``."""
+    """Poll until the result is true, and return it; fail with ``what`` after ``seconds``."""
     deadline, pause = time.monotonic() + seconds, threading.Event()
     while True:
-        if seen := look():
+        if seen := poll():
             return seen
         if time.monotonic() > deadline:
-            told = what if isinstance(what, str) else what()
-            raise AssertionError(f"not within {seconds:g} s: {told}")
+            description = what if isinstance(what, str) else what()
+            raise AssertionError(f"not within {seconds:g} s: {description}")
         pause.wait(0.01)
+
+
+async def until(condition: Callable[[], object], *, seconds: float = 10.0) -> None:
+    """Poll until the condition is true while the event loop runs; fail after ``seconds``."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - a condition of any kind sets no event
+            await asyncio.sleep(0.005)
+
+
+async def wait_for_code(
+    check: HealthCheck, code: str | None, *, seconds: float = 20.0
+) -> Observation:
+    """Run the check until its observation has the code, and return that."""
+    async with asyncio.timeout(seconds):
+        while True:
+            if (observation := await check.check()).code == code:
+                return observation
+            await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Applications that somebody else might have written, for ``viralfx serve --app``."""
+"""Example applications of users, for ``viralfx serve --app``."""
 
 import asyncio
 import hashlib
@@ -34,34 +34,34 @@ async def work() -> dict[str, bool]:
 
 @get("/slow")
 async def slow(seconds: Annotated[float, QueryParameter()]) -> dict[str, bool]:
-    """Take as long as asked."""
+    """Respond after ``seconds``."""
     await asyncio.sleep(seconds)
     return {"done": True}
 
 
 @get("/events")
 async def events() -> ServerSentEvent:
-    """Send events for ever and look at nothing else."""
+    """Send events without end and ignore the shutdown."""
 
-    async def forever() -> AsyncIterator[str]:
+    async def endless() -> AsyncIterator[str]:
         number = 0
         while True:
             number += 1
             yield str(number)
             await asyncio.sleep(HANDLER_SECONDS)
 
-    return ServerSentEvent(forever())
+    return ServerSentEvent(endless())
 
 
 @get("/flood")
 async def flood() -> ServerSentEvent:
-    """Send large events for ever, as fast as the client takes them."""
+    """Send large events without end, as fast as the client reads them."""
 
-    async def forever() -> AsyncIterator[str]:
+    async def endless() -> AsyncIterator[str]:
         while True:
             yield "x" * 65536
 
-    return ServerSentEvent(forever())
+    return ServerSentEvent(endless())
 
 
 @get("/download")
@@ -81,25 +81,25 @@ async def _long_after() -> None:
 
 @get("/after")
 async def after() -> Response[str]:
-    """Answer whole and go on for ever in a background task."""
+    """Send a complete response and continue without end in a background task."""
     return Response("answered", background=BackgroundTask(_long_after))
 
 
 @get("/bytes")
 async def endless_bytes() -> Stream:
-    """Send bytes for ever: a stream without any protocol of its own."""
+    """Send bytes without end: a stream without a protocol."""
 
-    async def forever() -> AsyncIterator[bytes]:
+    async def endless() -> AsyncIterator[bytes]:
         while True:
             yield b"."
             await asyncio.sleep(HANDLER_SECONDS)
 
-    return Stream(forever())
+    return Stream(endless())
 
 
 @websocket("/socket")
 async def echo(socket: WebSocket[object, object, object]) -> None:  # type: ignore[type-var]
-    """Echo until the other side goes."""
+    """Echo messages until the client disconnects."""
     await socket.accept()
     while True:
         await socket.send_text(await socket.receive_text())
@@ -115,13 +115,13 @@ async def block_in_python() -> None:
 
 @get("/block/native")
 async def block_in_native_code() -> None:
-    """Block the event loop in native code that never looks at signals."""
+    """Block the event loop in native code that never checks for signals."""
     hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2**31 - 1)
 
 
 @get("/crash/task")
 async def crash_task() -> None:
-    """Leave a task behind that fails and that nobody waits for."""
+    """Start a task that fails and that no caller awaits."""
 
     async def fail() -> None:
         raise RuntimeError("planted in a task")
@@ -131,7 +131,7 @@ async def crash_task() -> None:
 
 @get("/crash/callback")
 async def crash_callback() -> None:
-    """Have a callback of the event loop fail."""
+    """Schedule a callback of the event loop that fails."""
 
     def fail() -> None:
         raise RuntimeError("planted in a callback")
@@ -141,7 +141,7 @@ async def crash_callback() -> None:
 
 @get("/crash/thread")
 async def crash_thread() -> None:
-    """Have a thread fail."""
+    """Start a thread that fails."""
 
     def fail() -> None:
         raise RuntimeError("planted in a thread")
@@ -151,7 +151,7 @@ async def crash_thread() -> None:
 
 @get("/crash/main")
 async def crash_main() -> None:
-    """Have the main thread fail at SIGUSR1, in a handler that the application owns."""
+    """Install a handler for SIGUSR1 that fails in the main thread."""
 
     def fail(_number: int, _frame: FrameType | None) -> None:
         raise RuntimeError("planted in the main thread")
@@ -159,16 +159,43 @@ async def crash_main() -> None:
     signal.signal(signal.SIGUSR1, fail)
 
 
+@get("/drop/{kind:str}")
+async def drop_future(kind: str) -> None:
+    """Drop a future that fails, without retrieving its exception."""
+    error = RuntimeError(f"planted in {kind}")
+
+    async def fail() -> None:
+        raise error
+
+    def fail_in_a_thread() -> None:
+        raise error
+
+    loop = asyncio.get_running_loop()
+    match kind:
+        case "gather":
+            asyncio.gather(fail())  # type: ignore[unused-awaitable]
+        case "executor":
+            loop.run_in_executor(None, fail_in_a_thread)  # type: ignore[unused-awaitable]
+        case _:
+            loop.create_future().set_exception(error)
+
+
+@get("/imported")
+async def imported() -> list[str]:
+    """Return which of some optional packages are loaded."""
+    return [name for name in ("pydantic", "rich") if name in sys.modules]
+
+
 @get("/stderr/none")
 async def no_stderr() -> None:
-    """Leave the process without a standard error."""
+    """Close standard error."""
     os.close(2)
     sys.stderr = None
 
 
 @get("/stderr/full")
 async def full_stderr() -> None:
-    """Make standard error a pipe that is full and that nobody reads."""
+    """Make standard error a full pipe without a reader."""
     _, writer = os.pipe()
     os.set_blocking(writer, False)
     with suppress(BlockingIOError):
@@ -196,7 +223,7 @@ async def kept_child() -> None:
 
 @get("/quiet")
 async def quiet() -> ServerSentEvent:
-    """Open an event stream that has nothing to say yet."""
+    """Open an event stream without events."""
 
     async def nothing() -> AsyncIterator[str]:
         await asyncio.Event().wait()
@@ -207,7 +234,7 @@ async def quiet() -> ServerSentEvent:
 
 @get("/thread/stuck")
 async def stuck_thread() -> None:
-    """Start a thread that never ends and that the interpreter would wait for."""
+    """Start a non-daemon thread that never ends."""
     threading.Thread(target=threading.Event().wait, name="stuck").start()
 
 
@@ -226,6 +253,8 @@ HANDLERS = [
     crash_callback,
     crash_thread,
     crash_main,
+    drop_future,
+    imported,
     stuck_thread,
     no_stderr,
     full_stderr,
@@ -236,12 +265,12 @@ HANDLERS = [
 
 
 def plain() -> Litestar:
-    """Return an application that has never heard of the plugin."""
+    """Return an application without the plugin."""
     return Litestar(HANDLERS, logging_config=None)
 
 
 class ScriptedCheck:
-    """A check that behaves as a variable of the environment says, and counts itself."""
+    """A check whose behaviour an environment variable selects; it counts its attempts."""
 
     attempts = 0
     outstanding = 0
@@ -274,15 +303,15 @@ class ScriptedCheck:
 
 @get("/attempts")
 async def attempts() -> dict[str, int]:
-    """Tell how often the planted check was attempted."""
+    """Return the number of attempts of the planted check."""
     return {"attempts": ScriptedCheck.attempts, "mostOutstanding": ScriptedCheck.most_outstanding}
 
 
 class ScriptedStage:
-    """A stage that behaves as a variable of the environment says."""
+    """A stage whose behaviour an environment variable selects."""
 
     async def run(self, budget: float) -> None:  # noqa: ARG002
-        """Hang, swallow cancellation, fail, or leave in order."""
+        """Hang, swallow cancellation, fail, or return."""
         match os.environ.get("PLANTED_STAGE"):
             case "hang":
                 await asyncio.Event().wait()
@@ -328,7 +357,7 @@ def never_starts() -> Litestar:
 
 
 def default_logging() -> Litestar:
-    """Return an application that lets Litestar configure logging, as most do."""
+    """Return an application with Litestar's default logging configuration."""
     return Litestar(HANDLERS, plugins=[OperationsPlugin()])
 
 
@@ -347,10 +376,10 @@ def fails_to_stop() -> Litestar:
 
 
 class Broken(ASGIMiddleware):
-    """Middleware that breaks every request that reaches it."""
+    """Middleware that fails every request."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send, next_app: ASGIApp) -> None:
-        """Hang for ever on one path and fail on all others."""
+        """Hang on one path and fail on all others."""
         del receive, send, next_app
         if scope["path"] == "/hang":
             await asyncio.Event().wait()
@@ -358,7 +387,7 @@ class Broken(ASGIMiddleware):
 
 
 def broken() -> Litestar:
-    """Return an application whose middleware breaks everything, plugin or not."""
+    """Return an application whose middleware fails every request."""
     return Litestar(
         HANDLERS, middleware=[Broken()], plugins=[OperationsPlugin()], logging_config=None
     )
@@ -366,13 +395,20 @@ def broken() -> Litestar:
 
 @get("/health")
 async def own_health() -> str:
-    """Answer where the plugin would."""
+    """Respond at the path of the plugin."""
     return "mine"
 
 
 def has_health_itself() -> Litestar:
-    """Return an application that answers /health by itself."""
+    """Return an application with its own /health route."""
     return Litestar([own_health], logging_config=None)
 
 
 not_an_app = {"this": "is a dictionary"}
+
+
+class Foreign:
+    """An application of another framework."""
+
+    async def __call__(self, scope: object, receive: object, send: object) -> None:
+        """Be called as all of them are."""

@@ -1,4 +1,4 @@
-"""An application that uses Postgres, Redis and the cache as its handlers would anywhere."""
+"""An application whose handlers use Postgres, Redis and the cache."""
 
 import asyncio
 
@@ -11,14 +11,14 @@ plugin = OperationsPlugin()
 
 @get("/query")
 async def query() -> dict[str, int]:
-    """Ask the database something cheap."""
+    """Run a cheap query."""
     async with plugin.database.acquire() as connection:
         return {"answer": await connection.fetchval("SELECT 42")}
 
 
 @get("/slow-query/{seconds:float}")
 async def slow_query(seconds: float) -> dict[str, bool]:
-    """Hold a connection of the pool for as long as asked."""
+    """Hold a connection of the pool for ``seconds``."""
     async with plugin.database.acquire() as connection:
         await connection.execute(f"SELECT pg_sleep({seconds}), 'planted-literal'")
     return {"done": True}
@@ -35,7 +35,7 @@ async def retried() -> dict[str, bool]:
 
 @get("/cached")
 async def cached() -> dict[str, str]:
-    """Read a key as the guide does, with a fallback for when Redis is down."""
+    """Read a key as in docs/operations.md, with a fallback for an outage of Redis."""
     value = await plugin.redis.get_with_graceful_degradation(
         lambda: plugin.redis.redis.get("planted"), b"fallback"
     )
@@ -46,13 +46,13 @@ async def cached() -> dict[str, str]:
 
 @post("/counter", status_code=200)
 async def counter() -> dict[str, int]:
-    """Count in Redis, by the client's own retries."""
+    """Increment a counter in Redis, with the client's own retries."""
     return {"count": await plugin.redis.redis.incr("counter")}
 
 
 @get("/tasks")
 async def tasks() -> dict[str, int]:
-    """Say how many tasks there are, to see whether some are left behind."""
+    """Return the number of asyncio tasks, to find leaks."""
     return {"tasks": len(asyncio.all_tasks())}
 
 

@@ -1,4 +1,4 @@
-"""Connections to a service, from its client's side."""
+"""Client connections to a service."""
 
 import socket
 
@@ -6,7 +6,7 @@ from tests.system.service import Service
 
 
 def begun(service: Service, head: bytes) -> socket.socket:
-    """Send a request; return once an answer has begun."""
+    """Send a request; return the connection once the response has begun."""
     connection = send(service, head)
     assert connection.recv(65536)
     return connection

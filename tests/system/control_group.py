@@ -20,17 +20,17 @@ class ControlGroup:
         self._file = path / file
 
     def limit(self, mebibytes: int) -> None:
-        """Let them have so much together."""
+        """Set the memory limit of all processes together."""
         self._file.write_text(str(mebibytes * 2**20))
 
     def add(self, pid: int) -> None:
-        """Move a process into it; what it uses already counts where it was."""
+        """Move a process into the group; its memory so far counts in the previous group."""
         (self.path / "cgroup.procs").write_text(str(pid))
 
 
 @contextmanager
 def control_group() -> Iterator[ControlGroup]:
-    """Make one, and remove it when its processes have ended; skip the test where nobody may."""
+    """Make a group, and remove it when its processes have ended; skip without permission."""
     path, file = _V1 / f"viralfx-{uuid.uuid4().hex[:8]}", "memory.limit_in_bytes"
     if not _V1.is_dir():
         path, file = _V2 / path.name, "memory.max"
@@ -48,5 +48,5 @@ def control_group() -> Iterator[ControlGroup]:
 
 def _removed(path: Path) -> bool:
     with suppress(OSError):
-        os.rmdir(path)  # noqa: PTH106 - its files are not to be removed, and cannot be
+        os.rmdir(path)  # noqa: PTH106 - its files cannot be removed
     return not path.exists()

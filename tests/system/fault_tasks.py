@@ -1,4 +1,4 @@
-"""Tasks that give the process they run in trouble, and no other one."""
+"""Tasks that cause a fault in one process, and only there."""
 
 import asyncio
 import os
@@ -18,28 +18,28 @@ class In(msgspec.Struct, forbid_unknown_fields=True):
 
     @property
     def here(self) -> bool:
-        """Whether it is this one."""
+        """Return whether this is the named process."""
         return self.pid == os.getpid()
 
 
 @task("faults.work")
 async def work(seconds: float) -> int:
-    """Take so long, and tell where."""
+    """Sleep, and return the id of the process."""
     await asyncio.sleep(seconds)
     return os.getpid()
 
 
 @task("faults.until")
 async def until(path: str) -> int:
-    """Take until there is a file, and tell where."""
-    while not Path(path).exists():  # noqa: ASYNC110, ASYNC240 - others make it
+    """Wait for a file, and return the id of the process."""
+    while not Path(path).exists():  # noqa: ASYNC110, ASYNC240 - the test makes it
         await asyncio.sleep(1 / 50)
     return os.getpid()
 
 
 @task("faults.stay")
 async def stay(place: In) -> int:
-    """Take for ever in one process, and no time in any other."""
+    """Never end in one process; end at once in all others."""
     if place.here:
         await asyncio.Event().wait()
     return os.getpid()
@@ -47,7 +47,7 @@ async def stay(place: In) -> int:
 
 @task("faults.insist", queue="notifications")
 async def insist(place: In) -> int:
-    """Take for ever in one process, whatever is done to it there."""
+    """Never end in one process, and ignore cancellation there."""
     while place.here:
         try:
             await asyncio.Event().wait()
@@ -58,15 +58,15 @@ async def insist(place: In) -> int:
 
 @task("faults.block", queue="analytics")
 async def block(place: In) -> int:
-    """Take one process's event loop away."""
+    """Block the event loop of one process."""
     if place.here:
-        time.sleep(600)  # noqa: ASYNC251 - that is what it is for
+        time.sleep(600)  # noqa: ASYNC251 - the fault itself
     return os.getpid()
 
 
 @task("faults.kill")
 async def kill(_: None) -> None:
-    """End the process as the kernel does when there is no memory left."""
+    """Kill the process, as the kernel does without free memory."""
     os.kill(os.getpid(), signal.SIGKILL)
     await asyncio.Event().wait()
 

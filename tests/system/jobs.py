@@ -1,4 +1,4 @@
-"""Asks a running service for jobs, as a client of its API would."""
+"""A client of the jobs API of a running service."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ JOBS = "/api/v1/jobs"
 
 
 def accept(service: Service, task: str, payload: object, **headers: str) -> str:
-    """Have a job accepted, and return its id."""
+    """Submit a job and return its id."""
     body = {"task": task, "payload": payload}
     reply = service.get(JOBS, method="POST", json_body=body, headers=headers)
     assert reply.status == 202, reply
@@ -17,7 +17,7 @@ def accept(service: Service, task: str, payload: object, **headers: str) -> str:
 
 
 def job(service: Service, job_id: str) -> dict[str, Any]:
-    """Return a job as it is now."""
+    """Return the current state of a job."""
     shown: dict[str, Any] = service.get(f"{JOBS}/{job_id}").json()
     return shown
 
@@ -25,10 +25,10 @@ def job(service: Service, job_id: str) -> dict[str, Any]:
 def until(service: Service, job_id: str, state: str, *, seconds: float = 20.0) -> dict[str, Any]:
     """Return a job once it is in a state."""
 
-    def look() -> dict[str, Any] | None:
+    def in_state() -> dict[str, Any] | None:
         shown = job(service, job_id)
         return shown if shown["state"] == state else None
 
-    found = wait_until(look, seconds=seconds, what=f"job {job_id} {state}")
+    found = wait_until(in_state, seconds=seconds, what=f"job {job_id} {state}")
     assert found is not None
     return found

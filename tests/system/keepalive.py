@@ -1,4 +1,4 @@
-"""Many keep-alive clients at once, which know of each request whether it was answered."""
+"""Concurrent keep-alive clients that record for each request whether it was answered."""
 
 import asyncio
 import threading
@@ -6,12 +6,12 @@ from typing import Self
 
 
 class KeepAliveClients:
-    """Clients on an event loop of their own thread; each sends one request after another."""
+    """Clients on an event loop in a separate thread; each sends requests sequentially."""
 
     def __init__(self, port: int, path: str, *, count: int) -> None:
-        self.answered = 0
+        self.responded = 0
         self.lost: list[str] = []
-        """One entry for each request that was written and not answered in full."""
+        """One entry for each request that was sent and not answered in full."""
         self.last_head = b""
         self._port, self._count = port, count
         self._request = f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode()
@@ -26,7 +26,7 @@ class KeepAliveClients:
         self.leave()
 
     def leave(self) -> None:
-        """Finish the requests that were sent, send no more, and close."""
+        """Finish the requests in flight, send no more, and close."""
         self._leaving = True
         self._thread.join(30)
 
@@ -40,7 +40,7 @@ class KeepAliveClients:
             try:
                 reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
             except OSError as error:
-                # Nothing was sent, so nothing is lost; but nobody was to leave before we do.
+                # No request is lost, but the server must accept connections until then.
                 self.lost.append(f"refused: {error!r}")
                 return
             try:
@@ -51,7 +51,7 @@ class KeepAliveClients:
                     await reader.readexactly(length)
                     if not head.startswith(b"HTTP/1.1 200 "):
                         self.lost.append(head.decode("latin-1"))
-                    self.answered += 1
+                    self.responded += 1
                     self.last_head = head
                     if b"connection: close" in head:
                         break

@@ -1,4 +1,4 @@
-"""An application that logs what it should not, and does what an operator wants to find out."""
+"""An application that logs secrets, blocks its loop and fails, for tests of the log."""
 
 import asyncio
 import logging
@@ -30,7 +30,7 @@ class _Identity(ASGIMiddleware):
 
 @get("/orders/{order:int}")
 async def one(order: FromPath[int]) -> dict[str, int]:
-    """Log a line of the application's own, below information as well."""
+    """Log lines of the application at several levels."""
     _logger.info("Order read", extra={"order": order})
     _logger.debug("Order was in the cache", extra={"order": order})
     return {"order": order}
@@ -38,13 +38,13 @@ async def one(order: FromPath[int]) -> dict[str, int]:
 
 @post("/echo", status_code=200)
 async def echo(request: AnyRequest) -> dict[str, int]:
-    """Take a body."""
+    """Read a body."""
     return {"bytes": len(await request.body())}
 
 
 @get("/leak")
 async def leak(request: AnyRequest) -> None:
-    """Log every secret there is in every way there is, then fail with them."""
+    """Log every secret in every form, then fail with them."""
     settings = plugin.settings
     assert settings.database_url is not None
     assert settings.management_token is not None
@@ -63,12 +63,12 @@ async def leak(request: AnyRequest) -> None:
 @get("/block")
 async def block(seconds: Annotated[float, QueryParameter()]) -> None:
     """Block the event loop."""
-    time.sleep(seconds)  # noqa: ASYNC251 - the point
+    time.sleep(seconds)  # noqa: ASYNC251 - the fault itself
 
 
 @get("/crash")
 async def crash() -> None:
-    """Leave a task behind that fails, with a secret in its error."""
+    """Start a task that fails with a secret in its error."""
 
     async def fail() -> None:
         assert plugin.settings.management_token is not None
@@ -79,7 +79,7 @@ async def crash() -> None:
 
 @get("/flood")
 async def flood(lines: Annotated[int, QueryParameter()]) -> None:
-    """Log a great deal."""
+    """Log ``lines`` lines."""
     for number in range(lines):
         _logger.info("Flood", extra={"number": number, "padding": "x" * 200})
 

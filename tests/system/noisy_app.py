@@ -1,4 +1,4 @@
-"""An application that configures logging its own way, again and again, and logs meanwhile."""
+"""An application that repeatedly configures logging itself, and logs meanwhile."""
 
 import logging
 import logging.config
@@ -30,7 +30,7 @@ args = (sys.stderr,)
 
 @task("noisy.work")
 async def work(what: str) -> None:
-    """Say something."""
+    """Log a line."""
     _logger.info("Working on %s", what)
 
 
@@ -40,14 +40,14 @@ def make() -> Litestar:
     _logger.warning("Made with %s", os.environ["API_TOKEN"])
     logging.getLogger("litestar").warning("Made at postgres://user:planted@db/shop")
     structlog.get_logger().warning("Made with structlog and %s", os.environ["API_TOKEN"])
-    # Which disables every logger that there is.
+    # This disables every existing logger.
     logging.config.dictConfig({"version": 1, "root": {"level": "ERROR"}})
     _logger.warning("Made by dictConfig")
     return app
 
 
 def start() -> None:
-    """Do what a migration of the start does."""
+    """Configure logging, as a migration at start-up does."""
     Litestar()
     _logger.warning("Starting with %s", os.environ["API_TOKEN"])
     parser = RawConfigParser()

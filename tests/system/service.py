@@ -1,4 +1,4 @@
-"""Runs the program as a process of its own, and looks at it from outside as a kubelet would."""
+"""Runs the program as a process and probes it from outside, as a kubelet does."""
 
 import json
 import os
@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from tests import forked
+from tests.forked import FRESH, ForkedProcess
 from tests.servers.ports import free_port
 from tests.servers.waiting import wait_until
 
@@ -25,7 +27,7 @@ READY_WITHIN = 60.0
 
 @dataclass(frozen=True)
 class Reply:
-    """One HTTP answer, as it came over the wire."""
+    """One HTTP response as received."""
 
     status: int
     headers: Mapping[str, str]
@@ -46,7 +48,7 @@ def request(
     json_body: object = None,
     timeout: float = 10.0,
 ) -> Reply:
-    """Ask over a new connection. Raises ``OSError`` when there is no complete answer."""
+    """Send a request over a new connection. Raises ``OSError`` if no complete response arrives."""
     sent = {"Host": "test", "User-Agent": "kube-probe/1.34", "Connection": "close"}
     body = b"" if json_body is None else json.dumps(json_body).encode()
     if body:
@@ -56,16 +58,16 @@ def request(
     with socket.create_connection(("127.0.0.1", port), timeout=timeout) as connection:
         connection.sendall(head + raw_headers + b"\r\n" + body)
         received = b""
-        # Up to the length that was announced: a forked child may keep the connection open.
+        # Read up to the announced length: a forked child may keep the connection open.
         while not _whole(received, method) and (chunk := connection.recv(65536)):
             received += chunk
     if b"\r\n\r\n" not in received:
-        raise ConnectionResetError("the connection closed without an answer")
-    head_part, _, answer = received.partition(b"\r\n\r\n")
+        raise ConnectionResetError("the connection closed without a response")
+    head_part, _, response = received.partition(b"\r\n\r\n")
     status_line, *header_lines = head_part.decode("latin-1").split("\r\n")
     pairs = (line.split(": ", 1) for line in header_lines)
     parsed = {name.lower(): value for name, value in pairs}
-    return Reply(int(status_line.split(" ")[1]), parsed, answer)
+    return Reply(int(status_line.split(" ")[1]), parsed, response)
 
 
 def _whole(received: bytes, method: str) -> bool:
@@ -78,34 +80,34 @@ def _whole(received: bytes, method: str) -> bool:
 class Service:
     """A running ``viralfx`` process."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | ForkedProcess
     port: int
     management_port: int | None
     output: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     serves: bool = True
-    """Whether it answers on ``port``; a worker has its management port alone."""
+    """Whether it listens on ``port``; a worker has only its management port."""
     readers: Sequence[threading.Thread] = ()
-    """Those who read what it writes, until its end."""
+    """The threads that read standard output and error until the process ends."""
 
     def get(self, path: str, **more: Any) -> Reply:
-        """Ask the API port."""
+        """Send a request to the API port."""
         return request(self.port, path, **more)
 
     def manage(self, path: str, **more: Any) -> Reply:
-        """Ask the management port."""
+        """Send a request to the management port."""
         assert self.management_port is not None
         return request(self.management_port, path, **more)
 
     def status(self, path: str) -> int | None:
-        """Return the status of an answer, or None when there is none."""
+        """Return the status of the response, or None without a response."""
         try:
             return (self.get if self.serves else self.manage)(path).status
         except OSError:
             return None
 
     def wait_ready(self) -> "Service":
-        """Return once readiness says yes."""
+        """Return once ``/health/ready`` answers 200."""
         wait_until(
             lambda: self.process.poll() is not None or self.status("/health/ready") == 200,
             seconds=READY_WITHIN,
@@ -119,16 +121,16 @@ class Service:
         self.process.send_signal(number)
 
     def exit_code(self, *, seconds: float = 20.0) -> int:
-        """Wait for the end."""
+        """Wait for the process to end and return its exit code."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running: {self.output} {self.errors}") from None
 
     def logged(self, message: str) -> list[dict[str, Any]]:
-        """Return the JSON log lines with a message: all of a process that has ended.
+        """Return the JSON log lines with a message: all of them if the process has ended.
 
-        Those of one that runs come moments later (ADR-0027), so wait for them.
+        A running process writes lines with a delay (ADR-0027), so wait for them.
         """
         if self.process.poll() is not None:
             for reader in self.readers:
@@ -144,26 +146,41 @@ def running(
     environment: Mapping[str, str] | None = None,
     closed_output: bool = False,
     program: str = "serve",
+    descriptors: int | None = None,
+    cgroup: Path | None = None,
+    module: str = "viralfx",
+    fresh: bool = FRESH,
 ) -> Iterator[Service]:
-    """Run ``viralfx serve`` with more arguments; it is killed when still there at the end.
+    """Run ``viralfx serve`` with more arguments; kill it if it still runs at the end.
 
-    ``program`` may be ``worker`` instead.
+    ``program`` may be ``worker`` instead. ``descriptors`` is its hard limit of open files,
+    ``cgroup`` the folder of its control group. ``module`` may be another module that runs the
+    command line. ``fresh``: the process imports its modules itself, for tests of that.
     """
-    close = ["sh", "-c", 'exec "$@" >&-', "sh"] if closed_output else []
+    limit = "" if cgroup is None else f"echo $$ > {cgroup}/cgroup.procs; "
+    limit += "" if descriptors is None else f"ulimit -n {descriptors}; "
+    close = " >&-" if closed_output else ""
+    shell = ["sh", "-c", f'{limit}exec "$@"{close}', "sh"] if limit or close else []
     port = free_port()
     management_port = free_port() if management else None
     variables = {**clean_environment(), "PORT": str(port), **(environment or {})}
     if management_port is not None:
         variables["MANAGEMENT_PORT"] = str(management_port)
     assert variables["PORT"] != variables.get("MANAGEMENT_PORT"), "one port for both"
-    process = subprocess.Popen(
-        [*close, sys.executable, "-m", "viralfx", program, *arguments],
-        cwd=ROOT,
-        env=variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process: subprocess.Popen[str] | ForkedProcess
+    # The heap of a forked process contains the modules of all commands.
+    fresh = fresh or "HEAP_SNAPSHOT_DIR" in variables
+    if shell or fresh or module != "viralfx":
+        process = subprocess.Popen(
+            [*shell, sys.executable, "-m", module, program, *arguments],
+            cwd=ROOT,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    else:
+        process = ForkedProcess([program, *arguments], environ=variables, cwd=ROOT)
     service = Service(process, port, management_port, serves=program == "serve")
     service.readers = [
         threading.Thread(target=service.output.extend, args=(process.stdout,), daemon=True),
@@ -185,9 +202,15 @@ def running(
 
 
 def command(
-    *arguments: str, environment: Mapping[str, str] | None = None, cwd: Path = ROOT
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+    fresh: bool = FRESH,
 ) -> subprocess.CompletedProcess[str]:
-    """Run one ``viralfx`` command to its end."""
+    """Run one ``viralfx`` command to its end; see :func:`running` for ``fresh``."""
+    if not fresh:
+        environ = {**clean_environment(), **(environment or {})}
+        return forked.viralfx(*arguments, environ=environ, seconds=READY_WITHIN, cwd=cwd)
     return subprocess.run(
         [sys.executable, "-m", "viralfx", *arguments],
         cwd=cwd,
@@ -200,12 +223,12 @@ def command(
 
 
 def clean_environment() -> dict[str, str]:
-    """Return this environment without anything that would configure the program."""
-    ours = re.compile(
-        r"(DB|REDIS|SHUTDOWN|HEALTH|POOL|JOB|READINESS|MANAGEMENT|LOG|ACCESS|HEAP|LOOP|API|WEBHOOK"
-        r"|ALERT|TASK)_|QUEUE|PORT$|OTEL_"
+    """Return this environment without the variables that configure the program."""
+    configuring = re.compile(
+        r"(DB|DATABASE|REDIS|SHUTDOWN|HEALTH|POOL|JOB|READINESS|MANAGEMENT|LOG|ACCESS|HEAP|LOOP|API|WEBHOOK"
+        r"|ALERT|TASK)_|CONSOLE|HTTP_(MAX|HEAD|KEEP|BODY)_|QUEUE|PORT$|OTEL_"
     )
-    kept = {name: value for name, value in os.environ.items() if not ours.match(name)}
+    kept = {name: value for name, value in os.environ.items() if not configuring.match(name)}
     for name in ("ENVIRONMENT", "STATE_DIR", "HOST"):
         kept.pop(name, None)
     return {**kept, "PYTHONUNBUFFERED": "1"}
@@ -213,7 +236,7 @@ def clean_environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Sighting:
-    """What one probe saw; ``status`` is None when the connection was refused or failed."""
+    """The result of one probe; ``status`` is None if the connection was refused or failed."""
 
     at: float
     status: int | None
@@ -221,7 +244,7 @@ class Sighting:
 
 
 class Prober:
-    """Probes one path like a kubelet: a new connection each time, one probe after another."""
+    """Probes one path as a kubelet does: sequentially, with a new connection each time."""
 
     def __init__(self, port: int, path: str, *, period: float = 0.02, timeout: float = 1.0) -> None:
         self.seen: list[Sighting] = []
@@ -257,5 +280,5 @@ class Prober:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """Return the value that ``share`` of all values do not exceed."""
+    """Return the percentile ``share`` (0 to 1) of the values."""
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]

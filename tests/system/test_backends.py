@@ -1,10 +1,10 @@
-"""The service on Postgres and Redis: what its answers show, and how little it asks of them."""
+"""The service on Postgres and Redis: its responses, and its load on both servers."""
 
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jq
 import pytest
@@ -15,12 +15,14 @@ from tests.servers.waiting import wait_until
 from tests.system.load import Load
 from tests.system.service import Service, running
 
+from viralfx.domain.fleet import BEAT_SECONDS
+
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 
 @contextmanager
 def serving(postgres: PostgresServer, redis: RedisServer, **more: str) -> Iterator[Service]:
-    """Run the service itself on both."""
+    """Run the service on both servers."""
     environment = {
         "DATABASE_URL": postgres.url(),
         "REDIS_HOST": redis.host,
@@ -35,7 +37,7 @@ def serving(postgres: PostgresServer, redis: RedisServer, **more: str) -> Iterat
 
 @pytest.fixture(scope="module")
 def talkative() -> Iterator[PostgresServer]:
-    """Return a Postgres that logs every statement with the name of who sent it."""
+    """Return a Postgres that logs every statement with the name of the client."""
     with postgres_server(settings={"log_statement": "all", "log_line_prefix": "[%a] "}) as server:
         yield server
 
@@ -52,7 +54,7 @@ def shape(value: Any) -> Any:
 
 
 def holds(shown: Any, wanted: Any) -> bool:
-    """Say whether everything wanted is there; more may be."""
+    """Return whether ``shown`` holds everything in ``wanted``, and possibly more."""
     if isinstance(wanted, dict):
         return isinstance(shown, dict) and all(
             name in shown and holds(shown[name], inner) for name, inner in wanted.items()
@@ -115,10 +117,10 @@ FILTERS: dict[str, object] = {
 }
 
 
-def test_the_guides_filters_print_what_it_says(
+def test_the_filters_of_the_guide_print_their_fields(
     talkative: PostgresServer, own_redis: RedisServer
 ) -> None:
-    """Each jq filter of the guide, run on a real answer, healthy and with both servers gone."""
+    """Each jq filter of docs/operations.md on a real response, healthy and without servers."""
     times = {"HEALTH_CHECK_INTERVAL": "500", "DB_HEALTH_CHECK_INTERVAL": "500"}
     with serving(talkative, own_redis, **times) as service:
         wait_until(
@@ -130,20 +132,22 @@ def test_the_guides_filters_print_what_it_says(
         own_redis.freeze()
         try:
             wait_until(lambda: service.status("/health/detailed") == 503, what="unhealthy")
-            wait_until(lambda: service.status("/health/redis") == 503, what="both are gone")
-            wait_until(lambda: service.status("/health/queues") == 503, what="nothing is counted")
+            wait_until(lambda: service.status("/health/redis") == 503, what="both are down")
+            wait_until(
+                lambda: service.status("/health/queues") == 503, what="the counts are missing"
+            )
             failing = service.get("/health/detailed").json()
         finally:
             talkative.thaw()
             own_redis.thaw()
 
-    for answer in (healthy, failing):
+    for response in (healthy, failing):
         for text, wanted in FILTERS.items():
-            shown = shape(jq.compile(text).input_value(answer).first())
+            shown = shape(jq.compile(text).input_value(response).first())
             assert holds(shown, wanted), f"{text}: {shown}"
-        failed = jq.compile(".checks.queues.details[].metrics.failed").input_value(answer).all()
-        # They are counted in the database: without it there are no numbers, rather than zeros.
-        assert failed == ([0, 0, 0] if answer is healthy else [])
+        failed = jq.compile(".checks.queues.details[].metrics.failed").input_value(response).all()
+        # The database counts jobs: without it there are no numbers, rather than zeros.
+        assert failed == ([0, 0, 0] if response is healthy else [])
     stats = healthy["checks"]["database"]["details"]["stats"]
     assert stats["totalConnections"] == 2
     assert stats["activeConnections"] + stats["idleConnections"] == stats["totalConnections"]
@@ -160,73 +164,97 @@ def test_the_guides_filters_print_what_it_says(
 
 
 @pytest.mark.alone
-def test_details_ask_each_backend_once_a_second_at_most(
+def test_details_query_each_backend_at_most_once_a_second(
     talkative: PostgresServer, own_redis: RedisServer
 ) -> None:
-    """300 requests a second, each for a new round: one question a second to each server."""
+    """300 requests a second with ?fresh=1 cause one query a second to each server."""
     with serving(talkative, own_redis) as service:
         asked = Asked(talkative, own_redis)
         before, began = asked.questions(), time.monotonic()
         rates = {"/health/detailed?fresh=1": 150.0, "/health/detailed": 150.0}
         with Load(service.port, rates) as load:
-            wait_until(lambda: time.monotonic() > began + 5, what="five seconds of it")
+            wait_until(lambda: time.monotonic() > began + 5, what="five seconds of requests")
         seconds = time.monotonic() - began
         after = asked.questions()
 
-    assert len(load.answers) > 500
-    assert {a.status for a in load.answers} == {200}
+    assert len(load.responses) > 500
+    assert {a.status for a in load.responses} == {200}
     for old, new in zip(before, after, strict=True):
         assert 3 <= new - old <= seconds + 1
 
 
 @pytest.mark.alone
-def test_an_idle_service_asks_once_an_interval(
+def test_an_idle_service_queries_once_an_interval(
     talkative: PostgresServer, own_redis: RedisServer
 ) -> None:
-    """And what it asks is all that it sends, however many probes there are."""
+    """The checks' queries are its only traffic but for its report, for any number of probes."""
     times = {"HEALTH_CHECK_INTERVAL": "1000", "DB_HEALTH_CHECK_INTERVAL": "1000"}
     with serving(talkative, own_redis, **times) as service:
         asked = Asked(talkative, own_redis)
-        wait_until(lambda: asked.questions()[1] > 1, what="it has settled")
+        wait_until(lambda: asked.questions()[1] > 1, what="two rounds of checks")
+        wait_until(asked.reported, what="the reports of the start")
         before, began = asked.everything(), time.monotonic()
         with Load(service.port, {"/health/ready": 50.0, "/health/detailed": 50.0}):
-            wait_until(lambda: time.monotonic() > began + 5, what="five seconds of it")
+            wait_until(lambda: time.monotonic() > began + 5, what="five seconds of requests")
         seconds = time.monotonic() - began
         after = asked.everything()
 
-    for old, new in zip(before, after, strict=True):
+    # The process writes a report each ten seconds, in a connection of the pool.
+    assert after.others - before.others <= seconds // BEAT_SECONDS + 1
+    for old, new in zip(before[:2], after[:2], strict=True):
         # The interval runs from the end of one attempt to the start of the next.
         assert 2 <= new - old <= seconds + 1
 
 
+class Counts(NamedTuple):
+    """Commands to Postgres by the check, to Redis, and to Postgres by everything else."""
+
+    checks: int
+    redis: int
+    others: int
+
+
 class Asked:
-    """Counts what a service sends to both servers."""
+    """Counts the queries of a service to both servers."""
 
     def __init__(self, postgres: PostgresServer, redis: RedisServer) -> None:
         self._postgres = postgres
         self._redis = redis
         self._own = 0
+        self._reports = (0, 0.0)
 
     def questions(self) -> tuple[int, int]:
-        """Count the questions of health checks so far."""
-        # Now and then the service asks for the memory in the place of a ping.
+        """Return the numbers of health queries so far."""
+        # Some rounds query the memory instead of sending a ping.
         calls = self._calls()
         asked = self._postgres.log().count("current_setting('transaction_read_only')")
         return asked, calls.get("ping", 0) + calls["info"]
 
-    def everything(self) -> tuple[int, int]:
-        """Count all that it sent so far, but for greetings."""
-        statements = re.findall(
-            r"^\[viralfx.*\] LOG: .*(?:statement|execute)", self._postgres.log(), re.MULTILINE
-        )
+    def reported(self) -> bool:
+        """Return whether the pool was used, and not in the last second."""
+        count = self._statements("viralfx")
+        if count != self._reports[0]:
+            self._reports = (count, time.monotonic())
+        return count > 0 and time.monotonic() > self._reports[1] + 1
+
+    def everything(self) -> Counts:
+        """Return the numbers of all commands so far, without connection set-up."""
         greetings = {"hello", "client|setinfo"}
-        calls = [count for name, count in self._calls().items() if name not in greetings]
-        return len(statements), sum(calls)
+        calls = {name: count for name, count in self._calls().items() if name not in greetings}
+        # A check sends its write together with the ping or the query of the memory.
+        asked = calls.get("ping", 0) + calls["info"]
+        calls["set"] = max(0, calls.get("set", 0) - asked)
+        checks, all_of_them = (self._statements(name) for name in ("viralfx-health", "viralfx.*"))
+        return Counts(checks, sum(calls.values()), all_of_them - checks)
+
+    def _statements(self, application: str) -> int:
+        line = rf"^\[{application}\] LOG: .*(?:statement|execute)"
+        return len(re.findall(line, self._postgres.log(), re.MULTILINE))
 
     def _calls(self) -> dict[str, int]:
         stats = self._redis.command("INFO", "commandstats")
         calls = {name.removeprefix("cmdstat_"): int(s["calls"]) for name, s in stats.items()}
-        # The ones that were asked here; the present one is not in its own answer.
+        # Subtract the commands of this test; the current one is not in its own response.
         calls["info"] = calls.get("info", 0) - self._own
         self._own += 1
         return calls

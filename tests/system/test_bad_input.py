@@ -1,26 +1,27 @@
-"""What a new user gets wrong, and the one line they are told."""
+"""Mistakes of new users, and the one line of error that each one gets."""
 
 import sys
 from pathlib import Path
 
 import pytest
+from tests.system.jobs import JOBS
 from tests.system.service import ROOT, command, running
 
 
-def told(**environment: str) -> list[str]:
-    """Return the lines that ``viralfx serve`` prints before it exits with 2."""
+def error_lines(**environment: str) -> list[str]:
+    """Return the error lines of ``viralfx serve``, which exits with 2."""
     result = command("serve", environment=environment)
     assert (result.returncode, result.stdout) == (2, "")
     assert "Traceback" not in result.stderr
     return result.stderr.splitlines()
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     """Several mistakes in several places give one line each."""
-    lines = told(
+    lines = error_lines(
         PORT="abc",
         SHUTDOWN_DRAIN_TIMOUT="5",
-        LOG_LEVEL="info",
+        LOG_LEVEL="loud",
         READINESS_REQUIRES="Database",
         ENVIRONMENT="production",
     )
@@ -28,41 +29,34 @@ def test_all_problems_are_told_at_once() -> None:
     assert lines == [
         "viralfx: SHUTDOWN_DRAIN_TIMOUT: unknown variable; did you mean SHUTDOWN_DRAIN_TIMEOUT?",
         "viralfx: PORT: 'abc' is not a whole number from 0 to 65535",
-        "viralfx: LOG_LEVEL: 'info' is not one of debug, error, log, verbose, warn",
+        "viralfx: LOG_LEVEL: 'loud' is not one of debug, error, log, verbose, warn",
         "viralfx: READINESS_REQUIRES: 'Database' is not a list of names like one,two, or none",
         (
-            "viralfx: DATABASE_URL: ENVIRONMENT=production refuses a database in memory; set it,"
+            "viralfx: DATABASE_URL: ENVIRONMENT=production refuses to keep jobs in memory; set it,"
             " or ALLOW_MEMORY_ADAPTERS=true to accept the loss of all data at every stop"
         ),
-        (
-            "viralfx: REDIS_HOST: ENVIRONMENT=production refuses a cache in memory; set it, or"
-            " REDIS_SENTINEL_ENABLED=true, or ALLOW_MEMORY_ADAPTERS=true to do without Redis"
-        ),
-        (
-            "viralfx: API_TOKEN: ENVIRONMENT=production refuses a jobs API that is open to"
-            " everybody; set it"
-        ),
+        "viralfx: API_TOKEN: ENVIRONMENT=production refuses a jobs API without a token; set it",
     ]
 
 
 def test_budgets_that_do_not_fit() -> None:
     """The line shows the sum and its parts."""
-    lines = told(SHUTDOWN_FORCE_TIMEOUT="50000", SHUTDOWN_READINESS_DELAY="1")
+    lines = error_lines(SHUTDOWN_FORCE_TIMEOUT="50000", SHUTDOWN_READINESS_DELAY="1")
 
     assert len(lines) == 1
     assert lines[0].startswith("viralfx: SHUTDOWN_FORCE_TIMEOUT: the phases need 50.001 s")
 
 
 def test_budgets_may_equal_the_force_timeout() -> None:
-    """Exactly as much as there is, is allowed."""
+    """Budgets that sum up to exactly the force timeout are valid."""
     environment = {"SHUTDOWN_FORCE_TIMEOUT": "50000"}
 
     assert command("env", environment=environment).returncode == 0
 
 
 def test_an_unreadable_file(tmp_path: Path) -> None:
-    """NAME_FILE that cannot be read names the path and the reason."""
-    lines = told(MANAGEMENT_TOKEN_FILE=str(tmp_path / "nothing"))
+    """An unreadable NAME_FILE gives a line with the path and the reason."""
+    lines = error_lines(MANAGEMENT_TOKEN_FILE=str(tmp_path / "nothing"))
 
     assert lines == [
         (
@@ -72,16 +66,16 @@ def test_an_unreadable_file(tmp_path: Path) -> None:
     ]
 
 
-def test_a_state_folder_that_is_none(tmp_path: Path) -> None:
+def test_a_missing_state_folder(tmp_path: Path) -> None:
     """STATE_DIR must be a folder that exists."""
-    assert told(STATE_DIR=str(tmp_path / "nothing")) == [
+    assert error_lines(STATE_DIR=str(tmp_path / "nothing")) == [
         f"viralfx: STATE_DIR: {tmp_path}/nothing is not a folder; create it"
     ]
 
 
 def test_a_check_that_does_not_exist() -> None:
-    """A list of checks is held against the checks there are."""
-    assert told(HEALTH_CRITICAL="databse") == [
+    """Names in a list of checks must be registered checks."""
+    assert error_lines(HEALTH_CRITICAL="databse") == [
         "viralfx: HEALTH_CRITICAL: there is no check named 'databse'; did you mean database?"
     ]
 
@@ -94,19 +88,26 @@ def test_a_check_that_does_not_exist() -> None:
         ("tests.system.apps:plaln", "--app: tests.system.apps has no 'plaln'; did you mean plain?"),
         (
             "tests.system.apps:not_an_app",
-            "--app: tests.system.apps:not_an_app is not a Litestar application but a dict",
+            "--app: tests.system.apps:not_an_app is not an ASGI application but a dict",
+        ),
+        (
+            "tests.system.apps:Foreign",
+            (
+                "--app: tests.system.apps:Foreign is not an ASGI application but a class; name an"
+                " instance of Foreign"
+            ),
         ),
         (
             "tests.system.apps:has_health_itself",
             (
-                "--app: the application answers /health itself; give it"
-                " OperationsPlugin(OperationsConfig(path=...)) with a path that is free"
+                "--app: the application answers /health itself; add"
+                " OperationsPlugin(OperationsConfig(path=...)) with an unused path to it"
             ),
         ),
     ],
 )
 def test_an_application_that_cannot_be_served(spec: str, line: str) -> None:
-    """One line says what is wrong with --app, and the exit code is 2."""
+    """One line names the mistake in --app, and the exit code is 2."""
     result = command("serve", "--app", spec)
 
     assert (2, [f"viralfx: {line}"]) == (
@@ -117,7 +118,7 @@ def test_an_application_that_cannot_be_served(spec: str, line: str) -> None:
 
 
 def test_an_application_with_a_mistake_in_it(tmp_path: Path) -> None:
-    """The line says where the mistake is."""
+    """The line names the file and line of the mistake."""
     (tmp_path / "broken_application.py").write_text('"""Broken."""\n\nraise ValueError("oops")\n')
     result = command("serve", "--app", "broken_application:app", cwd=tmp_path)
 
@@ -139,10 +140,10 @@ def test_an_application_with_a_mistake_in_it(tmp_path: Path) -> None:
     ],
     ids=["app", "doctor", "factory", "tasks"],
 )
-def test_what_foreign_code_says_is_told_without_secrets(  # noqa: PLR0917
+def test_errors_of_foreign_code_are_logged_without_secrets(  # noqa: PLR0917
     tmp_path: Path, error: str, code: str, arguments: tuple[str, ...], modules: str, what: str
 ) -> None:
-    """Neither its own nor ours: a library quotes the address that it cannot use."""
+    """If a library quotes an address in its error text, secrets are redacted."""
     text = "bad address postgresql://app:planted-password@db/x, not planted-token"
     (tmp_path / "betraying.py").write_text(code.format(raised=f"raise {error}({text!r})"))
     environment = {"MANAGEMENT_TOKEN": "planted-token", "TASK_MODULES": modules}
@@ -167,7 +168,7 @@ def test_what_foreign_code_says_is_told_without_secrets(  # noqa: PLR0917
     ],
 )
 def test_task_modules_that_cannot_be_used(tmp_path: Path, text: str | None, line: str) -> None:
-    """One line for each, from the worker as from the service; no traceback."""
+    """One line for each, from the worker and from the service, without a traceback."""
     if text is not None:
         (tmp_path / "my_tasks.py").write_text(f"{text}\n")
     environment = {"TASK_MODULES": "my_tasks,tests_nowhere.tasks"}
@@ -184,7 +185,7 @@ def test_task_modules_that_cannot_be_used(tmp_path: Path, text: str | None, line
 
 
 def test_tasks_that_cannot_be_used(tmp_path: Path) -> None:
-    """A name twice, a queue that is none and a payload that is none are one line each."""
+    """A duplicate name, an unknown queue and an invalid payload type give one line each."""
     (tmp_path / "my_tasks.py").write_text(
         """from viralfx import task
 
@@ -215,29 +216,27 @@ async def three(payload: Odd | list[int]) -> None: ...
     assert lines[1] == (
         "viralfx: @task('one'): there are two tasks named 'one'; rename one (my_tasks.two)"
     )
-    assert lines[2].endswith(
-        "there is no queue named 'zzz'; QUEUES has default, notifications, analytics"
-    )
+    assert lines[2].endswith("add it to QUEUES, which has default, notifications, analytics")
     assert lines[3].startswith("viralfx: @task('default.prune'): its payload has no JSON: ")
     assert lines[4].startswith("viralfx: @task('default.prune'): there are two tasks named")
 
 
-def test_a_worker_that_could_not_work() -> None:
-    """Without a database, and of a queue that is none: one line each."""
+def test_a_worker_without_database_or_queue() -> None:
+    """A missing database and an unknown queue give one line each."""
     result = command("worker", "--queue", "notification")
 
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.splitlines() == [
         (
-            "viralfx: DATABASE_URL: not set, so each process keeps its jobs in its own memory and"
-            " nobody could give a worker any; set it, or run jobs in `viralfx serve`"
+            "viralfx: DATABASE_URL: not set, so each process keeps its jobs in its own memory,"
+            " where a separate worker cannot find them; set it, or run jobs in `viralfx serve`"
         ),
         "viralfx: --queue: there is no queue named 'notification'; did you mean notifications?",
     ]
 
 
 @pytest.mark.parametrize("port", ["-1", "65536", "x", ""])
-def test_a_port_that_is_none(port: str) -> None:
+def test_an_invalid_port(port: str) -> None:
     """--port is checked like PORT."""
     result = command("serve", f"--port={port}")
 
@@ -245,7 +244,7 @@ def test_a_port_that_is_none(port: str) -> None:
     assert "is not a whole number from 0 to 65535" in result.stderr
 
 
-def test_the_help_lists_what_works() -> None:
+def test_the_help_lists_every_command() -> None:
     """Every command of this version is listed and answers --help."""
     result = command("--help")
 
@@ -254,8 +253,8 @@ def test_the_help_lists_what_works() -> None:
         assert command(name, "--help").returncode == 0
 
 
-def test_a_probe_of_nobody_fails() -> None:
-    """``viralfx probe`` exits 1 when nobody answers, and 2 for an address that is none."""
+def test_a_probe_without_a_response_fails() -> None:
+    """``viralfx probe`` exits 1 without a response, and 2 for an invalid address."""
     refused = command("probe", "live", "--url", "http://127.0.0.1:1")
     wrong = command("probe", "live", "--url", "localhost")
 
@@ -277,20 +276,38 @@ def test_a_probe_of_a_running_service() -> None:
     assert '"ready":true' in results[1].stdout
 
 
+def test_a_client_cannot_fill_the_memory_with_jobs() -> None:
+    """Beyond JOB_MEMORY_MAX_JOBS a job gets 503, Retry-After and a remedy; other requests work."""
+    body = {"task": "default.prune", "payload": None, "runAt": "2100-01-01T00:00:00Z"}
+    with running(environment={"JOB_MEMORY_MAX_JOBS": "5"}) as service:
+        service.wait_ready()
+        replies = [service.get(JOBS, method="POST", json_body=body) for _ in range(10)]
+        refused = replies[-1]
+        listed = service.get(JOBS).json()["items"]
+        ready = service.status("/health/ready")
+
+    assert {reply.status for reply in replies} == {202, 503}
+    assert refused.status == 503
+    assert refused.headers["retry-after"] == "5"
+    assert "JOB_MEMORY_MAX_JOBS=5. Nothing was accepted" in refused.json()["detail"]
+    assert len([one for one in listed if one["state"] == "waiting"]) <= 5
+    assert ready == 200
+
+
 def test_production_runs_in_memory_only_on_demand() -> None:
-    """With ALLOW_MEMORY_ADAPTERS=true it does, and one WARN line says what that means."""
+    """ALLOW_MEMORY_ADAPTERS=true permits it, and one WARN line names the consequences."""
     environment = {
         "ENVIRONMENT": "production",
         "ALLOW_MEMORY_ADAPTERS": "true",
-        "API_TOKEN": "planted",
+        "API_TOKEN": "planted-for-the-tests",
     }
     with running(environment=environment) as service:
         service.wait_ready()
 
         assert service.get("/health").json()["environment"] == "production"
-    # Not of the loop, which a busy machine may hold up.
-    told = [line for line in service.output if '"context":"loop"' not in line]
-    warnings = [line for line in told if '"warn"' in line]
+    # Without warnings about the loop, which a busy machine may block.
+    lines = [line for line in service.output if '"context":"loop"' not in line]
+    warnings = [line for line in lines if '"warn"' in line]
     assert len(warnings) == 1
     assert "in memory" in warnings[0]
 

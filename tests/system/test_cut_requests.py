@@ -1,4 +1,4 @@
-"""Requests that did not end as they should: whose doing it was, and who is told."""
+"""Requests that end early: how logs, metrics and traces attribute them."""
 
 import json
 import re
@@ -17,34 +17,34 @@ ENDED = "http_server_request_duration_seconds_count"
 
 
 def lines(service: Service) -> list[dict[str, Any]]:
-    """Return what was logged so far."""
+    """Return the lines logged so far."""
     return [json.loads(line) for line in list(service.output)]
 
 
 def access(service: Service, route: str) -> dict[str, Any]:
     """Wait for the line of a request and return it."""
 
-    def look() -> list[dict[str, Any]]:
+    def found() -> list[dict[str, Any]]:
         return [line for line in lines(service) if line.get("route") == route]
 
-    (line,) = wait_until(look, what=lambda: f"a line of {route}; {service.output}")
+    (line,) = wait_until(found, what=lambda: f"a line of {route}; {service.output}")
     return line
 
 
 def errors(service: Service) -> list[dict[str, Any]]:
     """Return the lines of errors of a process that has ended."""
-    service.logged("")  # all of it is read
+    service.logged("")  # wait until the output is read to its end
     return [line for line in lines(service) if line["level"] == "error"]
 
 
 def counted(metrics: str, route: str, status: int) -> bool:
-    """Tell whether a request was counted so."""
+    """Return whether the metrics count one request of a route with a status."""
     labels = f'http_response_status_code="{status}",http_route="{route}"'
     return re.search(rf"\n{ENDED}{{[^}}]*{labels}}} 1.0\n", metrics) is not None
 
 
 def stop(service: Service) -> list[dict[str, Any]]:
-    """Stop it in order, and return the errors that it told of."""
+    """Stop the service gracefully and return the errors that it logged."""
     service.signal(signal.SIGTERM)
     assert service.exit_code() == 0
     assert service.errors == []
@@ -52,59 +52,62 @@ def stop(service: Service) -> list[dict[str, Any]]:
 
 
 def sending(collector: Collector) -> dict[str, str]:
-    """Return the variables of a process that sends its traces soon."""
+    """Return the variables of a process that exports spans every 100 ms."""
     return {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
 
 
 @pytest.mark.parametrize("route", ["/upload", "/upload/typed", "/upload/group", JOBS])
-def test_a_client_that_leaves_during_its_upload_is_nobodys_failure(route: str) -> None:
-    """Neither in the log nor among the answers that are counted, nor in the trace."""
-    head = f"POST {route} HTTP/1.1\r\nHost: test\r\nContent-Length: 100\r\n\r\nabc"
+def test_a_client_disconnect_during_upload_is_no_failure(route: str) -> None:
+    """The log, the metrics and the trace show no failure."""
+    head = (
+        f"POST {route} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+        "Content-Length: 100\r\n\r\nabc"
+    )
     with http_collector() as collector, running(*APP, environment=sending(collector)) as service:
         service.wait_ready()
         send(service, head.encode()).close()
         line = access(service, route)
         metrics = service.get("/metrics").body.decode()
         (span,) = collector.wait_for(f"POST {route}")
-        told = stop(service)
+        logged_errors = stop(service)
 
-    assert (line["message"], line["cut"]) == (f"POST {route} without an answer", True)
+    assert (line["message"], line["cut"]) == (f"POST {route} without a response", True)
     assert "status" not in line
     assert (line["requestSize"], line["responseSize"]) == (100, 0)
-    assert told == []
+    assert logged_errors == []
     assert f'http_route="{route}"' not in metrics
     assert "\nviralfx_requests_cut_total 1.0\n" in metrics
     assert not span.failed
     assert "http.response.status_code" not in span.attributes
 
 
-def test_what_the_stop_cuts_is_no_error() -> None:
-    """A stream without end has a client until then."""
+def test_a_stream_cut_by_the_stop_is_no_error() -> None:
+    """The stop cuts a stream without end, and logs no error."""
     with running(*APP, environment={"SHUTDOWN_DRAIN_TIMEOUT": "500"}) as service:
         service.wait_ready()
         connection = begun(service, b"GET /stream/endless HTTP/1.1\r\nHost: test\r\n\r\n")
-        told = stop(service)
+        logged_errors = stop(service)
         connection.close()
         line = access(service, "/stream/endless")
 
-    assert told == []
+    assert logged_errors == []
     assert (line["status"], line["cut"]) == (200, True)
 
 
-def test_a_stream_whose_client_leaves_is_cut() -> None:
-    """It is noticed, as the server is asked for it."""
+def test_a_client_disconnect_cuts_its_stream() -> None:
+    """The server notices the disconnect of a streaming response."""
     with running(*APP) as service:
         service.wait_ready()
         begun(service, b"GET /stream/endless HTTP/1.1\r\nHost: test\r\n\r\n").close()
         line = access(service, "/stream/endless")
-        told = stop(service)
+        logged_errors = stop(service)
 
-    assert told == []
+    assert logged_errors == []
     assert (line["status"], line["cut"]) == (200, True)
 
 
-def test_a_stream_that_fails_is_one_error_and_cut() -> None:
-    """With the ids of the request, and with what was raised instead of what was made of it."""
+def test_a_failing_stream_is_cut_and_logs_one_error() -> None:
+    """The error holds the ids of the request and the original exception."""
     head = b"GET /stream/fails HTTP/1.1\r\nHost: test\r\nX-Correlation-ID: order-1\r\n\r\n"
     with http_collector() as collector, running(*APP, environment=sending(collector)) as service:
         service.wait_ready()
@@ -114,14 +117,14 @@ def test_a_stream_that_fails_is_one_error_and_cut() -> None:
         connection.close()
         line = access(service, "/stream/fails")
         (span,) = collector.wait_for("GET /stream/fails")
-        (told,) = stop(service)
+        (error,) = stop(service)
 
-    assert not received.endswith(b"0\r\n\r\n"), "the client can tell"
+    assert not received.endswith(b"0\r\n\r\n"), "the client sees a truncated body"
     assert (line["status"], line["cut"]) == (200, True)
-    assert (told["message"], told["context"]) == ("Request failed", "web")
-    assert (told["method"], told["path"]) == ("GET", "/stream/fails")
-    assert (told["correlationId"], told["traceId"]) == ("order-1", line["traceId"])
-    assert (told["exception"][0]["exc_type"], told["exception"][0]["exc_value"]) == (
+    assert (error["message"], error["context"]) == ("Request failed", "web")
+    assert (error["method"], error["path"]) == ("GET", "/stream/fails")
+    assert (error["correlationId"], error["traceId"]) == ("order-1", line["traceId"])
+    assert (error["exception"][0]["exc_type"], error["exception"][0]["exc_value"]) == (
         "RuntimeError",
         "planted",
     )
@@ -129,38 +132,38 @@ def test_a_stream_that_fails_is_one_error_and_cut() -> None:
     assert [event["exception.type"] for _, event in span.events] == ["RuntimeError"]
 
 
-def test_what_fails_after_the_answer_cuts_nothing() -> None:
-    """It is told of like any other failure, and the client has everything."""
+def test_a_failure_after_the_response_cuts_nothing() -> None:
+    """The failure is logged, and the client receives the whole response."""
     with running(*APP) as service:
         service.wait_ready()
         assert service.get("/after/fails").body == b"answered"
         line = access(service, "/after/fails")
-        (told,) = stop(service)
+        (error,) = stop(service)
 
     assert line["status"] == 200
     assert "cut" not in line
-    assert told["message"] == "Request failed"
-    assert told["exception"][0]["exc_value"] == "planted"
+    assert error["message"] == "Request failed"
+    assert error["exception"][0]["exc_value"] == "planted"
 
 
-def test_a_failure_that_the_server_answers_for_is_a_500() -> None:
-    """As where the answer to an error fails; it is counted as what the client got."""
+def test_a_failing_error_handler_is_a_500() -> None:
+    """If the error response itself fails, log and metrics show the 500 that the client got."""
     with running(*APP) as service:
         service.wait_ready()
         assert service.get("/handler/fails").status == 500
         line = access(service, "/handler/fails")
         metrics = service.get("/metrics").body.decode()
-        (told,) = stop(service)
+        (error,) = stop(service)
 
     assert line["message"] == "GET /handler/fails 500"
     assert "cut" not in line
     assert counted(metrics, "/handler/fails", 500)
-    assert told["message"] == "Request failed"
-    assert told["exception"][0]["exc_value"] == "planted"
+    assert error["message"] == "Request failed"
+    assert error["exception"][0]["exc_value"] == "planted"
 
 
-def test_what_is_mounted_is_called_by_its_path() -> None:
-    """Whatever is below it, and apart from what nothing is for."""
+def test_a_mounted_application_is_one_route() -> None:
+    """All paths below a mount share its route, apart from unknown paths."""
     with http_collector() as collector, running(*APP, environment=sending(collector)) as service:
         service.wait_ready()
         assert b"mounted" in service.get("/mounted/anything/else").body
@@ -171,3 +174,47 @@ def test_what_is_mounted_is_called_by_its_path() -> None:
     assert line["message"] == "GET /mounted 200"
     assert span.attributes["http.route"] == "/mounted"
     assert counted(metrics, "/mounted", 200)
+
+
+@pytest.mark.parametrize(
+    ("route", "expected"), [("/waits", []), ("/waits/cancelled", ["cancelled"])]
+)
+def test_a_client_disconnect_cuts_a_running_handler(route: str, expected: list[str]) -> None:
+    """The server notices at once; it cancels only handlers that ask for cancellation."""
+    with running(*APP) as service:
+        service.wait_ready()
+        connection = send(service, f"GET {route} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+        wait_until(
+            lambda: b"http_server_active_requests 1.0" in service.get("/metrics").body,
+            what="the handler runs",
+        )
+        connection.close()
+        wait_until(lambda: service.get("/left").body == b"1", what="the server has noticed")
+        service.get("/release")
+        line = access(service, route)
+        metrics = service.get("/metrics").body.decode()
+        logged_errors = stop(service)
+        seen = [line["message"] for line in lines(service) if line["context"] == "cut_app"]
+
+    assert logged_errors == []
+    assert (line["message"], line["cut"]) == (f"GET {route} without a response", True)
+    assert "status" not in line
+    assert "\nviralfx_requests_cut_total 1.0\n" in metrics
+    assert seen == expected
+
+
+def test_a_handler_receives_the_disconnect() -> None:
+    """``receive`` returns ``http.disconnect`` once the client has left."""
+    with running(*APP) as service:
+        service.wait_ready()
+        connection = send(service, b"GET /listens HTTP/1.1\r\nHost: test\r\n\r\n")
+        wait_until(
+            lambda: b"http_server_active_requests 1.0" in service.get("/metrics").body,
+            what="the handler runs",
+        )
+        connection.close()
+        line = access(service, "/listens")
+        logged_errors = stop(service)
+
+    assert logged_errors == []
+    assert line["cut"] is True

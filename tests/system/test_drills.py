@@ -1,4 +1,4 @@
-"""Drills of the runbook's procedures for the servers: each one is really lost, or really busy."""
+"""Drills of the runbook's procedures for servers that are down or busy."""
 
 import asyncio
 import threading
@@ -16,7 +16,7 @@ from tests.system.drills.cluster import BACKEND, Cluster
 from tests.system.drills.drill import QUICK, Drill, clients
 from tests.system.workers import environment_of
 
-# The first one may have to fetch promtool.
+# The first drill may have to fetch promtool.
 pytestmark = [pytest.mark.timeout(240)]
 
 APP = ("--app", "tests.system.drills.app:app")
@@ -31,7 +31,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[PostgresServer]:
-    """Return a Postgres with which these drills may do anything, if they put it right again."""
+    """Return a Postgres that these drills may break and must restore."""
     with or_skip(), postgres_server() as server:
         environment_of(server)
         server.execute("CREATE TABLE orders (number int PRIMARY KEY, seen int NOT NULL DEFAULT 0)")
@@ -41,14 +41,14 @@ def database() -> Iterator[PostgresServer]:
 
 @pytest.fixture(scope="module")
 def cache() -> Iterator[RedisServer]:
-    """Return a Redis, likewise."""
+    """Return a Redis that these drills may break and must restore."""
     with or_skip(), redis_server() as server:
         yield server
 
 
 @pytest.fixture
 def cluster(database: PostgresServer, cache: RedisServer, tmp_path: Path) -> Iterator[Cluster]:
-    """Return a cluster in which nothing runs yet."""
+    """Return a cluster without processes."""
     environment = {
         **SETTINGS,
         "DATABASE_URL": database.url(),
@@ -62,7 +62,7 @@ def cluster(database: PostgresServer, cache: RedisServer, tmp_path: Path) -> Ite
 def at(
     cluster: Cluster, heading: str, database: PostgresServer, cache: RedisServer, **more: str
 ) -> Drill:
-    """Begin a drill with the application; who is on call knows where the servers are."""
+    """Begin a drill with the application and the addresses of the servers."""
     cluster.deploy(BACKEND, *APP, environment=more)
     return Drill(
         heading,
@@ -77,7 +77,7 @@ def at(
 def test_the_database_is_down(
     cluster: Cluster, database: PostgresServer, cache: RedisServer
 ) -> None:
-    """Killed, and started again: that is the whole remedy."""
+    """The server is killed; starting it is the whole remedy."""
     drill = at(cluster, "ViralFXDatabaseDown", database, cache)
     database.kill()
     try:
@@ -93,7 +93,7 @@ def test_the_database_is_down(
 
 
 def test_the_database_hangs(cluster: Cluster, database: PostgresServer, cache: RedisServer) -> None:
-    """The same procedure, whose commands all end; the code is the one that it says."""
+    """The same procedure: all commands end, with the code of the document."""
     drill = at(cluster, "ViralFXDatabaseDown", database, cache)
     hangs = {"Database refuses connections": "Database does not answer", "refused": "timeout"}
     database.freeze()
@@ -108,7 +108,7 @@ def test_the_database_hangs(cluster: Cluster, database: PostgresServer, cache: R
 
 
 def test_redis_is_down(cluster: Cluster, database: PostgresServer, cache: RedisServer) -> None:
-    """Killed; the service goes on, and finds it again."""
+    """The server is killed; the service goes on and reconnects."""
     drill = at(cluster, "ViralFXRedisDown", database, cache)
     cache.kill()
     try:
@@ -122,7 +122,7 @@ def test_redis_is_down(cluster: Cluster, database: PostgresServer, cache: RedisS
 
 
 def test_redis_hangs(cluster: Cluster, database: PostgresServer, cache: RedisServer) -> None:
-    """The same procedure; the question from another place ends without an answer."""
+    """The same procedure; the query from another host ends without a response."""
     drill = at(cluster, "ViralFXRedisDown", database, cache)
     cache.freeze()
     try:
@@ -138,7 +138,7 @@ def test_redis_hangs(cluster: Cluster, database: PostgresServer, cache: RedisSer
 def test_the_pool_is_exhausted(
     cluster: Cluster, database: PostgresServer, cache: RedisServer
 ) -> None:
-    """By more slow statements than connections; more connections end it."""
+    """More slow statements than connections exhaust it; more connections are the remedy."""
     drill = at(cluster, "ViralFXPoolExhausted", database, cache, DB_POOL_MAX="2")
     with clients(cluster.instance, "/reports/1.2", 6):
         drill.show_symptom()
@@ -148,7 +148,7 @@ def test_the_pool_is_exhausted(
 
 
 def test_responses_are_slow(cluster: Cluster, database: PostgresServer, cache: RedisServer) -> None:
-    """Somebody keeps a row locked; what ends that transaction ends it all."""
+    """A transaction keeps a row locked; ending it is the remedy."""
     drill = at(cluster, "ViralFXSlowRequests", database, cache)
     with locked(database), clients(cluster.instance, "/orders/1", 3):
         drill.show_symptom()
@@ -159,7 +159,7 @@ def test_responses_are_slow(cluster: Cluster, database: PostgresServer, cache: R
 
 @contextmanager
 def locked(database: PostgresServer) -> Iterator[None]:
-    """Keep a row locked, in a transaction that waits for something else."""
+    """Keep a row locked in an idle transaction."""
     held, over = threading.Event(), threading.Event()
 
     async def hold() -> None:

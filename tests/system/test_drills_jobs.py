@@ -1,4 +1,4 @@
-"""Drills of the runbook's procedures for jobs that wait: too few workers, and none."""
+"""Drills of the runbook's procedures for waiting jobs: too few workers, or none."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.system.jobs import JOBS
 from tests.system.service import Service
 from tests.system.workers import environment_of
 
-# The first one may have to fetch promtool.
+# The first drill may have to fetch promtool.
 pytestmark = [pytest.mark.timeout(240)]
 
 ALLOWED = {"Authorization": "Bearer planted-token"}
@@ -21,7 +21,7 @@ ALLOWED = {"Authorization": "Bearer planted-token"}
 
 @pytest.fixture
 def cluster(postgres: PostgresServer, database: Database, tmp_path: Path) -> Iterator[Cluster]:
-    """Return a cluster with the API of the jobs, and a Deployment of workers at nothing."""
+    """Return a cluster with the jobs API and a Deployment of zero workers."""
     del postgres
     environment = environment_of(
         database,
@@ -37,7 +37,7 @@ def cluster(postgres: PostgresServer, database: Database, tmp_path: Path) -> Ite
 
 
 def accept(cluster: Cluster, payload: str = "", task: str = "orders.ship", **headers: str) -> str:
-    """Have a job accepted."""
+    """Submit a job and return its id."""
     body = {"task": task, "payload": payload}
     (backend,) = cluster.processes(BACKEND)
     reply = backend.get(JOBS, method="POST", json_body=body, headers={**ALLOWED, **headers})
@@ -46,9 +46,12 @@ def accept(cluster: Cluster, payload: str = "", task: str = "orders.ship", **hea
 
 
 def age(database: Database) -> None:
-    """Let the jobs that wait have waited for ten minutes: the drill is not to take as long."""
+    """Make the waiting jobs ten minutes older, so that the drill is shorter."""
     database.execute(
-        "UPDATE viralfx_jobs SET run_at = run_at - interval '10 minutes' WHERE state = 'waiting'"
+        """
+        UPDATE viralfx_jobs SET run_at = run_at - interval '10 minutes'
+        WHERE state IN ('waiting', 'scheduled')
+        """
     )
 
 
@@ -63,12 +66,12 @@ def wait_for_job(service: Service, job_id: str, state: str) -> None:
 
 
 def test_a_backlog(cluster: Cluster, database: Database, tmp_path: Path) -> None:
-    """One worker that does one thing at a time, and that takes long."""
-    told = tmp_path / "told"
+    """One worker with one slot and a slow job."""
+    released = tmp_path / "released"
     cluster.deploy(BESIDE, environment={"JOB_CONCURRENCY": "1"})
     drill = Drill("ViralFXQueueBacklog", cluster, API_TOKEN="planted-token")
     (backend,) = cluster.processes(BACKEND)
-    slow = accept(cluster, str(told))
+    slow = accept(cluster, str(released))
     wait_for_job(backend, slow, "active")
     for _ in range(12):
         accept(cluster)
@@ -77,12 +80,12 @@ def test_a_backlog(cluster: Cluster, database: Database, tmp_path: Path) -> None
     drill.diagnose()
     drill.remedy()
     drill.end()
-    told.touch()
+    released.touch()
     wait_for_job(backend, slow, "completed")
 
 
-def test_nobody_works(cluster: Cluster, database: Database) -> None:
-    """There is no worker, until somebody says that there are to be two."""
+def test_no_worker_runs(cluster: Cluster, database: Database) -> None:
+    """There is no worker until the remedy scales the Deployment to two."""
     drill = Drill("ViralFXQueueUnattended", cluster)
     for _ in range(3):
         accept(cluster)
@@ -94,7 +97,7 @@ def test_nobody_works(cluster: Cluster, database: Database) -> None:
 
 
 def test_jobs_fail(cluster: Cluster, tmp_path: Path) -> None:
-    """For what can be mended; then they are let run again."""
+    """The cause is removed, then the jobs are retried."""
     paper = tmp_path / "paper"
     cluster.deploy(BESIDE, environment={"JOB_MAX_ATTEMPTS": "1"})
     (worker,) = cluster.processes(BESIDE)
@@ -115,7 +118,7 @@ def test_jobs_fail(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_a_correlation_id_leads_to_the_job_and_back(cluster: Cluster) -> None:
-    """Without traces; from the levels that there are at first, and from those that are set then."""
+    """Without traces, at the default log levels and at changed ones."""
     cluster.deploy(BESIDE)
     (backend,), (worker,) = cluster.processes(BACKEND), cluster.processes(BESIDE)
     for number in range(3):

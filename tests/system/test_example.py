@@ -1,4 +1,4 @@
-"""The example application of the documentation, run as its first lines say."""
+"""The example applications of the documentation run as described."""
 
 import signal
 
@@ -7,7 +7,7 @@ from tests.system.service import ROOT, request, running
 
 
 def test_the_example_runs_as_documented() -> None:
-    """Its check is shown, its stage ships what waits, and the stop is clean."""
+    """Its check is visible, its stage ships the waiting orders, and the stop is clean."""
     with running("--app", "docs.examples.orders:app") as service:
         service.wait_ready()
         for name in ("tea", "cake"):
@@ -25,23 +25,23 @@ def test_the_example_runs_as_documented() -> None:
 
 
 def test_an_application_ships_by_jobs() -> None:
-    """An order accepted twice is one job, done before the stop."""
+    """An order that is accepted twice is one job, and runs before the stop."""
     order = {"order": "A7", "weight": 2.5}
     with running("--app", "docs.examples.shipping:app") as service:
         service.wait_ready()
-        answers = [service.get("/orders", method="POST", json_body=order) for _ in range(2)]
+        responses = [service.get("/orders", method="POST", json_body=order) for _ in range(2)]
         service.signal(signal.SIGTERM)
         code = service.exit_code()
 
-    assert [answer.status for answer in answers] == [202, 202]
-    assert answers[0].json() == answers[1].json()
+    assert [response.status for response in responses] == [202, 202]
+    assert responses[0].json() == responses[1].json()
     assert code == 0
-    shipped = [line for line in service.output if line.startswith("shipped")]
-    assert shipped == ["shipped A7 attempt 1\n"]
+    shipped = service.logged("Order shipped")
+    assert [(entry["order"], entry["attempt"]) for entry in shipped] == [("A7", 1)]
 
 
-def test_a_task_of_ones_own_greets() -> None:
-    """The README's job does what is shown there."""
+def test_the_task_of_the_readme_greets() -> None:
+    """The job of docs/examples/greet.py has the result of the README."""
     with running(environment={"TASK_MODULES": "docs.examples.greet"}) as service:
         service.wait_ready()
         job_id = accept(service, "greet", {"name": "Ada"}, **{"Idempotency-Key": "guest-1"})
@@ -49,7 +49,7 @@ def test_a_task_of_ones_own_greets() -> None:
 
 
 def test_the_example_is_short() -> None:
-    """It stays small enough to be read in a minute."""
+    """The example has at most 40 lines of code."""
     lines = (ROOT / "docs/examples/orders.py").read_text().splitlines()
     code = [line for line in lines if line.strip()]
 

@@ -1,7 +1,7 @@
-"""What becomes of jobs when workers stop, die, hang or are forced: each fault, and its bounds.
+"""Jobs whose workers stop, die, hang or are killed: each fault, with its time limits.
 
-All tests share one API and one database. Bells go over Redis, and workers look by themselves only
-every ten seconds: what is faster than that was told.
+All tests share one API and one database. Redis carries the notifications, and workers poll only
+every ten seconds: a job that starts sooner was notified.
 """
 
 import signal
@@ -26,21 +26,21 @@ from tests.system.workers import api, environment_of, worker
 BUDGET = 2.5
 LEASE, SWEEP = 2.0, 0.5
 TAKEN_OVER = 2.0
-"""Seconds after which a job that was handed back is run by another worker."""
+"""Seconds after which another worker runs a job that was handed back."""
 LOADED = 2.0
-"""Seconds more, for several processes on a machine that is busy otherwise."""
+"""Seconds of tolerance for several processes on a busy machine."""
 
 
 @dataclass(frozen=True)
 class Home:
-    """What all tests share."""
+    """The API, database and Redis that all tests share."""
 
     service: Service
     database: Database
     environment: dict[str, str]
 
     def with_lease(self, lease: float, **more: str) -> dict[str, str]:
-        """Return the variables of a worker whose death is noticed soon."""
+        """Return the variables of a worker with a lease of ``lease`` seconds."""
         times = {"JOB_LEASE": lease, "JOB_SWEEP_INTERVAL": SWEEP}
         return {**self.environment, **{k: f"{v * 1000:.0f}" for k, v in times.items()}, **more}
 
@@ -54,7 +54,7 @@ def home(postgres: PostgresServer, shared_redis: RedisServer) -> Iterator[Home]:
         TASK_MODULES="tests.system.fault_tasks",
         REDIS_HOST=shared_redis.host,
         REDIS_PORT=str(shared_redis.port),
-        JOB_LOOK_INTERVAL="10000",
+        JOB_POLL_INTERVAL="10000",
         JOB_LEASE="30000",
         JOB_SWEEP_INTERVAL="30000",
         JOB_MAX_ATTEMPTS="1",
@@ -64,15 +64,13 @@ def home(postgres: PostgresServer, shared_redis: RedisServer) -> Iterator[Home]:
     postgres.drop_database(database.name)
 
 
-def test_told_to_stop_a_worker_finishes_what_it_can_and_hands_back_the_rest(
-    home: Home, tmp_path: Path
-) -> None:
-    """Within its budget, at no cost, and probed truthfully; another has the rest in 2 s."""
+def test_a_stopped_worker_finishes_or_hands_back_its_jobs(home: Home, tmp_path: Path) -> None:
+    """Within the budget and without an attempt; probes are correct; the rest moves in 2 s."""
     leaving = {**home.environment, "SHUTDOWN_DRAIN_TIMEOUT": f"{BUDGET * 1000:.0f}"}
-    told = tmp_path / "told"
+    released = tmp_path / "released"
     with worker(leaving) as first:
         here = {"pid": first.process.pid}
-        fits = [accept(home.service, "faults.until", str(told)) for _ in range(3)]
+        fits = [accept(home.service, "faults.until", str(released)) for _ in range(3)]
         long = [accept(home.service, "faults.stay", here) for _ in range(3)]
         deaf = accept(home.service, "faults.insist", here)
         for job_id in (*fits, *long, deaf):
@@ -86,16 +84,19 @@ def test_told_to_stop_a_worker_finishes_what_it_can_and_hands_back_the_rest(
             wait_until(lambda: {200} == {*ready.order(), *live.order()}, what="probes")
             began = time.monotonic()
             first.signal(signal.SIGTERM)
-            wait_until(lambda: 503 in ready.order(), what="ready says no")
-            told.touch()
-            # Neither of these is a reason to hurry.
+            wait_until(lambda: 503 in ready.order(), what="not ready")
+            released.touch()
+            # Neither of these shortens the drain.
             first.signal(signal.SIGTERM)
             first.signal(signal.SIGINT)
             code = first.exit_code()
             took = time.monotonic() - began
             finished = [until(home.service, job_id, "completed") for job_id in fits]
             moved = [until(home.service, job_id, "completed") for job_id in (*long, deaf)]
-    (left,) = first.logged("Job worker left")
+            # A killed worker would stay the leader for its lease of 30 s.
+            second.signal(signal.SIGTERM)
+            second.exit_code()
+    (left,) = first.logged("Job worker drained")
     after = [_moment(each["startedAt"]) - _moment(left["timestamp"]) for each in moved]
 
     assert code == 0
@@ -117,8 +118,8 @@ def _moment(timestamp: str) -> float:
     return datetime.fromisoformat(timestamp).timestamp()
 
 
-def test_the_jobs_of_a_killed_worker_are_run_although_nothing_else_happens(home: Home) -> None:
-    """No new job and no bell: they are found within the lease and one sweep."""
+def test_the_jobs_of_a_killed_worker_run_without_a_notification(home: Home) -> None:
+    """Without a new job or a notification, a sweep finds them within the lease and one interval."""
     environment = home.with_lease(LEASE)
     with worker(environment) as first:
         held = [
@@ -138,9 +139,9 @@ def test_the_jobs_of_a_killed_worker_are_run_although_nothing_else_happens(home:
     assert took < LEASE + SWEEP + LOADED
 
 
-def test_a_job_that_kills_its_workers_takes_no_other_with_it(home: Home) -> None:
-    """After JOB_MAX_CRASHES it failed with code ``crashed``; what ran beside it completes."""
-    # Who was beside it twice is suspected as well, and has its turn without waiting for a look.
+def test_a_poison_job_fails_no_other_job(home: Home) -> None:
+    """After JOB_MAX_CRASHES it fails with code ``crashed``; concurrent jobs complete."""
+    # A job that ran beside it twice is quarantined as well, and starts without a poll.
     environment = home.with_lease(LEASE, JOB_MAX_CRASHES="3")
     with ExitStack() as stack:
         first = stack.enter_context(worker(environment))
@@ -164,8 +165,8 @@ def test_a_job_that_kills_its_workers_takes_no_other_with_it(home: Home) -> None
     assert {each["crashes"] for each in done} <= {1, 2}
 
 
-def test_a_worker_that_is_forced_to_end_loses_no_job(home: Home) -> None:
-    """Neither with 130, at a second SIGINT, nor with 124, when its loop is blocked."""
+def test_a_worker_ended_by_force_loses_no_job(home: Home) -> None:
+    """Neither exit code 130 (a second SIGINT) nor 124 (a blocked loop) loses a job."""
     environment = home.with_lease(LEASE)
     impatient = {
         "SHUTDOWN_DRAIN_TIMEOUT": "500",
@@ -197,12 +198,12 @@ def test_a_worker_that_is_forced_to_end_loses_no_job(home: Home) -> None:
     assert _costs(done) == {(1, 1)}
 
 
-def test_a_worker_that_cannot_begin_says_why() -> None:
-    """2 for what it was told wrong, all of it at once; 3 without its database."""
+def test_a_worker_that_cannot_start_logs_the_reason() -> None:
+    """Exit code 2 with all configuration errors at once; 3 without the database."""
     port = str(free_port())
     wrong = command("worker", "--queue", "defualt", environment={"MANAGEMENT_PORT": port})
     alone = {
-        "DATABASE_URL": f"postgresql://nobody:nothing@127.0.0.1:{free_port()}/none",
+        "DATABASE_URL": f"postgresql://unknown:nothing@127.0.0.1:{free_port()}/none",
         "DB_MAX_RECONNECT_ATTEMPTS": "2",
         "DB_RECONNECT_DELAY": "10",
         "MANAGEMENT_PORT": port,
@@ -219,9 +220,9 @@ def test_a_worker_that_cannot_begin_says_why() -> None:
     assert "Traceback" not in unreachable.stdout + unreachable.stderr
 
 
-def test_the_counts_of_health_are_those_of_the_ledger(home: Home) -> None:
-    """Of everything that happened here, at rest, whoever is asked."""
-    # Not where an hour begins meanwhile: with it some jobs do.
+def test_the_counts_of_health_equal_the_ledger(home: Home) -> None:
+    """Once all jobs of this file are at rest, API and workers report equal counts."""
+    # Not across the turn of an hour, at which scheduled tasks run.
     wait_until(lambda: time.time() % 3600 < 3600 - 15, what="an hour begins")
     with worker(home.environment, "--queue", "default", "--queue", "analytics") as process:
         done = [accept(home.service, "faults.work", 0) for _ in range(5)]
@@ -237,16 +238,16 @@ def test_the_counts_of_health_are_those_of_the_ledger(home: Home) -> None:
             until(home.service, job_id, "failed")
         assert home.service.get(f"{JOBS}/{fails[0]}/retry", method="POST").status == 202
         wait_until(lambda: _rests(home), what="rest")
-        told = [
-            _counts(answer.json())
-            for answer in (
+        counts = [
+            _counts(response.json())
+            for response in (
                 home.service.get("/health/detailed?fresh=1"),
                 process.manage("/health/detailed?fresh=1"),
             )
         ]
         kept = _kept(home)
 
-    assert told == [kept, kept]
+    assert counts == [kept, kept]
     assert kept["default", "scheduled"] == 1
     assert kept["default", "cancelled"] == 1
     assert kept["default", "completed"] >= 5
@@ -272,7 +273,7 @@ def _kept(home: Home) -> Counter[tuple[str, str]]:
         SELECT queue,
             CASE WHEN state = 'waiting' AND run_at > now() THEN 'scheduled' ELSE state END AS shown,
             count(*)
-        FROM viralfx_jobs GROUP BY queue, shown
+        FROM viralfx_all_jobs GROUP BY queue, shown
         """
     )
     return Counter({(queue, state): count for queue, state, count in rows})

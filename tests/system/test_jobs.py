@@ -1,4 +1,4 @@
-"""Jobs in memory, in one real process: accepted over HTTP, run beside it, finished at the stop."""
+"""Jobs in memory in one real process: accepted over HTTP, and finished at the stop."""
 
 import json
 import signal
@@ -17,13 +17,13 @@ TASKS = {"TASK_MODULES": "tests.job_tasks"}
 
 @contextmanager
 def serving(**environment: str) -> Iterator[Service]:
-    """Run the service with tasks of somebody else."""
+    """Run the service with a user's tasks."""
     with running(environment={**TASKS, **environment}) as service:
         yield service.wait_ready()
 
 
 def test_an_accepted_job_is_run() -> None:
-    """From the request to the result, in one conversation."""
+    """Request, job and result share one correlation id."""
     with serving() as service:
         job_id = accept(service, "parcels.ship", {"weight": 3}, **{"X-Correlation-ID": "order-17"})
         done = until(service, job_id, "completed")
@@ -34,8 +34,8 @@ def test_an_accepted_job_is_run() -> None:
     assert (done["attempts"], done["error"], done["correlationId"]) == (1, None, "order-17")
 
 
-def test_a_failure_is_told_in_the_job_and_in_the_log() -> None:
-    """Each attempt is a line with the conversation's id; then the job says why."""
+def test_a_failure_is_in_the_job_and_in_the_log() -> None:
+    """Each attempt logs a line with the correlation id; the job then holds the error."""
     with serving(JOB_MAX_ATTEMPTS="2") as service:
         job_id = accept(service, "parcels.lose", {}, **{"X-Correlation-ID": "order-18"})
         failed = until(service, job_id, "failed")
@@ -54,7 +54,7 @@ def test_a_failure_is_told_in_the_job_and_in_the_log() -> None:
 
 
 def test_the_counts_are_in_the_details_of_health() -> None:
-    """What waits, runs, completed and failed, by queue, with the guide's names."""
+    """Waiting, running, completed and failed jobs by queue, named as in docs/operations.md."""
     with serving(JOB_CONCURRENCY="1", JOB_MAX_ATTEMPTS="1") as service:
         for payload in (0.01, 600, 600):
             accept(service, "parcels.wait", payload)
@@ -74,21 +74,21 @@ def _metrics(service: Service, queue: str) -> dict[str, int]:
 
 
 def test_the_stop_finishes_the_jobs_in_memory() -> None:
-    """Those that run and those that wait; nobody else could."""
+    """Running and waiting jobs, since no other process has them."""
     with serving(JOB_CONCURRENCY="2") as service:
         ids = [accept(service, "parcels.wait", 2.0) for _ in range(4)]
         wait_until(lambda: job(service, ids[0])["state"] != "waiting", what="some run")
         service.signal(signal.SIGTERM)
         code = service.exit_code()
 
-    (left,) = service.logged("Job worker left")
+    (left,) = service.logged("Job worker drained")
     assert code == 0
     assert left["finished"] + 1 >= len(ids)
-    assert [line["outcome"] for line in service.logged("Shutdown stage ended")].count("ok") == 8
+    assert [line["outcome"] for line in service.logged("Shutdown stage ended")].count("ok") == 9
 
 
-def test_jobs_that_do_not_end_within_the_budget_are_told() -> None:
-    """Exit code 4, in time, also with a task that ignores its cancellation."""
+def test_jobs_beyond_the_budget_are_logged() -> None:
+    """Exit code 4 within the budget, even if a task ignores its cancellation."""
     with serving(SHUTDOWN_DRAIN_TIMEOUT="1500") as service:
         hangs = accept(service, "parcels.never", None)
         accept(service, "parcels.wait", 600)
@@ -102,19 +102,19 @@ def test_jobs_that_do_not_end_within_the_budget_are_told() -> None:
     assert (code, stage["outcome"]) == (4, "failed")
 
 
-def test_progress_is_told_until_the_end() -> None:
-    """Server-sent events over a real connection, closed by the server after the last."""
+def test_progress_is_streamed_until_the_end() -> None:
+    """Server-sent events over a real connection, which the server closes after the last one."""
     with serving() as service:
         job_id = accept(service, "parcels.wait", 0.3)
-        told = _listen(service, job_id)
+        received = _listen(service, job_id)
 
-    states = [json.loads(line[6:])["state"] for line in told if line.startswith("data: ")]
+    states = [json.loads(line[6:])["state"] for line in received if line.startswith("data: ")]
     assert states[-1] == "completed"
     assert set(states) <= {"waiting", "active", "completed"}
 
 
-def test_the_stop_ends_what_is_followed() -> None:
-    """A client that follows a job is told, and keeps nobody from leaving."""
+def test_the_stop_ends_event_streams_of_jobs() -> None:
+    """A client that follows a job gets an event and does not delay the stop."""
     with serving(JOB_CONCURRENCY="1") as service:
         first, second = (accept(service, "parcels.wait", 1.5) for _ in range(2))
         until(service, first, "active")
@@ -145,8 +145,8 @@ def _listen(service: Service, job_id: str) -> list[str]:
     return received.decode().splitlines()
 
 
-def test_a_large_body_is_refused_before_it_is_there() -> None:
-    """By its announced length, and by what came of one without."""
+def test_a_large_body_is_refused_before_it_arrives() -> None:
+    """By its announced length, or by the bytes received so far without one."""
     with serving() as service:
         replies = [
             _post(service, b"Content-Length: 70000\r\n", b""),
@@ -158,33 +158,91 @@ def test_a_large_body_is_refused_before_it_is_there() -> None:
         ]
 
     assert [reply.startswith(b"HTTP/1.1 413 ") for reply in replies] == [True, True]
+    assert [b"\r\nconnection: close\r\n" in reply.lower() for reply in replies] == [True, True]
 
 
 def _post(service: Service, header: bytes, body: bytes) -> bytes:
     with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
-        head = f"POST {JOBS} HTTP/1.1\r\nHost: test\r\n".encode()
+        head = f"POST {JOBS} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n".encode()
         connection.sendall(head + header + b"\r\n" + body)
         return connection.recv(65536)
 
 
+def test_a_client_disconnect_in_its_body_changes_nothing() -> None:
+    """The received part is valid JSON each time, and shorter than announced."""
+    token = "planted-management-token"
+    job = b'{"task":"parcels.ship","payload":{"weight":3}}'
+    with serving(MANAGEMENT_TOKEN=token, ACCESS_LOG="true") as service:
+        before = service.get("/health/loggers/viralfx.jobs").json()
+        for line, body in (
+            ("PUT /health/loggers/viralfx.jobs", b'{"level":"debug"}'),
+            (f"POST {JOBS}", job),
+        ):
+            with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+                head = (
+                    f"{line} HTTP/1.1\r\nHost: test\r\nAuthorization: Bearer {token}\r\n"
+                    "Content-Type: application/json\r\nContent-Length: 500\r\n\r\n"
+                )
+                connection.sendall(head.encode() + body)
+        # The server answers a new request after it has dropped the old ones.
+        wait_until(lambda: _cut(service), what="the cut request in the log")
+        after = service.get("/health/loggers/viralfx.jobs").json()
+        listed = [each["task"] for each in service.get(JOBS).json()["items"]]
+        service.signal(signal.SIGTERM)
+
+        assert service.exit_code() == 0
+    assert after == before
+    assert "parcels.ship" not in listed
+    assert service.logged("Request failed") == []
+
+
+def _cut(service: Service) -> list[str]:
+    lines = list(service.output)
+    return [line for line in lines if '"method":"POST"' in line and '"cut":true' in line]
+
+
+def test_head_of_an_event_stream_ends_and_keeps_the_connection() -> None:
+    """No body follows, so the client can read the next response on the connection."""
+    with serving() as service:
+        body = {"task": "parcels.ship", "payload": {"weight": 1}, "runAt": "2999-01-01T00:00:00Z"}
+        path = service.get(JOBS, method="POST", json_body=body).json()["links"]["events"]
+        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+            head = f"HEAD {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode()
+            live = b"GET /health/live HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
+            connection.sendall(head + live)
+            received = b""
+            while chunk := connection.recv(65536):
+                received += chunk
+
+    first, _, rest = received.partition(b"\r\n\r\n")
+    assert first.startswith(b"HTTP/1.1 200 ")
+    assert b"text/event-stream" in first
+    assert rest.startswith(b"HTTP/1.1 200 ")
+    assert b'"alive":true' in rest
+
+
 def test_the_api_is_guarded_by_its_token() -> None:
-    """In production as well, where there must be one."""
+    """In production as well, where the token is mandatory."""
     environment = {
-        "API_TOKEN": "planted",
+        "API_TOKEN": "planted-for-the-tests",
         "ENVIRONMENT": "production",
         "ALLOW_MEMORY_ADAPTERS": "true",
     }
     with serving(**environment) as service:
         statuses = [
             service.get(JOBS, headers=headers).status
-            for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Bearer planted"})
+            for headers in (
+                {},
+                {"Authorization": "Bearer x"},
+                {"Authorization": "Bearer planted-for-the-tests"},
+            )
         ]
 
     assert statuses == [401, 401, 200]
 
 
 def test_without_a_worker_jobs_wait() -> None:
-    """--no-worker is obeyed in memory, too; what waits at the stop is lost, and that is told."""
+    """--no-worker applies in memory as well; the stop logs the waiting jobs as lost."""
     with running("--no-worker", environment=TASKS) as service:
         service.wait_ready()
         job_id = accept(service, "parcels.ship", {"weight": 1})
@@ -200,8 +258,8 @@ def test_without_a_worker_jobs_wait() -> None:
 
 
 @pytest.mark.parametrize("management", [False, True])
-def test_jobs_are_on_the_api_s_port_alone(*, management: bool) -> None:
-    """The management port knows operations endpoints only."""
+def test_jobs_are_only_on_the_api_port(*, management: bool) -> None:
+    """The management port serves only operations endpoints."""
     with running(management=management) as service:
         service.wait_ready()
 

@@ -1,4 +1,4 @@
-"""The log of a process: access lines, users, levels, and a reader that stops reading."""
+"""Tests of a process' log: access lines, users, levels, and a blocked reader."""
 
 import fcntl
 import json
@@ -28,16 +28,16 @@ BEARER = {"Authorization": "Bearer planted-token"}
 def access_lines(service: Service, count: int) -> list[dict[str, Any]]:
     """Wait for that many access lines and return them."""
 
-    def look() -> list[dict[str, Any]]:
+    def read() -> list[dict[str, Any]]:
         parsed = [json.loads(line) for line in list(service.output)]
         found = [line for line in parsed if line["context"] == "access"]
         return found if len(found) >= count else []
 
-    return wait_until(look, what=lambda: f"{count} access lines; {service.output}")
+    return wait_until(read, what=lambda: f"{count} access lines; {service.output}")
 
 
 def test_each_request_of_the_application_is_one_line() -> None:
-    """Route, status, duration, sizes, ids and the user; nothing that a client chose at length."""
+    """The line has route, status, duration, sizes, ids and the user, but no long client data."""
     ids = {"X-Correlation-ID": "order-1"}
     with running(*APP, environment=TOKEN) as service:
         service.wait_ready()
@@ -80,10 +80,8 @@ def test_each_request_of_the_application_is_one_line() -> None:
 
 
 @pytest.mark.parametrize("program", ["serve", "worker"])
-def test_lines_keep_their_shape_whoever_configures_logging(
-    database: Database, program: str
-) -> None:
-    """An application does while it is made and while it starts, and so may a module of tasks."""
+def test_the_format_survives_other_logging_configurations(database: Database, program: str) -> None:
+    """Applications configure logging at creation and start; task modules may as well."""
     module = "tests.system.noisy_app"
     environment = environment_of(database, API_TOKEN="planted-token", TASK_MODULES=module)
     arguments = ("--app", f"{module}:made") if program == "serve" else ()
@@ -93,16 +91,16 @@ def test_lines_keep_their_shape_whoever_configures_logging(
         assert service.exit_code() == 0
         messages = [json.loads(line)["message"] for line in service.output]
 
-    said = ["Made with ***", "Made at postgres://***@db/shop"]
-    said += ["Made with structlog and ***", "Made by dictConfig"]
-    said += ["Starting with ***", "Listening"] if program == "serve" else ["Working"]
-    assert [message for message in messages if message in said] == said
+    expected = ["Made with ***", "Made at postgres://***@db/shop"]
+    expected += ["Made with structlog and ***", "Made by dictConfig"]
+    expected += ["Starting with ***", "Listening"] if program == "serve" else ["Working"]
+    assert [message for message in messages if message in expected] == expected
     assert messages[-1] == "Process ends"
     assert service.errors == []
 
 
 def test_the_access_log_can_be_turned_off() -> None:
-    """``ACCESS_LOG=false``, or its logger's level."""
+    """Use ``ACCESS_LOG=false`` or the level of its logger."""
     with running(*APP, environment={"ACCESS_LOG": "false"}) as service:
         service.wait_ready()
         service.get("/orders/17")
@@ -112,8 +110,8 @@ def test_the_access_log_can_be_turned_off() -> None:
         assert not [line for line in service.output if '"context":"access"' in line]
 
 
-def test_the_level_of_a_logger_is_changed_while_it_runs() -> None:
-    """More of one part, then as before; each change is a line of its own."""
+def test_the_level_of_a_logger_can_be_changed_at_run_time() -> None:
+    """A change adds lines of one logger and can be reverted; each change is logged."""
     with running(*APP, environment=TOKEN) as service:
         service.wait_ready()
         service.get("/orders/1")
@@ -129,17 +127,17 @@ def test_the_level_of_a_logger_is_changed_while_it_runs() -> None:
         assert reset.json() == {"level": None, "effectiveLevel": "log"}
         service.get("/orders/3")
         wait_until(lambda: len(service.logged("Order read")) == 3, what="all three")
-        told = service.logged("Order was in the cache")
+        debug_lines = service.logged("Order was in the cache")
         changes = service.logged("Logger level changed")
 
-    assert [line["order"] for line in told] == [2]
+    assert [line["order"] for line in debug_lines] == [2]
     assert [line["logger"] for line in changes] == ["shop.orders", "shop.orders"]
 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
-def test_a_reader_that_stops_reading_breaks_and_delays_nothing(kind: str) -> None:
-    """Its pipe is full in no time; requests are answered, and the loss is told afterwards."""
+def test_a_blocked_reader_delays_no_request(kind: str) -> None:
+    """Its pipe fills up; requests are served, and the loss is reported afterwards."""
     if kind == "pipe":
         reader, writer = os.pipe()
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
@@ -166,19 +164,19 @@ def test_a_reader_that_stops_reading_breaks_and_delays_nothing(kind: str) -> Non
             slowest = max(slowest, time.monotonic() - probed)
             require_quick(probed - began, 2.0, "/flood")
         require_quick(slowest, 0.5, "/health/live")
-        said = bytearray()
+        output = bytearray()
 
-        def told() -> bool:
+        def complete() -> bool:
             while select.select([reader], [], [], 0.2)[0]:
-                said.extend(os.read(reader, 65536))
-            request(port, "/orders/1")  # something new, so that the loss can be told
-            lost = sum(map(int, re.findall(rb'"lost":(\d+)', said)))
-            return lost > 20_000 and said.count(b'"message":"Flood"') + lost >= 60_000
+                output.extend(os.read(reader, 65536))
+            request(port, "/orders/1")  # a new line, so that the loss can be reported
+            lost = sum(map(int, re.findall(rb'"lost":(\d+)', output)))
+            return lost > 20_000 and output.count(b'"message":"Flood"') + lost >= 60_000
 
-        wait_until(told, seconds=40, what="everything is written or told as lost")
-        for line in said.splitlines():
+        wait_until(complete, seconds=40, what="all lines are written or reported as lost")
+        for line in output.splitlines():
             assert json.loads(line)["message"]
-        for _ in range(40):  # full again, so that the end finds it so
+        for _ in range(40):  # fills the pipe again before the shutdown
             request(port, "/flood?lines=1000")
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
@@ -192,7 +190,7 @@ def test_a_reader_that_stops_reading_breaks_and_delays_nothing(kind: str) -> Non
             process.stderr.close()
 
 
-def test_a_full_disk_breaks_nothing() -> None:
+def test_a_full_disk_fails_no_request() -> None:
     """Standard output is a device that is always full."""
     port = free_port()
     with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123 - a device

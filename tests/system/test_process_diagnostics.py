@@ -1,4 +1,4 @@
-"""What a process tells of itself when it is asked, or when it stands still."""
+"""Heap reports on SIGUSR2, and warnings about a blocked event loop."""
 
 import json
 import os
@@ -19,25 +19,25 @@ APP = ("--app", "tests.system.log_app:app")
 
 
 def handles(pid: int, number: signal.Signals) -> bool:
-    """Tell whether a process has a handler for a signal."""
+    """Return whether a process has a handler for a signal."""
     status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 def reported(service: Service, message: str, *, count: int = 1) -> list[dict[str, Any]]:
-    """Wait for that many lines on heap reports and return them: each takes seconds of CPU."""
+    """Wait for ``count`` lines on heap reports and return them: each takes seconds of CPU."""
 
-    def look() -> list[dict[str, Any]]:
+    def found() -> list[dict[str, Any]]:
         lines = service.logged(message)
         return lines if len(lines) >= count else []
 
-    return wait_until(look, seconds=60, what=lambda: f"{message}; {service.output}")
+    return wait_until(found, seconds=60, what=lambda: f"{message}; {service.output}")
 
 
 @pytest.mark.alone
-def test_a_heap_report_is_written_while_the_service_goes_on(tmp_path: Path) -> None:
-    """SIGUSR2 makes a file, a line that says where, and no probe late."""
+def test_a_heap_report_does_not_delay_the_service(tmp_path: Path) -> None:
+    """SIGUSR2 writes a file and a log line with its path, and delays no probe."""
     environment = {"HEAP_SNAPSHOT_DIR": str(tmp_path)}
     with running(*APP, environment=environment) as service:
         service.wait_ready()
@@ -52,7 +52,7 @@ def test_a_heap_report_is_written_while_the_service_goes_on(tmp_path: Path) -> N
         path = Path(line["path"])
         text = path.read_text(encoding="utf-8")
         seconds = [sighting.seconds for sighting in prober.seen]
-        print(  # noqa: T201 - what it measured
+        print(  # noqa: T201 - the measurement
             f"report in {line['duration']} ms; p99 {percentile(seconds, 0.99) * 1000:.1f} ms"
         )
 
@@ -63,14 +63,14 @@ def test_a_heap_report_is_written_while_the_service_goes_on(tmp_path: Path) -> N
         assert "dict" in text
         assert all(sighting.status == 200 for sighting in prober.seen)
         require_quick(max(seconds), 1.0, "/health/live")
-        service.signal(signal.SIGUSR2)  # and another one
+        service.signal(signal.SIGUSR2)  # a second report
         reported(service, "Heap report written", count=2)
         service.signal(signal.SIGTERM)
         assert service.exit_code() == 0
 
 
-def test_a_heap_report_beside_grpc_says_nothing_of_its_own(tmp_path: Path) -> None:
-    """Whose library would tell of the descriptors that the report's process is without."""
+def test_a_heap_report_with_grpc_writes_no_other_output(tmp_path: Path) -> None:
+    """The gRPC library would log that the child process has closed its descriptors."""
     with socket.create_server(("127.0.0.1", 0)) as collector:
         environment = {
             "HEAP_SNAPSHOT_DIR": str(tmp_path),
@@ -92,8 +92,8 @@ def test_a_heap_report_beside_grpc_says_nothing_of_its_own(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("what", ["missing", "not writable", "full"])
-def test_a_heap_report_that_cannot_be_written_is_one_line(tmp_path: Path, what: str) -> None:
-    """No permission, no folder, no room: the service goes on."""
+def test_a_heap_report_that_cannot_be_written_logs_one_line(tmp_path: Path, what: str) -> None:
+    """No permission, no folder, no disk space: the service goes on."""
     folder = tmp_path / "reports"
     if what != "missing":
         folder.mkdir()
@@ -118,8 +118,8 @@ def test_a_heap_report_that_cannot_be_written_is_one_line(tmp_path: Path, what: 
     assert not folder.exists() or not list(folder.glob("heap-*"))
 
 
-def test_a_heap_report_that_is_asked_for_too_early_ends_nothing() -> None:
-    """While it starts there is none, and nobody who asks can know how far it has come."""
+def test_a_heap_report_requested_during_the_start_is_ignored() -> None:
+    """SIGUSR2 during the start writes no report and does not end the process."""
     with running(*APP) as service:
         wait_until(
             lambda: handles(service.process.pid, signal.SIGTERM),
@@ -130,8 +130,8 @@ def test_a_heap_report_that_is_asked_for_too_early_ends_nothing() -> None:
         service.wait_ready()
 
 
-def test_a_heap_report_for_which_no_memory_is_left_is_given_up(tmp_path: Path) -> None:
-    """Before the kernel gives up the service for it."""
+def test_a_heap_report_without_enough_memory_fails(tmp_path: Path) -> None:
+    """The report fails before the kernel kills the service."""
     limit, used = 256, 0.88
     filled = ("--app", "tests.system.drills.app:app")
     with (
@@ -148,12 +148,12 @@ def test_a_heap_report_for_which_no_memory_is_left_is_given_up(tmp_path: Path) -
         (line,) = reported(service, "Heap report failed")
         assert service.get("/health/live").status == 200
 
-    assert line["detail"] == "it takes more memory than is left"
+    assert line["detail"] == "not enough memory"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_blocked_loop_is_one_warning_that_shows_what_blocks_it() -> None:
-    """While it is blocked; and how long it took once it is over."""
+def test_a_blocked_loop_is_one_warning_with_its_stack() -> None:
+    """One warning during the block, and one line with its duration after it."""
     environment = {"LOOP_STALL_THRESHOLD": "400"}
     with running(*APP, environment=environment) as service:
         service.wait_ready()
@@ -165,35 +165,35 @@ def test_a_blocked_loop_is_one_warning_that_shows_what_blocks_it() -> None:
 
     assert blocked["level"] == "warn"
     assert 390 <= blocked["blocked"] < 1200
-    # Before that Python tells no thread what the loop of another is at.
+    # Older Python versions do not show a thread the current task of another thread's loop.
     assert blocked.get("correlationId") == ("order-1" if sys.version_info >= (3, 12) else None)
     assert "correlationId" not in over
     assert 900 <= over["duration"] < 3000
 
 
 def block_and_end(service: Service) -> list[dict[str, Any]]:
-    """Return the one line that tells of ``/block``, and the one on its end: both, or none yet.
+    """Return the warning about ``/block`` and the line on its end: both, or none yet.
 
-    On a busy machine the loop may stand still by itself, too: that is told as well.
+    On a busy machine the loop may block for other reasons, which is logged as well.
     """
     lines = [json.loads(line) for line in list(service.output) if line.startswith("{")]
-    told = [line for line in lines if line["message"].startswith("Event loop ")]
-    blocks = [at for at, line in enumerate(told) if shows_the_block(line)]
-    if not blocks or blocks[0] + 1 == len(told):
+    logged = [line for line in lines if line["message"].startswith("Event loop ")]
+    blocks = [at for at, line in enumerate(logged) if shows_the_block(line)]
+    if not blocks or blocks[0] + 1 == len(logged):
         return []
     (at,) = blocks
-    assert told[at + 1]["message"] == "Event loop runs again"
-    return told[at : at + 2]
+    assert logged[at + 1]["message"] == "Event loop runs again"
+    return logged[at : at + 2]
 
 
 def shows_the_block(line: dict[str, Any]) -> bool:
-    """Tell whether a line holds a stack in whose innermost frame the application blocks."""
+    """Return whether a line holds a stack whose innermost frame is the blocking handler."""
     *_, innermost = line.get("stack", [""])
     return "log_app.py" in innermost and innermost.endswith(" block")
 
 
-def test_a_loop_that_runs_is_not_told_of() -> None:
-    """Nor is one that is blocked for less than the threshold, or when nobody wants to know."""
+def test_a_running_loop_logs_no_warning() -> None:
+    """Neither is a block below the threshold, or any block with the threshold 0."""
     for threshold, seconds in (("5000", "0.3"), ("0", "1.0")):
         with running(*APP, environment={"LOOP_STALL_THRESHOLD": threshold}) as service:
             service.wait_ready()

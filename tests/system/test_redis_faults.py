@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from tests.servers.redis import RedisServer
+from tests.servers.redis import RedisServer, redis_server
 from tests.servers.sentinel import SentinelSetup
 from tests.servers.waiting import wait_until
 from tests.system.load import Load, require_quick
@@ -15,7 +15,7 @@ from tests.system.service import Service, running
 
 APP = ("--app", "tests.system.backend_app:app")
 QUICK = 0.1
-"""Seconds in which a cached read has its fallback once Redis is known to be away."""
+"""Seconds within which a cached read returns its fallback once the outage is known."""
 
 TIMES = {"HEALTH_CHECK_TIMEOUT": "1000", "HEALTH_CHECK_INTERVAL": "500"}
 
@@ -33,7 +33,7 @@ def of(server: RedisServer) -> dict[str, str]:
 
 
 def redis_check(service: Service) -> Any:
-    """Return what the service says about Redis."""
+    """Return the service's check of Redis."""
     return service.get("/health/detailed").json()["checks"]["redis"]
 
 
@@ -47,7 +47,7 @@ FAULTS: dict[str, tuple[Callable[[RedisServer], None], Callable[[RedisServer], N
 @pytest.mark.alone
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_service_goes_on_without_redis(own_redis: RedisServer, fault: str) -> None:
-    """Ready and degraded, fallbacks at once, and back by itself; one line each."""
+    """It stays ready but degraded, uses fallbacks at once, recovers, and logs each change once."""
     begin, end = FAULTS[fault]
     own_redis.command("SET", "planted", "value")
     with serving(of(own_redis)) as service:
@@ -57,9 +57,9 @@ def test_the_service_goes_on_without_redis(own_redis: RedisServer, fault: str) -
             wait_until(lambda: len(load.of("/cached")) > 50, what="traffic")
             began = time.monotonic()
             begin(own_redis)
-            wait_until(lambda: redis_check(service)["status"] == "fail", what="known to be away")
+            wait_until(lambda: redis_check(service)["status"] == "fail", what="the check fails")
             known = time.monotonic()
-            wait_until(lambda: time.monotonic() > known + 3, what="three seconds of it")
+            wait_until(lambda: time.monotonic() > known + 3, what="three seconds of the outage")
             ready, detailed = service.get("/health/ready"), service.get("/health/detailed")
             end(own_redis)
             wait_until(lambda: redis_check(service)["status"] == "pass", what="restored")
@@ -71,17 +71,17 @@ def test_the_service_goes_on_without_redis(own_redis: RedisServer, fault: str) -
             )
         assert (ready.status, ready.json()["checks"]["redis"]) == (200, False)
         assert (detailed.status, detailed.json()["status"]) == (200, "degraded")
-        answers = load.of("/cached")
-        assert {a.status for a in answers} == {200}
-        while_known = [a for a in answers if known <= a.at < known + 2.5]
+        responses = load.of("/cached")
+        assert {a.status for a in responses} == {200}
+        while_known = [a for a in responses if known <= a.at < known + 2.5]
         assert {a.body for a in while_known} == {'{"value":"fallback"}'}
         slowest = max(a.seconds for a in while_known)
         require_quick(slowest, QUICK, "/cached")
         assert {a.status for a in load.of("/health/ready")} == {200}
-        print(  # noqa: T201 - the timeline, for whoever wonders why it failed
+        print(  # noqa: T201 - the timeline, to explain a failure
             f"{fault}: known after {known - began:.2f} s, slowest fallback then {slowest:.4f} s,"
-            f" before {max(a.seconds for a in answers if a.at < known):.2f} s,"
-            f" {len(answers)} reads, back at {restored - began:.2f} s"
+            f" before {max(a.seconds for a in responses if a.at < known):.2f} s,"
+            f" {len(responses)} reads, back at {restored - began:.2f} s"
         )
         service.signal(signal.SIGTERM)
         assert service.exit_code() == 0
@@ -89,8 +89,8 @@ def test_the_service_goes_on_without_redis(own_redis: RedisServer, fault: str) -
         assert len(service.logged("Redis connection restored")) == 1
 
 
-def test_flushall_is_a_miss_and_nothing_else(own_redis: RedisServer) -> None:
-    """An emptied server is a healthy one."""
+def test_flushall_causes_only_cache_misses(own_redis: RedisServer) -> None:
+    """An emptied server is healthy; reads are cache misses."""
     own_redis.command("SET", "planted", "value")
     with serving(of(own_redis)) as service:
         assert service.get("/cached").json() == {"value": "value"}
@@ -103,7 +103,7 @@ def test_flushall_is_a_miss_and_nothing_else(own_redis: RedisServer) -> None:
 
 
 def test_a_start_without_redis_is_degraded(own_redis: RedisServer) -> None:
-    """Redis is optional: the service starts without it, says so, and finds it later."""
+    """Redis is optional: the service starts degraded without it and connects later."""
     own_redis.stop()
     with serving(of(own_redis)) as service:
         assert service.get("/health/ready").json() == {
@@ -117,8 +117,8 @@ def test_a_start_without_redis_is_degraded(own_redis: RedisServer) -> None:
         assert service.get("/cached").json() == {"value": "nothing"}
 
 
-def test_wrong_password_is_degraded_and_says_auth(sentinel_setup: SentinelSetup) -> None:
-    """Wrong credentials never stop the service and never show."""
+def test_a_wrong_password_is_degraded_with_the_code_auth(sentinel_setup: SentinelSetup) -> None:
+    """Wrong credentials never stop the service and are never logged."""
     server = sentinel_setup.primary_server()
     with serving({**of(server), "REDIS_PASSWORD": "planted-wrong"}) as service:
         assert service.get("/health/ready").status == 200
@@ -127,9 +127,28 @@ def test_wrong_password_is_degraded_and_says_auth(sentinel_setup: SentinelSetup)
         assert "planted-wrong" not in "".join([str(check), *service.output, *service.errors])
 
 
+def test_a_server_that_cannot_work_is_degraded_with_its_code() -> None:
+    """A node of a cluster is refused by name at the start; the log says what to do."""
+    with (
+        redis_server(arguments=["--cluster-enabled", "yes"]) as server,
+        serving(of(server)) as service,
+    ):
+        assert service.get("/health/ready").status == 200
+        check = redis_check(service)
+        assert (check["status"], check["error"]["code"]) == ("fail", "cluster")
+        assert service.get("/cached").json() == {"value": "fallback"}
+        lines = wait_until(
+            lambda: [
+                line for line in service.logged("Health check changed") if line["check"] == "redis"
+            ],
+            what="the check is logged",
+        )
+        assert "use a server without cluster mode" in lines[0]["detail"]
+
+
 @pytest.mark.alone
 def test_failover_under_load_loses_no_request(sentinel_setup: SentinelSetup) -> None:
-    """The primary is killed under 150 requests/s: all are answered, by the new one, no restart."""
+    """After a kill of the primary at 150 requests/s, the new one answers all requests."""
     old = sentinel_setup.primary_server()
     environment = {
         "REDIS_SENTINEL_ENABLED": "true",
@@ -158,7 +177,7 @@ def test_failover_under_load_loses_no_request(sentinel_setup: SentinelSetup) -> 
             )
         writes = load.of("POST /counter")
         after = [a for a in writes if a.at >= killed]
-        print(  # noqa: T201 - the timeline, for whoever wonders why it failed
+        print(  # noqa: T201 - the timeline, to explain a failure
             f"promoted after {promoted - killed:.2f} s, slowest write"
             f" {max(a.seconds for a in after):.2f} s, {len(writes)} writes,"
             f" failed {[a.status for a in writes if a.status != 200]}"

@@ -1,4 +1,4 @@
-"""The commands of the runbook and of the deployment's checklist, run against the service."""
+"""The commands of the runbook and of the deployment checklist, run against the service."""
 
 import re
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from tests.system.drills.procedures import (
 )
 from tests.system.service import ROOT, Service, command, running
 
-from viralfx.adapters.postgres.errors import _BY_CLASS
+from viralfx.adapters.postgres import errors
 
 RUNBOOK = (ROOT / "docs/runbook.md").read_text(encoding="utf-8")
 DEPLOYMENT = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
@@ -32,22 +32,22 @@ ASKED = sorted(
 )
 SEARCHED = re.findall(r"\$(?:INSTANCE|WORKER)/metrics \| grep (?:-E )?'([^']+)'", RUNBOOK)
 EMERGENCIES = re.findall(r"\| \[(ViralFX\w+)\]\(#viralfx\w+\) \|\n", RUNBOOK.split("\n## ")[0])
-BEGINNING = re.findall(r"^### (.+)$", RUNBOOK.split("\n## ")[0], re.MULTILINE)
+BEGINNING = re.findall(r"^## (?!ViralFX)(.+)$", RUNBOOK, re.MULTILINE)
 DRILLS = "".join(path.read_text() for path in Path(__file__).parent.glob("test_drills*.py"))
 TOKEN = {"Authorization": "Bearer planted"}
 
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    """Return a service in memory, with a token for everything."""
+    """Return a service in memory with all tokens set."""
     environment = {"MANAGEMENT_TOKEN": "planted", "API_TOKEN": "planted"}
     with running(environment=environment) as service:
         yield service.wait_ready()
 
 
 @pytest.mark.parametrize(("path", "text"), ASKED)
-def test_a_filter_finds_what_it_is_for(service: Service, path: str, text: str) -> None:
-    """The path exists, and the filter prints something but nulls, unless there is nothing now."""
+def test_a_filter_prints_values(service: Service, path: str, text: str) -> None:
+    """The path exists, and the filter prints values other than null, if there are any."""
     reply = service.get(path, headers=TOKEN)
     found: list[Any] = jq.compile(text).input_value(reply.json()).all()
     nothing_now = any(part in text for part in (".items[]", "select(.status ==", ".error.code"))
@@ -59,15 +59,15 @@ def test_a_filter_finds_what_it_is_for(service: Service, path: str, text: str) -
             assert not isinstance(shown, dict) or any(v is not None for v in shown.values())
 
 
-def test_there_are_many_of_them() -> None:
-    """The rule above looks at them all."""
+def test_the_documents_hold_many_filters() -> None:
+    """The test above finds the filters of the documents at all."""
     assert len(ASKED) >= 18
     assert len(SEARCHED) >= 9
 
 
 @pytest.mark.parametrize("pattern", SEARCHED)
-def test_a_search_is_for_metrics_that_exist(pattern: str) -> None:
-    """By the beginning of their names."""
+def test_a_search_matches_existing_metrics(pattern: str) -> None:
+    """Each search matches the beginning of a metric name."""
     names = [name for metric in described(wired()) for name in metric.series]
 
     for part in pattern.split("|"):
@@ -75,14 +75,17 @@ def test_a_search_is_for_metrics_that_exist(pattern: str) -> None:
         assert [name for name in names if name.startswith(beginning)] != []
 
 
-def test_the_emergencies_are_those_of_the_guide() -> None:
-    """Its emergency procedures, and its troubleshooting."""
+def test_the_emergencies_match_the_guide() -> None:
+    """The emergency procedures of docs/operations.md, in the same order."""
+    guide = (ROOT / "docs/operations.md").read_text()
+
+    assert re.findall(r"\[(ViralFX\w+)\]\(runbook\.md#viralfx\w+\)", guide) == EMERGENCIES
     assert len(EMERGENCIES) == len(set(EMERGENCIES)) == 9
 
 
 @pytest.mark.parametrize("heading", EMERGENCIES)
 def test_an_emergency_has_a_whole_procedure_and_a_drill(heading: str) -> None:
-    """Symptom, diagnosis, remedy and end, each with what is printed; and a test that does it."""
+    """Symptom, diagnosis, remedy and end, each with its output; and a test that runs it."""
     found = procedure(heading)
 
     assert tuple(found.parts) == PARTS
@@ -92,16 +95,16 @@ def test_an_emergency_has_a_whole_procedure_and_a_drill(heading: str) -> None:
 
 
 @pytest.mark.parametrize("heading", BEGINNING)
-def test_what_is_said_before_the_alerts_has_a_drill(heading: str) -> None:
-    """Of the commands that are for all of them, each shows what it prints."""
+def test_commands_before_the_alerts_have_a_drill(heading: str) -> None:
+    """Each command before the alerts shows its output."""
     assert all(step.shown for step in steps_of_beginning(heading))
     assert f'"{heading}"' in DRILLS
 
 
-def test_each_output_that_is_shown_is_compared() -> None:
-    """It follows its command, in a procedure that a drill goes through, and is not nothing.
+def test_each_shown_output_is_compared() -> None:
+    """Each output follows its command, in a procedure with a drill, and is not empty.
 
-    What prints nothing at first, and the lines that count only later, would pass for nothing.
+    An empty output would match any command.
     """
     shown = [output for _, output in FENCED.findall(RUNBOOK) if output]
     steps = [step for h in EMERGENCIES for part in PARTS for step in procedure(h).steps(part)]
@@ -113,12 +116,15 @@ def test_each_output_that_is_shown_is_compared() -> None:
 
 
 def test_the_codes_of_the_database_are_known() -> None:
-    """Those that the procedure explains are those that the check tells."""
-    table = re.findall(r"^\| (`.+`) \|", procedure("ViralFXDatabaseDown").text, re.MULTILINE)
+    """The procedure explains exactly the codes of the check."""
+    table = re.findall(r"^\| (`[^|]+`) \|", procedure("ViralFXDatabaseDown").text, re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", " ".join(table)))
 
     assert len(named) >= 10
-    assert named <= {trouble.code for _, trouble in _BY_CLASS} | {"schema_behind"}
+    source = Path(errors.__file__).read_text(encoding="utf-8")
+    codes = r'ErrorExplanation\(\s*"(\w+)"|^_?[A-Z_]+ = "([a-z_]+)"$'
+    known = set(re.findall(codes, source, re.MULTILINE))
+    assert named <= {code for pair in known for code in pair} | {"schema_behind"}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +133,7 @@ def test_the_codes_of_the_database_are_known() -> None:
         ({"PORT": "planted"}, 2, "PORT: "),
         (
             {
-                "DATABASE_URL": "postgresql://nobody@127.0.0.1:{nobody}/none",
+                "DATABASE_URL": "postgresql://unknown@127.0.0.1:{free}/none",
                 "PORT": "{port}",
                 "DB_MAX_RECONNECT_ATTEMPTS": "1",
             },
@@ -136,11 +142,11 @@ def test_the_codes_of_the_database_are_known() -> None:
         ),
     ],
 )
-def test_the_log_says_why_a_process_starts_again_and_again(
+def test_the_log_names_the_reason_of_restarts(
     environment: dict[str, str], code: int, said: str, tmp_path: Path
 ) -> None:
-    """Whether that is a line for programs or for people."""
-    ports = {"nobody": free_port(), "port": free_port()}
+    """In both log formats, JSON and text."""
+    ports = {"free": free_port(), "port": free_port()}
     filled = {name: value.format(**ports) for name, value in environment.items()}
     ended = command("serve", environment=filled)
     log = tmp_path / "log"
@@ -173,6 +179,6 @@ def test_the_log_says_why_a_process_starts_again_and_again(
         ("t\nt", "t", True),
     ],
 )
-def test_an_output_is_compared_but_for_what_varies(shown: str, printed: str, *, same: bool) -> None:
-    """States and names are to be as they are shown; amounts and times are the load's."""
+def test_varying_values_of_an_output_are_masked(shown: str, printed: str, *, same: bool) -> None:
+    """States and names must match; amounts and times may differ."""
     assert (masked(shown) == masked(printed)) is same

@@ -1,4 +1,4 @@
-"""A whole run with planted secrets: every line is JSON with the guide's fields, and none leaks."""
+"""Runs with planted secrets: none leaks, and each line has the fields of docs/operations.md."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def own_redis() -> Iterator[RedisServer]:
 
 @pytest.fixture
 def environment(own_postgres: PostgresServer, own_redis: RedisServer) -> dict[str, str]:
-    """Return variables with a secret in each that can hold one."""
+    """Return variables with a secret in each place that can hold one."""
     return environment_of(
         own_postgres,
         REDIS_HOST=own_redis.host,
@@ -57,7 +57,7 @@ def environment(own_postgres: PostgresServer, own_redis: RedisServer) -> dict[st
 
 
 def planted(environment: dict[str, str]) -> set[str]:
-    """Return what must be seen nowhere, in each of its forms."""
+    """Return the planted secrets in all encodings."""
     dsn = environment["DATABASE_URL"]
     password = urllib.parse.urlsplit(dsn).password
     assert password
@@ -75,8 +75,8 @@ def planted(environment: dict[str, str]) -> set[str]:
     return {form for s in secrets for form in (s, json.dumps(s)[1:-1], urllib.parse.quote(s, ""))}
 
 
-def everything_said(service: Service) -> Iterator[Reply]:
-    """Yield every kind of answer: health, metrics, loggers, errors of the application."""
+def all_responses(service: Service) -> Iterator[Reply]:
+    """Yield every kind of response: health, metrics, loggers, errors of the application."""
     for path in (
         "/health/detailed?fresh=1",
         "/health/database",
@@ -96,7 +96,7 @@ def everything_said(service: Service) -> Iterator[Reply]:
 
 
 def failed_job(service: Service) -> Iterator[Reply]:
-    """Have a task fail with every secret, and yield what the API says of its job."""
+    """Let a task fail with every secret, and yield the API's responses about its job."""
     bearer = {"Authorization": f"Bearer {API_TOKEN}"}
     names = ["DATABASE_URL", "REDIS_PASSWORD", "MANAGEMENT_TOKEN", "API_TOKEN", "WEBHOOK_SECRET"]
     job_id = jobs.accept(service, "modules.betray_all", names, **bearer)
@@ -110,10 +110,10 @@ def failed_job(service: Service) -> Iterator[Reply]:
     yield service.get(f"{jobs.JOBS}/{job_id}/events", headers=bearer)
 
 
-def test_no_secret_is_seen_in_a_whole_run(
+def test_no_secret_leaks_in_a_whole_run(
     environment: dict[str, str], own_postgres: PostgresServer, own_redis: RedisServer
 ) -> None:
-    """Start, traffic, faults, shutdown: of the API, of a worker, and of a process that fails."""
+    """The run has start, traffic, faults and shutdown of an API, a worker and a failing process."""
     replies: list[Reply] = []
     with ExitStack() as stack:
         app = ("--app", "tests.system.log_app:app")
@@ -122,7 +122,7 @@ def test_no_secret_is_seen_in_a_whole_run(
             running(program="worker", management=True, environment=environment)
         ).wait_ready()
         api.get("/crash")
-        replies += everything_said(api)
+        replies += all_responses(api)
         of_a_job = [*failed_job(api)]
         own_postgres.freeze()
         own_redis.freeze()
@@ -130,11 +130,11 @@ def test_no_secret_is_seen_in_a_whole_run(
             lambda: all(s.logged("Database connection lost") for s in (api, worker)),
             what="the loss is noticed",
         )
-        replies += everything_said(api)
+        replies += all_responses(api)
         own_postgres.thaw()
         own_redis.thaw()
         wait_until(lambda: api.status("/health/ready") == 200, what="recovery")
-        replies += everything_said(api)
+        replies += all_responses(api)
         for service in (api, worker):
             service.signal(signal.SIGTERM)
         assert [api.exit_code(seconds=40), worker.exit_code(seconds=40)] == [0, 0]
@@ -143,9 +143,9 @@ def test_no_secret_is_seen_in_a_whole_run(
         failing = stack.enter_context(running(*app, environment=wrong))
         assert failing.exit_code() == 3
         state = own_postgres.execute("SELECT * FROM viralfx_state")
-        rows = own_postgres.execute("SELECT * FROM viralfx_jobs")
+        rows = own_postgres.execute("SELECT * FROM viralfx_all_jobs")
     lines = [line for service in (api, worker, failing) for line in service.output]
-    said = "\n".join(reply.body.decode() for reply in [*replies, *of_a_job])
+    bodies = "\n".join(reply.body.decode() for reply in [*replies, *of_a_job])
     errors = "\n".join(line for service in (api, worker, failing) for line in service.errors)
 
     for line in lines:
@@ -158,7 +158,7 @@ def test_no_secret_is_seen_in_a_whole_run(
         (where, secret)
         for where, text in {
             "log": "\n".join(lines),
-            "answers": said,
+            "responses": bodies,
             "errors": errors,
             "state": repr(state),
             "ledger": repr(rows),

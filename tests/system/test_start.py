@@ -1,4 +1,4 @@
-"""How a service starts, seen from outside, and what it finds from before."""
+"""The start of a service, and the state that it restores."""
 
 import os
 import signal
@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 from tests.servers.waiting import wait_until
-from tests.system.service import READY_WITHIN, running
+from tests.system.jobs import accept, until
+from tests.system.service import READY_WITHIN, command, running
 
 PLAIN = ("--app", "tests.system.apps:plain")
 
 
 def test_an_application_that_fails_to_start_exits_3() -> None:
-    """The failure is logged, whatever began is closed, and the exit code is 3."""
+    """The failure is logged, started parts are closed, and the exit code is 3."""
     with running("--app", "tests.system.apps:fails_to_start") as service:
         code = service.exit_code()
 
@@ -36,12 +37,12 @@ def test_probes_answer_while_the_application_starts() -> None:
 
 
 def test_a_signal_during_the_imports_is_not_lost() -> None:
-    """SIGTERM that comes before the event loop runs still ends in an ordered stop."""
+    """SIGTERM before the event loop runs still causes a graceful shutdown."""
     with running(*PLAIN) as service:
         wait_until(
             lambda: _handles_sigterm(service.process.pid),
             seconds=READY_WITHIN,
-            what="the handler is there",
+            what="the handler is installed",
         )
         service.signal(signal.SIGTERM)
 
@@ -49,8 +50,74 @@ def test_a_signal_during_the_imports_is_not_lost() -> None:
         assert service.logged("Process ends")
 
 
+@pytest.mark.usefixtures("default_sighup")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_while_the_command_line_is_imported_is_not_lost(name: str, tmp_path: Path) -> None:
+    """A signal at the first import stops the service gracefully: the start blocks signals."""
+    (tmp_path / "sitecustomize.py").write_text(AT_THE_FIRST_IMPORT.format(name=name))
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with running(*PLAIN, environment={"PYTHONPATH": path}, fresh=True) as service:
+        assert service.exit_code(seconds=READY_WITHIN) == 0
+        assert service.logged("Process ends")[0]["reason"] == name
+
+
+@pytest.mark.parametrize("arguments", [["env"], ["probe", "live", "--timeout", "3000"]])
+def test_commands_that_handle_no_signals_end_by_them(arguments: list[str], tmp_path: Path) -> None:
+    """A signal that arrives while a command starts still ends it."""
+    (tmp_path / "sitecustomize.py").write_text(AT_THE_FIRST_IMPORT.format(name="SIGTERM"))
+    ended = command(*arguments, environment={"PYTHONPATH": str(tmp_path)}, fresh=True)
+
+    assert ended.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("console", [False, True])
+def test_unused_packages_are_not_imported(*, console: bool) -> None:
+    """Requests, documentation, a failed job and errors load no rich, pydantic or attrs."""
+    environment = {
+        "TASK_MODULES": "tests.system.module_tasks",
+        "LOG_FORMAT": "console" if console else "json",
+    }
+    with running(environment=environment, fresh=True) as service:
+        service.wait_ready()
+        assert service.get("/api/docs/openapi.json").status == 200
+        assert service.get("/nowhere").status == 404
+        failing = accept(service, "modules.betray", "PATH")
+        until(service, failing, "failed")
+        loaded = {
+            prefix: until(service, accept(service, "modules.list", prefix), "completed")["result"]
+            for prefix in ("rich", "pydantic", "attr", "pygments", "opentelemetry", "greenlet")
+        }
+        importable = accept(service, "modules.import_all", ["attrs", "pydantic", "rich"])
+
+        # A task can still import them.
+        assert until(service, importable, "completed")["result"] == ["attrs", "pydantic", "rich"]
+    assert {prefix: found for prefix, found in loaded.items() if found} == {}
+
+
+def test_an_application_can_import_optional_packages() -> None:
+    """With --app no package is hidden: structlog finds rich, and Litestar finds pydantic."""
+    with running("--app", "tests.system.apps:plain", fresh=True) as service:
+        service.wait_ready()
+
+        assert service.get("/imported").json() == ["pydantic", "rich"]
+
+
+AT_THE_FIRST_IMPORT = """
+import os, signal, sys
+
+class Signals:
+    def find_spec(self, name, path=None, target=None):
+        if name == "viralfx.cli":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.{name})
+
+sys.meta_path.insert(0, Signals())
+"""
+"""Python runs this before the program; it sends a signal at the entry point's first import."""
+
+
 def test_state_survives_a_restart(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """With STATE_DIR the next process knows how the one before it ended."""
+    """With STATE_DIR a process knows how the previous one ended."""
     folder = tmp_path_factory.mktemp("state")
     token = {"Authorization": "Bearer planted"}
     environment = {"STATE_DIR": str(folder), "MANAGEMENT_TOKEN": "planted"}
@@ -78,8 +145,8 @@ def _handles_sigterm(pid: int) -> bool:
     return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
-def test_an_application_with_litestars_own_logging_logs_as_all_others() -> None:
-    """Making a Litestar application configures logging; ours comes after it."""
+def test_litestars_own_logging_is_replaced() -> None:
+    """A Litestar application configures logging; the service configures it again afterwards."""
     with running("--app", "tests.system.apps:default_logging") as service:
         service.wait_ready()
         service.signal(signal.SIGTERM)
@@ -90,7 +157,7 @@ def test_an_application_with_litestars_own_logging_logs_as_all_others() -> None:
 
 
 def test_a_closed_standard_output_changes_nothing() -> None:
-    """Without a place for its log the service runs and stops all the same."""
+    """Without standard output the service runs and stops normally."""
     with running(*PLAIN, closed_output=True) as service:
         service.wait_ready()
         service.signal(signal.SIGTERM)
@@ -99,7 +166,7 @@ def test_a_closed_standard_output_changes_nothing() -> None:
 
 
 def test_probes_answer_while_saved_state_is_slow_to_load(tmp_path: Path) -> None:
-    """A disk that hangs keeps the service from being ready, not from answering."""
+    """A hanging disk prevents readiness; the probes still respond."""
     os.mkfifo(tmp_path / "state.json")
     with running(*PLAIN, environment={"STATE_DIR": str(tmp_path)}) as service:
         wait_until(lambda: service.status("/health/live") == 200, seconds=READY_WITHIN, what="live")
@@ -108,8 +175,8 @@ def test_probes_answer_while_saved_state_is_slow_to_load(tmp_path: Path) -> None
         assert (ready.status, ready.json()["reason"]) == (503, "starting")
 
 
-def test_an_application_cannot_make_the_service_deaf() -> None:
-    """SIGTERM that a start-up hook set to be ignored is heard again."""
+def test_an_application_cannot_disable_sigterm() -> None:
+    """The service handles SIGTERM even if a start-up hook set it to be ignored."""
     with running("--app", "tests.system.apps:ignores_sigterm") as service:
         service.wait_ready()
         service.signal(signal.SIGTERM)

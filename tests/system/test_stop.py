@@ -1,4 +1,4 @@
-"""The ordered stop, seen from outside: real processes, sockets and signals."""
+"""Graceful shutdown of real processes, with sockets and signals."""
 
 import signal
 import socket
@@ -8,19 +8,21 @@ from typing import Any
 import pytest
 from tests.servers.ports import free_port
 from tests.servers.waiting import wait_until
+from tests.soak import cycles
 from tests.system.connections import begun, send
 from tests.system.keepalive import KeepAliveClients
 from tests.system.load import require_quick
-from tests.system.service import Prober, running
+from tests.system.service import Prober, Service, running
 
 APP = ("--app", "tests.system.apps:planted")
 PLAIN = ("--app", "tests.system.apps:plain")
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("run", range(10))
-def test_nothing_is_lost_when_clients_leave_within_the_readiness_delay(run: int) -> None:
-    """256 keep-alive clients lose no request, and the probes tell what happens in order."""
+@pytest.mark.soak
+@pytest.mark.parametrize("run", cycles(10))
+def test_no_request_is_lost_during_the_readiness_delay(run: int) -> None:
+    """256 keep-alive clients lose no request, and the probes show the phases in order."""
     environment = {"SHUTDOWN_READINESS_DELAY": "1000"}
     with running(*PLAIN, management=True, environment=environment) as service:
         service.wait_ready()
@@ -31,33 +33,61 @@ def test_nothing_is_lost_when_clients_leave_within_the_readiness_delay(run: int)
             Prober(service.port, "/work") as work,
             Prober(service.management_port, "/health/live") as live,
         ):
-            wait_until(lambda: clients.answered > 1000, what="traffic")
+            wait_until(lambda: clients.responded > 1000, what="traffic")
             service.signal(signal.SIGTERM)
-            wait_until(lambda: 503 in ready.order(), what="ready says no")
-            told_at = time.monotonic()
-            answered_when_told = clients.answered
-            wait_until(lambda: clients.answered > answered_when_told + 500, what="still serving")
+            wait_until(lambda: 503 in ready.order(), what="not ready")
+            noticed_at = time.monotonic()
+            answered_before = clients.responded
+            wait_until(lambda: clients.responded > answered_before + 500, what="still serving")
             clients.leave()
-            left_after = time.monotonic() - told_at
+            left_after = time.monotonic() - noticed_at
             code = service.exit_code()
 
         assert (run, 0, []) == (run, code, clients.lost)
-        require_quick(left_after, 1.0, "the leaving of the clients")
+        require_quick(left_after, 1.0, "closing the clients")
         assert ready.order() in ([200, 503, None], [200, 503])
         assert work.order() in ([200, None], [200])
         assert live.order() in ([200, None], [200])
         assert b"connection: close" in clients.last_head
 
 
-def test_clients_are_told_to_close_while_still_being_served() -> None:
-    """During the readiness delay answers carry Connection: close and readiness is 503."""
+@pytest.mark.usefixtures("default_sighup")
+def test_sighup_stops_like_sigterm() -> None:
+    """A closed terminal stops the service gracefully; a second SIGHUP has no effect."""
+    with running(*PLAIN, environment={"SHUTDOWN_READINESS_DELAY": "2000"}) as service:
+        service.wait_ready()
+        service.signal(signal.SIGHUP)
+        wait_until(lambda: service.status("/health/ready") == 503, what="the stop began")
+        service.signal(signal.SIGHUP)
+
+        assert service.exit_code() == 0
+        assert service.logged("Process ends")[0]["reason"] == "SIGHUP"
+
+
+def test_an_ignored_sighup_stays_ignored() -> None:
+    """`nohup viralfx serve &` outlives its terminal; SIGTERM still stops it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the process inherits it
+    try:
+        with running(*PLAIN, fresh=True) as service:
+            service.wait_ready()
+            service.signal(signal.SIGHUP)
+            service.signal(signal.SIGTERM)
+
+            assert service.exit_code() == 0
+            assert service.logged("Process ends")[0]["reason"] == "SIGTERM"
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_responses_ask_clients_to_close_during_the_readiness_delay() -> None:
+    """During the readiness delay, responses carry Connection: close and readiness is 503."""
     with running(*PLAIN, environment={"SHUTDOWN_READINESS_DELAY": "2000"}) as service:
         service.wait_ready()
         kept = socket.create_connection(("127.0.0.1", service.port))
         kept.sendall(b"GET /work HTTP/1.1\r\nHost: test\r\n\r\n")
         before = kept.recv(65536)
         service.signal(signal.SIGTERM)
-        wait_until(lambda: service.status("/health/ready") == 503, what="ready says no")
+        wait_until(lambda: service.status("/health/ready") == 503, what="not ready")
         health = service.get("/health")
         kept.sendall(b"GET /work HTTP/1.1\r\nHost: test\r\n\r\n")
         after = b""
@@ -74,42 +104,42 @@ def test_clients_are_told_to_close_while_still_being_served() -> None:
         assert service.exit_code() == 0
 
 
+def response_of_a_stop(service: Service, request: bytes) -> bytes:
+    """Return all bytes of the response to a request that is in flight at SIGTERM."""
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        connection.sendall(request + b" HTTP/1.1\r\nHost: test\r\n\r\n")
+        wait_until(lambda: service.get("/work").status == 200, what="the request arrived")
+        service.signal(signal.SIGTERM)
+        response = b""
+        while chunk := connection.recv(65536):
+            response += chunk
+    return response
+
+
 def test_a_request_in_flight_is_finished() -> None:
-    """A slow request that began before SIGTERM gets its answer, and the exit code is 0."""
+    """A slow request from before SIGTERM gets its response, and the exit code is 0."""
     with running(*PLAIN) as service:
         service.wait_ready()
-        with socket.create_connection(("127.0.0.1", service.port)) as connection:
-            connection.sendall(b"GET /slow?seconds=1 HTTP/1.1\r\nHost: test\r\n\r\n")
-            wait_until(lambda: service.get("/work").status == 200, what="the request arrived")
-            service.signal(signal.SIGTERM)
-            answer = b""
-            while chunk := connection.recv(65536):
-                answer += chunk
+        response = response_of_a_stop(service, b"GET /slow?seconds=1")
 
-        assert answer.startswith(b"HTTP/1.1 200 OK")
-        assert b"connection: close" in answer
+        assert response.startswith(b"HTTP/1.1 200 OK")
+        assert b"connection: close" in response
         assert service.exit_code() == 0
 
 
-def test_a_request_that_does_not_end_is_cut_and_its_client_told() -> None:
-    """A request without an answer at the drain budget gets 503, and the exit code is 4."""
+def test_a_request_without_end_gets_503_at_the_drain_budget() -> None:
+    """A request without a response at the end of the drain gets 503; the exit code is 4."""
     with running(*PLAIN, environment={"SHUTDOWN_DRAIN_TIMEOUT": "1000"}) as service:
         service.wait_ready()
-        with socket.create_connection(("127.0.0.1", service.port)) as connection:
-            connection.sendall(b"GET /slow?seconds=500 HTTP/1.1\r\nHost: test\r\n\r\n")
-            wait_until(lambda: service.get("/work").status == 200, what="the request arrived")
-            service.signal(signal.SIGTERM)
-            answer = b""
-            while chunk := connection.recv(65536):
-                answer += chunk
+        response = response_of_a_stop(service, b"GET /slow?seconds=500")
 
-        assert answer.startswith(b"HTTP/1.1 503 ")
-        assert b"retry-after: 1" in answer
+        assert response.startswith(b"HTTP/1.1 503 ")
+        assert b"retry-after: 1" in response
         assert service.exit_code() == 4
 
 
-def test_a_download_that_is_cut_is_work_lost() -> None:
-    """An answer whose length was announced and that did not come whole gives 4."""
+def test_a_cut_download_is_lost_work() -> None:
+    """A response shorter than its announced length gives exit code 4."""
     with running(*PLAIN, environment={"SHUTDOWN_DRAIN_TIMEOUT": "1000"}) as service:
         service.wait_ready()
         download = begun(service, b"GET /download HTTP/1.1\r\nHost: test\r\n\r\n")
@@ -120,8 +150,8 @@ def test_a_download_that_is_cut_is_work_lost() -> None:
         assert code == 4
 
 
-def test_a_request_that_was_answered_before_its_end_is_not_lost() -> None:
-    """What an application still does after its whole answer may be cut; exit 0."""
+def test_work_after_a_complete_response_is_not_lost() -> None:
+    """Work after a complete response may be cut; the exit code is 0."""
     with running(*PLAIN, environment={"SHUTDOWN_DRAIN_TIMEOUT": "1000"}) as service:
         service.wait_ready()
         assert service.get("/after").status == 200
@@ -146,8 +176,8 @@ def test_budgets_that_fill_the_force_timeout_leave_time_for_a_report() -> None:
         assert service.exit_code() == 4
 
 
-def test_endless_streams_are_told_and_then_cut_within_the_budget() -> None:
-    """Event streams hear of the shutdown, WebSockets get 1012, and the exit code is 0."""
+def test_endless_streams_get_an_event_and_are_cut_within_the_budget() -> None:
+    """Event streams get a shutdown event, WebSockets get 1012, and the exit code is 0."""
     with running(*PLAIN, environment={"SHUTDOWN_DRAIN_TIMEOUT": "2000"}) as service:
         service.wait_ready()
         events = begun(service, b"GET /events HTTP/1.1\r\nHost: test\r\n\r\n")
@@ -161,36 +191,36 @@ def test_endless_streams_are_told_and_then_cut_within_the_budget() -> None:
         began = time.monotonic()
         service.signal(signal.SIGTERM)
         received = _read_to_the_end(websocket)
-        told = _read_to_the_end(events)
+        events_body = _read_to_the_end(events)
         _read_to_the_end(endless)
         code = service.exit_code()
         took = time.monotonic() - began
 
-        assert b"event: shutdown\ndata: {}\n\n" in told
-        assert told.endswith(b"0\r\n\r\n"), "the event stream ends in order"
+        assert b"event: shutdown\ndata: {}\n\n" in events_body
+        assert events_body.endswith(b"0\r\n\r\n"), "the event stream ends in order"
         assert b"\x03\xf4" in received, "close code 1012"
         assert code == 0
         assert 1.0 < took < 5.0
 
 
-def test_an_event_stream_whose_client_leaves_when_told_costs_nothing() -> None:
-    """The stop does not wait for the budget when the client of a stream goes."""
+def test_an_event_stream_closed_by_its_client_delays_no_stop() -> None:
+    """The stop does not use its whole budget if the client of a stream disconnects."""
     with running(*PLAIN, environment={"SHUTDOWN_DRAIN_TIMEOUT": "20000"}) as service:
         service.wait_ready()
         events = begun(service, b"GET /events HTTP/1.1\r\nHost: test\r\n\r\n")
         began = time.monotonic()
         service.signal(signal.SIGTERM)
-        heard = b""
-        while b"event: shutdown" not in heard:
-            heard += events.recv(65536)
+        received = b""
+        while b"event: shutdown" not in received:
+            received += events.recv(65536)
         events.close()
 
         assert service.exit_code() == 0
         assert time.monotonic() - began < 10
 
 
-def test_a_client_that_does_not_read_holds_up_nothing() -> None:
-    """A stream whose client takes nothing is cut at the budget like any other; exit 0."""
+def test_a_client_that_does_not_read_delays_no_stop() -> None:
+    """A stream whose client does not read is cut at the end of the budget; exit code 0."""
     with running(*PLAIN, environment={"SHUTDOWN_DRAIN_TIMEOUT": "1000"}) as service:
         service.wait_ready()
         stalled = begun(service, b"GET /flood HTTP/1.1\r\nHost: test\r\n\r\n")
@@ -201,28 +231,28 @@ def test_a_client_that_does_not_read_holds_up_nothing() -> None:
         assert code == 0
 
 
-def test_the_shutdown_can_be_asked_for_over_http() -> None:
-    """POST answers 202, the report shows the phases, and the process stops in order."""
+def test_the_shutdown_can_be_requested_over_http() -> None:
+    """POST returns 202, the report shows the phases, and the process stops gracefully."""
     token = {"Authorization": "Bearer planted"}
     environment = {"SHUTDOWN_READINESS_DELAY": "1000", "MANAGEMENT_TOKEN": "planted"}
     with running(*PLAIN, management=True, environment=environment) as service:
         service.wait_ready()
         before = service.manage("/health/shutdown", headers=token).json()
-        answer = service.manage("/health/shutdown", method="POST", headers=token)
+        response = service.manage("/health/shutdown", method="POST", headers=token)
 
         def running_stage() -> dict[str, Any]:
             seen: dict[str, Any] = service.manage("/health/shutdown", headers=token).json()
             return seen if seen["stages"][0]["state"] == "running" else {}
 
-        # It is triggered when it is answered, and begins with the loop's next turn.
+        # The response triggers the shutdown, which begins with the loop's next iteration.
         report = wait_until(running_stage, what="the first stage runs")
 
         assert (before["reason"], before["deadline"]) == (None, None)
         assert {stage["state"] for stage in before["stages"]} == {"pending"}
-        assert answer.status == 202
-        assert answer.json().keys() == {"state", "reason", "deadline"}
-        assert answer.json()["state"] == "lame_duck"
-        assert answer.headers["location"] == "/health/shutdown"
+        assert response.status == 202
+        assert response.json().keys() == {"state", "reason", "deadline"}
+        assert response.json()["state"] == "lame_duck"
+        assert response.headers["location"] == "/health/shutdown"
         assert [stage["name"] for stage in report["stages"]] == [
             "stop accepting",
             "drain",
@@ -243,12 +273,15 @@ def test_a_port_in_use_exits_3() -> None:
 
     assert code == 3
     assert service.errors == [
-        f"viralfx: PORT: port {port} on 127.0.0.1 is in use; stop who has it, or set another\n"
+        (
+            f"viralfx: PORT: port {port} on 127.0.0.1 is in use;"
+            " stop its process, or set another port\n"
+        )
     ]
 
 
 def test_the_management_port_outlives_the_api() -> None:
-    """While a request drains, the API refuses connections and the management port tells why."""
+    """During the drain the API refuses connections and the management port shows the reason."""
     with running(*PLAIN, management=True) as service:
         service.wait_ready()
         slow = send(service, b"GET /slow?seconds=2 HTTP/1.1\r\nHost: test\r\n\r\n")
@@ -269,7 +302,7 @@ def test_the_management_port_outlives_the_api() -> None:
 
 
 def test_two_services_cannot_share_a_management_port() -> None:
-    """The second one says so and exits 3, before it takes any request."""
+    """The second one names the conflict and exits 3 before it accepts requests."""
     port = str(free_port())
     with (
         socket.create_server(("", int(port))),
@@ -291,22 +324,22 @@ def _read_to_the_end(connection: socket.socket) -> bytes:
     return received
 
 
-def test_an_event_stream_without_an_event_yet_is_told() -> None:
-    """A stream that waits for its first event hears of the shutdown as well."""
+def test_an_event_stream_without_events_gets_the_shutdown_event() -> None:
+    """A stream that waits for its first event gets the shutdown event as well."""
     with running(*PLAIN, environment={"SHUTDOWN_DRAIN_TIMEOUT": "20000"}) as service:
         service.wait_ready()
         quiet = begun(service, b"GET /quiet HTTP/1.1\r\nHost: test\r\n\r\n")
         service.signal(signal.SIGTERM)
-        heard = b""
-        while b"event: shutdown" not in heard:
-            heard += quiet.recv(65536)
+        received = b""
+        while b"event: shutdown" not in received:
+            received += quiet.recv(65536)
         quiet.close()
 
         assert service.exit_code(seconds=10) == 0
 
 
-def test_a_request_whose_client_has_left_is_not_lost() -> None:
-    """Cutting it keeps nothing from anybody; exit 0."""
+def test_a_request_of_a_disconnected_client_is_not_lost() -> None:
+    """It is cut without loss; the exit code is 0."""
     with running(*PLAIN, environment={"SHUTDOWN_DRAIN_TIMEOUT": "1000"}) as service:
         service.wait_ready()
         gone = send(service, b"GET /slow?seconds=500 HTTP/1.1\r\nHost: test\r\n\r\n")
@@ -317,8 +350,8 @@ def test_a_request_whose_client_has_left_is_not_lost() -> None:
         assert service.exit_code() == 0
 
 
-def test_a_websocket_during_the_delay_is_sent_elsewhere() -> None:
-    """It gets 503 and Retry-After, not a 403 that looks final; an accepted one has an id."""
+def test_a_websocket_during_the_readiness_delay_gets_503() -> None:
+    """It gets 503 and Retry-After instead of a final 403; an accepted one has an id."""
     upgrade = (
         b"GET /socket HTTP/1.1\r\nHost: test\r\nUpgrade: websocket\r\n"
         b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nX-Correlation-ID: given-1\r\n"

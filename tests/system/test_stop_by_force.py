@@ -1,4 +1,4 @@
-"""What is in the way of an ordered stop, and how the process ends all the same."""
+"""Obstacles to a graceful shutdown, and how the process still ends."""
 
 import contextlib
 import signal
@@ -47,7 +47,7 @@ def test_a_blocked_loop_ends_by_the_watchdog(where: str) -> None:
 
 
 def test_a_second_sigint_forces() -> None:
-    """The first SIGINT is an ordered stop, the second ends the process with 130 at once."""
+    """The first SIGINT stops gracefully; the second ends the process with 130 at once."""
     with running(*PLAIN, environment={"SHUTDOWN_READINESS_DELAY": "9000"}) as service:
         service.wait_ready()
         service.signal(signal.SIGINT)
@@ -79,13 +79,13 @@ def test_repeated_sigterm_and_one_sigint_are_one_shutdown() -> None:
 
 @pytest.mark.parametrize("where", ["task", "callback", "thread", "main"])
 def test_an_uncaught_exception_runs_the_stages_and_exits_1(where: str) -> None:
-    """Whatever thread or task it is in, the stop is ordered and the exit code tells."""
+    """From any thread or task, the stop is graceful and the exit code is 1."""
     with running(*APP) as service:
         service.wait_ready()
         service.status(f"/crash/{where}")
         if where == "main":
-            # Where the handler runs is chance: in a destructor the interpreter ignores what it
-            # raises. So the signal comes until it was raised where somebody could see it.
+            # The place where the handler runs is random: in a destructor the interpreter ignores
+            # exceptions. So the test repeats the signal until the exception is logged.
             wait_until(lambda: _signalled(service), what="the exception is seen")
         code = service.exit_code()
 
@@ -94,6 +94,27 @@ def test_an_uncaught_exception_runs_the_stages_and_exits_1(where: str) -> None:
     assert "planted in" in str(service.logged("Uncaught exception")[0]["exception"])
     ended = {line["stage"] for line in service.logged("Shutdown stage ended")}
     assert {"listeners", "requests", "planted", "state", "application", "server"} <= ended
+
+
+@pytest.mark.parametrize("kind", ["future", "gather", "executor"])
+def test_an_exception_of_a_future_is_logged_and_counted(kind: str) -> None:
+    """No task of the process ended with it, so the process goes on; the exit code is 0."""
+    message = "Exception of a future was not retrieved"
+    with running(*APP) as service:
+        service.wait_ready()
+        for _ in range(2):
+            service.status(f"/drop/{kind}")
+        lines = wait_until(
+            lambda: found if len(found := service.logged(message)) == 2 else None, what="two lines"
+        )
+        ready = service.status("/health/ready")
+        service.signal(signal.SIGTERM)
+
+        assert ready == 200
+        assert service.exit_code() == 0
+    assert [line["count"] for line in lines] == [1, 2]
+    assert all(f"planted in {kind}" in str(line["exception"]) for line in lines)
+    assert service.logged("Uncaught exception") == []
 
 
 def test_an_uncaught_exception_may_be_only_logged() -> None:
@@ -110,8 +131,8 @@ def test_an_uncaught_exception_may_be_only_logged() -> None:
 
 
 @pytest.mark.parametrize("behaviour", ["hang", "swallow", "fail"])
-def test_a_bad_stage_is_passed_by_and_gives_4(behaviour: str) -> None:
-    """A stage that hangs, swallows cancellation or raises does not keep the others from running."""
+def test_a_failing_stage_is_skipped_and_gives_4(behaviour: str) -> None:
+    """If a stage hangs, swallows cancellation or raises, the other stages still run."""
     environment = {"PLANTED_STAGE": behaviour, "SHUTDOWN_DRAIN_TIMEOUT": "500"}
     with running(*APP, environment=environment) as service:
         service.wait_ready()
@@ -144,8 +165,8 @@ def test_a_stage_that_blocks_the_loop_is_ended_by_the_watchdog() -> None:
         assert service.exit_code() == 124
 
 
-def test_a_thread_that_never_ends_does_not_hold_up_the_exit() -> None:
-    """The process leaves although the interpreter would wait for the thread."""
+def test_an_endless_thread_does_not_delay_the_exit() -> None:
+    """The process ends although the interpreter would wait for the thread."""
     with running(*PLAIN) as service:
         service.wait_ready()
         service.get("/thread/stuck")
@@ -182,7 +203,7 @@ def _times_out(service: Service) -> bool:
 
 @pytest.mark.parametrize("path", ["/stderr/none", "/stderr/full"])
 def test_the_watchdog_needs_no_standard_error(path: str) -> None:
-    """It ends the process when there is nothing to write to, and when writing blocks."""
+    """It ends the process without a standard error, and if writing to it blocks."""
     with running(*PLAIN, environment=BLOCKED) as service:
         service.wait_ready()
         assert service.get(path).status == 200
@@ -195,8 +216,8 @@ def test_the_watchdog_needs_no_standard_error(path: str) -> None:
     assert code == 124
 
 
-def test_a_signal_for_a_forked_child_is_the_childs() -> None:
-    """A child that is terminated dies by that, and the service goes on."""
+def test_a_signal_to_a_forked_child_ends_only_the_child() -> None:
+    """SIGTERM ends the child, and the service goes on."""
     with running(*PLAIN) as service:
         service.wait_ready()
         child = service.get("/child/terminated").json()
@@ -207,8 +228,8 @@ def test_a_signal_for_a_forked_child_is_the_childs() -> None:
         assert service.exit_code() == 0
 
 
-def test_a_child_that_lives_on_does_not_hold_up_the_exit() -> None:
-    """It is ended, and does not keep the port."""
+def test_a_running_child_does_not_delay_the_exit() -> None:
+    """The child is ended and does not keep the port."""
     with running(*PLAIN, environment={"SHUTDOWN_FORCE_TIMEOUT": "55000"}) as service:
         service.wait_ready()
         assert service.get("/child/kept").status == 200

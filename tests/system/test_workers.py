@@ -1,7 +1,9 @@
-"""Jobs in Postgres: the API in one process, workers in others, that stop, die and come back."""
+"""Jobs in Postgres: an API process, and worker processes that stop, die and restart."""
 
+import gc
 import signal
 import socket
+import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -15,8 +17,8 @@ from tests.system.service import READY_WITHIN, Service, command, running
 from tests.system.workers import LEASE, SWEEP, api, environment_of, worker
 
 
-def test_jobs_are_run_by_a_worker_and_by_nobody_else(database: Database) -> None:
-    """What the API accepts waits for a worker, whose name is on the job while it runs."""
+def test_only_a_worker_runs_jobs(database: Database) -> None:
+    """An accepted job waits for a worker; while it runs, the job holds the worker's name."""
     environment = environment_of(database, SHUTDOWN_DRAIN_TIMEOUT="2000")
     with api(environment) as service:
         headers = {"X-Correlation-ID": "order-17", "Idempotency-Key": "order-17"}
@@ -42,8 +44,19 @@ def test_jobs_are_run_by_a_worker_and_by_nobody_else(database: Database) -> None
     )
 
 
-def test_a_worker_answers_for_itself(database: Database) -> None:
-    """Probes, details and nothing else, on its management port."""
+def test_the_interpreter_gives_way_often_and_collects_seldom(database: Database) -> None:
+    """Otherwise the event loop waits for 5 ms beside a thread, and collects after a few jobs."""
+    environment = environment_of(database)
+    with api(environment) as service, worker(environment):
+        job_id = accept(service, "parcels.interpreter", None)
+        found = until(service, job_id, "completed")["result"]
+
+    assert found["switches"] <= sys.getswitchinterval() / 10
+    assert found["collects"] >= max(2000, gc.get_threshold()[0])
+
+
+def test_a_worker_serves_its_own_probes(database: Database) -> None:
+    """Its management port serves probes and details, and no other endpoint."""
     environment = environment_of(database, MANAGEMENT_TOKEN="planted")
     with worker(environment) as process:
         statuses = {
@@ -60,8 +73,8 @@ def test_a_worker_answers_for_itself(database: Database) -> None:
     assert (stopping.status, code) == (202, 0)
 
 
-def test_a_worker_is_probed_where_it_answers(database: Database) -> None:
-    """Without MANAGEMENT_PORT, too: then on 3001, which is not where a service in its pod is."""
+def test_a_worker_is_probed_on_its_default_port(database: Database) -> None:
+    """Without MANAGEMENT_PORT the port is 3001, unlike that of a service in the same pod."""
     environment = environment_of(database, HOST=(host := own_address()), PORT=str(free_port()))
     with (
         socket.create_server((host, int(environment["PORT"]))),
@@ -85,16 +98,18 @@ def test_a_worker_is_probed_where_it_answers(database: Database) -> None:
     assert (refused.returncode, ":1/health/live" in refused.stderr) == (1, True)
 
 
-def test_what_is_in_memory_is_told(database: Database) -> None:
-    """Beside Postgres the cache alone: jobs are in Postgres."""
+def test_in_memory_adapters_are_logged(database: Database) -> None:
+    """With Postgres, only the cache is in memory; jobs are in Postgres."""
     with api(environment_of(database)) as service:
-        (told,) = wait_until(lambda: service.logged("Data in memory ends with this process"))
+        (line,) = wait_until(
+            lambda: service.logged("Data in memory is lost when this process ends")
+        )
 
-    assert told["inMemory"] == "cache"
+    assert line["inMemory"] == "cache"
 
 
-def test_a_worker_of_one_queue_leaves_the_others(database: Database) -> None:
-    """--queue names what it runs."""
+def test_a_worker_of_one_queue_ignores_the_others(database: Database) -> None:
+    """--queue selects the queues of a worker."""
     environment = environment_of(database)
     with (
         api(environment) as service,
@@ -110,8 +125,8 @@ def test_a_worker_of_one_queue_leaves_the_others(database: Database) -> None:
     assert working["queues"] == "analytics,default"
 
 
-def test_a_worker_that_is_told_to_stop_hands_its_jobs_back(database: Database) -> None:
-    """What does not fit the budget costs nothing, and another worker has it within 2 s."""
+def test_a_stopping_worker_hands_its_jobs_back(database: Database) -> None:
+    """A job beyond the budget loses no attempt, and another worker runs it within 2 s."""
     environment = environment_of(database, SHUTDOWN_DRAIN_TIMEOUT="1000")
     with api(environment) as service, worker(environment) as first:
         short = accept(service, "parcels.wait", 0.5)
@@ -147,7 +162,7 @@ def _active_at(service: Service, ids: tuple[str, ...], owner: Service) -> bool:
 
 
 def test_jobs_of_a_killed_worker_are_run_elsewhere(database: Database) -> None:
-    """Within the lease and a sweep, without any new message; the death costs no attempt."""
+    """Within the lease and a sweep, without a notification; the crash costs no attempt."""
     environment = environment_of(database)
     with api(environment) as service, worker(environment) as first:
         job_id = accept(service, "parcels.wait", 600)
@@ -164,11 +179,11 @@ def test_jobs_of_a_killed_worker_are_run_elsewhere(database: Database) -> None:
     assert (taken["attempts"], taken["crashes"]) == (1, 1)
 
 
-def test_a_frozen_database_is_nobody_s_death(own_postgres: PostgresServer) -> None:
-    """Longer than leases are: who died meanwhile is found, by old and new, and nobody else is."""
-    # So that each of the four has four of the sixteen jobs.
-    environment = environment_of(own_postgres, JOB_LOOK_INTERVAL="100", JOB_CONCURRENCY="4")
-    lost = "Job lease lost: others may be given this worker's jobs"
+def test_a_frozen_database_ends_no_lease_wrongly(own_postgres: PostgresServer) -> None:
+    """An outage longer than the leases: a sweep finds only the worker that really died."""
+    # Each of the four workers gets four of the sixteen jobs.
+    environment = environment_of(own_postgres, JOB_POLL_INTERVAL="100", JOB_CONCURRENCY="4")
+    lost = "Job lease lost: other workers may take this worker's jobs"
     with ExitStack() as stack:
         service = stack.enter_context(api(environment))
         victim, *living = [stack.enter_context(worker(environment)) for _ in range(4)]
@@ -206,8 +221,8 @@ def _runs_again(service: Service, job_id: str) -> bool:
     return bool(shown["crashes"]) and shown["state"] == "active"
 
 
-def test_a_job_that_kills_workers_is_given_up(database: Database) -> None:
-    """After JOB_MAX_CRASHES it has failed, and the workers that are left go on."""
+def test_a_job_that_crashes_workers_fails(database: Database) -> None:
+    """After JOB_MAX_CRASHES it has failed, and the remaining workers go on."""
     environment = environment_of(database, JOB_MAX_CRASHES="2")
     with api(environment) as service:
         poison = accept(service, "parcels.die", None)
@@ -223,7 +238,7 @@ def test_a_job_that_kills_workers_is_given_up(database: Database) -> None:
 
 
 def test_the_service_may_run_jobs_in_postgres_itself(database: Database) -> None:
-    """With --worker; what it has when it stops is handed back."""
+    """With --worker; its jobs are handed back when it stops."""
     environment = environment_of(database, SHUTDOWN_DRAIN_TIMEOUT="2000")
     with api(environment, "--worker") as service:
         until(service, accept(service, "parcels.echo", 1), "completed")
@@ -238,13 +253,13 @@ def test_the_service_may_run_jobs_in_postgres_itself(database: Database) -> None
     assert (handed_back["state"], handed_back["attempts"]) == ("waiting", 0)
 
 
-def test_bells_over_redis_are_heard_at_once(database: Database, redis: RedisServer) -> None:
-    """With a look only every ten seconds, jobs still run without delay."""
+def test_notifications_over_redis_arrive_at_once(database: Database, redis: RedisServer) -> None:
+    """With a poll interval of ten seconds, notified jobs run without delay."""
     environment = environment_of(
         database,
         REDIS_HOST=redis.host,
         REDIS_PORT=str(redis.port),
-        JOB_LOOK_INTERVAL="10000",
+        JOB_POLL_INTERVAL="10000",
         JOB_LEASE="30000",
         JOB_SWEEP_INTERVAL="30000",
     )
@@ -260,16 +275,16 @@ def test_bells_over_redis_are_heard_at_once(database: Database, redis: RedisServ
     assert took < 8.0
 
 
-def test_without_tables_the_api_says_what_to_do(database: Database) -> None:
+def test_without_tables_the_api_names_the_remedy(own_postgres: PostgresServer) -> None:
     """503 until `viralfx migrate` has run, and no restart after it."""
-    environment = {"DATABASE_URL": database.url, "TASK_MODULES": "tests.job_tasks"}
+    environment = {"DATABASE_URL": own_postgres.url(), "TASK_MODULES": "tests.job_tasks"}
     with running(environment=environment) as service:
         wait_until(lambda: service.status("/health/live") == 200, seconds=READY_WITHIN, what="live")
         wait_until(
             lambda: b"migrate" in service.get(JOBS).body, seconds=READY_WITHIN, what="started"
         )
         reply = service.get(JOBS)
-        environment_of(database)
+        environment_of(own_postgres)
         wait_until(lambda: service.status(JOBS) == 200, what="the API works")
 
     assert reply.status == 503
@@ -277,7 +292,7 @@ def test_without_tables_the_api_says_what_to_do(database: Database) -> None:
     assert reply.headers["retry-after"] == "1"
 
 
-def test_without_its_database_nothing_is_accepted(own_postgres: PostgresServer) -> None:
+def test_without_its_database_the_api_accepts_no_job(own_postgres: PostgresServer) -> None:
     """503 within seconds, never 202; jobs go on when it is back."""
     environment = environment_of(own_postgres)
     with api(environment) as service, worker(environment):

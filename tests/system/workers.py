@@ -1,18 +1,19 @@
-"""Jobs in Postgres, as a deployment has them: the API in one process, workers in others."""
+"""Jobs in Postgres as in a deployment: the API in one process, workers in others."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from tests import forked
+from tests.forked import FRESH
 from tests.servers.postgres import Database, PostgresServer
 from tests.system.service import Service, running
 
 LEASE, SWEEP = 2.0, 0.3
-"""Seconds. A shorter lease may end while a worker lives, where its machine is busy."""
+"""Seconds. On a busy machine a shorter lease may end while its worker runs."""
 
 
 def environment_of(database: Database | PostgresServer, **more: str) -> dict[str, str]:
-    """Return the variables of every process on a database that is migrated."""
+    """Return the variables of every process on a migrated database."""
     environment = {
         "DATABASE_URL": database.url() if isinstance(database, PostgresServer) else database.url,
         "TASK_MODULES": "tests.job_tasks",
@@ -26,14 +27,18 @@ def environment_of(database: Database | PostgresServer, **more: str) -> dict[str
 
 
 @contextmanager
-def worker(environment: Mapping[str, str], *arguments: str) -> Iterator[Service]:
-    """Run a worker, ready."""
-    with running(*arguments, program="worker", management=True, environment=environment) as process:
+def worker(
+    environment: Mapping[str, str], *arguments: str, fresh: bool = FRESH
+) -> Iterator[Service]:
+    """Run a worker and wait until it is ready."""
+    with running(
+        *arguments, program="worker", management=True, environment=environment, fresh=fresh
+    ) as process:
         yield process.wait_ready()
 
 
 @contextmanager
-def api(environment: Mapping[str, str], *arguments: str) -> Iterator[Service]:
-    """Run the service, ready."""
-    with running(*arguments, environment=environment) as service:
+def api(environment: Mapping[str, str], *arguments: str, fresh: bool = FRESH) -> Iterator[Service]:
+    """Run the service and wait until it is ready."""
+    with running(*arguments, environment=environment, fresh=fresh) as service:
         yield service.wait_ready()

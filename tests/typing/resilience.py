@@ -1,18 +1,18 @@
-"""What a type checker must see through every guard; checked by mypy, never run."""
+"""The types that every guard must preserve; checked by mypy, never run."""
 
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, assert_type
 
+from viralfx import Bulkhead
 from viralfx.domain.resilience.breaker import CircuitBreaker, circuit_breaker
-from viralfx.domain.resilience.bulkhead import Bulkhead
-from viralfx.domain.resilience.fallback import with_fallback
+from viralfx.domain.resilience.bulkhead import with_fallback
+from viralfx.domain.resilience.policy import RetryPolicy
 from viralfx.domain.resilience.retry import Retrier, retry
-from viralfx.domain.resilience.retry_policy import RetryPolicy
 
 
 @retry(attempts=3, base_delay=1.0)
 async def retried(user: str, *, active: bool = True) -> int:
-    """Keep a signature with a keyword of its own."""
+    """Keep a signature with a keyword argument."""
     return len(user) + active
 
 
@@ -46,7 +46,7 @@ class Service:
 
     @retry()
     async def method(self, user: str) -> int:
-        """Stay a method."""
+        """Keep a method."""
         return len(user)
 
 
@@ -61,7 +61,7 @@ def fetch_now() -> str:
 
 
 async def check(service: Service, retrier: Retrier, breaker: CircuitBreaker) -> None:
-    """Assert what is seen."""
+    """Assert the types."""
     await assert_type(retried("a", active=False), Coroutine[Any, Any, int])
     assert_type(await retried("a"), int)
     assert_type(await broken("a"), int)

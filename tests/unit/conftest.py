@@ -20,6 +20,7 @@ settings.register_profile(
 settings.register_profile(
     "nightly", parent=settings.get_profile("default"), max_examples=2000, stateful_step_count=60
 )
+settings.register_profile("fast", parent=settings.get_profile("default"), max_examples=10)
 settings.load_profile(os.environ.get("VIRALFX_HYPOTHESIS", "default"))
 
 
@@ -49,7 +50,7 @@ async def held() -> AsyncIterator[list[Releasable]]:
 
 @pytest.fixture
 def plain_environ(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Take every variable of ours out of the environment; return what sets others."""
+    """Remove every setting from the environment; return the patcher."""
     for field in fields():
         monkeypatch.delenv(field.variable, raising=False)
         monkeypatch.delenv(f"{field.variable}_FILE", raising=False)

@@ -1,17 +1,17 @@
-"""Real implementations of the ports that do what a test tells them."""
+"""Implementations of the ports whose behaviour a test sets."""
 
 import asyncio
 from enum import Enum
 from typing import cast
 
 from viralfx.domain.clock import Clock
-from viralfx.domain.health import Observation, Status
+from viralfx.domain.health.model import Observation, Status
 
 LATE = "an answer after the attempt was cancelled"
 
 
 class Act(Enum):
-    """What a check or stage does when it is called."""
+    """Behaviour of a check or stage when it is called."""
 
     PASS = "pass"
     WARN = "warn"
@@ -25,16 +25,16 @@ class Act(Enum):
 
 
 class BrokenError(Exception):
-    """What the doubles raise."""
+    """The error that the doubles raise."""
 
 
 class ActingCheck:
-    """Health check that acts as :attr:`act` says at the moment an attempt begins."""
+    """Health check that behaves as :attr:`act` says when an attempt starts."""
 
     def __init__(self, act: Act = Act.PASS, *, clock: Clock | None = None) -> None:
         self.act = act
         self.seconds = 1.0
-        """How long a slow attempt takes."""
+        """Duration of a slow attempt in seconds."""
         self.attempts = 0
         self.outstanding = 0
         self.most_outstanding = 0
@@ -48,7 +48,7 @@ class ActingCheck:
         self._released = asyncio.Event()
 
     async def check(self) -> Observation:
-        """Act."""
+        """Behave as :attr:`act` says."""
         self.attempts += 1
         self.outstanding += 1
         self.most_outstanding = max(self.most_outstanding, self.outstanding)
@@ -80,7 +80,7 @@ class ActingCheck:
 
 
 def observed(status: Status, code: str | None = None) -> Observation:
-    """Make an observation whose message and details tell its status."""
+    """Return an observation whose message and details contain its status."""
     return Observation(
         status=status,
         message=f"it is a {status}",
@@ -90,7 +90,7 @@ def observed(status: Status, code: str | None = None) -> Observation:
 
 
 async def swallow_cancellation(released: asyncio.Event) -> bool:
-    """Wait for the event whatever happens; tell whether a cancellation was swallowed."""
+    """Wait for the event; return whether a cancellation was suppressed."""
     swallowed = False
     while not released.is_set():
         try:
@@ -101,7 +101,7 @@ async def swallow_cancellation(released: asyncio.Event) -> bool:
 
 
 class ActingStage:
-    """Shutdown stage that acts as told and remembers when it was called, and with what budget."""
+    """Shutdown stage with a set behaviour that records its calls and budgets."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class ActingStage:
         self._released.set()
 
     async def run(self, budget: float) -> None:
-        """Act."""
+        """Record the call, then behave as :attr:`act` says."""
         self.began_at.append(self._clock.monotonic())
         self.budgets.append(budget)
         if self._journal is not None:

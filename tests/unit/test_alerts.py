@@ -1,4 +1,4 @@
-"""Alerts: each change of health told once, few enough to be read, never in the monitor's way."""
+"""Alerts: one for each status change, with limits, and without blocking the monitor."""
 
 import asyncio
 import json
@@ -13,45 +13,47 @@ from tests.unit.webhooks.scripted import ScriptedSender, delivery_to
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryJobLedger
 from viralfx.domain.clock import timestamp
-from viralfx.domain.health import CheckPolicy, Status, Transition
-from viralfx.domain.jobs.alerts import HealthAlerts, StopAlerts
-from viralfx.domain.jobs.job import Job, JobDraft, LedgerUnavailableError
-from viralfx.domain.jobs.ledger import Accepted
+from viralfx.domain.health.model import CheckPolicy, Status, Transition
+from viralfx.domain.health.monitor import HealthMonitor
+from viralfx.domain.jobs.ledger import Accepted, Check
+from viralfx.domain.jobs.model import Job, JobDraft, LedgerUnavailableError
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.jobs.tasks import Task, TaskRegistry, declared_task
-from viralfx.domain.monitor import HealthMonitor
-from viralfx.worker.notifications import send_webhook
+from viralfx.domain.webhooks.alerts import HealthAlerts
+from viralfx.worker.builtin import send_webhook
 
 WINDOW = 300.0
 PASS, WARN, FAIL = Status.PASS, Status.WARN, Status.FAIL
 
 
 class AwayLedger(MemoryJobLedger):
-    """A ledger that can be away, hang, or break."""
+    """A ledger that can be unavailable, hang, or raise."""
 
     def __init__(self, clock: ManualClock) -> None:
         super().__init__(clock)
         self.trouble: BaseException | None = None
         self.held: asyncio.Event | None = None
-        """While it is set to one, whoever asks waits for that."""
+        """Callers wait for this event while it is set."""
         self.asked = 0
         self.accepted: list[Job] = []
-        """In the order of their acceptance; their ids only tell the millisecond."""
+        """Jobs in order of acceptance; their ids only have a resolution of a millisecond."""
 
-    async def accept(self, drafts: Sequence[JobDraft]) -> Sequence[Accepted]:
-        """Accept, unless it is told not to."""
+    async def accept(
+        self, drafts: Sequence[JobDraft], *, check: Check | None = None
+    ) -> Sequence[Accepted]:
+        """Accept the job, or fail as the test asks."""
         self.asked += 1
         if self.held is not None:
             await self.held.wait()
         if self.trouble is not None:
             raise self.trouble
-        answers = await super().accept(drafts)
+        answers = await super().accept(drafts, check=check)
         self.accepted += [answer.job for answer in answers if answer.created]
         return answers
 
 
 def the_task(clock: ManualClock) -> Task:
-    """Return the built-in one."""
+    """Return the built-in task."""
     delivery = delivery_to("*.example.com", sender=ScriptedSender(200), clock=clock)
     task = declared_task(send_webhook(delivery, alert_url=None, timeout=10.0))
     assert task is not None
@@ -59,7 +61,7 @@ def the_task(clock: ManualClock) -> Task:
 
 
 class Instance:
-    """One process with alerts, on a ledger that others may share."""
+    """One process with alerts, on a ledger that other instances may share."""
 
     def __init__(self, clock: ManualClock, ledger: AwayLedger, name: str = "a") -> None:
         self.ledger = ledger
@@ -83,7 +85,7 @@ class Instance:
         self.running = asyncio.create_task(self.alerts.run())
 
     def becomes(self, new: Status, check: str = "database", code: str | None = None) -> None:
-        """Let the monitor tell of a change."""
+        """Publish a transition to this status."""
         self.alerts(
             Transition(
                 check=check,
@@ -97,7 +99,7 @@ class Instance:
         )
         self._last[check] = new
 
-    async def told(self) -> list[tuple[str, str]]:
+    async def sent(self) -> list[tuple[str, str]]:
         """Return the checks and statuses of all alerts in the ledger, oldest first."""
         await self._clock.settle()
         contents = map(content, self.ledger.accepted)
@@ -126,7 +128,7 @@ async def instances(clock: ManualClock, count: int = 1) -> AsyncIterator[list[In
 
 
 async def test_a_change_becomes_a_job(clock: ManualClock) -> None:
-    """With all that a reader needs, and nothing of where it goes."""
+    """The job contains what a reader needs, and not the URL."""
     async with instances(clock) as (one,):
         at = clock.now()
         one.becomes(PASS)
@@ -155,40 +157,40 @@ async def test_a_change_becomes_a_job(clock: ManualClock) -> None:
         assert one.alerts.waiting == 0
 
 
-async def test_the_first_result_is_told_where_it_is_bad(clock: ManualClock) -> None:
-    """A start that goes well is no news."""
+async def test_a_bad_first_result_causes_an_alert(clock: ManualClock) -> None:
+    """A good first result does not."""
     async with instances(clock) as (one,):
         one.becomes(PASS, "memory")
         one.becomes(WARN, "queues")
         one.becomes(FAIL, "database")
-        assert await one.told() == [("queues", "warn"), ("database", "fail")]
+        assert await one.sent() == [("queues", "warn"), ("database", "fail")]
 
 
-async def test_loss_and_recovery_are_both_told(clock: ManualClock) -> None:
-    """In order, and again when they come again later."""
+async def test_failure_and_recovery_both_cause_alerts(clock: ManualClock) -> None:
+    """In order, and again when they happen again later."""
     async with instances(clock) as (one,):
         for _ in range(2):
             one.becomes(FAIL)
             await clock.advance(10)
             one.becomes(PASS)
             await clock.advance(2 * WINDOW)
-        assert await one.told() == [("database", "fail"), ("database", "pass")] * 2
+        assert await one.sent() == [("database", "fail"), ("database", "pass")] * 2
 
 
-async def test_instances_tell_of_what_they_share_once(clock: ManualClock) -> None:
-    """And of what is their own each for itself."""
+async def test_instances_send_one_alert_for_a_shared_check(clock: ManualClock) -> None:
+    """A check that is not shared causes one alert in each instance."""
     async with instances(clock, 3) as (one, two, three):
         for instance in (one, two, three):
             instance.becomes(FAIL, "database")
             instance.becomes(WARN, "memory")
             await clock.advance(2)
-        told = await one.told()
-        assert sorted(told) == [("database", "fail"), *[("memory", "warn")] * 3]
+        sent = await one.sent()
+        assert sorted(sent) == [("database", "fail"), *[("memory", "warn")] * 3]
         assert all(instance.alerts.dropped == 0 for instance in (one, two, three))
 
 
-async def test_flapping_is_bounded_and_its_end_is_told(clock: ManualClock) -> None:
-    """Once per status and window, however often it changes; the last word is what is true."""
+async def test_flapping_is_limited_and_its_last_status_is_sent(clock: ManualClock) -> None:
+    """One alert per status and window; the last alert shows the current status."""
     async with instances(clock) as (one,):
         for _ in range(50):
             one.becomes(FAIL)
@@ -196,40 +198,40 @@ async def test_flapping_is_bounded_and_its_end_is_told(clock: ManualClock) -> No
             one.becomes(PASS)
             await clock.advance(1)
         one.becomes(FAIL)
-        assert await one.told() == [("database", "fail"), ("database", "pass")]
+        assert await one.sent() == [("database", "fail"), ("database", "pass")]
 
         await clock.advance(WINDOW)
 
-        assert await one.told() == [
+        assert await one.sent() == [
             ("database", "fail"),
             ("database", "pass"),
             ("database", "fail"),
         ]
         await clock.advance(10 * WINDOW)
-        assert len(await one.told()) == 3
+        assert len(await one.sent()) == 3
 
 
-async def test_flapping_that_ends_as_it_was_last_told_needs_no_word_more(
+async def test_flapping_back_to_the_sent_status_causes_no_alert(
     clock: ManualClock,
 ) -> None:
-    """Also where it flapped for many windows: at most two alerts in each."""
+    """Flapping for many windows causes at most two alerts in each."""
     async with instances(clock) as (one,):
         for _ in range(300):
             one.becomes(FAIL)
             await clock.advance(5)
             one.becomes(PASS)
             await clock.advance(5)
-        told = await one.told()
+        sent = await one.sent()
         windows = 300 * 10 / WINDOW
-        assert windows <= len(told) <= 2 * windows + 2
+        assert windows <= len(sent) <= 2 * windows + 2
         await clock.advance(10 * WINDOW)
-        assert (await one.told())[-1] == ("database", "pass")
-        assert len(await one.told()) <= 2 * windows + 3
+        assert (await one.sent())[-1] == ("database", "pass")
+        assert len(await one.sent()) <= 2 * windows + 3
 
 
 @pytest.mark.parametrize("trouble", ["away", "hangs"])
 async def test_alerts_wait_for_the_ledger(clock: ManualClock, trouble: str) -> None:
-    """The loss of a database is told when it is back, before the recovery; nobody hammers it."""
+    """A failure is sent after the outage, before the recovery, with back-off between attempts."""
     async with instances(clock) as (one,):
         if trouble == "away":
             one.ledger.trouble = LedgerUnavailableError("gone")
@@ -240,7 +242,7 @@ async def test_alerts_wait_for_the_ledger(clock: ManualClock, trouble: str) -> N
         await clock.advance(600)
         assert one.alerts.waiting == 1
         assert one.ledger.asked <= 25
-        # Nothing piles up: the tasks left behind were cancelled.
+        # The abandoned tasks were cancelled, so they do not accumulate.
         assert len(asyncio.all_tasks()) < 8
         one.becomes(PASS)
         one.ledger.trouble = None
@@ -249,16 +251,16 @@ async def test_alerts_wait_for_the_ledger(clock: ManualClock, trouble: str) -> N
 
         await clock.advance(60)
 
-        assert await one.told() == [("database", "fail"), ("database", "pass")]
+        assert await one.sent() == [("database", "fail"), ("database", "pass")]
         times = [content(job)["data"]["at"] for job in one.ledger.accepted]
         assert times == sorted(times)
         assert one.alerts.waiting == 0
 
 
-async def test_those_that_wait_are_bounded(
+async def test_waiting_alerts_are_limited(
     clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The oldest is dropped, which is logged and counted."""
+    """The oldest is dropped, logged and counted."""
     async with instances(clock) as (one,):
         one.ledger.trouble = LedgerUnavailableError("gone")
         for number in range(8):
@@ -268,11 +270,11 @@ async def test_those_that_wait_are_bounded(
         assert caplog.messages.count("Alert dropped") == 3
         one.ledger.trouble = None
         await clock.advance(60)
-        assert await one.told() == [(f"check-{number}", "fail") for number in range(3, 8)]
+        assert await one.sent() == [(f"check-{number}", "fail") for number in range(3, 8)]
 
 
-async def test_one_that_is_dropped_on_its_way_takes_no_other_along(clock: ManualClock) -> None:
-    """It may still arrive; what comes after it does."""
+async def test_dropping_a_submitted_alert_keeps_the_next_ones(clock: ManualClock) -> None:
+    """The dropped alert may still arrive; the next ones do."""
     async with instances(clock) as (one,):
         one.ledger.held = asyncio.Event()
         for number in range(6):
@@ -280,11 +282,11 @@ async def test_one_that_is_dropped_on_its_way_takes_no_other_along(clock: Manual
             await clock.settle()
         assert (one.alerts.waiting, one.alerts.dropped) == (5, 1)
         one.ledger.held.set()
-        assert await one.told() == [(f"check-{number}", "fail") for number in range(6)]
+        assert await one.sent() == [(f"check-{number}", "fail") for number in range(6)]
 
 
-async def test_each_outage_begins_with_a_short_wait(clock: ManualClock) -> None:
-    """However long the one before was."""
+async def test_back_off_starts_anew_with_each_outage(clock: ManualClock) -> None:
+    """The length of the previous outage does not matter."""
     async with instances(clock) as (one,):
         for number in range(2):
             one.ledger.trouble = LedgerUnavailableError("gone")
@@ -301,23 +303,23 @@ async def test_each_outage_begins_with_a_short_wait(clock: ManualClock) -> None:
         assert one.alerts.waiting == 0
 
 
-async def test_an_error_drops_one_alert_and_no_other(
+async def test_a_permanent_error_drops_one_alert(
     clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What time does not mend is not tried for ever."""
+    """The next alerts are sent."""
     async with instances(clock) as (one,):
         one.ledger.trouble = RuntimeError("a bug")
         one.becomes(FAIL, "first")
         await clock.settle()
         one.ledger.trouble = None
         one.becomes(FAIL, "second")
-        assert await one.told() == [("second", "fail")]
+        assert await one.sent() == [("second", "fail")]
         assert one.alerts.dropped == 1
         assert "Alert dropped" in caplog.messages
 
 
-async def test_other_events_are_passed_over(clock: ManualClock) -> None:
-    """The monitor tells of attempts and reports, too; here with the real one."""
+async def test_other_events_are_ignored(clock: ManualClock) -> None:
+    """The monitor also publishes attempts and reports."""
     async with instances(clock) as (one,):
         check = ActingCheck(Act.PASS)
         monitor = HealthMonitor(clock=clock)
@@ -330,22 +332,21 @@ async def test_other_events_are_passed_over(clock: ManualClock) -> None:
         check.act = Act.PASS
         await clock.advance(60)
         await monitor.stop()
-        assert await one.told() == [("database", "fail"), ("database", "pass")]
+        assert await one.sent() == [("database", "fail"), ("database", "pass")]
 
 
-async def test_the_stop_waits_for_alerts_that_are_on_their_way(clock: ManualClock) -> None:
-    """But not for a ledger that is away."""
+async def test_the_drain_waits_two_seconds_for_the_ledger(clock: ManualClock) -> None:
+    """It returns at once when the ledger accepts the alerts, and after 2 s when it does not."""
     async with instances(clock) as (one,):
-        stage = StopAlerts(one.alerts, clock, patience=2.0)
-        await asyncio.create_task(stage.run(10.0))
+        await asyncio.create_task(one.alerts.drain(10.0))
         one.becomes(FAIL)
-        await asyncio.create_task(stage.run(10.0))
+        await asyncio.create_task(one.alerts.drain(10.0))
         assert len(one.ledger.accepted) == 1
 
         one.ledger.trouble = LedgerUnavailableError("gone")
         one.becomes(PASS)
         began = clock.monotonic()
-        stopping = asyncio.create_task(stage.run(10.0))
+        stopping = asyncio.create_task(one.alerts.drain(10.0))
         await clock.advance(1.9)
         assert not stopping.done()
         await clock.advance(0.1)

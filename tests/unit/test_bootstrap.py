@@ -1,5 +1,6 @@
-"""The composition root: policies from settings, names that do not fit, state over a restart."""
+"""The composition root: policies from settings, invalid names, and state across a restart."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ from tests.unit.doubles import Act, ActingCheck, ActingStage
 
 from viralfx.bootstrap import assemble
 from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.health import CheckPolicy, HealthCheck, Status
-from viralfx.domain.lifecycle import State
+from viralfx.domain.health.check_runner import CheckCompleted
+from viralfx.domain.health.model import CheckPolicy, HealthCheck, Observation, State, Status
 from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.domain.shutdown import Phase
 from viralfx.settings import Settings
@@ -18,7 +19,7 @@ from viralfx.settings import Settings
 def problems(
     settings: Settings | None = None, *, checks: dict[str, HealthCheck] | None = None
 ) -> tuple[str, ...]:
-    """Return what is said about the settings and checks; nothing when they are fine."""
+    """Return the problems of settings and checks; empty if there are none."""
     try:
         assemble(settings or Settings(), checks=checks)
     except ConfigurationError as error:
@@ -27,7 +28,7 @@ def problems(
 
 
 def test_built_in_checks_come_first_and_in_order() -> None:
-    """The guide's four checks, then the application's own."""
+    """The four checks of docs/operations.md, `circuits`, then the application's own."""
     operations = assemble(Settings(), checks={"disk": ActingCheck()}).operations
 
     assert operations.monitor.checks == (
@@ -50,7 +51,7 @@ def test_built_in_checks_come_first_and_in_order() -> None:
                 retry_interval=5.0,
                 timeout=2.0,
                 critical=True,
-                gates_readiness=True,
+                required_for_readiness=True,
                 shared=True,
             ),
         ),
@@ -75,21 +76,21 @@ def test_built_in_checks_come_first_and_in_order() -> None:
         ("disk", CheckPolicy(interval=5.0, retry_interval=5.0, timeout=2.0)),
     ],
 )
-def test_default_policies_are_the_contracts(name: str, policy: CheckPolicy) -> None:
-    """Intervals, thresholds, criticality and gates without any configuration."""
+def test_default_policies_are_those_of_the_contract(name: str, policy: CheckPolicy) -> None:
+    """Intervals, thresholds, criticality and readiness without any configuration."""
     operations = assemble(Settings(), checks={"disk": ActingCheck()}).operations
 
     assert policy == operations.monitor.policy(name)
 
 
 def test_policies_follow_the_settings() -> None:
-    """An application's check can gate, be critical, and share the thresholds."""
+    """An application's check can be required for readiness or critical, and uses the thresholds."""
     settings = Settings(
         health_critical=("disk",),
         readiness_requires=("disk", "redis"),
         health_failure_threshold=3,
-        health_check_interval=100,
-        health_check_timeout=50,
+        health_check_interval=0.1,
+        health_check_timeout=0.05,
     )
     monitor = assemble(settings, checks={"disk": ActingCheck()}).operations.monitor
 
@@ -99,19 +100,19 @@ def test_policies_follow_the_settings() -> None:
         timeout=0.05,
         failure_threshold=3,
         critical=True,
-        gates_readiness=True,
+        required_for_readiness=True,
     ) == monitor.policy("disk")
     assert (
         monitor.policy("database").critical,
-        monitor.policy("database").gates_readiness,
+        monitor.policy("database").required_for_readiness,
     ) == (False, False)
-    assert monitor.policy("redis").gates_readiness
+    assert monitor.policy("redis").required_for_readiness
     assert monitor.policy("memory").failure_threshold == 3
 
 
 @pytest.mark.parametrize("name", ["database", "redis", "memory", "queues", "circuits"])
-def test_built_in_name_is_taken(name: str) -> None:
-    """An application cannot replace a built-in check unseen."""
+def test_built_in_name_is_reserved(name: str) -> None:
+    """An application cannot replace a built-in check."""
     assert (
         f"OperationsConfig.checks: {name!r} is a built-in check; choose another name",
     ) == problems(checks={name: ActingCheck()})
@@ -119,14 +120,14 @@ def test_built_in_name_is_taken(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["live", "ready", "detailed", "shutdown", "Disk", "a/b", "", "1"])
 def test_name_that_cannot_be_a_path_is_refused(name: str) -> None:
-    """A check's name is a path below ``/health``."""
+    """The name of a check is a path below ``/health``."""
     (line,) = problems(checks={name: ActingCheck()})
 
     assert line.startswith(f"OperationsConfig.checks: {name!r} cannot be a check's name; ")
 
 
-def test_setting_that_names_no_check_gets_a_suggestion() -> None:
-    """A typing error does not silently take a check out of readiness."""
+def test_setting_with_an_unknown_check_gets_a_suggestion() -> None:
+    """A typing error does not silently remove a check from readiness."""
     settings = Settings(health_critical=("databse",), readiness_requires=("xyz",))
 
     close, far = problems(settings)
@@ -138,8 +139,8 @@ def test_setting_that_names_no_check_gets_a_suggestion() -> None:
     )
 
 
-def test_own_stages_come_behind_the_built_in_ones(clock: ManualClock) -> None:
-    """An application's stages join their phases."""
+def test_application_stages_run_after_the_built_in_ones(clock: ManualClock) -> None:
+    """Within their phases."""
     stage = ActingStage(clock=clock)
     operations = assemble(Settings(), stages={Phase.CLOSE: {"pool": stage}}, clock=clock).operations
 
@@ -149,10 +150,10 @@ def test_own_stages_come_behind_the_built_in_ones(clock: ManualClock) -> None:
         operations.shutdown.register(Phase.CLOSE, "pool", stage)
 
 
-async def test_shutdown_saves_and_the_next_start_restores(
+async def test_state_is_saved_at_shutdown_and_restored_at_start(
     clock: ManualClock, tmp_path: Path
 ) -> None:
-    """Counters, last health and the reason of the stop reach the next process."""
+    """Counters, last health and the reason of the shutdown."""
     settings = Settings(state_dir=str(tmp_path))
     first = assemble(settings, clock=clock).operations
     await first.start()
@@ -185,8 +186,8 @@ async def test_shutdown_saves_and_the_next_start_restores(
     assert (previous.starts, previous.transitions["database"]) == (2, 2)
 
 
-async def test_process_follows_its_gates(clock: ManualClock) -> None:
-    """Without any probe asking, the state of the process follows the checks."""
+async def test_lifecycle_follows_the_readiness_checks(clock: ManualClock) -> None:
+    """Without any probe request."""
     disk = ActingCheck()
     operations = assemble(
         Settings(readiness_requires=("disk",)), checks={"disk": disk}, clock=clock
@@ -205,7 +206,7 @@ async def test_process_follows_its_gates(clock: ManualClock) -> None:
     assert states == [State.READY, State.NOT_READY, State.READY, State.STOPPED]
 
 
-async def test_start_twice_is_harmless(clock: ManualClock) -> None:
+async def test_start_is_idempotent(clock: ManualClock) -> None:
     """A lifespan and a runner may both start the layer."""
     disk = ActingCheck()
     operations = assemble(Settings(), checks={"disk": disk}, clock=clock).operations
@@ -221,7 +222,10 @@ async def test_start_twice_is_harmless(clock: ManualClock) -> None:
 async def test_an_open_breaker_stays_open_over_a_restart(
     clock: ManualClock, tmp_path: Path
 ) -> None:
-    """The application's breakers are the check ``circuits``, saved at the stop and restored."""
+    """The application's breakers are part of the check ``circuits``.
+
+    Their state is saved and restored.
+    """
     settings = Settings(state_dir=str(tmp_path))
     breaker = CircuitBreaker(failure_threshold=1, open_for=60.0, name="users", clock=clock)
     first = assemble(settings, clock=clock, breakers=[breaker]).operations
@@ -234,15 +238,28 @@ async def test_an_open_breaker_stays_open_over_a_restart(
 
     again = CircuitBreaker(failure_threshold=1, open_for=60.0, name="users", clock=clock)
     second = assemble(settings, clock=clock, breakers=[again]).operations
-    await second.start()
+    completed: list[Observation] = []
+    second.monitor.subscribe(
+        lambda event: (
+            completed.append(event.observation)
+            if isinstance(event, CheckCompleted) and event.check == "circuits"
+            else None
+        )
+    )
+    starting = asyncio.create_task(second.start())
+    await clock.settle()
+    await starting
+    await clock.settle()
     await second.shutdown.run()
 
+    # The first check already sees the restored state.
+    assert [observation.code for observation in completed] == ["circuit_open"]
     assert (warned.status, warned.code) == (Status.WARN, "circuit_open")
     assert again.get_state()["state"] == "OPEN"
 
 
 def test_two_breakers_of_one_name_are_refused() -> None:
-    """A name stands for one dependency."""
+    """A name identifies one dependency."""
     twice = [CircuitBreaker(name="users"), CircuitBreaker(name="users")]
 
     with pytest.raises(ConfigurationError, match=r"OperationsConfig\.breakers: .*'users'"):

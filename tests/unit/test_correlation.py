@@ -1,8 +1,7 @@
-"""Correlation ids: which header wins, and what hostile ones become."""
+"""Correlation ids: precedence of the headers, validation, and binding to tasks."""
 
 import asyncio
 import contextvars
-import os
 import re
 
 import pytest
@@ -39,15 +38,15 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("text", ["a", "Z9", "order-1", "a.b_c-d", "a" * 128, "0", "..", "-"])
-def test_fit_ids_are_taken_as_they_are(text: str) -> None:
-    """Up to 128 of the allowed characters are an id."""
+def test_valid_ids_are_used_unchanged(text: str) -> None:
+    """Up to 128 of the allowed characters form an id."""
     assert is_correlation_id(text)
     assert text == choose_correlation_id(text, None, None)
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_ids_are_replaced(text: str) -> None:
-    """What does not fit is neither repaired nor echoed, in part or in whole."""
+def test_invalid_ids_are_replaced(text: str) -> None:
+    """An invalid id is neither repaired nor echoed, in part or in whole."""
     chosen = choose_correlation_id(text, text, text)
 
     assert not is_correlation_id(text)
@@ -66,10 +65,10 @@ def test_hostile_ids_are_replaced(text: str) -> None:
         ("first", None, None, "first"),
     ],
 )
-def test_precedence(
+def test_correlation_id_precedes_request_id_and_trace_id(
     correlation: str | None, request_id: str | None, parent: str | None, chosen: str
 ) -> None:
-    """The first valid one of correlation id, request id and trace id is used."""
+    """The first valid one of the three is used."""
     assert chosen == choose_correlation_id(correlation, request_id, parent)
 
 
@@ -91,8 +90,8 @@ def test_precedence(
         f"{PARENT}-",
     ],
 )
-def test_without_any_valid_id_a_new_one_is_made(parent: str | None) -> None:
-    """A missing or malformed trace parent leads to a new id."""
+def test_a_new_id_is_generated_without_a_valid_header(parent: str | None) -> None:
+    """A missing or malformed ``traceparent`` leads to a new id."""
     chosen = choose_correlation_id(None, None, parent)
 
     assert chosen not in {TRACE, "0" * 32}
@@ -100,7 +99,7 @@ def test_without_any_valid_id_a_new_one_is_made(parent: str | None) -> None:
 
 
 def test_later_version_of_trace_parent_may_have_more_fields() -> None:
-    """A field that a later version appends is ignored, as W3C asks."""
+    """A field that a later version appends is ignored, as W3C requires."""
     for version in ("01", "0f", "f0", "fe"):
         parent = f"{version}-{TRACE}-00f067aa0ba902b7-01"
         assert choose_correlation_id(None, None, parent) == TRACE
@@ -109,42 +108,20 @@ def test_later_version_of_trace_parent_may_have_more_fields() -> None:
 
 
 @given(st.text(), st.text(), st.text())
-def test_chosen_id_is_always_fit(correlation: str, request_id: str, parent: str) -> None:
-    """Whatever the headers hold, what is used fits the pattern."""
+def test_the_chosen_id_is_always_valid(correlation: str, request_id: str, parent: str) -> None:
+    """For any headers, the chosen id matches the pattern."""
     assert re.fullmatch(
         r"[A-Za-z0-9._-]{1,128}", choose_correlation_id(correlation, request_id, parent), re.ASCII
     )
 
 
 def test_new_ids_differ() -> None:
-    """A thousand new ids are a thousand names."""
+    """A thousand new ids are distinct."""
     assert len({new_correlation_id() for _ in range(1000)}) == 1000
 
 
-# Other tests' threads may run: the child is one that starts none.
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_forked_child_makes_ids_of_its_own() -> None:
-    """Its parent may have made many in advance."""
-    new_correlation_id()
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.write(writer, " ".join(new_correlation_id() for _ in range(100)).encode())
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
-    theirs = os.read(reader, 65536).decode().split()
-    os.close(reader)
-    os.close(writer)
-    ours = {new_correlation_id() for _ in range(1000)}
-
-    assert len(set(theirs)) == 100
-    assert ours.isdisjoint(theirs)
-
-
-def test_bound_for_a_block_and_restored_after_it() -> None:
-    """Blocks nest; outside there is none."""
+def test_a_block_binds_an_id_and_restores_the_previous_one() -> None:
+    """Blocks nest; outside there is no id."""
     with correlated("outer"), correlated("inner"):
         inner = current_correlation_id()
     with correlated("outer"):
@@ -153,8 +130,8 @@ def test_bound_for_a_block_and_restored_after_it() -> None:
     assert (inner, outer, current_correlation_id()) == ("inner", "outer", None)
 
 
-async def test_bound_in_a_task_does_not_leak() -> None:
-    """A task's id is its own, and what it starts inherits it."""
+async def test_an_id_bound_in_a_task_stays_in_it() -> None:
+    """Tasks that it creates inherit the id."""
     seen: list[str | None] = []
 
     async def child() -> None:
@@ -173,8 +150,8 @@ async def test_bound_in_a_task_does_not_leak() -> None:
 # -- the user ----------------------------------------------------------------------------------
 
 
-def test_a_user_is_bound_for_the_rest_of_a_task() -> None:
-    """And cut where a client could make it long; nobody is None."""
+def test_a_user_id_is_bound_for_the_rest_of_a_task() -> None:
+    """It is cut to 128 characters; None removes it."""
     context = contextvars.copy_context()
 
     def bind() -> list[str | None]:

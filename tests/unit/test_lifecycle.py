@@ -1,15 +1,21 @@
-"""The states of the process: forward only once it leaves."""
+"""The states of the process, which only move forward once shutdown has begun."""
 
 import pytest
 from tests.manual_clock import ManualClock
 from tests.unit.doubles import BrokenError
 
-from viralfx.domain.health import Health, HealthReport
-from viralfx.domain.lifecycle import Lifecycle, NotReadyReason, State, StateChanged
+from viralfx.domain.health.model import (
+    Health,
+    HealthReport,
+    Lifecycle,
+    NotReadyReason,
+    State,
+    StateChanged,
+)
 
 
 def report(*failing: str, started: bool = True, fail_open: bool = False) -> HealthReport:
-    """Make a report that says so much about readiness."""
+    """Return a report with this readiness."""
     return HealthReport(
         checks={},
         health=Health.HEALTHY,
@@ -28,30 +34,30 @@ def lifecycle(clock: ManualClock) -> Lifecycle:
     return lifecycle
 
 
-def test_begins_starting(clock: ManualClock) -> None:
-    """A new process is starting and does not stop."""
+def test_the_first_state_is_starting(clock: ManualClock) -> None:
+    """A new process is starting, and shutdown has not begun."""
     lifecycle = Lifecycle(clock)
 
     assert State.STARTING is lifecycle.state
     assert not lifecycle.stopping
 
 
-def test_passing_checks_do_not_replace_the_applications_start(clock: ManualClock) -> None:
-    """Until the application's own start-up is over, readiness says starting."""
+def test_passing_checks_do_not_end_the_start_of_the_application(clock: ManualClock) -> None:
+    """Until the application has started, readiness answers ``starting``."""
     lifecycle = Lifecycle(clock)
 
     assert NotReadyReason.STARTING is lifecycle.follow(report())
     assert State.STARTING is lifecycle.state
 
 
-def test_application_alone_is_not_ready(lifecycle: Lifecycle) -> None:
-    """Until the checks have started, readiness says starting."""
+def test_a_started_application_waits_for_its_checks(lifecycle: Lifecycle) -> None:
+    """Until the checks have started, readiness answers ``starting``."""
     assert NotReadyReason.STARTING is lifecycle.follow(report(started=False))
     assert State.STARTING is lifecycle.state
 
 
-def test_follows_the_checks_both_ways(lifecycle: Lifecycle) -> None:
-    """While it runs, the process goes between ready and not ready as the gates do."""
+def test_readiness_follows_the_checks_in_both_directions(lifecycle: Lifecycle) -> None:
+    """The state alternates between ready and not ready."""
     answers = [lifecycle.follow(report(*failing)) for failing in ([], ["database"], [])]
 
     assert answers == [None, NotReadyReason.FAILING, None]
@@ -59,22 +65,22 @@ def test_follows_the_checks_both_ways(lifecycle: Lifecycle) -> None:
     assert lifecycle.history[1].reason == "failing: database"
 
 
-def test_first_ready_may_be_not_ready(lifecycle: Lifecycle) -> None:
-    """Checks that started and fail since are seen at the first look."""
+def test_the_first_state_after_start_up_may_be_not_ready(lifecycle: Lifecycle) -> None:
+    """A check that fails after start-up shows in the first report."""
     assert NotReadyReason.FAILING is lifecycle.follow(report("database"))
     assert State.NOT_READY is lifecycle.state
 
 
-def test_failing_open_is_ready_and_says_why(lifecycle: Lifecycle) -> None:
-    """A long shared outage leads back to ready with its own reason."""
+def test_failing_open_has_its_own_reason(lifecycle: Lifecycle) -> None:
+    """A long outage of a shared dependency makes the process ready again."""
     lifecycle.follow(report("database"))
 
     assert lifecycle.follow(report("database", fail_open=True)) is None
     assert (lifecycle.state, lifecycle.history[-1].reason) == (State.READY, "fail_open")
 
 
-def test_standing_still_is_no_event(lifecycle: Lifecycle) -> None:
-    """The same state again is told to nobody."""
+def test_an_unchanged_state_causes_no_event(lifecycle: Lifecycle) -> None:
+    """Listeners get nothing."""
     events: list[StateChanged] = []
     lifecycle.subscribe(events.append)
     for _ in range(3):
@@ -84,8 +90,8 @@ def test_standing_still_is_no_event(lifecycle: Lifecycle) -> None:
 
 
 @pytest.mark.parametrize("state", [State.LAME_DUCK, State.DRAINING, State.STOPPED])
-def test_shutdown_is_sticky(lifecycle: Lifecycle, state: State) -> None:
-    """Once leaving, neither checks nor a second start bring the process back."""
+def test_shutdown_cannot_be_undone(lifecycle: Lifecycle, state: State) -> None:
+    """Neither checks nor a second start make the process ready again."""
     lifecycle.advance(state, "SIGTERM")
     lifecycle.application_ready()
     reason = lifecycle.follow(report())
@@ -95,16 +101,16 @@ def test_shutdown_is_sticky(lifecycle: Lifecycle, state: State) -> None:
     assert lifecycle.stopping
 
 
-def test_shutdown_goes_forward_only(lifecycle: Lifecycle) -> None:
-    """Going back or standing still does nothing."""
+def test_shutdown_states_only_move_forward(lifecycle: Lifecycle) -> None:
+    """Moving backward, or to the same state, does nothing."""
     for state in (State.DRAINING, State.LAME_DUCK, State.DRAINING, State.STOPPED, State.DRAINING):
         lifecycle.advance(state, "SIGTERM")
 
     assert [event.new for event in lifecycle.history] == [State.DRAINING, State.STOPPED]
 
 
-def test_shutdown_may_come_while_starting(clock: ManualClock) -> None:
-    """A process told to stop before it was ready leaves at once."""
+def test_shutdown_can_begin_during_start_up(clock: ManualClock) -> None:
+    """A process that is stopped before it was ready goes to its shutdown states."""
     lifecycle = Lifecycle(clock)
     lifecycle.advance(State.LAME_DUCK, "SIGTERM")
     event = lifecycle.history[0]
@@ -114,7 +120,7 @@ def test_shutdown_may_come_while_starting(clock: ManualClock) -> None:
 
 
 async def test_uptime_is_monotonic_time(lifecycle: Lifecycle, clock: ManualClock) -> None:
-    """Uptime counts from the beginning of the process, through the shutdown too."""
+    """Uptime counts from the start of the process, also during shutdown."""
     await clock.advance(5.0)
     lifecycle.advance(State.STOPPED, "SIGTERM")
     await clock.advance(0.5)
@@ -123,7 +129,7 @@ async def test_uptime_is_monotonic_time(lifecycle: Lifecycle, clock: ManualClock
 
 
 def test_history_is_bounded(lifecycle: Lifecycle) -> None:
-    """A flapping check does not fill the memory."""
+    """A flapping check does not use more and more memory."""
     for turn in range(1000):
         lifecycle.follow(report(*(["database"] if turn % 2 else [])))
 
@@ -131,10 +137,10 @@ def test_history_is_bounded(lifecycle: Lifecycle) -> None:
     assert State.NOT_READY is lifecycle.history[-1].new
 
 
-def test_listener_that_raises_does_not_hold_up_the_shutdown(
+def test_a_listener_error_does_not_block_a_state_change(
     lifecycle: Lifecycle, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A listener's error is logged, and the state is entered all the same."""
+    """The error is logged, and the state changes."""
 
     def broken(_: StateChanged) -> None:
         raise BrokenError("a listener")

@@ -1,4 +1,4 @@
-"""The memory check: which limit is in force, and what a process makes of it."""
+"""The memory check: the limit in force, and the usage of the process."""
 
 import os
 import shutil
@@ -8,15 +8,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from viralfx.adapters.memory import ProcessMemory, memory_limit
+from viralfx.adapters.process_memory import ProcessMemory, memory_limit
 from viralfx.domain.errors import StartupError
-from viralfx.domain.health import Observation, Status
-from viralfx.domain.usage import ProcessUsage
-from viralfx.runner.memory import require_memory
+from viralfx.domain.health.model import Observation, ProcessUsage, Status
+from viralfx.settings.memory_limit import require_memory
 
 MIB = 2**20
 HOST = 64 * MIB
-"""What the fake host has in all."""
+"""The memory of the fake host."""
 V2 = "sys/fs/cgroup"
 V1 = "sys/fs/cgroup/memory"
 
@@ -25,7 +24,7 @@ Root = Callable[[str, dict[str, str]], Path]
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
-    """Return what makes a root folder with this ``/proc/self/cgroup`` and these files."""
+    """Return a factory of root folders with a ``/proc/self/cgroup`` and other files."""
     proc = tmp_path / "proc"
     (proc / "self").mkdir(parents=True)
     (proc / "meminfo").write_text(
@@ -129,20 +128,20 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
     ],
 )
 def test_limit_in_force(root: Root, cgroup: str, files: dict[str, str], limit: int) -> None:
-    """The least of the control groups up to the root and the host's memory counts."""
+    """The lowest of the limits of all control groups and the host's memory is in force."""
     assert limit == memory_limit(root(cgroup, files))
 
 
 def test_without_control_groups_the_host_is_the_limit(root: Root) -> None:
-    """A host without ``/proc/self/cgroup`` still has a limit."""
+    """Without ``/proc/self/cgroup`` the limit is the host's memory."""
     folder = root("", {})
     (folder / "proc/self/cgroup").unlink()
 
     assert memory_limit(folder) == HOST
 
 
-def test_limit_of_this_very_process_is_sensible() -> None:
-    """On the machine that runs the tests there is a limit, at most the machine's memory."""
+def test_limit_of_the_test_process_is_plausible() -> None:
+    """It is at most the machine's memory."""
     assert 0 < memory_limit() <= psutil.virtual_memory().total
 
 
@@ -151,9 +150,9 @@ def test_limit_of_this_very_process_is_sensible() -> None:
 
 @pytest.fixture
 def observe(root: Root) -> Callable[[int, int], "ProcessMemory"]:
-    """Return what makes a check of a process with so many resident pages of 100, so many its own.
+    """Return a factory of checks for a process with resident and private pages, out of 100.
 
-    The fake root has this process's folder too, so that psutil reads the numbers from there.
+    The fake root contains this process's folder, so that psutil reads the numbers from there.
     """
 
     def make(resident: int, own: int) -> ProcessMemory:
@@ -195,7 +194,7 @@ async def test_thresholds(
     code: str | None,
     message: str,
 ) -> None:
-    """A warning from exactly 75 % of the limit on, a failure from exactly 90 %."""
+    """The check warns from exactly 75 % of the limit, and fails from exactly 90 %."""
     observation = await observe(resident, 1).check()
 
     assert (status, code, message) == (
@@ -207,10 +206,10 @@ async def test_thresholds(
     assert f"{resident}.00%" == observation.details["usagePercent"]
 
 
-async def test_usage_maps_to_the_guides_fields(
+async def test_usage_maps_to_the_documented_fields(
     observe: Callable[[int, int], ProcessMemory],
 ) -> None:
-    """``heapUsed`` is what is the process's own, ``external`` what it shares, in bytes."""
+    """``heapUsed`` is the private memory, ``external`` the shared memory, in bytes."""
     page = os.sysconf("SC_PAGE_SIZE")
     memory = observe(60, 40)
     await memory.check()
@@ -228,7 +227,7 @@ async def test_usage_maps_to_the_guides_fields(
 async def test_usage_is_the_last_checks_reading(
     observe: Callable[[int, int], ProcessMemory], tmp_path: Path
 ) -> None:
-    """Asking for the usage does not read again, so that answers stay cheap."""
+    """Reading the usage makes no system call, so that responses stay cheap."""
     memory = observe(50, 10)
     await memory.check()
     before = memory.usage
@@ -244,47 +243,47 @@ async def test_usage_is_the_last_checks_reading(
 def test_usage_before_the_first_check_is_read(
     observe: Callable[[int, int], ProcessMemory],
 ) -> None:
-    """There is a reading at any time."""
+    """The usage is available before the first check."""
     assert 50 * os.sysconf("SC_PAGE_SIZE") == observe(50, 10).usage.rss
 
 
 def test_shared_memory_is_never_negative() -> None:
-    """Two numbers read a moment apart may contradict each other; the difference does not."""
+    """The two numbers are read at different moments, so their difference may be negative."""
     usage = ProcessUsage(rss=10, heap_used=12, heap_total=100, cpu_percent=0.0)
 
     assert usage.external == 0
 
 
-async def test_this_very_process_can_be_checked() -> None:
-    """On the machine that runs the tests the check works on real numbers."""
+async def test_the_test_process_can_be_checked() -> None:
+    """The check works with the real numbers of the machine."""
     observation = await ProcessMemory().check()
 
     assert isinstance(observation, Observation)
     assert observation.status in Status
 
 
-def test_odd_group_names_and_lines_do_not_harm(root: Root) -> None:
-    """A name in other letters is found, a line of another shape passed over."""
+def test_unusual_group_names_and_lines_are_handled(root: Root) -> None:
+    """A name with non-ASCII letters is found, a malformed line is ignored."""
     folder = root("nonsense\n0::/pöd\n", {f"{V2}/pöd/memory.max": "1000\n"})
 
     assert memory_limit(folder) == 1000
 
 
-# -- too little of it ------------------------------------------------------------------------
+# -- too little memory ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", ["max", f"{64 * MIB}"])
-def test_enough_to_start_is_enough(root: Root, limit: str) -> None:
-    """No limit, or exactly what is needed."""
+def test_a_start_with_enough_memory_is_allowed(root: Root, limit: str) -> None:
+    """There is no limit, or it is exactly the minimum."""
     require_memory(root("0::/pod\n", {f"{V2}/pod/memory.max": limit}))
 
 
-def test_too_little_to_start_is_refused(root: Root) -> None:
-    """Whichever group it is that allows too little."""
+def test_a_start_with_too_little_memory_is_refused(root: Root) -> None:
+    """The limit of any group on the path counts."""
     files = {f"{V2}/pod/memory.max": f"{32 * MIB}", f"{V2}/pod/app/memory.max": "max"}
 
     with pytest.raises(StartupError) as refused:
         require_memory(root("0::/pod/app\n", files))
     assert str(refused.value) == (
-        "the memory limit is 32 MiB, and to start alone takes 64 MiB; raise it to 256 MiB or more"
+        "the memory limit is 32 MiB, but a start needs 64 MiB; raise it to 256 MiB or more"
     )

@@ -1,21 +1,24 @@
-"""The health monitor: schedule, hung checks, forced rounds, readiness, and who is told."""
+"""The health monitor: schedule, hanging checks, forced rounds, readiness, and events."""
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from datetime import datetime
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import pytest
 from tests.manual_clock import ManualClock
 from tests.unit.conftest import Releasable
 from tests.unit.doubles import Act, ActingCheck, BrokenError
 
-from viralfx.domain.attempts import CheckCompleted, CheckRunner
 from viralfx.domain.correlation import current_correlation_id
-from viralfx.domain.health import (
+from viralfx.domain.health.check_runner import CheckCompleted, CheckRunner
+from viralfx.domain.health.check_state import CheckTracker
+from viralfx.domain.health.model import (
     CheckPolicy,
+    CheckReport,
     Health,
     HealthCheck,
     HealthReport,
@@ -23,8 +26,7 @@ from viralfx.domain.health import (
     Status,
     Transition,
 )
-from viralfx.domain.monitor import HealthMonitor, MonitorEvent
-from viralfx.domain.tracking import CheckTrack
+from viralfx.domain.health.monitor import HealthMonitor, MonitorEvent
 
 INTERVAL, TIMEOUT = 5.0, 2.0
 POLICY = CheckPolicy(interval=INTERVAL, timeout=TIMEOUT)
@@ -45,7 +47,7 @@ def make(
     fail_open_after: float = 0.0,
     history_size: int = 100,
 ) -> HealthMonitor:
-    """Make a monitor with these checks; nothing runs."""
+    """Return a monitor with these checks, not started."""
     monitor = HealthMonitor(
         clock=clock, rng=NoJitter(), fail_open_after=fail_open_after, history_size=history_size
     )
@@ -58,7 +60,7 @@ def make(
 async def running(
     clock: ManualClock, check: HealthCheck, policy: CheckPolicy = POLICY
 ) -> AsyncIterator[HealthMonitor]:
-    """Run a monitor with one check called ``one``, its first attempt behind it if it is quick."""
+    """Run a monitor with one check called ``one``; a quick first attempt has ended."""
     monitor = make(clock, {"one": (check, policy)})
     monitor.start()
     await clock.settle()
@@ -76,21 +78,21 @@ def verdict(monitor: HealthMonitor) -> tuple[Status, str | None]:
 
 
 async def test_check_is_pending_until_its_first_result(clock: ManualClock) -> None:
-    """Never ran is not healthy."""
+    """A check without a result is not healthy."""
     monitor = make(clock, {"one": (ActingCheck(), POLICY)})
 
     assert verdict(monitor) == (Status.FAIL, "pending")
 
 
-async def test_first_attempt_is_at_once(clock: ManualClock) -> None:
-    """Starting does not wait an interval."""
+async def test_the_first_attempt_starts_at_once(clock: ManualClock) -> None:
+    """It does not wait for an interval."""
     async with running(clock, check := ActingCheck()) as monitor:
         assert check.attempts == 1
         assert verdict(monitor) == (Status.PASS, None)
 
 
 async def test_interval_runs_from_the_end_of_an_attempt(clock: ManualClock) -> None:
-    """A slow check is not asked more often than a fast one has time to answer."""
+    """A slow check does not run more often than the interval allows."""
     check = ActingCheck(Act.SLOW, clock=clock)
     check.seconds = 1.5
     began = clock.monotonic()
@@ -100,8 +102,8 @@ async def test_interval_runs_from_the_end_of_an_attempt(clock: ManualClock) -> N
     assert [began, began + 6.5, began + 13.0] == check.begun_at
 
 
-async def test_failing_check_is_asked_at_the_retry_interval(clock: ManualClock) -> None:
-    """A check that does not pass is looked at more often, and slowly again once it passes."""
+async def test_a_failing_check_runs_at_the_retry_interval(clock: ManualClock) -> None:
+    """Once it passes, it runs at the interval again."""
     check = ActingCheck(Act.FAIL, clock=clock)
     began = clock.monotonic()
     policy = CheckPolicy(interval=30.0, retry_interval=5.0, timeout=1.0)
@@ -113,24 +115,60 @@ async def test_failing_check_is_asked_at_the_retry_interval(clock: ManualClock) 
     assert [began, began + 5, began + 10, began + 40] == check.begun_at
 
 
-@pytest.mark.parametrize("seed", range(5))
-async def test_second_attempt_comes_early_by_chance(clock: ManualClock, seed: int) -> None:
-    """Instances started together drift apart: the first wait is half an interval to a whole."""
+async def test_instances_spread_over_the_whole_interval(clock: ManualClock) -> None:
+    """Fifty instances that start together leave no tenth of the interval without an attempt."""
+    checks = [ActingCheck(clock=clock) for _ in range(50)]
+    monitors = []
+    began = clock.monotonic()
+    for seed, check in enumerate(checks):
+        monitors.append(HealthMonitor(clock=clock, rng=random.Random(seed)))  # noqa: S311
+        monitors[-1].register("one", check, POLICY)
+        monitors[-1].start()
+    await clock.advance(INTERVAL)
+    for monitor in monitors:
+        await monitor.stop()
+    seconds = [check.begun_at[1] - began for check in checks]
+
+    assert {int(10 * second / INTERVAL) for second in seconds} == set(range(10))
+
+
+async def test_every_wait_has_jitter(clock: ManualClock) -> None:
+    """No wait exceeds the interval, and none but the first is much shorter."""
     check = ActingCheck(clock=clock)
-    monitor = HealthMonitor(clock=clock, rng=random.Random(seed))  # noqa: S311
+    monitor = HealthMonitor(clock=clock, rng=random.Random(1))  # noqa: S311
     monitor.register("one", check, POLICY)
     monitor.start()
-    await clock.advance(INTERVAL)
+    await clock.advance(10 * INTERVAL)
     await monitor.stop()
-    first, second = check.begun_at[:2]
+    waits = [second - first for first, second in pairwise(check.begun_at)]
 
-    assert INTERVAL / 2 <= second - first <= INTERVAL
+    assert all(0.9 * INTERVAL <= wait <= INTERVAL for wait in waits[1:])
+    assert len(set(waits)) == len(waits)
+
+
+async def test_a_postponed_check_is_pending_until_the_next_start(clock: ManualClock) -> None:
+    """Neither the schedule nor a forced round runs it before."""
+    checks = {name: ActingCheck() for name in ("one", "other")}
+    monitor = make(clock, {name: (check, POLICY) for name, check in checks.items()})
+    monitor.start(postponed=("other",))
+    await clock.advance(2 * INTERVAL)
+    refreshed = asyncio.create_task(monitor.refresh())
+    await clock.advance(INTERVAL)
+    await refreshed
+    before = monitor.report().checks["other"].code, checks["other"].attempts
+    monitor.start()
+    await clock.settle()
+    attempts = checks["other"].attempts
+    await monitor.stop()
+
+    assert before == ("pending", 0)
+    assert attempts == 1
 
 
 async def test_checks_do_not_wait_for_each_other(
     clock: ManualClock, held: list[Releasable]
 ) -> None:
-    """A hung check delays no other."""
+    """A hanging check does not delay another."""
     hung, quick = ActingCheck(Act.SWALLOW), ActingCheck(clock=clock)
     held.append(hung)
     monitor = make(clock, {"hung": (hung, POLICY), "quick": (quick, POLICY)})
@@ -142,8 +180,8 @@ async def test_checks_do_not_wait_for_each_other(
     assert [began, began + 5, began + 10] == quick.begun_at
 
 
-async def test_start_twice_is_harmless(clock: ManualClock) -> None:
-    """Starting again starts no second schedule."""
+async def test_a_second_start_does_nothing(clock: ManualClock) -> None:
+    """There is only one schedule."""
     async with running(clock, check := ActingCheck()) as monitor:
         monitor.start()
         await clock.advance(INTERVAL)
@@ -151,8 +189,8 @@ async def test_start_twice_is_harmless(clock: ManualClock) -> None:
     assert check.attempts == 2
 
 
-async def test_attempts_run_under_a_correlation_id_of_their_own(clock: ManualClock) -> None:
-    """The id in a check's report is the one its log lines carry, and it is new each time."""
+async def test_each_attempt_has_its_own_correlation_id(clock: ManualClock) -> None:
+    """The report has the id of the attempt's log lines."""
     seen: list[str | None] = []
 
     class Curious:
@@ -170,7 +208,7 @@ async def test_attempts_run_under_a_correlation_id_of_their_own(clock: ManualClo
     assert current_correlation_id() is None
 
 
-# -- what a check may do wrong ---------------------------------------------------------------
+# -- failing and hanging checks --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -182,8 +220,8 @@ async def test_attempts_run_under_a_correlation_id_of_their_own(clock: ManualClo
         (Act.FAIL, "code-fail"),
     ],
 )
-async def test_misbehaviour_is_a_failure(clock: ManualClock, act: Act, code: str) -> None:
-    """Raising, cancelling itself or returning nonsense fails, and the schedule goes on."""
+async def test_an_invalid_check_fails(clock: ManualClock, act: Act, code: str) -> None:
+    """Raising, cancelling itself or a wrong result is a failure, and the schedule goes on."""
     async with running(clock, check := ActingCheck(act)) as monitor:
         assert (Status.FAIL, code) == verdict(monitor)
 
@@ -193,7 +231,7 @@ async def test_misbehaviour_is_a_failure(clock: ManualClock, act: Act, code: str
 
 
 async def test_exception_text_stays_out_of_the_report(clock: ManualClock) -> None:
-    """What was raised reaches the listeners' log and nothing that is shown."""
+    """The exception reaches the listeners' log, but no response."""
     events: list[MonitorEvent] = []
     monitor = make(clock, {"one": (ActingCheck(Act.RAISE), POLICY)})
     monitor.subscribe(events.append)
@@ -206,30 +244,8 @@ async def test_exception_text_stays_out_of_the_report(clock: ManualClock) -> Non
     assert [type(error) for error in errors] == [BrokenError]
 
 
-def _raises_at_once() -> Coroutine[Any, Any, Observation]:
-    raise BrokenError("before the first await")
-
-
-def _is_not_async() -> Coroutine[Any, Any, Observation]:
-    return Observation(status=Status.PASS, message="")  # type: ignore[return-value]
-
-
-@pytest.mark.parametrize("function", [_raises_at_once, _is_not_async])
-async def test_check_that_is_no_coroutine_function_fails(
-    clock: ManualClock, function: Callable[[], Coroutine[Any, Any, Observation]]
-) -> None:
-    """A synchronous error or answer is the check's failure, not the monitor's."""
-
-    class Wrong:
-        def check(self) -> Coroutine[Any, Any, Observation]:
-            return function()
-
-    async with running(clock, Wrong()) as monitor:
-        assert verdict(monitor) == (Status.FAIL, "error")
-
-
 async def test_slow_check_within_its_timeout_passes(clock: ManualClock) -> None:
-    """An attempt may take all its time."""
+    """An attempt may take its whole timeout."""
     check = ActingCheck(Act.SLOW, clock=clock)
     check.seconds = TIMEOUT - 0.01
     async with running(clock, check) as monitor:
@@ -240,10 +256,10 @@ async def test_slow_check_within_its_timeout_passes(clock: ManualClock) -> None:
 
 
 @pytest.mark.parametrize("act", [Act.HANG, Act.SWALLOW])
-async def test_hung_check_fails_at_its_timeout(
+async def test_a_hanging_check_fails_at_its_timeout(
     clock: ManualClock, held: list[Releasable], act: Act
 ) -> None:
-    """A check that does not answer fails with code ``timeout`` after its timeout, not later."""
+    """It fails with code ``timeout`` after its timeout, not later."""
     held.append(check := ActingCheck(act))
     async with running(clock, check) as monitor:
         await clock.advance(TIMEOUT - 0.01)
@@ -259,7 +275,7 @@ async def test_hung_check_fails_at_its_timeout(
 async def test_check_that_begins_to_hang_fails_within_interval_and_timeout(
     clock: ManualClock, held: list[Releasable], act: Act
 ) -> None:
-    """A healthy check that hangs for ever is found out within one interval and one timeout."""
+    """A healthy check that starts to hang is detected within one interval and one timeout."""
     held.append(check := ActingCheck())
     async with running(clock, check) as monitor:
         check.act = act
@@ -268,10 +284,10 @@ async def test_check_that_begins_to_hang_fails_within_interval_and_timeout(
         assert verdict(monitor) == (Status.FAIL, "timeout")
 
 
-async def test_abandoned_attempt_that_honours_cancellation_frees_the_slot(
+async def test_a_cancelled_attempt_does_not_delay_the_next(
     clock: ManualClock,
 ) -> None:
-    """After a cancelled attempt the next one starts on schedule."""
+    """The next attempt starts on schedule."""
     check = ActingCheck(Act.HANG, clock=clock)
     began = clock.monotonic()
     async with running(clock, check) as monitor:
@@ -284,7 +300,7 @@ async def test_abandoned_attempt_that_honours_cancellation_frees_the_slot(
 
 
 async def test_never_two_attempts_at_once(clock: ManualClock, held: list[Releasable]) -> None:
-    """While an attempt that swallows cancellation lives, none other is started."""
+    """While an attempt suppresses its cancellation, no other starts."""
     held.append(check := ActingCheck(Act.SWALLOW))
     async with running(clock, check) as monitor:
         for _ in range(50):
@@ -295,8 +311,10 @@ async def test_never_two_attempts_at_once(clock: ManualClock, held: list[Releasa
         assert verdict(monitor) == (Status.FAIL, "timeout")
 
 
-async def test_stuck_check_says_for_how_long(clock: ManualClock, held: list[Releasable]) -> None:
-    """The message of a stuck check counts from the beginning of the stuck attempt."""
+async def test_the_message_of_a_hanging_check_has_its_duration(
+    clock: ManualClock, held: list[Releasable]
+) -> None:
+    """The duration counts from the start of the hanging attempt."""
     held.append(check := ActingCheck(Act.SWALLOW))
     async with running(clock, check) as monitor:
         await clock.advance(TIMEOUT + INTERVAL + TIMEOUT)
@@ -304,8 +322,8 @@ async def test_stuck_check_says_for_how_long(clock: ManualClock, held: list[Rele
         assert monitor.report().checks["one"].message == "one check has not answered for 9.0 s"
 
 
-async def test_late_answer_is_not_believed(clock: ManualClock, held: list[Releasable]) -> None:
-    """What an abandoned attempt says after all is thrown away, and a new attempt is made."""
+async def test_a_late_result_is_ignored(clock: ManualClock, held: list[Releasable]) -> None:
+    """The result of an abandoned attempt is dropped, and a new attempt starts."""
     held.append(check := ActingCheck(Act.SWALLOW))
     async with running(clock, check) as monitor:
         await clock.advance(TIMEOUT)
@@ -320,10 +338,10 @@ async def test_late_answer_is_not_believed(clock: ManualClock, held: list[Releas
         assert verdict(monitor) == (Status.FAIL, "code-fail")
 
 
-async def test_hung_check_recovers_when_it_answers_again(
+async def test_a_hanging_check_recovers_when_it_responds_again(
     clock: ManualClock, held: list[Releasable]
 ) -> None:
-    """A check that comes back passes within an interval and a timeout."""
+    """It passes within an interval and a timeout."""
     held.append(check := ActingCheck(Act.SWALLOW))
     async with running(clock, check) as monitor:
         await clock.advance(60.0)
@@ -334,10 +352,10 @@ async def test_hung_check_recovers_when_it_answers_again(
         assert verdict(monitor) == (Status.PASS, None)
 
 
-async def test_late_error_of_an_abandoned_attempt_is_nobodys_exception(
+async def test_a_late_error_of_an_abandoned_attempt_is_ignored(
     clock: ManualClock,
 ) -> None:
-    """An abandoned attempt that raises in the end does not look like an uncaught exception."""
+    """It is not reported as an uncaught exception."""
     reported: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
 
@@ -361,7 +379,7 @@ async def test_late_error_of_an_abandoned_attempt_is_nobodys_exception(
 
 
 async def test_refresh_makes_one_new_attempt(clock: ManualClock) -> None:
-    """A forced round looks again and reports what it saw."""
+    """A forced round runs the check again and reports the new result."""
     async with running(clock, check := ActingCheck()) as monitor:
         await clock.advance(1.0)
         check.act = Act.FAIL
@@ -371,8 +389,8 @@ async def test_refresh_makes_one_new_attempt(clock: ManualClock) -> None:
         assert report.checks["one"].status is Status.FAIL
 
 
-async def test_refresh_is_single_flight(clock: ManualClock) -> None:
-    """Callers that come together share one round."""
+async def test_concurrent_refreshes_share_one_round(clock: ManualClock) -> None:
+    """All callers get its report."""
     check = ActingCheck(Act.SLOW, clock=clock)
     async with running(clock, check) as monitor:
         await clock.advance(1.0)
@@ -383,8 +401,8 @@ async def test_refresh_is_single_flight(clock: ManualClock) -> None:
         assert len({id(await caller) for caller in callers}) == 1
 
 
-async def test_refresh_within_the_gap_is_the_report_that_is_there(clock: ManualClock) -> None:
-    """Rounds are at least ``refresh_gap`` apart, however often they are asked for."""
+async def test_a_refresh_within_the_gap_returns_the_current_report(clock: ManualClock) -> None:
+    """Rounds are at least ``refresh_gap`` apart."""
     async with running(clock, check := ActingCheck()) as monitor:
         await clock.advance(1.0)
         for seconds, attempts in ((0.0, 2), (0.0, 2), (0.99, 2), (0.01, 3)):
@@ -394,8 +412,8 @@ async def test_refresh_within_the_gap_is_the_report_that_is_there(clock: ManualC
             assert check.attempts == attempts
 
 
-async def test_refresh_soon_after_an_attempt_waits_for_the_next(clock: ManualClock) -> None:
-    """Attempts are at least ``refresh_gap`` apart, the scheduled ones included."""
+async def test_a_refresh_keeps_the_gap_to_the_last_attempt(clock: ManualClock) -> None:
+    """Attempts are at least ``refresh_gap`` apart, including scheduled ones."""
     async with running(clock, check := ActingCheck()) as monitor:
         asked = asyncio.create_task(monitor.refresh())
         await clock.advance(0.99)
@@ -409,8 +427,8 @@ async def test_refresh_soon_after_an_attempt_waits_for_the_next(clock: ManualClo
         assert (await asked).checks["one"].status is Status.FAIL
 
 
-async def test_refresh_puts_the_schedule_off(clock: ManualClock) -> None:
-    """The next attempt is an interval after the forced one."""
+async def test_a_refresh_postpones_the_next_scheduled_attempt(clock: ManualClock) -> None:
+    """It runs an interval after the forced one."""
     check = ActingCheck(clock=clock)
     began = clock.monotonic()
     async with running(clock, check) as monitor:
@@ -421,10 +439,10 @@ async def test_refresh_puts_the_schedule_off(clock: ManualClock) -> None:
     assert [began, began + 4, began + 9] == check.begun_at
 
 
-async def test_refresh_of_a_hung_check_is_bounded(
+async def test_a_refresh_of_a_hanging_check_is_limited(
     clock: ManualClock, held: list[Releasable]
 ) -> None:
-    """A round over a stuck check ends with its timeout and starts no second attempt."""
+    """The round ends at the timeout and starts no second attempt."""
     held.append(check := ActingCheck(Act.SWALLOW))
     async with running(clock, check) as monitor:
         await clock.advance(TIMEOUT + 1.0)
@@ -436,10 +454,10 @@ async def test_refresh_of_a_hung_check_is_bounded(
         assert check.attempts == 1
 
 
-async def test_refresh_does_not_take_an_attempt_in_flight_for_an_answer(
+async def test_a_refresh_waits_for_an_attempt_that_starts_later(
     clock: ManualClock,
 ) -> None:
-    """What it sees may have changed before the round was asked for: another one follows it."""
+    """The attempt in flight may have read an older state."""
     check = ActingCheck(Act.SLOW, clock=clock)
     check.seconds = 1.5
     began = clock.monotonic()
@@ -458,8 +476,8 @@ async def test_refresh_does_not_take_an_attempt_in_flight_for_an_answer(
         assert [began, began + 1.5] == check.begun_at
 
 
-async def test_refresh_during_a_short_attempt_keeps_the_gap(clock: ManualClock) -> None:
-    """The attempt that answers begins ``refresh_gap`` after the one in flight, and only one."""
+async def test_a_refresh_during_an_attempt_keeps_the_gap(clock: ManualClock) -> None:
+    """One attempt follows, ``refresh_gap`` after the start of the one in flight."""
     check = ActingCheck(Act.SLOW, clock=clock)
     check.seconds = 0.3
     began = clock.monotonic()
@@ -477,10 +495,10 @@ async def test_refresh_during_a_short_attempt_keeps_the_gap(clock: ManualClock) 
 @pytest.mark.parametrize(
     ("act", "status", "after"), [(Act.HANG, Status.PASS, 2.0), (Act.SWALLOW, Status.FAIL, 4.0)]
 )
-async def test_refresh_over_an_attempt_that_hangs_is_bounded(
+async def test_a_refresh_during_a_hanging_attempt_is_limited(
     clock: ManualClock, held: list[Releasable], act: Act, status: Status, after: float
 ) -> None:
-    """Whether another attempt can begin once the one in flight is late, or none can."""
+    """Whether or not the hanging attempt ends after its cancellation."""
     held.append(check := ActingCheck(act))
     async with running(clock, check) as monitor:
         check.act = Act.PASS
@@ -496,10 +514,10 @@ async def test_refresh_over_an_attempt_that_hangs_is_bounded(
         assert asked.result().checks["one"].status is status
 
 
-async def test_refresh_that_waits_for_a_stuck_attempt_is_answered_by_the_next(
+async def test_a_refresh_over_a_hanging_attempt_gets_the_next_one(
     clock: ManualClock, held: list[Releasable]
 ) -> None:
-    """A turn that found an attempt stuck when it was asked begins its own after that."""
+    """The turn that found the attempt hanging starts a new one afterwards."""
     held.append(check := ActingCheck(Act.SWALLOW))
     async with running(clock, check) as monitor:
         await clock.advance(TIMEOUT + INTERVAL + 1.0)
@@ -514,10 +532,8 @@ async def test_refresh_that_waits_for_a_stuck_attempt_is_answered_by_the_next(
         assert check.attempts == 2
 
 
-async def test_refresh_ends_at_its_bound_whatever_the_attempts_do(
-    clock: ManualClock, held: list[Releasable]
-) -> None:
-    """One in flight, one that could begin only when that one ended, and the end of patience."""
+async def test_a_refresh_ends_at_its_limit(clock: ManualClock, held: list[Releasable]) -> None:
+    """One attempt in flight, one that starts when it ends, and the end of the limit."""
     held.append(check := ActingCheck(Act.SWALLOW))
     async with running(clock, check) as monitor:
         asked = asyncio.create_task(monitor.refresh())
@@ -532,13 +548,13 @@ async def test_refresh_ends_at_its_bound_whatever_the_attempts_do(
         assert asked.done()
 
 
-async def test_abandoning_cancels_everyone_who_waits(clock: ManualClock) -> None:
-    """For the attempt under way, and for the one after it."""
-    track = CheckTrack("one", POLICY, clock.now())
+async def test_abandon_cancels_all_waiting_callers(clock: ManualClock) -> None:
+    """Those of the attempt in flight and those of the next one."""
+    track = CheckTracker("one", POLICY, clock.now())
     check = ActingCheck(Act.HANG)
     runner = CheckRunner(check, track, clock=clock, completed=lambda _: None, gap=1.0)
     waiting = [runner.force()]
-    schedule = asyncio.create_task(runner.run(1.0))
+    schedule = asyncio.create_task(runner.run(NoJitter()))
     await clock.settle()
     waiting.append(runner.force())
     runner.abandon()
@@ -561,10 +577,10 @@ async def followed(
     await monitor.stop()
 
 
-async def test_a_forced_round_looks_at_a_follower_after_the_one_it_follows(
+async def test_a_round_runs_a_follower_after_the_check_it_follows(
     clock: ManualClock,
 ) -> None:
-    """Although the follower might be looked at first: it would see what was found out before."""
+    """Otherwise the follower would use the previous result."""
     leader, follower = ActingCheck(clock=clock), ActingCheck(clock=clock)
     began = clock.monotonic()
     async with followed(clock, leader, follower) as monitor:
@@ -582,14 +598,14 @@ async def test_a_forced_round_looks_at_a_follower_after_the_one_it_follows(
         assert asked.result().checks["two"].status is Status.FAIL
 
     assert [began, began + 5.0, began + 6.0] == leader.begun_at
-    # The last but one on schedule. The last once the other had answered, at 6.2 s, and the gap.
+    # The last but one is on schedule; the last starts after the result at 6.2 s, and the gap.
     assert [began, began + 3.0, began + 6.0, began + 7.0] == follower.begun_at
 
 
-async def test_a_follower_is_looked_at_as_soon_as_the_one_it_follows_was(
+async def test_a_follower_runs_as_soon_as_the_followed_check_ends(
     clock: ManualClock,
 ) -> None:
-    """Nothing but the gap between its own attempts and the other's answer is waited for."""
+    """It only waits for its own gap and the result of the other check."""
     leader, follower = ActingCheck(clock=clock), ActingCheck(clock=clock)
     began = clock.monotonic()
     async with followed(clock, leader, follower) as monitor:
@@ -604,10 +620,10 @@ async def test_a_follower_is_looked_at_as_soon_as_the_one_it_follows_was(
     assert [began, began + 1.7] == pytest.approx(follower.begun_at)
 
 
-async def test_a_round_over_a_stuck_check_and_its_follower_is_bounded(
+async def test_a_round_with_a_hanging_check_and_its_follower_is_limited(
     clock: ManualClock, held: list[Releasable]
 ) -> None:
-    """The follower has its own turn once the other's time is over, and its own bound."""
+    """The follower runs after the limit of the other check, with its own limit."""
     leader, follower = ActingCheck(Act.SWALLOW), ActingCheck(Act.SWALLOW)
     held += [leader, follower]
     async with followed(clock, leader, follower) as monitor:
@@ -620,17 +636,17 @@ async def test_a_round_over_a_stuck_check_and_its_follower_is_bounded(
         assert (leader.attempts, follower.attempts) == (1, 1)
 
 
-async def test_a_check_can_follow_only_one_that_is_there(clock: ManualClock) -> None:
-    """Nor itself; so nothing is ever waited for in a circle."""
+async def test_a_check_can_only_follow_a_registered_check(clock: ManualClock) -> None:
+    """It cannot follow itself, so there is no circular wait."""
     monitor = HealthMonitor(clock=clock)
 
     for other in ("one", "two"):
-        with pytest.raises(ValueError, match=f"'one' follows '{other}': there is none"):
+        with pytest.raises(ValueError, match=f"'one' follows '{other}', which is unknown"):
             monitor.register("one", ActingCheck(), CheckPolicy(follows=other))
 
 
-async def test_caller_that_leaves_does_not_cancel_the_round(clock: ManualClock) -> None:
-    """A client that hangs up takes the round from nobody else."""
+async def test_cancelling_a_caller_does_not_cancel_the_round(clock: ManualClock) -> None:
+    """The other callers get the report."""
     check = ActingCheck(Act.SLOW, clock=clock)
     async with running(clock, check) as monitor:
         await clock.advance(1.0)
@@ -645,14 +661,14 @@ async def test_caller_that_leaves_does_not_cancel_the_round(clock: ManualClock) 
 
 
 async def test_refresh_without_checks_returns() -> None:
-    """No checks is no reason to wait."""
+    """Without checks there is nothing to wait for."""
     report = await HealthMonitor(clock=ManualClock()).refresh()
 
     assert report.checks == {}
 
 
 async def test_request_brings_the_next_attempt_forward(clock: ManualClock) -> None:
-    """Doubt leads to an attempt at once when the last one is old enough."""
+    """If the last attempt is old enough, the next starts at once."""
     policy = CheckPolicy(interval=30.0, retry_interval=5.0)
     async with running(clock, check := ActingCheck(), policy) as monitor:
         await clock.advance(6.0)
@@ -663,7 +679,7 @@ async def test_request_brings_the_next_attempt_forward(clock: ManualClock) -> No
 
 
 async def test_requests_are_limited_to_one_per_retry_interval(clock: ManualClock) -> None:
-    """A storm of doubt makes no storm of checks."""
+    """Many requests do not cause many attempts."""
     check = ActingCheck(clock=clock)
     began = clock.monotonic()
     async with running(clock, check, CheckPolicy(interval=30.0, retry_interval=5.0)) as monitor:
@@ -676,7 +692,7 @@ async def test_requests_are_limited_to_one_per_retry_interval(clock: ManualClock
 
 
 async def test_request_never_delays_an_attempt(clock: ManualClock) -> None:
-    """A request shortly before the due time leaves the due time alone."""
+    """A request shortly before the due time does not change it."""
     check = ActingCheck(clock=clock)
     began = clock.monotonic()
     async with running(clock, check, CheckPolicy(interval=5.0, retry_interval=20.0)) as monitor:
@@ -688,7 +704,7 @@ async def test_request_never_delays_an_attempt(clock: ManualClock) -> None:
 
 
 async def test_request_for_an_unknown_check_is_an_error(clock: ManualClock) -> None:
-    """A name nobody registered is a mistake of the caller."""
+    """An unknown name raises ``KeyError``."""
     async with running(clock, ActingCheck()) as monitor:
         with pytest.raises(KeyError):
             monitor.request_check("two")
@@ -696,19 +712,19 @@ async def test_request_for_an_unknown_check_is_an_error(clock: ManualClock) -> N
 
 # -- readiness -------------------------------------------------------------------------------
 
-GATE = CheckPolicy(gates_readiness=True)
-SHARED_GATE = CheckPolicy(gates_readiness=True, shared=True)
+GATE = CheckPolicy(required_for_readiness=True)
+SHARED_GATE = CheckPolicy(required_for_readiness=True, shared=True)
 
 
 @pytest.mark.parametrize("act", [Act.PASS, Act.WARN])
-async def test_gate_that_passes_or_warns_is_open(clock: ManualClock, act: Act) -> None:
-    """A warning is no reason to turn traffic away."""
+async def test_a_warning_does_not_affect_readiness(clock: ManualClock, act: Act) -> None:
+    """A required check that passes or warns leaves the instance ready."""
     async with running(clock, ActingCheck(act), GATE) as monitor:
         assert monitor.report().ready
 
 
-async def test_failing_gate_closes(clock: ManualClock) -> None:
-    """A failing check that gates readiness takes the instance out, by name."""
+async def test_a_failing_required_check_makes_the_instance_unready(clock: ManualClock) -> None:
+    """The report names the check."""
     async with running(clock, check := ActingCheck(), GATE) as monitor:
         await clock.advance(1.0)
         check.act = Act.FAIL
@@ -718,18 +734,18 @@ async def test_failing_gate_closes(clock: ManualClock) -> None:
         assert not report.ready
 
 
-async def test_failure_without_a_gate_leaves_it_ready(clock: ManualClock) -> None:
-    """A check that gates nothing cannot make the instance unready."""
+async def test_a_failing_optional_check_leaves_the_instance_ready(clock: ManualClock) -> None:
+    """Only required checks affect readiness."""
     async with running(clock, ActingCheck(Act.FAIL)) as monitor:
         report = monitor.report()
 
         assert (report.ready, report.health) == (True, Health.DEGRADED)
 
 
-async def test_gate_that_gets_stale_closes(clock: ManualClock) -> None:
-    """A gate whose result is too old fails, though nothing was recorded."""
+async def test_a_stale_required_check_makes_the_instance_unready(clock: ManualClock) -> None:
+    """This needs no new result."""
     check = ActingCheck()
-    policy = CheckPolicy(interval=30.0, max_age=8.0, gates_readiness=True)
+    policy = CheckPolicy(interval=30.0, max_age=8.0, required_for_readiness=True)
     async with running(clock, check, policy) as monitor:
         assert monitor.report().ready
 
@@ -742,7 +758,7 @@ async def test_gate_that_gets_stale_closes(clock: ManualClock) -> None:
 async def test_started_needs_every_check_to_report(
     clock: ManualClock, held: list[Releasable]
 ) -> None:
-    """One check that has not reported keeps start-up from ending, even without a gate."""
+    """Start-up does not end while a check has not reported, even an optional one."""
     held.append(slow := ActingCheck(Act.SWALLOW))
     monitor = make(clock, {"one": (ActingCheck(), GATE), "slow": (slow, CheckPolicy(timeout=2))})
     monitor.start()
@@ -757,8 +773,8 @@ async def test_started_needs_every_check_to_report(
     await monitor.stop()
 
 
-async def test_started_needs_the_gates_to_pass_once(clock: ManualClock) -> None:
-    """A gate that fails from the beginning keeps start-up from ending until it passes."""
+async def test_started_needs_the_required_checks_to_pass_once(clock: ManualClock) -> None:
+    """Start-up does not end while a required check fails."""
     async with running(clock, check := ActingCheck(Act.FAIL), GATE) as monitor:
         assert not monitor.report().started
 
@@ -768,8 +784,8 @@ async def test_started_needs_the_gates_to_pass_once(clock: ManualClock) -> None:
         assert (await monitor.refresh()).started
 
 
-async def test_started_never_goes_back(clock: ManualClock) -> None:
-    """Later failures are readiness's business, not the start-up probe's."""
+async def test_started_stays_true(clock: ManualClock) -> None:
+    """Later failures affect readiness, not the start-up probe."""
     async with running(clock, check := ActingCheck(), GATE) as monitor:
         await clock.advance(1.0)
         check.act = Act.FAIL
@@ -778,8 +794,8 @@ async def test_started_never_goes_back(clock: ManualClock) -> None:
         assert (report.started, report.ready) == (True, False)
 
 
-async def test_empty_registry_is_started_ready_and_healthy(clock: ManualClock) -> None:
-    """Without checks nothing speaks against traffic."""
+async def test_a_monitor_without_checks_is_ready_and_healthy(clock: ManualClock) -> None:
+    """It has started as well."""
     report = HealthMonitor(clock=clock).report()
 
     assert (report.started, report.ready, report.health) == (True, True, Health.HEALTHY)
@@ -789,7 +805,7 @@ async def test_empty_registry_is_started_ready_and_healthy(clock: ManualClock) -
 async def failing_open(
     clock: ManualClock, **more: tuple[HealthCheck, CheckPolicy]
 ) -> AsyncIterator[tuple[HealthMonitor, ActingCheck]]:
-    """Run a monitor that opens after 60 s and whose shared gate just began to fail."""
+    """Run a monitor that fails open after 60 s and whose shared check has just begun to fail."""
     database = ActingCheck()
     monitor = make(clock, {"database": (database, SHARED_GATE), **more}, fail_open_after=60.0)
     monitor.start()
@@ -802,7 +818,7 @@ async def failing_open(
 
 
 async def test_fails_open_exactly_after_the_time(clock: ManualClock) -> None:
-    """Failing on a shared gate alone for so long makes the instance ready again, degraded."""
+    """Then the instance is ready again, and degraded."""
     async with failing_open(clock) as (monitor, _):
         await clock.advance(59.999)
         before = monitor.report()
@@ -816,7 +832,7 @@ async def test_fails_open_exactly_after_the_time(clock: ManualClock) -> None:
 
 
 async def test_fail_open_ends_with_the_outage_and_starts_anew(clock: ManualClock) -> None:
-    """The time counts from the beginning of each outage."""
+    """The time counts from the start of each outage."""
     async with failing_open(clock) as (monitor, database):
         await clock.advance(61.0)
         database.act = Act.PASS
@@ -830,7 +846,7 @@ async def test_fail_open_ends_with_the_outage_and_starts_anew(clock: ManualClock
 
 
 async def test_local_failure_does_not_fail_open(clock: ManualClock) -> None:
-    """What only this instance has wrong keeps it out, beside a shared outage too."""
+    """A failure of this instance alone keeps it unready, also during a shared outage."""
     disk = ActingCheck()
     async with failing_open(clock, disk=(disk, GATE)) as (monitor, _):
         disk.act = Act.FAIL
@@ -849,7 +865,7 @@ async def test_local_failure_does_not_fail_open(clock: ManualClock) -> None:
 
 
 async def test_never_fails_open_before_it_was_started(clock: ManualClock) -> None:
-    """An instance that has never been ready is not made ready by an outage."""
+    """An outage does not make an instance ready that was never ready."""
     monitor = make(clock, {"one": (ActingCheck(Act.FAIL), SHARED_GATE)}, fail_open_after=60.0)
     monitor.start()
     await clock.advance(600.0)
@@ -860,10 +876,10 @@ async def test_never_fails_open_before_it_was_started(clock: ManualClock) -> Non
 
 
 async def test_zero_never_fails_open(clock: ManualClock) -> None:
-    """The default keeps a failing instance out for ever."""
+    """By default a failing instance stays unready."""
     async with running(clock, check := ActingCheck(), SHARED_GATE) as monitor:
         check.act = Act.FAIL
-        await clock.advance(10_000.0)
+        await clock.advance(1_000.0)
 
         assert not monitor.report().ready
 
@@ -880,7 +896,7 @@ async def test_zero_never_fails_open(clock: ManualClock) -> None:
     ],
 )
 async def test_overall_health(clock: ManualClock, first: Act, second: Act, health: Health) -> None:
-    """Only a failing critical check is unhealthy; anything else that is not pass degrades."""
+    """A failing critical check is unhealthy; any other check that does not pass degrades."""
     monitor = make(
         clock,
         {
@@ -900,7 +916,7 @@ async def test_overall_health(clock: ManualClock, first: Act, second: Act, healt
 
 
 async def test_reading_starts_no_check(clock: ManualClock) -> None:
-    """A thousand probes cause no more checks than none."""
+    """A thousand probes cause no attempt."""
     async with running(clock, check := ActingCheck()) as monitor:
         for _ in range(1000):
             monitor.report()
@@ -910,7 +926,7 @@ async def test_reading_starts_no_check(clock: ManualClock) -> None:
 
 
 async def test_report_is_the_same_object_until_something_changes(clock: ManualClock) -> None:
-    """An encoded answer can be kept for as long as the report is the same."""
+    """So an encoded response can be cached for as long."""
     async with running(clock, ActingCheck()) as monitor:
         first = monitor.report()
         await clock.advance(INTERVAL - 0.01)
@@ -923,7 +939,7 @@ async def test_report_is_the_same_object_until_something_changes(clock: ManualCl
 
 
 async def test_report_is_renewed_by_age_alone(clock: ManualClock) -> None:
-    """A report holds until ``valid_until`` and not a moment longer."""
+    """A report is valid until ``valid_until`` and not longer."""
     policy = CheckPolicy(interval=30.0, max_age=8.0)
     async with running(clock, ActingCheck(), policy) as monitor:
         first = monitor.report()
@@ -938,11 +954,132 @@ async def test_report_is_renewed_by_age_alone(clock: ManualClock) -> None:
         assert float("inf") == second.valid_until
 
 
-# -- telling ---------------------------------------------------------------------------------
+async def test_a_held_report_does_not_change(clock: ManualClock) -> None:
+    """The monitor goes on with other reports."""
+    check = ActingCheck()
+    async with running(clock, check) as monitor:
+        kept = monitor.report()
+        check.act = Act.FAIL
+        await clock.advance(INTERVAL)
+
+        assert monitor.report().checks["one"].status is Status.FAIL
+        assert kept.checks["one"].status is Status.PASS
 
 
-async def test_each_transition_is_told_once_after_its_attempt(clock: ManualClock) -> None:
-    """Listeners get every attempt, the transition it caused, and the report that follows."""
+async def test_an_attempt_evaluates_only_its_own_check(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cost of a result does not grow with the number of checks."""
+    evaluated: list[str] = []
+    evaluate = CheckTracker.evaluate
+
+    def counting(
+        self: CheckTracker, monotonic: float, at: datetime
+    ) -> tuple[CheckReport, Transition | None]:
+        evaluated.append(self.name)
+        return evaluate(self, monotonic, at)
+
+    quick = CheckPolicy(interval=1.0)
+    slow = {f"slow-{number}": (ActingCheck(), POLICY) for number in range(100)}
+    monitor = make(clock, {**slow, "quick": (ActingCheck(), quick)})
+    monitor.start()
+    await clock.settle()
+    monkeypatch.setattr(CheckTracker, "evaluate", counting)
+    for _ in range(4):
+        await clock.advance(1.0)
+        monitor.report()
+    await monitor.stop()
+
+    assert evaluated == ["quick"] * 4
+
+
+async def test_simultaneous_transitions_are_in_order_of_registration(clock: ManualClock) -> None:
+    """The ages of the checks do not matter."""
+    received: list[str] = []
+    ages = {"one": 8.0, "two": 7.0, "three": 9.0}
+    monitor = make(
+        clock,
+        {
+            name: (ActingCheck(), CheckPolicy(interval=60.0, max_age=age))
+            for name, age in ages.items()
+        },
+    )
+    monitor.start()
+    await clock.settle()
+    monitor.subscribe(lambda event: received.append(event.check) if _is_stale(event) else None)
+    clock.jump(10.0)
+    report = monitor.report()
+    await monitor.stop()
+
+    assert received == ["one", "two", "three"]
+    assert {check.code for check in report.checks.values()} == {"stale"}
+
+
+def _is_stale(event: MonitorEvent) -> TypeGuard[Transition]:
+    return isinstance(event, Transition) and event.code == "stale"
+
+
+# -- events ----------------------------------------------------------------------------------
+
+
+async def test_attempts_of_one_turn_share_a_report(clock: ManualClock) -> None:
+    """A hundred simultaneous results cause one report, after all their transitions."""
+    received: list[MonitorEvent] = []
+    monitor = make(clock, {f"check-{n}": (ActingCheck(), POLICY) for n in range(100)})
+    monitor.subscribe(received.append)
+    monitor.start()
+    await clock.settle()
+    await monitor.stop()
+
+    assert [type(event) for event in received] == [CheckCompleted, Transition] * 100 + [
+        HealthReport
+    ]
+    assert received[-1] is monitor.report()
+
+
+async def test_a_report_is_published_after_its_transitions(
+    clock: ManualClock,
+) -> None:
+    """Even if a listener reads the report during the transitions."""
+    received: list[MonitorEvent] = []
+    read: list[HealthReport] = []
+    monitor = make(clock, {"one": (ActingCheck(), POLICY)})
+
+    def read_report(event: MonitorEvent) -> None:
+        if isinstance(event, Transition):
+            read.append(monitor.report())
+
+    monitor.subscribe(read_report)
+    monitor.subscribe(received.append)
+    monitor.start()
+    await clock.settle()
+    await monitor.stop()
+
+    assert [type(event) for event in received] == [CheckCompleted, Transition, HealthReport]
+    assert received[-1] is read[0]
+
+
+async def test_a_report_is_published_once(clock: ManualClock) -> None:
+    """By the read that builds it, or else by the loop."""
+    received: list[MonitorEvent] = []
+    check = ActingCheck()
+    monitor = make(clock, {"one": (check, POLICY)})
+    monitor.subscribe(received.append)
+    monitor.start()
+    await clock.settle()
+    for _ in range(3):
+        await clock.advance(INTERVAL)
+        monitor.report()
+        monitor.report()
+    await monitor.stop()
+    reports = [event for event in received if isinstance(event, HealthReport)]
+
+    assert len(reports) == check.attempts == 4
+    assert len({id(report) for report in reports}) == 4
+
+
+async def test_each_transition_is_published_once_after_its_attempt(clock: ManualClock) -> None:
+    """The report follows the transition."""
     check, events = ActingCheck(), list[MonitorEvent]()
     monitor = make(clock, {"one": (check, POLICY)})
     monitor.subscribe(events.append)
@@ -963,37 +1100,37 @@ async def test_each_transition_is_told_once_after_its_attempt(clock: ManualClock
     ]
 
 
-async def test_listener_that_raises_harms_nobody(
+async def test_a_listener_error_does_not_affect_others(
     clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A listener's error is logged; the other listeners and the schedule go on."""
-    check, told = ActingCheck(), list[MonitorEvent]()
+    """The error is logged; other listeners and the schedule go on."""
+    check, received = ActingCheck(), list[MonitorEvent]()
 
     def broken(_: MonitorEvent) -> None:
         raise BrokenError("a listener")
 
     monitor = make(clock, {"one": (check, POLICY)})
     monitor.subscribe(broken)
-    monitor.subscribe(told.append)
+    monitor.subscribe(received.append)
     monitor.start()
     await clock.advance(INTERVAL)
     await monitor.stop()
 
     assert check.attempts == 2
-    assert len(told) == 5
+    assert len(received) == 5
     assert {"Event listener failed"} == {record.message for record in caplog.records}
 
 
-async def test_listener_may_read_the_report(clock: ManualClock) -> None:
-    """At a transition the report already says the new status."""
+async def test_a_listener_can_read_the_report(clock: ManualClock) -> None:
+    """At a transition the report already has the new status."""
     seen: list[Status] = []
     monitor = make(clock, {"one": (ActingCheck(Act.WARN), POLICY)})
 
-    def look(event: MonitorEvent) -> None:
+    def read_report(event: MonitorEvent) -> None:
         if isinstance(event, Transition):
             seen.append(monitor.report().checks["one"].status)
 
-    monitor.subscribe(look)
+    monitor.subscribe(read_report)
     monitor.start()
     await clock.settle()
     await monitor.stop()
@@ -1016,7 +1153,7 @@ async def test_history_is_bounded_and_counts_are_not(clock: ManualClock) -> None
 
 
 async def test_transition_counts_continue_over_a_restart(clock: ManualClock) -> None:
-    """Counts restored from the previous process are added to."""
+    """Counts of the previous process are added."""
     monitor = make(clock, {"one": (ActingCheck(), POLICY)})
     monitor.restore_transition_counts({"one": 41, "gone": 7})
     monitor.start()
@@ -1026,26 +1163,26 @@ async def test_transition_counts_continue_over_a_restart(clock: ManualClock) -> 
     assert monitor.transition_counts == {"one": 42, "gone": 7}
 
 
-# -- wiring and the end ----------------------------------------------------------------------
+# -- registration and stop -------------------------------------------------------------------
 
 
-async def test_name_can_be_registered_once(clock: ManualClock) -> None:
-    """Two checks of one name are a mistake."""
+async def test_a_name_can_be_registered_once(clock: ManualClock) -> None:
+    """A second check with the same name is an error."""
     monitor = make(clock, {"one": (ActingCheck(), POLICY)})
 
     with pytest.raises(ValueError, match="'one' is registered already"):
         monitor.register("one", ActingCheck(), POLICY)
 
 
-async def test_registering_while_running_is_refused(clock: ManualClock) -> None:
-    """A check that would never be scheduled is refused instead of pending for ever."""
+async def test_registering_while_running_is_rejected(clock: ManualClock) -> None:
+    """Such a check would never run."""
     async with running(clock, ActingCheck()) as monitor:
-        with pytest.raises(ValueError, match="'two' comes too late"):
+        with pytest.raises(ValueError, match="'two' is registered too late"):
             monitor.register("two", ActingCheck(), POLICY)
 
 
-async def test_stop_ends_the_schedule_and_cancels_what_is_in_flight(clock: ManualClock) -> None:
-    """After the stop no attempt runs and nothing sleeps."""
+async def test_stop_cancels_attempts_in_flight_and_the_schedule(clock: ManualClock) -> None:
+    """Afterwards no attempt runs and no timer waits."""
     check = ActingCheck(Act.HANG)
     async with running(clock, check) as monitor:
         pass
@@ -1056,10 +1193,10 @@ async def test_stop_ends_the_schedule_and_cancels_what_is_in_flight(clock: Manua
     assert monitor.report().checks["one"].status is Status.FAIL
 
 
-async def test_stop_does_not_wait_for_a_hung_check(
+async def test_stop_does_not_wait_for_a_hanging_check(
     clock: ManualClock, held: list[Releasable]
 ) -> None:
-    """An attempt that swallows cancellation is left behind."""
+    """An attempt that suppresses its cancellation is abandoned."""
     held.append(check := ActingCheck(Act.SWALLOW))
     monitor = make(clock, {"one": (check, POLICY)})
     monitor.start()
@@ -1071,8 +1208,8 @@ async def test_stop_does_not_wait_for_a_hung_check(
     assert check.outstanding == 1
 
 
-async def test_stop_releases_who_waits_for_a_round(clock: ManualClock) -> None:
-    """A forced round in flight ends with the stop."""
+async def test_stop_ends_a_round_in_flight(clock: ManualClock) -> None:
+    """Its callers return."""
     monitor = make(clock, {"one": (ActingCheck(Act.HANG), POLICY)})
     monitor.start()
     caller = asyncio.create_task(monitor.refresh())
@@ -1083,8 +1220,8 @@ async def test_stop_releases_who_waits_for_a_round(clock: ManualClock) -> None:
     assert caller.done()
 
 
-async def test_stop_twice_and_before_start_is_harmless(clock: ManualClock) -> None:
-    """Stopping what does not run does nothing."""
+async def test_stop_without_a_running_schedule_does_nothing(clock: ManualClock) -> None:
+    """A second stop and a stop before the start are safe."""
     monitor = make(clock, {"one": (ActingCheck(), POLICY)})
     await monitor.stop()
     monitor.start()
@@ -1095,10 +1232,10 @@ async def test_stop_twice_and_before_start_is_harmless(clock: ManualClock) -> No
     assert monitor.report().checks["one"].status is Status.PASS
 
 
-async def test_restart_respects_an_attempt_that_was_left_behind(
+async def test_a_restart_starts_no_attempt_beside_an_abandoned_one(
     clock: ManualClock, held: list[Releasable]
 ) -> None:
-    """Starting after a stop does not add an attempt to one that still hangs."""
+    """There is still at most one attempt."""
     held.append(check := ActingCheck(Act.SWALLOW))
     async with running(clock, check) as monitor:
         await monitor.stop()
@@ -1108,8 +1245,8 @@ async def test_restart_respects_an_attempt_that_was_left_behind(
         assert (check.attempts, check.most_outstanding) == (1, 1)
 
 
-async def test_a_status_may_be_given_by_its_word(clock: ManualClock) -> None:
-    """A check in code without types may say "pass"; another word is a failure, not a crash."""
+async def test_a_status_can_be_a_string(clock: ManualClock) -> None:
+    """A check may return "pass"; an unknown word is a failure."""
 
     class Worded:
         word = "pass"
@@ -1130,8 +1267,8 @@ async def test_a_status_may_be_given_by_its_word(clock: ManualClock) -> None:
     assert (passing, failing.status, failing.code) == (Status.PASS, Status.FAIL, "error")
 
 
-async def test_doubt_during_an_attempt_is_not_lost(clock: ManualClock) -> None:
-    """A request that comes while an attempt is under way brings the next one forward."""
+async def test_a_request_during_an_attempt_is_not_lost(clock: ManualClock) -> None:
+    """It makes the next attempt start earlier."""
     check = ActingCheck(clock=clock)
     policy = CheckPolicy(interval=30.0, retry_interval=5.0, timeout=2.0)
     monitor = make(clock, {"one": (check, policy)})
@@ -1145,25 +1282,25 @@ async def test_doubt_during_an_attempt_is_not_lost(clock: ManualClock) -> None:
     assert [b - a for a, b in pairwise(check.begun_at)] == [5.0]
 
 
-async def test_failing_open_is_told_without_a_reader(clock: ManualClock) -> None:
-    """Listeners get the report that opens, whether anybody asks for it or not."""
-    check, told = ActingCheck(Act.FAIL), list[MonitorEvent]()
-    policy = CheckPolicy(interval=1.0, gates_readiness=True, shared=True)
+async def test_failing_open_is_published_without_a_reader(clock: ManualClock) -> None:
+    """Listeners get the report even if it is not read."""
+    check, received = ActingCheck(Act.FAIL), list[MonitorEvent]()
+    policy = CheckPolicy(interval=1.0, required_for_readiness=True, shared=True)
     monitor = HealthMonitor(clock=clock, fail_open_after=10.0)
     monitor.register("one", check, policy)
-    monitor.subscribe(told.append)
+    monitor.subscribe(received.append)
     monitor.start()
     await clock.advance(13.0)
     await monitor.stop()
 
-    assert sorted({event.fail_open for event in told if isinstance(event, HealthReport)}) == [
+    assert sorted({event.fail_open for event in received if isinstance(event, HealthReport)}) == [
         False,
         True,
     ]
 
 
 async def test_a_listener_cannot_end_the_schedule_by_cancelling(clock: ManualClock) -> None:
-    """A CancelledError that a listener raises is its own error."""
+    """A CancelledError of a listener is its own error."""
     check = ActingCheck()
 
     def broken(_: MonitorEvent) -> None:
@@ -1179,7 +1316,7 @@ async def test_a_listener_cannot_end_the_schedule_by_cancelling(clock: ManualClo
 
 
 async def test_refresh_of_a_stopped_monitor_returns_at_once(clock: ManualClock) -> None:
-    """There is nobody to wait for."""
+    """There is no round to wait for."""
     monitor = make(clock, {"one": (ActingCheck(), POLICY)})
 
     assert (await monitor.refresh()).started is False
@@ -1189,7 +1326,7 @@ async def test_refresh_of_a_stopped_monitor_returns_at_once(clock: ManualClock) 
 async def test_a_check_cannot_end_the_process(
     clock: ManualClock, error: type[BaseException]
 ) -> None:
-    """What would go through the event loop is a failure like any other."""
+    """SystemExit and KeyboardInterrupt are failures of the check."""
 
     class Leaving:
         async def check(self) -> Observation:

@@ -1,4 +1,4 @@
-"""What errors of Postgres, its driver and the network mean."""
+"""Classification of errors of Postgres, its driver and the network."""
 
 import asyncio
 import re
@@ -20,8 +20,8 @@ from viralfx.adapters.postgres.errors import (
 SECRET = "hunter2"
 
 
-def other_name(code: int) -> ssl.SSLCertVerificationError:
-    """Return an error about a certificate for somebody else."""
+def name_mismatch(code: int) -> ssl.SSLCertVerificationError:
+    """Return an error about a certificate for another host."""
     error = ssl.SSLCertVerificationError(1, SECRET)
     error.verify_code = code
     return error
@@ -30,7 +30,7 @@ def other_name(code: int) -> ssl.SSLCertVerificationError:
 ENDING = asyncpg.InternalClientError(
     "cannot switch to state 15; another operation (2) is in progress"
 )
-"""What the driver says between the server's word that it ends a connection and the end."""
+"""The driver's error between the server's announcement of a disconnect and the disconnect."""
 
 CODES: list[tuple[BaseException, str]] = [
     (pg.InvalidPasswordError(SECRET), "auth"),
@@ -47,8 +47,8 @@ CODES: list[tuple[BaseException, str]] = [
     (pg.ReadOnlySQLTransactionError(SECRET), "read_only"),
     (ssl.SSLError(1, SECRET), "tls"),
     (ssl.SSLCertVerificationError(1, SECRET), "tls"),
-    (other_name(62), "tls"),
-    (other_name(64), "tls"),
+    (name_mismatch(62), "tls"),
+    (name_mismatch(64), "tls"),
     (ConnectionError(f'PostgreSQL server at "{SECRET}" rejected SSL upgrade'), "tls"),
     (socket.gaierror(-2, SECRET), "unreachable"),
     (UnicodeError(SECRET), "unreachable"),
@@ -60,6 +60,23 @@ CODES: list[tuple[BaseException, str]] = [
     (TimeoutError(), "timeout"),
     (PoolTimeoutError(SECRET), "timeout"),
     (pg.ConnectionDoesNotExistError(SECRET), "lost"),
+    (pg.ProtocolViolationError(SECRET), "protocol"),
+    (pg.ProtocolViolationError("SASL authentication failed"), "auth"),
+    (pg.ProtocolViolationError(f"unsupported startup parameter: jit={SECRET}"), "pooler_mode"),
+    (pg.ProtocolViolationError("no more connections allowed (max_client_conn)"), "pooler_full"),
+    (pg.ProtocolViolationError("query_wait_timeout"), "pooler_full"),
+    (pg.ProtocolViolationError("server conn crashed?"), "lost"),
+    (pg.ProtocolViolationError("pooler is shutting down"), "restarting"),
+    (
+        pg.ConnectionDoesNotExistError(
+            "connection was closed in the middle of operation: query_wait_timeout"
+        ),
+        "pooler_full",
+    ),
+    (
+        pg.ProtocolViolationError(f"server login has been failing, cached error: {SECRET}"),
+        "pooler_cut_off",
+    ),
     (ConnectionResetError(104, SECRET), "lost"),
     (asyncpg.InterfaceError("connection is closed"), "lost"),
     (ENDING, "lost"),
@@ -85,6 +102,7 @@ TRANSIENT: list[BaseException] = [
     pg.CannotConnectNowError(),
     pg.PostgresConnectionError(),
     pg.ConnectionDoesNotExistError(),
+    pg.ProtocolViolationError("query_wait_timeout"),
     ConnectionRefusedError(),
     ConnectionResetError(),
     TimeoutError(),
@@ -97,6 +115,8 @@ PERMANENT: list[BaseException] = [
     pg.QueryCanceledError(),
     pg.PostgresSyntaxError(),
     pg.InvalidPasswordError(),
+    pg.ProtocolViolationError("SASL authentication failed"),
+    pg.ProtocolViolationError("unsupported startup parameter: search_path"),
     pg.ReadOnlySQLTransactionError(),
     pg.InFailedSQLTransactionError(),
     pg.TransactionIntegrityConstraintViolationError(),
@@ -119,19 +139,19 @@ ALL = [*(error for error, _ in CODES), *TRANSIENT, *PERMANENT]
 
 
 def named(errors: list[BaseException]) -> list[str]:
-    """Return what tests are called after."""
+    """Return the test ids."""
     return [f"{number} {type(error).__name__}" for number, error in enumerate(errors)]
 
 
 @pytest.mark.parametrize(("error", "code"), CODES, ids=named([error for error, _ in CODES]))
-def test_each_error_has_its_code(error: BaseException, code: str) -> None:
-    """The code is what a person searches for."""
+def test_each_error_has_a_code(error: BaseException, code: str) -> None:
+    """Operators search for it."""
     assert explain(error).code == code
 
 
 @pytest.mark.parametrize("error", ALL, ids=named(ALL))
-def test_an_explanation_holds_nothing_of_the_error(error: BaseException) -> None:
-    """Anybody may read it, and errors quote data: one line of ours, and a machine's word."""
+def test_explanation_quotes_nothing_from_the_error(error: BaseException) -> None:
+    """Errors may quote data: the explanation is one line of our own and a code."""
     trouble = explain(error)
 
     assert re.fullmatch(r"[a-z][a-z_]*", trouble.code)
@@ -142,23 +162,23 @@ def test_an_explanation_holds_nothing_of_the_error(error: BaseException) -> None
 
 
 @pytest.mark.parametrize("error", TRANSIENT, ids=named(TRANSIENT))
-def test_transient_errors_are_worth_another_attempt(error: BaseException) -> None:
+def test_transient_errors_are_retried(error: BaseException) -> None:
     """They say nothing about the statement."""
     assert is_transient(error)
 
 
 @pytest.mark.parametrize("error", PERMANENT, ids=named(PERMANENT))
-def test_permanent_errors_are_not(error: BaseException) -> None:
-    """They would come again, or nobody knows what became of the statement."""
+def test_permanent_errors_are_not_retried(error: BaseException) -> None:
+    """They would repeat, or the result of the statement is unknown."""
     assert not is_transient(error)
     assert not is_loss(error)
 
 
-def test_who_lost_against_another_transaction_has_not_lost_the_database() -> None:
-    """Everything else that is transient is a reason to look at it."""
-    told = [type(error) for error in TRANSIENT if not is_loss(error)]
+def test_conflict_of_transactions_is_no_outage() -> None:
+    """All other transient errors trigger a check."""
+    outages = [type(error) for error in TRANSIENT if not is_loss(error)]
 
-    assert told == [pg.SerializationError, pg.DeadlockDetectedError]
+    assert outages == [pg.SerializationError, pg.DeadlockDetectedError]
 
 
 @pytest.mark.parametrize(
@@ -179,15 +199,15 @@ def test_who_lost_against_another_transaction_has_not_lost_the_database() -> Non
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
 )
-def test_only_the_servers_word_counts_for_a_rollback(
+def test_rollback_is_certain_only_if_the_server_confirms_it(
     error: BaseException, *, rolled_back: bool
 ) -> None:
-    """Whoever was cut off during COMMIT does not know."""
+    """A connection lost during COMMIT leaves the result open."""
     assert is_rolled_back(error) == rolled_back
 
 
 def test_every_error_of_the_driver_is_classified() -> None:
-    """None of its classes makes the functions raise, and each has a code."""
+    """No error class makes the functions raise, and each has a code."""
     kinds = [
         kind
         for kind in vars(pg).values()

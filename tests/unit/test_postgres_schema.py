@@ -1,34 +1,25 @@
-"""The migrations as files, against the list that the service holds a database to."""
+"""The migration files compared with the list in ``migrations``, and the names of tables."""
+
+import re
+from pathlib import Path
 
 import pytest
 from alembic.script import Script
 
-from viralfx.adapters.postgres import PostgresConfig
+from viralfx.adapters.postgres import migrations
 from viralfx.adapters.postgres.migrate import scripts
-from viralfx.adapters.postgres.schema import REVISIONS, pending_migrations
+from viralfx.adapters.postgres.migrations import REVISIONS, missing_after, qualified
 
 SCRIPTS = list(reversed(list(scripts().walk_revisions())))
 
 
-class Answers:
-    """A connection to a database whose schema is at a revision."""
-
-    def __init__(self, revision: str | None) -> None:
-        self._revision = revision
-
-    async def fetchval(self, query: str, /) -> str | None:
-        """Answer."""
-        assert query.startswith("SELECT ")
-        return self._revision
-
-
-def test_the_list_is_that_of_the_files() -> None:
-    """The service looks at the list and never loads Alembic."""
+def test_list_equals_the_migration_files() -> None:
+    """The service reads the list and never loads Alembic."""
     assert tuple(script.revision for script in SCRIPTS) == REVISIONS
 
 
-def test_they_are_one_line_without_branches() -> None:
-    """One beginning, one end, and each knows the one before."""
+def test_migrations_are_linear() -> None:
+    """One start, one end, and each names its predecessor."""
     assert scripts().get_heads() == [REVISIONS[-1]]
     assert scripts().get_bases() == [REVISIONS[0]]
     before = [script.down_revision for script in SCRIPTS]
@@ -36,8 +27,8 @@ def test_they_are_one_line_without_branches() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=REVISIONS)
-def test_each_says_what_it_means_and_how_to_undo_it(script: Script) -> None:
-    """The first line is what `viralfx migrate` prints."""
+def test_each_migration_has_a_description_and_a_downgrade(script: Script) -> None:
+    """`viralfx migrate` prints the first line."""
     assert script.doc
     assert script.module.__doc__
     assert script.doc.endswith(".")
@@ -47,24 +38,31 @@ def test_each_says_what_it_means_and_how_to_undo_it(script: Script) -> None:
 
 
 @pytest.mark.parametrize("done", range(len(REVISIONS) + 1))
-async def test_what_comes_after_the_last_one_is_pending(done: int) -> None:
-    """All of them in a database that was never migrated."""
+def test_later_migrations_are_pending(done: int) -> None:
+    """All of them in a database without migrations."""
     revision = REVISIONS[done - 1] if done else None
 
-    assert await pending_migrations(Answers(revision)) == REVISIONS[done:]
+    assert missing_after(revision) == REVISIONS[done:]
 
 
-async def test_nothing_is_pending_in_a_newer_database() -> None:
-    """What a later version of the service made, this one can use."""
-    assert await pending_migrations(Answers("9999")) == ()
+def test_nothing_is_pending_in_a_newer_database() -> None:
+    """This version can use the schema of a later one."""
+    assert missing_after("9999") == ()
+
+
+FOLDER = Path(migrations.__file__).parents[1]
+NAME = re.compile(r"(?<![\w.-])viralfx_[a-z_]+(?![\w.*{-])")
+OTHERS = {"viralfx_ops", "viralfx_accept", "viralfx_after_commit"}
+"""Of a schema, a savepoint, and a key in the ``info`` of a session."""
 
 
 @pytest.mark.parametrize(
-    ("schema", "search_path"),
-    [("app", '"app"'), ("Mixed Case", '"Mixed Case"'), ('a"b,c', '"a""b,c"')],
+    "path", sorted(FOLDER.rglob("*.py")), ids=lambda path: f"{path.parent.name}.{path.stem}"
 )
-def test_a_schema_is_one_name(schema: str, search_path: str) -> None:
-    """The server takes a search path apart at commas, and turns capitals into small letters."""
-    arguments = PostgresConfig(host="h", schema=schema).connect_arguments()
-
-    assert arguments["server_settings"]["search_path"] == search_path
+def test_every_name_is_qualified(path: Path) -> None:
+    """A table, view or function that is missing in the pattern would be found by search path."""
+    text = re.sub(r"(INDEX|TRIGGER) viralfx_\w+", r"\1", path.read_text(encoding="utf-8"))
+    assert set(NAME.findall(qualified(text, "ops"))) <= OTHERS
+    assert qualified("SELECT viralfx_jobs.id, viralfx_jobs_key", "ops") == (
+        'SELECT "ops".viralfx_jobs.id, viralfx_jobs_key'
+    )

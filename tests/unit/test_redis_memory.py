@@ -1,19 +1,19 @@
-"""When Redis is asked for its memory, and what is understood of the answer."""
+"""Schedule of the memory query, and parsing of its reply."""
 
 from tests.manual_clock import ManualClock
 
-from viralfx.adapters.redis.memory import MemoryQuestion, MemoryUse
+from viralfx.adapters.redis.client import MemoryQuery, MemoryUse
 
 REPLY = b"# Memory\r\nused_memory:1048576\r\nused_memory_human:1.00M\r\nmaxmemory:%d\r\n"
 
 
-async def test_a_ping_comes_first_and_between(clock: ManualClock) -> None:
-    """A server that cannot save or still loads tells its memory all the same."""
-    question = MemoryQuestion(clock)
+async def test_memory_query_needs_a_ping_before(clock: ManualClock) -> None:
+    """A server that cannot save or is loading still reports its memory."""
+    question = MemoryQuery(clock)
     first = question.due
     question.pinged()
     second = question.due
-    question.answered(REPLY % 0)
+    question.replied(REPLY % 0)
     third = question.due
     question.pinged()
     soon = question.due
@@ -25,9 +25,9 @@ async def test_a_ping_comes_first_and_between(clock: ManualClock) -> None:
     assert not question.due
 
 
-async def test_who_may_not_ask_asks_again_an_hour_later(clock: ManualClock) -> None:
-    """Rights change."""
-    question = MemoryQuestion(clock)
+async def test_forbidden_query_is_repeated_after_an_hour(clock: ManualClock) -> None:
+    """Permissions may change."""
+    question = MemoryQuery(clock)
     question.forbidden()
     question.pinged()
     await clock.advance(3599.0)
@@ -38,12 +38,22 @@ async def test_who_may_not_ask_asks_again_an_hour_later(clock: ManualClock) -> N
     assert question.due
 
 
-def test_what_is_understood(clock: ManualClock) -> None:
-    """Bytes, and no limit where it is 0; what is not understood changes nothing."""
-    question, seen = MemoryQuestion(clock), []
+def test_reply_is_parsed(clock: ManualClock) -> None:
+    """Bytes, and no limit if it is 0; an unknown reply changes nothing."""
+    question, seen = MemoryQuery(clock), []
     for reply in (REPLY % 0, (REPLY % 2097152).decode(), b"", None):
-        question.answered(reply)
-        seen.append(question.answer)
+        question.replied(reply)
+        seen.append(question.usage)
 
     limited = MemoryUse(used=1048576, limit=2097152)
     assert seen == [MemoryUse(used=1048576, limit=None), limited, limited, limited]
+
+
+def test_memory_is_full_only_without_eviction(clock: ManualClock) -> None:
+    """At the limit, a policy that evicts makes room."""
+    question, full = MemoryQuery(clock), []
+    for policy in (b"noeviction", b"allkeys-lru"):
+        question.replied(REPLY % 1048576 + b"maxmemory_policy:" + policy + b"\r\n")
+        full.append(question.usage is not None and question.usage.is_full)
+
+    assert full == [True, False]

@@ -1,4 +1,4 @@
-"""The ordered stop: budgets, order, stages that misbehave, and the report at each moment."""
+"""The shutdown sequence: budgets, order, failing stages, trigger and report."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -11,17 +11,20 @@ from tests.unit.conftest import Releasable
 from tests.unit.doubles import Act, ActingStage, BrokenError
 
 from viralfx.domain.correlation import current_correlation_id
-from viralfx.domain.health import Health, HealthReport
-from viralfx.domain.lifecycle import Lifecycle, State
-from viralfx.domain.sequence import CUT_MARGIN, ShutdownSequence
+from viralfx.domain.health.model import Health, HealthReport, Lifecycle, State
 from viralfx.domain.shutdown import (
+    CUT_MARGIN,
     Outcome,
     Phase,
+    PhaseFinished,
+    PhaseStarted,
     ShutdownBudgets,
     ShutdownEvent,
     ShutdownReport,
+    ShutdownSequence,
     ShutdownTriggered,
     StageFinished,
+    StageStarted,
 )
 
 BUDGETS = ShutdownBudgets(readiness_delay=5, drain=30, state=5, connections=12, force=60)
@@ -38,7 +41,7 @@ READY = HealthReport(
 
 
 class Stop:
-    """A sequence with its clock, its stages and what they wrote down."""
+    """A sequence with its clock and a journal of its stages."""
 
     def __init__(self, clock: ManualClock, budgets: ShutdownBudgets = BUDGETS) -> None:
         self.clock = clock
@@ -58,7 +61,7 @@ class Stop:
         seconds: float = 1.0,
         first: bool = False,
     ) -> ActingStage:
-        """Register a stage that acts so."""
+        """Register a stage with this behaviour."""
         stage = ActingStage(act, clock=self.clock, name=name, seconds=seconds, journal=self.journal)
         self.sequence.register(phase, name, stage, first=first)
         return stage
@@ -72,11 +75,11 @@ class Stop:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since this was made."""
+        """Seconds since the sequence was created."""
         return self.clock.monotonic() - self.began_at
 
     def outcomes(self) -> dict[str, Outcome]:
-        """Return how each stage ended."""
+        """Return the outcome of each stage."""
         phases = self.sequence.report().phases
         return {stage.name: stage.outcome for phase in phases for stage in phase.stages}
 
@@ -90,8 +93,8 @@ def stop(clock: ManualClock) -> Stop:
 # -- budgets ---------------------------------------------------------------------------------
 
 
-def test_default_budgets_are_the_guides() -> None:
-    """Without configuration the guide's times hold."""
+def test_default_budgets_are_those_of_docs_operations() -> None:
+    """``docs/operations.md`` lists them."""
     budgets = ShutdownBudgets()
 
     assert [budgets.of(phase) for phase in Phase] == [0.0, 30.0, 5.0, 15.0]
@@ -99,12 +102,12 @@ def test_default_budgets_are_the_guides() -> None:
 
 
 def test_budgets_may_equal_the_force_timeout() -> None:
-    """All time may be given to the phases."""
+    """The phases may use all of the time."""
     ShutdownBudgets(readiness_delay=10, drain=30, state=5, connections=15, force=60)
 
 
-def test_budgets_over_the_force_timeout_are_refused_with_all_numbers() -> None:
-    """The message shows what was added up."""
+def test_budgets_over_the_force_timeout_are_rejected() -> None:
+    """The message shows all numbers of the sum."""
     expected = (
         r"the phases need 60.5 s together \(readiness delay 10.5, drain 30, state 5,"
         r" connections 15\) but everything is forced to end after 60 s"
@@ -116,17 +119,17 @@ def test_budgets_over_the_force_timeout_are_refused_with_all_numbers() -> None:
 
 @pytest.mark.parametrize("name", ["readiness_delay", "drain", "state", "connections", "force"])
 @pytest.mark.parametrize("seconds", [-0.001, float("nan"), float("inf")])
-def test_budget_that_is_no_duration_is_refused(name: str, seconds: float) -> None:
-    """Negative and infinite budgets are named."""
-    with pytest.raises(ValueError, match=f"{name} must be zero or more seconds"):
+def test_an_invalid_budget_is_rejected(name: str, seconds: float) -> None:
+    """The error names negative and infinite budgets."""
+    with pytest.raises(ValueError, match=f"{name} must be zero or more and finite"):
         ShutdownBudgets(**{name: seconds})
 
 
 # -- order -----------------------------------------------------------------------------------
 
 
-async def test_phases_run_in_order_whatever_the_order_of_registration(stop: Stop) -> None:
-    """Stop accepting, drain, save state, close connections."""
+async def test_phases_run_in_order(stop: Stop) -> None:
+    """The order of registration does not matter."""
     for phase in reversed(Phase):
         stop.add(phase, str(phase))
     report = await stop.finish()
@@ -136,7 +139,7 @@ async def test_phases_run_in_order_whatever_the_order_of_registration(stop: Stop
 
 
 async def test_stages_of_a_phase_run_in_the_order_of_registration(stop: Stop) -> None:
-    """One after another, except that ``first`` goes ahead."""
+    """``first`` puts a stage before the others."""
     stop.add(Phase.CLOSE, "two", Act.SLOW)
     stop.add(Phase.CLOSE, "three", Act.SLOW)
     stop.add(Phase.CLOSE, "one", Act.SLOW, first=True)
@@ -146,8 +149,8 @@ async def test_stages_of_a_phase_run_in_the_order_of_registration(stop: Stop) ->
     assert 3.0 <= stop.elapsed < 3.2
 
 
-async def test_draining_is_concurrent_and_each_stage_has_the_whole_budget(stop: Stop) -> None:
-    """Requests and jobs drain at the same time."""
+async def test_drain_stages_run_concurrently(stop: Stop) -> None:
+    """Each has the whole budget."""
     stages = [stop.add(Phase.DRAIN, name, Act.SLOW, seconds=20.0) for name in ("one", "two")]
     report = await stop.finish()
 
@@ -156,8 +159,8 @@ async def test_draining_is_concurrent_and_each_stage_has_the_whole_budget(stop: 
     assert report.clean
 
 
-async def test_stages_in_a_row_get_fair_shares(stop: Stop) -> None:
-    """Each gets an equal part of what is left, so time not used passes on."""
+async def test_sequential_stages_get_equal_shares(stop: Stop) -> None:
+    """Unused time goes to the next stages."""
     quick = stop.add(Phase.CLOSE, "quick")
     slow = stop.add(Phase.CLOSE, "slow", Act.SLOW, seconds=2.0)
     last = stop.add(Phase.CLOSE, "last")
@@ -168,8 +171,8 @@ async def test_stages_in_a_row_get_fair_shares(stop: Stop) -> None:
     assert last.budgets == [10.0]
 
 
-async def test_hanging_stage_cannot_take_the_time_of_those_behind(stop: Stop) -> None:
-    """Whoever comes after a stage that hangs still has its share."""
+async def test_a_hanging_stage_does_not_use_the_time_of_others(stop: Stop) -> None:
+    """The stages after it still get their share."""
     stop.add(Phase.CLOSE, "hanging", Act.HANG)
     behind = [stop.add(Phase.CLOSE, name) for name in ("two", "three")]
     await stop.finish()
@@ -177,8 +180,8 @@ async def test_hanging_stage_cannot_take_the_time_of_those_behind(stop: Stop) ->
     assert all(stage.budgets[0] >= 3.8 for stage in behind)
 
 
-async def test_name_is_taken_once_per_phase(stop: Stop) -> None:
-    """Two stages of one name in a phase are a mistake; in two phases they are fine."""
+async def test_a_stage_name_is_unique_in_its_phase(stop: Stop) -> None:
+    """Two phases may have stages of the same name."""
     stop.add(Phase.DRAIN, "queues")
     stop.add(Phase.CLOSE, "queues")
 
@@ -190,7 +193,7 @@ async def test_name_is_taken_once_per_phase(stop: Stop) -> None:
 
 
 async def test_listeners_close_after_the_readiness_delay(stop: Stop) -> None:
-    """While others learn that it leaves, the instance still accepts."""
+    """Until then the instance accepts connections."""
     listeners = stop.add(Phase.STOP_ACCEPTING, "listeners")
     run = asyncio.create_task(stop.sequence.run())
     await stop.clock.advance(4.999)
@@ -204,8 +207,8 @@ async def test_listeners_close_after_the_readiness_delay(stop: Stop) -> None:
     assert run.done()
 
 
-async def test_no_delay_when_nothing_stops_accepting(stop: Stop) -> None:
-    """Under a foreign server that has closed its listeners there is nothing to wait for."""
+async def test_no_readiness_delay_without_a_stage_that_stops_accepting(stop: Stop) -> None:
+    """Another server has closed its listeners already."""
     stop.add(Phase.DRAIN, "queues")
     await stop.sequence.run()
 
@@ -216,18 +219,52 @@ async def test_states_follow_the_phases(stop: Stop) -> None:
     """Lame duck at the trigger, draining from the drain on, stopped at the end."""
     seen: list[State] = []
 
-    class Look:
-        async def run(self, budget: float) -> None:  # noqa: ARG002 - the port's signature
-            seen.append(stop.lifecycle.state)
+    async def note_state(_: float) -> None:
+        seen.append(stop.lifecycle.state)
 
     for phase in Phase:
-        stop.sequence.register(phase, "look", Look())
+        stop.sequence.register(phase, "state", note_state)
     await stop.finish()
 
     assert seen == [State.LAME_DUCK, State.DRAINING, State.DRAINING, State.DRAINING]
     assert State.STOPPED is stop.lifecycle.state
     reasons = [event.reason for event in stop.lifecycle.history]
     assert reasons == ["checks pass", "requested", "requested", "requested"]
+
+
+class Proxy:
+    """Delegates every attribute, as lazy wrappers do."""
+
+    def __init__(self, wrapped: object) -> None:
+        self._wrapped = wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)
+
+
+async def test_a_proxy_of_a_stage_is_a_stage(stop: Stop) -> None:
+    """Its method ``run`` is no attribute of its class."""
+    stage = ActingStage(Act.PASS, clock=stop.clock, name="a", seconds=1.0, journal=stop.journal)
+    proxy: Any = Proxy(stage)
+    stop.sequence.register(Phase.CLOSE, "a", proxy)
+    report = await stop.finish()
+
+    assert report.clean
+    assert stop.outcomes()["a"] is Outcome.OK
+
+
+async def test_a_function_is_a_stage(stop: Stop) -> None:
+    """The sequence calls it with the budget and reports it like any other stage."""
+    budgets: list[float] = []
+
+    async def stage(budget: float) -> None:
+        budgets.append(budget)
+
+    stop.sequence.register(Phase.SAVE_STATE, "function", stage)
+    report = await stop.finish()
+
+    assert budgets == [5.0]
+    assert report.clean
 
 
 # -- stages that misbehave -------------------------------------------------------------------
@@ -243,7 +280,7 @@ async def test_states_follow_the_phases(stop: Stop) -> None:
         (Act.SWALLOW, Outcome.TIMEOUT),
     ],
 )
-async def test_misbehaving_stage_is_recorded_and_the_next_one_runs(
+async def test_the_next_stage_runs_after_a_failed_one(
     stop: Stop, held: list[Releasable], phase: Phase, act: Act, outcome: Outcome
 ) -> None:
     """A stage that fails or overruns ends neither its phase nor the shutdown."""
@@ -267,10 +304,8 @@ def _is_not_async() -> Coroutine[Any, Any, None]:
 
 @pytest.mark.parametrize("function", [_raises_at_once, _is_not_async])
 @pytest.mark.parametrize("phase", [Phase.DRAIN, Phase.CLOSE])
-async def test_run_that_is_no_coroutine_function_fails_as_a_stage(
-    stop: Stop, phase: Phase, function: Any
-) -> None:
-    """A synchronous ``run`` does not stop the sequence."""
+async def test_a_synchronous_run_fails_as_a_stage(stop: Stop, phase: Phase, function: Any) -> None:
+    """It does not end the sequence."""
 
     class Wrong:
         def run(self, budget: float) -> Coroutine[Any, Any, None]:  # noqa: ARG002
@@ -285,10 +320,10 @@ async def test_run_that_is_no_coroutine_function_fails_as_a_stage(
 
 
 @pytest.mark.parametrize("act", [Act.HANG, Act.SWALLOW])
-async def test_hanging_stage_is_cut_at_its_budget(
+async def test_a_hanging_stage_is_cut_after_its_budget(
     stop: Stop, held: list[Releasable], act: Act
 ) -> None:
-    """A stage is cut a small margin after its budget, whether or not it lets itself be cut."""
+    """The margin is small, even if the stage suppresses its cancellation."""
     held.append(stop.add(Phase.DRAIN, "hanging", act))
     after = stop.add(Phase.SAVE_STATE, "after")
     await stop.finish()
@@ -296,15 +331,15 @@ async def test_hanging_stage_is_cut_at_its_budget(
     assert [stop.began_at + 30.0 + CUT_MARGIN] == after.began_at
 
 
-async def test_stage_that_needs_its_whole_budget_is_not_cut(stop: Stop) -> None:
-    """Keeping to the budget exactly is keeping to it."""
+async def test_a_stage_that_uses_its_whole_budget_is_not_cut(stop: Stop) -> None:
+    """It ends on time."""
     stop.add(Phase.DRAIN, "exact", Act.SLOW, seconds=30.0)
 
     assert (await stop.finish()).clean
 
 
-async def test_worst_stage_is_the_phases_outcome(stop: Stop) -> None:
-    """A timeout outweighs a failure, and a failure what went well."""
+async def test_the_worst_stage_decides_the_outcome_of_a_phase(stop: Stop) -> None:
+    """A timeout is worse than a failure."""
     stop.add(Phase.DRAIN, "fine")
     stop.add(Phase.DRAIN, "raising", Act.RAISE)
     stop.add(Phase.DRAIN, "hanging", Act.HANG)
@@ -320,8 +355,8 @@ async def test_worst_stage_is_the_phases_outcome(stop: Stop) -> None:
     ]
 
 
-async def test_late_error_of_a_stage_that_was_cut_is_nobodys_exception(stop: Stop) -> None:
-    """What an abandoned stage raises in the end is not taken for an uncaught exception."""
+async def test_a_late_error_of_a_cut_stage_is_ignored(stop: Stop) -> None:
+    """It is not reported as an uncaught exception."""
     reported: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
 
@@ -344,7 +379,7 @@ async def test_late_error_of_a_stage_that_was_cut_is_nobodys_exception(stop: Sto
 
 
 async def test_trigger_is_idempotent_with_one_deadline(stop: Stop) -> None:
-    """Later triggers join: neither the reason nor the deadline moves."""
+    """Later triggers change neither the reason nor the deadline."""
     first = stop.sequence.trigger("SIGTERM")
     deadline = stop.sequence.report().deadline
     await stop.clock.advance(10.0)
@@ -357,8 +392,8 @@ async def test_trigger_is_idempotent_with_one_deadline(stop: Stop) -> None:
     assert stop.sequence.remaining() == 50.0
 
 
-async def test_before_the_trigger_nothing_is_due(stop: Stop) -> None:
-    """Without a shutdown there is no end and no reason."""
+async def test_there_is_no_deadline_before_the_trigger(stop: Stop) -> None:
+    """There is no reason either."""
     report = stop.sequence.report()
 
     assert float("inf") == stop.sequence.remaining()
@@ -368,7 +403,7 @@ async def test_before_the_trigger_nothing_is_due(stop: Stop) -> None:
 
 
 async def test_wait_returns_with_the_trigger(stop: Stop) -> None:
-    """Whoever waits is woken once, and never waits again."""
+    """Later calls return at once."""
     waiter = asyncio.create_task(stop.sequence.wait())
     await stop.clock.advance(1000.0)
 
@@ -382,8 +417,8 @@ async def test_wait_returns_with_the_trigger(stop: Stop) -> None:
     await stop.sequence.wait()
 
 
-async def test_run_twice_shares_one_run(stop: Stop) -> None:
-    """Two callers at once and one afterwards see the same stages run once."""
+async def test_concurrent_runs_share_one_run(stop: Stop) -> None:
+    """A later call gets the same report."""
     stage = stop.add(Phase.DRAIN, "slow", Act.SLOW)
     callers = [asyncio.create_task(stop.sequence.run()) for _ in range(2)]
     await stop.clock.advance(1.0)
@@ -395,8 +430,8 @@ async def test_run_twice_shares_one_run(stop: Stop) -> None:
     assert first.clean
 
 
-async def test_caller_that_is_cancelled_does_not_end_the_run(stop: Stop) -> None:
-    """The shutdown goes on when one who waits for it goes away."""
+async def test_cancelling_a_caller_does_not_cancel_the_run(stop: Stop) -> None:
+    """The shutdown goes on."""
     stage = stop.add(Phase.CLOSE, "last")
     stop.add(Phase.DRAIN, "slow", Act.SLOW)
     caller = asyncio.create_task(stop.sequence.run())
@@ -408,15 +443,15 @@ async def test_caller_that_is_cancelled_does_not_end_the_run(stop: Stop) -> None
     assert len(stage.began_at) == 1
 
 
-async def test_run_before_start_is_a_trigger_of_its_own(stop: Stop) -> None:
-    """Running without a trigger, in a process that never got ready, works."""
+async def test_run_triggers_the_shutdown(stop: Stop) -> None:
+    """This works in a process that was never ready, too."""
     report = await stop.sequence.run()
 
     assert (report.reason, report.clean) == ("requested", True)
 
 
-async def test_everything_still_runs_past_the_deadline(stop: Stop) -> None:
-    """A run that begins too late gives each stage its chance with nothing but the margin."""
+async def test_all_stages_run_after_the_deadline(stop: Stop) -> None:
+    """Each gets at least the margin."""
     stages = [stop.add(phase, str(phase)) for phase in Phase]
     stages.append(stop.add(Phase.CLOSE, "hanging", Act.HANG))
     stop.sequence.trigger("SIGTERM")
@@ -429,7 +464,7 @@ async def test_everything_still_runs_past_the_deadline(stop: Stop) -> None:
 
 
 async def test_late_run_shortens_the_budgets(stop: Stop) -> None:
-    """The deadline is absolute: what was lost before the run is lost."""
+    """The deadline is absolute, so a late run has less time."""
     drain = stop.add(Phase.DRAIN, "drain")
     stop.sequence.trigger("SIGTERM")
     await stop.clock.advance(45.0)
@@ -439,7 +474,7 @@ async def test_late_run_shortens_the_budgets(stop: Stop) -> None:
 
 
 async def test_zero_budgets_run_every_stage(clock: ManualClock, held: list[Releasable]) -> None:
-    """With no time at all each stage is started, and cut at the margin if it hangs."""
+    """Each stage starts, and is cut at the margin if it hangs."""
     stop = Stop(clock, ShutdownBudgets(readiness_delay=0, drain=0, state=0, connections=0, force=1))
     for phase in Phase:
         held.append(stop.add(phase, f"bad {phase}", Act.SWALLOW))
@@ -453,11 +488,11 @@ async def test_zero_budgets_run_every_stage(clock: ManualClock, held: list[Relea
     assert 4 * CUT_MARGIN <= stop.elapsed <= 4 * CUT_MARGIN + 0.2
 
 
-# -- telling ---------------------------------------------------------------------------------
+# -- events ----------------------------------------------------------------------------------
 
 
-async def test_report_at_each_moment(stop: Stop) -> None:
-    """Pending, running and done, with durations that fit the clock."""
+async def test_the_report_shows_the_progress(stop: Stop) -> None:
+    """Pending, running and done, with durations of the clock."""
     stop.add(Phase.STOP_ACCEPTING, "listeners")
     stop.add(Phase.DRAIN, "requests", Act.SLOW, seconds=10.0)
     stop.add(Phase.CLOSE, "server")
@@ -489,28 +524,40 @@ async def test_report_at_each_moment(stop: Stop) -> None:
     assert run.result() == report
 
 
-async def test_listeners_hear_the_trigger_and_each_stage(stop: Stop) -> None:
-    """One event at the trigger, one per stage, with the error of the one that failed."""
+async def test_listeners_get_the_trigger_and_each_stage(stop: Stop) -> None:
+    """The event of a failed stage has its error."""
     events: list[ShutdownEvent] = []
     stop.sequence.subscribe(events.append)
     stop.add(Phase.DRAIN, "requests")
     stop.add(Phase.CLOSE, "server", Act.RAISE)
     await stop.finish()
-    triggered, *finished = events
+    triggered, *others = events
 
     assert isinstance(triggered, ShutdownTriggered)
     assert (triggered.reason, triggered.force_timeout) == ("requested", 60.0)
     assert [(Phase.DRAIN, "requests", None), (Phase.CLOSE, "server", BrokenError)] == [
         (e.phase, e.report.name, type(e.report.error) if e.report.error else None)
-        for e in finished
+        for e in others
         if isinstance(e, StageFinished)
     ]
+    began = [e for e in others if isinstance(e, PhaseStarted | StageStarted)]
+    names = [getattr(e, "name", None) or str(e.phase) for e in began]
+    assert names == [
+        "stop accepting",
+        "drain",
+        "requests",
+        "save state",
+        "close connections",
+        "server",
+    ]
+    ended = [str(e.phase) for e in others if isinstance(e, PhaseFinished)]
+    assert ended == ["stop accepting", "drain", "save state", "close connections"]
 
 
-async def test_listener_that_raises_does_not_stop_the_stop(
+async def test_a_listener_error_does_not_stop_the_shutdown(
     stop: Stop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A listener's error is logged and every stage runs."""
+    """The error is logged, and every stage runs."""
 
     def broken(_: ShutdownEvent) -> None:
         raise BrokenError("a listener")
@@ -523,24 +570,24 @@ async def test_listener_that_raises_does_not_stop_the_stop(
     assert {"Event listener failed"} == {record.message for record in caplog.records}
 
 
-async def test_stages_share_a_correlation_id_of_the_shutdown(stop: Stop) -> None:
-    """The log lines of one shutdown can be found together."""
+async def test_all_stages_share_one_correlation_id(stop: Stop) -> None:
+    """So the log lines of a shutdown can be found together."""
     seen: set[str | None] = set()
 
-    class Look:
+    class RecordingStage:
         async def run(self, budget: float) -> None:  # noqa: ARG002 - the port's signature
             seen.add(current_correlation_id())
 
     for phase in Phase:
-        stop.sequence.register(phase, "look", Look())
+        stop.sequence.register(phase, "look", RecordingStage())
     await stop.finish()
 
     assert len(seen) == 1
     assert None not in seen
 
 
-async def test_no_delay_for_who_was_never_ready(clock: ManualClock) -> None:
-    """Nobody sends traffic to an instance that never said yes, so nobody has to learn of it."""
+async def test_no_readiness_delay_if_it_was_never_ready(clock: ManualClock) -> None:
+    """Such an instance gets no traffic."""
     stop = Stop(clock, ShutdownBudgets(readiness_delay=5.0))
     stop.lifecycle = Lifecycle(clock)
     stop.sequence = ShutdownSequence(

@@ -1,4 +1,4 @@
-"""What of a statement may be logged: its shape, and no value of it."""
+"""Statements in the log: without values."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from viralfx.adapters.postgres.slow_queries import without_values
+from viralfx.adapters.postgres.pool import without_values
 
 SECRET = "hunter2"
 
@@ -42,8 +42,8 @@ SECRET = "hunter2"
         ("", ""),
     ],
 )  # fmt: skip
-def test_values_are_replaced(statement: str, logged: str) -> None:
-    """Literals are a question mark, comments nothing, and everything else stays as it is."""
+def test_literals_are_replaced(statement: str, logged: str) -> None:
+    """By question marks; comments are dropped, the rest stays."""
     assert without_values(statement) == logged
 
 
@@ -58,8 +58,8 @@ def test_values_are_replaced(statement: str, logged: str) -> None:
         ("SELECT a, /* hunter2", "SELECT a, ?"),
     ],
 )
-def test_nothing_is_kept_of_what_has_no_end(statement: str, logged: str) -> None:
-    """What cannot be understood is left out from there."""
+def test_unterminated_literals_are_dropped(statement: str, logged: str) -> None:
+    """The text is omitted from there."""
     assert without_values(statement) == logged
 
 
@@ -68,7 +68,7 @@ def test_nothing_is_kept_of_what_has_no_end(statement: str, logged: str) -> None
     [
         # With standard_conforming_strings off, the string goes on after the backslash.
         r"SELECT 'it\'s hunter2', 1",
-        # The second piece of such a string has escapes like the first.
+        # The second part of such a string has escapes like the first.
         "SELECT E'a'\n'it\\'s hunter2'",
         # Not an escape: these letters are the end of a type's name.
         r"SELECT date'\', 'hunter2', 'x'",
@@ -82,13 +82,13 @@ def test_nothing_is_kept_of_what_has_no_end(statement: str, logged: str) -> None
         "SELECT $\N{GRINNING FACE}$hunter2$\N{GRINNING FACE}$",
     ],
 )
-def test_tricks_show_nothing(statement: str) -> None:
-    """Where one could lose one's place, too little is logged rather than too much."""
+def test_ambiguous_text_counts_as_a_value(statement: str) -> None:
+    """In doubt, too little is logged."""
     assert SECRET not in without_values(statement)
 
 
-def test_a_long_statement_is_cut() -> None:
-    """The log is no place for megabytes, and none are looked at."""
+def test_long_statement_is_truncated() -> None:
+    """Before it is parsed."""
     logged = without_values("SELECT " + ", ".join(f"column_{n}" for n in range(10**6)))
 
     assert logged.startswith("SELECT column_0, column_1, ")
@@ -96,9 +96,9 @@ def test_a_long_statement_is_cut() -> None:
     assert logged.endswith(" ...")
 
 
-def test_what_follows_the_cut_is_unknown() -> None:
-    """A value across the place where reading ends is shown no part of."""
-    for padding in range(9_980, 20_020, 7):
+def test_value_at_the_truncation_is_hidden() -> None:
+    """No part of it is logged."""
+    for padding in range(9_950, 10_020):
         logged = without_values(f"SELECT {' ' * padding}'{SECRET * 3}', 'x'")
         assert "hunter" not in logged
 
@@ -114,17 +114,17 @@ _ENDLESS = st.sampled_from(["", "'{}", "E'{}", "$${}", "$t${}$$", "/* {}", "/* /
 
 
 @given(st.lists(st.one_of(_BETWEEN, _QUOTED), max_size=12), _ENDLESS)
-def test_a_planted_literal_never_survives(parts: list[str], last: str) -> None:
-    """Whatever stands around it."""
-    # Apart from what is before it: glued to a word, a quote may begin another thing.
+def test_literal_never_survives(parts: list[str], last: str) -> None:
+    """In any surrounding text."""
+    # Separated from the text before: after a word, a quote may start another token.
     statement = " ".join([*parts, last]).replace("{}", SECRET)
 
     assert SECRET not in without_values(statement)
 
 
 @given(st.text(alphabet="aeE1'\"$\\/*-&U\n; é", max_size=30))
-def test_no_text_is_too_strange(statement: str) -> None:
-    """Anything gives one line, with no quote of a value left in it."""
+def test_any_text_gives_one_line(statement: str) -> None:
+    """Without a quote of a value in it."""
     logged = without_values(statement)
 
     assert "\n" not in logged

@@ -1,4 +1,4 @@
-"""The saved state and the file that keeps it."""
+"""The saved state, and the store that keeps it in a file."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ import pytest
 from viralfx.adapters.memory import FileStateStore, MemoryStateStore
 from viralfx.bootstrap import assemble
 from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.state import SavedState
+from viralfx.domain.operations import SavedState
 from viralfx.settings import Settings
 
 STATE = SavedState(
@@ -29,12 +29,12 @@ OTHER = SavedState(
 
 
 def names(folder: Path) -> set[str]:
-    """Return what is in the folder."""
+    """Return the names in the folder."""
     return {path.name for path in folder.iterdir()}
 
 
 async def test_save_leaves_one_file(tmp_path: Path) -> None:
-    """Beside ``state.json`` nothing temporary stays."""
+    """No temporary file is left beside ``state.json``."""
     store = FileStateStore(tmp_path)
     await store.save(STATE)
     await store.save(OTHER)
@@ -44,10 +44,10 @@ async def test_save_leaves_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", [1, 2], ids=["before the rename", "after the rename"])
-async def test_full_disk_leaves_one_whole_state(
+async def test_a_full_disk_leaves_a_complete_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
-    """When the disk refuses to flush, the error is told and a whole state is there."""
+    """If the flush fails, the error is raised and a complete state remains."""
     store = FileStateStore(tmp_path)
     await store.save(STATE)
     calls = 0
@@ -71,7 +71,7 @@ async def test_full_disk_leaves_one_whole_state(
 async def test_crash_between_write_and_rename_leaves_the_old_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that dies before the rename has changed nothing."""
+    """The old state is unchanged until the rename."""
     store = FileStateStore(tmp_path)
     await store.save(STATE)
 
@@ -87,8 +87,8 @@ async def test_crash_between_write_and_rename_leaves_the_old_state(
     assert {"state.json"} == names(tmp_path)
 
 
-async def test_left_over_of_a_killed_process_is_no_state(tmp_path: Path) -> None:
-    """A half-written file beside the real one is never read, and overwritten by the next."""
+async def test_a_leftover_temporary_file_is_ignored(tmp_path: Path) -> None:
+    """It is never read, and the next save overwrites it."""
     (tmp_path / f".state.{os.getpid()}.json").write_bytes(b'{"saved_at":')
     store = FileStateStore(tmp_path)
 
@@ -119,7 +119,7 @@ async def test_left_over_of_a_killed_process_is_no_state(tmp_path: Path) -> None
 async def test_unreadable_file_is_set_aside(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
 ) -> None:
-    """What cannot be understood is kept under another name, told once, and not in the way."""
+    """An invalid file is renamed, logged once, and does not block the next save."""
     (tmp_path / "state.json").write_bytes(content)
     store = FileStateStore(tmp_path)
 
@@ -134,7 +134,7 @@ async def test_unreadable_file_is_set_aside(
 
 
 async def test_file_of_a_later_version_is_read(tmp_path: Path) -> None:
-    """Fields that this version does not know are ignored, so that a roll-back keeps the state."""
+    """Unknown fields are ignored, so that a roll-back keeps the state."""
     (tmp_path / "state.json").write_bytes(
         b'{"saved_at":"2026-01-07T12:00:00Z","starts":4,"uptime":1.0,"health":"degraded",'
         b'"invented_later":{"x":[1]}}'
@@ -143,18 +143,18 @@ async def test_file_of_a_later_version_is_read(tmp_path: Path) -> None:
     assert await FileStateStore(tmp_path).load() == OTHER
 
 
-async def test_state_that_cannot_be_read_is_told_and_none(
+async def test_a_read_error_is_logged_and_returns_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A disk that refuses to read does not keep the service from starting."""
+    """An unreadable disk does not prevent a start."""
     (tmp_path / "state.json").mkdir()
 
     assert await FileStateStore(tmp_path).load() is None
     assert [record.message for record in caplog.records] == ["Saved state cannot be read"]
 
 
-async def test_folder_that_is_gone_is_an_error_of_saving_only(tmp_path: Path) -> None:
-    """Nothing saved is no error; not being able to save is one."""
+async def test_a_missing_folder_is_an_error_only_when_saving(tmp_path: Path) -> None:
+    """Loading from it returns None."""
     store = FileStateStore(tmp_path / "gone")
 
     assert await store.load() is None
@@ -163,7 +163,7 @@ async def test_folder_that_is_gone_is_an_error_of_saving_only(tmp_path: Path) ->
 
 
 def test_state_dir_must_be_a_folder(tmp_path: Path) -> None:
-    """A folder that is not there is one clear line at start, not an error at the stop."""
+    """A missing folder is one clear line at start-up, not an error at shutdown."""
     path = tmp_path / "gone"
 
     with pytest.raises(ConfigurationError) as caught:
@@ -172,8 +172,8 @@ def test_state_dir_must_be_a_folder(tmp_path: Path) -> None:
 
 
 def test_state_dir_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read-only folder is one clear line at start."""
-    # Permissions do not bind root, who may run the tests: the system's answer is stood in for.
+    """A read-only folder is one clear line at start-up."""
+    # Permissions do not apply to root, which may run the tests, so the result is simulated.
     monkeypatch.setattr(os, "access", lambda *_: False)
 
     with pytest.raises(ConfigurationError) as caught:
@@ -181,8 +181,8 @@ def test_state_dir_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (f"STATE_DIR: {tmp_path} is not writable for this user",) == caught.value.problems
 
 
-def test_where_the_state_is_kept(tmp_path: Path) -> None:
-    """With ``STATE_DIR`` it is a file, without it memory."""
+def test_state_dir_selects_the_file_store(tmp_path: Path) -> None:
+    """Without ``STATE_DIR`` the state is in memory."""
     assert isinstance(assemble(Settings()).operations.state_store, MemoryStateStore)
     assert isinstance(
         assemble(Settings(state_dir=str(tmp_path))).operations.state_store, FileStateStore

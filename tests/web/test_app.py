@@ -1,4 +1,4 @@
-"""The service's own application: every error is a problem, the unhandled ones too."""
+"""The service's own application: every error, even an unhandled one, is a problem."""
 
 import logging
 from collections.abc import AsyncIterator
@@ -16,31 +16,31 @@ from viralfx.web.app import create_app
 
 @get("/unhandled")
 async def unhandled() -> None:
-    """Fail in a way nobody expected."""
+    """Raise an unexpected error."""
     raise RuntimeError("planted secret")
 
 
 @get("/internal")
 async def internal() -> None:
-    """Fail with a text that is not for clients."""
+    """Raise an error whose text is not for clients."""
     raise InternalServerException("planted secret")
 
 
 @get("/gone")
 async def gone() -> None:
-    """Fail on purpose, with a header."""
+    """Raise a deliberate error with a header."""
     raise HTTPException("It was here once.", status_code=410, headers={"X-Since": "2026"})
 
 
 @get("/typed")
 async def typed(count: Annotated[int, QueryParameter()]) -> int:
-    """Take a number."""
+    """Accept a number."""
     return count
 
 
 @pytest.fixture
 async def client() -> AsyncIterator[AsyncTestClient[Litestar]]:
-    """Return a client of the service with four handlers more."""
+    """Return a client of the service with four more handlers."""
     app = create_app(Settings())
     for handler in (unhandled, internal, gone, typed):
         app.register(handler)
@@ -64,7 +64,7 @@ async def client() -> AsyncIterator[AsyncTestClient[Litestar]]:
 async def test_every_error_is_a_problem(
     client: AsyncTestClient[Litestar], method: str, path: str, status: int
 ) -> None:
-    """Status, title and correlation id are there, whoever raised it."""
+    """Errors of Litestar, handlers and endpoints all have status, title and correlation id."""
     reply = await client.request(method, path, headers={"X-Correlation-ID": "given-1"})
     body = reply.json()
 
@@ -74,7 +74,7 @@ async def test_every_error_is_a_problem(
     assert body["title"]
 
 
-async def test_an_unhandled_error_tells_the_log_and_not_the_client(
+async def test_an_unhandled_error_is_logged_but_not_shown_to_the_client(
     client: AsyncTestClient[Litestar], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The body holds no text of the exception; the log line holds the exception."""
@@ -87,12 +87,12 @@ async def test_an_unhandled_error_tells_the_log_and_not_the_client(
 
 
 async def test_a_validation_error_names_the_field(client: AsyncTestClient[Litestar]) -> None:
-    """The problem lists what is wrong with each field."""
+    """The problem lists the invalid fields."""
     body = (await client.get("/typed?count=many")).json()
 
     assert [error["key"] for error in body["errors"]] == ["count"]
 
 
 async def test_headers_of_an_error_are_kept(client: AsyncTestClient[Litestar]) -> None:
-    """What a handler wants to say in headers is said."""
+    """Headers of an exception are in the response."""
     assert (await client.get("/gone")).headers["x-since"] == "2026"

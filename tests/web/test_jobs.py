@@ -1,4 +1,4 @@
-"""The jobs API: what is taken and what is refused, lists and pages, retry and cancel."""
+"""The jobs API: accepted and rejected requests, lists and pages, retry and cancel."""
 
 import json
 from collections.abc import AsyncIterator
@@ -7,32 +7,36 @@ from typing import Any, cast
 
 import httpx
 import pytest
-from litestar import Litestar
+from litestar import Litestar, Response
 from litestar.testing import AsyncTestClient
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.domain.jobs.job import (
+from viralfx.domain.jobs.ledger import JobLedger
+from viralfx.domain.jobs.model import (
     JobError,
     JobState,
     LedgerUnavailableError,
     NotMigratedError,
+    UnstorableError,
     failed,
 )
-from viralfx.domain.jobs.ledger import JobLedger
 from viralfx.domain.jobs.service import JobService
 from viralfx.settings import Settings
 from viralfx.web.app import create_app
+from viralfx.web.jobs import jobs_router
+from viralfx.web.layer import OperationsConfig
 from viralfx.web.plugin import OperationsPlugin
 
 JOBS = "/api/v1/jobs"
 SETTINGS = Settings(task_modules=("tests.job_tasks",))
+JSON = {"Content-Type": "application/json"}
 PARCEL = {"task": "parcels.ship", "payload": {"weight": 3}}
 
 
 def application() -> Litestar:
-    """Make the service; no worker runs in it."""
+    """Return the service without a worker."""
     app = create_app(SETTINGS)
-    app.plugins.get(OperationsPlugin).assembly.jobs.dismiss()
+    app.plugins.get(OperationsPlugin).assembly.jobs.disable_worker()
     return app
 
 
@@ -47,20 +51,20 @@ Client = AsyncTestClient[Litestar]
 
 
 def ledger_of(client: Client) -> JobLedger:
-    """Return where the jobs of the service are."""
+    """Return the job ledger of the service."""
     ledger: JobLedger = client.app.plugins.get(OperationsPlugin).assembly.jobs.ledger
     return ledger
 
 
 async def accept(client: Client, **body: Any) -> str:
-    """Have a job accepted and return its id."""
+    """Submit a job and return its id."""
     reply = await client.post(JOBS, json={**PARCEL, **body})
     assert reply.status_code == 202, reply.text
     return str(reply.json()["id"])
 
 
 async def fail(client: Client, queue: str = "default") -> None:
-    """Have the longest waiting job fail, as a worker would."""
+    """Fail the oldest waiting job, as a worker would."""
     ledger = ledger_of(client)
     await ledger.register("test", [queue], 60.0)
     (claim,) = await ledger.claim(queue, "test", 1)
@@ -68,7 +72,7 @@ async def fail(client: Client, queue: str = "default") -> None:
 
 
 def assert_problem(reply: httpx.Response, status: int, text: str) -> None:
-    """Assert that a reply is a problem of a status whose detail or errors hold a text."""
+    """Assert that a response is a problem with this status and text."""
     body = reply.json()
 
     assert (reply.status_code, body["status"]) == (status, status), reply.text
@@ -81,7 +85,7 @@ def assert_problem(reply: httpx.Response, status: int, text: str) -> None:
 
 
 async def test_a_job_is_accepted_and_found(client: Client) -> None:
-    """202 with id, queue, state and links, and the links lead to it."""
+    """The response is 202 with id, queue, state and links to the job."""
     reply = await client.post(JOBS, json=PARCEL, headers={"X-Correlation-ID": "order-17"})
     body = reply.json()
     job = (await client.get(body["links"]["self"])).json()
@@ -103,25 +107,30 @@ async def test_a_job_is_accepted_and_found(client: Client) -> None:
         "error": None,
         "result": None,
         "correlationId": "order-17",
+        "userId": None,
+        "priority": 0,
         "idempotencyKey": None,
         "createdAt": job["createdAt"],
         "runAt": job["createdAt"],
         "startedAt": None,
         "finishedAt": None,
         "worker": None,
+        "cancelRequested": False,
+        "progress": None,
+        "history": [],
     }
 
 
-async def test_a_time_to_come_is_kept_in_utc(client: Client) -> None:
-    """Whatever time zone it was said in."""
+async def test_a_future_time_is_stored_in_utc(client: Client) -> None:
+    """The time zone of the request is converted."""
     job_id = await accept(client, runAt="2030-01-01T12:00:00.5+02:00")
     job = (await client.get(f"{JOBS}/{job_id}")).json()
 
     assert (job["state"], job["runAt"]) == ("waiting", "2030-01-01T10:00:00.500Z")
 
 
-async def test_the_same_key_gives_the_same_job(client: Client) -> None:
-    """202 the first time, then 200; a different body under the key is a conflict."""
+async def test_a_repeated_key_returns_the_same_job(client: Client) -> None:
+    """The status is 202, then 200; a different body with the same key is a conflict."""
     headers = {"Idempotency-Key": "order-17"}
     first = await client.post(JOBS, json=PARCEL, headers=headers)
     again = await client.post(JOBS, json=PARCEL, headers=headers)
@@ -133,23 +142,39 @@ async def test_the_same_key_gives_the_same_job(client: Client) -> None:
 
     assert (first.status_code, again.status_code) == (202, 200)
     assert first.json() == again.json()
-    for refused in (other, later, task):
-        assert_problem(refused, 409, "he idempotency key was used")
+    for conflict in (other, later, task):
+        assert_problem(conflict, 409, "he idempotency key was used")
     job = (await client.get(first.json()["links"]["self"])).json()
     assert job["idempotencyKey"] == "order-17"
     assert len((await client.get(JOBS)).json()["items"]) == 1
 
 
+async def test_an_equal_payload_in_other_bytes_is_the_same_job(client: Client) -> None:
+    """A client may serialize a repeated request again; the job keeps the first bytes."""
+    headers = {"Idempotency-Key": "order-17", "Content-Type": "application/json"}
+    replies = [
+        await client.post(
+            JOBS, content=b'{"task":"parcels.echo","payload":%s}' % payload, headers=headers
+        )
+        for payload in (b'{"a":[1, 2], "b":1}', b'{"b":1.0,"a":[1,2]}', b'{"a":[2,1],"b":1}')
+    ]
+    shown = await client.get(replies[0].json()["links"]["self"])
+
+    assert [reply.status_code for reply in replies] == [202, 200, 409]
+    assert replies[0].json() == replies[1].json()
+    assert b'{"a":[1, 2], "b":1}' in shown.content
+
+
 @pytest.mark.parametrize("key", ["", "x" * 256, "a b", "ä".encode("latin-1"), "\t", "a\x7f"])
-async def test_a_key_that_cannot_be_is_refused(client: Client, key: str | bytes) -> None:
-    """One to 255 visible characters."""
+async def test_an_invalid_key_is_rejected(client: Client, key: str | bytes) -> None:
+    """A key has 1 to 255 visible ASCII characters."""
     headers = [(b"Idempotency-Key", key.encode() if isinstance(key, str) else key)]
 
     assert_problem(await client.post(JOBS, json=PARCEL, headers=headers), 400, "Idempotency-Key")
 
 
-async def test_two_keys_are_refused(client: Client) -> None:
-    """Which one would count is not left to guessing; 255 characters are taken."""
+async def test_two_keys_are_rejected(client: Client) -> None:
+    """It would be ambiguous which key counts. A key of 255 characters is accepted."""
     headers = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
     longest = await client.post(JOBS, json=PARCEL, headers={"Idempotency-Key": "~" * 255})
 
@@ -160,7 +185,7 @@ async def test_two_keys_are_refused(client: Client) -> None:
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        (b"", "truncated"),
+        (b"", "The body is empty; send a JSON object."),
         (b"{", "truncated"),
         (b"null", "Expected `object`, got `null`"),
         (b"[]", "Expected `object`, got `array`"),
@@ -183,8 +208,8 @@ async def test_two_keys_are_refused(client: Client) -> None:
         (b'{"task":"x","payload":' + b"[" * 500 + b"]" * 500 + b"}", "more than 500 levels"),
     ],
 )
-async def test_a_body_that_is_no_request_is_refused(client: Client, body: bytes, text: str) -> None:
-    """400 with what is wrong and where."""
+async def test_an_invalid_body_is_rejected(client: Client, body: bytes, text: str) -> None:
+    """The 400 names the problem and its place."""
     headers = {"Content-Type": "application/json"}
 
     assert_problem(await client.post(JOBS, content=body, headers=headers), 400, text)
@@ -205,17 +230,20 @@ async def test_a_body_that_is_no_request_is_refused(client: Client, body: bytes,
         ({"task": "parcels.ship", "payload": {"weight": 1, "x": 2}}, "unknown field `x`"),
     ],
 )
-async def test_what_no_task_takes_is_refused(client: Client, body: object, text: str) -> None:
-    """422 with the path in the payload, and nothing is kept."""
+async def test_an_unknown_task_or_invalid_payload_is_rejected(
+    client: Client, body: object, text: str
+) -> None:
+    """The 422 names the path in the payload, and no job is stored."""
     assert_problem(await client.post(JOBS, json=body), 422, text)
     assert (await client.get(JOBS)).json()["items"] == []
 
 
-async def test_a_large_body_is_refused(client: Client) -> None:
-    """64 KiB are read, and one byte more is not, whether its length is announced or not."""
-    room = 64 * 1024 - len('{"task":"parcels.echo","payload":""}')
+async def test_a_large_body_is_rejected(client: Client) -> None:
+    """The limit is 64 KiB, with and without a Content-Length."""
+    payload_size = 64 * 1024 - len('{"task":"parcels.echo","payload":""}')
     fits, too_large = (
-        b'{"task":"parcels.echo","payload":"%s"}' % (b"x" * size) for size in (room, room + 1)
+        b'{"task":"parcels.echo","payload":"%s"}' % (b"x" * size)
+        for size in (payload_size, payload_size + 1)
     )
 
     async def chunks(body: bytes) -> AsyncIterator[bytes]:
@@ -225,32 +253,65 @@ async def test_a_large_body_is_refused(client: Client) -> None:
     transport = httpx.ASGITransport(app=cast("Any", client.app))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as streaming:
         replies = [
-            await streaming.post(JOBS, content=content)
+            await streaming.post(JOBS, content=content, headers=JSON)
             for content in (fits, chunks(fits), too_large, chunks(too_large))
         ]
 
     assert [reply.status_code for reply in replies] == [202, 202, 413, 413]
-    for refused in replies[2:]:
-        assert_problem(refused, 413, "The body is over 64 KiB.")
+    for rejected in replies[2:]:
+        assert_problem(rejected, 413, "The body is over 64 KiB.")
+        assert rejected.headers["connection"] == "close"
 
 
-async def test_a_body_of_another_type_is_refused(client: Client) -> None:
-    """A page of somebody else's cannot have jobs accepted by a form."""
+async def test_a_body_of_another_type_is_rejected(client: Client) -> None:
+    """So a page of another host cannot submit jobs with a form or without a Content-Type."""
     body = json.dumps(PARCEL).encode()
-    for media_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
-        headers = {"Content-Type": media_type}
+    for rejected in (
+        {},
+        {"Content-Type": ""},
+        {"Content-Type": "text/plain"},
+        {"Content-Type": "application/x-www-form-urlencoded"},
+        {"Content-Type": "multipart/form-data; boundary=application/json"},
+        {"Content-Type": "text/plain; application/json"},
+        {"Content-Type": "text/json"},
+        {"Content-Type": "application/jsonp"},
+        {"Content-Type": "+json"},
+        [("Content-Type", "application/json"), ("Content-Type", "text/plain")],
+    ):
+        reply = await client.post(JOBS, content=body, headers=rejected)
 
-        assert_problem(await client.post(JOBS, content=body, headers=headers), 415, "json")
-    for media_type in ("application/json; charset=utf-8", "application/vnd.viralfx+json"):
+        assert_problem(reply, 415, "application/json")
+    for media_type in (
+        "application/json",
+        "application/json; charset=utf-8",
+        "Application/JSON",
+        "application/vnd.viralfx+json",
+    ):
         headers = {"Content-Type": media_type}
 
         assert (await client.post(JOBS, content=body, headers=headers)).status_code == 202
 
 
-async def test_a_payload_is_kept_as_it_came(client: Client) -> None:
-    """Numbers that no float holds, repeated names, spaces: nothing is lost on the way."""
+async def test_a_request_without_a_body_needs_no_content_type(client: Client) -> None:
+    """A new job needs a body; a retry needs none, and rejects a body of another type."""
+    job_id = await accept(client)
+    await fail(client)
+    empty = await client.post(JOBS)
+    typed = await client.post(
+        f"{JOBS}/{job_id}/retry", content=b"x", headers={"Content-Type": "text/plain"}
+    )
+    retried = await client.post(f"{JOBS}/{job_id}/retry")
+
+    assert_problem(empty, 400, "The body is empty")
+    assert_problem(typed, 415, "application/json")
+    assert retried.status_code == 202
+
+
+async def test_a_payload_keeps_its_bytes(client: Client) -> None:
+    """Numbers beyond a float's precision, repeated names and spaces are preserved."""
     payload = b'{ "n": 123456789012345678901234567890.5, "n":2,  "s":"\\u00fc" }'
-    reply = await client.post(JOBS, content=b'{"task":"parcels.echo","payload":%s}' % payload)
+    body = b'{"task":"parcels.echo","payload":%s}' % payload
+    reply = await client.post(JOBS, content=body, headers=JSON)
     shown = await client.get(reply.json()["links"]["self"])
 
     assert payload in shown.content
@@ -259,8 +320,8 @@ async def test_a_payload_is_kept_as_it_came(client: Client) -> None:
 # -- lists -----------------------------------------------------------------------------------
 
 
-async def test_pages_hold_every_job_once(client: Client) -> None:
-    """The newest first, from cursor to cursor, also when jobs come in between."""
+async def test_pages_have_every_job_once(client: Client) -> None:
+    """The newest job is first; new jobs between two pages do not matter."""
     ids = [await accept(client) for _ in range(7)]
     seen, cursor = [], None
     while True:
@@ -276,7 +337,7 @@ async def test_pages_hold_every_job_once(client: Client) -> None:
 
 
 async def test_the_last_full_page_has_no_cursor(client: Client) -> None:
-    """Nobody has to look at an empty page."""
+    """A client need not request an empty page."""
     for _ in range(2):
         await accept(client)
 
@@ -285,8 +346,8 @@ async def test_the_last_full_page_has_no_cursor(client: Client) -> None:
     assert (len(page["items"]), page["nextCursor"]) == (2, None)
 
 
-async def test_lists_can_be_of_a_queue_or_a_state(client: Client) -> None:
-    """Both filters, alone and together; the items do without payload and result."""
+async def test_lists_filter_by_queue_and_state(client: Client) -> None:
+    """The filters work alone and together; items have neither payload nor result."""
     shipped, echoed = await accept(client), await accept(client, task="parcels.echo")
     gone = await accept(client)
     await client.delete(f"{JOBS}/{gone}")
@@ -299,12 +360,15 @@ async def test_lists_can_be_of_a_queue_or_a_state(client: Client) -> None:
     assert await listed(state="waiting") == [echoed, shipped]
     assert await listed(state="waiting", queue="default") == [shipped]
     assert await listed(state="active") == []
+    assert await listed(task="parcels.echo") == [echoed]
+    assert await listed(task="parcels.ship", state="waiting", queue="default") == [shipped]
+    assert await listed(code="timeout") == []
     (item,) = (await client.get(JOBS, params={"queue": "analytics"})).json()["items"]
-    assert {"payload", "result"}.isdisjoint(item)
+    assert {"payload", "result", "history"}.isdisjoint(item)
 
 
-async def test_a_correlation_id_leads_to_its_jobs(client: Client) -> None:
-    """Those that a request of this id asked for, from page to page, with the other filters."""
+async def test_a_list_filters_by_correlation_id(client: Client) -> None:
+    """The filter works across pages and with the other filters."""
     headers = {"X-Correlation-ID": "order-17"}
     ids = []
     for task in ("parcels.ship", "parcels.echo", "parcels.ship"):
@@ -332,30 +396,35 @@ async def test_a_correlation_id_leads_to_its_jobs(client: Client) -> None:
     [
         ("queue=nothing", 422, "There is no queue 'nothing'; there are analytics, default,"),
         ("state=done", 400, "state must be one of waiting, active, completed, failed, cancelled"),
+        ("queue=", 422, "There is no queue ''"),
+        ("state=", 400, "state must be one of waiting, active, completed, failed, cancelled"),
         ("cursor=x", 400, "cursor must be the nextCursor"),
         ("cursor=", 400, "cursor must be the nextCursor"),
         ("correlationId=", 400, "correlationId must be 1 to 128 of A-Z"),
         ("correlationId=order%2017", 400, "correlationId must be 1 to 128 of A-Z"),
         ("correlationId=order-17&queue=nothing", 422, "There is no queue 'nothing'"),
         ("correlationid=order-17", 400, "There is no parameter 'correlationid'"),
+        ("task=", 400, "task must have 1 to 200 characters"),
+        ("code=" + "x" * 201, 400, "code must have 1 to 200 characters"),
+        ("task=parcels.ship&queue=nothing", 422, "There is no queue 'nothing'"),
         ("limit=0", 400, "limit"),
         ("limit=101", 400, "limit"),
         ("limit=x", 400, "limit"),
         ("sate=failed", 400, "There is no parameter 'sate'"),
     ],
 )
-async def test_a_wrong_filter_is_refused(
+async def test_an_invalid_filter_is_rejected(
     client: Client, query: str, status: int, text: str
 ) -> None:
-    """A typing error does not list everything."""
+    """A misspelt filter does not list all jobs."""
     assert_problem(await client.get(f"{JOBS}?{query}"), status, text)
 
 
 # -- one job ---------------------------------------------------------------------------------
 
 
-async def test_a_failed_job_tells_why_and_can_be_run_again(client: Client) -> None:
-    """The code and message of the failure; then it waits, its attempts forgotten."""
+async def test_a_failed_job_shows_its_error_and_can_be_retried(client: Client) -> None:
+    """A retry sets the job to waiting and its attempts to 0."""
     job_id = await accept(client)
     await fail(client)
     job = (await client.get(f"{JOBS}/{job_id}")).json()
@@ -373,8 +442,8 @@ async def test_a_failed_job_tells_why_and_can_be_run_again(client: Client) -> No
     assert (again["state"], again["attempts"], again["finishedAt"]) == ("waiting", 0, None)
 
 
-async def test_a_job_that_is_done_tells_its_result(client: Client) -> None:
-    """As JSON, with the attempt that it took."""
+async def test_a_completed_job_shows_its_result(client: Client) -> None:
+    """The result is JSON; a running job counts its attempt."""
     job_id = await accept(client)
     ledger = ledger_of(client)
     await ledger.register("test", ["default"], 60.0)
@@ -392,7 +461,7 @@ async def _result(_: object) -> bytes:
 
 
 async def test_a_waiting_job_can_be_cancelled(client: Client) -> None:
-    """204 without a body; it stays to be seen, as cancelled."""
+    """The response is 204; the job stays in the list as cancelled."""
     job_id = await accept(client)
     reply = await client.delete(f"{JOBS}/{job_id}")
     job = (await client.get(f"{JOBS}/{job_id}")).json()
@@ -402,8 +471,8 @@ async def test_a_waiting_job_can_be_cancelled(client: Client) -> None:
     assert job["finishedAt"] is not None
 
 
-async def test_what_the_state_forbids_is_a_conflict(client: Client) -> None:
-    """Only a failed job is retried, and only a waiting one cancelled."""
+async def test_a_change_in_the_wrong_state_is_a_conflict(client: Client) -> None:
+    """Only a failed job can be retried, and only a waiting one cancelled."""
     waiting = await accept(client)
     retried = await client.post(f"{JOBS}/{waiting}/retry")
     await fail(client)
@@ -415,7 +484,7 @@ async def test_what_the_state_forbids_is_a_conflict(client: Client) -> None:
 
 @pytest.mark.parametrize("job_id", ["01991f3c-5a0e-7c3b-8a52-6f5d7c0e9b11", "x", "x" * 5000, "%00"])
 async def test_an_unknown_job_is_not_found(client: Client, job_id: str) -> None:
-    """Whether it looks like an id or not."""
+    """This holds for valid and invalid ids."""
     for method, path in (
         ("GET", ""),
         ("DELETE", ""),
@@ -425,17 +494,17 @@ async def test_an_unknown_job_is_not_found(client: Client, job_id: str) -> None:
         assert_problem(await client.request(method, f"{JOBS}/{job_id}{path}"), 404, "no job")
 
 
-# -- when the ledger is away -------------------------------------------------------------------
+# -- without the ledger -----------------------------------------------------------------------
 
 
-class Away:
-    """Makes every call of a ledger fail."""
+class FailingLedger:
+    """A ledger that fails every call."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
 
     def __getattr__(self, _: str) -> Any:
-        """Return what fails."""
+        """Return a method that fails."""
 
         async def call(*_: object, **__: object) -> None:
             raise self._error
@@ -444,19 +513,21 @@ class Away:
 
 
 @pytest.mark.parametrize(
-    ("error", "text"),
+    ("error", "text", "code"),
     [
-        (LedgerUnavailableError("planted secret"), "The ledger of the jobs cannot be reached."),
-        (NotMigratedError("planted secret"), "`viralfx migrate` is to be run"),
+        (LedgerUnavailableError("planted secret"), "The job ledger is unavailable.", None),
+        (LedgerUnavailableError("planted secret", "tls"), "The job ledger is unavailable.", "tls"),
+        (NotMigratedError("planted secret"), "run `viralfx migrate`", None),
+        (UnstorableError("planted secret", "42501"), "The job ledger refuses the job", None),
     ],
 )
-async def test_without_its_ledger_the_service_asks_to_try_again(
-    client: Client, error: Exception, text: str
+async def test_without_its_ledger_the_api_returns_503(
+    client: Client, error: Exception, text: str, code: str | None
 ) -> None:
-    """503 with Retry-After, and not a word of the error itself."""
+    """The response has ``Retry-After``, the code of the problem and no text of the error."""
     jobs = client.app.plugins.get(OperationsPlugin).assembly.jobs
     away = JobService(
-        ledger=cast("JobLedger", Away(error)),
+        ledger=cast("JobLedger", FailingLedger(error)),
         tasks=jobs.tasks,
         codec=MsgspecCodec(),
         queues=SETTINGS.queues,
@@ -473,10 +544,11 @@ async def test_without_its_ledger_the_service_asks_to_try_again(
         reply = await client.request(method, f"{JOBS}{path}", json=body)
 
         assert_problem(reply, 503, text)
-        # Only who accepts has a key to send again.
+        # Only the response to a new job mentions the key.
         accepts = (method, path) == ("POST", "") and type(error) is LedgerUnavailableError
         assert ("Idempotency-Key" in reply.text) is accepts
         assert reply.headers["retry-after"] == "1"
+        assert reply.json().get("code") == code
         assert "planted" not in reply.text
 
 
@@ -484,7 +556,7 @@ async def test_without_its_ledger_the_service_asks_to_try_again(
 
 
 async def test_the_api_is_documented(client: Client) -> None:
-    """Every operation, its security, its problems, and examples that are what is answered."""
+    """The document has every operation with its responses and examples."""
     document = (await client.get("/api/docs/openapi.json")).json()
     paths = {p: item for p, item in document["paths"].items() if p.startswith(JOBS)}
     operations = [o for item in paths.values() for o in item.values() if "operationId" in o]
@@ -494,13 +566,15 @@ async def test_the_api_is_documented(client: Client) -> None:
     assert sorted(o["operationId"] for o in operations) == [
         "job",
         "jobAccept",
+        "jobAcceptBatch",
         "jobCancel",
+        "jobCancelAll",
+        "jobCancelWaiting",
         "jobEvents",
         "jobList",
         "jobRetry",
+        "jobRetryAll",
     ]
-    assert all(o["security"] == [{"apiToken": []}] for o in operations)
-    assert document["components"]["securitySchemes"]["apiToken"]["scheme"] == "bearer"
     assert {"200", "202", "400", "401", "403", "409", "413", "415", "422", "503"} == set(
         post["responses"]
     )
@@ -510,6 +584,24 @@ async def test_the_api_is_documented(client: Client) -> None:
     assert [p["name"] for p in post["parameters"]] == ["Idempotency-Key"]
 
 
-async def test_states_are_told_as_the_contract_has_them() -> None:
-    """The five words."""
+async def test_the_five_states() -> None:
+    """Clients depend on these names."""
     assert [str(s) for s in JobState] == ["waiting", "active", "completed", "failed", "cancelled"]
+
+
+async def test_hooks_of_the_application_change_the_response() -> None:
+    """Headers and cookies that a hook adds are sent beside those of an accepted job."""
+
+    async def add(response: Response[object]) -> Response[object]:
+        response.headers["X-Added"] = "by a hook"
+        response.set_cookie("seen", "yes")
+        return response
+
+    plugin = OperationsPlugin(OperationsConfig(settings=SETTINGS))
+    app = Litestar([jobs_router()], plugins=[plugin], after_request=add, logging_config=None)
+    async with AsyncTestClient(app) as test_client:
+        reply = await test_client.post(JOBS, json=PARCEL)
+
+    assert reply.status_code == 202
+    assert reply.headers["location"] == reply.json()["links"]["self"]
+    assert (reply.headers["x-added"], reply.cookies["seen"]) == ("by a hook", "yes")

@@ -1,5 +1,10 @@
-"""Who may use the jobs API."""
+"""Authorization of the jobs API."""
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+import httpx
 import pytest
 from litestar import Litestar
 from litestar.testing import AsyncTestClient
@@ -21,7 +26,7 @@ TOKEN = Settings(api_token=Secret(" planted "))
 
 
 async def statuses(settings: Settings, **headers: str) -> list[tuple[int, str | None]]:
-    """Make every call; return the statuses with what they challenge for."""
+    """Make every call; return the statuses and ``WWW-Authenticate`` headers."""
     async with AsyncTestClient(create_app(settings), raise_server_exceptions=False) as client:
         replies = [await client.request(method, path, headers=headers) for method, path in CALLS]
     return [(reply.status_code, reply.headers.get("www-authenticate")) for reply in replies]
@@ -30,32 +35,108 @@ async def statuses(settings: Settings, **headers: str) -> list[tuple[int, str | 
 @pytest.mark.parametrize(
     "authorization", [None, "planted", "Basic planted", "Bearer", "Bearer ", "Bearer plante"]
 )
-async def test_with_a_token_nobody_else_may(authorization: str | None) -> None:
-    """401 with a challenge for each call, whatever else is wrong with it."""
+async def test_a_wrong_token_is_rejected(authorization: str | None) -> None:
+    """Each call gets 401 with a challenge, before any other error."""
     headers = {} if authorization is None else {"Authorization": authorization}
 
     assert await statuses(TOKEN, **headers) == [(401, "Bearer")] * len(CALLS)
 
 
 @pytest.mark.parametrize("authorization", ["Bearer planted", "bearer planted", "Bearer  planted"])
-async def test_who_has_the_token_may(authorization: str) -> None:
-    """The calls are answered by what they ask for."""
-    answered = [status for status, _ in await statuses(TOKEN, Authorization=authorization)]
+async def test_the_token_is_accepted(authorization: str) -> None:
+    """The calls reach their handlers."""
+    responded = [status for status, _ in await statuses(TOKEN, Authorization=authorization)]
 
-    assert answered == [400, 200, 404, 404, 404, 404]
+    assert responded == [400, 200, 404, 404, 404, 404]
 
 
 async def test_without_a_token_it_is_open_outside_of_production() -> None:
-    """In production nobody may, should it ever be served without one."""
-    everybody = [status for status, _ in await statuses(Settings())]
-    nobody = await statuses(Settings(environment="production", allow_memory_adapters=True))
+    """In production, all calls get 403 without a configured token."""
+    development = [status for status, _ in await statuses(Settings())]
+    production = await statuses(Settings(environment="production", allow_memory_adapters=True))
 
-    assert everybody == [400, 200, 404, 404, 404, 404]
-    assert nobody == [(403, None)] * len(CALLS)
+    assert development == [400, 200, 404, 404, 404, 404]
+    assert production == [(403, None)] * len(CALLS)
+
+
+FOREIGN = ["http://evil.example", "null", "http://testserver.local:3001"]
+
+
+@pytest.mark.parametrize("origin", FOREIGN)
+async def test_without_a_token_a_page_of_another_host_changes_nothing(origin: str) -> None:
+    """Each change gets 403, before any other error; reading is allowed."""
+    headers = {"Origin": origin}
+    responded = [status for status, _ in await statuses(Settings(), **headers)]
+
+    assert responded == [403, 200, 404, 403, 403, 404]
+
+
+async def test_without_a_token_a_page_of_this_host_is_allowed() -> None:
+    """Clients that are not browsers send no origin and are allowed, too."""
+    responded = [
+        status for status, _ in await statuses(Settings(), Origin="https://testserver.local")
+    ]
+
+    assert responded == [400, 200, 404, 404, 404, 404]
+
+
+async def test_the_token_is_accepted_from_any_origin() -> None:
+    """A page of another host does not know the token."""
+    headers = {"Origin": "http://evil.example", "Authorization": "Bearer planted"}
+    responded = [status for status, _ in await statuses(TOKEN, **headers)]
+
+    assert responded == [400, 200, 404, 404, 404, 404]
+
+
+async def test_a_denied_page_gets_the_reason() -> None:
+    """The problem names the difference and the remedy; no job is accepted."""
+    job = {"task": "notifications.webhook", "payload": {"type": "x", "data": {}, "alert": True}}
+    async with AsyncTestClient(create_app(Settings())) as client:
+        reply = await client.post(JOBS, json=job, headers={"Origin": "null"})
+        listed = (await client.get(f"{JOBS}?queue=notifications")).json()["items"]
+
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert "Origin and Host differ. Set API_TOKEN" in reply.json()["detail"]
+    assert listed == []
+
+
+async def test_management_changes_need_a_token_from_any_origin() -> None:
+    """The status is 403 with and without an origin."""
+    async with AsyncTestClient(create_app(Settings())) as client:
+        replies = [
+            await client.request(method, path, json={"level": "debug"}, headers=headers)
+            for headers in ({}, {"Origin": "http://testserver.local"}, {"Origin": "null"})
+            for method, path in (("POST", "/health/shutdown"), ("PUT", "/health/loggers/root"))
+        ]
+
+    assert [reply.status_code for reply in replies] == [403] * 6
+
+
+async def test_no_request_waits_for_a_thread() -> None:
+    """Litestar would run a synchronous guard in a thread."""
+    used: list[object] = []
+
+    class RecordingExecutor(ThreadPoolExecutor):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+            used.append(fn)
+            return super().submit(fn, *args, **kwargs)
+
+    app = create_app(TOKEN)
+    asyncio.get_running_loop().set_default_executor(RecordingExecutor(1))
+    transport = httpx.ASGITransport(app=cast("Any", app))
+    headers = {"Authorization": "Bearer planted"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        replies = [
+            await client.request(method, path, headers=headers)
+            for method, path in [*CALLS, ("GET", "/api/docs"), ("GET", "/api/docs/openapi.json")]
+        ]
+
+    assert [reply.status_code for reply in replies] == [400, 200, 404, 404, 404, 404, 200, 200]
+    assert used == []
 
 
 async def test_the_token_is_not_for_operations() -> None:
-    """Two tokens for two purposes: neither opens what the other guards."""
+    """API_TOKEN and MANAGEMENT_TOKEN are not interchangeable."""
     settings = Settings(api_token=Secret("api"), management_token=Secret("management"))
     async with AsyncTestClient(create_app(settings)) as client:
         replies = [
@@ -66,13 +147,13 @@ async def test_the_token_is_not_for_operations() -> None:
     assert [reply.status_code for reply in replies] == [401, 401]
 
 
-async def test_an_application_of_somebody_else_has_no_jobs_api() -> None:
-    """The plugin hands out the service, and adds no route for it."""
+async def test_another_application_has_no_jobs_api() -> None:
+    """The plugin provides the job service but adds no routes for it."""
     plugin = OperationsPlugin()
     app = Litestar(plugins=[plugin], logging_config=None)
     async with AsyncTestClient(app) as client:
         reply = await client.get(JOBS)
-        counts = await plugin.jobs.counts()
+        counts = await plugin.jobs.queues()
 
     assert reply.status_code == 404
     assert sorted(counts) == ["analytics", "default", "notifications"]

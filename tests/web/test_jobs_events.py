@@ -8,10 +8,13 @@ from typing import Any, cast
 
 from httpx import ASGITransport, AsyncClient
 from litestar import Litestar
+from tests.servers.waiting import until
 from tests.unit.metrics.reading import family, value
 
-from viralfx.domain.jobs.job import completed
-from viralfx.domain.jobs.watch import JobWatch
+from viralfx.domain.jobs.batching import JobFollower
+from viralfx.domain.jobs.codec import read_progress
+from viralfx.domain.jobs.ledger import ProgressReport
+from viralfx.domain.jobs.model import completed
 from viralfx.settings import Settings
 from viralfx.web.app import create_app
 from viralfx.web.plugin import OperationsPlugin
@@ -20,42 +23,42 @@ JOBS = "/api/v1/jobs"
 
 
 class Client(AsyncClient):
-    """A client on the loop of the application itself, so that both go on at once."""
+    """A client on the same event loop as the application, so that both run concurrently."""
 
     def __init__(self, app: Litestar, **more: Any) -> None:
         super().__init__(**more)
         self.app = app
 
     async def wait_until_followed(self) -> None:
-        """Return once somebody follows a job."""
+        """Return once a client follows a job."""
         async with asyncio.timeout(10):
-            while not plugin_of(self).assembly.jobs.watch._watched:
+            while not plugin_of(self).assembly.jobs.follower._followed:
                 await self.get("/health/detailed?fresh=1")
 
 
 @asynccontextmanager
 async def service() -> AsyncIterator[Client]:
-    """Return a client of the service; no worker runs in it."""
+    """Return a client of a service without a worker."""
     app = create_app(Settings(task_modules=("tests.job_tasks",)))
-    app.plugins.get(OperationsPlugin).assembly.jobs.dismiss()
+    app.plugins.get(OperationsPlugin).assembly.jobs.disable_worker()
     transport = ASGITransport(app=cast("Any", app))
     async with app.lifespan(), Client(app, transport=transport, base_url="http://test") as made:
         yield made
 
 
 async def accept(client: Client) -> str:
-    """Have a job accepted and return where its events are."""
+    """Submit a job and return the URL of its events."""
     reply = await client.post(JOBS, json={"task": "parcels.echo", "payload": "x" * 1000})
     return str(reply.json()["links"]["events"])
 
 
 def plugin_of(client: Client) -> OperationsPlugin:
-    """Return the service's plugin."""
+    """Return the plugin of the service."""
     return client.app.plugins.get(OperationsPlugin)
 
 
 def events(text: str) -> list[tuple[str, str]]:
-    """Return the names of events with the states that they tell."""
+    """Return names and job states of the events."""
     found = []
     for block in text.split("\r\n\r\n"):
         fields = dict(line.split(": ", 1) for line in block.splitlines() if line)
@@ -65,7 +68,7 @@ def events(text: str) -> list[tuple[str, str]]:
 
 
 async def test_a_job_is_followed_to_its_end() -> None:
-    """The stream ends by itself after the final state."""
+    """The stream ends after the final state."""
     async with service() as client:
         following = asyncio.create_task(client.get(await accept(client)))
         ledger = plugin_of(client).assembly.jobs.ledger
@@ -88,8 +91,29 @@ async def test_a_job_is_followed_to_its_end() -> None:
         assert {sample.labels["http_route"] for sample in durations} == {JOBS}
 
 
-async def test_a_job_that_is_over_is_told_once() -> None:
-    """And then the stream ends."""
+async def test_the_progress_of_a_job_is_an_event() -> None:
+    """The event has the report of its task."""
+    async with service() as client:
+        ledger = plugin_of(client).assembly.jobs.ledger
+        link = await accept(client)
+        await ledger.register("w", ["analytics"], 60.0)
+        (claim,) = await ledger.claim("analytics", "w", 1)
+        following = asyncio.create_task(client.get(link))
+        async with asyncio.timeout(10):
+            await client.wait_until_followed()
+            report = read_progress({"current": 3, "total": 4}).encode()
+            await ledger.report([ProgressReport(claim=claim, progress=report)])
+            (followed,) = plugin_of(client).assembly.jobs.follower._followed.values()
+            await until(lambda: followed.job.progress)
+            await ledger.settle([completed(claim, b"1")])
+            reply = await following
+
+        assert events(reply.text) == [("job", "active"), ("job", "active"), ("job", "completed")]
+        assert '"progress":{"current": 3, "total": 4, "message": null}' in reply.text
+
+
+async def test_a_finished_job_has_one_event() -> None:
+    """Then the stream ends."""
     async with service() as client:
         link = await accept(client)
         await client.delete(link.removesuffix("/events"))
@@ -98,8 +122,8 @@ async def test_a_job_that_is_over_is_told_once() -> None:
         assert events(reply.text) == [("job", "cancelled")]
 
 
-async def test_the_stop_ends_what_is_followed() -> None:
-    """Nobody keeps the process from leaving by watching it."""
+async def test_the_stop_ends_event_streams_of_jobs() -> None:
+    """An open stream does not delay the shutdown."""
     async with service() as client:
         following = asyncio.create_task(client.get(await accept(client)))
         plugin = plugin_of(client)
@@ -112,15 +136,15 @@ async def test_the_stop_ends_what_is_followed() -> None:
         assert events(reply.text) == [("job", "waiting")]
 
 
-async def test_too_many_followers_are_sent_away() -> None:
-    """503 and when to come back."""
+async def test_too_many_followers_get_503() -> None:
+    """The response has ``Retry-After``."""
     async with service() as client:
         link = await accept(client)
         jobs = plugin_of(client).assembly.jobs
         object.__setattr__(
             client.app.state["jobs_api"],
-            "watch",
-            JobWatch(jobs.service.get, plugin_of(client).operations.clock, most=0),
+            "follower",
+            JobFollower(jobs.service.get, plugin_of(client).operations.clock, max_followers=0),
         )
         reply = await client.get(link)
 

@@ -1,7 +1,7 @@
-"""The levels of loggers over HTTP: ahead of an application and as its documented routes."""
+"""Logger levels over HTTP, through the gate and through the documented routes."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from typing import Any, cast
 
 import pytest
@@ -11,6 +11,7 @@ from litestar.testing import AsyncTestClient
 
 from viralfx import OperationsConfig, OperationsPlugin
 from viralfx.settings import Secret, Settings
+from viralfx.web.gate import Gate
 
 SETTINGS = Settings(management_token=Secret("planted"))
 BEARER = {"Authorization": "Bearer planted"}
@@ -20,7 +21,7 @@ PATH = f"/health/loggers/{NAME}"
 
 @pytest.fixture(params=["gate", "routes"])
 async def client(request: pytest.FixtureRequest) -> AsyncIterator[AsyncClient]:
-    """Return a client of an application behind a gate, or with its routes alone."""
+    """Return a client of an application behind a gate, or of the routes alone."""
     logging.getLogger(NAME).setLevel(logging.NOTSET)
     plugin = OperationsPlugin(OperationsConfig(settings=SETTINGS))
     app = Litestar(plugins=[plugin], logging_config=None)
@@ -32,20 +33,20 @@ async def client(request: pytest.FixtureRequest) -> AsyncIterator[AsyncClient]:
 
 
 async def test_all_loggers_are_listed(client: AsyncClient) -> None:
-    """The root first, and the words that a level may be."""
-    answer = await client.get("/health/loggers")
-    body = answer.json()
+    """The root logger is first; ``levels`` has the accepted levels."""
+    response = await client.get("/health/loggers")
+    body = response.json()
 
-    assert answer.status_code == 200
-    assert answer.headers["cache-control"] == "no-store"
+    assert response.status_code == 200
+    assert response.headers["cache-control"] == "no-store"
     assert body["levels"] == ["error", "warn", "log", "debug", "verbose"]
     assert next(iter(body["loggers"])) == "root"
     assert body["loggers"][NAME]["level"] is None
 
 
 @pytest.mark.parametrize("level", ["error", "warn", "log", "debug", "verbose"])
-async def test_a_level_is_changed_and_put_back(client: AsyncClient, level: str) -> None:
-    """Null is what it was before all changes, not no level."""
+async def test_a_level_is_changed_and_reset(client: AsyncClient, level: str) -> None:
+    """Null resets the logger to its original level."""
     logging.getLogger(NAME).setLevel(logging.ERROR)
     changed = await client.put(PATH, json={"level": level}, headers=BEARER)
     again = await client.put(PATH, json={"level": "warn"}, headers=BEARER)
@@ -59,7 +60,7 @@ async def test_a_level_is_changed_and_put_back(client: AsyncClient, level: str) 
 
 
 async def test_the_context_of_a_line_names_its_logger(client: AsyncClient) -> None:
-    """What a line shows can be asked for as it is; so can what only has loggers below it."""
+    """The ``context`` of a log line is accepted, and so is the name of a parent logger."""
     logging.getLogger("other.below.above")
     short = await client.put("/health/loggers/planted", json={"level": "debug"}, headers=BEARER)
     above = await client.get("/health/loggers/other.below")
@@ -69,27 +70,27 @@ async def test_the_context_of_a_line_names_its_logger(client: AsyncClient) -> No
 
 
 @pytest.mark.parametrize("name", ["nothing.of.that.name", "x" * 10_000, "%00", "viralfx.planted."])
-async def test_an_unknown_name_is_404_and_makes_no_logger(client: AsyncClient, name: str) -> None:
-    """Whatever a client asks for: nothing grows by it."""
+async def test_an_unknown_name_is_404_and_creates_no_logger(client: AsyncClient, name: str) -> None:
+    """Requests with unknown names use no memory."""
     before = len(logging.root.manager.loggerDict)
     for method in ("GET", "PUT"):
-        answer = await client.request(
+        response = await client.request(
             method, f"/health/loggers/{name}", json={"level": "debug"}, headers=BEARER
         )
-        assert answer.status_code == 404
-        assert answer.headers["content-type"] == "application/problem+json"
-        assert len(answer.content) < 1000
+        assert response.status_code == 404
+        assert response.headers["content-type"] == "application/problem+json"
+        assert len(response.content) < 1000
 
     assert len(logging.root.manager.loggerDict) == before
 
 
-async def test_no_name_is_no_logger_either(client: AsyncClient) -> None:
-    """Nor a check; routes may say that this is no path, or none to change."""
+async def test_an_empty_name_is_not_found(client: AsyncClient) -> None:
+    """It is not a check either; Litestar may respond with 404 or 405."""
     for method in ("GET", "PUT"):
-        answer = await client.request(method, "/health/loggers/", json={}, headers=BEARER)
+        response = await client.request(method, "/health/loggers/", json={}, headers=BEARER)
 
-        assert answer.status_code in {404, 405}
-        assert "no such check" not in answer.text
+        assert response.status_code in {404, 405}
+        assert "no such check" not in response.text
 
 
 @pytest.mark.parametrize(
@@ -107,54 +108,104 @@ async def test_no_name_is_no_logger_either(client: AsyncClient) -> None:
         (b'{"level": "' + b"x" * 2000 + b'"}', 413),
     ],
 )
-async def test_a_wrong_body_is_a_problem_that_says_what_is_right(
+async def test_an_invalid_body_is_a_problem_with_the_valid_levels(
     client: AsyncClient, body: bytes, status: int
 ) -> None:
-    """And changes nothing."""
-    answer = await client.put(PATH, content=body, headers=BEARER)
+    """The level does not change."""
+    response = await client.put(PATH, content=body, headers=BEARER)
 
-    assert answer.status_code == status
-    assert answer.headers["content-type"] == "application/problem+json"
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/problem+json"
     if status == 400:
-        assert "error, warn, log, debug, verbose" in answer.json()["detail"]
-        assert answer.json()["detail"].endswith("What log lines call info is log.")
+        assert "error, warn, log, debug, verbose" in response.json()["detail"]
+        assert response.json()["detail"].endswith("The level log is info in log lines.")
     assert logging.getLogger(NAME).level == logging.NOTSET
+
+
+async def test_a_body_that_is_too_long_closes_the_connection(client: AsyncClient) -> None:
+    """The rest of the body is not read."""
+    body = b'{"level": "' + b"x" * 2000 + b'"}'
+    response = await client.put(PATH, content=body, headers=BEARER)
+
+    assert (response.status_code, response.headers["connection"]) == (413, "close")
+
+
+@pytest.mark.parametrize("gate", [True, False])
+async def test_a_client_disconnect_in_its_body_changes_nothing(*, gate: bool) -> None:
+    """The received part may be valid JSON, but the request is incomplete."""
+    plugin = OperationsPlugin(OperationsConfig(settings=SETTINGS))
+    app = Litestar(plugins=[plugin], logging_config=None)
+    served: Any = Gate(plugin.endpoints, cast("Any", app)) if gate else app
+    sent: list[MutableMapping[str, Any]] = []
+    messages: list[MutableMapping[str, Any]] = [
+        {"type": "http.request", "body": b'{"level":"debug"}', "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> MutableMapping[str, Any]:
+        return messages.pop(0)
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "PUT",
+        "scheme": "http",
+        "path": PATH,
+        "raw_path": PATH.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [
+            (b"host", b"test"),
+            (b"authorization", b"Bearer planted"),
+            (b"content-length", b"500"),
+        ],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 1),
+        "state": {},
+    }
+    await served(scope, receive, send)
+
+    assert logging.getLogger(NAME).level == logging.NOTSET
+    assert sent[0]["status"] == 400
 
 
 @pytest.mark.parametrize(("headers", "status"), [({}, 401), ({"Authorization": "Bearer x"}, 401)])
 async def test_a_change_needs_the_token(
     client: AsyncClient, headers: dict[str, str], status: int
 ) -> None:
-    """A look does not, as for all details."""
-    answer = await client.put(PATH, json={"level": "debug"}, headers=headers)
+    """Reading a level does not need it."""
+    response = await client.put(PATH, json={"level": "debug"}, headers=headers)
 
-    assert answer.status_code == status
+    assert response.status_code == status
     assert logging.getLogger(NAME).level == logging.NOTSET
 
 
-async def test_other_methods_are_refused(client: AsyncClient) -> None:
-    """With the ones that there are."""
-    answers = [
+async def test_other_methods_are_not_allowed(client: AsyncClient) -> None:
+    """The status is 405."""
+    responses = [
         await client.delete(PATH, headers=BEARER),
         await client.post("/health/loggers", headers=BEARER),
     ]
 
-    assert [answer.status_code for answer in answers] == [405, 405]
+    assert [response.status_code for response in responses] == [405, 405]
 
 
-async def test_without_a_token_configured_nobody_may_change() -> None:
-    """403, as for the shutdown."""
+async def test_changes_need_a_configured_token() -> None:
+    """Without one, the status is 403, as with the shutdown."""
     plugin = OperationsPlugin(OperationsConfig(settings=Settings()))
     app = Litestar(plugins=[plugin], logging_config=None)
     transport = ASGITransport(app=cast("Any", app))
     async with app.lifespan(), AsyncClient(transport=transport, base_url="http://t") as client:
-        answer = await client.put("/health/loggers/root", json={"level": "debug"}, headers=BEARER)
+        response = await client.put("/health/loggers/root", json={"level": "debug"}, headers=BEARER)
 
-    assert answer.status_code == 403
+    assert response.status_code == 403
 
 
 async def test_the_endpoints_are_documented() -> None:
-    """With the body that is wanted."""
+    """The document describes the body and the responses."""
     app = Litestar(plugins=[OperationsPlugin(OperationsConfig(settings=SETTINGS))])
     paths = app.openapi_schema.to_schema()["paths"]
     change = paths["/health/loggers/{name}"]["put"]

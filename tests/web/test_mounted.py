@@ -1,4 +1,4 @@
-"""Applications that are mounted in one with the plugin are told apart by where that is."""
+"""Requests to mounted applications are counted by the path of the mount."""
 
 import pytest
 from litestar import Litestar, Router, asgi, get
@@ -9,29 +9,29 @@ from viralfx import OperationsConfig, OperationsPlugin
 from viralfx.settings import Settings
 
 
-async def answer(send: Send) -> None:
-    """Answer anything."""
+async def respond(send: Send) -> None:
+    """Send a response."""
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"mounted", "more_body": False})
 
 
 @asgi(["/shop", "/shop-two"], is_mount=True, copy_scope=True)
 async def shop(scope: Scope, receive: Receive, send: Send) -> None:
-    """Stand for an application with two paths."""
+    """Serve an application that is mounted at two paths."""
     del scope, receive
-    await answer(send)
+    await respond(send)
 
 
 @asgi("/files", is_mount=True, copy_scope=True)
 async def files(scope: Scope, receive: Receive, send: Send) -> None:
-    """Stand for one below a router."""
+    """Serve an application that is mounted below a router."""
     del scope, receive
-    await answer(send)
+    await respond(send)
 
 
 @get("/")
 async def root() -> str:
-    """Have a template of the application's own."""
+    """Serve an ordinary route."""
     return "root"
 
 
@@ -47,8 +47,8 @@ async def root() -> str:
         ("/api", "unmatched"),
     ],
 )
-async def test_what_is_mounted_is_counted_by_its_path(path: str, route: str) -> None:
-    """Under any server, and by no path that a client chose."""
+async def test_a_mounted_application_is_counted_by_its_mount_path(path: str, route: str) -> None:
+    """The label is never a path that a client chose."""
     plugin = OperationsPlugin(OperationsConfig(settings=Settings()))
     app = Litestar([root, shop, Router("/api", route_handlers=[files])], plugins=[plugin])
     async with AsyncTestClient(app) as client:

@@ -1,4 +1,4 @@
-"""The plugin in somebody else's application, under servers that know nothing of it."""
+"""The plugin in another Litestar application, under other servers."""
 
 import asyncio
 import os
@@ -15,6 +15,7 @@ from httpx import ASGITransport, AsyncClient
 from litestar import Litestar, Request, Response, WebSocket, get, websocket
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
+from litestar.plugins.prometheus import PrometheusController
 from litestar.testing import AsyncTestClient
 from tests.servers.ports import free_port
 from tests.servers.waiting import wait_until
@@ -30,13 +31,13 @@ SETTINGS = Settings(management_token=Secret("planted"))
 
 @get("/who")
 async def who() -> dict[str, str | None]:
-    """Tell the correlation id that is bound."""
+    """Return the current correlation id."""
     return {"correlationId": current_correlation_id()}
 
 
 @get("/teapot")
 async def teapot() -> None:
-    """Fail with a status of the application's own."""
+    """Raise an error with a custom status."""
     raise HTTPException(status_code=418, detail="short and stout")
 
 
@@ -46,24 +47,24 @@ def own_handler(_: Request[object, object, State], error: Exception) -> Response
 
 
 class Recorder:
-    """A check and a stage that remember that they ran."""
+    """A check and a stage that record their runs."""
 
     def __init__(self) -> None:
         self.ran: list[str] = []
 
     async def check(self) -> Observation:
-        """Pass."""
+        """Record the run and pass."""
         self.ran.append("check")
         return Observation(status=Status.PASS, message="recorded")
 
     async def run(self, budget: float) -> None:
-        """Note the budget."""
+        """Record the budget."""
         self.ran.append(f"stage {budget:g}")
 
 
 @pytest.fixture
 async def client() -> AsyncIterator[AsyncTestClient[Litestar]]:
-    """Return a client of an application with the plugin and an error handler of its own."""
+    """Return a client of an application with the plugin and its own error handler."""
     app = Litestar(
         [who, teapot],
         plugins=[OperationsPlugin(OperationsConfig(settings=SETTINGS))],
@@ -75,7 +76,7 @@ async def client() -> AsyncIterator[AsyncTestClient[Litestar]]:
 
 
 async def ready(client: AsyncTestClient[Litestar]) -> None:
-    """Wait until readiness says yes."""
+    """Wait until the readiness probe passes."""
     async with asyncio.timeout(5):
         while (await client.get("/health/ready")).status_code != 200:
             await client.get("/health/detailed?fresh=1")
@@ -83,7 +84,7 @@ async def ready(client: AsyncTestClient[Litestar]) -> None:
 
 @pytest.mark.parametrize("lifespan", [True, False])
 async def test_endpoints_answer_with_and_without_a_lifespan(*, lifespan: bool) -> None:
-    """The gate and, on a server that runs no lifespan, the documented routes answer the same."""
+    """The gate and, without a lifespan, the documented routes have the same responses."""
     plugin = OperationsPlugin(OperationsConfig(settings=SETTINGS))
     app = Litestar(plugins=[plugin], logging_config=None)
     async with AsyncExitStack() as stack:
@@ -102,7 +103,7 @@ async def test_endpoints_answer_with_and_without_a_lifespan(*, lifespan: bool) -
 
 async def assert_all_endpoints(client: AsyncClient) -> None:
     """Assert the status of each endpoint."""
-    answers = {
+    responses = {
         path: (await client.get(path)).status_code
         for path in (
             "/health",
@@ -119,7 +120,7 @@ async def assert_all_endpoints(client: AsyncClient) -> None:
     }
     head = await client.head("/health/live")
 
-    assert list(answers.values()) == [200, 200, 200, 200, 200, 200, 200, 404, 404, 401]
+    assert list(responses.values()) == [200, 200, 200, 200, 200, 200, 200, 404, 404, 401]
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["cache-control"] == "no-store"
 
@@ -145,19 +146,19 @@ async def test_the_correlation_id_is_bound_in_handlers(client: AsyncTestClient[L
     assert current_correlation_id() is None
 
 
-async def test_a_foreign_server_is_not_stopped_from_inside(
+async def test_another_server_is_not_stopped_over_http(
     client: AsyncTestClient[Litestar],
 ) -> None:
-    """POST /health/shutdown says what to do instead, and triggers nothing."""
+    """POST /health/shutdown is 409 with the alternative, and triggers nothing."""
     await ready(client)
-    answer = await client.post("/health/shutdown", headers={"Authorization": "Bearer planted"})
+    response = await client.post("/health/shutdown", headers={"Authorization": "Bearer planted"})
 
-    assert (answer.status_code, "viralfx serve" in answer.json()["detail"]) == (409, True)
+    assert (response.status_code, "viralfx serve" in response.json()["detail"]) == (409, True)
     assert (await client.get("/health/ready")).status_code == 200
 
 
 async def test_the_lifespan_runs_checks_and_stages() -> None:
-    """An application's own check is scheduled, and its own stages run when the lifespan ends."""
+    """The application's check is scheduled, and its stages run at the end of the lifespan."""
     recorder = Recorder()
     config = OperationsConfig(
         settings=SETTINGS,
@@ -174,8 +175,8 @@ async def test_the_lifespan_runs_checks_and_stages() -> None:
     assert recorder.ran == ["check", "stage 30", "stage 15"]
 
 
-async def test_a_second_lifespan_is_as_good_as_the_first() -> None:
-    """An application may be started again, as test clients do, and is ready again."""
+async def test_an_application_can_start_again() -> None:
+    """Test clients start an application several times; each time it becomes ready."""
     app = Litestar(
         plugins=[OperationsPlugin(OperationsConfig(settings=SETTINGS))], logging_config=None
     )
@@ -185,18 +186,24 @@ async def test_a_second_lifespan_is_as_good_as_the_first() -> None:
             assert (await client.get("/health")).json()["status"] == "ok"
 
 
-def test_one_plugin_is_for_one_application() -> None:
-    """Two would share one shutdown, so the second is refused."""
+async def test_one_plugin_is_for_one_application_at_a_time() -> None:
+    """Applications that run at the same time would share one shutdown."""
     plugin = OperationsPlugin(OperationsConfig(settings=SETTINGS))
-    Litestar(plugins=[plugin], logging_config=None)
-
-    with pytest.raises(ConfigurationError, match="one of its own"):
-        Litestar(plugins=[plugin], logging_config=None)
+    first, second = (Litestar(plugins=[plugin], logging_config=None) for _ in range(2))
+    for app in (first, second, first):
+        async with AsyncTestClient(app) as client:
+            await ready(client)
+            with pytest.raises(ConfigurationError, match="at the same time needs its own"):
+                Litestar(plugins=[plugin], logging_config=None)
+    async with AsyncTestClient(first):
+        with pytest.RaisesGroup(ConfigurationError, flatten_subgroups=True):
+            async with AsyncTestClient(second):
+                raise AssertionError("both run")
 
 
 @pytest.mark.parametrize("lifespan", [True, False])
 async def test_a_root_path_is_not_part_of_the_path(*, lifespan: bool) -> None:
-    """Behind a server that strips nothing from the path, probes answer all the same."""
+    """Probes also work behind a server that does not strip the root path."""
     app = Litestar(
         plugins=[OperationsPlugin(OperationsConfig(settings=SETTINGS))], logging_config=None
     )
@@ -214,7 +221,7 @@ async def test_a_root_path_is_not_part_of_the_path(*, lifespan: bool) -> None:
     assert statuses == [200, 404]
 
 
-async def test_the_path_can_be_another() -> None:
+async def test_the_path_is_configurable() -> None:
     """OperationsConfig(path=...) moves the endpoints, and /health stays the application's."""
 
     @get("/health")
@@ -229,15 +236,15 @@ async def test_the_path_can_be_another() -> None:
 
 
 @pytest.mark.parametrize("path", ["health", "/health/", ""])
-def test_a_path_that_is_none_is_refused(path: str) -> None:
+def test_an_invalid_path_is_rejected(path: str) -> None:
     """The path must be absolute and not end in a slash."""
     with pytest.raises(ValueError, match="path must start with a slash"):
         OperationsConfig(path=path)
 
 
 @pytest.mark.parametrize("name", ["database", "live", "shutdown", "Upper", "a/b", ""])
-def test_a_check_name_that_cannot_be_is_refused(name: str) -> None:
-    """Names of built-in checks, of other paths, and what is no name, are refused in one line."""
+def test_an_invalid_check_name_is_rejected(name: str) -> None:
+    """Names of built-in checks and other paths, and malformed names, are errors."""
     config = OperationsConfig(settings=SETTINGS, checks={name: Recorder()})
 
     with pytest.raises(ConfigurationError, match=r"OperationsConfig\.checks"):
@@ -245,18 +252,18 @@ def test_a_check_name_that_cannot_be_is_refused(name: str) -> None:
 
 
 def test_settings_come_from_the_environment_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """OperationsPlugin() needs no argument; a wrong variable is an error of this package."""
+    """OperationsPlugin() needs no argument; an invalid variable is a ``ViralFXError``."""
     monkeypatch.setenv("HEALTH_CHECK_INTERVAL", "1234")
     plugin = OperationsPlugin()
     monkeypatch.setenv("HEALTH_CHECK_INTERVAL", "never")
 
-    assert plugin.settings.health_check_interval == 1234
+    assert plugin.settings.health_check_interval == 1.234
     with pytest.raises(ViralFXError, match="HEALTH_CHECK_INTERVAL"):
         OperationsPlugin()
 
 
 def test_the_plugin_is_documented_in_the_applications_schema() -> None:
-    """The operations routes are in OpenAPI under a tag of their own."""
+    """The operations routes have their own tag in the OpenAPI document."""
     plugin = OperationsPlugin(OperationsConfig(settings=SETTINGS))
     schema: dict[str, Any] = Litestar([who], plugins=[plugin]).openapi_schema.to_schema()
 
@@ -265,7 +272,7 @@ def test_the_plugin_is_documented_in_the_applications_schema() -> None:
 
 
 def test_it_runs_under_a_plain_server(tmp_path: Path) -> None:
-    """Under uvicorn alone: probes, checks, the stages at the end, and uvicorn's own signals."""
+    """Probes, checks and stages work under plain uvicorn, which handles the signals."""
     port = free_port()
     log = tmp_path / "log"
     with log.open("w") as output:
@@ -290,16 +297,38 @@ def test_it_runs_under_a_plain_server(tmp_path: Path) -> None:
     assert "shipped tea" in log.read_text()
 
 
+def test_several_processes_of_one_server_are_one_warning(tmp_path: Path) -> None:
+    """Of three, one warns; one alone has no reason to."""
+    port = free_port()
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "uvicorn", "docs.examples.orders:app", "--port", str(port)]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--workers", "3"], cwd=ROOT, stdout=output, stderr=output
+        )
+        try:
+            wait_until(
+                lambda: log.read_text().count("Application startup complete") == 3,
+                seconds=READY_WITHIN,
+                what="three workers",
+            )
+        finally:
+            process.terminate()
+            process.wait(20)
+
+    assert log.read_text().count("Several processes of one server") == 1
+
+
 def status(port: int, path: str) -> int | None:
-    """Return the status of an answer, or None when there is none."""
+    """Return the status of a response, or None without a response."""
     try:
         return request(port, path).status
     except OSError:
         return None
 
 
-async def test_a_token_may_have_blanks_around_it() -> None:
-    """Blanks from a file or a manifest do not lock everybody out."""
+async def test_whitespace_around_a_token_is_ignored() -> None:
+    """A file or a manifest may add whitespace."""
     settings = Settings(management_token=Secret(" planted "))
     app = Litestar(
         plugins=[OperationsPlugin(OperationsConfig(settings=settings))], logging_config=None
@@ -310,8 +339,8 @@ async def test_a_token_may_have_blanks_around_it() -> None:
     assert reply.status_code == 200
 
 
-async def test_details_that_are_no_json_are_shown_as_text() -> None:
-    """A check may put anything into its details without breaking the answer."""
+async def test_details_without_a_json_type_are_shown_as_text() -> None:
+    """A check may put any value into its details."""
 
     class Odd:
         async def check(self) -> Observation:
@@ -328,18 +357,16 @@ async def test_details_that_are_no_json_are_shown_as_text() -> None:
 
 @get("/metrics")
 async def own_metrics() -> str:
-    """Answer for somebody else's metrics."""
+    """Serve the application's own metrics."""
     return "own"
 
 
-async def test_metrics_of_the_applications_own_are_not_hidden() -> None:
-    """It would be answered ahead of the routing; another path leaves both."""
-    app = Litestar([own_metrics], plugins=[OperationsPlugin(OperationsConfig(settings=SETTINGS))])
-    with pytest.raises(ExceptionGroup) as caught:
-        async with app.lifespan():
-            pass
-    what = "metrics_path: the application answers /metrics itself"
-    assert caught.group_contains(ConfigurationError, match=what)
+async def test_the_applications_metrics_are_not_hidden() -> None:
+    """A route at ``metrics_path`` is an error; with another path both work."""
+    what = "metrics_path: the application answers /metrics itself; choose another path, or"
+    for handler in (own_metrics, PrometheusController):
+        with pytest.raises(ConfigurationError, match=what):
+            Litestar([handler], plugins=[OperationsPlugin(OperationsConfig(settings=SETTINGS))])
 
     config = OperationsConfig(settings=SETTINGS, metrics_path="/prometheus")
     app = Litestar([own_metrics], plugins=[OperationsPlugin(config)])
@@ -352,8 +379,8 @@ async def test_metrics_of_the_applications_own_are_not_hidden() -> None:
     "path",
     ["/health", "/health/own", "/health/{own:str}", "/health/loggers", "/health/loggers/own"],
 )
-async def test_routes_of_the_applications_own_are_not_hidden(path: str) -> None:
-    """Litestar would refuse some, and some would not be reached; another path leaves both."""
+async def test_the_applications_routes_are_not_hidden(path: str) -> None:
+    """A route below ``path`` is an error; with another path both work."""
 
     @get(path)
     async def own() -> str:
@@ -371,8 +398,8 @@ async def test_routes_of_the_applications_own_are_not_hidden(path: str) -> None:
         assert (await client.get("/operations/live")).json()["alive"] is True
 
 
-async def test_what_is_far_below_the_path_is_the_applications() -> None:
-    """Two segments that are none of ours, and WebSockets."""
+async def test_deeper_paths_belong_to_the_application() -> None:
+    """Paths with two segments below the prefix and WebSockets do not conflict."""
 
     @get("/health/own/page")
     async def page() -> str:
@@ -390,7 +417,7 @@ async def test_what_is_far_below_the_path_is_the_applications() -> None:
 
 
 @pytest.mark.parametrize("path", ["metrics", "/metrics/", "/health", "/health/metrics"])
-def test_a_metrics_path_that_is_none_is_refused(path: str) -> None:
-    """Not absolute, with a slash at its end, or where the health endpoints are."""
+def test_an_invalid_metrics_path_is_rejected(path: str) -> None:
+    """The path is relative, ends with a slash, or is below the health endpoints."""
     with pytest.raises(ValueError, match="metrics_path must"):
         OperationsConfig(metrics_path=path)

@@ -1,4 +1,4 @@
-"""Traces in somebody else's application, under a server that knows nothing of them."""
+"""Traces in another Litestar application, under another server."""
 
 import asyncio
 
@@ -11,27 +11,27 @@ from tests.servers.collector import Collector, http_collector
 
 from viralfx import OperationsConfig, OperationsPlugin
 from viralfx.settings import Settings
-from viralfx.telemetry.trace_context import answer_with, current_trace
+from viralfx.telemetry.context import current_trace, set_trace_source
 
 SECONDS = 20
 
 
 @get("/items/{item_id:int}")
 async def item(item_id: FromPath[int]) -> dict[str, object]:
-    """Tell what trace it is in."""
+    """Return the current trace id."""
     found = current_trace()
     return {"id": item_id, "trace": None if found is None else found[0]}
 
 
 async def seen(collector: Collector, *names: str) -> None:
-    """Wait until spans of these names have come."""
+    """Wait until the collector has spans with these names."""
     await asyncio.to_thread(collector.wait_for, *names, seconds=SECONDS)
 
 
-async def test_the_plugin_traces_and_sends_the_rest_at_the_end(
+async def test_the_plugin_traces_and_flushes_at_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Once more with each lifespan; the process's own provider stays what it was."""
+    """This works for each lifespan; the global tracer provider is not changed."""
     before = trace.get_tracer_provider()
     with http_collector() as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
@@ -44,7 +44,7 @@ async def test_the_plugin_traces_and_sends_the_rest_at_the_end(
                 assert (await client.get("/health/live")).status_code == 200
             await seen(collector, "GET /items/{item_id}", "shutdown")
             assert len(collector.named("shutdown")) == number + 1
-    answer_with(None)
+    set_trace_source(None)
 
     assert [span.trace for span in collector.named("GET /items/{item_id}")] == shown
     assert {span.name for span in collector.spans if span.kind == "SERVER"} == {
@@ -54,16 +54,16 @@ async def test_the_plugin_traces_and_sends_the_rest_at_the_end(
 
 
 async def test_without_an_endpoint_there_is_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor any stage of the shutdown for it."""
+    """The shutdown has no telemetry stage either."""
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
     plugin = OperationsPlugin(OperationsConfig(settings=Settings()))
     app = Litestar([item], plugins=[plugin])
     async with AsyncTestClient(app) as client:
-        answer = await client.get(
+        response = await client.get(
             "/items/1", headers={"traceparent": f"00-{'1' * 32}-{'2' * 16}-01"}
         )
 
-    assert answer.json()["trace"] is None
+    assert response.json()["trace"] is None
     stages = [
         stage.name for phase in plugin.operations.shutdown.report().phases for stage in phase.stages
     ]

@@ -5,12 +5,12 @@ from typing import Any
 from arq import create_pool
 from arq.connections import RedisSettings
 from arq.constants import default_queue_name
+from benchmarks.jobs.counter import ran
 from benchmarks.jobs.peer import SLOTS, redis_url
-from benchmarks.jobs.tally import ran
 
 DISTRIBUTIONS = ("arq", "redis")
 WORKER = (
-    *("-m", "benchmarks.jobs.on_uvloop", "arq"),
+    *("-m", "benchmarks.jobs.with_uvloop", "arq"),
     "benchmarks.jobs.peers.arq_redis.WorkerSettings",
     *("--custom-log-dict", "benchmarks.jobs.peers.arq_redis.QUIET"),
 )
@@ -18,15 +18,15 @@ QUIET = {"version": 1, "root": {"level": "WARNING"}}
 """As with the others: no line for each job."""
 
 
-async def noop(_context: Any) -> None:
+async def do_nothing(_context: Any) -> None:
     """Do nothing."""
     ran()
 
 
 class WorkerSettings:
-    """What the worker is told."""
+    """Settings of the worker."""
 
-    functions = (noop,)
+    functions = (do_nothing,)
     redis_settings = RedisSettings.from_dsn(redis_url())
     max_jobs = SLOTS
 
@@ -42,10 +42,10 @@ class Producer:
 
     async def enqueue(self) -> None:
         """Enqueue one job."""
-        await self._pool.enqueue_job("noop")
+        await self._pool.enqueue_job("do_nothing")
 
     async def unfinished(self) -> int:
-        """Count what is in the queue: a job leaves it when it ended."""
+        """Count the jobs in the queue; a job leaves it when it ends."""
         return int(await self._pool.zcard(default_queue_name))
 
     async def close(self) -> None:

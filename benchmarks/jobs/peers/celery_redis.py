@@ -1,12 +1,12 @@
 """Celery over Redis, without a result backend, as a pool of threads: one process."""
 
+from benchmarks.jobs.counter import ran
 from benchmarks.jobs.peer import redis_url
-from benchmarks.jobs.tally import ran
 from celery import Celery
 
 DISTRIBUTIONS = ("celery", "kombu", "redis")
 THREADS = 10
-"""More of them are slower: they share one interpreter."""
+"""More threads are slower: they share one interpreter."""
 _OPTIONS = f"-P threads -c {THREADS} --loglevel WARNING --without-mingle --without-gossip"
 WORKER = (
     *("-m", "celery", "-A", "benchmarks.jobs.peers.celery_redis"),
@@ -19,7 +19,7 @@ app = Celery(broker=redis_url(), task_ignore_result=True, broker_connection_retr
 
 
 @app.task
-def noop() -> None:
+def do_nothing() -> None:
     """Do nothing."""
     ran()
 
@@ -36,10 +36,10 @@ class Producer:
 
     async def enqueue(self) -> None:
         """Publish one message."""
-        noop.delay()
+        do_nothing.delay()
 
     async def unfinished(self) -> int:
-        """Count what waits and what was not acknowledged."""
+        """Count waiting and unacknowledged jobs."""
         return int(self._redis.llen(QUEUE)) + int(self._redis.hlen(UNACKED))
 
     async def close(self) -> None:

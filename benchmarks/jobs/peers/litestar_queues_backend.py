@@ -1,15 +1,15 @@
-"""litestar-queues, whatever keeps its jobs."""
+"""litestar-queues with any backend."""
 
 from typing import Any
 
+from benchmarks.jobs.counter import ran
 from benchmarks.jobs.peer import SLOTS
-from benchmarks.jobs.tally import ran
 from litestar_queues import QueueConfig, QueueService, WorkerConfig, task
 
 
 def worker_of(module: str) -> tuple[str, ...]:
     """Return the arguments for Python that run its stand-alone worker."""
-    litestar = ("-m", "benchmarks.jobs.on_uvloop", "litestar", "--app", f"{module}:app")
+    litestar = ("-m", "benchmarks.jobs.with_uvloop", "litestar", "--app", f"{module}:app")
     return (*litestar, "queues", "run")
 
 
@@ -20,8 +20,8 @@ def config_of(backend: Any) -> QueueConfig:
     return QueueConfig(queue_backend=backend, worker=worker)
 
 
-@task("noop")
-async def noop() -> None:
+@task("do_nothing")
+async def do_nothing() -> None:
     """Do nothing."""
     ran()
 
@@ -35,15 +35,15 @@ class Enqueuer:
         self._service = QueueService(config)
 
     async def prepare(self) -> None:
-        """Connect, and make a schema where there is one."""
+        """Connect, and create a schema if there is one."""
         await self._service.open()
 
     async def enqueue(self) -> None:
         """Enqueue one job."""
-        await self._service.enqueue(noop)
+        await self._service.enqueue(do_nothing)
 
     async def unfinished(self) -> int:
-        """Count what is pending, scheduled or running."""
+        """Count pending, scheduled and running jobs."""
         counts = await self._service.get_statistics()
         return int(counts.pending + counts.scheduled + counts.running)
 

@@ -10,7 +10,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 DISTRIBUTIONS = ("litestar-queues", "redis")
 WORKER = worker_of("benchmarks.jobs.peers.litestar_queues_redis")
 
-# Its own pool refuses the hundredth connection, and the job of it is lost to the worker.
+# Its own pool refuses the hundredth connection, and the worker loses that job.
 pool = BlockingConnectionPool.from_url(redis_url(), max_connections=SLOTS, decode_responses=True)
 config = config_of(RedisBackendConfig(client=Redis(connection_pool=pool)))
 app = Litestar(plugins=[QueuePlugin(config)])

@@ -1,8 +1,8 @@
-"""Ours: accepted as the API does it, without HTTP; run by the service's own worker."""
+"""viralfx: jobs accepted as in the API, without HTTP; run by the service's own worker."""
 
 import os
 
-from benchmarks.jobs.noop import TASK
+from benchmarks.jobs.empty_task import TASK
 
 from viralfx.bootstrap.assembly import assemble
 from viralfx.settings import read_settings
@@ -27,11 +27,11 @@ class Producer:
         await self._service.accept(TASK, b"null")
 
     async def unfinished(self) -> int:
-        """Count what waits or is active."""
-        counts = (await self._service.counts())["default"]
+        """Count waiting and active jobs."""
+        counts = (await self._service.queues())["default"]
         return counts.waiting + counts.scheduled + counts.active
 
     async def close(self) -> None:
-        """Leave in order, the last bells with it."""
+        """Close in order, after the last notifications."""
         self._assembly.operations.shutdown.trigger("the queue is empty")
         await self._assembly.operations.shutdown.run()

@@ -1,14 +1,14 @@
 """procrastinate on Postgres, with psycopg's fast implementation."""
 
+from benchmarks.jobs.counter import ran
 from benchmarks.jobs.peer import SLOTS, database_url
-from benchmarks.jobs.tally import ran
 from procrastinate import App, PsycopgConnector
 
 DISTRIBUTIONS = ("procrastinate", "psycopg", "psycopg-binary")
 POOL = 20
 _OPTIONS = f"--log-level warning worker --concurrency {SLOTS}"
 WORKER = (
-    *("-m", "benchmarks.jobs.on_uvloop", "procrastinate"),
+    *("-m", "benchmarks.jobs.with_uvloop", "procrastinate"),
     *("--app", "benchmarks.jobs.peers.procrastinate_postgres.app", *_OPTIONS.split()),
 )
 UNFINISHED = "select count(*) as count from procrastinate_jobs where status in ('todo', 'doing')"
@@ -16,8 +16,8 @@ UNFINISHED = "select count(*) as count from procrastinate_jobs where status in (
 app = App(connector=PsycopgConnector(conninfo=database_url(), max_size=POOL))
 
 
-@app.task(name="noop")
-async def noop() -> None:
+@app.task(name="do_nothing")
+async def do_nothing() -> None:
     """Do nothing."""
     ran()
 
@@ -34,10 +34,10 @@ class Producer:
 
     async def enqueue(self) -> None:
         """Insert one job."""
-        await noop.defer_async()
+        await do_nothing.defer_async()
 
     async def unfinished(self) -> int:
-        """Count what is to be done and being done."""
+        """Count jobs that wait or run."""
         row = await app.connector.execute_query_one_async(UNFINISHED)
         return int(row["count"])
 

@@ -2,25 +2,25 @@
 
 from typing import Any
 
+from benchmarks.jobs.counter import ran
 from benchmarks.jobs.peer import SLOTS, redis_url
-from benchmarks.jobs.tally import ran
 from saq import Queue
 
 DISTRIBUTIONS = ("saq", "redis")
 WORKER = (
-    *("-m", "benchmarks.jobs.on_uvloop", "saq"),
+    *("-m", "benchmarks.jobs.with_uvloop", "saq"),
     "benchmarks.jobs.peers.saq_redis.settings",
 )
 
 queue = Queue.from_url(redis_url())
 
 
-async def noop(_context: Any) -> None:
+async def do_nothing(_context: Any) -> None:
     """Do nothing."""
     ran()
 
 
-settings = {"queue": queue, "functions": [noop], "concurrency": SLOTS}
+settings = {"queue": queue, "functions": [do_nothing], "concurrency": SLOTS}
 
 
 class Producer:
@@ -34,10 +34,10 @@ class Producer:
 
     async def enqueue(self) -> None:
         """Enqueue one job."""
-        await queue.enqueue("noop")
+        await queue.enqueue("do_nothing")
 
     async def unfinished(self) -> int:
-        """Count what is queued, scheduled or active."""
+        """Count queued, scheduled and active jobs."""
         return int(await queue.count("incomplete"))
 
     async def close(self) -> None:

@@ -1,20 +1,20 @@
-"""Plain taskiq over a Redis list, which knows nothing of a job once a worker took it."""
+"""Plain taskiq over a Redis list, which forgets a job when a worker takes it."""
 
+from benchmarks.jobs.counter import ran
 from benchmarks.jobs.peer import SLOTS, redis_url
 from benchmarks.jobs.peers.taskiq_redis_broker import worker_of
-from benchmarks.jobs.tally import ran
 from redis.asyncio import Redis
 from taskiq_redis import ListQueueBroker
 
 DISTRIBUTIONS = ("taskiq", "taskiq-redis", "redis")
 WORKER = worker_of("benchmarks.jobs.peers.taskiq_list")
 
-# With redis-py's own limit of 5 s an idle worker dies again and again.
+# With redis-py's own limit of 5 s an idle worker ends repeatedly.
 broker = ListQueueBroker(redis_url(), max_connection_pool_size=SLOTS + 1, socket_timeout=None)
 
 
 @broker.task
-async def noop() -> None:
+async def do_nothing() -> None:
     """Do nothing."""
     ran()
 
@@ -31,10 +31,10 @@ class Producer:
 
     async def enqueue(self) -> None:
         """Push one message."""
-        await noop.kiq()
+        await do_nothing.kiq()
 
     async def unfinished(self) -> int:
-        """Count what no worker took."""
+        """Count jobs that no worker has taken."""
         return int(await self._redis.llen(broker.queue_name))
 
     async def close(self) -> None:

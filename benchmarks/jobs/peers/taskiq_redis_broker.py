@@ -1,4 +1,4 @@
-"""How taskiq's own worker is run, for any of its brokers."""
+"""Arguments of taskiq's own worker, for any of its brokers."""
 
 from benchmarks.jobs.peer import SLOTS
 

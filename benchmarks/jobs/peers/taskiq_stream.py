@@ -1,8 +1,8 @@
-"""Plain taskiq over a Redis stream. What was acknowledged stays in the stream; nothing trims it."""
+"""Plain taskiq over a Redis stream. Acknowledged entries stay in the stream untrimmed."""
 
+from benchmarks.jobs.counter import ran
 from benchmarks.jobs.peer import SLOTS, redis_url
 from benchmarks.jobs.peers.taskiq_redis_broker import worker_of
-from benchmarks.jobs.tally import ran
 from redis.asyncio import Redis
 from taskiq_redis import RedisStreamBroker
 
@@ -13,7 +13,7 @@ broker = RedisStreamBroker(redis_url(), consumer_id="0", max_connection_pool_siz
 
 
 @broker.task
-async def noop() -> None:
+async def do_nothing() -> None:
     """Do nothing."""
     ran()
 
@@ -30,10 +30,10 @@ class Producer:
 
     async def enqueue(self) -> None:
         """Add one entry."""
-        await noop.kiq()
+        await do_nothing.kiq()
 
     async def unfinished(self) -> int:
-        """Count what was not delivered and what was not acknowledged."""
+        """Count undelivered and unacknowledged jobs."""
         (group,) = await self._redis.xinfo_groups(broker.queue_name)
         return int(group["lag"] or 0) + int(group["pending"])
 

@@ -1,18 +1,24 @@
-"""The codec of jobs, by msgspec: strict, and with one decoder for each type."""
+"""The codec of job payloads and results, on msgspec."""
 
 from typing import Any
 
 import msgspec
 
-from viralfx.domain.jobs.codec import PayloadError, ResultError
-from viralfx.domain.jobs.nesting import MOST, is_too_deep
+from viralfx.domain.jobs.codec import MAX_NESTING_LEVELS, PayloadError, ResultError, is_too_deep
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error) or type(error).__name__
+    except BaseException:  # noqa: BLE001 - the error may be of the object's own type
+        return type(error).__name__
 
 
 class MsgspecCodec:
     """Implements :class:`viralfx.domain.jobs.codec.Codec`.
 
-    Strict: a number that came as text is none. A message names the place as a path, ``$`` being
-    the payload.
+    Decoding is strict: text is not accepted as a number. Error messages name the position as a
+    path that starts with ``$``, the payload. Each type has one decoder.
     """
 
     def __init__(self) -> None:
@@ -20,16 +26,16 @@ class MsgspecCodec:
         self._encode = msgspec.json.Encoder().encode
 
     def learn(self, type_: Any) -> None:
-        """Prepare for a type. Raises ``TypeError`` for one that no JSON can be decoded into."""
+        """Prepare the decoder of a type. Raises ``TypeError`` for an unsupported type."""
         self._decoder(type_)
 
     def decode(self, payload: bytes, type_: Any) -> Any:
         """Decode a payload. Raises :class:`PayloadError`."""
         if is_too_deep(payload):
-            raise PayloadError(f"it is nested more than {MOST} levels deep")
+            raise PayloadError(f"it is nested more than {MAX_NESTING_LEVELS} levels deep")
         try:
             if not payload.isascii():
-                payload.decode()  # what the type has no place for is not looked at by the decoder
+                payload.decode()  # the decoder skips unknown fields without checking their encoding
             return self._decoder(type_).decode(payload)
         except msgspec.MsgspecError as error:
             raise PayloadError(str(error)) from None
@@ -37,13 +43,25 @@ class MsgspecCodec:
             raise PayloadError("it is not UTF-8 text") from None
         except RecursionError:
             raise PayloadError("it is nested too deep for its type") from None
+        except Exception:
+            raise
+        except BaseException as error:
+            # From the code of the type: such an exception would end the process.
+            raise PayloadError(f"its type raised {type(error).__name__}") from error
 
     def encode(self, result: object) -> bytes:
-        """Encode a result. Raises :class:`ResultError`."""
+        """Encode a result. Raises :class:`ResultError` for any error of the objects in it."""
         try:
-            return self._encode(result)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise ResultError(f"{type(result).__name__} has no JSON: {error}") from None
+            document = self._encode(result)
+            if isinstance(result, msgspec.Raw):
+                self.decode(document, msgspec.Raw)  # the encoder does not look into it
+        except BaseException as error:  # noqa: BLE001 - an object's own code may raise anything
+            raise ResultError(f"{type(result).__name__} has no JSON: {_text(error)}") from None
+        if is_too_deep(document):
+            raise ResultError(
+                f"{type(result).__name__} has more than {MAX_NESTING_LEVELS} levels of JSON"
+            )
+        return document
 
     def _decoder(self, type_: Any) -> "msgspec.json.Decoder[Any]":
         try:

@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING
 
 from viralfx.bootstrap.assembly import Assembly, assemble
+from viralfx.bootstrap.jobs import JobRuntime
 
 if TYPE_CHECKING:
-    # For annotations of those who hand them on; their drivers load when they are wired.
+    # For annotations only; the drivers are loaded when the adapters are wired.
     from viralfx.adapters.postgres import PostgresDatabase
     from viralfx.adapters.redis import RedisClient
 
-__all__ = ["Assembly", "PostgresDatabase", "RedisClient", "assemble"]
+__all__ = ["Assembly", "JobRuntime", "PostgresDatabase", "RedisClient", "assemble"]

@@ -1,32 +1,50 @@
-"""Wires the Postgres adapter; imported only where DATABASE_URL is set."""
+"""Wires the Postgres adapter; imported only if ``DATABASE_URL`` is set."""
 
 import socket
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import msgspec
 
 from viralfx.adapters.postgres import (
-    ClosePostgres,
+    CertificateError,
+    Connector,
     PostgresConfig,
     PostgresDatabase,
+    PostgresFleetStore,
     PostgresHealthCheck,
     PostgresJobLedger,
+    PostgresLeaseStore,
+    PostgresNotifier,
     PostgresStateStore,
+    close_postgres,
     without_values,
 )
-from viralfx.bootstrap.backend import CHECK_SHARE, Backend, unusable_certificates
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.jobs.ledger import Counts, JobLedger
-from viralfx.domain.state import StateStore
-from viralfx.settings import Settings
+from viralfx.domain.fleet import FleetStore
+from viralfx.domain.jobs.ledger import Counts, JobLedger, LeaseStore
+from viralfx.domain.jobs.notifier import JobNotifier
+from viralfx.domain.operations import CHECK_SHARE, Backend, StateStore
+from viralfx.settings import (
+    CredentialsCallable,
+    DatabaseAddress,
+    DatabaseSettings,
+    Settings,
+)
 
-_SHARED_FOR = 1.25
-"""Intervals for which one answer serves two checks: the later one need not ask just before it."""
+_MAX_AGE_INTERVALS = 1.25
+"""Check intervals for which one result of the health query serves both checks."""
 
 
-def postgres_config(settings: Settings) -> PostgresConfig:
-    """Return how Postgres is reached.
+def postgres_config(
+    settings: Settings, ask_password: CredentialsCallable | None = None
+) -> PostgresConfig:
+    """Return address and settings of the database.
 
-    Raises :class:`ConfigurationError` when DATABASE_URL is missing or cannot be understood.
+    ``ask_password`` returns its password for each connection. Raises :class:`ConfigurationError`
+    if DATABASE_URL is missing or invalid.
     """
     try:
         address = settings.database_address
@@ -34,65 +52,119 @@ def postgres_config(settings: Settings) -> PostgresConfig:
         raise ConfigurationError([f"DATABASE_URL: {error}"]) from None
     if address is None:
         raise ConfigurationError(["DATABASE_URL: not set, so there is no database"])
-    db = settings.db
     return PostgresConfig(
-        host=address.host,
-        port=address.port,
-        user=address.user,
-        password=address.password if db.password is None else db.password.value,
-        database=address.database,
-        schema=address.schema,
-        application_name=address.application_name,
-        tls_mode=db.tls_mode,
-        tls_ca_file=db.tls_ca_file,
-        pool_min=db.pool_min,
-        pool_max=db.pool_max,
-        pool_timeout=db.pool_timeout / 1000,
-        connection_timeout=db.connection_timeout / 1000,
-        statement_timeout=db.statement_timeout / 1000,
-        slow_query_threshold=db.slow_query_threshold / 1000,
-        doubt_after=settings.health_check_timeout / 1000,
-        connect_attempts=db.max_reconnect_attempts,
-        connect_delay=db.reconnect_delay / 1000,
+        address=address,
+        settings=settings.db,
+        suspect_after=settings.health_check_timeout,
+        url=settings.database_url,
+        ask_password=ask_password,
     )
+
+
+def migration_config(settings: Settings) -> PostgresConfig:
+    """Return address and settings of the database for migrations.
+
+    They are those of ``DATABASE_MIGRATION_URL``, which leads past a pooler, or else those of
+    ``DATABASE_URL``. Raises :class:`ConfigurationError` if the one that counts is invalid.
+    """
+    try:
+        address = settings.database_migration_address
+    except ValueError as error:
+        raise ConfigurationError([f"DATABASE_MIGRATION_URL: {error}"]) from None
+    if address is None:
+        return postgres_config(settings)
+    return PostgresConfig(
+        address=address,
+        settings=_past_pooler(settings.db, address),
+        url=settings.database_migration_url,
+        url_variable="DATABASE_MIGRATION_URL",
+    )
+
+
+def _past_pooler(settings: DatabaseSettings, address: DatabaseAddress) -> DatabaseSettings:
+    """Return the settings for an ``address`` that leads past a pooler."""
+    if address.password is None:
+        return msgspec.structs.replace(settings, pooler="none")
+    # DB_PASSWORD is that of the user in DATABASE_URL.
+    return msgspec.structs.replace(settings, pooler="none", password=None)
 
 
 def wire_postgres(
-    settings: Settings, clock: Clock, on_doubt: Callable[[], None]
+    settings: Settings,
+    clock: Clock,
+    on_suspected_outage: Callable[[], None],
+    ask_password: CredentialsCallable | None = None,
 ) -> tuple[PostgresDatabase, Counts, Backend]:
     """Wire the Postgres adapter; nothing is connected yet.
 
-    Returns beside it how the health check of the queues counts them: where the database was asked
-    within an interval, its answer holds the counts already.
+    The second result counts the queues for their health check; it shares a recent result of the
+    database's health query.
 
-    Raises :class:`ConfigurationError` for certificates that cannot be used.
+    Raises :class:`ConfigurationError` for unusable certificates.
     """
-    config = postgres_config(settings)
+    config = postgres_config(settings, ask_password)
     try:
-        database = PostgresDatabase(config, clock=clock, on_doubt=on_doubt)
-    except OSError as error:
-        raise unusable_certificates("DB_TLS_CA_FILE", config.tls_ca_file, error) from None
+        database = PostgresDatabase(config, clock=clock, on_suspected_outage=on_suspected_outage)
+    except CertificateError as error:
+        raise ConfigurationError([str(error)]) from None
     check = PostgresHealthCheck(
-        database, clock, timeout=settings.health_check_timeout / 1000 * CHECK_SHARE
+        database, clock, timeout=settings.health_check_timeout * CHECK_SHARE
     )
-    max_age = settings.health_check_interval / 1000 * _SHARED_FOR
+    max_age = settings.health_check_interval * _MAX_AGE_INTERVALS
     return (
         database,
-        lambda: check.question.counts(max_age),
-        Backend(check=check, resource=database, close=ClosePostgres(database, check, clock)),
+        lambda: check.query.counts(max_age),
+        Backend(
+            check=check, resource=database, close=partial(close_postgres, database, check, clock)
+        ),
     )
 
 
 def clean_statement(statement: str) -> str:
-    """Return a statement without the values in it, for whoever shows it to people."""
+    """Return a statement without its literal values."""
     return without_values(statement)
 
 
-def job_ledger(database: PostgresDatabase, clock: Clock) -> JobLedger:
-    """Keep jobs in the database."""
-    return PostgresJobLedger(database, clock=clock)
+def job_ledger(database: PostgresDatabase, clock: Clock, *, notifies: bool) -> JobLedger:
+    """Return the job ledger in the database; ``notifies``: whether workers listen to it."""
+    return PostgresJobLedger(database, clock=clock, notifies=notifies)
+
+
+def lease_store(database: PostgresDatabase) -> LeaseStore:
+    """Return a store that renews leases from another thread; it has a connection of its own."""
+    return PostgresLeaseStore(database)
+
+
+def notifier(settings: Settings, database: PostgresDatabase, clock: Clock) -> JobNotifier:
+    """Return a notifier over LISTEN and NOTIFY.
+
+    It listens at ``DATABASE_LISTEN_URL`` if that is set. Raises :class:`ConfigurationError` if it
+    is invalid.
+    """
+    try:
+        address = settings.database_listen_address
+    except ValueError as error:
+        raise ConfigurationError([f"DATABASE_LISTEN_URL: {error}"]) from None
+    if address is None:
+        may_listen = settings.db.pooler != "transaction"
+        return PostgresNotifier(database, may_listen=may_listen, clock=clock)
+    config = replace(
+        database.config,
+        address=address,
+        url=settings.database_listen_url,
+        url_variable="DATABASE_LISTEN_URL",
+        settings=_past_pooler(settings.db, address),
+        # As DB_PASSWORD.
+        ask_password=database.config.ask_password if address.password is None else None,
+    )
+    return PostgresNotifier(database, connector=Connector(config), clock=clock)
 
 
 def state_store(database: PostgresDatabase) -> StateStore:
-    """Keep saved state in the database, under this machine's name: in Kubernetes, the pod's."""
+    """Return the state store in the database; its key is the host name (the pod's name)."""
     return PostgresStateStore(database, socket.gethostname())
+
+
+def fleet_store(database: PostgresDatabase) -> FleetStore:
+    """Return the store of the fleet in the database."""
+    return PostgresFleetStore(database)

@@ -1,14 +1,21 @@
-"""The command line: each command imports only what it needs, so that a probe stays cheap."""
+"""The command line. Each command imports only its own modules, so that a probe stays cheap."""
 
 import argparse
+import contextlib
 import gc
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from viralfx.domain.errors import ConfigurationError, StartupError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from datetime import datetime
+
 EXIT_PROBE_FAILED = 1
+EXIT_PENDING = 1
 EXIT_CONFIGURATION = 2
 EXIT_STARTUP = 3
 EXIT_INTERRUPTED = 130
@@ -17,10 +24,12 @@ EXIT_INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
+    if options.run not in {_serve, _worker}:  # these unblock signals once they handle them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
     try:
         code: int = options.run(options)
-        if sys.stdout is not None:  # it is None when the descriptor was closed
-            sys.stdout.flush()  # here, where a reader that went away is expected
+        if sys.stdout is not None:  # it is None if the descriptor was closed
+            sys.stdout.flush()  # here, where a BrokenPipeError is handled
     except ConfigurationError as error:
         for line in error.problems:
             print(f"viralfx: {line}", file=sys.stderr)
@@ -29,10 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"viralfx: {error}", file=sys.stderr)
         return EXIT_STARTUP
     except KeyboardInterrupt:
+        import logging  # noqa: PLC0415 - a probe starts without it
+
+        # Calls that the interrupt cut off may still fail. Their errors are no news.
+        logging.getLogger("asyncio").disabled = True
         print("viralfx: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has seen enough; leave nothing for the interpreter to flush.
+        # The reader of the output has gone; leave nothing for the interpreter to flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code
@@ -40,66 +53,220 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="viralfx", description="The ViralFX backend, and any Litestar app run the same way."
+        prog="viralfx",
+        description="Runs the ViralFX backend, or any ASGI application in the same way.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    serve = commands.add_parser("serve", help="serve the HTTP API until told to stop")
-    serve.add_argument("--app", metavar="MODULE:NAME", help="a Litestar application of your own")
+    serve = commands.add_parser("serve", help="serve the HTTP API until a stop signal")
+    serve.add_argument("--app", metavar="MODULE:NAME", help="an ASGI application of your own")
     serve.add_argument("--host", help="address to listen on (default: HOST, or 0.0.0.0)")
     serve.add_argument("--port", type=_port, help="port to listen on (default: PORT, or 3000)")
     serve.add_argument(
         "--worker",
         action=argparse.BooleanOptionalAction,
-        help="run jobs in this process, too, or do not (default: only jobs in memory)",
+        help="also run jobs in this process, or do not (default: only if jobs are in memory)",
     )
     serve.set_defaults(run=_serve)
 
-    worker = commands.add_parser("worker", help="run jobs until told to stop")
+    worker = commands.add_parser("worker", help="run jobs until a stop signal")
+    worker.add_argument(
+        "--app",
+        metavar="MODULE:NAME",
+        help="an ASGI application whose tasks, dependencies and lifespan the jobs use",
+    )
     worker.add_argument(
         "--queue",
         action="append",
         default=[],
         metavar="NAME",
-        help="only the jobs of this queue; may be given several times (default: all of QUEUES)",
+        help="a queue to work on; may be given several times (default: all of QUEUES)",
     )
     worker.set_defaults(run=_worker)
 
     migrate = commands.add_parser(
         "migrate",
-        help="bring the database's schema up to date",
-        description="Brings the database's schema up to date. Of several runs at once one does it,"
-        " and the others wait for up to 60 s; then they exit 3.",
+        help="apply the database migrations",
+        description="Applies the database migrations. Concurrent runs wait up to 60 s for the first"
+        " one, then exit with 3.",
     )
     migrate.add_argument(
-        "--check", action="store_true", help="change nothing; exit 1 if something is pending"
+        "--check", action="store_true", help="change nothing; exit 1 if migrations are pending"
     )
     migrate.set_defaults(run=_migrate)
 
     doctor = commands.add_parser(
-        "doctor", help="look for what is wrong before a deployment; exit 0 if nothing fails"
+        "doctor", help="check a deployment before it starts; exit 0 if no check fails"
     )
-    doctor.add_argument("--json", action="store_true", help="for programs, instead of a table")
-    doctor.add_argument("--app", metavar="MODULE:NAME", help="the application, as for serve")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    doctor.add_argument(
+        "--app", metavar="MODULE:NAME", help="the application to check, as with serve"
+    )
     doctor.set_defaults(run=_doctor)
 
-    probe = commands.add_parser("probe", help="ask a running service; exit 0 if it says yes")
+    probe = commands.add_parser(
+        "probe", help="probe a running service; exit 0 if the probe succeeds"
+    )
     probe.add_argument("kind", choices=["live", "ready", "startup"])
     probe.add_argument(
-        "--url", help="where it listens (default: this machine, MANAGEMENT_PORT or PORT)"
+        "--url", help="base URL of the service (default: this machine, MANAGEMENT_PORT or PORT)"
     )
     probe.add_argument(
         "--worker",
         action="store_true",
-        help="ask `viralfx worker`: MANAGEMENT_PORT, which is 3001 there if it is not set",
+        help="probe `viralfx worker` at MANAGEMENT_PORT (default there: 3001)",
     )
-    probe.add_argument("--timeout", type=_seconds, default=2.0, help="seconds to wait (default: 2)")
+    probe.add_argument(
+        "--timeout", type=_seconds, default=2.0, help="timeout in seconds (default: 2)"
+    )
+    probe.add_argument(
+        "--wait", type=_seconds, help="repeat the probe for this many seconds until it succeeds"
+    )
+    probe.add_argument(
+        "--pid", type=int, help="with --wait: give up when the process with this id has ended"
+    )
     probe.set_defaults(run=_probe)
 
     env = commands.add_parser("env", help="list every environment variable and its value")
-    env.add_argument("--markdown", action="store_true", help="as a table for a document")
+    env.add_argument("--markdown", action="store_true", help="print a Markdown table")
     env.set_defaults(run=_env)
+    _add_jobs(commands)
     return parser
+
+
+def _add_jobs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "jobs",
+        help="list, show, submit, retry and cancel jobs; list, pause and resume queues",
+        description="Works on the ledger in DATABASE_URL; no service needs to run.",
+    )
+    parser.set_defaults(run=_jobs)
+    schedules = commands.add_parser(
+        "schedules", help="list the schedules of tasks, with their last and next times"
+    )
+    schedules.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    schedules.set_defaults(run=_jobs, command="schedules")
+    actions = parser.add_subparsers(required=True, metavar="action", dest="command")
+
+    def action(name: str, what: str) -> argparse.ArgumentParser:
+        added = actions.add_parser(name, help=what)
+        added.add_argument("--json", action="store_true", help="print JSON, as the jobs API does")
+        return added
+
+    def add_filter(to: argparse.ArgumentParser) -> None:
+        to.add_argument("--queue", metavar="NAME", help="only jobs of this queue")
+        to.add_argument("--task", metavar="NAME", help="only jobs of this task")
+        to.add_argument("--state", choices=_STATES, help="only jobs in this state")
+        to.add_argument("--code", help="only jobs whose last error has this code")
+        to.add_argument(
+            "--before", type=_moment, metavar="TIME", help="only jobs that were accepted before"
+        )
+
+    listing = action("list", "list jobs, the newest first")
+    add_filter(listing)
+    listing.add_argument("--cursor", metavar="ID", type=_job_id, help="only jobs older than this")
+    listing.add_argument(
+        "--limit", type=_limit, default=20, metavar="N", help="the most jobs to list (default: 20)"
+    )
+    action("show", "show one job").add_argument("id", type=_job_id)
+    for name, what in (
+        ("retry", "run failed jobs again, by id or by a filter"),
+        ("cancel", "cancel waiting and running jobs, by id or by a filter"),
+    ):
+        change = action(name, what)
+        change.add_argument("id", nargs="*", type=_job_id)
+        add_filter(change)
+        change.add_argument(
+            "--yes", action="store_true", help="change all jobs that match, without a question"
+        )
+
+    action("queues", "list the queues with the numbers of their jobs")
+    pause = action("pause", "let no worker begin jobs of a queue, until it is resumed")
+    pause.add_argument("queue", metavar="QUEUE")
+    pause.add_argument("--wait", action="store_true", help="return when none of its jobs runs")
+    action("resume", "end the pause of a queue").add_argument("queue", metavar="QUEUE")
+
+    submit = action("submit", "submit a job")
+    submit.add_argument("task", help="the name of the task")
+    submit.add_argument("payload", help="JSON; - reads it from standard input")
+    submit.add_argument(
+        "--app", metavar="MODULE:NAME", help="an ASGI application that declares the task"
+    )
+    submit.add_argument(
+        "--queue",
+        metavar="NAME",
+        help="the queue of a task that is declared elsewhere; the options of @task are not known",
+    )
+    submit.add_argument(
+        "--key", type=_key, help="idempotency key: repeated, it returns the first job"
+    )
+    submit.add_argument(
+        "--priority", type=_priority, metavar="N", help="of the due jobs, higher numbers run first"
+    )
+    submit.add_argument(
+        "--unique",
+        choices=["waiting", "unfinished"],
+        help="submit nothing while such a job of the same task and payload exists",
+    )
+    submit.add_argument(
+        "--run-at", type=_moment, metavar="TIME", help="when to run it: 2026-01-31T08:00:00+01:00"
+    )
+
+
+_STATES = ("waiting", "active", "completed", "failed", "cancelled")
+_MAX_LIMIT = 1000
+
+
+def _limit(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= _MAX_LIMIT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {_MAX_LIMIT}")
+    return int(text)
+
+
+def _priority(text: str) -> int:
+    from viralfx.domain.jobs.model import MAX_PRIORITY, MIN_PRIORITY  # noqa: PLC0415
+
+    with contextlib.suppress(ValueError):
+        if MIN_PRIORITY <= int(text) <= MAX_PRIORITY:
+            return int(text)
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a number from {MIN_PRIORITY} to {MAX_PRIORITY}"
+    )
+
+
+def _key(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("an idempotency key is not empty; leave the option out")
+    return text
+
+
+def _job_id(text: str) -> str:
+    from viralfx.domain.jobs.model import is_job_id  # noqa: PLC0415
+
+    if not is_job_id(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the id of a job")
+    return text
+
+
+def _moment(text: str) -> "datetime":
+    from datetime import UTC, datetime  # noqa: PLC0415
+
+    try:
+        moment = datetime.fromisoformat(text)
+        if moment.tzinfo is not None:
+            return moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a time with a time zone, such as 2026-01-31T08:00:00Z"
+    )
+
+
+def _jobs(options: argparse.Namespace) -> int:
+    _require("viralfx jobs", "litestar")
+    from viralfx.cli.jobs import jobs  # noqa: PLC0415
+
+    return jobs(options)
 
 
 def _port(text: str) -> int:
@@ -122,14 +289,19 @@ def _serve(options: argparse.Namespace) -> int:
     from viralfx.runner.signals import SignalWatch  # noqa: PLC0415
 
     signals = SignalWatch()
-    signals.install()  # before the slow imports: see there
+    signals.install()  # before the slow imports
+    _require("viralfx serve", "serve", *_framework(options))
     _require_memory()
 
-    # Collecting while modules load finds nothing and takes a tenth of the start; the runner turns
-    # it on again before it serves.
+    # Garbage collection during imports finds nothing and takes a tenth of the start-up time. The
+    # runner enables it again before it serves.
     gc.disable()
     try:
-        from viralfx.runner.serve import serve  # noqa: PLC0415
+        from viralfx.telemetry.context import hide_packages  # noqa: PLC0415
+
+        # structlog imports both if they are installed. An application may need them.
+        with hide_packages("greenlet", "rich") if options.app is None else contextlib.nullcontext():
+            from viralfx.runner.commands import serve  # noqa: PLC0415
 
         return serve(
             signals,
@@ -146,39 +318,84 @@ def _worker(options: argparse.Namespace) -> int:
     from viralfx.runner.signals import SignalWatch  # noqa: PLC0415
 
     signals = SignalWatch()
-    signals.install()  # as for serve
+    signals.install()  # as in serve
+    _require("viralfx worker", "serve")
     _require_memory()
 
     gc.disable()
     try:
-        from viralfx.runner.worker import work  # noqa: PLC0415
+        from viralfx.telemetry.context import hide_packages  # noqa: PLC0415
 
-        return work(signals, queues=options.queue)
+        # As in serve.
+        with hide_packages("greenlet", "rich") if options.app is None else contextlib.nullcontext():
+            from viralfx.runner.commands import work  # noqa: PLC0415
+
+        return work(signals, app=options.app, queues=options.queue)
     finally:
         gc.enable()
 
 
+def _framework(options: argparse.Namespace) -> tuple[str, ...]:
+    """Return the extra of the framework; an application brings its own."""
+    return ("litestar",) if options.app is None else ()
+
+
+def _require(command: str, *extras: str) -> None:
+    from viralfx.domain.extras import require  # noqa: PLC0415
+
+    require(command, *extras)
+
+
 def _require_memory() -> None:
-    from viralfx.runner.memory import require_memory  # noqa: PLC0415
+    from viralfx.settings.memory_limit import require_memory  # noqa: PLC0415
 
     require_memory()
 
 
 def _migrate(options: argparse.Namespace) -> int:
-    from viralfx.cli.migrate import migrate  # noqa: PLC0415
+    import asyncio  # noqa: PLC0415
+    import logging  # noqa: PLC0415
 
-    return migrate(check=options.check)
+    _require("viralfx migrate", "migrate")
+    from viralfx.bootstrap.migration import migrate_schema, schema_state  # noqa: PLC0415
+    from viralfx.settings import read_settings  # noqa: PLC0415
+    from viralfx.telemetry.logging.events import log_settings  # noqa: PLC0415
+    from viralfx.telemetry.logging.handler import configure_logging  # noqa: PLC0415
+
+    settings = read_settings(os.environ, strict=True)
+    # The result goes to standard output, log lines for people to standard error. The last line
+    # already names the cause of failed connection attempts.
+    configure_logging(level="warn", console=True, stream=sys.stderr)
+    logging.getLogger("viralfx.database").addFilter(lambda record: bool(record.exc_info))
+    log_settings(settings)
+    state = asyncio.run(schema_state(settings) if options.check else migrate_schema(settings))
+    for revision, meaning in state.applied:
+        print(f"applied {revision}: {meaning}")
+    if state.newer:
+        print(
+            f"{state.address} is at {state.revision}, which a later version created; it is usable"
+        )
+    elif state.pending:
+        print(
+            f"{state.address} is behind: {', '.join(state.pending)} pending; run `viralfx migrate`",
+            file=sys.stderr,
+        )
+        return EXIT_PENDING
+    else:
+        print(f"{state.address} is current at {state.revision}")
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    _require_memory()  # it loads what the service does
+    _require("viralfx doctor", "serve", *_framework(options))
+    _require_memory()  # it loads the same modules as the service
     from viralfx.cli.doctor import doctor  # noqa: PLC0415
 
     return doctor(app=options.app, as_json=options.json)
 
 
 def _probe(options: argparse.Namespace) -> int:
-    from viralfx.runner.probe import probe  # noqa: PLC0415
+    from viralfx.runner.probe import probe, probe_for  # noqa: PLC0415
 
     url = options.url
     if url is None:
@@ -192,15 +409,20 @@ def _probe(options: argparse.Namespace) -> int:
         if options.worker:
             port = settings.worker_management_port
         url = f"http://{host}:{port}"
-    passed, said = probe(options.kind, url, timeout=options.timeout)
-    print(said, file=sys.stdout if passed else sys.stderr)
+    if options.wait is None:
+        passed, output = probe(options.kind, url, timeout=options.timeout)
+    else:
+        passed, output = probe_for(
+            options.wait, options.kind, url, timeout=options.timeout, pid=options.pid
+        )
+    print(output, file=sys.stdout if passed else sys.stderr)
     return 0 if passed else EXIT_PROBE_FAILED
 
 
 def _env(options: argparse.Namespace) -> int:
     from viralfx.settings import fields, read_settings, show, source  # noqa: PLC0415
 
-    settings = read_settings(os.environ)
+    settings = read_settings(os.environ, strict=True)
     rows = [("name", "default", "value", "meaning", "source")]
     rows += [
         (

@@ -1,66 +1,270 @@
-"""``viralfx doctor``: the list of things to look at before a deployment, looked at."""
+"""``viralfx doctor``: runs all checks of a deployment and prints the findings.
+
+The checks of the process itself are here: its ports, and the application with its probes.
+"""
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import logging
+import math
 import os
 import sys
 import textwrap
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Iterator, Sequence
+from http import HTTPStatus
 from typing import TypeVar
 
-from viralfx.bootstrap.diagnosis import examinations, unreadable
-from viralfx.cli.local import ApplicationExamination, PortsExamination
+import msgspec
+
+from viralfx.bootstrap.doctor import doctor_checks, refused, unmade, unreadable
 from viralfx.domain.clock import SystemClock
-from viralfx.domain.diagnosis import (
+from viralfx.domain.doctor import (
     Area,
-    Examination,
+    DoctorCheck,
     Finding,
     Verdict,
     diagnose,
+    failed,
     in_order,
+    passed,
+    warned,
     worst,
 )
-from viralfx.domain.errors import ConfigurationError
-from viralfx.settings import read_settings
+from viralfx.domain.errors import ConfigurationError, StartupError
+from viralfx.domain.health.check_runner import CheckCompleted
+from viralfx.domain.health.model import HealthReport, ProcessUsage, Status
+from viralfx.domain.health.monitor import HealthMonitor
+from viralfx.runner.applications import find_application
+from viralfx.runner.server import listen
+from viralfx.settings import CredentialsCallable, Settings, read_settings
+from viralfx.web.gate import Gate
+from viralfx.web.layer import OperationsConfig, OperationsLayer
+from viralfx.web.responses import ASGIApp, Message
+
+_PROBES = ("", "/live", "/startup", "/ready", "/detailed")
+_PRIVILEGED = 1024
+_WARN_MEMORY_SHARE, _FAIL_MEMORY_SHARE = 0.5, 0.75
+"""Shares of the memory limit for an idle process; at the second one the memory check warns."""
+_MAX_TIMEOUT = 3.0
+"""Timeout in seconds of a health check and a connection here, so that the findings come in time."""
+
+
+class PortsDoctor:
+    """Checks the ports by listening on them for a moment."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    async def check(self) -> Sequence[Finding]:
+        """Listen on each port once, in a thread, because HOST may need a DNS look-up."""
+        return await asyncio.to_thread(lambda: list(self._listen()))
+
+    def _listen(self) -> Iterator[Finding]:
+        host = self._settings.host
+        ports = {"PORT": self._settings.port, "MANAGEMENT_PORT": self._settings.management_port}
+        for variable, port in ports.items():
+            if port is None:
+                continue
+            try:
+                listen(variable, host, port).close()
+            except StartupError as error:
+                yield from refused([str(error)], Area.PORTS)
+                continue
+            if 0 < port < _PRIVILEGED:
+                yield warned(
+                    Area.PORTS,
+                    f"{variable}={port} is free, but other users may need privileges for ports"
+                    f" below {_PRIVILEGED}",
+                    f"set {variable} to {_PRIVILEGED} or above, and map the port outside",
+                )
+            else:
+                yield passed(Area.PORTS, f"{variable}={port} on {host} is free")
+
+
+class ApplicationDoctor:
+    """Creates the application as ``viralfx serve`` does, runs its checks once and its probes.
+
+    It opens no port and does not run the application's own start-up.
+    """
+
+    def __init__(self, settings: Settings, app: str | None) -> None:
+        """``app``: the application, as in ``viralfx serve --app``."""
+        db = msgspec.structs.replace(
+            settings.db,
+            connection_timeout=min(settings.db.connection_timeout, _MAX_TIMEOUT),
+            max_reconnect_attempts=1,
+        )
+        timeout = min(settings.health_check_timeout, _MAX_TIMEOUT)
+        self._settings = msgspec.structs.replace(settings, db=db, health_check_timeout=timeout)
+        self._app = app
+        self._loading: asyncio.Future[tuple[ASGIApp, OperationsLayer]] | None = None
+
+    async def redis_credentials(self) -> CredentialsCallable | None:
+        """Return the application's callable; None if it has none, or cannot be created."""
+        config = await self._config()
+        return None if config is None else config.redis_credentials
+
+    async def database_password(self) -> CredentialsCallable | None:
+        """Return the application's callable; None if it has none, or cannot be created."""
+        config = await self._config()
+        return None if config is None else config.database_password
+
+    async def _config(self) -> OperationsConfig | None:
+        try:
+            _, plugin = await self._load()
+        except ConfigurationError:
+            return None
+        return plugin.config
+
+    async def _load(self) -> tuple[ASGIApp, OperationsLayer]:
+        if self._loading is None:
+            # In a thread, because slow imports would distort the timings of other checks.
+            loading = asyncio.to_thread(find_application, self._settings, self._app)
+            self._loading = asyncio.ensure_future(loading)
+        return await asyncio.shield(self._loading)
+
+    async def check(self) -> Sequence[Finding]:
+        """Run the checks and the probes once."""
+        try:
+            application, plugin = await self._load()
+        except ConfigurationError as error:
+            return unmade(error.problems, os.environ)
+        monitor = plugin.operations.monitor
+        gate = Gate(plugin.endpoints, application)
+        try:
+            # A resource that cannot be opened is reported by its health check.
+            with contextlib.suppress(StartupError):
+                for resource in plugin.operations.resources:
+                    await resource.open()
+            await _first_round(monitor)
+            plugin.assembly.jobs.disable_worker()  # the doctor must not run jobs
+            plugin.operations.application_ready()
+            prefix = next(iter(plugin.endpoints.endpoints))
+            token = plugin.settings.management_token
+            statuses = {
+                prefix + path: await _request(gate, prefix + path, token.value if token else "")
+                for path in _PROBES
+            }
+            return [judge_memory(plugin.operations.usage()), _judge(statuses, monitor.report())]
+        finally:
+            # This saves no state, because the application was never started.
+            await asyncio.shield(plugin.operations.shutdown.run())
+
+
+def judge_memory(usage: ProcessUsage) -> Finding:
+    """Return the finding about the memory of an idle process."""
+    used, limit = (f"{size / 2**20:.0f} MiB" for size in (usage.rss, usage.heap_total))
+    found = f"with the application loaded, {used} of {limit} are in use before any request or job"
+    if usage.ratio < _WARN_MEMORY_SHARE:
+        return passed(Area.MEMORY, found)
+    verdict = failed if usage.ratio >= _FAIL_MEMORY_SHARE else warned
+    min_mib = 2 ** math.ceil(math.log2(usage.rss / 2**20 / _WARN_MEMORY_SHARE))
+    return verdict(Area.MEMORY, found, f"raise the memory limit to {min_mib} MiB or more")
+
+
+def _judge(statuses: dict[str, int], report: HealthReport) -> Finding:
+    area = Area.ENDPOINTS
+    causes = "; ".join(
+        f"{name}: {' '.join(check.message.split())}"
+        for name, check in report.checks.items()
+        if check.status is not Status.PASS
+    )
+    wrong = [f"{path} {status}" for path, status in statuses.items() if status != HTTPStatus.OK]
+    if wrong:
+        found = f"statuses here: {', '.join(wrong)}" + (f" ({causes})" if causes else "")
+        remedy = "fix the failing checks; READINESS_REQUIRES and HEALTH_CRITICAL set their effect"
+        return failed(area, found, remedy)
+    if causes:
+        return warned(
+            area, f"all return 200 here, but degraded: {causes}", "fix the failing checks"
+        )
+    return passed(area, f"{', '.join(statuses)} return 200 here, and every check passes")
+
+
+async def _first_round(monitor: HealthMonitor) -> None:
+    """Start the monitor and wait until every check has run once."""
+    complete = asyncio.Event()
+    missing = set(monitor.checks)
+
+    def on_event(event: object) -> None:
+        if isinstance(event, CheckCompleted):
+            missing.discard(event.check)
+        elif not missing and isinstance(event, HealthReport):
+            complete.set()
+
+    monitor.subscribe(on_event)
+    monitor.start()
+    await complete.wait()
+
+
+async def _request(gate: Gate, path: str, token: str) -> int:
+    """Send a request to the gate without a network; return the status."""
+    messages: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        messages.append(message)
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "scheme": "http",
+        "method": "GET",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(b"authorization", b"Bearer " + token.strip().encode())],
+        "client": None,
+        "server": None,
+    }
+    await gate(scope, receive, send)
+    return int(messages[0]["status"])
+
 
 EXIT_FAILED = 1
 EXIT_UNREADABLE = 2
 
 LIMIT = 8.0
-"""Seconds for each examination; they run at the same time."""
+"""Time limit in seconds for each check; all run concurrently."""
 
-_WIDTH = 100
-_GRACE = 0.5
-"""Seconds for what was left behind to end by itself."""
+_LINE_CHARACTERS = 100
+_EXIT_GRACE_SECONDS = 0.5
+"""Time for remaining tasks and threads to end."""
 
 T = TypeVar("T")
 
 
 def doctor(*, app: str | None, as_json: bool) -> int:
-    """Examine everything and print the findings. Returns the exit code.
+    """Run all checks, print the findings and return the exit code.
 
-    0 when nothing fails, warnings or not; 1 when something does. Settings that cannot be read are
-    findings, one for each problem, whatever needs them is skipped, and the code is 2, as that of
-    every command is then.
+    The code is 0 if no check fails, with or without warnings, and 1 if a check fails. For invalid
+    settings there is one finding for each problem, the checks are skipped, and the code is 2, as
+    for every command.
 
-    It may end the process itself, after printing, when something that hangs would keep it.
+    If a hanging check would delay the exit, this function ends the process after printing.
     """
     try:
-        settings = read_settings(os.environ, with_api=app is None)
+        settings = read_settings(os.environ, strict=True, with_api=app is None)
     except ConfigurationError as error:
         findings = in_order(unreadable(error.problems, os.environ))
         _print(findings, as_json=as_json)
         return EXIT_UNREADABLE
-    everything: list[tuple[Area, Examination]] = [
-        *examinations(settings, os.environ),
-        (Area.PORTS, PortsExamination(settings)),
-        (Area.ENDPOINTS, ApplicationExamination(settings, app)),
+    application = ApplicationDoctor(settings, app)
+    ask = () if app is None else (application.redis_credentials, application.database_password)
+    everything: list[tuple[Area, DoctorCheck]] = [
+        *doctor_checks(settings, os.environ, *ask),
+        (Area.PORTS, PortsDoctor(settings)),
+        (Area.ENDPOINTS, application),
     ]
-    # What is found is told once, by the findings; the log of a service would tell it again.
+    # The findings report each problem; log lines would repeat it.
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -76,12 +280,12 @@ def doctor(*, app: str | None, as_json: bool) -> int:
 
 
 def _run(work: Awaitable[T]) -> tuple[T, bool]:
-    """Run to the end; tell also whether something is left that an orderly exit would wait for.
+    """Return the result, and whether something hangs that would delay a regular exit.
 
-    A look-up of a name, for example, cannot be cancelled, and ``asyncio.run`` waits for it.
+    A DNS look-up, for example, cannot be cancelled, and ``asyncio.run`` waits for it.
     """
     loop = asyncio.new_event_loop()
-    executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="examination")
+    executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="doctor")
     loop.set_default_executor(executor)
     result = loop.run_until_complete(work)
     executor.shutdown(wait=False, cancel_futures=True)
@@ -89,10 +293,10 @@ def _run(work: Awaitable[T]) -> tuple[T, bool]:
     for task in left:
         task.cancel()
     if left:
-        _, left = loop.run_until_complete(asyncio.wait(left, timeout=_GRACE))
-    threads = [t for t in threading.enumerate() if t.name.startswith("examination")]
+        _, left = loop.run_until_complete(asyncio.wait(left, timeout=_EXIT_GRACE_SECONDS))
+    threads = [t for t in threading.enumerate() if t.name.startswith("doctor")]
     for thread in threads:
-        thread.join(_GRACE / len(threads))
+        thread.join(_EXIT_GRACE_SECONDS / len(threads))
     hangs = bool(left) or any(thread.is_alive() for thread in threads)
     if not hangs:
         loop.run_until_complete(loop.shutdown_asyncgens())
@@ -120,7 +324,7 @@ def _print(findings: Sequence[Finding], *, as_json: bool) -> None:
 
 
 def _table(findings: Sequence[Finding]) -> Iterator[str]:
-    """Yield lines of three columns: status, area, and what was found with what to do about it."""
+    """Yield lines of three columns: status, area, and the finding with its remedy."""
     first = max(len("status"), *(len(v) for v in Verdict)) + 2
     second = max(len(a) for a in Area) + 2
     yield f"{'status':{first}}{'area':{second}}found"
@@ -132,7 +336,7 @@ def _table(findings: Sequence[Finding]) -> Iterator[str]:
     counts = Counter(finding.verdict for finding in findings)
     words = {
         Verdict.FAIL: "failed",
-        Verdict.WARN: "warned of",
+        Verdict.WARN: "warned",
         Verdict.PASS: "passed",
         Verdict.SKIP: "skipped",
     }
@@ -143,7 +347,7 @@ def _table(findings: Sequence[Finding]) -> Iterator[str]:
 def _wrapped(text: str, head: str) -> list[str]:
     return textwrap.wrap(
         text,
-        width=_WIDTH,
+        width=_LINE_CHARACTERS,
         initial_indent=head,
         subsequent_indent=" " * len(head),
         break_long_words=False,

@@ -1,1 +1,1 @@
-"""The core: health, lifecycle, shutdown and correlation; standard library only."""
+"""The domain: health, shutdown, resilience, jobs and webhooks. Standard library only."""

@@ -1,58 +1,153 @@
-"""Values worth keeping for a while: the store's port, and how a value gets there only once."""
+"""Cache with single flight: concurrent callers of a missing key share one load."""
 
+import asyncio
 import functools
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
-from viralfx.domain.resilience.quantities import require_positive
-from viralfx.domain.single_flight import SingleFlight
+from viralfx.domain.clock import ignore_error
+from viralfx.domain.errors import require_positive
+
+T = TypeVar("T")
+
+
+class SingleFlight(Generic[T]):
+    """Runs at most one piece of work per key; concurrent callers share its result or error.
+
+    The work runs in its own task, in the context of the first caller. Cancelling one caller does
+    not affect the others; the work is cancelled when the last caller is. An error is raised in
+    all waiting callers; the next call starts the work again. Work must not wait for its own key.
+    """
+
+    def __init__(self) -> None:
+        self._flights: dict[str, _Flight[T]] = {}
+
+    async def run(self, key: str, work: Callable[[], Awaitable[T]]) -> T:
+        """Return the result of the work in progress for ``key``; start ``work`` if there is none.
+
+        Raises the error of the work.
+        """
+        flight = self._flights.get(key)
+        if flight is None or flight.task.done():
+            flight = self._flights[key] = _Flight(work, key)
+            flight.task.add_done_callback(lambda _: self._forget(key, flight))
+        flight.waiting += 1
+        try:
+            await asyncio.wait({flight.task})
+        finally:
+            flight.waiting -= 1
+            if not flight.waiting and not flight.task.done():
+                # Removed at once: a new caller must not join work that is being cancelled.
+                self._forget(key, flight)
+                flight.task.cancel()
+        return flight.task.result()
+
+    def _forget(self, key: str, flight: "_Flight[T]") -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+
+
+class _Flight(Generic[T]):
+    def __init__(self, work: Callable[[], Awaitable[T]], key: str) -> None:
+        self.waiting = 0
+        self.task = asyncio.create_task(_call(work), name=f"flight-{key}")
+        # Without waiters the error has no reader; it is not an uncaught exception.
+        self.task.add_done_callback(ignore_error)
+
+
+async def _call(work: Callable[[], Awaitable[T]]) -> T:
+    return await work()
+
 
 _logger = logging.getLogger("viralfx.cache")
 
 
 class CacheStore(Protocol):
-    """Port: keeps bytes by key until their time is over, or earlier if it must."""
+    """Port: stores bytes by key. A value may disappear before its time to live is over."""
 
     async def get(self, key: str) -> bytes | None:
-        """Return the value; None when there is none, or when it cannot be had."""
+        """Return the value; None if there is none or it cannot be read."""
         ...
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
-        """Keep a value for ``ttl`` seconds, or not at all when it cannot be kept.
+        """Store a value for ``ttl`` seconds; drop it if it cannot be stored.
 
         Raises ``ValueError`` for a ``ttl`` that is not positive and finite.
         """
         ...
 
     async def delete(self, key: str) -> None:
-        """Forget a value. Raises when it may still be there, for then it may still be served."""
+        """Delete a value. Raises if it may still be stored, because it might be served again."""
+        ...
+
+
+class ValueCodec(Protocol):
+    """Port: values of any type as JSON."""
+
+    def encode(self, result: object) -> bytes:
+        """Return the JSON of a value; raise an error for one that has none."""
+        ...
+
+    def decode(self, payload: bytes, type_: Any) -> Any:
+        """Return the value; raise an error for JSON that does not fit the type."""
         ...
 
 
 class Cache:
-    """Answers from the store, and from the loader what is not there.
+    """Returns values from the store, and loads missing ones.
 
-    However many ask for a key at the same time, it is read and loaded once in this process. The
-    store is a help and never a condition: when it fails, the loader answers.
+    Concurrent callers of a key in this process share one read and one load. If the store fails,
+    the value is loaded.
     """
 
-    def __init__(self, store: CacheStore) -> None:
+    def __init__(self, store: CacheStore, codec: ValueCodec | None = None) -> None:
+        """``codec`` is needed for :meth:`get_or_load_value` only."""
         self._store = store
+        self._codec = codec
         self._flights: SingleFlight[bytes] = SingleFlight()
+        self._renewals: SingleFlight[bytes] = SingleFlight()
         self._failing: set[str] = set()
 
     async def get_or_load(
         self, key: str, ttl: float, loader: Callable[[], Awaitable[bytes]]
     ) -> bytes:
-        """Return the value of ``key``; load it, and keep it for ``ttl`` seconds, if need be.
+        """Return the value of ``key``; if it is missing, load it and store it for ``ttl`` seconds.
 
-        An error of the loader reaches all who wait for it and is not kept. One caller's
-        cancellation leaves the others alone. A loader must not ask for its own key. Raises
+        An error of the loader is raised in all waiting callers and is not stored. Cancelling one
+        caller does not affect the others. A loader must not request its own key. Raises
         ``ValueError`` for a ``ttl`` that is not positive and finite.
         """
         require_positive("ttl", ttl)
         return await self._flights.run(key, functools.partial(self._obtain, key, ttl, loader))
+
+    async def get_or_load_value(
+        self, key: str, ttl: float, loader: Callable[[], Awaitable[T]], kind: type[T]
+    ) -> T:
+        """Do as :meth:`get_or_load`, for a value of a type that has JSON, such as a dataclass.
+
+        Each caller gets a value of its own. A stored value that does not fit ``kind``, such as one
+        of an earlier version of the application, is loaded anew. Raises an error of the codec for a
+        loaded value that has no JSON.
+        """
+        codec = self._codec
+        if codec is None:
+            raise TypeError("this cache has no codec, so it takes bytes only")
+
+        async def load() -> bytes:
+            return codec.encode(await loader())
+
+        async def renew() -> bytes:
+            document = await load()
+            await self._keep(key, document, ttl)
+            return document
+
+        document = await self.get_or_load(key, ttl, load)
+        try:
+            value: T = codec.decode(document, kind)
+        except Exception:  # noqa: BLE001 - a codec of any kind
+            value = codec.decode(await self._renewals.run(key, renew), kind)
+        return value
 
     async def _obtain(self, key: str, ttl: float, loader: Callable[[], Awaitable[bytes]]) -> bytes:
         value = await self._stored(key)
@@ -65,7 +160,7 @@ class Cache:
         try:
             value = await self._store.get(key)
         except Exception as error:  # noqa: BLE001 - it is logged
-            # A boundary: a read that the store cannot answer is answered by the loader.
+            # A boundary: if the store cannot be read, the value is loaded.
             self._failed("read", error)
             return None
         self._failing.discard("read")
@@ -75,14 +170,14 @@ class Cache:
         try:
             await self._store.set(key, value, ttl)
         except Exception as error:  # noqa: BLE001 - it is logged
-            # A boundary: the value is there, and worth returning though nobody keeps it.
+            # A boundary: the caller gets the value although it could not be stored.
             self._failed("write", error)
         else:
             self._failing.discard("write")
 
-    def _failed(self, what: str, error: Exception) -> None:
-        # Once, until it works again: every call would say the same. Reads and writes apart, as a
-        # full store answers the ones and refuses the others.
-        if what not in self._failing:
-            _logger.warning("Cache store failed", exc_info=error, extra={"operation": what})
-        self._failing.add(what)
+    def _failed(self, operation: str, error: Exception) -> None:
+        # Logged once until the store works again. Reads and writes are tracked separately, because
+        # a full store serves reads and rejects writes.
+        if operation not in self._failing:
+            _logger.warning("Cache store failed", exc_info=error, extra={"operation": operation})
+        self._failing.add(operation)

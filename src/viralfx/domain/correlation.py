@@ -1,4 +1,4 @@
-"""The names of a conversation and of its user, from the request to the last log line."""
+"""Correlation ids and user ids: choosing, binding to a task, and reading them."""
 
 import os
 import random
@@ -11,17 +11,17 @@ _VALID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII).fullmatch
 _TRACEPARENT = re.compile(
     r"(?!ff)(?:(00)|(?!00)[0-9a-f]{2})"
     r"-(?!0{32})(?P<trace>[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
-    # Only versions to come may have more.
+    # Only a version later than 00 may have more fields.
     r"(?(1)|(?:-.*)?)"
 ).fullmatch
 
-_MOST_OF_A_USER_ID = 128
+MAX_USER_ID_CHARACTERS = 128
 
-_TOGETHER = 256
-"""Ids that are made at once: one by one each costs a request several times as much."""
-_made: list[str] = []
-# A child would give its own conversations the names that its parent gives others.
-os.register_at_fork(after_in_child=_made.clear)
+ID_BATCH_SIZE = 256
+"""Ids are generated in batches: one at a time, each costs a request several times as much."""
+_id_pool: list[str] = []
+# A forked child must not hand out the ids that are in its parent's pool.
+os.register_at_fork(after_in_child=_id_pool.clear)
 
 _current: ContextVar[str | None] = ContextVar("viralfx_correlation_id", default=None)
 _user: ContextVar[str | None] = ContextVar("viralfx_user_id", default=None)
@@ -33,33 +33,33 @@ def current_correlation_id() -> str | None:
 
 
 def new_correlation_id() -> str:
-    """Make an id of the shape of a W3C trace id: 32 hexadecimal digits."""
+    """Return a new id in the form of a W3C trace id: 32 hexadecimal digits."""
     try:
-        return _made.pop()
+        return _id_pool.pop()
     except IndexError:
-        # A name, not a secret: the ordinary generator is 4 times cheaper than os.urandom.
-        digits = random.randbytes(16 * _TOGETHER).hex()  # noqa: S311
-        _made.extend([digits[at : at + 32] for at in range(32, len(digits), 32)])
+        # An id is not a secret, and this generator is 4 times cheaper than os.urandom.
+        digits = random.randbytes(16 * ID_BATCH_SIZE).hex()  # noqa: S311
+        _id_pool.extend([digits[at : at + 32] for at in range(32, len(digits), 32)])
         return digits[:32]
 
 
 def is_correlation_id(text: str) -> bool:
-    """Tell whether a caller's id may be used as it is: ``[A-Za-z0-9._-]{1,128}``."""
+    """Return whether a client's id is valid: ``[A-Za-z0-9._-]{1,128}``."""
     return _VALID(text) is not None
 
 
 def is_traceparent(text: str) -> bool:
-    """Tell whether a text is a W3C ``traceparent`` that names a trace."""
+    """Return whether ``text`` is a valid W3C ``traceparent`` with a trace id."""
     return _TRACEPARENT(text) is not None
 
 
 def choose_correlation_id(
     correlation_id: str | None, request_id: str | None, traceparent: str | None
 ) -> str:
-    """Pick the id of a request from its headers, each None when absent.
+    """Choose the correlation id of a request from its headers; a missing header is None.
 
-    The first valid one of ``X-Correlation-ID`` and ``X-Request-ID``, else the trace id of a W3C
-    ``traceparent``, else a new one. An invalid value is skipped, never repaired or echoed.
+    The first valid one of ``X-Correlation-ID`` and ``X-Request-ID``, else the trace id of
+    ``traceparent``, else a new id. An invalid value is skipped; it is never repaired or echoed.
     """
     if correlation_id is not None and _VALID(correlation_id):
         return correlation_id
@@ -71,21 +71,21 @@ def choose_correlation_id(
 
 
 def bind_correlation_id(correlation_id: str) -> None:
-    """Set the id for the rest of this task; a task copies its context, so nothing leaks."""
+    """Set the id for the rest of this task and the tasks it creates; other tasks keep theirs."""
     _current.set(correlation_id)
 
 
-def begin_conversation(correlation_id: str) -> None:
-    """Set the id for the rest of this task, and nobody as its user."""
+def start_request_context(correlation_id: str) -> None:
+    """Set the correlation id for the rest of this task, and clear its user id."""
     _current.set(correlation_id)
-    # A server may begin a task in the context of the connection's last request.
+    # A server may start a task in the context of the connection's previous request.
     if _user.get() is not None:
         _user.set(None)
 
 
 @contextmanager
 def correlated(correlation_id: str) -> Iterator[str]:
-    """Bind the id for a block and restore what was bound before."""
+    """Bind the id for a block, then restore the previous one."""
     token = _current.set(correlation_id)
     try:
         yield correlation_id
@@ -94,14 +94,15 @@ def correlated(correlation_id: str) -> Iterator[str]:
 
 
 def bind_user_id(user_id: str | None) -> None:
-    """Name the user in every log line of the rest of this request or task; None: nobody.
+    """Add ``userId`` to every further log line of this request or task; None removes it.
 
-    For an application that knows who asks, in a middleware for instance. The name may come from a
-    client, so no more than 128 characters of it are kept. Jobs do not inherit it.
+    Call it where your application knows the user, for example in a middleware. The id may come
+    from a client, so it is cut to 128 characters. Jobs that are submitted meanwhile carry it into
+    their log lines and spans.
     """
-    _user.set(None if user_id is None else user_id[:_MOST_OF_A_USER_ID])
+    _user.set(None if user_id is None else user_id[:MAX_USER_ID_CHARACTERS])
 
 
 def current_user_id() -> str | None:
-    """Return the user bound to this task, or None."""
+    """Return the user id bound to this task, or None."""
     return _user.get()

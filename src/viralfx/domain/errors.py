@@ -1,14 +1,15 @@
-"""The error tree: one root, and a leaf only where somebody catches it."""
+"""Base classes of the package's errors, and the argument checks that share one wording."""
 
+import math
 from collections.abc import Iterable
 
 
 class ViralFXError(Exception):
-    """Root of every error this package raises on purpose."""
+    """Base class of every error that this package defines."""
 
 
 class ConfigurationError(ViralFXError):
-    """The configuration cannot be used; ``problems`` lists everything wrong with it at once."""
+    """The configuration is invalid; ``problems`` lists every problem, not only the first."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
@@ -16,8 +17,75 @@ class ConfigurationError(ViralFXError):
 
 
 class StartupError(ViralFXError):
-    """The configuration is right but the process could not start: a port in use, for example."""
+    """The configuration is valid but the process cannot start, for example if a port is in use."""
 
 
 class WorkLostError(ViralFXError):
-    """A shutdown stage ran out of budget and had to give up work it should have finished."""
+    """A shutdown stage ran out of budget before its work was finished."""
+
+
+def unusable_certificates(variable: str, path: str | None, error: OSError) -> ConfigurationError:
+    """Return the error for a CA file that holds no certificates."""
+    reason = error.strerror or str(error)
+    return ConfigurationError([f"{variable}: {path} holds no certificates: {reason}"])
+
+
+def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Return ``did you mean X?`` for the known name closest to ``name``, or an empty string.
+
+    ``cutoff`` is the similarity, from 0 to 1, below which a known name is not suggested.
+    """
+    import difflib  # noqa: PLC0415 - only errors need it, and every import of viralfx loads this
+
+    close = difflib.get_close_matches(name, tuple(known), n=1, cutoff=cutoff)
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def edits(one: str, other: str, *, limit: int) -> int:
+    """Return the number of insertions, deletions and replacements that make ``one`` the other.
+
+    More than ``limit`` are not counted: the result is ``limit + 1``.
+    """
+    if abs(len(one) - len(other)) > limit:
+        return limit + 1
+    # Of so many pieces, the edits leave one whole. This is quick, and excludes most names.
+    size = len(other) // (limit + 1)
+    starts = [size * place for place in range(limit + 1)]
+    ends = [*starts[1:], len(other)]
+    if not any(other[start:end] in one for start, end in zip(starts, ends, strict=True)):
+        return limit + 1
+    row = list(range(len(other) + 1))
+    for i, mine in enumerate(one, 1):
+        diagonal, row[0] = row[0], i
+        for j, its in enumerate(other, 1):
+            cheapest = min(row[j] + 1, row[j - 1] + 1, diagonal + (mine != its))
+            diagonal, row[j] = row[j], cheapest
+        if min(row) > limit:
+            return limit + 1
+    return min(row[-1], limit + 1)
+
+
+def require_count(name: str, value: object) -> None:
+    """Raise ``TypeError`` unless ``value`` is a whole number, ``ValueError`` if it is below one."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+
+
+def require_not_negative(name: str, value: object) -> None:
+    """Raise ``TypeError`` unless it is a number, ``ValueError`` unless zero or more and finite."""
+    if not 0 <= _number(name, value) < math.inf:
+        raise ValueError(f"{name} must be zero or more and finite, got {value!r}")
+
+
+def require_positive(name: str, value: object) -> None:
+    """Raise ``TypeError`` unless it is a number, ``ValueError`` unless above zero and finite."""
+    if not 0 < _number(name, value) < math.inf:
+        raise ValueError(f"{name} must be more than zero and finite, got {value!r}")
+
+
+def _number(name: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return value

@@ -1,4 +1,4 @@
-"""Telling others what happened, without depending on them or on their good behaviour."""
+"""Event listeners: an error in a listener is logged and does not reach the publisher."""
 
 import asyncio
 import logging
@@ -14,25 +14,34 @@ Listener = Callable[[EventT], object]
 
 
 def notify(listeners: tuple[Listener[EventT], ...], event: EventT) -> None:
-    """Call each listener; one that raises is logged and never reaches whom the event is about."""
+    """Call each listener with ``event``. An error in a listener is logged and not raised."""
     for listener in listeners:
         try:
             listener(event)
         except (Exception, asyncio.CancelledError):
-            # Synchronous code is not what is cancelled: the error is the listener's own.
+            # Listeners are synchronous, so a CancelledError here comes from the listener itself.
             _logger.exception("Event listener failed", extra={"event": type(event).__name__})
 
 
 class Relay(Generic[EventT]):
-    """A listener that passes events on to whoever subscribed, before or after it was made known."""
+    """A listener that forwards events to its own listeners, which may be added at any time."""
 
     def __init__(self) -> None:
         self._listeners: tuple[Listener[EventT], ...] = ()
 
     def subscribe(self, listener: Listener[EventT]) -> None:
-        """Call ``listener`` with every event that comes here."""
+        """Forward every further event to ``listener``."""
         self._listeners = (*self._listeners, listener)
 
     def __call__(self, event: EventT) -> None:
-        """Pass it on."""
+        """Forward ``event`` to all listeners."""
         notify(self._listeners, event)
+
+
+OperationListener = Callable[[str, float, BaseException | None], object]
+"""Called synchronously after each database statement or Redis command, with its name (``SELECT``),
+its duration in seconds, and its error or None. It must neither block nor raise."""
+
+
+def ignore_operation(operation: str, seconds: float, error: BaseException | None) -> None:
+    """Ignore the operation: the listener that is used when no other is set."""

@@ -1,21 +1,83 @@
-"""The operations layer of one process: its services, wired together and started as one."""
+"""The operations layer of one process, and the state that it saves over a restart."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Protocol
 
 from viralfx.domain.clock import Clock
-from viralfx.domain.lifecycle import Lifecycle
-from viralfx.domain.monitor import HealthMonitor
-from viralfx.domain.resilience.circuits import BreakerRegistry
-from viralfx.domain.resources import Resource
-from viralfx.domain.sequence import ShutdownSequence
-from viralfx.domain.state import SavedState, StateStore
-from viralfx.domain.usage import ProcessUsage
+from viralfx.domain.health.model import HealthCheck, Lifecycle, ProcessUsage
+from viralfx.domain.health.monitor import HealthMonitor
+from viralfx.domain.resilience.registry import BreakerRegistry
+from viralfx.domain.shutdown import ShutdownSequence, StageFunction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedState:
+    """Plain data that one process saves for the next one. Durations are seconds."""
+
+    saved_at: datetime
+    starts: int
+    """Number of starts so far, including this process."""
+    uptime: float
+    health: str
+    checks: Mapping[str, str] = field(default_factory=dict)
+    """The last status of each check."""
+    transitions: Mapping[str, int] = field(default_factory=dict)
+    """Number of status changes of each check since the first start."""
+    circuits: Mapping[str, Any] = field(default_factory=dict)
+    """The state of each circuit breaker, as plain data."""
+    shutdown_reason: str | None = None
+    shutdown_phases: Mapping[str, str] = field(default_factory=dict)
+    """Outcome of each shutdown phase that had ended when the state was saved."""
+
+
+class StateStore(Protocol):
+    """Port: stores one :class:`SavedState`."""
+
+    async def load(self) -> SavedState | None:
+        """Return the last saved state; None if there is none or it cannot be read."""
+        ...
+
+    async def save(self, state: SavedState) -> None:
+        """Replace the stored state atomically."""
+        ...
+
+
+async def save_state(store: StateStore, collect: Callable[[], SavedState | None]) -> None:
+    """Save the state that ``collect`` returns; None keeps the state that was saved before."""
+    state = collect()
+    if state is not None:
+        await store.save(state)
+
+
+class Resource(Protocol):
+    """Port: a resource that is opened at start-up and closed by its own shutdown stage."""
+
+    async def open(self) -> None:
+        """Open the resource; this may take long. A second call does nothing.
+
+        Raises :class:`viralfx.domain.errors.StartupError` if the resource cannot be opened.
+        """
+        ...
+
+
+CHECK_SHARE = 0.9
+"""Share of HEALTH_CHECK_TIMEOUT after which a built-in check reports a timeout itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """Health check, resource to open, and shutdown stage of a technology; None: not needed."""
+
+    check: HealthCheck
+    resource: Resource | None = None
+    close: StageFunction | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class Operations:
-    """What controllers, the runner and an application's own code talk to."""
+    """The services that controllers, the runner and application code use."""
 
     version: str
     environment: str
@@ -27,28 +89,34 @@ class Operations:
     state_store: StateStore
     usage: Callable[[], ProcessUsage]
     resources: Sequence[Resource] = ()
-    """What is opened at start-up, in this order."""
+    """Resources to open at start-up, in this order."""
     on_ready: Sequence[Callable[[], object]] = ()
-    """What begins to work once the application is ready; doing it twice must be harmless."""
+    """Called once the application is ready. Each must tolerate a second call."""
+    checks_of_state: Collection[str] = ()
+    """Names of the checks that report saved state; they start once it is restored."""
     previous: SavedState | None = None
-    """What the process before this one left; known once started."""
+    """State saved by the previous process; None before start-up, or if there is none."""
+    instance: str = ""
+    """The name of this process, unique among all that share a ledger."""
+    role: str = "api"
+    """``worker`` for a process that only runs jobs."""
     staged: bool = False
-    """Whether a runner owns the shutdown; otherwise the application's lifespan runs it."""
+    """True if a runner runs the shutdown; False if the application's lifespan does."""
     _starts: int = field(default=1, init=False)
     _started: bool = field(default=False, init=False)
     _restored: bool = field(default=False, init=False)
 
     async def start(self) -> None:
-        """Begin checking, open what is to be opened and restore what was saved.
+        """Start the checks, open the resources and restore the saved state.
 
-        Doing it twice is harmless. Raises :class:`viralfx.domain.errors.StartupError` when a
-        resource cannot be had.
+        A second call does nothing. Raises :class:`viralfx.domain.errors.StartupError` if a
+        resource cannot be opened.
         """
         if self._started:
             return
         self._started = True
-        # First: probes tell what is missing while it is waited for.
-        self.monitor.start()
+        # The monitor starts first, so that probes report a missing resource during the wait for it.
+        self.monitor.start(postponed=self.checks_of_state)
         for resource in self.resources:
             await resource.open()
         self.previous = await self.state_store.load()
@@ -57,18 +125,19 @@ class Operations:
             self.monitor.restore_transition_counts(self.previous.transitions)
             self.breakers.restore(self.previous.circuits)
         self._restored = True
+        self.monitor.start()
 
     def application_ready(self) -> None:
-        """Note that the application's own start-up is over: the checks decide, and work begins."""
+        """Record that the application has started: checks now decide readiness, and work begins."""
         self.lifecycle.application_ready()
         self.lifecycle.follow(self.monitor.report())
         for begin in self.on_ready:
             begin()
 
     def state_to_save(self) -> SavedState | None:
-        """Collect what the next process should know; None before start-up took in what was saved.
+        """Return the state to save for the next process; None before the saved state is restored.
 
-        Saving earlier would lose the counts of the processes before.
+        Saving before that would lose the counts of earlier processes.
         """
         if not self._restored:
             return None

@@ -1,9 +1,14 @@
-"""One process: start-up, the triggers of its shutdown, the ordered stop and the exit code."""
+"""The process: start-up, shutdown triggers, the staged shutdown and the exit code.
+
+The shutdown stages of the HTTP servers are here, too.
+"""
 
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import logging
+import math
 import os
 import sys
 import threading
@@ -11,33 +16,63 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from viralfx.domain.errors import StartupError
+from viralfx.domain.clock import Clock
+from viralfx.domain.errors import StartupError, WorkLostError
 from viralfx.domain.operations import Operations
 from viralfx.domain.shutdown import Phase, ShutdownEvent, ShutdownReport, ShutdownTriggered
-from viralfx.runner.http import HttpServer, loop_factory
+from viralfx.runner.diagnostics import BlockedLoopDetector
+from viralfx.runner.server import ApplicationLifespan, HttpServer, loop_factory
 from viralfx.runner.signals import SignalWatch
-from viralfx.runner.stages import (
-    CloseServer,
-    DrainRequests,
-    StopApplication,
-    StopListening,
-)
-from viralfx.runner.stalls import StallDetector
+from viralfx.web.console import Console
 from viralfx.web.gate import Gate
+from viralfx.worker.calls import JobThread
+
+
+async def stop_listening(server: HttpServer, gate: Gate) -> None:
+    """Close the listeners and idle connections, and notify the clients of streams.
+
+    WebSockets are closed with code 1012; event streams get the event ``shutdown``.
+    """
+    await server.stop_listening()
+    gate.requests.announce_shutdown()
+
+
+async def drain_requests(server: HttpServer, gate: Gate, clock: Clock, budget: float) -> None:
+    """Wait for the requests in flight, including those still arriving, then cut the rest.
+
+    Raises :class:`WorkLostError` when a request was cut without a complete response.
+    """
+    began = clock.monotonic()
+    await server.settle()
+    left = budget - (clock.monotonic() - began)
+    await gate.requests.drain(max(0.0, left), clock, before_cut=server.reject_unfinished)
+
+
+async def stop_application(application: ApplicationLifespan) -> None:
+    """End the ASGI lifespan. Raises :class:`WorkLostError` when the application reports failure."""
+    if not await application.stop():
+        raise WorkLostError("the application's own shutdown failed; the log says why")
+
 
 EXIT_OK = 0
 EXIT_UNCAUGHT = 1
 EXIT_STARTUP = 3
 EXIT_STAGE = 4
 
-_LAST_GRACE = 0.1
-"""Seconds that cancelled tasks and idle threads get to end by themselves."""
+_EXIT_GRACE_SECONDS = 0.1
+"""Time for cancelled tasks and idle threads to end."""
+
+_DEFAULT_SWITCH_SECONDS = 0.005
+_SWITCH_SECONDS = 0.0005
+"""Time after which a thread that computes gives the interpreter to another one; Python's default is
+5 ms. The event loop needs the interpreter several times for each job or request, and waits for so
+long each time."""
 
 _logger = logging.getLogger("viralfx.process")
 
 
 class Process:
-    """Runs the servers until a trigger, then the shutdown sequence; gives the exit code."""
+    """Runs the servers until a shutdown trigger, then the shutdown sequence."""
 
     def __init__(
         self,
@@ -46,30 +81,37 @@ class Process:
         signals: SignalWatch,
         reclaim_log: Callable[[], None],
         server: Callable[[], HttpServer] | None,
+        application: Callable[[], ApplicationLifespan] | None = None,
         gate: Gate,
         management: Callable[[], HttpServer] | None,
         shutdown_on_uncaught: bool,
         queues: Sequence[str] = (),
         stall_threshold: float = 0.0,
+        console: Console | None = None,
     ) -> None:
-        """Take what there is to run; the servers are made on the loop that runs them.
+        """Create the event loop; the servers and the application are made on it later.
 
-        ``reclaim_log`` takes logging back from whoever configured it while the application started.
-        ``server`` is the application's, None where there is none; ``gate`` stands in front of it,
-        or else of the management endpoints. ``queues`` are told of at the start. A loop that is
-        blocked for ``stall_threshold`` seconds is logged; 0: it is not.
+        ``reclaim_log`` restores logging if the application has reconfigured it during its start.
+        ``server`` makes the application's server; None: no application is served. ``application``
+        makes the lifespan of one that is not served. ``gate`` is in front of the application, or of
+        the management endpoints alone. ``queues`` are logged at the
+        start. ``stall_threshold``: seconds after which a blocked loop is logged; 0: never.
+        ``console`` has open pages, which learn of each stage and of the end.
         """
         self._operations = operations
         self._signals = signals
         self._reclaim_log = reclaim_log
         self._make_server = server
+        self._make_application = application
         self._gate = gate
         self._make_management = management
         self._shutdown_on_uncaught = shutdown_on_uncaught
         self._queues = tuple(queues)
         self._stall_threshold = stall_threshold
+        self._console = console
         self._loop = loop_factory()()
         self._uncaught = 0
+        self._unretrieved = 0
         self._thread_hook = threading.__excepthook__
         self._startup_failed = False
         operations.staged = True
@@ -78,8 +120,11 @@ class Process:
     # -- the loop ----------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Run to the end and return the exit code; it may also end the process itself."""
+        """Run until the shutdown is complete and return the exit code, or exit the process."""
         loop = self._loop
+        if math.isclose(sys.getswitchinterval(), _DEFAULT_SWITCH_SECONDS):
+            # The application has chosen no other one.
+            sys.setswitchinterval(_SWITCH_SECONDS)
         asyncio.set_event_loop(loop)
         executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="worker")
         loop.set_default_executor(executor)
@@ -90,8 +135,8 @@ class Process:
             try:
                 loop.run_until_complete(main)
             except BaseException as error:  # noqa: BLE001 - the main thread's boundary
-                # Raised through the loop by a callback or a Python signal handler: the loop and
-                # the main task are intact, so the stages can still run.
+                # A callback or a signal handler raised it through the loop. The loop and the main
+                # task are intact, so the stages can still run.
                 self._on_uncaught("main thread", error)
         code = EXIT_UNCAUGHT if main.cancelled() or main.exception() else main.result()
         executor.shutdown(wait=False, cancel_futures=True)
@@ -99,17 +144,17 @@ class Process:
         return code
 
     def _end(self, code: int) -> None:
-        """Leave at once when something is left that the interpreter's own exit would wait for."""
+        """Exit immediately if tasks, threads or children would delay the interpreter's exit."""
         left = asyncio.all_tasks(self._loop)
         for task in left:
             task.cancel()
         if left:
-            _, left = self._loop.run_until_complete(asyncio.wait(left, timeout=_LAST_GRACE))
+            _, left = self._loop.run_until_complete(asyncio.wait(left, timeout=_EXIT_GRACE_SECONDS))
         if not left:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
         children = _end_children()
-        deadline = time.monotonic() + _LAST_GRACE
+        deadline = time.monotonic() + _EXIT_GRACE_SECONDS
         while (busy := _busy_threads()) and time.monotonic() < deadline:
             busy[0].join(0.01)
         logging.shutdown()
@@ -122,43 +167,51 @@ class Process:
 
     async def _main(self) -> int:
         operations = self._operations
-        self._signals.take_wakeup()  # the loop took it when it began to run
+        self._signals.claim_wakeup_fd()  # the loop has replaced it when it started
         self._signals.deliver_to(self._on_signal)
         server = self._make_server() if self._make_server else None
         management = self._make_management() if self._make_management else None
-        self._register_stages(server, management)
-        stalls = StallDetector(self._loop, self._stall_threshold)
+        application = server.application if server else None
+        if self._make_application is not None:
+            application = self._make_application()
+        self._register_stages(server, application, management)
+        monitor = BlockedLoopDetector(self._loop, self._stall_threshold)
         if self._stall_threshold:
-            stalls.start()
-        start = asyncio.create_task(self._start(server, management), name="start-up")
+            monitor.start()
+        start = asyncio.create_task(self._start(server, application, management), name="start-up")
         stop = asyncio.create_task(operations.shutdown.wait(), name="shutdown-trigger")
         await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
         await stop
-        # Still starting when told to stop: what it began is closed by the stages.
+        # If start-up has not finished, the stages close what it has opened.
         start.cancel()
         report = await operations.shutdown.run()
-        stalls.stop()
+        monitor.stop()
         code = self._exit_code(report)
         _logger.info("Process ends", extra={"exitCode": code, "reason": report.reason})
         return code
 
-    async def _start(self, server: HttpServer | None, management: HttpServer | None) -> None:
+    async def _start(
+        self,
+        server: HttpServer | None,
+        application: ApplicationLifespan | None,
+        management: HttpServer | None,
+    ) -> None:
         try:
-            # The servers first: probes are answered while everything else is still to come.
+            # The servers first, so that they answer probes during the rest of the start-up.
             if management is not None:
                 await management.open()
             if server is not None:
                 await server.open()
             await self._operations.start()
-            if server is not None and not await server.start_application():
+            if application is not None and not await application.start():
                 raise StartupError("the application's start-up failed; the log above says why")  # noqa: TRY301
-            self._signals.reclaim()
+            self._signals.reinstall()
             self._reclaim_log()
         except Exception as error:
             self._reclaim_log()
             self._startup_failed = True
             if isinstance(error, StartupError):
-                _logger.error("Start-up failed", extra={"detail": str(error)})  # noqa: TRY400 - it says everything
+                _logger.error("Start-up failed", extra={"detail": str(error)})  # noqa: TRY400 - the error text is complete
             else:
                 _logger.exception("Start-up failed")
             self._operations.shutdown.trigger("start-up failed")
@@ -174,17 +227,34 @@ class Process:
             extra["queues"] = ",".join(self._queues)
         _logger.info("Listening" if server is not None else "Working", extra=extra)
 
-    def _register_stages(self, server: HttpServer | None, management: HttpServer | None) -> None:
+    def _register_stages(
+        self,
+        server: HttpServer | None,
+        application: ApplicationLifespan | None,
+        management: HttpServer | None,
+    ) -> None:
         shutdown = self._operations.shutdown
         if server is not None:
-            shutdown.register(Phase.STOP_ACCEPTING, "listeners", StopListening(server, self._gate))
+            gate, clock = self._gate, self._operations.clock
             shutdown.register(
-                Phase.DRAIN, "requests", DrainRequests(self._gate, self._operations.clock)
+                Phase.STOP_ACCEPTING, "listeners", lambda _: stop_listening(server, gate)
             )
-            shutdown.register(Phase.CLOSE, "application", StopApplication(server), first=True)
-            shutdown.register(Phase.CLOSE, "server", CloseServer(server))
+            shutdown.register(
+                Phase.DRAIN, "requests", functools.partial(drain_requests, server, gate, clock)
+            )
+        if application is not None:
+            shutdown.register(
+                Phase.CLOSE, "application", lambda _: stop_application(application), first=True
+            )
+        console = self._console
+        if console is not None and management is None:
+            shutdown.register(Phase.CLOSE, "console", console.feed.end)
+        if server is not None:
+            shutdown.register(Phase.CLOSE, "server", lambda _: server.close())
         if management is not None:
-            shutdown.register(Phase.CLOSE, "management server", CloseServer(management))
+            if console is not None:
+                shutdown.register(Phase.CLOSE, "console", console.feed.end)
+            shutdown.register(Phase.CLOSE, "management server", lambda _: management.close())
 
     def _exit_code(self, report: ShutdownReport) -> int:
         if self._startup_failed:
@@ -196,21 +266,21 @@ class Process:
     # -- triggers ----------------------------------------------------------------------------
 
     def _on_signal(self, name: str) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the end is reached already
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._operations.shutdown.trigger, name)
 
     def _on_shutdown_event(self, event: ShutdownEvent) -> None:
         if isinstance(event, ShutdownTriggered):
-            self._gate.exchanges.leaving = True
+            self._gate.requests.stopping = True
             self._signals.arm(event.force_timeout)
 
     def _on_uncaught(self, where: str, error: BaseException) -> None:
         self._log_uncaught(where, error)
         if not self._shutdown_on_uncaught:
             return
-        # The watchdog first: the loop may be the very thing that does not run any more.
+        # The watchdog first, because the loop may be blocked.
         self._signals.arm(self._operations.shutdown.budgets.force)
-        with contextlib.suppress(RuntimeError):  # likewise
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(
                 self._operations.shutdown.trigger, f"uncaught exception in {where}"
             )
@@ -225,31 +295,44 @@ class Process:
 
     def _on_loop_exception(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        # What a transport or protocol reports is a connection's trouble, not the process's.
+        # Transports and protocols report problems of one connection, not of the process.
         if error is None or "transport" in context or "protocol" in context:
             _logger.warning(
                 "Event loop reports", exc_info=error, extra={"detail": context.get("message")}
             )
             return
-        self._on_uncaught("a background task" if "future" in context else "a callback", error)
+        future = context.get("future")
+        if future is None:
+            self._on_uncaught("a callback", error)
+        elif isinstance(future, asyncio.Task):
+            self._on_uncaught("a background task", error)
+        else:
+            # A result that its code no longer needs, such as one of `gather` or an executor. The
+            # code itself ended regularly.
+            self._unretrieved += 1
+            _logger.error(
+                "Exception of a future was not retrieved",
+                exc_info=error,
+                extra={"count": self._unretrieved},
+            )
 
     def _on_thread_exception(self, args: threading.ExceptHookArgs) -> None:
         if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
             name = args.thread.name if args.thread else "?"
             self._on_uncaught(f"thread {name}", args.exc_value)
         if self._thread_hook is not threading.__excepthook__:
-            self._thread_hook(args)  # the application's own wants to know as well
+            self._thread_hook(args)  # the application's own hook
 
 
 def _end_children() -> bool:
-    """End the processes of multiprocessing, which would be waited for; tell if there were any."""
+    """Terminate multiprocessing children, for which the exit would wait; return True if any."""
     multiprocessing = sys.modules.get("multiprocessing")
     if multiprocessing is None:
         return False
     children = multiprocessing.active_children()
     for child in children:
         child.terminate()
-    deadline = time.monotonic() + _LAST_GRACE
+    deadline = time.monotonic() + _EXIT_GRACE_SECONDS
     for child in children:
         child.join(max(0.0, deadline - time.monotonic()))
         if child.is_alive():
@@ -258,5 +341,10 @@ def _end_children() -> bool:
 
 
 def _busy_threads() -> list[threading.Thread]:
+    # A daemon that runs a task's code may hold native frames, which the interpreter's exit breaks.
     main = threading.main_thread()
-    return [t for t in threading.enumerate() if t is not main and not t.daemon and t.is_alive()]
+    return [
+        t
+        for t in threading.enumerate()
+        if t is not main and (t.busy if isinstance(t, JobThread) else not t.daemon) and t.is_alive()
+    ]

@@ -1,7 +1,7 @@
-"""Signals and the watchdog, on a thread of their own so that a blocked event loop cannot stop them.
+"""Signals and the watchdog, on a thread that a blocked event loop cannot stop.
 
-Imports the standard library only: it is installed before anything slow is imported, because the
-first process of a container ignores SIGTERM until it has a handler.
+This module imports the standard library only, because it is installed before slow imports. Until
+then the entry point blocks the signals, so an early signal is delivered at the installation.
 """
 
 import contextlib
@@ -18,70 +18,76 @@ from types import FrameType
 EXIT_WATCHDOG = 124
 EXIT_FORCED = 130
 
-_STOPPING = (signal.SIGTERM, signal.SIGINT)
-_NOBODY = (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler, None)
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_UNHANDLED = (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler, None)
 
 
 class SignalWatch:
-    """Turns SIGTERM and SIGINT into one call, and ends the process when the time is over.
+    """Turns SIGTERM, SIGHUP and SIGINT into one call, and ends the process at the deadline.
 
-    The interpreter's C handler writes each signal's number into our pipe at once, whatever the
-    main thread is doing; the thread reads it there. A second SIGINT ends the process immediately
-    with 130. From the first signal, or from :meth:`arm`, the process ends with 124 after the force
-    timeout, its stacks written to standard error.
+    The interpreter's C handler writes the number of each signal into a pipe immediately, even if
+    the main thread is blocked, and the watching thread reads the pipe. A second SIGINT exits
+    immediately with 130. After the first signal or :meth:`arm`, the process exits with 124 at the
+    force timeout and writes all stacks to standard error. If SIGHUP is ignored when the process
+    starts, as with ``nohup``, it stays ignored.
     """
 
     def __init__(self, *, force_timeout: float = 60.0) -> None:
-        """``force_timeout`` seconds hold for a signal; :meth:`arm` may set an earlier end."""
+        """``force_timeout``: seconds from a signal; :meth:`arm` may set an earlier deadline."""
         self.force_timeout = force_timeout
         self._lock = threading.Lock()
         self._on_signal: Callable[[str], None] | None = None
         self._pending: str | None = None
         self._deadline: float | None = None
         self._interrupts = 0
-        self._passed_on_to = -1
+        self._previous_wakeup_fd = -1
+        self._handled: tuple[signal.Signals, ...] = _STOPPING
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._thread = threading.Thread(target=self._watch, name="signal-watch", daemon=True)
 
     def install(self) -> None:
-        """Take over the signals. Call it on the main thread, once.
+        """Install the handlers and unblock the signals. Call this once, on the main thread.
 
-        SIGUSR2 does nothing from here on, until somebody has a use for it.
+        SIGUSR2 is ignored until a handler for it is installed.
         """
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            self._handled = tuple(each for each in _STOPPING if each is not signal.SIGHUP)
         if signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL:
-            signal.signal(signal.SIGUSR2, not_yet)
-        self.reclaim()
-        # A forked child shares our pipe and our handlers, so a signal for it would be read as one
-        # for us. It gets none before it has let go of both.
+            signal.signal(signal.SIGUSR2, ignore_signal)
+        self.reinstall()
+        # A forked child shares the pipe and the handlers, so its signals would be read as ours.
+        # They stay blocked until the child has released both.
         os.register_at_fork(
             before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING),
             after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING),
-            after_in_child=_let_go,
+            after_in_child=_release_in_child,
         )
+        # Before the thread starts, so that it is not the only thread that can receive a signal.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
         self._thread.start()
 
-    def reclaim(self) -> None:
-        """Take back what an application may have put to rest; its own handlers stay."""
-        for number in _STOPPING:
-            if signal.getsignal(number) in _NOBODY:
+    def reinstall(self) -> None:
+        """Handle signals again that the application ignores or reset; keep its own handlers."""
+        for number in self._handled:
+            if signal.getsignal(number) in _UNHANDLED:
                 signal.signal(number, self._handle)
-        self.take_wakeup()
+        self.claim_wakeup_fd()
 
-    def take_wakeup(self) -> None:
-        """Have signals reported to our pipe, and pass them on to who had them reported before.
+    def claim_wakeup_fd(self) -> None:
+        """Make our pipe the wakeup descriptor, and forward signals to the previous one.
 
-        An event loop takes the report for itself when it starts to run, and when an application
+        An event loop replaces the wakeup descriptor when it starts to run, and when an application
         adds a signal handler to it.
         """
         previous = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         if previous != self._writer:
-            self._passed_on_to = previous
+            self._previous_wakeup_fd = previous
 
     def deliver_to(self, on_signal: Callable[[str], None]) -> None:
         """Call ``on_signal`` with the name of the first signal, on the watching thread.
 
-        A signal that came earlier is delivered at once.
+        A signal that has arrived earlier is delivered immediately.
         """
         with self._lock:
             self._on_signal = on_signal
@@ -90,7 +96,7 @@ class SignalWatch:
             on_signal(pending)
 
     def arm(self, seconds: float) -> None:
-        """End the process in ``seconds`` unless it ends before; the earliest call counts."""
+        """Exit in ``seconds`` unless the process ends first; the earliest deadline counts."""
         deadline = time.monotonic() + seconds
         with self._lock:
             if self._deadline is None or deadline < self._deadline:
@@ -98,15 +104,15 @@ class SignalWatch:
         self._wake(0)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        # Runs on the main thread between two byte codes. The pipe has the number already, unless
-        # somebody took the report away: then take it back and say it ourselves.
+        # Runs on the main thread between two byte codes. The number is in the pipe already, unless
+        # the wakeup descriptor was replaced: then reclaim it and write the number here.
         previous = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         if previous != self._writer:
-            self._passed_on_to = previous
+            self._previous_wakeup_fd = previous
             self._wake(number)
 
     def _wake(self, number: int) -> None:
-        with contextlib.suppress(OSError):  # full: the thread has enough to read already
+        with contextlib.suppress(OSError):  # the pipe is full, so the thread will wake up
             os.write(self._writer, bytes((number,)))
 
     def _watch(self) -> None:
@@ -119,20 +125,20 @@ class SignalWatch:
                 self._expire()
             for number in os.read(self._reader, 512):
                 if number:
-                    self._pass_on(number)
+                    self._forward(number)
                 if number in _STOPPING:
                     self._received(number)
 
-    def _pass_on(self, number: int) -> None:
-        if self._passed_on_to >= 0:
-            with contextlib.suppress(OSError):  # that loop is gone
-                os.write(self._passed_on_to, bytes((number,)))
+    def _forward(self, number: int) -> None:
+        if self._previous_wakeup_fd >= 0:
+            with contextlib.suppress(OSError):  # that event loop is closed
+                os.write(self._previous_wakeup_fd, bytes((number,)))
 
     def _received(self, number: int) -> None:
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
-                text = "Second SIGINT: ending now, without the rest of the shutdown."
+                text = "Second SIGINT: exiting without the rest of the shutdown."
                 _exit_with(EXIT_FORCED, text)
         self.arm(self.force_timeout)
         name = signal.Signals(number).name
@@ -149,16 +155,16 @@ class SignalWatch:
         _exit_with(EXIT_WATCHDOG, text, stacks=True)
 
 
-def not_yet(_number: int, _frame: FrameType | None) -> None:
-    """Do nothing at a signal that asks for what is still to come, but would end the process."""
+def ignore_signal(_number: int, _frame: FrameType | None) -> None:
+    """Ignore a signal whose handler is not installed yet and whose default ends the process."""
 
 
 _STDERR = 2
-_LAST_WORDS = 1.0
-"""Seconds that may pass over them."""
+_EXIT_REPORT_SECONDS = 1.0
+"""Time limit for the report before the exit."""
 
 
-def _let_go() -> None:
+def _release_in_child() -> None:
     with contextlib.suppress(ValueError):  # not the child's main thread
         signal.set_wakeup_fd(-1)
         for number in _STOPPING:
@@ -168,10 +174,10 @@ def _let_go() -> None:
 
 
 def _exit_with(code: int, text: str, *, stacks: bool = False) -> None:
-    """End the process; what is said before may fail or block without holding the end up."""
+    """Exit after a report to standard error, which may fail or block without delaying the exit."""
 
-    def say() -> None:
-        # The descriptor, not sys.stderr: that may be None, closed or somebody else's object.
+    def report() -> None:
+        # The descriptor, because sys.stderr may be None, closed or replaced.
         with contextlib.suppress(Exception):
             os.write(_STDERR, f"{text}\n".encode())
             if stacks:
@@ -180,8 +186,8 @@ def _exit_with(code: int, text: str, *, stacks: bool = False) -> None:
                 handler.flush()
 
     try:
-        teller = threading.Thread(target=say, name="last-words", daemon=True)
-        teller.start()
-        teller.join(_LAST_WORDS)  # a full pipe that nobody reads blocks for ever
+        reporter = threading.Thread(target=report, name="exit-report", daemon=True)
+        reporter.start()
+        reporter.join(_EXIT_REPORT_SECONDS)  # writing to a full pipe without a reader blocks
     finally:
         os._exit(code)

@@ -1,24 +1,39 @@
-"""The configuration of a process: what can be set, and how it is read."""
+"""The configuration of a process: its settings, and how they are read."""
 
-from viralfx.settings.backends import DatabaseSettings, RedisSettings
-from viralfx.settings.database_url import DatabaseAddress
-from viralfx.settings.environment import given, read_settings, source
-from viralfx.settings.fields import Field, fields, show
-from viralfx.settings.jobs import JobSettings, WebhookSettings
-from viralfx.settings.kinds import Secret
+from viralfx.settings.dsn import DatabaseAddress
+from viralfx.settings.groups import (
+    DatabaseSettings,
+    HttpSettings,
+    JobSettings,
+    RedisSettings,
+    Secret,
+    WebhookSettings,
+    milliseconds,
+)
+from viralfx.settings.loader import Field, fields, given, read_settings, show, source
 from viralfx.settings.model import Settings
+from viralfx.settings.rotation import (
+    CredentialsCallable,
+    CredentialsError,
+    RotatingSecret,
+)
 
 __all__ = [
+    "CredentialsCallable",
+    "CredentialsError",
     "DatabaseAddress",
     "DatabaseSettings",
     "Field",
+    "HttpSettings",
     "JobSettings",
     "RedisSettings",
+    "RotatingSecret",
     "Secret",
     "Settings",
     "WebhookSettings",
     "fields",
     "given",
+    "milliseconds",
     "read_settings",
     "show",
     "source",

@@ -1,102 +1,165 @@
-"""Everything that can be set: each setting with its type, limits, default and meaning."""
+"""All settings, each with its type, limits, default and meaning."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from viralfx.domain.shutdown import ShutdownBudgets
-from viralfx.domain.webhooks.allowed import AllowList
-from viralfx.domain.webhooks.errors import WebhookRefusedError
-from viralfx.settings.backends import DatabaseSettings, RedisSettings
-from viralfx.settings.database_url import DatabaseAddress, parse_database_url
-from viralfx.settings.jobs import JobSettings, WebhookSettings
-from viralfx.settings.kinds import (
-    Milliseconds,
+from viralfx.domain.webhooks.url import AllowList, WebhookRefusedError
+from viralfx.settings.dsn import DatabaseAddress, parse_database_url
+from viralfx.settings.groups import (
+    DatabaseSettings,
+    Duration,
+    HttpSettings,
+    JobSettings,
     Modules,
     Names,
     Port,
-    PositiveMilliseconds,
+    PositiveDuration,
+    RedisSettings,
     Secret,
     Threshold,
+    WebhookSettings,
     meaning,
+    weakness,
 )
 
+DATABASE_URLS = ("DATABASE_URL", "DATABASE_MIGRATION_URL", "DATABASE_LISTEN_URL")
+"""Variables that hold the address of a database."""
+
+LOG_LEVELS = {
+    "info": "log",
+    "warning": "warn",
+    "critical": "error",
+    "fatal": "error",
+    "trace": "verbose",
+    "notset": "verbose",
+}
+"""Words of other loggers for the values of LOG_LEVEL."""
+
+SHAPES = {
+    "DB_SCHEMA": "a name of lower-case letters, digits and underscores",
+    "REDIS_HOST": "the name or address of a host alone; set the rest separately:"
+    " REDIS_PORT, REDIS_USERNAME, REDIS_PASSWORD, REDIS_DB, REDIS_TLS_ENABLED",
+    "REDIS_SOCKET": "an absolute path",
+}
+"""Allowed values of the variables with a pattern, in words."""
+
+Queues = tuple[
+    Annotated[
+        str,
+        Meta(
+            pattern=r"^[a-z][a-z0-9_-]*(:([1-9][0-9]{0,2}|1000))?$",
+            examples=["default:20,notifications:5"],
+        ),
+    ],
+    ...,
+]
+
 WORKER_MANAGEMENT_PORT = 3001
-"""Where `viralfx worker` serves its probes when nothing else is said."""
+"""Default port of the management server of `viralfx worker`."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that can be set. A field's name in capitals is its environment variable.
+    """All settings. A field's name in capitals is its environment variable.
 
-    ``db``, ``redis``, ``job`` and ``webhook`` are groups: their names come before those of their
-    fields.
+    ``http``, ``db``, ``redis``, ``job`` and ``webhook`` are groups: the variable of a field in a
+    group begins with the name of the group. Durations are in seconds; variables have milliseconds.
     """
 
     host: Annotated[str, meaning("Address the API listens on")] = "0.0.0.0"  # noqa: S104 - a pod's
-    port: Annotated[Port, meaning("Port of the API; 0 takes any free one")] = 3000
+    port: Annotated[Port, meaning("Port of the API; 0: any free port")] = 3000
     management_port: Annotated[
         Port | None,
         meaning(
-            "Second port for health and shutdown that closes last; unset: none,"
-            f" for `viralfx worker` {WORKER_MANAGEMENT_PORT}"
+            "Second port for health and shutdown, which closes last; unset: none,"
+            f" or {WORKER_MANAGEMENT_PORT} for `viralfx worker`"
         ),
     ] = None
     management_token: Annotated[
         Secret | None,
-        meaning("Bearer token for /health/shutdown, and for details when authorized"),
+        meaning("Bearer token for /health/shutdown, and for HEALTH_DETAILS=authorized"),
     ] = None
     api_token: Annotated[
         Secret | None,
-        meaning("Bearer token for the jobs API; production needs it; unset: open to everybody"),
+        meaning("Bearer token for the jobs API; required in production; unset: open access"),
     ] = None
+    console: Annotated[
+        bool,
+        meaning("Serve the operations console at /health/ui; in production also a token is needed"),
+    ] = True
+    console_token: Annotated[
+        Secret | None,
+        meaning("Token with which people read the console; MANAGEMENT_TOKEN also lets them act"),
+    ] = None
+    console_max_pages: Annotated[
+        int, Meta(ge=1, le=10_000), meaning("Open pages of the console per process; others get 503")
+    ] = 100
+    runbook_url: Annotated[
+        str | None,
+        meaning("Address of your copy of docs/runbook.md, for links in the console"),
+    ] = None
+    http: HttpSettings = HttpSettings()
     environment: Annotated[
-        str, Meta(min_length=1), meaning("Name of the environment, shown by /health")
+        str,
+        Meta(min_length=1),
+        meaning("Name of the environment, shown by /health; `production` is stricter"),
     ] = "development"
     allow_memory_adapters: Annotated[
-        bool, meaning("Let ENVIRONMENT=production run on memory adapters")
+        bool, meaning("Allow memory adapters with ENVIRONMENT=production")
     ] = False
     log_level: Annotated[
         Literal["error", "warn", "log", "debug", "verbose"],
-        meaning("Least level that is logged; what lines call info is log"),
+        meaning("Minimum log level; Python's words are accepted too: info is log, warning is warn"),
     ] = "log"
-    log_format: Annotated[Literal["json", "console"], meaning("JSON lines, or text for people")] = (
-        "json"
-    )
-    access_log: Annotated[bool, meaning("One log line for each request")] = True
+    log_format: Annotated[
+        Literal["json", "console"],
+        meaning("json: one JSON object per line; console: human-readable"),
+    ] = "json"
+    access_log: Annotated[
+        bool,
+        meaning("Log one line for each request; under another server, only if this is set"),
+    ] = True
     heap_snapshot_dir: Annotated[
         str | None,
-        meaning("Folder for heap reports at SIGUSR2; unset: that for temporary files"),
+        meaning("Folder for heap reports at SIGUSR2; unset: the temporary folder"),
     ] = None
     loop_stall_threshold: Annotated[
-        Milliseconds,
-        meaning("Time from which a blocked event loop is logged, with what blocks it; 0: never"),
-    ] = 500
+        Duration,
+        meaning("Time after which a blocked event loop is logged with its stack; 0: never"),
+    ] = 0.5
     state_dir: Annotated[
         str | None,
-        meaning("Folder for state.json across restarts; unset: the database, or memory"),
+        meaning("Folder of state.json; unset: state is kept in the database or in memory"),
     ] = None
-    queues: Annotated[Names, Meta(min_length=1), meaning("Names of the job queues")] = (
-        "default",
-        "notifications",
-        "analytics",
-    )
-    task_modules: Annotated[
-        Modules, meaning("Modules whose functions with @task are run as jobs")
-    ] = ()
+    queues: Annotated[
+        Queues,
+        Meta(min_length=1),
+        meaning("Names of the job queues, `name:5` with a concurrency; else JOB_CONCURRENCY"),
+    ] = ("default", "notifications", "analytics")
+    task_modules: Annotated[Modules, meaning("Modules that define tasks with @task")] = ()
     alert_webhook_url: Annotated[
         Secret | None,
-        meaning("Where changes of health are sent; unset: nowhere"),
+        meaning("URL to which changes of health are sent; unset: none are sent"),
     ] = None
 
     database_url: Annotated[
         Secret | None,
-        meaning("Postgres, as postgresql://user:password@host:5432/database; unset: memory"),
+        meaning("Address: postgresql://user:password@host:5432/database; unset: memory"),
+    ] = None
+    database_migration_url: Annotated[
+        Secret | None,
+        meaning("Address for `viralfx migrate`, past a pooler; unset: DATABASE_URL"),
+    ] = None
+    database_listen_url: Annotated[
+        Secret | None,
+        meaning("Address to LISTEN at, past a pooler in transaction mode; unset: DATABASE_URL"),
     ] = None
     pool_profile: Annotated[
         Literal["small", "medium", "large"],
-        meaning("Sizes of the pool where DB_POOL_MIN and DB_POOL_MAX say nothing"),
+        meaning("Pool size if DB_POOL_MIN and DB_POOL_MAX are not set"),
     ] = "small"
     db: DatabaseSettings = DatabaseSettings()
     redis: RedisSettings = RedisSettings()
@@ -104,90 +167,169 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     webhook: WebhookSettings = WebhookSettings()
 
     health_check_interval: Annotated[
-        PositiveMilliseconds, meaning("Time between two attempts of a check")
-    ] = 5000
+        PositiveDuration, meaning("Time between two runs of a check")
+    ] = 5.0
     health_check_timeout: Annotated[
-        PositiveMilliseconds, meaning("Time after which an attempt is abandoned and fails")
-    ] = 2000
+        PositiveDuration, meaning("Time limit of a run of a check, after which it fails")
+    ] = 2.0
     health_failure_threshold: Annotated[
-        Threshold, meaning("Observations in a row before a check gets worse")
+        Threshold, meaning("Consecutive worse results before the status of a check gets worse")
     ] = 1
     health_recovery_threshold: Annotated[
-        Threshold, meaning("Observations in a row before a check gets better")
+        Threshold, meaning("Consecutive better results before the status of a check improves")
     ] = 1
     health_critical: Annotated[
         Names, meaning("Checks whose failure makes the service unhealthy")
     ] = ("database", "memory")
     health_details: Annotated[
-        Literal["always", "authorized"], meaning("Who may read /health/detailed and one check")
+        Literal["always", "authorized"],
+        meaning("Access to /health/detailed and single checks: all clients or the token"),
     ] = "always"
-    readiness_requires: Annotated[Names, meaning("Checks that must pass to be ready")] = (
+    readiness_requires: Annotated[Names, meaning("Checks that must pass for readiness")] = (
         "database",
     )
     readiness_fail_open_after: Annotated[
-        Milliseconds,
-        meaning("Ready again after failing so long on shared dependencies alone; 0: never"),
-    ] = 0
+        Duration,
+        meaning("Ready again after shared dependencies failed for so long; 0: never"),
+    ] = 0.0
 
     shutdown_readiness_delay: Annotated[
-        Milliseconds, meaning("Time readiness says no while still serving")
-    ] = 0
+        Duration, meaning("Time between failing readiness and closing the listeners")
+    ] = 0.0
     shutdown_drain_timeout: Annotated[
-        Milliseconds, meaning("Budget for requests and jobs in flight")
-    ] = 30000
-    shutdown_state_timeout: Annotated[Milliseconds, meaning("Budget for saving state")] = 5000
-    shutdown_connection_timeout: Annotated[
-        Milliseconds, meaning("Budget for closing connections")
-    ] = 15000
+        Duration, meaning("Budget for finishing requests and jobs in flight")
+    ] = 30.0
+    shutdown_state_timeout: Annotated[Duration, meaning("Budget for saving state")] = 5.0
+    shutdown_connection_timeout: Annotated[Duration, meaning("Budget for closing connections")] = (
+        15.0
+    )
     shutdown_force_timeout: Annotated[
-        PositiveMilliseconds, meaning("Time from the trigger after which the process is ended")
-    ] = 60000
+        PositiveDuration,
+        meaning("Time from the trigger after which the process is forced to exit"),
+    ] = 60.0
     shutdown_grace_period: Annotated[
-        PositiveMilliseconds | None,
-        meaning(
-            "Time from SIGTERM until whoever sent it kills, such as a kubelet; unset: not known"
-        ),
+        PositiveDuration | None,
+        meaning("Time from SIGTERM to SIGKILL that the platform grants; unset: unknown"),
     ] = None
     shutdown_on_uncaught: Annotated[
-        bool, meaning("An uncaught exception starts the shutdown; false: it is only logged")
+        bool, meaning("Shut down after an uncaught exception; false: only log it")
     ] = True
+
+    warnings: tuple[str, ...] = ()
+    """Parts of the environment without the intended effect, one line each. No variable sets it."""
+    queue_concurrency: tuple[tuple[str, int], ...] = ()
+    """The queues with a number in QUEUES, and these numbers. No variable sets it."""
+
+    def __post_init__(self) -> None:
+        """Separate the numbers of ``queues`` from the names."""
+        if any(":" in entry for entry in self.queues):
+            parts = [entry.partition(":") for entry in self.queues]
+            numbers = tuple((name, int(number)) for name, _, number in parts if number)
+            names = tuple(name for name, _, _ in parts)
+            msgspec.structs.force_setattr(self, "queue_concurrency", numbers)
+            msgspec.structs.force_setattr(self, "queues", names)
+
+    @property
+    def queue_entries(self) -> tuple[str, ...]:
+        """The entries of QUEUES, with their numbers."""
+        numbers = dict(self.queue_concurrency)
+        return tuple(f"{name}:{numbers[name]}" if name in numbers else name for name in self.queues)
+
+    def concurrency_of(self, queues: Iterable[str]) -> dict[str, int]:
+        """Return how many jobs of each queue a worker runs at once."""
+        numbers = dict(self.queue_concurrency)
+        return {name: numbers.get(name, self.job.concurrency) for name in queues}
+
+    @property
+    def needs(self) -> Iterator[tuple[str, str]]:
+        """The variables that are set and need an extra of the distribution, with that extra."""
+        if self.database_url is not None:
+            yield "DATABASE_URL", "postgres"
+        if self.redis.in_use:
+            variable = "REDIS_SENTINEL_ENABLED" if self.redis.sentinel_enabled else "REDIS_HOST"
+            yield variable, "redis"
+            if self.database_url is not None:
+                yield f"{variable} with DATABASE_URL", "jobs"
+        if self.webhook.allowed_hosts:
+            yield "WEBHOOK_ALLOWED_HOSTS", "webhooks"
+        if self.alert_webhook_url is not None:
+            yield "ALERT_WEBHOOK_URL", "webhooks"
 
     @property
     def worker_management_port(self) -> int:
-        """Where a worker serves its probes; it always does."""
+        """Port of the management server of a worker."""
         return WORKER_MANAGEMENT_PORT if self.management_port is None else self.management_port
 
     @property
     def shutdown_budgets(self) -> ShutdownBudgets:
         """The shutdown times in seconds. Raises ``ValueError`` when they do not fit."""
         return ShutdownBudgets(
-            readiness_delay=self.shutdown_readiness_delay / 1000,
-            drain=self.shutdown_drain_timeout / 1000,
-            state=self.shutdown_state_timeout / 1000,
-            connections=self.shutdown_connection_timeout / 1000,
-            force=self.shutdown_force_timeout / 1000,
+            readiness_delay=self.shutdown_readiness_delay,
+            drain=self.shutdown_drain_timeout,
+            state=self.shutdown_state_timeout,
+            connections=self.shutdown_connection_timeout,
+            force=self.shutdown_force_timeout,
         )
 
     @property
     def database_address(self) -> DatabaseAddress | None:
-        """What DATABASE_URL says, None while not set. Raises ``ValueError`` when it is wrong."""
+        """The parsed DATABASE_URL; None if unset. Raises ``ValueError`` if it is invalid."""
         return None if self.database_url is None else parse_database_url(self.database_url.value)
 
-    def contradictions(
-        self, failed: Collection[str] = (), *, with_api: bool = False
-    ) -> Iterator[str]:
-        """Yield what is wrong with values that are right one by one.
+    @property
+    def database_listen_address(self) -> DatabaseAddress | None:
+        """The parsed DATABASE_LISTEN_URL, as :attr:`database_address`."""
+        url = self.database_listen_url
+        return None if url is None else parse_database_url(url.value)
 
-        What involves a variable in ``failed`` is passed over: its value is not what was meant.
-        ``with_api`` tells that the jobs API is served.
+    @property
+    def database_migration_address(self) -> DatabaseAddress | None:
+        """The parsed DATABASE_MIGRATION_URL, as :attr:`database_address`."""
+        url = self.database_migration_url
+        return None if url is None else parse_database_url(url.value)
+
+    def contradictions(
+        self,
+        failed: Collection[str] = (),
+        *,
+        with_api: bool = False,
+    ) -> Iterator[str]:
+        """Yield contradictions between values that are valid one by one.
+
+        Variables in ``failed`` were invalid, so contradictions that involve them are skipped.
+        ``with_api``: the process serves the jobs API.
         """
         for variables, problem in self._contradictions():
             if variables.isdisjoint(failed):
                 yield problem
-        if with_api and self.environment == "production" and self.api_token is None:
-            problem = "ENVIRONMENT=production refuses a jobs API that is open to everybody; set it"
-            if "API_TOKEN" not in failed:
-                yield f"API_TOKEN: {problem}"
+        if self.environment == "production":
+            if with_api or self.task_modules:
+                yield from self.jobs_in_memory(failed)
+            yield from self._open_in_production(failed, with_api=with_api)
+
+    def _open_in_production(self, failed: Collection[str], *, with_api: bool) -> Iterator[str]:
+        if with_api and self.api_token is None and "API_TOKEN" not in failed:
+            yield ("API_TOKEN: ENVIRONMENT=production refuses a jobs API without a token; set it")
+        tokens = {
+            "MANAGEMENT_TOKEN": self.management_token,
+            "API_TOKEN": self.api_token if with_api else None,
+            "CONSOLE_TOKEN": self.console_token,
+        }
+        for variable, token in tokens.items():
+            if token is not None and (problem := weakness(token.value)):
+                yield (
+                    f"{variable}: ENVIRONMENT=production refuses a token that {problem}; set it to"
+                    " what `openssl rand -hex 32` prints"
+                )
+
+    def _tokens_in_conflict(self) -> Iterator[tuple[frozenset[str], str]]:
+        if self.console_token is not None and self.management_token is not None:
+            reads, acts = self.console_token.value.strip(), self.management_token.value.strip()
+            if reads == acts:
+                yield (
+                    frozenset({"CONSOLE_TOKEN", "MANAGEMENT_TOKEN"}),
+                    "CONSOLE_TOKEN: is MANAGEMENT_TOKEN, so readers could act; choose another",
+                )
 
     def _contradictions(self) -> Iterator[tuple[frozenset[str], str]]:
         try:
@@ -201,25 +343,37 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             yield (
                 _BUDGETS,
                 (
-                    f"SHUTDOWN_GRACE_PERIOD: the process is killed after {grace / 1000:g} s, before"
-                    f" it is forced to end after {self.shutdown_force_timeout / 1000:g} s; raise it"
+                    f"SHUTDOWN_GRACE_PERIOD: the process is killed after {grace:g} s, before"
+                    f" it is forced to end after {self.shutdown_force_timeout:g} s; raise it"
                     " where it is granted, or lower SHUTDOWN_FORCE_TIMEOUT and its budgets"
                 ),
             )
+        if self.queue_concurrency and len(set(self.queues)) < len(self.queues):
+            twice = next(name for name in self.queues if self.queues.count(name) > 1)
+            problem = f"QUEUES: {twice} is there twice; keep one, such as {twice}:5"
+            yield frozenset({"QUEUES"}), problem
         if self.management_port and self.management_port == self.port:
             yield (
                 frozenset({"PORT", "MANAGEMENT_PORT"}),
                 f"MANAGEMENT_PORT: {self.port} is PORT already; choose another",
+            )
+        yield from self._tokens_in_conflict()
+        if self.runbook_url and not self.runbook_url.startswith(("https://", "http://")):
+            yield (
+                frozenset({"RUNBOOK_URL"}),
+                f"RUNBOOK_URL: {self.runbook_url!r} is no address of a page; begin with https://",
             )
         if self.health_details == "authorized" and self.management_token is None:
             yield (
                 frozenset({"MANAGEMENT_TOKEN", "HEALTH_DETAILS"}),
                 "HEALTH_DETAILS: authorized needs MANAGEMENT_TOKEN to be set",
             )
-        try:
-            _ = self.database_address
-        except ValueError as error:
-            yield frozenset({"DATABASE_URL"}), f"DATABASE_URL: {error}"
+        for variable in DATABASE_URLS:
+            url: Secret | None = getattr(self, variable.lower())
+            try:
+                _ = url and parse_database_url(url.value)
+            except ValueError as error:
+                yield frozenset({variable}), f"{variable}: {error}"
         if self.db.pool_min > self.db.pool_max:
             problem = (
                 f"DB_POOL_MIN: {self.db.pool_min} is more than DB_POOL_MAX={self.db.pool_max};"
@@ -230,11 +384,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         yield from self.redis.contradictions()
         yield from self.job.contradictions()
         yield from self.webhook.contradictions()
-        yield from self._alerts_to_nowhere()
-        if self.environment == "production" and not self.allow_memory_adapters:
-            yield from self._memory_in_production()
+        yield from self._invalid_alert_url()
 
-    def _alerts_to_nowhere(self) -> Iterator[tuple[frozenset[str], str]]:
+    def _invalid_alert_url(self) -> Iterator[tuple[frozenset[str], str]]:
         if self.alert_webhook_url is None:
             return
         try:
@@ -242,20 +394,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         except (ValueError, WebhookRefusedError) as error:
             yield frozenset({"ALERT_WEBHOOK_URL"}), f"ALERT_WEBHOOK_URL: {error}"
 
-    def _memory_in_production(self) -> Iterator[tuple[frozenset[str], str]]:
+    def jobs_in_memory(self, failed: Collection[str] = ()) -> Iterator[str]:
+        """Yield a problem if production would keep jobs in memory. The cache may be there."""
         accept = "ALLOW_MEMORY_ADAPTERS"
-        if self.database_url is None:
-            problem = (
-                "DATABASE_URL: ENVIRONMENT=production refuses a database in memory; set it, or"
+        refused = self.environment == "production" and not self.allow_memory_adapters
+        known = {"DATABASE_URL", "ENVIRONMENT", accept}.isdisjoint(failed)
+        if refused and known and self.database_url is None:
+            yield (
+                "DATABASE_URL: ENVIRONMENT=production refuses to keep jobs in memory; set it, or"
                 f" {accept}=true to accept the loss of all data at every stop"
             )
-            yield frozenset({"DATABASE_URL", accept}), problem
-        if not self.redis.in_use:
-            problem = (
-                "REDIS_HOST: ENVIRONMENT=production refuses a cache in memory; set it, or"
-                f" REDIS_SENTINEL_ENABLED=true, or {accept}=true to do without Redis"
-            )
-            yield frozenset({"REDIS_HOST", "REDIS_SENTINEL_ENABLED", accept}), problem
 
 
 _BUDGETS = frozenset(

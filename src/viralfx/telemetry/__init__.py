@@ -1,1 +1,1 @@
-"""What the domain's events look like to others: log lines here, metrics and traces later."""
+"""Logs, metrics and traces: listeners and hooks of the domain, and their output."""

@@ -1,1 +1,1 @@
-"""The HTTP side: probe answers, the plugin, and the service's own application."""
+"""The HTTP side: probe responses, the plugin, and the service's own application."""

@@ -1,150 +1,197 @@
-"""The gate: probes are answered ahead of the application, everything else is counted through it.
+"""The gate: the outermost ASGI wrapper, which answers probes and counts all other requests.
 
-Outermost of all ASGI applications, so that nothing an application does, neither its middleware
-nor its routing nor its mistakes, can slow or break a probe.
+Because probes do not pass through the application, its middleware, routing and errors can neither
+slow nor break them.
 """
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 
-from viralfx.domain.correlation import begin_conversation
-from viralfx.web.answers import OperationsAnswers
-from viralfx.web.asgi import ASGIApp, Message, Receive, Scope, Send
-from viralfx.web.correlation import HEADER, correlation_id_of
-from viralfx.web.exchanges import Exchange, Exchanges
-from viralfx.web.failures import tell_no_more
-from viralfx.web.replies import Answer, Endpoint, Refused, WithBody, complete, problem_answer
-from viralfx.web.watching import RequestWatch
+from viralfx.domain.correlation import start_request_context
+from viralfx.web.endpoints import OperationsEndpoints
+from viralfx.web.error_log import mark_logged
+from viralfx.web.in_flight import InFlightRequest, InFlightRequests, RequestRecorder
+from viralfx.web.responses import (
+    CLOSE,
+    HEADER,
+    ASGIApp,
+    Denied,
+    Endpoint,
+    EventStream,
+    Message,
+    RawResponse,
+    Receive,
+    ResponseFromBody,
+    Scope,
+    Send,
+    complete,
+    correlation_id_of,
+    problem_response,
+)
+
+_EVENTS = (b"accept", b"text/event-stream")
+"""The header with which each browser asks for an event stream."""
 
 
 async def _nothing(_scope: Scope, _receive: Receive, _send: Send) -> None:
-    """Stand for an application that does not hear of anything."""
+    """Ignore the lifespan events of a server without an application."""
 
 
 class Gate:
-    """An ASGI application around another; without one it answers the operations endpoints only."""
+    """Wraps an ASGI application; without one it serves the operations endpoints only."""
 
     def __init__(
         self,
-        answers: OperationsAnswers,
+        operations: OperationsEndpoints,
         app: ASGIApp | None = None,
-        watch: RequestWatch | None = None,
+        recorder: RequestRecorder | None = None,
     ) -> None:
-        """``watch`` is told of each request that the application answered."""
-        self._answers = answers
-        self._endpoints = answers.endpoints
-        self._below = answers.below
+        """Pass each request whose application has returned to ``recorder``."""
+        self._operations = operations
+        self._endpoints = operations.endpoints
+        self._path_prefix = operations.path_prefix
         self._alone = app is None
         self._app = _nothing if app is None else app
-        self.exchanges = Exchanges(None if watch is None else watch.ended)
-        if watch is not None:
-            watch.count_active(self.exchanges.__len__)
+        self.requests = InFlightRequests(None if recorder is None else recorder.record)
+        if recorder is not None:
+            recorder.count_active(self.requests.__len__)
+        self.probes: Mapping[bytes, Endpoint] = {
+            path.encode(): endpoint for path, endpoint in self._endpoints.items()
+        }
+        """The endpoints that a server may call itself, by the path in the request line.
+
+        It may do so for a ``GET`` or ``HEAD`` without query and body, while the connection has no
+        other request. If the result is not a :class:`RawResponse`, the gate must serve the request.
+        """
+        if app is not None:
+            operations.count_requests(self.requests.__len__)
         self.open = False
-        """Whether requests are let through; until then they get 503 and ``Retry-After``."""
+        """Whether the application receives requests. If not, they get 503 and ``Retry-After``."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection's scope."""
+        """Serve one ASGI scope."""
         kind, app = scope["type"], self._app
         if kind not in {"http", "websocket"}:
             await app(scope, receive, send)
             return
         correlation_id = correlation_id_of(scope["headers"])
-        begin_conversation(correlation_id)
+        start_request_context(correlation_id)
         header = (HEADER, correlation_id.encode("ascii"))
-        answer = None
+        response = None
         if kind == "http":
-            answer = self._answer(scope)
-        elif self._alone or not self.open or self.exchanges.leaving:
+            response = self._respond(scope)
+        elif self._alone or not self.open or self.requests.stopping:
             await receive()
-            await self._refuse_websocket(scope, send, header)
+            await self._reject_websocket(scope, send, header)
             return
-        if answer is not None:
-            if not isinstance(answer, Answer):
-                answer = await complete(answer, scope, receive)
-            start, body = self._messages(answer, scope, header)
-            await send(start)
-            await send(body)
+        if response is not None:
+            await self._send(response, scope, receive, send, header)
             return
-        # Here and not in a method: one coroutine more costs a percent of an ordinary request.
-        exchange = self.exchanges.begin(scope, receive, send, header)
+        # Not in a method of its own: one more coroutine costs 1 % of an ordinary request.
+        request = self.requests.begin(scope, receive, send, header)
+        respond = request.send
+        if kind == "websocket":
+            receive, respond = request.receive_websocket, request.send_websocket
         try:
-            await app(scope, receive, exchange.send)
+            await app(scope, receive, respond)
         except asyncio.CancelledError as error:
-            if not exchange.cut:
-                raise
-            if not await self._cut(exchange, scope, send, header):
-                tell_no_more(error)
+            if not await self._end_cancelled(request, error, send):
                 raise
         except Exception as error:
-            exchange.failed(error)
+            request.record_error(error)
             raise
         finally:
-            self.exchanges.end(exchange)
+            self.requests.end(request)
 
-    def _answer(self, scope: Scope) -> Answer | Awaitable[Answer] | WithBody | Refused | None:
-        """Return the answer to a request that is not for the application; None for one that is."""
+    async def _send(
+        self,
+        response: RawResponse | Awaitable[RawResponse] | ResponseFromBody | Denied | EventStream,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        header: tuple[bytes, bytes],
+    ) -> None:
+        if isinstance(response, EventStream):
+            await response.serve(scope, receive, send, header)
+            return
+        if not isinstance(response, RawResponse):
+            response = await complete(response, scope, receive)
+        start, body = self._messages(response, scope, header)
+        await send(start)
+        await send(body)
+
+    def _respond(
+        self, scope: Scope
+    ) -> RawResponse | Awaitable[RawResponse] | ResponseFromBody | Denied | EventStream | None:
+        """Return the response to a request; None if the application has to serve it."""
         path = scope["path"]
         endpoint = self._endpoints.get(path)
-        if endpoint is None and (path.startswith(self._below) or scope.get("root_path")):
+        if endpoint is None and (path.startswith(self._path_prefix) or scope.get("root_path")):
             endpoint = self._find(scope)
         if endpoint is not None:
             return endpoint(scope["method"], scope["query_string"], scope["headers"])
         if self._alone or not self.open:
-            return self._refusal()
+            return self._unavailable()
+        if _EVENTS in scope["headers"]:
+            # A compressed stream cannot be given the event that announces the shutdown.
+            scope["headers"] = [each for each in scope["headers"] if each[0] != b"accept-encoding"]
         return None
 
     def _find(self, scope: Scope) -> Endpoint | None:
         path: str = scope["path"]
         if root_path := scope.get("root_path"):
             path = path.removeprefix(root_path)
-        return self._answers.find(path)
+        return self._operations.find(path)
 
-    def _refusal(self) -> Answer:
+    def _unavailable(self) -> RawResponse:
         if self._alone:
-            return problem_answer(404, "This port answers operations endpoints only.")
-        what = "stopping" if self.exchanges.leaving else "starting"
-        return problem_answer(503, f"The service is {what}.", (b"retry-after", b"1"))
+            return problem_response(404, "This port serves the operations endpoints only.")
+        state = "stopping" if self.requests.stopping else "starting"
+        return problem_response(503, f"The service is {state}.", (b"retry-after", b"1"))
 
-    async def _refuse_websocket(
+    async def _reject_websocket(
         self, scope: Scope, send: Send, header: tuple[bytes, bytes]
     ) -> None:
         if "websocket.http.response" not in (scope.get("extensions") or {}):
             await send({"type": "websocket.close", "code": 1013, "reason": "try again later"})
             return
-        answer = self._refusal()
-        start: Message = {"type": "websocket.http.response.start", "status": answer.status}
-        await send({**start, "headers": [*answer.headers, header]})
-        await send({"type": "websocket.http.response.body", "body": answer.body})
+        response = self._unavailable()
+        start: Message = {"type": "websocket.http.response.start", "status": response.status}
+        await send({**start, "headers": [*response.headers, header]})
+        await send({"type": "websocket.http.response.body", "body": response.body})
 
-    async def _cut(
-        self, exchange: Exchange, scope: Scope, send: Send, header: tuple[bytes, bytes]
+    async def _end_cancelled(
+        self, request: InFlightRequest, error: asyncio.CancelledError, send: Send
     ) -> bool:
-        """End a cancelled request so that its client can tell; False when that is not possible."""
-        if exchange.websocket or exchange.complete:
+        """Finish the response of a cancelled request; return False if the client cannot get one."""
+        if not request.cut:
+            return request.cancelled_for_client
+        if request.websocket or request.complete:
             return True
-        if not exchange.started:
-            answer = problem_answer(
+        if not request.started:
+            response = problem_response(
                 503,
-                "The service stopped before it could answer.",
+                "The service stopped before it could respond.",
                 (b"retry-after", b"1"),
             )
-            for message in self._messages(answer, scope, header):
+            for message in self._messages(response, request.scope, request.header):
                 await send(message)
             return True
-        if exchange.event_stream:
-            # An event stream has no end of its own: closing it in order lets the client reconnect.
+        if request.accepts_events:
+            # An event stream has no end of its own, and after a regular end the client reconnects.
             await send({"type": "http.response.body", "body": b"", "more_body": False})
             return True
+        mark_logged(error)
         return False
 
     def _messages(
-        self, answer: Answer, scope: Scope, header: tuple[bytes, bytes]
+        self, response: RawResponse, scope: Scope, header: tuple[bytes, bytes]
     ) -> tuple[Message, Message]:
-        headers = [*answer.headers, header]
-        if self.exchanges.leaving:
-            headers.append((b"connection", b"close"))
-        body = b"" if scope["method"] == "HEAD" else answer.body
+        headers = [*response.headers, header]
+        if self.requests.stopping and CLOSE not in headers:
+            headers.append(CLOSE)
+        body = b"" if scope["method"] == "HEAD" else response.body
         return (
-            {"type": "http.response.start", "status": answer.status, "headers": headers},
+            {"type": "http.response.start", "status": response.status, "headers": headers},
             {"type": "http.response.body", "body": body},
         )

@@ -1,240 +1,231 @@
-"""The plugin: gives any Litestar application the operations layer."""
+"""The plugin: gives a Litestar application the operations layer."""
 
-import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
-from litestar import Litestar
+from litestar import Litestar, Router
 from litestar.config.app import AppConfig
-from litestar.plugins import InitPlugin, ReceiveRoutePlugin
+from litestar.enums import ScopeType
+from litestar.exceptions import HTTPException, WebSocketException
+from litestar.plugins import CLIPlugin, InitPlugin, ReceiveRoutePlugin
 from litestar.routes import BaseRoute, WebSocketRoute
 from litestar.types import ASGIApp as LitestarASGIApp
+from litestar.types import Scope as LitestarScope
 
-from viralfx.bootstrap import assemble
-from viralfx.domain.cache import Cache
 from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.health import HealthCheck
-from viralfx.domain.jobs.service import JobService
-from viralfx.domain.operations import Operations
-from viralfx.domain.resilience.breaker import CircuitBreaker
-from viralfx.domain.resilience.retry import Retrier
-from viralfx.domain.shutdown import Phase, ShutdownStage
-from viralfx.settings import Settings, read_settings
-from viralfx.web.access import AccessPolicy
-from viralfx.web.answers import OperationsAnswers
-from viralfx.web.asgi import ASGIApp
-from viralfx.web.failures import keep_error
-from viralfx.web.gate import Gate
-from viralfx.web.health import ANSWERS, health_router, is_ours
-from viralfx.web.jobs import JOBS, JobsApi
-from viralfx.web.watching import RequestWatch
+from viralfx.settings import Settings
+from viralfx.telemetry.context import CLIENT_DISCONNECTED
+from viralfx.web.auth import AccessPolicy
+from viralfx.web.dependencies import ApplicationDependencies, ClientDependencies
+from viralfx.web.error_log import ERROR, is_client_disconnect, log_request_error
+from viralfx.web.jobs import JOBS, JobsApi, jobs_router
+from viralfx.web.jobs.openapi import COMPONENTS, JobsDocument
+from viralfx.web.layer import (
+    LIFESPAN_IN_LAYER,
+    SECOND_LAYER,
+    OperationsConfig,
+    OperationsLayer,
+)
+from viralfx.web.responses import ASGIApp
+from viralfx.web.routes import (
+    ENDPOINTS,
+    health_router,
+    is_operations_route,
+    with_components,
+    with_finish,
+    with_management_token,
+)
 
 if TYPE_CHECKING:
-    from viralfx.bootstrap import PostgresDatabase, RedisClient
+    import click
+
+_METRICS_PATH_TAKEN = (
+    "OperationsConfig.metrics_path: the application answers {} itself; choose another path, or"
+    " remove that route and pass its registries, as in registries=[REGISTRY]"
+)
 
 
-@dataclass(slots=True, kw_only=True)
-class OperationsConfig:
-    """What an application adds to the operations layer, or wants otherwise."""
-
-    settings: Settings | None = None
-    """The settings; None reads them from the environment."""
-    checks: Mapping[str, HealthCheck] = field(default_factory=dict)
-    """The application's own health checks by name. HEALTH_CRITICAL and READINESS_REQUIRES may
-    name them like the built-in ones."""
-    drain_stages: Mapping[str, ShutdownStage] = field(default_factory=dict)
-    """Run together with the draining of requests and jobs, within SHUTDOWN_DRAIN_TIMEOUT."""
-    save_stages: Mapping[str, ShutdownStage] = field(default_factory=dict)
-    """Run in order after draining, within SHUTDOWN_STATE_TIMEOUT."""
-    close_stages: Mapping[str, ShutdownStage] = field(default_factory=dict)
-    """Run in order after the application's lifespan ended, within SHUTDOWN_CONNECTION_TIMEOUT."""
-    breakers: Sequence[CircuitBreaker] = ()
-    """The application's circuit breakers: listed as check ``circuits``, saved and restored."""
-    retriers: Sequence[Retrier] = ()
-    """The application's retriers, each with a name of its own: their failed attempts are counted,
-    and what is left of their budgets is shown."""
-    tasks: Sequence[Callable[..., Awaitable[object]]] = ()
-    """The application's own functions with ``@task``, beside those of TASK_MODULES."""
-    path: str = "/health"
-    """Where the endpoints are. Manifests and the ``probe`` command expect the default."""
-    metrics_path: str = "/metrics"
-    """Where the metrics are, in Prometheus's text format or OpenMetrics."""
-    tag: str = "operations"
-    """The OpenAPI tag of the endpoints."""
-
-    def __post_init__(self) -> None:
-        """Raise ``ValueError`` for a path that is not absolute, ends in a slash, or is taken."""
-        for name, path in (("path", self.path), ("metrics_path", self.metrics_path)):
-            if not path.startswith("/") or path.endswith("/"):
-                raise ValueError(f"{name} must start with a slash and not end with one: {path!r}")
-        if f"{self.metrics_path}/".startswith(f"{self.path}/"):
-            raise ValueError(f"metrics_path must not be below path: {self.metrics_path!r}")
+_TRACING = frozenset({"OpenTelemetryPlugin", "OpenTelemetryInstrumentationMiddleware"})
+"""Parts of Litestar that make a span of each request."""
+_LOGGING = frozenset({"LoggingMiddleware"})
+"""The part that logs each request; Litestar's plugin for structlog adds it."""
 
 
-class OperationsPlugin(InitPlugin, ReceiveRoutePlugin):
+class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugin):
     """Adds health endpoints, background checks, correlation ids and shutdown stages to an app.
 
-    It appends and never replaces: no route, error handler, logger or signal of the application is
-    touched. Probes and correlation ids are the work of a gate in front of the application's own
-    routing. Under ``viralfx serve`` the shutdown is staged with listeners and requests; under any
-    other server the application's lifespan runs the stages when it ends.
+    The plugin adds and never replaces: the application keeps its routes, error handlers, loggers
+    and signals. A gate in front of the application's routing answers probes and sets correlation
+    ids. Under ``viralfx serve`` the staged shutdown includes listeners and requests. Under any
+    other server the stages run at the end of the application's lifespan.
     """
 
-    __slots__ = ("_app_seen", "_config", "answers", "assembly", "settings")
+    __slots__ = ("_app", "_clients")
 
     def __init__(self, config: OperationsConfig | None = None) -> None:
-        """Wire the layer.
+        """Wire the layer; None uses the default configuration.
 
-        Raises :class:`ConfigurationError` that lists every problem of the settings.
+        Raises :class:`ConfigurationError` with every problem of the settings, and ``TypeError`` for
+        another configuration.
         """
-        self._config = config = config or OperationsConfig()
-        self.settings = config.settings or read_settings(os.environ)
-        self._app_seen = False
-        self._wire()
+        self._app: Litestar | AppConfig | None = None
+        self._clients: ClientDependencies | None = None
+        super().__init__(config)
 
-    def _wire(self) -> None:
-        config = self._config
-        self.assembly = assemble(
-            self.settings,
-            checks=config.checks,
-            breakers=config.breakers,
-            retriers=config.retriers,
-            tasks=config.tasks,
-            stages={
-                Phase.DRAIN: config.drain_stages,
-                Phase.SAVE_STATE: config.save_stages,
-                Phase.CLOSE: config.close_stages,
-            },
-        )
-        self.answers = OperationsAnswers(
-            self.assembly.operations,
-            AccessPolicy.from_settings(self.settings),
-            self.assembly.metrics,
-            prefix=config.path,
-            metrics_path=config.metrics_path,
-        )
-
-    @property
-    def operations(self) -> Operations:
-        """Lifecycle, monitor and shutdown."""
-        return self.assembly.operations
-
-    @property
-    def database(self) -> "PostgresDatabase":
-        """Postgres: its pool and ``execute_with_retry``. Connected once the application starts.
-
-        Raises :class:`ConfigurationError` without DATABASE_URL.
-        """
-        if self.assembly.database is None:
-            raise ConfigurationError(["DATABASE_URL: not set, so there is no database"])
-        return self.assembly.database
-
-    @property
-    def redis(self) -> "RedisClient":
-        """Redis: redis-py's client and ``get_with_graceful_degradation``.
-
-        Raises :class:`ConfigurationError` without REDIS_HOST and REDIS_SENTINEL_ENABLED.
-        """
-        if self.assembly.redis is None:
-            raise ConfigurationError(["REDIS_HOST: not set, so there is no Redis"])
-        return self.assembly.redis
-
-    @property
-    def cache(self) -> Cache:
-        """A cache with a time to live and one load at a time, in Redis or in memory."""
-        return self.assembly.cache
-
-    @property
-    def jobs(self) -> JobService:
-        """Jobs: accept, look up, retry, cancel. In Postgres or in memory."""
-        return self.assembly.jobs.service
-
-    def watch(self) -> RequestWatch:
-        """Return what a gate tells of each request."""
-        return RequestWatch(self.assembly.metrics.requests, access_log=self.settings.access_log)
-
-    def traced(self, app: ASGIApp) -> ASGIApp:
-        """Return what a gate is put in front of: an application whose requests are traced."""
-        tracing = self.assembly.tracing
-        return app if tracing is None else tracing.requests(app)
+    def _connect(self) -> None:
+        if self._app is not None:
+            self.attach(self._app)
+            self.endpoints.serve_below(self._app.path)
+            self._app.state.update(self._state())
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
-        """Append routes, a lifespan and a hook for errors to the application's own.
+        """Add routes, dependencies, a lifespan and an error hook to the application.
 
-        Raises :class:`ConfigurationError` in a second application: they would share one shutdown.
+        Raises :class:`ConfigurationError` for a second application while another one runs: both
+        would share one shutdown. Applications that run one after the other may share the plugin.
+        Raises it for a second plugin in one application, too.
         """
-        if self._app_seen:
-            raise ConfigurationError(["OperationsPlugin: each application needs one of its own"])
-        self._app_seen = True
-        router = health_router(prefix=self._config.path, tag=self._config.tag)
-        app_config.route_handlers.append(router)
-        app_config.state.update(self._state())
-        # Entered last and left first: checks must end before the application closes its pools.
+        if sum(isinstance(each, OperationsPlugin) for each in app_config.plugins) > 1:
+            raise ConfigurationError(["OperationsPlugin: the application has two; keep one"])
+        self._require_one_application(app_config)
+        self._app = app_config
+        self._connect()
+        if self._config.dependencies:
+            self._clients = ClientDependencies(self, app_config)
+        app_config.route_handlers.append(self._router())
+        if self._config.jobs_api:
+            self._add_jobs_api(app_config)
+        if self.settings.management_token is not None and app_config.openapi_config is not None:
+            app_config.openapi_config = with_management_token(app_config.openapi_config)
+        # Entered last and exited first: checks must end before the application closes its pools.
         app_config.lifespan.append(self._lifespan)
         app_config.after_exception.append(keep_error)
         return app_config
 
-    def receive_route(self, route: BaseRoute) -> None:
-        """Raise :class:`ConfigurationError` for one of the application's that is ours to answer.
+    def _traces_itself(self) -> bool:
+        return self._has_part(_TRACING)
 
-        Litestar would refuse some without a word about whose the other one is; the gate would hide
-        the rest. It lets WebSockets through.
+    def _logs_requests_itself(self) -> bool:
+        return self._has_part(_LOGGING)
+
+    def _has_part(self, wanted: Collection[str]) -> bool:
+        if self._app is None:
+            return False
+        # By name: Litestar's own classes need packages that may not be installed.
+        parts = [*self._app.plugins, *(getattr(m, "middleware", m) for m in self._app.middleware)]
+        return any(getattr(each, "__name__", type(each).__name__) in wanted for each in parts)
+
+    def on_cli_init(self, cli: "click.Group") -> None:
+        """Add the commands of this package to Litestar's, as ``litestar viralfx doctor``."""
+        from viralfx.web.commands import add_commands  # noqa: PLC0415 - only for this command
+
+        add_commands(cli, self._config.env_prefix)
+
+    def _require_one_application(self, app: Litestar | AppConfig) -> None:
+        if self.loop is not None and app is not self._app:
+            problem = "OperationsPlugin: each application that runs at the same time needs its own"
+            raise ConfigurationError([problem])
+
+    def _add_jobs_api(self, app_config: AppConfig) -> None:
+        if app_config.path.strip("/"):
+            problem = "OperationsConfig.jobs_api: the jobs API is at /api/v1, and the application"
+            remedy = f"is below {app_config.path}; give that path to its routers instead"
+            raise ConfigurationError([f"{problem} {remedy}"])
+        secured, listed = self.settings.api_token is not None, self._config.include_in_schema
+        app_config.route_handlers.append(jobs_router(secured=secured, include_in_schema=listed))
+        if listed and app_config.openapi_config is not None:
+            document = JobsDocument(self.assembly.jobs.tasks, self.settings.queues)
+            completed = with_finish(app_config.openapi_config, document.finish)
+            app_config.openapi_config = (
+                with_components(completed, COMPONENTS) if secured else completed
+            )
+
+    def attach(self, app: Litestar | AppConfig) -> None:
+        """Provide the dependencies of ``app`` to tasks."""
+        self._app = app
+        self.assembly.jobs.calls.provider = ApplicationDependencies(app)
+
+    def receive_route(self, route: BaseRoute) -> None:
+        """Raise :class:`ConfigurationError` for an application route that conflicts with ours.
+
+        Litestar rejects some of these without naming the plugin, and the gate would hide the
+        others. WebSocket routes do not conflict: the gate passes WebSockets to the application.
         """
+        if self._clients is not None:
+            self._clients.require_free_names(route)
+        metrics_path = self._config.metrics_path
+        if route.path == metrics_path and not isinstance(route, WebSocketRoute):
+            raise ConfigurationError([_METRICS_PATH_TAKEN.format(metrics_path)])
         path = self._config.path
-        below = route.path == path or route.path.startswith(self.answers.below)
-        if not below or isinstance(route, WebSocketRoute) or is_ours(route):
+        below = route.path == path or route.path.startswith(self.endpoints.path_prefix)
+        if not below or isinstance(route, WebSocketRoute) or is_operations_route(route):
             return
-        if self.answers.find(route.path) is not None:
+        if self.endpoints.find(route.path) is not None:
             what = f"OperationsConfig.path: the application answers {route.path} itself"
             raise ConfigurationError([f"{what}; choose another path than {path}"])
 
     def mount(self, app: Litestar) -> None:
-        """Add the endpoints to an application that was made without the plugin.
+        """Add the endpoints to an application that was created without the plugin.
 
-        For a runner, which does the rest itself. Raises :class:`ConfigurationError` when the
-        application answers below the same path already.
+        The caller starts the operations layer. Raises :class:`ConfigurationError` if the
+        application already has routes at the path or below it.
         """
         path = self._config.path
-        taken = [r.path for r in app.routes if r.path == path or r.path.startswith(f"{path}/")]
-        if taken:
-            what = f"--app: the application answers {', '.join(sorted(taken))} itself"
-            remedy = "give it OperationsPlugin(OperationsConfig(path=...)) with a path that is free"
+        conflicts = [r.path for r in app.routes if r.path == path or r.path.startswith(f"{path}/")]
+        if conflicts:
+            what = f"--app: the application answers {', '.join(sorted(conflicts))} itself"
+            remedy = "add OperationsPlugin(OperationsConfig(path=...)) with an unused path to it"
             raise ConfigurationError([f"{what}; {remedy}"])
         self.require_metrics_path(app)
+        self.attach(app)
         app.state.update(self._state())
         app.after_exception.append(keep_error)
-        app.register(health_router(prefix=path, tag=self._config.tag))
+        if self.settings.management_token is not None and app.openapi_config is not None:
+            declared = with_management_token(app.openapi_config)
+            app.openapi_config.components = declared.components
+        app.register(self._router())
+
+    def _router(self) -> Router:
+        return health_router(
+            prefix=self._config.path,
+            tag=self._config.tag,
+            groups=bool(self._config.groups),
+            include_in_schema=self._config.include_in_schema,
+            access=AccessPolicy.from_settings(self.settings),
+        )
 
     def require_metrics_path(self, app: Litestar) -> None:
-        """Raise :class:`ConfigurationError` where the application answers at it itself.
+        """Raise :class:`ConfigurationError` if the application has a route at ``metrics_path``.
 
-        The gate stands ahead of its routing, and would hide that route.
+        The gate is in front of the application's routing and would hide that route.
         """
         path = self._config.metrics_path
         if any(route.path == path for route in app.routes):
-            what = f"OperationsConfig.metrics_path: the application answers {path} itself"
-            raise ConfigurationError([f"{what}; choose another path"])
+            raise ConfigurationError([_METRICS_PATH_TAKEN.format(path)])
 
     def _state(self) -> dict[str, object]:
         jobs, token = self.assembly.jobs, self.settings.api_token
         api = JobsApi(
             service=jobs.service,
-            watch=jobs.watch,
+            follower=jobs.follower,
             token=None if token is None else token.value.strip().encode(),
             open_without_token=self.settings.environment != "production",
+            concurrency=lambda: jobs.concurrency,
         )
-        return {"operations": self.operations, ANSWERS: self.answers, JOBS: api}
+        return {"operations": self.operations, ENDPOINTS: self.endpoints, JOBS: api}
 
     @asynccontextmanager
     async def _lifespan(self, app: Litestar) -> AsyncIterator[None]:
+        if LIFESPAN_IN_LAYER.get() is asyncio.current_task():
+            # Its probes would hide those of the plugin, and the checks behind them.
+            raise ConfigurationError([SECOND_LAYER])
         self.require_metrics_path(app)
-        if self.operations.shutdown.triggered and not self.operations.staged:
-            # A lifespan once more, as with one test client after another. A shutdown is for good,
-            # so what was shut down is made anew.
-            self._wire()
-            app.state.update(self._state())
+        self._require_one_application(app)
+        self._app = app
+        self._connect()
+        self.begin()
         operations = self.operations
         if operations.staged:
             await operations.start()
@@ -243,14 +234,53 @@ class OperationsPlugin(InitPlugin, ReceiveRoutePlugin):
         inner = app.asgi_handler
         try:
             await operations.start()
-            # No runner put a gate in front of the application, so it gets its own, inside itself.
-            gate = Gate(self.answers, self.traced(cast("ASGIApp", inner)), self.watch())
+            # Without a runner there is no gate yet, so the gate becomes the innermost wrapper.
+            gate = self.gate(cast("ASGIApp", inner), own_server=False)
             gate.open = True
             app.asgi_handler = cast("LitestarASGIApp", gate)
             operations.application_ready()
             yield
         finally:
-            # Also when the start failed: what it began has to end.
-            operations.shutdown.trigger("application lifespan ended")
-            await operations.shutdown.run()
+            # This also ends what a failed start has begun.
+            await self.end()
             app.asgi_handler = inner
+
+
+def plugin_of(app: object, settings: Settings) -> tuple[OperationsPlugin, bool]:
+    """Return the plugin of a Litestar application, and whether it was added.
+
+    An application without one gets one with ``settings``. Raises :class:`ConfigurationError` if
+    routes of the application conflict with the endpoints.
+    """
+    assert isinstance(app, Litestar)  # noqa: S101 - narrows for the type checker
+    found = next((each for each in app.plugins if isinstance(each, OperationsPlugin)), None)
+    plugin = found or OperationsPlugin(OperationsConfig(settings=settings))
+    if found is None:
+        plugin.mount(app)
+    plugin.require_metrics_path(app)
+    plugin.attach(app)
+    return plugin, found is None
+
+
+async def keep_error(error: Exception, scope: LitestarScope) -> None:
+    """Store an error in the scope until the status of the response is known; a Litestar hook.
+
+    Litestar by itself logs errors only in debug mode. A WebSocket has no response, so its error is
+    logged immediately.
+    """
+    if is_client_disconnect(error):
+        scope[CLIENT_DISCONNECTED] = True  # type: ignore[literal-required]
+        return
+    if _logs_itself(scope["litestar_app"]):
+        return
+    if scope["type"] == ScopeType.WEBSOCKET:
+        if not isinstance(error, HTTPException | WebSocketException):
+            log_request_error(error, "WEBSOCKET", scope["path"])
+        return
+    scope[ERROR] = error  # type: ignore[literal-required]  # a server's own keys are allowed
+
+
+def _logs_itself(app: Litestar) -> bool:
+    config = app.logging_config
+    when = None if config is None or app.logger is None else config.log_exceptions
+    return when == "always" or (when == "debug" and app.debug)

@@ -40,7 +40,8 @@ class Readiness(_Body, kw_only=True, omit_defaults=True):
         str | None, Meta(description="starting, draining or failing; absent when ready")
     ] = None
     degraded: Annotated[
-        bool, Meta(description="Ready although a shared dependency keeps failing")
+        bool,
+        Meta(description="Ready although a shared dependency fails for READINESS_FAIL_OPEN_AFTER"),
     ] = False
 
 
@@ -48,11 +49,16 @@ class Startup(_Body):
     """``GET /health/startup``."""
 
     started: bool
-    pending: Annotated[list[str], Meta(description="Checks that have not reported, or gate")]
+    pending: Annotated[
+        list[str],
+        Meta(
+            description="Checks that have no result yet, or that readiness requires and that fail"
+        ),
+    ]
 
 
 class CheckError(_Body):
-    """Why a check does not pass: a code, and the id under which the log tells more."""
+    """The reason why a check does not pass: a code, and the correlation id of its log lines."""
 
     code: str
     correlation_id: str | None
@@ -73,9 +79,11 @@ class CheckState(_Body, kw_only=True, omit_defaults=True):
     status: Annotated[str, Meta(description="pass, warn or fail")]
     message: str
     details: Any
-    response_time: Annotated[float | None, Meta(description="Milliseconds the last attempt took")]
-    since: Annotated[str, Meta(description="When the status last changed")]
-    checked_at: Annotated[str | None, Meta(description="When it was last checked")]
+    response_time: Annotated[
+        int | None, Meta(description="Duration of the last attempt in milliseconds")
+    ]
+    since: Annotated[str, Meta(description="Time of the last change of status")]
+    checked_at: Annotated[str | None, Meta(description="Time of the last check")]
     error: CheckError | None = None
 
 
@@ -86,8 +94,17 @@ class NamedCheckState(CheckState, kw_only=True):
     history: list[Change]
 
 
+class GroupState(_Body):
+    """``GET /health/group/{group}``."""
+
+    name: str
+    status: Annotated[str, Meta(description="The worst status: pass, warn or fail")]
+    timestamp: Timestamp
+    checks: Annotated[dict[str, CheckState], Meta(description="The checks of the group")]
+
+
 class MemoryUsage(_Body):
-    """Bytes; ADR-0011 says what stands for each name."""
+    """Memory in bytes; ADR-0011 defines the fields."""
 
     rss: int
     heap_total: int
@@ -96,9 +113,9 @@ class MemoryUsage(_Body):
 
 
 class Metrics(_Body):
-    """What the process uses."""
+    """The resources that the process uses."""
 
-    response_time: Annotated[float, Meta(description="Milliseconds of all checks together")]
+    response_time: Annotated[int, Meta(description="Milliseconds of all checks together")]
     memory_usage: MemoryUsage
     cpu_usage: Annotated[float, Meta(description="Percent of one core since the last check")]
 
@@ -143,7 +160,7 @@ class ShutdownAccepted(_Body):
 
 
 class PreviousRun(_Body):
-    """What the process before this one left."""
+    """The saved state of the previous process."""
 
     saved_at: Timestamp
     starts: int
@@ -165,15 +182,15 @@ class LoggerState(_Body):
 
     level: Annotated[
         str | None,
-        Meta(description="Of its own; null where it takes that of the logger above it"),
+        Meta(description="The logger's own level; null if it inherits its parent's"),
     ]
-    effective_level: Annotated[str, Meta(description="What holds for it")]
+    effective_level: Annotated[str, Meta(description="The level in force")]
 
 
 class Loggers(_Body):
     """``GET /health/loggers``."""
 
-    levels: Annotated[list[str], Meta(description="The words for a level, the least first")]
+    levels: Annotated[list[str], Meta(description="The levels, the most severe first")]
     loggers: dict[str, LoggerState]
 
 
@@ -182,5 +199,5 @@ class NewLevel(msgspec.Struct, forbid_unknown_fields=True):
 
     level: Annotated[
         str | None,
-        Meta(description="error, warn, log, debug or verbose; null: what it was before"),
+        Meta(description="error, warn, log, debug or verbose; null: the original level"),
     ]

@@ -1,5 +1,5 @@
-"""The tasks that come with the service, made of what the process was wired with."""
+"""The engine that runs jobs, and the built-in tasks."""
 
-from viralfx.worker.tasks import built_in_periodic, built_in_tasks
+from viralfx.worker.builtin import built_in_tasks
 
-__all__ = ["built_in_periodic", "built_in_tasks"]
+__all__ = ["built_in_tasks"]

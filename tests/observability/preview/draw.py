@@ -1,4 +1,4 @@
-"""Draws the dashboard with Grafana's components and real data, and makes a picture of it.
+"""Renders the dashboard with Grafana's components and real data, and saves a picture of it.
 
 A service and its worker run under traffic for some minutes, with faults, scraped by a Prometheus;
 then Chromium opens the page beside this file. Run it by ``just dashboard-preview``, which fetches
@@ -107,7 +107,7 @@ def _page() -> Iterator[str]:
             return str(FILE) if is_dashboard else super().translate_path(path)
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its own name
-            """Say nothing."""
+            """Log nothing."""
 
     handler = functools.partial(Handler, directory=str(HERE))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -1,4 +1,4 @@
-"""Which alerts of deploy/observability/rules.yml fire for what was scraped, by promtool."""
+"""The alerts of deploy/observability/rules.yml that fire for a scrape, by promtool."""
 
 import json
 import re
@@ -12,17 +12,17 @@ from tests.system.service import ROOT
 
 RULES = ROOT / "deploy/observability/rules.yml"
 _MINUTES = 30
-"""How long it goes on like that: longer than any alert waits, with the window that it looks at."""
+"""The simulated duration: longer than the wait and the window of any alert."""
 _BEGIN = "process_start_time_seconds"
 _GROWING = ("_total", "_bucket", "_count", "_sum")
 
 
 def firing(before: str, now: str, *, job: str = "viralfx-backend") -> set[str]:
-    """Return the alerts that fire where things go on as they are.
+    """Return the alerts that fire if the current state continues.
 
-    ``before`` and ``now`` are two scrapes of one process. A gauge stays as it is ``now``; what
-    only grows grows each minute by what it grew in between. Raises ``UnavailableError`` where
-    there is no promtool.
+    ``before`` and ``now`` are two scrapes of one process. A gauge keeps its value of ``now``; a
+    counter grows each minute by its growth between the scrapes. Raises ``UnavailableError``
+    without promtool.
     """
     labels = {"job": job, "instance": "drilled"}
     old = _samples(before)
@@ -32,7 +32,7 @@ def firing(before: str, now: str, *, job: str = "viralfx-backend") -> set[str]:
         series.append(
             {
                 "series": name + _text({**dict(pairs), **labels}),
-                # The test's time begins at 0, and the process is there by then.
+                # The test's time begins at 0, and the process runs by then.
                 "values": f"{0.0 if name == _BEGIN else value!r}+{grown!r}x{_MINUTES}",
             }
         )
@@ -53,7 +53,7 @@ def firing(before: str, now: str, *, job: str = "viralfx-backend") -> set[str]:
             timeout=60,
             check=False,
         )
-    # It is told to expect what never is, and says what it got instead.
+    # The expectation is impossible, so promtool prints the actual alerts.
     said = done.stdout + done.stderr
     assert "got:" in said, said
     return set(re.findall(r'alertname=\\?"(\w+)', said.partition("got:")[2]))

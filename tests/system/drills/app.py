@@ -1,4 +1,4 @@
-"""An application with the mistakes that people make: what the drills get into trouble."""
+"""An application with common mistakes, for the drills."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ _RELEASE = os.environ.get("RELEASE", "1")
 
 @get("/orders/{number:int}")
 async def order(number: FromPath[int]) -> dict[str, int]:
-    """Change a row, which somebody else may have locked."""
+    """Change a row that another transaction may have locked."""
     async with plugin.database.acquire() as connection:
         seen = "UPDATE orders SET seen = seen + 1 WHERE number = $1 RETURNING seen"
         return {"seen": await connection.fetchval(seen, number)}
@@ -24,7 +24,7 @@ async def order(number: FromPath[int]) -> dict[str, int]:
 
 @get("/reports/{seconds:float}")
 async def report(seconds: FromPath[float]) -> dict[str, bool]:
-    """Ask the database for something that takes it so long."""
+    """Run a query that takes ``seconds``."""
     async with plugin.database.acquire() as connection:
         await connection.execute("SELECT pg_sleep($1)", seconds)
     return {"done": True}
@@ -32,7 +32,7 @@ async def report(seconds: FromPath[float]) -> dict[str, bool]:
 
 @get("/cached")
 async def cached() -> dict[str, bool]:
-    """Read from Redis, with a fallback for when it is away."""
+    """Read from Redis, with a fallback for an outage."""
     read = await plugin.redis.get_with_graceful_degradation(
         lambda: plugin.redis.redis.get("planted"), b"fallback"
     )
@@ -41,7 +41,7 @@ async def cached() -> dict[str, bool]:
 
 @post("/uploads/{mebibytes:int}")
 async def upload(mebibytes: FromPath[int]) -> None:
-    """Take something in, and never let it go."""
+    """Allocate memory and never release it."""
     for _ in range(mebibytes):
         _kept.append(bytearray(b"x" * 2**20))
         await asyncio.sleep(0)
@@ -49,14 +49,14 @@ async def upload(mebibytes: FromPath[int]) -> None:
 
 @get("/login")
 async def login() -> dict[str, str]:
-    """Check a password; the second release does that on the event loop."""
+    """Check a password; the second release computes on the event loop."""
     if _RELEASE == "2":
         hash_password()
-    return {"user": "somebody"}
+    return {"user": "example"}
 
 
 def hash_password() -> None:
-    """Compute for a while."""
+    """Use the processor for a while."""
     time.sleep(0.7)
 
 

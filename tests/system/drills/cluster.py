@@ -41,15 +41,15 @@ class _Container:
     arguments: tuple[str, ...]
     program: str
     revisions: list[dict[str, str]]
-    """The environments that it had, the last one in force."""
+    """All environments of the container; the last one is in force."""
     replicas: int = 1
     processes: list[tuple[Service, AbstractContextManager[Service]]] = field(default_factory=list)
 
 
 class Cluster:
-    """Starts processes as a cluster would start containers, and replaces them one by one.
+    """Starts processes as a cluster starts containers, and replaces them one by one.
 
-    ``joined`` is called with each process of a backend: it may move it under a limit.
+    ``joined`` is called with each process of a backend, to move it below a memory limit.
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
@@ -86,7 +86,7 @@ class Cluster:
                 context.__exit__(kind, error, trace)
         self._stack.close()
 
-    # -- what runs ---------------------------------------------------------------------------
+    # -- processes ---------------------------------------------------------------------------
 
     def deploy(
         self,
@@ -95,25 +95,25 @@ class Cluster:
         replicas: int = 1,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start a container of a Deployment in so many pods."""
+        """Start a container of a Deployment in ``replicas`` pods."""
         program = "worker" if name[1] == "queue-worker" else "serve"
         variables = {**self.environment, **(environment or {})}
         self._containers[name] = _Container(arguments, program, [variables], replicas)
         self._scale(name, replicas)
 
     def update(self, name: tuple[str, str], **environment: str) -> None:
-        """Roll out another revision, with these variables changed."""
+        """Roll out a new revision with these variables changed."""
         revisions = self._containers[name].revisions
         revisions.append({**revisions[-1], **environment})
         self._replace(name)
 
     def processes(self, name: tuple[str, str]) -> list[Service]:
-        """Return what runs, or ran last."""
+        """Return the processes that run, or ran last."""
         return [service for service, _ in self._containers[name].processes]
 
     @property
     def instance(self) -> str:
-        """Where the backend is reached, whichever process it is: the runbook's INSTANCE."""
+        """The address of the backend, independent of its process: the runbook's INSTANCE."""
         assert self._service is not None
         return f"localhost:{self._service.port}"
 
@@ -138,7 +138,7 @@ class Cluster:
         return service, context
 
     def _replace(self, name: tuple[str, str]) -> None:
-        """Replace what runs: a new one is ready before an old one is told to stop."""
+        """Replace the processes: a new one is ready before an old one gets SIGTERM."""
         container = self._containers[name]
         old, container.processes = container.processes, []
         self._scale(name, container.replicas)
@@ -157,7 +157,7 @@ class Cluster:
             self._service = self._stack.enter_context(FaultProxy(port))
         self._service.upstream = ("127.0.0.1", port)
 
-    # -- what kubectl asks for ---------------------------------------------------------------
+    # -- commands of kubectl -----------------------------------------------------------------
 
     def _answer(self, words: list[str]) -> tuple[int, str]:
         match words:
@@ -195,7 +195,7 @@ class Cluster:
 
     def _logs(self, name: tuple[str, str]) -> str:
         service = self.processes(name)[0]
-        threading.Event().wait(0.05)  # lines are gathered for moments before they are written
+        threading.Event().wait(0.05)  # the process writes log lines in batches
         return "".join([*service.errors, *service.output])
 
     def _rolled(
@@ -209,7 +209,7 @@ class Cluster:
         return 0, f"deployment.apps/{deployment} rolled\n"
 
     def _run(self, name: tuple[str, str], command: list[str]) -> tuple[int, str]:
-        """Run a command where process 1 is the container's."""
+        """Run a command in which process 1 is the container's."""
         pid = self.processes(name)[0].process.pid
         words = [word.replace("-USR2 1", f"-USR2 {pid}") for word in command]
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
@@ -225,9 +225,9 @@ class _Handler(socketserver.StreamRequestHandler):
     server: _Api
 
     def handle(self) -> None:
-        """Answer one command; what goes wrong in it is its output."""
+        """Run one command; an error becomes its output."""
         try:
             code, text = self.server.answer(json.loads(self.rfile.readline()))
-        except Exception as error:  # noqa: BLE001 - whoever typed it sees it
+        except Exception as error:  # noqa: BLE001 - the console shows it
             code, text = 1, f"error: {type(error).__name__}: {error}\n"
         self.wfile.write(json.dumps({"code": code, "text": text}).encode())

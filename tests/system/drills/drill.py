@@ -1,4 +1,4 @@
-"""One drill: a procedure of the runbook, carried out on what really is in trouble."""
+"""One drill: a procedure of the runbook, carried out on a real fault."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -17,16 +17,16 @@ QUICK = {
     "HEALTH_CHECK_TIMEOUT": "1000",
     "DB_HEALTH_CHECK_INTERVAL": "500",
 }
-"""Looks so often that a drill is short."""
+"""Short check intervals, which keep a drill short."""
 
 
 class Drill:
-    """Carries out what is under a heading, part by part, and judges the alerts at the end."""
+    """Carries out the parts of a procedure, and checks the alerts at the end."""
 
     def __init__(
         self, heading: str, cluster: Cluster, *, scraped: str = "INSTANCE", **environment: str
     ) -> None:
-        """Take what is ``scraped``, INSTANCE or WORKER, and what else the commands refer to."""
+        """Start with the ``scraped`` variable, INSTANCE or WORKER, and the other variables."""
         self.procedure = procedure(heading)
         self._scraped = scraped
         known = {"INSTANCE": cluster.instance, "PGCONNECT_TIMEOUT": "2", **environment}
@@ -35,22 +35,22 @@ class Drill:
         self._during = ""
 
     def show_symptom(self, instead: Mapping[str, str] | None = None) -> None:
-        """See the symptom where the runbook says, some words of it ``instead`` of others."""
+        """Check the symptom of the runbook, with the words of ``instead`` replaced."""
         self.console.follow(
             [step.with_words(instead or {}) for step in self.procedure.steps("Symptom")]
         )
         self._during = self._scrape()
 
     def diagnose(self) -> None:
-        """See each command print what the runbook says."""
+        """Check that each command of the diagnosis prints its output."""
         self.console.follow(self.procedure.steps("Diagnosis"))
 
     def remedy(self) -> None:
-        """Do what the runbook says."""
+        """Carry out the remedy."""
         self.console.follow(self.procedure.steps("Remedy"))
 
     def end(self) -> None:
-        """See that it is over where the runbook says, and that the alerts knew."""
+        """Check the end of the fault, and that the named alerts fired."""
         self.console.follow(self.procedure.steps("Over"))
         try:
             during = firing(self._before, self._during)
@@ -60,18 +60,18 @@ class Drill:
         self._quiet()
 
     def _quiet(self) -> str:
-        """Return a scrape for which no alert fires, once there is one."""
+        """Wait for a scrape for which no alert fires, and return it."""
         fires: set[str] = set()
 
-        def look() -> str:
+        def quiet() -> str:
             nonlocal fires
             scrape = self._scrape()
-            with suppress(UnavailableError):  # where nobody can tell, it is taken as it is
+            with suppress(UnavailableError):  # without promtool, any scrape will do
                 fires = firing(scrape, scrape)
             return "" if fires else scrape
 
         try:
-            return wait_until(look)
+            return wait_until(quiet)
         except AssertionError:
             raise AssertionError(f"fires, though nothing is wrong: {fires}") from None
 
@@ -81,7 +81,7 @@ class Drill:
 
 @contextmanager
 def clients(instance: str, path: str, count: int, *, timeout: float = 20.0) -> Iterator[None]:
-    """Have so many clients ask for a path, each again and again."""
+    """Run ``count`` clients that request a path repeatedly."""
     port, stopped = int(instance.rpartition(":")[2]), threading.Event()
 
     def ask() -> None:

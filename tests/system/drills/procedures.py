@@ -1,4 +1,4 @@
-"""The procedures of docs/runbook.md: taken apart, and carried out as they are written."""
+"""The procedures of docs/runbook.md, parsed and carried out as written."""
 
 import difflib
 import os
@@ -16,13 +16,13 @@ from tests.system.service import ROOT
 
 RUNBOOK = ROOT / "docs/runbook.md"
 PARTS = ("Symptom", "Diagnosis", "Remedy", "Over")
-"""What an emergency procedure consists of, in this order."""
+"""The parts of an emergency procedure, in order."""
 
 _PART = re.compile(r"^\*\*(\w+):\*\*", re.MULTILINE)
 FENCED = re.compile(r"^```bash\n(.*?)^```\n(?:```(?:\w*)\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
-"""A command, and right below it what it prints, if that is shown."""
+"""A command, followed by its output if the document shows it."""
 
-# What is another thing each time, or was counted or measured; all else is to be as it is shown.
+# Values that vary, are counted or measured; all other text must match the document.
 _MEASURED = (
     "responseTime|duration|cpuUsage|rss|heapUsed|heapTotal|external|usagePercent|totalRequests"
     "|successfulRequests|failedRequests|failedAttempts|failedConnections|slowQueries|oldestDue"
@@ -42,7 +42,7 @@ _VARIES = tuple(
         (r"\d+ (others )?wait\b", r"<number> \1wait"),
         (r"for [.\d]+ s\b", "for <number> s"),
         (r"\.py:\d+", ".py:<line>"),
-        (r"^\[\d+\.\d+,", "[<milliseconds>,"),
+        (r"^\[\d+(?:\.\d+)?,(?=3,0\])", "[<milliseconds>,"),
         (r"^ *\d+ +\d+ +[.\d]+%", "<objects>"),  # of a heap report
         (r"^ *\d+ +(?=[\w/])", "<count> "),  # of uniq -c
         (r"^ *\d+ \|", "<pid> |"),
@@ -59,10 +59,10 @@ class Step:
     where: str
     command: str
     shown: str | None
-    """What the document shows it printing; None where it shows nothing."""
+    """The output that the document shows; None if it shows none."""
 
     def with_words(self, words: Mapping[str, str]) -> "Step":
-        """Return it showing other words."""
+        """Return the step with words of its output replaced."""
         shown = self.shown
         for word, instead in words.items():
             shown = shown and shown.replace(word, instead)
@@ -82,12 +82,12 @@ class Procedure:
         return _steps(f"{self.heading}, {part}", self.parts[part])
 
     def alerts(self) -> set[str]:
-        """Return the alerts that are to fire, as the symptom names them."""
+        """Return the alerts that the symptom names."""
         return set(re.findall(r"`(ViralFX\w+)`", self.parts["Symptom"])) | {self.heading}
 
 
 def procedure(heading: str) -> Procedure:
-    """Return what the runbook says under a heading."""
+    """Return the procedure below a heading of the runbook."""
     text = RUNBOOK.read_text(encoding="utf-8")
     sections = {part.split("\n", 1)[0]: part for part in text.split("\n## ")[1:]}
     _, *rest = _PART.split(sections[heading])
@@ -96,8 +96,8 @@ def procedure(heading: str) -> Procedure:
 
 def steps_of_beginning(heading: str) -> list[Step]:
     """Return the commands under a heading before those of the alerts."""
-    beginning = RUNBOOK.read_text(encoding="utf-8").split("\n## ")[0]
-    (text,) = [part for part in beginning.split("\n### ") if part.startswith(f"{heading}\n")]
+    parts = re.split(r"\n##+ ", RUNBOOK.read_text(encoding="utf-8"))
+    (text,) = [part for part in parts if part.startswith(f"{heading}\n")]
     return _steps(heading, text)
 
 
@@ -107,9 +107,9 @@ def _steps(where: str, text: str) -> list[Step]:
 
 
 class Console:
-    """Where whoever is on call types: the commands of the document, in a shell.
+    """The shell of the person on call, which runs the commands of the document.
 
-    ``folder`` is on PATH before anything else, and gets what this machine does not have.
+    ``folder`` comes first on PATH and gets the programs that this machine lacks.
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
@@ -118,7 +118,7 @@ class Console:
         _provide(folder)
 
     def type(self, command: str) -> str:
-        """Run a command; return what the terminal shows, errors included."""
+        """Run a command; return its output and errors."""
         done = subprocess.run(
             ["/bin/bash", "-c", command],
             cwd=ROOT,
@@ -133,9 +133,9 @@ class Console:
         return done.stdout
 
     def follow(self, steps: list[Step], *, seconds: float = 60.0) -> None:
-        """Carry out commands one after another, each until it prints what the document shows.
+        """Repeat each command in turn until it prints the output of the document.
 
-        What shows nothing in the document is run once, and is to print no error.
+        A command without output in the document runs once and must print no error.
         """
         for step in steps:
             if step.shown is None:
@@ -145,16 +145,16 @@ class Console:
                 self.expect(step, step.shown, seconds=seconds)
 
     def expect(self, step: Step, shown: str, *, seconds: float = 60.0) -> None:
-        """Run a command until it prints something, but for what varies."""
+        """Repeat a command until it prints ``shown``, apart from values that vary."""
         expected, seen = masked(shown), ""
 
-        def look() -> bool:
+        def matches() -> bool:
             nonlocal seen
             seen = self.type(step.command)
             return masked(seen) == expected
 
         try:
-            wait_until(look, seconds=seconds)
+            wait_until(matches, seconds=seconds)
         except AssertionError:
             lines = difflib.unified_diff(
                 expected, masked(seen), "the document", "printed", lineterm=""
@@ -166,9 +166,9 @@ class Console:
 
 
 def masked(printed: str) -> list[str]:
-    """Return the lines of an output without what varies, each once where it comes repeatedly.
+    """Return the lines of an output with varying values masked and repeated lines merged.
 
-    The amounts are those of the load, and not the document's.
+    Amounts depend on the load of the drill.
     """
     lines: list[str] = []
     for line in printed.rstrip().splitlines():
@@ -180,7 +180,7 @@ def masked(printed: str) -> list[str]:
     return lines
 
 
-# -- programs that are not everywhere ------------------------------------------------------------
+# -- programs that a machine may lack ------------------------------------------------------------
 
 _JQ = """
 import sys, jq, json
@@ -217,9 +217,9 @@ print(*(answer if isinstance(answer, list) else [answer]), sep="\\n")
 
 
 def _provide(folder: Path) -> None:
-    """Give the console what this machine has not: clients of the same servers, by other means.
+    """Write substitutes for client programs that this machine lacks.
 
-    Skips the test where curl is missing, or what runs commands.
+    Skips the test if curl or a shell is missing.
     """
     for name in ("/bin/bash", "curl", "timeout"):
         if shutil.which(name) is None:

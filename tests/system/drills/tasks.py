@@ -1,4 +1,4 @@
-"""The jobs of the drills, which take or fail until somebody says otherwise."""
+"""The tasks of the drills, which wait or fail until a file exists."""
 
 import asyncio
 from pathlib import Path
@@ -9,12 +9,12 @@ from viralfx import task
 @task("orders.bill")
 async def bill(paper: str) -> None:
     """Fail until there is a file."""
-    if not Path(paper).exists():  # noqa: ASYNC240 - likewise
+    if not Path(paper).exists():  # noqa: ASYNC240 - the test makes it
         raise RuntimeError("the printer is out of paper")
 
 
 @task("orders.ship")
 async def ship(until: str) -> None:
-    """Wait for a file, where there is to be one."""
+    """Wait for a file, if its name is given."""
     while until and not Path(until).exists():  # noqa: ASYNC110, ASYNC240 - the test makes it
         await asyncio.sleep(1 / 50)

@@ -1,4 +1,4 @@
-"""Jobs in virtual time: hours pass in milliseconds, in the order in which they would."""
+"""Runs the tests of jobs in virtual time: hours pass in milliseconds, in the right order."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -9,13 +9,13 @@ from tests.virtual_time import VirtualTimeLoop
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Have the tests of this folder run on loops of virtual time."""
+    """Run the tests of this folder on loops of virtual time."""
     return {"virtual time": VirtualTimeLoop}
 
 
 @pytest.fixture
 async def fleet() -> AsyncIterator[Fleet]:
-    """Return a ledger, a bell and no workers yet; those that are left are stopped at the end."""
+    """Return a ledger and a notifier without workers; workers that are left are stopped."""
     fleet = Fleet()
     yield fleet
     await fleet.stop()

@@ -1,55 +1,88 @@
-"""A ledger, a bell and workers, and what may happen to them."""
+"""A ledger, a notifier and workers, with faults to inject."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from datetime import datetime
 from typing import Any
 
 from tests.virtual_time import LoopClock
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.adapters.memory import MemoryBell, MemoryJobLedger
+from viralfx.adapters.memory import MemoryJobLedger, MemoryNotifier
+from viralfx.domain.clock import Clock
 from viralfx.domain.errors import WorkLostError
-from viralfx.domain.jobs.job import (
+from viralfx.domain.jobs.ledger import (
+    MAX_ANNOUNCED,
+    NO_LIMITS,
+    Accepted,
+    BulkStep,
+    Check,
+    Claims,
+    Found,
+    JobLedger,
+    ProgressReport,
+    QueueCounts,
+    Registration,
+    SweepResult,
+)
+from viralfx.domain.jobs.limits import Limit
+from viralfx.domain.jobs.model import (
+    ANY_JOB,
     Claim,
     Job,
     JobDraft,
-    JobState,
+    JobFilter,
     LedgerUnavailableError,
     Settlement,
     new_job_id,
 )
-from viralfx.domain.jobs.ledger import Accepted, Found, JobLedger, QueueCounts, Swept
+from viralfx.domain.jobs.notifier import JobNotification
+from viralfx.domain.jobs.schedule import Schedule, ScheduledAcceptance, ScheduleState
 from viralfx.domain.jobs.tasks import Task, TaskRegistry
-from viralfx.domain.jobs.transport import Bell
-from viralfx.domain.jobs.worker import JobWorker
-from viralfx.domain.resilience.retry_policy import RetryPolicy
+from viralfx.domain.resilience.policy import RetryPolicy
+from viralfx.worker.worker import JobWorker, WorkerConfig
 
 
-class ShakyLedger:
-    """The way to a ledger: it can be away, slow, or hang; it notes the calls made to it."""
+class FaultyLedger:
+    """A ledger that can be unavailable, slow or hang, and records its calls."""
 
-    def __init__(self, kept: MemoryJobLedger) -> None:
-        self._kept = kept
+    def __init__(self, ledger: MemoryJobLedger) -> None:
+        self._ledger = ledger
         self.calls: list[tuple[str, object]] = []
-        self.away: frozenset[str] = frozenset()
-        """The steps that fail now."""
-        self.away_after: frozenset[str] = frozenset()
-        """The steps that happen and fail all the same."""
+        self.unavailable: frozenset[str] = frozenset()
+        """The methods that raise."""
+        self.failing_after: frozenset[str] = frozenset()
+        """The methods that take effect and then raise."""
         self.hanging: frozenset[str] = frozenset()
-        """The steps that do not answer, whoever cancels them."""
+        """The methods that do not return, even if cancelled."""
         self.seconds: dict[str, float] = {}
-        """How long a step takes."""
+        """The duration of a method."""
 
     EVERYTHING = frozenset(
-        {"accept", "claim", "settle", "settle_with_effect", "register", "leave", "sweep", "counts"}
+        {
+            "accept",
+            "claim",
+            "due",
+            "settle",
+            "settle_with_effect",
+            "register",
+            "deregister",
+            "sweep",
+            "counts",
+            "cancel_requests",
+            "report",
+            "declare_schedules",
+            "accept_scheduled",
+            "schedules",
+        }
     )
 
     async def _step(self, name: str, about: object) -> None:
         self.calls.append((name, about))
-        if name in self.away:
-            raise LedgerUnavailableError("away")
+        if name in self.unavailable:
+            raise LedgerUnavailableError("unavailable")
         while name in self.hanging:
             try:
                 await asyncio.sleep(0.1)
@@ -57,46 +90,99 @@ class ShakyLedger:
                 continue
         if name in self.seconds:
             await asyncio.sleep(self.seconds[name])
-        if name in self.away:
-            raise LedgerUnavailableError("away")
+        if name in self.unavailable:
+            raise LedgerUnavailableError("unavailable")
 
     def _after(self, name: str) -> None:
-        if name in self.away_after:
-            raise LedgerUnavailableError("away, afterwards")
+        if name in self.failing_after:
+            raise LedgerUnavailableError("unavailable, afterwards")
 
     def count(self, name: str) -> int:
-        """Return how often a step was asked for."""
+        """Return how often a method was called."""
         return sum(called == name for called, _ in self.calls)
 
-    async def accept(self, drafts: Sequence[JobDraft]) -> Sequence[Accepted]:
-        """Accept, when it answers."""
+    async def accept(
+        self, drafts: Sequence[JobDraft], *, check: Check | None = None
+    ) -> Sequence[Accepted]:
+        """Accept, with the faults of ``accept``."""
         await self._step("accept", len(drafts))
-        accepted = await self._kept.accept(drafts)
+        accepted = await self._ledger.accept(drafts, check=check)
         self._after("accept")
         return accepted
 
+    async def accept_in(
+        self,
+        connection: Any,
+        drafts: Sequence[JobDraft],
+        *,
+        check: Check | None = None,
+        on_commit: Callable[[Sequence[Accepted]], None],
+    ) -> Sequence[Accepted]:
+        """Accept in a transaction."""
+        return await self._ledger.accept_in(connection, drafts, check=check, on_commit=on_commit)
+
+    async def declare_schedules(
+        self, schedules: Sequence[Schedule], forget_after: float
+    ) -> Sequence[ScheduleState]:
+        """Declare schedules, with the faults of ``declare_schedules``."""
+        await self._step("declare_schedules", len(schedules))
+        return await self._ledger.declare_schedules(schedules, forget_after)
+
+    async def accept_scheduled(self, draft: JobDraft) -> ScheduledAcceptance | None:
+        """Accept a job of a schedule, with the faults of ``accept_scheduled``."""
+        await self._step("accept_scheduled", draft)
+        accepted = await self._ledger.accept_scheduled(draft)
+        self._after("accept_scheduled")
+        return accepted
+
+    async def schedules(self) -> Sequence[ScheduleState]:
+        """Return the schedules, with the faults of ``schedules``."""
+        await self._step("schedules", None)
+        return await self._ledger.schedules()
+
     async def claim(
-        self, queue: str, worker: str, limit: int, ids: Collection[str] | None = None
-    ) -> Sequence[Claim]:
-        """Claim, likewise."""
+        self,
+        queue: str,
+        worker: str,
+        limit: int,
+        ids: Collection[str] | None = None,
+        *,
+        tasks: Collection[str] | None = None,
+        limits: Mapping[str, Limit] = NO_LIMITS,
+    ) -> Claims:
+        """Claim, with the faults of ``claim``."""
         await self._step("claim", (queue, worker, limit, ids))
-        claims = await self._kept.claim(queue, worker, limit, ids)
+        claims = await self._ledger.claim(queue, worker, limit, ids, tasks=tasks, limits=limits)
         self._after("claim")
         return claims
 
+    async def due(
+        self,
+        queues: Collection[str],
+        tasks: Collection[str] | None = None,
+        *,
+        within: float = 0.0,
+    ) -> Mapping[str, float]:
+        """Ask for due jobs, with the faults of ``due``."""
+        await self._step("due", tuple(queues))
+        return await self._ledger.due(queues, tasks, within=within)
+
     async def settle(self, settlements: Sequence[Settlement]) -> Collection[str]:
-        """Settle, likewise."""
+        """Settle, with the faults of ``settle``."""
         await self._step("settle", list(settlements))
-        taken = await self._kept.settle(settlements)
+        taken = await self._ledger.settle(settlements)
         self._after("settle")
         return taken
 
     async def settle_with_effect(
-        self, claim: Claim, effect: Callable[[Any], Awaitable[bytes]]
+        self,
+        claim: Claim,
+        effect: Callable[[Any], Awaitable[bytes]],
+        progress: Callable[[], bytes | None] = lambda: None,
     ) -> bool:
-        """Settle with an effect, likewise."""
+        """Settle with an effect, with the faults of ``settle_with_effect``."""
         await self._step("settle_with_effect", claim)
-        taken = await self._kept.settle_with_effect(claim, effect)
+        taken = await self._ledger.settle_with_effect(claim, effect, progress)
         self._after("settle_with_effect")
         return taken
 
@@ -106,108 +192,141 @@ class ShakyLedger:
         queues: Collection[str],
         lease: float,
         holding: Collection[str] | None = None,
-    ) -> datetime:
-        """Register, likewise."""
+        *,
+        tasks: Collection[str] | None = None,
+        eligible: bool = True,
+    ) -> Registration:
+        """Register, with the faults of ``register``."""
         await self._step("register", worker)
-        return await self._kept.register(worker, queues, lease, holding)
-
-    async def leave(self, worker: str) -> Mapping[str, Sequence[str]]:
-        """Leave, likewise."""
-        await self._step("leave", worker)
-        return await self._kept.leave(worker)
-
-    async def sweep(self, max_crashes: int, before: datetime | None = None) -> Swept:
-        """Sweep, likewise."""
-        await self._step("sweep", max_crashes)
-        return await self._kept.sweep(max_crashes, before)
-
-    async def counts(self) -> Mapping[str, QueueCounts]:
-        """Count, likewise."""
-        await self._step("counts", None)
-        return await self._kept.counts()
-
-    async def get(self, job_id: str) -> Job | None:
-        """Get, always."""
-        return await self._kept.get(job_id)
-
-    async def page(
-        self,
-        *,
-        queue: str | None = None,
-        state: JobState | None = None,
-        before: str | None = None,
-        limit: int = 50,
-    ) -> Sequence[Job]:
-        """Return a page, always."""
-        return await self._kept.page(queue=queue, state=state, before=before, limit=limit)
-
-    async def find(
-        self,
-        correlation_id: str,
-        *,
-        queue: str | None = None,
-        state: JobState | None = None,
-        before: str | None = None,
-        limit: int = 50,
-    ) -> Found:
-        """Look, always."""
-        return await self._kept.find(
-            correlation_id, queue=queue, state=state, before=before, limit=limit
+        return await self._ledger.register(
+            worker, queues, lease, holding, tasks=tasks, eligible=eligible
         )
 
+    async def deregister(self, worker: str) -> Mapping[str, Sequence[str]]:
+        """Deregister, with the faults of ``deregister``."""
+        await self._step("deregister", worker)
+        return await self._ledger.deregister(worker)
+
+    async def sweep(self, max_crashes: int, before: datetime | None = None) -> SweepResult:
+        """Sweep, with the faults of ``sweep``."""
+        await self._step("sweep", max_crashes)
+        return await self._ledger.sweep(max_crashes, before)
+
+    async def expire(
+        self, patience: float, before: datetime | None = None
+    ) -> Mapping[str, Sequence[str]]:
+        """Expire, with the faults of ``expire``."""
+        await self._step("expire", patience)
+        return await self._ledger.expire(patience, before)
+
+    async def unknown_tasks(self) -> Mapping[str, Mapping[str, int]]:
+        """Return unknown tasks, with the faults of ``unknown_tasks``."""
+        await self._step("unknown_tasks", None)
+        return await self._ledger.unknown_tasks()
+
+    async def counts(self) -> Mapping[str, QueueCounts]:
+        """Count, with the faults of ``counts``."""
+        await self._step("counts", None)
+        return await self._ledger.counts()
+
+    async def pause(self, queue: str) -> None:
+        """Pause a queue, without faults."""
+        await self._ledger.pause(queue)
+
+    async def resume(self, queue: str, limit: int = MAX_ANNOUNCED) -> Sequence[str]:
+        """Resume a queue, without faults."""
+        return await self._ledger.resume(queue, limit)
+
+    async def get(self, job_id: str) -> Job | None:
+        """Return a job, without faults."""
+        return await self._ledger.get(job_id)
+
+    async def page(self, wanted: JobFilter = ANY_JOB) -> Sequence[Job]:
+        """Return a page, without faults."""
+        return await self._ledger.page(wanted)
+
+    async def find(self, correlation_id: str, wanted: JobFilter = ANY_JOB) -> Found:
+        """Search, without faults."""
+        return await self._ledger.find(correlation_id, wanted)
+
     async def retry(self, job_id: str) -> Job:
-        """Retry, always."""
-        return await self._kept.retry(job_id)
+        """Retry, without faults."""
+        return await self._ledger.retry(job_id)
 
-    async def cancel(self, job_id: str) -> Job:
-        """Cancel, always."""
-        return await self._kept.cancel(job_id)
+    async def cancel(self, job_id: str, *, running: bool = False) -> Job:
+        """Cancel, without faults."""
+        return await self._ledger.cancel(job_id, running=running)
 
-    async def prune(self, older_than: float, limit: int = 1000) -> int:
-        """Prune, always."""
-        return await self._kept.prune(older_than, limit)
+    async def search(self, wanted: JobFilter) -> Found:
+        """Search, without faults."""
+        return await self._ledger.search(wanted)
+
+    def retry_all(self, wanted: JobFilter) -> AsyncIterator[BulkStep]:
+        """Retry many, without faults."""
+        return self._ledger.retry_all(wanted)
+
+    def cancel_all(self, wanted: JobFilter) -> AsyncIterator[BulkStep]:
+        """Cancel many, without faults."""
+        return self._ledger.cancel_all(wanted)
+
+    async def cancel_requests(self, worker: str) -> Mapping[str, int]:
+        """Return requests to cancel, with the faults of ``cancel_requests``."""
+        await self._step("cancel_requests", worker)
+        return await self._ledger.cancel_requests(worker)
+
+    async def report(self, reports: Sequence[ProgressReport]) -> None:
+        """Store reports, with the faults of ``report``."""
+        await self._step("report", list(reports))
+        await self._ledger.report(reports)
+
+    async def prune(
+        self, older_than: float, limit: int = 1000, *, failed: bool | None = None
+    ) -> int:
+        """Prune, with the faults of ``prune``."""
+        await self._step("prune", failed)
+        return await self._ledger.prune(older_than, limit, failed=failed)
 
 
-class ShakyBell(MemoryBell):
-    """A bell in memory that can be away or deaf; it keeps what was rung."""
+class FaultyNotifier(MemoryNotifier):
+    """A notifier in memory that can be unavailable or disconnected, and records notifications."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.rung: list[Bell] = []
-        self.away = False
-        self.deaf = False
+        self.sent: list[JobNotification] = []
+        self.unavailable = False
+        self.disconnected = False
         self.seconds = 0.0
 
-    async def ring(self, bell: Bell) -> None:
-        """Ring, unless it is away or deaf."""
+    async def notify(self, notification: JobNotification) -> None:
+        """Send a notification, unless it is unavailable; deliver it, unless it is disconnected."""
         if self.seconds:
             await asyncio.sleep(self.seconds)
-        if self.away:
-            raise ConnectionError("the transport is away")
-        self.rung.append(bell)
-        if not self.deaf:
-            await super().ring(bell)
+        if self.unavailable:
+            raise ConnectionError("the notifier is unavailable")
+        self.sent.append(notification)
+        if not self.disconnected:
+            await super().notify(notification)
 
-    def hears(self, queue: str) -> bool:
-        """Tell whether it does."""
-        return not self.deaf and super().hears(queue)
+    def is_connected(self, queue: str) -> bool:
+        """Return whether it delivers notifications."""
+        return not self.disconnected and super().is_connected(queue)
 
 
 class Fleet:
-    """Workers on one ledger, and the tasks they know."""
+    """Workers that share a ledger, and the tasks that they know."""
 
-    def __init__(self) -> None:
-        self.clock = LoopClock()
-        self.kept = MemoryJobLedger(self.clock)
-        """The ledger, as those see it for whom it is never away."""
-        self.ledger = ShakyLedger(self.kept)
-        self.bell = ShakyBell()
+    def __init__(self, clock: Clock | None = None) -> None:
+        self.clock = clock or LoopClock()
+        self.memory_ledger = MemoryJobLedger(self.clock)
+        """The ledger without faults."""
+        self.ledger = FaultyLedger(self.memory_ledger)
+        self.notifier = FaultyNotifier()
         self.tasks = TaskRegistry()
         self.done: list[Any] = []
-        """The payloads of executions that came to their end, in order."""
+        """The payloads of finished executions, in order."""
         self.cancelled: list[Any] = []
         self.running = 0
-        self.most_running = 0
+        self.max_running = 0
         self._workers: list[JobWorker] = []
         self.declare("note", self.note)
         self.declare("sleep", self.sleep)
@@ -223,6 +342,9 @@ class Fleet:
         transactional: bool = False,
         timeout: float | None = None,
         retry: RetryPolicy | None = None,
+        cron: str | None = None,
+        catch_up: str = "last",
+        **limits: Any,
     ) -> None:
         """Declare a task that all workers know."""
         self.tasks.add(
@@ -235,18 +357,21 @@ class Fleet:
                 transactional=transactional,
                 timeout=timeout,
                 retry=retry,
+                cron=cron,
+                catch_up=catch_up,
+                **limits,
             )
         )
 
     async def note(self, payload: Any) -> Any:
-        """Note the payload and return it."""
+        """Record the payload and return it."""
         self.done.append(payload)
         return payload
 
     async def sleep(self, payload: float) -> None:
-        """Take so many seconds."""
+        """Sleep for the payload's number of seconds."""
         self.running += 1
-        self.most_running = max(self.most_running, self.running)
+        self.max_running = max(self.max_running, self.running)
         try:
             await asyncio.sleep(payload)
             self.done.append(payload)
@@ -256,29 +381,32 @@ class Fleet:
         finally:
             self.running -= 1
 
-    def worker(self, name: str = "w", *, ledger: JobLedger | None = None, **more: Any) -> JobWorker:
-        """Make a worker that is not started."""
-        options: dict[str, Any] = {"queues": {"default": 10}, "tasks": self.tasks} | more
+    def worker(
+        self, name: str = "w", *, ledger: JobLedger | None = None, **options: Any
+    ) -> JobWorker:
+        """Return a worker that is not started; options are those of its config or its own."""
+        configured = {each.name for each in fields(WorkerConfig)} & options.keys()
+        config = {"queues": {"default": 10}} | {key: options.pop(key) for key in configured}
+        given: dict[str, Any] = {"tasks": self.tasks, "clock": self.clock} | options
         worker = JobWorker(
+            WorkerConfig(name=name, **config),
             ledger=ledger or self.ledger,
-            transport=self.bell,
+            notifier=self.notifier,
             codec=MsgspecCodec(),
-            worker=name,
-            clock=self.clock,
-            **options,
+            **given,
         )
         self._workers.append(worker)
         return worker
 
     def start(self, name: str = "w", **options: Any) -> JobWorker:
-        """Make a worker and start it."""
+        """Return a worker that is started."""
         worker = self.worker(name, **options)
         worker.start()
         return worker
 
     async def stop(self) -> None:
-        """Let all workers leave."""
-        self.ledger.away = self.ledger.away_after = self.ledger.hanging = frozenset()
+        """Drain all workers."""
+        self.ledger.unavailable = self.ledger.failing_after = self.ledger.hanging = frozenset()
         for worker in self._workers:
             with suppress(WorkLostError):
                 await worker.drain(1.0)
@@ -286,35 +414,37 @@ class Fleet:
     async def accept(
         self, name: str = "note", payload: str = "0", *, queue: str = "default", **more: Any
     ) -> str:
-        """Accept a job without telling anybody; return its id."""
+        """Accept a job without a notification; return its id."""
         draft = JobDraft(id=new_job_id(), queue=queue, task=name, payload=payload.encode(), **more)
-        (accepted,) = await self.kept.accept([draft])
+        (accepted,) = await self.memory_ledger.accept([draft])
         return accepted.job.id
 
     async def submit(self, name: str = "note", payload: str = "0", **more: Any) -> str:
-        """Accept a job and ring for it; return its id."""
+        """Accept a job and notify workers; return its id."""
         job_id = await self.accept(name, payload, **more)
-        await self.bell.ring(Bell(queue=more.get("queue", "default"), ids=(job_id,)))
+        await self.notifier.notify(
+            JobNotification(queue=more.get("queue", "default"), ids=(job_id,))
+        )
         return job_id
 
     async def job(self, job_id: str) -> Job:
-        """Return a job that there is."""
+        """Return a job that exists."""
         job = await self.ledger.get(job_id)
         assert job is not None
         return job
 
-    async def until(self, look: Callable[[], Any], within: float = 60.0) -> float:
-        """Let time pass until ``look`` returns what is true; return the seconds it took."""
+    async def until(self, condition: Callable[[], Any], within: float = 60.0) -> float:
+        """Let time pass until ``condition`` returns a true value; return the seconds it took."""
         began = self.clock.monotonic()
         while True:
-            seen = look()
+            seen = condition()
             if asyncio.iscoroutine(seen):
                 seen = await seen
             passed = self.clock.monotonic() - began
             if seen:
                 return passed
             assert passed < within, "it did not come to that"
-            await asyncio.sleep(max(0.001, passed / 150))
+            await asyncio.sleep(max(0.001, passed / 20))
 
     async def final(self, *ids: str, within: float = 60.0) -> float:
         """Let time pass until the jobs are final; return the seconds until the last one was."""

@@ -1,14 +1,14 @@
-"""The queues as a health check."""
+"""The health check of the queues."""
 
 from collections.abc import Mapping
 
 import pytest
 from tests.unit.jobs.fleet import Fleet
 
-from viralfx.domain.health import Status
-from viralfx.domain.jobs.backlog import BacklogCheck
-from viralfx.domain.jobs.job import LedgerUnavailableError, NotMigratedError
+from viralfx.domain.health.model import Status
+from viralfx.domain.jobs.health import BacklogCheck
 from viralfx.domain.jobs.ledger import QueueCounts
+from viralfx.domain.jobs.model import LedgerUnavailableError, NotMigratedError
 
 BUSY = QueueCounts(waiting=7, active=2, completed=100, failed=3, oldest_due=1.5, consumers=2)
 
@@ -22,8 +22,8 @@ def check_of(counts: Mapping[str, QueueCounts], **more: object) -> BacklogCheck:
     return BacklogCheck(counts=count, **more)  # type: ignore[arg-type]
 
 
-async def test_queues_are_shown_as_the_guide_shows_them() -> None:
-    """With more numbers beside its own."""
+async def test_details_have_the_fields_of_the_guide() -> None:
+    """Further counts are added."""
     seen = await check_of({"default": BUSY, "idle": QueueCounts()}).check()
 
     assert (seen.status, seen.message, seen.code) == (Status.PASS, "All queues are healthy", None)
@@ -73,14 +73,19 @@ async def test_queues_are_shown_as_the_guide_shows_them() -> None:
             "no_consumers",
             "q: 3 jobs wait and no worker consumes the queue",
         ),
+        (
+            QueueCounts(waiting=3, oldest_due=61.0, consumers=3, blocked=1),
+            "blocked",
+            "q: the event loop of 1 of 3 workers is blocked: the log names the job",
+        ),
         (QueueCounts(waiting=3, oldest_due=4.0), None, "All queues are healthy"),
         (QueueCounts(scheduled=3), None, "All queues are healthy"),
     ],
 )
-async def test_what_waits_too_long_is_told(
+async def test_overdue_jobs_and_missing_consumers_warn(
     queue: QueueCounts, code: str | None, message: str
 ) -> None:
-    """And what nobody will run, unless a worker may just be starting."""
+    """A queue without consumers warns only after a worker had time to start."""
     seen = await check_of({"q": queue, "other": BUSY}).check()
 
     assert (seen.code, seen.message) == (code, message)
@@ -91,15 +96,42 @@ async def test_what_waits_too_long_is_told(
     ]
 
 
-async def test_without_a_limit_no_wait_is_too_long() -> None:
-    """Zero is none."""
+@pytest.mark.parametrize(
+    ("unknown", "message"),
+    [
+        ({"x": 12}, "q: 12 jobs of task x wait and no worker knows it"),
+        ({"x": 1}, "q: 1 job of task x waits and no worker knows it"),
+        ({"x": 1000}, "q: at least 1000 jobs of task x wait and no worker knows it"),
+    ],
+)
+async def test_jobs_of_tasks_that_no_worker_knows_warn(
+    unknown: dict[str, int], message: str
+) -> None:
+    """It looks for them only while jobs are overdue: the query would cost idle workers."""
+    asked = 0
+
+    async def unknown_tasks() -> Mapping[str, Mapping[str, int]]:
+        nonlocal asked
+        asked += 1
+        return {"q": unknown}
+
+    late = QueueCounts(waiting=3, oldest_due=6.0, consumers=1)
+    seen = await check_of({"q": late, "other": BUSY}, unknown_tasks=unknown_tasks).check()
+    early = await check_of({"q": BUSY}, unknown_tasks=unknown_tasks).check()
+
+    assert (seen.status, seen.code, seen.message) == (Status.WARN, "unknown_task", message)
+    assert (early.status, asked) == (Status.PASS, 1)
+
+
+async def test_zero_turns_the_backlog_warning_off() -> None:
+    """The backlog limit is zero."""
     old = QueueCounts(waiting=3, oldest_due=10_000.0, consumers=1)
 
     assert (await check_of({"q": old}, warn_after=0.0).check()).status is Status.PASS
 
 
-async def test_a_remark_is_made_whatever_is_seen() -> None:
-    """That the jobs end with the process, for example."""
+async def test_the_remark_is_added_to_every_message() -> None:
+    """In memory mode it says that jobs end with the process."""
     late = QueueCounts(waiting=1, oldest_due=100.0, consumers=1)
     messages = [
         (await check_of({"q": queue}, remark=", in memory").check()).message
@@ -116,8 +148,8 @@ async def test_a_remark_is_made_whatever_is_seen() -> None:
     ("error", "code"),
     [(LedgerUnavailableError("away"), "unavailable"), (NotMigratedError("no"), "not_migrated")],
 )
-async def test_a_ledger_that_does_not_answer_fails_the_check(error: Exception, code: str) -> None:
-    """With a code for why."""
+async def test_an_unavailable_ledger_fails_the_check(error: Exception, code: str) -> None:
+    """The code names the cause."""
 
     async def count() -> Mapping[str, QueueCounts]:
         raise error
@@ -127,8 +159,8 @@ async def test_a_ledger_that_does_not_answer_fails_the_check(error: Exception, c
     assert (seen.status, seen.code, seen.error) == (Status.FAIL, code, error)
 
 
-async def test_one_look_is_one_count(fleet: Fleet) -> None:
-    """Of all queues at once."""
+async def test_one_check_counts_once(fleet: Fleet) -> None:
+    """For all queues together."""
     fleet.start(queues={"default": 1, "other": 1})
     for _ in range(2):
         await fleet.accept("sleep", "10.0")
@@ -140,3 +172,19 @@ async def test_one_look_is_one_count(fleet: Fleet) -> None:
     assert by_name["default"]["active"] == 1
     assert by_name["default"]["waiting"] == 1
     assert by_name["other"]["consumers"] == 1
+
+
+async def test_unrecorded_outcomes_warn() -> None:
+    """Before any other problem of their queue."""
+    late = QueueCounts(waiting=3, oldest_due=6.0)
+
+    async def counts() -> dict[str, QueueCounts]:
+        return {"a": late, "b": BUSY, "c": BUSY}
+
+    seen = await BacklogCheck(counts=counts, unrecorded=lambda: {"a": 1, "c": 20}).check()
+
+    assert (seen.status, seen.code) == (Status.WARN, "unrecorded")
+    assert seen.message == (
+        "a: 1 outcome is not recorded for longer than a lease: the log has the jobs;"
+        " c: 20 outcomes are not recorded for longer than a lease: the log has the jobs"
+    )

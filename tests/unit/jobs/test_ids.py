@@ -1,23 +1,23 @@
-"""Ids of jobs: UUIDs that sort by the time they were made."""
+"""Ids of jobs: UUIDs that sort by the time of their creation."""
 
 import time
 from uuid import RFC_4122, UUID
 
 import pytest
 
-from viralfx.domain.jobs.job import new_job_id
+from viralfx.domain.jobs.model import new_job_id
 
 
-def test_ids_grow() -> None:
-    """Also within one millisecond, so that what is accepted first is run first."""
+def test_ids_increase() -> None:
+    """Also within one millisecond, so that jobs run in the order of their acceptance."""
     ids = [new_job_id() for _ in range(20_000)]
 
     assert sorted(ids) == ids
     assert len(set(ids)) == len(ids)
 
 
-def test_an_id_is_a_uuid_of_its_time() -> None:
-    """Of version 7, in the form that every store gives back."""
+def test_an_id_is_a_uuid_with_its_time() -> None:
+    """Of version 7, in the canonical form."""
     before = time.time_ns() // 1_000_000
     made = new_job_id()
     after = time.time_ns() // 1_000_000
@@ -25,12 +25,12 @@ def test_an_id_is_a_uuid_of_its_time() -> None:
 
     assert str(uuid) == made
     assert (uuid.version, uuid.variant) == (7, RFC_4122)
-    # Many made at once borrow from the milliseconds to come.
+    # Many ids at once use milliseconds of the future.
     assert before <= uuid.int >> 80 <= after + 20
 
 
-def test_ids_grow_while_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By an hour: the order is kept, and so is the form."""
+def test_ids_increase_while_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an hour."""
     first = new_job_id()
     hour_ago = time.time_ns() - 3600 * 10**9
     monkeypatch.setattr(time, "time_ns", lambda: hour_ago)

@@ -1,7 +1,8 @@
-"""The lines at debug of what becomes of jobs."""
+"""The debug log lines of jobs."""
 
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,13 +10,11 @@ from tests.unit.jobs.fleet import Fleet
 
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.domain.correlation import correlated, current_correlation_id
-from viralfx.domain.jobs.job import KeyConflictError, conversation_of
-from viralfx.domain.jobs.observing import Unobserved
+from viralfx.domain.jobs.hooks import CombinedHooks
+from viralfx.domain.jobs.model import KeyConflictError, correlation_id_of_job
 from viralfx.domain.jobs.service import JobService
-from viralfx.domain.jobs.tasks import TaskRegistry
-from viralfx.domain.resilience.backoff import Backoff
-from viralfx.domain.resilience.retry_policy import BackoffPolicy
-from viralfx.telemetry.job_log import JobLog
+from viralfx.domain.resilience.policy import Backoff, BackoffPolicy
+from viralfx.telemetry.logging.events import JobLog
 
 LOGGER = logging.getLogger("viralfx.jobs")
 FIELDS = ("job", "task", "queue", "attempt", "code")
@@ -23,7 +22,7 @@ QUICKLY = BackoffPolicy(attempts=2, backoff=Backoff(base=1.0))
 
 
 class Lines(logging.Handler):
-    """Keeps the lines of jobs, with the correlation id that each is written with."""
+    """Records the log lines of jobs with their correlation ids."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,23 +30,23 @@ class Lines(logging.Handler):
         self.shown: list[tuple[str, str | None, dict[str, object]]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a line, where it is of one job."""
+        """Record a line about a job."""
         own = vars(record)
         if "job" not in own:
             return
-        conversation = own.get("correlationId") or current_correlation_id()
+        correlation_id = own.get("correlationId") or current_correlation_id()
         fields = {name: own[name] for name in FIELDS if name in own}
         self.records.append(record)
-        self.shown.append((record.getMessage(), conversation, fields))
+        self.shown.append((record.getMessage(), correlation_id, fields))
 
     def messages(self) -> list[str]:
-        """Return what was said."""
+        """Return the messages."""
         return [message for message, _, _ in self.shown]
 
 
 @pytest.fixture
 def lines() -> Iterator[Lines]:
-    """Return what is logged, at debug and above."""
+    """Return the log lines from debug on."""
     kept, before = Lines(), LOGGER.level
     LOGGER.addHandler(kept)
     LOGGER.setLevel(logging.DEBUG)
@@ -57,23 +56,23 @@ def lines() -> Iterator[Lines]:
 
 
 def service_of(fleet: Fleet) -> JobService:
-    """Return who accepts jobs, with the log."""
+    """Return a service with the job log."""
     return JobService(
         ledger=fleet.ledger,
         tasks=fleet.tasks,
         codec=MsgspecCodec(),
         queues=["default"],
-        observer=JobLog(Unobserved()),
+        hooks=JobLog(CombinedHooks()),
     )
 
 
-async def test_a_job_that_goes_well_is_three_lines(fleet: Fleet, lines: Lines) -> None:
-    """All of the conversation that it was asked for in, and with its id."""
+async def test_a_completed_job_has_three_log_lines(fleet: Fleet, lines: Lines) -> None:
+    """All with the correlation id of its request."""
     with correlated("order-17"):
         accepted = await service_of(fleet).accept("sleep", b"0.25")
     job = accepted.job
-    # Whoever starts a worker has a conversation of no job.
-    fleet.start(observer=JobLog(Unobserved()))
+    # The correlation id of the code that starts a worker must not become that of a job.
+    fleet.start(hooks=JobLog(CombinedHooks()))
     await fleet.final(job.id)
     names = {"job": job.id, "task": "sleep", "queue": "default"}
 
@@ -86,22 +85,22 @@ async def test_a_job_that_goes_well_is_three_lines(fleet: Fleet, lines: Lines) -
     assert vars(lines.records[-1])["duration"] >= 0
 
 
-async def test_a_job_that_nobody_asked_for_is_a_conversation_of_its_own(
+async def test_a_job_without_a_request_has_its_own_correlation_id(
     fleet: Fleet, lines: Lines
 ) -> None:
     """From its acceptance on."""
     accepted = await service_of(fleet).accept("note", b"1")
-    fleet.start(observer=JobLog(Unobserved()))
+    fleet.start(hooks=JobLog(CombinedHooks()))
     await fleet.final(accepted.job.id)
 
     assert len(lines.shown) == 3
-    assert {conversation for _, conversation, _ in lines.shown} == {conversation_of(accepted.job)}
+    assert {correlation_id for _, correlation_id, _ in lines.shown} == {
+        correlation_id_of_job(accepted.job)
+    }
 
 
-async def test_a_job_that_is_asked_for_again_is_named_to_who_asks(
-    fleet: Fleet, lines: Lines
-) -> None:
-    """It is the one that is kept, and the conversation that of the later request."""
+async def test_a_repeated_request_logs_the_first_job(fleet: Fleet, lines: Lines) -> None:
+    """With the correlation id of the later request."""
     service = service_of(fleet)
     with correlated("order-17"):
         first = await service.accept("note", b"1", key="key")
@@ -117,14 +116,14 @@ async def test_a_job_that_is_asked_for_again_is_named_to_who_asks(
     ]
 
 
-async def test_what_goes_wrong_is_said_once(fleet: Fleet, lines: Lines) -> None:
-    """Each execution has an end, and a failure the line that it has at any level."""
+async def test_a_failure_is_logged_once(fleet: Fleet, lines: Lines) -> None:
+    """Each execution has one last line."""
 
     async def fail(_: object) -> None:
         raise ValueError("it does not work")
 
     fleet.declare("it", fail, retry=QUICKLY)
-    fleet.start(observer=JobLog(Unobserved()))
+    fleet.start(hooks=JobLog(CombinedHooks()))
     await fleet.final(await fleet.accept("it"))
 
     assert lines.messages() == [
@@ -135,14 +134,12 @@ async def test_what_goes_wrong_is_said_once(fleet: Fleet, lines: Lines) -> None:
     ]
 
 
-async def test_what_did_not_end_here_is_said(fleet: Fleet, lines: Lines) -> None:
-    """A job that this worker does not know, and one that it leaves."""
+async def test_postponed_and_handed_back_jobs_are_logged(fleet: Fleet, lines: Lines) -> None:
+    """One job has a payload of another version, the other runs during the drain."""
+    fleet.declare("number", fleet.note, payload_type=int)
     await fleet.accept("sleep", "100.0")
-    await fleet.accept("unknown", queue="default")
-    observer = JobLog(Unobserved())
-    tasks = TaskRegistry()
-    tasks.add(fleet.tasks.find("sleep"))
-    worker = fleet.start(tasks=tasks, observer=observer, durable=True)
+    await fleet.accept("number", '"text"')
+    worker = fleet.start(hooks=JobLog(CombinedHooks()), durable=True)
     await fleet.until(lambda: "Job postponed" in lines.messages())
     await worker.drain(1.0)
 
@@ -150,25 +147,25 @@ async def test_what_did_not_end_here_is_said(fleet: Fleet, lines: Lines) -> None
         "Job handed back",
         "Job postponed",
         "Job started",
-        "Jobs postponed: their task is unknown here",
+        "Jobs left to other workers: their payload does not fit the task here",
     ]
 
 
 class Untouchable:
-    """Anything that fails when it is looked at."""
+    """Raises when one of its attributes is read."""
 
     def __getattribute__(self, name: str) -> Any:
-        raise AssertionError(f"somebody looked at {name}")
+        raise AssertionError(f"{name} was read")
 
 
-def test_nothing_is_looked_at_while_nobody_wants_it(lines: Lines) -> None:
-    """A job is surrounded by the other observer alone, as if there were no log."""
+def test_the_job_log_costs_nothing_while_its_level_is_off(lines: Lines) -> None:
+    """An execution is wrapped by the other hooks alone, and no attribute of a job is read."""
     LOGGER.setLevel(logging.INFO)
-    within = Unobserved()
-    log = JobLog(within)
+    wrapper = object()
+    hooks: Any = SimpleNamespace(executing=lambda _: wrapper, accepted=lambda _: None)
+    log = JobLog(hooks)
     job: Any = Untouchable()
-    surroundings = log.executing(job)
     log.accepted(job)
 
-    assert surroundings is within.executing(job)
+    assert log.executing(job) is wrapper
     assert lines.shown == []

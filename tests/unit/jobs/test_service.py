@@ -1,54 +1,377 @@
-"""What applications ask of jobs, and when workers are told at once."""
+"""The job service, and when it notifies workers."""
 
+import asyncio
+import itertools
 from collections.abc import Sequence
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
 
 import pytest
 from tests.unit.jobs.fleet import Fleet
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.domain.jobs.job import KeyConflictError
-from viralfx.domain.jobs.service import JobService
+from viralfx.domain.correlation import bind_user_id, current_user_id
+from viralfx.domain.jobs.codec import PayloadError
+from viralfx.domain.jobs.ledger import TransactionError
+from viralfx.domain.jobs.model import (
+    InvalidFilterError,
+    JobFilter,
+    JobNotFoundError,
+    JobState,
+    KeyConflictError,
+    Unique,
+    UnknownQueueError,
+)
+from viralfx.domain.jobs.service import MAX_PAYLOADS, JobService, Submission
+from viralfx.domain.jobs.tasks import JobContext, Task, UnknownTaskError, declared_task, task
+from viralfx.domain.resilience.deadline import Deadline
+from viralfx.domain.resilience.policy import BackoffPolicy
 
 
-class _Rung:
-    """Keeps what was rung for."""
+class _Announced:
+    """Records the announced jobs."""
 
     def __init__(self) -> None:
         self.ids: list[str] = []
+        self.due_in: list[float] = []
 
-    def __call__(self, _queue: str, ids: Sequence[str]) -> None:
+    def __call__(self, _queue: str, ids: Sequence[str], due_in: float) -> None:
         self.ids.extend(ids)
+        self.due_in.append(due_in)
 
 
-def _service(fleet: Fleet, rung: _Rung) -> JobService:
+def _service(fleet: Fleet, announced: _Announced) -> JobService:
     return JobService(
-        ledger=fleet.ledger, tasks=fleet.tasks, codec=MsgspecCodec(), queues=["default"], ring=rung
+        ledger=fleet.ledger,
+        tasks=fleet.tasks,
+        codec=MsgspecCodec(),
+        queues=["default"],
+        notify=announced,
     )
 
 
 @pytest.mark.parametrize(
-    ("delay", "told"), [(None, True), (-3600.0, True), (0.0, True), (3600.0, False)]
+    ("delay", "due_in"), [(None, 0.0), (-3600.0, 0.0), (0.0, 0.0), (3600.0, 3600.0)]
 )
-async def test_workers_are_told_of_what_is_due(
-    fleet: Fleet, delay: float | None, *, told: bool
+async def test_workers_are_notified_of_jobs(
+    fleet: Fleet, delay: float | None, due_in: float
 ) -> None:
-    """Of a moment that is past, too; what is for later is found when its time comes."""
-    rung = _Rung()
+    """With the seconds until the job is due."""
+    announced = _Announced()
     run_at = None if delay is None else fleet.clock.now() + timedelta(seconds=delay)
-    accepted = await _service(fleet, rung).accept("note", b"1", run_at=run_at)
+    accepted = await _service(fleet, announced).accept("note", b"1", run_at=run_at)
 
-    assert rung.ids == ([accepted.job.id] if told else [])
+    assert announced.ids == [accepted.job.id]
+    assert announced.due_in == [pytest.approx(due_in, abs=0.01)]
 
 
-async def test_workers_are_told_once_of_what_is_asked_for_twice(fleet: Fleet) -> None:
-    """The same key with the same job is the first one's; with another it is a conflict."""
-    rung = _Rung()
-    service = _service(fleet, rung)
+async def test_workers_are_notified_once_of_a_repeated_request(fleet: Fleet) -> None:
+    """The same key with another job is a conflict."""
+    announced = _Announced()
+    service = _service(fleet, announced)
     first = await service.accept("note", b"1", key="key")
     again = await service.accept("note", b"1", key="key")
     with pytest.raises(KeyConflictError, match=first.job.id):
         await service.accept("note", b"2", key="key")
 
     assert (first.created, again.created) == (True, False)
-    assert rung.ids == [first.job.id]
+    assert announced.ids == [first.job.id]
+
+
+async def test_workers_are_notified_of_jobs_that_are_retried_by_filter(fleet: Fleet) -> None:
+    """A filter without a field, or with a state that cannot be retried, changes nothing."""
+    announced = _Announced()
+    service = _service(fleet, announced)
+    fleet.declare("lose", _lose, retry=BackoffPolicy(attempts=1))
+    fleet.start()
+    lost = [await fleet.accept("lose") for _ in range(3)]
+    await fleet.final(*lost)
+    await fleet.stop()
+    limited = JobFilter(task="lose", limit=50)
+    for wanted in (JobFilter(), limited, JobFilter(state=JobState.WAITING)):
+        with pytest.raises(InvalidFilterError):
+            await service.retry_all(wanted)
+    with pytest.raises(UnknownQueueError):
+        await service.cancel_all(JobFilter(queue="nothing"))
+
+    assert await service.retry_all(JobFilter(task="lose")) == 3
+    assert sorted(announced.ids) == sorted(lost)
+    assert set(announced.due_in) == {0.0}
+    assert await service.cancel_all(JobFilter(task="lose")) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"task": len}, "task must be a text, not builtin_function_or_method"),
+        ({"queue": 1}, "queue must be a text, not int"),
+        ({"before": datetime.now(UTC)}, "not datetime; a time is created_before"),
+        ({"created_before": datetime(2026, 1, 7)}, "created_before must be a datetime with a"),  # noqa: DTZ001
+        ({"created_before": "2026-01-07T03:00:00Z"}, "created_before must be a datetime with a"),
+        ({"state": "done"}, "state must be one of waiting, active, completed, failed, cancelled"),
+        ({"limit": "5"}, "limit must be a whole number, not str"),
+        ({"limit": 0}, "limit must be at least 1: 0"),
+    ],
+)
+def test_a_filter_checks_its_fields(fields: dict[str, Any], problem: str) -> None:
+    """A value of another type would select other jobs, or fail in the ledger."""
+    with pytest.raises((TypeError, ValueError), match=problem):
+        JobFilter(**fields)
+
+    by_text: dict[str, Any] = {"state": "failed"}
+    assert JobFilter(**by_text) == JobFilter(state=JobState.FAILED)
+
+
+async def _lose(_: object) -> None:
+    raise RuntimeError("planted")
+
+
+# -- options ---------------------------------------------------------------------------------
+
+
+def _declared(fleet: Fleet, **options: Any) -> JobService:
+    """Return a service that also knows a task with options."""
+    fleet.tasks.add(
+        Task(
+            name="it",
+            function=fleet.note,
+            queue="default",
+            payload_type=Any,
+            wants_context=False,
+            transactional=False,
+            timeout=None,
+            retry=None,
+            **options,
+        )
+    )
+    return _service(fleet, _Announced())
+
+
+async def test_a_submission_overrides_the_options_of_its_task(fleet: Fleet) -> None:
+    """Without its own, those of the task hold; a zero is an own one."""
+    service = _declared(
+        fleet, priority=5, unique=Unique.UNFINISHED, concurrency_key="tenant", concurrency=1
+    )
+    bind_user_id("ada")
+    usual = await service.submit("it", {"tenant": 7, "n": 1})
+    urgent = await service.submit("it", {"tenant": 7, "n": 2}, priority=9)
+    plain = await service.submit("it", {"tenant": 8, "n": 3}, priority=0, unique="waiting")
+    twin = await service.submit("it", {"n": 1, "tenant": 7}, priority=100)
+
+    assert [each.job.priority for each in (usual, urgent, plain)] == [5, 9, 0]
+    assert [each.job.concurrency_key for each in (usual, plain)] == ["7", "8"]
+    assert {each.job.user_id for each in (usual, urgent, plain)} == {"ada"}
+    assert (twin.created, twin.job) == (False, usual.job)
+
+
+async def test_a_payload_without_the_concurrency_key_is_refused(fleet: Fleet) -> None:
+    """The error names the field."""
+    service = _declared(fleet, concurrency_key="tenant", concurrency=1)
+    with pytest.raises(PayloadError, match="tenant"):
+        await service.submit("it", {"customer": 7})
+
+    assert await fleet.memory_ledger.page() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"run_at": datetime(2030, 1, 1)}, "time zone"),  # noqa: DTZ001 - that is the mistake
+        ({"run_at": timedelta(seconds=5)}, "datetime with a time zone"),
+        ({"run_at": datetime.max.replace(tzinfo=timezone(timedelta(hours=-9)))}, "out of range"),
+        ({"priority": 101}, "from -100 to 100"),
+        ({"priority": True}, "from -100 to 100"),
+        ({"priority": 0.5}, "from -100 to 100"),
+        ({"unique": "always"}, "'waiting' or 'unfinished'"),
+    ],
+)
+async def test_an_invalid_option_is_refused(
+    fleet: Fleet, options: dict[str, Any], text: str
+) -> None:
+    """With what to write; nothing is accepted."""
+    service = _service(fleet, _Announced())
+    with pytest.raises(ValueError, match=text):
+        await service.submit("note", 1, **options)
+    with pytest.raises(ValueError, match=f"index 0: .*{text}"):
+        await service.submit_many("note", [1], **options)
+
+    assert await fleet.memory_ledger.page() == []
+
+
+@pytest.mark.parametrize("key", [17, "", b"key"])
+async def test_a_key_is_a_text(fleet: Fleet, key: Any) -> None:
+    """Another type is refused in memory, too: Postgres cannot store it."""
+    with pytest.raises(ValueError, match="key must be a text that is not empty"):
+        await _service(fleet, _Announced()).submit("note", 1, key=key)
+
+
+async def test_a_task_is_given_by_name_or_function(fleet: Fleet) -> None:
+    """Another object is refused, and a function whose task this process does not know."""
+
+    @task("mail")
+    async def mail(to: str) -> None: ...
+
+    service = _service(fleet, _Announced())
+    with pytest.raises(UnknownTaskError, match=r"does not know the task 'mail' .*; add it to Op"):
+        await service.submit(mail, "ada")
+    declared = declared_task(mail)
+    assert declared is not None
+    fleet.tasks.add(declared)
+    jobs = [await service.submit(mail, "ada"), *await service.submit_many(mail, ["bo"])]
+    for other in (print, 7, None):
+        with pytest.raises(TypeError, match="pass the name of a task, or a function that @task"):
+            await service.submit(other, "ada")  # type: ignore[arg-type]
+
+    assert [each.job.task for each in jobs] == ["mail", "mail"]
+
+
+async def test_too_many_payloads_are_refused(fleet: Fleet) -> None:
+    """Also an endless iterator of them."""
+    with pytest.raises(ValueError, match=f"at most {MAX_PAYLOADS} payloads"):
+        await _service(fleet, _Announced()).submit_many("note", itertools.count())
+
+    assert await fleet.memory_ledger.page() == []
+
+
+async def test_a_caller_waits_for_a_job(fleet: Fleet) -> None:
+    """Until its final state, the timeout or the stop of the process."""
+    service = _service(fleet, _Announced())
+    fleet.declare("double", lambda number: asyncio.sleep(3.0, 2 * number))
+    job_id = (await service.submit("double", 21)).job.id
+    with pytest.raises(TimeoutError, match="the deadline of 2 s has passed"):
+        await service.wait(job_id, timeout=2)
+    fleet.start()
+    waiting = [asyncio.create_task(service.wait(job_id)) for _ in range(3)]
+    await asyncio.sleep(1.0)
+    assert service.follower._followers == 0  # they take no place of an event stream
+    jobs = await asyncio.gather(*waiting)
+    service.follower.end()
+
+    assert {(job.state, job.result) for job in jobs} == {(JobState.COMPLETED, b"42")}
+    assert await service.wait(job_id) == jobs[0]
+    late = await service.submit("double", 21, run_at=fleet.clock.now() + timedelta(hours=1))
+    with pytest.raises(TimeoutError, match="this process stops before"):
+        await service.wait(late.job.id)
+    with pytest.raises(JobNotFoundError):
+        await service.wait("no such job")
+    accepted: Any = late  # the type checker refuses it as well
+    for call in (service.get, service.wait, service.retry, service.cancel):
+        with pytest.raises(TypeError, match=r"such as accepted\.job\.id, not Accepted$"):
+            await call(accepted)
+
+
+@pytest.mark.parametrize("field", ["task", "code", "created_before", "queue", "state"])
+async def test_a_search_applies_every_field(fleet: Fleet, field: str) -> None:
+    """Page by page, newest first."""
+    service = _service(fleet, _Announced())
+    jobs = [(await service.submit("note", number)).job for number in range(5)]
+    values: dict[str, Any] = {
+        "task": "other",
+        "code": "error",
+        "created_before": jobs[0].created_at - timedelta(hours=1),
+        "state": JobState.FAILED,
+        "queue": "default",
+    }
+    wanted = JobFilter(limit=2)
+    if field != "queue":
+        found = await service.search(replace(wanted, **{field: values[field]}))
+        assert (list(found.jobs), found.before) == ([], None)
+        return
+    wanted = replace(wanted, queue="default")
+    pages = [await service.search(wanted)]
+    while (before := pages[-1].before) is not None:
+        pages.append(await service.search(replace(wanted, before=before)))
+    assert [[job.id for job in page.jobs] for page in pages] == [
+        [jobs[4].id, jobs[3].id],
+        [jobs[2].id, jobs[1].id],
+        [jobs[0].id],
+    ]
+
+
+async def test_many_jobs_are_one_call(fleet: Fleet) -> None:
+    """In the order of the payloads, and workers are notified once."""
+    announced = _Announced()
+    service = _service(fleet, announced)
+    accepted = await service.submit_many("note", (number for number in range(500)))
+
+    assert [each.job.payload for each in accepted] == [b"%d" % number for number in range(500)]
+    assert fleet.ledger.count("accept") == 1
+    assert announced.ids == [each.job.id for each in accepted]
+    assert announced.due_in == [0.0]
+    assert await service.submit_many("note", []) == []
+
+
+async def test_all_or_none_of_many_jobs_are_accepted(fleet: Fleet) -> None:
+    """The error names the position of the wrong one, counted from 0."""
+    announced = _Announced()
+    service = _service(fleet, announced)
+    first = await service.submit("note", 0, key="a")
+    wrong: list[tuple[Submission, type[Exception]]] = [
+        (Submission(task="note", payload=b"{"), PayloadError),
+        (Submission(task="not", payload=b"1"), UnknownTaskError),
+        (Submission(task="note", payload=b"1", key="a"), KeyConflictError),
+    ]
+    for submission, kind in wrong:
+        batch = [Submission(task="note", payload=b"2", key="b"), submission]
+        with pytest.raises(kind, match="the job at index 1: ") as raised:
+            await service.accept_all(batch)
+        assert vars(raised.value)["index"] == 1
+    with pytest.raises(PayloadError, match="the job at index 2: object has no JSON"):
+        await service.submit_many("note", [1, 2, object()])
+
+    assert await fleet.memory_ledger.page() == [first.job]
+    assert announced.ids == [first.job.id]
+
+
+async def test_jobs_in_memory_take_part_in_no_transaction(fleet: Fleet) -> None:
+    """A connection is refused."""
+    with pytest.raises(TransactionError, match="DATABASE_URL"):
+        await _service(fleet, _Announced()).submit("note", 1, connection=object())
+
+
+async def test_a_task_submits_jobs(fleet: Fleet) -> None:
+    """They inherit the correlation id and the user of its own job."""
+    service = _service(fleet, _Announced())
+    users: list[str | None] = []
+
+    async def parent(payload: int, context: JobContext) -> None:
+        await context.submit("child", payload, key=f"{context.id}:child", priority=3)
+
+    async def child(_: int) -> None:
+        users.append(current_user_id())
+
+    for transactional in (False, True):
+        name = f"parent {transactional}"
+        fleet.declare(name, parent, wants_context=True, transactional=transactional)
+    fleet.declare("child", child)
+    fleet.start(submit=service.submit)
+    parents = []
+    for transactional in (False, True):
+        bind_user_id("ada" if transactional else None)
+        accepted = await service.submit(f"parent {transactional}", 1)
+        parents.append(accepted.job)
+        await fleet.final(accepted.job.id)
+    await asyncio.sleep(10.0)
+    jobs = await fleet.memory_ledger.page()
+    children = [job for job in reversed(jobs) if job.task == "child"]
+
+    assert [job.state for job in jobs] == [JobState.COMPLETED] * 4
+    assert [job.priority for job in children] == [3, 3]
+    assert [job.correlation_id for job in children] == [
+        each.id.replace("-", "") for each in parents
+    ]
+    assert [job.user_id for job in children] == users == [None, "ada"]
+
+
+async def test_a_context_of_no_worker_submits_nothing(fleet: Fleet) -> None:
+    """The error says so."""
+    context = JobContext(
+        id="1",
+        attempt=1,
+        deadline=Deadline(1.0, clock=fleet.clock),
+        correlation_id="c",
+        created_at=fleet.clock.now(),
+    )
+    with pytest.raises(RuntimeError, match="not made by a worker"):
+        await context.submit("note", 1)

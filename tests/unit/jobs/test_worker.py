@@ -1,4 +1,4 @@
-"""When a worker claims jobs, which, and how many it runs at once."""
+"""When a worker claims jobs, which, and how many run at once."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -9,24 +9,23 @@ from typing import Any
 import pytest
 from tests.unit.jobs.fleet import Fleet
 
-from viralfx.adapters.memory import MemoryBell
-from viralfx.domain.jobs.job import JobState, handed_back
-from viralfx.domain.jobs.transport import Bell
-from viralfx.domain.jobs.worker import JobWorker, WorkerState
-from viralfx.domain.resilience.backoff import Backoff
-from viralfx.domain.resilience.retry_policy import BackoffPolicy
+from viralfx.adapters.memory import MemoryNotifier
+from viralfx.domain.jobs.model import JobState, handed_back
+from viralfx.domain.jobs.notifier import JobNotification
+from viralfx.domain.resilience.policy import Backoff, BackoffPolicy
+from viralfx.worker.worker import JobWorker, WorkerState
 
 
 async def listening(fleet: Fleet, **options: Any) -> JobWorker:
-    """Return a worker that has begun."""
+    """Return a worker that has started."""
     worker = fleet.start(**options)
     await fleet.until(lambda: fleet.ledger.count("claim"))
     return worker
 
 
-async def test_a_job_is_run_at_once_when_the_bell_is_rung(fleet: Fleet) -> None:
-    """No look into the ledger is waited for."""
-    await listening(fleet, look_interval=10.0)
+async def test_an_announced_job_runs_at_once(fleet: Fleet) -> None:
+    """Without waiting for a poll."""
+    await listening(fleet, poll_interval=10.0)
     job_id = await fleet.submit(payload='"it"')
 
     assert await fleet.final(job_id) < 0.01
@@ -34,44 +33,46 @@ async def test_a_job_is_run_at_once_when_the_bell_is_rung(fleet: Fleet) -> None:
     assert (job.state, job.result, job.attempts) == (JobState.COMPLETED, b'"it"', 0)
 
 
-async def test_a_job_that_no_bell_told_of_is_found_by_looking(fleet: Fleet) -> None:
+async def test_an_unannounced_job_is_found_by_polling(fleet: Fleet) -> None:
     """Within one interval."""
-    await listening(fleet, look_interval=10.0)
+    await listening(fleet, poll_interval=10.0)
+    await asyncio.sleep(1.0)  # the first poll comes early, since the notifier may not be connected
     job_id = await fleet.accept()
 
     assert 1.0 < await fleet.final(job_id) <= 10.0
 
 
-async def test_a_worker_that_hears_no_bell_looks_more_often(fleet: Fleet) -> None:
+async def test_a_disconnected_worker_polls_more_often(fleet: Fleet) -> None:
     """Five times a second."""
-    fleet.bell.deaf = True
-    await listening(fleet, look_interval=10.0)
+    fleet.notifier.disconnected = True
+    await listening(fleet, poll_interval=10.0)
     job_id = await fleet.submit()
 
     assert await fleet.final(job_id) <= 0.21
 
 
-async def test_looks_of_an_idle_worker_are_few(fleet: Fleet) -> None:
-    """About one in an interval for each queue, and one line of bookkeeping beside."""
-    fleet.start(queues={"default": 10, "other": 10}, look_interval=1.0)
+async def test_an_idle_worker_polls_rarely(fleet: Fleet) -> None:
+    """About once per interval, for all queues together."""
+    fleet.start(queues={"default": 10, "other": 10}, poll_interval=1.0)
     await asyncio.sleep(100.0)
 
-    assert 190 <= fleet.ledger.count("claim") <= 2 * 112
+    assert 99 <= fleet.ledger.count("due") <= 112
+    assert fleet.ledger.count("claim") == 2
     assert fleet.ledger.count("register") <= 12
     assert fleet.ledger.count("sweep") <= 41
 
 
-async def test_no_more_run_at_once_than_there_are_slots(fleet: Fleet) -> None:
-    """And no less, while there is enough."""
+async def test_as_many_jobs_run_as_there_are_slots(fleet: Fleet) -> None:
+    """While enough jobs are due."""
     ids = [await fleet.accept("sleep", "1.0") for _ in range(25)]
     fleet.start(queues={"default": 10})
 
     assert await fleet.final(*ids) == pytest.approx(3.0, abs=0.05)
-    assert fleet.most_running == 10
+    assert fleet.max_running == 10
 
 
-async def test_a_full_queue_holds_up_no_other(fleet: Fleet) -> None:
-    """Each queue has slots of its own."""
+async def test_a_full_queue_does_not_delay_the_others(fleet: Fleet) -> None:
+    """Each queue has its own slots."""
     for _ in range(20):
         await fleet.accept("sleep", "1000.0")
     fleet.start(queues={"default": 10, "other": 1})
@@ -81,17 +82,17 @@ async def test_a_full_queue_holds_up_no_other(fleet: Fleet) -> None:
     assert await fleet.final(job_id) < 1.0
 
 
-async def test_a_backlog_is_worked_off_without_waiting_for_looks(fleet: Fleet) -> None:
-    """While a look finds as much as it can take, the next one comes at once."""
+async def test_a_backlog_is_processed_without_waiting(fleet: Fleet) -> None:
+    """A poll that fills all slots is followed by another."""
     ids = [await fleet.accept() for _ in range(1000)]
-    fleet.start(queues={"default": 10}, look_interval=30.0)
+    fleet.start(queues={"default": 10}, poll_interval=30.0)
 
     assert await fleet.final(*ids) < 0.1
     assert fleet.done == [0] * 1000
 
 
-async def test_jobs_are_claimed_and_settled_many_at_a_time(fleet: Fleet) -> None:
-    """A step of the ledger serves as many jobs as there are slots."""
+async def test_jobs_are_claimed_and_settled_in_batches(fleet: Fleet) -> None:
+    """A ledger call serves as many jobs as there are slots."""
     ids = [await fleet.accept() for _ in range(1000)]
     fleet.ledger.seconds = {"claim": 0.005, "settle": 0.005}
     fleet.start(queues={"default": 100})
@@ -101,9 +102,9 @@ async def test_jobs_are_claimed_and_settled_many_at_a_time(fleet: Fleet) -> None
     assert fleet.ledger.count("settle") <= 25
 
 
-async def test_the_longest_due_is_run_first(fleet: Fleet) -> None:
-    """Also where bells told of later ones."""
-    await listening(fleet, queues={"default": 1}, look_interval=60.0)
+async def test_the_longest_due_job_runs_first(fleet: Fleet) -> None:
+    """Also if later jobs were announced."""
+    await listening(fleet, queues={"default": 1}, poll_interval=60.0)
     await fleet.submit("sleep", "5.0")
     await fleet.until(lambda: fleet.running)
     for number in range(5):
@@ -114,54 +115,58 @@ async def test_the_longest_due_is_run_first(fleet: Fleet) -> None:
     assert fleet.done == [5.0, 0, 1, 2, 3, 4]
 
 
-async def test_bells_are_not_taken_by_a_worker_without_time(fleet: Fleet) -> None:
-    """They belong to one that has it."""
-    busy = await listening(fleet, queues={"default": 2}, look_interval=1000.0)
+async def test_a_busy_worker_takes_no_notification(fleet: Fleet) -> None:
+    """It belongs to a worker with free slots."""
+    busy = await listening(fleet, queues={"default": 2}, poll_interval=1000.0)
     for _ in range(2):
         await fleet.submit("sleep", "500.0")
     await fleet.until(lambda: busy.active == 2)
-    # What it had taken before it knew is found by looking.
+    # It finds by polling the job whose notification it took before it was busy.
     for _ in range(2):
         await fleet.submit()
-    fleet.start("idle", queues={"default": 2}, look_interval=2000.0)
+    fleet.start("idle", queues={"default": 2}, poll_interval=2000.0)
     await fleet.until(lambda: len(fleet.done) == 2)
     ids = [await fleet.submit() for _ in range(10)]
 
     assert await fleet.final(*ids) < 0.1
 
 
-class _Handed(MemoryBell):
-    """Hands its bells over one by one."""
+class _OneByOne(MemoryNotifier):
+    """Delivers its notifications one by one."""
 
-    hear: Callable[[Bell], Awaitable[None]]
+    on_notification: Callable[[JobNotification], Awaitable[None]]
 
-    async def listen(self, _: str, hear: Callable[[Bell], Awaitable[None]], __: int) -> None:
-        self.hear = hear
+    async def listen(
+        self, _: str, on_notification: Callable[[JobNotification], Awaitable[None]], __: int
+    ) -> None:
+        self.on_notification = on_notification
         await asyncio.Event().wait()
 
-    def hears(self, _: str) -> bool:
+    def is_connected(self, _: str) -> bool:
         return True
 
-    def begin(self, *ids: str) -> asyncio.Future[None]:
-        """Let a bell be heard; return the call."""
-        return asyncio.ensure_future(self.hear(Bell(queue="default", ids=ids)))
+    def deliver(self, *ids: str) -> asyncio.Future[None]:
+        """Deliver a notification; return the running call."""
+        return asyncio.ensure_future(
+            self.on_notification(JobNotification(queue="default", ids=ids))
+        )
 
 
-async def test_a_bell_is_heard_until_its_jobs_are_claimed_and_there_is_time(
+async def test_a_notification_is_held_until_the_next_claim_and_a_free_slot(
     fleet: Fleet,
 ) -> None:
-    """So long it keeps the worker from taking another."""
-    fleet.bell = bell = _Handed()  # type: ignore[assignment]
+    """Until then the worker takes no other one."""
+    fleet.notifier = notifier = _OneByOne()  # type: ignore[assignment]
     fleet.ledger.seconds = {"claim": 1.0}
-    await listening(fleet, queues={"default": 2}, look_interval=1000.0)
+    await listening(fleet, queues={"default": 2}, poll_interval=1000.0)
     await asyncio.sleep(2.0)
-    first = bell.begin(await fleet.accept("sleep", "10.0"))
+    first = notifier.deliver(await fleet.accept("sleep", "10.0"))
     await asyncio.sleep(0.5)
     assert not first.done()
     await asyncio.sleep(1.0)
     assert first.done()
 
-    second = bell.begin(await fleet.accept("sleep", "10.0"))
+    second = notifier.deliver(await fleet.accept("sleep", "10.0"))
     await asyncio.sleep(5.0)
     assert fleet.running == 2
     assert not second.done()
@@ -171,32 +176,50 @@ async def test_a_bell_is_heard_until_its_jobs_are_claimed_and_there_is_time(
     assert second.done()
 
 
-async def test_what_one_worker_cannot_take_is_told_to_others(fleet: Fleet) -> None:
-    """A bell of many jobs is shared by those who have slots."""
+async def test_a_worker_at_full_load_takes_no_notification(fleet: Fleet) -> None:
+    """Its polls find the jobs; each read of a notification would cost it time."""
+    fleet.notifier = notifier = _OneByOne()  # type: ignore[assignment]
+    for _ in range(6):
+        await fleet.accept("sleep", "10.0")
+    await listening(fleet, queues={"default": 2}, poll_interval=1000.0)
+    await fleet.until(lambda: fleet.running == 2)
+    stale = notifier.deliver("none")
+    await fleet.until(lambda: len(fleet.done) == 4)
+    await asyncio.sleep(1.0)
+    assert fleet.running == 2
+    assert not stale.done()
+
+    await fleet.until(lambda: len(fleet.done) == 6)
+    await asyncio.sleep(0.01)
+    assert stale.done()
+
+
+async def test_surplus_ids_of_a_notification_go_to_other_workers(fleet: Fleet) -> None:
+    """Workers with free slots share them."""
     for name in ("a", "b", "c", "d"):
-        fleet.start(name, queues={"default": 5}, look_interval=1000.0)
+        fleet.start(name, queues={"default": 5}, poll_interval=1000.0)
     await fleet.until(lambda: fleet.ledger.count("claim") == 4)
     ids = [await fleet.accept("sleep", "10.0") for _ in range(20)]
-    await fleet.bell.ring(Bell(queue="default", ids=ids))
+    await fleet.notifier.notify(JobNotification(queue="default", ids=ids))
 
     assert await fleet.final(*ids) == pytest.approx(10.0, abs=0.1)
 
 
-async def test_bells_for_jobs_that_others_have_cost_nothing_but_a_claim(fleet: Fleet) -> None:
-    """Bells may be lost, repeated, late and wrong."""
-    await listening(fleet, look_interval=1000.0)
+async def test_a_stale_notification_costs_one_claim(fleet: Fleet) -> None:
+    """Notifications may be lost, repeated, late and wrong."""
+    await listening(fleet, poll_interval=1000.0)
     job_id = await fleet.submit()
     await fleet.final(job_id)
-    await fleet.bell.ring(Bell(queue="default", ids=(job_id, "none", job_id)))
-    await fleet.bell.ring(Bell(queue="default", ids=()))
+    await fleet.notifier.notify(JobNotification(queue="default", ids=(job_id, "none", job_id)))
+    await fleet.notifier.notify(JobNotification(queue="default", ids=()))
     other = await fleet.submit()
     await fleet.final(other)
 
     assert fleet.done == [0, 0]
 
 
-async def test_a_retry_is_run_just_when_it_is_due(fleet: Fleet) -> None:
-    """No look is waited for: the worker knows."""
+async def test_a_retry_runs_when_it_is_due(fleet: Fleet) -> None:
+    """Without waiting for a poll."""
     times: list[float] = []
 
     async def fail(_: object) -> None:
@@ -205,7 +228,7 @@ async def test_a_retry_is_run_just_when_it_is_due(fleet: Fleet) -> None:
 
     policy = BackoffPolicy(attempts=4, backoff=Backoff(base=3.0))
     fleet.declare("fail", fail, retry=policy)
-    await listening(fleet, look_interval=1000.0)
+    await listening(fleet, poll_interval=1000.0)
     job_id = await fleet.submit("fail")
     await fleet.final(job_id)
 
@@ -214,8 +237,8 @@ async def test_a_retry_is_run_just_when_it_is_due(fleet: Fleet) -> None:
 
 
 async def test_a_scheduled_job_waits_for_its_time(fleet: Fleet) -> None:
-    """And is found within an interval after it."""
-    await listening(fleet, look_interval=1.0)
+    """It runs within one interval after it."""
+    await listening(fleet, poll_interval=1.0)
     run_at = fleet.clock.now() + timedelta(seconds=20)
     job_id = await fleet.submit(run_at=run_at)
     await fleet.final(job_id)
@@ -225,64 +248,64 @@ async def test_a_scheduled_job_waits_for_its_time(fleet: Fleet) -> None:
     assert 0.0 <= (finished_at - run_at).total_seconds() <= 1.01
 
 
-async def test_a_worker_without_bookkeeping_claims_nothing(fleet: Fleet) -> None:
-    """Until the ledger knows it, and not once its lease may be over."""
-    fleet.ledger.away = frozenset({"register"})
+async def test_a_worker_without_a_valid_lease_claims_nothing(fleet: Fleet) -> None:
+    """Before its registration, and after its lease has expired."""
+    fleet.ledger.unavailable = frozenset({"register"})
     job_id = await fleet.accept()
     fleet.start(lease=10.0)
     await asyncio.sleep(30.0)
     assert fleet.ledger.count("claim") == 0
 
-    fleet.ledger.away = frozenset()
+    fleet.ledger.unavailable = frozenset()
     assert await fleet.final(job_id) < 3.0
 
-    fleet.ledger.away = frozenset({"register"})
+    fleet.ledger.unavailable = frozenset({"register"})
     await asyncio.sleep(10.1)
-    looks = fleet.ledger.count("claim")
+    polls = fleet.ledger.count("claim")
     await asyncio.sleep(30.0)
-    assert fleet.ledger.count("claim") <= looks + 1
+    assert fleet.ledger.count("claim") <= polls + 1
 
 
-async def test_a_claim_whose_answer_is_lost_does_not_hold_its_job_for_ever(fleet: Fleet) -> None:
-    """The worker says what it has, and the ledger gives the rest to others at no cost."""
+async def test_a_job_whose_claim_response_was_lost_runs_again(fleet: Fleet) -> None:
+    """The heartbeat lists the jobs that the worker has."""
     job_id = await fleet.accept()
-    fleet.ledger.away_after = frozenset({"claim"})
+    fleet.ledger.failing_after = frozenset({"claim"})
     fleet.start(lease=30.0)
     await fleet.until(lambda: fleet.ledger.count("claim") > 1)
-    fleet.ledger.away_after = frozenset()
+    fleet.ledger.failing_after = frozenset()
 
     assert await fleet.final(job_id, within=60.0) <= 45.0
     job = await fleet.job(job_id)
     assert (job.claims, job.attempts, job.crashes) == (2, 0, 0)
 
 
-async def test_jobs_of_a_worker_that_died_are_run_by_another(fleet: Fleet) -> None:
-    """Within its lease and a sweep, with no message and no look of chance."""
+async def test_jobs_of_a_dead_worker_run_on_another(fleet: Fleet) -> None:
+    """Within its lease and one sweep."""
     died = fleet.worker("dead", lease=10.0)
     job_id = await fleet.accept()
     await fleet.ledger.register("dead", ["default"], 10.0)
     await fleet.ledger.claim("default", died.name, 1)
-    fleet.start("alive", lease=10.0, sweep_interval=5.0, look_interval=1000.0)
+    fleet.start("alive", lease=10.0, sweep_interval=5.0, poll_interval=1000.0)
 
     assert await fleet.final(job_id) <= 15.1
     job = await fleet.job(job_id)
     assert (job.state, job.crashes, job.attempts) == (JobState.COMPLETED, 1, 0)
 
 
-async def test_a_job_handed_back_by_another_worker_is_heard_of(fleet: Fleet) -> None:
-    """Its bell is like any other."""
+async def test_a_handed_back_job_is_announced(fleet: Fleet) -> None:
+    """Another worker runs it at once."""
     job_id = await fleet.accept()
-    await fleet.ledger.register("leaving", ["default"], 10.0)
-    (claim,) = await fleet.ledger.claim("default", "leaving", 1)
-    await listening(fleet, look_interval=1000.0)
+    await fleet.ledger.register("draining", ["default"], 10.0)
+    (claim,) = await fleet.ledger.claim("default", "draining", 1)
+    await listening(fleet, poll_interval=1000.0)
     await fleet.ledger.settle([handed_back(claim)])
-    await fleet.bell.ring(Bell(queue="default", ids=(job_id,)))
+    await fleet.notifier.notify(JobNotification(queue="default", ids=(job_id,)))
 
     assert await fleet.final(job_id) < 0.1
 
 
-async def test_starting_twice_is_starting_once(fleet: Fleet) -> None:
-    """And its state goes forward only."""
+async def test_a_second_start_does_nothing(fleet: Fleet) -> None:
+    """The state only advances."""
     worker = fleet.worker()
     states = [worker.state]
     worker.start()
@@ -311,48 +334,59 @@ async def test_starting_twice_is_starting_once(fleet: Fleet) -> None:
         {"queues": {"default": 0}},
         {"lease": 0.0},
         {"sweep_interval": -1.0},
-        {"look_interval": 0.0},
+        {"poll_interval": 0.0},
         {"default_timeout": float("inf")},
         {"max_crashes": 0},
     ],
 )
-async def test_numbers_that_cannot_be_meant_are_refused(
-    fleet: Fleet, option: dict[str, Any]
-) -> None:
-    """Where the worker is made."""
+async def test_numbers_out_of_range_are_refused(fleet: Fleet, option: dict[str, Any]) -> None:
+    """When the config is made."""
     with pytest.raises(ValueError, match="must be"):
         fleet.worker(**option)
 
 
-async def test_a_transport_that_ends_leaves_the_worker_working(fleet: Fleet) -> None:
-    """It looks by itself."""
+async def test_a_worker_polls_if_its_notifier_ends(fleet: Fleet) -> None:
+    """Its jobs still run."""
 
-    class Silent(MemoryBell):
+    class Silent(MemoryNotifier):
         async def listen(self, *_: object) -> None:
             return
 
-        def hears(self, _: str) -> bool:
+        def is_connected(self, _: str) -> bool:
             return False
 
-    fleet.bell = Silent()  # type: ignore[assignment]
+    fleet.notifier = Silent()  # type: ignore[assignment]
     fleet.start()
     job_id = await fleet.accept()
 
     assert await fleet.final(job_id) < 0.5
 
 
-async def test_a_transport_that_breaks_is_told_of(fleet: Fleet) -> None:
-    """As an uncaught exception: a port that promises not to raise has a bug."""
+async def test_a_notifier_that_raises_is_reported(fleet: Fleet) -> None:
+    """As an uncaught exception, since the port promises not to raise."""
 
-    class Broken(MemoryBell):
+    class Broken(MemoryNotifier):
         async def listen(self, *_: object) -> None:
             raise ZeroDivisionError("a bug")
 
-    told: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
-    fleet.bell = Broken()  # type: ignore[assignment]
+    reported: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    fleet.notifier = Broken()  # type: ignore[assignment]
     fleet.start()
     job_id = await fleet.accept()
     await fleet.final(job_id)
 
-    assert [str(context["exception"]) for context in told] == ["a bug"]
+    assert [str(context["exception"]) for context in reported] == ["a bug"]
+
+
+async def test_a_worker_without_a_lease_takes_no_notification(fleet: Fleet) -> None:
+    """One that starts leaves the jobs to the others until it can claim."""
+    fleet.start("ready")
+    await asyncio.sleep(1.0)
+    fleet.ledger.seconds["register"] = 4.0
+    fleet.start("starting")
+    await asyncio.sleep(1.0)
+
+    waited = [await fleet.final(await fleet.submit()) for _ in range(10)]
+
+    assert max(waited) < 0.1

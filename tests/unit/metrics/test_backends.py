@@ -1,4 +1,4 @@
-"""The pool, Redis, and how long both take."""
+"""Tests of the metrics of the pool, of Redis, and of the duration of operations."""
 
 from dataclasses import dataclass
 
@@ -6,21 +6,28 @@ import pytest
 from prometheus_client import CollectorRegistry
 from tests.unit.metrics.reading import series, value
 
-from viralfx.adapters.redis.memory import MemoryUse
-from viralfx.telemetry.metrics.backends import OperationTimes, PoolMetrics, RedisMetrics
+from viralfx.adapters.redis.client import MemoryUse
+from viralfx.telemetry.metrics.backends import (
+    OperationMetrics,
+    PoolMetrics,
+    RedisMetrics,
+    VacuumMetrics,
+)
 
 DURATION = "db_client_operation_duration_seconds_count"
 
 
 @dataclass
 class Numbers:
-    """A pool, and the traffic of a Redis client."""
+    """The counters of a pool and of a Redis client."""
 
     total_connections: int = 5
     idle_connections: int = 2
     waiting: int = 4
     failed_connections: int = 6
     slow_queries: int = 7
+    oldest_transaction: float = 1.5
+    dead_job_rows: int = 9
     successful: int = 30
     failed: int = 3
 
@@ -32,7 +39,7 @@ def registry() -> CollectorRegistry:
 
 
 def test_the_pool_is_read_at_each_scrape(registry: CollectorRegistry) -> None:
-    """Open connections by what they do, the most there may be, and who waits."""
+    """The metrics show open connections by state, their maximum, and waiting callers."""
     pool = Numbers()
     registry.register(PoolMetrics(pool, 10))
 
@@ -46,6 +53,17 @@ def test_the_pool_is_read_at_each_scrape(registry: CollectorRegistry) -> None:
     assert value(registry, "viralfx_database_pool_connections", state="active") == 0
 
 
+def test_the_vacuum_is_read_at_each_scrape(registry: CollectorRegistry) -> None:
+    """Without a report there is no sample, which would hide those of other instances."""
+    reports: list[Numbers | None] = [Numbers(), None]
+    registry.register(VacuumMetrics(lambda: reports[0]))
+    names = ("viralfx_database_oldest_transaction_seconds", "viralfx_database_dead_job_rows")
+
+    assert [value(registry, name) for name in names] == [1.5, 9]
+    reports.pop(0)
+    assert [registry.get_sample_value(name) for name in names] == [None, None]
+
+
 @pytest.mark.parametrize(
     ("memory", "used", "limit"),
     [
@@ -57,7 +75,7 @@ def test_the_pool_is_read_at_each_scrape(registry: CollectorRegistry) -> None:
 def test_redis_is_read_at_each_scrape(
     registry: CollectorRegistry, memory: MemoryUse | None, used: int | None, limit: int | None
 ) -> None:
-    """Whether it answers, what became of requests, and its memory where it told."""
+    """The metrics show availability, requests, and memory if Redis reported it."""
     registry.register(RedisMetrics(Numbers(), available=lambda: True, memory=lambda: memory))
 
     assert value(registry, "viralfx_redis_connected") == 1
@@ -67,15 +85,15 @@ def test_redis_is_read_at_each_scrape(
     assert value(registry, "viralfx_redis_memory_limit_bytes") == limit
 
 
-def test_a_lost_redis_is_zero(registry: CollectorRegistry) -> None:
-    """An alert compares with zero."""
+def test_an_unavailable_redis_is_zero(registry: CollectorRegistry) -> None:
+    """An alert compares the value with zero."""
     registry.register(RedisMetrics(Numbers(), available=lambda: False, memory=lambda: None))
 
     assert value(registry, "viralfx_redis_connected") == 0
 
 
-def test_the_names_are_known_before_anything_is_read(registry: CollectorRegistry) -> None:
-    """A second collector of the same names is refused at wiring, not at a scrape."""
+def test_names_are_registered_before_the_first_scrape(registry: CollectorRegistry) -> None:
+    """A duplicate collector is rejected when it is wired, not at a scrape."""
     registry.register(PoolMetrics(Numbers(), 10))
 
     with pytest.raises(ValueError, match="viralfx_database_pool_connections"):
@@ -83,8 +101,8 @@ def test_the_names_are_known_before_anything_is_read(registry: CollectorRegistry
 
 
 def test_operations_are_timed_by_system_and_name(registry: CollectorRegistry) -> None:
-    """Errors are counted by their type, beside."""
-    times = OperationTimes(registry)
+    """Errors are counted separately, by type."""
+    times = OperationMetrics(registry)
     times.observe("postgresql", "SELECT", 0.02, None)
     times.observe("postgresql", "SELECT", 0.02, TimeoutError("hunter2"))
     times.observe("redis", "GET", 0.001, None)
@@ -96,9 +114,9 @@ def test_operations_are_timed_by_system_and_name(registry: CollectorRegistry) ->
     assert value(registry, "viralfx_db_client_errors_total", **errors) == 1
 
 
-def test_ten_thousand_names_of_operations_are_bounded(registry: CollectorRegistry) -> None:
-    """The first 64 are told apart."""
-    times = OperationTimes(registry)
+def test_names_of_operations_are_limited(registry: CollectorRegistry) -> None:
+    """Only the first 64 names have their own series."""
+    times = OperationMetrics(registry)
     for number in range(64):
         times.observe("redis", f"CMD{number}", 0.001, None)
     times.observe("redis", "CMD64", 0.001, None)

@@ -1,14 +1,13 @@
-"""Circuits: their states, their changes, and the calls that they rejected."""
+"""Tests of the metrics of circuit breakers."""
 
 import pytest
 from prometheus_client import CollectorRegistry
 from tests.manual_clock import ManualClock
 from tests.unit.metrics.reading import series, value
 
-from viralfx.domain.resilience.breaker import CircuitBreaker
-from viralfx.domain.resilience.circuit import CircuitOpenError
-from viralfx.domain.resilience.circuits import BreakerRegistry
-from viralfx.telemetry.metrics.resilience import CircuitMetrics, ReceiverCircuits
+from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError
+from viralfx.domain.resilience.registry import BreakerRegistry
+from viralfx.telemetry.metrics.health import CircuitMetrics, WebhookCircuitMetrics
 
 
 async def fail() -> None:
@@ -17,15 +16,15 @@ async def fail() -> None:
 
 
 async def break_open(breaker: CircuitBreaker) -> None:
-    """Open a circuit that opens with the first failure, and have a call rejected."""
+    """Open a circuit by its first failure and have a call rejected."""
     with pytest.raises(ConnectionError):
         await breaker.execute(fail)
     with pytest.raises(CircuitOpenError):
         await breaker.execute(fail)
 
 
-async def test_a_circuit_is_in_one_state_and_its_changes_are_counted(clock: ManualClock) -> None:
-    """Also of a breaker that is registered later."""
+async def test_state_and_changes_of_a_circuit_are_exposed(clock: ManualClock) -> None:
+    """Breakers that are registered later are included."""
     registry, breakers = CollectorRegistry(), BreakerRegistry()
     CircuitMetrics(registry, breakers)
     breaker = breakers.add(CircuitBreaker(1, 60.0, name="users", clock=clock))
@@ -42,10 +41,10 @@ async def test_a_circuit_is_in_one_state_and_its_changes_are_counted(clock: Manu
     assert value(registry, "viralfx_circuit_rejected_calls_total", circuit="users") == 1
 
 
-async def test_a_thousand_receivers_are_no_label(clock: ManualClock) -> None:
-    """Hosts come from jobs."""
+async def test_webhook_receivers_are_not_a_label(clock: ManualClock) -> None:
+    """Jobs determine the hosts, so their number is unlimited."""
     registry = CollectorRegistry()
-    listener = ReceiverCircuits(registry)
+    listener = WebhookCircuitMetrics(registry)
     before = series(registry)
     for number in range(1000):
         name = f"host{number}.example"

@@ -1,4 +1,4 @@
-"""What is scraped: both formats, exemplars, and two applications in one process."""
+"""Tests of the rendered metrics: formats, exemplars, and two applications in one process."""
 
 import timeit
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 
 def parsed(scraped: str) -> Iterable[Metric]:
-    """Read OpenMetrics."""
+    """Parse OpenMetrics."""
     families: Iterable[Metric] = openmetrics.text_string_to_metric_families(scraped)  # type: ignore[no-untyped-call]  # it has no types
     return families
 
@@ -25,8 +25,8 @@ def parsed(scraped: str) -> Iterable[Metric]:
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
-def test_who_asks_for_openmetrics_gets_it() -> None:
-    """Everybody else gets the older text; both can be read."""
+def test_the_accept_header_selects_openmetrics() -> None:
+    """Other clients get the older text format; both formats can be parsed."""
     metrics = assemble(Settings()).metrics
     metrics.requests.observe("GET", "/", 200, 0.1)
     plain, media_type = metrics.render("text/html, */*")
@@ -50,8 +50,8 @@ def test_who_asks_for_openmetrics_gets_it() -> None:
         "text/plain; version=1.0.0abc",
     ],
 )
-def test_who_asks_for_a_version_that_is_none_gets_the_older_text(accept: str) -> None:
-    """A header that somebody mistyped is no error of the service."""
+def test_an_unknown_version_selects_the_text_format(accept: str) -> None:
+    """An invalid header is not an error of the service."""
     metrics = Metrics()
     _, usual = metrics.render("")
     body, media_type = metrics.render(accept)
@@ -61,8 +61,8 @@ def test_who_asks_for_a_version_that_is_none_gets_the_older_text(accept: str) ->
     assert "process_open_fds" in names
 
 
-def test_a_measurement_names_its_trace() -> None:
-    """In OpenMetrics, at the bucket that it falls into."""
+def test_an_exemplar_has_the_trace_of_its_measurement() -> None:
+    """OpenMetrics shows it at the measurement's bucket."""
     metrics = Metrics()
     metrics.requests.observe("GET", "/", 200, 0.03, (TRACE, SPAN))
     families = parsed(text(metrics, OPENMETRICS))
@@ -77,8 +77,8 @@ def test_a_measurement_names_its_trace() -> None:
     assert TRACE not in text(metrics)
 
 
-def test_what_is_not_traced_has_no_exemplar() -> None:
-    """None is no empty one."""
+def test_untraced_measurements_have_no_exemplar() -> None:
+    """The exemplar is absent, not empty."""
     metrics = Metrics()
     metrics.requests.observe("GET", "/", 200, 0.03)
 
@@ -86,7 +86,7 @@ def test_what_is_not_traced_has_no_exemplar() -> None:
 
 
 def test_two_applications_in_one_process_do_not_clash() -> None:
-    """Nor do they count into each other's."""
+    """Each has its own registry and counts."""
     one, two = assemble(Settings()).metrics, assemble(Settings()).metrics
     one.requests.observe("GET", "/", 200, 0.1)
     labels = {"http_request_method": "GET", "http_route": "/", "http_response_status_code": "200"}
@@ -98,7 +98,7 @@ def test_two_applications_in_one_process_do_not_clash() -> None:
 
 @pytest.mark.alone
 def test_observing_a_request_costs_a_microsecond() -> None:
-    """Less than 1.5 in the best of many rounds, on whatever machine."""
+    """The best of many rounds takes less than 1.5 microseconds."""
     requests = Metrics().requests
     times = 10_000
 

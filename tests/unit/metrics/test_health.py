@@ -1,4 +1,4 @@
-"""Checks, readiness, the states of the process and the stages of its shutdown."""
+"""Tests of the metrics of checks, readiness, the lifecycle and the shutdown."""
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -12,7 +12,7 @@ from viralfx.settings import Settings
 
 
 class Running:
-    """An assembly with a check of its own, that has started."""
+    """A started assembly with a check of its own."""
 
     def __init__(self, assembly: Assembly, check: ActingCheck, clock: ManualClock) -> None:
         self.operations = assembly.operations
@@ -21,7 +21,7 @@ class Running:
         self.clock = clock
 
     def status(self, status: str) -> float | None:
-        """Return whether the check is in a state."""
+        """Return whether the check has a status."""
         return value(self.registry, "viralfx_check_status", check="disk", status=status)
 
 
@@ -37,8 +37,8 @@ async def running(clock: ManualClock) -> Running:
     return Running(assembly, check, clock)
 
 
-async def test_a_check_is_in_one_state(running: Running) -> None:
-    """The one of the report; attempts and changes are counted beside it."""
+async def test_a_check_has_one_status(running: Running) -> None:
+    """It is the status of the report; attempts and changes are counted separately."""
     passing = running.status("pass")
     running.check.act = Act.FAIL
     await running.clock.advance(10.0)
@@ -56,8 +56,8 @@ async def test_a_check_is_in_one_state(running: Running) -> None:
     await running.operations.monitor.stop()
 
 
-async def test_the_age_of_a_check_grows_until_it_is_asked_for(running: Running) -> None:
-    """Whoever scrapes sees that a check does not run any more."""
+async def test_the_age_of_a_check_is_computed_at_the_scrape(running: Running) -> None:
+    """A check that no longer runs has a growing age."""
     await running.operations.monitor.stop()
     before = value(running.registry, "viralfx_check_age_seconds", check="disk")
     await running.clock.advance(100.0)
@@ -67,8 +67,8 @@ async def test_the_age_of_a_check_grows_until_it_is_asked_for(running: Running) 
     assert after == before + 100
 
 
-def test_every_counter_is_there_from_the_start(clock: ManualClock) -> None:
-    """One that began with its first event would hide it from ``increase``."""
+def test_every_counter_exists_from_the_start(clock: ManualClock) -> None:
+    """``increase`` does not see the first event of a new series."""
     registry: CollectorRegistry = assemble(Settings(), clock=clock).metrics.registry
 
     for check in ("database", "redis", "memory", "queues", "circuits"):
@@ -78,8 +78,8 @@ def test_every_counter_is_there_from_the_start(clock: ManualClock) -> None:
             assert value(registry, "viralfx_check_attempts_total", **labels) == 0
 
 
-async def test_a_shutdown_tells_its_stages_and_what_time_is_left(running: Running) -> None:
-    """By phase, stage and outcome; before it there is no time to tell."""
+async def test_a_shutdown_exposes_stages_and_remaining_time(running: Running) -> None:
+    """Stages have phase, name and outcome; the remaining time exists only during a shutdown."""
     registry, operations = running.registry, running.operations
     state = {"state": "stopped"}
     before = value(registry, "viralfx_shutdown_seconds_left")
@@ -97,7 +97,7 @@ async def test_a_shutdown_tells_its_stages_and_what_time_is_left(running: Runnin
 
 
 def test_the_version_is_a_label(clock: ManualClock) -> None:
-    """So that a graph shows a deployment."""
+    """Graphs can show deployments."""
     assembly = assemble(Settings(environment="test"), clock=clock)
     labels = {"version": assembly.operations.version, "environment": "test"}
 

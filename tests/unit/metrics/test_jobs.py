@@ -1,31 +1,35 @@
-"""The queues as they were counted last, and the jobs that this process accepts and runs."""
+"""Tests of the metrics of queues, and of jobs that this process accepts and runs."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 from tests.unit.metrics.reading import series, value
 
-from viralfx.domain.jobs.job import (
+from viralfx.adapters.postgres.ledger_rows import job_of_draft
+from viralfx.domain.jobs.ledger import Accepted, QueueCounts
+from viralfx.domain.jobs.model import (
     Claim,
     JobDraft,
     JobError,
     Settlement,
+    cancelled,
     completed,
     failed,
     handed_back,
     postponed,
     retried,
 )
-from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.telemetry.metrics.jobs import JobMetrics, QueueMetrics
+from viralfx.telemetry.metrics.jobs import JobMetrics, ProgressMetrics, QueueMetrics
 
 ERROR = JobError(code="error", message="it failed")
 
 
 def claim(task: str = "greet", attempt: int = 2) -> Claim:
-    """Make a claim of a job that was due for 1.5 s."""
-    fields: dict[str, Any] = {"correlation_id": None, "traceparent": None, "created_at": None}
+    """Return a claim of a job that was due for 1.5 s."""
+    unknown = ("correlation_id", "traceparent", "user_id", "created_at")
+    fields: dict[str, Any] = dict.fromkeys(unknown)
     return Claim(
         id="1",
         queue="default",
@@ -52,8 +56,8 @@ def metrics(registry: CollectorRegistry) -> JobMetrics:
     return JobMetrics(registry, {"greet": "default"}, ["default"])
 
 
-def test_queues_are_as_they_were_counted_last(registry: CollectorRegistry) -> None:
-    """A scrape asks nobody, and before the first count there is nothing."""
+def test_queue_metrics_are_those_of_the_last_count(registry: CollectorRegistry) -> None:
+    """A scrape runs no query; before the first count there are no series."""
     counts: dict[str, QueueCounts] = {}
     registry.register(QueueMetrics(lambda: counts))
     before = series(registry)
@@ -79,15 +83,20 @@ def test_queues_are_as_they_were_counted_last(registry: CollectorRegistry) -> No
 def test_a_job_is_counted_once_it_is_accepted(
     registry: CollectorRegistry, metrics: JobMetrics
 ) -> None:
-    """One that could not be accepted is not."""
+    """A job whose acceptance failed is not counted, a repeated idempotency key is."""
     draft = JobDraft(id="1", queue="default", task="greet", payload=b"null")
     with metrics.accepting(draft) as given:
         assert given is draft
     with pytest.raises(ConnectionError), metrics.accepting(draft):
         raise ConnectionError
-
+    before = value(registry, "viralfx_jobs_accepted_total", queue="default", task="greet")
+    times = dict.fromkeys(("created_at", "run_at"), datetime.now(UTC))
+    for created in (True, False):
+        metrics.accepted(Accepted(job_of_draft(draft, times), created=created))
     accepted = {"queue": "default", "task": "greet"}
-    assert value(registry, "viralfx_jobs_accepted_total", **accepted) == 1
+
+    assert before is None
+    assert value(registry, "viralfx_jobs_accepted_total", **accepted) == 2
 
 
 @pytest.mark.parametrize(
@@ -99,16 +108,17 @@ def test_a_job_is_counted_once_it_is_accepted(
         (retried(claim(), ERROR, 1.0), "retried", None),
         (postponed(claim(), ERROR, 1.0), "postponed", None),
         (handed_back(claim()), "handed_back", None),
+        (cancelled(claim()), "cancelled", None),
     ],
 )
-def test_an_execution_is_counted_by_what_became_of_it(
+def test_an_execution_is_counted_by_outcome(
     registry: CollectorRegistry,
     metrics: JobMetrics,
     settlement: Settlement | None,
     outcome: str,
     attempts: int | None,
 ) -> None:
-    """Its attempts are counted when the job is done with."""
+    """The number of attempts is observed when the job has finished."""
     with metrics.executing(claim()) as ended:
         ended(settlement)
     labels = {"queue": "default", "task": "greet"}
@@ -122,19 +132,17 @@ def test_an_execution_is_counted_by_what_became_of_it(
 
 @pytest.mark.usefixtures("metrics")
 @pytest.mark.parametrize("task", ["greet", "unknown"])
-def test_nothing_failed_is_told_before_something_does(
+def test_the_failure_counter_exists_before_the_first_failure(
     task: str, registry: CollectorRegistry
 ) -> None:
-    """Or two hundred failures between two scrapes would be where the counter began: no increase."""
+    """Otherwise ``increase`` would miss all failures before the first scrape of the series."""
     labels = {"queue": "default", "task": task}
 
     assert value(registry, "viralfx_job_executions_total", **labels, outcome="failed") == 0
 
 
-def test_an_execution_that_was_cut_is_counted_too(
-    registry: CollectorRegistry, metrics: JobMetrics
-) -> None:
-    """As abandoned: what becomes of its job others decide."""
+def test_a_cancelled_execution_is_counted(registry: CollectorRegistry, metrics: JobMetrics) -> None:
+    """Its outcome is ``abandoned``; another worker may still run the job."""
     with pytest.raises(TimeoutError), metrics.executing(claim()):
         raise TimeoutError
     labels = {"queue": "default", "task": "greet", "outcome": "abandoned"}
@@ -142,11 +150,9 @@ def test_an_execution_that_was_cut_is_counted_too(
     assert value(registry, "viralfx_job_executions_total", **labels) == 1
 
 
-def test_ten_thousand_tasks_of_others_are_one_label(
-    registry: CollectorRegistry, metrics: JobMetrics
-) -> None:
-    """A ledger may hold jobs of any version of the program."""
-    with metrics.executing(claim("never heard of")) as ended:
+def test_undeclared_tasks_share_one_label(registry: CollectorRegistry, metrics: JobMetrics) -> None:
+    """A ledger may contain jobs of any version of the program."""
+    with metrics.executing(claim("undeclared")) as ended:
         ended(None)
     before = series(registry)
     for number in range(10_000):
@@ -156,3 +162,14 @@ def test_ten_thousand_tasks_of_others_are_one_label(
 
     assert series(registry) == before
     assert value(registry, "viralfx_job_executions_total", **labels) == 10_001
+
+
+def test_the_progress_of_jobs_is_a_mean_by_task(registry: CollectorRegistry) -> None:
+    """A task without a running job that reports has no series."""
+    progress = [("default", "rows.import", 0.25), ("default", "rows.import", 0.75)]
+    registry.register(ProgressMetrics(lambda: progress))
+    labels = {"queue": "default", "task": "rows.import"}
+
+    assert value(registry, "viralfx_job_progress_ratio", **labels) == 0.5
+    progress.clear()
+    assert registry.get_sample_value("viralfx_job_progress_ratio", labels) is None

@@ -1,4 +1,4 @@
-"""How late the event loop is."""
+"""Tests of the event loop's lag."""
 
 import asyncio
 from typing import cast
@@ -10,14 +10,14 @@ from tests.virtual_time import VirtualTimeLoop, run_in_virtual_time
 
 from viralfx.bootstrap import assemble
 from viralfx.settings import Settings
-from viralfx.telemetry.metrics.loop import LoopLag
+from viralfx.telemetry.metrics.health import LoopLag
 
 COUNT, SUM = "viralfx_event_loop_lag_seconds_count", "viralfx_event_loop_lag_seconds_sum"
 BUCKET = "viralfx_event_loop_lag_seconds_bucket"
 
 
-def test_a_loop_that_is_held_up_is_late() -> None:
-    """By as much as it was blocked, and by what is left of that half a second later; and so on."""
+def test_a_blocked_loop_adds_all_missed_samples() -> None:
+    """The first sample is late by the whole delay, each further one by half a second less."""
     registry = CollectorRegistry()
 
     async def main() -> None:
@@ -37,7 +37,7 @@ def test_a_loop_that_is_held_up_is_late() -> None:
     assert value(registry, SUM) == 2.75 + 2.25 + 1.75 + 1.25 + 0.75 + 0.25
 
 
-def test_a_loop_that_is_blocked_in_one_piece_is_late_for_as_long() -> None:
+def test_one_long_delay_has_its_share_of_the_samples() -> None:
     """Thirty seconds of five minutes are a tenth of all samples."""
     registry = CollectorRegistry()
 
@@ -58,8 +58,8 @@ def test_a_loop_that_is_blocked_in_one_piece_is_late_for_as_long() -> None:
     assert count - quick == pytest.approx(60, abs=1)
 
 
-def test_a_process_that_was_stopped_for_a_night_does_not_count_for_long() -> None:
-    """It makes up for the five minutes of samples that were the latest, and no more."""
+def test_samples_after_a_suspension_are_limited() -> None:
+    """Only the five minutes of samples with the longest delays are added."""
     registry = CollectorRegistry()
 
     async def main() -> None:
@@ -76,8 +76,8 @@ def test_a_process_that_was_stopped_for_a_night_does_not_count_for_long() -> Non
     assert value(registry, BUCKET, le="10.0") == 2
 
 
-def test_it_runs_from_the_start_of_the_application_to_its_end() -> None:
-    """An application that is only made has no timer; one that has stopped has none any more."""
+def test_sampling_runs_from_start_to_stop() -> None:
+    """An application has no timer before its start and after its end."""
     registry, counts = CollectorRegistry(), list[float | None]()
 
     async def main() -> None:

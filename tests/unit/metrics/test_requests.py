@@ -1,4 +1,4 @@
-"""Requests: what is counted under which labels."""
+"""Tests of the labels and values of request metrics."""
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -26,7 +26,7 @@ def labels(method: str, route: str, status: str) -> dict[str, str]:
 
 
 def test_a_request_is_counted_by_method_route_and_status(registry: CollectorRegistry) -> None:
-    """Rate, errors and durations of each can be told apart."""
+    """Rate, errors and durations are available for each combination."""
     metrics = RequestMetrics(registry)
     metrics.observe("GET", "/users/{id}", 200, 0.25)
     metrics.observe("GET", "/users/{id}", 200, 0.5)
@@ -37,16 +37,16 @@ def test_a_request_is_counted_by_method_route_and_status(registry: CollectorRegi
     assert value(registry, COUNT, **labels("GET", "/users/{id}", "500")) == 1
 
 
-def test_a_request_without_an_answer_is_counted_apart(registry: CollectorRegistry) -> None:
-    """It has no status, and its duration says nothing."""
+def test_a_request_without_response_is_counted_separately(registry: CollectorRegistry) -> None:
+    """It has no status, and its duration is meaningless."""
     RequestMetrics(registry).observe("GET", "/", None, 3.0)
 
     assert value(registry, "viralfx_requests_cut_total") == 1
     assert value(registry, COUNT, **labels("GET", "/", "None")) is None
 
 
-def test_what_is_under_way_is_asked_for_at_each_scrape(registry: CollectorRegistry) -> None:
-    """Nothing is counted up and down beside what the gate knows."""
+def test_requests_in_flight_are_read_at_each_scrape(registry: CollectorRegistry) -> None:
+    """The gauge reads the counter of the gate."""
     metrics, under_way = RequestMetrics(registry), [1, 2]
     metrics.count_active(under_way.__len__)
 

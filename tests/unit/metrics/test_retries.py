@@ -1,4 +1,4 @@
-"""Retries: what failed, what was waited, why it was given up, and what is left of budgets."""
+"""Tests of the metrics of retries and retry budgets."""
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -7,15 +7,15 @@ from tests.unit.metrics.reading import series, value
 
 from viralfx.bootstrap import assemble
 from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.resilience.budget import RetryBudget
+from viralfx.domain.resilience.policy import RetryBudget
 from viralfx.domain.resilience.retry import Retrier, retry
 from viralfx.domain.resilience.retry_decision import AttemptFailed
 from viralfx.settings import Settings
-from viralfx.telemetry.metrics.retries import RetryMetrics
+from viralfx.telemetry.metrics.health import RetryMetrics
 
 
 def of(name: str, budget: RetryBudget | None = None) -> Retrier:
-    """Make a retrier that never waits."""
+    """Return a retrier that never waits."""
     return retry(attempts=3, base_delay=0.0, name=name, budget=budget)
 
 
@@ -24,8 +24,8 @@ async def fail() -> None:
     raise ConnectionError
 
 
-async def test_attempts_waits_and_the_end_are_counted(clock: ManualClock) -> None:
-    """By the name of the retrier."""
+async def test_attempts_waits_and_final_failures_are_counted(clock: ManualClock) -> None:
+    """The label is the name of the retrier."""
     registry = CollectorRegistry()
     metrics, retrier = RetryMetrics(registry, clock), of("users")
     metrics.add(retrier)
@@ -39,8 +39,8 @@ async def test_attempts_waits_and_the_end_are_counted(clock: ManualClock) -> Non
     assert value(registry, "viralfx_retry_gave_up_total", **reason) == 1
 
 
-async def test_a_budget_is_what_is_left_of_it(clock: ManualClock) -> None:
-    """It is read at the scrape, and spent by each retry."""
+async def test_the_remaining_budget_is_read_at_the_scrape(clock: ManualClock) -> None:
+    """Each retry reduces it."""
     registry, budget = CollectorRegistry(), RetryBudget(ratio=0.0, per_second=0.5, window=10.0)
     RetryMetrics(registry, clock).add(of("users", budget))
     before = value(registry, "viralfx_retry_budget_available", operation="users")
@@ -50,8 +50,8 @@ async def test_a_budget_is_what_is_left_of_it(clock: ManualClock) -> None:
     assert value(registry, "viralfx_retry_budget_available", operation="users") == 4
 
 
-def test_ten_thousand_names_are_bounded(clock: ManualClock) -> None:
-    """Whoever makes names for retriers cannot make series of them."""
+def test_names_of_retriers_are_limited(clock: ManualClock) -> None:
+    """Code that generates names cannot create an unlimited number of series."""
     registry = CollectorRegistry()
     metrics = RetryMetrics(registry, clock)
     for number in range(65):
@@ -64,7 +64,7 @@ def test_ten_thousand_names_are_bounded(clock: ManualClock) -> None:
 
 
 async def test_an_applications_retriers_are_counted() -> None:
-    """Those that are given to the configuration."""
+    """The configuration's ``retriers`` are counted."""
     retrier = of("users", RetryBudget())
     registry = assemble(Settings(), retriers=[retrier]).metrics.registry
     with pytest.raises(ConnectionError):
@@ -74,8 +74,8 @@ async def test_an_applications_retriers_are_counted() -> None:
     assert value(registry, "viralfx_retry_budget_available", operation="users") == 98.2
 
 
-def test_retriers_that_cannot_be_told_apart_are_refused() -> None:
-    """Without a name, or with one that is taken."""
+def test_unnamed_and_duplicate_retriers_are_rejected() -> None:
+    """Each retrier needs a unique name."""
     with pytest.raises(ConfigurationError) as caught:
         assemble(Settings(), retriers=[retry(), of("users"), of("users")])
 

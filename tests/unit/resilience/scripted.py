@@ -1,4 +1,4 @@
-"""Operations that do what a test tells them."""
+"""Operations with scripted outcomes, and clocks for tests."""
 
 import asyncio
 
@@ -8,18 +8,18 @@ from viralfx.domain.resilience.breaker import CircuitBreaker
 
 
 class BackendError(Exception):
-    """What the dependency raises."""
+    """The error of the dependency."""
 
 
 class Scripted:
-    """An operation that goes through outcomes: an exception is raised, anything else returned."""
+    """An operation with a list of outcomes: exceptions are raised, other values returned."""
 
     def __init__(self, *outcomes: object) -> None:
         self.outcomes = list(outcomes)
         self.calls = 0
 
     def sync(self) -> object:
-        """Give the next outcome; the last one for ever."""
+        """Return or raise the next outcome; the last one repeats."""
         outcome = self.outcomes[min(self.calls, len(self.outcomes) - 1)]
         self.calls += 1
         if isinstance(outcome, BaseException):
@@ -27,12 +27,12 @@ class Scripted:
         return outcome
 
     async def __call__(self) -> object:
-        """Give the next outcome; the last one for ever."""
+        """Return or raise the next outcome; the last one repeats."""
         return self.sync()
 
 
 class Gate:
-    """An operation whose calls hang until the test ends each of them."""
+    """An operation whose calls hang until the test ends them."""
 
     def __init__(self) -> None:
         self.calls: list[asyncio.Future[object]] = []
@@ -45,30 +45,30 @@ class Gate:
 
 
 async def settle(turns: int = 5) -> None:
-    """Let the tasks that can run do so."""
+    """Let runnable tasks run."""
     for _ in range(turns):
         await asyncio.sleep(0)
 
 
 def state_of(breaker: CircuitBreaker) -> str:
-    """Return the shown state as a word, which a type checker does not take for constant."""
+    """Return the state as a string that a type checker does not narrow."""
     return str(breaker.get_state()["state"])
 
 
 class SkippingClock(ManualClock):
-    """A clock on which every sleep is over at once, and written down."""
+    """A clock on which every sleep ends at once and is recorded."""
 
     def __init__(self, monotonic: float = 7.0) -> None:
-        # Not a round number of the durations in use: differences of times must be differences.
+        # Not a multiple of the durations in use, so that times and durations cannot be confused.
         super().__init__(monotonic=monotonic)
         self.slept: list[float] = []
 
     async def sleep(self, seconds: float) -> None:
-        """Move time on by ``seconds``."""
+        """Advance time by ``seconds``."""
         self.slept.append(seconds)
         await self.advance(seconds)
 
     def block(self, seconds: float) -> None:
-        """Move time on by ``seconds``, for plain functions."""
+        """Advance time by ``seconds``, for plain functions."""
         self.slept.append(seconds)
         self._monotonic += seconds

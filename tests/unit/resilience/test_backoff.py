@@ -1,4 +1,4 @@
-"""The back-off as data."""
+"""The back-off schedule."""
 
 import math
 import random
@@ -7,32 +7,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from viralfx.domain.resilience.backoff import Backoff, Jitter
+from viralfx.domain.resilience.policy import Backoff, Jitter
 
 RNG = random.Random(3)  # noqa: S311 - spreads load only
 
 
-def test_the_guides_schedule() -> None:
+def test_the_documented_schedule() -> None:
     """Three attempts have two waits, of one and two seconds."""
     assert Backoff(base=1.0).delays(3) == (1.0, 2.0)
     assert Backoff().delays(8) == (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)
     assert Backoff().delays(1) == ()
 
 
-def test_the_longest_of_a_decorrelated_schedule_grows_threefold() -> None:
-    """Whatever the factor is."""
+def test_the_maximum_of_decorrelated_jitter_triples() -> None:
+    """The factor is not used."""
     backoff = Backoff(base=1.0, factor=2.0, cap=20.0, jitter=Jitter.DECORRELATED)
     assert backoff.delays(5) == (3.0, 9.0, 20.0, 20.0)
 
 
-def test_a_schedule_survives_any_number_of_attempts() -> None:
-    """Arithmetic overflow is the cap; nothing times anything stays nothing."""
+def test_any_number_of_attempts_has_a_delay() -> None:
+    """An overflow gives the cap; a base of zero gives zero."""
     assert Backoff().longest(100_000) == 30.0
     assert Backoff(base=0.0).longest(100_000) == 0.0
 
 
 def test_without_jitter_the_delay_is_the_schedule() -> None:
-    """To the bit."""
+    """Exactly."""
     assert [Backoff(base=0.5, cap=1.5).delay(n, RNG) for n in (1, 2, 3)] == [0.5, 1.0, 1.5]
 
 
@@ -43,10 +43,10 @@ def test_without_jitter_the_delay_is_the_schedule() -> None:
     jitter=st.sampled_from(Jitter),
     attempt=st.integers(1, 2000),
 )
-def test_no_delay_is_negative_or_exceeds_the_longest(
+def test_delays_are_between_zero_and_the_maximum(
     base: float, factor: float, extra: float, jitter: Jitter, attempt: int
 ) -> None:
-    """Nor does the longest exceed the cap, and it never shrinks."""
+    """The maximum does not exceed the cap and never decreases."""
     backoff = Backoff(base=base, factor=factor, cap=base + extra, jitter=jitter)
     longest = backoff.longest(attempt)
     assert 0 <= backoff.delay(attempt, RNG) <= longest * (1 + 1e-12)
@@ -67,12 +67,12 @@ def test_no_delay_is_negative_or_exceeds_the_longest(
         ({"jitter": "some"}, "'some' is not a valid Jitter"),
     ],
 )
-def test_what_cannot_be_waited_for_is_refused(arguments: dict[str, object], message: str) -> None:
-    """ValueError says what is allowed."""
+def test_an_invalid_schedule_is_rejected(arguments: dict[str, object], message: str) -> None:
+    """The ValueError names the allowed values."""
     with pytest.raises(ValueError, match=message):
         Backoff(**arguments)  # type: ignore[arg-type]  # one argument at a time
 
 
-def test_a_jitter_may_be_written_as_a_word() -> None:
+def test_a_jitter_can_be_a_string() -> None:
     """For settings and saved data."""
     assert Backoff(jitter="full").jitter is Jitter.FULL  # type: ignore[arg-type]  # the point

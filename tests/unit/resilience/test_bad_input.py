@@ -1,4 +1,4 @@
-"""What cannot be meant is refused where it is written, saying what is allowed."""
+"""Invalid arguments are rejected at definition, with the allowed values."""
 
 import math
 from collections.abc import Callable
@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 
-from viralfx.domain.resilience.backoff import Backoff
 from viralfx.domain.resilience.breaker import CircuitBreaker, circuit_breaker
-from viralfx.domain.resilience.budget import RetryBudget
+from viralfx.domain.resilience.breaker_states import RollingWindow
 from viralfx.domain.resilience.bulkhead import Bulkhead
-from viralfx.domain.resilience.circuit_states import RollingWindow
 from viralfx.domain.resilience.deadline import Deadline
+from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, RetryBudget
 from viralfx.domain.resilience.retry import retry
-from viralfx.domain.resilience.retry_policy import BackoffPolicy
 
 NUMBERS: list[tuple[Callable[[], object], str]] = [
     (lambda: retry(attempts=0), "attempts must be at least 1, got 0"),
@@ -49,9 +47,7 @@ NUMBERS: list[tuple[Callable[[], object], str]] = [
 
 
 @pytest.mark.parametrize(("make", "message"), NUMBERS, ids=range(len(NUMBERS)))
-def test_a_number_that_could_not_work_is_a_value_error(
-    make: Callable[[], object], message: str
-) -> None:
+def test_an_invalid_number_is_a_value_error(make: Callable[[], object], message: str) -> None:
     """At definition, with the name of the argument."""
     with pytest.raises(ValueError, match=message):
         make()
@@ -65,19 +61,22 @@ def plain_function() -> None:
     """Do nothing."""
 
 
-# The checker refuses these too; here it must not.
+# Typed as Any, because the type checker rejects these calls as well.
 ANY_RETRY: Any = retry
 ANY_BREAKER: Any = CircuitBreaker
 ANY_DECORATOR: Any = circuit_breaker
 ANY_BULKHEAD: Any = Bulkhead
+ANY_POLICY: Any = BackoffPolicy
 
 KINDS: list[tuple[Callable[[], object], str]] = [
+    (lambda: ANY_DECORATOR(coroutine_function), r"use @circuit_breaker\(\) with parentheses"),
     (lambda: ANY_RETRY(coroutine_function), r"use @retry\(\) with parentheses"),
     (lambda: ANY_RETRY(attempts=2.5), r"use @retry\(\) with parentheses"),
     (lambda: retry(attempts=True), "attempts must be a whole number, got True"),
     (lambda: ANY_BREAKER(2.5), "failure_threshold must be a whole number, got 2.5"),
     (lambda: ANY_RETRY(retry_on=BaseException), "only subclasses of Exception can be listed"),
     (lambda: ANY_RETRY(retry_on=(OSError, 5)), "only subclasses of Exception can be listed"),
+    (lambda: ANY_POLICY(backoff=5), r"backoff must be a Backoff, such as .*, got 5"),
     (lambda: ANY_RETRY(retry_on="OSError"), "expected an exception type, a tuple"),
     (lambda: ANY_BREAKER(failure_on=(BaseException,)), "only subclasses of Exception"),
     (lambda: ANY_DECORATOR(failure_on=BaseException), "only subclasses of Exception"),
@@ -88,9 +87,9 @@ KINDS: list[tuple[Callable[[], object], str]] = [
 
 
 @pytest.mark.parametrize(("make", "message"), KINDS, ids=range(len(KINDS)))
-def test_a_thing_of_the_wrong_kind_is_a_type_error(
+def test_an_argument_of_the_wrong_type_is_a_type_error(
     make: Callable[[], object], message: str
 ) -> None:
-    """At definition, with what to do instead."""
+    """At definition, with a remedy."""
     with pytest.raises(TypeError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Where resilience turns over: exactly at a limit, just past it, and at the very start."""
+"""Behaviour at limits: exactly at a limit, just past it, and at the start of the machine."""
 
 import contextlib
 import math
@@ -8,39 +8,45 @@ from types import TracebackType
 import pytest
 from tests.unit.resilience.scripted import BackendError, SkippingClock, state_of
 
-from viralfx.domain.resilience.breaker import CircuitBreaker
-from viralfx.domain.resilience.circuit import CircuitOpenError
-from viralfx.domain.resilience.circuit_states import RollingWindow
+from viralfx.domain.resilience import retry_decision
+from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError
+from viralfx.domain.resilience.breaker_states import RollingWindow
 from viralfx.domain.resilience.retry import Retrier, retry
-from viralfx.domain.resilience.retry_decision import AttemptFailed, GaveUp, GiveUpReason, RetryEvent
+from viralfx.domain.resilience.retry_decision import (
+    AttemptFailed,
+    GaveUp,
+    GiveUpReason,
+    RetryEvent,
+    listen_to_retries,
+)
 
-MANY = 300  # so many that equal whole numbers are no longer one and the same object
+MANY = 300  # large enough that equal integers are different objects
 
 
 class Constant:
-    """A policy that always gives the same answer."""
+    """A policy that always returns the same delay."""
 
     def __init__(self, delay: float | None) -> None:
         self.delay = delay
 
     def next_delay(self, attempt: int, error: Exception) -> float | None:  # noqa: ARG002 - the port
-        """Return the answer."""
+        """Return the delay."""
         return self.delay
 
 
 class CountingClock(SkippingClock):
-    """A clock that counts how often it is read."""
+    """A clock that counts its readings."""
 
     reads = 0
 
     def monotonic(self) -> float:
-        """Read the time."""
+        """Return the time."""
         self.reads += 1
         return super().monotonic()
 
 
 class Turnstile:
-    """In place of a lock: counts who enters, and does something before the first is in."""
+    """Replaces a lock: counts entries, and runs a function before the first one."""
 
     def __init__(self, first: Callable[[], object] = object) -> None:
         self.entered = 0
@@ -62,14 +68,14 @@ class Turnstile:
 
 @pytest.fixture
 def clock() -> SkippingClock:
-    """Time that passes only when told."""
+    """Return a clock that only the test moves."""
     return SkippingClock()
 
 
 def call(
     breaker: CircuitBreaker, clock: SkippingClock, error: Exception | None = None, took: float = 0
 ) -> None:
-    """Make one call that ends so after so many seconds."""
+    """Make one call with this outcome and duration."""
     with contextlib.suppress(BackendError), breaker.guard():
         clock.block(took)
         if error is not None:
@@ -77,7 +83,7 @@ def call(
 
 
 def opened(clock: SkippingClock, open_for: float = 60.0, permits: int = 1) -> CircuitBreaker:
-    """Return a breaker that has just opened, with probes leased for ten seconds."""
+    """Return a breaker that has just opened, with a probe lease of ten seconds."""
     breaker = CircuitBreaker(
         1, open_for, probe_lease=10.0, half_open_max_calls=permits, clock=clock
     )
@@ -89,7 +95,7 @@ def opened(clock: SkippingClock, open_for: float = 60.0, permits: int = 1) -> Ci
 
 
 def test_a_call_long_after_the_open_period_is_a_probe(clock: SkippingClock) -> None:
-    """Not only one at the very moment at which it ends."""
+    """Not only a call at the moment when the period ends."""
     breaker = opened(clock)
     clock.block(61.0)
     call(breaker, clock)
@@ -99,7 +105,7 @@ def test_a_call_long_after_the_open_period_is_a_probe(clock: SkippingClock) -> N
 def test_an_open_circuit_rejects_without_its_lock(
     clock: SkippingClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Callers who are turned away do not queue for it."""
+    """Rejected callers do not wait for the lock."""
     breaker, lock = opened(clock), Turnstile()
     monkeypatch.setattr(breaker, "_lock", lock)
     with pytest.raises(CircuitOpenError):
@@ -107,10 +113,10 @@ def test_an_open_circuit_rejects_without_its_lock(
     assert lock.entered == 0
 
 
-def test_a_circuit_that_opened_between_the_two_looks_rejects(
+def test_a_circuit_that_opens_during_admission_rejects(
     clock: SkippingClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A probe that fails meanwhile in another thread starts a whole open period."""
+    """A failed probe in another thread starts a new open period."""
     breaker = opened(clock)
     clock.block(60.0)
     probe = breaker.admit("probe")
@@ -123,7 +129,7 @@ def test_a_circuit_that_opened_between_the_two_looks_rejects(
 
 
 def test_retry_after_of_a_rejected_probe_is_a_difference_of_times() -> None:
-    """Also soon after the machine has started, when the lease is longer than the time so far."""
+    """Also if the lease is longer than the uptime of the machine."""
     clock = SkippingClock(monotonic=1.0)
     breaker = opened(clock, open_for=1.0)
     clock.block(1.0)
@@ -136,14 +142,14 @@ def test_retry_after_of_a_rejected_probe_is_a_difference_of_times() -> None:
 
 @pytest.mark.parametrize("threshold", [2, 4, 5])
 def test_a_restored_count_is_one_below_the_threshold_at_most(threshold: int) -> None:
-    """A lower threshold than before the restart leaves the circuit closed, until one failure."""
+    """With a lower threshold than before, the circuit stays closed until the next failure."""
     breaker = CircuitBreaker(threshold)
     breaker.restore({"state": "CLOSED", "failureCount": 9, "remaining": 0.0})
     assert breaker.get_state() == {"state": "CLOSED", "failureCount": threshold - 1}
 
 
 def test_a_closed_circuit_reads_no_clock_for_a_success() -> None:
-    """Its calls need not ask, and so cost nothing."""
+    """Its calls are not gated."""
     clock = CountingClock()
     breaker = CircuitBreaker(clock=clock)
     with breaker.guard():
@@ -152,7 +158,7 @@ def test_a_closed_circuit_reads_no_clock_for_a_success() -> None:
 
 
 def test_a_large_threshold_is_reached(clock: SkippingClock) -> None:
-    """At the failure that makes it full, no sooner and no later."""
+    """Exactly at the last failure."""
     breaker = CircuitBreaker(MANY, clock=clock)
     for _ in range(MANY - 1):
         call(breaker, clock, BackendError())
@@ -164,8 +170,8 @@ def test_a_large_threshold_is_reached(clock: SkippingClock) -> None:
 # -- probes --------------------------------------------------------------------------------------
 
 
-def test_as_many_probes_as_permits_and_not_one_more(clock: SkippingClock) -> None:
-    """Of many permits, too, the last is given and the next is not."""
+def test_the_number_of_probes_equals_the_permits(clock: SkippingClock) -> None:
+    """The last permit is issued, and no further one."""
     breaker = opened(clock, permits=MANY)
     clock.block(60.0)
     for _ in range(MANY):
@@ -174,8 +180,8 @@ def test_as_many_probes_as_permits_and_not_one_more(clock: SkippingClock) -> Non
         breaker.admit("one more")
 
 
-def test_as_many_successes_as_permits_close(clock: SkippingClock) -> None:
-    """Of many permits, too, the last success closes and none before it."""
+def test_the_last_permitted_success_closes(clock: SkippingClock) -> None:
+    """None before it does."""
     breaker = opened(clock, permits=MANY)
     clock.block(60.0)
     for _ in range(MANY - 1):
@@ -185,8 +191,8 @@ def test_as_many_successes_as_permits_close(clock: SkippingClock) -> None:
     assert state_of(breaker) == "CLOSED"
 
 
-def test_successes_and_probes_under_way_add_up(clock: SkippingClock) -> None:
-    """Two that succeeded and one under way leave one permit of four."""
+def test_successes_and_running_probes_use_permits(clock: SkippingClock) -> None:
+    """Two successes and one running probe leave one permit of four."""
     breaker = opened(clock, permits=4)
     clock.block(60.0)
     call(breaker, clock)
@@ -198,10 +204,8 @@ def test_successes_and_probes_under_way_add_up(clock: SkippingClock) -> None:
 
 
 @pytest.mark.parametrize("seconds", [10.0, 11.0])
-def test_a_lease_that_is_over_gives_its_permit_to_the_next(
-    clock: SkippingClock, seconds: float
-) -> None:
-    """At the moment at which it ends, and at any later one."""
+def test_an_expired_lease_frees_its_permit(clock: SkippingClock, seconds: float) -> None:
+    """At the moment when it ends, and later."""
     breaker = opened(clock)
     clock.block(60.0)
     breaker.admit("hangs")
@@ -215,7 +219,7 @@ def test_a_lease_that_is_over_gives_its_permit_to_the_next(
 
 @pytest.mark.parametrize(("took", "state"), [(1.0, "CLOSED"), (2.0, "CLOSED"), (3.0, "OPEN")])
 def test_a_probe_is_slow_only_beyond_the_limit(took: float, state: str) -> None:
-    """Measured from its start, also when that is less than the limit after the machine's."""
+    """Measured from its start, also shortly after the start of the machine."""
     clock = SkippingClock(monotonic=1.0)
     window = RollingWindow(minimum_calls=1, slow_after=2.0)
     breaker = CircuitBreaker(open_for=1.0, window=window, clock=clock)
@@ -250,8 +254,8 @@ def test_a_share_of_slow_calls_above_the_rate_trips(clock: SkippingClock) -> Non
 
 @pytest.mark.parametrize("name", ["failure_rate", "slow_rate"])
 @pytest.mark.parametrize("rate", [-0.5, 0.0, 1.1])
-def test_a_rate_is_a_share(name: str, rate: float) -> None:
-    """Negative ones are refused like nothing and like more than all."""
+def test_a_rate_is_between_zero_and_one(name: str, rate: float) -> None:
+    """Zero, negative values and values above one are rejected."""
     expected = f"{name} must be more than 0 and at most 1, got {rate!r}"
     rates = {"failure_rate": 0.5, "slow_rate": 1.0, name: rate}
     with pytest.raises(ValueError, match=expected):
@@ -262,7 +266,7 @@ def test_a_rate_is_a_share(name: str, rate: float) -> None:
 
 
 async def attempt_once(retrier: Retrier, error: Exception) -> None:
-    """Run what fails, and see the caller get its error."""
+    """Run a failing operation and check that the caller gets its error."""
 
     async def fail() -> None:
         raise error
@@ -271,8 +275,8 @@ async def attempt_once(retrier: Retrier, error: Exception) -> None:
         await retrier.execute(fail)
 
 
-async def test_only_a_spent_budget_is_told_as_one(clock: SkippingClock) -> None:
-    """A permanent error is told as given up, with no word of a budget."""
+async def test_only_an_exhausted_budget_is_reported(clock: SkippingClock) -> None:
+    """A permanent error has no budget event."""
     events: list[RetryEvent] = []
     retrier = Retrier(Constant(None), name="load", listeners=(events.append,), clock=clock)
     error = BackendError()
@@ -285,10 +289,10 @@ async def test_only_a_spent_budget_is_told_as_one(clock: SkippingClock) -> None:
 
 
 @pytest.mark.parametrize("delay", [float("inf"), math.nan, -1.0])
-async def test_a_delay_without_end_is_none(
+async def test_an_infinite_delay_gives_up(
     clock: SkippingClock, caplog: pytest.LogCaptureFixture, delay: float
 ) -> None:
-    """What a policy must not answer is logged and given up as permanent, not as too late."""
+    """It is logged, and the reason is ``permanent``, not ``deadline``."""
     events: list[RetryEvent] = []
     retrier = Retrier(Constant(delay), listeners=(events.append,), clock=clock)
     await attempt_once(retrier, BackendError())
@@ -297,8 +301,37 @@ async def test_a_delay_without_end_is_none(
     assert {record.message for record in caplog.records} == {"Retry policy gave no delay"}
 
 
+async def test_a_listener_of_all_retriers_gets_each_event_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It gets those of earlier and later retriers, timed from the start of the call."""
+    monkeypatch.setattr(retry_decision, "_global_listeners", ())
+    events: list[RetryEvent] = []
+    listener, clock = events.append, SkippingClock()
+
+    async def fail() -> None:
+        await clock.sleep(2.0)
+        raise BackendError
+
+    earlier = Retrier(Constant(None), name="earlier", clock=clock)
+    listen_to_retries(listener)
+    listen_to_retries(listener)
+    later = Retrier(Constant(None), name="later", clock=clock)
+    for retrier in (earlier, later):
+        with pytest.raises(BackendError):
+            await retrier.execute(fail)
+
+    assert [(type(event), event.name) for event in events] == [
+        (AttemptFailed, "earlier"),
+        (GaveUp, "earlier"),
+        (AttemptFailed, "later"),
+        (GaveUp, "later"),
+    ]
+    assert [event.elapsed for event in events if isinstance(event, GaveUp)] == [2.0, 2.0]
+
+
 async def test_an_attempt_has_no_delay_until_it_failed(clock: SkippingClock) -> None:
-    """The loop's variable says so, before its block and after one that succeeded."""
+    """Neither before its block nor after a success."""
     delays = []
     async for attempt in retry(base_delay=2.0, clock=clock):
         delays.append(attempt.delay)
@@ -308,8 +341,8 @@ async def test_an_attempt_has_no_delay_until_it_failed(clock: SkippingClock) -> 
     assert delays == [0.0, 0.0]
 
 
-async def test_an_attempt_that_succeeded_hides_nothing(clock: SkippingClock) -> None:
-    """Whoever leaves it by hand is told that there was no error to hide."""
+async def test_a_successful_attempt_suppresses_no_error(clock: SkippingClock) -> None:
+    """``__exit__`` returns False."""
     async for attempt in retry(clock=clock):
         attempt.__enter__()
         assert attempt.__exit__(None, None, None) is False

@@ -1,4 +1,4 @@
-"""The rules of the field notes that bind the circuit breaker, one test or more for each."""
+"""The rules of docs/resilience-rules.md for the circuit breaker, with at least one test each."""
 
 import asyncio
 
@@ -6,53 +6,53 @@ import pytest
 from tests.manual_clock import ManualClock
 from tests.unit.resilience.scripted import BackendError, Gate, Scripted, settle, state_of
 
-from viralfx.domain.resilience.breaker import CircuitBreaker
-from viralfx.domain.resilience.circuit import (
+from viralfx.domain.resilience.breaker import (
     CallRejected,
+    CircuitBreaker,
     CircuitEvent,
     CircuitOpenError,
     StateChanged,
 )
-from viralfx.domain.resilience.circuit_states import CircuitState
+from viralfx.domain.resilience.breaker_states import CircuitState
 
 
 class UnlistedError(Exception):
-    """Not among the errors that count."""
+    """An error outside ``failure_on``."""
 
 
 @pytest.fixture
 def clock() -> ManualClock:
-    """Time that stands still."""
+    """Return a clock that stands still."""
     return ManualClock(monotonic=7.0)
 
 
 @pytest.fixture
 def breaker(clock: ManualClock) -> CircuitBreaker:
-    """Count backend errors only, with the guide's numbers."""
+    """Return a breaker that counts backend errors only, with the numbers of docs/operations.md."""
     return CircuitBreaker(5, 60.0, name="backend", failure_on=BackendError, clock=clock)
 
 
 async def fail(breaker: CircuitBreaker, times: int) -> None:
-    """Let that many calls fail."""
+    """Make this many calls fail."""
     for _ in range(times):
         with pytest.raises(BackendError):
             await breaker.execute(Scripted(BackendError("down")))
 
 
 async def half_opened(breaker: CircuitBreaker, clock: ManualClock) -> None:
-    """Bring the breaker to where the next call is a probe."""
+    """Bring the breaker to the state in which the next call is a probe."""
     await fail(breaker, 5)
     await clock.advance(60.0)
 
 
 async def cancelled(task: "asyncio.Task[object]") -> None:
-    """Cancel a task and see it end so."""
+    """Cancel a task and check that it ends as cancelled."""
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
 
 
-async def test_rule_01_a_cancelled_call_leaves_the_streak_as_it_was(
+async def test_rule_01_a_cancelled_call_does_not_change_the_count(
     breaker: CircuitBreaker,
 ) -> None:
     """B1: three failures and a cancellation are three failures."""
@@ -79,7 +79,7 @@ async def test_rule_01_a_cancelled_probe_is_neutral(
 async def test_rule_01_a_base_exception_is_neutral_too(
     breaker: CircuitBreaker, clock: ManualClock
 ) -> None:
-    """KeyboardInterrupt in a plain function is no evidence about the dependency."""
+    """KeyboardInterrupt in a plain function says nothing about the dependency."""
     await half_opened(breaker, clock)
     with pytest.raises(KeyboardInterrupt), breaker.guard():
         raise KeyboardInterrupt
@@ -91,7 +91,7 @@ async def test_rule_01_a_base_exception_is_neutral_too(
 async def test_rule_02_one_of_fifty_concurrent_calls_is_the_probe(
     breaker: CircuitBreaker, clock: ManualClock
 ) -> None:
-    """B3: after the open period one call reaches the backend, the rest are rejected."""
+    """B3: after the open period one call reaches the backend, the others are rejected."""
     await half_opened(breaker, clock)
     gate = Gate()
     tasks = [asyncio.create_task(breaker.execute(gate)) for _ in range(50)]
@@ -124,7 +124,7 @@ async def test_rule_02_as_many_probes_as_configured_and_as_many_successes(
 
 
 async def test_rule_02_a_success_uses_up_its_permit(clock: ManualClock) -> None:
-    """One success and one probe under way are all that two permits allow."""
+    """With two permits, one success and one running probe leave none."""
     breaker = CircuitBreaker(1, 60.0, half_open_max_calls=2, clock=clock)
     await fail(breaker, 1)
     await clock.advance(60.0)
@@ -139,10 +139,10 @@ async def test_rule_02_a_success_uses_up_its_permit(clock: ManualClock) -> None:
     assert state_of(breaker) == "CLOSED"
 
 
-async def test_rule_02_a_permit_returned_in_the_same_turn_is_free(
+async def test_rule_02_a_released_permit_is_free_in_the_same_turn(
     breaker: CircuitBreaker, clock: ManualClock
 ) -> None:
-    """A probe that ends neutrally gives its permit back before anybody else runs."""
+    """A neutral probe releases its permit before another task runs."""
     await half_opened(breaker, clock)
     with pytest.raises(UnlistedError):
         await breaker.execute(Scripted(UnlistedError()))
@@ -154,7 +154,7 @@ async def test_rule_02_a_permit_returned_in_the_same_turn_is_free(
 async def test_rule_03_a_success_from_before_the_trip_does_not_close(
     breaker: CircuitBreaker,
 ) -> None:
-    """B5: what began in an older state changes nothing."""
+    """B5: an outcome of an older state changes nothing."""
     gate = Gate()
     early = asyncio.create_task(breaker.execute(gate))
     await settle()
@@ -186,7 +186,7 @@ async def test_rule_03_late_failures_do_not_extend_the_open_period(
 async def test_rule_03_a_failure_from_an_earlier_closed_period_is_not_counted(
     breaker: CircuitBreaker, clock: ManualClock
 ) -> None:
-    """Closed again is another generation than closed before."""
+    """Each closed period is a generation of its own."""
     gate = Gate()
     early = asyncio.create_task(breaker.execute(gate))
     await settle()
@@ -201,7 +201,7 @@ async def test_rule_03_a_failure_from_an_earlier_closed_period_is_not_counted(
 async def test_rule_03_a_success_from_an_earlier_closed_period_resets_nothing(
     breaker: CircuitBreaker, clock: ManualClock
 ) -> None:
-    """The streak of the present is not that of the past."""
+    """Counts belong to the current period."""
     gate = Gate()
     early = asyncio.create_task(breaker.execute(gate))
     await settle()
@@ -213,10 +213,10 @@ async def test_rule_03_a_success_from_an_earlier_closed_period_resets_nothing(
     assert breaker.get_state() == {"state": "CLOSED", "failureCount": 2}
 
 
-async def test_rule_04_a_hung_probe_loses_its_permit_after_the_lease(
+async def test_rule_04_a_hanging_probe_loses_its_permit_after_the_lease(
     breaker: CircuitBreaker, clock: ManualClock
 ) -> None:
-    """B8: the next call probes, and the hung one's outcome is stale."""
+    """B8: the next call probes, and the outcome of the hanging one does not count."""
     await half_opened(breaker, clock)
     gate = Gate()
     hung = asyncio.create_task(breaker.execute(gate))
@@ -240,7 +240,7 @@ async def test_rule_04_a_hung_probe_loses_its_permit_after_the_lease(
 async def test_rule_04_a_stale_probe_does_not_return_the_permit_of_another(
     breaker: CircuitBreaker, clock: ManualClock
 ) -> None:
-    """Cancelling the hung probe frees nothing: its permit is somebody else's now."""
+    """Cancelling the hanging probe does not free the permit of the next one."""
     await half_opened(breaker, clock)
     gate = Gate()
     hung = asyncio.create_task(breaker.execute(gate))
@@ -255,7 +255,7 @@ async def test_rule_04_a_stale_probe_does_not_return_the_permit_of_another(
     await second
 
 
-async def test_rule_04_a_slow_probe_counts_while_nobody_took_its_permit(
+async def test_rule_04_a_slow_probe_counts_until_its_permit_is_reissued(
     breaker: CircuitBreaker, clock: ManualClock
 ) -> None:
     """A dependency slower than the lease can still close its circuit."""
@@ -269,10 +269,10 @@ async def test_rule_04_a_slow_probe_counts_while_nobody_took_its_permit(
     assert state_of(breaker) == "CLOSED"
 
 
-async def test_rule_04_a_rejected_caller_is_told_when_the_lease_ends(
+async def test_rule_04_retry_after_is_the_rest_of_the_lease(
     breaker: CircuitBreaker, clock: ManualClock
 ) -> None:
-    """While a probe is under way, ``retry_after`` is what is left of its lease."""
+    """While a probe is running."""
     await half_opened(breaker, clock)
     hung = asyncio.create_task(breaker.execute(Gate()))
     await settle()
@@ -286,7 +286,7 @@ async def test_rule_04_a_rejected_caller_is_told_when_the_lease_ends(
 async def test_rule_05_the_tripping_caller_sees_the_original_error(
     breaker: CircuitBreaker,
 ) -> None:
-    """B4: the very object, without a wrapper or a context."""
+    """B4: the same object, without a wrapper or a context."""
     await fail(breaker, 4)
     original = BackendError("the fifth")
     with pytest.raises(BackendError) as caught:
@@ -299,7 +299,7 @@ async def test_rule_05_the_tripping_caller_sees_the_original_error(
 async def test_rule_05_only_a_rejected_caller_sees_circuit_open_error(
     breaker: CircuitBreaker, clock: ManualClock
 ) -> None:
-    """It says what was rejected, by which circuit and for how long."""
+    """It has the operation, the circuit and the remaining time."""
     await fail(breaker, 5)
     await clock.advance(18.0)
     operation = Scripted(None)
@@ -323,14 +323,14 @@ async def test_rule_06_an_unlisted_error_is_neutral(breaker: CircuitBreaker) -> 
 
 
 async def test_rule_06_a_success_resets_the_count(breaker: CircuitBreaker) -> None:
-    """Consecutive is not cumulative."""
+    """Only consecutive failures count."""
     await fail(breaker, 4)
     await breaker.execute(Scripted(None))
     assert breaker.get_state() == {"state": "CLOSED", "failureCount": 0}
 
 
 async def test_rule_06_the_rejection_of_another_guard_is_neutral(clock: ManualClock) -> None:
-    """By default everything counts but calls that were never made."""
+    """By default every error counts except rejections."""
     inner = CircuitBreaker(1, clock=clock)
     outer = CircuitBreaker(1, clock=clock)
     inner.open()
@@ -342,7 +342,7 @@ async def test_rule_06_the_rejection_of_another_guard_is_neutral(clock: ManualCl
 async def test_rule_07_the_open_period_is_measured_by_the_given_clock(
     breaker: CircuitBreaker, clock: ManualClock
 ) -> None:
-    """OPEN up to the last moment, a probe from then on; reading does not begin it."""
+    """OPEN until it ends, then a probe; reading the state does not start it."""
     await fail(breaker, 5)
     await clock.advance(59.999)
     assert state_of(breaker) == "OPEN"
@@ -361,7 +361,7 @@ async def test_rule_07_the_open_period_is_measured_by_the_given_clock(
 async def test_rule_08_overlapping_blocks_keep_their_own_tokens(
     breaker: CircuitBreaker, clock: ManualClock
 ) -> None:
-    """One guard per block: the outcome of one is not taken for that of another."""
+    """Each guard has the outcome of its own block."""
     early, failing = breaker.guard(), BackendError()
     with early:
         await fail(breaker, 5)
@@ -371,20 +371,20 @@ async def test_rule_08_overlapping_blocks_keep_their_own_tokens(
     assert state_of(breaker) == "OPEN"
 
 
-async def test_rule_14_execute_refuses_a_coroutine_object(breaker: CircuitBreaker) -> None:
-    """It would be made before the rejection; the refusal leaves no 'never awaited' behind."""
+async def test_rule_14_execute_rejects_a_coroutine_object(breaker: CircuitBreaker) -> None:
+    """The coroutine is closed, so there is no 'never awaited' warning."""
     with pytest.raises(TypeError, match="pass the function that makes it"):
         await breaker.execute(Scripted(None)())  # type: ignore[call-overload]  # the point
     assert breaker.get_state() == {"state": "CLOSED", "failureCount": 0}
 
 
-async def test_rule_14_execute_serves_plain_functions(breaker: CircuitBreaker) -> None:
-    """What is not awaitable is the result."""
+async def test_rule_14_execute_accepts_plain_functions(breaker: CircuitBreaker) -> None:
+    """A result that is not awaitable is returned."""
     assert await breaker.execute(lambda: 42) == 42
 
 
 def test_rule_14_a_decorated_plain_function_is_guarded(clock: ManualClock) -> None:
-    """``def`` as ``async def``: counted, tripped, rejected."""
+    """``def`` like ``async def``: counted, opened, rejected."""
     breaker = CircuitBreaker(2, clock=clock)
     operation = Scripted(1, BackendError(), BackendError(), 1)
     guarded = breaker(operation.sync)
@@ -423,7 +423,7 @@ async def test_rule_14_a_decorated_coroutine_function_is_guarded(clock: ManualCl
 
 
 async def test_rule_15_listeners_get_every_change_and_rejection(clock: ManualClock) -> None:
-    """Frozen events, in order, and none on the happy path."""
+    """Frozen events, in order; none for successful calls."""
     events: list[CircuitEvent] = []
     breaker = CircuitBreaker(1, 60.0, name="backend", listeners=(events.append,), clock=clock)
     await breaker.execute(Scripted(None))
@@ -442,10 +442,10 @@ async def test_rule_15_listeners_get_every_change_and_rejection(clock: ManualClo
     ]
 
 
-async def test_rule_15_a_listener_that_fails_or_calls_back_harms_nobody(
+async def test_rule_15_a_listener_may_fail_or_call_the_breaker(
     breaker: CircuitBreaker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its error is logged; and no lock is held while it runs."""
+    """Its error is logged; no lock is held while it runs."""
 
     def careless(_: CircuitEvent) -> None:
         breaker.reset()

@@ -1,4 +1,4 @@
-"""Bounded concurrency."""
+"""The bulkhead: a limit on concurrent calls."""
 
 import asyncio
 
@@ -8,8 +8,8 @@ from tests.unit.resilience.scripted import BackendError, Gate, Scripted, settle
 from viralfx.domain.resilience.bulkhead import Bulkhead, BulkheadFull, BulkheadFullError
 
 
-async def test_as_many_run_as_allowed_and_as_many_wait_as_allowed() -> None:
-    """In order of arrival; one beyond is rejected at once and told to the listeners."""
+async def test_calls_beyond_limit_and_queue_are_rejected() -> None:
+    """Calls run in order of arrival; a rejection causes an event."""
     events: list[BulkheadFull] = []
     gate, bulkhead = Gate(), Bulkhead(2, queue=1, name="pdf", listeners=(events.append,))
     tasks = [asyncio.create_task(bulkhead.execute(gate, f"op{n}")) for n in range(4)]
@@ -26,8 +26,8 @@ async def test_as_many_run_as_allowed_and_as_many_wait_as_allowed() -> None:
     assert [await task for task in tasks[:3]] == ["first", "later", "later"]
 
 
-async def test_a_permit_comes_back_however_the_call_ends() -> None:
-    """By return, error or cancellation, in each form of use."""
+async def test_every_outcome_releases_the_permit() -> None:
+    """Return, error and cancellation, in each form of use."""
     bulkhead, gate = Bulkhead(1), Gate()
 
     @bulkhead
@@ -54,7 +54,7 @@ async def test_a_permit_comes_back_however_the_call_ends() -> None:
 
 
 async def test_a_cancelled_waiter_leaves_the_queue() -> None:
-    """Its place is free for another, and the permit goes to one who still waits."""
+    """Another caller can use its place, and the permit goes to a waiting caller."""
     bulkhead, gate = Bulkhead(1, queue=1), Gate()
     running = asyncio.create_task(bulkhead.execute(gate))
     waiting = asyncio.create_task(bulkhead.execute(gate))
@@ -67,3 +67,25 @@ async def test_a_cancelled_waiter_leaves_the_queue() -> None:
     await settle()
     gate.calls[1].set_result("two")
     assert (await running, await another) == ("one", "two")
+
+
+def test_a_second_event_loop_is_refused() -> None:
+    """A permit released in one loop cannot wake a caller in another one."""
+    bulkhead = Bulkhead(1, queue=1, name="pdf")
+    with asyncio.Runner() as first, asyncio.Runner() as second:
+        first.run(bulkhead.execute(Scripted("first")))
+        with pytest.raises(RuntimeError, match="bulkhead pdf belongs to another event loop"):
+            second.run(bulkhead.execute(Scripted("second")))
+
+
+def test_a_bulkhead_outlives_a_closed_event_loop() -> None:
+    """A program may call ``asyncio.run`` repeatedly."""
+    bulkhead, gate = Bulkhead(1), Gate()
+
+    async def leave_a_call() -> None:
+        task = asyncio.create_task(bulkhead.execute(gate))
+        await settle()
+        assert not task.done()
+
+    asyncio.run(leave_a_call())
+    assert asyncio.run(bulkhead.execute(Scripted("next"))) == "next"

@@ -1,34 +1,33 @@
-"""Named breakers: listed, commanded by hand, saved and restored, shared by threads."""
+"""The breaker registry: health check, manual control, saved and restored state."""
 
 import dataclasses
 import json
 import math
 import pickle
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from tests.unit.resilience.scripted import BackendError, Scripted, SkippingClock, state_of
 
-from viralfx.domain.health import HealthCheck, Observation, Status
-from viralfx.domain.resilience.breaker import CircuitBreaker, circuit_breaker
-from viralfx.domain.resilience.bulkhead import BulkheadFull
-from viralfx.domain.resilience.circuit import (
+from viralfx.domain.health.model import HealthCheck, Observation, Status
+from viralfx.domain.resilience.breaker import (
     CallRejected,
+    CircuitBreaker,
     CircuitEvent,
     CircuitOpenError,
     StateChanged,
+    circuit_breaker,
 )
-from viralfx.domain.resilience.circuit_states import CircuitState, RollingWindow
-from viralfx.domain.resilience.circuits import BreakerRegistry
-from viralfx.domain.resilience.fallback import FallbackUsed
+from viralfx.domain.resilience.breaker_states import CircuitState, RollingWindow
+from viralfx.domain.resilience.bulkhead import BulkheadFull, FallbackUsed
+from viralfx.domain.resilience.registry import BreakerRegistry
 from viralfx.domain.resilience.retry_decision import AttemptFailed, BudgetExhausted, GaveUp
 
 
 @pytest.fixture
 def clock() -> SkippingClock:
-    """Time that passes only when told."""
+    """Return a clock that only the test moves."""
     return SkippingClock()
 
 
@@ -41,7 +40,7 @@ def tripped(clock: SkippingClock, name: str = "redis") -> CircuitBreaker:
 
 
 async def test_the_circuits_check_warns_while_one_is_open(clock: SkippingClock) -> None:
-    """It names it; half open it passes again, since an unused dependency may stay so."""
+    """The message names the circuit; a half-open one passes."""
     registry = BreakerRegistry()
     check: HealthCheck = registry
     registry.add(CircuitBreaker(name="database", clock=clock))
@@ -60,8 +59,8 @@ async def test_the_circuits_check_warns_while_one_is_open(clock: SkippingClock) 
     assert (await check.check()).status is Status.PASS
 
 
-def test_names_are_unique_and_found(clock: SkippingClock) -> None:
-    """A second breaker of a name would hide the other."""
+def test_breaker_names_are_unique(clock: SkippingClock) -> None:
+    """A breaker can be found by its name."""
     registry = BreakerRegistry()
     breaker = registry.add(CircuitBreaker(name="redis", clock=clock))
     assert registry["redis"] is breaker
@@ -73,8 +72,8 @@ def test_names_are_unique_and_found(clock: SkippingClock) -> None:
         registry["other"]
 
 
-def test_a_listener_hears_of_breakers_to_come(clock: SkippingClock) -> None:
-    """One subscription serves the telemetry of the whole process."""
+def test_a_listener_gets_events_of_later_breakers(clock: SkippingClock) -> None:
+    """One subscription covers the process."""
     registry, events = BreakerRegistry(), list[CircuitEvent]()
     registry.add(CircuitBreaker(name="early", clock=clock))
     registry.subscribe(events.append)
@@ -85,7 +84,7 @@ def test_a_listener_hears_of_breakers_to_come(clock: SkippingClock) -> None:
 
 
 def test_an_open_breaker_stays_open_for_its_remaining_time(clock: SkippingClock) -> None:
-    """Through a restart, whose duration no monotonic clock knows; the state is plain JSON."""
+    """Over a restart, with a state that is plain JSON."""
     before = BreakerRegistry()
     before.add(tripped(clock))
     clock.block(18.0)
@@ -101,8 +100,8 @@ def test_an_open_breaker_stays_open_for_its_remaining_time(clock: SkippingClock)
     assert state_of(breaker) == "HALF_OPEN"
 
 
-def test_what_was_restored_but_not_made_yet_is_saved_again(clock: SkippingClock) -> None:
-    """Two restarts in a row lose nothing; a breaker's own state replaces what was saved."""
+def test_restored_states_without_a_breaker_are_saved_again(clock: SkippingClock) -> None:
+    """Two restarts in a row lose nothing; a breaker's own state replaces the saved one."""
     registry = BreakerRegistry()
     saved = {"redis": {"state": "OPEN", "failureCount": 1, "remaining": 42.0}}
     registry.restore(saved)
@@ -112,8 +111,8 @@ def test_what_was_restored_but_not_made_yet_is_saved_again(clock: SkippingClock)
     assert registry.snapshot() == closed
 
 
-def test_a_running_breaker_can_be_restored_too(clock: SkippingClock) -> None:
-    """Listeners hear of it as of any change."""
+def test_a_running_breaker_can_be_restored(clock: SkippingClock) -> None:
+    """Listeners get the change."""
     registry, events = BreakerRegistry(), list[CircuitEvent]()
     registry.subscribe(events.append)
     registry.add(CircuitBreaker(name="redis", clock=clock))
@@ -125,7 +124,7 @@ def test_a_running_breaker_can_be_restored_too(clock: SkippingClock) -> None:
 
 
 def test_no_restored_breaker_is_open_longer_than_configured(clock: SkippingClock) -> None:
-    """What was saved under another configuration does not outlive this one."""
+    """Even if the saved state has a longer period."""
     breaker = CircuitBreaker(3, 60.0, clock=clock)
     breaker.restore({"state": "OPEN", "failureCount": 1, "remaining": 3600})
     assert breaker.snapshot()["remaining"] == 60.0
@@ -149,10 +148,10 @@ def test_no_restored_breaker_is_open_longer_than_configured(clock: SkippingClock
     ],
     ids=range(8),
 )
-def test_what_is_no_snapshot_is_ignored_and_said(
+def test_an_invalid_snapshot_is_logged_and_ignored(
     saved: Mapping[str, object], clock: SkippingClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A breaker alone refuses it; a registry logs it, and the process starts."""
+    """A breaker rejects it; a registry logs it, and the process starts."""
     breaker = CircuitBreaker(name="redis", clock=clock)
     with pytest.raises(ValueError, match="not a snapshot of a circuit breaker"):
         breaker.restore(saved)
@@ -164,8 +163,8 @@ def test_what_is_no_snapshot_is_ignored_and_said(
     assert [getattr(record, "circuit", None) for record in caplog.records] == ["redis", "database"]
 
 
-async def test_a_breaker_held_open_by_hand_stays_so_until_closed(clock: SkippingClock) -> None:
-    """However long it takes, and through a restart; its rejection promises no time."""
+async def test_a_manually_opened_breaker_stays_open_until_closed(clock: SkippingClock) -> None:
+    """Also over a restart; its rejection has no time."""
     breaker = CircuitBreaker(name="redis", clock=clock)
     breaker.open()
     clock.block(1e6)
@@ -182,8 +181,8 @@ async def test_a_breaker_held_open_by_hand_stays_so_until_closed(clock: Skipping
     assert state_of(breaker) == "CLOSED"
 
 
-def test_closing_by_hand_forgets_the_count(clock: SkippingClock) -> None:
-    """And is no event where the state stays the same."""
+def test_closing_manually_resets_the_count(clock: SkippingClock) -> None:
+    """There is no event if the state does not change."""
     events: list[CircuitEvent] = []
     breaker = CircuitBreaker(2, listeners=(events.append,), clock=clock)
     with pytest.raises(BackendError), breaker.guard():
@@ -194,7 +193,7 @@ def test_closing_by_hand_forgets_the_count(clock: SkippingClock) -> None:
 
 
 def test_each_decorated_function_has_a_breaker_of_its_own(clock: SkippingClock) -> None:
-    """Named after it, unless the decorator says otherwise."""
+    """It has the name of the function, unless the decorator gives another."""
     decorate = circuit_breaker(1, clock=clock)
     broken, healthy = decorate(Scripted(BackendError()).sync), decorate(Scripted(1).sync)
     with pytest.raises(BackendError):
@@ -209,52 +208,15 @@ def test_each_decorated_function_has_a_breaker_of_its_own(clock: SkippingClock) 
         named()
 
 
-def test_a_rejection_travels_between_processes() -> None:
-    """It is pickled and rebuilt with everything it says."""
+def test_a_rejection_can_be_pickled() -> None:
+    """It keeps all its attributes."""
     error = pickle.loads(pickle.dumps(CircuitOpenError("redis", "get", 4.0)))  # noqa: S301 - our own
     assert (error.circuit, error.operation, error.retry_after) == ("redis", "get", 4.0)
     assert str(error) == "get rejected: circuit redis is open, next try in 4.0 s"
 
 
-def test_threads_share_a_breaker(clock: SkippingClock) -> None:
-    """Of many threads that meet a half-open circuit, one probes; no failure is lost."""
-    breaker = CircuitBreaker(8, 60.0, clock=clock)
-    start, entered, leave = threading.Barrier(8), list[int](), threading.Event()
-
-    def fail() -> None:
-        start.wait()
-        with pytest.raises(BackendError), breaker.guard():
-            raise BackendError
-
-    def probe(number: int) -> None:
-        start.wait()
-        try:
-            with breaker.guard():
-                entered.append(number)
-                leave.wait(5)
-        except CircuitOpenError:
-            rejected.release()
-
-    rejected = threading.Semaphore(0)
-    for target in ([fail] * 8, [lambda n=n: probe(n) for n in range(8)]):
-        threads = [threading.Thread(target=run) for run in target]
-        for thread in threads:
-            thread.start()
-        if target[0] is not fail:
-            for _ in range(7):
-                assert rejected.acquire(timeout=5)
-            assert len(entered) == 1
-            leave.set()
-        for thread in threads:
-            thread.join()
-        if target[0] is fail:
-            assert breaker.get_state() == {"state": "OPEN", "failureCount": 8}
-            clock.block(60.0)
-    assert state_of(breaker) == "CLOSED"
-
-
-def test_an_open_period_that_is_over_has_nothing_remaining(clock: SkippingClock) -> None:
-    """However long ago it ended."""
+def test_nothing_remains_of_an_ended_open_period(clock: SkippingClock) -> None:
+    """Even long after its end."""
     breaker = tripped(clock)
     clock.block(100.0)
     over = {"state": "HALF_OPEN", "failureCount": 1, "remaining": 0.0}
@@ -276,8 +238,8 @@ def test_an_open_period_that_is_over_has_nothing_remaining(clock: SkippingClock)
         StateChanged,
     ],
 )
-def test_events_and_settings_are_values(kind: Any) -> None:
-    """Nobody who gets one can change it for the next, or mix up its fields."""
+def test_events_and_settings_are_immutable(kind: Any) -> None:
+    """Their fields are keyword-only."""
     assert kind.__dataclass_params__.frozen
     assert kind.__slots__ == tuple(field.name for field in dataclasses.fields(kind))
     assert all(field.kw_only for field in dataclasses.fields(kind))

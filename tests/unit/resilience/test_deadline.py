@@ -1,4 +1,4 @@
-"""The deadline alone, on a loop of virtual time."""
+"""Deadlines, on a loop with virtual time."""
 
 import asyncio
 import math
@@ -9,8 +9,8 @@ from tests.virtual_time import LoopClock, run_in_virtual_time
 from viralfx.domain.resilience.deadline import Deadline, time_left
 
 
-def test_a_block_is_cut_when_the_time_comes() -> None:
-    """With TimeoutError from where it was."""
+def test_a_block_is_cut_at_the_deadline() -> None:
+    """It raises TimeoutError where it waits."""
 
     async def main() -> float:
         clock = LoopClock()
@@ -23,7 +23,7 @@ def test_a_block_is_cut_when_the_time_comes() -> None:
     assert run_in_virtual_time(main()) == pytest.approx(2.0)
 
 
-def test_no_block_is_started_without_time() -> None:
+def test_no_block_starts_after_the_deadline() -> None:
     """Not even up to its first await."""
 
     async def main() -> bool:
@@ -39,8 +39,8 @@ def test_no_block_is_started_without_time() -> None:
     assert run_in_virtual_time(main()) is False
 
 
-def test_one_deadline_bounds_several_tasks_and_blocks() -> None:
-    """It is a point in time, wherever it is entered."""
+def test_one_deadline_limits_several_tasks_and_blocks() -> None:
+    """It is a point in time."""
 
     async def main() -> list[float]:
         clock = LoopClock()
@@ -60,8 +60,8 @@ def test_one_deadline_bounds_several_tasks_and_blocks() -> None:
     assert run_in_virtual_time(main()) == [pytest.approx(3.0)] * 3
 
 
-def test_the_time_left_is_that_of_the_strictest_around() -> None:
-    """And infinite outside."""
+def test_the_earliest_enclosing_deadline_counts() -> None:
+    """Without a deadline the time left is infinite."""
 
     async def main() -> None:
         clock = LoopClock()
@@ -78,8 +78,8 @@ def test_the_time_left_is_that_of_the_strictest_around() -> None:
     run_in_virtual_time(main())
 
 
-def test_a_foreign_cancellation_stays_one() -> None:
-    """Only the deadline's own becomes a TimeoutError."""
+def test_another_cancellation_is_not_a_timeout() -> None:
+    """Only the deadline's own cancellation becomes a TimeoutError."""
 
     async def main() -> None:
         async def work() -> None:
@@ -95,8 +95,8 @@ def test_a_foreign_cancellation_stays_one() -> None:
     run_in_virtual_time(main())
 
 
-def test_a_timeout_from_inside_is_left_alone() -> None:
-    """Its own words reach the caller."""
+def test_a_timeout_error_of_the_block_is_unchanged() -> None:
+    """Its message reaches the caller."""
 
     async def main() -> None:
         with pytest.raises(TimeoutError, match="from inside"):
@@ -106,8 +106,8 @@ def test_a_timeout_from_inside_is_left_alone() -> None:
     run_in_virtual_time(main())
 
 
-def test_a_deadline_is_left_where_it_was_entered() -> None:
-    """Anything else is a mistake in the program, and said so."""
+def test_a_deadline_must_be_left_by_the_task_that_entered_it() -> None:
+    """Otherwise it raises RuntimeError."""
 
     async def main() -> None:
         deadline = Deadline(5.0, clock=LoopClock())

@@ -1,4 +1,4 @@
-"""The resilience chapter: its examples run, its tables are those of the code."""
+"""docs/resilience.md: its examples run, and its tables match the code."""
 
 import ast
 import asyncio
@@ -11,14 +11,11 @@ from typing import Any
 import pytest
 from tests.virtual_time import run_in_virtual_time
 
-from viralfx.domain.resilience.backoff import Backoff, Jitter
-from viralfx.domain.resilience.breaker import CircuitBreaker, circuit_breaker
-from viralfx.domain.resilience.budget import RetryBudget
-from viralfx.domain.resilience.bulkhead import Bulkhead
-from viralfx.domain.resilience.circuit import CircuitOpenError
-from viralfx.domain.resilience.circuit_states import RollingWindow
+from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError, circuit_breaker
+from viralfx.domain.resilience.breaker_states import RollingWindow
+from viralfx.domain.resilience.bulkhead import Bulkhead, with_fallback
 from viralfx.domain.resilience.deadline import Deadline
-from viralfx.domain.resilience.fallback import with_fallback
+from viralfx.domain.resilience.policy import Backoff, Jitter, RetryBudget
 from viralfx.domain.resilience.retry import retry
 
 CHAPTER = (Path(__file__).parents[3] / "docs/resilience.md").read_text()
@@ -42,13 +39,13 @@ NAMES: dict[str, Any] = {
 
 
 async def http_get(path: str) -> str:
-    """Stand in for a client."""
+    """Stand in for an HTTP client."""
     return path
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_the_example_runs(number: int) -> None:
-    """As printed, with the names it uses and nothing else; its waits take no time."""
+    """As printed; its waits take no time."""
     code = compile(
         EXAMPLES[number], f"example {number}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     )
@@ -66,7 +63,7 @@ def test_the_example_runs(number: int) -> None:
     ("call", "delays"), re.findall(r"\| `(Backoff\(.*?\)\.delays\(\d\))` \| (.*?) \|", CHAPTER)
 )
 def test_the_table_of_delays(call: str, delays: str) -> None:
-    """Each row is what the call returns."""
+    """Each row is the result of the call."""
     computed = eval(call, {**NAMES})  # noqa: S307 - our own text
     assert [f"{delay:g}" for delay in computed] == delays.split(", ")
 
@@ -76,7 +73,7 @@ def test_the_table_of_delays(call: str, delays: str) -> None:
     re.findall(r"\| `(\w+)\((\w+)\)` \| `?(.*?)`? \|", CHAPTER),
 )
 def test_the_table_of_defaults(owner: str, argument: str, default: str) -> None:
-    """Each row is the default of that argument; ``retry`` resolves its own when it is called."""
+    """Each row is the default of the argument; ``retry`` resolves its own when it is called."""
     resolved = {"attempts": "3", "base_delay": "1.0", "retry_on": "Exception"}
     if owner == "retry" and argument in resolved:
         assert default == resolved[argument]
@@ -85,6 +82,6 @@ def test_the_table_of_defaults(owner: str, argument: str, default: str) -> None:
 
 
 def test_the_tables_are_found() -> None:
-    """A changed layout must not empty these tests."""
+    """A changed layout must not leave these tests without rows."""
     assert len(EXAMPLES) == 7
     assert len(re.findall(r"\| `(\w+)\((\w+)\)` \|", CHAPTER)) == 24

@@ -1,15 +1,15 @@
-"""Graceful degradation."""
+"""Fallbacks: a second-best result instead of an error."""
 
 import asyncio
 
 import pytest
 from tests.unit.resilience.scripted import BackendError, Scripted
 
-from viralfx.domain.resilience.fallback import FallbackUsed, with_fallback
+from viralfx.domain.resilience.bulkhead import FallbackUsed, with_fallback
 
 
-async def test_a_listed_error_is_answered_with_the_fallback() -> None:
-    """And told to the listeners; a result is returned untouched."""
+async def test_a_listed_error_is_replaced_by_the_fallback() -> None:
+    """There is an event; a result is returned unchanged."""
     events: list[FallbackUsed] = []
     error = BackendError()
     operation = Scripted("fresh", error)
@@ -24,7 +24,7 @@ async def test_a_listed_error_is_answered_with_the_fallback() -> None:
 
 
 async def test_a_fallback_can_be_made_from_the_error() -> None:
-    """Only then, not beforehand."""
+    """The factory is called only when it is needed."""
     made: list[Exception] = []
 
     def make(error: Exception) -> int:
@@ -38,14 +38,14 @@ async def test_a_fallback_can_be_made_from_the_error() -> None:
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError(), ValueError()])
-async def test_what_is_not_listed_reaches_the_caller(error: BaseException) -> None:
-    """A cancellation always does."""
+async def test_an_unlisted_error_is_raised(error: BaseException) -> None:
+    """A cancellation always is."""
     with pytest.raises(type(error)):
         await with_fallback(Scripted(error), None, on=BackendError)
 
 
 async def test_a_failing_predicate_hides_no_error(caplog: pytest.LogCaptureFixture) -> None:
-    """The dependency's error comes, the predicate's is logged."""
+    """The dependency's error is raised, the predicate's is logged."""
     with pytest.raises(BackendError):
         await with_fallback(
             Scripted(BackendError()), None, on=lambda error: len(str(error)) < 1 / 0
@@ -53,7 +53,7 @@ async def test_a_failing_predicate_hides_no_error(caplog: pytest.LogCaptureFixtu
     assert "Error predicate failed" in caplog.text
 
 
-async def test_a_coroutine_object_is_refused() -> None:
-    """As by every guard of this package."""
+async def test_a_coroutine_object_is_rejected() -> None:
+    """Like in every guard of this package."""
     with pytest.raises(TypeError, match="pass the function that makes it"):
         await with_fallback(Scripted(None)(), None)  # type: ignore[call-overload]  # the point

@@ -1,13 +1,12 @@
-"""The four code examples of the operations guide, in Python, on a clock that skips waits."""
+"""The four uses of retry and breaker in docs/operations.md, on a clock that skips waits."""
 
 import pytest
 from tests.unit.resilience.scripted import BackendError, Scripted, SkippingClock
 
-from viralfx.domain.resilience.breaker import CircuitBreaker, circuit_breaker
-from viralfx.domain.resilience.circuit import CircuitOpenError
-from viralfx.domain.resilience.fallback import with_fallback
+from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError, circuit_breaker
+from viralfx.domain.resilience.bulkhead import with_fallback
+from viralfx.domain.resilience.policy import BackoffPolicy
 from viralfx.domain.resilience.retry import Retrier, retry
-from viralfx.domain.resilience.retry_policy import BackoffPolicy
 
 
 async def test_automatic_retry_decorator() -> None:
@@ -26,7 +25,7 @@ async def test_automatic_retry_decorator() -> None:
 
 
 async def test_circuit_breaker_decorator() -> None:
-    """Example 2, option 1: no longer called after five failures, half open after 60 s."""
+    """Example 2, option 1: rejected after five failures, half open after 60 s."""
     clock = SkippingClock()
     dependency = Scripted(*[BackendError()] * 5, "fine")
 
@@ -45,7 +44,7 @@ async def test_circuit_breaker_decorator() -> None:
 
 
 async def test_circuit_breaker_directly() -> None:
-    """Example 2, option 2: execute with a name, and ask for the state."""
+    """Example 2, option 2: execute with a name, and read the state."""
     breaker = CircuitBreaker(5, 60.0)
     external_service = Scripted("data")
     assert await breaker.execute(external_service, "ExternalService.getData") == "data"

@@ -1,4 +1,4 @@
-"""The breaker's rolling-window mode, and the counts beneath it."""
+"""The rolling-window mode of the breaker, and its counters."""
 
 import contextlib
 
@@ -7,15 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.resilience.scripted import BackendError, SkippingClock, state_of
 
-from viralfx.domain.resilience.breaker import CircuitBreaker
-from viralfx.domain.resilience.circuit import CircuitOpenError
-from viralfx.domain.resilience.circuit_states import RollingWindow
-from viralfx.domain.resilience.rolling import RollingCounts
+from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError
+from viralfx.domain.resilience.breaker_states import RollingCounts, RollingWindow
 
 
 @pytest.fixture
 def clock() -> SkippingClock:
-    """Time that passes only when told."""
+    """Return a clock that only the test moves."""
     return SkippingClock()
 
 
@@ -25,7 +23,7 @@ def breaker_with(clock: SkippingClock, window: RollingWindow) -> CircuitBreaker:
 
 
 def call(breaker: CircuitBreaker, clock: SkippingClock, outcome: str, seconds: float = 0) -> None:
-    """Make one call that ends so after so long."""
+    """Make one call with this outcome and duration."""
     errors = {"fail": BackendError(), "neutral": CircuitOpenError("other", "", 1.0)}
     with contextlib.suppress(BackendError, CircuitOpenError), breaker.guard():
         clock.block(seconds)
@@ -33,8 +31,8 @@ def call(breaker: CircuitBreaker, clock: SkippingClock, outcome: str, seconds: f
             raise errors[outcome]
 
 
-def test_it_trips_at_the_failure_rate_once_there_are_enough_calls(clock: SkippingClock) -> None:
-    """Half of ten, not before there are ten."""
+def test_the_failure_rate_opens_after_the_minimum_of_calls(clock: SkippingClock) -> None:
+    """Half of ten calls, not before there are ten."""
     breaker = breaker_with(clock, RollingWindow(failure_rate=0.5, minimum_calls=10))
     for outcome in ["fail", "ok"] * 4 + ["fail"]:
         call(breaker, clock, outcome)
@@ -43,8 +41,8 @@ def test_it_trips_at_the_failure_rate_once_there_are_enough_calls(clock: Skippin
     assert breaker.get_state() == {"state": "OPEN", "failureCount": 6}
 
 
-def test_below_the_rate_it_stays_closed(clock: SkippingClock) -> None:
-    """Exactly at the rate it trips, one call less of it does not."""
+def test_the_circuit_stays_closed_below_the_failure_rate(clock: SkippingClock) -> None:
+    """Exactly at the rate it opens."""
     breaker = breaker_with(clock, RollingWindow(failure_rate=0.5, minimum_calls=3))
     for outcome in ("ok", "ok", "fail"):
         call(breaker, clock, outcome)
@@ -61,8 +59,8 @@ def test_neutral_calls_are_not_counted(clock: SkippingClock) -> None:
     assert breaker.get_state() == {"state": "CLOSED", "failureCount": 1}
 
 
-def test_what_is_older_than_the_window_is_forgotten(clock: SkippingClock) -> None:
-    """Failures of ten seconds ago do not add to those of now."""
+def test_outcomes_older_than_the_window_do_not_count(clock: SkippingClock) -> None:
+    """Failures of ten seconds ago are not added to current ones."""
     breaker = breaker_with(clock, RollingWindow(seconds=10.0, minimum_calls=3))
     for _ in range(2):
         call(breaker, clock, "fail")
@@ -72,8 +70,8 @@ def test_what_is_older_than_the_window_is_forgotten(clock: SkippingClock) -> Non
     assert breaker.get_state() == {"state": "CLOSED", "failureCount": 1}
 
 
-def test_slow_calls_trip_by_their_own_rate(clock: SkippingClock) -> None:
-    """Calls that succeed too late count as slow, and never as failures."""
+def test_slow_calls_open_by_their_own_rate(clock: SkippingClock) -> None:
+    """Slow successes count as slow, never as failures."""
     window = RollingWindow(minimum_calls=4, slow_after=2.0, slow_rate=0.75)
     breaker = breaker_with(clock, window)
     for seconds in (2.0, 2.1, 2.1, 2.1):
@@ -82,8 +80,8 @@ def test_slow_calls_trip_by_their_own_rate(clock: SkippingClock) -> None:
     assert breaker.get_state() == {"state": "OPEN", "failureCount": 0}
 
 
-def test_below_the_slow_rate_it_stays_closed(clock: SkippingClock) -> None:
-    """The rate is a share of the calls, as that of failures is."""
+def test_the_circuit_stays_closed_below_the_slow_rate(clock: SkippingClock) -> None:
+    """The rate is a share of the calls."""
     window = RollingWindow(minimum_calls=4, slow_after=2.0, slow_rate=0.5)
     breaker = breaker_with(clock, window)
     for seconds in (0.0, 0.0, 0.0, 2.1, 2.1):
@@ -93,8 +91,8 @@ def test_below_the_slow_rate_it_stays_closed(clock: SkippingClock) -> None:
     assert state_of(breaker) == "OPEN"
 
 
-def test_a_slow_failure_is_both(clock: SkippingClock) -> None:
-    """It adds to either rate, and is one call."""
+def test_a_slow_failure_counts_in_both_rates(clock: SkippingClock) -> None:
+    """It is one call."""
     window = RollingWindow(minimum_calls=2, failure_rate=1.0, slow_after=2.0, slow_rate=1.0)
     breaker = breaker_with(clock, window)
     call(breaker, clock, "fail", 3.0)
@@ -104,7 +102,7 @@ def test_a_slow_failure_is_both(clock: SkippingClock) -> None:
 
 
 def test_a_fast_failure_is_not_slow(clock: SkippingClock) -> None:
-    """Failing at once is bad in one way only."""
+    """It counts in the failure rate only."""
     window = RollingWindow(minimum_calls=1, failure_rate=1.0, slow_after=2.0, slow_rate=0.1)
     breaker = breaker_with(clock, window)
     call(breaker, clock, "ok", 1.0)
@@ -113,7 +111,7 @@ def test_a_fast_failure_is_not_slow(clock: SkippingClock) -> None:
 
 
 def test_a_cancelled_timed_call_is_neutral(clock: SkippingClock) -> None:
-    """Also when it was slow."""
+    """Even if it was slow."""
     window = RollingWindow(minimum_calls=1, slow_after=2.0, slow_rate=0.1)
     breaker = breaker_with(clock, window)
     guard = breaker.guard()
@@ -125,7 +123,7 @@ def test_a_cancelled_timed_call_is_neutral(clock: SkippingClock) -> None:
 
 @pytest.mark.parametrize(("seconds", "state"), [(2.0, "CLOSED"), (2.1, "OPEN")])
 def test_a_slow_probe_opens_again(clock: SkippingClock, seconds: float, state: str) -> None:
-    """What is still slow has not recovered."""
+    """A dependency that is still slow has not recovered."""
     breaker = breaker_with(clock, RollingWindow(minimum_calls=1, slow_after=2.0))
     call(breaker, clock, "fail")
     clock.block(60.0)
@@ -134,7 +132,7 @@ def test_a_slow_probe_opens_again(clock: SkippingClock, seconds: float, state: s
 
 
 def test_a_closed_window_starts_empty(clock: SkippingClock) -> None:
-    """After a recovery, and after a restart, nothing of before is counted."""
+    """After a recovery or a restart, earlier calls do not count."""
     breaker = breaker_with(clock, RollingWindow(minimum_calls=2))
     call(breaker, clock, "fail")
     breaker.restore(breaker.snapshot())
@@ -143,7 +141,7 @@ def test_a_closed_window_starts_empty(clock: SkippingClock) -> None:
 
 @given(st.lists(st.tuples(st.floats(0, 30), st.booleans()), max_size=200))
 def test_totals_are_those_of_the_last_ten_slices(steps: list[tuple[float, bool]]) -> None:
-    """Against a plain list of what was added when."""
+    """Compared with a plain list of additions."""
     counts, now, added = RollingCounts(10.0, kinds=2), 0.0, list[tuple[int, int]]()
     for seconds, second_kind in steps:
         now += seconds
@@ -153,8 +151,8 @@ def test_totals_are_those_of_the_last_ten_slices(steps: list[tuple[float, bool]]
         assert counts.totals == [recent.count(0), recent.count(1)]
 
 
-def test_time_that_steps_back_is_now(caplog: pytest.LogCaptureFixture) -> None:
-    """Threads may report out of order; nothing is lost by it."""
+def test_an_earlier_time_counts_in_the_current_slice(caplog: pytest.LogCaptureFixture) -> None:
+    """Threads may report out of order."""
     counts = RollingCounts(10.0, kinds=1)
     for now in (25.0, 24.0, 3.0, 25.5):
         counts.add(now, 0)

@@ -1,4 +1,4 @@
-"""A provider that sends to memory, of an environment that says nothing of traces."""
+"""Fixtures of the tracing tests: a provider that exports to memory."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +25,13 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def memory() -> InMemorySpanExporter:
-    """Return where spans go."""
+    """Return an exporter that keeps spans in memory."""
     return InMemorySpanExporter()
 
 
 @pytest.fixture
 def provider(memory: InMemorySpanExporter) -> Iterator[TracerProvider]:
-    """Return a provider as the program has it, but for its destination."""
+    """Return a provider as the program creates it, with an in-memory exporter."""
     made, _ = make_provider(instance="here", environment="test", exporter=memory)
     yield made
     made.shutdown()
@@ -39,10 +39,10 @@ def provider(memory: InMemorySpanExporter) -> Iterator[TracerProvider]:
 
 @pytest.fixture
 def finished(provider: TracerProvider, memory: InMemorySpanExporter) -> Finished:
-    """Return what returns the spans that have ended."""
+    """Return a function that returns the finished spans."""
 
-    def look() -> Sequence[ReadableSpan]:
+    def spans() -> Sequence[ReadableSpan]:
         provider.force_flush()
         return memory.get_finished_spans()
 
-    return look
+    return spans

@@ -1,4 +1,4 @@
-"""What leaves: nothing secret, no value of a statement or a command, and all of the batch."""
+"""Tests of cleaning: no secrets or values are exported, and every batch can be encoded."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -16,14 +16,14 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from tests.unit.tracing.conftest import Finished
 
 from viralfx.bootstrap.postgres import clean_statement
-from viralfx.telemetry.redaction import Redaction
+from viralfx.telemetry.logging.redaction import Redaction
 from viralfx.telemetry.tracing.cleaning import (
-    KEPT_OF_A_CLIENT,
-    LONGEST_OF_A_CLIENT,
-    LONGEST_VALUE,
+    KEPT_CLIENT_CHARACTERS,
+    MAX_CLIENT_CHARACTERS,
+    MAX_VALUE_CHARACTERS,
 )
-from viralfx.telemetry.tracing.databases import trace_redis
 from viralfx.telemetry.tracing.provider import make_provider
+from viralfx.telemetry.tracing.setup import trace_redis
 
 _SECRET = "planted-secret"
 _POSTGRES = "opentelemetry.instrumentation.asyncpg"
@@ -33,7 +33,7 @@ _ELSEWHERE = SpanContext(1, 2, is_remote=True, trace_flags=TraceFlags(1))
 
 @pytest.fixture
 def provider(memory: InMemorySpanExporter) -> Iterator[TracerProvider]:
-    """Return a provider that cleans as the program's does."""
+    """Return a provider that cleans spans as in production."""
     made, _ = make_provider(
         instance="here",
         environment="test",
@@ -46,12 +46,12 @@ def provider(memory: InMemorySpanExporter) -> Iterator[TracerProvider]:
 
 
 def attributes_of(span: ReadableSpan) -> Mapping[str, Any]:
-    """Return a span's attributes."""
+    """Return the attributes of a span."""
     return span.attributes or {}
 
 
-def test_nothing_secret_leaves(provider: TracerProvider, finished: Finished) -> None:
-    """Wherever a text may stand, however deep."""
+def test_no_secret_is_exported(provider: TracerProvider, finished: Finished) -> None:
+    """Secrets are redacted in every text of a span, at any depth."""
     links = [Link(_ELSEWHERE, {"link": f"{_SECRET} linked"})]
     with provider.get_tracer("test").start_as_current_span(f"do {_SECRET}", links=links) as span:
         span.set_attributes({"token": _SECRET, "number": 7, f"of {_SECRET}": True})
@@ -71,8 +71,10 @@ def test_nothing_secret_leaves(provider: TracerProvider, finished: Finished) -> 
     assert work.end_time == span.end_time  # type: ignore[attr-defined]
 
 
-def test_half_a_character_costs_no_batch(provider: TracerProvider, finished: Finished) -> None:
-    """JSON of a client may hold it, and it cannot be encoded as it is."""
+def test_a_lone_surrogate_does_not_fail_the_batch(
+    provider: TracerProvider, finished: Finished
+) -> None:
+    """A client's JSON may contain one, and it cannot be encoded as UTF-8."""
     span = provider.get_tracer("test").start_span("\ud800")
     span.set_attribute("\udcff", ["\udcff", "\N{WHITE SMILING FACE}"])
     span.record_exception(ValueError("no such user: \ud800"))
@@ -91,10 +93,10 @@ def test_half_a_character_costs_no_batch(provider: TracerProvider, finished: Fin
 
 @pytest.mark.parametrize("system", ["db.system", "db.system.name"])
 @pytest.mark.parametrize("text", ["db.statement", "db.query.text"])
-def test_a_statement_has_no_values(
+def test_statements_contain_no_values(
     provider: TracerProvider, finished: Finished, system: str, text: str
 ) -> None:
-    """By whichever names, in whatever mixture a host's variables bring about."""
+    """This holds for current and former attribute names in any combination."""
     statement = "SELECT * FROM users WHERE email = 'alice@example.com'"
     attributes = {system: "postgresql", text: statement}
     provider.get_tracer("test").start_span("work", attributes=attributes).end()
@@ -104,10 +106,10 @@ def test_a_statement_has_no_values(
 
 
 @pytest.mark.parametrize("length", [2000, 4096, 6143, 6144, 9000])
-def test_a_long_statement_is_not_nothing(
+def test_a_long_statement_is_not_empty(
     provider: TracerProvider, finished: Finished, length: int
 ) -> None:
-    """However long it is, and whether of values or of columns."""
+    """Truncation leaves the beginning of statements with many values or many columns."""
     tracer = provider.get_tracer("test")
     for head, each in (("INSERT INTO x VALUES (", "'planted', "), ("SELECT ", "a_column, ")):
         statement = (head + each * length)[:length]
@@ -121,10 +123,10 @@ def test_a_long_statement_is_not_nothing(
     assert min(len(insert), len(select)) > 400
 
 
-def test_a_name_that_is_no_text_costs_no_batch(
+def test_a_name_that_is_not_a_string_does_not_fail_the_batch(
     provider: TracerProvider, finished: Finished
 ) -> None:
-    """Nor does it raise in whose span it is."""
+    """The application does not get an exception either."""
     odd: Any
     for odd in (None, b"GET", 5, SpanKind.SERVER):
         span = provider.get_tracer("test").start_span(odd)
@@ -136,11 +138,11 @@ def test_a_name_that_is_no_text_costs_no_batch(
     assert len(encode_spans(finished()).resource_spans[0].scope_spans[0].spans) == 4
 
 
-@pytest.mark.parametrize("secret", ["postgresql", "text", "query", "redis"])
-def test_a_secret_that_is_a_word_of_the_conventions_hides_no_value(
+@pytest.mark.parametrize("secret", ["postgresql", "query.text", "db.query", "redis.search"])
+def test_a_secret_equal_to_an_attribute_name_disables_no_cleaning(
     memory: InMemorySpanExporter, secret: str
 ) -> None:
-    """Of a system by its name, of an attribute by its key."""
+    """This holds for values of ``db.system`` and for keys."""
     provider, _ = make_provider(
         instance="here",
         environment="test",
@@ -167,8 +169,8 @@ def test_a_secret_that_is_a_word_of_the_conventions_hides_no_value(
     assert "planted" not in search_span.to_json()
 
 
-def test_no_key_is_left_as_it_came(provider: TracerProvider, finished: Finished) -> None:
-    """Also where it begins as those of the conventions do."""
+def test_all_attribute_keys_are_redacted(provider: TracerProvider, finished: Finished) -> None:
+    """Keys that begin like those of the conventions are redacted as well."""
     attributes: dict[str, int | str] = {
         f"http.{_SECRET}": 1,
         "url.\ud800": 2,
@@ -193,10 +195,10 @@ def test_no_key_is_left_as_it_came(provider: TracerProvider, finished: Finished)
         ("", "", "postgresql"),
     ],
 )
-def test_a_statement_is_called_by_its_keyword(
+def test_a_statements_span_is_named_by_its_keyword(
     provider: TracerProvider, finished: Finished, statement: str, first: str, name: str
 ) -> None:
-    """What the driver's instrumentation takes for its first word may go on with a value."""
+    """The text before the first space may contain a value."""
     attributes = {"db.system.name": "postgresql", "db.query.text": statement}
     provider.get_tracer(_POSTGRES).start_span(first, attributes=attributes).end()
     [span] = finished()
@@ -204,8 +206,10 @@ def test_a_statement_is_called_by_its_keyword(
     assert span.name == name
 
 
-async def test_a_command_has_no_arguments(provider: TracerProvider, finished: Finished) -> None:
-    """Not even where they are given as one text; and no name grows with a pipeline."""
+async def test_redis_commands_contain_no_arguments(
+    provider: TracerProvider, finished: Finished
+) -> None:
+    """This includes commands given as one string; the name of a pipeline is constant."""
     client = Redis(port=1, retry=Retry(NoBackoff(), 0))
     trace_redis(client, provider)
     pipeline = client.pipeline()
@@ -232,8 +236,8 @@ async def test_a_command_has_no_arguments(provider: TracerProvider, finished: Fi
     assert set(attributes_of(three)["db.query.text"].split("\n")[:500]) == {"SET ? ?"}
 
 
-def test_a_search_has_no_values(provider: TracerProvider, finished: Finished) -> None:
-    """What the driver's instrumentation tells of one is what was looked for, and what was found."""
+def test_redis_search_attributes_are_removed(provider: TracerProvider, finished: Finished) -> None:
+    """The driver's instrumentation records the query and the results."""
     span = provider.get_tracer(_REDIS).start_span("redis.search")
     for key in ("query", "xdoc_7.email"):
         span.set_attribute(f"redis.search.{key}", "planted")
@@ -244,8 +248,8 @@ def test_a_search_has_no_values(provider: TracerProvider, finished: Finished) ->
     assert attributes_of(search) == {"redis.search.total": 1, "db.operation.name": "redis.search"}
 
 
-def test_a_name_is_not_endless(provider: TracerProvider, finished: Finished) -> None:
-    """Whoever gives it."""
+def test_span_names_are_truncated(provider: TracerProvider, finished: Finished) -> None:
+    """This holds for names of the application and of instrumentations."""
     began = provider.get_tracer("test").start_span("x" * 9000, kind=SpanKind.SERVER)
     assert isinstance(began, ReadableSpan)
     assert len(began.name) <= 512
@@ -258,10 +262,10 @@ def test_a_name_is_not_endless(provider: TracerProvider, finished: Finished) -> 
     assert span.events[0].name == "z" * 256
 
 
-def test_a_message_of_a_client_s_making_takes_no_time(
+def test_a_crafted_message_is_cleaned_in_linear_time(
     provider: TracerProvider, finished: Finished
 ) -> None:
-    """Each piece of it begins as something does that is looked for, and none ends like that."""
+    """Each part begins like a pattern and does not complete it."""
     span = provider.get_tracer("test").start_span("work")
     for piece in (
         *("Command # 1 (a ", "invalid input syntax:", "invalid input syntax ", "\n| DETAIL:"),
@@ -277,31 +281,33 @@ def test_a_message_of_a_client_s_making_takes_no_time(
 
 
 @pytest.mark.parametrize("before", range(40, 4200, 160))
-def test_no_half_of_a_secret_is_left_where_a_value_ends(
+def test_truncation_leaves_no_part_of_a_secret(
     provider: TracerProvider, finished: Finished, before: int
 ) -> None:
-    """What is too long is cut after the secrets were found, or where they could not be."""
+    """Text is truncated after redaction, or within the margin that is never exported."""
     text = "x" * before + f" {_SECRET}" * 500
     with provider.get_tracer("test").start_as_current_span("work") as span:
-        span.set_attributes({"text": text, "many": [text], "url.path": text[:KEPT_OF_A_CLIENT]})
+        span.set_attributes(
+            {"text": text, "many": [text], "url.path": text[:KEPT_CLIENT_CHARACTERS]}
+        )
         span.record_exception(ValueError(text))
         span.set_status(StatusCode.ERROR, text)
     [work] = finished()
 
     assert "pla" not in work.to_json()
-    assert len(attributes_of(work)["text"]) <= LONGEST_VALUE
-    assert len(attributes_of(work)["many"][0]) <= LONGEST_VALUE
-    assert len(attributes_of(work)["url.path"]) <= LONGEST_OF_A_CLIENT
-    assert len(str(work.status.description)) <= LONGEST_VALUE
+    assert len(attributes_of(work)["text"]) <= MAX_VALUE_CHARACTERS
+    assert len(attributes_of(work)["many"][0]) <= MAX_VALUE_CHARACTERS
+    assert len(attributes_of(work)["url.path"]) <= MAX_CLIENT_CHARACTERS
+    assert len(str(work.status.description)) <= MAX_VALUE_CHARACTERS
 
 
 @pytest.mark.parametrize(
     "name", ["OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT"]
 )
-def test_a_limit_of_the_variables_is_kept(
+def test_the_configured_length_limit_is_applied(
     monkeypatch: pytest.MonkeyPatch, memory: InMemorySpanExporter, name: str
 ) -> None:
-    """Of what leaves; a text that is not too long is there to its end."""
+    """It limits the exported text; shorter text is complete."""
     monkeypatch.setenv(name, "100")
     provider, _ = make_provider(instance="here", environment="test", exporter=memory)
     span = provider.get_tracer("test").start_span("work")
@@ -313,10 +319,10 @@ def test_a_limit_of_the_variables_is_kept(
     assert attributes_of(work) == {"long": "x" * 100, "short": "x" * 100}
 
 
-def test_a_limit_of_spans_is_none_of_events(
+def test_the_span_limit_does_not_apply_to_events(
     monkeypatch: pytest.MonkeyPatch, memory: InMemorySpanExporter
 ) -> None:
-    """By the specification they have one of their own."""
+    """The specification has a separate limit for them."""
     monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "10")
     provider, _ = make_provider(instance="here", environment="test", exporter=memory)
     span = provider.get_tracer("test").start_span("work")
@@ -328,5 +334,5 @@ def test_a_limit_of_spans_is_none_of_events(
     [work] = memory.get_finished_spans()
 
     assert attributes_of(work) == {"long": "x" * 10}
-    assert (work.events[0].attributes or {}) == {"long": "x" * LONGEST_VALUE}
-    assert work.status.description == "x" * LONGEST_VALUE
+    assert (work.events[0].attributes or {}) == {"long": "x" * MAX_VALUE_CHARACTERS}
+    assert work.status.description == "x" * MAX_VALUE_CHARACTERS

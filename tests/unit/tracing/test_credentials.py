@@ -1,14 +1,14 @@
-"""What the variables hold that nobody is to see, and what everybody may."""
+"""Tests of which parts of the ``OTEL_*`` variables count as secrets."""
 
 import pytest
 
 from viralfx.settings import read_settings
-from viralfx.telemetry.redaction import Redaction, secrets_of
-from viralfx.telemetry.tracing.credentials import secrets
+from viralfx.telemetry.logging.redaction import Redaction, secrets_of
+from viralfx.telemetry.tracing.variables import secrets
 
 
 def test_keys_and_passwords_of_exporters_are_secrets() -> None:
-    """Whatever they are for."""
+    """This holds for the exporters of traces, logs and metrics."""
     environ = {
         "OTEL_EXPORTER_OTLP_HEADERS": "authorization=Bearer%20short",
         "OTEL_EXPORTER_OTLP_TRACES_HEADERS": "x-ingest=0123456789abcdef%3D, apikey=abcd",
@@ -42,8 +42,8 @@ def test_keys_and_passwords_of_exporters_are_secrets() -> None:
         *("x-authentication", "Passphrase", "X-JWT", "authorization", "db_password"),
     ],
 )
-def test_a_name_that_says_so_has_a_secret(name: str) -> None:
-    """In whatever way its words are put together, and however short the secret is."""
+def test_a_name_can_mark_its_value_as_secret(name: str) -> None:
+    """Any spelling of the name marks a value of any length."""
     headers = {"OTEL_EXPORTER_OTLP_HEADERS": f"{name}=hunter2"}
     query = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"https://host/v1?{name}=hunter2"}
     for environ in (headers, query):
@@ -58,13 +58,13 @@ def test_a_name_that_says_so_has_a_secret(name: str) -> None:
         *("x-honeycomb-dataset=shop-in-production", "x-secret-name=production"),
     ],
 )
-def test_words_of_every_log_are_no_secrets(header: str) -> None:
-    """They would be masked wherever they stand."""
+def test_ordinary_words_are_no_secrets(header: str) -> None:
+    """Redaction would mask them wherever they occur in a log line."""
     assert list(secrets({"OTEL_EXPORTER_OTLP_HEADERS": header})) == []
 
 
-def test_they_are_in_no_line_of_the_log_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Libraries tell of how they send, too."""
+def test_exporter_secrets_are_redacted_in_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries log how they send telemetry, too."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "api-key=planted")
 
     assert Redaction(secrets_of(read_settings({}))).text("key=planted") == "key=***"

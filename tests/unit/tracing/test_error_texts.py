@@ -1,4 +1,4 @@
-"""What errors quote: rows of Postgres and arguments of commands are in no trace."""
+"""Tests of error texts: no trace contains rows of Postgres or arguments of commands."""
 
 import pytest
 from asyncpg import exceptions as pg
@@ -11,7 +11,7 @@ _ROW = "Key (email)=(planted@example.com\n\nand more, planted) already exists."
 
 
 def twice() -> pg.PostgresError:
-    """Return what the driver makes of an answer of the server."""
+    """Return the driver's error for a duplicate key."""
     error: pg.PostgresError = pg.PostgresError.new(
         {
             "S": "ERROR",
@@ -24,7 +24,7 @@ def twice() -> pg.PostgresError:
 
 
 def fail(provider: TracerProvider, error: BaseException) -> None:
-    """Have a span see an error."""
+    """Record an error on a span."""
     with (
         pytest.raises(type(error)),
         provider.get_tracer("test").start_as_current_span("work"),
@@ -37,7 +37,7 @@ class DataError(Exception):
 
 
 def texts(span: ReadableSpan) -> tuple[str, str, str]:
-    """Return the message of the error that a span saw, its traceback, and the span's status."""
+    """Return message, stack trace and status description of a span's error."""
     [event] = span.events
     attributes = event.attributes or {}
     return (
@@ -47,10 +47,10 @@ def texts(span: ReadableSpan) -> tuple[str, str, str]:
     )
 
 
-def test_an_error_of_postgres_is_its_kind_alone(
+def test_a_postgres_error_is_reduced_to_its_class(
     provider: TracerProvider, finished: Finished
 ) -> None:
-    """Its text quotes rows; the log has it, under the ids of the trace."""
+    """The text quotes rows; the log has it under the same trace id."""
     for error in (
         twice(),
         pg.DataError("invalid input for query argument $1: planted (...)"),
@@ -65,10 +65,10 @@ def test_an_error_of_postgres_is_its_kind_alone(
         assert "planted" not in span.to_json()
 
 
-def test_what_another_error_tells_of_it_is_without_the_row(
+def test_errors_that_quote_a_postgres_error_contain_no_row(
     provider: TracerProvider, finished: Finished
 ) -> None:
-    """It was raised in its place, or is one of several; and all that is no row is there."""
+    """This holds for chained errors and error groups; the rest of the text stays."""
     first = twice()
     second = ValueError(f"not stored: {first}")
     second.__cause__ = first
@@ -86,20 +86,20 @@ def test_what_another_error_tells_of_it_is_without_the_row(
     assert "planted" not in repr((one, several))
 
 
-def test_an_error_of_another_s_with_such_a_name_is_told(
+def test_an_unrelated_error_with_the_same_name_is_kept(
     provider: TracerProvider, finished: Finished
 ) -> None:
-    """It is no error of Postgres."""
+    """It is not an error of Postgres."""
     fail(provider, DataError("column 3 is missing"))
     message, _, status = texts(*finished())
 
     assert (message, status) == ("column 3 is missing", "DataError: column 3 is missing")
 
 
-def test_a_status_without_an_error_is_told_by_its_name(
+def test_a_status_without_exception_is_matched_by_name(
     provider: TracerProvider, finished: Finished
 ) -> None:
-    """Where a span was not to record it, nothing says which class it was of."""
+    """If the span did not record the exception, its module is unknown."""
     tracer = provider.get_tracer("test")
     with (
         pytest.raises(pg.RaiseError),
@@ -110,8 +110,10 @@ def test_a_status_without_an_error_is_told_by_its_name(
     assert finished()[0].status.description == "RaiseError"
 
 
-def test_a_table_in_a_row_does_not_end_it(provider: TracerProvider, finished: Finished) -> None:
-    """It looks like what stands between the errors of a group."""
+def test_a_separator_in_a_row_does_not_end_the_row(
+    provider: TracerProvider, finished: Finished
+) -> None:
+    """It looks like the separator between the errors of a group."""
     table = "a row (1, | a | b |\n+---+---+\n| x | y |, planted)"
     fail(provider, pg.PostgresError.new({"S": "ERROR", "C": "23514", "M": "no", "D": table}))
     fail(provider, ExceptionGroup("both", [pg.RaiseError(table), KeyError("other")]))
@@ -121,18 +123,18 @@ def test_a_table_in_a_row_does_not_end_it(provider: TracerProvider, finished: Fi
     assert "KeyError: 'other'" in texts(several)[1]
 
 
-def test_a_mapper_tells_no_row_either(provider: TracerProvider, finished: Finished) -> None:
-    """As SQLAlchemy does: the driver's error, the statement, what was bound to it."""
+def test_sqlalchemy_errors_contain_no_row(provider: TracerProvider, finished: Finished) -> None:
+    """SQLAlchemy quotes the driver's error, the statement and its parameters."""
 
     class DBAPIError(Exception):
         pass
 
-    said = (
+    text = (
         "(sqlalchemy.dialects.postgresql.asyncpg.Error) <class 'asyncpg.exceptions.RaiseError'>: "
         "planted\n[SQL: INSERT INTO users VALUES ('planted', $1)]\n[parameters: ('planted',)]\n"
         "(Background on this error at: https://sqlalche.me/e/20/dbapi)"
     )
-    fail(provider, DBAPIError(said))
+    fail(provider, DBAPIError(text))
     fail(provider, DBAPIError("[SQL: SELECT 'planted']\n[parameters: ('planted\nplanted',)]"))
     fail(provider, DBAPIError(f"shown: {pg.RaiseError('planted')!r}, {pg.RaiseError('planted')}"))
     first, second, third = finished()
@@ -143,8 +145,8 @@ def test_a_mapper_tells_no_row_either(provider: TracerProvider, finished: Finish
     assert texts(third)[0] == "shown: RaiseError(..."
 
 
-def test_what_the_driver_says_itself_is_kept(provider: TracerProvider, finished: Finished) -> None:
-    """It is about connections, and helps."""
+def test_the_drivers_own_messages_are_kept(provider: TracerProvider, finished: Finished) -> None:
+    """They are about connections and contain no values."""
     fail(provider, pg.InterfaceError("pool is closing"))
     message, stacktrace, status = texts(*finished())
 
@@ -154,7 +156,7 @@ def test_what_the_driver_says_itself_is_kept(provider: TracerProvider, finished:
 
 
 @pytest.mark.parametrize(
-    ("said", "kept"),
+    ("text", "kept"),
     [
         (
             "Command # 1 (SET session:planted planted\nplanted) of pipeline caused error: no",
@@ -166,11 +168,11 @@ def test_what_the_driver_says_itself_is_kept(provider: TracerProvider, finished:
         ),
     ],
 )
-def test_an_error_of_redis_shows_no_arguments(
-    provider: TracerProvider, finished: Finished, said: str, kept: str
+def test_redis_errors_contain_no_arguments(
+    provider: TracerProvider, finished: Finished, text: str, kept: str
 ) -> None:
-    """Which its client adds to the errors of a pipeline, and the server to a typing error."""
-    fail(provider, ResponseError(said))
+    """The client adds them to errors of a pipeline, the server to unknown commands."""
+    fail(provider, ResponseError(text))
     message, stacktrace, status = texts(*finished())
 
     assert message == kept
@@ -179,7 +181,7 @@ def test_an_error_of_redis_shows_no_arguments(
 
 
 @pytest.mark.parametrize(
-    ("said", "kept"),
+    ("text", "kept"),
     [
         (
             str(twice()),
@@ -203,13 +205,13 @@ def test_an_error_of_redis_shows_no_arguments(
         ),
     ],
 )
-def test_an_error_in_somebody_s_words_shows_no_row(
-    provider: TracerProvider, finished: Finished, said: str, kept: str | None
+def test_a_reraised_message_contains_no_row(
+    provider: TracerProvider, finished: Finished, text: str, kept: str | None
 ) -> None:
-    """Of which class it was is not known of it."""
+    """The class of the original error is unknown."""
     with provider.get_tracer("test").start_as_current_span("process") as span:
-        span.add_event("went wrong", {"exception.message": said})
-        span.set_status(StatusCode.ERROR, said)
+        span.add_event("went wrong", {"exception.message": text})
+        span.set_status(StatusCode.ERROR, text)
     [work] = finished()
     message = str((work.events[0].attributes or {})["exception.message"])
 

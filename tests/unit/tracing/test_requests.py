@@ -1,4 +1,4 @@
-"""The span of a request: what is on it, whose child it is, and what a client may not do to it."""
+"""Tests of request spans: attributes, parents, and limits on client data."""
 
 import asyncio
 import logging
@@ -14,8 +14,8 @@ from tests.unit.tracing.conftest import Finished
 
 from viralfx.domain.correlation import bind_correlation_id, new_correlation_id
 from viralfx.telemetry.tracing.provider import make_provider
-from viralfx.telemetry.tracing.requests import TracedRequests
-from viralfx.web.correlation import correlation_id_of
+from viralfx.telemetry.tracing.spans import TracedRequests
+from viralfx.web.responses import correlation_id_of
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
@@ -30,7 +30,7 @@ class App:
         self.inside: list[Any] = []
 
     async def __call__(self, scope: Any, _receive: Any, send: Any) -> None:
-        """Answer, or fail."""
+        """Respond, or raise the error."""
         self.inside.append((get_current_span().get_span_context(), baggage.get_all()))
         if scope["type"] == "http" and scope["path"].startswith("/items/"):
             scope["path_template"] = "/items/{item_id}"
@@ -49,10 +49,10 @@ def ask(
     correlation_id: str | None = None,
     kind: str = "http",
 ) -> None:
-    """Send one request, in a task of its own."""
+    """Send one request in a task of its own."""
 
     async def send(_message: Any) -> None:
-        """Take no notice."""
+        """Discard the message."""
 
     async def run() -> None:
         bind_correlation_id(correlation_id or new_correlation_id())
@@ -66,19 +66,26 @@ def ask(
             "server": ("127.0.0.1", 3000),
             "headers": [(name.lower().encode(), value.encode()) for name, value in headers],
         }
-        await TracedRequests(app, provider.get_tracer("test"), provider.sampler)(scope, None, send)  # type: ignore[arg-type]
+        tracer, sampler = provider.get_tracer("test"), provider.sampler
+        traced = TracedRequests(
+            app,
+            tracer,
+            sampler,  # type: ignore[arg-type]
+            route_of=lambda scope: scope.get("path_template"),
+        )
+        await traced(scope, None, send)  # type: ignore[arg-type]
 
     asyncio.run(run())
 
 
 def only(spans: Sequence[ReadableSpan]) -> ReadableSpan:
-    """Return the one span that there is."""
+    """Return the only finished span."""
     (span,) = spans
     return span
 
 
 def test_a_request_is_named_by_its_route(provider: TracerProvider, finished: Finished) -> None:
-    """And described in the words of the present semantic conventions."""
+    """The attributes follow the current semantic conventions."""
     ask(
         provider,
         App(201),
@@ -107,10 +114,10 @@ def test_a_request_is_named_by_its_route(provider: TracerProvider, finished: Fin
     }
 
 
-def test_what_has_no_route_is_named_by_its_method(
+def test_a_request_without_a_route_is_named_by_its_method(
     provider: TracerProvider, finished: Finished
 ) -> None:
-    """However many paths and methods somebody thinks of, there are few names."""
+    """Clients cannot create new span names with paths or methods."""
     for number in range(100):
         ask(provider, App(404), path=f"/nothing/{number}", method=f"M{number}")
         ask(provider, App(404), path=f"/nothing/{number}")
@@ -123,10 +130,10 @@ def test_what_has_no_route_is_named_by_its_method(
     assert "http.route" not in spans[0].attributes
 
 
-def test_a_request_that_is_not_recorded_is_one_span_to_all_it_calls(
+def test_an_unrecorded_request_has_one_span_context(
     monkeypatch: pytest.MonkeyPatch, memory: InMemorySpanExporter
 ) -> None:
-    """However often its context is asked for; others are told not to record either."""
+    """Repeated reads return the same context, and outgoing calls carry the unsampled flag."""
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
     provider, _ = make_provider(instance="here", environment="test", exporter=memory)
     seen: list[SpanContext] = []
@@ -146,7 +153,7 @@ def test_a_request_that_is_not_recorded_is_one_span_to_all_it_calls(
 
 
 def test_failures_are_on_the_span(provider: TracerProvider, finished: Finished) -> None:
-    """An answer of 5xx, an error without any answer, and a request that was cut."""
+    """A 5xx response, an error without a response and a cut request set the error status."""
     ask(provider, App(503))
     with pytest.raises(RuntimeError):
         ask(provider, App(None, RuntimeError("planted")))
@@ -161,8 +168,8 @@ def test_failures_are_on_the_span(provider: TracerProvider, finished: Finished) 
     assert [event.name for event in spans[1].events] == ["exception"]
 
 
-def test_a_caller_s_trace_goes_on(provider: TracerProvider, finished: Finished) -> None:
-    """By ``traceparent`` and ``tracestate``; what it calls ``baggage`` is not taken over."""
+def test_a_callers_trace_is_continued(provider: TracerProvider, finished: Finished) -> None:
+    """The service continues ``traceparent`` and ``tracestate`` and ignores ``baggage``."""
     app = App()
     ask(
         provider,
@@ -199,13 +206,13 @@ def test_a_caller_s_trace_goes_on(provider: TracerProvider, finished: Finished) 
         [("tracestate", "a=1")],
     ],
 )
-def test_a_malformed_parent_is_none(
+def test_a_malformed_parent_is_ignored(
     provider: TracerProvider,
     finished: Finished,
     caplog: pytest.LogCaptureFixture,
     headers: list[tuple[str, str]],
 ) -> None:
-    """The request begins a trace of its own, by whose id it is known; and nobody logs a word."""
+    """The request starts a trace with its correlation id, and no line is logged."""
     with caplog.at_level(logging.DEBUG):
         asked = [(name.encode(), value.encode()) for name, value in headers]
         correlation_id = correlation_id_of(asked)
@@ -218,8 +225,10 @@ def test_a_malformed_parent_is_none(
     assert [record for record in caplog.records if record.name != "asyncio"] == []
 
 
-def test_a_version_to_come_is_followed(provider: TracerProvider, finished: Finished) -> None:
-    """And its additional fields are none of ours."""
+def test_a_future_version_of_traceparent_is_accepted(
+    provider: TracerProvider, finished: Finished
+) -> None:
+    """Its additional fields are ignored."""
     ask(provider, App(), ("traceparent", f"01-{TRACE}-{PARENT}-01-more"))
 
     parent = only(finished()).parent
@@ -230,10 +239,10 @@ def test_a_version_to_come_is_followed(provider: TracerProvider, finished: Finis
 @pytest.mark.parametrize(
     "state", ["", "=", "a", "a=1,a=2", "A=1", "a=\x7f", ",".join(["a=1"] * 40), "a=" + "1" * 60_000]
 )
-def test_a_malformed_state_is_left_out(
+def test_a_malformed_tracestate_is_ignored(
     provider: TracerProvider, finished: Finished, caplog: pytest.LogCaptureFixture, state: str
 ) -> None:
-    """The trace goes on without it."""
+    """The trace continues without it."""
     app = App()
     with caplog.at_level(logging.DEBUG):
         ask(provider, app, ("traceparent", TRACEPARENT), ("tracestate", state))
@@ -243,10 +252,10 @@ def test_a_malformed_state_is_left_out(
     assert [record for record in caplog.records if record.name != "asyncio"] == []
 
 
-def test_a_trace_of_our_own_has_the_correlation_id_for_its_id(
+def test_a_new_trace_has_the_generated_correlation_id(
     provider: TracerProvider, finished: Finished
 ) -> None:
-    """Where nobody chose the latter: who has the one has the other. A client's is no trace."""
+    """A correlation id that the client chose is not used as a trace id."""
     own = new_correlation_id()
     ask(provider, App(), correlation_id=own)
     ask(provider, App(), ("X-Correlation-ID", TRACE), correlation_id=TRACE)
@@ -256,18 +265,18 @@ def test_a_trace_of_our_own_has_the_correlation_id_for_its_id(
     assert f"{second.context.trace_id:032x}" != TRACE
 
 
-def test_a_name_that_cannot_be_used_is_no_name(
+def test_an_invalid_correlation_id_is_replaced_in_the_trace(
     provider: TracerProvider, finished: Finished
 ) -> None:
-    """An id was made in its place, and the trace has that."""
+    """The generated correlation id becomes the trace id."""
     own = new_correlation_id()
     ask(provider, App(), ("X-Correlation-ID", "not valid"), correlation_id=own)
 
     assert f"{only(finished()).context.trace_id:032x}" == own
 
 
-def test_what_a_client_chooses_is_cut(provider: TracerProvider, finished: Finished) -> None:
-    """Spans wait in memory to be sent."""
+def test_client_attributes_are_truncated(provider: TracerProvider, finished: Finished) -> None:
+    """Queued spans stay in memory, so client data is limited."""
     long = "x" * 60_000
     ask(provider, App(), ("User-Agent", long), ("Host", long), path=f"/items/{long}", method=long)
 
@@ -275,10 +284,10 @@ def test_what_a_client_chooses_is_cut(provider: TracerProvider, finished: Finish
         assert len(str(value)) <= 256
 
 
-def test_without_a_sample_only_the_trace_is_known(
+def test_an_unsampled_request_only_has_a_trace_id(
     monkeypatch: pytest.MonkeyPatch, memory: InMemorySpanExporter
 ) -> None:
-    """So that nobody called from there records anything either."""
+    """Outgoing calls carry the unsampled flag, so that called services do not record either."""
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0")
     provider, _ = make_provider(instance="here", environment="test", exporter=memory)
@@ -294,26 +303,114 @@ def test_without_a_sample_only_the_trace_is_known(
     assert len(memory.get_finished_spans()) == 1
 
 
-def test_only_requests_are_traced(provider: TracerProvider, finished: Finished) -> None:
-    """Lifespans and WebSockets pass through, in the trace of a host that is around them."""
+def test_a_lifespan_is_not_traced(provider: TracerProvider, finished: Finished) -> None:
+    """It passes through in the trace of the surrounding host."""
     app = App(None)
     with provider.get_tracer("test").start_as_current_span("the host's own"):
         ask(provider, app, kind="lifespan")
-        ask(provider, app, kind="websocket")
 
     span = only(finished())
-    assert [inside for inside, _ in app.inside] == [span.context] * 2
+    assert [inside for inside, _ in app.inside] == [span.context]
+
+
+class Chat:
+    """An application with one WebSocket."""
+
+    def __init__(self, *messages: dict[str, Any], error: Exception | None = None) -> None:
+        self.messages = messages
+        self.error = error
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the messages, and receive one."""
+        scope["path_template"] = "/chat/{room}"
+        for message in self.messages:
+            await send(message)
+        if self.error is not None:
+            raise self.error
+        await receive()
+
+
+ACCEPT = {"type": "websocket.accept"}
+CLOSE = {"type": "websocket.close", "code": 4000}
+
+
+@pytest.mark.parametrize(
+    ("messages", "status", "code"),
+    [
+        ((ACCEPT,), 101, 1001),
+        ((ACCEPT, CLOSE), 101, 4000),
+        ((ACCEPT, {"type": "websocket.close"}), 101, 1000),
+        ((CLOSE,), 403, 1001),
+        (({"type": "websocket.http.response.start", "status": 404},), 404, 1001),
+        ((), None, None),
+    ],
+    ids=["client", "server", "server-without-code", "rejected", "response", "left-before"],
+)
+def test_a_websocket_has_one_span(
+    provider: TracerProvider,
+    finished: Finished,
+    messages: tuple[dict[str, Any], ...],
+    status: int | None,
+    code: int | None,
+) -> None:
+    """Named by its route, with the status of the handshake and the close code."""
+    ask_websocket(provider, Chat(*messages), [])
+    span = only(finished())
+    attributes = dict(span.attributes or {})
+
+    assert (span.name, span.kind) == ("WEBSOCKET /chat/{room}", SpanKind.SERVER)
+    assert attributes["http.request.method"] == "GET"
+    assert attributes["network.protocol.name"] == "websocket"
+    assert attributes.get("http.response.status_code") == status
+    assert attributes.get("viralfx.websocket.close_code") == (None if status != 101 else code)
+    assert span.status.status_code is StatusCode.UNSET
+
+
+def test_the_error_of_a_websocket_is_in_its_span(
+    provider: TracerProvider, finished: Finished
+) -> None:
+    """It is in the trace of the caller."""
+    traceparent = [(b"traceparent", TRACEPARENT.encode())]
+    with pytest.raises(RuntimeError):
+        ask_websocket(provider, Chat(ACCEPT, error=RuntimeError("planted")), traceparent)
+    span = only(finished())
+
+    assert span.status.status_code is StatusCode.ERROR
+    assert (span.attributes or {})["error.type"] == "RuntimeError"
+    assert f"{span.context.trace_id:032x}" == TRACE
+
+
+def ask_websocket(provider: TracerProvider, app: Any, headers: list[tuple[bytes, bytes]]) -> None:
+    """Open one WebSocket; the client closes it."""
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "websocket.disconnect", "code": 1001}
+
+    async def send(_message: Any) -> None:
+        """Discard the message."""
+
+    async def run() -> None:
+        scope = {"type": "websocket", "path": "/chat/1", "scheme": "ws", "headers": headers}
+        traced = TracedRequests(
+            app,
+            provider.get_tracer("test"),
+            provider.sampler,  # type: ignore[arg-type]
+            route_of=lambda scope: scope.get("path_template"),
+        )
+        await traced(scope, receive, send)
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("headers", [[], [(b"traceparent", b""), (b"tracestate", b"a=1")]])
 @pytest.mark.parametrize("sampler", ["always_on", "always_off"])
-def test_a_websocket_is_no_part_of_the_request_before(
+def test_a_websocket_does_not_join_the_previous_request(
     monkeypatch: pytest.MonkeyPatch,
     memory: InMemorySpanExporter,
     sampler: str,
     headers: list[tuple[bytes, bytes]],
 ) -> None:
-    """In whose context a server may begin it, when both come by one connection."""
+    """A server may start it in the context of the previous request on the connection."""
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
     provider, _ = make_provider(instance="here", environment="test", exporter=memory)
     app = App(None)
@@ -322,9 +419,13 @@ def test_a_websocket_is_no_part_of_the_request_before(
     async def connection() -> None:
         request = {"type": "http", "method": "GET", "path": "/", "http_version": "1.1"}
         await traced({**request, "headers": headers}, None, None)  # type: ignore[arg-type]
-        await traced({"type": "websocket"}, None, None)  # type: ignore[arg-type]
+        websocket = {"type": "websocket", "path": "/", "headers": []}
+        await traced(websocket, None, None)  # type: ignore[arg-type]
 
     asyncio.run(connection())
     provider.shutdown()
 
-    assert [inside.is_valid for inside, _ in app.inside] == [True, False]
+    first, second = (inside for inside, _ in app.inside)
+    assert first.is_valid
+    assert second.is_valid
+    assert first.trace_id != second.trace_id

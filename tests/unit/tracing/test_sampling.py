@@ -1,6 +1,7 @@
-"""Which spans are recorded."""
+"""Tests of the sampler: which spans are recorded."""
 
 import random
+from importlib.metadata import version
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -10,15 +11,14 @@ from opentelemetry.trace import SpanKind
 from tests.unit.tracing.conftest import Finished
 
 from viralfx.domain.correlation import correlated
-from viralfx.telemetry.tracing.context import NOTHING, remote_parent
-from viralfx.telemetry.tracing.provider import make_provider
-from viralfx.telemetry.tracing.sampling import WithoutOrphans, trace_called
+from viralfx.telemetry.tracing.provider import OrphanDroppingSampler, make_provider, with_trace_id
+from viralfx.telemetry.tracing.spans import EMPTY_CONTEXT, remote_parent
 
 
-def test_a_call_that_belongs_to_nothing_is_dropped(
+def test_a_client_span_without_parent_is_dropped(
     provider: TracerProvider, finished: Finished
 ) -> None:
-    """Polls, heartbeats and health checks; the same call within a request is not."""
+    """Polls and health checks are dropped; the same call within a request is recorded."""
     tracer = provider.get_tracer("test")
     with tracer.start_as_current_span("poll", kind=SpanKind.CLIENT) as poll:
         assert not poll.is_recording()
@@ -38,14 +38,14 @@ def test_a_call_that_belongs_to_nothing_is_dropped(
 @pytest.mark.parametrize(
     ("share", "least", "most"), [("0", 0, 0), ("0.1", 50, 160), ("1", 1000, 1000)]
 )
-def test_the_share_of_the_variable_is_kept(
+def test_the_configured_sampling_ratio_is_applied(
     monkeypatch: pytest.MonkeyPatch,
     memory: InMemorySpanExporter,
     share: str,
     least: int,
     most: int,
 ) -> None:
-    """Of traces that begin here; what is in them follows them."""
+    """The ratio applies to new traces; spans within a trace follow its root."""
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", share)
     provider, _ = make_provider(instance="here", environment="test", exporter=memory)
@@ -64,10 +64,10 @@ def test_the_share_of_the_variable_is_kept(
     provider.shutdown()
 
 
-def test_an_id_can_be_chosen_for_a_trace(provider: TracerProvider) -> None:
-    """For the next trace only."""
+def test_a_trace_id_can_be_chosen(provider: TracerProvider) -> None:
+    """The choice applies only within the block."""
     tracer = provider.get_tracer("test")
-    with trace_called(0x0AF7651916CD43DD8448EB211C80319C):
+    with with_trace_id(0x0AF7651916CD43DD8448EB211C80319C):
         chosen = tracer.start_span("one").get_span_context()
     other = tracer.start_span("two").get_span_context()
 
@@ -75,15 +75,15 @@ def test_an_id_can_be_chosen_for_a_trace(provider: TracerProvider) -> None:
     assert other.trace_id != chosen.trace_id
 
 
-def test_every_span_has_the_correlation_id_and_says_whose_it_is(
+def test_every_span_has_correlation_id_and_resource(
     monkeypatch: pytest.MonkeyPatch, memory: InMemorySpanExporter
 ) -> None:
-    """What the variables say of the process goes before what the program says."""
+    """The variables override the program's resource attributes."""
     monkeypatch.setenv("OTEL_SERVICE_NAME", "shop")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "team=ops,service.instance.id=seven")
     provider, _ = make_provider(instance="here", environment="test", exporter=memory)
     with correlated("order-17"):
-        provider.get_tracer("anybody").start_span("work").end()
+        provider.get_tracer("application").start_span("work").end()
     provider.force_flush()
     (span,) = memory.get_finished_spans()
     provider.shutdown()
@@ -91,7 +91,7 @@ def test_every_span_has_the_correlation_id_and_says_whose_it_is(
     assert span.attributes == {"viralfx.correlation_id": "order-17"}
     named = {
         "service.name": "shop",
-        "service.version": "0.1.0",
+        "service.version": version("viralfx"),
         "service.instance.id": "seven",
         "deployment.environment.name": "test",
         "team": "ops",
@@ -112,21 +112,21 @@ IDS = [random.Random(number).getrandbits(128) for number in range(500)]  # noqa:
 
 
 @pytest.mark.parametrize(("name", "argument"), SAMPLERS.items())
-def test_the_quick_decision_is_that_of_the_sampler(
+def test_the_fast_decision_agrees_with_the_sampler(
     monkeypatch: pytest.MonkeyPatch,
     memory: InMemorySpanExporter,
     name: str,
     argument: str | None,
 ) -> None:
-    """Of each standard sampler, for traces that begin here and for those of callers."""
+    """This holds for each standard sampler, for new traces and for continued ones."""
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", name)
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", argument or "")
     provider, _ = make_provider(instance="here", environment="test", exporter=memory)
     sampler = provider.sampler
-    assert isinstance(sampler, WithoutOrphans)
+    assert isinstance(sampler, OrphanDroppingSampler)
 
     for trace_id in IDS:
-        slow = sampler.should_sample(NOTHING, trace_id, "GET", SpanKind.SERVER)
+        slow = sampler.should_sample(EMPTY_CONTEXT, trace_id, "GET", SpanKind.SERVER)
         assert sampler.drops_trace(trace_id) is (slow.decision is Decision.DROP)
         for flags in ("00", "01", "02", "03"):
             traceparent = f"00-{trace_id:032x}-b7ad6b7169203331-{flags}"
@@ -150,19 +150,19 @@ def test_the_quick_decision_is_that_of_the_sampler(
         "",
     ],
 )
-def test_what_is_not_quite_a_context_is_left_to_the_library(
+def test_an_unusual_traceparent_takes_the_slow_path(
     provider: TracerProvider, traceparent: str
 ) -> None:
-    """It knows all of the rules."""
-    assert isinstance(provider.sampler, WithoutOrphans)
+    """The library decides about everything that the fast check does not match."""
+    assert isinstance(provider.sampler, OrphanDroppingSampler)
     assert provider.sampler.drops_continued(traceparent) is None
 
 
 @pytest.mark.parametrize("text", ["db.statement", "db.query.text"])
-def test_what_the_pool_asks_is_not_recorded(
+def test_pool_resets_are_not_recorded(
     provider: TracerProvider, finished: Finished, text: str
 ) -> None:
-    """By either name: a host's variables, or its instrumentation, may bring back the former."""
+    """This holds for the current and the former attribute name."""
     tracer = provider.get_tracer("test")
     attributes = {text: "SELECT pg_advisory_unlock_all();\nCLOSE ALL;"}
     with tracer.start_as_current_span("work"):

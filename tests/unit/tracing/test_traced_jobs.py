@@ -1,4 +1,4 @@
-"""Jobs, webhooks, retries and circuits as spans."""
+"""Tests of spans and span events of jobs, webhooks, retries and circuits."""
 
 import asyncio
 from collections.abc import Mapping
@@ -10,28 +10,27 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.trace import SpanKind, StatusCode, get_current_span
 from tests.unit.tracing.conftest import Finished
 
-from viralfx.domain.jobs.job import (
+from viralfx.domain.correlation import bind_user_id
+from viralfx.domain.jobs.hooks import CombinedHooks
+from viralfx.domain.jobs.model import (
     Claim,
     JobDraft,
     JobError,
     Settlement,
+    cancelled,
     completed,
     failed,
     handed_back,
     postponed,
     retried,
 )
-from viralfx.domain.jobs.observing import Observers, Unobserved
 from viralfx.domain.resilience import retry_decision
-from viralfx.domain.resilience.breaker import CircuitBreaker
-from viralfx.domain.resilience.circuit import CircuitOpenError
+from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError
 from viralfx.domain.resilience.retry import retry
-from viralfx.domain.webhooks.delivery import Answer
-from viralfx.domain.webhooks.destinations import Destination, parse_destination
-from viralfx.domain.webhooks.errors import WebhookUnavailableError
-from viralfx.telemetry.tracing.events import trace_circuit, trace_retry
-from viralfx.telemetry.tracing.jobs import TracedJobs
-from viralfx.telemetry.tracing.webhooks import TracedSender
+from viralfx.domain.webhooks.delivery import WebhookResponse
+from viralfx.domain.webhooks.url import Destination, WebhookUnavailableError, parse_destination
+from viralfx.telemetry.tracing.setup import TracedSender, trace_circuit, trace_retry
+from viralfx.telemetry.tracing.spans import TracedJobs
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 DRAFT = JobDraft(
@@ -52,6 +51,7 @@ CLAIM = Claim(
     crashes=0,
     correlation_id="order-17",
     traceparent=None,
+    user_id=None,
     created_at=datetime(2026, 11, 26, tzinfo=UTC),
     due_since=0.0,
 )
@@ -65,17 +65,30 @@ MESSAGING = {
 
 
 def by_name(spans: object) -> Mapping[str, ReadableSpan]:
-    """Return spans by their names."""
+    """Return the spans by name."""
     assert isinstance(spans, tuple)
     return {span.name: span for span in spans}
+
+
+async def test_spans_have_the_user(provider: TracerProvider, finished: Finished) -> None:
+    """That is bound to the task, as an execution does with the user of its job."""
+    tracer = provider.get_tracer("test")
+    for user in ("ada", None):
+        bind_user_id(user)
+        with tracer.start_as_current_span(f"user {user}"):
+            pass
+    spans = by_name(finished())
+
+    assert spans["user ada"].attributes == {"enduser.id": "ada"}
+    assert spans["user None"].attributes == {}
 
 
 def test_an_execution_is_a_child_of_the_acceptance(
     provider: TracerProvider, finished: Finished
 ) -> None:
-    """Which is a child of the request; the job carries what it takes, and nothing else."""
+    """The acceptance is a child of the request; the job carries only the traceparent."""
     tracer = provider.get_tracer("test")
-    jobs = Observers(TracedJobs(tracer), Unobserved())
+    jobs = CombinedHooks(TracedJobs(tracer), CombinedHooks())
     with (
         tracer.start_as_current_span("request", kind=SpanKind.SERVER),
         jobs.accepting(replace(DRAFT, traceparent=TRACEPARENT)) as draft,
@@ -83,7 +96,7 @@ def test_an_execution_is_a_child_of_the_acceptance(
         pass
     with jobs.storing([draft]), tracer.start_as_current_span("INSERT", kind=SpanKind.CLIENT):
         pass
-    with jobs.executing(replace(CLAIM, traceparent=draft.traceparent)) as ended:
+    with jobs.executing(CLAIM._replace(traceparent=draft.traceparent)) as ended:
         assert get_current_span().is_recording()
         ended(completed(CLAIM, b"1"))
     spans = by_name(finished())
@@ -111,10 +124,10 @@ def test_an_execution_is_a_child_of_the_acceptance(
     assert spans["INSERT"].attributes == {"viralfx.correlation_id": "order-17"}
 
 
-def test_outside_a_request_the_trace_that_was_named_goes_on(
+def test_a_drafts_trace_is_continued_outside_a_request(
     provider: TracerProvider, finished: Finished
 ) -> None:
-    """Or one begins with the job; what is no trace is none."""
+    """Without a valid traceparent the job starts a new trace."""
     jobs = TracedJobs(provider.get_tracer("test"))
     for given in (TRACEPARENT, None, "nonsense"):
         with jobs.accepting(replace(DRAFT, traceparent=given)):
@@ -135,12 +148,13 @@ ERROR = JobError(code="timeout", message="too slow")
         (failed(CLAIM, ERROR), "viralfx.job.attempt_failed", True),
         (postponed(CLAIM, ERROR, 1.0), "viralfx.job.postponed", False),
         (handed_back(CLAIM), "viralfx.job.handed_back", False),
+        (cancelled(CLAIM), "viralfx.job.cancelled", False),
     ],
 )
-def test_what_became_of_it_is_an_event(
+def test_the_outcome_of_a_job_is_a_span_event(
     provider: TracerProvider, finished: Finished, settlement: Settlement, event: str, *, wrong: bool
 ) -> None:
-    """Only an attempt that was spent is an error."""
+    """Only a spent attempt sets the error status."""
     with TracedJobs(provider.get_tracer("test")).executing(CLAIM) as ended:
         ended(settlement)
     (span,) = finished()
@@ -150,10 +164,10 @@ def test_what_became_of_it_is_an_event(
     assert (span.attributes or {}).get("error.type") == ("timeout" if wrong else None)
 
 
-def test_an_acceptance_that_fails_and_an_execution_that_is_left_are_errors(
+def test_failed_acceptances_and_abandoned_executions_are_errors(
     provider: TracerProvider, finished: Finished
 ) -> None:
-    """The error goes on to whom it is for."""
+    """The error propagates to the caller."""
     jobs = TracedJobs(provider.get_tracer("test"))
     with pytest.raises(OSError, match="planted"), jobs.accepting(DRAFT):
         raise OSError("planted")
@@ -167,17 +181,17 @@ def test_an_acceptance_that_fails_and_an_execution_that_is_left_are_errors(
 
 
 class Sender:
-    """Answers as it is told."""
+    """Returns a prepared response or raises a prepared error."""
 
-    def __init__(self, answer: Answer | Exception) -> None:
+    def __init__(self, answer: WebhookResponse | Exception) -> None:
         self.answer = answer
-        self.told: dict[str, str] = {}
+        self.headers: dict[str, str] = {}
 
     async def post(
         self, _destination: Destination, headers: Mapping[str, str], _body: bytes
-    ) -> Answer:
-        """Take it."""
-        self.told = dict(headers)
+    ) -> WebhookResponse:
+        """Record the request."""
+        self.headers = dict(headers)
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -186,19 +200,19 @@ class Sender:
 @pytest.mark.parametrize(
     ("answer", "status", "error"),
     [
-        (Answer(status=204), 204, None),
-        (Answer(status=410), 410, "410"),
+        (WebhookResponse(status=204), 204, None),
+        (WebhookResponse(status=410), 410, "410"),
         (WebhookUnavailableError("away"), None, "WebhookUnavailableError"),
     ],
 )
-def test_a_webhook_tells_its_receiver_of_the_trace(
+def test_a_webhook_propagates_the_trace(
     provider: TracerProvider,
     finished: Finished,
-    answer: Answer | Exception,
+    answer: WebhookResponse | Exception,
     status: int | None,
     error: str | None,
 ) -> None:
-    """Its path is nowhere: it may be a secret."""
+    """The span does not contain the path, which may be secret."""
     sender, tracer = Sender(answer), provider.get_tracer("test")
     there = parse_destination("https://hooks.example:8443/services/hunter2?key=hunter2")
 
@@ -214,7 +228,7 @@ def test_a_webhook_tells_its_receiver_of_the_trace(
     span = by_name(finished())["POST"]
     ids = f"{span.context.trace_id:032x}-{span.context.span_id:016x}"
 
-    assert sender.told == {
+    assert sender.headers == {
         "webhook-id": "1",
         "traceparent": f"00-{ids}-{span.context.trace_flags:02x}",
     }
@@ -227,12 +241,12 @@ def test_a_webhook_tells_its_receiver_of_the_trace(
     assert "hunter2" not in span.to_json()
 
 
-def test_retries_and_circuits_are_events_of_who_waits(
+def test_retries_and_circuits_are_events_of_the_callers_span(
     monkeypatch: pytest.MonkeyPatch, provider: TracerProvider, finished: Finished
 ) -> None:
-    """Each attempt, the end of it, the change of the circuit, and what it rejects."""
-    # A test before this one may have traced the whole process.
-    monkeypatch.setattr(retry_decision, "_everywhere", ())
+    """Events: each attempt, the final failure, circuit changes and rejected calls."""
+    # An earlier test may have enabled tracing for the whole process.
+    monkeypatch.setattr(retry_decision, "_global_listeners", ())
     breaker = CircuitBreaker(2, name="parcels", listeners=(trace_circuit,))
 
     @retry(attempts=2, base_delay=0.001, name="ship", listeners=(trace_retry,))

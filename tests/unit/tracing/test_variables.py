@@ -1,4 +1,4 @@
-"""The standard variables: when traces are wanted, and what is wrong with a value."""
+"""Tests of the standard ``OTEL_*`` variables: when tracing is on, and which values are invalid."""
 
 import os
 
@@ -11,10 +11,9 @@ from redis.asyncio import Redis
 
 from viralfx.domain.errors import ConfigurationError
 from viralfx.telemetry.tracing import start_tracing
-from viralfx.telemetry.tracing.databases import trace_asyncpg, trace_redis
 from viralfx.telemetry.tracing.provider import make_provider
-from viralfx.telemetry.tracing.variables import is_wanted, problems, uses_grpc
-from viralfx.telemetry.tracing.wiring import Tracing
+from viralfx.telemetry.tracing.setup import Tracing, trace_asyncpg, trace_redis
+from viralfx.telemetry.tracing.variables import is_enabled, problems, uses_grpc
 
 ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318"}
 
@@ -34,13 +33,13 @@ ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318"}
         ({"OTEL_TRACES_EXPORTER": "otlp"}, False),
     ],
 )
-def test_an_endpoint_turns_them_on(environ: dict[str, str], *, wanted: bool) -> None:
-    """And nothing else does; two variables turn them off again."""
-    assert is_wanted(environ) is wanted
+def test_an_endpoint_turns_tracing_on(environ: dict[str, str], *, wanted: bool) -> None:
+    """Only an endpoint turns tracing on; two variables turn it off again."""
+    assert is_enabled(environ) is wanted
 
 
-def test_the_protocol_is_http_unless_said_otherwise() -> None:
-    """As the specification has it; the variable of traces goes before the general one."""
+def test_the_default_protocol_is_http() -> None:
+    """This is the specification's default; the variable of traces overrides the general one."""
     assert not uses_grpc({})
     assert uses_grpc({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
     assert not uses_grpc(
@@ -74,7 +73,7 @@ def test_the_protocol_is_http_unless_said_otherwise() -> None:
         ("OTEL_BSP_EXPORT_TIMEOUT", "1.5"),
         ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4096"),
         ("OTEL_TRACES_SAMPLER", "sometimes"),
-        ("OTEL_PYTHON_TRACER_PROVIDER", "nobody_s"),
+        ("OTEL_PYTHON_TRACER_PROVIDER", "not_installed"),
         ("OTEL_SDK_DISABLED", "yes"),
         ("OTEL_EXPORTER_OTLP_INSECURE", "1"),
         ("OTEL_RESOURCE_ATTRIBUTES", "team=a, planted"),
@@ -82,16 +81,16 @@ def test_the_protocol_is_http_unless_said_otherwise() -> None:
         ("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "long"),
     ],
 )
-def test_a_bad_value_is_a_problem(name: str, value: str) -> None:
-    """One line that names the variable."""
+def test_an_invalid_value_is_a_problem(name: str, value: str) -> None:
+    """The problem is one line that names the variable and shows no secret."""
     (problem,) = problems({**ENDPOINT, name: value})
 
     assert problem.startswith(f"{name}: ")
     assert "planted" not in problem
 
 
-def test_grpc_tells_no_user_and_fewer_names() -> None:
-    """It would take the user for a part of the host, and each export would fail at the header."""
+def test_grpc_rejects_users_and_some_header_names() -> None:
+    """With gRPC the user would become part of the host, and such headers fail every export."""
     grpc = {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
     for name, value in {
         "OTEL_EXPORTER_OTLP_ENDPOINT": "http://user:planted@localhost:4317",
@@ -104,8 +103,8 @@ def test_grpc_tells_no_user_and_fewer_names() -> None:
         assert "planted" not in problem
 
 
-def test_the_share_of_a_ratio_is_looked_at() -> None:
-    """It is from 0 to 1; without a ratio it means nothing."""
+def test_the_sampling_ratio_is_validated() -> None:
+    """The ratio is from 0 to 1; samplers without a ratio ignore the variable."""
     bad = {"OTEL_TRACES_SAMPLER_ARG": "2"}
 
     assert list(problems({**ENDPOINT, **bad})) == []
@@ -113,8 +112,8 @@ def test_the_share_of_a_ratio_is_looked_at() -> None:
     assert problem.startswith("OTEL_TRACES_SAMPLER_ARG: ")
 
 
-def test_good_values_are_none() -> None:
-    """What the documentation of OpenTelemetry shows."""
+def test_valid_values_are_no_problems() -> None:
+    """The examples in OpenTelemetry's documentation are valid."""
     environ = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4317",
         "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
@@ -141,10 +140,10 @@ def test_good_values_are_none() -> None:
         ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "few"),
     ],
 )
-def test_what_the_sdk_complains_of_ends_the_start(
+def test_a_warning_of_the_sdk_fails_the_start(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    """Although it would only log a warning, and go on without."""
+    """The SDK itself only logs a warning and continues."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318")
     monkeypatch.setenv(name, value)
 
@@ -153,8 +152,8 @@ def test_what_the_sdk_complains_of_ends_the_start(
     assert raised.value.problems[0].startswith("OTEL_*: ")
 
 
-def test_what_the_sdk_complains_of_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It shows the value."""
+def test_a_warning_of_the_sdk_is_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SDK's message contains the value, which may be secret."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "planted")
 
@@ -165,8 +164,8 @@ def test_what_the_sdk_complains_of_shows_no_secret(monkeypatch: pytest.MonkeyPat
     assert "planted" not in repr(raised.value.problems)
 
 
-def test_every_problem_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what starts to trace, too."""
+def test_all_problems_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``start_tracing`` raises one error with all problems and leaves the variables alone."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "nowhere")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "sometimes")
 
@@ -176,10 +175,10 @@ def test_every_problem_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "OTEL_SEMCONV_STABILITY_OPT_IN" not in os.environ
 
 
-def test_variables_are_as_they_were(
+def test_variables_are_restored(
     monkeypatch: pytest.MonkeyPatch, memory: InMemorySpanExporter
 ) -> None:
-    """Empty ones are as good as none; they are the application's, and its children's."""
+    """Empty variables count as unset; afterwards the application sees its own values again."""
     monkeypatch.setenv("OTEL_SPAN_LINK_COUNT_LIMIT", "")
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", " ")
     before = dict(os.environ)
@@ -195,12 +194,12 @@ def test_variables_are_as_they_were(
 def test_an_empty_variable_names_no_provider(
     monkeypatch: pytest.MonkeyPatch, memory: InMemorySpanExporter
 ) -> None:
-    """By the specification; the library looks for one of that name, and finds none."""
+    """The specification treats it as unset; the library would look for a provider named ''."""
     monkeypatch.setenv("OTEL_PYTHON_TRACER_PROVIDER", "")
     monkeypatch.setattr(trace, "_TRACER_PROVIDER", None)
     monkeypatch.setattr(trace, "_TRACER_PROVIDER_SET_ONCE", Once())
-    tracing = Tracing(*make_provider(instance="here", environment="test", exporter=memory))
-    tracing.make_global()
+    provider, exporter = make_provider(instance="here", environment="test", exporter=memory)
+    Tracing(provider, exporter).make_global()
 
-    assert trace.get_tracer_provider() is tracing.provider
-    tracing.provider.shutdown()
+    assert trace.get_tracer_provider() is provider
+    provider.shutdown()

@@ -1,16 +1,13 @@
-"""A sender that does what a test tells it, and a delivery by it."""
+"""A scripted webhook sender, and a delivery that uses it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from viralfx.domain.clock import Clock
 from viralfx.domain.events import Listener
-from viralfx.domain.resilience.circuit import CircuitEvent
-from viralfx.domain.webhooks.allowed import AllowList
-from viralfx.domain.webhooks.delivery import Answer, WebhookDelivery
-from viralfx.domain.webhooks.destinations import Destination
-from viralfx.domain.webhooks.hosts import HostCircuits
-from viralfx.domain.webhooks.signature import Signer
+from viralfx.domain.resilience.breaker import CircuitEvent
+from viralfx.domain.webhooks.delivery import HostCircuits, Signer, WebhookDelivery, WebhookResponse
+from viralfx.domain.webhooks.url import AllowList, Destination
 
 KEY = b"k" * 32
 
@@ -25,21 +22,21 @@ class Posted:
 
 
 class ScriptedSender:
-    """Implements the port: answers with statuses, answers and errors in turn, the last for ever."""
+    """Implements the port: returns statuses and responses or raises; the last one repeats."""
 
-    def __init__(self, *script: int | Answer | BaseException) -> None:
+    def __init__(self, *script: int | WebhookResponse | BaseException) -> None:
         self.script = list(script)
         self.posted: list[Posted] = []
 
     async def post(
         self, destination: Destination, headers: Mapping[str, str], body: bytes
-    ) -> Answer:
-        """Take the next of the script."""
+    ) -> WebhookResponse:
+        """Return or raise the next item of the script."""
         self.posted.append(Posted(destination, headers, body))
         act = self.script.pop(0) if len(self.script) > 1 else self.script[0]
         if isinstance(act, BaseException):
             raise act
-        return Answer(status=act) if isinstance(act, int) else act
+        return WebhookResponse(status=act) if isinstance(act, int) else act
 
 
 def delivery_to(
@@ -49,7 +46,7 @@ def delivery_to(
     key: bytes | None = KEY,
     listeners: tuple[Listener[CircuitEvent], ...] = (),
 ) -> WebhookDelivery:
-    """Return a delivery whose breakers open for a minute after two failures."""
+    """Return a delivery whose circuits open for a minute after two failures."""
     return WebhookDelivery(
         allowed=AllowList(allowed),
         signer=None if key is None else Signer([key]),

@@ -1,13 +1,12 @@
-"""The allow list: what each entry covers, and what it does not."""
+"""The allow list: which URLs and addresses each entry allows."""
 
 import pytest
 
-from viralfx.domain.webhooks.allowed import AllowList, parse_allowed
-from viralfx.domain.webhooks.errors import WebhookRefusedError
+from viralfx.domain.webhooks.url import AllowList, WebhookRefusedError, parse_allowed
 
 
 def allows(entries: list[str], url: str) -> bool:
-    """Tell whether a list with these entries admits a URL."""
+    """Return whether a list with these entries allows a URL."""
     try:
         AllowList(entries).admit(url)
     except WebhookRefusedError:
@@ -35,8 +34,8 @@ def allows(entries: list[str], url: str) -> bool:
         ("xn--bcher-kva.example", "https://XN--bcher-kva.example/"),
     ],
 )
-def test_an_entry_covers(entry: str, url: str) -> None:
-    """The host it names, in any spelling, on its port, by its scheme."""
+def test_an_entry_allows_its_host(entry: str, url: str) -> None:
+    """In any spelling, with its port and scheme."""
     assert allows([entry], url)
 
 
@@ -62,13 +61,13 @@ def test_an_entry_covers(entry: str, url: str) -> None:
         ("[::ffff:127.0.0.1]", "https://127.0.0.1/"),
     ],
 )
-def test_an_entry_does_not_cover(entry: str, url: str) -> None:
-    """Neighbours, other ports, another scheme, the domain itself; a network is no host."""
+def test_an_entry_allows_nothing_else(entry: str, url: str) -> None:
+    """Not other hosts, ports or schemes, nor the domain itself; a network is not a host."""
     assert not allows([entry], url)
 
 
 def test_an_empty_list_allows_nothing() -> None:
-    """Nothing can be called that nobody listed; the refusal says where to list it."""
+    """The error names the setting that lists hosts."""
     allowed = AllowList()
     assert allowed.empty
     with pytest.raises(WebhookRefusedError) as refused:
@@ -111,17 +110,21 @@ def test_an_empty_list_allows_nothing() -> None:
         "[fe80::1]",
         "[::ffff:169.254.169.254]",
         "[64:ff9b::a9fe:a9fe]",
-        "0.0.0.0",  # noqa: S104 - nobody binds to it
+        "[2002:a9fe:a9fe::1]",
+        "2002::/16",
+        "0.0.0.0",  # noqa: S104 - not a bind address
         "0.0.0.0/0",
         "[::]",
     ],
 )
-def test_what_is_no_entry(entry: str) -> None:
-    """It is refused where it is configured, with what is wrong."""
-    told = r"is none of|must be https|must have a domain|never be called|network|address"
-    with pytest.raises(ValueError, match=told):
+def test_an_invalid_entry_is_rejected(entry: str) -> None:
+    """At configuration time, with the problem."""
+    problems = (
+        r"is not a host|must have the scheme|must have a domain|never allowed|network|address"
+    )
+    with pytest.raises(ValueError, match=problems):
         parse_allowed(entry)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=problems):
         AllowList(["example.com", entry])
 
 
@@ -135,14 +138,14 @@ def test_what_is_no_entry(entry: str) -> None:
         (["10.0.0.0/8"], ["::ffff:10.1.2.3"]),
     ],
 )
-def test_addresses_that_may_be_reached(entries: list[str], addresses: list[str]) -> None:
-    """Public ones, and those in a network that is listed."""
+def test_allowed_addresses(entries: list[str], addresses: list[str]) -> None:
+    """Public addresses, and those in a listed network."""
     allowed = AllowList(["hooks.example.com", *entries])
     allowed.check_addresses(allowed.admit("https://hooks.example.com/"), addresses)
 
 
 @pytest.mark.parametrize(
-    ("entries", "addresses", "told"),
+    ("entries", "addresses", "rejected"),
     [
         ([], ["10.0.0.1"], "10.0.0.1"),
         ([], ["8.8.8.8", "127.0.0.1"], "127.0.0.1"),
@@ -154,23 +157,23 @@ def test_addresses_that_may_be_reached(entries: list[str], addresses: list[str])
         (["127.0.0.1"], ["127.0.0.1"], "127.0.0.1"),
     ],
 )
-def test_addresses_that_may_not_be_reached(
-    entries: list[str], addresses: list[str], told: str
+def test_addresses_that_are_not_allowed(
+    entries: list[str], addresses: list[str], rejected: str
 ) -> None:
-    """One of several is enough; an address that is listed as a host lifts no name to it."""
+    """One such address is enough; a listed address does not allow names that resolve to it."""
     allowed = AllowList(["hooks.example.com", *entries])
-    with pytest.raises(WebhookRefusedError, match=f"the address {told}, which is not public"):
+    with pytest.raises(WebhookRefusedError, match=f"the address {rejected}, which is not public"):
         allowed.check_addresses(allowed.admit("https://hooks.example.com/"), addresses)
 
 
-def test_an_address_that_is_listed_is_reached() -> None:
-    """It was written out, so it is meant."""
+def test_a_listed_address_is_allowed() -> None:
+    """Even if it is not public."""
     allowed = AllowList(["10.0.0.7"])
     allowed.check_addresses(allowed.admit("https://10.0.0.7/"), ["10.0.0.7"])
 
 
-def test_a_configured_url_is_listed_by_that() -> None:
-    """Its scheme, host and port; its addresses still follow the rule."""
+def test_the_configured_alert_url_is_allowed() -> None:
+    """Its scheme, host and port are allowed; its addresses are checked."""
     allowed = AllowList(also="http://alerts.example.com:9093/hunter2")
     destination = allowed.admit("http://alerts.example.com:9093/another")
     with pytest.raises(WebhookRefusedError, match="not public"):
@@ -178,7 +181,7 @@ def test_a_configured_url_is_listed_by_that() -> None:
     with pytest.raises(WebhookRefusedError, match="does not list"):
         allowed.admit("https://alerts.example.com/")
     assert AllowList(also="https://10.0.0.7/").admit("https://10.0.0.7/").host == "10.0.0.7"
-    with pytest.raises(ValueError, match="never be called"):
+    with pytest.raises(ValueError, match="never allowed"):
         AllowList(also="http://169.254.169.254/latest")
     with pytest.raises(WebhookRefusedError):
         AllowList(also="alerts.example.com")

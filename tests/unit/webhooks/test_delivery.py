@@ -1,4 +1,4 @@
-"""Delivering: allowed, signed, judged, and each host with a breaker of its own."""
+"""Delivery: allow list, signature, responses, and the circuit of each host."""
 
 import asyncio
 
@@ -8,17 +8,21 @@ from tests.unit.webhooks.scripted import KEY, ScriptedSender, delivery_to
 
 from viralfx.domain.correlation import correlated
 from viralfx.domain.events import Listener
-from viralfx.domain.resilience.circuit import CircuitEvent, CircuitOpenError, StateChanged
-from viralfx.domain.resilience.circuit_states import CircuitState
-from viralfx.domain.webhooks.delivery import Answer, WebhookDelivery
-from viralfx.domain.webhooks.errors import (
+from viralfx.domain.resilience.breaker import CircuitEvent, CircuitOpenError, StateChanged
+from viralfx.domain.resilience.breaker_states import CircuitState
+from viralfx.domain.webhooks.delivery import (
+    HostCircuits,
+    Signer,
+    WebhookDelivery,
+    WebhookResponse,
+    webhook_headers,
+)
+from viralfx.domain.webhooks.url import (
     WebhookError,
     WebhookRefusedError,
     WebhookRejectedError,
     WebhookUnavailableError,
 )
-from viralfx.domain.webhooks.hosts import HostCircuits
-from viralfx.domain.webhooks.signature import Signer, webhook_headers
 
 URL = "https://hooks.example.com/path?key=hunter2"
 UNAVAILABLE = WebhookUnavailableError("hooks.example.com did not answer")
@@ -31,14 +35,14 @@ def delivery(
     key: bytes | None = KEY,
     listeners: tuple[Listener[CircuitEvent], ...] = (),
 ) -> WebhookDelivery:
-    """Return one to anything below example.com."""
+    """Return a delivery that allows all hosts below example.com."""
     allowed = ("*.example.com", "http://*.example.com:81")
     return delivery_to(*allowed, sender=sender, clock=clock, key=key, listeners=listeners)
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
-async def test_any_2xx_is_a_delivery(clock: ManualClock, status: int) -> None:
-    """And its status is returned; the body went out as it was, signed at the clock's time."""
+async def test_any_2xx_response_is_a_success(clock: ManualClock, status: int) -> None:
+    """The status is returned; the body is unchanged and signed at the clock's time."""
     sender = ScriptedSender(status)
 
     assert await delivery(clock, sender).deliver(URL, message_id="id-1", body=b"{}") == status
@@ -50,8 +54,8 @@ async def test_any_2xx_is_a_delivery(clock: ManualClock, status: int) -> None:
     assert posted.headers == webhook_headers(Signer([KEY]), "id-1", seconds, b"{}")
 
 
-async def test_a_receiver_is_told_of_the_conversation(clock: ManualClock) -> None:
-    """In a header that is no part of what is signed."""
+async def test_the_correlation_id_is_sent_to_the_receiver(clock: ManualClock) -> None:
+    """In a header that is not part of the signature."""
     sender = ScriptedSender(200)
     with correlated("order-17"):
         await delivery(clock, sender).deliver(URL, message_id="id-1", body=b"{}")
@@ -61,8 +65,8 @@ async def test_a_receiver_is_told_of_the_conversation(clock: ManualClock) -> Non
     assert posted.headers == {**signed, "X-Correlation-ID": "order-17"}
 
 
-async def test_each_attempt_is_signed_anew_under_the_same_id(clock: ManualClock) -> None:
-    """So that a receiver can refuse old signatures and still know a message again."""
+async def test_each_attempt_has_a_new_signature_and_the_same_id(clock: ManualClock) -> None:
+    """Receivers can reject old signatures and detect repeated messages."""
     sender = ScriptedSender(429, 200)
     delivering = delivery(clock, sender)
     with pytest.raises(WebhookUnavailableError):
@@ -79,16 +83,16 @@ async def test_each_attempt_is_signed_anew_under_the_same_id(clock: ManualClock)
 @pytest.mark.parametrize(
     "url", ["https://example.com/", "http://hooks.example.com/", "nonsense", "https://10.0.0.1/"]
 )
-async def test_what_is_not_allowed_is_not_sent(clock: ManualClock, url: str) -> None:
-    """It does not even reach the sender."""
+async def test_a_url_that_is_not_allowed_is_not_sent(clock: ManualClock, url: str) -> None:
+    """The sender is not called."""
     sender = ScriptedSender(200)
     with pytest.raises(WebhookRefusedError):
         await delivery(clock, sender).deliver(url, message_id="id-1", body=b"{}")
     assert sender.posted == []
 
 
-async def test_nothing_is_sent_unsigned_by_itself(clock: ManualClock) -> None:
-    """Without a secret nothing goes out, and the error says what to set; unless it may."""
+async def test_a_missing_secret_is_an_error_unless_unsigned_is_allowed(clock: ManualClock) -> None:
+    """The error names the setting."""
     sender = ScriptedSender(200)
     delivering = delivery(clock, sender, key=None)
     with pytest.raises(WebhookRefusedError, match="WEBHOOK_SECRET is not set"):
@@ -99,30 +103,33 @@ async def test_nothing_is_sent_unsigned_by_itself(clock: ManualClock) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "error", "retry_after"),
+    ("response", "error", "retry_after"),
     [
-        (Answer(status=429, retry_after="30"), WebhookUnavailableError, 30.0),
-        (Answer(status=503, retry_after="30"), WebhookUnavailableError, 30.0),
-        (Answer(status=503), WebhookUnavailableError, None),
-        (Answer(status=410), WebhookRejectedError, None),
-        (Answer(status=302), WebhookRejectedError, None),
+        (WebhookResponse(status=429, retry_after="30"), WebhookUnavailableError, 30.0),
+        (WebhookResponse(status=503, retry_after="30"), WebhookUnavailableError, 30.0),
+        (WebhookResponse(status=503), WebhookUnavailableError, None),
+        (WebhookResponse(status=410), WebhookRejectedError, None),
+        (WebhookResponse(status=302), WebhookRejectedError, None),
     ],
 )
-async def test_any_other_answer_is_a_failure(
-    clock: ManualClock, answer: Answer, error: type[WebhookError], retry_after: float | None
+async def test_any_other_response_is_an_error(
+    clock: ManualClock,
+    response: WebhookResponse,
+    error: type[WebhookError],
+    retry_after: float | None,
 ) -> None:
-    """Of the kind that its status says."""
+    """The status decides the type of the error."""
     with pytest.raises(error) as failed:
-        await delivery(clock, ScriptedSender(answer)).deliver(URL, message_id="i", body=b"")
+        await delivery(clock, ScriptedSender(response)).deliver(URL, message_id="i", body=b"")
     assert getattr(failed.value, "retry_after", None) == retry_after
     assert "hunter2" not in str(failed.value)
 
 
 @pytest.mark.parametrize("failure", [500, 503, UNAVAILABLE])
-async def test_a_host_in_trouble_is_given_a_rest(
+async def test_the_circuit_of_a_failing_host_opens(
     clock: ManualClock, failure: int | WebhookUnavailableError
 ) -> None:
-    """After so many failures it is not called, says when it will be, and recovers by one call."""
+    """Calls are rejected with the time of the next one; one success closes the circuit."""
     sender = ScriptedSender(failure, failure, 200)
     events: list[CircuitEvent] = []
     delivering = delivery(clock, sender, listeners=(events.append,))
@@ -136,7 +143,7 @@ async def test_a_host_in_trouble_is_given_a_rest(
     assert rejected.value.circuit == "hooks.example.com"
     assert len(sender.posted) == 2
 
-    # Another host, and another port of this one, are others.
+    # Another host, or another port of the same host, has its own circuit.
     assert await delivering.deliver("https://b.example.com/", message_id="i", body=b"") == 200
     other_port = "http://hooks.example.com:81/"
     assert await delivering.deliver(other_port, message_id="i", body=b"") == 200
@@ -151,8 +158,10 @@ async def test_a_host_in_trouble_is_given_a_rest(
 
 
 @pytest.mark.parametrize("outcome", [200, 404, 410, 429, 302])
-async def test_a_host_that_answers_is_not_in_trouble(clock: ManualClock, outcome: int) -> None:
-    """Refusals do not open its circuit, and one closes it."""
+async def test_a_rejection_by_the_host_does_not_open_its_circuit(
+    clock: ManualClock, outcome: int
+) -> None:
+    """As a probe it closes the circuit."""
     sender = ScriptedSender(500, *[outcome] * 9, 500, outcome)
     delivering = delivery(clock, sender)
     for _ in range(12):
@@ -166,10 +175,10 @@ async def test_a_host_that_answers_is_not_in_trouble(clock: ManualClock, outcome
 @pytest.mark.parametrize(
     "neutral", [WebhookRefusedError("not public"), asyncio.CancelledError(), RuntimeError("a bug")]
 )
-async def test_what_says_nothing_about_the_host_is_neutral(
+async def test_errors_before_the_host_responds_are_neutral(
     clock: ManualClock, neutral: BaseException
 ) -> None:
-    """An address that is not allowed, a job cut off, a mistake of ours."""
+    """An address that is not allowed, a cancelled job, and an internal error."""
     sender = ScriptedSender(*[neutral] * 5, 200)
     delivering = delivery(clock, sender)
     for _ in range(5):
@@ -178,10 +187,10 @@ async def test_what_says_nothing_about_the_host_is_neutral(
     assert await delivering.deliver(URL, message_id="i", body=b"") == 200
 
 
-def test_the_hosts_that_are_remembered_are_bounded() -> None:
-    """The closed one that was used longest ago is forgotten first, an open one last."""
+def test_the_number_of_circuits_is_limited() -> None:
+    """The least recently used closed one is removed first, an open one last."""
     clock = ManualClock()
-    circuits = HostCircuits(most=3, clock=clock)
+    circuits = HostCircuits(max_hosts=3, clock=clock)
     a, b, c = circuits["a"], circuits["b"], circuits["c"]
     a.open()
     assert circuits["b"] is b
@@ -199,8 +208,8 @@ def test_the_hosts_that_are_remembered_are_bounded() -> None:
     assert circuits["a"] is not a
 
 
-@pytest.mark.parametrize("wrong", [{"most": 0}, {"failure_threshold": 0}, {"open_for": -1.0}])
-def test_wrong_numbers_are_refused_where_they_are_written(wrong: dict[str, float]) -> None:
+@pytest.mark.parametrize("wrong", [{"max_hosts": 0}, {"failure_threshold": 0}, {"open_for": -1.0}])
+def test_invalid_arguments_are_rejected_at_construction(wrong: dict[str, float]) -> None:
     """Not at the first webhook."""
     with pytest.raises(ValueError, match="must be"):
         HostCircuits(**wrong)  # type: ignore[arg-type]

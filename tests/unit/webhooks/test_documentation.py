@@ -1,4 +1,4 @@
-"""What docs/webhooks.md and its example say, executed."""
+"""The statements and the example of docs/webhooks.md, executed."""
 
 import re
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from docs.examples.verify_webhook import TOLERANCE, verify
 
-from viralfx.domain.webhooks.allowed import AllowedHost, parse_allowed
-from viralfx.domain.webhooks.signature import Signer, parse_secrets, webhook_headers
+from viralfx.domain.webhooks.delivery import Signer, parse_secrets, webhook_headers
+from viralfx.domain.webhooks.url import AllowedHost, parse_allowed
 
 PAGE = (Path(__file__).parents[3] / "docs/webhooks.md").read_text(encoding="utf-8")
 OLD = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -17,13 +17,13 @@ NOW = 1_767_700_800
 
 @pytest.fixture
 def headers() -> dict[str, str]:
-    """Return those of a message that is signed by both secrets."""
+    """Return the headers of a message that is signed with both secrets."""
     return dict(webhook_headers(Signer(parse_secrets(f"{NEW},{OLD}")), "job-1", NOW, b"{}"))
 
 
 @pytest.mark.parametrize("secret", [OLD, NEW])
-def test_the_example_verifies_what_is_signed_here(headers: dict[str, str], secret: str) -> None:
-    """By either secret while one replaces the other."""
+def test_the_example_verifies_a_signature(headers: dict[str, str], secret: str) -> None:
+    """With either secret during a rotation."""
     assert verify(headers, b"{}", secret, NOW + TOLERANCE) == "job-1"
 
 
@@ -37,16 +37,16 @@ def test_the_example_verifies_what_is_signed_here(headers: dict[str, str], secre
         ({}, b"{}", NOW + TOLERANCE + 1),
     ],
 )
-def test_the_example_finds_forgeries(
+def test_the_example_rejects_forgeries(
     headers: dict[str, str], change: dict[str, str], body: bytes, now: float
 ) -> None:
-    """Another body, id or time, no signature, and a recording."""
+    """Another body, id or time, no signature, and a replay."""
     with pytest.raises(ValueError, match="the webhook is"):
         verify({**headers, **change}, body, OLD, now)
 
 
-def test_each_entry_of_the_table_is_one() -> None:
-    """Hosts and networks as the page says."""
+def test_each_entry_of_the_table_is_valid() -> None:
+    """Hosts and networks as documented."""
     table = PAGE.split("|---|---|\n")[1].split("\n\n")[0]
     entries = [
         entry for row in table.splitlines() for entry in re.findall("`(.+?)`", row.split("|")[1])

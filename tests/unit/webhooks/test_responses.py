@@ -1,4 +1,4 @@
-"""Answers: what each status means, and when to come back."""
+"""Responses: the error for each status, and ``Retry-After``."""
 
 import time
 from datetime import UTC, datetime
@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from viralfx.domain.webhooks.errors import WebhookRejectedError, WebhookUnavailableError
-from viralfx.domain.webhooks.responses import failure_of, is_host_failing, parse_retry_after
+from viralfx.domain.webhooks.delivery import failure_of, is_host_failing, parse_retry_after
+from viralfx.domain.webhooks.url import WebhookRejectedError, WebhookUnavailableError
 
 NOW = datetime(2026, 1, 6, 12, tzinfo=UTC)
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 501, 502, 503, 504, 507, 599])
-def test_another_try_is_worth_it(status: int) -> None:
-    """Where the receiver cannot take it now."""
+def test_statuses_that_are_retried(status: int) -> None:
+    """The receiver is unavailable or busy."""
     failure = failure_of("example.com", status, None, NOW)
     assert isinstance(failure, WebhookUnavailableError)
     assert failure.retry_after is None
@@ -23,8 +23,8 @@ def test_another_try_is_worth_it(status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [101, 400, 401, 403, 404, 405, 410, 413, 415, 422, 451])
-def test_another_try_changes_nothing(status: int) -> None:
-    """Where the receiver will not have it; 410 says so for ever."""
+def test_statuses_that_are_not_retried(status: int) -> None:
+    """The receiver rejects the webhook, as with 410."""
     failure = failure_of("example.com", status, "5", NOW)
     assert isinstance(failure, WebhookRejectedError)
     assert failure.status == status
@@ -32,20 +32,20 @@ def test_another_try_changes_nothing(status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308])
-def test_a_redirect_is_a_refusal(status: int) -> None:
-    """And the message says why."""
+def test_a_redirect_is_a_rejection(status: int) -> None:
+    """The message gives the reason."""
     failure = failure_of("example.com", status, None, NOW)
     assert isinstance(failure, WebhookRejectedError)
     assert str(failure) == f"example.com answered {status}; redirects are not followed"
 
 
 @pytest.mark.parametrize("status", [200, 302, 404, 410, 425, 429, 499])
-def test_a_host_that_answers_so_is_there(status: int) -> None:
-    """It is busy at most: its breaker learns nothing bad of it."""
+def test_a_4xx_host_is_not_failing(status: int) -> None:
+    """Its circuit does not count the response as a failure."""
     assert not is_host_failing(status)
 
 
-def test_a_host_that_answers_5xx_is_in_trouble() -> None:
+def test_a_5xx_host_is_failing() -> None:
     """From 500 on."""
     assert is_host_failing(500)
     assert is_host_failing(503)
@@ -81,15 +81,15 @@ def test_a_host_that_answers_5xx_is_in_trouble() -> None:
     ],
 )
 def test_retry_after(header: str, seconds: float | None) -> None:
-    """Seconds or any of the three forms of a date, six hours at most."""
+    """Seconds or one of the three date formats, at most six hours."""
     assert parse_retry_after(header, NOW) == seconds
     failure = failure_of("example.com", 429, header, NOW)
     assert isinstance(failure, WebhookUnavailableError)
     assert failure.retry_after == seconds
 
 
-def test_a_date_is_utc_wherever_the_process_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that does not say so."""
+def test_a_date_without_zone_is_utc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any time zone of the process."""
     try:
         with monkeypatch.context() as elsewhere:
             elsewhere.setenv("TZ", "America/New_York")
@@ -100,7 +100,7 @@ def test_a_date_is_utc_wherever_the_process_runs(monkeypatch: pytest.MonkeyPatch
 
 
 @given(st.text(max_size=60) | st.from_regex(r"\A[A-Z][a-z]{2}, ?\d+ [A-Za-z]* \d+ [\d:]* [A-Z]*"))
-def test_any_header_is_read_or_not(header: str) -> None:
-    """And is never an error of ours."""
+def test_any_header_is_parsed_or_ignored(header: str) -> None:
+    """No header raises an error."""
     seconds = parse_retry_after(header, NOW)
     assert seconds is None or 0 <= seconds <= 21600

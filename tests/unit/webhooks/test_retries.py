@@ -1,15 +1,15 @@
-"""When a webhook is sent again: the schedule, the receiver's wish, and breakers' rejections."""
+"""The retry policy of webhooks: schedule, ``Retry-After``, and rejections by the circuit."""
 
 import pytest
 
-from viralfx.domain.resilience.circuit import CircuitOpenError
-from viralfx.domain.resilience.retry_policy import RetryPolicy
-from viralfx.domain.webhooks.errors import (
+from viralfx.domain.resilience.breaker import CircuitOpenError
+from viralfx.domain.resilience.policy import RetryPolicy
+from viralfx.domain.webhooks.delivery import WebhookRetryPolicy
+from viralfx.domain.webhooks.url import (
     WebhookRefusedError,
     WebhookRejectedError,
     WebhookUnavailableError,
 )
-from viralfx.domain.webhooks.retries import WebhookRetryPolicy
 
 UNAVAILABLE = WebhookUnavailableError("hooks.example.com did not answer")
 OPEN = CircuitOpenError("hooks.example.com", "webhook", 42.0)
@@ -17,7 +17,7 @@ SCHEDULE = [5.0, 20.0, 80.0, 320.0, 1280.0, 5120.0, 20480.0, 21600.0, 21600.0]
 
 
 def test_the_schedule() -> None:
-    """Ten attempts within twenty hours."""
+    """Ten attempts in twenty hours."""
     policy: RetryPolicy = WebhookRetryPolicy()
     assert sum(SCHEDULE) < 20 * 3600
     for attempt, most in enumerate(SCHEDULE, start=1):
@@ -28,8 +28,8 @@ def test_the_schedule() -> None:
     assert policy.next_delay(11, UNAVAILABLE) is None
 
 
-def test_a_receiver_is_asked_again_when_it_asked_for_it() -> None:
-    """Also as late as a receiver may ask for."""
+def test_retry_after_prolongs_the_delay() -> None:
+    """Up to the maximum."""
     policy = WebhookRetryPolicy()
     assert policy.next_delay(1, WebhookUnavailableError("busy", 42.0)) == 42.0
     assert policy.next_delay(1, WebhookUnavailableError("busy", 21600.0)) == 21600.0
@@ -39,19 +39,19 @@ def test_a_receiver_is_asked_again_when_it_asked_for_it() -> None:
 
 
 @pytest.mark.parametrize("final", [WebhookRefusedError("no"), WebhookRejectedError("no", 410)])
-def test_some_are_not_sent_again(final: Exception) -> None:
-    """Where it changes nothing."""
+def test_permanent_errors_are_not_retried(final: Exception) -> None:
+    """Another attempt would fail as well."""
     assert WebhookRetryPolicy().next_delay(1, final) is None
 
 
-@pytest.mark.parametrize("error", [TimeoutError(), RuntimeError("who knows"), OSError()])
-def test_what_nobody_foresaw_is_tried_again(error: Exception) -> None:
-    """A job is not given up for an error that may pass."""
+@pytest.mark.parametrize("error", [TimeoutError(), RuntimeError("unexpected"), OSError()])
+def test_unexpected_errors_are_retried(error: Exception) -> None:
+    """They may be temporary."""
     assert WebhookRetryPolicy().next_delay(1, error) is not None
 
 
-def test_a_rejection_by_the_breaker_is_not_the_end() -> None:
-    """It waits for the breaker at least, by the schedule else, and not for ever."""
+def test_a_rejection_by_the_circuit_is_not_the_last_attempt() -> None:
+    """The delay is at least that of the circuit; the number of attempts is limited."""
     policy = WebhookRetryPolicy()
     assert policy.next_delay(1, OPEN) == 42.0
     for attempt in range(9, 20):
@@ -65,7 +65,7 @@ def test_a_rejection_by_the_breaker_is_not_the_end() -> None:
 
 
 @pytest.mark.parametrize("attempts", [1, 0, -1])
-def test_numbers_that_make_no_schedule(attempts: int) -> None:
-    """One attempt is no retry."""
+def test_fewer_than_two_attempts_are_rejected(attempts: int) -> None:
+    """One attempt is not a retry."""
     with pytest.raises(ValueError, match="attempts"):
         WebhookRetryPolicy(attempts)

@@ -1,4 +1,4 @@
-"""Signatures: the specification's own example, several secrets, and secrets that are none."""
+"""Signatures: the example of the specification, several secrets, and invalid secrets."""
 
 import base64
 import hashlib
@@ -6,7 +6,7 @@ import hmac
 
 import pytest
 
-from viralfx.domain.webhooks.signature import Signer, parse_secrets, webhook_headers
+from viralfx.domain.webhooks.delivery import Signer, parse_secrets, webhook_headers
 
 # The example of the Standard Webhooks specification and of its reference implementations.
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -16,13 +16,13 @@ BODY = b'{"test": 2432232314}'
 SIGNATURE = "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
 
-def test_the_specifications_example_comes_out() -> None:
-    """Any library of that specification verifies what is signed here."""
+def test_the_example_of_the_specification() -> None:
+    """Libraries of that specification can verify the signatures."""
     assert Signer(parse_secrets(SECRET)).sign(MESSAGE, SECONDS, BODY) == SIGNATURE
 
 
 def test_every_secret_signs() -> None:
-    """A receiver that has the old secret and one that has the new one both accept."""
+    """Receivers with the old and with the new secret both accept the message."""
     new = b"n" * 32
     secrets = f"whsec_{base64.b64encode(new).decode()}, {SECRET}"
     signed = b"%s.%d.%s" % (MESSAGE.encode(), SECONDS, BODY)
@@ -34,7 +34,7 @@ def test_every_secret_signs() -> None:
 
 
 def test_the_three_headers() -> None:
-    """Which message, when, and by whom; without a secret, not by whom."""
+    """Message id, time and signature; without a secret there is no signature."""
     named = {"webhook-id": MESSAGE, "webhook-timestamp": str(SECONDS)}
     assert webhook_headers(Signer(parse_secrets(SECRET)), MESSAGE, SECONDS, BODY) == {
         **named,
@@ -44,13 +44,13 @@ def test_the_three_headers() -> None:
 
 
 @pytest.mark.parametrize("separator", [" ", ",", ", ", "\n"])
-def test_secrets_may_be_separated_in_several_ways(separator: str) -> None:
-    """As a variable, or as the lines of a file."""
+def test_secrets_are_separated_by_commas_blanks_or_lines(separator: str) -> None:
+    """In a variable, or in a file."""
     assert parse_secrets(separator.join([SECRET, SECRET])) == parse_secrets(SECRET) * 2
 
 
 @pytest.mark.parametrize("size", [24, 64])
-def test_the_sizes_that_the_specification_allows(size: int) -> None:
+def test_allowed_key_sizes(size: int) -> None:
     """From 24 to 64 bytes, both included."""
     key = bytes(range(size))
     assert parse_secrets(f"whsec_{base64.b64encode(key).decode()}") == (key,)
@@ -71,16 +71,16 @@ def test_the_sizes_that_the_specification_allows(size: int) -> None:
         "whsec_" + base64.urlsafe_b64encode(b"\xff" * 24).decode(),
     ],
 )
-def test_what_is_no_secret_is_told_without_telling_it(secret: str) -> None:
-    """The message counts and never quotes."""
+def test_the_error_for_an_invalid_secret_does_not_contain_it(secret: str) -> None:
+    """The message has the number of the secret."""
     with pytest.raises(ValueError, match="secret 2 is not whsec_ followed by") as refused:
         parse_secrets(f"{SECRET} {secret}")
     assert secret.removeprefix("whsec_") not in str(refused.value) or secret == "whsec_"
 
 
 @pytest.mark.parametrize("text", ["", " , "])
-def test_no_secret_at_all(text: str) -> None:
-    """Nothing is not a secret, and nobody signs with it."""
+def test_an_empty_secret_is_rejected(text: str) -> None:
+    """A signer needs at least one secret."""
     with pytest.raises(ValueError, match="there is no secret"):
         parse_secrets(text)
     with pytest.raises(ValueError, match="at least one secret"):

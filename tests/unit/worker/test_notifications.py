@@ -1,4 +1,4 @@
-"""``notifications.webhook``: what it takes, where it sends, and what a duplicate looks like."""
+"""``notifications.webhook``: its payload, its target and its retries."""
 
 import json
 from datetime import UTC, datetime
@@ -11,22 +11,21 @@ from viralfx.adapters.codec import MsgspecCodec
 from viralfx.domain.jobs.codec import PayloadError
 from viralfx.domain.jobs.tasks import JobContext, declared_task
 from viralfx.domain.resilience.deadline import Deadline
-from viralfx.domain.webhooks.errors import WebhookRefusedError, WebhookRejectedError
-from viralfx.domain.webhooks.message import WebhookMessage
-from viralfx.domain.webhooks.retries import WebhookRetryPolicy
-from viralfx.worker.notifications import SendWebhook, send_webhook
+from viralfx.domain.webhooks.delivery import WebhookMessage, WebhookRetryPolicy
+from viralfx.domain.webhooks.url import WebhookRefusedError, WebhookRejectedError
+from viralfx.worker.builtin import SendWebhook, send_webhook
 
 CREATED = datetime(2026, 1, 6, 12, tzinfo=UTC)
 ALERT_URL = "https://alerts.example.com/hunter2"
 
 
 def context(attempt: int = 1) -> JobContext:
-    """Return that of one attempt of one job."""
+    """Return the context of one attempt of one job."""
     return JobContext(
         id="job-1",
         attempt=attempt,
         deadline=Deadline(10.0),
-        correlation_id="conversation",
+        correlation_id="order-17",
         created_at=CREATED,
     )
 
@@ -34,7 +33,7 @@ def context(attempt: int = 1) -> JobContext:
 def sending(
     clock: ManualClock, sender: ScriptedSender, *, alert_url: str | None = ALERT_URL
 ) -> SendWebhook:
-    """Return the task with a delivery to anything below example.com."""
+    """Return the task with a delivery to hosts below example.com."""
     delivery = delivery_to("*.example.com", sender=sender, clock=clock)
     return send_webhook(delivery, alert_url=alert_url, timeout=10.0)
 
@@ -47,8 +46,8 @@ def message(**more: object) -> WebhookMessage:
     return decoded
 
 
-def test_it_is_declared_as_it_is_documented(clock: ManualClock) -> None:
-    """Its queue, its policy, and more time than the delivery takes."""
+def test_the_webhook_task_is_declared_as_documented(clock: ManualClock) -> None:
+    """Its queue, its policy, and a longer timeout than the delivery."""
     declared = declared_task(sending(clock, ScriptedSender(200)))
     assert declared is not None
     assert (declared.name, declared.queue) == ("notifications.webhook", "notifications")
@@ -58,8 +57,8 @@ def test_it_is_declared_as_it_is_documented(clock: ManualClock) -> None:
     assert not declared.transactional
 
 
-async def test_it_sends_to_the_url_of_its_payload(clock: ManualClock) -> None:
-    """The body says what, when and with which data; the result is the answer's status."""
+async def test_a_webhook_goes_to_the_url_of_its_payload(clock: ManualClock) -> None:
+    """The result has the status of the response."""
     sender = ScriptedSender(202)
     send = sending(clock, sender)
 
@@ -75,8 +74,8 @@ async def test_it_sends_to_the_url_of_its_payload(clock: ManualClock) -> None:
     }
 
 
-async def test_attempts_and_duplicates_are_the_same_message(clock: ManualClock) -> None:
-    """The same id and the same bytes, whenever and wherever it is run again."""
+async def test_every_attempt_sends_the_same_message(clock: ManualClock) -> None:
+    """The same id and the same bytes."""
     sender = ScriptedSender(200)
     for attempt in (1, 2):
         send = sending(clock, sender)
@@ -88,8 +87,8 @@ async def test_attempts_and_duplicates_are_the_same_message(clock: ManualClock) 
     assert first.headers["webhook-timestamp"] != second.headers["webhook-timestamp"]
 
 
-async def test_alerts_go_where_the_process_is_told(clock: ManualClock) -> None:
-    """And fail for good where it is not."""
+async def test_alerts_go_to_the_alert_url(clock: ManualClock) -> None:
+    """Without one they fail for good."""
     sender = ScriptedSender(200)
     await sending(clock, sender)(message(alert=True), context())
     assert sender.posted[0].destination.host == "alerts.example.com"
@@ -98,8 +97,8 @@ async def test_alerts_go_where_the_process_is_told(clock: ManualClock) -> None:
     assert len(sender.posted) == 1
 
 
-async def test_alerts_need_no_secret_and_others_do(clock: ManualClock) -> None:
-    """Where an alert goes is the operator's word, and receivers of alerts seldom verify."""
+async def test_alerts_are_unsigned_and_other_webhooks_are_signed(clock: ManualClock) -> None:
+    """The operator sets the address of alerts, and their receivers seldom verify."""
     sender = ScriptedSender(200)
     delivery = delivery_to("*.example.com", sender=sender, clock=clock, key=None)
     send = send_webhook(delivery, alert_url=ALERT_URL, timeout=10.0)
@@ -109,21 +108,21 @@ async def test_alerts_need_no_secret_and_others_do(clock: ManualClock) -> None:
         await send(message(url="https://a.example.com/"), context())
 
 
-async def test_no_error_tells_of_the_alerts_url(clock: ManualClock) -> None:
-    """Its path is a secret, and errors stand in jobs that others may read."""
+async def test_errors_do_not_contain_the_alert_url(clock: ManualClock) -> None:
+    """Its path is a secret, and others can read the errors of jobs."""
     with pytest.raises(WebhookRejectedError) as gone:
         await sending(clock, ScriptedSender(410))(message(alert=True), context())
     assert str(gone.value) == "alerts.example.com answered 410"
 
 
 @pytest.mark.parametrize(
-    ("payload", "told"),
+    ("payload", "message"),
     [
         ({}, "required field"),
         ({"type": "a", "data": {}}, "either a url or alert: true"),
         ({"type": "a", "data": {}, "alert": False}, "either a url or alert: true"),
         ({"type": "a", "data": {}, "url": "https://a.example.com", "alert": True}, "either a url"),
-        ({"type": "", "data": {}, "alert": True}, "type must say"),
+        ({"type": "", "data": {}, "alert": True}, "type must name"),
         ({"type": "a", "data": [], "alert": True}, "Expected `object`"),
         ({"type": "a", "data": {}, "alert": "true"}, "Expected `bool`"),
         ({"type": "a", "data": {}, "url": "ftp://a.example.com/"}, "https://host/path"),
@@ -132,9 +131,9 @@ async def test_no_error_tells_of_the_alerts_url(clock: ManualClock) -> None:
         (None, "Expected `object`"),
     ],
 )
-def test_what_could_never_be_sent_is_not_accepted(payload: object, told: str) -> None:
-    """It is refused while somebody still waits for the answer."""
+def test_an_unsendable_webhook_is_not_accepted(payload: object, message: str) -> None:
+    """The request that submits it fails."""
     with pytest.raises(PayloadError) as refused:
         MsgspecCodec().decode(json.dumps(payload).encode(), WebhookMessage)
-    assert told in str(refused.value)
+    assert message in str(refused.value)
     assert "hunter2" not in str(refused.value)

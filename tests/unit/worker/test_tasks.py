@@ -1,5 +1,6 @@
-"""The built-in tasks as a worker has them: found, run, and once per period."""
+"""The built-in tasks: declared, run, and periodic."""
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -9,13 +10,22 @@ from tests.unit.webhooks.scripted import ScriptedSender, delivery_to
 
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryJobLedger
-from viralfx.domain.health import CheckPolicy, CheckReport, Status, Transition
-from viralfx.domain.jobs.job import JobDraft, completed, new_job_id
-from viralfx.domain.jobs.tasks import JobContext, Task, TaskRegistry
-from viralfx.domain.monitor import HealthMonitor
+from viralfx.domain.health.model import CheckPolicy, CheckReport, Status, Transition
+from viralfx.domain.health.monitor import HealthMonitor
+from viralfx.domain.jobs.model import (
+    JobDraft,
+    JobError,
+    JobFilter,
+    JobState,
+    completed,
+    failed,
+    new_job_id,
+)
+from viralfx.domain.jobs.tasks import JobContext, Task
 from viralfx.domain.resilience.deadline import Deadline
-from viralfx.worker import built_in_periodic, built_in_tasks
-from viralfx.worker.analytics import seconds_in_each
+from viralfx.worker import built_in_tasks
+from viralfx.worker.builtin import seconds_in_each
+from viralfx.worker.maintenance import PAUSE_SECONDS, Retention
 
 NOON = datetime(2026, 1, 6, 12, tzinfo=UTC)
 
@@ -26,6 +36,7 @@ def tasks(
     ledger: MemoryJobLedger | None = None,
     monitor: HealthMonitor | None = None,
     retention: float = 3600.0,
+    retention_failed: float = 3600.0,
 ) -> dict[str, Task]:
     """Return the built-in tasks by name."""
     made = built_in_tasks(
@@ -35,14 +46,14 @@ def tasks(
         delivery=delivery_to("*.example.com", sender=ScriptedSender(200), clock=clock),
         alert_url=None,
         webhook_timeout=10.0,
-        retention=retention,
+        retention=Retention(finished=retention, failed=retention_failed),
         instance="worker-1",
     )
     return {each.name: each for each in made}
 
 
 def context(clock: ManualClock, seconds: float = 120.0) -> JobContext:
-    """Return that of a first attempt."""
+    """Return the context of a first attempt."""
     return JobContext(
         id="job-1",
         attempt=1,
@@ -52,82 +63,136 @@ def context(clock: ManualClock, seconds: float = 120.0) -> JobContext:
     )
 
 
-def test_there_are_three_and_two_of_them_are_periodic(clock: ManualClock) -> None:
-    """Each in its queue; what the periodic ones are given is what they take."""
+def test_two_of_the_three_built_in_tasks_have_a_schedule(clock: ManualClock) -> None:
+    """Each has its queue, and scheduled ones a payload that may be null."""
     found = tasks(clock)
     assert {name: each.queue for name, each in found.items()} == {
         "notifications.webhook": "notifications",
         "analytics.rollup_health": "analytics",
         "default.prune": "default",
     }
-    registry, codec = TaskRegistry(found.values()), MsgspecCodec()
-    for each in built_in_periodic():
-        assert each.every == 3600.0
-        codec.decode(each.payload, registry.find(each.task).payload_type)
-    assert [each.task for each in built_in_periodic()] == [
-        "analytics.rollup_health",
-        "default.prune",
-    ]
+    scheduled = {name: each for name, each in found.items() if each.schedule is not None}
+    for each in scheduled.values():
+        MsgspecCodec().decode(b"null", each.payload_type)
+    assert {name: each.cron for name, each in scheduled.items()} == {
+        "analytics.rollup_health": "0 * * * *",
+        "default.prune": "0 * * * *",
+    }
 
 
 # -- default.prune ---------------------------------------------------------------------------------
 
 
-async def finished(ledger: MemoryJobLedger, count: int) -> None:
-    """Put completed jobs into the ledger."""
+async def finished(ledger: MemoryJobLedger, count: int, error: JobError | None = None) -> None:
+    """Add completed jobs to the ledger; with an error, failed ones."""
     await ledger.register("w", ["default"], 30.0)
     await ledger.accept(
         [JobDraft(id=new_job_id(), queue="default", task="t", payload=b"0") for _ in range(count)]
     )
     claims = await ledger.claim("default", "w", count)
     assert len(claims) == count
-    await ledger.settle([completed(claim, b"0") for claim in claims])
+    await ledger.settle(
+        [failed(claim, error) if error else completed(claim, b"0") for claim in claims]
+    )
 
 
-async def test_jobs_are_forgotten_when_they_are_old_enough(clock: ManualClock) -> None:
-    """Those that finished longer ago than the retention, in however many batches."""
+async def pruned(clock: ManualClock, prune: Task) -> int:
+    """Run the task, with the pauses between its batches; return how many jobs it deleted."""
+    running = asyncio.create_task(prune.function(None, context(clock)))
+    while not running.done():
+        await clock.advance(PAUSE_SECONDS)
+    result = await running
+    assert result.keys() == {"pruned"}
+    return int(result["pruned"])
+
+
+async def test_jobs_older_than_the_retention_are_pruned(clock: ManualClock) -> None:
+    """In any number of batches."""
     ledger = MemoryJobLedger(clock)
-    prune = tasks(clock, ledger=ledger)["default.prune"].function
+    prune = tasks(clock, ledger=ledger)["default.prune"]
     await finished(ledger, 2500)
     await clock.advance(3000)
     await finished(ledger, 3)
-    assert await prune(None, context(clock)) == {"pruned": 0}
+    assert await pruned(clock, prune) == 0
     await clock.advance(601)
-    assert await prune(None, context(clock)) == {"pruned": 2500}
-    assert len(await ledger.page(limit=100)) == 3
+    assert await pruned(clock, prune) == 2500
+    assert len(await ledger.page(JobFilter(limit=100))) == 3
 
 
-async def test_no_retention_keeps_jobs_for_ever(clock: ManualClock) -> None:
-    """Zero is no time at all only for other settings."""
+class SlowLedger(MemoryJobLedger):
+    """Takes half a second to delete a batch."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        super().__init__(clock)
+        self.batches: list[float] = []
+
+    async def prune(
+        self, older_than: float, limit: int = 1000, *, failed: bool | None = None
+    ) -> int:
+        """Note the start, and take half a second."""
+        self.batches.append(self._clock.monotonic())
+        await self._clock.sleep(0.5)
+        return await super().prune(older_than, limit, failed=failed)
+
+
+async def test_pruning_takes_at_most_half_of_a_connection(clock: ManualClock) -> None:
+    """After a slow batch it pauses for as long as the batch took."""
+    ledger = SlowLedger(clock)
+    prune = tasks(clock, ledger=ledger, retention_failed=0.0)["default.prune"]
+    await finished(ledger, 2500)
+    await clock.advance(3601)
+    assert await pruned(clock, prune) == 2500
+    first, second, third = ledger.batches
+    assert 1.0 <= second - first < 1.1
+    assert 1.0 <= third - second < 1.1
+
+
+async def test_failed_jobs_have_a_retention_of_their_own(clock: ManualClock) -> None:
+    """Longer or shorter than that of the others."""
+    for retention, kept in ((3000.0, JobState.FAILED), (9000.0, JobState.COMPLETED)):
+        ledger = MemoryJobLedger(clock)
+        made = tasks(clock, ledger=ledger, retention=retention, retention_failed=6000.0)
+        await finished(ledger, 1)
+        await finished(ledger, 1, error=JobError(code="error", message="the task raised"))
+        await clock.advance(min(retention, 6000.0) + 1)
+        assert await pruned(clock, made["default.prune"]) == 1
+        (left,) = await ledger.page()
+        assert left.state is kept
+
+
+async def test_zero_retention_keeps_jobs_without_limit(clock: ManualClock) -> None:
+    """Zero turns pruning off."""
     ledger = MemoryJobLedger(clock)
     await finished(ledger, 3)
     await clock.advance(1e7)
-    prune = tasks(clock, ledger=ledger, retention=0.0)["default.prune"].function
-    assert await prune(None, context(clock)) == {"pruned": 0}
-    assert len(await ledger.page(limit=100)) == 3
+    prune = tasks(clock, ledger=ledger, retention=0.0, retention_failed=0.0)["default.prune"]
+    assert await pruned(clock, prune) == 0
+    assert len(await ledger.page(JobFilter(limit=100))) == 3
 
 
-async def test_what_does_not_fit_into_the_time_is_left(clock: ManualClock) -> None:
-    """A batch is not begun that the timeout might cut."""
+async def test_pruning_stops_before_its_timeout(clock: ManualClock) -> None:
+    """No batch starts that the timeout could interrupt."""
 
     class Slow(MemoryJobLedger):
-        async def prune(self, older_than: float, limit: int = 1000) -> int:
+        async def prune(
+            self, older_than: float, limit: int = 1000, *, failed: bool | None = None
+        ) -> int:
             clock.jump(25.0)
-            return await super().prune(older_than, limit)
+            return await super().prune(older_than, limit, failed=failed)
 
     ledger = Slow(clock)
     await finished(ledger, 5000)
     await clock.advance(7200)
-    prune = tasks(clock, ledger=ledger)["default.prune"].function
-    assert await prune(None, context(clock)) == {"pruned": 4000}
-    assert await prune(None, context(clock)) == {"pruned": 1000}
+    prune = tasks(clock, ledger=ledger)["default.prune"]
+    # Each batch of 25 s, and a pause as long; the third would end after the timeout.
+    assert [await pruned(clock, prune) for _ in range(3)] == [2000, 2000, 1000]
 
 
 # -- analytics.rollup_health -----------------------------------------------------------------------
 
 
-async def test_the_rollup_says_how_this_process_has_been(clock: ManualClock) -> None:
-    """Each check's status, its changes, and how long it had which status in the last hour."""
+async def test_the_rollup_reports_each_check(clock: ManualClock) -> None:
+    """Its status, its transitions, and the seconds in each status of the last hour."""
     check = ActingCheck(Act.PASS)
     monitor = HealthMonitor(clock=clock)
     monitor.register("database", check, CheckPolicy(interval=10.0, timeout=2.0))
@@ -184,7 +249,7 @@ def change(minutes: float, old: Status | None, new: Status) -> Transition:
 def test_seconds_in_each_status(
     recent: list[tuple[float, Status | None, Status]], now: Status, expected: dict[str, float]
 ) -> None:
-    """Time before the first result is nobody's."""
+    """Time before the first result does not count."""
     check = CheckReport(
         name="c",
         status=now,

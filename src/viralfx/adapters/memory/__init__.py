@@ -1,23 +1,25 @@
-"""The embedded default: this process's own memory, and stand-ins that live in it."""
+"""The adapters of the embedded default, in the memory of this process."""
 
-from viralfx.adapters.memory.cache import MemoryCacheStore
-from viralfx.adapters.memory.database import MemoryDatabase
-from viralfx.adapters.memory.job_bell import MemoryBell
-from viralfx.adapters.memory.job_ledger import MemoryJobLedger
-from viralfx.adapters.memory.process import ProcessMemory, memory_limit
-from viralfx.adapters.memory.redis import MemoryRedis
-from viralfx.adapters.memory.retry import MemoryRetryPolicy
-from viralfx.adapters.memory.state import FileStateStore, MemoryStateStore
+from viralfx.adapters.memory.embedded import (
+    FileStateStore,
+    MemoryCacheStore,
+    MemoryDatabase,
+    MemoryNotifier,
+    MemoryRedis,
+    MemoryStateStore,
+)
+from viralfx.adapters.memory.fleet import MemoryFleetStore
+from viralfx.adapters.memory.job_changes import MemoryTransaction
+from viralfx.adapters.memory.ledger import MemoryJobLedger
 
 __all__ = [
     "FileStateStore",
-    "MemoryBell",
     "MemoryCacheStore",
     "MemoryDatabase",
+    "MemoryFleetStore",
     "MemoryJobLedger",
+    "MemoryNotifier",
     "MemoryRedis",
-    "MemoryRetryPolicy",
     "MemoryStateStore",
-    "ProcessMemory",
-    "memory_limit",
+    "MemoryTransaction",
 ]

@@ -1,31 +1,39 @@
-"""Postgres through asyncpg: pool, check, close stage, saved state, job ledger."""
+"""Postgres through asyncpg: pool, check, close stage, saved state, job ledger and notifier."""
 
-from viralfx.adapters.postgres.config import PostgresConfig
-from viralfx.adapters.postgres.database import PostgresDatabase
+from viralfx.adapters.postgres.claims import PostgresLeaseStore
+from viralfx.adapters.postgres.connections import Connector, PostgresConfig
+from viralfx.adapters.postgres.credentials import CertificateError
+from viralfx.adapters.postgres.database import PostgresDatabase, close_postgres
 from viralfx.adapters.postgres.errors import (
     PoolTimeoutError,
     explain,
     is_rolled_back,
-    retry_policy,
-    said_by_server,
+    server_message,
 )
+from viralfx.adapters.postgres.fleet import PostgresFleetStore
 from viralfx.adapters.postgres.health import PostgresHealthCheck
-from viralfx.adapters.postgres.job_ledger import PostgresJobLedger
-from viralfx.adapters.postgres.slow_queries import without_values
-from viralfx.adapters.postgres.stages import ClosePostgres
+from viralfx.adapters.postgres.ledger import PostgresJobLedger
+from viralfx.adapters.postgres.notifier import PostgresNotifier
+from viralfx.adapters.postgres.pool import without_values
+from viralfx.adapters.postgres.retry import retry_policy
 from viralfx.adapters.postgres.state import PostgresStateStore
 
 __all__ = [
-    "ClosePostgres",
+    "CertificateError",
+    "Connector",
     "PoolTimeoutError",
     "PostgresConfig",
     "PostgresDatabase",
+    "PostgresFleetStore",
     "PostgresHealthCheck",
     "PostgresJobLedger",
+    "PostgresLeaseStore",
+    "PostgresNotifier",
     "PostgresStateStore",
+    "close_postgres",
     "explain",
     "is_rolled_back",
     "retry_policy",
-    "said_by_server",
+    "server_message",
     "without_values",
 ]

@@ -1,149 +1,269 @@
-"""The pool of connections that the application uses, and what it adds to the driver's."""
+"""The connection pool of the application: which of its connections are used, and for how long."""
 
 import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import asyncpg
 from asyncpg.connection import Connection
-from asyncpg.pool import Pool
+from asyncpg.pool import Pool, PoolConnectionProxy
+from asyncpg.transaction import Transaction
 
-from viralfx.adapters.postgres.cleaning import IN_A_HURRY, PATIENTLY, Lease, give_back, roll_back
-from viralfx.adapters.postgres.config import PostgresConfig
-from viralfx.adapters.postgres.connection import CheckedConnection, connect
+from viralfx.adapters.postgres.connections import (
+    CANCEL_SECONDS,
+    CheckedConnection,
+    Connector,
+    PostgresConfig,
+    cut,
+)
 from viralfx.adapters.postgres.errors import (
+    DATABASE_ERRORS,
+    NotOpenError,
     PoolTimeoutError,
     explain,
     is_loss,
     is_rolled_back,
-    retry_policy,
+    refuses_pooling,
 )
-from viralfx.adapters.postgres.refilling import quiet_refilling
-from viralfx.adapters.postgres.slow_queries import SlowQueryLog
-from viralfx.domain.clock import Clock
-from viralfx.domain.errors import StartupError
+from viralfx.adapters.postgres.pool import PING_AFTER, QUIET_PING_AFTER, PoolMembers, SlowQueryLog
+from viralfx.adapters.postgres.retry import DedicatedConnection, retry_policy
+from viralfx.domain.clock import Clock, finished_within
+from viralfx.domain.errors import StartupError, WorkLostError
 from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.resilience.retry_decision import RetryRelay
 
 _logger = logging.getLogger("viralfx.database")
 
+Lease: TypeAlias = "PoolConnectionProxy[Any]"
+"""A connection of the pool, valid inside the block that acquired it."""
+
+RESET_TIMEOUT = 5.0
+"""Seconds to reset a released connection; a connection that takes longer is closed."""
+FAST_RESET_TIMEOUT = 1.0
+"""The same for a caller that was cancelled."""
+_START_SECONDS = 1.0
+"""How long a caller waits for the start of the application."""
+
+
+async def roll_back(connection: Lease, transaction: Transaction, limit: float) -> None:
+    """Roll a transaction back within ``limit`` seconds, or close the connection."""
+    try:
+        async with asyncio.timeout(limit):
+            await transaction.rollback()
+    except DATABASE_ERRORS:
+        # A server that does not respond must not delay a cancelled caller. The server rolls back
+        # by itself when the connection closes.
+        with contextlib.suppress(asyncpg.InterfaceError):  # already closed
+            connection.terminate()
+
+
+async def release(pool: "Pool[Any]", connection: Lease, limit: float) -> None:
+    """Reset a connection within ``limit`` seconds for its next use, or close it; never raises."""
+    try:
+        await pool.release(connection, timeout=limit)
+    except DATABASE_ERRORS as error:
+        # The reset failed and the driver closed the connection; the caller's work is done.
+        _logger.debug("Database connection dropped", exc_info=error)
+
+
+_OWN_MODULE = "viralfx.adapters.postgres.database"
+
+
+def filter_pool_log() -> None:
+    """Drop the driver's warnings about refilling our pool; idempotent.
+
+    The driver repeats them during an outage. The health check logs the outage once.
+    """
+    logging.getLogger("asyncpg.pool").addFilter(_is_not_about_own_pool)
+
+
+def _is_not_about_own_pool(record: logging.LogRecord) -> bool:
+    # An application may have asyncpg pools of its own; their warnings stay.
+    refilling = record.msg == "Failed to restore the pool connection floor; retrying"
+    return not (refilling and record.exc_info and _passes_own_module(record.exc_info[2]))
+
+
+def _passes_own_module(traceback: TracebackType | None) -> bool:
+    while traceback is not None:
+        if traceback.tb_frame.f_globals.get("__name__") == _OWN_MODULE:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
 T = TypeVar("T")
+
+Isolation: TypeAlias = Literal["read_committed", "repeatable_read", "serializable"]
+"""Isolation level of a transaction."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VacuumStatus:
+    """Causes of slow claims: rows that vacuum has not removed or may not remove."""
+
+    oldest_transaction: float
+    """Seconds for which the oldest transaction of the database has been open."""
+    dead_job_rows: int
+    """Dead rows in the table of unfinished jobs."""
 
 
 class PostgresDatabase:
     """Postgres, through a pool.
 
-    ``on_doubt`` is called when something looks like a lost database, from the event loop; it
-    must not block.
+    ``on_suspected_outage`` is called from the event loop when an error or a delay suggests that
+    the database is unavailable; it must not block.
     """
 
     def __init__(
-        self, config: PostgresConfig, *, clock: Clock, on_doubt: Callable[[], None] = lambda: None
+        self,
+        config: PostgresConfig,
+        *,
+        clock: Clock,
+        on_suspected_outage: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take the configuration; nothing is connected before :meth:`open`.
+        """Prepare the pool; nothing is connected before :meth:`open`.
 
         Raises ``OSError`` for certificates that cannot be used.
         """
         self.config = config
-        self._arguments = config.connect_arguments()
+        self.connector = Connector(config)
         self._clock = clock
-        self.on_doubt = on_doubt
-        self.queries = SlowQueryLog(config.slow_query_threshold)
+        self.on_suspected_outage = on_suspected_outage
+        self.queries = SlowQueryLog(config.settings.slow_query_threshold)
         self.retries = RetryRelay()
         self._pool: Pool[Any] | None = None
-        self._beside: set[Connection[Any]] = set()
-        self._opened = asyncio.Event()
+        self._dedicated: set[Connection[Any]] = set()
+        self._opening, self._opened = asyncio.Event(), asyncio.Event()
         self._closed = False
-        self._in_use = 0
-        self._waiting = 0
-        self._failed_connections = 0
-        quiet_refilling()
+        self._in_use = self._waiting = self._failed_connections = 0
+        self.members = PoolMembers(config)
+        self.vacuum: VacuumStatus | None = None
+        """From the last health query; None if that failed."""
+        self.health_backend: int | None = None
+        """The server's process for the connection of the health query; None without one."""
+        filter_pool_log()
 
     # -- life --------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Connect, in as many attempts as the configuration allows.
+        """Connect, with up to ``DB_MAX_RECONNECT_ATTEMPTS`` attempts.
 
-        Raises :class:`StartupError` that names what is wrong and what to look at.
+        There is one attempt if a pooler refuses the connection because of ``DB_POOLER``.
+        Raises :class:`StartupError` that names the problem and the remedy.
         """
         if self._pool is not None:
             return
-        attempts = self.config.connect_attempts
+        self._opening.set()
+        attempts = self.config.settings.max_reconnect_attempts
         for attempt in range(1, attempts + 1):
             pool = self._new_pool()
             try:
                 _ = await pool
             except Exception as error:
-                # Every one: how a driver can fail on what speaks no Postgres has no end.
+                # Every kind: a driver may fail in any way on a server that is not Postgres.
                 pool.terminate()
-                trouble = explain(error)
+                explained = explain(error)
                 _logger.warning(
                     "Database connection attempt failed",
-                    exc_info=error if trouble.code == "error" else None,
-                    extra={"attempt": attempt, "attempts": attempts, "code": trouble.code},
+                    exc_info=error if explained.code == "error" else None,
+                    extra={"attempt": attempt, "attempts": attempts, "code": explained.code},
                 )
-                if attempt == attempts:
+                if attempt == attempts or refuses_pooling(error):
                     raise StartupError(
-                        f"DATABASE_URL: the database at {self.config.address} {trouble.problem},"
-                        f" after {attempts} attempt{'s' * (attempts > 1)}; {trouble.remedy}"
+                        f"{self.config.url_variable}: the database at {self.config.address}"
+                        f" {explained.problem}, after {attempt} attempt{'s' * (attempt > 1)};"
+                        f" {explained.remedy}"
                     ) from error
-                await self._clock.sleep(self.config.connect_delay)
+                await self._clock.sleep(self.config.settings.reconnect_delay)
             except BaseException:
                 pool.terminate()
                 raise
             else:
                 if self._closed:
-                    # Closed meanwhile, when there was none to close.
+                    # close() was called while there was no pool yet.
                     pool.terminate()
                     return
                 self._pool = pool
                 self._opened.set()
-                # The last look at it was before there was a pool to count.
-                self._doubt()
+                # The last health check ran without a pool.
+                self._suspect_outage()
                 return
 
     async def close(self) -> None:
-        """Wait until every connection was given back, and close them.
+        """Wait until every connection is released, and close them.
 
-        Cancelling it cuts them all. Doing it again, or before anything was opened, is harmless.
+        Cancelling it closes them all at once. Idempotent, also before :meth:`open`.
         """
-        self._refuse()
+        self._refuse_new()
         if self._pool is not None:
             await self._pool.close()
 
     def terminate(self) -> None:
-        """Cut every connection at once."""
-        self._refuse()
+        """Close every connection at once."""
+        self._refuse_new()
         if self._pool is not None:
             self._pool.terminate()
+
+    async def cut(self, limit: float) -> None:
+        """Close every connection at once, and cancel in the server what runs on those in use.
+
+        Waits up to ``limit`` seconds for the server to take the requests; without an answer the
+        server finds out by itself.
+        """
+        requests = [cut(each) for each in self.members.lent()]
+        self.terminate()
+        if sent := [request for request in requests if request is not None]:
+            await asyncio.wait(sent, timeout=limit)
 
     # -- use ---------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def acquire(self) -> AsyncIterator[Lease]:
-        """Take a connection for the block.
+    async def acquire(
+        self, *, reset: bool = True, max_idle: float | None = None
+    ) -> AsyncIterator[Lease]:
+        """Acquire a connection for the block.
 
-        Raises :class:`PoolTimeoutError` when there is none in time, and what the driver raises
-        when a new one cannot be made.
+        Its session is reset for the next caller, which takes a round trip. With ``reset`` false
+        the round trip is made only if the block raises. Its statements must then leave the session
+        as it was, without settings, locks, cursors, listeners and temporary tables.
+
+        A connection that was idle for ``max_idle`` seconds is tested first, by another round trip.
+        The default is ``PING_AFTER``, and ``QUIET_PING_AFTER`` with ``reset`` false.
+
+        Raises :class:`PoolTimeoutError` if none is free within ``DB_POOL_TIMEOUT``, and the
+        driver's errors if a new one cannot be opened.
         """
         pool = await self._open_pool()
-        doubt = asyncio.get_running_loop().call_later(self.config.doubt_after, self._doubt)
+        loop = asyncio.get_running_loop()
+        suspicion = loop.call_later(self.config.suspect_after, self._suspect_outage)
         try:
-            connection = await self._take(pool)
+            if max_idle is None:
+                max_idle = PING_AFTER if reset else QUIET_PING_AFTER
+            connection = await self._acquire(pool, max_idle)
+            checked: Any = connection  # a proxy of a CheckedConnection
+            # Taken from the connection itself, since the proxy loses it when the server closes it.
+            mark_session_clean = checked.mark_session_clean
             self._in_use += 1
-            patience = PATIENTLY
+            limit = RESET_TIMEOUT
             try:
                 yield connection
+                if not reset:
+                    mark_session_clean()
             except asyncio.CancelledError:
-                patience = IN_A_HURRY
+                limit = FAST_RESET_TIMEOUT
+                raise
+            except asyncpg.ReadOnlySQLTransactionError as error:
+                await self.members.judge_refusal(connection, error)
                 raise
             finally:
                 self._in_use -= 1
-                await give_back(pool, connection, patience)
+                await release(pool, connection, limit)
         finally:
-            doubt.cancel()
+            suspicion.cancel()
 
     async def execute_with_retry(
         self,
@@ -151,34 +271,47 @@ class PostgresDatabase:
         attempts: int = 3,
         *,
         idempotent: bool = False,
+        isolation: Isolation | None = None,
+        readonly: bool = False,
     ) -> T:
-        """Run ``operation`` in a transaction, again from its start after a transient error.
+        """Run ``operation`` in a transaction; repeat it from its start after a transient error.
 
-        Each attempt has a connection and a transaction of its own, so an attempt that failed left
-        nothing behind, with one exception: the connection was lost while COMMIT was under way.
-        Whether that took effect nobody knows, and it is tried again only when the operation is
-        declared ``idempotent``. Raises the last error, which then has ``maybe_applied`` true.
+        ``isolation`` is the level of the transaction, by default that of the database. With
+        ``readonly`` it may not write.
+
+        Each attempt has a connection and a transaction of its own, so a failed attempt leaves
+        nothing behind, with one exception: if the connection is lost during COMMIT, the result is
+        unknown. Such an operation is repeated only if it is declared ``idempotent``; otherwise
+        the error is raised with ``maybe_applied`` true. Raises the error of the last attempt.
         """
         retrier = Retrier(
             retry_policy(attempts), name="database", idempotent=idempotent, clock=self._clock
         )
         retrier.subscribe(self.retries)
-        return await retrier.execute(lambda: self._in_transaction(operation))
+        return await retrier.execute(
+            lambda: self._in_transaction(operation, isolation=isolation, readonly=readonly)
+        )
 
-    async def _in_transaction(self, operation: Callable[[Lease], Awaitable[T]]) -> T:
+    async def _in_transaction(
+        self, operation: Callable[[Lease], Awaitable[T]], **options: Any
+    ) -> T:
         async with self.acquire() as connection:
-            transaction = connection.transaction()
+            transaction = connection.transaction(**options)
+            checked: Any = connection  # a proxy, which loses its connection when that is closed
+            own: CheckedConnection = checked.itself
             try:
-                await transaction.start()
+                await self.members.begin(connection, transaction)
                 result = await operation(connection)
             except BaseException as error:
-                if isinstance(error, OSError) and not connection.is_closed():
-                    # A file, another service, a time limit of its own: not the database's error.
+                if isinstance(error, OSError) and not own.is_closed():
+                    # Caused by a file, another service or the operation's own time limit.
                     error.not_the_database = True  # type: ignore[attr-defined]  # see is_transient
                 cut = isinstance(error, asyncio.CancelledError)
-                await roll_back(connection, transaction, IN_A_HURRY if cut else PATIENTLY)
+                await roll_back(
+                    connection, transaction, FAST_RESET_TIMEOUT if cut else RESET_TIMEOUT
+                )
                 raise
-            # Raises, as the commit would, where the connection has gone back to the pool.
+            # Raises, as the commit would, if the connection was released already.
             can_be_sent = not connection.is_closed()
             try:
                 await transaction.commit()
@@ -197,17 +330,17 @@ class PostgresDatabase:
 
     @property
     def idle_connections(self) -> int:
-        """Connections of the pool that are open and wait to be used."""
+        """Open connections of the pool that are free."""
         return self._pool.get_idle_size() if self._pool is not None else 0
 
     @property
     def in_use(self) -> int:
-        """Connections that callers hold, those included that were lost meanwhile."""
+        """Connections that callers hold, lost ones included."""
         return self._in_use
 
     @property
     def waiting(self) -> int:
-        """Callers that wait for a connection."""
+        """Callers that are waiting for a connection."""
         return self._waiting
 
     @property
@@ -220,81 +353,148 @@ class PostgresDatabase:
         """Slow queries since the start."""
         return self.queries.count
 
-    async def connect(self, *, cut: bool = False, **settings: str) -> "Connection[Any]":
-        """Connect beside the pool, to be ``cut`` with it, ``settings`` of the server changed."""
-        settings = {**self._arguments["server_settings"], **settings}
-        connection = await self._connect(server_settings=settings)
+    async def connect(
+        self, purpose: str, *, cut: bool = False, **settings: str
+    ) -> "Connection[Any]":
+        """Open a connection outside the pool, with server ``settings`` changed.
+
+        ``purpose`` is appended to the application name that the server shows. With ``cut``,
+        closing the pool closes it too.
+        """
+        connection = await self._connect(purpose=purpose, **settings)
         if cut:
-            self._beside.add(connection)
+            self._dedicated.add(connection)
             if self._closed:
                 connection.terminate()
         return connection
 
-    async def _connect(self, **more: Any) -> "Connection[Any]":
+    def dedicated(self, purpose: str) -> "DedicatedConnection":
+        """Return a connection outside the pool, which is opened at its first use.
+
+        ``purpose`` is appended to the application name that the server shows. Closing the pool
+        closes the connection, too.
+        """
+        lifetime = self.config.settings.max_lifetime
+        return DedicatedConnection(lambda: self.connect(purpose, cut=True), lifetime)
+
+    async def _connect(self, **arguments: Any) -> "Connection[Any]":
         try:
-            connection = await connect(self.config, {**self._arguments, **more})
+            connection = await self.connector.connect(**arguments)
         except Exception:
             self._failed_connections += 1
             raise
-        # Also where nobody is at it: that is when a server stops or is cut off.
+        # Idle connections too: they are the first to notice that a server stopped.
         connection.add_termination_listener(self._terminated)
         return connection
 
     def _new_pool(self) -> "Pool[Any]":
-        async def make(*_: object, **kwargs: Any) -> "Connection[Any]":
-            connection = await self._connect(**kwargs)
+        async def make(*_: object, **__: object) -> "Connection[Any]":
+            generation = self.members.generation
+            connection = await self._connect()
             connection.add_query_logger(self.queries)
+            self.members.admit(connection, generation)
             return connection
 
         return asyncpg.create_pool(
             connect=make,
             connection_class=CheckedConnection,
-            # One at least, or a pool that may be empty would never show that nothing can be had.
-            init_size=max(1, self.config.pool_min),
-            min_size=self.config.pool_min,
-            max_size=self.config.pool_max,
+            reset=self.members.reset,
+            # At least one, so that opening a pool with a minimum of 0 tests the connection.
+            init_size=max(1, self.config.settings.pool_min),
+            min_size=self.config.settings.pool_min,
+            max_size=self.config.settings.pool_max,
         )
 
     async def _open_pool(self) -> "Pool[Any]":
         if self._pool is None and not self._closed:
-            # Who comes before the start is over waits for it, as for any connection.
+            # Callers that come before the start wait for it, up to the pool's timeout.
+            limit = self.config.settings.pool_timeout
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.config.pool_timeout):
+                async with asyncio.timeout(min(limit, _START_SECONDS)):
+                    await self._opening.wait()
+                async with asyncio.timeout(limit):
                     await self._opened.wait()
-        if self._pool is None or self._closed:
-            state = "closed" if self._closed else "not open yet"
-            raise asyncpg.InterfaceError(f"the database's pool is {state}")
+        if self._closed:
+            raise asyncpg.InterfaceError("the database's pool is closed")
+        if self._pool is None:
+            raise NotOpenError(started=self._opening.is_set())
         return self._pool
 
-    async def _take(self, pool: "Pool[Any]") -> Lease:
+    async def _acquire(self, pool: "Pool[Any]", max_idle: float) -> Lease:
         self._waiting += 1
-        limit = self.config.pool_timeout
+        limit = self.config.settings.pool_timeout
         waiting = asyncio.timeout(limit)
         try:
             async with waiting:
-                return await pool.acquire()
+                while True:
+                    connection = await pool.acquire()
+                    if await self.members.can_be_used(connection, max_idle):
+                        return connection
         except Exception as error:
             if is_loss(error) or waiting.expired():
-                self._doubt()
+                self._suspect_outage()
             if not waiting.expired():
                 raise
             raise PoolTimeoutError(
                 f"Connection timeout: no database connection within {limit:g} s ({self._in_use} of"
-                f" {self.config.pool_max} in use, {self._waiting - 1} others wait)"
+                f" {self.config.settings.pool_max} in use, {self._waiting - 1} others wait)"
             ) from error
         finally:
             self._waiting -= 1
 
     def _terminated(self, connection: Any) -> None:
-        self._beside.discard(connection)
-        self._doubt()
+        self._dedicated.discard(connection)
+        if self.members.discard(connection):
+            self._suspect_outage()
 
-    def _refuse(self) -> None:
+    def _refuse_new(self) -> None:
         self._closed = True
         self._opened.set()
-        for connection in tuple(self._beside):
+        for connection in tuple(self._dedicated):
             connection.terminate()
 
-    def _doubt(self) -> None:
+    def _suspect_outage(self) -> None:
         if not self._closed:
-            self.on_doubt()
+            self.on_suspected_outage()
+
+
+class Closable(Protocol):
+    """A part that closes at once."""
+
+    async def close(self) -> None:
+        """Close it."""
+
+
+MAX_IDLE_CLOSE_SECONDS = 1.0
+"""Seconds for an orderly close of connections that are not in use."""
+
+
+async def close_postgres(
+    database: PostgresDatabase, check: Closable, clock: Clock, budget: float
+) -> None:
+    """Close the check's connection and the pool within ``budget`` seconds.
+
+    Before their end, connections that are still in use are cut, and their statements cancelled in
+    the server. Raises :class:`WorkLostError` if there were any.
+    """
+    # The server needs a moment of the budget for the cancel requests.
+    cancelling = min(CANCEL_SECONDS, budget / 4)
+    await check.close()
+    closing = asyncio.ensure_future(database.close())
+    try:
+        # A connection in use gets the whole budget; idle ones only need an orderly close.
+        limit = budget - cancelling if database.in_use else min(budget, MAX_IDLE_CLOSE_SECONDS)
+        if await finished_within(closing, limit, clock):
+            await closing
+            return
+    except BaseException:
+        database.terminate()
+        closing.cancel()
+        raise
+    in_use = database.in_use
+    await database.cut(cancelling)
+    closing.cancel()
+    if in_use:
+        raise WorkLostError(f"{in_use} database connections were still in use and were cut")
+    # No work is lost when the server does not confirm the close.
+    _logger.warning("Database connections cut: the server does not answer")

@@ -1,54 +1,106 @@
-"""What an error of Postgres, of its driver or of the network on the way means."""
+"""Classification of errors from Postgres, its driver and the network."""
 
+import contextlib
+import re
 import socket
 import ssl
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import asyncpg
 from asyncpg import exceptions as pg
 from asyncpg.exceptions import InterfaceError, InternalClientError, PostgresError
 
 from viralfx.domain.errors import ViralFXError
-from viralfx.domain.resilience.backoff import Backoff, Jitter
-from viralfx.domain.resilience.retry_policy import BackoffPolicy
+from viralfx.domain.jobs.model import (
+    LedgerLimitError,
+    LedgerUnavailableError,
+    NotMigratedError,
+    UnstorableError,
+)
+from viralfx.settings import CredentialsError
 
-DATABASE_ERRORS = (OSError, PostgresError, InterfaceError, InternalClientError)
-"""Every kind of error that the driver raises for a database that does not do what it should."""
+DATABASE_ERRORS = (
+    OSError,
+    PostgresError,
+    InterfaceError,
+    InternalClientError,
+    CredentialsError,
+)
+"""All error types that mean that the database or the connection to it fails."""
 
 
 class PoolTimeoutError(ViralFXError, TimeoutError):
-    """No connection of the pool became free in time; nothing was sent to the database."""
+    """No connection of the pool became free in time; no statement was sent."""
+
+
+class NotOpenError(ViralFXError, InterfaceError):
+    """The pool is not open; no statement was sent."""
+
+    def __init__(self, *, started: bool) -> None:
+        """Name the remedy, unless the pool was ``started`` and is being opened."""
+        what = "the database's pool is not open yet"
+        remedy = "nothing has started the plugin; in a script, use `async with app.lifespan():`"
+        super().__init__(what if started else f"{what}: {remedy}")
+
+
+class WrongServerError(ViralFXError, ConnectionError):
+    """A server is not of the kind that ``target_session_attrs`` names."""
+
+    def __init__(self, wanted: str) -> None:
+        """``wanted`` is the value of ``target_session_attrs``."""
+        super().__init__(wanted)
+        self.wanted = wanted
+
+
+class NoServerError(ViralFXError, ConnectionError):
+    """None of several hosts can be used."""
+
+    def __init__(self, failures: Sequence[tuple[str, Exception]]) -> None:
+        """``failures`` holds each host with its error."""
+        super().__init__("; ".join(f"{name} {explain(error).problem}" for name, error in failures))
+        self.failures = failures
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
-    """An error, explained. ``remedy`` says what to look at; neither holds data or a secret."""
+class ErrorExplanation:
+    """Code, problem and remedy of an error; none of them contains data or a secret."""
 
     code: str
     problem: str
     remedy: str
 
 
-_BY_CLASS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Trouble], ...] = (
+_READ_ONLY = ErrorExplanation("read_only", "accepts no writes", "name the primary")
+_BY_CLASS: tuple[
+    tuple[type[BaseException] | tuple[type[BaseException], ...], ErrorExplanation], ...
+] = (
     (
         pg.InvalidPasswordError,
-        Trouble("auth", "refuses the user or password", "check the user and password"),
+        ErrorExplanation("auth", "refuses the user or password", "check the user and password"),
     ),
     (
-        # No such user where no password is asked for, or no rule for it, from here, without TLS.
+        # An unknown user with trust authentication, or no matching rule in pg_hba.conf.
         pg.InvalidAuthorizationSpecificationError,
-        Trouble("auth", "does not let this user in", "check user, pg_hba.conf and DB_TLS_MODE"),
+        ErrorExplanation(
+            "auth", "does not admit this user", "check user, pg_hba.conf and DB_TLS_MODE"
+        ),
     ),
     (
         pg.InvalidCatalogNameError,
-        Trouble("no_database", "has no database of that name", "check the name, or create it"),
+        ErrorExplanation(
+            "no_database", "has no database of that name", "check the name, or create it"
+        ),
     ),
     (
         pg.InvalidSchemaNameError,
-        Trouble("no_schema", "has no schema of that name", "check the name, or create it"),
+        ErrorExplanation(
+            "no_schema", "lacks the schema", "run `viralfx migrate`, and check DB_SCHEMA"
+        ),
     ),
     (
         pg.TooManyConnectionsError,
-        Trouble(
+        ErrorExplanation(
             "too_many_connections",
             "has no connection left",
             "lower DB_POOL_MAX or raise max_connections",
@@ -56,79 +108,228 @@ _BY_CLASS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Tr
     ),
     (
         (pg.CannotConnectNowError, pg.AdminShutdownError, pg.CrashShutdownError),
-        Trouble("restarting", "is starting or stopping", "wait, or look at its log"),
+        ErrorExplanation("restarting", "is starting or stopping", "wait, or check its log"),
     ),
     (
         pg.InsufficientPrivilegeError,
-        Trouble("forbidden", "denies this user a permission", "grant it"),
+        ErrorExplanation("forbidden", "denies this user a permission", "grant it"),
     ),
     (
         pg.QueryCanceledError,
-        Trouble("timeout", "cancelled a statement", "look at its load and locks"),
+        ErrorExplanation("timeout", "cancelled a statement", "check its load and locks"),
     ),
     (
         pg.LockNotAvailableError,
-        Trouble("locked", "has something locked", "look at what holds it"),
+        ErrorExplanation("locked", "has a lock held too long", "check which session holds it"),
     ),
-    (
-        pg.ReadOnlySQLTransactionError,
-        Trouble("read_only", "accepts no writes", "name the primary"),
-    ),
+    (pg.ReadOnlySQLTransactionError, _READ_ONLY),
     (
         ssl.SSLError,
-        Trouble("tls", "cannot be trusted over TLS", "check DB_TLS_MODE and DB_TLS_CA_FILE"),
+        ErrorExplanation(
+            "tls", "cannot be trusted over TLS", "check DB_TLS_MODE and DB_TLS_CA_FILE"
+        ),
     ),
     (
-        # The second is what no name of a host can look like.
+        # UnicodeError: the text cannot be a host name.
         (socket.gaierror, UnicodeError),
-        Trouble("unreachable", "has a host name that is not known", "check the host"),
+        ErrorExplanation("unreachable", "has an unknown host name", "check the host"),
     ),
     (
         TimeoutError,
-        Trouble("timeout", "does not answer", "look at the server, and at what is in between"),
+        ErrorExplanation("timeout", "does not answer", "check the server and the network"),
     ),
     (
         ConnectionRefusedError,
-        Trouble("refused", "refuses connections", "check host and port, and that it runs"),
+        ErrorExplanation(
+            "refused", "refuses connections", "check host and port, and that it is running"
+        ),
     ),
     (
         (pg.PostgresConnectionError, InterfaceError, InternalClientError, ConnectionError),
-        Trouble("lost", "closed the connection", "look at its log"),
+        ErrorExplanation("lost", "closed the connection", "check its log"),
     ),
     (
         FileNotFoundError,
-        Trouble("unreachable", "has no socket in that folder", "check the folder"),
+        ErrorExplanation("unreachable", "has no socket in that folder", "check the folder"),
     ),
 )
-_TLS_OTHER_NAME = Trouble(
-    "tls", "shows a certificate for another host", "check the host, or see DB_TLS_MODE"
+_TLS_EXPIRED = ErrorExplanation(
+    "tls", "presents a certificate that has expired", "renew it on the server"
 )
-_OTHER_NAME = {62, 64}
-"""OpenSSL's numbers for a host name and for an address that the certificate is not for."""
-_TLS_REFUSED = Trouble("tls", "speaks no TLS", "turn it on there, or see DB_TLS_MODE")
-_UNREACHABLE = Trouble("unreachable", "cannot be reached", "check the host and the network")
-_UNKNOWN = Trouble("error", "failed", "the log has the error")
+_AUTH = _BY_CLASS[0][1]
+_POOLER_FULL = "pooler_full"
+# PgBouncer's words: all are SQLSTATE 08P01, or the reason with which it closed a connection.
+_BY_POOLER = (
+    ("SASL authentication failed", _AUTH),
+    ("password authentication failed", _AUTH),
+    (
+        "query_wait_timeout",
+        ErrorExplanation(
+            _POOLER_FULL,
+            "is behind a pooler that had no connection to it in time (query_wait_timeout)",
+            "check that the pooler is not paused and reaches the server, or raise its pool size",
+        ),
+    ),
+    (
+        "no more connections allowed",
+        ErrorExplanation(
+            _POOLER_FULL,
+            "is behind a pooler that takes no more clients (max_client_conn)",
+            "raise the pooler's max_client_conn, or lower DB_POOL_MAX",
+        ),
+    ),
+    (
+        "server conn crashed",
+        ErrorExplanation(
+            "lost", "closed its connection to a pooler", "check its log, and that of the pooler"
+        ),
+    ),
+    (
+        "shutting down",
+        ErrorExplanation(
+            "restarting", "is behind a pooler that is stopping", "wait, or check the pooler's log"
+        ),
+    ),
+    (
+        "server login has been failing",
+        ErrorExplanation(
+            "pooler_cut_off",
+            "is behind a pooler that cannot log in to it",
+            "check the server, and the pooler's log",
+        ),
+    ),
+)
+POOLER_REFUSAL = "pooler_mode"
+_PROTOCOL = ErrorExplanation(
+    "protocol", "broke off the connection (SQLSTATE 08P01)", "check its log, and that of a pooler"
+)
+_REFUSED_PARAMETER = re.compile(r"unsupported startup parameter(?: in options)?: [a-z_]+")
+"""Matches the pooler's words, with the name of a setting and without its value."""
+_TLS_NAME_MISMATCH = ErrorExplanation(
+    "tls", "presents a certificate for another host", "check the host, or see DB_TLS_MODE"
+)
+_TLS_CLIENT = ErrorExplanation(
+    "tls",
+    "refuses the client certificate",
+    "check that DB_TLS_CERT_FILE has not expired, and that the server trusts its issuer",
+)
+_BY_VERIFICATION = {10: _TLS_EXPIRED, 62: _TLS_NAME_MISMATCH, 64: _TLS_NAME_MISMATCH}
+"""OpenSSL's verification codes: expired, and a host name or address that does not match."""
+_TLS_REFUSED = ErrorExplanation(
+    "tls", "does not support TLS", "enable TLS on the server, or see DB_TLS_MODE"
+)
+_UNREACHABLE = ErrorExplanation(
+    "unreachable", "cannot be reached", "check the host and the network"
+)
+_UNKNOWN = ErrorExplanation("error", "failed", "the log has the error")
 
 
-def explain(error: BaseException) -> Trouble:
-    """Say what an error means, for a check's code and a person's eyes."""
+_WRONG_KIND = {
+    "read-write": _READ_ONLY,
+    "primary": ErrorExplanation("read_only", "is a standby", "name the primary"),
+}
+_NO_STANDBY = ErrorExplanation(
+    "no_standby", "is the primary", "name a standby, or see target_session_attrs"
+)
+_VAGUE_CODES = ("lost", "timeout", "refused", "unreachable")
+"""Codes of errors that say little about the cause, the most telling first."""
+
+
+def most_telling(errors: Sequence[Exception]) -> Exception:
+    """Return the error of several servers or addresses that says most about the cause."""
+
+    def vagueness(error: Exception) -> int:
+        code = explain(error).code
+        return _VAGUE_CODES.index(code) + 1 if code in _VAGUE_CODES else 0
+
+    return min(errors, key=vagueness)
+
+
+def _explain_own(error: BaseException) -> ErrorExplanation | None:
+    if isinstance(error, NoServerError):
+        main = explain(most_telling([one for _, one in error.failures]))
+        return ErrorExplanation(main.code, f"has no usable server: {error}", main.remedy)
+    if isinstance(error, CredentialsError):
+        return ErrorExplanation(
+            "auth", f"cannot be logged in to: {error}", "correct that callable; see the log"
+        )
+    if isinstance(error, WrongServerError):
+        return _WRONG_KIND.get(error.wanted, _NO_STANDBY)
+    if _is_alert_about_certificate(error):
+        return _TLS_CLIENT
+    if isinstance(error, pg.PostgresConnectionError):
+        return _explain_pooler(error)
+    return _BY_VERIFICATION.get(getattr(error, "verify_code", 0))
+
+
+def _is_alert_about_certificate(error: BaseException | None) -> bool:
+    # With TLS 1.3 the server verifies the client after the handshake, so that the driver sees a
+    # lost connection whose cause is the alert.
+    while error is not None:
+        reason = str(getattr(error, "reason", "")) if isinstance(error, ssl.SSLError) else ""
+        if "ALERT" in reason and ("CERT" in reason or "UNKNOWN_CA" in reason):
+            return True
+        error = error.__cause__
+    return False
+
+
+def explain(error: BaseException) -> ErrorExplanation:
+    """Return code, problem and remedy of an error."""
+    if (explained := _explain_own(error)) is not None:
+        return explained
     if refuses_tls(error):
         return _TLS_REFUSED
-    if getattr(error, "verify_code", None) in _OTHER_NAME:
-        return _TLS_OTHER_NAME
-    for kinds, trouble in _BY_CLASS:
+    for kinds, explained in _BY_CLASS:
         if isinstance(error, kinds):
-            return trouble
+            return explained
     if isinstance(error, OSError):
-        # Several addresses of one name, all tried, come as one error with its parts as text.
+        # If a name has several addresses, asyncio joins their errors into one text.
         text = str(error)
         refused = "Connect call failed" in text or "Connection refused" in text
         return explain(ConnectionRefusedError()) if refused else _UNREACHABLE
     return _UNKNOWN
 
 
+def is_login_refused(error: BaseException) -> bool:
+    """Return True if a server refused the user or the password."""
+    if isinstance(error, NoServerError):
+        return any(is_login_refused(one) for _, one in error.failures)
+    refused = (pg.InvalidPasswordError, pg.InvalidAuthorizationSpecificationError)
+    by_pooler = isinstance(error, pg.ProtocolViolationError) and explain(error) is _AUTH
+    return isinstance(error, refused) or by_pooler
+
+
+def _explain_pooler(error: BaseException) -> ErrorExplanation | None:
+    message = str(error.args[0]) if error.args else ""
+    if refused := _REFUSED_PARAMETER.search(message):
+        return ErrorExplanation(
+            POOLER_REFUSAL,
+            f"is behind a pooler that refuses the settings of a session ({refused[0]})",
+            "set DB_POOLER to the pooler's mode: session or transaction",
+        )
+    for words, explained in _BY_POOLER:
+        if words in message:
+            return explained
+    if isinstance(error, pg.ProtocolViolationError):
+        # An old or another pooler; a server sends this code only for a defect of the driver.
+        return _PROTOCOL
+    return None
+
+
+def _is_lasting_refusal(error: BaseException) -> bool:
+    lasting = {POOLER_REFUSAL, _AUTH.code}
+    return isinstance(error, pg.ProtocolViolationError) and explain(error).code in lasting
+
+
+def refuses_pooling(error: BaseException) -> bool:
+    """Return True if a pooler refused the connection in a way that lasts: see ``DB_POOLER``."""
+    if isinstance(error, NoServerError):
+        return all(refuses_pooling(one) for _, one in error.failures)
+    return explain(error).code == POOLER_REFUSAL
+
+
 def refuses_tls(error: BaseException) -> bool:
-    """Tell whether the server said that it speaks no TLS."""
+    """Return True if the server refused TLS."""
     return isinstance(error, ConnectionError) and "SSL upgrade" in str(error)
 
 
@@ -145,58 +346,134 @@ _NEVER = (PoolTimeoutError, ssl.SSLError, socket.gaierror, PermissionError, File
 
 
 def is_transient(error: BaseException) -> bool:
-    """Tell whether the same call may well succeed soon.
+    """Return True if the same call may succeed soon.
 
-    That is: connections lost or refused, a server that restarts or has no connection left, and
-    transactions that lost against another (SQLSTATE class 08, 40001, 40P01, 53300, 57P01-57P03;
-    see "PostgreSQL Error Codes" in its manual). A pool that gave out no connection in time is not:
-    who waited that long must not double the queue.
+    True for lost or refused connections, a server that restarts or has no connection left, and
+    transactions that lost against another one (SQLSTATE class 08, 40001, 40P01, 53300,
+    57P01-57P03; see "PostgreSQL Error Codes" in its manual). Also True if the server accepts no
+    writes (25006): another connection may lead to the new primary. False if the caller's own
+    transaction was read-only, and for a timeout of the pool: retries would only lengthen its queue.
     """
     if getattr(error, "not_the_database", False):
         return False
-    if isinstance(error, _NEVER) or refuses_tls(error):
+    if isinstance(error, NoServerError):
+        return any(is_transient(one) for _, one in error.failures)
+    if isinstance(error, _NEVER) or refuses_tls(error) or _is_lasting_refusal(error):
         return False
     if isinstance(error, InternalClientError):
-        # Its connection has been told that the server ends it, and waits for the end.
+        # The server announced the end of the connection, which is not closed yet.
         return "cannot switch to state" in str(error)
     if isinstance(error, InterfaceError):
-        # The driver's words for a connection that is gone, and so went back to the pool, which has
-        # none of ours in use; its other uses are mistakes in the code, or a pool that is closed.
+        # The driver's texts for a lost connection. Other texts mean wrong use of the driver, or a
+        # closed pool.
         text = str(error)
         return "connection" in text and ("closed" in text or "released back" in text)
-    return isinstance(error, (*_TRANSIENT, OSError))
+    of_server: bool = getattr(error, "of_server", False)
+    return of_server or isinstance(error, (*_TRANSIENT, OSError, CredentialsError))
 
 
-def said_by_server(error: BaseException) -> str | None:
-    """Return the server's own words, in one line; None when they are somebody else's.
+def server_message(error: BaseException) -> str | None:
+    """Return the server's message as one line; None if the error is not from the server.
 
-    Its details and hints are left out: they may quote data.
+    Details and hints are omitted because they may quote data.
     """
     return error.args[0] if isinstance(error, PostgresError) and error.args else None
 
 
 def is_rolled_back(error: BaseException) -> bool:
-    """Tell whether the server itself said that the transaction had no effect."""
+    """Return True if the server confirmed that the transaction had no effect."""
     unknown = pg.StatementCompletionUnknownError
     lost = (pg.PostgresConnectionError, pg.AdminShutdownError, pg.CrashShutdownError, unknown)
     return isinstance(error, PostgresError) and not isinstance(error, lost)
 
 
 def is_loss(error: BaseException) -> bool:
-    """Tell whether an error gives reason to doubt the database, rather than the statement."""
+    """Return True if an error suggests an outage rather than a failed statement."""
     return is_transient(error) and not isinstance(
         error, pg.SerializationError | pg.DeadlockDetectedError
     )
 
 
-def retry_policy(attempts: int = 3) -> BackoffPolicy:
-    """Return the policy of this technology: transient errors, soon and at random moments.
+_NOT_MIGRATED = (
+    asyncpg.UndefinedTableError,
+    asyncpg.UndefinedColumnError,
+    asyncpg.InvalidSchemaNameError,
+)
+BAD_VALUE = (asyncpg.DataError, ValueError)
+"""Errors of the server, the driver and our own validation for a value that cannot be stored."""
 
-    What lost against another transaction would meet it again, were the waits the same for both.
-    Raises ``ValueError`` for a number of attempts below one.
+_NOT_OF_CONTENT = (
+    "08",  # the connection
+    "25",  # a server that accepts no writes
+    "28",  # the user
+    "3D",
+    "3F",
+    "40",  # another transaction
+    "53",  # resources
+    "55",  # locks
+    "57",  # an operator
+    "58",  # the system
+    "F0",  # the configuration
+    "XX001",  # a damaged table or index
+    "XX002",
+)
+"""Beginnings of the SQLSTATEs that do not depend on the values of a statement."""
+_LIMITS = (TimeoutError, pg.QueryCanceledError, pg.LockNotAvailableError, pg.OutOfMemoryError)
+
+
+def refusal(error: BaseException | None) -> UnstorableError | None:
+    """Return the refusal of a call's content that an error means; None for any other error.
+
+    The error is that of the driver, or the one that :func:`map_errors` made of it.
+
+    Each SQLSTATE is a refusal that the server does not send for a state of its own: also those of
+    a user's trigger, of a constraint and of a limit of the server, such as its stack depth.
     """
-    return BackoffPolicy(
-        attempts=attempts,
-        backoff=Backoff(base=0.1, cap=5.0, jitter=Jitter.FULL),
-        retry_on=is_transient,
-    )
+    if isinstance(error, LedgerUnavailableError):
+        error = error.__cause__
+    if not isinstance(error, PostgresError):
+        bad = isinstance(error, BAD_VALUE) and not isinstance(error, ssl.SSLError)
+        return UnstorableError(str(error)) if bad else None
+    code: str | None = getattr(error, "sqlstate", None)
+    own = (*_NOT_MIGRATED, pg.InvalidCachedStatementError)
+    if code is None or code.startswith(_NOT_OF_CONTENT) or isinstance(error, own):
+        return None
+    return UnstorableError(f"{server_message(error)} (SQLSTATE {code})", code)
+
+
+def is_fault_of_server(code: str | None) -> bool:
+    """Return True if a refusal has a cause that other values of the sender would not change.
+
+    Examples are a missing permission and a function that does not exist.
+    """
+    return code is not None and code.startswith(("0A", "42", "XX"))
+
+
+@contextlib.contextmanager
+def map_errors() -> Iterator[None]:
+    """Convert database errors, except ``BAD_VALUE``, to :class:`LedgerUnavailableError`."""
+    try:
+        yield
+    except ssl.SSLError as error:
+        # Before the others: an error of a certificate is a ``ValueError``, too.
+        raise unavailable(error) from error
+    except BAD_VALUE:
+        raise
+    except DATABASE_ERRORS as error:
+        raise unavailable(error) from error
+
+
+def unavailable(error: Exception) -> LedgerUnavailableError:
+    """Convert a database error to an error of the ledger's port."""
+    # A trigger of the user's may call a function that is missing, too.
+    missing = isinstance(error, asyncpg.UndefinedFunctionError) and "viralfx_" in str(error)
+    if missing or isinstance(error, _NOT_MIGRATED):
+        return NotMigratedError("the tables of jobs are missing: run `viralfx migrate`")
+    if isinstance(error, NotOpenError):
+        return LedgerUnavailableError(str(error), explain(error).code)
+    # Without a connection no statement was sent, so none asked for too much.
+    limited = isinstance(error, _LIMITS) and not isinstance(error, PoolTimeoutError)
+    kind = LedgerLimitError if limited else LedgerUnavailableError
+    refused, explanation = refusal(error), explain(error)
+    problem = explanation.problem if refused is None else f"refuses the call: {refused}"
+    return kind(f"the database {problem}", explanation.code)

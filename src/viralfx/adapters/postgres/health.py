@@ -1,53 +1,288 @@
-"""The database check: what the server answers, the pool's counters, the schema's version."""
+"""The database check: response of the server, pool counters and schema version.
 
-from viralfx.adapters.postgres.database import PostgresDatabase
-from viralfx.adapters.postgres.errors import explain
-from viralfx.adapters.postgres.health_question import HealthQuestion
+The checks of the database and of the queues share one query on a dedicated connection.
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from asyncpg.connection import Connection
+from asyncpg.exceptions import PostgresError
+
+from viralfx.adapters.postgres import ledger_sql
+from viralfx.adapters.postgres.connections import run_limited, run_query
+from viralfx.adapters.postgres.database import PostgresDatabase, VacuumStatus
+from viralfx.adapters.postgres.errors import explain, is_loss, unavailable
+from viralfx.adapters.postgres.ledger_rows import Row, counts_of_rows
+from viralfx.adapters.postgres.ledger_sql import COUNTS, PROMOTED_AT_ONCE, SOON_SECONDS
+from viralfx.adapters.postgres.migrations import (
+    REVISIONS,
+    Statements,
+    current_revision,
+    is_later,
+    missing_after,
+    qualified,
+)
+from viralfx.adapters.postgres.pool import IS_READ_ONLY, end_of_life
 from viralfx.domain.clock import Clock, timestamp
-from viralfx.domain.health import Observation, Status
+from viralfx.domain.health.model import Observation, Status
+from viralfx.domain.jobs.ledger import QueueCounts
+from viralfx.domain.jobs.model import JobState, LedgerUnavailableError, NotMigratedError
+from viralfx.settings import milliseconds
+
+_logger = logging.getLogger("viralfx.database")
+
+# Vacuum keeps each row that the oldest transaction of the database may still see. The times of
+# other users' transactions are NULL without the role pg_read_all_stats.
+_VACUUM: Final = """
+(
+    SELECT extract(epoch FROM coalesce(max(statement_timestamp() - begun), '0'))
+    FROM (
+        SELECT xact_start AS begun FROM pg_catalog.pg_stat_activity
+        WHERE datname = current_database()
+            AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL)
+        UNION ALL
+        SELECT prepared FROM pg_catalog.pg_prepared_xacts WHERE database = current_database()
+    ) AS transactions
+) AS oldest_transaction,
+pg_catalog.pg_stat_get_dead_tuples('viralfx_jobs'::regclass) AS dead_job_rows
+"""
+HEALTH_QUERY: Final = f"""
+{IS_READ_ONLY}, {_VACUUM}, counted.*
+FROM (VALUES (0)) AS one LEFT JOIN ({COUNTS}) AS counted ON true
+"""
+
+_COUNT_TIMEOUT_SHARE = 0.4
+"""Share of the timeout after which the server cancels counting, if it is locked or busy."""
+
+_MAX_COUNTERS = 10_000
+"""Number of counter rows from which the health query folds them: no worker does."""
+
+MAX_FAILURE_AGE_SECONDS = 1.0
+"""Failures up to this age are shared with callers that accept a result of that age."""
+
+
+@dataclass(frozen=True, slots=True)
+class HealthQueryResult:
+    """Result of the health query."""
+
+    pending: tuple[str, ...]
+    """Migrations that this code needs and the database lacks."""
+    read_only: bool
+    counts: Mapping[str, QueueCounts] | LedgerUnavailableError
+    """Counts of the queues that ever had a job, or the error of counting them."""
+
+
+class HealthQuery:
+    """Runs one query that serves all checks of the database.
+
+    Callers that accept a result of some age share a recent one. Callers that waited while the
+    query failed share the failure. The connection is used for nothing else; if it fails or hangs,
+    or the caller is cancelled, it is closed and reopened for the next query. It is also reopened
+    for each query while the server accepts no writes: that finds the server that does.
+    """
+
+    def __init__(self, database: PostgresDatabase, clock: Clock, *, timeout: float) -> None:
+        """``timeout``: seconds for the query, connecting included."""
+        self._database = database
+        self._clock = clock
+        self._timeout = timeout
+        self._schema = database.config.settings.schema
+        self._sql = Statements(self._schema, ledger_sql)
+        self._statement = qualified(HEALTH_QUERY, self._schema)
+        self._connection: Connection[Any] | None = None
+        self._ends_at = math.inf
+        self._read_only = False
+        """True if the last server that was asked accepted no writes."""
+        self._schema_is_current = False
+        self._reported_revision: str | None = None
+        self._lock = asyncio.Lock()
+        self._result: HealthQueryResult | None = None
+        self._started_at = 0.0
+        self._failure: Exception | None = None
+        self._failed_at = 0.0
+
+    @property
+    def connected(self) -> bool:
+        """True if there is a connection that has not failed."""
+        return self._connection is not None
+
+    async def run(self, max_age: float = 0.0) -> HealthQueryResult:
+        """Return a result whose query started at most ``max_age`` seconds before the call.
+
+        Raises the driver's errors and ``TimeoutError``; also those of another caller's query that
+        failed since the call, or at most ``max_age`` (and one second) before it.
+        """
+        began = self._clock.monotonic()
+        async with self._lock:
+            if self._result is not None and self._started_at >= began - max_age:
+                return self._result
+            shared_for = min(max_age, MAX_FAILURE_AGE_SECONDS)
+            if self._failure is not None and self._failed_at >= began - shared_for:
+                raise self._failure
+            # The time before the query: changes after the server counted are not in the result.
+            self._started_at = self._clock.monotonic()
+            try:
+                async with asyncio.timeout(self._timeout):
+                    self._result = await self._query()
+            except BaseException as error:
+                self.close()
+                self._result = self._database.vacuum = None
+                self._failure = error if isinstance(error, Exception) else None
+                self._failed_at = self._clock.monotonic()
+                raise
+            self._failure = None
+            return self._result
+
+    async def counts(self, max_age: float = 0.0) -> Mapping[str, QueueCounts]:
+        """Return the counts of the queues; raises :class:`LedgerUnavailableError`."""
+        try:
+            counts = (await self.run(max_age)).counts
+        except Exception as error:
+            raise unavailable(error) from error
+        if isinstance(counts, LedgerUnavailableError):
+            raise counts
+        return counts
+
+    def close(self) -> None:
+        """Close the connection at once."""
+        connection, self._connection = self._connection, None
+        self._database.health_backend = None
+        if connection is not None:
+            connection.terminate()
+
+    async def _query(self) -> HealthQueryResult:
+        finds_primary = self._database.config.needs_writes
+        if self._read_only and finds_primary:
+            self.close()
+        before = self._connection
+        result = await self._ask(await self._open())
+        if result.read_only and finds_primary and self._connection is before:
+            # The connection outlived a change of the primary.
+            self.close()
+            result = await self._ask(await self._open())
+        if result.read_only is not self._read_only and not result.pending:
+            self._read_only = result.read_only
+            if finds_primary:
+                # Connections of the pool may still lead to the other server.
+                reason = "read_only" if result.read_only else "writable"
+                self._database.members.replace_all(reason)
+        return result
+
+    async def _open(self) -> "Connection[Any]":
+        """Return the connection; open it if there is none, or if it reached its greatest age."""
+        connection = self._connection
+        now = asyncio.get_running_loop().time()
+        if connection is None or connection.is_closed() or now >= self._ends_at:
+            self.close()
+            connection = self._connection = await self._connect()
+            self._database.health_backend = connection.get_server_pid()
+            self._ends_at = end_of_life(self._database.config.settings.max_lifetime)
+            self._schema_is_current = False
+        return connection
+
+    async def _ask(self, connection: "Connection[Any]") -> HealthQueryResult:
+        if not self._schema_is_current:
+            revision = await run_query(connection, current_revision(connection, self._schema))
+            if pending := missing_after(revision):
+                behind = NotMigratedError("the tables of jobs are behind: run `viralfx migrate`")
+                return HealthQueryResult(pending, read_only=False, counts=behind)
+            self._schema_is_current = True
+            self._warn_of_later_schema(revision)
+        try:
+            rows = await run_limited(
+                connection, lambda: connection.fetch(self._statement, JobState.WAITING)
+            )
+        except PostgresError as error:
+            if is_loss(error) or connection.is_closed():
+                raise
+            # A locked or huge table of jobs does not make the server unhealthy.
+            self._database.vacuum = None
+            read_only = await run_query(connection, connection.fetchval(IS_READ_ONLY))
+            return HealthQueryResult((), read_only=read_only != "off", counts=unavailable(error))
+        read_only = rows[0]["read_only"] != "off"
+        self._database.vacuum = VacuumStatus(
+            oldest_transaction=max(0.0, float(rows[0]["oldest_transaction"])),
+            dead_job_rows=rows[0]["dead_job_rows"],
+        )
+        counted = [row for row in rows if row["queue"] is not None]
+        if not read_only:
+            await self._maintain(connection, counted)
+        return HealthQueryResult((), read_only=read_only, counts=counts_of_rows(counted))
+
+    async def _maintain(self, connection: "Connection[Any]", counted: Sequence[Row]) -> None:
+        """Do a part of the sweep's work if it was not done, because no worker is alive."""
+        steps: list[tuple[str, tuple[int, ...]]] = []
+        if sum(row["counters"] for row in counted) > _MAX_COUNTERS:
+            steps.append((self._sql.FOLD, (_MAX_COUNTERS,)))
+        if any(row["overdue"] for row in counted):
+            steps.append((self._sql.PROMOTE, (SOON_SECONDS, PROMOTED_AT_ONCE)))
+        try:
+            for statement, arguments in steps:
+                await run_limited(connection, partial(connection.execute, statement, *arguments))
+        except PostgresError as error:
+            if is_loss(error) or connection.is_closed():
+                raise
+
+    def _warn_of_later_schema(self, revision: str | None) -> None:
+        # Usable, for example after a rollback of a deployment; the log shows a wrong image.
+        if is_later(revision) and revision != self._reported_revision:
+            extra = {"revision": revision, "known": REVISIONS[-1]}
+            _logger.warning("Database schema is of a later version", extra=extra)
+            self._reported_revision = revision
+
+    async def _connect(self) -> "Connection[Any]":
+        limit = str(max(1, round(self._timeout * _COUNT_TIMEOUT_SHARE * 1000)))
+        return await self._database.connect("health", statement_timeout=limit)
 
 
 class PostgresHealthCheck:
-    """Asks the server once per attempt, over a connection that is used for nothing else.
+    """Runs one query per check on a dedicated connection.
 
-    The application's pool may be exhausted, which is a warning, without making the check wait.
+    So the check does not wait for the application's pool; an exhausted pool is a warning.
     """
 
     def __init__(self, database: PostgresDatabase, clock: Clock, *, timeout: float) -> None:
         """``timeout`` in seconds should be shorter than the monitor's.
 
-        The check then says for itself that there is no answer, with the pool's counters; the
-        monitor, which cuts it off, could not.
+        Then the check reports the timeout itself, with the pool's counters, before the monitor
+        cancels it.
         """
         self._database = database
         self._clock = clock
-        self.question = HealthQuestion(database, clock, timeout=timeout)
-        """What is asked; other checks may share the answer."""
+        self.query = HealthQuery(database, clock, timeout=timeout)
+        """The query; other checks may share its result."""
 
     async def check(self) -> Observation:
-        """Look once. The monitor's timeout may cancel it at any point."""
+        """Run the query once and judge the result. May be cancelled at any point."""
         try:
-            answer = await self.question.ask()
-        except Exception as error:  # noqa: BLE001 - every error has a code; the log gets it
-            trouble = explain(error)
+            result = await self.query.run()
+        except Exception as error:  # noqa: BLE001 - every error has a code and is logged
+            explained = explain(error)
             return self._observe(
-                Status.FAIL, f"Database {trouble.problem}", trouble.code, error=error
+                Status.FAIL, f"Database {explained.problem}", explained.code, error=error
             )
-        if answer.pending:
+        if result.pending:
             return self._observe(
                 Status.FAIL,
-                f"Database schema is behind: {', '.join(answer.pending)} pending;"
+                f"Database schema is behind: {', '.join(result.pending)} pending;"
                 " run `viralfx migrate`",
                 "schema_behind",
             )
-        if answer.read_only:
+        if result.read_only and self._database.config.needs_writes:
             return self._observe(
-                Status.WARN,
-                "Database accepts no writes: it is a replica, or was set to read only",
+                Status.FAIL,
+                "Database accepts no writes: it is a standby, or was set to read only; name the"
+                " primary, or set target_session_attrs for a standby",
                 "read_only",
             )
-        config, waiting = self._database.config, self._database.waiting
-        if waiting and self._active >= config.pool_max:
+        settings, waiting = self._database.config.settings, self._database.waiting
+        if waiting and self._active >= settings.pool_max:
             return self._observe(
                 Status.WARN,
                 f"Database connection pool is exhausted: {waiting} wait for a connection",
@@ -56,8 +291,8 @@ class PostgresHealthCheck:
         return self._observe(Status.PASS, "Database is healthy", None)
 
     async def close(self) -> None:
-        """Cut the connection."""
-        self.question.close()
+        """Close the connection at once."""
+        self.query.close()
 
     @property
     def _active(self) -> int:
@@ -70,28 +305,37 @@ class PostgresHealthCheck:
         code: str | None,
         error: BaseException | None = None,
     ) -> Observation:
-        database, config = self._database, self._database.config
+        database, settings = self._database, self._database.config.settings
+        checked_at = timestamp(self._clock.now())
+
+        def statistics() -> dict[str, object]:
+            total, idle = database.total_connections, database.idle_connections
+            return {
+                "stats": {
+                    "totalConnections": total,
+                    "activeConnections": total - idle,
+                    "idleConnections": idle,
+                    "waitingRequests": database.waiting,
+                    "failedConnections": database.failed_connections,
+                    "slowQueries": database.slow_queries,
+                    "lastHealthCheck": checked_at,
+                }
+            }
+
         return Observation(
             status=status,
             message=message,
             code=code,
             error=error,
+            live_details=statistics,
             details={
                 "adapter": "postgres",
-                "isConnected": self.question.connected,
-                "stats": {
-                    "totalConnections": database.total_connections,
-                    "activeConnections": self._active,
-                    "idleConnections": database.idle_connections,
-                    "waitingRequests": database.waiting,
-                    "failedConnections": database.failed_connections,
-                    "slowQueries": database.slow_queries,
-                    "lastHealthCheck": timestamp(self._clock.now()),
-                },
+                "isConnected": self.query.connected,
+                **statistics(),
                 "poolConfig": {
-                    "min": config.pool_min,
-                    "max": config.pool_max,
-                    "timeout": round(config.pool_timeout * 1000),
+                    "min": settings.pool_min,
+                    "max": settings.pool_max,
+                    "timeout": milliseconds(settings.pool_timeout),
                 },
             },
         )

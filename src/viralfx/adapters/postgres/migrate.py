@@ -1,4 +1,4 @@
-"""Applies the migrations: Alembic's order and bookkeeping, our connection and our lock."""
+"""Applies the migrations with Alembic, on a connection of the adapter and under a lock."""
 
 import asyncio
 import io
@@ -10,49 +10,64 @@ from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
 from alembic.runtime.migration import MigrationContext, MigrationInfo
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from viralfx.adapters.postgres.config import PostgresConfig
-from viralfx.adapters.postgres.connection import connect
-from viralfx.adapters.postgres.schema import LOCK_PATIENCE, VERSION_TABLE
+from viralfx.adapters.postgres.connections import Connector, PostgresConfig
+from viralfx.adapters.postgres.migrations import LOCK_TIMEOUT_SECONDS, VERSION_TABLE
 from viralfx.domain.errors import ViralFXError
 
 LOCK = 7_305_981_240_662_115
-"""Of all advisory locks in the database, ours: any number that nobody else uses."""
+"""Key of the advisory lock for migrations; an arbitrary number."""
+_TABLE_LOCK_SECONDS = 0.5
+"""How long one try waits for the lock of a table, and with it all statements that come after it.
+
+It is shorter than the default of ``deadlock_timeout``, so that of two transactions that wait for
+each other it is the migration that gives way.
+"""
+_PAUSE_SECONDS = 1.5
+"""Between two tries."""
+_IN_USE = asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError
 
 
 class MigrationLockedError(ViralFXError):
-    """Another run holds the lock, and did not end in time."""
+    """Another run held the lock for too long."""
 
 
 def scripts() -> ScriptDirectory:
     """Return the migrations of this package."""
     config = Config(stdout=io.StringIO())
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    folder = str(Path(__file__).parent / "migrations")
+    config.set_main_option("script_location", folder)
+    config.set_main_option("version_locations", folder)
     config.set_main_option("path_separator", "os")
     return ScriptDirectory.from_config(config)
 
 
 async def apply_migrations(
-    config: PostgresConfig, *, patience: float = LOCK_PATIENCE
+    config: PostgresConfig,
+    applied: list[tuple[str, str]] | None = None,
+    *,
+    target: str = "head",
+    lock_timeout: float = LOCK_TIMEOUT_SECONDS,
 ) -> list[tuple[str, str]]:
-    """Apply what is pending and return it, as pairs of revision and meaning.
+    """Apply pending migrations; return them as pairs of revision and description, as ``applied``.
 
-    All of it is one transaction under a lock: a failure leaves nothing behind, and of several runs
-    at once one works and the others find nothing to do. It takes the time it needs, but waits for
-    another run no longer than ``patience`` seconds, and ends at once when cancelled. Raises
-    :class:`MigrationLockedError` and what the driver does.
+    Each one runs in a transaction of its own under a lock: a failure leaves nothing of it behind,
+    and concurrent runs apply each one once. The duration is not limited, but the wait for another
+    run or for the lock of a table is, to ``lock_timeout`` seconds. Cancellation ends it at once.
+    Raises :class:`MigrationLockedError` and the driver's errors.
     """
+    applied = [] if applied is None else applied
     made: list[asyncpg.Connection[Any]] = []
-    work = asyncio.ensure_future(_apply(config, made, patience))
+    work = asyncio.ensure_future(_apply(config, made, applied, target, lock_timeout))
     try:
-        return await asyncio.shield(work)
+        await asyncio.shield(work)
     except asyncio.CancelledError:
-        # Cancelling alone would ask the server to cancel, and wait for it. Without its connection
-        # it rolls back by itself.
+        # Cancelling alone would send a cancel request and wait for the server. The server rolls
+        # back by itself when the connection closes.
         for connection in made:
             connection.terminate()
         work.cancel()
@@ -60,49 +75,94 @@ async def apply_migrations(
         raise
     except DBAPIError as error:
         raise _driver_error(error) from None
+    return applied
 
 
 async def _apply(
-    config: PostgresConfig, made: "list[asyncpg.Connection[Any]]", patience: float
-) -> list[tuple[str, str]]:
+    config: PostgresConfig,
+    made: "list[asyncpg.Connection[Any]]",
+    applied: list[tuple[str, str]],
+    target: str,
+    lock_timeout: float,
+) -> None:
+    connector = Connector(config)
+
     async def make() -> "asyncpg.Connection[Any]":
-        arguments = {**config.connect_arguments(), "command_timeout": None}
-        # A migration may take its time, but not hold up everybody who waits behind its lock.
-        arguments["server_settings"] |= {"statement_timeout": "0", "lock_timeout": "10s"}
-        connection = await connect(config, arguments)
+        connection = await connector.connect(statement_timeout="0")
         made.append(connection)
         return connection
 
-    engine = create_async_engine("postgresql+asyncpg://", async_creator=make, poolclass=NullPool)
+    engine = create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=make,
+        poolclass=NullPool,
+        # Statements without a name: behind a pooler another client may have taken the name.
+        connect_args={"prepared_statement_name_func": str, "prepared_statement_cache_size": 0},
+    )
     try:
-        async with engine.begin() as connection:
-            await _lock(connection, patience)
-            return await connection.run_sync(_upgrade)
+        async with engine.connect() as connection:
+            while done := await _apply_next(
+                connection, config.settings.schema, target, lock_timeout
+            ):
+                applied += done
     finally:
         await engine.dispose()
 
 
-async def _lock(connection: AsyncConnection, patience: float) -> None:
-    await connection.execute(text(f"SET LOCAL lock_timeout = {max(1, round(patience * 1000))}"))
+async def _apply_next(
+    connection: AsyncConnection, schema: str, target: str, lock_timeout: float
+) -> list[tuple[str, str]]:
+    """Apply the next migration, and return it.
+
+    A transaction that has a table in use may last minutes. All other statements would queue behind
+    a migration that waits for it, so each try is short, and lets them pass before the next one.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + lock_timeout
+    while True:
+        try:
+            async with connection.begin():
+                await _lock(connection, lock_timeout)
+                await _make_schema(connection, schema)
+                return await connection.run_sync(_upgrade, schema, target)
+        except DBAPIError as error:
+            if not isinstance(_driver_error(error), _IN_USE) or loop.time() + _PAUSE_SECONDS > end:
+                raise
+        await asyncio.sleep(_PAUSE_SECONDS)
+
+
+async def _lock(connection: AsyncConnection, lock_timeout: float) -> None:
+    await connection.execute(_lock_timeout(lock_timeout))
     try:
         await connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK})"))
     except DBAPIError as error:
         if isinstance(_driver_error(error), asyncpg.LockNotAvailableError):
             raise MigrationLockedError(
-                f"is being migrated by another run, which took longer than {patience:g} s"
+                f"is being migrated by another run, which took longer than {lock_timeout:g} s"
             ) from error
         raise
-    await connection.execute(text("SET LOCAL lock_timeout = '10s'"))
+    await connection.execute(_lock_timeout(_TABLE_LOCK_SECONDS))
+
+
+def _lock_timeout(seconds: float) -> TextClause:
+    return text(f"SET LOCAL lock_timeout = {max(1, round(seconds * 1000))}")
+
+
+async def _make_schema(connection: AsyncConnection, schema: str) -> None:
+    # With IF NOT EXISTS, Postgres asks for the right to create one also if there is one.
+    found = text("SELECT true FROM pg_catalog.pg_namespace WHERE nspname = :name")
+    if (await connection.execute(found, {"name": schema})).first() is None:
+        await connection.execute(text(f'CREATE SCHEMA "{schema}"'))
 
 
 def _driver_error(error: BaseException) -> BaseException:
-    # SQLAlchemy wraps what the driver raised, sometimes twice.
+    # SQLAlchemy wraps the driver's error, sometimes twice.
     while error.__cause__ is not None and not isinstance(error, OSError | asyncpg.PostgresError):
         error = error.__cause__
     return error
 
 
-def _upgrade(connection: Connection) -> list[tuple[str, str]]:
+def _upgrade(connection: Connection, schema: str, target: str) -> list[tuple[str, str]]:
     directory = scripts()
     applied: list[tuple[str, str]] = []
 
@@ -111,11 +171,14 @@ def _upgrade(connection: Connection) -> list[tuple[str, str]]:
         applied.append((script.revision, script.doc))
 
     def steps(revision: Any, _: MigrationContext) -> Any:
-        return directory._upgrade_revs("head", revision)  # noqa: SLF001 - as alembic's own command
+        return directory._upgrade_revs(target, revision)[:1]  # noqa: SLF001 - as alembic's own command
 
     with EnvironmentContext(Config(), directory, fn=steps) as environment:
         environment.configure(
-            connection=connection, version_table=VERSION_TABLE, on_version_apply=note
+            connection=connection,
+            version_table=VERSION_TABLE,
+            version_table_schema=schema,
+            on_version_apply=note,
         )
         environment.run_migrations()
     return applied

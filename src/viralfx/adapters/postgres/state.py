@@ -6,9 +6,9 @@ import logging
 import asyncpg
 import msgspec
 
-from viralfx.adapters.postgres.cleaning import Lease
-from viralfx.adapters.postgres.database import PostgresDatabase
-from viralfx.domain.state import SavedState
+from viralfx.adapters.postgres.database import Lease, PostgresDatabase
+from viralfx.adapters.postgres.migrations import qualified
+from viralfx.domain.operations import SavedState
 
 _logger = logging.getLogger("viralfx.state")
 
@@ -19,30 +19,33 @@ _SAVE = """
 INSERT INTO viralfx_state (instance, saved_at, state) VALUES ($1, now(), $2::json)
 ON CONFLICT (instance) DO UPDATE SET saved_at = excluded.saved_at, state = excluded.state
 """
-_PATIENCE = 5.0
-"""Seconds that a start waits for what was saved."""
+_LOAD_TIMEOUT = 5.0
+"""Seconds that a start waits for the saved state."""
 _PRUNE = "DELETE FROM viralfx_state WHERE saved_at < now() - interval '30 days'"
 
 
 class PostgresStateStore:
-    """Keeps each instance's state; a new instance continues from the one that saved last.
+    """Keeps each instance's state; a new instance loads the state that was saved last.
 
-    Pods get new names with every roll-out, so a store by name alone would never be read again.
+    Pods get new names with every roll-out, so state by instance alone would never be loaded.
     """
 
     def __init__(self, database: PostgresDatabase, instance: str) -> None:
         self._database = database
         self._instance = instance
+        schema = database.config.settings.schema
+        self._load = qualified(_LOAD, schema)
+        self._save, self._prune = qualified(_SAVE, schema), qualified(_PRUNE, schema)
 
     async def load(self) -> SavedState | None:
-        """Read the state; one that cannot be had or understood is logged and counts as none."""
+        """Load the state; an unavailable or invalid one is logged and counts as None."""
         try:
-            async with asyncio.timeout(_PATIENCE), self._database.acquire() as connection:
-                content = await connection.fetchval(_LOAD, self._instance)
+            async with asyncio.timeout(_LOAD_TIMEOUT), self._database.acquire() as connection:
+                content = await connection.fetchval(self._load, self._instance)
         except asyncpg.UndefinedTableError:
-            return None  # before the first migration, which the check tells of
+            return None  # before the first migration; the health check reports that
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            # What was saved is worth less than a service that starts.
+            # Starting without the saved state is better than not starting.
             _logger.warning("Saved state cannot be read", exc_info=error)
             return None
         if content is None:
@@ -54,12 +57,12 @@ class PostgresStateStore:
             return None
 
     async def save(self, state: SavedState) -> None:
-        """Replace this instance's row; raises what the driver does when it cannot."""
+        """Replace this instance's row; raises the driver's errors."""
         content = msgspec.json.encode(state).decode()
 
         async def write(connection: Lease) -> None:
-            await connection.execute(_SAVE, self._instance, content)
-            await connection.execute(_PRUNE)
+            await connection.execute(self._save, self._instance, content)
+            await connection.execute(self._prune)
 
         try:
             await self._database.execute_with_retry(write, idempotent=True)

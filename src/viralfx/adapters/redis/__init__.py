@@ -1,33 +1,35 @@
-"""Redis, standalone or behind Sentinel, with or without TLS; and how to do without it.
+"""Redis through redis-py: standalone or behind Sentinel, with or without TLS.
 
-* :class:`RedisClient` (config, on_doubt): ``redis`` for requests, ``available``,
-  ``get_with_graceful_degradation(operation, fallback)``; opens nothing by itself.
-* :class:`RedisHealthCheck` (client, clock), :class:`CloseRedis` (client) and
-  :class:`RedisRetryPolicy` are its answers to the three ports.
-* :class:`RedisCacheStore` (client) keeps the values of a ``Cache``.
-* :func:`trouble` names what an error is about, with ``MESSAGES`` for people;
-  :func:`is_away` and :func:`is_transient` decide by it.
+* :class:`RedisClient`: ``redis`` for requests, ``available``, and
+  ``get_with_graceful_degradation(operation, fallback)`` for callers that can do without Redis.
+* :class:`RedisHealthCheck`, :func:`close_redis` and :func:`retry_policy` implement the three ports.
+* :class:`RedisCacheStore` keeps the values of a ``Cache``.
+* :func:`problem_of` maps an error to a code, ``MESSAGES`` has a text for each code;
+  :func:`is_unavailable` and :func:`is_transient` classify errors.
 """
 
 from viralfx.adapters.redis.cache import RedisCacheStore
-from viralfx.adapters.redis.client import RedisClient
-from viralfx.adapters.redis.config import RedisConfig, RedisTls
-from viralfx.adapters.redis.errors import MESSAGES, Trouble, is_away, is_transient, trouble
+from viralfx.adapters.redis.client import RedisClient, RedisLimits, close_redis
+from viralfx.adapters.redis.errors import (
+    MESSAGES,
+    RedisProblem,
+    is_transient,
+    is_unavailable,
+    problem_of,
+    retry_policy,
+)
 from viralfx.adapters.redis.health import RedisHealthCheck
-from viralfx.adapters.redis.retry import RedisRetryPolicy
-from viralfx.adapters.redis.shutdown import CloseRedis
 
 __all__ = [
     "MESSAGES",
-    "CloseRedis",
     "RedisCacheStore",
     "RedisClient",
-    "RedisConfig",
     "RedisHealthCheck",
-    "RedisRetryPolicy",
-    "RedisTls",
-    "Trouble",
-    "is_away",
+    "RedisLimits",
+    "RedisProblem",
+    "close_redis",
     "is_transient",
-    "trouble",
+    "is_unavailable",
+    "problem_of",
+    "retry_policy",
 ]

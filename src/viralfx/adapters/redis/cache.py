@@ -1,29 +1,29 @@
-"""The cache in Redis: shared by all instances, and a miss while Redis is away."""
+"""The cache in Redis: shared by all instances; a miss while Redis is unavailable."""
 
 import functools
 from typing import cast
 
 from viralfx.adapters.redis.client import RedisClient
-from viralfx.domain.resilience.quantities import require_positive
+from viralfx.domain.errors import require_positive
 
 PREFIX = "viralfx:cache:"
 
 
 class RedisCacheStore:
-    """Keeps each value under a key of its own, which Redis itself lets expire."""
+    """Keeps each value under a key of its own, which Redis expires."""
 
     def __init__(self, client: RedisClient) -> None:
         self._client = client
 
     async def get(self, key: str) -> bytes | None:
-        """Return the value; None while Redis is away."""
+        """Return the value; None if there is none or Redis is unavailable."""
         value = await self._client.get_with_graceful_degradation(
             functools.partial(self._client.redis.get, PREFIX + key), None
         )
-        return cast("bytes | None", value)  # nothing is decoded
+        return cast("bytes | None", value)  # the client does not decode replies
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
-        """Keep a value, to the millisecond; do nothing while Redis is away."""
+        """Store a value for ``ttl`` seconds; do nothing while Redis is unavailable."""
         require_positive("ttl", ttl)
         milliseconds = max(1, round(ttl * 1000))
         await self._client.get_with_graceful_degradation(
@@ -31,5 +31,5 @@ class RedisCacheStore:
         )
 
     async def delete(self, key: str) -> None:
-        """Forget a value; raises redis-py's error while Redis is away, after the retries."""
+        """Delete a value; raises redis-py's error, after retries, if Redis is unavailable."""
         await self._client.redis.delete(PREFIX + key)

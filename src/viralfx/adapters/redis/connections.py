@@ -1,58 +1,202 @@
-"""Connections and their pool: opened within a request's attempts, lent in turn, cut when in doubt.
+"""Connections, their pool, discovery of the primary, and counters of requests.
 
-Four things of redis-py 8.1 are done differently here. It opens connections with retries of their
-own before a request's attempts begin, so that a request could have twice as many; here the pool
-lends a closed connection, and opening it is part of the attempt. Behind Sentinel it opens a lost
-connection to the same address again for as long as the request lasts, also when the primary has
-moved; here each opening asks where the primary is. It closes politely, which with unsent data and
-a frozen server never ends; here a connection is cut. And it writes under ``wait_for``, which up to
-Python 3.11 swallows a cancellation that comes as the write ends.
+This module changes five behaviours of redis-py 8.1:
+
+* redis-py opens connections with retries of their own before the attempts of a request begin, which
+  may double them. Here the pool provides a closed connection; opening it is part of the attempt.
+* Behind Sentinel, redis-py reopens a lost connection to the same address for the duration of the
+  request, even if the primary has moved. Here each opening asks Sentinel for the primary.
+* redis-py closes gracefully, which never ends with unsent data and a frozen server. Here the
+  connection is aborted.
+* redis-py writes under ``wait_for``, which up to Python 3.11 may swallow a cancellation.
+* redis-py uses any server that answers. Here the greeting decides: a cluster node and a Sentinel
+  are refused, and a server that became a replica is left.
 """
 
 import asyncio
 import contextlib
-import ssl
-from collections.abc import Iterable, Mapping
-from functools import cached_property
-from typing import Any, cast
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, TypeVar, cast
 
+from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection, Connection, ConnectionPool
+from redis.asyncio.sentinel import MasterNotFoundError
+from redis.exceptions import (
+    AuthenticationError,
+    MaxConnectionsError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import MaxConnectionsError, ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.maint_notifications import MaintNotificationsConfig
 
-from viralfx.adapters.redis.config import RedisTls
-from viralfx.adapters.redis.sentinel import Primary
-from viralfx.adapters.redis.traffic import Traffic
+from viralfx.adapters.redis.errors import (
+    ClientClosedError,
+    DemotedError,
+    IdleConnectionError,
+    RedisProblem,
+    WrongServerError,
+    is_unavailable,
+    refuses_writes,
+)
+from viralfx.adapters.redis.security import Account, Login, TlsContext
+from viralfx.domain.cache import SingleFlight
+from viralfx.domain.events import OperationListener, ignore_operation
 
-_HANDSHAKE = 1.5
-"""Seconds for a TLS handshake: less than a health check has, so that it can tell."""
+T = TypeVar("T")
+
+Address = tuple[str, int]
+"""A host and a port."""
 
 
-class TlsContext:
-    """The TLS context that all connections share: reading the system's trust takes its time."""
+@dataclass(slots=True, kw_only=True)
+class Traffic:
+    """Counters that all connections and requests of one client share.
 
-    def __init__(self, tls: RedisTls) -> None:
-        self._tls = tls
+    A request is a command, a pipeline or a transaction. Requests of cancelled callers and the pings
+    of the health check are not counted.
+    """
 
-    @cached_property
-    def context(self) -> ssl.SSLContext:
-        """The context; raises ``SSLError`` for a file that cannot be read or is no certificate."""
-        try:
-            context = ssl.create_default_context(cafile=self._tls.ca_file)
-        except ssl.SSLError:
-            raise
-        except OSError as error:
-            raise ssl.SSLError(f"cannot read {self._tls.ca_file}: {error.strerror}") from error
-        if not self._tls.verify:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        return context
+    on_suspected_outage: Callable[[], object]
+    """Called when a failed request suggests an outage."""
+    successful: int = 0
+    failed: int = 0
+    failed_attempts: int = 0
+    """Consecutive failures to open a connection."""
+    responses: int = 0
+    """Number of responses, including those to pings and error replies."""
+    available: bool = True
+    """True if Redis is considered available; initially True."""
+    writes_refused: bool = False
+    """True if Redis refuses writes, by the last reply to a request or check that tells."""
+    epoch: int = 0
+    """Connections of an earlier epoch are closed before their next request."""
+    closed: bool = False
+    observe: OperationListener = ignore_operation
+    """Called for every request, except those of cancelled callers."""
+
+    def responded(self) -> None:
+        """Record a response."""
+        self.responses += 1
+        self.available = True
+
+    def timed_out(self, responses_before: int, *, notify: bool) -> None:
+        """Record a timed-out request. ``responses_before`` is the response count when it started.
+
+        If other requests got responses meanwhile, Redis stays available. With ``notify``, calls
+        ``on_suspected_outage`` unless the outage is known already.
+        """
+        known = not self.available
+        if self.responses == responses_before:
+            self.available = False
+        if notify and not known and not self.closed:
+            self.on_suspected_outage()
+
+    def request_failed(self, error: Exception, responses_before: int) -> None:
+        """Count a request that failed for good."""
+        self.failed += 1
+        if is_unavailable(error):
+            self.timed_out(responses_before, notify=True)
+        elif isinstance(error, ResponseError):
+            self.responded()
+            if refuses_writes(error) and not self.writes_refused:
+                self.writes_refused = True
+                self.on_suspected_outage()
+
+    def leave_connections(self) -> None:
+        """Close every open connection before its next request: its server was replaced or lost."""
+        self.epoch += 1
+
+    def require_open(self) -> None:
+        """Raise :class:`ClientClosedError` once the client is closed."""
+        if self.closed:
+            raise ClientClosedError("the Redis client is closed")
+
+
+_logger = logging.getLogger("viralfx.redis")
+
+
+class Primary:
+    """Asks the sentinels, one after the other, for the primary called ``name``.
+
+    Concurrent openings share one search. A sentinel that does not respond moves to the end.
+    """
+
+    def __init__(self, name: str, sentinels: Sequence[Redis]) -> None:
+        self.address: Address | None = None
+        """Address found by the last search."""
+        self._name = name
+        self._sentinels = list(sentinels)
+        self._search: SingleFlight[Address] = SingleFlight()
+
+    async def find(self) -> Address:
+        """Return the current address of the primary.
+
+        Raises ``MasterNotFoundError`` if no sentinel responds or none reports a primary that is up,
+        :class:`WrongServerError` if none monitors a primary of that name, and the sentinel's
+        ``ResponseError`` if it refuses the command.
+        """
+        return await self._search.run(self._name, self._find)
+
+    async def _find(self) -> Address:
+        reason: RedisError | None = None
+        unknown: ResponseError | None = None
+        for sentinel in tuple(self._sentinels):
+            try:
+                reply = await sentinel.sentinel_master(self._name)
+            except ResponseError as error:
+                unknown = error
+            except RedisError as error:
+                reason = error
+            else:
+                state = cast("dict[str, Any]", reply)
+                if state["is_master"] and not state["is_sdown"] and not state["is_odown"]:
+                    return self._found((str(state["ip"]), int(state["port"])))
+            self._sentinels.remove(sentinel)
+            self._sentinels.append(sentinel)
+        if unknown is not None and reason is None:
+            if "No such master" in str(unknown):
+                raise WrongServerError(
+                    RedisProblem.UNKNOWN_PRIMARY,
+                    f"Sentinel knows no primary named {self._name!r}; correct REDIS_SENTINEL_NAME",
+                ) from unknown
+            raise unknown
+        raise MasterNotFoundError(f"no sentinel knows a primary {self._name!r} that is up") from (
+            reason
+        )
+
+    def _found(self, address: Address) -> Address:
+        if self.address is not None and self.address != address:
+            _logger.warning(
+                "Redis primary moved",
+                extra={"old": _text(self.address), "new": _text(address)},
+            )
+        self.address = address
+        return address
+
+
+def _text(address: Address) -> str:
+    return f"{address[0]}:{address[1]}"
+
+
+TLS_HANDSHAKE_SECONDS = 1.5
+"""Shorter than the timeout of the health check, so that the check can report it."""
+IDLE_SECONDS = 5.0
+"""Idle time after which a connection that does not answer may have been dropped silently."""
+REPLICA_SECONDS = 1.0
+"""Age from which a connection to a replica is opened again: the name may lead to a primary now."""
 
 
 class ServerConnection(Connection):
-    """One connection to a server, or to whatever is the ``primary`` when it is opened."""
+    """A connection to a server, or to the current ``primary`` at the time of opening.
+
+    ``socket_path`` replaces host and port. ``any_server`` also accepts cluster nodes and Sentinels.
+    """
 
     def __init__(
         self,
@@ -60,38 +204,71 @@ class ServerConnection(Connection):
         traffic: Traffic,
         tls: TlsContext | None = None,
         primary: Primary | None = None,
+        account: Account | None = None,
+        socket_path: str | None = None,
+        any_server: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        self._login = None if account is None else Login(account)
+        super().__init__(credential_provider=self._login, **options)
+        self.is_replica = False
+        """True if the server was a replica when the connection was opened."""
         self._traffic = traffic
         self._tls = tls
         self._primary = primary
+        self._socket_path = socket_path
+        self._any_server = any_server
+        self._is_opening = False
+        self._opened_at = self._used_at = 0.0
+        self._idle_for = 0.0
+        self._epoch = 0
 
     @property
     def outdated(self) -> bool:
-        """Whether the primary is known to be elsewhere by now."""
+        """True if the server is known to be the wrong one by now."""
+        if self._epoch != self._traffic.epoch:
+            return True
+        if self.is_replica and perf_counter() - self._opened_at >= REPLICA_SECONDS:
+            return True
         return self._primary is not None and self._primary.address != (self.host, self.port)
 
     def _connection_arguments(self) -> Mapping[str, Any]:
         arguments = dict(super()._connection_arguments())
         if self._tls is not None:
             arguments["ssl"] = self._tls.context
-            arguments["ssl_handshake_timeout"] = _HANDSHAKE
+            arguments["ssl_handshake_timeout"] = TLS_HANDSHAKE_SECONDS
         return arguments
+
+    async def _connect(self) -> None:
+        if self._socket_path is None:
+            await super()._connect()  # type: ignore[no-untyped-call]
+            return
+        async with asyncio.timeout(self.socket_connect_timeout):
+            opened = await asyncio.open_unix_connection(self._socket_path)
+        self._reader, self._writer = opened
+
+    def _host_error(self) -> str:
+        return self._socket_path or super()._host_error()
 
     async def connect_check_health(
         self,
         check_health: bool = True,  # noqa: FBT001, FBT002 - redis-py's signature
-        retry_socket_connect: bool = True,  # noqa: ARG002, FBT001, FBT002 - never: the request retries
+        retry_socket_connect: bool = True,  # noqa: ARG002, FBT001, FBT002 - unused: the request retries
     ) -> None:
-        """Open it if it is not; one attempt."""
+        """Open the connection if it is closed, in one attempt.
+
+        If the server refuses a password, and there is another one by then, that is tried at once.
+        """
         if self.is_connected:
             return
         self._traffic.require_open()
         try:
-            if self._primary is not None:
-                self.host, self.port = await self._primary.find()
-            await super().connect_check_health(check_health, retry_socket_connect=False)
+            try:
+                await self._open(check_health)
+            except AuthenticationError:
+                if self._login is None or not await self._login.renewed():
+                    raise
+                await self._open(check_health)
         except RedisError:
             self._traffic.failed_attempts += 1
             raise
@@ -100,18 +277,41 @@ class ServerConnection(Connection):
             raise
         self._traffic.failed_attempts = 0
 
+    async def _open(self, check_health: bool) -> None:  # noqa: FBT001 - as redis-py
+        self._is_opening, self.is_replica = True, False
+        self._epoch = self._traffic.epoch
+        self._opened_at = self._used_at = perf_counter()
+        if self._primary is not None:
+            self.host, self.port = await self._primary.find()
+        await super().connect_check_health(check_health, retry_socket_connect=False)
+        self._is_opening = False
+
+    def _greeted(self, greeting: Mapping[bytes, Any]) -> None:
+        mode = greeting.get(b"mode")
+        self.is_replica = greeting.get(b"role") in {b"replica", b"slave"}
+        if self._any_server:
+            return
+        if mode == b"cluster":
+            raise WrongServerError(RedisProblem.CLUSTER)
+        if mode == b"sentinel":
+            raise WrongServerError(RedisProblem.SENTINEL)
+        if self.is_replica and self._primary is not None:
+            raise DemotedError("Sentinel still names a server that is a replica")
+
     async def send_packed_command(
         self,
         command: bytes | str | Iterable[bytes],
         check_health: bool = True,  # noqa: ARG002, FBT001, FBT002 - redis-py's signature
     ) -> None:
-        """Write a command, to a connection that is opened first if need be."""
+        """Write a command; opens the connection first if it is closed."""
         if not self.is_connected:
             await self.connect_check_health(check_health=False)
         if isinstance(command, str):
             command = command.encode()
         if (writer := self._writer) is None:
             raise RedisConnectionError("the connection was cut")
+        now = perf_counter()
+        self._idle_for, self._used_at = now - self._used_at, now
         try:
             writer.writelines([command] if isinstance(command, bytes) else command)
             async with asyncio.timeout(self.socket_timeout):
@@ -123,18 +323,31 @@ class ServerConnection(Connection):
             self.cut()
             raise RedisConnectionError(f"error writing to {self._host_error()}") from error
         except BaseException:
-            self.cut()  # nobody knows how much of it was sent
+            self.cut()  # the command may have been sent in part
             raise
 
     async def read_response(self, *args: Any, **options: Any) -> Any:
-        """Read a reply; a primary that has become a replica counts as a lost connection."""
+        """Read a reply; a primary that became a replica is a lost connection."""
         try:
-            return await super().read_response(*args, **options)
+            reply = await super().read_response(*args, **options)
         except ReadOnlyError as error:
-            if self._primary is None:
-                raise
+            if self.is_replica:
+                raise  # a new connection would meet the same answer
+            self._traffic.leave_connections()
             self.cut()
-            raise RedisConnectionError("the primary has become a replica") from error
+            raise DemotedError("the primary has become a replica") from error
+        except AuthenticationError:
+            self.cut()
+            raise
+        except RedisTimeoutError as error:
+            if self._idle_for < IDLE_SECONDS:
+                raise
+            # A firewall drops the other idle connections, too.
+            self._traffic.leave_connections()
+            raise IdleConnectionError(str(error)) from error
+        if self._is_opening and isinstance(reply, dict) and b"mode" in reply:
+            self._greeted(reply)
+        return reply
 
     async def disconnect(
         self,
@@ -143,7 +356,7 @@ class ServerConnection(Connection):
         failure_count: int | None = None,
         health_check_failed: bool = False,  # noqa: FBT001, FBT002 - redis-py's signature
     ) -> None:
-        """Close it at once, whatever is still to be sent."""
+        """Close the connection at once, without sending buffered data."""
         writer = self._writer
         try:
             await super().disconnect(True, error, failure_count, health_check_failed)
@@ -152,7 +365,7 @@ class ServerConnection(Connection):
                 writer.transport.abort()
 
     def cut(self) -> None:
-        """Close it at once, without a turn of the loop."""
+        """Close the connection at once and synchronously."""
         self._parser.on_disconnect()  # type: ignore[no-untyped-call]
         writer, self._writer, self._reader = self._writer, None, None
         if writer is not None:
@@ -161,44 +374,43 @@ class ServerConnection(Connection):
 
 
 class WaitingPool(ConnectionPool):
-    """Lends up to ``size`` connections; who comes then waits in line, up to ``patience`` seconds.
+    """Pool of up to ``size`` connections; further requests wait up to ``max_wait`` seconds.
 
-    Giving back takes no turn of the loop, so that no cancellation can come between and keep a
-    place occupied for ever.
+    Releasing never yields to the event loop, so that a cancellation cannot leak a connection.
     """
 
     def __init__(
-        self, *, traffic: Traffic, size: int, patience: float, **connection_options: Any
+        self, *, traffic: Traffic, size: int, max_wait: float, **connection_options: Any
     ) -> None:
         super().__init__(
             connection_class=ServerConnection,
             max_connections=size,
-            # They are for one vendor's cloud, and cost every connection a command.
+            # Vendor-specific, and costs one command per connection.
             maint_notifications_config=MaintNotificationsConfig(enabled=False),
             traffic=traffic,
             **connection_options,
         )
         self.traffic = traffic
         self.waiting = 0
-        """How many requests are in line."""
-        self._patience = patience
-        self._places = asyncio.Semaphore(size)
-        self._given_back = asyncio.Event()
+        """Number of waiting requests."""
+        self._max_wait = max_wait
+        self._slots = asyncio.Semaphore(size)
+        self._released = asyncio.Event()
 
     async def get_connection(
         self, command_name: object = None, *keys: object, **options: object
     ) -> AbstractConnection:
-        """Lend a connection, not necessarily an open one.
+        """Return a connection, which may be closed.
 
-        Raises ``MaxConnectionsError`` when the turn does not come in time.
+        Raises ``MaxConnectionsError`` if none becomes free in time.
         """
         del command_name, keys, options  # redis-py's signature
         self.traffic.require_open()
-        await self._take_place()
+        await self._acquire_slot()
         try:
             connection = cast("AbstractConnection", self.get_available_connection())  # type: ignore[no-untyped-call]
         except BaseException:
-            self._places.release()
+            self._slots.release()
             raise
         try:
             await self.ensure_connection(connection)
@@ -207,51 +419,51 @@ class WaitingPool(ConnectionPool):
             raise
         return connection
 
-    async def _take_place(self) -> None:
-        if not self._places.locked():
-            await self._places.acquire()  # at once
+    async def _acquire_slot(self) -> None:
+        if not self._slots.locked():
+            await self._slots.acquire()  # does not wait
             return
         self.waiting += 1
         try:
-            async with asyncio.timeout(self._patience):
-                await self._places.acquire()
+            async with asyncio.timeout(self._max_wait):
+                await self._slots.acquire()
         except TimeoutError:
             raise MaxConnectionsError(
-                f"all {self.max_connections} connections were in use for {self._patience:g} s"
+                f"all {self.max_connections} connections were in use for {self._max_wait:g} s"
             ) from None
         finally:
             self.waiting -= 1
 
     async def ensure_connection(self, connection: AbstractConnection) -> None:
-        """Close it if it is not fit for use any more; it is opened again by who uses it."""
-        mine = cast("ServerConnection", connection)
-        if not mine.is_connected:
+        """Close a connection that is no longer usable; the next request reopens it."""
+        own = cast("ServerConnection", connection)
+        if not own.is_connected:
             return
         with contextlib.suppress(RedisConnectionError):
-            # Something to read before anything was asked: an end of file, or somebody's answer.
-            if not mine.outdated and not await mine.can_read():
+            # Readable data before a request means end of file or a stale reply.
+            if not own.outdated and not await own.can_read():
                 return
-        mine.cut()
+        own.cut()
 
     async def release(self, connection: AbstractConnection) -> None:
-        """Take it back."""
+        """Return a connection to the pool."""
         self._in_use_connections.remove(connection)
         self._available_connections.append(connection)
-        self._places.release()
-        self._given_back.set()
+        self._slots.release()
+        self._released.set()
 
     @property
-    def lent(self) -> int:
-        """How many connections are in use."""
+    def in_use(self) -> int:
+        """Number of connections in use."""
         return len(self._in_use_connections)
 
-    async def all_given_back(self) -> None:
-        """Return when no connection is in use."""
+    async def all_released(self) -> None:
+        """Wait until no connection is in use."""
         while self._in_use_connections:
-            self._given_back.clear()
-            await self._given_back.wait()
+            self._released.clear()
+            await self._released.wait()
 
     def cut(self) -> None:
-        """Close all connections at once, those in use as well."""
+        """Close all connections at once, including those in use."""
         for connection in (*self._available_connections, *self._in_use_connections):
             cast("ServerConnection", connection).cut()

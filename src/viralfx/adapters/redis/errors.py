@@ -1,151 +1,242 @@
-"""What went wrong, in one word: errors of redis-py, of the system and of TLS told apart."""
+"""Classification of errors from redis-py, the system and TLS, and the retry policy of Redis."""
 
+import asyncio
 import errno
 import re
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from enum import StrEnum
+from typing import Any, TypeVar
 
 from redis import exceptions
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, RetryPolicy
+from viralfx.settings import CredentialsError
 
 
-class Trouble(StrEnum):
+class RedisProblem(StrEnum):
     """The code of a failed request or check."""
 
     REFUSED = "refused"
-    """Nobody listens there."""
+    """The port is closed."""
     UNREACHABLE = "unreachable"
-    """An unknown host, or no route to it."""
+    """An unknown host, no route to it, or no such socket."""
     TIMEOUT = "timeout"
-    """No answer in time."""
+    """No response in time."""
     AUTH = "auth"
-    """Missing or wrong credentials, or a user who may not even ping."""
+    """Missing or wrong credentials, or a user without permission to ping."""
     TLS = "tls"
-    """No TLS there, or a certificate that is not trusted."""
+    """The server does not support TLS, or its certificate is not trusted."""
     LOADING = "loading"
-    """The server is reading its data and serves nobody yet."""
+    """The server is loading its data and serves no requests yet."""
     LOST = "lost"
-    """A connection broke, or there is no primary at the moment."""
+    """The connection was lost, or there is no primary at the moment."""
     POOL_EXHAUSTED = "pool_exhausted"
-    """All connections of this process were in use for too long; Redis was not asked."""
+    """All connections of this process were in use for too long; no request was sent."""
+    READ_ONLY = "read_only"
+    """The server is a replica, which refuses writes."""
+    MEMORY_FULL = "memory_full"
+    """The server has no memory for writes, and evicts nothing."""
+    WRITES_REFUSED = "writes_refused"
+    """The server cannot save its data, or has too few replicas, and refuses writes."""
+    CLUSTER = "cluster"
+    """The server is a node of a Redis Cluster, which is not supported."""
+    SENTINEL = "sentinel"
+    """``REDIS_HOST`` names a Sentinel, which keeps no data."""
+    UNKNOWN_PRIMARY = "unknown_primary"
+    """The Sentinels monitor no primary of that name."""
     ERROR = "error"
-    """Anything else: the server answered, but with an error."""
+    """Anything else: the server replied with an error."""
 
 
 MESSAGES = {
-    Trouble.REFUSED: "Redis refuses connections",
-    Trouble.UNREACHABLE: "Redis cannot be reached: unknown host or no route to it",
-    Trouble.TIMEOUT: "Redis does not answer in time",
-    Trouble.AUTH: "Redis refuses the credentials",
-    Trouble.TLS: "Redis cannot be trusted: the TLS handshake failed",
-    Trouble.LOADING: "Redis is loading its data",
-    Trouble.LOST: "Redis connection lost",
-    Trouble.POOL_EXHAUSTED: "Redis connections are all in use",
-    Trouble.ERROR: "Redis answers with an error",
+    RedisProblem.REFUSED: "Redis refuses connections",
+    RedisProblem.UNREACHABLE: "Redis cannot be reached: unknown host, no route to it, or no socket",
+    RedisProblem.TIMEOUT: "Redis does not answer in time",
+    RedisProblem.AUTH: "Redis refuses the credentials",
+    RedisProblem.TLS: "Redis cannot be trusted: the TLS handshake failed",
+    RedisProblem.LOADING: "Redis is loading its data",
+    RedisProblem.LOST: "Redis connection lost",
+    RedisProblem.POOL_EXHAUSTED: "Redis connections are all in use",
+    RedisProblem.READ_ONLY: (
+        "Redis is a replica and refuses writes; set REDIS_HOST to the primary, or use Sentinel"
+    ),
+    RedisProblem.MEMORY_FULL: (
+        "Redis is full and refuses writes; raise maxmemory, or set a maxmemory-policy that evicts"
+    ),
+    RedisProblem.WRITES_REFUSED: (
+        "Redis refuses writes: it cannot save its data, or has too few replicas; check its log"
+    ),
+    RedisProblem.CLUSTER: (
+        "Redis is a node of a Redis Cluster, which is not supported; use a server without cluster"
+        " mode"
+    ),
+    RedisProblem.SENTINEL: (
+        "REDIS_HOST is a Sentinel, which keeps no data; set REDIS_SENTINELS to it, and"
+        " REDIS_SENTINEL_ENABLED=true"
+    ),
+    RedisProblem.UNKNOWN_PRIMARY: "Sentinel knows no primary of that name",
+    RedisProblem.ERROR: "Redis answers with an error",
 }
-"""For people; nothing of an error's own text, which may quote keys, addresses or worse."""
+"""Texts for each code. They do not quote errors, which may contain keys or addresses."""
+
+WRITE_PROBLEMS = frozenset(
+    {RedisProblem.READ_ONLY, RedisProblem.MEMORY_FULL, RedisProblem.WRITES_REFUSED}
+)
+"""The server answers reads and refuses writes."""
 
 
 class ClientClosedError(exceptions.ConnectionError):
-    """The client was closed; there is no use in trying again."""
+    """The client is closed; the request is not retried."""
 
 
-_REFUSES_US = (
+class WrongServerError(exceptions.ConnectionError):
+    """The server cannot be used as it is configured; the request is not retried.
+
+    The message says what to do, and holds no secret.
+    """
+
+    def __init__(self, problem: RedisProblem, message: str | None = None) -> None:
+        super().__init__(message or MESSAGES[problem])
+        self.problem = problem
+
+
+class DemotedError(exceptions.ConnectionError):
+    """The primary became a replica. The connection was closed, and a new one may find another."""
+
+
+class IdleConnectionError(exceptions.TimeoutError):
+    """A connection that was idle before does not answer: a firewall may have dropped it."""
+
+
+_AUTH_ERRORS = (
     exceptions.AuthenticationError,
     exceptions.AuthorizationError,
     exceptions.AuthenticationWrongNumberOfArgsError,
     exceptions.NoPermissionError,
 )
-# Replies of a server that is not the primary, or not yet, or not any more.
+# Replies of a server that is not the primary at the moment.
 NOT_THE_PRIMARY = (
-    exceptions.ReadOnlyError,
     exceptions.MasterDownError,
     exceptions.TryAgainError,
 )
-_NO_WAY = {
+_UNREACHABLE_ERRNOS = {
     errno.ENETUNREACH,
     errno.EHOSTUNREACH,
     errno.ENETDOWN,
     errno.EHOSTDOWN,
     errno.EADDRNOTAVAIL,
-    errno.EACCES,  # a packet filter says no
+    errno.EACCES,  # rejected by a packet filter
     errno.EPERM,
+    errno.ENOENT,  # no such socket
 }
+# At the beginning, or after redis-py's words about a command of a pipeline.
+_WRITES_REFUSED = re.compile(r"(?:^|error: )[('\"]*(?:MISCONF|NOREPLICAS) ").search
 _NUMBER = re.compile(r"\[Errno (\d+)\]").search
 
 
-def trouble(error: BaseException) -> Trouble:
-    """Say what an error, or what caused it, is about."""
+def message_of(error: BaseException) -> str:
+    """Return a text for an error that says what to do; it quotes only what is no secret."""
+    for cause in _causes(error):
+        if isinstance(cause, WrongServerError):
+            return str(cause)
+        if isinstance(cause, CredentialsError):
+            return f"There are no credentials for Redis; {cause}"
+    return MESSAGES[problem_of(error)]
+
+
+def problem_of(error: BaseException) -> RedisProblem:
+    """Return the code of an error, based on the error and its causes."""
     for cause in _causes(error):
         found = _specific(cause)
         if found is not None:
             return found
     if isinstance(error, (exceptions.ConnectionError, OSError, EOFError, *NOT_THE_PRIMARY)):
-        return Trouble.LOST
-    return Trouble.ERROR
+        return RedisProblem.LOST
+    return RedisProblem.ERROR
 
 
-def is_away(error: Exception) -> bool:
-    """Tell whether Redis did not do its part: not there, not letting us in, or not answering.
+def is_unavailable(error: Exception) -> bool:
+    """Return True if Redis is unreachable, refuses the login, or does not respond.
 
-    Any other error reaches who asked: a wrong command, a key of another type, a command that the
-    user may not run. So does one that is not redis-py's own, whatever it is.
+    False for errors that belong to the caller: a wrong command, a key of another type, a missing
+    permission, and errors that are not redis-py's. False also while Redis refuses writes only.
     """
     if not isinstance(error, exceptions.RedisError) or isinstance(
         error, exceptions.NoPermissionError
     ):
         return False
-    return trouble(error) not in {Trouble.POOL_EXHAUSTED, Trouble.ERROR}
+    return problem_of(error) not in {
+        RedisProblem.POOL_EXHAUSTED,
+        RedisProblem.ERROR,
+        *WRITE_PROBLEMS,
+    }
 
 
-def is_exhausted(error: Exception) -> bool:
-    """Tell whether a request was not made because too many others were."""
+def refuses_writes(error: Exception) -> bool:
+    """Return True if Redis refuses writes of all callers: a replica, or a server without room."""
+    return isinstance(error, exceptions.RedisError) and problem_of(error) in WRITE_PROBLEMS
+
+
+def is_pool_exhausted(error: Exception) -> bool:
+    """Return True if the pool had no free connection in time."""
     return isinstance(error, exceptions.MaxConnectionsError)
 
 
 def is_transient(error: Exception) -> bool:
-    """Tell whether another attempt may do better without anybody's help.
+    """Return True if another attempt may succeed without intervention.
 
-    Wrong credentials and untrusted certificates stay so; a name that cannot be resolved may be.
+    False for wrong credentials, untrusted certificates and a server that cannot be used; True for
+    a failed name lookup.
     """
     return (
-        is_away(error)
-        and not isinstance(error, ClientClosedError)
-        and trouble(error) not in {Trouble.AUTH, Trouble.TLS}
+        is_unavailable(error)
+        and not isinstance(error, (ClientClosedError, WrongServerError))
+        and problem_of(error) not in {RedisProblem.AUTH, RedisProblem.TLS, RedisProblem.CLUSTER}
     )
 
 
-# In this order: the first that an error is an instance of says what it is about.
-_KINDS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Trouble], ...] = (
-    (exceptions.MaxConnectionsError, Trouble.POOL_EXHAUSTED),
-    (exceptions.BusyLoadingError, Trouble.LOADING),
-    (_REFUSES_US, Trouble.AUTH),
-    (ssl.SSLError, Trouble.TLS),
-    (ConnectionRefusedError, Trouble.REFUSED),
-    ((socket.gaierror, UnicodeError), Trouble.UNREACHABLE),  # the latter: no name at all
-    ((exceptions.TimeoutError, TimeoutError), Trouble.TIMEOUT),
+# The first matching type determines the code.
+_KINDS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], RedisProblem], ...] = (
+    (exceptions.MaxConnectionsError, RedisProblem.POOL_EXHAUSTED),
+    (DemotedError, RedisProblem.LOST),
+    (exceptions.ReadOnlyError, RedisProblem.READ_ONLY),
+    (exceptions.OutOfMemoryError, RedisProblem.MEMORY_FULL),
+    ((exceptions.MovedError, exceptions.ClusterDownError), RedisProblem.CLUSTER),
+    (exceptions.BusyLoadingError, RedisProblem.LOADING),
+    (_AUTH_ERRORS, RedisProblem.AUTH),
+    (ssl.SSLError, RedisProblem.TLS),
+    (ConnectionRefusedError, RedisProblem.REFUSED),
+    ((socket.gaierror, UnicodeError), RedisProblem.UNREACHABLE),  # the latter: not a valid name
+    ((exceptions.TimeoutError, TimeoutError), RedisProblem.TIMEOUT),
 )
 
 
-def _specific(error: BaseException) -> Trouble | None:
+def _specific(error: BaseException) -> RedisProblem | None:
+    if isinstance(error, WrongServerError):
+        return error.problem
+    if isinstance(error, exceptions.ResponseError) and _WRITES_REFUSED(str(error)):
+        return RedisProblem.WRITES_REFUSED
     if isinstance(error, ConnectionAbortedError) and "SSL handshake" in str(error):
-        # It took the connection and said nothing: what speaks no TLS waits for more.
-        return Trouble.TLS
+        # A server without TLS accepts the connection and waits for more data.
+        return RedisProblem.TLS
     for kinds, found in _KINDS:
         if isinstance(error, kinds):
             return found
     return _by_number(error) if isinstance(error, OSError) else None
 
 
-def _by_number(error: OSError) -> Trouble | None:
+def _by_number(error: OSError) -> RedisProblem | None:
     number = error.errno
     if number is None and (found := _NUMBER(str(error))):
-        # A name with several addresses: asyncio joins their errors into one text.
+        # If a name has several addresses, asyncio joins their errors into one text.
         number = int(found[1])
     if number == errno.ECONNREFUSED:
-        return Trouble.REFUSED
-    return Trouble.UNREACHABLE if number in _NO_WAY else None
+        return RedisProblem.REFUSED
+    return RedisProblem.UNREACHABLE if number in _UNREACHABLE_ERRNOS else None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -154,6 +245,63 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
         yield cause
-        # redis-py raises its own error while it handles the system's, without naming the cause.
+        # redis-py raises its own error while it handles the system's, without `from`.
         context = None if cause.__suppress_context__ else cause.__context__
         cause = cause.__cause__ or context
+
+
+T = TypeVar("T")
+
+
+def retry_policy(attempts: int = 4, base: float = 0.5, cap: float = 3.0) -> BackoffPolicy:
+    """Return the policy for Redis: up to ``attempts`` attempts of transient errors.
+
+    ``base`` and ``cap`` are the first and the longest wait in seconds; by default the waits are
+    0.5, 1 and 2 s. Raises ``ValueError`` for a number of attempts below one.
+    """
+    return BackoffPolicy(
+        attempts=attempts,
+        backoff=Backoff(base=min(base, cap), cap=cap),
+        retry_on=is_transient,
+    )
+
+
+class RequestRetry(Retry):
+    """Runs a retry policy inside redis-py, around every request of a client.
+
+    redis-py by itself would send a wrong password four times, because its authentication error is
+    a connection error.
+    """
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        errors = (exceptions.ConnectionError, exceptions.TimeoutError, *NOT_THE_PRIMARY)
+        super().__init__(NoBackoff(), 0, errors)
+        self._policy = policy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RequestRetry":
+        """Return itself: redis-py copies it for each connection, and it holds no state."""
+        return self
+
+    async def call_with_retry(
+        self,
+        do: Callable[[], Awaitable[T]],
+        fail: Callable[..., Any],
+        is_retryable: Callable[[Exception], bool] | None = None,
+        with_failure_count: bool = False,  # noqa: FBT001, FBT002 - redis-py's signature
+    ) -> T:
+        """Call ``do`` until it succeeds or the policy gives up; await ``fail`` after a failure."""
+        attempt = 0
+        while True:
+            try:
+                return await do()
+            except self._supported_errors as error:
+                if not (is_retryable or is_transient)(error):
+                    raise
+                attempt += 1
+                await (fail(error, attempt) if with_failure_count else fail(error))
+                delay = self._policy.next_delay(attempt, error)
+                if delay is None:
+                    raise
+                if attempt == 1 and isinstance(error, IdleConnectionError):
+                    continue  # the server may be well, and the wait for the reply was long
+            await asyncio.sleep(delay)

@@ -1,128 +1,180 @@
-"""The health check: one ping on a connection of its own, or now and then a question instead."""
+"""The health check: a ping, a greeting and a write that changes nothing, in one round trip."""
 
 import asyncio
-import contextlib
+import math
+from typing import Any
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
-from viralfx.adapters.redis.client import RedisClient
+from viralfx.adapters.redis.cache import PREFIX
+from viralfx.adapters.redis.client import FORBIDDEN_RETRY_SECONDS, RedisClient
 from viralfx.adapters.redis.connections import ServerConnection
-from viralfx.adapters.redis.errors import MESSAGES, Trouble, trouble
+from viralfx.adapters.redis.errors import (
+    MESSAGES,
+    WRITE_PROBLEMS,
+    DemotedError,
+    RedisProblem,
+    message_of,
+    problem_of,
+)
 from viralfx.domain.clock import Clock, timestamp
-from viralfx.domain.health import Observation, Status
+from viralfx.domain.health.model import Observation, Status
+
+_PING, _MEMORY = ("PING",), ("INFO", "memory")
+_GREETING = ("HELLO",)
+"""Tells the server's role to every user; ``ROLE`` and ``INFO`` need permissions."""
+_WRITE = ("SET", PREFIX + "viralfx:check", "", "XX")
+"""Needs memory as any write, and changes nothing: the key does not exist."""
+
+_Found = tuple[RedisProblem, Exception | None]
 
 
 class RedisHealthCheck:
     """Health check of a Redis server, or of the current primary behind Sentinel.
 
-    Its connection is not the pool's, so that a busy application does not hide a healthy server,
-    and has no retries: the next check is one. A connection that was lost since the last check is
-    replaced once. What it sees makes the client available or not; ``failedAttempts`` counts the
-    connections, the application's and its own, that could not be opened since the last one that
-    could. Every half minute a question for its memory takes the place of the ping.
+    Its connection is not of the pool, so that a busy application does not hide a healthy server. It
+    has no retries; the next check is the retry. A connection that was lost or dropped since the
+    last check is reopened once. The result sets the client's availability. ``failedAttempts``
+    counts consecutive failures to open a connection, by the application and the check. Every 30 s
+    the memory query replaces the ping. A server that refuses writes is a warning.
     """
 
     def __init__(self, client: RedisClient, clock: Clock, *, timeout: float | None = None) -> None:
         """``timeout`` in seconds should be shorter than the monitor's.
 
-        The check then says for itself that there is no answer, with the counters; the monitor,
-        which cuts it off, could not.
+        Then the check reports the timeout itself, with the counters, before the monitor cancels it.
         """
         self._timeout = timeout
         self._client = client
         self._clock = clock
-        self._connection = client.own_connection()
+        self._connection = client.dedicated_connection()
         self._memory = client.memory
-        # A forced round may come beside a scheduled one; replies must not be mixed up.
-        self._turn = asyncio.Lock()
+        self._write_at = -math.inf
+        # A forced check may run beside a scheduled one; their replies must not be mixed up.
+        self._lock = asyncio.Lock()
 
     async def check(self) -> Observation:
-        """Ask once."""
-        async with self._turn:
+        """Ping the server once. May be cancelled at any point."""
+        async with self._lock:
             traffic = self._client.traffic
-            before = traffic.answers
+            before = traffic.responses
             try:
                 async with asyncio.timeout(self._timeout):
-                    await self._ask_once()
+                    found = await self._ask_with_reconnect()
             except (RedisError, TimeoutError) as error:
                 self._memory.failed()
                 return self._failed(error, before)
             except asyncio.CancelledError:
                 self._memory.failed()
-                # Cut for taking too long, most likely: nobody answered in that time.
-                traffic.unanswered(before, doubt=False)
+                # Most likely the monitor's timeout: count it as a missing response.
+                traffic.timed_out(before, notify=False)
                 raise
-            traffic.answered()
+            traffic.responded()
+            traffic.writes_refused = found is not None
+        if found is not None:
+            problem, reply = found
+            return self._warning(problem, MESSAGES[problem], reply)
         if waiting := self._client.waiting:
-            return Observation(
-                status=Status.WARN,
-                message=f"Redis is healthy, but {waiting} requests wait for a connection",
-                details=self._details(connected=True),
-                code=str(Trouble.POOL_EXHAUSTED),
-            )
+            text = f"Redis is healthy, but {waiting} requests wait for a connection"
+            return self._warning(RedisProblem.POOL_EXHAUSTED, text)
         return Observation(
             status=Status.PASS,
             message="Redis is healthy",
             details=self._details(connected=True),
         )
 
-    def _failed(self, error: Exception, answers_before: int) -> Observation:
-        code = trouble(error)
-        refused = isinstance(error, ResponseError) and code is Trouble.ERROR
-        if refused:
-            # It is there, whatever it does not like.
-            self._client.traffic.answered()
+    def _failed(self, error: Exception, responses_before: int) -> Observation:
+        code = problem_of(error)
+        if isinstance(error, ResponseError) and code in {*WRITE_PROBLEMS, RedisProblem.ERROR}:
+            # An error reply still proves that the server is there.
+            self._client.traffic.responded()
         else:
-            self._client.traffic.unanswered(answers_before, doubt=False)
-        if refused and str(error).startswith("MISCONF"):
-            return Observation(
-                status=Status.WARN,
-                message="Redis refuses writes: it cannot save its data",
-                details=self._details(connected=True),
-                code="writes_refused",
-                error=error,
-            )
+            self._client.traffic.timed_out(responses_before, notify=False)
+        if code in WRITE_PROBLEMS:
+            self._client.traffic.writes_refused = True
+            return self._warning(code, MESSAGES[code], error)
         return Observation(
             status=Status.FAIL,
-            message=MESSAGES[code],
+            message=message_of(error),
             details=self._details(connected=False),
             code=str(code),
             error=error,
         )
 
-    async def _ask_once(self) -> None:
+    def _warning(
+        self, code: RedisProblem, message: str, error: Exception | None = None
+    ) -> Observation:
+        return Observation(
+            status=Status.WARN,
+            message=message,
+            details=self._details(connected=True),
+            code=str(code),
+            error=error,
+        )
+
+    async def _ask_with_reconnect(self) -> _Found | None:
         connection = self._connection
         if connection.is_connected and not connection.outdated:
             try:
-                await self._ask(connection)
+                # Half of the time is left for a new connection, if this one was dropped silently.
+                async with asyncio.timeout(self._timeout and self._timeout / 2):
+                    return await self._ask(connection)
+            except TimeoutError:
+                self._client.traffic.leave_connections()
             except RedisError as error:
-                # Only a connection that broke is worth another: a server that does not answer, or
-                # answers with an error, will do so again.
-                if trouble(error) is not Trouble.LOST:
-                    raise
-            else:
-                return
+                code = problem_of(error)
+                if code is RedisProblem.TIMEOUT:
+                    self._client.traffic.leave_connections()
+                elif code is not RedisProblem.LOST:
+                    raise  # it would repeat
         connection.cut()
         self._memory.failed()
-        await self._ask(connection)
+        return await self._ask(connection)
 
-    async def _ask(self, connection: ServerConnection) -> None:
+    async def _ask(self, connection: ServerConnection) -> _Found | None:
+        """Return why the server refuses writes; None if it takes them, or hides that."""
+        memory = self._memory.due
+        writes = self._clock.monotonic() >= self._write_at
+        commands = [_MEMORY if memory else _PING, _GREETING, *([_WRITE] if writes else ())]
         try:
             await connection.connect_check_health()
-            if self._memory.due:
-                # Not allowed, or renamed; whether anything is wrong the ping will tell.
-                with contextlib.suppress(ResponseError):
-                    await connection.send_command("INFO", "memory")
-                    self._memory.answered(await connection.read_response())
-                    return
-                self._memory.forbidden()
-            await connection.send_command("PING")
-            await connection.read_response()
+            await connection.send_packed_command(connection.pack_commands(commands))
+            first, greeting, *rest = [await _reply(connection) for _ in commands]
         except BaseException:
-            # Nobody knows what would be read from it next.
+            # An unread reply may be left on the connection.
             connection.cut()
             raise
-        self._memory.pinged()
+        if memory:
+            self._memory_replied(first)
+        elif isinstance(first, Exception):
+            raise first
+        else:
+            self._memory.pinged()
+        if not _is_primary(greeting):
+            if connection.is_replica:
+                return RedisProblem.READ_ONLY, None
+            # A new connection may lead to the new primary.
+            self._client.traffic.leave_connections()
+            raise DemotedError("the primary has become a replica")
+        return self._judge_write(rest[0]) if writes else self._judge_memory()
+
+    def _memory_replied(self, reply: object) -> None:
+        if isinstance(reply, Exception):
+            self._memory.forbidden()  # or the command was renamed
+        else:
+            self._memory.replied(reply)
+
+    def _judge_write(self, reply: object) -> _Found | None:
+        if isinstance(reply, NoPermissionError):
+            self._write_at = self._clock.monotonic() + FORBIDDEN_RETRY_SECONDS
+            return self._judge_memory()
+        if isinstance(reply, Exception) and (code := problem_of(reply)) in WRITE_PROBLEMS:
+            return code, reply
+        return None
+
+    def _judge_memory(self) -> _Found | None:
+        usage = self._memory.usage
+        return (RedisProblem.MEMORY_FULL, None) if usage is not None and usage.is_full else None
 
     def _details(self, *, connected: bool) -> dict[str, object]:
         traffic, (host, port) = self._client.traffic, self._client.address
@@ -136,5 +188,17 @@ class RedisHealthCheck:
                 "successfulRequests": traffic.successful,
                 "failedRequests": traffic.failed,
             },
-            "config": {"host": host, "port": port, "db": self._client.config.db},
+            "config": {"host": host, "port": port, "db": self._client.settings.db},
         }
+
+
+def _is_primary(greeting: object) -> bool:
+    # A proxy may hide the greeting.
+    return not isinstance(greeting, dict) or greeting.get(b"role") in {b"master", None}
+
+
+async def _reply(connection: ServerConnection) -> Any:
+    try:
+        return await connection.read_response()
+    except ResponseError as error:
+        return error

@@ -1,9 +1,13 @@
-"""Bells over Redis streams, by taskiq's stream broker and receiver (ADR-0023).
+"""Notifies workers over Redis streams, with taskiq's stream broker and receiver (ADR-0023).
 
-* :class:`StreamTransport` (client) answers the port ``JobTransport``; the client is the Redis
-  adapter's.
+* :class:`StreamNotifier` (client) implements the port ``JobNotifier`` with the Redis adapter's
+  client.
 """
 
-from viralfx.adapters.taskiq.transport import BellNotRungError, StreamTransport
+from viralfx.telemetry.context import hide_packages
 
-__all__ = ["BellNotRungError", "StreamTransport"]
+# Where it is installed and not in use, taskiq would load all of it, and OpenTelemetry with it.
+with hide_packages("fastapi"):
+    from viralfx.adapters.taskiq.notifier import StreamNotifier
+
+__all__ = ["StreamNotifier"]

@@ -1,170 +1,413 @@
-"""taskiq's stream broker, for bells: read is done with, and a loss is made good by itself.
+"""taskiq's messages as jobs of the ledger: their labels and executions (ADR-0058).
 
-Redis keeps no list of who read what: a bell is a hint, and whoever read one and was killed is
-covered by the ledger. So there is nothing that dead readers could leave behind, but for entries
-that were read and are still in the stream; everybody removes all of those that they see.
+A :class:`Delivery` is one execution of a message by taskiq's receiver. Its outcome is that of the
+job.
 """
 
-import contextlib
-import logging
-import random
-from collections.abc import AsyncGenerator
-from typing import Any
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Executor, Future
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, ParamSpec, TypeVar
 
-from redis.asyncio import Redis
-from redis.exceptions import RedisError, ResponseError
-from taskiq import BrokerMessage
-from taskiq_redis import RedisStreamBroker
+from taskiq import (
+    AsyncResultBackend,
+    BrokerMessage,
+    SimpleRetryMiddleware,
+    SmartRetryMiddleware,
+    TaskiqMessage,
+    TaskiqMiddleware,
+    TaskiqResult,
+)
+from taskiq.depends.progress_tracker import TaskProgress
+from taskiq.exceptions import NoResultError, TaskRejectedError
 
-from viralfx.domain.clock import Clock
-from viralfx.domain.resilience.backoff import Backoff, Jitter
+from viralfx.adapters.taskiq.messages import (
+    MessageError,
+    job_progress,
+    result_of,
+    task_progress,
+    text_of,
+)
+from viralfx.domain.jobs.model import Job, JobNotFoundError, JobStateError, check_priority
+from viralfx.domain.jobs.tasks import JobContext, NoRetryError, PostponedError
+from viralfx.domain.resilience.policy import BackoffPolicy
 
-_logger = logging.getLogger("viralfx.queues")
+P = ParamSpec("P")
+T = TypeVar("T")
 
-GROUP = CONSUMER = "workers"
-"""All workers are one consumer: entries that are done with when they are read need no owner."""
-FIELD = b"data"
-BLOCK = 1.0
-"""Seconds for which a read waits; a frozen server is noticed a second later."""
-_BACKOFF = Backoff(base=0.1, cap=5.0, jitter=Jitter.EQUAL)
-_NOTHING = b"0-0"
+DEFAULT_QUEUE = "default"
+DEFAULT_ATTEMPTS = 3
+"""Attempts of a task with the label ``retry_on_error`` and without ``max_retries``, as in taskiq;
+also of a message that a middleware of the application fails."""
+TIMEOUT_MARGIN = 5.0
+"""Seconds between the label ``timeout``, which taskiq enforces, and the timeout of the job."""
+RETRY_MIDDLEWARES = (SimpleRetryMiddleware, SmartRetryMiddleware)
+RETRIES, REQUEUES = "_retries", "X-Taskiq-requeue"
+"""Labels in which taskiq counts how often a message was sent again."""
 
 
-class BellBroker(RedisStreamBroker):
-    """One queue's stream. It serves one :meth:`listen` at a time, and any number of ``kick``."""
+class MessageFailedError(Exception):
+    """A task of taskiq failed: the type and the text of its error, which is the cause."""
+
+    def __init__(self, error: BaseException, attempts: int = 1) -> None:
+        """Allow ``attempts`` executions of the message in all."""
+        self.attempts = attempts
+        super().__init__(text_of(error))
+
+
+class RetryRequestedError(MessageFailedError):
+    """The same, and a middleware sent the message again, ``delay`` seconds later."""
+
+    def __init__(self, error: BaseException, delay: float) -> None:
+        super().__init__(error)
+        self.delay = delay
+
+
+# -- labels --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of a job, from the labels of its message."""
+
+    queue: str | None
+    priority: int
+    delay: float
+    """Seconds until it is due."""
+
+
+def options_of(labels: Mapping[str, Any]) -> Options:
+    """Read the labels ``queue`` (or ``queue_name``), ``priority`` and ``delay``.
+
+    Raises :class:`MessageError`.
+    """
+    queue = labels.get("queue", labels.get("queue_name"))
+    number = _number(labels, "priority")
+    try:
+        priority = check_priority(int(number) if number.is_integer() else number)
+    except ValueError as error:
+        raise MessageError(f"the label {error}") from None
+    delay = max(0.0, _number(labels, "delay"))
+    return Options(None if queue is None else str(queue), priority, delay)
+
+
+def timeout_of(labels: Mapping[str, Any]) -> float | None:
+    """Return the timeout of a task's jobs; None without a label. Raises :class:`MessageError`."""
+    return _number(labels, "timeout") + TIMEOUT_MARGIN if "timeout" in labels else None
+
+
+def _number(labels: Mapping[str, Any], label: str) -> float:
+    try:
+        number = float(labels.get(label) or 0)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not abs(number) < float("inf"):
+        raise MessageError(f"the label {label} must be a number: {labels[label]!r}")
+    return number
+
+
+def schedule_key(
+    labels: Mapping[str, Any], declared: Mapping[str, Any], now: datetime
+) -> str | None:
+    """Return the same key for all schedulers that send a scheduled message in this minute.
+
+    Only for a declared schedule with ``cron`` and a ``schedule_id``: without one its id differs
+    from scheduler to scheduler, and other schedules do not fire once a minute.
+    """
+    schedule_id = labels.get("schedule_id")
+    for schedule in declared.get("schedule", []) if schedule_id is not None else []:
+        if schedule.get("schedule_id") == schedule_id and "cron" in schedule:
+            return f"taskiq:{schedule_id}:{now:%Y-%m-%dT%H:%M}"
+    return None
+
+
+def attempts_of(labels: Mapping[str, Any]) -> int:
+    """Return how often a task runs without a middleware for retries."""
+    if str(labels.get("retry_on_error", False)).lower() != "true":
+        return 1
+    return max(1, int(_number(labels, "max_retries")) or DEFAULT_ATTEMPTS)
+
+
+class MessageRetries:
+    """The retry policy of taskiq's tasks: the decision of a middleware, or the labels."""
+
+    def __init__(self, attempts: int) -> None:
+        """Allow ``attempts`` executions after a timeout of the job."""
+        self._attempts = attempts
+
+    def next_delay(self, attempt: int, error: Exception) -> float | None:
+        """See :meth:`RetryPolicy.next_delay`."""
+        if isinstance(error, RetryRequestedError):
+            return error.delay
+        if isinstance(error, MessageFailedError):
+            attempts = error.attempts
+        else:
+            attempts = self._attempts if isinstance(error, TimeoutError) else DEFAULT_ATTEMPTS
+        return BackoffPolicy(attempts=attempts).next_delay(attempt, error)
+
+
+# -- executions ----------------------------------------------------------------------------------
+
+_current: ContextVar["Delivery | None"] = ContextVar("viralfx_taskiq_delivery", default=None)
+
+
+def current_delivery() -> "Delivery | None":
+    """Return the delivery that this code runs in."""
+    return _current.get()
+
+
+class Delivery:
+    """One execution of a message: from its claim until taskiq's receiver has processed it."""
+
+    def __init__(self, data: bytes, task_id: str, job: JobContext) -> None:
+        self.data = data
+        self.task_id = task_id
+        self.job = job
+        self.taken = False
+        """True once a receiver has it."""
+        self.error: BaseException | None = None
+        """The error of the function; a middleware may replace that of the result."""
+        self.result: TaskiqResult[Any] | None = None
+        self.message: TaskiqMessage | None = None
+        self.progress: TaskProgress[Any] | None = None
+        self.threads: list[Future[None]] = []
+        """Each is done when a function of the message has returned from its thread."""
+        self._again: float | None = None
+        self._retried_by_middleware = False
+        self._task: asyncio.Task[Any] | None = None
+        self._context = copy_context()
+        self._failure: BaseException | None = None
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def is_over(self) -> bool:
+        """True once its outcome is known."""
+        return self._ended.done()
+
+    def follow(self, task: "asyncio.Task[Any]") -> None:
+        """End with ``task``, in which the receiver processes the message."""
+        if self._task is None and not self.is_over:
+            self._task = task
+            self.taken = True
+            task.add_done_callback(self._on_end)
+
+    def begin(self, message: TaskiqMessage) -> TaskiqMessage:
+        """Begin in the receiver's task; return the message with the counts of its retries."""
+        if (task := asyncio.current_task()) is not None:
+            self.follow(task)
+            # By its name the log tells which job blocks the event loop.
+            task.set_name(self.job.id)
+        for variable, value in self._context.items():
+            variable.set(value)
+        _current.set(self)
+        self.message = message
+        if self.job.attempt > 1:
+            message.labels[RETRIES] = self.job.attempt - 1
+        if repeated := self.job.fence - self.job.attempt:
+            message.labels[REQUEUES] = str(repeated)
+        return message
+
+    def ack(self) -> None:
+        """Complete a message that no receiver of taskiq processes; otherwise do nothing.
+
+        The end of the receiver's task completes the others, so that job and result are one step.
+        """
+        if self._task is None:
+            self._end()
+
+    def send_again(self, message: BrokerMessage) -> None:
+        """Run the message again after this execution."""
+        self._again = options_of(message.labels).delay
+
+    def give_back(self) -> None:
+        """End without an outcome, so that another worker runs the job; cancel what runs."""
+        if not self.is_over:
+            self._failure = PostponedError("the receiver of taskiq has stopped")
+            if self._task is not None:
+                self._task.cancel()
+            self._end()
+
+    def leave_retries(self) -> None:
+        """Leave it to a middleware whether a failed message runs again."""
+        self._retried_by_middleware = True
+
+    async def outcome(self) -> Any:
+        """Wait for the end; return the value of the task, or raise why there is none.
+
+        A cancellation is passed on to the receiver's task, whose end is awaited. So is that of a
+        function in a thread, which Python cannot stop, until a second cancellation.
+        """
+        cancelled = await self._until_returned(await self._until_over())
+        error = self._failure or self.error
+        if error is None and self.result is not None:
+            error = self.result.error
+        late = cancelled and not self.job.deadline.remaining()
+        if isinstance(error, asyncio.CancelledError) and not (late and self._again is not None):
+            raise error
+        if isinstance(error, PostponedError):
+            raise error
+        if error is not None and not isinstance(error, NoResultError):
+            if self._again is not None and not isinstance(error, NoRetryError):
+                raise RetryRequestedError(error, self._again) from error
+            raise MessageFailedError(error, self._attempts(error)) from error
+        if self._again is not None:
+            raise PostponedError("the message was sent again", self._again)
+        if self._task is not None and self.message is None:
+            raise MessageFailedError(MessageError("the receiver did not run the message"))
+        return None if self.result is None else self.result.return_value
+
+    async def _until_over(self) -> bool:
+        cancelled = False
+        while not self.is_over:
+            try:
+                await asyncio.wait({self._ended})
+            except asyncio.CancelledError:
+                cancelled = True
+                if self._task is None:
+                    self._end()
+                    raise
+                self._task.cancel()
+        return cancelled
+
+    async def _until_returned(self, cancelled: bool) -> bool:  # noqa: FBT001 - private
+        for ended in map(asyncio.wrap_future, self.threads):
+            while not ended.done() and (self.job.cancelled.requested or not cancelled):
+                try:
+                    await asyncio.wait({ended})
+                except asyncio.CancelledError:
+                    if cancelled:
+                        raise
+                    cancelled = True
+        return cancelled
+
+    def _attempts(self, error: BaseException) -> int:
+        if self._failure is not None:  # of a middleware, not of the task
+            return DEFAULT_ATTEMPTS
+        if self._retried_by_middleware or isinstance(error, NoRetryError | TaskRejectedError):
+            return 1
+        return 1 if self.message is None else attempts_of(self.message.labels)
+
+    def _on_end(self, task: "asyncio.Task[Any]") -> None:
+        failure = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if not self.is_over:
+            self._failure = failure
+            self._end()
+
+    def _end(self) -> None:
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+
+class DeliveryMiddleware(TaskiqMiddleware):
+    """Reports to deliveries what the receiver does; the outermost middleware of a broker."""
+
+    def __init__(self, find: Callable[[str], Delivery | None]) -> None:
+        """``find`` returns the delivery of a task id."""
+        super().__init__()
+        self._find = find
+
+    def pre_execute(self, message: TaskiqMessage) -> TaskiqMessage:
+        """Begin the delivery."""
+        delivery = self._find(message.task_id)
+        if delivery is None:
+            return message
+        if any(isinstance(each, RETRY_MIDDLEWARES) for each in self.broker.middlewares):
+            delivery.leave_retries()
+        return delivery.begin(message)
+
+    def on_error(
+        self,
+        message: TaskiqMessage,  # noqa: ARG002 - taskiq's signature
+        result: TaskiqResult[Any],  # noqa: ARG002
+        exception: BaseException,
+    ) -> None:
+        """Keep the error: retry middlewares replace that of the result."""
+        if (delivery := current_delivery()) is not None:
+            delivery.error = exception
+
+    def post_execute(
+        self,
+        message: TaskiqMessage,  # noqa: ARG002
+        result: TaskiqResult[Any],
+    ) -> None:
+        """Keep the result; the job's record takes the place of a result backend."""
+        if (delivery := current_delivery()) is not None:
+            delivery.result = result
+
+
+class ThreadForEachCall(Executor):
+    """Runs each function in a daemon thread of its own: one that hangs blocks no other."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
+        """Start a thread for ``fn``."""
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+        ended: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                result = fn(*args, **kwargs)
+            except BaseException as error:  # noqa: BLE001 - any is the outcome
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+            ended.set_result(None)
+
+        threading.Thread(target=run, name="taskiq", daemon=True).start()
+        if (delivery := current_delivery()) is not None:
+            delivery.threads.append(ended)
+        return future
+
+
+class LedgerResultBackend(AsyncResultBackend[Any]):
+    """Reads results from the jobs of a :class:`LedgerBroker`, where its worker records them."""
 
     def __init__(
         self,
-        queue: str,
-        stream: str,
-        *,
-        senders: Redis,
-        readers: Redis,
-        backlog: int,
-        tidy_every: float,
-        clock: Clock,
+        find: Callable[[str], Coroutine[Any, Any, Job]],
+        labels: Callable[[Job], Mapping[str, Any]],
     ) -> None:
-        super().__init__(
-            # The pool that is made of it opens nothing, and is not used.
-            url="redis://",
-            queue_name=stream,
-            consumer_group_name=GROUP,
-            consumer_name=CONSUMER,
-            consumer_id="0",  # what was rung before anybody listened is heard, too
-            maxlen=backlog,
-            xread_block=round(BLOCK * 1000),
-        )
-        self.queue = queue
-        self.reading = False
-        """Whether the last read had an answer, and there will be another one."""
-        self.closed = False
-        """Set to end :meth:`listen` with the read that is under way."""
-        self.slots = 1
-        """How many bells may be held at once."""
-        self.held = 0
-        """How many are: each that is yielded, until who heard it counts it off."""
-        self._senders = senders
-        self._readers = readers
-        self._tidy_every = tidy_every
-        self._clock = clock
-        # Spreads load only; nothing depends on it being unpredictable.
-        self._rng = random.Random()  # noqa: S311
-        self._lost = False
+        """Find the job of a task id with ``find``, which raises :class:`JobNotFoundError`.
 
-    async def kick(self, message: BrokerMessage) -> None:
-        """Put a message into the stream; raises redis-py's errors.
-
-        Beyond the backlog the oldest make room: nobody listens, or all are busy, and whoever comes
-        to listen looks for jobs first.
+        ``labels`` returns the labels of a job's message.
         """
-        await self._senders.xadd(
-            self.queue_name, {FIELD: message.message}, maxlen=self.maxlen, approximate=True
-        )
+        self._find = find
+        self._labels = labels
 
-    async def listen(self) -> AsyncGenerator[bytes, None]:  # type: ignore[override]
-        """Yield what is put into the stream, each by one listener, until closed.
+    async def set_result(self, task_id: str, result: TaskiqResult[Any]) -> None:
+        """Do nothing: the end of the execution records the result, in one step with its end."""
 
-        Never raises for Redis being away, empty or refusing: it says so once, and tries again.
+    async def is_result_ready(self, task_id: str) -> bool:
+        """Return True once the job is completed, failed or cancelled."""
+        try:
+            return (await self._find(task_id)).state.final
+        except JobNotFoundError:
+            return False
+
+    async def get_result(self, task_id: str, with_logs: bool = False) -> TaskiqResult[Any]:  # noqa: ARG002, FBT001, FBT002 - taskiq's signature
+        """Return the result of a final job.
+
+        Raises :class:`JobNotFoundError`, and :class:`JobStateError` for any other job.
         """
-        failures = 0
-        try:
-            while not self.closed:
-                try:
-                    await self._join()
-                    block = None  # whether it can be read at all is to be known at once
-                    tidy_at = self._clock.monotonic() + self._tidy_every
-                    while not self.closed:
-                        found = await self._read(block)
-                        block, failures = self.block, 0
-                        self._is_heard()
-                        for data in found:
-                            self.held += 1
-                            yield data
-                        if self._clock.monotonic() >= tidy_at:
-                            tidy_at += self._tidy_every
-                            await self._tidy()
-                except (RedisError, OSError) as error:
-                    if self.closed:
-                        return
-                    failures += 1
-                    self._is_lost(error)
-                await self._clock.sleep(_BACKOFF.delay(max(1, failures), self._rng))
-        finally:
-            self.reading = False
+        job = await self._find(task_id)
+        if not job.state.final:
+            raise JobStateError(f"the job is {job.state}, so it has no result yet", job.state)
+        return result_of(job, self._labels(job))
 
-    async def _join(self) -> None:
-        """Make sure that there are the stream and its group: at the start and after data loss."""
-        try:
-            await self._readers.xgroup_create(
-                self.queue_name, self.consumer_group_name, id=self.consumer_id, mkstream=True
-            )
-        except ResponseError as error:
-            if not str(error).startswith("BUSYGROUP"):
-                raise
-        await self._tidy()
+    async def set_progress(self, task_id: str, progress: TaskProgress[Any]) -> None:
+        """Report the progress of the task that calls this; of another one does nothing."""
+        delivery = current_delivery()
+        if delivery is not None and delivery.task_id == task_id:
+            delivery.job.on_report(job_progress(progress))
+            delivery.progress = progress
 
-    async def _read(self, block: int | None) -> list[bytes]:
-        reply: Any = await self._readers.xreadgroup(
-            self.consumer_group_name,
-            self.consumer_name,
-            {self.queue_name: ">"},
-            count=max(1, self.slots - self.held),
-            block=block,
-            noack=True,
-        )
-        entries = [entry for _, entries in reply for entry in entries]
-        if entries:
-            # If this fails, the next read will say why; what was read is heard all the same.
-            with contextlib.suppress(RedisError, OSError):
-                await self._remove(entries[-1][0])
-        return [fields.get(FIELD, b"") for _, fields in entries]
-
-    async def _tidy(self) -> None:
-        """Remove what readers took and did not live to remove."""
-        groups = await self._readers.xinfo_groups(self.queue_name)
-        for group in groups:
-            last = group["last-delivered-id"]
-            if group["name"] == self.consumer_group_name.encode() and last != _NOTHING:
-                await self._remove(last)
-
-    async def _remove(self, last: bytes) -> None:
-        """Remove everything up to the entry ``last``: it was given to somebody, in order."""
-        milliseconds, _, number = last.decode().partition("-")
-        await self._readers.xtrim(
-            self.queue_name, minid=f"{milliseconds}-{int(number) + 1}", approximate=False
-        )
-
-    def _is_heard(self) -> None:
-        self.reading = True
-        if self._lost:
-            self._lost = False
-            _logger.info("Bells are heard again", extra={"queue": self.queue})
-
-    def _is_lost(self, error: Exception) -> None:
-        self.reading = False
-        if not self._lost:
-            self._lost = True
-            _logger.warning(
-                "Bells are not heard, workers look for jobs by themselves",
-                extra={"queue": self.queue, "reason": f"{type(error).__name__}: {error}"},
-            )
+    async def get_progress(self, task_id: str) -> TaskProgress[Any] | None:
+        """Return the last progress of a task; None without one."""
+        delivery = current_delivery()
+        if delivery is not None and delivery.task_id == task_id and delivery.progress is not None:
+            return delivery.progress
+        return task_progress(await self._find(task_id))

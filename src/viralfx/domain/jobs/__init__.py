@@ -1,1 +1,1 @@
-"""Jobs that are never lost: their words, the ports that keep and announce them, the worker."""
+"""Durable jobs: the model, the ledger and notifier ports, task declarations and the job service."""

@@ -1,14 +1,155 @@
-"""The codec port: between the JSON of a job and the values of a task."""
+"""The JSON of payloads, results and progress: the codec port, nesting depth and equality."""
 
-from typing import Any, Protocol
+import hashlib
+import json
+import re
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from itertools import accumulate, islice
+from typing import Any, Final, Protocol
+
+from viralfx.domain.errors import ViralFXError, suggest
+
+MAX_NESTING_LEVELS = 500
+"""Nesting levels that a payload may have; every JSON parser and encoder in use supports them."""
+
+_WITHOUT_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL).sub
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+"""Opening brackets as 1, closing ones as -1 in eight bits."""
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 
 
-class PayloadError(ValueError):
-    """A payload does not fit the task's type; the message says where and why."""
+def is_too_deep(document: bytes) -> bool:
+    """Return True if a document has more than :data:`MAX_NESTING_LEVELS` levels.
+
+    The document need not be valid JSON.
+    """
+    if (
+        len(document) <= MAX_NESTING_LEVELS
+        or document.count(b"[") + document.count(b"{") <= MAX_NESTING_LEVELS
+    ):  # the usual case
+        return False
+    # A loop over the tokens would block the event loop for longer.
+    brackets = _WITHOUT_STRINGS(b"", document).translate(_STEPS, _NO_BRACKETS)
+    return max(accumulate(array("b", brackets)), default=0) > MAX_NESTING_LEVELS
+
+
+_Number = tuple[str, "Decimal | str"]
+
+
+def same_json(one: bytes, other: bytes) -> bool:
+    """Return True if two documents have the same JSON value. Both must be valid JSON in UTF-8.
+
+    White space, the order of names in an object and the escapes in a string do not matter. If an
+    object repeats a name, the last value counts, as it does for the task. Numbers are compared by
+    their exact value: ``1``, ``1.0`` and ``10e-1`` are equal, and two large numbers with the same
+    float representation are not.
+    """
+    return one == other or _value(one) == _value(other)
+
+
+def _value(document: bytes) -> Any:
+    return json.loads(document.decode(), parse_int=_number, parse_float=_number)
+
+
+def _number(text: str) -> _Number:
+    # A tuple cannot equal another JSON value; in Python `True` equals the number 1.
+    try:
+        return ("number", Decimal(text))
+    except InvalidOperation:  # the exponent exceeds every context: compared as text
+        return ("number", text)
+
+
+def unique_key_of(task: str, payload: bytes) -> str:
+    """Return a digest of a task and of the JSON value of its payload, which must be valid JSON.
+
+    It is equal for payloads with the same value, as in :func:`same_json`; a number with an exponent
+    beyond a thousand counts as its text. The SQL function ``enqueue`` computes the same digest.
+    """
+    parts = [task, "\n"]
+    _write(_value(payload), parts)
+    return hashlib.sha256("".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+_MAX_EXPONENT = 1000
+"""More would let a short payload become a long text."""
+
+
+def _write(value: Any, parts: list[str]) -> None:
+    """Append a JSON value as Postgres writes it, with numbers in their shortest form."""
+    if isinstance(value, dict):
+        parts.append("{")
+        for position, name in enumerate(sorted(value, key=_order)):
+            parts += (", " if position else "", json.dumps(name, ensure_ascii=False), ": ")
+            _write(value[name], parts)
+        parts.append("}")
+    elif isinstance(value, list):
+        parts.append("[")
+        for position, each in enumerate(value):
+            parts.append(", " if position else "")
+            _write(each, parts)
+        parts.append("]")
+    elif isinstance(value, tuple):
+        parts.append(_digits(value[1]))
+    else:
+        parts.append(json.dumps(value, ensure_ascii=False))
+
+
+def _order(name: str) -> tuple[int, bytes]:
+    encoded = name.encode("utf-8", "surrogatepass")
+    return len(encoded), encoded
+
+
+def _digits(number: Decimal | str) -> str:
+    if isinstance(number, str) or abs(number.adjusted()) > _MAX_EXPONENT:
+        return str(number)
+    if not number:
+        return "0"
+    text = f"{number:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def is_json(document: bytes) -> bool:
+    """Return True for valid JSON in UTF-8 that is not nested too deep to be read."""
+    try:
+        json.loads(document.decode(), parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)  # NaN or Infinity
+
+
+class PayloadError(ViralFXError, ValueError):
+    """A payload does not match the task's type; the message names the place and the reason."""
+
+
+class PayloadTooLargeError(PayloadError):
+    """A payload has more bytes of JSON than the settings allow."""
 
 
 class ResultError(ValueError):
-    """A task's result has no JSON."""
+    """A task's result cannot be encoded as JSON, or cannot be stored."""
+
+
+DEFAULT_MAX_BYTES = 2**20
+"""Limit for the JSON of a payload or result."""
+
+
+def too_large(size: int, limit: int) -> str | None:
+    """Return the error message for a payload over the limit, and None for any other."""
+    return None if size <= limit else _too_large(f"the payload has {size}", limit)
+
+
+def _too_large(what: str, limit: int) -> str:
+    return (
+        f"{what} bytes of JSON, and JOB_MAX_RESULT_BYTES={limit}: keep the data elsewhere and pass"
+        " on where it is, or raise the setting"
+    )
 
 
 class Codec(Protocol):
@@ -21,3 +162,121 @@ class Codec(Protocol):
     def encode(self, result: object) -> bytes:
         """Encode a result. Raises :class:`ResultError`."""
         ...
+
+
+_FAR_BEYOND = 16
+_MAX_TEXTS = 100
+
+
+def encoded_result(codec: Codec, result: object, limit: int) -> bytes:
+    """Return the JSON of a task's result, of at most ``limit`` bytes. Raises :class:`ResultError`.
+
+    Texts with many times the limit are not encoded: that would block the event loop, and need their
+    memory once more.
+    """
+    size, least = _least_size(result), "at least "
+    if size <= _FAR_BEYOND * limit:
+        encoded, least = codec.encode(result), ""
+        size = len(encoded)
+        if size <= limit:
+            return encoded
+    raise ResultError(_too_large(f"the result has {least}{size}", limit))
+
+
+def _least_size(value: object) -> int:
+    """Return the length of a text or of the first texts in a container; zero for other values."""
+    if value is None:
+        return 0
+    values: Iterable[object] = (value,)
+    if type(value) is dict:
+        values = value.values()
+    elif type(value) is list or type(value) is tuple:
+        values = value
+    return sum(
+        len(each)
+        for each in islice(values, _MAX_TEXTS)
+        # Not of a subclass, which may have a length of its own.
+        if type(each) is str or type(each) is bytes or type(each) is bytearray
+    )
+
+
+MAX_PROGRESS_MESSAGE = 500
+"""Characters of the message of a report that are kept."""
+MAX_PROGRESS_NUMBER: Final = 2**53
+"""Beyond it not every JSON parser keeps a whole number exactly."""
+_PROGRESS_FIELDS = ("current", "total", "message")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a task is, as the task reported it.
+
+    Raises ``ValueError`` for a number that is out of range, so that every progress has JSON.
+    """
+
+    current: float | None
+    total: float | None
+    message: str | None
+
+    def __post_init__(self) -> None:
+        """Check the numbers, and replace lone surrogates, which have no UTF-8."""
+        for name, number in (("current", self.current), ("total", self.total)):
+            if number is not None and not is_in_range(number):
+                raise ValueError(f"report: {name} must be a finite number of at most 2**53 in size")
+        if self.message is not None:
+            message = self.message.encode("utf-8", "replace").decode()
+            object.__setattr__(self, "message", message)
+
+    @property
+    def ratio(self) -> float | None:
+        """``current`` of ``total``, from 0 to 1; None without both."""
+        if self.current is None or not self.total or self.total < 0:
+            return None
+        return min(1.0, max(0.0, self.current / self.total))
+
+    def encode(self) -> bytes:
+        """Return the JSON of all three fields."""
+        fields = {"current": self.current, "total": self.total, "message": self.message}
+        return json.dumps(fields, ensure_ascii=False).encode()
+
+
+def is_in_range(number: float) -> bool:
+    """Return True for a number that a progress can have."""
+    # NaN fails the comparison, too.
+    return -MAX_PROGRESS_NUMBER <= number <= MAX_PROGRESS_NUMBER
+
+
+def read_progress(given: Mapping[str, Any]) -> Progress:
+    """Return the progress that a task reports; a long message is cut.
+
+    Raises ``TypeError`` for a value of a wrong type, and ``ValueError`` for an unknown field, a
+    number that is out of range, or no field at all.
+    """
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            "report() needs a dict such as {'current': 3, 'total': 10, 'message': 'rows'}, not"
+            f" {type(given).__name__}"
+        )
+    for name in given:
+        if name not in _PROGRESS_FIELDS:
+            hint = suggest(str(name), _PROGRESS_FIELDS) or "there are current, total and message"
+            raise ValueError(f"report() has no field {name!r}; {hint}")
+    current, total = _reported("current", given), _reported("total", given)
+    message = given.get("message")
+    if message is not None and not isinstance(message, str):
+        raise TypeError(f"report(): message must be a text, not {type(message).__name__}")
+    if message is not None and len(message) > MAX_PROGRESS_MESSAGE:
+        # Often a part of the task's input: its length is no reason to fail the task.
+        message = f"{message[: MAX_PROGRESS_MESSAGE - 3]}..."
+    if current is None and total is None and message is None:
+        raise ValueError("report() needs current, total or message")
+    return Progress(current, total, message)
+
+
+def _reported(name: str, given: Mapping[str, Any]) -> float | None:
+    number = given.get(name)
+    if number is None:
+        return None
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise TypeError(f"report(): {name} must be a number, not {type(number).__name__}")
+    return number

@@ -1,35 +1,123 @@
-"""What applications ask of jobs: accept, look up, retry, cancel."""
+"""The job service of applications: accept, find, retry and cancel jobs."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import Any
 
-from viralfx.domain.correlation import current_correlation_id
+from viralfx.domain.clock import Clock, SystemClock
+from viralfx.domain.correlation import current_correlation_id, current_user_id
 from viralfx.domain.errors import ViralFXError
-from viralfx.domain.jobs.coalescing import Coalescer
-from viralfx.domain.jobs.codec import Codec
-from viralfx.domain.jobs.job import (
+from viralfx.domain.jobs.batching import Batcher, JobFollower
+from viralfx.domain.jobs.codec import (
+    DEFAULT_MAX_BYTES,
+    Codec,
+    PayloadError,
+    PayloadTooLargeError,
+    ResultError,
+    too_large,
+    unique_key_of,
+)
+from viralfx.domain.jobs.hooks import CombinedHooks, JobHooks, log_refusal
+from viralfx.domain.jobs.ledger import Accepted, Found, JobLedger, QueueCounts
+from viralfx.domain.jobs.limits import concurrency_key_of
+from viralfx.domain.jobs.model import (
+    ANY_JOB,
+    InvalidFilterError,
     Job,
     JobDraft,
+    JobFilter,
     JobNotFoundError,
     JobState,
     KeyConflictError,
     LedgerUnavailableError,
+    Unique,
+    UnknownQueueError,
+    UnstorableError,
+    check_priority,
+    in_utc,
     new_job_id,
 )
-from viralfx.domain.jobs.ledger import Accepted, Found, JobLedger, QueueCounts
-from viralfx.domain.jobs.observing import JobObserver, Unobserved
+from viralfx.domain.jobs.schedule import ScheduleTimes, times_of
 from viralfx.domain.jobs.tasks import TaskRegistry
 
+_queues_logger = logging.getLogger("viralfx.queues")
 
-class UnknownQueueError(ViralFXError):
-    """There is no queue of this name."""
+MAX_PAYLOADS = 10_000
+"""Payloads of one call of :meth:`JobService.submit_many`: they are one statement."""
+_MAX_CONCURRENT_CALLS = 3
+"""Calls that store jobs at once, if the earlier ones take long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """A job that is asked for; see :meth:`JobService.accept` for the meaning of the fields."""
+
+    task: str
+    payload: bytes
+    """JSON."""
+    key: str | None = None
+    run_at: datetime | None = None
+    priority: int | None = None
+    unique: str | None = None
+
+
+def _unknown_queue(queue: str, known: Iterable[str]) -> UnknownQueueError:
+    return UnknownQueueError(f"there is no queue {queue!r}; there are {', '.join(sorted(known))}")
+
+
+def _key(key: object) -> str | None:
+    if key is not None and (not isinstance(key, str) or not key):
+        raise ValueError(f"key must be a text that is not empty: {key!r}")
+    return key
+
+
+def _id(job_id: object) -> str:
+    if not isinstance(job_id, str):
+        raise TypeError(
+            f"pass the id of the job, such as accepted.job.id, not {type(job_id).__qualname__}"
+        )
+    return job_id
+
+
+def _keys_of(draft: JobDraft) -> Sequence[str]:
+    return [key for key in (draft.key, draft.unique_key) if key is not None]
+
+
+def _require_same(draft: JobDraft, accepted: Accepted) -> None:
+    """Raise :class:`KeyConflictError` if the key of a draft belongs to a different job."""
+    job = accepted.job
+    # A job with another key is its duplicate: one of the same task and payload.
+    if not accepted.created and draft.key == job.key is not None and not job.comes_from(draft):
+        raise KeyConflictError(
+            f"the idempotency key was used for job {job.id}, which asks for something else"
+        )
+
+
+def _require_all_same(drafts: Sequence[JobDraft], accepted: Sequence[Accepted]) -> None:
+    for index, (draft, one) in enumerate(zip(drafts, accepted, strict=True)):
+        with _about(index):
+            _require_same(draft, one)
+
+
+@contextmanager
+def _about(index: int) -> Iterator[None]:
+    """Name the job of a batch in the errors of the block."""
+    try:
+        yield
+    except (ValueError, ViralFXError) as error:
+        error.args = (f"the job at index {index}: {error}",)
+        error.index = index  # type: ignore[union-attr]  # read by the HTTP API
+        raise
 
 
 class JobService:
-    """Accepts jobs durably and answers for them.
+    """Accepts jobs durably, and gives access to them.
 
-    Every method raises :class:`LedgerUnavailableError` when the ledger cannot be reached.
+    Every method raises :class:`LedgerUnavailableError` if the ledger does not answer.
     """
 
     def __init__(
@@ -39,21 +127,35 @@ class JobService:
         tasks: TaskRegistry,
         codec: Codec,
         queues: Collection[str],
-        ring: Callable[[str, Sequence[str]], None] = lambda _queue, _ids: None,
-        observer: JobObserver | None = None,
+        notify: Callable[[str, Sequence[str], float], None] = lambda *_: None,
+        hooks: JobHooks | None = None,
+        max_payload_bytes: int = DEFAULT_MAX_BYTES,
+        clock: Clock | None = None,
     ) -> None:
-        """``ring`` tells workers of jobs by queue and ids; it neither waits nor raises."""
+        """``notify`` announces jobs by queue, ids and the seconds until they are due.
+
+        It neither waits nor raises.
+        """
         self._ledger = ledger
-        # Concurrent requests share a step. Drafts of one key do not: the second is told of the
-        # first one's job, which is in the ledger by then.
-        self._accept = Coalescer(
-            self._store, apart=lambda draft: draft.key, shared=LedgerUnavailableError
+        self._max_payload_bytes = max_payload_bytes
+        # Concurrent requests share a call. Drafts with the same key do not: the second one finds
+        # the first one's job in the ledger. A call that waits for a lock, such as that of a key in
+        # an open transaction, must not hold up all requests.
+        self._accept = Batcher(
+            self._store,
+            size=lambda draft: len(draft.payload),
+            keys=_keys_of,
+            shared=LedgerUnavailableError,
+            max_calls=_MAX_CONCURRENT_CALLS,
         )
         self._tasks = tasks
         self._codec = codec
         self._queues = tuple(dict.fromkeys(queues))
-        self._ring = ring
-        self._observer = observer or Unobserved()
+        self._notify = notify
+        self._hooks = hooks or CombinedHooks()
+        self._clock = clock or SystemClock()
+        self.follower = JobFollower(self.get, self._clock)
+        """Streams the changes of jobs."""
 
     async def accept(
         self,
@@ -63,99 +165,316 @@ class JobService:
         run_at: datetime | None = None,
         key: str | None = None,
         traceparent: str | None = None,
+        priority: int | None = None,
+        unique: str | None = None,
+        connection: Any = None,
     ) -> Accepted:
-        """Accept a job: when this returns, it is durable and will be run.
+        """Accept a job; it is durable when this returns.
 
-        ``run_at`` is in UTC. The same ``key`` again returns the first job. Raises
-        :class:`UnknownTaskError`, :class:`PayloadError` and, for a key that was used for another
-        job, :class:`KeyConflictError`.
+        ``run_at`` is the earliest time, with a time zone. Of the due jobs of a queue, one with a
+        higher ``priority`` runs first; None: the task's. A repeated ``key`` returns the first job.
+        With ``unique``, ``"waiting"`` or ``"unfinished"``, a job of the same task and payload that
+        waits or has not ended is returned, and the key is not kept; None: the task's.
+
+        ``connection`` is in a transaction of the ledger's database: one of asyncpg, or a session or
+        connection of SQLAlchemy, whose transaction begins if it has not. The job exists if and only
+        if that transaction commits.
+
+        Raises :class:`UnknownTaskError`, :class:`PayloadError` and, if the key belongs to a
+        different job, :class:`KeyConflictError`. A payload over the limit raises
+        :class:`PayloadTooLargeError`, and one that the ledger alone refuses also
+        :class:`UnstorableError`. Another value that is invalid raises ``ValueError``. With a
+        ``connection`` also :class:`TransactionError` and the errors of its driver.
         """
-        declared = self._tasks.find(task)
-        self._codec.decode(payload, declared.payload_type)
-        draft = JobDraft(
-            id=new_job_id(),
-            queue=declared.queue,
-            task=task,
-            payload=payload,
-            run_at=run_at,
-            key=key,
-            correlation_id=current_correlation_id(),
-            traceparent=traceparent,
+        asked = Submission(
+            task=task, payload=payload, run_at=run_at, key=key, priority=priority, unique=unique
         )
-        with self._observer.accepting(draft) as draft:
-            accepted = await self._accept(draft)
-        if accepted.created:
-            if accepted.job.run_at <= accepted.job.created_at:
-                self._ring(draft.queue, (draft.id,))
-        elif not accepted.job.comes_from(draft):
-            raise KeyConflictError(
-                f"the idempotency key was used for job {accepted.job.id}, which asks for"
-                " something else"
-            )
-        self._observer.accepted(accepted)
+        draft = self._draft(asked, traceparent)
+        accepted = await self._accept_one(draft, connection)
+        _require_same(draft, accepted)
+        self._hooks.accepted(accepted)
         return accepted
 
+    async def accept_draft(self, draft: JobDraft) -> Accepted:
+        """Accept a job with an id of the caller's, of a task that this process need not know.
+
+        A repeated id or key returns the first job, also if the draft asks for something else.
+        Raises :class:`UnknownQueueError`, and for the payload as :meth:`accept` does.
+        """
+        if draft.queue not in self._queues:
+            raise _unknown_queue(draft.queue, self._queues)
+        if problem := too_large(len(draft.payload), self._max_payload_bytes):
+            raise PayloadTooLargeError(problem)
+        self._codec.decode(draft.payload, Any)
+        accepted = await self._accept_one(draft)
+        self._hooks.accepted(accepted)
+        return accepted
+
+    async def _accept_one(self, draft: JobDraft, connection: Any = None) -> Accepted:
+        with self._hooks.accepting(draft) as traced:
+            try:
+                if connection is not None:
+                    (accepted,) = await self._ledger.accept_in(
+                        connection, [traced], on_commit=self._announce
+                    )
+                    return accepted
+                accepted = await self._accept(traced)
+            except UnstorableError as error:
+                log_refusal([draft], error)
+                raise
+        self._announce([accepted])
+        return accepted
+
+    async def accept_all(
+        self,
+        submissions: Sequence[Submission],
+        *,
+        traceparent: str | None = None,
+        connection: Any = None,
+    ) -> list[Accepted]:
+        """Accept all of the jobs or none, in one call of the ledger; returns them in order.
+
+        Raises as :meth:`accept` does. The error about one of them has its position as ``index``,
+        which counts from 0, and names it.
+        """
+        drafts = []
+        for index, each in enumerate(submissions):
+            with _about(index):
+                draft = self._draft(each, traceparent)
+            with self._hooks.accepting(draft) as draft:
+                drafts.append(draft)
+        if not drafts:
+            return []
+        check = None
+        if any(draft.key is not None for draft in drafts):
+            check = partial(_require_all_same, drafts)
+        try:
+            if connection is None:
+                with self._hooks.storing(drafts):
+                    accepted = await self._ledger.accept(drafts, check=check)
+                self._announce(accepted)
+            else:
+                accepted = await self._ledger.accept_in(
+                    connection, drafts, check=check, on_commit=self._announce
+                )
+        except UnstorableError as error:
+            log_refusal(drafts, error)
+            raise
+        for one in accepted:
+            self._hooks.accepted(one)
+        return list(accepted)
+
+    def _draft(self, asked: Submission, traceparent: str | None) -> JobDraft:
+        declared = self._tasks.find(asked.task)
+        payload = asked.payload
+        if problem := too_large(len(payload), self._max_payload_bytes):
+            raise PayloadTooLargeError(problem)
+        value = self._codec.decode(payload, declared.payload_type)
+        unique = declared.unique if asked.unique is None else Unique.parse(asked.unique)
+        priority = declared.priority if asked.priority is None else check_priority(asked.priority)
+        return JobDraft(
+            id=new_job_id(),
+            queue=declared.queue,
+            task=declared.name,
+            payload=payload,
+            run_at=in_utc(asked.run_at, "run_at"),
+            key=_key(asked.key),
+            correlation_id=current_correlation_id(),
+            traceparent=traceparent,
+            user_id=current_user_id(),
+            priority=priority,
+            unique=unique,
+            unique_key=None if unique is None else unique_key_of(declared.name, payload),
+            concurrency_key=concurrency_key_of(declared.concurrency_key, value),
+        )
+
     async def _store(self, drafts: Sequence[JobDraft]) -> Sequence[Accepted]:
-        with self._observer.storing(drafts):
+        with self._hooks.storing(drafts):
             return await self._ledger.accept(drafts)
 
-    async def submit(self, task: str, payload: Any, *, key: str | None = None) -> Accepted:
-        """Accept a job from a value instead of its JSON; raises as :meth:`accept` does."""
-        return await self.accept(task, self._codec.encode(payload), key=key)
+    def _announce(self, accepted: Iterable[Accepted]) -> None:
+        """Notify workers of the new jobs among those accepted."""
+        found: dict[tuple[str, float], list[str]] = {}
+        for job in (each.job for each in accepted if each.created):
+            due_in = (job.run_at - job.created_at).total_seconds()
+            found.setdefault((job.queue, due_in), []).append(job.id)
+        for (queue, due_in), ids in found.items():
+            self._notify(queue, ids, due_in)
+
+    async def submit(
+        self,
+        task: str | Callable[..., Any],
+        payload: Any,
+        *,
+        key: str | None = None,
+        run_at: datetime | None = None,
+        priority: int | None = None,
+        unique: str | None = None,
+        connection: Any = None,
+    ) -> Accepted:
+        """Accept a job with a Python value as its payload; see :meth:`accept`.
+
+        ``task`` is the name of a task or its function.
+        """
+        return await self.accept(
+            self._tasks.name_of(task),
+            self._encode(payload),
+            key=key,
+            run_at=run_at,
+            priority=priority,
+            unique=unique,
+            connection=connection,
+        )
+
+    async def submit_many(
+        self,
+        task: str | Callable[..., Any],
+        payloads: Iterable[Any],
+        *,
+        run_at: datetime | None = None,
+        priority: int | None = None,
+        unique: str | None = None,
+        connection: Any = None,
+    ) -> list[Accepted]:
+        """Accept a job of a task for each payload, all or none; see :meth:`accept_all`.
+
+        Raises ``ValueError`` for more than :data:`MAX_PAYLOADS`.
+        """
+        name = self._tasks.name_of(task)
+        submissions: list[Submission] = []
+        for index, payload in enumerate(payloads):
+            if index == MAX_PAYLOADS:
+                raise ValueError(
+                    f"submit_many takes at most {MAX_PAYLOADS} payloads; call it again"
+                )
+            with _about(index):
+                encoded = self._encode(payload)
+            submissions.append(
+                Submission(
+                    task=name, payload=encoded, run_at=run_at, priority=priority, unique=unique
+                )
+            )
+        return await self.accept_all(submissions, connection=connection)
+
+    def _encode(self, payload: Any) -> bytes:
+        try:
+            return self._codec.encode(payload)
+        except ResultError as error:
+            raise PayloadError(str(error)) from error
 
     async def get(self, job_id: str) -> Job:
         """Return a job. Raises :class:`JobNotFoundError`."""
-        job = await self._ledger.get(job_id)
+        job = await self._ledger.get(_id(job_id))
         if job is None:
             raise JobNotFoundError(f"there is no job {job_id}")
         return job
 
-    async def page(
-        self,
-        *,
-        queue: str | None = None,
-        state: JobState | None = None,
-        before: str | None = None,
-        limit: int = 50,
-    ) -> Sequence[Job]:
-        """Return jobs, the newest first. Raises :class:`UnknownQueueError`."""
-        self._require(queue)
-        return await self._ledger.page(queue=queue, state=state, before=before, limit=limit)
+    async def wait(self, job_id: str, *, timeout: float | None = None) -> Job:  # noqa: ASYNC109
+        """Return a job once it has a final state; see :meth:`JobFollower.wait`."""
+        return await self.follower.wait(job_id, timeout)
 
-    async def find(
-        self,
-        correlation_id: str,
-        *,
-        queue: str | None = None,
-        state: JobState | None = None,
-        before: str | None = None,
-        limit: int = 50,
+    async def search(
+        self, wanted: JobFilter = ANY_JOB, *, correlation_id: str | None = None
     ) -> Found:
-        """Look for the jobs of a conversation. Raises :class:`UnknownQueueError`."""
-        self._require(queue)
-        return await self._ledger.find(
-            correlation_id, queue=queue, state=state, before=before, limit=limit
-        )
+        """Return the jobs that match, newest first; also only those of a correlation id.
 
-    def _require(self, queue: str | None) -> None:
-        if queue is not None and queue not in self._queues:
-            known = ", ".join(sorted(self._queues))
-            raise UnknownQueueError(f"there is no queue {queue!r}; there are {known}")
+        A call may examine a limited number of jobs, and so return fewer than ``wanted.limit``.
+        Raises :class:`UnknownQueueError`.
+        """
+        await self._require_somewhere(wanted.queue)
+        if correlation_id is not None:
+            return await self._ledger.find(correlation_id, wanted)
+        if wanted.is_search:
+            return await self._ledger.search(wanted)
+        # One more than requested, to know if there are further ones.
+        jobs = await self._ledger.page(replace(wanted, limit=wanted.most + 1))
+        page = jobs[: wanted.most]
+        return Found(jobs=page, before=page[-1].id if len(jobs) > len(page) else None)
 
     async def retry(self, job_id: str) -> Job:
         """Run a failed job again. Raises :class:`JobNotFoundError`, :class:`JobStateError`."""
-        job = await self._ledger.retry(job_id)
-        self._ring(job.queue, (job.id,))
+        job = await self._ledger.retry(_id(job_id))
+        self._notify(job.queue, (job.id,), 0.0)
         return job
 
-    async def cancel(self, job_id: str) -> Job:
-        """Cancel a waiting job. Raises :class:`JobNotFoundError`, :class:`JobStateError`."""
-        return await self._ledger.cancel(job_id)
+    async def cancel(self, job_id: str, *, running: bool = True) -> Job:
+        """Cancel a waiting job; with ``running`` also request that an active one ends.
 
-    async def counts(self) -> Mapping[str, QueueCounts]:
-        """Return how each queue stands, also those that never had a job."""
+        The returned job is cancelled, or active with ``cancel_requested``: its worker learns of
+        that within two seconds. Raises :class:`JobNotFoundError`, :class:`JobStateError`.
+        """
+        return await self._ledger.cancel(_id(job_id), running=running)
+
+    async def retry_all(self, wanted: JobFilter) -> int:
+        """Run all failed jobs that match again; return how many.
+
+        Raises :class:`InvalidFilterError` for a filter without a field, with a limit or with
+        another state, and :class:`UnknownQueueError`. It runs in steps: if it is interrupted, the
+        jobs of the earlier steps are retried, and the same call continues with the others.
+        """
+        await self._require_change(wanted, "retried", JobState.FAILED)
+        count = 0
+        async for step in self._ledger.retry_all(wanted):
+            count += step.count
+            for queue, ids in step.ids.items():
+                self._notify(queue, ids, 0.0)
+        return count
+
+    async def cancel_all(self, wanted: JobFilter) -> int:
+        """Cancel all waiting jobs that match, and request it of the active ones; return how many.
+
+        Raises as :meth:`retry_all` does, and can be interrupted in the same way.
+        """
+        await self._require_change(wanted, "cancelled", JobState.WAITING, JobState.ACTIVE)
+        count = 0
+        async for step in self._ledger.cancel_all(wanted):
+            count += step.count
+        return count
+
+    async def _require_change(self, wanted: JobFilter, change: str, *states: JobState) -> None:
+        await self._require_somewhere(wanted.queue)
+        if wanted.limit is not None:
+            raise InvalidFilterError("a change of many jobs has no limit: leave limit out")
+        if wanted == ANY_JOB:
+            raise InvalidFilterError("the filter needs at least one field, or it means every job")
+        if wanted.state not in (None, *states):
+            allowed = " or ".join(states)
+            raise InvalidFilterError(
+                f"only jobs that are {allowed} can be {change}: leave state out, or set it to that"
+            )
+
+    async def schedules(self, count: int = 5) -> Sequence[ScheduleTimes]:
+        """Return the schedules of all tasks, with the next ``count`` times of each."""
+        declared = [each.schedule for each in self._tasks if each.schedule is not None]
+        return times_of(await self._ledger.schedules(), declared, self._clock.now(), count)
+
+    async def pause(self, queue: str) -> None:
+        """Let no worker claim jobs of a queue until it is resumed; running jobs go on.
+
+        Workers obey from their next claim on. Pausing a paused queue does nothing. Raises
+        :class:`UnknownQueueError`.
+        """
+        await self._require_somewhere(queue)
+        await self._ledger.pause(queue)
+        _queues_logger.warning("Queue paused", extra={"queue": queue})
+
+    async def resume(self, queue: str) -> None:
+        """End the pause of a queue, and announce its due jobs. Raises as :meth:`pause` does."""
+        await self._require_somewhere(queue)
+        self._notify(queue, await self._ledger.resume(queue), 0.0)
+        _queues_logger.warning("Queue resumed", extra={"queue": queue})
+
+    async def _require_somewhere(self, queue: str | None) -> None:
+        """Raise an error for a queue that is neither configured here nor known to the ledger."""
+        if queue is None or queue in self._queues:
+            return
+        if queue not in (known := await self.queues()):
+            raise _unknown_queue(queue, known)
+
+    async def queues(self) -> Mapping[str, QueueCounts]:
+        """Return the counts of all queues by name, also of those that never had a job."""
         return self.every_queue(await self._ledger.counts())
 
     def every_queue(self, known: Mapping[str, QueueCounts]) -> Mapping[str, QueueCounts]:
-        """Return counts of the ledger with those of queues that never had a job."""
+        """Return ``known`` with zero counts added for queues that the ledger does not know."""
         return {name: known.get(name, QueueCounts()) for name in (*self._queues, *known)}

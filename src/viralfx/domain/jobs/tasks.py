@@ -1,41 +1,148 @@
-"""Tasks: what an application declares with ``@task``, and the registry of those in force."""
+"""Tasks: the ``@task`` decorator of applications, and the registry of declared tasks."""
 
-import difflib
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, TypeVar, get_type_hints
+from functools import partial
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from viralfx.domain.errors import ViralFXError
-from viralfx.domain.resilience.deadline import Deadline
-from viralfx.domain.resilience.retry_policy import RetryPolicy
+from viralfx.domain.errors import ViralFXError, require_not_negative, require_positive, suggest
+from viralfx.domain.jobs.codec import Progress, read_progress
+from viralfx.domain.jobs.ledger import Accepted
+from viralfx.domain.jobs.limits import Limit, limit_of, require_field
+from viralfx.domain.jobs.model import Unique, check_priority
+from viralfx.domain.resilience.deadline import Cancellation, Deadline
+from viralfx.domain.resilience.policy import RetryPolicy
 
-TaskFunction = TypeVar("TaskFunction", bound=Callable[..., Awaitable[Any]])
+if TYPE_CHECKING:
+    from viralfx.domain.jobs.schedule import Schedule
+
+TaskFunction = TypeVar("TaskFunction", bound=Callable[..., Any])
 
 _MARK = "__viralfx_task__"
 
 
 class UnknownTaskError(ViralFXError):
-    """No task of this name is declared here."""
+    """This process has no task of that name."""
+
+
+class PostponedError(ViralFXError):
+    """Raised in a task: its job is due again in ``delay`` seconds, and spends no attempt.
+
+    Without a delay its due time does not change. The number of such executions has no limit.
+    """
+
+    def __init__(self, message: str, delay: float | None = None) -> None:
+        """Raise ``TypeError`` or ``ValueError`` for a delay that is no number of seconds."""
+        if delay is not None:
+            require_not_negative("delay", delay)
+        self.delay = delay
+        super().__init__(message)
+
+
+class NoRetryError(ViralFXError):
+    """Raised in a task: its job fails without another attempt, under any retry policy."""
+
+
+Submitter = Callable[..., Awaitable[Accepted]]
+"""Submits a job, as :meth:`JobService.submit` does."""
+
+
+class _Reported:
+    """Lets a task await a report, as it awaits the other methods of its context."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        """Return at once."""
+        yield from ()
+
+
+_REPORTED = _Reported()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobContext:
-    """What a task may know about its execution."""
+    """The execution that a task runs in."""
 
     id: str
     """The job's id: the idempotency key for effects outside the database."""
     attempt: int
     """Counts from 1."""
     deadline: Deadline
-    """When the task's timeout is over."""
+    """The end of the task's timeout."""
     correlation_id: str
     created_at: datetime
     """When the job was accepted; UTC."""
+    fence: int = 0
+    """The number of this claim, a fencing token for other systems: it grows with each claim of the
+    job. A system that refuses lower numbers for the same job refuses a worker that lost it."""
     connection: Any = None
     """With ``transactional=True`` the ledger's connection, in the transaction that completes the
-    job; None otherwise, and where the ledger is in memory."""
+    job; None without it. With jobs in memory each use of it raises :class:`TransactionError`."""
+    cancelled: Cancellation = field(default_factory=Cancellation)
+    """Whether the task should end now. A task in a thread has no other sign of a cancellation."""
+    submitter: Submitter | None = field(default=None, repr=False)
+    """What :meth:`submit` calls; a worker sets it."""
+    on_report: Callable[[Progress], object] = field(default=lambda _: None, repr=False)
+    """Receives each report, in the thread of the task."""
+
+    def report(
+        self,
+        progress: Mapping[str, Any] | None = None,
+        *,
+        current: float | None = None,
+        total: float | None = None,
+        message: str | None = None,
+    ) -> Any:
+        """Report how far the task is, as ``report({"current": 3, "total": 10})`` or by keywords.
+
+        Each report replaces the one before. It costs microseconds and writes nothing itself: the
+        worker stores the latest reports of all its jobs once a second. Call it from a coroutine or
+        a thread; you may await the answer, which does nothing.
+
+        Of a longer message, 500 characters are kept. Raises ``TypeError`` or ``ValueError`` for a
+        report that has another form, or a number that is not finite.
+        """
+        if progress is None:
+            progress = {"current": current, "total": total, "message": message}
+        elif not (current is None and total is None and message is None):
+            raise TypeError("report() takes a dict or keywords, not both")
+        self.on_report(read_progress(progress))
+        return _REPORTED
+
+    async def submit(
+        self,
+        task: str | Callable[..., Any],
+        payload: Any,
+        *,
+        key: str | None = None,
+        run_at: datetime | None = None,
+        priority: int | None = None,
+        unique: str | None = None,
+    ) -> Accepted:
+        """Submit another job, with the correlation id and the user of this one.
+
+        With ``transactional=True`` the job exists if and only if the transaction of the task
+        commits, which completes this job. Otherwise it is durable when this returns, and another
+        attempt of this task submits it again unless it has a ``key``. Arguments and errors are
+        those of ``plugin.jobs.submit``. A plain function calls
+        ``asyncio.run(context.submit(...))``.
+        """
+        if self.submitter is None:
+            raise RuntimeError("this context was not made by a worker, so it cannot submit jobs")
+        return await self.submitter(
+            task, payload, key=key, run_at=run_at, priority=priority, unique=unique
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +150,71 @@ class Task:
     """A declared task."""
 
     name: str
-    function: Callable[..., Awaitable[Any]]
+    function: Callable[..., Any]
     queue: str
     payload_type: Any
     wants_context: bool
+    """True if the function takes its :class:`JobContext`; see ``context_as``."""
     transactional: bool
     timeout: float | None
     """Seconds for one attempt; None: the worker's default."""
     retry: RetryPolicy | None
     """None: the worker's default."""
+    in_thread: bool = False
+    """True for a plain function: it runs in a thread, and the event loop does not wait for it."""
+    context_as: int | str = 1
+    """The position of its context, 0 or 1, or the name by which it is passed."""
+    dependencies: Mapping[str, bool] = field(default_factory=dict)
+    """The parameters apart from the payload and the context, and whether each must be provided: one
+    with a default value need not."""
+    priority: int = 0
+    """The priority of its jobs, unless a submission sets another one."""
+    unique: Unique | None = None
+    """How long one of its jobs keeps another one with the same payload from being accepted."""
+    concurrency: int | None = None
+    """How many of its jobs run at once over all workers; with ``concurrency_key``, of each key."""
+    concurrency_key: str | Callable[[Any], str] | None = None
+    """The field of the payload, or a function of it, by which its limits are kept apart."""
+    rate_limit: str | None = None
+    """How many of its jobs start in a period over all workers, such as ``100/m``."""
+    cron: str | None = None
+    """When it is scheduled, as a cron expression."""
+    timezone: str = "UTC"
+    """The time zone of ``cron``."""
+    catch_up: str = "last"
+    """Which of the runs that were due while no worker ran are made up for."""
+    host: object = None
+    """The :class:`~viralfx.domain.jobs.hooks.TaskHost` that declared it; None for ``@task``."""
+    read: Callable[[bytes, str], Any] | None = None
+    """Reads the payload of a job with an id for the task, if its host stores other payloads than
+    submissions have. Raises :class:`PayloadError`."""
+
+    def bound(self, payload: Any, context: JobContext | None) -> Callable[..., Any]:
+        """Return the function with its payload and its context; it takes the dependencies."""
+        if not self.wants_context:
+            return partial(self.function, payload)
+        if isinstance(self.context_as, str):
+            return partial(self.function, payload, **{self.context_as: context})
+        if self.context_as == 0:
+            return partial(self.function, context, payload)
+        return partial(self.function, payload, context)
+
+    @property
+    def limit(self) -> Limit | None:
+        """Its limits over all workers; None without one."""
+        return limit_of(self.concurrency, self.concurrency_key, self.rate_limit)
+
+    @property
+    def schedule(self) -> "Schedule | None":
+        """Its schedule; None without ``cron``."""
+        if self.cron is None:
+            return None
+        # Imported here, since every import of viralfx loads this module.
+        from viralfx.domain.jobs.schedule import Schedule  # noqa: PLC0415
+
+        return Schedule(
+            task=self.name, cron=self.cron, timezone=self.timezone, catch_up=self.catch_up
+        )
 
 
 def task(
@@ -61,27 +224,65 @@ def task(
     retry: RetryPolicy | None = None,
     timeout: float | None = None,
     transactional: bool = False,
+    priority: int = 0,
+    unique: str | None = None,
+    concurrency: int | None = None,
+    concurrency_key: str | Callable[[Any], str] | None = None,
+    rate_limit: str | None = None,
+    cron: str | None = None,
+    timezone: str = "UTC",
+    catch_up: str = "last",
 ) -> Callable[[TaskFunction], TaskFunction]:
-    """Declare ``async def f(payload: T[, context: JobContext]) -> R`` as a task.
+    """Declare ``[async] def f(payload: T[, context: JobContext]) -> R`` as a task.
 
-    ``timeout`` is in seconds, for one attempt. ``retry`` decides about further attempts. With
-    ``transactional`` the task writes through ``context.connection``, and what it writes and the
-    job's completion are one transaction. The function stays what it was and can be called.
+    A task has one payload. The parameter with the type :class:`JobContext` is the context, at any
+    position; so is a second one without a type whose name is ``context``. All others are
+    dependencies: the application provides them by name, as it does for its route handlers.
 
-    Raises ``TypeError`` for a function that cannot be a task, and ``ValueError`` for an empty
-    name or a timeout that is not above zero.
+    A coroutine function runs on the worker's event loop, a plain function in a thread. Python
+    cannot stop a thread: after the timeout the job is settled, and the function goes on until it
+    returns or reads ``context.cancelled``.
+
+    ``timeout`` is in seconds, for one attempt. ``retry``, such as
+    :class:`~viralfx.domain.resilience.policy.BackoffPolicy`, decides about further attempts. With
+    ``transactional`` the task writes through ``context.connection``, in the transaction that
+    completes the job. The function itself is unchanged and you can still call it.
+
+    With ``cron`` the task is also scheduled: it runs with the payload null at each time of a cron
+    expression in a time zone (:class:`~viralfx.domain.jobs.schedule.Schedule`). ``catch_up``,
+    which is ``last``, ``all`` or ``none``, decides about runs that were due while no worker ran.
+
+    Raises ``TypeError`` for a function with another signature, a plain one with ``transactional``,
+    or an argument of a wrong type, and ``ValueError`` for an empty name, a timeout that is not
+    above zero, or a schedule that is not valid.
     """
-    if not name:
-        raise ValueError("@task needs a name, as in @task('orders.ship')")
-    if timeout is not None and not 0 < timeout < float("inf"):
-        raise ValueError(f"@task({name!r}): timeout must be above zero seconds, got {timeout!r}")
+    unique_while = _checked(name, retry, timeout, priority, unique)
+    if cron is None and (timezone, catch_up) != ("UTC", "last"):
+        given = "timezone" if timezone != "UTC" else "catch_up"
+        raise ValueError(f"@task({name!r}): {given} has no schedule; add cron='*/5 * * * *'")
+    try:
+        limit_of(concurrency, concurrency_key, rate_limit)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"@task({name!r}): {error}") from None
 
     def declare(function: TaskFunction) -> TaskFunction:
-        payload_type, wants_context = _signature(name, function)
+        payload_type, context_as, dependencies = _signature(name, function)
+        wants_context = context_as is not None
+        try:
+            require_field(concurrency_key, payload_type)
+        except TypeError as error:
+            raise TypeError(f"@task({name!r}): {error}") from None
+        in_thread = not inspect.iscoroutinefunction(function)
+        if transactional and in_thread:
+            raise TypeError(
+                f"@task({name!r}): transactional=True needs an async def function, because"
+                " context.connection works on the event loop only; declare"
+                f" async def {function.__qualname__}, or remove transactional=True"
+            )
         if transactional and not wants_context:
             raise TypeError(
-                f"@task({name!r}): transactional=True needs a second parameter, context:"
-                " JobContext, whose connection it writes through"
+                f"@task({name!r}): transactional=True needs a parameter context: JobContext,"
+                " whose connection it writes through"
             )
         declared = Task(
             name=name,
@@ -92,32 +293,78 @@ def task(
             transactional=transactional,
             timeout=timeout,
             retry=retry,
+            in_thread=in_thread,
+            context_as=1 if context_as is None else context_as,
+            dependencies=dependencies,
+            priority=priority,
+            unique=unique_while,
+            concurrency=concurrency,
+            concurrency_key=concurrency_key,
+            rate_limit=rate_limit,
+            cron=cron,
+            timezone=timezone,
+            catch_up=catch_up,
         )
-        setattr(function, _MARK, declared)
+        _ = declared.schedule  # raises if it is not valid
+        mark(function, declared)
         return function
 
     return declare
 
 
+def _checked(
+    name: object, retry: object, timeout: object, priority: object, unique: str | None
+) -> Unique | None:
+    """Return ``unique``; raises an error for an argument that cannot be right."""
+    if not isinstance(name, str) or not name:
+        wrong = ValueError if name == "" else TypeError
+        raise wrong("@task needs a name in parentheses, as in @task('orders.ship')")
+    if retry is not None and not _is_policy(retry):
+        raise TypeError(
+            f"@task({name!r}): retry must be a policy, such as BackoffPolicy(attempts=5), or an"
+            f" object with its method next_delay: {retry!r}"
+        )
+    if timeout is not None:
+        require_positive(f"@task({name!r}): timeout", timeout)
+    try:
+        check_priority(priority)
+        return None if unique is None else Unique.parse(unique)
+    except ValueError as error:
+        raise ValueError(f"@task({name!r}): {error}") from None
+
+
+def _is_policy(retry: Any) -> bool:
+    try:
+        inspect.signature(retry.next_delay).bind(1, Exception())
+    except (AttributeError, TypeError):
+        return False
+    return True
+
+
+def mark(function: Any, declared: Task) -> None:
+    """Make :func:`declared_task` return ``declared`` for a function, or an object in its place."""
+    setattr(function, _MARK, declared)
+
+
 def declared_task(function: object) -> Task | None:
-    """Return what ``@task`` declared of a function; None for anything else."""
+    """Return the task that ``@task`` declared for a function; None for any other object."""
     found = getattr(function, _MARK, None)
     return found if isinstance(found, Task) else None
 
 
-def _signature(name: str, function: Callable[..., Any]) -> tuple[Any, bool]:
-    if not inspect.iscoroutinefunction(function):
-        raise TypeError(f"@task({name!r}): {function!r} is not an async def function")
-    parameters = list(inspect.signature(function).parameters.values())
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p for p in parameters if p.default is p.empty and p not in positional]
-    takes_more = any(p.default is p.empty for p in positional[2:]) or any(
-        p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in required
-    )
-    if not positional or takes_more:
+def _signature(
+    name: str, function: Callable[..., Any]
+) -> tuple[Any, int | str | None, Mapping[str, bool]]:
+    """Return the type of the payload, how the context is passed, and the dependencies."""
+    if not inspect.isroutine(function):
         raise TypeError(
-            f"@task({name!r}): {function.__qualname__} must take a payload and, if it likes, a"
-            " context: async def f(payload: T, context: JobContext) -> R"
+            f"@task({name!r}): {function!r} is not a function; declare async def f(payload), or"
+            " def f(payload) for code that blocks"
+        )
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError(
+            f"@task({name!r}): {function.__qualname__} is a generator; a task returns its result,"
+            " it cannot yield"
         )
     try:
         hints = get_type_hints(function, include_extras=True)
@@ -126,38 +373,101 @@ def _signature(name: str, function: Callable[..., Any]) -> tuple[Any, bool]:
             f"@task({name!r}): a type of {function.__qualname__} cannot be resolved: {error};"
             " declare it at the module's top, before the task"
         ) from None
-    wants_context = len(positional) > 1 and (
-        positional[1].default is inspect.Parameter.empty
-        or hints.get(positional[1].name) is JobContext
-    )
-    return hints.get(positional[0].name, Any), wants_context
+    parameters = [
+        each
+        for each in inspect.signature(function).parameters.values()
+        if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    context = _context_of(parameters, hints)
+    further = [each for each in parameters if each is not context]
+    if (
+        not further
+        or further[0].kind is inspect.Parameter.KEYWORD_ONLY
+        or any(each.kind is inspect.Parameter.POSITIONAL_ONLY for each in parameters[2:])
+    ):
+        raise TypeError(
+            f"@task({name!r}): {function.__qualname__} must take a payload and, optionally, a"
+            " context and dependencies: [async] def f(payload: T, context: JobContext) -> R;"
+            " a task that needs no payload declares _: None"
+        )
+    payload, *others = further
+    context_as: int | str | None = None
+    if context is not None:
+        first_two = context in parameters[:2] and context.kind is not context.KEYWORD_ONLY
+        context_as = parameters.index(context) if first_two else context.name
+    dependencies = {each.name: each.default is each.empty for each in others}
+    return hints.get(payload.name, Any), context_as, dependencies
+
+
+def _context_of(
+    parameters: Sequence[inspect.Parameter], hints: Mapping[str, Any]
+) -> inspect.Parameter | None:
+    for each in parameters:
+        hint = hints.get(each.name)
+        choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if JobContext in choices:
+            return each
+    for each in parameters[1:2]:
+        if each.name == "context" and hints.get(each.name, Any) in (Any, object):
+            return each
+    return None
 
 
 class TaskRegistry:
-    """The tasks in force, by name."""
+    """The tasks of a process, by name."""
 
     def __init__(self, tasks: Iterable[Task] = ()) -> None:
-        """Take tasks; raises ``ValueError`` as :meth:`add` does."""
+        """Add ``tasks``; raises ``ValueError`` as :meth:`add` does."""
         self._tasks: dict[str, Task] = {}
+        self._limits: dict[str, Limit] = {}
         for each in tasks:
             self.add(each)
 
     def add(self, added: Task) -> None:
-        """Add a task; the same once more is harmless. Raises ``ValueError`` for a name in use."""
+        """Add a task; adding it twice does nothing. Raises ``ValueError`` for a name in use."""
         if self._tasks.setdefault(added.name, added).function is not added.function:
             raise ValueError(f"there are two tasks named {added.name!r}; rename one")
+        if (limit := added.limit) is not None:
+            self._limits[added.name] = limit
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of the tasks; the collection changes with the registry."""
+        return self._tasks.keys()
+
+    @property
+    def limits(self) -> Mapping[str, Limit]:
+        """The limits of the tasks that have some, by name; they change with the registry."""
+        return self._limits
 
     def find(self, name: str) -> Task:
-        """Return the task of a name. Raises :class:`UnknownTaskError`."""
+        """Return the task with this name. Raises :class:`UnknownTaskError`."""
         found = self._tasks.get(name)
         if found is None:
-            close = difflib.get_close_matches(name, self._tasks, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UnknownTaskError(f"there is no task named {name!r} here{hint}")
+            hint = suggest(name, self._tasks)
+            problem = f"there is no task named {name!r} here"
+            raise UnknownTaskError(f"{problem}; {hint}" if hint else problem)
         return found
 
+    def name_of(self, task: object) -> str:
+        """Return the name of a task that is given by its name or its function.
+
+        Raises :class:`UnknownTaskError` for a function whose task is not registered, and
+        ``TypeError`` for anything else.
+        """
+        if isinstance(task, str):
+            return task
+        if (declared := declared_task(task)) is None:
+            raise TypeError(f"pass the name of a task, or a function that @task declares: {task!r}")
+        if declared.name not in self._tasks:
+            raise UnknownTaskError(
+                f"this process does not know the task {declared.name!r} of that function; add it to"
+                " OperationsConfig(tasks=[...]) or its module to TASK_MODULES"
+            )
+        return declared.name
+
     def __contains__(self, name: object) -> bool:
-        """Tell whether there is a task of this name."""
+        """Return True if there is a task with this name."""
         return name in self._tasks
 
     def __iter__(self) -> Iterator[Task]:

@@ -1,1 +1,1 @@
-"""Calls that may fail: tried again, cut, limited, refused, or answered otherwise."""
+"""Resilience: retry, circuit breaker, deadline, bulkhead and fallback."""

@@ -1,23 +1,30 @@
-"""Bounded concurrency: one slow dependency must not hold every task of the process."""
+"""Guards without a memory of failures: the bulkhead and the fallback."""
 
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast, overload
 
+from viralfx.domain.errors import require_count, require_not_negative
 from viralfx.domain.events import Listener, notify
-from viralfx.domain.resilience.failures import CallRejectedError
-from viralfx.domain.resilience.guardable import is_async, operation_name, refuse_uncallable
-from viralfx.domain.resilience.quantities import require_count, require_not_negative
+from viralfx.domain.resilience._callables import (
+    CallRejectedError,
+    ErrorFilter,
+    is_async,
+    matcher,
+    operation_name,
+    require_callable,
+)
 
 T = TypeVar("T")
+F = TypeVar("F")
 AsyncCallableT = TypeVar("AsyncCallableT", bound=Callable[..., Awaitable[object]])
 
 
 class BulkheadFullError(CallRejectedError):
-    """As many calls as allowed are under way and waiting: this one was not made."""
+    """The bulkhead is full: the call was not made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +36,14 @@ class BulkheadFull:
 
 
 class Bulkhead:
-    """Lets ``limit`` calls run at a time and ``queue`` more wait their turn, in order.
+    """Runs at most ``limit`` calls at a time; up to ``queue`` more wait in order of arrival.
 
-    One beyond that raises :class:`BulkheadFullError` at once. A caller that is cancelled while it
-    waits leaves the queue. Belongs to one event loop. Use it as a decorator of ``async def``,
-    with :meth:`execute`, or as ``async with bulkhead:``.
+    A further call raises :class:`BulkheadFullError` at once. A caller that is cancelled while it
+    waits leaves the queue. Use it as a decorator of ``async def``, with :meth:`execute`, or as
+    ``async with bulkhead:``.
+
+    A bulkhead belongs to the event loop that uses it first, until that loop is closed. A call from
+    another one raises ``RuntimeError``: it could not wake a caller that waits.
 
     Raises ``ValueError`` for a limit below one or a negative queue.
     """
@@ -51,12 +61,14 @@ class Bulkhead:
         self.name = name
         self._queue = queue
         self._waiting = 0
+        self._limit = limit
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._permits = asyncio.Semaphore(limit)
         self._listeners = listeners
 
     async def __aenter__(self) -> None:
-        """Take a permit, waiting for one if the queue allows it."""
-        await self._take("")
+        """Acquire a permit; wait for one if the queue has a free place."""
+        await self._acquire("")
 
     async def __aexit__(
         self,
@@ -64,13 +76,13 @@ class Bulkhead:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Give the permit back."""
+        """Release the permit."""
         self._permits.release()
 
     async def execute(self, operation: Callable[[], Awaitable[T]], name: str = "") -> T:
-        """Await ``operation()`` when its turn comes; ``name`` says what it is, for events."""
-        refuse_uncallable(operation)
-        await self._take(name)
+        """Await ``operation()`` once a permit is free. Events carry ``name`` as the operation."""
+        require_callable(operation)
+        await self._acquire(name)
         try:
             return await operation()
         finally:
@@ -79,7 +91,8 @@ class Bulkhead:
     def __call__(self, function: AsyncCallableT) -> AsyncCallableT:
         """Decorate a coroutine function.
 
-        Raises ``TypeError`` for anything else: a plain function holds its loop as it is.
+        Raises ``TypeError`` for anything else: a plain function blocks the loop, so it is never
+        concurrent with another call.
         """
         if not is_async(function):
             raise TypeError("a bulkhead bounds what a loop runs at a time: make it `async def`")
@@ -87,7 +100,7 @@ class Bulkhead:
 
         @functools.wraps(function)
         async def guarded(*args: object, **kwargs: object) -> object:
-            await self._take(name)
+            await self._acquire(name)
             try:
                 return await function(*args, **kwargs)
             finally:
@@ -95,9 +108,12 @@ class Bulkhead:
 
         return cast("AsyncCallableT", guarded)
 
-    async def _take(self, operation: str) -> None:
+    async def _acquire(self, operation: str) -> None:
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._move_to(loop)
         if not self._permits.locked():
-            # Does not suspend: nobody can take the permit that was just seen.
+            # Does not suspend, so that no other task can take the permit in between.
             await self._permits.acquire()
             return
         if self._waiting >= self._queue:
@@ -109,3 +125,68 @@ class Bulkhead:
             await self._permits.acquire()
         finally:
             self._waiting -= 1
+
+    def _move_to(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            raise RuntimeError(
+                f"bulkhead {self.name} belongs to another event loop: make one for each loop"
+            )
+        # Calls of a closed loop never release their permits.
+        self._loop, self._waiting = loop, 0
+        self._permits = asyncio.Semaphore(self._limit)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FallbackUsed:
+    """Event: the fallback was returned instead of raising ``error``."""
+
+    name: str
+    error: Exception
+
+
+@overload
+async def with_fallback(
+    operation: Callable[[], Awaitable[T]],
+    fallback: F,
+    *,
+    on: ErrorFilter = ...,
+    name: str | None = ...,
+    listeners: tuple[Listener[FallbackUsed], ...] = ...,
+) -> T | F: ...
+@overload
+async def with_fallback(
+    operation: Callable[[], Awaitable[T]],
+    *,
+    fallback_factory: Callable[[Exception], F],
+    on: ErrorFilter = ...,
+    name: str | None = ...,
+    listeners: tuple[Listener[FallbackUsed], ...] = ...,
+) -> T | F: ...
+
+
+async def with_fallback(
+    operation: Callable[[], Awaitable[Any]],
+    fallback: object = None,
+    *,
+    fallback_factory: Callable[[Exception], object] | None = None,
+    on: ErrorFilter = Exception,
+    name: str | None = None,
+    listeners: tuple[Listener[FallbackUsed], ...] = (),
+) -> object:
+    """Return the result of ``operation``, or ``fallback`` if it raises an error in ``on``.
+
+    ``fallback_factory`` creates the fallback from the error instead; it is called only when it is
+    needed. A cancellation and an error outside ``on`` are raised. List the errors that you expect
+    in ``on``: the default, ``Exception``, also hides programming errors.
+    """
+    require_callable(operation)
+    try:
+        return await operation()
+    except Exception as error:
+        # A boundary: an error in ``on`` is replaced by the fallback, any other is raised.
+        if not matcher(on)(error):
+            raise
+        if listeners:
+            what = name or operation_name(operation)
+            notify(listeners, FallbackUsed(name=what, error=error))
+        return fallback if fallback_factory is None else fallback_factory(error)

@@ -1,23 +1,23 @@
-"""One limit for a whole operation: what runs under it is cut, what would overrun it not begun."""
+"""Deadline: one time limit for a whole operation; and the cancellation that a job can ask for."""
 
 import asyncio
 import math
+import threading
 from contextvars import ContextVar
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from viralfx.domain.clock import Clock, SystemClock
-from viralfx.domain.resilience.quantities import require_not_negative
+from viralfx.domain.errors import require_not_negative
 
 
 class Deadline:
-    """A point in time, ``seconds`` after its creation, that bounds ``async with`` blocks.
+    """A point in time, ``seconds`` after its creation, that limits ``async with`` blocks.
 
-    The block is cancelled when the time comes and ``TimeoutError`` raised; if there is none left
-    at the start, it is raised at once. Retries inside know the deadline and do not start a wait
-    that ends after it. One deadline may bound several blocks, nested or in several tasks. A block
-    that refuses to be cancelled is waited for.
+    When the deadline passes, the block is cancelled and ``TimeoutError`` is raised. If no time is
+    left when the block starts, ``TimeoutError`` is raised at once. Retries inside the block do not
+    start a wait that would end after the deadline. One deadline may limit several blocks, nested
+    or in several tasks. If a block suppresses its cancellation, the deadline waits for it.
 
     Raises ``ValueError`` for a negative or non-finite number of seconds.
     """
@@ -25,33 +25,39 @@ class Deadline:
     __slots__ = ("_clock", "_cut", "_expires_at", "_seconds")
 
     def __init__(self, seconds: float, *, clock: Clock | None = None) -> None:
-        require_not_negative("a deadline", seconds)
+        if not (type(seconds) is float and 0 <= seconds < math.inf):  # the usual case first
+            require_not_negative("a deadline", seconds)
         self._seconds = seconds
         self._clock = clock or SystemClock()
         self._expires_at = self._clock.monotonic() + seconds
         self._cut = False
 
     def remaining(self) -> float:
-        """Return the seconds left, zero once it has passed."""
+        """Return the seconds left; zero once the deadline has passed."""
         return max(0.0, self._expires_at - self._clock.monotonic())
 
     @property
+    def seconds(self) -> float:
+        """The seconds of the whole block."""
+        return self._seconds
+
+    @property
     def cut(self) -> bool:
-        """Whether a block was cancelled because the time had come."""
+        """True if a block was cancelled because the deadline passed."""
         return self._cut
 
     async def __aenter__(self) -> Self:
         """Start the block.
 
-        Raises ``TimeoutError`` when there is no time left for it.
+        Raises ``TimeoutError`` if no time is left.
         """
         remaining = self.remaining()
         if remaining <= 0:
-            # Not asyncio.timeout(0): that would still run the block up to its first await.
+            # asyncio.timeout(0) would run the block up to its first await.
             raise TimeoutError(self._message)
         timeout = asyncio.timeout(remaining)
         await timeout.__aenter__()
-        _innermost.set(_Block(deadline=self, timeout=timeout, outer=_innermost.get()))
+        _innermost.set(_Block(self, timeout, _innermost.get()))
         return self
 
     async def __aexit__(
@@ -77,22 +83,80 @@ class Deadline:
         return f"the deadline of {self._seconds:g} s has passed"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Block:
-    """One ``async with`` under way. Kept in the task's context: a deadline can bound several."""
+    """One active ``async with`` block. Kept in the task's context: a deadline can have several."""
 
-    deadline: Deadline
-    timeout: asyncio.Timeout
-    outer: "_Block | None"
+    __slots__ = ("deadline", "outer", "timeout")
+
+    def __init__(
+        self, deadline: Deadline, timeout: asyncio.Timeout, outer: "_Block | None"
+    ) -> None:
+        self.deadline = deadline
+        self.timeout = timeout
+        self.outer = outer
 
 
 _innermost: ContextVar[_Block | None] = ContextVar("viralfx_deadline", default=None)
 
 
 def time_left() -> float:
-    """Return the seconds that the strictest deadline around this code leaves, else infinity."""
+    """Return the seconds left until the earliest enclosing deadline; infinity without one."""
     left, block = math.inf, _innermost.get()
     while block is not None:
         left = min(left, block.deadline.remaining())
         block = block.outer
     return left
+
+
+_making_event = threading.Lock()
+
+
+class Cancellation:
+    """Whether an execution should end: its deadline has passed, or the worker cancelled it.
+
+    It has the methods of a ``threading.Event`` that read, and you can use it as a condition. A
+    task in a thread asks it between two steps of its work; a coroutine need not, because it gets
+    ``CancelledError``.
+    """
+
+    __slots__ = ("_deadline", "_event", "_set", "seen")
+
+    def __init__(self, deadline: Deadline | None = None) -> None:
+        self._deadline = deadline
+        self._set = False
+        # Made by the first wait: few tasks wait, and an event takes longer than an empty task.
+        self._event: threading.Event | None = None
+        self.seen = False
+        """True once the task has read that it should end."""
+
+    def is_set(self) -> bool:
+        """Return True if the execution should end."""
+        self.seen = self.seen or self.requested
+        return self.seen
+
+    @property
+    def requested(self) -> bool:
+        """The same, without counting as seen by the task."""
+        return self._set or (self._deadline is not None and not self._deadline.remaining())
+
+    __bool__ = is_set
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block this thread until the execution should end, at most ``timeout`` seconds.
+
+        Returns :meth:`is_set`. Call it in a thread only: it would block an event loop.
+        """
+        left = math.inf if self._deadline is None else self._deadline.remaining()
+        seconds = min(left, math.inf if timeout is None else timeout)
+        with _making_event:
+            event = self._event = self._event or threading.Event()
+        # In this order: a call of set() either finds the event or is found here.
+        if not self._set:
+            event.wait(None if seconds == math.inf else seconds)
+        return self.is_set()
+
+    def set(self) -> None:
+        """Request the end of the execution; the worker calls it."""
+        self._set = True
+        if self._event is not None:
+            self._event.set()

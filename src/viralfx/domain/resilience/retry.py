@@ -1,32 +1,101 @@
-"""Trying again: one runner that asks a retry policy and does the waiting."""
+"""Retry: runs an operation again as its retry policy decides; as a call, decorator or loop."""
 
 import asyncio
 import functools
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from types import FunctionType
-from typing import Any, ParamSpec, TypeVar, cast, overload
+from types import FunctionType, TracebackType
+from typing import Any, ParamSpec, Self, TypeVar, cast, overload
 
-from viralfx.domain.clock import Clock, SystemClock
+from viralfx.domain.clock import Clock, SystemClock, default_rng
+from viralfx.domain.errors import require_not_negative
 from viralfx.domain.events import Listener
-from viralfx.domain.resilience.backoff import Backoff
-from viralfx.domain.resilience.budget import RetryBudget
-from viralfx.domain.resilience.deadline import Deadline
-from viralfx.domain.resilience.failures import ErrorFilter
-from viralfx.domain.resilience.guardable import (
+from viralfx.domain.resilience._callables import (
     CallableT,
+    ErrorFilter,
     is_async,
     operation_name,
-    refuse_awaitable,
-    refuse_uncallable,
+    reader_of,
+    reject_awaitable,
+    require_callable,
     with_own_code,
 )
-from viralfx.domain.resilience.quantities import require_not_negative
+from viralfx.domain.resilience.breaker import BreakerWrapper
+from viralfx.domain.resilience.deadline import Deadline
+from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, RetryBudget, RetryPolicy
 from viralfx.domain.resilience.retry_decision import Decider, RetryEvent
-from viralfx.domain.resilience.retry_loop import Attempt, Attempts
-from viralfx.domain.resilience.retry_policy import BackoffPolicy, RetryPolicy
-from viralfx.domain.resilience.stopwatch import reader_of
+
+
+class Attempt:
+    """One iteration of ``async for attempt in retrier``; put the work inside ``with attempt:``."""
+
+    __slots__ = ("_loop", "delay", "number", "succeeded")
+
+    def __init__(self, loop: "Attempts", number: int) -> None:
+        self._loop = loop
+        self.number = number
+        self.succeeded: bool | None = None
+        """None before the block ends, and after an error that is not retried."""
+        self.delay = 0.0
+
+    def __enter__(self) -> Self:
+        """Start the attempt."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        """Suppress an error that the loop will retry; raise any other."""
+        if error is None:
+            self.succeeded = True
+            return False
+        if not isinstance(error, Exception):
+            return False
+        delay = self._loop.next_delay(self.number, error)
+        if delay is None:
+            return False
+        self.succeeded, self.delay = False, delay
+        return True
+
+
+class Attempts:
+    """The state of one ``async for``."""
+
+    def __init__(self, decider: Decider, name: str, started: float | None) -> None:
+        self._decider = decider
+        self._name = name
+        self._started = started
+        self._failed_at: float | None = None
+        self._last: Attempt | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Attempt:
+        number, last = 1, self._last
+        if last is not None:
+            if last.succeeded:
+                raise StopAsyncIteration
+            if last.succeeded is None:
+                raise RuntimeError("the body of the loop must be inside `with attempt:`")
+            if last.delay > 0 or last.number > 1:
+                await self._decider.clock.sleep(last.delay)
+            number = last.number + 1
+        self._last = Attempt(self, number)
+        return self._last
+
+    def next_delay(self, attempt: int, error: Exception) -> float | None:
+        """See :meth:`Decider.next_delay`."""
+        if self._failed_at is None:
+            self._failed_at = self._decider.clock.monotonic()
+        return self._decider.next_delay(
+            self._name, attempt, error, started=self._started, failed_at=self._failed_at
+        )
+
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,13 +104,13 @@ T = TypeVar("T")
 class Retrier:
     """Runs operations until they succeed or the policy gives up.
 
-    The first attempt starts at once; the caller gets its result, or the last error itself, with a
-    note of how often it was tried. Only ``Exception`` is ever retried: a cancellation ends it, in
-    an attempt as in a wait. It keeps nothing of a call, so one serves any number of callers.
+    The first attempt starts at once. The caller gets the result, or the last error with a note of
+    the number of attempts. Only ``Exception`` is retried: a cancellation ends an attempt or a wait
+    at once. A retrier keeps no state of a call, so any number of callers can share it.
 
-    It is a decorator for ``async def`` and ``def``, runs a callable with :meth:`execute`, and is
-    iterated by ``async for attempt in retrier: with attempt: ...``. It answers as a
-    :class:`RetryPolicy` too, by its policy.
+    Use it as a decorator of ``async def`` and ``def``, with :meth:`execute`, or in a loop:
+    ``async for attempt in retrier: with attempt: ...``. It is also a :class:`RetryPolicy`, which
+    delegates to its policy.
     """
 
     def __init__(
@@ -57,16 +126,16 @@ class Retrier:
         clock: Clock | None = None,
         block: Callable[[float], None] = time.sleep,
     ) -> None:
-        """``name`` stands in events and defaults to the operation's; ``block`` waits in ``def``."""
+        """``name`` is used in events; ``block`` waits between attempts of a plain function."""
         self._clock = clock or SystemClock()
         self._now = reader_of(self._clock)
         self.name = name
-        """What stands in events; None: the name of the operation."""
+        """The name in events; None: the name of the operation."""
         if deadline is not None:
             require_not_negative("a deadline", deadline)
         self._deadline = deadline
         self.budget = budget
-        """What is charged for each retry, if anything is."""
+        """The budget that is charged for each retry, or None."""
         self._block = block
         self._decider = Decider(
             policy=policy,
@@ -79,7 +148,7 @@ class Retrier:
 
     def subscribe(self, listener: Listener[RetryEvent]) -> None:
         """Call ``listener`` with every :class:`RetryEvent`."""
-        self._decider.listeners = (*self._decider.listeners, listener)
+        self._decider.subscribe(listener)
 
     def next_delay(self, attempt: int, error: Exception) -> float | None:
         """See :meth:`RetryPolicy.next_delay`."""
@@ -105,20 +174,20 @@ class Retrier:
     def execute(self, operation: Callable[[], T]) -> Coroutine[Any, Any, T]: ...
 
     def execute(self, operation: Callable[[], Any]) -> Coroutine[Any, Any, Any]:
-        """Call ``operation`` until it succeeds, and await what it returns if that can be awaited.
+        """Call ``operation`` until it succeeds and return its result, awaited if it is awaitable.
 
-        Raises ``TypeError`` for a coroutine object, which could run no second time, and
-        ``TimeoutError`` when the deadline cuts an attempt.
+        Raises ``TypeError`` for a coroutine object, which cannot run twice, and ``TimeoutError``
+        if the deadline cuts an attempt.
         """
-        refuse_uncallable(operation)
+        require_callable(operation)
         if self._deadline is None:
             return self._execute(operation)
         return self._execute_within(self._deadline, operation)
 
     def __aiter__(self) -> AsyncIterator[Attempt]:
-        """Start a loop of its own; it ends after an attempt that succeeded.
+        """Start a new loop; it ends after a successful attempt.
 
-        Raises ``TypeError`` under a deadline, which could not cut the body of the loop.
+        Raises ``TypeError`` if the retrier has a deadline, which cannot cut the body of a loop.
         """
         if self._deadline is not None:
             raise TypeError("put the loop inside `async with Deadline(...)` instead")
@@ -126,31 +195,23 @@ class Retrier:
 
     # -- running -----------------------------------------------------------------------------
 
-    def _begin(self) -> float:
+    def _begin(self) -> float | None:
+        """Return the start time of a call; None if it is not needed."""
+        return self._measured_begin() if self._decider.needs_start else None
+
+    def _measured_begin(self) -> float:
         started = self._now()
         if self.budget is not None:
             self.budget.deposit(started)
         return started
 
     def _guard_async(self, function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
-        now, budget, name = self._now, self.budget, self.name or operation_name(function)
-
-        @functools.wraps(function)
-        async def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
-            started = now()
-            if budget is not None:
-                budget.deposit(started)
-            try:
-                return await function(*args, **kwargs)
-            except Exception as error:  # noqa: BLE001 - a boundary: what fails may be tried again
-                failure = error
-            # Outside the handler, so that no attempt's error becomes the context of the next.
-            try:
-                again = functools.partial(function, *args, **kwargs)
-                return cast("T", await self._again(again, name, failure, started))
-            finally:
-                del failure
-
+        name = self.name or operation_name(function)
+        parts = BreakerWrapper.of(function)
+        if parts is None:
+            guarded = self._guard_alone(function, name)
+        else:
+            guarded = self._guard_with_breaker(function, name, parts)
         with_own_code(cast("FunctionType", guarded))
         if self._deadline is None:
             return guarded
@@ -163,25 +224,98 @@ class Retrier:
 
         return limited
 
+    # Both forms contain the first attempt themselves: the call of a helper in a successful call
+    # would take a fifth of the time that the guard may add. So would passing empty keywords, and
+    # each variable of this scope that a wrapper uses costs every call.
+
+    def _guard_alone(
+        self, function: Callable[P, Awaitable[T]], name: str
+    ) -> Callable[P, Awaitable[T]]:
+        begin, needs_start = self._measured_begin, self._decider.needs_start
+        call: Callable[..., Awaitable[T]] = function
+        go_on = functools.partial(self._again, name)
+
+        @functools.wraps(function)
+        async def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+            started = begin() if needs_start else None
+            try:
+                return await (call(*args, **kwargs) if kwargs else call(*args))
+            except Exception as error:  # noqa: BLE001 - a boundary: any error may be retried
+                failure = error
+            # Outside the handler, so that an error does not become the context of the next one.
+            try:
+                again = functools.partial(call, *args, **kwargs)
+                return cast("T", await go_on(again, failure, started))
+            finally:
+                del failure
+
+        return guarded
+
+    def _guard_with_breaker(
+        self, function: Callable[P, Awaitable[T]], name: str, parts: BreakerWrapper
+    ) -> Callable[P, Awaitable[T]]:
+        """Guard a breaker's wrapper by one coroutine that does the work of both.
+
+        The inner ``try`` is that of the breaker's wrapper. Further attempts go through the wrapper.
+        """
+        begin, needs_start = self._measured_begin, self._decider.needs_start
+        breaker, call, circuit_name = parts.breaker, parts.function, parts.name
+        go_on = functools.partial(self._again, name)
+
+        @functools.wraps(function)
+        async def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+            started = begin() if needs_start else None
+            try:
+                token: Any = breaker.period
+                if token.gated:
+                    token = breaker.admit(circuit_name)
+                try:
+                    result: T = await (call(*args, **kwargs) if kwargs else call(*args))
+                except Exception as error:
+                    breaker.failed(token, error)
+                    raise
+                except BaseException:
+                    breaker.released(token)
+                    raise
+                if token.pending:
+                    breaker.succeeded(token)
+            except Exception as error:  # noqa: BLE001 - as above
+                failure = error
+            else:
+                return result
+            try:
+                again = functools.partial(function, *args, **kwargs)
+                return cast("T", await go_on(again, failure, started))
+            finally:
+                del failure
+
+        return guarded
+
     def _guard_sync(self, function: Callable[P, T]) -> Callable[P, T]:
         name = self.name or operation_name(function)
 
         @functools.wraps(function)
         def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
-            started = self._begin()
+            started, failed_at = self._begin(), None
             attempt = 1
             while True:
                 try:
                     result = function(*args, **kwargs)
                 except Exception as error:
-                    # A boundary: what fails may be tried again.
+                    # A boundary: any error may be retried.
+                    failed_at = self._now() if failed_at is None else failed_at
                     delay = self._decider.next_delay(
-                        name, attempt, error, started=started, may_wait=not _on_event_loop()
+                        name,
+                        attempt,
+                        error,
+                        started=started,
+                        failed_at=failed_at,
+                        may_wait=not _on_event_loop(),
                     )
                     if delay is None:
                         raise
                 else:
-                    refuse_awaitable(result, name)
+                    reject_awaitable(result, name)
                     return result
                 if delay > 0:
                     self._block(delay)
@@ -198,26 +332,28 @@ class Retrier:
         try:
             result = operation()
             return await result if hasattr(result, "__await__") else result
-        except Exception as error:  # noqa: BLE001 - a boundary: what fails may be tried again
+        except Exception as error:  # noqa: BLE001 - a boundary: any error may be retried
             failure = error
         try:
             name = self.name or operation_name(operation)
-            return await self._again(operation, name, failure, started)
+            return await self._again(name, operation, failure, started)
         finally:
             del failure
 
     async def _again(
-        self, operation: Callable[[], Any], name: str, failure: Exception, started: float
+        self, name: str, operation: Callable[[], Any], failure: Exception, started: float | None
     ) -> Any:
-        """Go on after the first attempt: out of line, so that success does not pay for it."""
-        attempt = 1
+        """Run the attempts after the first; separate, so that a success does not pay for it."""
+        attempt, failed_at = 1, self._now()
         try:
             while True:
-                delay = self._decider.next_delay(name, attempt, failure, started=started)
+                delay = self._decider.next_delay(
+                    name, attempt, failure, started=started, failed_at=failed_at
+                )
                 if delay is None:
                     raise failure
-                # One retry without a wait costs no turn of the loop; more of them do, lest a
-                # policy that never waits starve everybody else.
+                # The first retry without delay does not yield to the loop. Later ones do, so that
+                # a policy without delays does not starve other tasks.
                 if delay > 0 or attempt > 1:
                     await self._clock.sleep(delay)
                 attempt += 1
@@ -247,20 +383,21 @@ def retry(
     clock: Clock | None = None,
     rng: random.Random | None = None,
 ) -> Retrier:
-    """Retry up to ``attempts`` times in all (3), after ``base_delay`` (1 s), then twice that, ...
+    """Make up to ``attempts`` attempts (3), ``base_delay`` (1 s) apart, doubled each time.
 
-    Use it as ``@retry(attempts=3, base_delay=1.0)`` on ``async def`` or ``def``, or keep what it
-    returns: see :class:`Retrier`. Durations are seconds.
+    Use it as ``@retry(attempts=3, base_delay=1.0)`` on ``async def`` or ``def``, or use the
+    returned :class:`Retrier` directly. Durations are seconds.
 
-    - ``backoff`` replaces ``base_delay`` by a whole schedule, ``policy`` both and ``attempts``.
-    - ``retry_on`` narrows what is retried: types or a predicate; the default is every
-      ``Exception`` except the rejection of an open breaker, which ``retry_open_circuit`` waits for.
-    - ``deadline`` limits everything together: an attempt is cut with ``TimeoutError``, and no wait
-      is started that would end later.
-    - An error with a true ``maybe_applied`` is retried only if declared ``idempotent``.
+    - ``backoff`` replaces ``base_delay``; ``policy`` replaces ``attempts`` and ``backoff``.
+    - ``retry_on`` selects the errors to retry: types or a predicate. The default is every
+      ``Exception``. Types select an exception group if they select all of its members. A rejection
+      by an open circuit is retried only with ``retry_open_circuit``.
+    - ``deadline`` limits all attempts and waits together: it cuts an attempt with
+      ``TimeoutError``, and no wait starts that would end after it.
+    - An error with a true ``maybe_applied`` is retried only if the call is ``idempotent``.
     - ``budget`` is charged for each retry; share one between the callers of a dependency.
 
-    Raises ``ValueError`` or ``TypeError`` for what cannot be meant.
+    Raises ``ValueError`` or ``TypeError`` for invalid or contradictory arguments.
     """
     if not (attempts is None or isinstance(attempts, int)):
         raise TypeError(f"use @retry() with parentheses; attempts cannot be {attempts!r}")
@@ -272,8 +409,7 @@ def retry(
             attempts=3 if attempts is None else attempts,
             backoff=backoff or Backoff(base=first, cap=max(30.0, first)),
             retry_on=Exception if retry_on is None else retry_on,
-            # Spreads load only; nothing depends on it being unpredictable.
-            rng=rng or random.Random(),  # noqa: S311
+            rng=rng or default_rng(),
         )
     elif any(given is not None for given in (attempts, base_delay, backoff, retry_on, rng)):
         raise ValueError("a policy replaces attempts, base_delay, backoff, retry_on and rng")

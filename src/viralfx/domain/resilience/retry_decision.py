@@ -1,19 +1,19 @@
-"""After a failed attempt: what the policy says, and what forbids it all the same."""
+"""Decides after a failed attempt: the policy, then deadline, budget and other limits."""
 
 import logging
 import math
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
 from viralfx.domain.clock import Clock
 from viralfx.domain.events import Listener, Relay, notify
-from viralfx.domain.resilience.budget import RetryBudget
-from viralfx.domain.resilience.circuit import CircuitOpenError
+from viralfx.domain.resilience._callables import leaves, maybe_applied
+from viralfx.domain.resilience.breaker import CircuitOpenError
 from viralfx.domain.resilience.deadline import time_left
-from viralfx.domain.resilience.failures import maybe_applied
-from viralfx.domain.resilience.retry_policy import RetryPolicy
+from viralfx.domain.resilience.policy import RetryBudget, RetryPolicy
 
 _logger = logging.getLogger("viralfx.resilience")
 
@@ -21,27 +21,27 @@ _NOTE = "gave up after "
 
 
 class GiveUpReason(StrEnum):
-    """Why there is no further attempt."""
+    """Reason for giving up."""
 
     ATTEMPTS = "attempts"
-    """The policy allows no more of them."""
+    """The policy allows no more attempts."""
     PERMANENT = "permanent"
-    """The policy would not retry this error at all."""
+    """The policy does not retry this error."""
     DEADLINE = "deadline"
     """The wait would end after the deadline."""
     BUDGET = "budget"
-    """The dependency's retry budget is spent."""
+    """The retry budget of the dependency is exhausted."""
     CIRCUIT_OPEN = "circuit_open"
-    """The call was rejected by a breaker, and nobody asked to wait for it."""
+    """A circuit breaker rejected the call, and ``retry_open_circuit`` is not set."""
     MAYBE_APPLIED = "maybe_applied"
-    """It may have taken effect, and is not declared idempotent."""
+    """The operation may have taken effect and is not declared idempotent."""
     WOULD_BLOCK = "would_block"
-    """A plain function would have had to block the event loop to wait."""
+    """The wait of a plain function would block the event loop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptFailed:
-    """Event: an attempt failed; ``delay`` seconds until the next, None when there is none."""
+    """Event: an attempt failed. ``delay`` is the wait in seconds, None if there is no retry."""
 
     name: str
     attempt: int
@@ -51,7 +51,11 @@ class AttemptFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GaveUp:
-    """Event: the caller gets the error."""
+    """Event: no further attempt; the error is raised.
+
+    ``elapsed`` is in seconds from the start of the call. If the call began before there was a
+    listener, its start is unknown and ``elapsed`` counts from the first failure.
+    """
 
     name: str
     attempts: int
@@ -62,7 +66,7 @@ class GaveUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetExhausted:
-    """Event: a retry that the policy allows is not made, for the sake of the dependency."""
+    """Event: the retry budget does not allow a retry that the policy allows."""
 
     name: str
 
@@ -71,20 +75,25 @@ RetryEvent: TypeAlias = AttemptFailed | GaveUp | BudgetExhausted
 
 
 class RetryRelay(Relay[RetryEvent]):
-    """Passes on what happens in several retriers, which may come and go."""
+    """Forwards the events of several retriers."""
 
 
-_everywhere: tuple[Listener[RetryEvent], ...] = ()
+_global_listeners: tuple[Listener[RetryEvent], ...] = ()
 
 
 def listen_to_retries(listener: Listener[RetryEvent]) -> None:
-    """Call ``listener`` with the events of every retrier of the process; doing it twice is once."""
-    global _everywhere  # noqa: PLW0603 - retriers are made anywhere, also before this is called
-    if listener not in _everywhere:
-        _everywhere = (*_everywhere, listener)
+    """Call ``listener`` with the events of every retrier of the process.
+
+    Adding the same listener twice has no effect.
+    """
+    global _global_listeners  # noqa: PLW0603 - retriers may exist before this call
+    if listener not in _global_listeners:
+        _global_listeners = (*_global_listeners, listener)
+        for decider in tuple(_deciders):
+            decider.needs_start.append(listener)
 
 
-_WHY = {
+_REASON_TEXTS = {
     GiveUpReason.DEADLINE: ": the next would start after the deadline",
     GiveUpReason.BUDGET: ": the retry budget is spent",
     GiveUpReason.MAYBE_APPLIED: ": it may have been applied and is not declared idempotent",
@@ -92,9 +101,9 @@ _WHY = {
 }
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Decider:
-    """Joins the policy's answer with what only the caller's side knows. Keeps nothing of a call."""
+    """Combines the policy with the limits of the caller. It keeps no state of a call."""
 
     policy: RetryPolicy
     clock: Clock
@@ -102,26 +111,52 @@ class Decider:
     idempotent: bool
     retry_open_circuit: bool
     listeners: Sequence[Listener[RetryEvent]]
+    needs_start: list[object] = field(init=False)
+    """The budget and the listeners, which need the start time of a call.
+
+    The list object never changes, so a call reads it without an attribute look-up.
+    """
+
+    def __post_init__(self) -> None:
+        """Register the decider for :func:`listen_to_retries`."""
+        budget = () if self.budget is None else (self.budget,)
+        self.needs_start = [*budget, *self.listeners, *_global_listeners]
+        _deciders.add(self)
+
+    def subscribe(self, listener: Listener[RetryEvent]) -> None:
+        """Call ``listener`` with every further event."""
+        self.listeners = (*self.listeners, listener)
+        self.needs_start.append(listener)
 
     def next_delay(
-        self, name: str, attempt: int, error: Exception, *, started: float, may_wait: bool = True
+        self,
+        name: str,
+        attempt: int,
+        error: Exception,
+        *,
+        started: float | None,
+        failed_at: float,
+        may_wait: bool = True,
     ) -> float | None:
-        """Return the seconds until the next attempt, paid for from the budget; None to give up.
+        """Return the delay in seconds and charge the budget; None to give up.
 
-        Giving up leaves a note on the error that says after how many attempts and why.
+        ``started`` is the start time of the call, None if it was not measured; ``failed_at`` is
+        the time of its first failure. When giving up, a note is added to the error: the number of
+        attempts, the seconds since the first failure, and the reason.
         """
         delay, reason = self._decide(attempt, error, may_wait=may_wait)
-        listeners = (*self.listeners, *_everywhere)
+        listeners = (*self.listeners, *_global_listeners)
         if listeners:
             notify(listeners, AttemptFailed(name=name, attempt=attempt, delay=delay, error=error))
         if reason is None:
             return delay
-        elapsed = self.clock.monotonic() - started
-        if attempt > 1 or reason in _WHY:
-            _annotate(error, attempt, elapsed, reason)
+        now = self.clock.monotonic()
+        if attempt > 1 or reason in _REASON_TEXTS:
+            _annotate(error, attempt, now - failed_at, reason)
         if listeners:
             if reason is GiveUpReason.BUDGET:
                 notify(listeners, BudgetExhausted(name=name))
+            elapsed = now - (failed_at if started is None else started)
             notify(
                 listeners,
                 GaveUp(name=name, attempts=attempt, elapsed=elapsed, reason=reason, error=error),
@@ -131,12 +166,14 @@ class Decider:
     def _decide(
         self, attempt: int, error: Exception, *, may_wait: bool
     ) -> tuple[float | None, GiveUpReason | None]:
-        rejected = isinstance(error, CircuitOpenError) and not self.retry_open_circuit
+        is_open = any(isinstance(each, CircuitOpenError) for each in leaves(error))
+        rejected = is_open and not self.retry_open_circuit
         delay = None if rejected else self._ask(attempt, error)
         if rejected:
             reason = GiveUpReason.CIRCUIT_OPEN
         elif delay is None:
-            # The port says no more than None; a pure policy can be asked about a first attempt.
+            # None has two meanings. A policy has no state, so asking it about the first attempt
+            # shows which one applies.
             permanent = self._ask(1, error) is None
             reason = GiveUpReason.PERMANENT if permanent else GiveUpReason.ATTEMPTS
         elif not self.idempotent and maybe_applied(error):
@@ -145,8 +182,8 @@ class Decider:
             reason = GiveUpReason.DEADLINE
         elif delay > 0 and not may_wait:
             reason = GiveUpReason.WOULD_BLOCK
-        # Last, because it charges: only a retry that will be made is paid for, and before the
-        # wait, so that those who wait have their turn paid when they wake.
+        # Last, because it charges the budget: only for a retry that will be made, and before the
+        # wait, so that a waiting call keeps its share.
         elif self.budget is not None and not self.budget.withdraw(self.clock.monotonic()):
             reason = GiveUpReason.BUDGET
         else:
@@ -158,7 +195,7 @@ class Decider:
         try:
             delay = self.policy.next_delay(attempt, error)
         except Exception:
-            # A boundary: the caller is owed the operation's error, not that of a policy.
+            # A boundary: the caller gets the operation's error, not the policy's.
             _logger.exception("Retry policy failed", extra={"policy": policy})
             return None
         if delay is not None and not 0 <= delay < math.inf:
@@ -167,9 +204,14 @@ class Decider:
         return delay
 
 
-def _annotate(error: Exception, attempts: int, elapsed: float, reason: GiveUpReason) -> None:
-    times = "1 attempt" if attempts == 1 else f"{attempts} attempts"
+_deciders: weakref.WeakSet[Decider] = weakref.WeakSet()
+
+
+def _annotate(error: Exception, attempts: int, seconds: float, reason: GiveUpReason) -> None:
+    times = "1 attempt"
+    if attempts > 1:
+        times = f"{attempts} attempts, {seconds:.1f} s after the first failure"
     notes: list[str] = getattr(error, "__notes__", [])
-    # An error object that is raised again and again must not collect notes for ever.
+    # An error object that is raised repeatedly must not accumulate notes.
     notes[:] = [note for note in notes if not note.startswith(_NOTE)]
-    error.add_note(f"{_NOTE}{times} in {elapsed:.1f} s{_WHY.get(reason, '')}")
+    error.add_note(f"{_NOTE}{times}{_REASON_TEXTS.get(reason, '')}")

@@ -1,1 +1,1 @@
-"""Webhooks: where one may be sent, how it is signed, and what a receiver's answer means."""
+"""Webhooks: allowed destinations, signatures, delivery with retries, and health alerts."""

@@ -1,49 +1,303 @@
-"""Sending one webhook: allowed, signed, guarded by the host's breaker, and judged."""
+"""Webhook delivery: message, signature, circuit breaker for each host, retry policy.
 
-from collections.abc import Mapping
+Signatures are as defined by the Standard Webhooks specification.
+"""
+
+import base64
+import hashlib
+import hmac
+import json
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import Protocol
+from typing import Any, Protocol
 
-from viralfx.domain.clock import Clock
+from viralfx.domain.clock import Clock, timestamp
 from viralfx.domain.correlation import current_correlation_id
-from viralfx.domain.webhooks.allowed import AllowList
-from viralfx.domain.webhooks.destinations import Destination
-from viralfx.domain.webhooks.errors import WebhookRefusedError
-from viralfx.domain.webhooks.hosts import HostCircuits
-from viralfx.domain.webhooks.responses import failure_of, is_host_failing
-from viralfx.domain.webhooks.signature import Signer, webhook_headers
+from viralfx.domain.errors import require_count
+from viralfx.domain.events import Listener
+from viralfx.domain.resilience._callables import CallRejectedError
+from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitEvent
+from viralfx.domain.resilience.breaker_states import CircuitState
+from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, Jitter
+from viralfx.domain.webhooks.url import (
+    AllowList,
+    Destination,
+    WebhookError,
+    WebhookRefusedError,
+    WebhookRejectedError,
+    WebhookUnavailableError,
+    parse_destination,
+)
 
-CORRELATION = "X-Correlation-ID"
-"""The header that tells a receiver which conversation a webhook belongs to."""
+PREFIX = "whsec_"
+MIN_KEY_BYTES, MAX_KEY_BYTES = 24, 64
+_FORMAT = f"{PREFIX} followed by the base64 of {MIN_KEY_BYTES} to {MAX_KEY_BYTES} bytes"
+
+
+def parse_secrets(text: str) -> tuple[bytes, ...]:
+    """Parse secrets like ``whsec_<base64 of 24 to 64 bytes>``, separated by commas or spaces.
+
+    Raises ``ValueError`` for any other text; the message contains no part of a secret.
+    """
+    written = text.replace(",", " ").split()
+    if not written:
+        raise ValueError(f"there is no secret; a secret is {_FORMAT}")
+    return tuple(_key(number, secret) for number, secret in enumerate(written, start=1))
+
+
+def _key(number: int, secret: str) -> bytes:
+    prefix, encoded = secret[: len(PREFIX)], secret[len(PREFIX) :]
+    try:
+        key = base64.b64decode(encoded, validate=True)
+    except ValueError:
+        key = b""
+    if prefix != PREFIX or not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
+        raise ValueError(f"secret {number} is not {_FORMAT}")
+    return key
+
+
+class Signer:
+    """Signs with every configured secret, so that secrets can be rotated without downtime.
+
+    To rotate: add the new secret, let the receivers switch to it, then remove the old secret.
+    """
+
+    def __init__(self, secrets: Iterable[bytes]) -> None:
+        """``secrets`` are keys from :func:`parse_secrets`. Raises ``ValueError`` if empty."""
+        self._keys = tuple(secrets)
+        if not self._keys:
+            raise ValueError("a signer needs at least one secret")
+
+    def sign(self, message_id: str, seconds: int, body: bytes) -> str:
+        """Return the value of ``webhook-signature``: one ``v1,<base64>`` for each secret."""
+        signed = b"%s.%d.%s" % (message_id.encode(), seconds, body)
+        digests = (hmac.new(key, signed, hashlib.sha256).digest() for key in self._keys)
+        return " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests)
+
+
+def webhook_headers(
+    signer: Signer | None, message_id: str, seconds: int, body: bytes
+) -> Mapping[str, str]:
+    """Return the headers with the message id, the time of the attempt, and the signature.
+
+    ``seconds`` is the Unix time of this attempt; ``message_id`` is the same in every attempt.
+    Without a signer there is no signature.
+    """
+    headers = {"webhook-id": message_id, "webhook-timestamp": str(seconds)}
+    if signer is not None:
+        headers["webhook-signature"] = signer.sign(message_id, seconds, body)
+    return headers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What a receiver answered."""
+class WebhookMessage:
+    """The payload of the task ``notifications.webhook``.
+
+    With ``alert`` the webhook goes to ``ALERT_WEBHOOK_URL`` of the worker. The job does not
+    contain that URL, so readers of jobs cannot see it.
+    """
+
+    type: str
+    """Type of the event, such as ``order.shipped``."""
+    data: dict[str, Any]
+    url: str | None = None
+    alert: bool = False
+
+    def __post_init__(self) -> None:
+        """Reject a message that cannot be sent, before a job is accepted. Raises ``ValueError``."""
+        if not self.type:
+            raise ValueError("type must name the event, such as order.shipped")
+        if (self.url is None) != self.alert:
+            raise ValueError("the message must have either a url or alert: true")
+        if self.url is not None:
+            try:
+                parse_destination(self.url)
+            except WebhookRefusedError as error:
+                raise ValueError(str(error)) from None
+
+    def body(self, at: datetime) -> bytes:
+        """Return the JSON body in ASCII; the same ``at`` gives the same bytes."""
+        content = {"type": self.type, "timestamp": timestamp(at), "data": self.data}
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
+class HostCircuits:
+    """One circuit breaker for each host, created on first use, for at most ``max_hosts`` hosts.
+
+    They are not in the breaker registry of the process: a receiver that is down does not degrade
+    this service. Beyond ``max_hosts``, the least recently used breaker is removed. Closed breakers
+    are removed first, because removing an open one would let calls through.
+    """
+
+    def __init__(
+        self,
+        *,
+        failure_threshold: int = 5,
+        open_for: float = 60.0,
+        probe_lease: float = 60.0,
+        max_hosts: int = 256,
+        listeners: tuple[Listener[CircuitEvent], ...] = (),
+        clock: Clock | None = None,
+    ) -> None:
+        """Create breakers with these arguments of :class:`CircuitBreaker`.
+
+        Raises ``ValueError`` for an invalid argument.
+        """
+        require_count("max_hosts", max_hosts)
+        self._max_hosts = max_hosts
+        self._breakers: OrderedDict[str, CircuitBreaker] = OrderedDict()
+        self._make: Callable[[str], CircuitBreaker] = lambda host: CircuitBreaker(
+            failure_threshold,
+            open_for,
+            name=host,
+            probe_lease=probe_lease,
+            failure_on=WebhookUnavailableError,
+            listeners=listeners,
+            clock=clock,
+        )
+        self._make("")  # validates the arguments now instead of at the first delivery
+
+    def __getitem__(self, host: str) -> CircuitBreaker:
+        """Return the breaker of a host; create it if there is none."""
+        breaker = self._breakers.get(host)
+        if breaker is None:
+            if len(self._breakers) >= self._max_hosts:
+                self._remove_one()
+            breaker = self._breakers[host] = self._make(host)
+        else:
+            self._breakers.move_to_end(host)
+        return breaker
+
+    def __len__(self) -> int:
+        """Return the number of hosts that have a breaker."""
+        return len(self._breakers)
+
+    def _remove_one(self) -> None:
+        closed = (h for h, b in self._breakers.items() if b.state is CircuitState.CLOSED)
+        del self._breakers[next(closed, next(iter(self._breakers)))]
+
+
+MAX_RETRY_AFTER_SECONDS = 6 * 3600.0
+"""A longer ``Retry-After`` counts as this one."""
+
+_RETRYABLE_STATUSES = frozenset(
+    {
+        HTTPStatus.REQUEST_TIMEOUT,
+        HTTPStatus.TOO_EARLY,
+        HTTPStatus.TOO_MANY_REQUESTS,
+    }
+)
+_DIGITS = re.compile(r"[0-9]+").fullmatch
+
+
+def is_host_failing(status: int) -> bool:
+    """Return whether a status shows a failure of the host, not only of this request."""
+    return status >= HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def failure_of(host: str, status: int, retry_after: str | None, now: datetime) -> WebhookError:
+    """Return the error for a response that is not 2xx.
+
+    408, 425, 429 and 5xx can be retried. A redirect is a rejection like 4xx: its target is not
+    checked against the allow list.
+    """
+    if status in _RETRYABLE_STATUSES or is_host_failing(status):
+        asked = None if retry_after is None else parse_retry_after(retry_after, now)
+        return WebhookUnavailableError(f"{host} answered {status}", asked)
+    if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.BAD_REQUEST:
+        message = f"{host} answered {status}; redirects are not followed"
+        return WebhookRejectedError(message, status)
+    return WebhookRejectedError(f"{host} answered {status}", status)
+
+
+def parse_retry_after(text: str, now: datetime) -> float | None:
+    """Parse ``Retry-After``, a number of seconds or a date; None if it is neither.
+
+    The result is in seconds, from 0 to :data:`MAX_RETRY_AFTER_SECONDS`.
+    """
+    text = text.strip()
+    if _DIGITS(text):
+        # float(), because int() raises for more than 4300 digits.
+        seconds = float(text)
+    else:
+        try:
+            date = parsedate_to_datetime(text)
+            # A date without a zone, or with -0000, is UTC by RFC 9110.
+            aware = date if date.tzinfo is not None else date.replace(tzinfo=UTC)
+            seconds = (aware - now).total_seconds()
+        except (ValueError, OverflowError, IndexError):
+            return None
+    return max(0.0, min(seconds, MAX_RETRY_AFTER_SECONDS)) if not math.isnan(seconds) else None
+
+
+class WebhookRetryPolicy:
+    """Retry policy of webhooks: 10 attempts in 20 hours; ``Retry-After`` can prolong a wait.
+
+    The waits are 5 s, 20 s, 80 s, 5 min, 21 min, 85 min and then 6 h. Jitter shortens each by up
+    to a half, so that webhooks that failed together are not retried together.
+
+    A rejection by the host's breaker says nothing about the webhook. So it is never the last
+    attempt, unless there were twice as many attempts as allowed.
+    """
+
+    def __init__(self, attempts: int = 10) -> None:
+        """Allow ``attempts`` attempts. Raises ``ValueError`` if there are fewer than two."""
+        require_count("attempts - 1", attempts - 1)
+        self._attempts = attempts
+        self._policy = BackoffPolicy(
+            attempts=attempts,
+            backoff=Backoff(base=5.0, factor=4.0, cap=MAX_RETRY_AFTER_SECONDS, jitter=Jitter.EQUAL),
+            retry_on=_is_retryable,
+        )
+
+    def next_delay(self, attempt: int, error: Exception) -> float | None:
+        """See :meth:`viralfx.domain.resilience.policy.RetryPolicy.next_delay`."""
+        if isinstance(error, CallRejectedError) and attempt < 2 * self._attempts:
+            attempt = min(attempt, self._attempts - 1)
+        return self._policy.next_delay(attempt, error)
+
+
+def _is_retryable(error: Exception) -> bool:
+    # Unexpected errors are retried as well.
+    return not isinstance(error, WebhookRefusedError | WebhookRejectedError)
+
+
+CORRELATION_HEADER = "X-Correlation-ID"
+"""Header with the correlation id of the request or job that caused the webhook."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookResponse:
+    """The response of a receiver."""
 
     status: int
     retry_after: str | None = None
-    """The header of that name, as it came."""
+    """Value of the ``Retry-After`` header."""
 
 
 class WebhookSender(Protocol):
-    """Port: posts to a destination, and connects to no address that is not allowed."""
+    """Port: sends an HTTP POST to a destination, and connects to allowed addresses only."""
 
     async def post(
         self, destination: Destination, headers: Mapping[str, str], body: bytes
-    ) -> Answer:
-        """Post JSON and return the answer, a redirect as it is.
+    ) -> WebhookResponse:
+        """Post JSON and return the response. Redirects are not followed.
 
-        Every address that the host has is put to :meth:`AllowList.check_addresses` before one of
-        just these is connected to. Raises :class:`WebhookRefusedError` and, when there was no
-        answer in time, :class:`WebhookUnavailableError`.
+        Resolves the host once, passes all its addresses to :meth:`AllowList.check_addresses`, and
+        connects to one of them. Raises :class:`WebhookRefusedError` for an address that is not
+        allowed, and :class:`WebhookUnavailableError` if there is no response in time.
         """
         ...
 
 
 class WebhookDelivery:
-    """Sends webhooks. Several may be under way."""
+    """Delivers webhooks. Concurrent deliveries are safe."""
 
     def __init__(
         self,
@@ -63,11 +317,11 @@ class WebhookDelivery:
     async def deliver(
         self, url: str, *, message_id: str, body: bytes, unsigned: bool = False
     ) -> int:
-        """Deliver ``body`` and return the status of the answer, some 2xx.
+        """Deliver ``body`` and return the 2xx status of the response.
 
-        ``message_id`` tells the receiver that it has had this one already. With ``unsigned`` a
-        missing secret is no obstacle. Raises a :class:`WebhookError`, or ``CircuitOpenError``
-        while the host is given a rest.
+        ``message_id`` lets the receiver recognize a repeated delivery. ``unsigned`` allows
+        delivery without ``WEBHOOK_SECRET``. Raises a :class:`WebhookError`, or
+        ``CircuitOpenError`` while the circuit of the host is open.
         """
         destination = self._allowed.admit(url)
         if self._signer is None and not unsigned:
@@ -75,21 +329,21 @@ class WebhookDelivery:
         seconds = int(self._clock.now().timestamp())
         headers = dict(webhook_headers(self._signer, message_id, seconds, body))
         if (correlation_id := current_correlation_id()) is not None:
-            headers[CORRELATION] = correlation_id
-        answer = await self._exchange(destination, headers, body)
-        if HTTPStatus.OK <= answer.status < HTTPStatus.MULTIPLE_CHOICES:
-            return answer.status
-        raise failure_of(destination.host, answer.status, answer.retry_after, self._clock.now())
+            headers[CORRELATION_HEADER] = correlation_id
+        response = await self._post(destination, headers, body)
+        if HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
+            return response.status
+        raise failure_of(destination.host, response.status, response.retry_after, self._clock.now())
 
-    async def _exchange(
+    async def _post(
         self, destination: Destination, headers: Mapping[str, str], body: bytes
-    ) -> Answer:
+    ) -> WebhookResponse:
         breaker = self._circuits[destination.authority]
         with breaker.guard("webhook"):
-            answer = await self._sender.post(destination, headers, body)
-            if is_host_failing(answer.status):
-                # Any other answer, a refusal included, says that the host is there.
+            response = await self._sender.post(destination, headers, body)
+            if is_host_failing(response.status):
+                # Any other response, even a rejection, shows that the host is available.
                 raise failure_of(
-                    destination.host, answer.status, answer.retry_after, self._clock.now()
+                    destination.host, response.status, response.retry_after, self._clock.now()
                 )
-        return answer
+        return response

@@ -1,36 +1,56 @@
-"""What can be scraped: one registry per assembly, and how it is written out."""
+"""The Prometheus metrics of an assembly: one registry and its rendering."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
-from viralfx.telemetry.metrics.exemplars import Exemplar, no_exemplar
-from viralfx.telemetry.metrics.requests import RequestMetrics
+from viralfx.telemetry.metrics.merged import MergedRegistries, MetricsRegistry
+from viralfx.telemetry.metrics.requests import HttpMetrics, RequestMetrics
+from viralfx.telemetry.metrics.series import Exemplar, no_exemplar
 
 
 class Metrics:
     """The metrics of one assembly.
 
-    They have a registry of their own, not the library's global one, so that two applications in
-    one process do not count into each other's.
+    The registry is separate from the library's global one, so that two applications in one process
+    do not mix their counts.
     """
 
-    def __init__(self, exemplar: Exemplar = no_exemplar) -> None:
-        """``exemplar`` names the trace of what is measured."""
+    def __init__(
+        self, exemplar: Exemplar = no_exemplar, registries: Sequence[MetricsRegistry] = ()
+    ) -> None:
+        """``exemplar`` returns the labels of an exemplar for the current trace.
+
+        ``registries`` are those of the application, which the rendering shows, too.
+        """
         self.registry = CollectorRegistry(auto_describe=True)
+        self._whole = MergedRegistries([self.registry, *registries])
         self.exemplar = exemplar
-        """What names the trace of a measurement, for those who measure."""
+        """The exemplar function, for other metrics of this assembly."""
         self.requests = RequestMetrics(self.registry)
+        self.http = HttpMetrics(self.registry)
+        self._rendered: dict[str, bytes] = {}
+        """The renderings of the current event loop iteration, by media type."""
         ProcessCollector(registry=self.registry)
 
     def render(self, accept: str) -> tuple[bytes, str]:
-        """Write everything out; returns the body and its media type.
+        """Render all metrics; return the body and its media type.
 
-        ``accept`` is the header of the request: who asks for OpenMetrics gets it, exemplars
-        included, and everybody else the older text format. So does who asks for a version that is
-        none.
+        ``accept`` is the ``Accept`` header. It selects OpenMetrics with exemplars or the older text
+        format, which is also the answer to unknown versions. Requests in the same iteration of the
+        event loop share one rendering, so that a flood of scrapes costs a single rendering.
         """
         try:
             encode, media_type = choose_encoder(accept)
-        except (TypeError, ValueError):  # the library takes a version apart without looking
+        except (TypeError, ValueError):  # the library does not validate the version
             encode, media_type = choose_encoder("")
-        return encode(self.registry), media_type
+        body = self._rendered.get(media_type)
+        if body is None:
+            body = encode(self._whole)
+            with suppress(RuntimeError):  # no event loop runs
+                asyncio.get_running_loop().call_soon(self._rendered.clear)
+                self._rendered[media_type] = body
+        return body, media_type

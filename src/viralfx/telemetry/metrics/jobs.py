@@ -1,53 +1,67 @@
-"""The queues, as the last health check counted them, and the jobs that this process runs."""
+"""Metrics of the queues, from the last health check, and of the jobs that this process runs."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from viralfx.domain.jobs.job import Claim, JobDraft, JobState, Settlement
 from viralfx.domain.jobs.ledger import Accepted, QueueCounts
-from viralfx.telemetry.metrics.exemplars import Exemplar, no_exemplar
+from viralfx.domain.jobs.model import Claim, JobDraft, JobState, Settlement
+from viralfx.telemetry.metrics.series import (
+    Exemplar,
+    HistogramSeries,
+    LoopHistogram,
+    no_exemplar,
+)
 
 _UNKNOWN = "unknown"
 _BUCKETS = (0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
 
 
 class QueueMetrics(Collector):
-    """How the queues stand. It asks nobody: a scrape must not cost the database a query."""
+    """The state of the queues, from the last count: a scrape does not query the database."""
 
     def __init__(self, counts: Callable[[], Mapping[str, QueueCounts]]) -> None:
-        """Take ``counts``, which returns what was counted last; nothing where that says nothing."""
+        """Read ``counts`` at each scrape: the last counts by queue, empty if they are outdated."""
         self._counts = counts
 
     def describe(self) -> Iterable[Metric]:
-        """Name what there is."""
+        """Return the metrics without samples."""
         return self._collect({})
 
     def collect(self) -> Iterator[Metric]:
-        """Write out what was counted last."""
+        """Return the last counts."""
         return self._collect(self._counts())
 
     @staticmethod
     def _collect(counts: Mapping[str, QueueCounts]) -> Iterator[Metric]:
         jobs = GaugeMetricFamily(
-            "viralfx_queue_jobs", "Jobs that are not finished.", labels=["queue", "state"]
+            "viralfx_queue_jobs", "Unfinished jobs, by state.", labels=["queue", "state"]
         )
         finished = CounterMetricFamily(
             "viralfx_queue_finished_jobs",
-            "Jobs that were finished, by anybody, by how.",
+            "Finished jobs of all workers, by final state.",
             labels=["queue", "state"],
         )
         oldest = GaugeMetricFamily(
             "viralfx_queue_oldest_due_seconds",
-            "Time for which the longest waiting job has been due.",
+            "Time since the oldest waiting job became due.",
             labels=["queue"],
         )
         consumers = GaugeMetricFamily(
-            "viralfx_queue_consumers", "Workers that run the queue's jobs.", labels=["queue"]
+            "viralfx_queue_consumers", "Workers that consume the queue.", labels=["queue"]
+        )
+        blocked = GaugeMetricFamily(
+            "viralfx_queue_consumers_blocked",
+            "Workers that consume the queue and whose event loop is blocked.",
+            labels=["queue"],
+        )
+        paused = GaugeMetricFamily(
+            "viralfx_queue_paused", "1 while no worker claims jobs of the queue.", labels=["queue"]
         )
         for name, queue in counts.items():
             for state in ("waiting", "active", "scheduled"):
@@ -56,11 +70,52 @@ class QueueMetrics(Collector):
                 finished.add_metric([name, state], getattr(queue, state))
             oldest.add_metric([name], queue.oldest_due)
             consumers.add_metric([name], queue.consumers)
-        yield from (jobs, finished, oldest, consumers)
+            blocked.add_metric([name], queue.blocked)
+            paused.add_metric([name], queue.paused)
+        yield from (jobs, finished, oldest, consumers, blocked, paused)
+
+
+def unrecorded_outcomes(registry: CollectorRegistry) -> Gauge:
+    """Return the gauge of the outcomes that the ledger has not recorded for longer than a lease."""
+    return Gauge(
+        "viralfx_jobs_unrecorded",
+        "Outcomes of jobs that this process has not recorded for longer than a lease.",
+        registry=registry,
+    )
+
+
+class ProgressMetrics(Collector):
+    """The progress of the running jobs, by task: a series for each job would be too many."""
+
+    def __init__(self, progress: Callable[[], Iterable[tuple[str, str, float]]]) -> None:
+        """Read ``progress`` at each scrape: queue, task and ratio of each job that has one."""
+        self._progress = progress
+
+    def describe(self) -> Iterable[Metric]:
+        """Return the metric without samples."""
+        return self._collect(())
+
+    def collect(self) -> Iterator[Metric]:
+        """Return the means of the moment."""
+        return self._collect(self._progress())
+
+    @staticmethod
+    def _collect(progress: Iterable[tuple[str, str, float]]) -> Iterator[Metric]:
+        ratio = GaugeMetricFamily(
+            "viralfx_job_progress_ratio",
+            "Mean progress of the running jobs of this process that report a total.",
+            labels=["queue", "task"],
+        )
+        ratios: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+        for queue, task, each in progress:
+            ratios[queue, task].append(each)
+        for names, found in ratios.items():
+            ratio.add_metric(names, sum(found) / len(found))
+        yield ratio
 
 
 class JobMetrics:
-    """Counts what this process does with jobs; a :class:`JobObserver`."""
+    """Counts and measures the jobs that this process accepts and runs; a :class:`JobHooks`."""
 
     def __init__(
         self,
@@ -69,98 +124,134 @@ class JobMetrics:
         queues: Iterable[str] = (),
         exemplar: Exemplar = no_exemplar,
     ) -> None:
-        """``tasks`` are those that are declared here, with their queues; ``queues`` are all.
+        """``tasks`` maps the declared tasks to their queues; ``queues`` are all queues.
 
-        Other tasks share the label ``unknown``: their names come from the ledger, and so from any
-        version of the program.
+        Other tasks share the label ``unknown``, because their names come from the ledger and other
+        versions of the program may have written any number of them.
         """
         labels = ("queue", "task")
         self._tasks = tasks
         self.exemplar = exemplar
+        self._accepted_series: dict[tuple[str, str], Counter] = {}
+        self._execution_series: dict[tuple[str, str], _ExecutionSeries] = {}
         self._accepted = Counter(
             "viralfx_jobs_accepted_total",
-            "Jobs that this process accepted, those included that were accepted before.",
+            "Jobs that this process accepted, including repetitions of an idempotency key and jobs"
+            " whose transaction was rolled back later.",
             labels,
             registry=registry,
         )
-        self.wait = Histogram(
+        self.wait = LoopHistogram(
             "viralfx_job_wait_seconds",
-            "Time from when a job was due until a worker was given it.",
+            "Time from the due time of a job to its claim by a worker.",
             labels,
-            buckets=_BUCKETS,
-            registry=registry,
+            _BUCKETS,
         )
-        self.duration = Histogram(
+        self.duration = LoopHistogram(
             "viralfx_job_duration_seconds",
-            "Time that an execution of a job took, until its outcome was known.",
+            "Duration of an execution of a job, until its outcome was known.",
             labels,
-            buckets=_BUCKETS,
-            registry=registry,
+            _BUCKETS,
         )
         self.executions = Counter(
             "viralfx_job_executions_total",
-            "Executions of jobs, by what became of them.",
+            "Executions of jobs, by outcome.",
             (*labels, "outcome"),
             registry=registry,
         )
-        self.attempts = Histogram(
+        self.attempts = LoopHistogram(
             "viralfx_job_attempts",
-            "Attempts that a job had taken when it was completed or given up.",
+            "Attempts of a job when it was completed or failed for good.",
             labels,
-            buckets=(1, 2, 3, 5, 10, 20),
-            registry=registry,
+            (1, 2, 3, 5, 10, 20),
         )
-        # There from the start: of a counter that begins with its first event nobody sees it grow by
-        # that. For what happened before the first scrape this does nothing: of a young process the
-        # alert takes the whole counter.
+        for histogram in (self.wait, self.duration, self.attempts):
+            registry.register(histogram)
+        # Created at the start: Prometheus does not see the first increase of a new series. Failures
+        # before the first scrape stay invisible to increase(), so for a young process the alert
+        # uses the counter's value.
         for task, queue in tasks.items():
             self.executions.labels(queue, task, "failed")
         for queue in queues:
             self.executions.labels(queue, _UNKNOWN, "failed")
 
-    @contextmanager
-    def accepting(self, draft: JobDraft) -> Iterator[JobDraft]:
-        """Count a job once it is accepted."""
-        yield draft
-        self._accepted.labels(draft.queue, draft.task).inc()
+    def accepting(self, draft: JobDraft) -> AbstractContextManager[JobDraft]:
+        """Return a context that does nothing: :meth:`accepted` counts the job."""
+        return nullcontext(draft)
 
     def storing(self, drafts: Sequence[JobDraft]) -> AbstractContextManager[None]:  # noqa: ARG002 - the port's
-        """Measure nothing."""
+        """Return an empty context: storing is not measured."""
         return nullcontext()
 
     def accepted(self, accepted: Accepted) -> None:
-        """Do nothing: it is counted."""
+        """Count an accepted job."""
+        names = accepted.job.queue, accepted.job.task
+        counter = self._accepted_series.get(names)
+        if counter is None:
+            counter = self._accepted_series[names] = self._accepted.labels(*names)
+        counter.inc()
 
-    def executing(self, claim: Claim) -> "_Execution":
-        """Time an execution."""
-        task = claim.task if claim.task in self._tasks else _UNKNOWN
-        return _Execution(self, claim, task)
+    def executing(self, claim: Claim) -> "_MeasuredExecution":
+        """Measure an execution and count its outcome."""
+        names = claim.queue, claim.task if claim.task in self._tasks else _UNKNOWN
+        series = self._execution_series.get(names)
+        if series is None:
+            series = self._execution_series[names] = _ExecutionSeries(self, names)
+        return _MeasuredExecution(series, claim, self.exemplar)
 
 
-class _Execution:
+class _ExecutionSeries:
+    """The series of one queue and task. The library's lookup by labels takes longer than the rest.
+
+    A series exists from its first value on.
+    """
+
+    __slots__ = ("_attempts", "_executions", "_names", "_outcomes", "duration", "wait")
+
+    def __init__(self, metrics: JobMetrics, names: tuple[str, str]) -> None:
+        self._names = names
+        self._attempts = metrics.attempts
+        self._executions = metrics.executions
+        self.wait = metrics.wait.series(*names)
+        self.duration = metrics.duration.series(*names)
+        self._outcomes: dict[str, tuple[Counter, HistogramSeries | None]] = {}
+
+    def count(self, outcome: str, attempt: int) -> None:
+        """Count an execution by its outcome, and the attempts of a finished job."""
+        found = self._outcomes.get(outcome)
+        if found is None:
+            is_final = outcome in {"completed", "failed"}
+            found = self._outcomes[outcome] = (
+                self._executions.labels(*self._names, outcome),
+                self._attempts.series(*self._names) if is_final else None,
+            )
+        executions, attempts = found
+        executions.inc()
+        if attempts is not None:
+            attempts.observe(attempt)
+
+
+class _MeasuredExecution:
     """One execution, from its beginning to its outcome."""
 
-    __slots__ = ("_began", "_claim", "_metrics", "_outcome", "_task")
+    __slots__ = ("_began", "_claim", "_exemplar", "_outcome", "_series")
 
-    def __init__(self, metrics: JobMetrics, claim: Claim, task: str) -> None:
-        self._metrics = metrics
+    def __init__(self, series: _ExecutionSeries, claim: Claim, exemplar: Exemplar) -> None:
+        self._series = series
         self._claim = claim
-        self._task = task
+        self._exemplar = exemplar
         self._outcome = "abandoned"
         self._began = 0.0
 
     def __enter__(self) -> Callable[[Settlement | None], None]:
-        self._metrics.wait.labels(self._claim.queue, self._task).observe(self._claim.due_since)
+        self._series.wait.observe(self._claim.due_since)
         self._began = perf_counter()
         return self._ended
 
     def __exit__(self, *_: object) -> None:
-        seconds, metrics = perf_counter() - self._began, self._metrics
-        labels = self._claim.queue, self._task
-        metrics.duration.labels(*labels).observe(seconds, metrics.exemplar())
-        metrics.executions.labels(*labels, self._outcome).inc()
-        if self._outcome in {"completed", "failed"}:
-            metrics.attempts.labels(*labels).observe(self._claim.attempt)
+        seconds = perf_counter() - self._began
+        self._series.duration.observe(seconds, self._exemplar())
+        self._series.count(self._outcome, self._claim.attempt)
 
     def _ended(self, settlement: Settlement | None) -> None:
         self._outcome = _outcome(settlement)
@@ -169,8 +260,8 @@ class _Execution:
 def _outcome(settlement: Settlement | None) -> str:
     if settlement is None or settlement.state is JobState.COMPLETED:
         return "completed"
-    if settlement.state is JobState.FAILED:
-        return "failed"
+    if settlement.state in (JobState.FAILED, JobState.CANCELLED):
+        return str(settlement.state)
     if settlement.spends_attempt:
         return "retried"
     return "handed_back" if settlement.error is None else "postponed"

@@ -1,6 +1,7 @@
-"""What is taken out of spans before they leave: secrets, values, and what cannot be sent."""
+"""Cleaning of spans before export: removes secrets, query values and unencodable text."""
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TypeAlias
@@ -9,82 +10,163 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import Link, Status, StatusCode
 from opentelemetry.util.types import AnyValue
 
-from viralfx.telemetry.tracing.error_texts import (
-    description_without_values,
-    is_said_by_postgres,
-    without_values,
+_REST = (
+    r"(?=\n[ |]*\n[ |]*(?:The above exception was|During handling of the above)"
+    r"|\n[ |]*(?:\+-)?\+-{16}(?: (?:\d+|\.\.\.) -{16}|-{20})(?:\n|\Z)|\Z)"
 )
+"""The end of an error's text in a traceback: another error, a member of a group, or the end."""
+_END = re.compile(_REST)
+_DETAIL = re.compile(rf"((?:\b|(?<=\\n))DETAIL:).*?{_REST}", re.DOTALL)
+"""In the repr of an error the preceding line ends with a literal ``\\n``."""
+_ASYNCPG_ERROR = re.compile(
+    # The driver's own InterfaceError is about connections and holds no values.
+    rf"^([ |]*asyncpg\.exceptions\.(?!_base\.InterfaceError:)[\w.]+): .*?{_REST}",
+    re.DOTALL | re.MULTILINE,
+)
+_SQLALCHEMY = re.compile(
+    rf"(<class 'asyncpg\.exceptions\.[\w.]+'>:|\[(?:SQL|parameters):) .*?{_REST}", re.DOTALL
+)
+"""SQLAlchemy's quotation of the driver's error, the statement and its parameters."""
+_ERROR_REPR = re.compile(r"\b(\w+Error)\((?=['\"])")
+_INVALID = re.compile(
+    rf"(invalid input (?:syntax|value|for query argument)[^:\n]{{0,200}}:).*?{_REST}", re.DOTALL
+)
+"""Messages of Postgres and its driver about a value, quoted in the texts of other errors."""
+_IN_PIPELINE = re.compile(
+    r"(Command # \d+ \(\S+) .{0,500}?(\) of pipeline caused error)", re.DOTALL
+)
+_UNKNOWN_COMMAND = re.compile(r"(, with args beginning with:).*")
+
+
+def may_quote_values(kind: str) -> bool:
+    """Return whether the text of an error class (with its module) may quote values.
+
+    Postgres quotes them itself, as for a duplicate key, and procedures raise texts of their own.
+    """
+    module, _, name = kind.rpartition(".")
+    return module.partition(".")[0] == "asyncpg" and _quotes(name)
+
+
+def without_values(text: str) -> str:
+    """Return the text of an error or traceback without values of the database."""
+    text = _ASYNCPG_ERROR.sub(r"\1", text)
+    text = _SQLALCHEMY.sub(r"\1 ...", text)
+    text = _without_error_reprs(text)
+    text = _DETAIL.sub(r"\1 ...", text)
+    text = _INVALID.sub(r"\1 ...", text)
+    text = _IN_PIPELINE.sub(r"\1 ...\2", text)
+    return _UNKNOWN_COMMAND.sub(r"\1 ...", text)
+
+
+def description_without_values(description: str, kind: str | None = None) -> str:
+    """Return the description of a status without values; for exceptions it begins with the class.
+
+    ``kind`` is the exception's class with its module, if the span recorded one.
+    """
+    name = description.partition(":")[0]
+    known = kind is not None and kind.rpartition(".")[2] == name
+    if may_quote_values(str(kind)) if known else _quotes(name):
+        return name
+    return without_values(description)
+
+
+def _without_error_reprs(text: str) -> str:
+    """Return the text without the arguments in reprs of Postgres errors."""
+    kept, at = [], 0
+    for found in _ERROR_REPR.finditer(text):
+        if found.start() >= at and _quotes(found[1]):
+            kept.append(text[at : found.end()] + "...")
+            end = _END.search(text, found.end())
+            at = end.start() if end is not None else len(text)
+    return "".join([*kept, text[at:]])
+
+
+def _quotes(name: str) -> bool:
+    exceptions = sys.modules.get("asyncpg.exceptions")
+    return name.endswith("Error") and name != "InterfaceError" and hasattr(exceptions, name)
+
 
 Clean: TypeAlias = Callable[[str], str]
 
 _SYSTEMS = ("db.system.name", "db.system")
 _OWN_SYSTEMS = ("postgresql", "redis")
 _STATEMENTS = ("db.query.text", "db.statement")
-"""Each as it is called now and as it was: OTEL_SEMCONV_STABILITY_OPT_IN brings that back."""
+"""Current and former attribute name; OTEL_SEMCONV_STABILITY_OPT_IN selects the former."""
 _POSTGRES, _REDIS = "opentelemetry.instrumentation.asyncpg", "opentelemetry.instrumentation.redis"
-"""Whose spans are named after statements and commands, and so by whatever is written there."""
+"""Instrumentations whose span names contain text of statements and commands."""
 
-LONGEST_VALUE = 4096
-"""Characters of an attribute: what waits to be sent is bounded in number, and so in size."""
-LONGEST_OF_A_CLIENT = 256
-"""Characters of what a client chooses; there are two thousand spans that may wait to be sent."""
-KEPT_OF_A_CLIENT = 2 * LONGEST_OF_A_CLIENT
-KEPT_BEYOND = 2048
-"""Characters that are kept of an attribute beyond what may leave of it: so a secret that is cut in
-two, and could not be found any more, is where nothing leaves."""
-_OF_A_CLIENT = frozenset(
+MAX_VALUE_CHARACTERS = 4096
+"""Exported length of an attribute; bounds the memory of queued spans."""
+MAX_CLIENT_CHARACTERS = 256
+"""Exported length of an attribute that a client controls; 2,048 spans may be queued."""
+KEPT_CLIENT_CHARACTERS = 2 * MAX_CLIENT_CHARACTERS
+KEPT_EXTRA_CHARACTERS = 2048
+"""Characters kept beyond the exported length. A secret that truncation cuts in two cannot be found;
+this margin keeps it outside the exported part."""
+_CLIENT_ATTRIBUTES = frozenset(
     {"url.path", "http.request.method_original", "server.address", "user_agent.original"}
 )
-_LONGEST_NAME = 256
-KEPT_OF_A_NAME = 2 * _LONGEST_NAME
-_NAMES_REMEMBERED = 1024
-_ABOUT_ERRORS = ("exception.type", "exception.message", "exception.stacktrace")
+_MAX_NAME_CHARACTERS = 256
+KEPT_NAME_CHARACTERS = 2 * _MAX_NAME_CHARACTERS
+_CACHED_NAMES = 1024
+_ERROR_ATTRIBUTES = ("exception.type", "exception.message", "exception.stacktrace")
 _LENGTH = "db.redis.pipeline_length"
-_LOOKED_UP = frozenset({*_STATEMENTS, *_ABOUT_ERRORS, _LENGTH, "db.operation.name", "error.type"})
-"""Keys that stay as they are, although a password may be a word of them."""
-_SEARCHED = ("redis.search.query", "redis.search.xdoc_", "redis.create_index.")
-"""What is said of arguments and answers of one module of Redis, whose values those are."""
-_END_OF_TIME = 2**64
+_UNREDACTED_KEYS = frozenset(
+    {*_STATEMENTS, *_ERROR_ATTRIBUTES, _LENGTH, "db.operation.name", "error.type"}
+)
+"""Keys that are never redacted, even if a password is part of their name."""
+_REDIS_SEARCH_PREFIXES = ("redis.search.query", "redis.search.xdoc_", "redis.create_index.")
+"""Attributes of Redis' search module; their values are queries and results."""
+_MAX_TIME_NANOSECONDS = 2**64
 _KEYWORD = re.compile(r"[A-Za-z]+")
 _CURSOR = "CURSOR: "
 
 
 class Cleaning:
-    """Makes of each span one that may leave."""
+    """Converts recorded spans to spans that may be exported."""
 
     def __init__(
         self,
         clean: Clean | None = None,
         clean_sql: Clean | None = None,
         *,
-        longest: int = LONGEST_VALUE,
-        longest_of_span: int | None = None,
+        max_characters: int = MAX_VALUE_CHARACTERS,
+        max_span_characters: int | None = None,
     ) -> None:
-        """``clean`` takes secrets out of any text, ``clean_sql`` the values out of statements.
+        """``clean`` redacts secrets in any text, ``clean_sql`` removes values from statements.
 
-        ``longest`` is how many characters of an attribute may leave, ``longest_of_span`` is the
-        same for those of the span itself, where it differs. Spans that come have ``KEPT_BEYOND``
+        ``max_characters`` is the exported length of attributes, ``max_span_characters`` that of
+        the span's own attributes if it differs. Recorded spans keep ``KEPT_EXTRA_CHARACTERS``
         more of each.
         """
         self._clean = clean
-        self._longest = longest
-        self._longest_of_span = longest if longest_of_span is None else longest_of_span
+        self._max_characters = max_characters
+        self._max_span_characters = (
+            max_characters if max_span_characters is None else max_span_characters
+        )
         self._clean_sql = clean_sql
-        # There are few, and they come with each span: to search them each time costs a multiple.
-        self._known = lru_cache(_NAMES_REMEMBERED)(self.text)
+        # Few distinct names occur in every span; a cache is several times faster than cleaning.
+        self._clean_name = lru_cache(_CACHED_NAMES)(self.text)
 
     def span(self, span: ReadableSpan) -> ReadableSpan:
-        """Return a span without secrets, of which everything can be encoded."""
+        """Return a span without secrets, all of which can be encoded.
+
+        Raises ``ValueError`` for times that cannot be encoded.
+        """
         _require_times(span)
         own = span.attributes or {}
         scope = None if span.instrumentation_scope is None else span.instrumentation_scope.name
         if scope == _REDIS:
-            own = {key: value for key, value in own.items() if not key.startswith(_SEARCHED)}
-        attributes = self._attributes(own, self._longest_of_span)
+            own = {
+                key: value
+                for key, value in own.items()
+                if not key.startswith(_REDIS_SEARCH_PREFIXES)
+            }
+        attributes = self._attributes(own, self._max_span_characters)
         status, kind = span.status, _kind_of_error(span)
         if status.description:
-            kept = self._longest + KEPT_BEYOND
-            description = self._cut(status.description[:kept], self._longest)
+            kept = self._max_characters + KEPT_EXTRA_CHARACTERS
+            description = self._cut(status.description[:kept], self._max_characters)
             status = Status(status.status_code, description_without_values(description, kind))
         name = self._name(span.name)
         if scope in {_POSTGRES, _REDIS}:
@@ -102,13 +184,13 @@ class Cleaning:
             events=[
                 Event(
                     self._name(event.name),
-                    self._attributes(event.attributes or {}, self._longest),
+                    self._attributes(event.attributes or {}, self._max_characters),
                     event.timestamp,
                 )
                 for event in span.events
             ],
             links=[
-                Link(link.context, self._attributes(link.attributes or {}, self._longest))
+                Link(link.context, self._attributes(link.attributes or {}, self._max_characters))
                 for link in span.links
             ],
             kind=span.kind,
@@ -119,16 +201,18 @@ class Cleaning:
         )
 
     def text(self, text: str) -> str:
-        """Return a text without secrets that can be encoded."""
+        """Return an encodable text without secrets."""
         if self._clean is not None:
             text = self._clean(text)
         if text.isascii():
             return text
-        # Half a surrogate, which any client's JSON may hold, would cost the whole batch.
+        # A lone surrogate, which any client's JSON may contain, would fail the whole batch.
         return text.encode("utf-8", "backslashreplace").decode()
 
-    def _attributes(self, attributes: Mapping[str, AnyValue], longest: int) -> dict[str, AnyValue]:
-        # A secret may be a word of what is looked up, so it is looked up as it was.
+    def _attributes(
+        self, attributes: Mapping[str, AnyValue], max_characters: int
+    ) -> dict[str, AnyValue]:
+        # Decided on the original attributes: redaction could change the values that are compared.
         clean_sql = self._clean_sql
         if not any(attributes.get(key) == "postgresql" for key in _SYSTEMS):
             clean_sql = None
@@ -137,76 +221,79 @@ class Cleaning:
             if key in _SYSTEMS and value in _OWN_SYSTEMS:
                 cleaned[key] = value
             elif key in _STATEMENTS and clean_sql is not None and isinstance(value, str):
-                # First the values: without the secrets, what is one would be harder to tell. Then
-                # nothing is left where its end was cut of which a half could be told.
-                cleaned[key] = self.text(clean_sql(value))[:longest]
+                # Values first, because redaction could hide where a value ends. After that no part
+                # of a truncated value is left.
+                cleaned[key] = self.text(clean_sql(value))[:max_characters]
             else:
-                name = key if key in _LOOKED_UP else self._name(key)
-                cleaned[name] = self._value(value, longest, key)
+                name = key if key in _UNREDACTED_KEYS else self._name(key)
+                cleaned[name] = self._value(value, max_characters, key)
         return cleaned | _texts_of_error(cleaned, attributes.get("exception.type"))
 
     def _name(self, name: object) -> str:
-        # Nobody sees to it that it is a text, and of what is none no batch could be made.
+        # The SDK does not check that names are strings; others would fail the whole batch.
         name = name if isinstance(name, str) else str(name)
-        if len(name) <= _LONGEST_NAME:
-            return self._known(name)
-        kept = KEPT_OF_A_NAME - _LONGEST_NAME
-        return self._cut(name[:KEPT_OF_A_NAME], _LONGEST_NAME, kept)
+        if len(name) <= _MAX_NAME_CHARACTERS:
+            return self._clean_name(name)
+        kept = KEPT_NAME_CHARACTERS - _MAX_NAME_CHARACTERS
+        return self._cut(name[:KEPT_NAME_CHARACTERS], _MAX_NAME_CHARACTERS, kept)
 
-    def _value(self, value: AnyValue, longest: int, key: str = "") -> AnyValue:
+    def _value(self, value: AnyValue, max_characters: int, key: str = "") -> AnyValue:
         match value:
             case str():
-                if key in _OF_A_CLIENT and longest > LONGEST_OF_A_CLIENT:
-                    kept = KEPT_OF_A_CLIENT - LONGEST_OF_A_CLIENT
-                    return self._cut(value, LONGEST_OF_A_CLIENT, kept)
-                return self._cut(value, longest)
+                if key in _CLIENT_ATTRIBUTES and max_characters > MAX_CLIENT_CHARACTERS:
+                    kept = KEPT_CLIENT_CHARACTERS - MAX_CLIENT_CHARACTERS
+                    return self._cut(value, MAX_CLIENT_CHARACTERS, kept)
+                return self._cut(value, max_characters)
             case list() | tuple():
-                return [self._value(each, longest) for each in value]
+                return [self._value(each, max_characters) for each in value]
             case Mapping():
-                return {self._name(key): self._value(each, longest) for key, each in value.items()}
+                return {
+                    self._name(key): self._value(each, max_characters)
+                    for key, each in value.items()
+                }
             case bytes():
                 return self.text(value.decode("latin-1")).encode("latin-1", "replace")
             case _:
                 return value
 
-    def _cut(self, text: str, longest: int, beyond: int = KEPT_BEYOND) -> str:
+    def _cut(self, text: str, max_characters: int, extra: int = KEPT_EXTRA_CHARACTERS) -> str:
         cleaned = self.text(text)
-        if len(text) >= longest + beyond:
-            # Its end was cut, and may be the beginning of a secret.
-            cleaned = cleaned[: max(0, len(cleaned) - beyond)]
-        return cleaned[:longest]
+        if len(text) >= max_characters + extra:
+            # The recorded text was truncated, and its end may be the beginning of a secret.
+            cleaned = cleaned[: max(0, len(cleaned) - extra)]
+        return cleaned[:max_characters]
 
 
 def _texts_of_error(attributes: Mapping[str, AnyValue], kind: AnyValue) -> dict[str, str]:
-    """Return those of an exception's attributes that may quote values, without them."""
+    """Return an exception's message and stack trace without values."""
     texts: dict[str, str] = {}
-    for key in _ABOUT_ERRORS[1:]:
+    for key in _ERROR_ATTRIBUTES[1:]:
         if isinstance(text := attributes.get(key), str):
             texts[key] = without_values(text)
-    if texts and is_said_by_postgres(str(kind)):
+    if texts and may_quote_values(str(kind)):
         texts["exception.message"] = ""
     return texts
 
 
 def _require_times(span: ReadableSpan) -> None:
-    """Raise ValueError for times that cannot be sent, as seconds that are no whole number."""
+    """Raise ``ValueError`` for times that cannot be encoded, such as fractional seconds."""
     times: list[object] = [span.start_time, span.end_time]
     times += [event.timestamp for event in span.events]
     for each in times:
-        if each is not None and not (isinstance(each, int) and 0 <= each < _END_OF_TIME):
-            raise ValueError(f"a time of it is {each!r} and not nanoseconds since 1970")
+        if each is not None and not (isinstance(each, int) and 0 <= each < _MAX_TIME_NANOSECONDS):
+            raise ValueError(f"{each!r} is not a time in nanoseconds since 1970")
 
 
 def _kind_of_error(span: ReadableSpan) -> str | None:
-    """Return the class of the error that a span saw last, with its module."""
+    """Return the class of the span's last error, with its module."""
     kind = (span.events[-1].attributes or {}).get("exception.type") if span.events else None
     return None if kind is None else str(kind)
 
 
 def _statement(name: str, attributes: Mapping[str, AnyValue]) -> tuple[str, str]:
-    """Return how a statement's span is called, and the statement: both by its keyword alone.
+    """Return span name and operation of a statement, both only its first keyword.
 
-    What precedes the first space may go on with a value.
+    The text before the first space is no substitute: it may contain a value.
     """
     statement = next((attributes[key] for key in _STATEMENTS if key in attributes), "")
     found = _KEYWORD.search(str(statement)) or _KEYWORD.match(name.removeprefix(_CURSOR))
@@ -215,9 +302,9 @@ def _statement(name: str, attributes: Mapping[str, AnyValue]) -> tuple[str, str]
 
 
 def _command(name: str, attributes: dict[str, AnyValue]) -> tuple[str, str]:
-    """Take a command's arguments out of its text; returns how the span is called, and the command.
+    """Remove the arguments from a command's text; return the span's name and the operation.
 
-    That is the first word: all may be given as one text. A pipeline has no end of them.
+    Both are the first word of the command, or ``PIPELINE`` for a pipeline.
     """
     pipeline = _LENGTH in attributes
     for key in _STATEMENTS:

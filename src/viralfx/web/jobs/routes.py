@@ -1,105 +1,347 @@
-"""The routes of the jobs API."""
+"""The routes of the jobs API, and the parsing of their requests."""
 
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import msgspec
-from litestar import Controller, Response, Router, delete, get, post
-from litestar.connection import ASGIConnection
+from litestar import Controller, HttpMethod, Litestar, Request, Response, delete, get, post
+from litestar.datastructures import State
 from litestar.exceptions import (
+    ClientException,
     HTTPException,
     NotAuthorizedException,
     PermissionDeniedException,
 )
-from litestar.handlers import BaseRouteHandler
+from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 from litestar.params import FromPath, QueryParameter
 from litestar.response import ServerSentEvent
+from litestar.response.base import ASGIResponse
 from litestar.response.sse import ServerSentEventMessage
+from litestar.types import Message
+from litestar.types import Send as LitestarSend
 
-from viralfx.domain.jobs.job import Job
-from viralfx.domain.jobs.service import JobService
-from viralfx.domain.jobs.watch import JobWatch
-from viralfx.web.access import Verdict, judge_bearer
-from viralfx.web.jobs import documentation, requests, views
-from viralfx.web.jobs.errors import HANDLERS, ON_ACCEPT, ON_CHANGE
-from viralfx.web.jobs.requests import AnyRequest
-from viralfx.web.jobs.views import PATH
+from viralfx.domain.correlation import is_correlation_id, is_traceparent
+from viralfx.domain.jobs.batching import JobFollower
+from viralfx.domain.jobs.codec import MAX_NESTING_LEVELS, is_too_deep
+from viralfx.domain.jobs.model import Job, JobFilter, JobState, canonical_job_id
+from viralfx.domain.jobs.service import JobService, Submission
+from viralfx.web.auth import CHANGING, AccessVerdict, Headers, check_bearer_token, is_cross_origin
+from viralfx.web.jobs import openapi, schemas
+from viralfx.web.jobs.openapi import ON_ACCEPT, ON_CHANGE
+from viralfx.web.jobs.schemas import (
+    MAX_KEY_CHARACTERS,
+    MAX_NAME_CHARACTERS,
+    PATH,
+    BatchRequest,
+    JobRequest,
+)
+
+MAX_BODY_BYTES = 64 * 1024
+"""Maximum size of a request body."""
+MAX_BATCH_BYTES = 4 * 1024 * 1024
+"""Maximum size of the body of a batch."""
+
+AnyRequest = Request[object, object, State]
+
+_KEY = re.compile(rb"[!-~]{1,%d}" % MAX_KEY_CHARACTERS).fullmatch
+_JSON_SUFFIX = re.compile(r"[a-z0-9!#$&^_.+-]+/[a-z0-9!#$&^_.+-]+\+json").fullmatch
+_decode_job = msgspec.json.Decoder(JobRequest).decode
+_decode_batch = msgspec.json.Decoder(BatchRequest).decode
+
+T = TypeVar("T")
+
+
+async def read_body(
+    request: AnyRequest, decode: Callable[[bytes], T], limit: int = MAX_BODY_BYTES
+) -> T:
+    """Read and decode a body of JSON. Raises an HTTP error for an invalid one."""
+    try:
+        body = await request.body()
+    except RequestEntityTooLarge:
+        # The rest of the body is not read, so the connection must close.
+        raise RequestEntityTooLarge(
+            f"The body is over {limit // 1024} KiB.", headers={"Connection": "close"}
+        ) from None
+    if not body:
+        raise ClientException("The body is empty; send a JSON object.")
+    if is_too_deep(body):
+        raise ClientException(f"The body is nested more than {MAX_NESTING_LEVELS} levels deep.")
+    try:
+        if not body.isascii():
+            body.decode()
+        return decode(body)
+    except msgspec.ValidationError as error:
+        raise ClientException(f"The body is invalid: {error}") from None
+    except msgspec.DecodeError as error:
+        raise ClientException(f"The body is not JSON: {error}") from None
+    except UnicodeDecodeError:
+        raise ClientException("The body is not UTF-8 text.") from None
+
+
+async def read_request(request: AnyRequest) -> JobRequest:
+    """Read the body of a new job. Raises an HTTP error for an invalid body."""
+    job_request = await read_body(request, _decode_job)
+    _require_in_range(job_request)
+    return job_request
+
+
+async def read_batch(request: AnyRequest) -> list[Submission]:
+    """Read the body of a batch. Raises an HTTP error for an invalid body."""
+    batch = await read_body(request, _decode_batch, MAX_BATCH_BYTES)
+    for index, job_request in enumerate(batch.jobs):
+        _require_in_range(job_request, f"jobs[{index}].")
+    return [
+        Submission(
+            task=each.task,
+            payload=bytes(each.payload),
+            key=each.idempotency_key,
+            run_at=each.due,
+            priority=each.wanted_priority,
+            unique=each.unique,
+        )
+        for each in batch.jobs
+    ]
+
+
+def _require_in_range(job_request: JobRequest, where: str = "") -> None:
+    try:
+        _ = job_request.due
+    except OverflowError:
+        raise ClientException(f"The body is invalid: `$.{where}runAt` is out of range.") from None
+
+
+def header_values(request: AnyRequest, name: bytes) -> list[bytes]:
+    """Return all values of a header, in order; ``name`` in lower case."""
+    # Litestar's own headers are decoded anew at each access.
+    return [value for key, value in request.scope["headers"] if key == name]
+
+
+def require_json(request: AnyRequest) -> None:
+    """Raise 415 for a body whose ``Content-Type`` is missing or not JSON.
+
+    Browsers let a page of another host send other types, or no type, without a CORS preflight
+    request. A request without a body needs no ``Content-Type``.
+    """
+    declared = header_values(request, b"content-type")
+    if declared == [b"application/json"]:
+        return
+    has_length = any(value.strip(b"0") for value in header_values(request, b"content-length"))
+    if not has_length and not header_values(request, b"transfer-encoding"):
+        return
+    text = declared[0].decode("latin-1") if len(declared) == 1 else ""
+    media_type = text.partition(";")[0].strip().lower()
+    if media_type != "application/json" and not _JSON_SUFFIX(media_type):
+        raise HTTPException(
+            "Send the body with Content-Type: application/json.",
+            status_code=415,
+            headers={"Accept": "application/json"},
+        )
+
+
+def idempotency_key(request: AnyRequest) -> str | None:
+    """Return the idempotency key of a request, or None. Raises 400 for an invalid key."""
+    keys = header_values(request, b"idempotency-key")
+    if not keys:
+        return None
+    if len(keys) > 1 or not _KEY(keys[0]):
+        raise ClientException(
+            f"Idempotency-Key must be 1 to {MAX_KEY_CHARACTERS} visible ASCII characters, once."
+        )
+    return keys[0].decode("ascii")
+
+
+def traceparent(request: AnyRequest) -> str | None:
+    """Return the ``traceparent`` of a request if it has exactly one valid value."""
+    given = header_values(request, b"traceparent")
+    if len(given) != 1:
+        return None
+    text = given[0].decode("latin-1")
+    return text if is_traceparent(text) else None
+
+
+def cursor_of(text: str | None) -> str | None:
+    """Return the job id in a cursor. Raises 400 for an invalid cursor."""
+    cursor = None if text is None else canonical_job_id(text)
+    if text is not None and cursor is None:
+        raise ClientException("cursor must be the nextCursor of another page.")
+    return cursor
+
+
+def state_of(text: str | None) -> JobState | None:
+    """Return the job state of a filter. Raises 400 for an unknown state."""
+    if text is None:
+        return None
+    try:
+        return JobState(text)
+    except ValueError:
+        raise ClientException(f"state must be one of {', '.join(JobState)}.") from None
+
+
+def correlation_id_of(text: str | None) -> str | None:
+    """Return the correlation id of a filter. Raises 400 for an invalid id."""
+    if text is not None and not is_correlation_id(text):
+        raise ClientException("correlationId must be 1 to 128 of A-Z, a-z, 0-9, '.', '_' and '-'.")
+    return text
+
+
+def text_of(name: str, text: str | None) -> str | None:
+    """Return the text of a filter by task or code. Raises 400 for one that no job can have."""
+    if text is not None and not 1 <= len(text) <= MAX_NAME_CHARACTERS:
+        raise ClientException(f"{name} must have 1 to {MAX_NAME_CHARACTERS} characters.")
+    return text
+
+
+def reject_unknown_parameters(request: AnyRequest, *known: str) -> None:
+    """Raise 400 for an unknown query parameter: a misspelt filter would list all jobs."""
+    for name in request.query_params:
+        if name not in known:
+            raise ClientException(f"There is no parameter {name!r}; there are {', '.join(known)}.")
+
 
 JOBS = "jobs_api"
-"""Where the application's state holds what these routes use."""
+"""The key of the :class:`JobsApi` in the application's state."""
 
-_MOST_LISTED = 100
+_MAX_PAGE_JOBS = 100
 _encode = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobsApi:
-    """What the routes need."""
+    """The services and settings that the routes use."""
 
     service: JobService
-    watch: JobWatch
+    follower: JobFollower
     token: bytes | None
-    """Who calls must have it; None: none is configured."""
+    """The token that each request must carry; None: no token is configured."""
     open_without_token: bool
-    """Whether everybody may call when none is configured."""
+    """Whether requests are allowed if no token is configured."""
+    concurrency: Callable[[], Mapping[str, int]] = dict
+    """Returns how many jobs of each queue this process runs at once."""
 
 
-def _guard(
-    connection: "ASGIConnection[object, object, object, object]",  # type: ignore[type-var]
-    _: BaseRouteHandler,
-) -> None:
-    api: JobsApi = connection.app.state[JOBS]
+# Not a guard: for each guard and request Litestar copies the route handler, which takes longer than
+# all other checks of a request together.
+async def check_request(request: AnyRequest) -> None:
+    """Raise an HTTP error for a request that is not authorized, or whose body is not JSON."""
+    method = request.scope["method"]
+    _authorize(api_of(request), method, request.scope["headers"])
+    if method == HttpMethod.POST:
+        require_json(request)
+
+
+def _authorize(api: JobsApi, method: str, headers: Headers) -> None:
+    """Require the API token. Without a configured token, deny cross-origin changes."""
     if api.token is None and api.open_without_token:
+        if method in CHANGING and is_cross_origin(headers):
+            raise PermissionDeniedException(
+                "A page of another host may not do this: Origin and Host differ. Set API_TOKEN and"
+                " send it, or call from a page of this host."
+            )
         return
-    verdict = judge_bearer(connection.scope["headers"], api.token)
-    if verdict is Verdict.UNAUTHORIZED:
+    verdict = check_bearer_token(headers, api.token)
+    if verdict is AccessVerdict.UNAUTHORIZED:
         raise NotAuthorizedException(
             "Send the API token as a bearer token.", headers={"WWW-Authenticate": "Bearer"}
         )
-    if verdict is Verdict.FORBIDDEN:
-        raise PermissionDeniedException("API_TOKEN is not set, so nobody may do this.")
+    if verdict is AccessVerdict.FORBIDDEN:
+        raise PermissionDeniedException("API_TOKEN is not set, so this request is not allowed.")
+
+
+class _Encoded(ASGIResponse):
+    """A response whose head and body are encoded already."""
+
+    __slots__ = ("_head",)
+
+    # Without the base's constructor, which takes several times as long as all of this.
+    def __init__(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        headers.append((b"content-length", b"%d" % len(body)))
+        self._head: Message = {"type": "http.response.start", "status": status, "headers": headers}
+        self.body = body
+
+    async def __call__(self, _scope: object, _receive: object, send: LitestarSend) -> None:
+        await send(self._head)
+        await send({"type": "http.response.body", "body": self.body, "more_body": False})
+
+
+class _AcceptedResponse(Response[schemas.JobAccepted]):
+    """Renders an accepted job faster than Litestar, unless a hook or a layer has added to it."""
+
+    def to_asgi_response(
+        self, app: Litestar | None, request: AnyRequest, **defaults: Any
+    ) -> ASGIResponse:
+        added = [defaults.get(name) for name in ("background", "cookies", "headers")]
+        if self.cookies or self.background is not None or self.media_type or any(added):
+            return super().to_asgi_response(app, request, **defaults)
+        headers = [(b"content-type", b"application/json")]
+        for name, value in self.headers.items():
+            headers.append((name.lower().encode("latin-1"), value.encode("latin-1")))
+        return _Encoded(self.status_code or 202, headers, _encode(self.content))
 
 
 class JobsController(Controller):
-    """Jobs over HTTP."""
+    """The routes of the jobs API."""
 
-    path = "/"
+    path = PATH
 
     @post(
         "/",
         operation_id="jobAccept",
-        summary="Have a task run",
-        description=documentation.ACCEPT,
+        summary="Accept a job",
+        description=openapi.ACCEPT,
         status_code=202,
-        request_max_body_size=requests.MOST_BYTES,
-        operation_class=documentation.AcceptOperation,
-        responses=documentation.ACCEPT_RESPONSES,
+        request_max_body_size=MAX_BODY_BYTES,
+        operation_class=schemas.AcceptOperation,
+        responses=openapi.ACCEPT_RESPONSES,
         exception_handlers=ON_ACCEPT,
     )
-    async def accept(self, request: AnyRequest) -> Response[views.JobAccepted]:
-        key = requests.idempotency_key(request)
-        wanted = await requests.read_request(request)
-        outcome = await _api(request).service.accept(
-            wanted.task,
-            bytes(wanted.payload),
-            run_at=wanted.due,
+    async def accept(self, request: AnyRequest) -> Response[schemas.JobAccepted]:
+        key = idempotency_key(request)
+        job_request = await read_request(request)
+        outcome = await api_of(request).service.accept(
+            job_request.task,
+            bytes(job_request.payload),
+            run_at=job_request.due,
             key=key,
-            traceparent=requests.traceparent(request),
+            priority=job_request.wanted_priority,
+            unique=job_request.unique,
+            traceparent=traceparent(request),
         )
-        body = views.accepted(outcome.job)
-        return Response(
+        body = schemas.accepted(outcome.job)
+        return _AcceptedResponse(
             body,
             status_code=202 if outcome.created else 200,
             headers={"Location": body.links.self},
         )
 
+    @post(
+        "/batch",
+        operation_id="jobAcceptBatch",
+        summary="Accept many jobs, all or none",
+        description=openapi.BATCH,
+        status_code=202,
+        request_max_body_size=MAX_BATCH_BYTES,
+        operation_class=schemas.BatchOperation,
+        responses=openapi.BATCH_RESPONSES,
+        exception_handlers=openapi.ON_BATCH,
+    )
+    async def accept_batch(self, request: AnyRequest) -> schemas.JobsAccepted:
+        if header_values(request, b"idempotency-key"):
+            raise ClientException(
+                "A batch has no Idempotency-Key: give each of its jobs an idempotencyKey."
+            )
+        accepted = await api_of(request).service.accept_all(
+            await read_batch(request), traceparent=traceparent(request)
+        )
+        return schemas.JobsAccepted(jobs=[schemas.batched(each) for each in accepted])
+
     @get(
         "/",
         operation_id="jobList",
         summary="Jobs, the newest first",
-        description=documentation.LIST,
-        responses=documentation.LIST_RESPONSES,
+        description=openapi.LIST,
+        responses=openapi.LIST_RESPONSES,
     )
     async def page(
         self,
@@ -110,103 +352,87 @@ class JobsController(Controller):
         in_state: Annotated[
             str | None, QueryParameter(name="state", description="Only in this state")
         ] = None,
+        task: Annotated[str | None, QueryParameter(description="Only of this task")] = None,
+        code: Annotated[
+            str | None, QueryParameter(description="Only with this code of their last error")
+        ] = None,
         correlation_id: Annotated[
             str | None,
             QueryParameter(
                 name="correlationId",
-                description="Only of this conversation: the correlationId of their log lines",
+                description="Only with this correlation id, which their log lines carry, too",
             ),
         ] = None,
         cursor: Annotated[
             str | None, QueryParameter(description="The nextCursor of the page before")
         ] = None,
         limit: Annotated[
-            int, QueryParameter(description="Jobs on a page", ge=1, le=_MOST_LISTED)
+            int, QueryParameter(description="Jobs on a page", ge=1, le=_MAX_PAGE_JOBS)
         ] = 50,
-    ) -> views.JobPage:
-        requests.refuse_unknown_parameters(
-            request, "queue", "state", "correlationId", "cursor", "limit"
+    ) -> schemas.JobPage:
+        reject_unknown_parameters(
+            request, "queue", "state", "task", "code", "correlationId", "cursor", "limit"
         )
-        state, before = requests.state_of(in_state), requests.cursor_of(cursor)
-        service = _api(request).service
-        if (conversation := requests.correlation_id_of(correlation_id)) is not None:
-            found = await service.find(
-                conversation, queue=queue, state=state, before=before, limit=limit
-            )
-            return views.page(found.jobs, found.before)
-        jobs = await service.page(queue=queue, state=state, before=before, limit=limit + 1)
-        return views.page(jobs[:limit], jobs[limit - 1].id if len(jobs) > limit else None)
+        wanted = JobFilter(
+            queue=queue,
+            state=state_of(in_state),
+            task=text_of("task", task),
+            code=text_of("code", code),
+            before=cursor_of(cursor),
+            limit=limit,
+        )
+        found = await api_of(request).service.search(
+            wanted, correlation_id=correlation_id_of(correlation_id)
+        )
+        return schemas.page(found.jobs, found.before)
 
     @get(
         "/{job_id:str}",
         operation_id="job",
         summary="One job",
-        responses=documentation.ONE_RESPONSES,
+        responses=openapi.ONE_RESPONSES,
     )
-    async def one(self, request: AnyRequest, job_id: FromPath[str]) -> views.JobView:
-        return views.view(await _api(request).service.get(job_id))
+    async def one(self, request: AnyRequest, job_id: FromPath[str]) -> schemas.JobView:
+        return schemas.view(await api_of(request).service.get(job_id))
 
     @delete(
         "/{job_id:str}",
-        operation_id="jobCancel",
-        summary="Cancel a job that waits",
-        responses=documentation.CANCEL_RESPONSES,
+        operation_id="jobCancelWaiting",
+        summary="Cancel a waiting job",
+        responses=openapi.CANCEL_RESPONSES,
         exception_handlers=ON_CHANGE,
     )
-    async def cancel(self, request: AnyRequest, job_id: FromPath[str]) -> None:
-        await _api(request).service.cancel(job_id)
-
-    @post(
-        "/{job_id:str}/retry",
-        operation_id="jobRetry",
-        summary="Run a failed job again",
-        status_code=202,
-        request_max_body_size=requests.MOST_BYTES,
-        responses=documentation.RETRY_RESPONSES,
-        exception_handlers=ON_CHANGE,
-    )
-    async def retry(self, request: AnyRequest, job_id: FromPath[str]) -> views.JobAccepted:
-        return views.accepted(await _api(request).service.retry(job_id))
+    async def cancel_waiting(self, request: AnyRequest, job_id: FromPath[str]) -> None:
+        await api_of(request).service.cancel(job_id, running=False)
 
     @get(
         "/{job_id:str}/events",
         operation_id="jobEvents",
         summary="The progress of one job",
-        description=documentation.EVENTS,
-        responses=documentation.EVENTS_RESPONSES,
+        description=openapi.EVENTS,
+        responses=openapi.EVENTS_RESPONSES,
     )
     async def events(self, request: AnyRequest, job_id: FromPath[str]) -> ServerSentEvent:
-        api = _api(request)
-        if api.watch.full:
+        api = api_of(request)
+        if api.follower.full:
             raise HTTPException(
-                "Too many clients follow jobs here.",
+                "Too many clients follow jobs on this instance.",
                 status_code=503,
                 headers={"Retry-After": "5"},
             )
         job = await api.service.get(job_id)
-        return ServerSentEvent(_messages(api.watch, job), headers={"Cache-Control": "no-store"})
+        return ServerSentEvent(_messages(api.follower, job), headers={"Cache-Control": "no-store"})
 
 
-async def _messages(watch: JobWatch, job: Job) -> AsyncIterator[ServerSentEventMessage]:
-    async for news in watch.follow(job):
-        if news is None:
+async def _messages(follower: JobFollower, job: Job) -> AsyncIterator[ServerSentEventMessage]:
+    async for update in follower.follow(job):
+        if update is None:
             yield ServerSentEventMessage(data=None, comment="nothing new")
         else:
-            yield ServerSentEventMessage(data=_encode(views.summary(news)), event="job")
+            yield ServerSentEventMessage(data=_encode(schemas.summary(update)), event="job")
 
 
-def _api(request: AnyRequest) -> JobsApi:
+def api_of(request: AnyRequest) -> JobsApi:
+    """Return the services of the application that a request was sent to."""
     api: JobsApi = request.app.state[JOBS]
     return api
-
-
-def jobs_router() -> Router:
-    """Make the routes; the application's state must hold a :class:`JobsApi`."""
-    return Router(
-        PATH,
-        route_handlers=[JobsController],
-        guards=[_guard],
-        exception_handlers=HANDLERS,
-        tags=["jobs"],
-        security=documentation.SECURITY,
-    )

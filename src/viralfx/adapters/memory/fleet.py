@@ -1,0 +1,94 @@
+"""The fleet in the memory of this process, which is all of it that it knows."""
+
+from collections import deque
+from collections.abc import Sequence
+from datetime import datetime
+
+from viralfx.domain.clock import Clock
+from viralfx.domain.fleet import AuditEntry, CheckChange, Instance, InstanceReport
+
+_MAX_CHANGES = 10_000
+_MAX_ENTRIES = 1_000
+
+
+class MemoryFleetStore:
+    """Keeps the reports that this process makes, and a limited number of changes and entries."""
+
+    kept = "memory"
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._reports: dict[str, tuple[InstanceReport, datetime, float]] = {}
+        self._changes: deque[CheckChange] = deque(maxlen=_MAX_CHANGES)
+        self._entries: deque[AuditEntry] = deque(maxlen=_MAX_ENTRIES)
+
+    async def report(self, report: InstanceReport, changes: Sequence[CheckChange] = ()) -> None:
+        """See :class:`viralfx.domain.fleet.FleetStore`."""
+        self._reports[report.instance] = (report, self._clock.now(), self._clock.monotonic())
+        stored = {(each.instance, each.number) for each in self._changes} if changes else set()
+        for change in changes:
+            if (change.instance, change.number) not in stored:
+                self._changes.append(change)
+
+    async def instances(self) -> Sequence[Instance]:
+        """See :class:`viralfx.domain.fleet.FleetStore`."""
+        now = self._clock.monotonic()
+        found = [
+            Instance(report=report, seen_at=seen_at, age=now - moment)
+            for report, seen_at, moment in self._reports.values()
+        ]
+        return sorted(found, key=lambda each: each.seen_at, reverse=True)
+
+    async def changes(
+        self, *, check: str | None = None, instance: str | None = None, limit: int = 200
+    ) -> Sequence[CheckChange]:
+        """See :class:`viralfx.domain.fleet.FleetStore`."""
+        found = [
+            each
+            for each in self._changes
+            if check in (None, each.check) and instance in (None, each.instance)
+        ]
+        return sorted(found, key=lambda each: each.at, reverse=True)[:limit]
+
+    async def history(self, instances: Sequence[str], since: datetime) -> Sequence[CheckChange]:
+        """See :class:`viralfx.domain.fleet.FleetStore`."""
+        last: dict[tuple[str, str], CheckChange] = {}
+        found: list[CheckChange] = []
+        for each in sorted(self._changes, key=lambda one: one.at):
+            if each.instance not in instances:
+                continue
+            if each.at >= since:
+                found.append(each)
+            else:
+                last[each.instance, each.check] = each
+        return sorted([*last.values(), *found], key=lambda each: each.at)
+
+    async def audit(self, entry: AuditEntry) -> None:
+        """See :class:`viralfx.domain.fleet.FleetStore`."""
+        self._entries.append(entry)
+
+    async def audited(self, limit: int = 100) -> Sequence[AuditEntry]:
+        """See :class:`viralfx.domain.fleet.FleetStore`."""
+        found = enumerate(self._entries)
+        return [each for _, each in sorted(found, key=lambda e: (e[1].at, e[0]))[::-1][:limit]]
+
+    async def prune(self, older_than: float, limit: int = 10_000) -> int:
+        """See :class:`viralfx.domain.fleet.FleetStore`."""
+        now, clock_now = self._clock.monotonic(), self._clock.now()
+        old = [name for name, (_, _, at) in self._reports.items() if now - at > older_than]
+        for name in old[:limit]:
+            del self._reports[name]
+        pruned = len(old[:limit])
+        for rows in (self._changes, self._entries):
+            dropped = 0
+            while (
+                rows and dropped < limit and (clock_now - rows[0].at).total_seconds() > older_than
+            ):
+                rows.popleft()
+                dropped += 1
+            pruned += dropped
+        return pruned
+
+    def moved(self) -> bool:
+        """Return False: a process in memory has no connection."""
+        return False

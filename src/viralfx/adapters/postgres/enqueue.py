@@ -1,0 +1,407 @@
+"""Accepts jobs: alone, in a transaction of asyncpg or SQLAlchemy, or for a time of a schedule."""
+
+import asyncio
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final, Protocol
+
+from asyncpg.connection import Connection
+from asyncpg.pool import PoolConnectionProxy
+
+from viralfx.adapters.postgres.errors import BAD_VALUE, refusal
+from viralfx.adapters.postgres.ledger_rows import (
+    Row,
+    draft_columns,
+    interval,
+    job_of_draft,
+    job_of_row,
+    with_times,
+)
+from viralfx.adapters.postgres.ledger_sql import SOON_SECONDS
+from viralfx.adapters.postgres.migrations import Statements
+from viralfx.adapters.postgres.notifier import NOTIFY, encode
+from viralfx.adapters.postgres.retry import Attempt, RetriedSteps
+from viralfx.domain.jobs.ledger import Accepted, Check, TransactionError, WatchedTransaction
+from viralfx.domain.jobs.model import JobDraft, LedgerUnavailableError
+from viralfx.domain.jobs.notifier import IDS_PER_NOTIFICATION, JobNotification
+from viralfx.domain.jobs.schedule import Schedule, ScheduledAcceptance, ScheduleState
+
+_MAX_ROUNDS = 10
+
+
+class Session(Protocol):
+    """A connection that runs the ledger's statements."""
+
+    async def fetch(self, statement: str, /, *arguments: Any) -> Any:
+        """Run a statement and return its rows."""
+        ...
+
+
+async def accept(
+    connection: Session, sql: Statements, drafts: Sequence[JobDraft], *, again: bool
+) -> Sequence[Accepted]:
+    """Insert the jobs that do not exist yet, and return all of them in order.
+
+    ``again``: an earlier attempt may have succeeded although its response was lost. Raises
+    ``BAD_VALUE``, and :class:`LedgerUnavailableError` if jobs under the same keys are inserted and
+    deleted concurrently all the time.
+    """
+    accepted: dict[int, Accepted] = {}
+    left = dict(enumerate(drafts))
+    for _ in range(_MAX_ROUNDS):
+        if not left:
+            return [accepted[place] for place in range(len(drafts))]
+        rows = await connection.fetch(sql.ACCEPT, *draft_columns(left.values()), SOON_SECONDS)
+        new = {str(row["id"]): row for row in rows}
+        for place, draft in left.items():
+            # Of several drafts with the same id, the first one was inserted.
+            if (row := new.pop(draft.id, None)) is not None:
+                accepted[place] = Accepted(job_of_draft(draft, with_times(row)), created=True)
+        left = {place: draft for place, draft in left.items() if place not in accepted}
+        if left:
+            accepted |= await _find(connection, sql, left, again=again)
+            # A key is free again if its job was deleted or has ended in between.
+            left = {place: draft for place, draft in left.items() if place not in accepted}
+    raise LedgerUnavailableError("the jobs under these idempotency keys change all the time")
+
+
+async def _find(
+    connection: Session, sql: Statements, drafts: Mapping[int, JobDraft], *, again: bool
+) -> dict[int, Accepted]:
+    ids = [draft.id for draft in drafts.values()]
+    keys = [draft.key for draft in drafts.values() if draft.key is not None]
+    unique = [draft.unique_key for draft in drafts.values() if draft.unique_key is not None]
+    rows = await connection.fetch(sql.ACCEPTED_BEFORE, ids, keys, unique)
+    jobs = [job_of_row(with_times(row)) for row in rows]
+    by_id = {job.id: job for job in jobs}
+    by_key = {job.key: job for job in jobs if job.key is not None}
+    duplicates = {row["unique_key"]: by_id[str(row["id"])] for row in rows if row["unique_key"]}
+    found = {}
+    for place, draft in drafts.items():
+        job = by_id.get(draft.id) if draft.key is None else by_key.get(draft.key)
+        job = job or by_id.get(draft.id) or duplicates.get(draft.unique_key)
+        if job is not None:
+            found[place] = Accepted(job, created=again and job.id == draft.id)
+    return found
+
+
+async def accept_in(
+    connection: Any,
+    sql: Statements,
+    drafts: Sequence[JobDraft],
+    *,
+    check: Check | None,
+    on_commit: Callable[[Sequence[Accepted]], None],
+    channel: str | None,
+) -> Sequence[Accepted]:
+    """Accept jobs in the caller's transaction; see :meth:`JobLedger.accept_in`.
+
+    Without an event after the commit, the transaction notifies ``channel``, if that is not None.
+    """
+    transaction = _transaction_of(connection)
+    await transaction.begin()
+    try:
+        if check is None:
+            accepted = await accept(transaction, sql, drafts, again=False)
+        else:
+            await transaction.fetch("SAVEPOINT viralfx_accept")
+            accepted = await accept(transaction, sql, drafts, again=False)
+            try:
+                check(accepted)
+            except Exception:
+                await transaction.fetch("ROLLBACK TO SAVEPOINT viralfx_accept")
+                raise
+            await transaction.fetch("RELEASE SAVEPOINT viralfx_accept")
+    except Exception as error:
+        if (problem := _PROBLEMS.get(_sqlstate_of(error))) is not None:
+            raise TransactionError(problem) from error
+        raise
+    watched = transaction.call_after_commit(lambda: on_commit(accepted))
+    if not watched and channel is not None:
+        # The server delivers it when the transaction commits.
+        for notification in _notifications(accepted):
+            await transaction.fetch(NOTIFY, channel, encode(notification))
+    return accepted
+
+
+_MISSING = (
+    "the database of this connection has no job ledger of this version; pass a connection to the"
+    " database of DATABASE_URL, and run `viralfx migrate`"
+)
+_PROBLEMS: Mapping[str | None, str] = {
+    "0A000": "a job with an idempotency key needs a transaction that is READ COMMITTED; begin it"
+    " with this isolation level, or submit the job after it",
+    "25P02": "the transaction of this connection has failed; roll it back",
+    "3F000": _MISSING,
+    "42883": _MISSING,
+}
+"""Texts for the SQLSTATEs of errors that are the caller's."""
+
+
+def _sqlstate_of(error: BaseException) -> str | None:
+    # SQLAlchemy wraps the error of its driver; that of its asyncpg dialect wraps it once more.
+    original = getattr(error, "orig", None) or error
+    found = getattr(original, "sqlstate", None) or getattr(original, "pgcode", None)
+    return found if isinstance(found, str) else None
+
+
+def _notifications(accepted: Sequence[Accepted]) -> Iterator[JobNotification]:
+    queues: defaultdict[str, list[str]] = defaultdict(list)
+    for job in (each.job for each in accepted if each.created):
+        if job.run_at <= job.created_at:
+            queues[job.queue].append(job.id)
+    for queue, ids in queues.items():
+        for start in range(0, len(ids), IDS_PER_NOTIFICATION):
+            yield JobNotification(queue=queue, ids=tuple(ids[start : start + IDS_PER_NOTIFICATION]))
+
+
+class _Transaction(Session, Protocol):
+    """The caller's transaction."""
+
+    async def begin(self) -> None:
+        """Begin it, or raise :class:`TransactionError`."""
+
+    def call_after_commit(self, call: Callable[[], None]) -> bool:
+        """Call a function after the commit; returns False if this cannot be done."""
+        ...
+
+
+def _transaction_of(connection: Any) -> _Transaction:
+    watched: list[Callable[[], None]] | None = None
+    if isinstance(connection, WatchedTransaction):
+        connection, watched = connection.connection, connection.after_commit
+    if isinstance(connection, Connection | PoolConnectionProxy):
+        return _AsyncpgTransaction(connection, watched)
+    if any(kind.__module__.startswith("sqlalchemy.") for kind in type(connection).__mro__):
+        return _sqlalchemy_transaction(connection)
+    raise TransactionError(
+        f"connection= takes a connection of asyncpg, or a session or connection of SQLAlchemy, not"
+        f" {type(connection).__module__}.{type(connection).__qualname__}"
+    )
+
+
+_ARRAY = re.compile(r"(\$\d+)::(\w+\[\])")
+
+
+def _as_text(statement: str, arguments: Sequence[Any]) -> tuple[str, list[Any]]:
+    """Pass arrays as text: the connection may have codecs of its own for every other type."""
+    texts = [
+        [None if each is None else str(each) for each in value]
+        if isinstance(value, list)
+        else value
+        for value in arguments
+    ]
+    return _ARRAY.sub(r"\1::text[]::\2", statement), texts
+
+
+class _AsyncpgTransaction:
+    def __init__(self, connection: Any, after_commit: list[Callable[[], None]] | None) -> None:
+        self._connection = connection
+        self._after_commit = after_commit
+
+    async def begin(self) -> None:
+        if not self._connection.is_in_transaction():
+            raise TransactionError(
+                "the connection is in no transaction, so the job would be accepted at once; submit"
+                " it inside `async with connection.transaction():`"
+            )
+
+    async def fetch(self, statement: str, /, *arguments: Any) -> Sequence[Row]:
+        text, values = _as_text(statement, arguments)
+        rows: Sequence[Row] = await self._connection.fetch(text, *values)
+        return rows
+
+    def call_after_commit(self, call: Callable[[], None]) -> bool:
+        if self._after_commit is not None:
+            self._after_commit.append(call)
+        return self._after_commit is not None
+
+
+_PENDING = "viralfx_after_commit"
+"""The key of the functions of a session in its ``info``."""
+
+
+def _sqlalchemy_transaction(given: Any) -> "_SqlAlchemyTransaction":
+    # Loaded already, since this is one of its objects.
+    from sqlalchemy import Connection as SyncConnection  # noqa: PLC0415
+    from sqlalchemy.orm import Session as SyncSession  # noqa: PLC0415
+
+    if callable(given) and hasattr(given, "registry"):
+        given = given()  # a scoped session, which stands for the session of this task
+    found = getattr(given, "sync_session", None) or getattr(given, "sync_connection", None) or given
+    if isinstance(found, SyncSession):
+        return _SqlAlchemyTransaction(found.connection, found)
+    if isinstance(found, SyncConnection):
+        return _SqlAlchemyTransaction(lambda: found, None)
+    raise TransactionError(
+        "connection= takes an open session or connection of SQLAlchemy, not"
+        f" {type(given).__qualname__}"
+    )
+
+
+_PARAMETER = re.compile(r"\$(\d+)")
+
+
+class _SqlAlchemyTransaction:
+    """Runs statements through SQLAlchemy, which begins its transaction with the first of them.
+
+    The driver's connection would be in no transaction before that, and a job in it would survive
+    the rollback of the session.
+    """
+
+    def __init__(self, connection: Callable[[], Any], session: Any) -> None:
+        self._connection = connection
+        self._session = session
+
+    async def begin(self) -> None:
+        from sqlalchemy.util import greenlet_spawn  # noqa: PLC0415 - loaded already
+
+        await greenlet_spawn(self._require_transaction)
+
+    def _require_transaction(self) -> None:
+        if getattr(self._connection().connection, "autocommit", False):
+            raise TransactionError(
+                "the isolation level of the connection is AUTOCOMMIT, so the job would be accepted"
+                " at once; use another one"
+            )
+
+    async def fetch(self, statement: str, /, *arguments: Any) -> Sequence[Row]:
+        from sqlalchemy import text  # noqa: PLC0415 - as above
+        from sqlalchemy.util import greenlet_spawn  # noqa: PLC0415
+
+        plain, values = _as_text(statement, arguments)
+        named = text(_PARAMETER.sub(r"(:p\1)", plain))
+        parameters = {f"p{number}": value for number, value in enumerate(values, 1)}
+        # Also for a connection of a driver that does not await anything.
+        rows: Sequence[Row] = await greenlet_spawn(self._run, named, parameters)
+        return rows
+
+    def _run(self, statement: Any, parameters: Mapping[str, Any]) -> Sequence[Row]:
+        result = self._connection().execute(statement, parameters)
+        return result.mappings().all() if result.returns_rows else ()
+
+    def call_after_commit(self, call: Callable[[], None]) -> bool:
+        from sqlalchemy import event  # noqa: PLC0415 - as above
+
+        session = self._session
+        if session is None:
+            return False  # its event comes before the commit
+        loop = asyncio.get_running_loop()
+        session.info.setdefault(_PENDING, []).append(partial(_call_in, loop, call))
+        if not event.contains(session, "after_commit", _run_pending):
+            event.listen(session, "after_commit", _run_pending)
+            event.listen(session, "after_transaction_end", _forget_pending)
+        return True
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Call a function on a loop: a session may commit in another thread."""
+    with suppress(RuntimeError):  # the loop is closed; workers find the jobs by polling
+        loop.call_soon_threadsafe(call)
+
+
+def _run_pending(session: Any) -> None:
+    # The end of a savepoint is no commit.
+    if not session.in_nested_transaction():
+        for call in session.info.pop(_PENDING, ()):
+            call()
+
+
+def _forget_pending(session: Any, transaction: Any) -> None:
+    if transaction.parent is None:
+        session.info.pop(_PENDING, None)
+
+
+# -- schedules: a row for each, with the last time that a job was accepted for -------------------
+
+_STATE = "task, cron, timezone, since, last_run_at"
+
+# In the order of the tasks, so that two workers do not wait for each other.
+DECLARE_SCHEDULES: Final = f"""
+WITH forgotten AS (
+    DELETE FROM viralfx_schedules
+    WHERE seen_at < statement_timestamp() - make_interval(secs => $4) AND task <> ALL($1::text[])
+)
+INSERT INTO viralfx_schedules AS known (task, cron, timezone, since, seen_at)
+SELECT task, cron, timezone, statement_timestamp(), statement_timestamp()
+FROM unnest($1::text[], $2::text[], $3::text[]) AS given (task, cron, timezone)
+ORDER BY task
+ON CONFLICT (task) DO UPDATE
+SET cron = excluded.cron, timezone = excluded.timezone, seen_at = excluded.seen_at,
+    since = CASE
+        WHEN known.cron = excluded.cron AND known.timezone = excluded.timezone THEN known.since
+        ELSE excluded.since
+    END
+RETURNING {_STATE}
+"""  # noqa: S608 - constants
+ADVANCE_SCHEDULE: Final = """
+UPDATE viralfx_schedules SET last_run_at = $2
+WHERE task = $1 AND (last_run_at IS NULL OR last_run_at < $2)
+RETURNING true
+"""
+LAST_SCHEDULED: Final = """
+SELECT last_run_at, EXISTS (SELECT FROM viralfx_all_jobs WHERE id = $2::uuid) AS accepted
+FROM viralfx_schedules WHERE task = $1
+"""
+SCHEDULES: Final = f'SELECT {_STATE} FROM viralfx_schedules ORDER BY task COLLATE "C"'  # noqa: S608 - constants
+
+
+class Schedules:
+    """The methods of :class:`JobLedger` for schedules."""
+
+    def __init__(self, steps: RetriedSteps, sql: Statements) -> None:
+        self._steps = steps
+        self._sql = sql
+
+    async def declare(
+        self, schedules: Sequence[Schedule], forget_after: float
+    ) -> Sequence[ScheduleState]:
+        """See :meth:`JobLedger.declare_schedules`."""
+        columns = (
+            [each.task for each in schedules],
+            [each.cron for each in schedules],
+            [each.timezone for each in schedules],
+            interval(forget_after),
+        )
+        return _states_of(
+            await self._steps.run(
+                lambda attempt: attempt.connection.fetch(self._sql.DECLARE_SCHEDULES, *columns)
+            )
+        )
+
+    async def accept(self, draft: JobDraft) -> ScheduledAcceptance | None:
+        """See :meth:`JobLedger.accept_scheduled`."""
+        try:
+            return await self._steps.run(lambda attempt: self._accept_once(attempt, draft))
+        except (*BAD_VALUE, LedgerUnavailableError) as error:
+            if (refused := refusal(error)) is None:
+                raise
+            raise refused from error
+
+    async def _accept_once(self, attempt: Attempt, draft: JobDraft) -> ScheduledAcceptance | None:
+        connection, sql, time = attempt.connection, self._sql, draft.run_at
+        # Of two workers, the second one waits for the row until the first one has committed.
+        async with connection.transaction(isolation="read_committed"):
+            if await connection.fetchval(sql.ADVANCE_SCHEDULE, draft.task, time):
+                assert time is not None  # noqa: S101 - else no row is changed
+                await accept(connection, sql, [draft], again=False)
+                return ScheduledAcceptance(created=True, last_run_at=time)
+        row = await connection.fetchrow(sql.LAST_SCHEDULED, draft.task, draft.id)
+        if row is None or row["last_run_at"] is None:
+            return None
+        # The commit of an earlier attempt may have succeeded although its response was lost.
+        created = attempt.again and row["accepted"]
+        return ScheduledAcceptance(created=created, last_run_at=row["last_run_at"])
+
+    async def states(self) -> Sequence[ScheduleState]:
+        """See :meth:`JobLedger.schedules`."""
+        return _states_of(
+            await self._steps.run(lambda attempt: attempt.connection.fetch(self._sql.SCHEDULES))
+        )
+
+
+def _states_of(rows: Sequence[Row]) -> Sequence[ScheduleState]:
+    return [ScheduleState(**row) for row in rows]

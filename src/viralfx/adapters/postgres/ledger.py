@@ -1,0 +1,449 @@
+"""The job ledger in Postgres: one row for each job."""
+
+import logging
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from typing import Any, TypeAlias
+
+import asyncpg
+from asyncpg.connection import Connection
+
+from viralfx.adapters.postgres import claims, enqueue, job_changes, ledger_sql
+from viralfx.adapters.postgres.claims import Claimer, Wanted, register
+from viralfx.adapters.postgres.database import Lease, PostgresDatabase
+from viralfx.adapters.postgres.enqueue import accept, accept_in
+from viralfx.adapters.postgres.errors import BAD_VALUE, is_fault_of_server, refusal
+from viralfx.adapters.postgres.job_changes import MAX_SCANNED_JOBS, JobChanges
+from viralfx.adapters.postgres.ledger_rows import (
+    Row,
+    claims_of_rows,
+    completion_columns,
+    counts_of_rows,
+    identifiers,
+    ids_by_queue,
+    interval,
+    settled_columns,
+    settlement_columns,
+)
+from viralfx.adapters.postgres.ledger_sql import MAX_SWEPT_JOBS, PROMOTED_AT_ONCE, SOON_SECONDS
+from viralfx.adapters.postgres.migrations import Statements, channel_of
+from viralfx.adapters.postgres.pool import PING_AFTER
+from viralfx.adapters.postgres.retry import Attempt, RetriedSteps
+from viralfx.adapters.postgres.transactional_jobs import (
+    Effect,
+    Effects,
+    InDoubtError,
+    SupersededError,
+    is_completed,
+)
+from viralfx.domain.clock import Clock, SystemClock, default_rng
+from viralfx.domain.jobs.codec import PayloadError
+from viralfx.domain.jobs.ledger import (
+    MAX_ANNOUNCED,
+    NO_LIMITS,
+    Accepted,
+    Check,
+    Claims,
+    QueueCounts,
+    Registration,
+    SweepResult,
+)
+from viralfx.domain.jobs.limits import Limit
+from viralfx.domain.jobs.model import (
+    Claim,
+    JobDraft,
+    JobState,
+    LedgerUnavailableError,
+    Settlement,
+)
+
+_logger = logging.getLogger("viralfx.jobs")
+_rng = default_rng()
+
+_MAX_REFUSED = 20
+"""Refused jobs after which the other cancelled ones are left to the next sweep."""
+
+Session: TypeAlias = "Lease | Connection[Any]"
+
+
+async def finish_cancelled(connection: Session, sql: Statements) -> Collection[str]:
+    """Move the jobs that wait for it to the cancelled ones; return their ids.
+
+    A job that the server refuses does not keep the others; it is left to a later sweep.
+    """
+    finished: list[str] = []
+    refused: list[str] = []
+    code = None
+    portions: list[list[str] | None] = [None]
+    while portions and len(refused) < _MAX_REFUSED:
+        portion = portions.pop()
+        try:
+            rows = await connection.fetch(sql.FINISH_CANCELLED, MAX_SWEPT_JOBS, portion)
+            finished += [str(row["id"]) for row in rows]
+        except (*BAD_VALUE, asyncpg.PostgresError) as error:
+            if (refusal_of := refusal(error)) is None:
+                raise
+            code = refusal_of.code
+            if portion is None:
+                portion = [
+                    str(row["id"]) for row in await connection.fetch(sql.ENDING, MAX_SWEPT_JOBS)
+                ]
+                # If there are many refused ones, each sweep begins with others.
+                _rng.shuffle(portion)
+            if len(portion) <= 1:
+                refused += portion
+            else:
+                middle = len(portion) // 2
+                portions += [portion[middle:], portion[:middle]]
+    if refused:
+        _logger.error("Cancellation refused by the ledger", extra={"jobs": refused, "code": code})
+    return finished
+
+
+async def record(
+    attempt: Attempt, sql: Statements, settlements: Sequence[Settlement]
+) -> Collection[str]:
+    """Record outcomes; return the ids of the jobs that this or an earlier attempt settled.
+
+    If an outcome cannot be stored, none is recorded.
+    """
+    connection, completing, reporting = attempt.connection, 0, False
+    for each in settlements:
+        completing += each.state is JobState.COMPLETED
+        reporting = reporting or each.progress is not None
+    if completing == len(settlements) and not reporting:
+        rows = await connection.fetch(sql.SETTLE_COMPLETED, *completion_columns(settlements))
+    else:
+        statement = sql.SETTLE_ALL if completing else sql.SETTLE_OTHERS
+        rows = await connection.fetch(statement, *settlement_columns(settlements))
+        if any(row["cancel_requested"] for row in rows):
+            await finish_cancelled(connection, sql)
+    settled = {str(row["id"]) for row in rows}
+    if attempt.again:
+        others = [each for each in settlements if each.claim.id not in settled]
+        rows = await attempt.connection.fetch(sql.SETTLED_BEFORE, *settled_columns(others))
+        settled.update(str(row["id"]) for row in rows)
+    return settled
+
+
+MIN_COUNTERS_TO_FOLD = 100
+"""Number of counter rows from which the sweep folds them."""
+_PROMOTION_SECONDS = 20.0
+"""With a takeover of the sweep, which takes some 40 s, still shorter than ``SOON_SECONDS``."""
+_FORGETTING_SECONDS = 600.0
+"""It reads all keys of limits: a rate per day has those of a day."""
+_FORGOTTEN_AT_ONCE = 10_000
+_MAX_PROMOTIONS = 25
+"""Batches of one sweep; a batch takes some 50 ms."""
+_MAYBE_REFUSED = (*BAD_VALUE, LedgerUnavailableError)
+"""The errors of a step that may be a refusal."""
+_NO_CRASH_LIMIT = 2**31 - 1
+
+
+class PostgresJobLedger(JobChanges):
+    """Keeps each job in a row; see :class:`JobLedger` for the contract.
+
+    A job's lease is that of its worker, so a heartbeat writes one row for any number of jobs. The
+    fencing token is the number of the claim. All statements can be repeated if their response is
+    lost.
+    """
+
+    def __init__(
+        self,
+        database: PostgresDatabase,
+        *,
+        clock: Clock | None = None,
+        timeout: float = 8.0,
+        max_scanned: int = MAX_SCANNED_JOBS,
+        notifies: bool = False,
+    ) -> None:
+        """``timeout``: seconds for a call; cleaning up may add two.
+
+        ``max_scanned``: number of jobs that :meth:`find` scans. ``notifies``: whether workers
+        listen for the notifications of transactions.
+        """
+        self._max_scanned = max_scanned
+        self._clock = clock = clock or SystemClock()
+        self._promote_at = self._forget_at = -math.inf
+        listener = database.retries
+        # Each statement of a step is a transaction of its own and changes no session.
+        self._steps = RetriedSteps(
+            partial(database.acquire, reset=False), timeout=timeout, clock=clock, listener=listener
+        )
+        # Not of the pool: if tasks use all of it, the lease must still be renewed.
+        self._database = database
+        self._dedicated = database.dedicated("heartbeat")
+        self._lease_steps = RetriedSteps(
+            self._dedicated.acquire, timeout=timeout, clock=clock, listener=listener
+        )
+        schema = database.config.settings.schema
+        self._channel = channel_of(schema) if notifies else None
+        self._sql = Statements(schema, ledger_sql, claims, job_changes, enqueue)
+        scheduler = enqueue.Schedules(self._steps, self._sql)
+        self.declare_schedules = scheduler.declare
+        self.accept_scheduled = scheduler.accept
+        self.schedules = scheduler.states
+        self._register = partial(register, self._lease_steps, self._sql)
+        self._claimer = Claimer(self._sql, clock)
+        self._effects = Effects(database, self._sql, timeout)
+
+    # -- accepting ---------------------------------------------------------------------------
+
+    async def accept(
+        self, drafts: Sequence[JobDraft], *, check: Check | None = None
+    ) -> Sequence[Accepted]:
+        """See :class:`JobLedger`; raises :class:`PayloadError` for a value that is not valid."""
+
+        async def step(attempt: Attempt) -> Sequence[Accepted]:
+            if check is not None:
+                return await in_transaction(attempt, check)
+            try:
+                return await accept(attempt.connection, self._sql, drafts, again=attempt.again)
+            except asyncpg.FeatureNotSupportedError:
+                # Another isolation level is the default of this database or user.
+                return await in_transaction(attempt, None)
+
+        async def in_transaction(attempt: Attempt, check: Check | None) -> Sequence[Accepted]:
+            async with attempt.connection.transaction(isolation="read_committed"):
+                accepted = await accept(attempt.connection, self._sql, drafts, again=attempt.again)
+                if check is not None:
+                    check(accepted)
+                return accepted
+
+        try:
+            return await self._steps.run(step, max_idle=PING_AFTER)
+        except _MAYBE_REFUSED as error:
+            if (refused := refusal(error)) is None:
+                raise
+            if is_fault_of_server(refused.code):
+                raise refused from error
+            raise PayloadError(f"the job cannot be stored: {refused}") from error
+
+    async def accept_in(
+        self,
+        connection: Any,
+        drafts: Sequence[JobDraft],
+        *,
+        check: Check | None = None,
+        on_commit: Callable[[Sequence[Accepted]], None] = lambda _: None,
+    ) -> Sequence[Accepted]:
+        """See :class:`JobLedger`.
+
+        A concurrent accept with the same key waits for the end of the transaction.
+        """
+        return await accept_in(
+            connection,
+            self._sql,
+            drafts,
+            check=check,
+            on_commit=on_commit,
+            channel=self._channel,
+        )
+
+    # -- working -----------------------------------------------------------------------------
+
+    async def claim(
+        self,
+        queue: str,
+        worker: str,
+        limit: int,
+        ids: Collection[str] | None = None,
+        *,
+        tasks: Collection[str] | None = None,
+        limits: Mapping[str, Limit] = NO_LIMITS,
+    ) -> Claims:
+        """See :class:`JobLedger`."""
+        valid = None if ids is None else identifiers(ids)
+        if limit < 1 or valid == []:
+            return Claims()
+        wanted = Wanted(queue, worker, limit, tasks, valid, limits)
+        receipts: list[int] = []
+
+        async def step(attempt: Attempt) -> tuple[Sequence[Row], float]:
+            if receipts:
+                # The response was lost, and with it the ids of the claimed jobs.
+                await attempt.connection.execute(self._sql.UNDO_CLAIM, worker, receipts)
+            return await self._claimer.claim(attempt.connection, wanted, receipts)
+
+        rows, again_in = await self._steps.run(step)
+        return Claims(claims_of_rows(rows, queue, worker), again_in)
+
+    async def pause(self, queue: str) -> None:
+        """See :class:`JobLedger`."""
+        await self._changed(self._sql.PAUSE, queue)
+
+    async def resume(self, queue: str, limit: int = MAX_ANNOUNCED) -> Sequence[str]:
+        """See :class:`JobLedger`."""
+        rows = await self._fetched_by_index(self._sql.RESUME, queue, limit)
+        return [str(row["id"]) for row in rows]
+
+    async def due(
+        self,
+        queues: Collection[str],
+        tasks: Collection[str] | None = None,
+        *,
+        within: float = 0.0,
+    ) -> Mapping[str, float]:
+        """See :class:`JobLedger`."""
+        asked = list(queues), None if tasks is None else list(tasks), within
+        rows = await self._fetched_by_index(self._sql.DUE, *asked)
+        return {row["queue"]: row["seconds"] for row in rows}
+
+    async def settle(self, settlements: Sequence[Settlement]) -> Collection[str]:
+        """See :class:`JobLedger`."""
+        if not settlements:
+            return ()
+        try:
+            return await self._steps.run(lambda attempt: record(attempt, self._sql, settlements))
+        except _MAYBE_REFUSED as error:
+            if (refused := refusal(error)) is None:
+                raise
+            raise refused from error
+
+    async def settle_with_effect(
+        self,
+        claim: Claim,
+        effect: Effect,
+        progress: Callable[[], bytes | None] = lambda: None,
+    ) -> bool:
+        """See :class:`JobLedger`.
+
+        Concurrent effects leave two connections of the pool free, and one queue cannot use all
+        slots for effects. An effect that gets no slot within the ledger's timeout does not start:
+        :class:`LedgerUnavailableError`.
+        """
+        try:
+            await self._effects.settle(claim, effect, progress)
+        except SupersededError:
+            return False
+        except InDoubtError as error:
+            if not await self._steps.run(lambda a: is_completed(a.connection, self._sql, claim)):
+                raise LedgerUnavailableError("the database lost the effect and its job") from error
+        return True
+
+    async def register(
+        self,
+        worker: str,
+        queues: Collection[str],
+        lease: float,
+        holding: Collection[str] | None = None,
+        *,
+        tasks: Collection[str] | None = None,
+        eligible: bool = True,
+    ) -> Registration:
+        """See :class:`JobLedger`."""
+        return await self._register(
+            worker, queues, lease, holding=holding, tasks=tasks, eligible=eligible
+        )
+
+    async def deregister(self, worker: str) -> Mapping[str, Sequence[str]]:
+        """See :class:`JobLedger`."""
+        # The budget of a drain is short: an idle connection of the pool saves opening one.
+        idle = self._database.idle_connections and not self._dedicated.is_open
+        steps = self._steps if idle else self._lease_steps
+
+        async def step(attempt: Attempt) -> Sequence[Row]:
+            rows: Sequence[Row] = await attempt.connection.fetch(self._sql.DEREGISTER, worker)
+            if any(row["cancel_requested"] for row in rows):
+                await finish_cancelled(attempt.connection, self._sql)
+            return rows
+
+        return ids_by_queue(row for row in await steps.run(step) if not row["cancel_requested"])
+
+    async def sweep(self, max_crashes: int, before: datetime | None = None) -> SweepResult:
+        """See :class:`JobLedger`; also promotes scheduled jobs and folds the counters.
+
+        Takes up to ``MAX_SWEPT_JOBS`` jobs. If another sweep is under way, it takes none. If the
+        server refuses a failed job, such as by a trigger, all of them are due again.
+        """
+        more = before, MIN_COUNTERS_TO_FOLD
+        try:
+            rows = await self._fetch(self._sql.SWEEP, max_crashes, *more)
+        except _MAYBE_REFUSED as error:
+            if refusal(error) is None:
+                raise
+            # One row must not keep the jobs of all workers that have died.
+            rows = await self._fetch(self._sql.SWEEP, _NO_CRASH_LIMIT, *more)
+        cancelled: Collection[str] = ()
+        # Afterwards, since it may take long or fail, and the sweep has a time limit.
+        try:
+            # Else there is one only if the process that left it died, or is of an earlier version.
+            left = any(row["state"] == JobState.ACTIVE for row in rows)
+            if left or self._clock.monotonic() >= self._promote_at:
+                cancelled = await self._steps.run(
+                    lambda attempt: finish_cancelled(attempt.connection, self._sql)
+                )
+            await self._promote_all()
+        except _MAYBE_REFUSED:
+            if not rows:
+                raise
+            # The jobs must be reported; the next sweep promotes.
+        waiting = [row for row in rows if row["state"] == JobState.WAITING]
+        crashed = [str(row["id"]) for row in rows if row["state"] == JobState.FAILED]
+        return SweepResult(
+            returned=ids_by_queue(waiting), crashed=crashed, cancelled=tuple(cancelled)
+        )
+
+    async def _promote_all(self) -> None:
+        """Do it seldom: scheduled jobs are promoted long before they are due."""
+        if self._clock.monotonic() < self._promote_at:
+            return
+        for _ in range(_MAX_PROMOTIONS):
+            promoted = await self._changed(self._sql.PROMOTE, SOON_SECONDS, PROMOTED_AT_ONCE)
+            if promoted < PROMOTED_AT_ONCE:
+                self._promote_at = self._clock.monotonic() + _PROMOTION_SECONDS
+                await self._forget_limits()
+                break
+
+    async def _forget_limits(self) -> None:
+        """Delete the keys of rates whose period is over."""
+        if self._clock.monotonic() < self._forget_at:
+            return
+        for _ in range(_MAX_PROMOTIONS):
+            forgotten = await self._changed(self._sql.FORGET_LIMITS, _FORGOTTEN_AT_ONCE)
+            if forgotten < _FORGOTTEN_AT_ONCE:
+                self._forget_at = self._clock.monotonic() + _FORGETTING_SECONDS
+                break
+
+    async def _fetch(self, statement: str, *arguments: object, **options: float) -> Sequence[Row]:
+        return await self._steps.run(lambda a: a.connection.fetch(statement, *arguments), **options)
+
+    async def _changed(self, statement: str, *arguments: object) -> int:
+        """Run a statement; return how many rows it changed."""
+        status = await self._steps.run(
+            lambda attempt: attempt.connection.execute(statement, *arguments)
+        )
+        return int(status.split()[-1])
+
+    async def expire(
+        self, patience: float, before: datetime | None = None
+    ) -> Mapping[str, Sequence[str]]:
+        """See :class:`JobLedger`; an id of a lost response is missing from the answer."""
+        return await self._steps.run(
+            lambda attempt: claims.expire(attempt.connection, self._sql, interval(patience), before)
+        )
+
+    async def unknown_tasks(self) -> Mapping[str, Mapping[str, int]]:
+        """See :class:`JobLedger`."""
+        return await self._steps.run(
+            lambda attempt: claims.unknown_tasks(attempt.connection, self._sql)
+        )
+
+    async def counts(self) -> Mapping[str, QueueCounts]:
+        """See :class:`JobLedger`."""
+        rows = await self._fetch(self._sql.COUNTS, JobState.WAITING)
+        return counts_of_rows(rows)
+
+    async def prune(
+        self, older_than: float, limit: int = 1000, *, failed: bool | None = None
+    ) -> int:
+        """See :class:`JobLedger`."""
+        statements = [self._sql.PRUNE] * (failed is not True) + [self._sql.PRUNE_FAILED] * (
+            failed is not False
+        )
+        pruned = 0
+        for statement in statements:
+            pruned += await self._changed(statement, interval(older_than), max(0, limit - pruned))
+        return pruned

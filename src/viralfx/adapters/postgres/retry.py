@@ -1,0 +1,177 @@
+"""The retry policy, the job ledger's steps that are tried again, and connections for them."""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from asyncpg.connection import Connection
+from asyncpg.exceptions import ReadOnlySQLTransactionError
+from asyncpg.pool import PoolConnectionProxy
+
+from viralfx.adapters.postgres.connections import run_query
+from viralfx.adapters.postgres.errors import (
+    DATABASE_ERRORS,
+    PoolTimeoutError,
+    is_transient,
+    map_errors,
+)
+from viralfx.adapters.postgres.pool import end_of_life
+from viralfx.domain.clock import Clock
+from viralfx.domain.events import Listener
+from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, Jitter
+from viralfx.domain.resilience.retry import Retrier
+from viralfx.domain.resilience.retry_decision import RetryEvent
+
+
+def retry_policy(attempts: int = 3) -> BackoffPolicy:
+    """Return the policy of this technology: transient errors, soon and at random moments.
+
+    With equal waits, two transactions that conflicted would conflict again.
+    Raises ``ValueError`` for a number of attempts below one.
+    """
+    return BackoffPolicy(
+        attempts=attempts,
+        backoff=Backoff(base=0.1, cap=5.0, jitter=Jitter.FULL),
+        retry_on=is_transient,
+    )
+
+
+T = TypeVar("T")
+
+_MAX_ATTEMPTS = 6
+"""About three seconds of waiting in total, the time that a server needs to restart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt of a step."""
+
+    connection: "PoolConnectionProxy[Any]"
+    again: bool
+    """True if an earlier attempt may have succeeded although its response was lost."""
+
+
+class RetriedSteps:
+    """Runs idempotent steps, with retries and a time limit."""
+
+    def __init__(
+        self,
+        acquire: Callable[..., AbstractAsyncContextManager[Any]],
+        *,
+        timeout: float,
+        clock: Clock,
+        listener: Listener[RetryEvent],
+    ) -> None:
+        """``acquire`` provides a connection, of the pool or a dedicated one.
+
+        ``timeout``: seconds for a step with all its attempts; ``listener`` gets failed attempts.
+        """
+        self._acquire = acquire
+        self._timeout = timeout
+        self._retrier = Retrier(
+            retry_policy(_MAX_ATTEMPTS),
+            name="ledger",
+            idempotent=True,
+            listeners=(listener,),
+            clock=clock,
+        )
+
+    async def run(self, step: Callable[[Attempt], Awaitable[T]], **options: float) -> T:
+        """Run a step on a connection; repeat it after a transient error.
+
+        ``options`` are those of ``acquire``.
+
+        Raises :class:`LedgerUnavailableError`, ``BAD_VALUE`` and the errors of ``step`` itself.
+        """
+        begun, connected = False, False
+
+        async def run_attempt() -> T:
+            nonlocal begun, connected
+            connected = False
+            async with self._acquire(**options) as connection:
+                connected = True
+                attempt = Attempt(connection, again=begun)
+                begun = True
+                return await step(attempt)
+
+        with map_errors():
+            try:
+                async with asyncio.timeout(self._timeout):
+                    return await self._retrier.execute(run_attempt)
+            except TimeoutError as error:
+                if connected:
+                    raise
+                raise PoolTimeoutError(f"no connection within {self._timeout:g} s") from error
+
+
+class DedicatedConnection:
+    """A connection outside the pool, for one purpose.
+
+    It is opened at its first use and reopened after a failure, so that a new connection finds the
+    server that accepts writes. Between two uses it also ends at its greatest age.
+    """
+
+    def __init__(
+        self, connect: Callable[[], Awaitable["Connection[Any]"]], lifetime: float
+    ) -> None:
+        """``connect`` opens the connection, on the event loop of its first use.
+
+        ``lifetime``: its greatest age in seconds; 0: none.
+        """
+        self._connect = connect
+        self._lifetime = lifetime
+        self._ends_at = math.inf
+        self._connection: Connection[Any] | None = None
+        self._lock = asyncio.Lock()
+
+    @asynccontextmanager
+    async def acquire(self) -> AsyncIterator["CancellableConnection"]:
+        """Acquire it for the block, one caller at a time; raises the driver's errors.
+
+        An error or a cancellation in the block closes the connection.
+        """
+        async with self._lock:
+            if self._connection is not None and asyncio.get_running_loop().time() >= self._ends_at:
+                self._connection.terminate()
+            if self._connection is None or self._connection.is_closed():
+                self._connection = await self._connect()
+                self._ends_at = end_of_life(self._lifetime)
+            try:
+                yield CancellableConnection(self._connection)
+            except BaseException as error:
+                if isinstance(error, ReadOnlySQLTransactionError):
+                    # The next attempt has another connection.
+                    error.of_server = True  # type: ignore[attr-defined]  # see is_transient
+                self._connection.terminate()
+                raise
+
+    @property
+    def is_open(self) -> bool:
+        """True if the next use need not open it."""
+        return self._connection is not None and not self._connection.is_closed()
+
+    async def close(self, limit: float) -> None:
+        """Close it within ``limit`` seconds, or cut it; the next use reopens it."""
+        if self._connection is not None:
+            try:
+                await self._connection.close(timeout=limit)
+            except DATABASE_ERRORS:
+                self._connection.terminate()
+
+
+class CancellableConnection:
+    """Runs statements; a cancelled caller does not wait for the server."""
+
+    def __init__(self, connection: "Connection[Any]") -> None:
+        self._connection = connection
+
+    async def execute(self, statement: str, *arguments: object) -> Any:
+        """Run a statement and return its status."""
+        return await run_query(self._connection, self._connection.execute(statement, *arguments))
+
+    async def fetch(self, statement: str, *arguments: object) -> Any:
+        """Run a statement and return its rows."""
+        return await run_query(self._connection, self._connection.fetch(statement, *arguments))

@@ -1,0 +1,246 @@
+"""Finds the server to use: all addresses of all hosts, and the kind that is wanted."""
+
+import asyncio
+import contextlib
+import ipaddress
+import random
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, TypeAlias
+
+import asyncpg
+
+from viralfx.adapters.postgres.errors import NoServerError, WrongServerError, most_telling
+from viralfx.settings import DatabaseAddress
+
+
+class ServerConnection(asyncpg.Connection):
+    """A connection whose transport can be asked for its socket and its TLS."""
+
+    __slots__ = ("transport",)
+
+    def __init__(
+        self, protocol: Any, transport: asyncio.Transport, *more: Any, **options: Any
+    ) -> None:
+        super().__init__(protocol, transport, *more, **options)
+        self.transport = transport
+
+
+KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 30, 10, 3
+"""Seconds of silence before the first probe, seconds between probes, and their number."""
+USER_TIMEOUT_SECONDS = 30.0
+"""Time for which sent data may be unacknowledged until the connection is lost."""
+_MAX_SECONDS, _MAX_COUNT = 32767, 127
+
+
+def keep_alive(connection: ServerConnection, address: DatabaseAddress) -> None:
+    """Let the system notice that the server is gone, also while nothing is sent."""
+    opened = connection.transport.get_extra_info("socket")
+    if opened is None or opened.family not in {socket.AF_INET, socket.AF_INET6}:
+        return
+    timeout = address.tcp_user_timeout
+    options = {
+        "TCP_USER_TIMEOUT": round((USER_TIMEOUT_SECONDS if timeout is None else timeout) * 1000)
+    }
+    if address.keepalives:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        idle, interval, count = _keepalive(address)
+        options |= {"TCP_KEEPIDLE": idle, "TCP_KEEPINTVL": interval, "TCP_KEEPCNT": count}
+    for name, value in options.items():
+        if hasattr(socket, name):  # not on each system
+            opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def keepalive_settings(address: DatabaseAddress) -> dict[str, str]:
+    """Return the settings by which the server notices that this client is gone."""
+    if not address.keepalives:
+        return {}
+    names = ("tcp_keepalives_idle", "tcp_keepalives_interval", "tcp_keepalives_count")
+    return dict(zip(names, map(str, _keepalive(address)), strict=True))
+
+
+def _keepalive(address: DatabaseAddress) -> tuple[int, int, int]:
+    return (
+        min(address.keepalives_idle or KEEPALIVE_IDLE, _MAX_SECONDS),
+        min(address.keepalives_interval or KEEPALIVE_INTERVAL, _MAX_SECONDS),
+        min(address.keepalives_count or KEEPALIVE_COUNT, _MAX_COUNT),
+    )
+
+
+Server: TypeAlias = tuple[str, int]
+"""Host name, address or socket folder, and port."""
+Open: TypeAlias = Callable[[Server, str], Awaitable[ServerConnection]]
+"""Opens a connection to a server at one of its addresses."""
+
+NEXT_SECONDS = 0.25
+"""Silence of a server after which the next one is tried, too (the delay of RFC 8305)."""
+PREFERENCE_SECONDS = 1.0
+"""How long to wait for a server of the preferred kind once another one is connected."""
+_CLOSE_SECONDS = 1.0
+
+_ROLE: Final = """
+SELECT pg_catalog.pg_is_in_recovery() AS standby,
+    pg_catalog.current_setting('transaction_read_only') = 'on' AS read_only
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    server: Server
+    connection: ServerConnection
+    is_preferred: bool = True
+
+
+class ServerSearch:
+    """Opens connections to the first server that suits ``target_session_attrs``.
+
+    The next server is tried when one fails, and beside it when one is silent, so that a server
+    that drops packets costs a quarter of a second. A query asks for the kind of a server: the
+    report at login may be old behind a pooler.
+    """
+
+    def __init__(self) -> None:
+        self._last: Server | None = None
+
+    async def connect(
+        self, address: DatabaseAddress, open_: Open, deadline: float
+    ) -> ServerConnection:
+        """Connect until the event loop's time is ``deadline``.
+
+        Raises the error of the only host, or :class:`NoServerError` with those of all hosts.
+        """
+        servers = self._in_order(address)
+        target = address.target_session_attrs
+        race = _Race(
+            [partial(_connect_to_host, server, target, open_, deadline) for server in servers],
+            deadline,
+        )
+        if found := await race.run():
+            self._last = found.server
+            return found.connection
+        if len(servers) == 1:
+            raise race.errors[0]
+        names = [f"{host}:{port}" for host, port in servers]
+        raise NoServerError(tuple(zip(names, race.errors, strict=True)))
+
+    def _in_order(self, address: DatabaseAddress) -> Sequence[Server]:
+        servers = list(address.hosts)
+        if address.load_balance_hosts:
+            random.shuffle(servers)  # not for security
+        elif address.target_session_attrs != "any" and self._last in servers:
+            # Each connection would otherwise ask the servers before it for their kind.
+            servers.remove(self._last)
+            servers.insert(0, self._last)
+        return servers
+
+
+async def _connect_to_host(server: Server, target: str, open_: Open, deadline: float) -> _Found:
+    async def connect(place: str) -> _Found:
+        return await _judged(server, await open_(server, place), target)
+
+    places = await _resolve(*server)
+    race = _Race([partial(connect, place) for place in places], deadline)
+    if found := await race.run():
+        return found
+    raise most_telling(race.errors)
+
+
+async def _resolve(host: str, port: int) -> Sequence[str]:
+    """Return the addresses of a name; they are not kept, because they change."""
+    if host.startswith("/"):
+        return (host,)
+    with contextlib.suppress(ValueError):
+        return (str(ipaddress.ip_address(host)),)
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return tuple(dict.fromkeys(str(place[0]) for *_, place in found))
+
+
+async def _judged(server: Server, connection: ServerConnection, target: str) -> _Found:
+    """Return a connection to a server of the kind ``target``; close any other."""
+    if target == "any":
+        return _Found(server, connection)
+    try:
+        role = await connection.fetchrow(_ROLE)
+    except BaseException:
+        connection.terminate()
+        raise
+    assert role is not None  # noqa: S101 - the query returns one row
+    is_standby, is_read_only = role["standby"], role["read_only"]
+    if target == "prefer-standby":
+        return _Found(server, connection, is_standby)
+    suits = {
+        "read-write": not is_read_only,
+        "read-only": is_read_only,
+        "primary": not is_standby,
+        "standby": is_standby,
+    }
+    if suits[target]:
+        return _Found(server, connection)
+    with contextlib.suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        await connection.close(timeout=_CLOSE_SECONDS)
+    raise WrongServerError(target)
+
+
+class _Race:
+    """Runs attempts side by side, each started when the one before failed or is silent."""
+
+    def __init__(
+        self, attempts: Sequence[Callable[[], Awaitable[_Found]]], deadline: float
+    ) -> None:
+        self._waiting = list(enumerate(attempts))
+        self._running: dict[asyncio.Task[_Found], int] = {}
+        self._deadline = deadline
+        self._spare: _Found | None = None
+        self.errors: list[Exception] = [TimeoutError() for _ in attempts]
+
+    async def run(self) -> _Found | None:
+        """Return the first preferred result, else any; None: each attempt has its error."""
+        time, chosen = asyncio.get_running_loop().time, None
+        try:
+            while chosen is None and (self._waiting or self._running) and time() < self._deadline:
+                if self._waiting:
+                    index, attempt = self._waiting.pop(0)
+                    self._running[asyncio.ensure_future(attempt())] = index
+                until = time() + NEXT_SECONDS if self._waiting else self._deadline
+                done, _ = await asyncio.wait(
+                    self._running,
+                    timeout=max(0.0, min(until, self._deadline) - time()),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                for task in sorted(done, key=self._running.__getitem__):
+                    chosen = self._take(task, chosen)
+            chosen = chosen or self._spare
+        finally:
+            if self._spare is not None and self._spare is not chosen:
+                self._spare.connection.terminate()
+            # Not awaited: a cancellation meanwhile would lose the chosen connection.
+            for task in self._running:
+                task.add_done_callback(_drop)
+                task.cancel()
+        return chosen
+
+    def _take(self, task: asyncio.Task[_Found], chosen: _Found | None) -> _Found | None:
+        """Judge an attempt that has ended, and return the chosen result."""
+        index = self._running.pop(task)
+        error = TimeoutError() if task.cancelled() else task.exception()
+        if isinstance(error, Exception):
+            self.errors[index] = error
+        elif chosen is not None:
+            _drop(task)
+        elif task.result().is_preferred:
+            return task.result()
+        elif self._spare is None:
+            self._spare = task.result()
+            now = asyncio.get_running_loop().time()
+            self._deadline = min(self._deadline, now + PREFERENCE_SECONDS)
+        else:
+            _drop(task)
+        return chosen
+
+
+def _drop(attempt: "asyncio.Task[_Found]") -> None:
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().connection.terminate()

@@ -1,0 +1,218 @@
+"""Collects what ``viralfx doctor`` checks: settings, backends and tracing."""
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+from urllib.parse import urlsplit
+
+from viralfx.adapters.memory.embedded import StateFolderDoctor
+from viralfx.domain.doctor import Area, DoctorCheck, Finding, failed, passed, skipped
+from viralfx.domain.extras import is_about_extra, is_installed, missing, problem
+from viralfx.settings import CredentialsCallable, Settings, fields
+from viralfx.settings.doctor import PRODUCTION, misspelt, review, unread
+from viralfx.settings.model import DATABASE_URLS
+from viralfx.telemetry.tracing.variables import is_enabled, needs, problems, uses_grpc
+
+_SPECIAL, _GENERAL = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
+_REFUSALS = ("OTEL_SDK_DISABLED", "OTEL_TRACES_EXPORTER")
+"""Variables that turn tracing off although an endpoint is set."""
+
+
+_FindCallable: TypeAlias = Callable[[], Awaitable[CredentialsCallable | None]]
+
+
+def tracing_problems(environ: Mapping[str, str]) -> list[str]:
+    """Return the problems of the variables ``OTEL_*`` that would prevent a start."""
+    return list(problems(environ)) if is_enabled(environ) else []
+
+
+def review_tracing(environ: Mapping[str, str]) -> Finding:
+    """Return a finding on whether valid variables turn tracing on. Contacts no collector."""
+    endpoints = {name: environ.get(name, "").strip() for name in (_SPECIAL, _GENERAL)}
+    variable = next((name for name, value in endpoints.items() if value), None)
+    if variable is None:
+        return skipped(Area.TRACING, f"{_GENERAL} is not set: nothing is traced")
+    if not is_enabled(environ):
+        only = {variable: endpoints[variable]}
+        said = {name: environ.get(name, "").strip() for name in _REFUSALS}
+        no = [
+            f"{name}={value}"
+            for name, value in said.items()
+            if not is_enabled({**only, name: value})
+        ]
+        return skipped(Area.TRACING, f"{' and '.join(no)}: nothing is traced, despite {variable}")
+    how = "gRPC" if uses_grpc(environ) else "HTTP"
+    return passed(Area.TRACING, f"traces go to {_place(endpoints[variable])} by {how}: {variable}")
+
+
+def _place(endpoint: str) -> str:
+    """Return scheme, host and port on one line; the rest of an address may be secret."""
+    parts = urlsplit(endpoint if "://" in endpoint else f"//{endpoint}")
+    place = " ".join(parts.netloc.rpartition("@")[2].splitlines())
+    return f"{parts.scheme}://{place}" if parts.scheme else place
+
+
+# The first matching prefix determines the area of a variable.
+_AREAS = (
+    ("DATABASE_", Area.DATABASE),
+    ("DB_POOL_", Area.POOL),
+    ("POOL_", Area.POOL),
+    ("DB_", Area.DATABASE),
+    ("REDIS_", Area.REDIS),
+    ("SHUTDOWN_", Area.BUDGETS),
+    ("HEALTH_", Area.ENDPOINTS),
+    ("READINESS_", Area.ENDPOINTS),
+    ("LOG_", Area.LOGGING),
+    ("STATE_", Area.STATE),
+    ("PORT", Area.PORTS),
+    ("HOST", Area.PORTS),
+    ("MANAGEMENT_PORT", Area.PORTS),
+)
+_TRACING_PREFIX = "OTEL_"
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A doctor check whose findings are known already."""
+
+    findings: Sequence[Finding]
+
+    async def check(self) -> Sequence[Finding]:
+        """Return the findings."""
+        return self.findings
+
+
+def doctor_checks(
+    settings: Settings,
+    environ: Mapping[str, str],
+    redis_credentials: _FindCallable | None = None,
+    database_password: _FindCallable | None = None,
+) -> Iterator[tuple[Area, DoctorCheck]]:
+    """Yield the doctor checks, each with its main area.
+
+    ``redis_credentials`` and ``database_password`` return the application's callable for Redis
+    and for Postgres, if it has one.
+    """
+    yield Area.ENVIRONMENT, Known([*review(settings, environ), *review_extras(settings, environ)])
+    yield Area.DATABASE, _database(settings, database_password)
+    yield Area.REDIS, _redis(settings, redis_credentials)
+    yield Area.STATE, _state(settings)
+    yield Area.TRACING, Known(_tracing(environ))
+
+
+def review_extras(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield findings on the extras that the variables ask for."""
+    asked = [*settings.needs, *needs(environ)]
+    if missing(asked):
+        for variable, extra in asked:
+            if not is_installed(extra):
+                found, _, remedy = problem(variable, extra).partition(": ")
+                yield failed(Area.ENVIRONMENT, found, remedy)
+    elif asked:
+        names = ",".join(dict.fromkeys(extra for _, extra in asked))
+        found = f"the settings ask for viralfx[{names}], and its packages are installed"
+        yield passed(Area.ENVIRONMENT, found)
+
+
+def unreadable(problems: Iterable[str], environ: Mapping[str, str]) -> list[Finding]:
+    """Return findings for the problems of :func:`viralfx.settings.read_settings` and of tracing.
+
+    All areas that need the settings are skipped.
+    """
+    findings = refused([*problems, *tracing_problems(environ)])
+    reported_variables = {finding.found.partition(":")[0] for finding in findings}
+    findings += [
+        f for f in misspelt(environ) if f.found.partition(" ")[0] not in reported_variables
+    ]
+    findings += unread(environ, reported_variables)
+    reported = {finding.area for finding in findings}
+    findings += [
+        skipped(area, "the settings could not be read") for area in Area if area not in reported
+    ]
+    return findings
+
+
+def refused(problems: Iterable[str], area: Area | None = None) -> list[Finding]:
+    """Return findings for a :class:`ConfigurationError`; the variable determines the area."""
+    return [_refused(problem, area) for problem in problems]
+
+
+def unmade(problems: Iterable[str], environ: Mapping[str, str]) -> list[Finding]:
+    """Return findings for a failed start, without problems that are reported elsewhere."""
+    reported = set(tracing_problems(environ))
+    # `review_extras` reports missing extras.
+    left = [line for line in problems if line not in reported and not is_about_extra(line)]
+    findings = [
+        _refused(p, None if p.startswith(_TRACING_PREFIX) else Area.ENDPOINTS) for p in left
+    ]
+    if all(finding.area is Area.TRACING for finding in findings):
+        findings.append(
+            skipped(Area.ENDPOINTS, "nothing starts before the problems above are fixed")
+        )
+    return findings
+
+
+def _refused(problem: str, area: Area | None = None) -> Finding:
+    problem = " ".join(problem.splitlines())  # it may contain a variable's value
+    variable = problem.partition(":")[0]
+    found, _, remedy = problem.rpartition("; ")
+    if not found:
+        found, remedy = problem, f"correct {variable}"
+    return failed(area or _area(variable), found, remedy)
+
+
+def _area(variable: str) -> Area:
+    if variable.startswith(_TRACING_PREFIX):
+        return Area.TRACING
+    known = {field.variable: field for field in fields()}
+    if variable not in known:
+        return Area.ENVIRONMENT
+    if known[variable].secret and variable not in {*DATABASE_URLS, "REDIS_URL"}:
+        return Area.SECRETS
+    return next((a for start, a in _AREAS if variable.startswith(start)), Area.ENVIRONMENT)
+
+
+def _tracing(environ: Mapping[str, str]) -> list[Finding]:
+    return refused(tracing_problems(environ)) or [review_tracing(environ)]
+
+
+def _database(settings: Settings, find_callable: _FindCallable | None) -> DoctorCheck:
+    areas = (Area.DATABASE, Area.POOL, Area.MIGRATIONS)
+    if settings.database_url is None:
+        reason = "DATABASE_URL is not set: data is kept in memory"
+        return Known([skipped(area, reason) for area in areas])
+    if not is_installed("postgres"):
+        return Known([skipped(area, "viralfx[postgres] is not installed") for area in areas])
+    # Imported late: a process without Postgres does not need the driver.
+    from viralfx.adapters.postgres.doctor import PostgresDoctor  # noqa: PLC0415
+    from viralfx.bootstrap.postgres import migration_config, postgres_config  # noqa: PLC0415
+
+    production = settings.environment == PRODUCTION
+    own_address = settings.database_migration_url is not None
+    return PostgresDoctor(
+        postgres_config(settings),
+        production=production,
+        migrator=migration_config(settings) if own_address else None,
+        find_callable=find_callable,
+    )
+
+
+def _redis(
+    settings: Settings,
+    credentials: _FindCallable | None,
+) -> DoctorCheck:
+    if not settings.redis.in_use:
+        return Known([skipped(Area.REDIS, "REDIS_HOST is not set: the cache is in memory")])
+    if not is_installed("redis"):
+        return Known([skipped(Area.REDIS, "viralfx[redis] is not installed")])
+    from viralfx.adapters.redis.doctor import RedisDoctor  # noqa: PLC0415 - as above
+
+    return RedisDoctor(settings.redis, credentials)
+
+
+def _state(settings: Settings) -> DoctorCheck:
+    if settings.state_dir is not None:
+        return StateFolderDoctor(Path(settings.state_dir))
+    where = "memory" if settings.database_url is None else "the database"
+    return Known([skipped(Area.STATE, f"STATE_DIR is not set: state is kept in {where}")])

@@ -1,0 +1,137 @@
+"""Imports the modules of TASK_MODULES, and registers all tasks of the process."""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from types import ModuleType
+
+from viralfx.adapters.codec import MsgspecCodec
+from viralfx.domain.errors import ConfigurationError, suggest
+from viralfx.domain.jobs.codec import PayloadError
+from viralfx.domain.jobs.hooks import TaskHost, tasks_of
+from viralfx.domain.jobs.tasks import Task, TaskRegistry
+from viralfx.settings import Settings
+from viralfx.telemetry.logging.redaction import Redaction, secrets_of
+
+
+def load_tasks(settings: Settings) -> tuple[list[Task], list[str]]:
+    """Import TASK_MODULES; return the tasks that they declare or import, and the problems.
+
+    A module that creates the plugin itself is still being imported then. Call this again later for
+    the tasks that it declares after the plugin.
+    """
+    tasks: list[Task] = []
+    problems: list[str] = []
+    for name in settings.task_modules:
+        try:
+            module = import_named("TASK_MODULES", name, settings)
+        except ConfigurationError as error:
+            problems += error.problems
+            continue
+        found = [task for value in vars(module).values() for task in tasks_of(value)]
+        if not found and not getattr(module.__spec__, "_initializing", False):
+            problems.append(
+                f"TASK_MODULES: {name} declares no task; put @task('...') on an async def in it"
+            )
+        tasks += found
+    return tasks, problems
+
+
+def declared_tasks(functions: Sequence[object]) -> tuple[list[Task], list[str]]:
+    """Return the tasks of an application's own functions, and the problems."""
+    tasks: list[Task] = []
+    problems: list[str] = []
+    for function in functions:
+        found = tasks_of(function)
+        if not found and not isinstance(function, TaskHost):
+            problems.append(
+                f"OperationsConfig.tasks: {function!r} is no task; put @task('...') on it"
+            )
+        tasks += found
+    return tasks, problems
+
+
+def registry_of(
+    own: Iterable[Task], built_in: Iterable[Task], queues: Sequence[str], codec: MsgspecCodec
+) -> tuple[TaskRegistry, list[str]]:
+    """Register tasks; return the registry and the problems.
+
+    A built-in task whose queue is not in ``queues`` uses the first of them.
+    """
+    registry = TaskRegistry(
+        task if task.queue in queues else replace(task, queue=queues[0]) for task in built_in
+    )
+    return registry, list(add_tasks(registry, own, queues, codec))
+
+
+def add_tasks(
+    registry: TaskRegistry, own: Iterable[Task], queues: Sequence[str], codec: MsgspecCodec
+) -> Iterator[str]:
+    """Register tasks of an application; yield the problems."""
+    for task in own:
+        yield from _problems_of(task, queues, codec)
+        try:
+            registry.add(task)
+        except ValueError as error:
+            yield f"@task({task.name!r}): {error} ({_where(task)})"
+
+
+def _problems_of(task: Task, queues: Collection[str], codec: MsgspecCodec) -> Iterator[str]:
+    if task.queue not in queues:
+        hint = suggest(task.queue, queues) or f"add it to QUEUES, which has {', '.join(queues)}"
+        yield f"@task({task.name!r}): there is no queue named {task.queue!r}; {hint}"
+    try:
+        codec.learn(task.payload_type)
+    except TypeError as error:
+        yield f"@task({task.name!r}): its payload has no JSON: {error}"
+        return
+    if task.cron is not None:
+        try:
+            codec.decode(b"null", task.payload_type)
+        except PayloadError:
+            yield (
+                f"@task({task.name!r}): cron= runs it with the payload null, which its payload type"
+                " does not allow; declare the payload as None, or as T | None"
+            )
+
+
+def _where(task: Task) -> str:
+    return f"{task.function.__module__}.{task.function.__qualname__}"
+
+
+def import_named(option: str, name: str, settings: Settings) -> ModuleType:
+    """Import the module that a setting or an option names.
+
+    Raises :class:`ConfigurationError` with one line that begins with ``option``, and without the
+    secrets of ``settings``.
+    """
+    # As with ``python -m``, modules in the current folder can be imported.
+    if (here := os.getcwd()) not in sys.path:  # noqa: PTH109 - sys.path holds strings
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except ConfigurationError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(error.name + ".")):
+            where = "" if name == error.name else f", which {name} would be in"
+            problem = f"{option}: there is no module {error.name!r}{where}"
+            raise ConfigurationError([problem]) from None
+        raise failed(option, f"importing {name}", error, settings) from None
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the module may raise anything
+        raise failed(option, f"importing {name}", error, settings) from None
+
+
+def failed(option: str, step: str, error: BaseException, settings: Settings) -> ConfigurationError:
+    """Return the error for a step that code of the application ended with ``error``."""
+    return ConfigurationError([f"{option}: {step} failed: {_in_one_line(error, settings)}"])
+
+
+def _in_one_line(error: BaseException, settings: Settings) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    last = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    text = f"{type(error).__name__}: {error}{last}"
+    return Redaction(secrets_of(settings)).text(text).replace("\n", " ")

@@ -1,0 +1,500 @@
+"""``viralfx jobs`` and ``viralfx schedules``, on the ledger of DATABASE_URL.
+
+The ledger is used directly, so no service needs to run.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from viralfx.bootstrap import assemble
+from viralfx.domain.clock import timestamp
+from viralfx.domain.errors import ConfigurationError, StartupError, suggest
+from viralfx.domain.jobs.codec import PayloadError
+from viralfx.domain.jobs.model import (
+    ANY_JOB,
+    InvalidFilterError,
+    Job,
+    JobFilter,
+    JobNotFoundError,
+    JobState,
+    JobStateError,
+    KeyConflictError,
+    LedgerUnavailableError,
+    UnknownQueueError,
+    UnstorableError,
+)
+from viralfx.domain.jobs.service import JobService
+from viralfx.domain.jobs.tasks import Task, TaskRegistry, UnknownTaskError
+from viralfx.settings import Settings, read_settings
+from viralfx.telemetry.logging.events import log_settings
+from viralfx.telemetry.logging.handler import configure_logging
+from viralfx.web.jobs import schemas
+from viralfx.web.jobs.changes import queue_list
+
+EXIT_REFUSED = 1
+"""A job is missing, its state does not allow the command, or the operator does not want it."""
+
+_MIN_WIDTH = 40
+_MAX_COUNT = 1000
+"""Jobs that are counted before the question whether to change them."""
+_PAUSE_SECONDS = 2.0
+"""Within this time all workers obey a pause."""
+_WAIT_SECONDS = 0.5
+
+
+class _RefusedError(Exception):
+    """Some of the jobs of a command were refused; the messages are its arguments."""
+
+
+def jobs(options: argparse.Namespace) -> int:
+    """Run the command and return its exit code.
+
+    Raises :class:`ConfigurationError` for invalid settings and arguments, and
+    :class:`StartupError` if the ledger cannot be reached.
+    """
+    settings = read_settings(os.environ, strict=True)
+    declared = None
+    if options.command == "submit" and options.app is not None:
+        from viralfx.runner.applications import find_application  # noqa: PLC0415
+
+        _, plugin = find_application(settings, options.app)
+        settings, declared = plugin.settings, plugin.assembly.jobs.tasks
+    if settings.database_url is None:
+        problem = (
+            "DATABASE_URL: not set, so each process keeps its jobs in its own memory, where no"
+            " other program can find them; set it"
+        )
+        raise ConfigurationError([problem])
+    # The result goes to standard output, log lines for people to standard error.
+    configure_logging(level="warn", console=True, stream=sys.stderr)
+    log_settings(settings)
+    # Their warnings are lines of the service's log, and here the result or the error itself.
+    for name in ("viralfx.queues", "viralfx.database"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    command = _COMMANDS[options.command]
+    try:
+        asyncio.run(_run(settings, command, options, declared))
+    except _RefusedError as error:
+        for line in error.args:
+            print(f"viralfx: {_plain(line)}", file=sys.stderr)
+        return EXIT_REFUSED
+    except _INVALID as error:
+        raise ConfigurationError([_plain(str(error))]) from None
+    except LedgerUnavailableError as error:
+        raise StartupError(_plain(f"DATABASE_URL: {error}")) from None
+    return 0
+
+
+_INVALID = (
+    InvalidFilterError,
+    PayloadError,
+    UnknownQueueError,
+    UnknownTaskError,
+    UnstorableError,
+)
+"""Errors of an argument."""
+
+Command = Callable[["_Ledger", argparse.Namespace], Awaitable[None]]
+
+
+class _Ledger:
+    """The job service of this command, and the tasks that it knows."""
+
+    def __init__(self, settings: Settings, service: JobService, tasks: TaskRegistry) -> None:
+        self.settings = settings
+        self.service = service
+        self.tasks = tasks
+
+
+async def _run(
+    settings: Settings,
+    command: Command,
+    options: argparse.Namespace,
+    declared: TaskRegistry | None,
+) -> None:
+    with_tasks = options.command == "submit" and declared is None
+    async with _opened(settings, with_tasks=with_tasks) as ledger:
+        for task in declared or ():
+            if task.name not in ledger.tasks:
+                ledger.tasks.add(task)
+        await command(ledger, options)
+
+
+@asynccontextmanager
+async def _opened(settings: Settings, *, with_tasks: bool) -> AsyncIterator[_Ledger]:
+    """Connect; at the end send the notifications of new jobs and disconnect."""
+    if not with_tasks:  # a module that cannot be imported must not keep an operator from the jobs
+        settings = msgspec.structs.replace(settings, task_modules=())
+    # One attempt to connect: an operator repeats the command.
+    db = msgspec.structs.replace(settings.db, pool_min=1, pool_max=1, max_reconnect_attempts=1)
+    settings = msgspec.structs.replace(settings, db=db)
+    assembly = assemble(settings)
+    operations, runtime = assembly.operations, assembly.jobs
+    try:
+        for resource in operations.resources:
+            await resource.open()
+        yield _Ledger(settings, runtime.service, runtime.tasks)
+    finally:
+        # These are the steps of every process, and would be log lines of no use here.
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            await asyncio.shield(operations.shutdown.run())
+        finally:
+            logging.disable(before)
+
+
+# -- the commands ---------------------------------------------------------------------------------
+
+
+async def _list(ledger: _Ledger, options: argparse.Namespace) -> None:
+    wanted = replace(_filter(options), before=options.cursor)
+    # One more than asked for shows whether there are older ones.
+    found = await _search(ledger.service, wanted, options.limit + 1)
+    page, more = found[: options.limit], len(found) > options.limit
+    if options.json:
+        _print_json(schemas.page(page, page[-1].id if more else None))
+        return
+    header = ("id", "task", "queue", "state", "attempts", "run at", "error")
+    _print_table([header, *map(_row, page)])
+    if not page:
+        print("no job matches", file=sys.stderr)
+    if more:
+        print(f"older jobs: --cursor {page[-1].id}", file=sys.stderr)
+
+
+async def _search(service: JobService, wanted: JobFilter, limit: int) -> list[Job]:
+    """Return up to ``limit`` jobs; a search of the ledger may end before it has that many."""
+    found: list[Job] = []
+    while len(found) < limit:
+        step = await service.search(replace(wanted, limit=limit - len(found)))
+        found += step.jobs
+        if step.before is None:
+            break
+        wanted = replace(wanted, before=step.before)
+    return found
+
+
+async def _show(ledger: _Ledger, options: argparse.Namespace) -> None:
+    job = await _existing(ledger.service.get(options.id))
+    if options.json:
+        _print_json(schemas.view(job))
+        return
+    shown: dict[str, object] = msgspec.json.decode(msgspec.json.encode(schemas.summary(job)))
+    error = job.error
+    lines = {name: value for name, value in shown.items() if name not in {"links", "error"}}
+    lines["error"] = None if error is None else f"{error.code}: {error.message}"
+    lines["payload"] = _readable(job.payload)
+    lines["result"] = None if job.result is None else _readable(job.result)
+    width = max(map(len, lines)) + 2
+    for name, value in lines.items():
+        if value is not None:
+            text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+            print(f"{name:{width}}{_plain(text)}")
+    for attempt in job.history:
+        print(
+            f"\nexecution {attempt.number} ended at {timestamp(attempt.ended_at)} on"
+            f" {_plain(attempt.worker or 'no worker')}, {_plain(attempt.error.code)}:"
+            f" {_plain(attempt.error.message)}"
+        )
+        for line in (attempt.error.traceback or "").splitlines():
+            print(f"  {_plain(line)}")
+
+
+async def _submit(ledger: _Ledger, options: argparse.Namespace) -> None:
+    if options.queue is not None:
+        await _declare(ledger, options.task, options.queue)
+    payload = sys.stdin.buffer.read() if options.payload == "-" else options.payload.encode()
+    try:
+        accepted = await ledger.service.accept(
+            options.task,
+            payload,
+            key=options.key,
+            run_at=options.run_at,
+            priority=options.priority,
+            unique=options.unique,
+        )
+    except KeyConflictError as error:
+        raise _RefusedError(str(error)) from None
+    except UnknownTaskError as error:
+        hint = "declare it in TASK_MODULES or pass --app; or pass --queue to use its name alone"
+        end = "" if str(error).endswith("?") else ";"
+        raise UnknownTaskError(f"{error}{end} {hint}") from None
+    except PayloadError as error:
+        raise PayloadError(f"jobs submit {options.task}: {error}{_hint(payload)}") from None
+    job = accepted.job
+    if options.json:
+        _print_json(schemas.accepted(job))
+    else:
+        print(f"{job.id}  {_plain(job.task)} in {_plain(job.queue)}, {job.state}")
+        if not accepted.created:
+            print("there was a job like it: nothing was submitted", file=sys.stderr)
+
+
+def _hint(payload: bytes) -> str:
+    """Return how to write a payload that is no JSON."""
+    try:
+        msgspec.json.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return """; the payload is JSON, such as '{"name": "Ada"}', '"Ada"' or null"""
+    return ""
+
+
+async def _declare(ledger: _Ledger, task: str, queue: str) -> None:
+    """Let the service accept jobs of a task that is declared elsewhere."""
+    queues = [*ledger.settings.queues]
+    if queue not in queues and queue not in (queues := [*await ledger.service.queues()]):
+        hint = suggest(queue, queues) or f"there are {', '.join(queues)}"
+        raise ConfigurationError([f"--queue: there is no queue named {queue!r}; {hint}"])
+    if task not in ledger.tasks:
+        ledger.tasks.add(
+            Task(
+                name=task,
+                function=_declare,
+                queue=queue,
+                payload_type=Any,
+                wants_context=False,
+                transactional=False,
+                timeout=None,
+                retry=None,
+            )
+        )
+    elif (declared := ledger.tasks.find(task).queue) != queue:
+        problem = f"--queue: the task {task!r} is declared for the queue {declared!r}"
+        raise ConfigurationError([problem])
+
+
+async def _retry(ledger: _Ledger, options: argparse.Namespace) -> None:
+    if options.id:
+        await _change_each(options, ledger.service.retry)
+    else:
+        wanted = await _confirmed(ledger, options, (JobState.FAILED,))
+        await _print_count(ledger, options, await ledger.service.retry_all(wanted))
+
+
+async def _cancel(ledger: _Ledger, options: argparse.Namespace) -> None:
+    if options.id:
+        await _change_each(options, ledger.service.cancel)
+    else:
+        wanted = await _confirmed(ledger, options, (JobState.WAITING, JobState.ACTIVE))
+        await _print_count(ledger, options, await ledger.service.cancel_all(wanted))
+
+
+async def _queues(ledger: _Ledger, options: argparse.Namespace) -> None:
+    found = queue_list(await ledger.service.queues())
+    if options.json:
+        _print_json(found)
+        return
+    columns = ("waiting", "scheduled", "active", "completed", "failed", "cancelled")
+    rows = [
+        (
+            each.name,
+            "paused" if each.paused else "-",
+            str(each.consumers),
+            *(str(getattr(each.counts, column)) for column in columns),
+            f"{each.oldest_due:.0f} s",
+        )
+        for each in found.items
+    ]
+    _print_table([("queue", "paused", "consumers", *columns, "oldest due"), *rows])
+
+
+async def _pause(ledger: _Ledger, options: argparse.Namespace) -> None:
+    await ledger.service.pause(options.queue)
+    if options.wait:
+        await asyncio.sleep(_PAUSE_SECONDS)
+        while (await ledger.service.queues())[options.queue].active:  # noqa: ASYNC110
+            await asyncio.sleep(_WAIT_SECONDS)
+    _print_paused(options, paused=True)
+
+
+async def _resume(ledger: _Ledger, options: argparse.Namespace) -> None:
+    await ledger.service.resume(options.queue)
+    _print_paused(options, paused=False)
+
+
+def _print_paused(options: argparse.Namespace, *, paused: bool) -> None:
+    if options.json:
+        _print_json({"queue": options.queue, "paused": paused})
+    else:
+        print(f"{_plain(options.queue)}  {'paused' if paused else 'resumed'}")
+
+
+async def _change_each(
+    options: argparse.Namespace, change: Callable[[str], Awaitable[Job]]
+) -> None:
+    if _filter(options) != ANY_JOB:
+        raise ConfigurationError([f"jobs {options.command}: pass ids or a filter, not both"])
+    changed: list[Job] = []
+    refused: list[str] = []
+    for job_id in dict.fromkeys(options.id):
+        try:
+            changed.append(await change(job_id))
+        except (JobNotFoundError, JobStateError) as error:
+            refused.append(str(error))
+    if options.json:
+        _print_json([schemas.summary(job) for job in changed])
+    else:
+        for job in changed:
+            requested = ", cancellation requested" if job.cancel_requested else ""
+            print(f"{job.id}  {job.state}{requested}")
+    if refused:
+        raise _RefusedError(*refused)
+
+
+async def _confirmed(
+    ledger: _Ledger, options: argparse.Namespace, states: Sequence[JobState]
+) -> JobFilter:
+    """Return the filter; ask first if it matches several jobs."""
+    wanted = _filter(options)
+    if wanted == ANY_JOB:
+        raise ConfigurationError([f"jobs {options.command}: pass ids, or a filter such as --queue"])
+    if options.yes or wanted.state not in (None, *states):  # the service refuses other states
+        return wanted
+    if (count := await _count(ledger, wanted, states)) <= 1:
+        return wanted
+    many = f"more than {_MAX_COUNT} jobs" if count > _MAX_COUNT else f"{count} jobs"
+    if sys.stdin is None or not sys.stdin.isatty():
+        problem = f"jobs {options.command}: the filter matches {many}; repeat it with --yes"
+        raise ConfigurationError([problem])
+    if not _agrees(f"{options.command} {many}?"):
+        raise _RefusedError("nothing was changed")
+    return wanted
+
+
+async def _count(ledger: _Ledger, wanted: JobFilter, states: Sequence[JobState]) -> int:
+    count = 0
+    for state in states if wanted.state is None else (wanted.state,):
+        of_state = replace(wanted, state=state)
+        count += len(await _search(ledger.service, of_state, _MAX_COUNT - count + 1))
+    return count
+
+
+def _agrees(question: str) -> bool:
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}
+
+
+async def _print_count(ledger: _Ledger, options: argparse.Namespace, count: int) -> None:
+    if not count and options.task is not None:
+        # Without a job in any state the name may be misspelt.
+        found = await ledger.service.search(JobFilter(task=options.task, limit=1))
+        if not found.jobs:
+            print(f"no job of a task {options.task!r} was found in any state", file=sys.stderr)
+    if options.json:
+        _print_json({"count": count})
+    else:
+        print(f"{count} job{'s' * (count != 1)}")
+
+
+async def _schedules(ledger: _Ledger, options: argparse.Namespace) -> None:
+    found = schemas.schedules(await ledger.service.schedules())
+    if options.json:
+        _print_json(found)
+        return
+    header = ("task", "cron", "time zone", "last run", "next run")
+    rows = [
+        (each.task, each.cron, each.timezone, each.last_run_at or "-", each.next_run_at or "-")
+        for each in found.items
+    ]
+    _print_table([header, *rows])
+
+
+async def _existing(call: Awaitable[Job]) -> Job:
+    try:
+        return await call
+    except JobNotFoundError as error:
+        raise _RefusedError(str(error)) from None
+
+
+_COMMANDS: Mapping[str, Command] = {
+    "list": _list,
+    "show": _show,
+    "submit": _submit,
+    "retry": _retry,
+    "cancel": _cancel,
+    "queues": _queues,
+    "pause": _pause,
+    "resume": _resume,
+    "schedules": _schedules,
+}
+
+
+# -- arguments ------------------------------------------------------------------------------------
+
+
+def _filter(options: argparse.Namespace) -> JobFilter:
+    return JobFilter(
+        queue=options.queue,
+        task=options.task,
+        state=None if options.state is None else JobState(options.state),
+        code=options.code,
+        created_before=options.before,
+    )
+
+
+# -- output ---------------------------------------------------------------------------------------
+
+
+def _row(job: Job) -> Sequence[str]:
+    error = "" if job.error is None else f"{job.error.code}: {job.error.message}"
+    return (
+        job.id,
+        job.task,
+        job.queue,
+        str(job.state),
+        str(job.attempts_made),
+        timestamp(job.run_at),
+        error,
+    )
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of cells below each other; in a terminal a line is cut at its width."""
+    plain = [[_plain(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in plain) for column in range(len(plain[0]) - 1)]
+    limit = None
+    if sys.stdout.isatty():
+        limit = max(_MIN_WIDTH, shutil.get_terminal_size().columns)
+    for row in plain:
+        cells = [cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)]
+        line = "  ".join(cells).rstrip()
+        print(line if limit is None or len(line) <= limit else f"{line[: limit - 1]}…")
+
+
+def _print_json(value: object) -> None:
+    document = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    # Every other character is in a string, where an escape means the same.
+    print(_NOT_PRINTABLE_ASCII.sub(_escape_in_json, document))
+
+
+_NOT_PRINTABLE_ASCII = re.compile(r"[^\x20-\x7e\n]")
+
+
+def _escape_in_json(found: re.Match[str]) -> str:
+    units = found.group().encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
+
+
+def _readable(document: bytes) -> str:
+    return document.decode("utf-8", "backslashreplace")
+
+
+def _plain(text: str) -> str:
+    """Return a text in one line that cannot control a terminal."""
+    encoding = sys.stdout.encoding or "utf-8"
+    visible = "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+    return visible.encode(encoding, "backslashreplace").decode(encoding)

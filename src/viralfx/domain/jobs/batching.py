@@ -1,0 +1,329 @@
+"""Calls of the ledger that several callers share: batches, and followers of a job."""
+
+import asyncio
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Collection,
+    Hashable,
+    Iterator,
+    Sequence,
+)
+from contextlib import aclosing, contextmanager, nullcontext
+from contextvars import Context
+from typing import Generic, TypeVar
+
+from viralfx.domain.clock import Clock, wait_for
+from viralfx.domain.jobs.model import Job, JobNotFoundError, LedgerUnavailableError
+from viralfx.domain.resilience.deadline import Deadline
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+MAX_BATCH_BYTES = 4 * 2**20
+"""Bytes of payloads or results from which a batch takes no further item."""
+
+
+def _no_keys(_item: object) -> Collection[Hashable]:
+    return ()
+
+
+def _no_size(_item: object) -> int:
+    return 0
+
+
+class Batcher(Generic[ItemT, ResultT]):
+    """Passes the items of concurrent callers to ``call``, and returns each caller its result.
+
+    A call gets up to ``max_items`` items in the order of their arrival. It gets no further item
+    once their sizes exceed ``max_bytes``; a larger item is passed on alone. One call runs at a
+    time; if it takes longer than ``slow_after`` seconds, the next one starts beside it, up to
+    ``max_calls`` at once. Items that share one of their ``keys`` are never passed on together or in
+    concurrent calls.
+
+    An error of a type in ``shared`` fails every item of the call, and every item that was already
+    waiting for the next one: during an outage a caller waits for two calls at most. After any other
+    error the batch is halved and tried again until only the items that cause the error fail;
+    ``call`` must therefore do all or nothing. A shared error counts as another one if a concurrent
+    call succeeded meanwhile: then there is no outage. Cancelling a caller does not affect the
+    others; its own item may or may not have been passed on.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[Sequence[ItemT]], Awaitable[Sequence[ResultT]]],
+        *,
+        max_items: int = 200,
+        max_bytes: int = MAX_BATCH_BYTES,
+        size: Callable[[ItemT], int] = _no_size,
+        keys: Callable[[ItemT], Collection[Hashable]] = _no_keys,
+        shared: type[Exception] | tuple[type[Exception], ...] = (),
+        max_calls: int = 1,
+        slow_after: float = 1.0,
+    ) -> None:
+        self._call = call
+        self._max_items = max_items
+        self._max_bytes = max_bytes
+        self._size = size
+        self._keys_of = keys
+        self._shared = shared
+        self._max_calls = max_calls
+        self._slow_after = slow_after
+        self._waiting: list[_Entry[ItemT, ResultT]] = []
+        self._keys: set[Hashable] = set()
+        """Keys of the items that are being passed on."""
+        self._running: set[asyncio.Task[None]] = set()
+        self._current: asyncio.Task[None] | None = None
+        """The task that takes the next batch; the others are slow."""
+        self._succeeded = 0
+        """How many calls succeeded so far."""
+
+    async def __call__(self, item: ItemT) -> ResultT:
+        """Return the result for ``item``, or raise its error."""
+        entry: _Entry[ItemT, ResultT] = _Entry(item)
+        self._waiting.append(entry)
+        if self._current is None:
+            self._start()
+        return await entry.result
+
+    def cancel(self) -> None:
+        """Cancel the running calls and all waiting callers."""
+        for task in self._running:
+            task.cancel()
+        for entry in self._waiting:
+            entry.result.cancel()
+
+    def _start(self) -> None:
+        if len(self._running) < self._max_calls and any(map(self._may_start, self._waiting)):
+            # The task starts after all tasks that are ready now, and batches their items too. It
+            # has a fresh context: a caller's deadline does not apply to the other callers.
+            self._current = asyncio.create_task(self._run(), name="batcher", context=Context())
+            self._running.add(self._current)
+            self._current.add_done_callback(self._ended)
+
+    def _may_start(self, entry: "_Entry[ItemT, ResultT]") -> bool:
+        return not entry.result.done() and self._keys.isdisjoint(self._keys_of(entry.item))
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._running.discard(task)
+        if self._current is task:
+            self._current = None
+        if self._current is None:
+            self._start()
+
+    async def _run(self) -> None:
+        current, loop = asyncio.current_task(), asyncio.get_running_loop()
+        while self._current is current and (batch := self._next_batch()):
+            behind = tuple(self._waiting)
+            slow = loop.call_later(self._slow_after, self._begin_next, current)
+            keys = {key for entry in batch for key in self._keys_of(entry.item)}
+            self._keys |= keys
+            try:
+                error = await self._send(batch)
+            except asyncio.CancelledError:
+                for entry in batch:
+                    entry.result.cancel()
+                raise
+            finally:
+                slow.cancel()
+                self._keys -= keys
+            if error is not None:
+                still_waiting = set(self._waiting)
+                for entry in behind:
+                    if entry in still_waiting:
+                        entry.fail(error)
+            if self._current is None:
+                self._current = current
+
+    def _begin_next(self, slow: "asyncio.Task[None] | None") -> None:
+        if self._current is slow:
+            self._current = None
+            self._start()
+
+    def _next_batch(self) -> "list[_Entry[ItemT, ResultT]]":
+        batch: list[_Entry[ItemT, ResultT]] = []
+        later: list[_Entry[ItemT, ResultT]] = []
+        keys: set[Hashable] = set(self._keys)
+        size, full = 0, False
+        for entry in self._waiting:
+            if entry.result.done():
+                continue  # its caller was cancelled
+            mine = self._keys_of(entry.item)
+            if full or not keys.isdisjoint(mine):
+                later.append(entry)
+                continue
+            size += self._size(entry.item)
+            if batch and size > self._max_bytes:
+                full = True
+                later.append(entry)
+                continue
+            batch.append(entry)
+            full = len(batch) == self._max_items
+            keys.update(mine)
+        self._waiting = later
+        return batch
+
+    async def _send(self, batch: "list[_Entry[ItemT, ResultT]]") -> Exception | None:
+        """Resolve the callers of a batch; return a shared error, which fails waiting items too."""
+        parts = [batch]
+        succeeded, silent, allowed = self._succeeded, 0, 0
+        while parts:
+            part = parts.pop(0)
+            try:
+                results = await self._call([entry.item for entry in part])
+            except Exception as error:  # noqa: BLE001 - passed on to the callers of the items
+                answers = not isinstance(error, self._shared) or self._succeeded != succeeded
+                silent = 0 if answers else silent + 1
+                succeeded = self._succeeded
+                if silent > allowed:
+                    for entry in (*part, *(entry for other in parts for entry in other)):
+                        entry.fail(error)
+                    return error
+                # From here on the batch may have a culprit, which is the only item of its part in
+                # the end: one such error in a row is no outage.
+                allowed = 1
+                if len(part) == 1:
+                    part[0].fail(error)
+                else:
+                    middle = len(part) // 2
+                    parts[:0] = part[:middle], part[middle:]
+            else:
+                self._succeeded += 1
+                for entry, result in zip(part, results, strict=True):
+                    entry.succeed(result)
+        return None
+
+
+class _Entry(Generic[ItemT, ResultT]):
+    """An item, and the future its caller waits for."""
+
+    __slots__ = ("item", "result")
+
+    def __init__(self, item: ItemT) -> None:
+        self.item = item
+        self.result: asyncio.Future[ResultT] = asyncio.get_running_loop().create_future()
+
+    def succeed(self, result: ResultT) -> None:
+        if not self.result.done():
+            self.result.set_result(result)
+
+    def fail(self, error: Exception) -> None:
+        if not self.result.done():
+            self.result.set_exception(error)
+
+
+_MIN_POLL_SECONDS = 0.1
+_MAX_POLL_SECONDS = 1.0
+"""Seconds between two queries for a job: short after a change, longer while nothing changes."""
+_POLL_GROWTH = 1.5
+_MAX_CONCURRENT_QUERIES = 4
+_HEARTBEAT_SECONDS = 15.0
+"""Seconds without a change after which a follower gets a heartbeat."""
+
+
+class JobFollower:
+    """Streams the changes of jobs to their followers.
+
+    One query serves all followers of a job, and only a few queries run at once: with very many
+    followers changes arrive later, and the load on the ledger stays the same.
+    """
+
+    def __init__(
+        self, get: Callable[[str], Awaitable[Job]], clock: Clock, *, max_followers: int = 1000
+    ) -> None:
+        """``get`` returns a job and raises as :meth:`JobService.get` does."""
+        self._get = get
+        self._clock = clock
+        self._max_followers = max_followers
+        self._followers = 0
+        self._followed: dict[str, _FollowedJob] = {}
+        self._queries = asyncio.Semaphore(_MAX_CONCURRENT_QUERIES)
+        self._ended = asyncio.Event()
+
+    @property
+    def full(self) -> bool:
+        """True if ``max_followers`` follow already; :meth:`follow` does not check this itself."""
+        return self._followers >= self._max_followers
+
+    def end(self) -> None:
+        """End all streams, and each new one after its first item."""
+        self._ended.set()
+
+    async def follow(self, job: Job, *, counts: bool = True) -> AsyncGenerator[Job | None]:
+        """Yield the job now and after each change; None as a heartbeat while nothing changes.
+
+        ``counts``: whether it is one of ``max_followers``. Ends after a final state, if the job is
+        pruned, or by :meth:`end`. An outage of the ledger delays changes and does not end the
+        stream.
+        """
+        with self._following(job, counts=counts) as followed:
+            yield job
+            sent_at, pause = self._clock.monotonic(), _MIN_POLL_SECONDS
+            while not job.state.final and not await self._ends_within(pause):
+                try:
+                    latest = await self._poll(followed, job.id, pause)
+                except JobNotFoundError:
+                    return
+                now = self._clock.monotonic()
+                if latest != job:
+                    job, sent_at, pause = latest, now, _MIN_POLL_SECONDS
+                    yield job
+                    continue
+                pause = min(_MAX_POLL_SECONDS, pause * _POLL_GROWTH)
+                if now - sent_at >= _HEARTBEAT_SECONDS:
+                    sent_at = now
+                    yield None
+
+    async def wait(self, job_id: str, seconds: float | None = None) -> Job:
+        """Return a job once it is completed, failed or cancelled.
+
+        It asks the ledger as :meth:`follow` does. Raises :class:`JobNotFoundError`, and
+        ``TimeoutError`` after ``seconds`` or if this process stops before the job has ended.
+        """
+        async with nullcontext() if seconds is None else Deadline(seconds, clock=self._clock):
+            async with aclosing(self.follow(await self._get(job_id), counts=False)) as changes:
+                async for job in changes:
+                    if job is not None and job.state.final:
+                        return job
+            await self._get(job_id)  # raises an error if it was deleted
+            raise TimeoutError(f"this process stops before job {job_id} has ended")
+
+    @contextmanager
+    def _following(self, job: Job, *, counts: bool) -> Iterator["_FollowedJob"]:
+        followed = self._followed.setdefault(job.id, _FollowedJob(job, self._clock.monotonic()))
+        followed.followers += 1
+        self._followers += counts
+        try:
+            yield followed
+        finally:
+            self._followers -= counts
+            followed.followers -= 1
+            if not followed.followers:
+                del self._followed[job.id]
+
+    async def _poll(self, followed: "_FollowedJob", job_id: str, pause: float) -> Job:
+        async with followed.polling:
+            # Another follower may have polled while this one waited; its result is recent enough.
+            if self._clock.monotonic() - followed.polled_at >= pause:
+                try:
+                    async with self._queries:
+                        followed.job = await self._get(job_id)
+                except LedgerUnavailableError:
+                    pass  # keeps the job as it was last seen
+                followed.polled_at = self._clock.monotonic()
+            return followed.job
+
+    async def _ends_within(self, seconds: float) -> bool:
+        return await wait_for(self._ended, seconds, self._clock)
+
+
+class _FollowedJob:
+    """A job that has followers, as the ledger last returned it."""
+
+    def __init__(self, job: Job, polled_at: float) -> None:
+        self.job = job
+        self.polled_at = polled_at
+        self.followers = 0
+        self.polling = asyncio.Lock()

@@ -1,0 +1,115 @@
+"""The health check of the queues: their counts, and warnings about overdue jobs."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from viralfx.domain.health.model import Observation, Status
+from viralfx.domain.jobs.ledger import MAX_UNKNOWN, Counts, QueueCounts
+from viralfx.domain.jobs.model import LedgerUnavailableError, NotMigratedError
+
+_NO_CONSUMERS_SECONDS = 5.0
+"""Seconds that a job must be overdue before a queue warns because no worker can run it."""
+
+UnknownTasks = Callable[[], Awaitable[Mapping[str, Mapping[str, int]]]]
+"""Returns due jobs of tasks that no worker knows, as :meth:`JobLedger.unknown_tasks` does."""
+
+
+async def _no_unknown_tasks() -> Mapping[str, Mapping[str, int]]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BacklogCheck:
+    """Warns about overdue and unknown jobs, missing or blocked workers, and unrecorded outcomes.
+
+    ``counts`` returns the counts of all queues. A queue warns if a job has been due for longer than
+    ``warn_after`` seconds; zero turns that warning off. ``remark`` is added to the message.
+    ``unknown_tasks`` is called only while jobs are overdue: it costs a query of its own.
+    ``unrecorded`` returns how many outcomes this process has had for longer than a lease, by queue.
+    A paused queue does not warn about jobs that wait.
+    """
+
+    counts: Counts
+    warn_after: float = 60.0
+    remark: str = ""
+    unknown_tasks: UnknownTasks = _no_unknown_tasks
+    unrecorded: Callable[[], Mapping[str, int]] = dict
+
+    async def check(self) -> Observation:
+        """Count the jobs of all queues. ``oldestDue`` in the details is in seconds."""
+        unrecorded = self.unrecorded()
+        try:
+            counts = await self.counts()
+            running = (each for each in counts.values() if not each.paused)
+            late = any(each.oldest_due > _NO_CONSUMERS_SECONDS for each in running)
+            unknown = await self.unknown_tasks() if late else {}
+        except LedgerUnavailableError as error:
+            code = "not_migrated" if isinstance(error, NotMigratedError) else "unavailable"
+            message = "The job ledger does not answer"
+            return Observation(status=Status.FAIL, message=message, code=code, error=error)
+        found = {
+            name: _unrecorded(unrecorded.get(name, 0))
+            or self._problem_of(counts[name], unknown.get(name, {}))
+            for name in counts
+        }
+        details = [_describe(name, counts[name], ok=not found[name]) for name in counts]
+        problems = [(name, *problem) for name, problem in found.items() if problem is not None]
+        paused = [name for name, queue in counts.items() if queue.paused]
+        remark = f"; paused: {', '.join(paused)}{self.remark}" if paused else self.remark
+        if not problems:
+            message = "All queues are healthy" + remark
+            return Observation(status=Status.PASS, message=message, details=details)
+        texts = [f"{name}: {text}" for name, _, text in problems]
+        return Observation(
+            status=Status.WARN,
+            message="; ".join(texts) + remark,
+            details=details,
+            code=problems[0][1],
+        )
+
+    def _problem_of(self, queue: QueueCounts, unknown: Mapping[str, int]) -> tuple[str, str] | None:
+        """Return the code and text of a queue's problem; None if it has none."""
+        # The jobs of a paused queue wait because an operator wants it.
+        late = 0.0 if queue.paused else queue.oldest_due
+        if queue.waiting and not queue.consumers and late > _NO_CONSUMERS_SECONDS:
+            return "no_consumers", f"{queue.waiting} jobs wait and no worker consumes the queue"
+        if unknown and late > _NO_CONSUMERS_SECONDS:
+            return "unknown_task", "; ".join(map(_unknown, unknown, unknown.values()))
+        if queue.blocked:
+            workers = "worker" if queue.consumers == 1 else "workers"
+            text = f"the event loop of {queue.blocked} of {queue.consumers} {workers} is blocked"
+            return "blocked", f"{text}: the log names the job"
+        if 0 < self.warn_after < late:
+            return "backlog", f"{queue.waiting} jobs wait, one for {late:.0f} s"
+        return None
+
+
+def _unknown(task: str, count: int) -> str:
+    number = f"at least {count}" if count >= MAX_UNKNOWN else str(count)
+    jobs = "1 job" if count == 1 else f"{number} jobs"
+    return f"{jobs} of task {task} {'waits' if count == 1 else 'wait'} and no worker knows it"
+
+
+def _unrecorded(count: int) -> tuple[str, str] | None:
+    if not count:
+        return None
+    text = "1 outcome is" if count == 1 else f"{count} outcomes are"
+    return "unrecorded", f"{text} not recorded for longer than a lease: the log has the jobs"
+
+
+def _describe(name: str, queue: QueueCounts, *, ok: bool) -> dict[str, object]:
+    return {
+        "name": name,
+        "status": "ok" if ok else "warn",
+        **({"paused": True} if queue.paused else {}),
+        "metrics": {
+            "waiting": queue.waiting,
+            "active": queue.active,
+            "completed": queue.completed,
+            "failed": queue.failed,
+            "scheduled": queue.scheduled,
+            "cancelled": queue.cancelled,
+            "oldestDue": round(queue.oldest_due, 3),
+            "consumers": queue.consumers,
+        },
+    }

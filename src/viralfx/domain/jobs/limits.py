@@ -1,0 +1,154 @@
+"""Limits of a task over all workers: jobs at once, and starts in a period."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, is_typeddict
+
+from viralfx.domain.jobs.codec import PayloadError
+
+MAX_CONCURRENCY: Final = 100_000
+MAX_STARTS: Final = 1_000_000
+"""The most jobs that a rate limit may let start in its period."""
+MAX_KEY_CHARACTERS: Final = 255
+
+_RATE = re.compile(r"([0-9]{1,9})\s*/\s*([smhd])")
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """At most ``count`` starts within any ``period`` seconds."""
+
+    count: int
+    period: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """The limits of a task; all workers together keep them."""
+
+    concurrency: int | None = None
+    """Its jobs that run at once; None: not limited."""
+    rate: Rate | None = None
+    """Its jobs that start in a period; None: not limited."""
+    keyed: bool = False
+    """True if the limits hold for each concurrency key, not for all of its jobs together. Jobs
+    without a key, or with an empty one, share them as if they had the same key."""
+
+
+def parse_rate(text: str) -> Rate:
+    """Parse a rate such as ``100/m``; the units are s, m, h and d. Raises ``ValueError``."""
+    if (found := _RATE.fullmatch(text.strip())) is None:
+        raise ValueError(
+            f"{text!r} is not a rate; write starts and unit, as in '10/s', '100/m', '5/h' or '1/d'"
+        )
+    count = int(found[1])
+    if not 1 <= count <= MAX_STARTS:
+        raise ValueError(f"{text!r}: the number of starts must be from 1 to {MAX_STARTS}")
+    return Rate(count, _UNITS[found[2]])
+
+
+def limit_of(
+    concurrency: int | None,
+    concurrency_key: str | Callable[[Any], str] | None,
+    rate_limit: str | None,
+) -> Limit | None:
+    """Return the limit of a declaration; None without one.
+
+    Raises ``TypeError`` for a value of another type and ``ValueError`` for one out of range, both
+    with the name of the parameter.
+    """
+    _check_concurrency(concurrency)
+    _check_rate(rate_limit)
+    try:
+        rate = None if rate_limit is None else parse_rate(rate_limit)
+    except ValueError as error:
+        raise ValueError(f"rate_limit: {error}") from None
+    if concurrency_key is not None:
+        _check_key(concurrency_key, limited=not (concurrency is None and rate is None))
+    if concurrency is None and rate is None:
+        return None
+    return Limit(concurrency=concurrency, rate=rate, keyed=concurrency_key is not None)
+
+
+def _check_concurrency(concurrency: object) -> None:
+    if concurrency is None:
+        return
+    if not isinstance(concurrency, int) or isinstance(concurrency, bool):
+        raise TypeError(f"concurrency must be a whole number: {concurrency!r}")
+    if not 1 <= concurrency <= MAX_CONCURRENCY:
+        raise ValueError(f"concurrency must be from 1 to {MAX_CONCURRENCY}: {concurrency}")
+
+
+def _check_rate(rate_limit: object) -> None:
+    if rate_limit is not None and not isinstance(rate_limit, str):
+        raise TypeError(f"rate_limit must be a text such as '100/m': {rate_limit!r}")
+
+
+def _check_key(concurrency_key: object, *, limited: bool) -> None:
+    if not isinstance(concurrency_key, str) and not callable(concurrency_key):
+        raise TypeError(
+            "concurrency_key must be the name of a field of the payload, or a function of the"
+            f" payload: {concurrency_key!r}"
+        )
+    if not concurrency_key:
+        raise ValueError("concurrency_key is empty; name a field of the payload")
+    if not limited:
+        raise ValueError(
+            "concurrency_key has no limit to keep apart; add concurrency=1 or rate_limit='10/s'"
+        )
+
+
+def require_field(concurrency_key: object, payload_type: Any) -> None:
+    """Raise ``TypeError`` if a payload type is known not to have the field of a key."""
+    fields = getattr(payload_type, "__struct_fields__", None)
+    if fields is None:
+        fields = getattr(payload_type, "__dataclass_fields__", None)
+    if fields is None and is_typeddict(payload_type):
+        fields = payload_type.__annotations__
+    if fields is not None and isinstance(concurrency_key, str) and concurrency_key not in fields:
+        raise TypeError(
+            f"concurrency_key: {payload_type.__name__} has no field {concurrency_key!r}; it has"
+            f" {', '.join(fields)}"
+        )
+
+
+def concurrency_key_of(
+    concurrency_key: str | Callable[[Any], str] | None, payload: Any
+) -> str | None:
+    """Return the concurrency key of a decoded payload; None if its task has none.
+
+    It is empty for a payload without a key: its job is served in turn with the keys, and shares the
+    limits with others without a key.
+
+    Raises :class:`PayloadError` if the payload has no such field, the function fails, or the key is
+    too long.
+    """
+    if concurrency_key is None:
+        return None
+    if isinstance(concurrency_key, str):
+        try:
+            found = (
+                payload[concurrency_key]
+                if isinstance(payload, Mapping)
+                else getattr(payload, concurrency_key)
+            )
+        except (KeyError, AttributeError):
+            raise PayloadError(
+                f"the payload has no field {concurrency_key!r}, which is the concurrency key"
+            ) from None
+    else:
+        try:
+            found = concurrency_key(payload)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+            raise PayloadError(
+                f"the function for the concurrency key failed with {problem}"
+            ) from error
+    if len(key := "" if found is None else str(found)) > MAX_KEY_CHARACTERS:
+        raise PayloadError(
+            f"the concurrency key has {len(key)} characters; at most {MAX_KEY_CHARACTERS} are"
+            " allowed"
+        )
+    return key

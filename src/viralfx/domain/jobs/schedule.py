@@ -1,0 +1,333 @@
+"""Schedules: the runs of a task by a cron expression, and missed ones that are made up for."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from itertools import islice, takewhile
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
+
+from viralfx.domain.errors import suggest
+from viralfx.domain.extras import MissingExtraError, needed_by
+
+ON_TIME_SECONDS = 60.0
+"""A run that was due longer ago than this when a worker finds it was missed."""
+MAX_CAUGHT_UP = 100
+"""The most missed runs of a schedule that are made up for."""
+HOURLY = "0 * * * *"
+"""Each full hour; in UTC it needs no extra, so that the built-in tasks need none."""
+_MAX_CHARACTERS = 200
+_ANY_MOMENT = datetime(2000, 1, 1, tzinfo=UTC)
+_YEAR = timedelta(days=366)
+_MAX_LOOK_BACK = timedelta(days=50 * 365)
+_FIELDS_WITH_SECONDS = 6
+_MONTH = -2
+
+_HOW = (
+    "write five fields, minute hour day-of-month month day-of-week, as in '*/5 * * * *', or six"
+    " with the seconds first"
+)
+
+
+class CatchUp(StrEnum):
+    """Which runs are made up for that were due while no worker ran."""
+
+    LAST = "last"
+    """One run for all of them."""
+    ALL = "all"
+    """Each of the last :data:`MAX_CAUGHT_UP`."""
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleState:
+    """A schedule as the ledger knows it. Times are UTC."""
+
+    task: str
+    cron: str
+    timezone: str
+    since: datetime
+    """When a worker first declared the task with this expression and time zone."""
+    last_run_at: datetime | None
+    """The latest run for which a job was accepted."""
+
+    @property
+    def handled_until(self) -> datetime:
+        """The moment up to which no run is left."""
+        return self.since if self.last_run_at is None else max(self.since, self.last_run_at)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleTimes:
+    """The last run of a schedule and its next ones, in UTC."""
+
+    task: str
+    cron: str
+    timezone: str
+    last_run_at: datetime | None
+    """The latest run for which a job was accepted."""
+    next_runs: Sequence[datetime]
+    """Empty if this process cannot calculate them, without the time zone or the extra ``cron``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledAcceptance:
+    """The answer of the ledger to a job of a schedule."""
+
+    created: bool
+    """False if this run or a later one was taken before. True also if the job is a duplicate of an
+    unfinished one, and so was not stored."""
+    last_run_at: datetime
+    """The latest run for which a job was accepted; UTC."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """A cron expression in a time zone, and the task that runs at its times.
+
+    The expression has five fields, or six with the seconds first. At changes of the local time it
+    follows Debian's cron. If minute and hour are set, each time runs once on its day: one that
+    does not exist runs when the clock has been put forward, and one that occurs twice runs the
+    first time. An expression whose minute or hour begins with ``*``, or with seconds, runs at each
+    moment whose local time it matches.
+
+    Raises ``ValueError`` for an expression that is malformed or never fires, an unknown time zone,
+    and an unknown policy, and :class:`MissingExtraError` without the extra ``cron``.
+    """
+
+    task: str
+    cron: str
+    timezone: str = "UTC"
+    catch_up: str = CatchUp.LAST
+
+    def __post_init__(self) -> None:
+        """Check everything."""
+        if self.catch_up not in list(CatchUp):
+            allowed = ", ".join(map(repr, map(str, CatchUp)))
+            raise ValueError(self._problem("catch_up", self.catch_up, f"must be one of {allowed}"))
+        try:
+            ZoneInfo(self.timezone)
+        except (ZoneInfoNotFoundError, ValueError, TypeError, OSError):
+            # The three-letter names are no places: EST would be an answer to CEST.
+            places = [each for each in available_timezones() if "/" in each or each == "UTC"]
+            hint = suggest(str(self.timezone), places)
+            problem = "is not a time zone of the IANA database, such as 'Europe/Berlin'"
+            raise ValueError(
+                self._problem("timezone", self.timezone, f"{problem}; {hint}" if hint else problem)
+            ) from None
+        cron: object = self.cron
+        if not isinstance(cron, str) or len(cron) > _MAX_CHARACTERS:
+            raise ValueError(self._problem("cron", self.cron, f"is no cron expression; {_HOW}"))
+        if self._is_hourly:
+            return
+        with needed_by(f"@task({self.task!r}, cron=...)"):
+            from cronsim import CronSimError  # noqa: PLC0415 - a process may have no schedules
+        try:
+            fires = self.next_after(_ANY_MOMENT) is not None
+        except (CronSimError, ValueError) as error:
+            if not _has_impossible_date(self.cron):
+                problem = f"is no cron expression: {error}; {_HOW}"
+                raise ValueError(self._problem("cron", self.cron, problem)) from None
+            fires = False
+        if not fires:
+            problem = "never fires: no month has a day that matches all fields; change the day"
+            raise ValueError(self._problem("cron", self.cron, problem))
+
+    @property
+    def _is_hourly(self) -> bool:
+        return self.cron == HOURLY and self.timezone == "UTC"
+
+    def _problem(self, name: str, value: object, problem: str) -> str:
+        return f"@task({self.task!r}): {name}={value!r} {problem}"
+
+    def next_after(self, moment: datetime) -> datetime | None:
+        """Return the first time after a moment, in UTC; None if there is none in 50 years."""
+        if self.timezone == "UTC":
+            return self._first(moment, moment, with_zone=True)
+        found = self._first(moment, moment, with_zone=True)
+        also = self._first(moment, moment, with_zone=False)
+        if found is None or (also is not None and also < found):
+            found = also
+        if found is not None and (change := _put_back(ZoneInfo(self.timezone), moment, found)):
+            again = self._first(change - timedelta(seconds=1), moment, with_zone=True)
+            found = found if again is None else min(found, again)
+        return found
+
+    def _first(self, start: datetime, after: datetime, *, with_zone: bool) -> datetime | None:
+        # The search compares local times, of which some occur twice.
+        times = self._search(start, with_zone=with_zone)
+        return next((time for time in times if time > after), None)
+
+    def last_before(
+        self, moment: datetime, near: timedelta = timedelta(seconds=ON_TIME_SECONDS)
+    ) -> datetime | None:
+        """Return the last time before a moment, in UTC; None if there is none in 50 years.
+
+        It is found sooner if it is about ``near`` before the moment.
+        """
+        # Not by the library's search backwards, which may not end in a night in which a clock is
+        # moved. There is no time between `until` and the moment.
+        until = moment
+        while (found := self.next_after(moment - near)) is None or found >= moment:
+            if near > _MAX_LOOK_BACK:
+                return None
+            until, near = moment - near, 2 * near
+        while (later := self.next_after(found)) is not None and later < moment:
+            middle = later + (until - later) / 2
+            beyond = self.next_after(middle)
+            if beyond is not None and beyond < moment:
+                found = beyond
+            else:
+                found, until = later, middle
+        return found
+
+    def times_after(self, moment: datetime) -> Iterator[datetime]:
+        """Yield the times after a moment, in UTC."""
+        found: datetime | None = moment
+        while found is not None and (found := self.next_after(found)) is not None:
+            yield found
+
+    def due(self, after: datetime, now: datetime) -> Sequence[datetime]:
+        """Return the times after ``after`` and up to ``now`` that have to run, oldest first.
+
+        These are all times of the last :data:`ON_TIME_SECONDS` seconds, and of the earlier ones,
+        which were missed, those that ``catch_up`` selects. A run that is on time also counts as the
+        last one of the missed times.
+        """
+        missed_until = now - timedelta(seconds=ON_TIME_SECONDS)
+        on_time = takewhile(lambda time: time <= now, self.times_after(max(after, missed_until)))
+        times = tuple(on_time)
+        if self.catch_up == CatchUp.NONE or (times and self.catch_up == CatchUp.LAST):
+            return times
+        most = 1 if self.catch_up == CatchUp.LAST else MAX_CAUGHT_UP
+        missed = takewhile(lambda time: time > after, self._times_until(missed_until))
+        return (*reversed(tuple(islice(missed, most))), *times)
+
+    def _times_until(self, moment: datetime) -> Iterator[datetime]:
+        """Yield the times up to a moment, the latest first."""
+        near = timedelta(seconds=ON_TIME_SECONDS)
+        moment += timedelta(microseconds=1)
+        while (found := self.last_before(moment, near)) is not None:
+            yield found
+            # The distance to the one before is often the same.
+            near, moment = max(moment - found, timedelta(seconds=1)), found
+
+    def _search(self, moment: datetime, *, with_zone: bool) -> Iterator[datetime]:
+        """Yield times from about a moment on, in UTC and in order.
+
+        In a time zone the library walks in hours of elapsed time. So it passes over times if a
+        clock is moved by half an hour, or not at a full hour. A search in local time finds those
+        that occur once or a first time, one from the moment of the change those that occur again.
+        """
+        if self._is_hourly:
+            yield from _full_hours_after(moment)  # it does not end
+        from cronsim import CronSim  # noqa: PLC0415 - as above
+
+        # The library is faster if it sees that it is UTC.
+        zone = UTC if self.timezone == "UTC" else ZoneInfo(self.timezone)
+        start = moment.astimezone(zone)
+        start = start if with_zone else start.replace(tzinfo=None)
+        for found in CronSim(self.cron, start):
+            if with_zone:
+                yield found.astimezone(UTC)
+                continue
+            local = found.replace(tzinfo=zone)
+            moment = local.astimezone(UTC)
+            if moment.astimezone(zone).replace(tzinfo=None) == found:
+                yield moment
+
+
+def _full_hours_after(moment: datetime) -> Iterator[datetime]:
+    hour = moment.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+    while True:
+        hour += timedelta(hours=1)
+        yield hour
+
+
+def _put_back(zone: ZoneInfo, after: datetime, until: datetime) -> datetime | None:
+    """Return the first moment at which the clocks of a zone are put back; None if they are not."""
+
+    def offset(moment: datetime) -> timedelta:
+        return moment.astimezone(zone).utcoffset() or timedelta()
+
+    early = after
+    while early < until and early < after + _YEAR:
+        late = min(early + timedelta(days=1), until)
+        if offset(late) < (before := offset(early)):
+            while late - early > timedelta(seconds=1):
+                middle = early + (late - early) / 2
+                early, late = (middle, late) if offset(middle) == before else (early, middle)
+            return late.replace(microsecond=0)
+        early = late
+    return None
+
+
+_next_times_of: dict[tuple[str, str], tuple[datetime, Sequence[datetime]]] = {}
+"""The times after a moment, by expression and time zone: to find those of a year takes long."""
+_MAX_KEPT_SCHEDULES = 1000
+
+
+def _next_times(schedule: Schedule, now: datetime, count: int) -> Sequence[datetime]:
+    if len(_next_times_of) > _MAX_KEPT_SCHEDULES:
+        _next_times_of.clear()
+    key = schedule.cron, schedule.timezone
+    since, known = _next_times_of.get(key, (now, ()))
+    times = [time for time in known if time > now] if since <= now else []
+    missing = islice(schedule.times_after(times[-1] if times else now), max(0, count - len(times)))
+    times += missing
+    _next_times_of[key] = now, times
+    return tuple(times[:count])
+
+
+def times_of(
+    states: Iterable[ScheduleState], declared: Iterable[Schedule], now: datetime, count: int
+) -> Sequence[ScheduleTimes]:
+    """Return the schedules that the ledger knows or this process declares, by task.
+
+    ``count`` is the number of next times.
+    """
+    found = {
+        each.task: ScheduleTimes(
+            task=each.task,
+            cron=each.cron,
+            timezone=each.timezone,
+            last_run_at=None,
+            next_runs=_next_times(each, now, count),
+        )
+        for each in declared
+    }
+    for state in states:
+        known = found.get(state.task)
+        if known is None or (known.cron, known.timezone) != (state.cron, state.timezone):
+            # Another version of the service declared it.
+            try:
+                schedule = Schedule(task=state.task, cron=state.cron, timezone=state.timezone)
+                times = _next_times(schedule, now, count)
+            except (ValueError, MissingExtraError):
+                times = ()
+        else:
+            times = tuple(known.next_runs)
+        found[state.task] = ScheduleTimes(
+            task=state.task,
+            cron=state.cron,
+            timezone=state.timezone,
+            last_run_at=state.last_run_at,
+            next_runs=times,
+        )
+    return [found[task] for task in sorted(found)]
+
+
+def _has_impossible_date(cron: str) -> bool:
+    """Return True if only the combination of day and month makes an expression malformed."""
+    fields = cron.split()
+    if not 1 - _MONTH < len(fields) <= _FIELDS_WITH_SECONDS:
+        return False
+    month, fields[_MONTH] = fields[_MONTH], "*"
+    from cronsim import CronSim, CronSimError  # noqa: PLC0415 - as above
+
+    try:
+        CronSim(" ".join(fields), _ANY_MOMENT)
+        CronSim(f"* * * {month} *", _ANY_MOMENT)
+    except (CronSimError, ValueError):
+        return False
+    return True

@@ -1,0 +1,112 @@
+"""The application that ``--app`` names: imports it, and gives it the operations layer."""
+
+import inspect
+import logging
+from typing import cast
+
+from viralfx.asgi import OperationsMiddleware, middleware_around
+from viralfx.bootstrap.task_modules import failed, import_named
+from viralfx.domain.errors import ConfigurationError, suggest
+from viralfx.settings import Settings
+from viralfx.web.layer import OperationsConfig, OperationsLayer
+from viralfx.web.responses import ASGIApp
+
+_logger = logging.getLogger("viralfx.serve")
+
+
+def find_application(settings: Settings, spec: str | None) -> tuple[ASGIApp, OperationsLayer]:
+    """Return the application and its operations layer, which is added if it is missing.
+
+    None is the service's own application. Raises :class:`ConfigurationError` if the application
+    cannot be loaded, or if its routes conflict with the endpoints.
+    """
+    if spec is None:
+        # Imported late: an application of another framework needs no Litestar.
+        from viralfx.web.app import create_app  # noqa: PLC0415
+
+        app = cast("ASGIApp", create_app(settings))
+    else:
+        app = load_app(spec, settings)
+    layer: OperationsLayer
+    if _is_litestar(app):
+        from viralfx.web.plugin import plugin_of  # noqa: PLC0415 - as above
+
+        layer, added = plugin_of(app, settings)
+    elif isinstance(app, OperationsMiddleware):
+        layer, added = app, False
+        app.require_free_paths()
+    else:
+        if middleware_around(app) is not None:
+            problem = f"--app: {spec} is inside an OperationsMiddleware; name the middleware"
+            raise ConfigurationError([problem])
+        app = layer = OperationsMiddleware(app, OperationsConfig(settings=settings))
+        added = True
+        layer.require_free_paths()
+    if added:
+        _logger.info("Added the operations layer to the application", extra={"app": spec})
+    layer.assembly.jobs.load_late_tasks()
+    return app, layer
+
+
+def _is_litestar(app: object) -> bool:
+    return any(
+        (c.__module__, c.__name__) == ("litestar.app", "Litestar") for c in type(app).__mro__
+    )
+
+
+def load_app(spec: str, settings: Settings) -> ASGIApp:
+    """Import the application ``package.module:name``, or call the function that creates it.
+
+    Raises :class:`ConfigurationError` with one line that names the problem, and without the secrets
+    of ``settings``.
+    """
+    module_name, separator, name = spec.partition(":")
+    if not separator or not module_name or not name:
+        raise ConfigurationError([f"--app: {spec!r} must be package.module:name"])
+    found: object = import_named("--app", module_name, settings)
+    module = found
+    for part in name.split("."):
+        if not hasattr(found, part):
+            hint = suggest(part, dir(found))
+            problem = f"--app: {module_name} has no {part!r}"
+            raise ConfigurationError([f"{problem}; {hint}" if hint else problem])
+        found = getattr(found, part)
+    if _is_factory(found):
+        found = _call(spec, found, settings)
+    if isinstance(found, type) or not _takes(found, 3):
+        kind = "module" if found is module else type(found).__name__
+        if isinstance(found, type):
+            kind = f"class; name an instance of {found.__name__}"
+        raise ConfigurationError([f"--app: {spec} is not an ASGI application but a {kind}"])
+    return cast("ASGIApp", found)
+
+
+def _is_factory(found: object) -> bool:
+    """Return whether it creates applications; an application can be called, too, but with a scope.
+
+    A function that takes other arguments counts, so that the error names the missing ones.
+    """
+    if isinstance(found, type) or not callable(found):
+        return False
+    return _takes(found, 0) or (inspect.isroutine(found) and not _takes(found, 3))
+
+
+def _takes(found: object, arguments: int) -> bool:
+    """Return whether it can be called with that many arguments."""
+    if not callable(found):
+        return False
+    try:
+        inspect.signature(found).bind(*range(arguments))
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _call(spec: str, factory: object, settings: Settings) -> object:
+    assert callable(factory)  # noqa: S101 - narrows for the type checker
+    try:
+        return factory()
+    except ConfigurationError:
+        raise
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a factory may raise anything
+        raise failed("--app", f"calling {spec}", error, settings) from None

@@ -1,0 +1,494 @@
+"""One connection of an HTTP server: its limits, its deadlines, and how it is closed.
+
+This half of the protocol protects the process (ADR-0035). The other half,
+:mod:`viralfx.runner.http_protocol`, responds to requests.
+"""
+
+import asyncio
+import socket
+import sys
+from collections.abc import Iterable
+from time import monotonic
+from typing import Any, NoReturn
+
+import httptools
+from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import (
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
+from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
+from uvicorn.server import ServerState
+
+from viralfx.runner.http_limits import MAX_PIPELINED, TICK_SECONDS, Connections, Rejection
+from viralfx.web.responses import IN_FLIGHT, REJECTED_STATUS, Endpoint
+
+LINGER_SECONDS = 1.0
+"""Time for a client to read the last response while the server discards further input."""
+LINGER_BYTES = 64 * 1024
+"""Input that is discarded meanwhile; the server does not read more than this."""
+FIRST_REQUEST_SECONDS = 0.5
+"""A younger connection may have a request on its way when the server stops."""
+_SLICE = 16384
+"""Bytes that are parsed at once, which is the precision of the size limits."""
+STOPPING_BODY_SECONDS = 5.0
+"""Body timeout while the server stops."""
+_TCP_INFO_BYTES_ACKED = 120
+"""Offset of the acknowledged bytes in ``struct tcp_info`` of Linux."""
+_QUEUED_BODY_BYTES = 4096
+"""Maximum size of a body that waits behind an earlier request."""
+_HIGH_WATER = 65536
+"""Size of an unread body at which the server pauses reading."""
+
+# The part of a message that is being read: none, its head, or its body with the trailers.
+NOTHING, HEAD, BODY = range(3)
+
+NO_HEADERS: list[tuple[bytes, bytes]] = []
+_ODD = frozenset({b"content-length", b"transfer-encoding", b"expect", b"upgrade"})
+"""Headers with which a request cannot be served as a fast probe."""
+_PROXY = frozenset({b"x-forwarded-for", b"x-forwarded-proto"})
+
+
+def head_bytes(headers: Iterable[tuple[bytes, bytes]]) -> int:
+    """Return the size of headers on the wire."""
+    return sum(len(name) + len(value) + len(b": \r\n") for name, value in headers)
+
+
+class Flow(FlowControl):
+    """uvicorn's flow control, which also restarts the body timeout when reading resumes."""
+
+    def __init__(self, connection: "HttpConnection", transport: asyncio.Transport) -> None:
+        super().__init__(transport)
+        self._connection = connection
+
+    def resume_reading(self) -> None:
+        """Resume reading. uvicorn calls this whenever the application receives body data."""
+        self._connection.restart_body_timeout()
+        super().resume_reading()
+
+
+class RejectedError(Exception):
+    """Aborts the parser; the connection holds the reason."""
+
+
+class HttpConnection(HttpToolsProtocol):
+    """A connection that enforces the limits of its server."""
+
+    registry: Connections
+    """All connections of the server, this one included."""
+
+    # In slots, so that the instance dictionary of the base class stays small and shared.
+    __slots__ = (
+        "_abort_reason",
+        "_began",
+        "_discarded",
+        "_discarding",
+        "_expected_since",
+        "_host",
+        "_hosts",
+        "_idle_since",
+        "_last",
+        "_messages",
+        "_odd",
+        "_probe",
+        "_progress",
+        "_proxied",
+        "_read",
+        "_reading",
+        "_rejection",
+        "_running",
+        "_sent_at",
+        "_sent_bytes",
+        "_stopping",
+        "_task",
+        "_trailers",
+        "_unfinished",
+        "_upgrading",
+        "_used",
+        "_version_at",
+        "tick",
+    )
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.tick = -1
+        self._reading = NOTHING
+        self._used = False
+        """Whether the connection has had a request."""
+        self._began = False
+        """Whether the timeout of the current head is running."""
+        self._progress = False
+        """Whether the current bytes completed a head, a part of a body, or a message."""
+        self._read = self._messages = 0
+        self._version_at = -1
+        """Position of the first HTTP/1.1 in a read that begins with a request; -1: none."""
+        self._unfinished = 0
+        """Bytes that the parser buffers of a head, of trailers, or of chunk extensions."""
+        self._expected_since = self._sent_at = 0.0
+        """Start of the timeout of the current head or body."""
+        self._idle_since = self.registry.now
+        self._hosts = self._trailers = self._discarded = 0
+        self._sent_bytes = -1
+        """Bytes of responses that the client had acknowledged at the last check."""
+        self._host = b""
+        self._odd = self._proxied = self._upgrading = False
+        self._stopping = self._last = self._discarding = False
+        self._probe: tuple[Endpoint, bytes] | None = None
+        self._abort_reason: Rejection | None = None
+        """The reason why a callback aborted the parser."""
+        self._rejection: Rejection | None = None
+        """The reason why nothing more is read; its response follows the pending ones."""
+        self._task: asyncio.Task[None] | None = None
+        self._running: RequestResponseCycle | None = None
+        """The request that the application is handling."""
+
+    # -- the connection --------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the timeout of the first request."""
+        self.connections.add(self)
+        self.transport = transport
+        self.flow = Flow(self, transport)
+        self.server = get_local_addr(transport)
+        self.client = get_remote_addr(transport)
+        self.scheme = "https" if is_ssl(transport) else "http"
+        self._expected_since = monotonic()
+        self.registry.add(self, self._expected_since + self.registry.limits.head_timeout)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Release the buffers of the connection, and notify unanswered requests."""
+        connections = self.registry
+        connections.remove(self)
+        connections.open -= 1
+        connections.queued -= len(self.pipeline)
+        self._hold(0)
+        running = self._running
+        if running is not None and not running.response_complete:
+            self._disconnect(running)
+        self.pipeline.clear()
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """Close the connection after the pending responses."""
+        self._stopping = True
+        if self._reading == BODY:
+            self.registry.check_at(self, monotonic() + STOPPING_BODY_SECONDS)
+        if self._busy():
+            self.cycle.keep_alive = False
+        elif not self.may_have_request():
+            self.transport.close()
+
+    def may_have_request(self) -> bool:
+        """Return True if a request may arrive that the client sent before the stop."""
+        if self.transport.is_closing() or self._discarding or self._busy():
+            return False
+        if self._reading != NOTHING:
+            return True
+        return not self._used and monotonic() < self._expected_since + FIRST_REQUEST_SECONDS
+
+    def reject_unfinished(self) -> None:
+        """Reject a request whose body has not arrived completely."""
+        if self._reading == BODY and self._busy():
+            self._reject(Rejection.BODY_TIMEOUT)
+
+    def restart_body_timeout(self) -> None:
+        """Restart the timeout of the body."""
+        if self._reading == BODY:
+            self._expected_since = monotonic()
+
+    def close_after_response(self) -> None:
+        """Close the connection after a response, without losing the response.
+
+        Closing a socket with unread input resets it, and the client may not see the response. So
+        the rest of a body is discarded for a moment.
+        """
+        if self._reading == BODY and not self.transport.is_closing():
+            self._linger()
+        else:
+            self.transport.close()
+
+    def buffered(self) -> int:
+        """Return the size of the heads and bodies of unanswered requests."""
+        cycles = [cycle for cycle, _ in self.pipeline]
+        if self._running is not None:
+            cycles.append(self._running)
+        return sum(len(cycle.body) + head_bytes(cycle.scope["headers"]) for cycle in cycles)
+
+    def _busy(self) -> bool:
+        """Return True while a request is unanswered."""
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is not None and not cycle.response_complete
+
+    @staticmethod
+    def _disconnect(cycle: RequestResponseCycle) -> None:
+        cycle.disconnected = True
+        cycle.message_event.set()
+        scope: Any = cycle.scope
+        in_flight = scope.get(IN_FLIGHT)
+        if in_flight is not None:
+            in_flight.on_disconnect()
+
+    def _unset_keepalive_if_required(self) -> None:
+        """Do nothing, because :class:`Connections` has the deadlines."""
+
+    # -- deadlines -------------------------------------------------------------------------------
+
+    def check_deadline(self, now: float) -> float:
+        """Close the connection if a deadline is over; return the time of the next check."""
+        limits = self.registry.limits
+        if self.transport.get_write_buffer_size():
+            return self._check_sending(now)
+        if self._discarding:
+            self.transport.abort()
+        if self.transport.is_closing() or self._rejection is not None:
+            return now + limits.keep_alive_timeout
+        if self._reading == BODY and self._waits_for_body():
+            silence = limits.body_timeout
+            if self._stopping:
+                silence = min(silence, STOPPING_BODY_SECONDS)
+            overdue, rejection = self._expected_since + silence, Rejection.BODY_TIMEOUT
+        elif self._busy() or self._reading == BODY:
+            return now + min(limits.body_timeout, limits.keep_alive_timeout)
+        elif self._reading == HEAD or not self._used:
+            overdue = self._expected_since + limits.head_timeout
+            received = self._reading == HEAD or self._unfinished
+            rejection = Rejection.HEAD_TIMEOUT if received else Rejection.SILENT
+        else:
+            # Idle time is measured in ticks, so one tick more prevents closing too early.
+            overdue = self._idle_since + limits.keep_alive_timeout + TICK_SECONDS
+            rejection = Rejection.KEEP_ALIVE_TIMEOUT
+        if now < overdue:
+            return overdue
+        self._reject(rejection)
+        return now + LINGER_SECONDS
+
+    def _check_sending(self, now: float) -> float:
+        """Abort a connection whose client has not acknowledged response data for too long."""
+        timeout = LINGER_SECONDS if self._discarding else self.registry.limits.keep_alive_timeout
+        acknowledged = self._acknowledged()
+        if acknowledged != self._sent_bytes:
+            self._sent_bytes, self._sent_at = acknowledged, now
+        elif now >= self._sent_at + timeout:
+            if not self._discarding:
+                self.registry.reject(
+                    Rejection.SEND_TIMEOUT, self.client[0] if self.client else None
+                )
+            self.transport.abort()
+            return now + timeout
+        return max(self._sent_at + timeout, now + TICK_SECONDS)
+
+    def _acknowledged(self) -> int:
+        """Return the bytes that the client has acknowledged, or, if unknown, the unsent bytes."""
+        connected = self.transport.get_extra_info("socket")
+        try:
+            info = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
+            return int.from_bytes(info[_TCP_INFO_BYTES_ACKED:][:8], sys.byteorder)
+        except (OSError, AttributeError):
+            return self.transport.get_write_buffer_size()
+
+    def _waits_for_body(self) -> bool:
+        """Return True if the client must send; False while the application must read."""
+        cycle: RequestResponseCycle | None = self.cycle
+        waits_for_100 = cycle is not None and cycle.waiting_for_100_continue
+        return not self.flow.read_paused and not waits_for_100
+
+    def _expect_head(self) -> None:
+        self._expected_since = monotonic()
+        self.registry.check_at(self, self._expected_since + self.registry.limits.head_timeout)
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """Parse bytes, and serve the requests that they complete."""
+        if self._rejection is not None or self._discarding:
+            self._discard(len(data))
+            return
+        self._messages = 0
+        if len(data) <= _SLICE:
+            begins = self._reading == NOTHING
+            self._version_at = data.find(b" HTTP/1.1\r\n") if begins else -1
+            self._feed(data)
+            return
+        self._version_at = -1
+        view = memoryview(data)
+        for start in range(0, len(data), _SLICE):
+            if not self._feed(view[start : start + _SLICE]):
+                return
+
+    def _feed(self, data: bytes | memoryview) -> bool:
+        """Parse a slice; return False if nothing more is to be parsed."""
+        self._progress = False
+        self._read = len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            return self._upgrade(bytes(data[upgrade.args[0] :]))
+        except httptools.HttpParserError:
+            if not self._last:
+                self._reject(self._abort_reason or Rejection.INVALID)
+            return False
+        if self._reading == NOTHING and self._progress:
+            if self._unfinished:
+                self._hold(0)
+            return True
+        return self._keep_part()
+
+    def _keep_part(self) -> bool:
+        """Check the limits for a slice that ends within a message or has only empty lines."""
+        connections = self.registry
+        # If the slice completed something, the size of its rest is unknown, but small.
+        self._hold(0 if self._progress else self._unfinished + self._read)
+        if self._unfinished > connections.limits.max_head_bytes:
+            self._reject(Rejection.HEAD_TOO_LARGE)
+            return False
+        if self._unfinished and not connections.may_buffer_heads(self._unfinished):
+            self._reject(Rejection.HEAD_MEMORY)
+            return False
+        if self._reading == BODY:
+            self._expected_since = monotonic()
+            connections.check_at(self, self._expected_since + connections.limits.body_timeout)
+        elif self._reading == HEAD and not self._began:
+            self._began = True
+            if self._used and not self._busy():
+                self._expect_head()
+        return True
+
+    def _hold(self, unfinished: int) -> None:
+        self.registry.head_bytes += unfinished - self._unfinished
+        self._unfinished = unfinished
+
+    def _upgrade(self, rest: bytes) -> bool:
+        """Continue behind a head with ``Upgrade``; return False if nothing more is to be parsed.
+
+        This class speaks no other protocol, so it ends the connection; ``rest`` is not read.
+        """
+        del rest
+        self._reject(Rejection.INVALID)
+        return False
+
+    def _discard(self, length: int) -> None:
+        self._discarded += length
+        # Before the linger, an application with a pending response may have resumed reading.
+        if not self._discarding or self._discarded > LINGER_BYTES:
+            self.flow.pause_reading()
+
+    # -- heads and bodies ------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """Start a head."""
+        if self._last or self._messages == MAX_PIPELINED:
+            self._stop_parsing(Rejection.PIPELINED)
+        self._messages += 1
+        self._reading = HEAD
+        self._began = self._odd = self._proxied = False
+        self._hosts = 0
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Store a header. Trailers are counted and dropped, so they never become headers."""
+        if self._reading != HEAD:
+            self._trailers += 1
+            if self._trailers > self.registry.limits.max_headers:
+                self._stop_parsing(Rejection.TOO_MANY_HEADERS)
+            return
+        name = name.lower()
+        if name == b"host":
+            self._hosts += 1
+            self._host = value
+        elif name in _ODD:
+            self._odd = True
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
+        elif name in _PROXY:
+            self._proxied = True
+        headers = self.headers
+        headers.append((name, value))
+        if len(headers) > self.registry.limits.max_headers:
+            self._stop_parsing(Rejection.TOO_MANY_HEADERS)
+
+    def on_body(self, body: bytes) -> None:
+        """Buffer body data for the application, unless the response is complete."""
+        self._progress = True
+        cycle, connections = self.cycle, self.registry
+        if cycle.response_complete:
+            return
+        cycle.body += body
+        connections.request_bytes += len(body)
+        if not connections.may_buffer_requests(len(cycle.body)):
+            self._stop_parsing(Rejection.REQUEST_MEMORY)
+        if cycle is not self._running and len(cycle.body) > _QUEUED_BODY_BYTES:
+            # Until the earlier request ends, the data is not read and no timeout runs.
+            self._stop_parsing(Rejection.PIPELINED)
+        if len(cycle.body) > _HIGH_WATER:
+            self.flow.pause_reading()
+        cycle.message_event.set()
+
+    def _stop_parsing(self, rejection: Rejection) -> NoReturn:
+        self._abort_reason = rejection
+        raise RejectedError
+
+    # -- rejections ------------------------------------------------------------------------------
+
+    def _reject(self, rejection: Rejection) -> None:
+        """Send the response of a rejection after the pending ones, and close."""
+        if self._rejection is not None:
+            return
+        self._rejection = rejection
+        self.registry.reject(rejection, self.client[0] if self.client else None)
+        self._hold(0)
+        if self._reading == BODY and self._busy():
+            self._abandon(self.cycle, rejection)
+        self._forget_head()
+        running = self._running
+        if running is not None and not running.response_complete:
+            self.flow.pause_reading()
+        elif not self.transport.is_closing():
+            self._send_rejection()
+
+    def _forget_head(self) -> None:
+        """Free the head, whose size the client chose."""
+        self.headers = NO_HEADERS
+        self.url = self._host = b""
+
+    def _abandon(self, cycle: RequestResponseCycle, rejection: Rejection) -> None:
+        """Disconnect the request whose body was being read."""
+        scope: Any = cycle.scope
+        scope[REJECTED_STATUS] = rejection.status
+        cycle.waiting_for_100_continue = False  # nothing may follow the rejection
+        self.cycle = None  # type: ignore[assignment]
+        if cycle is not self._running:
+            self.pipeline.popleft()
+            self.registry.queued -= 1
+            return
+        self._disconnect(cycle)
+        self._running = None
+        if cycle.response_started:
+            self.transport.close()
+
+    def _send_rejection(self) -> None:
+        rejection = self._rejection
+        if rejection is None or not rejection.status:
+            self.transport.close()
+            return
+        parts = (rejection.head, self.registry.server_head, b"\r\n", rejection.body)
+        self.transport.write(b"".join(parts))
+        self._linger()
+
+    def _linger(self) -> None:
+        """Close the sending side, and discard further input for a moment."""
+        if self.transport.is_closing():
+            return
+        self._discarding = True
+        self._discarded = 0
+        self.flow.resume_reading()
+        self.transport.write_eof()
+        self.registry.check_at(self, monotonic() + LINGER_SECONDS)

@@ -1,0 +1,491 @@
+"""The HTTP/1.1 protocol of a connection: uvicorn's, with limits and fast probes.
+
+This is a subclass of uvicorn's httptools protocol (ADR-0035). The parser and the ASGI side are
+uvicorn's. The code between them is here and in :mod:`viralfx.runner.http_connection`, because it
+enforces the limits.
+
+WebSocket connections are uvicorn's, too, with limits that uvicorn lacks.
+"""
+
+import asyncio
+import re
+import urllib.parse
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, cast
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    RequestResponseCycle,
+)
+
+from viralfx.runner.http_connection import BODY, NOTHING, HttpConnection, head_bytes
+from viralfx.runner.http_limits import (
+    MAX_PIPELINED,
+    MAX_QUEUED,
+    Connections,
+    Rejection,
+)
+from viralfx.runner.http_response import ResponseCycle
+from viralfx.web.in_flight import InFlightRequests
+from viralfx.web.responses import ASGIApp, Endpoint, RawResponse, correlation_id_of
+
+_SLICE = 4096
+"""Bytes that are parsed in one turn of the event loop; the smallest frame has two."""
+_MAX_FRAGMENTS = 1024
+"""Maximum number of frames of one message."""
+_MESSAGE_TOO_BIG = 1009
+
+
+class WebSocketLimits:
+    """Mixin for uvicorn's WebSocket class that counts the connection and enforces limits."""
+
+    registry: Connections
+    frames: list[Any]
+    _backlog: bytearray | None = None
+
+    def connection_lost(self: Any, exc: Exception | None) -> None:
+        """Release the connection."""
+        self.registry.open -= 1
+        self._backlog = None
+        super().connection_lost(exc)  # type: ignore[misc]
+
+    def data_received(self: Any, data: bytes) -> None:
+        """Parse a few frames, and the others in the next turns of the event loop.
+
+        One read may contain tens of thousands of empty frames.
+        """
+        if self._backlog is not None:
+            self._backlog += data
+        elif len(data) > _SLICE and self.handshake_initiated:
+            self._backlog = bytearray(data)
+            asyncio.get_running_loop().call_soon(self._parse_backlog)
+        else:
+            self._parse(data)
+            return
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def _parse_backlog(self: Any) -> None:
+        if self._backlog is None or self.transport.is_closing():
+            return
+        piece = bytes(self._backlog[:_SLICE])
+        del self._backlog[:_SLICE]
+        self._parse(piece)
+        if self._backlog:
+            asyncio.get_running_loop().call_soon(self._parse_backlog)
+            return
+        self._backlog = None
+        if not self.read_paused and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def _parse(self: Any, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        try:
+            super().data_received(data)  # type: ignore[misc]
+        except Exception:  # noqa: BLE001 - frames after a close frame may contain anything
+            self._reject()
+            self.transport.abort()
+
+    def handle_cont(self: Any, event: Any) -> None:
+        """Accept a fragment of a message, unless there are too many."""
+        if len(self.frames) >= _MAX_FRAGMENTS:
+            self.frames = []
+            self.conn.send_close(_MESSAGE_TOO_BIG)
+            self.handle_parser_exception()
+        else:
+            super().handle_cont(event)  # type: ignore[misc]
+
+    def handle_parser_exception(self: Any) -> None:
+        """Close a connection whose client violated the protocol."""
+        self._reject()
+        super().handle_parser_exception()  # type: ignore[misc]
+
+    def _reject(self: Any) -> None:
+        self.registry.reject(Rejection.WEBSOCKET, self.client[0] if self.client else None)
+
+
+def limited_websocket_class(
+    base: type[asyncio.Protocol], connections: Connections
+) -> type[asyncio.Protocol]:
+    """Return the class of a server's WebSocket connections; ``base`` is uvicorn's class."""
+    return type("WebSocketConnection", (WebSocketLimits, base), {"registry": connections})
+
+
+_MAX_HEADER_LINE = 8000
+"""Maximum length of a line of a WebSocket handshake; the library truncates silently at 8192."""
+_DROPPED_WITH_UPGRADE = frozenset({b"upgrade", b"http2-settings"})
+_SMALL_REQUEST = 4096
+"""Size of a head that is covered by the memory planned for a connection."""
+_READ = (b"GET", b"HEAD")
+_VERSIONS = ("1.1", "1.0")
+_CLOSE_HEADER = b"\r\nconnection: close\r\n\r\n"
+
+
+_MAX_HOST_BYTES = 272
+"""A DNS name has at most 255 bytes, and a port may follow."""
+# RFC 3986, 3.2.2 and 3.2.3: a name, an IPv4 address or an IP literal, and a port.
+_HOST = re.compile(
+    rb"(?:(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-fvV:.]+\])(?::[0-9]*)?"
+).fullmatch
+
+
+@lru_cache(maxsize=1024)
+def _matches_host(value: bytes) -> bool:
+    return _HOST(value) is not None
+
+
+def _is_host(value: bytes) -> bool:
+    """Return True for a valid value of the Host header."""
+    # The length is checked first, so that clients cannot fill the cache with long values.
+    return len(value) <= _MAX_HOST_BYTES and _matches_host(value)
+
+
+class HttpProtocol(HttpConnection):
+    """A connection that serves requests. :func:`protocol_class` makes one class per server."""
+
+    requests: InFlightRequests
+    probes: Mapping[bytes, Endpoint]
+    """Endpoints that are served here, below ASGI, by the target in the request line."""
+    websocket_class: type[asyncio.Protocol] | None
+    direct: ASGIApp
+    """The application without uvicorn's proxy middleware, for requests without proxy headers."""
+
+    __slots__ = ()
+
+    # -- messages --------------------------------------------------------------------------------
+
+    def on_headers_complete(self) -> None:
+        """Serve the request as a fast probe, or pass it to the application."""
+        self._progress = True
+        if self._unfinished + self._read > self.registry.limits.max_head_bytes:
+            self._require_size()
+        method = self.parser.get_method()
+        # Asking the parser for the version costs more than the whole rest of a probe.
+        if self._messages == 1 and self._version_at == len(method) + 1 + len(self.url):
+            version = "1.1"
+        else:
+            version = self.parser.get_http_version()
+        if self._hosts != 1 or not _is_host(self._host):
+            self._require_no_host(version)
+        endpoint = self.probes.get(self.url)
+        if (
+            endpoint is not None
+            and not self._odd
+            and method in _READ
+            and version == "1.1"
+            and not self._busy()
+            and not self.flow.write_paused
+        ):
+            self._probe = endpoint, method
+        else:
+            self._begin(method.decode("ascii"), version)
+
+    def on_message_complete(self) -> None:
+        """Finish a request."""
+        self._progress = True
+        if self._upgrading:
+            return
+        self._reading = NOTHING
+        self._used = True
+        if self._probe is not None:
+            self._serve_probe(*self._probe)
+        elif self.cycle.response_complete:
+            self._forget_request()
+        else:
+            self.cycle.more_body = False
+            self.cycle.message_event.set()
+
+    def _require_size(self) -> None:
+        method = len(self.parser.get_method()) + len(b"  HTTP/1.1\r\n\r\n")
+        if method + len(self.url) + head_bytes(self.headers) > self.registry.limits.max_head_bytes:
+            self._stop_parsing(Rejection.HEAD_TOO_LARGE)
+
+    def _require_no_host(self, version: str) -> None:
+        # RFC 9112, 3.2: Host is required in HTTP/1.1, and must be valid in any version.
+        if self._hosts or version == "1.1":
+            self._stop_parsing(Rejection.HOST)
+
+    def _require_coding(self) -> None:
+        # RFC 9112, 6.1. Without its coding, an application would read a compressed body as text.
+        # If the last one is not chunked, the parser finds no end of the body, and rejects it.
+        values = (value for name, value in self.headers if name == b"transfer-encoding")
+        codings = [each.strip().lower() for value in values for each in value.split(b",")]
+        if codings and codings[-1] == b"chunked" and set(codings) - {b"chunked", b""}:
+            self._stop_parsing(Rejection.CODING)
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def _serve_probe(self, endpoint: Endpoint, method: bytes) -> None:
+        """Write the same bytes as the gate would send."""
+        self._probe = None
+        try:
+            response = endpoint(method.decode("ascii"), b"", self.headers)
+        except Exception:  # noqa: BLE001 - the gate repeats the call and logs the error
+            response = None
+        if type(response) is not RawResponse:
+            # A denial or a pending response: the gate can log and wait.
+            self._begin(method.decode("ascii"), "1.1")
+            self._reading = NOTHING
+            self.cycle.more_body = False
+            self.cycle.message_event.set()
+            return
+        close = self._stopping or self.requests.stopping or not self.parser.should_keep_alive()
+        correlation_id = correlation_id_of(self.headers).encode("ascii")
+        end = _CLOSE_HEADER if close else b"\r\n\r\n"
+        body = response.body if method == b"GET" else b""
+        self.transport.write(
+            b"%b%b%bx-correlation-id: %b%b%b"
+            % (
+                STATUS_LINE[response.status],
+                self.registry.server_head,
+                response.head,
+                correlation_id,
+                end,
+                body,
+            )
+        )
+        self._forget_request()
+        if close:
+            self._last = True
+            self.transport.close()
+
+    def _begin(self, method: str, version: str) -> None:
+        """Pass a request to the application, or queue it behind an earlier one."""
+        parser = self.parser
+        if version not in _VERSIONS or method == "CONNECT":
+            self._stop_parsing(Rejection.INVALID)
+        if self._odd:
+            self._require_coding()
+        if parser.should_upgrade():
+            self._upgrading = True
+            return
+        busy = self._busy()
+        if busy and (len(self.pipeline) + 1 >= MAX_PIPELINED or self.registry.queued >= MAX_QUEUED):
+            self._stop_parsing(Rejection.PIPELINED)
+        size = self._unfinished + self._read
+        if size > _SMALL_REQUEST:
+            self.registry.request_bytes += size
+            if not self.registry.may_buffer_requests(size):
+                self._stop_parsing(Rejection.REQUEST_MEMORY)
+        raw_path, query = _split(self.url)
+        path = raw_path.decode("ascii")
+        if "%" in path:
+            path = urllib.parse.unquote(path)
+        scope: Any = {
+            "type": "http",
+            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "http_version": version,
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "method": method,
+            "root_path": "",
+            "path": path,
+            "raw_path": raw_path,
+            "query_string": query,
+            "headers": self.headers,
+            "state": self.app_state.copy(),
+        }
+        transport: Any = _BodyTransport(self) if self._odd else self.transport
+        app: Any = self.app if self._proxied else self.direct
+        self.cycle = cycle = ResponseCycle(
+            scope=scope,
+            transport=transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue and version == "1.1",
+            keep_alive=version == "1.1" and not self._stopping and parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        cycle.connections = self.registry
+        self._reading = BODY
+        self._trailers = 0
+        if busy:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, app))
+            self.registry.queued += 1
+        else:
+            self._running = cycle
+            self._start_asgi_task(cycle, app)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        # Without uvicorn's done callback: this reference and the gate's keep the task alive.
+        self._task = self.loop.create_task(cycle.run_asgi(app))
+
+    def on_response_complete(self) -> None:
+        """After a response of the application, continue with the next request or wait for one."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing() or self._discarding:
+            return
+        if self.pipeline:
+            # No further data is read until the queued requests are answered.
+            self._running, app = self.pipeline.pop()
+            self.registry.queued -= 1
+            self._start_asgi_task(self._running, app)
+            return
+        self._running = None
+        self.flow.resume_reading()
+        if self._rejection is not None:
+            self._send_rejection()
+            return
+        if self._reading == NOTHING:
+            self._forget_request()
+        elif self._reading == BODY:
+            # The rest of the body is dropped as it arrives.
+            self.cycle = cast("RequestResponseCycle", _RESPONDED)
+            self._forget_head()
+        else:
+            self._idle_since = self.registry.now
+            self._expect_head()
+
+    def _forget_request(self) -> None:
+        """Free the data of a request on an idle connection."""
+        self._idle_since = self.registry.now
+        self.cycle = None  # type: ignore[assignment]
+        self._forget_head()
+
+    # -- upgrades --------------------------------------------------------------------------------
+
+    def _upgrade(self, rest: bytes) -> bool:
+        """Open a WebSocket; for any other upgrade, serve the request as an ordinary one.
+
+        After a head with ``Upgrade`` the parser stops, although a body may follow. So the head is
+        parsed again without the header, and the body after it.
+        """
+        self._upgrading = False
+        if self._wants_websocket():
+            longest_line = max(len(name) + len(value) for name, value in self.headers)
+            if max(longest_line, len(self.url)) > _MAX_HEADER_LINE:
+                self._reject(Rejection.HEAD_TOO_LARGE)
+            elif (target := _origin_form(self.url)) is None:
+                self._reject(Rejection.INVALID)
+            else:
+                self.url = target
+                self._open_websocket()
+            return False
+        protocol = next((value for name, value in self.headers if name == b"upgrade"), b"")
+        self.registry.ignore_upgrade(protocol[:32].decode("latin-1"))
+        head = self._head(without=_DROPPED_WITH_UPGRADE)
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._messages -= 1
+        return self._feed(head + rest)
+
+    def _wants_websocket(self) -> bool:
+        if self.websocket_class is None or self._busy() or self.parser.get_method() != b"GET":
+            return False
+        # A server ignores ``Upgrade`` in a request of HTTP/1.0 (RFC 9110, 7.8).
+        if self.parser.get_http_version() != "1.1":
+            return False
+        names = {name for name, _ in self.headers}
+        if b"content-length" in names or b"transfer-encoding" in names:
+            return False
+        return self._get_upgrade() == b"websocket"
+
+    def _open_websocket(self) -> None:
+        self.connections.discard(self)
+        self.registry.remove(self)
+        self._hold(0)
+        assert self.websocket_class is not None  # noqa: S101 - narrows for the type checker
+        protocol = self.websocket_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.app_state
+        )
+        protocol.connection_made(self.transport)
+        protocol.data_received(self._head())
+        self.transport.set_protocol(protocol)
+
+    def _head(self, *, without: frozenset[bytes] = frozenset()) -> bytes:
+        """Return the current head as bytes, without some headers and their connection options."""
+        version = self.parser.get_http_version().encode("ascii")
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        for name, value in self.headers:
+            if name in without:
+                continue
+            if name == b"connection" and without:
+                options = [option.strip() for option in value.split(b",")]
+                kept = b", ".join(option for option in options if option.lower() not in without)
+                if not kept:
+                    continue
+                lines.append(b"connection: " + kept)
+            else:
+                lines.append(name + b": " + value)
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+class _RespondedCycle:
+    """Placeholder for a request with a complete response whose body is still arriving."""
+
+    response_complete = True
+    waiting_for_100_continue = False
+
+    def __init__(self) -> None:
+        self.message_event = asyncio.Event()
+        self.disconnected = False
+
+
+_RESPONDED = _RespondedCycle()
+
+
+class _BodyTransport:
+    """The transport of a request with a body; closing it does not lose the response."""
+
+    __slots__ = ("_protocol", "is_closing", "write")
+
+    def __init__(self, protocol: HttpProtocol) -> None:
+        self._protocol = protocol
+        self.write = protocol.transport.write
+        self.is_closing = protocol.transport.is_closing
+
+    def close(self) -> None:
+        self._protocol.close_after_response()
+
+
+def _split(target: bytes) -> tuple[bytes, bytes]:
+    """Return path and query of a request's target. Raises httptools' error for an invalid one."""
+    if target.startswith(b"/") and b"#" not in target and target.isascii():
+        path, _, query = target.partition(b"?")
+        return path, query
+    url = httptools.parse_url(target)
+    return url.path or b"/", url.query or b""
+
+
+def _origin_form(target: bytes) -> bytes | None:
+    """Return a target without scheme and host, as WebSocket libraries need it; None: invalid."""
+    try:
+        path, query = _split(target)
+    except httptools.HttpParserError:
+        return None
+    return path + b"?" + query if query else path
+
+
+def protocol_class(
+    connections: Connections,
+    requests: InFlightRequests,
+    probes: Mapping[bytes, Endpoint],
+    websocket_class: type[asyncio.Protocol] | None,
+    direct: ASGIApp,
+) -> type[HttpProtocol]:
+    """Return the protocol class of one server.
+
+    ``connections`` counts HTTP and WebSocket connections. ``probes`` are served below ASGI, by the
+    target in the request line. ``direct`` is the application for requests without proxy headers.
+    """
+
+    class Connection(HttpProtocol):
+        __slots__ = ()
+
+    Connection.registry = connections
+    Connection.requests = requests
+    Connection.probes = probes
+    Connection.direct = staticmethod(direct)
+    Connection.websocket_class = websocket_class and limited_websocket_class(
+        websocket_class, connections
+    )
+    return Connection

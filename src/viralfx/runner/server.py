@@ -1,0 +1,392 @@
+"""An HTTP server that starts and stops in separate steps, and its listening socket."""
+
+import asyncio
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from email.utils import formatdate
+from time import monotonic
+from typing import Any
+
+import uvicorn
+from uvicorn.lifespan.on import LifespanOn
+from uvicorn.server import ServerState
+
+from viralfx.domain.errors import StartupError
+from viralfx.runner.http_connection import FIRST_REQUEST_SECONDS
+from viralfx.runner.http_limits import (
+    TICK_SECONDS,
+    Connections,
+    HttpLimits,
+    Rejection,
+)
+from viralfx.runner.http_protocol import HttpProtocol, protocol_class
+from viralfx.telemetry.metrics.requests import HttpMetrics
+from viralfx.web.error_log import is_logged
+from viralfx.web.gate import Gate
+from viralfx.web.responses import ASGIApp
+
+BACKLOG = 2048
+"""Connections that the kernel completes before the server accepts them."""
+
+
+def listen(variable: str, host: str, port: int, *, backlog: int = BACKLOG) -> socket.socket:
+    """Return a listening socket. Port 0 lets the system choose one.
+
+    Raises :class:`StartupError` with one line that names ``variable`` and the remedy.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        # Accepted sockets inherit TCP_NODELAY. Without it each keep-alive response waits 40 ms for
+        # the client's delayed acknowledgement. asyncio sets it only on sockets with IPPROTO_TCP.
+        listener = socket.socket(family, kind, socket.IPPROTO_TCP)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            listener.bind(address)
+            listener.listen(backlog)
+            listener.setblocking(False)
+        except BaseException:
+            listener.close()
+            raise
+    except socket.gaierror as error:
+        raise StartupError(f"HOST: cannot resolve {host!r}: {error.strerror}") from None
+    except UnicodeError:
+        raise StartupError(f"HOST: cannot resolve {host!r}: not a host name") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            what = f"port {port} on {host} is in use; stop its process, or set another port"
+        elif error.errno == errno.EACCES:
+            what = f"no permission for port {port} on {host}; choose one above 1023"
+        elif error.errno == errno.EADDRNOTAVAIL:
+            what = f"{host} is not an address of this machine; set HOST to one of its addresses"
+            variable = "HOST"
+        else:
+            what = f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}"
+        raise StartupError(f"{variable}: {what}") from None
+    # A forked child must not keep the port open after this process has ended.
+    os.register_at_fork(after_in_child=listener.close)
+    return listener
+
+
+_SO_ATTACH_FILTER = 26
+# Classic BPF over the TCP header: drop a segment with SYN, let any other pass.
+_DROP_SYN = b"".join(
+    struct.pack("=HBBI", *instruction)
+    for instruction in (
+        (0x30, 0, 0, 13),  # load the byte of the flags
+        (0x45, 0, 1, 0x02),  # SYN is set: the next instruction, else the one after it
+        (0x06, 0, 0, 0),  # drop
+        (0x06, 0, 0, 0xFFFFFFFF),  # pass
+    )
+)
+
+
+def stop_handshakes(listener: socket.socket) -> None:
+    """Make the kernel drop new connection attempts, so that the accept queue can be emptied.
+
+    Otherwise the kernel may complete a connection between the last accept and the close, and reset
+    it. A client whose SYN is dropped sends it again, and is refused after the close. This does
+    nothing on a kernel without socket filters.
+    """
+    program = ctypes.create_string_buffer(_DROP_SYN, len(_DROP_SYN))
+    argument = struct.pack("HP", len(_DROP_SYN) // 8, ctypes.addressof(program))
+    with contextlib.suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, argument)
+
+
+LoopFactory = Callable[[], asyncio.AbstractEventLoop]
+
+_ACCEPTS_PER_TURN = 16
+"""Connections that are accepted in one turn of the event loop, which takes about 5 ms."""
+_MAX_REFUSED = 16
+"""Refused connections that stay open until their clients can read the response."""
+_REFUSED_SECONDS = 0.5
+_DESCRIPTORS_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+_logger = logging.getLogger("viralfx.http")
+
+
+class ApplicationLifespan:
+    """Runs the lifespan of an ASGI application: its start-up and its shutdown."""
+
+    def __init__(self, app: ASGIApp | uvicorn.Config) -> None:
+        """Create it on the running loop; nothing runs yet."""
+        if not isinstance(app, uvicorn.Config):
+            app = uvicorn.Config(app, lifespan="on", log_config=None)
+            app.load()
+        self._lifespan = LifespanOn(app)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The state that the application has set up for its requests."""
+        return self._lifespan.state
+
+    async def start(self) -> bool:
+        """Run the application's start-up; return False if it failed, which uvicorn has logged."""
+        logging.getLogger("uvicorn.error").addFilter(_is_unlogged_error)
+        await self._lifespan.startup()
+        return not self._lifespan.should_exit
+
+    async def stop(self) -> bool:
+        """Run the application's shutdown, if its start-up finished; return False if it failed."""
+        if not self._lifespan.startup_event.is_set():
+            return True
+        await self._lifespan.shutdown()
+        return not self._lifespan.should_exit
+
+
+class HttpServer:
+    """Serves an ASGI application behind a gate on one listening socket."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        listener: socket.socket,
+        *,
+        lifespan: bool,
+        limits: HttpLimits | None = None,
+        metrics: HttpMetrics | None = None,
+        name: str = "api",
+        fast_probes: bool = True,
+    ) -> None:
+        """With ``lifespan`` the server also has the application's start-up and shutdown.
+
+        ``name`` labels the server in metrics: ``api`` or ``management``. Without ``fast_probes``
+        probes go through ASGI, with the same responses.
+        """
+        limits = limits or HttpLimits()
+        self._config = uvicorn.Config(
+            gate,
+            http="httptools",
+            lifespan="on" if lifespan else "off",
+            log_config=None,
+            access_log=False,
+            ws_max_size=limits.max_websocket_bytes,
+            # A compressed frame of 15 KB could inflate to 15 MB before its size is known.
+            ws_per_message_deflate=False,
+        )
+        self._config.load()
+        self._listener = listener
+        self.application = ApplicationLifespan(self._config) if lifespan else None
+        """The lifespan of the application; None without ``lifespan``."""
+        self._state = ServerState()
+        self.connections = Connections(limits)
+        if metrics is not None:
+            self.connections.on_rejected = metrics.add_server(
+                name,
+                {rejection.reason for rejection in Rejection},
+                lambda: self.connections.open,
+                self.connections.limits.max_connections,
+            )
+        self._protocol_class = protocol_class(
+            self.connections,
+            gate.requests,
+            gate.probes if fast_probes else {},
+            self._config.ws_protocol_class,
+            gate,
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._accepting = self._stopped = False
+        self._opening: set[asyncio.Task[object]] = set()
+        self._refused: deque[tuple[float, socket.socket]] = deque()
+        self._ticker: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """The host and port of the listening socket."""
+        name = self._listener.getsockname()
+        return str(name[0]), int(name[1])
+
+    async def open(self) -> None:
+        """Start accepting connections, before the application's lifespan begins."""
+        logging.getLogger("uvicorn.error").addFilter(_is_unlogged_error)
+        self._loop = asyncio.get_running_loop()
+        self._renew_date()
+        self._resume_accepting()
+        self._ticker = asyncio.create_task(self._tick(), name="http-tick")
+
+    async def stop_listening(self) -> None:
+        """Refuse new connections, close idle ones, and close busy ones after their response.
+
+        Connections that the kernel has already completed are accepted first, because their clients
+        may have sent a request. :meth:`settle` waits for these requests.
+        """
+        if not self._stopped:
+            stop_handshakes(self._listener)
+            # Enough turns for a full queue, because the kernel may have no socket filters.
+            for _ in range(BACKLOG // _ACCEPTS_PER_TURN + 1):
+                if not self._accept():
+                    break
+                await asyncio.sleep(0)
+            self._stopped = True
+            self._pause_accepting()
+            self._listener.close()
+        if self._opening:
+            await asyncio.wait(self._opening)
+        # Data that has arrived on idle connections is read before they are closed. One turn of
+        # the loop detects it, the next one parses it.
+        for _ in range(2):
+            await asyncio.sleep(0)
+        self._shut_down_connections()
+
+    async def settle(self) -> None:
+        """Wait for the requests that were on their way at :meth:`stop_listening`.
+
+        The wait lasts at most half a second. After it, connections without a request are closed.
+        """
+        pending = {
+            c
+            for c in self._state.connections
+            if isinstance(c, HttpProtocol) and c.may_have_request()
+        }
+        deadline = monotonic() + FIRST_REQUEST_SECONDS
+        while pending and monotonic() < deadline:
+            await asyncio.sleep(0.01)
+            pending = {connection for connection in pending if connection.may_have_request()}
+        self._shut_down_connections(HttpProtocol)
+
+    def reject_unfinished(self) -> None:
+        """Reject requests with an incomplete body with 408, before the drain cuts requests.
+
+        The application has accepted nothing of these requests, so no work is lost.
+        """
+        for connection in list(self._state.connections):
+            if isinstance(connection, HttpProtocol):
+                connection.reject_unfinished()
+
+    def _shut_down_connections(self, kind: type[object] = object) -> None:
+        for connection in list(self._state.connections):
+            if not isinstance(connection, kind):
+                continue
+            try:
+                connection.shutdown()
+            except Exception:  # one connection must not fail the stage for all
+                _logger.exception("Connection could not be shut down")
+                if connection.transport is not None:
+                    connection.transport.abort()
+
+    async def close(self) -> None:
+        """Stop listening and close all remaining connections."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+        await self.stop_listening()
+        for connection in list(self._state.connections):
+            if connection.transport is not None:
+                connection.transport.close()
+        self._close_refused(now=True)
+        self.connections.close()
+
+    # -- accepting ---------------------------------------------------------------------------
+
+    def _resume_accepting(self) -> None:
+        if self._loop is not None and not self._accepting and not self._stopped:
+            self._loop.add_reader(self._listener.fileno(), self._accept)
+            self._accepting = True
+
+    def _pause_accepting(self) -> None:
+        if self._loop is not None and self._accepting:
+            self._loop.remove_reader(self._listener.fileno())
+            self._accepting = False
+
+    def _accept(self) -> bool:
+        """Accept some waiting connections; return False if no more are waiting.
+
+        The server accepts connections itself to enforce its limit. asyncio would accept all waiting
+        connections before the first callback, and run out of descriptors.
+        """
+        for _ in range(_ACCEPTS_PER_TURN):
+            try:
+                accepted, _ = self._listener.accept()
+            except (BlockingIOError, InterruptedError):
+                return False
+            except OSError as error:
+                if error.errno in _DESCRIPTORS_SHORT:
+                    # An immediate retry would use a whole core; the next tick tries again.
+                    self.connections.reject(Rejection.CONNECTIONS, None)
+                    self._close_refused(now=True)
+                    self._pause_accepting()
+                    return False
+                continue  # the client has disconnected
+            accepted.setblocking(False)
+            if self.connections.full:
+                self._refuse(accepted)
+            else:
+                self._open(accepted)
+        return True
+
+    def _open(self, accepted: socket.socket) -> None:
+        assert self._loop is not None  # noqa: S101 - narrows for the type checker
+        self.connections.open += 1
+        opening = self._loop.create_task(
+            self._loop.connect_accepted_socket(self._make_protocol, accepted)
+        )
+        self._opening.add(opening)
+        opening.add_done_callback(self._opened)
+
+    def _make_protocol(self) -> HttpProtocol:
+        state = self.application.state if self.application is not None else {}
+        return self._protocol_class(self._config, self._state, state, self._loop)
+
+    def _opened(self, opening: asyncio.Task[object]) -> None:
+        self._opening.discard(opening)
+        if opening.cancelled() or opening.exception() is not None:
+            self.connections.open -= 1  # the client has disconnected
+
+    def _refuse(self, accepted: socket.socket) -> None:
+        """Respond with 503 to a connection above the limit, and close it.
+
+        Closing a connection with unread input resets it, and the client may not see the response.
+        So pending input is read first, and the last few connections are closed with a delay.
+        """
+        rejection = Rejection.CONNECTIONS
+        client: str | None = None
+        with contextlib.suppress(OSError, IndexError, TypeError):
+            client = str(accepted.getpeername()[0])
+        self.connections.reject(rejection, client)
+        with contextlib.suppress(OSError):
+            accepted.send(rejection.head + self.connections.server_head + b"\r\n" + rejection.body)
+            accepted.shutdown(socket.SHUT_WR)
+            accepted.recv(65536)
+        self._refused.append((monotonic() + _REFUSED_SECONDS, accepted))
+        if len(self._refused) > _MAX_REFUSED:
+            self._refused.popleft()[1].close()
+
+    def _close_refused(self, *, now: bool = False) -> None:
+        while self._refused and (now or self._refused[0][0] <= monotonic()):
+            self._refused.popleft()[1].close()
+
+    # -- time --------------------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self._renew_date()
+            self.connections.advance()
+            self._close_refused()
+            self._resume_accepting()
+
+    def _renew_date(self) -> None:
+        date = formatdate(usegmt=True).encode()
+        self._state.default_headers = [(b"date", date)]
+        self.connections.server_head = b"date: %s\r\n" % date
+
+
+def _is_unlogged_error(record: logging.LogRecord) -> bool:
+    """Filter uvicorn's records of errors that are logged already or due to invalid text."""
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or not (is_logged(error) or isinstance(error, UnicodeDecodeError))
+
+
+def loop_factory() -> LoopFactory:
+    """Return the factory of the event loop: uvloop if it is installed."""
+    factory = uvicorn.Config("", loop="auto", log_config=None).get_loop_factory()
+    return factory or asyncio.new_event_loop

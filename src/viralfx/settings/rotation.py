@@ -1,0 +1,223 @@
+"""Credentials that change while the program runs: read anew from a file, or from a callable."""
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from viralfx.domain.errors import ViralFXError
+from viralfx.settings.groups import Secret
+
+Credentials = str | tuple[str, str]
+"""A password, or a user and a password."""
+CredentialsCallable = Callable[[], Credentials | Awaitable[Credentials]]
+"""Returns the credentials for one new connection. It may be a plain or an async function."""
+
+READ_INTERVAL_SECONDS = 1.0
+"""A burst of new connections reads a file once."""
+CALL_SECONDS = 10.0
+"""Time limit for a callable."""
+OTHER_LOOP_SECONDS = 2.0
+"""How long a connection of another event loop waits for the loop on which the callable runs."""
+
+_logger = logging.getLogger("viralfx.credentials")
+
+
+class CredentialsError(ViralFXError):
+    """The application's callable returned no credentials; the message names the callable."""
+
+
+class _Masking(Protocol):
+    def add(self, secret: str) -> None: ...
+
+
+_masking: "weakref.WeakSet[_Masking]" = weakref.WeakSet()
+
+
+def mask_new_secrets(masking: _Masking) -> None:
+    """Call ``masking.add`` with each secret that is read from now on, while ``masking`` exists."""
+    _masking.add(masking)
+
+
+def mask(secret: str) -> None:
+    """Mask a new secret in each log of this process."""
+    for masking in tuple(_masking):
+        masking.add(secret)
+
+
+class RotatingSecret:
+    """The current credentials for one server. All connections to it share one object.
+
+    ``name`` is the variable, or the option that holds the callable, and appears in errors and logs.
+    ``source``, if given, is called for each connection: an async function on the event loop of the
+    first connection, a plain one in a thread. Connections share a call in a thread that has not
+    ended. A connection of another event loop, such as that of the thread that renews leases, gets
+    the last result if that loop is blocked. Without ``source`` the value of ``secret`` is returned;
+    if it came from a file, the file is read again, at most once a second. Each new value is masked
+    in the log. May be used from several threads.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        secret: Secret | None,
+        source: CredentialsCallable | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name = name
+        self._source = source
+        self._path = None if secret is None or secret.file is None else Path(secret.file)
+        self._value = None if secret is None else secret.value
+        self._clock = clock
+        self._read_at = clock()
+        self._unreadable = False
+        self._failing = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._last: Credentials | None = None
+        self._running: asyncio.Task[object] | None = None
+
+    @property
+    def rotates(self) -> bool:
+        """True if another value may be returned later."""
+        return self._source is not None or self._path is not None
+
+    async def current(self, within: float = CALL_SECONDS) -> Credentials | None:
+        """Return the credentials for a new connection; None if there are none.
+
+        A file that cannot be read, or is empty, is logged once, and the last value stays in use.
+        Raises :class:`CredentialsError` if the callable fails, takes longer than ``within`` or
+        10 s, or returns anything else than a password or a pair of user and password.
+        """
+        if self._source is not None:
+            return await self._called_on_its_loop(self._source, min(within, CALL_SECONDS))
+        if self._path is not None and self._clock() - self._read_at >= READ_INTERVAL_SECONDS:
+            self._read(self._path)
+        return self._value
+
+    def refused(self) -> None:
+        """Record that the server refused the credentials: the next connection reads the file."""
+        self._read_at = float("-inf")
+
+    def _read(self, path: Path) -> None:
+        self._read_at = self._clock()
+        try:
+            value = path.read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            self._keep(f"cannot read {path}: {why}")
+            return
+        if not value.strip():
+            self._keep(f"{path} is empty")
+            return
+        self._unreadable = False
+        if value != self._value:
+            mask(value)
+            self._value = value
+            _logger.info("Secret changed", extra={"variable": f"{self._name}_FILE"})
+
+    def _keep(self, reason: str) -> None:
+        if not self._unreadable:
+            _logger.warning(
+                "Secret file cannot be read; the last value stays in use",
+                extra={"variable": f"{self._name}_FILE", "reason": reason},
+            )
+        self._unreadable = True
+
+    async def _called_on_its_loop(self, source: CredentialsCallable, limit: float) -> Credentials:
+        loop = asyncio.get_running_loop()
+        if self._loop is None or self._loop.is_closed():
+            self._loop, self._running = loop, None
+        if self._loop is loop:
+            self._last = await self._called(source, limit)
+            return self._last
+        # Its client, for example of a cloud's token service, belongs to that loop.
+        called = asyncio.run_coroutine_threadsafe(self._called(source, limit), self._loop)
+        try:
+            async with asyncio.timeout(min(limit, OTHER_LOOP_SECONDS)):
+                return await asyncio.wrap_future(called)
+        except TimeoutError:
+            if self._last is None:
+                raise CredentialsError(f"{self._name}: the event loop is blocked") from None
+            return self._last
+
+    async def _called(self, source: CredentialsCallable, limit: float) -> Credentials:
+        try:
+            async with asyncio.timeout(limit):
+                if inspect.iscoroutinefunction(source):
+                    found: object = await source()
+                else:
+                    found = await self._result_in_thread(source)
+        except TimeoutError:
+            raise self._failure(source, f"no answer within {limit:.3g} s") from None
+        except Exception as error:  # noqa: BLE001 - a boundary to the application
+            # Any error means that there are no credentials.
+            # Neither the message nor the chain has its text, because it may quote a token.
+            raise self._failure(source, f"raised {type(error).__name__}", error) from None
+        self._failing = False
+        match found:
+            case str(password) if password:
+                mask(password)
+                return password
+            case (str(user), str(password)) if user and password:
+                mask(password)
+                return user, password
+        returned = f"returned {type(found).__name__}; return a password, or (user, password)"
+        raise self._failure(source, returned)
+
+    async def _result_in_thread(self, source: CredentialsCallable) -> object:
+        """Call a function that may block: tokens come from the network.
+
+        Connections share a call that runs, so that one that hangs takes a single thread.
+        """
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(_in_thread(source), name="credentials")
+            # Raised in the callers; if none is left, its text must not reach the log.
+            self._running.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(self._running)
+
+    def _failure(
+        self, source: Any, reason: str, error: Exception | None = None
+    ) -> CredentialsError:
+        named = getattr(source, "__qualname__", type(source).__qualname__)
+        name = f"{self._name}: {getattr(source, '__module__', '')}.{named}"
+        if not self._failing:
+            self._failing = True
+            extra = {"callable": name, "reason": reason}
+            frames = error and CredentialsError(reason).with_traceback(error.__traceback__)
+            _logger.warning("Credentials callable failed", exc_info=frames, extra=extra)
+        return CredentialsError(f"{name}: {reason}")
+
+
+async def _in_thread(function: Callable[[], object]) -> object:
+    """Call a function in a thread that does not delay the end of the process if it hangs."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[tuple[object, Exception | None]] = loop.create_future()
+
+    def end(result: object, error: Exception | None) -> None:
+        if not ended.done():
+            ended.set_result((result, error))
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = function()
+        except Exception as error:  # noqa: BLE001 - raised below
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(end, result, failure)
+
+    threading.Thread(target=run, name="credentials", daemon=True).start()
+    result, error = await ended
+    if error is not None:
+        raise error
+    if not inspect.isawaitable(result):
+        return result
+    async with asyncio.timeout(CALL_SECONDS):
+        return await result

@@ -1,0 +1,475 @@
+"""A broker of taskiq whose messages are jobs of the ledger (ADR-0058)."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+
+from viralfx.bootstrap import Assembly, assemble
+from viralfx.domain.correlation import current_correlation_id, current_user_id
+from viralfx.domain.errors import ConfigurationError, ViralFXError
+from viralfx.domain.extras import needed_by
+from viralfx.domain.jobs.codec import PayloadError
+from viralfx.domain.jobs.hooks import TaskHost
+from viralfx.domain.jobs.model import (
+    Job,
+    JobDraft,
+    JobStateError,
+    KeyConflictError,
+    new_job_id,
+)
+from viralfx.domain.jobs.service import JobService
+from viralfx.domain.jobs.tasks import (
+    JobContext,
+    PostponedError,
+    Task,
+    TaskRegistry,
+    declared_task,
+    mark,
+)
+from viralfx.domain.shutdown import Phase
+from viralfx.settings import read_settings
+
+with needed_by("viralfx.taskiq"):
+    from taskiq import (
+        AckableMessage,
+        AsyncBroker,
+        AsyncTaskiqDecoratedTask,
+        BrokerMessage,
+        SmartRetryMiddleware,
+        TaskiqEvents,
+        TaskiqMessage,
+    )
+    from taskiq.receiver import Receiver
+    from taskiq.utils import maybe_awaitable
+
+    from viralfx.adapters.taskiq.broker import (
+        DEFAULT_QUEUE,
+        Delivery,
+        DeliveryMiddleware,
+        LedgerResultBackend,
+        MessageRetries,
+        ThreadForEachCall,
+        attempts_of,
+        current_delivery,
+        options_of,
+        schedule_key,
+        timeout_of,
+    )
+    from viralfx.adapters.taskiq.messages import (
+        MessageError,
+        arguments_type,
+        job_id_of,
+        json_of,
+        message_of,
+        payload_of,
+        text_of,
+    )
+
+__all__ = ["LedgerBroker", "LedgerResultBackend"]
+
+_logger = logging.getLogger("viralfx.taskiq")
+
+_START_RETRY_SECONDS = 1.0
+"""Time until a job is tried again whose broker could not start."""
+_MAX_TASKS = 1_000_000
+"""For the receiver: the slots of the worker limit how many messages run at once."""
+
+
+@dataclass(slots=True)
+class _Own:
+    """The services that a broker wired for itself."""
+
+    assembly: Assembly
+    outbox: "asyncio.Queue[Delivery]" = field(default_factory=asyncio.Queue)
+    """Messages for :meth:`LedgerBroker.listen`."""
+    pulled: bool = False
+    """True once :meth:`LedgerBroker.listen` was called: a receiver of taskiq runs the messages."""
+    closing: bool = False
+    draining: "asyncio.Task[None] | None" = None
+
+    @property
+    def in_process(self) -> bool:
+        """True if this process runs the messages, because no other one can."""
+        return self.assembly.jobs.in_memory and not self.pulled
+
+    def run_jobs(self) -> None:
+        """Start the worker of this process; a second call does nothing."""
+        jobs = self.assembly.jobs
+        if jobs.worker is None:
+            jobs.enable_worker()
+        jobs.start()
+
+    def begin_drain(self) -> None:
+        """Begin to run what has begun, or to hand it back."""
+        if self.draining is None:
+            self.draining = asyncio.create_task(self._drain(), name="taskiq-drain")
+
+    async def drain(self) -> None:
+        """Run what has begun, or hand it back; all callers share one drain."""
+        self.begin_drain()
+        if self.draining is not None:
+            await asyncio.wait({self.draining})
+
+    async def _drain(self) -> None:
+        budget = self.assembly.operations.shutdown.budgets.of(Phase.DRAIN)
+        try:
+            await self.assembly.jobs.drain(budget)
+        except ViralFXError as error:
+            _logger.warning("Jobs were not drained", extra={"reason": str(error)})
+
+    async def close(self) -> None:
+        """Close all connections."""
+        self.assembly.operations.shutdown.trigger("the broker is shut down")
+        await self.assembly.operations.shutdown.run()
+
+
+class LedgerBroker(AsyncBroker, TaskHost):
+    """A taskiq broker whose messages are jobs: an accepted message is not lost.
+
+    The settings come from the environment when the broker starts: without ``DATABASE_URL`` the
+    messages are in memory and run in this process, as with taskiq's ``InMemoryBroker``. With it
+    they run in ``taskiq worker``, or in ``viralfx worker`` if ``TASK_MODULES`` names the module.
+
+    The task id is the id of the job, so it is used once: to send another message with the id of an
+    unfinished job raises :class:`KeyConflictError`, of a finished one :class:`JobStateError`.
+    The labels ``queue`` (or ``queue_name``), ``priority`` (the higher first), ``delay`` and
+    ``timeout`` (seconds) are those of the job; ``concurrency`` and ``rate_limit`` those of
+    ``@task``; ``retry_on_error`` and ``max_retries`` retry it if no middleware of taskiq does.
+    """
+
+    def __init__(self) -> None:
+        """Connect to nothing yet."""
+        super().__init__()
+        self.id_generator = new_job_id
+        self.result_backend = LedgerResultBackend(self.find_job, self._labels)
+        self._declared: dict[str, Task] = {}
+        self._deliveries: dict[str, Delivery] = {}
+        self._observer = DeliveryMiddleware(self._deliveries.get)
+        self._observer.set_broker(self)
+        self._runner: Receiver | None = None
+        self._jobs: JobService | None = None
+        self._registry: TaskRegistry | None = None
+        self._own: _Own | None = None
+        self._opening: asyncio.Future[None] | None = None
+        self._started: set[bool] = set()
+        self._is_down = False
+        self._starting = asyncio.Lock()
+
+    # -- life --------------------------------------------------------------------------------
+
+    async def startup(self) -> None:
+        """Connect, and start event handlers, middlewares and result backend.
+
+        A second call does nothing, unless the process has become a worker. Raises
+        :class:`ConfigurationError` for invalid settings, and ``StartupError`` if the database does
+        not answer.
+        """
+        await self.job_service()
+        self._keep_retries_in_the_ledger()
+        if self.is_worker_process in self._started:
+            return
+        self._started.add(self.is_worker_process)
+        self._is_down = False
+        try:
+            await super().startup()
+            if self._own is not None and self._own.in_process and not self.is_worker_process:
+                await self._emit(TaskiqEvents.WORKER_STARTUP)
+                self._own.run_jobs()
+        except BaseException:
+            self._started.discard(self.is_worker_process)
+            raise
+
+    async def shutdown(self) -> None:
+        """Run what has begun, or hand it back; then end everything. A second call does nothing."""
+        own = self._own
+        try:
+            if own is not None:
+                self._stop_deliveries(own)
+                if own.pulled:  # taskiq has waited for its tasks as long as it wanted
+                    for delivery in tuple(self._deliveries.values()):
+                        delivery.give_back()
+                await own.drain()
+            if not self._is_down:
+                self._is_down = True
+                self._started.clear()
+                if own is not None and own.in_process and not self.is_worker_process:
+                    await self._emit(TaskiqEvents.WORKER_SHUTDOWN)
+                await super().shutdown()
+        finally:
+            if own is not None and self._own is own:
+                await self._close(own)
+
+    async def _close(self, own: _Own) -> None:
+        await own.drain()
+        self._own = self._jobs = self._registry = None
+        await own.close()
+
+    async def _emit(self, event: TaskiqEvents) -> None:
+        for handler in self.event_handlers[event]:
+            await maybe_awaitable(handler(self.state))
+
+    def _keep_retries_in_the_ledger(self) -> None:
+        for middleware in self.middlewares:
+            if isinstance(middleware, SmartRetryMiddleware) and middleware.schedule_source:
+                _logger.warning(
+                    "Retries are due in the ledger: SmartRetryMiddleware needs no schedule_source"
+                )
+                middleware.schedule_source = None
+
+    async def job_service(self) -> JobService:
+        """Return the service of this process for jobs; connect first if there is none.
+
+        Raises as :meth:`startup` does.
+        """
+        while self._opening is not None:
+            await asyncio.wait({self._opening})
+        if self._jobs is None:
+            self._opening = asyncio.get_running_loop().create_future()
+            try:
+                await self._open()
+            finally:
+                opening, self._opening = self._opening, None
+                opening.set_result(None)
+        if self._jobs is None:  # for the type checker
+            raise RuntimeError("the broker is not attached")
+        return self._jobs
+
+    async def _open(self) -> None:
+        settings = msgspec.structs.replace(read_settings(os.environ), task_modules=())
+        own = _Own(assemble(settings, tasks=[self]))
+        try:
+            for resource in own.assembly.operations.resources:
+                await resource.open()
+        except BaseException:
+            self._jobs = self._registry = None
+            await own.close()
+            raise
+        self._own = own
+
+    # -- the port TaskHost -------------------------------------------------------------------
+
+    def declared_tasks(self) -> Iterable[Task]:
+        """Return the jobs' tasks, those of taskiq's shared tasks included."""
+        for name, task in self.get_all_tasks().items():
+            self._declare(name, task)
+        return tuple(self._declared.values())
+
+    def attach(self, jobs: JobService, tasks: TaskRegistry) -> None:
+        """Use the jobs of this process in place of own connections."""
+        self._jobs, self._registry = jobs, tasks
+
+    async def start_worker(self) -> None:
+        """Start as a worker; a failure is logged, and tried again with the next job."""
+        with suppress(PostponedError):
+            await self._ready()
+
+    async def stop_worker(self) -> None:
+        """Run the handlers of the shutdown; a failure is logged."""
+        if self._own is None:
+            try:
+                await self.shutdown()
+            except Exception:
+                _logger.exception("Broker of taskiq could not shut down")
+
+    async def _ready(self) -> None:
+        if self._own is not None:
+            return
+        async with self._starting:
+            self.is_worker_process = True
+            try:
+                await self.startup()
+            except Exception as error:
+                _logger.exception("Broker of taskiq could not start")
+                raise PostponedError(str(error), _START_RETRY_SECONDS) from error
+
+    def _register_task(self, task_name: str, task: AsyncTaskiqDecoratedTask[Any, Any]) -> None:
+        super()._register_task(task_name, task)
+        declared = self._declare(task_name, task)
+        if self._registry is not None:
+            self._registry.add(declared)
+
+    def _declare(self, name: str, task: AsyncTaskiqDecoratedTask[Any, Any]) -> Task:
+        found = self._declared.get(name)
+        if found is not None and declared_task(task) is found:
+            return found
+
+        async def run(message: tuple[bytes, TaskiqMessage], context: JobContext) -> msgspec.Raw:
+            return await self._run(*message, context)
+
+        def read(payload: bytes, job_id: str) -> tuple[bytes, TaskiqMessage]:
+            try:
+                return self._read(payload, name, job_id)
+            except Exception as error:
+                raise PayloadError(text_of(error)) from error
+
+        run.__module__, run.__qualname__ = task.original_func.__module__, name
+        options = options_of(task.labels)
+        declared = self._declared[name] = Task(
+            name=name,
+            # The same for a task that is declared again: taskiq runs the latest one.
+            function=run if found is None else found.function,
+            queue=options.queue or DEFAULT_QUEUE,
+            payload_type=arguments_type(name, task.original_func),
+            read=read if found is None else found.read,
+            wants_context=True,
+            transactional=False,
+            timeout=timeout_of(task.labels),
+            retry=MessageRetries(attempts_of(task.labels)),
+            priority=options.priority,
+            concurrency=task.labels.get("concurrency"),
+            rate_limit=task.labels.get("rate_limit"),
+            host=self,
+        )
+        _ = declared.limit  # raises for a limit that is none
+        mark(task, declared)
+        return declared
+
+    # -- sending -----------------------------------------------------------------------------
+
+    async def kick(self, message: BrokerMessage) -> None:
+        """Accept a message as a job; it is durable when this returns.
+
+        A running task that sends its own message again, as retry middlewares and
+        ``Context.requeue`` do, runs again as the same job.
+        """
+        delivery = current_delivery()
+        if delivery is not None and delivery.task_id == message.task_id and not delivery.is_over:
+            delivery.send_again(message)
+            return
+        jobs = await self.job_service()
+        if self._own is not None and self._own.in_process and not self.is_worker_process:
+            self._own.run_jobs()
+        draft = self._draft(message)
+        accepted = await jobs.accept_draft(draft)
+        if accepted.created or draft.key is not None:
+            return
+        job = accepted.job
+        if job.state.final:
+            raise JobStateError(
+                f"the task id {message.task_id!r} belongs to a job that is {job.state};"
+                " a task id is used once",
+                job.state,
+            )
+        if not job.comes_from(replace(draft, run_at=job.asked_run_at)):  # a delay began anew
+            raise KeyConflictError(
+                f"the task id {message.task_id!r} belongs to a job that asks for something else"
+            )
+
+    def _draft(self, message: BrokerMessage) -> JobDraft:
+        now = datetime.now(UTC)
+        options = options_of(message.labels)
+        task = self.find_task(message.task_name)
+        declared = self._declared.get(message.task_name)
+        default = DEFAULT_QUEUE if declared is None else declared.queue
+        return JobDraft(
+            id=job_id_of(message.task_id),
+            queue=options.queue or default,
+            task=message.task_name,
+            payload=payload_of(message.message, message.task_id),
+            run_at=now + timedelta(seconds=options.delay) if options.delay else None,
+            key=None if task is None else schedule_key(message.labels, task.labels, now),
+            correlation_id=current_correlation_id(),
+            user_id=current_user_id(),
+            priority=options.priority,
+        )
+
+    # -- running -----------------------------------------------------------------------------
+
+    async def listen(self) -> AsyncGenerator[AckableMessage, None]:
+        """Claim jobs, and yield their messages to a receiver of taskiq.
+
+        The worker of this process keeps their leases. At the end of the iteration a worker process
+        claims no more, and hands back what no receiver has taken.
+        """
+        await self.job_service()
+        if self._own is not None and self._own.closing:
+            await self._close(self._own)  # the receiver listens again, after an error of its own
+            await self.job_service()
+        own = self._own
+        if own is None:
+            raise ConfigurationError(
+                ["this process runs the jobs of the broker itself; use no receiver of taskiq here"]
+            )
+        if own.assembly.jobs.in_memory:
+            _logger.warning(
+                "Messages are in memory, so this process gets only its own; set DATABASE_URL"
+            )
+        own.pulled = True
+        own.run_jobs()
+        try:
+            while True:
+                delivery = await own.outbox.get()
+                if not delivery.is_over:
+                    delivery.taken = True
+                    yield AckableMessage(data=delivery.data, ack=delivery.ack)
+        finally:
+            if self.is_worker_process and self._own is own:
+                self._stop_deliveries(own)
+                own.begin_drain()
+
+    def _stop_deliveries(self, own: _Own) -> None:
+        own.closing = True
+        for delivery in tuple(self._deliveries.values()):
+            if own.pulled and not delivery.taken:
+                delivery.give_back()
+
+    async def _run(self, data: bytes, message: TaskiqMessage, context: JobContext) -> msgspec.Raw:
+        """Run the message of a job; return its value as JSON, or raise why there is none."""
+        if self._observer not in self.middlewares:
+            self.middlewares.insert(0, self._observer)
+        own = self._own
+        if own is None or not own.pulled:
+            await self._ready()
+        delivery = Delivery(data, message.task_id, context)
+        self._deliveries[message.task_id] = delivery
+        try:
+            if own is not None and own.pulled:
+                if own.closing:
+                    delivery.give_back()
+                own.outbox.put_nowait(delivery)
+            else:
+                callback = self._receiver().callback(AckableMessage(data=data, ack=delivery.ack))
+                delivery.follow(asyncio.create_task(callback, name=context.id))
+            return json_of(await delivery.outcome())
+        finally:
+            if self._deliveries.get(message.task_id) is delivery:
+                del self._deliveries[message.task_id]
+
+    def _read(self, payload: bytes, task: str, job_id: str) -> tuple[bytes, TaskiqMessage]:
+        known = self.find_task(task)
+        data = message_of(payload, task, job_id, {} if known is None else known.labels)
+        if isinstance(data, TaskiqMessage):
+            data = self.formatter.dumps(data).message
+        message = self.formatter.loads(data)
+        if message.task_name != task:
+            raise MessageError(f"the message is for the task {message.task_name!r}")
+        if job_id_of(message.task_id) != job_id:
+            raise MessageError(f"the message is for the task id {message.task_id!r}")
+        # The receiver does this again, and drops a message whose labels it cannot parse.
+        message.parse_labels()
+        return data, message
+
+    def _receiver(self) -> Receiver:
+        if self._runner is None:
+            self._runner = Receiver(
+                self, executor=ThreadForEachCall(), max_async_tasks=_MAX_TASKS, run_startup=False
+            )
+        return self._runner
+
+    def _labels(self, job: Job) -> Mapping[str, Any]:
+        try:
+            _, message = self._read(job.payload, job.task, job.id)
+        except Exception:  # noqa: BLE001 - a job that was submitted otherwise, and failed
+            return {}
+        return message.labels
+
+    async def find_job(self, task_id: str) -> Job:
+        """Return the job of a task. Raises :class:`JobNotFoundError`."""
+        return await (await self.job_service()).get(job_id_of(task_id))

@@ -1,0 +1,453 @@
+"""The live feed: one stream of server-sent events to each open page.
+
+Each event is encoded once and kept in a buffer. A page has a position in the buffer and nothing
+else, so a page that does not read costs no memory: once its position left the buffer, it gets a
+snapshot. With no page open, the listeners return in their first line.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from viralfx.domain.clock import timestamp
+from viralfx.domain.health.check_runner import CheckCompleted
+from viralfx.domain.health.model import StateChanged, Transition
+from viralfx.domain.health.monitor import MonitorEvent
+from viralfx.domain.jobs.ledger import QueueCounts
+from viralfx.domain.operations import Operations
+from viralfx.domain.resilience.breaker import CallRejected, CircuitBreaker, CircuitEvent
+from viralfx.domain.shutdown import ShutdownEvent
+from viralfx.web.console import views
+from viralfx.web.console.assets import SECURITY_HEADERS
+from viralfx.web.error_log import mark_logged
+from viralfx.web.responses import Message, Receive, Scope, Send, encode
+
+_logger = logging.getLogger("viralfx.console")
+
+BEAT_SECONDS = 2.0
+_RECENT_FRAMES = 256
+_WOKEN_AT_ONCE = 25
+"""Pages that are served in one turn of the event loop, so that probes wait for no more of them."""
+FEW_PAGES = 20
+_START_SECONDS = 0.25
+"""Time for which the pages that begin share a snapshot."""
+_GAP_SECONDS = 0.25
+"""With more pages, the time in which the events share one write to each page."""
+LAST_EVENT_SECONDS = 0.05
+"""Time for the writes of the last event. The pages beyond it see the end of the connection only."""
+FOREIGN_SECONDS = 10.0
+"""Length of a stream under a server that is not stopped in stages: such a server waits for the end
+of its streams before it says that it stops. The page reconnects and misses nothing."""
+_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+    *SECURITY_HEADERS,
+)
+
+
+class _Page:
+    """One open stream."""
+
+    __slots__ = ("gone", "position", "waiting")
+
+    def __init__(self) -> None:
+        self.position = -1
+        self.gone = False
+        self.waiting: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        """Let the page look at the buffer."""
+        if self.waiting is not None and not self.waiting.done():
+            self.waiting.set_result(None)
+
+
+class Feed:
+    """Collects the events of the process, and streams them."""
+
+    def __init__(
+        self,
+        operations: Operations,
+        *,
+        max_pages: int,
+        in_flight: Callable[[], views.View],
+        concurrency: Callable[[], Mapping[str, int]],
+        remaining_stages: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
+        """``in_flight`` returns the requests and jobs that run now."""
+        self._operations = operations
+        self._max_pages = max_pages
+        self._in_flight = in_flight
+        self._concurrency = concurrency
+        self._remaining_stages = remaining_stages
+        self._pages: set[_Page] = set()
+        self._boot = secrets.token_hex(4)
+        self._recent: deque[tuple[int, bytes]] = deque(maxlen=_RECENT_FRAMES)
+        self._last = 0
+        self._missed = False
+        """True if something happened while no page was open; it is in no frame."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended = False
+        self._ran: dict[str, None] = {}
+        self._flush_planned = self._stop_changed = False
+        self._beating: asyncio.TimerHandle | None = None
+        self._waking: asyncio.TimerHandle | None = None
+        self._queues: tuple[datetime, Mapping[str, QueueCounts]] | None = None
+        self._rejected: dict[str, int] = {}
+        self._circuit_since: dict[str, datetime] = {}
+        self._started_at = operations.clock.now()
+        self._start: tuple[float, msgspec.Raw] | None = None
+        operations.monitor.subscribe(self._on_health)
+        operations.lifecycle.subscribe(self._on_state)
+        operations.shutdown.subscribe(self._on_shutdown)
+        operations.breakers.subscribe(self._on_circuit)
+
+    @property
+    def pages(self) -> int:
+        """How many pages are open."""
+        return len(self._pages)
+
+    @property
+    def full(self) -> bool:
+        """True if no more pages may be opened."""
+        return len(self._pages) >= self._max_pages or self._ended
+
+    # -- events ------------------------------------------------------------------------------
+
+    def _on_health(self, event: MonitorEvent) -> None:
+        if not self._pages:
+            self._missed = True
+            return
+        if isinstance(event, CheckCompleted):
+            self._ran[event.check] = None
+        elif isinstance(event, Transition):
+            self._ran[event.check] = None
+            self._publish("change", views.change_view(event))
+            self._plan_flush()
+
+    def _on_state(self, event: StateChanged) -> None:
+        self._missed = self._missed or not self._pages
+        if self._pages:
+            body = {"old": str(event.old), "new": str(event.new), "reason": event.reason}
+            self._publish("state", {**body, "at": timestamp(event.at)})
+
+    def _on_shutdown(self, _: ShutdownEvent) -> None:
+        self._missed = self._missed or not self._pages
+        if self._pages and not self._ended:
+            self._stop_changed = True
+            self._plan_wake()
+
+    def _on_circuit(self, event: CircuitEvent) -> None:
+        name = event.name
+        if isinstance(event, CallRejected):
+            self._rejected[name] = self._rejected.get(name, 0) + 1
+            return
+        self._circuit_since[name] = self._operations.clock.now()
+        try:
+            # A circuit may change in any thread, also before the first page and after the loop.
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._publish_circuit, name)
+                return
+        except RuntimeError:
+            pass
+        self._missed = True
+
+    def _publish_circuit(self, name: str) -> None:
+        if not self._pages:
+            self._missed = True
+            return
+        with contextlib.suppress(KeyError):
+            self._publish("circuit", self.circuit(self._operations.breakers[name]))
+
+    def on_counted(self, counts: Mapping[str, QueueCounts]) -> None:
+        """Receive the counts of the queues."""
+        self._missed = self._missed or not self._pages
+        before = self._queues
+        self._queues = (self._operations.clock.now(), counts)
+        if self._pages and (before is None or before[1] != counts):
+            self._publish("queues", self._queue_list())
+
+    def circuit(self, breaker: CircuitBreaker) -> views.View:
+        """Return the view of a circuit."""
+        name = breaker.name
+        return views.circuit_view(
+            breaker, self._rejected.get(name, 0), self._circuit_since.get(name)
+        )
+
+    def _queue_list(self) -> views.View | None:
+        if self._queues is None:
+            return None
+        at, counts = self._queues
+        concurrency = self._concurrency()
+        items = [views.queue_view(name, each, concurrency) for name, each in counts.items()]
+        return {"at": timestamp(at), "items": items}
+
+    # -- frames ------------------------------------------------------------------------------
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        """Run a callback of the loop, whose errors would end a process that stops at such errors.
+
+        A view has data of the application's checks, which may raise.
+        """
+        try:
+            step()
+        except Exception:
+            _logger.exception("Event of the console failed")
+
+    def _plan_flush(self) -> None:
+        if not self._flush_planned:
+            self._flush_planned = True
+            # The report follows the transitions of a turn.
+            asyncio.get_running_loop().call_soon(self._guarded, self._flush)
+
+    def _flush(self) -> None:
+        self._flush_planned = False
+        names, self._ran = list(self._ran), {}
+        self._missed = self._missed or bool(names and not self._pages)
+        if names and self._pages:
+            self._publish("checks", views.checks_view(self._operations.monitor.report(), names))
+
+    def _publish(self, event: str, data: Any) -> None:
+        self._append(event, data)
+        self._plan_wake()
+
+    def _append(self, event: str, data: Any) -> None:
+        self._last += 1
+        frame = b"id: %s.%d\nevent: %s\ndata: %s\n\n" % (
+            self._boot.encode(),
+            self._last,
+            event.encode(),
+            encode(data),
+        )
+        self._recent.append((self._last, frame))
+
+    def _plan_wake(self) -> None:
+        """Let few pages look at the buffer at once, and many pages once for several events."""
+        if len(self._pages) <= FEW_PAGES:
+            self._wake_all()
+        elif self._waking is None:
+            loop = asyncio.get_running_loop()
+            self._waking = loop.call_later(_GAP_SECONDS, self._guarded, self._wake_all)
+
+    def _wake_all(self) -> None:
+        if self._waking is not None:
+            self._waking.cancel()
+            self._waking = None
+        if self._stop_changed and not self._ended:
+            self._stop_changed = False
+            self._append("stop", views.stop_view(self._operations))
+        self._wake(list(self._pages))
+
+    def _wake(self, pages: list[_Page]) -> None:
+        for page in pages[:_WOKEN_AT_ONCE]:
+            page.wake()
+        if len(pages) > _WOKEN_AT_ONCE:
+            asyncio.get_running_loop().call_soon(self._wake, pages[_WOKEN_AT_ONCE:])
+
+    def _beat(self) -> None:
+        if not self._pages:
+            self._beating = None
+            return
+        # First, so that a view that raises does not end the beats of all pages.
+        loop = asyncio.get_running_loop()
+        self._beating = loop.call_later(BEAT_SECONDS, self._guarded, self._beat)
+        self._flush()
+        shutdown = self._operations.shutdown
+        beat = {
+            "now": timestamp(self._operations.clock.now()),
+            "uptime": round(self._operations.lifecycle.uptime, 3),
+            "remaining": round(shutdown.remaining(), 1) if shutdown.triggered else None,
+            "inFlight": self._in_flight(),
+        }
+        # In the buffer, so that one encoding serves all; it has no id, as nothing is missed by it.
+        self._last += 1
+        self._recent.append((self._last, b"event: beat\ndata: %s\n\n" % encode(beat)))
+        self._wake_all()
+
+    def snapshot(self) -> views.View:
+        """Return everything that a page needs to begin with."""
+        operations, lifecycle = self._operations, self._operations.lifecycle
+        last = lifecycle.history[-1] if lifecycle.history else None
+        return {
+            "instance": operations.instance,
+            "role": operations.role,
+            "version": operations.version,
+            "environment": operations.environment,
+            "startedAt": timestamp(self._started_at),
+            "now": timestamp(operations.clock.now()),
+            "uptime": round(lifecycle.uptime, 3),
+            "state": {
+                "state": str(lifecycle.state),
+                "reason": "" if last is None else last.reason,
+                "at": None if last is None else timestamp(last.at),
+            },
+            **views.checks_view(operations.monitor.report()),
+            "changes": [views.change_view(each) for each in operations.monitor.history],
+            "stop": views.stop_view(operations),
+            "circuits": [self.circuit(each) for each in operations.breakers],
+            "queues": self._queue_list(),
+            "inFlight": self._in_flight(),
+        }
+
+    def start(self) -> msgspec.Raw:
+        """Return a snapshot and its id as JSON; a stream from this id on misses nothing.
+
+        Callers of a quarter of a second share it, unless something happens that no frame has.
+        """
+        self._forget_missed()
+        now = self._operations.clock.monotonic()
+        if self._start is None or now - self._start[0] >= _START_SECONDS:
+            start = {"id": f"{self._boot}.{self._last}", "snapshot": self.snapshot()}
+            self._start = (now, msgspec.Raw(encode(start)))
+        return self._start[1]
+
+    def _forget_missed(self) -> None:
+        """Make the snapshots before now old, if something happened while no page was open."""
+        if self._missed and not self._pages:
+            self._missed = False
+            self._start = None
+            self._ran = {}
+            self._recent.clear()
+            self._last += 1
+
+    def _frames_after(self, page: _Page) -> bytes:
+        """Return the frames that a page has not got; a snapshot if some of them have left."""
+        oldest = self._recent[0][0] if self._recent else self._last + 1
+        if page.position < oldest - 1:
+            page.position = self._last
+            return b"id: %s.%d\nevent: snapshot\ndata: %s\n\n" % (
+                self._boot.encode(),
+                self._last,
+                encode(self.snapshot()),
+            )
+        frames = []
+        for number, frame in reversed(self._recent):
+            if number <= page.position:
+                break
+            frames.append(frame)
+        page.position = self._last
+        return b"".join(reversed(frames))
+
+    def _position_of(self, last_id: str) -> int:
+        boot, _, number = last_id.partition(".")
+        if boot != self._boot or not number.isascii() or not number.isdecimal():
+            return -1
+        position = int(number) if len(number) < 16 else -1  # noqa: PLR2004 - no count is longer
+        return position if position <= self._last else -1
+
+    # -- streams -----------------------------------------------------------------------------
+
+    async def stream(
+        self,
+        last_id: str,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *more: tuple[bytes, bytes],
+        ends_at: datetime | None = None,
+    ) -> None:
+        """Send the stream of one page until it leaves, its session ends or the process ends.
+
+        ``ends_at``: the end of the session. The page connects again then, and gets 401.
+        """
+        start: Message = {"type": "http.response.start", "status": 200}
+        await send({**start, "headers": [*_HEADERS, *more]})
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.body", "body": b""})
+            return
+        loop = asyncio.get_running_loop()
+        page = self._open(last_id, loop)
+        leaving = asyncio.ensure_future(_disconnected(receive))
+        leaving.add_done_callback(lambda _: self._leave(page))
+        limits = []
+        if not self._operations.staged:
+            limits.append(FOREIGN_SECONDS)
+        if ends_at is not None:
+            limits.append((ends_at - self._operations.clock.now()).total_seconds())
+        limit = loop.call_later(min(limits), self._leave, page) if limits else None
+        try:
+            await self._send_frames(page, send)
+            if not leaving.done():
+                # The last frames and the end of the stream are one write.
+                last = self._frames_after(page) if self._ended and not page.gone else b""
+                await send({"type": "http.response.body", "body": last, "more_body": False})
+        except asyncio.CancelledError as error:
+            if self._ended:
+                mark_logged(error)  # the client has not read, and the process exits
+            raise
+        finally:
+            self._pages.discard(page)
+            leaving.cancel()
+            if limit is not None:
+                limit.cancel()
+
+    def _open(self, last_id: str, loop: asyncio.AbstractEventLoop) -> _Page:
+        if loop is not self._loop:
+            # The timers of a loop that has ended never fire.
+            self._loop, self._beating, self._waking = loop, None, None
+            self._flush_planned = False
+        self._forget_missed()
+        page = _Page()
+        page.position = self._position_of(last_id)
+        self._pages.add(page)
+        if self._beating is None:
+            self._beating = loop.call_later(BEAT_SECONDS, self._guarded, self._beat)
+        return page
+
+    async def _send_frames(self, page: _Page, send: Send) -> None:
+        await send(_body(b"retry: 1000\n\n" + self._frames_after(page)))
+        while not (page.gone or self._ended):
+            if page.position != self._last:
+                await send(_body(self._frames_after(page)))
+            else:
+                page.waiting = asyncio.get_running_loop().create_future()
+                await page.waiting
+
+    def _leave(self, page: _Page) -> None:
+        page.gone = True
+        page.wake()
+
+    async def end(self, budget: float) -> None:
+        """Send the last event, and end all streams: a stage of the stop.
+
+        It waits for no page. A page that does not read, or that has no turn in the time for all, is
+        left to the close of the server.
+        """
+        if self._ended:
+            return
+        if self._pages:
+            body = {
+                "stop": views.stop_view(self._operations),
+                "left": list(self._remaining_stages()),
+                "now": timestamp(self._operations.clock.now()),
+            }
+            self._append("bye", body)
+        self._ended = True
+        for timer in (self._beating, self._waking):
+            if timer is not None:
+                timer.cancel()
+        loop, pages = asyncio.get_running_loop(), list(self._pages)
+        until = loop.time() + min(budget, LAST_EVENT_SECONDS)
+        for first in range(0, len(pages), _WOKEN_AT_ONCE):
+            if first and loop.time() >= until:
+                break
+            for page in pages[first : first + _WOKEN_AT_ONCE]:
+                page.wake()
+            # A page writes and ends within the turn, unless its client does not read.
+            await asyncio.sleep(0)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _body(data: bytes) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": True}

@@ -1,0 +1,485 @@
+// The page: address, session, stream, head, views, confirmation, result of the last action.
+
+import { render } from "./vendor/preact.js";
+import { Problem, call, get, onUnauthorized, post } from "./client.js";
+import { Live } from "./live.js";
+import { Component, Time, Trouble, Word, createRef, html, plural, span } from "./parts.js";
+import { StatusView, ChangesView, verdict } from "./status.js";
+import { session as firstSession } from "./start.js";
+
+/** By name: title, file and class of the view, the rights that it needs, the view that it is part of. */
+const VIEWS = {
+  status: ["Status", "status.js", "StatusView", "status"],
+  stop: ["Stop", "stop.js", "StopView", "status"],
+  fleet: ["Fleet", "fleet.js", "FleetView", "status"],
+  jobs: ["Jobs", "jobs.js", "JobsView", "all"],
+  queues: ["Queues", "process.js", "QueuesView", "status"],
+  schedules: ["Schedules", "process.js", "SchedulesView", "all"],
+  circuits: ["Circuits", "process.js", "CircuitsView", "status"],
+  loggers: ["Loggers", "process.js", "LoggersView", "status"],
+  settings: ["Settings", "process.js", "SettingsView", "all"],
+  audit: ["Audit", "process.js", "AuditView", "all"],
+  job: ["Job", "jobs.js", "JobView", "all", "jobs"],
+  changes: ["Changes", "status.js", "ChangesView", "status", "status"],
+  login: ["Log in", "", "", "none", ""],
+};
+
+const AGAIN_MS = 2000;
+const FOLLOW_MS = 300;
+
+/** The modules of the views by file. The first view needs one of them; the others follow it. */
+class Modules {
+  constructor(changed) {
+    this.changed = changed;
+    this.loaded = { "status.js": { StatusView, ChangesView } };
+    this.errors = {};
+    this.asked = new Set();
+  }
+
+  /** Load a file, and try again until it arrives. */
+  async load(file, attempt = 0) {
+    if (!file || this.loaded[file] || (!attempt && this.asked.has(file))) return;
+    this.asked.add(file);
+    try {
+      // A browser keeps the failure of an address, so each attempt has its own.
+      this.loaded[file] = await import(attempt ? `./${file}?attempt=${attempt}` : `./${file}`);
+    } catch (error) {
+      this.errors[file] = error;
+      setTimeout(() => this.load(file, attempt + 1), Math.min(15, attempt + 1) * AGAIN_MS);
+    }
+    this.changed();
+  }
+
+  /** Load all, so that each view can be opened when the process has ended. */
+  loadAll() {
+    for (const [, file] of Object.values(VIEWS)) this.load(file);
+  }
+}
+
+/** The view and its filters, from the part of the address after `#`. */
+function route() {
+  const [view, query = ""] = location.hash.slice(1).split("?");
+  return { view: VIEWS[view] ? view : "status", query };
+}
+
+class App extends Component {
+  constructor() {
+    super();
+    this.live = new Live(
+      () => this.redraw(),
+      (text) => this.announce(text),
+      () => this.loadSession(),
+    );
+    this.modules = new Modules(() => this.redraw());
+    this.first = firstSession;
+    this.state = {
+      session: null,
+      trouble: null,
+      ...route(),
+      paused: false,
+      dialog: null,
+      toast: null,
+      said: "",
+      tick: 0,
+    };
+    this.heading = createRef();
+    this.main = createRef();
+  }
+
+  componentDidMount() {
+    addEventListener("hashchange", () => this.moved());
+    document.addEventListener("visibilitychange", () => this.follow());
+    onUnauthorized(() => this.expire());
+    setInterval(() => this.tick(), 500);
+    this.loadSession();
+  }
+
+  // -- the stream --------------------------------------------------------------------------
+
+  tick() {
+    if (document.hidden) return;
+    this.live.watch();
+    const { session } = this.state;
+    if (session && session.expiresAt && Date.parse(session.expiresAt) <= this.live.now()) {
+      this.expire();
+    }
+    // Times that grow are shown in seconds, so every other tick is enough.
+    this.odd = !this.odd;
+    if (this.odd) this.setState({ tick: this.state.tick + 1 });
+  }
+
+  redraw() {
+    // Later than the first view, so that it does not wait for the files of the others.
+    if (this.live.data && !this.following) {
+      this.following = setTimeout(() => this.modules.loadAll(), FOLLOW_MS);
+    }
+    this.setState({ tick: this.state.tick + 1 });
+  }
+
+  /** Open the stream while the page is shown, and close it otherwise: a browser has six. */
+  follow() {
+    const { session, paused } = this.state;
+    const shown = !document.hidden && !paused && session && session.reads !== "none";
+    if (shown && !this.live.wanted) this.live.open();
+    else if (!shown && (this.live.wanted || this.live.fresh)) this.live.close();
+    this.redraw();
+  }
+
+  announce(text) {
+    this.setState({ said: text });
+  }
+
+  // -- the session -------------------------------------------------------------------------
+
+  async loadSession() {
+    try {
+      const { first } = this;
+      this.first = null; // Once: an answer that cannot be shown must not come back.
+      const session = (await first) || (await get("session"));
+      if (session.start) this.live.begin(session.start, session.at);
+      this.setState({ session, trouble: null }, () => this.follow());
+    } catch (trouble) {
+      this.setState({ trouble });
+      setTimeout(() => this.loadSession(), 2000);
+    }
+  }
+
+  async expire() {
+    if (this.expiring || !this.state.session || !this.state.session.role) return;
+    this.expiring = true;
+    this.setState({ session: { ...this.state.session, role: null, operates: false, expiresAt: null } });
+    this.tell("The session has ended. Log in again.", "fair");
+    await this.loadSession();
+    this.expiring = false;
+  }
+
+  async logIn(token) {
+    await call("POST", "session", { token });
+    this.live.close();
+    await this.loadSession();
+    if (this.state.view === "login") this.go("status");
+    this.tell("You are logged in.", "good");
+  }
+
+  async logOut() {
+    try {
+      await call("DELETE", "session");
+    } catch (error) {
+      this.tell(error.message, "bad");
+      return;
+    }
+    this.live.close();
+    this.live.data = null;
+    this.live.lastId = "";
+    await this.loadSession();
+    this.tell("You are logged out.", "good");
+  }
+
+  // -- the address -------------------------------------------------------------------------
+
+  go(view, query = "", { replace = false } = {}) {
+    const hash = `#${view}${query ? `?${query}` : ""}`;
+    if (replace) {
+      history.replaceState(null, "", hash);
+      this.setState(route());
+    } else {
+      location.hash = hash;
+    }
+  }
+
+  moved() {
+    const next = route();
+    const turned = next.view !== this.state.view || (next.view === "job" && next.query !== this.state.query);
+    this.setState({ ...next, toast: turned ? null : this.state.toast }, () => {
+      if (turned && this.heading.current) this.heading.current.focus();
+    });
+  }
+
+  // -- actions -----------------------------------------------------------------------------
+
+  tell(text, kind = "good", undo = null) {
+    this.setState({ toast: { text, kind, undo }, said: text });
+  }
+
+  /** Ask for a confirmation; the promise is true or false. `typed` must be typed in first. */
+  confirm(question) {
+    const from = document.activeElement;
+    return new Promise((resolve) => {
+      const done = (answer) => {
+        this.setState({ dialog: null }, () => from && from.isConnected && from.focus());
+        resolve(answer);
+      };
+      this.setState({ dialog: { ...question, done } });
+    });
+  }
+
+  /**
+   * Send an action and show its result. `done(result)` returns the sentence; `undo` is an action
+   * that reverses it. Returns the result, or the Problem.
+   */
+  async act(path, body, done, undo = null) {
+    try {
+      const result = await post(path, body);
+      this.tell(done(result), "good", undo);
+      return result;
+    } catch (error) {
+      if (!(error instanceof Problem)) throw error;
+      if (error.status !== 401) this.tell(error.message, "bad");
+      return error;
+    }
+  }
+
+  // -- the page ----------------------------------------------------------------------------
+
+  render(_, state) {
+    const { session, view, query, dialog, toast } = state;
+    if (!session) return this.waiting();
+    const locked = session.reads === "none";
+    const shown = locked || (view === "login" && !session.role) ? "login" : view === "login" ? "status" : view;
+    const [title, file, name, needs] = VIEWS[shown];
+    const { live, modules } = this;
+    modules.load(file);
+    const View = file && modules.loaded[file] ? modules.loaded[file][name] : null;
+    document.title = this.titleOf(title);
+    const denied = needs === "all" && session.reads !== "all";
+    const away = live.phase === "lost" || live.phase === "gone";
+    const active = !document.hidden && !state.paused && !away;
+    const props = {
+      app: this,
+      live,
+      data: live.data,
+      query,
+      active,
+      operates: session.operates,
+      session,
+      ...(View && View.ticks ? { tick: state.tick } : {}),
+    };
+    if (View && !View.ticks) {
+      delete props.data;
+      if (View.uses) props.part = live.data && live.data[View.uses];
+    }
+    return html`
+      <a class="skip" href="#main" onClick=${(event) => this.skip(event)}>Skip to the content</a>
+      ${this.head(session)}
+      ${locked ? null : this.nav(session, shown)}
+      <main id="main" tabindex="-1" ref=${this.main}>
+        <p role="status" class="unseen">${state.said}</p>
+        ${this.banner()}
+        ${toast ? html`<${Toast} toast=${toast} close=${() => this.setState({ toast: null })} />` : null}
+        <h1 tabindex="-1" ref=${this.heading}>${title}</h1>
+        ${shown === "login"
+          ? html`<${LogIn} app=${this} session=${session} />`
+          : denied
+            ? html`<p class="empty">This view needs a log-in. <a href="#login">Log in</a></p>`
+            : View
+              ? html`<${Guard} key=${shown}><${View} ...${props} /><//>`
+              : modules.errors[file]
+                ? html`<${Trouble} error=${modules.errors[file]} />`
+                : html`<p class="loading">Loading …</p>`}
+      </main>
+      ${dialog ? html`<${Dialog} ...${dialog} />` : null}`;
+  }
+
+  titleOf(title) {
+    const { data, phase } = this.live;
+    if (!data) return `${title} · Operations console`;
+    const state = phase === "live" ? data.state.state.replaceAll("_", " ") : phase;
+    return `${state} · ${title} · ${data.instance}`;
+  }
+
+  waiting() {
+    const { trouble } = this.state;
+    return html`<main id="main"><h1>Operations console</h1>
+      <p role="status">${trouble ? `${trouble.message} The page tries again every 2 s.` : "Loading …"}</p></main>`;
+  }
+
+  skip(event) {
+    event.preventDefault();
+    this.main.current.focus();
+  }
+
+  head(session) {
+    const { live } = this;
+    const data = live.data || session;
+    const state = live.data ? live.data.state.state : "unknown";
+    const up = live.data && live.phase === "live" ? ` · up ${span((live.now() - live.upAt) / 1000)}` : "";
+    return html`<header>
+      <p class="instance"><strong>${data.instance}</strong>
+        <span>${live.data ? `${live.data.role} · ` : ""}${data.version} · ${data.environment}${up}</span></p>
+      <p class="now">${live.fresh
+        ? html`<${Word} of=${state} /> <span class="quiet">last event ${span(Math.floor(live.silence()))} ago</span>`
+        : html`<${Word} of=${live.phase} kind=${live.phase === "connecting" || live.phase === "off" ? "idle" : "bad"}>${PHASES[live.phase]}<//>
+           ${live.data ? html`<span class="quiet">last state ${state.replaceAll("_", " ")}</span>` : null}`}</p>
+      <p class="tools">
+        <button type="button" aria-pressed=${this.state.paused ? "true" : "false"} onClick=${() =>
+          this.setState({ paused: !this.state.paused }, () => this.follow())}>Pause updates</button>
+        ${session.role
+          ? html`<span class="quiet">${session.role}</span> <button type="button" onClick=${() => this.logOut()}>Log out</button>`
+          : session.login && session.reads !== "none"
+            ? html`<a class="button" href="#login">Log in</a>`
+            : null}
+      </p>
+    </header>`;
+  }
+
+  nav(session, shown) {
+    const current = VIEWS[shown][4] || shown;
+    return html`<nav aria-label="Views"><ul>${Object.entries(VIEWS)
+      .filter(([, [, , , needs, parent]]) => parent == null && (needs === "status" || session.reads === "all"))
+      .map(
+        ([name, [title]]) => html`<li key=${name}><a href=${`#${name}`} aria-current=${
+          name === current ? (name === shown ? "page" : "true") : null
+        }>${title}</a></li>`,
+      )}</ul></nav>`;
+  }
+
+  /** One line about the connection, unless events arrive. */
+  banner() {
+    const { live, state } = this;
+    const { data, phase } = live;
+    if (!data && phase === "off" && !state.paused) return null;
+    if (state.paused) {
+      return html`<p class="notice fair"><${Word} of="paused" /> Updates are paused since <${Time} at=${live.since} both=${true} />. What you see may have changed.</p>`;
+    }
+    const stopping = data && data.stop && data.stop.reason;
+    const old = data ? " What you see is the last state that was received." : "";
+    const texts = {
+      silent: live.lastEvent
+        ? html`<strong>No event for ${span(Math.floor(live.silence()))}.</strong> The process, its event loop or the connection may hang.${old}`
+        : html`<strong>The connection is open, and no event arrives.</strong> A proxy may hold events back: open the page without it.`,
+      lost: html`<strong>No answer since <${Time} at=${live.since} both=${true} />.</strong> ${
+        stopping ? "The process was stopping: this port has closed, and the management port closes last." : ""
+      } The page tries again every second.${old}`,
+      gone: live.gone
+        ? html`<strong>Process ${data.instance} ended: gone at <${Time} at=${live.gone.at} both=${true} />.</strong> ${
+            live.gone.left.length ? `Still to close then: ${live.gone.left.join(", ")}.` : ""
+          } The page connects to the next process on this port.${
+            state.view === "stop" ? "" : html` <a href="#stop">Its stop</a>`
+          }`
+        : null,
+      full: "This process has too many pages open. Close one; the page tries again every 5 s.",
+      denied: html`Reading needs a token. <a href="#login">Log in</a>`,
+    };
+    if (texts[phase]) return html`<p class="notice bad">${texts[phase]}</p>`;
+    if (stopping && state.view !== "stop") {
+      return html`<p class="notice fair"><${Word} of="stopping" kind="fair" /> ${verdict(live).title} <a href="#stop">Watch the stop</a></p>`;
+    }
+    return null;
+  }
+}
+
+/** Shows the error of a view that fails in place of the view; the rest of the page works on. */
+class Guard extends Component {
+  static getDerivedStateFromError(error) {
+    return { error };
+  }
+
+  componentDidCatch(error) {
+    console.error(error);
+  }
+
+  render({ children }, { error }) {
+    return error
+      ? html`<${Trouble} error=${error} retry=${() => this.setState({ error: null })} />`
+      : children;
+  }
+}
+
+const PHASES = {
+  connecting: "connecting",
+  silent: "no events",
+  lost: "no answer",
+  gone: "ended",
+  full: "too many pages",
+  off: "not connected",
+  denied: "not allowed",
+};
+
+function Toast({ toast, close }) {
+  const undo = async () => {
+    close();
+    await toast.undo();
+  };
+  return html`<p class=${`notice toast ${toast.kind}`}><${Word} of=${toast.kind} kind=${toast.kind}>${toast.text}<//>
+    <span class="tools">${toast.undo ? html`<button type="button" onClick=${undo}>Undo</button>` : null}
+    <button type="button" onClick=${close}>Dismiss</button></span></p>`;
+}
+
+class Dialog extends Component {
+  constructor(props) {
+    super(props);
+    this.state = { typed: "" };
+    this.element = createRef();
+  }
+
+  componentDidMount() {
+    this.element.current.showModal();
+  }
+
+  render({ title, text, label, typed, danger, done }, state) {
+    const ready = !typed || state.typed.trim() === typed;
+    const submit = (event) => {
+      event.preventDefault();
+      if (ready) done(true);
+    };
+    return html`<dialog ref=${this.element} aria-labelledby="dialog-title" onCancel=${(event) => {
+      event.preventDefault();
+      done(false);
+    }}>
+      <form onSubmit=${submit}>
+        <h2 id="dialog-title">${title}</h2>
+        <p>${text}</p>
+        ${typed
+          ? html`<p><label>Type <code>${typed}</code> to confirm <input type="text" autocomplete="off" spellcheck=${false} value=${state.typed} onInput=${(event) =>
+              this.setState({ typed: event.target.value })} /></label></p>`
+          : null}
+        <p class="tools"><button type="submit" class=${danger ? "danger" : "main"} disabled=${!ready}>${label}</button>
+        <button type="button" onClick=${() => done(false)}>Keep as it is</button></p>
+      </form>
+    </dialog>`;
+  }
+}
+
+class LogIn extends Component {
+  constructor(props) {
+    super(props);
+    this.state = { error: null, busy: false };
+    this.field = createRef();
+  }
+
+  componentDidMount() {
+    if (this.field.current) this.field.current.focus();
+  }
+
+  async submit(event) {
+    event.preventDefault();
+    const token = this.field.current.value.trim();
+    if (!token || this.state.busy) return;
+    this.setState({ busy: true, error: null });
+    try {
+      await this.props.app.logIn(token);
+      return;
+    } catch (error) {
+      const wait = error.retryAfter ? ` Wait ${plural(error.retryAfter, "second")}.` : "";
+      this.setState({ busy: false, error: `${error.message}${wait}` });
+    }
+    this.field.current.value = "";
+    this.field.current.focus();
+  }
+
+  render({ session }, { error, busy }) {
+    if (!session.login) {
+      return html`<p class="empty">This process has no MANAGEMENT_TOKEN, so there is no log-in and no action.</p>`;
+    }
+    return html`<form class="login" onSubmit=${(event) => this.submit(event)}>
+      <input type="text" autocomplete="username" value="operations console" hidden readonly />
+      <p><label for="token">Token</label>
+      <input id="token" type="password" autocomplete="current-password" required ref=${this.field} aria-describedby="token-help" aria-invalid=${error ? "true" : "false"} /></p>
+      <p id="token-help" class="quiet">MANAGEMENT_TOKEN reads and acts; CONSOLE_TOKEN only reads. The page exchanges the token for a cookie of 8 hours and does not keep it.</p>
+      ${error ? html`<p class="notice bad" role="alert"><${Word} of="error" kind="bad" /> ${error}</p>` : null}
+      <p><button type="submit" class="main" disabled=${busy}>Log in</button></p>
+    </form>`;
+  }
+}
+
+render(html`<${App} />`, document.getElementById("app"));

@@ -1,0 +1,223 @@
+// The events of the process: one stream, and what follows from it and from its silence.
+
+import { get } from "./client.js";
+
+const SILENT_AFTER_MS = 5000;
+const REOPEN_AFTER_MS = 20000;
+const MAX_CHANGES = 200;
+
+/**
+ * `phase` is one of:
+ * connecting  no event has arrived yet
+ * live        events arrive
+ * silent      the connection is open, and beats are missing
+ * lost        there is no connection
+ * gone        the process said that it ends, and ended
+ * full        the process has too many pages open
+ * off         this page closed its stream: hidden or paused
+ * denied      reading needs a token
+ */
+export class Live {
+  constructor(changed, announce, denied) {
+    this.denied = denied;
+    this.changed = changed;
+    this.announce = announce;
+    this.data = null;
+    this.phase = "off";
+    this.since = Date.now();
+    this.offset = 0; // The clock of the server minus the clock of the browser.
+    this.lastEvent = 0;
+    this.begunAt = 0; // When the snapshot that came with the session arrived.
+    this.lastId = "";
+    this.gone = null;
+    this.began = {}; // When each stage of the stop was first seen running.
+    this.source = null;
+    this.wanted = false;
+    this.timer = 0;
+  }
+
+  now() {
+    return Date.now() + this.offset;
+  }
+
+  /** Seconds since the last event. */
+  silence() {
+    const last = this.lastEvent || this.begunAt;
+    return last ? (performance.now() - last) / 1000 : 0;
+  }
+
+  get fresh() {
+    return this.phase === "live";
+  }
+
+  /** Begin with a snapshot that came with the session: the stream goes on from its id. */
+  begin({ id, snapshot }, at) {
+    const age = performance.now() - at;
+    this.replace(snapshot);
+    this.lastId = id;
+    this.begunAt = at;
+    this.offset = Date.parse(snapshot.now) - (Date.now() - age);
+    this.enter(age < SILENT_AFTER_MS ? "live" : "connecting");
+  }
+
+  open({ again = false } = {}) {
+    this.wanted = true;
+    clearTimeout(this.timer);
+    if (this.source) return;
+    if (!again && ["connecting", "off", "denied"].includes(this.phase)) this.enter("connecting");
+    this.opened = performance.now();
+    let answered = false;
+    const last = this.lastId ? `?last=${encodeURIComponent(this.lastId)}` : "";
+    const source = new EventSource(`events${last}`);
+    this.source = source;
+    source.onopen = () => {
+      answered = true;
+    };
+    const kinds = ["snapshot", "checks", "change", "state", "stop", "circuit", "queues", "beat", "bye"];
+    for (const kind of kinds) {
+      source.addEventListener(kind, (event) => {
+        if (source === this.source) this.receive(kind, event);
+      });
+    }
+    source.onerror = () => {
+      if (source !== this.source) return;
+      this.shut();
+      const lasted = performance.now() - this.opened;
+      // A stream may end without a fault, as under a server that waits for its streams.
+      if (answered && lasted > 2000 && !this.gone) this.open({ again: true });
+      else if (answered) this.drop(1000);
+      else this.explain();
+    };
+  }
+
+  close(phase = "off") {
+    this.wanted = false;
+    clearTimeout(this.timer);
+    this.shut();
+    this.enter(phase);
+  }
+
+  shut() {
+    if (this.source) this.source.close();
+    this.source = null;
+  }
+
+  drop(wait, phase = this.gone ? "gone" : "lost") {
+    this.enter(phase);
+    this.timer = setTimeout(() => this.wanted && this.open(), wait);
+  }
+
+  /** Find out why the stream did not open: EventSource hides the status of the answer. */
+  async explain() {
+    try {
+      const session = await get("session", 3000);
+      if (!this.wanted || this.source) return;
+      if (session.reads === "none") {
+        this.close("denied");
+        this.denied();
+      } else this.drop(5000, "full");
+    } catch {
+      if (this.wanted && !this.source) this.drop(1000);
+    }
+  }
+
+  enter(phase) {
+    if (this.phase === phase) return;
+    const before = this.phase;
+    this.phase = phase;
+    this.since = this.now();
+    const words = {
+      live: before === "connecting" || before === "off" ? "" : "The process answers again.",
+      silent: "No events arrive.",
+      lost: "The connection to the process is lost.",
+      gone: "The process has ended.",
+    };
+    if (words[phase]) this.announce(words[phase]);
+    this.changed();
+  }
+
+  /** Look for missing beats; called every half second. */
+  watch() {
+    if (!this.source) return;
+    const quiet = performance.now() - Math.max(this.lastEvent, this.opened);
+    if (quiet > SILENT_AFTER_MS && (this.phase === "live" || this.phase === "connecting")) {
+      this.enter("silent");
+    }
+    if (quiet > REOPEN_AFTER_MS) {
+      this.shut();
+      this.open();
+    }
+  }
+
+  receive(kind, event) {
+    let frame;
+    try {
+      frame = JSON.parse(event.data);
+    } catch {
+      return;
+    }
+    // A process that has said that it ends may still accept a connection.
+    if (this.gone && (!frame.instance || frame.instance === this.data.instance)) return;
+    this.lastEvent = performance.now();
+    if (event.lastEventId) this.lastId = event.lastEventId;
+    if (frame.now) this.offset = Date.parse(frame.now) - Date.now();
+    if (kind === "snapshot") this.replace(frame);
+    else if (this.data) this.apply(kind, frame);
+    if (this.data && !this.gone) this.enter("live");
+    this.changed();
+  }
+
+  replace(frame) {
+    if (this.data && this.data.instance !== frame.instance) {
+      this.announce(`Another process answers now: ${frame.instance}.`);
+    }
+    if (!this.data || this.data.instance !== frame.instance) this.began = {};
+    this.gone = null;
+    this.data = { remaining: frame.stop ? frame.stop.remaining : null, ...frame };
+    this.upAt = this.now() - frame.uptime * 1000;
+    this.noteStages(frame.stop);
+  }
+
+  apply(kind, frame) {
+    const data = { ...this.data };
+    if (kind === "checks") {
+      const news = new Map(frame.checks.map((check) => [check.name, check]));
+      data.checks = data.checks.map((check) => news.get(check.name) || check);
+      for (const key of ["health", "failingGates", "failOpen"]) data[key] = frame[key];
+    } else if (kind === "change") {
+      data.changes = [...data.changes, frame].slice(-MAX_CHANGES);
+      const code = frame.code ? ` (${frame.code})` : "";
+      this.announce(`${frame.check}: ${frame.old || "unknown"} to ${frame.new}${code}`);
+    } else if (kind === "state") {
+      data.state = { state: frame.new, reason: frame.reason, at: frame.at };
+      this.announce(`The process is ${frame.new.replaceAll("_", " ")}.`);
+    } else if (kind === "stop" || kind === "bye") {
+      const stop = kind === "bye" ? frame.stop : frame;
+      data.stop = { ...stop, previous: stop.previous || data.stop.previous };
+      data.remaining = stop.remaining;
+      this.noteStages(stop);
+      if (kind === "bye") this.gone = { at: this.now(), left: frame.left || [] };
+    } else if (kind === "circuit") {
+      const known = data.circuits.some((circuit) => circuit.name === frame.name);
+      data.circuits = known
+        ? data.circuits.map((circuit) => (circuit.name === frame.name ? frame : circuit))
+        : [...data.circuits, frame];
+    } else if (kind === "queues") {
+      data.queues = frame;
+    } else if (kind === "beat") {
+      data.remaining = frame.remaining;
+      data.inFlight = frame.inFlight;
+      this.upAt = this.now() - frame.uptime * 1000;
+    }
+    this.data = data;
+  }
+
+  noteStages(stop) {
+    for (const stage of stop ? stop.stages : []) {
+      if (stage.state !== "running" || this.began[stage.name]) continue;
+      const starts = stage.parts.map((part) => Date.parse(part.began || "")).filter(Number.isFinite);
+      this.began[stage.name] = Math.min(this.now(), ...starts);
+      this.announce(`Stage ${stage.name} has begun.`);
+    }
+  }
+}

@@ -1,0 +1,213 @@
+// What all views are made of: the template tag, times, words beside colours, tables, loading data.
+
+import { Component, createRef, h } from "./vendor/preact.js";
+import htm from "./vendor/htm.js";
+import { get } from "./client.js";
+
+export { Component, createRef };
+export const html = htm.bind(h);
+
+const two = (number) => String(number).padStart(2, "0");
+
+/** Return a UTC time of day, with the date unless it is the day of `now`. */
+export function utc(moment, now = Date.now()) {
+  const at = new Date(moment);
+  if (!Number.isFinite(at.getTime())) return "unknown";
+  const text = at.toISOString();
+  const time = text.slice(11, 19);
+  return text.slice(0, 10) === new Date(now).toISOString().slice(0, 10)
+    ? time
+    : `${text.slice(0, 10)} ${time}`;
+}
+
+// Without the formats of the browser's language: the first one of a page costs as much as a view.
+const localTime = (at) => `${two(at.getHours())}:${two(at.getMinutes())}:${two(at.getSeconds())}`;
+
+function local(at) {
+  const minutes = -at.getTimezoneOffset();
+  const sign = minutes < 0 ? "-" : "+";
+  const zone = `UTC${sign}${two(Math.floor(Math.abs(minutes) / 60))}:${two(Math.abs(minutes) % 60)}`;
+  const day = `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())}`;
+  return `${day} ${localTime(at)} here (${zone})`;
+}
+
+/** A time in UTC with the local time as title; `both` shows the local time as well. */
+export function Time({ at, now, both }) {
+  if (!at) return html`<span>never</span>`;
+  const moment = new Date(at);
+  if (!Number.isFinite(moment.getTime())) return html`<span>unknown</span>`;
+  const apart = both && moment.getTimezoneOffset() !== 0;
+  return html`<time datetime=${moment.toISOString()} title=${local(moment)}>${utc(moment, now)}${
+    both ? " UTC" : ""
+  }${apart ? `, ${localTime(moment)} here` : ""}</time>`;
+}
+
+/** Return a duration in words; seconds below a minute have one digit if they are few. */
+export function span(seconds) {
+  if (seconds == null || !Number.isFinite(seconds)) return "unknown";
+  const value = Math.max(0, seconds);
+  if (value < 10) return `${Math.round(value * 10) / 10} s`;
+  if (value < 90) return `${Math.round(value)} s`;
+  const minutes = Math.floor(value / 60);
+  if (minutes < 60) return `${minutes} min`;
+  const hours = Math.floor(minutes / 60);
+  if (hours < 48) return `${hours} h ${minutes % 60} min`;
+  return `${Math.floor(hours / 24)} d ${hours % 24} h`;
+}
+
+export const milliseconds = (value) =>
+  value == null ? "" : value < 1000 ? `${Math.round(value * 10) / 10} ms` : span(value / 1000);
+
+export const plural = (count, one, many = `${one}s`) => `${count} ${count === 1 ? one : many}`;
+
+const KINDS = {
+  good: "pass healthy ready ok completed closed running live",
+  bad: "fail unhealthy failed open timeout silent lost crashed error",
+  fair: "warn degraded not_ready lame_duck draining half_open paused retrying starting",
+};
+const SIGNS = { good: "✓", bad: "✕", fair: "!", idle: "·" };
+
+function kindOf(word) {
+  const lower = String(word).toLowerCase();
+  return Object.keys(KINDS).find((kind) => KINDS[kind].split(" ").includes(lower)) || "idle";
+}
+
+/** A word with a sign and a colour: no state is shown by colour alone. */
+export function Word({ of, kind = kindOf(of), children }) {
+  return html`<span class=${`word ${kind}`}><span aria-hidden="true">${SIGNS[kind]}</span> ${
+    children || String(of).replaceAll("_", " ").toLowerCase()
+  }</span>`;
+}
+
+/** A table that turns into blocks on a narrow screen; the roles keep it a table there. */
+export function Table({ caption, columns, busy, children, ...more }) {
+  return html`<table role="table" aria-busy=${busy ? "true" : "false"} ...${more}>
+    <caption>${caption}</caption>
+    <thead role="rowgroup"><tr role="row">${columns.map(
+      (column) => html`<th role="columnheader" scope="col">${column}</th>`,
+    )}</tr></thead>
+    <tbody role="rowgroup">${children}</tbody>
+  </table>`;
+}
+
+export const Row = ({ children, ...more }) => html`<tr role="row" ...${more}>${children}</tr>`;
+export const Head = ({ children }) => html`<th role="rowheader" scope="row">${children}</th>`;
+export const Cell = ({ label, children, ...more }) =>
+  html`<td role="cell" data-label=${label} ...${more}>${children}</td>`;
+
+/** A component that renders again only if its properties or its state differ. */
+export class Pure extends Component {
+  shouldComponentUpdate(props, state) {
+    return differs(this.props, props) || differs(this.state, state);
+  }
+}
+
+function differs(one, other) {
+  const names = new Set([...Object.keys(one || {}), ...Object.keys(other || {})]);
+  for (const name of names) {
+    if (name !== "children" && one[name] !== other[name]) return true;
+  }
+  return false;
+}
+
+/** A row that renders again only if the item of its data differs by value. */
+export class ItemRow extends Component {
+  shouldComponentUpdate(props) {
+    const fixed = (key) => key === "item" || key === "show";
+    for (const key of Object.keys(props)) {
+      if (!fixed(key) && props[key] !== this.props[key]) return true;
+    }
+    return (
+      props.item !== this.props.item && JSON.stringify(props.item) !== JSON.stringify(this.props.item)
+    );
+  }
+
+  render({ show, item }) {
+    return show(item);
+  }
+}
+
+/**
+ * A view of data that the process returns for `path()`. It loads them again after `every`
+ * milliseconds, when the path changes and when the property `revision` changes; it keeps the last
+ * data when a request fails, and says so.
+ */
+export class Remote extends Pure {
+  constructor(props) {
+    super(props);
+    this.state = { data: null, error: null, at: 0, loading: true };
+    this.sequence = 0;
+    this.every = 0;
+  }
+
+  componentWillMount() {
+    this.load(); // Before the first render, so that the process works meanwhile.
+  }
+
+  componentDidMount() {
+    if (this.every) {
+      this.timer = setInterval(() => this.props.active && this.load(), this.every);
+    }
+  }
+
+  componentWillUnmount() {
+    this.sequence = -1;
+    clearInterval(this.timer);
+  }
+
+  componentDidUpdate(before) {
+    const woken = this.props.active && !before.active;
+    if (this.shown !== this.path() || before.revision !== this.props.revision || woken) this.load();
+  }
+
+  async load() {
+    const path = this.path();
+    const moved = this.shown !== path;
+    if (this.pending && !moved) return;
+    this.shown = path;
+    const sequence = (this.sequence += 1);
+    this.pending = true;
+    if (moved) this.setState({ loading: true });
+    let next;
+    try {
+      next = { data: await get(path), error: null, at: Date.now() };
+    } catch (error) {
+      // Data of another filter would be shown as if they were of this one.
+      next = moved ? { error, data: null } : { error };
+    }
+    if (sequence !== this.sequence) return;
+    this.pending = false;
+    this.setState({ ...next, loading: false });
+  }
+
+  /** Return what to show around the data: an error, the age of old data, or that they load. */
+  notice() {
+    const { data, error, at, loading } = this.state;
+    if (error) return html`<${Trouble} error=${error} at=${data ? at : 0} retry=${() => this.load()} />`;
+    return loading && !data ? html`<p class="loading">Loading …</p>` : null;
+  }
+}
+
+/** A failed request: what is wrong, what is shown instead, and another attempt. */
+export function Trouble({ error, at, retry }) {
+  const ledger = error.code === "ledger";
+  return html`<div class="notice bad">
+    <p><${Word} of="error" kind="bad">${ledger ? "The ledger does not answer" : "No data"}<//>: ${error.message}
+    ${at ? html` The data below are of <${Time} at=${at} both=${true} />.` : ""}
+    ${error.correlationId ? html` Correlation id <code>${error.correlationId}</code>.` : ""}</p>
+    ${retry ? html`<button type="button" onClick=${retry}>Try again</button>` : null}
+  </div>`;
+}
+
+export const Empty = ({ children }) => html`<p class="empty">${children}</p>`;
+
+/** Text of any origin: it keeps its lines and breaks anywhere. */
+export const Text = ({ children }) => html`<pre>${children}</pre>`;
+
+/** A share of a budget, with its numbers as text. */
+export function Bar({ value, most, label }) {
+  const share = most > 0 ? Math.min(1, value / most) : value > 0 ? 1 : 0;
+  return html`<svg class=${`bar ${value > most * 1.05 + 100 ? "over" : ""}`} viewBox="0 0 100 8" preserveAspectRatio="none" role="img" aria-label=${label}>
+    <rect class="track" width="100" height="8" /><rect class="fill" width=${share * 100} height="8" />
+  </svg>`;
+}

@@ -1,0 +1,310 @@
+"""The facts of the console as JSON values, field by field as the page reads them."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from viralfx.domain.clock import timestamp
+from viralfx.domain.doctor import Finding
+from viralfx.domain.fleet import AuditEntry, CheckChange, CheckHistory, Instance
+from viralfx.domain.health.model import CheckReport, HealthReport, Status, Transition
+from viralfx.domain.jobs.ledger import QueueCounts
+from viralfx.domain.jobs.model import Job, JobAttempt
+from viralfx.domain.jobs.schedule import ScheduleTimes
+from viralfx.domain.operations import Operations, SavedState
+from viralfx.domain.resilience.breaker import CircuitBreaker
+from viralfx.domain.shutdown import PhaseReport
+
+View = dict[str, Any]
+
+MAX_TEXT_CHARACTERS = 64 * 1024
+"""Characters of a payload or result that are shown."""
+
+
+def moment(value: datetime | None) -> str | None:
+    """Return a time as text."""
+    return None if value is None else timestamp(value)
+
+
+def _ms(seconds: float | None) -> int | None:
+    return None if seconds is None else round(seconds * 1000)
+
+
+# -- the process ---------------------------------------------------------------------------------
+
+
+def check_view(check: CheckReport) -> View:
+    """Return one check."""
+    details = check.details
+    if check.live_details is not None and isinstance(details, Mapping):
+        details = {**details, **check.live_details()}
+    return {
+        "name": check.name,
+        "status": str(check.status),
+        "message": check.message,
+        "code": None if check.status is Status.PASS else check.code or str(check.status),
+        "correlationId": check.correlation_id,
+        "responseMs": _ms(check.response_time),
+        "checkedAt": moment(check.checked_at),
+        "since": timestamp(check.since),
+        "critical": check.policy.critical,
+        "gates": check.policy.required_for_readiness,
+        "intervalMs": _ms(
+            check.policy.interval
+            if check.status is Status.PASS
+            else check.policy.interval_when_failing
+        ),
+        "details": details,
+    }
+
+
+def checks_view(report: HealthReport, names: Sequence[str] | None = None) -> View:
+    """Return the health with all checks, or with those of some names."""
+    wanted = report.checks if names is None else [n for n in names if n in report.checks]
+    return {
+        "health": str(report.health),
+        "failingGates": list(report.failing_gates),
+        "failOpen": report.fail_open,
+        "checks": [check_view(report.checks[name]) for name in wanted],
+    }
+
+
+def change_view(change: Transition) -> View:
+    """Return a change of a check of this process."""
+    return {
+        "check": change.check,
+        "old": None if change.old is None else str(change.old),
+        "new": str(change.new),
+        "code": change.code,
+        "message": change.message,
+        "at": timestamp(change.at),
+        "correlationId": change.correlation_id,
+    }
+
+
+def stop_view(operations: Operations) -> View:
+    """Return the whole stop of this process."""
+    report = operations.shutdown.report()
+    triggered = operations.shutdown.triggered
+    return {
+        "state": str(operations.lifecycle.state),
+        "reason": report.reason,
+        "deadline": moment(report.deadline),
+        "remaining": round(operations.shutdown.remaining(), 1) if triggered else None,
+        "stages": [_phase(phase) for phase in report.phases],
+        "previous": None if operations.previous is None else _previous(operations.previous),
+    }
+
+
+def _phase(phase: PhaseReport) -> View:
+    ended = {stage.name: stage for stage in phase.stages}
+    names = list(dict.fromkeys((*phase.planned, *ended)))
+    return {
+        "name": str(phase.phase),
+        "budgetMs": _ms(phase.budget),
+        "state": phase.state,
+        "durationMs": _ms(phase.duration),
+        "outcome": None if phase.outcome is None else str(phase.outcome),
+        "parts": [
+            {
+                "name": name,
+                "state": "done"
+                if name in ended
+                else "running"
+                if name in phase.running
+                else "pending",
+                "outcome": str(ended[name].outcome) if name in ended else None,
+                "durationMs": _ms(ended[name].duration) if name in ended else None,
+                "began": moment(phase.running.get(name)),
+            }
+            for name in names
+        ],
+    }
+
+
+def _previous(state: SavedState) -> View:
+    return {
+        "savedAt": timestamp(state.saved_at),
+        "starts": state.starts,
+        "uptime": round(state.uptime, 3),
+        "health": state.health,
+        "reason": state.shutdown_reason,
+        "phases": dict(state.shutdown_phases),
+    }
+
+
+def circuit_view(breaker: CircuitBreaker, rejected: int, since: datetime | None) -> View:
+    """Return one circuit."""
+    snapshot = breaker.snapshot()
+    remaining = snapshot["remaining"]
+    return {
+        "name": breaker.name,
+        "state": snapshot["state"],
+        "failureCount": snapshot["failureCount"],
+        "retryAfter": round(remaining, 1) if isinstance(remaining, float) and remaining else None,
+        "rejected": rejected,
+        "since": moment(since),
+    }
+
+
+def queue_view(name: str, counts: QueueCounts, concurrency: Mapping[str, int]) -> View:
+    """Return one queue, with the fields of ``GET /api/v1/queues``."""
+    states = ("waiting", "scheduled", "active", "completed", "failed", "cancelled")
+    return {
+        "name": name,
+        "paused": counts.paused,
+        "concurrency": concurrency.get(name),
+        "consumers": counts.consumers,
+        "oldestDue": round(counts.oldest_due, 3),
+        "counts": {state: getattr(counts, state) for state in states},
+    }
+
+
+# -- the fleet -----------------------------------------------------------------------------------
+
+_ORDER = {"silent": 1, "stopped": 2}
+
+
+def fleet_view(instances: Sequence[Instance], own: str) -> list[View]:
+    """Return the instances: those that run first, then silent ones, then stopped ones."""
+    shown = sorted(instances, key=lambda each: (_ORDER.get(each.state, 0), each.report.role))
+    return [
+        {
+            "instance": each.report.instance,
+            "host": each.report.host,
+            "role": each.report.role,
+            "version": each.report.version,
+            "environment": each.report.environment,
+            "startedAt": timestamp(each.report.started_at),
+            "seenAt": timestamp(each.seen_at),
+            "age": round(each.age, 1),
+            "connected": each.connected,
+            "state": each.state,
+            "lastState": each.report.state,
+            "reason": each.report.reason,
+            "health": each.report.health,
+            "checks": each.report.checks,
+            "jobs": each.report.jobs,
+            "queues": list(each.report.queues),
+            "self": each.report.instance == own,
+        }
+        for each in shown
+    ]
+
+
+def fleet_change_view(change: CheckChange) -> View:
+    """Return a change of a check of an instance."""
+    return {
+        "instance": change.instance,
+        "check": change.check,
+        "at": timestamp(change.at),
+        "old": change.old,
+        "new": change.new,
+        "code": change.code,
+    }
+
+
+def history_view(found: Mapping[str, CheckHistory]) -> View:
+    """Return the history of each check."""
+    return {
+        name: {
+            "uptime": None if each.uptime is None else round(100 * each.uptime, 2),
+            "segments": [
+                {"at": timestamp(one.at), "status": one.status, "instance": one.instance}
+                for one in each.segments
+            ],
+        }
+        for name, each in found.items()
+    }
+
+
+def audit_view(entry: AuditEntry) -> View:
+    """Return an entry of the audit."""
+    return {
+        "at": timestamp(entry.at),
+        "instance": entry.instance,
+        "actor": entry.actor,
+        "role": entry.role,
+        "action": entry.action,
+        "target": entry.target,
+        "outcome": entry.outcome,
+    }
+
+
+# -- jobs ----------------------------------------------------------------------------------------
+
+
+def job_view(job: Job) -> View:
+    """Return a job without payload, result and past attempts, as ``GET /api/v1/jobs`` does."""
+    error = job.error
+    return {
+        "id": job.id,
+        "queue": job.queue,
+        "task": job.task,
+        "state": str(job.state),
+        "attempts": job.attempts_made,
+        "crashes": job.crashes,
+        "error": None if error is None else {"code": error.code, "message": error.message},
+        "correlationId": job.correlation_id,
+        "userId": job.user_id,
+        "priority": job.priority,
+        "idempotencyKey": job.key,
+        "createdAt": timestamp(job.created_at),
+        "runAt": timestamp(job.run_at),
+        "startedAt": moment(job.started_at),
+        "finishedAt": moment(job.finished_at),
+        "worker": job.worker,
+        "cancelRequested": job.cancel_requested,
+        "progress": None if job.progress is None else msgspec.Raw(job.progress),
+    }
+
+
+def job_details(job: Job, payload: str | None, result: str | None, *, hidden: bool) -> View:
+    """Return a job with its past attempts; payload and result are texts that may be shown."""
+    texts = (payload, result)
+    return {
+        **job_view(job),
+        "payload": None if payload is None else payload[:MAX_TEXT_CHARACTERS],
+        "result": None if result is None else result[:MAX_TEXT_CHARACTERS],
+        "payloadHidden": hidden,
+        "payloadBytes": len(job.payload),
+        "resultBytes": 0 if job.result is None else len(job.result),
+        "cut": any(text is not None and len(text) > MAX_TEXT_CHARACTERS for text in texts),
+        "history": [_attempt(each) for each in reversed(job.history)],
+    }
+
+
+def _attempt(attempt: JobAttempt) -> View:
+    error = attempt.error
+    return {
+        "number": attempt.number,
+        "worker": attempt.worker,
+        "startedAt": moment(attempt.started_at),
+        "endedAt": timestamp(attempt.ended_at),
+        "error": {"code": error.code, "message": error.message, "traceback": error.traceback},
+    }
+
+
+def schedule_view(found: ScheduleTimes) -> View:
+    """Return a schedule with its next times."""
+    runs = [timestamp(each) for each in found.next_runs]
+    return {
+        "task": found.task,
+        "cron": found.cron,
+        "timezone": found.timezone,
+        "lastRunAt": moment(found.last_run_at),
+        "nextRunAt": runs[0] if runs else None,
+        "nextRuns": runs,
+    }
+
+
+def finding_view(finding: Finding) -> View:
+    """Return a finding of the doctor."""
+    return {
+        "area": str(finding.area),
+        "verdict": str(finding.verdict),
+        "found": finding.found,
+        "remedy": finding.remedy,
+    }

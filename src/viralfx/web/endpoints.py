@@ -1,0 +1,495 @@
+"""The operations endpoints, with responses as status, headers and bytes.
+
+All endpoints are synchronous and read data that is already known, except a forced round of checks
+and endpoints with a request body. The gate and the documented routes serve the same responses.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from urllib.parse import parse_qs
+
+import msgspec
+
+from viralfx.bootstrap import Assembly
+from viralfx.domain.clock import timestamp
+from viralfx.domain.health.model import (
+    CheckReport,
+    Health,
+    HealthReport,
+    NotReadyReason,
+    Status,
+    Transition,
+)
+from viralfx.domain.operations import Operations, SavedState
+from viralfx.domain.shutdown import PhaseReport
+from viralfx.settings import Settings
+from viralfx.telemetry.logging.lines import LoggerLevels
+from viralfx.telemetry.metrics import Metrics
+from viralfx.web import schemas
+from viralfx.web.auth import AccessPolicy, AccessVerdict, Headers
+from viralfx.web.console import Console, is_served
+from viralfx.web.console.data import ShowPayload
+from viralfx.web.cors import CorsPolicy
+from viralfx.web.groups import GroupEndpoints
+from viralfx.web.loggers import LoggersEndpoints
+from viralfx.web.responses import (
+    READ,
+    DenialLog,
+    Denied,
+    Endpoint,
+    RawResponse,
+    encode,
+    json_response,
+    not_allowed,
+    problem_response,
+    raw_response,
+    retry_after,
+)
+
+_HISTORY_SHOWN = 20
+_ALWAYS_LISTED = ("database", "redis")
+
+
+def readiness(report: HealthReport, reason: NotReadyReason | None) -> schemas.Readiness:
+    """Return the body of the readiness probe; ``reason`` is None if the service is ready."""
+    return schemas.Readiness(
+        ready=reason is None,
+        checks={
+            name: check.status is not Status.FAIL
+            for name, check in report.checks.items()
+            if name in _ALWAYS_LISTED or check.policy.required_for_readiness
+        },
+        reason=None if reason is None else str(reason),
+        degraded=reason is None and report.fail_open,
+    )
+
+
+def startup(report: HealthReport, *, application_started: bool) -> schemas.Startup:
+    """Return the body of the startup probe, with the checks that start-up waits for."""
+    started = report.started and application_started
+    waiting = [
+        name
+        for name, check in report.checks.items()
+        if check.checked_at is None or name in report.failing_gates
+    ]
+    return schemas.Startup(started=started, pending=[] if started else waiting)
+
+
+def detailed(operations: Operations, report: HealthReport) -> schemas.DetailedHealth:
+    """Return all checks and figures. Time and uptime are placeholders, see :meth:`detailed`."""
+    usage = operations.usage()
+    times = [c.response_time for c in report.checks.values() if c.response_time is not None]
+    return schemas.DetailedHealth(
+        status=str(report.health),
+        timestamp="",
+        uptime=0.0,
+        version=operations.version,
+        environment=operations.environment,
+        checks={name: check_state(check) for name, check in report.checks.items()},
+        metrics=schemas.Metrics(
+            response_time=_milliseconds(sum(times)),
+            memory_usage=schemas.MemoryUsage(
+                rss=usage.rss,
+                heap_total=usage.heap_total,
+                heap_used=usage.heap_used,
+                external=usage.external,
+            ),
+            cpu_usage=usage.cpu_percent,
+        ),
+    )
+
+
+def check_state(check: CheckReport) -> schemas.CheckState:
+    """Return the body of one check, as in ``GET /health/detailed``."""
+    seconds = check.response_time
+    response_time = None if seconds is None else _milliseconds(seconds)
+    details = check.details
+    if isinstance(details, Mapping):
+        # The jq filters of docs/operations.md read the response time here as well.
+        live = {} if check.live_details is None else check.live_details()
+        details = {**details, **live, "responseTime": response_time}
+    error = None
+    if check.status is not Status.PASS:
+        error = schemas.CheckError(
+            code=check.code or str(check.status), correlation_id=check.correlation_id
+        )
+    return schemas.CheckState(
+        status=str(check.status),
+        message=check.message,
+        details=details,
+        response_time=response_time,
+        since=timestamp(check.since),
+        checked_at=timestamp(check.checked_at) if check.checked_at else None,
+        error=error,
+    )
+
+
+def named_check(check: CheckReport, history: tuple[Transition, ...]) -> schemas.NamedCheckState:
+    """Return the body of ``GET /health/{check}``: the check with its latest changes."""
+    changes = [change for change in history if change.check == check.name]
+    return schemas.NamedCheckState(
+        name=check.name,
+        history=[
+            schemas.Change(
+                at=timestamp(change.at),
+                old=str(change.old) if change.old else None,
+                new=str(change.new),
+                code=change.code,
+            )
+            for change in changes[-_HISTORY_SHOWN:]
+        ],
+        **msgspec.structs.asdict(check_state(check)),
+    )
+
+
+def shutdown_accepted(operations: Operations) -> schemas.ShutdownAccepted:
+    """Return the summary of the shutdown."""
+    report = operations.shutdown.report()
+    return schemas.ShutdownAccepted(
+        state=str(operations.lifecycle.state),
+        reason=report.reason,
+        deadline=timestamp(report.deadline) if report.deadline else None,
+    )
+
+
+def shutdown_status(operations: Operations) -> schemas.ShutdownStatus:
+    """Return all phases of the shutdown, and the saved state of the previous process."""
+    previous = operations.previous
+    return schemas.ShutdownStatus(
+        stages=[_phase(phase) for phase in operations.shutdown.report().phases],
+        previous=_previous(previous) if previous else None,
+        **msgspec.structs.asdict(shutdown_accepted(operations)),
+    )
+
+
+def _phase(phase: PhaseReport) -> schemas.PhaseState:
+    return schemas.PhaseState(
+        name=str(phase.phase),
+        budget=_milliseconds(phase.budget),
+        state=phase.state,
+        duration=None if phase.duration is None else _milliseconds(phase.duration),
+        outcome=str(phase.outcome) if phase.outcome else None,
+        parts=[
+            schemas.StageState(
+                name=stage.name,
+                outcome=str(stage.outcome),
+                duration=_milliseconds(stage.duration),
+            )
+            for stage in phase.stages
+        ],
+    )
+
+
+def _previous(state: SavedState) -> schemas.PreviousRun:
+    return schemas.PreviousRun(
+        saved_at=timestamp(state.saved_at),
+        starts=state.starts,
+        uptime=round(state.uptime, 3),
+        health=state.health,
+        reason=state.shutdown_reason,
+        phases=dict(state.shutdown_phases),
+    )
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+class OperationsEndpoints:
+    """All operations endpoints below ``prefix``, and the metrics."""
+
+    def __init__(
+        self,
+        operations: Operations,
+        access: AccessPolicy,
+        metrics: Metrics,
+        *,
+        prefix: str = "/health",
+        metrics_path: str = "/metrics",
+        groups: Mapping[str, Sequence[str]] | None = None,
+        cors_origins: Sequence[str] = (),
+    ) -> None:
+        self._operations = operations
+        self._metrics = metrics
+        self._lifecycle = operations.lifecycle
+        self._monitor = operations.monitor
+        self._clock = operations.clock
+        self._access = access
+        self._denials = DenialLog(operations.clock)
+        self._prefix = prefix
+        self.path_prefix = f"{prefix}/"
+        """The prefix of paths that may be served here although they are not in ``endpoints``."""
+        self._environment = encode(operations.environment)
+        self._ready: tuple[HealthReport | None, NotReadyReason | None, RawResponse] = (
+            None,
+            None,
+            json_response(503, b""),
+        )
+        self._detailed: tuple[HealthReport | None, object, bytes, bytes] = (None, None, b"", b"")
+        intervals = (self._monitor.policy(n).interval_when_failing for n in self._monitor.checks)
+        self._next_poll = min(intervals, default=1.0)
+        self._timestamp = (-1, b"")
+        self._console: Console | None = None
+        self._loggers = LoggersEndpoints(access, self._denials, f"{prefix}/loggers")
+        self._groups = GroupEndpoints(
+            groups or {},
+            monitor=self._monitor,
+            clock=self._clock,
+            access=access,
+            denials=self._denials,
+            path=f"{prefix}/group",
+            show=check_state,
+        )
+        self.endpoints: dict[str, Endpoint] = {
+            prefix: self._read_only(self.basic),
+            f"{prefix}/live": self._read_only(self.live),
+            f"{prefix}/ready": self._read_only(self.ready),
+            f"{prefix}/startup": self._read_only(self.startup),
+            f"{prefix}/detailed": self._details,
+            f"{prefix}/shutdown": self._shutdown,
+            f"{prefix}/loggers": self._loggers.list,
+            metrics_path: self._scrape,
+        }
+        """The endpoints by path. The first four read nothing but the method of the request."""
+        for name in self._monitor.checks:
+            self.endpoints.setdefault(f"{prefix}/{name}", self._one_check(name))
+        self._cors = CorsPolicy(cors_origins) if cors_origins else None
+        if self._cors is not None:
+            self.endpoints = {
+                path: self._cors.apply(endpoint) for path, endpoint in self.endpoints.items()
+            }
+
+    def add_console(self, console: Console) -> None:
+        """Serve the console, too; pages of other origins cannot read it."""
+        self._console = console
+        self.endpoints |= console.endpoints
+
+    @property
+    def denials(self) -> DenialLog:
+        """The log of refused requests."""
+        return self._denials
+
+    @property
+    def levels(self) -> LoggerLevels:
+        """The levels of loggers, with those from before all changes."""
+        return self._loggers.levels
+
+    def count_requests(self, count: Callable[[], int]) -> None:
+        """Show in the console how many requests of the application are in flight."""
+        if self._console is not None:
+            self._console.requests = count
+
+    @property
+    def console(self) -> Console | None:
+        """The console; None if it is not served."""
+        return self._console
+
+    def serve_below(self, path: str) -> None:
+        """Serve the endpoints of known paths below ``path``, too: an application's documents do."""
+        if path := path.strip("/"):
+            own = {p: e for p, e in self.endpoints.items() if p.startswith(self._prefix)}
+            self.endpoints |= {f"/{path}{known}": endpoint for known, endpoint in own.items()}
+
+    def find(self, path: str) -> Endpoint | None:
+        """Return the endpoint for a path; None for an unknown path that is not below the prefix."""
+        endpoint = self.endpoints.get(path)
+        if endpoint is None and path.startswith(self.path_prefix):
+            if self._console is not None and (file := self._console.find(path)) is not None:
+                return file
+            endpoint = self._loggers.find(path) or self._groups.find(path)
+            # A path with one segment below the prefix is a check; a trailing slash is a segment.
+            if endpoint is None and "/" not in path[len(self._prefix) + 1 : -1]:
+                endpoint = self._unknown
+            if endpoint is not None and self._cors is not None:
+                endpoint = self._cors.apply(endpoint)
+        return endpoint
+
+    def _now(self) -> bytes:
+        # Formatting a timestamp costs as much as the rest of a response, and most responses share
+        # their millisecond with another one.
+        millisecond = int(self._clock.monotonic() * 1000)
+        cached_at, text = self._timestamp
+        if cached_at != millisecond:
+            text = timestamp(self._clock.now()).encode()
+            self._timestamp = (millisecond, text)
+        return text
+
+    # -- the probes --------------------------------------------------------------------------
+
+    def basic(self) -> RawResponse:
+        """``GET /health``."""
+        stopping = self._lifecycle.stopping
+        body = b'{"status":"%s","timestamp":"%s","uptime":%.3f,"environment":%s}' % (
+            b"shutting_down" if stopping else b"ok",
+            self._now(),
+            self._lifecycle.uptime,
+            self._environment,
+        )
+        if stopping:
+            return json_response(503, body, self._retry_after_shutdown())
+        return json_response(200, body)
+
+    def live(self) -> RawResponse:
+        """``GET /health/live``: 200 as long as the event loop runs."""
+        body = b'{"alive":true,"uptime":%.3f,"timestamp":"%s"}' % (
+            self._lifecycle.uptime,
+            self._now(),
+        )
+        return json_response(200, body)
+
+    def ready(self) -> RawResponse:
+        """``GET /health/ready``."""
+        report = self._monitor.report()
+        reason = self._lifecycle.follow(report)
+        seen_report, seen_reason, response = self._ready
+        if seen_report is report and seen_reason is reason and not self._lifecycle.stopping:
+            return response
+        body = readiness(report, reason)
+        if reason is None:
+            response = json_response(200, encode(body))
+        elif reason is NotReadyReason.DRAINING:
+            response = json_response(503, encode(body), self._retry_after_shutdown())
+        else:
+            response = json_response(503, encode(body), retry_after(self._next_poll))
+        self._ready = (report, reason, response)
+        return response
+
+    def startup(self) -> RawResponse:
+        """``GET /health/startup``."""
+        report = self._monitor.report()
+        self._lifecycle.follow(report)
+        body = startup(report, application_started=self._lifecycle.application_started)
+        if body.started:
+            return json_response(200, encode(body))
+        return json_response(503, encode(body), retry_after(1.0))
+
+    def _retry_after_shutdown(self) -> tuple[bytes, bytes]:
+        return retry_after(self._operations.shutdown.remaining())
+
+    # -- details -----------------------------------------------------------------------------
+
+    def detailed(self) -> RawResponse:
+        """``GET /health/detailed``."""
+        report = self._monitor.report()
+        live = [each.live_details() for each in report.checks.values() if each.live_details]
+        seen_report, seen_live, head, tail = self._detailed
+        if seen_report is not report or seen_live != live:
+            whole = encode(detailed(self._operations, report))
+            # The report is encoded once, unless figures of the moment change. Timestamp and
+            # uptime, the second and third field, are inserted into each response.
+            head, _, tail = whole.partition(b',"timestamp":"","uptime":0.0,')
+            self._detailed = (report, live, head, tail)
+        body = b'%s,"timestamp":"%s","uptime":%.3f,%s' % (
+            head,
+            self._now(),
+            self._lifecycle.uptime,
+            tail,
+        )
+        if report.health is Health.UNHEALTHY:
+            return json_response(503, body, retry_after(self._next_poll))
+        return json_response(200, body)
+
+    async def detailed_fresh(self) -> RawResponse:
+        """``GET /health/detailed?fresh=1``: waits for one new round of checks."""
+        await self._monitor.refresh()
+        return self.detailed()
+
+    def check(self, name: str) -> RawResponse:
+        """``GET /health/{check}``; 404 for a name that is not registered."""
+        report = self._monitor.report().checks.get(name)
+        if report is None:
+            return problem_response(404, f"There is no check named {name!r}.")
+        body = encode(named_check(report, self._monitor.history))
+        if report.status is Status.FAIL:
+            return json_response(503, body, retry_after(report.policy.interval_when_failing))
+        return json_response(200, body)
+
+    # -- shutdown ----------------------------------------------------------------------------
+
+    def begin_shutdown(self) -> RawResponse:
+        """``POST /health/shutdown`` after authorization: 202 the first time, then 200."""
+        if not self._operations.staged:
+            return problem_response(
+                409,
+                "This server handles its own shutdown; run the application with `viralfx serve`.",
+            )
+        began = self._operations.shutdown.trigger(f"POST {self._prefix}/shutdown")
+        body = shutdown_accepted(self._operations)
+        location = (b"location", f"{self._prefix}/shutdown".encode())
+        return json_response(202 if began else 200, encode(body), location)
+
+    def shutdown_status(self) -> RawResponse:
+        """``GET /health/shutdown`` after authorization; never begins a shutdown."""
+        return json_response(200, encode(shutdown_status(self._operations)))
+
+    # -- methods, queries and tokens ---------------------------------------------------------
+
+    def _read_only(self, respond: Callable[[], RawResponse]) -> Endpoint:
+        def endpoint(method: str, _query: bytes, _headers: Headers) -> RawResponse:
+            return respond() if method in READ else not_allowed("GET, HEAD")
+
+        return endpoint
+
+    def _details(
+        self, method: str, query: bytes, headers: Headers
+    ) -> RawResponse | Awaitable[RawResponse] | Denied:
+        if method not in READ:
+            return not_allowed("GET, HEAD")
+        # Polled often and denied rarely, so an allowed request makes no further call.
+        verdict = self._access.to_details(headers)
+        if (
+            verdict is not AccessVerdict.ALLOWED
+            and (denied := self._denials.of(verdict)) is not None
+        ):
+            return denied
+        if query and parse_qs(query.decode("latin-1")).get("fresh") == ["1"]:
+            return self.detailed_fresh()
+        return self.detailed()
+
+    def _one_check(self, name: str) -> Endpoint:
+        def endpoint(method: str, _query: bytes, headers: Headers) -> RawResponse | Denied:
+            if method not in READ:
+                return not_allowed("GET, HEAD")
+            return self._denials.of(self._access.to_details(headers)) or self.check(name)
+
+        return endpoint
+
+    def _shutdown(self, method: str, _query: bytes, headers: Headers) -> RawResponse | Denied:
+        if method not in (*READ, "POST"):
+            return not_allowed("GET, HEAD, POST")
+        if (denied := self._denials.of(self._access.to_shutdown(headers))) is not None:
+            return denied
+        return self.begin_shutdown() if method == "POST" else self.shutdown_status()
+
+    def _scrape(self, method: str, _query: bytes, headers: Headers) -> RawResponse | Denied:
+        if method not in READ:
+            return not_allowed("GET, HEAD")
+        if (denied := self._denials.of(self._access.to_details(headers))) is not None:
+            return denied
+        accept = b",".join(value for name, value in headers if name == b"accept")
+        body, media_type = self._metrics.render(accept.decode("latin-1"))
+        return raw_response(media_type.encode(), 200, body)
+
+    def _unknown(self, _method: str, _query: bytes, _headers: Headers) -> RawResponse:
+        names = ", ".join(self._monitor.checks)
+        return problem_response(404, f"There is no such check; the checks are {names}.")
+
+
+def add_console(
+    endpoints: OperationsEndpoints,
+    assembly: Assembly,
+    settings: Settings,
+    *,
+    path: str = "/health",
+    show_payload: ShowPayload | None = None,
+) -> None:
+    """Add the console to the endpoints of a process, if the settings allow it."""
+    if is_served(settings):
+        console = Console(
+            assembly,
+            settings,
+            path=path,
+            denials=endpoints.denials,
+            levels=endpoints.levels,
+            show_payload=show_payload,
+        )
+        endpoints.add_console(console)

@@ -1,0 +1,85 @@
+"""Logs the errors that an application did not handle, with its own logging or without any.
+
+Frameworks are recognized by the names of their exceptions, so that none has to be installed.
+"""
+
+import logging
+
+from viralfx.telemetry.context import CLIENT_DISCONNECTED
+from viralfx.web.responses import Scope
+
+_logger = logging.getLogger("viralfx.web")
+
+ERROR = "viralfx.error"
+"""The scope key of an error that a framework has turned into a response."""
+_LOGGED = "viralfx_logged"
+_WRAPPER = ("litestar.exceptions.base_exceptions", "LitestarException")
+_INCOMPLETE = ("litestar.exceptions.http_exceptions", "InternalServerException")
+_LEFT = ("starlette.requests", "ClientDisconnect")
+_DISCONNECT_DETAIL = "client disconnected prematurely"
+"""The detail of Litestar's error for an incomplete request body; the error has no own type."""
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return the error that an application raised, without the wrappers around it.
+
+    Wrappers are Litestar's exception for errors after the start of a response, and an exception
+    group with one member.
+    """
+    while True:
+        inner: BaseException | None = None
+        if isinstance(error, BaseExceptionGroup):
+            inner = error.exceptions[0] if len(error.exceptions) == 1 else None
+        elif _name_of(error) == _WRAPPER:
+            inner = error.__cause__
+        if inner is None:
+            return error
+        error = inner
+
+
+def log_error(scope: Scope) -> None:
+    """Log the stored error of a request, if there is one. Call it for a response with status 500.
+
+    An error with any other status has been handled by the application.
+    """
+    if (error := scope.get(ERROR)) is not None:
+        log_request_error(error, scope["method"], scope["path"])
+
+
+def log_escaped(error: Exception, scope: Scope) -> None:
+    """Log an error that the application raised instead of responding, and mark it as logged.
+
+    A disconnect of the client is not logged, only recorded in the scope.
+    """
+    mark_logged(error)
+    if is_client_disconnect(error):
+        scope[CLIENT_DISCONNECTED] = True
+    else:
+        log_request_error(cause_of(error), scope["method"], scope["path"])
+
+
+def mark_logged(error: BaseException) -> None:
+    """Mark an error, so that the server does not log it again."""
+    vars(error)[_LOGGED] = True
+
+
+def is_logged(error: BaseException) -> bool:
+    """Return True for an error that :func:`mark_logged` has marked."""
+    return _LOGGED in vars(error)
+
+
+def is_client_disconnect(error: Exception) -> bool:
+    """Return True for the error of a framework whose client disconnected during the request."""
+    cause = cause_of(error)
+    if _name_of(cause) == _LEFT:
+        return True
+    return _name_of(cause) == _INCOMPLETE and getattr(cause, "detail", None) == _DISCONNECT_DETAIL
+
+
+def log_request_error(error: BaseException, method: str, path: str) -> None:
+    """Log the error of a request."""
+    _logger.error("Request failed", exc_info=error, extra={"method": method, "path": path})
+
+
+def _name_of(error: BaseException) -> tuple[str, str]:
+    return type(error).__module__, type(error).__qualname__

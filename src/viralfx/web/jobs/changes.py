@@ -1,0 +1,344 @@
+"""The routes of operators: changes of jobs, queues and schedules, and their documentation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import msgspec
+from litestar import Controller, Response, get, post
+from litestar.exceptions import ClientException
+from litestar.openapi.spec import (
+    Example,
+    OpenAPIFormat,
+    OpenAPIMediaType,
+    OpenAPIType,
+    Operation,
+    Reference,
+    RequestBody,
+    Schema,
+)
+from litestar.params import FromPath
+from litestar.types import ExceptionHandlersMap
+from msgspec import Meta
+
+from viralfx.domain.jobs.ledger import QueueCounts
+from viralfx.domain.jobs.model import JobFilter, JobState, LedgerUnavailableError
+from viralfx.web.jobs import openapi, schemas
+from viralfx.web.jobs.openapi import (
+    ACCEPTED,
+    ALWAYS,
+    NO_JSON_TYPE,
+    ON_CHANGE,
+    ON_QUEUE,
+    UNKNOWN,
+    body_spec,
+    ledger_unavailable,
+)
+from viralfx.web.jobs.routes import MAX_BODY_BYTES, AnyRequest, JobsApi, api_of, read_body
+from viralfx.web.routes import problem_spec
+
+_decode = msgspec.json.Decoder(schemas.FilterRequest).decode
+
+
+async def read_filter(request: AnyRequest) -> JobFilter:
+    """Read the filter of a change of many jobs. Raises an HTTP error for an invalid body."""
+    filter_request = await read_body(request, _decode)
+    try:
+        return filter_request.wanted
+    except ValueError as error:
+        raise ClientException(f"The body is invalid: {error}.") from None
+
+
+CANCEL = (
+    "A waiting job is cancelled at once (200). Of a running job (202) the worker cancels the task"
+    " within two seconds; unless the task completes nevertheless, the job is then cancelled."
+)
+RETRY_ALL = (
+    "The filter has at least one field, and a job must match each. The jobs are retried in steps;"
+    " repeat an interrupted request to continue."
+)
+CANCEL_ALL = (
+    "The filter has at least one field, and a job must match each. Waiting jobs are cancelled, and"
+    " running ones as by `POST .../{job_id}/cancel`, in steps; repeat an interrupted request to"
+    " continue."
+)
+
+_ON_BULK_CHANGE: ExceptionHandlersMap = {
+    LedgerUnavailableError: ledger_unavailable(
+        " Some of the jobs may have been changed: send the request again for the others."
+    ),
+}
+"""The handlers that differ when many jobs are changed."""
+
+
+@dataclass
+class _FilterOperation(Operation):
+    """Adds the body of a change of many jobs, which the handler parses."""
+
+    states: ClassVar[Sequence[JobState]] = ()
+
+    def __post_init__(self) -> None:
+        """Set the body."""
+        schema = Schema(
+            type=OpenAPIType.OBJECT,
+            title="JobFilter",
+            min_properties=1,
+            additional_properties=False,
+            properties={
+                "queue": Schema(type=OpenAPIType.STRING),
+                "task": schemas.name_schema(),
+                "state": Schema(type=OpenAPIType.STRING, enum=list(map(str, self.states))),
+                "code": schemas.name_schema(),
+                "before": Schema(
+                    description="Jobs that were accepted before a time, or before another job",
+                    any_of=[
+                        Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.DATE_TIME),
+                        Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.UUID),
+                    ],
+                ),
+            },
+        )
+        value = {"task": "notifications.webhook", "before": "2026-01-07T03:00:00Z"}
+        examples: dict[str, Example | Reference] = {
+            "for example": Example(summary="Old webhooks", value=value)
+        }
+        self.request_body = RequestBody(
+            required=True,
+            content={"application/json": OpenAPIMediaType(schema=schema, examples=examples)},
+        )
+
+
+class RetryAllOperation(_FilterOperation):
+    """Retries failed jobs."""
+
+    states = (JobState.FAILED,)
+
+
+class CancelAllOperation(_FilterOperation):
+    """Cancels waiting and active jobs."""
+
+    states = (JobState.WAITING, JobState.ACTIVE)
+
+
+RETRY_RESPONSES = {
+    202: body_spec(schemas.JobAccepted, "The job waits for its next run.", ACCEPTED),
+    409: problem_spec("The job has not failed."),
+    **NO_JSON_TYPE,
+    **UNKNOWN,
+    **ALWAYS,
+}
+STOP_RESPONSES = {
+    200: body_spec(
+        schemas.JobAccepted, "The job is cancelled.", {**ACCEPTED, "state": "cancelled"}
+    ),
+    202: body_spec(
+        schemas.JobAccepted, "The job runs, and will end.", {**ACCEPTED, "state": "active"}
+    ),
+    409: problem_spec("The job is final."),
+    **NO_JSON_TYPE,
+    **UNKNOWN,
+    **ALWAYS,
+}
+BULK_RESPONSES = {
+    200: body_spec(schemas.JobCount, "How many jobs were changed.", {"count": 17}),
+    **ALWAYS,
+    400: problem_spec("The body is not JSON, or the filter is invalid or has no field."),
+    413: problem_spec("The body is over 64 KiB."),
+    **NO_JSON_TYPE,
+    422: problem_spec("There is no such queue."),
+}
+
+
+class JobChangesController(Controller):
+    """The routes that change jobs."""
+
+    path = schemas.PATH
+
+    @post(
+        "/{job_id:str}/cancel",
+        operation_id="jobCancel",
+        summary="Cancel a job, also a running one",
+        description=CANCEL,
+        status_code=202,
+        request_max_body_size=MAX_BODY_BYTES,
+        responses=STOP_RESPONSES,
+        exception_handlers=ON_CHANGE,
+    )
+    async def cancel(
+        self, request: AnyRequest, job_id: FromPath[str]
+    ) -> Response[schemas.JobAccepted]:
+        job = await api_of(request).service.cancel(job_id)
+        return Response(schemas.accepted(job), status_code=200 if job.state.final else 202)
+
+    @post(
+        "/retry",
+        operation_id="jobRetryAll",
+        summary="Run all failed jobs that match again",
+        description=RETRY_ALL,
+        status_code=200,
+        request_max_body_size=MAX_BODY_BYTES,
+        operation_class=RetryAllOperation,
+        responses=BULK_RESPONSES,
+        exception_handlers=_ON_BULK_CHANGE,
+    )
+    async def retry_all(self, request: AnyRequest) -> schemas.JobCount:
+        wanted = await read_filter(request)
+        return schemas.JobCount(count=await api_of(request).service.retry_all(wanted))
+
+    @post(
+        "/cancel",
+        operation_id="jobCancelAll",
+        summary="Cancel all waiting and running jobs that match",
+        description=CANCEL_ALL,
+        status_code=200,
+        request_max_body_size=MAX_BODY_BYTES,
+        operation_class=CancelAllOperation,
+        responses=BULK_RESPONSES,
+        exception_handlers=_ON_BULK_CHANGE,
+    )
+    async def cancel_all(self, request: AnyRequest) -> schemas.JobCount:
+        wanted = await read_filter(request)
+        return schemas.JobCount(count=await api_of(request).service.cancel_all(wanted))
+
+    @post(
+        "/{job_id:str}/retry",
+        operation_id="jobRetry",
+        summary="Run a failed job again",
+        status_code=202,
+        request_max_body_size=MAX_BODY_BYTES,
+        responses=RETRY_RESPONSES,
+        exception_handlers=ON_CHANGE,
+    )
+    async def retry(self, request: AnyRequest, job_id: FromPath[str]) -> schemas.JobAccepted:
+        return schemas.accepted(await api_of(request).service.retry(job_id))
+
+
+# -- queues and schedules ----------------------------------------------------------------------
+
+QUEUES_PATH = "/api/v1/queues"
+
+
+class QueueJobs(msgspec.Struct, kw_only=True, rename="camel"):
+    """The jobs of a queue by state; final states count pruned jobs, too."""
+
+    waiting: Annotated[int, Meta(description="Jobs that are due")]
+    scheduled: Annotated[int, Meta(description="Jobs that are due later")]
+    active: Annotated[int, Meta(description="Jobs that workers run now")]
+    completed: int
+    failed: int
+    cancelled: int
+
+
+class Queue(msgspec.Struct, kw_only=True, rename="camel"):
+    """A queue with its counts."""
+
+    name: str
+    paused: Annotated[bool, Meta(description="True: workers claim none of its jobs")]
+    concurrency: Annotated[
+        int | None,
+        Meta(description="Its jobs that this process runs at once; null if it runs none"),
+    ]
+    consumers: Annotated[int, Meta(description="Live workers that consume it")]
+    oldest_due: Annotated[
+        float, Meta(description="Seconds for which its longest waiting job has been due")
+    ]
+    counts: QueueJobs
+
+
+class QueueList(msgspec.Struct, kw_only=True, rename="camel"):
+    """All queues."""
+
+    items: list[Queue]
+
+
+def queue_list(
+    queues: Mapping[str, QueueCounts], concurrency: Mapping[str, int] | None = None
+) -> QueueList:
+    """Return the body of a list of queues; ``concurrency``: that of this process by queue."""
+    return QueueList(items=[_view(each, queues[each], concurrency or {}) for each in queues])
+
+
+def _view(name: str, counts: QueueCounts, concurrency: Mapping[str, int]) -> Queue:
+    return Queue(
+        name=name,
+        paused=counts.paused,
+        concurrency=concurrency.get(name),
+        consumers=counts.consumers,
+        oldest_due=round(counts.oldest_due, 3),
+        counts=QueueJobs(
+            waiting=counts.waiting,
+            scheduled=counts.scheduled,
+            active=counts.active,
+            completed=counts.completed,
+            failed=counts.failed,
+            cancelled=counts.cancelled,
+        ),
+    )
+
+
+async def _one(api: JobsApi, name: str) -> Queue:
+    counts = (await api.service.queues()).get(name, QueueCounts())
+    return _view(name, counts, api.concurrency())
+
+
+class QueuesController(Controller):
+    """The routes of queues."""
+
+    path = QUEUES_PATH
+    exception_handlers = ON_QUEUE
+
+    @get(
+        "/",
+        operation_id="queueList",
+        summary="Queues",
+        description=openapi.QUEUES,
+        responses=openapi.QUEUES_RESPONSES,
+    )
+    async def all(self, request: AnyRequest) -> QueueList:
+        api = api_of(request)
+        return queue_list(await api.service.queues(), api.concurrency())
+
+    @post(
+        "/{queue:str}/pause",
+        operation_id="queuePause",
+        summary="Pause a queue",
+        description=openapi.PAUSE,
+        status_code=200,
+        request_max_body_size=MAX_BODY_BYTES,
+        responses=openapi.QUEUE_RESPONSES,
+    )
+    async def pause(self, request: AnyRequest, queue: FromPath[str]) -> Queue:
+        api = api_of(request)
+        await api.service.pause(queue)
+        return await _one(api, queue)
+
+    @post(
+        "/{queue:str}/resume",
+        operation_id="queueResume",
+        summary="Resume a queue",
+        description=openapi.RESUME,
+        status_code=200,
+        request_max_body_size=MAX_BODY_BYTES,
+        responses=openapi.QUEUE_RESPONSES,
+    )
+    async def resume(self, request: AnyRequest, queue: FromPath[str]) -> Queue:
+        api = api_of(request)
+        await api.service.resume(queue)
+        return await _one(api, queue)
+
+
+class SchedulesController(Controller):
+    """Shows the schedules of tasks."""
+
+    path = schemas.SCHEDULES_PATH
+
+    @get(
+        "/",
+        operation_id="scheduleList",
+        summary="Schedules, with their next times",
+        description=openapi.SCHEDULES,
+        responses=openapi.SCHEDULES_RESPONSES,
+    )
+    async def schedules(self, request: AnyRequest) -> schemas.ScheduleList:
+        """Schedules, with their next times."""
+        return schemas.schedules(await api_of(request).service.schedules())

@@ -1,0 +1,383 @@
+"""The operations layer of an application of any framework: its options and its wired services."""
+
+import asyncio
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+from viralfx.bootstrap import assemble
+from viralfx.domain.cache import Cache
+from viralfx.domain.errors import ConfigurationError
+from viralfx.domain.health.checks import AnyCheck
+from viralfx.domain.jobs.hooks import TaskHost, TaskMiddleware
+from viralfx.domain.jobs.service import JobService
+from viralfx.domain.operations import Operations
+from viralfx.domain.resilience.breaker import CircuitBreaker
+from viralfx.domain.resilience.retry import Retrier
+from viralfx.domain.shutdown import AnyStage, Phase
+from viralfx.settings import CredentialsCallable, Settings, read_settings
+from viralfx.telemetry.logging.facts import FactsInMessages
+from viralfx.telemetry.metrics.merged import MetricsRegistry, SiblingProcesses
+from viralfx.web.auth import AccessPolicy
+from viralfx.web.endpoints import OperationsEndpoints, add_console
+from viralfx.web.error_log import cause_of
+from viralfx.web.gate import Gate
+from viralfx.web.in_flight import RequestRecorder, route_of
+from viralfx.web.responses import ASGIApp
+
+if TYPE_CHECKING:
+    from viralfx.bootstrap import PostgresDatabase, RedisClient
+
+
+@dataclass(slots=True, kw_only=True)
+class OperationsConfig:
+    """The application's additions to the operations layer, and its options."""
+
+    settings: Settings | None = None
+    """The settings; None reads them from the environment."""
+    env_prefix: str = ""
+    """Beginning of the names of all variables: with ``OPS_``, DATABASE_URL is OPS_DATABASE_URL, and
+    the name without it is not read. Only for settings from the environment. OpenTelemetry's
+    variables keep their names."""
+    checks: Mapping[str, AnyCheck] = field(default_factory=dict)
+    """The application's own health checks by name: objects with a method ``check``, functions, or
+    a :class:`CheckConfig` of one of these. A check without ``async`` runs in a thread.
+    HEALTH_CRITICAL and READINESS_REQUIRES accept these names, too."""
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Names of checks by name of a group; ``{path}/group/{name}`` answers for those checks alone.
+    """
+    drain_stages: Mapping[str, AnyStage] = field(default_factory=dict)
+    """Stages that run while requests and jobs drain, within SHUTDOWN_DRAIN_TIMEOUT."""
+    save_stages: Mapping[str, AnyStage] = field(default_factory=dict)
+    """Stages that run in order after the drain, within SHUTDOWN_STATE_TIMEOUT."""
+    close_stages: Mapping[str, AnyStage] = field(default_factory=dict)
+    """Stages that run in order after the application's lifespan has ended, within
+    SHUTDOWN_CONNECTION_TIMEOUT."""
+    breakers: Sequence[CircuitBreaker] = ()
+    """The application's circuit breakers. The check ``circuits`` shows them, and their states are
+    saved at shutdown and restored at the next start."""
+    retriers: Sequence[Retrier] = ()
+    """The application's retriers, each with a unique name. The metrics show their failed attempts
+    and the remainder of their budgets."""
+    tasks: Sequence[Callable[..., object] | TaskHost] = ()
+    """The application's functions with ``@task``, in addition to those of TASK_MODULES; also a
+    ``viralfx.taskiq.LedgerBroker``."""
+    task_middleware: Sequence[TaskMiddleware] = ()
+    """Coroutine functions around each call of a task; the first is the outermost."""
+    database_password: CredentialsCallable | None = None
+    """Called for each new connection to Postgres, in place of the password of DATABASE_URL and of
+    DB_PASSWORD; otherwise as ``redis_credentials``."""
+    redis_credentials: CredentialsCallable | None = None
+    """Called for each new connection to Redis, in place of REDIS_USERNAME and REDIS_PASSWORD. It
+    returns a password, or (user, password). A plain function runs in a thread, so it may block."""
+    registries: Sequence[MetricsRegistry] = ()
+    """The application's registries of prometheus_client, whose metrics ``metrics_path`` shows, too;
+    of two metrics with one name, that of this package, then that of the first registry."""
+    path: str = "/health"
+    """The path of the endpoints. The manifests and the ``probe`` command expect the default."""
+    show_payload: Callable[[str, bytes], str | None] | None = None
+    """Returns the text of a job's payload or result that readers of the console may see, from the
+    name of its task and JSON; None hides it. Without the function all are hidden."""
+    metrics_path: str = "/metrics"
+    """The path of the metrics, in Prometheus's text format or OpenMetrics."""
+    cors_origins: Sequence[str] = ()
+    """Origins whose pages may read the endpoints in a browser, such as
+    ``https://status.example``; ``*`` is every origin. They may change nothing."""
+    tag: str = "operations"
+    """The OpenAPI tag of the endpoints."""
+    include_in_schema: bool = True
+    """Whether the application's OpenAPI document lists the endpoints and the jobs API."""
+    jobs_api: bool = False
+    """Whether a Litestar application serves the jobs API at ``/api/v1``, with the token API_TOKEN.
+    """
+    dependencies: bool = True
+    """Whether handlers of Litestar get ``jobs``, ``cache``, ``database`` and ``redis`` as
+    dependencies, unless the application has dependencies of these names."""
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a prefix that has no effect, and for unusable paths.
+
+        A path is absolute, does not end in a slash, and is not in use. One function in place of a
+        list of them, and a list in place of a mapping, are a ``TypeError``.
+        """
+        for name, value in (("tasks", self.tasks), ("task_middleware", self.task_middleware)):
+            if callable(value):
+                raise TypeError(
+                    f"OperationsConfig.{name} takes a list, as in {name}=[f]: {value!r}"
+                )
+        for name in ("checks", "groups", "drain_stages", "save_stages", "close_stages"):
+            given: object = getattr(self, name)
+            if not isinstance(given, Mapping):
+                kind = type(given).__name__
+                raise TypeError(f"OperationsConfig.{name} takes a mapping by name, not a {kind}")
+        if self.env_prefix and self.settings is not None:
+            raise ValueError("env_prefix has no effect with settings; pass one of them")
+        if self.env_prefix and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.env_prefix):
+            raise ValueError(f"env_prefix must be the start of a name: {self.env_prefix!r}")
+        for name, path in (("path", self.path), ("metrics_path", self.metrics_path)):
+            if not path.startswith("/") or path.endswith("/"):
+                raise ValueError(f"{name} must start with a slash and not end with one: {path!r}")
+        if f"{self.metrics_path}/".startswith(f"{self.path}/"):
+            raise ValueError(f"metrics_path must not be below path: {self.metrics_path!r}")
+
+
+SECOND_LAYER = (
+    "OperationsMiddleware: the application has an operations layer already; keep one, around the"
+    " whole application"
+)
+LIFESPAN_IN_LAYER: ContextVar[object] = ContextVar("lifespan_in_layer", default=None)
+"""The task with the lifespan of an application that is inside an OperationsMiddleware.
+
+Tasks that the application starts inherit the value, and may run other applications.
+"""
+
+
+class OperationsLayer:
+    """Checks, endpoints, jobs and shutdown stages of one application; knows no framework.
+
+    Subclasses connect it to an application.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_access_log_is_set",
+        "_config",
+        "_facts",
+        "_on_wired",
+        "_refused",
+        "_run_jobs",
+        "_siblings",
+        "assembly",
+        "endpoints",
+        "loop",
+        "settings",
+    )
+
+    def __init__(self, config: OperationsConfig | None = None) -> None:
+        """Wire the layer; None uses the default configuration.
+
+        Raises :class:`ConfigurationError` with every problem of the settings, and ``TypeError`` for
+        another configuration.
+        """
+        given: object = config
+        if given is not None and not isinstance(given, OperationsConfig):
+            raise TypeError(
+                f"{self._name} takes an OperationsConfig, such as OperationsConfig(tasks=[...]),"
+                f" not {type(given).__qualname__}"
+            )
+        self._config = config = config or OperationsConfig()
+        self.settings = config.settings or read_settings(os.environ, env_prefix=config.env_prefix)
+        self._refused = False
+        self._run_jobs = True
+        self._siblings = SiblingProcesses()
+        self._facts = FactsInMessages.from_settings(self.settings)
+        variable = f"{config.env_prefix}ACCESS_LOG"
+        self._access_log_is_set = config.settings is not None or bool(
+            {variable, f"{variable}_FILE"} & os.environ.keys()
+        )
+        self._on_wired: Callable[[], None] = lambda: None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """The event loop of the application's lifespan; None while it does not run."""
+        self._wire()
+        _created.add(self)
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _wire(self) -> None:
+        config = self._config
+        self.assembly = assemble(
+            self.settings,
+            checks=config.checks,
+            groups=config.groups,
+            registries=config.registries,
+            breakers=config.breakers,
+            retriers=config.retriers,
+            tasks=config.tasks,
+            task_middleware=config.task_middleware,
+            database_password=config.database_password,
+            redis_credentials=config.redis_credentials,
+            stages={
+                Phase.DRAIN: config.drain_stages,
+                Phase.SAVE_STATE: config.save_stages,
+                Phase.CLOSE: config.close_stages,
+            },
+        )
+        self.endpoints = OperationsEndpoints(
+            self.assembly.operations,
+            AccessPolicy.from_settings(self.settings),
+            self.assembly.metrics,
+            prefix=config.path,
+            metrics_path=config.metrics_path,
+            groups=config.groups,
+            cors_origins=config.cors_origins,
+        )
+        add_console(
+            self.endpoints,
+            self.assembly,
+            self.settings,
+            path=config.path,
+            show_payload=config.show_payload,
+        )
+        if not self._run_jobs:
+            self.assembly.jobs.disable_worker()
+        self._on_wired()
+        self._connect()
+
+    def _connect(self) -> None:
+        """Connect the application to services that were wired just now."""
+
+    def rewire(self, *, run_jobs: bool = True, on_wired: Callable[[], None] = lambda: None) -> None:
+        """Start anew with an empty memory, for a test; the application must not be started.
+
+        Without ``run_jobs`` this process runs no jobs by itself. ``on_wired`` is called now, and
+        when the application is started again.
+        """
+        self._run_jobs, self._on_wired = run_jobs, on_wired
+        self._wire()
+
+    @property
+    def config(self) -> OperationsConfig:
+        """The application's additions and options."""
+        return self._config
+
+    @property
+    def operations(self) -> Operations:
+        """The lifecycle, health monitor and shutdown sequence."""
+        return self.assembly.operations
+
+    @property
+    def database(self) -> "PostgresDatabase":
+        """Postgres: the pool and ``execute_with_retry``. It connects when the application starts.
+
+        Raises :class:`ConfigurationError` if DATABASE_URL is not set.
+        """
+        self._require_use()
+        if self.assembly.database is None:
+            raise ConfigurationError(["DATABASE_URL: not set, so there is no database"])
+        return self.assembly.database
+
+    @property
+    def redis(self) -> "RedisClient":
+        """Redis: the redis-py client and ``get_with_graceful_degradation``.
+
+        Raises :class:`ConfigurationError` if no Redis is configured.
+        """
+        self._require_use()
+        if self.assembly.redis is None:
+            raise ConfigurationError(["REDIS_HOST: not set, so there is no Redis"])
+        return self.assembly.redis
+
+    @property
+    def cache(self) -> Cache:
+        """A cache with a time to live and single-flight loads, in Redis or in memory."""
+        self._require_use()
+        return self.assembly.cache
+
+    @property
+    def jobs(self) -> JobService:
+        """The service that accepts, finds, retries and cancels jobs, in Postgres or in memory."""
+        self._require_use()
+        return self.assembly.jobs.service
+
+    def refuse_use(self) -> None:
+        """Make the clients raise :class:`ConfigurationError`: this process never starts them."""
+        self._refused = True
+
+    def _require_use(self) -> None:
+        if self._refused:
+            problem = (
+                f"{self._name}: this process does not start it, because it does not know its"
+                " application; name that with --app MODULE:NAME"
+            )
+            raise ConfigurationError([problem])
+
+    def request_recorder(self, *, own_server: bool = True) -> RequestRecorder:
+        """Return the recorder of requests for a gate.
+
+        Another server logs each request itself, and an application may. So with ``own_server``
+        False, or beside such an application, this package does so only if ACCESS_LOG is set.
+        """
+        alone = own_server and not self._logs_requests_itself()
+        access_log = self.settings.access_log and (alone or self._access_log_is_set)
+        return RequestRecorder(self.assembly.metrics.requests, access_log=access_log)
+
+    def traced(self, app: ASGIApp) -> ASGIApp:
+        """Return ``app`` with a span for each recorded request, or unchanged without tracing.
+
+        An application that makes these spans itself is unchanged, too.
+        """
+        tracing = self.assembly.tracing
+        return (
+            app
+            if tracing is None or self._traces_itself()
+            else tracing.requests(app, route_of, cause_of)
+        )
+
+    def _logs_requests_itself(self) -> bool:
+        """Return whether the application logs each request; a subclass may know."""
+        return False
+
+    def _traces_itself(self) -> bool:
+        """Return whether the application makes a span of each request; a subclass may know."""
+        return False
+
+    def gate(self, app: ASGIApp, *, own_server: bool = True) -> Gate:
+        """Return a gate in front of ``app`` that traces and records its requests.
+
+        ``own_server`` is that of :meth:`request_recorder`.
+        """
+        recorder = self.request_recorder(own_server=own_server)
+        return Gate(self.endpoints, self.traced(app), recorder)
+
+    def begin(self) -> None:
+        """Prepare the start of the application's lifespan, on its event loop.
+
+        Raises :class:`ConfigurationError` for tasks that cannot work.
+        """
+        staged = self.operations.staged
+        if self.operations.shutdown.triggered and not staged:
+            # The lifespan starts again, as with several test clients in a row. A shutdown is final,
+            # so the layer is wired again.
+            self._wire()
+        jobs = self.assembly.jobs
+        if not staged:  # otherwise the runner did it
+            jobs.load_late_tasks()
+        jobs.require_dependencies()
+        self.loop = asyncio.get_running_loop()
+        if not staged:
+            self._facts.install()
+            self._siblings.warn()
+
+    async def end(self) -> None:
+        """Run the shutdown stages at the end of the lifespan, also of one that failed to start."""
+        self.operations.shutdown.trigger("application lifespan ended")
+        await self.operations.shutdown.run()
+        self._siblings.close()
+        self._facts.remove()
+        self.loop = None
+
+
+_created: "WeakSet[OperationsLayer]" = WeakSet()
+
+
+def created_layers() -> list[OperationsLayer]:
+    """Return the layers of this process that are in use somewhere."""
+    return list(_created)
+
+
+def refuse_layers(*, but: OperationsLayer | None = None) -> bool:
+    """Make the layers of this process refuse their use; return True if there is one.
+
+    ``but``: the one that this process starts. Without this a task that uses another one would wait
+    for a connection until its timeout, or submit jobs that no worker finds.
+    """
+    others = [layer for layer in _created if layer is not but]
+    for layer in others:
+        layer.refuse_use()
+    return bool(others)

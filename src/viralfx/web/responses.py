@@ -1,0 +1,319 @@
+"""The types of ASGI, and the responses that are made without Litestar.
+
+Every error response is a problem (RFC 9457).
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from contextvars import Context
+from http import HTTPStatus
+from typing import Any, TypeAlias
+
+import msgspec
+
+from viralfx.domain.clock import Clock
+from viralfx.domain.correlation import (
+    choose_correlation_id,
+    current_correlation_id,
+    new_correlation_id,
+)
+from viralfx.web.auth import AccessVerdict, Headers
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+IN_FLIGHT = "viralfx.in_flight"
+"""The scope key of the :class:`InFlightRequest`, which the server notifies of a disconnect."""
+REJECTED_STATUS = "viralfx.rejected_status"
+"""The scope key of the status with which the server itself rejected the request."""
+
+
+HEADER = b"x-correlation-id"
+_ID_HEADERS = frozenset({HEADER, b"x-request-id", b"traceparent"})
+
+
+def correlation_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """Return the correlation id of a request, from its headers or a new one.
+
+    If a header occurs twice, the first value counts. Two ``traceparent`` headers are both ignored,
+    as W3C Trace Context requires.
+    """
+    for name, _ in headers:
+        if name in _ID_HEADERS:
+            return _choose(headers)
+    return new_correlation_id()
+
+
+def _choose(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    found: dict[bytes, str] = {}
+    for name, value in headers:
+        if name in _ID_HEADERS:
+            # latin-1 decodes any bytes; a value that is not ASCII fails the validation later.
+            if name not in found:
+                found[name] = value.decode("latin-1")
+            elif name == b"traceparent":
+                found[name] = ""
+    return choose_correlation_id(
+        found.get(HEADER), found.get(b"x-request-id"), found.get(b"traceparent")
+    )
+
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    """An error as a client sees it. It never contains the text of an exception."""
+
+    status: int
+    title: str
+    detail: str | None = None
+    correlation_id: str | None = None
+    code: str | None = None
+    """For programs: the problem of a dependency, as its health check names it."""
+    errors: list[Any] | None = None
+    """The problems of the fields of the request."""
+
+
+def problem(
+    status: int,
+    *,
+    detail: str | None = None,
+    correlation_id: str | None = None,
+    code: str | None = None,
+    errors: list[Any] | None = None,
+) -> Problem:
+    """Return the problem for an HTTP status, with the status's standard phrase as title."""
+    return Problem(
+        status=status,
+        title=HTTPStatus(status).phrase,
+        detail=detail,
+        correlation_id=correlation_id,
+        code=code,
+        errors=errors,
+    )
+
+
+# An application may put any value into details; values that JSON lacks become text.
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+
+
+def encode(value: object) -> bytes:
+    """Return JSON; half a surrogate pair, as in the name of a file, becomes an escape."""
+    try:
+        return _encode(value)
+    except UnicodeEncodeError:
+        return _encode(
+            _encodable(msgspec.to_builtins(value, builtin_types=(msgspec.Raw,), enc_hook=str))
+        )
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(each) for key, each in value.items()}
+    return [_encodable(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+_JSON = b"application/json"
+_PROBLEM = PROBLEM_MEDIA_TYPE.encode()
+CLOSE = (b"connection", b"close")
+"""Makes client and server close the connection, so the rest of a body is not read."""
+
+
+class RawResponse(msgspec.Struct, frozen=True):
+    """A complete response, except for the correlation id, which the sender adds."""
+
+    status: int
+    head: bytes
+    """The headers as bytes, each with its line end."""
+    body: bytes
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """The headers, as ASGI has them."""
+        return [tuple(line.split(b": ", 1)) for line in self.head.splitlines()]  # type: ignore[misc]
+
+
+def raw_response(
+    media_type: bytes, status: int, body: bytes, *more: tuple[bytes, bytes]
+) -> RawResponse:
+    """Return a response with a body of any type that no cache stores; ``more`` are headers."""
+    head = b"content-type: %b\r\ncontent-length: %d\r\ncache-control: no-store\r\n"
+    head %= media_type, len(body)
+    for header in more:
+        head += b"%b: %b\r\n" % header
+    return RawResponse(status, head, body)
+
+
+class ResponseFromBody(msgspec.Struct, frozen=True):
+    """A response that depends on the body of the request, which the caller has to read."""
+
+    max_bytes: int
+    """Maximum size of the body."""
+    respond: "Callable[[bytes], RawResponse | Denied | Awaitable[RawResponse]]"
+
+
+class EventStream(msgspec.Struct, frozen=True):
+    """A response that goes on; no part of the stop waits for its end."""
+
+    serve: Callable[[Scope, Receive, Send, tuple[bytes, bytes]], Awaitable[None]]
+    """Sends it. The last argument is the header with the correlation id."""
+
+
+class Denied(msgspec.Struct, frozen=True):
+    """A 401 or 403 response; the sender must call :attr:`log`."""
+
+    response: RawResponse
+    log: Callable[[Scope, int], None]
+    """Logs the denial. Arguments: the scope of the request, the status of the response."""
+
+
+Endpoint = Callable[
+    [str, bytes, Headers],
+    RawResponse | Awaitable[RawResponse] | ResponseFromBody | Denied | EventStream,
+]
+"""Responds to a method, a query string and headers."""
+
+
+def json_response(status: int, body: bytes, *more: tuple[bytes, bytes]) -> RawResponse:
+    """Return a JSON response."""
+    return raw_response(_JSON, status, body, *more)
+
+
+def problem_response(status: int, detail: str, *more: tuple[bytes, bytes]) -> RawResponse:
+    """Return problem details with the correlation id of the current context."""
+    body = encode(problem(status, detail=detail, correlation_id=current_correlation_id()))
+    return raw_response(_PROBLEM, status, body, *more)
+
+
+def retry_after(seconds: float) -> tuple[bytes, bytes]:
+    """Return the header ``Retry-After`` in whole seconds, from 1 to 86400."""
+    return (b"retry-after", b"%d" % max(1, math.ceil(min(seconds, 86400.0))))
+
+
+_BODY_TIMEOUT_SECONDS = 5.0
+
+
+async def complete(
+    pending: Awaitable[RawResponse] | ResponseFromBody | Denied, scope: Scope, receive: Receive
+) -> RawResponse:
+    """Return the response itself: await it, read the body for it, or log the denial."""
+    if isinstance(pending, ResponseFromBody):
+        response = await _read_body(pending, receive)
+        if isinstance(response, RawResponse):
+            return response
+        pending = response
+    if isinstance(pending, Denied):
+        pending.log(scope, pending.response.status)
+        return pending.response
+    return await pending
+
+
+async def _read_body(
+    pending: ResponseFromBody, receive: Receive
+) -> RawResponse | Denied | Awaitable[RawResponse]:
+    """Read the body, and return the response to it.
+
+    The response is 413 for a body that is too long, 408 for one that is too slow, and 400 if the
+    client disconnects before the end of the body. In these cases the request has no effect.
+    """
+    body, more = b"", True
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_SECONDS):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return problem_response(400, "The body ended early.", CLOSE)
+                body += message.get("body", b"")
+                if len(body) > pending.max_bytes:
+                    return problem_response(
+                        413, f"The body is limited to {pending.max_bytes} bytes.", CLOSE
+                    )
+                more = message.get("more_body", False)
+    except TimeoutError:
+        return problem_response(
+            408, f"The body did not arrive within {_BODY_TIMEOUT_SECONDS:g} s.", CLOSE
+        )
+    return pending.respond(body)
+
+
+READ = ("GET", "HEAD")
+"""The methods that change nothing."""
+
+
+def not_allowed(allow: str, *more: tuple[bytes, bytes]) -> RawResponse:
+    """Return the 405 response of a path; ``allow`` lists its methods."""
+    detail = f"This path answers {allow} only."
+    return problem_response(405, detail, (b"allow", allow.encode()), *more)
+
+
+_logger = logging.getLogger("viralfx.management")
+
+_MAX_PATH_CHARACTERS = 200
+"""Characters of a path that are logged; clients choose its length."""
+
+
+class DenialLog:
+    """Makes the responses to unauthorized management requests, and logs them.
+
+    The first denial is logged immediately. After that there is at most one line in ``period``
+    seconds, so that guessing tokens does not flood the log. The line describes the latest denial,
+    and its field ``others`` counts the suppressed ones.
+    """
+
+    def __init__(self, clock: Clock, *, period: float = 60.0) -> None:
+        self._clock = clock
+        self._period = period
+        self._next = clock.monotonic()
+        self._unlogged = 0
+        self._last: dict[str, object] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def of(self, verdict: AccessVerdict) -> Denied | None:
+        """Return the response for a verdict; None if the request is allowed."""
+        if verdict is AccessVerdict.ALLOWED:
+            return None
+        if verdict is AccessVerdict.FORBIDDEN:
+            response = problem_response(
+                403, "MANAGEMENT_TOKEN is not set, so this request is not allowed."
+            )
+        else:
+            challenge = (b"www-authenticate", b"Bearer")
+            detail = "Send the management token as a bearer token."
+            response = problem_response(401, detail, challenge)
+        return self.refuse(response)
+
+    def refuse(self, response: RawResponse) -> Denied:
+        """Return a response that refuses a request, to be logged as such."""
+        return Denied(response, self._record)
+
+    def _record(self, scope: Scope, status: int) -> None:
+        client = scope.get("client")  # a Unix socket has none
+        self._unlogged += 1
+        self._last = {
+            "method": scope["method"],
+            "path": scope["path"][:_MAX_PATH_CHARACTERS],
+            "client": client[0] if client else None,
+            "status": status,
+        }
+        wait = self._next - self._clock.monotonic()
+        if wait <= 0:
+            self._log()
+        elif self._timer is None:
+            # In an empty context: the line covers several requests, so it has no correlation id.
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(wait, self._log, context=Context())
+
+    def _log(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._next = self._clock.monotonic() + self._period
+        others, self._unlogged = self._unlogged - 1, 0
+        _logger.warning("Management access refused", extra={**self._last, "others": others})

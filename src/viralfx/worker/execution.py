@@ -1,0 +1,493 @@
+"""Executes a claimed job: from its claim to its settlement."""
+
+import asyncio
+import logging
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from traceback import TracebackException
+from typing import Any
+
+from viralfx.domain.clock import Clock
+from viralfx.domain.correlation import bind_correlation_id, bind_user_id
+from viralfx.domain.jobs.codec import (
+    DEFAULT_MAX_BYTES,
+    Codec,
+    PayloadError,
+    Progress,
+    ResultError,
+    encoded_result,
+)
+from viralfx.domain.jobs.hooks import CombinedHooks, JobHooks, names_of
+from viralfx.domain.jobs.ledger import Accepted, JobLedger, WatchedTransaction
+from viralfx.domain.jobs.model import (
+    Claim,
+    JobError,
+    JobState,
+    LedgerUnavailableError,
+    Settlement,
+    cancelled,
+    completed,
+    correlation_id_of_job,
+    failed,
+    handed_back,
+    postponed,
+    refused,
+    retried,
+)
+from viralfx.domain.jobs.tasks import (
+    JobContext,
+    NoRetryError,
+    PostponedError,
+    Submitter,
+    Task,
+    TaskRegistry,
+)
+from viralfx.domain.resilience.deadline import Cancellation, Deadline
+from viralfx.domain.resilience.policy import RetryPolicy
+from viralfx.worker import calls as worker_calls
+from viralfx.worker.calls import JobThreads, TaskCalls, end_forked_child
+
+_logger = logging.getLogger("viralfx.jobs")
+
+MAX_MESSAGE_CHARACTERS = 2000
+"""Length of an error message in the ledger."""
+
+
+def message_of(error: BaseException, clean: Callable[[str], str]) -> str:
+    """Return an error's message, shortened and in a form that every ledger can store.
+
+    ``clean`` redacts secrets: a driver's error may quote the address that it was given.
+    """
+    # Redacted first: the beginning of a secret that was cut in two would not be recognised.
+    return storable(clean(_text_of(error))[:MAX_MESSAGE_CHARACTERS])
+
+
+MAX_TRACEBACK_CHARACTERS = 4000
+"""Length of a traceback in the ledger; the end is the part that is kept."""
+_MAX_CLEANED_CHARACTERS = 64 * 1024
+_CALLER_FILES = frozenset({__file__, worker_calls.__file__})
+"""Their frames come before those of the task."""
+
+_MAX_DELAY_SECONDS = 10 * 365 * 86400.0
+"""The longest delay of an attempt: ledgers and Python have a last year."""
+
+
+def traceback_of(error: BaseException, clean: Callable[[str], str]) -> str | None:
+    """Return the end of an error's traceback, without the frames of the worker.
+
+    ``clean`` redacts secrets. None if the error's own code makes that impossible.
+    """
+    try:
+        formatted = TracebackException.from_exception(error)
+        _cut_callers(formatted, set())
+        text = "".join(formatted.format())
+    except BaseException:  # noqa: BLE001 - __str__ and __repr__ may be the task's own code
+        return None
+    # Most of a long text is not kept, and redaction takes time; it comes before the last cut.
+    text = clean(_end_of(text, _MAX_CLEANED_CHARACTERS))
+    return storable(_end_of(text, MAX_TRACEBACK_CHARACTERS)).rstrip("\n")
+
+
+def _end_of(text: str, characters: int) -> str:
+    if len(text) <= characters:
+        return text
+    end = text[-characters:]
+    return f"...\n{end.partition(chr(10))[2] or end}"
+
+
+def _cut_callers(formatted: TracebackException, seen: set[int]) -> None:
+    if id(formatted) in seen:
+        return
+    seen.add(id(formatted))
+    stack = formatted.stack
+    of_callers = [at for at, frame in enumerate(stack) if frame.filename in _CALLER_FILES]
+    if of_callers:
+        del stack[: of_callers[-1] + 1]
+    more = formatted.exceptions or []
+    for each in (formatted.__cause__, formatted.__context__, *more):
+        if each is not None:
+            _cut_callers(each, seen)
+
+
+def storable(text: str) -> str:
+    """Return a text in a form that every ledger can store."""
+    # Postgres stores neither NUL nor lone surrogates as text.
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error) or type(error).__name__
+    except BaseException:  # noqa: BLE001 - __str__ may be the task's own code
+        return type(error).__name__
+
+
+def log_failure(claim: Claim, code: str, error: BaseException | None) -> None:
+    """Log that a job failed for good."""
+    _logger.error("Job failed", exc_info=error, extra={**names_of(claim), "code": code})
+
+
+CANCEL_GRACE_SECONDS = 1.0
+"""Time, and up to twice as much, that a task has to end after its timeout cancelled it; then the
+worker abandons it."""
+
+LEDGER_RETRY_SECONDS = 1.0
+"""Time until a job is tried again whose transaction the ledger could not finish."""
+
+_MAX_UNSPENT_CLAIMS = 30
+"""Claims without a spent attempt after which such a transaction counts as the task's failure: then
+the task itself ends the connection, for example by idling in the transaction."""
+
+
+class TaskExitedError(Exception):
+    """A task raised an exception that would end the process, such as ``SystemExit``."""
+
+
+class Execution:
+    """The execution of a claim; the worker can have it handed back or abandon it."""
+
+    __slots__ = (
+        "abandoned",
+        "after_commit",
+        "begun",
+        "cancelled",
+        "cancelling",
+        "claim",
+        "deadline",
+        "handing_back",
+        "late",
+        "progress",
+        "raised",
+        "recording",
+        "stored_progress",
+        "task",
+    )
+
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        self.deadline: Deadline | None = None
+        """The deadline of the task; None before it starts."""
+        self.cancelled: Cancellation | None = None
+        """Tells the task to end, if it is one that asks; None before it starts."""
+        self.task: asyncio.Task[None] | None = None
+        """The asyncio task."""
+        self.raised: BaseException | None = None
+        """The exception of the task, or of encoding its result."""
+        self.recording = False
+        """The task has returned, and the outcome is being recorded."""
+        self.late = False
+        """The task was still running after its deadline at the last check."""
+        self.begun = False
+        """The asyncio task has taken its first step, so that a cancellation reaches it."""
+        self.handing_back = False
+        self.cancelling = False
+        """The cancellation of the job was requested, and the task was cancelled."""
+        self.progress: Progress | None = None
+        """The last report of the task; a thread may set it."""
+        self.stored_progress: Progress | None = None
+        """The last report that the worker sent to the ledger while the task ran."""
+        self.after_commit: list[Callable[[], None]] = []
+        """Called once the transaction of a transactional task is committed."""
+        self.abandoned = False
+        """The worker no longer waits for it and drops its outcome."""
+
+    def is_late(self) -> bool:
+        """Return True if the task still runs although its timeout has cancelled it."""
+        if self.deadline is None or self.recording:
+            return False
+        return not self.deadline.remaining()
+
+    def hand_back(self) -> None:
+        """Cancel the task, if it is still running, so that the job is handed back."""
+        if not self.recording:
+            self.handing_back = True
+            self.cancel()
+
+    def request_cancel(self) -> None:
+        """Cancel the task because that was requested, unless its outcome is being recorded."""
+        if self.begun and not self.recording and not self.cancelling:
+            self.cancelling = True
+            self.cancel()
+
+    def report(self, progress: Progress) -> None:
+        """Receive a report of the task, in any thread."""
+        self.progress = progress
+
+    def last_progress(self) -> bytes | None:
+        """Return the last report as JSON; None without one."""
+        return None if self.progress is None else self.progress.encode()
+
+    def cancel(self) -> None:
+        """Cancel the asyncio task."""
+        if self.cancelled is not None:
+            self.cancelled.set()
+        if self.task is not None:
+            self.task.cancel()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Executor:
+    """Executes claims. ``default_timeout`` is in seconds."""
+
+    ledger: JobLedger
+    tasks: TaskRegistry
+    codec: Codec
+    default_retry: RetryPolicy
+    default_timeout: float
+    max_result_bytes: int = DEFAULT_MAX_BYTES
+    clock: Clock
+    on_fenced: Callable[[Claim], None]
+    """Called if a transaction was rolled back because another worker had claimed its job."""
+    clean: Callable[[str], str]
+    """Redacts the secrets in a text."""
+    threads: JobThreads
+    """Run the plain functions of tasks."""
+    on_begin: Callable[[], None]
+    """Called for each job; its task may wait for a connection before it begins."""
+    on_begun: Callable[[float], None]
+    """Called with the timeout of each task that begins, in seconds."""
+    hooks: JobHooks = field(default_factory=CombinedHooks)
+    submit: Submitter | None = None
+    """Submits the jobs of tasks; None: they cannot submit any."""
+    calls: TaskCalls = field(default_factory=TaskCalls)
+    _refused_tasks: set[str] = field(default_factory=set, repr=False)
+    """Tasks for which a refused payload was logged."""
+
+    def timeout_of(self, task: Task) -> float:
+        """Return the seconds that one attempt may take."""
+        return self.default_timeout if task.timeout is None else task.timeout
+
+    async def execute(self, execution: Execution) -> Settlement | None:
+        """Run the task and return its settlement; None if the task's transaction recorded it.
+
+        Raises nothing but ``CancelledError``, and not even that while the job is cancelled or
+        handed back.
+        """
+        self.on_begin()
+        claim = execution.claim
+        bind_correlation_id(correlation_id_of_job(claim))
+        bind_user_id(claim.user_id)
+        with self.hooks.executing(claim) as ended:
+            settlement: Settlement | None = None
+            task = self.tasks.find(claim.task)
+            try:
+                if task.read is None:
+                    payload = self.codec.decode(claim.payload, task.payload_type)
+                else:
+                    payload = task.read(claim.payload, claim.id)
+                call = partial(self._call, execution, task, payload)
+                if not task.transactional:
+                    settlement = completed(claim, await call(None))
+                elif not await self.ledger.settle_with_effect(claim, call, execution.last_progress):
+                    self.on_fenced(claim)
+                else:
+                    for call_now in execution.after_commit:
+                        call_now()
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - any becomes an outcome
+                if execution.cancelling:
+                    settlement = self.cancelled(execution, error)
+                else:
+                    settlement = self._settle(execution, task, error)
+            if settlement is not None and execution.progress is not None:
+                settlement = settlement._replace(progress=execution.last_progress())
+            ended(settlement)
+        return settlement
+
+    async def _call(
+        self, execution: Execution, task: Task, payload: object, connection: object
+    ) -> bytes:
+        """Call the task under its timeout; return its encoded result."""
+        claim = execution.claim
+        # The timeout starts here: waiting for a connection does not count.
+        timeout = self.timeout_of(task)
+        deadline = Deadline(timeout, clock=self.clock)
+        self.on_begun(timeout)
+        cancelled = Cancellation(deadline)
+        execution.recording, execution.deadline = False, deadline
+        execution.cancelled = cancelled
+        process = os.getpid()
+        context = None
+        if self.calls.use_context(task):
+            context = JobContext(
+                id=claim.id,
+                attempt=claim.attempt,
+                deadline=deadline,
+                correlation_id=correlation_id_of_job(claim),
+                created_at=claim.created_at,
+                fence=claim.number,
+                connection=connection,
+                cancelled=cancelled,
+                on_report=execution.report,
+                submitter=self._submitter(execution, task, connection),
+            )
+        try:
+            try:
+                async with deadline:
+                    in_thread = None
+                    if task.in_thread:
+                        in_thread = partial(
+                            self.threads.run,
+                            cancelled=cancelled,
+                            deadline=deadline,
+                            is_abandoned=lambda: execution.abandoned,
+                        )
+                    result = await self.calls.call(task, payload, context, in_thread)
+            except (Exception, asyncio.CancelledError):
+                raise
+            except BaseException as error:
+                if isinstance(error, GeneratorExit) and _is_being_closed(execution):
+                    raise
+                # The process handles signals elsewhere; this exception is the task's own.
+                raised = f"{type(error).__name__}({_text_of(error)})"
+                raise TaskExitedError(f"the task raised {raised}") from error
+            finally:
+                end_forked_child(process)
+                cancelled.set()  # for threads that the task has left behind
+                execution.recording = True
+            return encoded_result(self.codec, result, self.max_result_bytes)
+        except BaseException as error:
+            execution.raised = error
+            raise
+
+    def _submitter(self, execution: Execution, task: Task, connection: object) -> Submitter | None:
+        if self.submit is None:
+            return None
+        if task.in_thread:
+            return partial(_submit_on, asyncio.get_running_loop(), self.submit)
+        if not task.transactional:
+            return self.submit
+        watched = WatchedTransaction(connection, execution.after_commit)
+        return partial(self.submit, connection=watched)
+
+    def _refuse(self, claim: Claim, error: PayloadError) -> Settlement:
+        # The process that accepted the job could decode it, so a worker of its version can, too.
+        if claim.task not in self._refused_tasks:
+            self._refused_tasks.add(claim.task)
+            _logger.warning(
+                "Jobs left to other workers: their payload does not fit the task here",
+                exc_info=error,
+                extra=names_of(claim),
+            )
+        return refused(claim, message_of(error, self.clean))
+
+    def _settle(
+        self, execution: Execution, task: Task, error: Exception | asyncio.CancelledError
+    ) -> Settlement:
+        claim = execution.claim
+        if isinstance(error, PayloadError) and execution.deadline is None:
+            # The task has not begun: a PayloadError of its own is an ordinary failure.
+            return self._refuse(claim, error)
+        if isinstance(error, ResultError):
+            # The task has done its work: another attempt would only do it again.
+            log_failure(claim, "result", error)
+            return failed(claim, self._reason("result", error))
+        if execution.handing_back:
+            return handed_back(claim)
+        if isinstance(error, PostponedError):
+            delay = None if error.delay is None else min(error.delay, _MAX_DELAY_SECONDS)
+            return Settlement(claim=claim, state=JobState.WAITING, delay=delay)
+        if isinstance(error, asyncio.CancelledError):
+            if _is_cancelled():
+                raise error
+            # The task awaited something that was cancelled; the task itself was not.
+            error = TaskExitedError("the task raised CancelledError without being cancelled")
+        if isinstance(error, LedgerUnavailableError) and _was_interrupted(execution, error):
+            # The task did not fail. If its transaction was committed, the ledger skips this.
+            reason = self._reason("error", error)
+            return postponed(claim, reason, LEDGER_RETRY_SECONDS)
+        return self._by_policy(claim, task, _code_of(execution, error), error)
+
+    def cancelled(
+        self, execution: Execution, error: Exception | asyncio.CancelledError | None = None
+    ) -> Settlement:
+        """Return the settlement of a job that ended on request; ``error``: how its task ended."""
+        claim = execution.claim
+        _logger.info("Job cancelled", extra=names_of(claim))
+        if error is None or isinstance(error, asyncio.CancelledError):
+            return cancelled(claim)
+        return cancelled(claim, self._reason(_code_of(execution, error), error))
+
+    def timed_out(self, execution: Execution) -> Settlement:
+        """Return the settlement of a job whose task ignored the cancellation by its timeout."""
+        claim = execution.claim
+        task = self.tasks.find(claim.task)
+        limit = self.timeout_of(task)
+        error = TimeoutError(f"the task ignored its cancellation after {limit:g} s")
+        if execution.cancelling:
+            return self.cancelled(execution, error)
+        settlement = self._by_policy(claim, task, "timeout", error)
+        return settlement._replace(progress=execution.last_progress())
+
+    def _by_policy(self, claim: Claim, task: Task, code: str, error: Exception) -> Settlement:
+        reason = self._reason(code, error)
+        delay = None
+        if not isinstance(error, NoRetryError):
+            delay = _next_delay(task.retry or self.default_retry, claim.attempt, error)
+        if delay is None:
+            log_failure(claim, code, error)
+            return failed(claim, reason)
+        _logger.warning(
+            "Job attempt failed",
+            exc_info=error,
+            extra={**names_of(claim), "code": code, "delay": delay},
+        )
+        return retried(claim, reason, delay)
+
+    def _reason(self, code: str, error: BaseException) -> JobError:
+        return JobError(
+            code=code,
+            message=message_of(error, self.clean),
+            traceback=traceback_of(error, self.clean),
+        )
+
+
+async def _submit_on(
+    loop: asyncio.AbstractEventLoop, submit: Submitter, *arguments: Any, **options: Any
+) -> Accepted:
+    """Submit a job on the worker's loop: a task in a thread runs the call on one of its own."""
+
+    async def call() -> Accepted:
+        return await submit(*arguments, **options)
+
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(), loop))
+
+
+def _was_interrupted(execution: Execution, error: LedgerUnavailableError) -> bool:
+    """Return True if the ledger failed, and presumably not because of the task."""
+    claim, begun = execution.claim, execution.deadline is not None
+    too_often = claim.number - claim.attempt >= _MAX_UNSPENT_CLAIMS
+    return error is not execution.raised and not (begun and too_often)
+
+
+def _code_of(execution: Execution, error: Exception) -> str:
+    deadline = execution.deadline
+    cut = deadline is not None and deadline.cut
+    return "timeout" if cut and isinstance(error, TimeoutError) else "error"
+
+
+def _is_being_closed(execution: Execution) -> bool:
+    """Return True if the coroutine is closed from outside its asyncio task, as without a loop."""
+    try:
+        return asyncio.current_task() is not execution.task
+    except RuntimeError:
+        return True
+
+
+def _is_cancelled() -> bool:
+    current = asyncio.current_task()
+    return current is not None and current.cancelling() > 0
+
+
+def _next_delay(policy: RetryPolicy, attempt: int, error: Exception) -> float | None:
+    try:
+        delay = policy.next_delay(attempt, error)
+    except Exception:
+        # A policy that raises must not keep its job active forever.
+        _logger.exception("Retry policy failed", extra={"policy": type(policy).__name__})
+        return None
+    if delay is None or not 0 <= delay < math.inf:
+        return None
+    return min(delay, _MAX_DELAY_SECONDS)

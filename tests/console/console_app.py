@@ -1,0 +1,92 @@
+"""An application with markup in every text that the operations console shows."""
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+from litestar import Litestar, get
+from litestar.params import QueryParameter
+
+from viralfx import (
+    CircuitBreaker,
+    Observation,
+    OperationsConfig,
+    OperationsPlugin,
+    Status,
+    task,
+)
+
+PLANTED = (
+    "<script>document.body.id='planted'</script><img src=x onerror=\"document.body.id='planted'\">"
+)
+"""It would give the body an id if a page took it for markup."""
+
+logging.getLogger(f"markup.{PLANTED}")
+
+
+class Supplier:
+    """Fails while the file ``SUPPLIER_AWAY`` exists."""
+
+    def check(self) -> Observation:
+        """Return the status, with markup in the message and in the details."""
+        away = Path(os.environ.get("SUPPLIER_AWAY", "/nonexistent")).exists()
+        status = Status.FAIL if away else Status.PASS
+        return Observation(
+            status=status,
+            message=f"The supplier {'does not answer' if away else 'answers'} {PLANTED}",
+            code="refused" if away else None,
+            details={PLANTED: PLANTED},
+        )
+
+
+@task("console.webhook", queue="notifications")
+async def webhook(payload: object) -> object:
+    """Fail unless the payload is a number."""
+    if isinstance(payload, int):
+        return payload
+    raise RuntimeError(f"the receiver is away {PLANTED}")
+
+
+@task("console.long")
+async def long(seconds: float) -> str:
+    """Run for a time and return markup."""
+    await asyncio.sleep(seconds)
+    return PLANTED
+
+
+@task("console.large")
+async def large(size: int) -> str:
+    """Return markup of so many characters."""
+    return (PLANTED * size)[:size]
+
+
+@task(f"console.planted {PLANTED}")
+async def planted(payload: object) -> object:
+    """Return the payload; the name of the task is markup."""
+    return payload
+
+
+@get("/slow", cancel_on_disconnect=True)
+async def slow(seconds: Annotated[float, QueryParameter()]) -> dict[str, bool]:
+    """Respond after a time, unless the client leaves."""
+    await asyncio.sleep(seconds)
+    return {"done": True}
+
+
+MORE_CHECKS = int(os.environ.get("MORE_CHECKS", "0"))
+
+plugin = OperationsPlugin(
+    OperationsConfig(
+        checks={
+            "supplier": Supplier(),
+            **{f"supplier-{n}": Supplier() for n in range(MORE_CHECKS)},
+        },
+        tasks=[webhook, long, large, planted],
+        show_payload=lambda _, content: content.decode(),
+        jobs_api=True,
+        breakers=[CircuitBreaker(name=f"carrier {PLANTED}")],
+    )
+)
+app = Litestar([slow], plugins=[plugin])

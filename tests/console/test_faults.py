@@ -1,0 +1,173 @@
+"""The operations console while the database, the process or the connection fails."""
+
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from playwright.sync_api import Browser, expect
+from tests.console.pages import APP, QUICK, Console, console
+from tests.servers.postgres import PostgresServer
+from tests.system.load import require_quick
+from tests.system.service import Service, running
+from tests.system.workers import environment_of
+
+STOP = {
+    **QUICK,
+    "SHUTDOWN_READINESS_DELAY": "1500",
+    "SHUTDOWN_DRAIN_TIMEOUT": "30000",
+}
+
+SEEN = """
+() => {
+  window.seen = [];
+  const note = (text) => { if (window.seen.at(-1) !== text) window.seen.push(text); };
+  const look = () => {
+    if (window.seen.at(-1) === "gone") return;  // the last stage still runs at the last event
+    for (const row of document.querySelectorAll("tr.stage.running")) {
+      note(row.querySelector("th").textContent);
+    }
+    const text = document.querySelector("main").textContent;
+    if (/Process .* ended: gone at/.test(text)) note("gone");
+  };
+  const all = { subtree: true, childList: true, characterData: true, attributes: true };
+  new MutationObserver(look).observe(document.body, all);
+}
+"""
+
+
+def require_clean(opened: Console) -> None:
+    """Require a clean page, but for the requests that failed with the process or the database."""
+    opened.forgive("net::ERR_", "503")
+    opened.require_clean()
+
+
+@pytest.mark.alone
+def test_a_frozen_database(browser: Browser, own_postgres: PostgresServer) -> None:
+    """The page says so within 2 s, still shows the other checks, and sees the end within 2 s."""
+    environment = environment_of(own_postgres, **QUICK)
+    with running(*APP, management=True, environment=environment) as service:
+        service.wait_ready()
+        with console(browser, service) as opened:
+            verdict = opened.main.get_by_role("region", name="Verdict")
+            expect(verdict).to_contain_text("Ready: all")
+            own_postgres.freeze()
+            began = time.monotonic()
+            expect(verdict).to_contain_text("Not ready, gets no traffic: database fails")
+            noticed = time.monotonic() - began
+            expect(verdict).to_contain_text("ViralFXDatabaseDown")
+            expect(opened.main.get_by_role("row").filter(has_text="supplier")).to_contain_text(
+                "pass"
+            )
+            opened.open("jobs")
+            expect(opened.main).to_contain_text("The ledger does not answer")
+            own_postgres.thaw()
+            opened.open("status")
+            began = time.monotonic()
+            expect(verdict).to_contain_text("Ready: all")
+            seen = time.monotonic() - began
+            opened.open("jobs")
+            expect(opened.main.locator(".empty")).to_be_visible()
+            require_clean(opened)
+
+    require_quick(noticed, 2.0, "the frozen database on the page")
+    require_quick(seen, 2.0, "the thawed database on the page")
+
+
+@contextmanager
+def _request_in_flight(service: Service) -> Iterator[None]:
+    """Hold a request in flight for the time of the block; its client leaves at the end."""
+    with socket.create_connection(("127.0.0.1", service.port)) as client:
+        client.sendall(b"GET /slow?seconds=60 HTTP/1.1\r\nHost: test\r\n\r\n")
+        yield
+
+
+def test_a_stop_is_shown_to_its_end(browser: Browser) -> None:
+    """The page on the management port shows each stage while it runs, and then the end."""
+    with running(*APP, management=True, environment=STOP) as service:
+        service.wait_ready()
+        with console(browser, service) as opened:
+            opened.open("stop")
+            expect(opened.main.get_by_role("row").filter(has_text="drain")).to_contain_text(
+                "pending"
+            )
+            opened.page.evaluate(SEEN)
+            with _request_in_flight(service):
+                expect(opened.main).to_contain_text("1 request and")
+                service.signal(signal.SIGTERM)
+                expect(opened.main.locator("tr.stage.running")).to_contain_text("drain")
+                # The drain lasts as long as the block, so the page cannot be past this text.
+                expect(opened.main).to_contain_text("SIGTERM. Forced end in")
+            expect(opened.main).to_contain_text("ended: gone at")
+            code = service.exit_code()
+            seen = opened.page.evaluate("window.seen")
+            expect(opened.main.get_by_role("row").filter(has_text="drain")).to_contain_text("ok")
+            require_clean(opened)
+
+    assert code == 0
+    order = ["stop accepting", "drain", "save state", "close connections", "gone"]
+    assert [each for each in order if each in seen] == seen
+    assert {"stop accepting", "drain", "gone"} <= set(seen)
+
+
+def test_a_killed_process_and_the_next_one(browser: Browser) -> None:
+    """The page says that nothing answers, and shows the next process without a log-in."""
+    with running(*APP, management=True, environment=QUICK) as service:
+        service.wait_ready()
+        with console(browser, service) as opened:
+            first = opened.page.locator(".instance strong").inner_text()
+            service.signal(signal.SIGKILL)
+            expect(opened.main).to_contain_text("No answer since")
+            expect(opened.main.get_by_role("region", name="Verdict")).to_contain_text("Unknown")
+            ports = {"PORT": str(service.port), "MANAGEMENT_PORT": str(service.management_port)}
+            service.exit_code()
+            with running(*APP, environment={**QUICK, **ports}):
+                expect(opened.page.locator(".instance strong")).not_to_have_text(first)
+                expect(opened.page.get_by_role("button", name="Log out")).to_be_visible()
+                expect(opened.main.locator(".notice.bad")).to_have_count(0)
+                require_clean(opened)
+
+
+def test_a_suspended_process(browser: Browser) -> None:
+    """Missing beats are noticed although the connection stays open, and nothing stays green."""
+    with running(*APP, management=True, environment=QUICK) as service:
+        service.wait_ready()
+        with console(browser, service) as opened:
+            expect(opened.page.locator("header .word")).to_have_text("✓ ready")
+            service.signal(signal.SIGSTOP)
+            try:
+                expect(opened.main).to_contain_text("No event for")
+                expect(opened.page.locator("header .word.good")).to_have_count(0)
+                expect(opened.main.get_by_role("region", name="Verdict")).to_contain_text("Unknown")
+            finally:
+                service.signal(signal.SIGCONT)
+            expect(opened.page.locator("header .word")).to_have_text("✓ ready")
+            require_clean(opened)
+
+
+def test_a_hidden_page_closes_its_stream(browser: Browser) -> None:
+    """A page that is shown again, or whose updates go on, catches up with what it missed."""
+    hidden = """(hidden) => {
+      Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+      document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    with running(*APP, management=True, environment=QUICK) as service:
+        service.wait_ready()
+        with console(browser, service) as opened:
+            expect(opened.page.locator("header .word")).to_have_text("✓ ready")
+            streams = [url for url in opened.visit.requested if "/events" in url]
+            opened.page.evaluate(hidden, True)
+            expect(opened.page.locator("header")).to_contain_text("not connected")
+            opened.page.evaluate(hidden, False)
+            expect(opened.page.locator("header .word")).to_have_text("✓ ready")
+            again = [url for url in opened.visit.requested if "/events" in url]
+            opened.page.get_by_role("button", name="Pause updates").click()
+            expect(opened.main).to_contain_text("Updates are paused since")
+            opened.page.get_by_role("button", name="Pause updates").click()
+            expect(opened.page.locator("header .word")).to_have_text("✓ ready")
+            require_clean(opened)
+
+    assert len(again) == len(streams) + 1
+    assert "last=" in again[-1]

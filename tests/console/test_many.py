@@ -1,0 +1,82 @@
+"""The operations console with many checks, processes and jobs."""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, expect
+from tests.console.pages import APP, QUICK, Console, console
+from tests.servers.postgres import Database, PostgresServer
+from tests.system.service import running
+from tests.system.workers import environment_of
+
+CHECKS, PROCESSES, JOBS = 200, 500, 12_000
+SHOWN_JOBS = 100
+
+FLEET = """
+INSERT INTO viralfx_instances (instance, host, role, version, environment, started_at, seen_at,
+    state, reason, health, checks, jobs, queues)
+SELECT 'pod-' || n, 'pod-' || n, (ARRAY['api', 'worker'])[1 + n % 2], '1.0.' || n % 3, 'production',
+    now() - interval '1 hour', now() + interval '1 hour', 'ready', '', 'healthy',
+    '{{"database": "pass", "redis": "warn"}}', n % 10, '{{default}}'
+FROM generate_series(1, {processes}) AS n
+"""
+FAILED = """
+INSERT INTO viralfx_jobs (id, queue, task, payload, created_at, run_at, finished_at, state,
+    attempts, claims, error_code, error_message)
+SELECT (lpad(to_hex(n), 12, '0') || '70008000' || lpad(to_hex(n), 12, '0'))::uuid, 'notifications',
+    'console.webhook', 'null', now(), now(), now(), 'failed', 1, 1, 'error', 'planted'
+FROM generate_series(1, {jobs}) AS n
+"""
+
+
+@pytest.fixture(scope="module")
+def opened(browser: Browser, postgres: PostgresServer) -> Iterator[Console]:
+    """Return a page of a process that has everything in large numbers."""
+    database = Database(postgres, postgres.create_database())
+    more = {**QUICK, "MORE_CHECKS": str(CHECKS - 1), "HEALTH_CHECK_INTERVAL": "5000"}
+    environment = environment_of(database, **more)
+    database.execute(FLEET.format(processes=PROCESSES))
+    database.execute(FAILED.format(jobs=JOBS))
+    with (
+        running(*APP, management=True, environment=environment) as service,
+        console(browser, service.wait_ready()) as page,
+    ):
+        yield page
+    postgres.drop_database(database.name)
+
+
+def test_two_hundred_checks(opened: Console) -> None:
+    """Each has a row, and the details of the last one open."""
+    opened.open("status")
+    rows = opened.main.get_by_role("row").filter(has_text="The supplier answers")
+    expect(rows).to_have_count(CHECKS)
+    opened.click(opened.page.get_by_role("button", name=f"supplier-{CHECKS - 2}", exact=True))
+    expect(opened.main.locator("pre")).to_be_visible()
+    opened.require_clean()
+
+
+def test_five_hundred_processes(opened: Console) -> None:
+    """All are in the list, the sentence counts them, and a filter finds some."""
+    opened.open("fleet")
+    expect(opened.main).to_contain_text(f"{PROCESSES + 1} instances")
+    rows = opened.main.locator("tbody tr")
+    expect(rows).to_have_count(PROCESSES + 1)
+    opened.page.get_by_label("Role").select_option("worker")
+    expect(rows).to_have_count(PROCESSES // 2)
+    opened.require_clean()
+
+
+def test_more_jobs_than_are_counted(opened: Console) -> None:
+    """A page of jobs is shown; the number before a change says "at least", and all are changed."""
+    opened.open("jobs?state=failed")
+    expect(opened.main.locator("tbody tr")).to_have_count(SHOWN_JOBS)
+    opened.click(opened.main.get_by_role("link", name="Older jobs"))
+    expect(opened.main.get_by_role("link", name="Newest")).to_be_visible()
+    opened.open("jobs?state=failed")
+    opened.click(opened.main.get_by_role("button", name="Retry all that match"))
+    sure = opened.page.get_by_role("button", name=re.compile("^Retry at least 10,?000 jobs$"))
+    opened.click(sure)
+    expect(opened.page.get_by_role("status")).to_have_text(f"{JOBS} jobs wait again.")
+    expect(opened.main).to_contain_text("No job matches")
+    opened.require_clean()

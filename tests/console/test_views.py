@@ -1,0 +1,303 @@
+"""Each view of the operations console in a browser, on memory and on Postgres with Redis."""
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from importlib.resources import files
+from urllib.parse import quote
+
+import pytest
+from playwright.sync_api import Browser, Locator, expect
+from tests.console.console_app import PLANTED
+from tests.console.pages import APP, QUICK, VIEWS, Console, console
+from tests.servers.postgres import PostgresServer
+from tests.servers.redis import RedisServer
+from tests.system.jobs import accept, until
+from tests.system.service import Service, running
+from tests.system.workers import environment_of
+
+AXE = files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+FAILED = 3
+WIDE = 1280
+"""Pixels."""
+
+
+class Scene:
+    """A service with jobs in each state, and a page of it with a log-in."""
+
+    def __init__(self, service: Service, page: Console, *, stored: bool) -> None:
+        self.service, self.console, self.stored = service, page, stored
+        self.failed = [accept(service, "console.webhook", PLANTED) for _ in range(FAILED)]
+        self.done = accept(service, "console.webhook", 7)
+        self.long = accept(service, "console.long", 600)
+        for job in self.failed:
+            until(service, job, "failed")
+        until(service, self.done, "completed")
+        until(service, self.long, "active")
+
+    @property
+    def main(self) -> Locator:
+        """The part of the page below the names of the views."""
+        return self.console.main
+
+    def row(self, text: str) -> Locator:
+        """Return the row of a table that has this text first."""
+        first = self.console.page.get_by_role("rowheader", name=text)
+        return self.main.get_by_role("row").filter(has=first)
+
+    def button(self, name: str) -> Locator:
+        """Return a button of the page."""
+        return self.console.page.get_by_role("button", name=name, exact=True)
+
+
+@pytest.fixture(scope="module", params=["memory", "postgres and redis"])
+def scene(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Scene]:
+    """Return a service on each kind of storage, for all tests of this file."""
+    stored = request.param != "memory"
+    environment = QUICK
+    with ExitStack() as stack:
+        if stored:
+            postgres: PostgresServer = request.getfixturevalue("postgres")
+            redis: RedisServer = request.getfixturevalue("shared_redis")
+            name = postgres.create_database()
+            stack.callback(postgres.drop_database, name)
+            addresses = {"DATABASE_URL": postgres.url(name), "REDIS_URL": redis.url()}
+            environment = environment_of(postgres, **{**QUICK, **addresses})
+        service = stack.enter_context(running(*APP, management=True, environment=environment))
+        if stored:
+            worker = running(*APP, program="worker", management=True, environment=environment)
+            stack.enter_context(worker).wait_ready()
+        page = stack.enter_context(console(browser, service.wait_ready()))
+        yield Scene(service, page, stored=stored)
+
+
+@pytest.fixture(autouse=True)
+def _clean(scene: Scene) -> Iterator[None]:
+    """Require that no view asks another host, breaks the policy, logs an error or runs a text."""
+    yield
+    scene.console.require_clean()
+
+
+def test_status(scene: Scene) -> None:
+    """The sentence on top, the checks, and one check with its history as a table."""
+    scene.console.open("status")
+    expect(scene.main.get_by_role("region", name="Verdict")).to_contain_text("Ready: all")
+    supplier = scene.row("supplier")
+    expect(supplier).to_contain_text(f"The supplier answers {PLANTED}")
+    expect(supplier.get_by_role("img")).to_have_accessible_name(
+        re.compile("Last 24 hours of supplier: ")
+    )
+    scene.button("supplier").click()
+    expect(scene.main.locator("pre")).to_contain_text("document.body.id")
+    expect(scene.main.get_by_role("table", name=re.compile("last 24 hours"))).to_be_visible()
+    scene.button("Check now").click()
+    expect(scene.main).to_contain_text("All checks have run")
+
+
+def test_stop(scene: Scene) -> None:
+    """The stages with their budgets, and the work in flight; the stop asks for the name."""
+    scene.console.open("stop")
+    for stage in ("stop accepting", "drain", "save state", "close connections"):
+        expect(scene.row(stage)).to_contain_text("pending")
+    if not scene.stored:
+        expect(scene.main.get_by_role("table", name="Running jobs")).to_contain_text("console.long")
+    scene.button("Begin the stop …").click()
+    expect(scene.button("Begin the stop")).to_be_disabled()
+    scene.console.page.get_by_role("textbox").fill("another process")
+    expect(scene.button("Begin the stop")).to_be_disabled()
+    scene.button("Keep as it is").click()
+    expect(scene.button("Begin the stop …")).to_be_focused()
+
+
+def test_fleet(scene: Scene) -> None:
+    """Every process; without a database it is this one only, and the view says so."""
+    scene.console.open("fleet")
+    expect(scene.main).to_contain_text("2 instances" if scene.stored else "1 instance")
+    expect(scene.main.get_by_role("row").filter(has_text="(this process)")).to_contain_text("api")
+    if scene.stored:
+        scene.main.get_by_label("Role").select_option("worker")
+        expect(scene.main.get_by_role("rowheader")).to_have_count(1)
+        assert "role=worker" in scene.console.page.url
+    else:
+        expect(scene.main).to_contain_text("this process only")
+
+
+def test_jobs(scene: Scene) -> None:
+    """Filters in the address, the detail with its attempts, a retry, a cancellation."""
+    page = scene.console.page
+    scene.console.open("jobs?state=failed&queue=notifications")
+    expect(scene.main.get_by_role("rowheader")).to_have_count(FAILED)
+    expect(scene.main.get_by_role("row").last).to_contain_text("the receiver is away")
+    expect(scene.main.get_by_label("State")).to_have_value("failed")
+    scene.main.get_by_label("State").select_option("completed")
+    expect(scene.main.get_by_role("rowheader")).to_have_count(1)
+    assert "state=completed" in page.url
+
+    scene.console.open(f"job?id={scene.failed[0]}")
+    expect(scene.main).to_contain_text(f"the receiver is away {PLANTED}")
+    page.get_by_text("Traceback of execution 1").click()
+    expect(scene.main.locator("pre").first).to_contain_text("Traceback")
+    scene.button(f"Retry job {scene.failed[0]}").click()
+    expect(scene.main).to_contain_text("is waiting again")
+    expect(scene.main.get_by_text("#2")).to_be_visible()
+
+    scene.console.open(f"job?id={scene.long}")
+    scene.button(f"Cancel job {scene.long}").click()
+    scene.button("Cancel the job").click()
+    expect(scene.main.locator("dl")).to_contain_text("cancelled")
+    scene.console.open("job?id=00000000-0000-7000-8000-000000000000")
+    expect(scene.main).to_contain_text("There is no such job")
+    scene.console.forgive("404")
+
+
+def test_queues(scene: Scene) -> None:
+    """A queue is paused, and the pause is undone."""
+    scene.console.open("queues")
+    scene.button("Pause queue notifications").click()
+    expect(scene.row("notifications")).to_contain_text("paused")
+    scene.button("Undo").click()
+    expect(scene.row("notifications")).to_contain_text("running")
+    expect(scene.row("notifications").get_by_role("link", name=str(FAILED))).to_be_visible()
+
+
+def test_loggers(scene: Scene) -> None:
+    """A level returns after a time, and a change is undone; a name is shown as text."""
+    scene.console.open("loggers")
+    scene.main.get_by_label("Find a logger").fill("markup")
+    expect(scene.main.get_by_role("rowheader")).to_contain_text([PLANTED])
+    assert "find=markup" in scene.console.page.url
+    level = scene.main.get_by_label(f"Own level of markup.{PLANTED}")
+    level.select_option("debug")
+    expect(scene.main).to_contain_text("the original level returns in 30 min")
+    expect(level).to_have_value("debug")
+    scene.button("Undo").click()
+    expect(level).to_have_value("")
+
+
+def test_settings_and_audit(scene: Scene) -> None:
+    """Secrets are masked; the doctor runs; each action has a row of the audit."""
+    scene.console.open("settings")
+    scene.main.get_by_label("Find a setting").fill("MANAGEMENT_TOKEN")
+    expect(scene.row("MANAGEMENT_TOKEN").first).to_contain_text("***")
+    scene.button("Run the doctor").click()
+    expect(scene.main.get_by_role("table", name="Findings of the doctor")).to_be_visible()
+    scene.console.open("queues")
+    scene.button("Pause queue default").click()
+    scene.button("Undo").click()
+    expect(scene.row("default")).to_contain_text("running")
+    scene.console.open("audit")
+    expect(scene.main.get_by_role("row").filter(has_text="default").first).to_contain_text(
+        "operator"
+    )
+
+
+def test_circuits(scene: Scene) -> None:
+    """A circuit is opened by hand, and the page follows by the stream; "Undo" closes it."""
+    scene.console.open("circuits")
+    circuit = scene.row("carrier")
+    circuit.get_by_role("button", name="Open circuit carrier").click()
+    expect(circuit).to_contain_text("open")
+    expect(circuit.get_by_role("button", name="Close circuit carrier")).to_be_visible()
+    scene.button("Undo").click()
+    expect(circuit.get_by_role("button", name="Open circuit carrier")).to_be_visible()
+
+
+@pytest.mark.parametrize("name", ["schedules", "changes"])
+def test_other_views(scene: Scene, name: str) -> None:
+    """Each shows its rows, or one sentence in place of them."""
+    scene.console.open(name)
+    expect(scene.main.locator("table, .empty").first).to_be_visible()
+
+
+@pytest.mark.parametrize("scene", ["memory"], indirect=True)
+@pytest.mark.parametrize("width", [WIDE, 360])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_everybody_can_use_it(scene: Scene, browser: Browser, *, dark: bool, width: int) -> None:
+    """No view violates a rule of axe-core, or has to be scrolled sideways."""
+    with console(browser, scene.service, dark=dark, width=width) as opened:
+        views = [*VIEWS, f"job?id={scene.failed[1]}"]
+        # The width changes no colours, and the colour scheme nothing else.
+        only = ", runOnly: ['color-contrast']" if dark and width < WIDE else ""
+        found = {}
+        for view in views:
+            opened.open(view)
+            expect(opened.main.locator(".loading")).to_have_count(0)
+            opened.page.evaluate(AXE)
+            violations = opened.page.evaluate(f"axe.run({{resultTypes: ['violations']{only}}})")[
+                "violations"
+            ]
+            sideways = opened.page.evaluate("document.documentElement.scrollWidth > innerWidth")
+            if violations or sideways:
+                found[view] = ([each["id"] for each in violations], sideways)
+        opened.require_clean()
+
+    assert found == {}
+
+
+@pytest.mark.parametrize("scene", ["memory"], indirect=True)
+def test_markup_in_names_and_headers_stays_text(scene: Scene) -> None:
+    """A task may have any name, and a client sends any header; the server takes no such id."""
+    headers = {"X-Correlation-ID": PLANTED, "User-Agent": PLANTED, "Referer": PLANTED}
+    name = f"console.planted {PLANTED}"
+    job = accept(scene.service, name, {PLANTED: PLANTED}, **headers)
+    until(scene.service, job, "completed")
+    scene.console.open(f"jobs?task={quote(name)}")
+    expect(scene.main.get_by_role("table")).to_contain_text(name)
+    scene.console.open(f"job?id={job}")
+    expect(scene.main).to_contain_text(name)
+
+
+def test_the_keyboard_is_enough(scene: Scene) -> None:
+    """Tab leads through the page in order, the dialog keeps it, and Escape ends the dialog."""
+    page = scene.console.page
+    scene.console.open("queues")
+    expect(scene.row("default")).to_be_visible()
+    page.reload()
+    expect(scene.row("default")).to_be_visible()
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(scene.main).to_be_focused()
+    page.keyboard.press("Tab")
+    while page.evaluate("document.activeElement.textContent") != "Pause":
+        assert page.evaluate("document.activeElement !== document.body")
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(scene.button("Undo")).to_be_visible()
+    scene.button("Undo").focus()
+    page.keyboard.press("Enter")
+    expect(scene.row("default")).to_contain_text("running")
+
+    scene.console.open("stop")
+    scene.button("Begin the stop …").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    for _ in range(4):
+        page.keyboard.press("Tab")
+        # After its last field the focus is in the browser's own controls.
+        assert page.evaluate("document.activeElement.matches('dialog *, body')")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    expect(scene.button("Begin the stop …")).to_be_focused()
+
+
+def test_without_a_log_in_it_reads_only(scene: Scene, browser: Browser) -> None:
+    """A wrong token is refused with a sentence; no view has an action, and jobs need a log-in."""
+    with console(browser, scene.service, token="") as opened:
+        opened.open("status")
+        expect(opened.page.get_by_role("button", name="Check now")).to_have_count(0)
+        opened.open("stop")
+        expect(opened.page.get_by_role("button", name="Begin the stop …")).to_have_count(0)
+        opened.open("jobs")
+        expect(opened.main).to_contain_text("needs a log-in")
+        opened.open("login")
+        opened.page.get_by_label("Token").fill("wrong")
+        opened.page.get_by_role("button", name="Log in").click()
+        expect(opened.page.get_by_role("alert")).to_be_visible()
+        opened.page.get_by_label("Token").fill(QUICK["MANAGEMENT_TOKEN"])
+        opened.page.get_by_role("button", name="Log in").click()
+        expect(opened.page.get_by_role("button", name="Check now")).to_be_visible()
+        opened.page.get_by_role("button", name="Log out").click()
+        expect(opened.page.get_by_role("button", name="Check now")).to_have_count(0)
+        opened.forgive("401")
+        opened.require_clean()

@@ -1,0 +1,155 @@
+"""The contract of ``JobLedger``: schedules, and one job for each of their times."""
+
+import asyncio
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+import pytest
+from tests.contracts.ledgers import TURNS, LedgerCase, cancelled_after, draft, later
+
+from viralfx.domain.jobs.ledger import JobLedger
+from viralfx.domain.jobs.model import JobState, Unique, completed
+from viralfx.domain.jobs.schedule import Schedule, ScheduledAcceptance
+
+DAY = 86_400.0
+NIGHTLY = Schedule(task="night", cron="0 3 * * *", timezone="Europe/Berlin")
+HOURLY = Schedule(task="hour", cron="0 * * * *")
+
+
+async def test_a_new_schedule_begins_now(case: LedgerCase) -> None:
+    """It has no last time; a later declaration does not change it."""
+    before = case.now()
+    (first,) = await case.ledger.declare_schedules([NIGHTLY], DAY)
+    await case.pass_time()
+    again = await case.ledger.declare_schedules([NIGHTLY, HOURLY], DAY)
+
+    assert (first.task, first.cron, first.timezone) == ("night", "0 3 * * *", "Europe/Berlin")
+    assert before <= first.since <= case.now()
+    assert first.last_run_at is None
+    assert sorted(again, key=lambda each: each.task)[1] == first
+    assert [each.task for each in await case.ledger.schedules()] == ["hour", "night"]
+
+
+async def test_a_changed_schedule_begins_again(case: LedgerCase) -> None:
+    """Its new times before the change were not missed; its last time stays."""
+    (first,) = await case.ledger.declare_schedules([NIGHTLY], DAY)
+    await case.ledger.accept_scheduled(draft(task="night", run_at=first.since))
+    states = [first]
+    for changed in (replace(NIGHTLY, cron="* * * * *"), replace(NIGHTLY, timezone="Asia/Tokyo")):
+        await case.pass_time()
+        states += await case.ledger.declare_schedules([changed], DAY)
+        assert (states[-1].cron, states[-1].timezone) == (changed.cron, changed.timezone)
+
+    assert first.since < states[1].since < states[2].since
+    assert states[1].last_run_at == states[2].last_run_at == first.since
+
+
+async def test_a_schedule_that_no_worker_declares_is_forgotten(case: LedgerCase) -> None:
+    """After a time, and only by a worker that declares its own."""
+    await case.ledger.declare_schedules([NIGHTLY], DAY)
+    await case.pass_time()
+    await case.ledger.declare_schedules([HOURLY], DAY)
+    assert len(await case.ledger.schedules()) == 2
+    await case.pass_time()
+    await case.ledger.declare_schedules([HOURLY], 0.0)
+
+    assert [each.task for each in await case.ledger.schedules()] == ["hour"]
+    assert await case.ledger.accept_scheduled(draft(task="night", run_at=case.now())) is None
+    assert await case.ledger.page() == []
+
+
+async def _declared(case: LedgerCase) -> datetime:
+    (state,) = await case.ledger.declare_schedules([HOURLY], DAY)
+    return state.since
+
+
+async def test_one_job_is_accepted_for_a_time(case: LedgerCase) -> None:
+    """With the time as its ``run_at``, and the job's id as in any acceptance."""
+    since = await _declared(case)
+    first = draft(task="hour", run_at=since, payload=b"null")
+    answers = [
+        await case.ledger.accept_scheduled(first),
+        await case.ledger.accept_scheduled(draft(task="hour", run_at=since)),
+        await case.ledger.accept_scheduled(draft(task="hour", run_at=later(since, -60.0))),
+        await case.ledger.accept_scheduled(draft(task="hour", run_at=later(since, 1.0))),
+    ]
+    (state,) = await case.ledger.schedules()
+
+    assert answers == [
+        ScheduledAcceptance(created=True, last_run_at=since),
+        ScheduledAcceptance(created=False, last_run_at=since),
+        ScheduledAcceptance(created=False, last_run_at=since),
+        ScheduledAcceptance(created=True, last_run_at=later(since, 1.0)),
+    ]
+    assert state.last_run_at == later(since, 1.0)
+    jobs = await case.ledger.page()
+    assert [job.asked_run_at for job in jobs] == [later(since, 1.0), since]
+    assert (jobs[1].id, jobs[1].state, jobs[1].payload) == (first.id, JobState.WAITING, b"null")
+
+
+async def test_a_time_runs_once_also_after_its_job_was_deleted(case: LedgerCase) -> None:
+    """The retention of jobs has no effect on schedules."""
+    since = await _declared(case)
+    await case.ledger.accept_scheduled(draft(task="hour", run_at=since))
+    (claim,) = await case.claim()
+    await case.ledger.settle([completed(claim, b"1")])
+    await case.pass_time()
+    assert await case.ledger.prune(0.0) == 1
+    again = await case.ledger.accept_scheduled(draft(task="hour", run_at=since))
+
+    assert again == ScheduledAcceptance(created=False, last_run_at=since)
+    assert await case.ledger.page() == []
+
+
+async def test_a_time_is_skipped_while_a_unique_job_waits(case: LedgerCase) -> None:
+    """It counts as taken."""
+    since = await _declared(case)
+    unique: dict[str, Any] = {
+        "task": "hour",
+        "unique": Unique.UNFINISHED,
+        "unique_key": "hour null",
+    }
+    for minute in range(3):
+        time = later(since, 60.0 * minute)
+        answer = await case.ledger.accept_scheduled(draft(run_at=time, **unique))
+        assert answer == ScheduledAcceptance(created=True, last_run_at=time)
+
+    (job,) = await case.ledger.page()
+    assert job.asked_run_at == since
+
+
+async def test_workers_at_the_same_moment_create_one_job(case: LedgerCase) -> None:
+    """For each of several times, whichever worker comes first."""
+    since = await _declared(case)
+    for second in range(5):
+        time = later(since, float(second))
+        drafts = [draft(task="hour", run_at=time) for _ in range(8)]
+        answers = await asyncio.gather(*map(case.ledger.accept_scheduled, drafts))
+
+        assert [each.created for each in answers if each].count(True) == 1
+        assert {each.last_run_at for each in answers if each} == {time}
+    assert len(await case.ledger.page()) == 5
+
+
+@pytest.mark.parametrize("turns", TURNS)
+async def test_a_cancelled_acceptance_leaves_job_and_time_together(
+    case: LedgerCase, turns: int
+) -> None:
+    """Both are stored, or neither is."""
+    since = await _declared(case)
+    await cancelled_after(case.ledger.accept_scheduled(draft(task="hour", run_at=since)), turns)
+    answer = await case.ledger.accept_scheduled(draft(task="hour", run_at=since))
+
+    assert answer is not None
+    assert answer.last_run_at == since
+    assert len(await case.ledger.page()) == 1
+
+
+async def test_a_schedule_that_no_worker_declared_has_no_job(ledger: JobLedger) -> None:
+    """The worker declares it, and tries again."""
+    moment = datetime.fromisoformat("2026-01-06T12:00:00Z")
+
+    assert await ledger.accept_scheduled(draft(task="hour", run_at=moment)) is None
+    assert await ledger.schedules() == []
+    assert await ledger.page() == []

@@ -1,0 +1,223 @@
+"""Each extra alone does its job, and a missing one is one line.
+
+Every day the packages of other extras are hidden from an interpreter. With VIRALFX_TEST_WHEELS=1,
+as `just wheels` sets it, the tests install the built wheel into an environment for each extra.
+"""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.deploy.extra_jobs import JOBS
+from tests.deploy.extras import ROOT, declared, environment_of, packages_of, table
+from tests.deploy.release import UV
+from tests.deploy.wheels import wheel_of_checkout
+
+from viralfx.domain.extras import EXTRAS, extra_of, is_installed
+
+PROGRAM = ROOT / "tests/deploy/extra_jobs.py"
+WITH = {"docs": "litestar", "otel-grpc": "otel"}
+"""Extras that need no module of their own."""
+SMALL = {"msgspec", "psutil", "prometheus-client"}
+
+DATABASE = {"DATABASE_URL": "postgresql://viralfx@127.0.0.1:1/viralfx"}
+REDIS = {"REDIS_URL": "redis://127.0.0.1:1"}
+TRACES = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
+GRPC = {**TRACES, "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
+SERVICE = ("litestar", "serve")
+
+
+WHEELS = os.environ.get("VIRALFX_TEST_WHEELS") == "1"
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """Return the wheel to install; None if packages are hidden in its place."""
+    return wheel_of_checkout(tmp_path_factory.mktemp("wheel")) if WHEELS else None
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(wheel: Path | None, tmp_path: Path) -> Run:
+    """Return a function that runs Python with the packages of some extras alone."""
+
+    def run(
+        extras: tuple[str, ...], *arguments: str, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        if wheel is None:
+            python, environment = Path(sys.executable), environment_of(extras, tmp_path)
+        else:
+            python = installed(wheel, extras)
+            environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
+        return subprocess.run(
+            [python, *arguments],
+            cwd=tmp_path,
+            env={**environment, **variables},
+            capture_output=True,
+            text=True,
+            timeout=80,
+            check=False,
+        )
+
+    return run
+
+
+@functools.cache
+def installed(wheel: Path, extras: tuple[str, ...]) -> Path:
+    """Install the wheel with extras by uv; return the Python of the environment."""
+    folder = wheel.parent / "-".join(["with", *extras])
+    subprocess.run([UV, "venv", "--quiet", "--python", sys.executable, folder], check=True)
+    python = folder / "bin/python"
+    wanted = f"{wheel}[{','.join(extras)}]" if extras else str(wheel)
+    subprocess.run([UV, "pip", "install", "--quiet", "--python", python, wanted], check=True)
+    return python
+
+
+def line(asked_by: str, extras: str) -> str:
+    """Return the one line about missing extras."""
+    return f"{asked_by} needs viralfx[{extras}]: pip install 'viralfx[{extras}]'"
+
+
+def test_without_an_extra_there_are_three_packages() -> None:
+    """They have no dependencies."""
+    assert packages_of([]) == SMALL
+
+
+def test_all_holds_every_extra() -> None:
+    """The image and the environment of the tests install it."""
+    (everything,) = declared()["all"]
+
+    assert everything.extras == declared().keys() - {"", "all"}
+    assert declared().keys() == JOBS.keys()
+
+
+def test_the_document_shows_the_extras() -> None:
+    """docs/installation.md has a row for each, with about as many packages and their size."""
+    text = (ROOT / "docs/installation.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `?([\w-]+)`? \| .* \| (\d+) \| (\d+) MiB \|$", text, re.MULTILINE)
+    shown = {"" if name == "none" else name: (int(n), float(size)) for name, n, size in rows}
+
+    # Versions of Python differ in what they need, and in their byte code.
+    measured = {name: (number, size) for name, number, size in table()}
+    assert shown.keys() == measured.keys()
+    for name, (number, size) in shown.items():
+        assert number == pytest.approx(measured[name][0], abs=3), name
+        assert size == pytest.approx(measured[name][1], rel=0.4, abs=2), name
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_code_names_the_packages_of_an_extra(extra: str) -> None:
+    """Each package that the code asks for is installed here, and its first one leads to it."""
+    assert is_installed(extra)
+    assert extra_of(EXTRAS[extra][0]) == WITH.get(extra, extra)
+    assert EXTRAS.keys() <= declared().keys()
+
+
+@pytest.mark.parametrize("extra", JOBS)
+def test_an_extra_alone_does_its_job(extra: str, run: Run, request: pytest.FixtureRequest) -> None:
+    """No package of another extra is imported for it."""
+    variables = {}
+    if extra in {"postgres", "migrate"}:
+        variables["DATABASE_URL"] = request.getfixturevalue("database").url
+    if extra == "redis":
+        variables["REDIS_URL"] = request.getfixturevalue("redis").url()
+    done = run((extra,), str(PROGRAM), extra, **variables)
+
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("extras", "arguments", "variables", "expected"),
+    [
+        ((), ["serve"], {}, [line("viralfx serve", "serve,litestar")]),
+        (("litestar",), ["worker"], {}, [line("viralfx worker", "serve")]),
+        ((), ["migrate"], DATABASE, [line("viralfx migrate", "migrate")]),
+        ((), ["jobs", "list"], DATABASE, [line("viralfx jobs", "litestar")]),
+        (("serve",), ["doctor"], {}, [line("viralfx doctor", "litestar")]),
+        (
+            SERVICE,
+            ["serve"],
+            {**DATABASE, **REDIS},
+            [
+                line("DATABASE_URL", "postgres"),
+                line("REDIS_HOST", "redis"),
+                line("REDIS_HOST with DATABASE_URL", "jobs"),
+            ],
+        ),
+        (SERVICE, ["worker"], TRACES, [line("OTEL_EXPORTER_OTLP_ENDPOINT", "otel")]),
+        (
+            (*SERVICE, "otel"),
+            ["serve"],
+            GRPC,
+            [line("OTEL_EXPORTER_OTLP_ENDPOINT", "otel-grpc")],
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple | list | dict) else None,
+)
+def test_a_missing_extra_is_one_line(
+    extras: tuple[str, ...],
+    arguments: list[str],
+    variables: dict[str, str],
+    expected: list[str],
+    run: Run,
+) -> None:
+    """The command exits with 2, and the line can be pasted into a shell."""
+    ended = run(extras, "-m", "viralfx", *arguments, **variables)
+
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.splitlines() == [f"viralfx: {each}" for each in expected]
+
+
+def test_the_doctor_names_missing_extras(run: Run) -> None:
+    """The other checks run, and the remedy is the command."""
+    ended = run(SERVICE, "-m", "viralfx", "doctor", PORT="0", **DATABASE, **REDIS, **TRACES)
+
+    assert ended.returncode == 1, ended.stderr
+    for asked_by, extra in (
+        ("DATABASE_URL", "postgres"),
+        ("REDIS_HOST", "redis"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "otel"),
+    ):
+        found, _, remedy = line(asked_by, extra).partition(": ")
+        assert ended.stdout.count(found) == 1
+        assert ended.stdout.count(f"-> {remedy}") == 1
+
+
+USES = {
+    "viralfx.OperationsPlugin": ("import viralfx; viralfx.OperationsPlugin", "litestar"),
+    "HttpCheck": ("from viralfx.checks import HttpCheck; HttpCheck('http://shop')", "webhooks"),
+    "viralfx.taskiq": ("import viralfx.taskiq", "jobs"),
+    "@task('t', cron=...)": (
+        "from viralfx.domain.jobs.schedule import Schedule; Schedule(task='t', cron='1 * * * *')",
+        "cron",
+    ),
+    "a heap report": ("from viralfx.runner.diagnostics import _report; _report()", "heap"),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_missing_extra_is_an_import_error_in_a_program(name: str, run: Run) -> None:
+    """A program may catch it; the message names the extra."""
+    code, extra = USES[name]
+    caught = f"try:\n    {code}\nexcept ImportError as error:\n    print(error)"
+    said = run((), "-c", caught)
+
+    assert (said.stdout.splitlines(), said.stderr) == ([line(name, extra)], "")
+
+
+def test_tracing_of_an_application_does_not_need_the_extra(run: Run) -> None:
+    """The plugin logs one warning: the variables may be those of the application."""
+    code = "import logging; logging.basicConfig(); import viralfx; viralfx.OperationsPlugin()"
+    ended = run(("litestar",), "-c", code, **TRACES)
+
+    assert ended.returncode == 0, ended.stderr
+    assert [each for each in ended.stderr.splitlines() if "WARNING" in each] == [
+        f"WARNING:viralfx.tracing:Nothing is traced: {line('OTEL_EXPORTER_OTLP_ENDPOINT', 'otel')}"
+    ]

@@ -1,0 +1,142 @@
+"""The wheel and the sdist: their metadata, their files, and links that lead somewhere."""
+
+import email
+import re
+import shutil
+import subprocess
+import tarfile
+import zipfile
+from email.message import Message
+from pathlib import Path
+
+import pytest
+from packaging.specifiers import SpecifierSet
+from tests.deploy.extras import declared
+from tests.deploy.release import (
+    ROOT,
+    build,
+    checksums,
+    project,
+    publish_readme,
+    repository,
+    with_absolute_links,
+)
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+VERSION = str(project()["version"])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return the wheel and the sdist of this checkout."""
+    folder, dist = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("dist")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for notices in ROOT.glob("THIRD_PARTY*"):
+        shutil.copy(notices, folder)
+    shutil.copytree(
+        ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+    )
+    publish_readme(folder)
+    sdist, wheel = sorted(build(folder, dist), key=lambda path: path.suffix)
+    return wheel, sdist
+
+
+def metadata(wheel: Path) -> Message:
+    """Return the metadata of a wheel; its payload is the README."""
+    with zipfile.ZipFile(wheel) as archive:
+        return email.message_from_bytes(archive.read(f"viralfx-{VERSION}.dist-info/METADATA"))
+
+
+def test_the_metadata_is_complete(built: tuple[Path, Path]) -> None:
+    """An index shows authors, addresses, licence, versions of Python and every extra."""
+    found = metadata(built[0])
+    urls = dict(str(each).split(", ") for each in found.get_all("Project-URL", ()))
+
+    assert (found["Name"], found["Version"]) == ("viralfx", VERSION)
+    assert found["License-Expression"] == "MIT"
+    assert found["Author"] == "ViralFX Backend maintainers"
+    assert "LICENSE" in found.get_all("License-File", ())
+    assert {"Documentation", "Repository", "Changelog", "Issues"} == urls.keys()
+    assert {url for url in urls.values() if not url.startswith(repository())} == set()
+    assert set(found.get_all("Provides-Extra", ())) == declared().keys() - {""}
+    assert found["Description-Content-Type"] == "text/markdown"
+
+
+def test_the_classifiers_name_supported_versions() -> None:
+    """Each version of Python that they name satisfies ``requires-python``."""
+    named = re.findall(r":: (3\.\d+)\"", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+    assert named
+    assert list(SpecifierSet(str(project()["requires-python"])).filter(named)) == named
+
+
+def test_the_links_of_the_readme_lead_somewhere(built: tuple[Path, Path]) -> None:
+    """In the wheel and the sdist each link is absolute, and leads to a file of this version."""
+    with tarfile.open(built[1]) as archive:
+        member = archive.extractfile(f"viralfx-{VERSION}/README.md")
+        assert member is not None
+        in_sdist = member.read().decode()
+    links = re.findall(r"\]\(([^)]+)\)", in_sdist)
+    ours = re.compile(re.escape(repository()) + rf"/(?:blob|tree)/v{re.escape(VERSION)}/([^#]+)")
+
+    assert str(metadata(built[0]).get_payload()).strip() == in_sdist.strip()
+    assert [link for link in links if not link.startswith("https://")] == []
+    paths = [found[1] for link in links if (found := ours.match(link))]
+    assert len(paths) >= 20
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_links_become_absolute() -> None:
+    """Files, folders, headings and pictures; other addresses stay."""
+    text = "[a](docs/jobs.md#the-api) [b](adr/) ![c](docs/dashboard.png) [d](https://x.y) [e](#f)"
+    home = repository()
+    raw = home.replace("github.com", "raw.githubusercontent.com")
+
+    assert with_absolute_links(text, "9.9.9").split() == [
+        f"[a]({home}/blob/v9.9.9/docs/jobs.md#the-api)",
+        f"[b]({home}/tree/v9.9.9/adr/)",
+        f"![c]({raw}/v9.9.9/docs/dashboard.png)",
+        "[d](https://x.y)",
+        "[e](#f)",
+    ]
+
+
+def test_the_wheel_holds_the_package_alone(built: tuple[Path, Path]) -> None:
+    """Every file of the package is in it, with its licences, and nothing of the repository."""
+    with zipfile.ZipFile(built[0]) as archive:
+        names = set(archive.namelist())
+    package = {
+        path.relative_to(ROOT / "src").as_posix()
+        for path in (ROOT / "src/viralfx").rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+
+    assert {n for n in names if not n.startswith(f"viralfx-{VERSION}.dist-info/")} == package | {
+        n for n in names if n.endswith("/") and n.startswith("viralfx/")
+    }
+    assert "viralfx/py.typed" in names
+    assert f"viralfx-{VERSION}.dist-info/licenses/LICENSE" in names
+
+
+def test_the_changelog_has_this_version() -> None:
+    """Its newest release is that of the project."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    releases = re.findall(r"^## (\d+\.\d+\.\d+) - (\d{4}-\d\d-\d\d)$", text, re.MULTILINE)
+
+    assert releases[0][0] == VERSION
+
+
+def test_checksums_can_be_verified(tmp_path: Path) -> None:
+    """``sha256sum --check`` accepts them."""
+    (tmp_path / "a.whl").write_bytes(b"wheel")
+    (tmp_path / "SHA256SUMS").write_text(checksums([tmp_path / "a.whl"]), encoding="utf-8")
+    checked = subprocess.run(
+        [shutil.which("sha256sum") or "sha256sum", "--check", "--strict", "SHA256SUMS"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (checked.returncode, checked.stdout) == (0, "a.whl: OK\n")

@@ -1,0 +1,124 @@
+"""WebSockets: invalid frames cause a close frame and a warning, but no error."""
+
+import base64
+import os
+import signal
+import socket
+
+import pytest
+from tests.servers.waiting import wait_until
+from tests.system.service import Service, running
+
+PLAIN = ("--app", "tests.system.apps:plain")
+
+
+def opened(service: Service, path: str = "/socket", *, extra: str = "") -> socket.socket:
+    """Open a WebSocket and return its connection after the handshake."""
+    connection = socket.create_connection(("127.0.0.1", service.port), timeout=20)
+    key = base64.b64encode(os.urandom(16)).decode()
+    lines = [
+        f"GET {path} HTTP/1.1",
+        "Host: test",
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+        "Sec-WebSocket-Version: 13",
+        f"Sec-WebSocket-Key: {key}",
+        *([extra] if extra else []),
+    ]
+    connection.sendall("\r\n".join([*lines, "", ""]).encode())
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += connection.recv(1)
+    assert received.startswith(b"HTTP/1.1 101 ")
+    return connection
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (b"\xff" * 80, 1002),
+        (b"\x81\x05hello", 1002),
+        (b"\x81\xff" + b"\xff" * 8 + b"a" * 100, 1009),
+        (b"\x88\x82aaaaaa", 1002),
+        (b"\x81\x81\0\0\0\0\xff", 1007),
+        (b"\x01\x80\0\0\0\0" + b"\x00\x80\0\0\0\0" * 2000, 1009),
+    ],
+    ids=["opcode", "unmasked", "length", "close-code", "text", "fragments"],
+)
+def test_an_invalid_frame_closes_the_connection(frame: bytes, code: int) -> None:
+    """The client gets the standard close code; the log has no traceback."""
+    with running(*PLAIN) as service:
+        service.wait_ready()
+        with opened(service) as connection:
+            connection.sendall(frame)
+            received = b""
+            while chunk := connection.recv(65536):
+                received += chunk
+        service.signal(signal.SIGTERM)
+        assert service.exit_code() == 0
+        lines = [line for line in service.output if '"level":"error"' in line]
+
+        rejections = service.logged("HTTP request rejected")
+
+    assert [line["reason"] for line in rejections] == ["websocket"]
+    assert received[0] == 0x88
+    assert int.from_bytes(received[2:4], "big") == code
+    assert lines == []
+
+
+@pytest.mark.parametrize("scheme", ["http", "ws"])
+def test_an_absolute_address_opens_a_websocket(scheme: str) -> None:
+    """Clients send one to a proxy, which may pass it on unchanged."""
+    with running(*PLAIN) as service:
+        service.wait_ready()
+        opened(service, f"{scheme}://test/socket?from=proxy").close()
+
+
+def test_a_websocket_counts_as_a_connection_until_it_ends() -> None:
+    """The gauge rises with the handshake and falls with the close."""
+
+    def connections(service: Service) -> float:
+        body = service.manage("/metrics").body.decode()
+        (line,) = [
+            line
+            for line in body.splitlines()
+            if line.startswith('viralfx_http_connections{server="api"}')
+        ]
+        return float(line.split()[1])
+
+    with running(*PLAIN, management=True) as service:
+        service.wait_ready()
+        sockets = [opened(service) for _ in range(5)]
+        assert connections(service) == 5
+        for connection in sockets:
+            connection.close()
+        wait_until(lambda: connections(service) == 0, what="all are closed")
+
+
+def test_a_frame_after_an_invalid_one_is_no_error() -> None:
+    """The connection ends, and the log has one warning."""
+    with running(*PLAIN) as service:
+        service.wait_ready()
+        for _ in range(20):
+            with opened(service) as connection:
+                connection.sendall(b"\x81\x81\0\0\0\0\xff" + b"\x88\x82\0\0\0\0\x03\xe8")
+                while connection.recv(65536):
+                    pass
+        service.signal(signal.SIGTERM)
+        assert service.exit_code() == 0
+        lines = service.logged("HTTP request rejected")
+
+    assert [line for line in service.output if '"level":"error"' in line] == []
+    assert len(lines) <= 2
+    assert sum(1 + line["others"] for line in lines) >= 20
+
+
+def test_compression_is_not_negotiated() -> None:
+    """A small compressed frame could inflate to a very large message."""
+    with running(*PLAIN) as service:
+        service.wait_ready()
+        with opened(service, extra="Sec-WebSocket-Extensions: permessage-deflate") as connection:
+            connection.sendall(b"\xc1\x81\0\0\0\0\xff")
+            received = connection.recv(65536)
+
+    assert int.from_bytes(received[2:4], "big") == 1002

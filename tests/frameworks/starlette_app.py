@@ -1,0 +1,44 @@
+"""An application of Starlette."""
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+from tests.frameworks.scene import config, hold
+
+from viralfx.asgi import OperationsMiddleware
+
+
+async def held(_request: Request) -> PlainTextResponse:
+    """Wait until the test goes on."""
+    return PlainTextResponse(await hold())
+
+
+async def item(request: Request) -> PlainTextResponse:
+    """Return the id."""
+    return PlainTextResponse(request.path_params["id"])
+
+
+async def submit(_request: Request) -> PlainTextResponse:
+    """Submit a job."""
+    return PlainTextResponse((await app.jobs.submit("scene.note", "written")).job.id)
+
+
+async def echo(socket: WebSocket) -> None:
+    """Send each message back."""
+    await socket.accept()
+    try:
+        while True:
+            await socket.send_text(await socket.receive_text())
+    except WebSocketDisconnect:
+        pass
+
+
+routes = [
+    Route("/hold", held),
+    Route("/items/{id}", item),
+    Route("/jobs", submit, methods=["POST"]),
+    WebSocketRoute("/echo", echo),
+]
+app = OperationsMiddleware(Starlette(routes=routes), config())

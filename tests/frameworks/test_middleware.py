@@ -1,0 +1,707 @@
+"""The middleware around applications of any framework, without a server."""
+
+import asyncio
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from fastapi import APIRouter, FastAPI
+from httpx import ASGITransport, AsyncClient
+from litestar import Litestar
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from tests.frameworks import django_app, plain_app, quart_app
+from tests.servers.waiting import until
+from tests.system.service import ROOT
+
+from viralfx import OperationsConfig, OperationsPlugin, task
+from viralfx.asgi import AnyApp, OperationsMiddleware
+from viralfx.domain.errors import ConfigurationError, StartupError
+from viralfx.domain.health.model import Observation, Status
+from viralfx.runner.applications import find_application
+from viralfx.settings import Settings
+from viralfx.testing import run_pending
+from viralfx.web.responses import ASGIApp, Message, Receive, Scope, Send
+
+SETTINGS = Settings(access_log=False)
+
+
+def wrapped(app: AnyApp, **more: Any) -> OperationsMiddleware:
+    """Return an application in the middleware."""
+    return OperationsMiddleware(app, OperationsConfig(settings=SETTINGS, **more))
+
+
+class Lifespan:
+    """A server's side of a lifespan."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.answers: list[Message] = []
+        self._messages: asyncio.Queue[Message] = asyncio.Queue()
+        scope: Scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
+        self._task = asyncio.ensure_future(self._run(app(scope, self._messages.get, self._answer)))
+
+    async def _run(self, application: Awaitable[None]) -> None:
+        await application
+
+    async def _answer(self, message: Message) -> None:
+        self.answers.append(message)
+
+    async def _ask(self, step: str) -> str:
+        before = len(self.answers)
+        await self._messages.put({"type": f"lifespan.{step}"})
+        await until(lambda: len(self.answers) > before or self._task.done())
+        return self.answers[-1]["type"].removeprefix("lifespan.") if self.answers else "nothing"
+
+    async def start(self) -> str:
+        """Begin, and return the answer."""
+        return await self._ask("startup")
+
+    async def stop(self) -> str:
+        """End, and return the answer."""
+        answer = await self._ask("shutdown")
+        await self._task
+        return answer
+
+    async def cancel(self) -> None:
+        """Cancel it, as some servers do."""
+        self._task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await self._task
+
+    @property
+    def error(self) -> str:
+        """The message of the last answer."""
+        return str(self.answers[-1].get("message"))
+
+
+@asynccontextmanager
+async def client_of(app: ASGIApp) -> AsyncIterator[AsyncClient]:
+    """Run the lifespan of an application, and yield a client."""
+    lifespan = Lifespan(app)
+    assert await lifespan.start() == "startup.complete"
+    transport = ASGITransport(app=app, raise_app_exceptions=False)
+    async with AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+    assert await lifespan.stop() == "shutdown.complete"
+
+
+async def respond(send: Send, text: str, status: int = 200) -> None:
+    """Send a response."""
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": text.encode()})
+
+
+async def raises(scope: Scope, _receive: Receive, send: Send) -> None:
+    """Have no lifespan, as Django."""
+    if scope["type"] != "http":
+        raise ValueError("only http is served")
+    await respond(send, "served")
+
+
+async def returns(scope: Scope, _receive: Receive, send: Send) -> None:
+    """Ignore the lifespan."""
+    if scope["type"] == "http":
+        await respond(send, "served")
+
+
+async def leaves_early(scope: Scope, receive: Receive, send: Send) -> None:
+    """Return after the first message of the lifespan, without an answer."""
+    if scope["type"] == "lifespan":
+        await receive()
+        return
+    await respond(send, "served")
+
+
+class Steps:
+    """An application that records the steps of its lifespan."""
+
+    def __init__(self, **fails: str) -> None:
+        self.seen: list[str] = []
+        self._fails = fails
+        """By step, how it fails: it raises, reports it, or hangs."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the lifespan."""
+        assert scope["type"] == "lifespan"
+        for step in ("startup", "shutdown"):
+            message = await receive()
+            assert message["type"] == f"lifespan.{step}"
+            self.seen.append(step)
+            if self._fails.get(step) == "raises":
+                raise RuntimeError(f"planted in {step}")
+            if self._fails.get(step) == "hangs":
+                await asyncio.Event().wait()
+            if self._fails.get(step) == "reports":
+                await send({"type": f"lifespan.{step}.failed", "message": f"planted in {step}"})
+                return
+            await send({"type": f"lifespan.{step}.complete"})
+            if self._fails.get("between") == "raises" and step == "startup":
+                raise RuntimeError("planted between")
+
+    async def stage(self, _budget: float) -> None:
+        """Record that the stage of the phase that closes connections ran."""
+        self.seen.append("stage")
+
+
+@pytest.mark.parametrize("app", [raises, returns, leaves_early])
+async def test_an_application_without_a_lifespan_gets_the_layer(app: ASGIApp) -> None:
+    """Its start-up succeeds, probes answer, its routes work, and the stages run."""
+    recorder = Steps()
+    async with client_of(wrapped(app, close_stages={"own": recorder.stage})) as client:
+        await client.get("/health/detailed?fresh=1")
+        statuses = [
+            (await client.get(path)).status_code
+            for path in ("/health/ready", "/health/live", "/metrics", "/anything")
+        ]
+
+    assert statuses == [200] * 4
+    assert recorder.seen == ["stage"]
+
+
+async def test_the_application_stops_before_connections_close() -> None:
+    """As under ``viralfx serve``: it starts with open resources, and ends before the stages."""
+    app = Steps()
+    async with client_of(wrapped(app, close_stages={"own": app.stage})):
+        assert app.seen == ["startup"]
+
+    assert app.seen == ["startup", "shutdown", "stage"]
+
+
+@pytest.mark.parametrize("how", ["raises", "reports"])
+async def test_a_failed_start_stays_a_failure(how: str) -> None:
+    """The server learns it with the text, and the stages close what was open."""
+    app = Steps(startup=how)
+    lifespan = Lifespan(wrapped(app, close_stages={"own": app.stage}))
+
+    assert await lifespan.start() == "startup.failed"
+    assert "planted in startup" in lifespan.error
+    assert app.seen == ["startup", "stage"]
+
+
+@pytest.mark.parametrize("how", ["raises", "reports"])
+async def test_a_failed_shutdown_stays_a_failure(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The remaining stages run before the server learns it."""
+    app = Steps(shutdown=how)
+    lifespan = Lifespan(wrapped(app, close_stages={"own": app.stage}))
+    await lifespan.start()
+
+    assert await lifespan.stop() == "shutdown.failed"
+    assert app.seen == ["startup", "shutdown", "stage"]
+    logged = [r for r in caplog.records if r.message == "The application's lifespan failed"]
+    assert len(logged) == (how == "raises")
+
+
+async def test_a_lifespan_that_ends_early_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The application goes on, and the stages run at the stop."""
+    app = Steps(between="raises")
+    lifespan = Lifespan(wrapped(app, close_stages={"own": app.stage}))
+
+    assert await lifespan.start() == "startup.complete"
+    assert await lifespan.stop() == "shutdown.failed"
+    assert app.seen == ["startup", "stage"]
+    assert "The application's lifespan failed" in caplog.messages
+
+
+async def test_a_hanging_shutdown_does_not_delay_the_answer() -> None:
+    """The stage of the application ends with its budget, and the next one runs."""
+    app = Steps(shutdown="hangs")
+    settings = Settings(shutdown_connection_timeout=0.2)
+    config = OperationsConfig(settings=settings, close_stages={"own": app.stage})
+    lifespan = Lifespan(OperationsMiddleware(app, config))
+    await lifespan.start()
+
+    assert await lifespan._ask("shutdown") == "shutdown.complete"
+    assert app.seen == ["startup", "shutdown", "stage"]
+    await lifespan.cancel()
+
+
+async def test_a_cancelled_lifespan_runs_the_stages() -> None:
+    """A server may cancel it instead of asking for the shutdown."""
+    app = Steps()
+    lifespan = Lifespan(wrapped(app, close_stages={"own": app.stage}))
+    await lifespan.start()
+    await lifespan.cancel()
+
+    assert app.seen == ["startup", "stage"]
+
+
+async def test_a_cancelled_start_is_undone() -> None:
+    """A server may give up while a resource opens; the application can start again."""
+    opening = asyncio.Event()
+
+    class Slow:
+        async def open(self) -> None:
+            opening.set()
+            await asyncio.Event().wait()
+
+    app = wrapped(returns)
+    app.operations.resources = (*app.operations.resources, Slow())
+    lifespan = Lifespan(app)
+    start = asyncio.ensure_future(lifespan.start())
+    await opening.wait()
+
+    await lifespan.cancel()
+    await start
+    assert app.loop is None
+    async with client_of(app) as client:
+        assert (await client.get("/health/live")).status_code == 200
+
+
+async def test_a_stage_with_a_name_in_use_is_a_failed_start() -> None:
+    """Also with a server that goes on without a lifespan after an exception."""
+    app = Steps()
+    lifespan = Lifespan(wrapped(app, close_stages={"application": app.stage}))
+
+    assert await lifespan.start() == "startup.failed"
+    assert "has a stage named 'application' already" in lifespan.error
+
+
+async def test_an_application_can_start_again() -> None:
+    """Test clients start an application several times; each time it becomes ready."""
+    app = wrapped(raises)
+    for _ in range(2):
+        async with client_of(app) as client:
+            await client.get("/health/detailed?fresh=1")
+            assert (await client.get("/health/ready")).status_code == 200
+
+
+async def test_one_lifespan_runs_at_a_time() -> None:
+    """A second server on the same object would share its shutdown."""
+    app = wrapped(raises)
+    first, second = Lifespan(app), Lifespan(app)
+    await first.start()
+
+    assert await second.start() == "startup.failed"
+    assert second.error == "OperationsMiddleware: its lifespan runs already"
+    assert await first.stop() == "shutdown.complete"
+
+
+async def test_a_server_without_a_lifespan_gets_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The application serves, the instance is alive and not ready, and one line says why."""
+    app = wrapped(raises)
+    transport = ASGITransport(app=app)
+    async with AsyncClient(transport=transport, base_url="http://test") as client:
+        statuses = [
+            (await client.get(path)).status_code
+            for path in ("/anything", "/health/live", "/health/ready")
+        ]
+
+    assert statuses == [200, 200, 503]
+    line = (
+        "The server runs no lifespan, so the instance does not become ready and has no ordered"
+        " stop; turn the lifespan on"
+    )
+    assert caplog.messages.count(line) == 1
+
+
+# -- routes ----------------------------------------------------------------------------------
+
+
+def text(_request: Request) -> PlainTextResponse:
+    """Respond."""
+    return PlainTextResponse("here")
+
+
+def fastapi_with_routers() -> FastAPI:
+    """Return an application with a router that is included below a prefix, and a mounted one."""
+    app, router, sub = FastAPI(), APIRouter(prefix="/v1"), FastAPI()
+    for each, path in ((router, "/items/{item}"), (app, "/plain/{item}"), (sub, "/deep/{item}")):
+        each.add_api_route(path, lambda item: item)
+    app.include_router(router, prefix="/api")
+    app.mount("/tenants/{tenant}", sub)
+    return app
+
+
+async def served_by(app: OperationsMiddleware, *paths: str) -> list[str]:
+    """Return the routes in the metrics after requests for ``paths``."""
+    async with client_of(app) as client:
+        for path in paths:
+            await client.get(path)
+        metrics = (await client.get("/metrics")).text
+    lines = [x for x in metrics.splitlines() if "request_duration_seconds_count" in x]
+    return sorted(line.partition('http_route="')[2].partition('"')[0] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("app", "paths", "routes"),
+    [
+        (
+            wrapped(fastapi_with_routers()),
+            ("/api/v1/items/1", "/plain/1", "/tenants/hostile/deep/1", "/nothing"),
+            ["/api/v1/items/{item}", "/deep/{item}", "/plain/{item}", "unmatched"],
+        ),
+        (
+            wrapped(Starlette(routes=[Mount("/m", routes=[Route("/{x}", text)])])),
+            ("/m/hostile", "/nothing"),
+            ["/{x}", "unmatched"],
+        ),
+        (plain_app.app, ("/items/hostile", "/nothing"), ["/items/{id}", "unmatched"]),
+        (django_app.app, ("/items/hostile", "/nothing"), ["/items/<str:item>", "unmatched"]),
+        (quart_app.app, ("/items/hostile", "/nothing"), ["/items/<item>", "unmatched"]),
+    ],
+    ids=["FastAPI", "Starlette", "plain ASGI", "Django", "Quart"],
+)
+async def test_metrics_have_the_routes_template(
+    app: OperationsMiddleware, paths: tuple[str, ...], routes: list[str]
+) -> None:
+    """Never the path, which clients choose."""
+    assert await served_by(app, *paths) == routes
+
+
+# -- conflicts -------------------------------------------------------------------------------
+
+
+def fastapi_with(*paths: str, prefix: str = "") -> FastAPI:
+    """Return an application with routes."""
+    app, router = FastAPI(), APIRouter()
+    for path in paths:
+        router.add_api_route(path, lambda: "mine")
+    app.include_router(router, prefix=prefix)
+    return app
+
+
+@pytest.mark.parametrize(
+    ("app", "problem"),
+    [
+        (fastapi_with("/health"), "OperationsConfig.path: the application answers /health itself"),
+        (fastapi_with("/ready", prefix="/health"), "the application answers /health/ready itself"),
+        (
+            Starlette(routes=[Route("/metrics", text)]),
+            "OperationsConfig.metrics_path: the application answers /metrics itself",
+        ),
+    ],
+    ids=["health", "router", "metrics"],
+)
+async def test_an_own_route_at_a_path_of_the_layer_is_an_error(app: ASGIApp, problem: str) -> None:
+    """The gate would hide it. Another path solves it."""
+    lifespan = Lifespan(wrapped(app))
+
+    assert await lifespan.start() == "startup.failed"
+    assert problem in lifespan.error
+    assert "choose another path" in lifespan.error
+    async with client_of(wrapped(app, path="/ops", metrics_path="/ops-metrics")) as client:
+        assert (await client.get("/ops/live")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "app",
+    [
+        fastapi_with("/{page}", "/health/{page}"),
+        Starlette(routes=[Mount("/", app=raises)]),
+    ],
+)
+async def test_a_route_for_any_path_is_no_conflict(app: ASGIApp) -> None:
+    """It keeps the paths that the layer does not have."""
+    async with client_of(wrapped(app)) as client:
+        assert (await client.get("/health/live")).json()["alive"] is True
+        assert (await client.get("/other")).status_code == 200
+
+
+def test_two_layers_around_one_application_are_an_error() -> None:
+    """Also a plugin inside a middleware."""
+    plugin = OperationsPlugin(OperationsConfig(settings=SETTINGS))
+    for app in (wrapped(raises), Litestar(plugins=[plugin], logging_config=None)):
+        with pytest.raises(ConfigurationError, match="has an operations layer already"):
+            wrapped(app)
+
+
+async def test_a_second_layer_further_inside_is_a_failed_start() -> None:
+    """Starlette creates its middleware when it starts."""
+    app = Starlette()
+    app.add_middleware(OperationsMiddleware, config=OperationsConfig(settings=SETTINGS))
+    lifespan = Lifespan(wrapped(app))
+
+    assert await lifespan.start() == "startup.failed"
+    assert "has an operations layer already" in lifespan.error
+
+
+async def test_a_plugin_further_inside_is_a_failed_start() -> None:
+    """Its checks would run, and no probe would show them; it starts in the middleware's place."""
+
+    def shop() -> bool:
+        return True
+
+    config = OperationsConfig(settings=SETTINGS, checks={"shop": shop})
+    inner = cast("ASGIApp", Litestar(plugins=[OperationsPlugin(config)], logging_config=None))
+
+    async def around(scope: Scope, receive: Receive, send: Send) -> None:
+        await inner(scope, receive, send)
+
+    outer = Lifespan(wrapped(around))
+
+    assert await outer.start() == "startup.failed"
+    assert "the application has an operations layer already" in outer.error
+    async with client_of(around) as client:
+        assert (await client.get("/health/shop")).json()["name"] == "shop"
+
+
+async def test_it_works_as_middleware_of_starlette() -> None:
+    """Without another one around the application."""
+    app = Starlette(routes=[Route("/own", text)])
+    app.add_middleware(OperationsMiddleware, config=OperationsConfig(settings=SETTINGS))
+    async with client_of(app) as client:
+        statuses = [(await client.get(path)).status_code for path in ("/health/live", "/own")]
+
+    assert statuses == [200, 200]
+
+
+def test_two_plugins_in_one_application_are_an_error() -> None:
+    """Both would answer the same probes."""
+    plugins = [OperationsPlugin(OperationsConfig(settings=SETTINGS)) for _ in range(2)]
+
+    with pytest.raises(ConfigurationError, match="the application has two"):
+        Litestar(plugins=plugins, logging_config=None)
+
+
+def test_the_application_inside_is_not_served_without_its_middleware() -> None:
+    """Its routes would submit jobs to a layer that never starts."""
+    with pytest.raises(ConfigurationError, match="plain_app:plain is inside an OperationsMid"):
+        find_application(SETTINGS, "tests.frameworks.plain_app:plain")
+
+
+@pytest.mark.parametrize("name", ["bare", "make_bare"])
+async def test_any_application_is_found_for_serve(name: str) -> None:
+    """The application itself, and the function that makes it."""
+    app, layer = find_application(SETTINGS, f"tests.frameworks.test_middleware:{name}")
+
+    assert isinstance(layer, OperationsMiddleware)
+    async with client_of(app) as client:
+        statuses = [(await client.get(path)).status_code for path in ("/health/live", "/own")]
+    assert statuses == [200, 200]
+
+
+def make_bare() -> Starlette:
+    """Return an application without the middleware."""
+    return Starlette(routes=[Route("/own", text)])
+
+
+bare = make_bare()
+
+
+async def test_another_message_of_a_lifespan_reaches_the_server() -> None:
+    """The middleware does not take it for the end of the shutdown."""
+
+    async def odd(_scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "lifespan.odd"})
+
+    lifespan = Lifespan(wrapped(odd))
+    await lifespan.start()
+    await until(lambda: len(lifespan.answers) == 2)
+
+    assert [each["type"] for each in lifespan.answers] == [
+        "lifespan.odd",
+        "lifespan.startup.complete",
+    ]
+    assert await lifespan.stop() == "shutdown.complete"
+
+
+def test_the_jobs_api_needs_litestar() -> None:
+    """The option is an error, because it would have no effect."""
+    with pytest.raises(ConfigurationError, match="only applications of Litestar"):
+        wrapped(raises, jobs_api=True)
+
+
+@pytest.mark.parametrize("app", [None, "package.module:app", OperationsConfig()])
+def test_another_object_is_no_application(app: Any) -> None:
+    """The message names the argument."""
+    with pytest.raises(TypeError, match="takes an ASGI application first"):
+        OperationsMiddleware(app)
+
+
+# -- the rest of the layer -------------------------------------------------------------------
+
+
+@task("frameworks.double")
+async def double(number: int) -> int:
+    """Double a number."""
+    return 2 * number
+
+
+class Shop:
+    """A check of the application."""
+
+    async def check(self) -> Observation:
+        """Pass."""
+        return Observation(status=Status.PASS, message="open")
+
+
+async def test_it_has_the_clients_of_the_plugin() -> None:
+    """Jobs and cache work in memory; the others name the missing setting."""
+    app = wrapped(raises, checks={"shop": Shop()}, tasks=[double])
+    await app.jobs.submit(double, 21)
+    jobs = await run_pending(app)
+
+    assert [job.result for job in jobs] == [42]
+    assert await app.cache.get_or_load("key", 60.0, loader) == b"loaded"
+    for name, variable in (("database", "DATABASE_URL"), ("redis", "REDIS_HOST")):
+        with pytest.raises(ConfigurationError, match=variable):
+            getattr(app, name)
+
+
+async def loader() -> bytes:
+    """Return a value for the cache."""
+    return b"loaded"
+
+
+async def test_a_resource_that_cannot_open_is_a_failed_start() -> None:
+    """The text is one line for people."""
+
+    class Broken:
+        async def open(self) -> None:
+            raise StartupError("DATABASE_URL: no server answers")
+
+    app = wrapped(raises)
+    app.operations.resources = (Broken(),)
+    lifespan = Lifespan(app)
+
+    assert await lifespan.start() == "startup.failed"
+    assert lifespan.error == "DATABASE_URL: no server answers"
+
+
+async def test_signals_and_logging_stay_those_of_the_application() -> None:
+    """The middleware changes neither."""
+
+    def state() -> object:
+        root = logging.getLogger()
+        handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+        return handlers, root.level, list(root.handlers), sys.excepthook
+
+    before = state()
+    async with client_of(wrapped(raises)):
+        during = state()
+
+    assert before == during == state()
+
+
+async def test_streams_get_the_event_shutdown_at_the_end_of_the_lifespan() -> None:
+    """The drain waits for them, as for other requests."""
+    sent: list[Message] = []
+    leave = asyncio.Event()
+
+    async def stream(scope: Scope, _receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http"
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        await leave.wait()
+
+    async def record(message: Message) -> None:
+        sent.append(message)
+        if b"event: shutdown" in message.get("body", b""):
+            leave.set()
+
+    async def nothing() -> Message:
+        await asyncio.Event().wait()
+        return {}
+
+    app = wrapped(stream)
+    lifespan = Lifespan(app)
+    await lifespan.start()
+    scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": []}
+    request = asyncio.ensure_future(_call(app, scope, nothing, record))
+    await until(lambda: len(sent) == 2)
+
+    assert await lifespan.stop() == "shutdown.complete"
+    await request
+    assert sent[-1]["body"] == b"event: shutdown\ndata: {}\n\n"
+
+
+async def iterates(scope: Scope, _receive: Receive, send: Send) -> None:
+    """Send the headers as an iterator, as Sanic does."""
+    if scope["type"] == "http":
+        pairs = [(b"content-type", b"text/plain"), (b"content-length", b"6")]
+        await send({"type": "http.response.start", "status": 200, "headers": iter(pairs)})
+        await send({"type": "http.response.body", "body": b"served"})
+
+
+async def test_headers_may_be_an_iterator() -> None:
+    """An application's headers reach the client in whichever iterable they are."""
+    app = wrapped(iterates)
+    async with client_of(app) as client:
+        for stopping in (False, True):
+            app.current_gate.requests.stopping = stopping
+            response = await client.get("/")
+            assert response.headers["content-type"] == "text/plain"
+            assert response.headers["content-length"] == "6"
+            assert "x-correlation-id" in response.headers
+
+
+async def test_a_file_that_the_server_sends_is_a_complete_response(tmp_path: Path) -> None:
+    """The metrics count no cut response where a server sends the file itself, as granian does."""
+    (tmp_path / "page.txt").write_text("served")
+    app = wrapped(Starlette(routes=[Mount("/", StaticFiles(directory=tmp_path))]))
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async with client_of(app) as client:
+        extensions: Scope = {"http.response.pathsend": {}}
+        scope: Scope = {"type": "http", "method": "GET", "path": "/page.txt", "root_path": ""}
+        scope.update(headers=[], query_string=b"", extensions=extensions)
+        await app(scope, asyncio.Queue[Message]().get, send)
+        lines = (await client.get("/metrics")).text.splitlines()
+    assert [each["type"] for each in sent] == ["http.response.start", "http.response.pathsend"]
+    assert "viralfx_requests_cut_total 0.0" in lines
+
+
+async def _call(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    await app(scope, receive, send)
+
+
+async def test_an_error_has_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Frameworks respond with 500 and raise it, too; a client that left is no error."""
+
+    def route(error: Exception) -> Callable[[Request], PlainTextResponse]:
+        def fail(_request: Request) -> PlainTextResponse:
+            raise error
+
+        return fail
+
+    routes = [
+        Route("/broken", route(RuntimeError("planted"))),
+        Route("/left", route(ClientDisconnect())),
+    ]
+    async with client_of(wrapped(Starlette(routes=routes))) as client:
+        statuses = [(await client.get(path)).status_code for path in ("/broken", "/left")]
+
+    assert statuses == [500, 500]
+    failed = [r for r in caplog.records if r.message.startswith("Request failed")]
+    assert [r.exc_info[1].args for r in failed if r.exc_info and r.exc_info[1]] == [("planted",)]
+
+
+WITHOUT_LITESTAR = """
+import sys
+sys.modules.update(dict.fromkeys(("litestar", "structlog", "uvicorn", "asyncpg", "redis"), None))
+from tests.frameworks.fastapi_app import app
+assert type(app).__name__ == "OperationsMiddleware", app
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+def test_it_needs_no_litestar() -> None:
+    """The middleware works where no extra is installed."""
+    shown = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LITESTAR],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "fastapi" in shown.stdout.split()

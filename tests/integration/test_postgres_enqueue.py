@@ -1,0 +1,689 @@
+"""Jobs submitted in a transaction of the caller, and by the SQL function ``enqueue``."""
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import asyncpg
+import pytest
+from litestar import Litestar
+from sqlalchemy import JSON, func, literal, select, text
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+from tests.integration.postgres_clients import config_of, opened
+from tests.servers.postgres import Database
+from tests.servers.waiting import until
+from tests.soak import SOAK
+
+from viralfx import (
+    JobContext,
+    LedgerUnavailableError,
+    OperationsConfig,
+    OperationsPlugin,
+    Settings,
+    task,
+)
+from viralfx.adapters.codec import MsgspecCodec
+from viralfx.adapters.memory import MemoryNotifier
+from viralfx.adapters.postgres import PostgresJobLedger, PostgresNotifier
+from viralfx.domain.jobs.codec import unique_key_of
+from viralfx.domain.jobs.ledger import TransactionError
+from viralfx.domain.jobs.model import JobState, KeyConflictError
+from viralfx.domain.jobs.notifier import JobNotification
+from viralfx.domain.jobs.service import JobService
+from viralfx.domain.jobs.tasks import TaskRegistry, declared_task
+from viralfx.settings import Secret
+from viralfx.worker.worker import JobWorker, WorkerConfig
+
+SCHEMA = "viralfx_ops"
+ORDERS = (200, 10_000)[SOAK]
+
+
+@task("orders.ship")
+async def ship(order: Any) -> Any:
+    """Return the order."""
+    return order
+
+
+@task("orders.chain", transactional=True)
+async def chain(order: int, context: JobContext) -> None:
+    """Submit the next job in the transaction of this one; fail for odd orders."""
+    await context.connection.execute("insert into orders values ($1)", order)
+    await context.submit("orders.ship", order)
+    if order % 2:
+        raise RuntimeError("planted")
+
+
+TASKS = [found for function in (ship, chain) if (found := declared_task(function)) is not None]
+
+
+class Announced(list[tuple[str, str]]):
+    """The announced jobs, by queue and id."""
+
+    def notify(self, queue: str, ids: Any, due_in: float) -> None:
+        """Record jobs."""
+        self.extend((queue, each) for each in ids)
+        assert due_in >= 0
+
+
+class Shop:
+    """A database with orders and jobs."""
+
+    def __init__(self, database: Database, ledger: PostgresJobLedger) -> None:
+        self.database = database
+        self.ledger = ledger
+        self.announced = Announced()
+        self.engine: AsyncEngine = create_async_engine(
+            database.url.replace("postgresql:", "postgresql+asyncpg:"), pool_size=4
+        )
+        self.jobs = JobService(
+            ledger=ledger,
+            tasks=TaskRegistry(TASKS),
+            codec=MsgspecCodec(),
+            queues=["default"],
+            notify=self.announced.notify,
+        )
+
+    def orders(self) -> list[int]:
+        """Return the orders that were committed."""
+        return [number for (number,) in self.database.execute("select * from orders order by 1")]
+
+    def shipped(self) -> list[int]:
+        """Return the orders of the jobs that exist."""
+        rows = self.database.execute(
+            "select payload::text::int from viralfx_jobs where task = 'orders.ship' order by 1"
+        )
+        return [number for (number,) in rows]
+
+
+@pytest.fixture
+async def shop(migrated_database: Database) -> AsyncIterator[Shop]:
+    """Return an empty shop."""
+    migrated_database.execute("create table orders (number int primary key)")
+    async with opened(config_of(migrated_database, pool_max=4)) as pool:
+        shop = Shop(migrated_database, PostgresJobLedger(pool))
+        yield shop
+        await shop.engine.dispose()
+
+
+Place = Callable[[int], Awaitable[None]]
+"""Writes an order and submits its job; commits an even one, and rolls back an odd one."""
+INSERT = "insert into orders values ({})"
+
+
+def kept(number: int) -> bool:
+    """Return True if the transaction of an order is committed."""
+    return number % 2 == 0
+
+
+@asynccontextmanager
+async def by_asyncpg(shop: Shop) -> AsyncIterator[Place]:
+    """On a connection whose application has codecs of its own, for JSON and for times."""
+    connection = await asyncpg.connect(
+        shop.database.url, server_settings={"datestyle": "German", "timezone": "Asia/Kolkata"}
+    )
+    await connection.set_type_codec(
+        "json", encoder=json.dumps, decoder=json.loads, schema="pg_catalog"
+    )
+    for name in ("timestamptz", "uuid"):
+        await connection.set_type_codec(name, encoder=str, decoder=str, schema="pg_catalog")
+
+    async def place(number: int) -> None:
+        transaction = connection.transaction()
+        await transaction.start()
+        await connection.execute(INSERT.format(number))
+        key = f"order-{number}"
+        accepted, again = [
+            await shop.jobs.submit("orders.ship", number, key=key, connection=connection)
+            for _ in range(2)
+        ]
+        assert accepted.created
+        assert accepted.job == again.job
+        await (transaction.commit() if kept(number) else transaction.rollback())
+
+    yield place
+    await connection.close()
+
+
+@asynccontextmanager
+async def by_pool(shop: Shop) -> AsyncIterator[Place]:
+    """On a connection of a pool of asyncpg, in a transaction begun by hand."""
+    async with asyncpg.create_pool(shop.database.url, min_size=1, max_size=2) as pool:
+
+        async def place(number: int) -> None:
+            async with pool.acquire() as connection:
+                await connection.execute("begin")
+                await connection.execute(INSERT.format(number))
+                await shop.jobs.submit("orders.ship", number, connection=connection)
+                await connection.execute("commit" if kept(number) else "rollback")
+
+        yield place
+
+
+@asynccontextmanager
+async def by_session(shop: Shop) -> AsyncIterator[Place]:
+    """In a session whose first statement is that of the job."""
+    sessions = async_sessionmaker(shop.engine)
+
+    async def place(number: int) -> None:
+        async with sessions() as session:
+            await shop.jobs.submit("orders.ship", number, connection=session)
+            await session.execute(text(INSERT.format(number)))
+            await (session.commit() if kept(number) else session.rollback())
+
+    yield place
+
+
+@asynccontextmanager
+async def by_savepoint(shop: Shop) -> AsyncIterator[Place]:
+    """In a savepoint of a session that is committed anyway."""
+
+    async def place(number: int) -> None:
+        async with AsyncSession(shop.engine) as session, session.begin():
+            savepoint = await session.begin_nested()
+            await session.execute(text(INSERT.format(number)))
+            await shop.jobs.submit("orders.ship", number, connection=session)
+            await (savepoint.commit() if kept(number) else savepoint.rollback())
+
+    yield place
+
+
+@asynccontextmanager
+async def by_scoped_session(shop: Shop) -> AsyncIterator[Place]:
+    """In the session of the current task."""
+    scoped = async_scoped_session(async_sessionmaker(shop.engine), asyncio.current_task)
+
+    async def place(number: int) -> None:
+        await shop.jobs.submit("orders.ship", number, connection=scoped)
+        await scoped.execute(text(INSERT.format(number)))
+        await (scoped.commit() if kept(number) else scoped.rollback())
+        await scoped.remove()
+
+    yield place
+
+
+@asynccontextmanager
+async def by_connection(shop: Shop) -> AsyncIterator[Place]:
+    """On a connection of SQLAlchemy."""
+
+    async def place(number: int) -> None:
+        async with shop.engine.connect() as connection:
+            await shop.jobs.submit("orders.ship", number, connection=connection)
+            await connection.execute(text(INSERT.format(number)))
+            await (connection.commit() if kept(number) else connection.rollback())
+
+    yield place
+
+
+@asynccontextmanager
+async def by_sync_session(shop: Shop) -> AsyncIterator[Place]:
+    """In the session and on the connection inside those of asyncio."""
+
+    async def place(number: int) -> None:
+        async with AsyncSession(shop.engine) as session:
+            inner = session.sync_session
+            given = inner if number % 4 < 2 else (await session.connection()).sync_connection
+            await session.execute(text(INSERT.format(number)))
+            await shop.jobs.submit("orders.ship", number, connection=given)
+            await (session.commit() if kept(number) else session.rollback())
+
+    yield place
+
+
+WAYS: dict[str, Callable[[Shop], AbstractAsyncContextManager[Place]]] = {
+    way.__name__.removeprefix("by_"): way
+    for way in (
+        by_asyncpg,
+        by_pool,
+        by_session,
+        by_savepoint,
+        by_scoped_session,
+        by_connection,
+        by_sync_session,
+    )
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+async def test_a_job_exists_if_and_only_if_its_transaction_commits(shop: Shop, way: str) -> None:
+    """By every kind of connection."""
+    async with WAYS[way](shop) as place:
+        for number in range(8):
+            await place(number)
+
+    assert shop.orders() == shop.shipped() == [0, 2, 4, 6]
+
+
+def psql() -> str:
+    """Return the client, of the machine or of a wheel of the servers."""
+    packages = Path(pytest.__file__).parents[1]
+    beside = next(iter(packages.glob("*/pginstall/bin/psql")), None)
+    if (found := shutil.which("psql") or beside) is None:
+        pytest.skip("psql is not here")
+    return str(found)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900 if SOAK else 90)
+@pytest.mark.parametrize("way", ["asyncpg", "session", "psql"])
+async def test_half_of_the_orders_roll_back(shop: Shop, way: str) -> None:
+    """Each order that was committed has one job, and no other order has one."""
+    if way == "psql":
+        script = "".join(
+            f"begin; {INSERT.format(number)};"
+            f" select {SCHEMA}.enqueue('orders.ship', '{number}');"
+            f" {('commit', 'rollback')[number % 2]};\n"
+            for number in range(ORDERS)
+        )
+        command = [psql(), "-qAt", "-v", "ON_ERROR_STOP=1", shop.database.url]
+        ran = await asyncio.to_thread(
+            lambda: subprocess.run(
+                command, input=script, text=True, capture_output=True, check=False
+            )
+        )
+        assert ran.returncode == 0, ran.stderr
+    else:
+        async with WAYS[way](shop) as place:
+            for number in range(ORDERS):
+                await place(number)
+
+    assert shop.orders() == shop.shipped() == list(range(0, ORDERS, 2))
+
+
+async def test_a_connection_in_no_transaction_is_refused(shop: Shop) -> None:
+    """And any other object, with what to do; no job is accepted."""
+    connection = await asyncpg.connect(shop.database.url)
+    automatic = shop.engine.execution_options(isolation_level="AUTOCOMMIT")
+    with pytest.raises(TransactionError, match=r"async with connection\.transaction"):
+        await shop.jobs.submit("orders.ship", 1, connection=connection)
+    async with automatic.connect() as autocommit, AsyncSession(automatic) as session:
+        for given in (autocommit, session):
+            with pytest.raises(TransactionError, match="AUTOCOMMIT"):
+                await shop.jobs.submit("orders.ship", 1, connection=given)
+    for wrong in (shop.engine, shop.engine.connect(), "postgresql://", object()):
+        with pytest.raises(TransactionError, match="connection="):
+            await shop.jobs.submit("orders.ship", 1, connection=wrong)
+    await connection.close()
+
+    assert shop.shipped() == []
+
+
+async def test_another_database_or_a_failed_transaction_is_refused(
+    shop: Shop, database: Database
+) -> None:
+    """With the reason."""
+    connection = await asyncpg.connect(database.url)
+    engine = create_async_engine(
+        database.url.replace("postgresql:", "postgresql+asyncpg:"), poolclass=NullPool
+    )
+    async with connection.transaction():
+        with pytest.raises(TransactionError, match="DATABASE_URL"):
+            await shop.jobs.submit("orders.ship", 1, connection=connection)
+        with pytest.raises(TransactionError, match="has failed"):
+            await shop.jobs.submit("orders.ship", 1, connection=connection)
+        await connection.execute("rollback; begin")
+    async with engine.connect() as given:
+        with pytest.raises(TransactionError, match="DATABASE_URL"):
+            await shop.jobs.submit("orders.ship", 1, connection=given)
+    await connection.close()
+    await engine.dispose()
+
+
+async def test_a_key_needs_read_committed(shop: Shop) -> None:
+    """Another isolation level is refused; a job without a key needs none."""
+    connection = await asyncpg.connect(shop.database.url)
+    for number, key in ((1, None), (2, "key")):
+        async with connection.transaction(isolation="serializable"):
+            submitted = shop.jobs.submit("orders.ship", number, key=key, connection=connection)
+            if key is None:
+                await submitted
+                continue
+            with pytest.raises(TransactionError, match="READ COMMITTED"):
+                await submitted
+            await connection.execute("rollback; begin")
+    await connection.close()
+
+    assert shop.shipped() == [1]
+
+
+async def test_a_key_in_a_transaction_has_one_job(shop: Shop) -> None:
+    """A different job is a conflict, which leaves the transaction usable."""
+    first = await shop.jobs.submit("orders.ship", 1, key="key")
+    async with AsyncSession(shop.engine) as session, session.begin():
+        again = await shop.jobs.submit("orders.ship", 1, key="key", connection=session)
+        with pytest.raises(KeyConflictError, match=first.job.id):
+            await shop.jobs.submit("orders.ship", 2, key="key", connection=session)
+        await shop.jobs.submit("orders.ship", 3, connection=session)
+
+    assert (again.created, again.job) == (False, first.job)
+    assert shop.shipped() == [1, 3]
+
+
+async def test_many_jobs_share_the_transaction(shop: Shop) -> None:
+    """All or none."""
+    for keep in (True, False):
+        async with AsyncSession(shop.engine) as session:
+            accepted = await shop.jobs.submit_many("orders.ship", range(300), connection=session)
+            await (session.commit() if keep else session.rollback())
+        assert [each.job.payload for each in accepted] == [b"%d" % n for n in range(300)]
+
+    assert shop.shipped() == list(range(300))
+
+
+async def test_workers_are_notified_after_the_commit(shop: Shop) -> None:
+    """Of a session, by the process that commits it; a rolled back job is not announced."""
+    async with AsyncSession(shop.engine) as session:
+        await shop.jobs.submit("orders.ship", 1, connection=session)
+        await session.rollback()
+        async with session.begin_nested():
+            accepted = await shop.jobs.submit("orders.ship", 2, connection=session)
+        await asyncio.sleep(0)
+        early = list(shop.announced)
+        await session.commit()
+    await until(lambda: bool(shop.announced))
+
+    assert early == []
+    assert shop.announced == [("default", accepted.job.id)]
+
+
+async def test_the_transaction_itself_notifies_where_workers_listen(shop: Shop) -> None:
+    """With its commit; the function of SQL does so, too."""
+    received: list[str] = []
+
+    async def receive(notification: JobNotification) -> None:
+        received.extend(notification.ids)
+
+    async with opened(config_of(shop.database, pool_max=4)) as pool:
+        jobs = Shop(shop.database, PostgresJobLedger(pool, notifies=True)).jobs
+        notifier = PostgresNotifier(pool)
+        listening = asyncio.create_task(notifier.listen("default", receive, 10))
+        await until(lambda: notifier.is_connected("default"))
+        connection = await asyncpg.connect(shop.database.url)
+        async with connection.transaction():
+            first = await jobs.submit("orders.ship", 1, connection=connection)
+            await jobs.submit(
+                "orders.ship", 1, connection=connection, run_at=datetime.now(UTC) + timedelta(1)
+            )
+            second = await connection.fetchval(f"select {SCHEMA}.enqueue('orders.ship')")
+            received_early = list(received)
+        await until(lambda: len(received) >= 2)
+        await connection.close()
+        listening.cancel()
+        await notifier.close()
+
+    assert received_early == []
+    assert received == [first.job.id, str(second)]
+
+
+async def test_a_task_submits_in_its_transaction(shop: Shop) -> None:
+    """The next job exists only if the task's own effects do, and workers are notified."""
+    worker = JobWorker(
+        WorkerConfig(name="w", queues={"default": 4}, default_retry=_Never(), poll_interval=0.2),
+        ledger=shop.ledger,
+        notifier=MemoryNotifier(),
+        tasks=TaskRegistry(TASKS),
+        codec=MsgspecCodec(),
+        submit=shop.jobs.submit,
+    )
+    await shop.jobs.submit_many("orders.chain", range(4))
+    worker.start()
+    await until(lambda: shop.database.execute(UNFINISHED) == [(0,)], seconds=30.0)
+    await worker.drain(5.0)
+    rows = shop.database.execute(
+        "select payload::text::int from viralfx_all_jobs where task = 'orders.ship' order by 1"
+    )
+
+    assert shop.orders() == [0, 2]
+    assert rows == [(0,), (2,)]
+    assert len(shop.announced) == 6
+
+
+UNFINISHED = "select count(*) from viralfx_jobs where state in ('waiting', 'active')"
+
+
+class _Never:
+    def next_delay(self, attempt: int, error: BaseException) -> float | None:
+        assert attempt == 1
+        assert "planted" in str(error)
+        return None
+
+
+def documented(heading: str) -> dict[str, Any]:
+    """Return the names that the first Python block below a heading of the guide defines."""
+    page = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text("utf-8")
+    block = page.partition(f"{heading}\n")[2].partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {
+        "AsyncSession": AsyncSession,
+        "JSON": JSON,
+        "Session": Session,
+        "datetime": datetime,
+        "func": func,
+        "literal": literal,
+        "plugin": SimpleNamespace(),
+        "select": select,
+        "task": task,
+        "text": text,
+    }
+    exec(block, names)  # noqa: S102 - the text of this repository
+    return names
+
+
+async def test_the_examples_of_the_guide_submit_jobs(shop: Shop) -> None:
+    """Each as it is written there."""
+    names = {
+        heading: documented(heading)
+        for heading in (
+            "### Priority and time",
+            "### Submit in your own transaction",
+            "### Many at once",
+            "### Unique jobs",
+            "## Jobs from SQL",
+        )
+    }
+    refresh = declared_task(names["### Unique jobs"]["refresh"])
+    assert refresh is not None
+    remind = replace(TASKS[0], name="orders.remind")
+    jobs = JobService(
+        ledger=shop.ledger,
+        tasks=TaskRegistry([*TASKS, refresh, remind]),
+        codec=MsgspecCodec(),
+        queues=["default"],
+    )
+    for each in names.values():
+        each["plugin"].jobs = jobs
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    await names["### Priority and time"]["remind"](1, tomorrow)
+    async with AsyncSession(shop.engine) as session, session.begin():
+        await names["### Submit in your own transaction"]["place_order"](session, 2)
+        await session.run_sync(names["## Jobs from SQL"]["greet_later"], "Ada")
+    shipped = await names["### Many at once"]["ship_all"]([3, 4])
+    first, twin = [await jobs.submit("reports.refresh", 5) for _ in range(2)]
+    (found,) = [job for job in (await jobs.search()).jobs if job.task == "greet"]
+
+    assert shop.orders() == [2]
+    assert shop.shipped() == [2, 3, 4]
+    assert [(await jobs.get(job_id)).priority for job_id in shipped] == [-1, -1]
+    assert (first.created, twin.created) == (True, False)
+    assert (found.queue, json.loads(found.payload)) == ("default", {"name": "Ada"})
+
+
+async def test_a_script_submits_within_the_lifespan(migrated_database: Database) -> None:
+    """Without one it learns the reason, long before the timeout of the ledger."""
+    settings = Settings(database_url=Secret(migrated_database.url))
+    plugin = OperationsPlugin(OperationsConfig(settings=settings, tasks=[ship]))
+    app = Litestar(plugins=[plugin], logging_config=None)
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(LedgerUnavailableError, match=r"use `async with app.lifespan\(\):`"):
+        await plugin.jobs.submit(ship, 1)
+    assert asyncio.get_running_loop().time() - began < plugin.database.config.settings.pool_timeout
+    async with app.lifespan():
+        accepted = await plugin.jobs.submit(ship, 2)
+
+    assert migrated_database.execute("select id::text from viralfx_jobs") == [(accepted.job.id,)]
+
+
+# -- the SQL function --------------------------------------------------------------------------
+
+
+async def test_a_job_from_sql_has_every_option(shop: Shop) -> None:
+    """Its id sorts by time, and its payload is stored as given."""
+    before = await shop.jobs.submit("orders.ship", 0)
+    ((job_id,),) = shop.database.execute(
+        f"""select {SCHEMA}.enqueue(
+            'orders.ship', '{{"b": 1,  "a": 2}}', queue => 'mail', priority => 7,
+            run_at => '2999-01-01T00:00Z', key => 'k', concurrency_key => 'tenant',
+            correlation_id => 'c-1', user_id => 'ada')::text"""
+    )
+    after = await shop.jobs.submit("orders.ship", 0)
+    job = await shop.jobs.get(job_id)
+
+    assert before.job.id < job_id < after.job.id
+    assert job_id[14] == "7"
+    assert (job.task, job.queue, job.payload) == ("orders.ship", "mail", b'{"b": 1,  "a": 2}')
+    assert (job.priority, job.key, job.concurrency_key) == (7, "k", "tenant")
+    assert (job.correlation_id, job.user_id, job.state) == ("c-1", "ada", JobState.WAITING)
+    assert job.asked_run_at == job.run_at == datetime(2999, 1, 1, tzinfo=UTC)
+
+
+async def test_a_key_from_sql_has_one_job(shop: Shop) -> None:
+    """The payload is compared by its value; a different job is an error."""
+    first = await shop.jobs.submit("orders.ship", {"a": 1, "b": 2}, key="k")
+    call = f"select {SCHEMA}.enqueue('orders.ship', '{{}}', key => 'k')::text"
+    ((again,),) = shop.database.execute(call.replace("{}", '{"b": 2.0, "a": 1}'))
+    with pytest.raises(asyncpg.UniqueViolationError, match=first.job.id):
+        shop.database.execute(call.replace("{}", "[]"))
+
+    assert again == first.job.id
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "'', '1'",
+        "repeat('t', 201)",
+        "'t', queue => repeat('q', 201)",
+        "'t', run_at => '10000-01-01Z'",
+        "'t', run_at => '0044-03-15Z BC'",
+        "'t', run_at => 'infinity'",
+        "'t', priority => 101",
+        "'t', key => ''",
+        "'t', key => repeat('€', 667)",
+        "'t', concurrency_key => repeat('k', 256)",
+        "'t', user_id => repeat('u', 256)",
+        "'t', unique_while => 'always'",
+    ],
+)
+def test_sql_refuses_a_value_that_breaks_readers(
+    migrated_database: Database, arguments: str
+) -> None:
+    """Python could not read such a time, and an index would refuse such a key in a later state."""
+    name = re.findall(r"(\w+) =>", arguments)
+    with pytest.raises(asyncpg.InvalidParameterValueError, match=name[0] if name else "task"):
+        migrated_database.execute(f"select {SCHEMA}.enqueue({arguments})")
+    assert migrated_database.execute("select from viralfx_jobs") == []
+
+
+def test_a_function_of_the_application_is_not_called_in_place_of_a_built_in_one(
+    migrated_database: Database,
+) -> None:
+    """Its exact types would win over those of a built-in function that takes any array."""
+    migrated_database.execute(
+        """create function public.array_remove(text[], text) returns text[] language plpgsql
+        as $$ begin raise exception 'planted'; end $$"""
+    )
+    migrated_database.execute(f"select {SCHEMA}.enqueue('orders.ship', key => 'k')")
+
+    assert migrated_database.execute("select key from viralfx_jobs") == [("k",)]
+
+
+PAYLOADS = [
+    "null",
+    "[]",
+    "{}",
+    '""',
+    '{"bb": 1, "a": [true, false, null, {}], "c": {"x": "y"}, "größe": "€"}',
+    r'["\"\\\/\b\f\n\r\t", "\u0001\u001f\u007f", "\u00e9\ud83d\ude00", "1.50 2.0 3.00,"]',
+    "[0, -0, 0.0, -0.0, 0e5, 1, 1.0, 1.50, 100, 1e2, 1E+2, 1.5e1, 25e-1, 0.10203, 10.0e-3, 1.0e0]",
+    "[123456789012345678901234567890.1234567890123456789000, 9e40, 1.10, -2.500e-7]",
+    '{"a": 1, "a": 2.0, "aa": {"b": 1.0, "a": 10}}',
+]
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+async def test_sql_and_python_know_the_same_duplicates(shop: Shop, payload: str) -> None:
+    """A job that is unique is so for both."""
+    accepted = await shop.jobs.accept("orders.ship", payload.encode(), unique="unfinished")
+    quoted = payload.replace("'", "''")
+    ((twin,),) = shop.database.execute(
+        f"select {SCHEMA}.enqueue('orders.ship', '{quoted}', unique_while => 'waiting')::text"
+    )
+    ((other,),) = shop.database.execute(
+        f"select {SCHEMA}.enqueue('orders.ship', '[[{quoted}]]', unique_while => 'waiting')::text"
+    )
+
+    assert twin == accepted.job.id != other
+
+
+def test_a_digest_is_that_of_the_value() -> None:
+    """White space, the order of names and the spelling of numbers do not matter."""
+    same = [b'{"a": 1, "b": [2.50]}', b'{"b":[25e-1],"a":1.0}', b'{"a":9,"a":1e0,"b":[2.5]}']
+    others = [b'{"a": "1", "b": [2.5]}', b'{"a": 1, "b": 2.5}', b'{"a": true, "b": [2.5]}']
+    huge = [
+        b"1e999999999999999999",
+        b"[1e99999999, 2e-99999999]",
+        b'"\\ud800"',
+        b"[" * 499 + b"]" * 499,
+    ]
+    digests = {unique_key_of("t", each) for each in same}
+
+    assert len(digests) == 1
+    assert len({*digests, *(unique_key_of("t", each) for each in others)}) == 4
+    assert unique_key_of("u", same[0]) not in digests
+    assert len({unique_key_of("t", each) for each in huge}) == 4
+
+
+async def test_the_function_of_the_version_before_still_works(shop: Shop) -> None:
+    """With its nine parameters by position, as a worker of that version sends them."""
+    ((job_id,),) = shop.database.execute(
+        f"""select id::text from {SCHEMA}.viralfx_accept_jobs(
+            array[gen_random_uuid()], array['default'], array['orders.ship'], array['1']::json[],
+            array[null]::text[], array['c']::text[], array[null]::text[],
+            array[null]::timestamptz[], 60::float8)"""  # noqa: S608 - constants
+    )
+    job = await shop.jobs.get(job_id)
+
+    assert (job.priority, job.user_id, job.correlation_id) == (0, None, "c")
+
+
+def test_sqlalchemy_is_not_imported_for_other_connections() -> None:
+    """It takes a tenth of a second, which most processes need not wait."""
+    script = """
+import asyncio, sys
+from unittest.mock import sentinel
+from viralfx.adapters.memory import MemoryNotifier
+from viralfx.adapters.postgres import enqueue
+from viralfx.domain.jobs.ledger import TransactionError
+try:
+    enqueue._transaction_of(sentinel.connection)
+except TransactionError as error:
+    assert "sentinel" in str(error) or "mock" in str(error), error
+assert "sqlalchemy" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

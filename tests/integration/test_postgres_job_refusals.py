@@ -1,0 +1,495 @@
+"""Outcomes and jobs that Postgres refuses, or whose calls do not end, beside good ones."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+import msgspec
+import pytest
+from tests.contracts.ledgers import ERROR, LONG_LEASE, draft
+from tests.integration.job_ledgers import ledger_in
+from tests.integration.postgres_clients import config_of, opened
+from tests.servers.postgres import Database
+from tests.soak import SOAK
+
+from viralfx.adapters.codec import MsgspecCodec
+from viralfx.adapters.memory import MemoryNotifier
+from viralfx.adapters.postgres import PostgresJobLedger
+from viralfx.domain.jobs.codec import PayloadError, PayloadTooLargeError
+from viralfx.domain.jobs.model import (
+    Job,
+    JobState,
+    LedgerLimitError,
+    LedgerUnavailableError,
+    UnstorableError,
+    cancelled,
+    completed,
+    failed,
+)
+from viralfx.domain.jobs.service import JobService
+from viralfx.domain.jobs.tasks import Task, TaskRegistry
+from viralfx.worker.worker import JobWorker, WorkerConfig
+
+HOUR = timedelta(hours=1)
+TABLES = ("viralfx_jobs", "viralfx_finished_jobs")
+REFUSE = """
+create function refuse() returns trigger language plpgsql as $$
+begin
+    if new.payload::text like '%bad%' and {condition} then {action}; end if;
+    return new;
+end $$
+"""
+TRIGGER = """
+create trigger refuse before insert or update on {table}
+for each row execute function refuse();
+"""
+
+
+def refuse(
+    database: Database, condition: str, *, sqlstate: str = "P0001", action: str | None = None
+) -> None:
+    """Refuse changes of jobs whose payload contains "bad", under a condition on the new row."""
+    action = action or f"raise exception 'not this one' using errcode = '{sqlstate}'"
+    database.execute(REFUSE.format(condition=condition, action=action))
+    for table in TABLES:
+        database.execute(TRIGGER.format(table=table))
+
+
+def allow(database: Database) -> None:
+    """Drop the triggers."""
+    for table in TABLES:
+        database.execute(f"drop trigger refuse on {table}")
+
+
+async def echo(value: object) -> object:
+    """Return the payload."""
+    return value
+
+
+class Unchecked(MsgspecCodec):
+    """Encodes any raw document, however deep."""
+
+    def encode(self, result: object) -> bytes:
+        """Encode without checks."""
+        return msgspec.json.encode(result)
+
+
+@dataclass
+class System:
+    """A service and its worker."""
+
+    service: JobService
+    worker: JobWorker
+    ledger: PostgresJobLedger
+
+    async def submit(self, *texts: str, queue: str = "default") -> list[str]:
+        """Accept jobs at once; return their ids."""
+        calls = [self.service.submit(f"echo.{queue}", text) for text in texts]
+        return [accepted.job.id for accepted in await asyncio.gather(*calls)]
+
+    async def final(self, *ids: str, within: float = 20.0) -> list[Job]:
+        """Return the jobs once all are final."""
+        async with asyncio.timeout(within):
+            jobs = [await self.service.get(job_id) for job_id in ids]
+            while not all(job.state.final for job in jobs):
+                await asyncio.sleep(0.02)
+                jobs = [await self.service.get(job_id) for job_id in ids]
+        return jobs
+
+    async def until(self, condition: Callable[[], bool], within: float = 20.0) -> None:
+        """Wait until a condition holds."""
+        async with asyncio.timeout(within):
+            while not condition():  # noqa: ASYNC110 - it is looked up
+                await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def system(
+    database: Database,
+    *,
+    task: Callable[[Any], Awaitable[object]] = echo,
+    codec: MsgspecCodec | None = None,
+    call_timeout: float = 8.0,
+    max_result_bytes: int = 2**20,
+    **config: Any,
+) -> AsyncIterator[System]:
+    """Run a worker of the queues ``default`` and ``other``; ``task`` is the task of both."""
+    codec, queues = codec or MsgspecCodec(), ("default", "other")
+    tasks = TaskRegistry()
+    for queue in queues:
+        tasks.add(
+            Task(
+                name=f"echo.{queue}",
+                function=task,
+                queue=queue,
+                payload_type=Any,
+                wants_context=False,
+                transactional=False,
+                timeout=None,
+                retry=None,
+            )
+        )
+    async with opened(config_of(database, pool_max=10, **config)) as pool:
+        ledger = PostgresJobLedger(pool, timeout=call_timeout)
+        service = JobService(
+            ledger=ledger,
+            tasks=tasks,
+            codec=codec,
+            queues=queues,
+            max_payload_bytes=max_result_bytes,
+        )
+        worker = JobWorker(
+            WorkerConfig(
+                name="w",
+                queues=dict.fromkeys(queues, 20),
+                lease=1.5,
+                poll_interval=0.05,
+                max_result_bytes=max_result_bytes,
+            ),
+            ledger=ledger,
+            notifier=MemoryNotifier(),
+            tasks=tasks,
+            codec=codec,
+        )
+        worker.start()
+        try:
+            yield System(service, worker, ledger)
+        finally:
+            await worker.drain(2.0)
+
+
+def outcome(job: Job) -> tuple[JobState, str | None]:
+    """Return state and error code."""
+    return job.state, None if job.error is None else job.error.code
+
+
+GOOD = (JobState.COMPLETED, None)
+RESULT = (JobState.FAILED, "result")
+
+
+@pytest.mark.parametrize(
+    "sqlstate", ["P0001", "23514", "22012", "42501", "54001", "XX000", "UE001"]
+)
+async def test_a_trigger_that_refuses_a_result_fails_its_job_alone(
+    migrated_database: Database, sqlstate: str
+) -> None:
+    """With any SQLSTATE that is not the server's own state."""
+    async with system(migrated_database) as running:
+        refuse(migrated_database, "new.state = 'completed'", sqlstate=sqlstate)
+        ids = await running.submit(*"abc", "bad", *"def")
+        jobs = await running.final(*ids)
+
+    assert [outcome(job) for job in jobs] == [*[GOOD] * 3, RESULT, *[GOOD] * 3]
+    assert jobs[3].error is not None
+    assert f"not this one (SQLSTATE {sqlstate})" in jobs[3].error.message
+    assert (jobs[3].attempts, jobs[3].claims) == (1, 1)
+
+
+async def test_a_row_that_refuses_every_outcome_keeps_its_result(
+    migrated_database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is reported, blocks nothing, and completes once the trigger is gone."""
+    async with system(migrated_database) as running:
+        refuse(migrated_database, "new.state not in ('waiting', 'active')")
+        bad, *good = await running.submit("bad", *"abcdef")
+        other = await running.submit(*"abc", queue="other")
+        jobs = await running.final(*good, *other)
+        await running.until(lambda: running.worker.unrecorded == 1)
+        report = running.worker.report_unrecorded()
+        later = await running.final(*await running.submit(*"ghi"), within=3.0)
+        stuck = await running.service.get(bad)
+        allow(migrated_database)
+        (job,) = await running.final(bad)
+
+    assert {outcome(job) for job in (*jobs, *later)} == {GOOD}
+    assert (stuck.state, dict(report)) == (JobState.ACTIVE, {"default": 1})
+    assert (outcome(job), job.result, job.claims) == (GOOD, b'"bad"', 1)
+    (line,) = [each.__dict__ for each in caplog.records if "longer than" in each.getMessage()]
+    assert line["jobs"] == [bad]
+
+
+async def test_a_stack_that_is_too_deep_fails_its_job_alone(migrated_database: Database) -> None:
+    """The server refuses what the codec would."""
+
+    async def deep(value: str) -> object:
+        return msgspec.Raw(b"[" * 100_000 + b"]" * 100_000) if value == "bad" else value
+
+    async with system(migrated_database, task=deep, codec=Unchecked()) as running:
+        jobs = await running.final(*await running.submit("a", "bad", "b"))
+
+    assert [outcome(job) for job in jobs] == [GOOD, RESULT, GOOD]
+    assert jobs[1].error is not None
+    assert "SQLSTATE 54001" in jobs[1].error.message
+
+
+async def test_a_locked_row_delays_only_itself(migrated_database: Database) -> None:
+    """Its result is kept until the lock is released."""
+    begin = asyncio.Event()
+
+    async def wait(value: object) -> object:
+        await begin.wait()
+        return value
+
+    async with system(migrated_database, task=wait, call_timeout=2.0) as running:
+        bad, *good = await running.submit("bad", *"abcdef")
+        other = await running.submit(*"abc", queue="other")
+        await running.until(lambda: running.worker.active == 10)
+        connection = await asyncpg.connect(migrated_database.url)
+        try:
+            transaction = connection.transaction()
+            await transaction.start()
+            await connection.execute(
+                "select from viralfx_ops.viralfx_jobs where id = $1 for update", bad
+            )
+            began = time.monotonic()
+            begin.set()
+            await running.final(*other)
+            others = time.monotonic() - began
+            later = await running.final(*await running.submit(*"ghi"))
+            laters = time.monotonic() - began
+            jobs = await running.final(*good)
+            await running.until(lambda: running.worker.unrecorded == 1)
+            await transaction.rollback()
+        finally:
+            await connection.close()
+        (job,) = await running.final(bad)
+
+    assert {outcome(each) for each in (*jobs, *later)} == {GOOD}
+    assert (outcome(job), job.claims) == (GOOD, 1)
+    assert others < 1.0
+    assert laters < 2.0
+
+
+async def test_a_call_over_the_statement_timeout_is_split(migrated_database: Database) -> None:
+    """The statement of one row takes longer than DB_STATEMENT_TIMEOUT."""
+    async with system(migrated_database, statement_timeout=0.5) as running:
+        refuse(migrated_database, "new.state = 'completed'", action="perform pg_sleep(1)")
+        bad, *good = await running.submit("bad", *"abcdef")
+        jobs = await running.final(*good)
+        await running.until(lambda: running.worker.unrecorded == 1)
+        allow(migrated_database)
+        (job,) = await running.final(bad)
+
+    assert {outcome(each) for each in jobs} == {GOOD}
+    assert (outcome(job), job.claims) == (GOOD, 1)
+
+
+async def seconds_to_settle(database: Database, result: bytes) -> float:
+    """Return how long it takes to record one result."""
+    async with ledger_in(database, call_timeout=60.0) as ledger:
+        await ledger.accept([draft()])
+        await ledger.register("measuring", ["default"], LONG_LEASE)
+        (claim,) = await ledger.claim("default", "measuring", 1)
+        began = time.monotonic()
+        await ledger.settle([completed(claim, result)])
+        return time.monotonic() - began
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("megabytes", [8, 20] if SOAK else [8])
+async def test_large_results_at_once_are_recorded(
+    migrated_database: Database, megabytes: int
+) -> None:
+    """Each of them alone passes, all of them in one call would not."""
+    count = 10
+    result = msgspec.Raw(b'"' + b"x" * (megabytes * 2**20) + b'"')
+    patience = max(0.5, 4 * await seconds_to_settle(migrated_database, bytes(result)))
+
+    runs = 0
+
+    async def large(_: object) -> object:
+        nonlocal runs
+        runs += 1
+        return result
+
+    async with system(
+        migrated_database,
+        task=large,
+        call_timeout=patience,
+        statement_timeout=60.0,
+        pool_timeout=60.0,
+        max_result_bytes=2**28,
+    ) as running:
+        await running.submit(*["x"] * count)
+        other = await running.submit("x", queue="other")
+        await running.until(lambda: runs == count + 1 and not running.worker.active, within=70.0)
+        (beside,) = await running.final(*other)
+        counts = (await running.service.queues())["default"]
+
+    assert counts.completed == count + 1
+    assert beside.claims == 1
+    assert beside.result is not None
+    assert len(beside.result) == megabytes * 2**20 + 2
+
+
+async def test_a_result_over_the_limit_fails_its_job_at_once(migrated_database: Database) -> None:
+    """The message has both sizes and the setting."""
+
+    async def large(value: str) -> str:
+        return value * 1000
+
+    async with system(migrated_database, task=large, max_result_bytes=2048) as running:
+        jobs = await running.final(*await running.submit("a", "large"))
+
+    assert [outcome(job) for job in jobs] == [GOOD, RESULT]
+    assert jobs[1].error is not None
+    assert jobs[1].error.message.startswith(
+        "the result has 5002 bytes of JSON, and JOB_MAX_RESULT_BYTES=2048: "
+    )
+
+
+# -- accepting --------------------------------------------------------------------------------
+
+
+async def test_a_refused_draft_fails_its_caller_alone(migrated_database: Database) -> None:
+    """The other callers of the batch get their jobs."""
+    async with system(migrated_database) as running:
+        refuse(migrated_database, "true", sqlstate="P0001")
+        calls = [running.service.submit("echo.default", text) for text in ("a", "bad", "b", "c")]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        large = running.service.submit("echo.default", "x" * 2**20)
+        with pytest.raises(PayloadTooLargeError, match="1048578 bytes of JSON, and JOB_MAX_RES"):
+            await large
+
+    errors = [answer for answer in answers if isinstance(answer, BaseException)]
+    assert [type(error) for error in errors] == [PayloadError]
+    assert str(errors[0]) == "the job cannot be stored: not this one (SQLSTATE P0001)"
+
+
+async def test_a_fault_of_the_server_is_not_the_callers(migrated_database: Database) -> None:
+    """A missing permission, for example."""
+    async with ledger_in(migrated_database) as ledger:
+        refuse(migrated_database, "true", sqlstate="42501")
+        with pytest.raises(UnstorableError, match="SQLSTATE 42501"):
+            await ledger.accept([draft(), draft(payload=b'"bad"')])
+        assert await ledger.counts() == {}
+
+
+async def test_a_key_in_an_open_transaction_delays_only_its_caller(
+    migrated_database: Database,
+) -> None:
+    """The other callers are answered within seconds, and not with 503."""
+    async with system(migrated_database, call_timeout=3.0) as running:
+        connection = await asyncpg.connect(migrated_database.url)
+        try:
+            async with connection.transaction():
+                await running.ledger.accept_in(connection, [draft(key="k", task="echo.default")])
+                blocked = asyncio.create_task(running.service.submit("echo.default", "a", key="k"))
+                await asyncio.sleep(0.2)
+                began = time.monotonic()
+                jobs = await running.final(*await running.submit(*"abc"))
+                seconds = time.monotonic() - began
+                with pytest.raises(LedgerUnavailableError):
+                    await blocked
+        finally:
+            await connection.close()
+
+    assert {outcome(job) for job in jobs} == {GOOD}
+    assert seconds < 2.5
+
+
+# -- sweeping ---------------------------------------------------------------------------------
+
+
+async def test_a_sweep_returns_the_jobs_beside_one_that_may_not_fail(
+    migrated_database: Database,
+) -> None:
+    """Otherwise no job of a dead worker would run again."""
+    refuse(migrated_database, "new.state = 'failed'")
+    async with ledger_in(migrated_database) as ledger:
+        await ledger.accept([draft(), draft(payload=b'"bad"'), draft()])
+        await ledger.register("w", ["default"], 0.05)
+        claims = await ledger.claim("default", "w", 3)
+        async with asyncio.timeout(10):
+            while not (swept := await ledger.sweep(1)).returned:  # noqa: ASYNC110 - it is swept
+                await asyncio.sleep(0.02)
+
+    assert set(swept.returned["default"]) == {claim.id for claim in claims}
+    assert list(swept.crashed) == []
+
+
+async def test_a_sweep_returns_jobs_although_one_may_not_become_due(
+    migrated_database: Database,
+) -> None:
+    """The sweep comes before the promotion of scheduled jobs."""
+    async with ledger_in(migrated_database) as ledger:
+        await ledger.accept([draft(payload=b'"bad"', run_at=datetime.now(UTC) + HOUR), draft()])
+        migrated_database.execute("update viralfx_jobs set run_at = now()")
+        refuse(migrated_database, "tg_op = 'UPDATE'")
+        await ledger.register("w", ["default"], 0.05)
+        (claim,) = await ledger.claim("default", "w", 3)
+        swept: Mapping[str, Sequence[str]] = {}
+        async with asyncio.timeout(10):
+            while not swept:
+                with suppress(LedgerUnavailableError):
+                    swept = (await ledger.sweep(5)).returned
+                await asyncio.sleep(0.02)
+
+    assert swept == {"default": [claim.id]}
+
+
+async def test_a_job_that_may_not_be_cancelled_keeps_no_other_active(
+    migrated_database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is named in the log, and cancelled once the trigger is gone."""
+    refuse(migrated_database, "new.state = 'cancelled'")
+    async with ledger_in(migrated_database) as ledger:
+        drafts = [draft(payload=text) for text in (b"1", b'"bad"', b"2", b"3", b'"bad"')]
+        await ledger.accept(drafts)
+        await ledger.register("w", ["default"], LONG_LEASE)
+        claims = await ledger.claim("default", "w", 5)
+        for claim in claims:
+            await ledger.cancel(claim.id, running=True)
+        await ledger.settle([cancelled(claim) for claim in claims])
+        before = await ledger.counts()
+        allow(migrated_database)
+        swept = await ledger.sweep(5)
+
+    bad = {drafts[1].id, drafts[4].id}
+    assert (before["default"].cancelled, before["default"].active) == (3, 2)
+    (line,) = [each.__dict__ for each in caplog.records if "Cancell" in each.getMessage()]
+    assert (set(line["jobs"]), line["code"]) == (bad, "P0001")
+    assert set(swept.cancelled) == bad
+
+
+# -- the ledger's errors ----------------------------------------------------------------------
+
+
+async def test_values_over_the_limit_of_a_message_are_refused(migrated_database: Database) -> None:
+    """Postgres would end the connection, as in an outage."""
+    huge = b'"' + b"x" * (901 * 2**20) + b'"'
+    async with ledger_in(migrated_database) as ledger:
+        await ledger.accept([draft()])
+        await ledger.register("w", ["default"], LONG_LEASE)
+        (claim,) = await ledger.claim("default", "w", 1)
+        with pytest.raises(UnstorableError, match="a call to the database has at most"):
+            await ledger.settle([completed(claim, huge)])
+        with pytest.raises(PayloadError, match="a call to the database has at most"):
+            await ledger.accept([draft(payload=huge)])
+        assert await ledger.settle([failed(claim, ERROR)]) == {claim.id}
+
+
+async def test_a_statement_that_is_cancelled_is_a_limit(migrated_database: Database) -> None:
+    """And not a refusal: the server does not say which value is the reason."""
+    async with ledger_in(migrated_database, statement_timeout=0.3) as ledger:
+        refuse(migrated_database, "true", action="perform pg_sleep(1)")
+        with pytest.raises(LedgerLimitError):
+            await ledger.accept([draft(payload=b'"bad"')])
+
+
+async def test_a_call_without_a_connection_is_no_limit(migrated_database: Database) -> None:
+    """Its values were not sent, so they are not the reason."""
+    async with (
+        opened(config_of(migrated_database, pool_max=1)) as pool,
+        pool.acquire(),
+    ):
+        ledger = PostgresJobLedger(pool, timeout=0.3)
+        with pytest.raises(LedgerUnavailableError, match="does not answer") as raised:
+            await ledger.counts()
+
+    assert raised.type is LedgerUnavailableError

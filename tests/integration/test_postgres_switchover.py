@@ -1,0 +1,115 @@
+"""A change of the primary under load: how soon jobs are accepted again, and that none is lost."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+from tests.chaos.cluster import Cluster, cluster
+from tests.contracts.ledgers import draft
+from tests.integration.postgres_clients import checked, config_of, migrated, opened
+from tests.servers.fixtures import or_skip
+from tests.servers.waiting import until
+from tests.soak import SOAK, cycles
+
+from viralfx.adapters.postgres import PostgresConfig, PostgresJobLedger
+from viralfx.domain.clock import SystemClock
+from viralfx.domain.health.model import CheckPolicy
+from viralfx.domain.health.monitor import HealthMonitor
+from viralfx.domain.jobs.model import LedgerUnavailableError
+
+INTERVAL = 5.0
+"""The default of HEALTH_CHECK_INTERVAL."""
+LIMIT = INTERVAL + (1.0 if SOAK else 5.0)
+"""Seconds; a run beside others has more. `just switchovers` makes twenty of each alone."""
+_CLIENTS = 4
+_PAUSE = 0.02
+
+
+@pytest.fixture
+def postgres() -> Iterator[Cluster]:
+    """Return a primary with a synchronous standby."""
+    with or_skip(), cluster() as made:
+        if not made.has_standby:
+            pytest.skip("no standby of a server in a container")
+        yield made
+
+
+class Load:
+    """Clients that submit jobs all the time."""
+
+    def __init__(self, ledger: PostgresJobLedger) -> None:
+        self._ledger = ledger
+        self.accepted: set[str] = set()
+        self.latest = 0.0
+        """When the call began that was the last one to succeed."""
+
+    async def run(self) -> None:
+        """Submit until cancelled."""
+        async with asyncio.TaskGroup() as clients:
+            for _ in range(_CLIENTS):
+                clients.create_task(self._submit())
+
+    def is_served(self, monitor: HealthMonitor, since: float) -> bool:
+        """Return whether the service is ready, and has accepted a job that came later."""
+        return self.latest > since and monitor.report().ready
+
+    async def _submit(self) -> None:
+        while True:
+            began = time.monotonic()
+            try:
+                (accepted,) = await self._ledger.accept([draft()])
+            except LedgerUnavailableError:
+                pass
+            else:
+                self.accepted.add(accepted.job.id)
+                self.latest = max(self.latest, began)
+            await asyncio.sleep(_PAUSE)
+
+
+async def survive(postgres: Cluster, config: PostgresConfig, times: int) -> list[float]:
+    """Change the primary so many times in each way; nothing accepted is lost.
+
+    Returns the seconds until the service was ready and accepted a job that came after the change.
+    """
+    took = []
+    await migrated(config)
+    async with opened(config) as pool, checked(pool) as check:
+        monitor = HealthMonitor(clock=SystemClock())
+        policy = CheckPolicy(interval=INTERVAL, timeout=2.0, required_for_readiness=True)
+        monitor.register("database", check, policy)
+        pool.on_suspected_outage = lambda: monitor.request_check("database")
+        monitor.start()
+        load = Load(PostgresJobLedger(pool))
+        running = asyncio.create_task(load.run())
+        changes: list[Callable[[], None]] = [postgres.switch_over, postgres.lose_primary]
+        try:
+            await until(lambda: load.is_served(monitor, 0.0), seconds=60)
+            for change in changes * times:
+                await asyncio.to_thread(change)
+                changed = time.monotonic()
+                await until(partial(load.is_served, monitor, changed), seconds=LIMIT)
+                took.append(time.monotonic() - changed)
+                await asyncio.to_thread(postgres.rejoin)
+        finally:
+            running.cancel()
+            await asyncio.wait({running})
+            await monitor.stop()
+    kept = postgres.primary.execute("select id::text from viralfx_ops.viralfx_all_jobs")
+    assert load.accepted
+    assert load.accepted <= {job for (job,) in kept}
+    return took
+
+
+@pytest.mark.timeout(1200 if SOAK else 90)
+async def test_a_name_that_moves(postgres: Cluster) -> None:
+    """The former primary still serves reads after a planned change; it is left at once."""
+    await survive(postgres, config_of(postgres.primary, through=postgres.name), len(cycles(20)))
+
+
+@pytest.mark.timeout(1200 if SOAK else 90)
+async def test_several_hosts(postgres: Cluster) -> None:
+    """The one that accepts writes is found."""
+    config = config_of(postgres.primary, hosts=postgres.hosts, target_session_attrs="read-write")
+    await survive(postgres, config, len(cycles(20)))

@@ -1,0 +1,79 @@
+"""An application with a tracer provider of its own, which prints its spans and ends.
+
+The first argument says what else makes spans of requests: nothing, plugin, middleware or around.
+"""
+
+import asyncio
+import json
+import sys
+
+from litestar import Litestar, get
+from litestar.plugins.opentelemetry import OpenTelemetryConfig, OpenTelemetryPlugin
+from litestar.testing import AsyncTestClient
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from viralfx import OperationsConfig, OperationsPlugin, task
+from viralfx.settings import Settings
+from viralfx.web.responses import ASGIApp, Receive, Scope, Send
+
+
+@task("pack")
+async def pack(order: int) -> int:
+    """Pack an order."""
+    return order
+
+
+@get("/orders")
+async def orders() -> str:
+    """Submit a job, within the span of the request."""
+    job = (await plugin.jobs.submit("pack", 1)).job
+    await plugin.jobs.wait(job.id)
+    return job.id
+
+
+def around(app: ASGIApp) -> ASGIApp:
+    """Return middleware of a server or of another library, outside of the plugin."""
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        tracer = trace.get_tracer("around")
+        with tracer.start_as_current_span("around", kind=trace.SpanKind.SERVER):
+            await app(scope, receive, send)
+
+    return serve
+
+
+async def main(kind: str) -> None:
+    """Serve one request."""
+    more = [OpenTelemetryPlugin(OpenTelemetryConfig())] if kind == "plugin" else []
+    middleware = [OpenTelemetryConfig().middleware] if kind == "middleware" else []
+    app = Litestar([orders], plugins=[plugin, *more], middleware=middleware, logging_config=None)
+    async with AsyncTestClient(app) as client:
+        if kind == "around":
+            app.asgi_handler = around(app.asgi_handler)  # type: ignore[arg-type, assignment]
+        (await client.get("/orders")).raise_for_status()
+    spans = [
+        {"name": span.name, "kind": span.kind.name, "trace": f"{span.context.trace_id:032x}"}
+        for span in memory.get_finished_spans()
+        if span.context is not None
+    ]
+    tracer = trace.get_tracer("after")
+    with tracer.start_as_current_span("after"):
+        pass
+    alive = len(memory.get_finished_spans()) > len(spans)
+    sys.stdout.write(json.dumps({"spans": spans, "alive": alive}) + "\n")
+
+
+memory = InMemorySpanExporter()
+provider = TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(memory))
+trace.set_tracer_provider(provider)
+plugin = OperationsPlugin(OperationsConfig(settings=Settings(), tasks=[pack]))
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1]))

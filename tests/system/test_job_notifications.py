@@ -1,0 +1,129 @@
+"""Jobs while Redis, which carries only notifications, is down, empty or not configured."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+from tests.servers.postgres import Database
+from tests.servers.redis import RedisServer
+from tests.servers.waiting import wait_until
+from tests.system.jobs import JOBS, accept, until
+from tests.system.service import Service, running
+from tests.system.workers import api, environment_of, worker
+
+POLL_SECONDS = 1.0
+"""Seconds between two polls, the default."""
+LOADED = 1.0
+"""Seconds of tolerance for several processes on a busy machine."""
+
+
+def environment_with(database: Database, redis: RedisServer) -> dict[str, str]:
+    """Return the variables of an API and its workers."""
+    return environment_of(
+        database,
+        TASK_MODULES="tests.system.fault_tasks",
+        REDIS_HOST=redis.host,
+        REDIS_PORT=str(redis.port),
+        JOB_LEASE="30000",
+        JOB_SWEEP_INTERVAL="30000",
+        JOB_POLL_INTERVAL="1000",
+    )
+
+
+def _waited(job: dict[str, Any]) -> float:
+    """Return the seconds from the due time of a job to its start."""
+    begun, due = (datetime.fromisoformat(job[name]) for name in ("startedAt", "runAt"))
+    return (begun - due).total_seconds()
+
+
+def _slowest(service: Service, count: int) -> float:
+    """Run jobs one after the other; return the longest wait in seconds."""
+    jobs = []
+    for _ in range(count):
+        job_id = accept(service, "faults.work", 0)
+        jobs.append(until(service, job_id, "completed"))
+    return max(map(_waited, jobs))
+
+
+def test_jobs_run_through_outages_of_redis(database: Database, own_redis: RedisServer) -> None:
+    """Redis is down at the start, comes up, is emptied while jobs wait, and goes down again."""
+    environment = environment_with(database, own_redis)
+    own_redis.stop()
+    with api(environment) as service, worker(environment) as process:
+        never_there = _slowest(service, 8)
+        own_redis.start()
+        wait_until(lambda: _redis_is(process, "pass"), what="the worker has Redis")
+        wait_until(lambda: _redis_is(service, "pass"), what="the API has Redis")
+        there = _slowest(service, 8)
+        emptied = []
+        for _ in range(8):
+            job_id = accept(service, "faults.work", 0)
+            own_redis.flush()
+            emptied.append(_waited(until(service, job_id, "completed")))
+        own_redis.stop()
+        gone = _slowest(service, 8)
+        process.signal(signal.SIGTERM)
+        code = process.exit_code()
+
+    assert max(never_there, there, *emptied, gone) < POLL_SECONDS + LOADED
+    assert code == 0
+
+
+def _redis_is(process: Service, status: str) -> bool:
+    get = process.get if process.serves else process.manage
+    return bool(get("/health/redis").json()["status"] == status)
+
+
+def test_jobs_waiting_while_redis_is_emptied_run(database: Database, redis: RedisServer) -> None:
+    """A worker that starts afterwards finds them in the ledger."""
+    environment = environment_with(database, redis)
+    with api(environment) as service:
+        ids = [accept(service, "faults.work", 0) for _ in range(30)]
+        redis.flush()
+        with worker({**environment, "JOB_CONCURRENCY": "2"}):
+            done = [until(service, job_id, "completed") for job_id in ids]
+    begun = [datetime.fromisoformat(job["startedAt"]) for job in done]
+
+    assert {(job["attempts"], job["crashes"]) for job in done} == {(1, 0)}
+    # Fewer polls than one for every two jobs.
+    assert (max(begun) - min(begun)).total_seconds() < 5 * POLL_SECONDS
+
+
+def test_without_redis_a_worker_polls_often(database: Database) -> None:
+    """Without notifications, the poll interval is shorter than the default of ten seconds."""
+    environment = environment_of(
+        database,
+        TASK_MODULES="tests.system.fault_tasks",
+        JOB_LEASE="30000",
+        JOB_SWEEP_INTERVAL="30000",
+        JOB_POLL_INTERVAL="10000",
+    )
+    with api(environment) as service, worker(environment):
+        assert _slowest(service, 8) < POLL_SECONDS + LOADED
+
+
+@contextmanager
+def in_memory(**environment: str) -> Iterator[Service]:
+    """Run the service with everything in memory."""
+    variables = {"TASK_MODULES": "tests.system.fault_tasks", **environment}
+    with running(environment=variables) as service:
+        yield service.wait_ready()
+
+
+def test_the_stop_in_memory_runs_due_jobs_and_logs_the_rest() -> None:
+    """The stop runs all due jobs; a job of the next century is lost: exit code 0 and one line."""
+    with in_memory(JOB_CONCURRENCY="1", SHUTDOWN_DRAIN_TIMEOUT="9000") as service:
+        for _ in range(3):
+            accept(service, "faults.work", 1)
+        body = {"task": "faults.work", "payload": 0, "runAt": "2100-01-01T00:00:00Z"}
+        assert service.get(JOBS, method="POST", json_body=body).status == 202
+        service.signal(signal.SIGTERM)
+        code = service.exit_code()
+    (left,) = service.logged("Job worker drained")
+    (stage,) = (s for s in service.logged("Shutdown stage ended") if s["stage"] == "jobs")
+    (lost,) = service.logged("Scheduled jobs in memory end with this process")
+
+    assert (code, stage["outcome"], lost["scheduled"]) == (0, "ok", 1)
+    assert (left["handedBack"], left["ignoring"], left["unrecorded"]) == (0, 0, 0)

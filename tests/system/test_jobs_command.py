@@ -1,0 +1,213 @@
+"""``viralfx jobs``: an operator's view of the ledger, without a service."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any
+from unittest.mock import patch
+
+from tests.servers.postgres import Database
+from tests.system.service import clean_environment, command
+from tests.system.workers import environment_of
+
+from viralfx.cli import main
+
+
+class Terminal(io.StringIO):
+    """Standard input of a person."""
+
+    def isatty(self) -> bool:
+        """Return True."""
+        return True
+
+
+class Shell:
+    """Runs commands on a database, in this process: there are many, and each start is slow."""
+
+    def __init__(self, database: Database) -> None:
+        self.environment = environment_of(database)
+
+    def run(
+        self, *arguments: str, program: str = "jobs", columns: int | None = None, **more: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command, with ``columns`` in a terminal of that width."""
+        output, errors = io.StringIO(), io.StringIO()
+        output.isatty = lambda: columns is not None  # type: ignore[method-assign]
+        environ = {**clean_environment(), **self.environment, "COLUMNS": str(columns), **more}
+        with (
+            patch.dict(os.environ, environ, clear=True),
+            redirect_stdout(output),
+            redirect_stderr(errors),
+        ):
+            try:
+                code = main([program, *arguments])
+            except SystemExit as error:
+                code = int(error.code or 0)
+        return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
+
+    def json(self, *arguments: str, program: str = "jobs") -> Any:
+        """Run a command that succeeds; return its JSON."""
+        done = self.run(*arguments, "--json", program=program)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def fails(self, code: int, *arguments: str) -> str:
+        """Run a command that fails; return its lines of errors."""
+        done = self.run(*arguments)
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+        return done.stderr
+
+
+def test_jobs_are_submitted_listed_shown_and_cancelled(database: Database) -> None:
+    """For people as a table, and for programs as the API's JSON."""
+    shell = Shell(database)
+    first = shell.json("submit", "parcels.echo", '{"text": "\\u001b[31mred\\u009b"}', "--key", "k")
+    again = shell.run("submit", "parcels.echo", '{"text": "\\u001b[31mred\\u009b"}', "--key", "k")
+    later = shell.json("submit", "elsewhere.run", "[1]", "--queue", "default", "--priority", "7")
+    table = shell.run("list").stdout
+    narrow = shell.run("list", columns=60).stdout
+    page = shell.json("list", "--queue", "default", "--state", "waiting")
+    older = shell.json("list", "--cursor", later["id"], "--limit", "1")
+    shown = shell.run("show", first["id"]).stdout
+    cancelled = shell.run("cancel", later["id"])
+
+    assert first["id"] in again.stdout
+    assert "there was a job like it" in again.stderr
+    assert [line.split()[:4] for line in table.splitlines()] == [
+        ["id", "task", "queue", "state"],
+        [later["id"], "elsewhere.run", "default", "waiting"],
+        [first["id"], "parcels.echo", "analytics", "waiting"],
+    ]
+    assert [len(line) for line in narrow.splitlines()] == [60, 60, 60]
+    assert all(line.endswith("…") for line in narrow.splitlines())
+    assert [job["id"] for job in page["items"]] == [later["id"]]
+    assert [job["id"] for job in older["items"]] == [first["id"]]
+    assert re.search(r"^task +parcels.echo$", shown, re.MULTILINE)
+    assert all(each.isprintable() for each in shown.replace("\n", ""))
+    assert cancelled.stdout == f"{later['id']}  cancelled\n"
+    found = shell.json("show", later["id"])
+    assert (found["state"], found["priority"], found["payload"]) == ("cancelled", 7, [1])
+    tasks = [each["task"] for each in shell.json(program="schedules")["items"]]
+    assert "default.prune" in tasks
+    assert shell.run(program="schedules").stdout.split()[:2] == ["task", "cron"]
+
+
+def test_many_jobs_are_changed_on_confirmation(database: Database) -> None:
+    """A filter that matches several needs --yes; one job needs none."""
+    shell = Shell(database)
+    ids = [shell.json("submit", "parcels.echo", str(number))["id"] for number in range(2)]
+    other = shell.json("submit", "elsewhere.run", "1", "--queue", "default")["id"]
+    with patch.object(sys, "stdin", Terminal("n\n")):
+        declined = shell.fails(1, "cancel", "--task", "parcels.echo")
+    refused = shell.fails(2, "cancel", "--task", "parcels.echo")
+    one = shell.run("cancel", "--queue", "default")
+    both = shell.json("cancel", "--task", "parcels.echo", "--before", "2999-01-01T00:00Z", "--yes")
+    none = shell.run("retry", "--code", "error")
+    misspelt = shell.run("retry", "--task", "parcels.eco")
+    known = shell.run("retry", "--task", "parcels.echo")
+    nothing = shell.run("list", "--state", "failed")
+
+    assert "the filter matches 2 jobs; repeat it with --yes" in refused
+    assert declined == "cancel 2 jobs? [y/N] viralfx: nothing was changed\n"
+    assert nothing.stderr == "no job matches\n"
+    assert (one.stdout, both, none.stdout) == ("1 job\n", {"count": 2}, "0 jobs\n")
+    assert none.stderr == known.stderr == ""
+    assert misspelt.stderr == "no job of a task 'parcels.eco' was found in any state\n"
+    cancelled = shell.json("list", "--state", "cancelled")
+    assert {job["id"] for job in cancelled["items"]} == {*ids, other}
+    assert "pass ids, or a filter" in shell.fails(2, "retry")
+    assert "not both" in shell.fails(2, "retry", ids[0], "--queue", "default")
+    assert "only jobs that are failed" in shell.fails(2, "retry", "--state", "waiting")
+
+
+def test_redis_is_not_needed(database: Database) -> None:
+    """A notification that cannot be sent costs no time: workers poll."""
+    shell = Shell(database)
+    done = shell.run("submit", "parcels.echo", "1", REDIS_HOST="127.0.0.1", REDIS_PORT="1")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("parcels.echo in analytics, waiting\n")
+
+
+def test_a_queue_is_paused_and_resumed(database: Database) -> None:
+    """An unknown queue is an error."""
+    shell = Shell(database)
+    paused = shell.run("pause", "analytics")
+    resumed = shell.json("resume", "analytics")
+
+    assert (paused.stdout, paused.stderr) == ("analytics  paused\n", "")
+    assert resumed == {"queue": "analytics", "paused": False}
+    assert "no queue 'analytic'" in shell.fails(2, "pause", "analytic")
+
+
+def test_a_queue_that_only_the_ledger_knows_is_no_mistake(database: Database) -> None:
+    """The environment of an operator seldom has QUEUES."""
+    shell = Shell(database)
+    arguments = ("submit", "reports.write", "1", "--queue", "reports")
+    unknown = shell.fails(2, *arguments)
+    shell.environment["QUEUES"] = "default,notifications,analytics,reports"
+    first = shell.json(*arguments)["id"]
+    del shell.environment["QUEUES"]
+    second = shell.json(*arguments)["id"]
+    listed = shell.json("list", "--queue", "reports")
+    shell.run("pause", "reports", "--wait")
+    found = {each["name"]: each for each in shell.json("queues")["items"]}
+    table = [line.split() for line in shell.run("queues").stdout.splitlines()]
+
+    assert "there is no queue named 'reports'" in unknown
+    assert {job["id"] for job in listed["items"]} == {first, second}
+    assert found["reports"]["paused"]
+    assert (found["reports"]["counts"]["waiting"], found["default"]["paused"]) == (2, False)
+    assert table[0][:4] == ["queue", "paused", "consumers", "waiting"]
+    assert ["reports", "paused", "0", "2"] in [row[:4] for row in table]
+    assert shell.json("cancel", "--queue", "reports", "--yes") == {"count": 2}
+
+
+def test_a_task_of_an_application_is_submitted(database: Database) -> None:
+    """With the options of @task, and a payload of its type."""
+    environment = Shell(database).environment | {"STEPS": os.devnull}
+    arguments = ("jobs", "submit", "app.follow", "--app", "tests.system.worker_app:app")
+    done = command(*arguments, "17", environment=environment)
+    refused = command(*arguments, '"many"', environment=environment)
+
+    assert (done.returncode, "app.follow in default, waiting" in done.stdout) == (0, True)
+    assert (refused.returncode, "Expected `int`" in refused.stderr) == (2, True)
+
+
+def test_mistakes_get_one_line_each(database: Database) -> None:
+    """With the exit code 1 for a job's state, 2 for an argument, and 3 for the ledger."""
+    shell = Shell(database)
+    job_id = shell.json("submit", "parcels.echo", "1")["id"]
+    missing = "01a214b8-8af2-7a9b-8393-0890f8feb712"
+
+    assert shell.fails(1, "show", missing) == f"viralfx: there is no job {missing}\n"
+    refused = shell.fails(1, "retry", job_id, missing).splitlines()
+    assert refused == [
+        f"viralfx: job {job_id} is waiting; only one that is failed can be retried",
+        f"viralfx: there is no job {missing}",
+    ]
+    assert "did you mean parcels.echo?" in shell.fails(2, "submit", "parcels.ecko", "1")
+    assert "pass --queue" in shell.fails(2, "submit", "else.where", "1")
+    assert "no queue named 'nope'" in shell.fails(2, "submit", "x", "1", "--queue", "nope")
+    assert "declared for the queue" in shell.fails(
+        2, "submit", "parcels.echo", "1", "--queue", "default"
+    )
+    assert "is not the id of a job" in shell.fails(2, "show", "17")
+    assert "is not a time with a time zone" in shell.fails(
+        2, "submit", "parcels.echo", "1", "--run-at", "2026-01-01T00:00:00"
+    )
+    assert "no queue 'nope'" in shell.fails(2, "list", "--queue", "nope")
+    malformed = shell.fails(2, "submit", "parcels.echo", "{")
+    assert malformed.startswith("viralfx: jobs submit parcels.echo: ")
+    assert "the payload is JSON, such as " in malformed
+    assert "is not empty" in shell.fails(2, "submit", "parcels.echo", "1", "--key", "")
+    without = command("jobs", "list")
+    assert (without.returncode, "DATABASE_URL: not set" in without.stderr) == (2, True)
+    nowhere = {"DATABASE_URL": "postgresql://u@127.0.0.1:1/x"}
+    unreachable = command("jobs", "list", environment=nowhere)
+    assert (unreachable.returncode, "after 1 attempt" in unreachable.stderr) == (3, True)
+    assert len(unreachable.stderr.splitlines()) == 1

@@ -1,0 +1,514 @@
+"""Environments of other programs, typing errors, and the addresses that providers hand out."""
+
+from functools import cache
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from litestar import Litestar
+from litestar.testing import TestClient
+
+from viralfx import OperationsConfig, OperationsPlugin, Settings, read_settings, task
+from viralfx.domain.doctor import Finding
+from viralfx.domain.errors import ConfigurationError, edits
+from viralfx.settings import show, source
+from viralfx.settings.doctor import review
+from viralfx.settings.dsn import IMPLIED
+from viralfx.settings.loader import fields
+
+FOREIGN = {
+    # Django, Laravel, Rails, WordPress
+    "DB_HOST": "db",
+    "DB_NAME": "shop",
+    "DB_USER": "shop",
+    "DB_USERNAME": "shop",
+    "DB_PORT": "5432",
+    "DB_URL": "mysql://db/shop",
+    "DB_CONNECTION": "pgsql",
+    "DB_ENGINE": "django.db.backends.postgresql",
+    "DB_POOL": "5",
+    "DB_PASS": "hunter2",
+    "DATABASE_URI": "postgresql://db/shop",
+    "DATABASE_HOST": "db",
+    "DATABASE_NAME": "shop",
+    "DATABASE_USER": "shop",
+    "DJANGO_SETTINGS_MODULE": "shop.settings",
+    "RAILS_MAX_THREADS": "5",
+    # Redis and queues: Celery, RQ, Sidekiq, Resque
+    "REDIS_URL": "redis://127.0.0.1:1/0",
+    "REDIS_URI": "redis://cache",
+    "REDIS_PASS": "hunter2",
+    "REDIS_PREFIX": "shop:",
+    "REDIS_CLIENT": "phpredis",
+    "REDIS_TLS_URL": "rediss://cache",
+    "CELERY_BROKER_URL": "amqp://broker",
+    "QUEUE": "*",
+    "QUEUE_URL": "https://sqs.eu-west-1.example/1/jobs",
+    "QUEUE_CONNECTION": "redis",
+    # Jenkins, Kubernetes, Nomad, Cloud Run
+    "JOB_NAME": "build",
+    "JOB_BASE_NAME": "build",
+    "JOB_URL": "https://ci.example/job/build",
+    "JOB_DISPLAY_URL": "https://ci.example/job/build/display",
+    "JOB_COMPLETION_INDEX": "0",
+    "REDIS_SERVICE_HOST": "10.0.0.11",
+    "REDIS_PORT": "tcp://10.0.0.11:6379",
+    "DB_PORT_5432_TCP_ADDR": "10.0.0.12",
+    "HEALTH_PORT": "8081",
+    "HEALTH_CHECK_PATH": "/healthz",
+    "HEALTHCHECK_URL": "https://hc.example/1",
+    "SHUTDOWN_TIMEOUT": "10",
+    "POOL_SIZE": "5",
+    "PORT": "tcp://10.0.0.1:3000",
+    # Servers and shells
+    "HTTP_PROXY": "http://proxy:3128",
+    "HTTP_TIMEOUT": "30",
+    "LOG_LEVEL": "INFO",
+    "LOG_FORMAT": "%(asctime)s %(message)s",
+    "HOSTNAME": "pod-1",
+    "ENVIRONMENT": "production",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_the_plugin_starts_with_a_foreign_variable(
+    name: str, plain_environ: pytest.MonkeyPatch
+) -> None:
+    """An application's own variables, and its platform's, are not judged."""
+    plain_environ.setenv(name, FOREIGN[name])
+
+    with TestClient(Litestar(plugins=[OperationsPlugin()])) as client:
+        assert client.get("/health/live").status_code == 200
+
+
+def test_the_plugin_starts_with_all_foreign_variables(plain_environ: pytest.MonkeyPatch) -> None:
+    """There are 40 or more."""
+    for name, value in FOREIGN.items():
+        plain_environ.setenv(name, value)
+
+    assert len(FOREIGN) >= 40
+    with TestClient(Litestar(plugins=[OperationsPlugin()])) as client:
+        assert client.get("/health/live").status_code == 200
+
+
+TYPING_ERRORS = {
+    "DATABASE_URLS": "DATABASE_URL",
+    "DATABSE_URL": "DATABASE_URL",
+    "DATABASE_MIGRATIONS_URL": "DATABASE_MIGRATION_URL",
+    "DB_PASSWROD": "DB_PASSWORD",
+    "DB_PASSWORD_FIEL": "DB_PASSWORD_FILE",
+    "DB_POL_MAX": "DB_POOL_MAX",
+    "DB_POOL_MN": "DB_POOL_MIN",
+    "DB_TLS_MOD": "DB_TLS_MODE",
+    "DB_HEALTHCHECK_INTERVAL": "DB_HEALTH_CHECK_INTERVAL",
+    "REDIS_HOTS": "REDIS_HOST",
+    "REDIS_PASWORD": "REDIS_PASSWORD",
+    "REDIS_SENTINEL": "REDIS_SENTINELS",
+    "REDIS_TSL_ENABLED": "REDIS_TLS_ENABLED",
+    "HEALTH_CHECK_INTERVALL": "HEALTH_CHECK_INTERVAL",
+    "HEALTH_CRITICALS": "HEALTH_CRITICAL",
+    "SHUTDOWN_DRAIN_TIMOUT": "SHUTDOWN_DRAIN_TIMEOUT",
+    "SHUTDOWN_DRAIN-TIMEOUT": "SHUTDOWN_DRAIN_TIMEOUT",
+    "READINESS_REQUIRED": "READINESS_REQUIRES",
+    "MANAGMENT_TOKEN": "MANAGEMENT_TOKEN",
+    "ENVIROMENT": "ENVIRONMENT",
+    "LOG_LEVL": "LOG_LEVEL",
+    "JOB_CONCURENCY": "JOB_CONCURRENCY",
+    "ALLOW_MEMORY_ADAPTER": "ALLOW_MEMORY_ADAPTERS",
+}
+
+
+@pytest.mark.parametrize("name", TYPING_ERRORS)
+def test_a_program_refuses_a_typing_error(name: str) -> None:
+    """Within two edits of a known name; its value is not shown. The plugin ignores it."""
+    with pytest.raises(ConfigurationError) as refused:
+        read_settings({name: "hunter2"}, strict=True)
+
+    line = f"{name}: unknown variable; did you mean {TYPING_ERRORS[name]}?"
+    assert refused.value.problems == (line,)
+    assert read_settings({name: "hunter2"}) == Settings()
+
+
+@given(st.text("AB_", max_size=9), st.text("AB_", max_size=9))
+@example("BBB", "ABAAA")
+def test_edits_are_counted_up_to_the_limit(one: str, other: str) -> None:
+    """As by the definition: insertions, deletions and replacements."""
+
+    @cache
+    def distance(i: int, j: int) -> int:
+        if not i or not j:
+            return i + j
+        replaced = distance(i - 1, j - 1) + (one[i - 1] != other[j - 1])
+        return min(distance(i - 1, j) + 1, distance(i, j - 1) + 1, replaced)
+
+    assert edits(one, other, limit=2) == min(3, distance(len(one), len(other)))
+
+
+@pytest.mark.parametrize(
+    "name", ["DB_HOST", "DB_POOL", "JOB_NAME", "QUEUE", "LOG_FILE", "POOL_XYZZY", "HTTP_TIMEOUT"]
+)
+def test_a_program_ignores_other_names(name: str) -> None:
+    """A name of fewer than eight characters, or with more than two edits, is another program's."""
+    assert read_settings({name: "1"}, strict=True) == Settings()
+
+
+def reviewed(environ: dict[str, str]) -> list[Finding]:
+    """Return the findings of doctor that need an action."""
+    return [f for f in review(read_settings(environ, strict=True), environ) if f.remedy]
+
+
+def test_doctor_lists_names_that_nothing_reads() -> None:
+    """Those that begin as a setting does, in one finding; service links are left out."""
+    environ = {"DB_HOST": "db", "JOB_NAME": "build", "DB_SERVICE_HOST": "10.0.0.1", "EDITOR": "vi"}
+
+    assert [f.found for f in reviewed(environ) if f.area == "environment"] == [
+        "no setting reads DB_HOST, JOB_NAME"
+    ]
+
+
+@pytest.mark.parametrize(
+    "url", ["mysql://db/app", "sqlite:///app.db", "sqlite+aiosqlite:///app.db", "file:./dev.db"]
+)
+def test_another_database_is_a_warning_in_an_application(
+    url: str, plain_environ: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The data of this package is then in memory. A program refuses to start."""
+    plain_environ.setenv("DATABASE_URL", url)
+
+    plugin = OperationsPlugin()
+
+    assert plugin.assembly.database is None
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "viralfx.settings"]
+    assert line.startswith("Setting without effect: DATABASE_URL: ignored, because it is the")
+    with pytest.raises(ConfigurationError, match="is not a Postgres address"):
+        read_settings({"DATABASE_URL": url}, strict=True)
+
+
+@pytest.mark.parametrize("url", ["redis+sentinel://a:1", "memory://", "amqp://broker"])
+def test_a_strange_redis_address_is_a_warning_in_an_application(url: str) -> None:
+    """The cache is then in memory. A program refuses to start."""
+    settings = read_settings({"REDIS_URL": url})
+
+    assert not settings.redis.in_use
+    assert [line.partition(",")[0] for line in settings.warnings] == ["REDIS_URL: ignored"]
+    with pytest.raises(ConfigurationError, match="REDIS_URL: "):
+        read_settings({"REDIS_URL": url}, strict=True)
+
+
+def test_a_wrong_value_of_our_own_is_an_error_in_an_application() -> None:
+    """Only those that a server reads may have another meaning."""
+    with pytest.raises(ConfigurationError) as refused:
+        read_settings({"DB_POOL_MAX": "many", "PORT": "http", "LOG_LEVEL": "loud"})
+
+    assert [line.partition(":")[0] for line in refused.value.problems] == ["DB_POOL_MAX"]
+    assert read_settings({"PORT": "http"}).port == 3000
+
+
+def test_a_prefix_separates_the_settings_from_others(plain_environ: pytest.MonkeyPatch) -> None:
+    """Names without the prefix are not read, and errors have the whole names."""
+    plain_environ.setenv("OPS_DB_POOL_MAX", "7")
+    plain_environ.setenv("DB_POOL_MIN", "many")
+
+    plugin = OperationsPlugin(OperationsConfig(env_prefix="OPS_"))
+
+    assert plugin.settings.db.pool_max == 7
+    plain_environ.setenv("OPS_DB_POOL_MIN", "9")
+    with pytest.raises(ConfigurationError, match=r"^OPS_DB_POOL_MIN: 9 is more than OPS_DB_POOL_M"):
+        OperationsPlugin(OperationsConfig(env_prefix="OPS_"))
+    with pytest.raises(ValueError, match="env_prefix has no effect with settings"):
+        OperationsConfig(env_prefix="OPS_", settings=Settings())
+    with pytest.raises(ValueError, match="env_prefix must be"):
+        OperationsConfig(env_prefix="OPS-")
+
+
+def test_production_refuses_tasks_of_an_application_in_memory() -> None:
+    """Without tasks there are no jobs to lose, and the plugin starts."""
+
+    @task("orders.ship")
+    async def ship(payload: int) -> None:
+        pass
+
+    settings = Settings(environment="production")
+
+    assert OperationsPlugin(OperationsConfig(settings=settings)).assembly.database is None
+    with pytest.raises(ConfigurationError, match="DATABASE_URL: ENVIRONMENT=production refuses"):
+        OperationsPlugin(OperationsConfig(settings=settings, tasks=[ship]))
+
+
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [
+        ("INFO", "log"),
+        ("info", "log"),
+        ("Warning", "warn"),
+        ("WARN", "warn"),
+        ("CRITICAL", "error"),
+        ("ERROR", "error"),
+        ("Debug", "debug"),
+        ("LOG", "log"),
+        ("verbose", "verbose"),
+    ],
+)
+def test_log_level_takes_the_words_of_python(text: str, level: str) -> None:
+    """In any case."""
+    assert read_settings({"LOG_LEVEL": text}, strict=True).log_level == level
+
+
+NEON = "postgresql://me:hunter2@ep-a-1.eu-central-1.aws.neon.tech/neondb"
+ACCEPTED = {
+    "Neon": f"{NEON}?sslmode=require&channel_binding=require",
+    "Neon pooler": f"{NEON.replace('ep-a-1', 'ep-a-1-pooler')}?sslmode=require&pgbouncer=true",
+    "Neon endpoint": f"{NEON}?sslmode=require&options=endpoint%3Dep-a-1",
+    "Vercel": f"{NEON}?sslmode=require&pgbouncer=true&connect_timeout=15",
+    "Supabase direct": "postgresql://postgres:hunter2@db.abc.supabase.co:5432/postgres",
+    "Supabase pooler": "postgres://postgres.abc:hunter2@aws-0-eu-central-1.pooler.supabase.com:6543"
+    "/postgres?sslmode=require&supa=base-pooler.x",
+    "Supabase for Prisma": "postgresql://postgres.abc:hunter2@aws-0-eu.pooler.supabase.com:6543"
+    "/postgres?pgbouncer=true&connection_limit=1",
+    "RDS": "postgresql://admin:hunter2@a.b.eu-west-1.rds.amazonaws.com:5432/app?sslmode=verify-full"
+    "&sslrootcert=system",
+    "Aurora": "postgresql://a:hunter2@w.cluster-b.rds.amazonaws.com,r.cluster-ro-b.rds.amazonaws.com"
+    "/app?target_session_attrs=primary",
+    "Azure": "postgres://me%40srv:hunter2@srv.postgres.database.azure.com:5432/app?sslmode=require",
+    "Cloud SQL": "postgresql://me:hunter2@/app?host=/cloudsql/project:europe-west1:main",
+    "Cloud SQL for SQLAlchemy": "postgresql+psycopg2://me:hunter2@/app"
+    "?host=/cloudsql/project:europe-west1:main",
+    "Heroku": "postgres://u:hunter2@ec2-1-2-3-4.compute-1.amazonaws.com:5432/d8f?sslmode=no-verify",
+    "Prisma": "postgresql://u:hunter2@db:5432/app?schema=ops&connection_limit=5&pool_timeout=10"
+    "&socket_timeout=5&connect_timeout=10&sslaccept=strict&statement_cache_size=0",
+    "Aiven": "postgres://avnadmin:hunter2@pg-1.aivencloud.com:12345/defaultdb?sslmode=require",
+    "Railway": "postgresql://postgres:hunter2@postgres.railway.internal:5432/railway",
+    "Render": "postgresql://me:hunter2@dpg-abc-a.frankfurt-postgres.render.com/app",
+    "DigitalOcean": "postgresql://doadmin:hunter2@db-1.b.db.ondigitalocean.com:25060/defaultdb"
+    "?sslmode=require",
+    "Fly": "postgres://app:hunter2@app-db.flycast:5432/app?sslmode=disable",
+    "Timescale": "postgres://tsdbadmin:hunter2@a.b.tsdb.cloud.timescale.com:30000/tsdb"
+    "?sslmode=require",
+    "Crunchy": "postgres://app:hunter2@p.abc.db.postgresbridge.com:5432/postgres",
+    "SQLAlchemy": "postgresql+asyncpg://app:hunter2@db/app?ssl=require",
+    "SQLAlchemy hosts": "postgresql+psycopg://app:hunter2@/app?host=a:5432&host=b:5433",
+    "Patroni": "postgresql://app:hunter2@a:5432,b:5432,c:5432/app?target_session_attrs=read-write"
+    "&keepalives=1&keepalives_idle=30&tcp_user_timeout=10000&load_balance_hosts=random",
+    "node-postgres": "postgres://app:hunter2@db/app?sslmode=require&uselibpqcompat=true",
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_an_address_of_a_provider_is_accepted(name: str) -> None:
+    """As it is handed out, by every program."""
+    settings = read_settings({"DATABASE_URL": ACCEPTED[name]}, strict=True)
+    address = settings.database_address
+
+    assert address is not None
+    assert (address.password, bool(address.database)) == ("hunter2", True)
+    assert "hunter2" not in f"{address} {address!r} {settings.warnings}"
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        (
+            "postgresql://u:hunter2@a.b.cockroachlabs.cloud:26257/d?sslmode=verify-full",
+            "is an address of CockroachDB, which is not supported; use Postgres",
+        ),
+        (
+            "postgresql://u:hunter2@h:26257/d?options=--cluster%3Da-1",
+            "options name a cluster of CockroachDB, which is not supported",
+        ),
+        (
+            "postgresql://u:hunter2@h/d?sslidentity=me.p12",
+            (
+                "sslidentity is not supported; convert the file to PEM, and set DB_TLS_CERT_FILE"
+                " and DB_TLS_KEY_FILE"
+            ),
+        ),
+        (
+            "jdbc:postgresql://h/d?password=hunter2",
+            (
+                "is not a Postgres address: expected"
+                " postgresql://user:password@host:5432/database; did you mean postgresql://?"
+            ),
+        ),
+        (
+            "prisma+postgres://accelerate.prisma-data.net/?api_key=hunter2",
+            "is not a Postgres address: expected postgresql://user:password@host:5432/database",
+        ),
+    ],
+)
+def test_an_address_of_a_provider_is_refused_by_name(url: str, problem: str) -> None:
+    """The reason is named, and no secret."""
+    with pytest.raises(ConfigurationError) as refused:
+        read_settings({"DATABASE_URL": url}, strict=True)
+
+    assert refused.value.problems == (f"DATABASE_URL: {problem}",)
+
+
+def test_parameters_of_other_clients_set_variables() -> None:
+    """Those of Prisma, and files of TLS."""
+    tls = f"sslcert={__file__}&sslkey={__file__}&sslrootcert={__file__}"
+    settings = read_settings(
+        {"DATABASE_URL": f"postgresql://db/app?pgbouncer=true&connection_limit=1&{tls}"}
+    )
+
+    assert settings.db.pooler == "transaction"
+    assert (settings.db.pool_min, settings.db.pool_max) == (1, 1)
+    assert settings.db.tls_mode == "verify-full"
+    assert {settings.db.tls_cert_file, settings.db.tls_key_file} == {__file__}
+
+
+WARNED = {
+    "sslnegotiation=direct": "sslnegotiation has no effect: TLS begins after a request to the"
+    " server",
+    "krbsrvname=pg": "krbsrvname has no effect: there is no login by Kerberos",
+    "connect_timeout=0": "connect_timeout has no effect: there is a limit always,"
+    " DB_CONNECTION_TIMEOUT",
+    "socket_timeout=5": "socket_timeout has no effect: DB_STATEMENT_TIMEOUT limits statements",
+    "statement_cache_size=0": "statement_cache_size has no effect: behind a pooler, set"
+    " DB_POOLER=transaction",
+    "channel_binding=require": "channel_binding=require has no effect, because the driver cannot"
+    " bind the channel; set DB_TLS_MODE=verify-full, which verifies the server instead",
+}
+
+
+@pytest.mark.parametrize("parameter", WARNED)
+def test_a_parameter_without_effect_is_named(parameter: str) -> None:
+    """In the log at the start, and by doctor."""
+    environ = {"DATABASE_URL": f"postgresql://db/app?{parameter}"}
+
+    assert read_settings(environ, strict=True).warnings == (f"DATABASE_URL: {WARNED[parameter]}",)
+    assert any(f"DATABASE_URL: {WARNED[parameter]}".startswith(f.found) for f in reviewed(environ))
+
+
+def problems_of(url: str) -> tuple[str, ...]:
+    """Return the problems of an address."""
+    try:
+        read_settings({"DATABASE_URL": url}, strict=True)
+    except ConfigurationError as error:
+        return error.problems
+    return ()
+
+
+LIBPQ = (
+    "service user password passfile channel_binding connect_timeout dbname host hostaddr port"
+    " client_encoding options application_name fallback_application_name keepalives keepalives_idle"
+    " keepalives_interval keepalives_count tcp_user_timeout sslmode sslnegotiation sslcompression"
+    " sslcert sslkey sslcertmode sslpassword sslrootcert sslcrl sslcrldir sslsni requirepeer"
+    " require_auth ssl_min_protocol_version ssl_max_protocol_version gssencmode krbsrvname gsslib"
+    " gssdelegation replication target_session_attrs load_balance_hosts"
+)
+
+
+@pytest.mark.parametrize("parameter", LIBPQ.split())
+def test_every_parameter_of_libpq_is_known(parameter: str) -> None:
+    """It is honoured, harmless, warned of, or refused by its name."""
+    found = problems_of(f"postgresql://db/app?{parameter}=hunter2")
+
+    named = {parameter, IMPLIED.get(parameter, parameter), "host"}
+    assert all(any(name in line for name in named) for line in found)
+    assert "unknown" not in str(found)
+
+
+@pytest.mark.parametrize("variable", ["DATABASE_MIGRATION_URL", "DATABASE_LISTEN_URL"])
+def test_addresses_past_a_pooler_have_the_same_rules(variable: str) -> None:
+    """Their errors name them; TLS settings may be repeated, and others belong into DATABASE_URL."""
+    base = {"DATABASE_URL": "postgresql://pooler/app?sslmode=require"}
+    with pytest.raises(ConfigurationError, match=f"^{variable}: require_auth is not supported"):
+        read_settings({**base, variable: "postgresql://db/app?require_auth=md5"})
+    with pytest.raises(ConfigurationError, match=f"contradicts sslmode in {variable}, disable"):
+        read_settings({**base, variable: "postgresql://db/app?sslmode=disable"})
+
+    settings = read_settings(
+        {**base, variable: "postgresql://db/app?sslmode=require&connection_limit=1"}
+    )
+
+    assert settings.warnings == (f"{variable}: connection_limit has no effect; set DB_POOL_MAX",)
+    own = settings.database_migration_address or settings.database_listen_address
+    assert own is not None
+    assert own.host == "db"
+
+
+@pytest.mark.parametrize(
+    ("url", "variables"),
+    [
+        ("redis://cache", {"HOST": "cache"}),
+        ("redis://cache:6380/2", {"HOST": "cache", "PORT": "6380", "DB": "2"}),
+        ("redis://:p%40s@cache/", {"HOST": "cache", "PASSWORD": "***"}),
+        (
+            "rediss://app:hush@[::1]:6380/1?ssl_cert_reqs=none",
+            {
+                "HOST": "[::1]",
+                "PORT": "6380",
+                "DB": "1",
+                "USERNAME": "app",
+                "PASSWORD": "***",
+                "TLS_ENABLED": "true",
+                "TLS_REJECT_UNAUTHORIZED": "false",
+            },
+        ),
+        ("unix:///run/r.sock?db=1", {"SOCKET": "/run/r.sock", "DB": "1"}),
+        (
+            "unix://app:hush@/run/r.sock",
+            {"SOCKET": "/run/r.sock", "USERNAME": "app", "PASSWORD": "***"},
+        ),
+        ("redis://cache?password=p&username=u", {"USERNAME": "u", "PASSWORD": "***"}),
+        ("redis:///3", {"HOST": "localhost", "DB": "3"}),
+    ],
+)
+def test_a_redis_address_fills_the_variables(url: str, variables: dict[str, str]) -> None:
+    """Each part sets its variable."""
+    settings = read_settings({"REDIS_URL": url}, strict=True)
+    shown = {f.variable: show(f.of(settings)) for f in fields()}
+
+    assert settings.redis.in_use
+    for name, text in variables.items():
+        assert shown[f"REDIS_{name}"] == text
+        assert source(f"REDIS_{name}", {"REDIS_URL": url}) == "REDIS_URL"
+
+
+def test_redis_variables_win_over_the_address() -> None:
+    """Each for itself; a host or socket of its own excludes the place in the address."""
+    environ = {"REDIS_URL": "rediss://u:p@cache:6380/1", "REDIS_DB": "2", "REDIS_USERNAME": "me"}
+    redis = read_settings(environ, strict=True).redis
+    assert (redis.host, redis.port, redis.db, redis.username) == ("cache", 6380, 2, "me")
+
+    redis = read_settings({"REDIS_URL": "unix:///r.sock", "REDIS_HOST": "b"}, strict=True).redis
+    assert (redis.host, redis.socket) == ("b", None)
+
+    settings = read_settings({**environ, "REDIS_TLS_ENABLED": "false"}, strict=True)
+    assert not settings.redis.tls_enabled
+    assert settings.warnings == (
+        (
+            "REDIS_TLS_ENABLED=false overrides rediss:// in REDIS_URL: there is no TLS; remove"
+            " REDIS_TLS_ENABLED"
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("redis+sentinel://a:1,b:2/mymaster", "an address of Sentinels is not supported; set RED"),
+        ("redis+cluster://a:1", "Redis Cluster is not supported; name a single server"),
+        ("redis://a:1,b:2", "names several hosts; name one, or set REDIS_SENTINELS"),
+        ("redis://u:hunter2", "the host or port cannot be parsed; percent-encode"),
+        ("redis://u:hunter2/x@cache", "the host cannot be found; percent-encode"),
+        ("redis://u:hunter2#@cache", "the host cannot be found; percent-encode"),
+        ("redis://cache/hunter2", "the database is not a number; expected redis://"),
+        ("redis://cache/99999", "REDIS_DB would not be a whole number from 0 to 10000"),
+        ("redis://cache:99999", "REDIS_PORT would not be a whole number from 1 to 65535"),
+        ("redis://u:p@cache?protocol=hunter2", "unknown parameter 'protocol'; remove it"),
+        ("redis://cache?hunter2=1", "unknown parameter; remove it"),
+        ("redis://cache?pasword=hunter2", "unknown parameter 'pasword'; did you mean password?"),
+        ("redis://cache?ssl_cert_reqs=hunter2", "ssl_cert_reqs is not none or required"),
+        ("unix://hunter2", "names no socket; expected redis://"),
+        ("cache:6379", "is not a Redis address; expected redis://"),
+    ],
+)
+def test_an_invalid_redis_address_is_one_line(url: str, problem: str) -> None:
+    """Problem and remedy, and nothing that may be a password."""
+    with pytest.raises(ConfigurationError) as refused:
+        read_settings({"REDIS_URL": url}, strict=True)
+
+    (line,) = refused.value.problems
+    assert line.startswith(f"REDIS_URL: {problem}")
+    assert "hunter2" not in line

@@ -1,0 +1,256 @@
+"""The limits of an HTTP server: defaults from the machine, deadlines, memory, rejections."""
+
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from viralfx.runner.http_limits import (
+    TICK_SECONDS,
+    Connections,
+    HttpLimits,
+    Rejection,
+)
+from viralfx.settings import Secret, Settings
+from viralfx.settings.groups import HttpSettings
+
+
+class Client:
+    """A connection that records its checks."""
+
+    def __init__(self, *deadlines: float) -> None:
+        self.tick = -1
+        self.checked: list[float] = []
+        self.body = 0
+        self._deadlines = list(deadlines)
+
+    def check_deadline(self, now: float) -> float:
+        """Record the check; return the next deadline, or a time far in the future."""
+        self.checked.append(now)
+        return self._deadlines.pop(0) if self._deadlines else now + 1e6
+
+    def buffered(self) -> int:
+        """Return the size of an unread body."""
+        return self.body
+
+
+class Time:
+    """The monotonic clock of the module under test."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr("viralfx.runner.http_limits.monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    """Return a clock that the test moves."""
+    return Time(monkeypatch)
+
+
+def run(connections: Connections, time: Time, until: float) -> None:
+    """Tick like a server until a time."""
+    while time.now < until:
+        time.now += TICK_SECONDS
+        connections.advance()
+
+
+def test_a_connection_is_checked_once_its_deadline_is_over(time: Time) -> None:
+    """The check is at most one tick late; the next one is at the time that it returns."""
+    connections = Connections(HttpLimits())
+    client = Client(1012.2)
+    connections.add(client, 1010.0)
+    run(connections, time, 1020)
+
+    assert len(client.checked) == 2
+    assert 1010.0 <= client.checked[0] <= 1010.0 + TICK_SECONDS
+    assert 1012.2 <= client.checked[1] <= 1012.2 + TICK_SECONDS
+
+
+def test_the_earliest_deadline_counts(time: Time) -> None:
+    """A later deadline is ignored, an earlier one replaces the scheduled check."""
+    connections = Connections(HttpLimits())
+    client = Client()
+    connections.add(client, 1060.0)
+    connections.check_at(client, 1070.0)
+    connections.check_at(client, 1005.0)
+    run(connections, time, 1100)
+
+    assert len(client.checked) == 1
+    assert client.checked[0] < 1006
+
+
+def test_a_removed_connection_is_not_checked(time: Time) -> None:
+    """The wheel keeps no reference to it."""
+    connections = Connections(HttpLimits())
+    client = Client()
+    connections.add(client, 1060.0)
+    connections.remove(client)
+    run(connections, time, 1100)
+
+    assert client.checked == []
+    assert list(connections) == []
+    assert client.tick == -1
+
+
+def test_deadlines_hold_after_a_pause_of_the_process(time: Time) -> None:
+    """After a suspension of an hour, all due connections are checked."""
+    connections = Connections(HttpLimits())
+    early, late, later = Client(), Client(), Client()
+    connections.add(late, 1100.0)
+    connections.add(early, 1010.0)
+    connections.add(later, 9000.0)
+    time.now += 3600
+    connections.advance()
+
+    assert (len(early.checked), len(late.checked), len(later.checked)) == (1, 1, 0)
+
+
+def test_a_connection_removed_during_a_tick_is_not_checked(time: Time) -> None:
+    """A check may remove other connections."""
+    connections = Connections(HttpLimits())
+
+    class Ending(Client):
+        def check_deadline(self, now: float) -> float:
+            for other in connections:
+                connections.remove(other)
+            return super().check_deadline(now)
+
+    clients = [Ending(), Ending()]
+    for client in clients:
+        connections.add(client, 1001.0)
+    run(connections, time, 1005)
+
+    assert sorted(len(client.checked) for client in clients) == [0, 1]
+
+
+def test_small_heads_are_accepted_above_the_memory_limit() -> None:
+    """A head above the share of one connection is rejected once the total is above the limit."""
+    limits = HttpLimits(max_connections=1000, max_buffered_bytes=1_000_000)
+    connections = Connections(limits)
+    assert connections.may_buffer_heads(60_000)
+    connections.head_bytes = 1_000_001
+
+    assert not connections.may_buffer_heads(1025)
+    assert connections.may_buffer_heads(1024)
+
+
+def test_request_memory_is_recounted_above_the_limit() -> None:
+    """Data that applications have read no longer counts; a small request is always accepted."""
+    connections = Connections(HttpLimits(max_buffered_bytes=2000, max_connections=1))
+    client = Client()
+    connections.add(client, 1e9)
+    client.body, connections.request_bytes = 900, 5000
+    assert connections.may_buffer_requests(100_000)
+    assert connections.request_bytes == 900
+    client.body, connections.request_bytes = 2001, 2001
+
+    assert not connections.may_buffer_requests(2001)
+    assert connections.may_buffer_requests(2000)
+
+
+def test_a_failing_check_does_not_stop_the_others(
+    time: Time, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The failure is logged, and the check is repeated."""
+    connections = Connections(HttpLimits())
+
+    class Failing(Client):
+        def check_deadline(self, now: float) -> float:
+            super().check_deadline(now)
+            raise RuntimeError("planted")
+
+    failing, client = Failing(), Client()
+    connections.add(failing, 1001.0)
+    connections.add(client, 1002.0)
+    run(connections, time, 1003)
+
+    assert len(client.checked) == 1
+    assert len(failing.checked) > 1
+    messages = {record.getMessage() for record in caplog.records}
+    assert messages == {"Deadline check of a connection failed"}
+
+
+def test_each_rejection_is_counted_by_its_reason() -> None:
+    """The counter includes rejections that the log suppresses."""
+    connections = Connections(HttpLimits())
+    reasons: list[str] = []
+    connections.on_rejected = reasons.append
+    for rejection in [*Rejection, *Rejection]:
+        connections.reject(rejection, None)
+    connections.close()
+
+    assert len(reasons) == 2 * len(Rejection)
+
+
+@pytest.mark.parametrize("rejection", [one for one in Rejection if one.status])
+def test_a_rejection_is_problem_details_and_closes(rejection: Rejection) -> None:
+    """The response has a ``Content-Length``; a 503 has ``Retry-After``."""
+    head = rejection.head.decode()
+
+    assert head.startswith(f"HTTP/1.1 {rejection.status} ")
+    assert f"content-length: {len(rejection.body)}\r\n" in head
+    assert head.endswith("connection: close\r\n")
+    assert ("retry-after: 1\r\n" in head) == (rejection.status == 503)
+
+
+@contextmanager
+def descriptors(soft: int) -> Iterator[None]:
+    """Set the soft limit of descriptors within the block."""
+    before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))
+
+
+def test_connections_leave_a_reserve_of_descriptors() -> None:
+    """The reserve is for checks, files, the pool and the management port."""
+    postgres = Settings(database_url=Secret("postgresql://db/app"))
+    with descriptors(256):
+        api, management = HttpLimits.for_api(Settings()), HttpLimits.for_management(Settings())
+        with_pool = HttpLimits.for_api(postgres)
+
+    assert api.max_connections + management.max_connections <= 256 - 64
+    assert with_pool.max_connections <= api.max_connections - postgres.db.pool_max
+    assert management.max_connections >= 8
+
+
+def test_a_setting_above_the_descriptor_limit_is_reduced(caplog: pytest.LogCaptureFixture) -> None:
+    """The server uses the available descriptors, and a warning names the variable."""
+    settings = Settings(http=HttpSettings(max_connections=1000))
+    with descriptors(256):
+        limits = HttpLimits.for_api(settings)
+
+    assert limits.max_connections < 256
+    (record,) = caplog.records
+    assert record.getMessage().startswith("HTTP_MAX_CONNECTIONS is more than")
+    assert vars(record)["wanted"] == 1000
+
+
+def test_a_setting_below_the_descriptor_limit_is_used() -> None:
+    """HTTP_MAX_CONNECTIONS is the limit."""
+    limits = HttpLimits.for_api(Settings(http=HttpSettings(max_connections=5)))
+
+    assert limits.max_connections == 5
+
+
+def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
+    """The test runs in a separate process, because it changes the process's limits."""
+    program = (
+        "import resource\n"
+        "from viralfx.runner.http_limits import raise_descriptor_limit\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 300))\n"
+        "raise_descriptor_limit()\n"
+        "raise_descriptor_limit()\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout == "(300, 300)\n"

@@ -1,0 +1,960 @@
+"""The console: its files, its sessions, the proof of origin, its data and its actions."""
+
+import asyncio
+import gzip
+import json
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tests.servers.waiting import until
+
+from viralfx import CircuitBreaker, OperationsConfig, OperationsPlugin
+from viralfx.domain.fleet import CheckChange
+from viralfx.domain.health.model import Observation, Status
+from viralfx.domain.jobs.model import LedgerUnavailableError
+from viralfx.settings import Secret, Settings
+from viralfx.web.auth import AccessPolicy
+from viralfx.web.console import data, feed
+from viralfx.web.console.access import SESSION_SECONDS, ConsoleAccess
+from viralfx.web.console.assets import Assets
+from viralfx.web.error_log import is_logged
+from viralfx.web.gate import Gate
+from viralfx.web.responses import EventStream, Message
+
+OPERATOR, READER = "a token of operators", "a token of readers"
+SETTINGS = Settings(
+    management_token=Secret(OPERATOR), console_token=Secret(READER), health_check_interval=0.1
+)
+MARKUP = "<img src=x onerror=alert(1)>"
+OWN = {"origin": "http://console.test", "content-type": "application/json"}
+
+
+class MarkedCheck:
+    """A check with markup in its texts."""
+
+    def __init__(self) -> None:
+        self.status = Status.PASS
+        self.message = MARKUP
+
+    async def check(self) -> Observation:
+        """Return the status."""
+        return Observation(
+            status=self.status, message=self.message, code=MARKUP, details={MARKUP: MARKUP}
+        )
+
+
+@dataclass
+class Answer:
+    """A response of the gate."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
+
+    def json(self) -> Any:
+        """Return the body."""
+        return json.loads(self.body)
+
+    def header(self, name: str) -> str:
+        """Return a header."""
+        return dict(self.headers)[name]
+
+
+class Site:
+    """A process with a console, asked through its gate."""
+
+    def __init__(self, settings: Settings = SETTINGS, **config: Any) -> None:
+        self.check = MarkedCheck()
+        self.breaker = CircuitBreaker(name=MARKUP)
+        self.plugin = OperationsPlugin(
+            OperationsConfig(
+                settings=settings,
+                checks={"marked": self.check},
+                breakers=[self.breaker],
+                **config,
+            )
+        )
+        self.gate = Gate(self.plugin.endpoints)
+
+    async def ask(
+        self,
+        path: str,
+        method: str = "GET",
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: object = None,
+        query: str = "",
+    ) -> Answer:
+        """Send a request."""
+        sent: list[Message] = []
+        content = b"" if body is None else json.dumps(body).encode()
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": content, "more_body": False}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        given = {"host": "console.test", **(headers or {})}
+        await self.gate(
+            {
+                "type": "http",
+                "method": method,
+                "path": f"/health/{path}",
+                "query_string": query.encode(),
+                "headers": [(k.encode(), v.encode("latin-1")) for k, v in given.items()],
+                "client": ("127.0.0.1", 1),
+            },
+            receive,
+            send,
+        )
+        return Answer(
+            sent[0]["status"],
+            [(k.decode(), v.decode()) for k, v in sent[0]["headers"]],
+            b"".join(message.get("body", b"") for message in sent[1:]),
+        )
+
+    async def log_in(self, token: str = OPERATOR, **more: str) -> dict[str, str]:
+        """Log in, and return the headers of the console's own requests."""
+        answer = await self.ask("session", "POST", headers={**OWN, **more}, body={"token": token})
+        assert answer.status == 204, answer.body
+        cookies = [v.split(";")[0] for k, v in answer.headers if k == "set-cookie"]
+        return {**OWN, "cookie": "; ".join(each for each in cookies if not each.endswith("="))}
+
+    async def audit(self) -> list[tuple[str, str, str, str]]:
+        """Return the audit: actor, action, target and outcome."""
+        found = await self.plugin.assembly.fleet.audited()
+        return [(e.actor, e.action, e.target, e.outcome) for e in found]
+
+
+@pytest.fixture
+async def site() -> AsyncIterator[Site]:
+    """Return a started process."""
+    site = Site()
+    await site.plugin.operations.start()
+    yield site
+    await site.plugin.operations.shutdown.run()
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+def folder(tmp_path: Path) -> Assets:
+    """Return the files of a folder with a page and a file that is not served."""
+    (tmp_path / "vendor").mkdir()
+    (tmp_path / "index.html").write_text("<!doctype html>" + "x" * 1000)
+    (tmp_path / "vendor" / "a.js").write_text("export {}")
+    (tmp_path / "vendor.toml").write_text("secret")
+    return Assets(tmp_path)
+
+
+def test_files_are_compressed_and_checked_by_their_tag(tmp_path: Path) -> None:
+    """A page that has the file gets 304; a client without gzip gets the plain bytes."""
+    assets = folder(tmp_path)
+    plain = assets.respond("index.html", "GET", [])
+    zipped = assets.respond("index.html", "GET", [(b"accept-encoding", b"br, gzip;q=0.5")])
+    refused = assets.respond("index.html", "GET", [(b"accept-encoding", b"gzip;q=0")])
+    tag = dict(plain.headers)[b"etag"]
+    again = assets.respond("index.html", "GET", [(b"if-none-match", b'"x", W/' + tag)])
+
+    assert gzip.decompress(zipped.body) == plain.body == refused.body
+    assert dict(zipped.headers)[b"content-encoding"] == b"gzip"
+    assert (again.status, again.body) == (304, b"")
+    assert dict(plain.headers)[b"cache-control"] == b"no-cache"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "nothing.js", "vendor.toml", "../pyproject.toml", "vendor/../index.html", "/a.js"]
+)
+def test_nothing_but_files_of_the_page_is_served(tmp_path: Path, name: str) -> None:
+    """A path is a key and never opens a file."""
+    assert folder(tmp_path).respond(name, "GET", []).status == 404
+
+
+async def test_no_other_page_may_frame_or_script_the_console(site: Site) -> None:
+    """The headers stand on files, on the session and on the stream."""
+    for path in ("ui", "ui/nothing.js", "session"):
+        headers = dict((await site.ask(path)).headers)
+        policy = headers["content-security-policy"]
+        assert "frame-ancestors 'none'" in policy
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert headers["x-frame-options"] == "DENY"
+        assert headers["cross-origin-opener-policy"] == "same-origin"
+        assert headers["x-content-type-options"] == "nosniff"
+
+
+# -- sessions ----------------------------------------------------------------------------------
+
+
+async def test_a_token_becomes_a_cookie_that_no_script_reads(site: Site) -> None:
+    """It is for this path, this site and this browser session of eight hours."""
+    answer = await site.ask("session", "POST", headers=OWN, body={"token": OPERATOR})
+    cookies = [value for name, value in answer.headers if name == "set-cookie"]
+    mine = next(each for each in cookies if "Max-Age=28800" in each)
+
+    assert "; Path=/health; " in mine
+    assert mine.endswith("; HttpOnly; SameSite=Strict")
+    assert OPERATOR not in str(answer)
+    over_tls = {**OWN, "origin": "https://console.test", "host": "console.test:443"}
+    answer = await site.ask("session", "POST", headers=over_tls, body={"token": OPERATOR})
+    assert all(value.endswith("; Secure") for n, value in answer.headers if n == "set-cookie")
+
+
+async def test_wrong_tokens_and_foreign_origins_get_no_session(site: Site) -> None:
+    """Also without an origin, with a form's content type, and from another site of the browser."""
+    wrong: list[tuple[dict[str, str], str, int, str]] = [
+        (OWN, "guess", 401, "token"),
+        (OWN, "", 401, "token"),
+        ({"content-type": "application/json"}, OPERATOR, 403, "origin"),
+        ({**OWN, "origin": "http://evil.test"}, OPERATOR, 403, "origin"),
+        ({**OWN, "origin": "null"}, OPERATOR, 403, "origin"),
+        ({**OWN, "content-type": "text/plain"}, OPERATOR, 403, "origin"),
+        ({**OWN, "sec-fetch-site": "same-site"}, OPERATOR, 403, "origin"),
+    ]
+    for headers, token, status, code in wrong:
+        answer = await site.ask("session", "POST", headers=headers, body={"token": token})
+        assert (answer.status, answer.json()["code"]) == (status, code), headers
+        assert "set-cookie" not in dict(answer.headers)
+
+
+async def test_a_log_in_makes_a_new_session_and_removes_the_other_role(site: Site) -> None:
+    """No value that a client brought along survives: fixation has nothing to fix."""
+    first = await site.log_in()
+    second = await site.log_in(READER, cookie=first["cookie"])
+    third = await site.log_in(READER)
+
+    assert len({first["cookie"], second["cookie"], third["cookie"]}) == 3
+    assert (await site.ask("session", headers=second)).json()["role"] == "reader"
+    assert (await site.ask("session", headers=first)).json()["role"] == "operator"
+
+
+async def test_a_changed_cookie_is_no_session(site: Site) -> None:
+    """Each byte is signed."""
+    headers = await site.log_in()
+    name, _, value = headers["cookie"].partition("=")
+    end, number, mac = value.split(".")
+    for forged in (
+        f"{int(end) + 1}.{number}.{mac}",
+        f"{end}.{'0' * len(number)}.{mac}",
+        f"{end}.{number}.{'0' * len(mac)}",
+        f"{end}.{number}",
+        "",
+        "....",
+        "x" * 9000,
+    ):
+        state = await site.ask("session", headers={"cookie": f"{name}={forged}"})
+        assert state.json()["role"] is None, forged
+
+
+async def test_a_session_ends_after_eight_hours(site: Site) -> None:
+    """The end is in the cookie, and the server's clock decides."""
+    headers = await site.log_in()
+    state = (await site.ask("session", headers=headers)).json()
+    ends = datetime.fromisoformat(state["expiresAt"])
+    assert abs((ends - datetime.now(UTC)).total_seconds() - SESSION_SECONDS) < 60
+
+    class Later:
+        def now(self) -> datetime:
+            return ends + timedelta(seconds=1)
+
+        def monotonic(self) -> float:
+            return 0.0
+
+        async def sleep(self, seconds: float) -> None:
+            await asyncio.sleep(seconds)
+
+    access = ConsoleAccess(
+        AccessPolicy.from_settings(SETTINGS),
+        console_token=READER.encode(),
+        open_to_all=False,
+        path="/health",
+        clock=Later(),
+    )
+    assert access.caller([(b"cookie", headers["cookie"].encode())]) is None
+
+
+async def test_a_stream_ends_with_its_session(site: Site) -> None:
+    """The page connects again, and must log in."""
+    console = site.plugin.endpoints.console
+    assert console is not None
+    signer = console._access._signers[0]
+    value = signer.make(int(datetime.now(UTC).timestamp()) + 2)
+    cookie = b"%b=%b" % (signer.name, value)
+    stream = console.endpoints["/health/events"]("GET", b"", [(b"cookie", cookie)])
+    assert isinstance(stream, EventStream)
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async with asyncio.timeout(30):
+        await stream.serve({"method": "GET"}, receive, send, (b"x", b"y"))
+    assert sent[-1]["more_body"] is False
+    answer = await site.ask("console/jobs", headers={"cookie": cookie.decode()})
+    assert (answer.status, answer.json()["code"]) == (401, "session")
+
+
+async def test_another_token_ends_all_sessions(site: Site) -> None:
+    """The key of a session is that of its token."""
+    headers = await site.log_in()
+    other = Site(msgspec.structs.replace(SETTINGS, management_token=Secret("the next one")))
+    assert (await other.ask("session", headers=headers)).json()["role"] is None
+    same = Site()
+    assert (await same.ask("session", headers=headers)).json()["role"] == "operator"
+
+
+async def test_a_log_out_removes_the_cookie(site: Site) -> None:
+    """Only for the console's own request."""
+    headers = await site.log_in()
+    foreign = {**headers, "origin": "http://evil.test"}
+    assert (await site.ask("session", "DELETE", headers=foreign)).status == 403
+    answer = await site.ask("session", "DELETE", headers=headers)
+    cookies = [value for name, value in answer.headers if name == "set-cookie"]
+    assert answer.status == 204
+    assert all("Max-Age=0" in each for each in cookies)
+
+
+# -- who may what ------------------------------------------------------------------------------
+
+ACTIONS = ["checks", "stop", "jobs", "jobs/bulk", "queues", "circuits", "loggers", "doctor"]
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+async def test_an_action_needs_an_operator_and_the_console_itself(site: Site, action: str) -> None:
+    """No refused request leaves an entry in the audit."""
+    operator, reader = await site.log_in(), await site.log_in(READER)
+    for headers, status, code in (
+        (OWN, 401, "session"),
+        (reader, 403, "role"),
+        ({**operator, "origin": "http://evil.test"}, 403, "origin"),
+        ({k: v for k, v in operator.items() if k != "origin"}, 403, "origin"),
+        ({**operator, "content-type": "text/plain"}, 403, "origin"),
+        ({**operator, "sec-fetch-site": "cross-site"}, 403, "origin"),
+        ({**operator, "authorization": "Bearer wrong"}, 401, "session"),
+        ({"authorization": f"Bearer {READER}"}, 403, "role"),
+    ):
+        answer = await site.ask(f"console/{action}", "POST", headers=headers, body={})
+        assert (answer.status, answer.json()["code"]) == (status, code), headers
+    assert await site.audit() == []
+
+
+async def test_a_cookie_opens_nothing_but_the_console(site: Site) -> None:
+    """The shutdown and the loggers want the bearer token, as before."""
+    headers = await site.log_in()
+    for path, method in (("shutdown", "POST"), ("shutdown", "GET"), ("loggers/root", "PUT")):
+        assert (await site.ask(path, method, headers=headers, body={})).status == 401
+    assert not site.plugin.operations.shutdown.triggered
+
+
+async def test_reading_obeys_health_details(site: Site) -> None:
+    """Jobs, settings and the audit always need a session where there is a token."""
+    strict = Site(msgspec.structs.replace(SETTINGS, health_details="authorized"))
+    views = ["fleet", "changes", "history", "queues", "circuits", "loggers"]
+    protected = ["jobs", "jobs/count", "job", "schedules", "settings", "doctor", "audit"]
+    for view in views:
+        assert (await site.ask(f"console/{view}")).status == 200
+        assert (await strict.ask(f"console/{view}")).status == 401
+    for view in protected:
+        assert (await site.ask(f"console/{view}")).status == 401
+    assert (await strict.ask("events")).status == 401
+    session = (await strict.ask("session", query="start")).json()
+    assert (session["reads"], session["start"]) == ("none", None)
+    assert (await site.ask("session")).json()["start"] is None
+    reader = await site.log_in(READER)
+    answer = await site.ask("console/settings", headers=reader)
+    assert answer.status == 200
+    assert OPERATOR not in answer.body.decode()
+
+
+async def test_views_without_a_token_take_few_connections(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal requests share one read, and others wait: the pool is for the application."""
+    fleet, done = site.plugin.assembly.fleet, asyncio.Event()
+    began: list[str | None] = []
+    ended = 0
+
+    async def changes(*, check: str | None, **_: object) -> list[CheckChange]:
+        nonlocal ended
+        began.append(check)
+        await done.wait()
+        ended += 1
+        return []
+
+    monkeypatch.setattr(fleet, "changes", changes)
+    asked = [
+        asyncio.ensure_future(site.ask("console/changes", query=f"check={name}"))
+        for name in "aaaaabcdef"
+    ]
+    await until(lambda: len(began) > 1)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert began == ["a", "b"]
+    done.set()
+    assert {(await each).status for each in asked} == {200}
+    assert (began, ended) == (list("abcdef"), 6)
+
+
+async def test_the_page_knows_the_address_of_the_runbook() -> None:
+    """Without one, it names the headings and links nothing."""
+    assert (await Site().ask("session")).json()["runbook"] is None
+    there = Site(msgspec.structs.replace(SETTINGS, runbook_url="https://docs.example/runbook"))
+    assert (await there.ask("session")).json()["runbook"] == "https://docs.example/runbook"
+
+
+async def test_the_console_can_be_off() -> None:
+    """By CONSOLE=false, and in production without a token."""
+    off = Site(msgspec.structs.replace(SETTINGS, console=False))
+    production = Site(
+        Settings(environment="production", allow_memory_adapters=True, api_token=Secret("x" * 40))
+    )
+    for site in (off, production):
+        for path in ("ui", "events", "session", "console/fleet"):
+            assert (await site.ask(path)).status == 404
+    open_to_all = Site(Settings())
+    assert (await open_to_all.ask("console/jobs")).status == 200
+    refused = await open_to_all.ask("console/checks", "POST", headers=OWN, body={})
+    assert (refused.status, refused.json()["code"]) == (403, "no_token")
+
+
+@pytest.mark.parametrize("name", ["ui", "events", "session", "console"])
+def test_a_check_cannot_have_a_name_of_the_console(name: str) -> None:
+    """It would be hidden."""
+    with pytest.raises(Exception, match=f"'{name}' cannot be a check's name"):
+        OperationsPlugin(OperationsConfig(settings=SETTINGS, checks={name: MarkedCheck()}))
+
+
+# -- actions -----------------------------------------------------------------------------------
+
+
+async def test_actions_act_and_are_in_the_audit(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One log line and one entry each, with the first digits of the session."""
+    headers = await site.log_in()
+    actor = f"session {headers['cookie'].split('.')[1][:6]}"
+
+    async def act(path: str, **body: object) -> Answer:
+        return await site.ask(f"console/{path}", "POST", headers=headers, body=body)
+
+    opened = await act("circuits", name=MARKUP, action="open")
+    assert (opened.status, opened.json()["state"]) == (200, "OPEN")
+    assert (await act("circuits", name=MARKUP, action="close")).json()["state"] == "CLOSED"
+    assert (await act("circuits", name="other", action="open")).status == 404
+    assert (await act("queues", queue="default", action="pause")).json()["paused"] is True
+    assert (await act("queues", queue="default", action="resume")).json()["paused"] is False
+    assert (await act("queues", queue="nothing", action="pause")).status == 404
+    level = (await act("loggers", name="viralfx.health", level="debug", minutes=30)).json()
+    assert (level["level"], level["returnsAt"] is not None) == ("debug", True)
+    assert (await act("loggers", name="viralfx.health", level=None)).json()["returnsAt"] is None
+    assert (await act("loggers", name="viralfx.health", level="loud")).status == 400
+    checked = (await act("checks")).json()
+    assert "marked" in [each["name"] for each in checked["checks"]]
+    assert (await act("stop", instance="another")).json()["code"] == "instance"
+    own = site.plugin.operations.instance
+    assert (await act("stop", instance=own)).json()["code"] == "unstaged"
+    assert (await act("checks", more=1)).status == 400
+
+    # Entries are written apart from the responses.
+    async with asyncio.timeout(5):
+        while len(await site.audit()) < 11:  # noqa: ASYNC110 - as listed below
+            await asyncio.sleep(0.01)
+    found = [(action, target, outcome) for _, action, target, outcome in await site.audit()][::-1]
+    assert found == [
+        ("open circuit", MARKUP, "ok"),
+        ("close circuit", MARKUP, "ok"),
+        ("open circuit", "other", "unknown"),
+        ("pause queue", "default", "ok"),
+        ("resume queue", "default", "ok"),
+        ("pause queue", "nothing", "unknown"),
+        ("logger level", "viralfx.health debug", "ok"),
+        ("logger level", "viralfx.health back", "ok"),
+        ("check now", own, "ok"),
+        ("begin stop", "another", "refused"),
+        ("begin stop", own, "refused"),
+    ]
+    assert {actor} == {each[0] for each in await site.audit()}
+    lines = [r for r in caplog.records if r.getMessage() == "Console action"]
+    assert len(lines) == len(found)
+
+
+async def test_two_tabs_cannot_act_twice_on_one_job(site: Site) -> None:
+    """The second one gets 409, and a larger number of matching jobs than was seen gets it, too."""
+    service = site.plugin.assembly.jobs.service
+    later = datetime.now(UTC) + timedelta(hours=1)
+    ids = [
+        (await service.submit("default.prune", None, run_at=later, key=str(n))).job.id
+        for n in range(4)
+    ]
+    headers = await site.log_in()
+
+    async def act(path: str, **body: object) -> Answer:
+        return await site.ask(f"console/{path}", "POST", headers=headers, body=body)
+
+    one = await act("jobs", id=ids[0], action="cancel")
+    assert (one.status, one.json()["state"]) == (200, "cancelled")
+    again = await act("jobs", id=ids[0], action="cancel")
+    assert (again.status, again.json()["code"]) == (409, "state")
+    assert (await act("jobs", id="no id", action="retry")).status == 404
+
+    query = "action=cancel&task=default.prune"
+    counted = await site.ask("console/jobs/count", headers=headers, query=query)
+    assert counted.json() == {"count": 3, "atLeast": False}
+    wanted = {"action": "cancel", "filter": {"task": "default.prune"}}
+    grown = await act("jobs/bulk", **wanted, count=2)
+    assert (grown.status, grown.json()["errors"]) == (409, [{"count": 3}])
+    assert (await act("jobs/bulk", action="cancel", filter={}, count=9)).status == 400
+    since = {"action": "cancel", "filter": {"since": "2999-01-01T00:00:00Z"}, "count": 0}
+    assert (await act("jobs/bulk", **since)).json() == {"count": 0}
+    since["filter"], since["count"] = {"task": "default.prune", "since": "2020-01-01T00:00:00Z"}, 3
+    assert (await act("jobs/bulk", **since)).json() == {"count": 3}
+    listed = await site.ask("console/jobs", headers=headers, query="state=cancelled&limit=3")
+    assert len(listed.json()["items"]) == 3
+
+
+async def test_a_failing_ledger_ends_a_change_of_many_jobs(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer and the audit say so, and the answer says how many jobs were changed."""
+    headers = await site.log_in()
+    service = site.plugin.assembly.jobs.service
+    since, later = "2026-01-01T00:00:00Z", datetime.now(UTC) + timedelta(hours=1)
+    for number in range(3):
+        await service.submit("default.prune", None, run_at=later, key=str(number))
+    cancel, calls = service.cancel, 0
+
+    async def fails_later(job_id: str) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise LedgerUnavailableError("the connection is lost")
+        return await cancel(job_id)
+
+    monkeypatch.setattr(service, "cancel", fails_later)
+    body = {"action": "cancel", "filter": {"since": since}, "count": 3}
+    answer = await site.ask("console/jobs/bulk", "POST", headers=headers, body=body)
+    assert (answer.status, answer.json()["code"]) == (503, "ledger")
+    assert answer.json()["detail"] == "1 jobs were changed; then the connection is lost"
+    actions = site.plugin.endpoints.console._actions  # type: ignore[union-attr]
+    await until(lambda: not actions._audits)
+    assert [each[1:] for each in await site.audit()] == [
+        ("cancel jobs", f"since={since}", "no answer")
+    ]
+
+
+async def test_an_action_is_in_the_audit_if_its_client_left(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some servers cancel the request then; the action goes on."""
+    began = asyncio.Event()
+
+    async def hanging(_: str) -> None:
+        began.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(site.plugin.assembly.jobs.service, "cancel", hanging)
+    body = {"id": "a job", "action": "cancel"}
+    headers = await site.log_in()
+    request = asyncio.ensure_future(site.ask("console/jobs", "POST", headers=headers, body=body))
+    await began.wait()
+    request.cancel()
+    async with asyncio.timeout(5):
+        while not (found := await site.audit()):  # noqa: ASYNC110 - written later
+            await asyncio.sleep(0.01)
+    assert [each[1:] for each in found] == [("cancel job", "a job", "error: CancelledError")]
+
+
+async def test_a_search_for_an_action_ends(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read a large ledger to its end, for a page that has long gone."""
+    monkeypatch.setattr(data, "_SEARCH_SECONDS", -1.0)
+    service = site.plugin.assembly.jobs.service
+    later = datetime.now(UTC) + timedelta(hours=1)
+    for number in range(150):
+        await service.submit("default.prune", None, run_at=later, key=str(number))
+    headers = await site.log_in()
+    query = "action=cancel&task=default.prune"
+    answer = await site.ask("console/jobs/count", headers=headers, query=query)
+
+    assert answer.status == 503
+    assert "narrow the filter" in answer.json()["detail"]
+
+
+async def test_payloads_are_hidden_unless_the_application_shows_them(site: Site) -> None:
+    """A large text is cut, and its size is shown."""
+    shown = Site(show_payload=lambda task, content: f"{task}: {content.decode()}")
+    content = {"text": MARKUP + "x" * 100_000}
+    for each, hidden in ((site, True), (shown, False)):
+        service = each.plugin.assembly.jobs.service
+        job = (await service.submit("default.prune", None)).job
+        ledger = each.plugin.assembly.jobs.ledger
+        stored = msgspec.json.encode(content)
+        ledger._jobs[job.id] = replace(job, payload=stored)  # type: ignore[attr-defined]
+        headers = await each.log_in()
+        view = (await each.ask("console/job", headers=headers, query=f"id={job.id}")).json()
+        assert (view["payload"] is None, view["payloadHidden"]) == (hidden, hidden)
+        assert view["payloadBytes"] == len(stored)
+        assert view["cut"] is not hidden
+
+
+async def test_a_failing_show_payload_hides_the_payload_only(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The rest of the job is shown, and one log line names the error, without its message."""
+
+    def fail(_task: str, _content: bytes) -> str:
+        raise KeyError("card")
+
+    broken = Site(show_payload=fail)
+    job = (await broken.plugin.assembly.jobs.service.submit("default.prune", None)).job
+    headers = await broken.log_in()
+    for _ in range(3):
+        view = (await broken.ask("console/job", headers=headers, query=f"id={job.id}")).json()
+        assert (view["payload"], view["payloadHidden"], view["task"]) == (None, True, job.task)
+    lines = [r for r in caplog.records if r.getMessage().startswith("Payload is hidden")]
+    assert [line.__dict__["reason"] for line in lines] == ["KeyError"]
+
+
+async def test_a_level_that_was_changed_elsewhere_does_not_return(site: Site) -> None:
+    """The console's timer undoes its own change, not a later one by ``PUT /loggers/{name}``."""
+    headers = await site.log_in()
+    name, soon = "viralfx.health", 0.05 / 60
+    levels = site.plugin.endpoints.console._data.levels  # type: ignore[union-attr]
+
+    async def lower() -> object:
+        body = {"name": name, "level": "debug", "minutes": soon}
+        answer = await site.ask("console/loggers", "POST", headers=headers, body=body)
+        return answer.json()["returnsAt"]
+
+    assert await lower() is not None
+    await until(lambda: levels.get(name).level is None)
+    assert await lower() is not None
+    levels.set(name, "error")
+    shown = (await site.ask("console/loggers", headers=headers)).json()["items"]
+    assert [each["returnsAt"] for each in shown if each["name"] == name] == [None]
+    timer = site.plugin.endpoints.console._data._returning  # type: ignore[union-attr]
+    await until(lambda: name not in timer)
+    assert levels.get(name).level == "error"
+    levels.set(name, None)
+
+
+@pytest.mark.parametrize("view", ["changes", "jobs", "jobs/count", "job", "history"])
+async def test_a_nul_in_a_query_is_the_client_s_error(site: Site, view: str) -> None:
+    """Postgres stores no NUL; without this the page would say that the database is down."""
+    headers = await site.log_in()
+    query = "action=retry&check=%00&task=%00&id=%00&hours=%00"
+    assert (await site.ask(f"console/{view}", headers=headers, query=query)).status == 400
+    body = {"action": "retry", "filter": {"task": "\0"}, "count": 1}
+    answer = await site.ask("console/jobs/bulk", "POST", headers=headers, body=body)
+    assert answer.status == 400
+
+
+async def test_every_response_has_the_security_headers(site: Site) -> None:
+    """Data, actions and errors as well as files: no sniffing, no other origin may embed them."""
+    headers = await site.log_in()
+    answers = [
+        await site.ask("console/fleet"),
+        await site.ask("console/jobs"),
+        await site.ask("console/job", headers=headers, query="id=1"),
+        await site.ask("console/checks", "POST", headers=headers, body={}),
+        await site.ask("console/checks", "POST", headers=headers, body={"more": 1}),
+        await site.ask("session"),
+        await site.ask("session", "PUT"),
+        await site.ask("events", "POST"),
+        await site.ask("console/fleet", "POST", headers=headers),
+        await site.ask("ui/app.js", "POST"),
+        await site.ask("ui/none.js"),
+    ]
+    for answer in answers:
+        assert answer.header("x-content-type-options") == "nosniff"
+        assert answer.header("cross-origin-resource-policy") == "same-origin"
+
+
+async def test_the_stream_begins_with_a_snapshot_and_resumes_without_a_gap(site: Site) -> None:
+    """A reconnect gets the missed frames; after a time without pages, a new snapshot."""
+    feed = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+
+    class Page:
+        def __init__(self, last: str = "") -> None:
+            self.frames: list[str] = []
+            self.leave = asyncio.Event()
+            self.task = asyncio.ensure_future(
+                feed.stream(last, {"method": "GET"}, self.receive, self.send)
+            )
+
+        async def receive(self) -> Message:
+            await self.leave.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(self, message: Message) -> None:
+            self.frames += [f for f in message.get("body", b"").decode().split("\n\n") if f]
+
+        def events(self) -> list[str]:
+            return [
+                line[7:] for f in self.frames for line in f.split("\n") if line[:7] == "event: "
+            ]
+
+        def has_seen_the_failure(self) -> bool:
+            return any("event: change" in f and '"new":"fail"' in f for f in self.frames)
+
+        def last_id(self) -> str:
+            return [line[4:] for f in self.frames for line in f.split("\n") if line[:4] == "id: "][
+                -1
+            ]
+
+    first, other = Page(), Page()
+    await until(lambda: "snapshot" in first.events() and "snapshot" in other.events())
+    assert first.frames[0] == "retry: 1000"
+    seen = first.last_id()
+    first.leave.set()
+    await first.task
+    site.check.status = Status.FAIL
+    await until(other.has_seen_the_failure)
+
+    resumed = Page(seen)
+    await until(resumed.has_seen_the_failure)
+    assert "snapshot" not in resumed.events()
+    data = [
+        json.loads(line[6:])
+        for f in resumed.frames
+        for line in f.split("\n")
+        if line[:6] == "data: "
+    ]
+    assert MARKUP in [each.get("message") for each in data]
+
+    for page in (other, resumed):
+        page.leave.set()
+        await page.task
+    assert feed.pages == 0
+    site.check.status = Status.PASS
+    await until(lambda: feed._missed)
+    late = Page(resumed.last_id())
+    await until(lambda: late.events() != [])
+    assert late.events()[0] == "snapshot"
+    late.leave.set()
+    await late.task
+
+    # A page that began with the snapshot of its session needs none, unless it missed something.
+    frames: list[str] = []
+    start: dict[str, Any] = {}
+    for _ in range(10):  # The check may run just between the two.
+        start = (await site.ask("session", query="start")).json()["start"]
+        begun = Page(start["id"])
+        await until(lambda begun=begun: begun.frames != [])  # type: ignore[misc]
+        begun.leave.set()
+        await begun.task
+        frames = begun.frames
+        if frames == ["retry: 1000"]:
+            break
+    assert frames == ["retry: 1000"]
+    assert start["snapshot"]["checks"][0]["status"] == "pass"
+    await until(lambda: feed._missed)
+    again = Page(start["id"])
+    await until(lambda: again.events() != [])
+    assert again.events()[0] == "snapshot"
+    again.leave.set()
+    await again.task
+
+
+async def test_a_text_that_is_no_unicode_reaches_the_page(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the name of a file in the message of a check; the page goes on to get beats."""
+    monkeypatch.setattr(feed, "BEAT_SECONDS", 0.05)
+    site.check.message = "no file a\udcff"
+    pages = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+    body = b""
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        nonlocal body
+        body += message.get("body", b"")
+
+    stream = asyncio.ensure_future(pages.stream("", {"method": "GET"}, receive, send))
+    await until(lambda: body.count(b"event: beat") > 2 and b"a\\\\udcff" in body)
+    detailed = await site.ask("detailed")
+    assert detailed.json()["checks"]["marked"]["message"] == "no file a\\udcff"
+    stream.cancel()
+
+
+async def test_a_view_that_raises_does_not_end_the_beats(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pages would say that the process does not answer; and an uncaught error could end it."""
+    caught: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: caught.append(context))
+    monkeypatch.setattr(feed, "BEAT_SECONDS", 0.05)
+    pages = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+    body = b""
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        nonlocal body
+        body += message.get("body", b"")
+
+    stream = asyncio.ensure_future(pages.stream("", {"method": "GET"}, receive, send))
+    await until(lambda: b"event: beat" in body)
+    in_flight = pages._in_flight
+
+    def failing() -> dict[str, Any]:
+        raise RuntimeError("no view")
+
+    pages._in_flight = failing
+    await until(lambda: "Event of the console failed" in caplog.messages)
+    pages._in_flight = in_flight
+    seen = body.count(b"event: beat")
+    await until(lambda: body.count(b"event: beat") > seen)
+    stream.cancel()
+    assert caught == []
+
+
+async def test_a_query_with_many_fields_gets_400(site: Site) -> None:
+    """As at the other paths."""
+    assert (await site.ask("events", query="a=1&" * 25)).status == 400
+
+
+async def test_pages_are_limited_and_do_not_cost_memory() -> None:
+    """The page above the limit gets 503; one that does not read holds nothing but its position."""
+    small = Site(msgspec.structs.replace(SETTINGS, console_max_pages=1))
+    feed = small.plugin.endpoints.console.feed  # type: ignore[union-attr]
+    blocked = asyncio.Event()
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await blocked.wait()
+
+    stream = asyncio.ensure_future(feed.stream("", {"method": "GET"}, receive, send))
+    await until(lambda: feed.pages == 1)
+    answer = await small.ask("events")
+    assert (answer.status, answer.header("retry-after")) == (503, "5")
+    for _ in range(2000):
+        feed._publish("change", {})
+    assert len(feed._recent) <= 256
+    await feed.end(0.01)
+    stream.cancel()
+
+
+class OpenPage:
+    """A page that keeps each message of its stream; a blocked one takes none after the first."""
+
+    def __init__(self, feed: feed.Feed, *, blocked: bool = False) -> None:
+        self.messages: list[bytes] = []
+        self.ended = False
+        self.error: BaseException | None = None
+        self._blocked = blocked
+        self.task = asyncio.ensure_future(self._run(feed))
+
+    async def _run(self, feed: feed.Feed) -> None:
+        try:
+            await feed.stream("", {"method": "GET"}, self._receive, self._send)
+        except asyncio.CancelledError as error:
+            self.error = error
+
+    async def _receive(self) -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def _send(self, message: Message) -> None:
+        if message["type"] == "http.response.body":
+            if self._blocked and self.messages:
+                await asyncio.Event().wait()
+            self.messages.append(message["body"])
+            self.ended = not message["more_body"]
+
+
+async def opened(pages: feed.Feed, count: int, **options: bool) -> list[OpenPage]:
+    """Open some pages that have got their snapshot."""
+    made = [OpenPage(pages, **options) for _ in range(count)]
+    await until(lambda: all(each.messages for each in made))
+    return made
+
+
+@pytest.mark.parametrize(("count", "writes"), [(3, 3), (60, 1)])
+async def test_many_pages_get_events_in_one_write(site: Site, count: int, writes: int) -> None:
+    """With few pages each event goes at once."""
+    pages = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+    made = await opened(pages, count)
+    before = [len(each.messages) for each in made]
+    for name in ("one", "two", "three"):
+        pages._publish("change", {"check": name})
+        await asyncio.sleep(0)
+    await until(lambda: all(b'"three"' in each.messages[-1] for each in made))
+    for each, seen in zip(made, before, strict=True):
+        got = [m for m in each.messages[seen:] if b"event: change" in m]
+        assert len(got) == writes
+        assert [name for name in (b'"one"', b'"two"', b'"three"') if name in b"".join(got)] == [
+            b'"one"',
+            b'"two"',
+            b'"three"',
+        ]
+        each.task.cancel()
+
+
+def test_pages_of_a_second_event_loop_get_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One plugin may serve several applications, each in a loop of its own."""
+    pages = Site().plugin.endpoints.console.feed  # type: ignore[union-attr]
+
+    async def visit(*, wait: bool) -> None:
+        (page,) = await opened(pages, 1)
+        if wait:
+            await until(lambda: b"event: beat" in page.messages[-1])
+        page.task.cancel()
+        await page.task
+
+    monkeypatch.setattr(feed, "BEAT_SECONDS", 3600.0)
+    asyncio.run(visit(wait=False))
+    monkeypatch.setattr(feed, "BEAT_SECONDS", 0.05)
+    asyncio.run(visit(wait=True))
+
+
+async def test_the_stop_waits_for_no_page(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each page gets the last event and its end in one write, but for a page that does not read."""
+    monkeypatch.setattr(feed, "LAST_EVENT_SECONDS", 3600.0)
+    pages = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+    blocked = (await opened(pages, 1, blocked=True))[0]
+    pages._publish("change", {})
+    await asyncio.sleep(0)
+    made = await opened(pages, 60)
+    async with asyncio.timeout(30):
+        await pages.end(3600.0)
+    for each in made:
+        assert each.ended
+        assert b"event: bye" in each.messages[-1]
+        assert each.task.done()
+    assert pages.pages == 1
+    blocked.task.cancel()
+    await blocked.task
+    assert blocked.error is not None
+    assert is_logged(blocked.error)  # the server writes no traceback for it
+
+
+async def test_the_stop_has_a_time_for_all_pages(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pages beyond it are left to the close of the server; the first ones are served always."""
+    monkeypatch.setattr(feed, "LAST_EVENT_SECONDS", 0.0)
+    pages = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+    made = await opened(pages, 60)
+    await pages.end(3600.0)
+    assert sum(each.ended for each in made) == feed._WOKEN_AT_ONCE
+    for each in made:
+        each.task.cancel()

@@ -1,0 +1,140 @@
+"""Log lines of the plugin under the logging of another program."""
+
+import io
+import logging
+from collections.abc import Iterator
+
+import pytest
+from litestar import Litestar, get
+from litestar.middleware.logging import LoggingMiddlewareConfig
+from litestar.plugins.structlog import StructlogPlugin
+from litestar.testing import AsyncTestClient
+
+from viralfx import Observation, OperationsConfig, OperationsPlugin, Status
+from viralfx.settings import Secret, Settings
+from viralfx.telemetry.logging.facts import FactsInMessages
+
+
+@get("/")
+async def index() -> str:
+    """Serve a request."""
+    return "here"
+
+
+class Shop:
+    """A check whose status the test sets."""
+
+    status = Status.PASS
+
+    async def check(self) -> Observation:
+        """Return the status."""
+        return Observation(status=self.status, message="asked at planted-secret", code="gone")
+
+
+@pytest.fixture
+def lines() -> Iterator[io.StringIO]:
+    """Return the output of a handler as ``logging.basicConfig`` makes it."""
+    output = io.StringIO()
+    handler = logging.StreamHandler(output)
+    handler.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+    root, level = logging.getLogger(), logging.getLogger().level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    yield output
+    root.removeHandler(handler)
+    root.setLevel(level)
+
+
+def found(output: io.StringIO, beginning: str) -> list[str]:
+    """Return the lines that begin so."""
+    return [line for line in output.getvalue().splitlines() if line.startswith(beginning)]
+
+
+async def test_messages_contain_their_facts(lines: io.StringIO) -> None:
+    """Names, statuses and reasons, without secrets; after the lifespan no filter is left."""
+    settings, shop = Settings(management_token=Secret("planted-secret")), Shop()
+    plugin = OperationsPlugin(OperationsConfig(settings=settings, checks={"shop": shop}))
+    app = Litestar([index], plugins=[plugin], logging_config=None)
+    changed = (
+        "ERROR:viralfx.health:Health check changed: check=shop, old=pass, new=fail, code=gone,"
+    )
+    async with AsyncTestClient(app) as client:
+        await client.get("/health/detailed?fresh=1")
+        shop.status = Status.FAIL
+
+        async def asked() -> list[str]:
+            await client.get("/health/detailed?fresh=1")
+            return found(lines, changed)
+
+        while not await asked():
+            pass
+        state = found(
+            lines, "INFO:viralfx.lifecycle:State changed: old=starting, new=ready, reason="
+        )
+    logging.getLogger("viralfx.health").warning("Later", extra={"check": "shop"})
+
+    assert len(found(lines, changed)) == len(state) == 1
+    assert "detail=asked at ***, correlationId=" in found(lines, changed)[0]
+    assert found(lines, "INFO:viralfx.shutdown:Shutdown began: reason=application lifespan ended")
+    assert found(lines, "WARNING:viralfx.health:Later") == ["WARNING:viralfx.health:Later"]
+
+
+@pytest.mark.parametrize("value", [None, "true", "false"])
+async def test_requests_are_logged_only_if_a_setting_says_so(
+    monkeypatch: pytest.MonkeyPatch, lines: io.StringIO, value: str | None
+) -> None:
+    """The server of the application logs them already."""
+    monkeypatch.delenv("OPS_ACCESS_LOG", raising=False)
+    if value is not None:
+        monkeypatch.setenv("OPS_ACCESS_LOG", value)
+    plugin = OperationsPlugin(OperationsConfig(env_prefix="OPS_"))
+    async with AsyncTestClient(Litestar([index], plugins=[plugin], logging_config=None)) as client:
+        await client.get("/")
+
+    assert len(found(lines, "INFO:viralfx.access:GET / 200")) == (value == "true")
+
+
+@pytest.mark.parametrize("by", ["structlog", "middleware", "nothing"])
+@pytest.mark.parametrize("value", [None, "true"])
+def test_an_application_that_logs_requests_has_one_line_for_each(
+    monkeypatch: pytest.MonkeyPatch, by: str, value: str | None
+) -> None:
+    """Also under the server of this package, unless a setting asks for both."""
+    monkeypatch.delenv("OPS_ACCESS_LOG", raising=False)
+    if value is not None:
+        monkeypatch.setenv("OPS_ACCESS_LOG", value)
+    plugin = OperationsPlugin(OperationsConfig(env_prefix="OPS_"))
+    others = [StructlogPlugin()] if by == "structlog" else []
+    middleware = [LoggingMiddlewareConfig().middleware] if by == "middleware" else []
+    Litestar([index], plugins=[*others, plugin], middleware=middleware)
+
+    logs = plugin.request_recorder()._access_log is not None
+    assert logs is (by == "nothing" or value == "true")
+
+
+class Odd:
+    """A value that cannot be shown."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("planted")
+
+
+def test_every_message_stays_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Percent signs, line breaks, long values and odd objects are facts, too."""
+    logger = logging.getLogger("viralfx.facts")
+    facts = FactsInMessages()
+    facts.install()
+    facts.install()
+    try:
+        logger.warning("At %d %%", 7, extra={"text": "100 %s\n x", "odd": Odd(), "none": None})
+        logger.warning("Long", extra={"text": "x" * 1000})
+        logger.warning("Bare %s", "line")
+    finally:
+        facts.remove()
+
+    assert caplog.messages == [
+        "At 7 %: text=100 %s x, odd=a Odd",
+        f"Long: text={'x' * 200}",
+        "Bare line",
+    ]
+    assert logger.filters == []

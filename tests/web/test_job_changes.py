@@ -1,0 +1,183 @@
+"""The jobs API: cancellation, changes of many jobs, past executions and progress."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from litestar import Litestar
+from litestar.testing import AsyncTestClient
+
+from viralfx.domain.jobs.ledger import JobLedger, ProgressReport
+from viralfx.domain.jobs.model import Claim, JobError, failed
+from viralfx.settings import Settings
+from viralfx.web.app import create_app
+from viralfx.web.plugin import OperationsPlugin
+
+JOBS = "/api/v1/jobs"
+PARCEL = {"task": "parcels.ship", "payload": {"weight": 3}}
+Client = AsyncTestClient[Litestar]
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[Client]:
+    """Return a client of the service, which has no worker."""
+    app = create_app(Settings(task_modules=("tests.job_tasks",)))
+    app.plugins.get(OperationsPlugin).assembly.jobs.disable_worker()
+    async with AsyncTestClient(app, raise_server_exceptions=False) as test_client:
+        yield test_client
+
+
+def ledger_of(client: Client) -> JobLedger:
+    """Return the job ledger of the service."""
+    ledger: JobLedger = client.app.plugins.get(OperationsPlugin).assembly.jobs.ledger
+    return ledger
+
+
+async def accept(client: Client, **body: Any) -> str:
+    """Submit a job and return its id."""
+    reply = await client.post(JOBS, json={**PARCEL, **body})
+    assert reply.status_code == 202, reply.text
+    return str(reply.json()["id"])
+
+
+async def claim(client: Client) -> Claim:
+    """Claim the oldest waiting job, as a worker would."""
+    ledger = ledger_of(client)
+    await ledger.register("test", ["default"], 60.0)
+    (claimed,) = await ledger.claim("default", "test", 1)
+    return claimed
+
+
+async def fail(client: Client, code: str = "error") -> None:
+    """Fail the oldest waiting job."""
+    error = JobError(code=code, message="planted", traceback="Traceback: planted")
+    await ledger_of(client).settle([failed(await claim(client), error)])
+
+
+async def test_a_waiting_job_is_cancelled_and_a_running_one_asked_to_end(client: Client) -> None:
+    """With 200 and 202; a final job is a conflict. DELETE refuses a running one."""
+    waiting = await accept(client)
+    done = await client.post(f"{JOBS}/{waiting}/cancel")
+    again = await client.post(f"{JOBS}/{waiting}/cancel")
+    running = await accept(client)
+    await claim(client)
+    deleted = await client.delete(f"{JOBS}/{running}")
+    asked = [await client.post(f"{JOBS}/{running}/cancel") for _ in range(2)]
+    shown = (await client.get(f"{JOBS}/{running}")).json()
+    missing = await client.post(f"{JOBS}/{running[:-1]}x/cancel")
+
+    assert (done.status_code, done.json()["state"]) == (200, "cancelled")
+    assert (again.status_code, deleted.status_code, missing.status_code) == (409, 409, 404)
+    assert "is cancelled; only one that is waiting or active" in again.json()["detail"]
+    assert [(each.status_code, each.json()["state"]) for each in asked] == [(202, "active")] * 2
+    assert (shown["state"], shown["cancelRequested"]) == ("active", True)
+
+
+async def test_a_job_shows_its_progress_and_its_past_executions(client: Client) -> None:
+    """A list shows the progress alone."""
+    job_id = await accept(client)
+    claimed = await claim(client)
+    report = b'{"current": 1, "total": 4, "message": null}'
+    await ledger_of(client).report([ProgressReport(claim=claimed, progress=report)])
+    error = JobError(code="timeout", message="late", traceback="Traceback: planted")
+    await ledger_of(client).settle([failed(claimed, error)])
+    job = (await client.get(f"{JOBS}/{job_id}")).json()
+    (listed,) = (await client.get(JOBS)).json()["items"]
+    (attempt,) = job["history"]
+
+    assert job["progress"] == listed["progress"] == {"current": 1, "total": 4, "message": None}
+    assert job["error"] == {"code": "timeout", "message": "late"}
+    assert attempt == {
+        "number": 1,
+        "worker": "test",
+        "startedAt": job["startedAt"],
+        "endedAt": attempt["endedAt"],
+        "error": {"code": "timeout", "message": "late", "traceback": "Traceback: planted"},
+    }
+    assert job["startedAt"] <= attempt["endedAt"] <= job["finishedAt"]
+    assert "history" not in listed
+
+
+async def test_failed_jobs_are_retried_by_filter(client: Client) -> None:
+    """Each field counts; the answer is how many."""
+    ids = []
+    for code in ("error", "timeout", "timeout"):
+        ids.append(await accept(client))
+        await fail(client, code)
+
+    async def retry(**wanted: str) -> int:
+        reply = await client.post(f"{JOBS}/retry", json=wanted)
+        assert reply.status_code == 200, reply.text
+        return int(reply.json()["count"])
+
+    created = (await client.get(f"{JOBS}/{ids[0]}")).json()["createdAt"]
+    assert await retry(code="unknown_task") == 0
+    assert await retry(queue="analytics") == 0
+    assert await retry(before=created) == 0
+    assert await retry(code="timeout", before=ids[2]) == 1
+    assert await retry(task="parcels.ship", queue="default", state="failed", code="timeout") == 1
+    assert await retry(before="2100-01-01T00:00:00+01:00") == 1
+    states = [(await client.get(f"{JOBS}/{job_id}")).json()["state"] for job_id in ids]
+    assert states == ["waiting"] * 3
+
+
+async def test_a_queue_that_only_the_ledger_knows_is_no_mistake(client: Client) -> None:
+    """Workers of another configuration consume it."""
+    await ledger_of(client).register("elsewhere", ["reports"], 10.0)
+    page = await client.get(f"{JOBS}?queue=reports")
+    retried = await client.post(f"{JOBS}/retry", json={"queue": "reports"})
+
+    assert (page.status_code, page.json()["items"]) == (200, [])
+    assert (retried.status_code, retried.json()) == (200, {"count": 0})
+
+
+async def test_jobs_are_cancelled_by_filter(client: Client) -> None:
+    """The waiting ones at once, and the running ones as by a request for each."""
+    running = await accept(client)
+    await claim(client)
+    waiting = await accept(client)
+    reply = await client.post(f"{JOBS}/cancel", json={"task": "parcels.ship"})
+    again = await client.post(f"{JOBS}/cancel", json={"state": "active"})
+
+    assert (reply.status_code, reply.json(), again.json()) == (200, {"count": 2}, {"count": 0})
+    assert (await client.get(f"{JOBS}/{running}")).json()["cancelRequested"]
+    assert (await client.get(f"{JOBS}/{waiting}")).json()["state"] == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("change", "body", "status", "text"),
+    [
+        ("retry", {}, 400, "needs at least one field"),
+        ("cancel", {}, 400, "needs at least one field"),
+        ("retry", [], 400, "Expected `object`, got `array`"),
+        ("retry", {"tasks": "a"}, 400, "unknown field `tasks`"),
+        ("retry", {"task": None}, 400, "`$.task`"),
+        ("retry", {"task": ""}, 400, "`$.task`"),
+        ("retry", {"state": "done"}, 400, "`$.state`"),
+        ("retry", {"state": "waiting"}, 400, "Only jobs that are failed can be retried"),
+        ("cancel", {"state": "failed"}, 400, "Only jobs that are waiting or active can be"),
+        ("retry", {"before": "tomorrow"}, 400, "`$.before` must be a time with a time zone"),
+        ("retry", {"before": "2026"}, 400, "`$.before` must be a time"),
+        ("retry", {"before": "2026-01-01T00:00:00"}, 400, "`$.before` must be a time"),
+        ("retry", {"before": "0001-01-01T00:00:00+10:00"}, 400, "`$.before` must be a time"),
+        ("retry", {"queue": "nothing"}, 422, "There is no queue 'nothing'"),
+    ],
+)
+async def test_an_invalid_change_of_many_jobs_is_rejected(
+    client: Client, change: str, body: object, status: int, text: str
+) -> None:
+    """No job is changed by a misspelt filter."""
+    reply = await client.post(f"{JOBS}/{change}", json=body)
+
+    assert reply.status_code == status, reply.text
+    assert text in reply.json()["detail"]
+
+
+async def test_a_change_without_a_body_is_rejected(client: Client) -> None:
+    """As one with a body of another type."""
+    empty = await client.post(f"{JOBS}/retry")
+    typed = await client.post(
+        f"{JOBS}/cancel", content=b"{}", headers={"Content-Type": "text/plain"}
+    )
+
+    assert (empty.status_code, typed.status_code) == (400, 415)
