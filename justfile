@@ -14,6 +14,14 @@ serve *arguments:
 test *arguments:
     {{bin}}/pytest {{arguments}}
 
+# everything that must be green, or some of its stages
+gate *stages:
+    .ci/run {{stages}}
+
+# the tests that repeat for endurance, in full
+soak:
+    .ci/soak
+
 # the domain's tests, without I/O, threads or processes, and few examples of each property
 fast *arguments:
     VIRALFX_HYPOTHESIS=fast {{bin}}/pytest -q -p no:cacheprovider {{arguments}} \

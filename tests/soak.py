@@ -1,6 +1,6 @@
 """Tests that repeat for endurance: once in a usual run, in full with VIRALFX_TEST_SOAK=1.
 
-Mark such a test ``soak``: ``.ci/soak`` selects it by that for the full number.
+Mark such a test ``soak``: ``just soak`` selects it by that for the full number.
 """
 
 import os

@@ -64,10 +64,10 @@ def test_the_readme_shows_one_command_that_serves_and_one_that_tests() -> None:
         assert typed(ready[1], service) == ready[2]
 
 
-@pytest.mark.parametrize("failing", ["", "-m alone", "-n 6"])
+@pytest.mark.parametrize("failing", ["", "run alone", "run beside"])
 def test_the_test_command_runs_both_parts_and_fails_with_each(tmp_path: Path, failing: str) -> None:
     """The second part has the tests that measure time, after the others."""
-    program = tmp_path / "bin/pytest"
+    program = tmp_path / "bin/python"
     program.parent.mkdir()
     fails = f'[ -n "{failing}" ] && case "$*" in *"{failing}"*) exit 1;; esac'
     program.write_text(f'#!/bin/sh\necho "$*"\n{fails}\nexit 0\n', encoding="utf-8")
@@ -82,7 +82,10 @@ def test_the_test_command_runs_both_parts_and_fails_with_each(tmp_path: Path, fa
     )
 
     assert result.returncode == bool(failing), result.stderr
-    assert result.stdout.splitlines() == ["-n 6 -m not alone", "-m alone"]
+    assert result.stdout.splitlines() == [
+        "-m tests.gate run beside -n 6 -m not alone",
+        "-m tests.gate run alone -m alone",
+    ]
 
 
 def test_every_command_of_the_readme_is_tested() -> None:

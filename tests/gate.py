@@ -1,0 +1,253 @@
+"""Runs one part of the tests, repeats the failed ones alone, and sums up a whole run.
+
+    python -m tests.gate run PART ARGUMENTS...    one part: the arguments are those of pytest
+    python -m tests.gate summary                  skips, stages, failures, reruns and totals
+
+A busy machine can delay a test that starts processes, uses servers or waits. Such a test runs up
+to twice more, after all others of its part and with nothing beside it. pytest-rerunfailures would
+repeat it at once, on the same busy machine and with the same servers. A pure test runs once. The
+summary lists each rerun with its first error. More than ``MAX_RERUNS`` of them make a run red.
+
+``VIRALFX_TEST_GATE`` names the folder in which the parts of one run leave their results.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pytest
+
+FOLDER = "VIRALFX_TEST_GATE"
+STAGES = "stages"
+"""The file to which ``.ci/run`` appends a line for each stage: name, result, seconds."""
+
+PURE = ("tests/unit/", "tests/simulation/")
+"""Folders whose tests depend on nothing but the code."""
+
+MAX_ATTEMPTS = 3
+MAX_RERUNS = 10
+MAX_FAILURES_SHOWN = 15
+MAX_COLUMNS = 200
+
+FAILED = 1
+"""pytest's exit code if tests failed. Other ones mean that they did not all run."""
+
+
+@dataclass
+class Results:
+    """Results of one call of pytest, or of one part of a run."""
+
+    passed: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    """The failed tests, each with the first line of its error."""
+    repeated: dict[str, str] = field(default_factory=dict)
+    """The tests that ran more than once, each with the first line of its first error."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """The skipped tests with their reasons."""
+
+    def write(self, path: Path) -> None:
+        """Write the results as JSON."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        """Read the results; raise ``OSError`` or ``ValueError`` if there are none."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+class Recorder:
+    """Records the results of each test, as a plugin of pytest."""
+
+    def __init__(self) -> None:
+        """Start without results."""
+        self.results = Results()
+        self._passed: dict[str, None] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Record one phase of a test. A test that fails in any phase has failed."""
+        results, test = self.results, report.nodeid
+        if report.outcome == "rerun":  # type: ignore[comparison-overlap]  # of pytest-rerunfailures
+            results.repeated.setdefault(test, _first_line(report))
+        elif report.failed:
+            results.failed.setdefault(test, _first_line(report))
+        elif report.skipped:
+            results.skipped[test] = _reason(report)
+        elif report.when == "call":
+            self._passed[test] = None
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Record a file whose tests cannot be collected."""
+        if report.failed:
+            self.results.failed.setdefault(report.nodeid, _last_line(str(report.longrepr)))
+
+    def finished(self) -> Results:
+        """Return the results of the whole call."""
+        self.results.passed = [test for test in self._passed if test not in self.results.failed]
+        return self.results
+
+
+def _first_line(report: pytest.TestReport) -> str:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    lines = str(crash.message if crash else report.longrepr).strip().splitlines()
+    return lines[0] if lines else "no message"
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "no message"
+
+
+def _reason(report: pytest.TestReport) -> str:
+    where = report.longrepr
+    text = where[2] if isinstance(where, tuple | list) else str(where)
+    return str(text).removeprefix("Skipped: ")
+
+
+def attempt(path: Path, arguments: Sequence[str]) -> int:
+    """Run pytest in this process, write its results to a file, and return its exit code."""
+    recorder = Recorder()
+    code = pytest.main([*arguments], plugins=[recorder])
+    recorder.finished().write(path)
+    return int(code)
+
+
+def run(folder: Path, part: str, arguments: Sequence[str]) -> int:
+    """Run a part, repeat its failed tests, write its results, and return an exit code.
+
+    The code is 0 if each test passed in one of its attempts, 1 if one did not, and that of pytest
+    or of its signal if not all tests ran.
+    """
+    first = folder / f"{part}.first"
+    code = _attempt_apart(first, arguments)
+    try:
+        results = Results.read(first)
+    except (OSError, ValueError):
+        results = Results(failed={part: f"pytest ended with {code} and left no results"})
+        code = code or FAILED
+    if code == FAILED:
+        _repeat(folder, part, results)
+        code = FAILED if results.failed else 0
+    elif code and not results.failed:
+        results.failed[part] = f"pytest ended with {code}"
+    results.write(folder / f"{part}.json")
+    _print_short(part, results)
+    return code
+
+
+def _repeat(folder: Path, part: str, results: Results) -> None:
+    before = sum(len(others.repeated) for _, others in _parts(folder))
+    for number in range(2, MAX_ATTEMPTS + 1):
+        again = [test for test in results.failed if _may_repeat(test)]
+        count = len({*again, *results.repeated})
+        if not again:
+            return
+        if before + count > MAX_RERUNS:
+            print(f"{before + count} tests would run again, more than {MAX_RERUNS}: none does")
+            return
+        print(f"\n== {part}, attempt {number}: {len(again)} tests, one by one", flush=True)
+        for test in again:
+            results.repeated.setdefault(test, results.failed[test])
+        names, path = folder / f"{part}.tests", folder / f"{part}.{number}"
+        names.write_text("".join(f"{test}\n" for test in again), encoding="utf-8")
+        _attempt_apart(path, [f"@{names}"])
+        try:
+            passed = Results.read(path).passed
+        except (OSError, ValueError):
+            continue
+        for test in passed:
+            results.failed.pop(test, None)
+            results.passed.append(test)
+
+
+def _may_repeat(test: str) -> bool:
+    # Without "::" it is a file that could not be collected, or the part itself.
+    return "::" in test and not test.startswith(PURE)
+
+
+def _attempt_apart(path: Path, arguments: Sequence[str]) -> int:
+    """Run pytest in a new process, so that an attempt inherits no module and no server."""
+    command = [sys.executable, "-m", "tests.gate", "attempt", str(path), *arguments]
+    return subprocess.run(command, check=False).returncode
+
+
+def _parts(folder: Path) -> Iterator[tuple[str, Results]]:
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime):
+        yield path.stem, Results.read(path)
+
+
+def _print_short(part: str, results: Results) -> None:
+    print(f"\n== {part}: {len(results.passed)} passed, {len(results.failed)} failed")
+    for line in (*_failures(results.failed), *_reruns(results.repeated, results.failed)):
+        print(line)
+    sys.stdout.flush()
+
+
+def _failures(failed: Mapping[str, str]) -> Iterator[str]:
+    for test, error in list(failed.items())[:MAX_FAILURES_SHOWN]:
+        yield _cut(f"FAILED {test} - {error}")
+    if len(failed) > MAX_FAILURES_SHOWN:
+        yield f"and {len(failed) - MAX_FAILURES_SHOWN} more failed"
+
+
+def _reruns(repeated: Mapping[str, str], failed: Mapping[str, str]) -> Iterator[str]:
+    for test, error in list(repeated.items())[:MAX_RERUNS]:
+        result = "failed again" if test in failed else "passed then"
+        yield _cut(f"RERUN {test} - {result}; first: {error}")
+    if len(repeated) > MAX_RERUNS:
+        yield f"{len(repeated)} tests ran again; more than {MAX_RERUNS} make the run red"
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= MAX_COLUMNS else f"{line[: MAX_COLUMNS - 3]}..."
+
+
+def summary(folder: Path) -> int:
+    """Print the summary of a run; return 1 if a stage or test failed, or too many ran again."""
+    parts = dict(_parts(folder))
+    failed, repeated = dict[str, str](), dict[str, str]()
+    for part, one in parts.items():
+        # One test may be in several parts: on another Python, or with other servers.
+        failed |= {f"{test} ({part})": error for test, error in one.failed.items()}
+        repeated |= {f"{test} ({part})": error for test, error in one.repeated.items()}
+    for part, one in parts.items():
+        for reason, count in Counter(one.skipped.values()).most_common():
+            print(_cut(f"SKIPPED {count} ({part}) - {reason}"))
+    print("\n== summary")
+    try:
+        stages = [line.split() for line in (folder / STAGES).read_text().splitlines()]
+    except OSError:
+        stages = []
+    for name, result, seconds in stages:
+        print(f"{name:12} {result:8} {seconds:>5} s")
+    for line in (*_failures(failed), *_reruns(repeated, failed)):
+        print(line)
+    passed = sum(len(one.passed) for one in parts.values())
+    print(f"{passed} passed, {len(failed)} failed, {len(repeated)} run again", flush=True)
+    green = all(result == "green" for _, result, _ in stages)
+    return int(not green or bool(failed) or len(repeated) > MAX_RERUNS)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command of this module."""
+    match arguments:
+        case ["attempt", path, *rest]:
+            return attempt(Path(path), rest)
+        case ["summary"]:
+            return summary(Path(os.environ[FOLDER]))
+        case ["run", part, *rest] if FOLDER in os.environ:
+            return run(Path(os.environ[FOLDER]), part, rest)
+        case ["run", part, *rest]:
+            with tempfile.TemporaryDirectory() as folder:
+                return run(Path(folder), part, rest)
+    print(__doc__, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,173 @@
+"""Seeded faults in tests: each ends as the gate promises, and the summary names it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.gate import FOLDER, MAX_RERUNS, STAGES
+
+ROOT = Path(__file__).parents[2]
+
+FAULTS = '''
+"""Tests with faults."""
+import os, signal, time
+from pathlib import Path
+import pytest
+
+def attempt(name):
+    with open(f"{name}.attempts", "a+") as file:
+        file.write(".")
+    return os.path.getsize(f"{name}.attempts")
+
+def test_passes():
+    pass
+
+def test_skips():
+    pytest.skip("no engine here")
+
+def test_fails_once():
+    assert attempt("once") > 1, "on the first day"
+
+@pytest.mark.parametrize("word", ["a b", "[x]::y"])
+def test_fails_twice(word):
+    assert attempt(word.strip("[]").replace(":", "")) > 2
+
+def test_fails_always():
+    assert attempt("always") < 0, "each day"
+
+def test_kills_its_worker():
+    if attempt("kill") == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+@pytest.mark.timeout(1)
+def test_hangs_once():
+    if attempt("hang") == 1:
+        time.sleep(30)
+
+@pytest.fixture
+def broken():
+    assert attempt("fixture") > 1, "not set up"
+
+def test_has_a_broken_fixture(broken):
+    pass
+'''
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Return a folder with tests that have faults."""
+    for layer in ("system", "unit"):
+        (tmp_path / f"tests/{layer}").mkdir(parents=True)
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\naddopts = --import-mode=importlib\ntestpaths = tests\n", encoding="utf-8"
+    )
+    (tmp_path / "results").mkdir()
+    return tmp_path
+
+
+def gate(checkout: Path, *arguments: str, apart: bool = False) -> tuple[int, list[str]]:
+    """Run the gate in a checkout; return its exit code and its output."""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), FOLDER: str(checkout / "results")}
+    if apart:
+        del environ[FOLDER]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gate", *arguments],
+        cwd=checkout,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=80,
+        check=False,
+    )
+    return done.returncode, done.stdout.splitlines()
+
+
+def write(checkout: Path, layer: str, text: str) -> None:
+    """Write the tests of a layer."""
+    (checkout / f"tests/{layer}/test_{layer}.py").write_text(text, encoding="utf-8")
+
+
+def test_a_test_with_a_fault_runs_again_alone_and_the_summary_names_it(checkout: Path) -> None:
+    """Up to twice; pure tests once. The skips stand before the summary, and the totals last."""
+    write(checkout, "system", FAULTS)
+    write(checkout, "unit", "def test_pure():\n    assert 1 == 2\n")
+    code, lines = gate(checkout, "run", "beside", "-n", "2")
+    assert code == 1
+    assert "== beside: 7 passed, 2 failed" in lines
+    assert (checkout / "always.attempts").read_text() == "..."
+
+    code, lines = gate(checkout, "run", "other", "tests/system", "-k", "passes")
+    assert code == 0
+    (checkout / f"results/{STAGES}").write_text("readme RED 61\nother green 2\n")
+    code, lines = gate(checkout, "summary")
+    assert code == 1
+    lines, place = lines[lines.index("== summary") :], "tests/system/test_system.py"
+    assert lines[1:3] == ["readme       RED         61 s", "other        green        2 s"]
+    assert set(lines[3:5]) == {
+        f"FAILED {place}::test_fails_always (beside) - AssertionError: each day",
+        "FAILED tests/unit/test_unit.py::test_pure (beside) - assert 1 == 2",
+    }
+    reruns = "\n".join(lines[5:-1])
+    assert f"{place}::test_fails_once (beside) - passed then; first: AssertionError: on" in reruns
+    assert f"{place}::test_fails_always (beside) - failed again; first: AssertionE" in reruns
+    assert f"{place}::test_hangs_once (beside) - passed then; first: Failed: Timeout" in reruns
+    assert f"{place}::test_has_a_broken_fixture (beside) - passed then; first: Asser" in reruns
+    assert "test_kills_its_worker (beside) - passed then; first: worker 'gw" in reruns
+    assert "test_fails_twice[[x]::y] (beside) - passed then" in reruns
+    assert "test_pure" not in reruns
+    assert lines[-1] == "8 passed, 2 failed, 7 run again"
+
+
+def test_skips_are_counted_by_reason(checkout: Path) -> None:
+    """Before the summary, since there may be many."""
+    skips = "import pytest\n@pytest.mark.skip(reason='no engine')\ndef test_{}(): pass\n"
+    write(checkout, "system", skips.format("one") + skips.format("two"))
+    code, _ = gate(checkout, "run", "all")
+    assert code == 0
+    code, lines = gate(checkout, "summary")
+    assert code == 0
+    assert lines == ["SKIPPED 2 (all) - no engine", "", "== summary", lines[-1]]
+
+
+def test_more_failures_than_the_limit_are_not_repeated(checkout: Path) -> None:
+    """They are no noise; the first ones are shown, then a count."""
+    many = MAX_RERUNS + 10
+    write(
+        checkout,
+        "system",
+        "import pytest\n"
+        f"@pytest.mark.parametrize('n', range({many}))\ndef test_it(n): assert n < 0\n",
+    )
+    code, lines = gate(checkout, "run", "all")
+    assert code == 1
+    assert f"{many} tests would run again, more than {MAX_RERUNS}: none does" in lines
+    code, lines = gate(checkout, "summary")
+    assert code == 1
+    assert lines[-2:] == ["and 5 more failed", f"0 passed, {many} failed, 0 run again"]
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "code", "said"),
+    [
+        ("import missing_module\n", [], 2, "FAILED tests/system/test_system.py - E   Module"),
+        ("def test_it(): pass\n", ["-k", "none"], 5, "FAILED all - pytest ended with 5"),
+        ("def test_it(): pass\n", ["--no-such-option"], 4, "FAILED all - pytest ended with 4"),
+        (
+            "import os\ndef test_it(): os.kill(os.getpid(), 9)\n",
+            [],
+            -9 % 256,
+            "FAILED all - pytest ended with -9 and left no results",
+        ),
+    ],
+    ids=["collection", "no test", "usage", "killed"],
+)
+def test_a_part_that_does_not_run_is_red(
+    checkout: Path, text: str, arguments: list[str], code: int, said: str
+) -> None:
+    """With the exit code of pytest, also where each part has a folder of its own."""
+    write(checkout, "system", text)
+    found, lines = gate(checkout, "run", "all", *arguments, apart=True)
+    assert found % 256 == code
+    assert [line for line in lines if line.startswith(said)], lines
