@@ -54,7 +54,9 @@ def test_no_request_is_lost_during_the_readiness_delay(run: int) -> None:
 @pytest.mark.usefixtures("default_sighup")
 def test_sighup_stops_like_sigterm() -> None:
     """A closed terminal stops the service gracefully; a second SIGHUP has no effect."""
-    with running(*PLAIN, environment={"SHUTDOWN_READINESS_DELAY": "2000"}) as service:
+    # A forked service would ignore the signal where the tests run under nohup.
+    delay = {"SHUTDOWN_READINESS_DELAY": "2000"}
+    with running(*PLAIN, environment=delay, fresh=True) as service:
         service.wait_ready()
         service.signal(signal.SIGHUP)
         wait_until(lambda: service.status("/health/ready") == 503, what="the stop began")
