@@ -4,21 +4,39 @@ Imports are most of the cost of a start. The command itself behaves as in a new 
 the start itself run the program without this module; VIRALFX_TEST_FRESH=1 makes all of them do so.
 """
 
+import contextlib
 import io
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import IO
+
+from tests.servers import sockets
 
 FRESH = bool(os.environ.get("VIRALFX_TEST_FRESH"))
 """Whether each service is a new process that imports its modules itself."""
 
 _FORKS = multiprocessing.get_context("forkserver")
+
+
+def _shorten_address() -> None:
+    # The fork server listens in a folder that ``multiprocessing`` makes once, below TMPDIR. Where
+    # that is a long path, the address would be longer than 107 bytes.
+    before = tempfile.gettempdir()
+    tempfile.tempdir = str(sockets.PLACE)
+    try:
+        multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = before
+
+
+_shorten_address()
 _FORKS.set_forkserver_preload(
     [
         "viralfx.cli.doctor",
@@ -42,7 +60,7 @@ def viralfx(
 
     Raises :class:`subprocess.TimeoutExpired` if it does not end within ``seconds``.
     """
-    with TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name:
         output, errors = Path(name, "output"), Path(name, "errors")
         process = _FORKS.Process(
             target=_run, args=(arguments, dict(environ), str(output), str(errors), cwd)
@@ -102,7 +120,9 @@ class ForkedProcess:
     def send_signal(self, number: int) -> None:
         """Send a signal, unless the process has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            # The fork server may have reaped it, and not yet said so.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Send SIGKILL."""

@@ -12,11 +12,22 @@ MANY = 1100
 """More descriptors than ``select`` can take."""
 
 
+def _most() -> int:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return MANY if hard == resource.RLIM_INFINITY else min(MANY, hard)
+
+
+needs_many = pytest.mark.skipif(
+    _most() < MANY, reason=f"the hard limit of open files is less than {MANY}"
+)
+"""Skips a test where no descriptor can have a number that ``select`` refuses."""
+
+
 @contextlib.contextmanager
 def descriptors_used_up() -> Iterator[list[int]]:
     """Open as many descriptors as the limit allows, about a thousand; return them."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (MANY, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_most(), hard))
     opened: list[int] = []
     try:
         with contextlib.suppress(OSError):

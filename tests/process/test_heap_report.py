@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.process.shortages import descriptors_used_up, no_more_threads
+from tests.process.shortages import descriptors_used_up, needs_many, no_more_threads
 from tests.system.service import ROOT
 
 from viralfx.runner.diagnostics import HeapReports
@@ -57,6 +57,7 @@ def wait() -> None:
     return ran.stdout.splitlines()
 
 
+@needs_many
 def test_a_report_works_with_descriptors_above_1023(tmp_path: Path) -> None:
     """A thousand clients use up all smaller descriptors."""
     logged = report_of_a_small_process(

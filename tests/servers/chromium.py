@@ -1,5 +1,6 @@
 """A real browser whose requests, errors and reports a test sees."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
+from tests.servers.sockets import socket_folder
 from tests.servers.supply import UnavailableError
 
 # Names of other hosts are not resolved, so that a foreign request fails at once.
@@ -52,8 +54,12 @@ def chromium() -> Iterator[Browser]:
     if program is None:
         raise UnavailableError("chromium is not on PATH; Debian's package chromium has it")
     expect.set_options(timeout=_DEADLINE)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=_ARGUMENTS)
+    with sync_playwright() as playwright, socket_folder() as folder:
+        # Chromium makes a socket in its folder for temporary files.
+        environment: dict[str, str | float | bool] = {**os.environ, "TMPDIR": str(folder)}
+        browser = playwright.chromium.launch(
+            executable_path=program, args=_ARGUMENTS, env=environment
+        )
         try:
             yield browser
         finally:

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import yaml
+from tests.servers.sockets import socket_folder
 from tests.servers.supply import UnavailableError
 from tests.servers.waiting import wait_until
 
@@ -70,22 +71,23 @@ def envoy(
     Raises ``UnavailableError`` where the wheel has no program.
     """
     command: list[str | Path] = [program(), "-c", folder / "envoy.json", "--log-level", "warning"]
-    proxy = Envoy(port, folder / "admin.sock")
-    configuration = _configuration(proxy, servers)
-    (check,) = configuration["static_resources"]["clusters"][0]["health_checks"]
-    for name in without:
-        del check[name]
-    (folder / "envoy.json").write_text(json.dumps(configuration), encoding="utf-8")
-    with (folder / "envoy.log").open("wb") as log:
-        # Two of them at once, as in a parallel run, need a base id each.
-        command += ["--use-dynamic-base-id", "--concurrency", "1"]
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        wait_until(proxy.admin.exists, what=(folder / "envoy.log").read_text)
-        yield proxy
-    finally:
-        process.terminate()
-        process.wait(10)
+    with socket_folder() as sockets:
+        proxy = Envoy(port, sockets / "admin.sock")
+        configuration = _configuration(proxy, servers)
+        (check,) = configuration["static_resources"]["clusters"][0]["health_checks"]
+        for name in without:
+            del check[name]
+        (folder / "envoy.json").write_text(json.dumps(configuration), encoding="utf-8")
+        with (folder / "envoy.log").open("wb") as log:
+            # Two of them at once, as in a parallel run, need a base id each.
+            command += ["--use-dynamic-base-id", "--concurrency", "1"]
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            wait_until(proxy.admin.exists, what=(folder / "envoy.log").read_text)
+            yield proxy
+        finally:
+            process.terminate()
+            process.wait(10)
 
 
 def _configuration(proxy: Envoy, servers: dict[str, int]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.servers.sockets import socket_folder
 from tests.servers.supply import UnavailableError
 from tests.servers.waiting import wait_until
 
@@ -61,20 +62,21 @@ def haproxy(
     program = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None:
         raise UnavailableError("haproxy is not on PATH; Debian's package haproxy has it")
-    proxy = Proxy(port, folder / "haproxy.sock")
-    environment = {
-        "PATH": os.environ["PATH"],
-        "PROXY_LISTEN": f"127.0.0.1:{port}",
-        "STATS_SOCKET": str(proxy.statistics),
-        **{f"BACKEND_{name.upper()}": f"127.0.0.1:{at}" for name, at in servers.items()},
-    }
-    with (folder / "haproxy.log").open("wb") as log:
-        process = subprocess.Popen(
-            [program, "-db", "-f", str(configuration)], env=environment, stdout=log, stderr=log
-        )
-    try:
-        wait_until(proxy.statistics.exists, what="the proxy runs")
-        yield proxy
-    finally:
-        process.terminate()
-        process.wait(10)
+    with socket_folder() as sockets:
+        proxy = Proxy(port, sockets / "haproxy.sock")
+        environment = {
+            "PATH": os.environ["PATH"],
+            "PROXY_LISTEN": f"127.0.0.1:{port}",
+            "STATS_SOCKET": str(proxy.statistics),
+            **{f"BACKEND_{name.upper()}": f"127.0.0.1:{at}" for name, at in servers.items()},
+        }
+        with (folder / "haproxy.log").open("wb") as log:
+            process = subprocess.Popen(
+                [program, "-db", "-f", str(configuration)], env=environment, stdout=log, stderr=log
+            )
+        try:
+            wait_until(proxy.statistics.exists, what="the proxy runs")
+            yield proxy
+        finally:
+            process.terminate()
+            process.wait(10)

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import shutil
 import signal
 import socketserver
 import stat
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
+from tests.servers.sockets import socket_folder
 from tests.system.service import ROOT
 
 UNITS = ROOT / "deploy/systemd"
@@ -180,7 +180,7 @@ class Manager:
     @contextmanager
     def systemctl(self) -> Iterator[Path]:
         """Yield a folder with a command ``systemctl`` that restarts units of this manager."""
-        manager, address = self, self._folder / "systemctl.sock"
+        manager = self
 
         class Call(socketserver.StreamRequestHandler):
             def handle(self) -> None:
@@ -189,16 +189,15 @@ class Manager:
                 assert verb == "restart"
                 self.wfile.write(b"0" if manager.restart(name) else b"1")
 
-        program = self._folder / "bin/systemctl"
-        program.parent.mkdir()
-        text = _CLIENT.format(python=sys.executable, path=str(address))
-        program.write_text(text, encoding="utf-8")
-        program.chmod(program.stat().st_mode | stat.S_IXUSR)
-        with socketserver.UnixStreamServer(str(address), Call) as server:
-            thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-            thread.start()
-            yield program.parent
-            server.shutdown()
-            thread.join()
-        address.unlink()
-        shutil.rmtree(program.parent)
+        with socket_folder() as sockets:
+            address, program = sockets / "manager.sock", sockets / "bin/systemctl"
+            program.parent.mkdir()
+            text = _CLIENT.format(python=sys.executable, path=str(address))
+            program.write_text(text, encoding="utf-8")
+            program.chmod(program.stat().st_mode | stat.S_IXUSR)
+            with socketserver.UnixStreamServer(str(address), Call) as server:
+                thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+                thread.start()
+                yield program.parent
+                server.shutdown()
+                thread.join()

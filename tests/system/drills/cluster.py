@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.servers.fault_proxy import FaultProxy
+from tests.servers.sockets import socket_folder
 from tests.system.service import Service, running
 
 BACKEND = ("viralfx-backend", "backend")
@@ -62,7 +63,7 @@ class Cluster:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        path = self.folder / "api"
+        path = self._stack.enter_context(socket_folder()) / "api"
         server = _Api(str(path), _Handler)
         server.answer = self._answer
         self._stack.callback(server.server_close)
