@@ -168,3 +168,31 @@ def test_fields_of_log_lines_are_in_camel_case() -> None:
     assert len(fields) > 20
     assert {name for name in fields if not re.fullmatch(r"[a-z]+([A-Z][a-z]+)*", name[1])} == set()
     assert unnamed == []
+
+
+STARTERS = {"concurrent", "multiprocessing", "signal", "subprocess", "threading"}
+"""Modules that start threads and processes, or signal them."""
+SHARED = {"tests.manual_clock", "tests.virtual_time", "tests.unit", "tests.simulation"}
+"""The modules of the tests that pure ones may import."""
+
+
+@pytest.mark.parametrize("layer", ["unit", "simulation"])
+def test_pure_tests_start_nothing(layer: str) -> None:
+    """Such a test never runs again after a failure, so it must not depend on the machine."""
+    found = {
+        (path.relative_to(ROOT).as_posix(), name)
+        for path in (ROOT / "tests" / layer).rglob("*.py")
+        for name in _imported(ast.parse(path.read_text(encoding="utf-8")))
+        if name.partition(".")[0] in STARTERS
+        or (name.startswith("tests.") and ".".join(name.split(".")[:2]) not in SHARED)
+    }
+
+    assert found == set()
+
+
+def _imported(tree: ast.AST) -> set[str]:
+    nodes = list(ast.walk(tree))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {
+        node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module
+    }

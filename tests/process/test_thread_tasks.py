@@ -19,6 +19,7 @@ from viralfx.domain.correlation import bind_user_id, current_correlation_id
 from viralfx.domain.jobs.model import Job, JobState, correlation_id_of_job
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.jobs.tasks import JobContext, declared_task, task
+from viralfx.domain.resilience.deadline import Cancellation
 from viralfx.domain.resilience.policy import BackoffPolicy
 from viralfx.worker.calls import JobThread
 
@@ -269,7 +270,8 @@ async def test_a_result_that_comes_during_the_drain_counts(fleet: Fleet) -> None
     worker = fleet.start()
     job_id = await fleet.accept("it")
     await fleet.until(began.is_set)
-    draining = asyncio.create_task(worker.drain(2.0))
+    # The last two seconds of the budget are for recording and deregistering.
+    draining = asyncio.create_task(worker.drain(5.0))
     (running,) = [each for each in asyncio.all_tasks() if each.get_name() == job_id]
     await fleet.until(lambda: running.cancelling() > 0)
     release.set()
@@ -355,3 +357,13 @@ async def test_a_forked_child_does_not_return_into_the_worker(
     assert job.result is not None
     _, status = await asyncio.to_thread(os.waitpid, int(job.result), 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_a_waiting_thread_sees_the_cancellation() -> None:
+    """It need not poll."""
+    cancelled, seen = Cancellation(), list[bool]()
+    thread = threading.Thread(target=lambda: seen.append(cancelled.wait()))
+    thread.start()
+    cancelled.set()
+    thread.join(10.0)
+    assert seen == [True]

@@ -1,8 +1,6 @@
 """The limits of an HTTP server: defaults from the machine, deadlines, memory, rejections."""
 
 import resource
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -237,20 +235,3 @@ def test_a_setting_below_the_descriptor_limit_is_used() -> None:
     limits = HttpLimits.for_api(Settings(http=HttpSettings(max_connections=5)))
 
     assert limits.max_connections == 5
-
-
-def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
-    """The test runs in a separate process, because it changes the process's limits."""
-    program = (
-        "import resource\n"
-        "from viralfx.runner.http_limits import raise_descriptor_limit\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 300))\n"
-        "raise_descriptor_limit()\n"
-        "raise_descriptor_limit()\n"
-        "print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-
-    assert done.stdout == "(300, 300)\n"

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import threading
 import traceback
 from collections.abc import Awaitable
 from pathlib import Path
@@ -161,31 +160,6 @@ async def test_callable_that_hangs_has_a_limit(monkeypatch: pytest.MonkeyPatch) 
 
     with pytest.raises(CredentialsError, match="no answer within"):
         await RotatingSecret("OperationsConfig.redis_credentials", None, hang).current()
-
-
-async def test_blocking_callable_that_hangs_takes_one_thread(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """However many connections ask; when it returns, it is called anew."""
-    monkeypatch.setattr("viralfx.settings.rotation.CALL_SECONDS", 0.01)
-    calls, end = [], threading.Event()
-
-    def hang() -> str:
-        calls.append(threading.current_thread())
-        end.wait()
-        return "token"
-
-    secret = RotatingSecret("OperationsConfig.redis_credentials", None, hang)
-    for _ in range(3):
-        with pytest.raises(CredentialsError, match="no answer within"):
-            await secret.current()
-    assert len(calls) == 1
-    end.set()
-    calls[0].join()
-    monkeypatch.setattr("viralfx.settings.rotation.CALL_SECONDS", 10.0)
-
-    assert [await secret.current() for _ in range(2)] == ["token"] * 2
-    assert len(calls) in {2, 3}
 
 
 async def test_connections_share_a_call_in_a_thread() -> None:

@@ -1,6 +1,5 @@
 """The declaration of tasks with ``@task``."""
 
-import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -208,13 +207,3 @@ def test_a_cancellation_is_set_by_the_worker_or_the_deadline() -> None:
     by_the_worker.set()
     assert not by_the_worker.seen
     assert by_the_worker
-
-
-def test_a_waiting_thread_sees_the_cancellation() -> None:
-    """It need not poll."""
-    cancelled, seen = Cancellation(), list[bool]()
-    thread = threading.Thread(target=lambda: seen.append(cancelled.wait()))
-    thread.start()
-    cancelled.set()
-    thread.join(10.0)
-    assert seen == [True]
