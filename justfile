@@ -18,6 +18,10 @@ test *arguments:
 gate *stages:
     .ci/run {{stages}}
 
+# a test many times beside two busy loops: how often does it fail?
+flaky path times="20" *arguments:
+    {{bin}}/python -m tests.flaky {{path}} {{times}} {{arguments}}
+
 # the tests that repeat for endurance, in full
 soak:
     .ci/soak
@@ -197,6 +201,10 @@ bench-console *arguments:
 # hostile and idle clients: memory, descriptors, and time of probes (short: --mebibytes 100 --idle 1000)
 bench-edge *arguments:
     {{bin}}/python -m benchmarks.edge {{arguments}}
+
+# probes before and during faults of Postgres, Redis and a check (short: --dry --seconds 3 --only frozen)
+bench-faults *arguments:
+    {{bin}}/python -m benchmarks.faults {{arguments}}
 
 # the image, named after the version and marked with the commit
 image *arguments:

@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from tests.again import AGAIN_IF_SLOW
 
 # Each worker and each process under test reads the same modules. Compiling them each time would
 # cost more than most tests, so the environment must not disable bytecode.
@@ -20,12 +19,21 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 pytest_plugins = ["tests.servers.fixtures", "tests.integration.databases"]
 
 
-_SLOW_FIRST = ("observability", "system", "edge", "integration", "process", "simulation")
+_SLOW_FIRST = (
+    *("browser", "observability", "system", "console", "deploy", "edge", "frameworks"),
+    *("integration", "process", "simulation"),
+)
+_EACH_PYTHON = ("contracts", "process", "web")
+
+
+@cache
+def _layer(file: Path) -> str:
+    return file.relative_to(Path(__file__).parent).parts[0]
 
 
 @cache
 def _rank(file: Path) -> int:
-    layer = file.relative_to(Path(__file__).parent).parts[0]
+    layer = _layer(file)
     return _SLOW_FIRST.index(layer) if layer in _SLOW_FIRST else len(_SLOW_FIRST)
 
 
@@ -44,16 +52,16 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let tests marked ``alone`` run twice more after a ``TooSlowError``.
+    """Run the layers with slow tests first, and mark those that depend on the Python version.
 
-    The layers with slow tests come first: at the end one slow file would run while the other
-    workers of the run have nothing left to do.
+    At the end one slow file would run while the other workers of the run have nothing left to do.
     """
     items.sort(key=lambda item: _rank(item.path))
     for item in items:
-        if item.get_closest_marker("alone"):
-            item.add_marker(AGAIN_IF_SLOW)
+        if _layer(item.path) in _EACH_PYTHON:
+            item.add_marker("each_python")
 
 
 @pytest.hookimpl(tryfirst=True)

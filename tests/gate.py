@@ -8,7 +8,8 @@ to twice more, after all others of its part and with nothing beside it. pytest-r
 repeat it at once, on the same busy machine and with the same servers. A pure test runs once. The
 summary lists each rerun with its first error. More than ``MAX_RERUNS`` of them make a run red.
 
-``VIRALFX_TEST_GATE`` names the folder in which the parts of one run leave their results.
+``VIRALFX_TEST_GATE`` names the folder in which the parts of one run leave their results. A part
+that has results there does not run a second time: stages may share it.
 """
 
 import json
@@ -20,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -123,8 +125,13 @@ def run(folder: Path, part: str, arguments: Sequence[str]) -> int:
     The code is 0 if each test passed in one of its attempts, 1 if one did not, and that of pytest
     or of its signal if not all tests ran.
     """
+    ran = folder / f"{part}.json"
+    if ran.exists():
+        results = Results.read(ran)
+        _print_short(f"{part}, which ran before", results)
+        return FAILED if results.failed else 0
     first = folder / f"{part}.first"
-    code = _attempt_apart(first, arguments)
+    code = attempt_apart(first, arguments)
     try:
         results = Results.read(first)
     except (OSError, ValueError):
@@ -135,7 +142,7 @@ def run(folder: Path, part: str, arguments: Sequence[str]) -> int:
         code = FAILED if results.failed else 0
     elif code and not results.failed:
         results.failed[part] = f"pytest ended with {code}"
-    results.write(folder / f"{part}.json")
+    results.write(ran)
     _print_short(part, results)
     return code
 
@@ -155,7 +162,7 @@ def _repeat(folder: Path, part: str, results: Results) -> None:
             results.repeated.setdefault(test, results.failed[test])
         names, path = folder / f"{part}.tests", folder / f"{part}.{number}"
         names.write_text("".join(f"{test}\n" for test in again), encoding="utf-8")
-        _attempt_apart(path, [f"@{names}"])
+        attempt_apart(path, [f"@{names}"])
         try:
             passed = Results.read(path).passed
         except (OSError, ValueError):
@@ -170,10 +177,13 @@ def _may_repeat(test: str) -> bool:
     return "::" in test and not test.startswith(PURE)
 
 
-def _attempt_apart(path: Path, arguments: Sequence[str]) -> int:
-    """Run pytest in a new process, so that an attempt inherits no module and no server."""
+def attempt_apart(path: Path, arguments: Sequence[str], **popen: Any) -> int:
+    """Run pytest in a new process, so that an attempt inherits no module and no server.
+
+    ``popen`` are further arguments of :func:`subprocess.run`.
+    """
     command = [sys.executable, "-m", "tests.gate", "attempt", str(path), *arguments]
-    return subprocess.run(command, check=False).returncode
+    return subprocess.run(command, check=False, **popen).returncode
 
 
 def _parts(folder: Path) -> Iterator[tuple[str, Results]]:

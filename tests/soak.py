@@ -1,13 +1,27 @@
 """Tests that repeat for endurance: once in a usual run, in full with VIRALFX_TEST_SOAK=1.
 
-Mark such a test ``soak``: ``just soak`` selects it by that for the full number.
+Mark such a test ``soak``: ``just soak`` selects it by that for the full number. A test that has no
+short form, because a shorter one shows the same behaviour, is :func:`only_in_soak`.
 """
 
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pytest
 
 SOAK = bool(os.environ.get("VIRALFX_TEST_SOAK"))
+
+Test = TypeVar("Test", bound=Callable[..., Any])
 
 
 def cycles(full: int, *, usual: int = 1) -> range:
     """Return the numbers of the cycles of this run: ``full`` of them in a soak run."""
     return range(full if SOAK else usual)
+
+
+def only_in_soak(test: Test) -> Test:
+    """Mark a test ``soak``, and skip it in a usual run."""
+    skipped = pytest.mark.skipif(not SOAK, reason="runs in `just soak`")
+    marked: Test = pytest.mark.soak(skipped(test))
+    return marked

@@ -64,9 +64,9 @@ def test_the_readme_shows_one_command_that_serves_and_one_that_tests() -> None:
         assert typed(ready[1], service) == ready[2]
 
 
-@pytest.mark.parametrize("failing", ["", "run alone", "run beside"])
-def test_the_test_command_runs_both_parts_and_fails_with_each(tmp_path: Path, failing: str) -> None:
-    """The second part has the tests that measure time, after the others."""
+@pytest.mark.parametrize("failing", ["", "run pure", "run beside", "run alone"])
+def test_the_test_command_runs_each_part_and_fails_with_it(tmp_path: Path, failing: str) -> None:
+    """The pure tests first, and those of the image last."""
     program = tmp_path / "bin/python"
     program.parent.mkdir()
     fails = f'[ -n "{failing}" ] && case "$*" in *"{failing}"*) exit 1;; esac'
@@ -83,8 +83,9 @@ def test_the_test_command_runs_both_parts_and_fails_with_each(tmp_path: Path, fa
 
     assert result.returncode == bool(failing), result.stderr
     assert result.stdout.splitlines() == [
-        "-m tests.gate run beside -n 6 -m not alone",
-        "-m tests.gate run alone -m alone",
+        "-m tests.gate run pure -n 4 tests/unit tests/simulation",
+        "-m tests.gate run beside -n 6 -m not alone --ignore=tests/unit --ignore=tests/simulation",
+        "-m tests.gate run alone -m alone tests/deploy",
     ]
 
 
@@ -116,6 +117,7 @@ def test_the_requirement_of_the_readme_names_this_distribution() -> None:
     assert f'name = "{requirement.name}"' in project
 
 
+@pytest.mark.each_python
 def test_the_plugin_of_the_readme_runs(tmp_path: Path) -> None:
     """The snippets together are an application whose own check passes."""
     section = PLUGIN.search(README)

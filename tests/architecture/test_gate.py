@@ -69,11 +69,16 @@ def checkout(tmp_path: Path) -> Path:
 
 def gate(checkout: Path, *arguments: str, apart: bool = False) -> tuple[int, list[str]]:
     """Run the gate in a checkout; return its exit code and its output."""
+    return run("tests.gate", checkout, *arguments, apart=apart)
+
+
+def run(module: str, checkout: Path, *arguments: str, apart: bool = False) -> tuple[int, list[str]]:
+    """Run a module in a checkout; return its exit code and the lines of its output."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT), FOLDER: str(checkout / "results")}
     if apart:
         del environ[FOLDER]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.gate", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=checkout,
         env=environ,
         capture_output=True,
@@ -146,6 +151,31 @@ def test_more_failures_than_the_limit_are_not_repeated(checkout: Path) -> None:
     code, lines = gate(checkout, "summary")
     assert code == 1
     assert lines[-2:] == ["and 5 more failed", f"0 passed, {many} failed, 0 run again"]
+
+
+def test_a_part_with_results_does_not_run_again(checkout: Path) -> None:
+    """Stages of one run may share it; its result stays the same."""
+    write(checkout, "unit", "def test_it():\n    assert not print('ran', file=open('ran', 'a'))\n")
+    assert gate(checkout, "run", "pure", "tests/unit")[0] == 0
+    code, lines = gate(checkout, "run", "pure", "tests/unit")
+    assert (code, lines[-1]) == (0, "== pure, which ran before: 1 passed, 0 failed")
+    assert (checkout / "ran").read_text(encoding="utf-8") == "ran\n"
+
+    write(checkout, "unit", "def test_it():\n    assert False\n")
+    codes = [gate(checkout, "run", "red", "tests/unit")[0] for _ in range(2)]
+    assert codes == [1, 1]
+
+
+def test_a_test_that_fails_sometimes_is_counted(checkout: Path) -> None:
+    """``tests.flaky`` runs it beside two busy loops, shows each failure, and counts them."""
+    write(checkout, "system", FAULTS)
+    path = "tests/system/test_system.py"
+    code, lines = run("tests.flaky", checkout, path, "2", "-k", "passes or fails_once")
+    assert code == 1
+    assert lines[0] == "1 of 2: 1 failed"
+    assert lines[-3] == "2 of 2: 0 failed", lines
+    assert lines[-2].startswith(f"FAILED 1 of 2: {path}::test_fails_once - AssertionError: on the")
+    assert lines[-1] == "1 failures in 2 runs"
 
 
 @pytest.mark.parametrize(
