@@ -4,7 +4,8 @@ Three workers with an API, Postgres and Redis get bystanders at a steady pace, w
 kind of culprit in turn. A culprit that uses up a core is compared with a process that does, one
 with a huge result with a task that makes the same and drops it, one that uses up the memory with a
 task that takes as much, one that forks with a fork whose child ends, and one that ends its worker
-with a restart: so the ratio shows the cost of what goes wrong.
+with a restart: so the ratio shows the cost of what goes wrong. tests/system/test_culprits.py holds
+the bystanders to their ends and numbers of runs, and not to a time.
 """
 
 import argparse

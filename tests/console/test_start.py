@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Route, expect
 from tests.console.pages import APP, QUICK, Console
 from tests.servers.chromium import visiting
+from tests.soak import SOAK
 from tests.system.jobs import accept, until
 from tests.system.service import Service, running
 
@@ -42,7 +43,10 @@ def abort(route: Route) -> None:
     route.abort("connectionreset")
 
 
-@pytest.mark.parametrize("name", ["app", "vendor/preact", "status", "parts", "live", "client"])
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "name", ["app", "vendor/preact", "status", "parts", "live", "client"][: None if SOAK else 2]
+)
 def test_a_module_that_does_not_arrive(opened: Console, name: str) -> None:
     """The page says that it has not started, and then starts by itself."""
     opened.page.route(f"**/ui/{name}.js", abort)

@@ -12,6 +12,7 @@ from tests.console.console_app import PLANTED
 from tests.console.pages import APP, QUICK, VIEWS, Console, console
 from tests.servers.postgres import PostgresServer
 from tests.servers.redis import RedisServer
+from tests.soak import SOAK
 from tests.system.jobs import accept, until
 from tests.system.service import Service, running
 from tests.system.workers import environment_of
@@ -19,6 +20,8 @@ from tests.system.workers import environment_of
 AXE = files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
 FAILED = 3
 WIDE = 1280
+APPEARANCES = [(False, WIDE), (True, 360), *([(True, WIDE), (False, 360)] if SOAK else [])]
+"""Whether the page is dark, and its width. A usual run has each value once."""
 """Pixels."""
 
 
@@ -210,8 +213,8 @@ def test_other_views(scene: Scene, name: str) -> None:
 
 
 @pytest.mark.parametrize("scene", ["memory"], indirect=True)
-@pytest.mark.parametrize("width", [WIDE, 360])
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.soak
+@pytest.mark.parametrize(("dark", "width"), APPEARANCES)
 def test_everybody_can_use_it(scene: Scene, browser: Browser, *, dark: bool, width: int) -> None:
     """No view violates a rule of axe-core, or has to be scrolled sideways."""
     with console(browser, scene.service, dark=dark, width=width) as opened:

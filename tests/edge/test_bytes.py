@@ -231,6 +231,7 @@ def observed() -> Observed:
         return asyncio.run(_observe(*ports))
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize("name", MESSAGES)
 def test_the_bytes_are_the_same(observed: Observed, name: str) -> None:
     """The split of the request and the path through the server do not matter."""

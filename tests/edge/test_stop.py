@@ -91,6 +91,7 @@ def test_a_silent_connection_does_not_delay_the_stop() -> None:
     assert took < 10, "far less than the head timeout and the drain budget together"
 
 
+@pytest.mark.each_python
 def test_a_half_sent_request_at_the_stop_is_answered() -> None:
     """Its connection stays open and closes after the response."""
     with running(*PLAIN) as service:

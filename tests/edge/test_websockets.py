@@ -33,6 +33,7 @@ def opened(service: Service, path: str = "/socket", *, extra: str = "") -> socke
     return connection
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize(
     ("frame", "code"),
     [

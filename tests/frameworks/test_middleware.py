@@ -152,6 +152,7 @@ class Steps:
         self.seen.append("stage")
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize("app", [raises, returns, leaves_early])
 async def test_an_application_without_a_lifespan_gets_the_layer(app: ASGIApp) -> None:
     """Its start-up succeeds, probes answer, its routes work, and the stages run."""
@@ -226,6 +227,7 @@ async def test_a_hanging_shutdown_does_not_delay_the_answer() -> None:
     await lifespan.cancel()
 
 
+@pytest.mark.each_python
 async def test_a_cancelled_lifespan_runs_the_stages() -> None:
     """A server may cancel it instead of asking for the shutdown."""
     app = Steps()
@@ -335,6 +337,7 @@ async def served_by(app: OperationsMiddleware, *paths: str) -> list[str]:
     return sorted(line.partition('http_route="')[2].partition('"')[0] for line in lines)
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize(
     ("app", "paths", "routes"),
     [
@@ -448,6 +451,7 @@ async def test_a_plugin_further_inside_is_a_failed_start() -> None:
         assert (await client.get("/health/shop")).json()["name"] == "shop"
 
 
+@pytest.mark.each_python
 async def test_it_works_as_middleware_of_starlette() -> None:
     """Without another one around the application."""
     app = Starlette(routes=[Route("/own", text)])

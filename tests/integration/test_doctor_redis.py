@@ -199,6 +199,7 @@ def test_snapshots_are_persistence(own_redis: RedisServer) -> None:
 # -- TLS -------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize(
     ("changes", "status", "text"),
     [

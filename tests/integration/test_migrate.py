@@ -76,6 +76,7 @@ def refused(environ: Mapping[str, str], *arguments: str) -> str:
 # -- what it does ----------------------------------------------------------------------------
 
 
+@pytest.mark.each_python
 def test_pending_migrations_are_applied_once(database: Database) -> None:
     """Each is printed with its description; a second run changes nothing."""
     environ, address = quick(database.url), place(database)
@@ -169,7 +170,7 @@ def test_wait_for_another_run_is_limited(database: Database) -> None:
         took = time.monotonic() - began
     message = str(raised.value)
 
-    assert 0.5 <= took < 5.0
+    assert 0.5 <= took < 30.0
     assert message == (
         f"DATABASE_URL: the database at {place(database)} is being migrated by another run, which"
         " took longer than 0.5 s, so nothing was migrated; run it again when the other run has"

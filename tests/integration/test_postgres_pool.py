@@ -134,6 +134,7 @@ async def test_long_use_of_a_connection_requests_a_check(database: Database) -> 
         assert suspicions.count == 1
 
 
+@pytest.mark.each_python
 async def test_cancellations_leak_no_connection(database: Database) -> None:
     """A hundred callers are cancelled at different moments, while waiting or querying."""
     random_moments = random.Random(4)  # noqa: S311 - the same moments each time
@@ -197,6 +198,7 @@ async def test_cancelled_caller_does_not_wait_for_a_frozen_server(
     await leaks.assert_none()
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize("kill", ["terminate", "restart"])
 async def test_connection_lost_while_idle_is_replaced(
     own_postgres: PostgresServer, kill: str

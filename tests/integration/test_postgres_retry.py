@@ -88,6 +88,7 @@ async def test_result_of_the_operation_is_returned(rows: Database) -> None:
     assert numbers(rows) == [1, 2, 3]
 
 
+@pytest.mark.each_python
 async def test_serialization_failure_is_retried(rows: Database) -> None:
     """The next attempt sees the changes of the other transaction."""
     attempts = 0

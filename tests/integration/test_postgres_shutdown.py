@@ -29,9 +29,9 @@ from viralfx.domain.clock import SystemClock
 from viralfx.domain.errors import StartupError, WorkLostError
 from viralfx.domain.shutdown import StageFunction
 
-SHORT, LONG = 0.3, 10.0
+SHORT, LONG = 0.3, 60.0
 """Budgets in seconds: one that is used up, and one that is more than enough."""
-MARGIN = 1.0
+MARGIN = 20.0
 """Tolerance in seconds for a busy machine."""
 LEAVE = 1.0
 """Seconds within which idle connections close, for any budget."""
@@ -147,13 +147,13 @@ async def test_cut_statement_raises_a_lost_connection(database: Database) -> Non
         await until(lambda: pool.waiting == 1 and active(database))
         with pytest.raises(WorkLostError, match="1 database"):
             await timed(stage, SHORT)
-        _, pending = await asyncio.wait(callers, timeout=2.0)
+        _, pending = await asyncio.wait(callers, timeout=MARGIN)
 
         assert not pending
         for caller in callers:
             assert isinstance(caller.exception(), asyncpg.InterfaceError | asyncpg.PostgresError)
         assert (pool.in_use, pool.waiting) == (0, 0)
-        wait_until(lambda: not active(database), seconds=5, what="the statement ends")
+        wait_until(lambda: not active(database), what="the statement ends")
 
 
 async def test_idle_pool_on_a_frozen_server_closes_at_once(
@@ -193,7 +193,7 @@ async def test_pool_in_use_on_a_frozen_server_closes_within_the_budget(
             with pytest.raises(WorkLostError, match="1 database"):
                 await timed(stage, SHORT)
             took = time.monotonic() - began
-            _, pending = await asyncio.wait({work, checking}, timeout=2.0)
+            _, pending = await asyncio.wait({work, checking}, timeout=MARGIN)
             assert not pending
             assert work.exception() is not None
             await leaks.assert_none()

@@ -59,6 +59,7 @@ async def outcome(config: PostgresConfig) -> str:
     return ENCRYPTED
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize("mode", MODES)
 async def test_each_mode_accepts_and_refuses_as_documented(
     tls_postgres: PostgresServer, certificates: Certificates, mode: str

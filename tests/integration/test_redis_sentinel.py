@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from redis import exceptions
-from tests.again import AGAIN_IF_SLOW
 from tests.integration.leaks import LeakCheck
 from tests.integration.redis_clients import (
     QUICK,
@@ -21,13 +20,12 @@ from tests.integration.redis_clients import (
 from tests.servers.fixtures import FaultProxies
 from tests.servers.sentinel import SentinelSetup
 from tests.servers.waiting import until, wait_for_code
-from tests.system.load import require_quick
 
 from viralfx.adapters.redis import RedisClient, close_redis
 
 pytestmark = pytest.mark.timeout(80)
 
-RATE = 200
+RATE = 40
 """Reads and writes per second, one of each for every number."""
 
 
@@ -50,6 +48,8 @@ class Load:
 
     def __init__(self, client: RedisClient, name: str) -> None:
         self.done = 0
+        self.in_a_row = 0
+        """Requests since the last failed one."""
         self.failures: Counter[str] = Counter()
         self.failed_at: list[float] = []
         """When those requests were begun that failed."""
@@ -85,20 +85,23 @@ class Load:
         except exceptions.RedisError as error:
             self.failures[type(error).__name__] += 1
             self.failed_at.append(began)
+            self.in_a_row = 0
             return
         # A failover may lose accepted writes: replication is asynchronous.
         if value in {b"%d" % number, None}:
             self.done += 1
+            self.in_a_row += 1
         else:
             self.failures["wrong answer"] += 1
 
 
-@AGAIN_IF_SLOW
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 async def test_no_request_fails_during_a_failover(sentinel_setup: SentinelSetup, how: str) -> None:
     """With retries; without them, only requests during the failover fail."""
+    # Sentinels that fail to agree vote again after six seconds: too late for 4 attempts.
+    patient = behind_sentinel(sentinel_setup, attempts=12, pool_timeout=60.0)
     async with (
-        opened_with(behind_sentinel(sentinel_setup)) as client,
+        opened_with(patient) as client,
         opened_with(behind_sentinel(sentinel_setup, attempts=1)) as impatient,
     ):
         check = check_of(client)
@@ -109,28 +112,17 @@ async def test_no_request_fails_during_a_failover(sentinel_setup: SentinelSetup,
         gone = time.monotonic()
         await asyncio.to_thread(old.kill if how == "killed" else old.freeze)
         new = await asyncio.to_thread(sentinel_setup.wait_failover, old)
-        promoted = time.monotonic()
         done = patient_load.done
         await until(lambda: patient_load.done > done + 2 * RATE, seconds=20.0)
+        await until(lambda: impatient_load.in_a_row > RATE, seconds=20.0)
         await patient_load.stop()
         await impatient_load.stop()
         observation: Any = await wait_for_code(check, None)
 
-        # After a failed vote, Sentinels wait longer for the next one than requests are retried.
-        require_quick(promoted - gone, 3.0, "the promotion")
         assert patient_load.failures == Counter()
         assert client.traffic.failed == 0
-        print(  # noqa: T201 - the timeline, in case of a failure
-            f"{how}: promoted after {promoted - gone:.2f} s; with retries {patient_load.done} done,"
-            f" {patient_load.failures.total()} failed; without {impatient_load.done} done,"
-            f" {impatient_load.failures.total()} failed, begun"
-            f" {min(impatient_load.failed_at, default=gone) - gone:+.2f} to"
-            f" {max(impatient_load.failed_at, default=gone) - gone:+.2f} s"
-        )
         assert impatient_load.failures.total() > 0
         assert min(impatient_load.failed_at) > gone - impatient.limits.socket_timeout
-        # A connection to the frozen server fails after the socket timeout.
-        assert max(impatient_load.failed_at) < promoted + impatient.limits.socket_timeout
         assert observation.details["config"] == {"host": new.host, "port": new.port, "db": 0}
         assert client.address == (new.host, new.port)
         old.thaw()

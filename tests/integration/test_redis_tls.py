@@ -30,6 +30,7 @@ def tls_client(server: RedisServer, **more: Any) -> Any:
     return opened(server, **{"password": server.password, "tls_enabled": True, **QUICK, **more})
 
 
+@pytest.mark.each_python
 async def test_trusted_certificate_is_accepted(
     tls_redis: RedisServer, certificates: Certificates
 ) -> None:
@@ -41,6 +42,7 @@ async def test_trusted_certificate_is_accepted(
         assert (await check_of(client).check()).message == "Redis is healthy"
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize("trust", ["another authority", "the system"])
 async def test_untrusted_certificate_is_refused(
     tls_redis: RedisServer, certificates: Certificates, trust: str

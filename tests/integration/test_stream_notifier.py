@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.again import AGAIN_IF_SLOW
 from tests.integration.leaks import LeakCheck
 from tests.integration.notifications import (
     QUEUE,
@@ -22,14 +21,13 @@ from tests.integration.notifications import (
     notify,
     notify_until_sent,
 )
-from tests.integration.redis_clients import addresses_of, config_of
+from tests.integration.redis_clients import addresses_of, config_of, within
 from tests.servers.certificates import Certificates
 from tests.servers.fault_proxy import BLACKHOLE
 from tests.servers.fixtures import FaultProxies
 from tests.servers.redis import RedisServer, redis_server
 from tests.servers.sentinel import SentinelSetup
 from tests.servers.waiting import until
-from tests.system.load import require_quick
 
 from viralfx.adapters.redis import RedisClient
 from viralfx.adapters.taskiq import StreamNotifier
@@ -395,24 +393,20 @@ async def test_a_killed_worker_leaves_no_entry_or_consumer(redis: RedisServer) -
 # -- faults --------------------------------------------------------------------------------------
 
 
-async def test_a_listener_recovers_from_data_loss_within_a_second(
+async def test_a_listener_recovers_from_data_loss(
     redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """FLUSHALL removes the stream and its group; later notifications are received."""
-    received, slowest = Received(), 0.0
+    received = Received()
     async with notifier_to(redis) as notifier, listening(notifier, received):
         for turn in map(str, range(5)):
             redis.flush()
-            started = time.monotonic()
             await notify(notifier, turn)
             await until(lambda turn=turn: turn in received)  # type: ignore[misc]
-            slowest = max(slowest, time.monotonic() - started)
 
-    assert slowest < 3
     assert messages_of(caplog) in [[LOST, FOUND] * count for count in range(1, 6)]
 
 
-@AGAIN_IF_SLOW
 async def test_a_restart_of_redis_is_two_log_lines(
     own_redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -423,18 +417,16 @@ async def test_a_restart_of_redis_is_two_log_lines(
         await until(lambda: received)
         own_redis.kill()
         await until(lambda: not notifier.is_connected(QUEUE))
-        started = time.monotonic()
         with pytest.raises(NotificationNotSentError):
             await notify(notifier, "into nothing")
-        refused = time.monotonic() - started
-        await until(lambda: time.monotonic() - started > 2)
+        ends = time.monotonic() + 2  # several attempts to connect
+        await until(lambda: time.monotonic() > ends)
         own_redis.start()
-        await until(lambda: notifier.is_connected(QUEUE), seconds=10)
+        await until(lambda: notifier.is_connected(QUEUE))
         await notify_until_sent(notifier, "after")
         await until(lambda: received == ["before", "after"])
 
     assert messages_of(caplog) == [LOST, FOUND]
-    require_quick(refused, 0.5, "a notification while Redis is down")
 
 
 async def test_slots_stay_taken_through_an_outage(own_redis: RedisServer) -> None:
@@ -456,7 +448,7 @@ async def test_slots_stay_taken_through_an_outage(own_redis: RedisServer) -> Non
         own_redis.kill()
         await until(lambda: not notifier.is_connected(QUEUE))
         own_redis.start()
-        await until(lambda: notifier.is_connected(QUEUE), seconds=10)
+        await until(lambda: notifier.is_connected(QUEUE))
         await notify_until_sent(notifier, "c")
         await notify(notifier, "d", "e")
         await until(lambda: running == 3)
@@ -478,27 +470,24 @@ async def test_listening_starts_when_redis_does(
         await until(lambda: messages_of(caplog) == [LOST])
         assert not notifier.is_connected(QUEUE)
         own_redis.start()
-        await until(lambda: notifier.is_connected(QUEUE), seconds=10)
+        await until(lambda: notifier.is_connected(QUEUE))
         await notify_until_sent(notifier, "a")
         await until(lambda: received)
 
     assert messages_of(caplog) == [LOST, FOUND]
 
 
-@AGAIN_IF_SLOW
 async def test_a_frozen_redis_delays_a_send_for_two_seconds(
     own_redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Later sends fail at once; listeners notice and recover."""
+    """Later sends fail without a wait; listeners notice and recover."""
     received = Received()
     async with notifier_to(own_redis) as notifier, listening(notifier, received):
         await notify(notifier, "before")
         await until(lambda: received)
         own_redis.freeze()
-        started = time.monotonic()
         with pytest.raises((NotificationNotSentError, OSError)):
-            await notify(notifier, "first")
-        first = time.monotonic() - started
+            await within(20.0, notify(notifier, "first"))
         started = time.monotonic()
         for _ in range(100):
             with pytest.raises(NotificationNotSentError):
@@ -506,32 +495,27 @@ async def test_a_frozen_redis_delays_a_send_for_two_seconds(
         later = time.monotonic() - started
         await until(lambda: not notifier.is_connected(QUEUE))
         own_redis.thaw()
-        await until(lambda: notifier.is_connected(QUEUE), seconds=10)
+        await until(lambda: notifier.is_connected(QUEUE))
         await notify_until_sent(notifier, "after")
         await until(lambda: "after" in received)
 
     assert messages_of(caplog) == [LOST, FOUND]
-    require_quick(first, 2.2, "the first notification")
-    require_quick(later, 0.5, "a hundred later ones")
+    # Each of them would wait for two seconds.
+    assert later < 40
 
 
-@AGAIN_IF_SLOW
 async def test_cancelling_works_while_redis_is_frozen(own_redis: RedisServer) -> None:
     """Neither the listener nor close waits for it."""
     leaks = LeakCheck()
     async with notifier_to(own_redis) as notifier:
         async with listening(notifier, Received()):
             own_redis.freeze()
-            started = time.monotonic()
+        # Both end before the thaw.
         await notifier.close()
-        took = time.monotonic() - started
     own_redis.thaw()
     await leaks.assert_none()
 
-    require_quick(took, 0.5, "cancelling and closing")
 
-
-@AGAIN_IF_SLOW
 async def test_a_send_without_a_response_times_out(
     redis: RedisServer, fault_proxy: FaultProxies
 ) -> None:
@@ -539,11 +523,9 @@ async def test_a_send_without_a_response_times_out(
     proxy = fault_proxy(redis.port, host=redis.host)
     proxy.mode = BLACKHOLE
     async with notifier_to(proxy) as notifier:
-        started = time.monotonic()
+        # Without a limit it would wait until the test ends.
         with pytest.raises((NotificationNotSentError, OSError)):
-            await notify(notifier, "a")
-
-    require_quick(time.monotonic() - started, 2.2, "a notification")
+            await within(20.0, notify(notifier, "a"))
 
 
 async def test_a_key_of_another_type_is_logged_once(
@@ -557,7 +539,7 @@ async def test_a_key_of_another_type_is_logged_once(
         with pytest.raises(NotificationNotSentError, match="WRONGTYPE"):
             await notify(notifier, "a")
         redis.command("DEL", STREAM)
-        await until(lambda: notifier.is_connected(QUEUE), seconds=10)
+        await until(lambda: notifier.is_connected(QUEUE))
         await notify(notifier, "b")
         await until(lambda: received == ["b"])
 
@@ -591,6 +573,7 @@ async def test_notifications_survive_a_failover(
 # -- TLS and access ------------------------------------------------------------------------------
 
 
+@pytest.mark.each_python
 async def test_notifications_over_tls(tls_redis: RedisServer, certificates: Certificates) -> None:
     """With a password, and the certificate of the authority."""
     received = Received()

@@ -741,6 +741,7 @@ async def test_labels_are_options_of_the_job(broker: LedgerBroker) -> None:
     assert nothing.labels == {"priority": 3, "queue": "notifications"}
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize("variant", [MEMORY, VIRALFX], indirect=True)
 async def test_a_delayed_message_runs_later(broker: LedgerBroker, running: Running) -> None:
     """After the seconds of the label ``delay``."""

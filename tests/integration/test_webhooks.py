@@ -54,6 +54,7 @@ def verified(received: Receiver, key: bytes) -> bool:
     return f"v1,{expected}" in headers["webhook-signature"].split(" ")
 
 
+@pytest.mark.each_python
 async def test_webhook_is_delivered_signed_over_tls(
     secure: Receiver, certificates: Certificates
 ) -> None:
@@ -220,6 +221,7 @@ async def test_cookies_are_not_kept(plain: Receiver) -> None:
 # -- verification of certificates ------------------------------------------------------------------
 
 
+@pytest.mark.each_python
 async def test_unknown_ca_is_refused(secure: Receiver, certificates: Certificates) -> None:
     """Nothing is sent to the server."""
     hosts = AllowList([f"localhost:{secure.port}", LOOPBACK])

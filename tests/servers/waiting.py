@@ -28,7 +28,7 @@ def wait_until(
         pause.wait(0.01)
 
 
-async def until(condition: Callable[[], object], *, seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], object], *, seconds: float = 20.0) -> None:
     """Poll until the condition is true while the event loop runs; fail after ``seconds``."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - a condition of any kind sets no event

@@ -277,13 +277,14 @@ class ScriptedCheck:
     most_outstanding = 0
 
     async def check(self) -> Observation:
-        """Hang, raise, swallow cancellation, or pass."""
+        """Hang, raise, swallow cancellation, or pass, and pass in the first ``PLANTED_PASSES``."""
         cls = type(self)
         cls.attempts += 1
         cls.outstanding += 1
         cls.most_outstanding = max(cls.most_outstanding, cls.outstanding)
         try:
-            match os.environ.get("PLANTED_CHECK"):
+            passes = cls.attempts <= int(os.environ.get("PLANTED_PASSES", "0"))
+            match None if passes else os.environ.get("PLANTED_CHECK"):
                 case "hang":
                     await asyncio.Event().wait()
                 case "raise":
@@ -303,8 +304,12 @@ class ScriptedCheck:
 
 @get("/attempts")
 async def attempts() -> dict[str, int]:
-    """Return the number of attempts of the planted check."""
-    return {"attempts": ScriptedCheck.attempts, "mostOutstanding": ScriptedCheck.most_outstanding}
+    """Return the numbers of attempts of the planted check."""
+    return {
+        "attempts": ScriptedCheck.attempts,
+        "outstanding": ScriptedCheck.outstanding,
+        "mostOutstanding": ScriptedCheck.most_outstanding,
+    }
 
 
 class ScriptedStage:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from tests.servers.postgres import Database
 from tests.servers.waiting import wait_until
 from tests.system.culprit_tasks import RUNS
 from tests.system.jobs import JOBS, accept, job
-from tests.system.service import READY_WITHIN, Service, percentile, running
+from tests.system.service import READY_WITHIN, Service, running
 
 BYSTANDERS = 200
 _TASKS = ("bystanders.notify", "bystanders.analyse")
@@ -30,16 +29,6 @@ class Crowd:
 
     shown: list[dict[str, Any]]
     runs: list[int]
-
-    @property
-    def p99(self) -> float:
-        """The seconds from acceptance to completion that one of a hundred exceeds."""
-        return percentile([_seconds(one) for one in self.shown], 0.99)
-
-
-def _seconds(shown: Mapping[str, Any]) -> float:
-    accepted, finished = (datetime.fromisoformat(shown[k]) for k in ("createdAt", "finishedAt"))
-    return (finished - accepted).total_seconds()
 
 
 @dataclass
@@ -79,7 +68,7 @@ class Crew:
         """Wait until each job has begun once."""
         wait_until(lambda: all(self.noted(each) for each in job_ids), what="they have begun")
 
-    def final(self, job_id: str, *, seconds: float = 30.0) -> dict[str, Any]:
+    def final(self, job_id: str, *, seconds: float = 60.0) -> dict[str, Any]:
         """Return a job once it is final."""
 
         def settled() -> dict[str, Any] | None:
@@ -90,7 +79,7 @@ class Crew:
         assert found is not None
         return found
 
-    def stand_by(self, *, seconds: float = 30.0) -> Crowd:
+    def stand_by(self, *, seconds: float = 60.0) -> Crowd:
         """Have the bystanders accepted, and return them when they have completed."""
         ids = [
             accept(self.service, _TASKS[number % len(_TASKS)], number)
@@ -129,7 +118,7 @@ class Crew:
             said.append(f"{shown['status']} {shown['message']}")
         return said
 
-    def says(self, text: str, *, seconds: float = 20.0) -> str:
+    def says(self, text: str, *, seconds: float = 60.0) -> str:
         """Return the first line of ``health`` that contains a text."""
 
         def found() -> str | None:

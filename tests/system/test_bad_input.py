@@ -127,6 +127,7 @@ def test_an_application_with_a_mistake_in_it(tmp_path: Path) -> None:
     assert "broken_application.py:3" in result.stderr
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize(
     "error", ["ValueError", "SystemExit", "ModuleNotFoundError"], ids=lambda name: f"by {name}"
 )

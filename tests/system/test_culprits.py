@@ -4,11 +4,10 @@ Each case runs three workers, an API, Postgres and Redis. The bystanders complet
 once. One exception is documented: a bystander that was running when its worker died, or lost its
 lease to code that holds the interpreter, runs again, and its ``crashes`` say so.
 
-Tests that share workers compare the times of the bystanders, so each of them runs alone.
+``just bench-bystanders`` compares the times of the bystanders with those without culprits.
 """
 
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,26 +17,26 @@ import pytest
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.redis import RedisServer
 from tests.servers.waiting import wait_until
-from tests.soak import SOAK
+from tests.soak import SOAK, only_in_soak
 from tests.system.bystanders import Crew, Crowd, crew, replacing
 from tests.system.control_group import control_group
 from tests.system.culprits import CODE, CONTENT, CULPRITS, NEWER, OLDER, Culprit, refusing
 from tests.system.jobs import job
-from tests.system.load import TooSlowError
 from tests.system.workers import environment_of
 
 pytestmark = pytest.mark.timeout(400)
 
 LEASE = 3.0
-SLOWER = 3.0
-"""Seconds that a bystander may take longer than without culprits."""
-
+SHARED_LEASE = LEASE if SOAK else 8.0
+"""Longer than a busy machine delays a renewal: a lost lease would be a crash of a bystander."""
 
 Place: TypeAlias = tuple[Database, dict[str, str]]
 
 
 @contextmanager
-def _place(postgres: PostgresServer, redis: RedisServer, number: int) -> Iterator[Place]:
+def _place(
+    postgres: PostgresServer, redis: RedisServer, number: int, lease: float
+) -> Iterator[Place]:
     """Make a database; ``number`` is that of the Redis database."""
     database = Database(postgres, postgres.create_database())
     environment = environment_of(
@@ -46,7 +45,7 @@ def _place(postgres: PostgresServer, redis: RedisServer, number: int) -> Iterato
         REDIS_HOST=redis.host,
         REDIS_PORT=str(redis.port),
         REDIS_DB=str(number),
-        JOB_LEASE=f"{LEASE * 1000:.0f}",
+        JOB_LEASE=f"{lease * 1000:.0f}",
         JOB_MAX_ATTEMPTS="1",
         JOB_MAX_CRASHES="3",
         HEALTH_CHECK_INTERVAL="500",
@@ -59,7 +58,7 @@ def _place(postgres: PostgresServer, redis: RedisServer, number: int) -> Iterato
 @pytest.fixture
 def own(postgres: PostgresServer, shared_redis: RedisServer) -> Iterator[Place]:
     """Return a database and the variables of processes that a test does not share."""
-    with _place(postgres, shared_redis, 2) as place:
+    with _place(postgres, shared_redis, 2, LEASE) as place:
         yield place
 
 
@@ -70,7 +69,7 @@ def shared(
     """Return workers that survive each culprit of the tests that share them."""
     folder = tmp_path_factory.mktemp("culprits")
     with (
-        _place(postgres, shared_redis, 1) as place,
+        _place(postgres, shared_redis, 1, SHARED_LEASE) as place,
         crew(*place, folder, service_modules=f"{CULPRITS},{NEWER}") as workers,
     ):
         yield workers
@@ -78,24 +77,10 @@ def shared(
     assert codes == [0, 0, 0], "SIGTERM ends each worker in order"
 
 
-@pytest.fixture(scope="module")
-def usual(shared: Crew) -> float:
-    """Return the p99 of the bystanders without culprits."""
-    crowd = shared.stand_by()
-    assert _unharmed(crowd)
-    return crowd.p99
-
-
 def _unharmed(crowd: Crowd) -> bool:
     """Return True if each bystander completed, and ran once."""
     states = {(one["state"], one["attempts"], one["crashes"]) for one in crowd.shown}
     return states == {("completed", 1, 0)} and set(crowd.runs) == {1}
-
-
-def _as_usual(crowd: Crowd, usual: float) -> None:
-    """Raise if the culprits delayed the bystanders."""
-    if crowd.p99 >= usual + SLOWER:
-        raise TooSlowError(f"the p99 of the bystanders is {crowd.p99:.1f} s, usually {usual:.1f} s")
 
 
 def _end(shown: dict[str, Any]) -> tuple[str, str | None]:
@@ -111,10 +96,9 @@ def _cases(*groups: list[Culprit]) -> list[Any]:
     return cases
 
 
-@pytest.mark.alone
 @pytest.mark.soak
 @pytest.mark.parametrize("culprits", _cases(CONTENT, CODE))
-def test_a_culprit_ends_alone(shared: Crew, usual: float, culprits: list[Culprit]) -> None:
+def test_a_culprit_ends_alone(shared: Crew, culprits: list[Culprit]) -> None:
     """It ends with the documented state and code; its bystanders do not notice."""
     ids = [shared.submit(one.task, one.payload) for one in culprits]
     crowd = shared.stand_by()
@@ -122,53 +106,46 @@ def test_a_culprit_ends_alone(shared: Crew, usual: float, culprits: list[Culprit
 
     assert ends == {str(one): (one.state, one.code) for one in culprits}
     assert _unharmed(crowd)
-    _as_usual(crowd, usual)
     assert [worker.process.poll() for worker in shared.workers] == [None] * 3
 
 
-@pytest.mark.alone
-@pytest.mark.soak
-@pytest.mark.parametrize("how", ["sleep", "python", "hashlib"] if SOAK else ["sleep"])
-def test_blocking_code_runs_once(shared: Crew, usual: float, how: str) -> None:
-    """Code that blocks a loop or a thread for many leases keeps its job; no bystander notices."""
-    leases = 10 if SOAK else 4
+@only_in_soak
+@pytest.mark.parametrize("how", ["sleep", "python", "hashlib"])
+def test_blocking_code_runs_once(shared: Crew, how: str) -> None:
+    """Code that blocks a loop or a thread for ten leases keeps its job; no bystander notices."""
+    seconds = 10 * SHARED_LEASE
     ids = [
-        shared.submit("culprits.block", {"how": how, "seconds": leases * LEASE}),
+        shared.submit("culprits.block", {"how": how, "seconds": seconds}),
         *(
-            shared.submit("culprits.block_thread", {"how": each, "seconds": leases * LEASE})
+            shared.submit("culprits.block_thread", {"how": each, "seconds": seconds})
             for each in ("sleep", "python", "hashlib")
         ),
     ]
     shared.begun(ids[:1])
     said = shared.says("is blocked")
     crowd = shared.stand_by()
-    shown = [shared.final(each, seconds=40) for each in ids]
+    shown = [shared.final(each) for each in ids]
 
     assert said.startswith("warn")
     assert [_end(each) for each in shown] == [("completed", None)] * 4
     assert [(each["attempts"], each["crashes"]) for each in shown] == [(1, 0)] * 4
     assert [shared.noted(each) for each in ids] == [1] * 4
     assert _unharmed(crowd)
-    _as_usual(crowd, usual)
 
 
-@pytest.mark.alone
-@pytest.mark.soak
+@only_in_soak
 def test_code_that_holds_the_interpreter(shared: Crew) -> None:
     """Its worker may lose the lease, as documented; jobs that this costs a run count a crash."""
-    if not SOAK:
-        pytest.skip("a soak run")
-    culprit = shared.submit("culprits.block", {"how": "interpreter", "seconds": 2.5 * LEASE})
+    culprit = shared.submit("culprits.block", {"how": "interpreter", "seconds": 2.5 * SHARED_LEASE})
     shared.begun([culprit])
-    crowd = shared.stand_by(seconds=60)
-    shown = shared.final(culprit, seconds=60)
+    crowd = shared.stand_by()
+    shown = shared.final(culprit)
 
     assert shared.noted(culprit) <= 1 + shown["crashes"]
     assert _end(shown) in {("completed", None), ("failed", "crashed")}
     assert _wronged(crowd) == []
 
 
-@pytest.mark.alone
 def test_versions_wait_for_a_worker_that_can_run_them(shared: Crew) -> None:
     """A new task and a changed payload fail at no older worker; ``queues`` names the task."""
     ids = [
@@ -191,8 +168,7 @@ def test_versions_wait_for_a_worker_that_can_run_them(shared: Crew) -> None:
     assert _unharmed(crowd)
 
 
-@pytest.mark.alone
-def test_a_trigger_refuses_one_job(shared: Crew, usual: float) -> None:
+def test_a_trigger_refuses_one_job(shared: Crew) -> None:
     """The job fails if a failure can be stored; otherwise ``queues`` warns until it can."""
     database = shared.database
     with refusing(database, "refused", "completed"), refusing(database, "unrecordable"):
@@ -200,7 +176,7 @@ def test_a_trigger_refuses_one_job(shared: Crew, usual: float) -> None:
         stays = shared.submit("culprits.unrecordable", None)
         crowd = shared.stand_by()
         failed = shared.final(refused)
-        said = shared.says("not recorded", seconds=60)
+        said = shared.says("not recorded")
         held = job(shared.service, stays)["state"]
         runs = shared.noted(stays)
     recorded = shared.final(stays)
@@ -212,18 +188,17 @@ def test_a_trigger_refuses_one_job(shared: Crew, usual: float) -> None:
     assert recorded["state"] in {"completed", "failed"}
     assert shared.noted(stays) == 1
     assert _unharmed(crowd)
-    _as_usual(crowd, usual)
 
 
 def test_a_culprit_that_ends_its_process(own: Place, tmp_path: Path) -> None:
     """It fails as ``crashed``; bystanders complete, and run again only if their worker died."""
     with crew(*own, tmp_path) as workers, replacing(workers) as end:
         ids = [workers.submit("culprits.end", "exit")]
-        crowd = workers.stand_by(seconds=60)
-        shown = [workers.final(ids[0], seconds=60)]
+        crowd = workers.stand_by()
+        shown = [workers.final(ids[0])]
         # Not beside the other one, which would end the same worker first.
         ids.append(workers.submit("culprits.end", "kill"))
-        shown.append(workers.final(ids[1], seconds=60))
+        shown.append(workers.final(ids[1]))
         end()
         codes = workers.stop()
 
@@ -234,11 +209,9 @@ def test_a_culprit_that_ends_its_process(own: Place, tmp_path: Path) -> None:
     assert codes == [0, 0, 0]
 
 
-@pytest.mark.soak
+@only_in_soak
 def test_a_culprit_that_takes_all_memory(own: Place, tmp_path: Path) -> None:
     """The kernel ends its worker; it fails as ``crashed``, and bystanders complete."""
-    if not SOAK:
-        pytest.skip("a soak run")
     with (
         control_group() as group,
         crew(*own, tmp_path, cgroup=group.path) as workers,
@@ -246,8 +219,8 @@ def test_a_culprit_that_takes_all_memory(own: Place, tmp_path: Path) -> None:
     ):
         group.limit(1024)
         culprit = workers.submit("culprits.devour", None)
-        crowd = workers.stand_by(seconds=60)
-        shown = workers.final(culprit, seconds=60)
+        crowd = workers.stand_by()
+        shown = workers.final(culprit)
         end()
         codes = workers.stop()
 
@@ -268,17 +241,15 @@ def _wronged(crowd: Crowd) -> list[tuple[dict[str, Any], int]]:
 
 
 def test_a_stop_while_a_thread_blocks(own: Place, tmp_path: Path) -> None:
-    """The worker ends with 0 within its budget; another one runs the job again, unspent."""
+    """The worker ends with 0 before the thread; another one runs the job again, unspent."""
     with crew(*own, tmp_path) as workers:
         job_id = workers.submit("culprits.block_thread", {"how": "sleep", "seconds": 600})
         workers.begun([job_id])
         shown = wait_until(lambda: _active(workers, job_id), what="active")
         assert shown is not None
         (holder,) = (w for w in workers.workers if f"-{w.process.pid}-" in shown["worker"])
-        began = time.monotonic()
         holder.signal(signal.SIGTERM)
         code = holder.exit_code()
-        took = time.monotonic() - began
         wait_until(lambda: workers.noted(job_id) == 2, what="it runs again")
         again = job(workers.service, job_id)
         for each in workers.workers:
@@ -286,7 +257,6 @@ def test_a_stop_while_a_thread_blocks(own: Place, tmp_path: Path) -> None:
         codes = [each.exit_code() for each in workers.workers]
 
     assert (code, codes) == (0, [0, 0, 0])
-    assert took < 2.0 + 5.0
     assert (again["attempts"], again["crashes"]) == (1, 0)
 
 
@@ -301,7 +271,7 @@ def test_a_stop_while_an_outcome_is_refused(own: Place, tmp_path: Path) -> None:
         with refusing(workers.database, "unrecordable"):
             job_id = workers.submit("culprits.unrecordable", None)
             workers.begun([job_id])
-            workers.says("not recorded", seconds=60)
+            workers.says("not recorded")
             codes = workers.stop()
         workers.workers = [workers.start_worker().wait_ready()]
         shown = workers.final(job_id)

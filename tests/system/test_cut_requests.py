@@ -176,6 +176,7 @@ def test_a_mounted_application_is_one_route() -> None:
     assert counted(metrics, "/mounted", 200)
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize(
     ("route", "expected"), [("/waits", []), ("/waits/cancelled", ["cancelled"])]
 )

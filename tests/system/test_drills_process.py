@@ -27,7 +27,6 @@ def limited() -> Iterator[ControlGroup]:
         yield group
 
 
-@pytest.mark.alone  # the child that writes the heap report has a time limit
 def test_memory_runs_out(limited: ControlGroup, tmp_path: Path) -> None:
     """A leak fills the memory: a restart helps for a while, more memory for longer."""
     with Cluster(tmp_path, {**QUICK, "HEAP_SNAPSHOT_DIR": str(tmp_path)}) as cluster:

@@ -2,10 +2,12 @@
 
 import signal
 
+import pytest
 from tests.system.jobs import accept, until
 from tests.system.service import ROOT, request, running
 
 
+@pytest.mark.each_python
 def test_the_example_runs_as_documented() -> None:
     """Its check is visible, its stage ships the waiting orders, and the stop is clean."""
     with running("--app", "docs.examples.orders:app") as service:

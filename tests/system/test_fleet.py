@@ -58,6 +58,7 @@ def roomy() -> Iterator[Database]:
         yield found
 
 
+@pytest.mark.each_python
 @pytest.mark.soak
 @pytest.mark.timeout(600 if SOAK else 120)
 def test_the_fleet_is_right_about_starts_kills_and_stops(roomy: Database) -> None:

@@ -1,12 +1,16 @@
 """The load that an idle worker process puts on the database."""
 
+import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 from tests import forked
 from tests.servers.postgres import Database, PostgresServer, postgres_server, transactions
+from tests.servers.waiting import wait_until
+from tests.soak import only_in_soak
 from tests.system.service import Service
 from tests.system.workers import environment_of, worker
 
@@ -24,8 +28,41 @@ SELECT '!another-' || number, '{default}', now() + interval '1 hour'
 FROM generate_series(2, 100) AS number
 """
 
-# Beside other tests, a connection that answers late is checked and opened again.
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.timeout(240)
+
+INTERVAL = 1.0
+"""Seconds of each interval of a worker, but for the renewals of its lease, which are fewer."""
+KINDS = 8
+"""Of statements that are repeated: polls, checks, sweeps and claims, some with their settings."""
+_STATEMENT = re.compile(
+    r"^\[viralfx[^\]]*\] LOG: +(?:execute \S+|statement): (.*(?:\n\t.*)*)", re.MULTILINE
+)
+_OF_CONNECTIONS = re.compile(r"SELECT 1\b|BEGIN|COMMIT|.*(?:typeinfo_tree|'jit')", re.DOTALL)
+"""Transactions, tests of a connection, and the set-up of one: a late answer causes more."""
+
+
+def test_an_idle_process_repeats_few_statements_once_an_interval() -> None:
+    """Its polls, sweeps and checks have few kinds of statements, none of them more often."""
+    settings = {"log_statement": "all", "log_line_prefix": "[%a] "}
+    interval = f"{INTERVAL * 1000:.0f}"
+    names = ("JOB_SWEEP", "JOB_POLL", "HEALTH_CHECK", "DB_HEALTH_CHECK")
+    with postgres_server(settings=settings) as postgres:
+        more = {f"{name}_INTERVAL": interval for name in names}
+        environment = environment_of(postgres, JOB_LEASE="30000", **more)
+
+        def sent() -> Counter[str]:
+            found = _STATEMENT.findall(postgres.log())
+            return Counter(each for each in found if not _OF_CONNECTIONS.match(each))
+
+        with worker(environment):
+            wait_until(lambda: any("LISTEN" in each for each in sent()), what="it listens")
+            began, before = time.monotonic(), sent()
+            wait_until(lambda: time.monotonic() > began + 4 * INTERVAL, what="four intervals")
+            new, seconds = sent() - before, time.monotonic() - began
+
+    # Without notifications it would poll five times in an interval.
+    assert 2 <= max(new.values()) <= 2 * (seconds / INTERVAL + 1)
+    assert len([each for each in new.values() if each > 1]) <= KINDS
 
 
 class Idle:
@@ -83,6 +120,7 @@ def _rates(postgres: PostgresServer, template: str) -> tuple[float, float]:
         return beside.rate(), alone.rate()
 
 
+@only_in_soak
 def test_a_hundred_idle_processes_make_fewer_than_fifty_transactions_a_second(
     rates: tuple[float, float],
 ) -> None:
@@ -90,6 +128,7 @@ def test_a_hundred_idle_processes_make_fewer_than_fifty_transactions_a_second(
     assert 0.0 < rates[0] * WORKERS < MAX_TRANSACTIONS
 
 
+@only_in_soak
 def test_an_idle_process_makes_at_most_one_transaction_a_second(
     rates: tuple[float, float],
 ) -> None:

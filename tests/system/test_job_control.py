@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.servers.postgres import Database
 from tests.servers.waiting import wait_until
 from tests.system.jobs import JOBS, accept, job, until
@@ -34,6 +35,7 @@ def reported(service: Service, job_id: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.each_python
 def test_running_jobs_are_cancelled(database: Database, tmp_path: Path) -> None:
     """The task sees it within two seconds, and a transaction is rolled back."""
     database.execute("create table effects (text text)")

@@ -25,9 +25,9 @@ from tests.system.workers import api, environment_of, worker
 
 BUDGET = 2.5
 LEASE, SWEEP = 2.0, 0.5
-TAKEN_OVER = 2.0
-"""Seconds after which another worker runs a job that was handed back."""
-LOADED = 2.0
+POLL = 60.0
+"""Seconds after which a worker would find a job that was handed back without a notification."""
+LOADED = 15.0
 """Seconds of tolerance for several processes on a busy machine."""
 
 
@@ -64,8 +64,9 @@ def home(postgres: PostgresServer, shared_redis: RedisServer) -> Iterator[Home]:
     postgres.drop_database(database.name)
 
 
+@pytest.mark.each_python
 def test_a_stopped_worker_finishes_or_hands_back_its_jobs(home: Home, tmp_path: Path) -> None:
-    """Within the budget and without an attempt; probes are correct; the rest moves in 2 s."""
+    """Within the budget and without an attempt; probes are correct; the rest moves at once."""
     leaving = {**home.environment, "SHUTDOWN_DRAIN_TIMEOUT": f"{BUDGET * 1000:.0f}"}
     released = tmp_path / "released"
     with worker(leaving) as first:
@@ -77,9 +78,9 @@ def test_a_stopped_worker_finishes_or_hands_back_its_jobs(home: Home, tmp_path: 
             until(home.service, job_id, "active")
         assert first.management_port is not None
         with (
-            worker(home.environment) as second,
-            Prober(first.management_port, "/health/ready", timeout=5) as ready,
-            Prober(first.management_port, "/health/live", timeout=5) as live,
+            worker({**home.environment, "JOB_POLL_INTERVAL": f"{POLL * 1000:.0f}"}) as second,
+            Prober(first.management_port, "/health/ready", timeout=10) as ready,
+            Prober(first.management_port, "/health/live", timeout=10) as live,
         ):
             wait_until(lambda: {200} == {*ready.order(), *live.order()}, what="probes")
             began = time.monotonic()
@@ -105,7 +106,7 @@ def test_a_stopped_worker_finishes_or_hands_back_its_jobs(home: Home, tmp_path: 
     assert {each["result"] for each in finished} == {first.process.pid}
     assert {each["result"] for each in moved} == {second.process.pid}
     assert _costs([*finished, *moved]) == {(1, 0)}
-    assert max(after) < TAKEN_OVER
+    assert max(after) < POLL / 3
     assert ready.order() in ([200, 503, None], [200, 503])
     assert live.order() in ([200, None], [200])
 

@@ -10,6 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 from tests.servers.postgres import Database
 from tests.system.service import clean_environment, command
 from tests.system.workers import environment_of
@@ -62,6 +63,7 @@ class Shell:
         return done.stderr
 
 
+@pytest.mark.each_python
 def test_jobs_are_submitted_listed_shown_and_cancelled(database: Database) -> None:
     """For people as a table, and for programs as the API's JSON."""
     shell = Shell(database)

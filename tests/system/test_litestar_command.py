@@ -80,6 +80,7 @@ def test_a_command_that_fails_has_its_own_exit_code() -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.each_python
 def test_each_command_has_the_help_of_the_program() -> None:
     """And is listed by Litestar's."""
     listed = litestar("--app", "docs.examples.orders:app", "viralfx", "--help").stdout

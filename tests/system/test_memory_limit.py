@@ -32,6 +32,7 @@ def limited() -> Iterator[Limited]:
         yield run
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize("command", ["serve", "worker", "doctor"])
 def test_too_little_memory_to_start_is_reported(limited: Limited, command: str) -> None:
     """The process logs the reason instead of being killed silently."""

@@ -48,6 +48,7 @@ def requests_by(seen: Mapping[Key, float]) -> dict[tuple[str, str, str], float]:
     }
 
 
+@pytest.mark.each_python
 def test_counts_match_the_sent_requests() -> None:
     """Both formats count by method, route and status; probes and scrapes are excluded."""
     with running() as service:
@@ -140,7 +141,6 @@ _STATEMENT = r"^\[viralfx.*\] LOG: .*(?:\n\t.*)*"
 """A statement in the log of Postgres, which indents its further lines by a tab."""
 
 
-@pytest.mark.alone
 def test_a_scrape_queries_neither_postgres_nor_redis(own_redis: RedisServer) -> None:
     """A hundred scrapes cause no statement and no command, counted at the servers."""
     settings = {"log_statement": "all", "log_line_prefix": "[%a] "}

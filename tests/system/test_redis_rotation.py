@@ -12,7 +12,7 @@ from tests.system.workers import environment_of
 
 APP = ("--app", "tests.system.rotating_app:app", "--worker")
 INTERVAL = 1.0
-TOLERANCE = 2.0
+TOLERANCE = 15.0
 """Seconds for the processes on a busy machine."""
 FIRST, SECOND, THIRD = "first-secret", "second-secret", "third-secret"
 
@@ -37,6 +37,7 @@ def is_back(service: Service) -> bool:
     return ready and service.get("/cached").json() == {"value": "planted"}
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize("source", ["file", "callable"])
 def test_rotated_credentials_need_no_restart(
     database: Database, tmp_path: Path, source: str

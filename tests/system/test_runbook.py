@@ -127,6 +127,7 @@ def test_the_codes_of_the_database_are_known() -> None:
     assert named <= {code for pair in known for code in pair} | {"schema_behind"}
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize(
     ("environment", "code", "said"),
     [

@@ -110,6 +110,7 @@ def failed_job(service: Service) -> Iterator[Reply]:
     yield service.get(f"{jobs.JOBS}/{job_id}/events", headers=bearer)
 
 
+@pytest.mark.each_python
 def test_no_secret_leaks_in_a_whole_run(
     environment: dict[str, str], own_postgres: PostgresServer, own_redis: RedisServer
 ) -> None:

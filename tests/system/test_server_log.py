@@ -48,6 +48,7 @@ def test_thousands_of_invalid_requests_are_a_line_a_minute() -> None:
     assert {line["upgrade"] for line in upgrades} == {"other"}
 
 
+@pytest.mark.each_python
 def test_suppressed_lines_are_logged_once_a_period(caplog: pytest.LogCaptureFixture) -> None:
     """Each kind has its own period, and a line counts those suppressed since the last."""
     log = ThrottledLog(logging.getLogger("tests.throttled"), "Refused", period=0.2)

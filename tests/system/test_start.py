@@ -21,6 +21,7 @@ def test_an_application_that_fails_to_start_exits_3() -> None:
     assert "planted in start-up" in "".join(service.output)
 
 
+@pytest.mark.each_python
 def test_probes_answer_while_the_application_starts() -> None:
     """Live is 200, ready and startup 503, requests are refused with 503; SIGTERM still stops it."""
     with running("--app", "tests.system.apps:never_starts") as service:
@@ -36,6 +37,7 @@ def test_probes_answer_while_the_application_starts() -> None:
         assert service.exit_code(seconds=60) == 0
 
 
+@pytest.mark.each_python
 def test_a_signal_during_the_imports_is_not_lost() -> None:
     """SIGTERM before the event loop runs still causes a graceful shutdown."""
     with running(*PLAIN) as service:
@@ -156,6 +158,7 @@ def test_litestars_own_logging_is_replaced() -> None:
     assert [line for line in service.output if not line.startswith("{")] == []
 
 
+@pytest.mark.each_python
 def test_a_closed_standard_output_changes_nothing() -> None:
     """Without standard output the service runs and stops normally."""
     with running(*PLAIN, closed_output=True) as service:

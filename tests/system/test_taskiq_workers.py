@@ -55,6 +55,7 @@ def viralfx(environment: Mapping[str, str]) -> Iterator[None]:
         process.signal(signal.SIGKILL)
 
 
+@pytest.mark.each_python
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(("killed", "other"), [("taskiq", "viralfx"), ("viralfx", "taskiq")])
 async def test_no_message_is_lost_when_its_worker_is_killed(

@@ -19,10 +19,10 @@ from tests.servers.waiting import wait_until
 from tests.soak import SOAK, cycles
 from tests.system.load import Load
 from tests.system.service import ROOT, request
-from tests.system.test_rolling_update import RATES, manifests
+from tests.system.test_rolling_update import RATES, TRAFFIC, manifests
 from tests.system.units import UNITS, Manager, Unit, installed
 
-REQUESTS = 10_000 if SOAK else 3_000
+REQUESTS = 10_000 if SOAK else 400
 """The least number of requests of a rolling restart."""
 ANY_PORT = "viralfx-api@3001"
 
@@ -60,7 +60,6 @@ def rolling_restart(
         )
 
 
-@pytest.mark.alone
 @pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_a_rolling_restart_loses_no_request(database: Database, tmp_path: Path) -> None:
@@ -75,12 +74,12 @@ def test_a_rolling_restart_loses_no_request(database: Database, tmp_path: Path) 
     database.execute("CREATE TABLE written (id bigserial PRIMARY KEY)")
     with machine(tmp_path, environment, "viralfx-migrate", worker) as (manager, proxy, instances):
         with Load(proxy.port, RATES) as load:
-            wait_until(lambda: len(load.responses) > 200, what="load")
+            wait_until(lambda: len(load.responses) > TRAFFIC, what="load")
             for _round in cycles(3):
                 done = rolling_restart(manager, proxy, *instances, worker)
                 assert (done.returncode, done.stderr) == (0, "")
                 print(done.stdout)  # noqa: T201
-            wait_until(lambda: len(load.responses) >= REQUESTS, seconds=90, what="all requests")
+            wait_until(lambda: len(load.responses) >= REQUESTS, seconds=120, what="all requests")
         hidden = proxy.hidden()
 
     statuses = Counter(response.status for response in load.responses)

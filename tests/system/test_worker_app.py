@@ -38,6 +38,7 @@ def listed(environment: dict[str, str]) -> list[dict[str, Any]]:
     return items
 
 
+@pytest.mark.each_python
 def test_jobs_run_in_the_lifespan_of_the_application(database: Database, tmp_path: Path) -> None:
     """With its tasks, clients, dependencies and middleware; SIGTERM drains the jobs first."""
     steps = tmp_path / "steps"

@@ -61,7 +61,7 @@ def test_without_a_shutdown_there_is_no_trace(provider: TracerProvider, finished
     assert finished() == ()
 
 
-@pytest.mark.parametrize(("flush_timeout", "budget"), [(5.0, 0.3), (0.25, 10.0)])
+@pytest.mark.parametrize(("flush_timeout", "budget"), [(30.0, 0.3), (0.25, 30.0)])
 def test_the_export_is_limited_by_the_budget(
     provider: TracerProvider, flush_timeout: float, budget: float
 ) -> None:
@@ -76,7 +76,7 @@ def test_the_export_is_limited_by_the_budget(
     took = asyncio.run(run())
     hang.set()
 
-    assert 0.2 < took < 2.0  # the larger of the two limits is at least 5 s
+    assert 0.2 < took < 20.0  # the larger of the two limits is 30 s
 
 
 async def test_the_stage_comes_last(provider: TracerProvider) -> None:

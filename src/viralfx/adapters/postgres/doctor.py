@@ -308,7 +308,7 @@ _VARIABLES = {
     "tls": "",
     "pooler_mode": "",
 }
-_PROBES, _PROBE_SECONDS = 3, 2.0
+_PROBES = 3
 
 
 class PostgresDoctor:
@@ -410,7 +410,7 @@ async def _is_shared(connector: Connector, connection: ServerConnection) -> bool
     """
     seen = "SELECT pg_backend_pid()"
     try:
-        async with asyncio.timeout(_PROBE_SECONDS), _connected(connector) as other:
+        async with asyncio.timeout(MAX_QUERY_SECONDS), _connected(connector) as other:
             for _ in range(_PROBES):
                 first = await run_query(connection, connection.fetchval(seen))
                 if first == await run_query(other, other.fetchval(seen)):
