@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Collection, Iterator
 from functools import cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
+from importlib.util import cache_from_source
 from pathlib import Path, PurePosixPath
 
 from packaging.requirements import Requirement
@@ -104,14 +105,19 @@ def _modules(package: Distribution) -> Iterator[str]:
 
 
 def size_of(extras: Collection[str]) -> float:
-    """Return the size of the packages of an installation with these extras, in MiB."""
-    total = 0
+    """Return the size of the packages of an installation with these extras, in MiB.
+
+    It includes the byte code of modules, whether or not the installer has listed that.
+    """
+    files: set[Path] = set()
     for name in packages_of(extras):
         with contextlib.suppress(PackageNotFoundError):
             for file in distribution(name).files or ():
                 path = Path(str(file.locate()))
-                total += path.stat().st_size if path.is_file() else 0
-    return total / 2**20
+                files.add(path)
+                if path.suffix == ".py":
+                    files.add(Path(cache_from_source(str(path))))
+    return sum(path.stat().st_size for path in files if path.is_file()) / 2**20
 
 
 def table() -> Iterator[tuple[str, int, float]]:
