@@ -75,6 +75,11 @@ def gate(checkout: Path, *arguments: str, apart: bool = False) -> tuple[int, lis
 def run(module: str, checkout: Path, *arguments: str, apart: bool = False) -> tuple[int, list[str]]:
     """Run a module in a checkout; return its exit code and the lines of its output."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT), FOLDER: str(checkout / "results")}
+    # Other plugins take most of the time of a start.
+    environ |= {
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTEST_ADDOPTS": "-p xdist -p pytest_timeout",
+    }
     if apart:
         del environ[FOLDER]
     done = subprocess.run(

@@ -96,7 +96,11 @@ def test_a_session_that_does_not_arrive(opened: Console) -> None:
     assert len(failed) > 1
 
 
-@pytest.mark.parametrize("name", ["ui/start.js", "ui/vendor/preact.js", "session?start", "events"])
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "name",
+    ["ui/start.js", "events", "ui/vendor/preact.js", "session?start"][: None if SOAK else 2],
+)
 def test_a_process_that_is_suspended_meanwhile(
     opened: Console, service: Service, name: str
 ) -> None:

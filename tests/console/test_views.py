@@ -20,9 +20,11 @@ from tests.system.workers import environment_of
 AXE = files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
 FAILED = 3
 WIDE = 1280
+"""Pixels."""
+STORAGES = ["memory", "postgres and redis"] if SOAK else ["postgres and redis"]
+"""The adapters of jobs keep the same contract."""
 APPEARANCES = [(False, WIDE), (True, 360), *([(True, WIDE), (False, 360)] if SOAK else [])]
 """Whether the page is dark, and its width. A usual run has each value once."""
-"""Pixels."""
 
 
 class Scene:
@@ -53,7 +55,7 @@ class Scene:
         return self.console.page.get_by_role("button", name=name, exact=True)
 
 
-@pytest.fixture(scope="module", params=["memory", "postgres and redis"])
+@pytest.fixture(scope="module", params=STORAGES)
 def scene(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Scene]:
     """Return a service on each kind of storage, for all tests of this file."""
     stored = request.param != "memory"
@@ -212,7 +214,7 @@ def test_other_views(scene: Scene, name: str) -> None:
     expect(scene.main.locator("table, .empty").first).to_be_visible()
 
 
-@pytest.mark.parametrize("scene", ["memory"], indirect=True)
+@pytest.mark.parametrize("scene", STORAGES[-1:], indirect=True)
 @pytest.mark.soak
 @pytest.mark.parametrize(("dark", "width"), APPEARANCES)
 def test_everybody_can_use_it(scene: Scene, browser: Browser, *, dark: bool, width: int) -> None:
@@ -237,7 +239,7 @@ def test_everybody_can_use_it(scene: Scene, browser: Browser, *, dark: bool, wid
     assert found == {}
 
 
-@pytest.mark.parametrize("scene", ["memory"], indirect=True)
+@pytest.mark.parametrize("scene", STORAGES[-1:], indirect=True)
 def test_markup_in_names_and_headers_stays_text(scene: Scene) -> None:
     """A task may have any name, and a client sends any header; the server takes no such id."""
     headers = {"X-Correlation-ID": PLANTED, "User-Agent": PLANTED, "Referer": PLANTED}

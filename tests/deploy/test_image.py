@@ -20,7 +20,7 @@ from tests.deploy.engine import (
     inspected,
 )
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.image, pytest.mark.timeout(300)]
 
 LARGEST = 1.3
 """The image's size to that of its base and what the lock names, unpacked."""

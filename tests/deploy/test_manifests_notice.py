@@ -20,6 +20,7 @@ from tests.deploy import program_rules
 from tests.deploy.agreement import complaints
 from tests.deploy.manifests import OVERLAYS, ROOT, Resource, render
 from tests.servers.fixtures import or_skip
+from tests.soak import SOAK
 
 FREE = {
     "ConfigMap data/REDIS_HOST changed": "another place",
@@ -194,9 +195,12 @@ CODE_SIDE = {
     "jobs at once": (BACKENDS, default("concurrency", 10), r"\g<1>20", "scaling"),
 }
 """A file of the code, a pattern in it, its replacement, and the rule that reports the change."""
+USUAL_CHANGES = ("worker's port", "variable", "budget", "path of readiness", "jobs at once")
+"""One of each file, and of each kind of setting: the rules themselves are tested above."""
 
 
-@pytest.mark.parametrize("change", CODE_SIDE)
+@pytest.mark.soak
+@pytest.mark.parametrize("change", CODE_SIDE if SOAK else USUAL_CHANGES)
 def test_a_change_of_the_code_alone_is_noticed(change: str, tmp_path: Path) -> None:
     """The manifests as they are, and a copy of the code with another default or name."""
     file, before, after, rule = CODE_SIDE[change]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tests.deploy.engine import IN_MEMORY, Container, container
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.image, pytest.mark.timeout(180)]
 
 LIMIT = 256
 STEP = 4

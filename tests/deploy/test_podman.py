@@ -15,7 +15,7 @@ from tests.deploy.podman import Podman, adapted, podman
 from tests.servers.fixtures import or_skip
 from tests.servers.waiting import wait_until
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.image, pytest.mark.timeout(300)]
 
 POSTGRES, REDIS = "postgres:17", "redis:8"
 TOKEN = "planted-api-token-0123456789"

@@ -11,9 +11,9 @@ from tests.deploy.trial import trial as composed
 from tests.servers.fixtures import or_skip
 from tests.servers.waiting import wait_until
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.image, pytest.mark.timeout(180)]
 
-JOBS = 200
+JOBS = 80
 WORKERS = 2
 USERS = {
     "secrets": "0:0",

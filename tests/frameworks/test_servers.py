@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from tests.servers.ports import free_port
 from tests.servers.waiting import wait_until
+from tests.soak import SOAK
 from tests.system.service import READY_WITHIN, ROOT, Reply, clean_environment, request
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
@@ -88,6 +89,13 @@ FRAMEWORKS = {
     "Django": "django_app",
     "plain ASGI": "plain_app",
 }
+PAIRS = [
+    (server, framework)
+    for number, server in enumerate(SERVERS)
+    for place, framework in enumerate(FRAMEWORKS)
+    if SOAK or server == "viralfx serve" or number == place
+]
+"""Every pair in a soak run, else each framework under ``viralfx serve``, and each server once."""
 WITHOUT_WEBSOCKETS = {"Django"}
 PROBES = ("/health", "/health/live", "/health/ready", "/health/startup", "/metrics")
 
@@ -185,8 +193,8 @@ class Socket:
         return 1006 if closed.value.rcvd is None else closed.value.rcvd.code
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize("server_name", SERVERS)
+@pytest.mark.soak
+@pytest.mark.parametrize(("server_name", "framework"), PAIRS)
 def test_an_application_under_a_server(framework: str, server_name: str, tmp_path: Path) -> None:
     """Probes, routes, a job, and a stop with a request and a WebSocket; the stages run."""
     server = SERVERS[server_name]

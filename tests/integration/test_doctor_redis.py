@@ -8,7 +8,7 @@ import pytest
 from tests.integration.doctor import GOOD, visit
 from tests.servers.certificates import Certificates
 from tests.servers.ports import free_port
-from tests.servers.redis import RedisServer, redis_server
+from tests.servers.redis import RedisServer, cluster_node, redis_server
 from tests.servers.sentinel import SentinelSetup
 from tests.servers.waiting import wait_until
 
@@ -146,7 +146,7 @@ def test_each_problem_of_the_server_is_found(
 @pytest.mark.parametrize("rights", ["all", "no INFO"])
 def test_cluster_node_is_refused(rights: str) -> None:
     """By name, also for a user who may not ask for INFO."""
-    arguments = ["--cluster-enabled", "yes", "--appendonly", "yes"]
+    arguments = [*cluster_node(), "--appendonly", "yes"]
     weak = {"REDIS_USERNAME": "weak", "REDIS_PASSWORD": WEAK} if rights == "no INFO" else {}
     with redis_server(password=PASSWORD, users=USERS, arguments=arguments) as server:
         found = visit(good(server, **weak), secrets=SECRETS)

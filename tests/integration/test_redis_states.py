@@ -10,7 +10,7 @@ from redis import exceptions
 from tests.integration.redis_clients import check_of, opened, within
 from tests.servers.fault_proxy import DROP
 from tests.servers.fixtures import FaultProxies
-from tests.servers.redis import RedisServer, redis_server
+from tests.servers.redis import RedisServer, cluster_node, redis_server
 from tests.servers.sentinel import SentinelSetup
 from tests.servers.waiting import wait_for_code
 
@@ -196,7 +196,7 @@ async def test_connection_to_a_replica_is_opened_again(
 async def test_cluster_node_is_refused(rights: str) -> None:
     """By name, at the check and at each request, so that no key gets lost silently."""
     user: dict[str, Any] = BOB if rights == "least" else {}
-    with redis_server(arguments=["--cluster-enabled", "yes"], users=[MINIMAL_USER]) as server:
+    with redis_server(arguments=cluster_node(), users=[MINIMAL_USER]) as server:
         async with opened(server, **user) as client:
             observation = await check_of(client).check()
             with pytest.raises(WrongServerError, match="Redis Cluster"):

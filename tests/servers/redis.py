@@ -10,6 +10,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from tests.servers.certificates import Certificates
 from tests.servers.host import Host
+from tests.servers.ports import free_port
 from tests.servers.processes import ProcessHost, reachable
 from tests.servers.server import Server
 from tests.servers.supply import Image, chosen
@@ -136,6 +137,11 @@ class RedisServer(Server):
         except redis.ConnectionError:
             return False
         raise AssertionError("loaded before it was seen loading")
+
+
+def cluster_node() -> list[str]:
+    """Return the arguments of a node of a cluster: by default its second port is 10000 higher."""
+    return ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
 
 
 def redis_host(*, tls: Certificates | None = None) -> Host:

@@ -79,17 +79,21 @@ def test_the_database_is_down(
 ) -> None:
     """The server is killed; starting it is the whole remedy."""
     drill = at(cluster, "ViralFXDatabaseDown", database, cache)
+    (backend,) = cluster.processes(BACKEND)
+    lost = "Database connection lost"
     database.kill()
     try:
-        drill.show_symptom()
+        # A check that was in flight has another reason than the later ones.
+        reason = wait_until(lambda: backend.logged(lost), what=lost)[0]["detail"]
+        drill.show_symptom({f"{lost}: Database refuses connections": f"{lost}: {reason}"})
         drill.diagnose()
         assert drill.procedure.steps("Remedy") == []
     finally:
         database.start()
     drill.end()
-    (backend,) = cluster.processes(BACKEND)
+    assert reason in {"Database refuses connections", "Database closed the connection"}
     assert backend.process.poll() is None
-    assert len(backend.logged("Database connection lost")) == 1
+    assert len(backend.logged(lost)) == 1
 
 
 def test_the_database_hangs(cluster: Cluster, database: PostgresServer, cache: RedisServer) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from tests.servers.redis import RedisServer, redis_server
+from tests.servers.redis import RedisServer, cluster_node, redis_server
 from tests.servers.sentinel import SentinelSetup
 from tests.servers.waiting import wait_until
 from tests.system.load import Load
@@ -128,7 +128,7 @@ def test_a_wrong_password_is_degraded_with_the_code_auth(sentinel_setup: Sentine
 def test_a_server_that_cannot_work_is_degraded_with_its_code() -> None:
     """A node of a cluster is refused by name at the start; the log says what to do."""
     with (
-        redis_server(arguments=["--cluster-enabled", "yes"]) as server,
+        redis_server(arguments=cluster_node()) as server,
         serving(of(server)) as service,
     ):
         assert service.get("/health/ready").status == 200
