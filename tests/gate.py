@@ -1,6 +1,7 @@
 """Runs one part of the tests, repeats the failed ones alone, and sums up a whole run.
 
     python -m tests.gate run PART ARGUMENTS...    one part: the arguments are those of pytest
+    python -m tests.gate once PART ARGUMENTS...   the same, unless an earlier stage has run it
     python -m tests.gate summary                  skips, stages, failures, reruns and totals
 
 A busy machine can delay a test that starts processes, uses servers or waits. Such a test runs up
@@ -8,8 +9,8 @@ to twice more, after all others of its part and with nothing beside it. pytest-r
 repeat it at once, on the same busy machine and with the same servers. A pure test runs once. The
 summary lists each rerun with its first error. More than ``MAX_RERUNS`` of them make a run red.
 
-``VIRALFX_TEST_GATE`` names the folder in which the parts of one run leave their results. A part
-that has results there does not run a second time: stages may share it.
+``VIRALFX_TEST_GATE`` names the folder in which the parts of one run leave their results. Each part
+has a name of its own there: ``run`` refuses a second part of the same name.
 """
 
 import json
@@ -39,6 +40,7 @@ MAX_COLUMNS = 200
 
 FAILED = 1
 """pytest's exit code if tests failed. Other ones mean that they did not all run."""
+USAGE = 2
 
 
 @dataclass
@@ -127,9 +129,8 @@ def run(folder: Path, part: str, arguments: Sequence[str]) -> int:
     """
     ran = folder / f"{part}.json"
     if ran.exists():
-        results = Results.read(ran)
-        _print_short(f"{part}, which ran before", results)
-        return FAILED if results.failed else 0
+        print(f"{part}: another part of this run has this name", file=sys.stderr)
+        return USAGE
     first = folder / f"{part}.first"
     code = attempt_apart(first, arguments)
     try:
@@ -145,6 +146,16 @@ def run(folder: Path, part: str, arguments: Sequence[str]) -> int:
     results.write(ran)
     _print_short(part, results)
     return code
+
+
+def once(folder: Path, part: str, arguments: Sequence[str]) -> int:
+    """Run a part unless it has run, as a stage of its own; return an exit code as :func:`run`."""
+    try:
+        results = Results.read(folder / f"{part}.json")
+    except OSError:
+        return run(folder, part, arguments)
+    _print_short(f"{part}, which ran before", results)
+    return FAILED if results.failed else 0
 
 
 def _repeat(folder: Path, part: str, results: Results) -> None:
@@ -250,13 +261,14 @@ def main(arguments: Sequence[str]) -> int:
             return attempt(Path(path), rest)
         case ["summary"]:
             return summary(Path(os.environ[FOLDER]))
-        case ["run", part, *rest] if FOLDER in os.environ:
-            return run(Path(os.environ[FOLDER]), part, rest)
-        case ["run", part, *rest]:
+        case ["run" | "once" as command, part, *rest]:
+            start = run if command == "run" else once
+            if FOLDER in os.environ:
+                return start(Path(os.environ[FOLDER]), part, rest)
             with tempfile.TemporaryDirectory() as folder:
-                return run(Path(folder), part, rest)
+                return start(Path(folder), part, rest)
     print(__doc__, file=sys.stderr)
-    return 2
+    return USAGE
 
 
 if __name__ == "__main__":

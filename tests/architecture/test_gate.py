@@ -158,16 +158,17 @@ def test_more_failures_than_the_limit_are_not_repeated(checkout: Path) -> None:
     assert lines[-2:] == ["and 5 more failed", f"0 passed, {many} failed, 0 run again"]
 
 
-def test_a_part_with_results_does_not_run_again(checkout: Path) -> None:
-    """Stages of one run may share it; its result stays the same."""
+def test_a_part_runs_once(checkout: Path) -> None:
+    """``once`` gives the result of the first time; ``run`` refuses a name that is taken."""
     write(checkout, "unit", "def test_it():\n    assert not print('ran', file=open('ran', 'a'))\n")
-    assert gate(checkout, "run", "pure", "tests/unit")[0] == 0
-    code, lines = gate(checkout, "run", "pure", "tests/unit")
+    assert gate(checkout, "once", "pure", "tests/unit")[0] == 0
+    code, lines = gate(checkout, "once", "pure", "tests/unit")
     assert (code, lines[-1]) == (0, "== pure, which ran before: 1 passed, 0 failed")
+    assert gate(checkout, "run", "pure", "tests/unit")[0] == 2
     assert (checkout / "ran").read_text(encoding="utf-8") == "ran\n"
 
     write(checkout, "unit", "def test_it():\n    assert False\n")
-    codes = [gate(checkout, "run", "red", "tests/unit")[0] for _ in range(2)]
+    codes = [gate(checkout, "once", "red", "tests/unit")[0] for _ in range(2)]
     assert codes == [1, 1]
 
 

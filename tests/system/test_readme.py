@@ -64,7 +64,7 @@ def test_the_readme_shows_one_command_that_serves_and_one_that_tests() -> None:
         assert typed(ready[1], service) == ready[2]
 
 
-@pytest.mark.parametrize("failing", ["", "run pure", "run processes", "run image"])
+@pytest.mark.parametrize("failing", ["", "once pure", "run processes", "run image"])
 def test_the_test_command_runs_each_part_and_fails_with_it(tmp_path: Path, failing: str) -> None:
     """The pure tests first, and those of the image last."""
     program = tmp_path / "bin/python"
@@ -84,7 +84,7 @@ def test_the_test_command_runs_each_part_and_fails_with_it(tmp_path: Path, faili
     assert result.returncode == bool(failing), result.stderr
     others = "--ignore=tests/unit --ignore=tests/simulation"
     assert result.stdout.splitlines() == [
-        "-m tests.gate run pure -n 4 tests/unit tests/simulation",
+        "-m tests.gate once pure -n 4 tests/unit tests/simulation",
         f"-m tests.gate run processes -n 8 -m not image {others}",
         "-m tests.gate run image -n 2 -m image tests/deploy",
     ]
