@@ -17,22 +17,26 @@ def wait_until(
     seconds: float = 20.0,
     what: Callable[[], str] | str = "condition",
 ) -> T:
-    """Poll until the result is true, and return it; fail with ``what`` after ``seconds``."""
-    deadline, pause = time.monotonic() + seconds, threading.Event()
+    """Poll until the result is true, and return it; fail with ``what`` after ``seconds``.
+
+    A poll may be a request to the process under test: the longer a wait, the more seldom it polls.
+    """
+    began, pause = time.monotonic(), threading.Event()
     while True:
         if seen := poll():
             return seen
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > seconds:
             description = what if isinstance(what, str) else what()
             raise AssertionError(f"not within {seconds:g} s: {description}")
-        pause.wait(0.01)
+        pause.wait(min(max(0.01, waited / 20), 0.05))
 
 
 async def until(condition: Callable[[], object], *, seconds: float = 20.0) -> None:
     """Poll until the condition is true while the event loop runs; fail after ``seconds``."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - a condition of any kind sets no event
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.01)
 
 
 async def wait_for_code(

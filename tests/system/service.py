@@ -246,7 +246,7 @@ class Sighting:
 class Prober:
     """Probes one path as a kubelet does: sequentially, with a new connection each time."""
 
-    def __init__(self, port: int, path: str, *, period: float = 0.02, timeout: float = 1.0) -> None:
+    def __init__(self, port: int, path: str, *, period: float = 0.04, timeout: float = 1.0) -> None:
         self.seen: list[Sighting] = []
         self._port, self._path, self._period, self._timeout = port, path, period, timeout
         self._stop = threading.Event()
