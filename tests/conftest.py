@@ -8,6 +8,7 @@ import sys
 from collections.abc import Generator, Iterator
 from functools import cache
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
@@ -19,10 +20,12 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 pytest_plugins = ["tests.servers.fixtures", "tests.integration.databases"]
 
 
-_SLOW_FIRST = (
-    *("browser", "observability", "system", "console", "deploy", "edge", "frameworks"),
-    *("integration", "process", "simulation"),
+_LONG = (
+    *("browser/test_site.py", "observability/test_dashboard.py", "system/test_chaos.py"),
+    *("edge/test_attacks.py", "system/test_culprits.py", "console/test_views.py"),
+    *("edge/test_held.py", "system/test_rolling_update.py", "system/test_database_faults.py"),
 )
+"""The files that take longest, by themselves and on a machine with nothing else to do."""
 _EACH_PYTHON = ("contracts", "process", "web")
 
 
@@ -32,9 +35,9 @@ def _layer(file: Path) -> str:
 
 
 @cache
-def _rank(file: Path) -> int:
-    layer = _layer(file)
-    return _SLOW_FIRST.index(layer) if layer in _SLOW_FIRST else len(_SLOW_FIRST)
+def _turn(file: Path) -> tuple[int, int]:
+    name = file.relative_to(Path(__file__).parent).as_posix()
+    return (_LONG.index(name) if name in _LONG else len(_LONG)), crc32(name.encode())
 
 
 @pytest.hookimpl(wrapper=True)
@@ -54,11 +57,12 @@ def pytest_collection() -> Generator[None, object, object]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the layers with slow tests first, and mark those that depend on the Python version.
+    """Mix the files of all layers, the longest first, and mark those of both Python versions.
 
-    At the end one slow file would run while the other workers of the run have nothing left to do.
+    At the end one long file would run while the other workers of the run have nothing left to do.
+    Tests of some layers compute and those of others wait, so that they fit beside each other.
     """
-    items.sort(key=lambda item: _rank(item.path))
+    items.sort(key=lambda item: _turn(item.path))
     for item in items:
         if _layer(item.path) in _EACH_PYTHON:
             item.add_marker("each_python")

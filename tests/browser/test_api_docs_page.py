@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, expect
 from tests.servers.chromium import visiting
+from tests.soak import SOAK
 from tests.system.service import Service, running
 
 
@@ -26,7 +27,8 @@ def operation_id(method: str, path: str) -> str:
     return f"{method}-{path.translate(str.maketrans('{}', '--'))}"
 
 
-@pytest.mark.parametrize("colors", ["light", "dark"])
+@pytest.mark.soak
+@pytest.mark.parametrize("colors", ["light", "dark"] if SOAK else ["dark"])
 def test_the_page_shows_each_operation(browser: Browser, service: Service, colors: str) -> None:
     """It asks only its own origin, and breaks no rule of its policy, in each colour scheme."""
     paths = service.get("/api/docs/openapi.json").json()["paths"]

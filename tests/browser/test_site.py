@@ -69,9 +69,7 @@ def test_the_search_works_from_a_disk(browser: Browser, site: Path) -> None:
     assert visit.foreign(site.as_uri()) == []
 
 
-@pytest.mark.parametrize(
-    "page", ["index", "README", "docs/index", "docs/jobs", "docs/api", "adr/README", "genindex"]
-)
+@pytest.mark.parametrize("page", ["index", "docs/jobs", "docs/api", "genindex"])
 def test_a_page_loads_nothing_from_elsewhere(browser: Browser, site: Path, page: str) -> None:
     """It is read from the disk, without an error, and with links to the next pages."""
     with visiting(browser) as visit:

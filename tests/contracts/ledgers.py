@@ -18,6 +18,7 @@ from tests.integration.postgres_clients import config_of, opened
 from tests.manual_clock import ManualClock
 from tests.servers.pgbouncer import POOLED, Poolers
 from tests.servers.postgres import Database
+from tests.soak import SOAK
 
 from viralfx.adapters.memory import MemoryJobLedger
 from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
@@ -39,7 +40,7 @@ LONG_LEASE = 60.0
 """Seconds of a lease that outlasts every test."""
 SHORT_LEASE = 0.2
 """Seconds of a lease whose end a test waits for."""
-TURNS = (0, 1, 2, 3, 5, 10, 30, 100)
+TURNS = (0, 1, 2, 3, 5, 10, 30, 100) if SOAK else (0, 2, 10, 100)
 """Turns of the loop after which a step is cancelled; a response of a server takes some tens."""
 ERROR = JobError(code="error", message="the task raised")
 EARLIER = JobError(code="timeout", message="an earlier attempt")
