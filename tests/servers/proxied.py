@@ -63,6 +63,7 @@ class Link:
         self.client_left = False
         self._socket, self._tls, self._upstream, self._policy = client, tls, upstream, policy
         self._writers: list[asyncio.StreamWriter] = []
+        self._to_server: asyncio.StreamWriter | None = None
         self._since: object = None
         self._answered = 0
         self._unanswered = False
@@ -89,10 +90,10 @@ class Link:
 
     def reset(self) -> None:
         """End both connections by a reset."""
-        reset(self._socket)
+        reset(self._socket)  # a closed TLS transport of Python 3.11 cannot name it
+        if self._to_server is not None:
+            reset(self._to_server.get_extra_info("socket"))
         for writer in self._writers:
-            if (connection := writer.get_extra_info("socket")) is not None:
-                reset(connection)
             writer.transport.abort()
 
     async def _forward(self, tasks: asyncio.TaskGroup) -> None:
@@ -105,6 +106,7 @@ class Link:
         await self._policy.hold(0.0, self._accepted)
         from_server, to_server = await asyncio.open_connection(*self._upstream)
         self._writers.append(to_server)
+        self._to_server = to_server
         answered: asyncio.Queue[Piece] = asyncio.Queue(HELD)
         tasks.create_task(self._take(from_server, answered))
         tasks.create_task(self._give(asked, to_server))
