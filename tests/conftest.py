@@ -8,7 +8,6 @@ import sys
 from collections.abc import Generator, Iterator
 from functools import cache
 from pathlib import Path
-from zlib import crc32
 
 import pytest
 
@@ -26,6 +25,11 @@ _LONG = (
     *("edge/test_held.py", "system/test_rolling_update.py", "system/test_database_faults.py"),
 )
 """The files that take longest, by themselves and on a machine with nothing else to do."""
+_SLOW = (
+    *("browser", "observability", "system", "console", "deploy", "edge", "frameworks"),
+    *("integration", "process", "simulation"),
+)
+"""The layers with slow tests, the slowest first."""
 _EACH_PYTHON = ("contracts", "process", "web")
 
 
@@ -36,8 +40,11 @@ def _layer(file: Path) -> str:
 
 @cache
 def _turn(file: Path) -> tuple[int, int]:
-    name = file.relative_to(Path(__file__).parent).as_posix()
-    return (_LONG.index(name) if name in _LONG else len(_LONG)), crc32(name.encode())
+    name, layer = file.relative_to(Path(__file__).parent).as_posix(), _layer(file)
+    return (
+        _LONG.index(name) if name in _LONG else len(_LONG),
+        _SLOW.index(layer) if layer in _SLOW else len(_SLOW),
+    )
 
 
 @pytest.hookimpl(wrapper=True)
@@ -57,10 +64,9 @@ def pytest_collection() -> Generator[None, object, object]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mix the files of all layers, the longest first, and mark those of both Python versions.
+    """Run the longest files and the slowest layers first, and mark those of both Python versions.
 
     At the end one long file would run while the other workers of the run have nothing left to do.
-    Tests of some layers compute and those of others wait, so that they fit beside each other.
     """
     items.sort(key=lambda item: _turn(item.path))
     for item in items:
