@@ -11,8 +11,14 @@ from tests.servers.redis import RedisServer, redis_hosts
 from tests.servers.waiting import wait_until
 
 NAME = "viralfx-primary"
-QUORUM = 2
+QUORUM = 1
+DOWN_AFTER = (500, 2500, 4500)
+"""Milliseconds without an answer until each Sentinel considers a server down.
 
+A Sentinel asks the others for their votes once as many as the quorum consider the primary down. Two
+that ask at the same time may split the votes, and the next vote is six seconds later, long after
+the retries of a request. So the first one asks alone. It still needs the vote of another one.
+"""
 
 PERIODS = {"PING-PERIOD": 250, "PUBLISH-PERIOD": 500, "INFO-PERIOD": 200}
 """Milliseconds. If the ping period equals the answer timeout, which is the default here, a Sentinel
@@ -169,17 +175,17 @@ def sentinel_setup(
         wait_until(lambda: "connected" in replica.command("ROLE"), what="the replica is in step")
         watch = [
             f"sentinel monitor {name} {primary.host} {primary.port} {QUORUM}",
-            f"sentinel down-after-milliseconds {name} 500",
             f"sentinel failover-timeout {name} 3000",
         ]
         if password:
             watch.append(f"sentinel auth-pass {name} {password}")
         if sentinel_password:
             watch.append(f"sentinel sentinel-pass {sentinel_password}")
-        sentinels = [
-            stack.enter_context(Sentinel(host, password=sentinel_password, lines=watch))
-            for host in others
-        ]
+        sentinels = []
+        for host, down_after in zip(others, DOWN_AFTER, strict=True):
+            lines = [*watch, f"sentinel down-after-milliseconds {name} {down_after}"]
+            sentinel = Sentinel(host, password=sentinel_password, lines=lines)
+            sentinels.append(stack.enter_context(sentinel))
         for sentinel in sentinels:
             knows_all = partial(sentinel.knows, name, sentinels=2, replicas=1)
             wait_until(knows_all, what="a Sentinel knows the others")

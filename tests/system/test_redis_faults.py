@@ -145,7 +145,7 @@ def test_a_server_that_cannot_work_is_degraded_with_its_code() -> None:
 
 
 def test_failover_under_load_loses_no_request(sentinel_setup: SentinelSetup) -> None:
-    """After a kill of the primary, the new one answers each write that is still repeated."""
+    """After a kill of the primary, the new one answers each write."""
     old = sentinel_setup.primary_server()
     environment = {
         "REDIS_SENTINEL_ENABLED": "true",
@@ -160,6 +160,7 @@ def test_failover_under_load_loses_no_request(sentinel_setup: SentinelSetup) -> 
         rates = {"POST /counter": 15.0, "/cached": 10.0, "/health/ready": 10.0}
         with Load(service.port, rates) as load:
             wait_until(lambda: len(load.of("POST /counter")) > 20, what="traffic")
+            killed = time.monotonic()
             sentinel_setup.kill_primary()
             new = sentinel_setup.wait_failover(old)
             promoted = time.monotonic()
@@ -171,8 +172,9 @@ def test_failover_under_load_loses_no_request(sentinel_setup: SentinelSetup) -> 
                 lambda: redis_check(service)["details"]["config"]["port"] == new.port,
                 what="the new primary is shown",
             )
-        # Sentinels that fail to agree vote again after six seconds, when writes have given up.
         failed = [a for a in load.of("POST /counter") if a.status != 200]
+        # A busy machine may delay the vote beyond the last attempt of the first writes.
+        assert failed == [] or promoted - killed > WAITS
         assert [a for a in failed if a.at + WAITS > promoted + 1] == []
         assert {a.status for a in load.of("/cached")} == {200}
         assert {a.status for a in load.of("/health/ready")} == {200}
