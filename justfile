@@ -206,6 +206,18 @@ bench-edge *arguments:
 bench-faults *arguments:
     {{bin}}/python -m benchmarks.faults {{arguments}}
 
+# how long callers wait while Postgres, Redis or a webhook fails (short: --dry --rounds 1 --only Sentinel)
+bench-waits *arguments:
+    {{bin}}/python -m benchmarks.waits {{arguments}}
+
+# ends of processes that an obstacle delays, and their jobs elsewhere (short: --dry --rounds 1 --only stage)
+bench-stops *arguments:
+    {{bin}}/python -m benchmarks.stops {{arguments}}
+
+# metrics of a request, and a log line without a reader (short: --dry --rounds 1)
+bench-costs *arguments:
+    {{bin}}/python -m benchmarks.costs {{arguments}}
+
 # the image, named after the version and marked with the commit
 image *arguments:
     docker build --build-arg REVISION=$(git rev-parse HEAD) --tag viralfx-backend:$({{bin}}/uv version --short) {{arguments}} .

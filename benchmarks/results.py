@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -60,16 +61,31 @@ def target_table(targets: Iterable[Target]) -> list[str]:
 
 
 def circumstances(*more: str) -> list[str]:
-    """Return date, machine and versions of a measurement."""
+    """Return date, commit, machine and versions of a measurement."""
     memory = psutil.virtual_memory().total / 2**30
     load = os.getloadavg()[0]
     return [
-        f"- Date: {datetime.now(UTC).date().isoformat()}",
+        f"- Date: {datetime.now(UTC).date().isoformat()}, {_commit()}",
         f"- Machine: {os.cpu_count()} cores, {memory:.0f} GiB, load average {load:.1f} at the end",
         f"- Python {platform.python_version()}; "
         + ", ".join(f"{name} {version(name)}" for name in _LIBRARIES),
         *(f"- {line}" for line in more),
     ]
+
+
+def _commit() -> str:
+    """Return the commit of the checkout, and whether its code was changed after it."""
+    git = ("git", "-C", str(RESULTS.parent))
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", "../src", "*.py"], check=False
+        ).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "without a git checkout"
+    return f"commit {head}" + (" with changes" if changed else "")
 
 
 def command(recipe: str) -> str:

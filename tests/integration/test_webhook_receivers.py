@@ -132,7 +132,8 @@ async def test_body_of_a_response_is_ignored(plain: Receiver, name: str) -> None
     where = f"http://127.0.0.1:{plain.port}"
     began = time.monotonic()
 
-    assert await delivery(where).deliver(f"{where}/", message_id="i", body=BODY) == 200
+    delivering = delivery(where, timeout=60.0)
+    assert await delivering.deliver(f"{where}/", message_id="i", body=BODY) == 200
 
     assert time.monotonic() - began < 20
     await until(lambda: plain.ended == 1)

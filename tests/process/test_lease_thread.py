@@ -198,7 +198,7 @@ async def test_no_renewal_follows_the_end() -> None:
     async with running(owner, store):
         await until(lambda: store.renewals)
         began = time.monotonic()
-    assert time.monotonic() - began < LIMIT
+    assert time.monotonic() - began < LIMIT / 2  # the one that hangs takes LIMIT
     assert len(store.renewals) == 1
 
 
