@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from tests.servers.fault_proxy import BLACKHOLE, RESET, CutCommits, FaultProxy
@@ -26,6 +26,8 @@ _SESSIONS = 80
 """Connections to the server that a pooler in session mode may open."""
 _PAUSED = 3.0
 """Seconds in which the pooler lets its clients wait."""
+_STUCK = 15.0
+"""Seconds in which a server that has space again recovers, or is restarted by its operator."""
 _SILENT = 10.0
 """Seconds without a reply of the standby: more than a call of the ledger waits for its commit."""
 _SEGMENTS = 12
@@ -208,6 +210,11 @@ class Cluster:
                 break
         time.sleep(max(0.0, began + _FULL - time.monotonic()))
         disk.empty()
+        with suppress(AssertionError):
+            wait_until(self._serves, seconds=_STUCK, what="the server recovers")
+            return
+        # Its recovery has met the full disk, and may wait for ever after that.
+        self._primary.kill()
         wait_until(self._serves, seconds=40, what=self._primary.log)
 
     def _serves(self) -> bool:
