@@ -35,7 +35,7 @@ def busy() -> Iterator[None]:
 def flaky(path: str, times: int, arguments: Sequence[str]) -> int:
     """Run the tests of ``path`` so many times; return an exit code.
 
-    A time in which pytest leaves no results, or selects no test, counts as a failure of ``path``.
+    A time in which no test passes counts as a failure of ``path``.
     """
     failures, errors = Counter[str](), dict[str, str]()
     with tempfile.TemporaryDirectory() as name, busy():
@@ -59,10 +59,13 @@ def flaky(path: str, times: int, arguments: Sequence[str]) -> int:
 
 def _failed(path: str, code: int, results: Path) -> dict[str, str]:
     try:
-        failed = Results.read(results).failed
+        found = Results.read(results)
     except (OSError, ValueError):
-        failed = {}
-    return failed if failed or not code else {path: f"pytest ended with {code}"}
+        found = Results()
+    if not found.failed and not found.passed:
+        skips = ", ".join(sorted(set(found.skipped.values())))
+        return {path: f"nothing passed; pytest ended with {code}; skipped: {skips or 'nothing'}"}
+    return found.failed if found.failed or not code else {path: f"pytest ended with {code}"}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -5,16 +5,20 @@
     python -m tests.gate summary                  skips, stages, failures, reruns and totals
 
 A busy machine can delay a test that starts processes, uses servers or waits. Such a test runs up
-to twice more, after all others of its part and with nothing beside it. pytest-rerunfailures would
-repeat it at once, on the same busy machine and with the same servers. A pure test runs once. The
+to twice more, after all others of its part and with nothing beside it. A pure test runs once. The
 summary lists each rerun with its first error. More than ``MAX_RERUNS`` of them make a run red.
 
+A test that hangs is cut by its time limit, or with its process after ``HANGS_AFTER`` seconds if it
+catches that. A part is cut after ``MAX_SECONDS``. Tests that did not run have failed.
+
 ``VIRALFX_TEST_GATE`` names the folder in which the parts of one run leave their results. Each part
-has a name of its own there: ``run`` refuses a second part of the same name.
+has a name of its own there: ``run`` refuses a second part of the same name. The folder also holds
+the results and the output of stages.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,13 +38,21 @@ PURE = ("tests/unit/", "tests/simulation/")
 """Folders whose tests depend on nothing but the code."""
 
 MAX_ATTEMPTS = 3
+HANGS_AFTER = 1000
+"""Seconds; no test of the gate has a longer time limit."""
+MAX_SECONDS = 2400
+SECONDS_TO_END = 30
+"""Seconds in which an interrupted pytest writes its results."""
 MAX_RERUNS = 10
 MAX_FAILURES_SHOWN = 15
 MAX_COLUMNS = 200
+REASON_LINES = 3
+"""Last lines of a stage that the summary repeats if it is not green and no test of it failed."""
 
 FAILED = 1
 """pytest's exit code if tests failed. Other ones mean that they did not all run."""
 USAGE = 2
+INTERRUPTED = 130
 
 
 @dataclass
@@ -56,8 +68,10 @@ class Results:
     """The skipped tests with their reasons."""
 
     def write(self, path: Path) -> None:
-        """Write the results as JSON."""
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        """Write the results as JSON, whole or not at all."""
+        new = path.with_name(f"{path.name}.new")
+        new.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        new.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> "Results":
@@ -72,13 +86,12 @@ class Recorder:
         """Start without results."""
         self.results = Results()
         self._passed: dict[str, None] = {}
+        self._selected: dict[str, None] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Record one phase of a test. A test that fails in any phase has failed."""
         results, test = self.results, report.nodeid
-        if report.outcome == "rerun":  # type: ignore[comparison-overlap]  # of pytest-rerunfailures
-            results.repeated.setdefault(test, _first_line(report))
-        elif report.failed:
+        if report.failed:
             results.failed.setdefault(test, _first_line(report))
         elif report.skipped:
             results.skipped[test] = _reason(report)
@@ -90,10 +103,31 @@ class Recorder:
         if report.failed:
             self.results.failed.setdefault(report.nodeid, _last_line(str(report.longrepr)))
 
-    def finished(self) -> Results:
-        """Return the results of the whole call."""
-        self.results.passed = [test for test in self._passed if test not in self.results.failed]
-        return self.results
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Record the tests to run in this process."""
+        self._selected |= dict.fromkeys(item.nodeid for item in session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
+        """Record the tests to run in other processes."""
+        self._selected |= dict.fromkeys(ids)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
+        """Distribute the tests so that a killed process costs one test."""
+        from tests.distribution import FileScheduling  # noqa: PLC0415 - pytest loads xdist first
+
+        return FileScheduling(config, log)
+
+    def finished(self, code: int) -> Results:
+        """Return the results of a call that ended with this exit code."""
+        results = self.results
+        results.passed = [test for test in self._passed if test not in results.failed]
+        if code in {0, FAILED}:
+            for test in self._selected:
+                if test not in self._passed and test not in results.skipped:
+                    results.failed.setdefault(test, "did not run to its end")
+        return results
 
 
 def _first_line(report: pytest.TestReport) -> str:
@@ -116,9 +150,13 @@ def _reason(report: pytest.TestReport) -> str:
 def attempt(path: Path, arguments: Sequence[str]) -> int:
     """Run pytest in this process, write its results to a file, and return its exit code."""
     recorder = Recorder()
-    code = pytest.main([*arguments], plugins=[recorder])
-    recorder.finished().write(path)
-    return int(code)
+    cut = ("-o", f"faulthandler_timeout={HANGS_AFTER}", "-o", "faulthandler_exit_on_timeout=true")
+    code = FAILED
+    try:
+        code = int(pytest.main([*cut, *arguments], plugins=[recorder]))
+    finally:  # a warning may become an error when all tests have run
+        recorder.finished(code).write(path)
+    return code
 
 
 def run(folder: Path, part: str, arguments: Sequence[str]) -> int:
@@ -132,28 +170,37 @@ def run(folder: Path, part: str, arguments: Sequence[str]) -> int:
         print(f"{part}: another part of this run has this name", file=sys.stderr)
         return USAGE
     first = folder / f"{part}.first"
-    code = attempt_apart(first, arguments)
     try:
-        results = Results.read(first)
-    except (OSError, ValueError):
-        results = Results(failed={part: f"pytest ended with {code} and left no results"})
-        code = code or FAILED
-    if code == FAILED:
+        code = attempt_apart(first, arguments)
+    except KeyboardInterrupt:
+        results = _left_in(first, part, "pytest was interrupted")
+        results.failed.setdefault(part, "pytest was interrupted")
+        results.write(ran)
+        raise
+    results = _left_in(first, part, f"pytest ended with {code} and left no results")
+    if code and not results.failed:
+        results.failed[part] = f"pytest ended with {code}"
+    if code in {0, FAILED}:
         _repeat(folder, part, results)
         code = FAILED if results.failed else 0
-    elif code and not results.failed:
-        results.failed[part] = f"pytest ended with {code}"
     results.write(ran)
     _print_short(part, results)
     return code
 
 
+def _left_in(path: Path, part: str, problem: str) -> Results:
+    try:
+        return Results.read(path)
+    except (OSError, ValueError):
+        return Results(failed={part: problem})
+
+
 def once(folder: Path, part: str, arguments: Sequence[str]) -> int:
     """Run a part unless it has run, as a stage of its own; return an exit code as :func:`run`."""
-    try:
-        results = Results.read(folder / f"{part}.json")
-    except OSError:
+    ran = folder / f"{part}.json"
+    if not ran.exists():
         return run(folder, part, arguments)
+    results = _left_in(ran, part, "its results cannot be read")
     _print_short(f"{part}, which ran before", results)
     return FAILED if results.failed else 0
 
@@ -173,7 +220,8 @@ def _repeat(folder: Path, part: str, results: Results) -> None:
             results.repeated.setdefault(test, results.failed[test])
         names, path = folder / f"{part}.tests", folder / f"{part}.{number}"
         names.write_text("".join(f"{test}\n" for test in again), encoding="utf-8")
-        attempt_apart(path, [f"@{names}"])
+        # In another process: a thread that a test leaves behind, or its kill, ends only that one.
+        attempt_apart(path, ["-n", "1", f"@{names}"])
         try:
             passed = Results.read(path).passed
         except (OSError, ValueError):
@@ -191,15 +239,35 @@ def _may_repeat(test: str) -> bool:
 def attempt_apart(path: Path, arguments: Sequence[str], **popen: Any) -> int:
     """Run pytest in a new process, so that an attempt inherits no module and no server.
 
-    ``popen`` are further arguments of :func:`subprocess.run`.
+    ``popen`` are further arguments of :class:`subprocess.Popen`. Returns pytest's exit code, or the
+    negative number of a signal. An interrupt reaches pytest, which has time to write its results.
     """
     command = [sys.executable, "-m", "tests.gate", "attempt", str(path), *arguments]
-    return subprocess.run(command, check=False, **popen).returncode
+    with subprocess.Popen(command, **popen) as process:
+        try:
+            return process.wait(MAX_SECONDS)
+        except subprocess.TimeoutExpired:
+            print(f"cut after {MAX_SECONDS} s: {' '.join(arguments)}", flush=True)
+            _end(process)
+            return FAILED
+        except KeyboardInterrupt:
+            _end(process)
+            raise
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    # A terminal has sent the interrupt to pytest as well; a second one would keep it from writing.
+    for seconds in (SECONDS_TO_END / 6, SECONDS_TO_END):
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+    process.kill()
 
 
 def _parts(folder: Path) -> Iterator[tuple[str, Results]]:
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime):
-        yield path.stem, Results.read(path)
+        yield path.stem, _left_in(path, path.stem, "its results cannot be read")
 
 
 def _print_short(part: str, results: Results) -> None:
@@ -246,16 +314,38 @@ def summary(folder: Path) -> int:
         stages = []
     for name, result, seconds in stages:
         print(f"{name:12} {result:8} {seconds:>5} s")
+        if result != "green":
+            for line in _reason_of(folder / f"{name}.log"):
+                print(_cut(f"  {line}"))
     for line in (*_failures(failed), *_reruns(repeated, failed)):
         print(line)
     passed = sum(len(one.passed) for one in parts.values())
     print(f"{passed} passed, {len(failed)} failed, {len(repeated)} run again", flush=True)
-    green = all(result == "green" for _, result, _ in stages)
+    green = all(result in {"green", "skipped"} for _, result, _ in stages)
     return int(not green or bool(failed) or len(repeated) > MAX_RERUNS)
+
+
+def _reason_of(log: Path) -> list[str]:
+    """Return the end of a stage's output, unless that stage has named its failed tests."""
+    try:
+        lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    except OSError:
+        return []
+    return [] if any(line.startswith("FAILED ") for line in lines) else lines[-REASON_LINES:]
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command of this module."""
+    # A shell starts background jobs with SIGINT ignored.
+    for interrupt in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(interrupt, signal.default_int_handler)
+    try:
+        return _command(arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _command(arguments: Sequence[str]) -> int:
     match arguments:
         case ["attempt", path, *rest]:
             return attempt(Path(path), rest)

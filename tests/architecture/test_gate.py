@@ -1,12 +1,15 @@
 """Seeded faults in tests: each ends as the gate promises, and the summary names it."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.gate import FOLDER, MAX_RERUNS, STAGES
+from tests.servers.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +77,15 @@ def gate(checkout: Path, *arguments: str, apart: bool = False) -> tuple[int, lis
 
 def run(module: str, checkout: Path, *arguments: str, apart: bool = False) -> tuple[int, list[str]]:
     """Run a module in a checkout; return its exit code and the lines of its output."""
+    with start(module, checkout, *arguments, apart=apart) as process:
+        output, _ = process.communicate(timeout=80)
+    return process.returncode, output.splitlines()
+
+
+def start(
+    module: str, checkout: Path, *arguments: str, apart: bool = False, **options: Any
+) -> subprocess.Popen[str]:
+    """Start a module in a checkout; ``apart``: without a folder for the results of a run."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT), FOLDER: str(checkout / "results")}
     # Other plugins take most of the time of a start.
     environ |= {
@@ -82,16 +94,15 @@ def run(module: str, checkout: Path, *arguments: str, apart: bool = False) -> tu
     }
     if apart:
         del environ[FOLDER]
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         cwd=checkout,
         env=environ,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=80,
-        check=False,
+        **options,
     )
-    return done.returncode, done.stdout.splitlines()
 
 
 def write(checkout: Path, layer: str, text: str) -> None:
@@ -128,6 +139,95 @@ def test_a_test_with_a_fault_runs_again_alone_and_the_summary_names_it(checkout:
     assert "test_fails_twice[[x]::y] (beside) - passed then" in reruns
     assert "test_pure" not in reruns
     assert lines[-1] == "8 passed, 2 failed, 7 run again"
+
+
+COUNTED = """
+import os, time
+import pytest
+
+def attempt(name):
+    with open(f"{name}.attempts", "a+") as file:
+        file.write(".")
+    return os.path.getsize(f"{name}.attempts")
+"""
+IN_FILES = {
+    "kills_once": "def test_a():\n    if attempt('once') == 1: os.kill(os.getpid(), 9)\n",
+    "many": "@pytest.mark.parametrize('n', range(9))\ndef test_it(n): pass\n",
+    "single": "def test_it(): pass\n",
+    "kills": "def test_a(): os.kill(os.getpid(), 9)\ndef test_b(): pass\ndef test_c(): pass\n",
+    "hangs": (
+        "def test_a():\n"
+        "    while attempt('hangs') == 1:\n"
+        "        while True:\n"
+        "            try: time.sleep(60)\n"
+        "            except BaseException: pass\n"
+    ),
+}
+
+
+def test_a_process_that_ends_costs_one_test(checkout: Path) -> None:
+    """The other tests of its file run, and a test that catches its time limit ends so, too."""
+    for name, text in IN_FILES.items():
+        (checkout / f"tests/system/test_{name}.py").write_text(COUNTED + text, encoding="utf-8")
+    code, lines = gate(checkout, "run", "beside", "-n", "2", "-o", "faulthandler_timeout=2")
+    assert code == 1
+    assert "== beside: 14 passed, 1 failed" in lines, lines
+    *_, failed = (line for line in lines if line.startswith("FAILED tests/system/test_kills.py"))
+    assert "::test_a - worker 'gw" in failed
+    assert len((checkout / "once.attempts").read_text()) == 2
+
+
+def test_an_interrupted_part_leaves_its_results(checkout: Path) -> None:
+    """The tests that have failed until then are in the summary."""
+    waits = "def test_b():\n    open('waits', 'x').close()\n    time.sleep(600)\n"
+    write(checkout, "system", COUNTED + "def test_a(): assert 0, 'early'\n" + waits)
+    with start("tests.gate", checkout, "run", "all", start_new_session=True) as process:
+        wait_until((checkout / "waits").exists, seconds=60, what="the second test runs")
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130
+    code, lines = gate(checkout, "summary")
+    assert code == 1
+    assert "FAILED tests/system/test_system.py::test_a (all) - AssertionError: early" in lines
+    assert "FAILED all (all) - pytest was interrupted" in lines
+
+
+LEFT = """
+import socket
+def test_it():
+    left = [socket.socket()]
+    left.append(left)
+"""
+
+
+def test_results_survive_an_error_of_pytest_itself(checkout: Path) -> None:
+    """Such as a warning about a socket that a test left, found when all tests had run."""
+    write(checkout, "system", LEFT)
+    code, lines = gate(checkout, "run", "all", "-W", "error")
+    assert code == 1
+    assert "== all: 1 passed, 1 failed" in lines, lines
+    assert "FAILED all - pytest ended with 1" in lines
+
+
+def test_the_summary_names_the_reason_of_a_stage(checkout: Path) -> None:
+    """The end of its output if no test of it failed, and results that cannot be read."""
+    results = checkout / "results"
+    (results / STAGES).write_text("static RED 4\nreadme RED 9\ncontainers skipped 0\n")
+    (results / "static.log").write_text("Success\nsome.py:1: error: wrong type\n\n")
+    (results / "readme.log").write_text("FAILED tests/test_it.py - no\nthe end\n")
+    (results / "containers.log").write_text("no engine\n")
+    (results / "cut.json").write_text('{"passed": [')
+    code, lines = gate(checkout, "summary")
+    assert code == 1
+    assert lines[2:] == [
+        "static       RED          4 s",
+        "  Success",
+        "  some.py:1: error: wrong type",
+        "readme       RED          9 s",
+        "containers   skipped      0 s",
+        "  no engine",
+        "FAILED cut (cut) - its results cannot be read",
+        "0 passed, 1 failed, 0 run again",
+    ]
 
 
 def test_skips_are_counted_by_reason(checkout: Path) -> None:

@@ -213,7 +213,7 @@ class Cluster:
         with suppress(AssertionError):
             wait_until(self._serves, seconds=_STUCK, what="the server recovers")
             return
-        # Its recovery has met the full disk, and may wait for ever after that.
+        # Its recovery has met the full disk, and may then wait without an end.
         self._primary.kill()
         wait_until(self._serves, seconds=40, what=self._primary.log)
 

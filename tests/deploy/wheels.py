@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -93,7 +94,10 @@ def timed(
 
 def by_pip(python: Path, wheel: Path, folder: Path, *, may_be_slow: bool) -> Iterator[str]:
     """Install the wheel with everything by the pip of a Python; yield problems."""
-    subprocess.run([python, "-m", "venv", folder], check=True)
+    _, made = timed(python, "-m", "venv", folder)
+    if made.returncode:
+        yield f"venv: {made.stdout}{made.stderr}"
+        return
     inside = folder / "bin/python"
     version = subprocess.check_output([inside, "-m", "pip", "--version"], text=True).split()[1]
     before = _processor_seconds()
@@ -170,8 +174,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="only the pip of the oldest Python")
     quick = parser.parse_args().quick
+    # An exit lets the installer that runs be killed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     problems: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
+    # Beside the environment, which has the same packages: /tmp may be small.
+    (ROOT / "build").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder:
+        os.environ["TMPDIR"] = folder
         wheel = wheel_of_checkout(Path(folder))
         found = dict(islice(interpreters(), 1 if quick else None))
         print(f"{wheel.name}, Python {', '.join(found)}", flush=True)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import shutil
+import socket
 import subprocess
 from dataclasses import dataclass
 from enum import StrEnum
@@ -72,9 +73,10 @@ class Supply:
 
 def _docker() -> Supply:
     if "DOCKER_HOST" not in os.environ and not any(
-        Path(socket).expanduser().exists() for socket in ENGINE_SOCKETS
+        Path(place).expanduser().exists() for place in ENGINE_SOCKETS
     ):
         raise UnavailableError("no container engine: DOCKER_HOST is not set and there is no socket")
+    _connect(os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock"))
     # Not above: only a run that may use them pays for these imports.
     import docker  # type: ignore[import-untyped]  # noqa: PLC0415 - it has no types, see above
 
@@ -89,6 +91,20 @@ def _docker() -> Supply:
     postgres = Image(os.environ.get("VIRALFX_TEST_POSTGRES_IMAGE", "postgres:17"))
     redis = Image(os.environ.get("VIRALFX_TEST_REDIS_IMAGE", "redis:8"))
     return Supply(Tier.DOCKER, postgres, redis, postgres)
+
+
+def _connect(address: str) -> None:
+    """Raise ``UnavailableError`` if an engine was killed, and its socket is left."""
+    path = address.removeprefix("unix://")
+    if path == address:
+        return
+    # docker-py would keep a socket open that it cannot connect.
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(2)
+        try:
+            connection.connect(path)
+        except OSError as error:
+            raise UnavailableError(f"no container engine answers at {path}: {error}") from error
 
 
 def _wheels() -> Supply:
