@@ -3,8 +3,9 @@
 from collections.abc import AsyncIterator
 
 import pytest
+import pytest_asyncio
 from _pytest.mark import ParameterSet
-from tests.contracts.ledgers import LEDGERS, LedgerCase, Make
+from tests.contracts.ledgers import LEDGERS, LedgerCase, Make, Pools, open_pools
 from tests.contracts.notifiers import BROADCASTING, NOTIFIERS, SHARING, NotifierPair
 from tests.contracts.notifiers import Make as MakePair
 from tests.servers.postgres import Database, PostgresServer
@@ -26,12 +27,25 @@ def _parameters() -> list[ParameterSet]:
     return [pytest.param(make, id=name, marks=marks[name]) for name, make in LEDGERS.items()]
 
 
-@pytest.fixture(params=_parameters())
-async def case(request: pytest.FixtureRequest) -> AsyncIterator[LedgerCase]:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests of ledgers in the loop of their pools, one for each file."""
+    for item in items:
+        if "ledger_pools" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.asyncio(loop_scope="module"), append=False)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def ledger_pools() -> AsyncIterator[Pools]:
+    """Return the pools that the tests of one file share."""
+    async with open_pools() as pools:
+        yield pools
+
+
+@pytest_asyncio.fixture(params=_parameters(), loop_scope="module")
+async def case(request: pytest.FixtureRequest, ledger_pools: Pools) -> LedgerCase:
     """Return each ledger, empty, with the operations that tests need."""
     make: Make = request.param
-    async with make(request) as case:
-        yield case
+    return await make(request, ledger_pools)
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import asyncio
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -21,7 +22,7 @@ from tests.servers.postgres import Database
 from tests.soak import SOAK
 
 from viralfx.adapters.memory import MemoryJobLedger
-from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
+from viralfx.adapters.postgres import PostgresConfig, PostgresDatabase, PostgresJobLedger
 from viralfx.domain.jobs.ledger import JobLedger, QueueCounts
 from viralfx.domain.jobs.model import (
     Claim,
@@ -178,9 +179,8 @@ class _MemoryCase(LedgerCase):
         return self._written
 
 
-@asynccontextmanager
-async def _memory(_: pytest.FixtureRequest) -> AsyncIterator[LedgerCase]:
-    yield _MemoryCase()
+async def _memory(_: pytest.FixtureRequest, __: "Pools") -> LedgerCase:
+    return _MemoryCase()
 
 
 class _PostgresCase(LedgerCase):
@@ -194,7 +194,7 @@ class _PostgresCase(LedgerCase):
         return now
 
     async def pass_time(self) -> None:
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.02)
 
     async def write(self, connection: Any, text: str) -> None:
         await connection.execute("insert into effects (text) values ($1)", text)
@@ -203,24 +203,49 @@ class _PostgresCase(LedgerCase):
         return [text for (text,) in self._database.execute("select text from effects order by id")]
 
 
+class Pools:
+    """The pools of the tests of one file, which run in one loop.
+
+    Each statement costs a new connection ten times as much as one that has run it.
+    """
+
+    def __init__(self, stack: AsyncExitStack) -> None:
+        """``stack`` closes them."""
+        self._stack = stack
+        self._opened: dict[str, PostgresDatabase] = {}
+
+    async def empty(self, name: str, config: PostgresConfig) -> PostgresDatabase:
+        """Return a pool on a database without rows; it is opened at the first call."""
+        if name not in self._opened:
+            pool = await self._stack.enter_async_context(opened(config))
+            # The ledgers of all tests take turns with one connection for heartbeats.
+            pool.dedicated = cache(pool.dedicated)  # type: ignore[method-assign]
+            self._opened[name] = pool
+        async with self._opened[name].acquire() as connection:
+            await connection.execute(_EMPTY)
+        return self._opened[name]
+
+
 @asynccontextmanager
-async def _postgres(request: pytest.FixtureRequest) -> AsyncIterator[LedgerCase]:
+async def open_pools() -> AsyncIterator[Pools]:
+    """Return pools that are closed at the end of the block."""
+    async with AsyncExitStack() as stack:
+        yield Pools(stack)
+
+
+async def _postgres(request: pytest.FixtureRequest, pools: Pools) -> LedgerCase:
     database: Database = request.getfixturevalue("ledger_database")
-    database.execute(_EMPTY)
-    async with opened(config_of(database, pool_max=10)) as pool:
-        yield _PostgresCase(pool, database)
+    pool = await pools.empty("direct", config_of(database, pool_max=10))
+    return _PostgresCase(pool, database)
 
 
 def _behind(mode: str, prepared: int) -> "Make":
-    @asynccontextmanager
-    async def made(request: pytest.FixtureRequest) -> AsyncIterator[LedgerCase]:
+    async def made(request: pytest.FixtureRequest, pools: Pools) -> LedgerCase:
         database: Database = request.getfixturevalue("ledger_database")
         poolers: Poolers = request.getfixturevalue("shared_pgbouncer")
-        database.execute(_EMPTY)
         pooler = poolers(database.server, mode, max_prepared_statements=prepared)
         config = config_of(database, through=pooler, pooler=mode, pool_max=10)
-        async with opened(config) as pool:
-            yield _PostgresCase(pool, database)
+        return _PostgresCase(await pools.empty(f"{mode} {prepared}", config), database)
 
     return made
 
@@ -230,11 +255,14 @@ def _behind(mode: str, prepared: int) -> "Make":
 _EMPTY = """
 do $$ declare name text; begin
     perform pg_terminate_backend(pid, 10000) from pg_stat_activity
-    where datname = current_database() and pid <> pg_backend_pid();
+    where datname = current_database() and pid <> pg_backend_pid() and state <> 'idle';
     foreach name in array array[
-        'effects', 'viralfx_jobs', 'viralfx_finished_jobs', 'viralfx_job_counters',
-        'viralfx_workers', 'viralfx_unknown_tasks', 'viralfx_schedules', 'viralfx_paused_queues',
-        'viralfx_task_limits', 'viralfx_instances', 'viralfx_transitions', 'viralfx_audit'
+        'public.effects', 'viralfx_ops.viralfx_jobs', 'viralfx_ops.viralfx_finished_jobs',
+        'viralfx_ops.viralfx_job_counters', 'viralfx_ops.viralfx_workers',
+        'viralfx_ops.viralfx_unknown_tasks', 'viralfx_ops.viralfx_schedules',
+        'viralfx_ops.viralfx_paused_queues', 'viralfx_ops.viralfx_task_limits',
+        'viralfx_ops.viralfx_instances', 'viralfx_ops.viralfx_transitions',
+        'viralfx_ops.viralfx_audit'
     ] loop
         if pg_relation_size(name::regclass) > 100000 then execute 'truncate ' || name;
         else execute 'delete from ' || name; end if;
@@ -243,7 +271,7 @@ end $$
 """
 
 
-Make = Callable[[pytest.FixtureRequest], AbstractAsyncContextManager[LedgerCase]]
+Make = Callable[[pytest.FixtureRequest, Pools], Awaitable[LedgerCase]]
 
 LEDGERS: dict[str, Make] = {
     "memory": _memory,

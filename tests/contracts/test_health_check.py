@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.ext.asyncio import create_async_engine
-from tests.integration.postgres_clients import checked, config_of, migrated, opened
+from tests.integration.postgres_clients import checked, config_of, opened
 from tests.manual_clock import ManualClock
 from tests.servers.fixtures import or_skip
 from tests.servers.pgbouncer import POOLED, Poolers
@@ -105,7 +105,7 @@ def plain(make: Callable[[Clock], HealthCheck]) -> Make:
 
 @asynccontextmanager
 async def _postgres(clock: Clock, request: pytest.FixtureRequest) -> AsyncIterator[HealthCheck]:
-    config = await migrated(config_of(request.getfixturevalue("database")))
+    config = config_of(request.getfixturevalue("migrated_database"))
     async with opened(config, clock=clock) as database, checked(database, clock=clock) as check:
         yield check
 
@@ -113,10 +113,9 @@ async def _postgres(clock: Clock, request: pytest.FixtureRequest) -> AsyncIterat
 def _behind(mode: str, prepared: int) -> Make:
     @asynccontextmanager
     async def made(clock: Clock, request: pytest.FixtureRequest) -> AsyncIterator[HealthCheck]:
-        database: Database = request.getfixturevalue("database")
+        database: Database = request.getfixturevalue("migrated_database")
         poolers: Poolers = request.getfixturevalue("shared_pgbouncer")
         pooler = poolers(database.server, mode, max_prepared_statements=prepared)
-        await migrated(config_of(database))
         config = config_of(database, through=pooler, pooler=mode)
         async with opened(config, clock=clock) as pool, checked(pool, clock=clock) as check:
             yield check
@@ -142,7 +141,7 @@ _QUEUES = Settings(queues=("default", "slow"))
 async def _postgres_queues(
     clock: Clock, request: pytest.FixtureRequest
 ) -> AsyncIterator[HealthCheck]:
-    config = await migrated(config_of(request.getfixturevalue("database")))
+    config = config_of(request.getfixturevalue("migrated_database"))
     async with opened(config, clock=clock) as database:
         monitor = HealthMonitor(clock=clock)
         jobs = wire_jobs(

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from tests.integration.postgres_clients import config_of, migrated, opened
+from tests.integration.postgres_clients import config_of, opened
 from tests.servers.pgbouncer import POOLED, Poolers
 from tests.servers.postgres import Database
 
@@ -48,7 +48,7 @@ async def _file(folder: Path, _: pytest.FixtureRequest) -> AsyncIterator[StateSt
 
 @asynccontextmanager
 async def _postgres(_: Path, request: pytest.FixtureRequest) -> AsyncIterator[StateStore]:
-    config = await migrated(config_of(request.getfixturevalue("database")))
+    config = config_of(request.getfixturevalue("migrated_database"))
     async with opened(config) as database:
         yield PostgresStateStore(database, "pod-1")
 
@@ -56,10 +56,9 @@ async def _postgres(_: Path, request: pytest.FixtureRequest) -> AsyncIterator[St
 def _behind(mode: str, prepared: int) -> Make:
     @asynccontextmanager
     async def made(_: Path, request: pytest.FixtureRequest) -> AsyncIterator[StateStore]:
-        database: Database = request.getfixturevalue("database")
+        database: Database = request.getfixturevalue("migrated_database")
         poolers: Poolers = request.getfixturevalue("shared_pgbouncer")
         pooler = poolers(database.server, mode, max_prepared_statements=prepared)
-        await migrated(config_of(database))
         async with opened(config_of(database, through=pooler, pooler=mode)) as pool:
             yield PostgresStateStore(pool, "pod-1")
 
@@ -140,10 +139,10 @@ async def test_concurrent_load_sees_one_whole_state(store: StateStore) -> None:
     assert await store.load() == FULL
 
 
-async def test_postgres_prefers_the_instances_own_row(database: Database) -> None:
+async def test_postgres_prefers_the_instances_own_row(migrated_database: Database) -> None:
     """A restarted instance loads its own state, a new one the latest."""
     mine, theirs = replace(FULL, starts=1), replace(FULL, starts=2)
-    async with opened(await migrated(config_of(database))) as opened_database:
+    async with opened(config_of(migrated_database)) as opened_database:
         first, second, third = (
             PostgresStateStore(opened_database, name) for name in ("pod-1", "pod-2", "pod-3")
         )
@@ -159,31 +158,33 @@ async def test_postgres_prefers_the_instances_own_row(database: Database) -> Non
         assert await third.load() == mine
 
 
-async def test_postgres_deletes_old_rows(database: Database) -> None:
+async def test_postgres_deletes_old_rows(migrated_database: Database) -> None:
     """After 30 days; otherwise rows of former pods would pile up."""
-    async with opened(await migrated(config_of(database))) as opened_database:
+    async with opened(config_of(migrated_database)) as opened_database:
         for name in ("kept", "forgotten"):
             await PostgresStateStore(opened_database, name).save(MINIMAL)
         for name, days in (("kept", 29), ("forgotten", 31)):
-            database.execute(
+            migrated_database.execute(
                 f"update viralfx_state set saved_at = now() - interval '{days} days'"  # noqa: S608 - of this test
                 f" where instance = '{name}'"
             )
         await PostgresStateStore(opened_database, "new").save(MINIMAL)
 
-    rows = database.execute("select instance from viralfx_state order by instance")
+    rows = migrated_database.execute("select instance from viralfx_state order by instance")
     assert rows == [("kept",), ("new",)]
 
 
 async def test_postgres_loads_none_without_a_readable_row(
-    database: Database, caplog: pytest.LogCaptureFixture
+    migrated_database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An invalid row is logged; the health check reports a missing table."""
-    async with opened(await migrated(config_of(database))) as opened_database:
+    async with opened(config_of(migrated_database)) as opened_database:
         store = PostgresStateStore(opened_database, "pod-1")
-        database.execute("insert into viralfx_state values ('pod-1', now(), '{\"starts\": 0.5}')")
+        migrated_database.execute(
+            "insert into viralfx_state values ('pod-1', now(), '{\"starts\": 0.5}')"
+        )
         assert await store.load() is None
-        database.execute("drop table viralfx_state")
+        migrated_database.execute("drop table viralfx_state")
         assert await store.load() is None
 
         await store.save(MINIMAL)
