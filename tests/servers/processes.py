@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 from tests.servers import reaper
 from tests.servers.host import Host
+from tests.servers.listening import listens
 from tests.servers.ports import free_port
 from tests.servers.supply import UnavailableError
 from tests.servers.waiting import wait_until
@@ -136,6 +137,7 @@ class ProcessHost(Host):
         self._program = program
         self._stop_signal, self._close_signal = stop_signal, close_signal
         self._popen: subprocess.Popen[bytes] | None = None
+        self._frozen = False
         self._log = self.path / "server.log"
         self._log.touch()
 
@@ -181,6 +183,7 @@ class ProcessHost(Host):
         self._popen.wait(10)
 
     def freeze(self) -> None:
+        self._frozen = True
         first, *_ = self._family()
         first.suspend()  # before it can have another child
         family = self._family()
@@ -193,16 +196,15 @@ class ProcessHost(Host):
         for process in self._family():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
+        self._frozen = False
 
     def running(self) -> bool:
         return self._popen is not None and self._popen.poll() is None
 
     def listens(self) -> bool:
-        return any(
-            connection.status == psutil.CONN_LISTEN and connection.laddr.port == self.port
-            for process in self._family()[:1]
-            for connection in process.net_connections("tcp")
-        )
+        if self._popen is None or self._popen.poll() is not None:
+            return False
+        return listens(psutil.Process(self._popen.pid), self.port)
 
     def pids(self) -> list[int]:
         return [process.pid for process in self._family()]
@@ -218,7 +220,8 @@ class ProcessHost(Host):
     def _ends_by(self, number: signal.Signals) -> bool:
         if self._popen is None:
             return True
-        self.thaw()
+        if self._frozen:
+            self.thaw()
         self._popen.send_signal(number)
         try:
             self._popen.wait(10)

@@ -11,6 +11,11 @@ from viralfx.domain.health.model import HealthCheck, Observation
 T = TypeVar("T")
 
 
+def _pause(waited: float) -> float:
+    """Return the seconds until the next poll: the longer a wait, the more seldom it polls."""
+    return min(max(0.01, waited / 20), 0.2)
+
+
 def wait_until(
     poll: Callable[[], T | None],
     *,
@@ -19,7 +24,7 @@ def wait_until(
 ) -> T:
     """Poll until the result is true, and return it; fail with ``what`` after ``seconds``.
 
-    A poll may be a request to the process under test: the longer a wait, the more seldom it polls.
+    A poll may be a request to the process under test, so a long wait polls more seldom.
     """
     began, pause = time.monotonic(), threading.Event()
     while True:
@@ -29,22 +34,24 @@ def wait_until(
         if waited > seconds:
             description = what if isinstance(what, str) else what()
             raise AssertionError(f"not within {seconds:g} s: {description}")
-        pause.wait(min(max(0.01, waited / 20), 0.05))
+        pause.wait(_pause(waited))
 
 
 async def until(condition: Callable[[], object], *, seconds: float = 20.0) -> None:
     """Poll until the condition is true while the event loop runs; fail after ``seconds``."""
+    began = time.monotonic()
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - a condition of any kind sets no event
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(min(_pause(time.monotonic() - began), 0.05))
 
 
 async def wait_for_code(
     check: HealthCheck, code: str | None, *, seconds: float = 20.0
 ) -> Observation:
     """Run the check until its observation has the code, and return that."""
+    began = time.monotonic()
     async with asyncio.timeout(seconds):
         while True:
             if (observation := await check.check()).code == code:
                 return observation
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(min(_pause(time.monotonic() - began), 0.05))
