@@ -400,6 +400,12 @@ def code_words() -> frozenset[str]:
 
 
 @cache
+def known_words() -> frozenset[str]:
+    """Return the words that a document may use as names."""
+    return code_words() | FOREIGN_NAMES | NAMES_OF_PEERS
+
+
+@cache
 def source_text() -> str:
     """Return the text of the package, with its string literals joined where they are implicit."""
     text = "\n".join(path.read_text("utf-8") for path in sorted((ROOT / "src").rglob("*.py")))
@@ -441,7 +447,7 @@ def identifiers(text: str) -> Iterator[str]:
         plain = re.sub(r"(['\"]).*?\1", "", code)
         for word in re.findall(r"(?<![\w'\"])[A-Za-z_]\w*", plain):
             begins = word.endswith("_") and word in code_text()
-            if not begins and word not in code_words() | FOREIGN_NAMES | NAMES_OF_PEERS:
+            if not begins and word not in known_words():
                 yield f"name: {word} of `{code}` is not in the code"
 
 

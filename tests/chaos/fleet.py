@@ -5,14 +5,13 @@ import os
 import random
 import re
 import signal
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from tests.chaos.skewed import SKEW
+from tests.chaos.skewed import SKEW, SkewedProcess
 from tests.servers.ports import free_port
 from tests.system.service import ROOT, clean_environment
 
@@ -28,7 +27,7 @@ class Member:
     """One process."""
 
     name: str
-    process: asyncio.subprocess.Process
+    process: SkewedProcess
     port: int
     log: Path
 
@@ -59,8 +58,8 @@ class Fleet:
 
     async def open(self) -> None:
         """Start everything; return once the API is ready."""
-        self._api = await self._start("serve", "--no-worker")
-        self._workers = [await self._start("worker") for _ in range(self._count)]
+        self._api = self._start("serve", "--no-worker")
+        self._workers = [self._start("worker") for _ in range(self._count)]
         await self._ready(self._api)
 
     async def close(self) -> None:
@@ -83,7 +82,7 @@ class Fleet:
         if code != -signal.SIGKILL:
             self.problems.append(f"{victim.name} had ended before it was killed, with {code}")
         self.ended["killed"] += 1
-        self._workers.append(await self._start("worker"))
+        self._workers.append(self._start("worker"))
 
     async def freeze_worker(self, rng: random.Random, seconds: float) -> None:
         """Stop a worker's execution for a time, in which others may take its jobs."""
@@ -99,13 +98,13 @@ class Fleet:
         """Stop a worker in order, while another one takes its place."""
         stopping = rng.choice(self._workers)
         self._workers.remove(stopping)
-        self._workers.append(await self._start("worker"))
+        self._workers.append(self._start("worker"))
         await self._stop(stopping)
         self.ended["terminated"] += 1
 
     async def redeploy(self) -> None:
         """Start a new API, direct clients to it once it is ready, and stop the old one."""
-        old, new = self._api, await self._start("serve", "--no-worker")
+        old, new = self._api, self._start("serve", "--no-worker")
         assert old is not None
         try:
             await self._ready(new)
@@ -116,29 +115,19 @@ class Fleet:
         await self._stop(old)
         self.ended["redeployed"] += 1
 
-    async def _start(self, *arguments: str) -> Member:
+    def _start(self, *arguments: str) -> Member:
         program = arguments[0]
         self._started[program] += 1
         name = f"{program}-{self._started[program]}"
         # The first API is right, so that there is no run without.
         skew = _SKEWS[self._started[program] % len(_SKEWS)]
         port, log = free_port(), self._folder / f"{name}.log"
-        with log.open("wb") as file:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "tests.chaos.skewed",
-                *arguments,
-                cwd=ROOT,
-                env={
-                    **self._environment,
-                    SKEW: str(skew),
-                    "MANAGEMENT_PORT" if program == "worker" else "PORT": str(port),
-                },
-                stdout=file,
-                stderr=file,
-            )
-        return Member(name, process, port, log)
+        environ = {
+            **self._environment,
+            SKEW: str(skew),
+            "MANAGEMENT_PORT" if program == "worker" else "PORT": str(port),
+        }
+        return Member(name, SkewedProcess(arguments, environ, log), port, log)
 
     async def _ready(self, member: Member) -> None:
         url = f"http://127.0.0.1:{member.port}/health/ready"

@@ -11,6 +11,7 @@ from functools import cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
 from importlib.util import cache_from_source
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -34,6 +35,7 @@ sys.meta_path.insert(0, Hide)
 '''
 
 
+@cache
 def declared() -> dict[str, list[Requirement]]:
     """Return the extras and their requirements; the empty name has those of every installation."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -58,7 +60,7 @@ def packages_of(extras: Collection[str]) -> set[str]:
             continue
         found.add(name)
         wanted = {"", *requirement.extras}
-        left += [r for r in map(Requirement, _requires(name)) if _applies(r, wanted)]
+        left += [r for r in _requires(name) if _applies(r, wanted)]
     return found
 
 
@@ -72,9 +74,9 @@ def _applies(requirement: Requirement, extras: Collection[str]) -> bool:
 
 
 @cache
-def _requires(name: str) -> tuple[str, ...]:
+def _requires(name: str) -> tuple[Requirement, ...]:
     try:
-        return tuple(distribution(name).requires or ())
+        return tuple(map(Requirement, distribution(name).requires or ()))
     except PackageNotFoundError:  # for other systems or versions of Python
         return ()
 
@@ -86,13 +88,18 @@ def environment_of(extras: Collection[str], folder: Path) -> dict[str, str]:
     """
     kept = packages_of(extras)
     visible, hidden = set[str](), set[str]()
-    for each in distributions():
-        name = canonicalize_name(each.name)
+    for name, modules in _installed():
         if name != "viralfx":
-            (visible if name in kept else hidden).update(_modules(each))
+            (visible if name in kept else hidden).update(modules)
     (folder / "sitecustomize.py").write_text(HIDE.format(hidden=sorted(hidden - visible)))
     clean = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
     return {**clean, "PYTHONPATH": str(folder)}
+
+
+@cache
+def _installed() -> list[tuple[str, frozenset[str]]]:
+    """Return each package that is installed here with its modules."""
+    return [(canonicalize_name(each.name), frozenset(_modules(each))) for each in distributions()]
 
 
 def _modules(package: Distribution) -> Iterator[str]:
@@ -109,15 +116,24 @@ def size_of(extras: Collection[str]) -> float:
 
     It includes the byte code of modules, whether or not the installer has listed that.
     """
-    files: set[Path] = set()
+    files: dict[str, int] = {}
     for name in packages_of(extras):
-        with contextlib.suppress(PackageNotFoundError):
-            for file in distribution(name).files or ():
-                path = Path(str(file.locate()))
-                files.add(path)
-                if path.suffix == ".py":
-                    files.add(Path(cache_from_source(str(path))))
-    return sum(path.stat().st_size for path in files if path.is_file()) / 2**20
+        files |= _files(name)
+    return sum(files.values()) / 2**20
+
+
+@cache
+def _files(name: str) -> dict[str, int]:
+    """Return the files of a package that are here, with the size of each in bytes."""
+    found: dict[str, int] = {}
+    with contextlib.suppress(PackageNotFoundError):
+        for file in distribution(name).files or ():
+            path = str(file.locate())
+            for each in (path, cache_from_source(path)) if path.endswith(".py") else (path,):
+                with contextlib.suppress(OSError):
+                    if S_ISREG((status := Path(each).stat()).st_mode):
+                        found[each] = status.st_size
+    return found
 
 
 def table() -> Iterator[tuple[str, int, float]]:

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import jsonschema
-from tests.observability.test_deploy import load, unknown
+from tests.observability.series import load, unknown
 
 from viralfx.settings import Settings
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.edge.wire import statuses
 from tests.system.service import Service, running
 
-REQUESTS = int(os.environ.get("EDGE_FUZZ_REQUESTS", "12000"))
+REQUESTS = int(os.environ.get("EDGE_FUZZ_REQUESTS", "6000"))
 """Total number of requests; ``just fuzz-edge`` sends a million."""
 PER_EXAMPLE = 300
 CONNECTIONS = 32

@@ -136,13 +136,13 @@ async def test_warning_keeps_the_service_ready(database: Database) -> None:
     ]
 
 
-async def test_too_many_connections_has_its_own_code(database: Database) -> None:
+async def test_too_many_connections_has_its_own_code(migrated_database: Database) -> None:
     """The check fails if the server has no connection left for it."""
-    config = await migrated(config_of(database))
-    role = f"{database.name}_one"
-    database.execute(f"create role {role} login connection limit 1 password 'planted'")
-    database.execute(f"grant usage on schema viralfx_ops to {role}")
-    database.execute(f"grant select on all tables in schema viralfx_ops to {role}")
+    config = config_of(migrated_database)
+    role = f"{migrated_database.name}_one"
+    migrated_database.execute(f"create role {role} login connection limit 1 password 'planted'")
+    migrated_database.execute(f"grant usage on schema viralfx_ops to {role}")
+    migrated_database.execute(f"grant select on all tables in schema viralfx_ops to {role}")
     try:
         single = changed(config, user=role, password="planted", pool_max=1)
         async with opened(single) as pool, checked(pool) as check:
@@ -156,8 +156,8 @@ async def test_too_many_connections_has_its_own_code(database: Database) -> None
             await pool.close()
             await wait_for_code(check, None)
     finally:
-        database.execute(f"drop owned by {role}")
-        database.execute(f"drop role {role}")
+        migrated_database.execute(f"drop owned by {role}")
+        migrated_database.execute(f"drop role {role}")
 
 
 # -- what it shows ---------------------------------------------------------------------------
@@ -224,9 +224,9 @@ async def test_failed_connections_include_those_of_the_check(
     assert after >= counts[-1] >= 2
 
 
-async def test_check_works_before_the_pool_is_open(database: Database) -> None:
+async def test_check_works_before_the_pool_is_open(migrated_database: Database) -> None:
     """It runs while the start still tries to connect."""
-    config = await migrated(config_of(database))
+    config = config_of(migrated_database)
     pool = PostgresDatabase(config, clock=SystemClock())
     async with checked(pool) as check:
         observation = await run_check(check)
@@ -257,15 +257,15 @@ async def test_pending_migrations_fail_until_they_are_applied(database: Database
 
 
 async def test_schema_of_a_later_version_passes(
-    database: Database, caplog: pytest.LogCaptureFixture
+    migrated_database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The previous version keeps running during a roll-out; it logs that once."""
-    config = await migrated(config_of(database))
-    database.execute("update viralfx_migrations set version_num = '9999'")
+    config = config_of(migrated_database)
+    migrated_database.execute("update viralfx_migrations set version_num = '9999'")
     async with opened(config) as pool, checked(pool) as check:
         assert (await run_check(check)).status is Status.PASS
-        [own] = sessions(database, HEALTH)
-        database.execute(f"select pg_terminate_backend({own})")
+        [own] = sessions(migrated_database, HEALTH)
+        migrated_database.execute(f"select pg_terminate_backend({own})")
         await wait_for_code(check, None)
 
     lines = [record for record in caplog.records if "later version" in record.message]
@@ -282,10 +282,12 @@ async def test_schema_is_checked_again_on_a_new_connection(database: Database) -
         await wait_for_code(check, "schema_behind")
 
 
-async def test_read_only_database_fails(database: Database) -> None:
+async def test_read_only_database_fails(migrated_database: Database) -> None:
     """No job can be accepted or claimed, so another instance should get the requests."""
-    config = await migrated(config_of(database))
-    database.execute(f"alter database {database.name} set default_transaction_read_only = on")
+    config = config_of(migrated_database)
+    migrated_database.execute(
+        f"alter database {migrated_database.name} set default_transaction_read_only = on"
+    )
     async with opened(config) as pool, checked(pool) as check:
         observation = await run_check(check)
 
@@ -440,9 +442,9 @@ async def test_repeated_freezes_leave_no_resources(own_postgres: PostgresServer)
         await until(lambda: own_postgres.execute(count) == [(1,)])
 
 
-async def test_cancellation_at_any_await_is_safe(database: Database) -> None:
+async def test_cancellation_at_any_await_is_safe(migrated_database: Database) -> None:
     """While connecting, reading the version or querying; the next check works."""
-    config = await migrated(config_of(database))
+    config = config_of(migrated_database)
     leaks = LeakCheck()
     async with opened(config) as pool:
         for turns in range(60):
@@ -455,7 +457,7 @@ async def test_cancellation_at_any_await_is_safe(database: Database) -> None:
                     await asyncio.wait({cut})
 
                 assert (await run_check(check, within=5.0)).status is Status.PASS
-        await until(lambda: sessions(database, HEALTH) == [])
+        await until(lambda: sessions(migrated_database, HEALTH) == [])
     await leaks.assert_none()
 
 

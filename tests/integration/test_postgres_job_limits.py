@@ -12,6 +12,7 @@ from tests.integration.job_ledgers import ledger_in
 from tests.integration.postgres_clients import config_of, opened
 from tests.servers.postgres import Database
 from tests.servers.waiting import until
+from tests.soak import SOAK
 
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryNotifier
@@ -107,7 +108,8 @@ async def test_limits_hold_under_eight_workers(migrated_database: Database) -> N
     assert behind > 0
 
 
-@pytest.mark.parametrize("count", [400, pytest.param(2000, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("count", [400, 2000] if SOAK else [400])
 async def test_keys_hold_under_eight_workers(migrated_database: Database, count: int) -> None:
     """Two jobs of each of many keys, and fifty of one, which takes part in each turn."""
     counted = Counted()

@@ -25,7 +25,7 @@ API, WORKER = "viralfx-backend", "viralfx-worker"
 """The jobs' names in deploy/observability/prometheus.yml."""
 
 RATES = {
-    "/orders/7": 12.0,
+    "/orders/7": 4.0,
     "/prices": 4.0,
     "/reports/0.05": 2.0,
     "POST /counter": 3.0,

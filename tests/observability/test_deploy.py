@@ -11,24 +11,14 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.samples import Sample
 from tests.observability.dashboards import dashboard
 from tests.observability.promql import asked
+from tests.observability.series import FOLDER, SCRAPED, load, unknown
 from tests.observability.wired import described, wired
 
 from viralfx.telemetry.metrics.requests import RequestMetrics
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "deploy/observability"
 METRICS = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
 RUNBOOK = (ROOT / "docs/runbook.md").read_text(encoding="utf-8")
-
-SCRAPED = {"job", "instance", "namespace"}
-"""Labels that a scrape adds; the last one in a cluster."""
-OF_PROMETHEUS = {"up"}
-"""Series that a scrape adds."""
-
-
-def load(name: str) -> Any:
-    """Read one of the files."""
-    return yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
 
 
 def rules() -> list[dict[str, Any]]:
@@ -49,18 +39,6 @@ def expressions() -> Iterator[tuple[str, str]]:
         for target in panel["targets"]:
             yield panel["title"], target["expr"]
     yield from re.findall(r"^\| ([^|]+) \| `([^`]+\(.+)` \|$", METRICS, re.MULTILINE)
-
-
-def unknown(expression: str) -> list[str]:
-    """Return the series and labels of an expression that do not exist."""
-    known = {name: m.series_labels for m in described(wired()) for name in m.series}
-    known |= dict.fromkeys(OF_PROMETHEUS, frozenset())
-    query = asked(expression)
-    found = [name for name in query.series if name not in known]
-    available = SCRAPED.union(*(known.get(name, frozenset()) for name in query.series))
-    for name, labels in query.series.items():
-        found += sorted(f"{name}{{{x}}}" for x in labels - known.get(name, frozenset()) - SCRAPED)
-    return found + sorted(query.grouped - available)
 
 
 @pytest.mark.parametrize(("where", "expression"), list(expressions()))

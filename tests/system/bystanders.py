@@ -13,11 +13,14 @@ from typing import Any
 import httpx
 from tests.servers.postgres import Database
 from tests.servers.waiting import wait_until
+from tests.soak import SOAK
 from tests.system.culprit_tasks import RUNS
 from tests.system.jobs import JOBS, accept, job
 from tests.system.service import READY_WITHIN, Service, running
 
 BYSTANDERS = 200
+_BESIDE = BYSTANDERS if SOAK else 60
+"""Bystanders of one test."""
 _TASKS = ("bystanders.notify", "bystanders.analyse")
 FINAL = ("completed", "failed", "cancelled")
 WORKERS = 3
@@ -82,8 +85,7 @@ class Crew:
     def stand_by(self, *, seconds: float = 60.0) -> Crowd:
         """Have the bystanders accepted, and return them when they have completed."""
         ids = [
-            accept(self.service, _TASKS[number % len(_TASKS)], number)
-            for number in range(BYSTANDERS)
+            accept(self.service, _TASKS[number % len(_TASKS)], number) for number in range(_BESIDE)
         ]
         shown: dict[str, dict[str, Any]] = {}
         base = f"http://127.0.0.1:{self.service.port}"

@@ -168,7 +168,7 @@ def test_a_blocked_loop_is_one_warning_with_its_stack() -> None:
     # Older Python versions do not show a thread the current task of another thread's loop.
     assert blocked.get("correlationId") == ("order-1" if sys.version_info >= (3, 12) else None)
     assert "correlationId" not in over
-    assert over["duration"] >= 2700
+    assert 2700 <= over["duration"] < 30_000
 
 
 def block_and_end(service: Service) -> list[dict[str, Any]]:

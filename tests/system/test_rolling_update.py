@@ -22,13 +22,13 @@ from tests.system.load import Load, Response
 from tests.system.service import ROOT, Service, running
 
 APP = ("--app", "tests.system.backend_app:app")
-_PACE = 5 if SOAK else 1
+_PACE = 5.0 if SOAK else 0.5
 RATES = {"/query": 25.0 * _PACE, "POST /retried": 10.0 * _PACE, "/slow-query/0.5": 5.0 * _PACE}
 """Requests a second: short ones, writes, and slow ones that are in flight at each stop."""
 ROUNDS = cycles(3)
-REQUESTS = 10_000 if SOAK else 400
+REQUESTS = 10_000 if SOAK else 200
 """The least number of requests of a rehearsal."""
-TRAFFIC = 40
+TRAFFIC = 20
 """Requests before the first stop."""
 DRAIN_SECONDS = 30.0
 """The default of SHUTDOWN_DRAIN_TIMEOUT."""

@@ -24,11 +24,10 @@ TOKENS = {
 # A requested shutdown leaves the service up for the duration of the test.
 LINGER = {"SHUTDOWN_READINESS_DELAY": "3000000", "SHUTDOWN_FORCE_TIMEOUT": "3600000"}
 STOP = "healthShutdown"
-FEW = 16 if SOAK else 3
+FEW = 16 if SOAK else 10
 """Examples of an operation without VIRALFX_SCHEMATHESIS_EXAMPLES."""
-# A usual run has the largest combination: all adapters of jobs keep the same contract.
-WITH_POSTGRES = [False, True] if SOAK else [True]
-"""Whether tokens are set."""
+TOKENS_ARE_SET = [False, True] if SOAK else [True]
+"""A usual run has the larger set of operations, in memory: all adapters keep the same contract."""
 # The stream of a waiting job has one event and does not end.
 STREAMS = "max-stream-events = 1\n"
 CREDENTIALS = f"""
@@ -86,17 +85,17 @@ def check_all(environment: dict[str, str], folder: Path, *arguments: str, tokens
 TIME = pytest.mark.timeout(3600 if "VIRALFX_SCHEMATHESIS_EXAMPLES" in os.environ else 240)
 
 
-@only_in_soak
+@pytest.mark.soak
 @TIME
-@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("tokens", TOKENS_ARE_SET)
 def test_no_deviation_in_memory(tmp_path: Path, *, tokens: bool) -> None:
     """Without tokens, which forbids the shutdown, and with both tokens."""
     check_all({}, tmp_path, tokens=tokens)
 
 
-@pytest.mark.soak
+@only_in_soak
 @TIME
-@pytest.mark.parametrize("tokens", WITH_POSTGRES)
+@pytest.mark.parametrize("tokens", [False, True])
 def test_no_deviation_with_postgres(
     migrated_database: Database, tmp_path: Path, *, tokens: bool
 ) -> None:

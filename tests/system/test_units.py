@@ -22,7 +22,7 @@ from tests.system.service import ROOT, request
 from tests.system.test_rolling_update import RATES, TRAFFIC, manifests
 from tests.system.units import UNITS, Manager, Unit, installed
 
-REQUESTS = 10_000 if SOAK else 400
+REQUESTS = 10_000 if SOAK else 200
 """The least number of requests of a rolling restart."""
 ANY_PORT = "viralfx-api@3001"
 

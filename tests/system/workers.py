@@ -13,7 +13,7 @@ LEASE, SWEEP = 2.0, 0.3
 
 
 def environment_of(database: Database | PostgresServer, **more: str) -> dict[str, str]:
-    """Return the variables of every process on a migrated database."""
+    """Return the variables of every process on a database, which is migrated unless it is."""
     environment = {
         "DATABASE_URL": database.url() if isinstance(database, PostgresServer) else database.url,
         "TASK_MODULES": "tests.job_tasks",
@@ -21,9 +21,15 @@ def environment_of(database: Database | PostgresServer, **more: str) -> dict[str
         "JOB_SWEEP_INTERVAL": str(int(SWEEP * 1000)),
         **more,
     }
-    migrated = forked.viralfx("migrate", environ=environment)
-    assert migrated.returncode == 0, migrated.stderr
+    if not (isinstance(database, Database) and _is_migrated(database)):
+        migrated = forked.viralfx("migrate", environ=environment)
+        assert migrated.returncode == 0, migrated.stderr
     return environment
+
+
+def _is_migrated(database: Database) -> bool:
+    # The copy of a migrated database: to ask costs a tenth of a run that finds nothing to do.
+    return database.execute("select to_regclass('viralfx_ops.viralfx_migrations')") != [(None,)]
 
 
 @contextmanager
