@@ -17,8 +17,8 @@ async def _be_unavailable(fleet: Fleet, seconds: float) -> None:
     fleet.ledger.unavailable = frozenset()
 
 
-@pytest.mark.parametrize("seconds", [10.0, 21.0, 25.0, 29.0, 40.0, 300.0])
-@pytest.mark.parametrize("into_the_lease", [0.0, 5.0, 9.5])
+@pytest.mark.parametrize("seconds", [10.0, 21.0, 29.0, 300.0])
+@pytest.mark.parametrize("into_the_lease", [0.0, 9.5])
 async def test_an_outage_does_not_expire_live_workers(
     fleet: Fleet, seconds: float, into_the_lease: float
 ) -> None:
