@@ -96,9 +96,9 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --start-interval=1s -
   CMD ["viralfx", "probe", "live"]
 # The kernel drops a signal for PID 1 that has no handler yet, and Python needs some 50 ms to install
 # one. tini has its handlers within a millisecond and forwards signals; it exits with the code of the
-# service, but with 0 for one that SIGTERM (128 + 15) ended before its own handler was there. A
-# `command` in a pod and `entrypoint` in compose bypass it: use `args` and `command` there (ADR-0036).
-ENTRYPOINT ["tini", "-e", "143", "--", "viralfx"]
+# service, but with 0 for one that SIGTERM (128 + 15) or SIGHUP (128 + 1) ended before its own handlers
+# were there. A `command` in a pod and `entrypoint` in compose bypass it: use `args` and `command` there (ADR-0036).
+ENTRYPOINT ["tini", "-e", "143", "-e", "129", "--", "viralfx"]
 CMD ["serve"]
 ARG BASE_IMAGE VERSION=0.2.0 REVISION=
 LABEL org.opencontainers.image.title="ViralFX Backend" \

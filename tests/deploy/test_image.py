@@ -116,7 +116,7 @@ def test_labels_and_defaults(image: str) -> None:
     assert label["base.name"] == BASE_IMAGE
     assert label["title"]
     assert (config["User"], config["StopSignal"]) == ("10001:10001", "SIGTERM")
-    assert config["Entrypoint"] == ["tini", "-e", "143", "--", "viralfx"]
+    assert config["Entrypoint"] == ["tini", "-e", "143", "-e", "129", "--", "viralfx"]
     assert config["Cmd"] == ["serve"]
     assert config["Healthcheck"]["Test"][0] == "CMD"
     assert "ENVIRONMENT=production" in config["Env"]

@@ -114,7 +114,7 @@ def test_the_image_is_the_one_that_the_manifests_run() -> None:
 
     assert {int(p) for p in re.findall(r"^EXPOSE (.+)$", last, re.MULTILINE)[0].split()} == declared
     assert re.search(r"^USER [1-9]\d*", last, re.MULTILINE)
-    assert 'ENTRYPOINT ["tini", "-e", "143", "--", "viralfx"]' in last
+    assert 'ENTRYPOINT ["tini", "-e", "143", "-e", "129", "--", "viralfx"]' in last
     assert "docker build --tag viralfx-backend ." in image
 
 

@@ -25,7 +25,7 @@ from tests.system.service import ROOT, clean_environment
 pytestmark = pytest.mark.timeout(300)
 
 SERVICE = (sys.executable, "-m", "viralfx")
-MOMENTS = len(cycles(100, usual=4))
+MOMENTS = len(cycles(100, usual=6))
 EARLIEST, LATEST = 0.001, 1.0
 """Seconds after the init starts the service, between which SIGTERM is sent."""
 
@@ -106,15 +106,17 @@ def exit_code(process: subprocess.Popen[bytes], log: Path, *, seconds: float = 6
         raise AssertionError(f"still running: {log.read_text()}") from None
 
 
-def stopped_after(moment: float, log: Path) -> tuple[float, int | str]:
-    """Send SIGTERM ``moment`` seconds after the start; return the exit code or error."""
+def stopped_after(
+    moment: float, log: Path, sent: signal.Signals = signal.SIGTERM
+) -> tuple[float, int | str]:
+    """Send a signal ``moment`` seconds after the start; return the exit code or error."""
     command = [*init(), *SERVICE, "serve"]
     with first_process(command, log) as process:
         pid = executed(process)
         # It takes signals before; until then the kernel drops those to a PID 1.
         wait_until(lambda: children(pid), what="the init starts the service")
         time.sleep(moment)  # the moment itself is the subject
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, sent)
         try:
             return moment, exit_code(process, log)
         except AssertionError as error:
@@ -136,6 +138,11 @@ def test_sigterm_at_any_moment_of_the_start_ends_it_with_0(tmp_path: Path) -> No
     ended = [stopped_after(moment, tmp_path / "log") for moment in moments]
 
     assert [one for one in ended if one[1] != 0] == []
+
+
+def test_a_hangup_before_the_service_can_handle_it_ends_it_with_0(tmp_path: Path) -> None:
+    """SIGHUP is SIGTERM, from the first millisecond on."""
+    assert stopped_after(EARLIEST, tmp_path / "log", signal.SIGHUP) == (EARLIEST, 0)
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 124, 130])
