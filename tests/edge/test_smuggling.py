@@ -1,4 +1,4 @@
-"""Request smuggling through real proxies in front of a real service.
+"""Request smuggling, directly and through real proxies in front of a real service.
 
 Each proxy forbids ``/who`` and removes ``X-User``. A smuggled request, or a forged header, reaches
 the service although the proxy did not see it.
@@ -214,6 +214,17 @@ def test_no_request_is_smuggled(proxy: int, backend: Service, kind: str) -> None
         for number, response in enumerate(responses)
         if b'"name":"%d"' % number not in response
     ] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_request_is_smuggled_directly(backend: Service, kind: str) -> None:
+    """The same without a proxy, each message twice."""
+    before = ask(backend.port, "/executed")
+    messages = KINDS[kind]
+    responses = asyncio.run(_tries(backend.port, messages, 2 * len(messages)))
+
+    assert ask(backend.port, "/executed") == before
+    assert [statuses(response) for response in responses] == [[200]] * len(responses)
 
 
 def test_an_executed_request_is_recorded(backend: Service) -> None:
