@@ -5,6 +5,7 @@ not prevent probes on either port.
 """
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -43,9 +44,9 @@ HANDSHAKE = (
 
 @pytest.fixture(scope="module")
 def edge() -> Iterator[Service]:
-    """Return a service with the default limits."""
-    with running(*APP, management=True) as service:
-        yield service.wait_ready()
+    """Return a service with the default limits, whose ports are probed during all its tests."""
+    with running(*APP, management=True) as service, probed(service.wait_ready()):
+        yield service
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +235,13 @@ def _parts(message: bytes, head: int, way: str) -> list[bytes]:
     return [message[at : at + 7] for at in range(0, len(message), 7)]
 
 
+def ignored_upgrades(service: Service) -> int:
+    """Return ``viralfx_http_upgrades_ignored_total``."""
+    text = service.manage("/metrics").body.decode()
+    (count,) = re.findall(r"^viralfx_http_upgrades_ignored_total ([\d.e+]+)$", text, re.MULTILINE)
+    return int(float(count))
+
+
 @pytest.mark.parametrize("way", ["one", "two", "many"])
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 @pytest.mark.parametrize("name", UPGRADES)
@@ -242,6 +250,7 @@ def test_a_body_after_an_upgrade_is_a_body(
 ) -> None:
     """The request is served as an ordinary one with this body."""
     before = ask(edge.port, "/executed").get("who", 0)
+    ignored = ignored_upgrades(edge)
     body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(INNER), INNER) if framing == "chunked" else INNER
     announced = (
         b"Transfer-Encoding: chunked" if framing == "chunked" else b"Content-Length: %d" % len(body)
@@ -254,6 +263,7 @@ def test_a_body_after_an_upgrade_is_a_body(
 
     assert (response.status, response.json()) == (200, {"n": len(INNER), "user": None})
     assert after.json().get("who", 0) == before
+    assert ignored_upgrades(edge) == ignored + 1
 
 
 @pytest.mark.parametrize("way", ["one", "two"])
@@ -295,7 +305,7 @@ def test_a_websocket_handshake_with_a_large_header_is_answered(edge: Service) ->
     big = b"X: %s\r\n" % (b"a" * 60_000)
     with probed(edge):
         head = b"GET /ws HTTP/1.1\r\nHost: x\r\n%s%s\r\n" % (HANDSHAKE, big)
-        assert talk(edge.port, head).status in {101, 400, 431}
+        assert talk(edge.port, head).status == 431
 
 
 JOB = '{"task": "default.prune", "payload": null}'
@@ -569,14 +579,15 @@ def test_an_unfinished_body_does_not_delay_the_stop() -> None:
             assert service.exit_code(seconds=15) == 0
 
 
-def test_a_connection_above_the_limit_is_rejected() -> None:
-    """It gets 503 and a close; the management port has its own connections."""
+def test_connections_above_the_limit_are_rejected() -> None:
+    """Each gets 503 and a close; the management port has its own connections."""
     with running(*APP, management=True, environment={"HTTP_MAX_CONNECTIONS": "20"}) as service:
         service.wait_ready()
         assert service.management_port is not None
-        with silent(service.port, 20) as held, counted(service, "connections"):
-            response = rejected_connection(service.port)
-            assert (response.status, response.header(b"retry-after")) == (503, b"1")
+        with silent(service.port, 20) as held, counted(service, "connections", at_least=10):
+            for _ in range(10):
+                response = rejected_connection(service.port)
+                assert (response.status, response.header(b"retry-after")) == (503, b"1")
             assert request(service.management_port, "/health/live").status == 200
             held[0].close()
             wait_until(lambda: service.status("/health/live") == 200, what="a free connection")

@@ -4,17 +4,18 @@
 """
 
 import resource
+import select
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Self
 
 import psutil
 import pytest
 from tests.edge.flood import HEADERS, MIB, ONE_HEADER, ONE_URL, flood
 from tests.edge.test_attacks import probed
-from tests.edge.wire import TIMEOUT_SECONDS, rejected, silent
+from tests.edge.wire import TIMEOUT_SECONDS, Wire, rejected, silent
 from tests.servers.waiting import wait_until
 from tests.system.control_group import control_group
 from tests.system.service import Service, request, running
@@ -93,6 +94,42 @@ def test_endless_requests_use_little_memory() -> None:
     assert sum(counted.values()) >= CONNECTIONS
     assert set(counted) <= {"head_too_large", "too_many_headers", "memory", "connections"}
     assert max(lines.values()) <= 2 + minutes
+
+
+def test_large_heads_on_many_connections_use_little_memory() -> None:
+    """Fifty connections with a mebibyte of head each get 431."""
+    with running(*APP, management=True) as service:
+        service.wait_ready()
+        with probed(service), PeakMemory(service.process.pid) as memory:
+            outcome = flood(
+                service.port,
+                [HEADERS, ONE_HEADER, ONE_URL],
+                connections=50,
+                total=50 * MIB,
+                seconds=3 * TIMEOUT_SECONDS,
+            )
+
+    assert outcome.ends["431"] >= 50
+    assert set(outcome.ends) <= {"431", "closed", "reset"}
+    assert memory.growth < 32 * MIB
+
+
+def test_unfinished_heads_of_all_connections_are_limited() -> None:
+    """Above a sixteenth of the memory limit a large head is 503, and small ones are served."""
+    size = 60_000
+    with _limited(100) as service, ExitStack() as stack, probed(service):
+        wires = [
+            stack.enter_context(Wire(service.port)).send(b"GET /" + b"a" * size)
+            for _ in range(100 * MIB // 16 // size + 3)
+        ]
+        wait_until(lambda: rejected(service).get("memory", 0) >= 2, what="heads are rejected")
+        sockets = [wire.socket for wire in wires]
+        readable, _, _ = select.select(sockets, [], [], TIMEOUT_SECONDS)
+        answers = [wire.response() for wire in wires if wire.socket in readable]
+        counts = rejected(service)
+
+    assert {(one.status, one.header(b"retry-after")) for one in answers} == {(503, b"1")}
+    assert set(counts) == {"memory"}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from viralfx.runner.http_limits import (
     Rejection,
 )
 from viralfx.settings import Secret, Settings
-from viralfx.settings.groups import HttpSettings
+from viralfx.settings.groups import DatabaseSettings, HttpSettings
 
 
 class Client:
@@ -127,7 +127,7 @@ def test_a_connection_removed_during_a_tick_is_not_checked(time: Time) -> None:
 
 def test_small_heads_are_accepted_above_the_memory_limit() -> None:
     """A head above the share of one connection is rejected once the total is above the limit."""
-    limits = HttpLimits(max_connections=1000, max_buffered_bytes=1_000_000)
+    limits = HttpLimits(max_connections=1000, max_unfinished_head_bytes=1_000_000)
     connections = Connections(limits)
     assert connections.may_buffer_heads(60_000)
     connections.head_bytes = 1_000_001
@@ -138,7 +138,7 @@ def test_small_heads_are_accepted_above_the_memory_limit() -> None:
 
 def test_request_memory_is_recounted_above_the_limit() -> None:
     """Data that applications have read no longer counts; a small request is always accepted."""
-    connections = Connections(HttpLimits(max_buffered_bytes=2000, max_connections=1))
+    connections = Connections(HttpLimits(max_request_bytes=2000, max_connections=1))
     client = Client()
     connections.add(client, 1e9)
     client.body, connections.request_bytes = 900, 5000
@@ -216,6 +216,17 @@ def test_connections_leave_a_reserve_of_descriptors() -> None:
     assert api.max_connections + management.max_connections <= 256 - 64
     assert with_pool.max_connections <= api.max_connections - postgres.db.pool_max
     assert management.max_connections >= 8
+
+
+@pytest.mark.parametrize("limit", [96, 128, 256, 1024])
+@pytest.mark.parametrize("pool", [10, 150])
+def test_a_quarter_of_the_descriptors_serves_the_api(limit: int, pool: int) -> None:
+    """A large pool on a small limit leaves no less."""
+    settings = Settings(
+        database_url=Secret("postgresql://db/app"), db=DatabaseSettings(pool_max=pool)
+    )
+    with descriptors(limit):
+        assert HttpLimits.for_api(settings).max_connections >= limit // 4
 
 
 def test_a_setting_above_the_descriptor_limit_is_reduced(caplog: pytest.LogCaptureFixture) -> None:

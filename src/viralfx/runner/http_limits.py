@@ -34,9 +34,13 @@ _CONNECTION_BYTES = 16 * 1024
 """Memory that is planned for an idle connection; it uses half of it."""
 _MEMORY_SHARE = 4
 """Idle connections may use a quarter of the memory limit."""
-_BUFFER_SHARE = 8
-"""Unfinished heads and unread bodies may use an eighth of the memory limit."""
-_MAX_BUFFERED_BYTES = 32 * 2**20
+_HEAD_SHARE = 16
+"""Unfinished heads may use a sixteenth of the memory limit."""
+_REQUEST_SHARE = 8
+"""Unanswered requests may use an eighth of the memory limit."""
+_MAX_REQUEST_BYTES = 32 * 2**20
+_API_SHARE = 4
+"""At least a quarter of the descriptors serve the API."""
 
 
 def _response(status: int, detail: str) -> tuple[bytes, bytes]:
@@ -61,7 +65,7 @@ class Rejection(Enum):
 
     HEAD_TOO_LARGE = ("head_too_large", 431, "The head of the request is too large.")
     TOO_MANY_HEADERS = ("too_many_headers", 431, "The request has too many headers.")
-    HEAD_MEMORY = ("memory", 431, "The head of the request is too large at the moment.")
+    HEAD_MEMORY = ("memory", 503, "The server has no memory for this head at the moment.")
     REQUEST_MEMORY = (
         "memory",
         503,
@@ -89,8 +93,10 @@ class HttpLimits(HttpSettings, frozen=True, kw_only=True):
     """The limits of the clients of one server. Times are seconds, sizes are bytes."""
 
     max_connections: int = 1000
-    max_buffered_bytes: int = _MAX_BUFFERED_BYTES
-    """Total size of unfinished heads on all connections, and the same for buffered requests."""
+    max_unfinished_head_bytes: int = _MAX_REQUEST_BYTES
+    """Total size of the unfinished heads and trailers on all connections."""
+    max_request_bytes: int = _MAX_REQUEST_BYTES
+    """Total size of the large heads and the bodies of unanswered requests on all connections."""
 
     @classmethod
     def for_api(cls, settings: Settings) -> "HttpLimits":
@@ -119,7 +125,8 @@ class HttpLimits(HttpSettings, frozen=True, kw_only=True):
     def _with(cls, settings: Settings, max_connections: int) -> "HttpLimits":
         own = {
             "max_connections": max_connections,
-            "max_buffered_bytes": min(_MAX_BUFFERED_BYTES, _memory() // _BUFFER_SHARE),
+            "max_unfinished_head_bytes": _memory() // _HEAD_SHARE,
+            "max_request_bytes": min(_MAX_REQUEST_BYTES, _memory() // _REQUEST_SHARE),
         }
         return cls(**(msgspec.structs.asdict(settings.http) | own))
 
@@ -149,14 +156,14 @@ def _descriptors_for_management() -> int:
 
 
 def _descriptors_for_api(settings: Settings) -> int:
-    """Return the number of descriptors for connections to the API.
+    """Return the number of descriptors for connections to the API: at least a quarter.
 
     The rest is reserved for checks, files, Postgres, Redis and the management server.
     """
     limit = _descriptor_limit()
     pool = 0 if settings.database_url is None else settings.db.pool_max + 4
     reserve = min(1024, max(64, limit // 8)) + pool + _descriptors_for_management()
-    return max(16, limit - reserve)
+    return max(limit // _API_SHARE, limit - reserve)
 
 
 def _memory() -> int:
@@ -225,6 +232,8 @@ class Connections:
         self.limits = limits
         self.on_rejected: Callable[[str], None] = lambda _: None
         """Called with the reason of each rejection."""
+        self.on_upgrade_ignored: Callable[[], None] = lambda: None
+        """Called for each ``Upgrade`` to an unsupported protocol."""
         self.now = monotonic()
         """The time of the last tick, which is precise enough for the age of idle connections."""
         self.server_head = b""
@@ -303,7 +312,8 @@ class Connections:
         self._log.add(rejection.reason, level, **fields)
 
     def ignore_upgrade(self, protocol: str) -> None:
-        """Log that the server ignored an ``Upgrade`` to an unsupported protocol."""
+        """Count and log that the server ignored an ``Upgrade`` to an unsupported protocol."""
+        self.on_upgrade_ignored()
         self._upgrades.add("", logging.WARNING, upgrade=protocol)
 
     def may_buffer_heads(self, own: int) -> bool:
@@ -312,11 +322,11 @@ class Connections:
         ``own``: the size of the caller's head. A small head is always accepted, because the limit
         of connections bounds the number of heads.
         """
-        return self.head_bytes <= self.limits.max_buffered_bytes or own <= self._fair_share
+        limit = self.limits.max_unfinished_head_bytes
+        return self.head_bytes <= limit or own <= self._share_of(limit)
 
-    @property
-    def _fair_share(self) -> int:
-        return max(1024, self.limits.max_buffered_bytes // max(1, self.limits.max_connections))
+    def _share_of(self, limit: int) -> int:
+        return max(1024, limit // max(1, self.limits.max_connections))
 
     def may_buffer_requests(self, own: int) -> bool:
         """Return False if the unanswered requests use too much memory.
@@ -324,9 +334,10 @@ class Connections:
         ``own``: the size of the caller's request. A small one is always accepted, as with heads.
         :attr:`request_bytes` only grows as requests arrive, so it is recounted above the limit.
         """
-        if self.request_bytes > self.limits.max_buffered_bytes:
+        limit = self.limits.max_request_bytes
+        if self.request_bytes > limit:
             self.request_bytes = sum(connection.buffered() for connection in self._members)
-        return self.request_bytes <= self.limits.max_buffered_bytes or own <= self._fair_share
+        return self.request_bytes <= limit or own <= self._share_of(limit)
 
     def close(self) -> None:
         """Log the suppressed events."""

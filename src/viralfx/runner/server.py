@@ -187,6 +187,7 @@ class HttpServer:
                 lambda: self.connections.open,
                 self.connections.limits.max_connections,
             )
+            self.connections.on_upgrade_ignored = metrics.count_ignored_upgrade
         self._protocol_class = protocol_class(
             self.connections,
             gate.requests,

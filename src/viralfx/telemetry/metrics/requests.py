@@ -127,6 +127,11 @@ class HttpMetrics:
             ("reason",),
             registry=registry,
         )
+        self._upgrades = Counter(
+            "viralfx_http_upgrades_ignored_total",
+            "Requests whose Upgrade header the HTTP server ignored.",
+            registry=registry,
+        )
         self._open = Gauge(
             "viralfx_http_connections", "Open connections.", ("server",), registry=registry
         )
@@ -136,6 +141,10 @@ class HttpMetrics:
             ("server",),
             registry=registry,
         )
+
+    def count_ignored_upgrade(self) -> None:
+        """Count a request that asked for an unsupported protocol and was served as usual."""
+        self._upgrades.inc()
 
     def add_server(
         self, name: str, reasons: Iterable[str], connections: Callable[[], int], limit: int
