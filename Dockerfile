@@ -88,7 +88,7 @@ ENV TINI_SUBREAPER=1
 WORKDIR /app
 # A number, so that Kubernetes can verify that it is not root.
 USER 10001:10001
-EXPOSE 3000 3001
+EXPOSE 3000 3001 3002
 STOPSIGNAL SIGTERM
 # An orchestrator that acts on this check replaces the container, so it checks liveness alone. For a
 # worker, configure `viralfx probe live --worker` instead.

@@ -152,7 +152,7 @@ EDITS: dict[str, tuple[str, str, str]] = {
     ),
     "the port of a probe": (
         r"(path: /health/live\s*, +port: )300\d",
-        r"\g<1>3002",
+        r"\g<1>3009",
         "yaml: no manifest has this livenessProbe",
     ),
     "the threshold of a probe": (

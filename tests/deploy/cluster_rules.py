@@ -127,7 +127,7 @@ def _network(resources: list[Resource]) -> Iterator[str]:
         ]
         if asked != [
             (["all pods here", "viralfx/reaches-api=true"], ["http"]),
-            (["viralfx/reaches-metrics=true"], ["http", "management"]),
+            (["viralfx/reaches-metrics=true"], ["http", "http-management", "management"]),
         ]:
             yield f"it lets in {asked}"
         blocks = [peer["ipBlock"] for rule in spec["egress"] for peer in rule.get("to", ())]

@@ -185,6 +185,14 @@ def adapted(
         yield resource
 
 
+_WHERE = {
+    "http": [],
+    "http-management": ["--url", "http://127.0.0.1:3002"],
+    "management": ["--worker"],
+}
+"""Options of the probe for each port."""
+
+
 def _probe(request: Mapping[str, Any]) -> list[str]:
     kind = request["path"].rpartition("/")[2]
-    return ["viralfx", "probe", kind, *(["--worker"] if request["port"] == "management" else [])]
+    return ["viralfx", "probe", kind, *_WHERE[request["port"]]]

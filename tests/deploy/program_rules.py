@@ -100,6 +100,8 @@ def _sources(container: Container, resources: list[Resource]) -> Iterator[str]:
     for name, key in container.variables(resources).items():
         if name not in known:
             yield f"{name} is no variable of the program"
+        elif name in OF_ONE_CONTAINER and "value" in secrets.get(name, {}):
+            continue
         elif known[name].secret != (name in secrets):
             yield f"{name} comes from the wrong place"
         elif name in secrets:
@@ -124,8 +126,10 @@ _LONG_LIVED = {
     "SHUTDOWN_READINESS_DELAY",
     "SHUTDOWN_GRACE_PERIOD",
 }
+OF_ONE_CONTAINER = {"MANAGEMENT_PORT"}
+"""Variables that differ between the containers of a pod, and so are no part of the ConfigMap."""
 NEEDED = {
-    "serve": {*_LONG_LIVED, "API_TOKEN"},
+    "serve": {*_LONG_LIVED, *OF_ONE_CONTAINER, "API_TOKEN"},
     "worker": _LONG_LIVED,
     "migrate": _BACKENDS,
 }
@@ -179,7 +183,12 @@ def _ports(container: Container, settings: Settings) -> Iterator[str]:
     job = "viralfx-worker" if container.command == "worker" else "viralfx-backend"
     if (scraped := _scraped(job)) not in listens:
         yield f"prometheus.yml scrapes {job} at {scraped}"
-    if f"port {settings.port}, a worker at {settings.worker_management_port}" not in _runbook():
+    said = (
+        f"a worker at {settings.worker_management_port}"
+        if container.command == "worker"
+        else f"the service at port {settings.port},"
+    )
+    if said not in _runbook():
         yield "the runbook uses other ports"
 
 
@@ -222,11 +231,18 @@ def _probes(container: Container, settings: Settings) -> Iterator[str]:
         asked = probe.get("httpGet", {})
         if asked.get("path") != path or path not in endpoints():
             yield f"{kind} asks {asked.get('path')}"
-        if container.port(asked.get("port", "")) not in _listens(container, settings):
+        if container.port(asked.get("port", "")) != _asked(container, kind, settings):
             yield f"{kind} asks at {asked.get('port')}"
         if wrong := {n for n, v in numbers.items() if probe.get(n) != v}:
             yield f"{kind}: {sorted(wrong)} differ from docs/operations.md"
     yield from _start(container, probes.get("startupProbe", {}), settings)
+
+
+def _asked(container: Container, kind: str, settings: Settings) -> int | None:
+    """Return the port for a probe: only readiness depends on the port of the clients."""
+    if container.command == "worker":
+        return settings.worker_management_port
+    return settings.port if kind == "readinessProbe" else settings.management_port
 
 
 def _start(container: Container, probe: dict[str, Any], settings: Settings) -> Iterator[str]:

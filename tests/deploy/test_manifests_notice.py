@@ -122,7 +122,13 @@ POD = (*DEPLOYMENT, "spec", "template", "spec")
 BACKEND = (*POD, "containers", 0)
 WORKER = (*POD, "containers", 1)
 MANIFEST_SIDE = {
-    "port": ((*BACKEND, "ports", 0, "containerPort"), 3002, "ports"),
+    "port": ((*BACKEND, "ports", 0, "containerPort"), 3003, "ports"),
+    "liveness at the API port": ((*BACKEND, "livenessProbe", "httpGet", "port"), "http", "probes"),
+    "readiness at the management port": (
+        (*BACKEND, "readinessProbe", "httpGet", "port"),
+        "http-management",
+        "probes",
+    ),
     "the worker's port is the API's": ((*WORKER, "ports", 0, "containerPort"), 3000, "ports"),
     "port of the Service": (
         ("Service", "viralfx-backend", "spec", "ports", 0, "port"),
