@@ -71,7 +71,7 @@ fuzz:
 
 # the API against its OpenAPI document, with many more examples, other ones each time
 fuzz-api examples="300":
-    VIRALFX_SCHEMATHESIS_EXAMPLES={{examples}} {{bin}}/pytest tests/system/test_schemathesis.py
+    VIRALFX_TEST_SOAK=1 VIRALFX_SCHEMATHESIS_EXAMPLES={{examples}} {{bin}}/pytest tests/system/test_schemathesis.py
 
 # the HTTP server against random bytes: how many requests
 fuzz-edge requests="1000000":

@@ -46,7 +46,6 @@ MAX_BATCH_BYTES = 4 * 1024 * 1024
 AnyRequest = Request[object, object, State]
 
 _KEY = re.compile(rb"[!-~]{1,%d}" % MAX_KEY_CHARACTERS).fullmatch
-_JSON_SUFFIX = re.compile(r"[a-z0-9!#$&^_.+-]+/[a-z0-9!#$&^_.+-]+\+json").fullmatch
 _decode_job = msgspec.json.Decoder(JobRequest).decode
 _decode_batch = msgspec.json.Decoder(BatchRequest).decode
 
@@ -132,7 +131,7 @@ def require_json(request: AnyRequest) -> None:
         return
     text = declared[0].decode("latin-1") if len(declared) == 1 else ""
     media_type = text.partition(";")[0].strip().lower()
-    if media_type != "application/json" and not _JSON_SUFFIX(media_type):
+    if media_type != "application/json":
         raise HTTPException(
             "Send the body with Content-Type: application/json.",
             status_code=415,
