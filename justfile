@@ -97,6 +97,10 @@ schedules seconds="600":
 chaos jobs="10000" seed="1" seconds="600" mode="":
     {{bin}}/python -m tests.chaos.ordeal {{jobs}} {{seed}} {{seconds}} {{mode}}
 
+# tests in full form, and a record of what they did: names of benchmarks/endurance.py
+endurance +names:
+    {{bin}}/python -m benchmarks.endurance {{names}}
+
 # change the resilience core one thing at a time, and see a test fail each time
 mutate *modules:
     {{bin}}/uv pip install --quiet --python {{bin}}/python --group mutate

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -124,10 +124,14 @@ def stopped_after(
 
 
 @pytest.mark.soak
-def test_sigterm_at_any_moment_of_the_start_ends_it_with_0(tmp_path: Path) -> None:
+def test_sigterm_at_any_moment_of_the_start_ends_it_with_0(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """From a millisecond after the init starts the service to a second after it."""
     seed = int(os.environ.get("VIRALFX_TEST_SEED", time.time_ns() % 10**9))
     print(f"VIRALFX_TEST_SEED={seed}")  # noqa: T201 - to repeat it
+    record_property("moments of SIGTERM", MOMENTS)
+    record_property("seed", f"VIRALFX_TEST_SEED={seed}")
     chosen = random.Random(seed)  # noqa: S311 - no secret
     # Half of them before Python has a handler.
     moments = [EARLIEST, LATEST]

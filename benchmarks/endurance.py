@@ -1,0 +1,129 @@
+"""Runs tests in full, and records what they did: more tries, a longer time, more servers.
+
+    just endurance NAME...
+
+The gate runs the short form of each. A run is recorded only if none of its tests fails or skips.
+Tests give their figures by ``record_property``.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from xml.etree import ElementTree as ET
+
+from benchmarks.results import circumstances, command, publish, table
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tests, and what makes them run in full."""
+
+    claim: str
+    tests: tuple[str, ...]
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+SOAK = {"VIRALFX_TEST_SOAK": "1"}
+RUNS = {
+    "smuggling": Run(
+        "No request is smuggled and no header forged, directly and through HAProxy and nginx; a"
+        " request of `curl --http2` with a body works.",
+        ("tests/edge/test_smuggling.py", "tests/edge/test_attacks.py", "-k", "smuggl or curl"),
+        {"EDGE_TRIES": "1000"},
+    ),
+    "schemathesis": Run(
+        "Schemathesis finds no deviation from the OpenAPI document, on Postgres and in memory.",
+        ("tests/system/test_schemathesis.py",),
+        {**SOAK, "VIRALFX_SCHEMATHESIS_EXAMPLES": "100"},
+    ),
+    "fuzz": Run(
+        "Random requests get no server error but those of limits, no exception is logged, and the"
+        " memory stays flat.",
+        ("tests/edge/test_fuzz.py", "--timeout", "7200"),
+        {"EDGE_FUZZ_REQUESTS": "100000"},
+    ),
+    "sigterm": Run(
+        "SIGTERM ends the process with exit code 0, at any moment from a millisecond to a second"
+        " after the init starts it.",
+        ("tests/system/test_init.py", "-k", "sigterm or hangup"),
+        SOAK,
+    ),
+}
+
+
+@dataclass
+class Outcome:
+    """The tests of a run by result, and the figures they gave."""
+
+    results: Counter[str]
+    figures: dict[str, list[str]]
+
+
+def read(report: Path) -> Outcome:
+    """Read a JUnit report of pytest."""
+    outcome = Outcome(Counter(), {})
+    for case in ET.parse(report).iter("testcase"):  # noqa: S314 - pytest has written it
+        kinds = {child.tag for child in case} - {"properties", "system-out", "system-err"}
+        outcome.results[kinds.pop() if kinds else "passed"] += 1
+        for each in case.iter("property"):
+            outcome.figures.setdefault(each.get("name", ""), []).append(each.get("value", ""))
+    return outcome
+
+
+def lines_of(run: Run, outcome: Outcome, seconds: float) -> Iterable[str]:
+    """Yield the lines of a section."""
+    said = " ".join(f"{name}={value}" for name, value in run.variables.items())
+    yield from circumstances(
+        command("endurance"), f"Tests: `{' '.join([said, 'pytest', *run.tests]).strip()}`"
+    )
+    yield from ("", run.claim, "")
+    counts = [(f"tests {result}", str(count)) for result, count in outcome.results.items()]
+    figures = [(name, _shown(values)) for name, values in outcome.figures.items()]
+    yield from table(("what", "figure"), [*counts, *figures, ("seconds", f"{seconds:.0f}")])
+
+
+def _shown(values: Sequence[str]) -> str:
+    """Return the sum of numbers, or the different texts."""
+    if all(value.lstrip("-").isdecimal() for value in values):
+        return str(sum(map(int, values)))
+    return "; ".join(dict.fromkeys(values))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, publish, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="just endurance", description=__doc__)
+    parser.add_argument("names", nargs="+", choices=RUNS, metavar="NAME", help=", ".join(RUNS))
+    options = parser.parse_args(arguments)
+    status = 0
+    for name in options.names:
+        run, began = RUNS[name], monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder, "report.xml")
+            code = subprocess.run(
+                [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *run.tests]
+                + [f"--junitxml={report}", "-o", "junit_family=xunit1"],
+                cwd=ROOT,
+                env={**os.environ, "VIRALFX_TEST_SERVERS": "wheels", **run.variables},
+                check=False,
+            ).returncode
+            outcome = read(report) if report.exists() else Outcome(Counter(), {})
+        if code or set(outcome.results) != {"passed"}:
+            print(f"{name}: not recorded; {dict(outcome.results)}, exit code {code}")
+            status = 1
+            continue
+        lines = list(lines_of(run, outcome, monotonic() - began))
+        publish(f"endurance.py {name}", lines, (), check=False)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
