@@ -42,7 +42,7 @@ check:
     {{bin}}/lint-imports
     {{bin}}/hadolint Dockerfile
 
-# README, docs and decision records against the code: what they name, show and count
+# README, docs and decision records against the code: names, examples and numbers
 docs *arguments:
     {{bin}}/pytest -n 2 {{arguments}} tests/architecture/test_claims.py tests/architecture/test_documents.py \
         tests/architecture/test_walks.py tests/architecture/test_adrs.py tests/architecture/test_words.py \

@@ -107,12 +107,12 @@ class _Own:
         jobs.start()
 
     def begin_drain(self) -> None:
-        """Begin to run what has begun, or to hand it back."""
+        """Begin to run the started jobs, or to hand them back."""
         if self.draining is None:
             self.draining = asyncio.create_task(self._drain(), name="taskiq-drain")
 
     async def drain(self) -> None:
-        """Run what has begun, or hand it back; all callers share one drain."""
+        """Run the started jobs, or hand them back; all callers share one drain."""
         self.begin_drain()
         if self.draining is not None:
             await asyncio.wait({self.draining})
@@ -187,7 +187,7 @@ class LedgerBroker(AsyncBroker, TaskHost):
             raise
 
     async def shutdown(self) -> None:
-        """Run what has begun, or hand it back; then end everything. A second call does nothing."""
+        """Run the started jobs, or hand them back; then end everything. A second call does nothing."""
         own = self._own
         try:
             if own is not None:
@@ -386,7 +386,7 @@ class LedgerBroker(AsyncBroker, TaskHost):
         """Claim jobs, and yield their messages to a receiver of taskiq.
 
         The worker of this process keeps their leases. At the end of the iteration a worker process
-        claims no more, and hands back what no receiver has taken.
+        claims no more, and hands back the jobs that no receiver has taken.
         """
         await self.job_service()
         if self._own is not None and self._own.closing:

@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("src", "docs", "adr", "tests", "benchmarks")
-PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
+FOLDERS = ("src", "docs", "adr", "tests", "benchmarks", "deploy", ".ci")
+PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "Dockerfile", "justfile")
+TEXTS = {".md", ".js", ".html", ".css", ".sql", ".yaml", ".yml", ".cfg", ".conf", ".service", ""}
+FOREIGN = {"node_modules", "vendor"}
 
 PROSE = re.compile(
     r"""\b(?:
         nobody | somebody | anybody | whoever | whatever | likewise | besides
-        | all[ ]the[ ]same | of[ ]ours | of[ ]none | in[ ]vain | for[ ]ever
+        | all[ ]the[ ]same | of[ ]ours | of[ ]none | in[ ]vain | for[ ]ever | but[ ]for | for[ ]want[ ]of
         | (?:is|are|was|were|be|been)[ ]told | (?:tells?|told)[ ]of
         | (?:take|takes|took|taken|taking)[ ]in(?!to)
         | hears? | heard | hearing | bells? | ringer | ringing | rung | rings?(?![ ]buffer)
@@ -64,7 +66,8 @@ def files(root: Path) -> Iterator[Path]:
     """Yield the files that are read."""
     for folder in FOLDERS:
         for path in sorted((root / folder).rglob("*")):
-            if path.suffix in {".py", ".md"} and "node_modules" not in path.parts:
+            is_text = path.suffix in {".py", *TEXTS} and path.is_file()
+            if is_text and not FOREIGN & {*path.parts}:
                 yield path
     yield from (root / name for name in PAGES if (root / name).exists())
 
@@ -76,9 +79,7 @@ def lower(name: str) -> str:
 
 def found_in(name: str, text: str) -> list[str]:
     """Return each word of the dialect in a file, with its line."""
-    if name.endswith(".md"):
-        return [*_prose(text, 1)]
-    return [*_tokens(text)]
+    return [*(_tokens(text) if name.endswith(".py") else _prose(text, 1))]
 
 
 def _prose(text: str, line: int) -> Iterator[str]:

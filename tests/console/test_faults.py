@@ -37,7 +37,7 @@ SEEN = """
 
 
 def require_clean(opened: Console) -> None:
-    """Require a clean page, but for the requests that failed with the process or the database."""
+    """Require a clean page, except the requests that failed with the process or the database."""
     opened.forgive("net::ERR_", "503")
     opened.require_clean()
 

@@ -57,7 +57,7 @@ def test_a_canary_has_its_share_and_is_apart() -> None:
 
 
 def test_a_worker_is_the_same_wherever_it_runs() -> None:
-    """Beside a backend or by itself: but for its share of the machine, and who waits for it."""
+    """Beside a backend or by itself, except its share of the machine and its readiness probe."""
     workers = [c for c in containers(resources("production")) if c.command == "worker"]
     own = {"resources", "readinessProbe"}
     same = [{k: v for k, v in c.spec.items() if k not in own} for c in workers]

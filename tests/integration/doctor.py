@@ -20,7 +20,7 @@ GOOD = {
     "API_TOKEN": TOKEN,
     "SHUTDOWN_READINESS_DELAY": "5000",
 }
-"""A right configuration, but for the servers that it needs."""
+"""A right configuration, without the servers that it needs."""
 
 Findings = list[dict[str, str]]
 

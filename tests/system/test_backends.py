@@ -183,7 +183,7 @@ def test_details_query_each_backend_at_most_once_a_second(
 def test_an_idle_service_queries_once_an_interval(
     talkative: PostgresServer, own_redis: RedisServer
 ) -> None:
-    """The checks' queries are its only traffic but for its report, for any number of probes."""
+    """The checks' queries are its only traffic except its report, for any number of probes."""
     times = {"HEALTH_CHECK_INTERVAL": "1000", "DB_HEALTH_CHECK_INTERVAL": "1000"}
     with serving(talkative, own_redis, **times) as service:
         asked = Asked(talkative, own_redis)

@@ -31,7 +31,7 @@ FROM generate_series(2, 100) AS number
 pytestmark = pytest.mark.timeout(240)
 
 INTERVAL = 1.0
-"""Seconds of each interval of a worker, but for the renewals of its lease, which are fewer."""
+"""Seconds of each interval of a worker, except the renewals of its lease, which are fewer."""
 KINDS = 8
 """Of statements that are repeated: polls, checks, sweeps and claims, some with their settings."""
 _STATEMENT = re.compile(

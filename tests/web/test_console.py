@@ -933,7 +933,7 @@ def test_pages_of_a_second_event_loop_get_beats(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_the_stop_waits_for_no_page(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each page gets the last event and its end in one write, but for a page that does not read."""
+    """Each page gets the last event and its end in one write, except a page that does not read."""
     monkeypatch.setattr(feed, "LAST_EVENT_SECONDS", 3600.0)
     pages = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
     blocked = (await opened(pages, 1, blocked=True))[0]

@@ -1,4 +1,4 @@
-"""Collects what ``viralfx doctor`` checks: settings, backends and tracing."""
+"""Collects the subjects of ``viralfx doctor``: settings, backends and tracing."""
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -54,7 +54,7 @@ class SchemaState:
 async def schema_state(settings: Settings, *, migrating: bool = False) -> SchemaState:
     """Return the state of the schema. Raises the same errors as :func:`migrate_schema`.
 
-    ``migrating``: a user that may not apply what is pending is an error.
+    ``migrating``: a user that may not apply the pending migrations is an error.
     """
     config = migration_config(settings)
     schema = config.settings.schema
@@ -111,7 +111,7 @@ async def migrate_schema(
 
 
 def _left(applied: Sequence[tuple[str, str]]) -> str:
-    """Return what an error left behind."""
+    """Return the state that an error left behind."""
     done = ", ".join(revision for revision, _ in applied)
     return f", so only {done} was applied" if done else ", so nothing was migrated"
 

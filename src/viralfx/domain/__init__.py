@@ -1,1 +1,1 @@
-"""The domain: health, shutdown, resilience, jobs and webhooks. Standard library only."""
+"""The domain: health, shutdown, resilience, jobs and webhooks. It imports the standard library and cronsim."""

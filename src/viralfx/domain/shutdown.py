@@ -140,7 +140,7 @@ class ShutdownTriggered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseStarted:
-    """Event: a phase began. ``budget`` is what is left for it, in seconds."""
+    """Event: a phase began. ``budget`` is the rest of its time, in seconds."""
 
     phase: Phase
     budget: float

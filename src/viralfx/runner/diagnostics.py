@@ -313,7 +313,7 @@ def _temporary() -> Path:
 
 
 def _report_and_exit(path: Path, writer: int) -> None:
-    """Write the report in the child, and exit without touching what the parent shares."""
+    """Write the report in the child, and exit without touching the objects of the parent."""
     try:
         # Otherwise connections that the parent closes would stay open in the child.
         os.dup2(writer, 3)

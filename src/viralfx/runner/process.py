@@ -182,7 +182,7 @@ class Process:
         stop = asyncio.create_task(operations.shutdown.wait(), name="shutdown-trigger")
         await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
         await stop
-        # If start-up has not finished, the stages close what it has opened.
+        # If start-up has not finished, the stages close the connections that it has opened.
         start.cancel()
         report = await operations.shutdown.run()
         monitor.stop()

@@ -112,7 +112,7 @@ _REFUSED = {
     "oauth_client_secret": "put the password into DB_PASSWORD",
     "oauth_scope": "put the password into DB_PASSWORD",
 }
-"""Parameters that demand what this program cannot keep, each with the remedy."""
+"""Parameters whose demands this program cannot meet, each with the remedy."""
 
 _WITHOUT_EFFECT = {
     "krbsrvname": "there is no login by Kerberos",
@@ -130,7 +130,7 @@ _DEFAULTS = {
     "ssl_max_protocol_version": {"", "TLSv1.3"},
     "sslcertmode": {"allow", "disable"},
 }
-"""Their values that say what happens in any case, and need no warning."""
+"""Their values that demand the usual behaviour, and need no warning."""
 
 _KNOWN = (*IMPLIED, *_HONOURED, *_HARMLESS, *_ONLY, *_REFUSED, *_WITHOUT_EFFECT)
 

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from viralfx.domain.clock import ignore_error
 from viralfx.domain.errors import ViralFXError
 from viralfx.settings.groups import Secret
 
@@ -179,7 +180,7 @@ class RotatingSecret:
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(_in_thread(source), name="credentials")
             # Raised in the callers; if none is left, its text must not reach the log.
-            self._running.add_done_callback(lambda task: task.cancelled() or task.exception())
+            self._running.add_done_callback(ignore_error)
         return await asyncio.shield(self._running)
 
     def _failure(

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from copy import deepcopy
 from typing import Any, Protocol
 
+from viralfx.domain.clock import ignore_error
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.health.check_runner import InThread
 from viralfx.domain.health.checks import AnyCheck, prepare_checks
@@ -108,8 +109,7 @@ async def stage_contract(stage: AnyStage, *, budget: float = _SOON_SECONDS) -> N
         task.result()
     task = asyncio.ensure_future(run(0.0))
     await _ended(task, _SOON_SECONDS, "it does not end at once with a budget of 0")
-    if not task.cancelled():
-        task.exception()  # it may have to give up
+    ignore_error(task)  # it may have to give up
 
 
 async def _cancel_after(turns: int, work: Coroutine[Any, Any, object]) -> None:
@@ -118,8 +118,7 @@ async def _cancel_after(turns: int, work: Coroutine[Any, Any, object]) -> None:
         await asyncio.sleep(0)
     task.cancel()
     await _ended(task, _SOON_SECONDS, "it does not end after it is cancelled")
-    if not task.cancelled():
-        task.exception()
+    ignore_error(task)
 
 
 async def _ended(task: "asyncio.Future[Any]", seconds: float, problem: str) -> None:

@@ -387,7 +387,7 @@ def _starlette_path(scope: Mapping[str, Any]) -> str | None:
         context = included.get("effective_route_context")
         if path := _text(getattr(context, "path", None)):
             return path
-    # Without the path of a mount: its parameters are replaced by what the client sent.
+    # Without the path of a mount: its parameters are replaced by values of the client.
     return _text(getattr(scope.get("route"), "path", None))
 
 

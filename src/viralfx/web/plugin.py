@@ -241,7 +241,7 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
             operations.application_ready()
             yield
         finally:
-            # This also ends what a failed start has begun.
+            # This also ends the parts that a failed start has begun.
             await self.end()
             app.asgi_handler = inner
 

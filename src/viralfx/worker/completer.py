@@ -109,7 +109,7 @@ class Completer:
         return [claim for claim, settled_at in self._pending.values() if settled_at <= since]
 
     def report_unrecorded(self, longer_than: float) -> Sequence[Claim]:
-        """Return what :meth:`unrecorded` returns, and log the ids of jobs that are new to it."""
+        """Return the value of :meth:`unrecorded`, and log the ids of jobs that are new to it."""
         claims = self.unrecorded(longer_than)
         new = [claim for claim in claims if (claim.id, claim.number) not in self._reported]
         if new:

@@ -357,7 +357,7 @@ class Scheduler(Role):
         accepted = await self._context.ledger.accept_scheduled(draft)
         self._context.availability.succeeded(entry.step)
         if accepted is None:
-            # The ledger has lost it: it was deleted by hand, or for want of workers.
+            # The ledger has lost it: it was deleted by hand, or because no worker was alive.
             self._declare_at = -math.inf
             return False
         entry.submits = accepted.created

@@ -71,7 +71,7 @@ function frame(target, metric, samples, step) {
         type: FieldType.number,
         labels: metric,
         config: { displayNameFromDS: name },
-        // As the panel does: what is no number is a gap.
+        // As the panel does: a value that is no number is a gap.
         values: samples.map(([, value]) => (isFinite(value) ? Number(value) : null)),
       },
     ],

@@ -55,7 +55,7 @@ class Drill:
         try:
             during = firing(self._before, self._during)
         except UnavailableError as reason:
-            pytest.skip(f"all was shown, but for the alerts: {reason}")
+            pytest.skip(f"all was shown except the alerts: {reason}")
         assert self.procedure.alerts() <= during, during
         self._quiet()
 

@@ -209,7 +209,7 @@ class PostgresDatabase:
             self._pool.terminate()
 
     async def cut(self, limit: float) -> None:
-        """Close every connection at once, and cancel in the server what runs on those in use.
+        """Close every connection at once, and cancel in the server the statements on those in use.
 
         Waits up to ``limit`` seconds for the server to take the requests; without an answer the
         server finds out by itself.

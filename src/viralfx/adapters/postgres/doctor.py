@@ -210,7 +210,7 @@ def _pooler(info: ServerInfo, config: PostgresConfig) -> Iterator[Finding]:
     elif mode != "none" and not info.pooled:
         yield warned(
             area,
-            f"no pooler answers, and DB_POOLER={mode} does without what a server can do",
+            f"no pooler answers, and DB_POOLER={mode} does without features of a server",
             "set DB_POOLER=none, or name the pooler in DATABASE_URL",
         )
 

@@ -130,7 +130,7 @@ class _TransactionalExecution:
                 # No retries: a rollback does not undo the effect's actions outside the database.
                 await self._database.execute_with_retry(self._operate, attempts=1)
         except DATABASE_ERRORS as error:
-            # At COMMIT: a deferred constraint refuses what the effect wrote.
+            # At COMMIT: a deferred constraint refuses the rows of the effect.
             refused_at_commit = self._settled and refusal(error) is not None
             # The effect may have met a server that accepts no writes any more.
             demoted = isinstance(error, asyncpg.ReadOnlySQLTransactionError) and is_loss(error)

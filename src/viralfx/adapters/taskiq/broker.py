@@ -224,7 +224,7 @@ class Delivery:
         self._again = options_of(message.labels).delay
 
     def give_back(self) -> None:
-        """End without an outcome, so that another worker runs the job; cancel what runs."""
+        """End without an outcome, so that another worker runs the job; cancel the running call."""
         if not self.is_over:
             self._failure = PostponedError("the receiver of taskiq has stopped")
             if self._task is not None:
@@ -303,7 +303,7 @@ class Delivery:
 
 
 class DeliveryMiddleware(TaskiqMiddleware):
-    """Reports to deliveries what the receiver does; the outermost middleware of a broker."""
+    """Reports the steps of the receiver to deliveries; the outermost middleware of a broker."""
 
     def __init__(self, find: Callable[[str], Delivery | None]) -> None:
         """``find`` returns the delivery of a task id."""

@@ -117,7 +117,7 @@ def _faults(check: object) -> Iterator[str]:
         return
     try:
         signature = inspect.signature(method)
-    except (TypeError, ValueError):  # a builtin does not say what it takes
+    except (TypeError, ValueError):  # a builtin does not describe its arguments
         return
     try:
         signature.bind()

@@ -45,7 +45,7 @@ class MergedRegistries:
     def collect(self) -> Iterator[Metric]:
         """Return the metrics; a registry that raises is left out, and logged once until it works.
 
-        The scrape of the others shows what happens meanwhile.
+        The scrape of the others shows the events meanwhile.
         """
         seen: set[str] = set()
         for place, registry in enumerate(self._registries):

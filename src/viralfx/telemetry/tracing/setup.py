@@ -105,7 +105,7 @@ class TracedSender:
     async def post(
         self, destination: Destination, headers: Mapping[str, str], body: bytes
     ) -> WebhookResponse:
-        """Send the webhook with trace headers added; raises what the inner sender raises."""
+        """Send the webhook with trace headers added; raises the errors of the inner sender."""
         attributes: dict[str, str | int] = {
             "http.request.method": "POST",
             "url.scheme": destination.scheme,

@@ -68,7 +68,7 @@ class Console:
         show_payload: ShowPayload | None = None,
         assets: Assets | None = None,
     ) -> None:
-        """``levels`` are those of ``{path}/loggers``; ``denials`` logs what is refused."""
+        """``levels`` are those of ``{path}/loggers``; ``denials`` logs refused requests."""
         self._operations: Operations = assembly.operations
         self._jobs = assembly.jobs
         self._denials = denials

@@ -84,7 +84,7 @@ class _Signer:
 
 
 class ConsoleAccess:
-    """Decides what a request may read and do."""
+    """Decides about the rights of a request to read and to act."""
 
     def __init__(
         self,

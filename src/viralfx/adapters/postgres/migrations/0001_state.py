@@ -23,7 +23,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop it, with what was saved."""
+    """Drop it, with the saved state."""
     _execute("DROP TABLE viralfx_state")
 
 

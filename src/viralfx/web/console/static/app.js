@@ -339,7 +339,7 @@ class App extends Component {
     const { data, phase } = live;
     if (!data && phase === "off" && !state.paused) return null;
     if (state.paused) {
-      return html`<p class="notice fair"><${Word} of="paused" /> Updates are paused since <${Time} at=${live.since} both=${true} />. What you see may have changed.</p>`;
+      return html`<p class="notice fair"><${Word} of="paused" /> Updates are paused since <${Time} at=${live.since} both=${true} />. The shown data may be old.</p>`;
     }
     const stopping = data && data.stop && data.stop.reason;
     const old = data ? " What you see is the last state that was received." : "";

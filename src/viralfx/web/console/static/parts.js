@@ -188,7 +188,7 @@ export class Remote extends Pure {
   }
 }
 
-/** A failed request: what is wrong, what is shown instead, and another attempt. */
+/** A failed request: the error, the time of the shown data, and another attempt. */
 export function Trouble({ error, at, retry }) {
   const ledger = error.code === "ledger";
   return html`<div class="notice bad">
