@@ -109,8 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder, "report.xml")
             code = subprocess.run(
-                [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *run.tests]
-                + [f"--junitxml={report}", "-o", "junit_family=xunit1"],
+                [
+                    *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *run.tests),
+                    *(f"--junitxml={report}", "-o", "junit_family=xunit1"),
+                ],
                 cwd=ROOT,
                 env={**os.environ, "VIRALFX_TEST_SERVERS": "wheels", **run.variables},
                 check=False,

@@ -187,7 +187,7 @@ class LedgerBroker(AsyncBroker, TaskHost):
             raise
 
     async def shutdown(self) -> None:
-        """Run the started jobs, or hand them back; then end everything. A second call does nothing."""
+        """Run the started jobs, or hand them back; then end. A second call does nothing."""
         own = self._own
         try:
             if own is not None:

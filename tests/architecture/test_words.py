@@ -23,7 +23,8 @@ FOREIGN = {"node_modules", "vendor"}
 PROSE = re.compile(
     r"""\b(?:
         nobody | somebody | anybody | whoever | whatever | likewise | besides
-        | all[ ]the[ ]same | of[ ]ours | of[ ]none | in[ ]vain | for[ ]ever | but[ ]for | for[ ]want[ ]of
+        | all[ ]the[ ]same | of[ ]ours | of[ ]none | in[ ]vain | for[ ]ever
+        | but[ ]for | for[ ]want[ ]of
         | (?:is|are|was|were|be|been)[ ]told | (?:tells?|told)[ ]of
         | (?:take|takes|took|taken|taking)[ ]in(?!to)
         | hears? | heard | hearing | bells? | ringer | ringing | rung | rings?(?![ ]buffer)

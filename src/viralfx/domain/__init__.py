@@ -1,1 +1,4 @@
-"""The domain: health, shutdown, resilience, jobs and webhooks. It imports the standard library and cronsim."""
+"""The domain: health, shutdown, resilience, jobs, webhooks.
+
+It imports the standard library, and cronsim, which only calculates.
+"""

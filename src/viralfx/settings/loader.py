@@ -207,9 +207,10 @@ def read_settings(
     ``env_prefix`` is the beginning of all names: with ``OPS_``, only ``OPS_DATABASE_URL`` and so on
     are read. ``strict``: the environment is that of a program of this package, so an unknown name
     that is probably a typing error is a problem, and so is the address of another kind of database.
-    Otherwise the environment is shared with an application, and a value that is not meant for this package
-    is ignored, with a line in ``Settings.warnings`` where a setting has no effect. ``with_api``:
-    the process serves the jobs API, for which production requires a token and a database.
+    Otherwise the environment is shared with an application, and a value that is not meant for this
+    package is ignored, with a line in ``Settings.warnings`` where a setting has no effect.
+    ``with_api``: the process serves the jobs API, for which production requires a token and a
+    database.
 
     Raises :class:`ConfigurationError` with every problem; each names the variable and the remedy.
     Secret values are not shown.

@@ -441,8 +441,8 @@ def unknown_message(task: str, patience: float) -> str:
 def crash_message(crashes: int, worker: str) -> str:
     """Return the error message of a job that a sweep failed; ``worker`` is the last one.
 
-    It states the knowledge of the ledger: a lease ran out. The worker may have died, or was only stopped
-    or cut off from the ledger.
+    It states the knowledge of the ledger: a lease ran out. The worker may have died, or was only
+    stopped or cut off from the ledger.
     """
     workers = "worker" if crashes == 1 else "workers"
     return f"the lease of {crashes} {workers} ran out while they ran it; the last was {worker}"
