@@ -59,8 +59,9 @@ def test_the_version_is_the_projects() -> None:
 
 
 def test_the_ports_are_those_of_the_settings() -> None:
-    """That of the API, and that of a worker's management."""
-    assert instructions("EXPOSE") == [f"{Settings().port} {WORKER_MANAGEMENT_PORT}"]
+    """That of the API, that of a worker's management, and that of the API's in the manifests."""
+    (exposed,) = instructions("EXPOSE")
+    assert exposed == f"{Settings().port} {WORKER_MANAGEMENT_PORT} {WORKER_MANAGEMENT_PORT + 1}"
 
 
 def test_the_build_context_holds_only_copied_files() -> None:
