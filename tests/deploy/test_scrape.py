@@ -51,9 +51,9 @@ def test_each_process_is_scraped(name: str) -> None:
     targets = {}
     for container in found:
         for port in container.spec.get("ports", ()):
-            labels = relabelled(meta(container, port))
-            assert labels is not None
-            targets[container.where] = labels
+            if (labels := relabelled(meta(container, port))) is not None:
+                assert container.where not in targets
+                targets[container.where] = labels
     commands = {"viralfx-backend": "serve", "viralfx-worker": "worker"}
 
     assert targets.keys() == {c.where for c in found if c.command != "migrate"}
@@ -63,12 +63,12 @@ def test_each_process_is_scraped(name: str) -> None:
             assert commands[labels["job"]] == container.command
             assert labels["namespace"] == "shop"
             assert labels["track"] == container.labels.get("track", "")
-            assert re.fullmatch(r"pod-1:300[01]", labels["instance"])
+            assert re.fullmatch(r"pod-1:300[12]", labels["instance"])
 
 
 def test_other_pods_are_not_scraped() -> None:
     """Pods of other applications and ended pods are dropped."""
-    one = {"pod_label_app": "viralfx-backend", "pod_container_port_name": "http"}
+    one = {"pod_label_app": "viralfx-backend", "pod_container_port_name": "management"}
 
     assert relabelled({**one, "pod_phase": "Running"}) is not None
     assert relabelled({**one, "pod_phase": "Succeeded"}) is None

@@ -175,8 +175,9 @@ class Scene:
         self.wait(4 * took)
 
     def _hostile(self) -> None:
-        """Send requests that the server rejects, one for each reason that needs no waiting."""
-        for sent in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"):
+        """Send requests that the server rejects, and one whose upgrade it ignores."""
+        upgrade = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+        for sent in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", upgrade):
             with socket.create_connection(("127.0.0.1", self._api.port), timeout=20) as client:
                 client.sendall(sent)
                 client.recv(65536)
