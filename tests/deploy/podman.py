@@ -16,7 +16,6 @@ from tests.deploy import engine
 from tests.deploy.manifests import Resource
 from tests.servers.supply import UnavailableError
 
-NETWORK = "viralfx"
 HELP = ("--help",)
 
 _PROGRAMS = ("podman", "runc", "catatonit")
@@ -49,6 +48,8 @@ class Podman:
         if os.geteuid() != 0:
             raise UnavailableError("pods with networks of their own need root here")
         self._folder = folder
+        # Networks of one name share their name server, also with one that a killed run left.
+        self._network = folder.name
         self._program = str(programs["podman"])
         configuration = folder / "containers.conf"
         configuration.write_text(_CONFIGURATION, encoding="utf-8")
@@ -95,8 +96,8 @@ class Podman:
     def require_pods(self, image: str) -> None:
         """Run a container once. Raises ``UnavailableError`` with the reason if that fails."""
         try:
-            self.run("network", "create", NETWORK)
-            self.run("run", "--rm", f"--network={NETWORK}", f"localhost/{image}", *HELP)
+            self.run("network", "create", self._network)
+            self.run("run", "--rm", f"--network={self._network}", f"localhost/{image}", *HELP)
         except PodmanError as error:
             reason = str(error).splitlines()[-1]
             raise UnavailableError(f"podman cannot run containers here: {reason}") from None
@@ -104,7 +105,7 @@ class Podman:
     def play(self, resources: Sequence[Resource]) -> None:
         """Create the pods of resources, as ``podman kube play`` does."""
         text = yaml.safe_dump_all(resources)
-        self.run("kube", "play", f"--network={NETWORK}", "-", given=text)
+        self.run("kube", "play", f"--network={self._network}", "-", given=text)
 
     def clear(self) -> None:
         """Remove all pods and secrets."""
@@ -120,7 +121,9 @@ class Podman:
         """Return the address of a pod."""
         infra = json.loads(self.run("pod", "inspect", pod))
         (found,) = infra if isinstance(infra, list) else [infra]
-        network = self.inspect(found["InfraContainerID"])["NetworkSettings"]["Networks"][NETWORK]
+        network = self.inspect(found["InfraContainerID"])["NetworkSettings"]["Networks"][
+            self._network
+        ]
         return str(network["IPAddress"])
 
     def service_of(self, name: str) -> psutil.Process:
@@ -136,7 +139,7 @@ class Podman:
     def close(self) -> None:
         """Remove all pods, and the folder with the images."""
         self.attempt("pod", "rm", "--all", "--force", "--time=0")
-        self.attempt("network", "rm", "--force", NETWORK)
+        self.attempt("network", "rm", "--force", self._network)
         if umount := shutil.which("umount"):
             # Podman mounts its storage on itself, and leaves it so.
             mounted = self._folder / "storage/overlay"
