@@ -338,6 +338,25 @@ async def test_a_stage_that_uses_its_whole_budget_is_not_cut(stop: Stop) -> None
     assert (await stop.finish()).clean
 
 
+async def test_a_suspended_process_does_not_cut_a_stage(stop: Stop) -> None:
+    """The stage has its margin afterwards; one that hangs is cut."""
+
+    async def two_steps(_: float) -> None:
+        await stop.clock.sleep(29.5)
+        await stop.clock.sleep(CUT_MARGIN / 2)
+
+    stop.sequence.register(Phase.DRAIN, "punctual", two_steps)
+    stop.add(Phase.DRAIN, "hanging", Act.HANG)
+    run = asyncio.create_task(stop.sequence.run())
+    await stop.clock.advance(29.0)
+    stop.clock.jump(3.0)
+    await stop.clock.advance(CUT_MARGIN)
+    await run
+
+    assert stop.outcomes() == {"punctual": Outcome.OK, "hanging": Outcome.TIMEOUT}
+    assert stop.elapsed == 29.0 + 3.0 + CUT_MARGIN
+
+
 async def test_the_worst_stage_decides_the_outcome_of_a_phase(stop: Stop) -> None:
     """A timeout is worse than a failure."""
     stop.add(Phase.DRAIN, "fine")

@@ -180,6 +180,7 @@ ShutdownEvent = ShutdownTriggered | PhaseStarted | StageStarted | StageFinished 
 CUT_MARGIN = 0.25
 """Seconds after its budget at which a stage is cancelled; a punctual stage ends by itself."""
 
+_MARGIN_STEPS = 4
 MIN_STAGE_SECONDS = 0.05
 """Seconds that every stage gets, even if the deadline has passed."""
 
@@ -337,8 +338,7 @@ class ShutdownSequence:
         notify(self._listeners, StageStarted(phase=phase, name=name, budget=budget, at=now))
         task = asyncio.create_task(_call(stage, budget), name=f"shutdown-{name}")
         error: BaseException | None = None
-        left = max(MIN_STAGE_SECONDS, self.remaining() - self._reserve)
-        if await finished_within(task, min(budget + CUT_MARGIN, left), self._clock):
+        if await self._finished(task, budget):
             outcome = Outcome.OK
             if task.cancelled() or (error := task.exception()) is not None:
                 outcome = Outcome.FAILED
@@ -359,6 +359,20 @@ class ShutdownSequence:
             self._listeners,
             StageFinished(phase=phase, report=report, at=self._clock.now()),
         )
+
+    async def _finished(self, task: asyncio.Task[None], budget: float) -> bool:
+        """Wait for a stage until its budget and the margin are over, or the deadline is.
+
+        The margin has steps. If the process is suspended or has no processor for a moment, that
+        takes one step, however long it is, so that the stage still has time to end by itself.
+        """
+        for seconds in (budget, *[CUT_MARGIN / _MARGIN_STEPS] * _MARGIN_STEPS):
+            left = self.remaining() - self._reserve
+            if left < MIN_STAGE_SECONDS:
+                return await finished_within(task, MIN_STAGE_SECONDS, self._clock)
+            if await finished_within(task, min(seconds, left), self._clock):
+                return True
+        return False
 
 
 class _Progress:

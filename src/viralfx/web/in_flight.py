@@ -337,7 +337,9 @@ class InFlightRequests:
         lost = [
             request
             for request in remaining
-            if request.cancelling_loses_response and not await request.client_disconnected(clock)
+            if request.cancelling_loses_response
+            and not request.disconnected
+            and not await request.client_disconnected(clock)
         ]
         extra = {"unanswered": len(lost), "streams": len(remaining) - len(lost)}
         _logger.warning("Cutting requests", extra=extra)
