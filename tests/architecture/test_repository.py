@@ -172,7 +172,10 @@ def test_fields_of_log_lines_are_in_camel_case() -> None:
 
 STARTERS = {"concurrent", "multiprocessing", "signal", "subprocess", "threading"}
 """Modules that start threads and processes, or signal them."""
-SHARED = {"tests.manual_clock", "tests.virtual_time", "tests.unit", "tests.simulation"}
+SHARED = {
+    *("tests.manual_clock", "tests.virtual_time", "tests.soak"),
+    *("tests.unit", "tests.simulation"),
+}
 """The modules of the tests that pure ones may import."""
 
 

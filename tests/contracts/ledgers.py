@@ -206,7 +206,8 @@ class _PostgresCase(LedgerCase):
 class Pools:
     """The pools of the tests of one file, which run in one loop.
 
-    Each statement costs a new connection ten times as much as one that has run it.
+    Each statement costs a new connection ten times as much as one that has run it. Each test of
+    a soak run has a pool of its own.
     """
 
     def __init__(self, stack: AsyncExitStack) -> None:
@@ -216,10 +217,14 @@ class Pools:
 
     async def empty(self, name: str, config: PostgresConfig) -> PostgresDatabase:
         """Return a pool on a database without rows; it is opened at the first call."""
+        if SOAK:
+            await self._stack.aclose()
+            self._opened.clear()
         if name not in self._opened:
             pool = await self._stack.enter_async_context(opened(config))
-            # The ledgers of all tests take turns with one connection for heartbeats.
-            pool.dedicated = cache(pool.dedicated)  # type: ignore[method-assign]
+            if not SOAK:
+                # The ledgers of all tests take turns with one connection for heartbeats.
+                pool.dedicated = cache(pool.dedicated)  # type: ignore[method-assign]
             self._opened[name] = pool
         async with self._opened[name].acquire() as connection:
             await connection.execute(_EMPTY)

@@ -48,7 +48,7 @@ def _place(
         JOB_LEASE=f"{lease * 1000:.0f}",
         JOB_MAX_ATTEMPTS="1",
         JOB_MAX_CRASHES="3",
-        HEALTH_CHECK_INTERVAL="2000",
+        HEALTH_CHECK_INTERVAL="500" if SOAK else "2000",
         SHUTDOWN_DRAIN_TIMEOUT="2000",
     )
     yield database, environment

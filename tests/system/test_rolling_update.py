@@ -28,7 +28,7 @@ RATES = {"/query": 25.0 * _PACE, "POST /retried": 10.0 * _PACE, "/slow-query/0.5
 ROUNDS = cycles(3)
 REQUESTS = 10_000 if SOAK else 200
 """The least number of requests of a rehearsal."""
-TRAFFIC = 20
+TRAFFIC = 40 if SOAK else 20
 """Requests before the first stop."""
 DRAIN_SECONDS = 30.0
 """The default of SHUTDOWN_DRAIN_TIMEOUT."""

@@ -25,6 +25,9 @@ settings.register_profile(
     stateful_step_count=60,
     derandomize=False,
 )
+settings.register_profile(
+    "soak", parent=settings.get_profile("default"), max_examples=200, derandomize=False
+)
 settings.register_profile("fast", parent=settings.get_profile("default"), max_examples=10)
 settings.load_profile(os.environ.get("VIRALFX_HYPOTHESIS", "default"))
 

@@ -3,6 +3,8 @@
 import asyncio
 from datetime import timedelta
 
+import pytest
+from tests.soak import SOAK
 from tests.unit.jobs.fleet import Fleet
 
 
@@ -14,11 +16,13 @@ async def _notify_steadily(fleet: Fleet, pause: float) -> None:
         await asyncio.sleep(pause)
 
 
-async def test_a_worker_polls_while_notifications_never_stop(fleet: Fleet) -> None:
+@pytest.mark.soak
+@pytest.mark.parametrize("slots", [10, *([100] if SOAK else [])])
+async def test_a_worker_polls_while_notifications_never_stop(fleet: Fleet, slots: int) -> None:
     """A job without a notification and a job that becomes due run within one interval."""
     # New notifications arrive during each claim, and never as many as there are slots.
     fleet.ledger.seconds = {"claim": 0.003, "settle": 0.003}
-    fleet.start(queues={"default": 10}, poll_interval=1.0)
+    fleet.start(queues={"default": slots}, poll_interval=1.0)
     await asyncio.sleep(1.0)
     notifying = asyncio.create_task(_notify_steadily(fleet, 0.002))
     await asyncio.sleep(1.0)

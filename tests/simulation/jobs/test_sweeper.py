@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from tests.soak import SOAK
 from tests.unit.jobs.fleet import FaultyLedger, Fleet
 
 from viralfx.domain.jobs.model import JobState
@@ -17,8 +18,9 @@ async def _be_unavailable(fleet: Fleet, seconds: float) -> None:
     fleet.ledger.unavailable = frozenset()
 
 
-@pytest.mark.parametrize("seconds", [10.0, 21.0, 29.0, 300.0])
-@pytest.mark.parametrize("into_the_lease", [0.0, 9.5])
+@pytest.mark.soak
+@pytest.mark.parametrize("seconds", [10.0, 21.0, 29.0, 300.0, *([25.0, 40.0] if SOAK else [])])
+@pytest.mark.parametrize("into_the_lease", [0.0, 9.5, *([5.0] if SOAK else [])])
 async def test_an_outage_does_not_expire_live_workers(
     fleet: Fleet, seconds: float, into_the_lease: float
 ) -> None:
