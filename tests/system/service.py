@@ -23,6 +23,8 @@ from tests.servers.waiting import wait_until
 ROOT = Path(__file__).parents[2]
 READY_WITHIN = 60.0
 """Seconds that a start may take on a busy machine."""
+_SHOWN = 100
+"""Lines of each stream of a process that a failed test shows."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,9 @@ def running(
         for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
+        # pytest shows this if the test fails.
+        sys.stdout.write(f"viralfx {program} ended with {process.poll()}:\n")
+        sys.stdout.writelines([*service.output[-_SHOWN:], *service.errors[-_SHOWN:]])
 
 
 def command(
