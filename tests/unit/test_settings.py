@@ -925,6 +925,10 @@ def test_a_redis_socket_is_an_address_of_its_own() -> None:
         "REDIS_SOCKET: REDIS_HOST is set too; keep one of them",
         "REDIS_SOCKET: a Unix socket has no TLS; unset REDIS_TLS_ENABLED",
     ]
+    assert problems(REDIS_SOCKET="/" + "é" * 53) == []
+    assert problems(REDIS_SOCKET="/" + "é" * 53 + "a") == [
+        "REDIS_SOCKET: the path of a socket has at most 107 bytes"
+    ]
     assert problems(DB_SCHEMA="My-Schema") == [
         "DB_SCHEMA: 'My-Schema' is not a name of lower-case letters, digits and underscores"
     ]

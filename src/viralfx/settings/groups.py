@@ -21,6 +21,8 @@ from viralfx.settings.dsn import is_possible_host
 _MAX_SECONDS = (2**31 - 1) / 1000
 Duration = Annotated[float, Meta(ge=0.0, le=_MAX_SECONDS)]
 PositiveDuration = Annotated[float, Meta(ge=0.001, le=_MAX_SECONDS)]
+# The length of sun_path less its end.
+_MAX_SOCKET_BYTES = 107
 Threshold = Annotated[int, Meta(ge=1, le=1000)]
 Attempts = Annotated[int, Meta(ge=1, le=10_000)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
@@ -242,11 +244,16 @@ class RedisSettings(msgspec.Struct, frozen=True, kw_only=True):
                 frozenset({"REDIS_TLS_CA_FILE", "REDIS_TLS_ENABLED"}),
                 "REDIS_TLS_CA_FILE: has no effect without REDIS_TLS_ENABLED=true",
             )
-        alone = self.socket is not None and not self.sentinel_enabled
+        alone = self.socket if self.socket is not None and not self.sentinel_enabled else ""
         if alone and self.host is not None:
             yield (
                 frozenset({"REDIS_SOCKET", "REDIS_HOST"}),
                 "REDIS_SOCKET: REDIS_HOST is set too; keep one of them",
+            )
+        if alone and len(alone.encode()) > _MAX_SOCKET_BYTES:
+            yield (
+                frozenset({"REDIS_SOCKET"}),
+                f"REDIS_SOCKET: the path of a socket has at most {_MAX_SOCKET_BYTES} bytes",
             )
         if alone and self.tls_enabled:
             yield (
