@@ -34,8 +34,13 @@ FROM generate_series(1, {jobs}) AS n
 def opened(browser: Browser, postgres: PostgresServer) -> Iterator[Console]:
     """Return a page of a process that has everything in large numbers."""
     database = Database(postgres, postgres.create_database())
-    more = {**QUICK, "MORE_CHECKS": str(CHECKS - 1), "HEALTH_CHECK_INTERVAL": "5000"}
-    environment = environment_of(database, **more)
+    # So many checks at once may take longer than the time-out of QUICK.
+    patient = {
+        "HEALTH_CHECK_INTERVAL": "10000",
+        "HEALTH_CHECK_TIMEOUT": "10000",
+        "DB_HEALTH_CHECK_INTERVAL": "10000",
+    }
+    environment = environment_of(database, **QUICK | patient, MORE_CHECKS=str(CHECKS - 1))
     database.execute(FLEET.format(processes=PROCESSES))
     database.execute(FAILED.format(jobs=JOBS))
     with (

@@ -317,8 +317,9 @@ async def test_large_results_at_once_are_recorded(
         pool_timeout=60.0,
         max_result_bytes=2**28,
     ) as running:
-        await running.submit(*["x"] * count)
+        # Submitted first: a call beside so many bytes may take longer than the patience.
         other = await running.submit("x", queue="other")
+        await running.submit(*["x"] * count)
         await running.until(lambda: runs == count + 1 and not running.worker.active, within=70.0)
         (beside,) = await running.final(*other)
         counts = (await running.service.queues())["default"]

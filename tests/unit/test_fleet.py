@@ -177,16 +177,16 @@ async def test_the_buffer_is_bounded(process: Process, clock: ManualClock) -> No
 async def test_a_stop_does_not_wait_for_a_store_that_hangs(
     process: Process, clock: ManualClock
 ) -> None:
-    """The stage ends within a second, and does not raise."""
+    """The stage ends within two seconds, and does not raise."""
     await process.start()
     process.store.hangs = True
     before = clock.monotonic()
     closing = process.reporter.close(15.0)
     task = asyncio.ensure_future(closing)
-    await clock.advance(1.0)
+    await clock.advance(2.0)
     await task
 
-    assert clock.monotonic() - before <= 1.0
+    assert clock.monotonic() - before <= 2.0
     await process.monitor.stop()
 
 

@@ -35,7 +35,7 @@ _PRUNE_SECONDS = 3600.0
 _PRUNED_AT_ONCE = 10_000
 _WRITE_SECONDS = 4.0
 """Time limit of one report."""
-_LAST_WRITE_SECONDS = 1.0
+_LAST_WRITE_SECONDS = 2.0
 """Time limit of the last one: a database that does not answer must not delay the stop."""
 _CANCEL_SECONDS = 0.2
 
