@@ -14,6 +14,8 @@ catches that. A part is cut after ``MAX_SECONDS``. Tests that did not run have f
 ``VIRALFX_TEST_GATE`` names the folder in which the parts of one run leave their results. Each part
 has a name of its own there: ``run`` refuses a second part of the same name. The folder also holds
 the results and the output of stages.
+
+This module needs the standard library alone: a run whose environment cannot be made has a summary.
 """
 
 import json
@@ -27,8 +29,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 FOLDER = "VIRALFX_TEST_GATE"
 STAGES = "stages"
@@ -77,86 +77,6 @@ class Results:
     def read(cls, path: Path) -> "Results":
         """Read the results; raise ``OSError`` or ``ValueError`` if there are none."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
-
-
-class Recorder:
-    """Records the results of each test, as a plugin of pytest."""
-
-    def __init__(self) -> None:
-        """Start without results."""
-        self.results = Results()
-        self._passed: dict[str, None] = {}
-        self._selected: dict[str, None] = {}
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Record one phase of a test. A test that fails in any phase has failed."""
-        results, test = self.results, report.nodeid
-        if report.failed:
-            results.failed.setdefault(test, _first_line(report))
-        elif report.skipped:
-            results.skipped[test] = _reason(report)
-        elif report.when == "call":
-            self._passed[test] = None
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Record a file whose tests cannot be collected."""
-        if report.failed:
-            self.results.failed.setdefault(report.nodeid, _last_line(str(report.longrepr)))
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Record the tests to run in this process."""
-        self._selected |= dict.fromkeys(item.nodeid for item in session.items)
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
-        """Record the tests to run in other processes."""
-        self._selected |= dict.fromkeys(ids)
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
-        """Distribute the tests so that a killed process costs one test."""
-        from tests.distribution import FileScheduling  # noqa: PLC0415 - pytest loads xdist first
-
-        return FileScheduling(config, log)
-
-    def finished(self, code: int) -> Results:
-        """Return the results of a call that ended with this exit code."""
-        results = self.results
-        results.passed = [test for test in self._passed if test not in results.failed]
-        if code in {0, FAILED}:
-            for test in self._selected:
-                if test not in self._passed and test not in results.skipped:
-                    results.failed.setdefault(test, "did not run to its end")
-        return results
-
-
-def _first_line(report: pytest.TestReport) -> str:
-    crash = getattr(report.longrepr, "reprcrash", None)
-    lines = str(crash.message if crash else report.longrepr).strip().splitlines()
-    return lines[0] if lines else "no message"
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else "no message"
-
-
-def _reason(report: pytest.TestReport) -> str:
-    where = report.longrepr
-    text = where[2] if isinstance(where, tuple | list) else str(where)
-    return str(text).removeprefix("Skipped: ")
-
-
-def attempt(path: Path, arguments: Sequence[str]) -> int:
-    """Run pytest in this process, write its results to a file, and return its exit code."""
-    recorder = Recorder()
-    cut = ("-o", f"faulthandler_timeout={HANGS_AFTER}", "-o", "faulthandler_exit_on_timeout=true")
-    code = FAILED
-    try:
-        code = int(pytest.main([*cut, *arguments], plugins=[recorder]))
-    finally:  # a warning may become an error when all tests have run
-        recorder.finished(code).write(path)
-    return code
 
 
 def run(folder: Path, part: str, arguments: Sequence[str]) -> int:
@@ -242,7 +162,7 @@ def attempt_apart(path: Path, arguments: Sequence[str], **popen: Any) -> int:
     ``popen`` are further arguments of :class:`subprocess.Popen`. Returns pytest's exit code, or the
     negative number of a signal. An interrupt reaches pytest, which has time to write its results.
     """
-    command = [sys.executable, "-m", "tests.gate", "attempt", str(path), *arguments]
+    command = [sys.executable, "-m", "tests.recorder", str(path), *arguments]
     with subprocess.Popen(command, **popen) as process:
         try:
             return process.wait(MAX_SECONDS)
@@ -334,11 +254,16 @@ def _reason_of(log: Path) -> list[str]:
     return [] if any(line.startswith("FAILED ") for line in lines) else lines[-REASON_LINES:]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run a command of this module."""
+def take_interrupts() -> None:
+    """Let SIGINT and SIGTERM raise ``KeyboardInterrupt``."""
     # A shell starts background jobs with SIGINT ignored.
     for interrupt in (signal.SIGINT, signal.SIGTERM):
         signal.signal(interrupt, signal.default_int_handler)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command of this module."""
+    take_interrupts()
     try:
         return _command(arguments)
     except KeyboardInterrupt:
@@ -347,8 +272,6 @@ def main(arguments: Sequence[str]) -> int:
 
 def _command(arguments: Sequence[str]) -> int:
     match arguments:
-        case ["attempt", path, *rest]:
-            return attempt(Path(path), rest)
         case ["summary"]:
             return summary(Path(os.environ[FOLDER]))
         case ["run" | "once" as command, part, *rest]:

@@ -1,6 +1,7 @@
 """Seeded faults in tests: each ends as the gate promises, and the summary names it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,6 +229,44 @@ def test_the_summary_names_the_reason_of_a_stage(checkout: Path) -> None:
         "FAILED cut (cut) - its results cannot be read",
         "0 passed, 1 failed, 0 run again",
     ]
+
+
+@pytest.mark.parametrize("environment", ["missing", "without packages"])
+def test_a_run_without_an_environment_has_a_summary(tmp_path: Path, environment: str) -> None:
+    """With its reason, such as a full disk: the summary needs neither pytest nor ``.venv``."""
+    for name in (".ci/run", "tests/gate.py"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(ROOT / name, tmp_path / name)
+    full = "echo 'cp: No space left on device' >&2; exit 1"
+    script(tmp_path / ".ci/venv", full)
+    # A test installs no program.
+    script(tmp_path / "bin/apt-get", "exit 1")
+    script(tmp_path / "bin/python3", f'exec "{sys.executable}" -S "$@"')
+    if environment == "without packages":
+        script(tmp_path / ".venv/bin/python", f'exec "{sys.executable}" -S "$@"')
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    environ = {**os.environ, "PATH": path, "DOCKER_HOST": "unix:///nowhere"}
+    environ.pop("PYTHON", None)
+    process = subprocess.run(
+        [tmp_path / ".ci/run", "repository"],
+        check=False,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=80,
+    )
+    assert process.returncode == 1, process.stderr
+    lines = process.stdout.splitlines()
+    lines = lines[lines.index("== summary") + 1 :]
+    assert lines[0].startswith("environment  RED "), lines
+    assert lines[1:] == ["  cp: No space left on device", "0 passed, 0 failed, 0 run again"]
+
+
+def script(path: Path, text: str) -> None:
+    """Write a program of the shell."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
+    path.chmod(0o755)
 
 
 def test_skips_are_counted_by_reason(checkout: Path) -> None:
