@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.servers.ports import free_port
 from tests.servers.postgres import Database
 from tests.system.service import ROOT, clean_environment
 
@@ -53,7 +54,8 @@ def shop(tmp_path: Path) -> Path:
 def test_doctor_checks_the_application(shop: Path) -> None:
     """It finds what Litestar's command was given, with the application's own check."""
     given = ("--app", "shop:create_app", "viralfx", "doctor", "--json")
-    result = litestar(*given, folder=shop, OPS_HEALTH_CRITICAL="shop", HEALTH_CRITICAL="nothing")
+    settings = {"OPS_HEALTH_CRITICAL": "shop", "OPS_PORT": str(free_port())}
+    result = litestar(*given, folder=shop, **settings, HEALTH_CRITICAL="nothing")
 
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["findings"]
