@@ -103,17 +103,27 @@ async def plain(scope: dict[str, Any], _receive: object, send: Callable[..., Any
     await send({"type": "http.response.body", "body": b"plain"})
 
 
-def serve() -> None:
+def serve_app() -> None:
     """Serve an application without a framework, and stop it with SIGTERM."""
+    _serve("--app", "extra_jobs:plain", path="/own", body=b"plain")
+
+
+def serve() -> None:
+    """Serve the service itself, its API included, and stop it with SIGTERM."""
+    _serve(path="/api/v1/jobs", body=b'{"items":[],"nextCursor":null}')
+
+
+def _serve(*options: str, path: str, body: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     folder = os.path.dirname(__file__)  # noqa: PTH120 - the path is of a string
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), folder]))
-    command = [sys.executable, "-m", "viralfx", "serve", "--app", "extra_jobs:plain"]
-    with subprocess.Popen(command, env={**os.environ, "PORT": port, "PYTHONPATH": path}) as service:
+    paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), folder]))
+    command = [sys.executable, "-m", "viralfx", "serve", *options]
+    environment = {**os.environ, "PORT": port, "PYTHONPATH": paths}
+    with subprocess.Popen(command, env=environment) as service:
         try:
             assert _get(f"http://127.0.0.1:{port}/health/ready").startswith(b'{"ready":true')
-            assert _get(f"http://127.0.0.1:{port}/own") == b"plain"
+            assert _get(f"http://127.0.0.1:{port}{path}") == body
             service.terminate()
             assert service.wait(_SECONDS) == 0
         finally:
@@ -147,6 +157,12 @@ def cron() -> None:
 
 
 def postgres() -> None:
+    """Apply the migrations, and query Postgres through the pool."""
+    migrate()
+    asyncpg()
+
+
+def asyncpg() -> None:
     """Query Postgres through the pool."""
     database = assemble(read_settings(_of("DATABASE_URL"))).database
     assert database is not None
@@ -299,7 +315,9 @@ JOBS: dict[str, Callable[[], None]] = {
     "": none,
     "litestar": litestar,
     "serve": serve,
+    "serve-app": serve_app,
     "postgres": postgres,
+    "asyncpg": asyncpg,
     "migrate": migrate,
     "redis": redis,
     "jobs": jobs,

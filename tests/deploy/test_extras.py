@@ -29,7 +29,7 @@ DATABASE = {"DATABASE_URL": "postgresql://viralfx@127.0.0.1:1/viralfx"}
 REDIS = {"REDIS_URL": "redis://127.0.0.1:1"}
 TRACES = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
 GRPC = {**TRACES, "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
-SERVICE = ("litestar", "serve")
+SERVICE = ("serve",)
 
 
 WHEELS = os.environ.get("VIRALFX_TEST_WHEELS") == "1"
@@ -124,7 +124,7 @@ def test_the_code_names_the_packages_of_an_extra(extra: str) -> None:
 def test_an_extra_alone_does_its_job(extra: str, run: Run, request: pytest.FixtureRequest) -> None:
     """No package of another extra is imported for it."""
     variables = {}
-    if extra in {"postgres", "migrate"}:
+    if extra in {"postgres", "asyncpg", "migrate"}:
         variables["DATABASE_URL"] = request.getfixturevalue("database").url
     if extra == "redis":
         variables["REDIS_URL"] = request.getfixturevalue("redis").url()
@@ -136,11 +136,12 @@ def test_an_extra_alone_does_its_job(extra: str, run: Run, request: pytest.Fixtu
 @pytest.mark.parametrize(
     ("extras", "arguments", "variables", "expected"),
     [
-        ((), ["serve"], {}, [line("viralfx serve", "serve,litestar")]),
+        ((), ["serve"], {}, [line("viralfx serve", "serve")]),
         (("litestar",), ["worker"], {}, [line("viralfx worker", "serve")]),
         ((), ["migrate"], DATABASE, [line("viralfx migrate", "migrate")]),
         ((), ["jobs", "list"], DATABASE, [line("viralfx jobs", "litestar")]),
-        (("serve",), ["doctor"], {}, [line("viralfx doctor", "litestar")]),
+        (("serve-app",), ["doctor"], {}, [line("viralfx doctor", "litestar")]),
+        (("serve-app", "asyncpg"), ["migrate"], DATABASE, [line("viralfx migrate", "migrate")]),
         (
             SERVICE,
             ["serve"],

@@ -29,7 +29,14 @@ EXTRAS = {
     "otel-grpc": (*_OTEL, "opentelemetry.exporter.otlp.proto.grpc"),
     "heap": ("guppy",),
 }
-"""The packages that the code imports, by extra; the first one belongs to no other extra."""
+"""The packages that the code imports where it asks for an extra; the first one is of no other.
+
+An extra may hold finer ones: ``serve`` is ``serve-app`` and ``litestar``, and ``postgres`` is
+``asyncpg`` and ``migrate``. The code asks for the whole one, and needs this part of it.
+"""
+
+_HELD = {"serve": frozenset({"litestar"}), "postgres": frozenset({"migrate"})}
+"""The extras within another one that the code asks for, too."""
 
 
 class MissingExtraError(ConfigurationError, ImportError):
@@ -41,7 +48,8 @@ class MissingExtraError(ConfigurationError, ImportError):
 
 def problem(asked_by: str, *extras: str) -> str:
     """Return the line about missing extras; ``asked_by`` is a variable, a command or a name."""
-    requirement = f"viralfx[{','.join(extras)}]"
+    held = {inner for extra in extras for inner in _HELD.get(extra, ())}
+    requirement = f"viralfx[{','.join(extra for extra in extras if extra not in held)}]"
     return f"{asked_by} needs {requirement}: pip install '{requirement}'"
 
 
