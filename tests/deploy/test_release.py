@@ -4,9 +4,11 @@ import email
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import zipfile
 from email.message import Message
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from tests.deploy.extras import declared
 from tests.deploy.release import (
     ROOT,
+    UV,
     build,
     checksums,
     project,
@@ -117,6 +120,110 @@ def test_the_wheel_holds_the_package_alone(built: tuple[Path, Path]) -> None:
     }
     assert "viralfx/py.typed" in names
     assert f"viralfx-{VERSION}.dist-info/licenses/LICENSE" in names
+
+
+BASE = ("msgspec", "psutil", "prometheus-client")
+"""The packages that the distribution needs without an extra."""
+
+LIBRARY = """
+import viralfx
+from viralfx import CircuitBreaker, Deadline, HealthCheck, JobContext, RetryPolicy, retry, task
+from viralfx.asgi import OperationsMiddleware
+from viralfx import OperationsConfig
+
+calls = []
+
+@retry(attempts=2, base_delay=0.0)
+@CircuitBreaker(failure_threshold=5, open_for=60.0)
+def flaky():
+    calls.append(1)
+    if len(calls) == 1:
+        raise ConnectionError
+    return "done"
+
+assert flaky() == "done"
+OperationsMiddleware(print, OperationsConfig())
+print(viralfx.__file__)
+"""
+
+
+def locked(name: str) -> str:
+    """Return the version that requirements.lock has of a package."""
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    found = re.search(rf"^{re.escape(name)}==(\S+)", lock, re.MULTILINE)
+    assert found is not None, name
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def alone(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an environment with the wheel and what it needs, and nothing else.
+
+    The packages are those of this environment: the gate asks no index, and the cache of uv may be
+    empty. Their versions are those of the lock, or the test skips.
+    """
+    folder = tmp_path_factory.mktemp("alone") / "venv"
+    quiet = ("--quiet", "--offline", "--no-config")
+    subprocess.run([UV, "venv", *quiet, "--python", sys.executable, folder], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    for name in BASE:
+        found = distribution(name)
+        if found.version != locked(name):
+            pytest.skip(f"{name} {found.version} is here, and requirements.lock has another one")
+        for file in found.files or ():
+            if ".." not in file.parts and file.suffix != ".pyc":
+                target = packages / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(str(file.locate()), target)
+    install = ("pip", "install", *quiet, "--no-deps", "--python")
+    subprocess.run([UV, *install, folder, built[0]], check=True)
+    return folder
+
+
+def ran(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of an environment, with no variable of this process."""
+    return subprocess.run(
+        [folder / "bin" / command[0], *command[1:]],
+        cwd=folder,
+        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+        capture_output=True,
+        text=True,
+        timeout=80,
+        check=False,
+    )
+
+
+def test_the_wheel_alone_has_what_it_needs(alone: Path) -> None:
+    """Three packages satisfy its metadata, and there is nothing else to import."""
+    listed = "import importlib.metadata as m; print(*sorted(d.name for d in m.distributions()))"
+    checked = subprocess.run(
+        [UV, "pip", "check", "--offline", "--no-config", "--python", alone],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert checked.returncode == 0, checked.stderr
+    names = ran(alone, "python", "-c", listed).stdout.split()
+    assert [name.replace("_", "-") for name in names] == sorted((*BASE, "viralfx"))
+
+
+def test_the_wheel_alone_is_a_library(alone: Path) -> None:
+    """Resilience and the layer work, from the installed files."""
+    used = ran(alone, "python", "-W", "error", "-c", LIBRARY)
+
+    assert (used.returncode, used.stderr) == (0, "")
+    assert used.stdout.startswith(str(alone))
+
+
+def test_the_wheel_alone_names_the_extra_of_a_command(alone: Path) -> None:
+    """In one line that can be pasted into a shell, with exit code 2."""
+    ended = ran(alone, "viralfx", "serve")
+
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == (
+        "viralfx: viralfx serve needs viralfx[serve]: pip install 'viralfx[serve]'\n"
+    )
 
 
 def test_the_changelog_has_this_version() -> None:
