@@ -102,7 +102,7 @@ ENTRYPOINT ["tini", "-e", "143", "-e", "129", "--", "viralfx"]
 CMD ["serve"]
 ARG BASE_IMAGE VERSION=0.2.0 REVISION=
 LABEL org.opencontainers.image.title="ViralFX Backend" \
-      org.opencontainers.image.description="A Litestar service whose subject is staying up" \
+      org.opencontainers.image.description="An ASGI service whose subject is staying up" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.base.name="${BASE_IMAGE}" \
       org.opencontainers.image.version="${VERSION}" \
