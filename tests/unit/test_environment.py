@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from viralfx.settings import show, source
 from viralfx.settings.doctor import review
 from viralfx.settings.dsn import IMPLIED
 from viralfx.settings.loader import fields
+from viralfx.testing import wait_until_ready
 
 FOREIGN = {
     # Django, Laravel, Rails, WordPress
@@ -67,6 +69,12 @@ FOREIGN = {
     "LOG_FORMAT": "%(asctime)s %(message)s",
     "HOSTNAME": "pod-1",
     "ENVIRONMENT": "production",
+    # An init of System V, Resque, servers, wikis, Cloud Run
+    "CONSOLE": "/dev/console",
+    "QUEUES": "*",
+    "ACCESS_LOG": "/var/log/access.log",
+    "RUNBOOK_URL": "wiki/Runbook",
+    "K_REVISION": "shop-00001-abc",
 }
 
 
@@ -88,7 +96,7 @@ def test_the_plugin_starts_with_all_foreign_variables(plain_environ: pytest.Monk
 
     assert len(FOREIGN) >= 40
     with TestClient(Litestar(plugins=[OperationsPlugin()])) as client:
-        assert client.get("/health/live").status_code == 200
+        wait_until_ready(client)
 
 
 TYPING_ERRORS = {
@@ -145,10 +153,20 @@ def test_edits_are_counted_up_to_the_limit(one: str, other: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["DB_HOST", "DB_POOL", "JOB_NAME", "QUEUE", "LOG_FILE", "POOL_XYZZY", "HTTP_TIMEOUT"]
+    "name",
+    [
+        "DB_HOST",
+        "DB_POOL",
+        "JOB_NAME",
+        "QUEUE",
+        "LOG_FILE",
+        "POOL_XYZZY",
+        "HTTP_TIMEOUT",
+        "K_REVISION",
+    ],
 )
 def test_a_program_ignores_other_names(name: str) -> None:
-    """A name of fewer than eight characters, or with more than two edits, is another program's."""
+    """Of fewer than eight characters, with more than two edits, or set by a platform."""
     assert read_settings({name: "1"}, strict=True) == Settings()
 
 
@@ -202,6 +220,55 @@ def test_a_wrong_value_of_our_own_is_an_error_in_an_application() -> None:
 
     assert [line.partition(":")[0] for line in refused.value.problems] == ["DB_POOL_MAX"]
     assert read_settings({"PORT": "http"}).port == 3000
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("CONSOLE", "/dev/console", "'/dev/console' is not true or false"),
+        ("ACCESS_LOG", "/var/log/a.log", "'/var/log/a.log' is not true or false"),
+        ("RUNBOOK_URL", "wiki", "it is not the address of a page"),
+        ("QUEUES", "*", "'*' is not a list like default:20,notifications:5"),
+    ],
+)
+def test_a_name_with_another_meaning_is_a_warning_in_an_application(
+    name: str, value: str, reason: str
+) -> None:
+    """The default applies. A program refuses to start."""
+    settings = read_settings({name: value})
+
+    assert settings.warnings == (f"{name}: ignored, because {reason}",)
+    assert msgspec.structs.replace(settings, warnings=()) == Settings()
+    with pytest.raises(ConfigurationError, match=f"^{name}: "):
+        read_settings({name: value}, strict=True)
+
+
+def test_an_ignored_access_log_does_not_turn_the_lines_on(
+    plain_environ: pytest.MonkeyPatch,
+) -> None:
+    """The server of the application logs its requests."""
+    plain_environ.setenv("ACCESS_LOG", "/var/log/access.log")
+    recorder = OperationsPlugin().request_recorder(own_server=False)
+    plain_environ.setenv("ACCESS_LOG", "true")
+    set_recorder = OperationsPlugin().request_recorder(own_server=False)
+
+    assert (recorder._access_log, set_recorder._access_log is None) == (None, False)
+
+
+def test_queues_of_an_application_with_tasks_are_its_own(plain_environ: pytest.MonkeyPatch) -> None:
+    """Its jobs would run in other queues; without tasks the name is that of another program."""
+
+    @task("orders.pick")
+    async def pick(payload: int) -> None:
+        pass
+
+    plain_environ.setenv("QUEUES", "Default")
+
+    assert OperationsPlugin().settings.queues == Settings().queues
+    with pytest.raises(ConfigurationError, match=r"^QUEUES: 'Default' is not a list"):
+        OperationsPlugin(OperationsConfig(tasks=[pick]))
+    with pytest.raises(ConfigurationError, match=r"^QUEUES: 'Default' is not a list"):
+        read_settings({"QUEUES": "Default", "TASK_MODULES": "shop.tasks"})
 
 
 def test_a_prefix_separates_the_settings_from_others(plain_environ: pytest.MonkeyPatch) -> None:

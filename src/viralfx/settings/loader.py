@@ -191,8 +191,10 @@ _MAX_EDITS = 2
 _SERVICE_LINK = re.compile(
     r"\w+_SERVICE_HOST|\w+_SERVICE_PORT(_\w+)?|\w+_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?"
 )
-_OF_SERVER = ("HOST", "PORT", "LOG_LEVEL", "LOG_FORMAT")
-"""Variables without a meaning for the plugin, and with other meanings for other programs."""
+_OF_PLATFORMS = frozenset({"K_REVISION"})
+"""Names that resemble ours, and that a platform sets: Cloud Run does."""
+_OF_OTHERS = ("HOST", "PORT", "LOG_LEVEL", "LOG_FORMAT", "CONSOLE", "ACCESS_LOG", "RUNBOOK_URL")
+"""Variables with other meanings for other programs, whose default serves an application."""
 
 
 def read_settings(
@@ -201,16 +203,17 @@ def read_settings(
     env_prefix: str = "",
     strict: bool = False,
     with_api: bool = False,
+    with_tasks: bool = False,
 ) -> Settings:
     """Read the settings; an empty variable counts as not set.
 
     ``env_prefix`` is the beginning of all names: with ``OPS_``, only ``OPS_DATABASE_URL`` and so on
     are read. ``strict``: the environment is that of a program of this package, so an unknown name
     that is probably a typing error is a problem, and so is the address of another kind of database.
-    Otherwise the environment is shared with an application, and a value that is not meant for this
-    package is ignored, with a line in ``Settings.warnings`` where a setting has no effect.
-    ``with_api``: the process serves the jobs API, for which production requires a token and a
-    database.
+    Otherwise an application shares the environment, and a value that is not meant for this package
+    is ignored, with a line in ``Settings.warnings`` where a setting has no effect; that of QUEUES
+    only without ``with_tasks``: the application has tasks. ``with_api``: the process serves the
+    jobs API, for which production requires a token and a database.
 
     Raises :class:`ConfigurationError` with every problem; each names the variable and the remedy.
     Secret values are not shown.
@@ -221,7 +224,7 @@ def read_settings(
             for name, value in environ.items()
             if name.startswith(env_prefix)
         }
-    reading = _read(environ, strict=strict)
+    reading = _read(environ, strict=strict, tasks=with_tasks)
     given = reading.values
     settings = assemble({f.path: given[f.variable] for f in fields() if f.variable in given})
     problems = [
@@ -293,7 +296,7 @@ class _Reading:
         self.warnings.append(f"{variable}: ignored, because {reason}")
 
 
-def _read(environ: Mapping[str, str], *, strict: bool = False) -> _Reading:
+def _read(environ: Mapping[str, str], *, strict: bool = False, tasks: bool = False) -> _Reading:
     reading = _Reading()
     for one in fields():
         try:
@@ -304,7 +307,7 @@ def _read(environ: Mapping[str, str], *, strict: bool = False) -> _Reading:
         if raw is not None:
             reading.parse(one, raw, source)
     if not strict:
-        _ignore_foreign(reading)
+        _ignore_foreign(reading, tasks=tasks or "TASK_MODULES" in reading.values)
     for variable in DATABASE_URLS:
         _imply_from_url(reading, variable)
     _imply_from_redis_url(reading)
@@ -318,7 +321,7 @@ def _read(environ: Mapping[str, str], *, strict: bool = False) -> _Reading:
     return reading
 
 
-def _ignore_foreign(reading: _Reading) -> None:
+def _ignore_foreign(reading: _Reading, *, tasks: bool) -> None:
     """Ignore values that are meant for the application or its server."""
     for variable in DATABASE_URLS:
         if variable in reading.values and is_other_database(reading.values[variable].value):
@@ -328,7 +331,9 @@ def _ignore_foreign(reading: _Reading) -> None:
     scheme = url.strip().partition(":")[0].lower()
     if scheme not in REDIS_SCHEMES and not suggest(scheme, REDIS_SCHEMES, cutoff=0.8):
         reading.ignore("REDIS_URL", "it is not an address of a single Redis")
-    for variable in _OF_SERVER:
+    if not reading.values.get("RUNBOOK_URL", "https://").startswith(("https://", "http://")):
+        reading.ignore("RUNBOOK_URL", "it is not the address of a page")
+    for variable in (*_OF_OTHERS, *(() if tasks else ("QUEUES",))):
         if variable in reading.failed:
             reading.failed.discard(variable)
             (problem,) = [p for p in reading.problems if p.startswith(f"{variable}: ")]
@@ -368,8 +373,9 @@ def _imply_from_url(reading: _Reading, url: str) -> None:
         elif own != value:
             problem = f"{show(own)} contradicts {parameter} in {url}, {text}; keep one"
             reading.fail(one.variable, f"{one.variable}: {problem}")
-    if url == "DATABASE_URL":
-        _check_one_password(reading, address)
+    password = reading.values.get("DB_PASSWORD")
+    if url == "DATABASE_URL" and password and address.password not in {None, password.value}:
+        reading.fail("DB_PASSWORD", "DB_PASSWORD: DATABASE_URL holds another password; keep one")
 
 
 def _imply_from_redis_url(reading: _Reading) -> None:
@@ -409,12 +415,6 @@ def _warn_about_addresses(reading: _Reading) -> None:
             )
 
 
-def _check_one_password(reading: _Reading, address: DatabaseAddress) -> None:
-    own = reading.values.get("DB_PASSWORD")
-    if own is not None and address.password is not None and own.value != address.password:
-        reading.fail("DB_PASSWORD", "DB_PASSWORD: DATABASE_URL holds another password; keep one")
-
-
 def _imply_from_profile(reading: _Reading) -> None:
     profile = reading.values.get("POOL_PROFILE")
     if profile is None:
@@ -433,8 +433,7 @@ def _imply_from_pool_max(reading: _Reading) -> None:
 
 def _imply_verification(reading: _Reading) -> None:
     """Default to ``verify-full`` if a CA file is set."""
-    named = "DB_TLS_CA_FILE" in reading.values
-    if named and reading.is_open("DB_TLS_MODE"):
+    if "DB_TLS_CA_FILE" in reading.values and reading.is_open("DB_TLS_MODE"):
         reading.parse(_field_of("DB_TLS_MODE"), "verify-full", "DB_TLS_CA_FILE")
 
 
@@ -460,7 +459,7 @@ def _is_service_link(name: str, value: str) -> bool:
 
 def unknown_names(environ: Mapping[str, str]) -> list[str]:
     """Return the names that are set and that no setting reads; service links are left out."""
-    known = {one.variable for one in fields()}
+    known = {one.variable for one in fields()} | _OF_PLATFORMS
     return [
         name
         for name, value in sorted(environ.items())

@@ -170,14 +170,17 @@ class OperationsLayer:
                 f" not {type(given).__qualname__}"
             )
         self._config = config = config or OperationsConfig()
-        self.settings = config.settings or read_settings(os.environ, env_prefix=config.env_prefix)
+        self.settings = config.settings or read_settings(
+            os.environ, env_prefix=config.env_prefix, with_tasks=bool(config.tasks)
+        )
         self._refused = False
         self._run_jobs = True
         self._siblings = SiblingProcesses()
         self._facts = FactsInMessages.from_settings(self.settings)
         variable = f"{config.env_prefix}ACCESS_LOG"
-        self._access_log_is_set = config.settings is not None or bool(
-            {variable, f"{variable}_FILE"} & os.environ.keys()
+        ignored = any(line.startswith(f"{variable}: ignored") for line in self.settings.warnings)
+        self._access_log_is_set = config.settings is not None or (
+            not ignored and bool({variable, f"{variable}_FILE"} & os.environ.keys())
         )
         self._on_wired: Callable[[], None] = lambda: None
         self.loop: asyncio.AbstractEventLoop | None = None
