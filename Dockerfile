@@ -101,6 +101,8 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --start-interval=1s -
 ENTRYPOINT ["tini", "-e", "143", "-e", "129", "--", "viralfx"]
 CMD ["serve"]
 ARG BASE_IMAGE VERSION=0.2.0 REVISION=
+# /health/info shows it.
+ENV REVISION=${REVISION}
 LABEL org.opencontainers.image.title="ViralFX Backend" \
       org.opencontainers.image.description="An ASGI service whose subject is staying up" \
       org.opencontainers.image.licenses="MIT" \

@@ -45,6 +45,8 @@ def test_a_blocked_loop_ends_by_the_watchdog(where: str) -> None:
     assert took > 1.9
     assert "stacks of all threads" in said
     assert f"block_in_{where}" in said
+    assert "\nTask 'main' (most recent call first):\n" in said
+    assert " in Process._main\n" in said
 
 
 def test_a_second_sigint_forces() -> None:

@@ -40,6 +40,7 @@ GIVEN: dict[str, tuple[str, object]] = {
     "HTTP_MAX_WEBSOCKET_BYTES": ("65536", 65536),
     "HTTP_MAX_CONNECTIONS": ("1000", 1000),
     "ENVIRONMENT": ("staging", "staging"),
+    "REVISION": ("9f2c1aa", "9f2c1aa"),
     "ALLOW_MEMORY_ADAPTERS": ("true", True),
     "LOG_LEVEL": ("verbose", "verbose"),
     "LOG_FORMAT": ("console", "console"),

@@ -111,8 +111,8 @@ def test_security_is_declared_for_configured_tokens(settings: Settings, schemes:
             "scheduleList",
         }
     if "managementToken" in schemes:
-        details = {"healthDetailed", "healthCheck", "loggers", "logger"}
-        always = {"healthShutdown", "healthShutdownStatus", "loggerChange"}
+        details = {"healthDetailed", "healthInfo", "healthCheck", "loggers", "logger"}
+        always = {"healthShutdown", "healthShutdownStatus", "healthTasks", "loggerChange"}
         more = details if settings.health_details == "authorized" else set()
         assert needed["managementToken"] == always | more
 

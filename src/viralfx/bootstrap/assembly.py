@@ -88,6 +88,8 @@ _RESERVED = frozenset(
         "ready",
         "startup",
         "detailed",
+        "info",
+        "tasks",
         "shutdown",
         "loggers",
         "ui",
@@ -370,6 +372,8 @@ def assemble(
         checks_of_state=("circuits",),
         on_ready=(jobs.start, lag.start),
         instance=instance,
+        revision=settings.revision,
+        adapters=_adapters(settings, database, redis),
     )
     fleet, reporter = wire_fleet(operations, jobs, database)
     _register_stages(operations, jobs, stages or {}, backends, reporter)
@@ -427,6 +431,21 @@ def _register_stages(
     for name, backend in backends.items():
         if backend.close is not None:
             shutdown.register(Phase.CLOSE, name, backend.close)
+
+
+def _adapters(
+    settings: Settings, database: "PostgresDatabase | None", redis: "RedisClient | None"
+) -> dict[str, str]:
+    """Return the technology of each port, as :mod:`viralfx.bootstrap` chooses it."""
+    stored = "memory" if database is None else "postgres"
+    return {
+        "database": stored,
+        "cache": "memory" if redis is None else "redis",
+        "jobs": stored,
+        "notifications": stored if database is None or redis is None else "taskiq",
+        "state": stored if settings.state_dir is None else "file",
+        "fleet": stored,
+    }
 
 
 def _database(

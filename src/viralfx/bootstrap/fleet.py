@@ -26,7 +26,7 @@ def wire_fleet(
         from viralfx.bootstrap.postgres import fleet_store  # noqa: PLC0415 - without a driver else
 
         store = fleet_store(database)
-    host, started_at = socket.gethostname(), operations.clock.now()
+    host, started_at = socket.gethostname(), operations.started_at
 
     def describe() -> InstanceReport:
         return held_report(

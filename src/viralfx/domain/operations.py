@@ -100,11 +100,21 @@ class Operations:
     """The name of this process, unique among all that share a ledger."""
     role: str = "api"
     """``worker`` for a process that only runs jobs."""
+    revision: str | None = None
+    """Commit of the code; None if REVISION is not set."""
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """The technology behind each port, by the port's name: ``postgres``, ``redis``, ``memory``."""
     staged: bool = False
     """True if a runner runs the shutdown; False if the application's lifespan does."""
+    started_at: datetime = field(init=False)
+    """The time when this process started."""
     _starts: int = field(default=1, init=False)
     _started: bool = field(default=False, init=False)
     _restored: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        """Note the time."""
+        self.started_at = self.clock.now()
 
     async def start(self) -> None:
         """Start the checks, open the resources and restore the saved state.

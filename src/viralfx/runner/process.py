@@ -23,6 +23,7 @@ from viralfx.domain.shutdown import Phase, ShutdownEvent, ShutdownReport, Shutdo
 from viralfx.runner.diagnostics import BlockedLoopDetector
 from viralfx.runner.server import ApplicationLifespan, HttpServer, loop_factory
 from viralfx.runner.signals import SignalWatch
+from viralfx.telemetry.context import stacks_of_tasks
 from viralfx.web.console import Console
 from viralfx.web.gate import Gate
 from viralfx.worker.calls import JobThread
@@ -126,6 +127,7 @@ class Process:
             # The application has chosen no other one.
             sys.setswitchinterval(_SWITCH_SECONDS)
         asyncio.set_event_loop(loop)
+        self._signals.describe_tasks = functools.partial(stacks_of_tasks, loop)
         executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="worker")
         loop.set_default_executor(executor)
         loop.set_exception_handler(self._on_loop_exception)

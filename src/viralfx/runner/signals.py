@@ -40,6 +40,8 @@ class SignalWatch:
         self._pending: str | None = None
         self._deadline: float | None = None
         self._interrupts = 0
+        self.describe_tasks: Callable[[], str] = str
+        """Returns the stacks of the event loop's tasks, for the report at the force timeout."""
         self._previous_wakeup_fd = -1
         self._handled: tuple[signal.Signals, ...] = _STOPPING
         self._reader, self._writer = os.pipe()
@@ -151,8 +153,9 @@ class SignalWatch:
             on_signal(name)
 
     def _expire(self) -> None:
-        text = "Shutdown did not end within SHUTDOWN_FORCE_TIMEOUT; stacks of all threads:"
-        _exit_with(EXIT_WATCHDOG, text, stacks=True)
+        late = "Shutdown did not end within SHUTDOWN_FORCE_TIMEOUT"
+        text = f"{late}; stacks of all threads and tasks:"
+        _exit_with(EXIT_WATCHDOG, text, tasks=self.describe_tasks)
 
 
 def ignore_signal(_number: int, _frame: FrameType | None) -> None:
@@ -173,15 +176,21 @@ def _release_in_child() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
 
 
-def _exit_with(code: int, text: str, *, stacks: bool = False) -> None:
-    """Exit after a report to standard error, which may fail or block without delaying the exit."""
+def _exit_with(code: int, text: str, *, tasks: Callable[[], str] | None = None) -> None:
+    """Exit after a report to standard error, which may fail or block without delaying the exit.
+
+    With ``tasks`` the report has the stacks of all threads, then what that function returns.
+    """
 
     def report() -> None:
         # The descriptor, because sys.stderr may be None, closed or replaced.
         with contextlib.suppress(Exception):
             os.write(_STDERR, f"{text}\n".encode())
-            if stacks:
+            if tasks is not None:
+                # Threads by C code, which works in any state of the interpreter.
                 faulthandler.dump_traceback(_STDERR, all_threads=True)
+                with contextlib.suppress(Exception):
+                    os.write(_STDERR, tasks().encode("utf-8", "backslashreplace"))
             for handler in logging.getLogger().handlers:
                 handler.flush()
 

@@ -107,6 +107,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Meta(min_length=1),
         meaning("Name of the environment, shown by /health; `production` is stricter"),
     ] = "development"
+    revision: Annotated[
+        str | None, meaning("Commit of the code, shown by /health/info; the image sets it")
+    ] = None
     allow_memory_adapters: Annotated[
         bool, meaning("Allow memory adapters with ENVIRONMENT=production")
     ] = False

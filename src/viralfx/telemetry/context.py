@@ -1,8 +1,11 @@
-"""The data that logs, metrics and traces share: the current trace, and the ended request."""
+"""The data that logs, metrics and traces share: the current trace, ended requests, and stacks."""
 
+import asyncio
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
 from typing import Any
 
 import msgspec
@@ -140,3 +143,79 @@ class EndedRequest(msgspec.Struct, gc=False):
             "cut": self.cut or None,
         }
         return {name: value for name, value in fields.items() if value is not None}
+
+
+_MAX_FRAMES = 30
+"""Innermost frames of a stack that are shown."""
+_MAX_STACKS = 1000
+"""Stacks that are shown: the event loop makes the text, and serves no request meanwhile."""
+
+
+def stacks_of_threads() -> str:
+    """Return the stack of each thread, in the form of :mod:`faulthandler` with names.
+
+    Neither source lines nor values are in it, because values may be secrets.
+    """
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    found = sys._current_frames()  # noqa: SLF001 - it has no other name
+    heads = {ident: f"Thread {ident:#018x} [{names.get(ident, 'unknown')}]" for ident in found}
+    stacks = ((heads[ident], _frames_of_thread(frame)) for ident, frame in found.items())
+    return _text("Threads", len(found), stacks)
+
+
+def stacks_of_tasks(loop: asyncio.AbstractEventLoop) -> str:
+    """Return the stack of each task of a loop, through all coroutines that it awaits.
+
+    Another thread than that of the loop may call this, such as the watchdog. The text has the form
+    of :func:`stacks_of_threads`. The frames of a running task below its own coroutine are those of
+    its thread.
+    """
+    tasks = sorted(asyncio.all_tasks(loop), key=lambda task: task.get_name())
+    stacks = ((f"Task {task.get_name()!r}", _frames_of_task(task)) for task in tasks)
+    return _text("Tasks", len(tasks), stacks)
+
+
+def _text(kind: str, number: int, stacks: Iterable[tuple[str, list[FrameType]]]) -> str:
+    lines = [f"{kind}: {number}"]
+    for at, (head, frames) in enumerate(stacks):
+        if at == _MAX_STACKS:
+            lines += ["", f"... and {number - at} more"]
+            break
+        lines += ["", f"{head} (most recent call first):"]
+        lines += (
+            f'  File "{frame.f_code.co_filename}", line {frame.f_lineno} in'
+            f" {frame.f_code.co_qualname}"
+            for frame in frames
+        )
+    return "\n".join([*lines, ""])
+
+
+def _frames_of_thread(frame: FrameType | None) -> list[FrameType]:
+    frames: list[FrameType] = []
+    while frame is not None and len(frames) < _MAX_FRAMES:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def _frames_of_task(task: "asyncio.Task[Any]") -> list[FrameType]:
+    """Return the frames of a task, the innermost first.
+
+    ``Task.get_stack`` has the outermost one alone.
+    """
+    frames: list[FrameType] = []
+    awaited: Any = task.get_coro()
+    while awaited is not None:
+        for kind, inner in _AWAITABLES:
+            frame = getattr(awaited, f"{kind}_frame", None)
+            if frame is not None:
+                frames.append(frame)
+                awaited = getattr(awaited, inner)
+                break
+        else:
+            break  # a future, or a step of an asynchronous generator, which does not show its frame
+    return frames[::-1][:_MAX_FRAMES]
+
+
+_AWAITABLES = (("cr", "cr_await"), ("gi", "gi_yieldfrom"), ("ag", "ag_await"))
+"""Attributes of coroutines and generators: the prefix of the frame's, and the next awaitable."""

@@ -49,6 +49,10 @@ class AccessPolicy:
         """Authorize a request to see or begin the shutdown."""
         return check_bearer_token(headers, self.token)
 
+    def to_stacks(self, headers: Headers) -> AccessVerdict:
+        """Authorize a request to see the stacks of the running process."""
+        return check_bearer_token(headers, self.token)
+
     def to_change(self, headers: Headers) -> AccessVerdict:
         """Authorize a request to change the running process, such as the level of a logger."""
         return check_bearer_token(headers, self.token)

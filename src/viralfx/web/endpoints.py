@@ -30,7 +30,7 @@ from viralfx.web.console import Console, is_served
 from viralfx.web.console.data import ShowPayload
 from viralfx.web.cors import CorsPolicy
 from viralfx.web.groups import GroupEndpoints
-from viralfx.web.loggers import LoggersEndpoints
+from viralfx.web.introspection import LoggersEndpoints, ProcessEndpoints
 from viralfx.web.responses import (
     READ,
     DenialLog,
@@ -239,12 +239,15 @@ class OperationsEndpoints:
             path=f"{prefix}/group",
             show=check_state,
         )
+        process = ProcessEndpoints(operations, access, self._denials)
         self.endpoints: dict[str, Endpoint] = {
             prefix: self._read_only(self.basic),
             f"{prefix}/live": self._read_only(self.live),
             f"{prefix}/ready": self._read_only(self.ready),
             f"{prefix}/startup": self._read_only(self.startup),
             f"{prefix}/detailed": self._details,
+            f"{prefix}/info": process.info,
+            f"{prefix}/tasks": process.tasks,
             f"{prefix}/shutdown": self._shutdown,
             f"{prefix}/loggers": self._loggers.list,
             metrics_path: self._scrape,

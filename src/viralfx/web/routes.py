@@ -190,7 +190,8 @@ async def _serve(request: AnyRequest) -> Response[bytes]:
         scope, receive = cast("Scope", request.scope), cast("Receive", request.receive)
         response = await complete(response, scope, receive)
     headers = {name.decode(): value.decode() for name, value in response.headers}
-    media_type = headers.pop("content-type")
+    # Litestar adds the encoding to a text itself.
+    media_type = headers.pop("content-type").removesuffix("; charset=utf-8")
     headers.pop("content-length")
     return Response(
         response.body, status_code=response.status, headers=headers, media_type=media_type
@@ -319,6 +320,12 @@ _DETAILS = (
         serve=_serve_detailed,
     ),
     _Route(
+        path="/info",
+        operation_id="healthInfo",
+        summary="Version, commit, start, Python and adapters of the process",
+        responses={200: _body(schemas.Info, "The process."), **_DETAILS_PROBLEMS},
+    ),
+    _Route(
         path="/loggers",
         operation_id="loggers",
         summary="Every logger and its level",
@@ -368,6 +375,17 @@ _GROUP = _Route(
 """A route of an application that has groups; it needs the token as those above do."""
 
 _MANAGEMENT = (
+    _Route(
+        path="/tasks",
+        operation_id="healthTasks",
+        summary="Stacks of all threads and asyncio tasks",
+        responses={
+            200: ResponseSpec(
+                str, description="The stacks.", media_type="text/plain", generate_examples=False
+            ),
+            **_TOKEN_PROBLEMS,
+        },
+    ),
     _Route(
         path="/shutdown",
         operation_id="healthShutdownStatus",

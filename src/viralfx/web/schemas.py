@@ -177,6 +177,22 @@ class ShutdownStatus(ShutdownAccepted):
     previous: PreviousRun | None
 
 
+class Info(_Body):
+    """``GET /health/info``."""
+
+    version: str
+    commit: Annotated[str | None, Meta(description="The value of REVISION")]
+    started_at: Annotated[str, Meta(description="Time when this process started")]
+    python: Annotated[str, Meta(description="Version of Python, like 3.13.1")]
+    environment: str
+    instance: Annotated[str, Meta(description="Name of this process, as in the fleet")]
+    role: Annotated[str, Meta(description="api or worker")]
+    adapters: Annotated[
+        dict[str, str],
+        Meta(description="Technology of each port: postgres, redis, memory and so on"),
+    ]
+
+
 class LoggerState(_Body):
     """``GET`` and ``PUT /health/loggers/{name}``."""
 

@@ -1,7 +1,13 @@
-"""The endpoints for the levels of loggers."""
+"""The endpoints that show the inside of the process: build, adapters, stacks, levels of loggers."""
+
+import asyncio
+import platform
 
 import msgspec
 
+from viralfx.domain.clock import timestamp
+from viralfx.domain.operations import Operations
+from viralfx.telemetry.context import stacks_of_tasks, stacks_of_threads
 from viralfx.telemetry.logging.lines import LEVELS, LoggerLevel, LoggerLevels
 from viralfx.web.auth import AccessPolicy, Headers
 from viralfx.web.responses import (
@@ -15,8 +21,49 @@ from viralfx.web.responses import (
     json_response,
     not_allowed,
     problem_response,
+    raw_response,
 )
-from viralfx.web.schemas import Loggers, LoggerState, NewLevel
+from viralfx.web.schemas import Info, Loggers, LoggerState, NewLevel
+
+_TEXT = b"text/plain; charset=utf-8"
+
+
+class ProcessEndpoints:
+    """Serves ``/health/info`` and ``/health/tasks``."""
+
+    def __init__(self, operations: Operations, access: AccessPolicy, denials: DenialLog) -> None:
+        self._operations = operations
+        self._access = access
+        self._denials = denials
+
+    def info(self, method: str, _query: bytes, headers: Headers) -> RawResponse | Denied:
+        """``GET /health/info``."""
+        if method not in READ:
+            return not_allowed("GET, HEAD")
+        if (denied := self._denials.of(self._access.to_details(headers))) is not None:
+            return denied
+        operations = self._operations
+        body = Info(
+            version=operations.version,
+            commit=operations.revision,
+            started_at=timestamp(operations.started_at),
+            python=platform.python_version(),
+            environment=operations.environment,
+            instance=operations.instance,
+            role=operations.role,
+            adapters=dict(operations.adapters),
+        )
+        return json_response(200, encode(body))
+
+    def tasks(self, method: str, _query: bytes, headers: Headers) -> RawResponse | Denied:
+        """``GET /health/tasks``: the stacks of all threads, and of all tasks of the event loop."""
+        if method not in READ:
+            return not_allowed("GET, HEAD")
+        if (denied := self._denials.of(self._access.to_stacks(headers))) is not None:
+            return denied
+        text = f"{stacks_of_threads()}\n{stacks_of_tasks(asyncio.get_running_loop())}"
+        return raw_response(_TEXT, 200, text.encode("utf-8", "backslashreplace"))
+
 
 _MAX_BODY_BYTES = 1024
 """The body holds one level."""
