@@ -736,6 +736,30 @@ def test_other_handlers_and_filters_get_records() -> None:
     assert vars(record)["responseSize"] == 1
 
 
+def test_another_handler_gets_whole_messages() -> None:
+    """Its formatter may show the message alone; the lines of this package stay as they are."""
+    written, shown = io.StringIO(), io.StringIO()
+    configure_logging(
+        level="log", console=False, stream=written, redaction=Redaction(["planted-secret"])
+    )
+    other = logging.StreamHandler(shown)
+    logging.getLogger().addHandler(other)
+    extra = {"check": "shop", "detail": "asked at planted-secret"}
+    try:
+        for name in ("viralfx.health", "viralfx.access", "shop"):
+            logging.getLogger(name).warning("Changed", extra=extra)
+    finally:
+        logging.getLogger().removeHandler(other)
+
+    assert shown.getvalue().splitlines() == [
+        "Changed: check=shop, detail=asked at ***",
+        "Changed",
+        "Changed",
+    ]
+    lines = [json.loads(line) for line in written.getvalue().splitlines()]
+    assert [(line["message"], line["check"]) for line in lines] == [("Changed", "shop")] * 3
+
+
 def test_the_handlers_level_applies_to_requests(capfd: pytest.CaptureFixture[str]) -> None:
     """The direct path respects it."""
     configure_logging(level="log", console=False)

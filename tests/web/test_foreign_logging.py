@@ -2,7 +2,9 @@
 
 import io
 import logging
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from litestar import Litestar, get
@@ -12,7 +14,9 @@ from litestar.testing import AsyncTestClient
 
 from viralfx import Observation, OperationsConfig, OperationsPlugin, Status
 from viralfx.settings import Secret, Settings
-from viralfx.telemetry.logging.facts import FactsInMessages
+from viralfx.telemetry.logging.facts import LOGGERS, FactsInMessages
+
+ROOT = Path(__file__).parents[2]
 
 
 @get("/")
@@ -79,6 +83,29 @@ async def test_messages_contain_their_facts(lines: io.StringIO) -> None:
     assert found(lines, "WARNING:viralfx.health:Later") == ["WARNING:viralfx.health:Later"]
 
 
+async def test_a_logger_that_is_made_later_has_its_facts(
+    monkeypatch: pytest.MonkeyPatch, lines: io.StringIO
+) -> None:
+    """Modules for webhooks, taskiq and checks are imported when they are first needed."""
+    monkeypatch.delitem(logging.root.manager.loggerDict, "viralfx.taskiq", raising=False)
+    plugins = [OperationsPlugin(OperationsConfig(settings=Settings())) for _ in range(2)]
+    first, second = (Litestar(plugins=[each], logging_config=None) for each in plugins)
+    async with AsyncTestClient(first), AsyncTestClient(second):
+        logging.getLogger("viralfx.taskiq").warning("Late", extra={"task": "shop"})
+        logging.getLogger("shop").warning("Late", extra={"task": "shop"})
+
+    assert found(lines, "WARNING:viralfx.taskiq:") == ["WARNING:viralfx.taskiq:Late: task=shop"]
+    assert found(lines, "WARNING:shop:") == ["WARNING:shop:Late"]
+
+
+def test_every_logger_of_the_package_is_known() -> None:
+    """Messages of the access log are whole already."""
+    sources = (path.read_text("utf-8") for path in (ROOT / "src").rglob("*.py"))
+    used = {name for text in sources for name in re.findall(r'getLogger\("viralfx\.(\w+)"\)', text)}
+
+    assert used - {"access"} == set(LOGGERS)
+
+
 @pytest.mark.parametrize("value", [None, "true", "false"])
 async def test_requests_are_logged_only_if_a_setting_says_so(
     monkeypatch: pytest.MonkeyPatch, lines: io.StringIO, value: str | None
@@ -121,7 +148,7 @@ class Odd:
 
 def test_every_message_stays_one_line(caplog: pytest.LogCaptureFixture) -> None:
     """Percent signs, line breaks, long values and odd objects are facts, too."""
-    logger = logging.getLogger("viralfx.facts")
+    logger = logging.getLogger("viralfx.events")
     facts = FactsInMessages()
     facts.install()
     facts.install()

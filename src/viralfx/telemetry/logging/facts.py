@@ -6,12 +6,22 @@ from collections.abc import Callable
 from viralfx.settings import Settings
 from viralfx.telemetry.logging.redaction import Redaction, secrets_of
 
-_NAMESPACE = "viralfx."
-_ACCESS = "viralfx.access"
-"""Its messages are whole already."""
+LOGGERS = (
+    *("alerts", "asgi", "cache", "circuits", "console", "credentials", "database", "events"),
+    *("fleet", "health", "heap", "http", "jobs", "lifecycle", "loggers", "loop", "management"),
+    *("metrics", "process", "queues", "redis", "requests", "resilience", "serve", "settings"),
+    *("shutdown", "state", "taskiq", "tracing", "web"),
+)
+"""The loggers of this package below ``viralfx``, without ``access``, whose messages are whole."""
 _STANDARD = frozenset({*vars(logging.LogRecord("", 0, "", 0, "", (), None)), "message", "asctime"})
 _MAX_CHARACTERS = 200
 """Characters of one fact that are shown."""
+
+
+class _Whole(str):
+    """A message that has its facts: of two applications in one process, each has a filter."""
+
+    __slots__ = ()
 
 
 class FactsInMessages(logging.Filter):
@@ -32,11 +42,10 @@ class FactsInMessages(logging.Filter):
         return cls(Redaction({*secrets_of(settings)}).text)
 
     def install(self) -> None:
-        """Begin with the loggers of this package that exist; a further call adds later ones."""
-        for name, logger in list(logging.root.manager.loggerDict.items()):
-            if not name.startswith(_NAMESPACE) or name == _ACCESS:
-                continue
-            if isinstance(logger, logging.Logger) and self not in logger.filters:
+        """Begin with all loggers of this package, also those of modules that are imported later."""
+        for name in LOGGERS:
+            logger = logging.getLogger(f"viralfx.{name}")
+            if self not in logger.filters:
                 logger.addFilter(self)
                 self._loggers.append(logger)
 
@@ -46,15 +55,23 @@ class FactsInMessages(logging.Filter):
             logger.removeFilter(self)
         self._loggers.clear()
 
+    def complete(self, record: logging.LogRecord) -> None:
+        """Change the message of a record, if it is one of this package."""
+        area, _, name = record.name.partition(".")
+        if area == "viralfx" and name in LOGGERS:
+            self.filter(record)
+
     def filter(self, record: logging.LogRecord) -> bool:
         """Change the message of a record; return True."""
+        if isinstance(record.msg, _Whole):
+            return True
         facts = [
             f"{name}={self._shown(value)}"
             for name, value in vars(record).items()
             if name not in _STANDARD and value is not None
         ]
         if facts:
-            record.msg, record.args = f"{record.getMessage()}: {', '.join(facts)}", ()
+            record.msg, record.args = _Whole(f"{record.getMessage()}: {', '.join(facts)}"), ()
         return True
 
     def _shown(self, value: object) -> str:

@@ -12,6 +12,7 @@ import structlog
 from structlog.typing import EventDict
 
 from viralfx.telemetry.context import EndedRequest
+from viralfx.telemetry.logging.facts import FactsInMessages
 from viralfx.telemetry.logging.lines import (
     LEVELS,
     STANDARD,
@@ -59,6 +60,7 @@ def configure_logging(
         handler = LineHandler(
             lines.render, output, threaded=stream is None, render_requests=lines.render_requests
         )
+    handler.facts = FactsInMessages(redaction.text)
     root.handlers[:] = [handler]
     root.setLevel(LEVELS[level])
     for known in root.manager.loggerDict.values():
@@ -133,6 +135,8 @@ class LineHandler(logging.Handler):
 
     accept_request: RequestSink | None = None
     """Accepts a finished request without a ``LogRecord``; None if this handler cannot."""
+    facts: FactsInMessages | None = None
+    """Completes the messages of this package for handlers after this one; None: nothing does."""
 
     def __init__(
         self,
@@ -167,6 +171,11 @@ class LineHandler(logging.Handler):
         verdict: object = self.filter(record) if self.filters else True
         if verdict:
             self.emit(verdict if isinstance(verdict, logging.LogRecord) else record)
+        if self.facts is not None and len(logging.root.handlers) > 1:
+            # The application has a handler of its own, after this one. Its formatter may show the
+            # message alone.
+            with contextlib.suppress(Exception):  # the line itself is written
+                self.facts.complete(record)
         return bool(verdict)
 
     def emit(self, record: logging.LogRecord) -> None:
