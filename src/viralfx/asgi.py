@@ -225,11 +225,9 @@ class _Lifespan:
     async def _start_layer(self) -> None:
         if self._staged:  # the runner does this
             return
-        operations = self._layer.operations
-        shutdown = operations.shutdown
-        shutdown.register(Phase.STOP_ACCEPTING, "streams", self._notify_clients)
-        shutdown.register(Phase.DRAIN, "requests", self._drain)
-        shutdown.register(Phase.CLOSE, "application", self._stop_application, first=True)
+        layer, operations = self._layer, self._layer.operations
+        layer.register_drain(lambda: layer.current_gate)
+        operations.shutdown.register(Phase.CLOSE, "application", self._stop_application, first=True)
         await operations.start()
 
     async def _run_application(self) -> None:
@@ -300,14 +298,6 @@ class _Lifespan:
         await self._layer.end()
         answer: Message = {"type": "lifespan.shutdown.complete"}
         await self._server_send(self._answer or answer)
-
-    async def _notify_clients(self, _budget: float) -> None:
-        requests = self._layer.current_gate.requests
-        requests.stopping = True
-        requests.announce_shutdown()
-
-    async def _drain(self, budget: float) -> None:
-        await self._layer.current_gate.requests.drain(budget, self._layer.operations.clock)
 
     async def _stop_application(self, _budget: float) -> None:
         self._may_stop.set()

@@ -63,7 +63,7 @@ def events(text: str) -> list[tuple[str, str]]:
     for block in text.split("\r\n\r\n"):
         fields = dict(line.split(": ", 1) for line in block.splitlines() if line)
         if "event" in fields:
-            found.append((fields["event"], json.loads(fields["data"])["state"]))
+            found.append((fields["event"], json.loads(fields["data"]).get("state")))
     return found
 
 
@@ -123,7 +123,7 @@ async def test_a_finished_job_has_one_event() -> None:
 
 
 async def test_the_stop_ends_event_streams_of_jobs() -> None:
-    """An open stream does not delay the shutdown."""
+    """An open stream gets the event of the shutdown and does not delay it."""
     async with service() as client:
         following = asyncio.create_task(client.get(await accept(client)))
         plugin = plugin_of(client)
@@ -133,7 +133,7 @@ async def test_the_stop_ends_event_streams_of_jobs() -> None:
             await plugin.operations.shutdown.run()
             reply = await following
 
-        assert events(reply.text) == [("job", "waiting")]
+        assert events(reply.text) == [("job", "waiting"), ("shutdown", None)]
 
 
 async def test_too_many_followers_get_503() -> None:

@@ -18,7 +18,7 @@ from viralfx.domain.jobs.service import JobService
 from viralfx.domain.operations import Operations
 from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.domain.resilience.retry import Retrier
-from viralfx.domain.shutdown import AnyStage, Phase
+from viralfx.domain.shutdown import AnyStage, Phase, PhaseStarted, ShutdownEvent
 from viralfx.settings import CredentialsCallable, Settings, read_settings
 from viralfx.telemetry.logging.facts import FactsInMessages
 from viralfx.telemetry.metrics.merged import MetricsRegistry, SiblingProcesses
@@ -337,6 +337,27 @@ class OperationsLayer:
         """
         recorder = self.request_recorder(own_server=own_server)
         return Gate(self.endpoints, self.traced(app), recorder)
+
+    def register_drain(self, gate: Callable[[], Gate]) -> None:
+        """Let the drain announce the shutdown on streams, and wait for requests.
+
+        For a server that is not the runner's, which has stages for both. That server has stopped
+        accepting, so no readiness delay is needed. ``gate`` returns the gate in front of the
+        application.
+        """
+        clock, shutdown = self.operations.clock, self.operations.shutdown
+
+        def announce(event: ShutdownEvent) -> None:
+            # Before the stages of the drain, one of which ends streams of jobs.
+            if isinstance(event, PhaseStarted) and event.phase is Phase.DRAIN:
+                requests = gate().requests
+                requests.stopping = True
+                requests.announce_shutdown()
+
+        shutdown.subscribe(announce)
+        shutdown.register(
+            Phase.DRAIN, "requests", lambda budget: gate().requests.drain(budget, clock)
+        )
 
     def begin(self) -> None:
         """Prepare the start of the application's lifespan, on its event loop.

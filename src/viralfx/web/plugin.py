@@ -232,11 +232,12 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
             yield
             return
         inner = app.asgi_handler
+        # Without a runner there is no gate yet, so the gate becomes the innermost wrapper.
+        gate = self.gate(cast("ASGIApp", inner), own_server=False)
+        gate.open = True
         try:
+            self.register_drain(lambda: gate)
             await operations.start()
-            # Without a runner there is no gate yet, so the gate becomes the innermost wrapper.
-            gate = self.gate(cast("ASGIApp", inner), own_server=False)
-            gate.open = True
             app.asgi_handler = cast("LitestarASGIApp", gate)
             operations.application_ready()
             yield
