@@ -10,8 +10,9 @@ No framework has to be installed for this module.
 import asyncio
 import logging
 import secrets
+import sys
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Any, TypeAlias, cast
 
@@ -94,6 +95,9 @@ class OperationsMiddleware(OperationsLayer):
     def _connect(self) -> None:
         self._gate = None
 
+    def _traces_itself(self) -> bool:
+        return any(map(_makes_spans, _parts_of(self.app)))
+
     def begin(self) -> None:
         """Prepare the start of the application's lifespan, on its event loop.
 
@@ -136,6 +140,37 @@ _JOBS_API = (
     "OperationsConfig.jobs_api: only applications of Litestar serve the jobs API; run"
     " `viralfx serve` without --app beside this application"
 )
+
+
+_INSTRUMENTATION = "OpenTelemetryMiddleware"
+"""The class that makes a span of each request, of OpenTelemetry and of newer Starlette."""
+_MAX_LAYERS = 20
+"""Middleware around one another that is searched; an object may name itself."""
+
+
+def _parts_of(app: object) -> Iterator[object]:
+    """Yield an application, its middleware and the applications inside, where attributes say so."""
+    for _ in range(_MAX_LAYERS):
+        yield app
+        middleware = getattr(app, "user_middleware", None)  # of Starlette
+        if isinstance(middleware, list | tuple):
+            yield from (getattr(each, "cls", None) for each in middleware)
+        app = getattr(app, "asgi_app", None) or getattr(app, "app", None)  # asgi_app is Quart's
+        if app is None:
+            return
+
+
+def _makes_spans(part: object) -> bool:
+    # By name and by the mark of the instrumentations: importing their classes would need them.
+    kind = part if isinstance(part, type) else type(part)
+    if kind.__module__.startswith("django."):
+        middleware = sys.modules["django.conf"].settings.MIDDLEWARE
+        return any(str(each).startswith("opentelemetry.") for each in middleware)
+    own = getattr(part, "_telemetry", None)  # of newer FastAPI, which makes spans by itself
+    if isinstance(own, dict) and own.get("tracing") is True:
+        return True
+    marked = getattr(part, "_is_instrumented_by_opentelemetry", False)
+    return kind.__name__ == _INSTRUMENTATION or marked is True
 
 
 def _has_layer(app: object) -> bool:

@@ -1,6 +1,7 @@
 """The middleware around applications of any framework, without a server."""
 
 import asyncio
+import json
 import logging
 import signal
 import subprocess
@@ -13,7 +14,8 @@ from typing import Any, cast
 import pytest
 from fastapi import APIRouter, FastAPI
 from httpx import ASGITransport, AsyncClient
-from litestar import Litestar
+from litestar import Litestar, get
+from litestar.response import ServerSentEvent
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse
@@ -21,7 +23,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from tests.frameworks import django_app, plain_app, quart_app
 from tests.servers.waiting import until
-from tests.system.service import ROOT
+from tests.system.service import ROOT, clean_environment
 
 from viralfx import OperationsConfig, OperationsPlugin, task
 from viralfx.asgi import AnyApp, OperationsMiddleware
@@ -30,6 +32,7 @@ from viralfx.domain.health.model import Observation, Status
 from viralfx.runner.applications import find_application
 from viralfx.settings import Settings
 from viralfx.testing import run_pending
+from viralfx.web.layer import OperationsLayer
 from viralfx.web.responses import ASGIApp, Message, Receive, Scope, Send
 
 SETTINGS = Settings(access_log=False)
@@ -591,37 +594,98 @@ async def test_signals_and_logging_stay_those_of_the_application() -> None:
     assert before == during == state()
 
 
+class Reader:
+    """A client of an event stream that leaves when it gets the event of the shutdown."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.left = asyncio.Event()
+        self._complete = asyncio.Event()
+
+    async def send(self, message: Message) -> None:
+        """Take a message of the response."""
+        self.bodies.append(message.get("body", b""))
+        if b"event: shutdown" in self.bodies[-1]:
+            self.left.set()
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._complete.set()
+
+    async def receive(self) -> Message:
+        """Have nothing to send, and disconnect after the response, as a server says it."""
+        await self._complete.wait()
+        return {"type": "http.disconnect"}
+
+    async def read_until_stopped(self, app: ASGIApp) -> None:
+        """Read the stream of an application while its lifespan ends."""
+        lifespan = Lifespan(app)
+        assert await lifespan.start() == "startup.complete"
+        scope: Scope = {"type": "http", "method": "GET", "path": "/", "raw_path": b"/"}
+        scope.update(root_path="", http_version="1.1", headers=[], query_string=b"")
+        request = asyncio.ensure_future(_call(app, scope, self.receive, self.send))
+        await until(lambda: any(b"data: 1" in body for body in self.bodies))
+        assert await lifespan.stop() == "shutdown.complete"
+        await request
+
+
+def stages_of(layer: OperationsLayer) -> dict[str, list[str]]:
+    """Return the stages of each phase in order, without that which ends the application."""
+    phases = layer.operations.shutdown.report().phases
+    return {str(p.phase): [n for n in p.planned if n != "application"] for p in phases}
+
+
+@pytest.mark.each_python
 async def test_streams_get_the_event_shutdown_at_the_end_of_the_lifespan() -> None:
-    """The drain waits for them, as for other requests."""
-    sent: list[Message] = []
-    leave = asyncio.Event()
+    """The drain waits for them, as for other requests. Litestar's plugin has these stages, too."""
+    reader, other = Reader(), Reader()
 
     async def stream(scope: Scope, _receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
-        await leave.wait()
+        await reader.left.wait()
 
-    async def record(message: Message) -> None:
-        sent.append(message)
-        if b"event: shutdown" in message.get("body", b""):
-            leave.set()
+    @get("/")
+    async def events() -> ServerSentEvent:
+        async def more() -> AsyncIterator[str]:
+            yield "1"
+            await other.left.wait()
 
-    async def nothing() -> Message:
-        await asyncio.Event().wait()
-        return {}
+        return ServerSentEvent(more())
 
     app = wrapped(stream)
-    lifespan = Lifespan(app)
-    await lifespan.start()
-    scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": []}
-    request = asyncio.ensure_future(_call(app, scope, nothing, record))
-    await until(lambda: len(sent) == 2)
+    plugin = OperationsPlugin(OperationsConfig(settings=SETTINGS))
+    await reader.read_until_stopped(app)
+    litestar = Litestar([events], plugins=[plugin], logging_config=None)
+    await other.read_until_stopped(cast("ASGIApp", litestar))
 
-    assert await lifespan.stop() == "shutdown.complete"
-    await request
-    assert sent[-1]["body"] == b"event: shutdown\ndata: {}\n\n"
+    assert reader.bodies[-1] == b"event: shutdown\ndata: {}\n\n"
+    assert reader.bodies[-1] in other.bodies
+    assert stages_of(app) == stages_of(plugin)
+    assert (stages_of(plugin)["stop accepting"], stages_of(plugin)["drain"][-1]) == ([], "requests")
+
+
+def test_an_application_that_traces_itself_has_one_span_for_each_request() -> None:
+    """So has one that does not, and access lines have the trace."""
+    shown = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.frameworks.traced_app"],
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        timeout=80,
+    )
+
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout.splitlines()[-1])
+    kinds = ("bare", "native", "fastapi", "instrumented", "starlette", "asgi", "quart")
+    assert found == {
+        "without a provider": True,
+        **{kind: [1, True] for kind in kinds},
+        # Its middleware is inside: the response leaves after the end of the span.
+        "of_django": [1, False],
+    }
 
 
 async def iterates(scope: Scope, _receive: Receive, send: Send) -> None:

@@ -18,6 +18,7 @@ from viralfx.telemetry.context import (
     UNMATCHED,
     WEBSOCKET,
     EndedRequest,
+    current_trace,
 )
 from viralfx.telemetry.logging.lines import AccessLog
 from viralfx.telemetry.metrics.requests import RequestMetrics
@@ -157,6 +158,7 @@ class InFlightRequest:
             self.sent += _size(message)
         elif kind == "websocket.accept":
             self.started, self.status = True, _SWITCHING
+            self._note_trace()
             message["headers"] = [*message.get("headers", ()), self.header]
         elif kind == "websocket.close":
             if self.disconnected:
@@ -189,8 +191,14 @@ class InFlightRequest:
         if self._requests.shutdown_announced:
             await self.send_shutdown_event()
 
+    def _note_trace(self) -> None:
+        """Keep the ids of a span that the application made itself: it ends before the record."""
+        if TRACE not in self.scope and (trace := current_trace()) is not None:
+            self.scope[TRACE] = trace
+
     def _start_response(self, message: Message) -> None:
         self.started = True
+        self._note_trace()
         status = int(message["status"])  # the label of an enumeration member would be its name
         # Servers send no other status, even if an application derives one from client input.
         self.status = status if _FIRST_STATUS <= status <= _LAST_STATUS else None

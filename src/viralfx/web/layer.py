@@ -313,14 +313,12 @@ class OperationsLayer:
     def traced(self, app: ASGIApp) -> ASGIApp:
         """Return ``app`` with a span for each recorded request, or unchanged without tracing.
 
-        An application that makes these spans itself is unchanged, too.
+        An application that makes these spans itself is unchanged, too, if a provider gets them.
         """
         tracing = self.assembly.tracing
-        return (
-            app
-            if tracing is None or self._traces_itself()
-            else tracing.requests(app, route_of, cause_of)
-        )
+        if tracing is None or (self._traces_itself() and tracing.is_shared):
+            return app
+        return tracing.requests(app, route_of, cause_of)
 
     def _logs_requests_itself(self) -> bool:
         """Return whether the application logs each request; a subclass may know."""

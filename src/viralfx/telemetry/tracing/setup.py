@@ -371,6 +371,13 @@ class Tracing:
         return self._exporter is None
 
     @property
+    def is_shared(self) -> bool:
+        """Whether spans of other parts of the process are recorded, by a global provider."""
+        with sdk_environment(os.environ):
+            found = trace.get_tracer_provider()
+        return not isinstance(found, trace.ProxyTracerProvider | trace.NoOpTracerProvider)
+
+    @property
     def lost_spans(self) -> int:
         """Number of spans that were recorded and not exported; 0 with a provider of others."""
         return 0 if self._exporter is None else self._exporter.lost
