@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any, TypeAlias, cast
 
 from viralfx.domain.errors import ConfigurationError, ViralFXError, WorkLostError
+from viralfx.domain.extras import require
 from viralfx.domain.shutdown import Phase
 from viralfx.web.gate import Gate
 from viralfx.web.layer import (
@@ -37,6 +38,8 @@ _logger = logging.getLogger("viralfx.asgi")
 
 _LAYER = "viralfx.layer"
 """The scope key of the middleware that runs the lifespan."""
+_JOBS_API = ("/api/v1/jobs", "/api/v1/queues", "/api/v1/schedules")
+"""The paths of the jobs API. Others below ``/api/v1`` are the application's."""
 
 
 class OperationsMiddleware(OperationsLayer):
@@ -47,24 +50,26 @@ class OperationsMiddleware(OperationsLayer):
     Under any other server the stages run when the server ends the lifespan.
     """
 
-    __slots__ = ("_gate", "_lifespans", "app")
+    __slots__ = ("_gate", "_jobs_api", "_lifespans", "app")
 
     def __init__(self, app: AnyApp, config: OperationsConfig | None = None) -> None:
         """Wire the layer around ``app``; None uses the default configuration.
 
         Raises :class:`ConfigurationError` with every problem of the settings, and for an
-        application that has the layer already, and for ``jobs_api``, which needs Litestar. Raises
-        ``TypeError`` for another configuration, and for an application that cannot be called.
+        application that has the layer already, and for ``jobs_api`` without Litestar, on which that
+        API runs. Raises ``TypeError`` for another configuration, and for an application that cannot
+        be called.
         """
         if not callable(app):
             raise TypeError(f"OperationsMiddleware takes an ASGI application first, not {app!r}")
         if _has_layer(app):
             raise ConfigurationError([SECOND_LAYER])
         if isinstance(config, OperationsConfig) and config.jobs_api:
-            raise ConfigurationError([_JOBS_API])
+            require("OperationsConfig.jobs_api", "litestar")
         self.app = cast("ASGIApp", app)
         """The application inside."""
         self._gate: Gate | None = None
+        self._jobs_api: ASGIApp | None = None
         self._lifespans = 0
         super().__init__(config)
 
@@ -74,7 +79,7 @@ class OperationsMiddleware(OperationsLayer):
         if scope["type"] == "lifespan":
             await _Lifespan(self, scope, receive, send).run()
         elif self.operations.staged:  # the gate of the runner is in front of this object
-            await self.app(scope, receive, send)
+            await self._serve(scope, receive, send)
         else:
             await self.current_gate(scope, receive, send)
 
@@ -82,7 +87,7 @@ class OperationsMiddleware(OperationsLayer):
     def current_gate(self) -> Gate:
         """The gate in front of the application under a server that is not the runner's."""
         if self._gate is None:
-            self._gate = self.gate(self.app, own_server=False)
+            self._gate = self.gate(self._serve, own_server=False)
             # A server sends no request before the start-up, but it may send no lifespan at all.
             self._gate.open = True
             if not self._lifespans:
@@ -92,8 +97,25 @@ class OperationsMiddleware(OperationsLayer):
                 )
         return self._gate
 
+    # Not a coroutine function: one more coroutine costs 1 % of an ordinary request.
+    def _serve(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Pass a request to the jobs API or to the application."""
+        served = self.app
+        if self._config.jobs_api and scope["type"] == "http":
+            path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+            if any(path == each or path.startswith(f"{each}/") for each in _JOBS_API):
+                served = self._jobs_api or self._make_jobs_api()
+        return served(scope, receive, send)
+
+    def _make_jobs_api(self) -> ASGIApp:
+        # Imported late: Litestar need not be installed without this option.
+        from viralfx.web.app import create_jobs_api  # noqa: PLC0415
+
+        self._jobs_api = create_jobs_api(self)
+        return self._jobs_api
+
     def _connect(self) -> None:
-        self._gate = None
+        self._gate = self._jobs_api = None
 
     def _traces_itself(self) -> bool:
         return any(map(_makes_spans, _parts_of(self.app)))
@@ -109,6 +131,8 @@ class OperationsMiddleware(OperationsLayer):
         self._lifespans += 1
         self.require_free_paths()
         super().begin()
+        if self._config.jobs_api:
+            self._make_jobs_api()  # not during the first request
 
     def require_free_paths(self) -> None:
         """Raise :class:`ConfigurationError` for routes of the application at paths of the layer.
@@ -120,6 +144,10 @@ class OperationsMiddleware(OperationsLayer):
         if not isinstance(routes, list | tuple):
             return
         problems: dict[str, None] = {}
+        for path in _JOBS_API if self._config.jobs_api else ():
+            if any(_serves(route, path) for route in routes):
+                what = f"OperationsConfig.jobs_api: the application answers {path} itself"
+                problems[f"{what}; move that route, or leave the option out"] = None
         for path in self.endpoints.endpoints:
             if any(_serves(route, path) for route in routes):
                 metrics = path == self.config.metrics_path
@@ -134,12 +162,6 @@ def middleware_around(app: object) -> OperationsMiddleware | None:
     """Return the middleware that an application is in; None if there is none."""
     layers = (each for each in created_layers() if isinstance(each, OperationsMiddleware))
     return next((each for each in layers if each.app is app), None)
-
-
-_JOBS_API = (
-    "OperationsConfig.jobs_api: only applications of Litestar serve the jobs API; run"
-    " `viralfx serve` without --app beside this application"
-)
 
 
 _INSTRUMENTATION = "OpenTelemetryMiddleware"

@@ -208,7 +208,7 @@ def broken(folder: Path, *cases: tuple[str, str, str]) -> dict[str, str]:
             file.write(f"\n{line}\n")
     result = lint(folder, folder)
     assert result.returncode == 1, result.stdout
-    names = re.findall(r"^(.+) BROKEN$", result.stdout, re.MULTILINE)
+    names = re.findall(r"^(.+) BROKEN(?: \(.+\))?$", result.stdout, re.MULTILINE)
     parts = re.split(r"^(.+)\n-+$", result.stdout, flags=re.MULTILINE)
     reports = dict(zip(parts[1::2], parts[2::2], strict=True))
     return {name: reports[name] for name in names}

@@ -191,8 +191,13 @@ def test_the_doctor_names_missing_extras(run: Run) -> None:
         assert ended.stdout.count(f"-> {remedy}") == 1
 
 
+_JOBS_API = """\
+import viralfx.asgi
+    viralfx.asgi.OperationsMiddleware(print, viralfx.OperationsConfig(jobs_api=True))"""
+
 USES = {
     "viralfx.OperationsPlugin": ("import viralfx; viralfx.OperationsPlugin", "litestar"),
+    "OperationsConfig.jobs_api": (_JOBS_API, "litestar"),
     "HttpCheck": ("from viralfx.checks import HttpCheck; HttpCheck('http://shop')", "webhooks"),
     "viralfx.taskiq": ("import viralfx.taskiq", "jobs"),
     "@task('t', cron=...)": (

@@ -25,13 +25,14 @@ from tests.frameworks import django_app, plain_app, quart_app
 from tests.servers.waiting import until
 from tests.system.service import ROOT, clean_environment
 
-from viralfx import OperationsConfig, OperationsPlugin, task
+from viralfx import OperationsConfig, OperationsPlugin, asgi, task
 from viralfx.asgi import AnyApp, OperationsMiddleware
 from viralfx.domain.errors import ConfigurationError, StartupError
 from viralfx.domain.health.model import Observation, Status
 from viralfx.runner.applications import find_application
-from viralfx.settings import Settings
+from viralfx.settings import Secret, Settings
 from viralfx.testing import run_pending
+from viralfx.web.jobs import jobs_router
 from viralfx.web.layer import OperationsLayer
 from viralfx.web.responses import ASGIApp, Message, Receive, Scope, Send
 
@@ -516,10 +517,78 @@ async def test_another_message_of_a_lifespan_reaches_the_server() -> None:
     assert await lifespan.stop() == "shutdown.complete"
 
 
-def test_the_jobs_api_needs_litestar() -> None:
-    """The option is an error, because it would have no effect."""
-    with pytest.raises(ConfigurationError, match="only applications of Litestar"):
-        wrapped(raises, jobs_api=True)
+@pytest.mark.each_python
+@pytest.mark.parametrize("inside", [FastAPI, lambda: returns], ids=["FastAPI", "plain ASGI"])
+async def test_the_jobs_api_beside_any_application(inside: Callable[[], AnyApp]) -> None:
+    """Its jobs run, its routes are in the metrics, and all other paths are the application's."""
+    app = wrapped(inside(), jobs_api=True, tasks=[double])
+    body = {"task": "frameworks.double", "payload": 21}
+    async with client_of(app) as client:
+        accepted = await client.post("/api/v1/jobs", json=body)
+        link = accepted.json()["links"]["self"]
+        await app.jobs.wait(accepted.json()["id"])
+        job, head = await client.get(link), await client.head(link)
+        wrong = await client.post("/api/v1/jobs", json={**body, "task": "no.such"})
+        missing = await client.get("/api/v1/jobs/nothing/at/all")
+        own = [await client.get(path) for path in ("/api/v1/items", "/api/v1/jobsites", "/api/v1")]
+        metrics = (await client.get("/metrics")).text
+
+    assert (accepted.status_code, job.status_code, head.status_code) == (202, 200, 200)
+    assert (job.json()["state"], job.json()["result"]) == ("completed", 42)
+    for response, status in ((wrong, 422), (missing, 404)):
+        assert response.status_code == status
+        assert response.headers["content-type"] == "application/problem+json"
+        assert "x-correlation-id" in response.headers
+    answers = {(each.status_code, each.text) for each in own}
+    assert answers in ({(200, "served")}, {(404, '{"detail":"Not Found"}')})
+    assert 'http_route="/api/v1/jobs"' in metrics
+    assert 'http_route="/api/v1/jobs/{job_id}"' in metrics
+
+
+def test_every_path_of_the_jobs_api_leads_to_it() -> None:
+    """Paths beside them are the application's."""
+    served = Litestar([jobs_router()], logging_config=None, openapi_config=None).routes
+    paths = {route.path for route in served}
+
+    assert {"/".join(path.split("/")[:4]) for path in paths} == set(asgi._JOBS_API)
+    assert len(paths) > 10
+
+
+async def test_the_jobs_api_has_its_token() -> None:
+    """The application of another framework gets no second way in."""
+    settings = Settings(access_log=False, api_token=Secret("planted"))
+    app = OperationsMiddleware(FastAPI(), OperationsConfig(settings=settings, jobs_api=True))
+    async with client_of(app) as client:
+        statuses = [
+            (await client.get("/api/v1/jobs", headers={"Authorization": token})).status_code
+            for token in ("", "Bearer wrong", "Bearer planted")
+        ]
+
+    assert statuses == [401, 401, 200]
+
+
+async def test_the_jobs_api_serves_again_after_a_start() -> None:
+    """Each lifespan has services of its own."""
+    app = wrapped(returns, jobs_api=True, tasks=[double])
+    for _ in range(2):
+        async with client_of(app) as client:
+            listed = (await client.get("/api/v1/jobs")).json()["items"]
+            body = {"task": "frameworks.double", "payload": 1}
+            assert (listed, (await client.post("/api/v1/jobs", json=body)).status_code) == ([], 202)
+
+
+async def test_without_the_option_the_paths_are_the_applications() -> None:
+    """No application gets an open API unasked."""
+    async with client_of(wrapped(returns)) as client:
+        assert (await client.get("/api/v1/jobs")).text == "served"
+
+
+async def test_an_own_route_at_the_path_of_the_jobs_api_is_an_error() -> None:
+    """The jobs API would hide it."""
+    lifespan = Lifespan(wrapped(fastapi_with("/api/v1/jobs"), jobs_api=True))
+
+    assert await lifespan.start() == "startup.failed"
+    assert "jobs_api: the application answers /api/v1/jobs itself; move that" in lifespan.error
 
 
 @pytest.mark.parametrize("app", [None, "package.module:app", OperationsConfig()])

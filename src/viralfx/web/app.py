@@ -1,4 +1,4 @@
-"""Creates the service's own application.
+"""Creates the service's own application, and the jobs API for one of another framework.
 
 Every path with GET also serves HEAD, and ``Allow`` lists every method of a path (RFC 9110).
 """
@@ -17,10 +17,10 @@ from litestar.types import ASGIApp as LitestarASGIApp
 from viralfx.settings import Settings
 from viralfx.telemetry.context import hide_packages
 from viralfx.web.api_docs import ApiDocsPlugin
-from viralfx.web.jobs import jobs_router
+from viralfx.web.jobs import JOBS, jobs_router
 from viralfx.web.jobs.openapi import COMPONENTS, JobsDocument
-from viralfx.web.layer import OperationsConfig
-from viralfx.web.plugin import OperationsPlugin
+from viralfx.web.layer import OperationsConfig, OperationsLayer
+from viralfx.web.plugin import OperationsPlugin, jobs_api_of, keep_error
 from viralfx.web.problems import problem_handlers
 from viralfx.web.responses import (
     ASGIApp,
@@ -128,3 +128,17 @@ def create_app(settings: Settings) -> Litestar:
     inner = cast("ASGIApp", app.asgi_handler)
     app.asgi_handler = cast("LitestarASGIApp", HeadAsGet(inner))
     return app
+
+
+def create_jobs_api(layer: OperationsLayer) -> ASGIApp:
+    """Create an application that serves the jobs API of a layer, and nothing else."""
+    app = Litestar(
+        [jobs_router(secured=layer.settings.api_token is not None)],
+        plugins=[CompleteOptions()],
+        exception_handlers=problem_handlers(),
+        after_exception=[keep_error],
+        logging_config=None,
+        openapi_config=None,
+    )
+    app.state[JOBS] = jobs_api_of(layer)
+    return HeadAsGet(cast("ASGIApp", app))

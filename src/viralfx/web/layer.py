@@ -92,8 +92,8 @@ class OperationsConfig:
     include_in_schema: bool = True
     """Whether the application's OpenAPI document lists the endpoints and the jobs API."""
     jobs_api: bool = False
-    """Whether a Litestar application serves the jobs API at ``/api/v1``, with the token API_TOKEN.
-    """
+    """Whether the application serves the jobs API at ``/api/v1``, with the token API_TOKEN. In any
+    framework it needs ``viralfx[litestar]``."""
     dependencies: bool = True
     """Whether handlers of Litestar get ``jobs``, ``cache``, ``database`` and ``redis`` as
     dependencies, unless the application has dependencies of these names."""

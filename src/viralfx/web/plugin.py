@@ -206,15 +206,11 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
             raise ConfigurationError([_METRICS_PATH_TAKEN.format(path)])
 
     def _state(self) -> dict[str, object]:
-        jobs, token = self.assembly.jobs, self.settings.api_token
-        api = JobsApi(
-            service=jobs.service,
-            follower=jobs.follower,
-            token=None if token is None else token.value.strip().encode(),
-            open_without_token=self.settings.environment != "production",
-            concurrency=lambda: jobs.concurrency,
-        )
-        return {"operations": self.operations, ENDPOINTS: self.endpoints, JOBS: api}
+        return {
+            "operations": self.operations,
+            ENDPOINTS: self.endpoints,
+            JOBS: jobs_api_of(self),
+        }
 
     @asynccontextmanager
     async def _lifespan(self, app: Litestar) -> AsyncIterator[None]:
@@ -245,6 +241,18 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
             # This also ends the parts that a failed start has begun.
             await self.end()
             app.asgi_handler = inner
+
+
+def jobs_api_of(layer: OperationsLayer) -> JobsApi:
+    """Return the services and the access rules of the jobs API, for the state of an application."""
+    jobs, token = layer.assembly.jobs, layer.settings.api_token
+    return JobsApi(
+        service=jobs.service,
+        follower=jobs.follower,
+        token=None if token is None else token.value.strip().encode(),
+        open_without_token=layer.settings.environment != "production",
+        concurrency=lambda: jobs.concurrency,
+    )
 
 
 def plugin_of(app: object, settings: Settings) -> tuple[OperationsPlugin, bool]:
