@@ -5,6 +5,7 @@ import tomllib
 
 from tests.deploy.engine import ROOT
 
+from viralfx.settings import read_settings
 from viralfx.settings.model import WORKER_MANAGEMENT_PORT, Settings
 
 TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -56,6 +57,18 @@ def test_the_version_is_the_projects() -> None:
 
     assert set(re.findall(r"VERSION=([\d.]+)$", TEXT, re.MULTILINE)) == {project["version"]}
     assert f'licenses="{project["license"]}"' in TEXT
+
+
+def test_the_image_states_its_commit_twice() -> None:
+    """For the tools of registries, and for the process, which shows it at /health/info."""
+    (argument,) = [each for each in instructions("ARG") if "REVISION" in each]
+    last = TEXT[TEXT.index(f"ARG {argument}") :]
+
+    assert argument.endswith("REVISION=")
+    assert "\nENV REVISION=${REVISION}\n" in last
+    assert 'org.opencontainers.image.revision="${REVISION}"' in last
+    assert read_settings({"REVISION": ""}).revision is None
+    assert read_settings({"REVISION": "9f2c1aa"}).revision == "9f2c1aa"
 
 
 def test_the_ports_are_those_of_the_settings() -> None:
