@@ -19,7 +19,9 @@ from typing import Any, TypeAlias, cast
 from viralfx.domain.errors import ConfigurationError, ViralFXError, WorkLostError
 from viralfx.domain.extras import require
 from viralfx.domain.shutdown import Phase
+from viralfx.web.error_log import cause_of
 from viralfx.web.gate import Gate
+from viralfx.web.in_flight import route_of
 from viralfx.web.layer import (
     LIFESPAN_IN_LAYER,
     SECOND_LAYER,
@@ -111,8 +113,13 @@ class OperationsMiddleware(OperationsLayer):
         # Imported late: Litestar need not be installed without this option.
         from viralfx.web.app import create_jobs_api  # noqa: PLC0415
 
-        self._jobs_api = create_jobs_api(self)
-        return self._jobs_api
+        api = create_jobs_api(self)
+        tracing = self.assembly.tracing
+        if tracing is not None and self.traced(api) is api:
+            # The application makes the spans of its requests, and gets none of these.
+            api = tracing.requests(api, route_of, cause_of)
+        self._jobs_api = api
+        return api
 
     def _connect(self) -> None:
         self._gate = self._jobs_api = None

@@ -735,7 +735,7 @@ async def test_streams_get_the_event_shutdown_at_the_end_of_the_lifespan() -> No
 
 
 def test_an_application_that_traces_itself_has_one_span_for_each_request() -> None:
-    """So has one that does not, and access lines have the trace."""
+    """So has one that does not, and the jobs API beside both. Access lines have the trace."""
     shown = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.frameworks.traced_app"],
         cwd=ROOT,
@@ -749,9 +749,10 @@ def test_an_application_that_traces_itself_has_one_span_for_each_request() -> No
     assert shown.returncode == 0, shown.stderr
     found = json.loads(shown.stdout.splitlines()[-1])
     kinds = ("bare", "native", "fastapi", "instrumented", "starlette", "asgi", "quart")
+    kinds_of_jobs = ("jobs beside bare", "jobs beside native")
     assert found == {
         "without a provider": True,
-        **{kind: [1, True] for kind in kinds},
+        **{kind: [1, True] for kind in (*kinds, *kinds_of_jobs)},
         # Its middleware is inside: the response leaves after the end of the span.
         "of_django": [1, False],
     }

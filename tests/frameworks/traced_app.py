@@ -147,7 +147,7 @@ def of_django() -> AnyApp:
 
 def wrapped(app: AnyApp) -> OperationsMiddleware:
     """Return an application in the layer."""
-    return OperationsMiddleware(app, OperationsConfig(settings=Settings()))
+    return OperationsMiddleware(app, OperationsConfig(settings=Settings(), jobs_api=True))
 
 
 class Lines(logging.Handler):
@@ -162,14 +162,17 @@ class Lines(logging.Handler):
         self.traces.append(vars(record).get("traceId"))
 
 
-async def spans_of(app: OperationsMiddleware) -> tuple[int, bool]:
+async def spans_of(
+    app: OperationsMiddleware, path: str = "/", beginning: str = "here"
+) -> tuple[int, bool]:
     """Return the number of server spans of one request, and whether its line has their trace."""
     memory.clear()
     lines.traces.clear()
     transport = ASGITransport(app=app)
     async with AsyncClient(transport=transport, base_url="http://test") as client:
-        response = await client.get("/")
-    assert (response.status_code, response.text) == (200, "here")
+        response = await client.get(path)
+    assert response.status_code == 200, response.text
+    assert response.text.startswith(beginning)
     spans = [s for s in memory.get_finished_spans() if s.kind is trace.SpanKind.SERVER]
     ids = [f"{s.context.trace_id:032x}" for s in spans if s.context is not None]
     return len(spans), lines.traces == ids
@@ -181,10 +184,12 @@ async def main() -> None:
     alone = wrapped(fastapi())
     result: dict[str, object] = {"without a provider": alone.traced(plain) is not plain}
     trace.set_tracer_provider(provider)
-    # Django last, because its settings are those of the process.
     for make in (bare, native, fastapi, instrumented, starlette, asgi, quart, of_django):
         # A server has a task for each request, and the span is current in it.
         result[make.__name__] = await asyncio.create_task(spans_of(wrapped(make())))
+    for make in (bare, native):
+        asked = spans_of(wrapped(make()), "/api/v1/jobs", '{"items":')
+        result[f"jobs beside {make.__name__}"] = await asyncio.create_task(asked)
     sys.stdout.write(json.dumps(result) + "\n")
 
 
