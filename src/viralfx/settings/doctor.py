@@ -6,9 +6,9 @@ from pathlib import Path
 from viralfx.domain.doctor import Area, Finding, failed, passed, skipped, warned
 from viralfx.domain.errors import suggest
 from viralfx.settings.dsn import DatabaseAddress
-from viralfx.settings.groups import MIN_SECRET_CHARACTERS, milliseconds, weakness
+from viralfx.settings.groups import MIN_SECRET_CHARACTERS, milliseconds
 from viralfx.settings.loader import fields, given, unknown_names
-from viralfx.settings.model import Settings
+from viralfx.settings.model import Settings, weakness
 
 _SENTINEL = (
     "REDIS_SENTINELS",

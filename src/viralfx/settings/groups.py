@@ -82,20 +82,6 @@ class Secret(msgspec.Struct, frozen=True):
         return hash(self.value)
 
 
-MIN_TOKEN_CHARACTERS = 16
-_MIN_DISTINCT_CHARACTERS = 6
-
-
-def weakness(token: str) -> str | None:
-    """Return why a bearer token is too weak, as a predicate; None for a strong one."""
-    token = token.strip()
-    if len(token) < MIN_TOKEN_CHARACTERS:
-        return f"has fewer than {MIN_TOKEN_CHARACTERS} characters"
-    if len(set(token)) < _MIN_DISTINCT_CHARACTERS:
-        return "repeats a few characters and can be guessed"
-    return None
-
-
 def meaning(text: str) -> Meta:
     """Return the description of a setting, for ``viralfx env`` and the documentation."""
     return Meta(description=text)

@@ -23,7 +23,6 @@ from viralfx.settings.groups import (
     Threshold,
     WebhookSettings,
     meaning,
-    weakness,
 )
 
 DATABASE_URLS = ("DATABASE_URL", "DATABASE_MIGRATION_URL", "DATABASE_LISTEN_URL")
@@ -60,6 +59,19 @@ Queues = tuple[
 
 WORKER_MANAGEMENT_PORT = 3001
 """Default port of the management server of `viralfx worker`."""
+
+_MIN_TOKEN_CHARACTERS = 16
+_MIN_DISTINCT_CHARACTERS = 6
+
+
+def weakness(token: str) -> str | None:
+    """Return why a bearer token is too weak, as a predicate; None for a strong one."""
+    token = token.strip()
+    if len(token) < _MIN_TOKEN_CHARACTERS:
+        return f"has fewer than {_MIN_TOKEN_CHARACTERS} characters"
+    if len(set(token)) < _MIN_DISTINCT_CHARACTERS:
+        return "repeats a few characters and can be guessed"
+    return None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
