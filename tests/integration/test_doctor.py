@@ -33,10 +33,9 @@ class Place:
         """Where it is."""
         return self.database.server
 
-    def url(self, *, user: str = USER, password: str = USER_PASSWORD, schema: str = "") -> str:
+    def url(self, *, user: str = USER, password: str = USER_PASSWORD) -> str:
         """Return its address."""
-        address = self.server.url(self.database.name, user=user, password=password)
-        return f"{address}?schema={schema}" if schema else address
+        return self.server.url(self.database.name, user=user, password=password)
 
     def execute(self, sql: str) -> None:
         """Run one statement as the superuser."""
@@ -262,7 +261,7 @@ DATABASE: dict[str, tuple[Plant, str, str, str]] = {
         "may not use the schema viralfx_ops",
     ),
     "no such schema": (
-        url(schema="elsewhere"),
+        changed(DB_SCHEMA="elsewhere"),
         "migrations",
         "fail",
         "the schema is behind: 0001",

@@ -127,8 +127,8 @@ def test_later_schema_is_not_changed(database: Database) -> None:
 
 
 def test_custom_schema(database: Database) -> None:
-    """All tables are in the schema of the address, and other schemas are unchanged."""
-    environ = quick(f"{database.url}?schema=mine")
+    """All tables are in the schema of DB_SCHEMA; Prisma's parameter for its own has no effect."""
+    environ = {**quick(f"{database.url}?schema=public"), "DB_SCHEMA": "mine"}
 
     assert migrate(environ)[0] == DONE
     where = "select distinct relnamespace::regnamespace::text from pg_class"

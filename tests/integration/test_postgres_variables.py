@@ -137,13 +137,13 @@ async def test_database_url(
 
 async def test_parameters_of_database_url(database: Database) -> None:
     """Those of libpq and Prisma that correspond to a variable or a server setting."""
-    parameters = "application_name=mine&schema=app&connection_limit=3&statement_timeout=250"
+    parameters = "application_name=mine&schema=public&connection_limit=3&statement_timeout=250"
     async with (
         wired({"DATABASE_URL": f"{database.url}?{parameters}&pool_timeout=1"}) as pool,
         AsyncExitStack() as stack,
     ):
         connection = await stack.enter_async_context(pool.acquire())
-        assert pool.config.settings.schema == "app"
+        assert pool.config.settings.schema == "viralfx_ops"
         assert await connection.fetchval("show statement_timeout") == "250ms"
         for _ in range(2):
             await stack.enter_async_context(pool.acquire())

@@ -341,7 +341,7 @@ ACCEPTED = {
     "Cloud SQL for SQLAlchemy": "postgresql+psycopg2://me:hunter2@/app"
     "?host=/cloudsql/project:europe-west1:main",
     "Heroku": "postgres://u:hunter2@ec2-1-2-3-4.compute-1.amazonaws.com:5432/d8f?sslmode=no-verify",
-    "Prisma": "postgresql://u:hunter2@db:5432/app?schema=ops&connection_limit=5&pool_timeout=10"
+    "Prisma": "postgresql://u:hunter2@db:5432/app?schema=public&connection_limit=5&pool_timeout=10"
     "&socket_timeout=5&connect_timeout=10&sslaccept=strict&statement_cache_size=0",
     "Aiven": "postgres://avnadmin:hunter2@pg-1.aivencloud.com:12345/defaultdb?sslmode=require",
     "Railway": "postgresql://postgres:hunter2@postgres.railway.internal:5432/railway",
@@ -427,6 +427,7 @@ WARNED = {
     "sslnegotiation=direct": "sslnegotiation has no effect: TLS begins after a request to the"
     " server",
     "krbsrvname=pg": "krbsrvname has no effect: there is no login by Kerberos",
+    "schema=public": "schema has no effect: DB_SCHEMA names the schema of the program's tables",
     "connect_timeout=0": "connect_timeout has no effect: there is a limit always,"
     " DB_CONNECTION_TIMEOUT",
     "socket_timeout=5": "socket_timeout has no effect: DB_STATEMENT_TIMEOUT limits statements",
@@ -444,6 +445,20 @@ def test_a_parameter_without_effect_is_named(parameter: str) -> None:
 
     assert read_settings(environ, strict=True).warnings == (f"DATABASE_URL: {WARNED[parameter]}",)
     assert any(f"DATABASE_URL: {WARNED[parameter]}".startswith(f.found) for f in reviewed(environ))
+
+
+def test_a_schema_for_prisma_is_no_contradiction() -> None:
+    """DB_SCHEMA has the tables of this program, also in the addresses past a pooler."""
+    url = "postgresql://db/app?schema=public"
+    settings = read_settings(
+        {"DATABASE_URL": url, "DATABASE_MIGRATION_URL": url, "DB_SCHEMA": "ops"}, strict=True
+    )
+
+    assert settings.db.schema == "ops"
+    assert [line.partition(" has no effect")[0] for line in settings.warnings] == [
+        "DATABASE_URL: schema",
+        "DATABASE_MIGRATION_URL: schema",
+    ]
 
 
 def problems_of(url: str) -> tuple[str, ...]:

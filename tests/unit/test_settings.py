@@ -737,7 +737,7 @@ def test_parameters_of_a_url_set_variables() -> None:
     """Names and units of other tools are converted."""
     environ = {
         "DATABASE_URL": "postgresql://db:5433/app?sslmode=require&connection_limit=7&pool_timeout=3"
-        "&connect_timeout=4&statement_timeout=1500&schema=fx&application_name=me"
+        "&connect_timeout=4&statement_timeout=1500&application_name=me"
     }
     settings = read_settings(environ)
     address = settings.database_address
@@ -748,7 +748,6 @@ def test_parameters_of_a_url_set_variables() -> None:
         pool_timeout=3.0,
         connection_timeout=4.0,
         statement_timeout=1.5,
-        schema="fx",
     )
     assert address is not None
     assert (address.port, address.application_name) == (5433, "me")
@@ -845,12 +844,6 @@ def test_socket_folder_can_be_the_host() -> None:
             "DB_POOL_MAX: 10 contradicts connection_limit in DATABASE_URL, 5; keep one",
         ),
         (
-            "postgresql://db/app?schema=fx",
-            "DB_SCHEMA",
-            "ops",
-            "DB_SCHEMA: ops contradicts schema in DATABASE_URL, fx; keep one",
-        ),
-        (
             "postgresql://u:hunter2@db/app",
             "DB_PASSWORD",
             "hunter3",
@@ -863,7 +856,7 @@ def test_contradiction_of_url_and_variable_is_refused(
 ) -> None:
     """Equal values are no contradiction."""
     assert problems(**{"DATABASE_URL": url, variable: value}) == [line]
-    values = {"DB_TLS_MODE": "disable", "DB_POOL_MAX": "5", "DB_SCHEMA": "fx"}
+    values = {"DB_TLS_MODE": "disable", "DB_POOL_MAX": "5"}
     same = (values | {"DB_PASSWORD": "hunter2"})[variable]
     assert problems(**{"DATABASE_URL": url, variable: same}) == []
 

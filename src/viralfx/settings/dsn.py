@@ -29,7 +29,6 @@ IMPLIED = {
     "connect_timeout": "DB_CONNECTION_TIMEOUT",
     "statement_timeout": "DB_STATEMENT_TIMEOUT",
     "pgbouncer": "DB_POOLER",
-    "schema": "DB_SCHEMA",
 }
 """Parameters that correspond to a variable."""
 
@@ -121,6 +120,8 @@ _WITHOUT_EFFECT = {
     "ssl_max_protocol_version": "the maximum is what both sides support",
     "sslcertmode": "a client certificate is sent if the server asks for it",
     "socket_timeout": "DB_STATEMENT_TIMEOUT limits statements",
+    # Prisma's, of the application's tables: its migrations would drop others in it.
+    "schema": "DB_SCHEMA names the schema of the program's tables",
     "sslkeylogfile": "keys are not logged",
 }
 """Parameters without an effect that deserve a warning, each with the reason."""
