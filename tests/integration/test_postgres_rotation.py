@@ -30,6 +30,7 @@ from viralfx.adapters.postgres import (
 )
 from viralfx.adapters.postgres.connections import Connector
 from viralfx.adapters.postgres.credentials import TlsContexts
+from viralfx.domain.clock import SystemClock
 from viralfx.domain.errors import StartupError
 from viralfx.settings import (
     CredentialsCallable,
@@ -127,6 +128,45 @@ async def test_file_may_change_after_the_server(login: Login) -> None:
         assert refused.message == "Database refuses the user or password"
         assert (await check.check()).code is None
         await answer(pool)
+
+
+async def test_role_that_has_expired_has_a_code(login: Login) -> None:
+    """``auth``, until its time is extended; the program needs no restart."""
+    async with opened(await migrated(login.in_file())) as pool, checked(pool) as check:
+        login.database.execute(f"alter role {login.name} valid until '2000-01-01'")
+        login.change(login.password)
+        refused = await wait_for_code(check, "auth")
+        assert refused.message == "Database refuses the user or password"
+        login.database.execute(f"alter role {login.name} valid until 'infinity'")
+
+        assert (await check.check()).code is None
+        await answer(pool)
+
+
+async def test_password_in_a_file_for_each_server_is_read_again(
+    login: Login, tmp_path: Path
+) -> None:
+    """By ``passfile``: the first line that fits counts, and new connections read it anew."""
+    config = config_of(login.database, user=login.name, password=None)
+    path, server = tmp_path / "pgpass", login.database.server
+
+    def write(password: str) -> None:
+        other = f"{server.host}:{server.port}:{config.address.database}:another:wrong"
+        own = f"{server.host}:{server.port}:*:{login.name}:{password}"
+        path.write_text(f"# of the test\n{other}\n{own}\n*:*:*:*:wrong\n")
+
+    write(login.password)
+    config = await migrated(changed(config, passfile=str(path)))
+    async with opened(config) as pool, checked(pool) as check:
+        assert (await check.check()).code is None
+        login.change("second:two\\")
+        await wait_for_code(check, "auth")
+        write(r"second\:two\\")
+
+        assert (await check.check()).code is None
+        await answer(pool)
+    with pytest.raises(StartupError, match="refuses the user or password"):
+        await PostgresDatabase(changed(config, user="nobody"), clock=SystemClock()).open()
 
 
 async def test_address_in_a_file_is_read_again(
@@ -429,6 +469,55 @@ def test_client_certificate_is_presented_and_read_again(
     # The loop of the program: only this one passes on the reason that the server gives.
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         assert runner.run(scenario()) == "Database refuses the client certificate"
+
+
+@pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
+async def test_version_of_tls_is_that_of_the_address(server: PostgresServer, version: str) -> None:
+    """The server confirms it."""
+    config = changed(config_of(server), tls_mode="require", tls_versions=(version, version))
+    async with opened(config) as pool, pool.acquire() as connection:
+        used = await connection.fetchval(
+            "select version from pg_stat_ssl where pid = pg_backend_pid()"
+        )
+    assert used == version
+
+
+async def test_lower_version_of_tls_is_refused(server: PostgresServer) -> None:
+    """With ssl_min_protocol_version; the connection is not made in another way."""
+    server.execute("alter system set ssl_max_protocol_version = 'TLSv1.2'")
+    server.execute("select pg_reload_conf()")
+    config = changed(config_of(server), tls_mode="require", tls_versions=("TLSv1.3", "TLSv1.3"))
+    try:
+        with pytest.raises(StartupError, match="after 1 attempt"):
+            await PostgresDatabase(config, clock=SystemClock()).open()
+    finally:
+        server.execute("alter system reset ssl_max_protocol_version")
+        server.execute("select pg_reload_conf()")
+
+
+async def test_passphrase_of_the_key_is_that_of_the_address(
+    server: PostgresServer, authority: trustme.CA, tmp_path: Path
+) -> None:
+    """By its parameter ``sslpassword``; another one is an error before anything is connected."""
+    issued = Authority(tmp_path / "client", authority, valid=timedelta(days=1))
+    issued.key.write_bytes(encrypted(issued.key))
+    config = changed(
+        config_of(server),
+        tls_mode="require",
+        tls_cert_file=str(issued.certificate),
+        tls_key_file=str(issued.key),
+        key_password="secret",
+    )
+    async with opened(config) as pool, pool.acquire() as connection:
+        assert await connection.fetchval(
+            "select client_dn from pg_stat_ssl where pid = pg_backend_pid()"
+        )
+    with pytest.raises(CertificateError) as caught:
+        Connector(changed(config, key_password="wrong"))
+    assert str(caught.value).startswith(
+        f"DB_TLS_KEY_FILE: {issued.key} holds no private key in PEM format for sslpassword"
+    )
+    assert "secret" not in repr(config)
 
 
 def encrypted(key: Path) -> bytes:

@@ -1,6 +1,9 @@
 """Environments of other programs, typing errors, and the addresses that providers hand out."""
 
+import re
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -321,53 +324,183 @@ def test_log_level_takes_the_words_of_python(text: str, level: str) -> None:
     assert read_settings({"LOG_LEVEL": text}, strict=True).log_level == level
 
 
-NEON = "postgresql://me:hunter2@ep-a-1.eu-central-1.aws.neon.tech/neondb"
+@dataclass(frozen=True)
+class Meant:
+    """The demands of an address, where they are not the default."""
+
+    hosts: tuple[tuple[str, int], ...]
+    database: str
+    tls: str = "prefer"
+    pooler: str = "none"
+    pool_max: int = 10
+    target: str = "any"
+    warned: tuple[str, ...] = ()
+    """Parameters without an effect that a warning names."""
+    limits: tuple[float, float] = (30.0, 30.0)
+    """Seconds to wait for a connection of the pool, and to open one."""
+    options: str | None = None
+
+
+NEON_HOST = "ep-a-1.eu-central-1.aws.neon.tech"
+NEON = f"postgresql://me:hunter2@{NEON_HOST}/neondb"
+SUPABASE = "aws-0-eu-central-1.pooler.supabase.com"
+CLOUD_SQL = "/cloudsql/project:europe-west1:main"
+AURORA = tuple(f"{kind}.rds.amazonaws.com" for kind in ("w.cluster-b", "r.cluster-ro-b"))
 ACCEPTED = {
-    "Neon": f"{NEON}?sslmode=require&channel_binding=require",
-    "Neon pooler": f"{NEON.replace('ep-a-1', 'ep-a-1-pooler')}?sslmode=require&pgbouncer=true",
-    "Neon endpoint": f"{NEON}?sslmode=require&options=endpoint%3Dep-a-1",
-    "Vercel": f"{NEON}?sslmode=require&pgbouncer=true&connect_timeout=15",
-    "Supabase direct": "postgresql://postgres:hunter2@db.abc.supabase.co:5432/postgres",
-    "Supabase pooler": "postgres://postgres.abc:hunter2@aws-0-eu-central-1.pooler.supabase.com:6543"
-    "/postgres?sslmode=require&supa=base-pooler.x",
-    "Supabase for Prisma": "postgresql://postgres.abc:hunter2@aws-0-eu.pooler.supabase.com:6543"
-    "/postgres?pgbouncer=true&connection_limit=1",
-    "RDS": "postgresql://admin:hunter2@a.b.eu-west-1.rds.amazonaws.com:5432/app?sslmode=verify-full"
-    "&sslrootcert=system",
-    "Aurora": "postgresql://a:hunter2@w.cluster-b.rds.amazonaws.com,r.cluster-ro-b.rds.amazonaws.com"
-    "/app?target_session_attrs=primary",
-    "Azure": "postgres://me%40srv:hunter2@srv.postgres.database.azure.com:5432/app?sslmode=require",
-    "Cloud SQL": "postgresql://me:hunter2@/app?host=/cloudsql/project:europe-west1:main",
-    "Cloud SQL for SQLAlchemy": "postgresql+psycopg2://me:hunter2@/app"
-    "?host=/cloudsql/project:europe-west1:main",
-    "Heroku": "postgres://u:hunter2@ec2-1-2-3-4.compute-1.amazonaws.com:5432/d8f?sslmode=no-verify",
-    "Prisma": "postgresql://u:hunter2@db:5432/app?schema=public&connection_limit=5&pool_timeout=10"
-    "&socket_timeout=5&connect_timeout=10&sslaccept=strict&statement_cache_size=0",
-    "Aiven": "postgres://avnadmin:hunter2@pg-1.aivencloud.com:12345/defaultdb?sslmode=require",
-    "Railway": "postgresql://postgres:hunter2@postgres.railway.internal:5432/railway",
-    "Render": "postgresql://me:hunter2@dpg-abc-a.frankfurt-postgres.render.com/app",
-    "DigitalOcean": "postgresql://doadmin:hunter2@db-1.b.db.ondigitalocean.com:25060/defaultdb"
-    "?sslmode=require",
-    "Fly": "postgres://app:hunter2@app-db.flycast:5432/app?sslmode=disable",
-    "Timescale": "postgres://tsdbadmin:hunter2@a.b.tsdb.cloud.timescale.com:30000/tsdb"
-    "?sslmode=require",
-    "Crunchy": "postgres://app:hunter2@p.abc.db.postgresbridge.com:5432/postgres",
-    "SQLAlchemy": "postgresql+asyncpg://app:hunter2@db/app?ssl=require",
-    "SQLAlchemy hosts": "postgresql+psycopg://app:hunter2@/app?host=a:5432&host=b:5433",
-    "Patroni": "postgresql://app:hunter2@a:5432,b:5432,c:5432/app?target_session_attrs=read-write"
-    "&keepalives=1&keepalives_idle=30&tcp_user_timeout=10000&load_balance_hosts=random",
-    "node-postgres": "postgres://app:hunter2@db/app?sslmode=require&uselibpqcompat=true",
+    "Neon": (
+        f"{NEON}?sslmode=require&channel_binding=require",
+        Meant(((NEON_HOST, 5432),), "neondb", "require", warned=("channel_binding",)),
+    ),
+    "Neon pooler": (
+        f"{NEON.replace('ep-a-1', 'ep-a-1-pooler')}?sslmode=require&pgbouncer=true",
+        Meant(
+            ((NEON_HOST.replace("ep-a-1", "ep-a-1-pooler"), 5432),),
+            "neondb",
+            "require",
+            "transaction",
+        ),
+    ),
+    "Neon endpoint": (
+        f"{NEON}?sslmode=require&options=endpoint%3Dep-a-1",
+        Meant(((NEON_HOST, 5432),), "neondb", "require", options="endpoint=ep-a-1"),
+    ),
+    "Vercel": (
+        f"{NEON}?sslmode=require&pgbouncer=true&connect_timeout=15",
+        Meant(((NEON_HOST, 5432),), "neondb", "require", "transaction", limits=(30.0, 15.0)),
+    ),
+    "Supabase direct": (
+        "postgresql://postgres:hunter2@db.abc.supabase.co:5432/postgres",
+        Meant((("db.abc.supabase.co", 5432),), "postgres"),
+    ),
+    "Supabase pooler": (
+        (
+            f"postgres://postgres.abc:hunter2@{SUPABASE}:6543/postgres"
+            "?sslmode=require&supa=base-pooler.x"
+        ),
+        Meant(((SUPABASE, 6543),), "postgres", "require"),
+    ),
+    "Supabase for Prisma": (
+        (
+            f"postgresql://postgres.abc:hunter2@{SUPABASE}:6543/postgres"
+            "?pgbouncer=true&connection_limit=1"
+        ),
+        Meant(((SUPABASE, 6543),), "postgres", pooler="transaction", pool_max=1),
+    ),
+    "RDS": (
+        (
+            "postgresql://admin:hunter2@a.b.eu-west-1.rds.amazonaws.com:5432/app?sslmode=verify-full"
+            "&sslrootcert=system"
+        ),
+        Meant((("a.b.eu-west-1.rds.amazonaws.com", 5432),), "app", "verify-full"),
+    ),
+    "Aurora": (
+        f"postgresql://a:hunter2@{','.join(AURORA)}/app?target_session_attrs=primary",
+        Meant(tuple((host, 5432) for host in AURORA), "app", target="primary"),
+    ),
+    "Azure": (
+        "postgres://me%40srv:hunter2@srv.postgres.database.azure.com:5432/app?sslmode=require",
+        Meant((("srv.postgres.database.azure.com", 5432),), "app", "require"),
+    ),
+    "Cloud SQL": (
+        f"postgresql://me:hunter2@/app?host={CLOUD_SQL}",
+        Meant(((CLOUD_SQL, 5432),), "app"),
+    ),
+    "Cloud SQL for SQLAlchemy": (
+        f"postgresql+psycopg2://me:hunter2@/app?host={CLOUD_SQL}",
+        Meant(((CLOUD_SQL, 5432),), "app"),
+    ),
+    "Heroku": (
+        "postgres://u:hunter2@ec2-1-2-3-4.compute-1.amazonaws.com:5432/d8f?sslmode=no-verify",
+        Meant((("ec2-1-2-3-4.compute-1.amazonaws.com", 5432),), "d8f", "require"),
+    ),
+    "Prisma": (
+        "postgresql://u:hunter2@db:5432/app?schema=public",
+        Meant((("db", 5432),), "app", warned=("schema",)),
+    ),
+    "Prisma with all": (
+        (
+            "postgresql://u:hunter2@db:5432/app?schema=myApp&connection_limit=5&pool_timeout=10"
+            "&socket_timeout=5&connect_timeout=10&sslaccept=strict&statement_cache_size=0"
+        ),
+        Meant(
+            (("db", 5432),),
+            "app",
+            "verify-full",
+            pool_max=5,
+            limits=(10.0, 10.0),
+            warned=("schema", "socket_timeout", "statement_cache_size"),
+        ),
+    ),
+    "Aiven": (
+        "postgres://avnadmin:hunter2@pg-1.aivencloud.com:12345/defaultdb?sslmode=require",
+        Meant((("pg-1.aivencloud.com", 12345),), "defaultdb", "require"),
+    ),
+    "Railway": (
+        "postgresql://postgres:hunter2@postgres.railway.internal:5432/railway",
+        Meant((("postgres.railway.internal", 5432),), "railway"),
+    ),
+    "Render": (
+        "postgresql://me:hunter2@dpg-abc-a.frankfurt-postgres.render.com/app",
+        Meant((("dpg-abc-a.frankfurt-postgres.render.com", 5432),), "app"),
+    ),
+    "DigitalOcean": (
+        "postgresql://doadmin:hunter2@db-1.b.db.ondigitalocean.com:25060/defaultdb?sslmode=require",
+        Meant((("db-1.b.db.ondigitalocean.com", 25060),), "defaultdb", "require"),
+    ),
+    "Fly": (
+        "postgres://app:hunter2@app-db.flycast:5432/app?sslmode=disable",
+        Meant((("app-db.flycast", 5432),), "app", "disable"),
+    ),
+    "Timescale": (
+        "postgres://tsdbadmin:hunter2@a.b.tsdb.cloud.timescale.com:30000/tsdb?sslmode=require",
+        Meant((("a.b.tsdb.cloud.timescale.com", 30000),), "tsdb", "require"),
+    ),
+    "Crunchy": (
+        "postgres://app:hunter2@p.abc.db.postgresbridge.com:5432/postgres",
+        Meant((("p.abc.db.postgresbridge.com", 5432),), "postgres"),
+    ),
+    "SQLAlchemy": (
+        "postgresql+asyncpg://app:hunter2@db/app?ssl=require",
+        Meant((("db", 5432),), "app", "require"),
+    ),
+    "SQLAlchemy hosts": (
+        "postgresql+psycopg://app:hunter2@/app?host=a:5432&host=b:5433",
+        Meant((("a", 5432), ("b", 5433)), "app", target="read-write"),
+    ),
+    "Patroni": (
+        (
+            "postgresql://app:hunter2@a:5432,b:5432,c:5432/app?target_session_attrs=read-write"
+            "&keepalives=1&keepalives_idle=30&tcp_user_timeout=10000&load_balance_hosts=random"
+        ),
+        Meant((("a", 5432), ("b", 5432), ("c", 5432)), "app", target="read-write"),
+    ),
+    "node-postgres": (
+        "postgres://app:hunter2@db/app?sslmode=require&uselibpqcompat=true",
+        Meant((("db", 5432),), "app", "require"),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_an_address_of_a_provider_is_accepted(name: str) -> None:
-    """As it is handed out, by every program."""
-    settings = read_settings({"DATABASE_URL": ACCEPTED[name]}, strict=True)
-    address = settings.database_address
+def test_an_address_of_a_provider_is_taken_as_it_is_meant(name: str) -> None:
+    """As it is handed out, by every program; our tables stay out of the application's schema."""
+    url, meant = ACCEPTED[name]
+    settings = read_settings({"DATABASE_URL": url}, strict=True)
+    address, db = settings.database_address, settings.db
 
     assert address is not None
-    assert (address.password, bool(address.database)) == ("hunter2", True)
+    assert meant == Meant(
+        hosts=address.hosts,
+        database=address.database or "",
+        tls=db.tls_mode,
+        pooler=db.pooler,
+        pool_max=db.pool_max,
+        target=address.target_session_attrs,
+        warned=tuple(re.split(r"[ =]", line)[1] for line in settings.warnings),
+        limits=(db.pool_timeout, db.connection_timeout),
+        options=address.options,
+    )
+    assert (address.password, db.schema) == ("hunter2", "viralfx_ops")
     assert "hunter2" not in f"{address} {address!r} {settings.warnings}"
 
 
@@ -488,6 +621,162 @@ def test_every_parameter_of_libpq_is_known(parameter: str) -> None:
     named = {parameter, IMPLIED.get(parameter, parameter), "host"}
     assert all(any(name in line for name in named) for line in found)
     assert "unknown" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "versions"),
+    [
+        ("", ("TLSv1.2", "TLSv1.3")),
+        ("ssl_min_protocol_version=TLSv1", ("TLSv1.2", "TLSv1.3")),
+        ("ssl_min_protocol_version=tlsv1.3", ("TLSv1.3", "TLSv1.3")),
+        ("ssl_max_protocol_version=TLSv1.2", ("TLSv1.2", "TLSv1.2")),
+        ("ssl_min_protocol_version=&ssl_max_protocol_version=", ("TLSv1.2", "TLSv1.3")),
+    ],
+)
+def test_versions_of_tls_are_those_of_the_address(
+    parameters: str, versions: tuple[str, str]
+) -> None:
+    """TLS 1.2 is the lowest in any case."""
+    settings = read_settings({"DATABASE_URL": f"postgresql://db/app?{parameters}"}, strict=True)
+
+    assert settings.database_address is not None
+    assert settings.database_address.tls_versions == versions
+    assert settings.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "problem"),
+    [
+        (
+            "ssl_max_protocol_version=TLSv1.1",
+            "ssl_max_protocol_version is below TLSv1.2, the minimum; raise it",
+        ),
+        (
+            "ssl_min_protocol_version=TLSv1.3&ssl_max_protocol_version=TLSv1.2",
+            "ssl_max_protocol_version is below TLSv1.3, the minimum; raise it",
+        ),
+        (
+            "ssl_min_protocol_version=SSLv3",
+            "ssl_min_protocol_version is not one of TLSv1, TLSv1.1, TLSv1.2, TLSv1.3",
+        ),
+        (
+            "passfile=/nowhere/hunter2",
+            "passfile cannot be read: No such file or directory; correct the path",
+        ),
+        (
+            "service=hunter2&servicefile=/nowhere/hunter2",
+            "service: its file cannot be read: No such file or directory; name it by servicefile",
+        ),
+    ],
+)
+def test_an_unusable_parameter_of_libpq_is_one_line(parameters: str, problem: str) -> None:
+    """With the remedy."""
+    assert problems_of(f"postgresql://db/app?{parameters}") == (f"DATABASE_URL: {problem}",)
+
+
+def test_a_passfile_is_for_its_owner_alone(tmp_path: Path) -> None:
+    """As in libpq, which ignores any other."""
+    path = tmp_path / "pgpass"
+    path.write_text("*:*:*:*:hunter2\n")
+    url = f"postgresql://db/app?passfile={path}"
+    path.chmod(0o640)
+    assert problems_of(url) == (
+        (
+            "DATABASE_URL: passfile is not a file for its owner alone; run chmod 600, or use"
+            " DB_PASSWORD_FILE"
+        ),
+    )
+
+    path.chmod(0o600)
+    address = read_settings({"DATABASE_URL": url}, strict=True).database_address
+    assert address is not None
+    assert (address.passfile, address.password) == (str(path), None)
+
+
+SERVICES = """
+# of the shop
+[shop]
+host=db-1,db-2
+port=5433
+dbname=shop
+user=app
+  password = hunter2
+sslmode=require
+connect_timeout=7
+
+[strange]
+hunter2
+[nested]
+service=shop
+[refused]
+host=db
+require_auth=hunter2
+[shop]
+host=another
+"""
+
+
+@pytest.fixture
+def services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return libpq's file of services, where ``PGSERVICEFILE`` names it."""
+    path = tmp_path / "services"
+    path.write_text(SERVICES)
+    monkeypatch.setenv("PGSERVICEFILE", str(path))
+    return path
+
+
+def test_a_service_fills_the_address(services: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the file that the address, a variable of libpq or the home folder names."""
+    settings = read_settings({"DATABASE_URL": "postgresql:///?service=shop"}, strict=True)
+    address = settings.database_address
+
+    assert address is not None
+    assert (str(address), address.user) == ("db-1:5433,db-2:5433/shop", "app")
+    assert (address.password, settings.db.tls_mode) == ("hunter2", "require")
+    assert settings.db.connection_timeout == 7.0
+    assert "hunter2" not in repr(settings.database_address)
+    monkeypatch.delenv("PGSERVICEFILE")
+    named = f"postgresql:///?service=shop&servicefile={services}"
+    assert read_settings({"DATABASE_URL": named}).database_address == address
+    services.rename(services.parent / ".pg_service.conf")
+    monkeypatch.setenv("HOME", str(services.parent))
+    at_home = read_settings({"DATABASE_URL": "postgresql:///?service=shop"})
+    assert at_home.database_address == address
+
+
+@pytest.mark.usefixtures("services")
+def test_an_address_wins_over_its_service() -> None:
+    """Each part and each parameter for itself."""
+    url = "postgresql://me:own@db:6000/other?service=shop&sslmode=disable"
+    settings = read_settings({"DATABASE_URL": url}, strict=True)
+    address = settings.database_address
+
+    assert address is not None
+    assert (str(address), address.user, address.password) == ("db:6000/other", "me", "own")
+    assert (settings.db.tls_mode, settings.db.connection_timeout) == ("disable", 7.0)
+    without_port = read_settings({"DATABASE_URL": "postgresql://db?service=shop"}).database_address
+    assert str(without_port) == "db:5433/shop"
+
+
+@pytest.mark.usefixtures("services")
+@pytest.mark.parametrize(
+    ("service", "problem"),
+    [
+        ("hunter2", "service: its file has no service of that name; correct the name"),
+        ("strange", "service: its file has a line without a known parameter; correct it"),
+        ("nested", "service: its file has a line without a known parameter; correct it"),
+        (
+            "refused",
+            (
+                "require_auth is not supported; remove it, and verify the server by sslmode="
+                "verify-full"
+            ),
+        ),
+    ],
+)
+def test_a_strange_service_is_one_line(service: str, problem: str) -> None:
+    """Without a part of the file, which may hold a password."""
+    assert problems_of(f"postgresql:///?service={service}") == (f"DATABASE_URL: {problem}",)
 
 
 @pytest.mark.parametrize("variable", ["DATABASE_MIGRATION_URL", "DATABASE_LISTEN_URL"])

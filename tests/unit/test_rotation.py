@@ -11,7 +11,7 @@ import pytest
 from tests.manual_clock import ManualClock
 
 from viralfx.settings import CredentialsError, RotatingSecret, Secret, read_settings
-from viralfx.settings.rotation import CredentialsCallable
+from viralfx.settings.rotation import CredentialsCallable, PasswordFile
 from viralfx.telemetry.logging.redaction import Redaction
 
 
@@ -202,3 +202,63 @@ async def test_tokens_of_a_callable_are_masked() -> None:
     await RotatingSecret("name", None, lambda: ("alice", "token-77")).current()
 
     assert redaction.text("alice token-77") == "alice ***"
+
+
+PASSWORDS = r"""
+# comment:1:shop:app:not-this
+db-1:5432:shop:app:one
+db-2:*:shop:app:two\:2\\
+[::1]:5432:shop:app:not-this
+\:\:1:5432:shop:app:six
+localhost:5432:shop:app:socket
+db-3:5432:shop:app
+db-3:5432:shop:app:three:with more
+*:*:*:guest:*
+*:*:*:*:any
+"""
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "user", "password"),
+    [
+        ("db-1", 5432, "app", "one"),
+        ("db-1", 5433, "app", "any"),
+        ("db-2", 6000, "app", "two:2\\"),
+        ("::1", 5432, "app", "six"),
+        ("/run/postgresql", 5432, "app", "socket"),
+        ("db-3", 5432, "app", "three"),
+        ("db-4", 5432, "guest", "*"),
+    ],
+)
+def test_password_of_a_server_is_in_the_first_line_that_fits(
+    tmp_path: Path, host: str, port: int, user: str, password: str
+) -> None:
+    """By libpq's rules for stars, backslashes, comments and sockets."""
+    path = tmp_path / "pgpass"
+    path.write_text(PASSWORDS)
+    file = PasswordFile(str(path))
+    file.read()
+
+    assert file.find(host, port, "shop", user) == password
+
+
+def test_file_of_passwords_without_a_line_that_fits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is no password then. A file that is gone is logged once, and its content stays."""
+    path = tmp_path / "pgpass"
+    path.write_text("db:5432:shop:app:planted-one\n")
+    file, masking = PasswordFile(str(path)), Redaction()
+    file.read()
+    assert file.find("db", 5432, "shop", "other") is None
+    assert file.find("db", 5432, "shop", "app") == "planted-one"
+    assert "planted" not in masking.text("password=planted-one")
+    path.unlink()
+    for _ in range(2):
+        file.read()
+    assert file.find("db", 5432, "shop", "app") == "planted-one"
+    (line,) = caplog.records
+    assert line.getMessage() == "Password file cannot be read; its last content stays in use"
+    path.write_text("db:5432:shop:app:planted-two\n")
+    file.read()
+    assert file.find("db", 5432, "shop", "app") == "planted-two"

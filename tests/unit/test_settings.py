@@ -685,7 +685,7 @@ def test_pool_minimum_above_the_maximum_is_refused() -> None:
         ("postgresql://db/app?sslmod=require", "'sslmod'; did you mean sslmode?"),
         ("postgresql://db/app?hunter2=x", "unknown parameter; remove it"),
         ("postgresql://u:hunter2@db/app?tenant=x", "unknown parameter 'tenant'; remove it"),
-        ("postgresql://u:p@db/app?sslpassword=hunter2", "sslpassword is not supported; remove it"),
+        ("postgresql://u:p@db/app?sslcrl=hunter2", "sslcrl is not supported; remove it"),
         ("postgresql://db/app?require_auth=scram-sha-256", "require_auth is not supported;"),
         ("postgresql://a,b/app?port=1,2,3", "port lists 3 ports for 2 hosts"),
         ("postgresql://a/app?target_session_attrs=master", "not one of any, read-write,"),

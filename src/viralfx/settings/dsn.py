@@ -6,18 +6,8 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 from viralfx.domain.errors import suggest
-
-
-def is_possible_host(host: str) -> bool:
-    """Return True if a name can be resolved: no empty label, none that is too long."""
-    if host.startswith("/"):
-        return True
-    try:
-        host.encode("idna")
-    except UnicodeError:
-        return False
-    return True
-
+from viralfx.settings.groups import is_possible_host
+from viralfx.settings.rotation import check_passfile, read_service
 
 IMPLIED = {
     "sslmode": "DB_TLS_MODE",
@@ -59,6 +49,12 @@ _HONOURED = (
     "keepalives_count",
     "tcp_user_timeout",
     "channel_binding",
+    "passfile",
+    "service",
+    "servicefile",
+    "sslpassword",
+    "ssl_min_protocol_version",
+    "ssl_max_protocol_version",
     "ssl",
     "sslaccept",
 )
@@ -87,20 +83,12 @@ _ONLY = {
         {"false", "off", "no", "0"},
         "a connection for replication takes no statements",
     ),
-    "ssl_min_protocol_version": (
-        {"", "tlsv1", "tlsv1.1", "tlsv1.2"},
-        "the minimum is TLSv1.2; set a higher one in Postgres",
-    ),
 }
 """Parameters of which only some values (in lower case) can be kept, and the reason."""
 
 _REFUSED = {
-    "service": "write host, user and database into the address",
-    "servicefile": "write host, user and database into the address",
-    "passfile": "put the password into DB_PASSWORD_FILE",
     "requirepeer": "remove it: the owner of a socket is not verified",
     "require_auth": "remove it, and verify the server by sslmode=verify-full",
-    "sslpassword": "remove it, and store the key without a passphrase",
     "sslcrl": "remove it: revocation lists are not read",
     "sslcrldir": "remove it: revocation lists are not read",
     "sslidentity": "convert the file to PEM, and set DB_TLS_CERT_FILE and DB_TLS_KEY_FILE",
@@ -117,7 +105,6 @@ _WITHOUT_EFFECT = {
     "krbsrvname": "there is no login by Kerberos",
     "gsslib": "there is no login by Kerberos",
     "sslnegotiation": "TLS begins after a request to the server",
-    "ssl_max_protocol_version": "the maximum is what both sides support",
     "sslcertmode": "a client certificate is sent if the server asks for it",
     "socket_timeout": "DB_STATEMENT_TIMEOUT limits statements",
     # Prisma's, of the application's tables: its migrations would drop others in it.
@@ -128,7 +115,6 @@ _WITHOUT_EFFECT = {
 
 _DEFAULTS = {
     "sslnegotiation": {"postgres"},
-    "ssl_max_protocol_version": {"", "TLSv1.3"},
     "sslcertmode": {"allow", "disable"},
 }
 """Their values that demand the usual behaviour, and need no warning."""
@@ -144,6 +130,9 @@ _TLS_MODES = {
     "0": "disable",
 }
 """Words of other clients for a TLS mode."""
+
+_TLS_VERSIONS = {name.lower(): name for name in ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")}
+"""libpq's names of versions, which sort as the versions do."""
 
 _ENCODE = (
     "a character such as @ : / ? # in the user or password must be percent-encoded (/ is %2F), or"
@@ -185,6 +174,12 @@ class DatabaseAddress:
     """Seconds for which sent data may be unacknowledged; 0: the system's default."""
     channel_binding: bool = False
     """True if the address requires channel binding, which the driver cannot do."""
+    passfile: str | None = None
+    """File with passwords by server, in libpq's form, for an address without a password."""
+    key_password: str | None = field(default=None, repr=False)
+    """Passphrase of the client certificate's key."""
+    tls_versions: tuple[str, str] = ("TLSv1.2", "TLSv1.3")
+    """The lowest and the highest version of TLS."""
     implied: Mapping[str, str] = field(default_factory=dict)
     """Parameters that are in :data:`IMPLIED`, with their values in the variable's unit."""
     warnings: tuple[str, ...] = ()
@@ -228,6 +223,7 @@ def parse_database_url(url: str) -> DatabaseAddress:
     given = _parameters(query, trusted=bool(at) and "@" not in query)
     user, _, password = login.partition(":")
     database = unquote(path.removeprefix("/"))
+    given = _supported(_served(given, servers, user=user, password=password, dbname=database))
     if "/" in database:
         raise ValueError(f"the database's name holds a slash: {_SHAPE}")
     name = given.get("dbname", database)
@@ -256,6 +252,9 @@ def parse_database_url(url: str) -> DatabaseAddress:
         keepalives_count=_number(given, "keepalives_count"),
         tcp_user_timeout=None if user_timeout is None else user_timeout / 1000,
         channel_binding=_requires_binding(given),
+        passfile=check_passfile(given.get("passfile")),
+        key_password=given.get("sslpassword") or None,
+        tls_versions=_tls_versions(given),
         implied=_implied(given, server_settings),
         server_settings={n: v for n, v in server_settings.items() if n not in IMPLIED},
         options=options,
@@ -302,6 +301,10 @@ def _parameters(query: str, *, trusted: bool) -> dict[str, str]:
         elif name in given:
             raise ValueError(f"sets {name} twice; keep one")
         given[name] = value
+    return given
+
+
+def _supported(given: dict[str, str]) -> dict[str, str]:
     for name, value in given.items():
         if name in _REFUSED:
             raise ValueError(f"{name} is not supported; {_REFUSED[name]}")
@@ -310,6 +313,18 @@ def _parameters(query: str, *, trusted: bool) -> dict[str, str]:
     if given.get("sslcertmode") == "disable":
         given.pop("sslcert", None), given.pop("sslkey", None)
     return given
+
+
+def _served(given: dict[str, str], servers: str, **own: str) -> dict[str, str]:
+    """Return the parameters with those of their service; the other parts of the address win."""
+    if not given.get("service"):
+        return given
+    found = read_service(given["service"], given.get("servicefile"))
+    if not found.keys() <= set(_KNOWN) - {"service", "servicefile"}:
+        raise ValueError("service: its file has a line without a known parameter; correct it")
+    has_port = re.search(r":[0-9]+(,|$)", servers)
+    parts = {"host": servers, "hostaddr": servers, "port": has_port, **own}
+    return {**{name: text for name, text in found.items() if not parts.get(name)}, **given}
 
 
 def _unknown(name: str, *, trusted: bool) -> str:
@@ -421,12 +436,10 @@ def _implied(given: Mapping[str, str], session: Mapping[str, str]) -> dict[str, 
             raise ValueError("sslrootcert=system needs sslmode=verify-full; set it")
     if implied.pop("pgbouncer", None) and _is_on(given, "pgbouncer", off="false", on="true"):
         implied["pgbouncer"] = "transaction"
-    return {name: _in_its_unit(name, text) for name, text in implied.items()}
-
-
-def _in_its_unit(name: str, text: str) -> str:
-    is_number = name in _IN_SECONDS and re.fullmatch(r"[0-9]{1,9}", text)
-    return str(int(text) * 1000) if is_number else text
+    for name in _IN_SECONDS & implied.keys():
+        if re.fullmatch(r"[0-9]{1,9}", implied[name]):
+            implied[name] = str(int(implied[name]) * 1000)
+    return implied
 
 
 def _warnings(given: Mapping[str, str]) -> Iterator[str]:
@@ -450,6 +463,19 @@ def _requires_binding(given: Mapping[str, str]) -> bool:
     if value not in {"disable", "prefer", "require"}:
         raise ValueError("channel_binding is not one of disable, prefer, require")
     return value == "require"
+
+
+def _tls_versions(given: Mapping[str, str]) -> tuple[str, str]:
+    chosen = ["TLSv1.2", "TLSv1.3"]
+    for index, name in enumerate(("ssl_min_protocol_version", "ssl_max_protocol_version")):
+        text = given.get(name) or chosen[index]
+        if text.lower() not in _TLS_VERSIONS:
+            raise ValueError(f"{name} is not one of {', '.join(_TLS_VERSIONS.values())}")
+        chosen[index] = _TLS_VERSIONS[text.lower()]
+    low, high = max("TLSv1.2", chosen[0]), chosen[1]
+    if high >= low:
+        return low, high
+    raise ValueError(f"ssl_max_protocol_version is below {low}, the minimum; raise it")
 
 
 def _number(given: Mapping[str, str], name: str) -> int | None:

@@ -14,7 +14,6 @@ from msgspec import Meta
 from viralfx.domain.errors import suggest
 from viralfx.domain.webhooks.delivery import parse_secrets
 from viralfx.domain.webhooks.url import parse_allowed
-from viralfx.settings.dsn import is_possible_host
 
 # Seconds; the environment has whole milliseconds, and the loader converts them. The maximum is the
 # largest signed 32-bit number: 24 days, and no timer or date overflows with it.
@@ -54,6 +53,17 @@ Endpoints = tuple[
     ],
     ...,
 ]
+
+
+def is_possible_host(host: str) -> bool:
+    """Return True if a name can be resolved: no empty label, none that is too long."""
+    if host.startswith("/"):
+        return True
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return True
 
 
 def milliseconds(seconds: float) -> int:
@@ -111,7 +121,8 @@ class DatabaseSettings(msgspec.Struct, frozen=True, kw_only=True):
         str | None, meaning("Client certificate (PEM) for Postgres; needs DB_TLS_KEY_FILE")
     ] = None
     tls_key_file: Annotated[
-        str | None, meaning("Private key (PEM) of DB_TLS_CERT_FILE, without a passphrase")
+        str | None,
+        meaning("Private key (PEM) of DB_TLS_CERT_FILE; sslpassword in the address unlocks it"),
     ] = None
     pooler: Annotated[
         Literal["none", "session", "transaction"],

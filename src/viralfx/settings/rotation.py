@@ -1,9 +1,15 @@
-"""Credentials that change while the program runs: read anew from a file, or from a callable."""
+"""Credentials that change while the program runs: read anew from a file, or from a callable.
+
+Also reads libpq's files of passwords and of services.
+"""
 
 import asyncio
 import contextlib
 import inspect
 import logging
+import os
+import re
+import stat
 import threading
 import time
 import weakref
@@ -222,3 +228,95 @@ async def _in_thread(function: Callable[[], object]) -> object:
         return result
     async with asyncio.timeout(CALL_SECONDS):
         return await result
+
+
+def check_passfile(path: str | None) -> str | None:
+    """Return the path of a file of passwords; None for none.
+
+    Raises ``ValueError`` if it cannot be read, or if others can read it: libpq ignores it then.
+    """
+    if not path:
+        return None
+    try:
+        with Path(path).open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+    except OSError as error:
+        raise ValueError(f"passfile cannot be read: {error.strerror}; correct the path") from None
+    if not stat.S_ISREG(mode) or mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ValueError(
+            "passfile is not a file for its owner alone; run chmod 600, or use DB_PASSWORD_FILE"
+        )
+    return path
+
+
+_ENTRY = re.compile(":".join([r"((?:\\.?+|[^:\\])*+)"] * 5) + r"(?::.*)?")
+"""A line of a file of passwords: host, port, database, user and password."""
+
+
+class PasswordFile:
+    """Passwords by server, database and user, in the form of libpq's ``~/.pgpass``.
+
+    The file is read for each new connection. If it cannot be read any more, that is logged once,
+    and its last content stays in use. Passwords that are found are masked in the log.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._text = ""
+        self._unreadable = False
+
+    def read(self) -> str:
+        """Return the content of the moment."""
+        try:
+            self._text = Path(self.path).read_text(encoding="utf-8")
+            self._unreadable = False
+        except (OSError, UnicodeDecodeError) as error:
+            if not self._unreadable:
+                reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+                extra = {"path": self.path, "reason": reason}
+                message = "Password file cannot be read; its last content stays in use"
+                _logger.warning(message, extra=extra)
+            self._unreadable = True
+        return self._text
+
+    def find(self, host: str, port: int, database: str, user: str) -> str | None:
+        """Return the password of the first line that fits; None without one.
+
+        ``localhost`` in the file also stands for each folder of a Unix socket.
+        """
+        wanted: tuple[set[str], ...] = ({host}, {str(port)}, {database}, {user})
+        if host.startswith("/"):
+            wanted[0].add("localhost")
+        for line in self._text.splitlines():
+            if line.startswith("#") or (fields := _ENTRY.fullmatch(line)) is None:
+                continue
+            # A backslash keeps the next character.
+            *place, password = (re.sub(r"\\(.)", r"\1", each) for each in fields.groups())
+            if all(text == "*" or text in names for text, names in zip(place, wanted, strict=True)):
+                mask(password)
+                return password
+        return None
+
+
+def read_service(name: str, path: str | None) -> dict[str, str]:
+    """Return the parameters of a service from libpq's file of services.
+
+    Without ``path`` that is the one of ``PGSERVICEFILE``, else ``~/.pg_service.conf``. Raises
+    ``ValueError`` without any part of the file, which may hold a password.
+    """
+    place = Path(path or os.environ.get("PGSERVICEFILE") or "~/.pg_service.conf")
+    try:
+        text = place.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no home folder, or not UTF-8 text"
+        raise ValueError(
+            f"service: its file cannot be read: {why}; name it by servicefile"
+        ) from None
+    _, *parts = re.split(r"^\s*\[([^\]\n]*)\][^\n]*$", text, flags=re.MULTILINE)
+    # As in libpq, the first section of a name counts.
+    services = dict(zip(parts[-2::-2], parts[::-2], strict=True))
+    if name not in services:
+        raise ValueError("service: its file has no service of that name; correct the name")
+    lines = [line.strip() for line in services[name].splitlines()]
+    pairs = [line.partition("=") for line in lines if line and not line.startswith("#")]
+    return {name.strip(): value.strip() for name, _, value in reversed(pairs)}

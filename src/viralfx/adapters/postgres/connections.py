@@ -188,7 +188,7 @@ class Connector:
     def __init__(self, config: PostgresConfig) -> None:
         """Load the certificates; raises :class:`CertificateError` if they cannot be used."""
         self.config = config
-        self._tls = TlsContexts(config.settings)
+        self._tls = TlsContexts(config.settings, config.address)
         self._servers = ServerSearch()
         self._logins = Logins(
             config.address,
@@ -246,7 +246,7 @@ class Connector:
                 "host": place,
                 "port": port,
                 "user": login.user,
-                "password": login.password,
+                "password": login.password_for(name, port),
                 "ssl": self._tls.for_host(name),
             }
             connection: CheckedConnection | None = None

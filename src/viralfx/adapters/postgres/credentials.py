@@ -1,6 +1,8 @@
 """Credentials and certificates of the moment: they may change while the program runs."""
 
+import getpass
 import logging
+import os
 import ssl
 import threading
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from viralfx.settings import (
     Secret,
 )
 from viralfx.settings.dsn import parse_database_url
-from viralfx.settings.rotation import mask
+from viralfx.settings.rotation import PasswordFile, mask
 
 _logger = logging.getLogger("viralfx.database")
 
@@ -59,9 +61,14 @@ class TlsContexts:
     May be used from several threads.
     """
 
-    def __init__(self, settings: DatabaseSettings) -> None:
-        """Load the certificates; raises :class:`CertificateError` if they cannot be used."""
+    def __init__(self, settings: DatabaseSettings, address: DatabaseAddress | None = None) -> None:
+        """Load the certificates; raises :class:`CertificateError` if they cannot be used.
+
+        ``address`` has the versions of TLS and the passphrase of the key.
+        """
         self._settings = settings
+        self._versions = ("TLSv1.2", "TLSv1.3") if address is None else address.tls_versions
+        self._key_password = None if address is None else address.key_password
         self._files = {
             "DB_TLS_CA_FILE": settings.tls_ca_file,
             "DB_TLS_CERT_FILE": settings.tls_cert_file,
@@ -113,6 +120,11 @@ class TlsContexts:
             except OSError as error:
                 raise CertificateError("DB_TLS_CA_FILE", ca_file, "certificates", error) from None
         self._load_own(context)
+        low, high = self._versions
+        if low == "TLSv1.3":
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+        if high == "TLSv1.2":
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
         context.check_hostname = mode == "verify-full"
         if mode in {"prefer", "require"}:
             # As in libpq: encrypted, but the certificate is verified only against a CA file.
@@ -124,12 +136,15 @@ class TlsContexts:
         if certificate is None or key is None:
             return
 
-        def refuse() -> str:
-            # OpenSSL would ask for it on the terminal.
-            raise CertificateError("DB_TLS_KEY_FILE", key, "key without a passphrase")
+        def passphrase() -> str:
+            if self._key_password is None:
+                # OpenSSL would ask for it on the terminal.
+                expected = "key without a passphrase; set sslpassword in the address"
+                raise CertificateError("DB_TLS_KEY_FILE", key, expected)
+            return self._key_password
 
         try:
-            context.load_cert_chain(certificate, key, password=refuse)
+            context.load_cert_chain(certificate, key, password=passphrase)
         except CertificateError:
             raise
         except ssl.SSLError as error:
@@ -137,8 +152,9 @@ class TlsContexts:
                 what = f"key of the certificate in {certificate}"
                 raise CertificateError("DB_TLS_KEY_FILE", key, what) from None
             is_certificate = _holds_certificate(certificate)
+            kind = "PEM format" if self._key_password is None else "PEM format for sslpassword"
             variable, path, what = (
-                ("DB_TLS_KEY_FILE", key, "private key in PEM format")
+                ("DB_TLS_KEY_FILE", key, f"private key in {kind}")
                 if is_certificate
                 else ("DB_TLS_CERT_FILE", certificate, "certificate in PEM format")
             )
@@ -170,6 +186,18 @@ class Login:
     address: DatabaseAddress
     user: str | None
     password: str | None = field(repr=False)
+    passwords: str | None = field(default=None, repr=False)
+    """The content of the address's file of passwords, if there is no other password."""
+    file: PasswordFile | None = field(default=None, repr=False)
+
+    def password_for(self, host: str, port: int) -> str | None:
+        """Return the password for one of the address's servers."""
+        if self.password is not None or self.file is None:
+            return self.password
+        # As the driver does.
+        user = self.user or os.environ.get("PGUSER") or getpass.getuser()
+        database = self.address.database or os.environ.get("PGDATABASE") or user
+        return self.file.find(host, port, database, user)
 
 
 class Logins:
@@ -194,6 +222,7 @@ class Logins:
         self._text = None if url is None else url.value
         name = "DB_PASSWORD" if ask_password is None else "OperationsConfig.database_password"
         self._password = RotatingSecret(name, password, ask_password)
+        self._file: PasswordFile | None = None
 
     async def current(self, within: float) -> Login:
         """Return them within some seconds; raises :class:`CredentialsError`."""
@@ -203,6 +232,10 @@ class Logins:
             self._change(url)
         address = self._address
         match await self._password.current(within):
+            case None if address.password is None and address.passfile is not None:
+                if self._file is None or self._file.path != address.passfile:
+                    self._file = PasswordFile(address.passfile)
+                return Login(address, address.user, None, self._file.read(), self._file)
             case None:
                 return Login(address, address.user, address.password)
             case str(password):

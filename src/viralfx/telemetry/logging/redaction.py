@@ -159,8 +159,8 @@ def secrets_of(settings: Settings) -> Iterator[str]:
     for name in ("database_address", "database_migration_address", "database_listen_address"):
         with contextlib.suppress(ValueError):
             address: DatabaseAddress | None = getattr(settings, name)
-            if address is not None and address.password is not None:
-                yield address.password
+            if address is not None:
+                yield from filter(None, (address.password, address.key_password))
 
 
 def _secret_parts(address: str) -> Iterator[str]:
