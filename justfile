@@ -85,7 +85,7 @@ smuggle-edge tries="1000":
 culprits *arguments:
     VIRALFX_TEST_SOAK=1 {{bin}}/pytest {{arguments}} tests/system/test_culprits.py
 
-# twenty planned and twenty sudden changes of the primary, for each kind of address
+# twenty planned, twenty sudden and twenty silent changes of the primary, for each kind of address
 switchovers *arguments:
     VIRALFX_TEST_SOAK=1 {{bin}}/pytest {{arguments}} tests/integration/test_postgres_switchover.py
 

@@ -5,7 +5,8 @@ short form, because a shorter one shows the same behaviour, is :func:`only_in_so
 """
 
 import os
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import pytest
@@ -13,11 +14,19 @@ import pytest
 SOAK = bool(os.environ.get("VIRALFX_TEST_SOAK"))
 
 Test = TypeVar("Test", bound=Callable[..., Any])
+Record = Callable[[str, object], None]
+"""The fixture ``record_property``: `just endurance` publishes the figures of a soak run."""
 
 
 def cycles(full: int, *, usual: int = 1) -> range:
     """Return the numbers of the cycles of this run: ``full`` of them in a soak run."""
     return range(full if SOAK else usual)
+
+
+def spread(seconds: Sequence[float]) -> str:
+    """Return the figures of measured times, for ``record_property``."""
+    low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
+    return f"{low:.2f} to {high:.2f} s, median {middle:.2f} s, {len(seconds)} times"
 
 
 def only_in_soak(test: Test) -> Test:

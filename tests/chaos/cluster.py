@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from tests.servers.fault_proxy import BLACKHOLE, RESET, CutCommits, FaultProxy
+from tests.servers.fault_proxy import BLACKHOLE, DROP, PASS, RESET, CutCommits, FaultProxy
 from tests.servers.pgbouncer import PgBouncer, pgbouncer
 from tests.servers.postgres import PostgresServer, postgres_server, postgres_standby
 from tests.servers.supply import UnavailableError
@@ -189,12 +189,24 @@ class Cluster:
         self._primary.kill()
         self._move()
 
+    def lose_silently(self) -> None:
+        """Let the primary vanish without a word, promote the standby, and lead to it.
+
+        No packet comes from the former primary until :meth:`rejoin`, nor an end of a connection.
+        """
+        # The name leads new connections on; the address of the former primary is silent.
+        self._places[0].mode, self._proxy.mode = BLACKHOLE, DROP
+        self._primary.freeze()
+        self._move()
+
     def rejoin(self) -> None:
         """End the former primary, and give the primary a standby in its place."""
         assert self._former is not None
         self._servers.pop(self._former).close()
         self._former = None
         self._follow()
+        if self._proxy.mode is DROP:
+            self._places[1].mode = self._proxy.mode = PASS
 
     def fill_disk(self) -> None:
         """Leave the primary no space for rows and for its log; then free it."""

@@ -1,5 +1,6 @@
 """The fault proxy of the tests: each mode has the effect of its name."""
 
+import errno
 import random
 import socket
 import threading
@@ -15,6 +16,7 @@ from tests.servers.fault_proxy import (
     PASS,
     REFUSE,
     RESET,
+    SILENCE,
     CutAfter,
     CutCommits,
     Delay,
@@ -140,6 +142,28 @@ def test_drop_holds_old_connections_and_serves_new_ones(proxy: FaultProxy) -> No
         proxy.mode = PASS
         old.settimeout(5)
         assert old.recv(65536) == b"old"
+
+
+@pytest.mark.skipif(
+    not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no TCP_USER_TIMEOUT"
+)
+def test_silence_acknowledges_nothing_on_old_connections(proxy: FaultProxy) -> None:
+    """The client's system gives up, as it does not while a black hole holds back what it sent."""
+    with connect(proxy) as old:
+        ask(old)
+        old.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SHORT * 1000))
+        proxy.mode = BLACKHOLE
+        with pytest.raises(TimeoutError, match="timed out"):
+            ask(old, b"held", timeout=4 * SHORT)
+        proxy.mode = PASS
+        old.settimeout(5)
+        assert old.recv(65536) == b"held"
+        proxy.mode = SILENCE
+        with pytest.raises(TimeoutError) as ended:
+            ask(old, b"lost", timeout=20)
+        assert ended.value.errno == errno.ETIMEDOUT
+        with connect(proxy) as new:
+            assert ask(new, b"new") == b"new"
 
 
 def test_black_hole_notices_closed_clients(proxy: FaultProxy) -> None:

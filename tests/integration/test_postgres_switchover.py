@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import pytest
@@ -10,8 +11,8 @@ from tests.chaos.cluster import Cluster, cluster
 from tests.contracts.ledgers import draft
 from tests.integration.postgres_clients import checked, config_of, migrated, opened
 from tests.servers.fixtures import or_skip
-from tests.servers.waiting import until
-from tests.soak import SOAK, cycles
+from tests.servers.waiting import until, wait_for_code
+from tests.soak import SOAK, Record, cycles, spread
 
 from viralfx.adapters.postgres import PostgresConfig, PostgresJobLedger
 from viralfx.domain.clock import SystemClock
@@ -19,10 +20,12 @@ from viralfx.domain.health.model import CheckPolicy
 from viralfx.domain.health.monitor import HealthMonitor
 from viralfx.domain.jobs.model import LedgerUnavailableError
 
-INTERVAL = 5.0
-"""The default of HEALTH_CHECK_INTERVAL."""
+INTERVAL, TIMEOUT = 5.0, 2.0
+"""The defaults of HEALTH_CHECK_INTERVAL and HEALTH_CHECK_TIMEOUT."""
 LIMIT = INTERVAL + (1.0 if SOAK else 5.0)
 """Seconds; a run beside others has more. `just switchovers` makes twenty of each alone."""
+SILENT_LIMIT = LIMIT + TIMEOUT
+"""The same where the former primary is silent."""
 _CLIENTS = 4
 _PAUSE = 0.02
 
@@ -68,30 +71,39 @@ class Load:
             await asyncio.sleep(_PAUSE)
 
 
-async def survive(postgres: Cluster, config: PostgresConfig, times: int) -> list[float]:
+async def survive(
+    postgres: Cluster, config: PostgresConfig, times: int
+) -> Mapping[str, list[float]]:
     """Change the primary so many times in each way; nothing accepted is lost.
 
-    Returns the seconds until the service was ready and accepted a job that came after the change.
+    Returns for each way the seconds until the service was ready and accepted a job that came after
+    the change.
     """
-    took = []
+    took: defaultdict[str, list[float]] = defaultdict(list)
     await migrated(config)
     async with opened(config) as pool, checked(pool) as check:
         monitor = HealthMonitor(clock=SystemClock())
-        policy = CheckPolicy(interval=INTERVAL, timeout=2.0, required_for_readiness=True)
+        policy = CheckPolicy(interval=INTERVAL, timeout=TIMEOUT, required_for_readiness=True)
         monitor.register("database", check, policy)
         pool.on_suspected_outage = lambda: monitor.request_check("database")
         monitor.start()
         load = Load(PostgresJobLedger(pool))
         running = asyncio.create_task(load.run())
-        changes: list[Callable[[], None]] = [postgres.switch_over, postgres.lose_primary]
+        changes: dict[str, tuple[Callable[[], None], float]] = {
+            "planned": (postgres.switch_over, LIMIT),
+            "killed": (postgres.lose_primary, LIMIT),
+            "silent": (postgres.lose_silently, SILENT_LIMIT),
+        }
         try:
             await until(lambda: load.is_served(monitor, 0.0), seconds=60)
-            for change in changes * times:
+            for kind, (change, limit) in list(changes.items()) * times:
                 await asyncio.to_thread(change)
                 changed = time.monotonic()
-                await until(partial(load.is_served, monitor, changed), seconds=LIMIT)
-                took.append(time.monotonic() - changed)
+                await until(partial(load.is_served, monitor, changed), seconds=limit)
+                took[kind].append(time.monotonic() - changed)
                 await asyncio.to_thread(postgres.rejoin)
+                # A check comes between two changes.
+                await wait_for_code(check, None)
         finally:
             running.cancel()
             await asyncio.wait({running})
@@ -102,14 +114,22 @@ async def survive(postgres: Cluster, config: PostgresConfig, times: int) -> list
     return took
 
 
-@pytest.mark.timeout(1200 if SOAK else 90)
-async def test_a_name_that_moves(postgres: Cluster) -> None:
+def record(put: Record, address: str, took: Mapping[str, list[float]]) -> None:
+    """Record the times of each kind of change."""
+    for kind, seconds in took.items():
+        put(f"{address}, {kind}: ready and accepting after", spread(seconds))
+    put("changes of the primary", sum(map(len, took.values())))
+
+
+@pytest.mark.timeout(2400 if SOAK else 120)
+async def test_a_name_that_moves(postgres: Cluster, record_property: Record) -> None:
     """The former primary still serves reads after a planned change; it is left at once."""
-    await survive(postgres, config_of(postgres.primary, through=postgres.name), len(cycles(20)))
+    config = config_of(postgres.primary, through=postgres.name)
+    record(record_property, "a name", await survive(postgres, config, len(cycles(20))))
 
 
-@pytest.mark.timeout(1200 if SOAK else 90)
-async def test_several_hosts(postgres: Cluster) -> None:
+@pytest.mark.timeout(2400 if SOAK else 120)
+async def test_several_hosts(postgres: Cluster, record_property: Record) -> None:
     """The one that accepts writes is found."""
     config = config_of(postgres.primary, hosts=postgres.hosts, target_session_attrs="read-write")
-    await survive(postgres, config, len(cycles(20)))
+    record(record_property, "several hosts", await survive(postgres, config, len(cycles(20))))

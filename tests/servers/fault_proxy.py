@@ -24,6 +24,7 @@ class Fault(Enum):
     PASS = "forward everything"
     BLACKHOLE = "keep connections open, accept new ones, and forward nothing until another mode"
     DROP = "forward nothing on the connections of this moment, and everything on new ones"
+    SILENCE = "as DROP, and let the system acknowledge nothing on them, as a firewall does"
     RESET = "reset all connections, and each new one"
     REFUSE = "reset all connections, and listen no more"
 
@@ -70,7 +71,7 @@ class CutCommits:
 _SYNC = b"S\0\0\0\4"
 
 Mode = Fault | Delay | CutAfter | CutCommits
-PASS, BLACKHOLE, DROP = Fault.PASS, Fault.BLACKHOLE, Fault.DROP
+PASS, BLACKHOLE, DROP, SILENCE = Fault.PASS, Fault.BLACKHOLE, Fault.DROP, Fault.SILENCE
 RESET, REFUSE = Fault.RESET, Fault.REFUSE
 
 
@@ -79,7 +80,7 @@ class FaultProxy:
 
     ``mode`` may be set from any thread at any time; it is in force when the assignment returns.
     Data held back by a black hole arrives when the mode ends, as after a network partition. So does
-    what a firewall that lost its table, ``DROP``, holds back.
+    what a firewall that lost its table, ``DROP`` or ``SILENCE``, holds back.
     With ``tls`` clients speak TLS to the proxy, and the server behind gets plain text.
     """
 
@@ -153,6 +154,8 @@ class FaultProxy:
         if mode is not REFUSE and self._listener is None:
             self._listener = self._listen()
             self._loop.add_reader(self._listener, self._accept, self._listener)
+        for link in self._links.values():
+            link.deafen(on=mode is SILENCE)
         if mode in {RESET, REFUSE} and self._links:
             for task, link in self._links.items():
                 link.reset()
@@ -196,7 +199,8 @@ class FaultProxy:
                     await self._switched.wait()
 
     def _left(self, arrived: float, accepted: float) -> float:
-        if self._mode is BLACKHOLE or (self._mode is DROP and accepted <= self._switched_at):
+        is_forgotten = self._mode in {DROP, SILENCE} and accepted <= self._switched_at
+        if self._mode is BLACKHOLE or is_forgotten:
             return math.inf
         if isinstance(self._mode, Delay):
             return arrived + self._mode.seconds - self._loop.time()

@@ -1,6 +1,7 @@
 """One connection through the fault proxy."""
 
 import asyncio
+import ctypes
 import math
 import socket
 import ssl
@@ -42,6 +43,12 @@ class Policy(Protocol):
 
     def was_cut(self) -> None:
         """Record that the bytes have passed; the connection is about to be closed."""
+
+
+_ATTACH_FILTER, _DETACH_FILTER = 26, 27
+"""Linux's SO_ATTACH_FILTER and SO_DETACH_FILTER."""
+_NO_PACKET = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+"""A filter of one instruction, which returns 0: no byte of a packet is taken."""
 
 
 def reset(connection: socket.socket) -> None:
@@ -87,6 +94,17 @@ class Link:
     def close(self) -> None:
         """Release what is left when ``run`` has ended, or was cancelled before it began."""
         self._socket.close()
+
+    def deafen(self, *, on: bool) -> None:
+        """Drop each packet of the client before the system acknowledges it, or no longer."""
+        if self._socket.fileno() < 0:
+            return
+        if not on:
+            with suppress(OSError):  # it has no filter
+                self._socket.setsockopt(socket.SOL_SOCKET, _DETACH_FILTER, 0)
+            return
+        program = struct.pack("HP", 1, ctypes.addressof(_NO_PACKET))
+        self._socket.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, program)
 
     def reset(self) -> None:
         """End both connections by a reset."""

@@ -245,19 +245,19 @@ class PostgresDatabase:
                 max_idle = PING_AFTER if reset else QUIET_PING_AFTER
             connection = await self._acquire(pool, max_idle)
             checked: Any = connection  # a proxy of a CheckedConnection
-            # Taken from the connection itself, since the proxy loses it when the server closes it.
-            mark_session_clean = checked.mark_session_clean
+            # Not by the proxy, which loses it when the server closes it.
+            own: CheckedConnection = checked.itself
             self._in_use += 1
             limit = RESET_TIMEOUT
             try:
                 yield connection
                 if not reset:
-                    mark_session_clean()
+                    own.mark_session_clean()
             except asyncio.CancelledError:
                 limit = FAST_RESET_TIMEOUT
                 raise
-            except asyncpg.ReadOnlySQLTransactionError as error:
-                await self.members.judge_refusal(connection, error)
+            except asyncpg.PostgresError as error:
+                await self.members.judge(own, error)
                 raise
             finally:
                 self._in_use -= 1

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
@@ -52,13 +53,17 @@ _VACUUM: Final = """
 ) AS oldest_transaction,
 pg_catalog.pg_stat_get_dead_tuples('viralfx_jobs'::regclass) AS dead_job_rows
 """
+# The start of a server tells it from the one that takes its place.
 HEALTH_QUERY: Final = f"""
-{IS_READ_ONLY}, {_VACUUM}, counted.*
+{IS_READ_ONLY}, pg_catalog.pg_postmaster_start_time() AS server_started, {_VACUUM}, counted.*
 FROM (VALUES (0)) AS one LEFT JOIN ({COUNTS}) AS counted ON true
 """
 
 _COUNT_TIMEOUT_SHARE = 0.4
 """Share of the timeout after which the server cancels counting, if it is locked or busy."""
+
+_SILENT_SHARE = 0.6
+"""Share of the timeout after which a kept connection without an answer is left for a new one."""
 
 _MAX_COUNTERS = 10_000
 """Number of counter rows from which the health query folds them: no worker does."""
@@ -82,9 +87,11 @@ class HealthQuery:
     """Runs one query that serves all checks of the database.
 
     Callers that accept a result of some age share a recent one. Callers that waited while the
-    query failed share the failure. The connection is used for nothing else; if it fails or hangs,
-    or the caller is cancelled, it is closed and reopened for the next query. It is also reopened
-    for each query while the server accepts no writes: that finds the server that does.
+    query failed share the failure. The connection is used for nothing else; if it fails, or the
+    caller is cancelled, it is closed and reopened for the next query. It is also reopened for each
+    query while the server accepts no writes: that finds the server that does. If it is silent, a
+    new one is opened within the same query. If that leads to another primary, all connections to
+    the silent one are left.
     """
 
     def __init__(self, database: PostgresDatabase, clock: Clock, *, timeout: float) -> None:
@@ -99,6 +106,10 @@ class HealthQuery:
         self._ends_at = math.inf
         self._read_only = False
         """True if the last server that was asked accepted no writes."""
+        self._server_started: datetime | None = None
+        """When the last server that was asked was started."""
+        self._silent_since: float | None = None
+        """When a question began that the server has not answered; None after a later answer."""
         self._schema_is_current = False
         self._reported_revision: str | None = None
         self._lock = asyncio.Lock()
@@ -160,8 +171,22 @@ class HealthQuery:
         finds_primary = self._database.config.needs_writes
         if self._read_only and finds_primary:
             self.close()
-        before = self._connection
-        result = await self._ask(await self._open())
+        before, server = self._connection, self._server_started
+        began = asyncio.get_running_loop().time()
+        waiting = asyncio.timeout(None if before is None else _SILENT_SHARE * self._timeout)
+        try:
+            async with waiting:
+                result = await self._ask(await self._open())
+        except TimeoutError:
+            if not waiting.expired():
+                raise
+            # A server that is gone without a word; another one may have its place.
+            self._silent_since = self._silent_since or began
+            self.close()
+            result = await self._ask(await self._open())
+        since, self._silent_since = self._silent_since, None
+        if since and finds_primary and not result.read_only and self._server_started != server:
+            self._database.members.leave_silent(since)
         if result.read_only and finds_primary and self._connection is before:
             # The connection outlived a change of the primary.
             self.close()
@@ -206,6 +231,7 @@ class HealthQuery:
             read_only = await run_query(connection, connection.fetchval(IS_READ_ONLY))
             return HealthQueryResult((), read_only=read_only != "off", counts=unavailable(error))
         read_only = rows[0]["read_only"] != "off"
+        self._server_started = rows[0]["server_started"]
         self._database.vacuum = VacuumStatus(
             oldest_transaction=max(0.0, float(rows[0]["oldest_transaction"])),
             dead_job_rows=rows[0]["dead_job_rows"],

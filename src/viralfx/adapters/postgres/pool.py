@@ -13,8 +13,9 @@ import asyncpg
 from asyncpg.connection import Connection, LoggedQuery
 from asyncpg.transaction import Transaction
 
-from viralfx.adapters.postgres.connections import PostgresConfig, reset_session
+from viralfx.adapters.postgres.connections import PostgresConfig, cut, reset_session
 from viralfx.adapters.postgres.errors import DATABASE_ERRORS
+from viralfx.adapters.postgres.servers import USER_TIMEOUT_SECONDS, limit_silence
 from viralfx.domain.clock import default_rng
 from viralfx.domain.events import OperationListener, ignore_operation
 
@@ -107,6 +108,9 @@ tests would be a quarter of its transactions."""
 PING_TIMEOUT = 1.0
 """Seconds for that test; a server that is reachable answers in less than a millisecond."""
 _LATE_SECONDS = 0.25
+ACKNOWLEDGED_TIMEOUT = 1.5
+"""Seconds in which the system of a pooler acknowledges the first statement after an idle time. The
+answer may take longer."""
 BEGIN_TIMEOUT = 2.0
 """Seconds for BEGIN, which waits for no lock and no disk."""
 READ_ONLY_AGE = 1.0
@@ -167,6 +171,10 @@ class Standing:
     idle_since: float
     lent: bool = False
     """True while a caller has it."""
+    lent_at: float = 0.0
+    """When the last caller got it."""
+    doubted: bool = False
+    """True until it answers, if it was idle and could not be tested."""
     timer: asyncio.TimerHandle | None = None
     """Ends it at ``ends_at``."""
 
@@ -186,6 +194,7 @@ class PoolMembers:
         self._trusts_reports = config.settings.pooler == "none"
         # In this mode each statement may have to wait for a connection to the server.
         self._limits_waits = config.settings.pooler != "transaction"
+        self._user_timeout = config.address.tcp_user_timeout
         self._open: set[Connection[Any]] = set()
         self.generation = 0
         """A connection of an earlier one ends."""
@@ -226,21 +235,31 @@ class PoolMembers:
         self.generation += 1
         _logger.warning("Database connections are replaced", extra={"reason": reason})
 
+    def leave_silent(self, since: float) -> None:
+        """Leave a server that has not answered ``since`` a time, and whose place another one has.
+
+        Callers that wait for it get an error, which is transient: their connections are closed.
+        """
+        self.replace_all("silent")
+        for connection in self.lent():
+            standing: Standing = _checked(connection).standing
+            if standing.opened_at < since and standing.lent_at < _now() - PING_TIMEOUT:
+                cut(connection)
+
     # -- use ---------------------------------------------------------------------------------
 
     async def can_be_used(self, connection: Any, max_idle: float) -> bool:
         """Return True for a connection that the caller can have; close any other.
 
-        It is tested if it was idle for ``max_idle`` seconds.
+        It is tested if it was idle for ``max_idle`` seconds; behind a pooler in transaction mode,
+        its first statement must be acknowledged in time instead.
         """
         standing: Standing = connection.standing
-        standing.lent = True
-        began = _now()
+        standing.lent, standing.lent_at = True, (began := _now())
         try:
             if not self._has_ended(standing):
-                if self._limits_waits and _now() - standing.idle_since >= max_idle:
-                    async with asyncio.timeout(PING_TIMEOUT):
-                        await connection.execute("SELECT 1")
+                if _now() - standing.idle_since >= max_idle:
+                    await self._test(connection, standing)
                 return True
             standing.lent = False
         except DATABASE_ERRORS:
@@ -264,23 +283,27 @@ class PoolMembers:
             # Nothing was done on it, so the operation can have another one.
             _terminate(connection)
             raise
+        self._trust(connection, connection.standing)
 
     async def reset(self, connection: Any) -> None:
         """Prepare a returned connection for its next use; raises :class:`ReplacedError`."""
         await reset_session(connection)
         standing: Standing = connection.standing
         standing.lent, standing.idle_since = False, _now()
+        self._trust(connection, standing)
         if self._has_ended(standing) or self._is_wrong(connection):
             raise ReplacedError("another connection takes the place of this one")
 
-    async def judge_refusal(
-        self, connection: Any, error: asyncpg.ReadOnlySQLTransactionError
-    ) -> None:
+    async def judge(self, connection: Any, error: asyncpg.PostgresError) -> None:
         """Mark a refused write as the server's fault, and leave that server.
 
-        Not if the caller's own transaction was read-only.
+        Not if the caller's own transaction was read-only. If the connection of the caller ended in
+        silence, the others are replaced: they were idle through it.
         """
-        if not self._needs_writes:
+        was_silent = connection.is_closed() and isinstance(error.__cause__, TimeoutError)
+        if was_silent and connection.standing.generation == self.generation:
+            self.replace_all("silent")
+        if not self._needs_writes or not isinstance(error, asyncpg.ReadOnlySQLTransactionError):
             return
         with contextlib.suppress(*DATABASE_ERRORS):
             if self._trusts_reports:
@@ -290,6 +313,20 @@ class PoolMembers:
             error.of_server = of_server  # type: ignore[attr-defined]  # see is_transient
 
     # -- decisions ---------------------------------------------------------------------------
+
+    async def _test(self, connection: Any, standing: Standing) -> None:
+        if self._limits_waits:
+            async with asyncio.timeout(PING_TIMEOUT):
+                await connection.execute("SELECT 1")
+        elif self._user_timeout is None:
+            # A statement would wait for a connection to the server, as the caller's own has to.
+            standing.doubted = True
+            limit_silence(connection.itself, ACKNOWLEDGED_TIMEOUT)
+
+    def _trust(self, connection: Any, standing: Standing) -> None:
+        if standing.doubted:
+            standing.doubted = False
+            limit_silence(connection.itself, USER_TIMEOUT_SECONDS)
 
     def _has_ended(self, standing: Standing) -> bool:
         return standing.generation != self.generation or _now() >= standing.ends_at

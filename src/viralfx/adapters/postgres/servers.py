@@ -37,17 +37,30 @@ _MAX_SECONDS, _MAX_COUNT = 32767, 127
 
 def keep_alive(connection: ServerConnection, address: DatabaseAddress) -> None:
     """Let the system notice that the server is gone, also while nothing is sent."""
-    opened = connection.transport.get_extra_info("socket")
-    if opened is None or opened.family not in {socket.AF_INET, socket.AF_INET6}:
-        return
     timeout = address.tcp_user_timeout
-    options = {
-        "TCP_USER_TIMEOUT": round((USER_TIMEOUT_SECONDS if timeout is None else timeout) * 1000)
-    }
-    if address.keepalives:
+    limit_silence(connection, USER_TIMEOUT_SECONDS if timeout is None else timeout)
+    if address.keepalives and (opened := _tcp_socket(connection)) is not None:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         idle, interval, count = _keepalive(address)
-        options |= {"TCP_KEEPIDLE": idle, "TCP_KEEPINTVL": interval, "TCP_KEEPCNT": count}
+        _set(opened, TCP_KEEPIDLE=idle, TCP_KEEPINTVL=interval, TCP_KEEPCNT=count)
+
+
+def limit_silence(connection: ServerConnection, seconds: float) -> None:
+    """Let the connection end when sent data is unacknowledged for so long; 0: by the system.
+
+    The system of the other side acknowledges, also while the program there is busy.
+    """
+    if not connection.is_closed() and (opened := _tcp_socket(connection)) is not None:
+        _set(opened, TCP_USER_TIMEOUT=round(seconds * 1000))
+
+
+def _tcp_socket(connection: ServerConnection) -> Any:
+    opened = connection.transport.get_extra_info("socket")
+    is_tcp = opened is not None and opened.family in {socket.AF_INET, socket.AF_INET6}
+    return opened if is_tcp else None
+
+
+def _set(opened: Any, **options: int) -> None:
     for name, value in options.items():
         if hasattr(socket, name):  # not on each system
             opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
