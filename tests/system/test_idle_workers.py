@@ -10,7 +10,7 @@ import pytest
 from tests import forked
 from tests.servers.postgres import Database, PostgresServer, postgres_server, transactions
 from tests.servers.waiting import wait_until
-from tests.soak import only_in_soak
+from tests.soak import Record, only_in_soak
 from tests.system.service import Service
 from tests.system.workers import environment_of, worker
 
@@ -22,10 +22,12 @@ MAX_ALONE = 1.0
 SECONDS = 60.0
 """Several of the longest interval, so that one more transaction in the window changes little."""
 
+POLLING, MAX_POLLING = 10, 10.0
+"""Workers that no notification reaches, and their transactions in a second, in all."""
 REGISTER_OTHERS = """
 INSERT INTO viralfx_workers (worker, queues, lease_until)
-SELECT '!another-' || number, '{default}', now() + interval '1 hour'
-FROM generate_series(2, 100) AS number
+SELECT '!another-' || number, '{{default}}', now() + interval '1 hour'
+FROM generate_series(2, {}) AS number
 """
 
 pytestmark = pytest.mark.timeout(240)
@@ -84,20 +86,24 @@ class Idle:
 
 
 @contextmanager
-def idle(postgres: PostgresServer, template: str, *, registered: str = "") -> Iterator[Idle]:
-    """Run a worker; ``registered`` is a statement that registers others before."""
+def idle(
+    postgres: PostgresServer, template: str, *, workers: int = 1, **more: str
+) -> Iterator[Idle]:
+    """Run a worker with ``more`` variables beside rows of others, ``workers`` in all."""
     database = Database(postgres, postgres.create_database(template))
-    environment = environment_of(database, JOB_LEASE="30000", JOB_SWEEP_INTERVAL="5000")
-    if registered:
-        database.execute(registered)
+    environment = environment_of(database, JOB_LEASE="30000", JOB_SWEEP_INTERVAL="5000", **more)
+    database.execute(REGISTER_OTHERS.format(workers))
     with worker(environment) as process:
         yield Idle(database, process)
     postgres.drop_database(database.name)
 
 
 @pytest.fixture(scope="module")
-def rates() -> Iterator[tuple[float, float]]:
-    """Return the rates of a worker beside others, and of one alone, counted during one wait."""
+def rates() -> Iterator[tuple[float, float, float]]:
+    """Return the rates of a worker beside others, of one alone, and of one that polls.
+
+    They are counted during one wait.
+    """
     # Postgres counts the transactions of autovacuum, too.
     with postgres_server(settings={"autovacuum": "off"}) as postgres:
         template = postgres.create_database()
@@ -106,31 +112,45 @@ def rates() -> Iterator[tuple[float, float]]:
         yield _rates(postgres, template)
 
 
-def _rates(postgres: PostgresServer, template: str) -> tuple[float, float]:
+def _rates(postgres: PostgresServer, template: str) -> tuple[float, float, float]:
     with (
         idle(postgres, template) as alone,
-        idle(postgres, template, registered=REGISTER_OTHERS) as beside,
+        idle(postgres, template, workers=WORKERS) as beside,
+        # As behind a pooler, so that it does not listen.
+        idle(postgres, template, workers=POLLING, DB_POOLER="transaction") as polling,
     ):
         # The first renewal knows of the others, and the leader sweeps once its own lease is valid
         # for some time. By then the work of the start is over.
         time.sleep(22.0)
-        beside.count()
-        alone.count()
+        counted = (beside, alone, polling)
+        for each in counted:
+            each.count()
         time.sleep(SECONDS)
-        return beside.rate(), alone.rate()
+        of_beside, of_alone, of_polling = (each.rate() for each in counted)
+        return of_beside, of_alone, of_polling
 
 
 @only_in_soak
 def test_a_hundred_idle_processes_make_fewer_than_fifty_transactions_a_second(
-    rates: tuple[float, float],
+    rates: tuple[float, float, float], record_property: Record
 ) -> None:
     """One of them with its health checks, beside rows of the others, makes less than its share."""
     assert 0.0 < rates[0] * WORKERS < MAX_TRANSACTIONS
+    record_property(f"transactions/s of {WORKERS} processes", f"{rates[0] * WORKERS:.1f}")
 
 
 @only_in_soak
 def test_an_idle_process_makes_at_most_one_transaction_a_second(
-    rates: tuple[float, float],
+    rates: tuple[float, float, float],
 ) -> None:
     """Without Redis, and with all the work that the leader of the workers does."""
     assert 0.0 < rates[1] <= MAX_ALONE
+
+
+@only_in_soak
+def test_ten_idle_processes_that_poll_make_at_most_ten_transactions_a_second(
+    rates: tuple[float, float, float], record_property: Record
+) -> None:
+    """No notification reaches them, and one of them makes no more than its share."""
+    assert 0.0 < rates[2] * POLLING <= MAX_POLLING
+    record_property(f"transactions/s of {POLLING} that poll", f"{rates[2] * POLLING:.1f}")

@@ -16,6 +16,9 @@ DISCONNECTED_POLL_SECONDS = 0.2
 
 SECONDS_PER_WORKER = 0.1
 """Time between two polls of all live workers together, if there are many."""
+_FEW_WORKERS, _FEW_SECONDS = 10, 0.2
+"""So many workers, and the same time for up to as many: they make at most ten transactions a
+second, half of which are for leases, sweeps and health checks."""
 
 _BUSY_SECONDS = 1.0
 """The shortest time between two polls of one worker, the first of which found a scheduled job."""
@@ -33,8 +36,8 @@ class Poller(Role):
     Jobs that are due before the next poll are claimed when they are due.
 
     Usually it asks every ``interval`` seconds. The more workers share its queues, the less often
-    each asks, so that many idle workers cost the ledger no more than ten polls a second. It does
-    not ask for a queue whose consumer polls by then anyway, nor without a lease.
+    each asks: ten idle workers make five polls a second, and any number ten. It does not ask for a
+    queue whose consumer polls by then anyway, nor without a lease.
     """
 
     name = "job-poll"
@@ -116,7 +119,8 @@ class Poller(Role):
 
     def _share(self) -> float:
         registration = self._heartbeat.registration
-        return SECONDS_PER_WORKER * (1 if registration is None else registration.workers)
+        workers = 1 if registration is None else registration.workers
+        return max(SECONDS_PER_WORKER * workers, _FEW_SECONDS * min(workers, _FEW_WORKERS))
 
 
 class Control(Role):
