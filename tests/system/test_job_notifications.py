@@ -16,6 +16,8 @@ from tests.system.workers import api, environment_of, worker
 
 POLL_SECONDS = 1.0
 """Seconds between two polls, the default."""
+NOTIFIED_SECONDS = 10.0
+"""Seconds in which a job starts by a notification, a sixth of the time between two polls."""
 LOADED = 9.0
 """Seconds of tolerance for several processes on a busy machine."""
 
@@ -93,18 +95,32 @@ def test_jobs_waiting_while_redis_is_emptied_run(database: Database, redis: Redi
     assert (max(begun) - min(begun)).total_seconds() < 10 * POLL_SECONDS
 
 
-def test_without_redis_a_worker_polls_often(database: Database) -> None:
-    """Without notifications, the poll interval is shorter than the default of ten seconds."""
+LISTENING = """
+select pid from pg_stat_activity
+where datname = current_database() and application_name = 'viralfx-listen' and state = 'idle'
+"""
+
+
+def test_without_redis_a_worker_is_notified_by_postgres(database: Database) -> None:
+    """A job is done within ten seconds although the worker polls once a minute."""
     environment = environment_of(
         database,
         TASK_MODULES="tests.system.fault_tasks",
-        JOB_LEASE="30000",
-        JOB_SWEEP_INTERVAL="30000",
-        JOB_POLL_INTERVAL="10000",
+        JOB_LEASE="120000",
+        JOB_SWEEP_INTERVAL="60000",
+        JOB_POLL_INTERVAL="60000",
     )
-    with api(environment) as service, worker(environment):
-        # Each job is accepted just after a poll, so with the default it would wait for ten seconds.
-        assert _waits(service, 8)[4] < 5 * POLL_SECONDS
+    with api(environment) as service, worker(environment) as process:
+        # Until it listens, it polls often.
+        listening = wait_until(lambda: database.execute(LISTENING), what="the worker listens")
+        until(service, accept(service, "faults.work", 0), "completed")
+        waits = _waits(service, 3)
+        assert database.execute(LISTENING) == listening
+        process.signal(signal.SIGTERM)
+        assert process.exit_code() == 0
+        assert process.logged("Job notifications are not received; workers poll") == []
+
+    assert waits[-1] < NOTIFIED_SECONDS
 
 
 @contextmanager
