@@ -93,9 +93,9 @@ switchovers *arguments:
 schedules seconds="600":
     VIRALFX_TEST_SOAK=1 VIRALFX_TEST_SECONDS={{seconds}} {{bin}}/pytest tests/integration/test_postgres_schedules.py
 
-# jobs under every fault at once: how many, a seed, within how many seconds, and behind which pooler, or `notify`: without Redis
-chaos jobs="10000" seed="1" seconds="600" mode="":
-    {{bin}}/python -m tests.chaos.ordeal {{jobs}} {{seed}} {{seconds}} {{mode}}
+# jobs under every fault at once: how many, a seed, within how many seconds, and behind which pooler (--prepared 200), or `notify`: without Redis; --record publishes the report
+chaos jobs="10000" seed="1" seconds="600" *more:
+    {{bin}}/python -m tests.chaos.ordeal {{jobs}} {{seed}} {{seconds}} {{more}}
 
 # tests in full form, and a record of what they did: names of benchmarks/endurance.py
 endurance +names:

@@ -68,13 +68,13 @@ class Cluster:
         if rng is not None:
             self._proxy.mode = CutCommits(_CUT, rng)
 
-    def pool(self, mode: str) -> None:
-        """Put a PgBouncer in front of the address, without prepared statements."""
+    def pool(self, mode: str, prepared: int) -> None:
+        """Put a PgBouncer in front of the address, which follows so many prepared statements."""
         port = self._proxy.port
         # In session mode each connection of five processes has one to the server.
         size = _SESSIONS if mode == "session" else 20
         made = pgbouncer(
-            self._primary, mode, port=port, max_prepared_statements=0, default_pool_size=size
+            self._primary, mode, port=port, max_prepared_statements=prepared, default_pool_size=size
         )
         self.pooler = self._pooling.enter_context(made)
 
@@ -290,15 +290,18 @@ class Cluster:
 
 
 @contextmanager
-def cluster(rng: random.Random | None = None, *, pooler: str | None = None) -> Iterator[Cluster]:
+def cluster(
+    rng: random.Random | None = None, *, pooler: str | None = None, prepared: int = 0
+) -> Iterator[Cluster]:
     """Run a cluster; without ``rng``, one without random faults.
 
-    ``pooler``: the mode of a PgBouncer in front of its address; None: there is none.
+    ``pooler``: the mode of a PgBouncer in front of its address; None: there is none. ``prepared``:
+    its ``max_prepared_statements``.
     """
     made = Cluster(rng)
     try:
         if pooler is not None:
-            made.pool(pooler)
+            made.pool(pooler, prepared)
         yield made
     finally:
         made.close()

@@ -1,10 +1,9 @@
-"""Jobs under every fault at once: ``python -m tests.chaos.ordeal JOBS SEED [SECONDS] [MODE]``.
+"""Runs jobs under every fault at once, on real processes and servers.
 
-With the mode of a pooler, ``session`` or ``transaction``, PgBouncer is in front of Postgres. With
-``notify`` there is no Redis, and workers are notified by NOTIFY. It uses real processes and
-servers, prints the results and every broken promise, and exits with 1 if there is one.
+Prints the results and every broken promise, and exits with 1 if there is one.
 """
 
+import argparse
 import asyncio
 import contextlib
 import os
@@ -14,11 +13,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+from benchmarks.results import circumstances, command, publish, table
 from tests.chaos.clients import Clients
 from tests.chaos.cluster import Cluster, cluster
 from tests.chaos.faults import Faults
@@ -27,7 +28,7 @@ from tests.chaos.tasks import EFFECTS_FILE
 from tests.chaos.verdict import effects_in, every_job, judge
 from tests.servers.pgbouncer import MODES
 from tests.servers.redis import RedisServer, redis_server
-from tests.system.service import command
+from tests.system.service import command as viralfx
 
 NOTIFY = "notify"
 _SETTLED_WITHIN = 120.0
@@ -98,7 +99,7 @@ async def suffer(
     }
     if postgres.pooler is not None:
         environment["DB_POOLER"] = postgres.pooler.mode
-    migrated = command(
+    migrated = viralfx(
         "migrate",
         environment={"DATABASE_URL": postgres.url(database, past_proxy=True)},
         fresh=True,
@@ -180,22 +181,73 @@ def _of_the_service(job: Any) -> bool:
     return isinstance(job, dict) and not job["task"].startswith("chaos.")
 
 
-def main() -> int:
+CLAIM = (
+    "No accepted job is lost, and each completes; its effect in the transaction of its outcome"
+    " happens once."
+)
+
+
+def lines_of(report: Report, setting: str) -> Iterator[str]:
+    """Yield the lines of a section of the results."""
+    yield from circumstances(command("chaos"), setting)
+    yield from ("", CLAIM, "")
+    kinds = {
+        "jobs": report.states,
+        "fault": report.faults,
+        "fault left out": Counter(report.spared),
+        "asked again after": report.refused,
+    }
+    counts = {"jobs acknowledged": report.jobs}
+    for kind, counted in kinds.items():
+        counts |= {f"{kind}: {name}": number for name, number in sorted(counted.items())}
+    counts |= {
+        "connections cut at commits": report.cut,
+        "effects outside the database that were repeated": report.repeated,
+        "seconds": round(report.seconds),
+        "problems": len(report.problems),
+    }
+    yield from table(("what", "number"), ((what, str(n)) for what, n in counts.items()))
+    if report.problems:
+        yield ""
+    yield from (f"- {' '.join(problem.split())}" for problem in report.problems[:20])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Read the arguments, run, print the report; return the exit code."""
-    given, mode = sys.argv[1:], None
-    if given[-1] in (*MODES, NOTIFY):
-        mode = given.pop()
-    pooler = None if mode == NOTIFY else mode
-    jobs, seed = int(given[0]), int(given[1])
-    seconds = float(given[2]) if len(given) > 2 else jobs / 40
+    parser = argparse.ArgumentParser(prog="just chaos", description=__doc__)
+    add = parser.add_argument
+    add("jobs", type=int, help="jobs to be accepted at least")
+    add("seed", type=int, help="of the random faults and jobs")
+    add("seconds", type=float, help="in which they are accepted")
+    add(
+        "mode",
+        nargs="?",
+        choices=(*MODES, NOTIFY),
+        help="a PgBouncer in that mode in front of Postgres; notify: no Redis",
+    )
+    add("--prepared", type=int, default=0, help="max_prepared_statements of the PgBouncer")
+    add("--record", action="store_true", help="publish the report in RESULTS.md")
+    options = parser.parse_args(arguments)
+    jobs, seed, seconds, mode = options.jobs, options.seed, options.seconds, options.mode
+    pooler = mode if mode in MODES else None
+    if options.prepared and pooler is None:
+        parser.error(f"--prepared needs a pooler: add {' or '.join(MODES)}")
     print(f"{jobs} jobs within {seconds:g} s, seed {seed}", flush=True)
     random_cuts = random.Random(seed)  # noqa: S311 - to be repeated
     with (
-        cluster(random_cuts, pooler=pooler) as postgres,
+        cluster(random_cuts, pooler=pooler, prepared=options.prepared) as postgres,
         contextlib.nullcontext() if mode == NOTIFY else redis_server() as redis,
     ):
         report = asyncio.run(suffer(jobs, seed, seconds, postgres=postgres, redis=redis))
     print(report)
+    where = {None: "Redis and Postgres", NOTIFY: "Postgres alone"}.get(mode) or (
+        f"Redis, and PgBouncer in {mode} mode with max_prepared_statements {options.prepared}"
+    )
+    setting = f"{jobs} jobs within {seconds:g} s, seed {seed}; {_WORKERS} workers, {where}"
+    name = " ".join(
+        ["chaos", *([mode] if mode else []), *([str(options.prepared)] if pooler else [])]
+    )
+    publish(name, lines_of(report, setting), (), check=False, record=options.record)
     return 1 if report.problems else 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.chaos.cluster import Cluster, cluster
-from tests.chaos.ordeal import suffer
+from tests.chaos.ordeal import Report, lines_of, main, suffer
 from tests.servers.fixtures import or_skip
 from tests.servers.redis import RedisServer
 from tests.soak import SOAK, only_in_soak
@@ -42,6 +42,28 @@ async def test_nothing_accepted_is_lost(
     assert report.jobs >= _JOBS
     assert not report.spared, "each kind of fault happened"
     assert report.cut
+    figures = "\n".join(lines_of(report, "a trial"))
+    assert f"| jobs: completed | {report.states['completed']} |" in figures
+    assert all(f"| fault: {kind} | " in figures for kind in report.faults)
+    assert "| problems | 0 |" in figures
+
+
+def test_problems_are_part_of_the_published_report() -> None:
+    """Each is a line of its own, however many lines it has."""
+    report = Report(jobs=2, problems=["job-1 is lost", "worker-2 did not stop:\n  Traceback"])
+    lines = list(lines_of(report, "a trial"))
+
+    assert "| problems | 2 |" in lines
+    assert lines[-3:] == ["", "- job-1 is lost", "- worker-2 did not stop: Traceback"]
+
+
+def test_prepared_statements_need_a_pooler(capsys: pytest.CaptureFixture[str]) -> None:
+    """The recipe says so before it starts anything."""
+    with pytest.raises(SystemExit) as ended:
+        main(["10", "1", "5", "notify", "--prepared", "200"])
+
+    assert ended.value.code == 2
+    assert "--prepared needs a pooler: add session or transaction" in capsys.readouterr().err
 
 
 @only_in_soak

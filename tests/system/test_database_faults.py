@@ -12,10 +12,10 @@ import psutil
 import pytest
 from tests import forked
 from tests.servers.certificates import Certificates
-from tests.servers.pgbouncer import Poolers
+from tests.servers.pgbouncer import MODES, Poolers
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.waiting import wait_until
-from tests.soak import SOAK, cycles
+from tests.soak import SOAK, Record, cycles
 from tests.system.jobs import JOBS, accept
 from tests.system.load import Load
 from tests.system.service import READY_WITHIN, Prober, Service, command, running
@@ -349,21 +349,22 @@ def _code(service: Service) -> object:
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("mode", MODES if SOAK else ["transaction"])
 def test_locked_jobs_behind_a_pooler_keep_the_service_ready(
-    migrated_database: Database, pgbouncer: Poolers
+    migrated_database: Database, pgbouncer: Poolers, mode: str, record_property: Record
 ) -> None:
-    """In transaction mode the check's counting ends within its time limit; the jobs are not seen.
+    """The check's counting ends within its time limit; the jobs are not seen.
 
     In a soak run the lock is held for ten seconds, and else until the check meets it.
     """
     seconds = 10 if SOAK else 0
     server = migrated_database.server
-    pooler = pgbouncer(server, "transaction")
+    pooler = pgbouncer(server, mode)
     environment = {
         **TIMES,
         "HEALTH_CHECK_TIMEOUT": "2000",
         "DATABASE_URL": server.url(migrated_database.name, host=pooler.host, port=pooler.port),
-        "DB_POOLER": "transaction",
+        "DB_POOLER": mode,
         "TASK_MODULES": "tests.system.fault_tasks",
     }
     migrated_database.execute("create table released (n int)")
@@ -391,3 +392,4 @@ def test_locked_jobs_behind_a_pooler_keep_the_service_ready(
 
     assert unseen["code"] == "unavailable"
     assert probes.order() == [200]
+    record_property(f"answers of readiness in {mode} mode, all 200", len(probes.seen))
