@@ -282,15 +282,43 @@ async def test_a_call_that_comes_too_late_expires_nothing(case: LedgerCase) -> N
     }
 
 
-async def test_unknown_tasks_are_counted(case: LedgerCase) -> None:
+async def test_jobs_of_unknown_tasks_are_counted(case: LedgerCase) -> None:
     """Due jobs of queues with a worker."""
-    assert dict(await case.ledger.unknown_tasks()) == {}
+    assert list(await case.ledger.unrunnable()) == []
     await case.accept(3, task="new")
     await case.accept(2, task="other")
     await case.accept(1, task="new", run_at=later(case.now(), 3600.0))
     await case.accept(1, task="new", queue="analytics")
-    assert dict(await case.ledger.unknown_tasks()) == {}
+    assert list(await case.ledger.unrunnable()) == []
     await case.ledger.register("w", ["default"], LONG_LEASE, tasks=["task", "other"])
-    assert dict(await case.ledger.unknown_tasks()) == {"default": {"new": 3}}
+    assert list(await case.ledger.unrunnable()) == [("default", "new", "unknown_task", 3)]
     await case.ledger.register("new", ["default"], LONG_LEASE)
-    assert dict(await case.ledger.unknown_tasks()) == {}
+    assert list(await case.ledger.unrunnable()) == []
+
+
+async def test_jobs_that_every_worker_refused_are_counted(case: LedgerCase) -> None:
+    """Until a worker is there that has not refused them and knows the task."""
+    await case.accept(3, task="changed")
+    await case.ledger.register("old", ["default"], LONG_LEASE, tasks=["changed", "other"])
+    first, second, _ = await case.ledger.claim("default", "old", 3)
+    await case.ledger.settle([refused(first, "no"), refused(second, "no")])
+    await case.pass_time()
+    assert list(await case.ledger.unrunnable()) == [("default", "changed", "payload", 2)]
+    await case.ledger.register("older", ["default"], LONG_LEASE, tasks=["other"])
+    await case.accept(task="new")
+    assert list(await case.ledger.unrunnable()) == [
+        ("default", "changed", "payload", 2),
+        ("default", "new", "unknown_task", 1),
+    ]
+    await case.ledger.register("new", ["default"], LONG_LEASE, tasks=["changed", "new"])
+    assert list(await case.ledger.unrunnable()) == []
+    again, _ = await case.ledger.claim("default", "new", 2, tasks=["changed"])
+    await case.ledger.settle([refused(again, "no")])
+    await case.pass_time()
+    assert list(await case.ledger.unrunnable()) == [("default", "changed", "payload", 1)]
+    await case.ledger.deregister("old")
+    await case.ledger.deregister("new")
+    assert list(await case.ledger.unrunnable()) == [
+        ("default", "changed", "unknown_task", 3),
+        ("default", "new", "unknown_task", 1),
+    ]

@@ -18,9 +18,16 @@ from viralfx.adapters.postgres.claims import Wanted
 from viralfx.adapters.postgres.health import HEALTH_QUERY
 from viralfx.adapters.postgres.ledger_rows import completion_columns, states_within
 from viralfx.adapters.postgres.migrations import qualified
-from viralfx.domain.jobs.ledger import ProgressReport
+from viralfx.domain.jobs.ledger import ProgressReport, UnrunnableJobs
 from viralfx.domain.jobs.limits import Limit
-from viralfx.domain.jobs.model import Claim, JobFilter, JobState, completed, failed
+from viralfx.domain.jobs.model import (
+    UNKNOWN_TASK,
+    Claim,
+    JobFilter,
+    JobState,
+    completed,
+    failed,
+)
 
 ROWS = 100_000
 NEWEST = "ffffffff-ffff-ffff-ffff-ffffffffffff"
@@ -110,7 +117,7 @@ BY_INDEX = {
     job_changes.CANCEL_STEP,
     claims.DUE,
     claims.RESUME,
-    claims.UNKNOWN_TASKS,
+    claims.UNRUNNABLE,
     claims.WATCH_UNKNOWN,
 }
 JOB_TABLES = {"viralfx_jobs", "viralfx_finished_jobs"}
@@ -146,7 +153,7 @@ STATEMENTS: dict[str, tuple[str, list[Any], set[str]]] = {
     ),
     "deregister": (sql.DEREGISTER, ["w"], {"jobs_active"}),
     "sweep": (sql.SWEEP, [5, None, 100], {"jobs_active", "jobs_pkey"}),
-    "unknown tasks": (claims.UNKNOWN_TASKS, [1000], set()),
+    "jobs that no worker can run": (claims.UNRUNNABLE, [1000], {"jobs_refused"}),
     "watch unknown tasks": (claims.WATCH_UNKNOWN, [3600.0, None], {"jobs_waiting_tasks"}),
     "expire a task": (
         claims.EXPIRE_TASK,
@@ -297,7 +304,7 @@ async def test_a_poll_reads_few_entries(database: Database) -> None:
             await ledger.claim("default", "w", 10, tasks=tasks, limits=limits)
         due = await ledger.due(["default"], ["task"])
         resumed = await ledger.resume("default", 100)
-        unknown = await ledger.unknown_tasks()
+        unrunnable = await ledger.unrunnable()
         assert await ledger.expire(3600.0) == {}
     ((read,),) = database.execute(
         "select sum(idx_tup_read) from pg_stat_user_indexes where indexrelname like 'viralfx_jobs%'"
@@ -305,7 +312,10 @@ async def test_a_poll_reads_few_entries(database: Database) -> None:
 
     assert due == {"default": 0.0}
     assert len(resumed) == 100
-    assert unknown == {"default": dict.fromkeys(("keyed", "limited", "unknown"), 1000)}
+    assert unrunnable == [
+        UnrunnableJobs("default", task, UNKNOWN_TASK, 1000)
+        for task in ("keyed", "limited", "unknown")
+    ]
     assert read < 10_000
 
 

@@ -98,7 +98,7 @@ class JobRuntime:
             counts=self._count,
             warn_after=warn_after,
             remark=", in memory: their jobs end with this process" if self.in_memory else "",
-            unknown_tasks=ledger.unknown_tasks,
+            unrunnable=ledger.unrunnable,
             unrecorded=self._report_unrecorded,
         )
         self.alerts = alerts

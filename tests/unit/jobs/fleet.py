@@ -26,6 +26,7 @@ from viralfx.domain.jobs.ledger import (
     QueueCounts,
     Registration,
     SweepResult,
+    UnrunnableJobs,
 )
 from viralfx.domain.jobs.limits import Limit
 from viralfx.domain.jobs.model import (
@@ -219,10 +220,10 @@ class FaultyLedger:
         await self._step("expire", patience)
         return await self._ledger.expire(patience, before)
 
-    async def unknown_tasks(self) -> Mapping[str, Mapping[str, int]]:
-        """Return unknown tasks, with the faults of ``unknown_tasks``."""
-        await self._step("unknown_tasks", None)
-        return await self._ledger.unknown_tasks()
+    async def unrunnable(self) -> Sequence[UnrunnableJobs]:
+        """Count jobs that no worker can run, with the faults of ``unrunnable``."""
+        await self._step("unrunnable", None)
+        return await self._ledger.unrunnable()
 
     async def counts(self) -> Mapping[str, QueueCounts]:
         """Count, with the faults of ``counts``."""

@@ -1,14 +1,19 @@
 """The health check of the queues."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 from tests.unit.jobs.fleet import Fleet
 
 from viralfx.domain.health.model import Status
 from viralfx.domain.jobs.health import BacklogCheck
-from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import LedgerUnavailableError, NotMigratedError
+from viralfx.domain.jobs.ledger import QueueCounts, UnrunnableJobs
+from viralfx.domain.jobs.model import (
+    PAYLOAD,
+    UNKNOWN_TASK,
+    LedgerUnavailableError,
+    NotMigratedError,
+)
 
 BUSY = QueueCounts(waiting=7, active=2, completed=100, failed=3, oldest_due=1.5, consumers=2)
 
@@ -97,30 +102,46 @@ async def test_overdue_jobs_and_missing_consumers_warn(
 
 
 @pytest.mark.parametrize(
-    ("unknown", "message"),
+    ("code", "count", "message"),
     [
-        ({"x": 12}, "q: 12 jobs of task x wait and no worker knows it"),
-        ({"x": 1}, "q: 1 job of task x waits and no worker knows it"),
-        ({"x": 1000}, "q: at least 1000 jobs of task x wait and no worker knows it"),
+        (UNKNOWN_TASK, 12, "q: 12 jobs of task x wait and no worker knows it"),
+        (UNKNOWN_TASK, 1, "q: 1 job of task x waits and no worker knows it"),
+        (UNKNOWN_TASK, 1000, "q: at least 1000 jobs of task x wait and no worker knows it"),
+        (PAYLOAD, 12, "q: 12 jobs of task x wait and no worker can decode their payloads"),
+        (PAYLOAD, 1, "q: 1 job of task x waits and no worker can decode its payload"),
     ],
 )
-async def test_jobs_of_tasks_that_no_worker_knows_warn(
-    unknown: dict[str, int], message: str
-) -> None:
+async def test_jobs_that_no_worker_can_run_warn(code: str, count: int, message: str) -> None:
     """It looks for them only while jobs are overdue: the query would cost idle workers."""
     asked = 0
 
-    async def unknown_tasks() -> Mapping[str, Mapping[str, int]]:
+    async def unrunnable() -> Sequence[UnrunnableJobs]:
         nonlocal asked
         asked += 1
-        return {"q": unknown}
+        return [UnrunnableJobs("q", "x", code, count)]
 
     late = QueueCounts(waiting=3, oldest_due=6.0, consumers=1)
-    seen = await check_of({"q": late, "other": BUSY}, unknown_tasks=unknown_tasks).check()
-    early = await check_of({"q": BUSY}, unknown_tasks=unknown_tasks).check()
+    seen = await check_of({"q": late, "other": late}, unrunnable=unrunnable).check()
+    early = await check_of({"q": BUSY}, unrunnable=unrunnable).check()
 
-    assert (seen.status, seen.code, seen.message) == (Status.WARN, "unknown_task", message)
+    assert (seen.status, seen.code, seen.message) == (Status.WARN, code, message)
     assert (early.status, asked) == (Status.PASS, 1)
+
+
+async def test_each_task_that_no_worker_can_run_is_named() -> None:
+    """The code is that of the first one."""
+
+    async def unrunnable() -> Sequence[UnrunnableJobs]:
+        return [UnrunnableJobs("q", "a", PAYLOAD, 2), UnrunnableJobs("q", "b", UNKNOWN_TASK, 1)]
+
+    late = QueueCounts(waiting=3, oldest_due=6.0, consumers=1)
+    seen = await check_of({"q": late}, unrunnable=unrunnable).check()
+
+    assert seen.code == PAYLOAD
+    assert seen.message == (
+        "q: 2 jobs of task a wait and no worker can decode their payloads; 1 job of task b waits"
+        " and no worker knows it"
+    )
 
 
 async def test_zero_turns_the_backlog_warning_off() -> None:

@@ -14,12 +14,13 @@ from viralfx.domain.clock import Clock
 from viralfx.domain.jobs.codec import ResultError, is_json
 from viralfx.domain.jobs.ledger import (
     MAX_ANNOUNCED,
-    MAX_UNKNOWN,
+    MAX_UNRUNNABLE,
     NO_LIMITS,
     Claims,
     QueueCounts,
     Registration,
     SweepResult,
+    UnrunnableJobs,
 )
 from viralfx.domain.jobs.limits import Limit
 from viralfx.domain.jobs.model import (
@@ -334,15 +335,20 @@ class MemoryJobLedger(JobChanges):
                     failed[error.code].append(job_id)
         return failed
 
-    async def unknown_tasks(self) -> Mapping[str, Mapping[str, int]]:
-        """Return the due jobs of unknown tasks."""
-        found: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    async def unrunnable(self) -> Sequence[UnrunnableJobs]:
+        """Count the due jobs that no worker can run."""
+        found: list[UnrunnableJobs] = []
         consumed = {queue for each in self._living().values() for queue in each.queues}
-        for queue, task in self._due_tasks():
-            if queue in consumed and not self._workers_for(queue, task):
-                due = self._index.due(queue, self._clock.now(), [task])
-                found[queue][task] = sum(1 for _ in islice(due, MAX_UNKNOWN))
-        return dict(found)
+        for queue, task in sorted(self._due_tasks()):
+            if queue not in consumed:
+                continue
+            workers = self._workers_for(queue, task)
+            code = PAYLOAD if workers else UNKNOWN_TASK
+            due = self._index.due(queue, self._clock.now(), [task])
+            cannot = (job_id for job_id in due if workers <= self._refused.get(job_id, set()))
+            if count := sum(1 for _ in islice(cannot, MAX_UNRUNNABLE)):
+                found.append(UnrunnableJobs(queue, task, code, count))
+        return found
 
     def _due_tasks(self) -> Sequence[tuple[str, str]]:
         return [

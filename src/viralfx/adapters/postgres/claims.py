@@ -1,7 +1,6 @@
 """Workers in the ledger: their registration and leases, and their claims of due jobs."""
 
 import math
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -19,7 +18,7 @@ from viralfx.adapters.postgres.ledger_sql import RELEASED
 from viralfx.adapters.postgres.migrations import Statements
 from viralfx.adapters.postgres.retry import DedicatedConnection, RetriedSteps
 from viralfx.domain.clock import Clock, SystemClock, default_rng
-from viralfx.domain.jobs.ledger import MAX_UNKNOWN, Registration
+from viralfx.domain.jobs.ledger import MAX_UNRUNNABLE, Registration, UnrunnableJobs
 from viralfx.domain.jobs.limits import Limit
 from viralfx.domain.jobs.model import PAYLOAD, UNKNOWN_TASK, unknown_message
 
@@ -161,9 +160,15 @@ RECURSIVE first AS (
         AND {_NO_WORKER.format(queue="first.queue", task="first.task", more="")}
 )
 """  # noqa: S608 - constants
-UNKNOWN_TASKS: Final = f"""
+# True of a job that each worker which knows its task has refused; there is such a worker.
+_UNDECODABLE = f"""
+refused_by IS NOT NULL AND NOT {_NO_WORKER.format(queue="job.queue", task="job.task", more="")}
+    AND {
+    _NO_WORKER.format(queue="job.queue", task="job.task", more="AND worker <> ALL(job.refused_by)")
+}"""
+UNRUNNABLE: Final = f"""
 WITH {_UNKNOWN}
-SELECT queue, task, (
+SELECT queue, task, '{UNKNOWN_TASK}' AS code, (
     SELECT count(*) FROM (
         SELECT FROM viralfx_jobs AS job
         WHERE state = 'waiting' AND job.run_at <= statement_timestamp()
@@ -177,6 +182,13 @@ WHERE EXISTS (
     SELECT FROM viralfx_workers
     WHERE lease_until > statement_timestamp() AND unknown.queue = ANY(queues)
 )
+UNION ALL
+SELECT queue, task, '{PAYLOAD}', count(*) FROM (
+    SELECT queue, task FROM viralfx_jobs AS job
+    WHERE state = 'waiting' AND run_at <= statement_timestamp() AND {_UNDECODABLE}
+    LIMIT $1
+) AS undecodable GROUP BY queue, task
+ORDER BY queue, task
 """  # noqa: S608 - constants
 _IN_TIME = "($2::timestamptz IS NULL OR statement_timestamp() < $2)"
 # Time counts only while it is watched: after a gap of half the patience, in which no worker was
@@ -216,13 +228,7 @@ EXPIRE_TASK: Final = _EXPIRE.format(
 )
 EXPIRE_PAYLOADS: Final = _EXPIRE.format(
     error="error_code = 'payload'",
-    expired=f"""refused_by IS NOT NULL AND {_IN_TIME}
-        AND NOT {_NO_WORKER.format(queue="job.queue", task="job.task", more="")}
-        AND {
-        _NO_WORKER.format(
-            queue="job.queue", task="job.task", more="AND worker <> ALL(job.refused_by)"
-        )
-    }""",
+    expired=f"{_IN_TIME} AND {_UNDECODABLE}",
 )
 
 
@@ -242,12 +248,10 @@ async def expire(
     return {code: ids for code, ids in failed.items() if ids}
 
 
-async def unknown_tasks(connection: Lease, sql: Statements) -> Mapping[str, Mapping[str, int]]:
-    """Return the due jobs of unknown tasks; see :meth:`JobLedger.unknown_tasks`."""
-    found: defaultdict[str, dict[str, int]] = defaultdict(dict)
-    for row in await fetched_by_index(connection, sql.UNKNOWN_TASKS, MAX_UNKNOWN):
-        found[row["queue"]][row["task"]] = row["jobs"]
-    return dict(found)
+async def unrunnable(connection: Lease, sql: Statements) -> Sequence[UnrunnableJobs]:
+    """Count the due jobs that no worker can run; see :meth:`JobLedger.unrunnable`."""
+    rows = await fetched_by_index(connection, sql.UNRUNNABLE, MAX_UNRUNNABLE)
+    return [UnrunnableJobs(row["queue"], row["task"], row["code"], row["jobs"]) for row in rows]
 
 
 SLOW_CLAIM_SECONDS = 0.02

@@ -49,6 +49,7 @@ from viralfx.domain.jobs.ledger import (
     QueueCounts,
     Registration,
     SweepResult,
+    UnrunnableJobs,
 )
 from viralfx.domain.jobs.limits import Limit
 from viralfx.domain.jobs.model import (
@@ -425,10 +426,10 @@ class PostgresJobLedger(JobChanges):
             lambda attempt: claims.expire(attempt.connection, self._sql, interval(patience), before)
         )
 
-    async def unknown_tasks(self) -> Mapping[str, Mapping[str, int]]:
+    async def unrunnable(self) -> Sequence[UnrunnableJobs]:
         """See :class:`JobLedger`."""
         return await self._steps.run(
-            lambda attempt: claims.unknown_tasks(attempt.connection, self._sql)
+            lambda attempt: claims.unrunnable(attempt.connection, self._sql)
         )
 
     async def counts(self) -> Mapping[str, QueueCounts]:

@@ -1,30 +1,31 @@
 """The health check of the queues: their counts, and warnings about overdue jobs."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from viralfx.domain.health.model import Observation, Status
-from viralfx.domain.jobs.ledger import MAX_UNKNOWN, Counts, QueueCounts
-from viralfx.domain.jobs.model import LedgerUnavailableError, NotMigratedError
+from viralfx.domain.jobs.ledger import MAX_UNRUNNABLE, Counts, QueueCounts, UnrunnableJobs
+from viralfx.domain.jobs.model import PAYLOAD, LedgerUnavailableError, NotMigratedError
 
 _NO_CONSUMERS_SECONDS = 5.0
 """Seconds that a job must be overdue before a queue warns because no worker can run it."""
 
-UnknownTasks = Callable[[], Awaitable[Mapping[str, Mapping[str, int]]]]
-"""Returns due jobs of tasks that no worker knows, as :meth:`JobLedger.unknown_tasks` does."""
+Unrunnable = Callable[[], Awaitable[Sequence[UnrunnableJobs]]]
+"""Counts the due jobs that no worker can run, as :meth:`JobLedger.unrunnable` does."""
 
 
-async def _no_unknown_tasks() -> Mapping[str, Mapping[str, int]]:
-    return {}
+async def _none() -> Sequence[UnrunnableJobs]:
+    return ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BacklogCheck:
-    """Warns about overdue and unknown jobs, missing or blocked workers, and unrecorded outcomes.
+    """Warns about overdue jobs, also if no worker can run them, and about outcomes not recorded.
 
     ``counts`` returns the counts of all queues. A queue warns if a job has been due for longer than
     ``warn_after`` seconds; zero turns that warning off. ``remark`` is added to the message.
-    ``unknown_tasks`` is called only while jobs are overdue: it costs a query of its own.
+    It names the workers that are missing or blocked, and the tasks that no worker can run.
+    ``unrunnable`` is called only while jobs are overdue: it costs a query of its own.
     ``unrecorded`` returns how many outcomes this process has had for longer than a lease, by queue.
     A paused queue does not warn about jobs that wait.
     """
@@ -32,7 +33,7 @@ class BacklogCheck:
     counts: Counts
     warn_after: float = 60.0
     remark: str = ""
-    unknown_tasks: UnknownTasks = _no_unknown_tasks
+    unrunnable: Unrunnable = _none
     unrecorded: Callable[[], Mapping[str, int]] = dict
 
     async def check(self) -> Observation:
@@ -42,14 +43,14 @@ class BacklogCheck:
             counts = await self.counts()
             running = (each for each in counts.values() if not each.paused)
             late = any(each.oldest_due > _NO_CONSUMERS_SECONDS for each in running)
-            unknown = await self.unknown_tasks() if late else {}
+            unrunnable = await self.unrunnable() if late else ()
         except LedgerUnavailableError as error:
             code = "not_migrated" if isinstance(error, NotMigratedError) else "unavailable"
             message = "The job ledger does not answer"
             return Observation(status=Status.FAIL, message=message, code=code, error=error)
         found = {
             name: _unrecorded(unrecorded.get(name, 0))
-            or self._problem_of(counts[name], unknown.get(name, {}))
+            or self._problem_of(counts[name], [each for each in unrunnable if each.queue == name])
             for name in counts
         }
         details = [_describe(name, counts[name], ok=not found[name]) for name in counts]
@@ -67,14 +68,16 @@ class BacklogCheck:
             code=problems[0][1],
         )
 
-    def _problem_of(self, queue: QueueCounts, unknown: Mapping[str, int]) -> tuple[str, str] | None:
+    def _problem_of(
+        self, queue: QueueCounts, unrunnable: Sequence[UnrunnableJobs]
+    ) -> tuple[str, str] | None:
         """Return the code and text of a queue's problem; None if it has none."""
         # The jobs of a paused queue wait because an operator wants it.
         late = 0.0 if queue.paused else queue.oldest_due
         if queue.waiting and not queue.consumers and late > _NO_CONSUMERS_SECONDS:
             return "no_consumers", f"{queue.waiting} jobs wait and no worker consumes the queue"
-        if unknown and late > _NO_CONSUMERS_SECONDS:
-            return "unknown_task", "; ".join(map(_unknown, unknown, unknown.values()))
+        if unrunnable and late > _NO_CONSUMERS_SECONDS:
+            return unrunnable[0].code, "; ".join(map(_text_of, unrunnable))
         if queue.blocked:
             workers = "worker" if queue.consumers == 1 else "workers"
             text = f"the event loop of {queue.blocked} of {queue.consumers} {workers} is blocked"
@@ -84,10 +87,14 @@ class BacklogCheck:
         return None
 
 
-def _unknown(task: str, count: int) -> str:
-    number = f"at least {count}" if count >= MAX_UNKNOWN else str(count)
-    jobs = "1 job" if count == 1 else f"{number} jobs"
-    return f"{jobs} of task {task} {'waits' if count == 1 else 'wait'} and no worker knows it"
+def _text_of(jobs: UnrunnableJobs) -> str:
+    count, undecodable = jobs.number, jobs.code == PAYLOAD
+    if count == 1:
+        why = "can decode its payload" if undecodable else "knows it"
+        return f"1 job of task {jobs.task} waits and no worker {why}"
+    number = f"at least {count}" if count >= MAX_UNRUNNABLE else str(count)
+    why = "can decode their payloads" if undecodable else "knows it"
+    return f"{number} jobs of task {jobs.task} wait and no worker {why}"
 
 
 def _unrecorded(count: int) -> tuple[str, str] | None:

@@ -15,7 +15,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, NamedTuple, Protocol, Self
 
 from viralfx.domain.errors import ViralFXError
 from viralfx.domain.jobs.limits import Limit
@@ -156,8 +156,19 @@ class Registration:
     without one. For a worker that does not lead, this is the lease of the leader."""
 
 
-MAX_UNKNOWN = 1000
-"""The most jobs of an unknown task that are counted."""
+MAX_UNRUNNABLE = 1000
+"""The most jobs of a task that are counted although no worker can run them."""
+
+
+class UnrunnableJobs(NamedTuple):
+    """The due jobs of a task in a queue that no worker with a valid lease can run."""
+
+    queue: str
+    task: str
+    code: str
+    """``unknown_task`` or ``payload``: the code of their failure, if that lasts."""
+    number: int
+    """At most :data:`MAX_UNRUNNABLE`."""
 
 
 class WorkerRegistry(Protocol):
@@ -362,10 +373,11 @@ class JobLedger(WorkerRegistry, Protocol):
         """
         ...
 
-    async def unknown_tasks(self) -> Mapping[str, Mapping[str, int]]:
-        """Return, by queue and task, how many due jobs no worker with a valid lease knows.
+    async def unrunnable(self) -> Sequence[UnrunnableJobs]:
+        """Count the due jobs that no worker with a valid lease can run, by task.
 
-        Queues without a worker are left out. A number is at most :data:`MAX_UNKNOWN`.
+        :meth:`expire` has the two reasons. Queues without a worker are left out. Of the jobs whose
+        payload was refused, it counts no more than :data:`MAX_UNRUNNABLE` in all.
         """
         ...
 
