@@ -173,6 +173,7 @@ CASES = (
     _quick("`SystemExit`, `KeyboardInterrupt`", "end"),
     _quick("`SystemExit` in a thread", "end_thread"),
     _quick("the end of a thread from C", "vanish"),
+    _quick("`CancelledError`, a task that cancels itself", "cancel"),
     _quick("no memory left", "exhaust", without=MEMORY),
     _quick("swallows cancellation", "swallow"),
     _quick("a thread beyond its timeout", "stuck"),

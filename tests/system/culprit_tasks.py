@@ -247,6 +247,18 @@ async def end(how: str, context: JobContext) -> str:
     return how
 
 
+@task("culprits.cancel")
+async def cancel(how: str, context: JobContext) -> None:
+    """Raise the error of a cancellation that was not requested, or cancel itself."""
+    note(context)
+    if how == "raised":
+        raise asyncio.CancelledError
+    running = asyncio.current_task()
+    assert running is not None
+    running.cancel()
+    await asyncio.Event().wait()
+
+
 @task("culprits.fork")
 async def fork(how: str, context: JobContext) -> str:
     """Fork; the child ends here, or returns from the task as well."""

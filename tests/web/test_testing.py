@@ -204,6 +204,25 @@ def test_a_retry_does_not_wait() -> None:
     assert ran[1].error.message == "no such host"
 
 
+def test_a_task_that_cancels_itself_fails() -> None:
+    """As under a worker; the test that runs it is not cancelled."""
+
+    @task("mail.withdraw", retry=None)
+    async def withdraw(_: None) -> None:
+        current = asyncio.current_task()
+        assert current is not None
+        current.cancel()
+        await asyncio.sleep(0)
+
+    plugin = OperationsPlugin(OperationsConfig(tasks=[withdraw]))
+    asyncio.run(_submit(plugin, "mail.withdraw", None))
+    (job,) = run_pending(plugin)
+
+    assert job.error is not None
+    assert (job.state, job.error.code) == ("failed", "error")
+    assert job.error.message == "the task raised CancelledError without being cancelled"
+
+
 def test_an_error_is_raised_on_request() -> None:
     """It is the exception of the task itself."""
     plugin = create()

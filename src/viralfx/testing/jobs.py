@@ -23,6 +23,7 @@ from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.jobs.codec import same_json
 from viralfx.domain.jobs.model import Claim, Job, JobError, JobFilter, JobState
 from viralfx.web.layer import OperationsLayer
+from viralfx.worker.calls import JobTask
 from viralfx.worker.execution import Execution
 
 __all__ = ["Jobs", "SubmittedJob", "assert_submitted", "run_pending", "submitted"]
@@ -242,9 +243,8 @@ class _Run:
             )
         self._ran[claim.id] = None
         execution = Execution(claim)
-        running = asyncio.create_task(self._executor.execute(execution), name=claim.id)
-        execution.task = running  # type: ignore[assignment]  # its result is read here
-        settlement = await running
+        execution.task = JobTask(self._executor.execute(execution), name=claim.id)
+        settlement = await execution.task
         if settlement is not None:
             await self._memory.settle([settlement])
         if self._raise_errors and settlement is not None and settlement.error is not None:

@@ -6,14 +6,18 @@ import itertools
 import os
 import threading
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
+from viralfx.domain.clock import Clock
 from viralfx.domain.jobs.hooks import DependencyProvider, TaskMiddleware
 from viralfx.domain.jobs.tasks import JobContext, Task
 from viralfx.domain.resilience.deadline import Cancellation, Deadline
+
+T = TypeVar("T")
 
 RunInThread = Callable[[Callable[[], Any]], Awaitable[Any]]
 """Runs a plain function in a thread, with the caller's context variables."""
@@ -104,6 +108,42 @@ def _require_middleware(middleware: Any) -> None:
 def _run(function: Callable[[], Any], in_thread: RunInThread | None) -> Awaitable[Any]:
     called: Awaitable[Any] = function() if in_thread is None else in_thread(function)
     return called
+
+
+class JobTask(asyncio.Task[T]):
+    """The asyncio task that executes a job; it knows whether its own code has cancelled it."""
+
+    _own = 0
+
+    def cancel(self, msg: Any = None) -> bool:
+        """See :meth:`asyncio.Task.cancel`."""
+        self._own += asyncio.current_task(self.get_loop()) is self
+        return super().cancel(msg)
+
+    @property
+    def cancelled_itself(self) -> bool:
+        """True if all cancellations that were not withdrawn came from its own code."""
+        return 0 < self.cancelling() <= self._own
+
+
+def is_closed(task: "asyncio.Task[Any] | None") -> bool:
+    """Return True if a coroutine is closed from outside its asyncio task, as without a loop."""
+    try:
+        return asyncio.current_task() is not task
+    except RuntimeError:
+        return True
+
+
+async def withdraw_cancellations(clock: Clock) -> None:
+    """Withdraw the cancellations of the current asyncio task, which its own code requested.
+
+    One may be pending still: the next ``await`` would raise it, and that records the outcome.
+    """
+    current = asyncio.current_task()
+    while current is not None and current.uncancel():
+        pass
+    with suppress(asyncio.CancelledError):
+        await clock.sleep(0)  # Python 3.13 has withdrawn it already
 
 
 # -- threads -----------------------------------------------------------------------------------

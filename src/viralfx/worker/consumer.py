@@ -11,6 +11,7 @@ from viralfx.domain.clock import default_rng, report_crash, supervised, wait_for
 from viralfx.domain.jobs.model import JobState, Settlement, handed_back
 from viralfx.domain.jobs.notifier import DUE_MARGIN_SECONDS, JobNotification, JobNotifier
 from viralfx.domain.jobs.tasks import PostponedError
+from viralfx.worker.calls import JobTask
 from viralfx.worker.completer import Completer
 from viralfx.worker.context import WorkerContext
 from viralfx.worker.execution import CANCEL_GRACE_SECONDS, Execution, Executor
@@ -383,7 +384,7 @@ class QueueConsumer:
     # -- running a job -----------------------------------------------------------------------
 
     def _launch(self, execution: Execution, run: Coroutine[Any, Any, None]) -> None:
-        execution.task = asyncio.create_task(run, name=execution.claim.id)
+        execution.task = JobTask(run, name=execution.claim.id)
         execution.task.add_done_callback(lambda task: self._ended(execution, task))
         if self._abandoning is None:
             self._abandoning = supervised(self._abandon_late(), f"job-timeouts-{self.queue}")

@@ -48,7 +48,7 @@ from viralfx.domain.jobs.tasks import (
 from viralfx.domain.resilience.deadline import Cancellation, Deadline
 from viralfx.domain.resilience.policy import RetryPolicy
 from viralfx.worker import calls as worker_calls
-from viralfx.worker.calls import JobThreads, TaskCalls, end_forked_child
+from viralfx.worker.calls import JobTask, JobThreads, TaskCalls, end_forked_child, is_closed
 
 _logger = logging.getLogger("viralfx.jobs")
 
@@ -172,7 +172,7 @@ class Execution:
         """The deadline of the task; None before it starts."""
         self.cancelled: Cancellation | None = None
         """Tells the task to end, if it is one that asks; None before it starts."""
-        self.task: asyncio.Task[None] | None = None
+        self.task: JobTask[Any] | None = None
         """The asyncio task."""
         self.raised: BaseException | None = None
         """The exception of the task, or of encoding its result."""
@@ -219,6 +219,12 @@ class Execution:
     def last_progress(self) -> bytes | None:
         """Return the last report as JSON; None without one."""
         return None if self.progress is None else self.progress.encode()
+
+    @property
+    def cancelled_itself(self) -> bool:
+        """True if code of the task has cancelled the asyncio task, and nothing else has."""
+        by_worker = self.handing_back or self.cancelling or self.abandoned
+        return self.task is not None and self.task.cancelled_itself and not by_worker
 
     def cancel(self) -> None:
         """Cancel the asyncio task."""
@@ -338,7 +344,7 @@ class Executor:
             except (Exception, asyncio.CancelledError):
                 raise
             except BaseException as error:
-                if isinstance(error, GeneratorExit) and _is_being_closed(execution):
+                if isinstance(error, GeneratorExit) and is_closed(execution.task):
                     raise
                 # The process handles signals elsewhere; this exception is the task's own.
                 raised = f"{type(error).__name__}({_text_of(error)})"
@@ -347,6 +353,8 @@ class Executor:
                 end_forked_child(process)
                 cancelled.set()  # for threads that the task has left behind
                 execution.recording = True
+                if execution.cancelled_itself:
+                    await worker_calls.withdraw_cancellations(self.clock)
             return encoded_result(self.codec, result, self.max_result_bytes)
         except BaseException as error:
             execution.raised = error
@@ -466,14 +474,6 @@ def _code_of(execution: Execution, error: Exception) -> str:
     deadline = execution.deadline
     cut = deadline is not None and deadline.cut
     return "timeout" if cut and isinstance(error, TimeoutError) else "error"
-
-
-def _is_being_closed(execution: Execution) -> bool:
-    """Return True if the coroutine is closed from outside its asyncio task, as without a loop."""
-    try:
-        return asyncio.current_task() is not execution.task
-    except RuntimeError:
-        return True
 
 
 def _is_cancelled() -> bool:

@@ -811,6 +811,59 @@ def test_every_job_becomes_final_with_random_tasks(acts: list[str], slots: int) 
     run_in_virtual_time(main())
 
 
+def _cancel_this_task() -> None:
+    current = asyncio.current_task()
+    assert current is not None
+    current.cancel()
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+async def test_a_task_that_cancels_itself_fails_alone(fleet: Fleet, *, transactional: bool) -> None:
+    """As one that raises ``CancelledError``; its slot is free again."""
+
+    async def cancel(_: object, __: object = None) -> None:
+        _cancel_this_task()
+        await asyncio.sleep(1.0)
+
+    job = await run(fleet, cancel, transactional=transactional)
+    beside = await fleet.accept()
+    took = await fleet.final(beside)
+
+    assert (job.state, job.error and job.error.code) == (JobState.FAILED, "error")
+    assert (job.attempts, job.claims, job.crashes) == (1, 1, 0)
+    assert took < 10.0
+
+
+async def test_a_cancellation_that_the_task_leaves_behind_is_withdrawn(fleet: Fleet) -> None:
+    """It ended before it was raised, so the job completes."""
+
+    async def leave(payload: object) -> object:
+        _cancel_this_task()
+        return payload
+
+    job = await run(fleet, leave, "7")
+
+    assert (job.state, job.result, job.claims) == (JobState.COMPLETED, b"7", 1)
+
+
+def test_a_loop_that_ends_without_a_drain_settles_nothing() -> None:
+    """The job is not to blame: it runs again once the lease of its worker has ended."""
+    fleet = Fleet()
+
+    async def main() -> str:
+        fleet.start()
+        job_id = await fleet.accept("sleep", "60")
+        await fleet.until(lambda: fleet.running)
+        return job_id
+
+    job_id = run_in_virtual_time(main())
+    job = asyncio.run(fleet.memory_ledger.get(job_id))
+
+    assert fleet.cancelled == [60]
+    assert job is not None
+    assert (job.state, job.attempts, job.history) == (JobState.ACTIVE, 0, ())
+
+
 async def test_a_job_without_a_request_has_a_correlation_id_in_its_task(fleet: Fleet) -> None:
     """It is unique and the same in each attempt."""
     seen: list[str | None] = []
