@@ -162,6 +162,38 @@ async def test_a_recent_claim_survives_a_renewal(case: LedgerCase) -> None:
     assert (await case.job(others.id)).state is JobState.ACTIVE
 
 
+async def test_a_worker_releases_all_other_jobs_at_once(case: LedgerCase) -> None:
+    """Without a grace: from every queue, at no cost, in their old places. None without a list."""
+    await case.accept(3)
+    await case.accept(queue="analytics")
+    (cancelled,) = await case.accept()
+    claims = await case.claim(4)
+    (elsewhere,) = await case.claim(queue="analytics")
+    others = await case.accept_and_claim(worker="other")
+    await case.ledger.cancel(cancelled.id, running=True)
+    await case.ledger.register("w", ["default"], LONG_LEASE, grace=0.0)
+    assert [(await case.job(claim.id)).state for claim in claims] == [JobState.ACTIVE] * 4
+    kept, *released, _ = claims
+    before = await case.job(released[0].id)
+    await case.ledger.register("w", ["default"], LONG_LEASE, [kept.id], grace=0.0)
+    job = await case.job(released[0].id)
+
+    assert (job.state, job.worker, job.history) == (JobState.WAITING, None, ())
+    assert (job.attempts, job.crashes, job.claims) == (0, 0, 1)
+    assert (job.run_at, job.error) == (before.run_at, None)
+    assert (await case.job(elsewhere.id)).state is JobState.WAITING
+    assert (await case.job(kept.id)).state is JobState.ACTIVE
+    assert (await case.job(others.id)).state is JobState.ACTIVE
+    await case.ledger.sweep(5)
+    assert (await case.job(cancelled.id)).state is JobState.CANCELLED
+    late = [completed(claim, b"1") for claim in claims]
+    assert set(await case.ledger.settle(late)) == {kept.id}
+    again = await case.claim(2, worker="other")
+    assert [(claim.id, claim.number, claim.attempt) for claim in again] == [
+        (claim.id, 2, 1) for claim in released
+    ]
+
+
 async def test_a_renewal_affects_the_workers_own_jobs_only(case: LedgerCase) -> None:
     """And none at all without a list of jobs."""
     silent = await case.accept_and_claim(worker="silent")

@@ -148,7 +148,7 @@ STATEMENTS: dict[str, tuple[str, list[Any], set[str]]] = {
     ),
     "heartbeat": (
         sql.REGISTER_HOLDING,
-        ["w", ["default"], 30.0, ["task"], True, [NO_WORKER] * 50],
+        ["w", ["default"], 30.0, ["task"], True, [NO_WORKER] * 50, 30.0],
         {"jobs_active"},
     ),
     "deregister": (sql.DEREGISTER, ["w"], {"jobs_active"}),
@@ -221,7 +221,7 @@ STATEMENTS: dict[str, tuple[str, list[Any], set[str]]] = {
 }
 
 OPTIONAL = {
-    "unknown tasks": {"jobs_waiting", "jobs_waiting_tasks", "jobs_pages"},
+    "jobs that no worker can run": {"jobs_waiting", "jobs_waiting_tasks", "jobs_pages"},
     "expire a task": {"jobs_waiting", "jobs_waiting_tasks", "jobs_pages"},
 }
 """Indexes that serve as well, since all waiting jobs of this test are of one task."""

@@ -17,6 +17,7 @@ from tests.servers.waiting import until, wait_until
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryNotifier
 from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger, PostgresLeaseStore
+from viralfx.domain.jobs.ledger import Claims
 from viralfx.domain.jobs.model import JobState
 from viralfx.domain.jobs.tasks import TaskRegistry, declared_task, task
 from viralfx.worker.worker import JobWorker, WorkerConfig
@@ -60,12 +61,24 @@ async def test_a_store_renews_from_another_thread(database: Database) -> None:
 
 
 @asynccontextmanager
-async def working(pool: PostgresDatabase, *functions: Any) -> AsyncIterator[JobWorker]:
+async def working(
+    pool: PostgresDatabase,
+    *functions: Any,
+    name: str = "w",
+    slots: int = 2,
+    ledger: PostgresJobLedger | None = None,
+) -> AsyncIterator[JobWorker]:
     """Run a worker whose lease a thread renews."""
     declared = [each for function in functions if (each := declared_task(function))]
     worker = JobWorker(
-        WorkerConfig(name="w", queues={"default": 2}, lease=LEASE, default_timeout=20.0),
-        ledger=PostgresJobLedger(pool),
+        WorkerConfig(
+            name=name,
+            queues={"default": slots},
+            lease=LEASE,
+            poll_interval=0.5,
+            default_timeout=20.0,
+        ),
+        ledger=ledger or PostgresJobLedger(pool),
         notifier=MemoryNotifier(),
         tasks=TaskRegistry(declared),
         codec=MsgspecCodec(),
@@ -107,6 +120,95 @@ async def test_a_blocked_worker_keeps_its_lease(database: Database) -> None:
     assert (job.state, job.crashes, job.claims) == (JobState.COMPLETED, 0, 1)
     assert {valid for valid, _ in seen} == {True}
     assert (True, False) in seen
+
+
+async def test_jobs_that_have_not_begun_run_on_another_worker(database: Database) -> None:
+    """While the loop of their worker is blocked: each once, at no cost."""
+    ran: list[tuple[str, int]] = []
+    ended = threading.Event()
+
+    def noting(worker: str) -> Any:
+        @task("note")
+        async def note(number: int) -> None:
+            ran.append((worker, number))
+
+        return note
+
+    async def elsewhere() -> None:
+        async with opened(config_of(database)) as pool, working(pool, noting("x"), name="x"):
+            await until(lambda: len(ran) == 9)
+
+    def run_elsewhere() -> None:
+        asyncio.run(elsewhere())
+        ended.set()
+
+    other = threading.Thread(target=run_elsewhere)
+
+    @task("block")
+    async def block(_: Any) -> bool:
+        other.start()
+        return ended.wait(20.0)
+
+    async with opened(config_of(database)) as pool:
+        ledger = PostgresJobLedger(pool)
+        drafts = [draft(task="note", payload=str(number).encode()) for number in range(9)]
+        accepted = await ledger.accept([draft(task="block", priority=1), *drafts])
+        async with working(pool, block, noting("w"), slots=10):
+            for each in accepted:
+                await _final(ledger, each.job.id)
+        blocked, *others = [await ledger.get(each.job.id) for each in accepted]
+    other.join()
+
+    assert blocked is not None
+    assert (blocked.result, blocked.crashes, blocked.claims) == (b"true", 0, 1)
+    assert sorted(ran) == [("x", number) for number in range(9)]
+    assert {(each.state, each.crashes, each.claims) for each in others if each} == {
+        (JobState.COMPLETED, 0, 2)
+    }
+
+
+class _UnreadClaim(PostgresJobLedger):
+    """Blocks the event loop once, after the server has executed a claim and before it returns."""
+
+    def __init__(self, pool: PostgresDatabase, database: Database) -> None:
+        super().__init__(pool)
+        self._server = database
+        self._block = True
+
+    def _count(self, state: str) -> int:
+        ((count,),) = self._server.execute(
+            f"select count(*) from viralfx_jobs where state = '{state}'"  # noqa: S608 - of this test
+        )
+        return int(count)
+
+    async def claim(self, *arguments: Any, **options: Any) -> Claims:
+        claiming = asyncio.ensure_future(super().claim(*arguments, **options))
+        if self._block:
+            self._block = False
+            while not self._count("active"):  # noqa: ASYNC110 - in the server
+                await asyncio.sleep(0)
+            wait_until(lambda: self._count("waiting"), what="the release")
+        return await claiming
+
+
+async def test_a_claim_that_the_blocked_loop_has_not_read_is_released(database: Database) -> None:
+    """Its job runs once, when the loop answers again."""
+    ran: list[int] = []
+
+    @task("note")
+    async def note(number: int) -> None:
+        ran.append(number)
+
+    async with opened(config_of(database)) as pool:
+        ledger = _UnreadClaim(pool, database)
+        (accepted,) = await ledger.accept([draft(task="note", payload=b"7")])
+        async with working(pool, note, ledger=ledger) as worker:
+            await _final(ledger, accepted.job.id)
+        job = await ledger.get(accepted.job.id)
+
+    assert job is not None
+    assert (job.state, job.crashes, job.claims, job.history) == (JobState.COMPLETED, 0, 2, ())
+    assert (ran, worker.fenced) == ([7], 0)
 
 
 async def _final(ledger: PostgresJobLedger, job_id: str) -> None:

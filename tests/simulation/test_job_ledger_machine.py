@@ -236,16 +236,18 @@ class LedgerMachine(RuleBasedStateMachine):
         worker=st.sampled_from(WORKERS),
         queues=st.sets(st.sampled_from(QUEUES)),
         says=st.sampled_from(["nothing", "none", "all", "one"]),
+        grace=st.sampled_from([None, 0.0]),
     )
-    def register(self, worker: str, queues: set[str], says: str) -> None:
+    def register(self, worker: str, queues: set[str], says: str, grace: float | None) -> None:
         """Have a worker live, and say what it holds or not."""
         active = self._active(worker)
         held = {"none": [], "all": active, "one": active[:1]}.get(says)
         ids = None if held is None else [job.id for job in held]
-        self.do(self.ledger.register(worker, queues, LEASE, ids))
+        self.do(self.ledger.register(worker, queues, LEASE, ids, grace=grace))
         self.leases[worker] = (self._now() + LEASE, frozenset(queues))
         for job in active:
-            if held is not None and job not in held and job.given < self._now() - LEASE:
+            lost = grace == 0.0 or job.given < self._now() - LEASE
+            if held is not None and job not in held and lost:
                 self._leave_state(job, JobState.WAITING)
 
     @precondition(lambda self: self._active())

@@ -75,10 +75,11 @@ class Completer:
             max_calls=_MAX_CALLS,
         )
 
-    async def settle(self, settlement: Settlement) -> bool:
+    async def settle(self, settlement: Settlement, *, released: bool = False) -> bool:
         """Return True once the ledger has recorded the outcome, False if it skipped it.
 
-        Raises nothing but ``CancelledError``.
+        ``released``: the job did not begin and may have another worker, so that is expected. Raises
+        nothing but ``CancelledError``.
         """
         claim = settlement.claim
         key = claim.id, claim.number
@@ -91,7 +92,7 @@ class Completer:
             self._pending.pop(key, None)
             self._doubtful.discard(key)
             self._reported.discard(key)
-        if not recorded:
+        if not recorded and not released:
             self.record_fenced(claim)
         return recorded
 

@@ -234,9 +234,8 @@ class QueueConsumer:
         """
         moment = self._clock.monotonic() + self._random_pause()
         if 0 < len(ids) <= self.free_slots - len(self._announced):
-            self._claim_announced_at = (
-                min(self._claim_announced_at, moment) if self._announced else moment
-            )
+            earlier = self._claim_announced_at if self._announced else moment
+            self._claim_announced_at = min(earlier, moment)
             self._announced.update(dict.fromkeys(ids))
         else:
             self._poll_at = min(self._poll_at, moment)
@@ -295,16 +294,12 @@ class QueueConsumer:
         now = self._clock.monotonic()
         if self.free_slots <= 0 or not self._heartbeat.is_secure(now):
             return math.inf  # a change of either calls wake()
-        if (isolated := self._quarantine.isolated_for()) > 0:
-            return isolated
-        if now < self._not_before:
-            return self._not_before - now
+        if (least := max(self._quarantine.isolated_for(), self._not_before - now)) > 0:
+            return least
         if self._poll_again:
             return None
-        claim_at = (
-            min(self._next_poll, self._claim_announced_at) if self._announced else self._next_poll
-        )
-        seconds = claim_at - now
+        announced_at = self._claim_announced_at if self._announced else math.inf
+        seconds = min(self._next_poll, announced_at) - now
         return seconds if seconds > 0 else None
 
     @property
@@ -320,7 +315,7 @@ class QueueConsumer:
     async def _claim(self) -> None:
         """Claim announced jobs, or any if a poll is due, and start them."""
         context, limit = self._context, self.free_slots
-        ids = self._take_announced(limit)
+        ids, releases = self._take_announced(limit), context.begun.releases
         claim_made, self._next_claim_made = self._next_claim_made, asyncio.Event()
         self._claim_began = self._clock.monotonic()
         try:
@@ -346,7 +341,7 @@ class QueueConsumer:
             pause = claims.again_in + DUE_MARGIN_SECONDS + self._random_pause()
             self._limited_until = self._clock.monotonic() + pause
         for claim in claims:
-            execution = Execution(claim)
+            execution = Execution(claim, releases)
             self._running.add(execution)
             self._launch(execution, self._run_job(execution))
         self._update_slot_free()
@@ -397,6 +392,8 @@ class QueueConsumer:
             settlement: Settlement | None
             if self._stopping:  # the claim was under way when the worker stopped
                 settlement = handed_back(claim)
+            elif self._context.begun.is_released(execution):
+                settlement = Settlement(claim=claim, state=JobState.WAITING, delay=0.0)
             elif not poison:
                 settlement = await self._executor.execute(execution)
             elif quarantine.try_acquire(execution):
@@ -422,24 +419,25 @@ class QueueConsumer:
         if settlement is None:
             self.recorded += 1
             return
-        if not await self._completer.settle(settlement):
+        released = self._context.begun.is_released(execution)
+        recorded = await self._completer.settle(settlement, released=released)
+        if not (recorded or released):
             return
         waits = settlement.state is JobState.WAITING
-        if waits and self._stopping and settlement.error is None:
-            self.handed_back += 1
-            self._context.notify(self.queue, (settlement.claim.id,))
-            return
-        self.recorded += 1
-        if settlement.refused:
+        back = recorded and waits and self._stopping and settlement.error is None
+        self.handed_back += back
+        self.recorded += not (back or released)
+        if back or released or settlement.refused:
             self._context.notify(self.queue, (settlement.claim.id,))
         # A job that waits for another reason is left to the next poll of any worker.
-        if waits and (settlement.spends_attempt or isinstance(execution.raised, PostponedError)):
+        elif waits and (settlement.spends_attempt or isinstance(execution.raised, PostponedError)):
             self.poll_after(settlement.delay or 0.0)
 
     def _ended(self, execution: Execution, task: asyncio.Task[None]) -> None:
         self._running.discard(execution)
         self._unrecorded.discard(execution)
         self._abandoned.discard(task)
+        self._context.begun.end(execution)
         self._update_slot_free()
         # Its outcome is recorded, so a limit may allow one more. A claim that runs may have counted
         # it still.
@@ -487,6 +485,7 @@ class QueueConsumer:
         self.abandoned += 1
         self._abandon(execution)
         recording = Execution(execution.claim)
+        self._context.begun.replace(execution, recording)
         # At once: a renewal of the lease that does not name the job makes it due again.
         self._unrecorded.add(recording)
         self._launch(recording, self._record(recording, self._executor.timed_out(execution)))

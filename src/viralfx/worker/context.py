@@ -4,9 +4,10 @@ import asyncio
 import logging
 import math
 import random
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from viralfx.domain.clock import Clock, default_rng, supervised
@@ -14,6 +15,7 @@ from viralfx.domain.jobs.ledger import JobLedger
 from viralfx.domain.jobs.model import LedgerUnavailableError
 from viralfx.domain.jobs.tasks import TaskRegistry
 from viralfx.domain.resilience.policy import Backoff, Jitter
+from viralfx.worker.execution import Execution
 
 _logger = logging.getLogger("viralfx.jobs")
 
@@ -129,6 +131,50 @@ class LedgerAvailability:
             self.remove(step)
 
 
+class BegunJobs:
+    """The jobs of a worker whose tasks have begun, shared by its event loop and its lease thread.
+
+    While the loop is blocked, the thread releases all other jobs of the worker in the ledger. A job
+    whose claim was requested before a release does not begin after it. So a job is in the list of
+    a release, or its task does not run here.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ids: dict[Execution, str] = {}
+        self.releases = 0
+        """How many releases there were. A claim keeps the number from before its request."""
+
+    def begin(self, execution: Execution) -> bool:
+        """Record that the task of an execution begins; return False if its job was released."""
+        with self._lock:
+            if self.is_released(execution):
+                return False
+            self._ids[execution] = execution.claim.id
+            return True
+
+    def is_released(self, execution: Execution) -> bool:
+        """Return True if its task had not begun at a release; call it on the event loop."""
+        return execution.releases != self.releases and execution not in self._ids
+
+    def replace(self, execution: Execution, by: Execution) -> None:
+        """Let another execution of the same job stand for one whose task has begun."""
+        with self._lock:
+            if (job_id := self._ids.pop(execution, None)) is not None:
+                self._ids[by] = job_id
+
+    def end(self, execution: Execution) -> None:
+        """Record that nothing of an execution is left to do."""
+        with self._lock:
+            self._ids.pop(execution, None)
+
+    def release(self) -> Sequence[str]:
+        """Return the ids of the jobs to keep; none of the others begins from now on."""
+        with self._lock:
+            self.releases += 1
+            return tuple(self._ids.values())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerContext:
     """Shared dependencies of all parts of one worker."""
@@ -142,3 +188,4 @@ class WorkerContext:
     clock: Clock
     notify: Callable[[str, Sequence[str]], None]
     """Announces due jobs, by queue and ids, to all workers; neither waits nor raises."""
+    begun: BegunJobs = field(default_factory=BegunJobs)

@@ -162,12 +162,15 @@ class Execution:
         "progress",
         "raised",
         "recording",
+        "releases",
         "stored_progress",
         "task",
     )
 
-    def __init__(self, claim: Claim) -> None:
+    def __init__(self, claim: Claim, releases: int = 0) -> None:
         self.claim = claim
+        self.releases = releases
+        """How often the worker had released jobs before it requested the claim."""
         self.deadline: Deadline | None = None
         """The deadline of the task; None before it starts."""
         self.cancelled: Cancellation | None = None
@@ -253,8 +256,8 @@ class Executor:
     """Run the plain functions of tasks."""
     on_begin: Callable[[], None]
     """Called for each job; its task may wait for a connection before it begins."""
-    on_begun: Callable[[float], None]
-    """Called with the timeout of each task that begins, in seconds."""
+    on_begun: Callable[[Execution, float], bool]
+    """Called before each task begins, with its timeout in seconds; False: it must not begin."""
     hooks: JobHooks = field(default_factory=CombinedHooks)
     submit: Submitter | None = None
     """Submits the jobs of tasks; None: they cannot submit any."""
@@ -310,7 +313,8 @@ class Executor:
         # The timeout starts here: waiting for a connection does not count.
         timeout = self.timeout_of(task)
         deadline = Deadline(timeout, clock=self.clock)
-        self.on_begun(timeout)
+        if not self.on_begun(execution, timeout):
+            raise PostponedError("the job was released to other workers", 0.0)
         cancelled = Cancellation(deadline)
         execution.recording, execution.deadline = False, deadline
         execution.cancelled = cancelled

@@ -17,6 +17,7 @@ from viralfx.domain.clock import Clock, default_rng, finished_within, ignore_err
 from viralfx.domain.jobs.ledger import LeaseStore, Registration
 from viralfx.domain.jobs.model import LedgerUnavailableError, is_job_id
 from viralfx.worker.context import MAX_RETRY_SECONDS, RETRY_BACKOFF, Role, WorkerContext
+from viralfx.worker.execution import Execution
 
 _logger = logging.getLogger("viralfx.jobs")
 
@@ -265,7 +266,8 @@ class Heartbeat(Role):
     After the lease has expired, other workers may take the worker's jobs. Running tasks continue,
     and the ledger rejects the outcome of a job that was claimed again.
 
-    With a lease store the renewals come from a thread, so a blocked event loop keeps its jobs.
+    With a lease store the renewals come from a thread. So a worker whose event loop is blocked
+    keeps the jobs that have begun, and the others go to other workers.
     """
 
     name = "job-heartbeat"
@@ -342,10 +344,16 @@ class Heartbeat(Role):
         """
         return None if self._ahead is None else datetime.fromtimestamp(now + self._ahead, UTC)
 
-    def covers(self, seconds: float) -> None:
-        """Record that a task began whose timeout is in ``seconds``: until then it may block."""
+    def begin(self, execution: Execution, timeout: float) -> bool:
+        """Record that a task begins, which may block for ``timeout`` seconds.
+
+        Returns False if its job was released, so that the task must not begin.
+        """
+        if not self._context.begun.begin(execution):
+            return False
         if self._thread is not None:
-            self._thread.covers(self._clock.monotonic() + seconds)
+            self._thread.covers(self._clock.monotonic() + timeout)
+        return True
 
     async def run(self) -> None:
         """Renew the lease until cancelled."""
@@ -369,14 +377,20 @@ class Heartbeat(Role):
             self._leads_from = math.inf
 
     async def register(self, store: LeaseStore, view: WorkerView | None) -> Registration:
-        """Renew the lease in ``store``; called in the thread. No view: the loop is blocked."""
+        """Renew the lease in ``store``; called in the thread. No view: the loop is blocked.
+
+        Then the jobs that have not begun are released, those of a claim included whose answer the
+        loop has not read.
+        """
+        blocked = view is None
         return await store.register(
             self._context.worker,
             self._queues,
             self._lease,
-            None if view is None else view.holding,
+            self._context.begun.release() if view is None else view.holding,
             tasks=self._context.tasks.names,
-            eligible=view is not None,
+            eligible=not blocked,
+            grace=0.0 if blocked else None,
         )
 
     async def _register(self) -> Registration:

@@ -176,7 +176,7 @@ class JobWorker:
             clock=clock,
             threads=self._threads,
             on_begin=control.wake,
-            on_begun=heartbeat.covers,
+            on_begun=heartbeat.begin,
             on_fenced=self._completer.record_fenced,
             clean=clean,
             hooks=hooks or CombinedHooks(),

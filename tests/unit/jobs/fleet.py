@@ -196,11 +196,12 @@ class FaultyLedger:
         *,
         tasks: Collection[str] | None = None,
         eligible: bool = True,
+        grace: float | None = None,
     ) -> Registration:
         """Register, with the faults of ``register``."""
         await self._step("register", worker)
         return await self._ledger.register(
-            worker, queues, lease, holding, tasks=tasks, eligible=eligible
+            worker, queues, lease, holding, tasks=tasks, eligible=eligible, grace=grace
         )
 
     async def deregister(self, worker: str) -> Mapping[str, Sequence[str]]:

@@ -243,15 +243,16 @@ class MemoryJobLedger(JobChanges):
         *,
         tasks: Collection[str] | None = None,
         eligible: bool = True,
+        grace: float | None = None,
     ) -> Registration:
         """Store a worker with the end of its lease."""
         ends, now = self._clock.now() + timedelta(seconds=lease), self._clock.monotonic()
         known_tasks = None if tasks is None else frozenset(tasks)
         self._workers[worker] = _Worker(now + lease, frozenset(queues), known_tasks, eligible)
         if holding is not None:
-            known = frozenset(holding)
+            known, old = frozenset(holding), now - (lease if grace is None else grace)
             for job_id, claimed_at in tuple(self._held.get(worker, {}).items()):
-                if claimed_at < now - lease and job_id not in known:
+                if (grace == 0 or claimed_at < old) and job_id not in known:
                     self._release(self._jobs[job_id])
         living = self._living()
         eligible_others = (name for name in living if living[name].eligible and name != worker)

@@ -382,13 +382,15 @@ async def register(
     holding: Collection[str] | None,
     tasks: Collection[str] | None,
     eligible: bool,
+    grace: float | None,
 ) -> Registration:
     """Register a worker, or renew its lease; see :class:`JobLedger`."""
     known = None if tasks is None else sorted(set(tasks))
     statement = sql.REGISTER
     arguments = [worker, sorted(set(queues)), interval(lease), known, eligible]
     if holding is not None:
-        statement, arguments = sql.REGISTER_HOLDING, [*arguments, identifiers(holding)]
+        statement = sql.REGISTER_HOLDING
+        arguments += [identifiers(holding), interval(lease if grace is None else grace)]
     rows = await steps.run(lambda attempt: attempt.connection.fetch(statement, *arguments))
     return Registration(**rows[0])
 
@@ -428,6 +430,7 @@ class PostgresLeaseStore:
         *,
         tasks: Collection[str] | None = None,
         eligible: bool = True,
+        grace: float | None = None,
     ) -> Registration:
         """See :class:`LeaseStore`."""
         return await register(
@@ -439,6 +442,7 @@ class PostgresLeaseStore:
             holding=holding,
             tasks=tasks,
             eligible=eligible,
+            grace=grace,
         )
 
     async def close(self) -> None:

@@ -333,10 +333,11 @@ class PostgresJobLedger(JobChanges):
         *,
         tasks: Collection[str] | None = None,
         eligible: bool = True,
+        grace: float | None = None,
     ) -> Registration:
         """See :class:`JobLedger`."""
         return await self._register(
-            worker, queues, lease, holding=holding, tasks=tasks, eligible=eligible
+            worker, queues, lease, holding=holding, tasks=tasks, eligible=eligible, grace=grace
         )
 
     async def deregister(self, worker: str) -> Mapping[str, Sequence[str]]:

@@ -269,12 +269,12 @@ RETURNING lease_until,
         ORDER BY other.worker COLLATE "C" LIMIT 1
     ), 'infinity') AS leader_for
 """
-# Excludes jobs that were claimed a moment ago: their response may still be in flight.
+# With a grace, excludes jobs that were claimed a moment ago: their response may be in flight.
 REGISTER_HOLDING: Final = f"""
 WITH lost AS (
     UPDATE viralfx_jobs SET state = {RELEASED}, worker = NULL
     WHERE state = 'active' AND worker = $1 AND id <> ALL($6::uuid[])
-        AND started_at < statement_timestamp() - make_interval(secs => $3)
+        AND ($7::float8 <= 0 OR started_at < statement_timestamp() - make_interval(secs => $7))
 )
 {REGISTER}
 """  # noqa: S608 - constants

@@ -183,6 +183,7 @@ class WorkerRegistry(Protocol):
         *,
         tasks: Collection[str] | None = None,
         eligible: bool = True,
+        grace: float | None = None,
     ) -> Registration:
         """Register ``worker`` for ``queues`` with a lease of ``lease`` seconds, or renew the lease.
 
@@ -192,8 +193,10 @@ class WorkerRegistry(Protocol):
         ``eligible``: whether the worker can lead; one whose event loop is blocked cannot.
 
         ``holding`` is the ids of the jobs that the worker has; None: unknown. A job that was
-        assigned to it more than ``lease`` seconds ago and is not among them is due again, its
-        attempt unspent: the response to that claim was lost, and the worker will not run the job.
+        assigned to it more than ``grace`` seconds ago and is not among them is due again, its
+        attempt unspent: the worker will not run it. None: ``lease`` seconds, after which the
+        response to that claim was lost. Zero: at once, for a worker that runs no other job, not
+        even one whose claim is under way.
         """
         ...
 
