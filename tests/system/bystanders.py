@@ -14,6 +14,7 @@ import httpx
 from tests.servers.postgres import Database
 from tests.servers.waiting import wait_until
 from tests.soak import SOAK
+from tests.system.control_group import ControlGroup
 from tests.system.culprit_tasks import RUNS
 from tests.system.jobs import JOBS, accept, job
 from tests.system.service import READY_WITHIN, Service, running
@@ -44,12 +45,15 @@ class Crew:
     workers: list[Service]
     runs_file: Path
     stack: ExitStack
+    group: ControlGroup | None = None
+    """Limits the memory of the workers."""
     exits: list[int] = field(default_factory=list)
     """The exit codes of the workers that ended and were replaced."""
 
-    def start_worker(self, *, cgroup: Path | None = None, **more: str) -> Service:
+    def start_worker(self, **more: str) -> Service:
         """Start one more worker, without waiting for it."""
         environment = {**self.environment, **more}
+        cgroup = None if self.group is None else self.group.path
         return self.stack.enter_context(
             running(program="worker", management=True, environment=environment, cgroup=cgroup)
         )
@@ -146,7 +150,7 @@ class Crew:
 
 
 @contextmanager
-def replacing(crew: Crew, *, cgroup: Path | None = None) -> Iterator[Callable[[], None]]:
+def replacing(crew: Crew) -> Iterator[Callable[[], None]]:
     """Start a worker for each one that ends, as an orchestrator does, until the call."""
     ended = threading.Event()
 
@@ -155,7 +159,7 @@ def replacing(crew: Crew, *, cgroup: Path | None = None) -> Iterator[Callable[[]
             for place, each in enumerate(crew.workers):
                 if (code := each.process.poll()) is not None:
                     crew.exits.append(code)
-                    crew.workers[place] = crew.start_worker(cgroup=cgroup)
+                    crew.workers[place] = crew.start_worker()
 
     thread = threading.Thread(target=watch)
 
@@ -179,7 +183,7 @@ def crew(
     environment: Mapping[str, str],
     folder: Path,
     *,
-    cgroup: Path | None = None,
+    group: ControlGroup | None = None,
     service_modules: str | None = None,
 ) -> Iterator[Crew]:
     """Run an API and three workers; ``service_modules`` are the API's, if it has other ones."""
@@ -191,8 +195,8 @@ def crew(
         service = stack.enter_context(
             running("--no-worker", environment={**environment, "TASK_MODULES": modules})
         )
-        made = Crew(service, database, environment, [], runs, stack)
-        made.workers = [made.start_worker(cgroup=cgroup) for _ in range(WORKERS)]
+        made = Crew(service, database, environment, [], runs, stack, group)
+        made.workers = [made.start_worker() for _ in range(WORKERS)]
         with ThreadPoolExecutor() as threads:
             list(threads.map(Service.wait_ready, [service, *made.workers]))
         assert service.process.poll() is None, READY_WITHIN

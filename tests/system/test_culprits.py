@@ -217,8 +217,8 @@ def test_a_culprit_that_takes_all_memory(own: Place, tmp_path: Path) -> None:
     """The kernel ends its worker; it fails as ``crashed``, and bystanders complete."""
     with (
         control_group() as group,
-        crew(*own, tmp_path, cgroup=group.path) as workers,
-        replacing(workers, cgroup=group.path) as end,
+        crew(*own, tmp_path, group=group) as workers,
+        replacing(workers) as end,
     ):
         group.limit(1024)
         culprit = workers.submit("culprits.devour", None)
