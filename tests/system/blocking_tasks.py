@@ -63,6 +63,17 @@ async def digest(block: Block, context: JobContext) -> None:
         hashlib.sha256(data)
 
 
+@task("blocking.hold")
+async def hold(block: Block, context: JobContext) -> None:
+    """Compute in one call of C code that gives no other thread time, on the event loop."""
+    block.note(context)
+    few = 1_000_000
+    began = time.monotonic()
+    sum(range(few))
+    took = time.monotonic() - began
+    sum(range(int(few * block.seconds / took)))
+
+
 @task("blocking.thread")
 def thread(block: Block, context: JobContext) -> None:
     """Sleep in a thread."""
