@@ -1,7 +1,6 @@
 """Consumes one queue: decides when to claim, and runs the claimed jobs in its slots."""
 
 import asyncio
-import heapq
 import logging
 import math
 from collections.abc import Collection, Coroutine, Sequence
@@ -13,16 +12,13 @@ from viralfx.domain.jobs.notifier import DUE_MARGIN_SECONDS, JobNotification, Jo
 from viralfx.domain.jobs.tasks import PostponedError
 from viralfx.worker.calls import JobTask
 from viralfx.worker.completer import Completer
-from viralfx.worker.context import WorkerContext
+from viralfx.worker.context import DueTimes, WorkerContext
 from viralfx.worker.execution import CANCEL_GRACE_SECONDS, Execution, Executor
 from viralfx.worker.lease import Heartbeat
 from viralfx.worker.quarantine import PoisonJobQuarantine, may_be_poison
 
 _logger = logging.getLogger("viralfx.jobs")
 
-_MAX_DUE_TIMES = 1000
-_SAME_MOMENT_SECONDS = 0.1
-"""Polls that are no further apart find the same jobs."""
 SECONDS_BETWEEN_CLAIMS = 0.005
 """Average time between the claims of two workers for the same job."""
 
@@ -56,6 +52,7 @@ class QueueConsumer:
         """``late_claim``: seconds after which the answer to a claim is late."""
         self.queue = queue
         self.slots = slots
+        self._step = f"claim {queue}"
         self._context = context
         self._clock = context.clock
         self._notifier = notifier
@@ -71,6 +68,8 @@ class QueueConsumer:
         self.claiming: asyncio.Task[None] | None = None
         """The task that claims; None before the start."""
         self._announced: dict[str, None] = {}
+        self._surplus: Sequence[str] = ()
+        """Announced ids that it may be unable to claim; its next claim shows whether they wait."""
         self._poll_again = False
         self._claim_announced_at = 0.0
         """When the announced jobs may be claimed."""
@@ -79,7 +78,7 @@ class QueueConsumer:
         self._limited_until = math.inf
         """When the limits of tasks may allow more of the jobs that they keep back."""
         self._not_before = 0.0
-        self._due: list[float] = []
+        self._due = DueTimes()
         self._stopping = False
         self._wake = asyncio.Event()
         quarantine.subscribe(self._wake.set)
@@ -145,7 +144,7 @@ class QueueConsumer:
 
     def has_work_before(self, moment: float) -> bool:
         """Return True if it has jobs, or knows a job that is due before a monotonic time."""
-        return self.active > 0 or (bool(self._due) and self._due[0] <= moment)
+        return self.active > 0 or self._due.first <= moment
 
     def is_limited_until(self, moment: float) -> bool:
         """Return True if limits keep all due jobs back beyond a monotonic time."""
@@ -177,7 +176,7 @@ class QueueConsumer:
         """
         self._stopping = True
         self._wake.set()
-        announced, self._announced = tuple(self._announced), {}
+        announced, self._announced = (*self._announced, *self._surplus), {}
         self._context.notify(self.queue, announced)
 
     def cancel_claiming(self) -> None:
@@ -217,9 +216,12 @@ class QueueConsumer:
             free = max(0, self.free_slots - len(self._announced))
             self._announced.update(dict.fromkeys(notification.ids[:free]))
             if surplus := notification.ids[free:]:
-                # Other workers may have free slots. This worker polls until the queue is empty.
+                # This worker polls until the queue is empty. Others may have free slots for more.
                 self._poll_again = True
-                self._context.notify(self.queue, surplus)
+                if self._stopping or self._pause() is not None:
+                    self._context.notify(self.queue, surplus)
+                else:
+                    self._surplus = surplus
             self._wake.set()
         await next_claim_made.wait()
         while self._poll_again:
@@ -261,15 +263,14 @@ class QueueConsumer:
         Returns False if a poll was planned for that moment already.
         """
         moment = self._clock.monotonic() + seconds
-        if any(0 <= each - moment <= _SAME_MOMENT_SECONDS for each in self._due):
+        if self._due.has(moment):
             return False
         self.poll_after(seconds + self._random_pause())
         return True
 
     def poll_after(self, seconds: float) -> None:
         """Poll, in addition to the interval, after ``seconds``."""
-        if len(self._due) < _MAX_DUE_TIMES:
-            heapq.heappush(self._due, self._clock.monotonic() + seconds + DUE_MARGIN_SECONDS)
+        if self._due.add(self._clock.monotonic() + seconds + DUE_MARGIN_SECONDS):
             self._wake.set()
 
     # -- claiming ----------------------------------------------------------------------------
@@ -304,7 +305,7 @@ class QueueConsumer:
 
     @property
     def _next_poll(self) -> float:
-        return min(self._poll_at, self._limited_until, self._due[0] if self._due else math.inf)
+        return min(self._poll_at, self._limited_until, self._due.first)
 
     @property
     def _has_limits(self) -> bool:
@@ -316,6 +317,7 @@ class QueueConsumer:
         """Claim announced jobs, or any if a poll is due, and start them."""
         context, limit = self._context, self.free_slots
         ids, releases = self._take_announced(limit), context.begun.releases
+        surplus, self._surplus = self._surplus, ()
         claim_made, self._next_claim_made = self._next_claim_made, asyncio.Event()
         self._claim_began = self._clock.monotonic()
         try:
@@ -332,6 +334,8 @@ class QueueConsumer:
             # The next poll finds the announced jobs.
             pause = context.availability.failed(self._step, error)
             self._poll_at = self._not_before = self._clock.monotonic() + pause
+            if surplus:
+                context.notify(self.queue, surplus)
             return
         finally:
             self._claim_began = None
@@ -347,6 +351,8 @@ class QueueConsumer:
         self._update_slot_free()
         if ids is None:
             self._poll_again = self._poll_again or len(claims) == limit
+            if surplus and len(claims) == limit:
+                context.notify(self.queue, surplus)
         elif len(claims) < len(ids) and not self._notifier.broadcasts:
             # Another worker claimed them in a poll, perhaps instead of jobs that are still due.
             self.poll()
@@ -365,16 +371,11 @@ class QueueConsumer:
                 del self._announced[job_id]
             return ids
         # A reason to poll that arises from here on leads to another poll.
-        while self._due and self._due[0] <= now:
-            heapq.heappop(self._due)
+        self._due.drop_until(now)
         self._poll_at = self._limited_until = math.inf
         self._announced.clear()
         self._poll_again = False
         return None
-
-    @property
-    def _step(self) -> str:
-        return f"claim {self.queue}"
 
     # -- running a job -----------------------------------------------------------------------
 

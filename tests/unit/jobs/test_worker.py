@@ -205,6 +205,40 @@ async def test_surplus_ids_of_a_notification_go_to_other_workers(fleet: Fleet) -
     assert await fleet.final(*ids) == pytest.approx(10.0, abs=0.1)
 
 
+async def test_surplus_ids_are_announced_only_while_jobs_wait(fleet: Fleet) -> None:
+    """A worker that finds no more jobs than slots sends none; one without a free slot at once."""
+    await listening(fleet, queues={"default": 5}, poll_interval=1000.0)
+    stale = tuple(f"stale {number}" for number in range(300))
+    few = [await fleet.accept() for _ in range(4)]
+    fleet.notifier.sent.clear()
+    await fleet.notifier.notify(JobNotification(queue="default", ids=(*stale, *few)))
+    await fleet.final(*few)
+    await asyncio.sleep(1.0)
+    assert [len(each.ids) for each in fleet.notifier.sent] == [304]
+
+    many = [await fleet.accept("sleep", "10.0") for _ in range(7)]
+    await fleet.notifier.notify(JobNotification(queue="default", ids=many))
+    await fleet.until(lambda: fleet.running == 5)
+    await asyncio.sleep(1.0)
+    surplus = [each.ids for each in fleet.notifier.sent[2:]]
+    assert [list(ids) for ids in surplus] == [many[5:]]
+    await fleet.final(*many)
+
+
+async def test_surplus_ids_of_a_failed_claim_go_to_other_workers(fleet: Fleet) -> None:
+    """They may reach the ledger."""
+    await listening(fleet, queues={"default": 1}, poll_interval=1000.0)
+    ids = [await fleet.accept() for _ in range(3)]
+    fleet.notifier.sent.clear()
+    fleet.ledger.unavailable = frozenset({"claim"})
+    await fleet.notifier.notify(JobNotification(queue="default", ids=ids))
+    await fleet.until(lambda: len(fleet.notifier.sent) > 1)
+    fleet.ledger.unavailable = frozenset()
+
+    assert list(fleet.notifier.sent[1].ids) == ids[1:]
+    await fleet.final(*ids)
+
+
 async def test_a_stale_notification_costs_one_claim(fleet: Fleet) -> None:
     """Notifications may be lost, repeated, late and wrong."""
     await listening(fleet, poll_interval=1000.0)
