@@ -1,4 +1,9 @@
-"""The state of the memory ledger beside its jobs: order, limits, unique jobs and schedules."""
+"""The state of the memory ledger beside its jobs: order, limits, unique jobs and schedules.
+
+A list of jobs that each call scans would be simpler. But the ledger runs on the event loop that
+answers requests, and keeps up to 10,000 waiting and as many finished jobs: a scan for each claim
+and page would delay every request by milliseconds. Hence the sorted lists, and only these.
+"""
 
 import math
 from bisect import bisect_left, bisect_right, insort
