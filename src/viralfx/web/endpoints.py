@@ -28,11 +28,11 @@ from viralfx.web import schemas
 from viralfx.web.auth import AccessPolicy, AccessVerdict, Headers
 from viralfx.web.console import Console, is_served
 from viralfx.web.console.data import ShowPayload
-from viralfx.web.cors import CorsPolicy
 from viralfx.web.groups import GroupEndpoints
 from viralfx.web.introspection import LoggersEndpoints, ProcessEndpoints
 from viralfx.web.responses import (
     READ,
+    CorsPolicy,
     DenialLog,
     Denied,
     Endpoint,
