@@ -96,7 +96,7 @@ def test_a_stop_is_shown_to_its_end(browser: Browser) -> None:
             expect(opened.main.get_by_role("row").filter(has_text="drain")).to_contain_text("ok")
             require_clean(opened)
 
-    assert code == 0
+    assert code == 0, list(service.output)[-20:]
     order = ["stop accepting", "drain", "save state", "close connections", "gone"]
     assert [each for each in order if each in seen] == seen
     assert {"stop accepting", "drain", "gone"} <= set(seen)

@@ -14,7 +14,7 @@ from litestar.testing import AsyncTestClient
 
 from viralfx import Observation, OperationsConfig, OperationsPlugin, Status
 from viralfx.settings import Secret, Settings
-from viralfx.telemetry.logging.facts import LOGGERS, FactsInMessages
+from viralfx.telemetry.logging.lines import LOGGERS, FactsInMessages
 
 ROOT = Path(__file__).parents[2]
 

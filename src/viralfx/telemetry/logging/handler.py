@@ -12,11 +12,11 @@ import structlog
 from structlog.typing import EventDict
 
 from viralfx.telemetry.context import EndedRequest
-from viralfx.telemetry.logging.facts import FactsInMessages
 from viralfx.telemetry.logging.lines import (
     LEVELS,
     STANDARD,
     VERBOSE,
+    FactsInMessages,
     JsonLines,
     RequestSink,
     line_level,

@@ -4,7 +4,8 @@ There are three paths, by frequency. Lines of requests are rendered many at a ti
 frames. Records that hold only strings and numbers are encoded by msgspec. All other records go
 through the standard library's encoder, which is slower and has a fallback for every value.
 
-The access log is here too: one line for each request, without a ``LogRecord`` where possible.
+The access log is here too: one line for each request, without a ``LogRecord`` where possible. So
+are the facts of log lines in their messages, for the formatter of another program.
 """
 
 import json
@@ -22,8 +23,9 @@ from typing import Any, TypeAlias
 import msgspec
 
 from viralfx.domain.correlation import current_correlation_id, current_user_id
+from viralfx.settings import Settings
 from viralfx.telemetry.context import EndedRequest, current_trace
-from viralfx.telemetry.logging.redaction import Redaction
+from viralfx.telemetry.logging.redaction import Redaction, secrets_of
 
 VERBOSE = 5
 """Below DEBUG: very detailed tracing."""
@@ -380,3 +382,79 @@ def plain(value: object) -> object:
     if isinstance(value, int) and int.bit_length(value) <= _MAX_INT_BITS:
         return int(value)
     return _text(value, repr)
+
+
+LOGGERS = (
+    *("alerts", "asgi", "cache", "circuits", "console", "credentials", "database", "events"),
+    *("fleet", "health", "heap", "http", "jobs", "lifecycle", "loggers", "loop", "management"),
+    *("metrics", "process", "queues", "redis", "requests", "resilience", "serve", "settings"),
+    *("shutdown", "state", "taskiq", "tracing", "web"),
+)
+"""The loggers of this package below ``viralfx``, without ``access``, whose messages are whole."""
+_STANDARD = frozenset({*vars(logging.LogRecord("", 0, "", 0, "", (), None)), "message", "asctime"})
+_MAX_FACT_CHARACTERS = 200
+"""Characters of one fact that are shown."""
+
+
+class _Whole(str):
+    """A message that has its facts: of two applications in one process, each has a filter."""
+
+    __slots__ = ()
+
+
+class FactsInMessages(logging.Filter):
+    """Appends the extra fields of a record to its message: ``Health check changed: check=shop``.
+
+    The default formatters of ``logging`` and of servers show the message alone. The fields stay,
+    for formatters that show them. Secrets are redacted: no formatter of this package follows.
+    """
+
+    def __init__(self, redact: Callable[[str], str] = str) -> None:
+        super().__init__()
+        self._redact = redact
+        self._loggers: list[logging.Logger] = []
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "FactsInMessages":
+        """Return one that redacts the secrets of ``settings``."""
+        return cls(Redaction({*secrets_of(settings)}).text)
+
+    def install(self) -> None:
+        """Begin with all loggers of this package, also those of modules that are imported later."""
+        for name in LOGGERS:
+            logger = logging.getLogger(f"viralfx.{name}")
+            if self not in logger.filters:
+                logger.addFilter(self)
+                self._loggers.append(logger)
+
+    def remove(self) -> None:
+        """End it."""
+        for logger in self._loggers:
+            logger.removeFilter(self)
+        self._loggers.clear()
+
+    def complete(self, record: logging.LogRecord) -> None:
+        """Change the message of a record, if it is one of this package."""
+        area, _, name = record.name.partition(".")
+        if area == "viralfx" and name in LOGGERS:
+            self.filter(record)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the message of a record; return True."""
+        if isinstance(record.msg, _Whole):
+            return True
+        facts = [
+            f"{name}={self._shown(value)}"
+            for name, value in vars(record).items()
+            if name not in _STANDARD and value is not None
+        ]
+        if facts:
+            record.msg, record.args = _Whole(f"{record.getMessage()}: {', '.join(facts)}"), ()
+        return True
+
+    def _shown(self, value: object) -> str:
+        try:
+            text = " ".join(str(value).split())
+        except Exception:  # noqa: BLE001 - a log line must not fail its caller
+            return f"a {type(value).__name__}"
+        return self._redact(text)[:_MAX_FACT_CHARACTERS]
