@@ -7,8 +7,6 @@ import argparse
 import asyncio
 import logging
 import os
-import re
-import shutil
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -18,6 +16,7 @@ from typing import Any
 import msgspec
 
 from viralfx.bootstrap import assemble
+from viralfx.cli.output import plain, print_json, print_table, readable
 from viralfx.domain.clock import timestamp
 from viralfx.domain.errors import ConfigurationError, StartupError, suggest
 from viralfx.domain.jobs.codec import PayloadError
@@ -45,7 +44,6 @@ from viralfx.web.jobs.changes import queue_list
 EXIT_REFUSED = 1
 """A job is missing, its state does not allow the command, or the operator does not want it."""
 
-_MIN_WIDTH = 40
 _MAX_COUNT = 1000
 """Jobs that are counted before the question whether to change them."""
 _PAUSE_SECONDS = 2.0
@@ -87,12 +85,12 @@ def jobs(options: argparse.Namespace) -> int:
         asyncio.run(_run(settings, command, options, declared))
     except _RefusedError as error:
         for line in error.args:
-            print(f"viralfx: {_plain(line)}", file=sys.stderr)
+            print(f"viralfx: {plain(line)}", file=sys.stderr)
         return EXIT_REFUSED
     except _INVALID as error:
-        raise ConfigurationError([_plain(str(error))]) from None
+        raise ConfigurationError([plain(str(error))]) from None
     except LedgerUnavailableError as error:
-        raise StartupError(_plain(f"DATABASE_URL: {error}")) from None
+        raise StartupError(plain(f"DATABASE_URL: {error}")) from None
     return 0
 
 
@@ -164,10 +162,10 @@ async def _list(ledger: _Ledger, options: argparse.Namespace) -> None:
     found = await _search(ledger.service, wanted, options.limit + 1)
     page, more = found[: options.limit], len(found) > options.limit
     if options.json:
-        _print_json(schemas.page(page, page[-1].id if more else None))
+        print_json(schemas.page(page, page[-1].id if more else None))
         return
     header = ("id", "task", "queue", "state", "attempts", "run at", "error")
-    _print_table([header, *map(_row, page)])
+    print_table([header, *map(_row, page)])
     if not page:
         print("no job matches", file=sys.stderr)
     if more:
@@ -189,27 +187,27 @@ async def _search(service: JobService, wanted: JobFilter, limit: int) -> list[Jo
 async def _show(ledger: _Ledger, options: argparse.Namespace) -> None:
     job = await _existing(ledger.service.get(options.id))
     if options.json:
-        _print_json(schemas.view(job))
+        print_json(schemas.view(job))
         return
     shown: dict[str, object] = msgspec.json.decode(msgspec.json.encode(schemas.summary(job)))
     error = job.error
     lines = {name: value for name, value in shown.items() if name not in {"links", "error"}}
     lines["error"] = None if error is None else f"{error.code}: {error.message}"
-    lines["payload"] = _readable(job.payload)
-    lines["result"] = None if job.result is None else _readable(job.result)
+    lines["payload"] = readable(job.payload)
+    lines["result"] = None if job.result is None else readable(job.result)
     width = max(map(len, lines)) + 2
     for name, value in lines.items():
         if value is not None:
             text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-            print(f"{name:{width}}{_plain(text)}")
+            print(f"{name:{width}}{plain(text)}")
     for attempt in job.history:
         print(
             f"\nexecution {attempt.number} ended at {timestamp(attempt.ended_at)} on"
-            f" {_plain(attempt.worker or 'no worker')}, {_plain(attempt.error.code)}:"
-            f" {_plain(attempt.error.message)}"
+            f" {plain(attempt.worker or 'no worker')}, {plain(attempt.error.code)}:"
+            f" {plain(attempt.error.message)}"
         )
         for line in (attempt.error.traceback or "").splitlines():
-            print(f"  {_plain(line)}")
+            print(f"  {plain(line)}")
 
 
 async def _submit(ledger: _Ledger, options: argparse.Namespace) -> None:
@@ -235,9 +233,9 @@ async def _submit(ledger: _Ledger, options: argparse.Namespace) -> None:
         raise PayloadError(f"jobs submit {options.task}: {error}{_hint(payload)}") from None
     job = accepted.job
     if options.json:
-        _print_json(schemas.accepted(job))
+        print_json(schemas.accepted(job))
     else:
-        print(f"{job.id}  {_plain(job.task)} in {_plain(job.queue)}, {job.state}")
+        print(f"{job.id}  {plain(job.task)} in {plain(job.queue)}, {job.state}")
         if not accepted.created:
             print("there was a job like it: nothing was submitted", file=sys.stderr)
 
@@ -294,7 +292,7 @@ async def _cancel(ledger: _Ledger, options: argparse.Namespace) -> None:
 async def _queues(ledger: _Ledger, options: argparse.Namespace) -> None:
     found = queue_list(await ledger.service.queues())
     if options.json:
-        _print_json(found)
+        print_json(found)
         return
     columns = ("waiting", "scheduled", "active", "completed", "failed", "cancelled")
     rows = [
@@ -307,7 +305,7 @@ async def _queues(ledger: _Ledger, options: argparse.Namespace) -> None:
         )
         for each in found.items
     ]
-    _print_table([("queue", "paused", "consumers", *columns, "oldest due"), *rows])
+    print_table([("queue", "paused", "consumers", *columns, "oldest due"), *rows])
 
 
 async def _pause(ledger: _Ledger, options: argparse.Namespace) -> None:
@@ -326,9 +324,9 @@ async def _resume(ledger: _Ledger, options: argparse.Namespace) -> None:
 
 def _print_paused(options: argparse.Namespace, *, paused: bool) -> None:
     if options.json:
-        _print_json({"queue": options.queue, "paused": paused})
+        print_json({"queue": options.queue, "paused": paused})
     else:
-        print(f"{_plain(options.queue)}  {'paused' if paused else 'resumed'}")
+        print(f"{plain(options.queue)}  {'paused' if paused else 'resumed'}")
 
 
 async def _change_each(
@@ -344,7 +342,7 @@ async def _change_each(
         except (JobNotFoundError, JobStateError) as error:
             refused.append(str(error))
     if options.json:
-        _print_json([schemas.summary(job) for job in changed])
+        print_json([schemas.summary(job) for job in changed])
     else:
         for job in changed:
             requested = ", cancellation requested" if job.cancel_requested else ""
@@ -393,7 +391,7 @@ async def _print_count(ledger: _Ledger, options: argparse.Namespace, count: int)
         if not found.jobs:
             print(f"no job of a task {options.task!r} was found in any state", file=sys.stderr)
     if options.json:
-        _print_json({"count": count})
+        print_json({"count": count})
     else:
         print(f"{count} job{'s' * (count != 1)}")
 
@@ -401,14 +399,14 @@ async def _print_count(ledger: _Ledger, options: argparse.Namespace, count: int)
 async def _schedules(ledger: _Ledger, options: argparse.Namespace) -> None:
     found = schemas.schedules(await ledger.service.schedules())
     if options.json:
-        _print_json(found)
+        print_json(found)
         return
     header = ("task", "cron", "time zone", "last run", "next run")
     rows = [
         (each.task, each.cron, each.timezone, each.last_run_at or "-", each.next_run_at or "-")
         for each in found.items
     ]
-    _print_table([header, *rows])
+    print_table([header, *rows])
 
 
 async def _existing(call: Awaitable[Job]) -> Job:
@@ -458,43 +456,3 @@ def _row(job: Job) -> Sequence[str]:
         timestamp(job.run_at),
         error,
     )
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of cells below each other; in a terminal a line is cut at its width."""
-    plain = [[_plain(cell) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in plain) for column in range(len(plain[0]) - 1)]
-    limit = None
-    if sys.stdout.isatty():
-        limit = max(_MIN_WIDTH, shutil.get_terminal_size().columns)
-    for row in plain:
-        cells = [cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)]
-        line = "  ".join(cells).rstrip()
-        print(line if limit is None or len(line) <= limit else f"{line[: limit - 1]}…")
-
-
-def _print_json(value: object) -> None:
-    document = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
-    # Every other character is in a string, where an escape means the same.
-    print(_NOT_PRINTABLE_ASCII.sub(_escape_in_json, document))
-
-
-_NOT_PRINTABLE_ASCII = re.compile(r"[^\x20-\x7e\n]")
-
-
-def _escape_in_json(found: re.Match[str]) -> str:
-    units = found.group().encode("utf-16-be", "surrogatepass").hex()
-    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
-
-
-def _readable(document: bytes) -> str:
-    return document.decode("utf-8", "backslashreplace")
-
-
-def _plain(text: str) -> str:
-    """Return a text in one line that cannot control a terminal."""
-    encoding = sys.stdout.encoding or "utf-8"
-    visible = "".join(
-        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
-    )
-    return visible.encode(encoding, "backslashreplace").decode(encoding)
