@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.adapters.memory.job_index import new_job
+from viralfx.adapters.memory.job_changes import new_job
 from viralfx.adapters.taskiq.messages import (
     job_id_of,
     json_of,

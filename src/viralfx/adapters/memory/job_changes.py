@@ -4,11 +4,12 @@ import asyncio
 from collections import OrderedDict, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from itertools import islice
 from typing import Any
 
-from viralfx.adapters.memory.job_index import JobIndex, UniqueJobs, new_job
+from viralfx.adapters.memory.job_index import JobIndex, UniqueJobs
 from viralfx.domain.clock import Clock
 from viralfx.domain.jobs.ledger import (
     Accepted,
@@ -440,3 +441,31 @@ def _matches(job: Job, wanted: JobFilter) -> bool:
 
 def _listed(job: Job) -> Job:
     return replace(job, history=()) if job.history else job
+
+
+def new_job(draft: JobDraft, now: datetime) -> Job:
+    """Return the job of a draft that is accepted now."""
+    return Job(
+        id=draft.id,
+        queue=draft.queue,
+        task=draft.task,
+        state=JobState.WAITING,
+        payload=draft.payload,
+        key=draft.key,
+        correlation_id=draft.correlation_id,
+        traceparent=draft.traceparent,
+        user_id=draft.user_id,
+        priority=draft.priority,
+        concurrency_key=draft.concurrency_key,
+        created_at=now,
+        run_at=now if draft.run_at is None else max(now, draft.run_at),
+        asked_run_at=draft.run_at,
+        started_at=None,
+        finished_at=None,
+        attempts=0,
+        crashes=0,
+        claims=0,
+        worker=None,
+        result=None,
+        error=None,
+    )

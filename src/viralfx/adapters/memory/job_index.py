@@ -28,7 +28,6 @@ from viralfx.domain.clock import Clock
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.limits import Limit
 from viralfx.domain.jobs.model import (
-    Claim,
     Job,
     JobDraft,
     JobState,
@@ -426,50 +425,3 @@ def _position_of(ids: list[str], job_id: str | None) -> int:
         return len(ids)
     before = canonical_job_id(job_id)
     return 0 if before is None else bisect_left(ids, before)
-
-
-def new_job(draft: JobDraft, now: datetime) -> Job:
-    """Return the job of a draft that is accepted now."""
-    return Job(
-        id=draft.id,
-        queue=draft.queue,
-        task=draft.task,
-        state=JobState.WAITING,
-        payload=draft.payload,
-        key=draft.key,
-        correlation_id=draft.correlation_id,
-        traceparent=draft.traceparent,
-        user_id=draft.user_id,
-        priority=draft.priority,
-        concurrency_key=draft.concurrency_key,
-        created_at=now,
-        run_at=now if draft.run_at is None else max(now, draft.run_at),
-        asked_run_at=draft.run_at,
-        started_at=None,
-        finished_at=None,
-        attempts=0,
-        crashes=0,
-        claims=0,
-        worker=None,
-        result=None,
-        error=None,
-    )
-
-
-def claim_of(job: Job, worker: str, now: datetime) -> Claim:
-    """Return the claim of a job that is assigned to a worker now."""
-    return Claim(
-        id=job.id,
-        queue=job.queue,
-        task=job.task,
-        payload=job.payload,
-        worker=worker,
-        number=job.claims,
-        attempt=job.attempts + 1,
-        crashes=job.crashes,
-        correlation_id=job.correlation_id,
-        traceparent=job.traceparent,
-        user_id=job.user_id,
-        created_at=job.created_at,
-        due_since=max(0.0, (now - job.run_at).total_seconds()),
-    )

@@ -9,7 +9,7 @@ from itertools import islice, takewhile
 from typing import Any
 
 from viralfx.adapters.memory.job_changes import JobChanges, MemoryTransaction
-from viralfx.adapters.memory.job_index import Schedules, TaskLimits, claim_of
+from viralfx.adapters.memory.job_index import Schedules, TaskLimits
 from viralfx.domain.clock import Clock
 from viralfx.domain.jobs.codec import ResultError, is_json
 from viralfx.domain.jobs.ledger import (
@@ -159,7 +159,7 @@ class MemoryJobLedger(JobChanges):
         active = self._move(
             job, state=JobState.ACTIVE, worker=worker, claims=job.claims + 1, started_at=now
         )
-        return claim_of(active, worker, now)
+        return _claim_of(active, worker, now)
 
     async def due(
         self,
@@ -409,3 +409,22 @@ class MemoryJobLedger(JobChanges):
 
 def _is_due(job: Job, queue: str, now: datetime) -> bool:
     return job.queue == queue and job.state is JobState.WAITING and job.run_at <= now
+
+
+def _claim_of(job: Job, worker: str, now: datetime) -> Claim:
+    """Return the claim of a job that is assigned to a worker now."""
+    return Claim(
+        id=job.id,
+        queue=job.queue,
+        task=job.task,
+        payload=job.payload,
+        worker=worker,
+        number=job.claims,
+        attempt=job.attempts + 1,
+        crashes=job.crashes,
+        correlation_id=job.correlation_id,
+        traceparent=job.traceparent,
+        user_id=job.user_id,
+        created_at=job.created_at,
+        due_since=max(0.0, (now - job.run_at).total_seconds()),
+    )
