@@ -244,8 +244,7 @@ class QueueConsumer:
         self._wake.set()
 
     def _random_pause(self) -> float:
-        registration = self._heartbeat.registration
-        others = 0 if registration is None else registration.workers - 1
+        others = self._heartbeat.workers - 1
         return self._rng.uniform(0.0, others * SECONDS_BETWEEN_CLAIMS)
 
     def poll(self) -> None:
@@ -307,12 +306,6 @@ class QueueConsumer:
     def _next_poll(self) -> float:
         return min(self._poll_at, self._limited_until, self._due.first)
 
-    @property
-    def _has_limits(self) -> bool:
-        """True if tasks of this queue have limits: then announced jobs are claimed by a poll."""
-        tasks = self._context.tasks
-        return any(tasks.find(name).queue == self.queue for name in tasks.limits)
-
     async def _claim(self) -> None:
         """Claim announced jobs, or any if a poll is due, and start them."""
         context, limit = self._context, self.free_slots
@@ -364,8 +357,9 @@ class QueueConsumer:
         not announced.
         """
         now = self._clock.monotonic()
-        polls = self._poll_again or now >= self._next_poll or self._has_limits
-        if self._announced and not polls:
+        polls = self._poll_again or now >= self._next_poll
+        # Jobs of tasks with limits are claimed only by polls.
+        if self._announced and not polls and not self._context.has_limits(self.queue):
             ids = list(self._announced)[:limit]
             for job_id in ids:
                 del self._announced[job_id]

@@ -222,3 +222,7 @@ class WorkerContext:
     notify: Callable[[str, Sequence[str]], None]
     """Announces due jobs, by queue and ids, to all workers; neither waits nor raises."""
     begun: BegunJobs = field(default_factory=BegunJobs)
+
+    def has_limits(self, queue: str) -> bool:
+        """Return True if tasks of a queue have limits."""
+        return any(self.tasks.find(name).queue == queue for name in self.tasks.limits)

@@ -329,6 +329,11 @@ class Heartbeat(Role):
         return now >= self._leads_from
 
     @property
+    def workers(self) -> int:
+        """The live workers that share a queue with this one, itself included."""
+        return 1 if self.registration is None else self.registration.workers
+
+    @property
     def others_valid_until(self) -> datetime | None:
         """The ledger's time until which the leases of all live workers are valid; None: unknown.
 

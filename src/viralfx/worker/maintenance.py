@@ -325,9 +325,8 @@ class Scheduler(Role):
         """Return the seconds for which a due time is left to other workers."""
         if entry.submits or self._heartbeat.leads(self._context.clock.monotonic()):
             return 0.0
-        registration = self._heartbeat.registration
-        workers = 1 if registration is None else registration.workers
-        return max(_PATIENCE_SECONDS, SECONDS_PER_WORKER * workers) * self._spread
+        share = SECONDS_PER_WORKER * self._heartbeat.workers
+        return max(_PATIENCE_SECONDS, share) * self._spread
 
     async def _submit(self, entry: _Entry, now: datetime) -> float:
         """Submit the jobs of a schedule that are due; return the seconds until the next run."""

@@ -118,8 +118,7 @@ class Poller(Role):
         return max(interval, self._share()) * self._rng.uniform(0.9, 1.0)
 
     def _share(self) -> float:
-        registration = self._heartbeat.registration
-        workers = 1 if registration is None else registration.workers
+        workers = self._heartbeat.workers
         return max(SECONDS_PER_WORKER * workers, _FEW_SECONDS * min(workers, _FEW_WORKERS))
 
 
