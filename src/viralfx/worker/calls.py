@@ -14,7 +14,8 @@ from typing import Any, TypeAlias, TypeVar
 
 from viralfx.domain.clock import Clock
 from viralfx.domain.jobs.hooks import DependencyProvider, TaskMiddleware
-from viralfx.domain.jobs.tasks import JobContext, Task
+from viralfx.domain.jobs.ledger import Accepted
+from viralfx.domain.jobs.tasks import JobContext, Submitter, Task
 from viralfx.domain.resilience.deadline import Cancellation, Deadline
 
 T = TypeVar("T")
@@ -331,3 +332,14 @@ class JobThreads:
             thread.calls.put(None)
         else:
             self._idle.append(thread)
+
+
+async def submit_on(
+    loop: asyncio.AbstractEventLoop, submit: Submitter, *arguments: Any, **options: Any
+) -> Accepted:
+    """Submit a job on the worker's loop: a task in a thread runs the call on one of its own."""
+
+    async def call() -> Accepted:
+        return await submit(*arguments, **options)
+
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(), loop))

@@ -21,7 +21,7 @@ from viralfx.domain.jobs.codec import (
     encoded_result,
 )
 from viralfx.domain.jobs.hooks import CombinedHooks, JobHooks, names_of
-from viralfx.domain.jobs.ledger import Accepted, JobLedger, WatchedTransaction
+from viralfx.domain.jobs.ledger import JobLedger, WatchedTransaction
 from viralfx.domain.jobs.model import (
     Claim,
     JobError,
@@ -48,7 +48,14 @@ from viralfx.domain.jobs.tasks import (
 from viralfx.domain.resilience.deadline import Cancellation, Deadline
 from viralfx.domain.resilience.policy import RetryPolicy
 from viralfx.worker import calls as worker_calls
-from viralfx.worker.calls import JobTask, JobThreads, TaskCalls, end_forked_child, is_closed
+from viralfx.worker.calls import (
+    JobTask,
+    JobThreads,
+    TaskCalls,
+    end_forked_child,
+    is_closed,
+    submit_on,
+)
 
 _logger = logging.getLogger("viralfx.jobs")
 
@@ -368,7 +375,7 @@ class Executor:
         if self.submit is None:
             return None
         if task.in_thread:
-            return partial(_submit_on, asyncio.get_running_loop(), self.submit)
+            return partial(submit_on, asyncio.get_running_loop(), self.submit)
         if not task.transactional:
             return self.submit
         watched = WatchedTransaction(connection, execution.after_commit)
@@ -454,17 +461,6 @@ class Executor:
             message=message_of(error, self.clean),
             traceback=traceback_of(error, self.clean),
         )
-
-
-async def _submit_on(
-    loop: asyncio.AbstractEventLoop, submit: Submitter, *arguments: Any, **options: Any
-) -> Accepted:
-    """Submit a job on the worker's loop: a task in a thread runs the call on one of its own."""
-
-    async def call() -> Accepted:
-        return await submit(*arguments, **options)
-
-    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(), loop))
 
 
 def _was_interrupted(execution: Execution, error: LedgerUnavailableError) -> bool:
