@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         UnknownQueueError,
         UnstorableError,
     )
+    from viralfx.domain.jobs.schedule import UnknownScheduleError
     from viralfx.domain.jobs.service import JobService
     from viralfx.domain.jobs.tasks import (
         JobContext,
@@ -92,6 +93,7 @@ __all__ = [
     "TcpCheck",
     "TransactionError",
     "UnknownQueueError",
+    "UnknownScheduleError",
     "UnknownTaskError",
     "UnstorableError",
     "ViralFXError",
@@ -126,6 +128,7 @@ _HOMES = {
         "UnknownQueueError",
         "UnstorableError",
     ),
+    "domain.jobs.schedule": ("UnknownScheduleError",),
     "domain.jobs.service": ("JobService",),
     "domain.jobs.tasks": (
         "JobContext",

@@ -66,6 +66,7 @@ PUBLIC = {
     "TcpCheck",
     "TransactionError",
     "UnknownQueueError",
+    "UnknownScheduleError",
     "UnknownTaskError",
     "UnstorableError",
     "ViralFXError",

@@ -36,8 +36,9 @@ async def accept_twin(ledger: JobLedger, unique: Unique = Unique.UNFINISHED) -> 
 
 
 async def test_the_options_of_a_job_are_stored(case: LedgerCase) -> None:
-    """Its claim has the user."""
-    asked = draft(user_id="größe", priority=MAX_PRIORITY, concurrency_key="tenant-7")
+    """Its claim has the user, and the most attempts, which the finished job still has."""
+    options: dict[str, Any] = {"concurrency_key": "tenant-7", "max_attempts": 7}
+    asked = draft(user_id="größe", priority=MAX_PRIORITY, **options)
     plain = draft(priority=MIN_PRIORITY)
     accepted = await case.ledger.accept([asked, plain])
     claims = await case.claim(2)
@@ -47,6 +48,14 @@ async def test_the_options_of_a_job_are_stored(case: LedgerCase) -> None:
     assert (other.user_id, other.priority, other.concurrency_key) == (None, -100, None)
     assert [each.job.priority for each in accepted] == [100, -100]
     assert {claim.id: claim.user_id for claim in claims} == {asked.id: "größe", plain.id: None}
+    assert {claim.id: claim.max_attempts for claim in claims} == {asked.id: 7, plain.id: None}
+    assert [each.job.max_attempts for each in accepted] == [7, None]
+    await case.ledger.settle([failed(claim, ERROR) for claim in claims])
+    await case.ledger.retry(asked.id)
+    again, *_ = await case.claim()
+    await case.ledger.settle([completed(again, b"1")])
+    assert again.max_attempts == (await case.job(asked.id)).max_attempts == 7
+    assert (await case.job(plain.id)).max_attempts is None
 
 
 @pytest.mark.parametrize("unique", list(Unique))

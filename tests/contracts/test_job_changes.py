@@ -11,6 +11,7 @@ from tests.contracts.ledgers import (
     ERROR,
     LONG_LEASE,
     LedgerCase,
+    draft,
     ids,
     later,
     totals,
@@ -24,6 +25,7 @@ from viralfx.domain.jobs.model import (
     Job,
     JobError,
     JobFilter,
+    JobNotFoundError,
     JobState,
     JobStateError,
     Settlement,
@@ -36,6 +38,7 @@ from viralfx.domain.jobs.model import (
     retried,
 )
 
+NO_JOB = "01991f3c-5a0e-7c3b-8a52-6f5d7c0e9b11"
 OTHER = JobError(code="timeout", message="too late", traceback="Traceback: planted")
 
 
@@ -395,6 +398,70 @@ async def test_a_bulk_retry_retries_each_job_once(case: LedgerCase) -> None:
 
     assert counted == 30
     assert await totals(case) == QueueCounts(failed=30)
+
+
+@pytest.mark.parametrize("most", [1, 3, 5, 6])
+async def test_a_bulk_change_has_a_bound(case: LedgerCase, most: int) -> None:
+    """Over all of its steps, queues and states; the next one goes on with the others."""
+    jobs = []
+    for queue in ("default", "analytics") * 3:
+        jobs += await case.accept(queue=queue)
+    await fail_all(case, *jobs)
+    wanted = JobFilter(task="task")
+    retries = [await count(case.ledger.retry_all(wanted, most)) for _ in range(2)]
+    (running,) = await case.accept()
+    assert await case.ledger.claim("default", "w", 1, [running.id])
+    await case.accept(run_at=later(case.now(), 3600.0))
+    cancellations = [await count(case.ledger.cancel_all(wanted, most)) for _ in range(2)]
+
+    assert retries == [most, min(most, 6 - most)]
+    first = min(most, sum(retries) + 2)
+    assert cancellations == [first, min(most, sum(retries) + 2 - first)]
+
+
+# -- one job, now ------------------------------------------------------------------------------
+
+
+async def test_a_waiting_job_is_run_now(case: LedgerCase) -> None:
+    """Before its time, also that of its next attempt; its other fields stay as they were."""
+    soon, late = later(case.now(), 30.0), later(case.now(), 3600.0)
+    timed = [*await case.accept(run_at=soon), *await case.accept(run_at=late, key="k")]
+    tried = await case.accept_and_claim()
+    await case.ledger.settle([retried(tried, ERROR, 3600.0)])
+    assert await case.ledger.due(["default"]) == {}
+    run = [await case.ledger.run(job_id) for job_id in (*ids(timed), tried.id)]
+    (again,) = await case.ledger.accept([draft(run_at=late, key="k")])
+
+    assert {job.state for job in run} == {JobState.WAITING}
+    assert all(job.run_at <= case.now() for job in run)
+    assert [job.asked_run_at for job in run] == [soon, late, None]
+    assert (run[2].attempts, run[2].error) == (1, ERROR)
+    assert (again.created, again.job.id) == (False, timed[1].id)
+    assert await totals(case) == QueueCounts(waiting=3)
+    assert ids(await case.claim(3)) == ids(run)
+
+
+async def test_a_due_job_keeps_its_place(case: LedgerCase) -> None:
+    """To run it now changes nothing."""
+    first, second = await case.accept(2)
+    await case.pass_time()
+
+    assert await case.ledger.run(first.id) == first
+    assert ids(await case.claim(2)) == [first.id, second.id]
+
+
+@pytest.mark.parametrize(
+    "state", [JobState.ACTIVE, JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED], ids=str
+)
+async def test_only_a_waiting_job_is_run_now(case: LedgerCase, state: JobState) -> None:
+    """The error names the state, and nothing changes."""
+    job = await case.in_state(state)
+    with pytest.raises(JobStateError, match=f"is {state}; only one that is waiting can be run now"):
+        await case.ledger.run(job.id)
+    with pytest.raises(JobNotFoundError):
+        await case.ledger.run(NO_JOB)
+
+    assert await case.job(job.id) == job
 
 
 # -- searches ----------------------------------------------------------------------------------

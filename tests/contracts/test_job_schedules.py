@@ -77,10 +77,10 @@ async def test_one_job_is_accepted_for_a_time(case: LedgerCase) -> None:
     (state,) = await case.ledger.schedules()
 
     assert answers == [
-        ScheduledAcceptance(created=True, last_run_at=since),
-        ScheduledAcceptance(created=False, last_run_at=since),
-        ScheduledAcceptance(created=False, last_run_at=since),
-        ScheduledAcceptance(created=True, last_run_at=later(since, 1.0)),
+        ScheduledAcceptance(created=True, handled_until=since),
+        ScheduledAcceptance(created=False, handled_until=since),
+        ScheduledAcceptance(created=False, handled_until=since),
+        ScheduledAcceptance(created=True, handled_until=later(since, 1.0)),
     ]
     assert state.last_run_at == later(since, 1.0)
     jobs = await case.ledger.page()
@@ -98,7 +98,7 @@ async def test_a_time_runs_once_also_after_its_job_was_deleted(case: LedgerCase)
     assert await case.ledger.prune(0.0) == 1
     again = await case.ledger.accept_scheduled(draft(task="hour", run_at=since))
 
-    assert again == ScheduledAcceptance(created=False, last_run_at=since)
+    assert again == ScheduledAcceptance(created=False, handled_until=since)
     assert await case.ledger.page() == []
 
 
@@ -113,7 +113,7 @@ async def test_a_time_is_skipped_while_a_unique_job_waits(case: LedgerCase) -> N
     for minute in range(3):
         time = later(since, 60.0 * minute)
         answer = await case.ledger.accept_scheduled(draft(run_at=time, **unique))
-        assert answer == ScheduledAcceptance(created=True, last_run_at=time)
+        assert answer == ScheduledAcceptance(created=True, handled_until=time)
 
     (job,) = await case.ledger.page()
     assert job.asked_run_at == since
@@ -128,7 +128,7 @@ async def test_workers_at_the_same_moment_create_one_job(case: LedgerCase) -> No
         answers = await asyncio.gather(*map(case.ledger.accept_scheduled, drafts))
 
         assert [each.created for each in answers if each].count(True) == 1
-        assert {each.last_run_at for each in answers if each} == {time}
+        assert {each.handled_until for each in answers if each} == {time}
     assert len(await case.ledger.page()) == 5
 
 
@@ -142,8 +142,68 @@ async def test_a_cancelled_acceptance_leaves_job_and_time_together(
     answer = await case.ledger.accept_scheduled(draft(task="hour", run_at=since))
 
     assert answer is not None
-    assert answer.last_run_at == since
+    assert answer.handled_until == since
     assert len(await case.ledger.page()) == 1
+
+
+async def test_a_paused_schedule_has_no_job(case: LedgerCase) -> None:
+    """Its times are handled. After the pause only later ones get a job, and a new pause is one."""
+    since = await _declared(case)
+    await case.ledger.accept_scheduled(draft(task="hour", run_at=since))
+    assert await case.ledger.pause_schedule("hour")
+    (paused,) = await case.ledger.schedules()
+    await case.pass_time()
+    assert await case.ledger.pause_schedule("hour")
+    (again,) = await case.ledger.schedules()
+    time = later(since, 3600.0)
+    skipped = await case.ledger.accept_scheduled(draft(task="hour", run_at=time))
+    earlier = await case.ledger.accept_scheduled(draft(task="hour", run_at=later(since, -1.0)))
+    assert await case.ledger.resume_schedule("hour")
+    (resumed,) = await case.ledger.schedules()
+    assert resumed.resumed_at is not None
+    late = await case.ledger.accept_scheduled(draft(task="hour", run_at=resumed.resumed_at))
+    answer = await case.ledger.accept_scheduled(draft(task="hour", run_at=time))
+    await case.pass_time()
+    assert await case.ledger.resume_schedule("hour")
+    (last,) = await case.ledger.schedules()
+
+    assert paused.paused_at is not None
+    assert since <= paused.paused_at < resumed.resumed_at
+    assert again == paused
+    assert skipped == ScheduledAcceptance(created=False, handled_until=time)
+    assert earlier == ScheduledAcceptance(created=False, handled_until=since)
+    assert (resumed.paused_at, resumed.last_run_at) == (None, since)
+    assert resumed.handled_until == resumed.settled_until == resumed.resumed_at
+    assert late == ScheduledAcceptance(created=False, handled_until=resumed.resumed_at)
+    assert answer == ScheduledAcceptance(created=True, handled_until=time)
+    assert (last.resumed_at, last.last_run_at) == (resumed.resumed_at, time)
+    assert [job.asked_run_at for job in await case.ledger.page()] == [time, since]
+
+
+async def test_a_pause_outlives_declarations_and_forgetting(case: LedgerCase) -> None:
+    """Also a change of the expression; a resumed schedule is forgotten as any other one."""
+    await case.ledger.declare_schedules([NIGHTLY, HOURLY], DAY)
+    await case.ledger.pause_schedule("night")
+    await case.pass_time()
+    changed = replace(NIGHTLY, cron="0 4 * * *")
+    (state,) = await case.ledger.declare_schedules([changed], DAY)
+    await case.pass_time()
+    await case.ledger.declare_schedules([HOURLY], 0.0)
+    kept = [each.task for each in await case.ledger.schedules()]
+    await case.ledger.resume_schedule("night")
+    await case.pass_time()
+    await case.ledger.declare_schedules([HOURLY], 0.0)
+
+    assert (state.cron, state.paused_at is not None) == ("0 4 * * *", True)
+    assert kept == ["hour", "night"]
+    assert [each.task for each in await case.ledger.schedules()] == ["hour"]
+
+
+async def test_a_schedule_that_no_worker_declared_cannot_be_paused(ledger: JobLedger) -> None:
+    """The answer says so."""
+    assert not await ledger.pause_schedule("hour")
+    assert not await ledger.resume_schedule("hour")
+    assert await ledger.schedules() == []
 
 
 async def test_a_schedule_that_no_worker_declared_has_no_job(ledger: JobLedger) -> None:

@@ -32,8 +32,10 @@ DONE, PENDING, WRONG, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 SECRET = "hunt:e@r/2"
 TABLES = "select relname from pg_class where relname like 'viralfx%' and relkind = 'r' order by 1"
 AT = "select version_num from viralfx_migrations"
-LAST_TABLE = "viralfx_audit"
-"""A table of the last migration."""
+TAKEN = """enqueue(
+    text, jsonb, text, timestamptz, integer, text, text, text, text, text, text, boolean, integer
+)"""
+"""A function of the last migration."""
 WAITING = """
 select xact_start from pg_stat_activity join pg_locks using (pid)
 where not granted and relation = 'viralfx_ops.viralfx_jobs'::regclass
@@ -198,14 +200,15 @@ def test_failed_migration_is_rolled_back(database: Database) -> None:
 def test_migrations_before_a_failed_one_stay(database: Database) -> None:
     """Each is a transaction, so that the next one does not keep tables locked."""
     database.execute("create schema viralfx_ops")
-    database.execute(f"create domain viralfx_ops.{LAST_TABLE} as int")
+    database.execute(f"create function viralfx_ops.{TAKEN} returns int return 1")
     before = ", ".join(REVISIONS[:-1])
     assert refused(quick(database.url)) == (
         f"{place(database)} failed, so only {before} was applied"
-        f' (type "{LAST_TABLE}" already exists); fix the cause, and run it again'
+        ' (function "enqueue" already exists with same argument types); fix the cause, and run it'
+        " again"
     )
     assert database.execute(AT) == [(REVISIONS[-2],)]
-    database.execute(f"drop domain viralfx_ops.{LAST_TABLE}")
+    database.execute(f"drop function viralfx_ops.{TAKEN}")
     assert migrate(quick(database.url)) == (
         DONE,
         [APPLIED[-1], f"{place(database)} is current at {REVISIONS[-1]}"],

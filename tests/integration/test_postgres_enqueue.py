@@ -17,7 +17,8 @@ from typing import Any
 import asyncpg
 import pytest
 from litestar import Litestar
-from sqlalchemy import JSON, func, literal, select, text
+from sqlalchemy import func, literal, select, text
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -471,7 +472,7 @@ def documented(heading: str) -> dict[str, Any]:
     block = page.partition(f"{heading}\n")[2].partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {
         "AsyncSession": AsyncSession,
-        "JSON": JSON,
+        "JSONB": JSONB,
         "Session": Session,
         "datetime": datetime,
         "func": func,
@@ -543,23 +544,42 @@ async def test_a_script_submits_within_the_lifespan(migrated_database: Database)
 
 
 async def test_a_job_from_sql_has_every_option(shop: Shop) -> None:
-    """Its id sorts by time, and its payload is stored as given."""
+    """Its id sorts by time, and its payload has the value that was given."""
     before = await shop.jobs.submit("orders.ship", 0)
     ((job_id,),) = shop.database.execute(
         f"""select {SCHEMA}.enqueue(
             'orders.ship', '{{"b": 1,  "a": 2}}', queue => 'mail', priority => 7,
             run_at => '2999-01-01T00:00Z', key => 'k', concurrency_key => 'tenant',
-            correlation_id => 'c-1', user_id => 'ada')::text"""
+            correlation_id => 'c-1', user_id => 'ada', max_attempts => 7)::text"""
     )
     after = await shop.jobs.submit("orders.ship", 0)
     job = await shop.jobs.get(job_id)
 
     assert before.job.id < job_id < after.job.id
     assert job_id[14] == "7"
-    assert (job.task, job.queue, job.payload) == ("orders.ship", "mail", b'{"b": 1,  "a": 2}')
+    assert (job.task, job.queue, job.payload) == ("orders.ship", "mail", b'{"a": 2, "b": 1}')
     assert (job.priority, job.key, job.concurrency_key) == (7, "k", "tenant")
+    assert job.max_attempts == 7
     assert (job.correlation_id, job.user_id, job.state) == ("c-1", "ada", JobState.WAITING)
     assert job.asked_run_at == job.run_at == datetime(2999, 1, 1, tzinfo=UTC)
+
+
+async def test_drivers_pass_a_payload_of_their_type(shop: Shop) -> None:
+    """As jsonb, by position as the parameters are documented, or as a text."""
+    statement = f"select {SCHEMA}.enqueue($1, $2::jsonb, $3, $4, $5, $6)"
+    connection = await asyncpg.connect(shop.database.url)
+    document = '{"a": [1]}'
+    await connection.execute(statement, "orders.ship", document, "default", None, 3, "k")
+    await connection.execute(f"select {SCHEMA}.enqueue($1, $2)", "orders.ship", document)
+    await connection.close()
+    async with AsyncSession(shop.engine) as session, session.begin():
+        payload = literal({"a": [1]}, JSONB)
+        await session.execute(select(getattr(func, SCHEMA).enqueue("orders.ship", payload)))
+    rows = shop.database.execute(
+        "select payload::text, priority, key from viralfx_jobs order by id"
+    )
+
+    assert rows == [('{"a": [1]}', 3, "k"), *[('{"a": [1]}', 0, None)] * 2]
 
 
 async def test_a_key_from_sql_has_one_job(shop: Shop) -> None:
@@ -583,6 +603,7 @@ async def test_a_key_from_sql_has_one_job(shop: Shop) -> None:
         "'t', run_at => '0044-03-15Z BC'",
         "'t', run_at => 'infinity'",
         "'t', priority => 101",
+        "'t', max_attempts => 0",
         "'t', key => ''",
         "'t', key => repeat('€', 667)",
         "'t', concurrency_key => repeat('k', 256)",
@@ -660,16 +681,19 @@ def test_a_digest_is_that_of_the_value() -> None:
 
 
 async def test_the_function_of_the_version_before_still_works(shop: Shop) -> None:
-    """With its nine parameters by position, as a worker of that version sends them."""
-    ((job_id,),) = shop.database.execute(
-        f"""select id::text from {SCHEMA}.viralfx_accept_jobs(
-            array[gen_random_uuid()], array['default'], array['orders.ship'], array['1']::json[],
-            array[null]::text[], array['c']::text[], array[null]::text[],
-            array[null]::timestamptz[], 60::float8)"""  # noqa: S608 - constants
-    )
-    job = await shop.jobs.get(job_id)
+    """With its parameters by position, as processes of the two versions before send them."""
+    call = f"""select id::text from {SCHEMA}.viralfx_accept_jobs(
+        array[gen_random_uuid()], array['default'], array['orders.ship'], array['1']::json[],
+        array[null]::text[], array['c']::text[], array[null]::text[],
+        array[null]::timestamptz[], 60::float8{{more}})"""  # noqa: S608 - constants
+    options = """, array[5], array[null]::text[], array[null]::boolean[], array['tenant'],
+        array['ada']"""
+    ((first,),) = shop.database.execute(call.format(more=""))
+    ((second,),) = shop.database.execute(call.format(more=options))
+    jobs = [await shop.jobs.get(each) for each in (first, second)]
 
-    assert (job.priority, job.user_id, job.correlation_id) == (0, None, "c")
+    assert [(job.priority, job.user_id) for job in jobs] == [(0, None), (5, "ada")]
+    assert {(job.correlation_id, job.max_attempts) for job in jobs} == {("c", None)}
 
 
 def test_sqlalchemy_is_not_imported_for_other_connections() -> None:

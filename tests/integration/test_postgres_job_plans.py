@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -12,7 +13,13 @@ from tests.integration.job_ledgers import NO_WORKER, work
 from tests.integration.postgres_clients import config_of, opened
 from tests.servers.postgres import Database
 
-from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger, claims, job_changes
+from viralfx.adapters.postgres import (
+    PostgresDatabase,
+    PostgresJobLedger,
+    claims,
+    enqueue,
+    job_changes,
+)
 from viralfx.adapters.postgres import ledger_sql as sql
 from viralfx.adapters.postgres.claims import Wanted
 from viralfx.adapters.postgres.health import HEALTH_QUERY
@@ -196,13 +203,14 @@ STATEMENTS: dict[str, tuple[str, list[Any], set[str]]] = {
     "retry": (job_changes.RETRY, [NO_WORKER], {"jobs_pkey"}),
     "retry many": (
         job_changes.RETRY_STEP,
-        ["default", OLDEST, NEWEST, "task", "error", None, "failed", 4000, 10],
+        ["default", OLDEST, NEWEST, "task", "error", None, "failed", 4000, 3000, 10],
         {"jobs_pages", "jobs_pkey"},
     ),
+    "run": (job_changes.RUN, [NO_WORKER], {"jobs_pkey"}),
     "cancel": (job_changes.CANCEL, [NO_WORKER], {"jobs_pkey"}),
     "cancel many": (
         job_changes.CANCEL_STEP,
-        ["default", OLDEST, NEWEST, "task", None, None, "waiting", 4000],
+        ["default", OLDEST, NEWEST, "task", None, None, "waiting", 4000, 3000],
         {"jobs_pages", "jobs_pkey"},
     ),
     "request to cancel": (job_changes.REQUEST_CANCEL, [NO_WORKER], {"jobs_pkey"}),
@@ -212,6 +220,11 @@ STATEMENTS: dict[str, tuple[str, list[Any], set[str]]] = {
         job_changes.REPORT,
         [[one] * 50 for one in (NO_WORKER, 1, "{}")],
         {"jobs_pkey"},
+    ),
+    "last run of a schedule": (
+        enqueue.LAST_SCHEDULED,
+        ["hour", NO_WORKER, datetime.now(UTC)],
+        BOTH,
     ),
     "search of a correlation id": (
         job_changes.FIND,

@@ -149,7 +149,7 @@ async def test_a_time_runs_once_although_answers_are_lost(
                 # As a worker does, with a new draft after an outage.
                 with suppress(LedgerUnavailableError):
                     answer = await ledger.accept_scheduled(draft(task="hour", run_at=time))
-            assert answer.last_run_at == time
+            assert answer.handled_until == time
             created.append(answer.created)
     rows = migrated_database.execute(
         "select count(*), count(distinct asked_run_at) from viralfx_jobs"

@@ -291,9 +291,9 @@ class LedgerMachine(RuleBasedStateMachine):
         assert set(swept.cancelled) == cancelled
 
     @precondition(lambda self: self.jobs)
-    @rule(data=st.data(), what=st.sampled_from(["retry", "cancel", "stop"]))
+    @rule(data=st.data(), what=st.sampled_from(["retry", "cancel", "stop", "run"]))
     def ask(self, data: st.DataObject, what: str) -> None:
-        """Retry or cancel any job, preferably one that failed; with `stop` also a running one."""
+        """Retry, run or cancel any job, preferably a failed one; with `stop` also a running one."""
         failed_ones = [job.id for job in self._kept() if job.state is JobState.FAILED]
         job = self.jobs[data.draw(st.sampled_from(failed_ones or sorted(self.jobs)), label="job")]
         needed = {JobState.FAILED if what == "retry" else JobState.WAITING}
@@ -301,6 +301,8 @@ class LedgerMachine(RuleBasedStateMachine):
         try:
             if what == "retry":
                 self.do(self.ledger.retry(job.id))
+            elif what == "run":
+                self.do(self.ledger.run(job.id))
             else:
                 self.do(self.ledger.cancel(job.id, running=what == "stop"))
         except JobNotFoundError:
@@ -312,7 +314,9 @@ class LedgerMachine(RuleBasedStateMachine):
         else:
             assert not job.pruned
             assert job.state in needed
-            if job.state is JobState.ACTIVE:
+            if what == "run":
+                job.due = min(job.due, self.clock.now())
+            elif job.state is JobState.ACTIVE:
                 job.stopping = True
             elif what != "retry":
                 self._leave_state(job, JobState.CANCELLED)

@@ -105,10 +105,14 @@ def test_security_is_declared_for_configured_tokens(settings: Settings, schemes:
             "jobList",
             "jobRetry",
             "jobRetryAll",
+            "jobRun",
             "queueList",
             "queuePause",
             "queueResume",
             "scheduleList",
+            "schedulePause",
+            "scheduleResume",
+            "scheduleRun",
         }
     if "managementToken" in schemes:
         details = {"healthDetailed", "healthInfo", "healthCheck", "loggers", "logger"}

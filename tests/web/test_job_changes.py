@@ -1,6 +1,7 @@
 """The jobs API: cancellation, changes of many jobs, past executions and progress."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from litestar import Litestar
 from litestar.testing import AsyncTestClient
 
 from viralfx.domain.jobs.ledger import JobLedger, ProgressReport
-from viralfx.domain.jobs.model import Claim, JobError, failed
+from viralfx.domain.jobs.model import Claim, JobDraft, JobError, failed, new_job_id
+from viralfx.domain.jobs.service import MAX_CHANGED, JobService
 from viralfx.settings import Settings
 from viralfx.web.app import create_app
 from viralfx.web.plugin import OperationsPlugin
@@ -121,6 +123,49 @@ async def test_failed_jobs_are_retried_by_filter(client: Client) -> None:
     assert states == ["waiting"] * 3
 
 
+async def test_a_change_of_many_jobs_has_a_bound(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer says that others may be left; the next request takes them."""
+    for method in (JobService.retry_all, JobService.cancel_all):
+        monkeypatch.setattr(method, "__kwdefaults__", {"most": 100})
+    ledger = ledger_of(client)
+    draft = JobDraft(id="", queue="default", task="parcels.ship", payload=b"1")
+    drafts = [replace(draft, id=new_job_id()) for _ in range(250)]
+    await ledger.accept(drafts)
+    await ledger.register("test", ["default"], 60.0)
+    claims = await ledger.claim("default", "test", 250)
+    await ledger.settle(
+        [failed(each, JobError(code="error", message="planted")) for each in claims]
+    )
+    for change in ("retry", "cancel"):
+        replies = [
+            await client.post(f"{JOBS}/{change}", json={"task": "parcels.ship"}) for _ in range(3)
+        ]
+        assert [reply.json() for reply in replies] == [
+            {"count": 100, "more": True},
+            {"count": 100, "more": True},
+            {"count": 50, "more": False},
+        ]
+
+    assert MAX_CHANGED == 100_000
+
+
+async def test_a_waiting_job_is_run_now(client: Client) -> None:
+    """With 202; a job in another state is a conflict."""
+    job_id = await accept(client, runAt="2999-01-01T00:00:00Z")
+    reply = await client.post(f"{JOBS}/{job_id}/run")
+    await claim(client)
+    again = await client.post(f"{JOBS}/{job_id}/run")
+    missing = await client.post(f"{JOBS}/{job_id[:-1]}x/run")
+    job = (await client.get(f"{JOBS}/{job_id}")).json()
+
+    assert (reply.status_code, reply.json()["state"]) == (202, "waiting")
+    assert (again.status_code, missing.status_code) == (409, 404)
+    assert "is active; only one that is waiting can be run now" in again.json()["detail"]
+    assert job["runAt"] <= job["startedAt"]
+
+
 async def test_a_queue_that_only_the_ledger_knows_is_no_mistake(client: Client) -> None:
     """Workers of another configuration consume it."""
     await ledger_of(client).register("elsewhere", ["reports"], 10.0)
@@ -128,7 +173,7 @@ async def test_a_queue_that_only_the_ledger_knows_is_no_mistake(client: Client) 
     retried = await client.post(f"{JOBS}/retry", json={"queue": "reports"})
 
     assert (page.status_code, page.json()["items"]) == (200, [])
-    assert (retried.status_code, retried.json()) == (200, {"count": 0})
+    assert (retried.status_code, retried.json()) == (200, {"count": 0, "more": False})
 
 
 async def test_jobs_are_cancelled_by_filter(client: Client) -> None:
@@ -139,7 +184,8 @@ async def test_jobs_are_cancelled_by_filter(client: Client) -> None:
     reply = await client.post(f"{JOBS}/cancel", json={"task": "parcels.ship"})
     again = await client.post(f"{JOBS}/cancel", json={"state": "active"})
 
-    assert (reply.status_code, reply.json(), again.json()) == (200, {"count": 2}, {"count": 0})
+    assert (reply.status_code, reply.json()) == (200, {"count": 2, "more": False})
+    assert again.json() == {"count": 0, "more": False}
     assert (await client.get(f"{JOBS}/{running}")).json()["cancelRequested"]
     assert (await client.get(f"{JOBS}/{waiting}")).json()["state"] == "cancelled"
 

@@ -103,6 +103,7 @@ async def test_a_job_is_accepted_and_found(client: Client) -> None:
         "task": "parcels.ship",
         "payload": {"weight": 3},
         "attempts": 0,
+        "maxAttempts": None,
         "crashes": 0,
         "error": None,
         "result": None,
@@ -193,7 +194,7 @@ async def test_two_keys_are_rejected(client: Client) -> None:
         (b'{"task":""}', "`$.task`"),
         (b'{"task":1}', "`$.task`"),
         (b'{"task":"%s"}' % (b"x" * 201), "`$.task`"),
-        (b'{"task":"parcels.ship","payload":{"weight":1},"queue":"default"}', "`queue`"),
+        (b'{"task":"parcels.ship","payload":{"weight":1},"delay":"1"}', "`delay`"),
         (b'{"task":"parcels.ship","payload":{"weight":1},"run_at":null}', "`run_at`"),
         (b'{"task":"parcels.ship","payload":{"weight":1}}}', "trailing"),
         (b'{"task":"parcels.ship","payload":{"weight":NaN}}', "malformed"),
@@ -489,6 +490,7 @@ async def test_an_unknown_job_is_not_found(client: Client, job_id: str) -> None:
         ("GET", ""),
         ("DELETE", ""),
         ("POST", "/retry"),
+        ("POST", "/run"),
         ("GET", "/events"),
     ):
         assert_problem(await client.request(method, f"{JOBS}/{job_id}{path}"), 404, "no job")
@@ -539,6 +541,7 @@ async def test_without_its_ledger_the_api_returns_503(
         ("GET", "/x", None),
         ("DELETE", "/x", None),
         ("POST", "/x/retry", None),
+        ("POST", "/x/run", None),
         ("GET", "/x/events", None),
     ):
         reply = await client.request(method, f"{JOBS}{path}", json=body)
@@ -574,6 +577,7 @@ async def test_the_api_is_documented(client: Client) -> None:
         "jobList",
         "jobRetry",
         "jobRetryAll",
+        "jobRun",
     ]
     assert {"200", "202", "400", "401", "403", "409", "413", "415", "422", "503"} == set(
         post["responses"]

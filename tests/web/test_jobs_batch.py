@@ -29,9 +29,41 @@ async def test_a_request_has_a_priority_and_may_be_unique(client: Client) -> Non
     assert await count(client) == 2
 
 
+async def test_a_request_has_a_queue_and_attempts(client: Client) -> None:
+    """Alone and in a batch; null is no option, and an unknown queue is refused with its name."""
+    body = {**PARCEL, "queue": "analytics", "maxAttempts": 7.0}
+    one = (await client.post(JOBS, json=body)).json()
+    batch = [body, {**PARCEL, "queue": None, "maxAttempts": None}]
+    many = (await client.post(BATCH, json={"jobs": batch})).json()["jobs"]
+    unknown = await client.post(JOBS, json={**PARCEL, "queue": "analytic"})
+    wrong = await client.post(BATCH, json={"jobs": [PARCEL, {**PARCEL, "queue": "\0"}]})
+    other = await client.post(
+        JOBS, json={**body, "queue": "default"}, headers={"Idempotency-Key": "k"}
+    )
+    conflict = await client.post(JOBS, json=body, headers={"Idempotency-Key": "k"})
+    shown = [(await client.get(each["links"]["self"])).json() for each in (one, *many)]
+
+    assert [(each["queue"], each["maxAttempts"]) for each in shown] == [
+        ("analytics", 7),
+        ("analytics", 7),
+        ("default", None),
+    ]
+    assert one["queue"] == "analytics"
+    assert_problem(unknown, 422, "There is no queue 'analytic'")
+    assert_problem(wrong, 422, "The job at index 1: there is no queue")
+    assert (other.status_code, conflict.status_code) == (202, 409)
+    assert await count(client) == 4
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
+        ({"queue": 5}, "$.queue"),
+        ({"queue": ""}, "$.queue"),
+        ({"maxAttempts": 0}, "$.maxAttempts"),
+        ({"maxAttempts": 10_001}, "$.maxAttempts"),
+        ({"maxAttempts": 1.5}, "$.maxAttempts"),
+        ({"max_attempts": 1}, "max_attempts"),
         ({"priority": 101}, "$.priority"),
         ({"priority": "1"}, "$.priority"),
         ({"priority": 0.5}, "$.priority"),

@@ -35,6 +35,7 @@ async def documented(client: Client) -> dict[str, set[str]]:
     job = (await accepted(client)).rpartition("/")[2]
     paths = (await client.get("/api/docs/openapi.json")).json()["paths"]
     values = {"job_id": job, "check": "database", "name": "root", "queue": "default"}
+    values["task"] = "default.prune"
     return {path.format(**values): {m.upper() for m in item} for path, item in paths.items()}
 
 

@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_jobs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "jobs",
-        help="list, show, submit, retry and cancel jobs; list, pause and resume queues",
+        help="list, show, submit, retry, cancel and run jobs; pause queues and schedules",
         description="Works on the ledger in DATABASE_URL; no service needs to run.",
     )
     parser.set_defaults(run=_jobs)
@@ -180,11 +180,23 @@ def _add_jobs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
             "--yes", action="store_true", help="change all jobs that match, without a question"
         )
 
+    run = action("run", "run waiting jobs now, or the task of a schedule")
+    of_run = run.add_mutually_exclusive_group(required=True)
+    of_run.add_argument("id", nargs="*", default=[], type=_job_id)
+    of_run.add_argument(
+        "--schedule", metavar="TASK", help="submit a job as the schedule of this task does"
+    )
+    run.add_argument(
+        "--app", metavar="MODULE:NAME", help="with --schedule: an application that declares it"
+    )
+
     action("queues", "list the queues with the numbers of their jobs")
-    pause = action("pause", "let no worker begin jobs of a queue, until it is resumed")
-    pause.add_argument("queue", metavar="QUEUE")
-    pause.add_argument("--wait", action="store_true", help="return when none of its jobs runs")
-    action("resume", "end the pause of a queue").add_argument("queue", metavar="QUEUE")
+    pause = action("pause", "let no worker begin jobs of a queue, or skip the times of a schedule")
+    pause.add_argument("--wait", action="store_true", help="return when no job of the queue runs")
+    for change in (pause, action("resume", "end the pause of a queue or a schedule")):
+        paused = change.add_mutually_exclusive_group(required=True)
+        paused.add_argument("queue", metavar="QUEUE", nargs="?")
+        paused.add_argument("--schedule", metavar="TASK", help="the schedule of this task")
 
     submit = action("submit", "submit a job")
     submit.add_argument("task", help="the name of the task")
@@ -195,7 +207,11 @@ def _add_jobs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     submit.add_argument(
         "--queue",
         metavar="NAME",
-        help="the queue of a task that is declared elsewhere; the options of @task are not known",
+        help="its queue (default: that of the task); also for a task that is declared elsewhere,"
+        " whose options of @task are not known",
+    )
+    submit.add_argument(
+        "--max-attempts", type=_attempts, metavar="N", help="attempts, in place of those of @task"
     )
     submit.add_argument(
         "--key", type=_key, help="idempotency key: repeated, it returns the first job"
@@ -232,6 +248,15 @@ def _priority(text: str) -> int:
     raise argparse.ArgumentTypeError(
         f"{text!r} is not a number from {MIN_PRIORITY} to {MAX_PRIORITY}"
     )
+
+
+def _attempts(text: str) -> int:
+    from viralfx.domain.jobs.limits import MAX_ATTEMPTS  # noqa: PLC0415
+
+    with contextlib.suppress(ValueError):
+        if 1 <= int(text) <= MAX_ATTEMPTS:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_ATTEMPTS}")
 
 
 def _key(text: str) -> str:

@@ -16,10 +16,12 @@ from typing import Any
 import msgspec
 
 from viralfx.bootstrap import assemble
-from viralfx.cli.output import plain, print_json, print_table, readable
+from viralfx.cli.output import agrees, hint_of, plain, print_json, print_table, readable
 from viralfx.domain.clock import timestamp
 from viralfx.domain.errors import ConfigurationError, StartupError, suggest
+from viralfx.domain.jobs.batching import BulkCount
 from viralfx.domain.jobs.codec import PayloadError
+from viralfx.domain.jobs.ledger import Accepted
 from viralfx.domain.jobs.model import (
     ANY_JOB,
     InvalidFilterError,
@@ -33,13 +35,14 @@ from viralfx.domain.jobs.model import (
     UnknownQueueError,
     UnstorableError,
 )
+from viralfx.domain.jobs.schedule import ScheduleTimes, UnknownScheduleError
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.jobs.tasks import Task, TaskRegistry, UnknownTaskError
 from viralfx.settings import Settings, read_settings
 from viralfx.telemetry.logging.events import log_settings
 from viralfx.telemetry.logging.handler import configure_logging
 from viralfx.web.jobs import schemas
-from viralfx.web.jobs.changes import queue_list
+from viralfx.web.jobs.changes import job_count, queue_list, schedule_list, schedule_view
 
 EXIT_REFUSED = 1
 """A job is missing, its state does not allow the command, or the operator does not want it."""
@@ -63,7 +66,7 @@ def jobs(options: argparse.Namespace) -> int:
     """
     settings = read_settings(os.environ, strict=True)
     declared = None
-    if options.command == "submit" and options.app is not None:
+    if _submits(options) and options.app is not None:
         from viralfx.runner.applications import find_application  # noqa: PLC0415
 
         _, plugin = find_application(settings, options.app)
@@ -94,10 +97,17 @@ def jobs(options: argparse.Namespace) -> int:
     return 0
 
 
+def _submits(options: argparse.Namespace) -> bool:
+    """Return True if the command needs to know tasks."""
+    by_schedule = options.command == "run" and options.schedule is not None
+    return by_schedule or options.command == "submit"
+
+
 _INVALID = (
     InvalidFilterError,
     PayloadError,
     UnknownQueueError,
+    UnknownScheduleError,
     UnknownTaskError,
     UnstorableError,
 )
@@ -121,7 +131,7 @@ async def _run(
     options: argparse.Namespace,
     declared: TaskRegistry | None,
 ) -> None:
-    with_tasks = options.command == "submit" and declared is None
+    with_tasks = _submits(options) and declared is None
     async with _opened(settings, with_tasks=with_tasks) as ledger:
         for task in declared or ():
             if task.name not in ledger.tasks:
@@ -222,15 +232,24 @@ async def _submit(ledger: _Ledger, options: argparse.Namespace) -> None:
             run_at=options.run_at,
             priority=options.priority,
             unique=options.unique,
+            queue=options.queue,
+            max_attempts=options.max_attempts,
         )
     except KeyConflictError as error:
         raise _RefusedError(str(error)) from None
     except UnknownTaskError as error:
         hint = "declare it in TASK_MODULES or pass --app; or pass --queue to use its name alone"
-        end = "" if str(error).endswith("?") else ";"
-        raise UnknownTaskError(f"{error}{end} {hint}") from None
+        raise _with_hint(error, hint) from None
     except PayloadError as error:
-        raise PayloadError(f"jobs submit {options.task}: {error}{_hint(payload)}") from None
+        raise PayloadError(f"jobs submit {options.task}: {error}{hint_of(payload)}") from None
+    _print_accepted(options, accepted)
+
+
+def _with_hint(error: UnknownTaskError, hint: str) -> UnknownTaskError:
+    return UnknownTaskError(f"{error}{'' if str(error).endswith('?') else ';'} {hint}")
+
+
+def _print_accepted(options: argparse.Namespace, accepted: Accepted) -> None:
     job = accepted.job
     if options.json:
         print_json(schemas.accepted(job))
@@ -240,17 +259,8 @@ async def _submit(ledger: _Ledger, options: argparse.Namespace) -> None:
             print("there was a job like it: nothing was submitted", file=sys.stderr)
 
 
-def _hint(payload: bytes) -> str:
-    """Return how to write a payload that is no JSON."""
-    try:
-        msgspec.json.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return """; the payload is JSON, such as '{"name": "Ada"}', '"Ada"' or null"""
-    return ""
-
-
 async def _declare(ledger: _Ledger, task: str, queue: str) -> None:
-    """Let the service accept jobs of a task that is declared elsewhere."""
+    """Let the service accept jobs in a queue, also of a task that is declared elsewhere."""
     queues = [*ledger.settings.queues]
     if queue not in queues and queue not in (queues := [*await ledger.service.queues()]):
         hint = suggest(queue, queues) or f"there are {', '.join(queues)}"
@@ -268,9 +278,6 @@ async def _declare(ledger: _Ledger, task: str, queue: str) -> None:
                 retry=None,
             )
         )
-    elif (declared := ledger.tasks.find(task).queue) != queue:
-        problem = f"--queue: the task {task!r} is declared for the queue {declared!r}"
-        raise ConfigurationError([problem])
 
 
 async def _retry(ledger: _Ledger, options: argparse.Namespace) -> None:
@@ -278,7 +285,8 @@ async def _retry(ledger: _Ledger, options: argparse.Namespace) -> None:
         await _change_each(options, ledger.service.retry)
     else:
         wanted = await _confirmed(ledger, options, (JobState.FAILED,))
-        await _print_count(ledger, options, await ledger.service.retry_all(wanted))
+        # In one call, so that a job that fails again meanwhile is retried once.
+        await _print_count(ledger, options, await ledger.service.retry_all(wanted, most=None))
 
 
 async def _cancel(ledger: _Ledger, options: argparse.Namespace) -> None:
@@ -286,7 +294,18 @@ async def _cancel(ledger: _Ledger, options: argparse.Namespace) -> None:
         await _change_each(options, ledger.service.cancel)
     else:
         wanted = await _confirmed(ledger, options, (JobState.WAITING, JobState.ACTIVE))
-        await _print_count(ledger, options, await ledger.service.cancel_all(wanted))
+        await _print_count(ledger, options, await ledger.service.cancel_all(wanted, most=None))
+
+
+async def _run_now(ledger: _Ledger, options: argparse.Namespace) -> None:
+    if options.schedule is None:
+        await _change_each(options, ledger.service.run)
+        return
+    try:
+        accepted = await ledger.service.run_schedule(options.schedule)
+    except UnknownTaskError as error:
+        raise _with_hint(error, "declare it in TASK_MODULES or pass --app") from None
+    _print_accepted(options, accepted)
 
 
 async def _queues(ledger: _Ledger, options: argparse.Namespace) -> None:
@@ -309,6 +328,11 @@ async def _queues(ledger: _Ledger, options: argparse.Namespace) -> None:
 
 
 async def _pause(ledger: _Ledger, options: argparse.Namespace) -> None:
+    if options.schedule is not None:
+        if options.wait:
+            raise ConfigurationError(["jobs pause: --wait is for a queue, not for --schedule"])
+        _print_schedule(options, await ledger.service.pause_schedule(options.schedule))
+        return
     await ledger.service.pause(options.queue)
     if options.wait:
         await asyncio.sleep(_PAUSE_SECONDS)
@@ -318,8 +342,18 @@ async def _pause(ledger: _Ledger, options: argparse.Namespace) -> None:
 
 
 async def _resume(ledger: _Ledger, options: argparse.Namespace) -> None:
+    if options.schedule is not None:
+        _print_schedule(options, await ledger.service.resume_schedule(options.schedule))
+        return
     await ledger.service.resume(options.queue)
     _print_paused(options, paused=False)
+
+
+def _print_schedule(options: argparse.Namespace, found: ScheduleTimes) -> None:
+    if options.json:
+        print_json(schedule_view(found))
+    else:
+        print(f"{plain(found.task)}  {'paused' if found.paused else 'resumed'}")
 
 
 def _print_paused(options: argparse.Namespace, *, paused: bool) -> None:
@@ -332,7 +366,7 @@ def _print_paused(options: argparse.Namespace, *, paused: bool) -> None:
 async def _change_each(
     options: argparse.Namespace, change: Callable[[str], Awaitable[Job]]
 ) -> None:
-    if _filter(options) != ANY_JOB:
+    if options.command != "run" and _filter(options) != ANY_JOB:
         raise ConfigurationError([f"jobs {options.command}: pass ids or a filter, not both"])
     changed: list[Job] = []
     refused: list[str] = []
@@ -366,7 +400,7 @@ async def _confirmed(
     if sys.stdin is None or not sys.stdin.isatty():
         problem = f"jobs {options.command}: the filter matches {many}; repeat it with --yes"
         raise ConfigurationError([problem])
-    if not _agrees(f"{options.command} {many}?"):
+    if not agrees(f"{options.command} {many}?"):
         raise _RefusedError("nothing was changed")
     return wanted
 
@@ -379,31 +413,30 @@ async def _count(ledger: _Ledger, wanted: JobFilter, states: Sequence[JobState])
     return count
 
 
-def _agrees(question: str) -> bool:
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in {"y", "yes"}
-
-
-async def _print_count(ledger: _Ledger, options: argparse.Namespace, count: int) -> None:
+async def _print_count(ledger: _Ledger, options: argparse.Namespace, changed: BulkCount) -> None:
+    count = changed.count
     if not count and options.task is not None:
         # Without a job in any state the name may be misspelt.
         found = await ledger.service.search(JobFilter(task=options.task, limit=1))
         if not found.jobs:
             print(f"no job of a task {options.task!r} was found in any state", file=sys.stderr)
     if options.json:
-        print_json({"count": count})
+        print_json(job_count(changed))
     else:
         print(f"{count} job{'s' * (count != 1)}")
 
 
 async def _schedules(ledger: _Ledger, options: argparse.Namespace) -> None:
-    found = schemas.schedules(await ledger.service.schedules())
+    found = schedule_list(await ledger.service.schedules())
     if options.json:
         print_json(found)
         return
     header = ("task", "cron", "time zone", "last run", "next run")
     rows = [
-        (each.task, each.cron, each.timezone, each.last_run_at or "-", each.next_run_at or "-")
+        (
+            *(each.task, each.cron, each.timezone, each.last_run_at or "-"),
+            "paused" if each.paused else each.next_run_at or "-",
+        )
         for each in found.items
     ]
     print_table([header, *rows])
@@ -422,6 +455,7 @@ _COMMANDS: Mapping[str, Command] = {
     "submit": _submit,
     "retry": _retry,
     "cancel": _cancel,
+    "run": _run_now,
     "queues": _queues,
     "pause": _pause,
     "resume": _resume,

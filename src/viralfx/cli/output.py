@@ -1,4 +1,4 @@
-"""The output of commands: tables and JSON that cannot control a terminal."""
+"""The output of commands, tables and JSON that cannot control a terminal, and their questions."""
 
 import re
 import shutil
@@ -50,3 +50,18 @@ def plain(text: str) -> str:
         each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
     )
     return visible.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def hint_of(payload: bytes) -> str:
+    """Return how to write a payload that is no JSON; nothing for one that is."""
+    try:
+        msgspec.json.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return """; the payload is JSON, such as '{"name": "Ada"}', '"Ada"' or null"""
+    return ""
+
+
+def agrees(question: str) -> bool:
+    """Ask an operator; return True for a yes."""
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}

@@ -13,7 +13,7 @@ from viralfx.settings import fields
 COMMANDS = {
     "doctor": "check the settings and the dependencies",
     "env": "list every environment variable and its value",
-    "jobs": "list, show, submit, retry and cancel jobs",
+    "jobs": "list, show, submit, retry, cancel and run jobs",
     "migrate": "apply the migrations of the database",
     "schedules": "list the schedules of tasks",
 }
@@ -36,7 +36,7 @@ def _command(name: str, what: str, env_prefix: str) -> click.Command:
         folder = str(getattr(found, "cwd", Path.cwd()))
         environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, environ.get("PYTHONPATH"))))
         given = [name, *arguments]
-        takes_app = name == "doctor" or given[:2] == ["jobs", "submit"]
+        takes_app = name == "doctor" or given[:2] in (["jobs", "submit"], ["jobs", "run"])
         if takes_app and not any(each.partition("=")[0] == "--app" for each in arguments):
             given += ["--app", str(found.app_path)]
         sys.stdout.flush()

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from traceback import TracebackException
 from typing import Any
@@ -46,7 +46,7 @@ from viralfx.domain.jobs.tasks import (
     TaskRegistry,
 )
 from viralfx.domain.resilience.deadline import Cancellation, Deadline
-from viralfx.domain.resilience.policy import RetryPolicy
+from viralfx.domain.resilience.policy import BackoffPolicy, RetryPolicy
 from viralfx.worker import calls as worker_calls
 from viralfx.worker.calls import (
     JobTask,
@@ -444,7 +444,7 @@ class Executor:
         reason = self._reason(code, error)
         delay = None
         if not isinstance(error, NoRetryError):
-            delay = _next_delay(task.retry or self.default_retry, claim.attempt, error)
+            delay = _next_delay(task.retry or self.default_retry, claim, error)
         if delay is None:
             log_failure(claim, code, error)
             return failed(claim, reason)
@@ -481,9 +481,13 @@ def _is_cancelled() -> bool:
     return current is not None and current.cancelling() > 0
 
 
-def _next_delay(policy: RetryPolicy, attempt: int, error: Exception) -> float | None:
+def _next_delay(policy: RetryPolicy, claim: Claim, error: Exception) -> float | None:
+    if (most := claim.max_attempts) is not None:
+        if claim.attempt >= most:
+            return None
+        policy = replace(policy, attempts=most) if isinstance(policy, BackoffPolicy) else policy
     try:
-        delay = policy.next_delay(attempt, error)
+        delay = policy.next_delay(claim.attempt, error)
     except Exception:
         # A policy that raises must not keep its job active forever.
         _logger.exception("Retry policy failed", extra={"policy": type(policy).__name__})

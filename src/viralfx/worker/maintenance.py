@@ -266,6 +266,7 @@ class Scheduler(Role):
                 availability.remove(step)
 
     async def _declare(self, schedules: list[Schedule]) -> None:
+        now = self._ledger_time()
         states = await self._context.ledger.declare_schedules(schedules, _FORGET_SECONDS)
         self._context.availability.succeeded("schedule")
         known = {each.task: each for each in schedules}
@@ -275,14 +276,15 @@ class Scheduler(Role):
                 self._entries[state.task] = _Entry(
                     schedule, f"schedule {state.task}", until, schedule.next_after(until)
                 )
-        self._handle(states)
+        self._handle(states, now)
         self._declare_at = self._context.clock.monotonic() + _DECLARE_SECONDS
 
-    def _handle(self, states: Sequence[ScheduleState]) -> None:
+    def _handle(self, states: Sequence[ScheduleState], now: datetime) -> None:
+        """Leave out the runs that the ledger accepts no more; ``now``: before it was asked."""
         for state in states:
-            entry = self._entries.get(state.task)
-            if entry is not None and state.last_run_at is not None:
-                entry.handle(state.last_run_at)
+            until = state.settled_until if state.paused_at is None else now
+            if until is not None and (entry := self._entries.get(state.task)) is not None:
+                entry.handle(until)
 
     async def _submit_due(self) -> float:
         """Submit the due jobs; return the seconds until the next run."""
@@ -290,7 +292,7 @@ class Scheduler(Role):
         now, entries = self._ledger_time(), self._entries.values()
         if any(self._wait(each, now) <= 0 < self._patience(each) for each in entries):
             # One call for all schedules that other workers should have submitted.
-            self._handle(await self._context.ledger.schedules())
+            self._handle(await self._context.ledger.schedules(), now)
             availability.succeeded("schedule")
         else:
             availability.skip("schedule")
@@ -360,7 +362,7 @@ class Scheduler(Role):
             self._declare_at = -math.inf
             return False
         entry.submits = accepted.created
-        entry.handle(accepted.last_run_at)
+        entry.handle(accepted.handled_until)
         if accepted.created:
             self._context.notify(draft.queue, (draft.id,))
         return accepted.created

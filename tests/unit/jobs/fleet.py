@@ -255,6 +255,18 @@ class FaultyLedger:
         """Retry, without faults."""
         return await self._ledger.retry(job_id)
 
+    async def run(self, job_id: str) -> Job:
+        """Make due, without faults."""
+        return await self._ledger.run(job_id)
+
+    async def pause_schedule(self, task: str) -> bool:
+        """Pause a schedule, without faults."""
+        return await self._ledger.pause_schedule(task)
+
+    async def resume_schedule(self, task: str) -> bool:
+        """Resume a schedule, without faults."""
+        return await self._ledger.resume_schedule(task)
+
     async def cancel(self, job_id: str, *, running: bool = False) -> Job:
         """Cancel, without faults."""
         return await self._ledger.cancel(job_id, running=running)
@@ -263,13 +275,13 @@ class FaultyLedger:
         """Search, without faults."""
         return await self._ledger.search(wanted)
 
-    def retry_all(self, wanted: JobFilter) -> AsyncIterator[BulkStep]:
+    def retry_all(self, wanted: JobFilter, most: int | None = None) -> AsyncIterator[BulkStep]:
         """Retry many, without faults."""
-        return self._ledger.retry_all(wanted)
+        return self._ledger.retry_all(wanted, most)
 
-    def cancel_all(self, wanted: JobFilter) -> AsyncIterator[BulkStep]:
+    def cancel_all(self, wanted: JobFilter, most: int | None = None) -> AsyncIterator[BulkStep]:
         """Cancel many, without faults."""
-        return self._ledger.cancel_all(wanted)
+        return self._ledger.cancel_all(wanted, most)
 
     async def cancel_requests(self, worker: str) -> Mapping[str, int]:
         """Return requests to cancel, with the faults of ``cancel_requests``."""

@@ -43,6 +43,54 @@ async def run(fleet: Fleet, function: Any, payload: str = "0", **options: Any) -
     return await fleet.job(job_id)
 
 
+@pytest.mark.parametrize(
+    ("most", "attempts"), [(1, 1), (2, 2), (5, 5), (None, 3)], ids=["1", "2", "5", "usual"]
+)
+async def test_a_job_has_its_own_number_of_attempts(
+    fleet: Fleet, most: int | None, attempts: int
+) -> None:
+    """In place of that of the policy, with the same back-off; a retry grants them again."""
+
+    async def fail(_: int) -> None:
+        fleet.done.append(fleet.clock.now())
+        raise ValueError("planted")
+
+    fleet.declare("fail", fail, retry=QUICKLY)
+    fleet.start()
+    job_id = await fleet.accept("fail", max_attempts=most)
+    for round_ in (1, 2):
+        if round_ > 1:
+            await fleet.ledger.retry(job_id)
+        await fleet.final(job_id, within=4000.0)
+        job = await fleet.job(job_id)
+
+        assert (job.state, job.attempts, job.max_attempts) == (JobState.FAILED, attempts, most)
+        assert len(fleet.done) == round_ * attempts
+    gaps = [round((b - a).total_seconds()) for a, b in pairwise(fleet.done[:attempts])]
+    assert gaps == [1, 2, 4, 8][: attempts - 1]
+
+
+@pytest.mark.parametrize(("most", "attempts"), [(1, 1), (3, 2)])
+async def test_a_policy_of_an_application_decides_up_to_the_attempts_of_a_job(
+    fleet: Fleet, most: int, attempts: int
+) -> None:
+    """Its own end holds, too, since it may depend on the error."""
+
+    class Twice:
+        def next_delay(self, attempt: int, _: Exception) -> float | None:
+            return 0.5 if attempt < 2 else None
+
+    async def fail(_: int) -> None:
+        raise ValueError("planted")
+
+    fleet.declare("fail", fail, retry=Twice())
+    fleet.start()
+    job_id = await fleet.accept("fail", max_attempts=most)
+    await fleet.final(job_id)
+
+    assert (await fleet.job(job_id)).attempts == attempts
+
+
 async def test_payloads_are_decoded_and_results_encoded(fleet: Fleet) -> None:
     """Both as JSON, by the task's types."""
 

@@ -320,6 +320,53 @@ async def test_a_schedule_deleted_by_hand_is_declared_again(fleet: Fleet) -> Non
     assert gaps(await times(fleet)) == {60.0}
 
 
+@pytest.mark.parametrize("catch_up", ["last", "none"])
+async def test_the_times_of_a_pause_are_skipped(fleet: Fleet, catch_up: str) -> None:
+    """By every worker at once, also by one that starts meanwhile; none is made up for."""
+    ticking(fleet, catch_up=catch_up)
+    for name in ("a", "b"):
+        fleet.start(name, **SLOW)
+    await asyncio.sleep(150.0)
+    await fleet.memory_ledger.pause_schedule("tick")
+    before = len(await times(fleet))
+    fleet.ledger.calls.clear()
+    await asyncio.sleep(600.0)
+    fleet.start("c", **SLOW)
+    await asyncio.sleep(600.0)
+    calls = fleet.ledger.count("accept_scheduled"), fleet.ledger.count("schedules")
+    during = len(await times(fleet))
+    await fleet.memory_ledger.resume_schedule("tick")
+    await asyncio.sleep(30.0)
+    resumed = len(await times(fleet))
+    await asyncio.sleep(270.0)
+    after = await times(fleet)
+
+    assert during == resumed == before
+    assert gaps(after[:before]) | gaps(after[before:]) == {60.0}
+    assert len(after) in (before + 4, before + 5)
+    assert max(calls) <= 2 * 20 + 3
+
+
+async def test_a_time_before_a_pause_that_no_worker_took_is_skipped(fleet: Fleet) -> None:
+    """A worker that comes late finds it within a minute, and the ledger refuses it."""
+    ticking(fleet, "0 * * * *", catch_up="last")
+    worker = fleet.start("first", **SLOW)
+    await asyncio.sleep(2 * 3600.0)
+    await worker.drain(1.0)
+    before = len(fleet.done)
+    now = fleet.clock.now()
+    due = now.replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
+    await asyncio.sleep((due - now).total_seconds() + 10.0)
+    await fleet.memory_ledger.pause_schedule("tick")
+    await fleet.memory_ledger.resume_schedule("tick")
+    fleet.start("second", **SLOW)
+    await asyncio.sleep(1800.0)
+    skipped = len(fleet.done)
+    await asyncio.sleep(3600.0)
+
+    assert (before, skipped, len(fleet.done)) == (2, 2, 3)
+
+
 async def test_a_draining_worker_submits_nothing(fleet: Fleet) -> None:
     """Another worker does."""
     ticking(fleet, EACH_SECOND)

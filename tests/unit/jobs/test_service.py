@@ -12,6 +12,7 @@ from tests.unit.jobs.fleet import Fleet
 
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.domain.correlation import bind_user_id, current_user_id
+from viralfx.domain.jobs.batching import BulkCount, Submission
 from viralfx.domain.jobs.codec import PayloadError
 from viralfx.domain.jobs.ledger import TransactionError
 from viralfx.domain.jobs.model import (
@@ -23,7 +24,8 @@ from viralfx.domain.jobs.model import (
     Unique,
     UnknownQueueError,
 )
-from viralfx.domain.jobs.service import MAX_PAYLOADS, JobService, Submission
+from viralfx.domain.jobs.schedule import Schedule, UnknownScheduleError
+from viralfx.domain.jobs.service import MAX_PAYLOADS, JobService
 from viralfx.domain.jobs.tasks import JobContext, Task, UnknownTaskError, declared_task, task
 from viralfx.domain.resilience.deadline import Deadline
 from viralfx.domain.resilience.policy import BackoffPolicy
@@ -95,10 +97,11 @@ async def test_workers_are_notified_of_jobs_that_are_retried_by_filter(fleet: Fl
     with pytest.raises(UnknownQueueError):
         await service.cancel_all(JobFilter(queue="nothing"))
 
-    assert await service.retry_all(JobFilter(task="lose")) == 3
+    assert await service.retry_all(JobFilter(task="lose")) == BulkCount(3)
     assert sorted(announced.ids) == sorted(lost)
     assert set(announced.due_in) == {0.0}
-    assert await service.cancel_all(JobFilter(task="lose")) == 3
+    assert await service.cancel_all(JobFilter(task="lose"), most=2) == BulkCount(2, more=True)
+    assert await service.cancel_all(JobFilter(task="lose"), most=None) == BulkCount(1)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +187,10 @@ async def test_a_payload_without_the_concurrency_key_is_refused(fleet: Fleet) ->
         ({"priority": True}, "from -100 to 100"),
         ({"priority": 0.5}, "from -100 to 100"),
         ({"unique": "always"}, "'waiting' or 'unfinished'"),
+        ({"max_attempts": 0}, "from 1 to 10000: 0"),
+        ({"max_attempts": 10_001}, "from 1 to 10000"),
+        ({"max_attempts": True}, "from 1 to 10000"),
+        ({"max_attempts": 2.0}, "from 1 to 10000"),
     ],
 )
 async def test_an_invalid_option_is_refused(
@@ -300,6 +307,72 @@ async def test_many_jobs_are_one_call(fleet: Fleet) -> None:
     assert announced.ids == [each.job.id for each in accepted]
     assert announced.due_in == [0.0]
     assert await service.submit_many("note", []) == []
+
+
+async def test_a_job_has_the_queue_and_the_attempts_that_its_submission_asks_for(
+    fleet: Fleet,
+) -> None:
+    """Alone and among many. A queue that no process knows is refused, and one of a worker not."""
+    service = _service(fleet, _Announced())
+    await fleet.memory_ledger.register("w", ["elsewhere"], 600.0)
+    options: dict[str, Any] = {"queue": "elsewhere", "max_attempts": 7}
+    one = await service.submit("note", 1, **options)
+    many = await service.submit_many("note", [1, 2], **options)
+    usual = await service.submit("note", 1)
+    for queue in ("nowhere", ""):
+        with pytest.raises(UnknownQueueError, match=f"there is no queue '{queue}'"):
+            await service.submit("note", 1, queue=queue)
+        with pytest.raises(UnknownQueueError, match="index 1: there is no queue"):
+            await service.accept_all(
+                [Submission(task="note", payload=b"1", queue=each) for each in ("default", queue)]
+            )
+
+    jobs = [each.job for each in (one, *many)]
+    assert {(job.queue, job.max_attempts) for job in jobs} == {("elsewhere", 7)}
+    assert (usual.job.queue, usual.job.max_attempts) == ("default", None)
+    assert len(await fleet.memory_ledger.page()) == 4
+
+
+async def test_workers_are_notified_of_a_job_that_is_run_now(fleet: Fleet) -> None:
+    """As of a new one."""
+    announced = _Announced()
+    service = _service(fleet, announced)
+    later = await service.submit("note", 1, run_at=fleet.clock.now() + timedelta(hours=1))
+    job = await service.run(later.job.id)
+
+    assert job.run_at == fleet.clock.now()
+    assert announced.ids == [later.job.id] * 2
+    assert announced.due_in == [3600.0, 0.0]
+
+
+async def test_a_schedule_is_paused_run_and_resumed(fleet: Fleet) -> None:
+    """By its task, before any worker has declared it; another name is an error with a hint."""
+    service = _service(fleet, _Announced())
+    fleet.declare("tick", fleet.note, cron="*/5 * * * *", queue="default", priority=3)
+    paused = await service.pause_schedule("tick")
+    accepted = await service.run_schedule("tick")
+    (state,) = await fleet.memory_ledger.schedules()
+    resumed = await service.resume_schedule("tick")
+    for change in (service.pause_schedule, service.resume_schedule, service.run_schedule):
+        with pytest.raises(UnknownScheduleError, match=r"'tik' has .*; did you mean tick\?"):
+            await change("tik")
+
+    assert (paused.paused, resumed.paused) == (True, False)
+    assert paused.next_runs == resumed.next_runs
+    assert (accepted.job.task, accepted.job.payload, accepted.job.priority) == ("tick", b"null", 3)
+    assert accepted.job.run_at == fleet.clock.now()
+    assert (state.paused_at, state.last_run_at) == (fleet.clock.now(), None)
+
+
+async def test_a_schedule_of_workers_alone_is_paused_and_not_run(fleet: Fleet) -> None:
+    """To submit a job, this process must know its task."""
+    service = _service(fleet, _Announced())
+    await fleet.memory_ledger.declare_schedules([Schedule(task="far", cron="0 * * * *")], 60.0)
+
+    assert (await service.pause_schedule("far")).paused
+    with pytest.raises(UnknownTaskError, match="no task named 'far' here"):
+        await service.run_schedule("far")
+    assert [each.paused for each in await service.schedules()] == [True]
 
 
 async def test_all_or_none_of_many_jobs_are_accepted(fleet: Fleet) -> None:

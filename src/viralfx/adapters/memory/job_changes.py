@@ -11,6 +11,7 @@ from typing import Any
 
 from viralfx.adapters.memory.job_index import JobIndex, UniqueJobs
 from viralfx.domain.clock import Clock
+from viralfx.domain.jobs.batching import Allowance
 from viralfx.domain.jobs.ledger import (
     Accepted,
     BulkStep,
@@ -252,6 +253,11 @@ class JobChanges:
         self._refused.pop(job.id, None)
         return self._wait(job, run_at=self._clock.now(), attempts=0, crashes=0)
 
+    async def run(self, job_id: str) -> Job:
+        """Make a waiting job due now."""
+        job = self._in_state(job_id, "run now", JobState.WAITING)
+        return self._wait(job, run_at=min(job.run_at, self._clock.now()))
+
     async def cancel(self, job_id: str, *, running: bool = False) -> Job:
         """Cancel a waiting job, or request the cancellation of an active one."""
         states = (JobState.WAITING, *[JobState.ACTIVE] * running)
@@ -273,20 +279,32 @@ class JobChanges:
             )
         return job
 
-    async def retry_all(self, wanted: JobFilter) -> AsyncIterator[BulkStep]:
-        """Retry all failed jobs that match."""
+    async def retry_all(
+        self, wanted: JobFilter, most: int | None = None
+    ) -> AsyncIterator[BulkStep]:
+        """Retry failed jobs that match."""
+        allowance = Allowance(most, MAX_STEP_JOBS)
         for ids in self._steps(wanted, JobState.FAILED):
             retried: defaultdict[str, list[str]] = defaultdict(list)
-            for job in self._matching(ids, wanted, JobState.FAILED):
+            for job in self._matching(ids, wanted, JobState.FAILED)[: allowance.step]:
                 retried[job.queue].append(self._retry(job).id)
-            yield BulkStep(count=sum(map(len, retried.values())), ids=dict(retried))
+            count = allowance.use(sum(map(len, retried.values())))
+            yield BulkStep(count=count, ids=dict(retried))
+            if not allowance.step:
+                break
             await asyncio.sleep(0)
 
-    async def cancel_all(self, wanted: JobFilter) -> AsyncIterator[BulkStep]:
-        """Cancel all waiting jobs that match, and request it of the active ones."""
+    async def cancel_all(
+        self, wanted: JobFilter, most: int | None = None
+    ) -> AsyncIterator[BulkStep]:
+        """Cancel waiting jobs that match, and request it of active ones."""
+        allowance = Allowance(most, MAX_STEP_JOBS)
         for ids in self._steps(wanted, JobState.WAITING, JobState.ACTIVE):
             jobs = self._matching(ids, wanted, JobState.WAITING, JobState.ACTIVE)
-            yield BulkStep(count=len([self._cancel(job) for job in jobs]))
+            changed = [self._cancel(job) for job in jobs[: allowance.step]]
+            yield BulkStep(count=allowance.use(len(changed)))
+            if not allowance.step:
+                break
             await asyncio.sleep(0)
 
     def _steps(self, wanted: JobFilter, *states: JobState) -> Iterable[Sequence[str]]:
@@ -468,4 +486,5 @@ def new_job(draft: JobDraft, now: datetime) -> Job:
         worker=None,
         result=None,
         error=None,
+        max_attempts=draft.max_attempts,
     )

@@ -366,16 +366,21 @@ class Schedules:
         now = self._clock.monotonic()
         self._seen |= dict.fromkeys((each.task for each in schedules), now)
         for task in [task for task, seen in self._seen.items() if seen < now - forget_after]:
-            del self._states[task], self._seen[task]
+            if self._states[task].paused_at is None:
+                del self._states[task], self._seen[task]
         for each in schedules:
             known = self._states.get(each.task)
-            if known is None or (known.cron, known.timezone) != (each.cron, each.timezone):
+            if known is None:
                 self._states[each.task] = ScheduleState(
                     task=each.task,
                     cron=each.cron,
                     timezone=each.timezone,
                     since=self._clock.now(),
-                    last_run_at=None if known is None else known.last_run_at,
+                    last_run_at=None,
+                )
+            elif (known.cron, known.timezone) != (each.cron, each.timezone):
+                self._states[each.task] = replace(
+                    known, cron=each.cron, timezone=each.timezone, since=self._clock.now()
                 )
         return [self._states[each.task] for each in schedules]
 
@@ -384,11 +389,26 @@ class Schedules:
         state, time = self._states.get(draft.task), draft.run_at
         if state is None or time is None:
             return None
-        if state.last_run_at is not None and state.last_run_at >= time:
-            return ScheduledAcceptance(created=False, last_run_at=state.last_run_at)
+        settled = state.settled_until
+        if state.paused_at is not None:
+            settled = time if settled is None else max(settled, time)
+        if settled is not None and settled >= time:
+            return ScheduledAcceptance(created=False, handled_until=settled)
         await self._accept([draft])
         self._states[draft.task] = replace(state, last_run_at=time)
-        return ScheduledAcceptance(created=True, last_run_at=time)
+        return ScheduledAcceptance(created=True, handled_until=time)
+
+    async def pause(self, task: str) -> bool:
+        """Skip the times of a schedule."""
+        if (state := self._states.get(task)) is not None and state.paused_at is None:
+            self._states[task] = replace(state, paused_at=self._clock.now())
+        return state is not None
+
+    async def resume(self, task: str) -> bool:
+        """End the pause of a schedule."""
+        if (state := self._states.get(task)) is not None and state.paused_at is not None:
+            self._states[task] = replace(state, paused_at=None, resumed_at=self._clock.now())
+        return state is not None
 
     async def states(self) -> Sequence[ScheduleState]:
         """Return all schedules in the order of their tasks."""

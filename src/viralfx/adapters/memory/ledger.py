@@ -106,6 +106,8 @@ class MemoryJobLedger(JobChanges):
         self.declare_schedules = schedules.declare
         self.accept_scheduled = schedules.accept
         self.schedules = schedules.states
+        self.pause_schedule = schedules.pause
+        self.resume_schedule = schedules.resume
 
     def now(self) -> datetime:
         """Return the ledger's time."""
@@ -427,4 +429,5 @@ def _claim_of(job: Job, worker: str, now: datetime) -> Claim:
         user_id=job.user_id,
         created_at=job.created_at,
         due_since=max(0.0, (now - job.run_at).total_seconds()),
+        max_attempts=job.max_attempts,
     )

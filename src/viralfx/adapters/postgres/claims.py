@@ -31,6 +31,7 @@ _NOT_PAUSED = "NOT EXISTS (SELECT FROM viralfx_paused_queues AS paused WHERE pau
 _CLAIMED = """
     {0}.id::text AS id, {0}.task, {0}.payload, {0}.claims, {0}.attempts, {0}.crashes,
     {0}.correlation_id, {0}.traceparent, {0}.user_id, {0}.priority, {0}.created_at,
+    {0}.max_attempts,
     date_part('epoch', {0}.run_at) AS due_at,
     date_part('epoch', {0}.started_at - {0}.run_at) AS due_since
 """

@@ -317,13 +317,14 @@ def _forget_pending(session: Any, transaction: Any) -> None:
 
 # -- schedules: a row for each, with the last time that a job was accepted for -------------------
 
-_STATE = "task, cron, timezone, since, last_run_at"
+_STATE = "task, cron, timezone, since, last_run_at, paused_at, resumed_at"
 
 # In the order of the tasks, so that two workers do not wait for each other.
 DECLARE_SCHEDULES: Final = f"""
 WITH forgotten AS (
     DELETE FROM viralfx_schedules
     WHERE seen_at < statement_timestamp() - make_interval(secs => $4) AND task <> ALL($1::text[])
+        AND paused_at IS NULL
 )
 INSERT INTO viralfx_schedules AS known (task, cron, timezone, since, seen_at)
 SELECT task, cron, timezone, statement_timestamp(), statement_timestamp()
@@ -340,11 +341,23 @@ RETURNING {_STATE}
 ADVANCE_SCHEDULE: Final = """
 UPDATE viralfx_schedules SET last_run_at = $2
 WHERE task = $1 AND (last_run_at IS NULL OR last_run_at < $2)
+    AND paused_at IS NULL AND (resumed_at IS NULL OR resumed_at < $2)
 RETURNING true
 """
 LAST_SCHEDULED: Final = """
-SELECT last_run_at, EXISTS (SELECT FROM viralfx_all_jobs WHERE id = $2::uuid) AS accepted
+SELECT EXISTS (SELECT FROM viralfx_all_jobs WHERE id = $2::uuid) AS accepted,
+    greatest(last_run_at, resumed_at, CASE WHEN paused_at IS NOT NULL THEN $3::timestamptz END)
+        AS handled_until
 FROM viralfx_schedules WHERE task = $1
+"""
+PAUSE_SCHEDULE: Final = """
+UPDATE viralfx_schedules SET paused_at = coalesce(paused_at, statement_timestamp()) WHERE task = $1
+"""
+RESUME_SCHEDULE: Final = """
+UPDATE viralfx_schedules
+SET paused_at = NULL,
+    resumed_at = CASE WHEN paused_at IS NULL THEN resumed_at ELSE statement_timestamp() END
+WHERE task = $1
 """
 SCHEDULES: Final = f'SELECT {_STATE} FROM viralfx_schedules ORDER BY task COLLATE "C"'  # noqa: S608 - constants
 
@@ -388,13 +401,25 @@ class Schedules:
             if await connection.fetchval(sql.ADVANCE_SCHEDULE, draft.task, time):
                 assert time is not None  # noqa: S101 - else no row is changed
                 await accept(connection, sql, [draft], again=False)
-                return ScheduledAcceptance(created=True, last_run_at=time)
-        row = await connection.fetchrow(sql.LAST_SCHEDULED, draft.task, draft.id)
-        if row is None or row["last_run_at"] is None:
+                return ScheduledAcceptance(created=True, handled_until=time)
+        row = await connection.fetchrow(sql.LAST_SCHEDULED, draft.task, draft.id, time)
+        if row is None or row["handled_until"] is None:
             return None
         # The commit of an earlier attempt may have succeeded although its response was lost.
         created = attempt.again and row["accepted"]
-        return ScheduledAcceptance(created=created, last_run_at=row["last_run_at"])
+        return ScheduledAcceptance(created=created, handled_until=row["handled_until"])
+
+    async def pause(self, task: str) -> bool:
+        """See :meth:`JobLedger.pause_schedule`."""
+        return await self._changed(self._sql.PAUSE_SCHEDULE, task)
+
+    async def resume(self, task: str) -> bool:
+        """See :meth:`JobLedger.resume_schedule`."""
+        return await self._changed(self._sql.RESUME_SCHEDULE, task)
+
+    async def _changed(self, statement: str, task: str) -> bool:
+        status = await self._steps.run(lambda attempt: attempt.connection.execute(statement, task))
+        return status != "UPDATE 0"
 
     async def states(self) -> Sequence[ScheduleState]:
         """See :meth:`JobLedger.schedules`."""

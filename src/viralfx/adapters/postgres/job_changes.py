@@ -19,6 +19,7 @@ from viralfx.adapters.postgres.migrations import Statements
 from viralfx.adapters.postgres.pool import PING_AFTER
 from viralfx.adapters.postgres.retry import Attempt, RetriedSteps
 from viralfx.adapters.postgres.transactional_jobs import Effects
+from viralfx.domain.jobs.batching import Allowance
 from viralfx.domain.jobs.ledger import BulkStep, Found, ProgressReport
 from viralfx.domain.jobs.model import (
     ANY_JOB,
@@ -119,6 +120,11 @@ state = 'waiting', run_at = statement_timestamp(), finished_at = NULL, refused_b
 RETRY: Final = f"""
 UPDATE viralfx_jobs SET {_RETRIED} WHERE id = $1 AND state = 'failed' RETURNING {JOB}
 """  # noqa: S608 - constants
+# A job that is due keeps its place in the queue.
+RUN: Final = f"""
+UPDATE viralfx_jobs SET state = 'waiting', run_at = least(run_at, statement_timestamp())
+WHERE id = $1 AND state IN ('waiting', 'scheduled') RETURNING {JOB}
+"""  # noqa: S608 - constants
 _CANCELLED = f"""
     RETURNING {KEPT}, 'cancelled', job.attempts, job.result, job.error_code, job.error_message
 ), moved AS (
@@ -168,6 +174,7 @@ WITH scanned AS MATERIALIZED (
     SELECT job.id FROM viralfx_jobs AS job
     WHERE job.id = ANY(ARRAY(SELECT id FROM scanned WHERE matches))
         AND job.state IS NOT DISTINCT FROM $7
+    LIMIT $9
     FOR UPDATE SKIP LOCKED
 )
 """  # noqa: S608 - constants
@@ -180,7 +187,7 @@ RETRY_STEP: Final = f"""
 {_STEP}, changed AS (
     UPDATE viralfx_jobs AS job SET {_RETRIED} FROM chosen WHERE job.id = chosen.id RETURNING job.id
 )
-{_STEP_RESULT} (array_agg(id))[:$9] AS ids FROM changed
+{_STEP_RESULT} (array_agg(id))[:$10] AS ids FROM changed
 """  # noqa: S608 - constants
 CANCEL_STEP: Final = f"""
 {_STEP}, taken AS (
@@ -261,6 +268,13 @@ class JobChanges:
             lambda attempt: fetched_by_index(attempt.connection, statement, *arguments), **options
         )
 
+    async def _changed(self, statement: str, *arguments: object) -> int:
+        """Run a statement; return how many rows it changed."""
+        status = await self._steps.run(
+            lambda attempt: attempt.connection.execute(statement, *arguments)
+        )
+        return int(status.split()[-1])
+
     async def get(self, job_id: str) -> Job | None:
         """See :class:`JobLedger`."""
         if not is_job_id(job_id):
@@ -326,6 +340,12 @@ class JobChanges:
         done = {JobState.WAITING, JobState.ACTIVE, JobState.COMPLETED}
         return await self._change(job_id, {JobState.FAILED: self._sql.RETRY}, "retried", done)
 
+    async def run(self, job_id: str) -> Job:
+        """See :class:`JobLedger`."""
+        # Since the change can be repeated while the job waits.
+        done = {JobState.ACTIVE, JobState.COMPLETED, JobState.FAILED}
+        return await self._change(job_id, {JobState.WAITING: self._sql.RUN}, "run now", done)
+
     async def cancel(self, job_id: str, *, running: bool = False) -> Job:
         """See :class:`JobLedger`."""
         statements = {JobState.WAITING: self._sql.CANCEL}
@@ -366,28 +386,33 @@ class JobChanges:
 
     # -- many jobs ---------------------------------------------------------------------------
 
-    async def retry_all(self, wanted: JobFilter) -> AsyncIterator[BulkStep]:
+    async def retry_all(
+        self, wanted: JobFilter, most: int | None = None
+    ) -> AsyncIterator[BulkStep]:
         """See :class:`JobLedger`."""
         if wanted.state in (None, JobState.FAILED):
-            async for step in self._change_all(self._sql.RETRY_STEP, wanted, ["failed"]):
+            allowance = Allowance(most, MAX_STEP_JOBS)
+            async for step in self._change_all(self._sql.RETRY_STEP, wanted, ["failed"], allowance):
                 yield step
 
-    async def cancel_all(self, wanted: JobFilter) -> AsyncIterator[BulkStep]:
+    async def cancel_all(
+        self, wanted: JobFilter, most: int | None = None
+    ) -> AsyncIterator[BulkStep]:
         """See :class:`JobLedger`."""
-        active = wanted.state in (None, JobState.ACTIVE)
+        active, allowance = wanted.state in (None, JobState.ACTIVE), Allowance(most, MAX_STEP_JOBS)
         if active:
-            yield await self._request_all(wanted)
+            yield await self._request_all(wanted, allowance)
         if wanted.state in (None, JobState.WAITING):
             # Scheduled jobs first: those that are promoted meanwhile wait when their turn comes.
             states = states_within(JobState.WAITING)[::-1]
-            async for step in self._change_all(self._sql.CANCEL_STEP, wanted, states):
+            async for step in self._change_all(self._sql.CANCEL_STEP, wanted, states, allowance):
                 yield step
             if active:
                 # Those that were claimed meanwhile.
-                yield await self._request_all(wanted)
+                yield await self._request_all(wanted, allowance)
 
     async def _change_all(
-        self, statement: str, wanted: JobFilter, states: Sequence[str]
+        self, statement: str, wanted: JobFilter, states: Sequence[str], allowance: Allowance
     ) -> AsyncIterator[BulkStep]:
         before = _before(wanted)
         if before is None:
@@ -396,31 +421,29 @@ class JobChanges:
         for row in await self._fetched(self._sql.QUEUES, wanted.queue):
             for state in states:
                 last: object = OLDEST
-                while last is not None:
+                while last is not None and (size := allowance.step):
                     (step,) = await self._fetched_by_index(
                         statement,
-                        *(row["queue"], last, before, *_matching(wanted), state, MAX_STEP_JOBS),
-                        *more,
+                        *(row["queue"], last, before, *_matching(wanted), state),
+                        *(MAX_STEP_JOBS, size, *more),
                         max_idle=PING_AFTER,
                     )
                     last = step["last"]
-                    if step["changed"]:
+                    if allowance.use(step["changed"]):
                         ids = [str(each) for each in step["ids"] or ()]
                         due = {row["queue"]: ids} if ids else {}
                         yield BulkStep(count=step["changed"], ids=due)
 
-    async def _request_all(self, wanted: JobFilter) -> BulkStep:
+    async def _request_all(self, wanted: JobFilter, allowance: Allowance) -> BulkStep:
         before = _before(wanted)
         count = 0
-        while before is not None:
-            status = await self._steps.run(
-                lambda attempt: attempt.connection.execute(
-                    self._sql.REQUEST_CANCEL_STEP,
-                    *(wanted.queue, OLDEST, before, *_matching(wanted), MAX_STEP_JOBS),
-                )
+        while before is not None and (size := allowance.step):
+            changed = await self._changed(
+                self._sql.REQUEST_CANCEL_STEP,
+                *(wanted.queue, OLDEST, before, *_matching(wanted), size),
             )
-            count += (changed := int(status.split()[-1]))
-            if changed < MAX_STEP_JOBS:
+            count += allowance.use(changed)
+            if changed < size:
                 break
         return BulkStep(count=count)
 

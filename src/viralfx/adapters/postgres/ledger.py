@@ -186,6 +186,8 @@ class PostgresJobLedger(JobChanges):
         self.declare_schedules = scheduler.declare
         self.accept_scheduled = scheduler.accept
         self.schedules = scheduler.states
+        self.pause_schedule = scheduler.pause
+        self.resume_schedule = scheduler.resume
         self._register = partial(register, self._lease_steps, self._sql)
         self._claimer = Claimer(self._sql, clock)
         self._effects = Effects(database, self._sql, timeout)
@@ -411,13 +413,6 @@ class PostgresJobLedger(JobChanges):
 
     async def _fetch(self, statement: str, *arguments: object, **options: float) -> Sequence[Row]:
         return await self._steps.run(lambda a: a.connection.fetch(statement, *arguments), **options)
-
-    async def _changed(self, statement: str, *arguments: object) -> int:
-        """Run a statement; return how many rows it changed."""
-        status = await self._steps.run(
-            lambda attempt: attempt.connection.execute(statement, *arguments)
-        )
-        return int(status.split()[-1])
 
     async def expire(
         self, patience: float, before: datetime | None = None

@@ -84,6 +84,7 @@ def draft_columns(drafts: Collection[JobDraft]) -> tuple[list[Any] | None, ...]:
         _options([draft.unique is Unique.WAITING for draft in drafts]),
         _options([text(draft.concurrency_key) for draft in drafts]),
         _options([text(draft.user_id) for draft in drafts]),
+        _options([draft.max_attempts for draft in drafts]),
     )
 
 
@@ -187,6 +188,7 @@ def job_of_draft(draft: JobDraft, row: Row) -> Job:
         worker=None,
         result=None,
         error=None,
+        max_attempts=draft.max_attempts,
     )
 
 
@@ -219,6 +221,7 @@ def job_of_row(row: Row) -> Job:
         cancel_requested=row["cancel_requested"],
         progress=None if (progress := row["progress"]) is None else progress.encode(),
         history=() if (history := row["history"]) is None else _attempts(history),
+        max_attempts=row["max_attempts"],
     )
 
 
@@ -259,6 +262,7 @@ def claims_of_rows(rows: Iterable[Row], queue: str, worker: str) -> list[Claim]:
             user_id=row["user_id"],
             created_at=row["created_at"],
             due_since=max(0.0, row["due_since"]),
+            max_attempts=row["max_attempts"],
         )
         for row in ordered
     ]

@@ -26,7 +26,8 @@ JOB_TIMES: Final = ("created_at", "run_at", "asked_run_at", "started_at", "finis
 JOB: Final = """
     id, queue, task, state, payload, key, correlation_id, traceparent, user_id, priority,
     concurrency_key, created_at, run_at, asked_run_at, started_at, finished_at, attempts, crashes,
-    claims, worker, result, error_code, error_message, history, progress, cancel_requested
+    claims, worker, result, error_code, error_message, history, progress, cancel_requested,
+    max_attempts
 """
 
 
@@ -45,8 +46,8 @@ def _as_text(columns: str) -> str:
 ACCEPT: Final = f"""
 SELECT {_as_text("id, created_at, run_at")} FROM viralfx_accept_jobs(
     $1::uuid[], $2::text[], $3::text[], $4::json[], $5::text[], $6::text[], $7::text[],
-    $8::timestamptz[], $14::float8, $9::integer[], $10::text[], $11::boolean[], $12::text[],
-    $13::text[]
+    $8::timestamptz[], $15::float8, $9::integer[], $10::text[], $11::boolean[], $12::text[],
+    $13::text[], $14::integer[]
 )
 """  # noqa: S608 - constants
 
@@ -75,13 +76,14 @@ SELECT {_as_text(JOB)}, unique_key FROM found LEFT JOIN duplicates USING (id)
 
 MOVED: Final = """
     id, queue, task, payload, key, correlation_id, traceparent, user_id, priority, concurrency_key,
-    created_at, run_at, asked_run_at, started_at, crashes, claims, history, progress, finished_at,
-    state, attempts, result, error_code, error_message
+    created_at, run_at, asked_run_at, started_at, crashes, claims, history, progress, max_attempts,
+    finished_at, state, attempts, result, error_code, error_message
 """
 KEPT: Final = """
     job.id, job.queue, job.task, job.payload, job.key, job.correlation_id, job.traceparent,
     job.user_id, job.priority, job.concurrency_key, job.created_at, job.run_at, job.asked_run_at,
-    job.started_at, job.crashes, job.claims, job.history, job.progress, statement_timestamp()
+    job.started_at, job.crashes, job.claims, job.history, job.progress, job.max_attempts,
+    statement_timestamp()
 """
 _GIVEN = """
 unnest(

@@ -1,4 +1,7 @@
-"""Calls of the ledger that several callers share: batches, and followers of a job."""
+"""Calls of the ledger that several callers share: batches, and followers of a job.
+
+The jobs that a caller asks for together, or changes together, are here, too.
+"""
 
 import asyncio
 from collections.abc import (
@@ -12,10 +15,20 @@ from collections.abc import (
 )
 from contextlib import aclosing, contextmanager, nullcontext
 from contextvars import Context
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Generic, TypeVar
 
 from viralfx.domain.clock import Clock, wait_for
-from viralfx.domain.jobs.model import Job, JobNotFoundError, LedgerUnavailableError
+from viralfx.domain.errors import ViralFXError
+from viralfx.domain.jobs.ledger import Accepted
+from viralfx.domain.jobs.model import (
+    Job,
+    JobDraft,
+    JobNotFoundError,
+    KeyConflictError,
+    LedgerUnavailableError,
+)
 from viralfx.domain.resilience.deadline import Deadline
 
 ItemT = TypeVar("ItemT")
@@ -327,3 +340,81 @@ class _FollowedJob:
         self.polled_at = polled_at
         self.followers = 0
         self.polling = asyncio.Lock()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """A job that is asked for; see :meth:`JobService.accept` for the meaning of the fields."""
+
+    task: str
+    payload: bytes
+    """JSON."""
+    key: str | None = None
+    run_at: datetime | None = None
+    priority: int | None = None
+    unique: str | None = None
+    queue: str | None = None
+    max_attempts: int | None = None
+
+
+def keys_of(draft: JobDraft) -> Sequence[str]:
+    """Return the keys of which the ledger accepts one job at a time."""
+    return [key for key in (draft.key, draft.unique_key) if key is not None]
+
+
+def require_same(draft: JobDraft, accepted: Accepted) -> None:
+    """Raise :class:`KeyConflictError` if the key of a draft belongs to a different job."""
+    job = accepted.job
+    # A job with another key is its duplicate: one of the same task and payload.
+    if not accepted.created and draft.key == job.key is not None and not job.comes_from(draft):
+        raise KeyConflictError(
+            f"the idempotency key was used for job {job.id}, which asks for something else"
+        )
+
+
+def require_all_same(drafts: Sequence[JobDraft], accepted: Sequence[Accepted]) -> None:
+    """Do as :func:`require_same` for each of several jobs; the error names the job."""
+    for index, (draft, one) in enumerate(zip(drafts, accepted, strict=True)):
+        with about(index):
+            require_same(draft, one)
+
+
+@contextmanager
+def about(index: int) -> Iterator[None]:
+    """Name the job of a batch in the errors of the block."""
+    try:
+        yield
+    except (ValueError, ViralFXError) as error:
+        error.args = (f"the job at index {index}: {error}",)
+        error.index = index  # type: ignore[union-attr]  # read by the HTTP API
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class BulkCount:
+    """The result of a change of many jobs."""
+
+    count: int
+    """How many jobs it changed."""
+    more: bool = False
+    """True if it ended at its most jobs, so that others may be left."""
+
+
+class Allowance:
+    """The jobs that the steps of one change may still change: ``most`` in all, ``step`` at once."""
+
+    def __init__(self, most: int | None, step: int) -> None:
+        """``most`` None: any number."""
+        self._left = most
+        self._step = step
+
+    @property
+    def step(self) -> int:
+        """How many jobs the next step may change; zero at the end."""
+        return self._step if self._left is None else min(self._step, self._left)
+
+    def use(self, changed: int) -> int:
+        """Count the jobs that a step has changed; return their number."""
+        if self._left is not None:
+            self._left -= changed
+        return changed

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple, Protocol, Self
 from viralfx.domain.errors import ViralFXError
 from viralfx.domain.jobs.limits import Limit
 from viralfx.domain.jobs.model import ANY_JOB, Claim, Job, JobDraft, JobFilter, Settlement
-from viralfx.domain.jobs.schedule import Schedule, ScheduledAcceptance, ScheduleState
+from viralfx.domain.jobs.schedule import ScheduledAcceptance, ScheduleStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ class LeaseStore(WorkerRegistry, Protocol):
         ...
 
 
-class JobLedger(WorkerRegistry, Protocol):
+class JobLedger(WorkerRegistry, ScheduleStore, Protocol):
     """Port: stores jobs durably.
 
     Each method is atomic, and any number of processes may call it at once. Each raises
@@ -405,31 +405,25 @@ class JobLedger(WorkerRegistry, Protocol):
         """Search for jobs by any fields; like :meth:`find`, it may examine a limited number."""
         ...
 
-    async def declare_schedules(
-        self, schedules: Sequence[Schedule], forget_after: float
-    ) -> Sequence[ScheduleState]:
-        """Store the schedules that a worker knows, and return their states.
-
-        A new schedule, or one whose expression or time zone changed, begins now. Schedules that no
-        worker declared for ``forget_after`` seconds are deleted.
-        """
-        ...
-
     async def accept_scheduled(self, draft: JobDraft) -> ScheduledAcceptance | None:
         """Accept the job of a schedule for the time ``draft.run_at``, if it is the first one.
 
         The job and the schedule's ``last_run_at`` are stored together, so that of all calls for a
-        time only one creates a job, also once the job is deleted. None: no worker declared a
-        schedule for ``draft.task``. Raises as :meth:`accept` does.
+        time only one creates a job, also once the job is deleted. A schedule that is paused, or was
+        resumed at that time or later, gets no job. None: no worker declared a schedule for
+        ``draft.task``. Raises as :meth:`accept` does.
         """
-        ...
-
-    async def schedules(self) -> Sequence[ScheduleState]:
-        """Return the schedules that workers declared, in the order of their tasks."""
         ...
 
     async def retry(self, job_id: str) -> Job:
         """Make a failed job due now, with its attempts and crashes reset, and its history kept.
+
+        Raises :class:`JobNotFoundError` and :class:`JobStateError`.
+        """
+        ...
+
+    async def run(self, job_id: str) -> Job:
+        """Make a waiting job due now; one that is due already keeps its place.
 
         Raises :class:`JobNotFoundError` and :class:`JobStateError`.
         """
@@ -442,16 +436,17 @@ class JobLedger(WorkerRegistry, Protocol):
         """
         ...
 
-    def retry_all(self, wanted: JobFilter) -> AsyncIterator[BulkStep]:
+    def retry_all(self, wanted: JobFilter, most: int | None = None) -> AsyncIterator[BulkStep]:
         """Do as :meth:`retry` with all failed jobs that match, in steps; each is atomic.
 
-        A step changes at most some thousand jobs. It waits for no other call: a job that one
-        changes at the same moment is left out. Each job is retried at most once, unless the answer
-        of a step is lost: then the step is repeated, and the jobs of the first time do not count.
+        Together they change at most ``most`` jobs; None: any number. A step changes at most some
+        thousand jobs. It waits for no other call: a job that one changes at the same moment is left
+        out. Each job is retried at most once, unless the answer of a step is lost: then the step is
+        repeated, and the jobs of the first time do not count.
         """
         ...
 
-    def cancel_all(self, wanted: JobFilter) -> AsyncIterator[BulkStep]:
+    def cancel_all(self, wanted: JobFilter, most: int | None = None) -> AsyncIterator[BulkStep]:
         """Do as :meth:`cancel`, also with active jobs, with all that match, in such steps.
 
         A job that is accepted after the first step may be left out.

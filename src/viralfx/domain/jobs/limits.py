@@ -1,4 +1,4 @@
-"""Limits of a task over all workers: jobs at once, and starts in a period."""
+"""Limits of a task over all workers: jobs at once, and starts in a period; and of attempts."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -11,6 +11,8 @@ MAX_CONCURRENCY: Final = 100_000
 MAX_STARTS: Final = 1_000_000
 """The most jobs that a rate limit may let start in its period."""
 MAX_KEY_CHARACTERS: Final = 255
+MAX_ATTEMPTS: Final = 10_000
+"""The most attempts that a job may ask for."""
 
 _RATE = re.compile(r"([0-9]{1,9})\s*/\s*([smhd])")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -47,6 +49,19 @@ def parse_rate(text: str) -> Rate:
     if not 1 <= count <= MAX_STARTS:
         raise ValueError(f"{text!r}: the number of starts must be from 1 to {MAX_STARTS}")
     return Rate(count, _UNITS[found[2]])
+
+
+def check_max_attempts(attempts: Any) -> int:
+    """Return the most attempts of a job.
+
+    Raises ``ValueError`` for another type or a number out of range.
+    """
+    whole = isinstance(attempts, int) and not isinstance(attempts, bool)
+    if not whole or not 1 <= attempts <= MAX_ATTEMPTS:
+        raise ValueError(
+            f"max_attempts must be a whole number from 1 to {MAX_ATTEMPTS}: {attempts!r}"
+        )
+    return int(attempts)
 
 
 def limit_of(

@@ -128,6 +128,8 @@ class JobDraft:
     """A digest of the task and the payload; None unless ``unique`` is set."""
     concurrency_key: str | None = None
     """The jobs of its task with the same key share the task's limits."""
+    max_attempts: int | None = None
+    """The most attempts; None: as many as the retry policy of the task allows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +175,7 @@ class Job:
     """JSON: the last report of its task."""
     history: tuple[JobAttempt, ...] = ()
     """The last executions that did not complete it, the oldest first; empty in a list of jobs."""
+    max_attempts: int | None = None
 
     @property
     def attempts_made(self) -> int:
@@ -281,6 +284,7 @@ class Claim(NamedTuple):
     created_at: datetime
     due_since: float
     """Seconds between the job's due time and this claim."""
+    max_attempts: int | None = None
 
 
 PAYLOAD = "payload"

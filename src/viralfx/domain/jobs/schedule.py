@@ -1,14 +1,20 @@
 """Schedules: the runs of a task by a cron expression, and missed ones that are made up for."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from itertools import islice, takewhile
+from typing import Any, Protocol
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
-from viralfx.domain.errors import suggest
+from viralfx.domain.clock import Clock
+from viralfx.domain.errors import ViralFXError, suggest
 from viralfx.domain.extras import MissingExtraError, needed_by
+
+_logger = logging.getLogger("viralfx.queues")
 
 ON_TIME_SECONDS = 60.0
 """A run that was due longer ago than this when a worker finds it was missed."""
@@ -39,6 +45,10 @@ class CatchUp(StrEnum):
     NONE = "none"
 
 
+class UnknownScheduleError(ViralFXError):
+    """No task of this name has a schedule, here or at a worker."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleState:
     """A schedule as the ledger knows it. Times are UTC."""
@@ -50,11 +60,20 @@ class ScheduleState:
     """When a worker first declared the task with this expression and time zone."""
     last_run_at: datetime | None
     """The latest run for which a job was accepted."""
+    paused_at: datetime | None = None
+    """When it was paused; None: it is not paused."""
+    resumed_at: datetime | None = None
+    """When its last pause ended."""
+
+    @property
+    def settled_until(self) -> datetime | None:
+        """The moment up to which the ledger accepts no run any more; None: there is none."""
+        return max(filter(None, (self.last_run_at, self.resumed_at)), default=None)
 
     @property
     def handled_until(self) -> datetime:
         """The moment up to which no run is left."""
-        return self.since if self.last_run_at is None else max(self.since, self.last_run_at)
+        return max(self.since, self.settled_until or self.since)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +87,8 @@ class ScheduleTimes:
     """The latest run for which a job was accepted."""
     next_runs: Sequence[datetime]
     """Empty if this process cannot calculate them, without the time zone or the extra ``cron``."""
+    paused: bool = False
+    """True if its runs are skipped until it is resumed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +96,10 @@ class ScheduledAcceptance:
     """The answer of the ledger to a job of a schedule."""
 
     created: bool
-    """False if this run or a later one was taken before. True also if the job is a duplicate of an
-    unfinished one, and so was not stored."""
-    last_run_at: datetime
-    """The latest run for which a job was accepted; UTC."""
+    """False if this run or a later one was taken before, or is skipped by a pause. True also if the
+    job is a duplicate of an unfinished one, and so was not stored."""
+    handled_until: datetime
+    """The moment up to which no run is left; UTC."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,8 +334,102 @@ def times_of(
             timezone=state.timezone,
             last_run_at=state.last_run_at,
             next_runs=times,
+            paused=state.paused_at is not None,
         )
     return [found[task] for task in sorted(found)]
+
+
+class ScheduleStore(Protocol):
+    """The part of the ledger that stores the schedules of the fleet."""
+
+    async def declare_schedules(
+        self, schedules: Sequence[Schedule], forget_after: float
+    ) -> Sequence[ScheduleState]:
+        """Store the schedules that a worker knows, and return their states.
+
+        A new schedule, or one whose expression or time zone changed, begins now. Schedules that no
+        worker declared for ``forget_after`` seconds are deleted, unless they are paused.
+        """
+        ...
+
+    async def pause_schedule(self, task: str) -> bool:
+        """Accept no job for the times of a schedule until it is resumed.
+
+        The pause of a paused schedule does not begin again. A paused schedule is not deleted.
+        Returns False if there is no schedule of ``task``.
+        """
+        ...
+
+    async def resume_schedule(self, task: str) -> bool:
+        """End the pause of a schedule; its times up to now get no job.
+
+        Returns False if there is no schedule of ``task``.
+        """
+        ...
+
+    async def schedules(self) -> Sequence[ScheduleState]:
+        """Return the schedules that workers declared, in the order of their tasks."""
+        ...
+
+
+class _Task(Protocol):
+    @property
+    def schedule(self) -> Schedule | None: ...
+
+
+class _Tasks(Protocol):
+    """The part of the registry of tasks that schedules need."""
+
+    def name_of(self, task: object) -> str: ...
+
+    def __iter__(self) -> Iterator[_Task]: ...
+
+
+class ScheduledTasks:
+    """The part of the job service that shows, pauses and resumes schedules."""
+
+    _ledger: ScheduleStore
+    _tasks: _Tasks
+    _clock: Clock
+
+    async def schedules(self, count: int = 5) -> Sequence[ScheduleTimes]:
+        """Return the schedules of all tasks, with the next ``count`` times of each."""
+        states = await self._ledger.schedules()
+        return times_of(states, self._schedules_here(), self._clock.now(), count)
+
+    def _schedules_here(self) -> Sequence[Schedule]:
+        return [each.schedule for each in self._tasks if each.schedule is not None]
+
+    async def _schedule(self, task: str) -> ScheduleTimes:
+        found = {each.task: each for each in await self.schedules()}
+        if task not in found:
+            hint = suggest(task, found) or f"the tasks with one are {', '.join(found) or 'none'}"
+            raise UnknownScheduleError(f"no task {task!r} has a schedule; {hint}")
+        return found[task]
+
+    async def pause_schedule(self, task: str | Callable[..., Any]) -> ScheduleTimes:
+        """Skip the runs of a schedule until it is resumed; jobs that were accepted stay.
+
+        All workers obey at once. Pausing a paused schedule does nothing. Raises
+        :class:`UnknownScheduleError`.
+        """
+        name = self._tasks.name_of(task)
+        await self._schedule(name)
+        if not await self._ledger.pause_schedule(name):
+            # No worker has declared it yet.
+            mine = [each for each in self._schedules_here() if each.task == name]
+            await self._ledger.declare_schedules(mine, math.inf)
+            await self._ledger.pause_schedule(name)
+        _logger.warning("Schedule paused", extra={"task": name})
+        return await self._schedule(name)
+
+    async def resume_schedule(self, task: str | Callable[..., Any]) -> ScheduleTimes:
+        """Run a schedule again from its next time on. Raises as :meth:`pause_schedule` does."""
+        name = self._tasks.name_of(task)
+        await self._schedule(name)
+        await self._ledger.resume_schedule(name)
+        _logger.warning("Schedule resumed", extra={"task": name})
+        return await self._schedule(name)
 
 
 def _has_impossible_date(cron: str) -> bool:

@@ -1,17 +1,24 @@
 """The job service of applications: accept, find, retry and cancel jobs."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import Any
 
 from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.correlation import current_correlation_id, current_user_id
-from viralfx.domain.errors import ViralFXError
-from viralfx.domain.jobs.batching import Batcher, JobFollower
+from viralfx.domain.jobs.batching import (
+    Batcher,
+    BulkCount,
+    JobFollower,
+    Submission,
+    about,
+    keys_of,
+    require_all_same,
+    require_same,
+)
 from viralfx.domain.jobs.codec import (
     DEFAULT_MAX_BYTES,
     Codec,
@@ -22,8 +29,8 @@ from viralfx.domain.jobs.codec import (
     unique_key_of,
 )
 from viralfx.domain.jobs.hooks import CombinedHooks, JobHooks, log_refusal
-from viralfx.domain.jobs.ledger import Accepted, Found, JobLedger, QueueCounts
-from viralfx.domain.jobs.limits import concurrency_key_of
+from viralfx.domain.jobs.ledger import Accepted, BulkStep, Found, JobLedger, QueueCounts
+from viralfx.domain.jobs.limits import check_max_attempts, concurrency_key_of
 from viralfx.domain.jobs.model import (
     ANY_JOB,
     InvalidFilterError,
@@ -32,7 +39,6 @@ from viralfx.domain.jobs.model import (
     JobFilter,
     JobNotFoundError,
     JobState,
-    KeyConflictError,
     LedgerUnavailableError,
     Unique,
     UnknownQueueError,
@@ -41,28 +47,17 @@ from viralfx.domain.jobs.model import (
     in_utc,
     new_job_id,
 )
-from viralfx.domain.jobs.schedule import ScheduleTimes, times_of
+from viralfx.domain.jobs.schedule import ScheduledTasks
 from viralfx.domain.jobs.tasks import TaskRegistry
 
-_queues_logger = logging.getLogger("viralfx.queues")
+_logger = logging.getLogger("viralfx.queues")
 
 MAX_PAYLOADS = 10_000
 """Payloads of one call of :meth:`JobService.submit_many`: they are one statement."""
+MAX_CHANGED = 100_000
+"""The most jobs that one change by a filter changes."""
 _MAX_CONCURRENT_CALLS = 3
 """Calls that store jobs at once, if the earlier ones take long."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submission:
-    """A job that is asked for; see :meth:`JobService.accept` for the meaning of the fields."""
-
-    task: str
-    payload: bytes
-    """JSON."""
-    key: str | None = None
-    run_at: datetime | None = None
-    priority: int | None = None
-    unique: str | None = None
 
 
 def _unknown_queue(queue: str, known: Iterable[str]) -> UnknownQueueError:
@@ -83,42 +78,14 @@ def _id(job_id: object) -> str:
     return job_id
 
 
-def _keys_of(draft: JobDraft) -> Sequence[str]:
-    return [key for key in (draft.key, draft.unique_key) if key is not None]
-
-
-def _require_same(draft: JobDraft, accepted: Accepted) -> None:
-    """Raise :class:`KeyConflictError` if the key of a draft belongs to a different job."""
-    job = accepted.job
-    # A job with another key is its duplicate: one of the same task and payload.
-    if not accepted.created and draft.key == job.key is not None and not job.comes_from(draft):
-        raise KeyConflictError(
-            f"the idempotency key was used for job {job.id}, which asks for something else"
-        )
-
-
-def _require_all_same(drafts: Sequence[JobDraft], accepted: Sequence[Accepted]) -> None:
-    for index, (draft, one) in enumerate(zip(drafts, accepted, strict=True)):
-        with _about(index):
-            _require_same(draft, one)
-
-
-@contextmanager
-def _about(index: int) -> Iterator[None]:
-    """Name the job of a batch in the errors of the block."""
-    try:
-        yield
-    except (ValueError, ViralFXError) as error:
-        error.args = (f"the job at index {index}: {error}",)
-        error.index = index  # type: ignore[union-attr]  # read by the HTTP API
-        raise
-
-
-class JobService:
+class JobService(ScheduledTasks):
     """Accepts jobs durably, and gives access to them.
 
     Every method raises :class:`LedgerUnavailableError` if the ledger does not answer.
     """
+
+    _ledger: JobLedger
+    _tasks: TaskRegistry
 
     def __init__(
         self,
@@ -144,7 +111,7 @@ class JobService:
         self._accept = Batcher(
             self._store,
             size=lambda draft: len(draft.payload),
-            keys=_keys_of,
+            keys=keys_of,
             shared=LedgerUnavailableError,
             max_calls=_MAX_CONCURRENT_CALLS,
         )
@@ -167,6 +134,8 @@ class JobService:
         traceparent: str | None = None,
         priority: int | None = None,
         unique: str | None = None,
+        queue: str | None = None,
+        max_attempts: int | None = None,
         connection: Any = None,
     ) -> Accepted:
         """Accept a job; it is durable when this returns.
@@ -174,24 +143,34 @@ class JobService:
         ``run_at`` is the earliest time, with a time zone. Of the due jobs of a queue, one with a
         higher ``priority`` runs first; None: the task's. A repeated ``key`` returns the first job.
         With ``unique``, ``"waiting"`` or ``"unfinished"``, a job of the same task and payload that
-        waits or has not ended is returned, and the key is not kept; None: the task's.
+        waits or has not ended is returned, and the key is not kept; None: the task's. ``queue`` is
+        that of the job; None: the task's. ``max_attempts`` replaces the attempts that the
+        :class:`BackoffPolicy` of the task allows, and limits those of another policy.
 
         ``connection`` is in a transaction of the ledger's database: one of asyncpg, or a session or
         connection of SQLAlchemy, whose transaction begins if it has not. The job exists if and only
         if that transaction commits.
 
-        Raises :class:`UnknownTaskError`, :class:`PayloadError` and, if the key belongs to a
-        different job, :class:`KeyConflictError`. A payload over the limit raises
-        :class:`PayloadTooLargeError`, and one that the ledger alone refuses also
+        Raises :class:`UnknownTaskError`, :class:`UnknownQueueError`, :class:`PayloadError` and, if
+        the key belongs to a different job, :class:`KeyConflictError`. A payload over the limit
+        raises :class:`PayloadTooLargeError`, and one that the ledger alone refuses also
         :class:`UnstorableError`. Another value that is invalid raises ``ValueError``. With a
         ``connection`` also :class:`TransactionError` and the errors of its driver.
         """
+        await self._require_somewhere(queue)
         asked = Submission(
-            task=task, payload=payload, run_at=run_at, key=key, priority=priority, unique=unique
+            task=task,
+            payload=payload,
+            run_at=run_at,
+            key=key,
+            priority=priority,
+            unique=unique,
+            queue=queue,
+            max_attempts=max_attempts,
         )
         draft = self._draft(asked, traceparent)
         accepted = await self._accept_one(draft, connection)
-        _require_same(draft, accepted)
+        require_same(draft, accepted)
         self._hooks.accepted(accepted)
         return accepted
 
@@ -238,8 +217,12 @@ class JobService:
         which counts from 0, and names it.
         """
         drafts = []
+        queues: set[str | None] = {None}
         for index, each in enumerate(submissions):
-            with _about(index):
+            with about(index):
+                if each.queue not in queues:
+                    await self._require_somewhere(each.queue)
+                    queues.add(each.queue)
                 draft = self._draft(each, traceparent)
             with self._hooks.accepting(draft) as draft:
                 drafts.append(draft)
@@ -247,7 +230,7 @@ class JobService:
             return []
         check = None
         if any(draft.key is not None for draft in drafts):
-            check = partial(_require_all_same, drafts)
+            check = partial(require_all_same, drafts)
         try:
             if connection is None:
                 with self._hooks.storing(drafts):
@@ -272,9 +255,10 @@ class JobService:
         value = self._codec.decode(payload, declared.payload_type)
         unique = declared.unique if asked.unique is None else Unique.parse(asked.unique)
         priority = declared.priority if asked.priority is None else check_priority(asked.priority)
+        most = asked.max_attempts
         return JobDraft(
             id=new_job_id(),
-            queue=declared.queue,
+            queue=declared.queue if asked.queue is None else asked.queue,
             task=declared.name,
             payload=payload,
             run_at=in_utc(asked.run_at, "run_at"),
@@ -286,6 +270,7 @@ class JobService:
             unique=unique,
             unique_key=None if unique is None else unique_key_of(declared.name, payload),
             concurrency_key=concurrency_key_of(declared.concurrency_key, value),
+            max_attempts=None if most is None else check_max_attempts(most),
         )
 
     async def _store(self, drafts: Sequence[JobDraft]) -> Sequence[Accepted]:
@@ -310,6 +295,8 @@ class JobService:
         run_at: datetime | None = None,
         priority: int | None = None,
         unique: str | None = None,
+        queue: str | None = None,
+        max_attempts: int | None = None,
         connection: Any = None,
     ) -> Accepted:
         """Accept a job with a Python value as its payload; see :meth:`accept`.
@@ -323,6 +310,8 @@ class JobService:
             run_at=run_at,
             priority=priority,
             unique=unique,
+            queue=queue,
+            max_attempts=max_attempts,
             connection=connection,
         )
 
@@ -334,6 +323,8 @@ class JobService:
         run_at: datetime | None = None,
         priority: int | None = None,
         unique: str | None = None,
+        queue: str | None = None,
+        max_attempts: int | None = None,
         connection: Any = None,
     ) -> list[Accepted]:
         """Accept a job of a task for each payload, all or none; see :meth:`accept_all`.
@@ -347,11 +338,17 @@ class JobService:
                 raise ValueError(
                     f"submit_many takes at most {MAX_PAYLOADS} payloads; call it again"
                 )
-            with _about(index):
+            with about(index):
                 encoded = self._encode(payload)
             submissions.append(
                 Submission(
-                    task=name, payload=encoded, run_at=run_at, priority=priority, unique=unique
+                    task=name,
+                    payload=encoded,
+                    run_at=run_at,
+                    priority=priority,
+                    unique=unique,
+                    queue=queue,
+                    max_attempts=max_attempts,
                 )
             )
         return await self.accept_all(submissions, connection=connection)
@@ -397,6 +394,12 @@ class JobService:
         self._notify(job.queue, (job.id,), 0.0)
         return job
 
+    async def run(self, job_id: str) -> Job:
+        """Make a waiting job due now. Raises :class:`JobNotFoundError`, :class:`JobStateError`."""
+        job = await self._ledger.run(_id(job_id))
+        self._notify(job.queue, (job.id,), 0.0)
+        return job
+
     async def cancel(self, job_id: str, *, running: bool = True) -> Job:
         """Cancel a waiting job; with ``running`` also request that an active one ends.
 
@@ -405,31 +408,31 @@ class JobService:
         """
         return await self._ledger.cancel(_id(job_id), running=running)
 
-    async def retry_all(self, wanted: JobFilter) -> int:
-        """Run all failed jobs that match again; return how many.
+    async def retry_all(self, wanted: JobFilter, *, most: int | None = MAX_CHANGED) -> BulkCount:
+        """Run failed jobs that match again, at most ``most``; return how many. None: all of them.
 
         Raises :class:`InvalidFilterError` for a filter without a field, with a limit or with
         another state, and :class:`UnknownQueueError`. It runs in steps: if it is interrupted, the
         jobs of the earlier steps are retried, and the same call continues with the others.
         """
         await self._require_change(wanted, "retried", JobState.FAILED)
+        return await self._counted(self._ledger.retry_all(wanted, most), most)
+
+    async def cancel_all(self, wanted: JobFilter, *, most: int | None = MAX_CHANGED) -> BulkCount:
+        """Cancel waiting jobs that match, and request it of active ones; return how many.
+
+        ``most``, errors and interruptions are as those of :meth:`retry_all`.
+        """
+        await self._require_change(wanted, "cancelled", JobState.WAITING, JobState.ACTIVE)
+        return await self._counted(self._ledger.cancel_all(wanted, most), most)
+
+    async def _counted(self, steps: AsyncIterator[BulkStep], most: int | None) -> BulkCount:
         count = 0
-        async for step in self._ledger.retry_all(wanted):
+        async for step in steps:
             count += step.count
             for queue, ids in step.ids.items():
                 self._notify(queue, ids, 0.0)
-        return count
-
-    async def cancel_all(self, wanted: JobFilter) -> int:
-        """Cancel all waiting jobs that match, and request it of the active ones; return how many.
-
-        Raises as :meth:`retry_all` does, and can be interrupted in the same way.
-        """
-        await self._require_change(wanted, "cancelled", JobState.WAITING, JobState.ACTIVE)
-        count = 0
-        async for step in self._ledger.cancel_all(wanted):
-            count += step.count
-        return count
+        return BulkCount(count, more=most is not None and count >= most)
 
     async def _require_change(self, wanted: JobFilter, change: str, *states: JobState) -> None:
         await self._require_somewhere(wanted.queue)
@@ -443,10 +446,17 @@ class JobService:
                 f"only jobs that are {allowed} can be {change}: leave state out, or set it to that"
             )
 
-    async def schedules(self, count: int = 5) -> Sequence[ScheduleTimes]:
-        """Return the schedules of all tasks, with the next ``count`` times of each."""
-        declared = [each.schedule for each in self._tasks if each.schedule is not None]
-        return times_of(await self._ledger.schedules(), declared, self._clock.now(), count)
+    async def run_schedule(
+        self, task: str | Callable[..., Any], *, traceparent: str | None = None
+    ) -> Accepted:
+        """Submit a job as a schedule does, now; the times of the schedule do not change.
+
+        Also while it is paused. This process must know the task. Raises
+        :class:`UnknownScheduleError` and as :meth:`accept` does.
+        """
+        name = self._tasks.name_of(task)
+        await self._schedule(name)
+        return await self.accept(name, b"null", traceparent=traceparent)
 
     async def pause(self, queue: str) -> None:
         """Let no worker claim jobs of a queue until it is resumed; running jobs go on.
@@ -456,13 +466,13 @@ class JobService:
         """
         await self._require_somewhere(queue)
         await self._ledger.pause(queue)
-        _queues_logger.warning("Queue paused", extra={"queue": queue})
+        _logger.warning("Queue paused", extra={"queue": queue})
 
     async def resume(self, queue: str) -> None:
         """End the pause of a queue, and announce its due jobs. Raises as :meth:`pause` does."""
         await self._require_somewhere(queue)
         self._notify(queue, await self._ledger.resume(queue), 0.0)
-        _queues_logger.warning("Queue resumed", extra={"queue": queue})
+        _logger.warning("Queue resumed", extra={"queue": queue})
 
     async def _require_somewhere(self, queue: str | None) -> None:
         """Raise an error for a queue that is neither configured here nor known to the ledger."""

@@ -129,6 +129,8 @@ class JobContext:
         run_at: datetime | None = None,
         priority: int | None = None,
         unique: str | None = None,
+        queue: str | None = None,
+        max_attempts: int | None = None,
     ) -> Accepted:
         """Submit another job, with the correlation id and the user of this one.
 
@@ -141,7 +143,14 @@ class JobContext:
         if self.submitter is None:
             raise RuntimeError("this context was not made by a worker, so it cannot submit jobs")
         return await self.submitter(
-            task, payload, key=key, run_at=run_at, priority=priority, unique=unique
+            task,
+            payload,
+            key=key,
+            run_at=run_at,
+            priority=priority,
+            unique=unique,
+            queue=queue,
+            max_attempts=max_attempts,
         )
 
 

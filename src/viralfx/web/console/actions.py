@@ -259,7 +259,8 @@ class ConsoleActions:
         service = self._jobs.service
         if query.since is None:
             many = service.retry_all if wanted.action == "retry" else service.cancel_all
-            count = await many(query.wanted)
+            # The number that the operator has confirmed.
+            count = (await many(query.wanted, most=None)).count
         else:
             # The ledger has no filter for it, so exactly the jobs that were found are changed.
             one = service.retry if wanted.action == "retry" else service.cancel

@@ -1,6 +1,6 @@
 """The routes of operators: changes of jobs, queues and schedules, and their documentation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -21,8 +21,12 @@ from litestar.params import FromPath
 from litestar.types import ExceptionHandlersMap
 from msgspec import Meta
 
+from viralfx.domain.clock import timestamp
+from viralfx.domain.jobs.batching import BulkCount
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.model import JobFilter, JobState, LedgerUnavailableError
+from viralfx.domain.jobs.schedule import ScheduleTimes
+from viralfx.domain.jobs.service import MAX_CHANGED
 from viralfx.web.jobs import openapi, schemas
 from viralfx.web.jobs.openapi import (
     ACCEPTED,
@@ -34,7 +38,14 @@ from viralfx.web.jobs.openapi import (
     body_spec,
     ledger_unavailable,
 )
-from viralfx.web.jobs.routes import MAX_BODY_BYTES, AnyRequest, JobsApi, api_of, read_body
+from viralfx.web.jobs.routes import (
+    MAX_BODY_BYTES,
+    AnyRequest,
+    JobsApi,
+    api_of,
+    read_body,
+    traceparent,
+)
 from viralfx.web.routes import problem_spec
 
 _decode = msgspec.json.Decoder(schemas.FilterRequest).decode
@@ -53,14 +64,19 @@ CANCEL = (
     "A waiting job is cancelled at once (200). Of a running job (202) the worker cancels the task"
     " within two seconds; unless the task completes nevertheless, the job is then cancelled."
 )
+RUN = (
+    "It is due now, also if it waits for its `runAt` or another attempt. Limits of its task and the"
+    " pause of its queue still hold it back."
+)
+_BOUND = f" A request changes at most {MAX_CHANGED} jobs; `more` is true if it ended there."
 RETRY_ALL = (
     "The filter has at least one field, and a job must match each. The jobs are retried in steps;"
-    " repeat an interrupted request to continue."
+    f" repeat an interrupted request to continue.{_BOUND}"
 )
 CANCEL_ALL = (
     "The filter has at least one field, and a job must match each. Waiting jobs are cancelled, and"
     " running ones as by `POST .../{job_id}/cancel`, in steps; repeat an interrupted request to"
-    " continue."
+    f" continue.{_BOUND}"
 )
 
 _ON_BULK_CHANGE: ExceptionHandlersMap = {
@@ -127,6 +143,13 @@ RETRY_RESPONSES = {
     **UNKNOWN,
     **ALWAYS,
 }
+RUN_RESPONSES = {
+    202: body_spec(schemas.JobAccepted, "The job is due.", ACCEPTED),
+    409: problem_spec("The job is not waiting."),
+    **NO_JSON_TYPE,
+    **UNKNOWN,
+    **ALWAYS,
+}
 STOP_RESPONSES = {
     200: body_spec(
         schemas.JobAccepted, "The job is cancelled.", {**ACCEPTED, "state": "cancelled"}
@@ -140,7 +163,7 @@ STOP_RESPONSES = {
     **ALWAYS,
 }
 BULK_RESPONSES = {
-    200: body_spec(schemas.JobCount, "How many jobs were changed.", {"count": 17}),
+    200: body_spec(schemas.JobCount, "How many jobs were changed.", {"count": 17, "more": False}),
     **ALWAYS,
     400: problem_spec("The body is not JSON, or the filter is invalid or has no field."),
     413: problem_spec("The body is over 64 KiB."),
@@ -183,7 +206,7 @@ class JobChangesController(Controller):
     )
     async def retry_all(self, request: AnyRequest) -> schemas.JobCount:
         wanted = await read_filter(request)
-        return schemas.JobCount(count=await api_of(request).service.retry_all(wanted))
+        return job_count(await api_of(request).service.retry_all(wanted))
 
     @post(
         "/cancel",
@@ -198,7 +221,7 @@ class JobChangesController(Controller):
     )
     async def cancel_all(self, request: AnyRequest) -> schemas.JobCount:
         wanted = await read_filter(request)
-        return schemas.JobCount(count=await api_of(request).service.cancel_all(wanted))
+        return job_count(await api_of(request).service.cancel_all(wanted))
 
     @post(
         "/{job_id:str}/retry",
@@ -212,8 +235,26 @@ class JobChangesController(Controller):
     async def retry(self, request: AnyRequest, job_id: FromPath[str]) -> schemas.JobAccepted:
         return schemas.accepted(await api_of(request).service.retry(job_id))
 
+    @post(
+        "/{job_id:str}/run",
+        operation_id="jobRun",
+        summary="Run a waiting job now",
+        description=RUN,
+        status_code=202,
+        request_max_body_size=MAX_BODY_BYTES,
+        responses=RUN_RESPONSES,
+        exception_handlers=ON_CHANGE,
+    )
+    async def run(self, request: AnyRequest, job_id: FromPath[str]) -> schemas.JobAccepted:
+        return schemas.accepted(await api_of(request).service.run(job_id))
 
-# -- queues and schedules ----------------------------------------------------------------------
+
+def job_count(changed: BulkCount) -> schemas.JobCount:
+    """Return the body for a change of many jobs."""
+    return schemas.JobCount(count=changed.count, more=changed.more)
+
+
+# -- queues --------------------------------------------------------------------------------------
 
 QUEUES_PATH = "/api/v1/queues"
 
@@ -327,8 +368,78 @@ class QueuesController(Controller):
         return await _one(api, queue)
 
 
+# -- schedules -----------------------------------------------------------------------------------
+
+
+class Schedule(msgspec.Struct, kw_only=True, rename="camel"):
+    """The schedule of a task."""
+
+    task: str
+    cron: Annotated[str, Meta(description="Five fields, or six with the seconds first")]
+    timezone: Annotated[str, Meta(description="The time zone of the fields, of the IANA database")]
+    paused: Annotated[bool, Meta(description="True: its times are skipped until it is resumed")]
+    last_run_at: Annotated[
+        str | None, Meta(description="The latest time for which a job was accepted; UTC")
+    ]
+    next_run_at: Annotated[
+        str | None, Meta(description="The next time; null if this process cannot calculate it; UTC")
+    ]
+    next_runs: Annotated[list[str], Meta(description="The next times, the first one included; UTC")]
+
+
+class ScheduleList(msgspec.Struct, kw_only=True, rename="camel"):
+    """All schedules, by task."""
+
+    items: list[Schedule]
+
+
+def schedule_list(found: Iterable[ScheduleTimes]) -> ScheduleList:
+    """Return the body of a list of schedules."""
+    return ScheduleList(items=[schedule_view(each) for each in found])
+
+
+def schedule_view(found: ScheduleTimes) -> Schedule:
+    """Return the body of one schedule."""
+    runs = [timestamp(each) for each in found.next_runs]
+    return Schedule(
+        task=found.task,
+        cron=found.cron,
+        timezone=found.timezone,
+        paused=found.paused,
+        last_run_at=schemas.moment(found.last_run_at),
+        next_run_at=runs[0] if runs else None,
+        next_runs=runs,
+    )
+
+
+PAUSE_SCHEDULE = "From now on its times are skipped; jobs that were submitted before stay."
+RESUME_SCHEDULE = "It runs again from its next time on; the times of the pause stay skipped."
+RUN_SCHEDULE = "Submits a job as the schedule does, also while it is paused. Its times stay."
+_ON_SCHEDULE: ExceptionHandlersMap = {
+    LedgerUnavailableError: ledger_unavailable(
+        " The request may have taken effect nevertheless: look at the schedules and jobs first."
+    ),
+}
+_SCHEDULE_ALWAYS = {
+    **ALWAYS,
+    404: problem_spec("No task of this name has a schedule."),
+    413: problem_spec("The body is over 64 KiB."),
+    **NO_JSON_TYPE,
+}
+SCHEDULE_RESPONSES = {
+    200: body_spec(Schedule, "The schedule.", openapi.SCHEDULE),
+    **_SCHEDULE_ALWAYS,
+}
+RUN_SCHEDULE_RESPONSES = {
+    202: body_spec(schemas.JobAccepted, "The job is stored and will run.", ACCEPTED),
+    200: body_spec(schemas.JobAccepted, "This unique job has not ended yet.", ACCEPTED),
+    **_SCHEDULE_ALWAYS,
+    422: problem_spec("This process does not know the task."),
+}
+
+
 class SchedulesController(Controller):
-    """Shows the schedules of tasks."""
+    """The routes of schedules."""
 
     path = schemas.SCHEDULES_PATH
 
@@ -337,8 +448,49 @@ class SchedulesController(Controller):
         operation_id="scheduleList",
         summary="Schedules, with their next times",
         description=openapi.SCHEDULES,
-        responses=openapi.SCHEDULES_RESPONSES,
+        responses={200: body_spec(ScheduleList, "All schedules."), **ALWAYS},
     )
-    async def schedules(self, request: AnyRequest) -> schemas.ScheduleList:
+    async def schedules(self, request: AnyRequest) -> ScheduleList:
         """Schedules, with their next times."""
-        return schemas.schedules(await api_of(request).service.schedules())
+        return schedule_list(await api_of(request).service.schedules())
+
+    @post(
+        "/{task:str}/pause",
+        operation_id="schedulePause",
+        summary="Pause a schedule",
+        description=PAUSE_SCHEDULE,
+        status_code=200,
+        request_max_body_size=MAX_BODY_BYTES,
+        responses=SCHEDULE_RESPONSES,
+        exception_handlers=_ON_SCHEDULE,
+    )
+    async def pause(self, request: AnyRequest, task: FromPath[str]) -> Schedule:
+        return schedule_view(await api_of(request).service.pause_schedule(task))
+
+    @post(
+        "/{task:str}/resume",
+        operation_id="scheduleResume",
+        summary="Resume a schedule",
+        description=RESUME_SCHEDULE,
+        status_code=200,
+        request_max_body_size=MAX_BODY_BYTES,
+        responses=SCHEDULE_RESPONSES,
+        exception_handlers=_ON_SCHEDULE,
+    )
+    async def resume(self, request: AnyRequest, task: FromPath[str]) -> Schedule:
+        return schedule_view(await api_of(request).service.resume_schedule(task))
+
+    @post(
+        "/{task:str}/run",
+        operation_id="scheduleRun",
+        summary="Run the task of a schedule now",
+        description=RUN_SCHEDULE,
+        status_code=202,
+        request_max_body_size=MAX_BODY_BYTES,
+        responses=RUN_SCHEDULE_RESPONSES,
+        exception_handlers=_ON_SCHEDULE,
+    )
+    async def run(self, request: AnyRequest, task: FromPath[str]) -> Response[schemas.JobAccepted]:
+        outcome = await api_of(request).service.run_schedule(task, traceparent=traceparent(request))
+        body, status = schemas.accepted(outcome.job), 202 if outcome.created else 200
+        return Response(body, status_code=status, headers={"Location": body.links.self})

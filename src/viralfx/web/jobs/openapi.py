@@ -28,6 +28,7 @@ from viralfx.domain.jobs.model import (
     UnknownQueueError,
     UnstorableError,
 )
+from viralfx.domain.jobs.schedule import UnknownScheduleError
 from viralfx.domain.jobs.tasks import Task, UnknownTaskError
 from viralfx.web.jobs import schemas as views
 from viralfx.web.responses import PROBLEM_MEDIA_TYPE, Problem, problem
@@ -112,6 +113,7 @@ HANDLERS: ExceptionHandlersMap = {
     KeyConflictError: _message_as_detail(409),
     UnknownTaskError: _message_as_detail(422),
     UnknownQueueError: _message_as_detail(422),
+    UnknownScheduleError: _message_as_detail(404),
     InvalidFilterError: _message_as_detail(400),
     PayloadError: _invalid_payload,
     LedgerUnavailableError: ledger_unavailable(""),
@@ -202,6 +204,7 @@ _SUMMARY = {
     "task": "notifications.webhook",
     "state": "completed",
     "attempts": 1,
+    "maxAttempts": None,
     "crashes": 0,
     "error": None,
     "correlationId": "4bf92f3577b34da6a3ce929d0e0e4736",
@@ -266,7 +269,7 @@ ACCEPT_RESPONSES = {
     409: problem_spec("The Idempotency-Key belongs to a different request."),
     413: problem_spec("The body is over 64 KiB."),
     **NO_JSON_TYPE,
-    422: problem_spec("There is no such task, or the payload does not fit it."),
+    422: problem_spec("There is no such task or queue, or the payload does not fit the task."),
 }
 BATCH_RESPONSES = {
     202: body_spec(
@@ -281,7 +284,7 @@ BATCH_RESPONSES = {
     409: problem_spec("The idempotencyKey of a job belongs to a different request."),
     413: problem_spec("The body is over 4 MiB."),
     **NO_JSON_TYPE,
-    422: problem_spec("There is no such task, or a payload does not fit its task."),
+    422: problem_spec("There is no such task or queue, or a payload does not fit its task."),
 }
 LIST_RESPONSES = {
     **ALWAYS,
@@ -306,7 +309,6 @@ EVENTS_RESPONSES = {
     **UNKNOWN,
     **ALWAYS,
 }
-SCHEDULES_RESPONSES = {200: body_spec(views.ScheduleList, "All schedules."), **ALWAYS}
 
 QUEUES_RESPONSES = dict(ALWAYS)
 QUEUE_RESPONSES = {
@@ -338,10 +340,11 @@ _JOB = {
     "result": {"status": 204},
     "history": _HISTORY,
 }
-_SCHEDULE = {
+SCHEDULE = {
     "task": "default.prune",
     "cron": "0 * * * *",
     "timezone": "UTC",
+    "paused": False,
     "lastRunAt": "2026-01-06T12:00:00.000Z",
     "nextRunAt": "2026-01-06T13:00:00.000Z",
     "nextRuns": ["2026-01-06T13:00:00.000Z", "2026-01-06T14:00:00.000Z"],
@@ -350,7 +353,7 @@ _SCHEDULE = {
 _EXAMPLES = {
     views.PATH: {"items": [_SUMMARY], "nextCursor": None},
     f"{views.PATH}/{{job_id}}": _JOB,
-    views.SCHEDULES_PATH: {"items": [_SCHEDULE]},
+    views.SCHEDULES_PATH: {"items": [SCHEDULE]},
 }
 
 _LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
@@ -427,11 +430,13 @@ class JobsDocument:
         payloads, components = self._payloads()
         document["components"]["schemas"].update(components)
         names = {"type": "string", "enum": [task.name for task in self._tasks]}
+        queues = {"type": ["string", "null"], "enum": [*self._queues, None]}
         variants = [
             _variant(task, payload) for task, payload in zip(self._tasks, payloads, strict=True)
         ]
         for job in (_body_of(paths, ""), _body_of(paths, "/batch")["properties"]["jobs"]["items"]):
             job["properties"]["task"] = names
+            job["properties"]["queue"] |= queues
             job["oneOf"] = variants
 
     def _payloads(self) -> tuple[list[Document], dict[str, Any]]:

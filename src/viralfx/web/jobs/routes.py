@@ -23,10 +23,10 @@ from litestar.types import Message
 from litestar.types import Send as LitestarSend
 
 from viralfx.domain.correlation import is_correlation_id, is_traceparent
-from viralfx.domain.jobs.batching import JobFollower
+from viralfx.domain.jobs.batching import JobFollower, Submission
 from viralfx.domain.jobs.codec import MAX_NESTING_LEVELS, is_too_deep
 from viralfx.domain.jobs.model import Job, JobFilter, JobState, canonical_job_id
-from viralfx.domain.jobs.service import JobService, Submission
+from viralfx.domain.jobs.service import JobService
 from viralfx.web.auth import CHANGING, AccessVerdict, Headers, check_bearer_token, is_cross_origin
 from viralfx.web.jobs import openapi, schemas
 from viralfx.web.jobs.openapi import ON_ACCEPT, ON_CHANGE
@@ -97,8 +97,7 @@ async def read_batch(request: AnyRequest) -> list[Submission]:
             payload=bytes(each.payload),
             key=each.idempotency_key,
             run_at=each.due,
-            priority=each.wanted_priority,
-            unique=each.unique,
+            **each.options,
         )
         for each in batch.jobs
     ]
@@ -303,9 +302,8 @@ class JobsController(Controller):
             bytes(job_request.payload),
             run_at=job_request.due,
             key=key,
-            priority=job_request.wanted_priority,
-            unique=job_request.unique,
             traceparent=traceparent(request),
+            **job_request.options,
         )
         body = schemas.accepted(outcome.job)
         return _AcceptedResponse(

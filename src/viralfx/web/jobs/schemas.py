@@ -21,6 +21,7 @@ from msgspec import Meta
 
 from viralfx.domain.clock import timestamp
 from viralfx.domain.jobs.ledger import Accepted
+from viralfx.domain.jobs.limits import MAX_ATTEMPTS
 from viralfx.domain.jobs.model import (
     MAX_PRIORITY,
     MIN_PRIORITY,
@@ -31,7 +32,6 @@ from viralfx.domain.jobs.model import (
     canonical_job_id,
 )
 from viralfx.domain.jobs.model import JobAttempt as Attempt
-from viralfx.domain.jobs.schedule import ScheduleTimes
 from viralfx.web.schemas import Timestamp
 
 PATH = "/api/v1/jobs"
@@ -57,6 +57,8 @@ class JobRequest(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fi
     # As in JSON Schema, 5.0 is an integer.
     priority: Annotated[float, Meta(ge=MIN_PRIORITY, le=MAX_PRIORITY, multiple_of=1)] | None = None
     unique: Unique | None = None
+    queue: Name | None = None
+    max_attempts: Annotated[float, Meta(ge=1, le=MAX_ATTEMPTS, multiple_of=1)] | None = None
 
     @property
     def due(self) -> datetime | None:
@@ -64,9 +66,14 @@ class JobRequest(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fi
         return None if self.run_at is None else self.run_at.astimezone(UTC)
 
     @property
-    def wanted_priority(self) -> int | None:
-        """The priority; None: that of the task."""
-        return None if self.priority is None else int(self.priority)
+    def options(self) -> dict[str, Any]:
+        """The options of the job; None: that of the task."""
+        return {
+            "priority": None if self.priority is None else int(self.priority),
+            "unique": self.unique,
+            "queue": self.queue,
+            "max_attempts": None if self.max_attempts is None else int(self.max_attempts),
+        }
 
 
 class FilterRequest(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fields=True):
@@ -202,6 +209,9 @@ class JobSummary(_View):
         int,
         Meta(description="Attempts, including the running one; a worker's death does not count"),
     ]
+    max_attempts: Annotated[
+        int | None, Meta(description="Its most attempts; null: as the policy of its task decides")
+    ]
     crashes: Annotated[int, Meta(description="Workers whose lease ran out while they ran it")]
     error: JobFailure | None
     correlation_id: str | None
@@ -241,6 +251,7 @@ class JobCount(_View):
     """How many jobs a request has changed."""
 
     count: int
+    more: Annotated[bool, Meta(description="True: it changed as many as a request may change")]
 
 
 class JobPage(_View):
@@ -250,27 +261,6 @@ class JobPage(_View):
     next_cursor: Annotated[
         str | None, Meta(description="The cursor of the next page; null on the last one")
     ]
-
-
-class ScheduleView(_View):
-    """The schedule of a task."""
-
-    task: str
-    cron: Annotated[str, Meta(description="Five fields, or six with the seconds first")]
-    timezone: Annotated[str, Meta(description="The time zone of the fields, of the IANA database")]
-    last_run_at: Annotated[
-        str | None, Meta(description="The latest time for which a job was accepted; UTC")
-    ]
-    next_run_at: Annotated[
-        str | None, Meta(description="The next time; null if this process cannot calculate it; UTC")
-    ]
-    next_runs: Annotated[list[str], Meta(description="The next times, the first one included; UTC")]
-
-
-class ScheduleList(_View):
-    """All schedules, by task."""
-
-    items: list[ScheduleView]
 
 
 def links(job: Job) -> JobLinks:
@@ -317,26 +307,9 @@ def _attempt(attempt: Attempt) -> JobAttempt:
     return JobAttempt(
         number=attempt.number,
         worker=attempt.worker,
-        started_at=_moment(attempt.started_at),
+        started_at=moment(attempt.started_at),
         ended_at=timestamp(attempt.ended_at),
         error=AttemptFailure(code=error.code, message=error.message, traceback=error.traceback),
-    )
-
-
-def schedules(found: Iterable[ScheduleTimes]) -> ScheduleList:
-    """Return the body of a list of schedules."""
-    return ScheduleList(items=[_schedule(each) for each in found])
-
-
-def _schedule(found: ScheduleTimes) -> ScheduleView:
-    runs = [timestamp(each) for each in found.next_runs]
-    return ScheduleView(
-        task=found.task,
-        cron=found.cron,
-        timezone=found.timezone,
-        last_run_at=_moment(found.last_run_at),
-        next_run_at=runs[0] if runs else None,
-        next_runs=runs,
     )
 
 
@@ -348,6 +321,7 @@ def _common(job: Job) -> dict[str, Any]:
         "task": job.task,
         "state": job.state,
         "attempts": job.attempts_made,
+        "max_attempts": job.max_attempts,
         "crashes": job.crashes,
         "error": None if error is None else JobFailure(code=error.code, message=error.message),
         "correlation_id": job.correlation_id,
@@ -356,8 +330,8 @@ def _common(job: Job) -> dict[str, Any]:
         "idempotency_key": job.key,
         "created_at": timestamp(job.created_at),
         "run_at": timestamp(job.run_at),
-        "started_at": _moment(job.started_at),
-        "finished_at": _moment(job.finished_at),
+        "started_at": moment(job.started_at),
+        "finished_at": moment(job.finished_at),
         "worker": job.worker,
         "cancel_requested": job.cancel_requested,
         "progress": None if job.progress is None else msgspec.Raw(job.progress),
@@ -365,8 +339,9 @@ def _common(job: Job) -> dict[str, Any]:
     }
 
 
-def _moment(moment: datetime | None) -> str | None:
-    return None if moment is None else timestamp(moment)
+def moment(time: datetime | None) -> str | None:
+    """Return a time as the API writes it."""
+    return None if time is None else timestamp(time)
 
 
 EXAMPLE_PAYLOAD = {
@@ -413,6 +388,15 @@ def _job_request(title: str, **more: Schema) -> Schema:
                 enum=[*map(str, Unique), None],
                 description="How long it keeps a job with the same task and payload from being"
                 " accepted: that request returns this job. Null or missing: that of the task",
+            ),
+            "queue": Schema(
+                type=[text, null], description="Null or missing: that of the task", min_length=1
+            ),
+            "maxAttempts": Schema(
+                type=[OpenAPIType.INTEGER, null],
+                minimum=1,
+                maximum=MAX_ATTEMPTS,
+                description="Its most attempts. Null or missing: as the policy of the task decides",
             ),
             **more,
         },

@@ -30,7 +30,7 @@ _SHOWN = """
     created_at, run_at, asked_run_at, started_at, finished_at, attempts, crashes, claims, result,
     error_code, error_message, history, progress
 """
-_VIEW = f"""
+VIEW = f"""
 CREATE VIEW viralfx_all_jobs AS
 SELECT {_SHOWN}, worker, cancel_requested,
     CASE state WHEN 'scheduled' THEN 'waiting' ELSE state END AS state
@@ -93,7 +93,7 @@ SET plan_cache_mode = force_generic_plan
 SET enable_seqscan = off
 """
 # The one of 0002, with the options of jobs as further parameters: calls without them still work.
-_ACCEPT = f"""
+ACCEPT = f"""
 CREATE FUNCTION viralfx_accept_jobs(
     ids uuid[], queues text[], tasks text[], payloads json[], keys text[] DEFAULT NULL,
     correlation_ids text[] DEFAULT NULL, traceparents text[] DEFAULT NULL,
@@ -164,7 +164,7 @@ $$
 """  # noqa: S608 - constants
 # The digest is that of `unique_key_of` in Python: the text of a jsonb value sorts the names of an
 # object and drops white space, and the regular expression drops zeros at the end of fractions.
-_ENQUEUE = r"""
+ENQUEUE = r"""
 CREATE FUNCTION {schema}.enqueue(
     task text, payload json DEFAULT 'null', queue text DEFAULT 'default',
     run_at timestamptz DEFAULT NULL, priority integer DEFAULT 0, key text DEFAULT NULL,
@@ -272,11 +272,11 @@ def upgrade() -> None:
         _execute(f"ALTER TABLE {table} {added}")
     for statement in _DROPPED:
         _execute(f"DROP INDEX {{schema}}.{statement.split()[2]}")
-    for statement in (_VIEW, _INDEX, *_NEW_TABLES):
+    for statement in (VIEW, _INDEX, *_NEW_TABLES):
         _execute(statement)
     _execute("DROP FUNCTION viralfx_accept_jobs")
-    _execute(_ACCEPT)
-    _execute(_ENQUEUE)
+    _execute(ACCEPT)
+    _execute(ENQUEUE)
 
 
 def downgrade() -> None:

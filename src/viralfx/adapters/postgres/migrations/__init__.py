@@ -5,7 +5,7 @@ import re
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-REVISIONS = ("0001", "0002", "0003", "0004", "0005")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006")
 """All migrations in order; a test compares them with the files of this folder."""
 
 VERSION_TABLE = "viralfx_migrations"
