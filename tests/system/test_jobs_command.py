@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -11,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from tests.architecture.claims import ROOT, blocks
 from tests.servers.postgres import Database
 from tests.system.service import clean_environment, command
 from tests.system.workers import environment_of
@@ -116,7 +118,11 @@ def test_many_jobs_are_changed_on_confirmation(database: Database) -> None:
     assert "the filter matches 2 jobs; repeat it with --yes" in refused
     assert declined == "cancel 2 jobs? [y/N] viralfx: nothing was changed\n"
     assert nothing.stderr == "no job matches\n"
-    assert (one.stdout, both, none.stdout) == ("1 job\n", {"count": 2}, "0 jobs\n")
+    assert (one.stdout, both, none.stdout) == (
+        "1 job\n",
+        {"count": 2, "more": False},
+        "0 jobs\n",
+    )
     assert none.stderr == known.stderr == ""
     assert misspelt.stderr == "no job of a task 'parcels.eco' was found in any state\n"
     cancelled = shell.json("list", "--state", "cancelled")
@@ -124,6 +130,69 @@ def test_many_jobs_are_changed_on_confirmation(database: Database) -> None:
     assert "pass ids, or a filter" in shell.fails(2, "retry")
     assert "not both" in shell.fails(2, "retry", ids[0], "--queue", "default")
     assert "only jobs that are failed" in shell.fails(2, "retry", "--state", "waiting")
+
+
+def test_waiting_jobs_are_run_now(database: Database) -> None:
+    """Several at once; a job in another state is refused, and the others are run."""
+    shell = Shell(database)
+    at = ("--run-at", "2999-01-01T00:00:00Z")
+    ids = [shell.json("submit", "parcels.echo", str(n), *at)["id"] for n in range(3)]
+    shell.run("cancel", ids[1])
+    done = shell.run("run", *ids)
+    (shown,) = shell.json("run", ids[0])
+
+    assert done.stdout == f"{ids[0]}  waiting\n{ids[2]}  waiting\n"
+    assert done.returncode == 1
+    assert "is cancelled; only one that is waiting can be run now" in done.stderr
+    assert shown["runAt"] < "2999"
+
+
+def test_a_job_has_the_queue_and_attempts_of_its_options(database: Database) -> None:
+    """Its task is declared for another queue."""
+    shell = Shell(database)
+    options = ("--queue", "notifications", "--max-attempts", "7")
+    job_id = shell.json("submit", "parcels.echo", "1", *options)["id"]
+    shown = shell.json("show", job_id)
+
+    assert (shown["queue"], shown["maxAttempts"]) == ("notifications", 7)
+
+
+def test_a_schedule_is_paused_run_and_resumed(database: Database) -> None:
+    """By the task; the table of schedules shows the pause."""
+    shell = Shell(database)
+    paused = shell.run("pause", "--schedule", "default.prune")
+    table = shell.run(program="schedules").stdout
+    job = shell.json("run", "--schedule", "default.prune")
+    resumed = shell.json("resume", "--schedule", "default.prune")
+
+    assert (paused.stdout, paused.stderr) == ("default.prune  paused\n", "")
+    assert re.search(r"^default\.prune .* paused$", table, re.MULTILINE)
+    assert (job["queue"], job["state"]) == ("default", "waiting")
+    assert (resumed["task"], resumed["paused"]) == ("default.prune", False)
+    assert [each["task"] for each in shell.json("list")["items"]] == ["default.prune"]
+
+
+@pytest.mark.filterwarnings("ignore:.*Reserved kwarg")
+def test_the_commands_of_the_guide(database: Database) -> None:
+    """Each succeeds, with a job that waits in place of the one of the guide."""
+    shell = Shell(database)
+    shell.environment["TASK_MODULES"] = "docs.examples.shipping"
+    database.execute(
+        "insert into viralfx_ops.viralfx_schedules (task, cron, timezone, since, seen_at)"
+        " values ('reports.daily', '30 2 * * *', 'Europe/Berlin', now(), now())"
+    )
+    guide = (ROOT / "docs/jobs.md").read_text(encoding="utf-8")
+    section = guide.partition("\n## The command line\n")[2].partition("\n## ")[0]
+    ran = []
+    for line in blocks(section, "bash")[0].splitlines():
+        job_id = shell.json("submit", "shipping.ship", '{"order": "1", "weight": 1.0}')["id"]
+        program, name, *arguments = shlex.split(re.sub(r"01[0-9a-f-]{34}", job_id, line))
+        assert (program, name) == ("viralfx", "jobs")
+        done = shell.run(*arguments)
+        assert done.returncode == 0, (line, done.stderr)
+        ran.append(arguments[0])
+
+    assert {"list", "show", "submit", "retry", "cancel", "run", "queues", "pause"} <= {*ran}
 
 
 def test_redis_is_not_needed(database: Database) -> None:
@@ -166,7 +235,10 @@ def test_a_queue_that_only_the_ledger_knows_is_no_mistake(database: Database) ->
     assert (found["reports"]["counts"]["waiting"], found["default"]["paused"]) == (2, False)
     assert table[0][:4] == ["queue", "paused", "consumers", "waiting"]
     assert ["reports", "paused", "0", "2"] in [row[:4] for row in table]
-    assert shell.json("cancel", "--queue", "reports", "--yes") == {"count": 2}
+    assert shell.json("cancel", "--queue", "reports", "--yes") == {
+        "count": 2,
+        "more": False,
+    }
 
 
 def test_a_task_of_an_application_is_submitted(database: Database) -> None:
@@ -195,9 +267,18 @@ def test_mistakes_get_one_line_each(database: Database) -> None:
     assert "did you mean parcels.echo?" in shell.fails(2, "submit", "parcels.ecko", "1")
     assert "pass --queue" in shell.fails(2, "submit", "else.where", "1")
     assert "no queue named 'nope'" in shell.fails(2, "submit", "x", "1", "--queue", "nope")
-    assert "declared for the queue" in shell.fails(
-        2, "submit", "parcels.echo", "1", "--queue", "default"
+    assert "is not a number from 1 to 10000" in shell.fails(
+        2, "submit", "parcels.echo", "1", "--max-attempts", "0"
     )
+    assert "no task 'default.prun' has a schedule; did you mean default.prune?" in shell.fails(
+        2, "pause", "--schedule", "default.prun"
+    )
+    assert "--wait is for a queue" in shell.fails(
+        2, "pause", "--wait", "--schedule", "default.prune"
+    )
+    assert "not allowed with argument" in shell.fails(2, "resume", "q", "--schedule", "t")
+    assert "one of the arguments" in shell.fails(2, "run")
+    assert shell.fails(1, "run", missing) == f"viralfx: there is no job {missing}\n"
     assert "is not the id of a job" in shell.fails(2, "show", "17")
     assert "is not a time with a time zone" in shell.fails(
         2, "submit", "parcels.echo", "1", "--run-at", "2026-01-01T00:00:00"
