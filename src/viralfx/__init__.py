@@ -31,13 +31,7 @@ if TYPE_CHECKING:
     )
     from viralfx.domain.jobs.schedule import UnknownScheduleError
     from viralfx.domain.jobs.service import JobService
-    from viralfx.domain.jobs.tasks import (
-        JobContext,
-        NoRetryError,
-        PostponedError,
-        UnknownTaskError,
-        task,
-    )
+    from viralfx.domain.jobs.tasks import Discard, JobContext, Snooze, UnknownTaskError, task
     from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError, circuit_breaker
     from viralfx.domain.resilience.bulkhead import Bulkhead, BulkheadFullError, with_fallback
     from viralfx.domain.resilience.deadline import Deadline
@@ -62,6 +56,7 @@ __all__ = [
     "CircuitOpenError",
     "ConfigurationError",
     "Deadline",
+    "Discard",
     "DiskCheck",
     "HealthCheck",
     "HttpCheck",
@@ -75,18 +70,17 @@ __all__ = [
     "JobStateError",
     "KeyConflictError",
     "LedgerUnavailableError",
-    "NoRetryError",
     "Observation",
     "OperationsConfig",
     "OperationsPlugin",
     "PayloadError",
     "PayloadTooLargeError",
     "PostgresDatabase",
-    "PostponedError",
     "RedisClient",
     "RetryPolicy",
     "Settings",
     "ShutdownStage",
+    "Snooze",
     "SqlAlchemyCheck",
     "Status",
     "TaskMiddleware",
@@ -130,13 +124,7 @@ _HOMES = {
     ),
     "domain.jobs.schedule": ("UnknownScheduleError",),
     "domain.jobs.service": ("JobService",),
-    "domain.jobs.tasks": (
-        "JobContext",
-        "NoRetryError",
-        "PostponedError",
-        "UnknownTaskError",
-        "task",
-    ),
+    "domain.jobs.tasks": ("Discard", "JobContext", "Snooze", "UnknownTaskError", "task"),
     "domain.resilience.breaker": ("CircuitBreaker", "CircuitOpenError", "circuit_breaker"),
     "domain.resilience.bulkhead": ("Bulkhead", "BulkheadFullError", "with_fallback"),
     "domain.resilience.deadline": ("Deadline",),

@@ -27,7 +27,7 @@ from viralfx.domain.jobs.model import (
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.jobs.tasks import (
     JobContext,
-    PostponedError,
+    Snooze,
     Task,
     TaskRegistry,
     declared_task,
@@ -267,7 +267,7 @@ class LedgerBroker(AsyncBroker, TaskHost):
 
     async def start_worker(self) -> None:
         """Start as a worker; a failure is logged, and tried again with the next job."""
-        with suppress(PostponedError):
+        with suppress(Snooze):
             await self._ready()
 
     async def stop_worker(self) -> None:
@@ -287,7 +287,7 @@ class LedgerBroker(AsyncBroker, TaskHost):
                 await self.startup()
             except Exception as error:
                 _logger.exception("Broker of taskiq could not start")
-                raise PostponedError(str(error), _START_RETRY_SECONDS) from error
+                raise Snooze(_START_RETRY_SECONDS) from error
 
     def _register_task(self, task_name: str, task: AsyncTaskiqDecoratedTask[Any, Any]) -> None:
         super()._register_task(task_name, task)

@@ -51,13 +51,9 @@ from tests.integration.taskiq_brokers import (
 from tests.servers.postgres import Database
 from tests.servers.waiting import until
 
-from viralfx import (
-    NoRetryError,
-    OperationsConfig,
-    OperationsPlugin,
-    PostponedError,
-    bind_user_id,
-)
+from viralfx import Discard, OperationsConfig, OperationsPlugin, Snooze, bind_user_id
+from viralfx.adapters.taskiq.broker import DEFAULT_ATTEMPTS, attempts_of
+from viralfx.adapters.taskiq.messages import MessageError
 from viralfx.domain.correlation import (
     bind_correlation_id,
     current_correlation_id,
@@ -352,15 +348,18 @@ async def test_a_task_decides_about_its_job(
     async def pay() -> None:
         runs.append(1)
         if len(runs) == 1:
-            raise PostponedError("the bank is closed", 0.01)
-        raise NoRetryError("the account is closed")
+            raise Snooze(0.01)
+        raise Discard("the account is closed")
 
     async with running(broker):
         sent = await pay.kiq()
         result = await result_of(sent)
         job = await broker.find_job(sent.task_id)
 
-    assert (type(result.error), job.attempts, len(runs)) == (NoRetryError, 1, 2)
+    assert (type(result.error), job.attempts, len(runs)) == (Discard, 1, 2)
+    assert job.error is not None
+    assert job.error.code == "discarded"
+    assert str(result.error) == "the account is closed"
 
 
 @pytest.mark.parametrize("variant", [MEMORY, TASKIQ], indirect=True)

@@ -38,9 +38,10 @@ from viralfx.domain.jobs.model import (
     retried,
 )
 from viralfx.domain.jobs.tasks import (
+    Discard,
+    HandBackError,
     JobContext,
-    NoRetryError,
-    PostponedError,
+    Snooze,
     Submitter,
     Task,
     TaskRegistry,
@@ -321,7 +322,7 @@ class Executor:
         timeout = self.timeout_of(task)
         deadline = Deadline(timeout, clock=self.clock)
         if not self.on_begun(execution, timeout):
-            raise PostponedError("the job was released to other workers", 0.0)
+            raise HandBackError("the job was released to other workers")
         cancelled = Cancellation(deadline)
         execution.recording, execution.deadline = False, deadline
         execution.cancelled = cancelled
@@ -403,10 +404,10 @@ class Executor:
             # The task has done its work: another attempt would only do it again.
             log_failure(claim, "result", error)
             return failed(claim, self._reason("result", error))
-        if execution.handing_back:
+        if execution.handing_back or isinstance(error, HandBackError):
             return handed_back(claim)
-        if isinstance(error, PostponedError):
-            delay = None if error.delay is None else min(error.delay, _MAX_DELAY_SECONDS)
+        if isinstance(error, Snooze):
+            delay = min(error.seconds, _MAX_DELAY_SECONDS)
             return Settlement(claim=claim, state=JobState.WAITING, delay=delay)
         if isinstance(error, asyncio.CancelledError):
             if _is_cancelled():
@@ -443,7 +444,7 @@ class Executor:
     def _by_policy(self, claim: Claim, task: Task, code: str, error: Exception) -> Settlement:
         reason = self._reason(code, error)
         delay = None
-        if not isinstance(error, NoRetryError):
+        if not isinstance(error, Discard):
             delay = _next_delay(task.retry or self.default_retry, claim, error)
         if delay is None:
             log_failure(claim, code, error)
@@ -471,6 +472,8 @@ def _was_interrupted(execution: Execution, error: LedgerUnavailableError) -> boo
 
 
 def _code_of(execution: Execution, error: Exception) -> str:
+    if isinstance(error, Discard):
+        return "discarded"
     deadline = execution.deadline
     cut = deadline is not None and deadline.cut
     return "timeout" if cut and isinstance(error, TimeoutError) else "error"

@@ -19,9 +19,10 @@ from tests.virtual_time import run_in_virtual_time
 from viralfx.domain.correlation import current_correlation_id
 from viralfx.domain.jobs.model import Claim, Job, JobState, LedgerUnavailableError
 from viralfx.domain.jobs.tasks import (
+    Discard,
+    HandBackError,
     JobContext,
-    NoRetryError,
-    PostponedError,
+    Snooze,
     Task,
     TaskRegistry,
     declared_task,
@@ -700,35 +701,36 @@ async def test_a_transaction_lost_by_the_ledger_spends_no_attempt(
     assert (job.state, job.attempts) == (JobState.COMPLETED, 0)
 
 
-@pytest.mark.parametrize("delay", [2.0, 0.0, None])
-async def test_a_postponed_job_spends_no_attempt(fleet: Fleet, delay: float | None) -> None:
-    """It runs again when it is due, not with the next poll."""
+@pytest.mark.parametrize("seconds", [2.0, 0.0, None])
+async def test_a_job_that_is_put_off_spends_no_attempt(fleet: Fleet, seconds: float | None) -> None:
+    """It runs again when it is due, not with the next poll; one that is handed back at once."""
     times: list[float] = []
 
     async def later(_: object) -> int:
         times.append(asyncio.get_running_loop().time())
         if len(times) == 1:
-            raise PostponedError("not yet", delay)
+            raise HandBackError("not here") if seconds is None else Snooze(seconds)
         return len(times)
 
     job = await run(fleet, later)
 
     assert (job.state, job.result, job.attempts, job.claims) == (JobState.COMPLETED, b"2", 0, 2)
-    if delay is not None:
-        assert delay <= times[1] - times[0] < delay + 1.0
+    if seconds is not None:
+        assert seconds <= times[1] - times[0] < seconds + 1.0
 
 
-async def test_a_task_can_refuse_another_attempt(fleet: Fleet) -> None:
-    """Its policy is not asked."""
+async def test_a_discarded_job_has_failed_for_good(fleet: Fleet) -> None:
+    """Its policy is not asked, and the reason is the message of its error."""
 
     async def refuse(_: object) -> None:
-        raise NoRetryError("there is no such customer")
+        raise Discard("there is no such customer")
 
     job = await run(fleet, refuse, retry=QUICKLY)
 
     assert job.error is not None
     assert (job.state, job.attempts) == (JobState.FAILED, 1)
-    assert (job.error.code, job.error.message) == ("error", "there is no such customer")
+    assert (job.error.code, job.error.message) == ("discarded", "there is no such customer")
+    assert [each.error.code for each in job.history] == ["discarded"]
 
 
 @pytest.mark.parametrize("postpones", [True, False])
@@ -736,7 +738,7 @@ async def test_a_delay_beyond_all_years_is_cut(fleet: Fleet, *, postpones: bool)
     """A row with such a time could not be read."""
 
     async def later(_: object) -> None:
-        raise PostponedError("not yet", 1e15) if postpones else ValueError("planted")
+        raise Snooze(1e15) if postpones else ValueError("planted")
 
     backoff = Backoff(base=1e15, cap=1e15)
     fleet.declare("it", later, retry=BackoffPolicy(attempts=2, backoff=backoff))
@@ -750,12 +752,12 @@ async def test_a_delay_beyond_all_years_is_cut(fleet: Fleet, *, postpones: bool)
 
 
 @pytest.mark.parametrize(
-    ("delay", "kind"), [(timedelta(seconds=5), TypeError), (-1, ValueError), ("5", TypeError)]
+    ("seconds", "kind"), [(timedelta(seconds=5), TypeError), (-1, ValueError), ("5", TypeError)]
 )
-def test_a_task_is_postponed_by_seconds(delay: Any, kind: type[Exception]) -> None:
+def test_a_task_snoozes_for_seconds(seconds: Any, kind: type[Exception]) -> None:
     """Anything else is an error of the task, which names the reason."""
-    with pytest.raises(kind, match="delay must be"):
-        PostponedError("not yet", delay)
+    with pytest.raises(kind, match="seconds must be"):
+        Snooze(seconds)
 
 
 async def test_the_context_has_any_position(fleet: Fleet) -> None:

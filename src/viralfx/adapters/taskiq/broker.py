@@ -33,7 +33,7 @@ from viralfx.adapters.taskiq.messages import (
     text_of,
 )
 from viralfx.domain.jobs.model import Job, JobNotFoundError, JobStateError, check_priority
-from viralfx.domain.jobs.tasks import JobContext, NoRetryError, PostponedError
+from viralfx.domain.jobs.tasks import Discard, HandBackError, JobContext, Snooze
 from viralfx.domain.resilience.policy import BackoffPolicy
 
 P = ParamSpec("P")
@@ -226,7 +226,7 @@ class Delivery:
     def give_back(self) -> None:
         """End without an outcome, so that another worker runs the job; cancel the running call."""
         if not self.is_over:
-            self._failure = PostponedError("the receiver of taskiq has stopped")
+            self._failure = HandBackError("the receiver of taskiq has stopped")
             if self._task is not None:
                 self._task.cancel()
             self._end()
@@ -248,14 +248,16 @@ class Delivery:
         late = cancelled and not self.job.deadline.remaining()
         if isinstance(error, asyncio.CancelledError) and not (late and self._again is not None):
             raise error
-        if isinstance(error, PostponedError):
+        if isinstance(error, Snooze | HandBackError):
             raise error
+        if isinstance(error, Discard):
+            raise Discard(text_of(error)) from error
         if error is not None and not isinstance(error, NoResultError):
-            if self._again is not None and not isinstance(error, NoRetryError):
+            if self._again is not None:
                 raise RetryRequestedError(error, self._again) from error
             raise MessageFailedError(error, self._attempts(error)) from error
         if self._again is not None:
-            raise PostponedError("the message was sent again", self._again)
+            raise Snooze(self._again)
         if self._task is not None and self.message is None:
             raise MessageFailedError(MessageError("the receiver did not run the message"))
         return None if self.result is None else self.result.return_value
@@ -287,7 +289,7 @@ class Delivery:
     def _attempts(self, error: BaseException) -> int:
         if self._failure is not None:  # of a middleware, not of the task
             return DEFAULT_ATTEMPTS
-        if self._retried_by_middleware or isinstance(error, NoRetryError | TaskRejectedError):
+        if self._retried_by_middleware or isinstance(error, TaskRejectedError):
             return 1
         return 1 if self.message is None else attempts_of(self.message.labels)
 

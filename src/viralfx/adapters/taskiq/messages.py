@@ -172,7 +172,7 @@ def _error_of(job: Job) -> Exception:
         return JobNotCompletedError(str(job.state), f"the job was {job.state}")
     if job.error.code == "timeout":
         return TimeoutError(job.error.message)
-    if job.error.code != "error":
+    if job.error.code not in ("error", "discarded"):
         return JobNotCompletedError(job.error.code, f"{job.error.code}: {job.error.message}")
     return _restored(job.error)
 

@@ -42,8 +42,8 @@ class JobError:
     """Why an execution did not complete."""
 
     code: str
-    """For programs: ``error``, ``timeout``, ``unknown_task``, ``payload``, ``result`` or
-    ``crashed``; of an attempt also ``cancelled`` or ``handed_back``."""
+    """For programs: ``error``, ``timeout``, ``discarded``, ``unknown_task``, ``payload``,
+    ``result`` or ``crashed``; of an attempt also ``cancelled`` or ``handed_back``."""
     message: str
     """For people. The text of the task's exception, with the secrets of the settings redacted."""
     traceback: str | None = None

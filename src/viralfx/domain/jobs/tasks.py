@@ -37,22 +37,34 @@ class UnknownTaskError(ViralFXError):
     """This process has no task of that name."""
 
 
-class PostponedError(ViralFXError):
-    """Raised in a task: its job is due again in ``delay`` seconds, and spends no attempt.
+class Snooze(ViralFXError):  # noqa: N818 - it asks for a later run, and is no error
+    """Raised in a task: its job is due again in ``seconds``, and spends no attempt.
 
-    Without a delay its due time does not change. The number of such executions has no limit.
+    The number of such executions has no limit.
     """
 
-    def __init__(self, message: str, delay: float | None = None) -> None:
-        """Raise ``TypeError`` or ``ValueError`` for a delay that is no number of seconds."""
-        if delay is not None:
-            require_not_negative("delay", delay)
-        self.delay = delay
-        super().__init__(message)
+    def __init__(self, seconds: float) -> None:
+        """Raise ``TypeError`` or ``ValueError`` for a value that is no number of seconds."""
+        require_not_negative("seconds", seconds)
+        self.seconds = seconds
+        super().__init__(f"due again in {seconds:g} s")
 
 
-class NoRetryError(ViralFXError):
-    """Raised in a task: its job fails without another attempt, under any retry policy."""
+class Discard(ViralFXError):  # noqa: N818 - as above
+    """Raised in a task: its job fails for good, with code ``discarded``.
+
+    No retry policy is asked. ``reason`` is the message of the job's error.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+
+
+class HandBackError(ViralFXError):
+    """Raised by a task of a :class:`~viralfx.domain.jobs.hooks.TaskHost` that has not run its job.
+
+    The job is handed back: it keeps its due time, and spends no attempt.
+    """
 
 
 Submitter = Callable[..., Awaitable[Accepted]]
@@ -262,8 +274,9 @@ def task(
     which is ``last``, ``all`` or ``none``, decides about runs that were due while no worker ran.
 
     Raises ``TypeError`` for a function with another signature, a plain one with ``transactional``,
-    or an argument of a wrong type, and ``ValueError`` for an empty name, a timeout that is not
-    above zero, or a schedule that is not valid.
+    one with ``cron`` whose payload cannot be null, or an argument of a wrong type, and
+    ``ValueError`` for an empty name, a timeout that is not above zero, or a schedule that is not
+    valid.
     """
     unique_while = _checked(name, retry, timeout, priority, unique)
     if cron is None and (timezone, catch_up) != ("UTC", "last"):

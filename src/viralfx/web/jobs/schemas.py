@@ -163,7 +163,8 @@ class JobFailure(_View):
     """The reason why the last attempt did not complete the job."""
 
     code: Annotated[
-        str, Meta(description="error, timeout, unknown_task, payload, result or crashed")
+        str,
+        Meta(description="error, timeout, discarded, unknown_task, payload, result or crashed"),
     ]
     message: str
 
