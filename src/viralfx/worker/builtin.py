@@ -57,7 +57,13 @@ PruneJobs = Callable[[None, JobContext], Awaitable[dict[str, int]]]
 def prune_jobs(ledger: JobLedger, *, retention: Retention, clock: Clock) -> PruneJobs:
     """Return the task. The leader among the workers prunes too, so it often finds no job."""
 
-    @task("default.prune", queue="default", timeout=_PRUNE_TIMEOUT_SECONDS, cron=HOURLY)
+    @task(
+        "default.prune",
+        queue="default",
+        timeout=_PRUNE_TIMEOUT_SECONDS,
+        cron=HOURLY,
+        catch_up=True,
+    )
     async def prune(_payload: None, context: JobContext) -> dict[str, int]:
         """Delete final jobs in batches, until none is old enough or the time is up."""
         seconds = context.deadline.remaining() - _PRUNE_MARGIN_SECONDS
@@ -77,7 +83,7 @@ def rollup_health(
 ) -> RollupHealth:
     """Return the task, which covers the last ``period`` seconds."""
 
-    @task("analytics.rollup_health", queue="analytics", timeout=30.0, cron=HOURLY)
+    @task("analytics.rollup_health", queue="analytics", timeout=30.0, cron=HOURLY, catch_up=True)
     async def rollup(_payload: None) -> dict[str, object]:
         """Return how long each check of this process had each status."""
         now, report, counts = clock.now(), monitor.report(), monitor.transition_counts

@@ -357,7 +357,7 @@ class Fleet:
         timeout: float | None = None,
         retry: RetryPolicy | None = None,
         cron: str | None = None,
-        catch_up: str = "last",
+        catch_up: bool = False,
         **limits: Any,
     ) -> None:
         """Declare a task that all workers know."""

@@ -9,7 +9,7 @@ from cronsim import CronSim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from viralfx.domain.jobs.schedule import HOURLY, MAX_CAUGHT_UP, CatchUp, Schedule, times_of
+from viralfx.domain.jobs.schedule import HOURLY, Schedule, times_of
 from viralfx.domain.jobs.tasks import declared_task, task
 
 BERLIN, NEW_YORK, LORD_HOWE, APIA = (
@@ -20,7 +20,7 @@ BERLIN, NEW_YORK, LORD_HOWE, APIA = (
 )
 
 
-def scheduled(cron: str, timezone: str = "UTC", catch_up: str = "last") -> Schedule:
+def scheduled(cron: str, timezone: str = "UTC", *, catch_up: bool = False) -> Schedule:
     """Return a schedule of a task."""
     return Schedule(task="t", cron=cron, timezone=timezone, catch_up=catch_up)
 
@@ -173,34 +173,29 @@ NOON = datetime(2026, 1, 6, 12, 0, 20, tzinfo=UTC)
 @pytest.mark.parametrize(
     ("catch_up", "hours", "minutes", "expected"),
     [
-        ("last", 5, 0, [12]),  # the time of now counts for the missed ones
-        ("last", 5, 30, [12]),
-        ("all", 5, 0, [8, 9, 10, 11, 12]),
-        ("all", 5, 30, [8, 9, 10, 11, 12]),
-        ("none", 5, 0, [12]),
-        ("none", 5, 30, []),
-        ("last", 0, 30, []),  # nothing was missed
-        ("all", 0, 30, []),
+        (True, 5, 0, [12]),  # the time of now counts for the missed ones
+        (True, 5, 30, [12]),
+        (True, 5, 90, [13]),  # the latest one
+        (False, 5, 0, [12]),
+        (False, 5, 30, []),
+        (True, 0, 30, []),  # nothing was missed
     ],
 )
-def test_missed_times(catch_up: str, hours: int, minutes: int, expected: list[int]) -> None:
-    """The policy decides about those that are over a minute late; the others run."""
+def test_missed_times(hours: int, minutes: int, expected: list[int], *, catch_up: bool) -> None:
+    """Of those that are over a minute late the latest one runs, if any; the others run."""
     hourly, now = scheduled("0 * * * *", catch_up=catch_up), NOON + timedelta(minutes=minutes)
 
     assert [time.hour for time in hourly.due(NOON - timedelta(hours=hours), now)] == expected
 
 
-def test_missed_times_are_bounded() -> None:
-    """However long no worker ran, and however often the task runs."""
+def test_a_missed_time_of_years_ago_is_found() -> None:
+    """However long no worker ran, and however seldom the task runs."""
     year = timedelta(days=365)
-    each_second = scheduled("* * * * * *", catch_up="all").due(NOON - year, NOON)
+    leap_day = scheduled("0 0 29 2 *", catch_up=True)
 
-    assert len(each_second) == 60 + MAX_CAUGHT_UP
-    assert each_second[-1] == NOON
-    assert list(each_second) == sorted(set(each_second))
-    assert scheduled("0 0 29 2 *").due(NOON - 3 * year, NOON) == (
-        datetime(2024, 2, 29, tzinfo=UTC),
-    )
+    assert leap_day.due(NOON - 3 * year, NOON) == (datetime(2024, 2, 29, tzinfo=UTC),)
+    assert leap_day.due(NOON - year, NOON) == ()
+    assert len(scheduled("* * * * * *", catch_up=True).due(NOON - year, NOON)) == 60
 
 
 @pytest.mark.parametrize(
@@ -218,13 +213,13 @@ def test_missed_times_are_bounded() -> None:
         ({"cron": "0 0 * * *", "timezone": "CEST"}, r"such as 'Europe/Berlin'$"),
         ({"cron": "0 0 * * *", "timezone": "../etc"}, "is not a time zone"),
         ({"cron": "0 0 * * *", "timezone": ""}, "is not a time zone"),
-        ({"cron": "0 0 * * *", "catch_up": "first"}, "'last', 'all', 'none'"),
+        ({"cron": "0 0 0 * * *"}, "has seconds, and a schedule has none; write five fields"),
         ({"timezone": "Europe/Berlin"}, "timezone has no schedule; add cron="),
-        ({"catch_up": "all"}, "catch_up has no schedule; add cron="),
+        ({"catch_up": True}, "catch_up has no schedule; add cron="),
     ],
 )
 def test_a_schedule_that_is_not_valid_is_refused_at_its_declaration(
-    options: dict[str, str], message: str
+    options: dict[str, object], message: str
 ) -> None:
     """The error names the task and says what to write."""
 
@@ -234,6 +229,16 @@ def test_a_schedule_that_is_not_valid_is_refused_at_its_declaration(
         task("orders.report", **options)(run)  # type: ignore[arg-type]
 
     assert str(error.value).startswith("@task('orders.report'): ")
+
+
+@pytest.mark.parametrize("catch_up", ["last", 1, None])
+def test_catch_up_is_true_or_false(catch_up: object) -> None:
+    """Any other value is refused at the declaration."""
+
+    async def run(_: None) -> None: ...
+
+    with pytest.raises(TypeError, match=r"^@task\('t'\): catch_up=.+ must be True, for one run"):
+        task("t", cron="0 0 * * *", catch_up=catch_up)(run)  # type: ignore[arg-type]
 
 
 def test_the_next_times_of_a_list_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +266,7 @@ def test_the_next_times_of_a_list_are_kept(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_task_has_its_schedule() -> None:
     """None without a cron expression."""
 
-    @task("a", cron="*/5 * * * *", timezone=BERLIN, catch_up="all")
+    @task("a", cron="*/5 * * * *", timezone=BERLIN, catch_up=True)
     async def scheduled_task(_: None) -> None: ...
 
     @task("b")
@@ -270,7 +275,5 @@ def test_a_task_has_its_schedule() -> None:
     first, second = declared_task(scheduled_task), declared_task(plain)
     assert first is not None
     assert second is not None
-    assert first.schedule == Schedule(
-        task="a", cron="*/5 * * * *", timezone=BERLIN, catch_up=CatchUp.ALL
-    )
+    assert first.schedule == Schedule(task="a", cron="*/5 * * * *", timezone=BERLIN, catch_up=True)
     assert second.schedule is None

@@ -154,11 +154,11 @@ async def test_times_during_the_death_of_workers_run_once(fleet: Fleet) -> None:
         ledger.dead = False
 
 
-@pytest.mark.parametrize(("catch_up", "made_up"), [("last", 1), ("all", 9), ("none", 0)])
-async def test_times_without_a_worker_are_made_up_for(
-    fleet: Fleet, catch_up: str, made_up: int
+@pytest.mark.parametrize(("catch_up", "made_up"), [(True, 1), (False, 0)])
+async def test_the_latest_time_without_a_worker_is_made_up_for(
+    fleet: Fleet, made_up: int, *, catch_up: bool
 ) -> None:
-    """As ``catch_up`` says; later times run as usual."""
+    """Once, with ``catch_up``; later times run as usual."""
     ticking(fleet, "0 * * * *", catch_up=catch_up)
     worker = fleet.start("first", **SLOW)
     await asyncio.sleep(2 * 3600.0)
@@ -175,8 +175,8 @@ async def test_times_without_a_worker_are_made_up_for(
 
 
 async def test_a_short_stop_misses_no_time(fleet: Fleet) -> None:
-    """Under a minute, as with a deployment of the only worker, with any policy."""
-    ticking(fleet, EACH_SECOND, catch_up="none")
+    """Under a minute, as with a deployment of the only worker, also without ``catch_up``."""
+    ticking(fleet, EACH_SECOND)
     worker = fleet.start("first")
     await asyncio.sleep(30.0)
     await worker.drain(1.0)
@@ -276,7 +276,7 @@ async def test_versions_with_different_times_run_each_of_them_once(fleet: Fleet)
     ticking(fleet, "*/10 * * * *")
     old = type(fleet.tasks)(task for task in fleet.tasks)
     fleet.tasks = type(fleet.tasks)()
-    ticking(fleet, "*/15 * * * *", catch_up="all")
+    ticking(fleet, "*/15 * * * *", catch_up=True)
     first = fleet.start("old", tasks=old, **SLOW)
     await asyncio.sleep(1800.0)
     fleet.start("young", **SLOW)
@@ -320,8 +320,8 @@ async def test_a_schedule_deleted_by_hand_is_declared_again(fleet: Fleet) -> Non
     assert gaps(await times(fleet)) == {60.0}
 
 
-@pytest.mark.parametrize("catch_up", ["last", "none"])
-async def test_the_times_of_a_pause_are_skipped(fleet: Fleet, catch_up: str) -> None:
+@pytest.mark.parametrize("catch_up", [True, False])
+async def test_the_times_of_a_pause_are_skipped(fleet: Fleet, *, catch_up: bool) -> None:
     """By every worker at once, also by one that starts meanwhile; none is made up for."""
     ticking(fleet, catch_up=catch_up)
     for name in ("a", "b"):
@@ -349,7 +349,7 @@ async def test_the_times_of_a_pause_are_skipped(fleet: Fleet, catch_up: str) -> 
 
 async def test_a_time_before_a_pause_that_no_worker_took_is_skipped(fleet: Fleet) -> None:
     """A worker that comes late finds it within a minute, and the ledger refuses it."""
-    ticking(fleet, "0 * * * *", catch_up="last")
+    ticking(fleet, "0 * * * *", catch_up=True)
     worker = fleet.start("first", **SLOW)
     await asyncio.sleep(2 * 3600.0)
     await worker.drain(1.0)

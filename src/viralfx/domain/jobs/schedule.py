@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
 from itertools import islice, takewhile
 from typing import Any, Protocol
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
@@ -18,8 +17,6 @@ _logger = logging.getLogger("viralfx.queues")
 
 ON_TIME_SECONDS = 60.0
 """A run that was due longer ago than this when a worker finds it was missed."""
-MAX_CAUGHT_UP = 100
-"""The most missed runs of a schedule that are made up for."""
 HOURLY = "0 * * * *"
 """Each full hour; in UTC it needs no extra, so that the built-in tasks need none."""
 _MAX_CHARACTERS = 200
@@ -112,20 +109,22 @@ class Schedule:
     first time. An expression whose minute or hour begins with ``*``, or with seconds, runs at each
     moment whose local time it matches.
 
-    Raises ``ValueError`` for an expression that is malformed or never fires, an unknown time zone,
-    and an unknown policy, and :class:`MissingExtraError` without the extra ``cron``.
+    Raises ``ValueError`` for an expression that is malformed or never fires and an unknown time
+    zone, ``TypeError`` for a ``catch_up`` that is no bool, and :class:`MissingExtraError` without
+    the extra ``cron``.
     """
 
     task: str
     cron: str
     timezone: str = "UTC"
-    catch_up: str = CatchUp.LAST
+    catch_up: bool = False
 
     def __post_init__(self) -> None:
         """Check everything."""
-        if self.catch_up not in list(CatchUp):
-            allowed = ", ".join(map(repr, map(str, CatchUp)))
-            raise ValueError(self._problem("catch_up", self.catch_up, f"must be one of {allowed}"))
+        catch_up: object = self.catch_up
+        if not isinstance(catch_up, bool):
+            problem = "must be True, for one run after missed ones, or False, for none"
+            raise TypeError(self._problem("catch_up", catch_up, problem))
         try:
             ZoneInfo(self.timezone)
         except (ZoneInfoNotFoundError, ValueError, TypeError, OSError):
@@ -179,16 +178,11 @@ class Schedule:
         times = self._search(start, with_zone=with_zone)
         return next((time for time in times if time > after), None)
 
-    def last_before(
-        self, moment: datetime, near: timedelta = timedelta(seconds=ON_TIME_SECONDS)
-    ) -> datetime | None:
-        """Return the last time before a moment, in UTC; None if there is none in 50 years.
-
-        It is found sooner if it is about ``near`` before the moment.
-        """
+    def last_before(self, moment: datetime) -> datetime | None:
+        """Return the last time before a moment, in UTC; None if there is none in 50 years."""
         # Not by the library's search backwards, which may not end in a night in which a clock is
         # moved. There is no time between `until` and the moment.
-        until = moment
+        until, near = moment, timedelta(seconds=ON_TIME_SECONDS)
         while (found := self.next_after(moment - near)) is None or found >= moment:
             if near > _MAX_LOOK_BACK:
                 return None
@@ -211,27 +205,17 @@ class Schedule:
     def due(self, after: datetime, now: datetime) -> Sequence[datetime]:
         """Return the times after ``after`` and up to ``now`` that have to run, oldest first.
 
-        These are all times of the last :data:`ON_TIME_SECONDS` seconds, and of the earlier ones,
-        which were missed, those that ``catch_up`` selects. A run that is on time also counts as the
-        last one of the missed times.
+        These are all times of the last :data:`ON_TIME_SECONDS` seconds. The earlier ones were
+        missed: with ``catch_up`` the latest of them has to run, unless a run is on time, which
+        counts for it.
         """
         missed_until = now - timedelta(seconds=ON_TIME_SECONDS)
         on_time = takewhile(lambda time: time <= now, self.times_after(max(after, missed_until)))
         times = tuple(on_time)
-        if self.catch_up == CatchUp.NONE or (times and self.catch_up == CatchUp.LAST):
+        if times or not self.catch_up or after >= missed_until:
             return times
-        most = 1 if self.catch_up == CatchUp.LAST else MAX_CAUGHT_UP
-        missed = takewhile(lambda time: time > after, self._times_until(missed_until))
-        return (*reversed(tuple(islice(missed, most))), *times)
-
-    def _times_until(self, moment: datetime) -> Iterator[datetime]:
-        """Yield the times up to a moment, the latest first."""
-        near = timedelta(seconds=ON_TIME_SECONDS)
-        moment += timedelta(microseconds=1)
-        while (found := self.last_before(moment, near)) is not None:
-            yield found
-            # The distance to the one before is often the same.
-            near, moment = max(moment - found, timedelta(seconds=1)), found
+        latest = self.last_before(missed_until + timedelta(microseconds=1))
+        return (latest,) if latest is not None and latest > after else ()
 
     def _search(self, moment: datetime, *, with_zone: bool) -> Iterator[datetime]:
         """Yield times from about a moment on, in UTC and in order.

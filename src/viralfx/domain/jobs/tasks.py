@@ -202,8 +202,8 @@ class Task:
     """When it is scheduled, as a cron expression."""
     timezone: str = "UTC"
     """The time zone of ``cron``."""
-    catch_up: str = "last"
-    """Which of the runs that were due while no worker ran are made up for."""
+    catch_up: bool = False
+    """True: one run makes up for those that were due while no worker ran."""
     host: object = None
     """The :class:`~viralfx.domain.jobs.hooks.TaskHost` that declared it; None for ``@task``."""
     read: Callable[[bytes, str], Any] | None = None
@@ -252,7 +252,7 @@ def task(
     rate_limit: str | None = None,
     cron: str | None = None,
     timezone: str = "UTC",
-    catch_up: str = "last",
+    catch_up: bool = False,
 ) -> Callable[[TaskFunction], TaskFunction]:
     """Declare ``[async] def f(payload: T[, context: JobContext]) -> R`` as a task.
 
@@ -270,8 +270,8 @@ def task(
     completes the job. The function itself is unchanged and you can still call it.
 
     With ``cron`` the task is also scheduled: it runs with the payload null at each time of a cron
-    expression in a time zone (:class:`~viralfx.domain.jobs.schedule.Schedule`). ``catch_up``,
-    which is ``last``, ``all`` or ``none``, decides about runs that were due while no worker ran.
+    expression in a time zone (:class:`~viralfx.domain.jobs.schedule.Schedule`). With ``catch_up``
+    it also runs once for the latest time that was due while no worker ran.
 
     Raises ``TypeError`` for a function with another signature, a plain one with ``transactional``,
     one with ``cron`` whose payload cannot be null, or an argument of a wrong type, and
@@ -279,7 +279,7 @@ def task(
     valid.
     """
     unique_while = _checked(name, retry, timeout, priority, unique)
-    if cron is None and (timezone, catch_up) != ("UTC", "last"):
+    if cron is None and (timezone, catch_up) != ("UTC", False):
         given = "timezone" if timezone != "UTC" else "catch_up"
         raise ValueError(f"@task({name!r}): {given} has no schedule; add cron='*/5 * * * *'")
     try:
