@@ -23,23 +23,11 @@ _MAX_CHARACTERS = 200
 _ANY_MOMENT = datetime(2000, 1, 1, tzinfo=UTC)
 _YEAR = timedelta(days=366)
 _MAX_LOOK_BACK = timedelta(days=50 * 365)
+_FIELDS = 5
 _FIELDS_WITH_SECONDS = 6
 _MONTH = -2
 
-_HOW = (
-    "write five fields, minute hour day-of-month month day-of-week, as in '*/5 * * * *', or six"
-    " with the seconds first"
-)
-
-
-class CatchUp(StrEnum):
-    """Which runs are made up for that were due while no worker ran."""
-
-    LAST = "last"
-    """One run for all of them."""
-    ALL = "all"
-    """Each of the last :data:`MAX_CAUGHT_UP`."""
-    NONE = "none"
+_HOW = "write five fields, minute hour day-of-month month day-of-week, as in '*/5 * * * *'"
 
 
 class UnknownScheduleError(ViralFXError):
@@ -103,11 +91,12 @@ class ScheduledAcceptance:
 class Schedule:
     """A cron expression in a time zone, and the task that runs at its times.
 
-    The expression has five fields, or six with the seconds first. At changes of the local time it
-    follows Debian's cron. If minute and hour are set, each time runs once on its day: one that
-    does not exist runs when the clock has been put forward, and one that occurs twice runs the
-    first time. An expression whose minute or hour begins with ``*``, or with seconds, runs at each
-    moment whose local time it matches.
+    The expression has five fields. A sixth one, seconds before the others, is calculated too, but
+    :meth:`require_five_fields` refuses it for a task. At changes of the local time it follows
+    Debian's cron. If minute and hour are set, each time runs once on its day: one that does not
+    exist runs when the clock has been put forward, and one that occurs twice runs the first time.
+    An expression whose minute or hour begins with ``*``, or with seconds, runs at each moment whose
+    local time it matches.
 
     Raises ``ValueError`` for an expression that is malformed or never fires and an unknown time
     zone, ``TypeError`` for a ``catch_up`` that is no bool, and :class:`MissingExtraError` without
@@ -151,6 +140,15 @@ class Schedule:
             fires = False
         if not fires:
             problem = "never fires: no month has a day that matches all fields; change the day"
+            raise ValueError(self._problem("cron", self.cron, problem))
+
+    def require_five_fields(self) -> None:
+        """Raise ``ValueError`` for an expression with seconds.
+
+        Libraries differ about their place: the first or the last field.
+        """
+        if len(self.cron.split()) != _FIELDS:
+            problem = f"has seconds, and a schedule has none; {_HOW}"
             raise ValueError(self._problem("cron", self.cron, problem))
 
     @property

@@ -327,7 +327,8 @@ def task(
             timezone=timezone,
             catch_up=catch_up,
         )
-        _ = declared.schedule  # raises if it is not valid
+        if (schedule := declared.schedule) is not None:  # raises if it is not valid
+            schedule.require_five_fields()
         mark(function, declared)
         return function
 

@@ -375,7 +375,7 @@ class Schedule(msgspec.Struct, kw_only=True, rename="camel"):
     """The schedule of a task."""
 
     task: str
-    cron: Annotated[str, Meta(description="Five fields, or six with the seconds first")]
+    cron: Annotated[str, Meta(description="Minute, hour, day of month, month, day of week")]
     timezone: Annotated[str, Meta(description="The time zone of the fields, of the IANA database")]
     paused: Annotated[bool, Meta(description="True: its times are skipped until it is resumed")]
     last_run_at: Annotated[
