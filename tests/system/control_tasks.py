@@ -21,7 +21,7 @@ async def count(path: str, context: JobContext) -> None:
     try:
         while True:
             number += 1
-            await context.report({"current": number, "total": 10**6, "message": "counting"})
+            await context.report(number, 10**6, "counting")
             await asyncio.sleep(0.001)
     except asyncio.CancelledError:
         note(f"{path}.cancelled", str(time.time()))

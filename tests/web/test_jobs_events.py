@@ -101,7 +101,7 @@ async def test_the_progress_of_a_job_is_an_event() -> None:
         following = asyncio.create_task(client.get(link))
         async with asyncio.timeout(10):
             await client.wait_until_followed()
-            report = read_progress({"current": 3, "total": 4}).encode()
+            report = read_progress(3, 4).encode()
             await ledger.report([ProgressReport(claim=claim, progress=report)])
             (followed,) = plugin_of(client).assembly.jobs.follower._followed.values()
             await until(lambda: followed.job.progress)

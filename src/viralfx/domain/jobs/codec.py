@@ -4,13 +4,25 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from itertools import accumulate, islice
-from typing import Any, Final, Protocol
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    Literal,
+    NewType,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
-from viralfx.domain.errors import ViralFXError, suggest
+from viralfx.domain.errors import ViralFXError
 
 MAX_NESTING_LEVELS = 500
 """Nesting levels that a payload may have; every JSON parser and encoder in use supports them."""
@@ -204,7 +216,6 @@ MAX_PROGRESS_MESSAGE = 500
 """Characters of the message of a report that are kept."""
 MAX_PROGRESS_NUMBER: Final = 2**53
 """Beyond it not every JSON parser keeps a whole number exactly."""
-_PROGRESS_FIELDS = ("current", "total", "message")
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,37 +257,76 @@ def is_in_range(number: float) -> bool:
     return -MAX_PROGRESS_NUMBER <= number <= MAX_PROGRESS_NUMBER
 
 
-def read_progress(given: Mapping[str, Any]) -> Progress:
+def read_progress(current: object = None, total: object = None, message: object = None) -> Progress:
     """Return the progress that a task reports; a long message is cut.
 
-    Raises ``TypeError`` for a value of a wrong type, and ``ValueError`` for an unknown field, a
-    number that is out of range, or no field at all.
+    Raises ``TypeError`` for a value of a wrong type, and ``ValueError`` for a number that is out of
+    range, or no value at all.
     """
-    if not isinstance(given, Mapping):
-        raise TypeError(
-            "report() needs a dict such as {'current': 3, 'total': 10, 'message': 'rows'}, not"
-            f" {type(given).__name__}"
-        )
-    for name in given:
-        if name not in _PROGRESS_FIELDS:
-            hint = suggest(str(name), _PROGRESS_FIELDS) or "there are current, total and message"
-            raise ValueError(f"report() has no field {name!r}; {hint}")
-    current, total = _reported("current", given), _reported("total", given)
-    message = given.get("message")
+    numbers = _reported("current", current), _reported("total", total)
     if message is not None and not isinstance(message, str):
-        raise TypeError(f"report(): message must be a text, not {type(message).__name__}")
+        raise TypeError(_wrong("message", "a text", message))
     if message is not None and len(message) > MAX_PROGRESS_MESSAGE:
         # Often a part of the task's input: its length is no reason to fail the task.
         message = f"{message[: MAX_PROGRESS_MESSAGE - 3]}..."
-    if current is None and total is None and message is None:
-        raise ValueError("report() needs current, total or message")
-    return Progress(current, total, message)
+    if numbers == (None, None) and message is None:
+        raise ValueError("report() needs current, total or message, as in report(3, 10, 'rows')")
+    return Progress(*numbers, message)
 
 
-def _reported(name: str, given: Mapping[str, Any]) -> float | None:
-    number = given.get(name)
+def _reported(name: str, number: object) -> float | None:
     if number is None:
         return None
     if isinstance(number, bool) or not isinstance(number, int | float):
-        raise TypeError(f"report(): {name} must be a number, not {type(number).__name__}")
+        raise TypeError(_wrong(name, "a number", number))
     return number
+
+
+def _wrong(name: str, wanted: str, given: object) -> str:
+    return (
+        f"report(): {name} must be {wanted}, not {type(given).__name__}; write"
+        " report(3, 10, 'rows')"
+    )
+
+
+_RAW_JSON = ("msgspec", "Raw")
+"""A type of any JSON, by module and name: the domain does not import it."""
+
+
+def takes_null(payload_type: Any) -> bool:
+    """Return True if null fits the type of a payload, as far as its annotation tells."""
+    return any(map(_is_null, _alternatives(payload_type)))
+
+
+def _alternatives(kind: Any) -> Iterator[Any]:
+    """Yield the types that a type stands for: those of a union, an alias or a type variable."""
+    if get_origin(kind) in (Union, UnionType):
+        inner = get_args(kind)
+    elif get_origin(kind) is Annotated:
+        inner = get_args(kind)[:1]
+    elif isinstance(kind, TypeVar):
+        inner = kind.__constraints__ or (kind.__bound__ or Any,)
+    elif isinstance(kind, NewType):
+        inner = (kind.__supertype__,)
+    elif hasattr(kind, "__value__") and not isinstance(kind, type):  # `type Alias = ...`
+        inner = (kind.__value__,)
+    else:
+        yield kind
+        return
+    for each in inner:
+        yield from _alternatives(each)
+
+
+def _is_null(kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return None in get_args(kind)
+    if kind is None or kind is Any:
+        return True
+    if get_origin(kind) is not None or not isinstance(kind, type):
+        return False
+    if (kind.__module__, kind.__qualname__) == _RAW_JSON:
+        return True
+    try:
+        return isinstance(None, kind)
+    except TypeError:  # a TypedDict or another protocol
+        return False

@@ -110,26 +110,20 @@ class JobContext:
 
     def report(
         self,
-        progress: Mapping[str, Any] | None = None,
-        *,
         current: float | None = None,
         total: float | None = None,
         message: str | None = None,
     ) -> Any:
-        """Report how far the task is, as ``report({"current": 3, "total": 10})`` or by keywords.
+        """Report how far the task is, as ``report(3, 10, "row 3")``; each argument may be missing.
 
         Each report replaces the one before. It costs microseconds and writes nothing itself: the
         worker stores the latest reports of all its jobs once a second. Call it from a coroutine or
         a thread; you may await the answer, which does nothing.
 
-        Of a longer message, 500 characters are kept. Raises ``TypeError`` or ``ValueError`` for a
-        report that has another form, or a number that is not finite.
+        Of a longer message, 500 characters are kept. Raises ``TypeError`` for an argument of
+        another type, and ``ValueError`` for a number that is not finite or over 2^53.
         """
-        if progress is None:
-            progress = {"current": current, "total": total, "message": message}
-        elif not (current is None and total is None and message is None):
-            raise TypeError("report() takes a dict or keywords, not both")
-        self.on_report(read_progress(progress))
+        self.on_report(read_progress(current, total, message))
         return _REPORTED
 
     async def submit(
