@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from tests.manual_clock import ManualClock
@@ -17,6 +18,7 @@ from viralfx.domain.clock import Clock
 from viralfx.domain.errors import ConfigurationError, WorkLostError
 from viralfx.domain.health.model import Status
 from viralfx.domain.jobs.model import Job, JobFilter, JobState, LedgerUnavailableError
+from viralfx.domain.jobs.tasks import declared_task, mark
 from viralfx.domain.operations import Operations
 from viralfx.domain.shutdown import Outcome, Phase
 from viralfx.settings import DatabaseSettings, JobSettings, Secret, Settings
@@ -237,14 +239,17 @@ def test_built_in_tasks_use_an_existing_queue() -> None:
 
 
 def test_the_payload_of_a_scheduled_task_may_be_null() -> None:
-    """Another type is refused at the start, with advice."""
+    """Another type of a task that ``@task`` does not declare is refused at the start."""
 
-    @task("nightly", cron="0 3 * * *")
+    @task("nightly")
     async def nightly(_: int) -> None: ...
 
     @task("hourly", cron="0 * * * *")
     async def hourly(_: int | None) -> None: ...
 
+    declared = declared_task(nightly)
+    assert declared is not None
+    mark(nightly, replace(declared, cron="0 3 * * *"))
     with pytest.raises(ConfigurationError) as caught:
         assemble(Settings(), tasks=[nightly, hourly])
 

@@ -2,13 +2,17 @@
 
 from datetime import UTC, datetime, timedelta
 from itertools import islice, pairwise, takewhile
+from typing import Annotated, Any, Literal, NewType, Optional, TypedDict, TypeVar
 from zoneinfo import ZoneInfo
 
+import msgspec
 import pytest
 from cronsim import CronSim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from viralfx.adapters.codec import MsgspecCodec
+from viralfx.domain.jobs.codec import PayloadError
 from viralfx.domain.jobs.schedule import HOURLY, Schedule, times_of
 from viralfx.domain.jobs.tasks import declared_task, task
 
@@ -261,6 +265,72 @@ def test_the_next_times_of_a_list_are_kept(monkeypatch: pytest.MonkeyPatch) -> N
         assert listed.next_runs == expected
 
     assert searches <= 5 + 2 + 5
+
+
+class Row(TypedDict):
+    """A payload."""
+
+    number: int
+
+
+Number = NewType("Number", int)
+MaybeNumber = NewType("MaybeNumber", int | None)  # type: ignore[valid-newtype]
+Bound = TypeVar("Bound", bound=int)
+Free = TypeVar("Free")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits"),
+    [
+        (None, True),
+        (Any, True),
+        (object, True),
+        (int | None, True),
+        (Optional[Row], True),  # noqa: UP045 - the other spelling
+        (Annotated[int | None, "a note"], True),
+        (Literal["all", None], True),  # noqa: PYI061 - another spelling
+        (MaybeNumber, True),
+        (Free, True),
+        (msgspec.Raw, True),
+        (int, False),
+        (str | int, False),
+        (list[int], False),
+        (dict[str, None], False),
+        (Row, False),
+        (Annotated[int, "a note"], False),
+        (Literal["all"], False),
+        (Number, False),
+        (Bound, False),
+        (Schedule, False),
+    ],
+    ids=str,
+)
+def test_the_payload_of_a_scheduled_task_is_null(kind: object, *, fits: bool) -> None:
+    """A type that null does not fit is refused at the declaration, as the codec refuses it."""
+
+    async def run(payload: object) -> None: ...
+
+    run.__annotations__["payload"] = kind
+    if fits:
+        task("nightly", cron="0 3 * * *")(run)
+        MsgspecCodec().decode(b"null", kind)
+    else:
+        with pytest.raises(TypeError, match="payload null, which its payload type does not allow"):
+            task("nightly", cron="0 3 * * *")(run)
+        with pytest.raises(PayloadError):
+            MsgspecCodec().decode(b"null", kind)
+
+
+def test_a_payload_without_a_type_may_be_null() -> None:
+    """As may that of a task without a schedule."""
+
+    @task("nightly", cron="0 3 * * *")
+    async def run(payload) -> None: ...  # type: ignore[no-untyped-def]  # noqa: ANN001
+
+    @task("at-once")
+    async def other(payload: int) -> None: ...
+
+    assert None not in (declared_task(run), declared_task(other))
 
 
 def test_a_task_has_its_schedule() -> None:

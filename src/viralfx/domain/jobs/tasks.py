@@ -18,7 +18,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from viralfx.domain.errors import ViralFXError, require_not_negative, require_positive, suggest
-from viralfx.domain.jobs.codec import Progress, read_progress
+from viralfx.domain.jobs.codec import Progress, read_progress, takes_null
 from viralfx.domain.jobs.ledger import Accepted
 from viralfx.domain.jobs.limits import Limit, limit_of, require_field
 from viralfx.domain.jobs.model import Unique, check_priority
@@ -288,6 +288,11 @@ def task(
             require_field(concurrency_key, payload_type)
         except TypeError as error:
             raise TypeError(f"@task({name!r}): {error}") from None
+        if cron is not None and not takes_null(payload_type):
+            raise TypeError(
+                f"@task({name!r}): cron= runs it with the payload null, which its payload type"
+                " does not allow; declare the payload as None, or as T | None"
+            )
         in_thread = not inspect.iscoroutinefunction(function)
         if transactional and in_thread:
             raise TypeError(
