@@ -71,7 +71,7 @@ def test_retry_all_failed_webhooks_of_the_last_hour(opened: Console, service: Se
     expect(opened.main).to_contain_text("12 jobs wait again")
     for job in jobs:
         until(service, job, "failed")
-        assert service.get(f"/api/v1/jobs/{job}").json()["history"][0]["number"] in {1, 2}
+        assert service.get(f"/api/v1/jobs/{job}").json()["failures"][0]["number"] in {1, 2}
     opened.require_clean()
 
     assert opened.clicks <= MAX_CLICKS

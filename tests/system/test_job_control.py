@@ -58,7 +58,7 @@ def test_running_jobs_are_cancelled(database: Database, tmp_path: Path) -> None:
     assert (progress["total"], progress["message"]) == (10**6, "counting")
     assert ended["progress"]["current"] >= progress["current"]
     assert seen - requested < SEEN_WITHIN + LOADED
-    assert [each["error"]["code"] for each in ended["history"]] == ["cancelled"]
+    assert [each["code"] for each in ended["failures"]] == ["cancelled"]
     assert (ended["attempts"], rolled_back["attempts"], again) == (0, 0, 409)
     assert database.execute("select * from effects") == []
 
@@ -77,6 +77,6 @@ def test_a_cancelled_job_does_not_survive_its_worker(database: Database, tmp_pat
             ended = until(service, job_id, "cancelled")
 
     assert (ended["crashes"], ended["attempts"]) == (1, 0)
-    assert [each["error"]["code"] for each in ended["history"]] == ["crashed"]
+    assert [each["code"] for each in ended["failures"]] == ["crashed"]
     assert path.read_text() == "began\n"
     assert not (tmp_path / "count.cancelled").exists()

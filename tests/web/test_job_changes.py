@@ -75,7 +75,7 @@ async def test_a_waiting_job_is_cancelled_and_a_running_one_asked_to_end(client:
     assert (shown["state"], shown["cancelRequested"]) == ("active", True)
 
 
-async def test_a_job_shows_its_progress_and_its_past_executions(client: Client) -> None:
+async def test_a_job_shows_its_progress_and_its_failures(client: Client) -> None:
     """A list shows the progress alone."""
     job_id = await accept(client)
     claimed = await claim(client)
@@ -85,19 +85,21 @@ async def test_a_job_shows_its_progress_and_its_past_executions(client: Client) 
     await ledger_of(client).settle([failed(claimed, error)])
     job = (await client.get(f"{JOBS}/{job_id}")).json()
     (listed,) = (await client.get(JOBS)).json()["items"]
-    (attempt,) = job["history"]
+    (failure,) = job["failures"]
 
     assert job["progress"] == listed["progress"] == {"current": 1, "total": 4, "message": None}
     assert job["error"] == {"code": "timeout", "message": "late"}
-    assert attempt == {
+    assert failure == {
         "number": 1,
-        "worker": "test",
         "startedAt": job["startedAt"],
-        "endedAt": attempt["endedAt"],
-        "error": {"code": "timeout", "message": "late", "traceback": "Traceback: planted"},
+        "endedAt": failure["endedAt"],
+        "worker": "test",
+        "code": "timeout",
+        "message": "late",
+        "traceback": "Traceback: planted",
     }
-    assert job["startedAt"] <= attempt["endedAt"] <= job["finishedAt"]
-    assert "history" not in listed
+    assert job["startedAt"] <= failure["endedAt"] <= job["finishedAt"]
+    assert "failures" not in listed
 
 
 async def test_failed_jobs_are_retried_by_filter(client: Client) -> None:

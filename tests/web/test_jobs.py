@@ -118,7 +118,7 @@ async def test_a_job_is_accepted_and_found(client: Client) -> None:
         "worker": None,
         "cancelRequested": False,
         "progress": None,
-        "history": [],
+        "failures": [],
     }
 
 
@@ -365,7 +365,7 @@ async def test_lists_filter_by_queue_and_state(client: Client) -> None:
     assert await listed(task="parcels.ship", state="waiting", queue="default") == [shipped]
     assert await listed(code="timeout") == []
     (item,) = (await client.get(JOBS, params={"queue": "analytics"})).json()["items"]
-    assert {"payload", "result", "history"}.isdisjoint(item)
+    assert {"payload", "result", "failures"}.isdisjoint(item)
 
 
 async def test_a_list_filters_by_correlation_id(client: Client) -> None:

@@ -237,7 +237,7 @@ def audit_view(entry: AuditEntry) -> View:
 
 
 def job_view(job: Job) -> View:
-    """Return a job without payload, result and past attempts, as ``GET /api/v1/jobs`` does."""
+    """Return a job without payload, result and failures, as ``GET /api/v1/jobs`` does."""
     error = job.error
     return {
         "id": job.id,
@@ -262,7 +262,7 @@ def job_view(job: Job) -> View:
 
 
 def job_details(job: Job, payload: str | None, result: str | None, *, hidden: bool) -> View:
-    """Return a job with its past attempts; payload and result are texts that may be shown."""
+    """Return a job with its failures; payload and result are texts that may be shown."""
     texts = (payload, result)
     return {
         **job_view(job),
@@ -272,18 +272,20 @@ def job_details(job: Job, payload: str | None, result: str | None, *, hidden: bo
         "payloadBytes": len(job.payload),
         "resultBytes": 0 if job.result is None else len(job.result),
         "cut": any(text is not None and len(text) > MAX_TEXT_CHARACTERS for text in texts),
-        "history": [_attempt(each) for each in reversed(job.history)],
+        "failures": [_failure(each) for each in reversed(job.history)],
     }
 
 
-def _attempt(attempt: JobAttempt) -> View:
+def _failure(attempt: JobAttempt) -> View:
     error = attempt.error
     return {
         "number": attempt.number,
-        "worker": attempt.worker,
         "startedAt": moment(attempt.started_at),
         "endedAt": timestamp(attempt.ended_at),
-        "error": {"code": error.code, "message": error.message, "traceback": error.traceback},
+        "worker": attempt.worker,
+        "code": error.code,
+        "message": error.message,
+        "traceback": error.traceback,
     }
 
 

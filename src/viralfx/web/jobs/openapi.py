@@ -220,17 +220,15 @@ _SUMMARY = {
     "progress": {"current": 3, "total": 3, "message": "sent"},
     "links": _LINKS,
 }
-_HISTORY = [
+_FAILURES = [
     {
         "number": 1,
-        "worker": "worker-7d4b9-1-5e884898",
         "startedAt": "2026-01-06T12:00:00.012Z",
         "endedAt": "2026-01-06T12:00:05.148Z",
-        "error": {
-            "code": "timeout",
-            "message": "the deadline of 5 s has passed",
-            "traceback": None,
-        },
+        "worker": "worker-7d4b9-1-5e884898",
+        "code": "timeout",
+        "message": "the deadline of 5 s has passed",
+        "traceback": None,
     }
 ]
 
@@ -338,7 +336,7 @@ _JOB = {
     **_SUMMARY,
     "payload": views.EXAMPLE_PAYLOAD,
     "result": {"status": 204},
-    "history": _HISTORY,
+    "failures": _FAILURES,
 }
 SCHEDULE = {
     "task": "default.prune",

@@ -26,12 +26,12 @@ from viralfx.domain.jobs.model import (
     MAX_PRIORITY,
     MIN_PRIORITY,
     Job,
+    JobAttempt,
     JobFilter,
     JobState,
     Unique,
     canonical_job_id,
 )
-from viralfx.domain.jobs.model import JobAttempt as Attempt
 from viralfx.web.schemas import Timestamp
 
 PATH = "/api/v1/jobs"
@@ -169,26 +169,21 @@ class JobFailure(_View):
     message: str
 
 
-class AttemptFailure(JobFailure):
-    """The reason why an execution did not complete the job."""
+class FailedExecution(_View):
+    """An execution that did not complete the job."""
 
+    number: Annotated[int, Meta(description="Counts every execution of the job")]
+    started_at: Annotated[str | None, Meta(description="UTC")]
+    ended_at: Timestamp
+    worker: str | None
     code: Annotated[
         str, Meta(description="As the code of a job, or cancelled, handed_back or crashed")
     ]
+    message: str
     traceback: Annotated[
         str | None,
         Meta(description="The end of the traceback, without secrets; only of the last five"),
     ]
-
-
-class JobAttempt(_View):
-    """An execution that did not complete the job."""
-
-    number: Annotated[int, Meta(description="Counts every execution of the job")]
-    worker: str | None
-    started_at: Annotated[str | None, Meta(description="UTC")]
-    ended_at: Timestamp
-    error: AttemptFailure
 
 
 class JobProgress(_View):
@@ -200,7 +195,7 @@ class JobProgress(_View):
 
 
 class JobSummary(_View):
-    """A job without payload, result and past executions."""
+    """A job without payload, result and failures."""
 
     id: JobId
     queue: str
@@ -236,14 +231,14 @@ class JobSummary(_View):
 
 
 class JobView(JobSummary):
-    """A job with payload, result and past executions."""
+    """A job with payload, result and failures."""
 
     payload: Annotated[Any, Meta(description="Any JSON: the input of the task")]
     result: Annotated[
         Any, Meta(description="Any JSON: the return value of the task; null until it has completed")
     ]
-    history: Annotated[
-        list[JobAttempt],
+    failures: Annotated[
+        list[FailedExecution],
         Meta(description="The last 50 executions that did not complete it, the oldest first"),
     ]
 
@@ -299,18 +294,20 @@ def view(job: Job) -> JobView:
         **_common(job),
         payload=msgspec.Raw(job.payload),
         result=result,
-        history=[_attempt(each) for each in job.history],
+        failures=[_failure(each) for each in job.history],
     )
 
 
-def _attempt(attempt: Attempt) -> JobAttempt:
+def _failure(attempt: JobAttempt) -> FailedExecution:
     error = attempt.error
-    return JobAttempt(
+    return FailedExecution(
         number=attempt.number,
-        worker=attempt.worker,
         started_at=moment(attempt.started_at),
         ended_at=timestamp(attempt.ended_at),
-        error=AttemptFailure(code=error.code, message=error.message, traceback=error.traceback),
+        worker=attempt.worker,
+        code=error.code,
+        message=error.message,
+        traceback=error.traceback,
     )
 
 

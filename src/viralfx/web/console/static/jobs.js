@@ -186,10 +186,10 @@ export class JobView extends Remote {
       ${operates ? html`<p class="tools"><${JobButtons} job=${data} change=${(id, action) => this.change(id, action)} /></p>` : null}
       <dl>${facts.map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
       <section aria-labelledby="attempts"><h2 id="attempts">Executions that failed</h2>
-      ${data.history.length
-        ? html`<ol class="attempts">${data.history.map((attempt) => html`<li key=${attempt.number}>
-          <p><strong>#${attempt.number}</strong> <${Time} at=${attempt.startedAt || attempt.endedAt} /> ${attempt.startedAt ? span((Date.parse(attempt.endedAt) - Date.parse(attempt.startedAt)) / 1000) : ""} <code>${attempt.error.code}</code> ${attempt.error.message} <span class="quiet">${attempt.worker || ""}</span></p>
-          ${attempt.error.traceback ? html`<details><summary>Traceback of execution ${attempt.number}</summary><${Text}>${attempt.error.traceback}<//></details>` : null}</li>`)}</ol>`
+      ${data.failures.length
+        ? html`<ol class="attempts">${data.failures.map((failure) => html`<li key=${failure.number}>
+          <p><strong>#${failure.number}</strong> <${Time} at=${failure.startedAt || failure.endedAt} /> ${failure.startedAt ? span((Date.parse(failure.endedAt) - Date.parse(failure.startedAt)) / 1000) : ""} <code>${failure.code}</code> ${failure.message} <span class="quiet">${failure.worker || ""}</span></p>
+          ${failure.traceback ? html`<details><summary>Traceback of execution ${failure.number}</summary><${Text}>${failure.traceback}<//></details>` : null}</li>`)}</ol>`
         : html`<${Empty}>No execution of this job has failed.<//>`}</section>
       <section aria-labelledby="payload"><h2 id="payload">Payload and result</h2>
       ${data.payloadHidden ? html`<p class="empty">Payload (${plural(data.payloadBytes, "byte")}) and result (${plural(data.resultBytes || 0, "byte")}) are hidden.</p>` : null}
