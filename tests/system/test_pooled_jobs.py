@@ -28,8 +28,7 @@ def test_a_hundred_jobs_without_prepared_statements(database: Database, pgbounce
         JOB_LEASE="30000",
     )
     jobs = [
-        {"task": "faults.work", "payload": 0, "idempotencyKey": f"pooled-{number}"}
-        for number in range(COUNT)
+        {"task": "faults.work", "payload": 0, "key": f"pooled-{number}"} for number in range(COUNT)
     ]
     with api(environment) as service, worker(environment) as process:
         reply = service.get(f"{JOBS}/batch", method="POST", json_body={"jobs": jobs})

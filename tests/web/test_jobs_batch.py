@@ -69,7 +69,7 @@ async def test_a_request_has_a_queue_and_attempts(client: Client) -> None:
         ({"priority": 0.5}, "$.priority"),
         ({"unique": "always"}, "$.unique"),
         ({"unique": True}, "$.unique"),
-        ({"idempotencyKey": "k"}, "idempotencyKey"),
+        ({"key": "k"}, "key"),
     ],
 )
 async def test_an_invalid_option_is_rejected(
@@ -82,7 +82,7 @@ async def test_an_invalid_option_is_rejected(
 async def test_a_batch_is_accepted_in_order(client: Client) -> None:
     """Each job as a single one, with a key of its own."""
     jobs = [
-        {**PARCEL, "idempotencyKey": "a", "priority": 2},
+        {**PARCEL, "key": "a", "priority": 2},
         {"task": "parcels.echo", "payload": [1]},
         {**PARCEL, "runAt": "2030-01-01T00:00:00Z"},
     ]
@@ -109,9 +109,9 @@ async def test_a_batch_is_accepted_in_order(client: Client) -> None:
     [
         ({"task": "parcels.shipp"}, 422, "The job at index 2: there is no task"),
         ({"task": "parcels.ship", "payload": {}}, 422, "jobs[2].payload"),
-        ({**PARCEL, "idempotencyKey": "taken", "payload": {"weight": 4}}, 409, "at index 2"),
-        ({**PARCEL, "idempotencyKey": ""}, 400, "$.jobs[2].idempotencyKey"),
-        ({**PARCEL, "idempotencyKey": "a b"}, 400, "$.jobs[2].idempotencyKey"),
+        ({**PARCEL, "key": "taken", "payload": {"weight": 4}}, 409, "at index 2"),
+        ({**PARCEL, "key": ""}, 400, "$.jobs[2].key"),
+        ({**PARCEL, "key": "a b"}, 400, "$.jobs[2].key"),
         ({**PARCEL, "runAt": "2030-01-01T00:00:00"}, 400, "$.jobs[2].runAt"),
         ({**PARCEL, "runAt": "0001-01-01T00:00:00+09:00"}, 400, "$.jobs[2].runAt"),
         ({**PARCEL, "more": 1}, 400, "$.jobs[2]"),
@@ -123,7 +123,7 @@ async def test_a_batch_with_a_wrong_job_is_rejected(
 ) -> None:
     """As a whole; the problem has the position of the job."""
     await client.post(JOBS, json=PARCEL, headers={"Idempotency-Key": "taken"})
-    jobs = [PARCEL, {**PARCEL, "idempotencyKey": "new"}, wrong]
+    jobs = [PARCEL, {**PARCEL, "key": "new"}, wrong]
     assert_problem(await client.post(BATCH, json={"jobs": jobs}), status, text)
 
     assert await count(client) == 1
@@ -146,4 +146,4 @@ async def test_the_largest_batch_is_accepted(client: Client) -> None:
 
     assert (reply.status_code, len(reply.json()["jobs"])) == (202, 1000)
     assert_problem(too_large, 413, "4096 KiB")
-    assert_problem(keyed, 400, "idempotencyKey")
+    assert_problem(keyed, 400, "give each of its jobs a key")

@@ -131,8 +131,7 @@ ON_ACCEPT: ExceptionHandlersMap = {
 
 ON_BATCH: ExceptionHandlersMap = {
     LedgerUnavailableError: ledger_unavailable(
-        " The jobs may have been accepted nevertheless: send them again with the same"
-        " idempotencyKey each."
+        " The jobs may have been accepted nevertheless: send them again, each with the same key."
     ),
 }
 """The handlers that differ when a batch is accepted."""
@@ -162,7 +161,7 @@ ACCEPT = (
 BATCH = (
     f"From 1 to {views.MAX_BATCH_JOBS} jobs, which are accepted together in one transaction. If one"
     " of them is refused, none is accepted, and the problem has its position, counted from 0. A"
-    " repeated `idempotencyKey` returns the job that has it."
+    " repeated `key` returns the job that has it."
 )
 LIST = (
     "With `correlationId`, `task` or `code` each request searches a limited number of jobs. Its"
@@ -279,7 +278,7 @@ BATCH_RESPONSES = {
     400: problem_spec(
         "The body is not JSON or has other fields, or there is an Idempotency-Key header."
     ),
-    409: problem_spec("The idempotencyKey of a job belongs to a different request."),
+    409: problem_spec("The key of a job belongs to a different request."),
     413: problem_spec("The body is over 4 MiB."),
     **NO_JSON_TYPE,
     422: problem_spec("There is no such task or queue, or a payload does not fit its task."),

@@ -95,7 +95,7 @@ async def read_batch(request: AnyRequest) -> list[Submission]:
         Submission(
             task=each.task,
             payload=bytes(each.payload),
-            key=each.idempotency_key,
+            key=each.key,
             run_at=each.due,
             **each.options,
         )
@@ -325,9 +325,7 @@ class JobsController(Controller):
     )
     async def accept_batch(self, request: AnyRequest) -> schemas.JobsAccepted:
         if header_values(request, b"idempotency-key"):
-            raise ClientException(
-                "A batch has no Idempotency-Key: give each of its jobs an idempotencyKey."
-            )
+            raise ClientException("A batch has no Idempotency-Key: give each of its jobs a key.")
         accepted = await api_of(request).service.accept_all(
             await read_batch(request), traceparent=traceparent(request)
         )

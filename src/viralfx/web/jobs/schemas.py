@@ -114,9 +114,7 @@ _Moment = Annotated[datetime, Meta(tz=True)]
 class BatchItem(JobRequest, kw_only=True, rename="camel", forbid_unknown_fields=True):
     """One job of a batch, with the key that a single request has in its header."""
 
-    idempotency_key: Annotated[str, Meta(pattern=rf"^[!-~]{{1,{MAX_KEY_CHARACTERS}}}\Z")] | None = (
-        None
-    )
+    key: Annotated[str, Meta(pattern=rf"^[!-~]{{1,{MAX_KEY_CHARACTERS}}}\Z")] | None = None
 
 
 class BatchRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -442,9 +440,7 @@ class BatchOperation(Operation):
         """Set the body."""
         jobs = Schema(
             type=OpenAPIType.ARRAY,
-            items=_job_request(
-                "BatchItem", idempotencyKey=_key(OpenAPIType.STRING, OpenAPIType.NULL)
-            ),
+            items=_job_request("BatchItem", key=_key(OpenAPIType.STRING, OpenAPIType.NULL)),
             min_items=1,
             max_items=MAX_BATCH_JOBS,
         )
@@ -463,7 +459,7 @@ class BatchOperation(Operation):
                         {
                             "task": "notifications.webhook",
                             "payload": EXAMPLE_PAYLOAD,
-                            "idempotencyKey": "order-17",
+                            "key": "order-17",
                         },
                         {"task": "default.prune", "priority": -1},
                     ]
