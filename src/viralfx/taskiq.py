@@ -141,7 +141,9 @@ class LedgerBroker(AsyncBroker, TaskHost):
     unfinished job raises :class:`KeyConflictError`, of a finished one :class:`JobStateError`.
     The labels ``queue`` (or ``queue_name``), ``priority`` (the higher first), ``delay`` and
     ``timeout`` (seconds) are those of the job; ``concurrency`` and ``rate_limit`` those of
-    ``@task``; ``retry_on_error`` and ``max_retries`` retry it if no middleware of taskiq does.
+    ``@task``. The label ``max_retries`` says how often a task that fails may run in all, once
+    without it, and ``retry_on_error`` alone allows three times; a middleware of taskiq for retries
+    decides in their place.
     """
 
     def __init__(self) -> None:
@@ -311,6 +313,7 @@ class LedgerBroker(AsyncBroker, TaskHost):
 
         run.__module__, run.__qualname__ = task.original_func.__module__, name
         options = options_of(task.labels)
+        attempts_of(task.labels)  # raises for a label that is no number
         declared = self._declared[name] = Task(
             name=name,
             # The same for a task that is declared again: taskiq runs the latest one.
@@ -321,7 +324,7 @@ class LedgerBroker(AsyncBroker, TaskHost):
             wants_context=True,
             transactional=False,
             timeout=timeout_of(task.labels),
-            retry=MessageRetries(attempts_of(task.labels)),
+            retry=MessageRetries(lambda: attempts_of(task.labels, self.middlewares)),
             priority=options.priority,
             concurrency=task.labels.get("concurrency"),
             rate_limit=task.labels.get("rate_limit"),

@@ -251,11 +251,12 @@ async def test_retries_are_attempts_of_one_job(
     if middleware is not None:
         broker.add_middlewares(middleware)
 
-    @broker.task(max_retries=2, retry_on_error=True)
-    async def failing(context: Context = TaskiqDepends()) -> None:  # noqa: B008
+    async def fail(context: Context = TaskiqDepends()) -> None:  # noqa: B008
         seen.append(int(context.message.labels.get("_retries", 0)))
         raise ValueError(len(seen))
 
+    labels: dict[str, Any] = {} if middleware is None else {"retry_on_error": True}
+    failing: Any = broker.task(max_retries=2, **labels)(fail)
     async with running(broker):
         sent = await failing.kiq()
         result = await result_of(sent)
@@ -264,6 +265,36 @@ async def test_retries_are_attempts_of_one_job(
     assert seen == [0, 1]
     assert (type(result.error), str(result.error)) == (ValueError, "2")
     assert (job.state, job.attempts) == (JobState.FAILED, 2)
+
+
+@pytest.mark.parametrize(
+    ("labels", "alone", "beside"),
+    [
+        ({}, 1, 1),
+        ({"max_retries": 3}, 3, 1),
+        ({"max_retries": "3"}, 3, 1),
+        ({"max_retries": 0}, 1, 1),
+        ({"max_retries": 3, "retry_on_error": False}, 1, 1),
+        ({"max_retries": 2, "retry_on_error": True}, 2, 2),
+        ({"max_retries": 0, "retry_on_error": True}, 1, 1),
+        ({"retry_on_error": "True"}, DEFAULT_ATTEMPTS, DEFAULT_ATTEMPTS),
+        ({"max_retries": None}, 1, 1),
+    ],
+)
+def test_the_label_max_retries_is_the_number_of_attempts(
+    labels: dict[str, Any], alone: int, beside: int
+) -> None:
+    """Alone it allows more than one; beside a middleware for retries that decides as before."""
+    assert attempts_of(labels) == alone
+    assert attempts_of(labels, [SimpleRetryMiddleware()]) == beside
+
+
+def test_a_label_max_retries_that_is_no_number_is_refused(broker: LedgerBroker) -> None:
+    """At the declaration."""
+    with pytest.raises(MessageError, match="the label max_retries must be a number: 'many'"):
+
+        @broker.task(max_retries="many")
+        async def failing() -> None: ...
 
 
 @pytest.mark.parametrize("variant", [MEMORY, TASKIQ], indirect=True)
@@ -276,7 +307,7 @@ async def test_the_timeout_of_the_job_cancels_the_task(
     broker.add_middlewares(SimpleRetryMiddleware(default_retry_label=retries))
     ends: list[str] = []
 
-    @broker.task
+    @broker.task(max_retries=3)
     async def first_hangs() -> int:
         if not ends:
             try:

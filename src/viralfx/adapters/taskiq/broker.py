@@ -6,7 +6,7 @@ job.
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Executor, Future
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
@@ -125,18 +125,24 @@ def schedule_key(
     return None
 
 
-def attempts_of(labels: Mapping[str, Any]) -> int:
-    """Return how often a task runs without a middleware for retries."""
-    if str(labels.get("retry_on_error", False)).lower() != "true":
-        return 1
-    return max(1, int(_number(labels, "max_retries")) or DEFAULT_ATTEMPTS)
+def attempts_of(labels: Mapping[str, Any], middlewares: Iterable[object] = ()) -> int:
+    """Return how often a task that fails runs: once, unless its labels allow more.
+
+    ``middlewares`` are those of the broker. Beside one for retries ``max_retries`` alone allows
+    none, because the middleware retries only what has ``retry_on_error``. Raises
+    :class:`MessageError`.
+    """
+    bounded = labels.get("max_retries") is not None
+    retries = bounded and not any(isinstance(each, RETRY_MIDDLEWARES) for each in middlewares)
+    attempts = max(1, int(_number(labels, "max_retries"))) if bounded else DEFAULT_ATTEMPTS
+    return attempts if str(labels.get("retry_on_error", retries)).lower() == "true" else 1
 
 
 class MessageRetries:
     """The retry policy of taskiq's tasks: the decision of a middleware, or the labels."""
 
-    def __init__(self, attempts: int) -> None:
-        """Allow ``attempts`` executions after a timeout of the job."""
+    def __init__(self, attempts: Callable[[], int]) -> None:
+        """Call ``attempts`` for the number of executions of a job that its timeout ends."""
         self._attempts = attempts
 
     def next_delay(self, attempt: int, error: Exception) -> float | None:
@@ -146,7 +152,7 @@ class MessageRetries:
         if isinstance(error, MessageFailedError):
             attempts = error.attempts
         else:
-            attempts = self._attempts if isinstance(error, TimeoutError) else DEFAULT_ATTEMPTS
+            attempts = self._attempts() if isinstance(error, TimeoutError) else DEFAULT_ATTEMPTS
         return BackoffPolicy(attempts=attempts).next_delay(attempt, error)
 
 
