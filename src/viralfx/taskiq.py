@@ -135,7 +135,8 @@ class LedgerBroker(AsyncBroker, TaskHost):
 
     The settings come from the environment when the broker starts: without ``DATABASE_URL`` the
     messages are in memory and run in this process, as with taskiq's ``InMemoryBroker``. With it
-    they run in ``taskiq worker``, or in ``viralfx worker`` if ``TASK_MODULES`` names the module.
+    they run in ``taskiq worker``, or in ``viralfx worker`` if ``--app`` names the broker or
+    ``TASK_MODULES`` its module.
 
     The task id is the id of the job, so it is used once: to send another message with the id of an
     unfinished job raises :class:`KeyConflictError`, of a finished one :class:`JobStateError`.

@@ -10,6 +10,7 @@ from taskiq.schedule_sources import LabelScheduleSource
 from viralfx.taskiq import LedgerBroker
 
 broker = LedgerBroker()
+idle = LedgerBroker()  # has no task
 scheduler = TaskiqScheduler(broker, [LabelScheduleSource(broker)])
 
 

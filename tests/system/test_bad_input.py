@@ -91,6 +91,14 @@ def test_a_check_that_does_not_exist() -> None:
             "--app: tests.system.apps:not_an_app is not an ASGI application but a dict",
         ),
         (
+            "tests.system.taskiq_app:broker",
+            (
+                "--app: tests.system.taskiq_app:broker is a LedgerBroker, which has tasks and no"
+                " routes; run them with `viralfx worker --app tests.system.taskiq_app:broker`, or"
+                " name its module in TASK_MODULES"
+            ),
+        ),
+        (
             "tests.system.apps:Foreign",
             (
                 "--app: tests.system.apps:Foreign is not an ASGI application but a class; name an"

@@ -44,20 +44,22 @@ def worker(kind: str, environment: Mapping[str, str]) -> AbstractContextManager[
     """Run ``taskiq worker`` or ``viralfx worker``; kill it at the end."""
     if kind == "taskiq":
         return taskiq(environment, "worker", f"{APP}:broker", "--workers", "1")
-    return viralfx(environment)
+    if kind == "viralfx --app":
+        return viralfx(environment, "--app", f"{APP}:broker")
+    return viralfx({**environment, "TASK_MODULES": APP})
 
 
 @contextmanager
-def viralfx(environment: Mapping[str, str]) -> Iterator[None]:
+def viralfx(environment: Mapping[str, str], *arguments: str) -> Iterator[None]:
     """Run ``viralfx worker``, and kill it at the end."""
-    with viralfx_worker(environment) as process:
+    with viralfx_worker(environment, *arguments) as process:
         yield
         process.signal(signal.SIGKILL)
 
 
 @pytest.mark.each_python
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(("killed", "other"), [("taskiq", "viralfx"), ("viralfx", "taskiq")])
+@pytest.mark.parametrize(("killed", "other"), [("taskiq", "viralfx"), ("viralfx --app", "taskiq")])
 async def test_no_message_is_lost_when_its_worker_is_killed(
     database: Database,
     tmp_path: Path,
@@ -69,7 +71,7 @@ async def test_no_message_is_lost_when_its_worker_is_killed(
     runs = tmp_path / "runs"
     runs.touch()
     environment = environment_of(
-        database, TASK_MODULES=APP, RUNS=str(runs), JOB_CONCURRENCY=str(SLOTS), LOG_LEVEL="warn"
+        database, TASK_MODULES="none", RUNS=str(runs), JOB_CONCURRENCY=str(SLOTS), LOG_LEVEL="warn"
     )
     set_environment(monkeypatch, database.url)
     broker = taskiq_app.broker

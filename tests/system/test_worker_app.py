@@ -81,6 +81,7 @@ def test_jobs_run_in_the_lifespan_of_the_application(database: Database, tmp_pat
             2,
             "viralfx: @task('app.follow'): follow takes 'mailer', and the application has no dep",
         ),
+        ("tests.system.taskiq_app:idle", 2, "declares no task; name the modules of its tasks in"),
         ("tests.system.apps:fails_to_start", 3, "planted in start-up"),
         (
             None,

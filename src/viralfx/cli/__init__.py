@@ -73,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument(
         "--app",
         metavar="MODULE:NAME",
-        help="an ASGI application whose tasks, dependencies and lifespan the jobs use",
+        help="an ASGI application whose tasks, dependencies and lifespan the jobs use, or a"
+        " LedgerBroker",
     )
     worker.add_argument(
         "--queue",

@@ -1,4 +1,7 @@
-"""The application that ``--app`` names: imports it, and gives it the operations layer."""
+"""The application that ``--app`` names: imports it, and gives it the operations layer.
+
+For a worker ``--app`` may name a broker of tasks, too, which needs no application.
+"""
 
 import inspect
 import logging
@@ -7,6 +10,7 @@ from typing import cast
 from viralfx.asgi import OperationsMiddleware, middleware_around
 from viralfx.bootstrap.task_modules import failed, import_named
 from viralfx.domain.errors import ConfigurationError, suggest
+from viralfx.domain.jobs.hooks import TaskHost
 from viralfx.settings import Settings
 from viralfx.web.layer import OperationsConfig, OperationsLayer
 from viralfx.web.responses import ASGIApp
@@ -27,6 +31,23 @@ def find_application(settings: Settings, spec: str | None) -> tuple[ASGIApp, Ope
         app = cast("ASGIApp", create_app(settings))
     else:
         app = load_app(spec, settings)
+    return _with_layer(app, settings, spec)
+
+
+def find_worker_application(
+    settings: Settings, spec: str
+) -> tuple[ASGIApp, OperationsLayer] | TaskHost:
+    """Return the application with its layer, as :func:`find_application` does, or a task host.
+
+    A host, such as ``LedgerBroker``, has no application: its tasks run in a plain worker.
+    """
+    found = _load(spec, settings)
+    return found if isinstance(found, TaskHost) else _with_layer(found, settings, spec)
+
+
+def _with_layer(
+    app: ASGIApp, settings: Settings, spec: str | None
+) -> tuple[ASGIApp, OperationsLayer]:
     layer: OperationsLayer
     if _is_litestar(app):
         from viralfx.web.plugin import plugin_of  # noqa: PLC0415 - as above
@@ -60,6 +81,17 @@ def load_app(spec: str, settings: Settings) -> ASGIApp:
     Raises :class:`ConfigurationError` with one line that names the problem, and without the secrets
     of ``settings``.
     """
+    found = _load(spec, settings)
+    if isinstance(found, TaskHost):
+        problem = (
+            f"--app: {spec} is a {type(found).__name__}, which has tasks and no routes; run them"
+            f" with `viralfx worker --app {spec}`, or name its module in TASK_MODULES"
+        )
+        raise ConfigurationError([problem])
+    return found
+
+
+def _load(spec: str, settings: Settings) -> ASGIApp | TaskHost:
     module_name, separator, name = spec.partition(":")
     if not separator or not module_name or not name:
         raise ConfigurationError([f"--app: {spec!r} must be package.module:name"])
@@ -73,6 +105,8 @@ def load_app(spec: str, settings: Settings) -> ASGIApp:
         found = getattr(found, part)
     if _is_factory(found):
         found = _call(spec, found, settings)
+    if isinstance(found, TaskHost):
+        return found
     if isinstance(found, type) or not _takes(found, 3):
         kind = "module" if found is module else type(found).__name__
         if isinstance(found, type):

@@ -10,7 +10,8 @@ import msgspec
 
 from viralfx.bootstrap import assemble
 from viralfx.domain.errors import ConfigurationError, suggest
-from viralfx.runner.applications import find_application
+from viralfx.domain.jobs.hooks import TaskHost
+from viralfx.runner.applications import find_application, find_worker_application
 from viralfx.runner.diagnostics import HeapReports
 from viralfx.runner.http_limits import HttpLimits, raise_descriptor_limit
 from viralfx.runner.process import Process
@@ -148,8 +149,9 @@ def work(signals: SignalWatch, *, app: str | None = None, queues: Sequence[str])
     """Run jobs until a stop signal, and return the exit code.
 
     ``app``: the application whose lifespan surrounds the jobs, and whose tasks and dependencies
-    they use; its routes are not served. ``queues``: the queues to work on; empty: all. Raises
-    :class:`ConfigurationError` or :class:`StartupError` before the worker starts.
+    they use; its routes are not served. It may also be a :class:`TaskHost`, such as
+    ``LedgerBroker``, whose tasks the worker runs. ``queues``: the queues to work on; empty: all.
+    Raises :class:`ConfigurationError` or :class:`StartupError` before the worker starts.
     """
     settings = read_settings(os.environ, strict=True)
     require_packages(os.environ)
@@ -161,10 +163,14 @@ def work(signals: SignalWatch, *, app: str | None = None, queues: Sequence[str])
         redaction=Redaction(secrets),
     )
     application: ASGIApp | None = None
-    if app is None:
+    found = None if app is None else find_worker_application(settings, app)
+    if found is None or isinstance(found, TaskHost):
         if problems := list(_problems(settings, queues)):
             raise ConfigurationError(problems)
-        assembly = assemble(settings)
+        assembly = assemble(settings, tasks=() if found is None else (found,))
+        if found is not None and not tuple(found.declared_tasks()):
+            problem = f"--app: {app} declares no task; name the modules of its tasks in"
+            raise ConfigurationError([f"{problem} TASK_MODULES"])
         if refuse_layers():
             _logger.warning(_WITHOUT_APPLICATION)
         endpoints = OperationsEndpoints(
@@ -172,7 +178,7 @@ def work(signals: SignalWatch, *, app: str | None = None, queues: Sequence[str])
         )
         add_console(endpoints, assembly, settings)
     else:
-        application, plugin = find_application(settings, app)
+        application, plugin = found
         settings, assembly, endpoints = plugin.settings, plugin.assembly, plugin.endpoints
         # As in `serve`.
         reclaim_log = enforce_logging(
