@@ -119,13 +119,12 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         "probe",
         "env",
         "jobs",
-        "schedules",
     ]
 
 
 @pytest.mark.parametrize(
     "command",
-    ["serve", "worker", "migrate", "doctor", "probe", "env", "jobs", "schedules"],
+    ["serve", "worker", "migrate", "doctor", "probe", "env", "jobs"],
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The exit code is 0."""

@@ -35,7 +35,7 @@ class Shell:
         self.environment = environment_of(database)
 
     def run(
-        self, *arguments: str, program: str = "jobs", columns: int | None = None, **more: str
+        self, *arguments: str, columns: int | None = None, **more: str
     ) -> subprocess.CompletedProcess[str]:
         """Run a command, with ``columns`` in a terminal of that width."""
         output, errors = io.StringIO(), io.StringIO()
@@ -47,14 +47,14 @@ class Shell:
             redirect_stderr(errors),
         ):
             try:
-                code = main([program, *arguments])
+                code = main(["jobs", *arguments])
             except SystemExit as error:
                 code = int(error.code or 0)
         return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
 
-    def json(self, *arguments: str, program: str = "jobs") -> Any:
+    def json(self, *arguments: str) -> Any:
         """Run a command that succeeds; return its JSON."""
-        done = self.run(*arguments, "--json", program=program)
+        done = self.run(*arguments, "--json")
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -95,9 +95,9 @@ def test_jobs_are_submitted_listed_shown_and_cancelled(database: Database) -> No
     assert cancelled.stdout == f"{later['id']}  cancelled\n"
     found = shell.json("show", later["id"])
     assert (found["state"], found["priority"], found["payload"]) == ("cancelled", 7, [1])
-    tasks = [each["task"] for each in shell.json(program="schedules")["items"]]
+    tasks = [each["task"] for each in shell.json("schedules")["items"]]
     assert "default.prune" in tasks
-    assert shell.run(program="schedules").stdout.split()[:2] == ["task", "cron"]
+    assert shell.run("schedules").stdout.split()[:2] == ["task", "cron"]
 
 
 def test_many_jobs_are_changed_on_confirmation(database: Database) -> None:
@@ -161,7 +161,7 @@ def test_a_schedule_is_paused_run_and_resumed(database: Database) -> None:
     """By the task; the table of schedules shows the pause."""
     shell = Shell(database)
     paused = shell.run("pause", "--schedule", "default.prune")
-    table = shell.run(program="schedules").stdout
+    table = shell.run("schedules").stdout
     job = shell.json("run", "--schedule", "default.prune")
     resumed = shell.json("resume", "--schedule", "default.prune")
 

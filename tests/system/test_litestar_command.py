@@ -88,7 +88,7 @@ def test_each_command_has_the_help_of_the_program() -> None:
     listed = litestar("--app", "docs.examples.orders:app", "viralfx", "--help").stdout
     helped = litestar("--app", "docs.examples.orders:app", "viralfx", "env", "--help").stdout
 
-    for name in ("doctor", "env", "jobs", "migrate", "schedules"):
+    for name in ("doctor", "env", "jobs", "migrate"):
         assert f"  {name}" in listed
     assert "viralfx env" in helped
 

@@ -138,15 +138,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_jobs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "jobs",
-        help="list, show, submit, retry, cancel and run jobs; pause queues and schedules",
+        help="list, show, submit, retry, cancel and run jobs; list and pause queues and schedules",
         description="Works on the ledger in DATABASE_URL; no service needs to run.",
     )
     parser.set_defaults(run=_jobs)
-    schedules = commands.add_parser(
-        "schedules", help="list the schedules of tasks, with their last and next times"
-    )
-    schedules.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    schedules.set_defaults(run=_jobs, command="schedules")
     actions = parser.add_subparsers(required=True, metavar="action", dest="command")
 
     def action(name: str, what: str) -> argparse.ArgumentParser:
@@ -198,6 +193,8 @@ def _add_jobs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         paused = change.add_mutually_exclusive_group(required=True)
         paused.add_argument("queue", metavar="QUEUE", nargs="?")
         paused.add_argument("--schedule", metavar="TASK", help="the schedule of this task")
+
+    action("schedules", "list the schedules of tasks, with their last and next times")
 
     submit = action("submit", "submit a job")
     submit.add_argument("task", help="the name of the task")

@@ -1,4 +1,4 @@
-"""``viralfx jobs`` and ``viralfx schedules``, on the ledger of DATABASE_URL.
+"""``viralfx jobs``: works on the ledger of DATABASE_URL.
 
 The ledger is used directly, so no service needs to run.
 """

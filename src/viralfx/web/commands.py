@@ -13,9 +13,8 @@ from viralfx.settings import fields
 COMMANDS = {
     "doctor": "check the settings and the dependencies",
     "env": "list every environment variable and its value",
-    "jobs": "list, show, submit, retry, cancel and run jobs",
+    "jobs": "list, show, submit, retry, cancel and run jobs; list queues and schedules",
     "migrate": "apply the migrations of the database",
-    "schedules": "list the schedules of tasks",
 }
 
 
