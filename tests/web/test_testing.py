@@ -19,6 +19,8 @@ from sqlalchemy.orm import Session
 from viralfx import JobContext, OperationsConfig, OperationsPlugin, task
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.jobs.ledger import Accepted, TransactionError
+from viralfx.domain.jobs.model import JobDraft, new_job_id
+from viralfx.domain.jobs.schedule import Schedule
 from viralfx.settings import Secret, Settings
 from viralfx.testing import (
     Jobs,
@@ -185,6 +187,37 @@ async def test_jobs_beside_the_worker_of_the_application(viralfx_jobs: Hold) -> 
     ]
     assert sorted(sent) == ["ada", "reminder for ada"]
     assert viralfx_jobs(plugin).submitted() == []
+
+
+async def test_jobs_of_schedules_were_not_submitted(viralfx_jobs: Hold) -> None:
+    """They run like all others; those that they submit are there."""
+    jobs = viralfx_jobs(plugin)
+    memory = plugin.assembly.jobs.memory
+    assert memory is not None
+    await memory.declare_schedules([Schedule(task="mail.all", cron="0 3 * * *")], 60.0)
+    scheduled = JobDraft(
+        id=new_job_id(),
+        queue="default",
+        task="mail.all",
+        payload=b'["ada", "bob"]',
+        run_at=memory.now(),
+    )
+    accepted = await memory.accept_scheduled(scheduled)
+    await plugin.jobs.submit("mail.send", "cleo")
+    ran = await jobs.run_pending()
+    found = await jobs.submitted()
+
+    assert accepted is not None
+    assert accepted.created
+    assert sorted(sent) == ["ada", "bob", "cleo"]
+    assert len(ran) == 3
+    assert [(job.task, job.payload) for job in found] == [
+        ("mail.send", "cleo"),
+        ("mail.all", ["bob"]),
+    ]
+    assert memory.is_scheduled(scheduled.id)
+    await memory.prune(0.0)
+    assert not memory.is_scheduled(scheduled.id)
 
 
 def test_a_retry_does_not_wait() -> None:

@@ -79,14 +79,14 @@ class _AwaitableJobs(Jobs):
 def submitted(plugin: OperationsLayer, task: AnyTask | None = None) -> Jobs:
     """Return the jobs that were submitted, of one ``task`` or all, in the order of submission.
 
-    ``task`` is a name or a function. Jobs that already ran are included. Raises
-    :class:`ConfigurationError` if the jobs are not in memory.
+    ``task`` is a name or a function. Jobs that already ran are included, and those of schedules are
+    not. Raises :class:`ConfigurationError` if the jobs are not in memory.
     """
-    runtime = _runtime(plugin)
+    memory = _memory_of(runtime := _runtime(plugin))
     name = None if task is None else runtime.tasks.name_of(task)
 
     async def page() -> Sequence[Job]:
-        return await runtime.ledger.page(_EVERY_JOB)
+        return [job for job in await memory.page(_EVERY_JOB) if not memory.is_scheduled(job.id)]
 
     loop = plugin.loop
     if loop is None or loop is _running_loop():

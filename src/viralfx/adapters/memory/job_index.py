@@ -25,7 +25,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from viralfx.domain.clock import Clock
-from viralfx.domain.jobs.ledger import QueueCounts
+from viralfx.domain.jobs.ledger import Accepted, QueueCounts
 from viralfx.domain.jobs.limits import Limit
 from viralfx.domain.jobs.model import (
     Job,
@@ -351,13 +351,15 @@ class Schedules:
     """The methods of :class:`JobLedger` for schedules."""
 
     def __init__(
-        self, clock: Clock, accept: Callable[[Sequence[JobDraft]], Awaitable[object]]
+        self, clock: Clock, accept: Callable[[Sequence[JobDraft]], Awaitable[Sequence[Accepted]]]
     ) -> None:
         self._clock = clock
         self._accept = accept
         self._states: dict[str, ScheduleState] = {}
         self._seen: dict[str, float] = {}
         """Monotonic times of the last declarations."""
+        self.job_ids: set[str] = set()
+        """The jobs of schedules that the ledger has."""
 
     async def declare(
         self, schedules: Sequence[Schedule], forget_after: float
@@ -394,7 +396,9 @@ class Schedules:
             settled = time if settled is None else max(settled, time)
         if settled is not None and settled >= time:
             return ScheduledAcceptance(created=False, handled_until=settled)
-        await self._accept([draft])
+        (accepted,) = await self._accept([draft])
+        if accepted.created:
+            self.job_ids.add(accepted.job.id)
         self._states[draft.task] = replace(state, last_run_at=time)
         return ScheduledAcceptance(created=True, handled_until=time)
 

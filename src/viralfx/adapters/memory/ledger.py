@@ -108,6 +108,7 @@ class MemoryJobLedger(JobChanges):
         self.schedules = schedules.states
         self.pause_schedule = schedules.pause
         self.resume_schedule = schedules.resume
+        self._scheduled = schedules.job_ids
 
     def now(self) -> datetime:
         """Return the ledger's time."""
@@ -116,6 +117,14 @@ class MemoryJobLedger(JobChanges):
     def advance(self, moment: datetime) -> None:
         """Move the ledger's time forward, for a test; leases and retention do not notice it."""
         self._movable.ahead += max(timedelta(), moment - self._movable.now())
+
+    def is_scheduled(self, job_id: str) -> bool:
+        """Return True if a schedule submitted the job."""
+        return job_id in self._scheduled
+
+    def _delete(self, job: Job) -> None:
+        super()._delete(job)
+        self._scheduled.discard(job.id)
 
     async def claim(
         self,
