@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 
 from litestar import Litestar, post
+from litestar.params import JSONBody
 
 from viralfx import JobContext, OperationsConfig, OperationsPlugin, task
 
@@ -27,7 +28,7 @@ async def ship(parcel: Parcel, context: JobContext) -> str:
 
 
 @post("/orders", status_code=202)
-async def order(data: Parcel) -> dict[str, str]:
+async def order(data: JSONBody[Parcel]) -> dict[str, str]:
     accepted = await plugin.jobs.submit("shipping.ship", data, key=f"order-{data.order}")
     return {"job": accepted.job.id}
 

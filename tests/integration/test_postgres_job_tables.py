@@ -8,7 +8,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from tests.architecture.claims import blocks
 from tests.contracts.ledgers import ERROR, LONG_LEASE, draft
+from tests.guide import section
 from tests.integration.job_ledgers import QUICK, ledger_in, work
 from tests.integration.postgres_clients import config_of, opened
 from tests.manual_clock import ManualClock
@@ -278,6 +280,20 @@ async def test_counters_are_folded_without_a_worker(
 
     assert (first.waiting, first.failed) == (second.waiting, second.failed) == (1, 20_000)
     assert rows == 2
+
+
+async def test_the_guide_counts_the_jobs_again(
+    pool: PostgresDatabase, ledger: PostgresJobLedger, database: Database
+) -> None:
+    """By the statements that it shows, after changes while the triggers were disabled."""
+    await ledger.accept([draft() for _ in range(3)])
+    database.execute("update viralfx_job_counters set count = 7")
+    wrong = (await ledger.counts())["default"].waiting
+    (statements,) = blocks(section("## Retention"), "sql")
+    async with pool.acquire() as connection:
+        await connection.execute(statements)
+
+    assert (wrong, (await ledger.counts())["default"].waiting) == (7, 3)
 
 
 async def test_scheduled_jobs_cost_the_counts_nothing(

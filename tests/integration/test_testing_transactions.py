@@ -1,14 +1,18 @@
 """``viralfx.testing`` beside a database: transactional tasks, and an asynchronous session."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import asyncpg
 import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from tests.guide import shown
 from tests.servers.postgres import Database
 
 from viralfx import JobContext, OperationsConfig, OperationsPlugin, Settings, task
+from viralfx.domain.jobs.tasks import declared_task, mark
 from viralfx.testing import JobsOfTest, viralfx_jobs
 
 __all__ = ["viralfx_jobs"]
@@ -64,6 +68,44 @@ async def test_a_transactional_task_on_a_connection_of_the_test(
         ("shop.ship", 2, "completed"),
         ("shop.ship", 2, "completed"),
     ]
+
+
+async def test_the_transactions_of_the_guide(viralfx_jobs: Hold, orders: Database) -> None:
+    """The transfer, the payment with its follow-up job, and the test that the page shows."""
+    names = shown(
+        "### Transactions",
+        "## Follow-up jobs",
+        "### Transactions in a test",
+        AsyncSession=AsyncSession,
+        asyncpg=asyncpg,
+    )
+    orders.execute("CREATE TABLE accounts (id int, cents int)")
+    orders.execute("INSERT INTO accounts VALUES (1, 50)")
+    orders.execute("ALTER TABLE orders RENAME number TO id")
+    orders.execute("ALTER TABLE orders ADD paid bool DEFAULT false")
+    orders.execute("INSERT INTO orders VALUES (17)")
+    declared = declared_task(ship)
+    assert declared is not None
+    mark(shipped := partial(ship), replace(declared, name="orders.ship"))
+    guide = OperationsPlugin(
+        OperationsConfig(settings=Settings(), tasks=[names["transfer"], names["pay"], shipped])
+    )
+    names["plugin"] = guide
+    engine = create_async_engine(orders.url.replace("postgresql:", "postgresql+asyncpg:"))
+    connection = await asyncpg.connect(orders.url)
+    async with AsyncSession(engine) as session:
+        await names["test_payment"](viralfx_jobs, session, connection)
+    await engine.dispose()
+    jobs = viralfx_jobs(guide)
+    await guide.jobs.submit("bank.transfer", {"account": 1, "cents": 25})
+    (transferred,) = await jobs.run_pending(connection=connection, raise_errors=True)
+    await guide.jobs.submit("orders.pay", 17)
+    ran = await jobs.run_pending(connection=connection, raise_errors=True)
+    await connection.close()
+
+    assert transferred.result == 25
+    assert orders.execute("SELECT cents FROM accounts") == [(75,)]
+    assert [(job.task, job.payload) for job in ran] == [("orders.pay", 17), ("orders.ship", 17)]
 
 
 async def test_jobs_in_an_asynchronous_session(viralfx_jobs: Hold, orders: Database) -> None:

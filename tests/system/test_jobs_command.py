@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -12,7 +11,6 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from tests.architecture.claims import ROOT, blocks
 from tests.servers.postgres import Database
 from tests.system.service import clean_environment, command
 from tests.system.workers import environment_of
@@ -170,29 +168,6 @@ def test_a_schedule_is_paused_run_and_resumed(database: Database) -> None:
     assert (job["queue"], job["state"]) == ("default", "waiting")
     assert (resumed["task"], resumed["paused"]) == ("default.prune", False)
     assert [each["task"] for each in shell.json("list")["items"]] == ["default.prune"]
-
-
-@pytest.mark.filterwarnings("ignore:.*Reserved kwarg")
-def test_the_commands_of_the_guide(database: Database) -> None:
-    """Each succeeds, with a job that waits in place of the one of the guide."""
-    shell = Shell(database)
-    shell.environment["TASK_MODULES"] = "docs.examples.shipping"
-    database.execute(
-        "insert into viralfx_ops.viralfx_schedules (task, cron, timezone, since, seen_at)"
-        " values ('reports.daily', '30 2 * * *', 'Europe/Berlin', now(), now())"
-    )
-    guide = (ROOT / "docs/jobs.md").read_text(encoding="utf-8")
-    section = guide.partition("\n## The command line\n")[2].partition("\n## ")[0]
-    ran = []
-    for line in blocks(section, "bash")[0].splitlines():
-        job_id = shell.json("submit", "shipping.ship", '{"order": "1", "weight": 1.0}')["id"]
-        program, name, *arguments = shlex.split(re.sub(r"01[0-9a-f-]{34}", job_id, line))
-        assert (program, name) == ("viralfx", "jobs")
-        done = shell.run(*arguments)
-        assert done.returncode == 0, (line, done.stderr)
-        ran.append(arguments[0])
-
-    assert {"list", "show", "submit", "retry", "cancel", "run", "queues", "pause"} <= {*ran}
 
 
 def test_redis_is_not_needed(database: Database) -> None:
