@@ -182,7 +182,7 @@ def test_repeated_outages_leak_nothing(own_postgres: PostgresServer, fault: str)
         # A cut session is gone once the server has noticed it, too.
         wait_until(
             lambda: all(now <= then for now, then in zip(state(), before, strict=True)),
-            what=f"no more than {before}",
+            what=lambda: f"no more than {before}: {state()}",
         )
         wait_until(
             lambda: len(service.logged("Database connection restored")) >= len(repeats),
