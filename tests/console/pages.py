@@ -29,7 +29,6 @@ VIEWS = {
     "circuits": "Circuits",
     "loggers": "Loggers",
     "settings": "Settings",
-    "audit": "Audit",
     "changes": "Changes",
 }
 """The heading of each view, by its name in the address."""

@@ -266,8 +266,7 @@ do $$ declare name text; begin
         'viralfx_ops.viralfx_job_counters', 'viralfx_ops.viralfx_workers',
         'viralfx_ops.viralfx_unknown_tasks', 'viralfx_ops.viralfx_schedules',
         'viralfx_ops.viralfx_paused_queues', 'viralfx_ops.viralfx_task_limits',
-        'viralfx_ops.viralfx_instances', 'viralfx_ops.viralfx_transitions',
-        'viralfx_ops.viralfx_audit'
+        'viralfx_ops.viralfx_instances', 'viralfx_ops.viralfx_transitions'
     ] loop
         if pg_relation_size(name::regclass) > 100000 then execute 'truncate ' || name;
         else execute 'delete from ' || name; end if;

@@ -19,7 +19,6 @@ from viralfx.adapters.postgres import PostgresFleetStore
 from viralfx.domain.clock import SystemClock
 from viralfx.domain.fleet import (
     SILENT_AFTER_SECONDS,
-    AuditEntry,
     CheckChange,
     FleetStore,
     FleetUnavailableError,
@@ -44,21 +43,10 @@ API = InstanceReport(
 CHANGE = CheckChange(
     instance=API.instance, number=1, check="redis", at=NOON, old=None, new="pass", code=None
 )
-ENTRY = AuditEntry(
-    at=NOON,
-    instance=API.instance,
-    actor="session 3fa9c1",
-    role="operator",
-    action="retry",
-    target="job 1 <script>",
-    outcome="ok",
-)
-
 Make = Callable[[pytest.FixtureRequest], AbstractAsyncContextManager[FleetStore]]
 
 _CLEAR = """
-with one as (delete from viralfx_instances), two as (delete from viralfx_transitions)
-delete from viralfx_audit
+with transitions as (delete from viralfx_transitions) delete from viralfx_instances
 """
 
 
@@ -172,19 +160,8 @@ async def test_a_history_begins_with_the_state_before_it(store: FleetStore) -> N
     assert list(await store.history(["unknown"], since)) == []
 
 
-async def test_the_audit_is_kept_in_order(store: FleetStore) -> None:
-    """Texts come back as they were, also markup."""
-    entries = [replace(ENTRY, at=NOON + timedelta(seconds=n), target=f"{n}") for n in range(3)]
-    for entry in entries:
-        await store.audit(entry)
-    await store.audit(replace(ENTRY, at=NOON - timedelta(seconds=1)))
-
-    assert list(await store.audited(2)) == entries[:0:-1]
-    assert ENTRY.target in {each.target for each in await store.audited()}
-
-
 async def test_old_rows_are_pruned(store: FleetStore) -> None:
-    """A living instance stays, with changes and entries of the retention."""
+    """A living instance stays, with changes of the retention."""
     now = datetime.now(UTC)
     await store.report(
         API,
@@ -193,12 +170,9 @@ async def test_old_rows_are_pruned(store: FleetStore) -> None:
             replace(CHANGE, number=2, at=now - timedelta(days=6)),
         ],
     )
-    await store.audit(replace(ENTRY, at=now - timedelta(days=8)))
-    await store.audit(replace(ENTRY, at=now))
 
-    assert await store.prune(7 * 86400.0) == 2
+    assert await store.prune(7 * 86400.0) == 1
     assert [each.number for each in await store.changes()] == [2]
-    assert len(await store.audited()) == 1
     assert len(await store.instances()) == 1
     assert await store.prune(7 * 86400.0) == 0
 

@@ -85,7 +85,6 @@ def test_pending_migrations_are_applied_once(database: Database) -> None:
 
     assert migrate(environ) == (DONE, [*APPLIED, f"{address} is current at {REVISIONS[-1]}"], [])
     assert [name for (name,) in database.execute(TABLES)] == [
-        "viralfx_audit",
         "viralfx_finished_jobs",
         "viralfx_instances",
         "viralfx_job_counters",

@@ -114,7 +114,7 @@ def test_open_pages_do_not_delay_the_drain() -> None:
 
 
 def test_a_worker_has_the_console_and_the_stop_can_be_begun_in_it(database: Database) -> None:
-    """By its exact name, with one entry in the audit that another process shows."""
+    """By its exact name, with one log line; another process shows that it stopped."""
     environment = environment_of(database, MANAGEMENT_TOKEN=TOKEN)
     with api(environment) as service, worker(environment) as process:
         assert process.management_port is not None
@@ -133,12 +133,8 @@ def test_a_worker_has_the_console_and_the_stop_can_be_begun_in_it(database: Data
             assert process.exit_code() == 0
             wait_until(lambda: "bye" in opened.names(), what=lambda: str(opened.names()))
 
-        def audited() -> list[tuple[str, str]]:
-            found = service.get("/health/console/audit", headers=BEARER).json()["items"]
-            return [(each["action"], each["outcome"]) for each in found]
-
-        wait_until(lambda: len(audited()) == 2, what=lambda: str(audited()))
-        assert audited() == [("begin stop", "ok"), ("begin stop", "refused")]
+        acted = [(each["action"], each["outcome"]) for each in process.logged("Console action")]
+        assert acted == [("begin stop", "refused"), ("begin stop", "ok")]
         assert service.get("/health/console/fleet").json()["kept"] == "postgres"
 
         def by_role() -> dict[str, str]:
@@ -171,7 +167,7 @@ def test_a_frozen_database_is_shown_while_it_lasts(own_postgres: PostgresServer)
         own_postgres.freeze()
         try:
             wait_until(lambda: changes() == ["fail"], what=lambda: str(changes()))
-            answer = service.get("/health/console/audit", headers=BEARER)
+            answer = service.get("/health/console/jobs", headers=BEARER)
             assert (answer.status, answer.json()["code"]) == (503, "ledger")
             beats = opened.names().count("beat")
             wait_until(lambda: opened.names().count("beat") > beats, what="the beat goes on")
@@ -182,6 +178,6 @@ def test_a_frozen_database_is_shown_while_it_lasts(own_postgres: PostgresServer)
             what=lambda: f"{changes()} {service.output[-5:]}",
         )
         wait_until(
-            lambda: service.get("/health/console/audit", headers=BEARER).status == 200,
+            lambda: service.get("/health/console/jobs", headers=BEARER).status == 200,
             what="the database answers",
         )

@@ -1,4 +1,4 @@
-"""The fleet: all processes that share a ledger, the changes of their checks, and the audit.
+"""The fleet: all processes that share a ledger, and the changes of their checks.
 
 Each process reports itself: with every beat it replaces its own row, so that a process that died
 stays visible with its last state. No process calls another one.
@@ -26,7 +26,7 @@ BEAT_SECONDS = 10.0
 SILENT_AFTER_SECONDS = 3 * BEAT_SECONDS
 """The age of a report from which the process counts as silent."""
 RETENTION_SECONDS = 7 * 86400.0
-"""How long rows of processes, changes and the audit are kept."""
+"""How long rows of processes and changes are kept."""
 MAX_BUFFERED_CHANGES = 1000
 """Changes that a process keeps while they cannot be written; then the oldest ones are dropped."""
 _MIN_GAP_SECONDS = 0.2
@@ -110,20 +110,6 @@ class CheckChange:
     code: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditEntry:
-    """An action of an operator."""
-
-    at: datetime
-    instance: str
-    """The process that the operator asked."""
-    actor: str
-    role: str
-    action: str
-    target: str
-    outcome: str
-
-
 class FleetStore(Protocol):
     """Port: keeps the fleet.
 
@@ -160,14 +146,6 @@ class FleetStore(Protocol):
 
         For each check of an instance also the last change before that time.
         """
-        ...
-
-    async def audit(self, entry: AuditEntry) -> None:
-        """Add an entry to the audit."""
-        ...
-
-    async def audited(self, limit: int = 100) -> Sequence[AuditEntry]:
-        """Return the latest entries of the audit, the latest first."""
         ...
 
     async def prune(self, older_than: float, limit: int = _PRUNED_AT_ONCE) -> int:

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from viralfx.domain.clock import Clock
-from viralfx.domain.fleet import AuditEntry, CheckChange, Instance, InstanceReport
+from viralfx.domain.fleet import CheckChange, Instance, InstanceReport
 
 _MAX_CHANGES = 10_000
-_MAX_ENTRIES = 1_000
 
 
 class MemoryFleetStore:
-    """Keeps the reports that this process makes, and a limited number of changes and entries."""
+    """Keeps the reports that this process makes, and a limited number of changes."""
 
     kept = "memory"
 
@@ -20,7 +19,6 @@ class MemoryFleetStore:
         self._clock = clock
         self._reports: dict[str, tuple[InstanceReport, datetime, float]] = {}
         self._changes: deque[CheckChange] = deque(maxlen=_MAX_CHANGES)
-        self._entries: deque[AuditEntry] = deque(maxlen=_MAX_ENTRIES)
 
     async def report(self, report: InstanceReport, changes: Sequence[CheckChange] = ()) -> None:
         """See :class:`viralfx.domain.fleet.FleetStore`."""
@@ -63,31 +61,19 @@ class MemoryFleetStore:
                 last[each.instance, each.check] = each
         return sorted([*last.values(), *found], key=lambda each: each.at)
 
-    async def audit(self, entry: AuditEntry) -> None:
-        """See :class:`viralfx.domain.fleet.FleetStore`."""
-        self._entries.append(entry)
-
-    async def audited(self, limit: int = 100) -> Sequence[AuditEntry]:
-        """See :class:`viralfx.domain.fleet.FleetStore`."""
-        found = enumerate(self._entries)
-        return [each for _, each in sorted(found, key=lambda e: (e[1].at, e[0]))[::-1][:limit]]
-
     async def prune(self, older_than: float, limit: int = 10_000) -> int:
         """See :class:`viralfx.domain.fleet.FleetStore`."""
         now, clock_now = self._clock.monotonic(), self._clock.now()
         old = [name for name, (_, _, at) in self._reports.items() if now - at > older_than]
         for name in old[:limit]:
             del self._reports[name]
-        pruned = len(old[:limit])
-        for rows in (self._changes, self._entries):
-            dropped = 0
-            while (
-                rows and dropped < limit and (clock_now - rows[0].at).total_seconds() > older_than
-            ):
-                rows.popleft()
-                dropped += 1
-            pruned += dropped
-        return pruned
+        changes, dropped = self._changes, 0
+        while (
+            changes and dropped < limit and (clock_now - changes[0].at).total_seconds() > older_than
+        ):
+            changes.popleft()
+            dropped += 1
+        return len(old[:limit]) + dropped
 
     def moved(self) -> bool:
         """Return False: a process in memory has no connection."""

@@ -1,4 +1,4 @@
-"""The fleet in Postgres: one row for each process, change and action."""
+"""The fleet in Postgres: one row for each process and each change."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -12,13 +12,7 @@ from viralfx.adapters.postgres.errors import DATABASE_ERRORS, unavailable
 from viralfx.adapters.postgres.ledger_rows import Row
 from viralfx.adapters.postgres.migrations import qualified
 from viralfx.domain.clock import ignore_error
-from viralfx.domain.fleet import (
-    AuditEntry,
-    CheckChange,
-    FleetUnavailableError,
-    Instance,
-    InstanceReport,
-)
+from viralfx.domain.fleet import CheckChange, FleetUnavailableError, Instance, InstanceReport
 
 T = TypeVar("T")
 
@@ -68,11 +62,6 @@ UNION ALL
 SELECT * FROM viralfx_transitions WHERE instance = ANY($1::text[]) AND at >= $2
 ORDER BY at, number
 """
-_AUDIT: Final = """
-INSERT INTO viralfx_audit (at, instance, actor, role, action, target, outcome)
-VALUES ($1, $2, $3, $4, $5, $6, $7)
-"""
-_AUDITED: Final = "SELECT * FROM viralfx_audit ORDER BY at DESC, id DESC LIMIT $1"
 _PRUNE: Final = """
 WITH instances AS (
     DELETE FROM viralfx_instances WHERE instance IN (
@@ -84,13 +73,8 @@ WITH instances AS (
         SELECT instance, number FROM viralfx_transitions
         WHERE at < statement_timestamp() - $1::interval LIMIT $2
     ) RETURNING 1
-), entries AS (
-    DELETE FROM viralfx_audit WHERE id IN (
-        SELECT id FROM viralfx_audit WHERE at < statement_timestamp() - $1::interval LIMIT $2
-    ) RETURNING 1
 )
 SELECT (SELECT count(*) FROM instances) + (SELECT count(*) FROM transitions)
-    + (SELECT count(*) FROM entries)
 """
 
 
@@ -108,12 +92,9 @@ class PostgresFleetStore:
         settings = database.config.settings
         self._may_watch = settings.pooler == "none"
         self._reported_backend: int | None = None
-        self._report, self._instances, self._changes, self._history, self._audit = (
+        self._report, self._instances, self._changes, self._history, self._prune = (
             qualified(statement, settings.schema)
-            for statement in (_REPORT, _INSTANCES, _CHANGES, _HISTORY, _AUDIT)
-        )
-        self._audited, self._prune = (
-            qualified(statement, settings.schema) for statement in (_AUDITED, _PRUNE)
+            for statement in (_REPORT, _INSTANCES, _CHANGES, _HISTORY, _PRUNE)
         )
 
     @property
@@ -177,32 +158,6 @@ class PostgresFleetStore:
                 old=row["old"],
                 new=row["new"],
                 code=row["code"],
-            )
-            for row in rows
-        ]
-
-    async def audit(self, entry: AuditEntry) -> None:
-        """See :class:`viralfx.domain.fleet.FleetStore`."""
-        values = (
-            entry.at,
-            entry.instance,
-            entry.actor,
-            entry.role,
-            entry.action,
-            _storable(entry.target),
-            entry.outcome,
-        )
-        await self._run(lambda connection: connection.execute(self._audit, *values))
-
-    async def audited(self, limit: int = 100) -> Sequence[AuditEntry]:
-        """See :class:`viralfx.domain.fleet.FleetStore`."""
-        rows = await self._run(lambda connection: connection.fetch(self._audited, limit))
-        return [
-            AuditEntry(
-                **{
-                    name: row[name]
-                    for name in ("at", "instance", "actor", "role", "action", "target", "outcome")
-                }
             )
             for row in rows
         ]

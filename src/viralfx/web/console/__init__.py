@@ -106,7 +106,6 @@ class Console:
         self._actions = ConsoleActions(
             self._operations,
             jobs=self._jobs,
-            fleet=assembly.fleet,
             feed=self.feed,
             data=self._data,
             path=path,

@@ -19,7 +19,7 @@ SESSION_SECONDS = 8 * 3600
 _MAC_BYTES = 32
 _MAX_COOKIE_BYTES = 8192
 _SESSION_DIGITS = 6
-"""Digits of a session's number that log and audit show."""
+"""Digits of a session's number that the log shows."""
 
 
 class Role(StrEnum):
@@ -44,7 +44,7 @@ class Caller:
 
     role: Role
     actor: str
-    """For log and audit."""
+    """For the log."""
     expires_at: datetime | None = None
     """The end of the session; None for a bearer token."""
     by_cookie: bool = False

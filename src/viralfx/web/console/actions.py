@@ -1,7 +1,4 @@
-"""The actions of operators: answers to POST below ``console/``.
-
-Each has a log line, and an entry in the audit.
-"""
+"""The actions of operators: answers to POST below ``console/``. Each has a log line."""
 
 import asyncio
 import logging
@@ -13,9 +10,8 @@ import msgspec
 from msgspec import Meta
 
 from viralfx.bootstrap import JobRuntime
-from viralfx.domain.clock import ignore_error
 from viralfx.domain.errors import ViralFXError
-from viralfx.domain.fleet import AuditEntry, FleetStore, FleetUnavailableError
+from viralfx.domain.fleet import FleetUnavailableError
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.model import (
     JobNotFoundError,
@@ -44,8 +40,6 @@ MAX_BODY_BYTES = 16 * 1024
 _ACTION_SECONDS = 30.0
 """Time limit of an action; a change of many jobs that takes longer can be repeated."""
 _CHANGES_AT_ONCE = 8
-_MAX_AUDITS = 100
-"""Entries that may wait to be written; more are in the log alone."""
 
 Text = Annotated[str, Meta(max_length=500)]
 
@@ -110,7 +104,7 @@ class LoggerBody(_Body):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The response of an action, with the words for log and audit."""
+    """The response of an action, with the words for the log."""
 
     response: RawResponse
     target: str
@@ -125,18 +119,15 @@ class ConsoleActions:
         operations: Operations,
         *,
         jobs: JobRuntime,
-        fleet: FleetStore,
         feed: Feed,
         data: ConsoleData,
         path: str,
     ) -> None:
         self._operations = operations
         self._jobs = jobs
-        self._fleet = fleet
         self._feed = feed
         self._data = data
         self._path = path
-        self._audits: set[asyncio.Task[None]] = set()
         self.paths: Mapping[str, Callable[[Caller, bytes], Awaitable[RawResponse]]] = {
             "checks": self._performer("check now", _Body, self._check),
             "stop": self._performer("begin stop", StopBody, self._stop),
@@ -186,39 +177,16 @@ class ConsoleActions:
         return run
 
     def _record(self, caller: Caller, action: str, outcome: Outcome) -> None:
-        target = outcome.target[:500]
         _logger.warning(
             "Console action",
             extra={
                 "actor": caller.actor,
                 "role": str(caller.role),
                 "action": action,
-                "target": target,
+                "target": outcome.target[:500],
                 "outcome": outcome.words,
             },
         )
-        if len(self._audits) >= _MAX_AUDITS:
-            return
-        entry = AuditEntry(
-            at=self._operations.clock.now(),
-            instance=self._operations.instance,
-            actor=caller.actor,
-            role=str(caller.role),
-            action=action,
-            target=target,
-            outcome=outcome.words,
-        )
-        # Apart from the response: the stop can be begun while the database does not answer.
-        task = asyncio.create_task(self._audit(entry), name="audit")
-        self._audits.add(task)
-        task.add_done_callback(self._audits.discard)
-        task.add_done_callback(ignore_error)
-
-    async def _audit(self, entry: AuditEntry) -> None:
-        try:
-            await self._fleet.audit(entry)
-        except FleetUnavailableError:
-            _logger.warning("Audit entry is in the log only", extra={"action": entry.action})
 
     # -- actions -----------------------------------------------------------------------------
 

@@ -217,7 +217,6 @@ class ConsoleData:
             "schedules": self._answer(self.schedules),
             "settings": self._answer(self.all_settings),
             "doctor": self._answer(self.doctor),
-            "audit": self._answer(self.audit),
         }
         """The views that need a session."""
 
@@ -286,11 +285,6 @@ class ConsoleData:
                 return await load()
 
         return await self._reads.run(key, in_turn)
-
-    async def audit(self, query: dict[str, str]) -> views.View:
-        """``console/audit``."""
-        found = await self._fleet.audited(_limit(query, 100, 1000))
-        return {"items": [views.audit_view(each) for each in found]}
 
     # -- jobs --------------------------------------------------------------------------------
 

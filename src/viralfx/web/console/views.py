@@ -8,7 +8,7 @@ import msgspec
 
 from viralfx.domain.clock import timestamp
 from viralfx.domain.doctor import Finding
-from viralfx.domain.fleet import AuditEntry, CheckChange, CheckHistory, Instance
+from viralfx.domain.fleet import CheckChange, CheckHistory, Instance
 from viralfx.domain.health.model import CheckReport, HealthReport, Status, Transition
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.model import Job, JobAttempt
@@ -217,19 +217,6 @@ def history_view(found: Mapping[str, CheckHistory]) -> View:
             ],
         }
         for name, each in found.items()
-    }
-
-
-def audit_view(entry: AuditEntry) -> View:
-    """Return an entry of the audit."""
-    return {
-        "at": timestamp(entry.at),
-        "instance": entry.instance,
-        "actor": entry.actor,
-        "role": entry.role,
-        "action": entry.action,
-        "target": entry.target,
-        "outcome": entry.outcome,
     }
 
 

@@ -1,4 +1,4 @@
-"""The processes of the fleet, the changes of their checks, and the audit of operators."""
+"""The processes of the fleet, and the changes of their checks."""
 
 from alembic import op
 
@@ -40,33 +40,18 @@ CREATE TABLE viralfx_transitions (
     PRIMARY KEY (instance, number)
 )
 """
-_AUDIT = """
-CREATE TABLE viralfx_audit (
-    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    at timestamptz NOT NULL,
-    instance text NOT NULL,
-    actor text NOT NULL,
-    role text NOT NULL,
-    action text NOT NULL,
-    target text NOT NULL,
-    outcome text NOT NULL
-)
-"""
-_INDEXES = (
-    "CREATE INDEX viralfx_transitions_at ON viralfx_transitions (at)",
-    "CREATE INDEX viralfx_audit_at ON viralfx_audit (at)",
-)
+_INDEX = "CREATE INDEX viralfx_transitions_at ON viralfx_transitions (at)"
 
 
 def upgrade() -> None:
     """Make the tables; no other table is locked."""
-    for statement in (_INSTANCES, _TRANSITIONS, _AUDIT, *_INDEXES):
+    for statement in (_INSTANCES, _TRANSITIONS, _INDEX):
         _execute(statement)
 
 
 def downgrade() -> None:
     """Drop them, with the history of the fleet."""
-    _execute("DROP TABLE viralfx_instances, viralfx_transitions, viralfx_audit")
+    _execute("DROP TABLE viralfx_instances, viralfx_transitions")
 
 
 def _execute(statement: str) -> None:

@@ -16,7 +16,7 @@ LOCK_TIMEOUT_SECONDS = 60.0
 
 _NAMES = re.compile(
     r"\bviralfx_(?:state|migrations|jobs|finished_jobs|all_jobs|unknown_tasks|workers|job_counters"
-    r"|paused_queues|schedules|task_limits|instances|transitions|audit"
+    r"|paused_queues|schedules|task_limits|instances|transitions"
     r"|accept_jobs|claim_jobs|choose_by_key|rate_left"
     r"|count_(?:inserted|updated|deleted|truncated)_jobs)\b"
 )

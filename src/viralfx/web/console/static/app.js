@@ -18,7 +18,6 @@ const VIEWS = {
   circuits: ["Circuits", "process.js", "CircuitsView", "status"],
   loggers: ["Loggers", "process.js", "LoggersView", "status"],
   settings: ["Settings", "process.js", "SettingsView", "all"],
-  audit: ["Audit", "process.js", "AuditView", "all"],
   job: ["Job", "jobs.js", "JobView", "all", "jobs"],
   changes: ["Changes", "status.js", "ChangesView", "status", "status"],
   login: ["Log in", "", "", "none", ""],

@@ -1,4 +1,4 @@
-// Queues, schedules, circuits, loggers, settings with the doctor, and the audit.
+// Queues, schedules, circuits, loggers, settings with the doctor.
 
 import { Cell, Empty, Head, ItemRow, Remote, Row, Table, Time, Word, Pure, html, plural, span } from "./parts.js";
 
@@ -192,25 +192,3 @@ class Doctor extends Remote {
 
 const findingRow = (item) => html`<${Row}><${Head}>${item.area}<//><${Cell} label="Verdict"><${Word} of=${item.verdict} /><//>
   <${Cell} label="Found">${item.found}<//><${Cell} label="Remedy">${item.remedy}<//><//>`;
-
-export class AuditView extends Remote {
-  constructor(props) {
-    super(props);
-    this.every = 5000;
-  }
-
-  path() {
-    return "console/audit?limit=100";
-  }
-
-  render(_, { data, loading }) {
-    return html`<div>${this.notice()}
-      ${data && data.items.length
-        ? html`<${Table} busy=${loading} caption="Actions, the newest first. Times are UTC." columns=${["At", "Actor", "Role", "Action", "Target", "Outcome", "Instance"]}>
-          ${data.items.map((item, index) => html`<${ItemRow} key=${`${item.at} ${item.action} ${item.target} ${data.items.length - index}`} item=${item} show=${auditRow} />`)}<//>`
-        : data ? html`<${Empty}>There has been no action.<//>` : null}</div>`;
-  }
-}
-
-const auditRow = (item) => html`<${Row}><${Head}><${Time} at=${item.at} /><//><${Cell} label="Actor">${item.actor}<//><${Cell} label="Role">${item.role}<//>
-  <${Cell} label="Action">${item.action}<//><${Cell} label="Target">${item.target}<//><${Cell} label="Outcome">${item.outcome}<//><${Cell} label="Instance">${item.instance}<//><//>`;
