@@ -229,7 +229,7 @@ async def stop_with(count: int, port: int, started: subprocess.Popen[bytes]) -> 
 def _start(port: int) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
-        "CONSOLE_MAX_PAGES": "10000",
+        "CONSOLE_MAX_STREAMS": "10000",
         "LOG_LEVEL": "error",
         "HTTP_MAX_CONNECTIONS": "4000",
     }

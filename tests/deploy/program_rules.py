@@ -39,7 +39,6 @@ PHASES = (5.0, 30.0, 5.0, 15.0, 60.0)
 GRACE = 75
 
 _SAMPLES = {
-    "CONSOLE_TOKEN": "0123456789abcdef-console",
     "DATABASE_URL": "postgresql://app:0123456789abcdef@db.production.internal/app",
     "WEBHOOK_SECRET": "whsec_" + "c2Vj" * 8,
     "ALERT_WEBHOOK_URL": "https://hooks.production.internal/alerts",
@@ -119,7 +118,6 @@ _LONG_LIVED = {
     *_BACKENDS,
     "REDIS_PASSWORD",
     "MANAGEMENT_TOKEN",
-    "CONSOLE_TOKEN",
     "WEBHOOK_SECRET",
     "ALERT_WEBHOOK_URL",
     "DB_HEALTH_CHECK_INTERVAL",
@@ -134,7 +132,7 @@ NEEDED = {
     "migrate": _BACKENDS,
 }
 """The variables that each command needs; a command gets no secret that it does not need."""
-OPTIONAL = {"CONSOLE_TOKEN", "WEBHOOK_SECRET", "ALERT_WEBHOOK_URL"}
+OPTIONAL = {"WEBHOOK_SECRET", "ALERT_WEBHOOK_URL"}
 
 
 def _command(container: Container) -> Iterator[str]:

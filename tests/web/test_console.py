@@ -14,9 +14,10 @@ import msgspec
 import pytest
 from tests.servers.waiting import until
 
-from viralfx import CircuitBreaker, OperationsConfig, OperationsPlugin
-from viralfx.domain.fleet import CheckChange
+from viralfx import CircuitBreaker, OperationsConfig, OperationsPlugin, task
+from viralfx.domain.fleet import CheckChange, FleetUnavailableError
 from viralfx.domain.health.model import Observation, Status
+from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.model import LedgerUnavailableError
 from viralfx.settings import Secret, Settings
 from viralfx.web.auth import AccessPolicy
@@ -27,11 +28,10 @@ from viralfx.web.error_log import is_logged
 from viralfx.web.gate import Gate
 from viralfx.web.responses import EventStream, Message
 
-OPERATOR, READER = "a token of operators", "a token of readers"
-SETTINGS = Settings(
-    management_token=Secret(OPERATOR), console_token=Secret(READER), health_check_interval=0.1
-)
+TOKEN = "a token of operators"
+SETTINGS = Settings(management_token=Secret(TOKEN), health_check_interval=0.1)
 MARKUP = "<img src=x onerror=alert(1)>"
+SESSION = "ui/session"
 OWN = {"origin": "http://console.test", "content-type": "application/json"}
 
 
@@ -120,18 +120,24 @@ class Site:
             b"".join(message.get("body", b"") for message in sent[1:]),
         )
 
-    async def log_in(self, token: str = OPERATOR, **more: str) -> dict[str, str]:
+    async def log_in(self, **more: str) -> dict[str, str]:
         """Log in, and return the headers of the console's own requests."""
-        answer = await self.ask("session", "POST", headers={**OWN, **more}, body={"token": token})
+        answer = await self.ask(SESSION, "POST", headers={**OWN, **more}, body={"token": TOKEN})
         assert answer.status == 204, answer.body
-        cookies = [v.split(";")[0] for k, v in answer.headers if k == "set-cookie"]
-        return {**OWN, "cookie": "; ".join(each for each in cookies if not each.endswith("="))}
+        return {**OWN, "cookie": answer.header("set-cookie").split(";")[0]}
+
+    async def logged_in(self, headers: Mapping[str, str]) -> bool:
+        """Return whether a request has a session."""
+        state = (await self.ask(SESSION, headers=headers)).json()
+        assert state["reads"] == ("all" if state["loggedIn"] else "status")
+        return bool(state["loggedIn"])
 
 
 def acted(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str, str, str]]:
-    """Return the log lines of the actions: actor, action, target and outcome."""
+    """Return the log lines of the actions: session, action, target and outcome."""
     lines = [each.__dict__ for each in caplog.records if each.msg == "Console action"]
-    names = ("actor", "action", "target", "outcome")
+    assert {line["peer"] for line in lines} <= {"127.0.0.1"}
+    names = ("session", "action", "target", "outcome")
     return [tuple(line[name] for name in names) for line in lines]  # type: ignore[misc]
 
 
@@ -181,7 +187,7 @@ def test_nothing_but_files_of_the_page_is_served(tmp_path: Path, name: str) -> N
 
 async def test_no_other_page_may_frame_or_script_the_console(site: Site) -> None:
     """The headers stand on files, on the session and on the stream."""
-    for path in ("ui", "ui/nothing.js", "session"):
+    for path in ("ui", "ui/nothing.js", SESSION, "ui/data/jobs", "ui/data/nothing"):
         headers = dict((await site.ask(path)).headers)
         policy = headers["content-security-policy"]
         assert "frame-ancestors 'none'" in policy
@@ -197,44 +203,56 @@ async def test_no_other_page_may_frame_or_script_the_console(site: Site) -> None
 
 async def test_a_token_becomes_a_cookie_that_no_script_reads(site: Site) -> None:
     """It is for this path, this site and this browser session of eight hours."""
-    answer = await site.ask("session", "POST", headers=OWN, body={"token": OPERATOR})
-    cookies = [value for name, value in answer.headers if name == "set-cookie"]
-    mine = next(each for each in cookies if "Max-Age=28800" in each)
+    answer = await site.ask(SESSION, "POST", headers=OWN, body={"token": TOKEN})
+    cookie = answer.header("set-cookie")
 
-    assert "; Path=/health; " in mine
-    assert mine.endswith("; HttpOnly; SameSite=Strict")
-    assert OPERATOR not in str(answer)
+    assert "; Path=/health; Max-Age=28800; " in cookie
+    assert cookie.endswith("; HttpOnly; SameSite=Strict")
+    assert TOKEN not in str(answer)
     over_tls = {**OWN, "origin": "https://console.test", "host": "console.test:443"}
-    answer = await site.ask("session", "POST", headers=over_tls, body={"token": OPERATOR})
-    assert all(value.endswith("; Secure") for n, value in answer.headers if n == "set-cookie")
+    answer = await site.ask(SESSION, "POST", headers=over_tls, body={"token": TOKEN})
+    assert answer.header("set-cookie").endswith("; Secure")
+
+
+async def test_a_client_without_an_origin_logs_in(site: Site) -> None:
+    """It is no browser; its actions need an Origin nevertheless."""
+    headers = {"content-type": "application/json"}
+    answer = await site.ask(SESSION, "POST", headers=headers, body={"token": TOKEN})
+    assert answer.status == 204
+    cookie = {"cookie": answer.header("set-cookie").split(";")[0]}
+    assert (await site.ask("ui/data/jobs", headers=cookie)).status == 200
+    path = "ui/data/status/checks/run"
+    refused = await site.ask(path, "POST", headers={**headers, **cookie}, body={})
+    assert refused.status == 403
 
 
 async def test_wrong_tokens_and_foreign_origins_get_no_session(site: Site) -> None:
-    """Also without an origin, with a form's content type, and from another site of the browser."""
+    """Also with a form's content type, and from another site of the browser."""
     wrong: list[tuple[dict[str, str], str, int, str]] = [
         (OWN, "guess", 401, "token"),
         (OWN, "", 401, "token"),
-        ({"content-type": "application/json"}, OPERATOR, 403, "origin"),
-        ({**OWN, "origin": "http://evil.test"}, OPERATOR, 403, "origin"),
-        ({**OWN, "origin": "null"}, OPERATOR, 403, "origin"),
-        ({**OWN, "content-type": "text/plain"}, OPERATOR, 403, "origin"),
-        ({**OWN, "sec-fetch-site": "same-site"}, OPERATOR, 403, "origin"),
+        ({**OWN, "origin": "http://evil.test"}, TOKEN, 403, "origin"),
+        ({**OWN, "origin": "null"}, TOKEN, 403, "origin"),
+        ({**OWN, "content-type": "text/plain"}, TOKEN, 403, "origin"),
+        ({"origin": OWN["origin"]}, TOKEN, 403, "origin"),
+        ({**OWN, "sec-fetch-site": "same-site"}, TOKEN, 403, "origin"),
     ]
     for headers, token, status, code in wrong:
-        answer = await site.ask("session", "POST", headers=headers, body={"token": token})
+        answer = await site.ask(SESSION, "POST", headers=headers, body={"token": token})
         assert (answer.status, answer.json()["code"]) == (status, code), headers
         assert "set-cookie" not in dict(answer.headers)
 
 
-async def test_a_log_in_makes_a_new_session_and_removes_the_other_role(site: Site) -> None:
-    """No value that a client brought along survives: fixation has nothing to fix."""
+async def test_a_log_in_makes_a_new_session(site: Site) -> None:
+    """No value of the client survives in it: fixation has nothing to fix."""
     first = await site.log_in()
-    second = await site.log_in(READER, cookie=first["cookie"])
-    third = await site.log_in(READER)
+    second = await site.log_in(cookie=first["cookie"])
+    planted = first["cookie"].partition("=")[0] + "=4102444800.000000000000000000000000.00"
+    third = await site.log_in(cookie=planted)
 
     assert len({first["cookie"], second["cookie"], third["cookie"]}) == 3
-    assert (await site.ask("session", headers=second)).json()["role"] == "reader"
-    assert (await site.ask("session", headers=first)).json()["role"] == "operator"
+    assert not await site.logged_in({"cookie": planted})
+    assert await site.logged_in({"cookie": f"{planted}; {third['cookie']}"})
 
 
 async def test_a_changed_cookie_is_no_session(site: Site) -> None:
@@ -251,14 +269,13 @@ async def test_a_changed_cookie_is_no_session(site: Site) -> None:
         "....",
         "x" * 9000,
     ):
-        state = await site.ask("session", headers={"cookie": f"{name}={forged}"})
-        assert state.json()["role"] is None, forged
+        assert not await site.logged_in({"cookie": f"{name}={forged}"}), forged
 
 
 async def test_a_session_ends_after_eight_hours(site: Site) -> None:
     """The end is in the cookie, and the server's clock decides."""
     headers = await site.log_in()
-    state = (await site.ask("session", headers=headers)).json()
+    state = (await site.ask(SESSION, headers=headers)).json()
     ends = datetime.fromisoformat(state["expiresAt"])
     assert abs((ends - datetime.now(UTC)).total_seconds() - SESSION_SECONDS) < 60
 
@@ -272,23 +289,18 @@ async def test_a_session_ends_after_eight_hours(site: Site) -> None:
         async def sleep(self, seconds: float) -> None:
             await asyncio.sleep(seconds)
 
-    access = ConsoleAccess(
-        AccessPolicy.from_settings(SETTINGS),
-        console_token=READER.encode(),
-        open_to_all=False,
-        path="/health",
-        clock=Later(),
-    )
-    assert access.caller([(b"cookie", headers["cookie"].encode())]) is None
+    policy = AccessPolicy.from_settings(SETTINGS)
+    access = ConsoleAccess(policy, path="/health", clock=Later())
+    assert access.session([(b"cookie", headers["cookie"].encode())]) is None
 
 
 async def test_a_stream_ends_with_its_session(site: Site) -> None:
     """The page connects again, and must log in."""
     console = site.plugin.endpoints.console
     assert console is not None
-    signer = console._access._signers[0]
-    value = signer.make(int(datetime.now(UTC).timestamp()) + 2)
-    cookie = b"%b=%b" % (signer.name, value)
+    access = console._access
+    value = access.make(int(datetime.now(UTC).timestamp()) + 2)
+    cookie = b"%b=%b" % (access.name, value)
     stream = console.endpoints["/health/events"]("GET", b"", [(b"cookie", cookie)])
     assert isinstance(stream, EventStream)
     sent: list[Message] = []
@@ -303,7 +315,7 @@ async def test_a_stream_ends_with_its_session(site: Site) -> None:
     async with asyncio.timeout(30):
         await stream.serve({"method": "GET"}, receive, send, (b"x", b"y"))
     assert sent[-1]["more_body"] is False
-    answer = await site.ask("console/jobs", headers={"cookie": cookie.decode()})
+    answer = await site.ask("ui/data/jobs", headers={"cookie": cookie.decode()})
     assert (answer.status, answer.json()["code"]) == (401, "session")
 
 
@@ -311,46 +323,69 @@ async def test_another_token_ends_all_sessions(site: Site) -> None:
     """The key of a session is that of its token."""
     headers = await site.log_in()
     other = Site(msgspec.structs.replace(SETTINGS, management_token=Secret("the next one")))
-    assert (await other.ask("session", headers=headers)).json()["role"] is None
-    same = Site()
-    assert (await same.ask("session", headers=headers)).json()["role"] == "operator"
+    assert not await other.logged_in(headers)
+    assert await Site().logged_in(headers)
 
 
 async def test_a_log_out_removes_the_cookie(site: Site) -> None:
-    """Only for the console's own request."""
+    """Not for a page of another origin."""
     headers = await site.log_in()
     foreign = {**headers, "origin": "http://evil.test"}
-    assert (await site.ask("session", "DELETE", headers=foreign)).status == 403
-    answer = await site.ask("session", "DELETE", headers=headers)
-    cookies = [value for name, value in answer.headers if name == "set-cookie"]
-    assert answer.status == 204
-    assert all("Max-Age=0" in each for each in cookies)
+    assert (await site.ask(SESSION, "DELETE", headers=foreign)).status == 403
+    for own in (headers, {"cookie": headers["cookie"]}):
+        answer = await site.ask(SESSION, "DELETE", headers=own)
+        assert answer.status == 204
+        assert "Max-Age=0" in answer.header("set-cookie")
 
 
 # -- who may what ------------------------------------------------------------------------------
 
-ACTIONS = ["checks", "stop", "jobs", "jobs/bulk", "queues", "circuits", "loggers", "doctor"]
+ACTIONS = [
+    "status/checks/run",
+    "stop/this/begin",
+    "jobs/1/retry",
+    "jobs/1/run",
+    "jobs/all/cancel",
+    "queues/default/pause",
+    "schedules/default.prune/run",
+    "circuits/supplier/open",
+    "loggers/root/level",
+    "settings/doctor/run",
+]
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-async def test_an_action_needs_an_operator_and_the_console_itself(
+async def test_an_action_needs_a_session_and_the_console_itself(
     site: Site, action: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No refused request is logged as an action."""
-    operator, reader = await site.log_in(), await site.log_in(READER)
+    own = await site.log_in()
     for headers, status, code in (
         (OWN, 401, "session"),
-        (reader, 403, "role"),
-        ({**operator, "origin": "http://evil.test"}, 403, "origin"),
-        ({k: v for k, v in operator.items() if k != "origin"}, 403, "origin"),
-        ({**operator, "content-type": "text/plain"}, 403, "origin"),
-        ({**operator, "sec-fetch-site": "cross-site"}, 403, "origin"),
-        ({**operator, "authorization": "Bearer wrong"}, 401, "session"),
-        ({"authorization": f"Bearer {READER}"}, 403, "role"),
+        ({**OWN, "authorization": f"Bearer {TOKEN}"}, 401, "session"),
+        ({**own, "origin": "http://evil.test"}, 403, "origin"),
+        ({**own, "origin": "null"}, 403, "origin"),
+        ({k: v for k, v in own.items() if k != "origin"}, 403, "origin"),
+        ({k: v for k, v in own.items() if k != "content-type"}, 403, "origin"),
+        ({**own, "content-type": "text/plain"}, 403, "origin"),
+        ({**own, "sec-fetch-site": "cross-site"}, 403, "origin"),
     ):
-        answer = await site.ask(f"console/{action}", "POST", headers=headers, body={})
+        answer = await site.ask(f"ui/data/{action}", "POST", headers=headers, body={})
         assert (answer.status, answer.json()["code"]) == (status, code), headers
+    reading = await site.ask(f"ui/data/{action}", headers=own)
+    assert (reading.status, reading.header("allow")) == (405, "POST")
     assert acted(caplog) == []
+
+
+@pytest.mark.parametrize(
+    "path", ["", "nothing", "jobs/1/2/3", "checks/all/run", "status/other/run", "queues//pause"]
+)
+async def test_unknown_views_and_actions(site: Site, path: str) -> None:
+    """Neither a view nor an action has another path; a job that there is not is 404, too."""
+    headers = await site.log_in()
+    assert (await site.ask(f"ui/data/{path}", headers=headers)).status == 404
+    acting = await site.ask(f"ui/data/{path}", "POST", headers=headers, body={})
+    assert acting.status == (405 if path.startswith("jobs/") else 404)
 
 
 async def test_a_cookie_opens_nothing_but_the_console(site: Site) -> None:
@@ -361,24 +396,71 @@ async def test_a_cookie_opens_nothing_but_the_console(site: Site) -> None:
     assert not site.plugin.operations.shutdown.triggered
 
 
+STATUS_VIEWS = ["status", "status/history", "stop", "circuits"]
+SESSION_VIEWS = [
+    "fleet",
+    "fleet/changes",
+    "jobs",
+    "jobs/all",
+    "jobs/1",
+    "queues",
+    "schedules",
+    "loggers",
+    "settings",
+    "settings/doctor",
+]
+
+
 async def test_reading_obeys_health_details(site: Site) -> None:
-    """Jobs and settings always need a session where there is a token."""
+    """Status, stop and circuits follow the setting; the other views always need a session."""
     strict = Site(msgspec.structs.replace(SETTINGS, health_details="authorized"))
-    views = ["fleet", "changes", "history", "queues", "circuits", "loggers"]
-    protected = ["jobs", "jobs/count", "job", "schedules", "settings", "doctor"]
-    for view in views:
-        assert (await site.ask(f"console/{view}")).status == 200
-        assert (await strict.ask(f"console/{view}")).status == 401
-    for view in protected:
-        assert (await site.ask(f"console/{view}")).status == 401
+    bearer = {"authorization": f"Bearer {TOKEN}"}
+    for view in STATUS_VIEWS:
+        assert (await site.ask(f"ui/data/{view}")).json()["available"] is True
+        assert (await strict.ask(f"ui/data/{view}")).status == 401
+        assert (await strict.ask(f"ui/data/{view}", headers=bearer)).status == 200
+    for view in SESSION_VIEWS:
+        for headers in ({}, bearer):
+            answer = await site.ask(f"ui/data/{view}", headers=headers)
+            assert (answer.status, answer.json()["code"]) == (401, "session")
     assert (await strict.ask("events")).status == 401
-    session = (await strict.ask("session", query="start")).json()
-    assert (session["reads"], session["start"]) == ("none", None)
-    assert (await site.ask("session")).json()["start"] is None
-    reader = await site.log_in(READER)
-    answer = await site.ask("console/settings", headers=reader)
-    assert answer.status == 200
-    assert OPERATOR not in answer.body.decode()
+    state = (await strict.ask(SESSION, query="start")).json()
+    assert (state["reads"], state["start"]) == ("none", None)
+    assert (await site.ask(SESSION)).json()["start"] is None
+    own = await site.log_in()
+    for view in {*STATUS_VIEWS, *SESSION_VIEWS} - {"jobs/1", "jobs/all"}:
+        assert (await site.ask(f"ui/data/{view}", headers=own)).json()["available"] is True
+    shown = await site.ask("ui/data/settings", headers=own)
+    assert TOKEN not in shown.body.decode()
+
+
+async def test_queues_and_jobs_in_flight_are_for_sessions(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the snapshots and in the events; the numbers of requests and jobs are for all."""
+    console = site.plugin.endpoints.console
+    assert console is not None
+    monkeypatch.setattr(feed, "BEAT_SECONDS", 0.05)
+    job = {"id": "a job", "task": "a task"}
+    console.feed._in_flight = lambda: {"requests": 2, "jobCount": 1, "jobs": [job]}
+    headers = await site.log_in()
+    with_session = OpenPage(console.feed, ends_at=datetime.now(UTC) + timedelta(hours=1))
+    without = OpenPage(console.feed)
+    await until(lambda: bool(with_session.messages and without.messages))
+    console.feed.on_counted({"secret": QueueCounts(waiting=3)})
+    for each in (with_session, without):
+        await until(lambda each=each: b"event: beat" in b"".join(each.messages))  # type: ignore[misc]
+        each.task.cancel()
+    public, private = b"".join(without.messages), b"".join(with_session.messages)
+    assert b'"requests":2,"jobCount":1,"jobs":[]' in public
+    for secret in (b"a job", b"secret"):
+        assert secret not in public
+        assert secret in private
+    for own, number in ((headers, 1), ({}, 0)):
+        snapshot = (await site.ask("ui/data/status", headers=own)).json()
+        start = (await site.ask(SESSION, query="start", headers=own)).json()["start"]["snapshot"]
+        assert [len(each["inFlight"]["jobs"]) for each in (snapshot, start)] == [number, number]
+        assert [each["queues"] is None for each in (snapshot, start)] == [not number] * 2
 
 
 async def test_views_without_a_token_take_few_connections(
@@ -386,35 +468,62 @@ async def test_views_without_a_token_take_few_connections(
 ) -> None:
     """Equal requests share one read, and others wait: the pool is for the application."""
     fleet, done = site.plugin.assembly.fleet, asyncio.Event()
-    began: list[str | None] = []
+    began: list[int] = []
     ended = 0
 
-    async def changes(*, check: str | None, **_: object) -> list[CheckChange]:
+    async def history(_names: object, since: datetime) -> list[CheckChange]:
         nonlocal ended
-        began.append(check)
+        began.append(round((datetime.now(UTC) - since).total_seconds() / 3600))
         await done.wait()
         ended += 1
         return []
 
-    monkeypatch.setattr(fleet, "changes", changes)
+    monkeypatch.setattr(fleet, "history", history)
     asked = [
-        asyncio.ensure_future(site.ask("console/changes", query=f"check={name}"))
-        for name in "aaaaabcdef"
+        asyncio.ensure_future(site.ask("ui/data/status/history", query=f"hours={hours}"))
+        for hours in (1, 1, 1, 1, 2, 3, 4, 5, 6)
     ]
     await until(lambda: len(began) > 1)
     for _ in range(20):
         await asyncio.sleep(0)
-    assert began == ["a", "b"]
+    assert began == [1, 2]
     done.set()
     assert {(await each).status for each in asked} == {200}
-    assert (began, ended) == (list("abcdef"), 6)
+    assert (began, ended) == ([1, 2, 3, 4, 5, 6], 6)
+
+
+async def test_a_backend_without_an_answer_is_no_error_of_the_request(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A browser writes a line about each error status, as long as the fault lasts."""
+
+    async def failing(*_: object, **__: object) -> Any:
+        raise LedgerUnavailableError("the connection is lost")
+
+    async def silent(*_: object, **__: object) -> Any:
+        raise FleetUnavailableError("the database does not answer in time")
+
+    assembly = site.plugin.assembly
+    for name in ("search", "get", "queues", "schedules"):
+        monkeypatch.setattr(assembly.jobs.service, name, failing)
+    monkeypatch.setattr(site.plugin.endpoints.console._data.queue_counts, "_load", failing)  # type: ignore[union-attr]
+    monkeypatch.setattr(site.plugin.endpoints.console._data._instances, "_load", silent)  # type: ignore[union-attr]
+    monkeypatch.setattr(assembly.fleet, "changes", silent)
+    headers = await site.log_in()
+    views = ["jobs", "jobs/1", "queues", "schedules", "fleet", "fleet/changes", "status/history"]
+    for view in views:
+        answer = await site.ask(f"ui/data/{view}", headers=headers)
+        detail = answer.json().pop("detail")
+        assert (answer.status, answer.json()["code"]) == (200, "ledger"), view
+        assert answer.json()["available"] is False
+        assert detail in {"The connection is lost", "The database does not answer in time"}
 
 
 async def test_the_page_knows_the_address_of_the_runbook() -> None:
     """Without one, it names the headings and links nothing."""
-    assert (await Site().ask("session")).json()["runbook"] is None
+    assert (await Site().ask(SESSION)).json()["runbook"] is None
     there = Site(msgspec.structs.replace(SETTINGS, runbook_url="https://docs.example/runbook"))
-    assert (await there.ask("session")).json()["runbook"] == "https://docs.example/runbook"
+    assert (await there.ask(SESSION)).json()["runbook"] == "https://docs.example/runbook"
 
 
 async def test_the_console_can_be_off() -> None:
@@ -424,15 +533,24 @@ async def test_the_console_can_be_off() -> None:
         Settings(environment="production", allow_memory_adapters=True, api_token=Secret("x" * 40))
     )
     for site in (off, production):
-        for path in ("ui", "events", "session", "console/fleet"):
+        for path in ("ui", "events", SESSION, "ui/data/status", "ui/data/fleet"):
             assert (await site.ask(path)).status == 404
-    open_to_all = Site(Settings())
-    assert (await open_to_all.ask("console/jobs")).status == 200
-    refused = await open_to_all.ask("console/checks", "POST", headers=OWN, body={})
-    assert (refused.status, refused.json()["code"]) == (403, "no_token")
 
 
-@pytest.mark.parametrize("name", ["ui", "events", "session", "console"])
+async def test_without_a_token_nothing_more_than_the_health_is_shown() -> None:
+    """As in development: no session can be begun, and the answers name the variable."""
+    site = Site(Settings())
+    assert (await site.ask("ui/data/status")).status == 200
+    refused = await site.ask("ui/data/jobs")
+    assert (refused.status, refused.json()["code"]) == (401, "no_token")
+    assert "MANAGEMENT_TOKEN" in refused.json()["detail"]
+    acting = await site.ask("ui/data/status/checks/run", "POST", headers=OWN, body={})
+    assert acting.status == 401
+    log_in = await site.ask(SESSION, "POST", headers=OWN, body={"token": ""})
+    assert (log_in.status, log_in.json()["code"]) == (403, "no_token")
+
+
+@pytest.mark.parametrize("name", ["ui", "events"])
 def test_a_check_cannot_have_a_name_of_the_console(name: str) -> None:
     """It would be hidden."""
     with pytest.raises(Exception, match=f"'{name}' cannot be a check's name"):
@@ -445,43 +563,75 @@ def test_a_check_cannot_have_a_name_of_the_console(name: str) -> None:
 async def test_actions_act_and_are_logged(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     """One line each, with the first digits of the session."""
     headers = await site.log_in()
-    actor = f"session {headers['cookie'].split('.')[1][:6]}"
+    digits = headers["cookie"].split(".")[1][:6]
 
-    async def act(path: str, **body: object) -> Answer:
-        return await site.ask(f"console/{path}", "POST", headers=headers, body=body)
+    async def act(*path: str, **body: object) -> Answer:
+        return await site.ask("/".join(("ui/data", *path)), "POST", headers=headers, body=body)
 
-    opened = await act("circuits", name=MARKUP, action="open")
+    opened = await act("circuits", MARKUP, "open")
     assert (opened.status, opened.json()["state"]) == (200, "OPEN")
-    assert (await act("circuits", name=MARKUP, action="close")).json()["state"] == "CLOSED"
-    assert (await act("circuits", name="other", action="open")).status == 404
-    assert (await act("queues", queue="default", action="pause")).json()["paused"] is True
-    assert (await act("queues", queue="default", action="resume")).json()["paused"] is False
-    assert (await act("queues", queue="nothing", action="pause")).status == 404
-    level = (await act("loggers", name="viralfx.health", level="debug", minutes=30)).json()
+    assert (await act("circuits", MARKUP, "close")).json()["state"] == "CLOSED"
+    assert (await act("circuits", "a/b", "open")).status == 404
+    assert (await act("queues", "default", "pause")).json()["paused"] is True
+    assert (await act("queues", "default", "resume")).json()["paused"] is False
+    assert (await act("queues", "nothing", "pause")).status == 404
+    level = (await act("loggers", "viralfx.health", "level", level="debug", minutes=30)).json()
     assert (level["level"], level["returnsAt"] is not None) == ("debug", True)
-    assert (await act("loggers", name="viralfx.health", level=None)).json()["returnsAt"] is None
-    assert (await act("loggers", name="viralfx.health", level="loud")).status == 400
-    checked = (await act("checks")).json()
+    level = (await act("loggers", "viralfx.health", "level", level=None)).json()
+    assert level["returnsAt"] is None
+    assert (await act("loggers", "viralfx.health", "level", level="loud")).status == 400
+    checked = (await act("status", "checks", "run")).json()
     assert "marked" in [each["name"] for each in checked["checks"]]
-    assert (await act("stop", instance="another")).json()["code"] == "instance"
+    assert (await act("stop", "another", "begin")).json()["code"] == "instance"
     own = site.plugin.operations.instance
-    assert (await act("stop", instance=own)).json()["code"] == "unstaged"
-    assert (await act("checks", more=1)).status == 400
+    assert (await act("stop", own, "begin")).json()["code"] == "unstaged"
+    assert (await act("status", "checks", "run", more=1)).status == 400
 
     assert [each[1:] for each in acted(caplog)] == [
         ("open circuit", MARKUP, "ok"),
         ("close circuit", MARKUP, "ok"),
-        ("open circuit", "other", "unknown"),
+        ("open circuit", "a/b", "unknown"),
         ("pause queue", "default", "ok"),
         ("resume queue", "default", "ok"),
         ("pause queue", "nothing", "unknown"),
         ("logger level", "viralfx.health debug", "ok"),
         ("logger level", "viralfx.health back", "ok"),
-        ("check now", own, "ok"),
+        ("check now", "checks", "ok"),
         ("begin stop", "another", "refused"),
         ("begin stop", own, "refused"),
     ]
-    assert {actor} == {each[0] for each in acted(caplog)}
+    assert {digits} == {each[0] for each in acted(caplog)}
+
+
+async def test_schedules_are_paused_resumed_and_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A run is a job of its own; a task without a schedule is unknown."""
+
+    @task("console.yearly", cron="0 3 1 1 *")
+    async def yearly(payload: object) -> None:
+        pass
+
+    site = Site(tasks=[yearly])
+    headers = await site.log_in()
+
+    async def act(name: str, verb: str) -> Answer:
+        return await site.ask(f"ui/data/schedules/{name}/{verb}", "POST", headers=headers, body={})
+
+    assert (await act("console.yearly", "pause")).json()["paused"] is True
+    listed = (await site.ask("ui/data/schedules", headers=headers)).json()["items"]
+    paused = {each["task"]: each["paused"] for each in listed}
+    assert paused["console.yearly"] is True
+    assert (await act("console.yearly", "resume")).json()["paused"] is False
+    ran = await act("console.yearly", "run")
+    assert (ran.status, ran.json()["task"], ran.json()["state"]) == (202, "console.yearly", "waiting")
+    assert (await act("console.monthly", "run")).status == 404
+    assert [each[1:] for each in acted(caplog)] == [
+        ("pause schedule", "console.yearly", "ok"),
+        ("resume schedule", "console.yearly", "ok"),
+        ("run schedule", "console.yearly", f"ok: job {ran.json()['id']}"),
+        ("run schedule", "console.monthly", "unknown"),
+    ]
 
 
 async def test_two_tabs_cannot_act_twice_on_one_job(site: Site) -> None:
@@ -495,26 +645,29 @@ async def test_two_tabs_cannot_act_twice_on_one_job(site: Site) -> None:
     headers = await site.log_in()
 
     async def act(path: str, **body: object) -> Answer:
-        return await site.ask(f"console/{path}", "POST", headers=headers, body=body)
+        return await site.ask(f"ui/data/jobs/{path}", "POST", headers=headers, body=body)
 
-    one = await act("jobs", id=ids[0], action="cancel")
+    run = await act(f"{ids[0]}/run")
+    assert (run.status, run.json()["state"]) == (200, "waiting")
+    assert datetime.fromisoformat(run.json()["runAt"]) < later
+    one = await act(f"{ids[0]}/cancel")
     assert (one.status, one.json()["state"]) == (200, "cancelled")
-    again = await act("jobs", id=ids[0], action="cancel")
-    assert (again.status, again.json()["code"]) == (409, "state")
-    assert (await act("jobs", id="no id", action="retry")).status == 404
+    for verb in ("cancel", "run"):
+        again = await act(f"{ids[0]}/{verb}")
+        assert (again.status, again.json()["code"]) == (409, "state")
+    assert (await act("no id/retry")).status == 404
 
     query = "action=cancel&task=default.prune"
-    counted = await site.ask("console/jobs/count", headers=headers, query=query)
-    assert counted.json() == {"count": 3, "atLeast": False}
-    wanted = {"action": "cancel", "filter": {"task": "default.prune"}}
-    grown = await act("jobs/bulk", **wanted, count=2)
+    counted = await site.ask("ui/data/jobs/all", headers=headers, query=query)
+    assert counted.json() == {"available": True, "count": 3, "atLeast": False}
+    grown = await act("all/cancel", filter={"task": "default.prune"}, count=2)
     assert (grown.status, grown.json()["errors"]) == (409, [{"count": 3}])
-    assert (await act("jobs/bulk", action="cancel", filter={}, count=9)).status == 400
-    since = {"action": "cancel", "filter": {"since": "2999-01-01T00:00:00Z"}, "count": 0}
-    assert (await act("jobs/bulk", **since)).json() == {"count": 0}
-    since["filter"], since["count"] = {"task": "default.prune", "since": "2020-01-01T00:00:00Z"}, 3
-    assert (await act("jobs/bulk", **since)).json() == {"count": 3}
-    listed = await site.ask("console/jobs", headers=headers, query="state=cancelled&limit=3")
+    assert (await act("all/cancel", filter={}, count=9)).status == 400
+    since = {"since": "2999-01-01T00:00:00Z"}
+    assert (await act("all/cancel", filter=since, count=0)).json() == {"count": 0}
+    since = {"task": "default.prune", "since": "2020-01-01T00:00:00Z"}
+    assert (await act("all/cancel", filter=since, count=3)).json() == {"count": 3}
+    listed = await site.ask("ui/data/jobs", headers=headers, query="state=cancelled&limit=3")
     assert len(listed.json()["items"]) == 3
 
 
@@ -537,8 +690,8 @@ async def test_a_failing_ledger_ends_a_change_of_many_jobs(
         return await cancel(job_id)
 
     monkeypatch.setattr(service, "cancel", fails_later)
-    body = {"action": "cancel", "filter": {"since": since}, "count": 3}
-    answer = await site.ask("console/jobs/bulk", "POST", headers=headers, body=body)
+    body = {"filter": {"since": since}, "count": 3}
+    answer = await site.ask("ui/data/jobs/all/cancel", "POST", headers=headers, body=body)
     assert (answer.status, answer.json()["code"]) == (503, "ledger")
     assert answer.json()["detail"] == "1 jobs were changed; then the connection is lost"
     assert [each[1:] for each in acted(caplog)] == [("cancel jobs", f"since={since}", "no answer")]
@@ -555,9 +708,9 @@ async def test_an_action_is_logged_if_its_client_left(
         await asyncio.Event().wait()
 
     monkeypatch.setattr(site.plugin.assembly.jobs.service, "cancel", hanging)
-    body = {"id": "a job", "action": "cancel"}
     headers = await site.log_in()
-    request = asyncio.ensure_future(site.ask("console/jobs", "POST", headers=headers, body=body))
+    cancel = site.ask("ui/data/jobs/a job/cancel", "POST", headers=headers, body={})
+    request = asyncio.ensure_future(cancel)
     await began.wait()
     request.cancel()
     await until(lambda: acted(caplog))
@@ -575,9 +728,9 @@ async def test_a_search_for_an_action_ends(site: Site, monkeypatch: pytest.Monke
         await service.submit("default.prune", None, run_at=later, key=str(number))
     headers = await site.log_in()
     query = "action=cancel&task=default.prune"
-    answer = await site.ask("console/jobs/count", headers=headers, query=query)
+    answer = await site.ask("ui/data/jobs/all", headers=headers, query=query)
 
-    assert answer.status == 503
+    assert answer.json()["available"] is False
     assert "narrow the filter" in answer.json()["detail"]
 
 
@@ -592,7 +745,7 @@ async def test_payloads_are_hidden_unless_the_application_shows_them(site: Site)
         stored = msgspec.json.encode(content)
         ledger._jobs[job.id] = replace(job, payload=stored)  # type: ignore[attr-defined]
         headers = await each.log_in()
-        view = (await each.ask("console/job", headers=headers, query=f"id={job.id}")).json()
+        view = (await each.ask(f"ui/data/jobs/{job.id}", headers=headers)).json()
         assert (view["payload"] is None, view["payloadHidden"]) == (hidden, hidden)
         assert view["payloadBytes"] == len(stored)
         assert view["cut"] is not hidden
@@ -610,7 +763,7 @@ async def test_a_failing_show_payload_hides_the_payload_only(
     job = (await broken.plugin.assembly.jobs.service.submit("default.prune", None)).job
     headers = await broken.log_in()
     for _ in range(3):
-        view = (await broken.ask("console/job", headers=headers, query=f"id={job.id}")).json()
+        view = (await broken.ask(f"ui/data/jobs/{job.id}", headers=headers)).json()
         assert (view["payload"], view["payloadHidden"], view["task"]) == (None, True, job.task)
     lines = [r for r in caplog.records if r.getMessage().startswith("Payload is hidden")]
     assert [line.__dict__["reason"] for line in lines] == ["KeyError"]
@@ -623,15 +776,15 @@ async def test_a_level_that_was_changed_elsewhere_does_not_return(site: Site) ->
     levels = site.plugin.endpoints.console._data.levels  # type: ignore[union-attr]
 
     async def lower() -> object:
-        body = {"name": name, "level": "debug", "minutes": soon}
-        answer = await site.ask("console/loggers", "POST", headers=headers, body=body)
+        path, body = f"ui/data/loggers/{name}/level", {"level": "debug", "minutes": soon}
+        answer = await site.ask(path, "POST", headers=headers, body=body)
         return answer.json()["returnsAt"]
 
     assert await lower() is not None
     await until(lambda: levels.get(name).level is None)
     assert await lower() is not None
     levels.set(name, "error")
-    shown = (await site.ask("console/loggers", headers=headers)).json()["items"]
+    shown = (await site.ask("ui/data/loggers", headers=headers)).json()["items"]
     assert [each["returnsAt"] for each in shown if each["name"] == name] == [None]
     timer = site.plugin.endpoints.console._data._returning  # type: ignore[union-attr]
     await until(lambda: name not in timer)
@@ -639,30 +792,34 @@ async def test_a_level_that_was_changed_elsewhere_does_not_return(site: Site) ->
     levels.set(name, None)
 
 
-@pytest.mark.parametrize("view", ["changes", "jobs", "jobs/count", "job", "history"])
+@pytest.mark.parametrize("view", ["fleet/changes", "jobs", "jobs/all", "status/history"])
 async def test_a_nul_in_a_query_is_the_client_s_error(site: Site, view: str) -> None:
     """Postgres stores no NUL; without this the page would say that the database is down."""
     headers = await site.log_in()
-    query = "action=retry&check=%00&task=%00&id=%00&hours=%00"
-    assert (await site.ask(f"console/{view}", headers=headers, query=query)).status == 400
-    body = {"action": "retry", "filter": {"task": "\0"}, "count": 1}
-    answer = await site.ask("console/jobs/bulk", "POST", headers=headers, body=body)
+    query = "action=retry&check=%00&task=%00&hours=%00"
+    assert (await site.ask(f"ui/data/{view}", headers=headers, query=query)).status == 400
+    body = {"filter": {"task": "\0"}, "count": 1}
+    answer = await site.ask("ui/data/jobs/all/retry", "POST", headers=headers, body=body)
     assert answer.status == 400
+    assert (await site.ask("ui/data/jobs/\0", headers=headers)).status == 404
 
 
 async def test_every_response_has_the_security_headers(site: Site) -> None:
     """Data, actions and errors as well as files: no sniffing, no other origin may embed them."""
     headers = await site.log_in()
     answers = [
-        await site.ask("console/fleet"),
-        await site.ask("console/jobs"),
-        await site.ask("console/job", headers=headers, query="id=1"),
-        await site.ask("console/checks", "POST", headers=headers, body={}),
-        await site.ask("console/checks", "POST", headers=headers, body={"more": 1}),
-        await site.ask("session"),
-        await site.ask("session", "PUT"),
+        await site.ask("ui/data/status"),
+        await site.ask("ui/data/jobs"),
+        await site.ask("ui/data/jobs/1", headers=headers),
+        await site.ask("ui/data/status/checks/run", "POST", headers=headers, body={}),
+        await site.ask("ui/data/status/checks/run", "POST", headers=headers, body={"more": 1}),
+        await site.ask("ui/data/status/checks/run"),
+        await site.ask("ui/data/nothing"),
+        await site.ask(SESSION),
+        await site.ask(SESSION, "PUT"),
+        await site.ask(SESSION, "DELETE"),
         await site.ask("events", "POST"),
-        await site.ask("console/fleet", "POST", headers=headers),
+        await site.ask("ui/data/fleet", "POST", headers=headers),
         await site.ask("ui/app.js", "POST"),
         await site.ask("ui/none.js"),
     ]
@@ -739,7 +896,7 @@ async def test_the_stream_begins_with_a_snapshot_and_resumes_without_a_gap(site:
     frames: list[str] = []
     start: dict[str, Any] = {}
     for _ in range(10):  # The check may run just between the two.
-        start = (await site.ask("session", query="start")).json()["start"]
+        start = (await site.ask(SESSION, query="start")).json()["start"]
         begun = Page(start["id"])
         await until(lambda begun=begun: begun.frames != [])  # type: ignore[misc]
         begun.leave.set()
@@ -822,7 +979,7 @@ async def test_a_query_with_many_fields_gets_400(site: Site) -> None:
 
 async def test_pages_are_limited_and_do_not_cost_memory() -> None:
     """The page above the limit gets 503; one that does not read holds nothing but its position."""
-    small = Site(msgspec.structs.replace(SETTINGS, console_max_pages=1))
+    small = Site(msgspec.structs.replace(SETTINGS, console_max_streams=1))
     feed = small.plugin.endpoints.console.feed  # type: ignore[union-attr]
     blocked = asyncio.Event()
 
@@ -848,16 +1005,21 @@ async def test_pages_are_limited_and_do_not_cost_memory() -> None:
 class OpenPage:
     """A page that keeps each message of its stream; a blocked one takes none after the first."""
 
-    def __init__(self, feed: feed.Feed, *, blocked: bool = False) -> None:
+    def __init__(
+        self, feed: feed.Feed, *, blocked: bool = False, ends_at: datetime | None = None
+    ) -> None:
         self.messages: list[bytes] = []
         self.ended = False
         self.error: BaseException | None = None
         self._blocked = blocked
+        self._ends_at = ends_at
         self.task = asyncio.ensure_future(self._run(feed))
 
     async def _run(self, feed: feed.Feed) -> None:
         try:
-            await feed.stream("", {"method": "GET"}, self._receive, self._send)
+            await feed.stream(
+                "", {"method": "GET"}, self._receive, self._send, ends_at=self._ends_at
+            )
         except asyncio.CancelledError as error:
             self.error = error
 
@@ -873,9 +1035,9 @@ class OpenPage:
             self.ended = not message["more_body"]
 
 
-async def opened(pages: feed.Feed, count: int, **options: bool) -> list[OpenPage]:
+async def opened(pages: feed.Feed, count: int, *, blocked: bool = False) -> list[OpenPage]:
     """Open some pages that have got their snapshot."""
-    made = [OpenPage(pages, **options) for _ in range(count)]
+    made = [OpenPage(pages, blocked=blocked) for _ in range(count)]
     await until(lambda: all(each.messages for each in made))
     return made
 

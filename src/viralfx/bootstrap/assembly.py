@@ -94,8 +94,6 @@ _RESERVED = frozenset(
         "loggers",
         "ui",
         "events",
-        "session",
-        "console",
     }
 )
 

@@ -249,7 +249,6 @@ def _secrets(settings: Settings) -> Iterator[Finding]:
             "set MANAGEMENT_TOKEN to a random text, such as `openssl rand -hex 32` prints",
         )
     tokens = {"MANAGEMENT_TOKEN": settings.management_token, "API_TOKEN": settings.api_token}
-    tokens["CONSOLE_TOKEN"] = settings.console_token
     for variable, secret in tokens.items():
         if secret is not None:
             yield _strength(variable, secret.value, settings.environment)

@@ -92,7 +92,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     management_token: Annotated[
         Secret | None,
-        meaning("Bearer token for /health/shutdown, and for HEALTH_DETAILS=authorized"),
+        meaning(
+            "Token of the console, and bearer token for /health/shutdown and for"
+            " HEALTH_DETAILS=authorized"
+        ),
     ] = None
     api_token: Annotated[
         Secret | None,
@@ -100,14 +103,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     console: Annotated[
         bool,
-        meaning("Serve the operations console at /health/ui; in production also a token is needed"),
+        meaning("Serve the operations console at /health/ui; in production it needs a token"),
     ] = True
-    console_token: Annotated[
-        Secret | None,
-        meaning("Token with which people read the console; MANAGEMENT_TOKEN also lets them act"),
-    ] = None
-    console_max_pages: Annotated[
-        int, Meta(ge=1, le=10_000), meaning("Open pages of the console per process; others get 503")
+    console_max_streams: Annotated[
+        int,
+        Meta(ge=1, le=10_000),
+        meaning("Open event streams of the console per process; pages beyond it ask every 5 s"),
     ] = 100
     runbook_url: Annotated[
         str | None,
@@ -328,22 +329,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         tokens = {
             "MANAGEMENT_TOKEN": self.management_token,
             "API_TOKEN": self.api_token if with_api else None,
-            "CONSOLE_TOKEN": self.console_token,
         }
         for variable, token in tokens.items():
             if token is not None and (problem := weakness(token.value)):
                 yield (
                     f"{variable}: ENVIRONMENT=production refuses a token that {problem}; set it to"
                     " what `openssl rand -hex 32` prints"
-                )
-
-    def _tokens_in_conflict(self) -> Iterator[tuple[frozenset[str], str]]:
-        if self.console_token is not None and self.management_token is not None:
-            reads, acts = self.console_token.value.strip(), self.management_token.value.strip()
-            if reads == acts:
-                yield (
-                    frozenset({"CONSOLE_TOKEN", "MANAGEMENT_TOKEN"}),
-                    "CONSOLE_TOKEN: is MANAGEMENT_TOKEN, so readers could act; choose another",
                 )
 
     def _contradictions(self) -> Iterator[tuple[frozenset[str], str]]:
@@ -372,7 +363,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 frozenset({"PORT", "MANAGEMENT_PORT"}),
                 f"MANAGEMENT_PORT: {self.port} is PORT already; choose another",
             )
-        yield from self._tokens_in_conflict()
         if self.runbook_url and not self.runbook_url.startswith(("https://", "http://")):
             yield (
                 frozenset({"RUNBOOK_URL"}),

@@ -114,7 +114,7 @@ class LoggersEndpoints:
                     404, f"There is no such logger; {self._path} lists all loggers."
                 )
             if changes:
-                return ResponseFromBody(_MAX_BODY_BYTES, lambda body: self._change(known, body))
+                return ResponseFromBody(_MAX_BODY_BYTES, lambda body, _: self._change(known, body))
             return json_response(200, encode(_state(self.levels.get(known))))
 
         return endpoint

@@ -159,7 +159,8 @@ class ResponseFromBody(msgspec.Struct, frozen=True):
 
     max_bytes: int
     """Maximum size of the body."""
-    respond: "Callable[[bytes], RawResponse | Denied | Awaitable[RawResponse]]"
+    respond: "Callable[[bytes, Scope], RawResponse | Denied | Awaitable[RawResponse]]"
+    """Returns it, from the body and the scope of the request."""
 
 
 class EventStream(msgspec.Struct, frozen=True):
@@ -208,7 +209,7 @@ async def complete(
 ) -> RawResponse:
     """Return the response itself: await it, read the body for it, or log the denial."""
     if isinstance(pending, ResponseFromBody):
-        response = await _read_body(pending, receive)
+        response = await _read_body(pending, scope, receive)
         if isinstance(response, RawResponse):
             return response
         pending = response
@@ -219,7 +220,7 @@ async def complete(
 
 
 async def _read_body(
-    pending: ResponseFromBody, receive: Receive
+    pending: ResponseFromBody, scope: Scope, receive: Receive
 ) -> RawResponse | Denied | Awaitable[RawResponse]:
     """Read the body, and return the response to it.
 
@@ -243,7 +244,13 @@ async def _read_body(
         return problem_response(
             408, f"The body did not arrive within {_BODY_TIMEOUT_SECONDS:g} s.", CLOSE
         )
-    return pending.respond(body)
+    return pending.respond(body, scope)
+
+
+def peer_of(scope: Scope) -> str | None:
+    """Return the address of the client of a request; None for a Unix socket."""
+    client = scope.get("client")
+    return client[0] if client else None
 
 
 READ = ("GET", "HEAD")
@@ -297,12 +304,11 @@ class DenialLog:
         return Denied(response, self._record)
 
     def _record(self, scope: Scope, status: int) -> None:
-        client = scope.get("client")  # a Unix socket has none
         self._unlogged += 1
         self._last = {
             "method": scope["method"],
             "path": scope["path"][:_MAX_PATH_CHARACTERS],
-            "client": client[0] if client else None,
+            "client": peer_of(scope),
             "status": status,
         }
         wait = self._next - self._clock.monotonic()

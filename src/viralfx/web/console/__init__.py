@@ -16,8 +16,15 @@ from viralfx.settings import Settings
 from viralfx.telemetry.logging.lines import LoggerLevels
 from viralfx.web.auth import AccessPolicy, Headers
 from viralfx.web.console import views
-from viralfx.web.console.access import Caller, ConsoleAccess, Reads, Role, is_own_request, is_secure
-from viralfx.web.console.actions import MAX_BODY_BYTES, ConsoleActions
+from viralfx.web.console.access import (
+    ConsoleAccess,
+    Reads,
+    Session,
+    is_json,
+    is_own_request,
+    is_secure,
+)
+from viralfx.web.console.actions import MAX_BODY_BYTES, Actor, ConsoleActions
 from viralfx.web.console.assets import SECURITY_HEADERS, Assets
 from viralfx.web.console.data import ConsoleData, ShowPayload, coded
 from viralfx.web.console.feed import Feed
@@ -29,16 +36,19 @@ from viralfx.web.responses import (
     EventStream,
     RawResponse,
     ResponseFromBody,
+    Scope,
     encode,
     json_response,
     not_allowed,
+    peer_of,
     problem_response,
     retry_after,
 )
 
 _MAX_TOKEN_BYTES = 4096
-_RETRY_PAGES_SECONDS = 5.0
+_RETRY_STREAMS_SECONDS = 5.0
 _MAX_JOBS_SHOWN = 20
+_DATA = "data/"
 
 
 class _Token(msgspec.Struct, forbid_unknown_fields=True):
@@ -50,8 +60,8 @@ _decode_token = msgspec.json.Decoder(_Token).decode
 
 def is_served(settings: Settings) -> bool:
     """Return True if the settings allow the console: in production only with a token."""
-    tokens = (settings.management_token, settings.console_token)
-    return settings.console and (settings.environment != "production" or any(tokens))
+    production = settings.environment == "production"
+    return settings.console and not (production and settings.management_token is None)
 
 
 class Console:
@@ -74,21 +84,14 @@ class Console:
         self._denials = denials
         self._assets = assets or Assets()
         self._runbook = settings.runbook_url
-        self._policy = AccessPolicy.from_settings(settings)
-        token = settings.console_token
-        without = (settings.management_token, token, settings.api_token)
         self._access = ConsoleAccess(
-            self._policy,
-            console_token=None if token is None else token.value.strip().encode(),
-            open_to_all=settings.environment != "production" and not any(without),
-            path=path,
-            clock=self._operations.clock,
+            AccessPolicy.from_settings(settings), path=path, clock=self._operations.clock
         )
         self.requests: Callable[[], int] = int
         """Returns how many requests of the application are in flight."""
         self.feed = Feed(
             self._operations,
-            max_pages=settings.console_max_pages,
+            max_streams=settings.console_max_streams,
             in_flight=self._in_flight,
             concurrency=lambda: self._jobs.concurrency,
             remaining_stages=self._remaining_stages,
@@ -104,26 +107,25 @@ class Console:
             show_payload=show_payload,
         )
         self._actions = ConsoleActions(
-            self._operations,
-            jobs=self._jobs,
-            feed=self.feed,
-            data=self._data,
-            path=path,
+            self._operations, jobs=self._jobs, feed=self.feed, data=self._data, path=path
         )
         self._ui = f"{path}/ui/"
         self.endpoints: dict[str, Endpoint] = {
             f"{path}/ui": self._file("index.html"),
+            f"{path}/ui/session": self._session,
             f"{path}/events": self._events,
-            f"{path}/session": self._session,
         }
-        """The endpoints by path."""
-        below = {*self._data.status, *self._data.protected, *self._actions.paths}
-        for name in below:
-            self.endpoints[f"{path}/console/{name}"] = self._console(name)
+        """The endpoints by path, but for those of :meth:`find`."""
 
     def find(self, path: str) -> Endpoint | None:
-        """Return the endpoint for the path of a file; None for any other path."""
-        return self._file(path[len(self._ui) :]) if path.startswith(self._ui) else None
+        """Return the endpoint for the path of a file, a view or an action; None for another path.
+
+        ``path`` is decoded, so an id in it may have any character.
+        """
+        if not path.startswith(self._ui):
+            return None
+        name = path[len(self._ui) :]
+        return self._of_data(name[len(_DATA) :]) if name.startswith(_DATA) else self._file(name)
 
     def _file(self, name: str) -> Endpoint:
         def endpoint(method: str, _query: bytes, headers: Headers) -> RawResponse:
@@ -167,49 +169,56 @@ class Console:
     def _refused(self, status: int, code: str, detail: str) -> Denied:
         return self._denials.refuse(_secured(coded(status, code, detail)))
 
-    def _readable(self, headers: Headers, needed: Reads) -> Denied | None:
-        reads = self._access.reads(headers, self._access.caller(headers))
-        if reads is Reads.ALL or reads is needed:
-            return None
-        return self._refused(401, "session", "Log in to the console first.")
-
-    def _operator(self, headers: Headers) -> Caller | Denied:
-        if not self._access.may_operate:
-            detail = "MANAGEMENT_TOKEN is not set, so the console only shows."
-            return self._refused(403, "no_token", detail)
-        caller = self._access.caller(headers)
-        if caller is None:
+    def _no_session(self) -> Denied:
+        if self._access.has_token:
             return self._refused(401, "session", "Log in to the console first.")
-        if caller.role is not Role.OPERATOR:
-            return self._refused(403, "role", "This session may only read.")
-        if caller.by_cookie and not is_own_request(headers):
-            return self._refused(403, "origin", "The request does not come from the console.")
-        return caller
+        detail = "MANAGEMENT_TOKEN is not set, so there is no log-in: set it, and start again."
+        return self._refused(401, "no_token", detail)
+
+    def _reads(self, headers: Headers) -> Reads:
+        return self._access.reads(headers, self._access.session(headers))
+
+    def _acting(self, headers: Headers) -> Session | Denied:
+        session = self._access.session(headers)
+        if session is None:
+            return self._no_session()
+        if not (is_own_request(headers) and is_json(headers)):
+            detail = "Send JSON from the console itself, with its Origin."
+            return self._refused(403, "origin", detail)
+        return session
 
     # -- endpoints ---------------------------------------------------------------------------
 
-    def _console(self, name: str) -> Endpoint:
-        answer = self._data.status.get(name) or self._data.protected.get(name)
-        needed = Reads.STATUS if name in self._data.status else Reads.ALL
-        perform = self._actions.paths.get(name)
-        allowed = ", ".join([*(READ if answer else ()), *(["POST"] if perform else ())])
+    def _of_data(self, path: str) -> Endpoint:
+        view, perform = self._data.find(path), self._actions.find(path)
+        if perform is not None:
+            # A job has no id with a slash, so the path of an action is none of a job.
+            view = None
 
         def endpoint(
             method: str, query: bytes, headers: Headers
-        ) -> RawResponse | Awaitable[RawResponse] | ResponseFromBody | Denied:
-            if method in READ and answer is not None:
-                if (denied := self._readable(headers, needed)) is not None:
-                    return denied
+        ) -> RawResponse | ResponseFromBody | Denied:
+            if view is not None and method in READ:
+                reads = self._reads(headers)
+                if reads is Reads.NONE or (view.needs is Reads.ALL and reads is not Reads.ALL):
+                    return self._no_session()
                 # Made later: a server may call this for the type of the response alone.
-                return ResponseFromBody(0, lambda _: _secured_later(answer(query)))
-            if method != "POST" or perform is None:
-                return _secured(not_allowed(allowed))
-            caller = self._operator(headers)
-            if isinstance(caller, Denied):
-                return caller
-            return ResponseFromBody(
-                MAX_BODY_BYTES, lambda body: _secured_later(perform(caller, body))
-            )
+                return ResponseFromBody(0, lambda *_: _secured_later(view.answer(query, reads)))
+            if perform is not None and method == "POST":
+                session = self._acting(headers)
+                if isinstance(session, Denied):
+                    return session
+                digits = session.digits
+                return ResponseFromBody(
+                    MAX_BODY_BYTES,
+                    lambda body, scope: _secured_later(
+                        perform(Actor(digits, peer_of(scope)), body)
+                    ),
+                )
+            if view is None and perform is None:
+                detail = "The console has no such view and no such action."
+                return _secured(problem_response(404, detail))
+            return _secured(not_allowed("GET, HEAD" if perform is None else "POST"))
 
         return endpoint
 
@@ -218,11 +227,11 @@ class Console:
     ) -> RawResponse | EventStream | Denied:
         if method not in READ:
             return _secured(not_allowed("GET, HEAD"))
-        if (denied := self._readable(headers, Reads.STATUS)) is not None:
-            return denied
+        if self._reads(headers) is Reads.NONE:
+            return self._no_session()
         if self.feed.full:
-            full = coded(503, "pages", "Too many pages are open at this process.")
-            seconds = b"%b: %b\r\n" % retry_after(_RETRY_PAGES_SECONDS)
+            full = coded(503, "streams", "Too many streams are open at this process.")
+            seconds = b"%b: %b\r\n" % retry_after(_RETRY_STREAMS_SECONDS)
             return _secured(msgspec.structs.replace(full, head=full.head + seconds))
         last = next((value for name, value in headers if name == b"last-event-id"), b"")
         last_id = last.decode("latin-1")
@@ -232,8 +241,8 @@ class Console:
             except ValueError:
                 return _secured(problem_response(400, "The query has too many fields."))
             last_id = values.get("last", "")
-        caller = self._access.caller(headers)
-        ends_at = None if caller is None else caller.expires_at
+        session = self._access.session(headers)
+        ends_at = None if session is None else session.expires_at
         return EventStream(
             lambda scope, receive, send, header: self.feed.stream(
                 last_id, scope, receive, send, header, ends_at=ends_at
@@ -247,41 +256,47 @@ class Console:
             return self._session_state(headers, start=query == b"start")
         if method not in {"POST", "DELETE"}:
             return _secured(not_allowed("GET, HEAD, POST, DELETE"))
-        if not is_own_request(headers):
-            return self._refused(403, "origin", "The request does not come from the console.")
+        # A page of another origin can send a form unasked, but neither JSON nor DELETE.
+        unasked = method == "POST" and not is_json(headers)
+        if unasked or not is_own_request(headers, origin_needed=False):
+            detail = "Send JSON, and no Origin of another page."
+            return self._refused(403, "origin", detail)
         secure = is_secure(headers)
         if method == "DELETE":
             return _without_body(self._access.log_out(secure=secure))
-        if not self._access.has_tokens:
-            return self._refused(403, "no_token", "No token is configured, so no log-in is needed.")
+        if not self._access.has_token:
+            detail = "MANAGEMENT_TOKEN is not set, so there is no log-in: set it, and start again."
+            return self._refused(403, "no_token", detail)
 
-        def log_in(body: bytes) -> RawResponse | Denied:
+        def log_in(body: bytes, _: Scope) -> RawResponse | Denied:
             try:
-                cookies = self._access.log_in(_decode_token(body).token, secure=secure)
+                cookie = self._access.log_in(_decode_token(body).token, secure=secure)
             except (msgspec.DecodeError, UnicodeError):
                 return _secured(coded(400, "body", 'Send {"token": "..."}.'))
-            if cookies is None:
+            if cookie is None:
                 return self._refused(401, "token", "This is not the token.")
-            return _without_body(cookies)
+            return _without_body(cookie)
 
         return ResponseFromBody(_MAX_TOKEN_BYTES, log_in)
 
     def _session_state(self, headers: Headers, *, start: bool) -> RawResponse:
-        caller = self._access.caller(headers)
-        reads = self._access.reads(headers, caller)
+        session = self._access.session(headers)
+        reads = self._access.reads(headers, session)
         operations = self._operations
+        first = None
+        if start and reads is not Reads.NONE:
+            # A page begins with it, and need not wait for its stream.
+            first = self.feed.start(everything=reads is Reads.ALL)
         state: Mapping[str, object] = {
-            "role": None if caller is None else str(caller.role),
-            "expiresAt": None if caller is None else views.moment(caller.expires_at),
-            "login": self._access.has_tokens,
+            "loggedIn": session is not None,
+            "expiresAt": None if session is None else views.moment(session.expires_at),
+            "login": self._access.has_token,
             "reads": str(reads),
-            "operates": caller is not None and caller.role is Role.OPERATOR,
             "instance": operations.instance,
             "version": operations.version,
             "environment": operations.environment,
             "runbook": self._runbook,
-            # A page begins with it, and need not wait for its stream.
-            "start": self.feed.start() if start and reads is not Reads.NONE else None,
+            "start": first,
         }
         return _secured(json_response(200, encode(state)))
 
@@ -295,6 +310,6 @@ async def _secured_later(response: Awaitable[RawResponse]) -> RawResponse:
     return _secured(await response)
 
 
-def _without_body(headers: Sequence[tuple[bytes, bytes]]) -> RawResponse:
-    common = ((b"cache-control", b"no-store"), *SECURITY_HEADERS, *headers)
-    return RawResponse(204, b"".join(b"%b: %b\r\n" % header for header in common), b"")
+def _without_body(*more: tuple[bytes, bytes]) -> RawResponse:
+    headers = ((b"cache-control", b"no-store"), *SECURITY_HEADERS, *more)
+    return RawResponse(204, b"".join(b"%b: %b\r\n" % header for header in headers), b"")

@@ -1,34 +1,41 @@
-"""The actions of operators: answers to POST below ``console/``. Each has a log line."""
+"""The actions of operators: answers to ``POST ui/data/{view}/{id}/{action}``.
+
+Each has a log line.
+"""
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from viralfx.bootstrap import JobRuntime
 from viralfx.domain.errors import ViralFXError
-from viralfx.domain.fleet import FleetUnavailableError
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.model import (
+    Job,
     JobNotFoundError,
     JobStateError,
     LedgerUnavailableError,
     UnknownQueueError,
 )
+from viralfx.domain.jobs.schedule import UnknownScheduleError
+from viralfx.domain.jobs.tasks import UnknownTaskError
 from viralfx.domain.operations import Operations
+from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.web.console import views
-from viralfx.web.console.access import Caller
 from viralfx.web.console.data import (
+    ALL_JOBS,
     MAX_COUNTED,
+    NO_ANSWER,
     ConsoleData,
     JobQuery,
     coded,
+    reason_of,
     require_storable,
-    unavailable,
     within,
 )
 from viralfx.web.console.feed import Feed
@@ -40,28 +47,26 @@ MAX_BODY_BYTES = 16 * 1024
 _ACTION_SECONDS = 30.0
 """Time limit of an action; a change of many jobs that takes longer can be repeated."""
 _CHANGES_AT_ONCE = 8
+_MAX_TARGET_CHARACTERS = 500
 
 Text = Annotated[str, Meta(max_length=500)]
 
 
-class _Body(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fields=True):
-    pass
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """The sender of an action."""
+
+    session: str
+    """The first digits of the session."""
+    peer: str | None
+    """The address of the client; None for a Unix socket."""
 
 
-class StopBody(_Body):
-    """Begin the stop of the instance with this name, so that no other one is stopped by mistake."""
-
-    instance: Text
+class Nothing(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of an action without data."""
 
 
-class JobBody(_Body):
-    """Change one job."""
-
-    id: Text
-    action: Literal["retry", "cancel"]
-
-
-class BulkFilter(_Body):
+class BulkFilter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The jobs that a change of many jobs is for."""
 
     queue: Text | None = None
@@ -71,44 +76,49 @@ class BulkFilter(_Body):
     before: Text | None = None
     since: Text | None = None
 
+    @property
+    def given(self) -> dict[str, str]:
+        """The fields that are set."""
+        return {name: text for name, text in msgspec.structs.asdict(self).items() if text}
 
-class BulkBody(_Body):
+
+class BulkBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Change all jobs that match; ``count`` is how many the operator saw."""
 
-    action: Literal["retry", "cancel"]
     filter: BulkFilter
     count: Annotated[int, Meta(ge=0)]
 
 
-class QueueBody(_Body):
-    """Pause or resume a queue."""
-
-    queue: Text
-    action: Literal["pause", "resume"]
-
-
-class CircuitBody(_Body):
-    """Open or close a circuit of this process."""
-
-    name: Text
-    action: Literal["open", "close"]
-
-
-class LoggerBody(_Body):
+class LevelBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Change the level of a logger; ``minutes``: until it returns by itself, null: never."""
 
-    name: Text
     level: Text | None
     minutes: Annotated[float, Meta(gt=0, le=1440)] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The response of an action, with the words for the log."""
+    """The response of an action, with its word for the log."""
 
     response: RawResponse
-    target: str
-    words: str = "ok"
+    word: str = "ok"
+
+
+Perform = Callable[[Actor, bytes], Awaitable[RawResponse]]
+"""Performs an action with the body of the request."""
+_Perform = Callable[[str, Any], Coroutine[Any, Any, Outcome]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Action:
+    words: str
+    """Its name in the log."""
+    kind: type[Any]
+    """The type of its body."""
+    perform: _Perform
+    """Performs it, from the id in the path and the body."""
+    only: str | None = None
+    """The one id that it has; None: any."""
 
 
 class ConsoleActions:
@@ -128,149 +138,183 @@ class ConsoleActions:
         self._feed = feed
         self._data = data
         self._path = path
-        self.paths: Mapping[str, Callable[[Caller, bytes], Awaitable[RawResponse]]] = {
-            "checks": self._performer("check now", _Body, self._check),
-            "stop": self._performer("begin stop", StopBody, self._stop),
-            "jobs": self._performer("job", JobBody, self._job),
-            "jobs/bulk": self._performer("jobs", BulkBody, self._bulk),
-            "queues": self._performer("queue", QueueBody, self._queue),
-            "circuits": self._performer("circuit", CircuitBody, self._circuit),
-            "loggers": self._performer("logger level", LoggerBody, self._level),
-            "doctor": self._performer("doctor", _Body, self._doctor),
+        self._actions = {
+            "status/run": _Action("check now", Nothing, self._check, "checks"),
+            "stop/begin": _Action("begin stop", Nothing, self._stop),
+            "jobs/retry": _Action("retry job", Nothing, self._job("retry")),
+            "jobs/cancel": _Action("cancel job", Nothing, self._job("cancel")),
+            "jobs/run": _Action("run job", Nothing, self._job("run")),
+            "queues/pause": _Action("pause queue", Nothing, self._queue("pause")),
+            "queues/resume": _Action("resume queue", Nothing, self._queue("resume")),
+            "schedules/pause": _Action("pause schedule", Nothing, self._pause_schedule),
+            "schedules/resume": _Action("resume schedule", Nothing, self._resume_schedule),
+            "schedules/run": _Action("run schedule", Nothing, self._run_schedule),
+            "circuits/open": _Action("open circuit", Nothing, self._open_circuit),
+            "circuits/close": _Action("close circuit", Nothing, self._close_circuit),
+            "loggers/level": _Action("logger level", LevelBody, self._level),
+            "settings/run": _Action("run doctor", Nothing, self._doctor, "doctor"),
         }
-        """The actions by path below ``console/``."""
+        """The actions by view and last part of the path."""
+        self._bulk_actions = {
+            "jobs/retry": _Action("retry jobs", BulkBody, self._bulk("retry")),
+            "jobs/cancel": _Action("cancel jobs", BulkBody, self._bulk("cancel")),
+        }
 
-    def _performer(
-        self, action: str, kind: type[Any], perform: Callable[[Any], Coroutine[Any, Any, Outcome]]
-    ) -> Callable[[Caller, bytes], Awaitable[RawResponse]]:
-        decode = msgspec.json.Decoder(kind).decode
+    def find(self, path: str) -> Perform | None:
+        """Return the action for a path below ``ui/data/``; None if there is none.
 
-        async def run(caller: Caller, body: bytes) -> RawResponse:
+        The id is the middle of the path, and may have slashes.
+        """
+        view, _, rest = path.partition("/")
+        target, _, verb = rest.rpartition("/")
+        actions = self._bulk_actions if (view, target) == ("jobs", ALL_JOBS) else self._actions
+        action = actions.get(f"{view}/{verb}")
+        if action is None or not target or action.only not in {None, target}:
+            return None
+        return self._performer(action, target)
+
+    def _performer(self, action: _Action, target: str) -> Perform:
+        async def run(actor: Actor, body: bytes) -> RawResponse:
             try:
-                wanted = decode(body or b"{}")
+                wanted = msgspec.json.decode(body or b"{}", type=action.kind)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 return problem_response(400, f"The body is invalid: {error}.")
-            name = action
-            if (verb := getattr(wanted, "action", None)) is not None:
-                name = f"{verb} {action}"
+            target_words = _target_in_words(target, wanted)
+
+            def record(word: str) -> None:
+                facts = {"session": actor.session, "peer": actor.peer, "action": action.words}
+                target = target_words[:_MAX_TARGET_CHARACTERS]
+                extra = {**facts, "target": target, "outcome": word}
+                _logger.warning("Console action", extra=extra)
+
             try:
-                outcome = await within(_ACTION_SECONDS, perform(wanted))
-            except (LedgerUnavailableError, FleetUnavailableError, TimeoutError) as error:
-                outcome = Outcome(unavailable(error), _target_of(wanted), "no answer")
-            except JobNotFoundError as error:
-                outcome = Outcome(problem_response(404, f"{error}."), _target_of(wanted), "unknown")
-            except UnknownQueueError as error:
-                outcome = Outcome(problem_response(404, f"{error}."), _target_of(wanted), "unknown")
+                outcome = await within(_ACTION_SECONDS, action.perform(target, wanted))
+            except (LedgerUnavailableError, TimeoutError) as error:
+                outcome = Outcome(coded(503, NO_ANSWER, reason_of(error)), "no answer")
+            except (JobNotFoundError, UnknownQueueError, UnknownScheduleError) as error:
+                outcome = Outcome(problem_response(404, f"{error}."), "unknown")
+            except UnknownTaskError as error:
+                outcome = Outcome(problem_response(422, f"{error}."), "refused")
             except JobStateError as error:
-                outcome = Outcome(coded(409, "state", f"{error}."), _target_of(wanted), "refused")
+                outcome = Outcome(coded(409, "state", f"{error}."), "refused")
             except (ViralFXError, ValueError, TypeError, OverflowError) as error:
                 return problem_response(400, f"The body is invalid: {error}.")
             except BaseException as error:
                 # Also if the client left: the action may have had an effect.
-                response = problem_response(500, "The action failed.")
-                words = f"error: {type(error).__name__}"
-                self._record(caller, name, Outcome(response, _target_of(wanted), words))
+                record(f"error: {type(error).__name__}")
                 raise
-            self._record(caller, name, outcome)
+            record(outcome.word)
             return outcome.response
 
         return run
 
-    def _record(self, caller: Caller, action: str, outcome: Outcome) -> None:
-        _logger.warning(
-            "Console action",
-            extra={
-                "actor": caller.actor,
-                "role": str(caller.role),
-                "action": action,
-                "target": outcome.target[:500],
-                "outcome": outcome.words,
-            },
-        )
-
     # -- actions -----------------------------------------------------------------------------
 
-    async def _check(self, _: _Body) -> Outcome:
+    async def _check(self, _target: str, _: Nothing) -> Outcome:
         await self._operations.monitor.refresh()
-        report = views.checks_view(self._operations.monitor.report())
-        return Outcome(json_response(200, encode(report)), self._operations.instance)
+        return _done(views.checks_view(self._operations.monitor.report()))
 
-    async def _stop(self, wanted: StopBody) -> Outcome:
+    async def _stop(self, instance: str, _: Nothing) -> Outcome:
         own = self._operations.instance
-        if wanted.instance != own:
+        if instance != own:
             detail = f"This is {own}; type its whole name."
-            return Outcome(coded(409, "instance", detail), wanted.instance, "refused")
+            return Outcome(coded(409, "instance", detail), "refused")
         if not self._operations.staged:
             detail = "This server handles its own stop; run it with `viralfx serve`."
-            return Outcome(coded(409, "unstaged", detail), own, "refused")
-        began = self._operations.shutdown.trigger(f"POST {self._path}/console/stop")
-        body = encode(views.stop_view(self._operations))
-        return Outcome(json_response(202, body), own, "ok" if began else "had begun")
+            return Outcome(coded(409, "unstaged", detail), "refused")
+        began = self._operations.shutdown.trigger(f"POST {self._path}/ui/data/stop")
+        return _done(
+            views.stop_view(self._operations), status=202, word="ok" if began else "had begun"
+        )
 
-    async def _job(self, wanted: JobBody) -> Outcome:
+    def _change(self, verb: str) -> Callable[[str], Awaitable[Job]]:
         service = self._jobs.service
-        change = service.retry if wanted.action == "retry" else service.cancel
-        job = await change(wanted.id)
-        return Outcome(json_response(200, encode(views.job_view(job))), wanted.id)
+        changes = {"retry": service.retry, "cancel": service.cancel, "run": service.run}
+        return changes[verb]
 
-    async def _bulk(self, wanted: BulkBody) -> Outcome:
-        given = {k: v for k, v in msgspec.structs.asdict(wanted.filter).items() if v}
-        target = _target_of(wanted)
-        if not given:
-            raise ValueError("the filter needs at least one field, or it means every job")
-        query = msgspec.convert(require_storable(given), JobQuery, strict=False)
-        ids = await self._data.matching(query, wanted.action)
-        if len(ids) > wanted.count and wanted.count < MAX_COUNTED:
-            detail = f"{len(ids)} jobs match now, not {wanted.count}: look again."
-            response = coded(409, "count", detail, errors=[{"count": len(ids)}])
-            return Outcome(response, target, f"refused: {len(ids)}, not {wanted.count}")
-        service = self._jobs.service
-        if query.since is None:
-            many = service.retry_all if wanted.action == "retry" else service.cancel_all
-            # The number that the operator has confirmed.
-            count = (await many(query.wanted, most=None)).count
-        else:
-            # The ledger has no filter for it, so exactly the jobs that were found are changed.
-            one = service.retry if wanted.action == "retry" else service.cancel
-            count = await _each(one, ids)
-        return Outcome(json_response(200, encode({"count": count})), target, f"ok: {count}")
+    def _job(self, verb: str) -> _Perform:
+        async def perform(job_id: str, _: Nothing) -> Outcome:
+            return _done(views.job_view(await self._change(verb)(job_id)))
 
-    async def _queue(self, wanted: QueueBody) -> Outcome:
-        service = self._jobs.service
-        change = service.pause if wanted.action == "pause" else service.resume
-        await change(wanted.queue)
-        counts = (await service.queues()).get(wanted.queue, QueueCounts())
-        view = views.queue_view(wanted.queue, counts, self._jobs.concurrency)
-        return Outcome(json_response(200, encode(view)), wanted.queue)
+        return perform
 
-    async def _circuit(self, wanted: CircuitBody) -> Outcome:
+    def _bulk(self, verb: str) -> _Perform:
+        async def perform(_target: str, wanted: BulkBody) -> Outcome:
+            if not wanted.filter.given:
+                raise ValueError("the filter needs at least one field, or it means every job")
+            given = require_storable(wanted.filter.given)
+            query = msgspec.convert(given, JobQuery, strict=False)
+            ids = await self._data.matching(query, verb)
+            if len(ids) > wanted.count and wanted.count < MAX_COUNTED:
+                detail = f"{len(ids)} jobs match now, not {wanted.count}: look again."
+                response = coded(409, "count", detail, errors=[{"count": len(ids)}])
+                return Outcome(response, f"refused: {len(ids)}, not {wanted.count}")
+            if query.since is None:
+                service = self._jobs.service
+                many = service.retry_all if verb == "retry" else service.cancel_all
+                # The number that the operator has confirmed.
+                count = (await many(query.wanted, most=None)).count
+            else:
+                # The ledger has no filter for it, so exactly the jobs that were found are changed.
+                count = await _each(self._change(verb), ids)
+            return _done({"count": count}, word=f"ok: {count}")
+
+        return perform
+
+    def _queue(self, verb: str) -> _Perform:
+        async def perform(queue: str, _: Nothing) -> Outcome:
+            service = self._jobs.service
+            await (service.pause(queue) if verb == "pause" else service.resume(queue))
+            counts = (await service.queues()).get(queue, QueueCounts())
+            return _done(views.queue_view(queue, counts, self._jobs.concurrency))
+
+        return perform
+
+    async def _pause_schedule(self, task: str, _: Nothing) -> Outcome:
+        return _done(views.schedule_view(await self._jobs.service.pause_schedule(task)))
+
+    async def _resume_schedule(self, task: str, _: Nothing) -> Outcome:
+        return _done(views.schedule_view(await self._jobs.service.resume_schedule(task)))
+
+    async def _run_schedule(self, task: str, _: Nothing) -> Outcome:
+        accepted = await self._jobs.service.run_schedule(task)
+        view = views.job_view(accepted.job)
+        return _done(
+            view, status=202 if accepted.created else 200, word=f"ok: job {accepted.job.id}"
+        )
+
+    async def _open_circuit(self, name: str, _: Nothing) -> Outcome:
+        return self._circuit(name, CircuitBreaker.open)
+
+    async def _close_circuit(self, name: str, _: Nothing) -> Outcome:
+        return self._circuit(name, CircuitBreaker.close)
+
+    def _circuit(self, name: str, change: Callable[[CircuitBreaker], None]) -> Outcome:
         try:
-            breaker = self._operations.breakers[wanted.name]
+            breaker = self._operations.breakers[name]
         except KeyError:
-            response = problem_response(404, "This process has no such circuit.")
-            return Outcome(response, wanted.name, "unknown")
-        if wanted.action == "open":
-            breaker.open()
-        else:
-            breaker.close()
-        return Outcome(json_response(200, encode(self._feed.circuit(breaker))), wanted.name)
+            return Outcome(problem_response(404, "This process has no such circuit."), "unknown")
+        change(breaker)
+        return _done(self._feed.circuit(breaker))
 
-    async def _level(self, wanted: LoggerBody) -> Outcome:
+    async def _level(self, logger: str, wanted: LevelBody) -> Outcome:
         data = self._data
-        name = data.levels.find(wanted.name)
-        target = f"{wanted.name} {wanted.level or 'back'}"
+        name = data.levels.find(logger)
         if name is None:
-            return Outcome(problem_response(404, "There is no such logger."), target, "unknown")
+            return Outcome(problem_response(404, "There is no such logger."), "unknown")
         try:
             seconds = None if wanted.minutes is None else 60 * wanted.minutes
             data.set_level(name, wanted.level, seconds)
         except KeyError:
             raise ValueError(f"there is no level {wanted.level!r}") from None
-        return Outcome(json_response(200, encode(data.logger(name))), target)
+        return _done(data.logger(name))
 
-    async def _doctor(self, _: _Body) -> Outcome:
-        found = await self._data.diagnose()
-        return Outcome(json_response(200, encode(found)), self._operations.instance)
+    async def _doctor(self, _target: str, _: Nothing) -> Outcome:
+        return _done(await self._data.diagnose())
+
+
+def _done(view: views.View, *, status: int = 200, word: str = "ok") -> Outcome:
+    return Outcome(json_response(status, encode(view)), word)
 
 
 async def _each(change: Callable[[str], Awaitable[Any]], ids: list[str]) -> int:
@@ -299,11 +343,7 @@ async def _each(change: Callable[[str], Awaitable[Any]], ids: list[str]) -> int:
     return count
 
 
-def _target_of(wanted: Any) -> str:
+def _target_in_words(target: str, wanted: Any) -> str:
     if isinstance(wanted, BulkBody):
-        given = msgspec.structs.asdict(wanted.filter)
-        return ", ".join(f"{name}={value}" for name, value in given.items() if value)
-    for name in ("id", "queue", "name", "instance"):
-        if (value := getattr(wanted, name, None)) is not None:
-            return str(value)
-    return ""
+        return ", ".join(f"{name}={text}" for name, text in wanted.filter.given.items())
+    return f"{target} {wanted.level or 'back'}" if isinstance(wanted, LevelBody) else target

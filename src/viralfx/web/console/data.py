@@ -1,4 +1,4 @@
-"""The data of the console's views: answers to GET below ``console/``."""
+"""The data of the console's views: answers to GET below ``ui/data/``."""
 
 import asyncio
 import logging
@@ -39,6 +39,7 @@ from viralfx.domain.operations import Operations
 from viralfx.settings import Settings, fields, show, source
 from viralfx.telemetry.logging.lines import LEVELS, LoggerLevels
 from viralfx.web.console import views
+from viralfx.web.console.access import Reads
 from viralfx.web.console.feed import Feed
 from viralfx.web.responses import (
     RawResponse,
@@ -53,6 +54,8 @@ T = TypeVar("T")
 
 _logger = logging.getLogger("viralfx.console")
 
+ALL_JOBS = "all"
+"""In place of an id: all jobs that match a filter."""
 MAX_COUNTED = 10_000
 """Matching jobs that are counted; a change of more of them is guarded by "at least"."""
 _PAGE_JOBS = 100
@@ -82,10 +85,14 @@ def coded(status: int, code: str, detail: str, errors: list[Any] | None = None) 
     return raw_response(b"application/problem+json", status, encode(body))
 
 
-def unavailable(error: Exception) -> RawResponse:
-    """Return the response if the database does not answer."""
+NO_ANSWER = "ledger"
+"""The code of a response if the database does not answer."""
+
+
+def reason_of(error: Exception) -> str:
+    """Return the sentence of an error of the database."""
     detail = str(error) or "the database does not answer in time"
-    return coded(503, "ledger", detail[:1].upper() + detail[1:])
+    return detail[:1].upper() + detail[1:]
 
 
 async def within(seconds: float, call: Coroutine[Any, Any, T]) -> T:
@@ -160,6 +167,17 @@ class JobQuery(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fiel
         return self.since is not None and job.created_at < self.since
 
 
+Answer = Callable[[bytes, Reads], Awaitable[RawResponse]]
+"""Returns the response to the query of a caller with these rights."""
+
+
+class DataView(NamedTuple):
+    """A view: the rights that it needs, and its answer."""
+
+    needs: Reads
+    answer: Answer
+
+
 class _Return(NamedTuple):
     """The timer that restores the level of a logger, and the change that it undoes."""
 
@@ -201,34 +219,39 @@ class ConsoleData:
             self._clock, self._diagnose, _DOCTOR_SECONDS
         )
         self._last_diagnosis: tuple[datetime, tuple[Finding, ...]] | None = None
-        self.status: dict[str, Callable[[bytes], Awaitable[RawResponse]]] = {
-            "fleet": self._answer(self.fleet),
-            "changes": self._answer(self.changes),
-            "history": self._answer(self.history),
-            "queues": self._answer(self.queues),
-            "circuits": self._answer(self.circuits),
-            "loggers": self._answer(self.loggers),
+        status, session = Reads.STATUS, Reads.ALL
+        self._views = {
+            "status": DataView(status, self._status),
+            "status/history": DataView(status, self._answer(self.history)),
+            "stop": DataView(status, self._answer(self.stop)),
+            "circuits": DataView(status, self._answer(self.circuits)),
+            "fleet": DataView(session, self._answer(self.fleet)),
+            "fleet/changes": DataView(session, self._answer(self.changes)),
+            "jobs": DataView(session, self._answer(self.job_list)),
+            f"jobs/{ALL_JOBS}": DataView(session, self._answer(self.job_count)),
+            "queues": DataView(session, self._answer(self.queues)),
+            "schedules": DataView(session, self._answer(self.schedules)),
+            "loggers": DataView(session, self._answer(self.loggers)),
+            "settings": DataView(session, self._answer(self.all_settings)),
+            "settings/doctor": DataView(session, self._answer(self.doctor)),
         }
-        """The views that HEALTH_DETAILS may open, by path below ``console/``."""
-        self.protected: dict[str, Callable[[bytes], Awaitable[RawResponse]]] = {
-            "jobs": self._answer(self.job_list),
-            "jobs/count": self._answer(self.job_count),
-            "job": self._answer(self.job),
-            "schedules": self._answer(self.schedules),
-            "settings": self._answer(self.all_settings),
-            "doctor": self._answer(self.doctor),
-        }
-        """The views that need a session."""
 
-    def _answer(
-        self, view: Callable[[dict[str, str]], Coroutine[Any, Any, views.View]]
-    ) -> Callable[[bytes], Awaitable[RawResponse]]:
-        async def answer(query: bytes) -> RawResponse:
+    def find(self, path: str) -> DataView | None:
+        """Return the view for a path below ``ui/data/``; None if there is none."""
+        name, _, job_id = path.partition("/")
+        if path not in self._views and name == "jobs" and job_id:
+            return DataView(Reads.ALL, self._answer(lambda _: self.job(job_id)))
+        return self._views.get(path)
+
+    def _answer(self, view: Callable[[dict[str, str]], Coroutine[Any, Any, views.View]]) -> Answer:
+        async def answer(query: bytes, _: Reads) -> RawResponse:
             try:
                 values = _values_of(query)
-                return json_response(200, encode(await within(_CALL_SECONDS, view(values))))
+                return _available(await within(_CALL_SECONDS, view(values)))
             except (FleetUnavailableError, LedgerUnavailableError, TimeoutError) as error:
-                return unavailable(error)
+                # No error status: a browser would write a line for each, as long as it lasts.
+                body = {"available": False, "code": NO_ANSWER, "detail": reason_of(error)}
+                return json_response(200, encode(body))
             except JobNotFoundError as error:
                 return problem_response(404, f"{error}.")
             except UnknownQueueError as error:
@@ -238,10 +261,19 @@ class ConsoleData:
 
         return answer
 
+    # -- the process -------------------------------------------------------------------------
+
+    async def _status(self, _: bytes, reads: Reads) -> RawResponse:
+        return _available(self._feed.snapshot(everything=reads is Reads.ALL))
+
+    async def stop(self, _: dict[str, str]) -> views.View:
+        """``ui/data/stop``."""
+        return views.stop_view(self._operations)
+
     # -- the fleet ---------------------------------------------------------------------------
 
     async def fleet(self, _: dict[str, str]) -> views.View:
-        """``console/fleet``."""
+        """``ui/data/fleet``."""
         found = await self._instances.get()
         return {
             "now": timestamp(self._clock.now()),
@@ -252,7 +284,7 @@ class ConsoleData:
         }
 
     async def changes(self, query: dict[str, str]) -> views.View:
-        """``console/changes``."""
+        """``ui/data/fleet/changes``."""
         check, instance = query.get("check") or None, query.get("instance") or None
         limit = _limit(query, 200, 1000)
         found = await self._read(
@@ -262,7 +294,7 @@ class ConsoleData:
         return {"kept": self._fleet.kept, "items": [views.fleet_change_view(e) for e in found]}
 
     async def history(self, query: dict[str, str]) -> views.View:
-        """``console/history``."""
+        """``ui/data/status/history``."""
         until = self._clock.now()
         hours = min(168.0, max(0.1, float(query.get("hours", "24"))))
         since = until - timedelta(hours=hours)
@@ -289,7 +321,7 @@ class ConsoleData:
     # -- jobs --------------------------------------------------------------------------------
 
     async def job_list(self, values: dict[str, str]) -> views.View:
-        """``console/jobs``."""
+        """``ui/data/jobs``."""
         query = msgspec.convert(values, JobQuery, strict=False)
         found = await self._jobs.service.search(
             _with_limit(query.wanted, query.limit), correlation_id=query.correlation_id or None
@@ -302,7 +334,7 @@ class ConsoleData:
         }
 
     async def job_count(self, values: dict[str, str]) -> views.View:
-        """``console/jobs/count``."""
+        """``ui/data/jobs/all``: how many jobs an action on all that match would change."""
         action = values.pop("action", "")
         if action not in {"retry", "cancel"}:
             raise ValueError("action must be retry or cancel")
@@ -333,9 +365,9 @@ class ConsoleData:
                 before = found.before
         return ids[:MAX_COUNTED]
 
-    async def job(self, query: dict[str, str]) -> views.View:
-        """``console/job``."""
-        job = await self._jobs.service.get(query.get("id", ""))
+    async def job(self, job_id: str) -> views.View:
+        """``ui/data/jobs/{id}``."""
+        job = await self._jobs.service.get(job_id)
         payload, result = self._shown(job)
         hidden = self._show_payload is None or job.task in self._unshown
         return views.job_details(job, payload, result, hidden=hidden)
@@ -357,25 +389,25 @@ class ConsoleData:
             return None, None
 
     async def queues(self, _: dict[str, str]) -> views.View:
-        """``console/queues``."""
+        """``ui/data/queues``."""
         found = await self.queue_counts.get()
         concurrency = self._jobs.concurrency
         return {"items": [views.queue_view(n, each, concurrency) for n, each in found.items()]}
 
     async def schedules(self, _: dict[str, str]) -> views.View:
-        """``console/schedules``."""
+        """``ui/data/schedules``."""
         found = await self._jobs.service.schedules()
         return {"items": [views.schedule_view(each) for each in found]}
 
-    # -- the process -------------------------------------------------------------------------
+    # -- circuits, loggers, settings ---------------------------------------------------------
 
     async def circuits(self, _: dict[str, str]) -> views.View:
-        """``console/circuits``."""
+        """``ui/data/circuits``."""
         items = [self._feed.circuit(each) for each in self._operations.breakers]
         return {"instance": self._operations.instance, "items": items}
 
     async def loggers(self, _: dict[str, str]) -> views.View:
-        """``console/loggers``."""
+        """``ui/data/loggers``."""
         items = [self.logger(name) for name in self.levels.all()]
         return {"items": items, "levels": list(LEVELS)}
 
@@ -412,7 +444,7 @@ class ConsoleData:
             self.levels.set(name, None)
 
     async def all_settings(self, _: dict[str, str]) -> views.View:
-        """``console/settings``: as ``viralfx env``, with secrets masked."""
+        """``ui/data/settings``: as ``viralfx env``, with secrets masked."""
         items = [
             {
                 "name": field.variable,
@@ -427,13 +459,13 @@ class ConsoleData:
         return {"items": items}
 
     async def doctor(self, _: dict[str, str]) -> views.View:
-        """``console/doctor``: the last diagnosis."""
-        return _diagnosis_view(self._last_diagnosis)
+        """``ui/data/settings/doctor``: the last diagnosis."""
+        return views.diagnosis_view(self._last_diagnosis)
 
     async def diagnose(self) -> views.View:
         """Run the doctor, at most once a minute."""
         self._last_diagnosis = await self._diagnosis.get()
-        return _diagnosis_view(self._last_diagnosis)
+        return views.diagnosis_view(self._last_diagnosis)
 
     async def _diagnose(self) -> tuple[datetime, tuple[Finding, ...]]:
         checks = doctor_checks(self._settings, os.environ)
@@ -441,11 +473,8 @@ class ConsoleData:
         return datetime.now(UTC), findings
 
 
-def _diagnosis_view(found: tuple[datetime, tuple[Finding, ...]] | None) -> views.View:
-    if found is None:
-        return {"at": None, "findings": []}
-    at, findings = found
-    return {"at": timestamp(at), "findings": [views.finding_view(each) for each in findings]}
+def _available(view: views.View) -> RawResponse:
+    return json_response(200, encode({"available": True, **view}))
 
 
 def _values_of(query: bytes) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The live feed: one stream of server-sent events to each open page.
 
-Each event is encoded once and kept in a buffer. A page has a position in the buffer and nothing
+Each event is encoded once and kept in a buffer. An event with data that need a session has a second
+form for the other pages. A page has a position in the buffer and nothing
 else, so a page that does not read costs no memory: once its position left the buffer, it gets a
 snapshot. With no page open, the listeners return in their first line.
 """
@@ -56,9 +57,11 @@ _HEADERS = (
 class _Page:
     """One open stream."""
 
-    __slots__ = ("gone", "position", "waiting")
+    __slots__ = ("everything", "gone", "position", "waiting")
 
-    def __init__(self) -> None:
+    def __init__(self, *, everything: bool) -> None:
+        self.everything = everything
+        """Whether it gets the data that need a session."""
         self.position = -1
         self.gone = False
         self.waiting: asyncio.Future[None] | None = None
@@ -76,20 +79,21 @@ class Feed:
         self,
         operations: Operations,
         *,
-        max_pages: int,
+        max_streams: int,
         in_flight: Callable[[], views.View],
         concurrency: Callable[[], Mapping[str, int]],
         remaining_stages: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         """``in_flight`` returns the requests and jobs that run now."""
         self._operations = operations
-        self._max_pages = max_pages
+        self._max_streams = max_streams
         self._in_flight = in_flight
         self._concurrency = concurrency
         self._remaining_stages = remaining_stages
         self._pages: set[_Page] = set()
         self._boot = secrets.token_hex(4)
-        self._recent: deque[tuple[int, bytes]] = deque(maxlen=_RECENT_FRAMES)
+        self._recent: deque[tuple[int, bytes, bytes]] = deque(maxlen=_RECENT_FRAMES)
+        """The number of each frame, its form for a page with a session, and the one without."""
         self._last = 0
         self._missed = False
         """True if something happened while no page was open; it is in no frame."""
@@ -103,7 +107,7 @@ class Feed:
         self._rejected: dict[str, int] = {}
         self._circuit_since: dict[str, datetime] = {}
         self._started_at = operations.clock.now()
-        self._start: tuple[float, msgspec.Raw] | None = None
+        self._starts: dict[bool, tuple[float, msgspec.Raw]] = {}
         operations.monitor.subscribe(self._on_health)
         operations.lifecycle.subscribe(self._on_state)
         operations.shutdown.subscribe(self._on_shutdown)
@@ -116,8 +120,8 @@ class Feed:
 
     @property
     def full(self) -> bool:
-        """True if no more pages may be opened."""
-        return len(self._pages) >= self._max_pages or self._ended
+        """True if no more streams may be opened."""
+        return len(self._pages) >= self._max_streams or self._ended
 
     # -- events ------------------------------------------------------------------------------
 
@@ -172,7 +176,8 @@ class Feed:
         before = self._queues
         self._queues = (self._operations.clock.now(), counts)
         if self._pages and (before is None or before[1] != counts):
-            self._publish("queues", self._queue_list())
+            self._append("queues", self._queue_list(), everyone=False)
+            self._plan_wake()
 
     def circuit(self, breaker: CircuitBreaker) -> views.View:
         """Return the view of a circuit."""
@@ -218,7 +223,8 @@ class Feed:
         self._append(event, data)
         self._plan_wake()
 
-    def _append(self, event: str, data: Any) -> None:
+    def _append(self, event: str, data: Any, *, everyone: bool = True) -> None:
+        """Add a frame; without ``everyone`` only pages with a session get it."""
         self._last += 1
         frame = b"id: %s.%d\nevent: %s\ndata: %s\n\n" % (
             self._boot.encode(),
@@ -226,7 +232,7 @@ class Feed:
             event.encode(),
             encode(data),
         )
-        self._recent.append((self._last, frame))
+        self._recent.append((self._last, frame, frame if everyone else b""))
 
     def _plan_wake(self) -> None:
         """Let few pages look at the buffer at once, and many pages once for several events."""
@@ -264,15 +270,19 @@ class Feed:
             "now": timestamp(self._operations.clock.now()),
             "uptime": round(self._operations.lifecycle.uptime, 3),
             "remaining": round(shutdown.remaining(), 1) if shutdown.triggered else None,
-            "inFlight": self._in_flight(),
         }
+        in_flight = self._in_flight()
         # In the buffer, so that one encoding serves all; it has no id, as nothing is missed by it.
         self._last += 1
-        self._recent.append((self._last, b"event: beat\ndata: %s\n\n" % encode(beat)))
+        forms = [
+            b"event: beat\ndata: %s\n\n" % encode({**beat, "inFlight": each})
+            for each in (in_flight, _without_jobs(in_flight))
+        ]
+        self._recent.append((self._last, forms[0], forms[1]))
         self._wake_all()
 
-    def snapshot(self) -> views.View:
-        """Return everything that a page needs to begin with."""
+    def snapshot(self, *, everything: bool) -> views.View:
+        """Return the data that a page begins with; ``everything``: also those for a session."""
         operations, lifecycle = self._operations, self._operations.lifecycle
         last = lifecycle.history[-1] if lifecycle.history else None
         return {
@@ -292,27 +302,29 @@ class Feed:
             "changes": [views.change_view(each) for each in operations.monitor.history],
             "stop": views.stop_view(operations),
             "circuits": [self.circuit(each) for each in operations.breakers],
-            "queues": self._queue_list(),
-            "inFlight": self._in_flight(),
+            "queues": self._queue_list() if everything else None,
+            "inFlight": self._in_flight() if everything else _without_jobs(self._in_flight()),
         }
 
-    def start(self) -> msgspec.Raw:
+    def start(self, *, everything: bool) -> msgspec.Raw:
         """Return a snapshot and its id as JSON; a stream from this id on misses nothing.
 
         Callers of a quarter of a second share it, unless something happens that no frame has.
         """
         self._forget_missed()
         now = self._operations.clock.monotonic()
-        if self._start is None or now - self._start[0] >= _START_SECONDS:
-            start = {"id": f"{self._boot}.{self._last}", "snapshot": self.snapshot()}
-            self._start = (now, msgspec.Raw(encode(start)))
-        return self._start[1]
+        found = self._starts.get(everything)
+        if found is None or now - found[0] >= _START_SECONDS:
+            snapshot = self.snapshot(everything=everything)
+            start = {"id": f"{self._boot}.{self._last}", "snapshot": snapshot}
+            found = self._starts[everything] = (now, msgspec.Raw(encode(start)))
+        return found[1]
 
     def _forget_missed(self) -> None:
         """Make the snapshots before now old, if something happened while no page was open."""
         if self._missed and not self._pages:
             self._missed = False
-            self._start = None
+            self._starts.clear()
             self._ran = {}
             self._recent.clear()
             self._last += 1
@@ -325,13 +337,13 @@ class Feed:
             return b"id: %s.%d\nevent: snapshot\ndata: %s\n\n" % (
                 self._boot.encode(),
                 self._last,
-                encode(self.snapshot()),
+                encode(self.snapshot(everything=page.everything)),
             )
         frames = []
-        for number, frame in reversed(self._recent):
+        for number, frame, public in reversed(self._recent):
             if number <= page.position:
                 break
-            frames.append(frame)
+            frames.append(frame if page.everything else public)
         page.position = self._last
         return b"".join(reversed(frames))
 
@@ -355,7 +367,8 @@ class Feed:
     ) -> None:
         """Send the stream of one page until it leaves, its session ends or the process ends.
 
-        ``ends_at``: the end of the session. The page connects again then, and gets 401.
+        ``ends_at``: the end of the session, with which the page gets everything. It connects again
+        then, without a session.
         """
         start: Message = {"type": "http.response.start", "status": 200}
         await send({**start, "headers": [*_HEADERS, *more]})
@@ -363,7 +376,7 @@ class Feed:
             await send({"type": "http.response.body", "body": b""})
             return
         loop = asyncio.get_running_loop()
-        page = self._open(last_id, loop)
+        page = self._open(last_id, loop, everything=ends_at is not None)
         leaving = asyncio.ensure_future(_disconnected(receive))
         leaving.add_done_callback(lambda _: self._leave(page))
         limits = []
@@ -388,13 +401,13 @@ class Feed:
             if limit is not None:
                 limit.cancel()
 
-    def _open(self, last_id: str, loop: asyncio.AbstractEventLoop) -> _Page:
+    def _open(self, last_id: str, loop: asyncio.AbstractEventLoop, *, everything: bool) -> _Page:
         if loop is not self._loop:
             # The timers of a loop that has ended never fire.
             self._loop, self._beating, self._waking = loop, None, None
             self._flush_planned = False
         self._forget_missed()
-        page = _Page()
+        page = _Page(everything=everything)
         page.position = self._position_of(last_id)
         self._pages.add(page)
         if self._beating is None:
@@ -405,7 +418,9 @@ class Feed:
         await send(_body(b"retry: 1000\n\n" + self._frames_after(page)))
         while not (page.gone or self._ended):
             if page.position != self._last:
-                await send(_body(self._frames_after(page)))
+                # Empty if each of them needs a session.
+                if frames := self._frames_after(page):
+                    await send(_body(frames))
             else:
                 page.waiting = asyncio.get_running_loop().create_future()
                 await page.waiting
@@ -447,6 +462,11 @@ class Feed:
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _without_jobs(in_flight: views.View) -> views.View:
+    """Return the work in flight without the ids of jobs, which need a session."""
+    return {**in_flight, "jobs": []}
 
 
 def _body(data: bytes) -> Message:

@@ -283,14 +283,22 @@ def schedule_view(found: ScheduleTimes) -> View:
         "task": found.task,
         "cron": found.cron,
         "timezone": found.timezone,
+        "paused": found.paused,
         "lastRunAt": moment(found.last_run_at),
         "nextRunAt": runs[0] if runs else None,
         "nextRuns": runs,
     }
 
 
-def finding_view(finding: Finding) -> View:
-    """Return a finding of the doctor."""
+def diagnosis_view(found: tuple[datetime, Sequence[Finding]] | None) -> View:
+    """Return the findings of the doctor with their time; None: it has not run."""
+    if found is None:
+        return {"at": None, "findings": []}
+    at, findings = found
+    return {"at": timestamp(at), "findings": [_finding(each) for each in findings]}
+
+
+def _finding(finding: Finding) -> View:
     return {
         "area": str(finding.area),
         "verdict": str(finding.verdict),
