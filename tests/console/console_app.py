@@ -75,6 +75,16 @@ async def slow(seconds: Annotated[float, QueryParameter()]) -> dict[str, bool]:
     return {"done": True}
 
 
+@task("console.scheduled", cron="0 3 1 1 *")
+async def scheduled(payload: object) -> None:
+    """Run once a year."""
+
+
+async def stage(_budget: float) -> None:
+    """Take ``STAGE_SECONDS`` of a phase of the stop, so that a page has the time to show it."""
+    await asyncio.sleep(float(os.environ.get("STAGE_SECONDS", "0")))
+
+
 MORE_CHECKS = int(os.environ.get("MORE_CHECKS", "0"))
 
 plugin = OperationsPlugin(
@@ -83,7 +93,9 @@ plugin = OperationsPlugin(
             "supplier": Supplier(),
             **{f"supplier-{n}": Supplier() for n in range(MORE_CHECKS)},
         },
-        tasks=[webhook, long, large, planted],
+        tasks=[webhook, long, large, planted, scheduled],
+        save_stages={"orders": stage},
+        close_stages={"printer": stage},
         show_payload=lambda _, content: content.decode(),
         jobs_api=True,
         breakers=[CircuitBreaker(name=f"carrier {PLANTED}")],

@@ -52,26 +52,30 @@ class Console:
         """The part of the page below the head and the names of the views."""
         return self.page.get_by_role("main")
 
+    @property
+    def sentence(self) -> Locator:
+        """The sentence of the moment, the only status of the page."""
+        return self.page.locator("[role=status]")
+
     def open(self, view: str = "status") -> None:
         """Go to a view by its address."""
-        self.page.goto(f"http://127.0.0.1:{self.port}/health/ui#{view}")
-        name = view.partition("?")[0]
-        expect(self.page.get_by_role("heading", level=1)).to_have_text(
-            {"job": "Job", "login": "Log in"}.get(name) or VIEWS[name]
-        )
+        self.page.goto(f"http://127.0.0.1:{self.port}/health/ui#/{view}")
+        name, _, job = view.partition("?")[0].partition("/")
+        heading = "Job" if job else {"login": "Log in"}.get(name) or VIEWS[name]
+        expect(self.page.get_by_role("heading", level=1)).to_have_text(heading)
 
     def log_in(self, token: str = TOKEN) -> None:
         """Enter a token."""
         self.open("login")
         self.page.get_by_label("Token").fill(token)
-        self.page.get_by_role("button", name="Log in").click()
+        self.page.get_by_label("Token").press("Enter")
         expect(self.page.get_by_role("button", name="Log out")).to_be_visible()
 
     def enter(self, token: str = TOKEN) -> None:
         """Begin a session without the form, and show the status as after a log-in by it."""
         address = f"http://127.0.0.1:{self.port}"
         answer = self.page.context.request.post(
-            f"{address}/health/session", data={"token": token}, headers={"Origin": address}
+            f"{address}/health/ui/session", data={"token": token}, headers={"Origin": address}
         )
         assert answer.ok, answer.text()
         self.open()

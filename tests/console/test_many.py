@@ -5,12 +5,15 @@ from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Browser, expect
+from tests.console.console_app import PLANTED
 from tests.console.pages import APP, QUICK, Console, console
 from tests.servers.postgres import Database, PostgresServer
 from tests.system.service import running
 from tests.system.workers import environment_of
 
 CHECKS, PROCESSES, JOBS = 200, 500, 12_000
+MARKUP = PLANTED.replace("'", "''")
+"""As a text of SQL: a process of another version may have any name of a check."""
 SHOWN_JOBS = 100
 
 FLEET = """
@@ -21,6 +24,17 @@ SELECT 'pod-' || n, 'pod-' || n, (ARRAY['api', 'worker'])[1 + n % 2], '1.0.' || 
     '{{"database": "pass", "redis": "warn"}}', n % 10, '{{default}}'
 FROM generate_series(1, {processes}) AS n
 """
+MARKED = (
+    f"""
+    UPDATE viralfx_instances SET version = '{MARKUP}', environment = '{MARKUP}',
+        reason = '{MARKUP}', checks = json_build_object('{MARKUP}', 'fail')
+    WHERE instance = 'pod-7'
+    """,
+    f"""
+    INSERT INTO viralfx_transitions (instance, number, check_name, at, old, new, code)
+    VALUES ('pod-7 {MARKUP}', 1, '{MARKUP}', now(), 'pass', 'fail', '{MARKUP}')
+    """,
+)
 FAILED = """
 INSERT INTO viralfx_jobs (id, queue, task, payload, created_at, run_at, finished_at, state,
     attempts, claims, error_code, error_message)
@@ -42,6 +56,8 @@ def opened(browser: Browser, postgres: PostgresServer) -> Iterator[Console]:
     }
     environment = environment_of(database, **QUICK | patient, MORE_CHECKS=str(CHECKS - 1))
     database.execute(FLEET.format(processes=PROCESSES))
+    for statement in MARKED:
+        database.execute(statement)
     database.execute(FAILED.format(jobs=JOBS))
     with (
         running(*APP, management=True, environment=environment) as service,
@@ -69,6 +85,20 @@ def test_five_hundred_processes(opened: Console) -> None:
     expect(rows).to_have_count(PROCESSES + 1)
     opened.page.get_by_label("Role").select_option("worker")
     expect(rows).to_have_count(PROCESSES // 2)
+    opened.require_clean()
+
+
+def test_markup_in_the_rows_of_other_processes_stays_text(opened: Console) -> None:
+    """The names of their checks, their versions, and the codes of their changes."""
+    opened.open("fleet")
+    name = opened.page.get_by_role("rowheader", name="pod-7", exact=True)
+    row = opened.main.get_by_role("row").filter(has=name)
+    expect(row).to_contain_text(f"{PLANTED} ✕ fail")
+    expect(row.locator("td[data-label=Version]")).to_have_text(PLANTED)
+    opened.open("changes")
+    change = opened.main.get_by_role("row").filter(has_text="pod-7 ")
+    for label in ("Check", "Code", "Instance"):
+        expect(change.locator(f"td[data-label={label}]")).to_contain_text(PLANTED)
     opened.require_clean()
 
 

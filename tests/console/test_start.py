@@ -15,6 +15,9 @@ from tests.system.jobs import accept, until
 from tests.system.service import Service, running
 
 
+HEALTHY = "Healthy: all"
+
+
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     """Return a service for all tests of this file."""
@@ -35,7 +38,7 @@ def opened(browser: Browser, service: Service) -> Iterator[Console]:
 
 def go(opened: Console, view: str = "status") -> None:
     """Navigate without a wait for a heading."""
-    opened.page.goto(f"http://127.0.0.1:{opened.port}/health/ui#{view}")
+    opened.page.goto(f"http://127.0.0.1:{opened.port}/health/ui#/{view}")
 
 
 def abort(route: Route) -> None:
@@ -51,16 +54,16 @@ def test_a_module_that_does_not_arrive(opened: Console, name: str) -> None:
     """The page says that it has not started, and then starts by itself."""
     opened.page.route(f"**/ui/{name}.js", abort)
     go(opened)
-    expect(opened.page.get_by_role("status")).to_contain_text("The page has not started")
+    expect(opened.sentence).to_have_text(re.compile("^Disconnected. The page has not started"))
     opened.page.unroute(f"**/ui/{name}.js")
-    expect(opened.main.get_by_role("region", name="Verdict")).to_contain_text("Ready: all")
+    expect(opened.sentence).to_contain_text(HEALTHY)
 
 
 def test_styles_that_do_not_arrive(opened: Console) -> None:
     """The page asks for them again."""
     opened.page.route("**/ui/console.css*", abort)
     go(opened)
-    expect(opened.main.get_by_role("region", name="Verdict")).to_contain_text("Ready: all")
+    expect(opened.sentence).to_contain_text(HEALTHY)
     expect(opened.page.locator("header")).not_to_have_css("display", "flex")
     opened.page.unroute("**/ui/console.css*")
     expect(opened.page.locator("header")).to_have_css("display", "flex")
@@ -73,7 +76,7 @@ def test_a_view_that_does_not_arrive(opened: Console) -> None:
     expect(opened.page.get_by_role("heading", level=1)).to_have_text("Stop")
     expect(opened.main.locator(".notice.bad")).to_contain_text("No data")
     opened.page.get_by_role("link", name="Status").click()
-    expect(opened.main.get_by_role("region", name="Verdict")).to_contain_text("Ready: all")
+    expect(opened.sentence).to_contain_text(HEALTHY)
     opened.page.get_by_role("link", name="Stop").click()
     expect(opened.main.locator(".notice.bad")).to_contain_text("No data")
     opened.page.unroute("**/ui/stop.js*")
@@ -88,18 +91,18 @@ def test_a_session_that_does_not_arrive(opened: Console) -> None:
         failed.append(route.request.url)
         abort(route)
 
-    opened.page.route(re.compile("/session"), refuse)
+    opened.page.route(re.compile("/ui/session"), refuse)
     go(opened)
-    expect(opened.page.get_by_role("status")).to_contain_text("tries again")
-    opened.page.unroute(re.compile("/session"))
-    expect(opened.main.get_by_role("region", name="Verdict")).to_contain_text("Ready: all")
+    expect(opened.sentence).to_have_text(re.compile("^Disconnected. .* tries again"))
+    opened.page.unroute(re.compile("/ui/session"))
+    expect(opened.sentence).to_contain_text(HEALTHY)
     assert len(failed) > 1
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize(
     "name",
-    ["ui/start.js", "events", "ui/vendor/preact.js", "session?start"][: None if SOAK else 1],
+    ["ui/start.js", "events", "ui/vendor/preact.js", "ui/session?start"][: None if SOAK else 1],
 )
 def test_a_process_that_is_suspended_meanwhile(
     opened: Console, service: Service, name: str
@@ -116,12 +119,12 @@ def test_a_process_that_is_suspended_meanwhile(
     try:
         opened.page.goto(f"http://127.0.0.1:{opened.port}/health/ui", wait_until="commit")
         expect(opened.page.get_by_role("heading", level=1)).to_be_visible()
-        expect(opened.page.get_by_role("status").first).to_be_attached()
+        expect(opened.sentence).to_be_attached()
         while not held:
             opened.page.wait_for_timeout(10)
     finally:
         service.signal(signal.SIGCONT)
-    expect(opened.main.get_by_role("region", name="Verdict")).to_contain_text("Ready: all")
+    expect(opened.sentence).to_contain_text(HEALTHY)
 
 
 def test_a_proxy_that_buffers_events(opened: Console) -> None:
@@ -134,7 +137,8 @@ def test_a_proxy_that_buffers_events(opened: Console) -> None:
     opened.page.route(re.compile("/health/events"), hold)
     go(opened)
     expect(opened.main.get_by_role("row").filter(has_text="supplier")).to_be_visible()
-    expect(opened.page.locator(".notice.bad")).to_contain_text("A proxy may hold events back")
+    expect(opened.sentence).to_contain_text("A proxy may hold events back")
+    opened.enter()
     opened.page.get_by_role("link", name="Queues").click()
     expect(opened.main.get_by_role("row").filter(has_text="notifications")).to_be_visible()
     assert held
@@ -163,7 +167,7 @@ def test_a_view_that_fails(opened: Console) -> None:
         session["start"]["snapshot"]["checks"] = None
         route.fulfill(body=json.dumps(session), content_type="application/json")
 
-    opened.page.route("**/session?start", spoil)
+    opened.page.route("**/ui/session?start", spoil)
     go(opened)
     expect(opened.main.get_by_role("button", name="Try again")).to_be_visible()
     opened.page.get_by_role("link", name="Stop").click()

@@ -1,5 +1,6 @@
 """Common tasks in the operations console take at most four clicks."""
 
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,15 +45,14 @@ def test_find_why_it_is_not_ready(opened: Console, supplier_away: Path) -> None:
     verdict = opened.main.get_by_role("region", name="Verdict")
     supplier_away.touch()
     try:
-        expect(verdict).to_contain_text("Not ready, gets no traffic: supplier fails")
-        expect(verdict).to_contain_text("refused")
+        expect(opened.sentence).to_have_text("Not ready: supplier (refused) fails.")
         expect(verdict).to_contain_text("Since")
         expect(verdict).to_contain_text("Runbook: ViralFXCheckFailing")
         opened.click(opened.page.get_by_role("button", name="supplier"))
         expect(opened.main.locator("pre")).to_be_visible()
     finally:
         supplier_away.unlink()
-    expect(verdict).to_contain_text("Ready: all")
+    expect(opened.sentence).to_have_text(re.compile("^Healthy: all"))
     opened.require_clean()
 
     assert opened.clicks <= MAX_CLICKS
@@ -78,12 +78,13 @@ def test_retry_all_failed_webhooks_of_the_last_hour(opened: Console, service: Se
 
 
 def test_watch_a_pod_drain(opened: Console, service: Service) -> None:
-    """A banner leads from any view to the stop, which is shown to its end."""
+    """A link beside the sentence leads from any view to the stop, which is shown to its end."""
     opened.open("loggers")
     service.signal(signal.SIGTERM)
+    expect(opened.sentence).to_have_text(re.compile(r"^Shutting down \(SIGTERM\)"))
     opened.click(opened.page.get_by_role("link", name="Watch the stop"))
     expect(opened.page.get_by_role("heading", level=1)).to_have_text("Stop")
-    expect(opened.main).to_contain_text("ended: gone at")
+    expect(opened.sentence).to_have_text(re.compile("^Ended"))
 
     assert service.exit_code() == 0
     assert opened.clicks <= MAX_CLICKS

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from urllib.parse import quote
 
@@ -13,7 +14,7 @@ from tests.console.pages import APP, QUICK, VIEWS, Console, console
 from tests.servers.postgres import PostgresServer
 from tests.servers.redis import RedisServer
 from tests.soak import SOAK
-from tests.system.jobs import accept, until
+from tests.system.jobs import JOBS, accept, until
 from tests.system.service import Service, running
 from tests.system.workers import environment_of
 
@@ -72,7 +73,7 @@ def scene(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Scene]:
             addresses = {"DATABASE_URL": postgres.url(name), "REDIS_URL": redis.url()}
             environment = environment_of(postgres, **{**QUICK, **addresses})
         service = stack.enter_context(running(*APP, management=True, environment=environment))
-        if stored:
+        for _ in range(2 if stored else 0):
             worker = running(*APP, program="worker", management=True, environment=environment)
             stack.enter_context(worker).wait_ready()
         page = stack.enter_context(console(browser, service.wait_ready()))
@@ -89,7 +90,7 @@ def _clean(scene: Scene) -> Iterator[None]:
 def test_status(scene: Scene) -> None:
     """The sentence on top, the checks, and one check with its history as a table."""
     scene.console.open("status")
-    expect(scene.main.get_by_role("region", name="Verdict")).to_contain_text("Ready: all")
+    expect(scene.console.sentence).to_have_text(re.compile("^Healthy: all"))
     supplier = scene.row("supplier")
     expect(supplier).to_contain_text(f"The supplier answers {PLANTED}")
     expect(supplier.get_by_role("img")).to_have_accessible_name(
@@ -120,11 +121,11 @@ def test_stop(scene: Scene) -> None:
 def test_fleet(scene: Scene) -> None:
     """Every process; without a database it is this one only, and the view says so."""
     scene.console.open("fleet")
-    expect(scene.main).to_contain_text("2 instances" if scene.stored else "1 instance")
+    expect(scene.main).to_contain_text("3 instances" if scene.stored else "1 instance")
     expect(scene.main.get_by_role("row").filter(has_text="(this process)")).to_contain_text("api")
     if scene.stored:
         scene.main.get_by_label("Role").select_option("worker")
-        expect(scene.main.get_by_role("rowheader")).to_have_count(1)
+        expect(scene.main.get_by_role("rowheader")).to_have_count(2)
         assert "role=worker" in scene.console.page.url
     else:
         expect(scene.main).to_contain_text("this process only")
@@ -141,7 +142,7 @@ def test_jobs(scene: Scene) -> None:
     expect(scene.main.get_by_role("rowheader")).to_have_count(1)
     assert "state=completed" in page.url
 
-    scene.console.open(f"job?id={scene.failed[0]}")
+    scene.console.open(f"jobs/{scene.failed[0]}")
     expect(scene.main).to_contain_text(f"the receiver is away {PLANTED}")
     page.get_by_text("Traceback of execution 1").click()
     expect(scene.main.locator("pre").first).to_contain_text("Traceback")
@@ -149,11 +150,11 @@ def test_jobs(scene: Scene) -> None:
     expect(scene.main).to_contain_text("is waiting again")
     expect(scene.main.get_by_text("#2")).to_be_visible()
 
-    scene.console.open(f"job?id={scene.long}")
+    scene.console.open(f"jobs/{scene.long}")
     scene.button(f"Cancel job {scene.long}").click()
     scene.button("Cancel the job").click()
     expect(scene.main.locator("dl")).to_contain_text("cancelled")
-    scene.console.open("job?id=00000000-0000-7000-8000-000000000000")
+    scene.console.open("jobs/00000000-0000-7000-8000-000000000000")
     expect(scene.main).to_contain_text("There is no such job")
     scene.console.forgive("404")
 
@@ -202,11 +203,44 @@ def test_circuits(scene: Scene) -> None:
     expect(circuit.get_by_role("button", name="Open circuit carrier")).to_be_visible()
 
 
-@pytest.mark.parametrize("name", ["schedules", "changes"])
-def test_other_views(scene: Scene, name: str) -> None:
-    """Each shows its rows, or one sentence in place of them."""
-    scene.console.open(name)
-    expect(scene.main.locator("table, .empty").first).to_be_visible()
+def test_schedules(scene: Scene) -> None:
+    """A schedule is paused, the pause is undone, and it runs now."""
+    scene.console.open("schedules")
+    schedule = scene.row("console.scheduled")
+    expect(schedule).to_contain_text("0 3 1 1 *")
+    scene.button("Pause schedule console.scheduled").click()
+    expect(schedule).to_contain_text("paused")
+    scene.button("Undo").click()
+    expect(schedule).to_contain_text("running")
+    scene.button("Run schedule console.scheduled now").click()
+    expect(scene.main.locator(".toast.good")).to_contain_text("the times of the schedule stay")
+    schedule.get_by_role("link").click()
+    expect(scene.main.get_by_role("rowheader")).to_have_count(1)
+    expect(scene.main.get_by_role("row").last).to_contain_text("completed")
+
+
+def test_a_job_of_tomorrow_runs_now(scene: Scene) -> None:
+    """The button is there while the job waits for its time."""
+    later = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+    body = {"task": "console.webhook", "payload": 1, "runAt": later}
+    job = scene.service.get(JOBS, method="POST", json_body=body).json()["id"]
+    scene.console.open(f"jobs/{job}")
+    scene.button(f"Run job {job} now").click()
+    expect(scene.main.locator("dl")).to_contain_text("completed")
+    expect(scene.button(f"Run job {job} now")).to_have_count(0)
+
+
+def test_changes(scene: Scene) -> None:
+    """The changes of all processes, by check."""
+    scene.console.open("changes?check=supplier")
+    expect(scene.main.get_by_role("rowheader").first).to_be_visible()
+
+
+def problems(opened: Console) -> list[str]:
+    """Return the rules of axe-core that the page violates, and whether it is too wide."""
+    found = opened.page.evaluate("axe.run({resultTypes: ['violations']})")["violations"]
+    sideways = opened.page.evaluate("document.documentElement.scrollWidth > innerWidth")
+    return [each["id"] for each in found] + ["sideways"] * sideways
 
 
 @pytest.mark.parametrize("scene", STORAGES[-1:], indirect=True)
@@ -215,26 +249,29 @@ def test_other_views(scene: Scene, name: str) -> None:
 def test_everybody_can_use_it(scene: Scene, browser: Browser, *, dark: bool, width: int) -> None:
     """No view violates a rule of axe-core, or has to be scrolled sideways."""
     with console(browser, scene.service, dark=dark, width=width) as opened:
-        views = [*VIEWS, f"job?id={scene.failed[1]}"]
-        # The width changes no colours, and the colour scheme nothing else.
-        only = ", runOnly: ['color-contrast']" if dark and width < WIDE else ""
         found = {}
         opened.page.evaluate(AXE)  # the views are parts of one page
-        for view in views:
+        for view in [*VIEWS, f"jobs/{scene.failed[1]}"]:
             opened.open(view)
             expect(opened.main.locator(".loading")).to_have_count(0)
-            sideways = opened.page.evaluate("document.documentElement.scrollWidth > innerWidth")
             if view in FEW_ROWS:
                 opened.main.get_by_label(re.compile("^Find a ")).fill(FEW_ROWS[view])
                 expect(opened.main.get_by_role("rowheader").nth(MAX_ROWS)).to_have_count(0)
-            violations = opened.page.evaluate(f"axe.run({{resultTypes: ['violations']{only}}})")[
-                "violations"
-            ]
-            if violations or sideways:
-                found[view] = ([each["id"] for each in violations], sideways)
+            found[view] = problems(opened)
+            if view == "status":
+                opened.page.get_by_role("button", name="supplier", exact=True).click()
+                expect(opened.main.locator("pre")).to_be_visible()
+                found["the details of a check"] = problems(opened)
+            if view == "stop":
+                opened.page.get_by_role("button", name="Begin the stop …").click()
+                found["a dialog"] = problems(opened)
+                opened.page.get_by_role("button", name="Keep as it is").click()
+        opened.page.get_by_role("button", name="Log out").click()
+        opened.open("login")
+        found["login"] = problems(opened)
         opened.require_clean()
 
-    assert found == {}
+    assert {name: each for name, each in found.items() if each} == {}
 
 
 @pytest.mark.parametrize("scene", STORAGES[-1:], indirect=True)
@@ -246,7 +283,7 @@ def test_markup_in_names_and_headers_stays_text(scene: Scene) -> None:
     until(scene.service, job, "completed")
     scene.console.open(f"jobs?task={quote(name)}")
     expect(scene.main.get_by_role("table")).to_contain_text(name)
-    scene.console.open(f"job?id={job}")
+    scene.console.open(f"jobs/{job}")
     expect(scene.main).to_contain_text(name)
 
 
@@ -285,22 +322,29 @@ def test_the_keyboard_is_enough(scene: Scene) -> None:
 
 
 def test_without_a_log_in_it_reads_only(scene: Scene, browser: Browser) -> None:
-    """A wrong token is refused with a sentence; no view has an action, and jobs need a log-in."""
+    """No view has an action, and each tab is there: those with more than the health ask for it."""
     with console(browser, scene.service, token="") as opened:
         opened.open("status")
+        expect(opened.sentence).to_have_text(re.compile("^Healthy: all"))
         expect(opened.page.get_by_role("button", name="Check now")).to_have_count(0)
+        expect(opened.main.get_by_role("heading", name="Queues")).to_have_count(0)
         opened.open("stop")
         expect(opened.page.get_by_role("button", name="Begin the stop …")).to_have_count(0)
-        opened.open("jobs")
-        expect(opened.main).to_contain_text("needs a log-in")
-        opened.open("login")
+        opened.open("circuits")
+        expect(opened.main.get_by_role("rowheader")).to_have_count(1)
+        expect(opened.page.get_by_role("button", name="Open circuit")).to_have_count(0)
+        for tab in ("Fleet", "Jobs", "Queues", "Schedules", "Loggers", "Settings"):
+            opened.page.get_by_role("link", name=tab, exact=True).click()
+            expect(opened.page.get_by_role("heading", level=1)).to_have_text(tab)
+            expect(opened.main.locator("input[type=password]")).to_have_count(1)
+            expect(opened.main.get_by_role("row")).to_have_count(0)
         opened.page.get_by_label("Token").fill("wrong")
-        opened.page.get_by_role("button", name="Log in").click()
+        opened.page.get_by_label("Token").press("Enter")
         expect(opened.page.get_by_role("alert")).to_be_visible()
         opened.page.get_by_label("Token").fill(QUICK["MANAGEMENT_TOKEN"])
-        opened.page.get_by_role("button", name="Log in").click()
-        expect(opened.page.get_by_role("button", name="Check now")).to_be_visible()
+        opened.page.get_by_label("Token").press("Enter")
+        expect(opened.page.get_by_role("button", name="Run the doctor")).to_be_visible()
         opened.page.get_by_role("button", name="Log out").click()
-        expect(opened.page.get_by_role("button", name="Check now")).to_have_count(0)
+        expect(opened.page.get_by_role("button", name="Run the doctor")).to_have_count(0)
         opened.forgive("401")
         opened.require_clean()

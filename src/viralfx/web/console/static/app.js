@@ -1,26 +1,26 @@
 // The page: address, session, stream, head, views, confirmation, result of the last action.
 
 import { render } from "./vendor/preact.js";
-import { Problem, call, get, onUnauthorized, post } from "./client.js";
+import { Problem, SESSION, call, get, onUnauthorized, post } from "./client.js";
 import { Live } from "./live.js";
-import { Component, Time, Trouble, Word, createRef, html, plural, span } from "./parts.js";
-import { StatusView, ChangesView, verdict } from "./status.js";
+import { Component, SIGNS, Trouble, Word, createRef, html, plural, span } from "./parts.js";
+import { StatusView, ChangesView, sentence } from "./status.js";
 import { session as firstSession } from "./start.js";
 
 /** By name: title, file and class of the view, the rights that it needs, the view that it is part of. */
 const VIEWS = {
   status: ["Status", "status.js", "StatusView", "status"],
   stop: ["Stop", "stop.js", "StopView", "status"],
-  fleet: ["Fleet", "fleet.js", "FleetView", "status"],
+  fleet: ["Fleet", "fleet.js", "FleetView", "all"],
   jobs: ["Jobs", "jobs.js", "JobsView", "all"],
-  queues: ["Queues", "process.js", "QueuesView", "status"],
+  queues: ["Queues", "process.js", "QueuesView", "all"],
   schedules: ["Schedules", "process.js", "SchedulesView", "all"],
   circuits: ["Circuits", "process.js", "CircuitsView", "status"],
-  loggers: ["Loggers", "process.js", "LoggersView", "status"],
+  loggers: ["Loggers", "process.js", "LoggersView", "all"],
   settings: ["Settings", "process.js", "SettingsView", "all"],
   job: ["Job", "jobs.js", "JobView", "all", "jobs"],
-  changes: ["Changes", "status.js", "ChangesView", "status", "status"],
-  login: ["Log in", "", "", "none", ""],
+  changes: ["Changes", "status.js", "ChangesView", "all", "fleet"],
+  login: ["Log in", "", "", "none"],
 };
 
 const AGAIN_MS = 2000;
@@ -55,10 +55,21 @@ class Modules {
   }
 }
 
-/** The view and its filters, from the part of the address after `#`. */
+/** The view, the id of a job and the filters, from the part of the address after `#/`. */
 function route() {
-  const [view, query = ""] = location.hash.slice(1).split("?");
-  return { view: VIEWS[view] ? view : "status", query };
+  const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
+  const [name, ...rest] = path.split("/");
+  const id = decoded(rest.join("/"));
+  if (name === "jobs" && id) return { view: "job", id, query };
+  return { view: VIEWS[name] && name !== "job" ? name : "status", id: "", query };
+}
+
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // It has a percent sign of its own.
+  }
 }
 
 class App extends Component {
@@ -118,9 +129,10 @@ class App extends Component {
   /** Open the stream while the page is shown, and close it otherwise: a browser has six. */
   follow() {
     const { session, paused } = this.state;
-    const shown = !document.hidden && !paused && session && session.reads !== "none";
+    const denied = session && session.reads === "none";
+    const shown = !document.hidden && !paused && session && !denied;
     if (shown && !this.live.wanted) this.live.open();
-    else if (!shown && (this.live.wanted || this.live.fresh)) this.live.close();
+    else if (!shown) this.live.close(denied ? "denied" : "off");
     this.redraw();
   }
 
@@ -134,7 +146,7 @@ class App extends Component {
     try {
       const { first } = this;
       this.first = null; // Once: an answer that cannot be shown must not come back.
-      const session = (await first) || (await get("session"));
+      const session = (await first) || (await get(SESSION));
       if (session.start) this.live.begin(session.start, session.at);
       this.setState({ session, trouble: null }, () => this.follow());
     } catch (trouble) {
@@ -144,17 +156,24 @@ class App extends Component {
   }
 
   async expire() {
-    if (this.expiring || !this.state.session || !this.state.session.role) return;
+    if (this.expiring || !this.state.session || !this.state.session.loggedIn) return;
     this.expiring = true;
-    this.setState({ session: { ...this.state.session, role: null, operates: false, expiresAt: null } });
+    this.setState({ session: { ...this.state.session, loggedIn: false, expiresAt: null } });
     this.tell("The session has ended. Log in again.", "fair");
+    this.restart();
     await this.loadSession();
     this.expiring = false;
   }
 
-  async logIn(token) {
-    await call("POST", "session", { token });
+  /** Let the stream begin anew: with a session it has more data than without one. */
+  restart() {
     this.live.close();
+    this.live.lastId = "";
+  }
+
+  async logIn(token) {
+    await call("POST", SESSION, { token });
+    this.restart();
     await this.loadSession();
     if (this.state.view === "login") this.go("status");
     this.tell("You are logged in.", "good");
@@ -162,14 +181,13 @@ class App extends Component {
 
   async logOut() {
     try {
-      await call("DELETE", "session");
+      await call("DELETE", SESSION);
     } catch (error) {
       this.tell(error.message, "bad");
       return;
     }
-    this.live.close();
+    this.restart();
     this.live.data = null;
-    this.live.lastId = "";
     await this.loadSession();
     this.tell("You are logged out.", "good");
   }
@@ -177,7 +195,7 @@ class App extends Component {
   // -- the address -------------------------------------------------------------------------
 
   go(view, query = "", { replace = false } = {}) {
-    const hash = `#${view}${query ? `?${query}` : ""}`;
+    const hash = `#/${view}${query ? `?${query}` : ""}`;
     if (replace) {
       history.replaceState(null, "", hash);
       this.setState(route());
@@ -188,7 +206,7 @@ class App extends Component {
 
   moved() {
     const next = route();
-    const turned = next.view !== this.state.view || (next.view === "job" && next.query !== this.state.query);
+    const turned = next.view !== this.state.view || next.id !== this.state.id;
     this.setState({ ...next, toast: turned ? null : this.state.toast }, () => {
       if (turned && this.heading.current) this.heading.current.focus();
     });
@@ -231,25 +249,25 @@ class App extends Component {
   // -- the page ----------------------------------------------------------------------------
 
   render(_, state) {
-    const { session, view, query, dialog, toast } = state;
+    const { session, view, id, query, dialog, toast } = state;
     if (!session) return this.waiting();
-    const locked = session.reads === "none";
-    const shown = locked || (view === "login" && !session.role) ? "login" : view === "login" ? "status" : view;
+    const shown = view === "login" && session.loggedIn ? "status" : view;
     const [title, file, name, needs] = VIEWS[shown];
     const { live, modules } = this;
     modules.load(file);
     const View = file && modules.loaded[file] ? modules.loaded[file][name] : null;
     document.title = this.titleOf(title);
-    const denied = needs === "all" && session.reads !== "all";
+    const denied = !session.loggedIn && needs !== (session.reads === "none" ? "" : "status");
     const away = live.phase === "lost" || live.phase === "gone";
     const active = !document.hidden && !state.paused && !away;
     const props = {
       app: this,
       live,
       data: live.data,
+      id,
       query,
       active,
-      operates: session.operates,
+      operates: session.loggedIn,
       session,
       ...(View && View.ticks ? { tick: state.tick } : {}),
     };
@@ -260,21 +278,19 @@ class App extends Component {
     return html`
       <a class="skip" href="#main" onClick=${(event) => this.skip(event)}>Skip to the content</a>
       ${this.head(session)}
-      ${locked ? null : this.nav(session, shown)}
+      ${this.nav(shown)}
       <main id="main" tabindex="-1" ref=${this.main}>
-        <p role="status" class="unseen">${state.said}</p>
-        ${this.banner()}
+        ${this.moment()}
+        <p aria-live="polite" class="unseen">${state.said}</p>
         ${toast ? html`<${Toast} toast=${toast} close=${() => this.setState({ toast: null })} />` : null}
         <h1 tabindex="-1" ref=${this.heading}>${title}</h1>
-        ${shown === "login"
-          ? html`<${LogIn} app=${this} session=${session} />`
-          : denied
-            ? html`<p class="empty">This view needs a log-in. <a href="#login">Log in</a></p>`
-            : View
-              ? html`<${Guard} key=${shown}><${View} ...${props} /><//>`
-              : modules.errors[file]
-                ? html`<${Trouble} error=${modules.errors[file]} />`
-                : html`<p class="loading">Loading …</p>`}
+        ${denied
+          ? html`<${LogIn} key=${shown} app=${this} session=${session} title=${title} />`
+          : View
+            ? html`<${Guard} key=${shown}><${View} ...${props} /><//>`
+            : modules.errors[file]
+              ? html`<${Trouble} error=${modules.errors[file]} />`
+              : html`<p class="loading">Loading …</p>`}
       </main>
       ${dialog ? html`<${Dialog} ...${dialog} />` : null}`;
   }
@@ -282,14 +298,14 @@ class App extends Component {
   titleOf(title) {
     const { data, phase } = this.live;
     if (!data) return `${title} · Operations console`;
-    const state = phase === "live" ? data.state.state.replaceAll("_", " ") : phase;
+    const state = this.live.fresh ? data.state.state.replaceAll("_", " ") : phase;
     return `${state} · ${title} · ${data.instance}`;
   }
 
   waiting() {
     const { trouble } = this.state;
     return html`<main id="main"><h1>Operations console</h1>
-      <p role="status">${trouble ? `${trouble.message} The page tries again every 2 s.` : "Loading …"}</p></main>`;
+      <p role="status">Disconnected. ${trouble ? `${trouble.message} The page tries again every 2 s.` : "The page loads."}</p></main>`;
   }
 
   skip(event) {
@@ -301,69 +317,64 @@ class App extends Component {
     const { live } = this;
     const data = live.data || session;
     const state = live.data ? live.data.state.state : "unknown";
-    const up = live.data && live.phase === "live" ? ` · up ${span((live.now() - live.upAt) / 1000)}` : "";
+    const up = live.data && live.fresh ? ` · up ${span((live.now() - live.upAt) / 1000)}` : "";
     return html`<header>
       <p class="instance"><strong>${data.instance}</strong>
         <span>${live.data ? `${live.data.role} · ` : ""}${data.version} · ${data.environment}${up}</span></p>
       <p class="now">${live.fresh
-        ? html`<${Word} of=${state} /> <span class="quiet">last event ${span(Math.floor(live.silence()))} ago</span>`
+        ? html`<${Word} of=${state} /> <span class="quiet">${live.phase === "full" ? "asked" : "last event"} ${span(Math.floor(live.silence()))} ago</span>`
         : html`<${Word} of=${live.phase} kind=${live.phase === "connecting" || live.phase === "off" ? "idle" : "bad"}>${PHASES[live.phase]}<//>
            ${live.data ? html`<span class="quiet">last state ${state.replaceAll("_", " ")}</span>` : null}`}</p>
       <p class="tools">
         <button type="button" aria-pressed=${this.state.paused ? "true" : "false"} onClick=${() =>
           this.setState({ paused: !this.state.paused }, () => this.follow())}>Pause updates</button>
-        ${session.role
-          ? html`<span class="quiet">${session.role}</span> <button type="button" onClick=${() => this.logOut()}>Log out</button>`
-          : session.login && session.reads !== "none"
-            ? html`<a class="button" href="#login">Log in</a>`
+        ${session.loggedIn
+          ? html`<button type="button" onClick=${() => this.logOut()}>Log out</button>`
+          : session.login
+            ? html`<a class="button" href="#/login">Log in</a>`
             : null}
       </p>
     </header>`;
   }
 
-  nav(session, shown) {
+  nav(shown) {
     const current = VIEWS[shown][4] || shown;
     return html`<nav aria-label="Views"><ul>${Object.entries(VIEWS)
-      .filter(([, [, , , needs, parent]]) => parent == null && (needs === "status" || session.reads === "all"))
+      .filter(([, [, , , needs, parent]]) => parent == null && needs !== "none")
       .map(
-        ([name, [title]]) => html`<li key=${name}><a href=${`#${name}`} aria-current=${
+        ([name, [title]]) => html`<li key=${name}><a href=${`#/${name}`} aria-current=${
           name === current ? (name === shown ? "page" : "true") : null
         }>${title}</a></li>`,
       )}</ul></nav>`;
   }
 
-  /** One line about the connection, unless events arrive. */
-  banner() {
+  sentence() {
+    try {
+      return sentence(this.live, this.state.paused);
+    } catch {
+      // A page of another version than the process, which is newer after a deployment.
+      return { kind: "bad", text: "Disconnected: this page cannot show the data of the process. Load it again." };
+    }
+  }
+
+  /** The sentence of the moment on top of each view, and the line below it. */
+  moment() {
     const { live, state } = this;
     const { data, phase } = live;
-    if (!data && phase === "off" && !state.paused) return null;
-    if (state.paused) {
-      return html`<p class="notice fair"><${Word} of="paused" /> Updates are paused since <${Time} at=${live.since} both=${true} />. The shown data may be old.</p>`;
-    }
+    const { kind, text } = this.sentence();
     const stopping = data && data.stop && data.stop.reason;
-    const old = data ? " What you see is the last state that was received." : "";
-    const texts = {
-      silent: live.lastEvent
-        ? html`<strong>No event for ${span(Math.floor(live.silence()))}.</strong> The process, its event loop or the connection may hang.${old}`
-        : html`<strong>The connection is open, and no event arrives.</strong> A proxy may hold events back: open the page without it.`,
-      lost: html`<strong>No answer since <${Time} at=${live.since} both=${true} />.</strong> ${
-        stopping ? "The process was stopping: this port has closed, and the management port closes last." : ""
-      } The page tries again every second.${old}`,
-      gone: live.gone
-        ? html`<strong>Process ${data.instance} ended: gone at <${Time} at=${live.gone.at} both=${true} />.</strong> ${
-            live.gone.left.length ? `Still to close then: ${live.gone.left.join(", ")}.` : ""
-          } The page connects to the next process on this port.${
-            state.view === "stop" ? "" : html` <a href="#stop">Its stop</a>`
-          }`
-        : null,
-      full: "This process has too many pages open. Close one; the page tries again every 5 s.",
-      denied: html`Reading needs a token. <a href="#login">Log in</a>`,
-    };
-    if (texts[phase]) return html`<p class="notice bad">${texts[phase]}</p>`;
-    if (stopping && state.view !== "stop") {
-      return html`<p class="notice fair"><${Word} of="stopping" kind="fair" /> ${verdict(live).title} <a href="#stop">Watch the stop</a></p>`;
+    const link = state.view === "stop" ? null : html` <a href="#/stop">${phase === "gone" ? "Its stop" : "Watch the stop"}</a>`;
+    const more = [];
+    if (phase === "gone" && live.gone) {
+      more.push(`The page connects to the next process on this port.${live.gone.left.length ? ` Still to close then: ${live.gone.left.join(", ")}.` : ""}`, link);
+    } else if (live.fresh && stopping) {
+      const left = data.stop.deadline ? (Date.parse(data.stop.deadline) - live.now()) / 1000 : 0;
+      more.push(`Forced end in ${span(Math.max(0, Math.ceil(left)))}.`, link);
     }
-    return null;
+    if (phase === "full") more.push("This process has too many streams open: the page asks every 5 s.");
+    return html`<div class=${`notice moment ${kind}`}>
+      <p class="sentence"><span class=${`word ${kind}`} aria-hidden="true">${SIGNS[kind]}</span> <strong role="status">${text}</strong></p>
+      ${more.length ? html`<p>${more}</p>` : null}</div>`;
   }
 }
 
@@ -389,7 +400,6 @@ const PHASES = {
   silent: "no events",
   lost: "no answer",
   gone: "ended",
-  full: "too many pages",
   off: "not connected",
   denied: "not allowed",
 };
@@ -466,15 +476,16 @@ class LogIn extends Component {
     this.field.current.focus();
   }
 
-  render({ session }, { error, busy }) {
+  render({ session, title }, { error, busy }) {
     if (!session.login) {
-      return html`<p class="empty">This process has no MANAGEMENT_TOKEN, so there is no log-in and no action.</p>`;
+      return html`<p class="empty">This view needs a log-in, and this process has no token: set MANAGEMENT_TOKEN and start it again.</p>`;
     }
     return html`<form class="login" onSubmit=${(event) => this.submit(event)}>
+      ${title === "Log in" ? null : html`<p>This view needs a log-in.</p>`}
       <input type="text" autocomplete="username" value="operations console" hidden readonly />
       <p><label for="token">Token</label>
       <input id="token" type="password" autocomplete="current-password" required ref=${this.field} aria-describedby="token-help" aria-invalid=${error ? "true" : "false"} /></p>
-      <p id="token-help" class="quiet">MANAGEMENT_TOKEN reads and acts; CONSOLE_TOKEN only reads. The page exchanges the token for a cookie of 8 hours and does not keep it.</p>
+      <p id="token-help" class="quiet">The value of MANAGEMENT_TOKEN. The page exchanges the token for a cookie of 8 hours and does not keep it.</p>
       ${error ? html`<p class="notice bad" role="alert"><${Word} of="error" kind="bad" /> ${error}</p>` : null}
       <p><button type="submit" class="main" disabled=${busy}>Log in</button></p>
     </form>`;

@@ -2,7 +2,13 @@
 
 const TIMEOUT_MS = 8000;
 
-/** An answer other than 2xx, or no answer (status 0). `detail` is a sentence for people. */
+/** The address of the session. */
+export const SESSION = "ui/session";
+
+/** Return the address of data, from the view, the id and the action; an id may have any character. */
+export const address = (...parts) => `ui/data/${parts.map(encodeURIComponent).join("/")}`;
+
+/** An answer other than 2xx or without data, or no answer (status 0). `detail` is a sentence for people. */
 export class Problem extends Error {
   constructor(status, body, retryAfter) {
     super(body.detail || body.title || `The process answered ${status}.`);
@@ -47,8 +53,9 @@ export async function call(method, path, body, timeout = TIMEOUT_MS) {
   } catch {
     data = null; // A proxy in between may answer with a page of its own.
   }
-  if (response.ok) return data;
-  if (response.status === 401 && path !== "session") listeners.forEach((listener) => listener());
+  // A backend that does not answer is no error of the request, so that the browser logs none.
+  if (response.ok && !(data && data.available === false)) return data;
+  if (response.status === 401 && path !== SESSION) listeners.forEach((listener) => listener());
   throw new Problem(response.status, data || {}, Number(response.headers.get("Retry-After")) || 0);
 }
 

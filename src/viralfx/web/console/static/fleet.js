@@ -1,5 +1,6 @@
 // All processes that report to the same database, and the ones that no longer do.
 
+import { address } from "./client.js";
 import { Cell, Empty, Head, ItemRow, Remote, Row, Table, Time, Word, html, plural, span } from "./parts.js";
 
 const FILTERS = ["role", "version", "state"];
@@ -11,7 +12,7 @@ export class FleetView extends Remote {
   }
 
   path() {
-    return "console/fleet";
+    return address("fleet");
   }
 
   render({ app, query }, { data }) {
@@ -46,7 +47,7 @@ function instanceRow(item) {
   const trouble = Object.entries(item.checks || {}).filter(([, status]) => status !== "pass");
   const silent = item.state === "silent";
   const up = (Date.parse(item.seenAt) - Date.parse(item.startedAt)) / 1000;
-  return html`<${Row} class=${item.state}><${Head}><a href=${`#changes?${new URLSearchParams({ instance: item.instance })}`}>${item.instance}</a>${item.self ? " (this process)" : ""}<//>
+  return html`<${Row} class=${item.state}><${Head}><a href=${`#/changes?${new URLSearchParams({ instance: item.instance })}`}>${item.instance}</a>${item.self ? " (this process)" : ""}<//>
     <${Cell} label="Role">${item.role}<//><${Cell} label="Version">${item.version}<//>
     <${Cell} label="State"><${Word} of=${item.state} />${silent ? html` <span class="quiet">last state ${String(item.lastState).replaceAll("_", " ")}</span>` : ""}<//>
     <${Cell} label="Last report"><${Time} at=${item.seenAt} /> <span class="quiet">${span(item.age)} ago</span><//>

@@ -1,6 +1,6 @@
 // Jobs by filter, with actions on one job and on all that match; one job with its attempts.
 
-import { get, query as encoded } from "./client.js";
+import { address, get, query as encoded } from "./client.js";
 import { Cell, Empty, Head, ItemRow, Remote, Row, Table, Text, Time, Word, html, plural, span } from "./parts.js";
 
 const STATES = ["waiting", "active", "completed", "failed", "cancelled"];
@@ -8,6 +8,7 @@ const FIELDS = ["state", "queue", "task", "code", "correlationId", "since", "bef
 const LIMIT = 100;
 const RETRIED = ["failed", "cancelled"];
 const CANCELLED = ["waiting", "active"];
+const DONE = { retry: "waiting again", run: "due now" };
 
 const filterOf = (query) => {
   const given = new URLSearchParams(query);
@@ -30,7 +31,7 @@ export class JobsView extends Remote {
   }
 
   path() {
-    return `console/jobs?${encoded({ ...filterOf(this.props.query), limit: LIMIT })}`;
+    return `${address("jobs")}?${encoded({ ...filterOf(this.props.query), limit: LIMIT })}`;
   }
 
   set(changes) {
@@ -49,7 +50,7 @@ export class JobsView extends Remote {
       });
       if (!sure) return;
     }
-    await app.act("console/jobs", { id, action }, (job) => `Job ${id} is ${action === "retry" ? "waiting again" : job.state === "active" ? "being cancelled" : job.state}.`);
+    await app.act(address("jobs", id, action), {}, (job) => `Job ${id} is ${DONE[action] || (job.state === "active" ? "being cancelled" : job.state)}.`);
     this.load();
   }
 
@@ -61,7 +62,7 @@ export class JobsView extends Remote {
     let count;
     let least = "";
     try {
-      const found = await get(`console/jobs/count?${encoded({ action, ...filter })}`, 20000);
+      const found = await get(`${address("jobs", "all")}?${encoded({ action, ...filter })}`, 20000);
       count = found.count;
       least = found.atLeast ? "at least " : "";
     } catch (error) {
@@ -77,7 +78,7 @@ export class JobsView extends Remote {
         danger: action === "cancel",
       });
       if (!sure) return;
-      const result = await app.act("console/jobs/bulk", { action, filter, count }, (done) => `${plural(done.count, "job")} ${action === "retry" ? (done.count === 1 ? "waits again" : "wait again") : "cancelled"}.`);
+      const result = await app.act(address("jobs", "all", action), { filter, count }, (done) => `${plural(done.count, "job")} ${action === "retry" ? (done.count === 1 ? "waits again" : "wait again") : "cancelled"}.`);
       if (result.code !== "count") break;
       const now = (result.errors[0] || {}).count;
       if (!now) break;
@@ -88,13 +89,13 @@ export class JobsView extends Remote {
     this.load();
   }
 
-  render({ app, live, query, operates, part }, { data, loading, error }) {
+  render({ app, live, query, part }, { data, loading, error }) {
     const filter = filterOf(query);
     const queues = part ? part.items.map((queue) => queue.name) : [];
     const names = [...new Set([...queues, filter.queue].filter(Boolean))];
     const on = (name) => (event) => this.set({ [name]: event.target.value.trim() });
     const narrowed = ["state", "queue", "task", "code", "since"].some((name) => filter[name]);
-    const bulk = operates && narrowed && !filter.before && !filter.correlationId && data && data.items.length > 0;
+    const bulk = narrowed && !filter.before && !filter.correlationId && data && data.items.length > 0;
     const state = filter.state;
     return html`<div>
       <p class="chips" role="group" aria-label="Frequent filters">
@@ -114,32 +115,32 @@ export class JobsView extends Remote {
       ${bulk && (!state || state === "failed") ? html`<p><button type="button" class="main" onClick=${() => this.changeAll("retry")}>Retry all that match …</button></p>` : null}
       ${bulk && (!state || CANCELLED.includes(state)) ? html`<p><button type="button" onClick=${() => this.changeAll("cancel")}>Cancel all that match …</button></p>` : null}
       ${data && data.items.length
-        ? html`<div class=${error ? "stale" : ""}><${Table} busy=${loading} caption=${`Jobs, the newest first: ${inWords(filter)}. Times are UTC.`} columns=${["Job", "Task", "State", "Attempts", "Accepted", "Last error", ...(operates ? ["Action"] : [])]}>
-          ${data.items.map((item) => html`<${ItemRow} key=${item.id} item=${item} operates=${operates} show=${(job) => this.row(job)} />`)}<//></div>`
+        ? html`<div class=${error ? "stale" : ""}><${Table} busy=${loading} caption=${`Jobs, the newest first: ${inWords(filter)}. Times are UTC.`} columns=${["Job", "Task", "State", "Attempts", "Accepted", "Last error", "Action"]}>
+          ${data.items.map((item) => html`<${ItemRow} key=${item.id} item=${item} show=${(job) => this.row(job)} />`)}<//></div>`
         : data && !error ? html`<${Empty}>No job matches this filter${data.nextCursor ? " among those searched so far" : ""}.<//>` : null}
-      ${data ? html`<p class="tools">${filter.before ? html`<a class="button" href=${`#jobs?${encoded({ ...filter, before: "" })}`}>Newest</a>` : null}
-        ${data.nextCursor ? html`<a class="button" href=${`#jobs?${encoded({ ...filter, before: data.nextCursor })}`}>${data.items.length < LIMIT ? "Search further back" : "Older jobs"}</a>` : null}</p>` : null}
+      ${data ? html`<p class="tools">${filter.before ? html`<a class="button" href=${`#/jobs?${encoded({ ...filter, before: "" })}`}>Newest</a>` : null}
+        ${data.nextCursor ? html`<a class="button" href=${`#/jobs?${encoded({ ...filter, before: data.nextCursor })}`}>${data.items.length < LIMIT ? "Search further back" : "Older jobs"}</a>` : null}</p>` : null}
     </div>`;
   }
 
   row(job) {
-    const { operates } = this.props;
     const text = job.error ? job.error.message : job.progress ? job.progress.message || "" : "";
-    return html`<${Row} class=${job.state}><${Head}><a href=${`#job?id=${encodeURIComponent(job.id)}`} title=${job.id}><span class="id">${job.id.slice(0, 8)}…${job.id.slice(-4)}</span></a><//>
-      <${Cell} label="Task"><a href=${`#jobs?${encoded({ ...filterOf(this.props.query), before: "", task: job.task })}`}>${job.task}</a> <span class="quiet">${job.queue}</span><//>
+    return html`<${Row} class=${job.state}><${Head}><a href=${`#/jobs/${encodeURIComponent(job.id)}`} title=${job.id}><span class="id">${job.id.slice(0, 8)}…${job.id.slice(-4)}</span></a><//>
+      <${Cell} label="Task"><a href=${`#/jobs?${encoded({ ...filterOf(this.props.query), before: "", task: job.task })}`}>${job.task}</a> <span class="quiet">${job.queue}</span><//>
       <${Cell} label="State"><${Word} of=${job.state} />${job.cancelRequested ? " cancel requested" : ""}<//>
       <${Cell} label="Attempts">${job.attempts}<//>
       <${Cell} label="Accepted"><${Time} at=${job.createdAt} /><//>
       <${Cell} label="Last error">${job.error ? html`<code>${job.error.code}</code> ` : ""}${String(text || "").slice(0, 160)}<//>
-      ${operates ? html`<${Cell} label="Action"><${JobButtons} job=${job} change=${(id, action) => this.change(id, action)} /><//>` : null}<//>`;
+      <${Cell} label="Action"><${JobButtons} job=${job} now=${this.props.live.now()} change=${(id, action) => this.change(id, action)} /><//><//>`;
   }
 }
 JobsView.uses = "queues";
 
-function JobButtons({ job, change }) {
+function JobButtons({ job, now, change }) {
   const name = `job ${job.id}`;
   return [
     RETRIED.includes(job.state) ? html`<button type="button" key="retry" aria-label=${`Retry ${name}`} onClick=${() => change(job.id, "retry")}>Retry</button>` : null,
+    job.state === "waiting" && Date.parse(job.runAt) > now ? html`<button type="button" key="run" aria-label=${`Run ${name} now`} onClick=${() => change(job.id, "run")}>Run now</button>` : null,
     CANCELLED.includes(job.state) && !job.cancelRequested ? html`<button type="button" key="cancel" aria-label=${`Cancel ${name}`} onClick=${() => change(job.id, "cancel")}>Cancel</button>` : null,
   ];
 }
@@ -151,21 +152,21 @@ export class JobView extends Remote {
   }
 
   path() {
-    return `console/job?${encoded({ id: new URLSearchParams(this.props.query).get("id") || "" })}`;
+    return address("jobs", this.props.id);
   }
 
   change(id, action) {
     return JobsView.prototype.change.call(this, id, action);
   }
 
-  render({ operates }, { data, error }) {
+  render({ live }, { data, error }) {
     if (!data) {
       return html`<div>${error && error.status === 404 ? html`<${Empty}>There is no such job: it was never accepted, or it has been pruned.<//>` : this.notice()}
-        <p><a href="#jobs">All jobs</a></p></div>`;
+        <p><a href="#/jobs">All jobs</a></p></div>`;
     }
     const facts = [
-      ["Task", html`<a href=${`#jobs?${encoded({ task: data.task })}`}>${data.task}</a>`],
-      ["Queue", html`<a href=${`#jobs?${encoded({ queue: data.queue })}`}>${data.queue}</a>`],
+      ["Task", html`<a href=${`#/jobs?${encoded({ task: data.task })}`}>${data.task}</a>`],
+      ["Queue", html`<a href=${`#/jobs?${encoded({ queue: data.queue })}`}>${data.queue}</a>`],
       ["State", html`<${Word} of=${data.state} />${data.cancelRequested ? " cancel requested" : ""}`],
       ["Attempts", `${data.attempts}${data.crashes ? `, and ${plural(data.crashes, "crash", "crashes")}` : ""}`],
       ["Accepted", html`<${Time} at=${data.createdAt} both=${true} />`],
@@ -174,7 +175,7 @@ export class JobView extends Remote {
       ["Finished", html`<${Time} at=${data.finishedAt} both=${true} />`],
       ["Worker", data.worker],
       ["Priority", data.priority || ""],
-      ["Correlation id", data.correlationId ? html`<a href=${`#jobs?${encoded({ correlationId: data.correlationId })}`}>${data.correlationId}</a>` : ""],
+      ["Correlation id", data.correlationId ? html`<a href=${`#/jobs?${encoded({ correlationId: data.correlationId })}`}>${data.correlationId}</a>` : ""],
       ["Idempotency key", data.idempotencyKey],
       ["User", data.userId],
       ["Progress", data.progress ? [data.progress.message, data.progress.total ? `${data.progress.current} of ${data.progress.total}` : data.progress.current].filter((each) => each != null).join(", ") : ""],
@@ -183,7 +184,7 @@ export class JobView extends Remote {
     return html`<div class=${error ? "stale" : ""}>
       ${this.notice()}
       <p><code>${data.id}</code></p>
-      ${operates ? html`<p class="tools"><${JobButtons} job=${data} change=${(id, action) => this.change(id, action)} /></p>` : null}
+      <p class="tools"><${JobButtons} job=${data} now=${live.now()} change=${(id, action) => this.change(id, action)} /></p>
       <dl>${facts.map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
       <section aria-labelledby="attempts"><h2 id="attempts">Executions that failed</h2>
       ${data.failures.length

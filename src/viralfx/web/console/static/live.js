@@ -1,9 +1,10 @@
 // The events of the process: one stream, and what follows from it and from its silence.
 
-import { get } from "./client.js";
+import { SESSION, get } from "./client.js";
 
 const SILENT_AFTER_MS = 5000;
 const REOPEN_AFTER_MS = 20000;
+const ASK_MS = 5000; // For a page without a stream.
 const MAX_CHANGES = 200;
 
 /**
@@ -13,7 +14,7 @@ const MAX_CHANGES = 200;
  * silent      the connection is open, and beats are missing
  * lost        there is no connection
  * gone        the process said that it ends, and ended
- * full        the process has too many pages open
+ * full        the process has too many streams open: the page asks instead
  * off         this page closed its stream: hidden or paused
  * denied      reading needs a token
  */
@@ -27,6 +28,7 @@ export class Live {
     this.since = Date.now();
     this.offset = 0; // The clock of the server minus the clock of the browser.
     this.lastEvent = 0;
+    this.eventAt = 0; // The same by the clock of the server.
     this.begunAt = 0; // When the snapshot that came with the session arrived.
     this.lastId = "";
     this.gone = null;
@@ -47,17 +49,23 @@ export class Live {
   }
 
   get fresh() {
-    return this.phase === "live";
+    return this.phase === "live" || this.phase === "full";
   }
 
   /** Begin with a snapshot that came with the session: the stream goes on from its id. */
-  begin({ id, snapshot }, at) {
+  begin(start, at) {
+    this.take(start, at);
+    this.enter(performance.now() - at < SILENT_AFTER_MS ? "live" : "connecting");
+  }
+
+  /** Take the snapshot of an answer that arrived at `at`. */
+  take({ id, snapshot }, at) {
     const age = performance.now() - at;
     this.replace(snapshot);
     this.lastId = id;
     this.begunAt = at;
     this.offset = Date.parse(snapshot.now) - (Date.now() - age);
-    this.enter(age < SILENT_AFTER_MS ? "live" : "connecting");
+    this.eventAt = Date.parse(snapshot.now);
   }
 
   open({ again = false } = {}) {
@@ -107,15 +115,25 @@ export class Live {
     this.timer = setTimeout(() => this.wanted && this.open(), wait);
   }
 
-  /** Find out why the stream did not open: EventSource hides the status of the answer. */
+  /**
+   * Find out why the stream did not open: EventSource hides the status of the answer. A process that
+   * answers has too many streams open, so its answer takes the place of the events.
+   */
   async explain() {
     try {
-      const session = await get("session", 3000);
+      const session = await get(`${SESSION}?start`, 3000);
       if (!this.wanted || this.source) return;
-      if (session.reads === "none") {
+      if (!session.start) {
         this.close("denied");
         this.denied();
-      } else this.drop(5000, "full");
+      } else if (this.gone && session.instance === this.data.instance) {
+        this.drop(1000);
+      } else {
+        this.take(session.start, performance.now());
+        this.lastEvent = performance.now();
+        this.drop(ASK_MS, "full");
+        this.changed();
+      }
     } catch {
       if (this.wanted && !this.source) this.drop(1000);
     }
@@ -123,16 +141,8 @@ export class Live {
 
   enter(phase) {
     if (this.phase === phase) return;
-    const before = this.phase;
     this.phase = phase;
     this.since = this.now();
-    const words = {
-      live: before === "connecting" || before === "off" ? "" : "The process answers again.",
-      silent: "No events arrive.",
-      lost: "The connection to the process is lost.",
-      gone: "The process has ended.",
-    };
-    if (words[phase]) this.announce(words[phase]);
     this.changed();
   }
 
@@ -160,6 +170,7 @@ export class Live {
     if (this.gone && (!frame.instance || frame.instance === this.data.instance)) return;
     this.lastEvent = performance.now();
     if (event.lastEventId) this.lastId = event.lastEventId;
+    this.eventAt = this.now();
     if (frame.now) this.offset = Date.parse(frame.now) - Date.now();
     if (kind === "snapshot") this.replace(frame);
     else if (this.data) this.apply(kind, frame);
@@ -190,7 +201,6 @@ export class Live {
       this.announce(`${frame.check}: ${frame.old || "unknown"} to ${frame.new}${code}`);
     } else if (kind === "state") {
       data.state = { state: frame.new, reason: frame.reason, at: frame.at };
-      this.announce(`The process is ${frame.new.replaceAll("_", " ")}.`);
     } else if (kind === "stop" || kind === "bye") {
       const stop = kind === "bye" ? frame.stop : frame;
       data.stop = { ...stop, previous: stop.previous || data.stop.previous };
@@ -217,7 +227,6 @@ export class Live {
       if (stage.state !== "running" || this.began[stage.name]) continue;
       const starts = stage.parts.map((part) => Date.parse(part.began || "")).filter(Number.isFinite);
       this.began[stage.name] = Math.min(this.now(), ...starts);
-      this.announce(`Stage ${stage.name} has begun.`);
     }
   }
 }

@@ -65,7 +65,8 @@ const KINDS = {
   bad: "fail unhealthy failed open timeout silent lost crashed error",
   fair: "warn degraded not_ready lame_duck draining half_open paused retrying starting",
 };
-const SIGNS = { good: "✓", bad: "✕", fair: "!", idle: "·" };
+/** The sign of each kind of word. */
+export const SIGNS = { good: "✓", bad: "✕", fair: "!", idle: "·" };
 
 function kindOf(word) {
   const lower = String(word).toLowerCase();

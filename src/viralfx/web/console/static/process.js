@@ -1,5 +1,6 @@
 // Queues, schedules, circuits, loggers, settings with the doctor.
 
+import { address } from "./client.js";
 import { Cell, Empty, Head, ItemRow, Remote, Row, Table, Time, Word, Pure, html, plural, span } from "./parts.js";
 
 const found = (query) => new URLSearchParams(query).get("find") || "";
@@ -24,35 +25,35 @@ export class QueuesView extends Remote {
   }
 
   path() {
-    return "console/queues";
+    return address("queues");
   }
 
   async set(queue, action) {
     const { app } = this.props;
     const reverse = action === "pause" ? "resume" : "pause";
     const words = { pause: "is paused: workers claim none of its jobs", resume: "runs again" };
-    await app.act("console/queues", { queue, action }, () => `Queue ${queue} ${words[action]}.`, () => this.set(queue, reverse));
+    await app.act(address("queues", queue, action), {}, () => `Queue ${queue} ${words[action]}.`, () => this.set(queue, reverse));
     this.load();
   }
 
-  render({ operates, session }, { data, loading, error }) {
+  render(_, { data, loading, error }) {
     return html`<div>${this.notice()}
       ${data && data.items.length
-        ? html`<div class=${error ? "stale" : ""}><${Table} busy=${loading} caption="Queues" columns=${["Queue", "State", "Waiting", "Scheduled", "Running", "Failed", "Completed", "Cancelled", "Workers", "Oldest due for", ...(operates ? ["Action"] : [])]}>
-          ${data.items.map((item) => html`<${ItemRow} key=${item.name} item=${item} operates=${operates} show=${(queue) => this.row(queue, operates, session.reads === "all")} />`)}<//></div>`
+        ? html`<div class=${error ? "stale" : ""}><${Table} busy=${loading} caption="Queues" columns=${["Queue", "State", "Waiting", "Scheduled", "Running", "Failed", "Completed", "Cancelled", "Workers", "Oldest due for", "Action"]}>
+          ${data.items.map((item) => html`<${ItemRow} key=${item.name} item=${item} show=${(queue) => this.row(queue)} />`)}<//></div>`
         : data ? html`<${Empty}>There is no queue: this process has no jobs.<//>` : null}</div>`;
   }
 
-  row(queue, operates, links) {
+  row(queue) {
     const { counts } = queue;
-    const count = (state) => (links && counts[state] ? html`<a href=${`#jobs?${new URLSearchParams({ queue: queue.name, state })}`}>${counts[state]}</a>` : counts[state]);
+    const count = (state) => (counts[state] ? html`<a href=${`#/jobs?${new URLSearchParams({ queue: queue.name, state })}`}>${counts[state]}</a>` : counts[state]);
     const alone = !queue.consumers && counts.waiting > 0;
     return html`<${Row}><${Head}>${queue.name}<//><${Cell} label="State"><${Word} of=${queue.paused ? "paused" : "running"} /><//>
       <${Cell} label="Waiting">${count("waiting")}<//><${Cell} label="Scheduled">${counts.scheduled}<//><${Cell} label="Running">${count("active")}<//>
       <${Cell} label="Failed">${count("failed")}<//><${Cell} label="Completed">${count("completed")}<//><${Cell} label="Cancelled">${count("cancelled")}<//>
       <${Cell} label="Workers">${queue.consumers}${alone ? html` <${Word} of="warn">no worker<//>` : ""}<//>
       <${Cell} label="Oldest due for">${queue.oldestDue ? span(queue.oldestDue) : "none"}<//>
-      ${operates ? html`<${Cell} label="Action"><button type="button" aria-label=${`${queue.paused ? "Resume" : "Pause"} queue ${queue.name}`} onClick=${() => this.set(queue.name, queue.paused ? "resume" : "pause")}>${queue.paused ? "Resume" : "Pause"}</button><//>` : null}<//>`;
+      <${Cell} label="Action"><button type="button" aria-label=${`${queue.paused ? "Resume" : "Pause"} queue ${queue.name}`} onClick=${() => this.set(queue.name, queue.paused ? "resume" : "pause")}>${queue.paused ? "Resume" : "Pause"}</button><//><//>`;
   }
 }
 
@@ -63,29 +64,46 @@ export class SchedulesView extends Remote {
   }
 
   path() {
-    return "console/schedules";
+    return address("schedules");
   }
 
-  render(_, { data, loading }) {
+  async set(task, action) {
+    const reverse = action === "pause" ? "resume" : "pause";
+    const words = { pause: "is paused: its times are skipped", resume: "runs again from its next time on" };
+    await this.props.app.act(address("schedules", task, action), {}, () => `Schedule ${task} ${words[action]}.`, () => this.set(task, reverse));
+    this.load();
+  }
+
+  async run(task) {
+    await this.props.app.act(address("schedules", task, "run"), {}, (job) => `Job ${job.id} of ${task} is ${job.state}; the times of the schedule stay.`);
+    this.load();
+  }
+
+  render(_, { data, loading, error }) {
     return html`<div>${this.notice()}
       ${data && data.items.length
-        ? html`<${Table} busy=${loading} caption="Schedules; times are UTC" columns=${["Task", "Cron", "Time zone", "Last run", "Next run", "Runs after it"]}>
-          ${data.items.map((item) => html`<${ItemRow} key=${item.task + item.cron} item=${item} show=${scheduleRow} />`)}<//>`
+        ? html`<div class=${error ? "stale" : ""}><${Table} busy=${loading} caption="Schedules; times are UTC" columns=${["Task", "State", "Cron", "Time zone", "Last run", "Next run", "Runs after it", "Action"]}>
+          ${data.items.map((item) => html`<${ItemRow} key=${item.task + item.cron} item=${item} show=${(schedule) => this.row(schedule)} />`)}<//></div>`
         : data ? html`<${Empty}>No task has a schedule.<//>` : null}</div>`;
   }
-}
 
-const scheduleRow = (item) => html`<${Row}><${Head}><a href=${`#jobs?${new URLSearchParams({ task: item.task })}`}>${item.task}</a><//>
-  <${Cell} label="Cron"><code>${item.cron}</code><//><${Cell} label="Time zone">${item.timezone}<//>
-  <${Cell} label="Last run"><${Time} at=${item.lastRunAt} /><//><${Cell} label="Next run"><${Time} at=${item.nextRunAt} /><//>
-  <${Cell} label="Runs after it">${(item.nextRuns || []).slice(1, 4).map((at) => html`<span key=${at}><${Time} at=${at} /> </span>`)}<//><//>`;
+  row(item) {
+    const word = item.paused ? "Resume" : "Pause";
+    return html`<${Row}><${Head}><a href=${`#/jobs?${new URLSearchParams({ task: item.task })}`}>${item.task}</a><//><${Cell} label="State"><${Word} of=${item.paused ? "paused" : "running"} /><//>
+      <${Cell} label="Cron"><code>${item.cron}</code><//><${Cell} label="Time zone">${item.timezone}<//>
+      <${Cell} label="Last run"><${Time} at=${item.lastRunAt} /><//><${Cell} label="Next run">${item.nextRunAt ? html`<${Time} at=${item.nextRunAt} />` : "unknown"}<//>
+      <${Cell} label="Runs after it">${(item.nextRuns || []).slice(1, 4).map((at) => html`<span key=${at}><${Time} at=${at} /> </span>`)}<//>
+      <${Cell} label="Action"><button type="button" aria-label=${`${word} schedule ${item.task}`} onClick=${() => this.set(item.task, word.toLowerCase())}>${word}</button>
+      <button type="button" aria-label=${`Run schedule ${item.task} now`} onClick=${() => this.run(item.task)}>Run now</button><//><//>`;
+  }
+}
 
 export class CircuitsView extends Pure {
   async set(name, action) {
     const { app } = this.props;
     const reverse = action === "open" ? "close" : "open";
     const words = { open: "is open: calls are rejected until its next probe", close: "is closed: calls pass" };
-    await app.act("console/circuits", { name, action }, () => `Circuit ${name} ${words[action]}.`, () => this.set(name, reverse));
+    await app.act(address("circuits", name, action), {}, () => `Circuit ${name} ${words[action]}.`, () => this.set(name, reverse));
   }
 
   render({ part, operates, live }) {
@@ -111,34 +129,32 @@ export class LoggersView extends Remote {
   }
 
   path() {
-    return "console/loggers";
+    return address("loggers");
   }
 
   async set(name, level, before) {
     const minutes = this.state.minutes ? Number(this.state.minutes) : null;
     await this.props.app.act(
-      "console/loggers",
-      { name, level, minutes: level ? minutes : null },
+      address("loggers", name, "level"),
+      { level, minutes: level ? minutes : null },
       (result) => `Logger ${name} writes ${result.effectiveLevel}${result.returnsAt ? `; the original level returns in ${minutes} min` : ""}.`,
       () => this.set(name, before, level),
     );
     this.load();
   }
 
-  render({ app, query, operates }, { data, minutes }) {
+  render({ app, query }, { data, minutes }) {
     const items = data ? data.items.filter((item) => matches(query, item.name)) : [];
     return html`<div><${Find} app=${app} view="loggers" query=${query} label="Find a logger" />${this.notice()}
       <p class="quiet">Levels are of this process only.</p>
-      ${operates ? html`<p><label>A change lasts <select value=${minutes} onChange=${(event) => this.setState({ minutes: event.target.value })}>
-        <option value="30">30 min</option><option value="120">2 h</option><option value="">until the process ends</option></select></label></p>` : null}
+      <p><label>A change lasts <select value=${minutes} onChange=${(event) => this.setState({ minutes: event.target.value })}>
+        <option value="30">30 min</option><option value="120">2 h</option><option value="">until the process ends</option></select></label></p>
       ${items.length
         ? html`<${Table} caption="Loggers" columns=${["Logger", "Level in force", "Own level", "Returns"]}>
-          ${items.map((item) => html`<${ItemRow} key=${item.name} item=${item} operates=${operates} minutes=${minutes} show=${(logger) => html`<${Row}><${Head}>${logger.name}<//>
+          ${items.map((item) => html`<${ItemRow} key=${item.name} item=${item} minutes=${minutes} show=${(logger) => html`<${Row}><${Head}>${logger.name}<//>
             <${Cell} label="Level in force">${logger.effectiveLevel}<//>
-            <${Cell} label="Own level">${operates
-              ? html`<select aria-label=${`Own level of ${logger.name}`} value=${logger.level || ""} onChange=${(event) => this.set(logger.name, event.target.value || null, logger.level)}>
-                <option value="">original</option>${data.levels.map((level) => html`<option key=${level} value=${level}>${level}</option>`)}</select>`
-              : logger.level || "original"}<//>
+            <${Cell} label="Own level"><select aria-label=${`Own level of ${logger.name}`} value=${logger.level || ""} onChange=${(event) => this.set(logger.name, event.target.value || null, logger.level)}>
+                <option value="">original</option>${data.levels.map((level) => html`<option key=${level} value=${level}>${level}</option>`)}</select><//>
             <${Cell} label="Returns">${logger.returnsAt ? html`<${Time} at=${logger.returnsAt} />` : ""}<//><//>`} />`)}<//>`
         : data ? html`<${Empty}>No logger matches.<//>` : null}</div>`;
   }
@@ -146,12 +162,12 @@ export class LoggersView extends Remote {
 
 export class SettingsView extends Remote {
   path() {
-    return "console/settings";
+    return address("settings");
   }
 
-  render({ app, query, operates, active }, { data }) {
+  render({ app, query, active }, { data }) {
     const items = data ? data.items.filter((item) => matches(query, item.name, item.value, item.meaning)) : [];
-    return html`<div><${Doctor} app=${app} operates=${operates} active=${active} />
+    return html`<div><${Doctor} app=${app} active=${active} />
       <section aria-labelledby="settings"><h2 id="settings">Settings</h2>
       <${Find} app=${app} view="settings" query=${query} label="Find a setting" />${this.notice()}
       ${items.length
@@ -169,22 +185,22 @@ const SEVERITY = { fail: 0, warn: 1, skip: 2, pass: 3 };
 
 class Doctor extends Remote {
   path() {
-    return "console/doctor";
+    return address("settings", "doctor");
   }
 
   async run() {
     this.setState({ running: true });
-    await this.props.app.act("console/doctor", {}, (result) => `The doctor has run: ${plural(result.findings.filter((each) => each.verdict === "fail").length, "failure")}.`);
+    await this.props.app.act(address("settings", "doctor", "run"), {}, (result) => `The doctor has run: ${plural(result.findings.filter((each) => each.verdict === "fail").length, "failure")}.`);
     this.setState({ running: false });
     this.load();
   }
 
-  render({ operates }, { data, running }) {
+  render(_, { data, running }) {
     const findings = data && data.findings ? [...data.findings].sort((one, other) => SEVERITY[one.verdict] - SEVERITY[other.verdict]) : [];
     const count = (verdict) => findings.filter((each) => each.verdict === verdict).length;
     return html`<section aria-labelledby="doctor"><h2 id="doctor">Doctor</h2>${this.notice()}
       ${data ? html`<p>${data.at ? html`${count("pass")} pass, ${plural(count("warn"), "warning")}, ${plural(count("fail"), "failure")}, at <${Time} at=${data.at} both=${true} />.` : "The doctor has not run since the start."}</p>` : null}
-      ${operates ? html`<p><button type="button" disabled=${running} onClick=${() => this.run()}>Run the doctor</button></p>` : null}
+      <p><button type="button" disabled=${running} onClick=${() => this.run()}>Run the doctor</button></p>
       ${findings.length ? html`<${Table} caption="Findings of the doctor" columns=${["Area", "Verdict", "Found", "Remedy"]}>
         ${findings.map((item, index) => html`<${ItemRow} key=${`${index} ${item.area}`} item=${item} show=${findingRow} />`)}<//>` : null}</section>`;
   }

@@ -6,7 +6,7 @@ const AGAIN_MS = 1000;
 const LATER_MS = 10000; // For a page that has been loaded again before, as its fault may last.
 
 /** The first answer about the session, or null: without one the page asks again and says so. */
-export const session = fetch("session?start", {
+export const session = fetch("ui/session?start", {
   cache: "no-store",
   redirect: "error",
   signal: AbortSignal.timeout(8000),
@@ -20,7 +20,7 @@ const sleep = (wait) => new Promise((resolve) => setTimeout(resolve, wait));
 async function recover(error) {
   const { type } = performance.getEntriesByType("navigation")[0] || {};
   const wait = type === "reload" ? LATER_MS : AGAIN_MS;
-  const text = `The page has not started: ${error.message}. It tries again every ${wait / 1000} s.`;
+  const text = `Disconnected. The page has not started: ${error.message}. It tries again every ${wait / 1000} s.`;
   const shown = document.querySelector("#app [role=status]");
   if (shown) shown.textContent = text;
   let answers = false;

@@ -16,7 +16,9 @@ import {
   milliseconds,
   plural,
   span,
+  utc,
 } from "./parts.js";
+import { address } from "./client.js";
 
 /** For a code of any check, then for a check: the heading of the runbook and the first step. */
 const BY_CODE = {
@@ -49,40 +51,76 @@ const RANK = { fail: 0, warn: 1, pass: 2 };
 
 const named = (checks) => checks.map((check) => check.name).join(", ");
 
-/** Return the sentence on top: `kind`, `title`, the `checks` behind it and the time `since`. */
-export function verdict(live) {
-  const { data } = live;
+/** Return the names of some checks with their codes, and a verb for them. */
+function faults(checks, one, many) {
+  const names = checks.slice(0, 4).map((check) => `${check.name}${check.code ? ` (${check.code})` : ""}`);
+  const more = checks.length > 4 ? ` and ${checks.length - 4} more` : "";
+  return `${names.join(", ")}${more} ${checks.length > 1 ? many : one}`;
+}
+
+/**
+ * Return the state of the process: `kind`, the sentence `text`, the `checks` behind it and the time
+ * `since`. The text changes with the state only, so that a screen reader says each state once.
+ */
+export function verdict({ data }) {
   const { state, checks } = data;
   const failing = checks.filter((check) => check.status === "fail");
   const warning = checks.filter((check) => check.status === "warn");
   const gates = failing.filter((check) => data.failingGates.includes(check.name));
   if (data.stop && data.stop.reason) {
-    const left = data.stop.deadline
-      ? `, ${span(Math.max(0, Math.ceil((Date.parse(data.stop.deadline) - live.now()) / 1000)))} left until the forced end`
-      : "";
-    return { kind: "fair", title: `This process is stopping (${data.stop.reason})${left}.`, checks: failing, since: state.at };
+    const stage = data.stop.stages.filter((each) => each.state === "running").at(-1);
+    const where = stage ? `stage ${stage.name}` : "the stop has begun";
+    return { kind: "fair", text: `Shutting down (${data.stop.reason}): ${where}.`, checks: failing, since: state.at };
   }
   if (state.state === "starting") {
     const waiting = checks.filter((check) => !check.checkedAt || data.failingGates.includes(check.name));
-    const cause = waiting.length ? ` It waits for: ${named(waiting)}.` : "";
-    return { kind: "fair", title: `This process is starting.${cause}`, checks: failing, since: state.at };
+    const cause = waiting.length ? `, and waits for ${named(waiting)}` : "";
+    return { kind: "fair", text: `Not ready: the process is starting${cause}.`, checks: failing, since: state.at };
   }
+  const word = data.health === "unhealthy" ? "Unhealthy" : "Degraded";
+  const kind = data.health === "unhealthy" ? "bad" : "fair";
+  const others = failing.filter((check) => !gates.includes(check));
   if (gates.length && data.failOpen) {
-    return { kind: "bad", title: `Ready in spite of failing: ${named(gates)}. READINESS_FAIL_OPEN_AFTER has passed.`, checks: failing, since: gates[0].since };
+    return { kind: "bad", text: `${word}: ${faults(gates, "fails", "fail")}; ready nevertheless, READINESS_FAIL_OPEN_AFTER has passed.`, checks: [...gates, ...others], since: gates[0].since };
   }
   if (state.state === "not_ready" || gates.length) {
-    const title = gates.length ? `Not ready, gets no traffic: ${named(gates)} ${gates.length > 1 ? "fail" : "fails"}.` : `Not ready: ${state.reason}.`;
-    return { kind: "bad", title, checks: [...gates, ...failing.filter((check) => !gates.includes(check))], since: gates.length ? gates[0].since : state.at };
+    const cause = gates.length ? faults(gates, "fails", "fail") : state.reason;
+    return { kind: "bad", text: `Not ready: ${cause}.`, checks: [...gates, ...others], since: gates.length ? gates[0].since : state.at };
   }
   if (failing.length) {
-    const word = data.health === "unhealthy" ? "unhealthy" : "degraded";
-    return { kind: data.health === "unhealthy" ? "bad" : "fair", title: `Ready, but ${word}: ${named(failing)} ${failing.length > 1 ? "fail" : "fails"}.`, checks: [...failing, ...warning], since: failing[0].since };
+    return { kind, text: `${word}: ${faults(failing, "fails", "fail")}.`, checks: [...failing, ...warning], since: failing[0].since };
   }
   if (warning.length) {
-    return { kind: "fair", title: `Ready, with ${plural(warning.length, "warning")}: ${named(warning)}.`, checks: warning, since: warning[0].since };
+    return { kind, text: `${word}: ${faults(warning, "warns", "warn")}.`, checks: warning, since: warning[0].since };
   }
   const since = checks.map((check) => check.since).sort().at(-1) || state.at;
-  return { kind: "good", title: `Ready: ${checks.length === 1 ? "the check passes" : `all ${checks.length} checks pass`}.`, checks: [], since };
+  const passing = checks.length === 1 ? "the check passes" : `all ${checks.length} checks pass`;
+  return { kind: "good", text: checks.length ? `Healthy: ${passing}.` : "Healthy.", checks: [], since };
+}
+
+/** Return the sentence of the moment: the state of the process, or why it is not known. */
+export function sentence(live, paused) {
+  const { data, phase } = live;
+  const at = (moment) => `${utc(moment, live.now())} UTC`;
+  if (phase === "gone" && live.gone) {
+    return { kind: "idle", text: `Ended: the process completed its stop (${data.stop.reason}) at ${at(live.gone.at)}.` };
+  }
+  const stopping = data && data.stop && data.stop.reason;
+  const port = stopping ? " It was shutting down: this port has closed, and the management port closes last." : "";
+  const texts = {
+    off: "the page takes no events while it is hidden.",
+    connecting: "no event has arrived yet.",
+    silent: live.lastEvent
+      ? `no event since ${at(live.eventAt)}. The process, its event loop or the connection may hang.`
+      : "the connection is open, and no event arrives. A proxy may hold events back: open the page without it.",
+    lost: `no answer since ${at(live.since)}.${port} The page tries again every second.`,
+    denied: "reading needs a token.",
+  };
+  const cause = paused ? `updates are paused since ${at(live.since)}.` : texts[phase];
+  if (!cause && data) return verdict(live);
+  const last = data ? ` The last state was ${data.state.state.replaceAll("_", " ")}.` : "";
+  const quiet = paused || phase === "off" || phase === "connecting";
+  return { kind: quiet ? "fair" : "bad", text: `Disconnected: ${cause || texts.connecting}${last}` };
 }
 
 function Runbook({ heading, base }) {
@@ -92,10 +130,8 @@ function Runbook({ heading, base }) {
 }
 
 function Verdict({ live, runbook }) {
-  const { kind, title, checks, since } = verdict(live);
-  const known = live.fresh || live.phase === "gone";
-  return html`<section class=${`verdict ${known ? kind : "idle"}`} aria-label="Verdict">
-    <p class="sentence"><${Word} of=${kind} kind=${known ? kind : "idle"}>${known ? title : `Unknown. The last state was: ${title}`}<//></p>
+  const { kind, checks, since } = verdict(live);
+  return html`<section class=${`verdict ${live.fresh || live.phase === "gone" ? kind : "idle"}`} aria-label="Verdict">
     ${since ? html`<p>Since <${Time} at=${since} now=${live.now()} both=${true} />, ${span((live.now() - Date.parse(since)) / 1000)} ago.</p>` : null}
     ${checks.slice(0, 4).map((check) => {
       const [heading, step] = remedy(check);
@@ -111,8 +147,8 @@ function troubles(data) {
   const open = data.circuits.filter((circuit) => circuit.state !== "CLOSED");
   const paused = data.queues ? data.queues.items.filter((queue) => queue.paused) : [];
   return [
-    ...(open.length ? [html`<a href="#circuits">${plural(open.length, "circuit is", "circuits are")} not closed</a>: ${named(open)}.`] : []),
-    ...(paused.length ? [html`<a href="#queues">${plural(paused.length, "queue is", "queues are")} paused</a>: ${named(paused)}.`] : []),
+    ...(open.length ? [html`<a href="#/circuits">${plural(open.length, "circuit is", "circuits are")} not closed</a>: ${named(open)}.`] : []),
+    ...(paused.length ? [html`<a href="#/queues">${plural(paused.length, "queue is", "queues are")} paused</a>: ${named(paused)}.`] : []),
   ];
 }
 
@@ -168,7 +204,7 @@ export class StatusView extends Remote {
   }
 
   path() {
-    return "console/history?hours=24";
+    return `${address("status", "history")}?hours=24`;
   }
 
   componentDidUpdate(before) {
@@ -183,7 +219,7 @@ export class StatusView extends Remote {
 
   async checkNow() {
     this.setState({ busy: true });
-    await this.props.app.act("console/checks", {}, (result) => `All checks have run: ${result.health}.`);
+    await this.props.app.act(address("status", "checks", "run"), {}, (result) => `All checks have run: ${result.health}.`);
     this.setState({ busy: false });
   }
 
@@ -207,13 +243,12 @@ export class StatusView extends Remote {
       ${data.changes.length
         ? html`<ul class="lines">${data.changes.slice(-10).reverse().map((change) => html`<li key=${change.at + change.check}><${Time} at=${change.at} now=${now} /> <strong>${change.check}</strong> ${change.old || "unknown"} → <${Word} of=${change.new} />${change.code ? html` <code>${change.code}</code>` : null} ${change.message || ""}</li>`)}</ul>`
         : html`<${Empty}>No check has changed since the start.<//>`}
-      <p><a href="#changes">All changes of the fleet</a></p></section>
+      <p><a href="#/changes">All changes of the fleet</a></p></section>
       ${data.queues && data.queues.items.length
         ? html`<section aria-labelledby="work"><h2 id="work">Queues</h2><ul class="lines">${data.queues.items.map((queue) => {
-            const jobs = session.reads === "all";
             const failed = `${queue.counts.failed} failed`;
             return html`<li key=${queue.name}><strong>${queue.name}</strong> ${queue.paused ? html`<${Word} of="paused" /> ` : ""}${queue.counts.waiting} waiting · ${queue.counts.active} running · ${plural(queue.consumers, "worker")} · ${
-              queue.counts.failed && jobs ? html`<a href=${`#jobs?${new URLSearchParams({ queue: queue.name, state: "failed" })}`}>${failed}</a>` : failed
+              queue.counts.failed ? html`<a href=${`#/jobs?${new URLSearchParams({ queue: queue.name, state: "failed" })}`}>${failed}</a>` : failed
             }</li>`;
           })}</ul></section>`
         : null}
@@ -246,7 +281,7 @@ class CheckRows extends Component {
           ${check.correlationId ? html` Correlation id <code>${check.correlationId}</code>.` : ""}</p>
           <h3>Details</h3><${Text}>${JSON.stringify(check.details, null, 2)}<//>
           ${past ? html`<${Segments} history=${history} from=${from} to=${to} now=${now} />` : null}
-          <p><a href=${`#changes?${new URLSearchParams({ check: check.name })}`}>Changes of ${check.name}</a></p></td><//>`
+          <p><a href=${`#/changes?${new URLSearchParams({ check: check.name })}`}>Changes of ${check.name}</a></p></td><//>`
         : null,
     ];
   }
@@ -260,7 +295,7 @@ export class ChangesView extends Remote {
   }
 
   path() {
-    return `console/changes?${this.props.query ? `${this.props.query}&` : ""}limit=200`;
+    return `${address("fleet", "changes")}?${this.props.query ? `${this.props.query}&` : ""}limit=200`;
   }
 
   render({ app, query }, { data, loading }) {

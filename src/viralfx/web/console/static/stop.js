@@ -1,5 +1,6 @@
 // The stop of this process: stages against their budgets, the deadline, the work in flight.
 
+import { address } from "./client.js";
 import {
   Bar,
   Cell,
@@ -29,7 +30,7 @@ export class StopView extends Component {
       danger: true,
     });
     if (sure) {
-      await app.act("console/stop", { instance: data.instance }, () => "The stop has begun.");
+      await app.act(address("stop", data.instance, "begin"), {}, () => "The stop has begun.");
     }
   }
 
@@ -78,7 +79,7 @@ function InFlight({ inFlight }) {
     <p>${plural(requests, "request")} and ${plural(jobCount, "job")}.</p>
     ${jobs.length
       ? html`<${Table} caption=${jobCount > jobs.length ? `The first ${jobs.length} of ${jobCount} running jobs` : "Running jobs"} columns=${["Job", "Task", "Queue", "Attempt", "Time"]}>
-        ${jobs.map((job) => html`<${Row} key=${job.id}><${Head}><a href=${`#job?id=${encodeURIComponent(job.id)}`}>${job.id}</a><//>
+        ${jobs.map((job) => html`<${Row} key=${job.id}><${Head}><a href=${`#/jobs/${encodeURIComponent(job.id)}`}>${job.id}</a><//>
           <${Cell} label="Task">${job.task}<//><${Cell} label="Queue">${job.queue}<//><${Cell} label="Attempt">${job.attempt}<//>
           <${Cell} label="Time">${span(job.seconds)} of ${span(job.timeout)}<//><//>`)}<//>`
       : null}</section>`;
