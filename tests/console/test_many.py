@@ -25,14 +25,14 @@ SELECT 'pod-' || n, 'pod-' || n, (ARRAY['api', 'worker'])[1 + n % 2], '1.0.' || 
 FROM generate_series(1, {processes}) AS n
 """
 MARKED = (
-    f"""
-    UPDATE viralfx_instances SET version = '{MARKUP}', environment = '{MARKUP}',
-        reason = '{MARKUP}', checks = json_build_object('{MARKUP}', 'fail')
+    """
+    UPDATE viralfx_instances SET version = '{markup}', environment = '{markup}',
+        reason = '{markup}', checks = json_build_object('{markup}', 'fail')
     WHERE instance = 'pod-7'
     """,
-    f"""
+    """
     INSERT INTO viralfx_transitions (instance, number, check_name, at, old, new, code)
-    VALUES ('pod-7 {MARKUP}', 1, '{MARKUP}', now(), 'pass', 'fail', '{MARKUP}')
+    VALUES ('pod-7 {markup}', 1, '{markup}', now(), 'pass', 'fail', '{markup}')
     """,
 )
 FAILED = """
@@ -57,7 +57,7 @@ def opened(browser: Browser, postgres: PostgresServer) -> Iterator[Console]:
     environment = environment_of(database, **QUICK | patient, MORE_CHECKS=str(CHECKS - 1))
     database.execute(FLEET.format(processes=PROCESSES))
     for statement in MARKED:
-        database.execute(statement)
+        database.execute(statement.format(markup=MARKUP))
     database.execute(FAILED.format(jobs=JOBS))
     with (
         running(*APP, management=True, environment=environment) as service,

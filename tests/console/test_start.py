@@ -16,6 +16,7 @@ from tests.system.service import Service, running
 
 
 HEALTHY = "Healthy: all"
+"""The beginning of the sentence of the moment."""
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,29 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.waiting import wait_until
-from tests.system.service import running
+from tests.system.service import Service, request, running
 from tests.system.workers import api, environment_of, worker
 
 TOKEN = "a management token of some length"
-BEARER = {"Authorization": f"Bearer {TOKEN}"}
+STREAMS = 20
+RECEIVE_BYTES = 1
+"""The buffer of the client that does not read; the kernel takes its least instead."""
+
+
+def session(port: int) -> dict[str, str]:
+    """Log in, and return the headers of the console's own requests to a port."""
+    origin = {"Origin": "http://test"}  # the Host of each request
+    path, body = "/health/ui/session", {"token": TOKEN}
+    answer = request(port, path, method="POST", json_body=body, headers=origin)
+    assert answer.status == 204, answer
+    return {**origin, "Cookie": answer.headers["set-cookie"].split(";")[0]}
 
 
 class Page:
@@ -99,18 +111,41 @@ def test_a_page_on_the_management_port_sees_each_stage_to_the_end() -> None:
 
 
 def test_open_pages_do_not_delay_the_drain() -> None:
-    """Also one that never reads: the drain ends at once, without cutting anything."""
-    with running(environment={"MANAGEMENT_TOKEN": TOKEN}) as service:
+    """Of twenty streams one never reads: the drain ends at once, without cutting anything."""
+    with running(environment={"MANAGEMENT_TOKEN": TOKEN}) as service, ExitStack() as stack:
         service.wait_ready()
-        with page(service.port):
-            unread = socket.create_connection(("127.0.0.1", service.port))
-            unread.sendall(b"GET /health/events HTTP/1.1\r\nHost: test\r\n\r\n")
-            service.signal(signal.SIGTERM)
-            assert service.exit_code() == 0
-            unread.close()
+        unread = stack.enter_context(_unread(service))
+        pages = [stack.enter_context(page(service.port)) for _ in range(STREAMS - 1)]
+        wait_until(lambda: _is_full(unread, service), what="bytes wait for it")
+        service.signal(signal.SIGTERM)
+        assert service.exit_code() == 0
+        for each in pages:
+            wait_until(lambda each=each: each.ended, what="a stream ends")  # type: ignore[misc]
+            assert each.names()[-1] == "bye"
         stages = {line["stage"]: line["outcome"] for line in service.logged("Shutdown stage ended")}
         assert stages["requests"] == "ok"
         assert stages["console"] == "ok"
+
+
+@contextmanager
+def _unread(service: Service) -> Iterator[socket.socket]:
+    """Ask for a stream with a small buffer, and never read it."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
+        client.connect(("127.0.0.1", service.port))
+        client.sendall(b"GET /health/events HTTP/1.1\r\nHost: test\r\n\r\n")
+        yield client
+
+
+def _is_full(client: socket.socket, service: Service) -> bool:
+    """Return whether bytes for a client wait in the kernel of the server."""
+    own = client.getsockname()[1]
+    for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]:
+        fields = line.split()
+        here, there = (int(fields[n].split(":")[1], 16) for n in (1, 2))
+        if (here, there) == (service.port, own):
+            return int(fields[4].split(":")[0], 16) > 0
+    return False
 
 
 def test_a_worker_has_the_console_and_the_stop_can_be_begun_in_it(database: Database) -> None:
@@ -121,24 +156,27 @@ def test_a_worker_has_the_console_and_the_stop_can_be_begun_in_it(database: Data
         with page(process.management_port) as opened:
             snapshot = opened.events()[0][1]
             assert snapshot["role"] == "worker"
-            body = {"instance": snapshot["instance"]}
-            wrong = process.manage(
-                "/health/console/stop", method="POST", headers=BEARER, json_body={"instance": "x"}
-            )
-            assert wrong.status == 409
-            begun = process.manage(
-                "/health/console/stop", method="POST", headers=BEARER, json_body=body
-            )
-            assert begun.status == 202
+            own = session(process.management_port)
+
+            def begin(instance: str) -> int:
+                path = f"/health/ui/data/stop/{instance}/begin"
+                answer = process.manage(path, method="POST", headers=own, json_body={})
+                return answer.status
+
+            assert [begin("x"), begin(snapshot["instance"])] == [409, 202]
             assert process.exit_code() == 0
             wait_until(lambda: "bye" in opened.names(), what=lambda: str(opened.names()))
 
-        acted = [(each["action"], each["outcome"]) for each in process.logged("Console action")]
-        assert acted == [("begin stop", "refused"), ("begin stop", "ok")]
-        assert service.get("/health/console/fleet").json()["kept"] == "postgres"
+        acted = [
+            (each["action"], each["outcome"], each["peer"])
+            for each in process.logged("Console action")
+        ]
+        assert acted == [("begin stop", word, "127.0.0.1") for word in ("refused", "ok")]
+        fleet, headers = "/health/ui/data/fleet", session(service.port)
+        assert service.get(fleet, headers=headers).json()["kept"] == "postgres"
 
         def by_role() -> dict[str, str]:
-            found = service.get("/health/console/fleet").json()["items"]
+            found = service.get(fleet, headers=headers).json()["items"]
             return {each["role"]: each["state"] for each in found}
 
         # A process reports its change to ready a moment later.
@@ -159,6 +197,12 @@ def test_a_frozen_database_is_shown_while_it_lasts(own_postgres: PostgresServer)
         DB_HEALTH_CHECK_INTERVAL="300",
     )
     with api(environment) as service, page(service.port) as opened:
+        headers = session(service.port)
+
+        def jobs() -> tuple[int, bool, str | None]:
+            answer = service.get("/health/ui/data/jobs", headers=headers)
+            body = answer.json()
+            return answer.status, body["available"], body.get("code")
 
         def changes() -> list[str]:
             found = [data for name, data in opened.events() if name == "change"]
@@ -167,8 +211,7 @@ def test_a_frozen_database_is_shown_while_it_lasts(own_postgres: PostgresServer)
         own_postgres.freeze()
         try:
             wait_until(lambda: changes() == ["fail"], what=lambda: str(changes()))
-            answer = service.get("/health/console/jobs", headers=BEARER)
-            assert (answer.status, answer.json()["code"]) == (503, "ledger")
+            assert jobs() == (200, False, "ledger")
             beats = opened.names().count("beat")
             wait_until(lambda: opened.names().count("beat") > beats, what="the beat goes on")
         finally:
@@ -178,6 +221,6 @@ def test_a_frozen_database_is_shown_while_it_lasts(own_postgres: PostgresServer)
             what=lambda: f"{changes()} {service.output[-5:]}",
         )
         wait_until(
-            lambda: service.get("/health/console/jobs", headers=BEARER).status == 200,
+            lambda: jobs() == (200, True, None),
             what="the database answers",
         )

@@ -624,7 +624,11 @@ async def test_schedules_are_paused_resumed_and_run(
     assert paused["console.yearly"] is True
     assert (await act("console.yearly", "resume")).json()["paused"] is False
     ran = await act("console.yearly", "run")
-    assert (ran.status, ran.json()["task"], ran.json()["state"]) == (202, "console.yearly", "waiting")
+    assert (ran.status, ran.json()["task"], ran.json()["state"]) == (
+        202,
+        "console.yearly",
+        "waiting",
+    )
     assert (await act("console.monthly", "run")).status == 404
     assert [each[1:] for each in acted(caplog)] == [
         ("pause schedule", "console.yearly", "ok"),
