@@ -194,7 +194,7 @@ def test_an_idle_service_queries_once_an_interval(
             wait_until(lambda: len(load.responses) >= 120, what="requests")
         after, seconds = asked.everything(), time.monotonic() - began
 
-    # The process writes a report each ten seconds, in a connection of the pool.
+    # The process writes a report each five seconds, in a connection of the pool.
     assert after.others - before.others <= seconds // BEAT_SECONDS + 1
     for old, new in zip(before[:2], after[:2], strict=True):
         # The interval runs from the end of one attempt to the start of the next.

@@ -21,7 +21,7 @@ from viralfx.domain.health.monitor import HealthMonitor, MonitorEvent
 
 _logger = logging.getLogger("viralfx.fleet")
 
-BEAT_SECONDS = 10.0
+BEAT_SECONDS = 5.0
 """The time between two reports of a process that does not change: a transaction each time."""
 SILENT_AFTER_SECONDS = 3 * BEAT_SECONDS
 """The age of a report from which the process counts as silent."""
