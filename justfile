@@ -202,6 +202,10 @@ bench-memory *arguments:
 bench-console *arguments:
     {{bin}}/python -m benchmarks.console {{arguments}}
 
+# how soon the console is right about starts, stops and kills of 20 processes (short: --processes 3 --kills 1 --dry)
+bench-fleet *arguments:
+    {{bin}}/python -m benchmarks.fleet {{arguments}}
+
 # hostile and idle clients: memory, descriptors, and time of probes (short: --mebibytes 100 --idle 1000)
 bench-edge *arguments:
     {{bin}}/python -m benchmarks.edge {{arguments}}

@@ -86,6 +86,12 @@ RUNS = {
         ("tests/system/test_idle_workers.py", "tests/integration/test_postgres_idle_workers.py"),
         SOAK,
     ),
+    "console": Run(
+        "Each view of the console keeps every rule of axe-core and is no wider than the window, in"
+        " each theme and width. The figures count what it breaks.",
+        ("tests/console/test_views.py", "-k", "everybody_can_use_it"),
+        SOAK,
+    ),
     "sigterm": Run(
         "SIGTERM ends the process with exit code 0, at any moment from a millisecond to a second"
         " after the init starts it.",

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
+from itertools import product
 from urllib.parse import quote
 
 import pytest
@@ -13,19 +14,19 @@ from tests.console.console_app import PLANTED
 from tests.console.pages import APP, QUICK, VIEWS, Console, console
 from tests.servers.postgres import PostgresServer
 from tests.servers.redis import RedisServer
-from tests.soak import SOAK
+from tests.soak import SOAK, Record
 from tests.system.jobs import JOBS, accept, until
 from tests.system.service import Service, running
 from tests.system.workers import environment_of
 
 AXE = files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
 FAILED = 3
-WIDE = 1280
-"""Pixels."""
+WIDTHS = (360, 768, 1280, 1920)
+"""Pixels: from a phone to a wide screen."""
 STORAGES = ["memory", "postgres and redis"] if SOAK else ["postgres and redis"]
 """The adapters of jobs keep the same contract."""
-APPEARANCES = [(False, WIDE), (True, 360), *([(True, WIDE), (False, 360)] if SOAK else [])]
-"""Whether the page is dark, and its width. A usual run has each value once."""
+APPEARANCES = [*product((False, True), WIDTHS)] if SOAK else [(False, 1280), (True, 360)]
+"""Whether the page is dark, and its width."""
 FEW_ROWS = {} if SOAK else {"loggers": "markup", "settings": "TOKEN"}
 """The filter of each view with a hundred equal rows, of which axe-core reads few in a usual run."""
 MAX_ROWS = 20
@@ -246,7 +247,9 @@ def problems(opened: Console) -> list[str]:
 @pytest.mark.parametrize("scene", STORAGES[-1:], indirect=True)
 @pytest.mark.soak
 @pytest.mark.parametrize(("dark", "width"), APPEARANCES)
-def test_everybody_can_use_it(scene: Scene, browser: Browser, *, dark: bool, width: int) -> None:
+def test_everybody_can_use_it(
+    scene: Scene, browser: Browser, record_property: Record, *, dark: bool, width: int
+) -> None:
     """No view violates a rule of axe-core, or has to be scrolled sideways."""
     with console(browser, scene.service, dark=dark, width=width) as opened:
         found = {}
@@ -271,6 +274,9 @@ def test_everybody_can_use_it(scene: Scene, browser: Browser, *, dark: bool, wid
         found["login"] = problems(opened)
         opened.require_clean()
 
+    for name, each in found.items():
+        view = "jobs/{id}" if name.startswith("jobs/") else name
+        record_property(view, f"{'dark' if dark else 'light'} {width} px: {len(each)}")
     assert {name: each for name, each in found.items() if each} == {}
 
 
