@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = [
         *circumstances(
             command("bench-fleet"),
-            f"{options.processes} processes, one of them the API; a report every {BEAT_SECONDS:g} s",
+            f"{options.processes} processes, one of them the API; reports every {BEAT_SECONDS:g} s",
         ),
         "",
         *table(("right after a", "times", "least s", "median s", "most s"), rows),

@@ -14,7 +14,6 @@ from tests.soak import SOAK
 from tests.system.jobs import accept, until
 from tests.system.service import Service, running
 
-
 HEALTHY = "Healthy: all"
 """The beginning of the sentence of the moment."""
 

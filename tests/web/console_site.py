@@ -1,0 +1,179 @@
+"""A process with a console, asked through its gate, and its open pages."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import pytest
+from tests.servers.waiting import until
+
+from viralfx import CircuitBreaker, OperationsConfig, OperationsPlugin
+from viralfx.domain.health.model import Observation, Status
+from viralfx.settings import Secret, Settings
+from viralfx.web.console import feed
+from viralfx.web.gate import Gate
+from viralfx.web.responses import Message
+
+TOKEN = "a token of operators"
+SETTINGS = Settings(management_token=Secret(TOKEN), health_check_interval=0.1)
+MARKUP = "<img src=x onerror=alert(1)>"
+SESSION = "ui/session"
+OWN = {"origin": "http://console.test", "content-type": "application/json"}
+
+
+class MarkedCheck:
+    """A check with markup in its texts."""
+
+    def __init__(self) -> None:
+        self.status = Status.PASS
+        self.message = MARKUP
+
+    async def check(self) -> Observation:
+        """Return the status."""
+        return Observation(
+            status=self.status, message=self.message, code=MARKUP, details={MARKUP: MARKUP}
+        )
+
+
+@dataclass
+class Answer:
+    """A response of the gate."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
+
+    def json(self) -> Any:
+        """Return the body."""
+        return json.loads(self.body)
+
+    def header(self, name: str) -> str:
+        """Return a header."""
+        return dict(self.headers)[name]
+
+
+class Site:
+    """A process with a console, asked through its gate."""
+
+    def __init__(self, settings: Settings = SETTINGS, **config: Any) -> None:
+        self.check = MarkedCheck()
+        self.breaker = CircuitBreaker(name=MARKUP)
+        self.plugin = OperationsPlugin(
+            OperationsConfig(
+                settings=settings,
+                checks={"marked": self.check},
+                breakers=[self.breaker],
+                **config,
+            )
+        )
+        self.gate = Gate(self.plugin.endpoints)
+
+    async def ask(
+        self,
+        path: str,
+        method: str = "GET",
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: object = None,
+        query: str = "",
+    ) -> Answer:
+        """Send a request."""
+        sent: list[Message] = []
+        content = b"" if body is None else json.dumps(body).encode()
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": content, "more_body": False}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        given = {"host": "console.test", **(headers or {})}
+        await self.gate(
+            {
+                "type": "http",
+                "method": method,
+                "path": f"/health/{path}",
+                "query_string": query.encode(),
+                "headers": [(k.encode(), v.encode("latin-1")) for k, v in given.items()],
+                "client": ("127.0.0.1", 1),
+            },
+            receive,
+            send,
+        )
+        return Answer(
+            sent[0]["status"],
+            [(k.decode(), v.decode()) for k, v in sent[0]["headers"]],
+            b"".join(message.get("body", b"") for message in sent[1:]),
+        )
+
+    async def log_in(self, **more: str) -> dict[str, str]:
+        """Log in, and return the headers of the console's own requests."""
+        answer = await self.ask(SESSION, "POST", headers={**OWN, **more}, body={"token": TOKEN})
+        assert answer.status == 204, answer.body
+        return {**OWN, "cookie": answer.header("set-cookie").split(";")[0]}
+
+    async def logged_in(self, headers: Mapping[str, str]) -> bool:
+        """Return whether a request has a session."""
+        state = (await self.ask(SESSION, headers=headers)).json()
+        assert state["reads"] == ("all" if state["loggedIn"] else "status")
+        return bool(state["loggedIn"])
+
+
+def acted(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str, str, str]]:
+    """Return the log lines of the actions: session, action, target and outcome."""
+    lines = [each.__dict__ for each in caplog.records if each.msg == "Console action"]
+    assert {line["peer"] for line in lines} <= {"127.0.0.1"}
+    names = ("session", "action", "target", "outcome")
+    return [tuple(line[name] for name in names) for line in lines]  # type: ignore[misc]
+
+
+@pytest.fixture
+async def site() -> AsyncIterator[Site]:
+    """Return a started process."""
+    site = Site()
+    await site.plugin.operations.start()
+    yield site
+    await site.plugin.operations.shutdown.run()
+
+
+class OpenPage:
+    """A page that keeps each message of its stream; a blocked one takes none after the first."""
+
+    def __init__(
+        self, feed: feed.Feed, *, blocked: bool = False, ends_at: datetime | None = None
+    ) -> None:
+        self.messages: list[bytes] = []
+        self.ended = False
+        self.error: BaseException | None = None
+        self._blocked = blocked
+        self._ends_at = ends_at
+        self.task = asyncio.ensure_future(self._run(feed))
+
+    async def _run(self, feed: feed.Feed) -> None:
+        try:
+            await feed.stream(
+                "", {"method": "GET"}, self._receive, self._send, ends_at=self._ends_at
+            )
+        except asyncio.CancelledError as error:
+            self.error = error
+
+    async def _receive(self) -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def _send(self, message: Message) -> None:
+        if message["type"] == "http.response.body":
+            if self._blocked and self.messages:
+                await asyncio.Event().wait()
+            self.messages.append(message["body"])
+            self.ended = not message["more_body"]
+
+
+async def opened(pages: feed.Feed, count: int, *, blocked: bool = False) -> list[OpenPage]:
+    """Open some pages that have got their snapshot."""
+    made = [OpenPage(pages, blocked=blocked) for _ in range(count)]
+    await until(lambda: all(each.messages for each in made))
+    return made

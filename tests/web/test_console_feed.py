@@ -1,0 +1,273 @@
+"""The stream of events of the console."""
+
+import asyncio
+import json
+import re
+from typing import Any
+
+import msgspec
+import pytest
+from tests.servers.waiting import until
+from tests.web.console_site import (
+    MARKUP,
+    SESSION,
+    SETTINGS,
+    Site,
+    opened,
+)
+
+from viralfx.domain.health.model import Status
+from viralfx.web.console import feed
+from viralfx.web.error_log import is_logged
+from viralfx.web.responses import Message
+
+
+async def test_the_stream_begins_with_a_snapshot_and_resumes_without_a_gap(site: Site) -> None:
+    """A reconnect gets the missed frames; after a time without pages, a new snapshot."""
+    feed = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+
+    class Page:
+        def __init__(self, last: str = "") -> None:
+            self.frames: list[str] = []
+            self.leave = asyncio.Event()
+            self.task = asyncio.ensure_future(
+                feed.stream(last, {"method": "GET"}, self.receive, self.send)
+            )
+
+        async def receive(self) -> Message:
+            await self.leave.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(self, message: Message) -> None:
+            self.frames += [f for f in message.get("body", b"").decode().split("\n\n") if f]
+
+        def events(self) -> list[str]:
+            return [
+                line[7:] for f in self.frames for line in f.split("\n") if line[:7] == "event: "
+            ]
+
+        def has_seen_the_failure(self) -> bool:
+            return any("event: change" in f and '"new":"fail"' in f for f in self.frames)
+
+        def last_id(self) -> str:
+            return [line[4:] for f in self.frames for line in f.split("\n") if line[:4] == "id: "][
+                -1
+            ]
+
+    first, other = Page(), Page()
+    await until(lambda: "snapshot" in first.events() and "snapshot" in other.events())
+    assert first.frames[0] == "retry: 1000"
+    seen = first.last_id()
+    first.leave.set()
+    await first.task
+    site.check.status = Status.FAIL
+    await until(other.has_seen_the_failure)
+
+    resumed = Page(seen)
+    await until(resumed.has_seen_the_failure)
+    assert "snapshot" not in resumed.events()
+    data = [
+        json.loads(line[6:])
+        for f in resumed.frames
+        for line in f.split("\n")
+        if line[:6] == "data: "
+    ]
+    assert MARKUP in [each.get("message") for each in data]
+
+    for page in (other, resumed):
+        page.leave.set()
+        await page.task
+    assert feed.pages == 0
+    site.check.status = Status.PASS
+    await until(lambda: feed._missed)
+    late = Page(resumed.last_id())
+    await until(lambda: late.events() != [])
+    assert late.events()[0] == "snapshot"
+    late.leave.set()
+    await late.task
+
+    # A page that began with the snapshot of its session needs none, unless it missed something.
+    frames: list[str] = []
+    start: dict[str, Any] = {}
+    for _ in range(10):  # The check may run just between the two.
+        start = (await site.ask(SESSION, query="start")).json()["start"]
+        begun = Page(start["id"])
+        await until(lambda begun=begun: begun.frames != [])  # type: ignore[misc]
+        begun.leave.set()
+        await begun.task
+        frames = begun.frames
+        if frames == ["retry: 1000"]:
+            break
+    assert frames == ["retry: 1000"]
+    assert start["snapshot"]["checks"][0]["status"] == "pass"
+    await until(lambda: feed._missed)
+    again = Page(start["id"])
+    await until(lambda: again.events() != [])
+    assert again.events()[0] == "snapshot"
+    again.leave.set()
+    await again.task
+
+
+async def test_a_text_that_is_no_unicode_reaches_the_page(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the name of a file in the message of a check; the page goes on to get beats."""
+    monkeypatch.setattr(feed, "BEAT_SECONDS", 0.05)
+    site.check.message = "no file a\udcff"
+    pages = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+    body = b""
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        nonlocal body
+        body += message.get("body", b"")
+
+    stream = asyncio.ensure_future(pages.stream("", {"method": "GET"}, receive, send))
+    await until(lambda: body.count(b"event: beat") > 2 and b"a\\\\udcff" in body)
+    detailed = await site.ask("detailed")
+    assert detailed.json()["checks"]["marked"]["message"] == "no file a\\udcff"
+    stream.cancel()
+
+
+async def test_a_view_that_raises_does_not_end_the_beats(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pages would say that the process does not answer; and an uncaught error could end it."""
+    caught: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: caught.append(context))
+    monkeypatch.setattr(feed, "BEAT_SECONDS", 0.05)
+    pages = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+    body = b""
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        nonlocal body
+        body += message.get("body", b"")
+
+    stream = asyncio.ensure_future(pages.stream("", {"method": "GET"}, receive, send))
+    await until(lambda: b"event: beat" in body)
+    in_flight = pages._in_flight
+
+    def failing() -> dict[str, Any]:
+        raise RuntimeError("no view")
+
+    pages._in_flight = failing
+    await until(lambda: "Event of the console failed" in caplog.messages)
+    pages._in_flight = in_flight
+    seen = body.count(b"event: beat")
+    await until(lambda: body.count(b"event: beat") > seen)
+    stream.cancel()
+    assert caught == []
+
+
+async def test_a_query_with_many_fields_gets_400(site: Site) -> None:
+    """As at the other paths."""
+    assert (await site.ask("events", query="a=1&" * 25)).status == 400
+
+
+async def test_pages_are_limited_and_do_not_cost_memory() -> None:
+    """The page above the limit gets 503; one that does not read holds nothing but its position."""
+    small = Site(msgspec.structs.replace(SETTINGS, console_max_streams=1))
+    feed = small.plugin.endpoints.console.feed  # type: ignore[union-attr]
+    blocked = asyncio.Event()
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await blocked.wait()
+
+    stream = asyncio.ensure_future(feed.stream("", {"method": "GET"}, receive, send))
+    await until(lambda: feed.pages == 1)
+    answer = await small.ask("events")
+    assert (answer.status, answer.header("retry-after")) == (503, "5")
+    for _ in range(2000):
+        feed._publish("change", {})
+    assert len(feed._recent) <= 256
+    await feed.end(0.01)
+    stream.cancel()
+
+
+@pytest.mark.parametrize(("count", "writes"), [(3, 3), (60, 1)])
+async def test_many_pages_get_events_in_one_write(site: Site, count: int, writes: int) -> None:
+    """With few pages each event goes at once."""
+    pages = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+    made = await opened(pages, count)
+    # The first results of the checks are events, too.
+    await until(
+        lambda: all(b".%d\nevent: " % pages._last in b"".join(each.messages) for each in made)
+    )
+    before = [len(each.messages) for each in made]
+    for name in ("one", "two", "three"):
+        pages._publish("change", {"check": name})
+        await asyncio.sleep(0)
+    await until(lambda: all(b'"three"' in b"".join(each.messages) for each in made))
+    for each, seen in zip(made, before, strict=True):
+        # The service's own events may come between them.
+        got = [m for m in each.messages[seen:] if re.search(rb'"(one|two|three)"', m)]
+        assert len(got) == writes
+        assert [name for name in (b'"one"', b'"two"', b'"three"') if name in b"".join(got)] == [
+            b'"one"',
+            b'"two"',
+            b'"three"',
+        ]
+        each.task.cancel()
+
+
+def test_pages_of_a_second_event_loop_get_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One plugin may serve several applications, each in a loop of its own."""
+    pages = Site().plugin.endpoints.console.feed  # type: ignore[union-attr]
+
+    async def visit(*, wait: bool) -> None:
+        (page,) = await opened(pages, 1)
+        if wait:
+            await until(lambda: b"event: beat" in page.messages[-1])
+        page.task.cancel()
+        await page.task
+
+    monkeypatch.setattr(feed, "BEAT_SECONDS", 3600.0)
+    asyncio.run(visit(wait=False))
+    monkeypatch.setattr(feed, "BEAT_SECONDS", 0.05)
+    asyncio.run(visit(wait=True))
+
+
+async def test_the_stop_waits_for_no_page(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each page gets the last event and its end in one write, except a page that does not read."""
+    monkeypatch.setattr(feed, "LAST_EVENT_SECONDS", 3600.0)
+    pages = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+    blocked = (await opened(pages, 1, blocked=True))[0]
+    pages._publish("change", {})
+    await asyncio.sleep(0)
+    made = await opened(pages, 60)
+    async with asyncio.timeout(30):
+        await pages.end(3600.0)
+    for each in made:
+        assert each.ended
+        assert b"event: bye" in each.messages[-1]
+        assert each.task.done()
+    assert pages.pages == 1
+    blocked.task.cancel()
+    await blocked.task
+    assert blocked.error is not None
+    assert is_logged(blocked.error)  # the server writes no traceback for it
+
+
+async def test_the_stop_has_a_time_for_all_pages(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pages beyond it are left to the close of the server; the first ones are served always."""
+    monkeypatch.setattr(feed, "LAST_EVENT_SECONDS", 0.0)
+    pages = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+    made = await opened(pages, 60)
+    await pages.end(3600.0)
+    assert sum(each.ended for each in made) == feed._WOKEN_AT_ONCE
+    for each in made:
+        each.task.cancel()
