@@ -90,14 +90,15 @@ def operations() -> dict[tuple[str, str], set[str]]:
     # Three that the document does not describe, and one of applications that have groups.
     found["GET", "/health/group/{group}"] = {"200", "401", "404", "503"}
     # The page of the console uses these; they are no part of the OpenAPI document.
-    read = {"200", "400", "401", "404", "503"}
     found["GET", "/health/ui"] = found["GET", "/health/ui/{file}"] = {"200", "404"}
     found["GET", "/health/events"] = {"200", "401", "503"}
-    found["GET", "/health/console/{view}"] = read
-    found["POST", "/health/console/{action}"] = read | {"202", "403", "409", "413"}
-    found["GET", "/health/session"] = {"200"}
-    found["POST", "/health/session"] = {"204", "400", "401", "403"}
-    found["DELETE", "/health/session"] = {"204", "403"}
+    found["GET", "/health/ui/session"] = {"200"}
+    found["POST", "/health/ui/session"] = {"204", "400", "401", "403"}
+    found["DELETE", "/health/ui/session"] = {"204", "403"}
+    found["GET", "/health/ui/data/{view}"] = {"200", "400", "401", "404", "422"}
+    found["GET", "/health/ui/data/jobs/{id}"] = {"200", "401", "404"}
+    acting = {"200", "202", "400", "401", "403", "404", "409", "413", "422", "503"}
+    found["POST", "/health/ui/data/{view}/{id}/{action}"] = acting
     found["GET", "/metrics"] = {"200", "401"}
     found["GET", "/api/docs"] = found["GET", "/api/docs/openapi.json"] = {"200"}
     return found
