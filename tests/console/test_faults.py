@@ -5,6 +5,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from playwright.sync_api import Browser, expect
 from tests.console.pages import APP, QUICK, Console, console
@@ -137,6 +138,24 @@ def test_a_suspended_process(browser: Browser) -> None:
             expect(opened.page.locator("header .word")).to_have_text("✓ ready")
             expect(opened.sentence).to_have_text(HEALTHY)
             require_clean(opened)
+
+
+def test_a_page_without_a_stream(browser: Browser, tmp_path: Path) -> None:
+    """It asks instead, shows changes, and takes the stream when one is free."""
+    supplier = tmp_path / "away"
+    more = {"CONSOLE_MAX_STREAMS": "1", "SUPPLIER_AWAY": str(supplier)}
+    with running(*APP, management=True, environment={**QUICK, **more}) as service:
+        service.wait_ready()
+        with console(browser, service) as first, console(browser, service) as opened:
+            expect(opened.main).to_contain_text("too many streams open")
+            expect(opened.sentence).to_have_text(HEALTHY)
+            supplier.touch()
+            expect(opened.sentence).to_have_text("Degraded: supplier (refused) fails.")
+            expect(opened.main).to_contain_text("too many streams open")
+            first.page.close()
+            expect(opened.main).not_to_contain_text("too many streams open")
+            expect(opened.sentence).to_have_text("Degraded: supplier (refused) fails.")
+            opened.require_clean()
 
 
 def test_a_hidden_page_closes_its_stream(browser: Browser) -> None:

@@ -138,7 +138,7 @@ def test_a_proxy_that_buffers_events(opened: Console) -> None:
     go(opened)
     expect(opened.main.get_by_role("row").filter(has_text="supplier")).to_be_visible()
     expect(opened.sentence).to_contain_text("A proxy may hold events back")
-    opened.enter()
+    opened.log_in()
     opened.page.get_by_role("link", name="Queues").click()
     expect(opened.main.get_by_role("row").filter(has_text="notifications")).to_be_visible()
     assert held

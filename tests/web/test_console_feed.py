@@ -187,6 +187,7 @@ async def test_pages_are_limited_and_do_not_cost_memory() -> None:
 
     stream = asyncio.ensure_future(feed.stream("", {"method": "GET"}, receive, send))
     await until(lambda: feed.pages == 1)
+    assert (await small.ask(SESSION)).json()["full"] is True
     answer = await small.ask("events")
     assert (answer.status, answer.header("retry-after")) == (503, "5")
     for _ in range(2000):

@@ -292,6 +292,7 @@ class Console:
             "expiresAt": None if session is None else views.moment(session.expires_at),
             "login": self._access.has_token,
             "reads": str(reads),
+            "full": self.feed.full,
             "instance": operations.instance,
             "version": operations.version,
             "environment": operations.environment,

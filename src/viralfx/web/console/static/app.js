@@ -131,7 +131,7 @@ class App extends Component {
     const { session, paused } = this.state;
     const denied = session && session.reads === "none";
     const shown = !document.hidden && !paused && session && !denied;
-    if (shown && !this.live.wanted) this.live.open();
+    if (shown && !this.live.wanted) session.full ? this.live.ask() : this.live.open();
     else if (!shown) this.live.close(denied ? "denied" : "off");
     this.redraw();
   }

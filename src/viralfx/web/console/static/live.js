@@ -5,6 +5,7 @@ import { SESSION, get } from "./client.js";
 const SILENT_AFTER_MS = 5000;
 const REOPEN_AFTER_MS = 20000;
 const ASK_MS = 5000; // For a page without a stream.
+const AGAIN_MS = 1000;
 const MAX_CHANGES = 200;
 
 /**
@@ -93,7 +94,7 @@ export class Live {
       const lasted = performance.now() - this.opened;
       // A stream may end without a fault, as under a server that waits for its streams.
       if (answered && lasted > 2000 && !this.gone) this.open({ again: true });
-      else if (answered) this.drop(1000);
+      else if (answered) this.drop(AGAIN_MS);
       else this.explain();
     };
   }
@@ -115,9 +116,17 @@ export class Live {
     this.timer = setTimeout(() => this.wanted && this.open(), wait);
   }
 
+  /** Ask every few seconds in place of the stream, until the process has a free one. */
+  ask() {
+    this.wanted = true;
+    clearTimeout(this.timer);
+    this.explain();
+  }
+
   /**
-   * Find out why the stream did not open: EventSource hides the status of the answer. A process that
-   * answers has too many streams open, so its answer takes the place of the events.
+   * Find out why there is no stream: EventSource hides the status of the answer, and a browser writes
+   * a line about each one that fails. A process that answers has too many streams open, so its
+   * answer takes the place of the events.
    */
   async explain() {
     try {
@@ -127,15 +136,18 @@ export class Live {
         this.close("denied");
         this.denied();
       } else if (this.gone && session.instance === this.data.instance) {
-        this.drop(1000);
+        this.drop(AGAIN_MS);
       } else {
         this.take(session.start, performance.now());
         this.lastEvent = performance.now();
-        this.drop(ASK_MS, "full");
+        this.enter("full");
         this.changed();
+        this.timer = session.full
+          ? setTimeout(() => this.wanted && this.explain(), ASK_MS)
+          : setTimeout(() => this.wanted && this.open(), AGAIN_MS);
       }
     } catch {
-      if (this.wanted && !this.source) this.drop(1000);
+      if (this.wanted && !this.source) this.drop(AGAIN_MS);
     }
   }
 
