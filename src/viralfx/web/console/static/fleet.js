@@ -37,7 +37,7 @@ export class FleetView extends Remote {
           <option value="">all</option>${values.map((value) => html`<option key=${value} value=${value}>${value}</option>`)}</select></label>`;
       })}</form>
       ${items.length
-        ? html`<${Table} caption="Instances; times are UTC" columns=${["Instance", "Role", "Version", "State", "Last report", "Up", "Checks", "Jobs"]}>
+        ? html`<${Table} caption="Instances; times are UTC" columns=${["Instance", "Role", "Version", "State", "Last report", "Up", "Health", "Jobs"]}>
           ${items.map((item) => html`<${ItemRow} key=${item.instance} item=${item} show=${instanceRow} />`)}<//>`
         : html`<${Empty}>No instance matches.<//>`}</div>`;
   }
@@ -52,6 +52,6 @@ function instanceRow(item) {
     <${Cell} label="State"><${Word} of=${item.state} />${silent ? html` <span class="quiet">last state ${String(item.lastState).replaceAll("_", " ")}</span>` : ""}<//>
     <${Cell} label="Last report"><${Time} at=${item.seenAt} /> <span class="quiet">${span(item.age)} ago</span><//>
     <${Cell} label="Up">${span(up)}<//>
-    <${Cell} label="Checks">${silent ? html`<span class="quiet">before: </span>` : ""}${trouble.length ? trouble.map(([name, status]) => html`<span key=${name}>${name} <${Word} of=${status} kind=${silent ? "idle" : undefined} /> </span>`) : html`<${Word} of="pass" kind=${silent ? "idle" : undefined} />`}<//>
+    <${Cell} label="Health">${silent ? html`<span class="quiet">before: </span>` : ""}<${Word} of=${item.health} kind=${silent ? "idle" : undefined} /> ${trouble.map(([name, status]) => html`<span key=${name}>${name} <${Word} of=${status} kind=${silent ? "idle" : undefined} /> </span>`)}<//>
     <${Cell} label="Jobs">${item.jobs ? `${item.jobs} held` : item.queues && item.queues.length ? "0" : ""}${item.queues && item.queues.length ? html` <span class="quiet">${item.queues.join(", ")}</span>` : ""}<//><//>`;
 }
