@@ -31,6 +31,7 @@ import viralfx
 from viralfx.adapters.process_memory import FAIL_AT, WARN_AT
 from viralfx.adapters.redis.errors import retry_policy
 from viralfx.cli import _parser
+from viralfx.domain import fleet
 from viralfx.domain.resilience.policy import BackoffPolicy
 from viralfx.web.console import feed
 
@@ -432,6 +433,10 @@ SENTENCES: dict[str, Callable[[], tuple[str, ...]]] = {
     r"more than (\d+) % of its `maxmemory`": lambda: (_alert("ViralFXRedisMemoryHigh"),),
     r"Up to (\d+) pages see each stage": lambda: (f"{feed.FEW_PAGES}",),
     r"at most (\d+) ms for the last event": lambda: (f"{feed.LAST_EVENT_SECONDS * 1000:g}",),
+    r"process of the fleet reports every (\d+) s": lambda: (f"{fleet.BEAT_SECONDS:g}",),
+    r"writes its report every (\d+) s": lambda: (f"{fleet.BEAT_SECONDS:g}",),
+    r"no report for (\d+) s, is silent": lambda: (f"{fleet.SILENT_AFTER_SECONDS:g}",),
+    r"seen_at > now\(\) - interval '(\d+) seconds'": lambda: (f"{fleet.SILENT_AFTER_SECONDS:g}",),
 }
 """Sentences with numbers, and the numbers that the code has; each sentence is in some document."""
 
