@@ -32,7 +32,7 @@ MARKED = (
     """,
     """
     INSERT INTO viralfx_transitions (instance, number, check_name, at, old, new, code)
-    VALUES ('pod-7 {markup}', 1, '{markup}', now(), 'pass', 'fail', '{markup}')
+    VALUES ('pod-7 {markup}', 1, '{markup}', now() + interval '1 hour', 'pass', 'fail', '{markup}')
     """,
 )
 FAILED = """

@@ -127,7 +127,7 @@ def acted(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str, str, str]]:
     lines = [each.__dict__ for each in caplog.records if each.msg == "Console action"]
     assert {line["peer"] for line in lines} <= {"127.0.0.1"}
     names = ("session", "action", "target", "outcome")
-    return [tuple(line[name] for name in names) for line in lines]  # type: ignore[misc]
+    return [tuple(line[name] for name in names) for line in lines]
 
 
 @pytest.fixture
