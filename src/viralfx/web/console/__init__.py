@@ -115,7 +115,7 @@ class Console:
             f"{path}/ui/session": self._session,
             f"{path}/events": self._events,
         }
-        """The endpoints by path, but for those of :meth:`find`."""
+        """The endpoints by path, without those of :meth:`find`."""
 
     def find(self, path: str) -> Endpoint | None:
         """Return the endpoint for the path of a file, a view or an action; None for another path.
