@@ -31,12 +31,18 @@ GIVE_UP_SECONDS = 60.0
 TOKEN = "0123456789abcdef-of-the-benchmark"
 SMALL = {
     "DB_POOL_MIN": "1",
-    "DB_POOL_MAX": "2",
+    "DB_POOL_MAX": "3",
     "LOG_LEVEL": "error",
     "MANAGEMENT_TOKEN": TOKEN,
 }
 POOLERS = {"none": "directly", "transaction": "as behind a pooler"}
-LIMITS = {"start": RIGHT_WITHIN, "stop": RIGHT_WITHIN, "kill": SILENT_AFTER_SECONDS}
+SHARED_SECONDS = 1.0
+"""For so long the pages share an answer about the fleet."""
+LIMITS = {
+    "start": RIGHT_WITHIN,
+    "stop": RIGHT_WITHIN,
+    "kill": SILENT_AFTER_SECONDS + SHARED_SECONDS,
+}
 RUNNING = {"starting", "ready", "not_ready"}
 STOPPING = {"lame_duck", "draining", "stopped"}
 
