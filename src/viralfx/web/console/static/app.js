@@ -367,7 +367,7 @@ class App extends Component {
     const more = [];
     if (phase === "gone" && live.gone) {
       more.push(`The page connects to the next process on this port.${live.gone.left.length ? ` Still to close then: ${live.gone.left.join(", ")}.` : ""}`, link);
-    } else if (live.fresh && stopping) {
+    } else if (live.fresh && stopping && link) {
       const left = data.stop.deadline ? (Date.parse(data.stop.deadline) - live.now()) / 1000 : 0;
       more.push(`Forced end in ${span(Math.max(0, Math.ceil(left)))}.`, link);
     }
