@@ -2,7 +2,6 @@
 
 import signal
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from http import HTTPStatus
@@ -17,17 +16,23 @@ from tests.servers.haproxy import haproxy
 from tests.servers.ports import free_port
 from tests.servers.postgres import Database
 from tests.servers.waiting import wait_until
-from tests.soak import SOAK, cycles
+from tests.soak import SOAK, Record, cycles, spread
 from tests.system.load import Load, Response
 from tests.system.service import ROOT, Service, running
 
 APP = ("--app", "tests.system.backend_app:app")
-_PACE = 5.0 if SOAK else 0.5
-RATES = {"/query": 25.0 * _PACE, "POST /retried": 10.0 * _PACE, "/slow-query/0.5": 5.0 * _PACE}
-"""Requests a second: short ones, writes, and slow ones that are in flight at each stop."""
+
+
+def rates(pace: float) -> dict[str, float]:
+    """Return requests a second: short ones, writes, and slow ones, in flight at each stop."""
+    return {"/query": 25.0 * pace, "POST /retried": 10.0 * pace, "/slow-query/0.5": 5.0 * pace}
+
+
+RATES = rates(5.0 if SOAK else 0.5)
 ROUNDS = cycles(3)
-REQUESTS = 10_000 if SOAK else 200
-"""The least number of requests of a rehearsal."""
+REQUESTS = 10_000 if SOAK else 1000
+"""The least number of requests of a rehearsal, for which one round lasts long enough."""
+REHEARSED = rates(5.0 if SOAK else 2.0)
 TRAFFIC = 40 if SOAK else 20
 """Requests before the first stop."""
 DRAIN_SECONDS = 30.0
@@ -119,8 +124,8 @@ def proxied(
         yield fleet, proxy
 
 
-def replace(fleet: Fleet, proxy: Proxy, name: str, load: Load) -> str:
-    """Replace one backend, wait until it gets its share, and return a summary."""
+def replace(fleet: Fleet, proxy: Proxy, name: str, load: Load) -> float:
+    """Replace one backend, wait until it gets its share, and return the seconds of its stop."""
     sent = len(load.responses)
     code, seconds = fleet.stop(name)
     assert not proxy.is_up(name)
@@ -131,29 +136,29 @@ def replace(fleet: Fleet, proxy: Proxy, name: str, load: Load) -> str:
     assert code == 0
     # Not before the delay; a request that remained after it would take the budget of the drain.
     assert 5.0 <= seconds < 5.0 + DRAIN_SECONDS
-    return f"{name} replaced: exit 0 after {seconds:.1f} s, {len(load.responses) - sent} answers"
+    print(f"{name} replaced after {seconds:.1f} s, {len(load.responses) - sent} answers")  # noqa: T201
+    return seconds
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", PROXIES if SOAK else ["haproxy"])
 def test_no_request_fails_while_both_backends_are_replaced(
-    database: Database, tmp_path: Path, name: str
+    database: Database, tmp_path: Path, name: str, record_property: Record
 ) -> None:
     """With the times of the manifests; in a soak run three times, with more requests and Envoy."""
     with proxied(PROXIES[name], database, tmp_path) as (fleet, proxy):
-        with Load(proxy.port, RATES) as load:
+        with Load(proxy.port, REHEARSED) as load:
             wait_until(lambda: len(load.responses) > TRAFFIC, what="load")
-            for number in ROUNDS:
-                for backend in fleet.ports:
-                    said = replace(fleet, proxy, backend, load)
-                    print(f"round {number + 1}: {said}")  # noqa: T201
+            stops = [replace(fleet, proxy, each, load) for _round in ROUNDS for each in fleet.ports]
             wait_until(lambda: len(load.responses) >= REQUESTS, seconds=120, what="all requests")
         hidden = proxy.hidden()
 
     failed: list[Response] = [response for response in load.responses if response.status != OK]
-    statuses = Counter(response.status for response in load.responses)
-    print(f"{len(load.responses)} requests: {dict(statuses)}")  # noqa: T201
+    record_property(f"{name}: requests", len(load.responses))
+    record_property(f"{name}: requests that failed", len(failed))
+    record_property(f"{name}: requests that the proxy repeated, or that had no answer", hidden)
+    record_property(f"{name}: seconds of a stop", spread(stops))
     assert failed == []
     # The proxy hid no failure: it sent each request once, to a backend that accepted it.
     assert hidden == 0
