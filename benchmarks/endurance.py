@@ -92,6 +92,28 @@ RUNS = {
         ("tests/console/test_views.py", "-k", "everybody_can_use_it"),
         SOAK,
     ),
+    "rolling": Run(
+        "No request fails while both backends are replaced three times, through HAProxy and through"
+        " Envoy, and by the units of systemd; the proxy hides no failure.",
+        (
+            *("tests/system/test_rolling_update.py", "tests/system/test_units.py"),
+            *("-k", "both_backends or rolling_restart_loses"),
+        ),
+        {**SOAK, "VIRALFX_TEST_FRESH": "1"},
+    ),
+    "pages": Run(
+        "In Chromium `/api/docs` and every page of the documentation site ask no other host, and no"
+        " error or report of the content security policy appears.",
+        ("tests/browser", "-k", "shows_each_operation or elsewhere"),
+        SOAK,
+    ),
+    "podman": Run(
+        "`podman kube play` runs the rendered base and production overlay with the image:"
+        " migration, readiness, a job, a restart by the liveness probe, and a stop within the grace"
+        " period.",
+        ("tests/deploy/test_podman.py",),
+        {"VIRALFX_TEST_COMPLETE": "1"},
+    ),
     "sigterm": Run(
         "SIGTERM ends the process with exit code 0, at any moment from a millisecond to a second"
         " after the init starts it.",

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, expect
 from tests.servers.chromium import visiting
-from tests.soak import SOAK
+from tests.soak import SOAK, Record
 from tests.system.service import Service, running
 
 
@@ -29,7 +29,9 @@ def operation_id(method: str, path: str) -> str:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("colors", ["light", "dark"] if SOAK else ["dark"])
-def test_the_page_shows_each_operation(browser: Browser, service: Service, colors: str) -> None:
+def test_the_page_shows_each_operation(
+    browser: Browser, service: Service, colors: str, record_property: Record
+) -> None:
     """It asks only its own origin, and breaks no rule of its policy, in each colour scheme."""
     paths = service.get("/api/docs/openapi.json").json()["paths"]
     shown = {operation_id(method, path) for path, item in paths.items() for method in item}
@@ -42,6 +44,9 @@ def test_the_page_shows_each_operation(browser: Browser, service: Service, color
         assert set(operations.evaluate_all("found => found.map((each) => each.id)")) == shown
         expect(viewer).to_have_attribute("theme", colors)
 
+    record_property(f"/api/docs, {colors}: operations shown", len(shown))
+    record_property(f"/api/docs, {colors}: requests", len(visit.requested))
+    record_property(f"/api/docs, {colors}: to elsewhere", len(visit.foreign(origin(service))))
     assert visit.foreign(origin(service)) == []
     assert visit.problems == []
 

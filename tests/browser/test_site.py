@@ -13,6 +13,7 @@ from threading import Thread
 import pytest
 from playwright.sync_api import Browser, expect
 from tests.servers.chromium import visiting
+from tests.soak import SOAK, Record
 
 import viralfx
 
@@ -69,20 +70,28 @@ def test_the_search_works_from_a_disk(browser: Browser, site: Path) -> None:
     assert visit.foreign(site.as_uri()) == []
 
 
-def test_pages_load_nothing_from_elsewhere(browser: Browser, site: Path) -> None:
-    """They are read from the disk, without an error, and with links to the next pages."""
+@pytest.mark.soak
+def test_pages_load_nothing_from_elsewhere(
+    browser: Browser, site: Path, record_property: Record
+) -> None:
+    """They are read from the disk, without an error, and with links; in a soak run all of them."""
+    every = [path.relative_to(site).with_suffix("").as_posix() for path in site.rglob("*.html")]
+    pages = every if SOAK else ["index", "docs/jobs", "docs/api", "genindex"]
     with visiting(browser) as visit:
-        for page in ("index", "docs/jobs", "docs/api", "genindex"):
+        for page in pages:
             visit.page.goto(f"{site.as_uri()}/{page}.html")
             glossary = visit.page.get_by_role("link", name="Glossary", exact=True)
             expect(glossary.first).to_be_attached()
 
+    record_property("pages of the site", len(pages))
+    record_property("their requests", len(visit.requested))
+    record_property("their requests to elsewhere", len(visit.foreign(site.as_uri())))
     assert visit.foreign(site.as_uri()) == []
     assert visit.problems == []
 
 
 def test_no_page_names_a_file_from_elsewhere(site: Path) -> None:
-    """The other pages have the same style, so a browser need not open each."""
+    """The other pages have the same style, so a browser opens each in a soak run only."""
     pages, styles = list(site.rglob("*.html")), list(site.rglob("*.css"))
     found = {
         path.relative_to(site).as_posix(): named

@@ -83,6 +83,11 @@ class Podman:
             raise PodmanError(f"podman {' '.join(map(str, arguments))}\n{ran.stdout}{ran.stderr}")
         return ran.stdout.strip()
 
+    def versions(self) -> list[str]:
+        """Return the versions of podman and of its runtime."""
+        runtime = self.run("info", "--format", "{{.Host.OCIRuntime.Version}}")
+        return [self.run("--version"), runtime.splitlines()[0]]
+
     def load(self, *images: str) -> None:
         """Copy images of the container engine, each under ``localhost/``."""
         archive = self._folder / "images.tar"

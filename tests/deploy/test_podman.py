@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from tests.deploy.manifests import Resource, render
 from tests.deploy.podman import Podman, adapted, podman
 from tests.servers.fixtures import or_skip
 from tests.servers.waiting import wait_until
+from tests.soak import Record
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(300)]
 
@@ -78,10 +80,11 @@ PEERS: list[Resource] = [
 
 @dataclass(frozen=True)
 class Pods:
-    """The pods of a base or an overlay."""
+    """The pods of a base or an overlay, and when they were started, by the monotonic clock."""
 
     name: str
     podman: Podman
+    since: float
 
     def ask(self, path: str, *, method: str = "GET", body: object = None) -> httpx.Response:
         """Send a request to the API, with its token."""
@@ -122,15 +125,19 @@ def pods(request: pytest.FixtureRequest, machine: Podman, image: str) -> Iterato
     with or_skip():  # without kubectl and kustomize
         resources = list(adapted(render(name), image, SETTINGS[name]))
     machine.play(PEERS)
+    since = time.monotonic()
     machine.play(resources)
-    yield Pods(name, machine)
+    yield Pods(name, machine, since)
     machine.clear()
 
 
-def test_the_migration_runs_and_all_pods_are_ready(pods: Pods) -> None:
+def test_the_migration_runs_and_all_pods_are_ready(pods: Pods, record_property: Record) -> None:
     """They start together; the pods wait for the schema."""
     pods.wait_ready()
 
+    record_property("versions", "; ".join(pods.podman.versions()))
+    record_property(f"{pods.name}: containers", len(SERVICES[pods.name]))
+    record_property(f"{pods.name}: ready after", f"{time.monotonic() - pods.since:.1f} s")
     assert pods.podman.inspect(MIGRATION)["State"]["ExitCode"] == 0
     assert "is current at" in pods.podman.log(MIGRATION)
     assert pods.ask("/health/ready").json()["checks"] == {"database": True, "redis": True}
@@ -152,7 +159,7 @@ def test_the_rights_are_those_of_the_manifests(pods: Pods) -> None:
             assert found["Config"]["StopTimeout"] == 75
 
 
-def test_a_job_runs_in_a_pod(pods: Pods) -> None:
+def test_a_job_runs_in_a_pod(pods: Pods, record_property: Record) -> None:
     """The API accepts it, and a worker records its result."""
     body = {"task": "analytics.rollup_health", "payload": None}
     accepted = pods.ask("/api/v1/jobs", method="POST", body=body)
@@ -164,11 +171,12 @@ def test_a_job_runs_in_a_pod(pods: Pods) -> None:
         what=lambda: pods.ask(link).text,
     )
 
+    record_property(f"{pods.name}: job", done["state"])
     assert done["attempts"] == 1
     assert done["result"]["health"] in {"healthy", "degraded"}
 
 
-def test_a_process_that_hangs_is_restarted(pods: Pods) -> None:
+def test_a_process_that_hangs_is_restarted(pods: Pods, record_property: Record) -> None:
     """Its liveness probe passes, fails three times in a row, and podman starts it again."""
     name = SERVICES[pods.name][-1]
     machine = pods.podman
@@ -189,6 +197,7 @@ def test_a_process_that_hangs_is_restarted(pods: Pods) -> None:
         failed = probes.result(timeout=60)
     pods.wait_ready()
 
+    record_property(f"{pods.name}: failures of `podman healthcheck run` until a restart", failed)
     # Podman counts the failures; a probe can run once more while it starts the container.
     assert before["Config"]["Healthcheck"]["Retries"] == 3
     assert failed >= 3
@@ -203,12 +212,15 @@ def _probe_until_restart(machine: Podman, name: str, started: str) -> int:
     return failures
 
 
-def test_all_processes_stop_within_their_grace_period(pods: Pods) -> None:
+def test_all_processes_stop_within_their_grace_period(pods: Pods, record_property: Record) -> None:
     """Each ends with 0 in answer to SIGTERM; podman would kill it after 75 s, with 137."""
     # One after another: podman ends a pod's network when one container has ended and none runs that
     # is not stopping. A kubelet keeps it until the last one has ended.
     for name in reversed(SERVICES[pods.name]):
+        began = time.monotonic()
         pods.podman.run("stop", name)
+        took, code = time.monotonic() - began, pods.podman.inspect(name)["State"]["ExitCode"]
+        record_property(f"{pods.name}: stop of {name}", f"exit code {code} after {took:.1f} s")
 
     for name in SERVICES[pods.name]:
         assert pods.podman.inspect(name)["State"]["ExitCode"] == 0, pods.podman.log(name)

@@ -16,7 +16,7 @@ from tests.servers.haproxy import Proxy, haproxy
 from tests.servers.ports import free_port
 from tests.servers.postgres import Database
 from tests.servers.waiting import wait_until
-from tests.soak import SOAK, cycles
+from tests.soak import SOAK, Record, cycles
 from tests.system.load import Load
 from tests.system.service import ROOT, request
 from tests.system.test_rolling_update import RATES, TRAFFIC, manifests
@@ -62,7 +62,9 @@ def rolling_restart(
 
 @pytest.mark.soak
 @pytest.mark.timeout(400)
-def test_a_rolling_restart_loses_no_request(database: Database, tmp_path: Path) -> None:
+def test_a_rolling_restart_loses_no_request(
+    database: Database, tmp_path: Path, record_property: Record
+) -> None:
     """API, worker and migration are started by their units, and restarted under load."""
     environment = {
         "DATABASE_URL": database.url,
@@ -83,7 +85,10 @@ def test_a_rolling_restart_loses_no_request(database: Database, tmp_path: Path) 
         hidden = proxy.hidden()
 
     statuses = Counter(response.status for response in load.responses)
-    print(f"{len(load.responses)} requests: {dict(statuses)}")  # noqa: T201
+    record_property("units: requests", len(load.responses))
+    record_property("units: requests that failed", len(load.responses) - statuses[HTTPStatus.OK])
+    record_property("units: requests that the proxy repeated, or that had no answer", hidden)
+    record_property("units: restarts of a unit", len(manager.codes))
     assert set(statuses) == {HTTPStatus.OK}
     assert hidden == 0
     assert {code for _, code in manager.codes} == {0}
