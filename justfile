@@ -234,11 +234,13 @@ image *arguments:
 release *arguments:
     {{bin}}/python -m tests.deploy.release {{arguments}}
 
-# the wheel by the pip of each Python here, beside popular packages, in the tutorial, and by uv for each extra
-wheels:
-    {{bin}}/python -m tests.deploy.wheels
-    {{bin}}/python -m tests.deploy.tutorial
-    VIRALFX_TEST_WHEELS=1 {{bin}}/pytest tests/deploy/test_extras.py
+# wheel and sdist by pip and uv of each Python here, each extra, beside popular packages, on bare machines, in the tutorial; --record publishes (short: bare)
+check-packaging *arguments:
+    {{bin}}/python -m tests.deploy.check_packaging {{arguments}}
+
+# the commands of docs/tutorial.md from an empty folder, with their times; --record publishes them
+tutorial *arguments:
+    {{bin}}/python -m tests.deploy.tutorial {{arguments}}
 
 # draw the dashboard with Grafana's components and ten minutes of real data (wants npm and Chromium)
 dashboard-preview *arguments:

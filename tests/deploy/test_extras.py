@@ -1,7 +1,8 @@
 """Each extra alone does its job, and a missing one is one line.
 
 Every day the packages of other extras are hidden from an interpreter. With VIRALFX_TEST_WHEELS=1,
-as `just wheels` sets it, the tests install the built wheel into an environment for each extra.
+as `just check-packaging` sets it, the tests install the built wheel into an environment for each
+extra.
 """
 
 import functools
@@ -15,8 +16,8 @@ from pathlib import Path
 import pytest
 from tests.deploy.extra_jobs import JOBS
 from tests.deploy.extras import ROOT, declared, environment_of, packages_of, table
-from tests.deploy.release import UV
-from tests.deploy.wheels import wheel_of_checkout
+from tests.deploy.wheels import Ended, Environment, failure, uv, wheel_of_checkout
+from tests.soak import Record
 
 from viralfx.domain.extras import EXTRAS, extra_of, is_installed
 
@@ -54,7 +55,7 @@ def run(wheel: Path | None, tmp_path: Path) -> Run:
         if wheel is None:
             python, environment = Path(sys.executable), environment_of(extras, tmp_path)
         else:
-            python = installed(wheel, extras)
+            python = installed(wheel, extras)[0].python
             environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
         return subprocess.run(
             [python, *arguments],
@@ -70,14 +71,15 @@ def run(wheel: Path | None, tmp_path: Path) -> Run:
 
 
 @functools.cache
-def installed(wheel: Path, extras: tuple[str, ...]) -> Path:
-    """Install the wheel with extras by uv; return the Python of the environment."""
-    folder = wheel.parent / "-".join(["with", *extras])
-    subprocess.run([UV, "venv", "--quiet", "--python", sys.executable, folder], check=True)
-    python = folder / "bin/python"
+def installed(wheel: Path, extras: tuple[str, ...]) -> tuple[Environment, Ended, float]:
+    """Install the wheel with extras by uv; return the environment, how that ended, and its MiB."""
+    made = Environment(wheel.parent / "-".join(["with", *extras]))
+    assert failure("uv venv", uv("venv", "--quiet", "--python", sys.executable, made.folder)) == []
     wanted = f"{wheel}[{','.join(extras)}]" if extras else str(wheel)
-    subprocess.run([UV, "pip", "install", "--quiet", "--python", python, wanted], check=True)
-    return python
+    ended = uv("pip", "install", "--quiet", "--python", made.python, wanted)
+    assert failure("uv pip install", ended) == []
+    sizes = (path.stat().st_size for path in made.packages.rglob("*") if path.is_file())
+    return made, ended, sum(sizes) / 2**20
 
 
 def line(asked_by: str, extras: str) -> str:
@@ -121,16 +123,27 @@ def test_the_code_names_the_packages_of_an_extra(extra: str) -> None:
 
 
 @pytest.mark.parametrize("extra", JOBS)
-def test_an_extra_alone_does_its_job(extra: str, run: Run, request: pytest.FixtureRequest) -> None:
+def test_an_extra_alone_does_its_job(
+    extra: str,
+    run: Run,
+    wheel: Path | None,
+    request: pytest.FixtureRequest,
+    record_property: Record,
+) -> None:
     """No package of another extra is imported for it."""
     variables = {}
     if extra in {"postgres", "asyncpg", "migrate"}:
         variables["DATABASE_URL"] = request.getfixturevalue("database").url
     if extra == "redis":
         variables["REDIS_URL"] = request.getfixturevalue("redis").url()
-    done = run((extra,), str(PROGRAM), extra, **variables)
+    extras = (extra,) if extra else ()
+    done = run(extras, str(PROGRAM), extra, **variables)
 
     assert done.returncode == 0, done.stderr
+    if wheel is not None:
+        made, ended, size = installed(wheel, extras)
+        packages = len(list(made.packages.glob("*.dist-info")))
+        record_property(extra or "none", f"{packages} {size:.0f} {ended.seconds:.1f}")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The tutorial works as written, from its third command on; `just wheels` runs all of it."""
+"""The tutorial works as written, from its third command on; `just tutorial` runs all of it."""
 
 import json
 import re

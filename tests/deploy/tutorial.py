@@ -1,9 +1,10 @@
 """Runs the commands of docs/tutorial.md as they are written there, and prints their times.
 
-``python -m tests.deploy.tutorial`` starts in an empty folder with the wheel of this checkout, so it
-needs a package index.
+``just tutorial`` starts in an empty folder with the wheel of this checkout, so it needs a package
+index.
 """
 
+import argparse
 import os
 import re
 import subprocess
@@ -13,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.deploy.release import ROOT
+from benchmarks.results import Target, circumstances, command, publish, table, target_table
+from tests.deploy.distribution import ROOT
 from tests.deploy.wheels import wheel_of_checkout
 from tests.servers.ports import free_port
 
@@ -61,8 +63,8 @@ def run(folder: Path, typed: Sequence[str], **variables: str) -> list[Step]:
     port = str(free_port())
     mark = f'printf "\\n{_MARK} %s at %s after %s\\n"'
     lines = [f"{mark} 0 $EPOCHREALTIME 0"]
-    for number, command in enumerate(typed, 1):
-        lines += [command.replace("localhost:3000", f"127.0.0.1:{port}")]
+    for number, line in enumerate(typed, 1):
+        lines += [line.replace("localhost:3000", f"127.0.0.1:{port}")]
         lines += [f"{mark} {number} $EPOCHREALTIME $?"]
     clean = {"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8", **_indexes()}
     shell = subprocess.run(
@@ -93,20 +95,49 @@ def _indexes() -> Mapping[str, str]:
     return {"PIP_CONFIG_FILE": found, **mine} if found else mine
 
 
+def from_nothing(folder: Path, wheel: Path) -> list[Step]:
+    """Run all commands in an empty folder, where pip finds a wheel, as a stranger does."""
+    folder.mkdir()
+    return run(folder, commands(), PIP_FIND_LINKS=str(wheel.parent))
+
+
+def targets(steps: Sequence[Step]) -> list[Target]:
+    """Return the promises of the document, with the figures of these steps."""
+    figures = {
+        "seconds from pip install to the end of the service": (_seconds(steps), MAX_SECONDS),
+        "commands": (len(steps), MAX_COMMANDS),
+        "commands that fail": (sum(step.code > 0 for step in steps), 0),
+    }
+    return [
+        Target(what=what, measured=measured, limit=limit, at_least=False)
+        for what, (measured, limit) in figures.items()
+    ]
+
+
+def _seconds(steps: Sequence[Step]) -> float:
+    return sum(step.seconds for step in steps)
+
+
 def main() -> int:
-    """Run the tutorial as a stranger does; return the exit code."""
+    """Run the tutorial, publish its times with ``--record``, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="just tutorial", description=__doc__)
+    parser.add_argument("--record", action="store_true", help="publish the times in RESULTS.md")
+    record = parser.parse_args().record
     with tempfile.TemporaryDirectory() as folder:
-        wheel = wheel_of_checkout(Path(folder))
-        empty = Path(folder, "empty")
-        empty.mkdir()
-        steps = run(empty, commands(), PIP_FIND_LINKS=str(wheel.parent))
+        steps = from_nothing(Path(folder, "empty"), wheel_of_checkout(Path(folder)))
     for step in steps:
-        print(f"{step.seconds:6.1f} s  {step.code}  {step.command}")
         if step.code:
-            print(step.output)
-    seconds = sum(step.seconds for step in steps)
-    print(f"{seconds:6.1f} s  {len(steps)} commands, {sum(step.code > 0 for step in steps)} failed")
-    return seconds > MAX_SECONDS or len(steps) > MAX_COMMANDS or any(s.code for s in steps)
+            print(f"{step.command}: exit code {step.code}\n{step.output}")
+    rows = [(f"`{step.command}`", f"{step.seconds:.1f}", str(step.code)) for step in steps]
+    lines = [
+        *circumstances(command("tutorial"), "Times depend on the index: pip has no cache"),
+        "",
+        *table(("command of docs/tutorial.md", "seconds", "exit code"), rows),
+        "",
+        *target_table(targets(steps)),
+    ]
+    works = all(target.met for target in targets(steps))
+    return publish("tutorial.py", lines, targets(steps), check=True, record=record and works)
 
 
 if __name__ == "__main__":

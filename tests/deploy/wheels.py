@@ -1,12 +1,10 @@
-"""Installs the wheel as users do, and measures it: ``just wheels``.
+"""Wheel and sdist of this checkout, and environments that have them.
 
-With the pip of each Python that is here, with uv, and beside packages that applications have. It
-needs a package index, and some minutes.
+``python -m tests.deploy.wheels`` installs the wheel and the packages of requirements.lock into an
+empty environment, and sees each part work: the gate does this at its start.
 """
 
-import argparse
 import os
-import re
 import resource
 import shutil
 import signal
@@ -14,33 +12,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from tests.deploy.release import ROOT, UV, build, project, publish_readme
+from tests.deploy.distribution import ROOT, UV, build, publish_readme
 
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
-MAX_SECONDS = 60.0
-"""For the oldest supported Python, with the pip that it comes with."""
-
-BESIDE = (
-    *("fastapi", "starlette", "django", "flask", "quart", "sanic"),
-    *("uvicorn", "gunicorn", "hypercorn", "granian"),
-    *("pydantic", "sqlalchemy", "alembic", "psycopg", "redis"),
-    *("celery", "dramatiq", "procrastinate", "taskiq", "rq"),
-    *("httpx", "aiohttp", "requests", "boto3"),
-    *("sentry-sdk", "logfire", "structlog", "prometheus-client"),
-)
-"""Packages that applications have; each is resolved beside ``viralfx[all]``."""
-
-APART = {
-    "arq": "it needs an older redis",
-    "saq": "its extra needs an older redis",
-    "opentelemetry-distro": "it pins a newer release than one of the instrumentations has",
-    "opentelemetry-sdk": "an instrumentation pins an older release of it",
-}
-"""Packages that are set back beside an extra, with the reason."""
+JOBS = ROOT / "tests/deploy/extra_jobs.py"
 
 
 def interpreters() -> Iterator[tuple[str, Path]]:
@@ -48,12 +28,14 @@ def interpreters() -> Iterator[tuple[str, Path]]:
     for version in VERSIONS:
         candidates = [*_on_path(f"python{version}"), *_of_pyenv(version)]
         for candidate in candidates:
-            code = "import ensurepip, sys; print(sys.version_info[:2])"
+            # A launcher on PATH, such as one of pyenv, may run another program.
+            code = "import ensurepip, sys; print(*sys.version_info[:2], sys.executable)"
             found = subprocess.run(
                 [candidate, "-c", code], capture_output=True, text=True, check=False
             )
-            if found.stdout.strip() == f"({version.replace('.', ', ')})":
-                yield version, candidate
+            begin = f"{version.replace('.', ' ')} "
+            if found.stdout.startswith(begin):
+                yield version, Path(found.stdout.removeprefix(begin).strip())
                 break
 
 
@@ -68,8 +50,8 @@ def _of_pyenv(version: str) -> list[Path]:
     return sorted(root.glob(f"versions/{version}.*/bin/python"))
 
 
-def wheel_of_checkout(folder: Path) -> Path:
-    """Build the wheel of this checkout below a folder; return its path."""
+def packages_of_checkout(folder: Path) -> tuple[Path, Path]:
+    """Build wheel and sdist of this checkout below a folder; return their paths."""
     copied = folder / "sources"
     shutil.copytree(
         ROOT / "src", copied / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -77,49 +59,40 @@ def wheel_of_checkout(folder: Path) -> Path:
     for path in [*ROOT.glob("*.toml"), ROOT / "README.md", ROOT / "LICENSE", *ROOT.glob("THIRD*")]:
         shutil.copy(path, copied)
     publish_readme(copied)
-    return next(path for path in build(copied, folder / "dist") if path.suffix == ".whl")
+    sdist, wheel = sorted(build(copied, folder / "dist"), key=lambda path: path.suffix)
+    return wheel, sdist
 
 
-def timed(
-    *command: str | Path, **environment: str
-) -> tuple[float, subprocess.CompletedProcess[str]]:
-    """Run a command; return its seconds and its result."""
-    began = time.monotonic()
-    clean = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+def wheel_of_checkout(folder: Path) -> Path:
+    """Build the wheel of this checkout below a folder; return its path."""
+    return packages_of_checkout(folder)[0]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that ended, with its seconds: by the clock, and of processor time."""
+
+    code: int
+    output: str
+    seconds: float
+    busy: float
+
+
+def timed(*command: str | Path, environment: Mapping[str, str] = {}, cwd: Path = ROOT) -> Ended:
+    """Run a command in a folder, with more variables; return how it ended."""
+    ours = {"VIRTUAL_ENV", "PYTHONPATH"}
+    clean = {name: value for name, value in os.environ.items() if name not in ours}
+    began, before = time.monotonic(), _processor_seconds()
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**clean, **environment}
+        command,
+        cwd=cwd,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    return time.monotonic() - began, done
-
-
-def by_pip(python: Path, wheel: Path, folder: Path, *, may_be_slow: bool) -> Iterator[str]:
-    """Install the wheel with everything by the pip of a Python; yield problems."""
-    _, made = timed(python, "-m", "venv", folder)
-    if made.returncode:
-        yield f"venv: {made.stdout}{made.stderr}"
-        return
-    inside = folder / "bin/python"
-    version = subprocess.check_output([inside, "-m", "pip", "--version"], text=True).split()[1]
-    before = _processor_seconds()
-    seconds, done = timed(
-        inside, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", f"{wheel}[all]"
-    )
-    busy = _processor_seconds() - before
-    print(f"  pip {version}: viralfx[all] in {seconds:.0f} s, {busy:.0f} s busy", flush=True)
-    if done.returncode:
-        yield f"pip {version}: {done.stderr[-2000:]}"
-        return
-    if python_version(inside) == VERSIONS[0] and seconds > MAX_SECONDS and not may_be_slow:
-        yield f"pip {version} takes {seconds:.0f} s"
-    _, checked = timed(inside, "-m", "pip", "check")
-    if checked.returncode:
-        yield checked.stdout
-    _, imported = timed(inside, ROOT / "tests/deploy/extra_jobs.py", "all")
-    if imported.returncode:
-        yield imported.stderr[-2000:]
-    _, doctor = timed(folder / "bin/viralfx", "doctor", "--json", PORT="0")
-    if doctor.returncode:
-        yield doctor.stdout + doctor.stderr
+    seconds, busy = time.monotonic() - began, _processor_seconds() - before
+    return Ended(done.returncode, done.stdout + done.stderr, seconds, busy)
 
 
 def _processor_seconds() -> float:
@@ -127,79 +100,103 @@ def _processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def python_version(python: Path) -> str:
-    """Return major and minor version of a Python."""
-    shown = subprocess.check_output([python, "--version"], text=True)
-    return ".".join(shown.split()[1].split(".")[:2])
+def uv(*arguments: str | Path) -> Ended:
+    """Run uv, with the index of pip; return how it ended."""
+    return timed(UV, *arguments, environment=index())
 
 
-def resolved(python: Path, requirements: Sequence[str]) -> dict[str, str] | str:
-    """Return the versions that uv finds for the requirements, or its message."""
-    done = subprocess.run(
-        [UV, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python", python, "-"],
-        input="\n".join(requirements),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        return done.stderr
-    return dict(re.findall(r"^([\w.-]+)==(\S+)", done.stdout, re.MULTILINE))
+@cache
+def index() -> dict[str, str]:
+    """Return the variable that gives uv the index of pip; it reads little of pip's settings."""
+    if "UV_DEFAULT_INDEX" in os.environ:
+        return {}
+    configured = timed(sys.executable, "-m", "pip", "config", "get", "global.index-url")
+    named = os.environ.get("PIP_INDEX_URL") or (configured.output if not configured.code else "")
+    return {"UV_DEFAULT_INDEX": named.strip()} if named.strip() else {}
 
 
-def beside_others(python: Path, wheel: Path) -> Iterator[str]:
-    """Resolve the wheel with everything beside each other package; yield problems.
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment, in a folder of its own."""
 
-    A package that gets an older version beside this one is a problem, too: an application would
-    be set back in silence.
+    folder: Path
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return self.folder / "bin/python"
+
+    @property
+    def packages(self) -> Path:
+        """The folder of its packages."""
+        (found,) = self.folder.glob("lib/python*/site-packages")
+        return found
+
+    def run(self, *arguments: str | Path, **environment: str) -> Ended:
+        """Run its Python in the folder above it, where no module of this checkout is."""
+        place = self.folder.parent
+        return timed(self.python, *arguments, cwd=place, environment=environment)
+
+    def files(self) -> set[str]:
+        """Return the files of the distribution, without byte code."""
+        paths = (self.packages / "viralfx").rglob("*")
+        return {
+            path.relative_to(self.packages).as_posix()
+            for path in paths
+            if path.is_file() and path.suffix != ".pyc"
+        }
+
+    def problems(self, extra: str = "all") -> Iterator[str]:
+        """Yield each problem of the distribution with one extra: the job of that extra fails.
+
+        For all extras that imports each module, and the doctor has to find nothing either. The
+        empty name is no extra.
+        """
+        yield from failure("uv pip check", uv("pip", "check", "--python", self.python))
+        yield from failure(f"the job of {extra or 'no extra'}", self.run(JOBS, extra))
+        if extra == "all":
+            doctor = self.run("-m", "viralfx", "doctor", "--json", PORT="0")
+            yield from failure("viralfx doctor", doctor)
+
+
+def failure(what: str, ended: Ended) -> list[str]:
+    """Return a line about a command that failed; none if it did not."""
+    return [f"{what} ends with {ended.code}: {ended.output[-4000:]}"] if ended.code else []
+
+
+def from_lock(wheel: Path, folder: Path) -> Iterator[str]:
+    """Install a wheel with all extras and the packages of the lock by uv; yield problems.
+
+    The folder must not exist. Hashes are compared, and nothing that the lock lacks is installed.
     """
-    ours = f"viralfx[all] @ {wheel.as_uri()}"
-    together = resolved(python, [ours, *BESIDE])
-    if isinstance(together, str):
-        yield together
-    for name in (*BESIDE, *APART):
-        alone, both = resolved(python, [name]), resolved(python, [name, ours])
-        if isinstance(alone, str) or isinstance(both, str):
-            yield f"{name}: {alone if isinstance(alone, str) else both}"
-        elif alone[name] != both[name]:
-            how = f"{name} is {both[name]} beside viralfx[all], and {alone[name]} alone"
-            if name in APART:
-                print(f"  {how}: {APART[name]}")
-            else:
-                yield how
+    made = Environment(folder)
+    into = ("pip", "install", "--quiet", "--no-deps", "--python", made.python)
+    steps: tuple[tuple[str | Path, ...], ...] = (
+        ("venv", "--quiet", "--python", sys.executable, folder),
+        (*into, "--require-hashes", "--requirement", ROOT / "requirements.lock"),
+        (*into, wheel),
+    )
+    for step in steps:
+        if found := failure(f"uv {' '.join(map(str, step))}", uv(*step)):
+            yield from found
+            return
+    yield from made.problems()
 
 
 def main() -> int:
-    """Install, resolve and print; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="only the pip of the oldest Python")
-    quick = parser.parse_args().quick
-    # An exit lets the installer that runs be killed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    problems: list[str] = []
+    """Install the wheel of this checkout from the lock; return the exit code."""
     # Beside the environment, which has the same packages: /tmp may be small.
     (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder:
-        os.environ["TMPDIR"] = folder
         wheel = wheel_of_checkout(Path(folder))
-        found = dict(islice(interpreters(), 1 if quick else None))
-        print(f"{wheel.name}, Python {', '.join(found)}", flush=True)
-        if next(iter(found), None) != VERSIONS[0]:
-            problems.append(f"Python {VERSIONS[0]} is not here")
-        for version, python in found.items():
-            installed = Path(folder, version)
-            found_here = by_pip(python, wheel, installed, may_be_slow=quick)
-            problems += (f"{version}: {each}" for each in found_here)
-            shutil.rmtree(installed)
-        if not quick:
-            others = list(beside_others(next(iter(found.values())), wheel))
-            print(f"  beside {len(BESIDE)} packages: {len(others)} problems", flush=True)
-            problems += others
-    for problem in problems:
-        print(f"PROBLEM {problem}")
-    print(f"{project()['name']}: {len(problems)} problems")
+        problems = list(from_lock(wheel, Path(folder, "locked")))
+    for each in problems:
+        print(f"PROBLEM {each}")
+    print(f"{wheel.name} with the packages of requirements.lock: {len(problems)} problems")
     return bool(problems)
 
 
 if __name__ == "__main__":
+    # An exit lets the installer that runs be killed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())
