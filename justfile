@@ -230,7 +230,7 @@ bench-costs *arguments:
 image *arguments:
     docker build --build-arg REVISION=$(git rev-parse HEAD) --tag viralfx-backend:$({{bin}}/uv version --short) {{arguments}} .
 
-# wheel, sdist, image where an engine answers, SBOM and checksums of the last commit, in dist/
+# wheel, sdist, image where an engine answers, SBOM and checksums of the last commit, checked, in dist/; --record publishes their list
 release *arguments:
     {{bin}}/python -m tests.deploy.release {{arguments}}
 

@@ -1,6 +1,7 @@
 """The wheel and the sdist: their metadata, their files, and links that lead somewhere."""
 
 import email
+import json
 import re
 import shutil
 import subprocess
@@ -13,17 +14,20 @@ from pathlib import Path
 
 import pytest
 from packaging.specifiers import SpecifierSet
-from tests.deploy.extras import declared
-from tests.deploy.release import (
+from tests.deploy.distribution import (
+    GIT,
     ROOT,
     UV,
     build,
-    checksums,
+    locked,
     project,
     publish_readme,
     repository,
     with_absolute_links,
 )
+from tests.deploy.extras import declared
+from tests.deploy.release import checksums, refused, unlisted
+from tests.deploy.wheels import Environment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 VERSION = str(project()["version"])
@@ -147,14 +151,6 @@ print(viralfx.__file__)
 """
 
 
-def locked(name: str) -> str:
-    """Return the version that requirements.lock has of a package."""
-    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
-    found = re.search(rf"^{re.escape(name)}==(\S+)", lock, re.MULTILINE)
-    assert found is not None, name
-    return found[1]
-
-
 @pytest.fixture(scope="module")
 def alone(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of an environment with the wheel and what it needs, and nothing else.
@@ -168,7 +164,7 @@ def alone(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     (packages,) = folder.glob("lib/python*/site-packages")
     for name in BASE:
         found = distribution(name)
-        if found.version != locked(name):
+        if found.version != locked()[name]:
             pytest.skip(f"{name} {found.version} is here, and requirements.lock has another one")
         for file in found.files or ():
             if ".." not in file.parts and file.suffix != ".pyc":
@@ -206,6 +202,13 @@ def test_the_wheel_alone_has_what_it_needs(alone: Path) -> None:
     assert checked.returncode == 0, checked.stderr
     names = ran(alone, "python", "-c", listed).stdout.split()
     assert [name.replace("_", "-") for name in names] == sorted((*BASE, "viralfx"))
+
+
+def test_a_package_that_is_missing_is_a_problem(alone: Path) -> None:
+    """The wheel alone does not do the job of an extra."""
+    (found,) = Environment(alone).problems("litestar")
+
+    assert "No module named 'litestar'" in found
 
 
 def test_the_wheel_alone_is_a_library(alone: Path) -> None:
@@ -247,3 +250,39 @@ def test_checksums_can_be_verified(tmp_path: Path) -> None:
     )
 
     assert (checked.returncode, checked.stdout) == (0, "a.whl: OK\n")
+
+
+def test_a_release_is_refused_with_the_reasons(tmp_path: Path) -> None:
+    """Changes that are not committed, and a tag of the version at another commit."""
+
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=Tests", "-c", "user.email=tests@example.com")
+        subprocess.run([GIT, *identity, *arguments], cwd=tmp_path, check=True)
+
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message", "First")
+    git("tag", "--annotate", "--message", "Old", "v1.0.0")
+    assert refused(tmp_path, "1.0.0") == []
+    git("commit", "--quiet", "--allow-empty", "--message", "Second")
+    git("tag", "v1.1.0")
+    (tmp_path / "new.py").touch()
+
+    assert refused(tmp_path, "1.1.0") == [
+        "commit these changes first, or remove them:\n?? new.py",
+    ]
+    assert refused(tmp_path, "1.0.0")[1:] == [
+        "the tag v1.0.0 names another commit: give this one a version of its own"
+    ]
+
+
+def test_the_sbom_has_the_packages_of_the_lock() -> None:
+    """A package of one of them alone is named, and so is another version."""
+    listed = [{"name": "celery", "version": "1"}, {"name": "redis", "version": "2"}]
+
+    assert list(unlisted(json.dumps({"components": listed}), {"celery": "1", "redis": "2"})) == []
+    assert list(unlisted(json.dumps({"components": listed}), {"redis": "3"})) == [
+        "celery 1 is in the SBOM, and requirements.lock has no such version",
+        "redis 2 is in the SBOM, and requirements.lock has no such version",
+        "redis 3 is in requirements.lock, and not in the SBOM",
+    ]
+    assert len(locked()) > 50
