@@ -37,6 +37,15 @@ def test_probes_answer_while_the_application_starts() -> None:
         assert service.exit_code(seconds=60) == 0
 
 
+def test_no_home_is_needed() -> None:
+    """A service whose home is missing, and cannot be made, is ready and ends with 0."""
+    with running(environment={"HOME": "/proc/none"}, fresh=True) as service:
+        service.wait_ready()
+        service.signal(signal.SIGTERM)
+
+        assert service.exit_code() == 0
+
+
 @pytest.mark.each_python
 def test_a_signal_during_the_imports_is_not_lost() -> None:
     """SIGTERM before the event loop runs still causes a graceful shutdown."""
