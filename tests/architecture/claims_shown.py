@@ -9,6 +9,7 @@ import builtins
 import inspect
 import re
 import shlex
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -124,6 +125,7 @@ def commands(text: str) -> Iterator[str]:
             yield f"command: there is no recipe {words[1]}"
         yield from _own(words)
     for block in blocks(text, "bash"):
+        yield from _syntax(block)
         whole = re.sub(r"\\\n\s*", "", block)
         for line in re.sub(r"'[^']*'", "''", whole).splitlines():
             for part in re.split(r"\|\|?|&&|;|\$\(|<\(", line):
@@ -138,6 +140,15 @@ def commands(text: str) -> Iterator[str]:
         for path in re.findall(served, whole):
             if not is_path(path) and not _is_prefix(path):
                 yield f"command: there is no path {path}"
+
+
+@cache
+def _syntax(block: str) -> tuple[str, ...]:
+    """Return the lines of bash about a block that it cannot read."""
+    read = subprocess.run(
+        ["/bin/bash", "-n"], input=block, capture_output=True, text=True, check=False
+    )
+    return tuple(f"command: {line}" for line in read.stderr.splitlines())
 
 
 def _is_prefix(path: str) -> bool:

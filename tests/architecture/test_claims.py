@@ -129,6 +129,7 @@ EDITS: dict[str, tuple[str, str, str]] = {
         ".ci/environment &&",
         "command: .ci/environment does not exist",
     ),
+    "syntax in a shell block": (r"^wait %1$", 'wait "%1', "unexpected EOF"),
     "a method in an example": (
         r"plugin\.database\.execute_with_retry\(",
         "plugin.database.execute_retrying(",
