@@ -56,6 +56,10 @@ docs *arguments:
 site *arguments:
     {{bin}}/python -m sphinx -q -W --keep-going -b html -c docs {{arguments}} . build/site
 
+# ask the addresses of other hosts that the pages of the site link to (wants a network)
+links *arguments:
+    {{bin}}/python -m sphinx -q -b linkcheck -c docs {{arguments}} . build/links
+
 # fix what the tools can fix
 fix:
     {{bin}}/ruff check --fix .
