@@ -299,6 +299,8 @@ def test_the_routes_are_documented(service: Service) -> None:
         "/health/startup",
         "/health/detailed",
         "/health/shutdown",
+        "/health/info",
+        "/health/tasks",
         "/health/loggers",
         "/health/loggers/{name}",
         "/health/{check}",
@@ -307,6 +309,7 @@ def test_the_routes_are_documented(service: Service) -> None:
         "/api/v1/jobs/{job_id}/retry",
         "/api/v1/jobs/{job_id}/events",
         "/api/v1/jobs/{job_id}/cancel",
+        "/api/v1/jobs/{job_id}/run",
         "/api/v1/jobs/batch",
         "/api/v1/jobs/retry",
         "/api/v1/jobs/cancel",
@@ -314,6 +317,9 @@ def test_the_routes_are_documented(service: Service) -> None:
         "/api/v1/queues/{queue}/pause",
         "/api/v1/queues/{queue}/resume",
         "/api/v1/schedules",
+        "/api/v1/schedules/{task}/pause",
+        "/api/v1/schedules/{task}/resume",
+        "/api/v1/schedules/{task}/run",
     }
     assert paths["/health/shutdown"].keys() == {"get", "post"}
     assert paths["/health/ready"]["get"]["responses"].keys() == {"200", "503"}
