@@ -1,7 +1,8 @@
 """The plugin as a part of a Litestar application: dependencies, jobs API, document, CORS."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from viralfx import (
     PostgresDatabase,
     task,
 )
+from viralfx.asgi import OperationsMiddleware
 from viralfx.settings import Secret, Settings
+from viralfx.web.layer import OperationsLayer
 from viralfx.web.responses import Message, Scope
 
 
@@ -197,17 +200,65 @@ async def test_the_jobs_api_in_an_application() -> None:
         (Settings(api_token=Secret("planted")), "planted", 200),
         (Settings(api_token=Secret("planted")), "wrong", 401),
         (Settings(api_token=Secret("planted")), None, 401),
-        (Settings(environment="production", allow_memory_adapters=True), None, 403),
         (Settings(), None, 200),
     ],
 )
 async def test_the_jobs_api_has_the_token_of_the_service(
     settings: Settings, token: str | None, status: int
 ) -> None:
-    """Production without a token serves nothing."""
+    """Without one it is open, outside of production."""
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     async with AsyncTestClient(application(settings=settings, jobs_api=True)) as client:
         assert (await client.get("/api/v1/jobs", headers=headers)).status_code == status
+
+
+SHOP = Litestar(logging_config=None)
+STRONG = Secret("Qm7-wXk2_vB9.tLd4")
+
+
+@pytest.mark.parametrize(
+    ("settings", "variables"),
+    [
+        (Settings(environment="production"), ["DATABASE_URL", "API_TOKEN"]),
+        (Settings(environment="production", allow_memory_adapters=True), ["API_TOKEN"]),
+        (Settings(environment="production", api_token=STRONG), ["DATABASE_URL"]),
+        (
+            Settings(environment="production", api_token=Secret("abc"), allow_memory_adapters=True),
+            ["API_TOKEN"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("layer", [OperationsPlugin, partial(OperationsMiddleware, SHOP)])
+@pytest.mark.parametrize("read", [False, True], ids=["given", "read"])
+def test_the_jobs_api_in_production_has_the_rules_of_the_service(
+    monkeypatch: pytest.MonkeyPatch,
+    settings: Settings,
+    variables: list[str],
+    layer: Callable[[OperationsConfig], OperationsLayer],
+    *,
+    read: bool,
+) -> None:
+    """A strong token and a database, also for settings that the application passes."""
+    config = OperationsConfig(settings=settings, jobs_api=True)
+    if read:
+        config = OperationsConfig(env_prefix="OPS_", jobs_api=True)
+        monkeypatch.setenv("OPS_ENVIRONMENT", "production")
+        monkeypatch.setenv("OPS_ALLOW_MEMORY_ADAPTERS", str(settings.allow_memory_adapters).lower())
+        monkeypatch.setenv("OPS_API_TOKEN", settings.api_token.value if settings.api_token else "")
+
+    with pytest.raises(ConfigurationError) as refused:
+        layer(config)
+
+    beginning = "OPS_" if read else ""
+    names = [line.partition(":")[0] for line in refused.value.problems]
+    assert names == [f"{beginning}{name}" for name in variables]
+
+
+async def test_the_jobs_api_in_production_with_a_strong_token() -> None:
+    """It starts, and asks for the token."""
+    settings = Settings(environment="production", api_token=STRONG, allow_memory_adapters=True)
+    async with AsyncTestClient(application(settings=settings, jobs_api=True)) as client:
+        assert (await client.get("/api/v1/jobs")).status_code == 401
 
 
 def test_the_document_of_an_application_with_the_jobs_api() -> None:

@@ -78,7 +78,7 @@ def serve(
         port=plugin.settings.port if port is None else port,
     )
     signals.force_timeout = settings.shutdown_force_timeout
-    if problems := list(settings.contradictions()):
+    if problems := list(settings.contradictions(with_api=app is None or plugin.config.jobs_api)):
         raise ConfigurationError(problems)
     raise_descriptor_limit()
     _warn_about_memory(settings)

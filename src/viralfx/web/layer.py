@@ -93,7 +93,7 @@ class OperationsConfig:
     """Whether the application's OpenAPI document lists the endpoints and the jobs API."""
     jobs_api: bool = False
     """Whether the application serves the jobs API at ``/api/v1``, with the token API_TOKEN. In any
-    framework it needs ``viralfx[litestar]``."""
+    framework it needs ``viralfx[litestar]``. Production requires a strong token and a database."""
     dependencies: bool = True
     """Whether handlers of Litestar get ``jobs``, ``cache``, ``database`` and ``redis`` as
     dependencies, unless the application has dependencies of these names."""
@@ -171,8 +171,15 @@ class OperationsLayer:
             )
         self._config = config = config or OperationsConfig()
         self.settings = config.settings or read_settings(
-            os.environ, env_prefix=config.env_prefix, with_tasks=bool(config.tasks)
+            os.environ,
+            env_prefix=config.env_prefix,
+            with_api=config.jobs_api,
+            with_tasks=bool(config.tasks),
         )
+        # The loader has judged settings of the environment, and not those of the application.
+        judged = config.jobs_api and self.settings.environment == "production"
+        if judged and (problems := list(self.settings.contradictions(with_api=True))):
+            raise ConfigurationError(problems)
         self._refused = False
         self._run_jobs = True
         self._siblings = SiblingProcesses()
