@@ -12,7 +12,7 @@ import logging
 import secrets
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, TypeAlias, cast
 
@@ -105,7 +105,7 @@ class OperationsMiddleware(OperationsLayer):
         served = self.app
         if self._config.jobs_api and scope["type"] == "http":
             path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-            if any(path == each or path.startswith(f"{each}/") for each in _JOBS_API):
+            if _is_of_jobs_api(path):
                 served = self._jobs_api or self._make_jobs_api()
         return served(scope, receive, send)
 
@@ -144,17 +144,17 @@ class OperationsMiddleware(OperationsLayer):
     def require_free_paths(self) -> None:
         """Raise :class:`ConfigurationError` for routes of the application at paths of the layer.
 
-        The gate is in front of the application and would hide them. Only the routes of Starlette
-        and FastAPI are found; a route that also takes other paths is no conflict.
+        The gate and the jobs API are in front of the application and would hide them. Only the
+        routes of Starlette and FastAPI are found; a route that also takes other paths is no
+        conflict.
         """
         routes = getattr(self.app, "routes", None)
         if not isinstance(routes, list | tuple):
             return
         problems: dict[str, None] = {}
-        for path in _JOBS_API if self._config.jobs_api else ():
-            if any(_serves(route, path) for route in routes):
-                what = f"OperationsConfig.jobs_api: the application answers {path} itself"
-                problems[f"{what}; move that route, or leave the option out"] = None
+        for path in _hidden_by_jobs_api(routes) if self._config.jobs_api else ():
+            what = f"OperationsConfig.jobs_api: the application answers {path} itself"
+            problems[f"{what}; move that route, or leave the option out"] = None
         for path in self.endpoints.endpoints:
             if any(_serves(route, path) for route in routes):
                 metrics = path == self.config.metrics_path
@@ -210,6 +210,32 @@ def _has_layer(app: object) -> bool:
         return any(isinstance(plugin, OperationsLayer) for plugin in plugins or ())
     except TypeError:  # something else of that name
         return False
+
+
+def _is_of_jobs_api(path: str) -> bool:
+    return any(path == each or path.startswith(f"{each}/") for each in _JOBS_API)
+
+
+def _hidden_by_jobs_api(routes: Iterable[object], prefix: str = "") -> Iterator[str]:
+    """Yield the templates of routes for HTTP that are at the paths of the jobs API or below them.
+
+    ``prefix``: the path at which the routes are mounted.
+    """
+    for route in routes:
+        # A router that newer FastAPI includes yields its routes, with their whole paths.
+        included = getattr(route, "effective_route_contexts", None)
+        if callable(included):
+            found = [getattr(each, "starlette_route", None) or each for each in included()]
+            yield from _hidden_by_jobs_api(found, prefix)
+            continue
+        path = f"{prefix}{getattr(route, 'path', '')}"
+        inner = getattr(route, "routes", None)  # of a mount
+        if isinstance(inner, list | tuple) and inner:
+            hidden = list(_hidden_by_jobs_api(inner, path))
+            yield from [path] if hidden and _is_of_jobs_api(path) else hidden
+        # A WebSocket has neither, and the application gets it.
+        elif _is_of_jobs_api(path) and (inner is not None or hasattr(route, "methods")):
+            yield path
 
 
 def _serves(route: object, path: str) -> bool:

@@ -19,7 +19,7 @@ from litestar.response import ServerSentEvent
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse
-from starlette.routing import Mount, Route
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from tests.frameworks import django_app, plain_app, quart_app
 from tests.servers.waiting import until
@@ -583,12 +583,48 @@ async def test_without_the_option_the_paths_are_the_applications() -> None:
         assert (await client.get("/api/v1/jobs")).text == "served"
 
 
-async def test_an_own_route_at_the_path_of_the_jobs_api_is_an_error() -> None:
-    """The jobs API would hide it."""
-    lifespan = Lifespan(wrapped(fastapi_with("/api/v1/jobs"), jobs_api=True))
+def mounted(path: str, *routes: BaseRoute) -> Starlette:
+    """Return an application with mounted routes."""
+    return Starlette(routes=[Mount(path, routes=routes)])
+
+
+@pytest.mark.each_python
+@pytest.mark.parametrize(
+    ("app", "path"),
+    [
+        (fastapi_with("/api/v1/jobs"), "/api/v1/jobs"),
+        (fastapi_with("/api/v1/jobs/{job}/label"), "/api/v1/jobs/{job}/label"),
+        (fastapi_with("/today", prefix="/api/v1/schedules"), "/api/v1/schedules/today"),
+        (Starlette(routes=[Route("/api/v1/queues/", text)]), "/api/v1/queues/"),
+        (mounted("/api", Route("/v1/queues/{name}/size", text)), "/api/v1/queues/{name}/size"),
+        (mounted("/api/v1/jobs/own", Route("/a", text), Route("/b", text)), "/api/v1/jobs/own"),
+        (Starlette(routes=[Mount("/api/v1/jobs/files", app=raises)]), "/api/v1/jobs/files"),
+    ],
+    ids=["exact", "below", "included", "slash", "in a mount", "mount", "application"],
+)
+async def test_an_own_route_at_a_path_of_the_jobs_api_is_an_error(app: ASGIApp, path: str) -> None:
+    """The jobs API would hide it, also below its paths."""
+    lifespan = Lifespan(wrapped(app, jobs_api=True))
 
     assert await lifespan.start() == "startup.failed"
-    assert "jobs_api: the application answers /api/v1/jobs itself; move that" in lifespan.error
+    line = f"OperationsConfig.jobs_api: the application answers {path} itself; move that route"
+    assert lifespan.error == f"{line}, or leave the option out"
+
+
+@pytest.mark.parametrize(
+    "app",
+    [
+        fastapi_with("/{page:path}", "/api/v1/{kind}/{item}", "/api/v1/jobsites/{site}"),
+        mounted("/api/v1/jobs", WebSocketRoute("/live", text)),
+        Starlette(routes=[WebSocketRoute("/api/v1/jobs/{job}/live", text)]),
+        mounted("/{tenant}", Route("/api/v1/jobs/1", text)),
+    ],
+    ids=["any", "mounted WebSocket", "WebSocket", "mount"],
+)
+async def test_a_route_that_is_not_hidden_by_the_jobs_api_is_no_conflict(app: ASGIApp) -> None:
+    """It takes other paths, or it is for WebSockets, which the jobs API does not have."""
+    async with client_of(wrapped(app, jobs_api=True)) as client:
+        assert (await client.get("/api/v1/jobs")).json()["items"] == []
 
 
 @pytest.mark.parametrize("app", [None, "package.module:app", OperationsConfig()])
