@@ -10,6 +10,7 @@ from tests.system.jobs import accept, until
 from tests.system.service import READY_WITHIN, command, running
 
 PLAIN = ("--app", "tests.system.apps:plain")
+PREFIXED = ("--app", "tests.system.prefixed_app:app")
 
 
 def test_an_application_that_fails_to_start_exits_3() -> None:
@@ -165,6 +166,19 @@ def test_litestars_own_logging_is_replaced() -> None:
 
     assert service.logged("Process ends")
     assert [line for line in service.output if not line.startswith("{")] == []
+
+
+def test_level_and_format_of_the_log_are_those_of_the_application() -> None:
+    """Its settings may have a prefix, and win over the variables without it."""
+    environment = {"OPS_LOG_FORMAT": "console", "OPS_LOG_LEVEL": "debug", "LOG_LEVEL": "error"}
+    with running(*PREFIXED, environment=environment) as service:
+        service.wait_ready()
+        service.signal(signal.SIGTERM)
+        assert service.exit_code() == 0
+
+    assert service.output
+    assert not [line for line in service.output if line.startswith("{")]
+    assert [line for line in service.output if "Listening" in line]
 
 
 @pytest.mark.each_python

@@ -65,17 +65,17 @@ def serve(
     application, plugin = find_application(settings, app)
     if app is None and refuse_layers(but=plugin):
         _logger.warning(_WITHOUT_APPLICATION)
-    # Again, because the application's settings may contain other secrets.
-    reclaim_log = enforce_logging(
-        level=settings.log_level,
-        console=settings.log_format == "console",
-        redaction=Redaction({*secrets, *secrets_of(plugin.settings)}),
-    )
     # The application's settings win, except the address, which the command line sets.
     settings = msgspec.structs.replace(
         plugin.settings,
         host=plugin.settings.host if host is None else host,
         port=plugin.settings.port if port is None else port,
+    )
+    # Again, because these settings may contain other secrets.
+    reclaim_log = enforce_logging(
+        level=settings.log_level,
+        console=settings.log_format == "console",
+        redaction=Redaction({*secrets, *secrets_of(settings)}),
     )
     signals.force_timeout = settings.shutdown_force_timeout
     if problems := list(settings.contradictions(with_api=app is None or plugin.config.jobs_api)):
