@@ -64,7 +64,7 @@ class OperationsMiddleware(OperationsLayer):
         """
         if not callable(app):
             raise TypeError(f"OperationsMiddleware takes an ASGI application first, not {app!r}")
-        if _has_layer(app):
+        if has_layer(app):
             raise ConfigurationError([SECOND_LAYER])
         if isinstance(config, OperationsConfig) and config.jobs_api:
             require("OperationsConfig.jobs_api", "litestar")
@@ -202,7 +202,8 @@ def _makes_spans(part: object) -> bool:
     return kind.__name__ == _INSTRUMENTATION or marked is True
 
 
-def _has_layer(app: object) -> bool:
+def has_layer(app: object) -> bool:
+    """Return whether an application is the middleware, or has the plugin."""
     if isinstance(app, OperationsLayer):
         return True
     plugins = getattr(app, "plugins", None)  # Litestar's

@@ -168,6 +168,35 @@ def test_litestars_own_logging_is_replaced() -> None:
     assert [line for line in service.output if not line.startswith("{")] == []
 
 
+@pytest.mark.parametrize("program", ["serve", "worker"])
+def test_a_prefix_separates_the_settings_of_an_application(program: str) -> None:
+    """Names without it are those of the application; with it, typing errors are found."""
+    own = {"DATABASE_URL": "mysql://a@b/shop", "DB_POOL_MAX": "many", "SHUTDOWN_DRAIN_TIMOUT": "5"}
+    wrong = {f"OPS_{name}": value for name, value in own.items()}
+    refused = command(program, *PREFIXED, environment={**own, **wrong})
+
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert [line.partition(": ")[2].partition(":")[0] for line in refused.stderr.splitlines()] == [
+        "OPS_SHUTDOWN_DRAIN_TIMOUT",
+        "OPS_DB_POOL_MAX",
+        "OPS_DATABASE_URL",
+    ]
+    if program == "serve":
+        with running(*PREFIXED, environment=own) as service:
+            service.wait_ready()
+
+
+@pytest.mark.parametrize("app", ["tests.system.apps:plain", "tests.system.log_app:app"])
+def test_without_a_prefix_the_plain_names_are_judged(app: str) -> None:
+    """With all problems at once, whether the application has a layer or gets one."""
+    wrong = {"DB_POOL_MAX": "many", "SHUTDOWN_DRAIN_TIMOUT": "5", "LOG_LEVEL": "loud"}
+    result = command("serve", "--app", app, environment=wrong)
+
+    assert (result.returncode, result.stdout) == (2, "")
+    names = [line.partition(": ")[2].partition(":")[0] for line in result.stderr.splitlines()]
+    assert sorted(names) == sorted(wrong)
+
+
 def test_level_and_format_of_the_log_are_those_of_the_application() -> None:
     """Its settings may have a prefix, and win over the variables without it."""
     environment = {"OPS_LOG_FORMAT": "console", "OPS_LOG_LEVEL": "debug", "LOG_LEVEL": "error"}

@@ -285,6 +285,11 @@ def test_a_prefix_separates_the_settings_from_others(plain_environ: pytest.Monke
     plain_environ.setenv("OPS_DB_POOL_MIN", "9")
     with pytest.raises(ConfigurationError, match=r"^OPS_DB_POOL_MIN: 9 is more than OPS_DB_POOL_M"):
         OperationsPlugin(OperationsConfig(env_prefix="OPS_"))
+    misspelt = {"OPS_SHUTDOWN_DRAIN_TIMOUT": "5", "SHUTDOWN_STATE_TIMOUT": "5"}
+    with pytest.raises(ConfigurationError) as refused:
+        read_settings(misspelt, env_prefix="OPS_", strict=True)
+    line = "OPS_SHUTDOWN_DRAIN_TIMOUT: unknown variable; did you mean OPS_SHUTDOWN_DRAIN_TIMEOUT?"
+    assert refused.value.problems == (line,)
     with pytest.raises(ValueError, match="env_prefix has no effect with settings"):
         OperationsConfig(env_prefix="OPS_", settings=Settings())
     with pytest.raises(ValueError, match="env_prefix must be"):

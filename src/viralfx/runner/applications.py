@@ -5,23 +5,28 @@ For a worker ``--app`` may name a broker of tasks, too, which needs no applicati
 
 import inspect
 import logging
+from collections.abc import Collection
 from typing import cast
 
-from viralfx.asgi import OperationsMiddleware, middleware_around
+from viralfx.asgi import OperationsMiddleware, has_layer, middleware_around
 from viralfx.bootstrap.task_modules import failed, import_named
 from viralfx.domain.errors import ConfigurationError, suggest
 from viralfx.domain.jobs.hooks import TaskHost
 from viralfx.settings import Settings
-from viralfx.web.layer import OperationsConfig, OperationsLayer
+from viralfx.web.layer import READS_STRICTLY, OperationsConfig, OperationsLayer
 from viralfx.web.responses import ASGIApp
 
 _logger = logging.getLogger("viralfx.serve")
 
 
-def find_application(settings: Settings, spec: str | None) -> tuple[ASGIApp, OperationsLayer]:
+def find_application(
+    settings: Settings, spec: str | None, problems: Collection[str] = ()
+) -> tuple[ASGIApp, OperationsLayer]:
     """Return the application and its operations layer, which is added if it is missing.
 
-    None is the service's own application. Raises :class:`ConfigurationError` if the application
+    None is the service's own application. ``problems``: those of the environment, for an
+    application without a layer, which takes ``settings``; a layer of its own reads and judges its
+    variables itself. Raises :class:`ConfigurationError` with these problems, or if the application
     cannot be loaded, or if its routes conflict with the endpoints.
     """
     if spec is None:
@@ -31,24 +36,31 @@ def find_application(settings: Settings, spec: str | None) -> tuple[ASGIApp, Ope
         app = cast("ASGIApp", create_app(settings))
     else:
         app = load_app(spec, settings)
-    return _with_layer(app, settings, spec)
+    return _with_layer(app, settings, spec, problems)
 
 
 def find_worker_application(
-    settings: Settings, spec: str
+    settings: Settings, spec: str, problems: Collection[str] = ()
 ) -> tuple[ASGIApp, OperationsLayer] | TaskHost:
     """Return the application with its layer, as :func:`find_application` does, or a task host.
 
-    A host, such as ``LedgerBroker``, has no application: its tasks run in a plain worker.
+    A host, such as ``LedgerBroker``, has no application: its tasks run in a plain worker, with
+    ``settings``. So ``problems`` are raised for it, too.
     """
     found = _load(spec, settings)
-    return found if isinstance(found, TaskHost) else _with_layer(found, settings, spec)
+    if not isinstance(found, TaskHost):
+        return _with_layer(found, settings, spec, problems)
+    if problems:
+        raise ConfigurationError(problems)
+    return found
 
 
 def _with_layer(
-    app: ASGIApp, settings: Settings, spec: str | None
+    app: ASGIApp, settings: Settings, spec: str | None, problems: Collection[str]
 ) -> tuple[ASGIApp, OperationsLayer]:
     layer: OperationsLayer
+    if problems and not has_layer(app) and middleware_around(app) is None:
+        raise ConfigurationError(problems)
     if _is_litestar(app):
         from viralfx.web.plugin import plugin_of  # noqa: PLC0415 - as above
 
@@ -92,6 +104,14 @@ def load_app(spec: str, settings: Settings) -> ASGIApp:
 
 
 def _load(spec: str, settings: Settings) -> ASGIApp | TaskHost:
+    strictly = READS_STRICTLY.set(True)
+    try:
+        return _import(spec, settings)
+    finally:
+        READS_STRICTLY.reset(strictly)
+
+
+def _import(spec: str, settings: Settings) -> ASGIApp | TaskHost:
     module_name, separator, name = spec.partition(":")
     if not separator or not module_name or not name:
         raise ConfigurationError([f"--app: {spec!r} must be package.module:name"])

@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 import msgspec
@@ -53,7 +54,7 @@ def serve(
     jobs. None: only if the ledger is in memory, where no other process could run them. Raises
     :class:`ConfigurationError` or :class:`StartupError` before the process serves.
     """
-    settings = read_settings(os.environ, strict=True, with_api=app is None)
+    settings, refused = _first_settings(app, with_api=app is None)
     require_packages(os.environ)
     signals.force_timeout = settings.shutdown_force_timeout
     secrets = {*secrets_of(settings)}
@@ -62,7 +63,7 @@ def serve(
         console=settings.log_format == "console",
         redaction=Redaction(secrets),
     )
-    application, plugin = find_application(settings, app)
+    application, plugin = find_application(settings, app, refused)
     if app is None and refuse_layers(but=plugin):
         _logger.warning(_WITHOUT_APPLICATION)
     # The application's settings win, except the address, which the command line sets.
@@ -133,6 +134,23 @@ def serve(
     return process.run()
 
 
+def _first_settings(app: str | None, *, with_api: bool = False) -> tuple[Settings, Sequence[str]]:
+    """Return the settings until the application is loaded, and the problems of the environment.
+
+    The layer of the application may read other names, which begin with its prefix. So the problems
+    end the start here only if there is no application.
+    """
+    try:
+        return read_settings(os.environ, strict=True, with_api=with_api), ()
+    except ConfigurationError as error:
+        if app is None:
+            raise
+        problems = error.problems
+    with suppress(ConfigurationError):
+        return read_settings(os.environ), problems
+    return Settings(), problems
+
+
 def _warn_about_memory(settings: Settings) -> None:
     in_memory = [
         *(["database", "jobs"] if settings.database_url is None else []),
@@ -153,7 +171,7 @@ def work(signals: SignalWatch, *, app: str | None = None, queues: Sequence[str])
     ``LedgerBroker``, whose tasks the worker runs. ``queues``: the queues to work on; empty: all.
     Raises :class:`ConfigurationError` or :class:`StartupError` before the worker starts.
     """
-    settings = read_settings(os.environ, strict=True)
+    settings, refused = _first_settings(app)
     require_packages(os.environ)
     signals.force_timeout = settings.shutdown_force_timeout
     secrets = {*secrets_of(settings)}
@@ -163,7 +181,7 @@ def work(signals: SignalWatch, *, app: str | None = None, queues: Sequence[str])
         redaction=Redaction(secrets),
     )
     application: ASGIApp | None = None
-    found = None if app is None else find_worker_application(settings, app)
+    found = None if app is None else find_worker_application(settings, app, refused)
     if found is None or isinstance(found, TaskHost):
         if problems := list(_problems(settings, queues)):
             raise ConfigurationError(problems)

@@ -228,7 +228,7 @@ def read_settings(
     given = reading.values
     settings = assemble({f.path: given[f.variable] for f in fields() if f.variable in given})
     problems = [
-        *(_typing_errors(environ) if strict else ()),
+        *(_typing_errors(environ, env_prefix) if strict else ()),
         *reading.problems,
         *settings.contradictions(reading.failed, with_api=with_api),
     ]
@@ -469,8 +469,8 @@ def unknown_names(environ: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _typing_errors(environ: Mapping[str, str]) -> Iterator[str]:
-    """Yield a problem for each unknown name within two edits of a known one."""
+def _typing_errors(environ: Mapping[str, str], prefix: str) -> Iterator[str]:
+    """Yield a problem for each unknown name, behind its prefix, within two edits of a known one."""
     known = [one.variable for one in fields()]
     known += [f"{name}_FILE" for name in known]
     for name in unknown_names(environ):
@@ -480,7 +480,7 @@ def _typing_errors(environ: Mapping[str, str]) -> Iterator[str]:
         found = [(edits(name, other, limit=_MAX_EDITS), other) for other in near]
         distance, close = min(found, default=(_MAX_EDITS + 1, ""))
         if distance <= _MAX_EDITS:
-            yield f"{name}: unknown variable; did you mean {close}?"
+            yield f"{prefix}{name}: unknown variable; did you mean {close}?"
 
 
 def _raw(variable: str, environ: Mapping[str, str]) -> tuple[str | None, str]:

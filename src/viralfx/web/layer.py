@@ -129,6 +129,8 @@ SECOND_LAYER = (
     "OperationsMiddleware: the application has an operations layer already; keep one, around the"
     " whole application"
 )
+READS_STRICTLY: ContextVar[bool] = ContextVar("reads_strictly", default=False)
+"""Whether the environment is that of a command of this package, which judges unknown names, too."""
 LIFESPAN_IN_LAYER: ContextVar[object] = ContextVar("lifespan_in_layer", default=None)
 """The task with the lifespan of an application that is inside an OperationsMiddleware.
 
@@ -173,6 +175,7 @@ class OperationsLayer:
         self.settings = config.settings or read_settings(
             os.environ,
             env_prefix=config.env_prefix,
+            strict=READS_STRICTLY.get(),
             with_api=config.jobs_api,
             with_tasks=bool(config.tasks),
         )
