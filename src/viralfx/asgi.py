@@ -115,9 +115,9 @@ class OperationsMiddleware(OperationsLayer):
 
         api = create_jobs_api(self)
         tracing = self.assembly.tracing
-        if tracing is not None and self.traced(api) is api:
+        if tracing is not None and self._traces_itself():
             # The application makes the spans of its requests, and gets none of these.
-            api = tracing.requests(api, route_of, cause_of)
+            api = self._by_spans(tracing.requests(api, route_of, cause_of), api)
         self._jobs_api = api
         return api
 

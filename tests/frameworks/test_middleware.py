@@ -770,10 +770,10 @@ async def test_streams_get_the_event_shutdown_at_the_end_of_the_lifespan() -> No
     assert (stages_of(plugin)["stop accepting"], stages_of(plugin)["drain"][-1]) == ([], "requests")
 
 
-def test_an_application_that_traces_itself_has_one_span_for_each_request() -> None:
-    """So has one that does not, and the jobs API beside both. Access lines have the trace."""
+def shown_by_traced_app(*arguments: str) -> Any:
+    """Return what a process with a tracer provider of its own prints at the end."""
     shown = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.frameworks.traced_app"],
+        [sys.executable, "-W", "ignore", "-m", "tests.frameworks.traced_app", *arguments],
         cwd=ROOT,
         env=clean_environment(),
         capture_output=True,
@@ -781,13 +781,26 @@ def test_an_application_that_traces_itself_has_one_span_for_each_request() -> No
         check=False,
         timeout=80,
     )
-
     assert shown.returncode == 0, shown.stderr
-    found = json.loads(shown.stdout.splitlines()[-1])
+    return json.loads(shown.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("during", ["lifespan", "startup"])
+def test_a_provider_that_the_application_sets_while_it_starts(during: str) -> None:
+    """The application makes the spans of its requests, and the layer those of the jobs API."""
+    in_jobs_api = {"lifespan": [0, 1], "startup": [1, 0]}  # Litestar's plugin traces it, too
+    found = shown_by_traced_app(during)
+
+    assert found == {"/": [1, 0], "/api/v1/jobs": in_jobs_api[during]}
+
+
+def test_an_application_that_traces_itself_has_one_span_for_each_request() -> None:
+    """So has one that does not, and the jobs API beside both. Access lines have the trace."""
+    found = shown_by_traced_app()
     kinds = ("bare", "native", "fastapi", "instrumented", "starlette", "asgi", "quart")
     kinds_of_jobs = ("jobs beside bare", "jobs beside native")
     assert found == {
-        "without a provider": True,
+        "without a provider": 1,
         **{kind: [1, True] for kind in (*kinds, *kinds_of_jobs)},
         # Its middleware is inside: the response leaves after the end of the span.
         "of_django": [1, False],

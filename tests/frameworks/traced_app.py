@@ -1,6 +1,7 @@
-"""Applications that trace themselves within the middleware; prints the spans of a request to each.
+"""Applications that trace themselves within the layer; prints the spans of requests to them.
 
-All of them use one tracer provider of their own.
+Without an argument all of them use one tracer provider of their own, which is there before the
+layer. With ``lifespan`` or ``startup`` an application sets it while it starts.
 """
 
 import asyncio
@@ -8,8 +9,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from types import ModuleType
+from typing import cast
 
 import django
 from asgiref.sync import markcoroutinefunction
@@ -19,9 +22,11 @@ from django.http import HttpRequest, HttpResponse
 from django.urls import path
 from fastapi import FastAPI
 from httpx import ASGITransport, AsyncClient
+from litestar import Litestar, get
+from litestar.plugins.opentelemetry import OpenTelemetryPlugin
 from opentelemetry import trace
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from quart import Quart
@@ -29,11 +34,13 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
+from starlette.testclient import TestClient
 
-from viralfx import OperationsConfig
+from viralfx import OperationsConfig, OperationsPlugin
 from viralfx.asgi import AnyApp, OperationsMiddleware
 from viralfx.settings import Settings
-from viralfx.web.responses import Receive, Scope, Send
+from viralfx.web.layer import OperationsLayer
+from viralfx.web.responses import ASGIApp, Receive, Scope, Send
 
 
 async def plain(scope: Scope, _receive: Receive, send: Send) -> None:
@@ -178,11 +185,68 @@ async def spans_of(
     return len(spans), lines.traces == ids
 
 
-async def main() -> None:
+def late_fastapi() -> tuple[ASGIApp, OperationsLayer]:
+    """Return an application that sets the provider in its lifespan."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        trace.set_tracer_provider(provider)
+        yield
+
+    app = wrapped(FastAPI(routes=[Route("/", here)], lifespan=lifespan))
+    return app, app
+
+
+def late_litestar() -> tuple[ASGIApp, OperationsLayer]:
+    """Return an application that sets the provider after the lifespans of its plugins began."""
+
+    @get("/", sync_to_thread=False)
+    def here_in_litestar() -> str:
+        return "here"
+
+    plugin = OperationsPlugin(OperationsConfig(settings=Settings(), jobs_api=True))
+    app = Litestar(
+        [here_in_litestar],
+        plugins=[plugin, OpenTelemetryPlugin()],
+        on_startup=[lambda: trace.set_tracer_provider(provider)],
+        logging_config=None,
+    )
+    return cast("ASGIApp", app), plugin
+
+
+def server_spans(exporter: InMemorySpanExporter) -> list[ReadableSpan]:
+    """Return the spans of requests."""
+    return [s for s in exporter.get_finished_spans() if s.kind is trace.SpanKind.SERVER]
+
+
+def keep_spans_of(layer: OperationsLayer) -> InMemorySpanExporter:
+    """Keep the spans that go to the provider of the layer."""
+    tracing = layer.assembly.tracing
+    assert tracing is not None
+    kept = InMemorySpanExporter()
+    tracing.provider.add_span_processor(SimpleSpanProcessor(kept))
+    return kept
+
+
+def late(app: ASGIApp, layer: OperationsLayer) -> dict[str, tuple[int, int]]:
+    """Return the numbers of spans in the provider of the application and in that of the layer."""
+    own = keep_spans_of(layer)
+    found: dict[str, tuple[int, int]] = {}
+    with TestClient(app) as client:
+        for path in ("/", "/api/v1/jobs", "/"):
+            memory.clear()
+            own.clear()
+            assert client.get(path).status_code == 200
+            found[path] = (len(server_spans(memory)), len(server_spans(own)))
+    return found
+
+
+async def main() -> dict[str, object]:
     """Ask each application once."""
-    os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:9"
-    alone = wrapped(fastapi())
-    result: dict[str, object] = {"without a provider": alone.traced(plain) is not plain}
+    alone = wrapped(native())
+    own = keep_spans_of(alone)
+    await asyncio.create_task(spans_of(alone))
+    result: dict[str, object] = {"without a provider": len(server_spans(own))}
     trace.set_tracer_provider(provider)
     for make in (bare, native, fastapi, instrumented, starlette, asgi, quart, of_django):
         # A server has a task for each request, and the span is current in it.
@@ -190,7 +254,7 @@ async def main() -> None:
     for make in (bare, native):
         asked = spans_of(wrapped(make()), "/api/v1/jobs", '{"items":')
         result[f"jobs beside {make.__name__}"] = await asyncio.create_task(asked)
-    sys.stdout.write(json.dumps(result) + "\n")
+    return result
 
 
 lines = Lines()
@@ -201,4 +265,13 @@ provider = TracerProvider()
 provider.add_span_processor(SimpleSpanProcessor(memory))
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:9"
+    shown: object
+    match sys.argv[1:]:
+        case ["lifespan"]:
+            shown = late(*late_fastapi())
+        case ["startup"]:
+            shown = late(*late_litestar())
+        case _:
+            shown = asyncio.run(main())
+    sys.stdout.write(json.dumps(shown) + "\n")

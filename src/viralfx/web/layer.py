@@ -3,7 +3,7 @@
 import asyncio
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from viralfx.web.endpoints import OperationsEndpoints, add_console
 from viralfx.web.error_log import cause_of
 from viralfx.web.gate import Gate
 from viralfx.web.in_flight import RequestRecorder, route_of
-from viralfx.web.responses import ASGIApp
+from viralfx.web.responses import ASGIApp, Receive, Scope, Send
 
 if TYPE_CHECKING:
     from viralfx.bootstrap import PostgresDatabase, RedisClient
@@ -153,6 +153,7 @@ class OperationsLayer:
         "_refused",
         "_run_jobs",
         "_siblings",
+        "_spans_left",
         "assembly",
         "endpoints",
         "loop",
@@ -204,6 +205,7 @@ class OperationsLayer:
 
     def _wire(self) -> None:
         config = self._config
+        self._spans_left: bool | None = None
         self.assembly = assemble(
             self.settings,
             checks=config.checks,
@@ -323,12 +325,33 @@ class OperationsLayer:
     def traced(self, app: ASGIApp) -> ASGIApp:
         """Return ``app`` with a span for each recorded request, or unchanged without tracing.
 
-        An application that makes these spans itself is unchanged, too, if a provider gets them.
+        An application that makes these spans itself gets none, if a provider takes its spans.
         """
         tracing = self.assembly.tracing
-        if tracing is None or (self._traces_itself() and tracing.is_shared):
+        if tracing is None:
             return app
-        return tracing.requests(app, route_of, cause_of)
+        traced = tracing.requests(app, route_of, cause_of)
+        return self._by_spans(app, traced) if self._traces_itself() else traced
+
+    def _by_spans(self, left: ASGIApp, made: ASGIApp) -> ASGIApp:
+        """Return an application for one that makes spans of its requests itself.
+
+        Requests go to ``left`` if the layer leaves the spans to the application, else to ``made``.
+        The first request decides: the application may set its provider while it starts.
+        """
+
+        def serve(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+            if scope["type"] != "lifespan" and self._leaves_spans():
+                return left(scope, receive, send)
+            return made(scope, receive, send)
+
+        return serve
+
+    def _leaves_spans(self) -> bool:
+        if self._spans_left is None:
+            tracing = self.assembly.tracing
+            self._spans_left = tracing is not None and tracing.is_shared
+        return self._spans_left
 
     def _logs_requests_itself(self) -> bool:
         """Return whether the application logs each request; a subclass may know."""
