@@ -794,6 +794,17 @@ def test_a_provider_that_the_application_sets_while_it_starts(during: str) -> No
     assert found == {"/": [1, 0], "/api/v1/jobs": in_jobs_api[during]}
 
 
+def test_the_trace_of_an_application_has_the_generated_correlation_id() -> None:
+    """Also if FastAPI makes the span. An id or a trace of the client stays."""
+    first, second, named, continued, malformed = shown_by_traced_app("ids")
+
+    for correlation_id, trace in (first, second, continued, malformed):
+        assert correlation_id == trace
+    assert len({trace for _, trace in (first, second, named, continued, malformed)}) == 5
+    assert named[0] == "order-17"
+    assert continued[1] == "a" * 32
+
+
 def test_an_application_that_traces_itself_has_one_span_for_each_request() -> None:
     """So has one that does not, and the jobs API beside both. Access lines have the trace."""
     found = shown_by_traced_app()

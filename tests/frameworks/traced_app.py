@@ -1,7 +1,8 @@
 """Applications that trace themselves within the layer; prints the spans of requests to them.
 
 Without an argument all of them use one tracer provider of their own, which is there before the
-layer. With ``lifespan`` or ``startup`` an application sets it while it starts.
+layer. With ``lifespan`` or ``startup`` an application sets it while it starts. With ``ids`` it has
+none, so that its spans go to the provider of the layer.
 """
 
 import asyncio
@@ -241,6 +242,31 @@ def late(app: ASGIApp, layer: OperationsLayer) -> dict[str, tuple[int, int]]:
     return found
 
 
+def ids(app: OperationsMiddleware) -> list[tuple[str | None, str]]:
+    """Return the correlation id of each response, and the trace id of its span."""
+    tracing = app.assembly.tracing
+    assert tracing is not None
+    tracing.make_global()
+    own = keep_spans_of(app)
+    found: list[tuple[str | None, str]] = []
+    sent: list[dict[str, str]] = [
+        {},
+        {},
+        {"X-Correlation-ID": "order-17"},
+        {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"},
+        {"traceparent": "malformed"},
+    ]
+    with TestClient(app) as client:
+        for headers in sent:
+            own.clear()
+            response = client.get("/", headers=headers)
+            (span,) = server_spans(own)
+            assert span.context is not None
+            trace_id = f"{span.context.trace_id:032x}"
+            found.append((response.headers.get("X-Correlation-ID"), trace_id))
+    return found
+
+
 async def main() -> dict[str, object]:
     """Ask each application once."""
     alone = wrapped(native())
@@ -272,6 +298,8 @@ if __name__ == "__main__":
             shown = late(*late_fastapi())
         case ["startup"]:
             shown = late(*late_litestar())
+        case ["ids"]:
+            shown = ids(wrapped(native()))
         case _:
             shown = asyncio.run(main())
     sys.stdout.write(json.dumps(shown) + "\n")

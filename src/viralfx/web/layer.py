@@ -331,7 +331,9 @@ class OperationsLayer:
         if tracing is None:
             return app
         traced = tracing.requests(app, route_of, cause_of)
-        return self._by_spans(app, traced) if self._traces_itself() else traced
+        if not self._traces_itself():
+            return traced
+        return self._by_spans(tracing.correlated(app), traced)
 
     def _by_spans(self, left: ASGIApp, made: ASGIApp) -> ASGIApp:
         """Return an application for one that makes spans of its requests itself.

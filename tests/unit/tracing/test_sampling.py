@@ -1,5 +1,6 @@
 """Tests of the sampler: which spans are recorded."""
 
+import asyncio
 import random
 from importlib.metadata import version
 
@@ -11,7 +12,12 @@ from opentelemetry.trace import SpanKind
 from tests.unit.tracing.conftest import Finished
 
 from viralfx.domain.correlation import correlated
-from viralfx.telemetry.tracing.provider import OrphanDroppingSampler, make_provider, with_trace_id
+from viralfx.telemetry.tracing.provider import (
+    OrphanDroppingSampler,
+    choose_trace_id,
+    make_provider,
+    with_trace_id,
+)
 from viralfx.telemetry.tracing.spans import EMPTY_CONTEXT, remote_parent
 
 
@@ -73,6 +79,23 @@ def test_a_trace_id_can_be_chosen(provider: TracerProvider) -> None:
 
     assert f"{chosen.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
     assert other.trace_id != chosen.trace_id
+
+
+async def test_a_trace_id_can_be_chosen_for_one_trace(provider: TracerProvider) -> None:
+    """Later traces of the same task, and of those that it creates, have ids of their own."""
+    tracer, chosen = provider.get_tracer("test"), 0x0AF7651916CD43DD8448EB211C80319C
+
+    async def begun() -> int:
+        return tracer.start_span("one").get_span_context().trace_id
+
+    choose_trace_id(chosen)
+    first = await begun()
+    others = {await begun(), await asyncio.create_task(begun())}
+    choose_trace_id(chosen)
+    choose_trace_id(None)
+
+    assert first == chosen
+    assert chosen not in {*others, await begun()}
 
 
 def test_every_span_has_correlation_id_and_resource(

@@ -117,11 +117,19 @@ _chosen: ContextVar[int | None] = ContextVar("viralfx_trace_id", default=None)
 
 
 class ChosenIds(RandomIdGenerator):
-    """Generates random ids, or the trace id that :func:`with_trace_id` sets."""
+    """Generates random ids, or the trace id that has been chosen."""
 
     def generate_trace_id(self) -> int:
-        """Return the chosen id, or a random one."""
-        return _chosen.get() or super().generate_trace_id()
+        """Return the chosen id once, or a random one."""
+        if (chosen := _chosen.get()) is None:
+            return super().generate_trace_id()
+        _chosen.set(None)
+        return chosen
+
+
+def choose_trace_id(trace_id: int | None) -> None:
+    """Use this id for the next trace that begins in this task; None for a random id."""
+    _chosen.set(trace_id)
 
 
 @contextmanager

@@ -31,12 +31,18 @@ from viralfx.domain.webhooks.delivery import WebhookResponse, WebhookSender
 from viralfx.domain.webhooks.url import Destination
 from viralfx.telemetry.context import set_trace_source
 from viralfx.telemetry.tracing.export import ReportingExporter
-from viralfx.telemetry.tracing.provider import OrphanDroppingSampler, is_own, with_trace_id
+from viralfx.telemetry.tracing.provider import (
+    OrphanDroppingSampler,
+    choose_trace_id,
+    is_own,
+    with_trace_id,
+)
 from viralfx.telemetry.tracing.spans import (
     EMPTY_CONTEXT,
     TracedJobs,
     TracedRequests,
     current_ids,
+    generated_trace_id,
     headers_of,
 )
 from viralfx.telemetry.tracing.variables import sdk_environment
@@ -403,6 +409,18 @@ class Tracing:
             return (app if _is_served() else traced)(scope, receive, send)
 
         return serve
+
+    def correlated(self, app: _App) -> _App:
+        """Return ``app``, which makes spans itself, with the correlation ids as trace ids.
+
+        Only for ids that this process generates, and in the provider of this package.
+        """
+
+        def serve(scope: _Scope, receive: _Receive, send: _Send) -> Awaitable[None]:
+            choose_trace_id(generated_trace_id(scope["headers"]))
+            return app(scope, receive, send)
+
+        return app if self.joined else serve
 
     def webhooks(self, sender: WebhookSender) -> WebhookSender:
         """Return a sender that records each webhook as a span."""

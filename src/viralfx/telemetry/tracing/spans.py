@@ -6,7 +6,15 @@ outgoing calls (ADR-0026). Acceptance and execution of a job share one trace, al
 
 import random
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import contextmanager
 from contextvars import Token
 from dataclasses import replace
@@ -96,6 +104,20 @@ def _valid_state(state: str) -> str:
     keys = {member.partition("=")[0] for member in members}
     fits = len(keys) == len(members) <= _MAX_STATE_MEMBERS and all(map(_MEMBER, members))
     return ",".join(members) if fits else ""
+
+
+def generated_trace_id(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    """Return the correlation id of a request as a trace id if this process generated it.
+
+    None if the client sent the id, or a trace that goes on.
+    """
+    own = current_correlation_id()
+    for name, value in headers:
+        if name in _HEADERS:
+            text = value.decode("latin-1")
+            if text == own or (name == b"traceparent" and is_traceparent(text)):
+                return None
+    return None if own is None else int(own, 16)
 
 
 _Scope: TypeAlias = MutableMapping[str, Any]
