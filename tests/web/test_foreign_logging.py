@@ -15,6 +15,7 @@ from litestar.testing import AsyncTestClient
 from viralfx import Observation, OperationsConfig, OperationsPlugin, Status
 from viralfx.settings import Secret, Settings
 from viralfx.telemetry.logging.lines import LOGGERS, FactsInMessages
+from viralfx.web.plugin import plugin_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,7 +107,7 @@ def test_every_logger_of_the_package_is_known() -> None:
     assert used - {"access"} == set(LOGGERS)
 
 
-@pytest.mark.parametrize("value", [None, "true", "false"])
+@pytest.mark.parametrize("value", [None, "", "true", "false"])
 async def test_requests_are_logged_only_if_a_setting_says_so(
     monkeypatch: pytest.MonkeyPatch, lines: io.StringIO, value: str | None
 ) -> None:
@@ -137,6 +138,23 @@ def test_an_application_that_logs_requests_has_one_line_for_each(
 
     logs = plugin.request_recorder()._access_log is not None
     assert logs is (by == "nothing" or value == "true")
+
+
+@pytest.mark.parametrize("by", ["middleware", "nothing"])
+@pytest.mark.parametrize("value", [None, "", "true"])
+def test_an_application_without_the_plugin_has_one_line_for_each_request(
+    monkeypatch: pytest.MonkeyPatch, by: str, value: str | None
+) -> None:
+    """The command adds the plugin with settings from the environment."""
+    for name in ("ACCESS_LOG", "ACCESS_LOG_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    if value is not None:
+        monkeypatch.setenv("ACCESS_LOG", value)
+    middleware = [LoggingMiddlewareConfig().middleware] if by == "middleware" else []
+    plugin, added = plugin_of(Litestar([index], middleware=middleware), Settings())
+
+    logs = plugin.request_recorder()._access_log is not None
+    assert (added, logs) == (True, by == "nothing" or value == "true")
 
 
 class Odd:

@@ -188,16 +188,18 @@ class OperationsLayer:
         self._run_jobs = True
         self._siblings = SiblingProcesses()
         self._facts = FactsInMessages.from_settings(self.settings)
-        variable = f"{config.env_prefix}ACCESS_LOG"
-        ignored = any(line.startswith(f"{variable}: ignored") for line in self.settings.warnings)
-        self._access_log_is_set = config.settings is not None or (
-            not ignored and bool({variable, f"{variable}_FILE"} & os.environ.keys())
-        )
+        self._access_log_is_set = config.settings is not None or self._environment_sets_access_log()
         self._on_wired: Callable[[], None] = lambda: None
         self.loop: asyncio.AbstractEventLoop | None = None
         """The event loop of the application's lifespan; None while it does not run."""
         self._wire()
         _created.add(self)
+
+    def _environment_sets_access_log(self) -> bool:
+        variable = f"{self._config.env_prefix}ACCESS_LOG"
+        ignored = any(line.startswith(f"{variable}: ignored") for line in self.settings.warnings)
+        names = (variable, f"{variable}_FILE")
+        return not ignored and any(os.environ.get(name) for name in names)
 
     @property
     def _name(self) -> str:

@@ -180,6 +180,8 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
             raise ConfigurationError([f"{what}; {remedy}"])
         self.require_metrics_path(app)
         self.attach(app)
+        # The settings are not the application's choice: the command has read the environment.
+        self._access_log_is_set = self._environment_sets_access_log()
         app.state.update(self._state())
         app.after_exception.append(keep_error)
         if self.settings.management_token is not None and app.openapi_config is not None:
