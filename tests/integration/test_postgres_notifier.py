@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -288,9 +289,15 @@ async def test_it_listens_past_a_pooler(database: Database, pgbouncer: Poolers) 
         await until(lambda: received.ids == ["one"])
 
 
+@pytest.mark.parametrize("in_file", [False, True])
 @pytest.mark.parametrize("is_called", [False, True])
-async def test_it_listens_as_its_own_user(database: Database, *, is_called: bool) -> None:
-    """The password in DATABASE_LISTEN_URL counts there; DB_PASSWORD is that of DATABASE_URL."""
+async def test_it_listens_as_its_own_user(
+    database: Database, tmp_path: Path, *, is_called: bool, in_file: bool
+) -> None:
+    """The password in DATABASE_LISTEN_URL, or in its file, counts there.
+
+    DB_PASSWORD is that of DATABASE_URL.
+    """
     role = f"notifies_{uuid.uuid4().hex}"
     database.execute(f"create role {role} login password 'of its own'")
     server = database.server
@@ -299,6 +306,12 @@ async def test_it_listens_as_its_own_user(database: Database, *, is_called: bool
         "DATABASE_LISTEN_URL": database.url,
         "DB_POOL_MIN": "1",
     }
+    if in_file:
+        passwords = tmp_path / "pgpass"
+        passwords.touch(mode=0o600)
+        passwords.write_text(f"*:*:*:{server.user}:{server.password}\n")
+        bare = database.url.replace(f":{server.password}@", "@")
+        environ["DATABASE_LISTEN_URL"] = f"{bare}?passfile={passwords}"
     if not is_called:
         environ["DB_PASSWORD"] = "of its own"
     settings, clock = read_settings(environ), SystemClock()

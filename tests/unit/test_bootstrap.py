@@ -8,12 +8,13 @@ from tests.manual_clock import ManualClock
 from tests.unit.doubles import Act, ActingCheck, ActingStage
 
 from viralfx.bootstrap import assemble
+from viralfx.bootstrap.postgres import migration_config
 from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.health.check_runner import CheckCompleted
 from viralfx.domain.health.model import CheckPolicy, HealthCheck, Observation, State, Status
 from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.domain.shutdown import Phase
-from viralfx.settings import Settings
+from viralfx.settings import Settings, read_settings
 
 
 def problems(
@@ -264,3 +265,19 @@ def test_two_breakers_of_one_name_are_refused() -> None:
 
     with pytest.raises(ConfigurationError, match=r"OperationsConfig\.breakers: .*'users'"):
         assemble(Settings(), breakers=twice)
+
+
+def test_migrations_have_the_password_of_their_own_address(tmp_path: Path) -> None:
+    """In the address or in its file; DB_PASSWORD is that of the user in DATABASE_URL."""
+    passwords = tmp_path / "pgpass"
+    passwords.touch(mode=0o600)
+    passwords.write_text("*:*:*:owner:of the owner\n")
+    environ = {"DATABASE_URL": "postgresql://app@db/app", "DB_PASSWORD": "of the application"}
+
+    def password(address: str) -> str | None:
+        config = migration_config(read_settings({**environ, "DATABASE_MIGRATION_URL": address}))
+        return None if config.settings.password is None else config.settings.password.value
+
+    assert password("postgresql://owner:own@db/app") is None
+    assert password(f"postgresql://owner@db/app?passfile={passwords}") is None
+    assert password("postgresql://app@db/app") == "of the application"

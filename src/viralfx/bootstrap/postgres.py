@@ -83,10 +83,14 @@ def migration_config(settings: Settings) -> PostgresConfig:
 
 def _past_pooler(settings: DatabaseSettings, address: DatabaseAddress) -> DatabaseSettings:
     """Return the settings for an ``address`` that leads past a pooler."""
-    if address.password is None:
+    if not _has_password(address):
         return msgspec.structs.replace(settings, pooler="none")
     # DB_PASSWORD is that of the user in DATABASE_URL.
     return msgspec.structs.replace(settings, pooler="none", password=None)
+
+
+def _has_password(address: DatabaseAddress) -> bool:
+    return address.password is not None or address.passfile is not None
 
 
 def wire_postgres(
@@ -155,7 +159,7 @@ def notifier(settings: Settings, database: PostgresDatabase, clock: Clock) -> Jo
         url_variable="DATABASE_LISTEN_URL",
         settings=_past_pooler(settings.db, address),
         # As DB_PASSWORD.
-        ask_password=database.config.ask_password if address.password is None else None,
+        ask_password=None if _has_password(address) else database.config.ask_password,
     )
     return PostgresNotifier(database, connector=Connector(config), clock=clock)
 
