@@ -30,14 +30,17 @@ from viralfx.adapters.postgres import (
 )
 from viralfx.adapters.postgres.connections import Connector
 from viralfx.adapters.postgres.credentials import TlsContexts
+from viralfx.bootstrap import postgres
 from viralfx.domain.clock import SystemClock
-from viralfx.domain.errors import StartupError
+from viralfx.domain.errors import ConfigurationError, StartupError
 from viralfx.settings import (
     CredentialsCallable,
     CredentialsError,
     DatabaseAddress,
     DatabaseSettings,
     Secret,
+    Settings,
+    read_settings,
 )
 from viralfx.telemetry.logging.redaction import Redaction
 
@@ -518,6 +521,32 @@ async def test_passphrase_of_the_key_is_that_of_the_address(
         f"DB_TLS_KEY_FILE: {issued.key} holds no private key in PEM format for sslpassword"
     )
     assert "secret" not in repr(config)
+
+
+def test_the_other_addresses_share_the_passphrase_and_the_versions_of_tls(tmp_path: Path) -> None:
+    """They are those of DATABASE_URL; a passphrase of their own that is wrong ends the start."""
+    issued = Authority(tmp_path / "client", trustme.CA(), valid=timedelta(days=1))
+    issued.key.write_bytes(encrypted(issued.key))
+    files = f"sslcert={issued.certificate}&sslkey={issued.key}&sslpassword=secret"
+    environ = {
+        "DATABASE_URL": f"postgresql://db/app?{files}&ssl_min_protocol_version=TLSv1.3",
+        "DB_TLS_MODE": "require",
+        "DATABASE_MIGRATION_URL": "postgresql://db/app",
+        "DATABASE_LISTEN_URL": "postgresql://db/app",
+    }
+
+    def listen(settings: Settings) -> None:
+        clock = SystemClock()
+        pool, _, _ = postgres.wire_postgres(settings, clock, lambda: None)
+        postgres.notifier(settings, pool, clock)
+
+    settings = read_settings(environ)
+    own = postgres.migration_config(settings).address
+    assert (own.key_password, own.tls_versions) == ("secret", ("TLSv1.3", "TLSv1.3"))
+    listen(settings)
+    environ["DATABASE_LISTEN_URL"] += "?sslpassword=wrong&ssl_min_protocol_version=TLSv1.2"
+    with pytest.raises(ConfigurationError, match=f"^DB_TLS_KEY_FILE: {issued.key} holds no"):
+        listen(read_settings(environ))
 
 
 def encrypted(key: Path) -> bytes:

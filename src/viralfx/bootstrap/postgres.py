@@ -73,6 +73,7 @@ def migration_config(settings: Settings) -> PostgresConfig:
         raise ConfigurationError([f"DATABASE_MIGRATION_URL: {error}"]) from None
     if address is None:
         return postgres_config(settings)
+    address = _with_tls(settings, address)
     return PostgresConfig(
         address=address,
         settings=_past_pooler(settings.db, address),
@@ -87,6 +88,21 @@ def _past_pooler(settings: DatabaseSettings, address: DatabaseAddress) -> Databa
         return msgspec.structs.replace(settings, pooler="none")
     # DB_PASSWORD is that of the user in DATABASE_URL.
     return msgspec.structs.replace(settings, pooler="none", password=None)
+
+
+def _with_tls(settings: Settings, address: DatabaseAddress) -> DatabaseAddress:
+    """Return an ``address`` with the passphrase and versions of DATABASE_URL where it has none."""
+    try:
+        main = settings.database_address
+    except ValueError:
+        return address  # not the one that counts
+    if main is None:
+        return address
+    return replace(
+        address,
+        key_password=address.key_password or main.key_password,
+        tls_versions=address.tls_versions or main.tls_versions,
+    )
 
 
 def _has_password(address: DatabaseAddress) -> bool:
@@ -143,7 +159,7 @@ def notifier(settings: Settings, database: PostgresDatabase, clock: Clock) -> Jo
     """Return a notifier over LISTEN and NOTIFY.
 
     It listens at ``DATABASE_LISTEN_URL`` if that is set. Raises :class:`ConfigurationError` if it
-    is invalid.
+    is invalid, or for unusable certificates.
     """
     try:
         address = settings.database_listen_address
@@ -154,14 +170,18 @@ def notifier(settings: Settings, database: PostgresDatabase, clock: Clock) -> Jo
         return PostgresNotifier(database, may_listen=may_listen, clock=clock)
     config = replace(
         database.config,
-        address=address,
+        address=_with_tls(settings, address),
         url=settings.database_listen_url,
         url_variable="DATABASE_LISTEN_URL",
         settings=_past_pooler(settings.db, address),
         # As DB_PASSWORD.
         ask_password=None if _has_password(address) else database.config.ask_password,
     )
-    return PostgresNotifier(database, connector=Connector(config), clock=clock)
+    try:
+        connector = Connector(config)
+    except CertificateError as error:
+        raise ConfigurationError([str(error)]) from None
+    return PostgresNotifier(database, connector=connector, clock=clock)
 
 
 def state_store(database: PostgresDatabase) -> StateStore:

@@ -178,7 +178,7 @@ class DatabaseAddress:
     """File with passwords by server, in libpq's form, for an address without a password."""
     key_password: str | None = field(default=None, repr=False)
     """Passphrase of the client certificate's key."""
-    tls_versions: tuple[str, str] = ("TLSv1.2", "TLSv1.3")
+    tls_versions: tuple[str, str] | None = None
     """The lowest and the highest version of TLS."""
     implied: Mapping[str, str] = field(default_factory=dict)
     """Parameters that are in :data:`IMPLIED`, with their values in the variable's unit."""
@@ -465,17 +465,18 @@ def _requires_binding(given: Mapping[str, str]) -> bool:
     return value == "require"
 
 
-def _tls_versions(given: Mapping[str, str]) -> tuple[str, str]:
+def _tls_versions(given: Mapping[str, str]) -> tuple[str, str] | None:
+    names = ("ssl_min_protocol_version", "ssl_max_protocol_version")
     chosen = ["TLSv1.2", "TLSv1.3"]
-    for index, name in enumerate(("ssl_min_protocol_version", "ssl_max_protocol_version")):
+    for index, name in enumerate(names):
         text = given.get(name) or chosen[index]
         if text.lower() not in _TLS_VERSIONS:
             raise ValueError(f"{name} is not one of {', '.join(_TLS_VERSIONS.values())}")
         chosen[index] = _TLS_VERSIONS[text.lower()]
     low, high = max("TLSv1.2", chosen[0]), chosen[1]
-    if high >= low:
-        return low, high
-    raise ValueError(f"ssl_max_protocol_version is below {low}, the minimum; raise it")
+    if high < low:
+        raise ValueError(f"ssl_max_protocol_version is below {low}, the minimum; raise it")
+    return (low, high) if any(map(given.get, names)) else None
 
 
 def _number(given: Mapping[str, str], name: str) -> int | None:

@@ -67,7 +67,7 @@ class TlsContexts:
         ``address`` has the versions of TLS and the passphrase of the key.
         """
         self._settings = settings
-        self._versions = ("TLSv1.2", "TLSv1.3") if address is None else address.tls_versions
+        self._versions = (address and address.tls_versions) or ("TLSv1.2", "TLSv1.3")
         self._key_password = None if address is None else address.key_password
         self._files = {
             "DB_TLS_CA_FILE": settings.tls_ca_file,
