@@ -20,7 +20,7 @@ from tests.integration.postgres_clients import (
     sessions,
     use,
 )
-from tests.servers.fault_proxy import DROP, SILENCE, Fault, FaultProxy
+from tests.servers.fault_proxy import BLACKHOLE, DROP, PASS, SILENCE, Fault, FaultProxy
 from tests.servers.fixtures import FaultProxies, or_skip
 from tests.servers.pgbouncer import MODES, Poolers, pgbouncer
 from tests.servers.postgres import Database, PostgresServer, postgres_server, postgres_standby
@@ -489,6 +489,60 @@ async def test_a_transaction_that_cannot_begin_is_repeated(
         took = time.monotonic() - began
         assert took < FIRST_REQUEST
     record_property("transaction that could not begin", spread([took]))
+
+
+LOCK = "lock table viralfx_ops.viralfx_jobs"
+
+
+@pytest.mark.parametrize("at_first", ["locked", "read_only"])
+async def test_a_silent_primary_is_left_for_one_that_does_not_count_at_first(
+    own_postgres: PostgresServer,
+    new_primary: PostgresServer,
+    fault_proxy: FaultProxies,
+    at_first: str,
+) -> None:
+    """Its job table is locked, or it is promoted later; then a waiting caller gets an error."""
+    await migrated(config_of(new_primary))
+    proxy = fault_proxy(own_postgres.port)
+    config = await migrated(config_of(own_postgres, through=proxy, statement_timeout=60.0))
+    async with opened(config) as pool, checked(pool) as check, pool.acquire() as connection:
+        assert (await check.check()).code is None
+        proxy.upstream = new_primary.host, new_primary.port
+        proxy.mode = DROP
+        waiting = asyncio.create_task(connection.execute("select 1"))
+        if at_first == "read_only":
+            demote(new_primary)
+            await wait_for_code(check, "read_only")
+            promote(new_primary)
+        holder = await asyncpg.connect(new_primary.url(), ssl=False)
+        try:
+            async with holder.transaction():
+                await holder.execute(LOCK if at_first == "locked" else "select 1")
+                await wait_for_code(check, None)
+                done, _ = await asyncio.wait({waiting}, timeout=5)
+        finally:
+            await holder.close()
+        assert done
+        assert isinstance(waiting.exception(), asyncpg.ConnectionDoesNotExistError)
+
+
+async def test_a_silence_of_the_same_server_cuts_no_caller(
+    own_postgres: PostgresServer, fault_proxy: FaultProxies
+) -> None:
+    """Also if its jobs could not be counted before."""
+    proxy = fault_proxy(own_postgres.port)
+    config = await migrated(config_of(own_postgres, through=proxy))
+    async with opened(config) as pool, checked(pool) as check, pool.acquire() as connection:
+        holder = await asyncpg.connect(own_postgres.url(), ssl=False)
+        async with holder.transaction():
+            await holder.execute(LOCK)
+            assert (await check.check()).code is None
+        await holder.close()
+        proxy.mode = BLACKHOLE
+        assert (await check.check()).code == "timeout"
+        proxy.mode = PASS
+        await wait_for_code(check, None)
+        assert await connection.fetchval("select 1") == 1
 
 
 async def test_a_test_of_a_connection_can_be_cancelled(

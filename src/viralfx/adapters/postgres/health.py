@@ -54,8 +54,9 @@ _VACUUM: Final = """
 pg_catalog.pg_stat_get_dead_tuples('viralfx_jobs'::regclass) AS dead_job_rows
 """
 # The start of a server tells it from the one that takes its place.
+_STATE: Final = f"{IS_READ_ONLY}, pg_catalog.pg_postmaster_start_time() AS server_started"
 HEALTH_QUERY: Final = f"""
-{IS_READ_ONLY}, pg_catalog.pg_postmaster_start_time() AS server_started, {_VACUUM}, counted.*
+{_STATE}, {_VACUUM}, counted.*
 FROM (VALUES (0)) AS one LEFT JOIN ({COUNTS}) AS counted ON true
 """
 
@@ -81,6 +82,8 @@ class HealthQueryResult:
     read_only: bool
     counts: Mapping[str, QueueCounts] | LedgerUnavailableError
     """Counts of the queues that ever had a job, or the error of counting them."""
+    server_started: datetime | None = None
+    """When the server was started; None if migrations are pending."""
 
 
 class HealthQuery:
@@ -106,10 +109,10 @@ class HealthQuery:
         self._ends_at = math.inf
         self._read_only = False
         """True if the last server that was asked accepted no writes."""
-        self._server_started: datetime | None = None
-        """When the last server that was asked was started."""
+        self._primary_started: datetime | None = None
+        """When the last server that accepted writes was started."""
         self._silent_since: float | None = None
-        """When a question began that the server has not answered; None after a later answer."""
+        """When the first unanswered question began; None after a later answer of a primary."""
         self._schema_is_current = False
         self._reported_revision: str | None = None
         self._lock = asyncio.Lock()
@@ -171,7 +174,7 @@ class HealthQuery:
         finds_primary = self._database.config.needs_writes
         if self._read_only and finds_primary:
             self.close()
-        before, server = self._connection, self._server_started
+        before = self._connection
         began = asyncio.get_running_loop().time()
         waiting = asyncio.timeout(None if before is None else _SILENT_SHARE * self._timeout)
         try:
@@ -184,13 +187,12 @@ class HealthQuery:
             self._silent_since = self._silent_since or began
             self.close()
             result = await self._ask(await self._open())
-        since, self._silent_since = self._silent_since, None
-        if since and finds_primary and not result.read_only and self._server_started != server:
-            self._database.members.leave_silent(since)
         if result.read_only and finds_primary and self._connection is before:
             # The connection outlived a change of the primary.
             self.close()
             result = await self._ask(await self._open())
+        if finds_primary and not result.read_only and result.server_started is not None:
+            self._found_primary(result.server_started)
         if result.read_only is not self._read_only and not result.pending:
             self._read_only = result.read_only
             if finds_primary:
@@ -198,6 +200,13 @@ class HealthQuery:
                 reason = "read_only" if result.read_only else "writable"
                 self._database.members.replace_all(reason)
         return result
+
+    def _found_primary(self, started: datetime) -> None:
+        """Leave a silent server if another one has its place."""
+        before, self._primary_started = self._primary_started, started
+        since, self._silent_since = self._silent_since, None
+        if since is not None and before not in {None, started}:
+            self._database.members.leave_silent(since)
 
     async def _open(self) -> "Connection[Any]":
         """Return the connection; open it if there is none, or if it reached its greatest age."""
@@ -228,10 +237,14 @@ class HealthQuery:
                 raise
             # A locked or huge table of jobs does not make the server unhealthy.
             self._database.vacuum = None
-            read_only = await run_query(connection, connection.fetchval(IS_READ_ONLY))
-            return HealthQueryResult((), read_only=read_only != "off", counts=unavailable(error))
+            state = await run_query(connection, connection.fetchrow(_STATE))
+            return HealthQueryResult(
+                (),
+                read_only=state["read_only"] != "off",
+                counts=unavailable(error),
+                server_started=state["server_started"],
+            )
         read_only = rows[0]["read_only"] != "off"
-        self._server_started = rows[0]["server_started"]
         self._database.vacuum = VacuumStatus(
             oldest_transaction=max(0.0, float(rows[0]["oldest_transaction"])),
             dead_job_rows=rows[0]["dead_job_rows"],
@@ -239,7 +252,12 @@ class HealthQuery:
         counted = [row for row in rows if row["queue"] is not None]
         if not read_only:
             await self._maintain(connection, counted)
-        return HealthQueryResult((), read_only=read_only, counts=counts_of_rows(counted))
+        return HealthQueryResult(
+            (),
+            read_only=read_only,
+            counts=counts_of_rows(counted),
+            server_started=rows[0]["server_started"],
+        )
 
     async def _maintain(self, connection: "Connection[Any]", counted: Sequence[Row]) -> None:
         """Do a part of the sweep's work if it was not done, because no worker is alive."""
