@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import asyncpg
 import pytest
@@ -36,6 +37,7 @@ from viralfx.adapters.postgres import (
 from viralfx.adapters.postgres.connections import run_query
 from viralfx.adapters.postgres.database import Lease
 from viralfx.adapters.postgres.pool import ACKNOWLEDGED_TIMEOUT, PING_AFTER
+from viralfx.adapters.postgres.servers import USER_TIMEOUT_SECONDS
 from viralfx.domain.health.model import Status
 from viralfx.domain.jobs.model import LedgerUnavailableError
 
@@ -472,6 +474,24 @@ async def test_a_busy_pooler_is_not_taken_for_a_silent_one(
         await waiting
         async with pool.acquire() as connection:
             assert connection.get_server_pid() == number
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="not on this system")
+async def test_the_first_answer_lifts_the_limit_on_acknowledgements(database: Database) -> None:
+    """The rest of a long use of the connection survives a pause of the network."""
+    async with opened(config_of(database, pooler="transaction", pool_max=1)) as pool:
+        await use(pool)
+        await asyncio.sleep(PING_AFTER)
+        async with pool.acquire() as connection:
+            own: Any = connection  # a proxy of a CheckedConnection
+            used = own.itself.transport.get_extra_info("socket")
+
+            def limit() -> int:
+                return int(used.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+
+            assert limit() == round(ACKNOWLEDGED_TIMEOUT * 1000)
+            await connection.fetchval("select $1::int", 1)
+            await until(lambda: limit() == round(USER_TIMEOUT_SECONDS * 1000))
 
 
 @pytest.mark.soak

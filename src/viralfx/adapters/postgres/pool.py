@@ -5,7 +5,7 @@ import contextlib
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,7 +13,12 @@ import asyncpg
 from asyncpg.connection import Connection, LoggedQuery
 from asyncpg.transaction import Transaction
 
-from viralfx.adapters.postgres.connections import PostgresConfig, cut, reset_session
+from viralfx.adapters.postgres.connections import (
+    CheckedConnection,
+    PostgresConfig,
+    cut,
+    reset_session,
+)
 from viralfx.adapters.postgres.errors import DATABASE_ERRORS
 from viralfx.adapters.postgres.servers import USER_TIMEOUT_SECONDS, limit_silence
 from viralfx.domain.clock import default_rng
@@ -109,8 +114,10 @@ PING_TIMEOUT = 1.0
 """Seconds for that test; a server that is reachable answers in less than a millisecond."""
 _LATE_SECONDS = 0.25
 ACKNOWLEDGED_TIMEOUT = 1.5
-"""Seconds in which the system of a pooler acknowledges the first statement after an idle time. The
-answer may take longer."""
+"""Seconds in which the system of a pooler acknowledges the first statement after an idle time.
+
+The answer may take longer, and lifts this limit.
+"""
 BEGIN_TIMEOUT = 2.0
 """Seconds for BEGIN, which waits for no lock and no disk."""
 READ_ONLY_AGE = 1.0
@@ -173,8 +180,8 @@ class Standing:
     """True while a caller has it."""
     lent_at: float = 0.0
     """When the last caller got it."""
-    doubted: bool = False
-    """True until it answers, if it was idle and could not be tested."""
+    on_answer: Callable[[LoggedQuery], None] | None = None
+    """Lifts the limit of a connection that could not be tested; None: it has none."""
     timer: asyncio.TimerHandle | None = None
     """Ends it at ``ends_at``."""
 
@@ -283,14 +290,14 @@ class PoolMembers:
             # Nothing was done on it, so the operation can have another one.
             _terminate(connection)
             raise
-        self._trust(connection, connection.standing)
+        self._trust(connection.itself, connection.standing)
 
     async def reset(self, connection: Any) -> None:
         """Prepare a returned connection for its next use; raises :class:`ReplacedError`."""
         await reset_session(connection)
         standing: Standing = connection.standing
         standing.lent, standing.idle_since = False, _now()
-        self._trust(connection, standing)
+        self._trust(connection.itself, standing)
         if self._has_ended(standing) or self._is_wrong(connection):
             raise ReplacedError("another connection takes the place of this one")
 
@@ -320,13 +327,16 @@ class PoolMembers:
                 await connection.execute("SELECT 1")
         elif self._user_timeout is None:
             # A statement would wait for a connection to the server, as the caller's own has to.
-            standing.doubted = True
-            limit_silence(connection.itself, ACKNOWLEDGED_TIMEOUT)
+            own: CheckedConnection = connection.itself
+            standing.on_answer = lambda _: self._trust(own, standing)
+            own.add_query_logger(standing.on_answer)
+            limit_silence(own, ACKNOWLEDGED_TIMEOUT)
 
-    def _trust(self, connection: Any, standing: Standing) -> None:
-        if standing.doubted:
-            standing.doubted = False
-            limit_silence(connection.itself, USER_TIMEOUT_SECONDS)
+    def _trust(self, connection: CheckedConnection, standing: Standing) -> None:
+        if standing.on_answer is not None:
+            connection.remove_query_logger(standing.on_answer)
+            standing.on_answer = None
+            limit_silence(connection, USER_TIMEOUT_SECONDS)
 
     def _has_ended(self, standing: Standing) -> bool:
         return standing.generation != self.generation or _now() >= standing.ends_at
