@@ -189,14 +189,16 @@ class Cluster:
         self._primary.kill()
         self._move()
 
-    def lose_silently(self) -> None:
+    def lose_silently(self, pause: float) -> None:
         """Let the primary vanish without a word, promote the standby, and lead to it.
 
         No packet comes from the former primary until :meth:`rejoin`, nor an end of a connection.
+        ``pause``: seconds until the promotion, such as a tool takes to notice the silence.
         """
         # The name leads new connections on; the address of the former primary is silent.
         self._places[0].mode, self._proxy.mode = BLACKHOLE, DROP
         self._primary.freeze()
+        time.sleep(pause)
         self._move()
 
     def rejoin(self) -> None:

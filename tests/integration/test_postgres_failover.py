@@ -546,6 +546,30 @@ async def test_a_silent_primary_is_left_for_one_that_does_not_count_at_first(
         assert isinstance(waiting.exception(), asyncpg.ConnectionDoesNotExistError)
 
 
+async def test_attempts_to_connect_leave_a_silent_primary(
+    own_postgres: PostgresServer, new_primary: PostgresServer, fault_proxy: FaultProxies
+) -> None:
+    """They would otherwise hold all places of the pool until DB_CONNECTION_TIMEOUT."""
+    await migrated(config_of(new_primary))
+    proxy = fault_proxy(own_postgres.port)
+    limits = {"connection_timeout": 60.0, "pool_timeout": 60.0, "pool_max": 3}
+    config = await migrated(config_of(own_postgres, through=proxy, **limits))
+    async with opened(config) as pool, checked(pool) as check:
+        assert (await check.check()).code is None
+        await asyncio.sleep(PING_AFTER)
+        proxy.mode = BLACKHOLE
+        callers = [asyncio.create_task(use(pool)) for _ in range(6)]
+        assert (await check.check()).code == "timeout"
+        await until(lambda: pool.total_connections == 0)
+        proxy.upstream = new_primary.host, new_primary.port
+        proxy.mode = DROP
+        await wait_for_code(check, None)
+        _, left = await asyncio.wait(callers, timeout=10)
+        assert not left
+        for caller in callers:
+            caller.result()
+
+
 async def test_a_silence_of_the_same_server_cuts_no_caller(
     own_postgres: PostgresServer, fault_proxy: FaultProxies
 ) -> None:

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import pytest
 from tests.chaos.cluster import Cluster, cluster
@@ -28,6 +29,10 @@ SILENT_LIMIT = LIMIT + TIMEOUT
 """The same where the former primary is silent."""
 _CLIENTS = 4
 _PAUSE = 0.02
+_UNNOTICED = 4.0
+"""Seconds in which the primary is silent before another one is promoted."""
+_LIMITS: dict[str, Any] = {"connection_timeout": 30.0, "pool_timeout": 30.0}
+"""The defaults: longer than the service may take."""
 
 
 @pytest.fixture
@@ -92,7 +97,7 @@ async def survive(
         changes: dict[str, tuple[Callable[[], None], float]] = {
             "planned": (postgres.switch_over, LIMIT),
             "killed": (postgres.lose_primary, LIMIT),
-            "silent": (postgres.lose_silently, SILENT_LIMIT),
+            "silent": (partial(postgres.lose_silently, _UNNOTICED), SILENT_LIMIT),
         }
         try:
             await until(lambda: load.is_served(monitor, 0.0), seconds=60)
@@ -124,12 +129,17 @@ def record(put: Record, address: str, took: Mapping[str, list[float]]) -> None:
 @pytest.mark.timeout(2400 if SOAK else 120)
 async def test_a_name_that_moves(postgres: Cluster, record_property: Record) -> None:
     """The former primary still serves reads after a planned change; it is left at once."""
-    config = config_of(postgres.primary, through=postgres.name)
+    config = config_of(postgres.primary, through=postgres.name, **_LIMITS)
     record(record_property, "a name", await survive(postgres, config, len(cycles(20))))
 
 
 @pytest.mark.timeout(2400 if SOAK else 120)
 async def test_several_hosts(postgres: Cluster, record_property: Record) -> None:
     """The one that accepts writes is found."""
-    config = config_of(postgres.primary, hosts=postgres.hosts, target_session_attrs="read-write")
+    config = config_of(
+        postgres.primary,
+        hosts=postgres.hosts,
+        target_session_attrs="read-write",
+        **_LIMITS,
+    )
     record(record_property, "several hosts", await survive(postgres, config, len(cycles(20))))

@@ -389,10 +389,8 @@ class PostgresDatabase:
 
     def _new_pool(self) -> "Pool[Any]":
         async def make(*_: object, **__: object) -> "Connection[Any]":
-            generation = self.members.generation
-            connection = await self._connect()
+            connection = await self.members.add(self._connect)
             connection.add_query_logger(self.queries)
-            self.members.admit(connection, generation)
             return connection
 
         return asyncpg.create_pool(

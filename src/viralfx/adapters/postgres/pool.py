@@ -5,7 +5,7 @@ import contextlib
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -203,14 +203,38 @@ class PoolMembers:
         self._limits_waits = config.settings.pooler != "transaction"
         self._user_timeout = config.address.tcp_user_timeout
         self._open: set[Connection[Any]] = set()
+        self._attempts: set[asyncio.Future[Connection[Any]]] = set()
         self.generation = 0
         """A connection of an earlier one ends."""
         self._retired_at = 0.0
 
     # -- life --------------------------------------------------------------------------------
 
-    def admit(self, connection: "Connection[Any]", generation: int) -> None:
-        """Add a new connection, whose opening began in a ``generation``."""
+    async def add(self, connect: Callable[[], Awaitable["Connection[Any]"]]) -> "Connection[Any]":
+        """Open a connection, add and return it; raises what ``connect`` raises.
+
+        An attempt that began before the connections were replaced is left for a new one: it may
+        wait for the server that they leave.
+        """
+        while True:
+            generation = self.generation
+            attempt = asyncio.ensure_future(connect())
+            self._attempts.add(attempt)
+            try:
+                await asyncio.wait({attempt})
+            except BaseException:
+                attempt.add_done_callback(_drop)
+                attempt.cancel()
+                raise
+            finally:
+                self._attempts.discard(attempt)
+            if attempt.cancelled() and generation != self.generation:
+                continue
+            connection = attempt.result()
+            self._admit(connection, generation)
+            return connection
+
+    def _admit(self, connection: "Connection[Any]", generation: int) -> None:
         loop, checked = asyncio.get_running_loop(), _checked(connection)
         standing = checked.standing = Standing(
             generation=generation,
@@ -240,6 +264,8 @@ class PoolMembers:
     def replace_all(self, reason: str) -> None:
         """Close each connection before its next use, so that a new one replaces it."""
         self.generation += 1
+        for attempt in self._attempts:
+            attempt.cancel()
         _logger.warning("Database connections are replaced", extra={"reason": reason})
 
     def leave_silent(self, since: float) -> None:
@@ -373,6 +399,11 @@ def _checked(connection: "Connection[Any]") -> Any:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
+
+
+def _drop(attempt: "asyncio.Future[Connection[Any]]") -> None:
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().terminate()
 
 
 def _terminate(connection: Any) -> None:
