@@ -216,6 +216,7 @@ async def test_a_worker_that_knows_the_task_stops_the_clock(case: LedgerCase) ->
 async def test_time_without_any_worker_does_not_count(case: LedgerCase) -> None:
     """A fleet that was down finds its jobs waiting."""
     (job,) = await case.accept(task="new")
+    await case.ledger.register("w", ["default"], LONG_LEASE, tasks=["task"])
     assert dict(await case.ledger.expire(SHORT_LEASE)) == {}
     began = case.now()
 
@@ -227,6 +228,25 @@ async def test_time_without_any_worker_does_not_count(case: LedgerCase) -> None:
     assert dict(await case.ledger.expire(SHORT_LEASE)) == {}
     assert (await case.job(job.id)).state is JobState.WAITING
     assert await expired(case) == {"unknown_task": {job.id}}
+
+
+async def test_a_queue_without_a_worker_loses_no_job(case: LedgerCase) -> None:
+    """While workers of another queue live; its own workers grant the whole patience."""
+    (job,) = await case.accept(task="new", queue="analytics")
+    await case.ledger.register("w", ["default"], LONG_LEASE, tasks=["task"])
+    began = case.now()
+
+    async def long_enough() -> bool:
+        assert dict(await case.ledger.expire(SHORT_LEASE)) == {}
+        return case.now() > later(began, 2 * SHORT_LEASE)
+
+    await case.until(long_enough)
+    assert (await case.job(job.id)).state is JobState.WAITING
+    await case.ledger.register("x", ["analytics"], LONG_LEASE, tasks=["task"])
+    began = case.now()
+
+    assert await expired(case) == {"unknown_task": {job.id}}
+    assert case.now() >= later(began, SHORT_LEASE)
 
 
 async def test_a_retried_job_has_the_whole_patience_again(case: LedgerCase) -> None:
@@ -275,6 +295,7 @@ async def test_a_job_that_a_worker_can_run_never_expires(case: LedgerCase) -> No
 async def test_a_call_that_comes_too_late_expires_nothing(case: LedgerCase) -> None:
     """As a sweep does."""
     (job,) = await case.accept(task="new")
+    await case.ledger.register("w", ["default"], LONG_LEASE, tasks=["task"])
     assert dict(await case.ledger.expire(0.0, later(case.now(), -1.0))) == {}
     assert (await case.job(job.id)).state is JobState.WAITING
     assert dict(await case.ledger.expire(0.0, later(case.now(), 60.0))) == {

@@ -350,10 +350,7 @@ class MemoryJobLedger(JobChanges):
     async def unrunnable(self) -> Sequence[UnrunnableJobs]:
         """Count the due jobs that no worker can run."""
         found: list[UnrunnableJobs] = []
-        consumed = {queue for each in self._living().values() for queue in each.queues}
         for queue, task in sorted(self._due_tasks()):
-            if queue not in consumed:
-                continue
             workers = self._workers_for(queue, task)
             code = PAYLOAD if workers else UNKNOWN_TASK
             due = self._index.due(queue, self._clock.now(), [task])
@@ -363,9 +360,12 @@ class MemoryJobLedger(JobChanges):
         return found
 
     def _due_tasks(self) -> Sequence[tuple[str, str]]:
+        """Return the tasks of due jobs, of the queues that a worker consumes."""
+        consumed = {queue for each in self._living().values() for queue in each.queues}
         return [
             (queue, task)
             for queue in self._index.queues
+            if queue in consumed
             for task in self._index.tasks(queue)
             if any(self._index.due(queue, self._clock.now(), [task]))
         ]

@@ -131,6 +131,11 @@ _NO_WORKER = """NOT EXISTS (
         WHERE lease_until > statement_timestamp() AND {queue} = ANY(queues)
             AND (tasks IS NULL OR {task} = ANY(tasks)) {more}
     )"""
+# A queue that no worker consumes tells nothing about its tasks: their jobs wait for a worker.
+_UNKNOWN_TO_WORKERS = f"""EXISTS (
+        SELECT FROM viralfx_workers AS consumer
+        WHERE lease_until > statement_timestamp() AND {{queue}} = ANY(queues)
+    ) AND {_NO_WORKER.replace("{more}", "")}"""
 # Skips from queue to queue, from task to task and from priority to priority in the index.
 _UNKNOWN = f"""
 RECURSIVE first AS (
@@ -158,7 +163,7 @@ RECURSIVE first AS (
 ), unknown AS MATERIALIZED (
     SELECT DISTINCT queue, task FROM first
     WHERE run_at <= statement_timestamp()
-        AND {_NO_WORKER.format(queue="first.queue", task="first.task", more="")}
+        AND {_UNKNOWN_TO_WORKERS.format(queue="first.queue", task="first.task")}
 )
 """  # noqa: S608 - constants
 # True of a job that each worker which knows its task has refused; there is such a worker.
@@ -179,10 +184,6 @@ SELECT queue, task, '{UNKNOWN_TASK}' AS code, (
     ) AS counted
 ) AS jobs
 FROM unknown
-WHERE EXISTS (
-    SELECT FROM viralfx_workers
-    WHERE lease_until > statement_timestamp() AND unknown.queue = ANY(queues)
-)
 UNION ALL
 SELECT queue, task, '{PAYLOAD}', count(*) FROM (
     SELECT queue, task FROM viralfx_jobs AS job
@@ -193,7 +194,7 @@ ORDER BY queue, task
 """  # noqa: S608 - constants
 _IN_TIME = "($2::timestamptz IS NULL OR statement_timestamp() < $2)"
 # Time counts only while it is watched: after a gap of half the patience, in which no worker was
-# alive, it begins anew.
+# alive, it begins anew. So it does once no worker consumes the queue.
 WATCH_UNKNOWN: Final = f"""
 WITH {_UNKNOWN}, known AS (
     DELETE FROM viralfx_unknown_tasks AS old
@@ -225,7 +226,7 @@ RETURNING id
 """
 EXPIRE_TASK: Final = _EXPIRE.format(
     error="error_code = 'unknown_task', error_message = $4",
-    expired=f"queue = $2 AND task = $3 AND {_NO_WORKER.format(queue='$2', task='$3', more='')}",
+    expired=f"queue = $2 AND task = $3 AND {_UNKNOWN_TO_WORKERS.format(queue='$2', task='$3')}",
 )
 EXPIRE_PAYLOADS: Final = _EXPIRE.format(
     error="error_code = 'payload'",

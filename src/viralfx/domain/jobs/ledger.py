@@ -366,8 +366,9 @@ class JobLedger(WorkerRegistry, ScheduleStore, Protocol):
     ) -> Mapping[str, Sequence[str]]:
         """Fail due jobs that no worker could run for ``patience`` seconds; return ids by code.
 
-        * ``unknown_task``: no worker with a valid lease that consumes the queue knows the task. The
-          time counts from the first call that finds it so, and only while such calls go on.
+        * ``unknown_task``: workers with a valid lease consume the queue, and none of them knows the
+          task. The time counts from the first call that finds it so, and only while such calls go
+          on.
         * ``payload``: every such worker that knows the task refused the job, the first one
           ``patience`` seconds ago.
 
@@ -379,8 +380,8 @@ class JobLedger(WorkerRegistry, ScheduleStore, Protocol):
     async def unrunnable(self) -> Sequence[UnrunnableJobs]:
         """Count the due jobs that no worker with a valid lease can run, by task.
 
-        :meth:`expire` has the two reasons. Queues without a worker are left out. Of the jobs whose
-        payload was refused, it counts no more than :data:`MAX_UNRUNNABLE` in all.
+        :meth:`expire` has the two reasons; for neither counts a queue without a worker. Of the jobs
+        whose payload was refused, it counts no more than :data:`MAX_UNRUNNABLE` in all.
         """
         ...
 
