@@ -10,12 +10,11 @@ from datetime import datetime
 
 from viralfx.domain.clock import Clock, default_rng
 from viralfx.domain.correlation import new_correlation_id
-from viralfx.domain.jobs.codec import PayloadError, unique_key_of
+from viralfx.domain.jobs.codec import unique_key_of
 from viralfx.domain.jobs.ledger import JobLedger, SweepResult
-from viralfx.domain.jobs.limits import concurrency_key_of
+from viralfx.domain.jobs.limits import scheduled_key_of
 from viralfx.domain.jobs.model import JobDraft, LedgerUnavailableError, new_job_id
 from viralfx.domain.jobs.schedule import Schedule, ScheduleState
-from viralfx.domain.jobs.tasks import Task
 from viralfx.domain.resilience.deadline import Deadline
 from viralfx.worker.context import Role, WorkerContext
 from viralfx.worker.lease import Heartbeat
@@ -353,7 +352,7 @@ class Scheduler(Role):
             priority=task.priority,
             unique=task.unique,
             unique_key=None if task.unique is None else unique_key_of(task.name, _PAYLOAD),
-            concurrency_key=_key_of(task),
+            concurrency_key=scheduled_key_of(task.concurrency_key),
         )
         accepted = await self._context.ledger.accept_scheduled(draft)
         self._context.availability.succeeded(entry.step)
@@ -366,10 +365,3 @@ class Scheduler(Role):
         if accepted.created:
             self._context.notify(draft.queue, (draft.id,))
         return accepted.created
-
-
-def _key_of(task: Task) -> str | None:
-    try:
-        return concurrency_key_of(task.concurrency_key, None)
-    except PayloadError:
-        return ""  # the payload is null and has no field

@@ -364,6 +364,18 @@ async def test_a_schedule_is_paused_run_and_resumed(fleet: Fleet) -> None:
     assert (state.paused_at, state.last_run_at) == (fleet.clock.now(), None)
 
 
+async def test_a_schedule_whose_limits_have_a_key_is_run(fleet: Fleet) -> None:
+    """Its payload, null, has no key, as for its workers; a submission without one is refused."""
+    service = _service(fleet, _Announced())
+    limits: dict[str, Any] = {"concurrency": 1, "concurrency_key": "customer"}
+    fleet.declare("all", fleet.note, cron="0 * * * *", payload_type=dict | None, **limits)
+    accepted = await service.run_schedule("all")
+    with pytest.raises(PayloadError, match="has no field 'customer'"):
+        await service.submit("all", None)
+
+    assert (accepted.job.payload, accepted.job.concurrency_key) == (b"null", "")
+
+
 async def test_a_schedule_of_workers_alone_is_paused_and_not_run(fleet: Fleet) -> None:
     """To submit a job, this process must know its task."""
     service = _service(fleet, _Announced())

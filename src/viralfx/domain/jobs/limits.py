@@ -167,3 +167,14 @@ def concurrency_key_of(
             " allowed"
         )
     return key
+
+
+def scheduled_key_of(concurrency_key: str | Callable[[Any], str] | None) -> str | None:
+    """Return the concurrency key of a job of a schedule, whose payload is null.
+
+    It is empty if null has no key; None if the task has none.
+    """
+    try:
+        return concurrency_key_of(concurrency_key, None)
+    except PayloadError:
+        return ""

@@ -30,7 +30,7 @@ from viralfx.domain.jobs.codec import (
 )
 from viralfx.domain.jobs.hooks import CombinedHooks, JobHooks, log_refusal
 from viralfx.domain.jobs.ledger import Accepted, BulkStep, Found, JobLedger, QueueCounts
-from viralfx.domain.jobs.limits import check_max_attempts, concurrency_key_of
+from viralfx.domain.jobs.limits import check_max_attempts, concurrency_key_of, scheduled_key_of
 from viralfx.domain.jobs.model import (
     ANY_JOB,
     InvalidFilterError,
@@ -247,8 +247,11 @@ class JobService(ScheduledTasks):
             self._hooks.accepted(one)
         return list(accepted)
 
-    def _draft(self, asked: Submission, traceparent: str | None) -> JobDraft:
+    def _draft(
+        self, asked: Submission, traceparent: str | None, *, scheduled: bool = False
+    ) -> JobDraft:
         declared = self._tasks.find(asked.task)
+        key = declared.concurrency_key
         payload = asked.payload
         if problem := too_large(len(payload), self._max_payload_bytes):
             raise PayloadTooLargeError(problem)
@@ -269,7 +272,7 @@ class JobService(ScheduledTasks):
             priority=priority,
             unique=unique,
             unique_key=None if unique is None else unique_key_of(declared.name, payload),
-            concurrency_key=concurrency_key_of(declared.concurrency_key, value),
+            concurrency_key=scheduled_key_of(key) if scheduled else concurrency_key_of(key, value),
             max_attempts=None if most is None else check_max_attempts(most),
         )
 
@@ -456,7 +459,10 @@ class JobService(ScheduledTasks):
         """
         name = self._tasks.name_of(task)
         await self._schedule(name)
-        return await self.accept(name, b"null", traceparent=traceparent)
+        draft = self._draft(Submission(task=name, payload=b"null"), traceparent, scheduled=True)
+        accepted = await self._accept_one(draft)
+        self._hooks.accepted(accepted)
+        return accepted
 
     async def pause(self, queue: str) -> None:
         """Let no worker claim jobs of a queue until it is resumed; running jobs go on.
