@@ -358,8 +358,10 @@ class QueueConsumer:
         """
         now = self._clock.monotonic()
         polls = self._poll_again or now >= self._next_poll
-        # Jobs of tasks with limits are claimed only by polls.
-        if self._announced and not polls and not self._context.has_limits(self.queue):
+        # Jobs of tasks with limits are claimed only by polls. If every worker received the ids, one
+        # that finds too few of them does not poll: most find that other workers have claimed them.
+        limited = self._context.has_limits(None if self._notifier.broadcasts else self.queue)
+        if self._announced and not polls and not limited:
             ids = list(self._announced)[:limit]
             for job_id in ids:
                 del self._announced[job_id]

@@ -223,6 +223,9 @@ class WorkerContext:
     """Announces due jobs, by queue and ids, to all workers; neither waits nor raises."""
     begun: BegunJobs = field(default_factory=BegunJobs)
 
-    def has_limits(self, queue: str) -> bool:
-        """Return True if tasks of a queue have limits."""
-        return any(self.tasks.find(name).queue == queue for name in self.tasks.limits)
+    def has_limits(self, queue: str | None) -> bool:
+        """Return True if tasks that declare a queue have limits; None: any queue.
+
+        A submission may set another queue for its job.
+        """
+        return any(queue in (None, self.tasks.find(name).queue) for name in self.tasks.limits)

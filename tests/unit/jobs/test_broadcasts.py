@@ -129,6 +129,14 @@ async def test_a_notification_without_ids_leads_to_a_poll(fleet: Fleet) -> None:
     assert await fleet.final(job_id) < 0.001
 
 
+async def test_a_job_of_a_limited_task_in_another_queue_starts_at_once(fleet: Fleet) -> None:
+    """Only a poll claims it, and the queue of its task is another one."""
+    fleet.declare("limited", fleet.note, queue="own", concurrency=5)
+    await _started(fleet, 3)
+
+    assert await fleet.final(await fleet.submit("limited")) < 0.05
+
+
 async def test_workers_of_other_queues_do_not_make_it_wait(fleet: Fleet) -> None:
     """Only workers that share the queue count, for the pause and for polls."""
     for number in range(WORKERS):
