@@ -147,6 +147,17 @@ async def test_a_cancelled_job_of_a_dead_worker_runs_no_more(case: LedgerCase) -
     assert [each.id for each in await case.claim(worker="x")] == [other.id]
 
 
+async def test_a_requested_job_that_its_worker_released_is_cancelled(case: LedgerCase) -> None:
+    """By the next sweep at the latest: it had not begun, so its worker does not report it."""
+    assert list((await case.ledger.sweep(2)).cancelled) == []
+    gone, other = await requested(case), await case.accept_and_claim()
+    await case.ledger.register("w", ["default"], LONG_LEASE, [other.id], grace=0.0)
+    await case.ledger.sweep(2)
+
+    assert (await case.job(gone.id)).state is JobState.CANCELLED
+    assert (await case.job(other.id)).state is JobState.ACTIVE
+
+
 async def test_a_worker_that_leaves_cancels_requested_jobs(case: LedgerCase) -> None:
     """Jobs of abandoned tasks are handed back, and this one is cancelled."""
     gone, other = await requested(case), await case.accept_and_claim()

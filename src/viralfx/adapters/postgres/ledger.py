@@ -370,22 +370,20 @@ class PostgresJobLedger(JobChanges):
                 raise
             # One row must not keep the jobs of all workers that have died.
             rows = await self._fetch(self._sql.SWEEP, _NO_CRASH_LIMIT, *more)
+        waiting = [row for row in rows if row["state"] == JobState.WAITING]
+        crashed = [str(row["id"]) for row in rows if row["state"] == JobState.FAILED]
         cancelled: Collection[str] = ()
         # Afterwards, since it may take long or fail, and the sweep has a time limit.
         try:
-            # Else there is one only if the process that left it died, or is of an earlier version.
-            left = any(row["state"] == JobState.ACTIVE for row in rows)
-            if left or self._clock.monotonic() >= self._promote_at:
+            if any(row["state"] == JobState.ACTIVE for row in rows):
                 cancelled = await self._steps.run(
                     lambda attempt: finish_cancelled(attempt.connection, self._sql)
                 )
             await self._promote_all()
         except _MAYBE_REFUSED:
-            if not rows:
+            if not (waiting or crashed):
                 raise
             # The jobs must be reported; the next sweep promotes.
-        waiting = [row for row in rows if row["state"] == JobState.WAITING]
-        crashed = [str(row["id"]) for row in rows if row["state"] == JobState.FAILED]
         return SweepResult(
             returned=ids_by_queue(waiting), crashed=crashed, cancelled=tuple(cancelled)
         )

@@ -310,7 +310,9 @@ SELECT queue, state, sum(count) FROM folded GROUP BY queue, state
 FOLD: Final = f"WITH {_FOLDED.format(most='$1')} {_SUMS}"
 
 # A server that hung receives the statement late; after $2 the sweep must not happen. Of two sweeps
-# at once, one does nothing but fold the counters.
+# at once, one does nothing but fold the counters. The last row, without an id, stands for jobs that
+# FINISH_CANCELLED has to move, such as those that a blocked worker released. Without any, a sweep
+# does not cost that statement.
 SWEEP: Final = f"""
 WITH {_FOLDED.format(most="$3")}, sums AS ({_SUMS}), turn AS MATERIALIZED (
     SELECT pg_try_advisory_xact_lock({_SWEEP_LOCK})
@@ -329,30 +331,36 @@ WITH {_FOLDED.format(most="$3")}, sums AS ({_SUMS}), turn AS MATERIALIZED (
     ) AND NOT (cancel_requested AND worker IS NULL)
     LIMIT {MAX_SWEPT_JOBS}
     FOR UPDATE OF job SKIP LOCKED
+), swept AS (
+    UPDATE viralfx_jobs AS job
+    SET worker = NULL,
+        crashes = crashes + 1,
+        state = CASE
+            WHEN cancel_requested THEN 'active'
+            WHEN crashes + 1 >= $1 THEN 'failed'
+            ELSE 'waiting'
+        END,
+        history = {appended("'crashed'", "format('the lease of worker %s ran out', job.worker)")},
+        finished_at = CASE
+            WHEN crashes + 1 >= $1 AND NOT cancel_requested THEN statement_timestamp()
+        END,
+        error_code = CASE
+            WHEN crashes + 1 >= $1 AND NOT cancel_requested THEN 'crashed' ELSE error_code
+        END,
+        error_message = CASE
+            WHEN crashes + 1 >= $1 AND NOT cancel_requested
+            THEN format(
+                'the lease of %s %s ran out while they ran it; the last was %s', crashes + 1,
+                CASE crashes WHEN 0 THEN 'worker' ELSE 'workers' END, worker
+            )
+            ELSE error_message
+        END
+    WHERE id = ANY(ARRAY(SELECT id FROM lost))
+    RETURNING id, queue, state
 )
-UPDATE viralfx_jobs AS job
-SET worker = NULL,
-    crashes = crashes + 1,
-    state = CASE
-        WHEN cancel_requested THEN 'active' WHEN crashes + 1 >= $1 THEN 'failed' ELSE 'waiting'
-    END,
-    history = {appended("'crashed'", "format('the lease of worker %s ran out', job.worker)")},
-    finished_at = CASE
-        WHEN crashes + 1 >= $1 AND NOT cancel_requested THEN statement_timestamp()
-    END,
-    error_code = CASE
-        WHEN crashes + 1 >= $1 AND NOT cancel_requested THEN 'crashed' ELSE error_code
-    END,
-    error_message = CASE
-        WHEN crashes + 1 >= $1 AND NOT cancel_requested
-        THEN format(
-            'the lease of %s %s ran out while they ran it; the last was %s', crashes + 1,
-            CASE crashes WHEN 0 THEN 'worker' ELSE 'workers' END, worker
-        )
-        ELSE error_message
-    END
-WHERE id = ANY(ARRAY(SELECT id FROM lost))
-RETURNING id, queue, state
+SELECT id, queue, state FROM swept
+UNION ALL
+SELECT NULL, NULL, 'active' WHERE EXISTS (SELECT FROM viralfx_jobs WHERE {_ENDING})
 """  # noqa: S608 - constants
 
 # Their due time is near; those that are due come first.
