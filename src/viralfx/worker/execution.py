@@ -19,6 +19,7 @@ from viralfx.domain.jobs.codec import (
     Progress,
     ResultError,
     encoded_result,
+    storable,
 )
 from viralfx.domain.jobs.hooks import CombinedHooks, JobHooks, names_of
 from viralfx.domain.jobs.ledger import JobLedger, WatchedTransaction
@@ -118,12 +119,6 @@ def _cut_callers(formatted: TracebackException, seen: set[int]) -> None:
     for each in (formatted.__cause__, formatted.__context__, *more):
         if each is not None:
             _cut_callers(each, seen)
-
-
-def storable(text: str) -> str:
-    """Return a text in a form that every ledger can store."""
-    # Postgres stores neither NUL nor lone surrogates as text.
-    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
 def _text_of(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from viralfx.adapters.postgres.ledger_rows import Row
 from viralfx.adapters.postgres.migrations import qualified
 from viralfx.domain.clock import ignore_error
 from viralfx.domain.fleet import CheckChange, FleetUnavailableError, Instance, InstanceReport
+from viralfx.domain.jobs.codec import storable
 
 T = TypeVar("T")
 
@@ -116,7 +117,7 @@ class PostgresFleetStore:
             report.environment,
             report.started_at,
             report.state,
-            _storable(report.reason),
+            storable(report.reason),
             report.health,
             msgspec.json.encode(report.checks).decode(),
             report.jobs,
@@ -127,7 +128,7 @@ class PostgresFleetStore:
             [each.at for each in changes],
             [each.old for each in changes],
             [each.new for each in changes],
-            [None if each.code is None else _storable(each.code) for each in changes],
+            [None if each.code is None else storable(each.code) for each in changes],
         )
         await self._run(lambda connection: connection.execute(self._report, *arguments))
         self._reported_backend = backend
@@ -210,7 +211,3 @@ def _instance(row: Row) -> Instance:
         age=max(0.0, row["age"]),
         connected=row["connected"],
     )
-
-
-def _storable(text: str) -> str:
-    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()

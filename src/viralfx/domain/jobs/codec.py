@@ -330,3 +330,9 @@ def _is_null(kind: Any) -> bool:
         return isinstance(None, kind)
     except TypeError:  # a TypedDict or another protocol
         return False
+
+
+def storable(text: str) -> str:
+    """Return a text in a form that every ledger can store."""
+    # Postgres stores neither NUL nor lone surrogates as text.
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
