@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from viralfx.domain.clock import Clock
 from viralfx.domain.jobs.hooks import DependencyProvider, TaskMiddleware
-from viralfx.domain.jobs.ledger import Accepted
+from viralfx.domain.jobs.ledger import Accepted, WatchedTransaction
 from viralfx.domain.jobs.tasks import JobContext, Submitter, Task
 from viralfx.domain.resilience.deadline import Cancellation, Deadline
 
@@ -334,7 +334,27 @@ class JobThreads:
             self._idle.append(thread)
 
 
-async def submit_on(
+def submitter_for(
+    task: Task,
+    submit: Submitter | None,
+    connection: object,
+    after_commit: list[Callable[[], None]],
+) -> Submitter | None:
+    """Return the submitter for a call of a task: in its transaction, if it is transactional.
+
+    ``after_commit`` gets the functions to call once that is committed. To be called on the worker's
+    loop.
+    """
+    if submit is None:
+        return None
+    if task.in_thread:
+        return partial(_submit_on, asyncio.get_running_loop(), submit)
+    if not task.transactional:
+        return submit
+    return partial(submit, connection=WatchedTransaction(connection, after_commit))
+
+
+async def _submit_on(
     loop: asyncio.AbstractEventLoop, submit: Submitter, *arguments: Any, **options: Any
 ) -> Accepted:
     """Submit a job on the worker's loop: a task in a thread runs the call on one of its own."""

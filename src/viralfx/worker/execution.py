@@ -22,7 +22,7 @@ from viralfx.domain.jobs.codec import (
     storable,
 )
 from viralfx.domain.jobs.hooks import CombinedHooks, JobHooks, names_of
-from viralfx.domain.jobs.ledger import JobLedger, WatchedTransaction
+from viralfx.domain.jobs.ledger import JobLedger
 from viralfx.domain.jobs.model import (
     Claim,
     JobError,
@@ -56,7 +56,7 @@ from viralfx.worker.calls import (
     TaskCalls,
     end_forked_child,
     is_closed,
-    submit_on,
+    submitter_for,
 )
 
 _logger = logging.getLogger("viralfx.jobs")
@@ -334,7 +334,7 @@ class Executor:
                 connection=connection,
                 cancelled=cancelled,
                 on_report=execution.report,
-                submitter=self._submitter(execution, task, connection),
+                submitter=submitter_for(task, self.submit, connection, execution.after_commit),
             )
         try:
             try:
@@ -366,16 +366,6 @@ class Executor:
         except BaseException as error:
             execution.raised = error
             raise
-
-    def _submitter(self, execution: Execution, task: Task, connection: object) -> Submitter | None:
-        if self.submit is None:
-            return None
-        if task.in_thread:
-            return partial(submit_on, asyncio.get_running_loop(), self.submit)
-        if not task.transactional:
-            return self.submit
-        watched = WatchedTransaction(connection, execution.after_commit)
-        return partial(self.submit, connection=watched)
 
     def _refuse(self, claim: Claim, error: PayloadError) -> Settlement:
         # The process that accepted the job could decode it, so a worker of its version can, too.
