@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from traceback import TracebackException
@@ -473,7 +474,10 @@ def _next_delay(policy: RetryPolicy, claim: Claim, error: Exception) -> float | 
     if (most := claim.max_attempts) is not None:
         if claim.attempt >= most:
             return None
-        policy = replace(policy, attempts=most) if isinstance(policy, BackoffPolicy) else policy
+        if isinstance(policy, BackoffPolicy):
+            # A subclass may take other parameters; then its own attempts count up to that number.
+            with suppress(Exception):
+                policy = replace(policy, attempts=most)
     try:
         delay = policy.next_delay(claim.attempt, error)
     except Exception:

@@ -92,6 +92,28 @@ async def test_a_policy_of_an_application_decides_up_to_the_attempts_of_a_job(
     assert (await fleet.job(job_id)).attempts == attempts
 
 
+@pytest.mark.parametrize(("most", "attempts"), [(2, 2), (4, 3)])
+async def test_a_policy_with_parameters_of_its_own_keeps_its_attempts(
+    fleet: Fleet, most: int, attempts: int
+) -> None:
+    """Up to those of the job, since the worker cannot make another such policy."""
+
+    class Three(BackoffPolicy):
+        def __init__(self) -> None:
+            super().__init__(attempts=3)
+
+    async def fail(_: int) -> None:
+        raise ValueError("planted")
+
+    fleet.declare("fail", fail, retry=Three())
+    fleet.start()
+    job_id = await fleet.accept("fail", max_attempts=most)
+    await fleet.final(job_id)
+    job = await fleet.job(job_id)
+
+    assert (job.state, job.attempts, job.crashes) == (JobState.FAILED, attempts, 0)
+
+
 async def test_payloads_are_decoded_and_results_encoded(fleet: Fleet) -> None:
     """Both as JSON, by the task's types."""
 
