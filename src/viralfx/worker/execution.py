@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -141,9 +142,10 @@ worker abandons it."""
 LEDGER_RETRY_SECONDS = 1.0
 """Time until a job is tried again whose transaction the ledger could not finish."""
 
-_MAX_UNSPENT_CLAIMS = 30
-"""Claims without a spent attempt after which such a transaction counts as the task's failure: then
-the task itself ends the connection, for example by idling in the transaction."""
+_MAX_INTERRUPTIONS = 30
+"""Such transactions of a job in a worker after which another counts as the task's failure: then the
+task itself ends the connection, for example by idling in the transaction."""
+_MAX_INTERRUPTED_JOBS = 1000
 
 
 class TaskExitedError(Exception):
@@ -268,6 +270,8 @@ class Executor:
     calls: TaskCalls = field(default_factory=TaskCalls)
     _refused_tasks: set[str] = field(default_factory=set, repr=False)
     """Tasks for which a refused payload was logged."""
+    _interruptions: Counter[str] = field(default_factory=Counter, repr=False)
+    """The interrupted transactions of jobs since they ended without an error."""
 
     def timeout_of(self, task: Task) -> float:
         """Return the seconds that one attempt may take."""
@@ -304,6 +308,8 @@ class Executor:
                     settlement = self.cancelled(execution, error)
                 else:
                     settlement = self._settle(execution, task, error)
+            if settlement is None or settlement.error is None:
+                self._interruptions.pop(claim.id, None)
             if settlement is not None and execution.progress is not None:
                 settlement = settlement._replace(progress=execution.last_progress())
             ended(settlement)
@@ -400,11 +406,22 @@ class Executor:
                 raise error
             # The task awaited something that was cancelled; the task itself was not.
             error = TaskExitedError("the task raised CancelledError without being cancelled")
-        if isinstance(error, LedgerUnavailableError) and _was_interrupted(execution, error):
+        if isinstance(error, LedgerUnavailableError) and self._was_interrupted(execution, error):
             # The task did not fail. If its transaction was committed, the ledger skips this.
             reason = self._reason("error", error)
             return postponed(claim, reason, LEDGER_RETRY_SECONDS)
         return self._by_policy(claim, task, _code_of(execution, error), error)
+
+    def _was_interrupted(self, execution: Execution, error: LedgerUnavailableError) -> bool:
+        """Return True if the ledger failed, and presumably not because of the task."""
+        by_task = error is execution.raised
+        if by_task or execution.deadline is None:  # or it has not begun
+            return not by_task
+        job_id, counted = execution.claim.id, self._interruptions
+        if len(counted) >= _MAX_INTERRUPTED_JOBS:
+            counted.clear()
+        counted[job_id] += 1
+        return counted[job_id] <= _MAX_INTERRUPTIONS
 
     def cancelled(
         self, execution: Execution, error: Exception | asyncio.CancelledError | None = None
@@ -448,13 +465,6 @@ class Executor:
             message=message_of(error, self.clean),
             traceback=traceback_of(error, self.clean),
         )
-
-
-def _was_interrupted(execution: Execution, error: LedgerUnavailableError) -> bool:
-    """Return True if the ledger failed, and presumably not because of the task."""
-    claim, begun = execution.claim, execution.deadline is not None
-    too_often = claim.number - claim.attempt >= _MAX_UNSPENT_CLAIMS
-    return error is not execution.raised and not (begun and too_often)
 
 
 def _code_of(execution: Execution, error: Exception) -> str:

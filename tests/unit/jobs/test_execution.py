@@ -723,6 +723,70 @@ async def test_a_transaction_lost_by_the_ledger_spends_no_attempt(
     assert (job.state, job.attempts) == (JobState.COMPLETED, 0)
 
 
+class _LosesTransactions(FaultyLedger):
+    def __init__(self, fleet: Fleet, loses: Callable[[], bool]) -> None:
+        super().__init__(fleet.memory_ledger)
+        self._loses = loses
+
+    async def settle_with_effect(
+        self,
+        claim: Claim,
+        effect: Callable[[Any], Awaitable[bytes]],
+        progress: Callable[[], bytes | None] = lambda: None,
+    ) -> bool:
+        async def and_lose(connection: Any) -> bytes:
+            result = await effect(connection)
+            if self._loses():
+                raise LedgerUnavailableError("planted")
+            return result
+
+        return await super().settle_with_effect(claim, and_lose, progress)
+
+
+@pytest.mark.parametrize("waits", ["snoozed", "retried"])
+async def test_a_lost_transaction_of_an_old_job_spends_no_attempt(fleet: Fleet, waits: str) -> None:
+    """However often it ran before, for other reasons."""
+    runs: list[int] = []
+
+    async def write(_: object, context: JobContext) -> None:
+        runs.append(context.attempt)
+        if len(runs) <= 40 and waits == "snoozed":
+            raise Snooze(1.0)
+        if len(runs) <= 40:
+            raise ValueError("planted")
+
+    fleet.declare("write", write, transactional=True, retry=ONCE)
+    fleet.start(ledger=_LosesTransactions(fleet, lambda: len(runs) in (41, 42)))
+    job_id = await fleet.accept("write")
+    for _ in range(40 if waits == "retried" else 0):
+        await fleet.final(job_id)
+        await fleet.ledger.retry(job_id)
+    await fleet.final(job_id, within=600.0)
+    job = await fleet.job(job_id)
+
+    assert (job.state, job.attempts, len(runs)) == (JobState.COMPLETED, 0, 43)
+
+
+async def test_a_task_that_always_loses_its_transaction_fails(fleet: Fleet) -> None:
+    """It may end the connection itself. A snooze begins the count anew."""
+    runs: list[int] = []
+
+    async def write(_: object, context: JobContext) -> None:
+        runs.append(context.attempt)
+        if len(runs) == 11:
+            raise Snooze(1.0)
+
+    fleet.declare("write", write, transactional=True, retry=BackoffPolicy(attempts=2))
+    fleet.start(ledger=_LosesTransactions(fleet, lambda: True))
+    job_id = await fleet.accept("write")
+    await fleet.final(job_id, within=600.0)
+    job = await fleet.job(job_id)
+
+    assert job.error is not None
+    assert (job.state, job.error.message, job.attempts) == (JobState.FAILED, "planted", 2)
+    assert runs == [1] * 42 + [2]
+
+
 @pytest.mark.parametrize("seconds", [2.0, 0.0, None])
 async def test_a_job_that_is_put_off_spends_no_attempt(fleet: Fleet, seconds: float | None) -> None:
     """It runs again when it is due, not with the next poll; one that is handed back at once."""
