@@ -304,6 +304,11 @@ def ids(jobs: Iterable[Job | Claim]) -> list[str]:
     return [job.id for job in jobs]
 
 
+def listed(job: Job) -> Job:
+    """Return a job as a list has it: without payload, result and history."""
+    return replace(job, payload=b"", result=None, history=())
+
+
 def later(moment: datetime, seconds: float) -> datetime:
     """Return the moment ``seconds`` after another one; negative for before."""
     return moment + timedelta(seconds=seconds)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tests.contracts.ledgers import ERROR, LONG_LEASE, LedgerCase, draft, ids, later, totals
+from tests.contracts.ledgers import ERROR, LONG_LEASE, LedgerCase, draft, ids, later, listed, totals
 
 from viralfx.domain.jobs.ledger import Found, JobLedger, QueueCounts
 from viralfx.domain.jobs.model import (
@@ -13,6 +13,7 @@ from viralfx.domain.jobs.model import (
     JobNotFoundError,
     JobState,
     JobStateError,
+    completed,
     correlation_id_of_job,
     retried,
 )
@@ -60,7 +61,7 @@ async def test_pages_are_the_newest_first(case: LedgerCase) -> None:
 
     assert [len(page) for page in pages] == [3, 3, 1, 0]
     assert [job_id for page in pages for job_id in page] == ids(jobs)[::-1]
-    assert list(await case.ledger.page()) == jobs[::-1]
+    assert list(await case.ledger.page()) == [listed(job) for job in jobs[::-1]]
 
 
 async def test_a_page_of_no_jobs_is_empty(ledger: JobLedger) -> None:
@@ -87,15 +88,34 @@ async def test_pages_filter_by_queue_and_state(case: LedgerCase) -> None:
         return await case.ledger.page(JobFilter(**wanted))
 
     for (queue, state), expected in jobs.items():
-        # A list has no histories.
-        listed = [replace(job, history=()) for job in expected]
-        assert list(await page(queue=queue, state=state)) == listed[::-1]
-        assert list(await page(queue=queue, state=state, limit=1)) == listed[:-2:-1]
-        assert list(await page(queue=queue, state=state, before=listed[-1].id)) == listed[-2::-1]
+        shown = [listed(job) for job in expected]
+        assert list(await page(queue=queue, state=state)) == shown[::-1]
+        assert list(await page(queue=queue, state=state, limit=1)) == shown[:-2:-1]
+        assert list(await page(queue=queue, state=state, before=shown[-1].id)) == shown[-2::-1]
         both = [job.id for (_, other), found in jobs.items() if other is state for job in found]
         assert ids(await page(state=state)) == sorted(both, reverse=True)
     assert len(await page(queue="analytics")) == 14
     assert list(await page(queue="notifications")) == []
+
+
+async def test_no_list_has_payloads_and_results(case: LedgerCase) -> None:
+    """A hundred results of a megabyte would take the memory of a process."""
+    (job,) = await case.accept(payload=b'"large"', correlation_id="order-17")
+    (claim,) = await case.claim()
+    await case.ledger.settle([completed(claim, b'"huge"')])
+    whole = await case.job(job.id)
+    queue = JobFilter(queue="default")
+    task = JobFilter(task="task")
+    found = [
+        *await case.ledger.page(),
+        *await case.ledger.page(queue),
+        *(await case.ledger.find("order-17")).jobs,
+        *(await case.ledger.search(task)).jobs,
+        *(await case.ledger.search(replace(task, queue="default"))).jobs,
+    ]
+
+    assert (whole.payload, whole.result) == (b'"large"', b'"huge"')
+    assert found == [listed(whole)] * 5
 
 
 async def test_a_page_continues_after_a_pruned_job(case: LedgerCase) -> None:
@@ -128,7 +148,7 @@ async def test_jobs_are_found_by_correlation_id(case: LedgerCase) -> None:
         before = page.before
 
     assert ids(found.jobs) == [third.id, second.id, first.id]
-    assert list(found.jobs) == [await case.job(job.id) for job in found.jobs]
+    assert list(found.jobs) == [listed(await case.job(job.id)) for job in found.jobs]
     assert found.before is None
     assert pages == [[third.id, second.id], [first.id]]
     assert (await case.ledger.find("order-17", JobFilter(limit=3))).before is None

@@ -69,7 +69,7 @@ async def test_our_examples_run(
     async with asyncio.timeout(SECONDS):
         while [job for job in (await plugin.jobs.search()).jobs if not job.state.final]:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
-    found = (await plugin.jobs.search()).jobs
+    found = [await plugin.jobs.get(job.id) for job in (await plugin.jobs.search()).jobs]
     await plugin.operations.shutdown.run()
 
     assert {job.state for job in found} == {JobState.COMPLETED}

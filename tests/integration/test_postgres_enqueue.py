@@ -516,7 +516,8 @@ async def test_the_examples_of_the_guide_submit_jobs(shop: Shop) -> None:
         await session.run_sync(names["## Jobs from SQL"]["greet_later"], "Ada")
     shipped = await names["### Many at once"]["ship_all"]([3, 4])
     first, twin = [await jobs.submit("reports.refresh", 5) for _ in range(2)]
-    (found,) = [job for job in (await jobs.search()).jobs if job.task == "greet"]
+    (greeting,) = [job for job in (await jobs.search()).jobs if job.task == "greet"]
+    found = await jobs.get(greeting.id)
 
     assert shop.orders() == [2]
     assert shop.shipped() == [2, 3, 4]

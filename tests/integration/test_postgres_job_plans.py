@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from tests.contracts.ledgers import ERROR, LONG_LEASE, draft
+from tests.contracts.ledgers import ERROR, LONG_LEASE, draft, listed
 from tests.integration.job_ledgers import NO_WORKER, work
 from tests.integration.postgres_clients import config_of, opened
 from tests.servers.postgres import Database
@@ -408,7 +408,7 @@ async def test_search_is_limited_and_returns_a_cursor(
         for part in nodes(json.loads(text)[0]["Plan"])
     ]
 
-    assert list(found.jobs) == [each.job for each in accepted]
+    assert list(found.jobs) == [listed(each.job) for each in accepted]
     assert places == [*sorted(filter(None, places), reverse=True), None]
     assert len(places) == 6
     assert max(looked_at) <= 20_000

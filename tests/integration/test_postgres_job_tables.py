@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tests.architecture.claims import blocks
-from tests.contracts.ledgers import ERROR, LONG_LEASE, draft
+from tests.contracts.ledgers import ERROR, LONG_LEASE, draft, listed
 from tests.guide import section
 from tests.integration.job_ledgers import QUICK, ledger_in, work
 from tests.integration.postgres_clients import config_of, opened
@@ -224,8 +224,8 @@ async def test_a_scheduled_job_is_found_listed_and_cancelled(ledger: PostgresJob
     waiting = JobFilter(state=JobState.WAITING)
 
     assert accepted.job.state is JobState.WAITING
-    assert list(await ledger.page(waiting)) == [accepted.job]
-    assert list((await ledger.find("order-17", waiting)).jobs) == [accepted.job]
+    assert list(await ledger.page(waiting)) == [listed(accepted.job)]
+    assert list((await ledger.find("order-17", waiting)).jobs) == [listed(accepted.job)]
     cancelled = await ledger.cancel(asked.id)
     assert (cancelled.state, cancelled.asked_run_at) == (JobState.CANCELLED, asked.run_at)
     assert await ledger.get(asked.id) == cancelled

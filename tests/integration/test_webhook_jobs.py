@@ -59,7 +59,7 @@ class System:
             while True:
                 jobs = [job for job in (await self.service.search()).jobs if job.task == task]
                 if len(jobs) >= count and all(job.state.final for job in jobs):
-                    return jobs
+                    return [await self.service.get(job.id) for job in jobs]
                 await asyncio.sleep(0.01)
 
 

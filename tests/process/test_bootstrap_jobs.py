@@ -375,6 +375,7 @@ async def test_alerts_are_sent_as_jobs_and_end_with_the_process(clock: ManualClo
     await jobs.service.submit("default.prune", None)
     await clock.advance(11.0)  # no worker runs it, so the check of the queues warns
     (alert, _) = (await jobs.service.search()).jobs
+    alert = await jobs.service.get(alert.id)
 
     assert alert.task == "notifications.webhook"
     assert b'"no_consumers"' in alert.payload

@@ -13,7 +13,6 @@ from viralfx.adapters.memory import MemoryJobLedger
 from viralfx.bootstrap.jobs import alert_url, wire_alerts, wire_webhooks
 from viralfx.domain.health.model import CheckPolicy, Status, Transition
 from viralfx.domain.health.monitor import HealthMonitor
-from viralfx.domain.jobs.model import JobFilter
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.jobs.tasks import TaskRegistry
 from viralfx.domain.webhooks.url import WebhookRefusedError, WebhookUnavailableError
@@ -108,7 +107,7 @@ async def test_alerts_follow_the_monitor_if_a_url_is_set(clock: ManualClock) -> 
     await clock.settle()
     telling.cancel()
     await asyncio.wait({telling})
-    jobs = await ledger.page(JobFilter(limit=10))
+    jobs = ledger.submitted()
     window = int(clock.now().timestamp() // 300)
     assert {job.key for job in jobs} == {
         f"alert all:database:fail:{window}",

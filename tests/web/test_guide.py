@@ -104,7 +104,8 @@ async def test_the_queue_and_the_attempts_of_the_guide() -> None:
     names = shown("### Unique jobs", "### Queue and attempts")
     plugin = names["plugin"] = plugin_with(names["refresh"])
     await names["refresh_at_night"](17)
-    (job,) = (await plugin.jobs.search()).jobs
+    (found,) = (await plugin.jobs.search()).jobs
+    job = await plugin.jobs.get(found.id)
     with pytest.raises(UnknownQueueError):
         await plugin.jobs.submit("reports.refresh", 1, queue="reports")
 

@@ -215,9 +215,9 @@ async def test_jobs_of_schedules_were_not_submitted(viralfx_jobs: Hold) -> None:
         ("mail.send", "cleo"),
         ("mail.all", ["bob"]),
     ]
-    assert memory.is_scheduled(scheduled.id)
+    assert scheduled.id in memory._scheduled
     await memory.prune(0.0)
-    assert not memory.is_scheduled(scheduled.id)
+    assert not memory._scheduled
 
 
 def test_a_retry_does_not_wait() -> None:

@@ -34,7 +34,6 @@ AnyTask = str | Callable[..., Any]  # its name or its function
 MAX_EXECUTIONS = 10_000
 """Executions in one call of :func:`run_pending`; more are an endless chain of jobs."""
 
-_EVERY_JOB = JobFilter(limit=10**9)
 _OTHERS_PAUSE_SECONDS = 0.002
 """Between two looks at jobs that the worker of a started application runs."""
 _LEASE_SECONDS = 10.0**9
@@ -86,14 +85,14 @@ def submitted(plugin: OperationsLayer, task: AnyTask | None = None) -> Jobs:
     name = None if task is None else runtime.tasks.name_of(task)
 
     async def page() -> Sequence[Job]:
-        return [job for job in await memory.page(_EVERY_JOB) if not memory.is_scheduled(job.id)]
+        return memory.submitted()
 
     loop = plugin.loop
     if loop is None or loop is _running_loop():
         jobs = _at_once(page())
     else:
         jobs = asyncio.run_coroutine_threadsafe(page(), loop).result()
-    found = _views(runtime, [job for job in reversed(jobs) if name in (None, job.task)])
+    found = _views(runtime, [job for job in jobs if name in (None, job.task)])
     return found if _running_loop() is None else _AwaitableJobs(found)
 
 

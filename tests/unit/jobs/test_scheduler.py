@@ -116,7 +116,7 @@ async def test_the_example_runs_once_in_the_nights_of_a_clock_change(
     fleet.tasks.add(example)
     fleet.start(**SLOW)
     await asyncio.sleep(3 * 3600.0)
-    done = await jobs(fleet)
+    done = [await fleet.job(job.id) for job in await jobs(fleet)]
     await fleet.stop()
 
     assert [f"{job.asked_run_at:%Y-%m-%dT%H:%M}" for job in done] == expected

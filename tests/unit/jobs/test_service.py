@@ -405,7 +405,7 @@ async def test_all_or_none_of_many_jobs_are_accepted(fleet: Fleet) -> None:
     with pytest.raises(PayloadError, match="the job at index 2: object has no JSON"):
         await service.submit_many("note", [1, 2, object()])
 
-    assert await fleet.memory_ledger.page() == [first.job]
+    assert fleet.memory_ledger.submitted() == [first.job]
     assert announced.ids == [first.job.id]
 
 

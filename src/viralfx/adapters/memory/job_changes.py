@@ -458,7 +458,7 @@ def _matches(job: Job, wanted: JobFilter) -> bool:
 
 
 def _listed(job: Job) -> Job:
-    return replace(job, history=()) if job.history else job
+    return replace(job, payload=b"", result=None, history=())
 
 
 def new_job(draft: JobDraft, now: datetime) -> Job:

@@ -118,9 +118,9 @@ class MemoryJobLedger(JobChanges):
         """Move the ledger's time forward, for a test; leases and retention do not notice it."""
         self._movable.ahead += max(timedelta(), moment - self._movable.now())
 
-    def is_scheduled(self, job_id: str) -> bool:
-        """Return True if a schedule submitted the job."""
-        return job_id in self._scheduled
+    def submitted(self) -> list[Job]:
+        """Return the jobs that no schedule submitted, by ascending id, for a test."""
+        return [self._jobs[job_id] for job_id in sorted(self._jobs.keys() - self._scheduled)]
 
     def _delete(self, job: Job) -> None:
         super()._delete(job)

@@ -33,8 +33,12 @@ from viralfx.domain.jobs.model import (
     is_job_id,
 )
 
-LISTED: Final = JOB.replace("history", "NULL AS history")
-"""The columns of a job in a list: histories are large."""
+LISTED: Final = (
+    JOB.replace("history", "NULL AS history")
+    .replace("payload", "'' AS payload")
+    .replace("result", "NULL AS result")
+)
+"""The columns of a job in a list: payloads, results and histories are large."""
 
 PAGE: Final = f"""
 SELECT {LISTED} FROM viralfx_all_jobs WHERE id < $1 ORDER BY id DESC LIMIT $2

@@ -390,7 +390,10 @@ class JobLedger(WorkerRegistry, ScheduleStore, Protocol):
         ...
 
     async def page(self, wanted: JobFilter = ANY_JOB) -> Sequence[Job]:
-        """Return jobs by queue, state and ``before``, newest first; no other field is looked at."""
+        """Return jobs by queue, state and ``before``, newest first; no other field is looked at.
+
+        Jobs in a list have neither payload, result nor history, which are large.
+        """
         ...
 
     async def find(self, correlation_id: str, wanted: JobFilter = ANY_JOB) -> Found:

@@ -141,6 +141,7 @@ class Job:
     task: str
     state: JobState
     payload: bytes
+    """JSON; empty in a list of jobs."""
     key: str | None
     correlation_id: str | None
     traceparent: str | None
@@ -166,7 +167,7 @@ class Job:
     worker: str | None
     """The worker that has it, while active."""
     result: bytes | None
-    """JSON, once completed."""
+    """JSON, once completed; None in a list of jobs."""
     error: JobError | None
     """The last error; None once completed."""
     cancel_requested: bool = False

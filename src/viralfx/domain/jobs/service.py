@@ -378,6 +378,7 @@ class JobService(ScheduledTasks):
     ) -> Found:
         """Return the jobs that match, newest first; also only those of a correlation id.
 
+        The jobs have no payload, result and history: :meth:`get` returns a whole job.
         A call may examine a limited number of jobs, and so return fewer than ``wanted.limit``.
         Raises :class:`UnknownQueueError`.
         """
