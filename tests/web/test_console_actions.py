@@ -138,6 +138,35 @@ async def test_two_tabs_cannot_act_twice_on_one_job(site: Site) -> None:
     assert len(listed.json()["items"]) == 3
 
 
+async def test_a_change_of_many_jobs_changes_no_more_than_were_confirmed(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if further jobs match between the count and the change; "at least" has no limit."""
+    service, headers = site.plugin.assembly.jobs.service, await site.log_in()
+    console = site.plugin.endpoints.console
+    assert console is not None
+    matching, later = console._data.matching, datetime.now(UTC) + timedelta(hours=1)
+
+    async def submit(count: int) -> None:
+        for _ in range(count):
+            await service.submit("default.prune", None, run_at=later)
+
+    async def then_more(query: Any, action: str) -> list[str]:
+        found = await matching(query, action)
+        await submit(2)
+        return found
+
+    async def cancel(count: int) -> Any:
+        body = {"filter": {"task": "default.prune"}, "count": count}
+        answer = await site.ask("ui/data/jobs/all/cancel", "POST", headers=headers, body=body)
+        return answer.json()
+
+    monkeypatch.setattr(console._data, "matching", then_more)
+    await submit(3)
+    assert await cancel(3) == {"count": 3}
+    assert await cancel(data.MAX_COUNTED) == {"count": 4}
+
+
 async def test_a_failing_ledger_ends_a_change_of_many_jobs(
     site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

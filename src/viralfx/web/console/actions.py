@@ -252,8 +252,9 @@ class ConsoleActions:
             if query.since is None:
                 service = self._jobs.service
                 many = service.retry_all if verb == "retry" else service.cancel_all
-                # The number that the operator has confirmed.
-                count = (await many(query.wanted, most=None)).count
+                # More may match by now; the operator has confirmed this number.
+                most = None if wanted.count >= MAX_COUNTED else len(ids)
+                count = (await many(query.wanted, most=most)).count
             else:
                 # The ledger has no filter for it, so exactly the jobs that were found are changed.
                 count = await _each(self._change(verb), ids)
