@@ -84,9 +84,8 @@ class Console:
         self._denials = denials
         self._assets = assets or Assets()
         self._runbook = settings.runbook_url
-        self._access = ConsoleAccess(
-            AccessPolicy.from_settings(settings), path=path, clock=self._operations.clock
-        )
+        policy = AccessPolicy.from_settings(settings)
+        self._access = ConsoleAccess(policy, clock=self._operations.clock)
         self.requests: Callable[[], int] = int
         """Returns how many requests of the application are in flight."""
         self.feed = Feed(

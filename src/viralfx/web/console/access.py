@@ -43,11 +43,9 @@ class Session:
 class ConsoleAccess:
     """Decides about the rights of a request to read and to act."""
 
-    def __init__(self, policy: AccessPolicy, *, path: str, clock: Clock) -> None:
-        """``path``: the cookie is sent to this path and the paths below it."""
+    def __init__(self, policy: AccessPolicy, *, clock: Clock) -> None:
         self._policy = policy
         self._clock = clock
-        self._path = path.encode()
         # Without a token there is no session, and the key is never used.
         token = policy.token or secrets.token_bytes(32)
         self._key = hmac.digest(token, b"viralfx console session", "sha256")
@@ -118,10 +116,10 @@ class ConsoleAccess:
         return content + b"." + self._mac(content)
 
     def _cookie(self, value: bytes, seconds: int, *, secure: bool) -> tuple[bytes, bytes]:
-        cookie = b"%b=%b; Path=%b; Max-Age=%d; HttpOnly; SameSite=Strict%b" % (
+        # For every path: behind a proxy or below a mount the browser may see another one.
+        cookie = b"%b=%b; Path=/; Max-Age=%d; HttpOnly; SameSite=Strict%b" % (
             self.name,
             value,
-            self._path,
             seconds,
             b"; Secure" if secure else b"",
         )
