@@ -309,6 +309,19 @@ async def test_an_application_below_a_path_serves_what_its_document_lists() -> N
     assert refused == {"/shop/health/shutdown", "/shop/health/tasks"}
 
 
+async def test_the_console_stays_at_its_path_below_which_its_files_are() -> None:
+    """The page alone, below the path of the application, would not load."""
+    plugin = OperationsPlugin(OperationsConfig(settings=Settings()))
+    app = Litestar(path="/shop", plugins=[plugin], logging_config=None)
+    parts = ("ui", "ui/app.js", "ui/session", "events")
+    async with AsyncTestClient(app) as client:
+        below = [(await client.get(f"/shop/health/{part}")).status_code for part in parts]
+        own = [(await client.get(f"/health/{part}")).status_code for part in parts[:-1]]
+
+    assert below == [404] * len(parts)
+    assert own == [200] * len(own)
+
+
 def test_the_endpoints_can_be_left_out_of_the_document() -> None:
     """Also those of the jobs API."""
     app = application(greeting, include_in_schema=False, jobs_api=True)

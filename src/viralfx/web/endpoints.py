@@ -287,10 +287,11 @@ class OperationsEndpoints:
         return self._console
 
     def serve_below(self, path: str) -> None:
-        """Serve the endpoints of known paths below ``path``, too: an application's documents do."""
+        """Serve the documented endpoints of known paths below ``path``, too; not the console."""
         if path := path.strip("/"):
             own = {p: e for p, e in self.endpoints.items() if p.startswith(self._prefix)}
-            self.endpoints |= {f"/{path}{known}": endpoint for known, endpoint in own.items()}
+            for known in own.keys() - (self._console.endpoints if self._console else {}):
+                self.endpoints[f"/{path}{known}"] = own[known]
 
     def find(self, path: str) -> Endpoint | None:
         """Return the endpoint for a path; None for an unknown path that is not below the prefix."""

@@ -180,8 +180,9 @@ async def _serve(request: AnyRequest) -> Response[bytes]:
     path = raw_path.decode("latin-1").removeprefix(request.scope.get("root_path", ""))
     if (below := request.app.path) != "/":
         path = path.removeprefix(below)
-    endpoint = endpoints.find(path)
-    if endpoint is None:
+    endpoint, console = endpoints.find(path), endpoints.console
+    # The gate serves the console, whose files have no routes.
+    if endpoint is None or (console is not None and path in console.endpoints):
         raise NotFoundException
     response = endpoint(request.method, request.scope["query_string"], request.scope["headers"])
     if isinstance(response, EventStream):  # the gate serves it
