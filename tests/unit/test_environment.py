@@ -15,7 +15,7 @@ from litestar.testing import TestClient
 from viralfx import OperationsConfig, OperationsPlugin, Settings, read_settings, task
 from viralfx.domain.doctor import Finding
 from viralfx.domain.errors import ConfigurationError, edits
-from viralfx.settings import show, source
+from viralfx.settings import show, sources
 from viralfx.settings.doctor import review
 from viralfx.settings.dsn import IMPLIED
 from viralfx.settings.loader import fields
@@ -838,7 +838,7 @@ def test_a_redis_address_fills_the_variables(url: str, variables: dict[str, str]
     assert settings.redis.in_use
     for name, text in variables.items():
         assert shown[f"REDIS_{name}"] == text
-        assert source(f"REDIS_{name}", {"REDIS_URL": url}) == "REDIS_URL"
+        assert sources({"REDIS_URL": url})[f"REDIS_{name}"] == "REDIS_URL"
 
 
 def test_redis_variables_win_over_the_address() -> None:

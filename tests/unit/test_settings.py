@@ -18,7 +18,7 @@ from viralfx.settings import (
     fields,
     read_settings,
     show,
-    source,
+    sources,
 )
 
 WEBHOOK_SECRET = "whsec_" + "c2Vj" * 8
@@ -233,7 +233,7 @@ def test_every_variable_can_come_from_a_file(name: str, tmp_path: Path) -> None:
     (field,) = (field for field in fields() if field.variable == name)
 
     assert value == field.of(read_settings(environ))
-    assert source(name, environ) == f"file {tmp_path}/value"
+    assert sources(environ)[name] == f"file {tmp_path}/value"
 
 
 def test_shown_value_can_be_read_back() -> None:
@@ -645,7 +645,7 @@ def test_pool_profile_sets_the_documented_sizes(profile: str, sizes: tuple[int, 
     settings = read_settings(environ)
 
     assert (settings.db.pool_min, settings.db.pool_max) == sizes
-    assert source("DB_POOL_MAX", environ) == "POOL_PROFILE"
+    assert sources(environ)["DB_POOL_MAX"] == "POOL_PROFILE"
 
 
 def test_explicit_pool_size_wins_over_the_profile() -> None:
@@ -750,7 +750,7 @@ def test_parameters_of_a_url_set_variables() -> None:
     )
     assert address is not None
     assert (address.port, address.application_name) == (5433, "me")
-    assert source("DB_POOL_MAX", environ) == "DATABASE_URL"
+    assert sources(environ)["DB_POOL_MAX"] == "DATABASE_URL"
 
 
 @pytest.mark.parametrize(
@@ -932,7 +932,7 @@ def test_ca_file_turns_verification_on() -> None:
     environ = {"DB_TLS_CA_FILE": __file__}
 
     assert read_settings(environ).db.tls_mode == "verify-full"
-    assert source("DB_TLS_MODE", environ) == "DB_TLS_CA_FILE"
+    assert sources(environ)["DB_TLS_MODE"] == "DB_TLS_CA_FILE"
     assert read_settings({**environ, "DB_TLS_MODE": "verify-ca"}).db.tls_mode == "verify-ca"
     for mode in ("disable", "prefer"):
         assert problems(DB_TLS_CA_FILE=__file__, DB_TLS_MODE=mode) == [
@@ -1038,6 +1038,6 @@ def test_source_of_a_value_is_reported(tmp_path: Path) -> None:
         "MANAGEMENT_TOKEN_FILE": str(file),
     }
 
-    assert source("PORT", environ) == "environment"
-    assert source("MANAGEMENT_PORT", environ) == "default"
-    assert f"file {file}" == source("MANAGEMENT_TOKEN", environ)
+    assert sources(environ)["PORT"] == "environment"
+    assert "MANAGEMENT_PORT" not in sources(environ)
+    assert sources(environ)["MANAGEMENT_TOKEN"] == f"file {file}"

@@ -443,9 +443,9 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _env(options: argparse.Namespace) -> int:
-    from viralfx.settings import fields, read_settings, show, source  # noqa: PLC0415
+    from viralfx.settings import fields, read_settings, show, sources  # noqa: PLC0415
 
-    settings = read_settings(os.environ, strict=True)
+    settings, origins = read_settings(os.environ, strict=True), sources(os.environ)
     rows = [("name", "default", "value", "meaning", "source")]
     rows += [
         (
@@ -453,7 +453,7 @@ def _env(options: argparse.Namespace) -> int:
             show(field.default),
             show(field.of(settings)),
             field.meaning,
-            source(field.variable, os.environ),
+            origins.get(field.variable, "default"),
         )
         for field in fields()
     ]

@@ -10,7 +10,7 @@ from viralfx.settings.groups import (
     WebhookSettings,
     milliseconds,
 )
-from viralfx.settings.loader import Field, fields, given, read_settings, show, source
+from viralfx.settings.loader import Field, fields, given, read_settings, show, sources
 from viralfx.settings.model import Settings
 from viralfx.settings.rotation import (
     CredentialsCallable,
@@ -36,5 +36,5 @@ __all__ = [
     "milliseconds",
     "read_settings",
     "show",
-    "source",
+    "sources",
 ]

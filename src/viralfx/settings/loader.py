@@ -246,9 +246,9 @@ def _prefixed(line: str, prefix: str) -> str:
     return re.sub(rf"\b(?:{names})(?:_FILE)?\b", lambda found: prefix + found[0], line)
 
 
-def source(variable: str, environ: Mapping[str, str]) -> str:
-    """Return the origin of a value: environment, a file, another variable, or the default."""
-    return _read(environ).sources.get(variable, "default")
+def sources(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the origins of the values that are no default: environment, a file or a variable."""
+    return _read(environ).sources
 
 
 def given(environ: Mapping[str, str]) -> frozenset[str]:

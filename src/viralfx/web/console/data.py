@@ -36,7 +36,7 @@ from viralfx.domain.jobs.model import (
     canonical_job_id,
 )
 from viralfx.domain.operations import Operations
-from viralfx.settings import Settings, fields, show, source
+from viralfx.settings import Settings
 from viralfx.telemetry.logging.lines import LEVELS, LoggerLevels
 from viralfx.web.console import views
 from viralfx.web.console.access import Reads
@@ -445,18 +445,7 @@ class ConsoleData:
 
     async def all_settings(self, _: dict[str, str]) -> views.View:
         """``ui/data/settings``: as ``viralfx env``, with secrets masked."""
-        items = [
-            {
-                "name": field.variable,
-                "value": show(field.of(self._settings)),
-                "default": show(field.default),
-                "source": source(field.variable, os.environ),
-                "meaning": field.meaning,
-                "secret": field.secret,
-            }
-            for field in fields()
-        ]
-        return {"items": items}
+        return views.settings_view(self._settings, os.environ)
 
     async def doctor(self, _: dict[str, str]) -> views.View:
         """``ui/data/settings/doctor``: the last diagnosis."""

@@ -16,6 +16,7 @@ from viralfx.domain.jobs.schedule import ScheduleTimes
 from viralfx.domain.operations import Operations, SavedState
 from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.domain.shutdown import PhaseReport
+from viralfx.settings import Settings, fields, show, sources
 
 View = dict[str, Any]
 
@@ -288,6 +289,23 @@ def schedule_view(found: ScheduleTimes) -> View:
         "nextRunAt": runs[0] if runs else None,
         "nextRuns": runs,
     }
+
+
+def settings_view(settings: Settings, environ: Mapping[str, str]) -> View:
+    """Return all settings with their sources in the environment; secrets are masked."""
+    origins = sources(environ)
+    items = [
+        {
+            "name": field.variable,
+            "value": show(field.of(settings)),
+            "default": show(field.default),
+            "source": origins.get(field.variable, "default"),
+            "meaning": field.meaning,
+            "secret": field.secret,
+        }
+        for field in fields()
+    ]
+    return {"items": items}
 
 
 def diagnosis_view(found: tuple[datetime, Sequence[Finding]] | None) -> View:
