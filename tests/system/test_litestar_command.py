@@ -10,7 +10,7 @@ from tests.servers.ports import free_port
 from tests.servers.postgres import Database
 from tests.system.service import ROOT, clean_environment
 
-from viralfx.web.commands import plain_environment
+from viralfx.settings.doctor import plain_environment
 
 SHOP = """
 from litestar import Litestar

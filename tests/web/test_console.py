@@ -21,6 +21,7 @@ from tests.web.console_site import (
 )
 
 from viralfx import OperationsConfig, OperationsPlugin
+from viralfx.domain.doctor import Area
 from viralfx.domain.fleet import CheckChange, FleetUnavailableError
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.model import LedgerUnavailableError
@@ -405,6 +406,49 @@ async def test_the_page_knows_the_address_of_the_runbook() -> None:
     assert (await Site().ask(SESSION)).json()["runbook"] is None
     there = Site(msgspec.structs.replace(SETTINGS, runbook_url="https://docs.example/runbook"))
     assert (await there.ask(SESSION)).json()["runbook"] == "https://docs.example/runbook"
+
+
+async def test_settings_and_doctor_know_the_prefix_and_the_callables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A variable without the prefix is that of another program."""
+    variables = {
+        "OPS_POOL_PROFILE": "large",
+        "OPS_SHUTDOWN_DRAIN_TIMEOUT": "20000",
+        "OPS_JOB_MEMORY_MAX_JOBS": "100",
+        "OPS_DATABASE_URL": "postgresql://user@nowhere.invalid/shop",
+        "OPS_REDIS_HOST": "nowhere.invalid",
+        "DB_POOL_MAX": "9",
+        "SHUTDOWN_DRAIN_TIMEOUT": "9",
+        "REDIS_USERNAME": "other",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    plugin = OperationsPlugin(
+        OperationsConfig(
+            env_prefix="OPS_",
+            database_password=lambda: "of the database",
+            redis_credentials=lambda: "of redis",
+        )
+    )
+    console = plugin.endpoints.console
+    assert console is not None
+    items = {each["name"]: each for each in (await console._data.all_settings({}))["items"]}
+    shown = {name: (each["value"], each["source"]) for name, each in items.items()}
+    source = plugin.assembly.source
+    checks = dict(source.doctor_checks(plugin.settings))
+    found = [one.found for one in await checks[Area.ENVIRONMENT].check()]
+    database: Any = checks[Area.DATABASE]
+    redis: Any = checks[Area.REDIS]
+
+    assert all(name.startswith("OPS_") for name in shown)
+    assert shown["OPS_SHUTDOWN_DRAIN_TIMEOUT"] == ("20000", "environment")
+    assert shown["OPS_DB_POOL_MAX"][1] == "OPS_POOL_PROFILE"
+    assert shown["OPS_REDIS_USERNAME"][1] == "default"
+    assert [line for line in found if "JOB_MEMORY_MAX_JOBS" in line]
+    assert [line for line in found if "5 variables are set" in line]
+    assert await database._find_callable() is plugin.config.database_password
+    assert await redis._find_credentials() is plugin.config.redis_credentials
 
 
 async def test_the_console_can_be_off() -> None:

@@ -18,6 +18,7 @@ from viralfx.adapters.memory import (
     MemoryStateStore,
 )
 from viralfx.adapters.process_memory import ProcessMemory
+from viralfx.bootstrap.doctor import ConfigurationSource
 from viralfx.bootstrap.fleet import wire_fleet
 from viralfx.bootstrap.jobs import JobRuntime, instance_name, wire_jobs
 from viralfx.domain.cache import Cache, CacheStore
@@ -267,6 +268,7 @@ class Assembly:
     jobs: JobRuntime
     metrics: Metrics
     fleet: FleetStore
+    source: ConfigurationSource
     tracing: "Tracing | None" = None
 
 
@@ -283,16 +285,18 @@ def assemble(
     task_middleware: Sequence[TaskMiddleware] = (),
     database_password: CredentialsCallable | None = None,
     redis_credentials: CredentialsCallable | None = None,
+    env_prefix: str = "",
     clock: Clock | None = None,
 ) -> Assembly:
     """Wire the operations layer and its services; nothing runs or connects yet.
 
     ``checks``, ``groups``, ``stages``, ``breakers``, ``retriers`` and ``tasks`` are those of the
     application, in addition to the built-in ones; ``task_middleware`` is around all tasks.
-    ``database_password`` and ``redis_credentials`` are called for each connection. Raises
-    :class:`ConfigurationError` for a duplicate or missing name, a setting that names an unknown
-    check, tasks that cannot be loaded, and jobs of the application that production would keep in
-    memory; and :class:`MissingExtraError`, which is one, for extras that the settings need.
+    ``database_password`` and ``redis_credentials`` are called for each connection. ``env_prefix``
+    is that of the variables. Raises :class:`ConfigurationError` for a duplicate or missing name, a
+    setting that names an unknown check, tasks that cannot be loaded, and jobs of the application
+    that production would keep in memory; and :class:`MissingExtraError`, which is one, for extras
+    that the settings need.
     """
     clock = clock or SystemClock()
     log_settings(settings)
@@ -400,6 +404,7 @@ def assemble(
         cache=Cache(cache_store, MsgspecCodec()),
         jobs=jobs,
         fleet=fleet,
+        source=ConfigurationSource(env_prefix, redis_credentials, database_password),
     )
 
 

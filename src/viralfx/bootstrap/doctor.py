@@ -1,5 +1,6 @@
 """Collects the subjects of ``viralfx doctor``: settings, backends and tracing."""
 
+import os
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from viralfx.adapters.memory.embedded import StateFolderDoctor
 from viralfx.domain.doctor import Area, DoctorCheck, Finding, failed, passed, skipped
 from viralfx.domain.extras import is_about_extra, is_installed, missing, problem
 from viralfx.settings import CredentialsCallable, Settings, fields
-from viralfx.settings.doctor import PRODUCTION, misspelt, review, unread
+from viralfx.settings.doctor import PRODUCTION, misspelt, plain_environment, review, unread
 from viralfx.settings.model import DATABASE_URLS
 from viralfx.telemetry.tracing.variables import is_enabled, needs, problems, uses_grpc
 
@@ -99,6 +100,32 @@ def doctor_checks(
     yield Area.REDIS, _redis(settings, redis_credentials)
     yield Area.STATE, _state(settings)
     yield Area.TRACING, Known(_tracing(environ))
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigurationSource:
+    """The origin of the settings and the credentials of a process, to diagnose it while it runs."""
+
+    env_prefix: str = ""
+    """The beginning of the names of its variables."""
+    redis_credentials: CredentialsCallable | None = None
+    database_password: CredentialsCallable | None = None
+
+    def environ(self) -> Mapping[str, str]:
+        """Return the environment as it is now, with the variables' names without the prefix."""
+        return plain_environment(os.environ, self.env_prefix)
+
+    def doctor_checks(self, settings: Settings) -> Iterator[tuple[Area, DoctorCheck]]:
+        """Yield the doctor checks, each with its main area."""
+        callables = (self.redis_credentials, self.database_password)
+        return doctor_checks(settings, self.environ(), *map(_finder, callables))
+
+
+def _finder(found: CredentialsCallable | None) -> _FindCallable:
+    async def find() -> CredentialsCallable | None:
+        return found
+
+    return find
 
 
 def review_extras(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:

@@ -18,6 +18,18 @@ _SENTINEL = (
 )
 
 
+def plain_environment(environ: Mapping[str, str], env_prefix: str) -> dict[str, str]:
+    """Return an environment in which the prefixed variables have the names that commands read."""
+    if not env_prefix:
+        return dict(environ)
+    names = {f"{each.variable}{end}" for each in fields() for end in ("", "_FILE")}
+    kept = {name: value for name, value in environ.items() if name not in names}
+    for name in names:
+        if (value := environ.get(f"{env_prefix}{name}")) is not None:
+            kept[name] = value
+    return kept
+
+
 def unused_settings(settings: Settings, given: Collection[str]) -> Iterator[Finding]:
     """Yield a warning for each setting without effect; ``given`` are the variables that are set."""
     yield from _unused_of_database(settings, given)

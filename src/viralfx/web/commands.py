@@ -2,13 +2,12 @@
 
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from viralfx.settings import fields
+from viralfx.settings.doctor import plain_environment
 
 COMMANDS = {
     "doctor": "check the settings and the dependencies",
@@ -50,15 +49,3 @@ def _command(name: str, what: str, env_prefix: str) -> click.Command:
         context_settings={"ignore_unknown_options": True},
         params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
     )
-
-
-def plain_environment(environ: Mapping[str, str], env_prefix: str) -> dict[str, str]:
-    """Return an environment in which the prefixed variables have the names that commands read."""
-    if not env_prefix:
-        return dict(environ)
-    names = {f"{each.variable}{end}" for each in fields() for end in ("", "_FILE")}
-    kept = {name: value for name, value in environ.items() if name not in names}
-    for name in names:
-        if (value := environ.get(f"{env_prefix}{name}")) is not None:
-            kept[name] = value
-    return kept

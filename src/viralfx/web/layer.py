@@ -219,6 +219,7 @@ class OperationsLayer:
             task_middleware=config.task_middleware,
             database_password=config.database_password,
             redis_credentials=config.redis_credentials,
+            env_prefix=config.env_prefix,
             stages={
                 Phase.DRAIN: config.drain_stages,
                 Phase.SAVE_STATE: config.save_stages,

@@ -102,6 +102,7 @@ class Console:
             fleet=assembly.fleet,
             feed=self.feed,
             settings=settings,
+            source=assembly.source,
             levels=levels,
             show_payload=show_payload,
         )

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
@@ -12,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from viralfx.bootstrap import JobRuntime
-from viralfx.bootstrap.doctor import doctor_checks
+from viralfx.bootstrap.doctor import ConfigurationSource
 from viralfx.domain.cache import SingleFlight
 from viralfx.domain.clock import Clock, ignore_error, timestamp
 from viralfx.domain.correlation import current_correlation_id
@@ -197,6 +196,7 @@ class ConsoleData:
         fleet: FleetStore,
         feed: Feed,
         settings: Settings,
+        source: ConfigurationSource,
         levels: LoggerLevels,
         show_payload: ShowPayload | None,
     ) -> None:
@@ -205,6 +205,7 @@ class ConsoleData:
         self._fleet = fleet
         self._feed = feed
         self._settings = settings
+        self._source = source
         self._show_payload = show_payload
         self._clock = operations.clock
         self.levels = levels
@@ -445,7 +446,7 @@ class ConsoleData:
 
     async def all_settings(self, _: dict[str, str]) -> views.View:
         """``ui/data/settings``: as ``viralfx env``, with secrets masked."""
-        return views.settings_view(self._settings, os.environ)
+        return views.settings_view(self._settings, self._source)
 
     async def doctor(self, _: dict[str, str]) -> views.View:
         """``ui/data/settings/doctor``: the last diagnosis."""
@@ -457,7 +458,7 @@ class ConsoleData:
         return views.diagnosis_view(self._last_diagnosis)
 
     async def _diagnose(self) -> tuple[datetime, tuple[Finding, ...]]:
-        checks = doctor_checks(self._settings, os.environ)
+        checks = self._source.doctor_checks(self._settings)
         findings = await diagnose(checks, clock=self._clock, limit=_DOCTOR_LIMIT)
         return datetime.now(UTC), findings
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from viralfx.bootstrap.doctor import ConfigurationSource
 from viralfx.domain.clock import timestamp
 from viralfx.domain.doctor import Finding
 from viralfx.domain.fleet import CheckChange, CheckHistory, Instance
@@ -291,12 +292,16 @@ def schedule_view(found: ScheduleTimes) -> View:
     }
 
 
-def settings_view(settings: Settings, environ: Mapping[str, str]) -> View:
+def settings_view(settings: Settings, source: ConfigurationSource) -> View:
     """Return all settings with their sources in the environment; secrets are masked."""
-    origins = sources(environ)
+    names = {field.variable: f"{source.env_prefix}{field.variable}" for field in fields()}
+    origins = {
+        variable: names.get(origin, origin)
+        for variable, origin in sources(source.environ()).items()
+    }
     items = [
         {
-            "name": field.variable,
+            "name": names[field.variable],
             "value": show(field.of(settings)),
             "default": show(field.default),
             "source": origins.get(field.variable, "default"),
