@@ -10,9 +10,10 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from tests.integration.postgres_clients import config_of, opened
+from tests.integration.postgres_clients import checked, config_of, opened
 from tests.servers.pgbouncer import POOLED, Poolers
 from tests.servers.postgres import Database
+from tests.servers.waiting import until
 
 from viralfx.adapters.memory import MemoryFleetStore
 from viralfx.adapters.postgres import PostgresFleetStore
@@ -222,6 +223,26 @@ async def test_postgres_finds_an_ended_connection_at_once(ledger_database: Datab
 
         await store.report(replace(API, state="stopped"))
         assert (await store.instances())[0].state == "stopped"
+
+
+async def test_a_process_whose_idle_connection_ended_is_not_silent(
+    ledger_database: Database,
+) -> None:
+    """The server may end it long before the next query of the health check."""
+    ledger_database.execute(_CLEAR)
+    async with opened(config_of(ledger_database)) as pool, checked(pool) as check:
+        store = PostgresFleetStore(pool)
+        await check.query.run()
+        first = pool.health_backend
+        await store.report(API)
+        ledger_database.execute(f"select pg_terminate_backend({first})")
+        await until(store.moved)
+        await store.report(API)
+        (found,) = await store.instances()
+        assert (found.connected, found.state) == (None, "ready")
+
+        await check.query.run()
+        assert pool.health_backend not in {None, first}
 
 
 async def test_postgres_lists_the_connections_once(ledger_database: Database) -> None:

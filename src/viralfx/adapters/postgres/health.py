@@ -216,9 +216,16 @@ class HealthQuery:
             self.close()
             connection = self._connection = await self._connect()
             self._database.health_backend = connection.get_server_pid()
+            connection.add_termination_listener(self._on_ended)
             self._ends_at = end_of_life(self._database.config.settings.max_lifetime)
             self._schema_is_current = False
         return connection
+
+    def _on_ended(self, connection: object) -> None:
+        # The server may end it long before the next query. Reported until then, it would show that
+        # this process was killed.
+        if connection is self._connection:
+            self._database.health_backend = None
 
     async def _ask(self, connection: "Connection[Any]") -> HealthQueryResult:
         if not self._schema_is_current:
