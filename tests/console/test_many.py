@@ -11,7 +11,9 @@ from tests.servers.postgres import Database, PostgresServer
 from tests.system.service import running
 from tests.system.workers import environment_of
 
-CHECKS, PROCESSES, JOBS = 200, 500, 12_000
+from viralfx.domain.fleet import MAX_ENDED
+
+CHECKS, PROCESSES, ENDED, JOBS = 200, 500, 203, 12_000
 MARKUP = PLANTED.replace("'", "''")
 """As a text of SQL: a process of another version may have any name of a check."""
 SHOWN_JOBS = 100
@@ -23,6 +25,13 @@ SELECT 'pod-' || n, 'pod-' || n, (ARRAY['api', 'worker'])[1 + n % 2], '1.0.' || 
     now() - interval '1 hour', now() + interval '1 hour', 'ready', '', 'healthy',
     '{{"database": "pass", "redis": "warn"}}', n % 10, '{{default}}'
 FROM generate_series(1, {processes}) AS n
+"""
+STOPPED = """
+INSERT INTO viralfx_instances (instance, host, role, version, environment, started_at, seen_at,
+    state, reason, health, checks, jobs, queues)
+SELECT 'old-' || n, 'old-' || n, 'api', '0.9.0', 'production', now() - interval '1 day',
+    now() - interval '1 hour', 'stopped', 'SIGTERM', 'healthy', '{{}}', 0, '{{}}'
+FROM generate_series(1, {ended}) AS n
 """
 MARKED = (
     """
@@ -56,6 +65,7 @@ def opened(browser: Browser, postgres: PostgresServer) -> Iterator[Console]:
     }
     environment = environment_of(database, **QUICK | patient, MORE_CHECKS=str(CHECKS - 1))
     database.execute(FLEET.format(processes=PROCESSES))
+    database.execute(STOPPED.format(ended=ENDED))
     for statement in MARKED:
         database.execute(statement.format(markup=MARKUP))
     database.execute(FAILED.format(jobs=JOBS))
@@ -78,11 +88,12 @@ def test_two_hundred_checks(opened: Console) -> None:
 
 
 def test_five_hundred_processes(opened: Console) -> None:
-    """All are in the list, the sentence counts them, and a filter finds some."""
+    """All that run are in the list, and the last ended ones; the sentence counts those that run."""
     opened.open("fleet")
     expect(opened.main).to_contain_text(f"{PROCESSES + 1} instances")
     rows = opened.main.locator("tbody tr")
-    expect(rows).to_have_count(PROCESSES + 1)
+    expect(rows).to_have_count(PROCESSES + 1 + MAX_ENDED)
+    expect(opened.main).to_contain_text(f"{ENDED - MAX_ENDED} more processes ended earlier.")
     opened.page.get_by_label("Role").select_option("worker")
     expect(rows).to_have_count(PROCESSES // 2)
     opened.require_clean()

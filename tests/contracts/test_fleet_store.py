@@ -4,7 +4,8 @@ A new adapter adds a row to ``STORES``.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -19,10 +20,12 @@ from viralfx.adapters.memory import MemoryFleetStore
 from viralfx.adapters.postgres import PostgresFleetStore
 from viralfx.domain.clock import SystemClock
 from viralfx.domain.fleet import (
+    MAX_ENDED,
     SILENT_AFTER_SECONDS,
     CheckChange,
     FleetStore,
     FleetUnavailableError,
+    Instance,
     InstanceReport,
 )
 
@@ -48,6 +51,14 @@ Make = Callable[[pytest.FixtureRequest], AbstractAsyncContextManager[FleetStore]
 
 _CLEAR = """
 with transitions as (delete from viralfx_transitions) delete from viralfx_instances
+"""
+
+_ENDED = """
+insert into viralfx_instances (instance, host, role, version, environment, started_at, state,
+    reason, health, checks, jobs, queues, seen_at)
+select '{state} ' || number, 'pod-2', 'api', '1', 'test', now(), '{state}', '', 'healthy', '{{}}',
+    0, '{{}}', now() - number * interval '1 minute'
+from generate_series(1, {number}) as number
 """
 
 
@@ -94,12 +105,17 @@ async def store(request: pytest.FixtureRequest) -> AsyncIterator[FleetStore]:
         yield store
 
 
+async def instances(store: FleetStore) -> Sequence[Instance]:
+    """Return the fleet."""
+    return (await store.fleet()).instances
+
+
 async def test_a_report_comes_back_whole_and_replaces_the_one_before(store: FleetStore) -> None:
     """The last report counts; its age is that of the store."""
     await store.report(API)
     changed = replace(API, state="draining", reason="SIGTERM", checks={}, jobs=0, queues=())
     await store.report(changed)
-    (found,) = await store.instances()
+    (found,) = await instances(store)
 
     assert found.report == changed
     assert 0.0 <= found.age < SILENT_AFTER_SECONDS
@@ -113,7 +129,34 @@ async def test_instances_that_reported_last_come_first(store: FleetStore) -> Non
         await store.report(replace(API, instance=name))
         await asyncio.sleep(0.002)
 
-    assert [each.report.instance for each in await store.instances()] == ["a", "c", "b"]
+    assert [each.report.instance for each in await instances(store)] == ["a", "c", "b"]
+
+
+async def test_a_fleet_has_the_last_of_the_processes_that_ended(store: FleetStore) -> None:
+    """Of a week of deployments; one that runs is there however many stopped after its report."""
+    await store.report(API)
+    for number in range(-2, MAX_ENDED):
+        if number in {-2, 0}:
+            await asyncio.sleep(0.002)
+        await store.report(replace(API, instance=f"{number}", host="other", state="stopped"))
+    fleet = await store.fleet()
+    *ended, running = [each.report.instance for each in fleet.instances]
+
+    assert {*ended} == {f"{number}" for number in range(MAX_ENDED)}
+    assert (len(ended), running, fleet.more) == (MAX_ENDED, API.instance, 2)
+
+
+async def test_the_runs_of_a_process_are_on_its_host_and_in_its_role(store: FleetStore) -> None:
+    """Also those that the fleet leaves out."""
+    await store.report(replace(API, instance="first", state="stopped"))
+    await asyncio.sleep(0.002)
+    await store.report(replace(API, instance="worker", role="worker"))
+    await store.report(replace(API, instance="other", host="pod-2"))
+    await store.report(API)
+
+    runs = [each.report.instance for each in await store.runs(API.instance)]
+    assert runs == [API.instance, "first"]
+    assert list(await store.runs("unknown")) == []
 
 
 async def test_a_repeated_report_stores_its_changes_once(store: FleetStore) -> None:
@@ -130,7 +173,7 @@ async def test_a_code_with_any_character_is_stored(store: FleetStore) -> None:
     await store.report(replace(API, reason="\0"), [replace(CHANGE, code="a\0\udcff")])
 
     assert len(await store.changes()) == 1
-    assert len(await store.instances()) == 1
+    assert len(await instances(store)) == 1
 
 
 async def test_changes_are_found_by_check_and_instance(store: FleetStore) -> None:
@@ -174,7 +217,7 @@ async def test_old_rows_are_pruned(store: FleetStore) -> None:
 
     assert await store.prune(7 * 86400.0) == 1
     assert [each.number for each in await store.changes()] == [2]
-    assert len(await store.instances()) == 1
+    assert len(await instances(store)) == 1
     assert await store.prune(7 * 86400.0) == 0
 
 
@@ -189,11 +232,11 @@ async def test_a_cancelled_report_is_stored_whole_or_not_at_all(
     task.cancel()
     async with asyncio.timeout(5.0):
         await asyncio.wait({task})
-    assert len(await store.instances()) == len(await store.changes())
+    assert len(await instances(store)) == len(await store.changes())
 
     await store.report(API, [CHANGE])
 
-    assert len(await store.instances()) == len(await store.changes()) == 1
+    assert len(await instances(store)) == len(await store.changes()) == 1
 
 
 async def test_postgres_finds_an_ended_connection_at_once(ledger_database: Database) -> None:
@@ -205,24 +248,24 @@ async def test_postgres_finds_an_ended_connection_at_once(ledger_database: Datab
     async with opened(config_of(ledger_database)) as pool:
         store = PostgresFleetStore(pool)
         await store.report(API)
-        assert [each.connected for each in await store.instances()] == [None]
+        assert [each.connected for each in await instances(store)] == [None]
 
         connection = await pool.connect("health")
         pool.health_backend = connection.get_server_pid()
         assert store.moved()
         await store.report(API)
         assert not store.moved()
-        (found,) = await store.instances()
+        (found,) = await instances(store)
         assert (found.connected, found.state) == (True, "ready")
 
         await connection.close()
         async with asyncio.timeout(5.0):
-            while (await store.instances())[0].connected:  # noqa: ASYNC110 - the server ends it
+            while (await instances(store))[0].connected:  # noqa: ASYNC110 - the server ends it
                 await asyncio.sleep(0.01)
-        assert (await store.instances())[0].state == "silent"
+        assert (await instances(store))[0].state == "silent"
 
         await store.report(replace(API, state="stopped"))
-        assert (await store.instances())[0].state == "stopped"
+        assert (await instances(store))[0].state == "stopped"
 
 
 async def test_a_process_whose_idle_connection_ended_is_not_silent(
@@ -238,17 +281,34 @@ async def test_a_process_whose_idle_connection_ended_is_not_silent(
         ledger_database.execute(f"select pg_terminate_backend({first})")
         await until(store.moved)
         await store.report(API)
-        (found,) = await store.instances()
+        (found,) = await instances(store)
         assert (found.connected, found.state) == (None, "ready")
 
         await check.query.run()
         assert pool.health_backend not in {None, first}
 
 
+async def test_postgres_leaves_out_silent_processes_that_ended_early(
+    ledger_database: Database,
+) -> None:
+    """As stopped ones; a process that crashes again and again leaves as many."""
+    ledger_database.execute(_CLEAR)
+    async with opened(config_of(ledger_database)) as pool:
+        store = PostgresFleetStore(pool)
+        await store.report(API)
+        for state, number in (("ready", 3), ("stopped", 1)):
+            ledger_database.execute(_ENDED.format(state=state, number=MAX_ENDED + number))
+        fleet = await store.fleet()
+    states = Counter(each.state for each in fleet.instances)
+
+    assert states == {"ready": 1, "silent": MAX_ENDED, "stopped": MAX_ENDED}
+    assert fleet.more == 4
+
+
 async def test_postgres_lists_the_connections_once(ledger_database: Database) -> None:
     """A subquery would do it for each of the instances of a week."""
     async with opened(config_of(ledger_database)) as pool:
-        statement = PostgresFleetStore(pool)._instances
+        statement = PostgresFleetStore(pool)._fleet
     plan = ledger_database.execute(f"explain {statement}")
     assert "pg_stat_get_activity" in str(plan)
     assert "SubPlan" not in str(plan)

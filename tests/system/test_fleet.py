@@ -24,7 +24,7 @@ WORKERS = 49 if SOAK else 3
 
 async def _instances(database: Database | PostgresServer) -> Sequence[Instance]:
     async with opened(config_of(database, pool_max=1)) as pool:
-        return await PostgresFleetStore(pool).instances()
+        return (await PostgresFleetStore(pool).fleet()).instances
 
 
 async def _changes(database: Database | PostgresServer, check: str) -> Sequence[CheckChange]:

@@ -92,7 +92,7 @@ class Process:
 
     async def state(self) -> str:
         """Return the state that the store shows."""
-        (found,) = await self.store.instances()
+        (found,) = (await self.store.fleet()).instances
         return found.state
 
 

@@ -389,7 +389,8 @@ async def test_a_backend_without_an_answer_is_no_error_of_the_request(
     for name in ("search", "get", "queues", "schedules"):
         monkeypatch.setattr(assembly.jobs.service, name, failing)
     monkeypatch.setattr(site.plugin.endpoints.console._data.queue_counts, "_load", failing)  # type: ignore[union-attr]
-    monkeypatch.setattr(site.plugin.endpoints.console._data._instances, "_load", silent)  # type: ignore[union-attr]
+    for name in ("_fleet_view", "_runs"):
+        monkeypatch.setattr(getattr(site.plugin.endpoints.console._data, name), "_load", silent)  # type: ignore[union-attr]
     monkeypatch.setattr(assembly.fleet, "changes", silent)
     headers = await site.log_in()
     views = ["jobs", "jobs/1", "queues", "schedules", "fleet", "fleet/changes", "status/history"]

@@ -27,6 +27,8 @@ SILENT_AFTER_SECONDS = 3 * BEAT_SECONDS
 """The age of a report from which the process counts as silent."""
 RETENTION_SECONDS = 7 * 86400.0
 """How long rows of processes and changes are kept."""
+MAX_ENDED = 200
+"""Silent processes that a fleet has at most, and stopped ones: deployments leave many."""
 MAX_BUFFERED_CHANGES = 1000
 """Changes that a process keeps while they cannot be written; then the oldest ones are dropped."""
 _MIN_GAP_SECONDS = 0.2
@@ -97,6 +99,16 @@ class Instance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """The processes that report, and of the silent and of the stopped ones the last few each."""
+
+    instances: Sequence[Instance]
+    """Those that reported last come first."""
+    more: int
+    """How many others are known, which have ended earlier."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckChange:
     """A change of the status of a check of an instance."""
 
@@ -127,8 +139,15 @@ class FleetStore(Protocol):
         """
         ...
 
-    async def instances(self) -> Sequence[Instance]:
-        """Return all known instances, those that reported last first."""
+    async def fleet(self) -> Fleet:
+        """Return the fleet, with at most :data:`MAX_ENDED` silent and as many stopped processes."""
+        ...
+
+    async def runs(self, instance: str) -> Sequence[Instance]:
+        """Return the last instances with the host and role of one, which is among them.
+
+        Those that reported last come first; empty for an unknown one.
+        """
         ...
 
     async def changes(

@@ -1,11 +1,12 @@
 """The fleet in the memory of this process, which is all of it that it knows."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from datetime import datetime
 
 from viralfx.domain.clock import Clock
-from viralfx.domain.fleet import CheckChange, Instance, InstanceReport
+from viralfx.domain.fleet import MAX_ENDED, CheckChange, Fleet, Instance, InstanceReport
+from viralfx.domain.health.model import State
 
 _MAX_CHANGES = 10_000
 
@@ -28,8 +29,27 @@ class MemoryFleetStore:
             if (change.instance, change.number) not in stored:
                 self._changes.append(change)
 
-    async def instances(self) -> Sequence[Instance]:
+    async def fleet(self) -> Fleet:
         """See :class:`viralfx.domain.fleet.FleetStore`."""
+        ended = Counter[str]()
+        shown: list[Instance] = []
+        for each in (known := self._instances()):
+            ended[each.state] += 1
+            if each.state not in {"silent", State.STOPPED} or ended[each.state] <= MAX_ENDED:
+                shown.append(each)
+        return Fleet(instances=shown, more=len(known) - len(shown))
+
+    async def runs(self, instance: str) -> Sequence[Instance]:
+        """See :class:`viralfx.domain.fleet.FleetStore`."""
+        if instance not in self._reports:
+            return []
+        own, _, _ = self._reports[instance]
+        known = self._instances()
+        return [
+            each for each in known if (each.report.host, each.report.role) == (own.host, own.role)
+        ]
+
+    def _instances(self) -> list[Instance]:
         now = self._clock.monotonic()
         found = [
             Instance(report=report, seen_at=seen_at, age=now - moment)

@@ -12,12 +12,22 @@ from viralfx.adapters.postgres.errors import DATABASE_ERRORS, unavailable
 from viralfx.adapters.postgres.ledger_rows import Row
 from viralfx.adapters.postgres.migrations import qualified
 from viralfx.domain.clock import ignore_error
-from viralfx.domain.fleet import CheckChange, FleetUnavailableError, Instance, InstanceReport
+from viralfx.domain.fleet import (
+    MAX_ENDED,
+    SILENT_AFTER_SECONDS,
+    CheckChange,
+    Fleet,
+    FleetUnavailableError,
+    Instance,
+    InstanceReport,
+)
+from viralfx.domain.health.model import State
 from viralfx.domain.jobs.codec import storable
 
 T = TypeVar("T")
 
 _TIMEOUT_SECONDS = 4.0
+_MAX_RUNS = 1000
 
 # One statement, so that a beat is one transaction and one round trip.
 _REPORT: Final = """
@@ -39,15 +49,37 @@ ON CONFLICT (instance) DO UPDATE SET state = excluded.state, reason = excluded.r
 # The connection of the health check tells that a process was killed, at once: the kernel closes it.
 # A later connection may have its number, hence the time. Without the right to see the connections
 # of another role, its time is NULL. A join, as a subquery would list all connections for each row.
-_INSTANCES: Final = """
-SELECT known.*, extract(epoch FROM statement_timestamp() - seen_at)::float8 AS age,
+_LIVENESS = """
+extract(epoch FROM statement_timestamp() - known.seen_at)::float8 AS age,
     CASE WHEN known.backend IS NOT NULL THEN activity.pid IS NOT NULL
         AND (activity.backend_start IS NULL OR activity.backend_start <= known.seen_at)
     END AS connected
-FROM viralfx_instances AS known
-LEFT JOIN pg_catalog.pg_stat_activity AS activity ON activity.pid = known.backend
-ORDER BY seen_at DESC LIMIT 5000
 """
+_CONNECTIONS = """
+LEFT JOIN pg_catalog.pg_stat_activity AS activity ON activity.pid = known.backend
+"""
+_FLEET: Final = f"""
+SELECT known.*, {_LIVENESS}
+FROM (
+    SELECT *, count(*) OVER () AS total,
+        row_number() OVER (PARTITION BY ended ORDER BY seen_at DESC) AS place
+    FROM viralfx_instances CROSS JOIN LATERAL (
+        SELECT CASE WHEN state = '{State.STOPPED}' THEN 'stopped'
+            WHEN seen_at < statement_timestamp() - interval '{SILENT_AFTER_SECONDS} s' THEN 'silent'
+        END AS ended
+    ) AS kind
+) AS known {_CONNECTIONS}
+WHERE known.ended IS NULL OR known.place <= {MAX_ENDED}
+ORDER BY known.seen_at DESC
+"""  # noqa: S608 - constants
+_RUNS: Final = f"""
+SELECT known.*, {_LIVENESS}
+FROM viralfx_instances AS own
+JOIN viralfx_instances AS known ON known.host = own.host AND known.role = own.role
+{_CONNECTIONS}
+WHERE own.instance = $1
+ORDER BY known.seen_at DESC LIMIT {_MAX_RUNS}
+"""  # noqa: S608 - constants
 _CHANGES: Final = """
 SELECT * FROM viralfx_transitions
 WHERE ($1::text IS NULL OR check_name = $1) AND ($2::text IS NULL OR instance = $2)
@@ -93,9 +125,9 @@ class PostgresFleetStore:
         settings = database.config.settings
         self._may_watch = settings.pooler == "none"
         self._reported_backend: int | None = None
-        self._report, self._instances, self._changes, self._history, self._prune = (
+        self._report, self._fleet, self._runs, self._changes, self._history, self._prune = (
             qualified(statement, settings.schema)
-            for statement in (_REPORT, _INSTANCES, _CHANGES, _HISTORY, _PRUNE)
+            for statement in (_REPORT, _FLEET, _RUNS, _CHANGES, _HISTORY, _PRUNE)
         )
 
     @property
@@ -133,9 +165,15 @@ class PostgresFleetStore:
         await self._run(lambda connection: connection.execute(self._report, *arguments))
         self._reported_backend = backend
 
-    async def instances(self) -> Sequence[Instance]:
+    async def fleet(self) -> Fleet:
         """See :class:`viralfx.domain.fleet.FleetStore`."""
-        rows = await self._run(lambda connection: connection.fetch(self._instances))
+        rows = await self._run(lambda connection: connection.fetch(self._fleet))
+        more = rows[0]["total"] - len(rows) if rows else 0
+        return Fleet(instances=[_instance(row) for row in rows], more=more)
+
+    async def runs(self, instance: str) -> Sequence[Instance]:
+        """See :class:`viralfx.domain.fleet.FleetStore`."""
+        rows = await self._run(lambda connection: connection.fetch(self._runs, instance))
         return [_instance(row) for row in rows]
 
     async def changes(

@@ -212,7 +212,8 @@ class ConsoleData:
         self._returning: dict[str, _Return] = {}
         self._unshown: set[str] = set()
         """Tasks for a job of which ``show_payload`` has failed."""
-        self._instances = Shared(self._clock, fleet.instances)
+        self._fleet_view = Shared(self._clock, self._load_fleet)
+        self._runs = Shared(self._clock, lambda: fleet.runs(operations.instance))
         self._reads = SingleFlight[Sequence[CheckChange]]()
         self._turns = asyncio.Semaphore(_READS_AT_ONCE)
         self.queue_counts = Shared[Mapping[str, QueueCounts]](self._clock, jobs.service.queues)
@@ -275,13 +276,16 @@ class ConsoleData:
 
     async def fleet(self, _: dict[str, str]) -> views.View:
         """``ui/data/fleet``."""
-        found = await self._instances.get()
+        return {"now": timestamp(self._clock.now()), **await self._fleet_view.get()}
+
+    async def _load_fleet(self) -> views.View:
+        found = await self._fleet.fleet()
         return {
-            "now": timestamp(self._clock.now()),
             "kept": self._fleet.kept,
             "beat": BEAT_SECONDS,
             "silentAfter": SILENT_AFTER_SECONDS,
-            "items": views.fleet_view(found, self._operations.instance),
+            "more": found.more,
+            "items": views.fleet_view(found.instances, self._operations.instance),
         }
 
     async def changes(self, query: dict[str, str]) -> views.View:
@@ -299,7 +303,7 @@ class ConsoleData:
         until = self._clock.now()
         hours = min(168.0, max(0.1, float(query.get("hours", "24"))))
         since = until - timedelta(hours=hours)
-        instances = await self._instances.get()
+        instances = await self._runs.get()
         own = [each for each in instances if each.report.instance == self._operations.instance]
         runs = [*predecessors(instances, own[0].report), *own] if own else []
         runs = [each for each in runs if each in own or each.seen_at > since]

@@ -39,7 +39,8 @@ export class FleetView extends Remote {
       ${items.length
         ? html`<${Table} caption="Instances; times are UTC" columns=${["Instance", "Role", "Version", "State", "Last report", "Up", "Health", "Jobs"]}>
           ${items.map((item) => html`<${ItemRow} key=${item.instance} item=${item} show=${instanceRow} />`)}<//>`
-        : html`<${Empty}>No instance matches.<//>`}</div>`;
+        : html`<${Empty}>No instance matches.<//>`}
+      ${data.more ? html`<p class="quiet">${plural(data.more, "more process", "more processes")} ended earlier.</p>` : null}</div>`;
   }
 }
 
