@@ -285,7 +285,10 @@ class ConsoleData:
             "beat": BEAT_SECONDS,
             "silentAfter": SILENT_AFTER_SECONDS,
             "more": found.more,
-            "items": views.fleet_view(found.instances, self._operations.instance),
+            # Encoded once for all pages.
+            "items": msgspec.Raw(
+                encode(views.fleet_view(found.instances, self._operations.instance))
+            ),
         }
 
     async def changes(self, query: dict[str, str]) -> views.View:
