@@ -129,15 +129,15 @@ async def test_the_lease_is_renewed_while_the_loop_is_blocked(
     owner, store = Owner(), Store()
     owner.busy_until = time.monotonic() + LIMIT
 
-    async def block(seconds: float) -> float:
+    async def block(seconds: float) -> tuple[float, float]:
         began = time.monotonic()
         time.sleep(seconds)  # noqa: ASYNC251 - this is the fault
-        return began
+        return began, time.monotonic()
 
     async with running(owner, store):
         await until(lambda: owner.renewed >= 1)
-        began = await asyncio.create_task(block(4 * LEASE), name=owner.job)
-        ended, before = time.monotonic(), owner.renewed
+        began, ended = await asyncio.create_task(block(4 * LEASE), name=owner.job)
+        before = owner.renewed
         blocked = [(at, holding) for at, holding in store.renewals if began < at < ended]
         await until(lambda: owner.renewed > before + len(blocked))
     assert len(blocked) >= 6
