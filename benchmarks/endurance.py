@@ -92,6 +92,13 @@ RUNS = {
         ("tests/console/test_views.py", "-k", "everybody_can_use_it"),
         SOAK,
     ),
+    "frameworks": Run(
+        "An application of Litestar, FastAPI, Starlette, Django and plain ASGI has true probes,"
+        " finishes its requests during a stop and has its exit code under `viralfx serve`, uvicorn,"
+        " granian, hypercorn and gunicorn, as the table of `docs/asgi.md` says.",
+        ("tests/frameworks/test_servers.py",),
+        {**SOAK, "VIRALFX_TEST_FRESH": "1"},
+    ),
     "rolling": Run(
         "No request fails while both backends are replaced three times, through HAProxy and through"
         " Envoy, and by the units of systemd; the proxy hides no failure.",
