@@ -82,7 +82,7 @@ RUNS = {
     ),
     "idle-workers": Run(
         "Ten idle worker processes make at most ten transactions a second in all where they poll,"
-        " and a hundred fewer than fifty.",
+        " and a hundred fewer than seventy.",
         ("tests/system/test_idle_workers.py", "tests/integration/test_postgres_idle_workers.py"),
         SOAK,
     ),
