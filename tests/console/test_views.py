@@ -21,7 +21,7 @@ from tests.system.workers import environment_of
 
 AXE = files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
 FAILED = 3
-WIDTHS = (360, 768, 1280, 1920)
+WIDTHS = (360, 768, 1100, 1280, 1920)
 """Pixels: from a phone to a wide screen."""
 STORAGES = ["memory", "postgres and redis"] if SOAK else ["postgres and redis"]
 """The adapters of jobs keep the same contract."""
