@@ -380,7 +380,7 @@ def _migrate(options: argparse.Namespace) -> int:
     import logging  # noqa: PLC0415
 
     _require("viralfx migrate", "migrate")
-    from viralfx.bootstrap.migration import migrate_schema, schema_state  # noqa: PLC0415
+    from viralfx.bootstrap.postgres import migrate_schema, schema_state  # noqa: PLC0415
     from viralfx.settings import read_settings  # noqa: PLC0415
     from viralfx.telemetry.logging.events import log_settings  # noqa: PLC0415
     from viralfx.telemetry.logging.handler import configure_logging  # noqa: PLC0415
