@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from viralfx.checks import DiskCheck, HttpCheck, SqlAlchemyCheck, TcpCheck
     from viralfx.domain.cache import Cache
     from viralfx.domain.correlation import bind_user_id
-    from viralfx.domain.health.checks import CheckConfig
+    from viralfx.domain.health.check_runner import CheckConfig
     from viralfx.domain.health.model import HealthCheck, Observation, Status
     from viralfx.domain.jobs.codec import PayloadError, PayloadTooLargeError
     from viralfx.domain.jobs.hooks import TaskMiddleware
@@ -105,7 +105,7 @@ _HOMES = {
     "checks": ("DiskCheck", "HttpCheck", "SqlAlchemyCheck", "TcpCheck"),
     "domain.cache": ("Cache",),
     "domain.correlation": ("bind_user_id",),
-    "domain.health.checks": ("CheckConfig",),
+    "domain.health.check_runner": ("CheckConfig",),
     "domain.health.model": ("HealthCheck", "Observation", "Status"),
     "domain.jobs.codec": ("PayloadError", "PayloadTooLargeError"),
     "domain.jobs.hooks": ("TaskMiddleware",),

@@ -26,7 +26,7 @@ from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.errors import ConfigurationError, suggest
 from viralfx.domain.extras import MissingExtraError, missing
 from viralfx.domain.fleet import FleetReporter, FleetStore
-from viralfx.domain.health.checks import AnyCheck, CheckConfig, prepare_checks
+from viralfx.domain.health.check_runner import AnyCheck, CheckConfig, prepare_checks
 from viralfx.domain.health.model import AnyHealthCheck, CheckPolicy, HealthReport, Lifecycle, State
 from viralfx.domain.health.monitor import HealthMonitor
 from viralfx.domain.jobs.hooks import TaskMiddleware

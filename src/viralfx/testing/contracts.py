@@ -11,8 +11,7 @@ from typing import Any, Protocol
 
 from viralfx.domain.clock import ignore_error
 from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.health.check_runner import InThread
-from viralfx.domain.health.checks import AnyCheck, prepare_checks
+from viralfx.domain.health.check_runner import AnyCheck, InThread, prepare_checks
 from viralfx.domain.health.model import Observation, Status
 from viralfx.domain.shutdown import AnyStage
 

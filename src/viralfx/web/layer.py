@@ -12,7 +12,7 @@ from weakref import WeakSet
 from viralfx.bootstrap import assemble
 from viralfx.domain.cache import Cache
 from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.health.checks import AnyCheck
+from viralfx.domain.health.check_runner import AnyCheck
 from viralfx.domain.jobs.hooks import TaskHost, TaskMiddleware
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.operations import Operations
