@@ -47,7 +47,7 @@ from viralfx.telemetry.logging.events import (
     log_shutdown,
 )
 from viralfx.telemetry.logging.redaction import Redaction, secrets_of
-from viralfx.telemetry.metrics import Metrics
+from viralfx.telemetry.metrics import Metrics, MetricsRegistry, problems_with_registries
 from viralfx.telemetry.metrics.backends import (
     OperationMetrics,
     PoolMetrics,
@@ -62,7 +62,6 @@ from viralfx.telemetry.metrics.health import (
     RetryMetrics,
 )
 from viralfx.telemetry.metrics.jobs import ProgressMetrics, QueueMetrics, unrecorded_outcomes
-from viralfx.telemetry.metrics.merged import MetricsRegistry, problems_with_registries
 from viralfx.telemetry.metrics.series import current_exemplar
 from viralfx.telemetry.tracing import start_tracing
 

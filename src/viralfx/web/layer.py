@@ -21,7 +21,7 @@ from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.shutdown import AnyStage, Phase, PhaseStarted, ShutdownEvent
 from viralfx.settings import CredentialsCallable, Settings, read_settings
 from viralfx.telemetry.logging.lines import FactsInMessages
-from viralfx.telemetry.metrics.merged import MetricsRegistry, SiblingProcesses
+from viralfx.telemetry.metrics import MetricsRegistry, SiblingProcesses
 from viralfx.web.auth import AccessPolicy
 from viralfx.web.endpoints import OperationsEndpoints, add_console
 from viralfx.web.error_log import cause_of
