@@ -14,16 +14,17 @@ from viralfx.domain.operations import Operations
 from viralfx.domain.shutdown import Phase
 from viralfx.settings import Settings
 from viralfx.telemetry.logging.lines import LoggerLevels
-from viralfx.web.auth import AccessPolicy, Headers
-from viralfx.web.console import views
-from viralfx.web.console.access import (
+from viralfx.web.auth import (
+    AccessPolicy,
     ConsoleAccess,
+    Headers,
     Reads,
     Session,
     is_json,
     is_own_request,
     is_secure,
 )
+from viralfx.web.console import views
 from viralfx.web.console.actions import MAX_BODY_BYTES, Actor, ConsoleActions
 from viralfx.web.console.assets import SECURITY_HEADERS, Assets
 from viralfx.web.console.data import ConsoleData, ShowPayload, coded
