@@ -258,3 +258,21 @@ def is_json(headers: Headers) -> bool:
 def is_secure(headers: Headers) -> bool:
     """Return True if the browser uses https, also where a proxy ends TLS: its ``Origin`` says."""
     return any(name == b"origin" and value.startswith(b"https://") for name, value in headers)
+
+
+SECURITY_HEADERS = (
+    (
+        b"content-security-policy",
+        (
+            b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
+            b" connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none';"
+            b" require-trusted-types-for 'script'"
+        ),
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
+"""The headers of every response of the console: no other page may frame, embed or script it."""
