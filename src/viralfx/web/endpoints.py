@@ -7,20 +7,15 @@ and endpoints with a request body. The gate and the documented routes serve the 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from urllib.parse import parse_qs
 
-import msgspec
-
 from viralfx.bootstrap import Assembly
 from viralfx.domain.clock import timestamp
 from viralfx.domain.health.model import (
-    CheckReport,
     Health,
     HealthReport,
     NotReadyReason,
     Status,
-    Transition,
 )
-from viralfx.domain.operations import Operations, SavedState
-from viralfx.domain.shutdown import PhaseReport
+from viralfx.domain.operations import Operations
 from viralfx.settings import Settings
 from viralfx.telemetry.logging.lines import LoggerLevels
 from viralfx.telemetry.metrics import Metrics
@@ -44,154 +39,6 @@ from viralfx.web.responses import (
     raw_response,
     retry_after,
 )
-
-_HISTORY_SHOWN = 20
-_ALWAYS_LISTED = ("database", "redis")
-
-
-def readiness(report: HealthReport, reason: NotReadyReason | None) -> schemas.Readiness:
-    """Return the body of the readiness probe; ``reason`` is None if the service is ready."""
-    return schemas.Readiness(
-        ready=reason is None,
-        checks={
-            name: check.status is not Status.FAIL
-            for name, check in report.checks.items()
-            if name in _ALWAYS_LISTED or check.policy.required_for_readiness
-        },
-        reason=None if reason is None else str(reason),
-        degraded=reason is None and report.fail_open,
-    )
-
-
-def startup(report: HealthReport, *, application_started: bool) -> schemas.Startup:
-    """Return the body of the startup probe, with the checks that start-up waits for."""
-    started = report.started and application_started
-    waiting = [
-        name
-        for name, check in report.checks.items()
-        if check.checked_at is None or name in report.failing_gates
-    ]
-    return schemas.Startup(started=started, pending=[] if started else waiting)
-
-
-def detailed(operations: Operations, report: HealthReport) -> schemas.DetailedHealth:
-    """Return all checks and figures. Time and uptime are placeholders, see :meth:`detailed`."""
-    usage = operations.usage()
-    times = [c.response_time for c in report.checks.values() if c.response_time is not None]
-    return schemas.DetailedHealth(
-        status=str(report.health),
-        timestamp="",
-        uptime=0.0,
-        version=operations.version,
-        environment=operations.environment,
-        checks={name: check_state(check) for name, check in report.checks.items()},
-        metrics=schemas.Metrics(
-            response_time=_milliseconds(sum(times)),
-            memory_usage=schemas.MemoryUsage(
-                rss=usage.rss,
-                heap_total=usage.heap_total,
-                heap_used=usage.heap_used,
-                external=usage.external,
-            ),
-            cpu_usage=usage.cpu_percent,
-        ),
-    )
-
-
-def check_state(check: CheckReport) -> schemas.CheckState:
-    """Return the body of one check, as in ``GET /health/detailed``."""
-    seconds = check.response_time
-    response_time = None if seconds is None else _milliseconds(seconds)
-    details = check.details
-    if isinstance(details, Mapping):
-        # The jq filters of docs/operations.md read the response time here as well.
-        live = {} if check.live_details is None else check.live_details()
-        details = {**details, **live, "responseTime": response_time}
-    error = None
-    if check.status is not Status.PASS:
-        error = schemas.CheckError(
-            code=check.code or str(check.status), correlation_id=check.correlation_id
-        )
-    return schemas.CheckState(
-        status=str(check.status),
-        message=check.message,
-        details=details,
-        response_time=response_time,
-        since=timestamp(check.since),
-        checked_at=timestamp(check.checked_at) if check.checked_at else None,
-        error=error,
-    )
-
-
-def named_check(check: CheckReport, history: tuple[Transition, ...]) -> schemas.NamedCheckState:
-    """Return the body of ``GET /health/{check}``: the check with its latest changes."""
-    changes = [change for change in history if change.check == check.name]
-    return schemas.NamedCheckState(
-        name=check.name,
-        history=[
-            schemas.Change(
-                at=timestamp(change.at),
-                old=str(change.old) if change.old else None,
-                new=str(change.new),
-                code=change.code,
-            )
-            for change in changes[-_HISTORY_SHOWN:]
-        ],
-        **msgspec.structs.asdict(check_state(check)),
-    )
-
-
-def shutdown_accepted(operations: Operations) -> schemas.ShutdownAccepted:
-    """Return the summary of the shutdown."""
-    report = operations.shutdown.report()
-    return schemas.ShutdownAccepted(
-        state=str(operations.lifecycle.state),
-        reason=report.reason,
-        deadline=timestamp(report.deadline) if report.deadline else None,
-    )
-
-
-def shutdown_status(operations: Operations) -> schemas.ShutdownStatus:
-    """Return all phases of the shutdown, and the saved state of the previous process."""
-    previous = operations.previous
-    return schemas.ShutdownStatus(
-        stages=[_phase(phase) for phase in operations.shutdown.report().phases],
-        previous=_previous(previous) if previous else None,
-        **msgspec.structs.asdict(shutdown_accepted(operations)),
-    )
-
-
-def _phase(phase: PhaseReport) -> schemas.PhaseState:
-    return schemas.PhaseState(
-        name=str(phase.phase),
-        budget=_milliseconds(phase.budget),
-        state=phase.state,
-        duration=None if phase.duration is None else _milliseconds(phase.duration),
-        outcome=str(phase.outcome) if phase.outcome else None,
-        parts=[
-            schemas.StageState(
-                name=stage.name,
-                outcome=str(stage.outcome),
-                duration=_milliseconds(stage.duration),
-            )
-            for stage in phase.stages
-        ],
-    )
-
-
-def _previous(state: SavedState) -> schemas.PreviousRun:
-    return schemas.PreviousRun(
-        saved_at=timestamp(state.saved_at),
-        starts=state.starts,
-        uptime=round(state.uptime, 3),
-        health=state.health,
-        reason=state.shutdown_reason,
-        phases=dict(state.shutdown_phases),
-    )
-
-
-def _milliseconds(seconds: float) -> int:
-    return round(seconds * 1000)
 
 
 class OperationsEndpoints:
@@ -237,7 +84,7 @@ class OperationsEndpoints:
             access=access,
             denials=self._denials,
             path=f"{prefix}/group",
-            show=check_state,
+            show=schemas.check_state,
         )
         process = ProcessEndpoints(operations, access, self._denials)
         self.endpoints: dict[str, Endpoint] = {
@@ -347,7 +194,7 @@ class OperationsEndpoints:
         seen_report, seen_reason, response = self._ready
         if seen_report is report and seen_reason is reason and not self._lifecycle.stopping:
             return response
-        body = readiness(report, reason)
+        body = schemas.readiness(report, reason)
         if reason is None:
             response = json_response(200, encode(body))
         elif reason is NotReadyReason.DRAINING:
@@ -361,7 +208,7 @@ class OperationsEndpoints:
         """``GET /health/startup``."""
         report = self._monitor.report()
         self._lifecycle.follow(report)
-        body = startup(report, application_started=self._lifecycle.application_started)
+        body = schemas.startup(report, application_started=self._lifecycle.application_started)
         if body.started:
             return json_response(200, encode(body))
         return json_response(503, encode(body), retry_after(1.0))
@@ -377,7 +224,7 @@ class OperationsEndpoints:
         live = [each.live_details() for each in report.checks.values() if each.live_details]
         seen_report, seen_live, head, tail = self._detailed
         if seen_report is not report or seen_live != live:
-            whole = encode(detailed(self._operations, report))
+            whole = encode(schemas.detailed(self._operations, report))
             # The report is encoded once, unless figures of the moment change. Timestamp and
             # uptime, the second and third field, are inserted into each response.
             head, _, tail = whole.partition(b',"timestamp":"","uptime":0.0,')
@@ -402,7 +249,7 @@ class OperationsEndpoints:
         report = self._monitor.report().checks.get(name)
         if report is None:
             return problem_response(404, f"There is no check named {name!r}.")
-        body = encode(named_check(report, self._monitor.history))
+        body = encode(schemas.named_check(report, self._monitor.history))
         if report.status is Status.FAIL:
             return json_response(503, body, retry_after(report.policy.interval_when_failing))
         return json_response(200, body)
@@ -417,13 +264,13 @@ class OperationsEndpoints:
                 "This server handles its own shutdown; run the application with `viralfx serve`.",
             )
         began = self._operations.shutdown.trigger(f"POST {self._prefix}/shutdown")
-        body = shutdown_accepted(self._operations)
+        body = schemas.shutdown_accepted(self._operations)
         location = (b"location", f"{self._prefix}/shutdown".encode())
         return json_response(202 if began else 200, encode(body), location)
 
     def shutdown_status(self) -> RawResponse:
         """``GET /health/shutdown`` after authorization; never begins a shutdown."""
-        return json_response(200, encode(shutdown_status(self._operations)))
+        return json_response(200, encode(schemas.shutdown_status(self._operations)))
 
     # -- methods, queries and tokens ---------------------------------------------------------
 
