@@ -8,13 +8,14 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from urllib.parse import parse_qs
 
 from viralfx.bootstrap import Assembly
-from viralfx.domain.clock import timestamp
+from viralfx.domain.clock import Clock, timestamp
 from viralfx.domain.health.model import (
     Health,
     HealthReport,
     NotReadyReason,
     Status,
 )
+from viralfx.domain.health.monitor import HealthMonitor
 from viralfx.domain.operations import Operations
 from viralfx.settings import Settings
 from viralfx.telemetry.logging.lines import LoggerLevels
@@ -23,7 +24,6 @@ from viralfx.web import schemas
 from viralfx.web.auth import AccessPolicy, AccessVerdict, Headers
 from viralfx.web.console import Console, is_served
 from viralfx.web.console.data import ShowPayload
-from viralfx.web.groups import GroupEndpoints
 from viralfx.web.introspection import LoggersEndpoints, ProcessEndpoints
 from viralfx.web.responses import (
     READ,
@@ -39,6 +39,64 @@ from viralfx.web.responses import (
     raw_response,
     retry_after,
 )
+
+
+class GroupEndpoints:
+    """Serves ``/health/group/{group}``: the worst status of the checks of a group, and each."""
+
+    def __init__(
+        self,
+        groups: Mapping[str, Sequence[str]],
+        *,
+        monitor: HealthMonitor,
+        clock: Clock,
+        access: AccessPolicy,
+        denials: DenialLog,
+        path: str,
+    ) -> None:
+        self._groups = {name: tuple(dict.fromkeys(checks)) for name, checks in groups.items()}
+        self._monitor = monitor
+        self._clock = clock
+        self._access = access
+        self._denials = denials
+        self._prefix = f"{path}/"
+
+    def find(self, path: str) -> Endpoint | None:
+        """Return the endpoint for the path of a group; None for any other path."""
+        if not self._groups or not path.startswith(self._prefix):
+            return None
+        name = path[len(self._prefix) :]
+        return None if not name or "/" in name else self._one(name)
+
+    def _one(self, name: str) -> Endpoint:
+        def endpoint(method: str, _query: bytes, headers: Headers) -> RawResponse | Denied:
+            if method not in READ:
+                return not_allowed("GET, HEAD")
+            return self._denials.of(self._access.to_details(headers)) or self._state(name)
+
+        return endpoint
+
+    def _state(self, name: str) -> RawResponse:
+        if name not in self._groups:
+            names = ", ".join(self._groups)
+            return problem_response(404, f"There is no such group; the groups are {names}.")
+        reports = self._monitor.report().checks
+        members = {check: reports[check] for check in self._groups[name]}
+        worst = max((each.status for each in members.values()), key=lambda status: status.severity)
+        body = encode(
+            schemas.GroupState(
+                name=name,
+                status=str(worst),
+                timestamp=timestamp(self._clock.now()),
+                checks={check: schemas.check_state(report) for check, report in members.items()},
+            )
+        )
+        if worst is not Status.FAIL:
+            return json_response(200, body)
+        failing = (each.policy for each in members.values() if each.status is Status.FAIL)
+        return json_response(
+            503, body, retry_after(min(policy.interval_when_failing for policy in failing))
+        )
 
 
 class OperationsEndpoints:
@@ -84,7 +142,6 @@ class OperationsEndpoints:
             access=access,
             denials=self._denials,
             path=f"{prefix}/group",
-            show=schemas.check_state,
         )
         process = ProcessEndpoints(operations, access, self._denials)
         self.endpoints: dict[str, Endpoint] = {
