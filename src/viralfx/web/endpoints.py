@@ -4,8 +4,11 @@ All endpoints are synchronous and read data that is already known, except a forc
 and endpoints with a request body. The gate and the documented routes serve the same responses.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from urllib.parse import parse_qs
+
+import msgspec
 
 from viralfx.bootstrap import Assembly
 from viralfx.domain.clock import Clock, timestamp
@@ -18,13 +21,13 @@ from viralfx.domain.health.model import (
 from viralfx.domain.health.monitor import HealthMonitor
 from viralfx.domain.operations import Operations
 from viralfx.settings import Settings
-from viralfx.telemetry.logging.lines import LoggerLevels
+from viralfx.telemetry.context import stacks_of_tasks, stacks_of_threads
+from viralfx.telemetry.logging.lines import LEVELS, LoggerLevels
 from viralfx.telemetry.metrics import Metrics
 from viralfx.web import schemas
 from viralfx.web.auth import AccessPolicy, AccessVerdict, Headers
 from viralfx.web.console import Console, is_served
 from viralfx.web.console.data import ShowPayload
-from viralfx.web.introspection import LoggersEndpoints, ProcessEndpoints
 from viralfx.web.responses import (
     READ,
     CorsPolicy,
@@ -32,6 +35,7 @@ from viralfx.web.responses import (
     Denied,
     Endpoint,
     RawResponse,
+    ResponseFromBody,
     encode,
     json_response,
     not_allowed,
@@ -39,6 +43,99 @@ from viralfx.web.responses import (
     raw_response,
     retry_after,
 )
+
+_TEXT = b"text/plain; charset=utf-8"
+
+
+class ProcessEndpoints:
+    """Serves ``/health/info`` and ``/health/tasks``."""
+
+    def __init__(self, operations: Operations, access: AccessPolicy, denials: DenialLog) -> None:
+        self._operations = operations
+        self._access = access
+        self._denials = denials
+
+    def info(self, method: str, _query: bytes, headers: Headers) -> RawResponse | Denied:
+        """``GET /health/info``."""
+        if method not in READ:
+            return not_allowed("GET, HEAD")
+        if (denied := self._denials.of(self._access.to_details(headers))) is not None:
+            return denied
+        return json_response(200, encode(schemas.info(self._operations)))
+
+    def tasks(self, method: str, _query: bytes, headers: Headers) -> RawResponse | Denied:
+        """``GET /health/tasks``: the stacks of all threads, and of all tasks of the event loop."""
+        if method not in READ:
+            return not_allowed("GET, HEAD")
+        if (denied := self._denials.of(self._access.to_stacks(headers))) is not None:
+            return denied
+        text = f"{stacks_of_threads()}\n{stacks_of_tasks(asyncio.get_running_loop())}"
+        return raw_response(_TEXT, 200, text.encode("utf-8", "backslashreplace"))
+
+
+_MAX_BODY_BYTES = 1024
+"""The body holds one level."""
+_MAX_NAME_CHARACTERS = 200
+
+_decode = msgspec.json.Decoder(schemas.NewLevel).decode
+
+
+class LoggersEndpoints:
+    """Serves ``/health/loggers`` and ``/health/loggers/{name}``."""
+
+    def __init__(self, access: AccessPolicy, denials: DenialLog, path: str) -> None:
+        self._access = access
+        self._denials = denials
+        self._path = path
+        self.levels = LoggerLevels()
+        """The levels, with those from before all changes."""
+
+    def find(self, path: str) -> Endpoint | None:
+        """Return the endpoint for the path of a logger; None for any other path."""
+        if not path.startswith(f"{self._path}/"):
+            return None
+        name = path[len(self._path) + 1 :]
+        return self._one(name) if "/" not in name else None
+
+    def list(self, method: str, _query: bytes, headers: Headers) -> RawResponse | Denied:
+        """``GET /health/loggers``."""
+        if method not in READ:
+            return not_allowed("GET, HEAD")
+        if (denied := self._denials.of(self._access.to_details(headers))) is not None:
+            return denied
+        loggers = {name: schemas.logger_state(level) for name, level in self.levels.all().items()}
+        return json_response(200, encode(schemas.Loggers(levels=list(LEVELS), loggers=loggers)))
+
+    def _one(self, name: str) -> Endpoint:
+        def endpoint(
+            method: str, _query: bytes, headers: Headers
+        ) -> RawResponse | ResponseFromBody | Denied:
+            if method not in (*READ, "PUT"):
+                return not_allowed("GET, HEAD, PUT")
+            changes = method == "PUT"
+            may = self._access.to_change if changes else self._access.to_details
+            if (denied := self._denials.of(may(headers))) is not None:
+                return denied
+            known = self.levels.find(name) if len(name) <= _MAX_NAME_CHARACTERS else None
+            if known is None:
+                return problem_response(
+                    404, f"There is no such logger; {self._path} lists all loggers."
+                )
+            if changes:
+                return ResponseFromBody(_MAX_BODY_BYTES, lambda body, _: self._change(known, body))
+            return json_response(200, encode(schemas.logger_state(self.levels.get(known))))
+
+        return endpoint
+
+    def _change(self, name: str, body: bytes) -> RawResponse:
+        try:
+            wanted = _decode(body)
+            level = self.levels.set(name, wanted.level)
+        except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
+            words = ", ".join(LEVELS)
+            detail = f'Send {{"level": ...}} with one of {words}, or null for the original level.'
+            return problem_response(400, f"{detail} The level log is info in log lines.")
+        return json_response(200, encode(schemas.logger_state(level)))
 
 
 class GroupEndpoints:
@@ -83,14 +180,7 @@ class GroupEndpoints:
         reports = self._monitor.report().checks
         members = {check: reports[check] for check in self._groups[name]}
         worst = max((each.status for each in members.values()), key=lambda status: status.severity)
-        body = encode(
-            schemas.GroupState(
-                name=name,
-                status=str(worst),
-                timestamp=timestamp(self._clock.now()),
-                checks={check: schemas.check_state(report) for check, report in members.items()},
-            )
-        )
+        body = encode(schemas.group_state(name, members, worst, self._clock.now()))
         if worst is not Status.FAIL:
             return json_response(200, body)
         failing = (each.policy for each in members.values() if each.status is Status.FAIL)

@@ -1,6 +1,8 @@
 """The bodies of the operations endpoints, field by field as clients read them, and their values."""
 
+import platform
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Annotated, Any
 
 import msgspec
@@ -16,6 +18,7 @@ from viralfx.domain.health.model import (
 )
 from viralfx.domain.operations import Operations, SavedState
 from viralfx.domain.shutdown import PhaseReport
+from viralfx.telemetry.logging.lines import LoggerLevel
 
 Timestamp = Annotated[str, Meta(description="UTC, like 2026-01-06T12:00:00.000Z")]
 Seconds = Annotated[float, Meta(description="Seconds")]
@@ -381,3 +384,34 @@ def _previous(state: SavedState) -> PreviousRun:
 
 def _milliseconds(seconds: float) -> int:
     return round(seconds * 1000)
+
+
+def group_state(
+    name: str, checks: Mapping[str, CheckReport], worst: Status, now: datetime
+) -> GroupState:
+    """Return the body of ``GET /health/group/{group}``."""
+    return GroupState(
+        name=name,
+        status=str(worst),
+        timestamp=timestamp(now),
+        checks={check: check_state(report) for check, report in checks.items()},
+    )
+
+
+def info(operations: Operations) -> Info:
+    """Return the body of ``GET /health/info``."""
+    return Info(
+        version=operations.version,
+        commit=operations.revision,
+        started_at=timestamp(operations.started_at),
+        python=platform.python_version(),
+        environment=operations.environment,
+        instance=operations.instance,
+        role=operations.role,
+        adapters=dict(operations.adapters),
+    )
+
+
+def logger_state(level: LoggerLevel) -> LoggerState:
+    """Return the level of one logger."""
+    return LoggerState(level=level.level, effective_level=level.effective)
