@@ -255,20 +255,25 @@ class OperationsEndpoints:
                 path: self._cors.apply(endpoint) for path, endpoint in self.endpoints.items()
             }
 
-    def add_console(self, console: Console) -> None:
-        """Serve the console, too; pages of other origins cannot read it."""
-        self._console = console
-        self.endpoints |= console.endpoints
-
-    @property
-    def denials(self) -> DenialLog:
-        """The log of refused requests."""
-        return self._denials
-
-    @property
-    def levels(self) -> LoggerLevels:
-        """The levels of loggers, with those from before all changes."""
-        return self._loggers.levels
+    def add_console(
+        self,
+        assembly: Assembly,
+        settings: Settings,
+        *,
+        path: str = "/health",
+        show_payload: ShowPayload | None = None,
+    ) -> None:
+        """Serve the console, too, if the settings allow it; other origins cannot read it."""
+        if is_served(settings):
+            self._console = Console(
+                assembly,
+                settings,
+                path=path,
+                denials=self._denials,
+                levels=self._loggers.levels,
+                show_payload=show_payload,
+            )
+            self.endpoints |= self._console.endpoints
 
     def count_requests(self, count: Callable[[], int]) -> None:
         """Show in the console how many requests of the application are in flight."""
@@ -470,24 +475,3 @@ class OperationsEndpoints:
     def _unknown(self, _method: str, _query: bytes, _headers: Headers) -> RawResponse:
         names = ", ".join(self._monitor.checks)
         return problem_response(404, f"There is no such check; the checks are {names}.")
-
-
-def add_console(
-    endpoints: OperationsEndpoints,
-    assembly: Assembly,
-    settings: Settings,
-    *,
-    path: str = "/health",
-    show_payload: ShowPayload | None = None,
-) -> None:
-    """Add the console to the endpoints of a process, if the settings allow it."""
-    if is_served(settings):
-        console = Console(
-            assembly,
-            settings,
-            path=path,
-            denials=endpoints.denials,
-            levels=endpoints.levels,
-            show_payload=show_payload,
-        )
-        endpoints.add_console(console)

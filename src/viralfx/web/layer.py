@@ -23,7 +23,7 @@ from viralfx.settings import CredentialsCallable, Settings, read_settings
 from viralfx.telemetry.logging.lines import FactsInMessages
 from viralfx.telemetry.metrics import MetricsRegistry, SiblingProcesses
 from viralfx.web.auth import AccessPolicy
-from viralfx.web.endpoints import OperationsEndpoints, add_console
+from viralfx.web.endpoints import OperationsEndpoints
 from viralfx.web.error_log import cause_of
 from viralfx.web.gate import Gate
 from viralfx.web.in_flight import RequestRecorder, route_of
@@ -235,8 +235,7 @@ class OperationsLayer:
             groups=config.groups,
             cors_origins=config.cors_origins,
         )
-        add_console(
-            self.endpoints,
+        self.endpoints.add_console(
             self.assembly,
             self.settings,
             path=config.path,
