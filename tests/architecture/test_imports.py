@@ -87,7 +87,6 @@ HOMES = {
         "runner/server.py",
         "runner/http_connection.py",
         "runner/http_protocol.py",
-        "runner/http_response.py",
     },
 }
 GOING_AWAY = {
