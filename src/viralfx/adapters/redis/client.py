@@ -28,7 +28,7 @@ from viralfx.adapters.redis.security import Account, TlsContext
 from viralfx.domain.clock import Clock, SystemClock, finished_within
 from viralfx.domain.errors import require_count, require_not_negative, require_positive
 from viralfx.domain.resilience._callables import operation_name, require_callable
-from viralfx.domain.resilience.bulkhead import with_fallback
+from viralfx.domain.resilience.fallback import with_fallback
 from viralfx.settings import CredentialsCallable, RedisSettings, Secret
 from viralfx.settings.groups import parse_redis_url
 
