@@ -38,7 +38,7 @@ from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.resilience.retry_decision import listen_to_retries
 from viralfx.domain.shutdown import AnyStage, Phase, ShutdownSequence
 from viralfx.settings import CredentialsCallable, Settings
-from viralfx.telemetry.context import hide_opentelemetry
+from viralfx.telemetry import hide_opentelemetry
 from viralfx.telemetry.logging.events import (
     HealthLog,
     log_circuit,

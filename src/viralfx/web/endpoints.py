@@ -21,7 +21,7 @@ from viralfx.domain.health.model import (
 from viralfx.domain.health.monitor import HealthMonitor
 from viralfx.domain.operations import Operations
 from viralfx.settings import Settings
-from viralfx.telemetry.context import stacks_of_tasks, stacks_of_threads
+from viralfx.telemetry import stacks_of_tasks, stacks_of_threads
 from viralfx.telemetry.logging.lines import LEVELS, LoggerLevels
 from viralfx.telemetry.metrics import Metrics
 from viralfx.web import schemas

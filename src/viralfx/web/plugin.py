@@ -20,7 +20,7 @@ from litestar.types import Scope as LitestarScope
 from viralfx.domain.errors import ConfigurationError
 from viralfx.settings import Settings
 from viralfx.settings.doctor import plain_environment
-from viralfx.telemetry.context import CLIENT_DISCONNECTED
+from viralfx.telemetry import CLIENT_DISCONNECTED
 from viralfx.web.auth import AccessPolicy
 from viralfx.web.dependencies import ApplicationDependencies, ClientDependencies
 from viralfx.web.error_log import ERROR, is_client_disconnect, log_request_error
