@@ -134,7 +134,7 @@ _NUMBER = re.compile(r"\[Errno (\d+)\]").search
 
 
 def message_of(error: BaseException) -> str:
-    """Return a text for an error that says what to do; it quotes only what is no secret."""
+    """Return a text for an error that says what to do; it quotes no secret."""
     for cause in _causes(error):
         if isinstance(cause, WrongServerError):
             return str(cause)

@@ -35,7 +35,7 @@ def attempts_of(labels: Mapping[str, Any], middlewares: Iterable[object] = ()) -
     """Return how often a task that fails runs: once, unless its labels allow more.
 
     ``middlewares`` are those of the broker. Beside one for retries ``max_retries`` alone allows
-    none, because the middleware retries only what has ``retry_on_error``. Raises
+    none, because the middleware retries only tasks with ``retry_on_error``. Raises
     :class:`MessageError`.
     """
     bounded = labels.get("max_retries") is not None

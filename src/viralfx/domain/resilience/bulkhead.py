@@ -92,7 +92,7 @@ class Bulkhead:
         concurrent with another call.
         """
         if not is_async(function):
-            raise TypeError("a bulkhead bounds what a loop runs at a time: make it `async def`")
+            raise TypeError("a bulkhead limits the calls that run on a loop: make it `async def`")
         name = operation_name(function)
 
         @functools.wraps(function)
