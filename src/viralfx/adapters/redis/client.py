@@ -22,9 +22,9 @@ from viralfx.adapters.redis.connections import (
     Traffic,
     WaitingPool,
 )
+from viralfx.adapters.redis.credentials import Account, TlsContext
 from viralfx.adapters.redis.errors import is_pool_exhausted, is_unavailable, refuses_writes
 from viralfx.adapters.redis.retry import RequestRetry, retry_policy
-from viralfx.adapters.redis.security import Account, TlsContext
 from viralfx.domain.clock import Clock, SystemClock, finished_within
 from viralfx.domain.errors import require_count, require_not_negative, require_positive
 from viralfx.domain.resilience._callables import operation_name, require_callable
