@@ -140,14 +140,14 @@ class English(SearchEnglish):
         self._stems: dict[str, str] = {}
 
     def stem(self, word: str) -> str:
-        """Return what a word and its forms begin with."""
+        """Return the beginning that a word and its forms share."""
         if word not in self._stems:
             self._stems[word] = super().stem(word)
         return self._stems[word]
 
 
 def setup(app: Sphinx) -> None:
-    """Register what the pages need beyond the extensions."""
+    """Register the parts that the pages need beyond the extensions."""
     app.add_lexer("mermaid", TextLexer)  # the viewer of these diagrams would be 3 MB of script
     app.connect("source-read", _add_reference)
     app.connect("doctree-read", _link_folders)

@@ -11,13 +11,12 @@ from litestar import Litestar, get
 from uvicorn.loops import uvloop
 from uvicorn.protocols.websockets import websockets_sansio_impl
 
-from viralfx.bootstrap import migration, postgres, redis
+from viralfx.bootstrap import postgres, redis
 
 __all__ = [
     "_asyncio",
     "difflib",
     "encodings",
-    "migration",
     "postgres",
     "redis",
     "uvloop",

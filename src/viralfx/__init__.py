@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from viralfx.checks import DiskCheck, HttpCheck, SqlAlchemyCheck, TcpCheck
     from viralfx.domain.cache import Cache
     from viralfx.domain.correlation import bind_user_id
-    from viralfx.domain.health.checks import CheckConfig
+    from viralfx.domain.health.check_runner import CheckConfig
     from viralfx.domain.health.model import HealthCheck, Observation, Status
     from viralfx.domain.jobs.codec import PayloadError, PayloadTooLargeError
     from viralfx.domain.jobs.hooks import TaskMiddleware
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from viralfx.domain.jobs.service import JobService
     from viralfx.domain.jobs.tasks import Discard, JobContext, Snooze, UnknownTaskError, task
     from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError, circuit_breaker
-    from viralfx.domain.resilience.bulkhead import Bulkhead, BulkheadFullError, with_fallback
+    from viralfx.domain.resilience.bulkhead import Bulkhead, BulkheadFullError
     from viralfx.domain.resilience.deadline import Deadline
+    from viralfx.domain.resilience.fallback import with_fallback
     from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, RetryPolicy
     from viralfx.domain.resilience.retry import retry
     from viralfx.domain.shutdown import ShutdownStage
@@ -105,7 +106,7 @@ _HOMES = {
     "checks": ("DiskCheck", "HttpCheck", "SqlAlchemyCheck", "TcpCheck"),
     "domain.cache": ("Cache",),
     "domain.correlation": ("bind_user_id",),
-    "domain.health.checks": ("CheckConfig",),
+    "domain.health.check_runner": ("CheckConfig",),
     "domain.health.model": ("HealthCheck", "Observation", "Status"),
     "domain.jobs.codec": ("PayloadError", "PayloadTooLargeError"),
     "domain.jobs.hooks": ("TaskMiddleware",),
@@ -126,8 +127,9 @@ _HOMES = {
     "domain.jobs.service": ("JobService",),
     "domain.jobs.tasks": ("Discard", "JobContext", "Snooze", "UnknownTaskError", "task"),
     "domain.resilience.breaker": ("CircuitBreaker", "CircuitOpenError", "circuit_breaker"),
-    "domain.resilience.bulkhead": ("Bulkhead", "BulkheadFullError", "with_fallback"),
+    "domain.resilience.bulkhead": ("Bulkhead", "BulkheadFullError"),
     "domain.resilience.deadline": ("Deadline",),
+    "domain.resilience.fallback": ("with_fallback",),
     "domain.resilience.policy": ("Backoff", "BackoffPolicy", "RetryPolicy"),
     "domain.resilience.retry": ("retry",),
     "domain.shutdown": ("ShutdownStage",),

@@ -54,9 +54,7 @@ with needed_by("viralfx.taskiq"):
         Delivery,
         DeliveryMiddleware,
         LedgerResultBackend,
-        MessageRetries,
         ThreadForEachCall,
-        attempts_of,
         current_delivery,
         options_of,
         schedule_key,
@@ -71,6 +69,7 @@ with needed_by("viralfx.taskiq"):
         payload_of,
         text_of,
     )
+    from viralfx.adapters.taskiq.retry import MessageRetries, attempts_of
 
 __all__ = ["LedgerBroker", "LedgerResultBackend"]
 

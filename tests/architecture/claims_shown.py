@@ -30,7 +30,7 @@ from tests.deploy.program_rules import GRACE, PHASES
 
 import viralfx
 from viralfx.adapters.process_memory import FAIL_AT, WARN_AT
-from viralfx.adapters.redis.errors import retry_policy
+from viralfx.adapters.redis.retry import retry_policy
 from viralfx.cli import _parser
 from viralfx.domain import fleet
 from viralfx.domain.resilience.policy import BackoffPolicy

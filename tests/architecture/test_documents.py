@@ -1,5 +1,6 @@
 """The documents name only files, commands, tests, terms and numbers that exist."""
 
+import ast
 import re
 import tomllib
 from collections.abc import Iterator
@@ -144,6 +145,16 @@ def test_every_name_in_a_document_exists(document: str) -> None:
 def test_an_unknown_name_is_reported(text: str, found: str) -> None:
     """Each rule reports a text that breaks it."""
     assert problems("CONTRIBUTING.md", text) == [found]
+
+
+def test_the_migrations_of_a_new_database_are_shown() -> None:
+    """docs/deployment.md has the line of each migration, and the last one is the current one."""
+    shown = re.findall(r"^applied (\d{4}): (.+)$", read("docs/deployment.md"), re.MULTILINE)
+    files = sorted((PACKAGE / "adapters/postgres/migrations").glob("[0-9]*.py"))
+    meanings = [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) for path in files]
+
+    assert shown == [(path.name[:4], text) for path, text in zip(files, meanings, strict=True)]
+    assert f" is current at {shown[-1][0]}\n" in read("docs/deployment.md")
 
 
 # -- the documentation site ----------------------------------------------------------------------

@@ -87,7 +87,6 @@ HOMES = {
         "runner/server.py",
         "runner/http_connection.py",
         "runner/http_protocol.py",
-        "runner/http_response.py",
     },
 }
 GOING_AWAY = {
@@ -186,7 +185,7 @@ BITES = [
         "ADR-0025: Prometheus's client stays in telemetry",
     ),
     (
-        "telemetry/context.py",
+        "telemetry/__init__.py",
         "import opentelemetry",
         "ADR-0026: OpenTelemetry stays in telemetry",
     ),

@@ -1,4 +1,4 @@
-"""The walks of docs/architecture.md name files that exist, in order."""
+"""The walks of docs/architecture.md name files that exist, and its ports have one file name."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,21 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src/viralfx"
 STEP = re.compile(r"^(\d+)\. (.+?)(?=^\d+\. |\Z)", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"`([\w/]+\.py)`")
+
+
+PORTS = {
+    "CacheStore": "cache",
+    "FleetStore": "fleet",
+    "HealthCheck": "health",
+    "JobLedger": "ledger",
+    "JobNotifier": "notifier",
+    "RetryPolicy": "retry",
+    "ShutdownStage": "shutdown",
+    "StateStore": "state",
+}
+"""Each port, and the name of its file in every adapter."""
+PORT = re.compile(r"^\| \[`(\w+)[^|]*\|[^|]*\|(.*)\|$", re.MULTILINE)
+ADAPTER = re.compile(r"\(\.\./src/viralfx/adapters/(\w+)/(\w+)\.py\)")
 
 
 def walks(text: str) -> dict[str, list[tuple[int, str]]]:
@@ -36,6 +51,21 @@ def problems(steps: list[tuple[int, str]]) -> list[str]:
 
 
 WALKS = walks((ROOT / "docs/architecture.md").read_text(encoding="utf-8"))
+
+
+def matrix(text: str) -> dict[str, set[tuple[str, str]]]:
+    """Return the adapter and the name of each file that the table of ports links to."""
+    return {port: {*ADAPTER.findall(links)} for port, links in PORT.findall(text)}
+
+
+def test_each_port_has_one_file_name_in_every_adapter() -> None:
+    """The table has every such file, and no other."""
+    folders = [path for path in (PACKAGE / "adapters").iterdir() if (path / "__init__.py").exists()]
+
+    assert matrix((ROOT / "docs/architecture.md").read_text(encoding="utf-8")) == {
+        port: {(path.name, name) for path in folders if (path / f"{name}.py").exists()}
+        for port, name in PORTS.items()
+    }
 
 
 def test_a_probe_a_job_and_a_stop_are_walked() -> None:

@@ -16,7 +16,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("src", "docs", "adr", "tests", "benchmarks", "deploy", ".ci")
-PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "Dockerfile", "justfile")
+PAGES = (
+    *("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"),
+    *("Dockerfile", "justfile", "pyproject.toml"),
+)
 TEXTS = {".md", ".js", ".html", ".css", ".sql", ".yaml", ".yml", ".cfg", ".conf", ".service", ""}
 FOREIGN = {"node_modules", "vendor"}
 

@@ -22,7 +22,7 @@ from tests.servers.waiting import wait_until
 
 from viralfx.adapters.postgres.migrate import LOCK, apply_migrations, scripts
 from viralfx.adapters.postgres.migrations import LOCK_TIMEOUT_SECONDS, REVISIONS
-from viralfx.bootstrap.migration import migrate_schema
+from viralfx.bootstrap.postgres import migrate_schema
 from viralfx.domain.errors import StartupError
 from viralfx.settings import read_settings
 

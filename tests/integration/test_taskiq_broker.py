@@ -52,8 +52,8 @@ from tests.servers.postgres import Database
 from tests.servers.waiting import until
 
 from viralfx import Discard, OperationsConfig, OperationsPlugin, Snooze, bind_user_id
-from viralfx.adapters.taskiq.broker import DEFAULT_ATTEMPTS, attempts_of
 from viralfx.adapters.taskiq.messages import MessageError
+from viralfx.adapters.taskiq.retry import DEFAULT_ATTEMPTS, attempts_of
 from viralfx.domain.correlation import (
     bind_correlation_id,
     current_correlation_id,

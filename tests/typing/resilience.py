@@ -5,7 +5,7 @@ from typing import Any, assert_type
 
 from viralfx import Bulkhead
 from viralfx.domain.resilience.breaker import CircuitBreaker, circuit_breaker
-from viralfx.domain.resilience.bulkhead import with_fallback
+from viralfx.domain.resilience.fallback import with_fallback
 from viralfx.domain.resilience.policy import RetryPolicy
 from viralfx.domain.resilience.retry import Retrier, retry
 

@@ -19,7 +19,7 @@ from viralfx import (
     TcpCheck,
 )
 from viralfx.bootstrap import assemble
-from viralfx.domain.health.checks import FunctionCheck
+from viralfx.domain.health.check_runner import FunctionCheck
 from viralfx.domain.health.model import CheckPolicy
 from viralfx.settings import Settings
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from viralfx.telemetry.context import hide_packages
+from viralfx.telemetry import hide_packages
 
 
 def test_a_package_is_hidden_only_within_the_block(monkeypatch: pytest.MonkeyPatch) -> None:

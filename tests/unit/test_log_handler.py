@@ -35,7 +35,7 @@ from viralfx.domain.shutdown import (
     StageFinished,
     StageReport,
 )
-from viralfx.telemetry.context import EndedRequest, set_trace_source
+from viralfx.telemetry import EndedRequest, set_trace_source
 from viralfx.telemetry.logging import handler as logs
 from viralfx.telemetry.logging.events import HealthLog, log_shutdown
 from viralfx.telemetry.logging.handler import LineHandler, configure_logging, enforce_logging

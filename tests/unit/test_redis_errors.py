@@ -18,12 +18,11 @@ from viralfx.adapters.redis import (
 from viralfx.adapters.redis.errors import (
     DemotedError,
     IdleConnectionError,
-    RequestRetry,
     WrongServerError,
     message_of,
     refuses_writes,
-    retry_policy,
 )
+from viralfx.adapters.redis.retry import RequestRetry, retry_policy
 from viralfx.settings import CredentialsError, RedisSettings, Secret
 
 

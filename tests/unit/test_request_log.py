@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from tests.unit.metrics.reading import series, value
 
-from viralfx.telemetry.context import EndedRequest
+from viralfx.telemetry import EndedRequest
 from viralfx.telemetry.logging.lines import JsonLines
 from viralfx.telemetry.logging.redaction import Redaction
 from viralfx.telemetry.metrics.requests import RequestMetrics

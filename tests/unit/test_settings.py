@@ -563,7 +563,7 @@ def test_production_refuses_a_weak_token(token: str, problem: str | None) -> Non
     """For the jobs API if it is served, and for the management endpoints always."""
     environ = {"ENVIRONMENT": "production", "ALLOW_MEMORY_ADAPTERS": "true"}
     tokens = {"MANAGEMENT_TOKEN": token, "API_TOKEN": token}
-    remedy = "set it to what `openssl rand -hex 32` prints"
+    remedy = "set it to the output of `openssl rand -hex 32`"
     management, api = (
         [f"{name}: ENVIRONMENT=production refuses a token that {problem}; {remedy}"]
         if problem

@@ -26,10 +26,8 @@ from viralfx.domain.fleet import CheckChange, FleetUnavailableError
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.model import LedgerUnavailableError
 from viralfx.settings import Secret, Settings
-from viralfx.web.auth import AccessPolicy
-from viralfx.web.console import feed
-from viralfx.web.console.access import SESSION_SECONDS, ConsoleAccess
-from viralfx.web.console.assets import Assets
+from viralfx.web.auth import SESSION_SECONDS, AccessPolicy, ConsoleAccess
+from viralfx.web.console import Assets, feed
 from viralfx.web.responses import EventStream, Message
 
 # -- files -------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from viralfx import OperationsConfig, OperationsPlugin
 from viralfx.bootstrap import assemble
 from viralfx.domain.errors import ConfigurationError
 from viralfx.settings import Secret, Settings, read_settings
-from viralfx.telemetry.context import stacks_of_tasks, stacks_of_threads
+from viralfx.telemetry import stacks_of_tasks, stacks_of_threads
 
 SETTINGS = Settings(management_token=Secret("planted"), revision="9f2c1aa")
 BEARER = {"Authorization": "Bearer planted"}

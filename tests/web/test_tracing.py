@@ -11,7 +11,7 @@ from tests.servers.collector import Collector, http_collector
 
 from viralfx import OperationsConfig, OperationsPlugin
 from viralfx.settings import Settings
-from viralfx.telemetry.context import current_trace, set_trace_source
+from viralfx.telemetry import current_trace, set_trace_source
 
 SECONDS = 20
 

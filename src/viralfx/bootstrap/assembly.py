@@ -26,7 +26,7 @@ from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.errors import ConfigurationError, suggest
 from viralfx.domain.extras import MissingExtraError, missing
 from viralfx.domain.fleet import FleetReporter, FleetStore
-from viralfx.domain.health.checks import AnyCheck, CheckConfig, prepare_checks
+from viralfx.domain.health.check_runner import AnyCheck, CheckConfig, prepare_checks
 from viralfx.domain.health.model import AnyHealthCheck, CheckPolicy, HealthReport, Lifecycle, State
 from viralfx.domain.health.monitor import HealthMonitor
 from viralfx.domain.jobs.hooks import TaskMiddleware
@@ -38,7 +38,7 @@ from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.resilience.retry_decision import listen_to_retries
 from viralfx.domain.shutdown import AnyStage, Phase, ShutdownSequence
 from viralfx.settings import CredentialsCallable, Settings
-from viralfx.telemetry.context import hide_opentelemetry
+from viralfx.telemetry import hide_opentelemetry
 from viralfx.telemetry.logging.events import (
     HealthLog,
     log_circuit,
@@ -47,7 +47,7 @@ from viralfx.telemetry.logging.events import (
     log_shutdown,
 )
 from viralfx.telemetry.logging.redaction import Redaction, secrets_of
-from viralfx.telemetry.metrics import Metrics
+from viralfx.telemetry.metrics import Metrics, MetricsRegistry, problems_with_registries
 from viralfx.telemetry.metrics.backends import (
     OperationMetrics,
     PoolMetrics,
@@ -62,7 +62,6 @@ from viralfx.telemetry.metrics.health import (
     RetryMetrics,
 )
 from viralfx.telemetry.metrics.jobs import ProgressMetrics, QueueMetrics, unrecorded_outcomes
-from viralfx.telemetry.metrics.merged import MetricsRegistry, problems_with_registries
 from viralfx.telemetry.metrics.series import current_exemplar
 from viralfx.telemetry.tracing import start_tracing
 

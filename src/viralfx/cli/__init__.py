@@ -320,7 +320,7 @@ def _serve(options: argparse.Namespace) -> int:
     # runner enables it again before it serves.
     gc.disable()
     try:
-        from viralfx.telemetry.context import hide_packages  # noqa: PLC0415
+        from viralfx.telemetry import hide_packages  # noqa: PLC0415
 
         # structlog imports both if they are installed. An application may need them.
         with hide_packages("greenlet", "rich") if options.app is None else contextlib.nullcontext():
@@ -347,7 +347,7 @@ def _worker(options: argparse.Namespace) -> int:
 
     gc.disable()
     try:
-        from viralfx.telemetry.context import hide_packages  # noqa: PLC0415
+        from viralfx.telemetry import hide_packages  # noqa: PLC0415
 
         # As in serve.
         with hide_packages("greenlet", "rich") if options.app is None else contextlib.nullcontext():
@@ -380,7 +380,7 @@ def _migrate(options: argparse.Namespace) -> int:
     import logging  # noqa: PLC0415
 
     _require("viralfx migrate", "migrate")
-    from viralfx.bootstrap.migration import migrate_schema, schema_state  # noqa: PLC0415
+    from viralfx.bootstrap.postgres import migrate_schema, schema_state  # noqa: PLC0415
     from viralfx.settings import read_settings  # noqa: PLC0415
     from viralfx.telemetry.logging.events import log_settings  # noqa: PLC0415
     from viralfx.telemetry.logging.handler import configure_logging  # noqa: PLC0415

@@ -23,7 +23,7 @@ from viralfx.telemetry.logging.handler import enforce_logging
 from viralfx.telemetry.logging.redaction import Redaction, secrets_of
 from viralfx.telemetry.tracing import require_packages
 from viralfx.web.auth import AccessPolicy
-from viralfx.web.endpoints import OperationsEndpoints, add_console
+from viralfx.web.endpoints import OperationsEndpoints
 from viralfx.web.gate import Gate
 from viralfx.web.layer import refuse_layers
 from viralfx.web.responses import ASGIApp
@@ -194,7 +194,7 @@ def work(signals: SignalWatch, *, app: str | None = None, queues: Sequence[str])
         endpoints = OperationsEndpoints(
             assembly.operations, AccessPolicy.from_settings(settings), assembly.metrics
         )
-        add_console(endpoints, assembly, settings)
+        endpoints.add_console(assembly, settings)
     else:
         application, plugin = found
         settings, assembly, endpoints = plugin.settings, plugin.assembly, plugin.endpoints

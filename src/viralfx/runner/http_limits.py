@@ -1,8 +1,9 @@
-"""The limits of an HTTP server, and the set of connections that it limits.
+"""The limits of an HTTP server, and the connections and WebSockets that it limits.
 
 Clients can repeat every rejection, so the log lines about them are limited, too.
 """
 
+import asyncio
 import logging
 import math
 import os
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from enum import Enum
 from http import HTTPStatus
 from time import monotonic
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -356,3 +357,89 @@ class Connections:
     @staticmethod
     def _tick_of(deadline: float) -> int:
         return math.ceil(deadline / TICK_SECONDS)
+
+
+# -- WebSockets ----------------------------------------------------------------------------------
+
+
+_SLICE = 4096
+"""Bytes that are parsed in one turn of the event loop; the smallest frame has two."""
+_MAX_FRAGMENTS = 1024
+"""Maximum number of frames of one message."""
+_MESSAGE_TOO_BIG = 1009
+
+
+class WebSocketLimits:
+    """Mixin for uvicorn's WebSocket class that counts the connection and enforces limits."""
+
+    registry: Connections
+    frames: list[Any]
+    _backlog: bytearray | None = None
+
+    def connection_lost(self: Any, exc: Exception | None) -> None:
+        """Release the connection."""
+        self.registry.open -= 1
+        self._backlog = None
+        super().connection_lost(exc)  # type: ignore[misc]
+
+    def data_received(self: Any, data: bytes) -> None:
+        """Parse a few frames, and the others in the next turns of the event loop.
+
+        One read may contain tens of thousands of empty frames.
+        """
+        if self._backlog is not None:
+            self._backlog += data
+        elif len(data) > _SLICE and self.handshake_initiated:
+            self._backlog = bytearray(data)
+            asyncio.get_running_loop().call_soon(self._parse_backlog)
+        else:
+            self._parse(data)
+            return
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def _parse_backlog(self: Any) -> None:
+        if self._backlog is None or self.transport.is_closing():
+            return
+        piece = bytes(self._backlog[:_SLICE])
+        del self._backlog[:_SLICE]
+        self._parse(piece)
+        if self._backlog:
+            asyncio.get_running_loop().call_soon(self._parse_backlog)
+            return
+        self._backlog = None
+        if not self.read_paused and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def _parse(self: Any, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        try:
+            super().data_received(data)  # type: ignore[misc]
+        except Exception:  # noqa: BLE001 - frames after a close frame may contain anything
+            self._reject()
+            self.transport.abort()
+
+    def handle_cont(self: Any, event: Any) -> None:
+        """Accept a fragment of a message, unless there are too many."""
+        if len(self.frames) >= _MAX_FRAGMENTS:
+            self.frames = []
+            self.conn.send_close(_MESSAGE_TOO_BIG)
+            self.handle_parser_exception()
+        else:
+            super().handle_cont(event)  # type: ignore[misc]
+
+    def handle_parser_exception(self: Any) -> None:
+        """Close a connection whose client violated the protocol."""
+        self._reject()
+        super().handle_parser_exception()  # type: ignore[misc]
+
+    def _reject(self: Any) -> None:
+        self.registry.reject(Rejection.WEBSOCKET, self.client[0] if self.client else None)
+
+
+def limited_websocket_class(
+    base: type[asyncio.Protocol], connections: Connections
+) -> type[asyncio.Protocol]:
+    """Return the class of a server's WebSocket connections; ``base`` is uvicorn's class."""
+    return type("WebSocketConnection", (WebSocketLimits, base), {"registry": connections})

@@ -23,7 +23,7 @@ from viralfx.domain.shutdown import Phase, ShutdownEvent, ShutdownReport, Shutdo
 from viralfx.runner.diagnostics import BlockedLoopDetector
 from viralfx.runner.server import ApplicationLifespan, HttpServer, loop_factory
 from viralfx.runner.signals import SignalWatch
-from viralfx.telemetry.context import stacks_of_tasks
+from viralfx.telemetry import stacks_of_tasks
 from viralfx.web.console import Console
 from viralfx.web.gate import Gate
 from viralfx.worker.calls import JobThread

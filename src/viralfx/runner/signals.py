@@ -179,7 +179,7 @@ def _release_in_child() -> None:
 def _exit_with(code: int, text: str, *, tasks: Callable[[], str] | None = None) -> None:
     """Exit after a report to standard error, which may fail or block without delaying the exit.
 
-    With ``tasks`` the report has the stacks of all threads, then what that function returns.
+    With ``tasks`` the report has the stacks of all threads, then the result of that function.
     """
 
     def report() -> None:

@@ -144,7 +144,7 @@ def _unused_of_webhooks(settings: Settings, given: Collection[str]) -> Iterator[
             area,
             ["WEBHOOK_ALLOWED_HOSTS"],
             "WEBHOOK_SECRET is not set, so no webhook but alerts is sent",
-            "set WEBHOOK_SECRET to whsec_ and what `openssl rand -base64 32` prints",
+            "set WEBHOOK_SECRET to whsec_ and the output of `openssl rand -base64 32`",
         )
 
 
@@ -291,7 +291,7 @@ def _strength(variable: str, token: str, environment: str) -> Finding:
         return passed(Area.SECRETS, f"{variable} is set and long enough")
     finding = failed if environment == PRODUCTION else warned
     return finding(
-        Area.SECRETS, f"{variable} {problem}", "set it to what `openssl rand -hex 32` prints"
+        Area.SECRETS, f"{variable} {problem}", "set it to the output of `openssl rand -hex 32`"
     )
 
 

@@ -334,7 +334,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             if token is not None and (problem := weakness(token.value)):
                 yield (
                     f"{variable}: ENVIRONMENT=production refuses a token that {problem}; set it to"
-                    " what `openssl rand -hex 32` prints"
+                    " the output of `openssl rand -hex 32`"
                 )
 
     def _contradictions(self) -> Iterator[tuple[frozenset[str], str]]:

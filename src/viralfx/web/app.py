@@ -15,7 +15,7 @@ from litestar.routes import BaseRoute, HTTPRoute
 from litestar.types import ASGIApp as LitestarASGIApp
 
 from viralfx.settings import Settings
-from viralfx.telemetry.context import hide_packages
+from viralfx.telemetry import hide_packages
 from viralfx.web.api_docs import ApiDocsPlugin
 from viralfx.web.jobs import JOBS, jobs_router
 from viralfx.web.jobs.openapi import COMPONENTS, JobsDocument

@@ -1,14 +1,18 @@
-"""Request authorization: bearer tokens, and the ``Origin`` check for browsers.
+"""Request authorization: bearer tokens, sessions of the console, and the origin of browsers.
 
 Tokens are compared in constant time. ``Origin`` is judged by RFC 6454 and RFC 9110.
 """
 
+import hashlib
 import hmac
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum, auto
+from datetime import UTC, datetime
+from enum import Enum, StrEnum, auto
 from urllib.parse import urlsplit
 
+from viralfx.domain.clock import Clock
 from viralfx.settings import Settings
 
 Headers = Iterable[tuple[bytes, bytes]]
@@ -107,3 +111,168 @@ def _authority(text: str, default_port: int) -> tuple[str, int] | None:
     if not host or parts.netloc != text or "@" in text or text.endswith(":"):
         return None
     return host, default_port if port is None else port
+
+
+# -- the console ---------------------------------------------------------------------------------
+
+
+SESSION_SECONDS = 8 * 3600
+_MAC_BYTES = 32
+_MAX_COOKIE_BYTES = 8192
+_SESSION_DIGITS = 6
+"""Digits of a session's number that the log shows."""
+
+
+class Reads(StrEnum):
+    """The views that a caller may read."""
+
+    NONE = "none"
+    STATUS = "status"
+    """Status, stop and circuits: as HEALTH_DETAILS allows."""
+    ALL = "all"
+    """Every view, with a session."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """The valid session of a request; it reads every view, and acts."""
+
+    digits: str
+    """The first digits of its number, for the log."""
+    expires_at: datetime
+
+
+class ConsoleAccess:
+    """Decides about the rights of a request to read and to act.
+
+    A session is a cookie that holds its end, a random number and a signature. The server keeps
+    nothing, so the session is good at both ports, at every instance and after a restart; another
+    token ends it.
+    """
+
+    def __init__(self, policy: AccessPolicy, *, clock: Clock) -> None:
+        self._policy = policy
+        self._clock = clock
+        # Without a token there is no session, and the key is never used.
+        token = policy.token or secrets.token_bytes(32)
+        self._key = hmac.digest(token, b"viralfx console session", "sha256")
+        # Cookies ignore ports, so two services on one host share them; the name tells them apart.
+        self.name = b"viralfx_" + hashlib.sha256(self._key).hexdigest()[:6].encode()
+        """The name of the cookie."""
+
+    @property
+    def has_token(self) -> bool:
+        """True if there is a token to log in with."""
+        return self._policy.token is not None
+
+    def session(self, headers: Headers) -> Session | None:
+        """Return the session of a request; None without a valid cookie."""
+        cookies = [value for name, value in headers if name == b"cookie"]
+        if not cookies or not self.has_token or sum(map(len, cookies)) > _MAX_COOKIE_BYTES:
+            return None
+        now = self._clock.now().timestamp()
+        for pair in (one for value in cookies for one in value.split(b";")):
+            name, _, value = pair.strip().partition(b"=")
+            if name == self.name and (found := self._session(value, now)) is not None:
+                return found
+        return None
+
+    def _session(self, value: bytes, now: float) -> Session | None:
+        content, _, mac = value.rpartition(b".")
+        if not hmac.compare_digest(mac, self._mac(content)):
+            return None
+        end, _, number = content.partition(b".")
+        if not now < int(end) <= now + SESSION_SECONDS + 60:
+            return None
+        return Session(
+            digits=number[:_SESSION_DIGITS].decode(),
+            expires_at=datetime.fromtimestamp(int(end), UTC),
+        )
+
+    def _mac(self, content: bytes) -> bytes:
+        return hmac.new(self._key, content, "sha256").hexdigest()[: 2 * _MAC_BYTES].encode()
+
+    def reads(self, headers: Headers, session: Session | None) -> Reads:
+        """Return the views that a request may read."""
+        if session is not None:
+            return Reads.ALL
+        allowed = self._policy.to_details(headers) is AccessVerdict.ALLOWED
+        return Reads.STATUS if allowed else Reads.NONE
+
+    # -- log-in ------------------------------------------------------------------------------
+
+    def log_in(self, token: str, *, secure: bool) -> tuple[bytes, bytes] | None:
+        """Return the header of a new session; None for a wrong token.
+
+        The number of the session is new, and replaces a cookie that the client has.
+        """
+        expected = self._policy.token
+        given = token.strip().encode("utf-8", "surrogatepass")
+        if expected is None or not hmac.compare_digest(given, expected):
+            return None
+        ends = int(self._clock.now().timestamp()) + SESSION_SECONDS
+        return self._cookie(self.make(ends), SESSION_SECONDS, secure=secure)
+
+    def log_out(self, *, secure: bool) -> tuple[bytes, bytes]:
+        """Return the header that removes the cookie."""
+        return self._cookie(b"", 0, secure=secure)
+
+    def make(self, ends: int) -> bytes:
+        """Return the cookie of a new session that ends at a Unix time in seconds."""
+        content = b"%d.%s" % (ends, secrets.token_hex(12).encode())
+        return content + b"." + self._mac(content)
+
+    def _cookie(self, value: bytes, seconds: int, *, secure: bool) -> tuple[bytes, bytes]:
+        # For every path: behind a proxy or below a mount the browser may see another one.
+        cookie = b"%b=%b; Path=/; Max-Age=%d; HttpOnly; SameSite=Strict%b" % (
+            self.name,
+            value,
+            seconds,
+            b"; Secure" if secure else b"",
+        )
+        return b"set-cookie", cookie
+
+
+def is_own_request(headers: Headers, *, origin_needed: bool = True) -> bool:
+    """Return True if a browser proves that a page of this origin makes the request.
+
+    That takes an ``Origin`` equal to ``Host``, and where the browser sends it, ``Sec-Fetch-Site:
+    same-origin``. Without ``origin_needed`` a client that sends no ``Origin``, which is no browser,
+    makes an own request, too.
+    """
+    origins = 0
+    for name, value in headers:
+        if name == b"origin":
+            origins += 1
+        elif name == b"sec-fetch-site" and value != b"same-origin":
+            return False
+    return (origins == 1 or not (origins or origin_needed)) and not is_cross_origin(headers)
+
+
+def is_json(headers: Headers) -> bool:
+    """Return True if the body is declared as JSON, which a form of another page cannot send."""
+    kinds = [value for name, value in headers if name == b"content-type"]
+    return [kind.split(b";")[0].strip().lower() for kind in kinds] == [b"application/json"]
+
+
+def is_secure(headers: Headers) -> bool:
+    """Return True if the browser uses https, also where a proxy ends TLS: its ``Origin`` says."""
+    return any(name == b"origin" and value.startswith(b"https://") for name, value in headers)
+
+
+SECURITY_HEADERS = (
+    (
+        b"content-security-policy",
+        (
+            b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
+            b" connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none';"
+            b" require-trusted-types-for 'script'"
+        ),
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
+"""The headers of every response of the console: no other page may frame, embed or script it."""

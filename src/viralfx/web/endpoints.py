@@ -4,32 +4,30 @@ All endpoints are synchronous and read data that is already known, except a forc
 and endpoints with a request body. The gate and the documented routes serve the same responses.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from urllib.parse import parse_qs
 
 import msgspec
 
 from viralfx.bootstrap import Assembly
-from viralfx.domain.clock import timestamp
+from viralfx.domain.clock import Clock, timestamp
 from viralfx.domain.health.model import (
-    CheckReport,
     Health,
     HealthReport,
     NotReadyReason,
     Status,
-    Transition,
 )
-from viralfx.domain.operations import Operations, SavedState
-from viralfx.domain.shutdown import PhaseReport
+from viralfx.domain.health.monitor import HealthMonitor
+from viralfx.domain.operations import Operations
 from viralfx.settings import Settings
-from viralfx.telemetry.logging.lines import LoggerLevels
+from viralfx.telemetry import stacks_of_tasks, stacks_of_threads
+from viralfx.telemetry.logging.lines import LEVELS, LoggerLevels
 from viralfx.telemetry.metrics import Metrics
 from viralfx.web import schemas
 from viralfx.web.auth import AccessPolicy, AccessVerdict, Headers
 from viralfx.web.console import Console, is_served
 from viralfx.web.console.data import ShowPayload
-from viralfx.web.groups import GroupEndpoints
-from viralfx.web.introspection import LoggersEndpoints, ProcessEndpoints
 from viralfx.web.responses import (
     READ,
     CorsPolicy,
@@ -37,6 +35,7 @@ from viralfx.web.responses import (
     Denied,
     Endpoint,
     RawResponse,
+    ResponseFromBody,
     encode,
     json_response,
     not_allowed,
@@ -45,153 +44,149 @@ from viralfx.web.responses import (
     retry_after,
 )
 
-_HISTORY_SHOWN = 20
-_ALWAYS_LISTED = ("database", "redis")
+_TEXT = b"text/plain; charset=utf-8"
 
 
-def readiness(report: HealthReport, reason: NotReadyReason | None) -> schemas.Readiness:
-    """Return the body of the readiness probe; ``reason`` is None if the service is ready."""
-    return schemas.Readiness(
-        ready=reason is None,
-        checks={
-            name: check.status is not Status.FAIL
-            for name, check in report.checks.items()
-            if name in _ALWAYS_LISTED or check.policy.required_for_readiness
-        },
-        reason=None if reason is None else str(reason),
-        degraded=reason is None and report.fail_open,
-    )
+class ProcessEndpoints:
+    """Serves ``/health/info`` and ``/health/tasks``."""
+
+    def __init__(self, operations: Operations, access: AccessPolicy, denials: DenialLog) -> None:
+        self._operations = operations
+        self._access = access
+        self._denials = denials
+
+    def info(self, method: str, _query: bytes, headers: Headers) -> RawResponse | Denied:
+        """``GET /health/info``."""
+        if method not in READ:
+            return not_allowed("GET, HEAD")
+        if (denied := self._denials.of(self._access.to_details(headers))) is not None:
+            return denied
+        return json_response(200, encode(schemas.info(self._operations)))
+
+    def tasks(self, method: str, _query: bytes, headers: Headers) -> RawResponse | Denied:
+        """``GET /health/tasks``: the stacks of all threads, and of all tasks of the event loop."""
+        if method not in READ:
+            return not_allowed("GET, HEAD")
+        if (denied := self._denials.of(self._access.to_stacks(headers))) is not None:
+            return denied
+        text = f"{stacks_of_threads()}\n{stacks_of_tasks(asyncio.get_running_loop())}"
+        return raw_response(_TEXT, 200, text.encode("utf-8", "backslashreplace"))
 
 
-def startup(report: HealthReport, *, application_started: bool) -> schemas.Startup:
-    """Return the body of the startup probe, with the checks that start-up waits for."""
-    started = report.started and application_started
-    waiting = [
-        name
-        for name, check in report.checks.items()
-        if check.checked_at is None or name in report.failing_gates
-    ]
-    return schemas.Startup(started=started, pending=[] if started else waiting)
+_MAX_BODY_BYTES = 1024
+"""The body holds one level."""
+_MAX_NAME_CHARACTERS = 200
+
+_decode = msgspec.json.Decoder(schemas.NewLevel).decode
 
 
-def detailed(operations: Operations, report: HealthReport) -> schemas.DetailedHealth:
-    """Return all checks and figures. Time and uptime are placeholders, see :meth:`detailed`."""
-    usage = operations.usage()
-    times = [c.response_time for c in report.checks.values() if c.response_time is not None]
-    return schemas.DetailedHealth(
-        status=str(report.health),
-        timestamp="",
-        uptime=0.0,
-        version=operations.version,
-        environment=operations.environment,
-        checks={name: check_state(check) for name, check in report.checks.items()},
-        metrics=schemas.Metrics(
-            response_time=_milliseconds(sum(times)),
-            memory_usage=schemas.MemoryUsage(
-                rss=usage.rss,
-                heap_total=usage.heap_total,
-                heap_used=usage.heap_used,
-                external=usage.external,
-            ),
-            cpu_usage=usage.cpu_percent,
-        ),
-    )
+class LoggersEndpoints:
+    """Serves ``/health/loggers`` and ``/health/loggers/{name}``."""
+
+    def __init__(self, access: AccessPolicy, denials: DenialLog, path: str) -> None:
+        self._access = access
+        self._denials = denials
+        self._path = path
+        self.levels = LoggerLevels()
+        """The levels, with those from before all changes."""
+
+    def find(self, path: str) -> Endpoint | None:
+        """Return the endpoint for the path of a logger; None for any other path."""
+        if not path.startswith(f"{self._path}/"):
+            return None
+        name = path[len(self._path) + 1 :]
+        return self._one(name) if "/" not in name else None
+
+    def list(self, method: str, _query: bytes, headers: Headers) -> RawResponse | Denied:
+        """``GET /health/loggers``."""
+        if method not in READ:
+            return not_allowed("GET, HEAD")
+        if (denied := self._denials.of(self._access.to_details(headers))) is not None:
+            return denied
+        loggers = {name: schemas.logger_state(level) for name, level in self.levels.all().items()}
+        return json_response(200, encode(schemas.Loggers(levels=list(LEVELS), loggers=loggers)))
+
+    def _one(self, name: str) -> Endpoint:
+        def endpoint(
+            method: str, _query: bytes, headers: Headers
+        ) -> RawResponse | ResponseFromBody | Denied:
+            if method not in (*READ, "PUT"):
+                return not_allowed("GET, HEAD, PUT")
+            changes = method == "PUT"
+            may = self._access.to_change if changes else self._access.to_details
+            if (denied := self._denials.of(may(headers))) is not None:
+                return denied
+            known = self.levels.find(name) if len(name) <= _MAX_NAME_CHARACTERS else None
+            if known is None:
+                return problem_response(
+                    404, f"There is no such logger; {self._path} lists all loggers."
+                )
+            if changes:
+                return ResponseFromBody(_MAX_BODY_BYTES, lambda body, _: self._change(known, body))
+            return json_response(200, encode(schemas.logger_state(self.levels.get(known))))
+
+        return endpoint
+
+    def _change(self, name: str, body: bytes) -> RawResponse:
+        try:
+            wanted = _decode(body)
+            level = self.levels.set(name, wanted.level)
+        except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
+            words = ", ".join(LEVELS)
+            detail = f'Send {{"level": ...}} with one of {words}, or null for the original level.'
+            return problem_response(400, f"{detail} The level log is info in log lines.")
+        return json_response(200, encode(schemas.logger_state(level)))
 
 
-def check_state(check: CheckReport) -> schemas.CheckState:
-    """Return the body of one check, as in ``GET /health/detailed``."""
-    seconds = check.response_time
-    response_time = None if seconds is None else _milliseconds(seconds)
-    details = check.details
-    if isinstance(details, Mapping):
-        # The jq filters of docs/operations.md read the response time here as well.
-        live = {} if check.live_details is None else check.live_details()
-        details = {**details, **live, "responseTime": response_time}
-    error = None
-    if check.status is not Status.PASS:
-        error = schemas.CheckError(
-            code=check.code or str(check.status), correlation_id=check.correlation_id
+class GroupEndpoints:
+    """Serves ``/health/group/{group}``: the worst status of the checks of a group, and each."""
+
+    def __init__(
+        self,
+        groups: Mapping[str, Sequence[str]],
+        *,
+        monitor: HealthMonitor,
+        clock: Clock,
+        access: AccessPolicy,
+        denials: DenialLog,
+        path: str,
+    ) -> None:
+        self._groups = {name: tuple(dict.fromkeys(checks)) for name, checks in groups.items()}
+        self._monitor = monitor
+        self._clock = clock
+        self._access = access
+        self._denials = denials
+        self._prefix = f"{path}/"
+
+    def find(self, path: str) -> Endpoint | None:
+        """Return the endpoint for the path of a group; None for any other path."""
+        if not self._groups or not path.startswith(self._prefix):
+            return None
+        name = path[len(self._prefix) :]
+        return None if not name or "/" in name else self._one(name)
+
+    def _one(self, name: str) -> Endpoint:
+        def endpoint(method: str, _query: bytes, headers: Headers) -> RawResponse | Denied:
+            if method not in READ:
+                return not_allowed("GET, HEAD")
+            return self._denials.of(self._access.to_details(headers)) or self._state(name)
+
+        return endpoint
+
+    def _state(self, name: str) -> RawResponse:
+        if name not in self._groups:
+            names = ", ".join(self._groups)
+            return problem_response(404, f"There is no such group; the groups are {names}.")
+        reports = self._monitor.report().checks
+        members = {check: reports[check] for check in self._groups[name]}
+        worst = max((each.status for each in members.values()), key=lambda status: status.severity)
+        body = encode(schemas.group_state(name, members, worst, self._clock.now()))
+        if worst is not Status.FAIL:
+            return json_response(200, body)
+        failing = (each.policy for each in members.values() if each.status is Status.FAIL)
+        return json_response(
+            503, body, retry_after(min(policy.interval_when_failing for policy in failing))
         )
-    return schemas.CheckState(
-        status=str(check.status),
-        message=check.message,
-        details=details,
-        response_time=response_time,
-        since=timestamp(check.since),
-        checked_at=timestamp(check.checked_at) if check.checked_at else None,
-        error=error,
-    )
-
-
-def named_check(check: CheckReport, history: tuple[Transition, ...]) -> schemas.NamedCheckState:
-    """Return the body of ``GET /health/{check}``: the check with its latest changes."""
-    changes = [change for change in history if change.check == check.name]
-    return schemas.NamedCheckState(
-        name=check.name,
-        history=[
-            schemas.Change(
-                at=timestamp(change.at),
-                old=str(change.old) if change.old else None,
-                new=str(change.new),
-                code=change.code,
-            )
-            for change in changes[-_HISTORY_SHOWN:]
-        ],
-        **msgspec.structs.asdict(check_state(check)),
-    )
-
-
-def shutdown_accepted(operations: Operations) -> schemas.ShutdownAccepted:
-    """Return the summary of the shutdown."""
-    report = operations.shutdown.report()
-    return schemas.ShutdownAccepted(
-        state=str(operations.lifecycle.state),
-        reason=report.reason,
-        deadline=timestamp(report.deadline) if report.deadline else None,
-    )
-
-
-def shutdown_status(operations: Operations) -> schemas.ShutdownStatus:
-    """Return all phases of the shutdown, and the saved state of the previous process."""
-    previous = operations.previous
-    return schemas.ShutdownStatus(
-        stages=[_phase(phase) for phase in operations.shutdown.report().phases],
-        previous=_previous(previous) if previous else None,
-        **msgspec.structs.asdict(shutdown_accepted(operations)),
-    )
-
-
-def _phase(phase: PhaseReport) -> schemas.PhaseState:
-    return schemas.PhaseState(
-        name=str(phase.phase),
-        budget=_milliseconds(phase.budget),
-        state=phase.state,
-        duration=None if phase.duration is None else _milliseconds(phase.duration),
-        outcome=str(phase.outcome) if phase.outcome else None,
-        parts=[
-            schemas.StageState(
-                name=stage.name,
-                outcome=str(stage.outcome),
-                duration=_milliseconds(stage.duration),
-            )
-            for stage in phase.stages
-        ],
-    )
-
-
-def _previous(state: SavedState) -> schemas.PreviousRun:
-    return schemas.PreviousRun(
-        saved_at=timestamp(state.saved_at),
-        starts=state.starts,
-        uptime=round(state.uptime, 3),
-        health=state.health,
-        reason=state.shutdown_reason,
-        phases=dict(state.shutdown_phases),
-    )
-
-
-def _milliseconds(seconds: float) -> int:
-    return round(seconds * 1000)
 
 
 class OperationsEndpoints:
@@ -237,7 +232,6 @@ class OperationsEndpoints:
             access=access,
             denials=self._denials,
             path=f"{prefix}/group",
-            show=check_state,
         )
         process = ProcessEndpoints(operations, access, self._denials)
         self.endpoints: dict[str, Endpoint] = {
@@ -261,20 +255,25 @@ class OperationsEndpoints:
                 path: self._cors.apply(endpoint) for path, endpoint in self.endpoints.items()
             }
 
-    def add_console(self, console: Console) -> None:
-        """Serve the console, too; pages of other origins cannot read it."""
-        self._console = console
-        self.endpoints |= console.endpoints
-
-    @property
-    def denials(self) -> DenialLog:
-        """The log of refused requests."""
-        return self._denials
-
-    @property
-    def levels(self) -> LoggerLevels:
-        """The levels of loggers, with those from before all changes."""
-        return self._loggers.levels
+    def add_console(
+        self,
+        assembly: Assembly,
+        settings: Settings,
+        *,
+        path: str = "/health",
+        show_payload: ShowPayload | None = None,
+    ) -> None:
+        """Serve the console, too, if the settings allow it; other origins cannot read it."""
+        if is_served(settings):
+            self._console = Console(
+                assembly,
+                settings,
+                path=path,
+                denials=self._denials,
+                levels=self._loggers.levels,
+                show_payload=show_payload,
+            )
+            self.endpoints |= self._console.endpoints
 
     def count_requests(self, count: Callable[[], int]) -> None:
         """Show in the console how many requests of the application are in flight."""
@@ -347,7 +346,7 @@ class OperationsEndpoints:
         seen_report, seen_reason, response = self._ready
         if seen_report is report and seen_reason is reason and not self._lifecycle.stopping:
             return response
-        body = readiness(report, reason)
+        body = schemas.readiness(report, reason)
         if reason is None:
             response = json_response(200, encode(body))
         elif reason is NotReadyReason.DRAINING:
@@ -361,7 +360,7 @@ class OperationsEndpoints:
         """``GET /health/startup``."""
         report = self._monitor.report()
         self._lifecycle.follow(report)
-        body = startup(report, application_started=self._lifecycle.application_started)
+        body = schemas.startup(report, application_started=self._lifecycle.application_started)
         if body.started:
             return json_response(200, encode(body))
         return json_response(503, encode(body), retry_after(1.0))
@@ -377,7 +376,7 @@ class OperationsEndpoints:
         live = [each.live_details() for each in report.checks.values() if each.live_details]
         seen_report, seen_live, head, tail = self._detailed
         if seen_report is not report or seen_live != live:
-            whole = encode(detailed(self._operations, report))
+            whole = encode(schemas.detailed(self._operations, report))
             # The report is encoded once, unless figures of the moment change. Timestamp and
             # uptime, the second and third field, are inserted into each response.
             head, _, tail = whole.partition(b',"timestamp":"","uptime":0.0,')
@@ -402,7 +401,7 @@ class OperationsEndpoints:
         report = self._monitor.report().checks.get(name)
         if report is None:
             return problem_response(404, f"There is no check named {name!r}.")
-        body = encode(named_check(report, self._monitor.history))
+        body = encode(schemas.named_check(report, self._monitor.history))
         if report.status is Status.FAIL:
             return json_response(503, body, retry_after(report.policy.interval_when_failing))
         return json_response(200, body)
@@ -417,13 +416,13 @@ class OperationsEndpoints:
                 "This server handles its own shutdown; run the application with `viralfx serve`.",
             )
         began = self._operations.shutdown.trigger(f"POST {self._prefix}/shutdown")
-        body = shutdown_accepted(self._operations)
+        body = schemas.shutdown_accepted(self._operations)
         location = (b"location", f"{self._prefix}/shutdown".encode())
         return json_response(202 if began else 200, encode(body), location)
 
     def shutdown_status(self) -> RawResponse:
         """``GET /health/shutdown`` after authorization; never begins a shutdown."""
-        return json_response(200, encode(shutdown_status(self._operations)))
+        return json_response(200, encode(schemas.shutdown_status(self._operations)))
 
     # -- methods, queries and tokens ---------------------------------------------------------
 
@@ -476,24 +475,3 @@ class OperationsEndpoints:
     def _unknown(self, _method: str, _query: bytes, _headers: Headers) -> RawResponse:
         names = ", ".join(self._monitor.checks)
         return problem_response(404, f"There is no such check; the checks are {names}.")
-
-
-def add_console(
-    endpoints: OperationsEndpoints,
-    assembly: Assembly,
-    settings: Settings,
-    *,
-    path: str = "/health",
-    show_payload: ShowPayload | None = None,
-) -> None:
-    """Add the console to the endpoints of a process, if the settings allow it."""
-    if is_served(settings):
-        console = Console(
-            assembly,
-            settings,
-            path=path,
-            denials=endpoints.denials,
-            levels=endpoints.levels,
-            show_payload=show_payload,
-        )
-        endpoints.add_console(console)

@@ -5,7 +5,7 @@ Frameworks are recognized by the names of their exceptions, so that none has to 
 
 import logging
 
-from viralfx.telemetry.context import CLIENT_DISCONNECTED
+from viralfx.telemetry import CLIENT_DISCONNECTED
 from viralfx.web.responses import Scope
 
 _logger = logging.getLogger("viralfx.web")

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 from viralfx.domain.clock import Clock, finished_within, ignore_error, wait_for
 from viralfx.domain.correlation import current_correlation_id, current_user_id
 from viralfx.domain.errors import WorkLostError
-from viralfx.telemetry.context import (
+from viralfx.telemetry import (
     CLIENT_DISCONNECTED,
     METHODS,
     OTHER,

@@ -12,7 +12,7 @@ from weakref import WeakSet
 from viralfx.bootstrap import assemble
 from viralfx.domain.cache import Cache
 from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.health.checks import AnyCheck
+from viralfx.domain.health.check_runner import AnyCheck
 from viralfx.domain.jobs.hooks import TaskHost, TaskMiddleware
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.operations import Operations
@@ -21,9 +21,9 @@ from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.shutdown import AnyStage, Phase, PhaseStarted, ShutdownEvent
 from viralfx.settings import CredentialsCallable, Settings, read_settings
 from viralfx.telemetry.logging.lines import FactsInMessages
-from viralfx.telemetry.metrics.merged import MetricsRegistry, SiblingProcesses
+from viralfx.telemetry.metrics import MetricsRegistry, SiblingProcesses
 from viralfx.web.auth import AccessPolicy
-from viralfx.web.endpoints import OperationsEndpoints, add_console
+from viralfx.web.endpoints import OperationsEndpoints
 from viralfx.web.error_log import cause_of
 from viralfx.web.gate import Gate
 from viralfx.web.in_flight import RequestRecorder, route_of
@@ -235,8 +235,7 @@ class OperationsLayer:
             groups=config.groups,
             cors_origins=config.cors_origins,
         )
-        add_console(
-            self.endpoints,
+        self.endpoints.add_console(
             self.assembly,
             self.settings,
             path=config.path,

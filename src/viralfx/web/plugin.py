@@ -1,9 +1,12 @@
-"""The plugin: gives a Litestar application the operations layer."""
+"""The plugin: gives a Litestar application the operations layer and its commands."""
 
 import asyncio
+import os
+import sys
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from litestar import Litestar, Router
 from litestar.config.app import AppConfig
@@ -16,7 +19,8 @@ from litestar.types import Scope as LitestarScope
 
 from viralfx.domain.errors import ConfigurationError
 from viralfx.settings import Settings
-from viralfx.telemetry.context import CLIENT_DISCONNECTED
+from viralfx.settings.doctor import plain_environment
+from viralfx.telemetry import CLIENT_DISCONNECTED
 from viralfx.web.auth import AccessPolicy
 from viralfx.web.dependencies import ApplicationDependencies, ClientDependencies
 from viralfx.web.error_log import ERROR, is_client_disconnect, log_request_error
@@ -51,6 +55,14 @@ _TRACING = frozenset({"OpenTelemetryPlugin", "OpenTelemetryInstrumentationMiddle
 """Parts of Litestar that make a span of each request."""
 _LOGGING = frozenset({"LoggingMiddleware"})
 """The part that logs each request; Litestar's plugin for structlog adds it."""
+
+_COMMANDS = {
+    "doctor": "check the settings and the dependencies",
+    "env": "list every environment variable and its value",
+    "jobs": "list, show, submit, retry, cancel and run jobs; list queues and schedules",
+    "migrate": "apply the migrations of the database",
+}
+"""The commands below ``litestar viralfx``."""
 
 
 class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugin):
@@ -119,9 +131,7 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
 
     def on_cli_init(self, cli: "click.Group") -> None:
         """Add the commands of this package to Litestar's, as ``litestar viralfx doctor``."""
-        from viralfx.web.commands import add_commands  # noqa: PLC0415 - only for this command
-
-        add_commands(cli, self._config.env_prefix)
+        _add_commands(cli, self._config.env_prefix)
 
     def _require_one_application(self, app: Litestar | AppConfig) -> None:
         if self.loop is not None and app is not self._app:
@@ -295,3 +305,40 @@ def _logs_itself(app: Litestar) -> bool:
     config = app.logging_config
     when = None if config is None or app.logger is None else config.log_exceptions
     return when == "always" or (when == "debug" and app.debug)
+
+
+def _add_commands(cli: "click.Group", env_prefix: str) -> None:
+    """Add the commands to Litestar's; ``env_prefix`` is that of the plugin's settings."""
+    import click  # noqa: PLC0415 - only Litestar's command line loads it
+
+    def command(name: str, text: str) -> click.Command:
+        @click.pass_context
+        def run(context: click.Context, arguments: tuple[str, ...]) -> NoReturn:
+            environ = plain_environment(os.environ, env_prefix)
+            # The application that Litestar's command has found, and the folder that it is in.
+            found: Any = context.obj
+            folder = str(getattr(found, "cwd", Path.cwd()))
+            environ["PYTHONPATH"] = os.pathsep.join(
+                filter(None, (folder, environ.get("PYTHONPATH")))
+            )
+            given = [name, *arguments]
+            takes_app = name == "doctor" or given[:2] in (["jobs", "submit"], ["jobs", "run"])
+            if takes_app and not any(each.partition("=")[0] == "--app" for each in arguments):
+                given += ["--app", str(found.app_path)]
+            sys.stdout.flush()
+            # In place of this process: signals, exit codes and terminal are the command's own.
+            os.execve(sys.executable, [sys.executable, "-m", "viralfx", *given], environ)  # noqa: S606
+
+        return click.Command(
+            name,
+            callback=run,
+            short_help=text,
+            add_help_option=False,  # the command itself answers --help
+            context_settings={"ignore_unknown_options": True},
+            params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+        )
+
+    group = click.Group("viralfx", help="Operate the application: doctor, migrations, jobs.")
+    for name, text in _COMMANDS.items():
+        group.add_command(command(name, text))
+    cli.add_command(group)

@@ -20,7 +20,8 @@ from viralfx.domain.resilience.breaker import (
     circuit_breaker,
 )
 from viralfx.domain.resilience.breaker_states import CircuitState, RollingWindow
-from viralfx.domain.resilience.bulkhead import BulkheadFull, FallbackUsed
+from viralfx.domain.resilience.bulkhead import BulkheadFull
+from viralfx.domain.resilience.fallback import FallbackUsed
 from viralfx.domain.resilience.registry import BreakerRegistry
 from viralfx.domain.resilience.retry_decision import AttemptFailed, BudgetExhausted, GaveUp
 

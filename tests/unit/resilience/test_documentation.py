@@ -13,8 +13,9 @@ from tests.virtual_time import run_in_virtual_time
 
 from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError, circuit_breaker
 from viralfx.domain.resilience.breaker_states import RollingWindow
-from viralfx.domain.resilience.bulkhead import Bulkhead, with_fallback
+from viralfx.domain.resilience.bulkhead import Bulkhead
 from viralfx.domain.resilience.deadline import Deadline
+from viralfx.domain.resilience.fallback import with_fallback
 from viralfx.domain.resilience.policy import Backoff, Jitter, RetryBudget
 from viralfx.domain.resilience.retry import retry
 

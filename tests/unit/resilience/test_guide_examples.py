@@ -4,7 +4,7 @@ import pytest
 from tests.unit.resilience.scripted import BackendError, Scripted, SkippingClock
 
 from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError, circuit_breaker
-from viralfx.domain.resilience.bulkhead import with_fallback
+from viralfx.domain.resilience.fallback import with_fallback
 from viralfx.domain.resilience.policy import BackoffPolicy
 from viralfx.domain.resilience.retry import Retrier, retry
 

@@ -1,16 +1,12 @@
 """The adapters of the embedded default, in the memory of this process."""
 
-from viralfx.adapters.memory.embedded import (
-    FileStateStore,
-    MemoryCacheStore,
-    MemoryDatabase,
-    MemoryNotifier,
-    MemoryRedis,
-    MemoryStateStore,
-)
+from viralfx.adapters.memory.cache import MemoryCacheStore
 from viralfx.adapters.memory.fleet import MemoryFleetStore
+from viralfx.adapters.memory.health import MemoryDatabase, MemoryRedis
 from viralfx.adapters.memory.job_changes import MemoryTransaction
 from viralfx.adapters.memory.ledger import MemoryJobLedger
+from viralfx.adapters.memory.notifier import MemoryNotifier
+from viralfx.adapters.memory.state import FileStateStore, MemoryStateStore
 
 __all__ = [
     "FileStateStore",

@@ -3,7 +3,7 @@
 from viralfx.adapters.postgres.claims import PostgresLeaseStore
 from viralfx.adapters.postgres.connections import Connector, PostgresConfig
 from viralfx.adapters.postgres.credentials import CertificateError
-from viralfx.adapters.postgres.database import PostgresDatabase, close_postgres
+from viralfx.adapters.postgres.database import PostgresDatabase
 from viralfx.adapters.postgres.errors import (
     PoolTimeoutError,
     explain,
@@ -16,6 +16,7 @@ from viralfx.adapters.postgres.ledger import PostgresJobLedger
 from viralfx.adapters.postgres.notifier import PostgresNotifier
 from viralfx.adapters.postgres.pool import without_values
 from viralfx.adapters.postgres.retry import retry_policy
+from viralfx.adapters.postgres.shutdown import close_postgres
 from viralfx.adapters.postgres.state import PostgresStateStore
 
 __all__ = [

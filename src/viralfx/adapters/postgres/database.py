@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import asyncpg
 from asyncpg.connection import Connection
@@ -14,7 +14,6 @@ from asyncpg.pool import Pool, PoolConnectionProxy
 from asyncpg.transaction import Transaction
 
 from viralfx.adapters.postgres.connections import (
-    CANCEL_SECONDS,
     CheckedConnection,
     Connector,
     PostgresConfig,
@@ -31,8 +30,8 @@ from viralfx.adapters.postgres.errors import (
 )
 from viralfx.adapters.postgres.pool import PING_AFTER, QUIET_PING_AFTER, PoolMembers, SlowQueryLog
 from viralfx.adapters.postgres.retry import DedicatedConnection, retry_policy
-from viralfx.domain.clock import Clock, finished_within
-from viralfx.domain.errors import StartupError, WorkLostError
+from viralfx.domain.clock import Clock
+from viralfx.domain.errors import StartupError
 from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.resilience.retry_decision import RetryRelay
 
@@ -454,45 +453,3 @@ class PostgresDatabase:
     def _suspect_outage(self) -> None:
         if not self._closed:
             self.on_suspected_outage()
-
-
-class Closable(Protocol):
-    """A part that closes at once."""
-
-    async def close(self) -> None:
-        """Close it."""
-
-
-MAX_IDLE_CLOSE_SECONDS = 1.0
-"""Seconds for an orderly close of connections that are not in use."""
-
-
-async def close_postgres(
-    database: PostgresDatabase, check: Closable, clock: Clock, budget: float
-) -> None:
-    """Close the check's connection and the pool within ``budget`` seconds.
-
-    Before their end, connections that are still in use are cut, and their statements cancelled in
-    the server. Raises :class:`WorkLostError` if there were any.
-    """
-    # The server needs a moment of the budget for the cancel requests.
-    cancelling = min(CANCEL_SECONDS, budget / 4)
-    await check.close()
-    closing = asyncio.ensure_future(database.close())
-    try:
-        # A connection in use gets the whole budget; idle ones only need an orderly close.
-        limit = budget - cancelling if database.in_use else min(budget, MAX_IDLE_CLOSE_SECONDS)
-        if await finished_within(closing, limit, clock):
-            await closing
-            return
-    except BaseException:
-        database.terminate()
-        closing.cancel()
-        raise
-    in_use = database.in_use
-    await database.cut(cancelling)
-    closing.cancel()
-    if in_use:
-        raise WorkLostError(f"{in_use} database connections were still in use and were cut")
-    # No work is lost when the server does not confirm the close.
-    _logger.warning("Database connections cut: the server does not answer")

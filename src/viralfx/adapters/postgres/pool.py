@@ -211,7 +211,7 @@ class PoolMembers:
     # -- life --------------------------------------------------------------------------------
 
     async def add(self, connect: Callable[[], Awaitable["Connection[Any]"]]) -> "Connection[Any]":
-        """Open a connection, add and return it; raises what ``connect`` raises.
+        """Open a connection, add and return it; raises the errors of ``connect``.
 
         An attempt that began before the connections were replaced is left for a new one: it may
         wait for the server that they leave.

@@ -9,16 +9,17 @@
 """
 
 from viralfx.adapters.redis.cache import RedisCacheStore
-from viralfx.adapters.redis.client import RedisClient, RedisLimits, close_redis
+from viralfx.adapters.redis.client import RedisClient, RedisLimits
 from viralfx.adapters.redis.errors import (
     MESSAGES,
     RedisProblem,
     is_transient,
     is_unavailable,
     problem_of,
-    retry_policy,
 )
 from viralfx.adapters.redis.health import RedisHealthCheck
+from viralfx.adapters.redis.retry import retry_policy
+from viralfx.adapters.redis.shutdown import close_redis
 
 __all__ = [
     "MESSAGES",

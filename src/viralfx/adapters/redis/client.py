@@ -22,18 +22,13 @@ from viralfx.adapters.redis.connections import (
     Traffic,
     WaitingPool,
 )
-from viralfx.adapters.redis.errors import (
-    RequestRetry,
-    is_pool_exhausted,
-    is_unavailable,
-    refuses_writes,
-    retry_policy,
-)
-from viralfx.adapters.redis.security import Account, TlsContext
+from viralfx.adapters.redis.credentials import Account, TlsContext
+from viralfx.adapters.redis.errors import is_pool_exhausted, is_unavailable, refuses_writes
+from viralfx.adapters.redis.retry import RequestRetry, retry_policy
 from viralfx.domain.clock import Clock, SystemClock, finished_within
 from viralfx.domain.errors import require_count, require_not_negative, require_positive
 from viralfx.domain.resilience._callables import operation_name, require_callable
-from viralfx.domain.resilience.bulkhead import with_fallback
+from viralfx.domain.resilience.fallback import with_fallback
 from viralfx.settings import CredentialsCallable, RedisSettings, Secret
 from viralfx.settings.groups import parse_redis_url
 
@@ -402,19 +397,6 @@ class RedisClient:
             for connection in self._dedicated:
                 connection.cut()
         await self._clock.sleep(0)  # lets the event loop close the sockets
-
-
-MAX_WAIT_SECONDS = 2.0
-"""Seconds that requests in flight get to finish; a server that answers needs less."""
-
-
-async def close_redis(client: RedisClient, budget: float) -> None:
-    """Close every connection, including those of the health check and the sentinels.
-
-    Requests in flight get 2 s, or half the budget if that is less; then they are cut. Later
-    requests fail at once, with an error that is not retried.
-    """
-    await client.close(min(MAX_WAIT_SECONDS, budget / 2))
 
 
 def _degrades(error: Exception) -> bool:

@@ -35,6 +35,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.maint_notifications import MaintNotificationsConfig
 
+from viralfx.adapters.redis.credentials import Account, Login, TlsContext
 from viralfx.adapters.redis.errors import (
     ClientClosedError,
     DemotedError,
@@ -44,7 +45,6 @@ from viralfx.adapters.redis.errors import (
     is_unavailable,
     refuses_writes,
 )
-from viralfx.adapters.redis.security import Account, Login, TlsContext
 from viralfx.domain.cache import SingleFlight
 from viralfx.domain.events import OperationListener, ignore_operation
 

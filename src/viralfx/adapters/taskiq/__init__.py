@@ -4,7 +4,7 @@
   client.
 """
 
-from viralfx.telemetry.context import hide_packages
+from viralfx.telemetry import hide_packages
 
 # Where it is installed and not in use, taskiq would load all of it, and OpenTelemetry with it.
 with hide_packages("fastapi"):

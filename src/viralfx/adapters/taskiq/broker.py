@@ -6,65 +6,43 @@ job.
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Executor, Future
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ParamSpec, TypeVar
 
-from taskiq import (
-    AsyncResultBackend,
-    BrokerMessage,
-    SimpleRetryMiddleware,
-    SmartRetryMiddleware,
-    TaskiqMessage,
-    TaskiqMiddleware,
-    TaskiqResult,
-)
+from taskiq import AsyncResultBackend, BrokerMessage, TaskiqMessage, TaskiqMiddleware, TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 from taskiq.exceptions import NoResultError, TaskRejectedError
 
 from viralfx.adapters.taskiq.messages import (
     MessageError,
     job_progress,
+    number_of,
     result_of,
     task_progress,
     text_of,
 )
+from viralfx.adapters.taskiq.retry import (
+    DEFAULT_ATTEMPTS,
+    RETRY_MIDDLEWARES,
+    MessageFailedError,
+    RetryRequestedError,
+    attempts_of,
+)
 from viralfx.domain.jobs.model import Job, JobNotFoundError, JobStateError, check_priority
 from viralfx.domain.jobs.tasks import Discard, HandBackError, JobContext, Snooze
-from viralfx.domain.resilience.policy import BackoffPolicy
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 DEFAULT_QUEUE = "default"
-DEFAULT_ATTEMPTS = 3
-"""Attempts of a task with the label ``retry_on_error`` and without ``max_retries``, as in taskiq;
-also of a message that a middleware of the application fails."""
 TIMEOUT_MARGIN = 5.0
 """Seconds between the label ``timeout``, which taskiq enforces, and the timeout of the job."""
-RETRY_MIDDLEWARES = (SimpleRetryMiddleware, SmartRetryMiddleware)
 RETRIES, REQUEUES = "_retries", "X-Taskiq-requeue"
 """Labels in which taskiq counts how often a message was sent again."""
-
-
-class MessageFailedError(Exception):
-    """A task of taskiq failed: the type and the text of its error, which is the cause."""
-
-    def __init__(self, error: BaseException, attempts: int = 1) -> None:
-        """Allow ``attempts`` executions of the message in all."""
-        self.attempts = attempts
-        super().__init__(text_of(error))
-
-
-class RetryRequestedError(MessageFailedError):
-    """The same, and a middleware sent the message again, ``delay`` seconds later."""
-
-    def __init__(self, error: BaseException, delay: float) -> None:
-        super().__init__(error)
-        self.delay = delay
 
 
 # -- labels --------------------------------------------------------------------------------------
@@ -86,28 +64,18 @@ def options_of(labels: Mapping[str, Any]) -> Options:
     Raises :class:`MessageError`.
     """
     queue = labels.get("queue", labels.get("queue_name"))
-    number = _number(labels, "priority")
+    number = number_of(labels, "priority")
     try:
         priority = check_priority(int(number) if number.is_integer() else number)
     except ValueError as error:
         raise MessageError(f"the label {error}") from None
-    delay = max(0.0, _number(labels, "delay"))
+    delay = max(0.0, number_of(labels, "delay"))
     return Options(None if queue is None else str(queue), priority, delay)
 
 
 def timeout_of(labels: Mapping[str, Any]) -> float | None:
     """Return the timeout of a task's jobs; None without a label. Raises :class:`MessageError`."""
-    return _number(labels, "timeout") + TIMEOUT_MARGIN if "timeout" in labels else None
-
-
-def _number(labels: Mapping[str, Any], label: str) -> float:
-    try:
-        number = float(labels.get(label) or 0)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not abs(number) < float("inf"):
-        raise MessageError(f"the label {label} must be a number: {labels[label]!r}")
-    return number
+    return number_of(labels, "timeout") + TIMEOUT_MARGIN if "timeout" in labels else None
 
 
 def schedule_key(
@@ -123,37 +91,6 @@ def schedule_key(
         if schedule.get("schedule_id") == schedule_id and "cron" in schedule:
             return f"taskiq:{schedule_id}:{now:%Y-%m-%dT%H:%M}"
     return None
-
-
-def attempts_of(labels: Mapping[str, Any], middlewares: Iterable[object] = ()) -> int:
-    """Return how often a task that fails runs: once, unless its labels allow more.
-
-    ``middlewares`` are those of the broker. Beside one for retries ``max_retries`` alone allows
-    none, because the middleware retries only what has ``retry_on_error``. Raises
-    :class:`MessageError`.
-    """
-    bounded = labels.get("max_retries") is not None
-    retries = bounded and not any(isinstance(each, RETRY_MIDDLEWARES) for each in middlewares)
-    attempts = max(1, int(_number(labels, "max_retries"))) if bounded else DEFAULT_ATTEMPTS
-    return attempts if str(labels.get("retry_on_error", retries)).lower() == "true" else 1
-
-
-class MessageRetries:
-    """The retry policy of taskiq's tasks: the decision of a middleware, or the labels."""
-
-    def __init__(self, attempts: Callable[[], int]) -> None:
-        """Call ``attempts`` for the number of executions of a job that its timeout ends."""
-        self._attempts = attempts
-
-    def next_delay(self, attempt: int, error: Exception) -> float | None:
-        """See :meth:`RetryPolicy.next_delay`."""
-        if isinstance(error, RetryRequestedError):
-            return error.delay
-        if isinstance(error, MessageFailedError):
-            attempts = error.attempts
-        else:
-            attempts = self._attempts() if isinstance(error, TimeoutError) else DEFAULT_ATTEMPTS
-        return BackoffPolicy(attempts=attempts).next_delay(attempt, error)
 
 
 # -- executions ----------------------------------------------------------------------------------

@@ -259,3 +259,14 @@ def task_progress(job: Job) -> TaskProgress[Any] | None:
     except msgspec.MsgspecError:
         return TaskProgress(state=message, meta=None)
     return TaskProgress(state=found.state, meta=found.meta)
+
+
+def number_of(labels: Mapping[str, Any], label: str) -> float:
+    """Return the value of a label, 0 without it; raises :class:`MessageError`."""
+    try:
+        number = float(labels.get(label) or 0)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not abs(number) < float("inf"):
+        raise MessageError(f"the label {label} must be a number: {labels[label]!r}")
+    return number

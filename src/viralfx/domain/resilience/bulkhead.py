@@ -1,25 +1,22 @@
-"""Guards without a memory of failures: the bulkhead and the fallback."""
+"""The bulkhead: a limit on concurrent calls."""
 
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar, cast, overload
+from typing import TypeVar, cast
 
 from viralfx.domain.errors import require_count, require_not_negative
 from viralfx.domain.events import Listener, notify
 from viralfx.domain.resilience._callables import (
     CallRejectedError,
-    ErrorFilter,
     is_async,
-    matcher,
     operation_name,
     require_callable,
 )
 
 T = TypeVar("T")
-F = TypeVar("F")
 AsyncCallableT = TypeVar("AsyncCallableT", bound=Callable[..., Awaitable[object]])
 
 
@@ -95,7 +92,7 @@ class Bulkhead:
         concurrent with another call.
         """
         if not is_async(function):
-            raise TypeError("a bulkhead bounds what a loop runs at a time: make it `async def`")
+            raise TypeError("a bulkhead limits the calls that run on a loop: make it `async def`")
         name = operation_name(function)
 
         @functools.wraps(function)
@@ -134,59 +131,3 @@ class Bulkhead:
         # Calls of a closed loop never release their permits.
         self._loop, self._waiting = loop, 0
         self._permits = asyncio.Semaphore(self._limit)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FallbackUsed:
-    """Event: the fallback was returned instead of raising ``error``."""
-
-    name: str
-    error: Exception
-
-
-@overload
-async def with_fallback(
-    operation: Callable[[], Awaitable[T]],
-    fallback: F,
-    *,
-    on: ErrorFilter = ...,
-    name: str | None = ...,
-    listeners: tuple[Listener[FallbackUsed], ...] = ...,
-) -> T | F: ...
-@overload
-async def with_fallback(
-    operation: Callable[[], Awaitable[T]],
-    *,
-    fallback_factory: Callable[[Exception], F],
-    on: ErrorFilter = ...,
-    name: str | None = ...,
-    listeners: tuple[Listener[FallbackUsed], ...] = ...,
-) -> T | F: ...
-
-
-async def with_fallback(
-    operation: Callable[[], Awaitable[Any]],
-    fallback: object = None,
-    *,
-    fallback_factory: Callable[[Exception], object] | None = None,
-    on: ErrorFilter = Exception,
-    name: str | None = None,
-    listeners: tuple[Listener[FallbackUsed], ...] = (),
-) -> object:
-    """Return the result of ``operation``, or ``fallback`` if it raises an error in ``on``.
-
-    ``fallback_factory`` creates the fallback from the error instead; it is called only when it is
-    needed. A cancellation and an error outside ``on`` are raised. List the errors that you expect
-    in ``on``: the default, ``Exception``, also hides programming errors.
-    """
-    require_callable(operation)
-    try:
-        return await operation()
-    except Exception as error:
-        # A boundary: an error in ``on`` is replaced by the fallback, any other is raised.
-        if not matcher(on)(error):
-            raise
-        if listeners:
-            what = name or operation_name(operation)
-            notify(listeners, FallbackUsed(name=what, error=error))
-        return fallback if fallback_factory is None else fallback_factory(error)

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import structlog
 from structlog.typing import EventDict
 
-from viralfx.telemetry.context import EndedRequest
+from viralfx.telemetry import EndedRequest
 from viralfx.telemetry.logging.lines import (
     LEVELS,
     STANDARD,

@@ -24,7 +24,7 @@ import msgspec
 
 from viralfx.domain.correlation import current_correlation_id, current_user_id
 from viralfx.settings import Settings
-from viralfx.telemetry.context import EndedRequest, current_trace
+from viralfx.telemetry import EndedRequest, current_trace
 from viralfx.telemetry.logging.redaction import Redaction, secrets_of
 
 VERBOSE = 5

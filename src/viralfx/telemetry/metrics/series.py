@@ -12,7 +12,7 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar as ExemplarSample
 
-from viralfx.telemetry.context import current_trace
+from viralfx.telemetry import current_trace
 
 OTHER = "_OTHER"
 """Stands for all names beyond the limit, as in OpenTelemetry's semantic conventions."""

@@ -29,7 +29,7 @@ from viralfx.domain.shutdown import (
 )
 from viralfx.domain.webhooks.delivery import WebhookResponse, WebhookSender
 from viralfx.domain.webhooks.url import Destination
-from viralfx.telemetry.context import set_trace_source
+from viralfx.telemetry import set_trace_source
 from viralfx.telemetry.tracing.export import ReportingExporter
 from viralfx.telemetry.tracing.provider import (
     OrphanDroppingSampler,

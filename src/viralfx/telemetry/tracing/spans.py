@@ -39,7 +39,7 @@ from viralfx.domain.correlation import correlated, current_correlation_id, is_tr
 from viralfx.domain.jobs.hooks import Ended
 from viralfx.domain.jobs.ledger import Accepted
 from viralfx.domain.jobs.model import Claim, JobDraft, JobState, Settlement, correlation_id_of_job
-from viralfx.telemetry.context import CLIENT_DISCONNECTED, METHODS, OTHER, TRACE, WEBSOCKET
+from viralfx.telemetry import CLIENT_DISCONNECTED, METHODS, OTHER, TRACE, WEBSOCKET
 from viralfx.telemetry.tracing.cleaning import KEPT_CLIENT_CHARACTERS
 from viralfx.telemetry.tracing.provider import OrphanDroppingSampler, with_trace_id
 

@@ -37,8 +37,8 @@ from viralfx.domain.jobs.model import (
 from viralfx.domain.operations import Operations
 from viralfx.settings import Settings
 from viralfx.telemetry.logging.lines import LEVELS, LoggerLevels
+from viralfx.web.auth import Reads
 from viralfx.web.console import views
-from viralfx.web.console.access import Reads
 from viralfx.web.console.feed import Feed
 from viralfx.web.responses import (
     RawResponse,

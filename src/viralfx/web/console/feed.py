@@ -25,8 +25,8 @@ from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.operations import Operations
 from viralfx.domain.resilience.breaker import CallRejected, CircuitBreaker, CircuitEvent
 from viralfx.domain.shutdown import ShutdownEvent
+from viralfx.web.auth import SECURITY_HEADERS
 from viralfx.web.console import views
-from viralfx.web.console.assets import SECURITY_HEADERS
 from viralfx.web.error_log import mark_logged
 from viralfx.web.responses import Message, Receive, Scope, Send, encode
 

@@ -1,4 +1,4 @@
-// The events of the process: one stream, and what follows from it and from its silence.
+// The events of the process: one stream, its consequences, and those of its silence.
 
 import { SESSION, get } from "./client.js";
 

@@ -156,7 +156,7 @@ const SLOTS = 48;
 const HEIGHTS = { pass: 7, warn: 11, fail: 16, unknown: 1.5 };
 const WORST = ["unknown", "pass", "warn", "fail"];
 
-/** The worst status in each half hour, as bars: the height repeats what the colour says. */
+/** The worst status in each half hour, as bars: the height repeats the colour. */
 function Strip({ history, from, to, name }) {
   if (!history) return html`<span class="quiet">no history</span>`;
   const start = Date.parse(from);
