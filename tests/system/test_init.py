@@ -109,7 +109,7 @@ def exit_code(process: subprocess.Popen[bytes], log: Path, *, seconds: float = 6
 def stopped_after(
     moment: float, log: Path, sent: signal.Signals = signal.SIGTERM
 ) -> tuple[float, int | str]:
-    """Send a signal ``moment`` seconds after the start; return the exit code or error."""
+    """Send a signal ``moment`` seconds after the start; return 0, or the exit code with the log."""
     command = [*init(), *SERVICE, "serve"]
     with first_process(command, log) as process:
         pid = executed(process)
@@ -118,9 +118,10 @@ def stopped_after(
         time.sleep(moment)  # the moment itself is the subject
         os.kill(pid, sent)
         try:
-            return moment, exit_code(process, log)
+            code = exit_code(process, log)
         except AssertionError as error:
             return moment, str(error)
+        return moment, f"exit code {code}: {log.read_text()}" if code else 0
 
 
 @pytest.mark.soak
