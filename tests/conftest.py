@@ -23,8 +23,15 @@ _LONG = (
     *("browser/test_site.py", "observability/test_dashboard.py", "system/test_chaos.py"),
     *("edge/test_attacks.py", "system/test_culprits.py", "console/test_views.py"),
     *("edge/test_held.py", "system/test_rolling_update.py", "system/test_database_faults.py"),
+    *("integration/test_postgres_failover.py", "integration/test_redis_variables.py"),
+    *("integration/test_redis_sentinel.py", "integration/test_postgres_notifier.py"),
+    *("integration/test_postgres_switchover.py", "integration/test_doctor_redis.py"),
+    *("integration/test_stream_notifier.py", "process/test_log_writer.py"),
 )
-"""The files that take longest, by themselves and on a machine with nothing else to do."""
+"""The files that take longest on a machine with nothing else to do, then those that mostly wait.
+
+Several waiting files at a time would leave the cores idle.
+"""
 _SLOW = (
     *("browser", "observability", "system", "console", "deploy", "edge", "frameworks"),
     *("integration", "process", "simulation"),
@@ -64,7 +71,7 @@ def pytest_collection() -> Generator[None, object, object]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest files and the slowest layers first, and mark those of both Python versions.
+    """Run long files and slow layers first, and mark the layers that both Python versions run.
 
     At the end one long file would run while the other workers of the run have nothing left to do.
     """
