@@ -145,6 +145,7 @@ def test_sigterm_at_any_moment_of_the_start_ends_it_with_0(
     assert [one for one in ended if one[1] != 0] == []
 
 
+@pytest.mark.usefixtures("default_sighup")
 def test_a_hangup_before_the_service_can_handle_it_ends_it_with_0(tmp_path: Path) -> None:
     """SIGHUP is SIGTERM, from the first millisecond on."""
     assert stopped_after(EARLIEST, tmp_path / "log", signal.SIGHUP) == (EARLIEST, 0)
