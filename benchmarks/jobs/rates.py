@@ -110,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         READING,
         *(f"- Failed: {failure}" for failure in rounds.failures),
     ]
-    code = publish("jobs.rates", lines, targets, check=options.check, record=not options.dry)
+    section = f"jobs.rates --only {' '.join(options.only)}" if options.only else "jobs.rates"
+    code = publish(section, lines, targets, check=options.check, record=not options.dry)
     return 1 if rounds.failures else code
 
 
@@ -128,7 +129,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"for one and two worker processes; 0: none; default: {SCALING_JOBS}",
     )
     add("--pooler", nargs="*", default=(), choices=MODES, help="also behind PgBouncer, by mode")
-    add("--only", nargs="+", default=(), metavar="WORD", help="contenders whose name has a WORD")
+    add(
+        "--only",
+        nargs="+",
+        default=(),
+        metavar="WORD",
+        help="contenders whose name has a WORD, with a section of their own in RESULTS.md",
+    )
     add("--check", action="store_true", help="exit 1 when a target is missed")
     add("--dry", action="store_true", help="print, and leave RESULTS.md as it is")
     return parser.parse_args(arguments)
