@@ -33,6 +33,7 @@ class Contender:
     share: float = 1.0
     """The share of the jobs it gets, if all of them would take too long."""
     ours: bool = False
+    """Whether it has our tables and reads our settings."""
     with_redis: bool = True
     finished: int = 0
     """Finished jobs in our ledger before the run."""
@@ -70,9 +71,17 @@ def ours(name: str, *, with_redis: bool = True, finished: int = 0, pooler: str =
 
 VIRALFX = ours("viralfx")
 WITHOUT_REDIS = ours("viralfx without Redis", with_redis=False)
+LEDGER_BROKER = Contender(
+    name="taskiq LedgerBroker",
+    module="benchmarks.jobs.peers.taskiq_ledger",
+    durable=True,
+    ours=True,
+    with_redis=False,
+)
 TASKIQ_STREAM = _peer("taskiq RedisStream", "taskiq_stream")
 PROCRASTINATE = _peer("procrastinate", "procrastinate_postgres", 0.3)
 PEERS = (
+    LEDGER_BROKER,
     TASKIQ_STREAM,
     _peer("taskiq list", "taskiq_list"),
     _peer("SAQ", "saq_redis", apart=True),
