@@ -186,6 +186,10 @@ bench-deployment *arguments:
 bench-taskiq-kill *arguments:
     {{bin}}/python -m benchmarks.jobs.kill {{arguments}}
 
+# orders in transactions, a schedule over workers that are killed, limits of eight workers, delays of cancellation and progress (short: --dry --only limits --rounds 1 --jobs 5000)
+bench-promises *arguments:
+    {{bin}}/python -m benchmarks.jobs.promises {{arguments}}
+
 # run 100 000 jobs, and see that no memory grows; exits 1 when some does
 bench-growth *arguments:
     {{bin}}/python -m benchmarks.jobs.growth {{arguments}}
