@@ -226,6 +226,15 @@ async def test_name_is_resolved_at_each_connect(
     assert await chosen(connector) == "primary"
 
 
+async def test_a_given_address_replaces_the_look_up(own_postgres: PostgresServer) -> None:
+    """The name is unknown, and the first address refuses."""
+    server = ("unknown.invalid", own_postgres.port)
+    given = {server: ("127.0.0.9", own_postgres.host)}
+    config = config_of(own_postgres, hosts=(server,), host_addresses=given)
+
+    assert await chosen(Connector(config)) == "primary"
+
+
 async def test_unknown_name_among_others_is_named(own_postgres: PostgresServer) -> None:
     """The other host is used, or named, too."""
     unknown = ("unknown.invalid", 5432)

@@ -687,6 +687,8 @@ def test_pool_minimum_above_the_maximum_is_refused() -> None:
         ("postgresql://u:p@db/app?sslcrl=hunter2", "sslcrl is not supported; remove it"),
         ("postgresql://db/app?require_auth=scram-sha-256", "require_auth is not supported;"),
         ("postgresql://a,b/app?port=1,2,3", "port lists 3 ports for 2 hosts"),
+        ("postgresql://a,b/app?hostaddr=::1", "hostaddr lists 1 addresses for 2 hosts"),
+        ("postgresql://a/app?hostaddr=hunter2", "hostaddr is not an IP address"),
         ("postgresql://a/app?target_session_attrs=master", "not one of any, read-write,"),
         ("postgresql://a/app?options=hunter2%20-c", "options are not of the form"),
         ("postgresql://a/app?keepalives_idle=hunter2", "keepalives_idle is not a whole number"),
@@ -762,7 +764,8 @@ def test_parameters_of_a_url_set_variables() -> None:
         ("/d?host=h1,h2&port=5433", (("h1", 5433), ("h2", 5433))),
         ("/d?host=h1,h2&port=5433,", (("h1", 5433), ("h2", 5432))),
         ("/d?host=h1:5433&host=h2", (("h1", 5433), ("h2", 5432))),
-        ("h1/d?hostaddr=::1&port=5433", (("::1", 5433),)),
+        ("h1/d?hostaddr=::1&port=5433", (("h1", 5433),)),
+        ("/d?hostaddr=::1,10.0.0.1&port=5433", (("::1", 5433), ("10.0.0.1", 5433))),
         ("/d?host=/run/a:b,h2", (("/run/a:b", 5432), ("h2", 5432))),
         ("%2Frun%2Fa:5433,h2/d", (("/run/a", 5433), ("h2", 5432))),
     ],
@@ -773,6 +776,25 @@ def test_an_address_takes_several_hosts(place: str, hosts: tuple[tuple[str, int]
 
     assert address is not None
     assert (address.hosts, address.database) == (hosts, "d")
+
+
+@pytest.mark.parametrize(
+    ("place", "addresses"),
+    [
+        ("db:5433/d?hostaddr=10.0.0.1", {("db", 5433): ("10.0.0.1",)}),
+        ("/d?host=a,b&hostaddr=,::1", {("b", 5432): ("::1",)}),
+        ("/d?host=a,a&hostaddr=::1,::2", {("a", 5432): ("::1", "::2")}),
+        ("db/d", {}),
+    ],
+)
+def test_a_host_may_have_an_address(
+    place: str, addresses: dict[tuple[str, int], tuple[str, ...]]
+) -> None:
+    """The name needs no look-up then, and TLS verifies it; an empty address is looked up."""
+    address = read_settings({"DATABASE_URL": f"postgresql://{place}"}).database_address
+
+    assert address is not None
+    assert address.host_addresses == addresses
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Parses ``DATABASE_URL`` and its siblings by libpq's rules, and validates host names."""
 
+import ipaddress
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
@@ -32,31 +33,12 @@ _DRIVERS = ("asyncpg", "psycopg", "psycopg2", "psycopg_async")
 _DEFAULT_PORT, _MAX_PORT = 5432, 65535
 
 _HONOURED = (
-    "host",
-    "hostaddr",
-    "port",
-    "user",
-    "password",
-    "dbname",
-    "application_name",
-    "fallback_application_name",
-    "options",
-    "target_session_attrs",
-    "load_balance_hosts",
-    "keepalives",
-    "keepalives_idle",
-    "keepalives_interval",
-    "keepalives_count",
-    "tcp_user_timeout",
-    "channel_binding",
-    "passfile",
-    "service",
-    "servicefile",
-    "sslpassword",
-    "ssl_min_protocol_version",
-    "ssl_max_protocol_version",
-    "ssl",
-    "sslaccept",
+    *("host", "hostaddr", "port", "user", "password", "dbname"),
+    *("application_name", "fallback_application_name", "options"),
+    *("target_session_attrs", "load_balance_hosts"),
+    *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
+    *("tcp_user_timeout", "channel_binding", "passfile", "service", "servicefile"),
+    *("sslpassword", "ssl_min_protocol_version", "ssl_max_protocol_version", "ssl", "sslaccept"),
 )
 _HARMLESS = frozenset(
     {
@@ -92,12 +74,13 @@ _REFUSED = {
     "sslcrl": "remove it: revocation lists are not read",
     "sslcrldir": "remove it: revocation lists are not read",
     "sslidentity": "convert the file to PEM, and set DB_TLS_CERT_FILE and DB_TLS_KEY_FILE",
-    "scram_client_key": "put the password into DB_PASSWORD",
-    "scram_server_key": "put the password into DB_PASSWORD",
-    "oauth_issuer": "put the password into DB_PASSWORD",
-    "oauth_client_id": "put the password into DB_PASSWORD",
-    "oauth_client_secret": "put the password into DB_PASSWORD",
-    "oauth_scope": "put the password into DB_PASSWORD",
+    **dict.fromkeys(
+        (
+            *("scram_client_key", "scram_server_key"),
+            *("oauth_issuer", "oauth_client_id", "oauth_client_secret", "oauth_scope"),
+        ),
+        "put the password into DB_PASSWORD",
+    ),
 }
 """Parameters whose demands this program cannot meet, each with the remedy."""
 
@@ -113,21 +96,15 @@ _WITHOUT_EFFECT = {
 }
 """Parameters without an effect that deserve a warning, each with the reason."""
 
-_DEFAULTS = {
-    "sslnegotiation": {"postgres"},
-    "sslcertmode": {"allow", "disable"},
-}
+_DEFAULTS = {"sslnegotiation": {"postgres"}, "sslcertmode": {"allow", "disable"}}
 """Their values that demand the usual behaviour, and need no warning."""
 
 _KNOWN = (*IMPLIED, *_HONOURED, *_HARMLESS, *_ONLY, *_REFUSED, *_WITHOUT_EFFECT)
 
 _TLS_MODES = {
     "allow": "prefer",
-    "no-verify": "require",
-    "true": "require",
-    "1": "require",
-    "false": "disable",
-    "0": "disable",
+    **dict.fromkeys(("no-verify", "true", "1"), "require"),
+    **dict.fromkeys(("false", "0"), "disable"),
 }
 """Words of other clients for a TLS mode."""
 
@@ -147,6 +124,8 @@ class DatabaseAddress:
 
     hosts: tuple[tuple[str, int], ...]
     """At least one server: a host name, an address or the folder of a Unix socket, and a port."""
+    host_addresses: Mapping[tuple[str, int], tuple[str, ...]] = field(default_factory=dict)
+    """IP addresses of hosts that need no look-up; TLS verifies the name of the host."""
     target_session_attrs: str = "any"
     """The server to use, one of :data:`TARGETS`, as in libpq.
 
@@ -238,6 +217,7 @@ def parse_database_url(url: str) -> DatabaseAddress:
     user_timeout = _number(given, "tcp_user_timeout")
     return DatabaseAddress(
         hosts=hosts,
+        host_addresses=_addresses(hosts, given),
         target_session_attrs=target,
         load_balance_hosts=_is_on(given, "load_balance_hosts", off="disable", on="random"),
         user=given.get("user") or unquote(user) or None,
@@ -336,9 +316,8 @@ def _unknown(name: str, *, trusted: bool) -> str:
 def _hosts(servers: str, given: Mapping[str, str]) -> Iterator[tuple[str, int]]:
     """Yield host and port of each server; the parameters win, as in libpq."""
     own = [_host_and_port(server) for server in servers.split(",")]
-    if named := given.get("host") or given.get("hostaddr"):
-        if given.get("host") and given.get("hostaddr"):
-            raise ValueError("hostaddr is not supported beside host; keep one of them")
+    has_host = any(host for host, _ in own)
+    if named := given.get("host") or (not has_host and given.get("hostaddr")):
         own = [_host_and_port(server, also_bare=True) for server in named.split(",")]
     if text := given.get("port"):
         ports = text.split(",")
@@ -350,6 +329,26 @@ def _hosts(servers: str, given: Mapping[str, str]) -> Iterator[tuple[str, int]]:
         ]
     for host, text in own:
         yield _checked_host(host), _port(text)
+
+
+def _addresses(
+    hosts: Sequence[tuple[str, int]], given: Mapping[str, str]
+) -> dict[tuple[str, int], tuple[str, ...]]:
+    """Return the addresses in ``hostaddr``, of which an empty one stands for a look-up."""
+    listed = given["hostaddr"].split(",") if given.get("hostaddr") else [""] * len(hosts)
+    if len(listed) != len(hosts):
+        count = f"{len(listed)} addresses for {len(hosts)} hosts"
+        raise ValueError(f"hostaddr lists {count}; give one each")
+    found: dict[tuple[str, int], tuple[str, ...]] = {}
+    for host, address in zip(hosts, listed, strict=True):
+        if not address:
+            continue
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            raise ValueError("hostaddr is not an IP address; write a name as host") from None
+        found[host] = (*found.get(host, ()), address)
+    return found
 
 
 def _checked_host(host: str) -> str:

@@ -125,9 +125,8 @@ class ServerSearch:
         Raises the error of the only host, or :class:`NoServerError` with those of all hosts.
         """
         servers = self._in_order(address)
-        target = address.target_session_attrs
         race = _Race(
-            [partial(_connect_to_host, server, target, open_, deadline) for server in servers],
+            [partial(_connect_to_host, server, address, open_, deadline) for server in servers],
             deadline,
         )
         if found := await race.run():
@@ -149,11 +148,13 @@ class ServerSearch:
         return servers
 
 
-async def _connect_to_host(server: Server, target: str, open_: Open, deadline: float) -> _Found:
+async def _connect_to_host(
+    server: Server, address: DatabaseAddress, open_: Open, deadline: float
+) -> _Found:
     async def connect(place: str) -> _Found:
-        return await _judged(server, await open_(server, place), target)
+        return await _judged(server, await open_(server, place), address.target_session_attrs)
 
-    places = await _resolve(*server)
+    places = address.host_addresses.get(server) or await _resolve(*server)
     race = _Race([partial(connect, place) for place in places], deadline)
     if found := await race.run():
         return found
