@@ -174,13 +174,19 @@ async def test_a_session_ends_after_eight_hours(site: Site) -> None:
     assert access.session([(b"cookie", headers["cookie"].encode())]) is None
 
 
+def cookie_that_ends_in(site: Site, seconds: int) -> bytes:
+    """Return a signed cookie whose session ends so many seconds from now."""
+    console = site.plugin.endpoints.console
+    assert console is not None
+    value = console._access.make(int(datetime.now(UTC).timestamp()) + seconds)
+    return b"%b=%b" % (console._access.name, value)
+
+
 async def test_a_stream_ends_with_its_session(site: Site) -> None:
     """The page connects again, and must log in."""
     console = site.plugin.endpoints.console
     assert console is not None
-    access = console._access
-    value = access.make(int(datetime.now(UTC).timestamp()) + 2)
-    cookie = b"%b=%b" % (access.name, value)
+    cookie = cookie_that_ends_in(site, 2)
     stream = console.endpoints["/health/events"]("GET", b"", [(b"cookie", cookie)])
     assert isinstance(stream, EventStream)
     sent: list[Message] = []
@@ -240,8 +246,12 @@ async def test_an_action_needs_a_session_and_the_console_itself(
 ) -> None:
     """No refused request is logged as an action."""
     own = await site.log_in()
+    ended = {**OWN, "cookie": cookie_that_ends_in(site, -1).decode()}
+    forged = {**own, "cookie": own["cookie"][:-4] + "AAAA"}
     for headers, status, code in (
         (OWN, 401, "session"),
+        (ended, 401, "session"),
+        (forged, 401, "session"),
         ({**OWN, "authorization": f"Bearer {TOKEN}"}, 401, "session"),
         ({**own, "origin": "http://evil.test"}, 403, "origin"),
         ({**own, "origin": "null"}, 403, "origin"),
