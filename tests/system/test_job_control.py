@@ -13,6 +13,8 @@ from tests.system.service import Service
 from tests.system.workers import api, environment_of, worker
 
 SEEN_WITHIN = 2.0
+ENDS_WITHIN = 10.0
+"""Seconds from the request to the end of the job."""
 LOADED = 2.0
 """Seconds more on a busy machine."""
 
@@ -49,8 +51,8 @@ def test_running_jobs_are_cancelled(database: Database, tmp_path: Path) -> None:
         cancel(service, counting)
         requested = time.time()
         cancel(service, writing)
-        ended = until(service, counting, "cancelled")
-        rolled_back = until(service, writing, "cancelled")
+        ended = until(service, counting, "cancelled", seconds=ENDS_WITHIN)
+        rolled_back = until(service, writing, "cancelled", seconds=ENDS_WITHIN)
         again = service.get(f"{JOBS}/{counting}/cancel", method="POST").status
     seen = float((tmp_path / "count.cancelled").read_text())
 
