@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -351,6 +352,31 @@ async def test_an_effect_with_one_snapshot_completes_beside_reports(
     assert job is not None
     assert (job.state, job.result) == (JobState.COMPLETED, b'"serializable"')
     assert job.progress == progress
+
+
+@pytest.mark.parametrize("owner", ["role", "database"])
+async def test_an_effect_has_the_search_path_of_its_role(table: Database, owner: str) -> None:
+    """Statements of the ledger name their schema, so the tables of an application are found."""
+    (names,) = table.execute("select current_database(), current_user")
+    database, role = names
+    of = (
+        f'database "{database}"'
+        if owner == "database"
+        else f'role "{role}" in database "{database}"'
+    )
+    table.execute(f'alter {of} set search_path = planted, "$user", public')
+
+    async def effect(connection: Any) -> bytes:
+        path = await connection.fetchval("show search_path")
+        return json.dumps(path).encode()
+
+    async with ledger_in(table) as ledger:
+        claim = await work(ledger)
+        assert await ledger.settle_with_effect(claim, effect)
+        job = await ledger.get(claim.id)
+
+    assert job is not None
+    assert json.loads(job.result or b"") == 'planted, "$user", public'
 
 
 async def test_client_lost_before_commit_locks_the_row_for_seconds(
