@@ -42,16 +42,6 @@ def promote(server: RedisServer) -> None:
     server.command("REPLICAOF", "NO", "ONE")
 
 
-def fill(server: RedisServer) -> None:
-    """Set a limit that is exceeded already."""
-    server.command("CONFIG", "SET", "maxmemory", 100_000)
-
-
-def empty(server: RedisServer) -> None:
-    """Remove the limit."""
-    server.command("CONFIG", "SET", "maxmemory", 0)
-
-
 def need_replicas(server: RedisServer) -> None:
     """Refuse writes while there are too few replicas."""
     server.command("CONFIG", "SET", "min-replicas-to-write", 1)
@@ -64,7 +54,7 @@ def need_none(server: RedisServer) -> None:
 
 STATES: dict[str, tuple[Callable[[RedisServer], None], Callable[[RedisServer], None], str]] = {
     "replica": (demote, promote, "set REDIS_HOST to the primary"),
-    "full": (fill, empty, "raise maxmemory"),
+    "full": (RedisServer.fill, RedisServer.unfill, "raise maxmemory"),
     "too few replicas": (need_replicas, need_none, "too few replicas"),
 }
 CODES = {"replica": "read_only", "full": "memory_full", "too few replicas": "writes_refused"}
@@ -103,7 +93,7 @@ async def test_server_that_refuses_writes_is_a_warning(state: str) -> None:
 async def test_full_memory_is_seen_without_permission_to_write() -> None:
     """INFO tells it then."""
     with redis_server(users=["bob on >pw ~* -@all +hello +client +ping +info"]) as server:
-        fill(server)
+        server.fill()
         async with opened(server, **BOB) as client:
             check = check_of(client)
             codes = [(await check.check()).code for _ in range(3)]
@@ -126,15 +116,15 @@ async def test_first_refused_write_asks_for_a_check(own_redis: RedisServer) -> N
     """Once, not for each write."""
     asked: list[None] = []
     async with opened(own_redis, on_suspected_outage=lambda: asked.append(None)) as client:
-        fill(own_redis)
+        own_redis.fill()
         for _ in range(5):
             with pytest.raises(exceptions.OutOfMemoryError):
                 await client.redis.set("key", "value")
         first = len(asked)
         assert (await check_of(client).check()).code == "memory_full"
-        empty(own_redis)
+        own_redis.unfill()
         assert (await check_of(client).check()).code is None
-        fill(own_redis)
+        own_redis.fill()
         with pytest.raises(exceptions.OutOfMemoryError):
             await client.redis.set("key", "value")
 

@@ -73,6 +73,14 @@ class RedisServer(Server):
         self.command("FLUSHALL")
         self.command("SCRIPT", "FLUSH")
 
+    def fill(self) -> None:
+        """Set a limit of memory that is exceeded already: it refuses writes that need memory."""
+        self.command("CONFIG", "SET", "maxmemory", 100_000)
+
+    def unfill(self) -> None:
+        """Remove the limit of memory."""
+        self.command("CONFIG", "SET", "maxmemory", 0)
+
     def role(self) -> str | None:
         """Return ``master`` or ``slave``; None when it does not say.
 

@@ -51,7 +51,7 @@ def _waits(service: Service, count: int) -> list[float]:
 
 
 def test_jobs_run_through_outages_of_redis(database: Database, own_redis: RedisServer) -> None:
-    """Redis is down at the start, comes up, is emptied while jobs wait, and goes down again."""
+    """Redis is down at the start, comes up, is emptied, has no memory left, and goes down again."""
     environment = environment_with(database, own_redis)
     own_redis.stop()
     with api(environment) as service, worker(environment) as process:
@@ -65,12 +65,20 @@ def test_jobs_run_through_outages_of_redis(database: Database, own_redis: RedisS
             job_id = accept(service, "faults.work", 0)
             own_redis.flush()
             emptied.append(_waited(until(service, job_id, "completed")))
+        own_redis.fill()
+        wait_until(lambda: _redis_is(service, "warn"), what="the API sees that Redis is full")
+        full = _waits(service, 8)
+        own_redis.unfill()
+        wait_until(lambda: _redis_is(service, "pass"), what="Redis takes writes again")
+        back = _waits(service, 8)
         own_redis.stop()
         gone = _waits(service, 8)
         process.signal(signal.SIGTERM)
         code = process.exit_code()
+    unsent = service.logged("Job notifications cannot be sent; workers poll")
 
-    assert max(*never_there, *there, *emptied, *gone) < POLL_SECONDS + LOADED
+    assert any("memory" in line["reason"] for line in unsent), unsent
+    assert max(*never_there, *there, *emptied, *full, *back, *gone) < POLL_SECONDS + LOADED
     assert code == 0
 
 
