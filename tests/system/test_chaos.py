@@ -16,7 +16,7 @@ from tests.soak import SOAK, only_in_soak
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 
 _SEED = 20
-_JOBS, _SECONDS = (600, 50.0) if SOAK else (75, 15.0)
+_JOBS, _SECONDS = (600, 50.0) if SOAK else (75, 20.0)
 _JOBS_POOLED, _SECONDS_POOLED = 300, 40.0
 
 
