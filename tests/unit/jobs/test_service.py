@@ -333,15 +333,32 @@ async def test_a_job_has_the_queue_and_the_attempts_that_its_submission_asks_for
     assert len(await fleet.memory_ledger.page()) == 4
 
 
-async def test_workers_are_notified_of_a_job_that_is_run_now(fleet: Fleet) -> None:
-    """As of a new one."""
+@pytest.mark.parametrize("change", ["run", "retry", "resume", "run_schedule"])
+async def test_workers_are_notified_of_jobs_that_become_due(fleet: Fleet, change: str) -> None:
+    """As of new ones. A resumed queue announces its due jobs alone."""
     announced = _Announced()
     service = _service(fleet, announced)
+    fleet.declare("tick", fleet.note, cron="*/5 * * * *")
+    fleet.declare("lose", _lose, retry=BackoffPolicy(attempts=1))
     later = await service.submit("note", 1, run_at=fleet.clock.now() + timedelta(hours=1))
-    job = await service.run(later.job.id)
+    job_id = later.job.id
+    match change:
+        case "run":
+            assert (await service.run(job_id)).run_at == fleet.clock.now()
+        case "retry":
+            job_id = await fleet.accept("lose")
+            fleet.start()
+            await fleet.final(job_id)
+            await fleet.stop()
+            await service.retry(job_id)
+        case "resume":
+            await service.pause("default")
+            job_id = await fleet.accept()
+            await service.resume("default")
+        case _:
+            job_id = (await service.run_schedule("tick")).job.id
 
-    assert job.run_at == fleet.clock.now()
-    assert announced.ids == [later.job.id] * 2
+    assert announced.ids == [later.job.id, job_id]
     assert announced.due_in == [3600.0, 0.0]
 
 
