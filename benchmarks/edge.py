@@ -47,6 +47,8 @@ PATIENT_LITESTAR = replace(
     BARE_LITESTAR, arguments=(*BARE_LITESTAR.arguments, "--timeout-keep-alive", "75")
 )
 READING = (
+    "The targets are for the limited flood. An attacker without a limit fills the core that it "
+    "shares with the probes, so their times are those of a busy machine, not of the server. "
     "Growth is the peak of RSS over that before the attack. Times of probes are from connect to "
     "the end of the answer, each over a new connection. Memory per idle connection is how much RSS "
     "grows from the first thousand of them to the last one; medians of the rounds."
