@@ -91,7 +91,7 @@ class ClientClosedError(exceptions.ConnectionError):
 class WrongServerError(exceptions.ConnectionError):
     """The server cannot be used as it is configured; the request is not retried.
 
-    The message says what to do, and holds no secret.
+    The message names the remedy, and holds no secret.
     """
 
     def __init__(self, problem: RedisProblem, message: str | None = None) -> None:
@@ -134,7 +134,7 @@ _NUMBER = re.compile(r"\[Errno (\d+)\]").search
 
 
 def message_of(error: BaseException) -> str:
-    """Return a text for an error that says what to do; it quotes no secret."""
+    """Return a text for an error that names the remedy; it quotes no secret."""
     for cause in _causes(error):
         if isinstance(cause, WrongServerError):
             return str(cause)
