@@ -94,8 +94,17 @@ async def ws(socket: WebSocket[object, object, State]) -> None:
     await socket.close()
 
 
+@websocket("/push")
+async def push(socket: WebSocket[object, object, State], messages: int) -> None:
+    """Send messages of 100 KB, then wait for one."""
+    await socket.accept()
+    for _ in range(messages):
+        await socket.send_text("." * 100_000)
+    await socket.receive_text()
+
+
 app = Litestar(
-    [up, who, echo, late, client, mirror, big, recorded, ws],
+    [up, who, echo, late, client, mirror, big, recorded, ws, push],
     plugins=[OperationsPlugin()],
     logging_config=None,
 )

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from viralfx import OperationsPlugin
 from viralfx.runner.http_limits import Connections, HttpLimits
-from viralfx.runner.http_protocol import ResponseCycle
+from viralfx.runner.http_response import ResponseCycle
 from viralfx.runner.server import HttpServer
 from viralfx.web.gate import Gate
 from viralfx.web.in_flight import InFlightRequest

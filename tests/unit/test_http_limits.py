@@ -1,8 +1,10 @@
 """The limits of an HTTP server: defaults from the machine, deadlines, memory, rejections."""
 
+import asyncio
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
@@ -16,13 +18,36 @@ from viralfx.settings import Secret, Settings
 from viralfx.settings.groups import DatabaseSettings, HttpSettings
 
 
+class Buffer(asyncio.Transport):
+    """A transport whose client reads nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unsent = 0
+        self.aborted = False
+
+    def get_write_buffer_size(self) -> int:
+        """Return the unsent bytes."""
+        return self.unsent
+
+    def abort(self) -> None:
+        """Record the end."""
+        self.aborted = True
+
+
 class Client:
     """A connection that records its checks."""
+
+    client: tuple[str, int] | None = ("192.0.2.1", 5000)
+    sent_bytes = -1
+    sent_at = 0.0
 
     def __init__(self, *deadlines: float) -> None:
         self.tick = -1
         self.checked: list[float] = []
-        self.body = 0
+        self.buffer = Buffer()
+        self.transport: asyncio.Transport = self.buffer
+        self.idle: float | None = None
         self._deadlines = list(deadlines)
 
     def check_deadline(self, now: float) -> float:
@@ -30,9 +55,9 @@ class Client:
         self.checked.append(now)
         return self._deadlines.pop(0) if self._deadlines else now + 1e6
 
-    def buffered(self) -> int:
-        """Return the size of an unread body."""
-        return self.body
+    def idle_since(self) -> float | None:
+        """Return the time that a test set."""
+        return self.idle
 
 
 class Time:
@@ -136,18 +161,107 @@ def test_small_heads_are_accepted_above_the_memory_limit() -> None:
     assert connections.may_buffer_heads(1024)
 
 
-def test_request_memory_is_recounted_above_the_limit() -> None:
-    """Data that applications have read no longer counts; a small request is always accepted."""
+def test_small_requests_are_accepted_above_the_memory_limit() -> None:
+    """As with heads."""
     connections = Connections(HttpLimits(max_request_bytes=2000, max_connections=1))
-    client = Client()
-    connections.add(client, 1e9)
-    client.body, connections.request_bytes = 900, 5000
     assert connections.may_buffer_requests(100_000)
-    assert connections.request_bytes == 900
-    client.body, connections.request_bytes = 2001, 2001
+    connections.request_bytes = 2001
 
     assert not connections.may_buffer_requests(2001)
     assert connections.may_buffer_requests(2000)
+
+
+def test_a_process_short_of_memory_takes_no_large_requests(
+    time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is measured once for a MiB of bodies, and at each tick until there is enough again."""
+    resident = 900
+    monkeypatch.setattr("viralfx.runner.http_limits._resident_bytes", lambda: resident)
+    connections = Connections(HttpLimits(max_resident_bytes=899, max_connections=1000))
+    connections.receive(2**20 - 1)
+    assert connections.may_buffer_requests(40_000)
+    connections.receive(1)
+    assert not connections.may_buffer_requests(40_000)
+    assert connections.may_buffer_requests(1000)
+    resident = 899
+    run(connections, time, time.now + 1)
+
+    assert connections.may_buffer_requests(40_000)
+
+
+async def test_the_largest_unsent_responses_are_dropped_above_the_limit() -> None:
+    """Down to seven eighths of the limit, and each is counted."""
+    connections = Connections(HttpLimits(max_unsent_bytes=1000))
+    reasons: list[str] = []
+    connections.on_rejected = reasons.append
+    clients = [Client() for _ in range(12)]
+    for number, client in enumerate(clients):
+        client.buffer.unsent = 100 - number
+        connections.pause_writing(client)
+    await asyncio.sleep(0)
+
+    assert [client.buffer.aborted for client in clients] == [True] * 3 + [False] * 9
+    assert reasons == ["unsent"] * 3
+    assert connections.unsent_bytes == sum(100 - number for number in range(3, 12))
+    for client in clients:
+        connections.remove(client)
+    assert connections.unsent_bytes == 0
+
+
+async def test_responses_that_were_read_meanwhile_no_longer_count() -> None:
+    """They are counted anew before a connection is aborted."""
+    connections = Connections(HttpLimits(max_unsent_bytes=1000))
+    reader, other = Client(), Client()
+    reader.buffer.unsent = other.buffer.unsent = 900
+    connections.pause_writing(reader)
+    reader.buffer.unsent = 50
+    connections.pause_writing(other)
+    await asyncio.sleep(0)
+
+    assert not reader.buffer.aborted
+    assert not other.buffer.aborted
+    assert connections.unsent_bytes == 950
+
+
+def test_a_client_that_reads_nothing_is_aborted(time: Time) -> None:
+    """Its time begins anew with each byte that it acknowledges."""
+    connections = Connections(HttpLimits())
+    client = Client()
+    client.buffer.unsent = 100
+    check = partial(connections.check_sending, client, rejection=Rejection.SEND_TIMEOUT)
+    assert check(time.now, 5.0) == time.now + 5.0
+    client.buffer.unsent = 99
+    check(time.now + 4.0, 5.0)
+    check(time.now + 8.9, 5.0)
+    assert not client.buffer.aborted
+    check(time.now + 9.0, 5.0)
+
+    assert client.buffer.aborted
+
+
+def test_a_new_connection_may_replace_the_oldest_idle_one() -> None:
+    """Where the limits say so; one with a request is not replaced."""
+    connections = Connections(HttpLimits(replaces_idle=True))
+    busy, old, new = Client(), Client(), Client()
+    old.idle, new.idle = 1.0, 2.0
+    for client in (busy, old, new):
+        connections.add(client, 1e9)
+
+    assert connections.make_room()
+    assert [each.buffer.aborted for each in (busy, old, new)] == [False, True, False]
+    assert connections.make_room()
+    assert not connections.make_room()
+    assert not busy.buffer.aborted
+
+
+def test_an_api_port_replaces_no_connection() -> None:
+    """Its clients are answered by a 503."""
+    connections = Connections(HttpLimits())
+    idle = Client()
+    idle.idle = 1.0
+    connections.add(idle, 1e9)
+
+    assert not connections.make_room()
 
 
 def test_a_failing_check_does_not_stop_the_others(

@@ -5,37 +5,35 @@ This half of the protocol protects the process (ADR-0035). The other half,
 """
 
 import asyncio
-import socket
-import sys
-from collections.abc import Iterable
+from collections import deque
 from time import monotonic
 from typing import Any, NoReturn
 
 import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import (
-    HttpToolsProtocol,
-    RequestResponseCycle,
-)
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
-from viralfx.runner.http_limits import MAX_PIPELINED, TICK_SECONDS, Connections, Rejection
+from viralfx.runner.http_limits import (
+    LINGER_SECONDS,
+    MAX_PIPELINED,
+    STOPPING_SECONDS,
+    TICK_SECONDS,
+    WRITE_BUFFER_BYTES,
+    Connections,
+    Rejection,
+)
+from viralfx.runner.http_response import ResponseCycle
 from viralfx.web.responses import IN_FLIGHT, REJECTED_STATUS, Endpoint
 
-LINGER_SECONDS = 1.0
-"""Time for a client to read the last response while the server discards further input."""
 LINGER_BYTES = 64 * 1024
 """Input that is discarded meanwhile; the server does not read more than this."""
 FIRST_REQUEST_SECONDS = 0.5
 """A younger connection may have a request on its way when the server stops."""
 _SLICE = 16384
 """Bytes that are parsed at once, which is the precision of the size limits."""
-STOPPING_BODY_SECONDS = 5.0
-"""Body timeout while the server stops."""
-_TCP_INFO_BYTES_ACKED = 120
-"""Offset of the acknowledged bytes in ``struct tcp_info`` of Linux."""
 _QUEUED_BODY_BYTES = 4096
 """Maximum size of a body that waits behind an earlier request."""
 _HIGH_WATER = 65536
@@ -48,11 +46,6 @@ NO_HEADERS: list[tuple[bytes, bytes]] = []
 _ODD = frozenset({b"content-length", b"transfer-encoding", b"expect", b"upgrade"})
 """Headers with which a request cannot be served as a fast probe."""
 _PROXY = frozenset({b"x-forwarded-for", b"x-forwarded-proto"})
-
-
-def head_bytes(headers: Iterable[tuple[bytes, bytes]]) -> int:
-    """Return the size of headers on the wire."""
-    return sum(len(name) + len(value) + len(b": \r\n") for name, value in headers)
 
 
 class Flow(FlowControl):
@@ -77,6 +70,8 @@ class HttpConnection(HttpToolsProtocol):
 
     registry: Connections
     """All connections of the server, this one included."""
+    cycle: ResponseCycle
+    pipeline: deque[tuple[ResponseCycle, Any]]  # type: ignore[assignment]
 
     # In slots, so that the instance dictionary of the base class stays small and shared.
     __slots__ = (
@@ -98,8 +93,6 @@ class HttpConnection(HttpToolsProtocol):
         "_reading",
         "_rejection",
         "_running",
-        "_sent_at",
-        "_sent_bytes",
         "_stopping",
         "_task",
         "_trailers",
@@ -107,6 +100,8 @@ class HttpConnection(HttpToolsProtocol):
         "_upgrading",
         "_used",
         "_version_at",
+        "sent_at",
+        "sent_bytes",
         "tick",
     )
 
@@ -131,12 +126,11 @@ class HttpConnection(HttpToolsProtocol):
         """Position of the first HTTP/1.1 in a read that begins with a request; -1: none."""
         self._unfinished = 0
         """Bytes that the parser buffers of a head, of trailers, or of chunk extensions."""
-        self._expected_since = self._sent_at = 0.0
+        self._expected_since = self.sent_at = 0.0
         """Start of the timeout of the current head or body."""
         self._idle_since = self.registry.now
         self._hosts = self._trailers = self._discarded = 0
-        self._sent_bytes = -1
-        """Bytes of responses that the client had acknowledged at the last check."""
+        self.sent_bytes = -1
         self._host = b""
         self._odd = self._proxied = self._upgrading = False
         self._stopping = self._last = self._discarding = False
@@ -146,7 +140,7 @@ class HttpConnection(HttpToolsProtocol):
         self._rejection: Rejection | None = None
         """The reason why nothing more is read; its response follows the pending ones."""
         self._task: asyncio.Task[None] | None = None
-        self._running: RequestResponseCycle | None = None
+        self._running: ResponseCycle | None = None
         """The request that the application is handling."""
 
     # -- the connection --------------------------------------------------------------------------
@@ -156,6 +150,7 @@ class HttpConnection(HttpToolsProtocol):
         self.connections.add(self)
         self.transport = transport
         self.flow = Flow(self, transport)
+        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self.server = get_local_addr(transport)
         self.client = get_remote_addr(transport)
         self.scheme = "https" if is_ssl(transport) else "http"
@@ -170,16 +165,37 @@ class HttpConnection(HttpToolsProtocol):
         connections.queued -= len(self.pipeline)
         self._hold(0)
         running = self._running
-        if running is not None and not running.response_complete:
-            self._disconnect(running)
+        for cycle, _ in self.pipeline:
+            cycle.release()
+        if running is not None:
+            running.release()
+            if not running.response_complete:
+                self._disconnect(running)
         self.pipeline.clear()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Hold back the responses, because the client does not read."""
+        super().pause_writing()
+        self.registry.pause_writing(self)
+
+    def resume_writing(self) -> None:
+        """Continue with the responses."""
+        super().resume_writing()
+        self.registry.resume_writing(self)
+        self.run_next()
+
+    def run_next(self) -> None:
+        """Run the next waiting request."""
+        raise NotImplementedError
 
     def shutdown(self) -> None:
         """Close the connection after the pending responses."""
         self._stopping = True
-        if self._reading == BODY:
-            self.registry.check_at(self, monotonic() + STOPPING_BODY_SECONDS)
+        if self.transport.get_write_buffer_size():
+            self.registry.check_at(self, monotonic())
+        elif self._reading == BODY:
+            self.registry.check_at(self, monotonic() + STOPPING_SECONDS)
         if self._busy():
             self.cycle.keep_alive = False
         elif not self.may_have_request():
@@ -194,9 +210,18 @@ class HttpConnection(HttpToolsProtocol):
         return not self._used and monotonic() < self._expected_since + FIRST_REQUEST_SECONDS
 
     def reject_unfinished(self) -> None:
-        """Reject a request whose body has not arrived completely."""
-        if self._reading == BODY and self._busy():
+        """End a request whose client did not send its body, or did not read its response."""
+        if self.transport.get_write_buffer_size():
+            self.registry.check_sending(self, monotonic(), LINGER_SECONDS, Rejection.SEND_TIMEOUT)
+        elif self._reading == BODY and self._busy():
             self._reject(Rejection.BODY_TIMEOUT)
+
+    def idle_since(self) -> float | None:
+        """Return the monotonic time since which the client sends no request; None: it has one."""
+        if self._reading == HEAD or not self._used or self._reading == BODY:
+            waits = self._reading != BODY or self._waits_for_body()
+            return self._expected_since if waits else None
+        return None if self._busy() else self._idle_since
 
     def restart_body_timeout(self) -> None:
         """Restart the timeout of the body."""
@@ -214,20 +239,13 @@ class HttpConnection(HttpToolsProtocol):
         else:
             self.transport.close()
 
-    def buffered(self) -> int:
-        """Return the size of the heads and bodies of unanswered requests."""
-        cycles = [cycle for cycle, _ in self.pipeline]
-        if self._running is not None:
-            cycles.append(self._running)
-        return sum(len(cycle.body) + head_bytes(cycle.scope["headers"]) for cycle in cycles)
-
     def _busy(self) -> bool:
         """Return True while a request is unanswered."""
-        cycle: RequestResponseCycle | None = self.cycle
+        cycle: ResponseCycle | None = self.cycle
         return cycle is not None and not cycle.response_complete
 
     @staticmethod
-    def _disconnect(cycle: RequestResponseCycle) -> None:
+    def _disconnect(cycle: ResponseCycle) -> None:
         cycle.disconnected = True
         cycle.message_event.set()
         scope: Any = cycle.scope
@@ -252,7 +270,7 @@ class HttpConnection(HttpToolsProtocol):
         if self._reading == BODY and self._waits_for_body():
             silence = limits.body_timeout
             if self._stopping:
-                silence = min(silence, STOPPING_BODY_SECONDS)
+                silence = min(silence, STOPPING_SECONDS)
             overdue, rejection = self._expected_since + silence, Rejection.BODY_TIMEOUT
         elif self._busy() or self._reading == BODY:
             return now + min(limits.body_timeout, limits.keep_alive_timeout)
@@ -270,32 +288,16 @@ class HttpConnection(HttpToolsProtocol):
         return now + LINGER_SECONDS
 
     def _check_sending(self, now: float) -> float:
-        """Abort a connection whose client has not acknowledged response data for too long."""
-        timeout = LINGER_SECONDS if self._discarding else self.registry.limits.keep_alive_timeout
-        acknowledged = self._acknowledged()
-        if acknowledged != self._sent_bytes:
-            self._sent_bytes, self._sent_at = acknowledged, now
-        elif now >= self._sent_at + timeout:
-            if not self._discarding:
-                self.registry.reject(
-                    Rejection.SEND_TIMEOUT, self.client[0] if self.client else None
-                )
-            self.transport.abort()
-            return now + timeout
-        return max(self._sent_at + timeout, now + TICK_SECONDS)
-
-    def _acknowledged(self) -> int:
-        """Return the bytes that the client has acknowledged, or, if unknown, the unsent bytes."""
-        connected = self.transport.get_extra_info("socket")
-        try:
-            info = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
-            return int.from_bytes(info[_TCP_INFO_BYTES_ACKED:][:8], sys.byteorder)
-        except (OSError, AttributeError):
-            return self.transport.get_write_buffer_size()
+        if self._discarding:
+            return self.registry.check_sending(self, now, LINGER_SECONDS, None)
+        timeout = self.registry.limits.keep_alive_timeout
+        if self._stopping:
+            timeout = min(timeout, STOPPING_SECONDS)
+        return self.registry.check_sending(self, now, timeout, Rejection.SEND_TIMEOUT)
 
     def _waits_for_body(self) -> bool:
         """Return True if the client must send; False while the application must read."""
-        cycle: RequestResponseCycle | None = self.cycle
+        cycle: ResponseCycle | None = self.cycle
         waits_for_100 = cycle is not None and cycle.waiting_for_100_continue
         return not self.flow.read_paused and not waits_for_100
 
@@ -422,8 +424,10 @@ class HttpConnection(HttpToolsProtocol):
         if cycle.response_complete:
             return
         cycle.body += body
-        connections.request_bytes += len(body)
-        if not connections.may_buffer_requests(len(cycle.body)):
+        cycle.hold(len(body))
+        cycle.received += len(body)
+        connections.receive(len(body))
+        if not connections.may_buffer_requests(cycle.received):
             self._stop_parsing(Rejection.REQUEST_MEMORY)
         if cycle is not self._running and len(cycle.body) > _QUEUED_BODY_BYTES:
             # Until the earlier request ends, the data is not read and no timeout runs.
@@ -449,7 +453,7 @@ class HttpConnection(HttpToolsProtocol):
             self._abandon(self.cycle, rejection)
         self._forget_head()
         running = self._running
-        if running is not None and not running.response_complete:
+        if self.pipeline or (running is not None and not running.response_complete):
             self.flow.pause_reading()
         elif not self.transport.is_closing():
             self._send_rejection()
@@ -459,8 +463,9 @@ class HttpConnection(HttpToolsProtocol):
         self.headers = NO_HEADERS
         self.url = self._host = b""
 
-    def _abandon(self, cycle: RequestResponseCycle, rejection: Rejection) -> None:
+    def _abandon(self, cycle: ResponseCycle, rejection: Rejection) -> None:
         """Disconnect the request whose body was being read."""
+        cycle.release()
         scope: Any = cycle.scope
         scope[REJECTED_STATUS] = rejection.status
         cycle.waiting_for_100_continue = False  # nothing may follow the rejection

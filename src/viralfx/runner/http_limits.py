@@ -8,11 +8,13 @@ import logging
 import math
 import os
 import resource
+import socket
+import sys
 from collections.abc import Callable, Iterator
 from enum import Enum
 from http import HTTPStatus
 from time import monotonic
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -28,6 +30,10 @@ MAX_QUEUED = 1000
 """Maximum number of waiting pipelined requests on all connections of a server."""
 TICK_SECONDS = 0.5
 """Interval at which the deadlines of connections are checked."""
+LINGER_SECONDS = 1.0
+"""Time for a client to read the last response, while further input is discarded."""
+STOPPING_SECONDS = 5.0
+"""While the server stops: longest silence of a client that sends a body or reads a response."""
 
 _MAX_DESCRIPTORS = 2**20
 _MAX_MANAGEMENT_CONNECTIONS = 256
@@ -36,10 +42,18 @@ _CONNECTION_BYTES = 16 * 1024
 _MEMORY_SHARE = 4
 """Idle connections may use a quarter of the memory limit."""
 _HEAD_SHARE = 16
-"""Unfinished heads may use a sixteenth of the memory limit."""
+"""Unfinished heads may use a sixteenth of the memory limit, and unsent responses another one."""
 _REQUEST_SHARE = 8
 """Unanswered requests may use an eighth of the memory limit."""
 _MAX_REQUEST_BYTES = 32 * 2**20
+WRITE_BUFFER_BYTES = 8 * 1024
+"""Unsent bytes of a connection above which its next responses wait."""
+_RELIEF = 7 / 8
+"""Share of a limit of unsent bytes down to which connections are aborted above it."""
+_RESIDENT_SHARE = 7 / 8
+"""Share of the memory limit above which the server takes no more large requests."""
+_SAMPLE_BYTES = 2**20
+"""Received bytes of bodies after which the memory of the process is measured anew."""
 _API_SHARE = 4
 """At least a quarter of the descriptors serve the API."""
 
@@ -78,7 +92,9 @@ class Rejection(Enum):
     BODY_TIMEOUT = ("body_timeout", 408, "The body of the request did not arrive in time.")
     KEEP_ALIVE_TIMEOUT = ("keep_alive_timeout", 0, "")
     SEND_TIMEOUT = ("send_timeout", 0, "")
+    UNSENT = ("unsent", 0, "")
     WEBSOCKET = ("websocket", 0, "")
+    IDLE_FOR_NEW = ("connections", 0, "")
     CONNECTIONS = ("connections", 503, "The server has too many open connections.")
     CODING = ("coding", 501, "Of the transfer codings, only chunked is supported.")
     HOST = ("host", 400, "Send exactly one valid Host header.")
@@ -97,7 +113,13 @@ class HttpLimits(HttpSettings, frozen=True, kw_only=True):
     max_unfinished_head_bytes: int = _MAX_REQUEST_BYTES
     """Total size of the unfinished heads and trailers on all connections."""
     max_request_bytes: int = _MAX_REQUEST_BYTES
-    """Total size of the large heads and the bodies of unanswered requests on all connections."""
+    """Total size of the large heads and the unread bodies of requests on all connections."""
+    max_unsent_bytes: int = _MAX_REQUEST_BYTES
+    """Total size of the responses that wait for their clients on all connections."""
+    max_resident_bytes: int = sys.maxsize
+    """Memory of the process above which no more large requests are taken."""
+    replaces_idle: bool = False
+    """True: a new connection above the limit replaces the oldest one without a request."""
 
     @classmethod
     def for_api(cls, settings: Settings) -> "HttpLimits":
@@ -120,7 +142,8 @@ class HttpLimits(HttpSettings, frozen=True, kw_only=True):
     @classmethod
     def for_management(cls, settings: Settings) -> "HttpLimits":
         """Return the limits of the management server, which has its own connections."""
-        return cls._with(settings, _descriptors_for_management())
+        limits = cls._with(settings, _descriptors_for_management())
+        return msgspec.structs.replace(limits, replaces_idle=True)
 
     @classmethod
     def _with(cls, settings: Settings, max_connections: int) -> "HttpLimits":
@@ -128,6 +151,8 @@ class HttpLimits(HttpSettings, frozen=True, kw_only=True):
             "max_connections": max_connections,
             "max_unfinished_head_bytes": _memory() // _HEAD_SHARE,
             "max_request_bytes": min(_MAX_REQUEST_BYTES, _memory() // _REQUEST_SHARE),
+            "max_unsent_bytes": _memory() // _HEAD_SHARE,
+            "max_resident_bytes": int(_memory() * _RESIDENT_SHARE),
         }
         return cls(**(msgspec.structs.asdict(settings.http) | own))
 
@@ -173,6 +198,15 @@ def _memory() -> int:
     return min([pages * os.sysconf("SC_PAGE_SIZE"), *memory_limits()])
 
 
+def _resident_bytes() -> int:
+    """Return the memory of the process; 0 on a system that does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - often called
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 class ThrottledLog:
     """Limits the rate of log lines for each kind of event.
 
@@ -212,14 +246,20 @@ class ThrottledLog:
 class Connection(Protocol):
     """The interface of a connection for :class:`Connections`."""
 
+    transport: asyncio.Transport
+    client: tuple[str, int] | None
     tick: int
     """The tick of the next check; -1: no check is scheduled."""
+    sent_bytes: int
+    """Bytes of responses that the client had acknowledged at the last check; -1: none yet."""
+    sent_at: float
+    """The monotonic time at which that number was new."""
 
     def check_deadline(self, now: float) -> float:
         """Enforce deadlines at the monotonic time ``now``; return the time of the next check."""
 
-    def buffered(self) -> int:
-        """Return the size of the heads and bodies of unanswered requests."""
+    def idle_since(self) -> float | None:
+        """Return the monotonic time since which the connection has no request; None: it has one."""
 
 
 class Connections:
@@ -245,7 +285,13 @@ class Connections:
         self.head_bytes = 0
         """Total size of incomplete heads and trailers."""
         self.request_bytes = 0
-        """Upper bound of the total size of large heads and of bodies of unanswered requests."""
+        """Total size of large heads of unanswered requests, and of unread bodies."""
+        self.unsent_bytes = 0
+        """Total size of the responses of the connections whose clients do not read them."""
+        self._unsent: dict[Connection, int] = {}
+        self._recounted_at = -1
+        self._received = 0
+        self._is_memory_low = False
         self._members: set[Connection] = set()
         self._wheel: dict[int, set[Connection]] = {}
         self._tick = self._tick_of(self.now)
@@ -269,6 +315,7 @@ class Connections:
         """Remove a connection."""
         self._members.discard(connection)
         self._unschedule(connection)
+        self.resume_writing(connection)
 
     def check_at(self, connection: Connection, deadline: float) -> None:
         """Schedule a check at ``deadline``, unless an earlier one is scheduled."""
@@ -299,6 +346,8 @@ class Connections:
                 except Exception:  # one connection must not stop the checks of all
                     _logger.exception("Deadline check of a connection failed")
                     self.check_at(connection, now + TICK_SECONDS)
+        if self._is_memory_low:
+            self._measure()
         self._log.flush()
         self._upgrades.flush()
 
@@ -330,15 +379,92 @@ class Connections:
         return max(1024, limit // max(1, self.limits.max_connections))
 
     def may_buffer_requests(self, own: int) -> bool:
-        """Return False if the unanswered requests use too much memory.
+        """Return False if requests, or the whole process, use too much memory.
 
-        ``own``: the size of the caller's request. A small one is always accepted, as with heads.
-        :attr:`request_bytes` only grows as requests arrive, so it is recounted above the limit.
+        ``own``: the size of the caller's request, with the part of its body that the application
+        has read. A small one is always accepted, as with heads.
         """
         limit = self.limits.max_request_bytes
-        if self.request_bytes > limit:
-            self.request_bytes = sum(connection.buffered() for connection in self._members)
-        return self.request_bytes <= limit or own <= self._share_of(limit)
+        is_full = self._is_memory_low or self.request_bytes > limit
+        return not is_full or own <= self._share_of(limit)
+
+    def receive(self, size: int) -> None:
+        """Count received bytes of bodies, which an application may collect, and measure memory."""
+        self._received += size
+        if self._received >= _SAMPLE_BYTES:
+            self._measure()
+
+    def _measure(self) -> None:
+        self._received = 0
+        self._is_memory_low = _resident_bytes() > self.limits.max_resident_bytes
+
+    # -- responses that wait for their clients ---------------------------------------------------
+
+    def pause_writing(self, connection: Connection) -> None:
+        """Count the unsent bytes of a connection; above the limit, abort the largest ones."""
+        size = connection.transport.get_write_buffer_size()
+        self.unsent_bytes += size - self._unsent.get(connection, 0)
+        self._unsent[connection] = size
+        self.check_at(connection, monotonic() + TICK_SECONDS)
+        if self.unsent_bytes > self.limits.max_unsent_bytes:
+            # Not now: the transport of this connection is writing.
+            asyncio.get_running_loop().call_soon(self._relieve)
+
+    def resume_writing(self, connection: Connection) -> None:
+        """Forget the unsent bytes of a connection."""
+        self.unsent_bytes -= self._unsent.pop(connection, 0)
+
+    def _relieve(self) -> None:
+        limit = self.limits.max_unsent_bytes
+        if self.unsent_bytes > limit and self._recounted_at != self._tick:
+            # At most once a tick, because a client that reads a little could ask for it often.
+            self._recounted_at = self._tick
+            self._unsent = {c: c.transport.get_write_buffer_size() for c in self._unsent}
+            self.unsent_bytes = sum(self._unsent.values())
+        if self.unsent_bytes <= limit:
+            return
+        for connection in sorted(self._unsent, key=self._unsent.__getitem__, reverse=True):
+            if self.unsent_bytes <= limit * _RELIEF:
+                return
+            self._abort(connection, Rejection.UNSENT)
+
+    def check_sending(
+        self, connection: Connection, now: float, timeout: float, rejection: Rejection | None
+    ) -> float:
+        """Abort a connection whose client has acknowledged no byte for ``timeout`` seconds.
+
+        Returns the time of the next check. ``rejection`` is counted; None: it was already.
+        """
+        acknowledged = _acknowledged(connection.transport)
+        if acknowledged != connection.sent_bytes:
+            connection.sent_bytes, connection.sent_at = acknowledged, now
+        elif now >= connection.sent_at + timeout:
+            self._abort(connection, rejection)
+            return now + timeout
+        return max(connection.sent_at + timeout, now + TICK_SECONDS)
+
+    def _abort(self, connection: Connection, rejection: Rejection | None) -> None:
+        self.resume_writing(connection)
+        if rejection is not None:
+            self.reject(rejection, connection.client[0] if connection.client else None)
+        connection.transport.abort()
+
+    # -- room for new connections ----------------------------------------------------------------
+
+    def make_room(self) -> bool:
+        """Abort the connection without a request for the longest time; return False if none is.
+
+        The limits say whether a server does that.
+        """
+        if not self.limits.replaces_idle:
+            return False
+        idle = [(since, each) for each in self._members if (since := each.idle_since()) is not None]
+        if not idle:
+            return False
+        _, oldest = min(idle, key=lambda pair: pair[0])
+        self._members.discard(oldest)  # it is not chosen again before its end
+        self._abort(oldest, Rejection.IDLE_FOR_NEW)
+        return True
 
     def close(self) -> None:
         """Log the suppressed events."""
@@ -359,87 +485,15 @@ class Connections:
         return math.ceil(deadline / TICK_SECONDS)
 
 
-# -- WebSockets ----------------------------------------------------------------------------------
+_TCP_INFO_BYTES_ACKED = 120
+"""Offset of the acknowledged bytes in ``struct tcp_info`` of Linux."""
 
 
-_SLICE = 4096
-"""Bytes that are parsed in one turn of the event loop; the smallest frame has two."""
-_MAX_FRAGMENTS = 1024
-"""Maximum number of frames of one message."""
-_MESSAGE_TOO_BIG = 1009
-
-
-class WebSocketLimits:
-    """Mixin for uvicorn's WebSocket class that counts the connection and enforces limits."""
-
-    registry: Connections
-    frames: list[Any]
-    _backlog: bytearray | None = None
-
-    def connection_lost(self: Any, exc: Exception | None) -> None:
-        """Release the connection."""
-        self.registry.open -= 1
-        self._backlog = None
-        super().connection_lost(exc)  # type: ignore[misc]
-
-    def data_received(self: Any, data: bytes) -> None:
-        """Parse a few frames, and the others in the next turns of the event loop.
-
-        One read may contain tens of thousands of empty frames.
-        """
-        if self._backlog is not None:
-            self._backlog += data
-        elif len(data) > _SLICE and self.handshake_initiated:
-            self._backlog = bytearray(data)
-            asyncio.get_running_loop().call_soon(self._parse_backlog)
-        else:
-            self._parse(data)
-            return
-        if not self.transport.is_closing():
-            self.transport.pause_reading()
-
-    def _parse_backlog(self: Any) -> None:
-        if self._backlog is None or self.transport.is_closing():
-            return
-        piece = bytes(self._backlog[:_SLICE])
-        del self._backlog[:_SLICE]
-        self._parse(piece)
-        if self._backlog:
-            asyncio.get_running_loop().call_soon(self._parse_backlog)
-            return
-        self._backlog = None
-        if not self.read_paused and not self.transport.is_closing():
-            self.transport.resume_reading()
-
-    def _parse(self: Any, data: bytes) -> None:
-        if self.transport.is_closing():
-            return
-        try:
-            super().data_received(data)  # type: ignore[misc]
-        except Exception:  # noqa: BLE001 - frames after a close frame may contain anything
-            self._reject()
-            self.transport.abort()
-
-    def handle_cont(self: Any, event: Any) -> None:
-        """Accept a fragment of a message, unless there are too many."""
-        if len(self.frames) >= _MAX_FRAGMENTS:
-            self.frames = []
-            self.conn.send_close(_MESSAGE_TOO_BIG)
-            self.handle_parser_exception()
-        else:
-            super().handle_cont(event)  # type: ignore[misc]
-
-    def handle_parser_exception(self: Any) -> None:
-        """Close a connection whose client violated the protocol."""
-        self._reject()
-        super().handle_parser_exception()  # type: ignore[misc]
-
-    def _reject(self: Any) -> None:
-        self.registry.reject(Rejection.WEBSOCKET, self.client[0] if self.client else None)
-
-
-def limited_websocket_class(
-    base: type[asyncio.Protocol], connections: Connections
-) -> type[asyncio.Protocol]:
-    """Return the class of a server's WebSocket connections; ``base`` is uvicorn's class."""
-    return type("WebSocketConnection", (WebSocketLimits, base), {"registry": connections})
+def _acknowledged(transport: asyncio.Transport) -> int:
+    """Return the bytes that the client has acknowledged, or, if unknown, the unsent bytes."""
+    connected = transport.get_extra_info("socket")
+    try:
+        info = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
+        return int.from_bytes(info[_TCP_INFO_BYTES_ACKED:][:8], sys.byteorder)
+    except (OSError, AttributeError):
+        return transport.get_write_buffer_size()

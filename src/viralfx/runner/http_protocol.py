@@ -4,36 +4,28 @@ This is a subclass of uvicorn's httptools protocol (ADR-0035). The parser and th
 uvicorn's. The code between them is here and in :mod:`viralfx.runner.http_connection`, because it
 enforces the limits.
 
-An ordinary response has a ``Content-Length`` and a body in one message. Its head is written from
-prepared parts, because uvicorn's code costs a twentieth of a whole request. uvicorn writes all
-other responses and invalid ones, so that their bytes and errors stay the same.
-
-WebSocket connections are uvicorn's, too, with the limits of :mod:`viralfx.runner.http_limits`.
+WebSocket connections are uvicorn's, too, with the limits of :mod:`viralfx.runner.websocket`.
 """
 
 import asyncio
 import re
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, cast
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import (
-    HEADER_RE,
-    HEADER_VALUE_RE,
-    STATUS_LINE,
-    RequestResponseCycle,
-)
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from viralfx.runner.http_connection import BODY, NOTHING, HttpConnection, head_bytes
+from viralfx.runner.http_connection import BODY, NOTHING, HttpConnection
 from viralfx.runner.http_limits import (
     MAX_PIPELINED,
     MAX_QUEUED,
     Connections,
     Rejection,
-    limited_websocket_class,
 )
+from viralfx.runner.http_response import ResponseCycle
+from viralfx.runner.websocket import limited_websocket_class
 from viralfx.web.in_flight import InFlightRequests
 from viralfx.web.responses import ASGIApp, Endpoint, RawResponse, correlation_id_of
 
@@ -45,6 +37,11 @@ _SMALL_REQUEST = 4096
 _READ = (b"GET", b"HEAD")
 _VERSIONS = ("1.1", "1.0")
 _CLOSE_HEADER = b"\r\nconnection: close\r\n\r\n"
+
+
+def _head_bytes(headers: Iterable[tuple[bytes, bytes]]) -> int:
+    """Return the size of headers on the wire."""
+    return sum(len(name) + len(value) + len(b": \r\n") for name, value in headers)
 
 
 _MAX_HOST_BYTES = 272
@@ -64,90 +61,6 @@ def _is_host(value: bytes) -> bool:
     """Return True for a valid value of the Host header."""
     # The length is checked first, so that clients cannot fill the cache with long values.
     return len(value) <= _MAX_HOST_BYTES and _matches_host(value)
-
-
-_CONNECTION = frozenset({b"connection", b"transfer-encoding", b"content-length"})
-"""Headers that frame the body; the usual spelling of ``content-length`` is handled separately."""
-_MAX_CACHED_NAME_BYTES = 64
-
-
-@lru_cache(maxsize=512)
-def _line_start(name: bytes) -> bytes | None:
-    """Return the start of a header line; None if uvicorn has to write the response."""
-    lower = name.lower()
-    if lower in _CONNECTION or HEADER_RE.search(name):
-        return None
-    return lower + b": "
-
-
-class ResponseCycle(RequestResponseCycle):
-    """The ASGI side of one request. Set ``connections`` before the first use."""
-
-    connections: Connections
-    """The source of the server's own headers, which uvicorn calls the default headers."""
-
-    async def send(self, message: Any) -> None:
-        """Write a message of the application. Raises uvicorn's errors for an invalid message."""
-        if self.disconnected or self.flow.write_paused:
-            await super().send(message)
-        elif not self.response_started:
-            head = self._head(message)
-            if head is None:
-                await super().send(message)
-                return
-            self.response_started = True
-            self.waiting_for_100_continue = False
-            self.chunked_encoding = False
-            self.transport.write(head)
-        elif self._completes(message):
-            self.transport.write(message["body"])
-            self.expected_content_length = 0
-            self.response_complete = True
-            self.message_event.set()
-            if not self.keep_alive:
-                self.transport.close()
-            self.on_response()
-        else:
-            await super().send(message)
-
-    def _head(self, message: Any) -> bytes | None:
-        """Return the head of an ordinary response; None for any other response."""
-        if message["type"] != "http.response.start":
-            return None
-        status_line = STATUS_LINE.get(message["status"])
-        if status_line is None:
-            return None
-        length: bytes | None = None
-        values = []
-        parts = [status_line, self.connections.server_head]
-        for name, value in message.get("headers", ()):
-            if name == b"content-length":
-                if length is not None:
-                    return None
-                length = value
-                parts += b"content-length: ", value, b"\r\n"
-                continue
-            start = _line_start(name) if len(name) <= _MAX_CACHED_NAME_BYTES else None
-            if start is None:
-                return None
-            values.append(value)
-            parts += start, value, b"\r\n"
-        if length is None or not length.isdigit() or HEADER_VALUE_RE.search(b"".join(values)):
-            return None
-        self.expected_content_length = int(length)
-        parts.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
-        return b"".join(parts)
-
-    def _completes(self, message: Any) -> bool:
-        """Return True for a message with the whole body of a response with a known length."""
-        return (
-            message["type"] == "http.response.body"
-            and not message.get("more_body", False)
-            and not self.response_complete
-            and self.chunked_encoding is False
-            and self.scope["method"] != "HEAD"
-            and len(message.get("body", b"")) == self.expected_content_length > 0
-        )
 
 
 class HttpProtocol(HttpConnection):
@@ -207,7 +120,7 @@ class HttpProtocol(HttpConnection):
 
     def _require_size(self) -> None:
         method = len(self.parser.get_method()) + len(b"  HTTP/1.1\r\n\r\n")
-        if method + len(self.url) + head_bytes(self.headers) > self.registry.limits.max_head_bytes:
+        if method + len(self.url) + _head_bytes(self.headers) > self.registry.limits.max_head_bytes:
             self._stop_parsing(Rejection.HEAD_TOO_LARGE)
 
     def _require_no_host(self, version: str) -> None:
@@ -269,14 +182,14 @@ class HttpProtocol(HttpConnection):
         if parser.should_upgrade():
             self._upgrading = True
             return
-        busy = self._busy()
-        if busy and (len(self.pipeline) + 1 >= MAX_PIPELINED or self.registry.queued >= MAX_QUEUED):
+        waits = self._busy() or self.flow.write_paused
+        if waits and (
+            len(self.pipeline) + 1 >= MAX_PIPELINED or self.registry.queued >= MAX_QUEUED
+        ):
             self._stop_parsing(Rejection.PIPELINED)
         size = self._unfinished + self._read
-        if size > _SMALL_REQUEST:
-            self.registry.request_bytes += size
-            if not self.registry.may_buffer_requests(size):
-                self._stop_parsing(Rejection.REQUEST_MEMORY)
+        if size > _SMALL_REQUEST and not self.registry.may_buffer_requests(size):
+            self._stop_parsing(Rejection.REQUEST_MEMORY)
         raw_path, query = _split(self.url)
         path = raw_path.decode("ascii")
         if "%" in path:
@@ -312,9 +225,11 @@ class HttpProtocol(HttpConnection):
             on_response=self.on_response_complete,
         )
         cycle.connections = self.registry
+        if size > _SMALL_REQUEST:
+            cycle.hold(size)
         self._reading = BODY
         self._trailers = 0
-        if busy:
+        if waits:
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, app))
             self.registry.queued += 1
@@ -322,22 +237,24 @@ class HttpProtocol(HttpConnection):
             self._running = cycle
             self._start_asgi_task(cycle, app)
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+    def _start_asgi_task(  # type: ignore[override]
+        self, cycle: ResponseCycle, app: Any
+    ) -> None:
         # Without uvicorn's done callback: this reference and the gate's keep the task alive.
         self._task = self.loop.create_task(cycle.run_asgi(app))
 
     def on_response_complete(self) -> None:
         """After a response of the application, continue with the next request or wait for one."""
         self.server_state.total_requests += 1
+        if self._running is not None:
+            self._running.release()
         if self.transport.is_closing() or self._discarding:
             return
+        self._running = None
         if self.pipeline:
             # No further data is read until the queued requests are answered.
-            self._running, app = self.pipeline.pop()
-            self.registry.queued -= 1
-            self._start_asgi_task(self._running, app)
+            self.run_next()
             return
-        self._running = None
         self.flow.resume_reading()
         if self._rejection is not None:
             self._send_rejection()
@@ -346,11 +263,18 @@ class HttpProtocol(HttpConnection):
             self._forget_request()
         elif self._reading == BODY:
             # The rest of the body is dropped as it arrives.
-            self.cycle = cast("RequestResponseCycle", _RESPONDED)
+            self.cycle = cast("ResponseCycle", _RESPONDED)
             self._forget_head()
         else:
             self._idle_since = self.registry.now
             self._expect_head()
+
+    def run_next(self) -> None:
+        """Run the next waiting request, unless the client must read an earlier response first."""
+        if self.pipeline and self._running is None and not self.flow.write_paused:
+            self._running, app = self.pipeline.pop()
+            self.registry.queued -= 1
+            self._start_asgi_task(self._running, app)
 
     def _forget_request(self) -> None:
         """Free the data of a request on an idle connection."""

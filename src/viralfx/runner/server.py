@@ -27,6 +27,7 @@ from viralfx.runner.http_limits import (
     Rejection,
 )
 from viralfx.runner.http_protocol import HttpProtocol, protocol_class
+from viralfx.runner.websocket import WebSocketLimits
 from viralfx.telemetry.metrics.requests import HttpMetrics
 from viralfx.web.error_log import is_logged
 from viralfx.web.gate import Gate
@@ -256,12 +257,13 @@ class HttpServer:
         self._shut_down_connections(HttpProtocol)
 
     def reject_unfinished(self) -> None:
-        """Reject requests with an incomplete body with 408, before the drain cuts requests.
+        """End the requests of clients that send or read nothing, before the drain cuts the others.
 
-        The application has accepted nothing of these requests, so no work is lost.
+        An incomplete body is rejected with 408: the application has accepted nothing, so no work is
+        lost. A client that reads nothing would not get the rest of its response either.
         """
         for connection in list(self._state.connections):
-            if isinstance(connection, HttpProtocol):
+            if isinstance(connection, (HttpProtocol, WebSocketLimits)):
                 connection.reject_unfinished()
 
     def _shut_down_connections(self, kind: type[object] = object) -> None:
@@ -318,7 +320,7 @@ class HttpServer:
                     return False
                 continue  # the client has disconnected
             accepted.setblocking(False)
-            if self.connections.full:
+            if self.connections.full and not self.connections.make_room():
                 self._refuse(accepted)
             else:
                 self._open(accepted)

@@ -1,0 +1,166 @@
+"""The WebSocket connections of an HTTP server: uvicorn's, with limits.
+
+The server reads nothing from a client that does not read, and aborts it after a time. uvicorn's
+class would answer its pings without an end, and wait for its last byte.
+"""
+
+import asyncio
+from time import monotonic
+from typing import Any
+
+from viralfx.runner.http_limits import (
+    LINGER_SECONDS,
+    STOPPING_SECONDS,
+    Connections,
+    Rejection,
+)
+
+_SLICE = 4096
+"""Bytes that are parsed in one turn of the event loop; the smallest frame has two."""
+_MAX_FRAGMENTS = 1024
+"""Maximum number of frames of one message."""
+_MESSAGE_TOO_BIG = 1009
+
+
+class WebSocketLimits:
+    """Mixin for uvicorn's WebSocket class that counts the connection and enforces limits."""
+
+    registry: Connections
+    frames: list[Any]
+    tick = -1
+    sent_bytes = -1
+    sent_at = 0.0
+    _backlog: bytearray | None = None
+    _stopping = False
+
+    def connection_made(self: Any, transport: asyncio.Transport) -> None:
+        """Start the deadlines."""
+        super().connection_made(transport)  # type: ignore[misc]
+        self.registry.add(self, monotonic() + self.registry.limits.keep_alive_timeout)
+
+    def check_deadline(self: Any, now: float) -> float:
+        """Abort the connection if its client has read nothing for too long."""
+        timeout: float = self.registry.limits.keep_alive_timeout
+        if not self.transport.get_write_buffer_size():
+            return now + timeout
+        if self._stopping:
+            timeout = min(timeout, STOPPING_SECONDS)
+        checked: float = self.registry.check_sending(self, now, timeout, Rejection.SEND_TIMEOUT)
+        return checked
+
+    def idle_since(self) -> float | None:
+        """Return None: a WebSocket is a request."""
+
+    def shutdown(self: Any) -> None:
+        """Close the WebSocket; a client that does not read has less time now."""
+        if self._stopping:
+            return  # the transport waits for the client
+        self._stopping = True
+        if self.transport.get_write_buffer_size():
+            self.registry.check_at(self, monotonic())
+        super().shutdown()  # type: ignore[misc]
+
+    def reject_unfinished(self: Any) -> None:
+        """Abort a connection whose client does not read."""
+        if self.transport.get_write_buffer_size():
+            self.registry.check_sending(self, monotonic(), LINGER_SECONDS, Rejection.SEND_TIMEOUT)
+
+    def keepalive_timeout(self: Any) -> None:
+        """Close a connection whose client has not answered a ping."""
+        super().keepalive_timeout()  # type: ignore[misc]
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()  # the transport would wait for the client
+
+    def pause_writing(self: Any) -> None:
+        """Read nothing, because each ping would add a response to the unsent ones."""
+        super().pause_writing()  # type: ignore[misc]
+        self.registry.pause_writing(self)
+        self._pause_reading()
+
+    def resume_writing(self: Any) -> None:
+        """Continue to read."""
+        super().resume_writing()  # type: ignore[misc]
+        self.registry.resume_writing(self)
+        if self._backlog is not None:
+            asyncio.get_running_loop().call_soon(self._parse_backlog)
+        elif not self.read_paused and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    async def receive(self: Any) -> Any:
+        """Return the next message; uvicorn continues to read then."""
+        message = await super().receive()  # type: ignore[misc]
+        if not self.writable.is_set() or self._backlog is not None:
+            self._pause_reading()
+        return message
+
+    def _pause_reading(self: Any) -> None:
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def connection_lost(self: Any, exc: Exception | None) -> None:
+        """Release the connection."""
+        self.registry.remove(self)
+        self.registry.open -= 1
+        self._backlog = None
+        super().connection_lost(exc)  # type: ignore[misc]
+
+    def data_received(self: Any, data: bytes) -> None:
+        """Parse a few frames, and the others in the next turns of the event loop.
+
+        One read may contain tens of thousands of empty frames.
+        """
+        if self._backlog is not None:
+            self._backlog += data
+        elif len(data) > _SLICE and self.handshake_initiated:
+            self._backlog = bytearray(data)
+            asyncio.get_running_loop().call_soon(self._parse_backlog)
+        else:
+            self._parse(data)
+            return
+        self._pause_reading()
+
+    def _parse_backlog(self: Any) -> None:
+        if self._backlog is None or self.transport.is_closing() or not self.writable.is_set():
+            return
+        piece = bytes(self._backlog[:_SLICE])
+        del self._backlog[:_SLICE]
+        self._parse(piece)
+        if self._backlog:
+            asyncio.get_running_loop().call_soon(self._parse_backlog)
+            return
+        self._backlog = None
+        if not self.read_paused and self.writable.is_set() and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def _parse(self: Any, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        try:
+            super().data_received(data)  # type: ignore[misc]
+        except Exception:  # noqa: BLE001 - frames after a close frame may contain anything
+            self._reject()
+            self.transport.abort()
+
+    def handle_cont(self: Any, event: Any) -> None:
+        """Accept a fragment of a message, unless there are too many."""
+        if len(self.frames) >= _MAX_FRAGMENTS:
+            self.frames = []
+            self.conn.send_close(_MESSAGE_TOO_BIG)
+            self.handle_parser_exception()
+        else:
+            super().handle_cont(event)  # type: ignore[misc]
+
+    def handle_parser_exception(self: Any) -> None:
+        """Close a connection whose client violated the protocol."""
+        self._reject()
+        super().handle_parser_exception()  # type: ignore[misc]
+
+    def _reject(self: Any) -> None:
+        self.registry.reject(Rejection.WEBSOCKET, self.client[0] if self.client else None)
+
+
+def limited_websocket_class(
+    base: type[asyncio.Protocol], connections: Connections
+) -> type[asyncio.Protocol]:
+    """Return the class of a server's WebSocket connections; ``base`` is uvicorn's class."""
+    return type("WebSocketConnection", (WebSocketLimits, base), {"registry": connections})
