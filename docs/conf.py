@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib import import_module
 from inspect import isclass, isroutine
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ linkcheck_timeout = 20
 gc.disable()
 
 SECTIONS = {
+    "checks": "Checks to use in an application",
     "domain.health": "Health checks",
     "domain.jobs": "Jobs",
     "domain.resilience": "Resilience",
@@ -56,10 +58,24 @@ SECTIONS = {
 """Headings of the API reference, by the beginning of the module that a public name comes from."""
 MODULES = {
     "viralfx.asgi": "Other frameworks",
+    "viralfx.checks": "The module of the checks",
     "viralfx.testing": "Tests",
     "viralfx.taskiq": "taskiq",
 }
 """Headings of public modules beside the package itself."""
+SPECIAL = ("__aenter__", "__aexit__", "__call__")
+"""Methods that belong to a form of use."""
+
+
+def _members(*classes: type) -> str:
+    """Return the options for every public member, also one that a base of this package gives."""
+    bases = {base for each in classes for base in each.__mro__}
+    foreign = {base.__name__ for base in bases if base.__module__.split(".")[0] != "viralfx"}
+    excluded = ", ".join(sorted(foreign))
+    return (
+        "\n   :members:\n   :undoc-members:"
+        f"\n   :inherited-members: {excluded}\n   :special-members: {', '.join(SPECIAL)}"
+    )
 
 
 def _reference() -> Iterator[str]:
@@ -75,11 +91,12 @@ def _reference() -> Iterator[str]:
         for name in names:
             value = getattr(viralfx, name)
             kind = "class" if isclass(value) else "function" if isroutine(value) else "data"
-            options = "\n   :members:" if kind == "class" else ""
-            yield f".. auto{kind}:: {name}{options}\n"
+            yield f".. auto{kind}:: {name}{_members(value) if isclass(value) else ''}\n"
         yield "```\n"
-    for module, heading in MODULES.items():
-        yield f"## {heading}\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```\n"
+    for name, heading in MODULES.items():
+        module = import_module(name)
+        options = _members(*filter(isclass, (getattr(module, one) for one in module.__all__)))
+        yield f"## {heading}\n\n```{{eval-rst}}\n.. automodule:: {name}{options}\n```\n"
 
 
 def _add_reference(_app: Sphinx, page: str, source: list[str]) -> None:

@@ -150,7 +150,9 @@ class LedgerBroker(AsyncBroker, TaskHost):
         """Connect to nothing yet."""
         super().__init__()
         self.id_generator = new_job_id
+        """Gives each message its task id, the id of the job."""
         self.result_backend = LedgerResultBackend(self.find_job, self._labels)
+        """Reads results from the ledger."""
         self._declared: dict[str, Task] = {}
         self._deliveries: dict[str, Delivery] = {}
         self._observer = DeliveryMiddleware(self._deliveries.get)

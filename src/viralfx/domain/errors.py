@@ -13,6 +13,7 @@ class ConfigurationError(ViralFXError):
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
+        """One line for each problem, with the remedy."""
         super().__init__("; ".join(self.problems))
 
 

@@ -129,17 +129,23 @@ class PostgresDatabase:
         Raises ``OSError`` for certificates that cannot be used.
         """
         self.config = config
+        """The address, the credentials and the settings."""
         self.connector = Connector(config)
+        """Makes each connection to the server."""
         self._clock = clock
         self.on_suspected_outage = on_suspected_outage
+        """Called when the database may be unavailable."""
         self.queries = SlowQueryLog(config.settings.slow_query_threshold)
+        """Logs and counts the slow statements."""
         self.retries = RetryRelay()
+        """Forwards the events of :meth:`execute_with_retry`."""
         self._pool: Pool[Any] | None = None
         self._dedicated: set[Connection[Any]] = set()
         self._opening, self._opened = asyncio.Event(), asyncio.Event()
         self._closed = False
         self._in_use = self._waiting = self._failed_connections = 0
         self.members = PoolMembers(config)
+        """Decides when a connection of the pool ends."""
         self.vacuum: VacuumStatus | None = None
         """From the last health query; None if that failed."""
         self.health_backend: int | None = None

@@ -232,7 +232,9 @@ class RedisClient:
         any_server: bool = False,
     ) -> None:
         self.settings = settings
+        """The settings that the client was made with."""
         self.limits = limits
+        """Size of the pool, timeouts and attempts."""
         self._clock = clock or SystemClock()
         self._traffic = Traffic(on_suspected_outage=on_suspected_outage)
         self.memory = MemoryQuery(self._clock)
@@ -272,6 +274,7 @@ class RedisClient:
         self._options = options
         self._pools: list[WaitingPool] = []
         self.redis = CountingRedis.from_pool(self._pool)
+        """redis-py's asynchronous client; replies are bytes."""
 
     # -- reading -----------------------------------------------------------------------------
 

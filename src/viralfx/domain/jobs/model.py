@@ -387,6 +387,7 @@ class JobStateError(ViralFXError):
 
     def __init__(self, message: str, state: JobState) -> None:
         self.state = state
+        """The state of the job."""
         super().__init__(message)
 
 
@@ -406,8 +407,8 @@ class LedgerUnavailableError(ViralFXError):
     """The ledger did not answer in time; the operation may have taken effect."""
 
     def __init__(self, message: str, code: str | None = None) -> None:
-        """``code`` names the problem as the health check ``database`` does, such as ``tls``."""
         self.code = code
+        """The problem, named as the health check ``database`` does, such as ``tls``."""
         super().__init__(message)
 
 
@@ -429,8 +430,8 @@ class UnstorableError(ViralFXError):
     """
 
     def __init__(self, message: str, code: str | None = None) -> None:
-        """``code`` is the ledger's own code of the error, such as a SQLSTATE."""
         self.code = code
+        """The ledger's own code of the error, such as a SQLSTATE."""
         super().__init__(message)
 
 

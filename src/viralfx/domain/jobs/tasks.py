@@ -47,6 +47,7 @@ class Snooze(ViralFXError):  # noqa: N818 - it asks for a later run, and is no e
         """Raise ``TypeError`` or ``ValueError`` for a value that is no number of seconds."""
         require_not_negative("seconds", seconds)
         self.seconds = seconds
+        """Time until the job is due again."""
         super().__init__(f"due again in {seconds:g} s")
 
 

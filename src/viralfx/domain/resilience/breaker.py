@@ -113,6 +113,7 @@ class Circuit:
         require_positive("open_for", open_for)
         require_positive("probe_lease", probe_lease)
         self.name = name
+        """The name of the circuit in errors, events and logs."""
         self._threshold = failure_threshold
         self._open_for = open_for
         self._lease = probe_lease
@@ -124,6 +125,7 @@ class Circuit:
         # Held only while counts and state change, never during a call or a listener.
         self._lock = threading.Lock()
         self.period: Period = self._closed()
+        """The period that the circuit is in."""
 
     # -- reading and control -----------------------------------------------------------------
 

@@ -56,6 +56,7 @@ class Bulkhead:
         require_count("limit", limit)
         require_not_negative("queue", queue)
         self.name = name
+        """The name of the bulkhead in errors and events."""
         self._queue = queue
         self._waiting = 0
         self._limit = limit
