@@ -101,6 +101,21 @@ def test_env_with_invalid_variables_prints_every_problem(
     assert all(line.startswith("viralfx: ") for line in err.splitlines())
 
 
+def test_env_lists_the_variables_beside_a_typing_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The list shows the right name; standard error has the line of the other commands."""
+    monkeypatch.setenv("SHUTDOWN_DRAIN_TIMOUT", "1")
+    code = main(["env"])
+    out, err = capsys.readouterr()
+
+    assert code == 0
+    assert "\nSHUTDOWN_DRAIN_TIMEOUT " in out
+    assert err == (
+        "viralfx: SHUTDOWN_DRAIN_TIMOUT: unknown variable; did you mean SHUTDOWN_DRAIN_TIMEOUT?\n"
+    )
+
+
 # -- help and arguments ----------------------------------------------------------------------
 
 

@@ -443,9 +443,20 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _env(options: argparse.Namespace) -> int:
-    from viralfx.settings import fields, read_settings, show, sources  # noqa: PLC0415
+    from viralfx.settings import (  # noqa: PLC0415
+        fields,
+        read_settings,
+        show,
+        sources,
+        typing_errors,
+    )
 
-    settings, origins = read_settings(os.environ, strict=True), sources(os.environ)
+    # The list helps to correct a name, so a misspelt one does not prevent it.
+    misspelt = {line.partition(":")[0]: line for line in typing_errors(os.environ)}
+    for line in misspelt.values():
+        print(f"viralfx: {line}", file=sys.stderr)
+    environ = {name: value for name, value in os.environ.items() if name not in misspelt}
+    settings, origins = read_settings(environ, strict=True), sources(environ)
     rows = [("name", "default", "value", "meaning", "source")]
     rows += [
         (

@@ -10,7 +10,15 @@ from viralfx.settings.groups import (
     WebhookSettings,
     milliseconds,
 )
-from viralfx.settings.loader import Field, fields, given, read_settings, show, sources
+from viralfx.settings.loader import (
+    Field,
+    fields,
+    given,
+    read_settings,
+    show,
+    sources,
+    typing_errors,
+)
 from viralfx.settings.model import Settings
 from viralfx.settings.rotation import (
     CredentialsCallable,
@@ -37,4 +45,5 @@ __all__ = [
     "read_settings",
     "show",
     "sources",
+    "typing_errors",
 ]

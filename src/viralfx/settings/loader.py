@@ -228,7 +228,7 @@ def read_settings(
     given = reading.values
     settings = assemble({f.path: given[f.variable] for f in fields() if f.variable in given})
     problems = [
-        *(_typing_errors(environ, env_prefix) if strict else ()),
+        *(typing_errors(environ, env_prefix) if strict else ()),
         *reading.problems,
         *settings.contradictions(reading.failed, with_api=with_api),
     ]
@@ -469,7 +469,7 @@ def unknown_names(environ: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _typing_errors(environ: Mapping[str, str], prefix: str) -> Iterator[str]:
+def typing_errors(environ: Mapping[str, str], prefix: str = "") -> Iterator[str]:
     """Yield a problem for each unknown name, behind its prefix, within two edits of a known one."""
     known = [one.variable for one in fields()]
     known += [f"{name}_FILE" for name in known]
