@@ -34,7 +34,7 @@ from tests.deploy.wheels import (
 from tests.servers.postgres import postgres_server
 
 MAX_SECONDS = 60.0
-"""For the pip that the oldest supported Python comes with, and all extras."""
+"""For the pip that each supported Python comes with, and all extras."""
 
 POPULAR = (
     *("sqlalchemy", "alembic", "pydantic", "httpx", "boto3", "celery", "sentry-sdk", "structlog"),
@@ -131,8 +131,8 @@ def installers(report: Report) -> None:
             where = f"Python {version}, {name}"
             report.add(problems, f"{where}, wheel with all extras")
             rows.append((f"{where}, wheel with all extras", *_times(ended)))
-            if version == VERSIONS[0] and by is by_pip:
-                slowest = ended.seconds
+            if by is by_pip:
+                slowest = max(slowest, ended.seconds)
             files = set() if problems else made.files()
             made = report.environment(version)
             _, ended = by(python, made, str(report.sdist))
@@ -144,7 +144,7 @@ def installers(report: Report) -> None:
     report.show(("installed", "seconds", "of processor time"), rows)
     report.targets.append(
         Target(
-            what=f"all extras by the pip of Python {VERSIONS[0]}",
+            what="all extras by the slowest pip of the supported Pythons",
             measured=slowest,
             limit=MAX_SECONDS,
             at_least=False,
