@@ -40,7 +40,7 @@ FOREIGN = {
     "DJANGO_SETTINGS_MODULE": "shop.settings",
     "RAILS_MAX_THREADS": "5",
     # Redis and queues: Celery, RQ, Sidekiq, Resque
-    "REDIS_URL": "redis://127.0.0.1:1/0",
+    "REDIS_URL": "redis://127.0.0.1:1/0?decode_responses=True&max_connections=10&protocol=3",
     "REDIS_URI": "redis://cache",
     "REDIS_PASS": "hunter2",
     "REDIS_PREFIX": "shop:",
@@ -78,6 +78,7 @@ FOREIGN = {
     "ACCESS_LOG": "/var/log/access.log",
     "RUNBOOK_URL": "wiki/Runbook",
     "K_REVISION": "shop-00001-abc",
+    "WEBHOOK_SECRET": "hunter2",
 }
 
 
@@ -100,6 +101,67 @@ def test_the_plugin_starts_with_all_foreign_variables(plain_environ: pytest.Monk
     assert len(FOREIGN) >= 40
     with TestClient(Litestar(plugins=[OperationsPlugin()])) as client:
         wait_until_ready(client)
+
+
+OF_OTHER_CLIENTS = {
+    "redis://u:p@cache?decode_responses=True&client_name=shop": [
+        "REDIS_URL: ignored unknown parameter 'decode_responses'",
+        "REDIS_URL: ignored unknown parameter 'client_name'",
+    ],
+    "redis://cache?max_connections=10": ["REDIS_URL: ignored unknown parameter"],
+    "redis://u:p@cache?ssl_ca_path=/etc/ssl": [
+        "REDIS_URL: ignored unknown parameter 'ssl_ca_path'; did you mean ssl_ca_certs?"
+    ],
+    "postgis://u:p@db/shop?conn_max_age=600": [
+        "DATABASE_URL: ignored unknown parameter 'conn_max_age'"
+    ],
+    "postgresql+pg8000://u:p@db/shop?pool=5&max=5": [
+        "DATABASE_URL: ignored unknown parameter 'pool'",
+        "DATABASE_URL: ignored unknown parameter 'max'",
+    ],
+    "pgsql://u:p@db/shop": [],
+}
+
+
+@pytest.mark.parametrize("url", OF_OTHER_CLIENTS)
+def test_the_plugin_ignores_parameters_of_other_clients(url: str) -> None:
+    """The rest of the address is in use; a program of this package refuses each parameter."""
+    variable = "REDIS_URL" if url.startswith("redis") else "DATABASE_URL"
+    lines = OF_OTHER_CLIENTS[url]
+    settings = read_settings({variable: url})
+
+    assert list(settings.warnings) == lines
+    assert settings.redis.host == "cache" or str(settings.database_address) == "db:5432/shop"
+    if lines:
+        with pytest.raises(ConfigurationError) as refused:
+            read_settings({variable: url}, strict=True)
+        names = [line.replace("ignored ", "") for line in lines]
+        assert [line.removesuffix("; remove it") for line in refused.value.problems] == names
+
+
+@pytest.mark.parametrize("url", ["redis://cache?pasword=p", "postgresql://db/a?ssl-mode=require"])
+def test_the_plugin_refuses_a_misspelt_parameter(url: str) -> None:
+    """Without the error, a password or TLS would silently be missing."""
+    variable = "REDIS_URL" if url.startswith("redis") else "DATABASE_URL"
+
+    with pytest.raises(ConfigurationError, match=r"unknown parameter.*; did you mean "):
+        read_settings({variable: url})
+
+
+def test_a_foreign_webhook_secret_is_ignored_while_no_webhooks_are_sent() -> None:
+    """Its name is a common one."""
+    foreign = {"WEBHOOK_SECRET": "hunter2"}
+    settings = read_settings(foreign)
+
+    assert settings.webhook.secret is None
+    assert settings.warnings == (
+        "WEBHOOK_SECRET: ignored, because it is not a signing key, and no webhooks are configured",
+    )
+    for one in ({"WEBHOOK_ALLOWED_HOSTS": "a.example"}, {"ALERT_WEBHOOK_URL": "https://a.example"}):
+        with pytest.raises(ConfigurationError, match="WEBHOOK_SECRET"):
+            read_settings({**foreign, **one})
+    with pytest.raises(ConfigurationError, match="WEBHOOK_SECRET"):
+        read_settings(foreign, strict=True)
 
 
 TYPING_ERRORS = {

@@ -15,11 +15,10 @@ from viralfx.settings.loader import (
     fields,
     given,
     read_settings,
-    show,
     sources,
     typing_errors,
 )
-from viralfx.settings.model import Settings
+from viralfx.settings.model import Settings, show
 from viralfx.settings.rotation import (
     CredentialsCallable,
     CredentialsError,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 from viralfx.domain.errors import suggest
-from viralfx.settings.groups import is_possible_host
+from viralfx.settings.groups import is_possible_host, unknown_parameter
 from viralfx.settings.rotation import check_passfile, read_service
 
 IMPLIED = {
@@ -28,8 +28,8 @@ _IN_SECONDS = {"pool_timeout", "connect_timeout"}
 TARGETS = ("any", "read-write", "read-only", "primary", "standby", "prefer-standby")
 """Values of ``target_session_attrs``."""
 
-SCHEMES = ("postgresql", "postgres")
-_DRIVERS = ("asyncpg", "psycopg", "psycopg2", "psycopg_async")
+SCHEMES = ("postgresql", "postgres", "postgis", "pgsql")
+_DRIVERS = ("asyncpg", "psycopg", "psycopg2", "psycopg_async", "pg8000")
 _DEFAULT_PORT, _MAX_PORT = 5432, 65535
 
 _HONOURED = (
@@ -163,6 +163,8 @@ class DatabaseAddress:
     """Parameters that are in :data:`IMPLIED`, with their values in the variable's unit."""
     warnings: tuple[str, ...] = ()
     """One sentence for each parameter that has no effect."""
+    unknown: tuple[str, ...] = ()
+    """One line for each parameter that only other clients know."""
 
     @property
     def host(self) -> str:
@@ -199,7 +201,7 @@ def parse_database_url(url: str) -> DatabaseAddress:
     """
     authority, path, query = _split(url.strip())
     login, at, servers = authority.rpartition("@")
-    given = _parameters(query, trusted=bool(at) and "@" not in query)
+    given, unknown = _parameters(query, trusted=bool(at) and "@" not in query)
     user, _, password = login.partition(":")
     database = unquote(path.removeprefix("/"))
     given = _supported(_served(given, servers, user=user, password=password, dbname=database))
@@ -239,6 +241,7 @@ def parse_database_url(url: str) -> DatabaseAddress:
         server_settings={n: v for n, v in server_settings.items() if n not in IMPLIED},
         options=options,
         warnings=tuple(_warnings(given)),
+        unknown=tuple(unknown),
     )
 
 
@@ -266,22 +269,24 @@ def _split(url: str) -> tuple[str, str, str]:
     return authority, slash + path, query
 
 
-def _parameters(query: str, *, trusted: bool) -> dict[str, str]:
-    """Return the parameters; ``trusted``: no part of the query can be part of a password."""
+def _parameters(query: str, *, trusted: bool) -> tuple[dict[str, str], list[str]]:
+    """Return the parameters, and the lines about unknown ones, as :func:`unknown_parameter`."""
     pairs = [pair.partition("=") for pair in query.split("&") if pair]
     if any(not separator for _, separator, _ in pairs):
         raise ValueError("the part after the ? is not name=value pairs joined by &")
     given: dict[str, str] = {}
+    unknown = []
     for encoded, _, text in pairs:
         name, value = unquote(encoded), unquote(text)
         if name not in _KNOWN and not name.startswith("oauth_"):
-            raise ValueError(_unknown(name, trusted=trusted))
+            unknown.append(unknown_parameter(name, _KNOWN, trusted=trusted))
+            continue
         if name == "host" and name in given:
             value = f"{given[name]},{value}"  # the form of SQLAlchemy for several hosts
         elif name in given:
             raise ValueError(f"sets {name} twice; keep one")
         given[name] = value
-    return given
+    return given, unknown
 
 
 def _supported(given: dict[str, str]) -> dict[str, str]:
@@ -305,12 +310,6 @@ def _served(given: dict[str, str], servers: str, **own: str) -> dict[str, str]:
     has_port = re.search(r":[0-9]+(,|$)", servers)
     parts = {"host": servers, "hostaddr": servers, "port": has_port, **own}
     return {**{name: text for name, text in found.items() if not parts.get(name)}, **given}
-
-
-def _unknown(name: str, *, trusted: bool) -> str:
-    close = suggest(name, _KNOWN)
-    shown = f" {name!r}" if name.isidentifier() and (close or trusted) else ""
-    return f"unknown parameter{shown}; {close or 'remove it'}"
 
 
 def _hosts(servers: str, given: Mapping[str, str]) -> Iterator[tuple[str, int]]:

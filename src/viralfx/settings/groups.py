@@ -4,14 +4,14 @@ The groups are ``DB_*``, ``REDIS_*``, ``JOB_*``, ``WEBHOOK_*`` and ``HTTP_*``.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Annotated, Literal
 from urllib.parse import unquote
 
 import msgspec
 from msgspec import Meta
 
-from viralfx.domain.errors import suggest
+from viralfx.domain.errors import edits, suggest
 from viralfx.domain.webhooks.delivery import parse_secrets
 from viralfx.domain.webhooks.url import parse_allowed
 
@@ -287,10 +287,22 @@ _VERIFIES = {"none": "false", "cert_none": "false", "required": "true", "cert_re
 _REDIS_ENCODE = "percent-encode @ : / ? # in the password, or put it into REDIS_PASSWORD"
 
 
-def parse_redis_url(url: str) -> dict[str, str]:
+def unknown_parameter(name: str, known: Collection[str], *, trusted: bool) -> str:
+    """Return the line about a parameter; raise ``ValueError`` with it for a typing error."""
+    # Unless it is trusted, the name may be a part of a password.
+    close = suggest(name, known)
+    shown = f" {name!r}" if name.isidentifier() and (close or trusted) else ""
+    line = f"unknown parameter{shown}; {close or 'remove it'}"
+    if any(edits(name, other, limit=1) <= 1 for other in known):
+        raise ValueError(line)
+    return line
+
+
+def parse_redis_url(url: str, unknown: list[str] | None = None) -> dict[str, str]:
     """Return the variables that a Redis address sets, with their texts.
 
     Raises ``ValueError`` with the remedy; its text holds no part of the URL that may be secret.
+    ``unknown`` takes the lines about parameters that only other clients know.
     """
     scheme, separator, rest = url.strip().partition("://")
     scheme = scheme.lower()
@@ -314,7 +326,7 @@ def parse_redis_url(url: str) -> dict[str, str]:
         found |= _redis_server(server, path)
     if scheme in {"rediss", "valkeys"}:
         found["REDIS_TLS_ENABLED"] = "true"
-    found |= _redis_parameters(query, trusted=bool(login))
+    found |= _redis_parameters(query, [] if unknown is None else unknown, trusted=bool(login))
     return {name: text for name, text in found.items() if text}
 
 
@@ -333,20 +345,18 @@ def _redis_server(server: str, path: str) -> dict[str, str]:
     }
 
 
-def _redis_parameters(query: str, *, trusted: bool) -> dict[str, str]:
-    """``trusted``: no part of the query can be part of a password."""
+def _redis_parameters(query: str, unknown: list[str], *, trusted: bool) -> dict[str, str]:
     found = {}
     for pair in query.split("&") if query else ():
         word, _, text = pair.partition("=")
         if word not in _REDIS_WORDS:
-            close = suggest(word, _REDIS_WORDS)
-            shown = f" {word!r}" if word.isidentifier() and (close or trusted) else ""
-            raise ValueError(f"unknown parameter{shown}; {close or 'remove it'}")
-        found[_REDIS_WORDS[word]] = unquote(text)
+            unknown.append(unknown_parameter(word, _REDIS_WORDS, trusted=trusted))
+            continue
         if word == "ssl_cert_reqs":
             if text.lower() not in _VERIFIES:
                 raise ValueError("ssl_cert_reqs is not none or required; correct it")
-            found[_REDIS_WORDS[word]] = _VERIFIES[text.lower()]
+            text = _VERIFIES[text.lower()]
+        found[_REDIS_WORDS[word]] = unquote(text)
     return found
 
 

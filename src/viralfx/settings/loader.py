@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,10 +22,10 @@ from viralfx.settings.groups import (
     POOL_PROFILES,
     REDIS_SCHEMES,
     Secret,
-    milliseconds,
+    WebhookSettings,
     parse_redis_url,
 )
-from viralfx.settings.model import DATABASE_URLS, LOG_LEVELS, SHAPES, Settings
+from viralfx.settings.model import DATABASE_URLS, LOG_LEVELS, SHAPES, Settings, show
 
 
 class Field(msgspec.Struct, frozen=True):
@@ -107,23 +107,6 @@ class Field(msgspec.Struct, frozen=True):
                 return SHAPES[self.variable]
             case _:
                 return "a text that is not empty"
-
-
-def show(value: object) -> str:
-    """Format a value as in the environment: durations in milliseconds, a secret as ``***``."""
-    match value:
-        case None:
-            return ""
-        case Secret():
-            return "***"
-        case bool():
-            return str(value).lower()
-        case float():
-            return str(milliseconds(value))
-        case tuple():
-            return ",".join(value) or "none"
-        case _:
-            return str(value)
 
 
 @cache
@@ -265,6 +248,7 @@ _FILE = "file "
 
 @dataclass(slots=True)
 class _Reading:
+    strict: bool = False
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
@@ -285,6 +269,14 @@ class _Reading:
         self.failed.add(variable)
         self.problems.append(problem)
 
+    def take_unknown(self, variable: str, lines: Iterable[str]) -> None:
+        """Take down unknown parameters of an address; an application has other clients for it."""
+        for line in lines:
+            if self.strict:
+                self.fail(variable, f"{variable}: {line}")
+            else:
+                self.warnings.append(f"{variable}: ignored {line.removesuffix('; remove it')}")
+
     def is_open(self, variable: str) -> bool:
         """Return True if nothing has set the variable, so that another one may imply it."""
         return variable not in self.values.keys() | self.failed
@@ -297,7 +289,7 @@ class _Reading:
 
 
 def _read(environ: Mapping[str, str], *, strict: bool = False, tasks: bool = False) -> _Reading:
-    reading = _Reading()
+    reading = _Reading(strict)
     for one in fields():
         try:
             raw, source = _raw(one.variable, environ)
@@ -333,6 +325,10 @@ def _ignore_foreign(reading: _Reading, *, tasks: bool) -> None:
         reading.ignore("REDIS_URL", "it is not an address of a single Redis")
     if not reading.values.get("RUNBOOK_URL", "https://").startswith(("https://", "http://")):
         reading.ignore("RUNBOOK_URL", "it is not the address of a page")
+    secret = reading.values.get("WEBHOOK_SECRET")
+    unused = all(map(reading.is_open, ("WEBHOOK_ALLOWED_HOSTS", "ALERT_WEBHOOK_URL")))
+    if unused and secret and any(WebhookSettings(secret=secret).contradictions()):
+        reading.ignore("WEBHOOK_SECRET", "it is not a signing key, and no webhooks are configured")
     for variable in (*_OF_OTHERS, *(() if tasks else ("QUEUES",))):
         if variable in reading.failed:
             reading.failed.discard(variable)
@@ -381,11 +377,13 @@ def _imply_from_url(reading: _Reading, url: str) -> None:
 def _imply_from_redis_url(reading: _Reading) -> None:
     """Set the variables that are unset from REDIS_URL."""
     url = reading.values.get("REDIS_URL")
+    unknown: list[str] = []
     try:
-        implied = {} if url is None else parse_redis_url(url.value)
+        implied = {} if url is None else parse_redis_url(url.value, unknown)
     except ValueError as error:
         reading.fail("REDIS_URL", f"REDIS_URL: {error}")
         return
+    reading.take_unknown("REDIS_URL", unknown)
     places = ("REDIS_HOST", "REDIS_SOCKET")
     if not all(map(reading.is_open, places)):
         implied = {name: text for name, text in implied.items() if name not in places}
@@ -407,6 +405,7 @@ def _warn_about_addresses(reading: _Reading) -> None:
     for variable in DATABASE_URLS:
         if (address := _address(reading, variable)) is None:
             continue
+        reading.take_unknown(variable, address.unknown)
         reading.warnings += [f"{variable}: {warning}" for warning in address.warnings]
         if address.channel_binding and reading.values.get("DB_TLS_MODE") != "verify-full":
             reading.warnings.append(

@@ -23,6 +23,7 @@ from viralfx.settings.groups import (
     Threshold,
     WebhookSettings,
     meaning,
+    milliseconds,
 )
 
 DATABASE_URLS = ("DATABASE_URL", "DATABASE_MIGRATION_URL", "DATABASE_LISTEN_URL")
@@ -72,6 +73,23 @@ def weakness(token: str) -> str | None:
     if len(set(token)) < _MIN_DISTINCT_CHARACTERS:
         return "repeats a few characters and can be guessed"
     return None
+
+
+def show(value: object) -> str:
+    """Format a value as in the environment: durations in milliseconds, a secret as ``***``."""
+    match value:
+        case None:
+            return ""
+        case Secret():
+            return "***"
+        case bool():
+            return str(value).lower()
+        case float():
+            return str(milliseconds(value))
+        case tuple():
+            return ",".join(value) or "none"
+        case _:
+            return str(value)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
