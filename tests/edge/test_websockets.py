@@ -114,6 +114,32 @@ def test_a_frame_after_an_invalid_one_is_no_error() -> None:
     assert sum(1 + line["others"] for line in lines) >= 20
 
 
+@pytest.mark.parametrize(
+    ("app", "path", "code"),
+    [
+        ("tests.edge.edge_app:app", "/ws", 4001),
+        ("tests.frameworks.starlette_app:app", "/once", 1006),
+        ("tests.frameworks.plain_app:app", "/echo", 1006),
+    ],
+    ids=["litestar", "starlette", "plain"],
+)
+def test_a_client_that_closes_before_the_answer_is_no_error(app: str, path: str, code: int) -> None:
+    """The log has the line of its end alone; with the client's code, if the framework closes."""
+    with running("--app", app) as service:
+        service.wait_ready()
+        for _ in range(5):
+            with opened(service, path) as connection:
+                connection.sendall(b"\x81\x81\0\0\0\0a" + b"\x88\x82\0\0\0\0\x0f\xa1")
+                while connection.recv(65536):
+                    pass
+        service.signal(signal.SIGTERM)
+        assert service.exit_code() == 0
+        codes = [line["closeCode"] for line in service.logged(f"WEBSOCKET {path} {code}")]
+
+    assert [line for line in service.output if '"level":"error"' in line] == []
+    assert codes == [code] * 5
+
+
 def test_compression_is_not_negotiated() -> None:
     """A small compressed frame could inflate to a very large message."""
     with running(*PLAIN) as service:

@@ -35,10 +35,17 @@ async def echo(socket: WebSocket) -> None:
         pass
 
 
+async def once(socket: WebSocket) -> None:
+    """Send one message back, without a thought of clients that disconnect."""
+    await socket.accept()
+    await socket.send_text(await socket.receive_text())
+
+
 routes = [
     Route("/hold", held),
     Route("/items/{id}", item),
     Route("/jobs", submit, methods=["POST"]),
     WebSocketRoute("/echo", echo),
+    WebSocketRoute("/once", once),
 ]
 app = OperationsMiddleware(Starlette(routes=routes), config())

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 from tests.unit.metrics.reading import series, value
+from uvicorn.protocols.utils import ClientDisconnected
 
 from viralfx.telemetry import EndedRequest
 from viralfx.telemetry.logging.lines import JsonLines
@@ -273,6 +274,8 @@ def closed_by_client(code: int | None) -> dict[str, Any]:
         ),
         (RECEIVED, [], RuntimeError("planted"), (500, None, "rejected", False)),
         ([closed_by_client(1006)], [], None, (None, None, "rejected", False)),
+        (RECEIVED, [ACCEPT, *SENT], ClientDisconnected(), (101, 1006, "1006", True)),
+        (RECEIVED, [], ClientDisconnected(), (None, None, "rejected", False)),
     ],
     ids=[
         "client",
@@ -287,6 +290,8 @@ def closed_by_client(code: int | None) -> dict[str, Any]:
         "rejected-by-response",
         "error-before",
         "left-before",
+        "left-unnoticed",
+        "left-unnoticed-before",
     ],
 )
 async def test_a_websocket_is_recorded_once_at_its_end(

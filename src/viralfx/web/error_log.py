@@ -15,7 +15,12 @@ ERROR = "viralfx.error"
 _LOGGED = "viralfx_logged"
 _WRAPPER = ("litestar.exceptions.base_exceptions", "LitestarException")
 _INCOMPLETE = ("litestar.exceptions.http_exceptions", "InternalServerException")
-_LEFT = ("starlette.requests", "ClientDisconnect")
+_LEFT = {
+    ("starlette.requests", "ClientDisconnect"),
+    ("starlette.websockets", "WebSocketDisconnect"),
+    ("uvicorn.protocols.utils", "ClientDisconnected"),
+}
+"""The errors of frameworks, and of the server for a message to a closed WebSocket."""
 _DISCONNECT_DETAIL = "client disconnected prematurely"
 """The detail of Litestar's error for an incomplete request body; the error has no own type."""
 
@@ -51,11 +56,17 @@ def log_escaped(error: Exception, scope: Scope) -> None:
 
     A disconnect of the client is not logged, only recorded in the scope.
     """
-    mark_logged(error)
-    if is_client_disconnect(error):
-        scope[CLIENT_DISCONNECTED] = True
-    else:
+    if not note_disconnect(error, scope):
+        mark_logged(error)
         log_request_error(cause_of(error), scope["method"], scope["path"])
+
+
+def note_disconnect(error: Exception, scope: Scope) -> bool:
+    """Return whether an error is a disconnect of the client; record one, so that none logs it."""
+    if left := is_client_disconnect(error):
+        mark_logged(error)
+        scope[CLIENT_DISCONNECTED] = True
+    return left
 
 
 def mark_logged(error: BaseException) -> None:
@@ -69,9 +80,9 @@ def is_logged(error: BaseException) -> bool:
 
 
 def is_client_disconnect(error: Exception) -> bool:
-    """Return True for the error of a framework whose client disconnected during the request."""
+    """Return True for the error of a request, or a WebSocket, whose client disconnected."""
     cause = cause_of(error)
-    if _name_of(cause) == _LEFT:
+    if _name_of(cause) in _LEFT:
         return True
     return _name_of(cause) == _INCOMPLETE and getattr(cause, "detail", None) == _DISCONNECT_DETAIL
 

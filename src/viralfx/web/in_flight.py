@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from time import perf_counter, time
 from typing import Any
 from urllib.parse import unquote
@@ -22,7 +23,7 @@ from viralfx.telemetry import (
 )
 from viralfx.telemetry.logging.lines import AccessLog
 from viralfx.telemetry.metrics.requests import RequestMetrics
-from viralfx.web.error_log import log_error, log_escaped
+from viralfx.web.error_log import log_error, log_escaped, note_disconnect
 from viralfx.web.responses import (
     HEADER,
     IN_FLIGHT,
@@ -161,9 +162,9 @@ class InFlightRequest:
             self._note_trace()
             message["headers"] = [*message.get("headers", ()), self.header]
         elif kind == "websocket.close":
-            if self.disconnected:
+            if self.disconnected or CLIENT_DISCONNECTED in self.scope:
                 # A framework closes the WebSocket after a disconnect, and the server would raise.
-                return _nothing()
+                return self._read_disconnect()
             if not self.started:
                 self.status = _FORBIDDEN  # the server's response to a WebSocket that is rejected
             elif self.close_code is None:
@@ -183,6 +184,13 @@ class InFlightRequest:
             if self.started and self.close_code is None:
                 self.close_code = message.get("code") or _NO_CODE
         return message
+
+    async def _read_disconnect(self) -> None:
+        """Read the close code of a client, which the application has noticed by an error."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DISCONNECT_WAIT_SECONDS):
+                while not self.disconnected:
+                    await self.receive_websocket()
 
     async def _send_events(self, message: Message) -> None:
         await self._send(message)
@@ -235,7 +243,7 @@ class InFlightRequest:
 
     def record_error(self, error: Exception) -> None:
         """Record an exception that the application did not turn into a response."""
-        if self.websocket:
+        if self.websocket and not note_disconnect(error, self.scope):
             if not self.started:
                 self.status = _SERVER_ERROR
             elif self.close_code is None:
@@ -257,10 +265,6 @@ class InFlightRequest:
             self._shutdown_sent = True
             message = {"type": "http.response.body", "body": _SHUTDOWN_EVENT, "more_body": True}
             await self._send(message)
-
-
-async def _nothing() -> None:
-    """Send nothing."""
 
 
 def _size(message: Message) -> int:
@@ -370,8 +374,6 @@ class InFlightRequests:
 
 _MAX_LENGTH_DIGITS = 20
 """A ``Content-Length`` with this many digits or more is ignored; no request is that large."""
-
-
 ROUTE = "viralfx.route"
 """The scope key by which an application names the route of a request itself."""
 
