@@ -265,6 +265,39 @@ def test_console_writes_a_value_without_repr(value: object) -> None:
     assert "BrokenError" in lines.stream.getvalue()
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_console_escapes_what_a_terminal_interprets(
+    *, terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client cannot clear the screen, set colors or write another line by a value."""
+    monkeypatch.setattr(logs, "_is_terminal", lambda _: terminal)
+    lines = Lines(console=True)
+    hostile = "\x1b[2J\x07\x9b1m\x85\u2028\r\x7f\u202e"
+    shown = "\\x1b[2J\\x07\\x9b1m\\x85\\u2028\\r\\x7f\\u202e"
+
+    class Odd:
+        def __repr__(self) -> str:
+            return hostile
+
+    names = ("word", "phrase", "items", "odd")
+    values = (hostile, f"a {hostile}\nb='c'", [hostile], Odd())
+    extra = dict(zip(names, values, strict=True))
+    error = (BrokenError, BrokenError(hostile), None)
+    record = logging.LogRecord(f"any{hostile}", 40, "", 0, "%s\tx\ny", (hostile,), error)
+    vars(record).update(extra)
+    logging.root.handle(record)
+    logging.getLogger("any").info("x", extra={"stack": [hostile], "exception": hostile})
+    text = re.sub(r"\x1b\[[0-9]*m", "", lines.stream.getvalue())
+
+    for each in (f"{shown}\tx\ny", f"any{shown}]", f"word='{shown}'", f"items=['{shown}']"):
+        assert each in text
+    assert f"phrase={values[1]!r}" in text
+    assert f"odd={shown}" in text
+    assert text.count(f"BrokenError: {shown}\n") == 1
+    assert text.endswith(f"\n{shown}\n\n{'=' * 79}\n\n{shown}\n")
+    assert [c for c in text if not c.isprintable() and c not in "\n\t"] == []
+
+
 def test_other_logging_configurations_are_overridden(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

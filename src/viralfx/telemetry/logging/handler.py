@@ -1,6 +1,7 @@
 """Log lines in one shape for every library: JSON for machines, text for people."""
 
 import contextlib
+import io
 import logging
 import logging.config
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import structlog
-from structlog.typing import EventDict
+from structlog.typing import EventDict, ExcInfo
 
 from viralfx.telemetry import EndedRequest
 from viralfx.telemetry.logging.lines import (
@@ -212,32 +213,73 @@ class LineHandler(logging.Handler):
 
 
 class _Console:
-    """Renders records as text for people, with the content of the JSON lines."""
+    """Renders records as text for people, with the content of the JSON lines.
+
+    Characters that a terminal may interpret are escaped, except for the newlines and tabs of
+    messages, stacks and tracebacks: clients choose some of the values.
+    """
 
     def __init__(self, lines: JsonLines, redaction: Redaction, *, colors: bool) -> None:
         self._lines = lines
         self._redaction = redaction
-        # structlog's default tracebacks show local variables, which hold data of requests.
         self._renderer = structlog.dev.ConsoleRenderer(
-            colors=colors, exception_formatter=structlog.dev.plain_traceback
+            colors=colors, exception_formatter=_write_traceback
         )
 
     def __call__(self, record: logging.LogRecord) -> bytes:
         event, _ = self._lines.fields(record)
-        event["event"] = event.pop("message")
-        event["logger"] = event.pop("context")
+        whole = {"event": event.pop("message"), "logger": event.pop("context")}
         if record.exc_info and event.pop("exception", None) is not None:
-            event["exc_info"] = record.exc_info
+            whole["exc_info"] = record.exc_info
         for name in ("stack", "exception"):  # the renderer prints both unchanged
-            if name in event and not isinstance(value := event[name], str):
+            if name in event:
+                value = event.pop(name)
                 lines = value if isinstance(value, list) else [value]
-                event[name] = "\n".join(str(plain(line)) for line in lines)
-        try:
-            text = self._renderer(None, line_level(record.levelno), event.copy())
-        except Exception:  # noqa: BLE001 - raised by the repr of a caller's value
-            event = {k: v if k == "exc_info" else plain(v) for k, v in event.items()}
-            text = self._renderer(None, line_level(record.levelno), event)
+                whole[name] = "\n".join(str(plain(line)) for line in lines)
+        shown = {name: _Shown.of(value) for name, value in event.items()}
+        shown |= {k: _printable(v) if isinstance(v, str) else v for k, v in whole.items()}
+        text = self._renderer(None, line_level(record.levelno), shown)
         return self._redaction.text(f"{text}\n").encode("utf-8", "backslashreplace")
+
+
+class _Shown:
+    """A value as the console shows it."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    # The renderer writes the repr of each value that is not a string.
+    def __repr__(self) -> str:
+        return self._text
+
+    @classmethod
+    def of(cls, value: object) -> object:
+        """Return a value that the renderer can write, and writes without control characters."""
+        simple = plain(value)
+        if not isinstance(simple, str):
+            return simple
+        if not isinstance(value, str):
+            return cls(_printable(simple))
+        return simple if simple.isprintable() else cls(repr(simple))
+
+
+def _printable(text: str) -> str:
+    """Return a text whose characters are printable, a newline or a tab; all others are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode()
+        for each in text
+    )
+
+
+def _write_traceback(output: TextIO, error: ExcInfo) -> None:
+    """Write a traceback; structlog's default ones show local variables, which hold client data."""
+    written = io.StringIO()
+    structlog.dev.plain_traceback(written, error)
+    output.write(_printable(written.getvalue()))
 
 
 def _show_warning(  # noqa: PLR0917 - the signature of ``warnings.showwarning``
