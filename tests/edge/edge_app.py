@@ -1,6 +1,8 @@
 """An application that records which requests its handlers have executed."""
 
 import asyncio
+import gc
+import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator
 
@@ -86,6 +88,15 @@ async def recorded() -> dict[str, int]:
     return dict(executed)
 
 
+@get("/allocated")
+async def allocated() -> dict[str, int]:
+    """Return the bytes of the objects that were made since the first such request."""
+    if not tracemalloc.is_tracing():
+        tracemalloc.start()
+    gc.collect()
+    return {"bytes": tracemalloc.get_traced_memory()[0]}
+
+
 @websocket("/ws")
 async def ws(socket: WebSocket[object, object, State]) -> None:
     """Accept, send one message back, and close."""
@@ -104,7 +115,7 @@ async def push(socket: WebSocket[object, object, State], messages: int) -> None:
 
 
 app = Litestar(
-    [up, who, echo, late, client, mirror, big, recorded, ws, push],
+    [up, who, echo, late, client, mirror, big, recorded, allocated, ws, push],
     plugins=[OperationsPlugin()],
     logging_config=None,
 )

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import psutil
 import pytest
 from tests.edge.test_attacks import APP, CHUNKED, LINE
-from tests.edge.wire import PROBE, TIMEOUT_SECONDS, Wire, rejected, statuses
+from tests.edge.wire import PROBE, TIMEOUT_SECONDS, Wire, ask, rejected, statuses
 from tests.servers.waiting import wait_until
 from tests.system.service import Service, running
 
@@ -198,6 +198,21 @@ def test_an_idle_connection_frees_its_request(kind: str) -> None:
         assert service.logged(LINE) == [] or kind == "long host"
 
     assert grown < 10 * MIB, "they sent 25 MiB and more"
+
+
+def test_long_targets_are_not_kept() -> None:
+    """The caches of the framework may hold 64 KiB of them, in several forms."""
+    target = b"%f0%9f%98%80" + b"a" * 20_000
+    with running(*APP) as service:
+        service.wait_ready()
+        ask(service.port, "/allocated")
+        with Wire(service.port) as wire:
+            for number in range(300):
+                wire.send(b"GET /echo/%d%b HTTP/1.1\r\nHost: x\r\n\r\n" % (number, target))
+                assert wire.response().status == 200
+            kept = ask(service.port, "/allocated")["bytes"]
+
+    assert kept < 4 * 2**20
 
 
 def test_pipelined_scrapes_do_not_delay_a_probe() -> None:

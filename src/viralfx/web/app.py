@@ -20,7 +20,7 @@ from viralfx.web.api_docs import ApiDocsPlugin
 from viralfx.web.jobs import JOBS, jobs_router
 from viralfx.web.jobs.openapi import COMPONENTS, JobsDocument
 from viralfx.web.layer import OperationsConfig, OperationsLayer
-from viralfx.web.plugin import OperationsPlugin, jobs_api_of, keep_error
+from viralfx.web.plugin import BoundedCaches, OperationsPlugin, jobs_api_of, keep_error
 from viralfx.web.problems import problem_handlers
 from viralfx.web.responses import (
     ASGIApp,
@@ -141,4 +141,4 @@ def create_jobs_api(layer: OperationsLayer) -> ASGIApp:
         openapi_config=None,
     )
     app.state[JOBS] = jobs_api_of(layer)
-    return HeadAsGet(cast("ASGIApp", app))
+    return BoundedCaches(HeadAsGet(cast("ASGIApp", app)), lambda: app)

@@ -3,8 +3,9 @@
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -24,6 +25,7 @@ from viralfx.telemetry import CLIENT_DISCONNECTED
 from viralfx.web.auth import AccessPolicy
 from viralfx.web.dependencies import ApplicationDependencies, ClientDependencies
 from viralfx.web.error_log import ERROR, is_client_disconnect, log_request_error
+from viralfx.web.gate import Gate
 from viralfx.web.jobs import JOBS, JobsApi, jobs_router
 from viralfx.web.jobs.openapi import COMPONENTS, JobsDocument
 from viralfx.web.layer import (
@@ -32,7 +34,7 @@ from viralfx.web.layer import (
     OperationsConfig,
     OperationsLayer,
 )
-from viralfx.web.responses import ASGIApp
+from viralfx.web.responses import ASGIApp, Message, Receive, Scope, Send
 from viralfx.web.routes import (
     ENDPOINTS,
     health_router,
@@ -115,6 +117,10 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
         app_config.lifespan.append(self._lifespan)
         app_config.after_exception.append(keep_error)
         return app_config
+
+    def gate(self, app: ASGIApp, *, own_server: bool = True) -> Gate:
+        """Return a gate in front of ``app``, which also bounds the caches of Litestar."""
+        return super().gate(BoundedCaches(app, lambda: self._app), own_server=own_server)
 
     def _traces_itself(self) -> bool:
         return self._has_part(_TRACING)
@@ -253,6 +259,86 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
             # This also ends the parts that a failed start has begun.
             await self.end()
             app.asgi_handler = inner
+
+
+_LONG = 256
+"""Length of the texts of one request from which they count; 1024 shorter ones take a few MiB."""
+_MAX_LONG_BYTES = 64 * 1024
+"""Total length of long texts in the caches. Parsed, a query takes forty times its length."""
+_FORM = b"application/x-www-form-urlencoded"
+_Cache = type(lru_cache(str))
+
+
+class BoundedCaches:
+    """ASGI middleware that bounds the memory of Litestar's caches, which clients fill.
+
+    Litestar caches paths, queries, cookies and forms with the values that it has parsed from them,
+    up to 1024 of each kind, of any length. So the caches are emptied when they may hold more than
+    64 KiB of long ones.
+    """
+
+    __slots__ = ("_app", "_held", "_litestar")
+
+    def __init__(self, app: ASGIApp, litestar: Callable[[], object]) -> None:
+        """``litestar`` returns the application whose router has a cache of its own."""
+        self._app = app
+        self._litestar = litestar
+        self._held = 0
+
+    # Not async: one more coroutine would cost 1 % of an ordinary request.
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Serve one ASGI scope."""
+        if scope["type"] == "lifespan":
+            return self._app(scope, receive, send)
+        size, has_form = len(scope["path"]) + len(scope.get("query_string", b"")), False
+        for name, value in scope["headers"]:
+            if name == b"cookie":
+                size += len(value)
+            elif name == b"content-type":
+                has_form = value.lower().startswith(_FORM)
+        if size > _LONG or has_form:
+            return self._serve(scope, receive, send, size)
+        return self._app(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, size: int) -> None:
+        async def receive_part() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            return message
+
+        # Before it, too: it may last long, as an event stream does.
+        self._count(size)
+        try:
+            await self._app(scope, receive_part, send)
+        finally:
+            self._count(size)
+
+    def _count(self, size: int) -> None:
+        self._held += size if size > _LONG else 0
+        if self._held > _MAX_LONG_BYTES:
+            self._held = 0
+            for cache in _module_caches(len(sys.modules)):
+                cache.cache_clear()
+            router = getattr(self._litestar(), "asgi_router", None)
+            if isinstance(cache := getattr(router, "handle_routing", None), _Cache):
+                cache.cache_clear()
+
+
+@lru_cache(maxsize=1)
+def _module_caches(_modules: int) -> list[Any]:
+    """Return the caches of Litestar's modules and their classes; their names are not public.
+
+    Litestar imports some modules late, so the result holds for a number of imported modules.
+    """
+    found: list[object] = []
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "litestar":
+            for each in vars(module).values():
+                found += [each, *(vars(each).values() if isinstance(each, type) else ())]
+    plain = (each.__func__ if isinstance(each, classmethod) else each for each in found)
+    caches = {id(each): each for each in plain if isinstance(each, _Cache)}
+    return [each for each in caches.values() if each.__module__.startswith("litestar.")]
 
 
 def jobs_api_of(layer: OperationsLayer) -> JobsApi:

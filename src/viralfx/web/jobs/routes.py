@@ -42,6 +42,8 @@ MAX_BODY_BYTES = 64 * 1024
 """Maximum size of a request body."""
 MAX_BATCH_BYTES = 4 * 1024 * 1024
 """Maximum size of the body of a batch."""
+MAX_QUERY_FIELDS = 100
+"""Maximum number of fields of a query; Litestar parses all of them at once."""
 
 AnyRequest = Request[object, object, State]
 
@@ -222,9 +224,14 @@ class JobsApi:
 # Not a guard: for each guard and request Litestar copies the route handler, which takes longer than
 # all other checks of a request together.
 async def check_request(request: AnyRequest) -> None:
-    """Raise an HTTP error for a request that is not authorized, or whose body is not JSON."""
+    """Raise an HTTP error for a request that is not authorized, or whose body is not JSON.
+
+    Raise one for a query of too many fields, too, before Litestar parses it.
+    """
     method = request.scope["method"]
     _authorize(api_of(request), method, request.scope["headers"])
+    if request.scope["query_string"].count(b"&") >= MAX_QUERY_FIELDS:
+        raise ClientException(f"The query has more than {MAX_QUERY_FIELDS} fields.")
     if method == HttpMethod.POST:
         require_json(request)
 
