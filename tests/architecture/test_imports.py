@@ -87,6 +87,7 @@ HOMES = {
         "runner/server.py",
         "runner/http_connection.py",
         "runner/http_protocol.py",
+        "runner/http_response.py",
     },
 }
 GOING_AWAY = {
