@@ -82,6 +82,12 @@ async def big(mebibytes: int) -> Stream:
     return Stream(pieces(), headers={"content-length": str(mebibytes * 2**20)})
 
 
+@get("/blob", media_type="application/octet-stream")
+async def blob(mebibytes: int) -> bytes:
+    """Send some MiB as one message."""
+    return b"." * (mebibytes * 2**20)
+
+
 @get("/executed")
 async def recorded() -> dict[str, int]:
     """Return the recorded executions."""
@@ -115,7 +121,7 @@ async def push(socket: WebSocket[object, object, State], messages: int) -> None:
 
 
 app = Litestar(
-    [up, who, echo, late, client, mirror, big, recorded, allocated, ws, push],
+    [up, who, echo, late, client, mirror, big, blob, recorded, allocated, ws, push],
     plugins=[OperationsPlugin()],
     logging_config=None,
 )

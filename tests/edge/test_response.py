@@ -14,7 +14,8 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from viralfx import OperationsPlugin
-from viralfx.runner.http_limits import Connections, HttpLimits
+from viralfx.runner.connections import Connections
+from viralfx.runner.http_limits import HttpLimits
 from viralfx.runner.http_response import ResponseCycle
 from viralfx.runner.server import HttpServer
 from viralfx.web.gate import Gate

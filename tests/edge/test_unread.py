@@ -46,12 +46,17 @@ def reluctant(port: int) -> socket.socket:
     return client
 
 
+def upgrade(path: bytes) -> bytes:
+    """Return the head of a WebSocket handshake."""
+    key = base64.b64encode(os.urandom(16))
+    head = b"GET %b HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" % path
+    return head + b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %b\r\n\r\n" % key
+
+
 def websocket(port: int, path: bytes) -> socket.socket:
     """Open a WebSocket as such a client."""
     client = reluctant(port)
-    key = base64.b64encode(os.urandom(16))
-    head = b"GET %b HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" % path
-    client.sendall(head + b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %b\r\n\r\n" % key)
+    client.sendall(upgrade(path))
     received = b""
     while b"\r\n\r\n" not in received:
         received += client.recv(1)
@@ -61,9 +66,10 @@ def websocket(port: int, path: bytes) -> socket.socket:
 
 def test_unread_responses_use_a_part_of_the_memory() -> None:
     """Above it the largest ones are dropped, and probes are answered."""
+    blob = b"GET /blob?mebibytes=1 HTTP/1.1\r\nHost: x\r\n\r\n"
     with ExitStack() as stack, limited() as service, probed(service):
         for _ in range(UNREAD):
-            stack.enter_context(closing(reluctant(service.port))).sendall(BIG * 3)
+            stack.enter_context(closing(reluctant(service.port))).sendall(blob * 3)
         wait_until(lambda: rejected(service).get("unsent", 0) > 0, what="the limit is reached")
         counted = rejected(service)
 
@@ -86,6 +92,48 @@ def test_bodies_that_handlers_collect_leave_memory_for_others() -> None:
     assert (answer.status, answer.json()["n"]) == (200, 5)
 
 
+def test_a_response_of_any_size_arrives_while_its_client_reads() -> None:
+    """It may be larger than the limit of unsent responses."""
+    with limited() as service, Wire(service.port) as wire:
+        wire.send(b"GET /blob?mebibytes=24 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert len(wire.response().body) == 24 * MIB
+        assert rejected(service) == {}
+
+
+def test_bodies_of_closed_connections_are_freed() -> None:
+    """One after another they may be larger than the memory."""
+    body = b"a=" + b"a" * COLLECTED
+    head = b"POST /up HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+    with limited() as service:
+        for _ in range(2 * GROUP_MIB * MIB // COLLECTED):
+            with Wire(service.port) as wire:
+                assert wire.send(head % len(body) + body).response().status == 200
+        assert rejected(service) == {}
+
+
+def test_a_stop_waits_for_clients_that_read() -> None:
+    """They get the rest of their response, and those that wait behind it."""
+    last = b"GET /echo/last HTTP/1.1\r\nHost: x\r\n\r\n"
+    received = bytearray()
+    with running(*APP) as service:
+        service.wait_ready()
+        with closing(socket.socket()) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            client.settimeout(20)
+            client.connect(("127.0.0.1", service.port))
+            client.sendall(b"GET /blob?mebibytes=16 HTTP/1.1\r\nHost: x\r\n\r\n")
+            received += client.recv(65536)
+            client.sendall(last)
+            service.signal(signal.SIGTERM)
+            wait_until(lambda: service.logged("Shutdown began"), what="the stop has begun")
+            while data := client.recv(65536):
+                received += data
+        assert service.exit_code(seconds=40) == 0
+
+    assert statuses(bytes(received)) == [200, 200]
+    assert received.count(b".") >= 16 * MIB
+
+
 def test_requests_behind_an_unread_response_wait() -> None:
     """They are answered in order when the client reads, before an invalid one."""
     last = b"GET /echo/last HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -101,8 +149,26 @@ def test_requests_behind_an_unread_response_wait() -> None:
     assert received.index(b'"last"') > received.rindex(b"." * 1000)
 
 
-def test_a_websocket_that_reads_nothing_is_not_read_from() -> None:
-    """Its pings need no memory, and the send timeout ends it."""
+def test_a_websocket_behind_an_unread_response_waits_for_its_client() -> None:
+    """Its messages need no memory."""
+    with running(*APP, management=True) as service:
+        service.wait_ready()
+        with (
+            PeakMemory(service.process.pid) as memory,
+            closing(reluctant(service.port)) as client,
+        ):
+            client.sendall(b"GET /blob?mebibytes=4 HTTP/1.1\r\nHost: x\r\n\r\n")
+            wait_until(lambda: in_flight(service, 0), what="the response is complete")
+            client.sendall(upgrade(b"/push?messages=1000"))
+            wait_until(lambda: in_flight(service, 1), what="the handler sends")
+            with probed(service):
+                pass
+
+    assert memory.growth < 16 * MIB
+
+
+def test_the_pings_of_a_websocket_that_reads_nothing_need_no_memory() -> None:
+    """The last one is answered when it reads, and the send timeout ends it."""
     ping = b"\x89\xfd\0\0\0\0" + b"x" * 125
     with running(*APP, management=True, environment={"HTTP_KEEP_ALIVE_TIMEOUT": "2000"}) as service:
         service.wait_ready()
@@ -160,8 +226,10 @@ def test_idle_clients_do_not_close_the_management_port() -> None:
         assert service.management_port is not None
         for number in range(60):  # the port has 16 connections
             wire = stack.enter_context(Wire(service.management_port))
-            if number % 2:
+            if number % 3 == 1:
                 assert wire.send(PROBE).response().status == 200
+            elif number % 3 == 2:  # unread responses, and a request that waits behind them
+                wire.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 99)
         assert [service.manage("/health/live").status for _ in range(5)] == [200] * 5
         counted = rejected(service)
 

@@ -8,9 +8,9 @@ from functools import partial
 
 import pytest
 
+from viralfx.runner.connections import Connections
 from viralfx.runner.http_limits import (
     TICK_SECONDS,
-    Connections,
     HttpLimits,
     Rejection,
 )
@@ -65,7 +65,7 @@ class Time:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr("viralfx.runner.http_limits.monotonic", lambda: self.now)
+        monkeypatch.setattr("viralfx.runner.connections.monotonic", lambda: self.now)
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_a_process_short_of_memory_takes_no_large_requests(
 ) -> None:
     """Memory is measured once for a MiB of bodies, and at each tick until there is enough again."""
     resident = 900
-    monkeypatch.setattr("viralfx.runner.http_limits._resident_bytes", lambda: resident)
+    monkeypatch.setattr("viralfx.runner.connections._used_bytes", lambda: resident)
     connections = Connections(HttpLimits(max_resident_bytes=899, max_connections=1000))
     connections.receive(2**20 - 1)
     assert connections.may_buffer_requests(40_000)
@@ -189,23 +189,45 @@ def test_a_process_short_of_memory_takes_no_large_requests(
     assert connections.may_buffer_requests(40_000)
 
 
-async def test_the_largest_unsent_responses_are_dropped_above_the_limit() -> None:
-    """Down to seven eighths of the limit, and each is counted."""
-    connections = Connections(HttpLimits(max_unsent_bytes=1000))
+@pytest.mark.parametrize("is_low", [True, False])
+async def test_unsent_responses_are_dropped_above_the_limit(
+    monkeypatch: pytest.MonkeyPatch, *, is_low: bool
+) -> None:
+    """The largest first, down to seven eighths; while there is memory, without taken bytes only."""
+    used = 2000 if is_low else 0
+    monkeypatch.setattr("viralfx.runner.connections._used_bytes", lambda: used)
+    connections = Connections(HttpLimits(max_unsent_bytes=1000, max_resident_bytes=1000))
     reasons: list[str] = []
     connections.on_rejected = reasons.append
     clients = [Client() for _ in range(12)]
     for number, client in enumerate(clients):
         client.buffer.unsent = 100 - number
+        if number >= 4:
+            client.sent_bytes = 100 - number  # as at the last check
         connections.pause_writing(client)
     await asyncio.sleep(0)
+    aborted = [number for number, client in enumerate(clients) if client.buffer.aborted]
 
-    assert [client.buffer.aborted for client in clients] == [True] * 3 + [False] * 9
+    assert aborted == ([0, 1, 2] if is_low else [4, 5, 6])
     assert reasons == ["unsent"] * 3
-    assert connections.unsent_bytes == sum(100 - number for number in range(3, 12))
+    assert connections.unsent_bytes == sum(100 - n for n in range(12) if n not in aborted)
     for client in clients:
         connections.remove(client)
     assert connections.unsent_bytes == 0
+
+
+async def test_unsent_responses_are_counted_anew_at_each_tick(time: Time) -> None:
+    """A client that takes no byte until then is aborted."""
+    connections = Connections(HttpLimits(max_unsent_bytes=1000))
+    client = Client()
+    client.buffer.unsent = 1001
+    connections.pause_writing(client)
+    run(connections, time, time.now + 1)
+    assert not client.buffer.aborted
+    client.sent_bytes = 1001
+    run(connections, time, time.now + 1)
+
+    assert client.buffer.aborted
 
 
 async def test_responses_that_were_read_meanwhile_no_longer_count() -> None:

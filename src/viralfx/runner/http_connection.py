@@ -16,13 +16,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
+from viralfx.runner.connections import Connections
 from viralfx.runner.http_limits import (
     LINGER_SECONDS,
     MAX_PIPELINED,
     STOPPING_SECONDS,
     TICK_SECONDS,
     WRITE_BUFFER_BYTES,
-    Connections,
     Rejection,
 )
 from viralfx.runner.http_response import ResponseCycle
@@ -173,21 +173,8 @@ class HttpConnection(HttpToolsProtocol):
                 self._disconnect(running)
         self.pipeline.clear()
         super().connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        """Hold back the responses, because the client does not read."""
-        super().pause_writing()
-        self.registry.pause_writing(self)
-
-    def resume_writing(self) -> None:
-        """Continue with the responses."""
-        super().resume_writing()
-        self.registry.resume_writing(self)
-        self.run_next()
-
-    def run_next(self) -> None:
-        """Run the next waiting request."""
-        raise NotImplementedError
+        # No reference cycle, so that the request is freed without the garbage collector.
+        self.cycle = self._running = self._task = None  # type: ignore[assignment]
 
     def shutdown(self) -> None:
         """Close the connection after the pending responses."""
@@ -217,11 +204,17 @@ class HttpConnection(HttpToolsProtocol):
             self._reject(Rejection.BODY_TIMEOUT)
 
     def idle_since(self) -> float | None:
-        """Return the monotonic time since which the client sends no request; None: it has one."""
-        if self._reading == HEAD or not self._used or self._reading == BODY:
-            waits = self._reading != BODY or self._waits_for_body()
-            return self._expected_since if waits else None
-        return None if self._busy() else self._idle_since
+        """Return the monotonic time since which the client owes something; None: it owes nothing.
+
+        It owes the rest of a request, the next one, or its reading of a response.
+        """
+        if self.transport.get_write_buffer_size():
+            return max(self.sent_at, self._expected_since)
+        if self._reading == BODY and self._waits_for_body():
+            return self._expected_since
+        if self._busy():
+            return None
+        return self._expected_since if self._reading == HEAD or not self._used else self._idle_since
 
     def restart_body_timeout(self) -> None:
         """Restart the timeout of the body."""

@@ -17,11 +17,11 @@ from typing import Any, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
+from viralfx.runner.connections import Connections
 from viralfx.runner.http_connection import BODY, NOTHING, HttpConnection
 from viralfx.runner.http_limits import (
     MAX_PIPELINED,
     MAX_QUEUED,
-    Connections,
     Rejection,
 )
 from viralfx.runner.http_response import ResponseCycle
@@ -253,7 +253,7 @@ class HttpProtocol(HttpConnection):
         self._running = None
         if self.pipeline:
             # No further data is read until the queued requests are answered.
-            self.run_next()
+            self._run_next()
             return
         self.flow.resume_reading()
         if self._rejection is not None:
@@ -269,9 +269,21 @@ class HttpProtocol(HttpConnection):
             self._idle_since = self.registry.now
             self._expect_head()
 
-    def run_next(self) -> None:
+    def pause_writing(self) -> None:
+        """Hold back the responses, because the client does not read."""
+        super().pause_writing()
+        self.registry.pause_writing(self)
+
+    def resume_writing(self) -> None:
+        """Continue with the responses."""
+        super().resume_writing()
+        self.registry.resume_writing(self)
+        self._run_next()
+
+    def _run_next(self) -> None:
         """Run the next waiting request, unless the client must read an earlier response first."""
-        if self.pipeline and self._running is None and not self.flow.write_paused:
+        waits = self.flow.write_paused or self.transport.is_closing()
+        if self.pipeline and self._running is None and not waits:
             self._running, app = self.pipeline.pop()
             self.registry.queued -= 1
             self._start_asgi_task(self._running, app)
@@ -325,12 +337,14 @@ class HttpProtocol(HttpConnection):
         self.registry.remove(self)
         self._hold(0)
         assert self.websocket_class is not None  # noqa: S101 - narrows for the type checker
-        protocol = self.websocket_class(  # type: ignore[call-arg]
+        protocol: Any = self.websocket_class(  # type: ignore[call-arg]
             config=self.config, server_state=self.server_state, app_state=self.app_state
         )
         protocol.connection_made(self.transport)
-        protocol.data_received(self._head())
         self.transport.set_protocol(protocol)
+        if self.flow.write_paused:  # by an earlier response; the transport says so only once
+            protocol.pause_writing()
+        protocol.data_received(self._head())
 
     def _head(self, *, without: frozenset[bytes] = frozenset()) -> bytes:
         """Return the current head as bytes, without some headers and their connection options."""
@@ -367,10 +381,11 @@ _RESPONDED = _RespondedCycle()
 class _BodyTransport:
     """The transport of a request with a body; closing it does not lose the response."""
 
-    __slots__ = ("_protocol", "is_closing", "write")
+    __slots__ = ("_protocol", "abort", "is_closing", "write")
 
     def __init__(self, protocol: HttpProtocol) -> None:
         self._protocol = protocol
+        self.abort = protocol.transport.abort
         self.write = protocol.transport.write
         self.is_closing = protocol.transport.is_closing
 

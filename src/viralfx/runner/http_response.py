@@ -15,7 +15,8 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from viralfx.runner.http_limits import Connections
+from viralfx.runner.connections import Connections
+from viralfx.runner.http_limits import WRITE_BUFFER_BYTES, Rejection
 
 _CONNECTION = frozenset({b"connection", b"transfer-encoding", b"content-length"})
 """Headers that frame the body; the usual spelling of ``content-length`` is handled separately."""
@@ -59,6 +60,11 @@ class ResponseCycle(RequestResponseCycle):
 
     async def send(self, message: Any) -> None:
         """Write a message of the application. Raises uvicorn's errors for an invalid message."""
+        if self.connections.is_overloaded and len(message.get("body", b"")) > WRITE_BUFFER_BYTES:
+            client = self.scope["client"]
+            self.connections.reject(Rejection.UNSENT, client[0] if client else None)
+            self.transport.abort()
+            self.disconnected = True
         if self.disconnected or self.flow.write_paused:
             await super().send(message)
         elif not self.response_started:

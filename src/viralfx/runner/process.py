@@ -28,6 +28,9 @@ from viralfx.web.console import Console
 from viralfx.web.gate import Gate
 from viralfx.worker.calls import JobThread
 
+_ANSWERING_SECONDS = 0.02
+"""Interval at which the drain looks for responses that clients have not read."""
+
 
 async def stop_listening(server: HttpServer, gate: Gate) -> None:
     """Close the listeners and idle connections, and notify the clients of streams.
@@ -41,12 +44,19 @@ async def stop_listening(server: HttpServer, gate: Gate) -> None:
 async def drain_requests(server: HttpServer, gate: Gate, clock: Clock, budget: float) -> None:
     """Wait for the requests in flight, including those still arriving, then cut the rest.
 
+    Clients may also read their responses, and get those of the requests that wait behind them.
     Raises :class:`WorkLostError` when a request was cut without a complete response.
     """
     began = clock.monotonic()
+
+    def left() -> float:
+        return max(0.0, budget - (clock.monotonic() - began))
+
     await server.settle()
-    left = budget - (clock.monotonic() - began)
-    await gate.requests.drain(max(0.0, left), clock, before_cut=server.reject_unfinished)
+    await gate.requests.drain(left(), clock, before_cut=server.reject_unfinished)
+    while server.is_answering() and left() > 0:
+        await clock.sleep(_ANSWERING_SECONDS)
+        await gate.requests.drain(left(), clock, before_cut=server.reject_unfinished)
 
 
 async def stop_application(application: ApplicationLifespan) -> None:

@@ -19,10 +19,10 @@ from uvicorn.lifespan.on import LifespanOn
 from uvicorn.server import ServerState
 
 from viralfx.domain.errors import StartupError
+from viralfx.runner.connections import Connections
 from viralfx.runner.http_connection import FIRST_REQUEST_SECONDS
 from viralfx.runner.http_limits import (
     TICK_SECONDS,
-    Connections,
     HttpLimits,
     Rejection,
 )
@@ -265,6 +265,15 @@ class HttpServer:
         for connection in list(self._state.connections):
             if isinstance(connection, (HttpProtocol, WebSocketLimits)):
                 connection.reject_unfinished()
+
+    def is_answering(self) -> bool:
+        """Return True while a client has not read its response, or a request waits behind one."""
+        for each in self._state.connections:
+            if isinstance(each, HttpProtocol):
+                waits = each.pipeline and not each.transport.is_closing()
+                if waits or each.transport.get_write_buffer_size():
+                    return True
+        return False
 
     def _shut_down_connections(self, kind: type[object] = object) -> None:
         for connection in list(self._state.connections):

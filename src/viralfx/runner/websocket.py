@@ -1,17 +1,17 @@
 """The WebSocket connections of an HTTP server: uvicorn's, with limits.
 
-The server reads nothing from a client that does not read, and aborts it after a time. uvicorn's
-class would answer its pings without an end, and wait for its last byte.
+The server aborts a client that reads nothing after a time, and keeps one answer to its pings until
+then. uvicorn's class would keep all of them, and wait for the last byte.
 """
 
 import asyncio
 from time import monotonic
 from typing import Any
 
+from viralfx.runner.connections import Connections
 from viralfx.runner.http_limits import (
     LINGER_SECONDS,
     STOPPING_SECONDS,
-    Connections,
     Rejection,
 )
 
@@ -31,6 +31,7 @@ class WebSocketLimits:
     sent_bytes = -1
     sent_at = 0.0
     _backlog: bytearray | None = None
+    _pong = b""
     _stopping = False
 
     def connection_made(self: Any, transport: asyncio.Transport) -> None:
@@ -72,26 +73,28 @@ class WebSocketLimits:
             self.transport.abort()  # the transport would wait for the client
 
     def pause_writing(self: Any) -> None:
-        """Read nothing, because each ping would add a response to the unsent ones."""
+        """Count the unsent messages."""
         super().pause_writing()  # type: ignore[misc]
         self.registry.pause_writing(self)
-        self._pause_reading()
 
     def resume_writing(self: Any) -> None:
-        """Continue to read."""
+        """Answer the last ping that came meanwhile."""
         super().resume_writing()  # type: ignore[misc]
         self.registry.resume_writing(self)
-        if self._backlog is not None:
-            asyncio.get_running_loop().call_soon(self._parse_backlog)
-        elif not self.read_paused and not self.transport.is_closing():
-            self.transport.resume_reading()
+        pong, self._pong = self._pong, b""
+        if pong and not self.transport.is_closing():
+            self.transport.write(pong)
 
-    async def receive(self: Any) -> Any:
-        """Return the next message; uvicorn continues to read then."""
-        message = await super().receive()  # type: ignore[misc]
-        if not self.writable.is_set() or self._backlog is not None:
-            self._pause_reading()
-        return message
+    def handle_ping(self: Any) -> None:
+        """Answer a ping; of several that the client does not read, only the last one.
+
+        RFC 6455, 5.5.3, allows that.
+        """
+        pong = b"".join(self.conn.data_to_send())
+        if self.writable.is_set() or self.conn.close_sent is not None:
+            self.transport.write(pong)
+        else:
+            self._pong = pong
 
     def _pause_reading(self: Any) -> None:
         if not self.transport.is_closing():
@@ -120,7 +123,7 @@ class WebSocketLimits:
         self._pause_reading()
 
     def _parse_backlog(self: Any) -> None:
-        if self._backlog is None or self.transport.is_closing() or not self.writable.is_set():
+        if self._backlog is None or self.transport.is_closing():
             return
         piece = bytes(self._backlog[:_SLICE])
         del self._backlog[:_SLICE]
@@ -129,7 +132,7 @@ class WebSocketLimits:
             asyncio.get_running_loop().call_soon(self._parse_backlog)
             return
         self._backlog = None
-        if not self.read_paused and self.writable.is_set() and not self.transport.is_closing():
+        if not self.read_paused and not self.transport.is_closing():
             self.transport.resume_reading()
 
     def _parse(self: Any, data: bytes) -> None:

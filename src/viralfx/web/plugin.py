@@ -265,7 +265,7 @@ _LONG = 256
 """Length of the texts of one request from which they count; 1024 shorter ones take a few MiB."""
 _MAX_LONG_BYTES = 64 * 1024
 """Total length of long texts in the caches. Parsed, a query takes forty times its length."""
-_FORM = b"application/x-www-form-urlencoded"
+_WITHOUT_BODY = frozenset({"GET", "HEAD"})
 _Cache = type(lru_cache(str))
 
 
@@ -290,13 +290,12 @@ class BoundedCaches:
         """Serve one ASGI scope."""
         if scope["type"] == "lifespan":
             return self._app(scope, receive, send)
-        size, has_form = len(scope["path"]) + len(scope.get("query_string", b"")), False
+        size = len(scope["path"]) + len(scope.get("query_string", b""))
         for name, value in scope["headers"]:
             if name == b"cookie":
                 size += len(value)
-            elif name == b"content-type":
-                has_form = value.lower().startswith(_FORM)
-        if size > _LONG or has_form:
+        # A handler may parse a body as a form with any Content-Type.
+        if size > _LONG or scope.get("method", "GET") not in _WITHOUT_BODY:
             return self._serve(scope, receive, send, size)
         return self._app(scope, receive, send)
 
