@@ -217,15 +217,17 @@ async def test_unsent_responses_are_dropped_above_the_limit(
 
 
 async def test_unsent_responses_are_counted_anew_at_each_tick(time: Time) -> None:
-    """A client that takes no byte until then is aborted."""
+    """A client that takes no byte for five seconds is aborted."""
     connections = Connections(HttpLimits(max_unsent_bytes=1000))
     client = Client()
     client.buffer.unsent = 1001
     connections.pause_writing(client)
     run(connections, time, time.now + 1)
     assert not client.buffer.aborted
-    client.sent_bytes = 1001
-    run(connections, time, time.now + 1)
+    client.sent_bytes, client.sent_at = 1001, time.now
+    run(connections, time, time.now + 4)
+    assert not client.buffer.aborted
+    run(connections, time, time.now + 2)
 
     assert client.buffer.aborted
 

@@ -19,6 +19,8 @@ _RELIEF = 7 / 8
 """Share of a limit of unsent bytes down to which connections are aborted above it."""
 _SAMPLE_BYTES = 2**20
 """Received bytes of bodies after which the memory of the process is measured anew."""
+_UNSENT_SECONDS = 5.0
+"""Silence of a client above the limit of unsent bytes after which it is aborted."""
 _COLLECT_SECONDS = 10.0
 """Time between two collections of garbage when memory is low."""
 
@@ -223,11 +225,13 @@ class Connections:
     def resume_writing(self, connection: Connection) -> None:
         """Forget the unsent bytes of a connection."""
         self.unsent_bytes -= self._unsent.pop(connection, 0)
+        connection.sent_bytes = -1  # its idle time is no silence of the next response
 
     def _relieve(self) -> None:
         """Count the unsent bytes anew, and abort connections above the limit, the largest first.
 
-        A client that takes bytes is spared while the process has memory.
+        While the process has memory, a client is spared that took a byte in the last seconds: on a
+        busy machine an honest one may pause.
         """
         self._relieving = False
         limit = self.limits.max_unsent_bytes
@@ -238,13 +242,19 @@ class Connections:
             for connection in sorted(self._unsent, key=self._unsent.__getitem__, reverse=True):
                 if self.unsent_bytes <= limit * _RELIEF:
                     break
-                if self._is_memory_low or connection.sent_bytes == _acknowledged(
-                    connection.transport
-                ):
+                silence = self._silence(connection, monotonic())
+                if self._is_memory_low or silence >= _UNSENT_SECONDS:
                     self._abort(connection, Rejection.UNSENT)
             self._measure()
         # The next count is due at the next tick, or when an eighth of the limit has come.
         self._relieve_above = max(limit, self.unsent_bytes + limit * (1 - _RELIEF))
+
+    def _silence(self, connection: Connection, now: float) -> float:
+        """Return for how many seconds the checks have seen no acknowledged byte of a client."""
+        acknowledged = _acknowledged(connection.transport)
+        if acknowledged != connection.sent_bytes:
+            connection.sent_bytes, connection.sent_at = acknowledged, now
+        return now - connection.sent_at
 
     def check_sending(
         self, connection: Connection, now: float, timeout: float, rejection: Rejection | None
@@ -253,10 +263,7 @@ class Connections:
 
         Returns the time of the next check. ``rejection`` is counted; None: it was already.
         """
-        acknowledged = _acknowledged(connection.transport)
-        if acknowledged != connection.sent_bytes:
-            connection.sent_bytes, connection.sent_at = acknowledged, now
-        elif now >= connection.sent_at + timeout:
+        if self._silence(connection, now) >= timeout:
             self._abort(connection, rejection)
             return now + timeout
         return max(connection.sent_at + timeout, now + TICK_SECONDS)
