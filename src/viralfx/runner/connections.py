@@ -51,7 +51,10 @@ class Connection(Protocol):
         """Enforce deadlines at the monotonic time ``now``; return the time of the next check."""
 
     def idle_since(self) -> float | None:
-        """Return the monotonic time since which the connection has no request; None: it has one."""
+        """Return the monotonic time since which the client owes something; None: it owes nothing.
+
+        It owes the rest of a request, the next one, or its reading of a response.
+        """
 
 
 class Connections:
@@ -80,8 +83,6 @@ class Connections:
         """Total size of large heads of unanswered requests, and of unread bodies."""
         self.unsent_bytes = 0
         """Total size of the responses of the connections whose clients do not read them."""
-        self.is_overloaded = False
-        """Whether large responses are dropped, because memory is low and others are unsent."""
         self._unsent: dict[Connection, int] = {}
         self._relieve_above: float = limits.max_unsent_bytes
         self._relieving = False
@@ -98,6 +99,11 @@ class Connections:
     def full(self) -> bool:
         """True if no further connection may be opened."""
         return self.open >= self.limits.max_connections
+
+    @property
+    def is_overloaded(self) -> bool:
+        """True if large responses are dropped: memory is low, and too many bytes are unsent."""
+        return self._is_memory_low and self.unsent_bytes > self.limits.max_unsent_bytes
 
     def __iter__(self) -> Iterator[Connection]:
         return iter(list(self._members))
@@ -201,9 +207,6 @@ class Connections:
             self._collect_at = monotonic() + _COLLECT_SECONDS
             gc.collect()
             self._is_memory_low = _used_bytes() > limit
-        self.is_overloaded = (
-            self._is_memory_low and self.unsent_bytes > self.limits.max_unsent_bytes
-        )
 
     # -- responses that wait for their clients ---------------------------------------------------
 
@@ -245,7 +248,6 @@ class Connections:
                 silence = self._silence(connection, monotonic())
                 if self._is_memory_low or silence >= _UNSENT_SECONDS:
                     self._abort(connection, Rejection.UNSENT)
-            self._measure()
         # The next count is due at the next tick, or when an eighth of the limit has come.
         self._relieve_above = max(limit, self.unsent_bytes + limit * (1 - _RELIEF))
 
@@ -277,7 +279,7 @@ class Connections:
     # -- room for new connections ----------------------------------------------------------------
 
     def make_room(self) -> bool:
-        """Abort the connection without a request for the longest time; return False if none is.
+        """Abort the connection that waits for its client the longest; return False if none does.
 
         The limits say whether a server does that.
         """

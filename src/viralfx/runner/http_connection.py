@@ -204,10 +204,7 @@ class HttpConnection(HttpToolsProtocol):
             self._reject(Rejection.BODY_TIMEOUT)
 
     def idle_since(self) -> float | None:
-        """Return the monotonic time since which the client owes something; None: it owes nothing.
-
-        It owes the rest of a request, the next one, or its reading of a response.
-        """
+        """Return the monotonic time since which the client owes something, or None."""
         if self.transport.get_write_buffer_size():
             return max(self.sent_at, self._expected_since)
         if self._reading == BODY and self._waits_for_body():

@@ -110,7 +110,7 @@ class HttpLimits(HttpSettings, frozen=True, kw_only=True):
     max_resident_bytes: int = sys.maxsize
     """Memory of the process above which no more large requests are taken."""
     replaces_idle: bool = False
-    """True: a new connection above the limit replaces the oldest one without a request."""
+    """True: a new connection above the limit replaces the one that waits longest."""
 
     @classmethod
     def for_api(cls, settings: Settings) -> "HttpLimits":
