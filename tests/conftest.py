@@ -23,12 +23,16 @@ _LONG = (
     *("browser/test_site.py", "observability/test_dashboard.py", "system/test_chaos.py"),
     *("edge/test_attacks.py", "system/test_culprits.py", "console/test_views.py"),
     *("edge/test_held.py", "system/test_rolling_update.py", "system/test_database_faults.py"),
-    *("integration/test_postgres_failover.py", "integration/test_redis_variables.py"),
-    *("integration/test_redis_sentinel.py", "integration/test_postgres_notifier.py"),
-    *("integration/test_postgres_switchover.py", "integration/test_doctor_redis.py"),
-    *("integration/test_stream_notifier.py", "process/test_log_writer.py"),
+    *("integration/test_postgres_failover.py", "deploy/test_extras.py"),
+    *("integration/test_redis_variables.py", "system/test_process_diagnostics.py"),
+    *("integration/test_redis_sentinel.py", "system/test_units.py"),
+    *("integration/test_postgres_notifier.py", "system/test_schemathesis.py"),
+    *("integration/test_postgres_switchover.py", "frameworks/test_middleware.py"),
+    *("integration/test_doctor_redis.py", "edge/test_unread.py"),
+    *("integration/test_stream_notifier.py", "console/test_faults.py"),
+    *("process/test_log_writer.py", "system/test_drills_process.py"),
 )
-"""The files that take longest on a machine with nothing else to do, then those that mostly wait.
+"""The files that take longest, then those that mostly wait in turn with those that compute.
 
 Several waiting files at a time would leave the cores idle.
 """

@@ -21,9 +21,9 @@ from viralfx.web.layer import OperationsLayer
 
 AnyRequest = Request[object, object, State]
 TOKEN = "example-token-of-the-tests"
-LONG, TIMES = 12_000, 300
-MAX_KEPT_BYTES = 3 * 2**20
-"""More than the caches keep, and half of the smallest sum of the texts that are sent."""
+LONG, TIMES = 12_000, 100
+MAX_KEPT_BYTES = 1.25 * 2**20
+"""More than bounded caches keep. Unbounded ones keep at least 2 MB of the texts that are sent."""
 
 
 async def serve(
