@@ -26,9 +26,9 @@ flaky path times="20" *arguments:
 soak:
     .ci/soak
 
-# the domain's tests, without I/O, threads or processes, and few examples of each property
+# the domain's tests but those of a fleet, without I/O, threads or processes, with few examples
 fast *arguments:
-    VIRALFX_HYPOTHESIS=fast {{bin}}/pytest -q -p no:cacheprovider {{arguments}} \
+    VIRALFX_HYPOTHESIS=fast {{bin}}/pytest -q -p no:cacheprovider -m "not fleet" {{arguments}} \
       tests/unit/jobs tests/unit/resilience tests/unit/webhooks tests/unit/worker/test_notifications.py \
       tests/unit/test_alerts.py tests/unit/test_cache.py tests/unit/test_check_state.py \
       tests/unit/test_clock.py tests/unit/test_correlation.py tests/unit/test_lifecycle.py \

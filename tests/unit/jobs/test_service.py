@@ -50,6 +50,7 @@ def _service(fleet: Fleet, announced: _Announced) -> JobService:
         codec=MsgspecCodec(),
         queues=["default"],
         notify=announced,
+        clock=fleet.clock,
     )
 
 
