@@ -6,7 +6,7 @@ from collections.abc import MutableMapping
 from typing import Annotated, Any
 
 import pytest
-from litestar import Litestar, Request, get, post
+from litestar import Litestar, Request, get, post, route
 from litestar.datastructures import State
 from litestar.enums import RequestEncodingType
 from litestar.params import Body, FromPath, FromQuery
@@ -27,10 +27,19 @@ MAX_KEPT_BYTES = 1.25 * 2**20
 
 
 async def serve(
-    app: Any, path: str, *, query: bytes = b"", cookie: bytes = b"", form: bytes | None = None
+    app: Any,
+    path: str,
+    *,
+    query: bytes = b"",
+    cookie: bytes = b"",
+    host: bytes = b"test",
+    form: bytes | None = None,
+    method: str = "GET",
 ) -> int:
     """Send one request without a client that keeps anything; return the status."""
-    headers = [(b"host", b"test"), (b"cookie", cookie)]
+    headers = [(b"host", host), (b"cookie", cookie)]
+    if form is not None:
+        headers.append((b"content-length", str(len(form)).encode()))
     if form is not None and path == "/form":
         headers.append((b"content-type", b"application/x-www-form-urlencoded"))
     statuses: list[int] = []
@@ -49,7 +58,7 @@ async def serve(
         "server": ("test", 80),
         "client": ("127.0.0.1", 1),
         "scheme": "http",
-        "method": "GET" if form is None else "POST",
+        "method": method,
         "root_path": "",
         "path": path,
         "raw_path": path.encode(),
@@ -67,7 +76,7 @@ async def read(request: AnyRequest, name: FromPath[str], a: FromQuery[str] = "")
     return len([name, a, *request.cookies, *request.query_params, str(request.url)])
 
 
-@post("/form", status_code=200)
+@route("/form", http_method=["GET", "POST"], status_code=200)
 async def fill(request: AnyRequest) -> int:
     """Read a form."""
     return len(await request.form())
@@ -92,7 +101,9 @@ def kept(number: int, text: str) -> bytes:
         ("path", "\U0001f600" + "a" * LONG),
         ("query", "&a" * (LONG // 10)),
         ("cookie", "a" * 2 * LONG),
+        ("host", "a" * LONG),
         ("form", "&a" * (LONG // 6)),
+        ("form of a GET", "&a" * (LONG // 6)),
         ("declared", "a" * LONG),
     ],
 )
@@ -108,9 +119,12 @@ async def test_long_texts_of_clients_are_not_kept(kind: str, text: str) -> None:
     async def send(number: int) -> int:
         if kind == "path":
             return await serve(app, f"/read/{number}{text}")
+        if kind == "form of a GET":
+            return await serve(app, "/form", form=kept(number, text))
         if kind in {"form", "declared"}:
-            return await serve(app, f"/{kind}", form=kept(number, text))
-        return await serve(app, "/read/name", **{kind: kept(number, text)})
+            return await serve(app, f"/{kind}", form=kept(number, text), method="POST")
+        part: Any = {kind: kept(number, text)}
+        return await serve(app, "/read/name", **part)
 
     async with AsyncTestClient(app):
         assert await growth(send, 200) < MAX_KEPT_BYTES

@@ -101,8 +101,14 @@ def is_cross_origin(headers: Headers) -> bool:
     return origin is None or origin != _authority(hosts[0].decode("latin-1"), default)
 
 
+_MAX_AUTHORITY = 300
+"""Length of a name of 255 characters with a port and brackets, and some more."""
+
+
 def _authority(text: str, default_port: int) -> tuple[str, int] | None:
     """Return host and port; None for an invalid authority or one with a user."""
+    if len(text) > _MAX_AUTHORITY:  # the parser caches what it has parsed
+        return None
     try:
         parts = urlsplit(f"//{text}")
         host, port = parts.hostname, parts.port

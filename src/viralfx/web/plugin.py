@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
+from urllib.parse import urlsplit
 
 from litestar import Litestar, Router
 from litestar.config.app import AppConfig
@@ -265,6 +266,8 @@ _LONG = 256
 """Length of the texts of one request from which they count; 1024 shorter ones take a few MiB."""
 _MAX_LONG_BYTES = 64 * 1024
 """Total length of long texts in the caches. Parsed, a query takes forty times its length."""
+_CACHED = frozenset({b"cookie", b"host", b"origin"})
+_BODY = frozenset({b"content-length", b"transfer-encoding"})
 _WITHOUT_BODY = frozenset({"GET", "HEAD"})
 _Cache = type(lru_cache(str))
 
@@ -272,9 +275,9 @@ _Cache = type(lru_cache(str))
 class BoundedCaches:
     """ASGI middleware that bounds the memory of Litestar's caches, which clients fill.
 
-    Litestar caches paths, queries, cookies and forms with the values that it has parsed from them,
-    up to 1024 of each kind, of any length. So the caches are emptied when they may hold more than
-    64 KiB of long ones.
+    Litestar caches paths, queries, cookies, forms and URLs with the values that it has parsed from
+    them, up to 1024 of each kind, of any length. So the caches are emptied when they may hold more
+    than 64 KiB of long ones.
     """
 
     __slots__ = ("_app", "_held", "_litestar")
@@ -291,11 +294,14 @@ class BoundedCaches:
         if scope["type"] == "lifespan":
             return self._app(scope, receive, send)
         size = len(scope["path"]) + len(scope.get("query_string", b""))
+        has_body = scope.get("method", "GET") not in _WITHOUT_BODY
         for name, value in scope["headers"]:
-            if name == b"cookie":
+            if name in _CACHED:
                 size += len(value)
+            elif name in _BODY:
+                has_body = True
         # A handler may parse a body as a form with any Content-Type.
-        if size > _LONG or scope.get("method", "GET") not in _WITHOUT_BODY:
+        if has_body or size > _LONG:
             return self._serve(scope, receive, send, size)
         return self._app(scope, receive, send)
 
@@ -317,7 +323,7 @@ class BoundedCaches:
         self._held += size if size > _LONG else 0
         if self._held > _MAX_LONG_BYTES:
             self._held = 0
-            for cache in _module_caches(len(sys.modules)):
+            for cache in [*_module_caches(len(sys.modules)), urlsplit]:
                 cache.cache_clear()
             router = getattr(self._litestar(), "asgi_router", None)
             if isinstance(cache := getattr(router, "handle_routing", None), _Cache):
