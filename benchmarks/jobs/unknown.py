@@ -105,7 +105,10 @@ def _ways(ledger: PostgresJobLedger, pool: PostgresDatabase, *, any_task: bool) 
 
     async def in_order() -> None:
         async with pool.acquire() as connection:
-            await connection.fetch(claim, "default", "w", BATCH, 1, _tasks(KNOWN[-1]))
+            limits: list[list[object]] = [[] for _ in range(5)]
+            await connection.fetch(
+                claim, "default", "w", BATCH, 1, _tasks(KNOWN[-1]), True, *limits
+            )
 
     ways: dict[str, Claim] = {f"{count} known tasks": limited(count) for count in KNOWN}
     if any_task:
