@@ -33,6 +33,8 @@ TOTAL_MIB = 600
 LIMIT_MIB = 256
 RATE_MIB = 60
 """MiB a second of the flood with targets: 600 MiB in 10 s, which used 3 GiB before the limits."""
+CHUNKING, CHUNK_MIB = 20, 200
+"""Connections that send bodies in chunks of one byte, and the MiB of all together."""
 DESCRIPTORS = 256
 HEAD_TIMEOUT = 2.0
 IDLE = 10_000
@@ -68,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with on_core(CLIENT_CORE):
         flooded = _flooded(options.mebibytes, RATE_MIB)
         fastest = _flooded(options.mebibytes, 0)
+        chunks = _flooded(CHUNK_MIB, -1, CHUNKING)
         calm = _flooded(0, 0)
         starved = _starved()
         pairs = [
@@ -75,18 +78,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for _ in range(ROUNDS)
         ]
     ours, bare = (_median([pair[side] for pair in pairs]) for side in (0, 1))
-    targets = [*_flood_targets(flooded), *_starved_targets(starved), *_idle_targets(ours, bare)]
+    targets = [
+        *_flood_targets(flooded),
+        *_chunk_targets(chunks),
+        *_starved_targets(starved),
+        *_idle_targets(ours, bare),
+    ]
     lines = [
         *circumstances(
             command("bench-edge"),
             f"Flood: {CONNECTIONS} connections at once, each of which is replaced when the server "
             f"ends it; {options.mebibytes} MiB in all, {RATE_MIB} MiB a second; {flooded.limit}",
+            f"Chunks: {CHUNKING} connections send bodies in chunks of one byte, {CHUNK_MIB} MiB in "
+            "all, as fast as the server reads; the path has no handler",
             f"Descriptors: `ulimit -n {DESCRIPTORS}`, 1000 silent connections, "
             f"`HTTP_HEAD_TIMEOUT={HEAD_TIMEOUT * 1000:.0f}`",
             f"Idle: {options.idle} connections, each after one answer",
         ),
         "",
-        *_flood_table(calm, flooded, fastest),
+        *_flood_table(calm, flooded, fastest, chunks),
         "",
         *_idle_table(ours, bare),
         "",
@@ -147,8 +157,11 @@ class Flooded:
     lines: Counter[str]
 
 
-def _flooded(mebibytes: int, each_second: int) -> Flooded:
-    """Measure under a flood of this size and rate; a size of 0 means no flood."""
+def _flooded(mebibytes: int, each_second: int, connections: int = CONNECTIONS) -> Flooded:
+    """Measure under a flood of this size and rate; a size of 0 means no flood, a rate of -1 chunks.
+
+    The server rejects requests without end, and reads bodies in chunks to their end.
+    """
     with ExitStack() as stack:
         before, limit = "", "no control group could be made"
         try:
@@ -173,21 +186,27 @@ def _flooded(mebibytes: int, each_second: int) -> Flooded:
         began = time.monotonic()
         attacker = [sys.executable, "-m", "benchmarks.edge_attacker", str(server.port)]
         done = subprocess.run(
-            [*attacker, str(CONNECTIONS), str(mebibytes), str(each_second)],
+            [*attacker, str(connections), str(mebibytes), str(each_second)],
             cwd=Path(__file__).resolve().parents[1],
             check=True,
             capture_output=True,
             text=True,
         )
         seconds = time.monotonic() - began
-        wait_until(lambda: _lines(server), what="a line")
+        if each_second >= 0:
+            wait_until(lambda: _lines(server), what="a line")
         p99 = _p99(probers[0]), _p99(probers[1])
         ends: dict[str, int] = json.loads(done.stdout)
         return Flooded(limit, seconds, memory.growth / MIB, ends, p99, _lines(server))
 
 
 def _flood_table(*floods: Flooded) -> list[str]:
-    names = ("none", f"{RATE_MIB} MiB/s", "as fast as it goes, for orientation")
+    names = (
+        "none",
+        f"{RATE_MIB} MiB/s",
+        "as fast as it goes, for orientation",
+        "chunks of one byte",
+    )
     return table(
         ("flood", "s", "growth, MiB", "p99 API, ms", "p99 management, ms", "connections ended by"),
         (
@@ -213,6 +232,16 @@ def _flood_targets(flooded: Flooded) -> list[Target]:
         _at_most("flood: p99 of live, management port", management, PROBE_MS, " ms"),
         _at_most("flood: connections that stay open", kept, 0),
         _at_most("flood: lines a minute of one reason", max(flooded.lines.values()) / minutes, 1),
+    ]
+
+
+def _chunk_targets(flooded: Flooded) -> list[Target]:
+    api, management = flooded.p99
+    return [
+        _at_most("chunks: growth of RSS", flooded.growth, 64, " MiB"),
+        _at_most("chunks: p99 of live, API port", api, PROBE_MS, " ms"),
+        _at_most("chunks: p99 of live, management port", management, PROBE_MS, " ms"),
+        _at_most("chunks: connections that end", CHUNKING - flooded.ends.get("open", 0), 0),
     ]
 
 
