@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import hashlib
 import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -112,16 +113,52 @@ async def ws(socket: WebSocket[object, object, State]) -> None:
 
 
 @websocket("/push")
-async def push(socket: WebSocket[object, object, State], messages: int) -> None:
-    """Send messages of 100 KB, then wait for one."""
+async def push(
+    socket: WebSocket[object, object, State], messages: int, size: int = 100_000
+) -> None:
+    """Send messages, then wait for one."""
     await socket.accept()
     for _ in range(messages):
-        await socket.send_text("." * 100_000)
+        await socket.send_text("." * size)
     await socket.receive_text()
 
 
+@websocket("/first")
+async def first(socket: WebSocket[object, object, State]) -> None:
+    """Read one message, and close."""
+    await socket.accept()
+    await socket.receive_bytes()
+    await socket.close()
+
+
+@websocket("/sum")
+async def summarize(socket: WebSocket[object, object, State]) -> None:
+    """Read messages until an empty one; send a digest of all, in their order."""
+    digest = hashlib.sha256()
+    await socket.accept()
+    while data := await socket.receive_bytes():
+        digest.update(data)
+    await socket.send_text(digest.hexdigest())
+    await socket.close()
+
+
 app = Litestar(
-    [up, who, echo, late, client, mirror, big, blob, recorded, allocated, ws, push],
+    [
+        up,
+        who,
+        echo,
+        late,
+        client,
+        mirror,
+        big,
+        blob,
+        recorded,
+        allocated,
+        ws,
+        push,
+        first,
+        summarize,
+    ],
     plugins=[OperationsPlugin()],
     logging_config=None,
 )

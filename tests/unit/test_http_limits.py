@@ -189,6 +189,26 @@ def test_a_process_short_of_memory_takes_no_large_requests(
     assert connections.may_buffer_requests(40_000)
 
 
+def test_collections_take_little_of_the_time(time: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection blocks the process for as long as its heap is large."""
+    collections: list[float] = []
+
+    def collect() -> None:
+        collections.append(time.now)
+        time.now += 2.0
+
+    monkeypatch.setattr("viralfx.runner.connections.gc.collect", collect)
+    monkeypatch.setattr("viralfx.runner.connections._used_bytes", lambda: 900)
+    connections = Connections(HttpLimits(max_resident_bytes=899))
+    connections.receive(2**20)
+    began = time.now
+    run(connections, time, began + 399)
+    assert len(collections) == 1
+    run(connections, time, began + 401)
+
+    assert len(collections) == 2
+
+
 @pytest.mark.parametrize("is_low", [True, False])
 async def test_unsent_responses_are_dropped_above_the_limit(
     monkeypatch: pytest.MonkeyPatch, *, is_low: bool

@@ -120,6 +120,7 @@ def serve(
                 lifespan=False,
                 limits=HttpLimits.for_management(settings),
                 name="management",
+                websockets=False,
                 metrics=http,
             )
             if management is not None
@@ -231,6 +232,7 @@ def work(signals: SignalWatch, *, app: str | None = None, queues: Sequence[str])
             lifespan=False,
             limits=HttpLimits.for_management(settings),
             name="management",
+            websockets=False,
             metrics=assembly.metrics.http,
         ),
         console=endpoints.console,

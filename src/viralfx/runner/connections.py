@@ -1,4 +1,4 @@
-"""The connections of one HTTP server: their number, deadlines, memory and rejections."""
+"""The connections of one HTTP server: their number, deadlines, memory, turns and rejections."""
 
 import asyncio
 import gc
@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from time import monotonic
-from typing import Protocol
+from typing import Any, Protocol
 
 from viralfx.runner.http_limits import TICK_SECONDS, HttpLimits, Rejection, ThrottledLog
 
@@ -22,7 +22,11 @@ _SAMPLE_BYTES = 2**20
 _UNSENT_SECONDS = 5.0
 """Silence of a client above the limit of unsent bytes after which it is aborted."""
 _COLLECT_SECONDS = 10.0
-"""Time between two collections of garbage when memory is low."""
+"""Shortest time between two collections of garbage when memory is low."""
+_COLLECT_SHARE = 200
+"""A collection blocks the process, so this multiple of its duration passes before the next one."""
+_TURN_SECONDS = 0.005
+"""Time in which large reads are parsed in one turn of the event loop; others wait for it."""
 
 
 def _used_bytes() -> int:
@@ -89,6 +93,7 @@ class Connections:
         self._received = 0
         self._is_memory_low = False
         self._collect_at = 0.0
+        self.backlogs = Backlogs(self)
         self._members: set[Connection] = set()
         self._wheel: dict[int, set[Connection]] = {}
         self._tick = self._tick_of(self.now)
@@ -118,6 +123,7 @@ class Connections:
         self._members.discard(connection)
         self._unschedule(connection)
         self.resume_writing(connection)
+        self.backlogs.drop(connection)
 
     def check_at(self, connection: Connection, deadline: float) -> None:
         """Schedule a check at ``deadline``, unless an earlier one is scheduled."""
@@ -198,14 +204,21 @@ class Connections:
         if self._received >= _SAMPLE_BYTES:
             self._measure()
 
+    def is_memory_low(self) -> bool:
+        """Measure the memory of the process, and return True if it is above its limit."""
+        self._measure()
+        return self._is_memory_low
+
     def _measure(self) -> None:
         self._received = 0
         limit = self.limits.max_resident_bytes
         self._is_memory_low = _used_bytes() > limit
         if self._is_memory_low and monotonic() >= self._collect_at:
             # Objects of closed connections may wait for a collection.
-            self._collect_at = monotonic() + _COLLECT_SECONDS
+            began = monotonic()
             gc.collect()
+            ended = monotonic()
+            self._collect_at = ended + max(_COLLECT_SECONDS, _COLLECT_SHARE * (ended - began))
             self._is_memory_low = _used_bytes() > limit
 
     # -- responses that wait for their clients ---------------------------------------------------
@@ -310,6 +323,133 @@ class Connections:
     @staticmethod
     def _tick_of(deadline: float) -> int:
         return math.ceil(deadline / TICK_SECONDS)
+
+
+class Reader(Protocol):
+    """The interface of a connection for :class:`Backlogs`."""
+
+    transport: asyncio.Transport
+    client: tuple[str, int] | None
+    slice_bytes: int
+    """Bytes that are parsed at once."""
+    waits_for_application: bool
+    """True if the application may leave it waiting for ever, as with a WebSocket."""
+
+    @property
+    def may_parse(self) -> bool:
+        """True unless the application must first read what has been parsed."""
+
+    def parse_slice(self, data: bytes) -> bool:
+        """Parse a part of a large read; return False if the rest of it is to be dropped."""
+
+    def end_backlog(self) -> None:
+        """Read on: the large read has been parsed."""
+
+
+class Backlogs:
+    """The rests of large reads, which the connections of a server parse in turn.
+
+    One read may hold tens of thousands of chunks or frames, which take a hundred milliseconds. In
+    one turn of the event loop all connections together parse for a few milliseconds. The rest of a
+    read waits as long, and its connection reads nothing more.
+    """
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._rests: dict[Reader, bytearray] = {}
+        self._ready: dict[Reader, None] = {}
+        """The connections that may parse, in their order."""
+        self._turn_ends: float | None = None
+        """The monotonic time at which this turn ends; None: it has not begun."""
+        self._waiting_bytes = 0
+        """Total size of the rests that wait for the application."""
+
+    def __contains__(self, connection: Reader) -> bool:
+        return connection in self._rests
+
+    def has_time(self) -> bool:
+        """Return True if this turn of the event loop has time for another slice."""
+        if self._turn_ends is None:
+            self._begin_turn()
+        return monotonic() < (self._turn_ends or 0.0)
+
+    def add(self, connection: Reader, data: bytes | memoryview) -> bool:
+        """Keep the rest of a read until its turn; return False if there is no memory for it.
+
+        Where memory is low and applications do not read, the largest rests are dropped, and their
+        connections aborted.
+        """
+        own = connection.waits_for_application
+        if not own and not self._connections.may_buffer_requests(len(data)):
+            return False
+        self._rests.setdefault(connection, bytearray()).extend(data)
+        self._count(connection, len(data))
+        self._connections.receive(len(data))
+        if not connection.transport.is_closing():
+            connection.transport.pause_reading()
+        self.resume(connection)
+        if self._waiting_bytes > self._connections.limits.max_request_bytes:
+            self._relieve()
+        return True
+
+    def _count(self, connection: Reader, size: int) -> None:
+        if connection.waits_for_application:
+            self._waiting_bytes += size
+        else:
+            self._connections.request_bytes += size
+
+    def _relieve(self) -> None:
+        """Abort connections that wait for their application, if the process is short of memory."""
+        if not self._connections.is_memory_low():
+            return
+        waiting = [e for e in self._rests if e.waits_for_application and not e.may_parse]
+        for each in sorted(waiting, key=lambda each: -len(self._rests[each])):
+            if self._waiting_bytes <= self._connections.limits.max_request_bytes:
+                return
+            self.drop(each)
+            self._connections.reject(Rejection.WEBSOCKET, each.client[0] if each.client else None)
+            each.transport.abort()
+
+    def resume(self, connection: Reader) -> None:
+        """Continue with a connection, because its application has read what was parsed."""
+        if connection in self._rests and connection.may_parse:
+            self._ready[connection] = None
+            if self._turn_ends is None:
+                self._begin_turn()
+
+    def drop(self, connection: Any) -> None:
+        """Forget the rest of a read."""
+        self._ready.pop(connection, None)
+        if (rest := self._rests.pop(connection, None)) is not None:
+            self._count(connection, -len(rest))
+
+    def _begin_turn(self) -> None:
+        self._turn_ends = monotonic() + _TURN_SECONDS
+        asyncio.get_running_loop().call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        self._turn_ends = None
+        while self._ready and self.has_time():
+            connection = next(iter(self._ready))
+            del self._ready[connection]
+            try:
+                self._parse_slice(connection)
+            except Exception:  # one connection must not stop the turns of all
+                _logger.exception("A connection could not parse what it has received")
+                self.drop(connection)
+                connection.transport.abort()
+
+    def _parse_slice(self, connection: Reader) -> None:
+        rest = self._rests[connection]
+        piece = bytes(rest[: connection.slice_bytes])
+        del rest[: connection.slice_bytes]
+        self._count(connection, -len(piece))
+        if not connection.parse_slice(piece) or not rest:
+            self.drop(connection)
+            if not connection.transport.is_closing():
+                connection.end_backlog()
+        else:
+            self.resume(connection)
 
 
 _TCP_INFO_BYTES_ACKED = 120

@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 import httptools
 from uvicorn.config import Config
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
@@ -23,17 +22,18 @@ from viralfx.runner.http_limits import (
     STOPPING_SECONDS,
     TICK_SECONDS,
     WRITE_BUFFER_BYTES,
+    RejectedError,
     Rejection,
 )
-from viralfx.runner.http_response import ResponseCycle
+from viralfx.runner.http_response import Flow, ResponseCycle
 from viralfx.web.responses import IN_FLIGHT, REJECTED_STATUS, Endpoint
 
 LINGER_BYTES = 64 * 1024
 """Input that is discarded meanwhile; the server does not read more than this."""
 FIRST_REQUEST_SECONDS = 0.5
 """A younger connection may have a request on its way when the server stops."""
-_SLICE = 16384
-"""Bytes that are parsed at once, which is the precision of the size limits."""
+_SMALL_HEAD, _SMALL_READ = 2048, 128
+"""Size of a read that is parsed at once; larger ones take turns."""
 _QUEUED_BODY_BYTES = 4096
 """Maximum size of a body that waits behind an earlier request."""
 _HIGH_WATER = 65536
@@ -48,28 +48,14 @@ _ODD = frozenset({b"content-length", b"transfer-encoding", b"expect", b"upgrade"
 _PROXY = frozenset({b"x-forwarded-for", b"x-forwarded-proto"})
 
 
-class Flow(FlowControl):
-    """uvicorn's flow control, which also restarts the body timeout when reading resumes."""
-
-    def __init__(self, connection: "HttpConnection", transport: asyncio.Transport) -> None:
-        super().__init__(transport)
-        self._connection = connection
-
-    def resume_reading(self) -> None:
-        """Resume reading. uvicorn calls this whenever the application receives body data."""
-        self._connection.restart_body_timeout()
-        super().resume_reading()
-
-
-class RejectedError(Exception):
-    """Aborts the parser; the connection holds the reason."""
-
-
 class HttpConnection(HttpToolsProtocol):
     """A connection that enforces the limits of its server."""
 
     registry: Connections
     """All connections of the server, this one included."""
+    slice_bytes = 16384  # the precision of the size limits
+    may_parse = True
+    waits_for_application = False
     cycle: ResponseCycle
     pipeline: deque[tuple[ResponseCycle, Any]]  # type: ignore[assignment]
 
@@ -130,8 +116,7 @@ class HttpConnection(HttpToolsProtocol):
         """Start of the timeout of the current head or body."""
         self._idle_since = self.registry.now
         self._hosts = self._trailers = self._discarded = 0
-        self.sent_bytes = -1
-        self._host = b""
+        self.sent_bytes, self._host = -1, b""
         self._odd = self._proxied = self._upgrading = False
         self._stopping = self._last = self._discarding = False
         self._probe: tuple[Endpoint, bytes] | None = None
@@ -192,7 +177,7 @@ class HttpConnection(HttpToolsProtocol):
         """Return True if a request may arrive that the client sent before the stop."""
         if self.transport.is_closing() or self._discarding or self._busy():
             return False
-        if self._reading != NOTHING:
+        if self._reading != NOTHING or self in self.registry.backlogs:
             return True
         return not self._used and monotonic() < self._expected_since + FIRST_REQUEST_SECONDS
 
@@ -200,7 +185,7 @@ class HttpConnection(HttpToolsProtocol):
         """End a request whose client did not send its body, or did not read its response."""
         if self.transport.get_write_buffer_size():
             self.registry.check_sending(self, monotonic(), LINGER_SECONDS, Rejection.SEND_TIMEOUT)
-        elif self._reading == BODY and self._busy():
+        elif self._reading == BODY and self._busy() and self not in self.registry.backlogs:
             self._reject(Rejection.BODY_TIMEOUT)
 
     def idle_since(self) -> float | None:
@@ -209,7 +194,7 @@ class HttpConnection(HttpToolsProtocol):
             return max(self.sent_at, self._expected_since)
         if self._reading == BODY and self._waits_for_body():
             return self._expected_since
-        if self._busy():
+        if self._busy() or self in self.registry.backlogs:
             return None
         return self._expected_since if self._reading == HEAD or not self._used else self._idle_since
 
@@ -262,7 +247,7 @@ class HttpConnection(HttpToolsProtocol):
             if self._stopping:
                 silence = min(silence, STOPPING_SECONDS)
             overdue, rejection = self._expected_since + silence, Rejection.BODY_TIMEOUT
-        elif self._busy() or self._reading == BODY:
+        elif self._busy() or self._reading == BODY or self in self.registry.backlogs:
             return now + min(limits.body_timeout, limits.keep_alive_timeout)
         elif self._reading == HEAD or not self._used:
             overdue = self._expected_since + limits.head_timeout
@@ -289,7 +274,7 @@ class HttpConnection(HttpToolsProtocol):
         """Return True if the client must send; False while the application must read."""
         cycle: ResponseCycle | None = self.cycle
         waits_for_100 = cycle is not None and cycle.waiting_for_100_continue
-        return not self.flow.read_paused and not waits_for_100
+        return not (self.flow.read_paused or waits_for_100 or self in self.registry.backlogs)
 
     def _expect_head(self) -> None:
         self._expected_since = monotonic()
@@ -302,17 +287,43 @@ class HttpConnection(HttpToolsProtocol):
         if self._rejection is not None or self._discarding:
             self._discard(len(data))
             return
+        if self in self.registry.backlogs:
+            self._keep_rest(data)
+            return
         self._messages = 0
-        if len(data) <= _SLICE:
+        if len(data) <= (_SMALL_READ if self._reading == BODY else _SMALL_HEAD):
             begins = self._reading == NOTHING
             self._version_at = data.find(b" HTTP/1.1\r\n") if begins else -1
             self._feed(data)
             return
         self._version_at = -1
         view = memoryview(data)
-        for start in range(0, len(data), _SLICE):
-            if not self._feed(view[start : start + _SLICE]):
+        for start in range(0, len(data), self.slice_bytes):
+            if not self.registry.backlogs.has_time():
+                self._keep_rest(view[start:])
                 return
+            if not self._feed(view[start : start + self.slice_bytes]):
+                return
+
+    def _keep_rest(self, data: bytes | memoryview) -> None:
+        if self.registry.backlogs.add(self, data):
+            return
+        if self._reading == BODY and not self._busy():
+            self._linger()  # after the response
+        else:
+            self._reject(Rejection.REQUEST_MEMORY)
+
+    def parse_slice(self, data: bytes) -> bool:
+        """Parse a part of a large read; return False if the rest of it is to be dropped."""
+        if self._rejection is not None or self._discarding:
+            self._discard(len(data))
+            return False
+        return not self.transport.is_closing() and self._feed(data)
+
+    def end_backlog(self) -> None:
+        """Read on, unless the application must first read the body."""
+        if not self.flow.read_paused:
+            self.transport.resume_reading()
 
     def _feed(self, data: bytes | memoryview) -> bool:
         """Parse a slice; return False if nothing more is to be parsed."""

@@ -97,6 +97,10 @@ class Rejection(Enum):
         self.head, self.body = _response(status, detail) if status else (b"", b"")
 
 
+class RejectedError(Exception):
+    """Aborts the parser; the connection holds the reason."""
+
+
 class HttpLimits(HttpSettings, frozen=True, kw_only=True):
     """The limits of the clients of one server. Times are seconds, sizes are bytes."""
 

@@ -32,8 +32,10 @@ from viralfx.web.responses import ASGIApp, Endpoint, RawResponse, correlation_id
 _MAX_HEADER_LINE = 8000
 """Maximum length of a line of a WebSocket handshake; the library truncates silently at 8192."""
 _DROPPED_WITH_UPGRADE = frozenset({b"upgrade", b"http2-settings"})
-_SMALL_REQUEST = 4096
-"""Size of a head that is covered by the memory planned for a connection."""
+_SMALL_REQUEST, _FEW_HEADERS = 4096, 40
+"""Size and headers of a head that are covered by the memory planned for a connection."""
+_HEADER_BYTES = 320
+"""Memory of a header without its text: it is stored as bytes, and often as text as well."""
 _READ = (b"GET", b"HEAD")
 _VERSIONS = ("1.1", "1.0")
 _CLOSE_HEADER = b"\r\nconnection: close\r\n\r\n"
@@ -188,6 +190,8 @@ class HttpProtocol(HttpConnection):
         ):
             self._stop_parsing(Rejection.PIPELINED)
         size = self._unfinished + self._read
+        if len(self.headers) > _FEW_HEADERS:
+            size += _HEADER_BYTES * len(self.headers)
         if size > _SMALL_REQUEST and not self.registry.may_buffer_requests(size):
             self._stop_parsing(Rejection.REQUEST_MEMORY)
         raw_path, query = _split(self.url)

@@ -5,9 +5,11 @@ prepared parts, because uvicorn's code costs a twentieth of a whole request. uvi
 other responses and invalid ones, so that their bytes and errors stay the same.
 """
 
+import asyncio
 from functools import lru_cache
 from typing import Any
 
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import (
     HEADER_RE,
     HEADER_VALUE_RE,
@@ -30,6 +32,25 @@ def _line_start(name: bytes) -> bytes | None:
     if lower in _CONNECTION or HEADER_RE.search(name):
         return None
     return lower + b": "
+
+
+class Flow(FlowControl):
+    """uvicorn's flow control, which also restarts the body timeout when reading resumes."""
+
+    def __init__(self, connection: Any, transport: asyncio.Transport) -> None:
+        super().__init__(transport)
+        self._connection = connection
+
+    def resume_reading(self) -> None:
+        """Resume reading, after the rest of a large read.
+
+        uvicorn calls this whenever the application receives body data.
+        """
+        self._connection.restart_body_timeout()
+        if self._connection in self._connection.registry.backlogs:
+            self.read_paused = False
+        else:
+            super().resume_reading()
 
 
 class ResponseCycle(RequestResponseCycle):

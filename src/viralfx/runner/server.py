@@ -158,8 +158,11 @@ class HttpServer:
         metrics: HttpMetrics | None = None,
         name: str = "api",
         fast_probes: bool = True,
+        websockets: bool = True,
     ) -> None:
         """With ``lifespan`` the server also has the application's start-up and shutdown.
+
+        Without ``websockets`` a handshake is an ordinary request.
 
         ``name`` labels the server in metrics: ``api`` or ``management``. Without ``fast_probes``
         probes go through ASGI, with the same responses.
@@ -171,6 +174,7 @@ class HttpServer:
             lifespan="on" if lifespan else "off",
             log_config=None,
             access_log=False,
+            ws="auto" if websockets else "none",
             ws_max_size=limits.max_websocket_bytes,
             # A compressed frame of 15 KB could inflate to 15 MB before its size is known.
             ws_per_message_deflate=False,
@@ -267,10 +271,13 @@ class HttpServer:
                 connection.reject_unfinished()
 
     def is_answering(self) -> bool:
-        """Return True while a client has not read its response, or a request waits behind one."""
+        """Return True while a client has not read its response, or a request waits behind one.
+
+        A message of a WebSocket is a response, too.
+        """
         for each in self._state.connections:
-            if isinstance(each, HttpProtocol):
-                waits = each.pipeline and not each.transport.is_closing()
+            if isinstance(each, (HttpProtocol, WebSocketLimits)):
+                waits = getattr(each, "pipeline", ()) and not each.transport.is_closing()
                 if waits or each.transport.get_write_buffer_size():
                     return True
         return False

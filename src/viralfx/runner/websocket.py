@@ -15,8 +15,8 @@ from viralfx.runner.http_limits import (
     Rejection,
 )
 
-_SLICE = 4096
-"""Bytes that are parsed in one turn of the event loop; the smallest frame has two."""
+_SMALL_READ = 128
+"""Size of a read that is parsed at once; larger ones take turns."""
 _MAX_FRAGMENTS = 1024
 """Maximum number of frames of one message."""
 _MESSAGE_TOO_BIG = 1009
@@ -26,11 +26,14 @@ class WebSocketLimits:
     """Mixin for uvicorn's WebSocket class that counts the connection and enforces limits."""
 
     registry: Connections
+    transport: asyncio.Transport
     frames: list[Any]
     tick = -1
     sent_bytes = -1
     sent_at = 0.0
-    _backlog: bytearray | None = None
+    slice_bytes = 4096
+    """Bytes that are parsed at once; the smallest frame has two."""
+    waits_for_application = True
     _pong = b""
     _stopping = False
 
@@ -59,7 +62,8 @@ class WebSocketLimits:
         self._stopping = True
         if self.transport.get_write_buffer_size():
             self.registry.check_at(self, monotonic())
-        super().shutdown()  # type: ignore[misc]
+        if not self.transport.is_closing():
+            super().shutdown()  # type: ignore[misc]
 
     def reject_unfinished(self: Any) -> None:
         """Abort a connection whose client does not read."""
@@ -96,44 +100,60 @@ class WebSocketLimits:
         else:
             self._pong = pong
 
-    def _pause_reading(self: Any) -> None:
-        if not self.transport.is_closing():
-            self.transport.pause_reading()
-
     def connection_lost(self: Any, exc: Exception | None) -> None:
         """Release the connection."""
         self.registry.remove(self)
         self.registry.open -= 1
-        self._backlog = None
         super().connection_lost(exc)  # type: ignore[misc]
 
+    @property
+    def may_parse(self: Any) -> bool:
+        """False while the application has messages to read."""
+        return not self.read_paused
+
     def data_received(self: Any, data: bytes) -> None:
-        """Parse a few frames, and the others in the next turns of the event loop.
+        """Parse frames, as long as the event loop has time and the application reads them.
 
         One read may contain tens of thousands of empty frames.
         """
-        if self._backlog is not None:
-            self._backlog += data
-        elif len(data) > _SLICE and self.handshake_initiated:
-            self._backlog = bytearray(data)
-            asyncio.get_running_loop().call_soon(self._parse_backlog)
-        else:
-            self._parse(data)
-            return
-        self._pause_reading()
+        backlogs = self.registry.backlogs
+        start = 0
+        if self not in backlogs:
+            if len(data) <= _SMALL_READ or not self.handshake_initiated:
+                self._parse(data)
+                return
+            while start < len(data) and not self.read_paused and backlogs.has_time():
+                self._parse(data[start : start + self.slice_bytes])
+                start += self.slice_bytes
+        if start < len(data) and not self.transport.is_closing():
+            backlogs.add(self, memoryview(data)[start:])
 
-    def _parse_backlog(self: Any) -> None:
-        if self._backlog is None or self.transport.is_closing():
-            return
-        piece = bytes(self._backlog[:_SLICE])
-        del self._backlog[:_SLICE]
-        self._parse(piece)
-        if self._backlog:
-            asyncio.get_running_loop().call_soon(self._parse_backlog)
-            return
-        self._backlog = None
-        if not self.read_paused and not self.transport.is_closing():
+    def parse_slice(self: Any, data: bytes) -> bool:
+        """Parse a part of a large read; return False if the rest of it is to be dropped."""
+        self._parse(data)
+        return not self.transport.is_closing()
+
+    def end_backlog(self: Any) -> None:
+        """Read on, unless the application must first read the messages."""
+        if not self.read_paused:
             self.transport.resume_reading()
+
+    async def receive(self: Any) -> Any:
+        """Return the next message; the rest of a large read comes before the next read."""
+        message = await super().receive()  # type: ignore[misc]
+        self._resume_backlog()
+        return message
+
+    async def send(self: Any, message: Any) -> None:
+        """Send a message; after a close the client's own close is read."""
+        await super().send(message)  # type: ignore[misc]
+        self._resume_backlog()
+
+    def _resume_backlog(self: Any) -> None:
+        backlogs = self.registry.backlogs
+        if self in backlogs and not self.read_paused and not self.transport.is_closing():
+            self.transport.pause_reading()
+            backlogs.resume(self)
 
     def _parse(self: Any, data: bytes) -> None:
         if self.transport.is_closing():
