@@ -116,6 +116,8 @@ class Server:
         self.port = free_port()
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed at the end
         kept = {name: value for name, value in os.environ.items() if not _OWN_VARIABLE.match(name)}
+        # Each start would compile all modules, which an installation has done.
+        kept.pop("PYTHONDONTWRITEBYTECODE", None)
         environment = {
             name: value.format(port=self.port) for name, value in program.environment.items()
         }
