@@ -333,7 +333,7 @@ class Reader(Protocol):
     slice_bytes: int
     """Bytes that are parsed at once."""
     waits_for_application: bool
-    """True if the application may leave it waiting for ever, as with a WebSocket."""
+    """True if the application may leave it waiting, as with a WebSocket."""
 
     @property
     def may_parse(self) -> bool:
