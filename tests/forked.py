@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import IO
 
@@ -22,35 +24,35 @@ from tests.servers import sockets
 FRESH = bool(os.environ.get("VIRALFX_TEST_FRESH"))
 """Whether each service is a new process that imports its modules itself."""
 
-_FORKS = multiprocessing.get_context("forkserver")
+_PRELOADED = [
+    "tests.forked",
+    "viralfx.cli.doctor",
+    "viralfx.runner.commands",
+    "viralfx.web.app",
+    "viralfx.web.plugin",
+    "viralfx.adapters.taskiq",
+    "viralfx.adapters.http",
+    "viralfx.adapters.postgres.doctor",
+    "viralfx.adapters.postgres.migrate",
+    "viralfx.adapters.redis.doctor",
+    "tests.preloaded",  # the last one
+]
 
 
-def _shorten_address() -> None:
-    # The fork server listens in a folder that ``multiprocessing`` makes once, below TMPDIR. Where
-    # that is a long path, the address would be longer than 107 bytes.
+@cache
+def forks() -> ForkServerContext:
+    """Return the context whose processes the fork server of this test process makes."""
+    # It listens in a folder that ``multiprocessing`` makes once, below TMPDIR. Where that is a long
+    # path, the address would be longer than 107 bytes.
     before = tempfile.gettempdir()
     tempfile.tempdir = str(sockets.PLACE)
     try:
         multiprocessing.util.get_temp_dir()
     finally:
         tempfile.tempdir = before
-
-
-_shorten_address()
-_FORKS.set_forkserver_preload(
-    [
-        "viralfx.cli.doctor",
-        "viralfx.runner.commands",
-        "viralfx.web.app",
-        "viralfx.web.plugin",
-        "viralfx.adapters.taskiq",
-        "viralfx.adapters.http",
-        "viralfx.adapters.postgres.doctor",
-        "viralfx.adapters.postgres.migrate",
-        "viralfx.adapters.redis.doctor",
-        "tests.preloaded",  # the last one
-    ]
-)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 def viralfx(
@@ -62,7 +64,7 @@ def viralfx(
     """
     with tempfile.TemporaryDirectory() as name:
         output, errors = Path(name, "output"), Path(name, "errors")
-        process = _FORKS.Process(
+        process = forks().Process(
             target=_run, args=(arguments, dict(environ), str(output), str(errors), cwd)
         )
         process.start()
@@ -81,8 +83,8 @@ class ForkedProcess:
 
     def __init__(self, arguments: Sequence[str], *, environ: Mapping[str, str], cwd: Path) -> None:
         """Start a command with ``environ`` as its whole environment."""
-        readers, writers = zip(*(_FORKS.Pipe(duplex=False) for _ in range(2)), strict=True)
-        self._process = _FORKS.Process(
+        readers, writers = zip(*(forks().Pipe(duplex=False) for _ in range(2)), strict=True)
+        self._process = forks().Process(
             target=_serve, args=(tuple(arguments), dict(environ), str(cwd), writers)
         )
         self._process.start()

@@ -46,7 +46,7 @@ class SkewedProcess:
                     stderr=file,
                 )
             return
-        self._fork = forked._FORKS.Process(
+        self._fork = forked.forks().Process(
             target=_run, args=(tuple(arguments), dict(environ), os.fspath(log))
         )
         self._fork.start()

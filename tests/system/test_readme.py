@@ -85,7 +85,7 @@ def test_the_test_command_runs_each_part_and_fails_with_it(tmp_path: Path, faili
     ignored = ("unit", "simulation", "architecture", "browser/test_site.py")
     others = " ".join(f"--ignore=tests/{each}" for each in ignored)
     assert result.stdout.splitlines() == [
-        "-m tests.gate once pure -n 4 tests/unit tests/simulation",
+        f"-m tests.gate once pure -n {len(os.sched_getaffinity(0))} tests/unit tests/simulation",
         f"-m tests.gate run processes -n 8 -m not image {others}",
         "-m tests.gate run image -n 2 -m image tests/deploy",
     ]
