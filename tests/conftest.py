@@ -28,9 +28,10 @@ _LONG = (
     *("integration/test_redis_sentinel.py", "system/test_units.py"),
     *("integration/test_postgres_notifier.py", "system/test_schemathesis.py"),
     *("integration/test_postgres_switchover.py", "frameworks/test_middleware.py"),
-    *("integration/test_doctor_redis.py", "edge/test_unread.py"),
-    *("integration/test_stream_notifier.py", "console/test_faults.py"),
-    *("process/test_log_writer.py", "system/test_drills_process.py"),
+    *("integration/test_doctor_redis.py", "web/test_jobs.py", "edge/test_unread.py"),
+    *("integration/test_stream_notifier.py", "deploy/test_manifests_notice.py"),
+    *("console/test_faults.py", "system/test_litestar_command.py"),
+    *("process/test_log_writer.py", "system/test_drills_process.py", "frameworks/test_servers.py"),
 )
 """The files that take longest, then those that mostly wait in turn with those that compute.
 
