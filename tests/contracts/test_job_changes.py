@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -325,6 +326,8 @@ async def fail_all(case: LedgerCase, *jobs: Job, error: JobError = ERROR) -> Non
         await case.ledger.settle([failed(claim, error)])
 
 
+EDGES = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+
 FILTERS: dict[str, tuple[Callable[[LedgerCase, list[Job]], JobFilter], set[int]]] = {
     "queue": (lambda _, __: JobFilter(queue="analytics"), {1}),
     "task": (lambda _, __: JobFilter(task="other"), {2, 3}),
@@ -334,6 +337,8 @@ FILTERS: dict[str, tuple[Callable[[LedgerCase, list[Job]], JobFilter], set[int]]
     "another state": (lambda _, __: JobFilter(state=JobState.COMPLETED), set()),
     "older than a job": (lambda _, jobs: JobFilter(before=jobs[2].id), {0, 1}),
     "older than a time": (lambda _, jobs: JobFilter(created_before=jobs[3].created_at), {0, 1, 2}),
+    "older than the first time": (lambda _, __: JobFilter(created_before=EDGES[0]), set()),
+    "older than the last time": (lambda _, __: JobFilter(created_before=EDGES[1]), {0, 1, 2, 3, 4}),
     "nothing": (lambda _, __: JobFilter(task="missing"), set()),
     "no task has a zero byte": (lambda _, __: JobFilter(task="task\0"), set()),
 }

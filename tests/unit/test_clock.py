@@ -1,6 +1,7 @@
 """Waits with a limit, on the system clock and on other clocks, and background tasks."""
 
 import asyncio
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from viralfx.domain.clock import (
     ignore_error,
     resolved_within,
     supervised,
+    timestamp,
     wait_for,
 )
 
@@ -172,3 +174,11 @@ def test_waits_of_similar_length_end_together() -> None:
 
     assert len(ends) <= 5 * 32 + 1
     assert _on_grid(100.0, 0.0) == 100.0
+
+
+@given(st.datetimes(timezones=st.just(UTC)))
+@example(datetime.min.replace(tzinfo=UTC))
+@example(datetime.max.replace(tzinfo=UTC))
+def test_a_timestamp_is_the_time_down_to_the_millisecond(moment: datetime) -> None:
+    """Of each year that there is."""
+    assert timestamp(moment) == moment.isoformat(timespec="milliseconds")[:23] + "Z"

@@ -118,9 +118,10 @@ async def test_failed_jobs_are_retried_by_filter(client: Client) -> None:
     assert await retry(code="unknown_task") == 0
     assert await retry(queue="analytics") == 0
     assert await retry(before=created) == 0
+    assert await retry(before="0001-01-01T00:00:00+10:00") == 0
     assert await retry(code="timeout", before=ids[2]) == 1
     assert await retry(task="parcels.ship", queue="default", state="failed", code="timeout") == 1
-    assert await retry(before="2100-01-01T00:00:00+01:00") == 1
+    assert await retry(before="9999-12-31T23:59:59-10:00") == 1
     states = [(await client.get(f"{JOBS}/{job_id}")).json()["state"] for job_id in ids]
     assert states == ["waiting"] * 3
 
@@ -207,7 +208,6 @@ async def test_jobs_are_cancelled_by_filter(client: Client) -> None:
         ("retry", {"before": "tomorrow"}, 400, "`$.before` must be a time with a time zone"),
         ("retry", {"before": "2026"}, 400, "`$.before` must be a time"),
         ("retry", {"before": "2026-01-01T00:00:00"}, 400, "`$.before` must be a time"),
-        ("retry", {"before": "0001-01-01T00:00:00+10:00"}, 400, "`$.before` must be a time"),
         ("retry", {"queue": "nothing"}, 422, "There is no queue 'nothing'"),
     ],
 )

@@ -113,7 +113,6 @@ async def test_a_batch_is_accepted_in_order(client: Client) -> None:
         ({**PARCEL, "key": ""}, 400, "$.jobs[2].key"),
         ({**PARCEL, "key": "a b"}, 400, "$.jobs[2].key"),
         ({**PARCEL, "runAt": "2030-01-01T00:00:00"}, 400, "$.jobs[2].runAt"),
-        ({**PARCEL, "runAt": "0001-01-01T00:00:00+09:00"}, 400, "$.jobs[2].runAt"),
         ({**PARCEL, "more": 1}, 400, "$.jobs[2]"),
         (7, 400, "$.jobs[2]"),
     ],

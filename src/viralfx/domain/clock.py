@@ -49,14 +49,15 @@ def default_rng() -> random.Random:
 
 def timestamp(moment: datetime) -> str:
     """Format a UTC time for responses and log lines: ``2026-01-06T12:00:00.000Z``."""
-    second = _to_the_second(int(moment.timestamp()))
+    # A float of a far time is less precise than a microsecond.
+    second = _to_the_second(round(moment.timestamp() - moment.microsecond / 1e6))
     return f"{second}.{moment.microsecond // 1000:03d}Z"
 
 
 @lru_cache(maxsize=8)
 def _to_the_second(seconds: int) -> str:
     # Cached per second: this is the expensive part, and thousands of probes share one second.
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return datetime.fromtimestamp(seconds, UTC).isoformat()[:19]
 
 
 async def finished_within(task: asyncio.Future[Any], seconds: float, clock: Clock) -> bool:

@@ -83,16 +83,12 @@ async def read_body(
 
 async def read_request(request: AnyRequest) -> JobRequest:
     """Read the body of a new job. Raises an HTTP error for an invalid body."""
-    job_request = await read_body(request, _decode_job)
-    _require_in_range(job_request)
-    return job_request
+    return await read_body(request, _decode_job)
 
 
 async def read_batch(request: AnyRequest) -> list[Submission]:
     """Read the body of a batch. Raises an HTTP error for an invalid body."""
     batch = await read_body(request, _decode_batch, MAX_BATCH_BYTES)
-    for index, job_request in enumerate(batch.jobs):
-        _require_in_range(job_request, f"jobs[{index}].")
     return [
         Submission(
             task=each.task,
@@ -103,13 +99,6 @@ async def read_batch(request: AnyRequest) -> list[Submission]:
         )
         for each in batch.jobs
     ]
-
-
-def _require_in_range(job_request: JobRequest, where: str = "") -> None:
-    try:
-        _ = job_request.due
-    except OverflowError:
-        raise ClientException(f"The body is invalid: `$.{where}runAt` is out of range.") from None
 
 
 def header_values(request: AnyRequest, name: bytes) -> list[bytes]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import MINYEAR, UTC, datetime
 from typing import Annotated, Any
 
 import msgspec
@@ -62,8 +62,8 @@ class JobRequest(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fi
 
     @property
     def due(self) -> datetime | None:
-        """The due time in UTC; None: at once. Raises ``OverflowError`` if UTC is out of range."""
-        return None if self.run_at is None else self.run_at.astimezone(UTC)
+        """The due time in UTC; None: at once."""
+        return None if self.run_at is None else _in_utc(self.run_at)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -102,13 +102,25 @@ def _before(text: str) -> dict[str, Any]:
     if (job_id := canonical_job_id(text)) is not None:
         return {"before": job_id}
     try:
-        return {"created_before": msgspec.convert(text, _Moment).astimezone(UTC)}
-    except (msgspec.ValidationError, OverflowError):
+        moment = msgspec.convert(text, _Moment)
+    except msgspec.ValidationError:
         message = "`$.before` must be a time with a time zone, or the id of a job"
         raise ValueError(message) from None
+    return {"created_before": _in_utc(moment)}
 
 
 _Moment = Annotated[datetime, Meta(tz=True)]
+
+
+def _in_utc(moment: datetime) -> datetime:
+    """Return a time in UTC: the first or last one that Python has, if it is before or after it."""
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        return _FIRST if moment.year == MINYEAR else _LAST
+
+
+_FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 
 class BatchItem(JobRequest, kw_only=True, rename="camel", forbid_unknown_fields=True):
