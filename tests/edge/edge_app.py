@@ -123,6 +123,13 @@ async def push(
     await socket.receive_text()
 
 
+@websocket("/mute")
+async def mute(socket: WebSocket[object, object, State]) -> None:
+    """Accept, and read no message."""
+    await socket.accept()
+    await asyncio.Event().wait()
+
+
 @websocket("/first")
 async def first(socket: WebSocket[object, object, State]) -> None:
     """Read one message, and close."""
@@ -156,6 +163,7 @@ app = Litestar(
         allocated,
         ws,
         push,
+        mute,
         first,
         summarize,
     ],

@@ -2,8 +2,11 @@
 
 import hashlib
 import random
+import select
 import signal
+import threading
 from contextlib import ExitStack, closing, suppress
+from typing import Self
 
 import pytest
 from tests.edge.test_attacks import APP, probed
@@ -15,6 +18,7 @@ from tests.system.service import running
 
 MASK = bytes(4)
 HEADERS = 97
+CHUNKED = b"POST /up HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 HELD = 2400
 """Unfinished requests, of which each takes some 50 KiB without a limit."""
 
@@ -27,6 +31,35 @@ def frame(data: bytes) -> bytes:
     if size < 65536:
         return bytes((0x82, 0x80 | 126)) + size.to_bytes(2, "big") + MASK + data
     return bytes((0x82, 0x80 | 127)) + size.to_bytes(8, "big") + MASK + data
+
+
+class Endless:
+    """A client that sends a body in tiny chunks until it is answered."""
+
+    def __init__(self, port: int) -> None:
+        self.sent = 0
+        self._wire = Wire(port)
+        self._thread = threading.Thread(target=self._send, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._wire.send(CHUNKED)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._wire.socket.close()
+        self._thread.join(30)
+
+    def _send(self) -> None:
+        piece = b"1\r\na\r\n" * 10_000
+        with suppress(OSError):
+            while not select.select([self._wire.socket], [], [], 0)[0]:
+                self.sent += self._wire.socket.send(piece)
+
+    def answer(self) -> list[int]:
+        """Return the statuses of the answers."""
+        self._thread.join(30)
+        return statuses(self._wire.until_closed())
 
 
 @pytest.mark.each_python
@@ -79,6 +112,22 @@ def test_a_websocket_that_sends_much_fills_no_memory() -> None:
         assert rejected(service) == {}
 
 
+@pytest.mark.parametrize(
+    ("message", "sockets"),
+    [(frame(b"x" * 1_000_000), 150), (frame(b"x" * 1_000_000)[:-1], 150), (frame(b"") * 680, 900)],
+    ids=["whole", "unfinished", "empty"],
+)
+def test_unread_messages_leave_memory_for_others(message: bytes, sockets: int) -> None:
+    """Of many WebSockets whose applications only send; the largest are closed."""
+    with ExitStack() as stack, limited() as service, probed(service):
+        for _ in range(sockets):
+            client = stack.enter_context(opened(service, "/mute"))
+            with suppress(OSError):
+                client.sendall(message)
+        wait_until(lambda: rejected(service).get("websocket"), what="one is closed")
+        assert service.process.poll() is None
+
+
 def test_unfinished_requests_with_many_headers_leave_memory_for_others() -> None:
     """A header takes more memory than its bytes on the wire."""
     lines = b"".join(b"%02d:12\r\n" % number for number in range(HEADERS))
@@ -94,8 +143,7 @@ def test_unfinished_requests_with_many_headers_leave_memory_for_others() -> None
 @pytest.mark.each_python
 def test_requests_in_one_large_read_are_answered_in_order() -> None:
     """Also those that wait for their turn beside bodies of tiny chunks."""
-    chunks = b"POST /up HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-    chunks += b"1\r\na\r\n" * 100_000 + b"0\r\n\r\n"
+    chunks = CHUNKED + b"1\r\na\r\n" * 100_000 + b"0\r\n\r\n"
     large = b"POST /up HTTP/1.1\r\nHost: x\r\nContent-Length: 300000\r\n\r\n" + b"a" * 300_000
     with ExitStack() as stack, running(*APP, management=True) as service:
         service.wait_ready()
@@ -112,8 +160,7 @@ def test_requests_in_one_large_read_are_answered_in_order() -> None:
 
 def test_a_large_request_before_a_stop_is_answered() -> None:
     """Also if the server had no time for it yet."""
-    flood = b"POST /up HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-    flood += b"1\r\na\r\n" * 40_000 + b"0\r\n\r\n"
+    flood = CHUNKED + b"1\r\na\r\n" * 40_000 + b"0\r\n\r\n"
     large = b"POST /up HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n\r\n" + b"a" * 9000
     with ExitStack() as stack, running(*APP) as service:
         service.wait_ready()
@@ -127,6 +174,43 @@ def test_a_large_request_before_a_stop_is_answered() -> None:
         assert service.exit_code(seconds=40) == 0
 
     assert [statuses(answer) for answer in answers] == [[200]] * 8
+
+
+def test_endless_bodies_end_with_the_drain() -> None:
+    """With 408, also those whose client sends faster than the server parses: no work is lost."""
+    drain = {"SHUTDOWN_DRAIN_TIMEOUT": "3000"}
+    with ExitStack() as stack, running(*APP, environment=drain) as service:
+        service.wait_ready()
+        clients = [stack.enter_context(Endless(service.port)) for _ in range(8)]
+        wait_until(lambda: all(client.sent > MIB for client in clients), what="all send")
+        service.signal(signal.SIGTERM)
+        assert service.exit_code(seconds=60) == 0
+        assert [client.answer() for client in clients] == [[408]] * 8
+
+
+def test_many_pipelined_requests_do_not_starve_another_port() -> None:
+    """Also those in reads that are as small as one request."""
+    piece = b"GET /health/detailed HTTP/1.1\r\nHost: x\r\n\r\n" * 40
+    with ExitStack() as stack, running(*APP, management=True) as service:
+        service.wait_ready()
+        assert service.management_port is not None
+        wires = [stack.enter_context(Wire(service.port)) for _ in range(300)]
+        prober = stack.enter_context(Wire(service.management_port))
+        for wire in (*wires, prober):
+            assert wire.send(PROBE).response().status == 200
+        service.signal(signal.SIGSTOP)
+        for wire in wires:
+            wire.socket.sendall(piece)
+        prober.socket.sendall(PROBE)
+        service.signal(signal.SIGCONT)
+        assert prober.response().status == 200
+        service.signal(signal.SIGSTOP)
+        ready, _, _ = select.select([wire.socket for wire in wires], [], [], 0)
+        service.signal(signal.SIGCONT)
+        for wire in wires:
+            assert [wire.response().status for _ in range(40)] == [200] * 40
+
+    assert len(ready) < len(wires) / 2
 
 
 def test_a_stop_waits_for_the_message_of_a_websocket() -> None:

@@ -1,20 +1,28 @@
 """WebSockets: invalid frames cause a close frame and a warning, but no error."""
 
+import asyncio
 import base64
 import os
 import signal
 import socket
+from typing import Any
 
 import pytest
 from tests.servers.waiting import wait_until
 from tests.system.service import Service, running
+from uvicorn import Config
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from uvicorn.server import ServerState
+
+from viralfx.runner.connections import Connections
+from viralfx.runner.http_limits import HttpLimits
+from viralfx.runner.websocket import limited_websocket_class
 
 PLAIN = ("--app", "tests.system.apps:plain")
 
 
-def opened(service: Service, path: str = "/socket", *, extra: str = "") -> socket.socket:
-    """Open a WebSocket and return its connection after the handshake."""
-    connection = socket.create_connection(("127.0.0.1", service.port), timeout=20)
+def handshake(path: str, extra: str = "") -> bytes:
+    """Return the head of a handshake."""
     key = base64.b64encode(os.urandom(16)).decode()
     lines = [
         f"GET {path} HTTP/1.1",
@@ -25,7 +33,13 @@ def opened(service: Service, path: str = "/socket", *, extra: str = "") -> socke
         f"Sec-WebSocket-Key: {key}",
         *([extra] if extra else []),
     ]
-    connection.sendall("\r\n".join([*lines, "", ""]).encode())
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def opened(service: Service, path: str = "/socket", *, extra: str = "") -> socket.socket:
+    """Open a WebSocket and return its connection after the handshake."""
+    connection = socket.create_connection(("127.0.0.1", service.port), timeout=20)
+    connection.sendall(handshake(path, extra))
     received = b""
     while b"\r\n\r\n" not in received:
         received += connection.recv(1)
@@ -149,3 +163,40 @@ def test_compression_is_not_negotiated() -> None:
             received = connection.recv(65536)
 
     assert int.from_bytes(received[2:4], "big") == 1002
+
+
+async def test_a_pong_may_wait_behind_messages_that_are_not_read() -> None:
+    """The server asks again, and does not blame the client for the pace of the application."""
+    pings = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "websocket"
+        await send({"type": "websocket.accept"})
+        await pings.wait()
+        read = [await receive() for _ in range(3)]  # the connection, and two messages
+        await send({"type": "websocket.send", "text": f"{len(read)}"})
+
+    config = Config(app, ws_ping_interval=0.05, ws_ping_timeout=0.05, lifespan="off")
+    config.load()
+    connections = Connections(HttpLimits())
+    kind: Any = limited_websocket_class(WebSocketsSansIOProtocol, connections)
+    server = await asyncio.get_running_loop().create_server(
+        lambda: kind(config, ServerState(), {}), "127.0.0.1"
+    )
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    writer.write(handshake("/"))
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"\x81\x81\0\0\0\0a" * 2)
+    received = []
+    async with asyncio.timeout(20):
+        while (head := await reader.readexactly(2))[0] != 0x81:
+            received.append(head[0])
+            data = await reader.readexactly(head[1])
+            writer.write(b"\x8a" + bytes((0x80 | len(data),)) + bytes(4) + data)
+            if len(received) == 2:
+                pings.set()
+        assert await reader.readexactly(1) == b"3"
+    writer.close()
+    server.close()
+
+    assert set(received) == {0x89}

@@ -30,7 +30,6 @@ class Parsing:
 
     slice_bytes = 10
     waits_for_application = False
-    client: tuple[str, int] | None = None
 
     def __init__(self, name: str, order: list[str], clock: "Clock") -> None:
         self.reading = Reading()
@@ -52,6 +51,10 @@ class Parsing:
     def end_backlog(self) -> None:
         """Record that the connection reads on."""
         self.reading.reads = True
+
+    def abandon(self) -> None:
+        """Record that the connection ends."""
+        self.reading.aborted = True
 
 
 class Clock:
@@ -171,8 +174,6 @@ async def test_rests_that_wait_for_applications_have_a_limit_of_their_own(
     """Above it the largest is aborted if memory is low; requests are not refused for them."""
     monkeypatch.setattr("viralfx.runner.connections._used_bytes", lambda: 2000 if is_low else 0)
     connections = Connections(HttpLimits(max_request_bytes=5000, max_resident_bytes=1000))
-    reasons: list[str] = []
-    connections.on_rejected = reasons.append
     sockets = [Parsing("a", [], clock) for _ in range(3)]
     for number, each in enumerate(sockets):
         each.waits_for_application = True
@@ -180,7 +181,43 @@ async def test_rests_that_wait_for_applications_have_a_limit_of_their_own(
         assert connections.backlogs.add(each, b"a" * (1700 + 10 * (number == 1)))
 
     assert [each.reading.aborted for each in sockets] == [False, is_low, False]
-    assert reasons == ["websocket"] * is_low
     assert connections.request_bytes == 0
     assert connections.backlogs.add(sockets[0], b"a" * 1600)
     assert not sockets[0].reading.aborted
+
+
+async def test_messages_count_with_the_rests_of_reads(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection with most of both is aborted; the memory is not measured each time."""
+    looks, memory = 0, 2000
+
+    def used() -> int:
+        nonlocal looks
+        looks += 1
+        return memory
+
+    monkeypatch.setattr("viralfx.runner.connections._used_bytes", used)
+    connections = Connections(HttpLimits(max_request_bytes=8000, max_resident_bytes=1000))
+    backlogs = connections.backlogs
+    first, second, third = (Parsing("a", [], clock) for _ in range(3))
+    for each in (first, second, third):
+        each.waits_for_application = True
+        each.may_parse = False
+    backlogs.hold(first, 3000)
+    backlogs.hold(second, 2500)
+    backlogs.add(second, b"a" * 1000)
+    backlogs.hold(third, 1000)
+    assert looks == 0
+    backlogs.hold(third, 2000)
+    assert [each.reading.aborted for each in (first, second, third)] == [False, True, False]
+    backlogs.hold(second, 0)
+    backlogs.hold(third, 4500)
+    assert not third.reading.aborted
+    backlogs.hold(first, 0)
+    looks = memory = 0
+    for size in range(8000, 9000, 10):
+        backlogs.hold(third, size)
+
+    assert looks <= 2
+    assert not third.reading.aborted

@@ -329,11 +329,12 @@ class Reader(Protocol):
     """The interface of a connection for :class:`Backlogs`."""
 
     transport: asyncio.Transport
-    client: tuple[str, int] | None
-    slice_bytes: int
-    """Bytes that are parsed at once."""
     waits_for_application: bool
     """True if the application may leave it waiting, as with a WebSocket."""
+
+    @property
+    def slice_bytes(self) -> int:
+        """Bytes that are parsed at once."""
 
     @property
     def may_parse(self) -> bool:
@@ -344,6 +345,9 @@ class Reader(Protocol):
 
     def end_backlog(self) -> None:
         """Read on: the large read has been parsed."""
+
+    def abandon(self) -> None:
+        """End the connection, and free what it holds."""
 
 
 class Backlogs:
@@ -361,8 +365,12 @@ class Backlogs:
         """The connections that may parse, in their order."""
         self._turn_ends: float | None = None
         """The monotonic time at which this turn ends; None: it has not begun."""
+        self._held: dict[Reader, int] = {}
+        """The memory of parsed messages that their applications have not read."""
         self._waiting_bytes = 0
-        """Total size of the rests that wait for the application."""
+        """Total size of these messages and of the rests that wait for the application."""
+        self._seen_bytes = 0
+        """Their size at the last look at the memory of the process, or a smaller one since."""
 
     def __contains__(self, connection: Reader) -> bool:
         return connection in self._rests
@@ -376,8 +384,7 @@ class Backlogs:
     def add(self, connection: Reader, data: bytes | memoryview) -> bool:
         """Keep the rest of a read until its turn; return False if there is no memory for it.
 
-        Where memory is low and applications do not read, the largest rests are dropped, and their
-        connections aborted.
+        Where memory is low and applications do not read, the connections with most to read end.
         """
         own = connection.waits_for_application
         if not own and not self._connections.may_buffer_requests(len(data)):
@@ -388,27 +395,43 @@ class Backlogs:
         if not connection.transport.is_closing():
             connection.transport.pause_reading()
         self.resume(connection)
-        if self._waiting_bytes > self._connections.limits.max_request_bytes:
-            self._relieve()
+        self._relieve()
         return True
+
+    def hold(self, connection: Reader, size: int) -> None:
+        """Count ``size`` as the memory of a connection's messages; 0: it has none."""
+        self._wait(size - self._held.pop(connection, 0))
+        if size:
+            self._held[connection] = size
+            self._relieve()
 
     def _count(self, connection: Reader, size: int) -> None:
         if connection.waits_for_application:
-            self._waiting_bytes += size
+            self._wait(size)
         else:
             self._connections.request_bytes += size
 
+    def _wait(self, size: int) -> None:
+        self._waiting_bytes += size
+        self._seen_bytes = min(self._seen_bytes, self._waiting_bytes)
+
     def _relieve(self) -> None:
-        """Abort connections that wait for their application, if the process is short of memory."""
-        if not self._connections.is_memory_low():
+        """End the connections with most to read, if the process is short of memory."""
+        limit = self._connections.limits.max_request_bytes
+        # Messages are many: the next look is due when an eighth of the limit has come.
+        if self._waiting_bytes <= max(limit, self._seen_bytes + limit * (1 - _RELIEF)):
             return
-        waiting = [e for e in self._rests if e.waits_for_application and not e.may_parse]
-        for each in sorted(waiting, key=lambda each: -len(self._rests[each])):
-            if self._waiting_bytes <= self._connections.limits.max_request_bytes:
-                return
-            self.drop(each)
-            self._connections.reject(Rejection.WEBSOCKET, each.client[0] if each.client else None)
-            each.transport.abort()
+        if self._connections.is_memory_low():
+            sizes = dict(self._held)
+            for each, rest in self._rests.items():
+                if each.waits_for_application:
+                    sizes[each] = sizes.get(each, 0) + len(rest)
+            for each in sorted(sizes, key=sizes.__getitem__, reverse=True):
+                if self._waiting_bytes <= limit:
+                    break
+                self.drop(each)
+                each.abandon()
+        self._seen_bytes = self._waiting_bytes
 
     def resume(self, connection: Reader) -> None:
         """Continue with a connection, because its application has read what was parsed."""

@@ -33,7 +33,9 @@ LINGER_BYTES = 64 * 1024
 FIRST_REQUEST_SECONDS = 0.5
 """A younger connection may have a request on its way when the server stops."""
 _SMALL_HEAD, _SMALL_READ = 2048, 128
-"""Size of a read that is parsed at once; larger ones take turns."""
+"""Size of a read that is parsed at once; larger ones, and several requests, take turns."""
+_HEAD_END = b"\r\n\r\n"
+_HEAD_SLICE, _BODY_SLICE = 1024, 16384
 _QUEUED_BODY_BYTES = 4096
 """Maximum size of a body that waits behind an earlier request."""
 _HIGH_WATER = 65536
@@ -53,7 +55,6 @@ class HttpConnection(HttpToolsProtocol):
 
     registry: Connections
     """All connections of the server, this one included."""
-    slice_bytes = 16384  # the precision of the size limits
     may_parse = True
     waits_for_application = False
     cycle: ResponseCycle
@@ -65,6 +66,7 @@ class HttpConnection(HttpToolsProtocol):
         "_began",
         "_discarded",
         "_discarding",
+        "_ends_body",
         "_expected_since",
         "_host",
         "_hosts",
@@ -118,7 +120,7 @@ class HttpConnection(HttpToolsProtocol):
         self._hosts = self._trailers = self._discarded = 0
         self.sent_bytes, self._host = -1, b""
         self._odd = self._proxied = self._upgrading = False
-        self._stopping = self._last = self._discarding = False
+        self._stopping = self._last = self._discarding = self._ends_body = False
         self._probe: tuple[Endpoint, bytes] | None = None
         self._abort_reason: Rejection | None = None
         """The reason why a callback aborted the parser."""
@@ -161,37 +163,22 @@ class HttpConnection(HttpToolsProtocol):
         # No reference cycle, so that the request is freed without the garbage collector.
         self.cycle = self._running = self._task = None  # type: ignore[assignment]
 
-    def shutdown(self) -> None:
-        """Close the connection after the pending responses."""
-        self._stopping = True
-        if self.transport.get_write_buffer_size():
-            self.registry.check_at(self, monotonic())
-        elif self._reading == BODY:
-            self.registry.check_at(self, monotonic() + STOPPING_SECONDS)
-        if self._busy():
-            self.cycle.keep_alive = False
-        elif not self.may_have_request():
-            self.transport.close()
-
-    def may_have_request(self) -> bool:
-        """Return True if a request may arrive that the client sent before the stop."""
-        if self.transport.is_closing() or self._discarding or self._busy():
-            return False
-        if self._reading != NOTHING or self in self.registry.backlogs:
-            return True
-        return not self._used and monotonic() < self._expected_since + FIRST_REQUEST_SECONDS
-
     def reject_unfinished(self) -> None:
         """End a request whose client did not send its body, or did not read its response."""
         if self.transport.get_write_buffer_size():
             self.registry.check_sending(self, monotonic(), LINGER_SECONDS, Rejection.SEND_TIMEOUT)
-        elif self._reading == BODY and self._busy() and self not in self.registry.backlogs:
-            self._reject(Rejection.BODY_TIMEOUT)
+        elif self._reading == BODY and self._busy():
+            if self in self.registry.backlogs:
+                self._ends_body = True  # the end of the body may have arrived
+            else:
+                self._reject(Rejection.BODY_TIMEOUT)
 
     def idle_since(self) -> float | None:
         """Return the monotonic time since which the client owes something, or None."""
         if self.transport.get_write_buffer_size():
             return max(self.sent_at, self._expected_since)
+        if self._reading == BODY and not self._busy():
+            return self._idle_since
         if self._reading == BODY and self._waits_for_body():
             return self._expected_since
         if self._busy() or self in self.registry.backlogs:
@@ -202,17 +189,6 @@ class HttpConnection(HttpToolsProtocol):
         """Restart the timeout of the body."""
         if self._reading == BODY:
             self._expected_since = monotonic()
-
-    def close_after_response(self) -> None:
-        """Close the connection after a response, without losing the response.
-
-        Closing a socket with unread input resets it, and the client may not see the response. So
-        the rest of a body is discarded for a moment.
-        """
-        if self._reading == BODY and not self.transport.is_closing():
-            self._linger()
-        else:
-            self.transport.close()
 
     def _busy(self) -> bool:
         """Return True while a request is unanswered."""
@@ -242,12 +218,14 @@ class HttpConnection(HttpToolsProtocol):
             self.transport.abort()
         if self.transport.is_closing() or self._rejection is not None:
             return now + limits.keep_alive_timeout
+        if self in self.registry.backlogs:
+            return now + TICK_SECONDS
         if self._reading == BODY and self._waits_for_body():
             silence = limits.body_timeout
             if self._stopping:
                 silence = min(silence, STOPPING_SECONDS)
             overdue, rejection = self._expected_since + silence, Rejection.BODY_TIMEOUT
-        elif self._busy() or self._reading == BODY or self in self.registry.backlogs:
+        elif self._busy() or self._reading == BODY:
             return now + min(limits.body_timeout, limits.keep_alive_timeout)
         elif self._reading == HEAD or not self._used:
             overdue = self._expected_since + limits.head_timeout
@@ -291,19 +269,28 @@ class HttpConnection(HttpToolsProtocol):
             self._keep_rest(data)
             return
         self._messages = 0
-        if len(data) <= (_SMALL_READ if self._reading == BODY else _SMALL_HEAD):
+        reads_body = self._reading == BODY
+        small = _SMALL_READ if reads_body else _SMALL_HEAD
+        if len(data) <= small and (reads_body or data.count(_HEAD_END) <= 1):
             begins = self._reading == NOTHING
             self._version_at = data.find(b" HTTP/1.1\r\n") if begins else -1
             self._feed(data)
             return
         self._version_at = -1
         view = memoryview(data)
-        for start in range(0, len(data), self.slice_bytes):
+        while view:
             if not self.registry.backlogs.has_time():
-                self._keep_rest(view[start:])
+                self._keep_rest(view)
                 return
-            if not self._feed(view[start : start + self.slice_bytes]):
+            size = self.slice_bytes
+            if not self._feed(view[:size]):
                 return
+            view = view[size:]
+
+    @property
+    def slice_bytes(self) -> int:
+        """Bytes that are parsed at once; fewer of heads, since each may be a whole request."""
+        return _BODY_SLICE if self._reading == BODY else _HEAD_SLICE
 
     def _keep_rest(self, data: bytes | memoryview) -> None:
         if self.registry.backlogs.add(self, data):
@@ -322,8 +309,14 @@ class HttpConnection(HttpToolsProtocol):
 
     def end_backlog(self) -> None:
         """Read on, unless the application must first read the body."""
-        if not self.flow.read_paused:
+        if self._ends_body and self._reading == BODY and self._busy():
+            self._reject(Rejection.BODY_TIMEOUT)
+        elif not self.flow.read_paused:
             self.transport.resume_reading()
+
+    def abandon(self) -> None:
+        """End the connection."""
+        self.transport.abort()
 
     def _feed(self, data: bytes | memoryview) -> bool:
         """Parse a slice; return False if nothing more is to be parsed."""

@@ -12,16 +12,23 @@ import re
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from time import monotonic
 from typing import Any, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from viralfx.runner.connections import Connections
-from viralfx.runner.http_connection import BODY, NOTHING, HttpConnection
+from viralfx.runner.http_connection import (
+    BODY,
+    FIRST_REQUEST_SECONDS,
+    NOTHING,
+    HttpConnection,
+)
 from viralfx.runner.http_limits import (
     MAX_PIPELINED,
     MAX_QUEUED,
+    STOPPING_SECONDS,
     Rejection,
 )
 from viralfx.runner.http_response import ResponseCycle
@@ -268,10 +275,42 @@ class HttpProtocol(HttpConnection):
         elif self._reading == BODY:
             # The rest of the body is dropped as it arrives.
             self.cycle = cast("ResponseCycle", _RESPONDED)
+            self._idle_since = self.registry.now
             self._forget_head()
         else:
             self._idle_since = self.registry.now
             self._expect_head()
+
+    def shutdown(self) -> None:
+        """Close the connection after the pending responses."""
+        self._stopping = True
+        if self.transport.get_write_buffer_size():
+            self.registry.check_at(self, monotonic())
+        elif self._reading == BODY:
+            self.registry.check_at(self, monotonic() + STOPPING_SECONDS)
+        if self._busy():
+            self.cycle.keep_alive = False
+        elif not self.may_have_request():
+            self.transport.close()
+
+    def may_have_request(self) -> bool:
+        """Return True if a request may arrive that the client sent before the stop."""
+        if self.transport.is_closing() or self._discarding or self._busy():
+            return False
+        if self._reading != NOTHING or self in self.registry.backlogs:
+            return True
+        return not self._used and monotonic() < self._expected_since + FIRST_REQUEST_SECONDS
+
+    def close_after_response(self) -> None:
+        """Close the connection after a response, without losing the response.
+
+        Closing a socket with unread input resets it, and the client may not see the response. So
+        the rest of a body is discarded for a moment.
+        """
+        if self._reading == BODY and not self.transport.is_closing():
+            self._linger()
+        else:
+            self.transport.close()
 
     def pause_writing(self) -> None:
         """Hold back the responses, because the client does not read."""

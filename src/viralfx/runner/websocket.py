@@ -5,6 +5,8 @@ then. uvicorn's class would keep all of them, and wait for the last byte.
 """
 
 import asyncio
+import sys
+from collections import deque
 from time import monotonic
 from typing import Any
 
@@ -20,6 +22,40 @@ _SMALL_READ = 128
 _MAX_FRAGMENTS = 1024
 """Maximum number of frames of one message."""
 _MESSAGE_TOO_BIG = 1009
+_MESSAGE_BYTES, _FRAME_BYTES = 256, 128
+"""Memory of a message that waits for the application, and of a frame, beside their data."""
+
+
+class _Messages(asyncio.Queue[dict[str, Any]]):
+    """The messages that wait for the application."""
+
+    memory = 0
+    """Their bytes in memory."""
+
+    def _init(self, maxsize: int) -> None:
+        del maxsize  # there is none
+        self._queue: deque[dict[str, Any]] = deque()
+
+    def clear(self) -> None:
+        """Drop the messages of the client, and keep the begin and the end of the connection."""
+        kept = [item for item in self._queue if not _memory_of(item)]
+        self._queue = deque(kept)
+        self.memory = 0
+
+    def _put(self, item: dict[str, Any]) -> None:
+        self.memory += _memory_of(item)
+        super()._put(item)
+
+    def _get(self) -> dict[str, Any]:
+        item = super()._get()
+        self.memory -= _memory_of(item)
+        return item
+
+
+def _memory_of(message: dict[str, Any]) -> int:
+    if message["type"] != "websocket.receive":
+        return 0
+    return _MESSAGE_BYTES + sys.getsizeof(message.get("text") or message.get("bytes"))
 
 
 class WebSocketLimits:
@@ -28,6 +64,7 @@ class WebSocketLimits:
     registry: Connections
     transport: asyncio.Transport
     frames: list[Any]
+    queue: _Messages
     tick = -1
     sent_bytes = -1
     sent_at = 0.0
@@ -36,9 +73,12 @@ class WebSocketLimits:
     waits_for_application = True
     _pong = b""
     _stopping = False
+    _kept = 0
+    """Size of the last frame, which the parser keeps until the next one."""
 
     def connection_made(self: Any, transport: asyncio.Transport) -> None:
         """Start the deadlines."""
+        self.queue = _Messages()
         super().connection_made(transport)  # type: ignore[misc]
         self.registry.add(self, monotonic() + self.registry.limits.keep_alive_timeout)
 
@@ -71,7 +111,14 @@ class WebSocketLimits:
             self.registry.check_sending(self, monotonic(), LINGER_SECONDS, Rejection.SEND_TIMEOUT)
 
     def keepalive_timeout(self: Any) -> None:
-        """Close a connection whose client has not answered a ping."""
+        """Close a connection whose client has not answered a ping.
+
+        The answer may wait behind messages that the application has not read.
+        """
+        if self.read_paused or self in self.registry.backlogs:
+            self.pong_timer = self.pending_ping_payload = None
+            self.schedule_ping()
+            return
         super().keepalive_timeout()  # type: ignore[misc]
         if self.transport.get_write_buffer_size():
             self.transport.abort()  # the transport would wait for the client
@@ -94,6 +141,7 @@ class WebSocketLimits:
 
         RFC 6455, 5.5.3, allows that.
         """
+        self._kept = 0
         pong = b"".join(self.conn.data_to_send())
         if self.writable.is_set() or self.conn.close_sent is not None:
             self.transport.write(pong)
@@ -101,10 +149,28 @@ class WebSocketLimits:
             self._pong = pong
 
     def connection_lost(self: Any, exc: Exception | None) -> None:
-        """Release the connection."""
+        """Release the connection; its application may still read the messages."""
         self.registry.remove(self)
         self.registry.open -= 1
         super().connection_lost(exc)  # type: ignore[misc]
+        self._hold_messages()
+
+    def on_task_complete(self: Any, task: asyncio.Task[None]) -> None:
+        """Free the messages that the application has not read."""
+        super().on_task_complete(task)  # type: ignore[misc]
+        self.queue.clear()
+        self._hold_messages()
+
+    def abandon(self: Any) -> None:
+        """Free the messages, and abort the connection."""
+        self.queue.clear()
+        self.frames = []
+        self.conn.reader.buffer.clear()
+        self.conn.parser.close()
+        self._hold_messages()
+        if not self.transport.is_closing():
+            self._reject()
+            self.transport.abort()
 
     @property
     def may_parse(self: Any) -> bool:
@@ -141,6 +207,7 @@ class WebSocketLimits:
     async def receive(self: Any) -> Any:
         """Return the next message; the rest of a large read comes before the next read."""
         message = await super().receive()  # type: ignore[misc]
+        self._hold_messages()
         self._resume_backlog()
         return message
 
@@ -163,9 +230,35 @@ class WebSocketLimits:
         except Exception:  # noqa: BLE001 - frames after a close frame may contain anything
             self._reject()
             self.transport.abort()
+        self._hold_messages()
+
+    def _hold_messages(self: Any) -> None:
+        """Count what has been parsed and not read, and an incomplete message."""
+        size, frames = self.queue.memory, self.frames
+        if not self.transport.is_closing():
+            size += self._kept + len(self.conn.reader.buffer)
+            if frames:
+                size += sum(map(len, frames)) + _FRAME_BYTES * len(frames)
+        self.registry.backlogs.hold(self, size)
+
+    def handle_text(self: Any, event: Any) -> None:
+        """Accept a message, or its first fragment."""
+        self._kept = len(event.data)
+        super().handle_text(event)  # type: ignore[misc]
+
+    def handle_bytes(self: Any, event: Any) -> None:
+        """Accept a message, or its first fragment."""
+        self._kept = len(event.data)
+        super().handle_bytes(event)  # type: ignore[misc]
+
+    def handle_pong(self: Any, event: Any) -> None:
+        """Accept the answer to a ping."""
+        self._kept = 0
+        super().handle_pong(event)  # type: ignore[misc]
 
     def handle_cont(self: Any, event: Any) -> None:
         """Accept a fragment of a message, unless there are too many."""
+        self._kept = len(event.data)
         if len(self.frames) >= _MAX_FRAGMENTS:
             self.frames = []
             self.conn.send_close(_MESSAGE_TOO_BIG)
