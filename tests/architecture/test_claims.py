@@ -162,7 +162,7 @@ EDITS: dict[str, tuple[str, str, str]] = {
         "yaml: no manifest has this startupProbe",
     ),
     "a ratio": (r"\| 3\.59 \|", "| 4.59 |", "figure: "),
-    "a figure with a unit": (r"12\.67 ms", "12.07 ms", "figure: "),
+    "a figure with a unit": (r"8\.50 ms", "12.07 ms", "figure: "),
     "waits": (r"0\.5, 1 and 2 s", "0.5, 1 and 3 s", "should have 0.5, 1, 2"),
     "waits of jobs": (r"1, 2, 4 \.\.\. s", "1, 3, 9 ... s", "should have 1, 2, 4"),
     "replicas": ("viralfx-backend, 3 to 6", "viralfx-backend, 3 to 9", "should have 3, 6"),

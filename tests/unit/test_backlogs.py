@@ -190,11 +190,11 @@ async def test_messages_count_with_the_rests_of_reads(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection with most of both is aborted; the memory is not measured each time."""
-    looks, memory = 0, 2000
+    measured, memory = 0, 2000
 
     def used() -> int:
-        nonlocal looks
-        looks += 1
+        nonlocal measured
+        measured += 1
         return memory
 
     monkeypatch.setattr("viralfx.runner.connections._used_bytes", used)
@@ -208,16 +208,16 @@ async def test_messages_count_with_the_rests_of_reads(
     backlogs.hold(second, 2500)
     backlogs.add(second, b"a" * 1000)
     backlogs.hold(third, 1000)
-    assert looks == 0
+    assert measured == 0
     backlogs.hold(third, 2000)
     assert [each.reading.aborted for each in (first, second, third)] == [False, True, False]
     backlogs.hold(second, 0)
     backlogs.hold(third, 4500)
     assert not third.reading.aborted
     backlogs.hold(first, 0)
-    looks = memory = 0
+    measured = memory = 0
     for size in range(8000, 9000, 10):
         backlogs.hold(third, size)
 
-    assert looks <= 2
+    assert measured <= 2
     assert not third.reading.aborted

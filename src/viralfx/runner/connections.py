@@ -370,7 +370,7 @@ class Backlogs:
         self._waiting_bytes = 0
         """Total size of these messages and of the rests that wait for the application."""
         self._seen_bytes = 0
-        """Their size at the last look at the memory of the process, or a smaller one since."""
+        """Their size when memory was last measured for them, or a smaller one since."""
 
     def __contains__(self, connection: Reader) -> bool:
         return connection in self._rests
@@ -418,7 +418,7 @@ class Backlogs:
     def _relieve(self) -> None:
         """End the connections with most to read, if the process is short of memory."""
         limit = self._connections.limits.max_request_bytes
-        # Messages are many: the next look is due when an eighth of the limit has come.
+        # Messages are many: memory is measured when another eighth of the limit has come.
         if self._waiting_bytes <= max(limit, self._seen_bytes + limit * (1 - _RELIEF)):
             return
         if self._connections.is_memory_low():
