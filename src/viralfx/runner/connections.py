@@ -333,12 +333,11 @@ class Reader(Protocol):
     """True if the application may leave it waiting, as with a WebSocket."""
 
     @property
-    def slice_bytes(self) -> int:
-        """Bytes that are parsed at once."""
-
-    @property
     def may_parse(self) -> bool:
         """True unless the application must first read what has been parsed."""
+
+    def slice_size(self, data: bytearray) -> int:
+        """Return how many bytes of a large read to parse at once."""
 
     def parse_slice(self, data: bytes) -> bool:
         """Parse a part of a large read; return False if the rest of it is to be dropped."""
@@ -430,6 +429,7 @@ class Backlogs:
                 if self._waiting_bytes <= limit:
                     break
                 self.drop(each)
+                self._wait(-self._held.pop(each, 0))
                 each.abandon()
         self._seen_bytes = self._waiting_bytes
 
@@ -464,8 +464,9 @@ class Backlogs:
 
     def _parse_slice(self, connection: Reader) -> None:
         rest = self._rests[connection]
-        piece = bytes(rest[: connection.slice_bytes])
-        del rest[: connection.slice_bytes]
+        size = connection.slice_size(rest)
+        piece = bytes(rest[:size])
+        del rest[:size]
         self._count(connection, -len(piece))
         if not connection.parse_slice(piece) or not rest:
             self.drop(connection)

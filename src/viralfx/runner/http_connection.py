@@ -35,7 +35,8 @@ FIRST_REQUEST_SECONDS = 0.5
 _SMALL_HEAD, _SMALL_READ = 2048, 128
 """Size of a read that is parsed at once; larger ones, and several requests, take turns."""
 _HEAD_END = b"\r\n\r\n"
-_HEAD_SLICE, _BODY_SLICE = 1024, 16384
+_HEADS_SLICE, _MAX_SLICE = 1024, 16384
+"""Size of a part with several heads, each of a whole request, and of any other part of a read."""
 _QUEUED_BODY_BYTES = 4096
 """Maximum size of a body that waits behind an earlier request."""
 _HIGH_WATER = 65536
@@ -168,7 +169,7 @@ class HttpConnection(HttpToolsProtocol):
         if self.transport.get_write_buffer_size():
             self.registry.check_sending(self, monotonic(), LINGER_SECONDS, Rejection.SEND_TIMEOUT)
         elif self._reading == BODY and self._busy():
-            if self in self.registry.backlogs:
+            if self in self.registry.backlogs and not self._ends_body:
                 self._ends_body = True  # the end of the body may have arrived
             else:
                 self._reject(Rejection.BODY_TIMEOUT)
@@ -185,11 +186,6 @@ class HttpConnection(HttpToolsProtocol):
             return None
         return self._expected_since if self._reading == HEAD or not self._used else self._idle_since
 
-    def restart_body_timeout(self) -> None:
-        """Restart the timeout of the body."""
-        if self._reading == BODY:
-            self._expected_since = monotonic()
-
     def _busy(self) -> bool:
         """Return True while a request is unanswered."""
         cycle: ResponseCycle | None = self.cycle
@@ -198,6 +194,7 @@ class HttpConnection(HttpToolsProtocol):
     @staticmethod
     def _disconnect(cycle: ResponseCycle) -> None:
         cycle.disconnected = True
+        cycle.body = bytearray()  # the application gets no more of it
         cycle.message_event.set()
         scope: Any = cycle.scope
         in_flight = scope.get(IN_FLIGHT)
@@ -269,28 +266,36 @@ class HttpConnection(HttpToolsProtocol):
             self._keep_rest(data)
             return
         self._messages = 0
-        reads_body = self._reading == BODY
-        small = _SMALL_READ if reads_body else _SMALL_HEAD
-        if len(data) <= small and (reads_body or data.count(_HEAD_END) <= 1):
+        if self._is_small(data):
             begins = self._reading == NOTHING
             self._version_at = data.find(b" HTTP/1.1\r\n") if begins else -1
             self._feed(data)
             return
         self._version_at = -1
-        view = memoryview(data)
-        while view:
+        view, start = memoryview(data), 0
+        while start < len(data):
             if not self.registry.backlogs.has_time():
-                self._keep_rest(view)
+                self._keep_rest(view[start:])
                 return
-            size = self.slice_bytes
-            if not self._feed(view[:size]):
+            end = start + self.slice_size(data, start)
+            if not self._feed(view[start:end]):
                 return
-            view = view[size:]
+            start = end
 
-    @property
-    def slice_bytes(self) -> int:
-        """Bytes that are parsed at once; fewer of heads, since each may be a whole request."""
-        return _BODY_SLICE if self._reading == BODY else _HEAD_SLICE
+    def _is_small(self, data: bytes) -> bool:
+        """Return True for a read that holds little more than the rest of one message."""
+        if self._reading == BODY:
+            return len(data) <= _SMALL_READ
+        end = data.find(_HEAD_END)
+        return len(data) <= _SMALL_HEAD and (end < 0 or len(data) - end <= _SMALL_READ)
+
+    def slice_size(self, data: bytes | bytearray, start: int = 0) -> int:
+        """Return how many bytes from ``start`` to parse at once: a head, or several small ones."""
+        if self._reading != BODY:
+            end = data.find(_HEAD_END, start, start + _MAX_SLICE)
+            if end >= 0:
+                return max(end - start + len(_HEAD_END), _HEADS_SLICE)
+        return _MAX_SLICE
 
     def _keep_rest(self, data: bytes | memoryview) -> None:
         if self.registry.backlogs.add(self, data):

@@ -301,6 +301,11 @@ class HttpProtocol(HttpConnection):
             return True
         return not self._used and monotonic() < self._expected_since + FIRST_REQUEST_SECONDS
 
+    def restart_body_timeout(self) -> None:
+        """Restart the timeout of the body."""
+        if self._reading == BODY:
+            self._expected_since = monotonic()
+
     def close_after_response(self) -> None:
         """Close the connection after a response, without losing the response.
 

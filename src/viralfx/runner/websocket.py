@@ -22,6 +22,8 @@ _SMALL_READ = 128
 _MAX_FRAGMENTS = 1024
 """Maximum number of frames of one message."""
 _MESSAGE_TOO_BIG = 1009
+_SLICE = 4096
+"""Bytes that are parsed at once; the smallest frame has two."""
 _MESSAGE_BYTES, _FRAME_BYTES = 256, 128
 """Memory of a message that waits for the application, and of a frame, beside their data."""
 
@@ -68,11 +70,11 @@ class WebSocketLimits:
     tick = -1
     sent_bytes = -1
     sent_at = 0.0
-    slice_bytes = 4096
-    """Bytes that are parsed at once; the smallest frame has two."""
     waits_for_application = True
     _pong = b""
     _stopping = False
+    _parses = True
+    """False once what the parser holds has been freed."""
     _kept = 0
     """Size of the last frame, which the parser keeps until the next one."""
 
@@ -164,13 +166,10 @@ class WebSocketLimits:
     def abandon(self: Any) -> None:
         """Free the messages, and abort the connection."""
         self.queue.clear()
-        self.frames = []
-        self.conn.reader.buffer.clear()
-        self.conn.parser.close()
-        self._hold_messages()
         if not self.transport.is_closing():
             self._reject()
             self.transport.abort()
+        self._hold_messages()
 
     @property
     def may_parse(self: Any) -> bool:
@@ -189,10 +188,14 @@ class WebSocketLimits:
                 self._parse(data)
                 return
             while start < len(data) and not self.read_paused and backlogs.has_time():
-                self._parse(data[start : start + self.slice_bytes])
-                start += self.slice_bytes
+                self._parse(data[start : start + _SLICE])
+                start += _SLICE
         if start < len(data) and not self.transport.is_closing():
             backlogs.add(self, memoryview(data)[start:])
+
+    def slice_size(self, data: bytearray) -> int:
+        """Return how many bytes of a large read to parse at once."""
+        return min(_SLICE, len(data))
 
     def parse_slice(self: Any, data: bytes) -> bool:
         """Parse a part of a large read; return False if the rest of it is to be dropped."""
@@ -234,11 +237,14 @@ class WebSocketLimits:
 
     def _hold_messages(self: Any) -> None:
         """Count what has been parsed and not read, and an incomplete message."""
-        size, frames = self.queue.memory, self.frames
-        if not self.transport.is_closing():
-            size += self._kept + len(self.conn.reader.buffer)
-            if frames:
-                size += sum(map(len, frames)) + _FRAME_BYTES * len(frames)
+        if self.transport.is_closing() and self._parses:
+            # Nothing more is parsed, and the application may keep this object for long.
+            self._parses, self._kept, self.frames = False, 0, []
+            self.conn.reader.buffer.clear()
+            self.conn.parser.close()
+        size = self.queue.memory + self._kept + len(self.conn.reader.buffer)
+        if frames := self.frames:
+            size += sum(map(len, frames)) + _FRAME_BYTES * len(frames)
         self.registry.backlogs.hold(self, size)
 
     def handle_text(self: Any, event: Any) -> None:

@@ -334,17 +334,17 @@ class InFlightRequests:
     ) -> None:
         """Wait up to ``budget`` seconds for the requests, then cancel the rest.
 
-        ``before_cut`` is called before requests are cancelled. Raises :class:`WorkLostError` if a
-        cancelled request had no response, or an incomplete one with a ``Content-Length``. Streams
-        without a known end are cancelled silently.
+        ``before_cut`` is called twice before. Raises :class:`WorkLostError` if a cancelled request
+        had no response, or an incomplete one with a ``Content-Length``. Streams without a known end
+        are cancelled silently.
         """
         reserve = min(_MAX_CANCEL_SECONDS, budget / 10)
         if await self._wait_until_empty(budget - reserve, clock):
             return
-        before_cut()
-        if await self._wait_until_empty(reserve / 2, clock):
-            return
-        reserve /= 2
+        for _ in range(2):  # once for what has arrived, then for all
+            before_cut()
+            if await self._wait_until_empty(reserve / 4, clock):
+                return
         remaining = list(self._open)
         lost = [
             request
@@ -361,7 +361,7 @@ class InFlightRequests:
             request.cut = True
             if request.task is not None:
                 request.task.cancel()
-        await self._wait_until_empty(reserve, clock)
+        await self._wait_until_empty(reserve / 2, clock)
         if lost:
             raise WorkLostError(f"{len(lost)} requests had no complete response in {budget:g} s")
 
