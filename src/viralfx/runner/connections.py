@@ -429,7 +429,7 @@ class Backlogs:
                 if self._waiting_bytes <= limit:
                     break
                 self.drop(each)
-                self._wait(-self._held.pop(each, 0))
+                self.hold(each, 0)
                 each.abandon()
         self._seen_bytes = self._waiting_bytes
 
