@@ -175,8 +175,8 @@ STATEMENTS: dict[str, tuple[str, list[Any], set[str]]] = {
     "settled before": (sql.SETTLED_BEFORE, SETTLED, BOTH),
     "counts": (sql.COUNTS, ["waiting"], COUNTED),
     "counts for the health checks": (HEALTH_QUERY, ["waiting"], COUNTED),
-    "prune": (sql.PRUNE, [3600.0, 1000], {"finished_jobs_age"}),
-    "prune failed": (sql.PRUNE_FAILED, [3600.0, 1000], {"jobs_failed"}),
+    "prune": (sql.PRUNE, [3600.0, 1000, None], {"finished_jobs_age"}),
+    "prune failed": (sql.PRUNE_FAILED, [3600.0, 1000, None], {"jobs_failed"}),
     "get": (sql.GET, [NO_WORKER], BOTH),
     "page": (job_changes.PAGE, [NEWEST, 50], BOTH),
     "page of a queue": (
@@ -461,6 +461,30 @@ async def test_locked_rows_are_skipped(pool: PostgresDatabase, database: Databas
         assert (swept.returned, pruned) == ({}, 0)
         assert (await ledger.sweep(5)).returned == {"default": [held.id]}
         assert await ledger.prune(0.0) == 1
+
+
+@pytest.mark.parametrize("state", [JobState.COMPLETED, JobState.FAILED])
+async def test_a_batch_begins_where_the_one_before_ended(
+    pool: PostgresDatabase, database: Database, state: JobState
+) -> None:
+    """The index keeps deleted rows until a vacuum. Jobs that a batch left are deleted last."""
+    ledger = PostgresJobLedger(pool)
+    failing = state is JobState.FAILED
+    await ledger.accept([draft() for _ in range(4)])
+    await ledger.register("w", ["default"], LONG_LEASE)
+    claims = await ledger.claim("default", "w", 4)
+    jobs = [claim.id for claim in claims]
+    for claim in claims:
+        await ledger.settle([failed(claim, ERROR) if failing else completed(claim, b"1")])
+    first = await ledger.prune(0.0, 1, failed=failing)
+    earlier = f"set finished_at = finished_at - interval '1 h' where id = '{jobs[3]}'"
+    database.execute(f"update viralfx_jobs {earlier}")
+    database.execute(f"update viralfx_finished_jobs {earlier}")
+    second = await ledger.prune(0.0, 1, failed=failing)
+    left = sorted(job.id for job in await ledger.page())
+
+    assert (first, second, left) == (1, 1, jobs[2:])
+    assert await ledger.prune(0.0, 2, failed=failing) == 2
 
 
 async def test_a_report_waits_for_no_settlement(pool: PostgresDatabase) -> None:

@@ -168,6 +168,8 @@ class PostgresJobLedger(JobChanges):
         self._max_scanned = max_scanned
         self._clock = clock = clock or SystemClock()
         self._promote_at = self._forget_at = -math.inf
+        self._pruned_to: dict[bool, datetime] = {}
+        """When the last job of a full batch had finished; of failed jobs, and of the others."""
         listener = database.retries
         # Each statement of a step is a transaction of its own and changes no session.
         self._steps = RetriedSteps(
@@ -435,10 +437,24 @@ class PostgresJobLedger(JobChanges):
         self, older_than: float, limit: int = 1000, *, failed: bool | None = None
     ) -> int:
         """See :class:`JobLedger`."""
-        statements = [self._sql.PRUNE] * (failed is not True) + [self._sql.PRUNE_FAILED] * (
-            failed is not False
-        )
         pruned = 0
-        for statement in statements:
-            pruned += await self._changed(statement, interval(older_than), max(0, limit - pruned))
+        for kind in (False, True) if failed is None else (failed,):
+            pruned += await self._prune(interval(older_than), limit - pruned, failed=kind)
+        return pruned
+
+    async def _prune(self, older_than: float, limit: int, *, failed: bool) -> int:
+        """Delete up to ``limit`` jobs: first those that finished after the full batch before.
+
+        If these are too few, it looks for older ones that the batch left, since they were locked.
+        """
+        statement = self._sql.PRUNE_FAILED if failed else self._sql.PRUNE
+        begin, pruned = self._pruned_to.pop(failed, None), 0
+        while pruned < limit:
+            (batch,) = await self._fetch(statement, older_than, limit - pruned, begin)
+            pruned += batch["jobs"]
+            if pruned >= limit:
+                self._pruned_to[failed] = batch["last"]
+            elif begin is None:
+                break
+            begin = None
         return pruned

@@ -445,14 +445,21 @@ GROUP BY queue
 """
 
 # By the place of the locked rows: a search by id in a large index would take longer than the rest.
+# From $3 on: until a vacuum the index keeps the rows of earlier batches, and a scan from its begin
+# reads over all of them. So does the planner for a bound that it can evaluate: hence the subquery.
 _PRUNE = """
-DELETE FROM {table} WHERE ctid = ANY(ARRAY(
-    SELECT ctid FROM {table}
-    WHERE finished_at < statement_timestamp() - make_interval(secs => $1) {condition}
-    ORDER BY finished_at
-    LIMIT $2
-    FOR UPDATE SKIP LOCKED
-))
+WITH pruned AS (
+    DELETE FROM {table} WHERE ctid = ANY(ARRAY(
+        SELECT ctid FROM {table}
+        WHERE finished_at < statement_timestamp() - make_interval(secs => $1)
+            AND finished_at >= (SELECT coalesce($3::timestamptz, '-infinity')) {condition}
+        ORDER BY finished_at
+        LIMIT $2
+        FOR UPDATE SKIP LOCKED
+    ))
+    RETURNING finished_at
+)
+SELECT count(*) AS jobs, max(finished_at) AS last FROM pruned
 """
 PRUNE: Final = _PRUNE.format(table="viralfx_finished_jobs", condition="")
 PRUNE_FAILED: Final = _PRUNE.format(table="viralfx_jobs", condition="AND state = 'failed'")
