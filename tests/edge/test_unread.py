@@ -227,13 +227,16 @@ def test_idle_clients_do_not_close_the_management_port() -> None:
     with running(*APP, management=True, descriptors=256) as service, ExitStack() as stack:
         service.wait_ready()
         assert service.management_port is not None
-        for number in range(60):  # the port has 16 connections
+        for number in range(80):  # the port has 16 connections
             wire = stack.enter_context(Wire(service.management_port))
-            if number % 3 == 1:
+            if number % 4 == 1:
                 assert wire.send(PROBE).response().status == 200
-            elif number % 3 == 2:  # unread responses, and a request that waits behind them
+            elif number % 4 == 2:  # unread responses, and a request that waits behind them
                 wire.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 99)
+            elif number % 4 == 3:  # answered before its body, which never comes
+                wire.send(b"GET /health/live HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n")
+                assert wire.response().status == 200
         assert [service.manage("/health/live").status for _ in range(5)] == [200] * 5
         counted = rejected(service)
 
-    assert counted["connections"] >= 40
+    assert counted["connections"] >= 60
