@@ -11,14 +11,14 @@ the bystanders to their ends and numbers of runs, and not to a time.
 import argparse
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,10 @@ _COLUMNS = (
 READING = (
     "The time is from the acceptance of a bystander to its recorded end, by the server's clock. A"
     " bystander whose worker ended runs again once the lease of that worker is over; only the"
-    " longest time includes these. The ratio is the median of the rounds' ratios of the 99th"
-    " percentiles. In the rows without culprits it is the range of single measurements, to the"
-    " median of their round: the noise. The limit of a ratio is 1.5, or the noise of the row of"
-    " comparison. No limit holds for the C loop: it stops all threads of its worker. A task"
+    " longest time includes these. A percentile is that of the bystanders of all rounds. In the"
+    " rows without culprits the ratio is that of two equal halves of the measurements: the noise."
+    " The limit of a ratio is 1.5, or the noise of the row of comparison."
+    " No limit holds for the C loop: it stops all threads of its worker. A task"
     " that computes in a thread shares the interpreter with the other jobs of its worker, and one"
     " that allocates all memory blocks the event loop meanwhile."
 )
@@ -138,8 +138,13 @@ RESTART = Case("a worker that restarts", during=_restarting)
 TEXTS = Case("10 texts of 60 MB, dropped", [_dropped("big")] * 10)
 LISTS = Case("lists, 100,000 deep, dropped", [_dropped("recursive")], repeated=True)
 MEMORY = Case("256 MB of memory, dropped", [_dropped("exhaust")], repeated=True)
+STEPS = Case(
+    f"{SPARE_MEBIBYTES} MB of memory in steps, dropped, and a worker that restarts",
+    [_dropped("devour")],
+    during=_restarting,
+)
 FORKS = Case("forks whose children end", [_dropped("fork")] * 2, repeated=True)
-CONTROLS = (NONE, BUSY, TEXTS, LISTS, MEMORY, FORKS, RESTART)
+CONTROLS = (NONE, BUSY, TEXTS, LISTS, MEMORY, STEPS, FORKS, RESTART)
 """Nothing that goes wrong."""
 
 
@@ -237,7 +242,7 @@ CASES = (
         "memory beyond the limit of the kernel",
         [Culprit("culprits.devour", None, code="crashed")],
         during=_short_of_memory,
-        without=RESTART.name,
+        without=STEPS.name,
         ends_first=True,
         needs_group=True,
     ),
@@ -262,9 +267,10 @@ class Seen:
     repeated: list[str] = field(default_factory=list)
     """The culprits that ran again or count a crash although they must not."""
 
-    def at(self, share: float) -> float:
-        """Return a percentile in milliseconds."""
-        return 1000 * percentile(self.seconds, share)
+
+def _at(share: float, measured: Iterable[Seen]) -> float:
+    """Return a percentile of all bystanders in milliseconds."""
+    return 1000 * percentile([each for seen in measured for each in seen.seconds], share)
 
 
 Found = dict[str, list[list[Seen]]]
@@ -298,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Target(
                 what=f"p99 beside: {case.name} / {case.without}",
                 measured=_ratio(found, case),
-                limit=max(MAX_RATIO, round(max(_noise(found[case.without])), 2)),
+                limit=max(MAX_RATIO, round(_noise(found[case.without]), 2)),
                 at_least=False,
             )
             for case in cases
@@ -344,32 +350,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _row(name: str, found: Found, cases: Sequence[Case]) -> Sequence[str]:
     seen = [each for rounds in found[name] for each in rounds]
     case = next((each for each in cases if each.name == name), None)
-    noise = _noise(found[name])
-    ratio = (
-        f"{min(noise):.2f} to {max(noise):.2f}" if case is None else f"{_ratio(found, case):.2f}"
-    )
+    ratio = _noise(found[name]) if case is None else _ratio(found, case)
     return (
         name,
-        f"{statistics.median(each.at(0.5) for each in seen):.1f}",
-        f"{statistics.median(each.at(0.99) for each in seen):.1f}",
+        f"{_at(0.5, seen):.1f}",
+        f"{_at(0.99, seen):.1f}",
         f"{1000 * max(each.longest for each in seen):.1f}",
-        ratio,
+        f"{ratio:.2f}",
         str(sum(each.again for each in seen)),
     )
 
 
-def _noise(rounds: Sequence[Sequence[Seen]]) -> list[float]:
-    """Return the ratio of each measurement to the median of its round."""
-    return [each.at(0.99) / _p99(seen) for seen in rounds for each in seen]
-
-
-def _p99(seen: Sequence[Seen]) -> float:
-    return statistics.median(each.at(0.99) for each in seen)
+def _noise(rounds: Sequence[Sequence[Seen]]) -> float:
+    """Return the ratio of the p99 of two equal measurements, the larger one to the other."""
+    halves = [_at(0.99, half) for half in zip(*rounds, strict=True)]
+    return max(halves) / min(halves)
 
 
 def _ratio(found: Found, case: Case) -> float:
-    pairs = zip(found[case.name], found[case.without], strict=True)
-    return statistics.median(_p99(beside) / _p99(without) for beside, without in pairs)
+    beside, without = (chain.from_iterable(found[name]) for name in (case.name, case.without))
+    return _at(0.99, beside) / _at(0.99, without)
 
 
 def _control_group(stack: ExitStack) -> ControlGroup | None:
@@ -398,7 +398,7 @@ def _measure(
                 one = _one(workers, case)
                 seen[case.name].append(one)
                 print(
-                    f"{case.name}: {one.at(0.5):.1f} {one.at(0.99):.1f}"
+                    f"{case.name}: {_at(0.5, [one]):.1f} {_at(0.99, [one]):.1f}"
                     f" {1000 * one.longest:.1f} ms, run again {one.again}",
                     file=sys.stderr,
                 )

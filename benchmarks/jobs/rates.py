@@ -24,8 +24,9 @@ from benchmarks.jobs.contenders import (
     run_trial,
     with_rows,
 )
+from benchmarks.jobs.empty_task import TASK, WAIT_SECONDS, WAITING_TASK
 from benchmarks.jobs.peer import SLOTS
-from benchmarks.jobs.scaling import ScalingError, processed_per_second
+from benchmarks.jobs.scaling import Emptied, ScalingError, empty
 from benchmarks.jobs.testbed import Testbed, testbed
 from benchmarks.jobs.trial import Trial
 from benchmarks.load import wait_for_calm
@@ -39,6 +40,11 @@ ROUNDS = 5
 ROWS = (1_000, 100_000, 1_000_000)
 SCALING_JOBS = 40_000
 WORKERS = (1, 2)
+LOADS = {
+    TASK: ("empty", "processed, on cores shared with Postgres"),
+    WAITING_TASK: (f"wait {WAIT_SECONDS * 1000:.0f} ms", "processed, with idle cores"),
+}
+"""The jobs of worker processes, by task: their name, and the remark at their target."""
 MIN_OF_STREAM = 4.0
 MIN_SCALING = 1.5
 MAX_WAITING = 60.0
@@ -62,13 +68,13 @@ class Rounds:
 
     trials: list[dict[Contender, Trial]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    by_workers: list[dict[int, float]] = field(default_factory=list)
-    """The jobs per second of one and of several worker processes, by round."""
+    by_workers: list[dict[tuple[str, int], Emptied]] = field(default_factory=list)
+    """One and several worker processes, by round, by task and number."""
 
-    def scaling(self) -> float | None:
+    def scaling(self, task: str) -> float | None:
         """Compare several workers with one; None if they were not measured."""
         few, many = min(WORKERS), max(WORKERS)
-        ratios = [rates[many] / rates[few] for rates in self.by_workers]
+        ratios = [each[task, many].rate / each[task, few].rate for each in self.by_workers]
         return statistics.median(ratios) if ratios else None
 
     def of(self, contender: Contender) -> list[Trial]:
@@ -179,17 +185,21 @@ def _measure(bed: Testbed, contenders: Sequence[Contender], options: argparse.Na
         if options.scaling_jobs:
             patience -= wait_for_calm(most_foreign=MAX_FOREIGN, seconds=patience)
             try:
-                rates = {
-                    workers: processed_per_second(bed, workers, options.scaling_jobs)
+                emptied = {
+                    (task, workers): empty(bed, workers, task, options.scaling_jobs)
+                    for task in LOADS
                     for workers in (WORKERS if number % 2 else WORKERS[::-1])
                 }
             except (ScalingError, ServerError) as error:
                 print(f"round {number}: {error}", file=sys.stderr)
                 rounds.failures.append(f"several worker processes in round {number}")
                 continue
-            said = ", ".join(f"{workers}: {rate:.0f}/s" for workers, rate in rates.items())
+            said = ", ".join(
+                f"{LOADS[task][0]}, {workers}: {each.rate:.0f}/s"
+                for (task, workers), each in emptied.items()
+            )
             print(f"round {number}: by worker processes: {said}", file=sys.stderr)
-            rounds.by_workers.append(rates)
+            rounds.by_workers.append(emptied)
     return rounds
 
 
@@ -208,16 +218,17 @@ def _targets(rounds: Rounds, rows: Sequence[int]) -> list[Target]:
         for a, b, of, limit, remark in wanted
         if (r := rounds.ratio(a, b, of)) is not None
     ]
-    if (scaling := rounds.scaling()) is not None:
-        targets.append(
-            Target(
-                what="two worker processes / one",
-                measured=scaling,
-                limit=MIN_SCALING,
-                at_least=True,
-                remark="processed, on cores shared with Postgres",
-            )
+    targets += [
+        Target(
+            what=f"two worker processes / one, {name} jobs",
+            measured=scaling,
+            limit=MIN_SCALING,
+            at_least=True,
+            remark=remark,
         )
+        for task, (name, remark) in LOADS.items()
+        if (scaling := rounds.scaling(task)) is not None
+    ]
     return targets
 
 
@@ -262,19 +273,23 @@ def _table(rounds: Rounds, contenders: Sequence[Contender], jobs: int) -> list[s
 
 
 def _scaling_table(rounds: Rounds) -> list[str]:
-    by_workers = {n: [rates[n] for rates in rounds.by_workers] for n in WORKERS}
-    return table(
-        ("worker processes", "processed /s", "spread"),
-        (
-            (
-                str(workers),
-                f"{statistics.median(rates):,.0f}",
-                f"{min(rates):,.0f} to {max(rates):,.0f}",
+    if not rounds.by_workers:
+        return []
+    rows = []
+    for task, (name, _) in LOADS.items():
+        for workers in WORKERS:
+            emptied = [each[task, workers] for each in rounds.by_workers]
+            rates = [each.rate for each in emptied]
+            rows.append(
+                (
+                    name,
+                    str(workers),
+                    f"{statistics.median(rates):,.0f}",
+                    f"{min(rates):,.0f} to {max(rates):,.0f}",
+                    f"{statistics.median(each.cores for each in emptied):.2f}",
+                )
             )
-            for workers, rates in by_workers.items()
-            if rates
-        ),
-    )
+    return table(("jobs", "worker processes", "processed /s", "spread", "cores busy"), rows)
 
 
 def _median(trials: Sequence[Trial], what: Callable[[Trial], float | None]) -> str:

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import signal
+import sys
 import time
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
@@ -22,6 +23,8 @@ RUNS = "CULPRIT_RUNS_FILE"
 _LEFT = 256 * 2**20
 """Bytes that ``culprits.exhaust`` takes until no memory is left."""
 _PIECE = 16 * 2**20
+_DEVOURED = 512 * 2**20
+"""Bytes that ``culprits.dropped`` takes, piece by piece, as ``culprits.devour`` does."""
 
 
 def note(context: JobContext, what: str = "begun") -> None:
@@ -107,8 +110,10 @@ def _nested(levels: int) -> object:
 
 @task("culprits.dropped")
 async def dropped(what: str, context: JobContext) -> int:
-    """Make what ``big``, ``recursive``, ``exhaust`` or ``fork`` makes, and drop it."""
+    """Make what ``big``, ``recursive``, ``exhaust``, ``devour`` or ``fork`` makes, and drop it."""
     note(context)
+    if what == "devour":
+        return await _devour(_DEVOURED // _PIECE)
     if what == "exhaust":
         return len([bytearray(_PIECE) for _ in range(_LEFT // _PIECE)])
     if what == "fork":
@@ -323,10 +328,16 @@ def _exhaust() -> None:
 async def devour(_: None, context: JobContext) -> None:
     """Take memory until the kernel ends the process."""
     note(context)
+    await _devour(sys.maxsize)
+
+
+async def _devour(pieces: int) -> int:
+    """Take so many pieces of memory, each with pages of its own; return their number."""
     taken: list[bytearray] = []
-    while True:
-        taken.append(bytearray(os.urandom(2**20) * 16))
+    while len(taken) < pieces:
+        taken.append(bytearray(os.urandom(2**20) * (_PIECE // 2**20)))
         await asyncio.sleep(0)
+    return len(taken)
 
 
 # -- code that does not end, or leaves something behind ----------------------------------------
