@@ -141,8 +141,11 @@ async def test_the_largest_batch_is_accepted(client: Client) -> None:
     large = {"task": "parcels.echo", "payload": "x" * 4000}
     reply = await client.post(BATCH, json={"jobs": [large] * 1000})
     too_large = await client.post(BATCH, json={"jobs": [{**large, "payload": "x" * 2**22}]})
+    of_one = {**large, "payload": "x" * (64 * 1024 - 1)}
+    payload = await client.post(BATCH, json={"jobs": [large, of_one]})
     keyed = await client.post(BATCH, json={"jobs": [PARCEL]}, headers={"Idempotency-Key": "k"})
 
     assert (reply.status_code, len(reply.json()["jobs"])) == (202, 1000)
     assert_problem(too_large, 413, "4096 KiB")
+    assert_problem(payload, 413, "The payload of the job at index 1 is over 64 KiB.")
     assert_problem(keyed, 400, "give each of its jobs a key")

@@ -2,14 +2,19 @@
 
 import asyncio
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.contracts.ledgers import draft
 from tests.virtual_time import run_in_virtual_time
 
+from viralfx.adapters.memory.job_changes import new_job
 from viralfx.domain.correlation import correlated, current_correlation_id
-from viralfx.domain.jobs.batching import Batcher
+from viralfx.domain.jobs.batching import AcceptBatcher, Batcher
+from viralfx.domain.jobs.ledger import Accepted
+from viralfx.domain.jobs.model import JobDraft
 
 
 class RefusedError(Exception):
@@ -158,6 +163,29 @@ async def test_a_slow_call_does_not_hold_up_the_others() -> None:
     assert await waiting == "D"
     assert (first, second) == (1.0, 1.0)
     assert [type(error) for error in errors] == [UnavailableError] * 3
+
+
+async def test_drafts_without_keys_do_not_wait_for_those_with_keys() -> None:
+    """However many open transactions hold keys."""
+    ends = asyncio.Event()
+
+    async def store(drafts: Sequence[JobDraft]) -> Sequence[Accepted]:
+        if any(each.key is not None for each in drafts):
+            await ends.wait()
+        return [Accepted(new_job(each, datetime.now(UTC)), created=True) for each in drafts]
+
+    accept, loop = AcceptBatcher(store), asyncio.get_running_loop()
+    keyed = []
+    for number in range(5):
+        keyed.append(asyncio.create_task(accept(draft(key=str(number)))))
+        await asyncio.sleep(2.0)
+    began = loop.time()
+    plain = [await accept(draft()) for _ in range(3)]
+
+    assert (len(plain), loop.time() - began) == (3, 0.0)
+    assert not any(task.done() for task in keyed)
+    ends.set()
+    assert [each.job.key for each in await asyncio.gather(*keyed)] == list("01234")
 
 
 async def test_a_shared_error_is_that_of_one_item_while_other_calls_succeed() -> None:

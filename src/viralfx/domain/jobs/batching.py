@@ -362,6 +362,37 @@ def keys_of(draft: JobDraft) -> Sequence[str]:
     return [key for key in (draft.key, draft.unique_key) if key is not None]
 
 
+_MAX_CONCURRENT_CALLS = 3
+"""Calls that store jobs at once, if the earlier ones take long."""
+
+
+class AcceptBatcher:
+    """Stores the drafts of concurrent callers in shared calls of ``store``.
+
+    Drafts with the same key share none: the second one finds the first one's job in the ledger.
+    Such a call waits for open transactions with that key, and must not hold up the drafts without
+    keys, which therefore have calls of their own. Raises the errors of ``store``.
+    """
+
+    def __init__(
+        self, store: Callable[[Sequence[JobDraft]], Awaitable[Sequence[Accepted]]]
+    ) -> None:
+        self._plain, self._keyed = (
+            Batcher(
+                store,
+                size=lambda draft: len(draft.payload),
+                keys=keys_of,
+                shared=LedgerUnavailableError,
+                max_calls=_MAX_CONCURRENT_CALLS,
+            )
+            for _ in range(2)
+        )
+
+    async def __call__(self, draft: JobDraft) -> Accepted:
+        """Store one draft, in a call with those of other callers."""
+        return await (self._keyed if keys_of(draft) else self._plain)(draft)
+
+
 def require_same(draft: JobDraft, accepted: Accepted) -> None:
     """Raise :class:`KeyConflictError` if the key of a draft belongs to a different job."""
     job = accepted.job

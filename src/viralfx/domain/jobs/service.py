@@ -10,12 +10,11 @@ from typing import Any
 from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.correlation import current_correlation_id, current_user_id
 from viralfx.domain.jobs.batching import (
-    Batcher,
+    AcceptBatcher,
     BulkCount,
     JobFollower,
     Submission,
     about,
-    keys_of,
     require_all_same,
     require_same,
 )
@@ -39,7 +38,6 @@ from viralfx.domain.jobs.model import (
     JobFilter,
     JobNotFoundError,
     JobState,
-    LedgerUnavailableError,
     Unique,
     UnknownQueueError,
     UnstorableError,
@@ -56,8 +54,6 @@ MAX_PAYLOADS = 10_000
 """Payloads of one call of :meth:`JobService.submit_many`: they are one statement."""
 MAX_CHANGED = 100_000
 """The most jobs that one change by a filter changes."""
-_MAX_CONCURRENT_CALLS = 3
-"""Calls that store jobs at once, if the earlier ones take long."""
 
 
 def _unknown_queue(queue: str, known: Iterable[str]) -> UnknownQueueError:
@@ -105,16 +101,7 @@ class JobService(ScheduledTasks):
         """
         self._ledger = ledger
         self._max_payload_bytes = max_payload_bytes
-        # Concurrent requests share a call. Drafts with the same key do not: the second one finds
-        # the first one's job in the ledger. A call that waits for a lock, such as that of a key in
-        # an open transaction, must not hold up all requests.
-        self._accept = Batcher(
-            self._store,
-            size=lambda draft: len(draft.payload),
-            keys=keys_of,
-            shared=LedgerUnavailableError,
-            max_calls=_MAX_CONCURRENT_CALLS,
-        )
+        self._accept = AcceptBatcher(self._store)
         self._tasks = tasks
         self._codec = codec
         self._queues = tuple(dict.fromkeys(queues))

@@ -89,6 +89,11 @@ async def read_request(request: AnyRequest) -> JobRequest:
 async def read_batch(request: AnyRequest) -> list[Submission]:
     """Read the body of a batch. Raises an HTTP error for an invalid body."""
     batch = await read_body(request, _decode_batch, MAX_BATCH_BYTES)
+    for index, each in enumerate(batch.jobs):
+        if len(each.payload) > MAX_BODY_BYTES:
+            raise RequestEntityTooLarge(
+                f"The payload of the job at index {index} is over {MAX_BODY_BYTES // 1024} KiB."
+            )
     return [
         Submission(
             task=each.task,
