@@ -44,6 +44,20 @@ async def test_unstorable_draft_is_refused(ledger: PostgresJobLedger, bad: JobDr
 
 
 @pytest.mark.parametrize(
+    "run_at", [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)]
+)
+async def test_an_infinite_time_is_the_first_or_last_one(
+    ledger: PostgresJobLedger, run_at: datetime
+) -> None:
+    """A driver sends the first and the last time of Python as infinities."""
+    (accepted,) = await ledger.accept([draft(key="k", run_at=run_at)])
+    (again,) = await ledger.accept([draft(key="k", run_at=run_at)])
+
+    assert (accepted.created, again.created) == (True, False)
+    assert again.job == await ledger.get(accepted.job.id) == accepted.job
+
+
+@pytest.mark.parametrize(
     "payload",
     [
         b'"\\u0000"',

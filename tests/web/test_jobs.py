@@ -122,14 +122,20 @@ async def test_a_job_is_accepted_and_found(client: Client) -> None:
     }
 
 
-async def test_a_time_that_utc_does_not_have_is_the_first_or_last_one(client: Client) -> None:
+async def test_a_time_beyond_the_range_of_jobs_is_the_first_or_last_one(client: Client) -> None:
     """The document allows every date-time. A job of the past is due at once."""
-    past = await accept(client, runAt="0001-01-01T00:00:00+10:00")
-    last = await accept(client, runAt="9999-12-31T23:59:59-10:00")
+    past = [
+        await accept(client, runAt=time)
+        for time in ("0001-01-01T00:00:00+10:00", "0001-01-01T00:00:00Z")
+    ]
+    last = [
+        await accept(client, runAt=time)
+        for time in ("9999-12-31T23:59:59-10:00", "9999-12-31T23:59:59.999999Z")
+    ]
     jobs = {job["id"]: job for job in (await client.get(JOBS)).json()["items"]}
 
-    assert jobs[past]["runAt"] == jobs[past]["createdAt"]
-    assert jobs[last]["runAt"] == "9999-12-31T23:59:59.999Z"
+    assert [jobs[each]["runAt"] for each in past] == [jobs[each]["createdAt"] for each in past]
+    assert [jobs[each]["runAt"] for each in last] == ["9999-12-30T00:00:00.000Z"] * 2
 
 
 async def test_a_future_time_is_stored_in_utc(client: Client) -> None:

@@ -184,6 +184,8 @@ async def test_a_payload_without_the_concurrency_key_is_refused(fleet: Fleet) ->
         ({"run_at": datetime(2030, 1, 1)}, "time zone"),  # noqa: DTZ001 - that is the mistake
         ({"run_at": timedelta(seconds=5)}, "datetime with a time zone"),
         ({"run_at": datetime.max.replace(tzinfo=timezone(timedelta(hours=-9)))}, "out of range"),
+        ({"run_at": datetime.max.replace(tzinfo=UTC)}, "from 0001-01-02 to 9999-12-30"),
+        ({"run_at": datetime.min.replace(tzinfo=UTC)}, "from 0001-01-02 to 9999-12-30"),
         ({"priority": 101}, "from -100 to 100"),
         ({"priority": True}, "from -100 to 100"),
         ({"priority": 0.5}, "from -100 to 100"),

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from viralfx.adapters.postgres.ledger_sql import JOB_TIMES
 from viralfx.domain.jobs.ledger import QueueCounts
+from viralfx.domain.jobs.limits import FIRST_RUN_AT, LAST_RUN_AT
 from viralfx.domain.jobs.model import (
     Claim,
     Job,
@@ -30,6 +31,8 @@ MAX_KEY_BYTES = 2000
 MAX_CALL_BYTES = 900 * 2**20
 """Bytes of payloads or results in one call. The server reads a message up to 1 GiB; for a longer
 one it ends the connection, as in an outage."""
+_INFINITE = {"-infinity": FIRST_RUN_AT, "infinity": LAST_RUN_AT}
+"""Times of Postgres that Python does not have; an operator may have put them in a row."""
 
 
 def interval(seconds: float) -> float:
@@ -179,7 +182,7 @@ def job_of_draft(draft: JobDraft, row: Row) -> Job:
         concurrency_key=text(draft.concurrency_key),
         created_at=row["created_at"],
         run_at=row["run_at"],
-        asked_run_at=draft.run_at,
+        asked_run_at=None if draft.run_at is None else _finite(draft.run_at),
         started_at=None,
         finished_at=None,
         attempts=0,
@@ -208,8 +211,8 @@ def job_of_row(row: Row) -> Job:
         priority=row["priority"],
         concurrency_key=row["concurrency_key"],
         created_at=row["created_at"],
-        run_at=row["run_at"],
-        asked_run_at=row["asked_run_at"],
+        run_at=_finite(row["run_at"]),
+        asked_run_at=None if row["asked_run_at"] is None else _finite(row["asked_run_at"]),
         started_at=row["started_at"],
         finished_at=row["finished_at"],
         attempts=row["attempts"],
@@ -241,7 +244,17 @@ def _attempts(history: str) -> tuple[JobAttempt, ...]:
 
 
 def _moment(moment: str | None) -> datetime | None:
-    return None if moment is None else datetime.fromisoformat(moment).astimezone(UTC)
+    if moment is None:
+        return None
+    infinite = _INFINITE.get(moment)
+    return datetime.fromisoformat(moment).astimezone(UTC) if infinite is None else infinite
+
+
+def _finite(moment: datetime) -> datetime:
+    """Return a time in the range of jobs; the driver returns infinities as those of Python."""
+    if FIRST_RUN_AT.year < moment.year < LAST_RUN_AT.year:
+        return moment
+    return min(max(moment.replace(tzinfo=UTC), FIRST_RUN_AT), LAST_RUN_AT)
 
 
 def claims_of_rows(rows: Iterable[Row], queue: str, worker: str) -> list[Claim]:

@@ -1,11 +1,16 @@
-"""Limits of a task over all workers: jobs at once, and starts in a period; and of attempts."""
+"""Limits of a task over all workers: jobs at once, and starts in a period.
+
+The ranges of the attempts and of the time that a job may ask for are here, too.
+"""
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Final, is_typeddict
 
 from viralfx.domain.jobs.codec import PayloadError
+from viralfx.domain.jobs.model import in_utc
 
 MAX_CONCURRENCY: Final = 100_000
 MAX_STARTS: Final = 1_000_000
@@ -13,6 +18,10 @@ MAX_STARTS: Final = 1_000_000
 MAX_KEY_CHARACTERS: Final = 255
 MAX_ATTEMPTS: Final = 10_000
 """The most attempts that a job may ask for."""
+FIRST_RUN_AT: Final = datetime(1, 1, 2, tzinfo=UTC)
+LAST_RUN_AT: Final = datetime(9999, 12, 30, tzinfo=UTC)
+"""The times that a job may ask for, as in the SQL function ``enqueue``. A driver sends the first
+and the last time of Python as the infinities of Postgres."""
 
 _RATE = re.compile(r"([0-9]{1,9})\s*/\s*([smhd])")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -62,6 +71,19 @@ def check_max_attempts(attempts: Any) -> int:
             f"max_attempts must be a whole number from 1 to {MAX_ATTEMPTS}: {attempts!r}"
         )
     return int(attempts)
+
+
+def check_run_at(moment: object) -> datetime | None:
+    """Return the time that a job asks for in UTC.
+
+    Raises ``ValueError`` for a value without a time zone or a time out of range.
+    """
+    run_at = in_utc(moment, "run_at")
+    if run_at is not None and not FIRST_RUN_AT <= run_at <= LAST_RUN_AT:
+        raise ValueError(
+            f"run_at must be from {FIRST_RUN_AT.date()} to {LAST_RUN_AT.date()}: {moment!r}"
+        )
+    return run_at
 
 
 def limit_of(

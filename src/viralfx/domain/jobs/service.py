@@ -29,7 +29,12 @@ from viralfx.domain.jobs.codec import (
 )
 from viralfx.domain.jobs.hooks import CombinedHooks, JobHooks, log_refusal
 from viralfx.domain.jobs.ledger import Accepted, BulkStep, Found, JobLedger, QueueCounts
-from viralfx.domain.jobs.limits import check_max_attempts, concurrency_key_of, scheduled_key_of
+from viralfx.domain.jobs.limits import (
+    check_max_attempts,
+    check_run_at,
+    concurrency_key_of,
+    scheduled_key_of,
+)
 from viralfx.domain.jobs.model import (
     ANY_JOB,
     InvalidFilterError,
@@ -42,7 +47,6 @@ from viralfx.domain.jobs.model import (
     UnknownQueueError,
     UnstorableError,
     check_priority,
-    in_utc,
     new_job_id,
 )
 from viralfx.domain.jobs.schedule import ScheduledTasks
@@ -251,7 +255,7 @@ class JobService(ScheduledTasks):
             queue=declared.queue if asked.queue is None else asked.queue,
             task=declared.name,
             payload=payload,
-            run_at=in_utc(asked.run_at, "run_at"),
+            run_at=check_run_at(asked.run_at),
             key=_key(asked.key),
             correlation_id=current_correlation_id(),
             traceparent=traceparent,

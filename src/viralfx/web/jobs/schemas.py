@@ -21,7 +21,7 @@ from msgspec import Meta
 
 from viralfx.domain.clock import timestamp
 from viralfx.domain.jobs.ledger import Accepted
-from viralfx.domain.jobs.limits import MAX_ATTEMPTS
+from viralfx.domain.jobs.limits import FIRST_RUN_AT, LAST_RUN_AT, MAX_ATTEMPTS
 from viralfx.domain.jobs.model import (
     MAX_PRIORITY,
     MIN_PRIORITY,
@@ -62,8 +62,10 @@ class JobRequest(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fi
 
     @property
     def due(self) -> datetime | None:
-        """The due time in UTC; None: at once."""
-        return None if self.run_at is None else _in_utc(self.run_at)
+        """The due time in UTC, within the range that a job may ask for; None: at once."""
+        if self.run_at is None:
+            return None
+        return min(max(_in_utc(self.run_at), FIRST_RUN_AT), LAST_RUN_AT)
 
     @property
     def options(self) -> dict[str, Any]:
