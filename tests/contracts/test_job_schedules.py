@@ -27,6 +27,9 @@ async def test_a_new_schedule_begins_now(case: LedgerCase) -> None:
     assert (first.task, first.cron, first.timezone) == ("night", "0 3 * * *", "Europe/Berlin")
     assert before <= first.since <= case.now()
     assert first.last_run_at is None
+    assert first.seen_at == first.since
+    assert before <= first.seen_at < max(each.seen_at for each in again) <= case.now()
+    assert len({each.seen_at for each in again}) == 1
     assert sorted(again, key=lambda each: each.task)[1] == first
     assert [each.task for each in await case.ledger.schedules()] == ["hour", "night"]
 

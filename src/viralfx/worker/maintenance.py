@@ -194,8 +194,12 @@ _PATIENCE_SECONDS = 5.0
 _MAX_SLEEP_SECONDS = 10.0
 """After this time the ledger's time is estimated again, since a server's clock may be set."""
 _DECLARE_SECONDS = 3600.0
-_FORGET_SECONDS = 86_400.0
-"""A schedule that no worker has declared for a day is deleted from the ledger."""
+_FORGET_SECONDS = 90 * 86_400.0
+"""A schedule that no worker has declared for this time is deleted from the ledger.
+
+Any worker deletes those of all kinds, so it is longer than the outage of one kind: with the row the
+last run is lost, and a missed one is not made up for.
+"""
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.domain.jobs.codec import PayloadError
-from viralfx.domain.jobs.schedule import HOURLY, Schedule, times_of
+from viralfx.domain.jobs.schedule import HOURLY, Schedule, ScheduleState, times_of
 from viralfx.domain.jobs.tasks import declared_task, task
 
 BERLIN, NEW_YORK, LORD_HOWE, APIA = (
@@ -265,6 +265,34 @@ def test_the_next_times_of_a_list_are_kept(monkeypatch: pytest.MonkeyPatch) -> N
         assert listed.next_runs == expected
 
     assert searches <= 5 + 2 + 5
+
+
+def test_a_list_hides_schedules_that_no_worker_declared_for_a_day() -> None:
+    """Unless they are paused, or this process declares them; their last time is shown then."""
+    here = Schedule(task="here", cron=HOURLY)
+
+    def state(task: str, hours: float, **more: Any) -> ScheduleState:
+        seen_at = NOON - timedelta(hours=hours)
+        return ScheduleState(
+            task=task,
+            cron=HOURLY,
+            timezone="UTC",
+            since=seen_at,
+            last_run_at=seen_at,
+            seen_at=seen_at,
+            **more,
+        )
+
+    states = [
+        state("here", 25.0),
+        state("old", 25.0),
+        state("paused", 2000.0, paused_at=NOON),
+        state("seen", 23.0),
+    ]
+    listed = times_of(states, [here], NOON, 1)
+
+    assert [each.task for each in listed] == ["here", "paused", "seen"]
+    assert listed[0].last_run_at == states[0].last_run_at
 
 
 class Row(TypedDict):

@@ -308,6 +308,28 @@ async def test_a_schedule_removed_while_due_runs_no_more(fleet: Fleet) -> None:
     assert len(await times(fleet, "other")) == 5
 
 
+@pytest.mark.parametrize("first", ["other", "same"])
+async def test_a_run_missed_for_days_is_made_up_for_beside_other_workers(
+    fleet: Fleet, first: str
+) -> None:
+    """Workers with other schedules do not end it, whichever kind is back first."""
+    ticking(fleet, "0 3 * * *", catch_up=True)
+    own = fleet.tasks
+    fleet.tasks = type(own)()
+    fleet.declare("other", fleet.note, cron="30 * * * *")
+    nightly = fleet.start("nightly", tasks=own, **SLOW)
+    await asyncio.sleep(60.0)
+    await nightly.drain(1.0)
+    await asyncio.sleep(60 * 3600.0)
+    for name in (first, "nightly"):
+        fleet.start(name, tasks=fleet.tasks if name == "other" else own, **SLOW)
+        await asyncio.sleep(60.0)
+    (missed,) = await times(fleet)
+
+    assert missed.hour == 3
+    assert fleet.clock.now() - missed < timedelta(days=1)
+
+
 async def test_a_schedule_deleted_by_hand_is_declared_again(fleet: Fleet) -> None:
     """By the worker that needs it, from then on."""
     ticking(fleet)

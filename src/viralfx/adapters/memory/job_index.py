@@ -371,19 +371,25 @@ class Schedules:
             if self._states[task].paused_at is None:
                 del self._states[task], self._seen[task]
         for each in schedules:
-            known = self._states.get(each.task)
+            known, moment = self._states.get(each.task), self._clock.now()
             if known is None:
                 self._states[each.task] = ScheduleState(
                     task=each.task,
                     cron=each.cron,
                     timezone=each.timezone,
-                    since=self._clock.now(),
+                    since=moment,
                     last_run_at=None,
+                    seen_at=moment,
                 )
-            elif (known.cron, known.timezone) != (each.cron, each.timezone):
-                self._states[each.task] = replace(
-                    known, cron=each.cron, timezone=each.timezone, since=self._clock.now()
-                )
+                continue
+            same = (known.cron, known.timezone) == (each.cron, each.timezone)
+            self._states[each.task] = replace(
+                known,
+                cron=each.cron,
+                timezone=each.timezone,
+                since=known.since if same else moment,
+                seen_at=moment,
+            )
         return [self._states[each.task] for each in schedules]
 
     async def accept(self, draft: JobDraft) -> ScheduledAcceptance | None:

@@ -317,7 +317,7 @@ def _forget_pending(session: Any, transaction: Any) -> None:
 
 # -- schedules: a row for each, with the last time that a job was accepted for -------------------
 
-_STATE = "task, cron, timezone, since, last_run_at, paused_at, resumed_at"
+_STATE = "task, cron, timezone, since, last_run_at, seen_at, paused_at, resumed_at"
 
 # In the order of the tasks, so that two workers do not wait for each other.
 DECLARE_SCHEDULES: Final = f"""

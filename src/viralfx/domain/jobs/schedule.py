@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import islice, takewhile
 from typing import Any, Protocol
@@ -17,6 +17,8 @@ _logger = logging.getLogger("viralfx.queues")
 
 ON_TIME_SECONDS = 60.0
 """A run that was due longer ago than this when a worker finds it was missed."""
+SHOWN_SECONDS = 86_400.0
+"""A schedule that no worker declared for longer than this is in no list, unless it is paused."""
 HOURLY = "0 * * * *"
 """Each full hour; in UTC it needs no extra, so that the built-in tasks need none."""
 _MAX_CHARACTERS = 200
@@ -45,6 +47,8 @@ class ScheduleState:
     """When a worker first declared the task with this expression and time zone."""
     last_run_at: datetime | None
     """The latest run for which a job was accepted."""
+    seen_at: datetime = field(compare=False)
+    """When a worker last declared it."""
     paused_at: datetime | None = None
     """When it was paused; None: it is not paused."""
     resumed_at: datetime | None = None
@@ -287,7 +291,8 @@ def times_of(
 ) -> Sequence[ScheduleTimes]:
     """Return the schedules that the ledger knows or this process declares, by task.
 
-    ``count`` is the number of next times.
+    Without those that no worker has declared for :data:`SHOWN_SECONDS`: their tasks were probably
+    removed. ``count`` is the number of next times.
     """
     found = {
         each.task: ScheduleTimes(
@@ -299,8 +304,11 @@ def times_of(
         )
         for each in declared
     }
+    shown_since = now - timedelta(seconds=SHOWN_SECONDS)
     for state in states:
         known = found.get(state.task)
+        if known is None and state.paused_at is None and state.seen_at < shown_since:
+            continue
         if known is None or (known.cron, known.timezone) != (state.cron, state.timezone):
             # Another version of the service declared it.
             try:
