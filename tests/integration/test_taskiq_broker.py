@@ -7,6 +7,7 @@ import json
 import pickle
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import Annotated, Any, Generic, TypeVar
@@ -694,6 +695,114 @@ async def test_a_middleware_that_fails_does_not_lose_the_message(
     assert (await result_of(sent)).return_value == 2
     await broker.shutdown()
     assert calls == [sent.task_id] * 2
+
+
+class Judge(TaskiqMiddleware):
+    """Makes something else of the errors of tasks."""
+
+    def on_error(
+        self,
+        message: TaskiqMessage,
+        result: TaskiqResult[Any],
+        exception: BaseException,  # noqa: ARG002 - taskiq's signature
+    ) -> None:
+        """Put a value or another error in the result, as the label of the task says."""
+        match message.labels["verdict"]:
+            case "value":
+                result.is_err, result.error, result.return_value = False, None, "fallback"
+            case "error":
+                result.error = StockError("friendlier")
+            case "no result":
+                result.error = NoResultError()
+
+
+@pytest.mark.parametrize(
+    ("variant", "retries", "retries_first"),
+    [
+        (MEMORY, False, False),
+        (MEMORY, True, False),
+        (MEMORY, True, True),
+        (TASKIQ, True, True),
+        (VIRALFX, False, True),
+    ],
+    indirect=["variant"],
+)
+async def test_the_verdict_of_a_middleware_about_an_error_counts(
+    broker: LedgerBroker, running: Running, *, retries: bool, retries_first: bool
+) -> None:
+    """As with the brokers of taskiq, for the last attempt; an earlier one has no result."""
+    retrying = SimpleRetryMiddleware(default_retry_label=retries)
+    broker.add_middlewares(*([retrying, Judge()] if retries_first else [Judge(), retrying]))
+    runs: Counter[str] = Counter()
+
+    async def fail(context: Context = TaskiqDepends()) -> None:  # noqa: B008
+        runs[context.message.labels["verdict"]] += 1
+        raise KeyError("number")
+
+    async with running(broker):
+        results = [
+            await result_of(
+                await broker.task(f"fail {verdict}", max_retries=2, verdict=verdict)(fail).kiq()
+            )
+            for verdict in ("value", "error", "no result")
+        ]
+
+    assert [(each.is_err, each.return_value) for each in results] == [
+        (False, "fallback"),
+        (True, None),
+        (True, None),
+    ]
+    assert [repr(each.error) for each in results] == [
+        "None",
+        "StockError('friendlier')",
+        "KeyError('number')",
+    ]
+    assert set(runs.values()) == {2 if retries else 1}
+
+
+@pytest.mark.parametrize("variant", [MEMORY], indirect=True)
+@pytest.mark.parametrize("verdict", ["value", "error"])
+async def test_a_middleware_changes_no_decision_about_the_job(
+    broker: LedgerBroker, running: Running, verdict: str
+) -> None:
+    """A discarded job fails for good, one that is due again runs, a cancelled one is cancelled."""
+    broker.add_middlewares(Judge())
+    runs: Counter[str] = Counter()
+
+    @broker.task(verdict=verdict)
+    async def again() -> int:
+        runs["again"] += 1
+        if runs["again"] == 1:
+            raise Snooze(0.0)
+        return runs["again"]
+
+    @broker.task(verdict=verdict, max_retries=3)
+    async def discarded() -> None:
+        runs["discarded"] += 1
+        raise Discard("no more")
+
+    @broker.task(verdict=verdict)
+    async def endless() -> None:
+        runs["endless"] += 1
+        await asyncio.sleep(3600)
+
+    async with running(broker):
+        repeated = await result_of(await again.kiq())
+        sent = await discarded.kiq()
+        given_up = await result_of(sent)
+        failed = await broker.find_job(sent.task_id)
+        cancelled = await endless.kiq()
+        await until(lambda: runs["endless"])
+        await (await broker.job_service()).cancel(cancelled.task_id, running=True)
+        ended = await result_of(cancelled)
+
+    assert repeated.return_value == 2
+    assert runs["discarded"] == 1
+    assert given_up.is_err is (verdict == "error")
+    if verdict == "error":
+        assert (failed.state, failed.error and failed.error.code) == (JobState.FAILED, "discarded")
+        assert repr(given_up.error) == "StockError('friendlier')"
+    assert repr(ended.error) == "JobNotCompletedError('the job was cancelled')"
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,9 @@ def schedule_key(
 
 # -- executions ----------------------------------------------------------------------------------
 
+_DECISIONS = (asyncio.CancelledError, Snooze, HandBackError)
+"""Errors that say nothing of the function: no middleware makes a result of them."""
+
 _current: ContextVar["Delivery | None"] = ContextVar("viralfx_taskiq_delivery", default=None)
 
 
@@ -113,7 +116,7 @@ class Delivery:
         self.taken = False
         """True once a receiver has it."""
         self.error: BaseException | None = None
-        """The error of the function; a middleware may replace that of the result."""
+        """The error of the function; a middleware may put another one or a value in the result."""
         self.result: TaskiqResult[Any] | None = None
         self.message: TaskiqMessage | None = None
         self.progress: TaskProgress[Any] | None = None
@@ -185,15 +188,13 @@ class Delivery:
         function in a thread, which Python cannot stop, until a second cancellation.
         """
         cancelled = await self._until_returned(await self._until_over())
-        error = self._failure or self.error
-        if error is None and self.result is not None:
-            error = self.result.error
+        error = self._error()
         late = cancelled and not self.job.deadline.remaining()
         if isinstance(error, asyncio.CancelledError) and not (late and self._again is not None):
             raise error
         if isinstance(error, Snooze | HandBackError):
             raise error
-        if isinstance(error, Discard):
+        if error is not None and isinstance(self.error, Discard):
             raise Discard(text_of(error)) from error
         if error is not None and not isinstance(error, NoResultError):
             if self._again is not None:
@@ -204,6 +205,21 @@ class Delivery:
         if self._task is not None and self.message is None:
             raise MessageFailedError(MessageError("the receiver did not run the message"))
         return None if self.result is None else self.result.return_value
+
+    def _error(self) -> BaseException | None:
+        """Return the error of the result, which middlewares may have replaced or removed."""
+        if self._failure is not None or self.result is None:
+            return self._failure or self.error
+        error, replaced = self.error, self.result.error
+        if error is None:
+            return replaced
+        # A message that is sent again has no result, also if a middleware made one of the error.
+        if isinstance(error, _DECISIONS) or self._again is not None:
+            return error
+        if not self.result.is_err:
+            return None
+        # NoResultError, without a message that is sent again, is no reason why the task failed.
+        return error if replaced is None or isinstance(replaced, NoResultError) else replaced
 
     async def _until_over(self) -> bool:
         cancelled = False
@@ -232,7 +248,7 @@ class Delivery:
     def _attempts(self, error: BaseException) -> int:
         if self._failure is not None:  # of a middleware, not of the task
             return DEFAULT_ATTEMPTS
-        if self._retried_by_middleware or isinstance(error, TaskRejectedError):
+        if self._retried_by_middleware or isinstance(self.error or error, TaskRejectedError):
             return 1
         return 1 if self.message is None else attempts_of(self.message.labels)
 
