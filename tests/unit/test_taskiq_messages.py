@@ -1,5 +1,6 @@
 """Messages and errors of taskiq in jobs: nothing is changed on the way, and no code is run."""
 
+import traceback
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy.exc import IntegrityError
 
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory.job_changes import new_job
@@ -75,6 +77,42 @@ def test_an_error_keeps_type_and_text(
     assert isinstance(restored, kind)
     assert type(restored).__name__ == type(error).__name__
     assert str(restored) == text
+
+
+class CodeError(Exception):
+    """An error whose text needs its constructor."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+    def __str__(self) -> str:
+        """Return a text of the code."""
+        return f"the code is {self.code:d}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        IntegrityError("INSERT", {}, Exception("duplicate key")),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+        SyntaxError("bad", ("f", 1, 2, "x")),
+        CodeError(5),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_an_error_that_needs_its_constructor_keeps_type_and_text(error: Exception) -> None:
+    """Its text, its repr and its traceback can be written."""
+    message = text_of(error)
+    job = failed_with(JobError(code="error", message=message))
+
+    restored = result_of(job, {}).error
+
+    assert isinstance(restored, type(error))
+    assert text_of(restored) == message
+    assert message.endswith(str(restored) or "no text")
+    assert str(restored) in repr(restored)
+    assert str(restored) in "".join(traceback.format_exception_only(restored))
 
 
 @pytest.mark.parametrize(

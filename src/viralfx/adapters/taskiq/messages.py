@@ -192,7 +192,7 @@ def text_of(error: BaseException) -> str:
 
 
 def _restored(error: JobError) -> Exception:
-    """Return an exception of the same type, if this process has it; never runs other code."""
+    """Return an exception of the same type, if this process has it; runs no constructor."""
     name, _, text = error.message.partition(": ")
     kind = _type_named(name)
     if kind is None:
@@ -200,9 +200,37 @@ def _restored(error: JobError) -> Exception:
             return JobNotCompletedError(error.code, error.message)
         kind = type(name.rpartition(".")[2], (Exception,), {})
     try:
-        return kind.__new__(kind, *([text] if text else []))
-    except TypeError:
+        made = kind.__new__(kind, *([text] if text else []))
+        if _shows(made, text):
+            return made
+        # Its own __str__ needs what the constructor would have set, such as the position of a
+        # byte, so that the text would be lost.
+        members = _members_showing(kind, text)
+        shown = cast("type[Exception]", type(kind.__name__, (kind,), members))
+        return shown.__new__(shown, *([text] if text else []))
+    except Exception:  # noqa: BLE001 - of a class that cannot be made, or not be a base of another
         return JobNotCompletedError(error.code, error.message)
+
+
+def _shows(made: Exception, text: str) -> bool:
+    if isinstance(made, KeyError):
+        return True  # it shows the repr of the text
+    try:
+        return text in str(made)
+    except Exception:  # noqa: BLE001 - any is the answer
+        return False
+
+
+def _members_showing(kind: type[Exception], text: str) -> dict[str, Any]:
+    members: dict[str, Any] = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "__str__": lambda _: text,
+        "__repr__": lambda _: f"{kind.__name__}({text!r})",
+    }
+    # A traceback shows this attribute of a SyntaxError.
+    return members | {"msg": text} if issubclass(kind, SyntaxError) else members
 
 
 def _type_named(name: str) -> type[Exception] | None:
