@@ -92,6 +92,7 @@ class _Own:
     """True once :meth:`LedgerBroker.listen` was called: a receiver of taskiq runs the messages."""
     closing: bool = False
     draining: "asyncio.Task[None] | None" = None
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
     @property
     def in_process(self) -> bool:
@@ -192,6 +193,7 @@ class LedgerBroker(AsyncBroker, TaskHost):
 
     async def shutdown(self) -> None:
         """Run the started jobs, or hand them back; then end. A second call does nothing."""
+        self._leave_abandoned()
         own = self._own
         try:
             if own is not None:
@@ -215,6 +217,19 @@ class LedgerBroker(AsyncBroker, TaskHost):
         self._own = self._jobs = self._registry = None
         await own.close()
 
+    def _leave_abandoned(self) -> None:
+        """Forget the services of an event loop that ended without a shutdown; others are opened."""
+        # Their connections cannot be closed without it, and end with the objects.
+        own = self._own
+        if own is None or own.loop.is_running():
+            return
+        self._own = self._runner = None
+        if self._jobs is own.assembly.jobs.service:  # else the process has given others meanwhile
+            self._jobs = self._registry = None
+        self._starting = asyncio.Lock()
+        self._deliveries.clear()
+        self._started.clear()
+
     async def _emit(self, event: TaskiqEvents) -> None:
         for handler in self.event_handlers[event]:
             await maybe_awaitable(handler(self.state))
@@ -232,6 +247,7 @@ class LedgerBroker(AsyncBroker, TaskHost):
 
         Raises as :meth:`startup` does.
         """
+        self._leave_abandoned()
         while self._opening is not None:
             await asyncio.wait({self._opening})
         if self._jobs is None:

@@ -1368,6 +1368,39 @@ async def test_a_broker_starts_again(broker: LedgerBroker, monkeypatch: pytest.M
         await broker.shutdown()
 
 
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_broker_works_in_the_next_event_loop(
+    broker: LedgerBroker, monkeypatch: pytest.MonkeyPatch, *, starts: bool
+) -> None:
+    """Also if it was not shut down in the loop before, with and without a start."""
+    set_environment(monkeypatch, None)
+    events: list[str] = []
+
+    @broker.on_event(TaskiqEvents.CLIENT_STARTUP)
+    def begin(_: TaskiqState) -> None:
+        events.append("client_startup")
+
+    @broker.task
+    async def double(value: int) -> int:
+        return value * 2
+
+    @broker.task
+    def triple(value: int) -> int:
+        return value * 3
+
+    async def use(value: int) -> list[int]:
+        if starts:
+            await broker.startup()
+        sent = [await task.kiq(value) for task in (double, triple)]
+        return [(await result_of(each)).return_value for each in sent]
+
+    found = [asyncio.run(use(value)) for value in (1, 2, 3)]
+    asyncio.run(broker.shutdown())
+
+    assert found == [[2, 3], [4, 6], [6, 9]]
+    assert events == ["client_startup"] * (3 if starts else 0)
+
+
 async def test_messages_start_the_worker_of_their_process_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
