@@ -14,8 +14,7 @@ from viralfx.domain.clock import SystemClock
 from viralfx.domain.jobs.ledger import Claims, Registration
 from viralfx.domain.jobs.model import Claim, JobState, completed
 from viralfx.domain.jobs.notifier import JobNotification
-from viralfx.worker.context import BegunJobs
-from viralfx.worker.execution import Execution
+from viralfx.worker.context import BegunJobs, Execution
 
 LEASE = 0.6
 LIMIT = 20.0

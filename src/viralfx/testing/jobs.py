@@ -24,7 +24,7 @@ from viralfx.domain.jobs.codec import same_json
 from viralfx.domain.jobs.model import Claim, Job, JobError, JobFilter, JobState
 from viralfx.web.layer import OperationsLayer
 from viralfx.worker.calls import JobTask
-from viralfx.worker.execution import Execution
+from viralfx.worker.context import Execution
 
 __all__ = ["Jobs", "SubmittedJob", "assert_submitted", "run_pending", "submitted"]
 

@@ -12,8 +12,8 @@ from viralfx.domain.jobs.notifier import DUE_MARGIN_SECONDS, JobNotification, Jo
 from viralfx.domain.jobs.tasks import HandBackError, Snooze
 from viralfx.worker.calls import JobTask
 from viralfx.worker.completer import Completer
-from viralfx.worker.context import DueTimes, WorkerContext
-from viralfx.worker.execution import CANCEL_GRACE_SECONDS, Execution, Executor
+from viralfx.worker.context import DueTimes, Execution, WorkerContext
+from viralfx.worker.execution import CANCEL_GRACE_SECONDS, Executor
 from viralfx.worker.lease import Heartbeat
 from viralfx.worker.quarantine import PoisonJobQuarantine, may_be_poison
 

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from traceback import TracebackException
-from typing import Any
 
 from viralfx.domain.clock import Clock
 from viralfx.domain.correlation import bind_correlation_id, bind_user_id
@@ -18,7 +17,6 @@ from viralfx.domain.jobs.codec import (
     DEFAULT_MAX_BYTES,
     Codec,
     PayloadError,
-    Progress,
     ResultError,
     encoded_result,
     storable,
@@ -53,13 +51,13 @@ from viralfx.domain.resilience.deadline import Cancellation, Deadline
 from viralfx.domain.resilience.policy import BackoffPolicy, RetryPolicy
 from viralfx.worker import calls as worker_calls
 from viralfx.worker.calls import (
-    JobTask,
     JobThreads,
     TaskCalls,
     end_forked_child,
     is_closed,
     submitter_for,
 )
+from viralfx.worker.context import Execution
 
 _logger = logging.getLogger("viralfx.jobs")
 
@@ -150,97 +148,6 @@ _MAX_INTERRUPTED_JOBS = 1000
 
 class TaskExitedError(Exception):
     """A task raised an exception that would end the process, such as ``SystemExit``."""
-
-
-class Execution:
-    """The execution of a claim; the worker can have it handed back or abandon it."""
-
-    __slots__ = (
-        "abandoned",
-        "after_commit",
-        "begun",
-        "cancelled",
-        "cancelling",
-        "claim",
-        "deadline",
-        "handing_back",
-        "late",
-        "progress",
-        "raised",
-        "recording",
-        "releases",
-        "stored_progress",
-        "task",
-    )
-
-    def __init__(self, claim: Claim, releases: int = 0) -> None:
-        self.claim = claim
-        self.releases = releases
-        """How often the worker had released jobs before it requested the claim."""
-        self.deadline: Deadline | None = None
-        """The deadline of the task; None before it starts."""
-        self.cancelled: Cancellation | None = None
-        """Tells the task to end, if it is one that asks; None before it starts."""
-        self.task: JobTask[Any] | None = None
-        """The asyncio task."""
-        self.raised: BaseException | None = None
-        """The exception of the task, or of encoding its result."""
-        self.recording = False
-        """The task has returned, and the outcome is being recorded."""
-        self.late = False
-        """The task was still running after its deadline at the last check."""
-        self.begun = False
-        """The asyncio task has taken its first step, so that a cancellation reaches it."""
-        self.handing_back = False
-        self.cancelling = False
-        """The cancellation of the job was requested, and the task was cancelled."""
-        self.progress: Progress | None = None
-        """The last report of the task; a thread may set it."""
-        self.stored_progress: Progress | None = None
-        """The last report that the worker sent to the ledger while the task ran."""
-        self.after_commit: list[Callable[[], None]] = []
-        """Called once the transaction of a transactional task is committed."""
-        self.abandoned = False
-        """The worker no longer waits for it and drops its outcome."""
-
-    def is_late(self) -> bool:
-        """Return True if the task still runs although its timeout has cancelled it."""
-        if self.deadline is None or self.recording:
-            return False
-        return not self.deadline.remaining()
-
-    def hand_back(self) -> None:
-        """Cancel the task, if it is still running, so that the job is handed back."""
-        if not self.recording:
-            self.handing_back = True
-            self.cancel()
-
-    def request_cancel(self) -> None:
-        """Cancel the task because that was requested, unless its outcome is being recorded."""
-        if self.begun and not self.recording and not self.cancelling:
-            self.cancelling = True
-            self.cancel()
-
-    def report(self, progress: Progress) -> None:
-        """Receive a report of the task, in any thread."""
-        self.progress = progress
-
-    def last_progress(self) -> bytes | None:
-        """Return the last report as JSON; None without one."""
-        return None if self.progress is None else self.progress.encode()
-
-    @property
-    def cancelled_itself(self) -> bool:
-        """True if code of the task has cancelled the asyncio task, and nothing else has."""
-        by_worker = self.handing_back or self.cancelling or self.abandoned
-        return self.task is not None and self.task.cancelled_itself and not by_worker
-
-    def cancel(self) -> None:
-        """Cancel the asyncio task."""
-        if self.cancelled is not None:
-            self.cancelled.set()
-        if self.task is not None:
-            self.task.cancel()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

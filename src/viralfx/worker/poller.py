@@ -7,8 +7,7 @@ from viralfx.domain.clock import default_rng
 from viralfx.domain.jobs.ledger import ProgressReport
 from viralfx.domain.jobs.notifier import JobNotifier
 from viralfx.worker.consumer import QueueConsumer
-from viralfx.worker.context import Role, WorkerContext
-from viralfx.worker.execution import Execution
+from viralfx.worker.context import Execution, Role, WorkerContext
 from viralfx.worker.lease import Heartbeat
 
 DISCONNECTED_POLL_SECONDS = 0.2

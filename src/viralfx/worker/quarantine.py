@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from viralfx.domain.clock import Clock, default_rng
 from viralfx.domain.jobs.model import Claim, JobState, Settlement, handed_back
-from viralfx.worker.execution import Execution, Executor
+from viralfx.worker.context import Execution
+from viralfx.worker.execution import Executor
 
 QUARANTINE_CRASHES = 2
 """Crashes from which a job counts as poison; a single one may have been caused by another job."""

@@ -19,9 +19,9 @@ from viralfx.domain.resilience.policy import BackoffPolicy, RetryPolicy
 from viralfx.worker.calls import JobThreads, TaskCalls
 from viralfx.worker.completer import Completer
 from viralfx.worker.consumer import QueueConsumer
-from viralfx.worker.context import LedgerAvailability, WorkerContext
+from viralfx.worker.context import Execution, LedgerAvailability, WorkerContext
 from viralfx.worker.drain import DrainReport, WorkerRoles, drain
-from viralfx.worker.execution import Execution, Executor
+from viralfx.worker.execution import Executor
 from viralfx.worker.lease import Heartbeat, WorkerView, max_renewal_delay
 from viralfx.worker.maintenance import Pruner, Retention, Scheduler, Sweeper
 from viralfx.worker.poller import Control, Poller
