@@ -14,6 +14,7 @@ from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
 import msgspec
+from tests.unit.unreadable import ERRORS, POLICIES
 
 from viralfx import JobContext, task
 
@@ -250,6 +251,21 @@ async def end(how: str, context: JobContext) -> str:
         case _:
             raise ValueError(how)
     return how
+
+
+@task("culprits.unreadable")
+async def unreadable(kind: str, context: JobContext) -> None:
+    """Raise an error whose own code fails."""
+    note(context)
+    error = ERRORS[kind]
+    raise error()
+
+
+@task("culprits.badly_retried", retry=POLICIES["a timedelta"])
+async def badly_retried(_: None, context: JobContext) -> None:
+    """Fail; the policy returns no number of seconds."""
+    note(context)
+    raise ValueError("planted")
 
 
 @task("culprits.cancel")

@@ -43,6 +43,8 @@ CODE = [
     *_each("stuck", 4.0, code="timeout"),
     *_each("spawn", 100, **STORED),
     *_each("end", "system exit", "interrupt", code="error"),
+    *_each("unreadable", "class", "text", "snooze of a timedelta", code="error"),
+    *_each("badly_retried", None, code="error"),
     *_each("cancel", "raised", "of itself", code="error"),
     *_each("fork", "the child ends", "the child goes on", **STORED),
     *_each("fork_in_thread", "the child ends", "the child goes on", **STORED),

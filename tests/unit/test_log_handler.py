@@ -18,6 +18,7 @@ import structlog
 from litestar import Litestar
 from litestar.logging.config import StructLoggingConfig
 from tests.unit.doubles import BrokenError, observed
+from tests.unit.unreadable import ERRORS, MuteExit
 
 from viralfx.domain.correlation import (
     bind_correlation_id,
@@ -861,3 +862,30 @@ def test_bytes_are_written_as_redactable_text() -> None:
     logging.getLogger("any").info("x", extra={"raw": b"a planted-secret", "deep": {"b": b"c"}})
 
     assert json.loads(stream.getvalue())["raw"] == "b'a ***'"
+
+
+@pytest.mark.parametrize("console", [False, True], ids=["json", "console"])
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+def test_the_code_of_an_error_cannot_raise_through_the_log(
+    error: Callable[[], BaseException], *, console: bool
+) -> None:
+    """Its line is written, or lost, but the caller goes on."""
+    stream = io.StringIO()
+    configure_logging(level="log", console=console, stream=stream, interruptible=False)
+    log = logging.getLogger("viralfx.jobs")
+    log.error("Job failed", exc_info=error(), extra={"code": "error"})
+    log.error("Job failed: %s %s", error(), 1, extra={"value": error()})
+    log.info("Then another")
+
+    lines = stream.getvalue().splitlines()
+    assert "Then another" in lines[-1]
+    if not (console or error is MuteExit):
+        assert [json.loads(each)["message"][:10] for each in lines[:2]] == ["Job failed"] * 2
+
+
+def test_an_interrupt_that_may_be_a_signal_reaches_the_caller() -> None:
+    """As in a command that SIGINT ends."""
+    lines = Lines()
+    with pytest.raises(KeyboardInterrupt):
+        logging.getLogger("viralfx.jobs").error("Job failed", exc_info=MuteExit())
+    assert lines.raw == []

@@ -1,7 +1,10 @@
-"""Base classes of the package's errors, and the argument checks that share one wording."""
+"""Base classes of the package's errors, the text of any error, and checks of arguments."""
 
 import math
 from collections.abc import Iterable
+from typing import TypeGuard, TypeVar
+
+T = TypeVar("T")
 
 
 class ViralFXError(Exception):
@@ -29,6 +32,26 @@ def unusable_certificates(variable: str, path: str | None, error: OSError) -> Co
     """Return the error for a CA file that holds no certificates."""
     reason = error.strerror or str(error)
     return ConfigurationError([f"{variable}: {path} holds no certificates: {reason}"])
+
+
+def is_a(value: object, kind: type[T]) -> TypeGuard[T]:
+    """Return True for an instance of ``kind``, without code of the value: it may fake its class."""
+    return issubclass(type(value), kind)
+
+
+def type_name(value: object) -> str:
+    """Return the name of a value's type; no code of the type runs, such as a metaclass's."""
+    name: str = type.__dict__["__name__"].__get__(type(value))
+    return name
+
+
+def text_of(error: BaseException) -> str:
+    """Return an error's message; without one, or if its own code raises, the name of its type."""
+    try:
+        # The text may be of a subclass, whose methods are the error's own code, too.
+        return str.__str__(str(error)) or type_name(error)
+    except BaseException:  # noqa: BLE001 - __str__ may be the code of an application
+        return type_name(error)
 
 
 def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 from viralfx.domain.clock import default_rng, report_crash, supervised, wait_for
 from viralfx.domain.jobs.model import JobState, Settlement, handed_back
 from viralfx.domain.jobs.notifier import DUE_MARGIN_SECONDS, JobNotification, JobNotifier
-from viralfx.domain.jobs.tasks import HandBackError, Snooze
 from viralfx.worker.calls import JobTask
 from viralfx.worker.completer import Completer
 from viralfx.worker.context import DueTimes, Execution, WorkerContext
@@ -427,9 +426,7 @@ class QueueConsumer:
         if back or released or settlement.refused:
             self._context.notify(self.queue, (settlement.claim.id,))
         # A job that waits for another reason is left to the next poll of any worker.
-        elif waits and (
-            settlement.spends_attempt or isinstance(execution.raised, Snooze | HandBackError)
-        ):
+        elif waits and (settlement.spends_attempt or execution.delayed_itself):
             self.poll_after(settlement.delay or 0.0)
 
     def _ended(self, execution: Execution, task: asyncio.Task[None]) -> None:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from viralfx.domain.clock import Clock, default_rng, supervised
+from viralfx.domain.errors import is_a
 from viralfx.domain.jobs.codec import Progress
 from viralfx.domain.jobs.ledger import JobLedger
 from viralfx.domain.jobs.model import Claim, LedgerUnavailableError
-from viralfx.domain.jobs.tasks import TaskRegistry
+from viralfx.domain.jobs.tasks import HandBackError, Snooze, TaskRegistry
 from viralfx.domain.resilience.deadline import Cancellation, Deadline
 from viralfx.domain.resilience.policy import Backoff, Jitter
 from viralfx.worker.calls import JobTask
@@ -248,6 +249,11 @@ class Execution:
         """True if code of the task has cancelled the asyncio task, and nothing else has."""
         by_worker = self.handing_back or self.cancelling or self.abandoned
         return self.task is not None and self.task.cancelled_itself and not by_worker
+
+    @property
+    def delayed_itself(self) -> bool:
+        """True if the task has asked that its job is due again, or handed back."""
+        return is_a(self.raised, Snooze) or is_a(self.raised, HandBackError)
 
     def cancel(self) -> None:
         """Cancel the asyncio task."""

@@ -1,6 +1,7 @@
 """Executes a claimed job: from its claim to its settlement."""
 
 import asyncio
+import inspect
 import logging
 import math
 import os
@@ -10,9 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from traceback import TracebackException
+from typing import Any
 
 from viralfx.domain.clock import Clock
 from viralfx.domain.correlation import bind_correlation_id, bind_user_id
+from viralfx.domain.errors import is_a, require_not_negative, text_of, type_name
 from viralfx.domain.jobs.codec import (
     DEFAULT_MAX_BYTES,
     Codec,
@@ -71,7 +74,7 @@ def message_of(error: BaseException, clean: Callable[[str], str]) -> str:
     ``clean`` redacts secrets: a driver's error may quote the address that it was given.
     """
     # Redacted first: the beginning of a secret that was cut in two would not be recognised.
-    return storable(clean(_text_of(error))[:MAX_MESSAGE_CHARACTERS])
+    return storable(clean(text_of(error))[:MAX_MESSAGE_CHARACTERS])
 
 
 MAX_TRACEBACK_CHARACTERS = 4000
@@ -119,13 +122,6 @@ def _cut_callers(formatted: TracebackException, seen: set[int]) -> None:
     for each in (formatted.__cause__, formatted.__context__, *more):
         if each is not None:
             _cut_callers(each, seen)
-
-
-def _text_of(error: BaseException) -> str:
-    try:
-        return str(error) or type(error).__name__
-    except BaseException:  # noqa: BLE001 - __str__ may be the task's own code
-        return type(error).__name__
 
 
 def log_failure(claim: Claim, code: str, error: BaseException | None) -> None:
@@ -210,11 +206,10 @@ class Executor:
                 else:
                     for call_now in execution.after_commit:
                         call_now()
-            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - any becomes an outcome
-                if execution.cancelling:
-                    settlement = self.cancelled(execution, error)
-                else:
-                    settlement = self._settle(execution, task, error)
+            except BaseException as error:
+                if _is_end(execution, error):
+                    raise
+                settlement = self._settled(execution, task, error)
             if settlement is None or settlement.error is None:
                 self._interruptions.pop(claim.id, None)
             if settlement is not None and execution.progress is not None:
@@ -265,11 +260,9 @@ class Executor:
             except (Exception, asyncio.CancelledError):
                 raise
             except BaseException as error:
-                if isinstance(error, GeneratorExit) and is_closed(execution.task):
+                if _is_end(execution, error):
                     raise
-                # The process handles signals elsewhere; this exception is the task's own.
-                raised = f"{type(error).__name__}({_text_of(error)})"
-                raise TaskExitedError(f"the task raised {raised}") from error
+                raise _exited(error) from error
             finally:
                 end_forked_child(process)
                 cancelled.set()  # for threads that the task has left behind
@@ -292,28 +285,46 @@ class Executor:
             )
         return refused(claim, message_of(error, self.clean))
 
-    def _settle(
-        self, execution: Execution, task: Task, error: Exception | asyncio.CancelledError
-    ) -> Settlement:
+    def _settled(self, execution: Execution, task: Task, error: BaseException) -> Settlement:
+        """Return the settlement of a failure; if the error's own code raises, the job fails."""
+        try:
+            if not (is_a(error, Exception) or is_a(error, asyncio.CancelledError)):
+                exited = _exited(error)
+                exited.__cause__ = error
+                error = exited
+            if execution.cancelling:
+                return self.cancelled(execution, error)
+            return self._settle(execution, task, error)
+        except BaseException as raised:  # noqa: BLE001 - such as a property that exits
+            claim, reason = execution.claim, self._reason("error", raised)
+            message = f"settling the task's error raised {type_name(raised)}: {reason.message}"
+            reason = replace(reason, message=message[:MAX_MESSAGE_CHARACTERS])
+            # Without the error itself, since other handlers of the log would call its code.
+            extra = {**names_of(claim), "code": reason.code, "reason": reason.message}
+            with suppress(BaseException):
+                _logger.error("Job failed", extra=extra)  # noqa: TRY400
+            return failed(claim, reason)
+
+    def _settle(self, execution: Execution, task: Task, error: BaseException) -> Settlement:
         claim = execution.claim
-        if isinstance(error, PayloadError) and execution.deadline is None:
+        if is_a(error, PayloadError) and execution.deadline is None:
             # The task has not begun: a PayloadError of its own is an ordinary failure.
             return self._refuse(claim, error)
-        if isinstance(error, ResultError):
+        if is_a(error, ResultError):
             # The task has done its work: another attempt would only do it again.
             log_failure(claim, "result", error)
             return failed(claim, self._reason("result", error))
-        if execution.handing_back or isinstance(error, HandBackError):
+        if execution.handing_back or is_a(error, HandBackError):
             return handed_back(claim)
-        if isinstance(error, Snooze):
-            delay = min(error.seconds, _MAX_DELAY_SECONDS)
+        if is_a(error, Snooze):
+            # A subclass may set them itself, or not at all.
+            require_not_negative("the seconds of a Snooze", error.seconds)
+            delay = float(min(error.seconds, _MAX_DELAY_SECONDS))
             return Settlement(claim=claim, state=JobState.WAITING, delay=delay)
-        if isinstance(error, asyncio.CancelledError):
-            if _is_cancelled():
-                raise error
+        if not is_a(error, Exception):
             # The task awaited something that was cancelled; the task itself was not.
             error = TaskExitedError("the task raised CancelledError without being cancelled")
-        if isinstance(error, LedgerUnavailableError) and self._was_interrupted(execution, error):
+        if is_a(error, LedgerUnavailableError) and self._was_interrupted(execution, error):
             # The task did not fail. If its transaction was committed, the ledger skips this.
             reason = self._reason("error", error)
             return postponed(claim, reason, LEDGER_RETRY_SECONDS)
@@ -330,13 +341,11 @@ class Executor:
         counted[job_id] += 1
         return counted[job_id] <= _MAX_INTERRUPTIONS
 
-    def cancelled(
-        self, execution: Execution, error: Exception | asyncio.CancelledError | None = None
-    ) -> Settlement:
+    def cancelled(self, execution: Execution, error: BaseException | None = None) -> Settlement:
         """Return the settlement of a job that ended on request; ``error``: how its task ended."""
         claim = execution.claim
         _logger.info("Job cancelled", extra=names_of(claim))
-        if error is None or isinstance(error, asyncio.CancelledError):
+        if error is None or is_a(error, asyncio.CancelledError):
             return cancelled(claim)
         return cancelled(claim, self._reason(_code_of(execution, error), error))
 
@@ -354,7 +363,7 @@ class Executor:
     def _by_policy(self, claim: Claim, task: Task, code: str, error: Exception) -> Settlement:
         reason = self._reason(code, error)
         delay = None
-        if not isinstance(error, Discard):
+        if not is_a(error, Discard):
             delay = _next_delay(task.retry or self.default_retry, claim, error)
         if delay is None:
             log_failure(claim, code, error)
@@ -374,33 +383,50 @@ class Executor:
         )
 
 
-def _code_of(execution: Execution, error: Exception) -> str:
-    if isinstance(error, Discard):
+def _code_of(execution: Execution, error: BaseException) -> str:
+    if is_a(error, Discard):
         return "discarded"
     deadline = execution.deadline
     cut = deadline is not None and deadline.cut
-    return "timeout" if cut and isinstance(error, TimeoutError) else "error"
+    return "timeout" if cut and is_a(error, TimeoutError) else "error"
 
 
-def _is_cancelled() -> bool:
+def _is_end(execution: Execution, error: BaseException) -> bool:
+    """Return True if the asyncio task itself ends: it is cancelled, or its coroutine closed."""
+    if is_a(error, GeneratorExit):
+        return is_closed(execution.task)
+    if execution.handing_back or execution.cancelling:
+        return False
     current = asyncio.current_task()
-    return current is not None and current.cancelling() > 0
+    is_cancelled = current is not None and current.cancelling() > 0
+    return is_cancelled and is_a(error, asyncio.CancelledError)
+
+
+def _exited(error: BaseException) -> TaskExitedError:
+    # The process handles signals elsewhere, so the exception is the task's own.
+    return TaskExitedError(f"the task raised {type_name(error)}({text_of(error)})")
 
 
 def _next_delay(policy: RetryPolicy, claim: Claim, error: Exception) -> float | None:
-    if (most := claim.max_attempts) is not None:
-        if claim.attempt >= most:
-            return None
-        if isinstance(policy, BackoffPolicy):
+    """Return the seconds until the next attempt; None: no attempt is left, or the policy fails."""
+    most = claim.max_attempts
+    if most is not None and claim.attempt >= most:
+        return None
+    delay: Any = None
+    try:
+        if most is not None and isinstance(policy, BackoffPolicy):
             # A subclass may take other parameters; then its own attempts count up to that number.
             with suppress(Exception):
                 policy = replace(policy, attempts=most)
-    try:
         delay = policy.next_delay(claim.attempt, error)
-    except Exception:
-        # A policy that raises must not keep its job active forever.
-        _logger.exception("Retry policy failed", extra={"policy": type(policy).__name__})
+        if delay is None or not 0 <= delay < math.inf:
+            return None
+        # A plain number: the ledger and the clock take nothing else.
+        seconds = float(min(delay, _MAX_DELAY_SECONDS))
+    except BaseException:
+        # A policy that raises must neither keep its job active nor end the worker.
+        if inspect.iscoroutine(delay):
+            delay.close()
+        _logger.exception("Retry policy failed", extra={"policy": type_name(policy)})
         return None
-    if delay is None or not 0 <= delay < math.inf:
-        return None
-    return min(delay, _MAX_DELAY_SECONDS)
+    return seconds if 0 <= seconds < math.inf else None

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
+from decimal import Decimal
 from itertools import pairwise
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.doubles import swallow_cancellation
 from tests.unit.jobs.fleet import FaultyLedger, Fleet
+from tests.unit.unreadable import ERRORS, POLICIES, Answers, DisguisedError
 from tests.virtual_time import run_in_virtual_time
 
 from viralfx.domain.correlation import current_correlation_id
@@ -35,11 +37,18 @@ ONCE = BackoffPolicy(attempts=1)
 QUICKLY = BackoffPolicy(attempts=3, backoff=Backoff(base=1.0))
 
 
-async def run(fleet: Fleet, function: Any, payload: str = "0", **options: Any) -> Job:
+async def run(
+    fleet: Fleet,
+    function: Any,
+    payload: str = "0",
+    *,
+    max_attempts: int | None = None,
+    **options: Any,
+) -> Job:
     """Run one job of a task until it is final."""
     fleet.declare("it", function, **({"retry": ONCE} | options))
     fleet.start()
-    job_id = await fleet.accept("it", payload)
+    job_id = await fleet.accept("it", payload, max_attempts=max_attempts)
     await fleet.final(job_id, within=4000.0)
     return await fleet.job(job_id)
 
@@ -1012,3 +1021,72 @@ async def test_a_job_without_a_request_has_a_correlation_id_in_its_task(fleet: F
     job = await run(fleet, record, retry=QUICKLY)
 
     assert seen == [job.id.replace("-", "")] * 2
+
+
+@pytest.mark.parametrize(
+    ("error", "policy"),
+    [
+        *((each, ONCE) for each in ERRORS.values()),
+        *((lambda: ValueError("planted"), each) for each in POLICIES.values()),
+    ],
+    ids=[*ERRORS, *POLICIES],
+)
+async def test_code_that_fails_while_its_job_is_settled_fails_the_job(
+    fleet: Fleet, error: Callable[[], BaseException], policy: Any
+) -> None:
+    """An attempt is spent, and the worker runs the next job."""
+
+    async def fail(_: int) -> None:
+        raise error()
+
+    async def succeed(_: int) -> str:
+        return "done"
+
+    fleet.declare("other", succeed)
+    job = await run(fleet, fail, retry=policy)
+    other = await fleet.accept("other")
+    await fleet.final(other)
+
+    assert (job.state, job.attempts, job.crashes) == (JobState.FAILED, 1, 0)
+    assert job.error is not None
+    assert (job.error.code, type(job.error.message)) == ("error", str)
+    assert job.error.message
+    assert (await fleet.job(other)).state is JobState.COMPLETED
+
+
+@pytest.mark.parametrize("delay", [Decimal("0.5"), 1, True], ids=str)
+async def test_a_delay_is_a_plain_number(fleet: Fleet, delay: Any) -> None:
+    """Of any number that the policy returns: the clock and the ledger take nothing else."""
+
+    async def fail(_: int) -> None:
+        fleet.done.append(fleet.clock.now())
+        raise ValueError("planted")
+
+    job = await run(fleet, fail, retry=Answers(delay), max_attempts=2)
+
+    assert (job.state, job.attempts) == (JobState.FAILED, 2)
+    (gap,) = [(b - a).total_seconds() for a, b in pairwise(fleet.done)]
+    assert gap == pytest.approx(float(delay), abs=0.1)
+
+
+async def test_an_error_in_disguise_does_not_keep_a_job_from_being_handed_back(
+    fleet: Fleet,
+) -> None:
+    """Its class is not asked for after the outcome, either."""
+    began = asyncio.Event()
+
+    async def fail(_: int) -> None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise DisguisedError from None
+
+    fleet.declare("it", fail)
+    worker = fleet.start()
+    job_id = await fleet.accept("it")
+    await began.wait()
+    report = await worker.drain(1.0)
+
+    assert (report.handed_back, report.unrecorded) == (1, 0)
+    assert (await fleet.job(job_id)).attempts == 0

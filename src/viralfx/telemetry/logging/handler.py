@@ -35,13 +35,15 @@ def configure_logging(
     console: bool,
     stream: TextIO | None = None,
     redaction: Redaction | None = None,
+    interruptible: bool = True,
 ) -> None:
     """Send every record of the process to ``stream``, one line each; warnings become records.
 
     Without a stream, a thread writes the lines to the descriptor of standard output, so that a slow
     reader blocks no caller. This function replaces the handlers of the root logger, so only
     programs call it, never a library. A line that cannot be written is lost without an error,
-    because logging must not fail a request.
+    because logging must not fail a request. ``interruptible``: SIGINT may raise KeyboardInterrupt,
+    which then reaches the caller; otherwise that is an error of a value, like all others.
     """
     redaction = redaction or Redaction()
     logging.addLevelName(VERBOSE, "VERBOSE")
@@ -61,6 +63,7 @@ def configure_logging(
         handler = LineHandler(
             lines.render, output, threaded=stream is None, render_requests=lines.render_requests
         )
+    handler.interruptible = interruptible
     handler.facts = FactsInMessages(redaction.text)
     root.handlers[:] = [handler]
     root.setLevel(LEVELS[level])
@@ -83,11 +86,12 @@ def enforce_logging(*, level: str, console: bool, redaction: Redaction) -> Calla
 
     Creating a Litestar application calls ``dictConfig`` by default; its lines would have another
     format and contain secrets. structlog is configured for the same reason. Returns a function
-    that reinstalls this configuration after changes that bypass ``dictConfig``.
+    that reinstalls this configuration after changes that bypass ``dictConfig``. The handler of
+    SIGINT must not raise.
     """
 
     def configure() -> None:
-        configure_logging(level=level, console=console, redaction=redaction)
+        configure_logging(level=level, console=console, redaction=redaction, interruptible=False)
         structlog.configure(**_STRUCTLOG_CONFIG)
 
     class ReconfiguringConfigurator(logging.config.DictConfigurator):
@@ -136,6 +140,8 @@ class LineHandler(logging.Handler):
 
     accept_request: RequestSink | None = None
     """Accepts a finished request without a ``LogRecord``; None if this handler cannot."""
+    interruptible = True
+    """True if a KeyboardInterrupt may come from SIGINT."""
     facts: FactsInMessages | None = None
     """Completes the messages of this package for handlers after this one; None: nothing does."""
 
@@ -175,9 +181,16 @@ class LineHandler(logging.Handler):
         if self.facts is not None and len(logging.root.handlers) > 1:
             # The application has a handler of its own, after this one. Its formatter may show the
             # message alone.
-            with contextlib.suppress(Exception):  # the line itself is written
+            try:
                 self.facts.complete(record)
+            except BaseException as error:  # the line itself is written
+                if self._is_interrupt(error):
+                    raise
         return bool(verdict)
+
+    def _is_interrupt(self, error: BaseException) -> bool:
+        """Return True for an error that does not come from the code of a value, such as a repr."""
+        return self.interruptible and issubclass(type(error), KeyboardInterrupt)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Render a record and write or enqueue its line; a failure counts the line as lost."""
@@ -188,7 +201,9 @@ class LineHandler(logging.Handler):
             elif self._output is not None:
                 self._output.write(line.decode())
                 self._output.flush()
-        except Exception:  # noqa: BLE001 - raised by a value's repr or by the stream
+        except BaseException as error:  # raised by a value's repr or by the stream
+            if self._is_interrupt(error):
+                raise
             if self._writer is not None:
                 self._writer.count_lost(1)
             self.handleError(record)

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from viralfx.domain.correlation import current_correlation_id, current_user_id
+from viralfx.domain.errors import text_of, type_name
 from viralfx.settings import Settings
 from viralfx.telemetry import EndedRequest, current_trace
 from viralfx.telemetry.logging.redaction import Redaction, secrets_of
@@ -247,11 +248,19 @@ class JsonLines:
                 if kind not in _SIMPLE and not (kind is float and isfinite(value)):
                     simple = False
         if record.exc_info and record.exc_info[1] is not None:
-            event["exception"] = self._explain(record.exc_info)
+            event["exception"] = self._explained(record.exc_info)
             simple = False
         if record.stack_info:
             event["stack"] = record.stack_info
         return event, simple
+
+    def _explained(self, error: ExcInfo) -> list[dict[str, Any]]:
+        try:
+            return self._explain(error)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # noqa: BLE001 - raised by the error's own code, such as its notes
+            return [{"exc_type": type_name(error[1]), "exc_value": text_of(error[1])}]
 
     def render_requests(self, requests: Sequence[EndedRequest]) -> bytes:
         """Return the lines of several requests; much cheaper than rendering them one by one."""
@@ -342,7 +351,9 @@ def message_of(record: logging.LogRecord) -> str:
     """Return the message without trailing newlines; the bare format if its arguments do not fit."""
     try:
         text = record.getMessage()
-    except Exception:  # noqa: BLE001 - raised by the repr of a caller's argument
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001 - raised by the repr of a caller's argument
         text = _text(record.msg, str)
     return text.rstrip("\r\n")
 
@@ -350,7 +361,9 @@ def message_of(record: logging.LogRecord) -> str:
 def _text(value: object, make: Callable[[object], str]) -> str:
     try:
         return make(value)
-    except Exception:  # noqa: BLE001 - raised by the value's own __repr__ or __str__
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001 - raised by the value's own __repr__ or __str__
         return object.__repr__(value)
 
 
@@ -366,7 +379,9 @@ def _to_json(event: dict[str, Any], *, simple: bool) -> bytes:
                 return line
     try:
         return json.dumps(event, default=str, allow_nan=False, separators=_COMPACT).encode()
-    except Exception:  # noqa: BLE001 - raised by the repr of a caller's value
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001 - raised by the repr of a caller's value
         # Also for a number that JSON cannot express, a circular value, a key that is not a string.
         event = {_text(name, str): plain(value) for name, value in event.items()}
         return json.dumps(event, separators=_COMPACT).encode()
