@@ -12,9 +12,10 @@ import asyncpg
 import msgspec
 import pytest
 from tests.contracts.ledgers import ERROR, LONG_LEASE, draft
-from tests.integration.job_ledgers import ledger_in
-from tests.integration.postgres_clients import config_of, opened
+from tests.integration.job_ledgers import ledger_in, work
+from tests.integration.postgres_clients import checked, config_of, opened
 from tests.servers.postgres import Database
+from tests.servers.waiting import wait_for_code
 from tests.soak import SOAK
 
 from viralfx.adapters.codec import MsgspecCodec
@@ -279,6 +280,42 @@ async def test_a_call_over_the_statement_timeout_is_split(migrated_database: Dat
 
     assert {outcome(each) for each in jobs} == {GOOD}
     assert (outcome(job), job.claims) == (GOOD, 1)
+
+
+NO_LOGIN = """
+create function refuse_login() returns event_trigger language plpgsql as $$
+begin
+    if current_setting('application_name') like 'viralfx%' then raise 'not now'; end if;
+end $$
+"""
+
+
+async def test_a_refused_login_says_nothing_about_a_job(migrated_database: Database) -> None:
+    """Its SQLSTATE may be any: job and outcome are tried again later."""
+    if migrated_database.execute("select current_setting('server_version_num')::int / 10000") < [
+        (17,)
+    ]:
+        pytest.skip("event triggers of logins are new in Postgres 17")
+    async with (
+        ledger_in(migrated_database, call_timeout=2.0) as ledger,
+        opened(config_of(migrated_database)) as other,
+        checked(other) as check,
+    ):
+        claim = await work(ledger)
+        migrated_database.execute(NO_LOGIN)
+        trigger = "create event trigger refuse_login on login execute function refuse_login()"
+        migrated_database.execute(trigger)
+        migrated_database.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            " where datname = current_database() and application_name like 'viralfx%'"
+        )
+        await wait_for_code(check, "login_refused")
+        for call in (ledger.accept([draft()]), ledger.settle([completed(claim, b"1")])):
+            with pytest.raises(LedgerUnavailableError, match="refuses the login"):
+                await call
+        migrated_database.execute("drop event trigger refuse_login")
+        await ledger.accept([draft()])
+        assert await ledger.settle([completed(claim, b"1")]) == {claim.id}
 
 
 async def seconds_to_settle(database: Database, result: bytes) -> float:

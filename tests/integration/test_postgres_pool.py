@@ -24,8 +24,8 @@ from tests.servers.postgres import Database, PostgresServer
 from tests.servers.waiting import until
 
 from viralfx.adapters.postgres import PoolTimeoutError, PostgresDatabase
-from viralfx.adapters.postgres.errors import is_transient
 from viralfx.adapters.postgres.pool import PING_AFTER, PING_TIMEOUT
+from viralfx.adapters.postgres.retry import is_transient
 from viralfx.domain.clock import SystemClock
 
 COUNTS = ("total", "idle", "in use", "waiting", "failed")

@@ -10,12 +10,17 @@ import pytest
 from asyncpg import exceptions as pg
 
 from viralfx.adapters.postgres.errors import (
+    BAD_VALUE,
+    PoolerModeError,
     PoolTimeoutError,
     explain,
-    is_loss,
-    is_rolled_back,
-    is_transient,
+    map_errors,
+    mark_login,
+    refusal,
+    unavailable,
 )
+from viralfx.adapters.postgres.retry import is_loss, is_rolled_back, is_transient
+from viralfx.domain.jobs.model import LedgerLimitError, LedgerUnavailableError
 
 SECRET = "hunter2"
 
@@ -24,6 +29,18 @@ def name_mismatch(code: int) -> ssl.SSLCertVerificationError:
     """Return an error about a certificate for another host."""
     error = ssl.SSLCertVerificationError(1, SECRET)
     error.verify_code = code
+    return error
+
+
+def of_login(error: Exception) -> Exception:
+    """Return an error that was raised before any statement of a caller."""
+    mark_login(error)
+    return error
+
+
+def ended(error: pg.PostgresError) -> Exception:
+    """Return an error with which the server, or a pooler, ended the session."""
+    error.severity_en = "FATAL"
     return error
 
 
@@ -78,6 +95,26 @@ CODES: list[tuple[BaseException, str]] = [
         "pooler_cut_off",
     ),
     (ConnectionResetError(104, SECRET), "lost"),
+    (pg.InternalServerError("Max client connections reached"), "pooler_full"),
+    (pg.InternalServerError("MaxClientsInSessionMode: max clients reached"), "pooler_full"),
+    (pg.InvalidSQLStatementNameError(SECRET), "pooler_mode"),
+    (pg.DuplicatePreparedStatementError(SECRET), "pooler_mode"),
+    (
+        pg.ProtocolViolationError(
+            "bind message supplies 1 parameters, but prepared statement requires 2"
+        ),
+        "pooler_mode",
+    ),
+    (
+        asyncpg.InternalClientError(
+            "the number of columns in the result row (1) is different from what was described (2)"
+        ),
+        "pooler_mode",
+    ),
+    (PoolerModeError(), "pooler_mode"),
+    (pg.DiskFullError(SECRET), "disk_full"),
+    (of_login(pg.RaiseError(SECRET)), "login_refused"),
+    (of_login(pg.InvalidPasswordError(SECRET)), "auth"),
     (asyncpg.InterfaceError("connection is closed"), "lost"),
     (ENDING, "lost"),
     (pg.UniqueViolationError(SECRET), "error"),
@@ -103,6 +140,7 @@ TRANSIENT: list[BaseException] = [
     pg.PostgresConnectionError(),
     pg.ConnectionDoesNotExistError(),
     pg.ProtocolViolationError("query_wait_timeout"),
+    pg.InternalServerError("Max client connections reached"),
     ConnectionRefusedError(),
     ConnectionResetError(),
     TimeoutError(),
@@ -131,6 +169,7 @@ PERMANENT: list[BaseException] = [
     asyncpg.InterfaceError("cannot perform operation: another operation is in progress"),
     asyncpg.InterfaceError("pool is closing"),
     asyncpg.InternalClientError("got result for unknown protocol state 3"),
+    PoolerModeError(),
     asyncpg.InterfaceError("the database's pool is closed"),
     ValueError(),
     asyncio.CancelledError(),
@@ -204,6 +243,60 @@ def test_rollback_is_certain_only_if_the_server_confirms_it(
 ) -> None:
     """A connection lost during COMMIT leaves the result open."""
     assert is_rolled_back(error) == rolled_back
+
+
+OF_CONTENT = (pg.RaiseError("no"), pg.CheckViolationError("no"), pg.DataError("no"), ValueError())
+"""Errors that mean a refusal of what a statement stores."""
+NOT_OF_CONTENT = (
+    *(of_login(type(error)("no")) for error in OF_CONTENT),
+    of_login(UnicodeError("no name of a host")),
+    ended(pg.InternalServerError("Max client connections reached")),
+    ended(pg.RaiseError("no login")),
+    pg.InvalidSQLStatementNameError("no"),
+    pg.DuplicatePreparedStatementError("no"),
+    pg.DiskFullError("no"),
+)
+
+
+@pytest.mark.parametrize("error", OF_CONTENT, ids=named([*OF_CONTENT]))
+def test_a_refused_value_is_the_fault_of_the_content(error: Exception) -> None:
+    """The caller gets it as it is, or as an error of the ledger."""
+    assert refusal(error) is not None
+    with pytest.raises(type(error) if isinstance(error, BAD_VALUE) else LedgerUnavailableError):
+        raise_mapped(error)
+
+
+@pytest.mark.parametrize("error", NOT_OF_CONTENT, ids=named([*NOT_OF_CONTENT]))
+def test_a_refused_login_is_never_the_fault_of_the_content(error: Exception) -> None:
+    """Nor the end of a session, nor another session's statement: the call may be repeated."""
+    assert refusal(error) is None
+    with pytest.raises(LedgerUnavailableError) as caught:
+        raise_mapped(error)
+    assert refusal(caught.value) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "limited"),
+    [
+        (TimeoutError(), True),
+        (pg.QueryCanceledError(), True),
+        (pg.OutOfMemoryError(), True),
+        (PoolTimeoutError(), False),
+        (of_login(TimeoutError()), False),
+        (of_login(pg.QueryCanceledError()), False),
+        (of_login(pg.OutOfMemoryError()), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+)
+def test_only_a_statement_can_ask_for_too_much(error: Exception, *, limited: bool) -> None:
+    """A large result is given up after some of its calls have ended at a limit."""
+    assert isinstance(unavailable(error), LedgerLimitError) == limited
+
+
+def raise_mapped(error: Exception) -> None:
+    """Raise it as a call of the ledger does."""
+    with map_errors():
+        raise error
 
 
 def test_every_error_of_the_driver_is_classified() -> None:

@@ -7,7 +7,6 @@ from viralfx.adapters.postgres.database import PostgresDatabase
 from viralfx.adapters.postgres.errors import (
     PoolTimeoutError,
     explain,
-    is_rolled_back,
     server_message,
 )
 from viralfx.adapters.postgres.fleet import PostgresFleetStore
@@ -15,7 +14,7 @@ from viralfx.adapters.postgres.health import PostgresHealthCheck
 from viralfx.adapters.postgres.ledger import PostgresJobLedger
 from viralfx.adapters.postgres.notifier import PostgresNotifier
 from viralfx.adapters.postgres.pool import without_values
-from viralfx.adapters.postgres.retry import retry_policy
+from viralfx.adapters.postgres.retry import is_rolled_back, retry_policy
 from viralfx.adapters.postgres.shutdown import close_postgres
 from viralfx.adapters.postgres.state import PostgresStateStore
 

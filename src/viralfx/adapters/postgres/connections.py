@@ -12,7 +12,7 @@ import asyncpg
 from asyncpg import connect_utils
 
 from viralfx.adapters.postgres.credentials import Login, Logins, TlsContexts
-from viralfx.adapters.postgres.errors import is_login_refused, refuses_tls
+from viralfx.adapters.postgres.errors import is_login_refused, mark_login, refuses_tls
 from viralfx.adapters.postgres.servers import (
     Server,
     ServerConnection,
@@ -216,8 +216,16 @@ class Connector:
         refuses the login, and there are new credentials by then, it is tried once more.
         With ``DB_TLS_MODE=prefer``, falls back to plain text if the server does not support TLS.
         Raises the driver's errors; with several hosts, :class:`NoServerError` if none can be used,
-        and :class:`CredentialsError` if the application gives no password.
+        and :class:`CredentialsError` if the application gives no password. Each of them is marked
+        by :func:`mark_login`, so that it says nothing about a statement of a caller.
         """
+        try:
+            return await self._log_in(purpose, settings)
+        except Exception as error:
+            mark_login(error)
+            raise
+
+    async def _log_in(self, purpose: str, settings: Mapping[str, str]) -> ServerConnection:
         wanted = self.session_settings(purpose, **settings)
         loop, limit = asyncio.get_running_loop(), self.config.settings.connection_timeout
         deadline = loop.time() + limit

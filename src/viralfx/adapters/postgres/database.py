@@ -24,12 +24,15 @@ from viralfx.adapters.postgres.errors import (
     NotOpenError,
     PoolTimeoutError,
     explain,
-    is_loss,
-    is_rolled_back,
     refuses_pooling,
 )
 from viralfx.adapters.postgres.pool import PING_AFTER, QUIET_PING_AFTER, PoolMembers, SlowQueryLog
-from viralfx.adapters.postgres.retry import DedicatedConnection, retry_policy
+from viralfx.adapters.postgres.retry import (
+    DedicatedConnection,
+    is_loss,
+    is_rolled_back,
+    retry_policy,
+)
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import StartupError
 from viralfx.domain.resilience.retry import Retrier

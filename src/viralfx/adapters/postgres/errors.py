@@ -53,6 +53,13 @@ class WrongServerError(ViralFXError, ConnectionError):
         self.wanted = wanted
 
 
+class PoolerModeError(ViralFXError, ConnectionError):
+    """A pooler gives the server process to another client after each transaction.
+
+    Names of prepared statements and settings of sessions are then those of any client.
+    """
+
+
 class NoServerError(ViralFXError, ConnectionError):
     """None of several hosts can be used."""
 
@@ -107,6 +114,10 @@ _BY_CLASS: tuple[
         ),
     ),
     (
+        pg.DiskFullError,
+        ErrorExplanation("disk_full", "has a full disk", "free some of it, or enlarge it"),
+    ),
+    (
         (pg.CannotConnectNowError, pg.AdminShutdownError, pg.CrashShutdownError),
         ErrorExplanation("restarting", "is starting or stopping", "wait, or check its log"),
     ),
@@ -157,7 +168,25 @@ _TLS_EXPIRED = ErrorExplanation(
     "tls", "presents a certificate that has expired", "renew it on the server"
 )
 _AUTH = _BY_CLASS[0][1]
-_POOLER_FULL = "pooler_full"
+POOLER_FULL = "pooler_full"
+_TOO_MANY_CLIENTS = ErrorExplanation(
+    POOLER_FULL,
+    "is behind a pooler that takes no more clients (max_client_conn)",
+    "raise the pooler's max_client_conn, or lower DB_POOL_MAX",
+)
+_FULL_IN_SUPAVISOR = re.compile(r"\bmax client(?:s| connections) reached", re.IGNORECASE).search
+"""Matches Supavisor's words; its SQLSTATE is XX000."""
+POOLER_REFUSAL = "pooler_mode"
+_SHARED = ErrorExplanation(
+    POOLER_REFUSAL,
+    "is behind a pooler that gives the server process to another client after each transaction",
+    "set DB_POOLER=transaction",
+)
+_OF_SHARED_PROCESS = (
+    PoolerModeError,
+    pg.InvalidSQLStatementNameError,  # 26000: the statement is that of another server process
+    pg.DuplicatePreparedStatementError,  # 42P05: another client has taken the name
+)
 # PgBouncer's words: all are SQLSTATE 08P01, or the reason with which it closed a connection.
 _BY_POOLER = (
     ("SASL authentication failed", _AUTH),
@@ -165,19 +194,13 @@ _BY_POOLER = (
     (
         "query_wait_timeout",
         ErrorExplanation(
-            _POOLER_FULL,
+            POOLER_FULL,
             "is behind a pooler that had no connection to it in time (query_wait_timeout)",
             "check that the pooler is not paused and reaches the server, or raise its pool size",
         ),
     ),
-    (
-        "no more connections allowed",
-        ErrorExplanation(
-            _POOLER_FULL,
-            "is behind a pooler that takes no more clients (max_client_conn)",
-            "raise the pooler's max_client_conn, or lower DB_POOL_MAX",
-        ),
-    ),
+    ("no more connections allowed", _TOO_MANY_CLIENTS),
+    ("parameters, but prepared statement", _SHARED),
     (
         "server conn crashed",
         ErrorExplanation(
@@ -199,7 +222,6 @@ _BY_POOLER = (
         ),
     ),
 )
-POOLER_REFUSAL = "pooler_mode"
 _PROTOCOL = ErrorExplanation(
     "protocol", "broke off the connection (SQLSTATE 08P01)", "check its log, and that of a pooler"
 )
@@ -257,9 +279,13 @@ def _explain_own(error: BaseException) -> ErrorExplanation | None:
         return _WRONG_KIND.get(error.wanted, _NO_STANDBY)
     if _is_alert_about_certificate(error):
         return _TLS_CLIENT
-    if isinstance(error, pg.PostgresConnectionError):
-        return _explain_pooler(error)
-    return _BY_VERIFICATION.get(getattr(error, "verify_code", 0))
+    return _explain_pooler(error) or _BY_VERIFICATION.get(getattr(error, "verify_code", 0))
+
+
+def _is_foreign_result(error: BaseException) -> bool:
+    # The driver's words for the result of another client's statement of the same name.
+    words = "is different from what was described"
+    return isinstance(error, InternalClientError) and words in str(error)
 
 
 def _is_alert_about_certificate(error: BaseException | None) -> bool:
@@ -287,7 +313,23 @@ def explain(error: BaseException) -> ErrorExplanation:
         text = str(error)
         refused = "Connect call failed" in text or "Connection refused" in text
         return explain(ConnectionRefusedError()) if refused else _UNREACHABLE
+    if is_of_login(error) and isinstance(error, PostgresError):
+        return ErrorExplanation(
+            "login_refused",
+            f"refuses the login (SQLSTATE {getattr(error, 'sqlstate', None)})",
+            "check its log, and that of a pooler",
+        )
     return _UNKNOWN
+
+
+def mark_login(error: Exception) -> None:
+    """Mark an error as one of connecting and logging in: no statement of a caller was sent."""
+    error.of_login = True  # type: ignore[attr-defined]  # see is_of_login
+
+
+def is_of_login(error: BaseException) -> bool:
+    """Return True for an error that :func:`mark_login` marked."""
+    return getattr(error, "of_login", False)
 
 
 def is_login_refused(error: BaseException) -> bool:
@@ -301,6 +343,11 @@ def is_login_refused(error: BaseException) -> bool:
 
 def _explain_pooler(error: BaseException) -> ErrorExplanation | None:
     message = str(error.args[0]) if error.args else ""
+    if isinstance(error, _OF_SHARED_PROCESS) or _is_foreign_result(error):
+        return _SHARED
+    if not isinstance(error, pg.PostgresConnectionError):
+        full = isinstance(error, pg.InternalServerError) and _FULL_IN_SUPAVISOR(message)
+        return _TOO_MANY_CLIENTS if full else None
     if refused := _REFUSED_PARAMETER.search(message):
         return ErrorExplanation(
             POOLER_REFUSAL,
@@ -310,13 +357,12 @@ def _explain_pooler(error: BaseException) -> ErrorExplanation | None:
     for words, explained in _BY_POOLER:
         if words in message:
             return explained
-    if isinstance(error, pg.ProtocolViolationError):
-        # An old or another pooler; a server sends this code only for a defect of the driver.
-        return _PROTOCOL
-    return None
+    # An old or another pooler; a server sends this code only for a defect of the driver.
+    return _PROTOCOL if isinstance(error, pg.ProtocolViolationError) else None
 
 
-def _is_lasting_refusal(error: BaseException) -> bool:
+def is_lasting_refusal(error: BaseException) -> bool:
+    """Return True if a pooler refused the login in a way that another attempt does not change."""
     lasting = {POOLER_REFUSAL, _AUTH.code}
     return isinstance(error, pg.ProtocolViolationError) and explain(error).code in lasting
 
@@ -333,65 +379,12 @@ def refuses_tls(error: BaseException) -> bool:
     return isinstance(error, ConnectionError) and "SSL upgrade" in str(error)
 
 
-_TRANSIENT = (
-    pg.PostgresConnectionError,
-    pg.CannotConnectNowError,
-    pg.AdminShutdownError,
-    pg.CrashShutdownError,
-    pg.TooManyConnectionsError,
-    pg.SerializationError,
-    pg.DeadlockDetectedError,
-)
-_NEVER = (PoolTimeoutError, ssl.SSLError, socket.gaierror, PermissionError, FileNotFoundError)
-
-
-def is_transient(error: BaseException) -> bool:
-    """Return True if the same call may succeed soon.
-
-    True for lost or refused connections, a server that restarts or has no connection left, and
-    transactions that lost against another one (SQLSTATE class 08, 40001, 40P01, 53300,
-    57P01-57P03; see "PostgreSQL Error Codes" in its manual). Also True if the server accepts no
-    writes (25006): another connection may lead to the new primary. False if the caller's own
-    transaction was read-only, and for a timeout of the pool: retries would only lengthen its queue.
-    """
-    if getattr(error, "not_the_database", False):
-        return False
-    if isinstance(error, NoServerError):
-        return any(is_transient(one) for _, one in error.failures)
-    if isinstance(error, _NEVER) or refuses_tls(error) or _is_lasting_refusal(error):
-        return False
-    if isinstance(error, InternalClientError):
-        # The server announced the end of the connection, which is not closed yet.
-        return "cannot switch to state" in str(error)
-    if isinstance(error, InterfaceError):
-        # The driver's texts for a lost connection. Other texts mean wrong use of the driver, or a
-        # closed pool.
-        text = str(error)
-        return "connection" in text and ("closed" in text or "released back" in text)
-    of_server: bool = getattr(error, "of_server", False)
-    return of_server or isinstance(error, (*_TRANSIENT, OSError, CredentialsError))
-
-
 def server_message(error: BaseException) -> str | None:
     """Return the server's message as one line; None if the error is not from the server.
 
     Details and hints are omitted because they may quote data.
     """
     return error.args[0] if isinstance(error, PostgresError) and error.args else None
-
-
-def is_rolled_back(error: BaseException) -> bool:
-    """Return True if the server confirmed that the transaction had no effect."""
-    unknown = pg.StatementCompletionUnknownError
-    lost = (pg.PostgresConnectionError, pg.AdminShutdownError, pg.CrashShutdownError, unknown)
-    return isinstance(error, PostgresError) and not isinstance(error, lost)
-
-
-def is_loss(error: BaseException) -> bool:
-    """Return True if an error suggests an outage rather than a failed statement."""
-    return is_transient(error) and not isinstance(
-        error, pg.SerializationError | pg.DeadlockDetectedError
-    )
 
 
 _NOT_MIGRATED = (
@@ -405,10 +398,12 @@ BAD_VALUE = (asyncpg.DataError, ValueError)
 _NOT_OF_CONTENT = (
     "08",  # the connection
     "25",  # a server that accepts no writes
+    "26",  # a prepared statement, which another server process has
     "28",  # the user
     "3D",
     "3F",
     "40",  # another transaction
+    "42P05",  # as 26
     "53",  # resources
     "55",  # locks
     "57",  # an operator
@@ -418,6 +413,8 @@ _NOT_OF_CONTENT = (
     "XX002",
 )
 """Beginnings of the SQLSTATEs that do not depend on the values of a statement."""
+_SESSION_ENDS = ("FATAL", "PANIC")
+"""Severities with which a server or pooler ends a session: it does not judge a statement so."""
 _LIMITS = (TimeoutError, pg.QueryCanceledError, pg.LockNotAvailableError, pg.OutOfMemoryError)
 
 
@@ -431,12 +428,16 @@ def refusal(error: BaseException | None) -> UnstorableError | None:
     """
     if isinstance(error, LedgerUnavailableError):
         error = error.__cause__
+    if error is None or is_of_login(error):
+        return None
     if not isinstance(error, PostgresError):
         bad = isinstance(error, BAD_VALUE) and not isinstance(error, ssl.SSLError)
         return UnstorableError(str(error)) if bad else None
     code: str | None = getattr(error, "sqlstate", None)
     own = (*_NOT_MIGRATED, pg.InvalidCachedStatementError)
     if code is None or code.startswith(_NOT_OF_CONTENT) or isinstance(error, own):
+        return None
+    if error.severity_en in _SESSION_ENDS:
         return None
     return UnstorableError(f"{server_message(error)} (SQLSTATE {code})", code)
 
@@ -451,13 +452,18 @@ def is_fault_of_server(code: str | None) -> bool:
 
 @contextlib.contextmanager
 def map_errors() -> Iterator[None]:
-    """Convert database errors, except ``BAD_VALUE``, to :class:`LedgerUnavailableError`."""
+    """Convert database errors to :class:`LedgerUnavailableError`.
+
+    Except ``BAD_VALUE`` of a statement, which says something about its values.
+    """
     try:
         yield
     except ssl.SSLError as error:
         # Before the others: an error of a certificate is a ``ValueError``, too.
         raise unavailable(error) from error
-    except BAD_VALUE:
+    except BAD_VALUE as error:
+        if is_of_login(error):
+            raise unavailable(error) from error
         raise
     except DATABASE_ERRORS as error:
         raise unavailable(error) from error
@@ -472,7 +478,8 @@ def unavailable(error: Exception) -> LedgerUnavailableError:
     if isinstance(error, NotOpenError):
         return LedgerUnavailableError(str(error), explain(error).code)
     # Without a connection no statement was sent, so none asked for too much.
-    limited = isinstance(error, _LIMITS) and not isinstance(error, PoolTimeoutError)
+    sent = not (is_of_login(error) or isinstance(error, PoolTimeoutError))
+    limited = isinstance(error, _LIMITS) and sent
     kind = LedgerLimitError if limited else LedgerUnavailableError
     refused, explanation = refusal(error), explain(error)
     problem = explanation.problem if refused is None else f"refuses the call: {refused}"

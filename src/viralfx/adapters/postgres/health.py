@@ -18,7 +18,7 @@ from asyncpg.exceptions import PostgresError
 from viralfx.adapters.postgres import ledger_sql
 from viralfx.adapters.postgres.connections import run_limited, run_query
 from viralfx.adapters.postgres.database import PostgresDatabase, VacuumStatus
-from viralfx.adapters.postgres.errors import explain, is_loss, unavailable
+from viralfx.adapters.postgres.errors import explain, unavailable
 from viralfx.adapters.postgres.ledger_rows import Row, counts_of_rows
 from viralfx.adapters.postgres.ledger_sql import COUNTS, PROMOTED_AT_ONCE, SOON_SECONDS
 from viralfx.adapters.postgres.migrations import (
@@ -30,6 +30,7 @@ from viralfx.adapters.postgres.migrations import (
     qualified,
 )
 from viralfx.adapters.postgres.pool import IS_READ_ONLY, end_of_life
+from viralfx.adapters.postgres.retry import is_loss
 from viralfx.domain.clock import Clock, timestamp
 from viralfx.domain.health.model import Observation, Status
 from viralfx.domain.jobs.ledger import QueueCounts

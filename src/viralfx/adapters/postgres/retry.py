@@ -1,22 +1,30 @@
-"""The retry policy, the job ledger's steps that are tried again, and connections for them."""
+"""Repeats: transient errors, the policy, and the steps of the job ledger with their connections."""
 
 import asyncio
 import math
+import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from asyncpg import exceptions as pg
 from asyncpg.connection import Connection
-from asyncpg.exceptions import ReadOnlySQLTransactionError
+from asyncpg.exceptions import InterfaceError, InternalClientError, PostgresError
 from asyncpg.pool import PoolConnectionProxy
 
 from viralfx.adapters.postgres.connections import run_query
 from viralfx.adapters.postgres.errors import (
     DATABASE_ERRORS,
+    POOLER_FULL,
+    NoServerError,
+    PoolerModeError,
     PoolTimeoutError,
-    is_transient,
+    explain,
+    is_lasting_refusal,
     map_errors,
+    refuses_tls,
 )
 from viralfx.adapters.postgres.pool import end_of_life
 from viralfx.domain.clock import Clock
@@ -24,6 +32,67 @@ from viralfx.domain.events import Listener
 from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, Jitter
 from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.resilience.retry_decision import RetryEvent
+from viralfx.settings import CredentialsError
+
+_TRANSIENT = (
+    pg.PostgresConnectionError,
+    pg.CannotConnectNowError,
+    pg.AdminShutdownError,
+    pg.CrashShutdownError,
+    pg.TooManyConnectionsError,
+    pg.SerializationError,
+    pg.DeadlockDetectedError,
+)
+_NEVER = (
+    PoolTimeoutError,
+    PoolerModeError,
+    ssl.SSLError,
+    socket.gaierror,
+    PermissionError,
+    FileNotFoundError,
+)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return True if the same call may succeed soon.
+
+    True for lost or refused connections, a server that restarts or has no connection left, and
+    transactions that lost against another one (SQLSTATE class 08, 40001, 40P01, 53300,
+    57P01-57P03; see "PostgreSQL Error Codes" in its manual). Also True if the server accepts no
+    writes (25006): another connection may lead to the new primary. False if the caller's own
+    transaction was read-only, and for a timeout of the pool: retries would only lengthen its queue.
+    """
+    if getattr(error, "not_the_database", False):
+        return False
+    if isinstance(error, NoServerError):
+        return any(is_transient(one) for _, one in error.failures)
+    if isinstance(error, _NEVER) or refuses_tls(error) or is_lasting_refusal(error):
+        return False
+    if isinstance(error, InternalClientError):
+        # The server announced the end of the connection, which is not closed yet.
+        return "cannot switch to state" in str(error)
+    if isinstance(error, InterfaceError):
+        # The driver's texts for a lost connection. Other texts mean wrong use of the driver, or a
+        # closed pool.
+        text = str(error)
+        return "connection" in text and ("closed" in text or "released back" in text)
+    of_server: bool = getattr(error, "of_server", False)
+    temporary = of_server or explain(error).code == POOLER_FULL
+    return temporary or isinstance(error, (*_TRANSIENT, OSError, CredentialsError))
+
+
+def is_rolled_back(error: BaseException) -> bool:
+    """Return True if the server confirmed that the transaction had no effect."""
+    unknown = pg.StatementCompletionUnknownError
+    lost = (pg.PostgresConnectionError, pg.AdminShutdownError, pg.CrashShutdownError, unknown)
+    return isinstance(error, PostgresError) and not isinstance(error, lost)
+
+
+def is_loss(error: BaseException) -> bool:
+    """Return True if an error suggests an outage rather than a failed statement."""
+    return is_transient(error) and not isinstance(
+        error, pg.SerializationError | pg.DeadlockDetectedError
+    )
 
 
 def retry_policy(attempts: int = 3) -> BackoffPolicy:
@@ -142,7 +211,7 @@ class DedicatedConnection:
             try:
                 yield CancellableConnection(self._connection)
             except BaseException as error:
-                if isinstance(error, ReadOnlySQLTransactionError):
+                if isinstance(error, pg.ReadOnlySQLTransactionError):
                     # The next attempt has another connection.
                     error.of_server = True  # type: ignore[attr-defined]  # see is_transient
                 self._connection.terminate()

@@ -12,13 +12,12 @@ from viralfx.adapters.postgres.database import Lease, PostgresDatabase
 from viralfx.adapters.postgres.errors import (
     BAD_VALUE,
     DATABASE_ERRORS,
-    is_loss,
-    is_rolled_back,
     refusal,
     unavailable,
 )
 from viralfx.adapters.postgres.ledger_rows import completion_columns
 from viralfx.adapters.postgres.migrations import Statements
+from viralfx.adapters.postgres.retry import is_loss, is_rolled_back
 from viralfx.domain.errors import ViralFXError
 from viralfx.domain.jobs.codec import ResultError
 from viralfx.domain.jobs.model import Claim, LedgerUnavailableError, completed
