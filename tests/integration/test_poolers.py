@@ -222,6 +222,40 @@ async def test_pooler_that_restarts_is_found_again(
             assert await ledger.get(accepted.job.id) == accepted.job
 
 
+DROPPED = (
+    "plan_cache_mode,statement_timeout,tcp_keepalives_idle,tcp_keepalives_interval"
+    ",tcp_keepalives_count,tcp_user_timeout,client_connection_check_interval"
+)
+"""Settings that a pooler must ignore for ``DB_POOLER=none``."""
+
+
+@pytest.mark.parametrize("set_to", ["none", "session"])
+async def test_a_transaction_pooler_that_the_settings_do_not_name_is_explained(
+    migrated_database: Database, pgbouncer: Poolers, set_to: str
+) -> None:
+    """It accepts the login in silence; then each name of a statement is one of any client."""
+    server = migrated_database.server
+    pooler = pgbouncer(
+        server, "transaction", max_prepared_statements=0, ignore_startup_parameters=DROPPED
+    )
+    config = config_of(migrated_database, through=pooler, pooler=set_to)
+    async with opened(config) as db, checked(db) as check:
+        ledger = PostgresJobLedger(db)
+        observation = await wait_for_code(check, "pooler_mode")
+        assert observation.status is Status.FAIL
+        assert "server process to another client after each transaction" in observation.message
+        assert observation.message.endswith("; set DB_POOLER=transaction")
+        with pytest.raises(LedgerUnavailableError) as caught:
+            await ledger.accept([draft()])
+        assert caught.value.code == "pooler_mode"
+
+        await asyncio.to_thread(pooler.stop)
+        pooler.set(pool_mode="session")
+        await asyncio.to_thread(pooler.start)
+        await wait_for_code(check, None)
+        await ledger.accept([draft()])
+
+
 @pytest.mark.parametrize("mode", MODES)
 async def test_full_pooler_has_a_code(
     migrated_database: Database, pgbouncer: Poolers, mode: str
@@ -358,9 +392,7 @@ def test_doctor_names_a_pooler_that_the_settings_do_not(
 ) -> None:
     """A pooler that they name where there is none, too."""
     server = migrated_database.server
-    dropped = "plan_cache_mode,statement_timeout,tcp_keepalives_idle,tcp_keepalives_interval"
-    dropped += ",tcp_keepalives_count,tcp_user_timeout,client_connection_check_interval"
-    session = pgbouncer(server, "session", ignore_startup_parameters=dropped)
+    session = pgbouncer(server, "session", ignore_startup_parameters=DROPPED)
     _, problems = doctor(migrated_database, session)
     assert len(problems) == 2
     assert "a pooler answers in place of the server, and DB_POOLER=none" in problems[0]

@@ -12,7 +12,14 @@ import asyncpg
 from asyncpg import connect_utils
 
 from viralfx.adapters.postgres.credentials import Login, Logins, TlsContexts
-from viralfx.adapters.postgres.errors import is_login_refused, mark_login, refuses_tls
+from viralfx.adapters.postgres.errors import (
+    DATABASE_ERRORS,
+    POOLER_REFUSAL,
+    explain,
+    is_login_refused,
+    mark_login,
+    refuses_tls,
+)
 from viralfx.adapters.postgres.servers import (
     Server,
     ServerConnection,
@@ -345,6 +352,35 @@ class Connector:
             "direct_tls": False,
             "target_session_attrs": "any",
         }
+
+
+_PID: Final = "SELECT pg_catalog.pg_backend_pid()"
+_PROBES = 3
+
+
+async def is_process_shared(
+    connector: Connector, connection: "asyncpg.Connection[Any]", limit: float
+) -> bool:
+    """Return True if a second connection reaches the server process of the first.
+
+    That proves a pooler in transaction mode. The opposite proves nothing: the pooler may have
+    several processes, or take no second client within ``limit`` seconds.
+    """
+    other: ServerConnection | None = None
+    try:
+        async with asyncio.timeout(limit):
+            other = await connector.connect(purpose="pooler")
+            for _ in range(_PROBES):
+                first = await run_query(connection, connection.fetchval(_PID))
+                if first == await run_query(other, other.fetchval(_PID)):
+                    return True
+    except DATABASE_ERRORS as error:
+        # A statement that another process has prepared is a proof, too.
+        return explain(error).code == POOLER_REFUSAL
+    finally:
+        if other is not None:
+            other.terminate()
+    return False
 
 
 CANCEL_SECONDS = 1.0

@@ -22,6 +22,7 @@ from viralfx.adapters.postgres.connections import (
 from viralfx.adapters.postgres.errors import (
     DATABASE_ERRORS,
     NotOpenError,
+    PoolerModeError,
     PoolTimeoutError,
     explain,
     refuses_pooling,
@@ -243,7 +244,8 @@ class PostgresDatabase:
         The default is ``PING_AFTER``, and ``QUIET_PING_AFTER`` with ``reset`` false.
 
         Raises :class:`PoolTimeoutError` if none is free within ``DB_POOL_TIMEOUT``, and the
-        driver's errors if a new one cannot be opened.
+        driver's errors if a new one cannot be opened; :class:`PoolerModeError` while ``DB_POOLER``
+        does not say that the pooler works in transaction mode.
         """
         pool = await self._open_pool()
         loop = asyncio.get_running_loop()
@@ -424,6 +426,8 @@ class PostgresDatabase:
             raise asyncpg.InterfaceError("the database's pool is closed")
         if self._pool is None:
             raise NotOpenError(started=self._opening.is_set())
+        if self.members.share_processes:
+            raise PoolerModeError
         return self._pool
 
     async def _acquire(self, pool: "Pool[Any]", max_idle: float) -> Lease:

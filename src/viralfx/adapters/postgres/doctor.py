@@ -11,8 +11,8 @@ import msgspec
 from viralfx.adapters.postgres.connections import (
     Connector,
     PostgresConfig,
+    is_process_shared,
     run_limited,
-    run_query,
 )
 from viralfx.adapters.postgres.credentials import CertificateError
 from viralfx.adapters.postgres.errors import DATABASE_ERRORS, ErrorExplanation, explain
@@ -308,7 +308,6 @@ _VARIABLES = {
     "tls": "",
     "pooler_mode": "",
 }
-_PROBES = 3
 
 
 class PostgresDoctor:
@@ -362,7 +361,7 @@ class PostgresDoctor:
                     connection, lambda: query_server(connection, limited.schema)
                 )
             if info.pooled:
-                info = replace(info, shared=await _is_shared(connector, connection))
+                info = replace(info, shared=await is_process_shared(connector, connection, limit))
             return info
 
     def _unreachable(self, finding: Finding) -> Sequence[Finding]:
@@ -401,23 +400,6 @@ async def _each_host(config: PostgresConfig) -> Sequence[Finding]:
             return warned(Area.DATABASE, found, _remedy(explained, config.url_variable))
 
     return [found for found in await asyncio.gather(*map(one, address.hosts)) if found is not None]
-
-
-async def _is_shared(connector: Connector, connection: ServerConnection) -> bool:
-    """Return True if a second connection reached the server process of the first.
-
-    That proves transaction mode. The opposite proves nothing: the pooler may have several.
-    """
-    seen = "SELECT pg_backend_pid()"
-    try:
-        async with asyncio.timeout(MAX_QUERY_SECONDS), _connected(connector) as other:
-            for _ in range(_PROBES):
-                first = await run_query(connection, connection.fetchval(seen))
-                if first == await run_query(other, other.fetchval(seen)):
-                    return True
-    except DATABASE_ERRORS:
-        pass  # the pooler takes no second client
-    return False
 
 
 def _explained(config: PostgresConfig, error: BaseException) -> Finding:

@@ -56,8 +56,12 @@ class WrongServerError(ViralFXError, ConnectionError):
 class PoolerModeError(ViralFXError, ConnectionError):
     """A pooler gives the server process to another client after each transaction.
 
-    Names of prepared statements and settings of sessions are then those of any client.
+    Names of prepared statements and settings of sessions are then those of any client: a statement
+    may run that another program has prepared.
     """
+
+    def __init__(self) -> None:
+        super().__init__(f"the database {_SHARED.problem}; {_SHARED.remedy}")
 
 
 class NoServerError(ViralFXError, ConnectionError):

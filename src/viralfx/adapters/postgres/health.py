@@ -16,9 +16,18 @@ from asyncpg.connection import Connection
 from asyncpg.exceptions import PostgresError
 
 from viralfx.adapters.postgres import ledger_sql
-from viralfx.adapters.postgres.connections import run_limited, run_query
+from viralfx.adapters.postgres.connections import (
+    is_process_shared,
+    run_limited,
+    run_query,
+)
 from viralfx.adapters.postgres.database import PostgresDatabase, VacuumStatus
-from viralfx.adapters.postgres.errors import explain, unavailable
+from viralfx.adapters.postgres.errors import (
+    POOLER_REFUSAL,
+    PoolerModeError,
+    explain,
+    unavailable,
+)
 from viralfx.adapters.postgres.ledger_rows import Row, counts_of_rows
 from viralfx.adapters.postgres.ledger_sql import COUNTS, PROMOTED_AT_ONCE, SOON_SECONDS
 from viralfx.adapters.postgres.migrations import (
@@ -55,7 +64,10 @@ _VACUUM: Final = """
 pg_catalog.pg_stat_get_dead_tuples('viralfx_jobs'::regclass) AS dead_job_rows
 """
 # The start of a server tells it from the one that takes its place.
-_STATE: Final = f"{IS_READ_ONLY}, pg_catalog.pg_postmaster_start_time() AS server_started"
+_STATE: Final = f"""
+{IS_READ_ONLY}, pg_catalog.pg_postmaster_start_time() AS server_started,
+pg_catalog.pg_backend_pid() AS process
+"""
 HEALTH_QUERY: Final = f"""
 {_STATE}, {_VACUUM}, counted.*
 FROM (VALUES (0)) AS one LEFT JOIN ({COUNTS}) AS counted ON true
@@ -66,6 +78,9 @@ _COUNT_TIMEOUT_SHARE = 0.4
 
 _SILENT_SHARE = 0.6
 """Share of the timeout after which a kept connection without an answer is left for a new one."""
+
+_PROBE_SHARE = 0.3
+"""Share of the timeout in which a pooler must let a second connection in, to prove its mode."""
 
 _MAX_COUNTERS = 10_000
 """Number of counter rows from which the health query folds them: no worker does."""
@@ -114,7 +129,7 @@ class HealthQuery:
         """When the last server that accepted writes was started."""
         self._silent_since: float | None = None
         """When the first unanswered question began; None after a later answer of a primary."""
-        self._schema_is_current = False
+        self._schema_is_current = self._pooler_is_judged = False
         self._reported_revision: str | None = None
         self._lock = asyncio.Lock()
         self._result: HealthQueryResult | None = None
@@ -219,8 +234,26 @@ class HealthQuery:
             self._database.health_backend = connection.get_server_pid()
             connection.add_termination_listener(self._on_ended)
             self._ends_at = end_of_life(self._database.config.settings.max_lifetime)
-            self._schema_is_current = False
+            self._schema_is_current = self._pooler_is_judged = False
         return connection
+
+    async def _judge_pooler(self, connection: "Connection[Any]", process: int) -> None:
+        """Raise :class:`PoolerModeError` if ``DB_POOLER`` does not say how the pooler works.
+
+        ``process`` answered; a pooler's greeting names another one. A connection is judged once.
+        """
+        database, known = self._database, self._pooler_is_judged
+        self._pooler_is_judged = True
+        if known or database.config.settings.pooler == "transaction":
+            return
+        database.members.share_processes = (
+            connection.get_server_pid() != process
+            and await is_process_shared(
+                database.connector, connection, _PROBE_SHARE * self._timeout
+            )
+        )
+        if database.members.share_processes:
+            raise PoolerModeError
 
     def _on_ended(self, connection: object) -> None:
         # The server may end it long before the next query. Reported until then, it would show that
@@ -246,12 +279,14 @@ class HealthQuery:
             # A locked or huge table of jobs does not make the server unhealthy.
             self._database.vacuum = None
             state = await run_query(connection, connection.fetchrow(_STATE))
+            await self._judge_pooler(connection, state["process"])
             return HealthQueryResult(
                 (),
                 read_only=state["read_only"] != "off",
                 counts=unavailable(error),
                 server_started=state["server_started"],
             )
+        await self._judge_pooler(connection, rows[0]["process"])
         read_only = rows[0]["read_only"] != "off"
         self._database.vacuum = VacuumStatus(
             oldest_transaction=max(0.0, float(rows[0]["oldest_transaction"])),
@@ -316,9 +351,10 @@ class PostgresHealthCheck:
             result = await self.query.run()
         except Exception as error:  # noqa: BLE001 - every error has a code and is logged
             explained = explain(error)
-            return self._observe(
-                Status.FAIL, f"Database {explained.problem}", explained.code, error=error
-            )
+            message = f"Database {explained.problem}"
+            if explained.code == POOLER_REFUSAL:
+                message += f"; {explained.remedy}"
+            return self._observe(Status.FAIL, message, explained.code, error=error)
         if result.pending:
             return self._observe(
                 Status.FAIL,

@@ -206,6 +206,10 @@ class PoolMembers:
         self._attempts: set[asyncio.Future[Connection[Any]]] = set()
         self.generation = 0
         """A connection of an earlier one ends."""
+        self.share_processes = False
+        """True if the last new connection of the health query proved that a pooler works in
+        transaction mode, and ``DB_POOLER`` does not say so. No caller gets a connection then: it
+        could run a statement of another program."""
         self._retired_at = 0.0
 
     # -- life --------------------------------------------------------------------------------
