@@ -30,11 +30,12 @@ class MarkedCheck:
     def __init__(self) -> None:
         self.status = Status.PASS
         self.message = MARKUP
+        self.details = {MARKUP: MARKUP}
 
     async def check(self) -> Observation:
         """Return the status."""
         return Observation(
-            status=self.status, message=self.message, code=MARKUP, details={MARKUP: MARKUP}
+            status=self.status, message=self.message, code=MARKUP, details=self.details
         )
 
 

@@ -192,9 +192,59 @@ async def test_pages_are_limited_and_do_not_cost_memory() -> None:
     assert (answer.status, answer.header("retry-after")) == (503, "5")
     for _ in range(2000):
         feed._publish("change", {})
-    assert len(feed._recent) <= 256
+    assert len(feed.frames._recent) <= 256
     await feed.end(0.01)
     stream.cancel()
+
+
+async def test_pages_that_do_not_read_share_large_events(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anonymous clients may open streams at an old position: the buffer is of a limited size.
+
+    A page gets large frames in pieces. One that reads again after a time gets a snapshot.
+    """
+    monkeypatch.setattr(feed, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(feed, "_STALLED_SECONDS", 0.0)
+    pages = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+    site.check.details = {"text": "x" * 100_000}
+    report = site.plugin.operations.monitor.report
+    await until(lambda: report().checks["marked"].details == site.check.details)
+    (reader,) = await opened(pages, 1)
+    first = re.findall(rb"id: (\S+)", b"".join(reader.messages))[0].decode()
+    for number in range(40):
+        pages._publish("change", {"number": number, "text": "x" * 100_000})
+        await asyncio.sleep(0)
+    assert pages.frames.size <= 1024 * 1024
+    await until(lambda: b'"number":39' in b"".join(reader.messages))
+
+    reading = asyncio.Event()
+    got: list[bytes] = []
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            got.append(message["body"])
+            await reading.wait()
+
+    late = asyncio.ensure_future(pages.stream(first, {"method": "GET"}, receive, send))
+    blocked = await opened(pages, 10, blocked=True)
+    assert sum(map(len, got)) + sum(len(each.messages[0]) for each in blocked) < 11 * 20_000
+    await until(lambda: not any(each.rest for each in pages._pages))
+    reading.set()
+    await until(lambda: b"event: beat" in b"".join(got))
+    events = b"".join(got).split(b"\n\n")
+    # An event that no page listens to, and again a snapshot that is whole.
+    assert events[1].startswith(b"id: ")
+    assert events[1].endswith(b"\nevent: cut")
+    whole = json.loads(events[2].partition(b"data: ")[2])
+    assert site.check.details in [each["details"] for each in whole["checks"]]
+    assert max(map(len, got)) < 20_000
+    for task in (late, reader.task, *(each.task for each in blocked)):
+        task.cancel()
 
 
 @pytest.mark.parametrize(("count", "writes"), [(3, 3), (60, 1)])
@@ -204,7 +254,7 @@ async def test_many_pages_get_events_in_one_write(site: Site, count: int, writes
     made = await opened(pages, count)
     # The first results of the checks are events, too.
     await until(
-        lambda: all(b".%d\nevent: " % pages._last in b"".join(each.messages) for each in made)
+        lambda: all(b".%d\nevent: " % pages.frames.last in b"".join(each.messages) for each in made)
     )
     before = [len(each.messages) for each in made]
     for name in ("one", "two", "three"):

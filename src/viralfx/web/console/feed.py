@@ -1,16 +1,14 @@
 """The live feed: one stream of server-sent events to each open page.
 
 Each event is encoded once and kept in a buffer. An event with data that need a session has a second
-form for the other pages. A page has a position in the buffer and nothing
-else, so a page that does not read costs no memory: once its position left the buffer, it gets a
-snapshot. With no page open, the listeners return in their first line.
+form for the other pages. A page has a position in the buffer and gets small pieces, so a page that
+does not read costs little memory: once its position left the buffer, it gets a snapshot. With no
+page open, the listeners return in their first line.
 """
 
 import asyncio
 import contextlib
 import logging
-import secrets
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -33,12 +31,11 @@ from viralfx.web.responses import Message, Receive, Scope, Send, encode
 _logger = logging.getLogger("viralfx.console")
 
 BEAT_SECONDS = 2.0
-_RECENT_FRAMES = 256
+_STALLED_SECONDS = 10.0
+"""A page that takes nothing for so long loses the rest of its frame, and gets a snapshot later."""
 _WOKEN_AT_ONCE = 25
 """Pages that are served in one turn of the event loop, so that probes wait for no more of them."""
 FEW_PAGES = 20
-_START_SECONDS = 0.25
-"""Time for which the pages that begin share a snapshot."""
 _GAP_SECONDS = 0.25
 """With more pages, the time in which the events share one write to each page."""
 LAST_EVENT_SECONDS = 0.05
@@ -54,15 +51,13 @@ _HEADERS = (
 )
 
 
-class _Page:
+class _Page(views.Reader):
     """One open stream."""
 
-    __slots__ = ("everything", "gone", "position", "waiting")
+    __slots__ = ("gone", "waiting")
 
     def __init__(self, *, everything: bool) -> None:
-        self.everything = everything
-        """Whether it gets the data that need a session."""
-        self.position = -1
+        super().__init__(everything=everything)
         self.gone = False
         self.waiting: asyncio.Future[None] | None = None
 
@@ -91,10 +86,8 @@ class Feed:
         self._concurrency = concurrency
         self._remaining_stages = remaining_stages
         self._pages: set[_Page] = set()
-        self._boot = secrets.token_hex(4)
-        self._recent: deque[tuple[int, bytes, bytes]] = deque(maxlen=_RECENT_FRAMES)
-        """The number of each frame, its form for a page with a session, and the one without."""
-        self._last = 0
+        self.frames = views.Frames(operations.clock, self.snapshot)
+        """The events of the last time."""
         self._missed = False
         """True if something happened while no page was open; it is in no frame."""
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -107,7 +100,6 @@ class Feed:
         self._rejected: dict[str, int] = {}
         self._circuit_since: dict[str, datetime] = {}
         self._started_at = operations.clock.now()
-        self._starts: dict[bool, tuple[float, msgspec.Raw]] = {}
         operations.monitor.subscribe(self._on_health)
         operations.lifecycle.subscribe(self._on_state)
         operations.shutdown.subscribe(self._on_shutdown)
@@ -225,14 +217,7 @@ class Feed:
 
     def _append(self, event: str, data: Any, *, everyone: bool = True) -> None:
         """Add a frame; without ``everyone`` only pages with a session get it."""
-        self._last += 1
-        frame = b"id: %s.%d\nevent: %s\ndata: %s\n\n" % (
-            self._boot.encode(),
-            self._last,
-            event.encode(),
-            encode(data),
-        )
-        self._recent.append((self._last, frame, frame if everyone else b""))
+        self.frames.append(event, encode(data), everyone=everyone)
 
     def _plan_wake(self) -> None:
         """Let few pages look at the buffer at once, and many pages once for several events."""
@@ -273,13 +258,19 @@ class Feed:
         }
         in_flight = self._in_flight()
         # In the buffer, so that one encoding serves all; it has no id, as nothing is missed by it.
-        self._last += 1
-        forms = [
-            b"event: beat\ndata: %s\n\n" % encode({**beat, "inFlight": each})
-            for each in (in_flight, _without_jobs(in_flight))
-        ]
-        self._recent.append((self._last, forms[0], forms[1]))
+        self.frames.append_unnamed(
+            *(
+                b"event: beat\ndata: %s\n\n" % encode({**beat, "inFlight": each})
+                for each in (in_flight, _without_jobs(in_flight))
+            )
+        )
+        self._drop_stalled()
         self._wake_all()
+
+    def _drop_stalled(self) -> None:
+        until = self._operations.clock.monotonic() - _STALLED_SECONDS
+        for page in self._pages:
+            page.drop_before(until)
 
     def snapshot(self, *, everything: bool) -> views.View:
         """Return the data that a page begins with; ``everything``: also those for a session."""
@@ -307,52 +298,16 @@ class Feed:
         }
 
     def start(self, *, everything: bool) -> msgspec.Raw:
-        """Return a snapshot and its id as JSON; a stream from this id on misses nothing.
-
-        Callers of a quarter of a second share it, unless something happens that no frame has.
-        """
+        """Return a snapshot and its id as JSON; a stream from this id on misses nothing."""
         self._forget_missed()
-        now = self._operations.clock.monotonic()
-        found = self._starts.get(everything)
-        if found is None or now - found[0] >= _START_SECONDS:
-            snapshot = self.snapshot(everything=everything)
-            start = {"id": f"{self._boot}.{self._last}", "snapshot": snapshot}
-            found = self._starts[everything] = (now, msgspec.Raw(encode(start)))
-        return found[1]
+        return self.frames.start(everything=everything)
 
     def _forget_missed(self) -> None:
         """Make the snapshots before now old, if something happened while no page was open."""
         if self._missed and not self._pages:
             self._missed = False
-            self._starts.clear()
             self._ran = {}
-            self._recent.clear()
-            self._last += 1
-
-    def _frames_after(self, page: _Page) -> bytes:
-        """Return the frames that a page has not got; a snapshot if some of them have left."""
-        oldest = self._recent[0][0] if self._recent else self._last + 1
-        if page.position < oldest - 1:
-            page.position = self._last
-            return b"id: %s.%d\nevent: snapshot\ndata: %s\n\n" % (
-                self._boot.encode(),
-                self._last,
-                encode(self.snapshot(everything=page.everything)),
-            )
-        frames = []
-        for number, frame, public in reversed(self._recent):
-            if number <= page.position:
-                break
-            frames.append(frame if page.everything else public)
-        page.position = self._last
-        return b"".join(reversed(frames))
-
-    def _position_of(self, last_id: str) -> int:
-        boot, _, number = last_id.partition(".")
-        if boot != self._boot or not number.isascii() or not number.isdecimal():
-            return -1
-        position = int(number) if len(number) < 16 else -1  # noqa: PLR2004 - no count is longer
-        return position if position <= self._last else -1
+            self.frames.clear()
 
     # -- streams -----------------------------------------------------------------------------
 
@@ -389,7 +344,7 @@ class Feed:
             await self._send_frames(page, send)
             if not leaving.done():
                 # The last frames and the end of the stream are one write.
-                last = self._frames_after(page) if self._ended and not page.gone else b""
+                last = self.frames.all_after(page) if self._ended and not page.gone else b""
                 await send({"type": "http.response.body", "body": last, "more_body": False})
         except asyncio.CancelledError as error:
             if self._ended:
@@ -408,19 +363,17 @@ class Feed:
             self._flush_planned = False
         self._forget_missed()
         page = _Page(everything=everything)
-        page.position = self._position_of(last_id)
+        page.position = self.frames.position_of(last_id)
         self._pages.add(page)
         if self._beating is None:
             self._beating = loop.call_later(BEAT_SECONDS, self._guarded, self._beat)
         return page
 
     async def _send_frames(self, page: _Page, send: Send) -> None:
-        await send(_body(b"retry: 1000\n\n" + self._frames_after(page)))
+        await send(_body(b"retry: 1000\n\n" + self.frames.next_piece(page)))
         while not (page.gone or self._ended):
-            if page.position != self._last:
-                # Empty if each of them needs a session.
-                if frames := self._frames_after(page):
-                    await send(_body(frames))
+            if piece := self.frames.next_piece(page):
+                await send(_body(piece))
             else:
                 page.waiting = asyncio.get_running_loop().create_future()
                 await page.waiting

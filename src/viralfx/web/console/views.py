@@ -1,13 +1,16 @@
-"""The facts of the console as JSON values, field by field as the page reads them."""
+"""The facts of the console as the page reads them: JSON values, and the frames of its stream."""
 
-from collections.abc import Mapping, Sequence
+import secrets
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import msgspec
 
 from viralfx.bootstrap.doctor import ConfigurationSource
-from viralfx.domain.clock import timestamp
+from viralfx.domain.clock import Clock, timestamp
 from viralfx.domain.doctor import Finding
 from viralfx.domain.fleet import CheckChange, CheckHistory, Instance
 from viralfx.domain.health.model import CheckReport, HealthReport, Status, Transition
@@ -18,6 +21,7 @@ from viralfx.domain.operations import Operations, SavedState
 from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.domain.shutdown import PhaseReport
 from viralfx.settings import Settings, fields, show, sources
+from viralfx.web.responses import encode
 
 View = dict[str, Any]
 
@@ -328,3 +332,164 @@ def _finding(finding: Finding) -> View:
         "found": finding.found,
         "remedy": finding.remedy,
     }
+
+
+# -- the stream ----------------------------------------------------------------------------------
+
+_MAX_FRAMES = 256
+MAX_FRAME_BYTES = 1024 * 1024
+"""Size of the buffer of frames; a single larger frame is kept until the next one."""
+PIECE_BYTES = 16 * 1024
+"""Bytes that a reader is given at once; it holds no more bytes of its own."""
+_START_SECONDS = 0.25
+"""Time for which the readers that begin share a snapshot."""
+
+
+class Reader:
+    """A place in :class:`Frames`."""
+
+    __slots__ = ("cut", "everything", "position", "rest", "sent", "taken_at")
+
+    def __init__(self, *, everything: bool) -> None:
+        self.everything = everything
+        """Whether it gets the data that need a session."""
+        self.position = -1
+        """The number of the last frame that it has; -1: it needs a snapshot."""
+        self.rest = b""
+        """Frames that it is given piece by piece: shared with other readers, unless it is small."""
+        self.sent = 0
+        """Bytes of ``rest`` that it was given."""
+        self.taken_at = 0.0
+        """When it took the last piece, in monotonic time."""
+        self.cut = False
+        """True if it was given the first part of a frame only."""
+
+    def drop_before(self, until: float) -> None:
+        """Forget the rest of a frame, if the last piece was taken before this time.
+
+        The next frame is a snapshot then.
+        """
+        if self.rest and self.taken_at < until:
+            self.rest, self.cut, self.position = b"", True, -1
+
+
+class _Snapshot(NamedTuple):
+    made_at: float
+    number: int
+    """The last frame that it has."""
+    frame: bytes
+    json: bytes
+
+
+class Frames:
+    """The last events as frames of a stream, of a limited size; readers share them.
+
+    Numbers are consecutive. ``snapshot(everything=...)`` returns the data to begin with.
+    """
+
+    def __init__(self, clock: Clock, snapshot: Callable[..., View]) -> None:
+        self._clock = clock
+        self._make = snapshot
+        self._boot = secrets.token_hex(4).encode()
+        self._recent: deque[tuple[int, bytes, bytes]] = deque()
+        """The number of each frame, its form for a reader with a session, and the one without."""
+        self._snapshots: dict[bool, _Snapshot] = {}
+        self.last = 0
+        """The number of the last frame."""
+        self.size = 0
+        """Bytes of all frames."""
+
+    def append(self, event: str, data: bytes, *, everyone: bool) -> None:
+        """Add an event; without ``everyone`` only readers with a session get it."""
+        head = b"id: %s.%d\nevent: %s\n" % (self._boot, self.last + 1, event.encode())
+        frame = head + b"data: %s\n\n" % data
+        self.append_unnamed(frame, frame if everyone else b"")
+
+    def append_unnamed(self, frame: bytes, public: bytes) -> None:
+        """Add a frame that no reader misses, so it has no id; ``public`` needs no session."""
+        self.last += 1
+        recent = self._recent
+        recent.append((self.last, frame, public))
+        self.size += len(frame)
+        # A check may have details of any size, so the number of frames alone bounds nothing.
+        while len(recent) > _MAX_FRAMES or (self.size > MAX_FRAME_BYTES and len(recent) > 1):
+            self.size -= len(recent.popleft()[1])
+
+    def clear(self) -> None:
+        """Make all positions and snapshots old."""
+        self._snapshots.clear()
+        self._recent.clear()
+        self.size = 0
+        self.last += 1
+
+    def position_of(self, last_id: str) -> int:
+        """Return the position after a frame with this id; -1 for the id of another process."""
+        boot, _, number = last_id.partition(".")
+        if boot != self._boot.decode() or not number.isascii() or not number.isdecimal():
+            return -1
+        position = int(number) if len(number) < 16 else -1  # noqa: PLR2004 - no count is longer
+        return position if position <= self.last else -1
+
+    def start(self, *, everything: bool) -> msgspec.Raw:
+        """Return a snapshot and its id as JSON; a stream from this id on misses nothing."""
+        found = self._snapshot(everything=everything)
+        name = f"{self._boot.decode()}.{found.number}"
+        return msgspec.Raw(encode({"id": name, "snapshot": msgspec.Raw(found.json)}))
+
+    def _snapshot(self, *, everything: bool) -> _Snapshot:
+        now = self._clock.monotonic()
+        found = self._snapshots.get(everything)
+        if (
+            found is None
+            or now - found.made_at >= _START_SECONDS
+            or not self._has_all_after(found.number)
+        ):
+            json = encode(self._make(everything=everything))
+            frame = b"id: %s.%d\nevent: snapshot\ndata: %s\n\n" % (self._boot, self.last, json)
+            found = self._snapshots[everything] = _Snapshot(now, self.last, frame, json)
+        return found
+
+    def _has_all_after(self, position: int) -> bool:
+        oldest = self._recent[0][0] if self._recent else self.last + 1
+        return position >= oldest - 1
+
+    def next_piece(self, reader: Reader) -> bytes:
+        """Return bytes that a reader has not got; empty if there are none for it."""
+        while not reader.rest and reader.position != self.last:
+            reader.rest, reader.sent = self._after(reader), 0
+        reader.taken_at = self._clock.monotonic()
+        piece = reader.rest[reader.sent : reader.sent + PIECE_BYTES]
+        reader.sent += len(piece)
+        if reader.sent >= len(reader.rest):
+            reader.rest = b""
+        if reader.cut:
+            reader.cut = False
+            # The part that it has ends as an event that no page listens to.
+            return b"\nevent: cut\n\n" + piece
+        return piece
+
+    def all_after(self, reader: Reader) -> bytes:
+        """Return all bytes that a reader has not got."""
+        return b"".join(iter(lambda: self.next_piece(reader), b""))
+
+    def _after(self, reader: Reader) -> bytes:
+        """Return one shared frame, or small ones that are one piece together.
+
+        It is a snapshot if a frame after the position has left.
+        """
+        if not self._has_all_after(reader.position):
+            shared = self._snapshot(everything=reader.everything)
+            reader.position = shared.number
+            return shared.frame
+        frames: list[bytes] = []
+        size = 0
+        for number, frame, public in islice(
+            self._recent, reader.position + 1 - self._recent[0][0], None
+        ):
+            form = frame if reader.everything else public
+            if frames and size + len(form) > PIECE_BYTES:
+                break
+            frames.append(form)
+            size += len(form)
+            reader.position = number
+        return frames[0] if len(frames) == 1 else b"".join(frames)
