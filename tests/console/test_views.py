@@ -198,10 +198,14 @@ def test_circuits(scene: Scene) -> None:
     scene.console.open("circuits")
     circuit = scene.row("carrier")
     circuit.get_by_role("button", name="Open circuit carrier").click()
-    expect(circuit).to_contain_text("open")
+    expect(circuit).to_contain_text("none: opened by hand")
+    expect(scene.main.locator(".toast")).to_contain_text("rejected until you close it")
     expect(circuit.get_by_role("button", name="Close circuit carrier")).to_be_visible()
     scene.button("Undo").click()
     expect(circuit.get_by_role("button", name="Open circuit carrier")).to_be_visible()
+    # A circuit that had opened by itself would stay open after an "Undo" of this.
+    expect(scene.main.locator(".toast")).to_contain_text("is closed")
+    expect(scene.button("Undo")).to_have_count(0)
 
 
 def test_schedules(scene: Scene) -> None:
