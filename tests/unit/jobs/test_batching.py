@@ -7,14 +7,13 @@ from datetime import UTC, datetime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.contracts.ledgers import draft
 from tests.virtual_time import run_in_virtual_time
 
 from viralfx.adapters.memory.job_changes import new_job
 from viralfx.domain.correlation import correlated, current_correlation_id
 from viralfx.domain.jobs.batching import AcceptBatcher, Batcher
 from viralfx.domain.jobs.ledger import Accepted
-from viralfx.domain.jobs.model import JobDraft
+from viralfx.domain.jobs.model import JobDraft, new_job_id
 
 
 class RefusedError(Exception):
@@ -50,6 +49,11 @@ class Store:
             raise RefusedError(",".join(items))
         self.taken.extend(items)
         return [item.upper() for item in items]
+
+
+def draft(key: str | None = None) -> JobDraft:
+    """Return a new draft."""
+    return JobDraft(id=new_job_id(), queue="default", task="task", payload=b"{}", key=key)
 
 
 def first_letter(item: str) -> Sequence[str]:
