@@ -9,7 +9,9 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
+from collections.abc import Generator
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
@@ -251,6 +253,60 @@ async def end(how: str, context: JobContext) -> str:
         case _:
             raise ValueError(how)
     return how
+
+
+@task("culprits.exit_beside")
+async def exit_beside(how: str, context: JobContext) -> str:
+    """Exit in a task or a callback of its own."""
+    note(context)
+    _exit_in_callback(how, asyncio.get_running_loop())
+    match how:
+        case "task":
+            await asyncio.create_task(_exit(SystemExit(3)))
+        case "interrupted task":
+            await asyncio.create_task(_exit(KeyboardInterrupt()))
+        case "gather":
+            await asyncio.gather(_exit(SystemExit(3)), asyncio.sleep(0.01))
+        case "group":
+            async with asyncio.TaskGroup() as group:
+                group.create_task(_exit(SystemExit(3)))
+        case "dropped task":
+            dropped = asyncio.create_task(_exit(SystemExit(3)))
+            del dropped
+    await asyncio.sleep(0.1)
+    return how
+
+
+def _exit_in_callback(how: str, loop: asyncio.AbstractEventLoop) -> None:
+    match how:
+        case "callback":
+            loop.call_soon(sys.exit, 3)
+        case "timer":
+            loop.call_later(0.01, sys.exit, 3)
+        case "done callback":
+            future = loop.create_future()
+            future.add_done_callback(lambda _: sys.exit(3))
+            future.set_result(None)
+        case "closed callback":
+            loop.call_soon(_nothing().throw, GeneratorExit)
+        case "thread":
+            threading.Thread(target=loop.call_soon_threadsafe, args=(sys.exit, 3)).start()
+
+
+def _nothing() -> Generator[None]:
+    yield
+
+
+async def _exit(error: BaseException) -> None:
+    await asyncio.sleep(0)
+    raise error
+
+
+@task("culprits.exit_in_loop")
+def exit_in_loop(_: None, context: JobContext) -> None:
+    """Exit in an event loop of its own."""
+    note(context)
+    asyncio.run(_exit(SystemExit(3)))
 
 
 @task("culprits.unreadable")

@@ -5,9 +5,12 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from tests.servers.waiting import wait_until
+from tests.system.culprit_tasks import RUNS
+from tests.system.culprits import CODE, CULPRITS
 from tests.system.jobs import JOBS, accept, job, until
 from tests.system.service import Service, running
 
@@ -85,6 +88,24 @@ def test_the_stop_finishes_the_jobs_in_memory() -> None:
     assert code == 0
     assert left["finished"] + 1 >= len(ids)
     assert [line["outcome"] for line in service.logged("Shutdown stage ended")].count("ok") == 9
+
+
+@pytest.mark.each_python
+def test_an_exit_in_a_task_or_a_callback_of_a_job_ends_no_api(tmp_path: Path) -> None:
+    """A job that waits for it fails alone. The process goes on, and its exit code stays 0."""
+    exits = [one for one in CODE if "exit" in one.task]
+    runs = tmp_path / "runs"
+    more = {"TASK_MODULES": CULPRITS, "JOB_MAX_ATTEMPTS": "1", RUNS: str(runs)}
+    with serving(**more) as service:
+        ids = [accept(service, one.task, one.payload) for one in exits]
+        shown = [until(service, job_id, one.state) for job_id, one in zip(ids, exits, strict=True)]
+        ready = service.status("/health/ready")
+        service.signal(signal.SIGTERM)
+
+        assert (ready, service.exit_code()) == (200, 0)
+    ends = [(each["state"], each["error"] and each["error"]["code"]) for each in shown]
+    assert ends == [(one.state, one.code) for one in exits]
+    assert "SystemExit" in str(service.logged("Uncaught exception"))
 
 
 def test_jobs_beyond_the_budget_are_logged() -> None:

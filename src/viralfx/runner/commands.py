@@ -130,6 +130,7 @@ def serve(
         shutdown_on_uncaught=settings.shutdown_on_uncaught,
         stall_threshold=settings.loop_stall_threshold,
         queues=settings.queues if jobs.worker is not None else (),
+        runs_jobs=jobs.worker is not None,
     )
     _enable_collections()
     return process.run()
@@ -239,6 +240,7 @@ def work(signals: SignalWatch, *, app: str | None = None, queues: Sequence[str])
         shutdown_on_uncaught=settings.shutdown_on_uncaught,
         stall_threshold=settings.loop_stall_threshold,
         queues=tuple(dict.fromkeys(queues or settings.queues)),
+        runs_jobs=True,
     )
     _enable_collections()
     return process.run()

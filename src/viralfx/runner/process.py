@@ -97,6 +97,7 @@ class Process:
         management: Callable[[], HttpServer] | None,
         shutdown_on_uncaught: bool,
         queues: Sequence[str] = (),
+        runs_jobs: bool = False,
         stall_threshold: float = 0.0,
         console: Console | None = None,
     ) -> None:
@@ -105,9 +106,9 @@ class Process:
         ``reclaim_log`` restores logging if the application has reconfigured it during its start.
         ``server`` makes the application's server; None: no application is served. ``application``
         makes the lifespan of one that is not served. ``gate`` is in front of the application, or of
-        the management endpoints alone. ``queues`` are logged at the
-        start. ``stall_threshold``: seconds after which a blocked loop is logged; 0: never.
-        ``console`` has open pages, which learn of each stage and of the end.
+        the management endpoints alone. ``queues`` are logged at the start. ``runs_jobs``: the code
+        of jobs runs on the loop. ``stall_threshold``: seconds after which a blocked loop is logged;
+        0: never. ``console`` has open pages, which learn of each stage and of the end.
         """
         self._operations = operations
         self._signals = signals
@@ -118,10 +119,13 @@ class Process:
         self._make_management = management
         self._shutdown_on_uncaught = shutdown_on_uncaught
         self._queues = tuple(queues)
+        self._runs_jobs = runs_jobs
         self._stall_threshold = stall_threshold
         self._console = console
         self._loop = loop_factory()()
         self._uncaught = 0
+        self._failed = False
+        """True after an uncaught exception that shuts down."""
         self._unretrieved = 0
         self._thread_hook = threading.__excepthook__
         self._startup_failed = False
@@ -271,7 +275,7 @@ class Process:
     def _exit_code(self, report: ShutdownReport) -> int:
         if self._startup_failed:
             return EXIT_STARTUP
-        if self._uncaught and self._shutdown_on_uncaught:
+        if self._failed:
             return EXIT_UNCAUGHT
         return EXIT_OK if report.clean else EXIT_STAGE
 
@@ -288,8 +292,12 @@ class Process:
 
     def _on_uncaught(self, where: str, error: BaseException) -> None:
         self._log_uncaught(where, error)
-        if not self._shutdown_on_uncaught:
+        # A job may call code that exits, in a task or a callback of its own. Code that awaits that
+        # task gets the exception, too; the other jobs and the API go on.
+        may_be_of_a_job = self._runs_jobs and self._gate.open and not isinstance(error, Exception)
+        if may_be_of_a_job or not self._shutdown_on_uncaught:
             return
+        self._failed = True
         # The watchdog first, because the loop may be blocked.
         self._signals.arm(self._operations.shutdown.budgets.force)
         with contextlib.suppress(RuntimeError):  # the loop is closed
