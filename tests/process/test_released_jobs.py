@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 from tests.servers.waiting import until
 from tests.unit.jobs.fleet import FaultyLedger, Fleet
@@ -159,6 +160,33 @@ async def test_jobs_that_have_not_begun_go_to_other_workers(
     }
     assert worker.fenced == 0
     assert not [text for text in caplog.messages if text.startswith("Outcome not recorded")]
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+async def test_a_job_whose_payload_blocks_the_loop_has_begun(
+    fleet: Fleet, *, transactional: bool
+) -> None:
+    """Otherwise it would block each worker in turn, without an attempt."""
+    store = Store(fleet)
+
+    class Blocking(msgspec.Struct):
+        def __post_init__(self) -> None:
+            store.block()
+
+    async def read(payload: Blocking, *_: Any) -> None:
+        fleet.done.append(payload)
+
+    fleet.declare("read", read, payload_type=Blocking, transactional=transactional)
+    await fleet.memory_ledger.register("other", ["default"], LIMIT)
+    worker = fleet.worker(lease=LEASE, open_lease_store=lambda: store)
+    job_id = await fleet.accept("read", "{}")
+    worker.start()
+    await fleet.final(job_id)
+    job = await fleet.job(job_id)
+
+    assert store.kept == (job_id,)
+    assert store.taken == []
+    assert (job.state, job.claims, len(fleet.done)) == (JobState.COMPLETED, 1, 1)
 
 
 def test_a_job_is_kept_or_does_not_begin() -> None:

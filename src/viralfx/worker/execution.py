@@ -194,11 +194,7 @@ class Executor:
             settlement: Settlement | None = None
             task = self.tasks.find(claim.task)
             try:
-                if task.read is None:
-                    payload = self.codec.decode(claim.payload, task.payload_type)
-                else:
-                    payload = task.read(claim.payload, claim.id)
-                call = partial(self._call, execution, task, payload)
+                call = partial(self._call, execution, task)
                 if not task.transactional:
                     settlement = completed(claim, await call(None))
                 elif not await self.ledger.settle_with_effect(claim, call, execution.last_progress):
@@ -217,16 +213,20 @@ class Executor:
             ended(settlement)
         return settlement
 
-    async def _call(
-        self, execution: Execution, task: Task, payload: object, connection: object
-    ) -> bytes:
+    async def _call(self, execution: Execution, task: Task, connection: object) -> bytes:
         """Call the task under its timeout; return its encoded result."""
         claim = execution.claim
-        # The timeout starts here: waiting for a connection does not count.
         timeout = self.timeout_of(task)
-        deadline = Deadline(timeout, clock=self.clock)
         if not self.on_begun(execution, timeout):
             raise HandBackError("the job was released to other workers")
+        # After the record that the job has begun: code of the payload's type may block the loop.
+        # Otherwise each worker in turn would be blocked by the job, and would then release it.
+        if task.read is None:
+            payload = self.codec.decode(claim.payload, task.payload_type)
+        else:
+            payload = task.read(claim.payload, claim.id)
+        # The timeout starts here: waiting for a connection does not count.
+        deadline = Deadline(timeout, clock=self.clock)
         cancelled = Cancellation(deadline)
         execution.recording, execution.deadline = False, deadline
         execution.cancelled = cancelled
