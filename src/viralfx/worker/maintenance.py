@@ -84,14 +84,15 @@ class Sweeper(Role):
         try:
             before = self._heartbeat.others_valid_until
             result = await context.ledger.sweep(self._max_crashes, before)
-            expired = await self._expire(before)
+            # Before the next call, which may fail.
+            _log(result)
+            for queue, ids in result.returned.items():
+                context.notify(queue, ids)
+            _log_failed(await self._expire(before))
         except Exception as error:  # noqa: BLE001 - other workers sweep too, and this one retries
             context.availability.failed("sweep", error)
             return
         context.availability.succeeded("sweep")
-        _log(result, expired)
-        for queue, ids in result.returned.items():
-            context.notify(queue, ids)
 
     async def _expire(self, before: datetime | None) -> Mapping[str, Sequence[str]]:
         """Fail jobs that no worker can run; that is seldom urgent, so not with every sweep."""
@@ -103,13 +104,17 @@ class Sweeper(Role):
         return expired
 
 
-def _log(result: SweepResult, expired: Mapping[str, Sequence[str]]) -> None:
+def _log(result: SweepResult) -> None:
     returned = sum(len(ids) for ids in result.returned.values())
     if returned:
         _logger.warning("Jobs of dead workers are due again", extra={"count": returned})
     for job_id in result.cancelled:
         _logger.info("Job cancelled", extra={"job": job_id})
-    for code, ids in {"crashed": result.crashed, **expired}.items():
+    _log_failed({"crashed": result.crashed})
+
+
+def _log_failed(failed: Mapping[str, Sequence[str]]) -> None:
+    for code, ids in failed.items():
         for job_id in ids:
             _logger.error("Job failed", extra={"job": job_id, "code": code})
 

@@ -72,6 +72,21 @@ async def test_repeated_short_outages_do_not_stop_sweeping(
         assert fleet.clock.monotonic() - began < 2 * LEASE
 
 
+async def test_a_sweep_is_reported_although_its_next_call_fails(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise no line would name a job that failed in it."""
+    poison = await fleet.accept()
+    await fleet.memory_ledger.register("dead", ["default"], 1.0)
+    await fleet.memory_ledger.claim("default", "dead", 1)
+    fleet.ledger.unavailable = frozenset({"expire"})
+    fleet.start(lease=LEASE, sweep_interval=5.0, max_crashes=1)
+    await fleet.final(poison)
+
+    failures = [each.__dict__ for each in caplog.records if each.getMessage() == "Job failed"]
+    assert [(each["job"], each["code"]) for each in failures] == [(poison, "crashed")]
+
+
 @pytest.mark.parametrize("into_the_lease", [0.0, 2.5, 5.0, 7.5, 9.5])
 async def test_a_sweep_that_hangs_takes_no_job_of_a_live_worker(
     fleet: Fleet, into_the_lease: float
