@@ -159,7 +159,7 @@ STATEMENTS: dict[str, tuple[str, list[Any], set[str]]] = {
         {"jobs_active"},
     ),
     "deregister": (sql.DEREGISTER, ["w"], {"jobs_active"}),
-    "sweep": (sql.SWEEP, [5, None, 100], {"jobs_active", "jobs_cancelled", "jobs_pkey"}),
+    "sweep": (sql.SWEEP, [5, None, 100, None], {"jobs_active", "jobs_cancelled", "jobs_pkey"}),
     "jobs that no worker can run": (claims.UNRUNNABLE, [1000], {"jobs_refused"}),
     "watch unknown tasks": (claims.WATCH_UNKNOWN, [3600.0, None], {"jobs_waiting_tasks"}),
     "expire a task": (
@@ -168,7 +168,7 @@ STATEMENTS: dict[str, tuple[str, list[Any], set[str]]] = {
         {"jobs_pkey"},
     ),
     "expire payloads": (claims.EXPIRE_PAYLOADS, [3600.0, None], {"jobs_refused", "jobs_pkey"}),
-    "promote": (sql.PROMOTE, [60, 1000], {"jobs_scheduled", "jobs_pkey"}),
+    "promote": (sql.PROMOTE, [60, 1000, None], {"jobs_scheduled", "jobs_pkey"}),
     "settle": (sql.SETTLE_ALL, SETTLEMENT, {"jobs_pkey"}),
     "settle completed": (sql.SETTLE_COMPLETED, COMPLETION, {"jobs_pkey"}),
     "settle others": (sql.SETTLE_OTHERS, SETTLEMENT, {"jobs_pkey"}),

@@ -453,6 +453,53 @@ async def test_a_sweep_returns_the_jobs_beside_one_that_may_not_fail(
     assert list(swept.crashed) == []
 
 
+async def test_a_sweep_takes_the_jobs_beside_one_that_may_not_change(
+    migrated_database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each to its own state; the one is named in the log, and taken once the trigger is gone."""
+    async with ledger_in(migrated_database) as ledger:
+        drafts = [draft(payload=each) for each in (b"1", b'"bad"', b"2", b'"poison"', b"3")]
+        bad, poison = drafts[1].id, drafts[3].id
+        await ledger.accept(drafts)
+        migrated_database.execute(
+            "update viralfx_jobs set crashes = 4 where payload::text like '%poison%'"
+        )
+        await ledger.register("w", ["default"], 0.05)
+        await ledger.claim("default", "w", 5)
+        refuse(migrated_database, "tg_op = 'UPDATE'")
+        async with asyncio.timeout(10):
+            while not (swept := await ledger.sweep(5)).returned:  # noqa: ASYNC110 - it is swept
+                await asyncio.sleep(0.02)
+        again = await ledger.sweep(5)
+        allow(migrated_database)
+        last = await ledger.sweep(5)
+
+    good = {drafts[0].id, drafts[2].id, drafts[4].id}
+    assert (set(swept.returned["default"]), list(swept.crashed)) == (good, [poison])
+    assert (dict(again.returned), dict(last.returned)) == ({}, {"default": [bad]})
+    lines = [each.__dict__ for each in caplog.records if "Sweep refused" in each.getMessage()]
+    assert {(*line["jobs"], line["code"]) for line in lines} == {(bad, "P0001")}
+
+
+async def test_scheduled_jobs_become_due_beside_one_that_may_not(
+    migrated_database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The refused one is named in the log."""
+    async with ledger_in(migrated_database) as ledger:
+        later = datetime.now(UTC) + HOUR
+        drafts = [draft(payload=text, run_at=later) for text in (b"1", b'"bad"', b"2")]
+        await ledger.accept(drafts)
+        migrated_database.execute("update viralfx_jobs set run_at = now()")
+        refuse(migrated_database, "tg_op = 'UPDATE' and new.state = 'waiting'")
+        await ledger.register("w", ["default"], LONG_LEASE)
+        await ledger.sweep(5)
+        claims = await ledger.claim("default", "w", 3)
+
+    assert {claim.id for claim in claims} == {drafts[0].id, drafts[2].id}
+    (line,) = [each.__dict__ for each in caplog.records if "Promotion" in each.getMessage()]
+    assert (line["jobs"], line["code"]) == ([drafts[1].id], "P0001")
+
+
 async def test_a_sweep_returns_jobs_although_one_may_not_become_due(
     migrated_database: Database,
 ) -> None:

@@ -148,7 +148,7 @@ async def test_ledgers_in_two_schemas_are_independent(database: Database) -> Non
         await second.register("gone", ["default"], 0.0)
         async with pools[0].acquire() as connection, connection.transaction():
             # The first ledger sweeps, and does not end.
-            await connection.fetch(qualified(SWEEP, "first"), 5, None, 100)
+            await connection.fetch(qualified(SWEEP, "first"), 5, None, 100, None)
             await second.sweep(5)
     workers = "select worker from {}.viralfx_workers"
     assert database.execute(workers.format("second")) == []

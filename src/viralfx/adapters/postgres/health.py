@@ -304,11 +304,11 @@ class HealthQuery:
 
     async def _maintain(self, connection: "Connection[Any]", counted: Sequence[Row]) -> None:
         """Do a part of the sweep's work if it was not done, because no worker is alive."""
-        steps: list[tuple[str, tuple[int, ...]]] = []
+        steps: list[tuple[str, tuple[int | None, ...]]] = []
         if sum(row["counters"] for row in counted) > _MAX_COUNTERS:
             steps.append((self._sql.FOLD, (_MAX_COUNTERS,)))
         if any(row["overdue"] for row in counted):
-            steps.append((self._sql.PROMOTE, (SOON_SECONDS, PROMOTED_AT_ONCE)))
+            steps.append((self._sql.PROMOTE, (SOON_SECONDS, PROMOTED_AT_ONCE, None)))
         try:
             for statement, arguments in steps:
                 await run_limited(connection, partial(connection.execute, statement, *arguments))

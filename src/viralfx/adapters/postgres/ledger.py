@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any, TypeAlias
@@ -30,7 +30,7 @@ from viralfx.adapters.postgres.ledger_rows import (
 from viralfx.adapters.postgres.ledger_sql import MAX_SWEPT_JOBS, PROMOTED_AT_ONCE, SOON_SECONDS
 from viralfx.adapters.postgres.migrations import Statements, channel_of
 from viralfx.adapters.postgres.pool import PING_AFTER
-from viralfx.adapters.postgres.retry import Attempt, RetriedSteps
+from viralfx.adapters.postgres.retry import Attempt, RetriedSteps, in_portions
 from viralfx.adapters.postgres.transactional_jobs import (
     Effect,
     Effects,
@@ -38,7 +38,7 @@ from viralfx.adapters.postgres.transactional_jobs import (
     SupersededError,
     is_completed,
 )
-from viralfx.domain.clock import Clock, SystemClock, default_rng
+from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.jobs.codec import PayloadError
 from viralfx.domain.jobs.ledger import (
     MAX_ANNOUNCED,
@@ -61,12 +61,13 @@ from viralfx.domain.jobs.model import (
 )
 
 _logger = logging.getLogger("viralfx.jobs")
-_rng = default_rng()
-
-_MAX_REFUSED = 20
-"""Refused jobs after which the other cancelled ones are left to the next sweep."""
 
 Session: TypeAlias = "Lease | Connection[Any]"
+
+
+def _refused(message: str) -> Callable[[Sequence[str], str | None], None]:
+    """Return a function that logs refused jobs; they are left to a later sweep."""
+    return lambda ids, code: _logger.error(message, extra={"jobs": ids, "code": code})
 
 
 async def finish_cancelled(connection: Session, sql: Statements) -> Collection[str]:
@@ -74,33 +75,16 @@ async def finish_cancelled(connection: Session, sql: Statements) -> Collection[s
 
     A job that the server refuses does not keep the others; it is left to a later sweep.
     """
-    finished: list[str] = []
-    refused: list[str] = []
-    code = None
-    portions: list[list[str] | None] = [None]
-    while portions and len(refused) < _MAX_REFUSED:
-        portion = portions.pop()
-        try:
-            rows = await connection.fetch(sql.FINISH_CANCELLED, MAX_SWEPT_JOBS, portion)
-            finished += [str(row["id"]) for row in rows]
-        except (*BAD_VALUE, asyncpg.PostgresError) as error:
-            if (refusal_of := refusal(error)) is None:
-                raise
-            code = refusal_of.code
-            if portion is None:
-                portion = [
-                    str(row["id"]) for row in await connection.fetch(sql.ENDING, MAX_SWEPT_JOBS)
-                ]
-                # If there are many refused ones, each sweep begins with others.
-                _rng.shuffle(portion)
-            if len(portion) <= 1:
-                refused += portion
-            else:
-                middle = len(portion) // 2
-                portions += [portion[middle:], portion[:middle]]
-    if refused:
-        _logger.error("Cancellation refused by the ledger", extra={"jobs": refused, "code": code})
-    return finished
+    rows = await in_portions(
+        lambda ids: connection.fetch(sql.FINISH_CANCELLED, MAX_SWEPT_JOBS, ids),
+        lambda: _ids_of(connection.fetch(sql.ENDING, MAX_SWEPT_JOBS)),
+        _refused("Cancellation refused by the ledger"),
+    )
+    return [str(row["id"]) for row in rows]
+
+
+async def _ids_of(fetching: Awaitable[Sequence[Row]]) -> Sequence[str]:
+    return [str(row["id"]) for row in await fetching]
 
 
 async def record(
@@ -362,16 +346,25 @@ class PostgresJobLedger(JobChanges):
         """See :class:`JobLedger`; also promotes scheduled jobs and folds the counters.
 
         Takes up to ``MAX_SWEPT_JOBS`` jobs. If another sweep is under way, it takes none. If the
-        server refuses a failed job, such as by a trigger, all of them are due again.
+        server refuses a failed job, such as by a trigger, all of them are due again. If it refuses
+        any change of a job, that one alone is left to a later sweep.
         """
-        more = before, MIN_COUNTERS_TO_FOLD
-        try:
-            rows = await self._fetch(self._sql.SWEEP, max_crashes, *more)
-        except _MAYBE_REFUSED as error:
-            if refusal(error) is None:
-                raise
-            # One row must not keep the jobs of all workers that have died.
-            rows = await self._fetch(self._sql.SWEEP, _NO_CRASH_LIMIT, *more)
+
+        async def take(ids: Sequence[str] | None) -> Sequence[Row]:
+            more = before, MIN_COUNTERS_TO_FOLD, ids
+            try:
+                return await self._fetch(self._sql.SWEEP, max_crashes, *more)
+            except _MAYBE_REFUSED as error:
+                if refusal(error) is None or (ids is not None and len(ids) > 1):
+                    raise
+                # One row must not keep the jobs of all workers that have died.
+                return await self._fetch(self._sql.SWEEP, _NO_CRASH_LIMIT, *more)
+
+        rows = await in_portions(
+            take,
+            lambda: _ids_of(self._fetch(self._sql.LOST, MAX_SWEPT_JOBS)),
+            _refused("Sweep refused by the ledger"),
+        )
         waiting = [row for row in rows if row["state"] == JobState.WAITING]
         crashed = [str(row["id"]) for row in rows if row["state"] == JobState.FAILED]
         cancelled: Collection[str] = ()
@@ -394,9 +387,14 @@ class PostgresJobLedger(JobChanges):
         """Do it seldom: scheduled jobs are promoted long before they are due."""
         if self._clock.monotonic() < self._promote_at:
             return
+        limits = SOON_SECONDS, PROMOTED_AT_ONCE
         for _ in range(_MAX_PROMOTIONS):
-            promoted = await self._changed(self._sql.PROMOTE, SOON_SECONDS, PROMOTED_AT_ONCE)
-            if promoted < PROMOTED_AT_ONCE:
+            promoted = await in_portions(
+                lambda ids: self._fetch(self._sql.PROMOTE, *limits, ids),
+                lambda: _ids_of(self._fetch(self._sql.SOON, *limits)),
+                _refused("Promotion refused by the ledger"),
+            )
+            if len(promoted) < PROMOTED_AT_ONCE:
                 self._promote_at = self._clock.monotonic() + _PROMOTION_SECONDS
                 await self._forget_limits()
                 break

@@ -309,6 +309,12 @@ SELECT queue, state, sum(count) FROM folded GROUP BY queue, state
 """
 FOLD: Final = f"WITH {_FOLDED.format(most='$1')} {_SUMS}"
 
+_LOST = """
+state = 'active' AND coalesce(worker, '') NOT IN (
+        SELECT living.worker FROM viralfx_workers AS living
+        WHERE lease_until > statement_timestamp()
+    ) AND NOT (cancel_requested AND worker IS NULL)
+"""
 # A server that hung receives the statement late; after $2 the sweep must not happen. Of two sweeps
 # at once, one does nothing but fold the counters. The last row, without an id, stands for jobs that
 # FINISH_CANCELLED has to move, such as those that a blocked worker released. Without any, a sweep
@@ -325,10 +331,7 @@ WITH {_FOLDED.format(most="$3")}, sums AS ({_SUMS}), turn AS MATERIALIZED (
     )
 ), lost AS MATERIALIZED (
     SELECT id FROM viralfx_jobs AS job
-    WHERE state = 'active' AND (SELECT mine FROM turn) AND coalesce(worker, '') NOT IN (
-        SELECT living.worker FROM viralfx_workers AS living
-        WHERE lease_until > statement_timestamp()
-    ) AND NOT (cancel_requested AND worker IS NULL)
+    WHERE {_LOST} AND (SELECT mine FROM turn) AND ($4::uuid[] IS NULL OR id = ANY($4))
     LIMIT {MAX_SWEPT_JOBS}
     FOR UPDATE OF job SKIP LOCKED
 ), swept AS (
@@ -362,17 +365,21 @@ SELECT id, queue, state FROM swept
 UNION ALL
 SELECT NULL, NULL, 'active' WHERE EXISTS (SELECT FROM viralfx_jobs WHERE {_ENDING})
 """  # noqa: S608 - constants
+LOST: Final = f"SELECT id FROM viralfx_jobs WHERE {_LOST} LIMIT $1"  # noqa: S608 - constants
 
-# Their due time is near; those that are due come first.
-PROMOTE: Final = """
+_SOON = "state = 'scheduled' AND run_at <= statement_timestamp() + make_interval(secs => $1)"
+# Their due time is near; those that are due come first. $3: some of them; NULL: any.
+PROMOTE: Final = f"""
 UPDATE viralfx_jobs SET state = 'waiting' WHERE id = ANY(ARRAY(
     SELECT id FROM viralfx_jobs
-    WHERE state = 'scheduled' AND run_at <= statement_timestamp() + make_interval(secs => $1)
+    WHERE {_SOON} AND ($3::uuid[] IS NULL OR id = ANY($3))
     ORDER BY run_at
     LIMIT $2
     FOR UPDATE SKIP LOCKED
 ))
-"""
+RETURNING id
+"""  # noqa: S608 - constants
+SOON: Final = f"SELECT id FROM viralfx_jobs WHERE {_SOON} ORDER BY run_at LIMIT $2"  # noqa: S608 - constants
 
 GET: Final = f"SELECT {JOB} FROM viralfx_all_jobs WHERE id = $1"  # noqa: S608 - constants
 

@@ -4,7 +4,7 @@ import asyncio
 import math
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from asyncpg.pool import PoolConnectionProxy
 
 from viralfx.adapters.postgres.connections import run_query
 from viralfx.adapters.postgres.errors import (
+    BAD_VALUE,
     DATABASE_ERRORS,
     POOLER_FULL,
     NoServerError,
@@ -24,11 +25,13 @@ from viralfx.adapters.postgres.errors import (
     explain,
     is_lasting_refusal,
     map_errors,
+    refusal,
     refuses_tls,
 )
 from viralfx.adapters.postgres.pool import end_of_life
-from viralfx.domain.clock import Clock
+from viralfx.domain.clock import Clock, default_rng
 from viralfx.domain.events import Listener
+from viralfx.domain.jobs.model import LedgerUnavailableError
 from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, Jitter
 from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.resilience.retry_decision import RetryEvent
@@ -174,6 +177,48 @@ class RetriedSteps:
                 if connected:
                     raise
                 raise PoolTimeoutError(f"no connection within {self._timeout:g} s") from error
+
+
+_MAX_REFUSED = 20
+"""Refused rows after which the other ones are left to a later call."""
+_rng = default_rng()
+
+
+async def in_portions(
+    change: Callable[[Sequence[str] | None], Awaitable[Sequence[T]]],
+    list_ids: Callable[[], Awaitable[Sequence[str]]],
+    on_refused: Callable[[Sequence[str], str | None], None],
+) -> list[T]:
+    """Change many rows at once, or all but those that the server refuses, such as by a trigger.
+
+    ``change`` gets the ids of the rows to change, or None for all, and returns what it changed;
+    ``list_ids`` lists all. Halves the rows until the refused ones are alone, and passes these to
+    ``on_refused``, with the SQLSTATE of the last one. Raises other errors than refusals.
+    """
+    changed: list[T] = []
+    refused: list[str] = []
+    code = None
+    portions: list[Sequence[str] | None] = [None]
+    while portions and len(refused) < _MAX_REFUSED:
+        portion = portions.pop()
+        try:
+            changed += await change(portion)
+        except (*BAD_VALUE, PostgresError, LedgerUnavailableError) as error:
+            if (refusal_of := refusal(error)) is None:
+                raise
+            code = refusal_of.code
+            if portion is None:
+                portion = list(await list_ids())
+                # If there are many refused ones, each call begins with others.
+                _rng.shuffle(portion)
+            if len(portion) <= 1:
+                refused += portion
+            else:
+                middle = len(portion) // 2
+                portions += [portion[middle:], portion[:middle]]
+    if refused:
+        on_refused(refused, code)
+    return changed
 
 
 class DedicatedConnection:
