@@ -133,10 +133,9 @@ KEYS = {"finished_jobs_pkey", "finished_jobs_key"}
 PAGES = {"jobs_pages", "finished_jobs_pages"}
 COUNTED = {"jobs_waiting", "jobs_scheduled"}
 CLAIMING = ["default", "w", 50, 1]
-COMPLETION = [[one] * 50 for one in (NO_WORKER, 1, "1")]
-SETTLEMENT = [
-    [one] * 50 for one in (NO_WORKER, 1, "failed", None, "error", "why", None, 1, True, None, None)
-]
+COMPLETION = [*([one] * 50 for one in (NO_WORKER, 1, "1")), True]
+FAILURE = (NO_WORKER, 1, "failed", None, "error", "why", None, 1, True, None, None)
+SETTLEMENT = [*([one] * 50 for one in FAILURE), True]
 SETTLED = [[one] * 50 for one in (NO_WORKER, 1, "completed", 0, 0)]
 ACCEPTED = [[NO_WORKER] * 50, ["key"] * 50, ["unique"] * 50]
 STATEMENTS: dict[str, tuple[str, list[Any], set[str]]] = {
@@ -145,7 +144,7 @@ STATEMENTS: dict[str, tuple[str, list[Any], set[str]]] = {
         [*CLAIMING, ["task"], [NO_WORKER] * 50],
         {"jobs_pkey"},
     ),
-    "undo a claim": (claims.UNDO_CLAIM, ["w", [1, 2]], {"jobs_active"}),
+    "undo a claim": (claims.UNDO_CLAIM, ["w", [1, 2]], {"jobs_active", "jobs_pkey"}),
     "due": (claims.DUE, [["default", "analytics"], ["task"], 5.0], {"jobs_waiting_tasks"}),
     "resume": (claims.RESUME, ["default", 100], {"jobs_waiting"}),
     "accepted before": (
@@ -156,9 +155,10 @@ STATEMENTS: dict[str, tuple[str, list[Any], set[str]]] = {
     "heartbeat": (
         sql.REGISTER_HOLDING,
         ["w", ["default"], 30.0, ["task"], True, [NO_WORKER] * 50, 30.0],
-        {"jobs_active"},
+        {"jobs_active", "jobs_pkey"},
     ),
-    "deregister": (sql.DEREGISTER, ["w"], {"jobs_active"}),
+    "hand back": (claims.HAND_BACK, ["w", None], {"jobs_active", "jobs_pkey"}),
+    "deregister": (claims.DEREGISTER, ["w"], {"jobs_active"}),
     "sweep": (sql.SWEEP, [5, None, 100, None], {"jobs_active", "jobs_cancelled", "jobs_pkey"}),
     "jobs that no worker can run": (claims.UNRUNNABLE, [1000], {"jobs_refused"}),
     "watch unknown tasks": (claims.WATCH_UNKNOWN, [3600.0, None], {"jobs_waiting_tasks"}),
@@ -428,6 +428,7 @@ async def test_settling_is_fast_with_outdated_statistics(
         text = await connection.fetchval(
             qualified(f"EXPLAIN (ANALYZE, FORMAT JSON) {sql.SETTLE_COMPLETED}", "viralfx_ops"),
             *outcomes,
+            True,
         )
     compared = [
         (part["Actual Rows"] + part.get("Rows Removed by Join Filter", 0)) * part["Actual Loops"]

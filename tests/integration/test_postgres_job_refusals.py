@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,6 +21,7 @@ from tests.soak import SOAK
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryNotifier
 from viralfx.adapters.postgres import PostgresJobLedger
+from viralfx.domain.jobs.batching import PartlyDoneError
 from viralfx.domain.jobs.codec import PayloadError, PayloadTooLargeError
 from viralfx.domain.jobs.model import (
     Job,
@@ -49,6 +50,14 @@ TRIGGER = """
 create trigger refuse before insert or update on {table}
 for each row execute function refuse();
 """
+
+
+WAITS_LONGER = """
+select count(*) from pg_stat_activity
+where wait_event_type = 'Lock' and query_start < clock_timestamp() - interval '1 s'
+"""
+"""How many statements wait for a lock, and for longer than a batch waits for that of a job."""
+LOCK = "select from viralfx_ops.viralfx_jobs where id = $1 for update"
 
 
 def refuse(
@@ -542,6 +551,169 @@ async def test_a_job_that_may_not_be_cancelled_keeps_no_other_active(
     (line,) = [each.__dict__ for each in caplog.records if "Cancell" in each.getMessage()]
     assert (set(line["jobs"]), line["code"]) == (bad, "P0001")
     assert set(swept.cancelled) == bad
+
+
+# -- jobs whose rows another session has locked -----------------------------------------------
+
+
+@asynccontextmanager
+async def locked(database: Database, job_id: str) -> AsyncIterator[None]:
+    """Lock the row of a job, as a session of psql may."""
+    connection = await asyncpg.connect(database.url)
+    try:
+        async with connection.transaction():
+            await connection.execute(LOCK, job_id)
+            yield
+    finally:
+        await connection.close()
+
+
+async def test_outcomes_are_recorded_beside_one_whose_row_is_locked(
+    migrated_database: Database,
+) -> None:
+    """It is recorded once the lock is gone, and its task runs once."""
+    finish = asyncio.Event()
+
+    async def wait(value: object) -> object:
+        await finish.wait()
+        return value
+
+    async with system(migrated_database, task=wait) as running:
+        first, *others = await running.submit(*"abcdef")
+        await running.until(lambda: len(running.worker.running) == 6)
+        async with locked(migrated_database, first):
+            finish.set()
+            jobs = await running.final(*others, within=5.0)
+            kept = await running.service.get(first)
+        (job,) = await running.final(first)
+
+    assert {outcome(each) for each in (*jobs, job)} == {GOOD}
+    assert (kept.state, job.claims) == (JobState.ACTIVE, 1)
+
+
+async def test_outcomes_are_recorded_beside_several_whose_rows_are_locked(
+    migrated_database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also if each is the only one of its batch."""
+    finish = {value: asyncio.Event() for value in "abcd"}
+
+    async def wait(value: str) -> str:
+        await finish[value].wait()
+        return value
+
+    async with system(migrated_database, task=wait) as running, AsyncExitStack() as locks:
+        *ids, last = await running.submit(*finish)
+        await running.until(lambda: len(running.worker.running) == 4)
+        for job_id in ids:
+            await locks.enter_async_context(locked(migrated_database, job_id))
+        for value in "abc":
+            before = len(caplog.messages)
+            finish[value].set()
+            await running.until(lambda: len(caplog.messages) > before)  # noqa: B023 - it is awaited
+        finish["d"].set()
+        (job,) = await running.final(last, within=5.0)
+        await locks.aclose()
+        jobs = await running.final(*ids)
+
+    assert {(outcome(each), each.claims) for each in (*jobs, job)} == {(GOOD, 1)}
+    assert {text.partition(":")[0] for text in caplog.messages} == {"Outcome waits"}
+
+
+async def test_a_batch_waits_for_the_lock_of_a_trigger(
+    migrated_database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It belongs to no job, so each outcome would wait for it, also alone."""
+    migrated_database.execute("create table shared (number integer)")
+    migrated_database.execute("insert into shared values (0)")
+    async with system(migrated_database) as running:
+        taken = "update public.shared set number = number + 1"
+        refuse(migrated_database, "new.state = 'completed'", action=taken)
+        connection = await asyncpg.connect(migrated_database.url)
+        try:
+            async with connection.transaction():
+                await connection.execute("update public.shared set number = 10")
+                ids = await running.submit(*[f"bad {number}" for number in range(6)])
+                await running.until(lambda: running.worker.active == 6)
+                await running.until(lambda: migrated_database.execute(WAITS_LONGER) != [(0,)])
+        finally:
+            await connection.close()
+        jobs = await running.final(*ids)
+
+    assert {outcome(each) for each in jobs} == {GOOD}
+    assert caplog.messages == []
+    assert migrated_database.execute("select number from shared") == [(16,)]
+
+
+@pytest.mark.parametrize("passes", [False, True], ids=["to the end", "passes"])
+async def test_a_stop_hands_back_jobs_beside_one_whose_row_is_locked(
+    migrated_database: Database, *, passes: bool
+) -> None:
+    """Only that one is left, until the lock is gone."""
+    waiting = {JobState.WAITING}
+    async with system(migrated_database, task=lambda _: asyncio.Event().wait()) as running:
+        first, *others = await running.submit(*"abcdef")
+        await running.until(lambda: len(running.worker.running) == 6)
+        async with locked(migrated_database, first):
+            draining = asyncio.create_task(running.worker.drain(4.0 if passes else 2.0))
+            async with asyncio.timeout(10):
+                while await states(running, others) != waiting:  # noqa: ASYNC110 - it is looked up
+                    await asyncio.sleep(0.02)
+            if not passes:
+                await draining
+        report = await draining
+
+    assert (report.handed_back, report.unrecorded) == ((6, 0) if passes else (5, 1))
+
+
+async def states(running: System, ids: Sequence[str]) -> set[JobState]:
+    """Return the states of jobs."""
+    return {(await running.service.get(job_id)).state for job_id in ids}
+
+
+async def test_a_stop_hands_back_jobs_beside_one_that_may_not_wait(
+    migrated_database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is named in the log, and its worker keeps the lease for it."""
+    async with ledger_in(migrated_database) as ledger:
+        drafts = [draft(), draft(payload=b'"bad"'), draft()]
+        await ledger.accept(drafts)
+        await ledger.register("w", ["default"], LONG_LEASE)
+        await ledger.claim("default", "w", 3)
+        refuse(migrated_database, "new.state = 'waiting'")
+        with pytest.raises(PartlyDoneError) as caught:
+            await ledger.deregister("w")
+        counts = await ledger.counts()
+        allow(migrated_database)
+        returned = await ledger.deregister("w")
+        gone = await ledger.counts()
+
+    assert set(caught.value.returned["default"]) == {drafts[0].id, drafts[2].id}
+    assert (list(caught.value.left), counts["default"].consumers) == ([drafts[1].id], 1)
+    assert (returned, gone["default"].consumers) == ({"default": [drafts[1].id]}, 0)
+    assert [each.__dict__["jobs"] for each in caplog.records] == [[drafts[1].id]]
+
+
+async def test_a_lease_is_renewed_beside_a_job_that_may_not_be_released(
+    migrated_database: Database,
+) -> None:
+    """Because its row is locked, or because a trigger refuses it; it is released later."""
+    async with ledger_in(migrated_database, call_timeout=3.0) as ledger:
+        drafts = [draft(), draft(payload=b'"bad"'), draft()]
+        await ledger.accept(drafts)
+        await ledger.register("w", ["default"], LONG_LEASE)
+        await ledger.claim("default", "w", 3)
+        async with locked(migrated_database, drafts[0].id):
+            first = await ledger.register("w", ["default"], LONG_LEASE, [drafts[1].id], grace=0.0)
+            seen = (await ledger.counts())["default"]
+        refuse(migrated_database, "tg_op = 'UPDATE'")
+        second = await ledger.register("w", ["default"], LONG_LEASE, [], grace=0.0)
+        allow(migrated_database)
+        await ledger.register("w", ["default"], LONG_LEASE, [], grace=0.0)
+        last = (await ledger.counts())["default"]
+
+    assert second.lease_until > first.lease_until
+    assert (seen.waiting, seen.active) == (1, 2)
+    assert (last.waiting, last.active) == (3, 0)
 
 
 # -- the ledger's errors ----------------------------------------------------------------------

@@ -3,12 +3,12 @@
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 from viralfx.domain.clock import default_rng
-from viralfx.domain.jobs.batching import Batcher
+from viralfx.domain.jobs.batching import Batcher, PartlyDoneError
 from viralfx.domain.jobs.model import (
     Claim,
     JobError,
@@ -32,6 +32,9 @@ _MAX_ALONE = 2
 _BACKOFF = Backoff(base=0.1, factor=2.0, cap=5.0, jitter=Jitter.EQUAL)
 """Pauses before a refused outcome is tried again."""
 
+_LOCK_RETRY_SECONDS = 0.5
+"""The longest pause before the outcome of a locked job is tried again: it may be the stop."""
+
 LARGE_RESULT_BYTES = 64 * 1024
 """Size from which a result may be the reason why the ledger ends calls at a limit. A smaller one
 waits for a lock or for resources."""
@@ -48,13 +51,16 @@ class Completer:
     Outcomes of one queue share calls; those of other queues do not wait for them. If the ledger
     refuses a call, or ends it although it answers other calls, the batch is halved until the
     outcome that causes it is alone. That one is tried again without holding up any other, and
-    without the task's last report. If it is a result that the ledger refuses, the job fails with
-    code ``result``, provided that the ledger records this instead.
+    without the task's last report; so is the outcome of a job that another session has
+    locked. If it is a result that the ledger refuses, the job fails with code ``result``, provided
+    that the ledger records this instead.
     """
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
-        self._batchers: defaultdict[str, Batcher[Settlement, bool]] = defaultdict(self._batcher)
+        self._batchers: defaultdict[str, Batcher[Settlement, bool | None]] = defaultdict(
+            self._batcher
+        )
         self._settling_alone: set[asyncio.Task[bool]] = set()
         self._alone = asyncio.Semaphore(_MAX_ALONE)
         self._rng = default_rng()
@@ -66,7 +72,7 @@ class Completer:
         self.fenced = 0
         """Outcomes that the ledger skipped, because another worker had claimed their jobs."""
 
-    def _batcher(self) -> Batcher[Settlement, bool]:
+    def _batcher(self) -> Batcher[Settlement, bool | None]:
         return Batcher(
             self._record,
             size=_size,
@@ -86,6 +92,8 @@ class Completer:
         self._pending[key] = claim, self._context.clock.monotonic()
         try:
             recorded = await self._batchers[claim.queue](settlement)
+            if recorded is None:
+                recorded = await self._settle_locked(settlement)
         except Exception as error:  # noqa: BLE001 - any error of the ledger; the outcome is kept
             recorded = await self._settle_alone(settlement, error)
         finally:
@@ -134,8 +142,8 @@ class Completer:
 
     # -- in batches --------------------------------------------------------------------------
 
-    async def _record(self, settlements: Sequence[Settlement]) -> Sequence[bool]:
-        """Record a batch; during an outage, when the ledger is available again.
+    async def _record(self, settlements: Sequence[Settlement]) -> Sequence[bool | None]:
+        """Record a batch; during an outage, when the ledger is available again. None: locked.
 
         Raises the ledger's error if the ledger answers other calls: then the batch is the reason.
         """
@@ -160,15 +168,20 @@ class Completer:
         finally:
             availability.remove("settle")
 
-    async def _call(self, settlements: Sequence[Settlement]) -> Sequence[bool]:
+    async def _call(self, settlements: Sequence[Settlement]) -> Sequence[bool | None]:
         keys = [(each.claim.id, each.claim.number) for each in settlements]
+        locked: Collection[str] = ()
         try:
             settled = await self._context.ledger.settle(settlements)
+        except PartlyDoneError as error:
+            settled, locked = error.settled, error.left
         except LedgerUnavailableError:
             self._doubtful.update(keys)
             raise
         # A call that seemed to fail may have taken effect; then the next one settles nothing.
-        return [key[0] in settled or key in self._doubtful for key in keys]
+        return [
+            None if key[0] in locked else key[0] in settled or key in self._doubtful for key in keys
+        ]
 
     # -- alone -------------------------------------------------------------------------------
 
@@ -178,6 +191,13 @@ class Completer:
             exc_info=error,
             extra={**_names(settlement), "code": getattr(error, "code", None)},
         )
+        return await self._begin_alone(settlement)
+
+    async def _settle_locked(self, settlement: Settlement) -> bool:
+        _logger.warning("Outcome waits: another session locks the job", extra=_names(settlement))
+        return await self._begin_alone(settlement)
+
+    async def _begin_alone(self, settlement: Settlement) -> bool:
         task = asyncio.create_task(self._retry_alone(settlement), name="settle-alone")
         self._settling_alone.add(task)
         task.add_done_callback(self._settling_alone.discard)
@@ -189,8 +209,10 @@ class Completer:
         failed_at = clock.monotonic()
         while True:
             async with self._alone:
+                error: Exception | None = None
                 try:
-                    return await self._call_with(settlement)
+                    if (recorded := await self._call_with(settlement)) is not None:
+                        return recorded
                 except Exception as raised:  # noqa: BLE001 - any error of the ledger
                     error = raised
                 # In an outage the result is not the reason.
@@ -203,15 +225,18 @@ class Completer:
                     # The report is the first to go: the outcome matters more.
                     settlement = settlement._replace(progress=None)
                     continue
-                if isinstance(error, UnstorableError) or too_much:
+                if error is not None and (isinstance(error, UnstorableError) or too_much):
                     # If the ledger refuses this as well, the content need not be the reason. Then
                     # both are tried again: no result is lost to an error that passes.
                     with suppress(Exception):
-                        return await self._call_with(_storable(settlement, error))
+                        recorded = await self._call_with(_storable(settlement, error))
+                        if recorded is not None:
+                            return recorded
             tries += 1
-            await clock.sleep(_BACKOFF.delay(tries, self._rng))
+            delay = _BACKOFF.delay(tries, self._rng)
+            await clock.sleep(min(delay, _LOCK_RETRY_SECONDS) if error is None else delay)
 
-    async def _call_with(self, settlement: Settlement) -> bool:
+    async def _call_with(self, settlement: Settlement) -> bool | None:
         (recorded,) = await self._call([settlement])
         return recorded
 

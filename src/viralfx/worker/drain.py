@@ -8,6 +8,7 @@ from typing import Any
 
 from viralfx.domain.clock import Clock, finished_within
 from viralfx.domain.errors import WorkLostError
+from viralfx.domain.jobs.batching import PartlyDoneError
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.model import NotMigratedError
 from viralfx.domain.jobs.notifier import BackgroundNotifier
@@ -123,14 +124,14 @@ async def drain(roles: WorkerRoles, budget: float) -> DrainReport:
     roles.control.cancel()
     ignoring = sum(consumer.abandon_all() for consumer in consumers)
     unsettled = sum(consumer.active for consumer in consumers) + ignoring
-    returned = await _deregister(roles, ends_at - deregister_seconds / 4)
+    returned, left = await _deregister(roles, ends_at - deregister_seconds / 4)
     roles.completer.cancel()
     await roles.background_notifier.close(max(0.0, ends_at - clock.monotonic()))
     report = DrainReport(
         finished=sum(consumer.recorded for consumer in consumers) - recorded,
-        handed_back=sum(consumer.handed_back for consumer in consumers) + (returned or 0),
+        handed_back=sum(consumer.handed_back for consumer in consumers) + returned,
         ignoring=ignoring,
-        unrecorded=unsettled if returned is None else 0,
+        unrecorded=max(0, unsettled - returned) if left else 0,
     )
     _logger.info("Job worker drained", extra=report.fields())
     if not roles.durable and (lost := drop_scheduled(await roles.context.ledger.counts())):
@@ -169,43 +170,48 @@ async def _until_idle(roles: WorkerRoles, until: float) -> None:
         await _wait(running, left, clock)
 
 
-async def _deregister(roles: WorkerRoles, until: float) -> int | None:
-    """Deregister the worker; return how many jobs it still had, None if that failed."""
+async def _deregister(roles: WorkerRoles, until: float) -> tuple[int, bool]:
+    """Deregister the worker; return how many jobs it handed back, and whether any may be left."""
     context, heartbeat = roles.context, roles.heartbeat
     if heartbeat.task is None:
-        return 0
+        return 0, False
     # The heartbeat ends first, or a late renewal would register this worker again.
     heartbeat.cancel()
     left = until - context.clock.monotonic()
     await _wait([heartbeat.task], max(_MIN_STEP_SECONDS, left / 2), context.clock)
     left = max(_MIN_STEP_SECONDS, until - context.clock.monotonic())
+    returned: list[Mapping[str, Sequence[str]]] = []
     deregistering = asyncio.create_task(
-        context.availability.retry_until_done("deregister", lambda: _leave(roles)),
+        context.availability.retry_until_done("deregister", lambda: _leave(roles, returned)),
         name="job-deregister",
     )
     await _wait([deregistering], left, context.clock)
+    failed = True
     if not deregistering.done():
         deregistering.cancel()
-        _logger.error("Job worker could not deregister: the ledger does not answer")
-        return None
-    if (error := deregistering.exception()) is not None:
+        reason = "some jobs are locked" if returned else "the ledger does not answer"
+        _logger.error("Job worker could not deregister: %s", reason)
+    elif (error := deregistering.exception()) is not None:
         _logger.error("Job worker could not deregister", exc_info=error)
-        return None
-    returned = deregistering.result()
-    for queue, ids in returned.items():
-        context.notify(queue, ids)
-    return sum(len(ids) for ids in returned.values())
+    else:
+        failed = False
+    for queues in returned:
+        for queue, ids in queues.items():
+            context.notify(queue, ids)
+    return sum(len(ids) for queues in returned for ids in queues.values()), failed
 
 
-async def _leave(roles: WorkerRoles) -> Mapping[str, Sequence[str]]:
+async def _leave(roles: WorkerRoles, returned: list[Mapping[str, Sequence[str]]]) -> None:
     context = roles.context
     try:
-        return await context.ledger.deregister(context.worker)
+        returned.append(await context.ledger.deregister(context.worker))
+    except PartlyDoneError as error:
+        returned.append(error.returned)
+        raise
     except NotMigratedError:
         if roles.heartbeat.was_registered:
             raise
         # It never had a lease, so it has no job to hand back.
-        return {}
 
 
 async def _wait(tasks: Iterable[asyncio.Task[Any]], seconds: float, clock: Clock) -> None:

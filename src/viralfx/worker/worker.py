@@ -334,6 +334,6 @@ async def drain_jobs(worker: JobWorker, budget: float) -> None:
     report = await worker.drain(budget)
     if report.unrecorded:
         raise LedgerUnavailableError(
-            f"{report.unrecorded} jobs could not be handed back: the ledger does not answer;"
-            " they run again when this worker's lease ends"
+            f"{report.unrecorded} jobs could not be handed back: the ledger does not answer, or"
+            " other transactions lock them; they run again when this worker's lease ends"
         )

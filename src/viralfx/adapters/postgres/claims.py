@@ -1,5 +1,6 @@
 """Workers in the ledger: their registration and leases, and their claims of due jobs."""
 
+import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,15 +13,24 @@ from asyncpg.connection import Connection
 
 from viralfx.adapters.postgres import ledger_sql
 from viralfx.adapters.postgres.database import Lease, PostgresDatabase
+from viralfx.adapters.postgres.errors import BAD_VALUE, refusal
 from viralfx.adapters.postgres.job_changes import fetched_by_index
 from viralfx.adapters.postgres.ledger_rows import Row, identifiers, interval
-from viralfx.adapters.postgres.ledger_sql import RELEASED
+from viralfx.adapters.postgres.ledger_sql import RELEASED, appended
 from viralfx.adapters.postgres.migrations import Statements
 from viralfx.adapters.postgres.retry import DedicatedConnection, RetriedSteps
 from viralfx.domain.clock import Clock, SystemClock, default_rng
 from viralfx.domain.jobs.ledger import MAX_UNRUNNABLE, Registration, UnrunnableJobs
 from viralfx.domain.jobs.limits import Limit
-from viralfx.domain.jobs.model import PAYLOAD, UNKNOWN_TASK, unknown_message
+from viralfx.domain.jobs.model import (
+    HANDED_BACK,
+    PAYLOAD,
+    UNKNOWN_TASK,
+    LedgerUnavailableError,
+    unknown_message,
+)
+
+_logger = logging.getLogger("viralfx.jobs")
 
 # True if the task is known. The planner assumes that of nearly every row, because of IS NOT NULL.
 # If it expected few rows, outdated statistics might lead it to sort all waiting jobs by time.
@@ -67,8 +77,35 @@ WITH chosen AS MATERIALIZED (
 
 # The worker is alive and renews its lease, so no sweep would return these jobs soon.
 UNDO_CLAIM: Final = f"""
-UPDATE viralfx_jobs SET state = {RELEASED}, worker = NULL
-WHERE state = 'active' AND worker = $1 AND receipt = ANY($2::bigint[])
+UPDATE viralfx_jobs SET state = {RELEASED}, worker = NULL WHERE id = ANY(ARRAY(
+    SELECT id FROM viralfx_jobs
+    WHERE state = 'active' AND worker = $1 AND receipt = ANY($2::bigint[])
+    FOR UPDATE SKIP LOCKED
+))
+"""  # noqa: S608 - constants
+
+# The second parameter is some of the jobs; NULL: all.
+HAND_BACK: Final = f"""
+UPDATE viralfx_jobs AS job
+SET state = {RELEASED}, worker = NULL,
+    history = {appended(f"'{HANDED_BACK.code}'", f"'{HANDED_BACK.message}'")}
+WHERE id = ANY(ARRAY(
+    SELECT id FROM viralfx_jobs
+    WHERE state = 'active' AND worker = $1 AND ($2::uuid[] IS NULL OR id = ANY($2))
+    FOR UPDATE SKIP LOCKED
+))
+RETURNING id, queue, cancel_requested
+"""  # noqa: S608 - constants
+HELD_BY: Final = "SELECT id FROM viralfx_jobs WHERE state = 'active' AND worker = $1"
+# Returns the jobs that could not be handed back; with any, the worker keeps its lease.
+DEREGISTER: Final = f"""
+WITH held AS MATERIALIZED ({HELD_BY}), gone AS (
+    DELETE FROM viralfx_workers WHERE worker IN (
+        SELECT worker FROM viralfx_workers WHERE worker = $1 AND NOT EXISTS (SELECT FROM held)
+        FOR UPDATE SKIP LOCKED
+    )
+)
+SELECT id::text FROM held
 """  # noqa: S608 - constants
 
 # Skips from task to task, and from priority to priority, so the number of jobs does not matter.
@@ -388,11 +425,22 @@ async def register(
 ) -> Registration:
     """Register a worker, or renew its lease; see :class:`JobLedger`."""
     known = None if tasks is None else sorted(set(tasks))
-    statement = sql.REGISTER
-    arguments = [worker, sorted(set(queues)), interval(lease), known, eligible]
-    if holding is not None:
-        statement = sql.REGISTER_HOLDING
-        arguments += [identifiers(holding), interval(lease if grace is None else grace)]
+    mine = worker, sorted(set(queues)), interval(lease), known, eligible
+    renew = partial(_fetched, steps, sql.REGISTER, *mine)
+    if holding is None:
+        return await renew()
+    released = identifiers(holding), interval(lease if grace is None else grace)
+    try:
+        return await _fetched(steps, sql.REGISTER_HOLDING, *mine, *released)
+    except (*BAD_VALUE, LedgerUnavailableError) as error:
+        if (refused := refusal(error)) is None:
+            raise
+        # A job that may not be released must not end the lease of the others.
+        _logger.exception("Release of jobs refused by the ledger", extra={"code": refused.code})
+        return await renew()
+
+
+async def _fetched(steps: RetriedSteps, statement: str, *arguments: object) -> Registration:
     rows = await steps.run(lambda attempt: attempt.connection.fetch(statement, *arguments))
     return Registration(**rows[0])
 

@@ -39,6 +39,7 @@ from viralfx.adapters.postgres.transactional_jobs import (
     is_completed,
 )
 from viralfx.domain.clock import Clock, SystemClock
+from viralfx.domain.jobs.batching import PartlyDoneError
 from viralfx.domain.jobs.codec import PayloadError
 from viralfx.domain.jobs.ledger import (
     MAX_ANNOUNCED,
@@ -88,21 +89,22 @@ async def _ids_of(fetching: Awaitable[Sequence[Row]]) -> Sequence[str]:
 
 
 async def record(
-    attempt: Attempt, sql: Statements, settlements: Sequence[Settlement]
+    attempt: Attempt, sql: Statements, settlements: Sequence[Settlement], *, waits: bool = False
 ) -> Collection[str]:
     """Record outcomes; return the ids of the jobs that this or an earlier attempt settled.
 
-    If an outcome cannot be stored, none is recorded.
+    If an outcome cannot be stored, none is recorded. Unless ``waits``, a lock is an error soon.
     """
     connection, completing, reporting = attempt.connection, 0, False
     for each in settlements:
         completing += each.state is JobState.COMPLETED
         reporting = reporting or each.progress is not None
     if completing == len(settlements) and not reporting:
-        rows = await connection.fetch(sql.SETTLE_COMPLETED, *completion_columns(settlements))
+        columns = completion_columns(settlements)
+        rows = await connection.fetch(sql.SETTLE_COMPLETED, *columns, not waits)
     else:
         statement = sql.SETTLE_ALL if completing else sql.SETTLE_OTHERS
-        rows = await connection.fetch(statement, *settlement_columns(settlements))
+        rows = await connection.fetch(statement, *settlement_columns(settlements), not waits)
         if any(row["cancel_requested"] for row in rows):
             await finish_cancelled(connection, sql)
     settled = {str(row["id"]) for row in rows}
@@ -110,6 +112,26 @@ async def record(
         others = [each for each in settlements if each.claim.id not in settled]
         rows = await attempt.connection.fetch(sql.SETTLED_BEFORE, *settled_columns(others))
         settled.update(str(row["id"]) for row in rows)
+    return settled
+
+
+async def record_unlocked(
+    attempt: Attempt, sql: Statements, settlements: Sequence[Settlement]
+) -> Collection[str]:
+    """Record the outcomes of the jobs that no other session has locked; return as :func:`record`.
+
+    Raises :class:`PartlyDoneError` if any are locked.
+    """
+    fetch, ids = attempt.connection.fetch, [each.claim.id for each in settlements]
+    free = {row["id"] for row in await fetch(sql.UNLOCKED, ids)}
+    active = {(row["id"], row["claims"]) for row in await fetch(sql.ACTIVE, ids)}
+    keys = [(each.claim.id, each.claim.number) for each in settlements]
+    locked = {key[0] for key in keys if key in active and key[0] not in free}
+    others = [each for each in settlements if each.claim.id not in locked]
+    # Any other lock, such as one that a trigger waits for, is not for a moment only.
+    settled = await record(attempt, sql, others, waits=True) if others else ()
+    if locked:
+        raise PartlyDoneError("other transactions lock their rows", locked, settled=settled)
     return settled
 
 
@@ -284,8 +306,15 @@ class PostgresJobLedger(JobChanges):
         """See :class:`JobLedger`."""
         if not settlements:
             return ()
+
+        async def step(attempt: Attempt) -> Collection[str]:
+            try:
+                return await record(attempt, self._sql, settlements)
+            except asyncpg.LockNotAvailableError:
+                return await record_unlocked(attempt, self._sql, settlements)
+
         try:
-            return await self._steps.run(lambda attempt: record(attempt, self._sql, settlements))
+            return await self._steps.run(step)
         except _MAYBE_REFUSED as error:
             if (refused := refusal(error)) is None:
                 raise
@@ -334,13 +363,22 @@ class PostgresJobLedger(JobChanges):
         idle = self._database.idle_connections and not self._dedicated.is_open
         steps = self._steps if idle else self._lease_steps
 
-        async def step(attempt: Attempt) -> Sequence[Row]:
-            rows: Sequence[Row] = await attempt.connection.fetch(self._sql.DEREGISTER, worker)
+        async def step(attempt: Attempt) -> Mapping[str, Sequence[str]]:
+            fetch = attempt.connection.fetch
+            rows = await in_portions(
+                lambda ids: fetch(self._sql.HAND_BACK, worker, ids),
+                lambda: _ids_of(fetch(self._sql.HELD_BY, worker)),
+                _refused("Hand-back refused by the ledger"),
+            )
             if any(row["cancel_requested"] for row in rows):
                 await finish_cancelled(attempt.connection, self._sql)
-            return rows
+            returned = ids_by_queue(row for row in rows if not row["cancel_requested"])
+            if left := await _ids_of(fetch(self._sql.DEREGISTER, worker)):
+                reason = "their rows are locked, or may not be changed"
+                raise PartlyDoneError(reason, left, returned=returned)
+            return returned
 
-        return ids_by_queue(row for row in await steps.run(step) if not row["cancel_requested"])
+        return await steps.run(step)
 
     async def sweep(self, max_crashes: int, before: datetime | None = None) -> SweepResult:
         """See :class:`JobLedger`; also promotes scheduled jobs and folds the counters.

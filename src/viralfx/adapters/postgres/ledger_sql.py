@@ -10,7 +10,7 @@ ledger, a waiting job that is due later than ``SOON_SECONDS`` has the state ``sc
 
 from typing import Final
 
-from viralfx.domain.jobs.model import HANDED_BACK, MAX_HISTORY, MAX_TRACEBACKS
+from viralfx.domain.jobs.model import MAX_HISTORY, MAX_TRACEBACKS
 
 SOON_SECONDS: Final = 60
 """A waiting job that is due later than this is scheduled until the sweep finds it due within this
@@ -85,17 +85,36 @@ KEPT: Final = """
     job.started_at, job.crashes, job.claims, job.history, job.progress, job.max_attempts,
     statement_timestamp()
 """
-_GIVEN = """
+# If the parameter is true, the statement ends soon because of a job that another session locks. One
+# row of FROM, so that it is evaluated before the first job is changed.
+_LOCK_LIMIT = """
+CROSS JOIN set_config(
+    'lock_timeout',
+    CASE WHEN {0}::boolean THEN '200ms' ELSE current_setting('lock_timeout') END,
+    true
+) AS lock_limit
+"""
+_GIVEN = f"""
 unnest(
     $1::uuid[], $2::integer[], $3::text[], $4::json[], $5::text[], $6::text[], $7::float8[],
     $8::integer[], $9::boolean[], $10::text[], $11::json[]
 ) AS given (
     id, number, state, result, code, message, delay, spent, is_error, traceback, progress
 )
+{_LOCK_LIMIT.format("$12")}
 """
 # Most settlements only complete jobs, and need less.
-_GIVEN_RESULTS = """
+_GIVEN_RESULTS = f"""
 unnest($1::uuid[], $2::integer[], $3::json[]) AS given (id, number, result)
+{_LOCK_LIMIT.format("$4")}
+"""
+# In a statement of its own, since a settlement that locked all rows first would cost more.
+UNLOCKED: Final = """
+SELECT id::text FROM viralfx_jobs WHERE id = ANY($1::uuid[]) AND state = 'active'
+FOR UPDATE SKIP LOCKED
+"""
+ACTIVE: Final = """
+SELECT id::text, claims FROM viralfx_jobs WHERE id = ANY($1::uuid[]) AND state = 'active'
 """
 # The planner has no statistics for a CASE. With a plain condition it might assume that there are no
 # active jobs, as in its last statistics, and compare each active job with each given one.
@@ -274,22 +293,14 @@ RETURNING lease_until,
 # With a grace, excludes jobs that were claimed a moment ago: their response may be in flight.
 REGISTER_HOLDING: Final = f"""
 WITH lost AS (
-    UPDATE viralfx_jobs SET state = {RELEASED}, worker = NULL
-    WHERE state = 'active' AND worker = $1 AND id <> ALL($6::uuid[])
-        AND ($7::float8 <= 0 OR started_at < statement_timestamp() - make_interval(secs => $7))
+    UPDATE viralfx_jobs SET state = {RELEASED}, worker = NULL WHERE id = ANY(ARRAY(
+        SELECT id FROM viralfx_jobs
+        WHERE state = 'active' AND worker = $1 AND id <> ALL($6::uuid[])
+            AND ($7::float8 <= 0 OR started_at < statement_timestamp() - make_interval(secs => $7))
+        FOR UPDATE SKIP LOCKED
+    ))
 )
 {REGISTER}
-"""  # noqa: S608 - constants
-
-DEREGISTER: Final = f"""
-WITH gone AS (
-    DELETE FROM viralfx_workers WHERE worker = $1
-)
-UPDATE viralfx_jobs AS job
-SET state = {RELEASED}, worker = NULL,
-    history = {appended(f"'{HANDED_BACK.code}'", f"'{HANDED_BACK.message}'")}
-WHERE state = 'active' AND worker = $1
-RETURNING id, queue, cancel_requested
 """  # noqa: S608 - constants
 
 _FOLDED = """

@@ -11,6 +11,7 @@ from collections.abc import (
     Collection,
     Hashable,
     Iterator,
+    Mapping,
     Sequence,
 )
 from contextlib import aclosing, contextmanager, nullcontext
@@ -27,12 +28,32 @@ from viralfx.domain.jobs.model import (
     JobDraft,
     JobNotFoundError,
     KeyConflictError,
+    LedgerLimitError,
     LedgerUnavailableError,
 )
 from viralfx.domain.resilience.deadline import Deadline
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
+
+
+class PartlyDoneError(LedgerLimitError):
+    """A call took effect except for some jobs, such as those that other transactions lock."""
+
+    def __init__(
+        self,
+        reason: str,
+        left: Collection[str],
+        *,
+        settled: Collection[str] = (),
+        returned: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self.left = left
+        """The ids of these jobs."""
+        self.settled = settled
+        self.returned = returned or {}
+        """The answer for the others, of a settlement or a deregistration."""
+        super().__init__(f"{len(left)} jobs are left: {reason}")
 
 
 MAX_BATCH_BYTES = 4 * 2**20

@@ -325,7 +325,7 @@ class JobLedger(WorkerRegistry, ScheduleStore, Protocol):
         ``attempt_error``, and for each crash.
 
         Raises :class:`UnstorableError` if it refuses the content of a settlement; then it recorded
-        none of them.
+        none of them. Raises :class:`PartlyDoneError` if it recorded all but those of locked jobs.
         """
         ...
 
@@ -348,7 +348,8 @@ class JobLedger(WorkerRegistry, ScheduleStore, Protocol):
     async def deregister(self, worker: str) -> Mapping[str, Sequence[str]]:
         """Hand back all jobs of the worker, their attempts unspent, and remove the worker.
 
-        Returns the ids that are due again, by queue.
+        Returns the ids that are due again, by queue. Raises :class:`PartlyDoneError` if some jobs
+        cannot be handed back yet; then the worker keeps its lease.
         """
         ...
 
