@@ -326,10 +326,14 @@ async def badly_retried(_: None, context: JobContext) -> None:
 
 @task("culprits.cancel")
 async def cancel(how: str, context: JobContext) -> None:
-    """Raise the error of a cancellation that was not requested, or cancel itself."""
+    """Raise the error of a cancellation that was not requested, or cancel itself, or all others."""
     note(context)
     if how == "raised":
         raise asyncio.CancelledError
+    if how == "of all":
+        for each in asyncio.all_tasks() - {asyncio.current_task()}:
+            each.cancel()
+        return
     running = asyncio.current_task()
     assert running is not None
     running.cancel()

@@ -108,6 +108,19 @@ def test_an_exit_in_a_task_or_a_callback_of_a_job_ends_no_api(tmp_path: Path) ->
     assert "SystemExit" in str(service.logged("Uncaught exception"))
 
 
+def test_a_job_that_cancels_all_tasks_ends_the_process_in_order(tmp_path: Path) -> None:
+    """The stages run, and other jobs are not lost: the exit code is 1."""
+    more = {"TASK_MODULES": CULPRITS, RUNS: str(tmp_path / "runs")}
+    with serving(**more) as service:
+        accept(service, "culprits.cancel", "of all")
+        code = service.exit_code()
+
+    ended = {line["stage"]: line["outcome"] for line in service.logged("Shutdown stage ended")}
+    (line,) = service.logged("Uncaught exception")
+    assert (code, line["where"]) == (1, "the main task")
+    assert {"listeners", "requests", "jobs", "state", "server"} <= ended.keys()
+
+
 def test_jobs_beyond_the_budget_are_logged() -> None:
     """Exit code 4 within the budget, even if a task ignores its cancellation."""
     with serving(SHUTDOWN_DRAIN_TIMEOUT="1500") as service:

@@ -196,8 +196,15 @@ class Process:
             monitor.start()
         start = asyncio.create_task(self._start(server, application, management), name="start-up")
         stop = asyncio.create_task(operations.shutdown.wait(), name="shutdown-trigger")
-        await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
-        await stop
+        try:
+            await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+            await stop
+        except asyncio.CancelledError as error:
+            # A job or the application has cancelled all tasks, those of the servers and the worker
+            # included. The stages still end the process in order.
+            self._failed = True
+            self._log_uncaught("the main task", error)
+            operations.shutdown.trigger("the main task was cancelled")
         # If start-up has not finished, the stages close the connections that it has opened.
         start.cancel()
         report = await operations.shutdown.run()
