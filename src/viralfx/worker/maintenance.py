@@ -25,14 +25,19 @@ _logger = logging.getLogger("viralfx.jobs")
 _MAX_EXPIRY_PAUSE_SECONDS = 60.0
 """Time between two searches for jobs that no worker can run; less if the patience is short."""
 
+_STAND_IN_SECONDS, _STAND_IN_SECONDS_PER_WORKER = 60.0, 12.0
+"""The shortest time between two sweeps of a worker that does not lead. With many workers it is
+longer, so that together they make one such sweep in so many seconds."""
+
 
 class Sweeper(Role):
     """Rescues the jobs of dead workers, and fails jobs that no worker can run.
 
     Other systems call this a reaper or rescuer.
 
-    Of all live workers only the leader sweeps, at least every ``interval`` seconds and at random
-    times. Two leaders at a time do no harm.
+    Of all live workers the leader sweeps, at least every ``interval`` seconds and at random times.
+    Each of the others does so seldom, because a leader may renew its lease and be unable to sweep,
+    for example without a free connection in its pool. Two sweeps at a time do no harm.
 
     After an outage of the ledger that outlasts leases, every worker appears dead. Therefore a
     worker sweeps only after the ledger has answered, and its own lease has been valid, for ``hold``
@@ -61,23 +66,33 @@ class Sweeper(Role):
         self._unknown_patience = unknown_patience
         self._expire_at = -math.inf
         self._rng = rng or default_rng()
+        self._swept_at = 0.0
+        # Differs between workers that start together.
+        self._spread = self._rng.uniform(0.75, 1.25)
 
     async def run(self) -> None:
         """Sweep until cancelled."""
         clock, availability = self._context.clock, self._context.availability
+        self._swept_at = clock.monotonic()
         try:
             while not self.stopping:
                 await clock.sleep(self._interval * self._rng.uniform(0.9, 1.0))
                 unbroken_for = self._heartbeat.unbroken_for(clock.monotonic())
                 steady_for = min(availability.steady_for, unbroken_for)
-                if not self._heartbeat.leads(clock.monotonic()):
+                now = clock.monotonic()
+                if not (self._heartbeat.leads(now) or self._stands_in(now)):
                     availability.skip("sweep")
                 elif steady_for >= self._hold:
+                    self._swept_at = now
                     await self._sweep()
                 elif steady_for > 0:
                     availability.skip("sweep")
         finally:
             availability.remove("sweep")
+
+    def _stands_in(self, now: float) -> bool:
+        share = _STAND_IN_SECONDS_PER_WORKER * self._heartbeat.workers
+        return now - self._swept_at >= max(_STAND_IN_SECONDS, share) * self._spread
 
     async def _sweep(self) -> None:
         context = self._context

@@ -87,6 +87,21 @@ async def test_a_sweep_is_reported_although_its_next_call_fails(
     assert [(each["job"], each["code"]) for each in failures] == [(poison, "crashed")]
 
 
+async def test_another_worker_sweeps_in_place_of_a_leader_that_cannot(fleet: Fleet) -> None:
+    """The leader renews its lease, but tasks may have all connections of its pool."""
+    unable = FaultyLedger(fleet.memory_ledger)
+    unable.unavailable = frozenset({"sweep", "claim", "due"})
+    fleet.start("a", lease=LEASE, ledger=unable)
+    fleet.start("b", lease=LEASE)
+    await asyncio.sleep(20.0)
+    job_id = await fleet.accept()
+    await fleet.memory_ledger.register("dead", ["default"], 1.0)
+    await fleet.memory_ledger.claim("default", "dead", 1)
+
+    # With a leader that can sweep it takes a few seconds.
+    assert await fleet.final(job_id, within=200.0) < 100.0
+
+
 @pytest.mark.parametrize("into_the_lease", [0.0, 2.5, 5.0, 7.5, 9.5])
 async def test_a_sweep_that_hangs_takes_no_job_of_a_live_worker(
     fleet: Fleet, into_the_lease: float
