@@ -277,6 +277,19 @@ async def exit_beside(how: str, context: JobContext) -> str:
     return how
 
 
+@task("culprits.fail_beside")
+async def fail_beside(how: str, context: JobContext) -> str:
+    """Leave behind a task or a callback that fails."""
+    note(context)
+    if how == "task":
+        dropped = asyncio.create_task(_exit(RuntimeError("planted: nothing waits for this task")))
+        del dropped
+    else:
+        asyncio.get_running_loop().call_soon(_nothing().throw, RuntimeError("planted"))
+    await asyncio.sleep(0.1)
+    return how
+
+
 def _exit_in_callback(how: str, loop: asyncio.AbstractEventLoop) -> None:
     match how:
         case "callback":

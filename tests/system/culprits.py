@@ -47,6 +47,7 @@ CODE = [
     *_each("exit_beside", "dropped task", "callback", "timer", "thread", **STORED),
     *_each("exit_beside", "done callback", "closed callback", **STORED),
     *_each("exit_in_loop", None, code="error"),
+    *_each("fail_beside", "task", "callback", **STORED),
     *_each("unreadable", "class", "text", "snooze of a timedelta", code="error"),
     *_each("badly_retried", None, code="error"),
     *_each("cancel", "raised", "of itself", code="error"),

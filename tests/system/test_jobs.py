@@ -108,6 +108,21 @@ def test_an_exit_in_a_task_or_a_callback_of_a_job_ends_no_api(tmp_path: Path) ->
     assert "SystemExit" in str(service.logged("Uncaught exception"))
 
 
+def test_a_failure_that_a_job_leaves_behind_ends_no_process(tmp_path: Path) -> None:
+    """Of a task that nothing awaits, and of a callback; the log names the job."""
+    left = [one for one in CODE if one.task == "culprits.fail_beside"]
+    more = {"TASK_MODULES": CULPRITS, RUNS: str(tmp_path / "runs")}
+    with serving(**more) as service:
+        ids = [accept(service, one.task, one.payload) for one in left]
+        for job_id in ids:
+            until(service, job_id, "completed")
+        service.signal(signal.SIGTERM)
+
+        assert service.exit_code() == 0
+    lines = {line["job"]: line["where"] for line in service.logged("Uncaught exception")}
+    assert lines == dict(zip(ids, ("a task of a job", "a callback of a job"), strict=True))
+
+
 def test_a_job_that_cancels_all_tasks_ends_the_process_in_order(tmp_path: Path) -> None:
     """The stages run, and other jobs are not lost: the exit code is 1."""
     more = {"TASK_MODULES": CULPRITS, RUNS: str(tmp_path / "runs")}

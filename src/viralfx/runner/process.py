@@ -26,7 +26,7 @@ from viralfx.runner.signals import SignalWatch
 from viralfx.telemetry import stacks_of_tasks
 from viralfx.web.console import Console
 from viralfx.web.gate import Gate
-from viralfx.worker.calls import JobThread
+from viralfx.worker.calls import JobChildTask, JobThread, current_job, make_task
 
 _ANSWERING_SECONDS = 0.02
 """Interval at which the drain looks for responses that clients have not read."""
@@ -145,6 +145,8 @@ class Process:
         executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="worker")
         loop.set_default_executor(executor)
         loop.set_exception_handler(self._on_loop_exception)
+        if self._runs_jobs:
+            loop.set_task_factory(make_task)
         self._thread_hook, threading.excepthook = threading.excepthook, self._on_thread_exception
         main = loop.create_task(self._main(), name="main")
         while not main.done():
@@ -312,12 +314,12 @@ class Process:
                 self._operations.shutdown.trigger, f"uncaught exception in {where}"
             )
 
-    def _log_uncaught(self, where: str, error: BaseException) -> None:
+    def _log_uncaught(self, where: str, error: BaseException, **more: str) -> None:
         self._uncaught += 1
         _logger.error(
             "Uncaught exception",
             exc_info=error,
-            extra={"where": where, "count": self._uncaught},
+            extra={"where": where, "count": self._uncaught, **more},
         )
 
     def _on_loop_exception(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -329,7 +331,14 @@ class Process:
             )
             return
         future = context.get("future")
-        if future is None:
+        # With uvloop, and since Python 3.12, the handler runs in the context of a callback.
+        job = current_job.get() if future is None else None
+        if isinstance(future, JobChildTask):
+            job = future.job
+        if job is not None:
+            where = "a callback" if future is None else "a task"
+            self._log_uncaught(f"{where} of a job", error, job=job)
+        elif future is None:
             self._on_uncaught("a callback", error)
         elif isinstance(future, asyncio.Task):
             self._on_uncaught("a background task", error)

@@ -5,9 +5,18 @@ import inspect
 import itertools
 import os
 import threading
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from contextlib import suppress
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeAlias, TypeVar
@@ -125,6 +134,30 @@ class JobTask(asyncio.Task[T]):
     def cancelled_itself(self) -> bool:
         """True if all cancellations that were not withdrawn came from its own code."""
         return 0 < self.cancelling() <= self._own
+
+
+current_job: ContextVar[str | None] = ContextVar("viralfx_job", default=None)
+"""The id of the job whose code runs; None: other code."""
+
+
+class JobChildTask(asyncio.Task[T]):
+    """An asyncio task that code of a job has started."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.job = current_job.get()
+        """The id of the job."""
+
+
+def make_task(
+    loop: asyncio.AbstractEventLoop,
+    coroutine: Coroutine[Any, Any, T] | Generator[Any, None, T],
+    /,
+    **options: Any,
+) -> asyncio.Task[T]:
+    """Return an asyncio task, as the task factory of an event loop that runs jobs."""
+    kind = asyncio.Task if current_job.get() is None else JobChildTask
+    return kind(coroutine, loop=loop, **options)
 
 
 def is_closed(task: "asyncio.Task[Any] | None") -> bool:

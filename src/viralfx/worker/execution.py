@@ -219,6 +219,7 @@ class Executor:
         timeout = self.timeout_of(task)
         if not self.on_begun(execution, timeout):
             raise HandBackError("the job was released to other workers")
+        worker_calls.current_job.set(claim.id)
         # After the record that the job has begun: code of the payload's type may block the loop.
         # Otherwise each worker in turn would be blocked by the job, and would then release it.
         if task.read is None:
