@@ -3,6 +3,7 @@
 import asyncio
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from tests.integration.names import MANY, silent_names
 from tests.integration.postgres_clients import changed, checked, config_of, opened
 from tests.servers.fault_proxy import BLACKHOLE, PASS, REFUSE, FaultProxy
 from tests.servers.fixtures import or_skip
@@ -246,3 +248,36 @@ async def test_unknown_name_among_others_is_named(own_postgres: PostgresServer) 
     refused = re.escape(f"has an unknown host name; 127.0.0.1:{bad[1]} refuses connections")
     with pytest.raises(ConnectionError, match=rf"unknown\.invalid:5432 {refused}"):
         await Connector(changed(config, hosts=(unknown, bad))).connect()
+
+
+async def test_name_is_found_beside_lookups_that_hang(
+    servers: tuple[PostgresServer, PostgresServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other code of the process asks for names that nothing answers for."""
+    loop = asyncio.get_running_loop()
+    config = config_of(servers[0], hosts=(("localhost", servers[0].port),))
+    with silent_names(monkeypatch):
+        names = [f"{number}.silent.test" for number in range(MANY)]
+        others = [asyncio.ensure_future(loop.getaddrinfo(name, 1)) for name in names]
+        await asyncio.sleep(0)
+        kind = await chosen(Connector(config))
+    await asyncio.gather(*others, return_exceptions=True)
+
+    assert kind == "primary"
+
+
+async def test_lookups_that_hang_leave_the_threads_to_others(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attempts that begin soon after one another share a thread."""
+    hosts = (("db.silent.test", pair.primary.port),)
+    connector = Connector(config_of(pair.server, hosts=hosts, connection_timeout=0.03))
+    with silent_names(monkeypatch):
+        for _ in range(MANY):
+            with pytest.raises(TimeoutError):
+                await connector.connect()
+        hanging = sum(thread.name == "name-lookup" for thread in threading.enumerate())
+        async with asyncio.timeout(20.0):
+            await asyncio.to_thread(time.monotonic)
+
+    assert 1 <= hanging < MANY

@@ -10,6 +10,7 @@ import pytest
 from redis import exceptions
 from redis.asyncio.client import Pipeline
 from tests.integration.leaks import LeakCheck
+from tests.integration.names import MANY, silent_names
 from tests.integration.redis_clients import QUICK, check_of, config_of, opened, opened_with, within
 from tests.servers.fault_proxy import BLACKHOLE, PASS, REFUSE, RESET, CutAfter
 from tests.servers.fixtures import FaultProxies
@@ -543,6 +544,19 @@ async def test_unknown_host_is_unreachable() -> None:
 
         assert observation.code == "unreachable"
         assert "redis.invalid" not in observation.message
+
+
+async def test_lookups_that_hang_leave_the_threads_to_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Redis is optional: without its name server, all other code of the process goes on."""
+    config = config_of(host="redis.silent.test", connect_timeout=0.03, attempts=1)
+    with silent_names(monkeypatch):
+        async with opened_with(config) as client:
+            for _ in range(MANY):
+                with pytest.raises(exceptions.TimeoutError):
+                    await client.redis.ping()
+            await within(20.0, asyncio.to_thread(time.monotonic))
 
 
 async def test_dropped_packets_are_a_timeout(redis: RedisServer, fault_proxy: FaultProxies) -> None:

@@ -4,20 +4,18 @@ Also reads libpq's files of passwords and of services.
 """
 
 import asyncio
-import contextlib
 import inspect
 import logging
 import os
 import re
 import stat
-import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from viralfx.domain.clock import ignore_error
+from viralfx.domain.clock import ignore_error, in_thread
 from viralfx.domain.errors import ViralFXError
 from viralfx.settings.groups import Secret
 
@@ -204,26 +202,7 @@ class RotatingSecret:
 
 async def _in_thread(function: Callable[[], object]) -> object:
     """Call a function in a thread that does not delay the end of the process if it hangs."""
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[tuple[object, Exception | None]] = loop.create_future()
-
-    def end(result: object, error: Exception | None) -> None:
-        if not ended.done():
-            ended.set_result((result, error))
-
-    def run() -> None:
-        result, failure = None, None
-        try:
-            result = function()
-        except Exception as error:  # noqa: BLE001 - raised below
-            failure = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(end, result, failure)
-
-    threading.Thread(target=run, name="credentials", daemon=True).start()
-    result, error = await ended
-    if error is not None:
-        raise error
+    result = await in_thread(function, "credentials")
     if not inspect.isawaitable(result):
         return result
     async with asyncio.timeout(CALL_SECONDS):

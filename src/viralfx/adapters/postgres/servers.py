@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import random
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Final, TypeAlias
 import asyncpg
 
 from viralfx.adapters.postgres.errors import NoServerError, WrongServerError, most_telling
+from viralfx.domain.clock import NameLookups
 from viralfx.settings import DatabaseAddress
 
 
@@ -116,6 +116,7 @@ class ServerSearch:
 
     def __init__(self) -> None:
         self._last: Server | None = None
+        self._names = NameLookups()
 
     async def connect(
         self, address: DatabaseAddress, open_: Open, deadline: float
@@ -126,7 +127,7 @@ class ServerSearch:
         """
         servers = self._in_order(address)
         race = _Race(
-            [partial(_connect_to_host, server, address, open_, deadline) for server in servers],
+            [partial(self._connect_to, server, address, open_, deadline) for server in servers],
             deadline,
         )
         if found := await race.run():
@@ -147,29 +148,23 @@ class ServerSearch:
             servers.insert(0, self._last)
         return servers
 
+    async def _connect_to(
+        self, server: Server, address: DatabaseAddress, open_: Open, deadline: float
+    ) -> _Found:
+        async def connect(place: str) -> _Found:
+            return await _judged(server, await open_(server, place), address.target_session_attrs)
 
-async def _connect_to_host(
-    server: Server, address: DatabaseAddress, open_: Open, deadline: float
-) -> _Found:
-    async def connect(place: str) -> _Found:
-        return await _judged(server, await open_(server, place), address.target_session_attrs)
+        places = address.host_addresses.get(server) or await self._places(*server)
+        race = _Race([partial(connect, place) for place in places], deadline)
+        if found := await race.run():
+            return found
+        raise most_telling(race.errors)
 
-    places = address.host_addresses.get(server) or await _resolve(*server)
-    race = _Race([partial(connect, place) for place in places], deadline)
-    if found := await race.run():
-        return found
-    raise most_telling(race.errors)
-
-
-async def _resolve(host: str, port: int) -> Sequence[str]:
-    """Return the addresses of a name; they are not kept, because they change."""
-    if host.startswith("/"):
-        return (host,)
-    with contextlib.suppress(ValueError):
-        return (str(ipaddress.ip_address(host)),)
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return tuple(dict.fromkeys(str(place[0]) for *_, place in found))
+    async def _places(self, host: str, port: int) -> Sequence[str]:
+        """Return the folder of a socket, or the addresses of a name."""
+        if host.startswith("/"):
+            return (host,)
+        return [address for address, _ in await self._names.places(host, port)]
 
 
 async def _judged(server: Server, connection: ServerConnection, target: str) -> _Found:

@@ -25,7 +25,7 @@ from viralfx.adapters.redis.connections import (
 from viralfx.adapters.redis.credentials import Account, TlsContext
 from viralfx.adapters.redis.errors import is_pool_exhausted, is_unavailable, refuses_writes
 from viralfx.adapters.redis.retry import RequestRetry, retry_policy
-from viralfx.domain.clock import Clock, SystemClock, finished_within
+from viralfx.domain.clock import Clock, NameLookups, SystemClock, finished_within
 from viralfx.domain.errors import require_count, require_not_negative, require_positive
 from viralfx.domain.resilience._callables import operation_name, require_callable
 from viralfx.domain.resilience.fallback import with_fallback
@@ -241,7 +241,8 @@ class RedisClient:
         """Schedule and last result of the memory query."""
         self._sentinel_traffic = Traffic(on_suspected_outage=lambda: None)
         tls = TlsContext(settings) if settings.tls_enabled else None
-        sentinel_options = _sentinel_options(settings, limits, tls)
+        names = NameLookups()
+        sentinel_options = {**_sentinel_options(settings, limits, tls), "names": names}
         self._sentinels = [
             WaitingPool(
                 traffic=self._sentinel_traffic,
@@ -261,6 +262,7 @@ class RedisClient:
         options: dict[str, Any] = {
             **_server_options(settings, limits, tls, credentials),
             "primary": self._primary,
+            "names": names,
             "any_server": any_server,
         }
         self._pool = WaitingPool(

@@ -1,6 +1,6 @@
 """Connections, their pool, discovery of the primary, and counters of requests.
 
-This module changes five behaviours of redis-py 8.1:
+This module changes six behaviours of redis-py 8.1:
 
 * redis-py opens connections with retries of their own before the attempts of a request begin, which
   may double them. Here the pool provides a closed connection; opening it is part of the attempt.
@@ -9,6 +9,8 @@ This module changes five behaviours of redis-py 8.1:
 * redis-py closes gracefully, which never ends with unsent data and a frozen server. Here the
   connection is aborted.
 * redis-py writes under ``wait_for``, which up to Python 3.11 may swallow a cancellation.
+* redis-py resolves names in threads of the event loop, which a name server that hangs keeps from
+  all other code. Here a lookup has a thread of its own.
 * redis-py uses any server that answers. Here the greeting decides: a cluster node and a Sentinel
   are refused, and a server that became a replica is left.
 """
@@ -46,6 +48,7 @@ from viralfx.adapters.redis.errors import (
     refuses_writes,
 )
 from viralfx.domain.cache import SingleFlight
+from viralfx.domain.clock import NameLookups
 from viralfx.domain.events import OperationListener, ignore_operation
 
 T = TypeVar("T")
@@ -202,6 +205,7 @@ class ServerConnection(Connection):
         self,
         *,
         traffic: Traffic,
+        names: NameLookups,
         tls: TlsContext | None = None,
         primary: Primary | None = None,
         account: Account | None = None,
@@ -214,6 +218,8 @@ class ServerConnection(Connection):
         self.is_replica = False
         """True if the server was a replica when the connection was opened."""
         self._traffic = traffic
+        self._names = names
+        self._place: Address = "", 0
         self._tls = tls
         self._primary = primary
         self._socket_path = socket_path
@@ -233,19 +239,32 @@ class ServerConnection(Connection):
         return self._primary is not None and self._primary.address != (self.host, self.port)
 
     def _connection_arguments(self) -> Mapping[str, Any]:
-        arguments = dict(super()._connection_arguments())
+        host, port = self._place
+        arguments = {**super()._connection_arguments(), "host": host, "port": port}
         if self._tls is not None:
-            arguments["ssl"] = self._tls.context
+            arguments["ssl"], arguments["server_hostname"] = self._tls.context, self.host
             arguments["ssl_handshake_timeout"] = TLS_HANDSHAKE_SECONDS
         return arguments
 
     async def _connect(self) -> None:
-        if self._socket_path is None:
-            await super()._connect()  # type: ignore[no-untyped-call]
-            return
         async with asyncio.timeout(self.socket_connect_timeout):
+            if self._socket_path is None:
+                await self._connect_to(await self._names.places(self.host, self.port))
+                return
             opened = await asyncio.open_unix_connection(self._socket_path)
         self._reader, self._writer = opened
+
+    async def _connect_to(self, places: Sequence[Address]) -> None:
+        failures: list[OSError] = []
+        for place in places:
+            self._place = place
+            try:
+                await super()._connect()  # type: ignore[no-untyped-call]
+            except OSError as error:
+                failures.append(error)
+            else:
+                return
+        raise failures[0]
 
     def _host_error(self) -> str:
         return self._socket_path or super()._host_error()
