@@ -372,3 +372,13 @@ def test_a_websocket_during_the_readiness_delay_gets_503() -> None:
         assert refused.startswith(b"HTTP/1.1 503 ")
         assert b"retry-after: 1" in refused.lower()
         assert service.exit_code() == 0
+
+
+def test_an_event_loop_that_closes_late_does_not_delay_the_exit() -> None:
+    """That of uvloop waits for each lookup of a name, also of a name server that hangs."""
+    with running("--app", "tests.system.held_app:app") as service:
+        service.wait_ready()
+        service.signal(signal.SIGTERM)
+
+        assert service.exit_code(seconds=30.0) == 0
+        assert service.logged("Process ends")

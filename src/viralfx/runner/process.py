@@ -72,6 +72,8 @@ EXIT_STAGE = 4
 
 _EXIT_GRACE_SECONDS = 0.1
 """Time for cancelled tasks and idle threads to end."""
+_CLOSE_SECONDS = 0.5
+"""Time to close the event loop, which takes a millisecond."""
 
 _DEFAULT_SWITCH_SECONDS = 0.005
 _SWITCH_SECONDS = 0.0005
@@ -162,7 +164,10 @@ class Process:
         return code
 
     def _end(self, code: int) -> None:
-        """Exit immediately if tasks, threads or children would delay the interpreter's exit."""
+        """Exit immediately if anything would delay the interpreter's exit.
+
+        That may be a task, a lookup of a name, a thread or a child.
+        """
         left = asyncio.all_tasks(self._loop)
         for task in left:
             task.cancel()
@@ -170,18 +175,19 @@ class Process:
             _, left = self._loop.run_until_complete(asyncio.wait(left, timeout=_EXIT_GRACE_SECONDS))
         if not left:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            # That of uvloop waits for the lookups of names by other code, however long they take.
+            late = threading.Timer(_CLOSE_SECONDS, _exit_late, (code,))
+            late.daemon = True
+            late.start()
             self._loop.close()
+            late.cancel()
         children = _end_children()
         deadline = time.monotonic() + _EXIT_GRACE_SECONDS
         while (busy := _busy_threads()) and time.monotonic() < deadline:
             busy[0].join(0.01)
         logging.shutdown()
         if left or busy or children:
-            for stream in (sys.stdout, sys.stderr):
-                if stream is not None:
-                    with contextlib.suppress(OSError, ValueError):
-                        stream.flush()
-            os._exit(code)
+            _exit_now(code)
 
     async def _main(self) -> int:
         operations = self._operations
@@ -358,6 +364,20 @@ class Process:
             self._on_uncaught(f"thread {name}", args.exc_value)
         if self._thread_hook is not threading.__excepthook__:
             self._thread_hook(args)  # the application's own hook
+
+
+def _exit_late(code: int) -> None:
+    _end_children()
+    logging.shutdown()
+    _exit_now(code)
+
+
+def _exit_now(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+    os._exit(code)
 
 
 def _end_children() -> bool:
