@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import traceback
 from collections.abc import Awaitable
 from pathlib import Path
@@ -79,6 +80,17 @@ async def test_last_value_stays_in_use_while_the_file_is_broken(
 
     assert [r.levelno for r in lines] == [logging.WARNING]
     assert await secret.current() == "two-two"
+
+
+async def test_pipe_is_not_read_again(tmp_path: Path, clock: ManualClock) -> None:
+    """As of a shell's ``<(...)``: to open it again would wait for a writer, and block the loop."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    secret = RotatingSecret("DB_PASSWORD", Secret("first", file=str(pipe)), clock=clock.monotonic)
+    await clock.advance(60.0)
+
+    assert secret.rotates is False
+    assert await secret.current() == "first"
 
 
 async def test_secret_without_a_file_never_changes(clock: ManualClock) -> None:

@@ -64,8 +64,9 @@ class RotatingSecret:
     first connection, a plain one in a thread. Connections share a call in a thread that has not
     ended. A connection of another event loop, such as that of the thread that renews leases, gets
     the last result if that loop is blocked. Without ``source`` the value of ``secret`` is returned;
-    if it came from a file, the file is read again, at most once a second. Each new value is masked
-    in the log. May be used from several threads.
+    if it came from a file, the file is read again, at most once a second; a pipe, as of a shell's
+    ``<(...)``, is read at the start alone. Each new value is masked in the log. May be used from
+    several threads.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class RotatingSecret:
     ) -> None:
         self._name = name
         self._source = source
-        self._path = None if secret is None or secret.file is None else Path(secret.file)
+        self._path = _rotating(secret)
         self._value = None if secret is None else secret.value
         self._clock = clock
         self._read_at = clock()
@@ -198,6 +199,13 @@ class RotatingSecret:
             frames = error and CredentialsError(reason).with_traceback(error.__traceback__)
             _logger.warning("Credentials callable failed", exc_info=frames, extra=extra)
         return CredentialsError(f"{name}: {reason}")
+
+
+def _rotating(secret: Secret | None) -> Path | None:
+    """Return the file whose content may change."""
+    path = None if secret is None or secret.file is None else Path(secret.file)
+    # A read of a pipe without a writer never ends.
+    return None if path is not None and path.is_fifo() else path
 
 
 async def _in_thread(function: Callable[[], object]) -> object:
