@@ -146,6 +146,31 @@ async def test_a_killed_session_is_two_log_lines(
     assert [tuple(each.ids) for each in received] == [("before",), (), ("after",)]
 
 
+async def test_an_old_connection_is_replaced(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At DB_MAX_LIFETIME, also while notifications arrive, without a warning and without a loss."""
+    received, seen, sent = Received(), set[int](), 0
+    async with (
+        notifier_in(database, max_lifetime=1.0) as notifier,
+        listening(notifier, received),
+    ):
+        async with asyncio.timeout(60.0):
+            while len(seen) < 3:
+                seen.update(await asyncio.to_thread(sessions, database, LISTENER))
+                if notifier.is_connected(QUEUE):
+                    sent += 1
+                    await notify(notifier, f"{sent}")
+        await until(lambda: notifier.is_connected(QUEUE))
+        await notify(notifier, "last")
+        await until(lambda: "last" in received.ids)
+        await until(lambda: len(sessions(database, LISTENER)) == 1)
+
+    # Instead of those that were sent between two connections, one without ids makes workers poll.
+    assert JobNotification(QUEUE, ()) in received
+    assert lines_of(caplog) == []
+
+
 async def test_a_restart_of_the_server_is_two_log_lines(
     own_postgres: PostgresServer, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,7 +15,7 @@ from viralfx.adapters.postgres.connections import Connector, run_query
 from viralfx.adapters.postgres.database import PostgresDatabase
 from viralfx.adapters.postgres.errors import DATABASE_ERRORS, unavailable
 from viralfx.adapters.postgres.migrations import channel_of
-from viralfx.adapters.postgres.pool import IS_READ_ONLY
+from viralfx.adapters.postgres.pool import IS_READ_ONLY, end_of_life
 from viralfx.domain.clock import Clock, SystemClock, default_rng, supervised, wait_for
 from viralfx.domain.jobs.notifier import (
     JobNotification,
@@ -83,7 +83,7 @@ class PostgresNotifier:
 
     It sends over the pool. All listeners of a process share one connection outside the pool, which
     is opened for the first of them. Before it counts as connected, a notification that was sent
-    over the pool must arrive on it.
+    over the pool must arrive on it. At ``DB_MAX_LIFETIME`` a new one replaces it.
     """
 
     broadcasts = True
@@ -115,7 +115,7 @@ class PostgresNotifier:
         self._connected = False
         self._closed = False
         self._failures = 0
-        self._lost = False
+        self._lost = self._renews = False
         self._last_at = 0.0
         self._awaited_proof: str | None = None
         self._proven = asyncio.Event()
@@ -181,11 +181,13 @@ class PostgresNotifier:
             await asyncio.wait({session})
 
     async def _keep_listening(self) -> None:
-        """Listen until cancelled; restore a lost connection."""
+        """Listen until cancelled; restore a lost connection, and replace an old one at once."""
         while True:
             backoff = _BACKOFF
             try:
                 await self._listen_until_lost()
+                self._renews = True
+                continue
             except UndeliveredError:
                 self._set_disconnected(UNDELIVERED)
                 backoff = _UNDELIVERED_BACKOFF
@@ -199,16 +201,23 @@ class PostgresNotifier:
             await self._clock.sleep(backoff.delay(self._failures, self._rng))
 
     async def _listen_until_lost(self) -> None:
+        """Listen on a new connection until its greatest age; raise an error if it is lost."""
         lost = asyncio.Event()
+
+        def on_closed(_: object) -> None:
+            self._connected = False
+            lost.set()
+
         connection = await self._connect()
+        ends_at = end_of_life(self._database.config.settings.max_lifetime)
         try:
-            connection.add_termination_listener(lambda _: self._on_closed(lost))
+            connection.add_termination_listener(on_closed)
             async with asyncio.timeout(_ANSWER_SECONDS):
                 await connection.add_listener(self._channel, self._on_payload)
             await self._test(connection)
             await self._prove_delivery()
             self._set_connected()
-            await self._keep_alive(connection, lost)
+            await self._keep_alive(connection, lost, ends_at)
         except UndeliveredError:
             # The session in the server goes on if it belongs to a pooler.
             async with asyncio.timeout(_ANSWER_SECONDS):
@@ -216,6 +225,8 @@ class PostgresNotifier:
             raise
         finally:
             self._connected = False
+            # Its end says nothing about the next connection.
+            connection.remove_termination_listener(on_closed)
             connection.terminate()
 
     async def _connect(self) -> "Connection[Any]":
@@ -234,12 +245,18 @@ class PostgresNotifier:
         if not await wait_for(self._proven, _PROOF_SECONDS, self._clock):
             raise UndeliveredError
 
-    async def _keep_alive(self, connection: "Connection[Any]", lost: asyncio.Event) -> None:
-        """Test the connection whenever it was silent; raise an error once it is lost."""
+    async def _keep_alive(
+        self, connection: "Connection[Any]", lost: asyncio.Event, ends_at: float
+    ) -> None:
+        """Test the connection whenever it was silent; raise an error once it is lost.
+
+        Returns when the event loop's time is ``ends_at``.
+        """
+        loop = asyncio.get_running_loop()
         self._last_at = self._clock.monotonic()
-        while True:
+        while (left := ends_at - loop.time()) > 0:
             silent = self._clock.monotonic() - self._last_at
-            if await wait_for(lost, max(0.0, self._silence - silent), self._clock):
+            if await wait_for(lost, min(left, max(0.0, self._silence - silent)), self._clock):
                 raise ConnectionError("the server closed the connection")
             if self._clock.monotonic() - self._last_at >= self._silence:
                 await self._test(connection)
@@ -251,10 +268,6 @@ class PostgresNotifier:
             read_only = await run_query(connection, connection.fetchval(IS_READ_ONLY))
         if read_only != "off":
             raise asyncpg.ReadOnlySQLTransactionError("the server accepts no writes")
-
-    def _on_closed(self, lost: asyncio.Event) -> None:
-        self._connected = False
-        lost.set()
 
     def _on_payload(self, _: object, _pid: int, _channel: str, payload: object) -> None:
         self._last_at = self._clock.monotonic()
@@ -280,11 +293,12 @@ class PostgresNotifier:
         self._connected = True
         self._failures = 0
         if self._lost:
-            self._lost = False
             _logger.info("Job notifications are received again")
+        if self._lost or self._renews:
             for queue in self._listeners:
                 # Of jobs that were accepted meanwhile the notification is lost.
                 self._deliver(JobNotification(queue=queue, ids=()))
+        self._lost = self._renews = False
 
     def _set_disconnected(self, reason: str, error: Exception | None = None) -> None:
         if not self._lost:
