@@ -391,10 +391,11 @@ async def test_it_does_not_listen_where_it_cannot(
 async def test_a_foreign_payload_is_dropped(
     database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With a warning; later notifications arrive."""
+    """With one warning for all of a minute; later notifications arrive."""
     received = Received()
     async with notifier_in(database) as notifier, listening(notifier, received):
-        database.execute(f"select pg_notify('{channel_of(SCHEMA)}', 'no JSON')")
+        many = f"select pg_notify('{channel_of(SCHEMA)}', 'no JSON ' || n)"
+        database.execute(f"{many} from generate_series(1, 500) as n")
         database.execute(f"select pg_notify('{channel_of(SCHEMA)}', '{{\"later\": 1}}')")
         await notify(notifier, "one")
         await until(lambda: received.ids == ["one"])

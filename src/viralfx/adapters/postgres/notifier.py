@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import secrets
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -40,6 +41,8 @@ _ANSWER_SECONDS = 2.0
 """For a send, and for the answer to that question."""
 _PROOF_SECONDS = 5.0
 """For the arrival of a notification that proves delivery; a busy machine needs some of it."""
+_UNKNOWN_LOG_SECONDS = 60.0
+"""Time between two lines about unknown messages; each has the number since the one before."""
 _BACKOFF = Backoff(base=0.1, cap=5.0, jitter=Jitter.EQUAL)
 _UNDELIVERED_BACKOFF = Backoff(base=1.0, cap=60.0, jitter=Jitter.EQUAL)
 
@@ -117,6 +120,7 @@ class PostgresNotifier:
         self._failures = 0
         self._lost = self._renews = False
         self._last_at = 0.0
+        self._unknown, self._unknown_logged_at = 0, -math.inf
         self._awaited_proof: str | None = None
         self._proven = asyncio.Event()
 
@@ -274,15 +278,23 @@ class PostgresNotifier:
         try:
             message = _decode(str(payload))
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-            _logger.warning(
-                "Unknown message dropped from the notification channel",
-                extra={"reason": str(error)},
-            )
+            self._drop_unknown(str(error))
             return
         if message.proof is not None and message.proof == self._awaited_proof:
             self._proven.set()
         elif message.queue is not None:
             self._deliver(JobNotification(queue=message.queue, ids=message.ids))
+
+    def _drop_unknown(self, reason: str) -> None:
+        """Log it, at most once a minute: any user of the database may send any number."""
+        self._unknown += 1
+        if (now := self._clock.monotonic()) < self._unknown_logged_at + _UNKNOWN_LOG_SECONDS:
+            return
+        _logger.warning(
+            "Unknown message dropped from the notification channel",
+            extra={"reason": reason, "count": self._unknown},
+        )
+        self._unknown, self._unknown_logged_at = 0, now
 
     def _deliver(self, notification: JobNotification) -> None:
         for waiting in self._listeners.get(notification.queue, ()):
