@@ -256,6 +256,21 @@ async def test_pending_migrations_fail_until_they_are_applied(database: Database
     assert (again.code, after.status) == ("schema_behind", Status.PASS)
 
 
+async def test_dropped_tables_fail_until_they_are_back(migrated_database: Database) -> None:
+    """On the same connection; careless migrations of an application may drop them."""
+    config = config_of(migrated_database)
+    async with opened(config) as pool, checked(pool) as check:
+        assert (await run_check(check)).status is Status.PASS
+        migrated_database.execute("drop schema viralfx_ops cascade")
+        dropped = await run_check(check)
+        await migrated(config)
+        after = await run_check(check)
+
+    assert (dropped.status, dropped.code) == (Status.FAIL, "schema_behind")
+    assert connected(dropped)
+    assert after.status is Status.PASS
+
+
 async def test_schema_of_a_later_version_passes(
     migrated_database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:

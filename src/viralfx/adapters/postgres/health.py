@@ -262,13 +262,8 @@ class HealthQuery:
             self._database.health_backend = None
 
     async def _ask(self, connection: "Connection[Any]") -> HealthQueryResult:
-        if not self._schema_is_current:
-            revision = await run_query(connection, current_revision(connection, self._schema))
-            if pending := missing_after(revision):
-                behind = NotMigratedError("the tables of jobs are behind: run `viralfx migrate`")
-                return HealthQueryResult(pending, read_only=False, counts=behind)
-            self._schema_is_current = True
-            self._warn_of_later_schema(revision)
+        if not self._schema_is_current and (behind := await self._judge_schema(connection)):
+            return behind
         try:
             rows = await run_limited(
                 connection, lambda: connection.fetch(self._statement, JobState.WAITING)
@@ -276,14 +271,18 @@ class HealthQuery:
         except PostgresError as error:
             if is_loss(error) or connection.is_closed():
                 raise
+            self._database.vacuum, counts = None, unavailable(error)
+            # The tables may have been dropped since, as by migrations of an application.
+            dropped = isinstance(counts, NotMigratedError)
+            if dropped and (behind := await self._judge_schema(connection)):
+                return behind
             # A locked or huge table of jobs does not make the server unhealthy.
-            self._database.vacuum = None
             state = await run_query(connection, connection.fetchrow(_STATE))
             await self._judge_pooler(connection, state["process"])
             return HealthQueryResult(
                 (),
                 read_only=state["read_only"] != "off",
-                counts=unavailable(error),
+                counts=counts,
                 server_started=state["server_started"],
             )
         await self._judge_pooler(connection, rows[0]["process"])
@@ -301,6 +300,17 @@ class HealthQuery:
             counts=counts_of_rows(counted),
             server_started=rows[0]["server_started"],
         )
+
+    async def _judge_schema(self, connection: "Connection[Any]") -> HealthQueryResult | None:
+        """Return the result for a database that lacks migrations; None if it has all."""
+        revision = await run_query(connection, current_revision(connection, self._schema))
+        pending = missing_after(revision)
+        self._schema_is_current = not pending
+        if pending:
+            behind = NotMigratedError("the tables of jobs are behind: run `viralfx migrate`")
+            return HealthQueryResult(pending, read_only=False, counts=behind)
+        self._warn_of_later_schema(revision)
+        return None
 
     async def _maintain(self, connection: "Connection[Any]", counted: Sequence[Row]) -> None:
         """Do a part of the sweep's work if it was not done, because no worker is alive."""
