@@ -49,6 +49,11 @@ ENDING = asyncpg.InternalClientError(
 )
 """The driver's error between the server's announcement of a disconnect and the disconnect."""
 
+NO_TRANSACTIONS = pg.ConnectionDoesNotExistError(
+    "connection was closed in the middle of operation:"
+    " transaction blocks not allowed in statement pooling mode"
+)
+
 CODES: list[tuple[BaseException, str]] = [
     (pg.InvalidPasswordError(SECRET), "auth"),
     (pg.InvalidAuthorizationSpecificationError(SECRET), "auth"),
@@ -81,6 +86,19 @@ CODES: list[tuple[BaseException, str]] = [
     (pg.ProtocolViolationError("SASL authentication failed"), "auth"),
     (pg.ProtocolViolationError(f"unsupported startup parameter: jit={SECRET}"), "pooler_mode"),
     (pg.ProtocolViolationError("no more connections allowed (max_client_conn)"), "pooler_full"),
+    (
+        pg.ProtocolViolationError("client connections exceeded (max_db_client_connections)"),
+        "pooler_full",
+    ),
+    (
+        pg.ProtocolViolationError("client connections exceeded (max_user_client_connections)"),
+        "pooler_full",
+    ),
+    (pg.ProtocolViolationError("no authentication method is found"), "auth"),
+    (pg.ProtocolViolationError("SSL required"), "tls"),
+    (pg.ProtocolViolationError("client_login_timeout (server down)"), "pooler_cut_off"),
+    (pg.ProtocolViolationError(f'database "{SECRET}" is disabled'), "pooler_cut_off"),
+    (NO_TRANSACTIONS, "pooler_mode"),
     (pg.ProtocolViolationError("query_wait_timeout"), "pooler_full"),
     (pg.ProtocolViolationError("server conn crashed?"), "lost"),
     (pg.ProtocolViolationError("pooler is shutting down"), "restarting"),
@@ -155,6 +173,8 @@ PERMANENT: list[BaseException] = [
     pg.InvalidPasswordError(),
     pg.ProtocolViolationError("SASL authentication failed"),
     pg.ProtocolViolationError("unsupported startup parameter: search_path"),
+    pg.ProtocolViolationError("SSL required"),
+    NO_TRANSACTIONS,
     pg.ReadOnlySQLTransactionError(),
     pg.InFailedSQLTransactionError(),
     pg.TransactionIntegrityConstraintViolationError(),

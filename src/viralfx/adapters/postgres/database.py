@@ -25,13 +25,13 @@ from viralfx.adapters.postgres.errors import (
     PoolerModeError,
     PoolTimeoutError,
     explain,
-    refuses_pooling,
 )
 from viralfx.adapters.postgres.pool import PING_AFTER, QUIET_PING_AFTER, PoolMembers, SlowQueryLog
 from viralfx.adapters.postgres.retry import (
     DedicatedConnection,
     is_loss,
     is_rolled_back,
+    refuses_pooling,
     retry_policy,
 )
 from viralfx.domain.clock import Clock

@@ -191,10 +191,16 @@ _OF_SHARED_PROCESS = (
     pg.InvalidSQLStatementNameError,  # 26000: the statement is that of another server process
     pg.DuplicatePreparedStatementError,  # 42P05: another client has taken the name
 )
+_CUT_OFF = ErrorExplanation(
+    "pooler_cut_off",
+    "is behind a pooler that cannot log in to it",
+    "check the server, and the pooler's log",
+)
 # PgBouncer's words: all are SQLSTATE 08P01, or the reason with which it closed a connection.
 _BY_POOLER = (
     ("SASL authentication failed", _AUTH),
     ("password authentication failed", _AUTH),
+    ("no authentication method is found", _BY_CLASS[1][1]),
     (
         "query_wait_timeout",
         ErrorExplanation(
@@ -203,8 +209,24 @@ _BY_POOLER = (
             "check that the pooler is not paused and reaches the server, or raise its pool size",
         ),
     ),
+    (
+        "client connections exceeded",
+        ErrorExplanation(
+            POOLER_FULL,
+            "is behind a pooler that takes no more clients of this user or database",
+            "raise max_user_client_connections or max_db_client_connections, or lower DB_POOL_MAX",
+        ),
+    ),
     ("no more connections allowed", _TOO_MANY_CLIENTS),
     ("parameters, but prepared statement", _SHARED),
+    (
+        "statement pooling mode",
+        ErrorExplanation(
+            POOLER_REFUSAL,
+            "is behind a pooler in statement mode, which allows no transactions",
+            "set pool_mode=transaction in the pooler",
+        ),
+    ),
     (
         "server conn crashed",
         ErrorExplanation(
@@ -217,13 +239,12 @@ _BY_POOLER = (
             "restarting", "is behind a pooler that is stopping", "wait, or check the pooler's log"
         ),
     ),
+    ("server login has been failing", _CUT_OFF),
+    ("client_login_timeout", _CUT_OFF),
+    ("is disabled", ErrorExplanation("pooler_cut_off", "is disabled in a pooler", "enable it")),
     (
-        "server login has been failing",
-        ErrorExplanation(
-            "pooler_cut_off",
-            "is behind a pooler that cannot log in to it",
-            "check the server, and the pooler's log",
-        ),
+        "SSL required",
+        ErrorExplanation("tls", "is behind a pooler that demands TLS", "see DB_TLS_MODE"),
     ),
 )
 _PROTOCOL = ErrorExplanation(
@@ -363,19 +384,6 @@ def _explain_pooler(error: BaseException) -> ErrorExplanation | None:
             return explained
     # An old or another pooler; a server sends this code only for a defect of the driver.
     return _PROTOCOL if isinstance(error, pg.ProtocolViolationError) else None
-
-
-def is_lasting_refusal(error: BaseException) -> bool:
-    """Return True if a pooler refused the login in a way that another attempt does not change."""
-    lasting = {POOLER_REFUSAL, _AUTH.code}
-    return isinstance(error, pg.ProtocolViolationError) and explain(error).code in lasting
-
-
-def refuses_pooling(error: BaseException) -> bool:
-    """Return True if a pooler refused the connection in a way that lasts: see ``DB_POOLER``."""
-    if isinstance(error, NoServerError):
-        return all(refuses_pooling(one) for _, one in error.failures)
-    return explain(error).code == POOLER_REFUSAL
 
 
 def refuses_tls(error: BaseException) -> bool:

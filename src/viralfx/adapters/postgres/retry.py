@@ -19,11 +19,11 @@ from viralfx.adapters.postgres.errors import (
     BAD_VALUE,
     DATABASE_ERRORS,
     POOLER_FULL,
+    POOLER_REFUSAL,
     NoServerError,
     PoolerModeError,
     PoolTimeoutError,
     explain,
-    is_lasting_refusal,
     map_errors,
     refusal,
     refuses_tls,
@@ -56,6 +56,19 @@ _NEVER = (
 )
 
 
+def _is_lasting_refusal(error: BaseException) -> bool:
+    """Return True if a pooler refused a call in a way that another attempt does not change."""
+    lasting = {POOLER_REFUSAL, "auth", "tls"}
+    return isinstance(error, pg.PostgresConnectionError) and explain(error).code in lasting
+
+
+def refuses_pooling(error: BaseException) -> bool:
+    """Return True if a pooler refused the connection in a way that lasts: see ``DB_POOLER``."""
+    if isinstance(error, NoServerError):
+        return all(refuses_pooling(one) for _, one in error.failures)
+    return explain(error).code == POOLER_REFUSAL
+
+
 def is_transient(error: BaseException) -> bool:
     """Return True if the same call may succeed soon.
 
@@ -69,7 +82,7 @@ def is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, NoServerError):
         return any(is_transient(one) for _, one in error.failures)
-    if isinstance(error, _NEVER) or refuses_tls(error) or is_lasting_refusal(error):
+    if isinstance(error, _NEVER) or refuses_tls(error) or _is_lasting_refusal(error):
         return False
     if isinstance(error, InternalClientError):
         # The server announced the end of the connection, which is not closed yet.
