@@ -10,7 +10,7 @@ from viralfx.domain.clock import Clock, finished_within
 from viralfx.domain.errors import WorkLostError
 from viralfx.domain.jobs.batching import PartlyDoneError
 from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import NotMigratedError
+from viralfx.domain.jobs.model import LedgerUnavailableError
 from viralfx.domain.jobs.notifier import BackgroundNotifier
 from viralfx.worker.completer import Completer
 from viralfx.worker.consumer import QueueConsumer
@@ -208,7 +208,7 @@ async def _leave(roles: WorkerRoles, returned: list[Mapping[str, Sequence[str]]]
     except PartlyDoneError as error:
         returned.append(error.returned)
         raise
-    except NotMigratedError:
+    except LedgerUnavailableError:
         if roles.heartbeat.was_registered:
             raise
         # It never had a lease, so it has no job to hand back.

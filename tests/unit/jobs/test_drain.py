@@ -271,6 +271,17 @@ async def test_an_error_while_deregistering_does_not_stop_the_drain(fleet: Fleet
     assert worker.state is WorkerState.STOPPED
 
 
+async def test_a_worker_that_never_had_a_lease_drains_at_once(fleet: Fleet) -> None:
+    """The ledger refuses it from the start, as a database does whose user lacks a right."""
+    fleet.ledger.unavailable = EVERYTHING
+    worker = fleet.start()
+    await fleet.until(lambda: fleet.ledger.count("register"))
+    left, took = await drain(fleet, worker, 30.0)
+
+    assert took < 1.0
+    assert left == DrainReport(finished=0, handed_back=0, ignoring=0, unrecorded=0)
+
+
 async def test_a_worker_can_drain_before_it_starts(fleet: Fleet) -> None:
     """It does not call the ledger."""
     worker = fleet.worker()
