@@ -67,7 +67,7 @@ with needed_by("viralfx.taskiq"):
         json_of,
         message_of,
         payload_of,
-        text_of,
+        type_and_text,
     )
     from viralfx.adapters.taskiq.retry import MessageRetries, attempts_of
 
@@ -327,7 +327,7 @@ class LedgerBroker(AsyncBroker, TaskHost):
             try:
                 return self._read(payload, name, job_id)
             except Exception as error:
-                raise PayloadError(text_of(error)) from error
+                raise PayloadError(type_and_text(error)) from error
 
         run.__module__, run.__qualname__ = task.original_func.__module__, name
         options = options_of(task.labels)

@@ -18,7 +18,7 @@ from viralfx.adapters.taskiq.messages import (
     message_of,
     payload_of,
     result_of,
-    text_of,
+    type_and_text,
 )
 from viralfx.domain.jobs.codec import ResultError
 from viralfx.domain.jobs.model import Job, JobDraft, JobError, JobState, is_job_id
@@ -70,7 +70,7 @@ def test_an_error_keeps_type_and_text(
     error: BaseException, kind: type[Exception], text: str
 ) -> None:
     """If this process has its class, and it is one of ``Exception``."""
-    job = failed_with(JobError(code="error", message=text_of(error)))
+    job = failed_with(JobError(code="error", message=type_and_text(error)))
 
     restored = result_of(job, {}).error
 
@@ -103,13 +103,13 @@ class CodeError(Exception):
 )
 def test_an_error_that_needs_its_constructor_keeps_type_and_text(error: Exception) -> None:
     """Its text, its repr and its traceback can be written."""
-    message = text_of(error)
+    message = type_and_text(error)
     job = failed_with(JobError(code="error", message=message))
 
     restored = result_of(job, {}).error
 
     assert isinstance(restored, type(error))
-    assert text_of(restored) == message
+    assert type_and_text(restored) == message
     assert message.endswith(str(restored) or "no text")
     assert str(restored) in repr(restored)
     assert str(restored) in "".join(traceback.format_exception_only(restored))

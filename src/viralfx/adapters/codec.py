@@ -4,14 +4,8 @@ from typing import Any
 
 import msgspec
 
+from viralfx.domain.errors import text_of
 from viralfx.domain.jobs.codec import MAX_NESTING_LEVELS, PayloadError, ResultError, is_too_deep
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error) or type(error).__name__
-    except BaseException:  # noqa: BLE001 - the error may be of the object's own type
-        return type(error).__name__
 
 
 class MsgspecCodec:
@@ -56,7 +50,7 @@ class MsgspecCodec:
             if isinstance(result, msgspec.Raw):
                 self.decode(document, msgspec.Raw)  # the encoder does not look into it
         except BaseException as error:  # noqa: BLE001 - an object's own code may raise anything
-            raise ResultError(f"{type(result).__name__} has no JSON: {_text(error)}") from None
+            raise ResultError(f"{type(result).__name__} has no JSON: {text_of(error)}") from None
         if is_too_deep(document):
             raise ResultError(
                 f"{type(result).__name__} has more than {MAX_NESTING_LEVELS} levels of JSON"

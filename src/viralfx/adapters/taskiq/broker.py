@@ -23,7 +23,7 @@ from viralfx.adapters.taskiq.messages import (
     number_of,
     result_of,
     task_progress,
-    text_of,
+    type_and_text,
 )
 from viralfx.adapters.taskiq.retry import (
     DEFAULT_ATTEMPTS,
@@ -195,7 +195,7 @@ class Delivery:
         if isinstance(error, Snooze | HandBackError):
             raise error
         if error is not None and isinstance(self.error, Discard):
-            raise Discard(text_of(error)) from error
+            raise Discard(type_and_text(error)) from error
         if error is not None and not isinstance(error, NoResultError):
             if self._again is not None:
                 raise RetryRequestedError(error, self._again) from error

@@ -177,7 +177,7 @@ def _error_of(job: Job) -> Exception:
     return _restored(job.error)
 
 
-def text_of(error: BaseException) -> str:
+def type_and_text(error: BaseException) -> str:
     """Return type and text of an error, as the last line of a traceback does."""
     kind = type(error)
     name = kind.__qualname__

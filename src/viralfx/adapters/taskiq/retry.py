@@ -5,7 +5,7 @@ from typing import Any
 
 from taskiq import SimpleRetryMiddleware, SmartRetryMiddleware
 
-from viralfx.adapters.taskiq.messages import number_of, text_of
+from viralfx.adapters.taskiq.messages import number_of, type_and_text
 from viralfx.domain.resilience.policy import BackoffPolicy
 
 DEFAULT_ATTEMPTS = 3
@@ -20,7 +20,7 @@ class MessageFailedError(Exception):
     def __init__(self, error: BaseException, attempts: int = 1) -> None:
         """Allow ``attempts`` executions of the message in all."""
         self.attempts = attempts
-        super().__init__(text_of(error))
+        super().__init__(type_and_text(error))
 
 
 class RetryRequestedError(MessageFailedError):
