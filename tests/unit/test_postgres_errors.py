@@ -163,6 +163,7 @@ TRANSIENT: list[BaseException] = [
     ConnectionResetError(),
     TimeoutError(),
     OSError(113, "No route to host"),
+    socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
     *map(asyncpg.InterfaceError, RELEASED),
     ENDING,
 ]
@@ -183,6 +184,7 @@ PERMANENT: list[BaseException] = [
     ssl.SSLError(),
     ConnectionError("server rejected SSL upgrade"),
     socket.gaierror(),
+    socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
     PermissionError(),
     FileNotFoundError(),
     asyncpg.InterfaceError("the server expects 1 argument for this query, 0 were passed"),

@@ -50,7 +50,6 @@ _NEVER = (
     PoolTimeoutError,
     PoolerModeError,
     ssl.SSLError,
-    socket.gaierror,
     PermissionError,
     FileNotFoundError,
 )
@@ -82,7 +81,10 @@ def is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, NoServerError):
         return any(is_transient(one) for _, one in error.failures)
-    if isinstance(error, _NEVER) or refuses_tls(error) or _is_lasting_refusal(error):
+    # With EAI_AGAIN the name server did not answer; any other error is its answer.
+    unknown_name = isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN
+    never = unknown_name or isinstance(error, _NEVER)
+    if never or refuses_tls(error) or _is_lasting_refusal(error):
         return False
     if isinstance(error, InternalClientError):
         # The server announced the end of the connection, which is not closed yet.
