@@ -681,6 +681,8 @@ def test_pool_minimum_above_the_maximum_is_refused() -> None:
         ("postgresql://a,/app", "names no host"),
         ("postgresql://[::1]hunter2/app", "the host or port cannot be parsed"),
         ("postgresql://db/app/more", "holds a slash"),
+        ("postgresql://db/app%00user%00postgres", "holds the character %00"),
+        ("postgresql://app@db/app?application_name=a%00b", "holds the character %00"),
         ("postgresql://db/app?sslmod=require", "'sslmod'; did you mean sslmode?"),
         ("postgresql://db/app?hunter2=x", "unknown parameter; remove it"),
         ("postgresql://u:hunter2@db/app?tenant=x", "unknown parameter 'tenant'; remove it"),

@@ -199,6 +199,8 @@ def parse_database_url(url: str) -> DatabaseAddress:
 
     Raises ``ValueError`` with the remedy; its text holds no part of the URL that may be secret.
     """
+    if "%00" in url or "\0" in url:
+        raise ValueError("holds the character %00, which Postgres takes for the end; remove it")
     authority, path, query = _split(url.strip())
     login, at, servers = authority.rpartition("@")
     given, unknown = _parameters(query, trusted=bool(at) and "@" not in query)
