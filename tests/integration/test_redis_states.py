@@ -3,10 +3,11 @@
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
-from redis import exceptions
+from redis import Redis, exceptions
 from tests.integration.redis_clients import check_of, opened, within
 from tests.servers.fault_proxy import DROP
 from tests.servers.fixtures import FaultProxies
@@ -239,3 +240,21 @@ async def test_silently_dropped_connections_are_left(
         await within(2.0, asyncio.gather(*(client.redis.get(f"key{n}") for n in range(5))))
 
         assert (await check.check()).code is None
+
+
+async def test_full_server_takes_no_more_clients(own_redis: RedisServer) -> None:
+    """The message names the limit; the next check after it was raised passes."""
+    with closing(Redis(own_redis.host, own_redis.port)) as first:
+        execute: Callable[..., Any] = first.execute_command
+        execute("CONFIG", "SET", "maxclients", 1)
+        async with opened(own_redis, attempts=1) as client:
+            check = check_of(client)
+            full = await check.check()
+            with pytest.raises(exceptions.ConnectionError):
+                await client.redis.ping()
+            execute("CONFIG", "SET", "maxclients", 100)
+
+            assert (full.status, full.code) == (Status.FAIL, "too_many_connections")
+            assert "maxclients" in full.message
+            assert (await check.check()).code is None
+            assert await client.redis.ping() is True

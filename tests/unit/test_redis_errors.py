@@ -57,6 +57,7 @@ BOTH_REFUSED = OSError(
         (exceptions.BusyLoadingError("LOADING"), "loading"),
         (caused(ConnectionResetError(errno.ECONNRESET, "reset")), "lost"),
         (exceptions.ConnectionError("Connection closed by server."), "lost"),
+        (exceptions.ConnectionError("max number of clients reached"), "too_many_connections"),
         (exceptions.ReadOnlyError("READONLY"), "read_only"),
         (caused(exceptions.ReadOnlyError("READONLY"), DemotedError("now a replica")), "lost"),
         (exceptions.OutOfMemoryError("command not allowed"), "memory_full"),

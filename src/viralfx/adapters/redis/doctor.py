@@ -207,6 +207,7 @@ _PROBLEMS = {
     RedisProblem.TLS: "cannot be trusted over TLS, or does not support it",
     RedisProblem.LOADING: "is loading its data",
     RedisProblem.LOST: "closes the connection",
+    RedisProblem.TOO_MANY_CONNECTIONS: "takes no more clients",
     RedisProblem.CLUSTER: "is a node of a cluster, which is not supported",
 }
 _REMEDIES = {
@@ -217,6 +218,7 @@ _REMEDIES = {
     RedisProblem.TLS: "check REDIS_TLS_ENABLED and REDIS_TLS_CA_FILE",
     RedisProblem.LOADING: "wait until it has finished, and run this again",
     RedisProblem.LOST: "check its log; if it accepts only TLS, set REDIS_TLS_ENABLED=true",
+    RedisProblem.TOO_MANY_CONNECTIONS: "raise maxclients, or check the connected clients",
 }
 _SERVER = {
     "where": "REDIS_HOST and REDIS_PORT",

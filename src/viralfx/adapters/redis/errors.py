@@ -29,6 +29,8 @@ class RedisProblem(StrEnum):
     """The server is loading its data and serves no requests yet."""
     LOST = "lost"
     """The connection was lost, or there is no primary at the moment."""
+    TOO_MANY_CONNECTIONS = "too_many_connections"
+    """The server has as many clients as its ``maxclients`` allows."""
     POOL_EXHAUSTED = "pool_exhausted"
     """All connections of this process were in use for too long; no request was sent."""
     READ_ONLY = "read_only"
@@ -55,6 +57,9 @@ MESSAGES = {
     RedisProblem.TLS: "Redis cannot be trusted: the TLS handshake failed",
     RedisProblem.LOADING: "Redis is loading its data",
     RedisProblem.LOST: "Redis connection lost",
+    RedisProblem.TOO_MANY_CONNECTIONS: (
+        "Redis takes no more clients; raise maxclients, or check which clients are connected"
+    ),
     RedisProblem.POOL_EXHAUSTED: "Redis connections are all in use",
     RedisProblem.READ_ONLY: (
         "Redis is a replica and refuses writes; set REDIS_HOST to the primary, or use Sentinel"
@@ -215,6 +220,8 @@ def _specific(error: BaseException) -> RedisProblem | None:
         return error.problem
     if isinstance(error, exceptions.ResponseError) and _WRITES_REFUSED(str(error)):
         return RedisProblem.WRITES_REFUSED
+    if isinstance(error, exceptions.ConnectionError) and "number of clients" in str(error):
+        return RedisProblem.TOO_MANY_CONNECTIONS
     if isinstance(error, ConnectionAbortedError) and "SSL handshake" in str(error):
         # A server without TLS accepts the connection and waits for more data.
         return RedisProblem.TLS
