@@ -120,15 +120,46 @@ def _run(function: Callable[[], Any], in_thread: RunInThread | None) -> Awaitabl
     return called
 
 
+_own_code_of: ContextVar["JobTask[Any] | None"] = ContextVar("viralfx_own_code_of", default=None)
+
+
 class JobTask(asyncio.Task[T]):
-    """The asyncio task that executes a job; it knows whether its own code has cancelled it."""
+    """The asyncio task that executes a job; it knows whether the job's own code has cancelled it.
+
+    That is the code between :meth:`begin_own_code` and :meth:`end_own_code`, with the tasks, timers
+    and threads that it starts. Those that it leaves behind cannot cancel the task any more: it
+    records the outcome.
+    """
 
     _own = 0
+    _has_ended = False
+
+    def begin_own_code(self) -> None:
+        """Mark what follows in this context as code of the job."""
+        _own_code_of.set(self)
+
+    def end_own_code(self) -> None:
+        """Mark the end of that code; call it in the same context."""
+        self._has_ended = True
+        _own_code_of.set(None)
 
     def cancel(self, msg: Any = None) -> bool:
         """See :meth:`asyncio.Task.cancel`."""
-        self._own += asyncio.current_task(self.get_loop()) is self
+        if _own_code_of.get() is self:
+            if self._has_ended:
+                return False
+            self._own += 1
         return super().cancel(msg)
+
+    def cancel_by_worker(self) -> None:
+        """Cancel it for another reason than its own code."""
+        super().cancel()
+
+    def uncancel(self) -> int:
+        """See :meth:`asyncio.Task.uncancel`."""
+        left = super().uncancel()
+        self._own = min(self._own, left)
+        return left
 
     @property
     def cancelled_itself(self) -> bool:

@@ -244,6 +244,17 @@ class Execution:
         """Return the last report as JSON; None without one."""
         return None if self.progress is None else self.progress.encode()
 
+    def begin_own_code(self) -> None:
+        """Mark what follows in this context as code of the task."""
+        if self.task is not None:
+            self.task.begin_own_code()
+
+    def end_own_code(self) -> None:
+        """Mark the end of that code: from here on its outcome is recorded."""
+        self.recording = True
+        if self.task is not None:
+            self.task.end_own_code()
+
     @property
     def cancelled_itself(self) -> bool:
         """True if code of the task has cancelled the asyncio task, and nothing else has."""
@@ -260,7 +271,7 @@ class Execution:
         if self.cancelled is not None:
             self.cancelled.set()
         if self.task is not None:
-            self.task.cancel()
+            self.task.cancel_by_worker()
 
 
 class BegunJobs:

@@ -257,6 +257,7 @@ class Executor:
                             deadline=deadline,
                             is_abandoned=lambda: execution.abandoned,
                         )
+                    execution.begin_own_code()
                     result = await self.calls.call(task, payload, context, in_thread)
             except (Exception, asyncio.CancelledError):
                 raise
@@ -267,7 +268,7 @@ class Executor:
             finally:
                 end_forked_child(process)
                 cancelled.set()  # for threads that the task has left behind
-                execution.recording = True
+                execution.end_own_code()
                 if execution.cancelled_itself:
                     await worker_calls.withdraw_cancellations(self.clock)
             return encoded_result(self.codec, result, self.max_result_bytes)

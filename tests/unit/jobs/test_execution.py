@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
@@ -979,6 +980,56 @@ async def test_a_task_that_cancels_itself_fails_alone(fleet: Fleet, *, transacti
     assert took < 10.0
 
 
+@pytest.mark.parametrize("transactional", [False, True])
+@pytest.mark.parametrize("by", ["timer", "task"])
+async def test_a_task_that_its_own_helper_cancels_fails_alone(
+    fleet: Fleet, by: str, *, transactional: bool
+) -> None:
+    """Libraries for timeouts do so. It would otherwise run again after each lease, without end."""
+    helpers = []
+
+    async def cancel(_: object, __: object = None) -> None:
+        current = asyncio.current_task()
+        assert current is not None
+
+        async def cancel_later() -> None:
+            await asyncio.sleep(1.0)
+            current.cancel()
+
+        if by == "timer":
+            asyncio.get_running_loop().call_later(1.0, current.cancel)
+        else:
+            helpers.append(asyncio.create_task(cancel_later()))
+        await asyncio.sleep(5.0)
+
+    job = await run(fleet, cancel, transactional=transactional)
+
+    assert (job.state, job.error and job.error.code) == (JobState.FAILED, "error")
+    assert (job.attempts, job.claims, job.crashes) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("ending", ["returns", "raises"])
+async def test_a_task_that_handled_the_cancellation_by_its_timer_is_settled(
+    fleet: Fleet, ending: str
+) -> None:
+    """Also if it did not withdraw the cancellation, which older libraries do not."""
+
+    async def handle(payload: object) -> object:
+        current = asyncio.current_task()
+        assert current is not None
+        asyncio.get_running_loop().call_later(1.0, current.cancel)
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(5.0)
+        if ending == "raises":
+            await asyncio.sleep(5.0)
+        return payload
+
+    job = await run(fleet, handle, "7", timeout=3.0)
+
+    assert job.state is (JobState.FAILED if ending == "raises" else JobState.COMPLETED)
+    assert (job.attempts, job.claims, job.crashes) == (int(ending == "raises"), 1, 0)
+
+
 async def test_a_cancellation_that_the_task_leaves_behind_is_withdrawn(fleet: Fleet) -> None:
     """It ended before it was raised, so the job completes."""
 
@@ -987,6 +1038,30 @@ async def test_a_cancellation_that_the_task_leaves_behind_is_withdrawn(fleet: Fl
         return payload
 
     job = await run(fleet, leave, "7")
+
+    assert (job.state, job.result, job.claims) == (JobState.COMPLETED, b"7", 1)
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+async def test_a_helper_that_a_task_leaves_behind_cannot_cancel_its_record(
+    fleet: Fleet, *, transactional: bool
+) -> None:
+    """The outcome is recorded, however often the helper tries."""
+    helpers = []
+
+    async def leave(payload: object, _: object = None) -> object:
+        current = asyncio.current_task()
+        assert current is not None
+
+        async def cancel_without_end() -> None:
+            while not current.done():
+                current.cancel()
+                await asyncio.sleep(0)
+
+        helpers.append(asyncio.create_task(cancel_without_end()))
+        return payload
+
+    job = await run(fleet, leave, "7", transactional=transactional)
 
     assert (job.state, job.result, job.claims) == (JobState.COMPLETED, b"7", 1)
 
