@@ -1,6 +1,7 @@
 """Batching: order, keys, errors and cancellation."""
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -373,3 +374,28 @@ def test_each_caller_gets_its_own_result(
             assert len(batch) <= most
 
     run_in_virtual_time(main())
+
+
+@pytest.mark.each_python
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="no eager tasks")
+async def test_a_loop_that_starts_its_tasks_at_once_changes_nothing() -> None:
+    """As ``asyncio.eager_task_factory`` does: the items of one moment still share a call."""
+    batches = []
+
+    async def take(items: Sequence[str]) -> Sequence[str]:
+        batches.append(list(items))
+        return [item.upper() for item in items]
+
+    batcher = Batcher(take)
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined]
+    try:
+        callers = [asyncio.ensure_future(batcher(item)) for item in "abc"]
+        for _ in range(100):  # turns of the loop, which would never be idle
+            await asyncio.sleep(0)
+        results = [caller.result() for caller in callers if caller.done()]
+    finally:
+        loop.set_task_factory(None)
+        batcher.cancel()
+
+    assert (results, batches) == (["A", "B", "C"], [["a", "b", "c"]])

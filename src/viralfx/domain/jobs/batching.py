@@ -131,9 +131,10 @@ class Batcher(Generic[ItemT, ResultT]):
 
     def _start(self) -> None:
         if len(self._running) < self._max_calls and any(map(self._may_start, self._waiting)):
-            # The task starts after all tasks that are ready now, and batches their items too. It
-            # has a fresh context: a caller's deadline does not apply to the other callers.
-            self._current = asyncio.create_task(self._run(), name="batcher", context=Context())
+            # The task starts after all tasks that are ready now, and batches their items too. So it
+            # is not for the factory of the loop, which may start it at once. It has a fresh
+            # context: a caller's deadline does not apply to the other callers.
+            self._current = asyncio.Task(self._run(), name="batcher", context=Context())
             self._running.add(self._current)
             self._current.add_done_callback(self._ended)
 
