@@ -1,14 +1,17 @@
 """``viralfx jobs``: an operator's view of the ledger, without a service."""
 
+import errno
 import io
 import json
 import os
+import pty
 import re
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 from tests.servers.postgres import Database
@@ -16,6 +19,11 @@ from tests.system.service import clean_environment, command
 from tests.system.workers import environment_of
 
 from viralfx.cli import main
+from viralfx.domain.jobs.model import Job, LedgerUnavailableError
+from viralfx.domain.jobs.service import JobService
+
+NOWHERE = "01a214b8-8af2-7a9b-8393-0890f8feb712"
+SECONDS = 60.0
 
 
 class Terminal(io.StringIO):
@@ -269,3 +277,139 @@ def test_mistakes_get_one_line_each(database: Database) -> None:
     unreachable = command("jobs", "list", environment=nowhere)
     assert (unreachable.returncode, "after 1 attempt" in unreachable.stderr) == (3, True)
     assert len(unreachable.stderr.splitlines()) == 1
+
+
+# -- input and output that fail ------------------------------------------------------------------
+
+
+def started(shell: Shell, *arguments: str | bytes, **streams: Any) -> subprocess.Popen[bytes]:
+    """Start a command as a process, with its standard streams."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "viralfx", "jobs", *arguments],
+        env={**clean_environment(), **shell.environment},
+        **{"stderr": subprocess.PIPE, **streams},
+    )
+
+
+def test_output_that_cannot_be_written_is_a_failure(database: Database) -> None:
+    """With one line; a reader that has gone is none, but hides no refusal."""
+    shell = Shell(database)
+    job_id = shell.json("submit", "parcels.echo", "1")["id"]
+    with open("/dev/full", "wb") as full:  # noqa: PTH123 - a device
+        process = started(shell, "list", stdout=full)
+        _, errors = process.communicate(timeout=SECONDS)
+    reader, writer = os.pipe()
+    os.close(reader)
+    gone = started(shell, "cancel", job_id, NOWHERE, stdout=writer)
+    os.close(writer)
+    _, refused = gone.communicate(timeout=SECONDS)
+    closed = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$0" -m viralfx jobs list >&-', sys.executable],
+        env={**clean_environment(), **shell.environment},
+        stderr=subprocess.PIPE,
+        timeout=SECONDS,
+        check=False,
+    )
+
+    assert errors == b"viralfx: cannot write the output: No space left on device\n"
+    assert process.returncode == 1
+    assert (gone.returncode, refused) == (1, f"viralfx: there is no job {NOWHERE}\n".encode())
+    assert (closed.returncode, closed.stderr) == (0, b"")
+
+
+def test_arguments_and_input_that_are_no_text(database: Database) -> None:
+    """Each is an invalid argument, with one line."""
+    shell = Shell(database)
+    unreadable = started(shell, "list", "--task", b"\xff")
+    _, errors = unreadable.communicate(timeout=SECONDS)
+    with patch.object(sys, "stdin", None):
+        closed = shell.fails(2, "submit", "parcels.echo", "-")
+
+    assert (unreadable.returncode, errors) == (2, b"viralfx: an argument is not UTF-8\n")
+    assert closed == "viralfx: jobs submit: standard input is closed\n"
+    for time in ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59-12:00"):
+        message = shell.fails(2, "submit", "parcels.echo", "1", "--run-at", time)
+        assert "from 0001-01-02 to 9999-12-30" in message
+
+
+def test_an_interrupt_ends_the_question(database: Database) -> None:
+    """At once, and nothing is changed; no answer, or one that is no text, is no."""
+    shell = Shell(database)
+    for number in range(2):
+        shell.json("submit", "parcels.echo", str(number))
+    terminal, stdin = pty.openpty()
+    process = started(shell, "cancel", "--task", "parcels.echo", stdin=stdin)
+    os.close(stdin)
+    assert process.stderr is not None
+    asked = b""
+    while not asked.endswith(b"[y/N] "):
+        asked += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=SECONDS)
+    os.close(terminal)
+    hung_up = Mock(**{"isatty.return_value": True, "readline.side_effect": OSError(errno.EIO, "x")})
+    with patch.object(sys, "stdin", hung_up):
+        closed = shell.fails(1, "cancel", "--task", "parcels.echo")
+    answer = io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8")
+    with patch.object(sys, "stdin", answer), patch.object(answer, "isatty", lambda: True):
+        unreadable = shell.fails(1, "cancel", "--task", "parcels.echo")
+
+    assert (process.returncode, errors) == (130, b"viralfx: interrupted\n")
+    for each in (closed, unreadable):
+        assert each == "cancel 2 jobs? [y/N] viralfx: nothing was changed\n"
+    assert len(shell.json("list", "--state", "waiting")["items"]) == 2
+
+
+def test_no_more_jobs_are_changed_than_the_question_showed(database: Database) -> None:
+    """Also if more match by the time of the answer; the command says so."""
+    shell = Shell(database)
+
+    def answer() -> str:
+        for number in range(3):
+            database.execute(f"select viralfx_ops.enqueue('parcels.echo', '{number}')")
+        return "y\n"
+
+    slow = Mock(**{"isatty.return_value": True, "readline.side_effect": answer})
+    for number in range(2):
+        shell.json("submit", "parcels.echo", str(number))
+    with patch.object(sys, "stdin", slow):
+        done = shell.run("cancel", "--task", "parcels.echo", "--json")
+
+    assert json.loads(done.stdout) == {"count": 2, "more": True}
+    assert done.stderr.endswith("more jobs match by now; repeat the command\n")
+    assert len(shell.json("list", "--state", "waiting")["items"]) == 3
+
+
+def test_jobs_that_were_changed_before_an_outage_are_shown(database: Database) -> None:
+    """The exit code is that of the outage."""
+    shell = Shell(database)
+    ids = [shell.json("submit", "parcels.echo", str(number))["id"] for number in range(2)]
+    cancel = JobService.cancel
+
+    async def cut_off(self: JobService, job_id: str) -> Job:
+        if job_id == ids[1]:
+            raise LedgerUnavailableError("planted")
+        return await cancel(self, job_id)
+
+    with patch.object(JobService, "cancel", cut_off):
+        done = shell.run("cancel", *ids)
+
+    assert (done.returncode, done.stdout) == (3, f"{ids[0]}  cancelled\n")
+    assert done.stderr == "viralfx: DATABASE_URL: planted\n"
+
+
+def test_a_ledger_that_refuses_a_job_is_one_line(database: Database) -> None:
+    """Like that of a user without rights: the arguments are not to blame."""
+    shell = Shell(database)
+    database.execute(
+        """create function refuse() returns trigger language plpgsql as $$
+        begin raise insufficient_privilege using message = 'planted'; end $$"""
+    )
+    database.execute(
+        "create trigger refuse before insert or update on viralfx_ops.viralfx_jobs"
+        " for each statement execute function refuse()"
+    )
+    submitted = shell.fails(3, "submit", "parcels.echo", "1")
+    run = shell.fails(3, "run", "--schedule", "default.prune")
+
+    assert submitted == run == "viralfx: DATABASE_URL: planted (SQLSTATE 42501)\n"

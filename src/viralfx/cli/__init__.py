@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -16,20 +17,43 @@ if TYPE_CHECKING:
 
 EXIT_PROBE_FAILED = 1
 EXIT_PENDING = 1
+EXIT_OUTPUT = 1
 EXIT_CONFIGURATION = 2
 EXIT_STARTUP = 3
 EXIT_INTERRUPTED = 130
+_OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    if arguments is None:
+        try:
+            arguments = [os.fsencode(each).decode() for each in sys.argv[1:]]
+        except UnicodeDecodeError:
+            print("viralfx: an argument is not UTF-8", file=sys.stderr)
+            return EXIT_CONFIGURATION
     options = _parser().parse_args(arguments)
     if options.run not in {_serve, _worker}:  # these unblock signals once they handle them
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+    code = 0
+    try:
+        code = _run(options)
+        if sys.stdout is not None:  # it is None if the descriptor was closed
+            sys.stdout.flush()  # here, where its errors are handled
+    except OSError as error:
+        if error.errno not in _OUTPUT_ERRORS:
+            raise
+        # Leave nothing for the interpreter to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:  # else its reader has gone, as head does
+            print(f"viralfx: cannot write the output: {error.strerror}", file=sys.stderr)
+            return code or EXIT_OUTPUT
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         code: int = options.run(options)
-        if sys.stdout is not None:  # it is None if the descriptor was closed
-            sys.stdout.flush()  # here, where a BrokenPipeError is handled
     except ConfigurationError as error:
         for line in error.problems:
             print(f"viralfx: {line}", file=sys.stderr)
@@ -44,10 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger("asyncio").disabled = True
         print("viralfx: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of the output has gone; leave nothing for the interpreter to flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     return code
 
 
@@ -228,39 +248,35 @@ def _add_jobs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 _STATES = ("waiting", "active", "completed", "failed", "cancelled")
-_MAX_LIMIT = 1000
 
 
 def _limit(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= _MAX_LIMIT:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {_MAX_LIMIT}")
-    return int(text)
+    return _between(text, 1, 1000)
 
 
 def _priority(text: str) -> int:
     from viralfx.domain.jobs.model import MAX_PRIORITY, MIN_PRIORITY  # noqa: PLC0415
 
-    with contextlib.suppress(ValueError):
-        if MIN_PRIORITY <= int(text) <= MAX_PRIORITY:
-            return int(text)
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is not a number from {MIN_PRIORITY} to {MAX_PRIORITY}"
-    )
+    return _between(text, MIN_PRIORITY, MAX_PRIORITY)
 
 
 def _attempts(text: str) -> int:
     from viralfx.domain.jobs.limits import MAX_ATTEMPTS  # noqa: PLC0415
 
+    return _between(text, 1, MAX_ATTEMPTS)
+
+
+def _between(text: str, least: int, most: int) -> int:
     with contextlib.suppress(ValueError):
-        if 1 <= int(text) <= MAX_ATTEMPTS:
+        if text.isascii() and least <= int(text) <= most:
             return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_ATTEMPTS}")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} to {most}")
 
 
 def _key(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("an idempotency key is not empty; leave the option out")
-    return text
+    if text:
+        return text
+    raise argparse.ArgumentTypeError("an idempotency key is not empty; leave the option out")
 
 
 def _job_id(text: str) -> str:
@@ -274,14 +290,15 @@ def _job_id(text: str) -> str:
 def _moment(text: str) -> "datetime":
     from datetime import UTC, datetime  # noqa: PLC0415
 
-    try:
+    from viralfx.domain.jobs.limits import FIRST_RUN_AT, LAST_RUN_AT  # noqa: PLC0415
+
+    with contextlib.suppress(ValueError, OverflowError):
         moment = datetime.fromisoformat(text)
-        if moment.tzinfo is not None:
+        if moment.tzinfo is not None and FIRST_RUN_AT <= moment <= LAST_RUN_AT:
             return moment.astimezone(UTC)
-    except (ValueError, OverflowError):
-        pass
     raise argparse.ArgumentTypeError(
-        f"{text!r} is not a time with a time zone, such as 2026-01-31T08:00:00Z"
+        f"{text!r} is not a time with a time zone, such as 2026-01-31T08:00:00Z,"
+        f" from {FIRST_RUN_AT.date()} to {LAST_RUN_AT.date()}"
     )
 
 

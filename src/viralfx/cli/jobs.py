@@ -9,14 +9,23 @@ import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 
 from viralfx.bootstrap import assemble
-from viralfx.cli.output import agrees, hint_of, plain, print_json, print_table, readable
+from viralfx.cli.output import (
+    agrees,
+    hint_of,
+    plain,
+    print_changed,
+    print_jobs,
+    print_json,
+    print_table,
+    readable,
+)
 from viralfx.domain.clock import timestamp
 from viralfx.domain.errors import ConfigurationError, StartupError, suggest
 from viralfx.domain.jobs.batching import BulkCount
@@ -83,6 +92,7 @@ def jobs(options: argparse.Namespace) -> int:
     # Their warnings are lines of the service's log, and here the result or the error itself.
     for name in ("viralfx.queues", "viralfx.database"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("viralfx.jobs").setLevel(logging.CRITICAL)
     command = _COMMANDS[options.command]
     try:
         asyncio.run(_run(settings, command, options, declared))
@@ -92,7 +102,7 @@ def jobs(options: argparse.Namespace) -> int:
         return EXIT_REFUSED
     except _INVALID as error:
         raise ConfigurationError([plain(str(error))]) from None
-    except LedgerUnavailableError as error:
+    except (LedgerUnavailableError, UnstorableError) as error:
         raise StartupError(plain(f"DATABASE_URL: {error}")) from None
     return 0
 
@@ -109,7 +119,6 @@ _INVALID = (
     UnknownQueueError,
     UnknownScheduleError,
     UnknownTaskError,
-    UnstorableError,
 )
 """Errors of an argument."""
 
@@ -174,8 +183,7 @@ async def _list(ledger: _Ledger, options: argparse.Namespace) -> None:
     if options.json:
         print_json(schemas.page(page, page[-1].id if more else None))
         return
-    header = ("id", "task", "queue", "state", "attempts", "run at", "error")
-    print_table([header, *map(_row, page)])
+    print_jobs(page)
     if not page:
         print("no job matches", file=sys.stderr)
     if more:
@@ -195,7 +203,10 @@ async def _search(service: JobService, wanted: JobFilter, limit: int) -> list[Jo
 
 
 async def _show(ledger: _Ledger, options: argparse.Namespace) -> None:
-    job = await _existing(ledger.service.get(options.id))
+    try:
+        job = await ledger.service.get(options.id)
+    except JobNotFoundError as missing:
+        raise _RefusedError(str(missing)) from None
     if options.json:
         print_json(schemas.view(job))
         return
@@ -223,6 +234,8 @@ async def _show(ledger: _Ledger, options: argparse.Namespace) -> None:
 async def _submit(ledger: _Ledger, options: argparse.Namespace) -> None:
     if options.queue is not None:
         await _declare(ledger, options.task, options.queue)
+    if options.payload == "-" and sys.stdin is None:
+        raise ConfigurationError(["jobs submit: standard input is closed"])
     payload = sys.stdin.buffer.read() if options.payload == "-" else options.payload.encode()
     try:
         accepted = await ledger.service.accept(
@@ -284,17 +297,16 @@ async def _retry(ledger: _Ledger, options: argparse.Namespace) -> None:
     if options.id:
         await _change_each(options, ledger.service.retry)
     else:
-        wanted = await _confirmed(ledger, options, (JobState.FAILED,))
         # In one call, so that a job that fails again meanwhile is retried once.
-        await _print_count(ledger, options, await ledger.service.retry_all(wanted, most=None))
+        await _change_all(ledger, options, ledger.service.retry_all, JobState.FAILED)
 
 
 async def _cancel(ledger: _Ledger, options: argparse.Namespace) -> None:
     if options.id:
         await _change_each(options, ledger.service.cancel)
     else:
-        wanted = await _confirmed(ledger, options, (JobState.WAITING, JobState.ACTIVE))
-        await _print_count(ledger, options, await ledger.service.cancel_all(wanted, most=None))
+        states = JobState.WAITING, JobState.ACTIVE
+        await _change_all(ledger, options, ledger.service.cancel_all, *states)
 
 
 async def _run_now(ledger: _Ledger, options: argparse.Namespace) -> None:
@@ -370,46 +382,66 @@ async def _change_each(
         raise ConfigurationError([f"jobs {options.command}: pass ids or a filter, not both"])
     changed: list[Job] = []
     refused: list[str] = []
-    for job_id in dict.fromkeys(options.id):
-        try:
-            changed.append(await change(job_id))
-        except (JobNotFoundError, JobStateError) as error:
-            refused.append(str(error))
-    if options.json:
-        print_json([schemas.summary(job) for job in changed])
-    else:
-        for job in changed:
-            requested = ", cancellation requested" if job.cancel_requested else ""
-            print(f"{job.id}  {job.state}{requested}")
+    try:
+        for job_id in dict.fromkeys(options.id):
+            try:
+                changed.append(await change(job_id))
+            except (JobNotFoundError, JobStateError) as error:
+                refused.append(str(error))
+    finally:  # after an outage, too: these were changed before it
+        with suppress(BrokenPipeError):
+            if options.json:
+                print_json([schemas.summary(job) for job in changed])
+            else:
+                print_changed(changed)
     if refused:
         raise _RefusedError(*refused)
 
 
-async def _confirmed(
-    ledger: _Ledger, options: argparse.Namespace, states: Sequence[JobState]
-) -> JobFilter:
-    """Return the filter; ask first if it matches several jobs."""
+async def _change_all(
+    ledger: _Ledger,
+    options: argparse.Namespace,
+    change: Callable[..., Awaitable[BulkCount]],
+    *states: JobState,
+) -> None:
+    """Change the jobs that the filter matches; ask first if it matches several."""
     wanted = _filter(options)
     if wanted == ANY_JOB:
         raise ConfigurationError([f"jobs {options.command}: pass ids, or a filter such as --queue"])
-    if options.yes or wanted.state not in (None, *states):  # the service refuses other states
-        return wanted
+    most = None  # the service refuses other states
+    if not options.yes and wanted.state in (None, *states):
+        most = await _confirmed(ledger, options, wanted, states)
+    changed = await change(wanted, most=most)
+    if changed.more:
+        left = await _count(ledger, wanted, states)
+        changed = replace(changed, more=left > 0)
+        if left:
+            print("more jobs match by now; repeat the command", file=sys.stderr)
+    await _print_count(ledger, options, changed)
+
+
+async def _confirmed(
+    ledger: _Ledger, options: argparse.Namespace, wanted: JobFilter, states: Sequence[JobState]
+) -> int | None:
+    """Return how many jobs the operator agrees to change; None: all that match."""
     if (count := await _count(ledger, wanted, states)) <= 1:
-        return wanted
+        return 1
     many = f"more than {_MAX_COUNT} jobs" if count > _MAX_COUNT else f"{count} jobs"
     if sys.stdin is None or not sys.stdin.isatty():
         problem = f"jobs {options.command}: the filter matches {many}; repeat it with --yes"
         raise ConfigurationError([problem])
     if not agrees(f"{options.command} {many}?"):
         raise _RefusedError("nothing was changed")
-    return wanted
+    return None if count > _MAX_COUNT else count
 
 
 async def _count(ledger: _Ledger, wanted: JobFilter, states: Sequence[JobState]) -> int:
     count = 0
     for state in states if wanted.state is None else (wanted.state,):
         of_state = replace(wanted, state=state)
-        count += len(await _search(ledger.service, of_state, _MAX_COUNT - count + 1))
+        found = await _search(ledger.service, of_state, _MAX_COUNT - count + 1)
+        # The others end already.
+        count += sum(not (job.cancel_requested and job.state is JobState.ACTIVE) for job in found)
     return count
 
 
@@ -431,7 +463,6 @@ async def _schedules(ledger: _Ledger, options: argparse.Namespace) -> None:
     if options.json:
         print_json(found)
         return
-    header = ("task", "cron", "time zone", "last run", "next run")
     rows = [
         (
             *(each.task, each.cron, each.timezone, each.last_run_at or "-"),
@@ -439,14 +470,7 @@ async def _schedules(ledger: _Ledger, options: argparse.Namespace) -> None:
         )
         for each in found.items
     ]
-    print_table([header, *rows])
-
-
-async def _existing(call: Awaitable[Job]) -> Job:
-    try:
-        return await call
-    except JobNotFoundError as error:
-        raise _RefusedError(str(error)) from None
+    print_table([("task", "cron", "time zone", "last run", "next run"), *rows])
 
 
 _COMMANDS: Mapping[str, Command] = {
@@ -473,20 +497,4 @@ def _filter(options: argparse.Namespace) -> JobFilter:
         state=None if options.state is None else JobState(options.state),
         code=options.code,
         created_before=options.before,
-    )
-
-
-# -- output ---------------------------------------------------------------------------------------
-
-
-def _row(job: Job) -> Sequence[str]:
-    error = "" if job.error is None else f"{job.error.code}: {job.error.message}"
-    return (
-        job.id,
-        job.task,
-        job.queue,
-        str(job.state),
-        str(job.attempts_made),
-        timestamp(job.run_at),
-        error,
     )

@@ -2,10 +2,14 @@
 
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 
 import msgspec
+
+from viralfx.domain.clock import timestamp
+from viralfx.domain.jobs.model import Job
 
 _MIN_WIDTH = 40
 
@@ -15,12 +19,38 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     cleaned = [[plain(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cleaned) for column in range(len(cleaned[0]) - 1)]
     limit = None
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():
         limit = max(_MIN_WIDTH, shutil.get_terminal_size().columns)
     for row in cleaned:
         cells = [cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)]
         line = "  ".join(cells).rstrip()
         print(line if limit is None or len(line) <= limit else f"{line[: limit - 1]}…")
+
+
+def print_jobs(jobs: Sequence[Job]) -> None:
+    """Print a table of jobs."""
+    header = ("id", "task", "queue", "state", "attempts", "run at", "error")
+    print_table([header, *map(_row, jobs)])
+
+
+def _row(job: Job) -> Sequence[str]:
+    error = "" if job.error is None else f"{job.error.code}: {job.error.message}"
+    return (
+        job.id,
+        job.task,
+        job.queue,
+        str(job.state),
+        str(job.attempts_made),
+        timestamp(job.run_at),
+        error,
+    )
+
+
+def print_changed(jobs: Sequence[Job]) -> None:
+    """Print jobs that a command has changed, one a line."""
+    for job in jobs:
+        requested = ", cancellation requested" if job.cancel_requested else ""
+        print(f"{job.id}  {job.state}{requested}")
 
 
 def print_json(value: object) -> None:
@@ -45,7 +75,8 @@ def readable(document: bytes) -> str:
 
 def plain(text: str) -> str:
     """Return a text in one line that cannot control a terminal."""
-    encoding = sys.stdout.encoding or "utf-8"
+    # Without standard output what is printed is lost.
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     visible = "".join(
         each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
     )
@@ -62,6 +93,13 @@ def hint_of(payload: bytes) -> str:
 
 
 def agrees(question: str) -> bool:
-    """Ask an operator; return True for a yes."""
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in {"y", "yes"}
+    """Ask an operator; return True for a yes. Call it in the main thread."""
+    # An event loop handles the signal by the end of its task, which waits for the answer.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().strip().lower() in {"y", "yes"}
+    except (OSError, UnicodeDecodeError):  # the terminal was closed, or the answer is no text
+        return False
+    finally:
+        signal.signal(signal.SIGINT, handler)
