@@ -224,6 +224,33 @@ async def test_other_failures_are_errors_of_the_result(
     assert "object has no JSON" in str(results[0].error)
 
 
+@pytest.mark.parametrize("variant", [MEMORY, TASKIQ, VIRALFX], indirect=True)
+async def test_a_cancellation_of_its_own_is_a_failure_of_the_task(
+    broker: LedgerBroker, running: Running
+) -> None:
+    """It runs as often as with any other error: once, unless its labels allow more."""
+    runs: Counter[str] = Counter()
+
+    @broker.task
+    async def raising() -> None:
+        runs["raising"] += 1
+        raise asyncio.CancelledError
+
+    @broker.task(max_retries=2)
+    async def timed() -> None:
+        runs["timed"] += 1
+        current = asyncio.current_task()
+        assert current is not None
+        asyncio.get_running_loop().call_later(0.01, current.cancel)
+        await asyncio.sleep(SECONDS)
+
+    async with running(broker):
+        results = [await result_of(await task.kiq()) for task in (raising, timed)]
+
+    assert [type(result.error).__name__ for result in results] == ["CancelledError"] * 2
+    assert runs == {"raising": 1, "timed": 2}
+
+
 # -- retries -------------------------------------------------------------------------------------
 
 

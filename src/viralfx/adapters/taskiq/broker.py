@@ -190,7 +190,9 @@ class Delivery:
         cancelled = await self._until_returned(await self._until_over())
         error = self._error()
         late = cancelled and not self.job.deadline.remaining()
-        if isinstance(error, asyncio.CancelledError) and not (late and self._again is not None):
+        # If it was not asked for, it is an error of the function, as any other.
+        asked, again = cancelled or error is not self.error, self._again is not None
+        if isinstance(error, asyncio.CancelledError) and asked and not (late and again):
             raise error
         if isinstance(error, Snooze | HandBackError):
             raise error
