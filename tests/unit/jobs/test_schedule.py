@@ -267,6 +267,30 @@ def test_the_next_times_of_a_list_are_kept(monkeypatch: pytest.MonkeyPatch) -> N
     assert searches <= 5 + 2 + 5
 
 
+def test_a_long_list_costs_its_searches_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop waits for a list, and pages ask for it again and again."""
+    declared = [
+        scheduled(f"{n % 60} {n // 60 % 24} {n // 1440 + 1} * *", "UTC") for n in range(1500)
+    ]
+    first = times_of([], declared, NOON, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Schedule, "next_after", None)
+        again = times_of([], declared, NOON, 1)
+
+    assert first == again
+
+
+def test_the_schedule_of_a_task_is_checked_once() -> None:
+    """A search for its next time takes no longer than the check."""
+
+    @task("t", cron="0 3 * * *")
+    async def run(_: None) -> None: ...
+
+    found = declared_task(run)
+    assert found is not None
+    assert found.schedule is found.schedule
+
+
 def test_a_list_hides_schedules_that_no_worker_declared_for_a_day() -> None:
     """Unless they are paused, or this process declares them; their last time is shown then."""
     here = Schedule(task="here", cron=HOURLY)

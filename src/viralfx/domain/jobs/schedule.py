@@ -271,18 +271,18 @@ def _put_back(zone: ZoneInfo, after: datetime, until: datetime) -> datetime | No
 
 _next_times_of: dict[tuple[str, str], tuple[datetime, Sequence[datetime]]] = {}
 """The times after a moment, by expression and time zone: to find those of a year takes long."""
-_MAX_KEPT_SCHEDULES = 1000
+_MAX_KEPT_SCHEDULES = 10_000
 
 
 def _next_times(schedule: Schedule, now: datetime, count: int) -> Sequence[datetime]:
-    if len(_next_times_of) > _MAX_KEPT_SCHEDULES:
-        _next_times_of.clear()
     key = schedule.cron, schedule.timezone
-    since, known = _next_times_of.get(key, (now, ()))
+    since, known = _next_times_of.pop(key, (now, ()))
     times = [time for time in known if time > now] if since <= now else []
     missing = islice(schedule.times_after(times[-1] if times else now), max(0, count - len(times)))
     times += missing
     _next_times_of[key] = now, times
+    if len(_next_times_of) > _MAX_KEPT_SCHEDULES:
+        del _next_times_of[next(iter(_next_times_of))]  # that of the longest ago
     return tuple(times[:count])
 
 

@@ -204,6 +204,7 @@ class Task:
     read: Callable[[bytes, str], Any] | None = None
     """Reads the payload of a job with an id for the task, if its host stores other payloads than
     submissions have. Raises :class:`PayloadError`."""
+    _schedule: "list[Schedule]" = field(default_factory=list, init=False, compare=False, repr=False)
 
     def bound(self, payload: Any, context: JobContext | None) -> Callable[..., Any]:
         """Return the function with its payload and its context; it takes the dependencies."""
@@ -223,14 +224,15 @@ class Task:
     @property
     def schedule(self) -> "Schedule | None":
         """Its schedule; None without ``cron``."""
-        if self.cron is None:
-            return None
-        # Imported here, since every import of viralfx loads this module.
-        from viralfx.domain.jobs.schedule import Schedule  # noqa: PLC0415
+        if self.cron is not None and not self._schedule:
+            # Imported here, since every import of viralfx loads this module. Kept, since the check
+            # of an expression takes as long as a search for its next time.
+            from viralfx.domain.jobs.schedule import Schedule  # noqa: PLC0415
 
-        return Schedule(
-            task=self.name, cron=self.cron, timezone=self.timezone, catch_up=self.catch_up
-        )
+            zone, late = self.timezone, self.catch_up
+            made = Schedule(task=self.name, cron=self.cron, timezone=zone, catch_up=late)
+            self._schedule.append(made)
+        return next(iter(self._schedule), None)
 
 
 def task(
