@@ -413,3 +413,14 @@ def test_a_ledger_that_refuses_a_job_is_one_line(database: Database) -> None:
     run = shell.fails(3, "run", "--schedule", "default.prune")
 
     assert submitted == run == "viralfx: DATABASE_URL: planted (SQLSTATE 42501)\n"
+
+
+def test_a_job_with_a_deep_payload_is_shown(database: Database) -> None:
+    """SQL accepts one that Python does not decode."""
+    shell = Shell(database)
+    payload = "[" * 2000 + "]" * 2000
+    rows = database.execute(f"select viralfx_ops.enqueue('t', '{payload}')")
+    shown = shell.run("show", str(rows[0][0]), "--json")
+
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert f'"payload":{payload}' in shown.stdout

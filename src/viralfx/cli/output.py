@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import msgspec
 
@@ -54,10 +55,12 @@ def print_changed(jobs: Sequence[Job]) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print a value as JSON in ASCII, with indentation."""
-    document = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    """Print a value as JSON in ASCII, with indentation unless it is too deep for that."""
+    document = msgspec.json.encode(value)
+    with suppress(RecursionError):  # SQL accepts payloads that are deeper than those of Python
+        document = msgspec.json.format(document, indent=2)
     # Every other character is in a string, where an escape means the same.
-    print(_NOT_PRINTABLE_ASCII.sub(_escape_in_json, document))
+    print(_NOT_PRINTABLE_ASCII.sub(_escape_in_json, document.decode()))
 
 
 _NOT_PRINTABLE_ASCII = re.compile(r"[^\x20-\x7e\n]")
