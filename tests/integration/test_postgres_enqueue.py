@@ -622,6 +622,35 @@ def test_sql_refuses_a_value_that_breaks_readers(
     assert migrated_database.execute("select from viralfx_jobs") == []
 
 
+@pytest.mark.parametrize("name", ["task", "payload", "queue"])
+def test_sql_refuses_null_for_what_a_job_needs(migrated_database: Database, name: str) -> None:
+    """The error names it; a default is not used, because a caller may have meant another value."""
+    given = {"task": "'t'", "payload": "'1'", "queue": "'default'", name: "NULL"}
+    arguments = ", ".join(f"{parameter} => {value}" for parameter, value in given.items())
+    with pytest.raises(asyncpg.NotNullViolationError, match=f'"{name}"'):
+        migrated_database.execute(f"select {SCHEMA}.enqueue({arguments})")
+
+
+async def test_null_for_an_option_in_sql_is_its_default(shop: Shop) -> None:
+    """Such as for a driver that passes each parameter."""
+    options = (
+        *("run_at", "priority", "key", "unique_while", "concurrency_key", "correlation_id"),
+        *("traceparent", "user_id", "notify", "max_attempts"),
+    )
+    arguments = ", ".join(f"{name} => NULL" for name in options)
+    rows = shop.database.execute(f"select {SCHEMA}.enqueue('orders.ship', '1', {arguments})")
+    job = await shop.jobs.get(str(rows[0][0]))
+
+    assert (job.state, job.queue, job.priority, job.payload) == (
+        JobState.WAITING,
+        "default",
+        0,
+        b"1",
+    )
+    options_of_job = (job.key, job.concurrency_key, job.user_id, job.max_attempts, job.asked_run_at)
+    assert options_of_job == (None,) * 5
+
+
 def test_a_function_of_the_application_is_not_called_in_place_of_a_built_in_one(
     migrated_database: Database,
 ) -> None:
