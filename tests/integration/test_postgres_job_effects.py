@@ -165,6 +165,28 @@ async def test_effect_must_not_end_the_transaction(
     assert effects(table) == []
 
 
+async def test_an_effect_must_not_leave_a_statement_behind(
+    pool: PostgresDatabase, table: Database
+) -> None:
+    """It is the task's error, and no outage after which the job would run again."""
+    helpers: list[asyncio.Task[Any]] = []
+
+    async def effect(connection: Any) -> bytes:
+        await connection.execute("insert into effects values (1)")
+        helpers.append(asyncio.create_task(connection.execute("select pg_sleep(60)")))
+        await asyncio.sleep(0)
+        return b"1"
+
+    ledger = PostgresJobLedger(pool)
+    with pytest.raises(RuntimeError, match="left behind uses its connection"):
+        await ledger.settle_with_effect(await work(ledger), effect)
+    await asyncio.wait(helpers)
+
+    assert helpers[0].exception() is not None
+    assert effects(table) == []
+    assert (await ledger.counts())["default"].active == 1
+
+
 async def test_error_of_an_effect_is_raised(pool: PostgresDatabase) -> None:
     """Also errors of the same types as those of the database and the network."""
     ledger = PostgresJobLedger(pool)

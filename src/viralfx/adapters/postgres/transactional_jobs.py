@@ -191,6 +191,12 @@ class _TransactionalExecution:
             if (refused := refusal(error)) is None:
                 raise
             raise ResultError(f"the result cannot be stored: {refused}") from error
+        except asyncpg.InterfaceError as error:
+            if connection.is_closed():
+                raise
+            raise RuntimeError(
+                "a helper that the task left behind uses its connection; await each statement"
+            ) from error
         if not settled:
             raise SupersededError(
                 f"job {self._claim.id} was given to another worker during its effect"
