@@ -282,3 +282,15 @@ def test_a_timeout_has_empty_details_of_the_same_type(details: Details, nothing:
     late = track.see(Observation(status=F, message="no answer", code="timeout"))
 
     assert (seen.details, late.details) == (details, nothing)
+
+
+def test_a_message_and_a_code_are_cut() -> None:
+    """The monitor keeps those of 100 changes, and each page of the console shows them."""
+    track = Track(CheckPolicy())
+    huge = Observation(status=F, message="m" * 10_000_000, code="c" * 10_000_000)
+    report = track.see(huge)
+
+    assert (len(report.message), len(report.code or "")) == (2000, 2000)
+    assert report.message.endswith("m...")
+    whole = Observation(status=W, message="m" * 2000, code="c")
+    assert (whole.message, whole.code) == ("m" * 2000, "c")

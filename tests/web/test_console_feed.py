@@ -166,6 +166,22 @@ async def test_a_view_that_raises_does_not_end_the_beats(
     assert caught == []
 
 
+async def test_changes_with_huge_messages_do_not_make_a_snapshot_huge(site: Site) -> None:
+    """Each page begins with the last changes, and all of them share one snapshot."""
+    console = site.plugin.endpoints.console
+    assert console is not None
+    site.check.message = "m" * 1_000_000
+    report = site.plugin.operations.monitor.report
+    for status in (Status.FAIL, Status.PASS, Status.FAIL):
+        site.check.status = status
+        await until(lambda status=status: report().checks["marked"].status is status)  # type: ignore[misc]
+
+    started = await site.ask(SESSION, query="start")
+    changed = started.json()["start"]["snapshot"]["changes"]
+    assert [each["new"] for each in changed if each["check"] == "marked"][-1] == "fail"
+    assert len(started.body) < 50_000
+
+
 async def test_a_query_with_many_fields_gets_400(site: Site) -> None:
     """As at the other paths."""
     assert (await site.ask("events", query="a=1&" * 25)).status == 400

@@ -71,6 +71,9 @@ class Health(StrEnum):
 Details: TypeAlias = Mapping[str, object] | Sequence[object]
 """Details that responses show: JSON values, never a credential or the text of an exception."""
 
+MAX_MESSAGE_CHARACTERS = 2000
+"""Characters of a message or code that are kept; the monitor keeps those of 100 changes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
@@ -78,7 +81,7 @@ class Observation:
 
     ``code`` is a short machine-readable name of the problem (``timeout``, ``usage_high``). All
     readers of the check see it, so it must not contain data. ``error`` is the cause; it appears in
-    the log only.
+    the log only. A ``message`` or ``code`` of more than 2000 characters is cut.
     """
 
     status: Status
@@ -95,6 +98,10 @@ class Observation:
     def __post_init__(self) -> None:
         """Accept ``"pass"`` for ``Status.PASS``. Raises ``ValueError`` for an unknown status."""
         object.__setattr__(self, "status", Status(self.status))
+        for name in ("message", "code"):
+            text = getattr(self, name)
+            if isinstance(text, str) and len(text) > MAX_MESSAGE_CHARACTERS:
+                object.__setattr__(self, name, f"{text[: MAX_MESSAGE_CHARACTERS - 3]}...")
 
 
 class HealthCheck(Protocol):
