@@ -9,7 +9,7 @@ from itertools import product
 from urllib.parse import quote
 
 import pytest
-from playwright.sync_api import Browser, Locator, expect
+from playwright.sync_api import Browser, Locator, Route, expect
 from tests.console.console_app import PLANTED
 from tests.console.pages import APP, QUICK, VIEWS, Console, console
 from tests.servers.postgres import PostgresServer
@@ -158,6 +158,33 @@ def test_jobs(scene: Scene) -> None:
     scene.console.open("jobs/00000000-0000-7000-8000-000000000000")
     expect(scene.main).to_contain_text("There is no such job")
     scene.console.forgive("404")
+
+
+def holding(scene: Scene, address: str, *, times: int | None = None) -> list[Route]:
+    """Hold the requests to an address, and return them."""
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    scene.console.page.route(address, hold, times=times)
+    return held
+
+
+def test_an_answer_from_before_an_action_is_not_shown(scene: Scene) -> None:
+    """A view that loads while its operator acts asks again."""
+    page = scene.console.page
+    scene.console.open("queues")
+    expect(scene.row("default")).to_contain_text("running")
+    held = holding(scene, "**/ui/data/queues", times=1)
+    while not held:
+        page.wait_for_timeout(10)
+    scene.button("Pause queue default").click()
+    expect(scene.row("default")).to_contain_text("paused")
+    assert held[0].request.failure is None  # it has not reached its time limit
+    held[0].continue_()
+    scene.button("Undo").click()
+    expect(scene.row("default")).to_contain_text("running")
 
 
 def test_queues(scene: Scene) -> None:

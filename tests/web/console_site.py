@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -173,8 +173,11 @@ class OpenPage:
             self.ended = not message["more_body"]
 
 
-async def opened(pages: feed.Feed, count: int, *, blocked: bool = False) -> list[OpenPage]:
-    """Open some pages that have got their snapshot."""
-    made = [OpenPage(pages, blocked=blocked) for _ in range(count)]
+async def opened(
+    pages: feed.Feed, count: int, *, blocked: bool = False, everything: bool = False
+) -> list[OpenPage]:
+    """Open some pages that have got their snapshot; ``everything``: with a session."""
+    ends_at = datetime.now(UTC) + timedelta(hours=1) if everything else None
+    made = [OpenPage(pages, blocked=blocked, ends_at=ends_at) for _ in range(count)]
     await until(lambda: all(each.messages for each in made))
     return made

@@ -14,6 +14,7 @@ from tests.web.console_site import (
     Answer,
     Site,
     acted,
+    opened,
 )
 
 from viralfx import task
@@ -99,6 +100,47 @@ async def test_schedules_are_paused_resumed_and_run(
         ("run schedule", "console.yearly", f"ok: job {ran.json()['id']}"),
         ("run schedule", "console.monthly", "unknown"),
     ]
+
+
+async def test_a_pause_is_shown_at_once(site: Site) -> None:
+    """Pages share the counts of the queues for a second, also those of a read before the pause."""
+    headers = await site.log_in()
+    service = site.plugin.assembly.jobs.service
+    pages = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+    (page,) = await opened(pages, 1, everything=True)
+
+    async def act(verb: str) -> bool:
+        path = f"ui/data/queues/default/{verb}"
+        return bool((await site.ask(path, "POST", headers=headers, body={})).json()["paused"])
+
+    async def shown() -> bool:
+        items = (await site.ask("ui/data/queues", headers=headers)).json()["items"]
+        return "default" in [each["name"] for each in items if each["paused"]]
+
+    assert await shown() is False
+    assert await act("pause") is True
+    assert await shown() is True
+    await until(lambda: b'"paused":true' in b"".join(page.messages))
+
+    counts, release = service.queues, asyncio.Event()
+
+    async def slow() -> Any:
+        found = await counts()
+        await release.wait()
+        return found
+
+    console = site.plugin.endpoints.console
+    assert console is not None
+    console._data.queue_counts.forget()
+    console._data.queue_counts._load = slow
+    early = asyncio.ensure_future(shown())
+    await until(lambda: bool(console._data.queue_counts._flight._flights))
+    console._data.queue_counts._load = counts
+    assert await act("resume") is False
+    release.set()
+    assert await early is True
+    assert await shown() is False
+    page.task.cancel()
 
 
 async def test_two_tabs_cannot_act_twice_on_one_job(site: Site) -> None:

@@ -266,8 +266,11 @@ class ConsoleActions:
         async def perform(queue: str, _: Nothing) -> Outcome:
             service = self._jobs.service
             await (service.pause(queue) if verb == "pause" else service.resume(queue))
-            counts = (await service.queues()).get(queue, QueueCounts())
-            return _done(views.queue_view(queue, counts, self._jobs.concurrency))
+            self._data.queue_counts.forget()
+            counts = await self._data.queue_counts.get()
+            self._feed.on_counted(counts)
+            shown = counts.get(queue, QueueCounts())
+            return _done(views.queue_view(queue, shown, self._jobs.concurrency))
 
         return perform
 

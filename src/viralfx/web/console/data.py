@@ -121,6 +121,10 @@ class Shared(Generic[T]):
         self._flight = SingleFlight[T]()
         self._value: tuple[float, T] | None = None
 
+    def forget(self) -> None:
+        """Load the value at the next call: it has changed, also during a load in progress."""
+        self._flight, self._value = SingleFlight[T](), None
+
     async def get(self) -> T:
         """Return the value, which is at most ``seconds`` old."""
         now = self._clock.monotonic()
@@ -129,8 +133,9 @@ class Shared(Generic[T]):
         return await self._flight.run("", self._renew)
 
     async def _renew(self) -> T:
-        value = await self._load()
-        self._value = (self._clock.monotonic(), value)
+        flight, value = self._flight, await self._load()
+        if flight is self._flight:
+            self._value = (self._clock.monotonic(), value)
         return value
 
 

@@ -51,7 +51,7 @@ export class JobsView extends Remote {
       if (!sure) return;
     }
     await app.act(address("jobs", id, action), {}, (job) => `Job ${id} is ${DONE[action] || (job.state === "active" ? "being cancelled" : job.state)}.`);
-    this.load();
+    this.reload();
   }
 
   /** Show how many jobs match now, and change them only if the number is still the same. */
@@ -86,7 +86,7 @@ export class JobsView extends Remote {
       count = now;
     }
     if (!count) app.tell("No job matches.", "fair");
-    this.load();
+    this.reload();
   }
 
   render({ app, live, query, part }, { data, loading, error }) {

@@ -181,6 +181,12 @@ export class Remote extends Pure {
     this.setState({ ...next, loading: false });
   }
 
+  /** Load again after a change: an answer that is under way may be older than it. */
+  reload() {
+    this.pending = false;
+    return this.load();
+  }
+
   /** Return what to show around the data: an error, the age of old data, or that they load. */
   notice() {
     const { data, error, at, loading } = this.state;

@@ -33,7 +33,7 @@ export class QueuesView extends Remote {
     const reverse = action === "pause" ? "resume" : "pause";
     const words = { pause: "is paused: workers claim none of its jobs", resume: "runs again" };
     await app.act(address("queues", queue, action), {}, () => `Queue ${queue} ${words[action]}.`, () => this.set(queue, reverse));
-    this.load();
+    this.reload();
   }
 
   render(_, { data, loading, error }) {
@@ -71,12 +71,12 @@ export class SchedulesView extends Remote {
     const reverse = action === "pause" ? "resume" : "pause";
     const words = { pause: "is paused: its times are skipped", resume: "runs again from its next time on" };
     await this.props.app.act(address("schedules", task, action), {}, () => `Schedule ${task} ${words[action]}.`, () => this.set(task, reverse));
-    this.load();
+    this.reload();
   }
 
   async run(task) {
     await this.props.app.act(address("schedules", task, "run"), {}, (job) => `Job ${job.id} of ${task} is ${job.state}; the times of the schedule stay.`);
-    this.load();
+    this.reload();
   }
 
   render(_, { data, loading, error }) {
@@ -196,7 +196,7 @@ class Doctor extends Remote {
     this.setState({ running: true });
     await this.props.app.act(address("settings", "doctor", "run"), {}, (result) => `The doctor has run: ${plural(result.findings.filter((each) => each.verdict === "fail").length, "failure")}.`);
     this.setState({ running: false });
-    this.load();
+    this.reload();
   }
 
   render(_, { data, running }) {
