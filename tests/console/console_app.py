@@ -1,6 +1,7 @@
 """An application with markup in every text that the operations console shows."""
 
 import asyncio
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -68,6 +69,21 @@ async def planted(payload: object) -> object:
     return payload
 
 
+carrier = CircuitBreaker(name=f"carrier {PLANTED}")
+
+
+@get("/carrier")
+async def call_carrier() -> dict[str, str]:
+    """Fail to reach the carrier."""
+
+    async def fail() -> None:
+        raise OSError("away")
+
+    with contextlib.suppress(OSError):
+        await carrier.execute(fail)
+    return {"state": carrier.state}
+
+
 @get("/slow", cancel_on_disconnect=True)
 async def slow(seconds: Annotated[float, QueryParameter()]) -> dict[str, bool]:
     """Respond after a time, unless the client leaves."""
@@ -98,7 +114,7 @@ plugin = OperationsPlugin(
         close_stages={"printer": stage},
         show_payload=lambda _, content: content.decode(),
         jobs_api=True,
-        breakers=[CircuitBreaker(name=f"carrier {PLANTED}")],
+        breakers=[carrier],
     )
 )
-app = Litestar([slow], plugins=[plugin])
+app = Litestar([call_carrier, slow], plugins=[plugin])

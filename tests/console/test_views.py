@@ -235,6 +235,19 @@ def test_circuits(scene: Scene) -> None:
     expect(scene.button("Undo")).to_have_count(0)
 
 
+def test_a_circuit_that_opened_by_itself(scene: Scene) -> None:
+    """It has a time of the next probe; nothing undoes its close, as that would open it for good."""
+    scene.console.open("circuits")
+    states = [scene.service.get("/carrier").json()["state"] for _ in range(5)]
+    assert states[-1] == "OPEN"
+    circuit = scene.row("carrier")
+    expect(circuit).to_contain_text("the first call after")
+    circuit.get_by_role("button", name="Close circuit carrier").click()
+    expect(circuit).to_contain_text("closed")
+    expect(scene.main.locator(".toast")).to_contain_text("is closed")
+    expect(scene.button("Undo")).to_have_count(0)
+
+
 def test_schedules(scene: Scene) -> None:
     """A schedule is paused, the pause is undone, and it runs now."""
     scene.console.open("schedules")

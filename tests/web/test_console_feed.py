@@ -16,6 +16,7 @@ from tests.web.console_site import (
     opened,
 )
 
+from viralfx import CircuitOpenError
 from viralfx.domain.health.model import Status
 from viralfx.web.console import feed
 from viralfx.web.error_log import is_logged
@@ -180,6 +181,37 @@ async def test_changes_with_huge_messages_do_not_make_a_snapshot_huge(site: Site
     changed = started.json()["start"]["snapshot"]["changes"]
     assert [each["new"] for each in changed if each["check"] == "marked"][-1] == "fail"
     assert len(started.body) < 50_000
+
+
+async def test_the_calls_that_an_open_circuit_rejects_are_shown_with_each_beat(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state does not change meanwhile, so there is no event of the circuit."""
+    monkeypatch.setattr(feed, "BEAT_SECONDS", 0.05)
+    pages = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+    (page,) = await opened(pages, 1)
+    site.breaker.open()
+    await until(lambda: b"event: circuit" in b"".join(page.messages))
+    for _ in range(3):
+        with pytest.raises(CircuitOpenError):
+            site.breaker.admit("call")
+    await until(lambda: b'"rejected":3' in b"".join(page.messages))
+    page.task.cancel()
+
+
+async def test_a_circuit_that_is_open_is_opened_by_hand(site: Site) -> None:
+    """No event tells it; the page would go on to show the time of the next probe."""
+    headers = await site.log_in()
+    pages = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+    for _ in range(5):
+        site.breaker.failed(site.breaker.admit("call"), OSError("away"))
+    (page,) = await opened(pages, 1)
+    assert (await site.ask("ui/data/circuits")).json()["items"][0]["retryAfter"] > 0
+    path = f"ui/data/circuits/{MARKUP}/open"
+    assert (await site.ask(path, "POST", headers=headers, body={})).status == 200
+    await until(lambda: b"event: circuit" in b"".join(page.messages))
+    assert b'"retryAfter":null' in b"".join(page.messages).partition(b"event: circuit")[2]
+    page.task.cancel()
 
 
 async def test_a_query_with_many_fields_gets_400(site: Site) -> None:

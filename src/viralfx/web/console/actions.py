@@ -299,6 +299,8 @@ class ConsoleActions:
         except KeyError:
             return Outcome(problem_response(404, "This process has no such circuit."), "unknown")
         change(breaker)
+        # No event tells that a circuit which is open already was opened by hand.
+        self._feed.publish_circuit(name)
         return _done(self._feed.circuit(breaker))
 
     async def _level(self, logger: str, wanted: LevelBody) -> Outcome:

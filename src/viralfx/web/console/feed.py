@@ -98,6 +98,8 @@ class Feed:
         self._waking: asyncio.TimerHandle | None = None
         self._queues: tuple[datetime, Mapping[str, QueueCounts]] | None = None
         self._rejected: dict[str, int] = {}
+        self._rejecting: dict[str, None] = {}
+        """The circuits that have rejected calls since the last beat."""
         self._circuit_since: dict[str, datetime] = {}
         self._started_at = operations.clock.now()
         operations.monitor.subscribe(self._on_health)
@@ -144,18 +146,22 @@ class Feed:
         name = event.name
         if isinstance(event, CallRejected):
             self._rejected[name] = self._rejected.get(name, 0) + 1
+            if self._pages:
+                self._rejecting[name] = None
+            self._missed = self._missed or not self._pages
             return
         self._circuit_since[name] = self._operations.clock.now()
         try:
             # A circuit may change in any thread, also before the first page and after the loop.
             if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._publish_circuit, name)
+                self._loop.call_soon_threadsafe(self.publish_circuit, name)
                 return
         except RuntimeError:
             pass
         self._missed = True
 
-    def _publish_circuit(self, name: str) -> None:
+    def publish_circuit(self, name: str) -> None:
+        """Send the state of a circuit to the pages."""
         if not self._pages:
             self._missed = True
             return
@@ -250,6 +256,9 @@ class Feed:
         loop = asyncio.get_running_loop()
         self._beating = loop.call_later(BEAT_SECONDS, self._guarded, self._beat)
         self._flush()
+        rejecting, self._rejecting = list(self._rejecting), {}
+        for name in rejecting:
+            self.publish_circuit(name)
         shutdown = self._operations.shutdown
         beat = {
             "now": timestamp(self._operations.clock.now()),

@@ -99,8 +99,8 @@ export class SchedulesView extends Remote {
 }
 
 /** Return when an open circuit lets a call pass; one that was opened by hand does not. */
-const probeOf = ({ state, retryAfter }) =>
-  retryAfter != null ? `within ${span(retryAfter)}` : state === "OPEN" ? "none: opened by hand" : "";
+const probeOf = ({ state, probeAt }, now) =>
+  probeAt != null ? html`the first call after <${Time} at=${probeAt} now=${now} />` : state === "OPEN" ? "none: opened by hand" : "";
 
 export class CircuitsView extends Pure {
   async set(name, action) {
@@ -117,7 +117,7 @@ export class CircuitsView extends Pure {
         ? html`<${Table} caption="Circuits; times are UTC" columns=${["Circuit", "State", "Failures", "Next probe", "Since", "Rejected", ...(operates ? ["Action"] : [])]}>
           ${part.map((item) => html`<${ItemRow} key=${item.name} item=${item} operates=${operates} show=${(circuit) => html`<${Row}>
             <${Head}>${circuit.name}<//><${Cell} label="State"><${Word} of=${circuit.state} kind=${circuit.state === "OPEN" ? "bad" : undefined} /><//>
-            <${Cell} label="Failures">${circuit.failureCount}<//><${Cell} label="Next probe">${probeOf(circuit)}<//>
+            <${Cell} label="Failures">${circuit.failureCount}<//><${Cell} label="Next probe">${probeOf(circuit, live.now())}<//>
             <${Cell} label="Since">${circuit.since ? html`<${Time} at=${circuit.since} now=${live.now()} />` : "the start"}<//><${Cell} label="Rejected">${circuit.rejected}<//>
             ${operates ? html`<${Cell} label="Action"><button type="button" aria-label=${`${circuit.state === "CLOSED" ? "Open" : "Close"} circuit ${circuit.name}`} onClick=${() => this.set(circuit.name, circuit.state === "CLOSED" ? "open" : "close")}>${circuit.state === "CLOSED" ? "Open" : "Close"}</button><//>` : null}<//>`} />`)}<//>`
         : html`<${Empty}>This process has no circuit breaker.<//>`}</div>`;
