@@ -175,3 +175,11 @@ def test_a_view_that_fails(opened: Console) -> None:
     expect(opened.main.get_by_role("row").filter(has_text="drain")).to_contain_text("pending")
     assert len(opened.visit.problems) == 1
     assert "TypeError" in opened.visit.problems.pop()
+
+
+@pytest.mark.parametrize("name", ["constructor", "__proto__", "stop/%E0%A4%A"])
+def test_an_address_that_names_no_view(opened: Console, name: str) -> None:
+    """Every word of the address is text."""
+    go(opened, name)
+    expect(opened.sentence).to_contain_text(HEALTHY)
+    expect(opened.page.get_by_role("heading", level=1)).to_have_text(re.compile("Status|Stop"))

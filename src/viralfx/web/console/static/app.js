@@ -9,6 +9,7 @@ import { session as firstSession } from "./start.js";
 
 /** By name: title, file and class of the view, the rights that it needs, the view that it is part of. */
 const VIEWS = {
+  __proto__: null,
   status: ["Status", "status.js", "StatusView", "status"],
   stop: ["Stop", "stop.js", "StopView", "status"],
   fleet: ["Fleet", "fleet.js", "FleetView", "all"],

@@ -22,6 +22,7 @@ import { address } from "./client.js";
 
 /** For a code of any check, then for a check: the heading of the runbook and the first step. */
 const BY_CODE = {
+  __proto__: null,
   schema_behind: ["ViralFXNotReady", "Run viralfx migrate with the version of this process."],
   not_migrated: ["ViralFXNotReady", "Run viralfx migrate."],
   stale: ["ViralFXCheckStale", "The check has not completed an attempt: the event loop is blocked, or the check hangs."],
@@ -32,6 +33,7 @@ const BY_CODE = {
   circuit_open: ["ViralFXCircuitOpen", "Repair the dependency that the circuit is named after."],
 };
 const BY_CHECK = {
+  __proto__: null,
   database: ["ViralFXDatabaseDown", "Look whether Postgres runs and whether the network reaches it; the code names the cause."],
   redis: ["ViralFXRedisDown", "Look whether Redis runs and whether the network reaches it; the service works without it, more slowly."],
   memory: ["ViralFXMemoryHigh", "Compare the growth of memory with the last deployments; restart instances one after another."],
@@ -199,7 +201,7 @@ export class StatusView extends Remote {
   constructor(props) {
     super(props);
     this.every = 60000;
-    this.state.open = {};
+    this.state.open = [];
     this.state.busy = false;
   }
 
@@ -227,7 +229,7 @@ export class StatusView extends Remote {
     if (!data) return html`<p class="loading">Waiting for the first event …</p>`;
     const now = live.now();
     const sorted = [...data.checks].sort((one, other) => RANK[one.status] - RANK[other.status]);
-    const toggle = (name) => this.setState({ open: { ...open, [name]: !open[name] } });
+    const toggle = (name) => this.setState({ open: open.includes(name) ? open.filter((each) => each !== name) : [...open, name] });
     return html`<div class=${live.fresh ? "" : "stale"}>
       <${Verdict} live=${live} runbook=${session.runbook} />
       <section aria-labelledby="checks"><h2 id="checks">Checks</h2>
@@ -235,7 +237,7 @@ export class StatusView extends Remote {
       ${error ? html`<p class="quiet">The history is not available: ${error.message}</p>` : null}
       ${sorted.length
         ? html`<${Table} caption="Checks of this process, failing first. Times are UTC." columns=${["Check", "Status", "Since", "Last 24 h", "Response", "Message"]}>
-          ${sorted.map((check) => html`<${CheckRows} key=${check.name} check=${check} now=${now} past=${past} open=${!!open[check.name]} toggle=${toggle} age=${span((now - Date.parse(check.since)) / 1000)} />`)}
+          ${sorted.map((check) => html`<${CheckRows} key=${check.name} check=${check} now=${now} past=${past} open=${open.includes(check.name)} toggle=${toggle} age=${span((now - Date.parse(check.since)) / 1000)} />`)}
         <//>`
         : html`<${Empty}>This process has no checks.<//>`}
       </section>
@@ -264,7 +266,7 @@ class CheckRows extends Component {
   }
 
   render({ check, now, past, open, toggle, age }) {
-    const history = past && past.checks[check.name];
+    const history = past && Object.hasOwn(past.checks, check.name) && past.checks[check.name];
     const { from, to } = past || {};
     const traits = [check.critical ? "critical" : "", check.gates ? "gates readiness" : ""].filter(Boolean).join(", ");
     return [
