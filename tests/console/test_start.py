@@ -3,8 +3,9 @@
 import json
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Route, expect
@@ -175,6 +176,115 @@ def test_a_view_that_fails(opened: Console) -> None:
     expect(opened.main.get_by_role("row").filter(has_text="drain")).to_contain_text("pending")
     assert len(opened.visit.problems) == 1
     assert "TypeError" in opened.visit.problems.pop()
+
+
+def spoiled(opened: Console, change: Callable[[dict[str, Any]], object]) -> None:
+    """Let the first answer about the session be another one, and no event follow."""
+
+    def spoil(route: Route) -> None:
+        session = route.fetch().json()
+        change(session)
+        route.fulfill(body=json.dumps(session), content_type="application/json")
+
+    opened.page.route("**/ui/session?start", spoil, times=1)
+    go(opened)
+
+
+def load_again(opened: Console) -> None:
+    """Load the page by the button of a page that has failed."""
+    opened.page.get_by_role("button", name="Load the page again").click()
+    expect(opened.sentence).to_contain_text(HEALTHY)
+
+
+def test_a_page_that_fails(opened: Console) -> None:
+    """A page that cannot show the state of the process says so, and loads again by a button."""
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    opened.page.route("**/health/events*", hold)
+    spoiled(opened, lambda session: session["start"]["snapshot"].pop("state"))
+    expect(opened.sentence).to_contain_text("Disconnected: this page has failed")
+    # Without events, as the next snapshot would end the failure by itself.
+    load_again(opened)
+    opened.page.unroute("**/health/events*")
+    assert len(opened.visit.problems) >= 1
+    opened.visit.problems.clear()
+
+
+def test_an_event_that_the_page_cannot_read(opened: Console) -> None:
+    """The data would be older than they look."""
+    events = "event: checks\ndata: {}\n\nevent: beat\ndata: {}\n\n"
+    opened.page.route(
+        "**/health/events*",
+        lambda route: route.fulfill(body=events, content_type="text/event-stream"),
+    )
+    go(opened)
+    expect(opened.sentence).to_contain_text("Disconnected: this page cannot read the data")
+    expect(opened.page.get_by_role("button", name="Load the page again")).to_be_visible()
+    opened.page.unroute("**/health/events*")
+    opened.page.reload()
+    expect(opened.sentence).to_contain_text(HEALTHY)
+    assert len(opened.visit.problems) >= 1
+    opened.visit.problems.clear()
+
+
+def test_a_process_of_another_version(opened: Console) -> None:
+    """The page stays open over an upgrade, and says that it is of the version before."""
+    spoiled(opened, lambda session: session.update(version="0.0.1"))
+    expect(opened.main).to_contain_text("This page is of version 0.0.1, and the process of")
+    expect(opened.sentence).to_contain_text(HEALTHY)
+    load_again(opened)
+    expect(opened.main).not_to_contain_text("This page is of version")
+
+
+def test_a_proxy_that_answers_in_place_of_the_process(opened: Console) -> None:
+    """A view is not blank after a page of a proxy with status 200."""
+    opened.log_in()
+    page = {"body": "<html>Moved.</html>", "content_type": "text/html"}
+    opened.page.route("**/ui/data/queues*", lambda route: route.fulfill(**page))
+    opened.page.get_by_role("link", name="Queues").click()
+    expect(opened.main.locator(".notice.bad")).to_contain_text("is not one of the process")
+    opened.page.unroute("**/ui/data/queues*")
+    opened.page.get_by_role("button", name="Try again").click()
+    expect(opened.main.get_by_role("row").filter(has_text="notifications")).to_be_visible()
+
+
+def test_an_action_whose_result_cannot_be_shown(opened: Console) -> None:
+    """The page says so, and the view goes on."""
+    opened.log_in()
+    opened.page.get_by_role("link", name="Settings").click()
+    opened.page.route(
+        "**/ui/data/settings/doctor/run",
+        lambda route: route.fulfill(body="{}", content_type="application/json"),
+    )
+    opened.page.get_by_role("button", name="Run the doctor").click()
+    expect(opened.main.locator(".toast")).to_contain_text("The page cannot show the result")
+    expect(opened.page.get_by_role("button", name="Run the doctor")).to_be_enabled()
+    opened.page.unroute("**/ui/data/settings/doctor/run")
+    assert "TypeError" in opened.visit.problems.pop()
+
+
+def test_an_action_without_an_answer(opened: Console) -> None:
+    """It may have had its effect, so the page says that."""
+    opened.log_in()
+    opened.page.get_by_role("link", name="Queues").click()
+    opened.page.route("**/queues/default/pause", abort)
+    opened.page.get_by_role("button", name="Pause queue default").click()
+    expect(opened.main.locator(".toast.bad")).to_contain_text("may have had its effect")
+    opened.page.unroute("**/queues/default/pause")
+
+
+def test_a_proxy_that_refuses_the_stream(opened: Console) -> None:
+    """The page asks instead; it does not blame the number of streams."""
+    opened.page.route("**/health/events*", lambda route: route.fulfill(status=502))
+    go(opened)
+    expect(opened.main).to_contain_text("No stream of events reaches this page")
+    expect(opened.sentence).to_contain_text(HEALTHY)
+    opened.page.unroute("**/health/events*")
+    expect(opened.main).not_to_contain_text("No stream of events reaches this page")
+    opened.forgive("502")
 
 
 @pytest.mark.parametrize("name", ["constructor", "__proto__", "stop/%E0%A4%A"])

@@ -3,7 +3,19 @@
 import { render } from "./vendor/preact.js";
 import { Problem, SESSION, call, get, onUnauthorized, post } from "./client.js";
 import { Live } from "./live.js";
-import { Component, SIGNS, Trouble, Word, createRef, html, plural, span } from "./parts.js";
+import {
+  Component,
+  Dialog,
+  Guard,
+  LoadAgain,
+  SIGNS,
+  Trouble,
+  Word,
+  createRef,
+  html,
+  plural,
+  span,
+} from "./parts.js";
 import { StatusView, ChangesView, sentence } from "./status.js";
 import { session as firstSession } from "./start.js";
 
@@ -149,6 +161,7 @@ class App extends Component {
       this.first = null; // Once: an answer that cannot be shown must not come back.
       const session = (await first) || (await get(SESSION));
       if (session.start) this.live.begin(session.start, session.at);
+      this.version = this.version || session.version;
       this.setState({ session, trouble: null }, () => this.follow());
     } catch (trouble) {
       this.setState({ trouble });
@@ -241,15 +254,35 @@ class App extends Component {
       this.tell(done(result), "good", undo);
       return result;
     } catch (error) {
-      if (!(error instanceof Problem)) throw error;
-      if (error.status !== 401) this.tell(error.message, "bad");
+      const known = error instanceof Problem;
+      if (!known) console.error(error);
+      const text = known ? error.message : `The page cannot show the result: ${error.message}. Load it again.`;
+      if (error.status !== 401) this.tell(text, "bad");
       return error;
     }
   }
 
   // -- the page ----------------------------------------------------------------------------
 
+  static getDerivedStateFromError(error) {
+    return { failed: error };
+  }
+
   render(_, state) {
+    try {
+      if (!state.failed) return this.page(state);
+    } catch (error) {
+      // The page of one version may not know the data of another one.
+      if (!this.caught) console.error(error);
+      this.caught = error;
+    }
+    const { message } = state.failed || this.caught;
+    return html`<main id="main"><h1>Operations console</h1>
+      <p class="notice bad" role="status">Disconnected: this page has failed (${message}). Load it again.</p>
+      <p><${LoadAgain} /></p></main>`;
+  }
+
+  page(state) {
     const { session, view, id, query, dialog, toast } = state;
     if (!session) return this.waiting();
     const shown = view === "login" && session.loggedIn ? "status" : view;
@@ -290,7 +323,7 @@ class App extends Component {
           : View
             ? html`<${Guard} key=${shown}><${View} ...${props} /><//>`
             : modules.errors[file]
-              ? html`<${Trouble} error=${modules.errors[file]} />`
+              ? html`<${Trouble} error=${modules.errors[file]} page=${true} />`
               : html`<p class="loading">Loading …</p>`}
       </main>
       ${dialog ? html`<${Dialog} ...${dialog} />` : null}`;
@@ -306,7 +339,8 @@ class App extends Component {
   waiting() {
     const { trouble } = this.state;
     return html`<main id="main"><h1>Operations console</h1>
-      <p role="status">Disconnected. ${trouble ? `${trouble.message} The page tries again every 2 s.` : "The page loads."}</p></main>`;
+      <p role="status">Disconnected. ${trouble ? `${trouble.message} The page tries again every 2 s.` : "The page loads."}</p>
+      ${trouble ? html`<p><${LoadAgain} /></p>` : null}</main>`;
   }
 
   skip(event) {
@@ -350,8 +384,10 @@ class App extends Component {
   }
 
   sentence() {
+    const { trouble, paused } = this.state;
+    if (trouble) return { kind: "bad", text: `Disconnected: ${trouble.message} The page tries again every 2 s.` };
     try {
-      return sentence(this.live, this.state.paused);
+      return sentence(this.live, paused);
     } catch {
       // A page of another version than the process, which is newer after a deployment.
       return { kind: "bad", text: "Disconnected: this page cannot show the data of the process. Load it again." };
@@ -372,27 +408,18 @@ class App extends Component {
       const left = data.stop.deadline ? (Date.parse(data.stop.deadline) - live.now()) / 1000 : 0;
       more.push(`Forced end in ${span(Math.max(0, Math.ceil(left)))}.`, link);
     }
-    if (phase === "full") more.push("This process has too many streams open: the page asks every 5 s.");
+    if (phase === "full") {
+      more.push(live.crowded || state.session.full
+        ? "This process has too many streams open: the page asks every 5 s."
+        : "No stream of events reaches this page, as through a proxy that refuses it: the page asks every second.");
+    }
+    if (phase === "failed") more.push(html`<${LoadAgain} />`);
+    if (data && data.version !== this.version) {
+      more.push(`This page is of version ${this.version}, and the process of ${data.version}. `, html`<${LoadAgain} />`);
+    }
     return html`<div class=${`notice moment ${kind}`}>
       <p class="sentence"><span class=${`word ${kind}`} aria-hidden="true">${SIGNS[kind]}</span> <strong role="status">${text}</strong></p>
       ${more.length ? html`<p>${more}</p>` : null}</div>`;
-  }
-}
-
-/** Shows the error of a view that fails in place of the view; the rest of the page works on. */
-class Guard extends Component {
-  static getDerivedStateFromError(error) {
-    return { error };
-  }
-
-  componentDidCatch(error) {
-    console.error(error);
-  }
-
-  render({ children }, { error }) {
-    return error
-      ? html`<${Trouble} error=${error} retry=${() => this.setState({ error: null })} />`
-      : children;
   }
 }
 
@@ -401,6 +428,7 @@ const PHASES = {
   silent: "no events",
   lost: "no answer",
   gone: "ended",
+  failed: "not readable",
   off: "not connected",
   denied: "not allowed",
 };
@@ -413,41 +441,6 @@ function Toast({ toast, close }) {
   return html`<p class=${`notice toast ${toast.kind}`}><${Word} of=${toast.kind} kind=${toast.kind}>${toast.text}<//>
     <span class="tools">${toast.undo ? html`<button type="button" onClick=${undo}>Undo</button>` : null}
     <button type="button" onClick=${close}>Dismiss</button></span></p>`;
-}
-
-class Dialog extends Component {
-  constructor(props) {
-    super(props);
-    this.state = { typed: "" };
-    this.element = createRef();
-  }
-
-  componentDidMount() {
-    this.element.current.showModal();
-  }
-
-  render({ title, text, label, typed, danger, done }, state) {
-    const ready = !typed || state.typed.trim() === typed;
-    const submit = (event) => {
-      event.preventDefault();
-      if (ready) done(true);
-    };
-    return html`<dialog ref=${this.element} aria-labelledby="dialog-title" onCancel=${(event) => {
-      event.preventDefault();
-      done(false);
-    }}>
-      <form onSubmit=${submit}>
-        <h2 id="dialog-title">${title}</h2>
-        <p>${text}</p>
-        ${typed
-          ? html`<p><label>Type <code>${typed}</code> to confirm <input type="text" autocomplete="off" spellcheck=${false} value=${state.typed} onInput=${(event) =>
-              this.setState({ typed: event.target.value })} /></label></p>`
-          : null}
-        <p class="tools"><button type="submit" class=${danger ? "danger" : "main"} disabled=${!ready}>${label}</button>
-        <button type="button" onClick=${() => done(false)}>Keep as it is</button></p>
-      </form>
-    </dialog>`;
-  }
 }
 
 class LogIn extends Component {

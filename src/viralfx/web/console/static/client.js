@@ -53,6 +53,12 @@ export async function call(method, path, body, timeout = TIMEOUT_MS) {
   } catch {
     data = null; // A proxy in between may answer with a page of its own.
   }
+  const odd = response.status !== 204 && (data === null || typeof data !== "object");
+  if (response.ok && odd) {
+    throw new Problem(response.status, {
+      detail: "The answer is not one of the process. A proxy may have given it: load the page again.",
+    });
+  }
   // A backend that does not answer is no error of the request, so that the browser logs none.
   if (response.ok && !(data && data.available === false)) return data;
   if (response.status === 401 && path !== SESSION) listeners.forEach((listener) => listener());
@@ -60,7 +66,16 @@ export async function call(method, path, body, timeout = TIMEOUT_MS) {
 }
 
 export const get = (path, timeout) => call("GET", path, null, timeout);
-export const post = (path, body) => call("POST", path, body, 20000);
+
+/** Send an action; the process ends one after 30 s. */
+export async function post(path, body) {
+  try {
+    return await call("POST", path, body, 35000);
+  } catch (error) {
+    if (error.status === 0) error.message += " The action may have had its effect: look before you repeat it.";
+    throw error;
+  }
+}
 
 /** Return a query string without the empty values. */
 export function query(values) {

@@ -1,11 +1,12 @@
 // The events of the process: one stream, its consequences, and those of its silence.
 
-import { SESSION, get } from "./client.js";
+import { Problem, SESSION, get } from "./client.js";
 
 const SILENT_AFTER_MS = 5000;
 const REOPEN_AFTER_MS = 20000;
 const ASK_MS = 5000; // For a page without a stream.
 const AGAIN_MS = 1000;
+const LATER_MS = 10000; // After data that this page cannot read, as they may come again.
 const MAX_CHANGES = 200;
 
 /**
@@ -16,6 +17,7 @@ const MAX_CHANGES = 200;
  * lost        there is no connection
  * gone        the process said that it ends, and ended
  * full        the process has too many streams open: the page asks instead
+ * failed      this page cannot read the data of the process, such as those of another version
  * off         this page closed its stream: hidden or paused
  * denied      reading needs a token
  */
@@ -33,6 +35,7 @@ export class Live {
     this.begunAt = 0; // When the snapshot that came with the session arrived.
     this.lastId = "";
     this.gone = null;
+    this.crowded = false; // Whether the process said that it has too many streams.
     this.began = {}; // When each stage of the stop was first seen running.
     this.source = null;
     this.wanted = false;
@@ -125,8 +128,8 @@ export class Live {
 
   /**
    * Find out why there is no stream: EventSource hides the status of the answer, and a browser writes
-   * a line about each one that fails. A process that answers has too many streams open, so its
-   * answer takes the place of the events.
+   * a line about each one that fails. A process that answers has too many streams open, or a proxy
+   * refuses them, so its answer takes the place of the events.
    */
   async explain() {
     try {
@@ -138,6 +141,7 @@ export class Live {
       } else if (this.gone && session.instance === this.data.instance) {
         this.drop(AGAIN_MS);
       } else {
+        this.crowded = session.full;
         this.take(session.start, performance.now());
         this.lastEvent = performance.now();
         this.enter("full");
@@ -146,9 +150,19 @@ export class Live {
           ? setTimeout(() => this.wanted && this.explain(), ASK_MS)
           : setTimeout(() => this.wanted && this.open(), AGAIN_MS);
       }
-    } catch {
-      if (this.wanted && !this.source) this.drop(AGAIN_MS);
+    } catch (error) {
+      if (!this.wanted || this.source) return;
+      if (error instanceof Problem) this.drop(AGAIN_MS);
+      else this.fail(error);
     }
+  }
+
+  /** Say that the data cannot be read, and begin anew with a snapshot. */
+  fail(error) {
+    console.error(error);
+    this.shut();
+    this.lastId = "";
+    this.drop(LATER_MS, "failed");
   }
 
   enter(phase) {
@@ -172,16 +186,18 @@ export class Live {
   }
 
   receive(kind, event) {
-    let frame;
     try {
-      frame = JSON.parse(event.data);
-    } catch {
-      return;
+      this.read(kind, JSON.parse(event.data), event.lastEventId);
+    } catch (error) {
+      this.fail(error);
     }
+  }
+
+  read(kind, frame, id) {
     // A process that has said that it ends may still accept a connection.
     if (this.gone && (!frame.instance || frame.instance === this.data.instance)) return;
     this.lastEvent = performance.now();
-    if (event.lastEventId) this.lastId = event.lastEventId;
+    if (id) this.lastId = id;
     this.eventAt = this.now();
     if (frame.now) this.offset = Date.parse(frame.now) - Date.now();
     if (kind === "snapshot") this.replace(frame);

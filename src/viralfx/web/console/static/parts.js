@@ -195,15 +195,72 @@ export class Remote extends Pure {
   }
 }
 
-/** A failed request: the error, the time of the shown data, and another attempt. */
-export function Trouble({ error, at, retry }) {
+export const LoadAgain = () =>
+  html`<button type="button" onClick=${() => location.reload()}>Load the page again</button>`;
+
+/** A failed request: the error, the time of the shown data, and another attempt; or a failed page. */
+export function Trouble({ error, at, retry, page }) {
   const ledger = error.code === "ledger";
   return html`<div class="notice bad">
     <p><${Word} of="error" kind="bad">${ledger ? "The ledger does not answer" : "No data"}<//>: ${error.message}
     ${at ? html` The data below are of <${Time} at=${at} both=${true} />.` : ""}
     ${error.correlationId ? html` Correlation id <code>${error.correlationId}</code>.` : ""}</p>
-    ${retry ? html`<button type="button" onClick=${retry}>Try again</button>` : null}
+    <p class="tools">${retry ? html`<button type="button" onClick=${retry}>Try again</button>` : null}
+    ${page ? html`<${LoadAgain} />` : null}</p>
   </div>`;
+}
+
+/** Shows the error of a view that fails in place of the view; the rest of the page works on. */
+export class Guard extends Component {
+  static getDerivedStateFromError(error) {
+    return { error };
+  }
+
+  componentDidCatch(error) {
+    console.error(error);
+  }
+
+  render({ children }, { error }) {
+    return error
+      ? html`<${Trouble} error=${error} retry=${() => this.setState({ error: null })} page=${true} />`
+      : children;
+  }
+}
+
+/** A question whose answer is `done(true)` or `done(false)`; `typed` must be typed in first. */
+export class Dialog extends Component {
+  constructor(props) {
+    super(props);
+    this.state = { typed: "" };
+    this.element = createRef();
+  }
+
+  componentDidMount() {
+    this.element.current.showModal();
+  }
+
+  render({ title, text, label, typed, danger, done }, state) {
+    const ready = !typed || state.typed.trim() === typed;
+    const submit = (event) => {
+      event.preventDefault();
+      if (ready) done(true);
+    };
+    return html`<dialog ref=${this.element} aria-labelledby="dialog-title" onCancel=${(event) => {
+      event.preventDefault();
+      done(false);
+    }}>
+      <form onSubmit=${submit}>
+        <h2 id="dialog-title">${title}</h2>
+        <p>${text}</p>
+        ${typed
+          ? html`<p><label>Type <code>${typed}</code> to confirm <input type="text" autocomplete="off" spellcheck=${false} value=${state.typed} onInput=${(event) =>
+              this.setState({ typed: event.target.value })} /></label></p>`
+          : null}
+        <p class="tools"><button type="submit" class=${danger ? "danger" : "main"} disabled=${!ready}>${label}</button>
+        <button type="button" onClick=${() => done(false)}>Keep as it is</button></p>
+      </form>
+    </dialog>`;
+  }
 }
 
 export const Empty = ({ children }) => html`<p class="empty">${children}</p>`;

@@ -116,6 +116,7 @@ export function sentence(live, paused) {
       ? `no event since ${at(live.eventAt)}. The process, its event loop or the connection may hang.`
       : "the connection is open, and no event arrives. A proxy may hold events back: open the page without it.",
     lost: `no answer since ${at(live.since)}.${port} The page tries again every second.`,
+    failed: "this page cannot read the data of the process. Load it again.",
     denied: "reading needs a token.",
   };
   const cause = paused ? `updates are paused since ${at(live.since)}.` : texts[phase];
