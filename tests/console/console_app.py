@@ -24,7 +24,11 @@ PLANTED = (
 )
 """It would give the body an id if a page took it for markup."""
 
+REVERSED = "invoice\u2069\u202eexe.pdf"
+"""It would end the isolation of its text, and reverse what comes after it."""
+
 logging.getLogger(f"markup.{PLANTED}")
+logging.getLogger(f"reversed.{REVERSED}")
 
 
 class Supplier:
@@ -69,6 +73,12 @@ async def planted(payload: object) -> object:
     return payload
 
 
+@task(f"console.reversed {REVERSED}", queue="notifications")
+async def turned(payload: object) -> None:
+    """Fail; the name of the task and the error would reverse the text after them."""
+    raise RuntimeError(f"{REVERSED} {payload}")
+
+
 carrier = CircuitBreaker(name=f"carrier {PLANTED}")
 
 
@@ -109,7 +119,7 @@ plugin = OperationsPlugin(
             "supplier": Supplier(),
             **{f"supplier-{n}": Supplier() for n in range(MORE_CHECKS)},
         },
-        tasks=[webhook, long, large, planted, scheduled],
+        tasks=[webhook, long, large, planted, turned, scheduled],
         save_stages={"orders": stage},
         close_stages={"printer": stage},
         show_payload=lambda _, content: content.decode(),

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import pytest
 from playwright.sync_api import Browser, Locator, Route, expect
-from tests.console.console_app import PLANTED
+from tests.console.console_app import PLANTED, REVERSED
 from tests.console.pages import APP, QUICK, VIEWS, Console, console
 from tests.servers.postgres import PostgresServer
 from tests.servers.redis import RedisServer
@@ -335,6 +335,45 @@ def test_markup_in_names_and_headers_stays_text(scene: Scene) -> None:
     expect(scene.main.get_by_role("table")).to_contain_text(name)
     scene.console.open(f"jobs/{job}")
     expect(scene.main).to_contain_text(name)
+
+
+BACKWARDS = """
+() => {
+  const found = [];
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const node = texts.currentNode;
+    for (const word of node.data.matchAll(/[A-Za-z]{2,}/g)) {
+      const [one, next] = [0, 1].map((place) => {
+        const range = document.createRange();
+        range.setStart(node, word.index + place);
+        range.setEnd(node, word.index + place + 1);
+        return range.getBoundingClientRect();
+      });
+      if (one.top === next.top && one.left > next.left) found.push(node.data);
+    }
+  }
+  return [...new Set(found)];
+}
+"""
+"""Returns the texts with a word whose second letter is left of the first one."""
+
+
+@pytest.mark.parametrize("scene", STORAGES[-1:], indirect=True)
+def test_a_name_does_not_reverse_the_text_around_it(scene: Scene) -> None:
+    """A character that would is shown as its code."""
+    name = f"console.reversed {REVERSED}"
+    shown = name.replace("\u2069", r"\u2069").replace("\u202e", r"\u202e")
+    job = accept(scene.service, name, "\u05d0\u05d1 12")
+    until(scene.service, job, "failed")
+    for view in (f"jobs?task={quote(name)}", f"jobs/{job}"):
+        scene.console.open(view)
+        expect(scene.main).to_contain_text(shown)
+        expect(scene.main.locator("bdi").first).to_contain_text("\u05d0\u05d1 12")
+        assert scene.console.page.evaluate(BACKWARDS) == []
+    scene.console.open("loggers?find=reversed")
+    expect(scene.main.get_by_role("rowheader")).to_contain_text([shown.partition(" ")[2]])
+    assert scene.console.page.evaluate(BACKWARDS) == []
 
 
 def test_the_keyboard_is_enough(scene: Scene) -> None:

@@ -5,7 +5,22 @@ import htm from "./vendor/htm.js";
 import { get } from "./client.js";
 
 export { Component, createRef };
-export const html = htm.bind(h);
+
+/** Characters that change the order of the text around them, and out of any isolated part. */
+const CONTROLS = /[\u202a-\u202e\u2066-\u2069]/g;
+const FROM_RIGHT = /[\u0590-\u08ff\u200f\ufb1d-\ufefc\ud802\ud803\ud83a\ud83b]/;
+
+/** Text as part of an element: no name or message changes how the text around it reads. */
+function plain(child) {
+  if (Array.isArray(child)) return child.map(plain);
+  if (typeof child !== "string") return child;
+  const text = child.replace(CONTROLS, (one) => `\\u${one.charCodeAt(0).toString(16)}`);
+  return FROM_RIGHT.test(text) ? h("bdi", null, text) : text;
+}
+
+export const html = htm.bind((type, props, ...children) =>
+  h(type, props, ...(typeof type === "string" ? children.map(plain) : children)),
+);
 
 const two = (number) => String(number).padStart(2, "0");
 
