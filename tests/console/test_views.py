@@ -171,6 +171,21 @@ def holding(scene: Scene, address: str, *, times: int | None = None) -> list[Rou
     return held
 
 
+def test_rows_of_another_filter_are_not_shown(scene: Scene) -> None:
+    """Also while the process does not answer: the caption has the new filter."""
+    page = scene.console.page
+    scene.console.open("jobs?state=failed")
+    expect(scene.main.get_by_role("rowheader").first).to_be_visible()
+    held = holding(scene, "**/ui/data/jobs?*")
+    scene.main.get_by_label("State").select_option("completed")
+    expect(scene.main.locator(".loading")).to_be_visible()
+    expect(scene.main.get_by_role("rowheader")).to_have_count(0)
+    for route in held:
+        route.continue_()
+    page.unroute("**/ui/data/jobs?*")
+    expect(scene.main.get_by_role("rowheader").first).to_be_visible()
+
+
 def test_an_answer_from_before_an_action_is_not_shown(scene: Scene) -> None:
     """A view that loads while its operator acts asks again."""
     page = scene.console.page

@@ -180,16 +180,16 @@ export class Remote extends Pure {
     const path = this.path();
     const moved = this.shown !== path;
     if (this.pending && !moved) return;
+    // Data of another filter would be shown as if they were of this one.
+    if (moved) this.setState({ data: null, error: null, loading: true });
     this.shown = path;
     const sequence = (this.sequence += 1);
     this.pending = true;
-    if (moved) this.setState({ loading: true });
     let next;
     try {
       next = { data: await get(path), error: null, at: Date.now() };
     } catch (error) {
-      // Data of another filter would be shown as if they were of this one.
-      next = moved ? { error, data: null } : { error };
+      next = { error };
     }
     if (sequence !== this.sequence) return;
     this.pending = false;
