@@ -226,6 +226,19 @@ def test_loggers(scene: Scene) -> None:
     expect(level).to_have_value("")
 
 
+def test_a_level_that_is_refused(scene: Scene) -> None:
+    """The view goes on to show the level of the process."""
+    page = scene.console.page
+    scene.console.open("loggers?find=markup")
+    level = scene.main.get_by_label(f"Own level of markup.{PLANTED}")
+    page.route("**/level", lambda route: route.fulfill(status=503, body="{}"))
+    level.select_option("debug")
+    expect(scene.main.locator(".toast.bad")).to_be_visible()
+    expect(level).to_have_value("")
+    page.unroute("**/level")
+    scene.console.forgive("503")
+
+
 def test_settings(scene: Scene) -> None:
     """Secrets are masked, and the doctor runs."""
     scene.console.open("settings")

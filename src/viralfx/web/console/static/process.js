@@ -144,7 +144,14 @@ export class LoggersView extends Remote {
       (result) => `Logger ${name} writes ${result.effectiveLevel}${result.returnsAt ? `; the original level returns in ${minutes} min` : ""}.`,
       () => this.set(name, before, level),
     );
-    this.load();
+    this.reload();
+  }
+
+  choose(select, logger) {
+    const level = select.value || null;
+    // The level of the process is shown until the process has changed it.
+    select.value = logger.level || "";
+    this.set(logger.name, level, logger.level);
   }
 
   render({ app, query }, { data, minutes }) {
@@ -157,7 +164,7 @@ export class LoggersView extends Remote {
         ? html`<${Table} caption="Loggers" columns=${["Logger", "Level in force", "Own level", "Returns"]}>
           ${items.map((item) => html`<${ItemRow} key=${item.name} item=${item} minutes=${minutes} show=${(logger) => html`<${Row}><${Head}>${logger.name}<//>
             <${Cell} label="Level in force">${logger.effectiveLevel}<//>
-            <${Cell} label="Own level"><select aria-label=${`Own level of ${logger.name}`} value=${logger.level || ""} onChange=${(event) => this.set(logger.name, event.target.value || null, logger.level)}>
+            <${Cell} label="Own level"><select aria-label=${`Own level of ${logger.name}`} value=${logger.level || ""} onChange=${(event) => this.choose(event.target, logger)}>
                 <option value="">original</option>${data.levels.map((level) => html`<option key=${level} value=${level}>${level}</option>`)}</select><//>
             <${Cell} label="Returns">${logger.returnsAt ? html`<${Time} at=${logger.returnsAt} />` : ""}<//><//>`} />`)}<//>`
         : data ? html`<${Empty}>No logger matches.<//>` : null}</div>`;
