@@ -21,7 +21,7 @@ from tests.system.workers import environment_of
 
 AXE = files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
 FAILED = 3
-WIDTHS = (360, 768, 1100, 1280, 1920)
+WIDTHS = (320, 360, 768, 1100, 1280, 1920)
 """Pixels: from a phone to a wide screen."""
 STORAGES = ["memory", "postgres and redis"] if SOAK else ["postgres and redis"]
 """The adapters of jobs keep the same contract."""
@@ -363,6 +363,19 @@ def test_markup_in_names_and_headers_stays_text(scene: Scene) -> None:
     expect(scene.main.get_by_role("table")).to_contain_text(name)
     scene.console.open(f"jobs/{job}")
     expect(scene.main).to_contain_text(name)
+
+
+def test_the_narrowest_screen(scene: Scene) -> None:
+    """A window of 1280 px at 400 % has 320 px, which need no sideways scrolling."""
+    page = scene.console.page
+    before = page.viewport_size
+    assert before is not None
+    page.set_viewport_size({"width": 320, "height": 800})
+    scene.console.open("status")
+    expect(scene.row("supplier").get_by_role("img")).to_be_visible()
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    page.set_viewport_size(before)
+    assert wide == 320
 
 
 BACKWARDS = """
