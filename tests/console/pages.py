@@ -33,6 +33,12 @@ VIEWS = {
 }
 """The heading of each view, by its name in the address."""
 
+HIDDEN = """(hidden) => {
+  Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+  document.dispatchEvent(new Event("visibilitychange"));
+}"""
+"""Hides or shows the page, which closes its stream or opens it again."""
+
 
 @dataclass
 class Console:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from playwright.sync_api import Browser, expect
-from tests.console.pages import APP, QUICK, Console, console
+from tests.console.pages import APP, HIDDEN, QUICK, Console, console
 from tests.servers.postgres import PostgresServer
 from tests.system.service import Service, running
 from tests.system.workers import environment_of
@@ -160,18 +160,14 @@ def test_a_page_without_a_stream(browser: Browser, tmp_path: Path) -> None:
 
 def test_a_hidden_page_closes_its_stream(browser: Browser) -> None:
     """A page that is shown again, or whose updates go on, catches up with what it missed."""
-    hidden = """(hidden) => {
-      Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
-      document.dispatchEvent(new Event("visibilitychange"));
-    }"""
     with running(*APP, management=True, environment=QUICK) as service:
         service.wait_ready()
         with console(browser, service) as opened:
             expect(opened.page.locator("header .word")).to_have_text("✓ ready")
             streams = [url for url in opened.visit.requested if "/events" in url]
-            opened.page.evaluate(hidden, True)
+            opened.page.evaluate(HIDDEN, True)
             expect(opened.page.locator("header")).to_contain_text("not connected")
-            opened.page.evaluate(hidden, False)
+            opened.page.evaluate(HIDDEN, False)
             expect(opened.page.locator("header .word")).to_have_text("✓ ready")
             again = [url for url in opened.visit.requested if "/events" in url]
             opened.page.get_by_role("button", name="Pause updates").click()

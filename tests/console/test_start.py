@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Route, expect
-from tests.console.pages import APP, QUICK, Console
+from tests.console.pages import APP, HIDDEN, QUICK, Console
 from tests.servers.chromium import visiting
 from tests.soak import SOAK
 from tests.system.jobs import accept, until
@@ -228,6 +228,20 @@ def test_an_event_that_the_page_cannot_read(opened: Console) -> None:
     expect(opened.sentence).to_contain_text(HEALTHY)
     assert len(opened.visit.problems) >= 1
     opened.visit.problems.clear()
+
+
+def test_a_process_that_answers_with_errors(opened: Console) -> None:
+    """It is there, so the page does not say that nothing answers."""
+    go(opened)
+    expect(opened.sentence).to_contain_text(HEALTHY)
+    opened.page.route(re.compile("/health/(events|ui/session)"), lambda r: r.fulfill(status=500))
+    for hidden in (True, False):
+        opened.page.evaluate(HIDDEN, hidden)
+    expect(opened.sentence).to_contain_text("Disconnected: no event since")
+    expect(opened.sentence).to_contain_text("The process answered 500.")
+    opened.page.unroute(re.compile("/health/(events|ui/session)"))
+    expect(opened.sentence).to_contain_text(HEALTHY)
+    opened.forgive("500")
 
 
 def test_a_process_of_another_version(opened: Console) -> None:

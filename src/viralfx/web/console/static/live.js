@@ -35,6 +35,7 @@ export class Live {
     this.begunAt = 0; // When the snapshot that came with the session arrived.
     this.lastId = "";
     this.gone = null;
+    this.refused = ""; // The error with which the process answers in place of the state.
     this.crowded = false; // Whether the process said that it has too many streams.
     this.began = {}; // When each stage of the stop was first seen running.
     this.source = null;
@@ -84,6 +85,7 @@ export class Live {
     this.source = source;
     source.onopen = () => {
       answered = true;
+      this.refused = "";
     };
     const kinds = ["snapshot", "checks", "change", "state", "stop", "circuit", "queues", "beat", "bye"];
     for (const kind of kinds) {
@@ -152,6 +154,7 @@ export class Live {
       }
     } catch (error) {
       if (!this.wanted || this.source) return;
+      this.refused = error.status ? error.message : "";
       if (error instanceof Problem) this.drop(AGAIN_MS);
       else this.fail(error);
     }

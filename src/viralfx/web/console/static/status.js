@@ -115,7 +115,9 @@ export function sentence(live, paused) {
     silent: live.lastEvent
       ? `no event since ${at(live.eventAt)}. The process, its event loop or the connection may hang.`
       : "the connection is open, and no event arrives. A proxy may hold events back: open the page without it.",
-    lost: `no answer since ${at(live.since)}.${port} The page tries again every second.`,
+    lost: live.refused
+      ? `no event since ${at(live.since)}. ${live.refused} The page tries again every second.`
+      : `no answer since ${at(live.since)}.${port} The page tries again every second.`,
     failed: "this page cannot read the data of the process. Load it again.",
     denied: "reading needs a token.",
   };
