@@ -595,6 +595,7 @@ async def test_outcomes_are_recorded_beside_several_whose_rows_are_locked(
     migrated_database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also if each is the only one of its batch."""
+    caplog.set_level("WARNING", "viralfx.jobs")
     finish = {value: asyncio.Event() for value in "abcd"}
 
     async def wait(value: str) -> str:
@@ -623,6 +624,7 @@ async def test_a_batch_waits_for_the_lock_of_a_trigger(
     migrated_database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It belongs to no job, so each outcome would wait for it, also alone."""
+    caplog.set_level("WARNING", "viralfx.jobs")
     migrated_database.execute("create table shared (number integer)")
     migrated_database.execute("insert into shared values (0)")
     async with system(migrated_database) as running:

@@ -195,7 +195,7 @@ class _TransactionalExecution:
             if connection.is_closed():
                 raise
             raise RuntimeError(
-                "a helper that the task left behind uses its connection; await each statement"
+                "an asyncio task that it left behind uses its connection; await each statement"
             ) from error
         if not settled:
             raise SupersededError(
