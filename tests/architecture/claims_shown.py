@@ -333,7 +333,11 @@ FIGURES = {
         "jobs.accept",
         "viralfx serve, Postgres / bare Litestar, one INSERT, 1 client",
     ),
-    "jobs processed by two workers": ("jobs.rates", "two worker processes / one"),
+    "jobs that wait 20 ms": (
+        "jobs.rates --only RedisStream",
+        "two worker processes / one, wait 20 ms jobs",
+    ),
+    "empty jobs": ("jobs.rates --only RedisStream", "two worker processes / one, empty jobs"),
     "jobs accepted beside": (
         "ledger.py",
         "accepted, beside 10,000,000 finished / beside none",
@@ -363,7 +367,7 @@ def results() -> dict[str, list[list[str]]]:
     text = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
     found: dict[str, list[list[str]]] = {}
     for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
-        script = re.match(r"`([\w./]+)`", section)
+        script = re.match(r"`([^`]+)`", section)
         if script and "3.11" in section.splitlines()[0]:
             found[script[1]] = [row for table in tables(section) for row in table.rows]
     return found
