@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from tests.integration.postgres_clients import config_of, opened
@@ -194,3 +195,45 @@ async def test_postgres_loads_none_without_a_readable_row(
         "Saved state is unreadable and is not used",
         "State is not saved: the database has not been migrated",
     ]
+
+
+class _Place(NamedTuple):
+    host: str
+    port: int
+
+
+async def test_postgres_loads_none_while_the_server_ends_the_connection(
+    migrated_database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The driver has read the announcement, and the connection is not closed yet."""
+    ended = asyncio.Event()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server = migrated_database.server
+        answers, requests = await asyncio.open_connection("127.0.0.1", server.port)
+        asking = asyncio.create_task(relay(reader, requests))
+        await relay(answers, writer)
+        ended.set()
+        await asking
+        for each in (requests, writer):
+            each.close()
+
+    async with await asyncio.start_server(accept, "127.0.0.1", 0) as proxy:
+        place = _Place(*proxy.sockets[0].getsockname())
+        async with opened(config_of(migrated_database, through=place, pool_max=1)) as pool:
+            store = PostgresStateStore(pool, "pod-1")
+            async with pool.acquire() as connection:
+                pid = connection.get_server_pid()
+            migrated_database.execute(f"select pg_terminate_backend({pid})")
+            await ended.wait()
+            for _ in range(3):  # turns of the event loop in which the driver reads
+                await asyncio.sleep(0)
+            assert await store.load() is None
+
+    messages = [r.getMessage() for r in caplog.records if r.name == "viralfx.state"]
+    assert messages == ["Saved state cannot be read"]
+    assert "another operation" in caplog.text

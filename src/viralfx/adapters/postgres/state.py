@@ -7,6 +7,7 @@ import asyncpg
 import msgspec
 
 from viralfx.adapters.postgres.database import Lease, PostgresDatabase
+from viralfx.adapters.postgres.errors import DATABASE_ERRORS
 from viralfx.adapters.postgres.migrations import qualified
 from viralfx.domain.operations import SavedState
 
@@ -44,7 +45,7 @@ class PostgresStateStore:
                 content = await connection.fetchval(self._load, self._instance)
         except asyncpg.UndefinedTableError:
             return None  # before the first migration; the health check reports that
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except DATABASE_ERRORS as error:
             # Starting without the saved state is better than not starting.
             _logger.warning("Saved state cannot be read", exc_info=error)
             return None
