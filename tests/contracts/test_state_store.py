@@ -207,20 +207,23 @@ async def test_postgres_loads_none_while_the_server_ends_the_connection(
 ) -> None:
     """The driver has read the announcement, and the connection is not closed yet."""
     ended = asyncio.Event()
+    relaying: list[asyncio.Task[None] | None] = []
 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
             writer.write(data)
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        relaying.append(asyncio.current_task())
         server = migrated_database.server
         answers, requests = await asyncio.open_connection("127.0.0.1", server.port)
-        asking = asyncio.create_task(relay(reader, requests))
-        await relay(answers, writer)
-        ended.set()
-        await asking
+        answering = asyncio.create_task(relay(answers, writer))
+        answering.add_done_callback(lambda _: ended.set())
+        await relay(reader, requests)  # the client's side stays open until the client closes it
         for each in (requests, writer):
             each.close()
+            await each.wait_closed()
+        await answering
 
     async with await asyncio.start_server(accept, "127.0.0.1", 0) as proxy:
         place = _Place(*proxy.sockets[0].getsockname())
@@ -233,6 +236,7 @@ async def test_postgres_loads_none_while_the_server_ends_the_connection(
             for _ in range(3):  # turns of the event loop in which the driver reads
                 await asyncio.sleep(0)
             assert await store.load() is None
+        await asyncio.gather(*filter(None, relaying))
 
     messages = [r.getMessage() for r in caplog.records if r.name == "viralfx.state"]
     assert messages == ["Saved state cannot be read"]
