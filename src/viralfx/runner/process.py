@@ -337,10 +337,12 @@ class Process:
             )
             return
         future = context.get("future")
-        # With uvloop, and since Python 3.12, the handler runs in the context of a callback.
-        job = current_job.get() if future is None else None
+        job = None
         if isinstance(future, JobChildTask):
             job = future.job
+        elif future is None and (running := current_job.get()) is not None:
+            # With uvloop, and since Python 3.12, the handler runs in the context of a callback.
+            job = running.job
         if job is not None:
             where = "a callback" if future is None else "a task"
             self._log_uncaught(f"{where} of a job", error, job=job)

@@ -242,7 +242,7 @@ class _Run:
             )
         self._ran[claim.id] = None
         execution = Execution(claim)
-        execution.task = JobTask(self._executor.execute(execution), name=claim.id)
+        execution.task = JobTask(self._executor.execute(execution), job=claim.id)
         settlement = await execution.task
         if settlement is not None:
             await self._memory.settle([settlement])

@@ -120,7 +120,8 @@ def _run(function: Callable[[], Any], in_thread: RunInThread | None) -> Awaitabl
     return called
 
 
-_own_code_of: ContextVar["JobTask[Any] | None"] = ContextVar("viralfx_own_code_of", default=None)
+current_job: ContextVar["JobTask[Any] | None"] = ContextVar("viralfx_job", default=None)
+"""The asyncio task of the job whose code runs; None: other code."""
 
 
 class JobTask(asyncio.Task[T]):
@@ -134,18 +135,24 @@ class JobTask(asyncio.Task[T]):
     _own = 0
     _has_ended = False
 
+    def __init__(self, coroutine: Coroutine[Any, Any, T], *, job: str) -> None:
+        """``job``: the job's id."""
+        self.job = job
+        super().__init__(coroutine, name=job)
+
     def begin_own_code(self) -> None:
         """Mark what follows in this context as code of the job."""
-        _own_code_of.set(self)
+        self._has_ended = False
+        current_job.set(self)
 
     def end_own_code(self) -> None:
         """Mark the end of that code; call it in the same context."""
         self._has_ended = True
-        _own_code_of.set(None)
+        current_job.set(None)
 
     def cancel(self, msg: Any = None) -> bool:
         """See :meth:`asyncio.Task.cancel`."""
-        if _own_code_of.get() is self:
+        if current_job.get() is self:
             if self._has_ended:
                 return False
             self._own += 1
@@ -167,17 +174,15 @@ class JobTask(asyncio.Task[T]):
         return 0 < self.cancelling() <= self._own
 
 
-current_job: ContextVar[str | None] = ContextVar("viralfx_job", default=None)
-"""The id of the job whose code runs; None: other code."""
-
-
 class JobChildTask(asyncio.Task[T]):
     """An asyncio task that code of a job has started."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.job = current_job.get()
+        # First: an eager task may raise here, and is reported nevertheless.
+        running = current_job.get()
+        self.job = None if running is None else running.job
         """The id of the job."""
+        super().__init__(*arguments, **options)
 
 
 def make_task(

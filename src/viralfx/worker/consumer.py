@@ -375,7 +375,7 @@ class QueueConsumer:
     # -- running a job -----------------------------------------------------------------------
 
     def _launch(self, execution: Execution, run: Coroutine[Any, Any, None]) -> None:
-        execution.task = JobTask(run, name=execution.claim.id)
+        execution.task = JobTask(run, job=execution.claim.id)
         execution.task.add_done_callback(lambda task: self._ended(execution, task))
         if self._abandoning is None:
             self._abandoning = supervised(self._abandon_late(), f"job-timeouts-{self.queue}")

@@ -219,35 +219,33 @@ class Executor:
         timeout = self.timeout_of(task)
         if not self.on_begun(execution, timeout):
             raise HandBackError("the job was released to other workers")
-        worker_calls.current_job.set(claim.id)
-        # After the record that the job has begun: code of the payload's type may block the loop.
-        # Otherwise each worker in turn would be blocked by the job, and would then release it.
-        if task.read is None:
-            payload = self.codec.decode(claim.payload, task.payload_type)
-        else:
-            payload = task.read(claim.payload, claim.id)
-        # The timeout starts here: waiting for a connection does not count.
-        deadline = Deadline(timeout, clock=self.clock)
-        cancelled = Cancellation(deadline)
-        execution.recording, execution.deadline = False, deadline
-        execution.cancelled = cancelled
         process = os.getpid()
-        context = None
-        if self.calls.use_context(task):
-            context = JobContext(
-                id=claim.id,
-                attempt=claim.attempt,
-                deadline=deadline,
-                correlation_id=correlation_id_of_job(claim),
-                created_at=claim.created_at,
-                fence=claim.number,
-                connection=connection,
-                cancelled=cancelled,
-                on_report=execution.report,
-                submitter=submitter_for(task, self.submit, connection, execution.after_commit),
-            )
+        # From here on, the code of the payload's type and of the result count as the job's own.
+        execution.begin_own_code()
         try:
             try:
+                payload = self._decoded(task, claim)
+                # The timeout starts here: waiting for a connection does not count.
+                deadline = Deadline(timeout, clock=self.clock)
+                cancelled = Cancellation(deadline)
+                execution.recording, execution.deadline = False, deadline
+                execution.cancelled = cancelled
+                context = None
+                if self.calls.use_context(task):
+                    context = JobContext(
+                        id=claim.id,
+                        attempt=claim.attempt,
+                        deadline=deadline,
+                        correlation_id=correlation_id_of_job(claim),
+                        created_at=claim.created_at,
+                        fence=claim.number,
+                        connection=connection,
+                        cancelled=cancelled,
+                        on_report=execution.report,
+                        submitter=submitter_for(
+                            task, self.submit, connection, execution.after_commit
+                        ),
+                    )
                 async with deadline:
                     in_thread = None
                     if task.in_thread:
@@ -257,8 +255,8 @@ class Executor:
                             deadline=deadline,
                             is_abandoned=lambda: execution.abandoned,
                         )
-                    execution.begin_own_code()
                     result = await self.calls.call(task, payload, context, in_thread)
+                return encoded_result(self.codec, result, self.max_result_bytes)
             except (Exception, asyncio.CancelledError):
                 raise
             except BaseException as error:
@@ -267,14 +265,21 @@ class Executor:
                 raise _exited(error) from error
             finally:
                 end_forked_child(process)
-                cancelled.set()  # for threads that the task has left behind
+                if execution.cancelled is not None:
+                    execution.cancelled.set()  # for threads that the task has left behind
                 execution.end_own_code()
                 if execution.cancelled_itself:
                     await worker_calls.withdraw_cancellations(self.clock)
-            return encoded_result(self.codec, result, self.max_result_bytes)
         except BaseException as error:
             execution.raised = error
             raise
+
+    def _decoded(self, task: Task, claim: Claim) -> Any:
+        # After the record that the job has begun: code of the payload's type may block the loop.
+        # Otherwise each worker in turn would be blocked by the job, and would then release it.
+        if task.read is None:
+            return self.codec.decode(claim.payload, task.payload_type)
+        return task.read(claim.payload, claim.id)
 
     def _refuse(self, claim: Claim, error: PayloadError) -> Settlement:
         # The process that accepted the job could decode it, so a worker of its version can, too.

@@ -11,6 +11,7 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import Any, cast
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -1028,6 +1029,51 @@ async def test_a_task_that_handled_the_cancellation_by_its_timer_is_settled(
 
     assert job.state is (JobState.FAILED if ending == "raises" else JobState.COMPLETED)
     assert (job.attempts, job.claims, job.crashes) == (int(ending == "raises"), 1, 0)
+
+
+class _Cancelling(msgspec.Struct):
+    """A payload that cancels the asyncio task which decodes it."""
+
+    def __post_init__(self) -> None:
+        _cancel_this_task()
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+async def test_a_payload_that_cancels_its_task_fails_alone(
+    fleet: Fleet, *, transactional: bool
+) -> None:
+    """The job would otherwise run again after each lease, without end."""
+
+    async def wait(_: _Cancelling, __: object = None) -> None:
+        await asyncio.sleep(1.0)
+
+    job = await run(fleet, wait, "{}", payload_type=_Cancelling, transactional=transactional)
+
+    assert (job.state, job.error and job.error.code) == (JobState.FAILED, "error")
+    assert (job.attempts, job.claims, job.crashes) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+async def test_a_result_that_cancels_its_task_is_recorded(
+    fleet: Fleet, *, transactional: bool
+) -> None:
+    """The task has ended, so the cancellation by the result's type is withdrawn."""
+
+    @dataclass
+    class Cancelling:
+        number: int = 7
+
+        def __getattribute__(self, name: str) -> object:
+            if name == "number":
+                _cancel_this_task()
+            return object.__getattribute__(self, name)
+
+    async def act(_: object, __: object = None) -> object:
+        return Cancelling()
+
+    job = await run(fleet, act, transactional=transactional)
+
+    assert (job.state, job.result, job.claims) == (JobState.COMPLETED, b'{"number":7}', 1)
 
 
 async def test_a_cancellation_that_the_task_leaves_behind_is_withdrawn(fleet: Fleet) -> None:
