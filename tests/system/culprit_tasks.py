@@ -343,14 +343,26 @@ async def cancel(how: str, context: JobContext) -> None:
     note(context)
     if how == "raised":
         raise asyncio.CancelledError
-    if how == "of all":
-        for each in asyncio.all_tasks() - {asyncio.current_task()}:
-            each.cancel()
+    if how.startswith("of all"):
+        _cancel_all_others()
+        if how == "of all, repeatedly":
+            _left.add(asyncio.create_task(_cancel_repeatedly()))
         return
     running = asyncio.current_task()
     assert running is not None
     running.cancel()
     await asyncio.Event().wait()
+
+
+def _cancel_all_others() -> None:
+    for each in asyncio.all_tasks() - {asyncio.current_task()}:
+        each.cancel()
+
+
+async def _cancel_repeatedly() -> None:
+    while True:
+        await asyncio.sleep(0)
+        _cancel_all_others()
 
 
 @task("culprits.fork")

@@ -123,11 +123,12 @@ def test_a_failure_that_a_job_leaves_behind_ends_no_process(tmp_path: Path) -> N
     assert lines == dict(zip(ids, ("a task of a job", "a callback of a job"), strict=True))
 
 
-def test_a_job_that_cancels_all_tasks_ends_the_process_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["of all", "of all, repeatedly"])
+def test_a_job_that_cancels_all_tasks_ends_the_process_in_order(tmp_path: Path, how: str) -> None:
     """The stages run, and other jobs are not lost: the exit code is 1."""
     more = {"TASK_MODULES": CULPRITS, RUNS: str(tmp_path / "runs")}
     with serving(**more) as service:
-        accept(service, "culprits.cancel", "of all")
+        accept(service, "culprits.cancel", how)
         code = service.exit_code()
 
     ended = {line["stage"]: line["outcome"] for line in service.logged("Shutdown stage ended")}

@@ -302,6 +302,29 @@ def _is_not_async() -> Coroutine[Any, Any, None]:
     return None  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("phase", list(Phase))
+async def test_a_cancellation_of_all_tasks_does_not_end_an_uncancelled_run(
+    stop: Stop, phase: Phase
+) -> None:
+    """The stage that is cancelled has failed, and the others run."""
+
+    async def cancel_all(_: float) -> None:
+        for task in asyncio.all_tasks() - {asyncio.current_task(), this}:
+            task.cancel()
+        await asyncio.sleep(0)
+
+    this = asyncio.current_task()
+    stop.sequence.register(phase, "cancelling", cancel_all)
+    stop.add(Phase.CLOSE, "connections")
+    running = asyncio.create_task(stop.sequence.run(uncancelled=True))
+    while stop.lifecycle.state is not State.STOPPED and stop.elapsed < BUDGETS.force:
+        await stop.clock.advance(0.125)
+
+    outcomes = {each.phase: each.outcome for each in stop.sequence.report().phases}
+    assert outcomes == dict.fromkeys(Phase, Outcome.OK)
+    assert running.cancelled()
+
+
 @pytest.mark.parametrize("function", [_raises_at_once, _is_not_async])
 @pytest.mark.parametrize("phase", [Phase.DRAIN, Phase.CLOSE])
 async def test_a_synchronous_run_fails_as_a_stage(stop: Stop, phase: Phase, function: Any) -> None:

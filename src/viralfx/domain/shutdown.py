@@ -209,6 +209,7 @@ class ShutdownSequence:
         self._reserve = min(0.5, budgets.force / 20)
         self._triggered = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
+        self._task: Callable[..., asyncio.Task[None]] = asyncio.create_task
 
     def register(
         self,
@@ -268,14 +269,18 @@ class ShutdownSequence:
         """Wait until the shutdown is triggered."""
         await self._triggered.wait()
 
-    async def run(self) -> ShutdownReport:
+    async def run(self, *, uncancelled: bool = False) -> ShutdownReport:
         """Run the phases and return the report. Concurrent callers share one run.
 
-        Triggers the shutdown if that has not happened yet.
+        Triggers the shutdown if that has not happened yet. A cancelled call does not end the run.
+        ``uncancelled``: code that cancels all tasks of the loop does not end it, either. A stage
+        that such code cancels has failed, and the next one runs.
         """
         if self._running is None:
             self.trigger("requested")
-            self._running = asyncio.create_task(self._run(), name="shutdown")
+            if uncancelled:
+                self._task = _UncancelledTask
+            self._running = self._task(self._run(), name="shutdown")
         if not self._running.done():
             await asyncio.wait({self._running})
         return self.report()
@@ -321,7 +326,7 @@ class ShutdownSequence:
         stages = self._all_of(progress.phase)
         if stages:
             runs = [self._run_stage(progress, name, stages[name], budget) for name in stages]
-            await asyncio.wait([asyncio.create_task(run) for run in runs])
+            await asyncio.wait([self._task(run) for run in runs])
 
     async def _run_in_order(self, progress: "_Progress", budget: float) -> None:
         stages = self._all_of(progress.phase)
@@ -372,6 +377,14 @@ class ShutdownSequence:
                 return await finished_within(task, MIN_STAGE_SECONDS, self._clock)
             if await finished_within(task, min(seconds, left), self._clock):
                 return True
+        return False
+
+
+class _UncancelledTask(asyncio.Task[None]):
+    """An asyncio task that ignores cancellations."""
+
+    def cancel(self, msg: Any = None) -> bool:  # noqa: ARG002 - the signature of asyncio
+        """Do nothing; return False."""
         return False
 
 

@@ -72,7 +72,7 @@ EXIT_STAGE = 4
 
 _EXIT_GRACE_SECONDS = 0.1
 """Time for cancelled tasks and idle threads to end."""
-_CLOSE_SECONDS = 0.5
+_CLOSE_SECONDS = 2.0
 """Time to close the event loop, which takes a millisecond."""
 
 _DEFAULT_SWITCH_SECONDS = 0.005
@@ -178,7 +178,8 @@ class Process:
             # That of uvloop waits for the lookups of names by other code, however long they take.
             late = threading.Timer(_CLOSE_SECONDS, _exit_late, (code,))
             late.daemon = True
-            late.start()
+            with contextlib.suppress(RuntimeError):  # no thread can be started
+                late.start()
             self._loop.close()
             late.cancel()
         children = _end_children()
@@ -215,11 +216,17 @@ class Process:
             operations.shutdown.trigger("the main task was cancelled")
         # If start-up has not finished, the stages close the connections that it has opened.
         start.cancel()
-        report = await operations.shutdown.run()
+        report = await self._stopped()
         monitor.stop()
         code = self._exit_code(report)
         _logger.info("Process ends", extra={"exitCode": code, "reason": report.reason})
         return code
+
+    async def _stopped(self) -> ShutdownReport:
+        """Run the stages to their end, although other code may cancel all tasks repeatedly."""
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                return await self._operations.shutdown.run(uncancelled=True)
 
     async def _start(
         self,
