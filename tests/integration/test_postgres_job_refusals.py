@@ -20,7 +20,10 @@ from tests.soak import SOAK
 
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryNotifier
-from viralfx.adapters.postgres import PostgresJobLedger
+from viralfx.adapters.postgres import PostgresJobLedger, ledger_sql
+from viralfx.adapters.postgres.migrations import Statements
+from viralfx.adapters.postgres.retry import Attempt
+from viralfx.adapters.postgres.settlements import record, record_unlocked
 from viralfx.domain.jobs.batching import PartlyDoneError
 from viralfx.domain.jobs.codec import PayloadError, PayloadTooLargeError
 from viralfx.domain.jobs.model import (
@@ -618,6 +621,27 @@ async def test_outcomes_are_recorded_beside_several_whose_rows_are_locked(
 
     assert {(outcome(each), each.claims) for each in (*jobs, job)} == {(GOOD, 1)}
     assert {text.partition(":")[0] for text in caplog.messages} == {"Outcome waits"}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["first attempt", "after a lost answer"])
+async def test_a_lock_may_be_that_of_an_attempt_without_an_answer(
+    migrated_database: Database, *, again: bool
+) -> None:
+    """The server still carries it out, so that the outcome may be recorded after all."""
+    statements = Statements("viralfx_ops", ledger_sql)
+    async with opened(config_of(migrated_database)) as pool:
+        ledger = PostgresJobLedger(pool)
+        claim = await work(ledger)
+        outcomes = [completed(claim, b"1")]
+        async with pool.acquire() as lost, pool.acquire() as other:
+            async with lost.transaction():
+                assert await record(Attempt(lost, again=False), statements, outcomes) == {claim.id}
+                with pytest.raises(PartlyDoneError) as caught:
+                    await record_unlocked(Attempt(other, again=again), statements, outcomes)
+            settled = await ledger.settle(outcomes)
+
+    assert (caught.value.left, caught.value.doubtful) == ({claim.id}, again)
+    assert settled == set()
 
 
 async def test_a_batch_waits_for_the_lock_of_a_trigger(

@@ -175,6 +175,8 @@ class Completer:
             settled = await self._context.ledger.settle(settlements)
         except PartlyDoneError as error:
             settled, locked = error.settled, error.left
+            if error.doubtful:
+                self._doubtful.update(key for key in keys if key[0] in locked)
         except LedgerUnavailableError:
             self._doubtful.update(keys)
             raise

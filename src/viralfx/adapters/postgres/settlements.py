@@ -111,7 +111,10 @@ async def record_unlocked(
     # Any other lock, such as one that a trigger waits for, is not for a moment only.
     settled = await record(attempt, sql, others, waits=True) if others else ()
     if locked:
-        raise PartlyDoneError("other transactions lock their rows", locked, settled=settled)
+        # The lock may be that of an earlier attempt, which the server still carries out.
+        raise PartlyDoneError(
+            "other transactions lock their rows", locked, settled=settled, doubtful=attempt.again
+        )
     return settled
 
 

@@ -47,9 +47,12 @@ class PartlyDoneError(LedgerLimitError):
         *,
         settled: Collection[str] = (),
         returned: Mapping[str, Sequence[str]] | None = None,
+        doubtful: bool = False,
     ) -> None:
         self.left = left
         """The ids of these jobs."""
+        self.doubtful = doubtful
+        """True if an earlier attempt of the call, whose answer was lost, may yet change them."""
         self.settled = settled
         self.returned = returned or {}
         """The answer for the others, of a settlement or a deregistration."""
