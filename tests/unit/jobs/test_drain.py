@@ -255,6 +255,9 @@ async def test_outcomes_are_recorded_when_the_ledger_returns_during_the_drain(fl
     assert (await fleet.job(job_id)).state is JobState.COMPLETED
 
 
+LOCKED = "their rows are locked, or may not be changed"
+
+
 class LockedLedger(FaultyLedger):
     """Says that other sessions lock jobs, however often the worker deregisters."""
 
@@ -268,7 +271,7 @@ class LockedLedger(FaultyLedger):
         """Hand back a job of a late claim, and nothing else."""
         await self._step("deregister", worker)
         returned, self._returned = self._returned, {}
-        raise PartlyDoneError("their rows are locked", self._left, returned=returned)
+        raise PartlyDoneError(LOCKED, self._left, returned=returned)
 
 
 @pytest.mark.parametrize("left", [1, 3])
@@ -284,6 +287,44 @@ async def test_the_jobs_that_are_left_are_those_of_the_last_answer(fleet: Fleet,
     ledger.hanging = frozenset()
 
     assert (report.handed_back, report.unrecorded) == (1, left)
+
+
+async def test_a_lock_is_no_outage(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    """The log has the reason of the ledger: once as it begins, and at the end of the budget."""
+    caplog.set_level(logging.INFO)
+    ledger = LockedLedger(fleet, 2)
+    worker = fleet.start()
+    await fleet.until(lambda: ledger.count("claim"))
+    await drain(fleet, worker, 10.0)
+
+    assert ledger.count("deregister") > 2
+    assert caplog.messages[-3:] == [
+        f"Job ledger did a part of a step: 2 jobs are left: {LOCKED}",
+        f"Job worker could not deregister: 2 jobs are left: {LOCKED}",
+        "Job worker drained",
+    ]
+    assert "Job ledger unavailable" not in caplog.messages
+
+
+async def test_a_lock_after_an_outage_is_the_end_of_the_outage(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The ledger has answered."""
+    caplog.set_level(logging.INFO)
+    ledger = LockedLedger(fleet, 2)
+    worker = fleet.start()
+    await fleet.until(lambda: ledger.count("claim"))
+    ledger.unavailable = EVERYTHING
+    draining = asyncio.create_task(worker.drain(10.0))
+    await fleet.until(lambda: ledger.count("deregister") == 2)
+    ledger.unavailable = frozenset()
+    await draining
+
+    assert [text for text in caplog.messages if text.startswith("Job ledger")] == [
+        "Job ledger unavailable",
+        "Job ledger available again",
+        f"Job ledger did a part of a step: 2 jobs are left: {LOCKED}",
+    ]
 
 
 async def test_an_error_while_deregistering_does_not_stop_the_drain(fleet: Fleet) -> None:
