@@ -21,6 +21,7 @@ from tests.soak import SOAK
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryNotifier
 from viralfx.adapters.postgres import PostgresJobLedger, ledger_sql
+from viralfx.adapters.postgres.ledger_sql import MAX_SWEPT_JOBS, PROMOTED_AT_ONCE
 from viralfx.adapters.postgres.migrations import Statements
 from viralfx.adapters.postgres.retry import Attempt
 from viralfx.adapters.postgres.settlements import record, record_unlocked
@@ -554,6 +555,50 @@ async def test_a_job_that_may_not_be_cancelled_keeps_no_other_active(
     (line,) = [each.__dict__ for each in caplog.records if "Cancell" in each.getMessage()]
     assert (set(line["jobs"]), line["code"]) == (bad, "P0001")
     assert set(swept.cancelled) == bad
+
+
+COPIES = """
+insert into viralfx_jobs
+select (json_populate_record(
+    job, json_build_object('id', '00000000-0000-7000-8000-' || lpad(number::text, 12, '0'))
+)).*
+from viralfx_jobs as job, generate_series(1, {0}) as number where payload::text like '%bad%'
+"""
+"""Copies the job that the trigger refuses; the ids of the copies come before those of others."""
+UPDATE = "update viralfx_jobs set claims = 1, "
+WAITING = {
+    "sweep": UPDATE + "state = 'active', worker = 'dead'",
+    "promotion": UPDATE
+    + "state = 'scheduled', run_at = now() - interval '1 s' * length(payload::text)",
+    "cancellation": UPDATE + "state = 'active', cancel_requested = true",
+}
+"""Statements after which all jobs wait for a step of the sweep."""
+
+
+@pytest.mark.parametrize("step", WAITING)
+async def test_many_refused_jobs_do_not_stop_those_that_follow_them(
+    migrated_database: Database, step: str
+) -> None:
+    """If a sweep takes no more than them, the next one goes on after them."""
+    async with ledger_in(migrated_database) as ledger:
+        good, bad = draft(payload=b"1"), draft(payload=b'"bad"')
+        await ledger.accept([good, bad])
+        migrated_database.execute(WAITING[step])
+        at_once = PROMOTED_AT_ONCE if step == "promotion" else MAX_SWEPT_JOBS
+        migrated_database.execute(COPIES.format(at_once))
+        refuse(migrated_database, "(tg_op = 'UPDATE' or new.state = 'cancelled')")
+        for _ in range(2):
+            await ledger.sweep(5)
+        states = "select payload::text, state from {0} where id in ('{1}', '{2}')"
+        rows = [
+            row
+            for table in TABLES
+            for row in migrated_database.execute(states.format(table, good.id, bad.id))
+        ]
+
+    expected = "cancelled" if step == "cancellation" else "waiting"
+    before = "scheduled" if step == "promotion" else "active"
+    assert dict(rows) == {"1": expected, '"bad"': before}
 
 
 # -- jobs whose rows another session has locked -----------------------------------------------

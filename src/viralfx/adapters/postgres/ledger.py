@@ -26,7 +26,7 @@ from viralfx.adapters.postgres.ledger_rows import (
 from viralfx.adapters.postgres.ledger_sql import MAX_SWEPT_JOBS, PROMOTED_AT_ONCE, SOON_SECONDS
 from viralfx.adapters.postgres.migrations import Statements, channel_of
 from viralfx.adapters.postgres.pool import PING_AFTER
-from viralfx.adapters.postgres.retry import Attempt, RetriedSteps, in_portions
+from viralfx.adapters.postgres.retry import Attempt, Place, RetriedSteps, in_portions
 from viralfx.adapters.postgres.settlements import (
     Effect,
     Effects,
@@ -103,6 +103,7 @@ class PostgresJobLedger(JobChanges):
         self._max_scanned = max_scanned
         self._clock = clock = clock or SystemClock()
         self._promote_at = self._forget_at = -math.inf
+        self._lost, self._ending, self._soon = Place(), Place(), Place()
         self._pruned_to: dict[bool, datetime] = {}
         """When the last job of a full batch had finished; of failed jobs, and of the others."""
         listener = database.retries
@@ -296,7 +297,7 @@ class PostgresJobLedger(JobChanges):
             fetch = attempt.connection.fetch
             rows = await in_portions(
                 lambda ids: fetch(self._sql.HAND_BACK, worker, ids),
-                lambda: ids_of(fetch(self._sql.HELD_BY, worker)),
+                lambda _: ids_of(fetch(self._sql.HELD_BY, worker)),
                 log_refused("Hand-back refused by the ledger"),
             )
             if any(row["cancel_requested"] for row in rows):
@@ -314,7 +315,8 @@ class PostgresJobLedger(JobChanges):
 
         Takes up to ``MAX_SWEPT_JOBS`` jobs. If another sweep is under way, it takes none. If the
         server refuses a failed job, such as by a trigger, all of them are due again. If it refuses
-        any change of a job, that one alone is left to a later sweep.
+        any change of a job, that one alone is left to a later sweep. After many such jobs, the next
+        sweep goes on with those that follow them.
         """
 
         async def take(ids: Sequence[str] | None) -> Sequence[Row]:
@@ -329,8 +331,9 @@ class PostgresJobLedger(JobChanges):
 
         rows = await in_portions(
             take,
-            lambda: ids_of(self._fetch(self._sql.LOST, MAX_SWEPT_JOBS)),
+            lambda after: ids_of(self._fetch(self._sql.LOST, MAX_SWEPT_JOBS, after)),
             log_refused("Sweep refused by the ledger"),
+            self._lost,
         )
         waiting = [row for row in rows if row["state"] == JobState.WAITING]
         crashed = [str(row["id"]) for row in rows if row["state"] == JobState.FAILED]
@@ -339,7 +342,7 @@ class PostgresJobLedger(JobChanges):
         try:
             if any(row["state"] == JobState.ACTIVE for row in rows):
                 cancelled = await self._steps.run(
-                    lambda attempt: finish_cancelled(attempt.connection, self._sql)
+                    lambda attempt: finish_cancelled(attempt.connection, self._sql, self._ending)
                 )
             await self._promote_all()
         except _MAYBE_REFUSED:
@@ -358,11 +361,14 @@ class PostgresJobLedger(JobChanges):
         for _ in range(_MAX_PROMOTIONS):
             promoted = await in_portions(
                 lambda ids: self._fetch(self._sql.PROMOTE, *limits, ids),
-                lambda: ids_of(self._fetch(self._sql.SOON, *limits)),
+                lambda after: ids_of(self._fetch(self._sql.SOON, *limits, after)),
                 log_refused("Promotion refused by the ledger"),
+                self._soon,
             )
             if len(promoted) < PROMOTED_AT_ONCE:
-                self._promote_at = self._clock.monotonic() + _PROMOTION_SECONDS
+                # Jobs that follow refused ones may be due already.
+                if self._soon.after is None:
+                    self._promote_at = self._clock.monotonic() + _PROMOTION_SECONDS
                 await self._forget_limits()
                 break
 

@@ -25,7 +25,7 @@ from viralfx.adapters.postgres.ledger_rows import (
 )
 from viralfx.adapters.postgres.ledger_sql import MAX_SWEPT_JOBS
 from viralfx.adapters.postgres.migrations import Statements
-from viralfx.adapters.postgres.retry import Attempt, in_portions, is_loss, is_rolled_back
+from viralfx.adapters.postgres.retry import Attempt, Place, in_portions, is_loss, is_rolled_back
 from viralfx.domain.errors import ViralFXError
 from viralfx.domain.jobs.batching import PartlyDoneError
 from viralfx.domain.jobs.codec import ResultError
@@ -50,15 +50,19 @@ def log_refused(message: str) -> Callable[[Sequence[str], str | None], None]:
     return lambda ids, code: _logger.error(message, extra={"jobs": ids, "code": code})
 
 
-async def finish_cancelled(connection: Session, sql: Statements) -> Collection[str]:
+async def finish_cancelled(
+    connection: Session, sql: Statements, place: Place | None = None
+) -> Collection[str]:
     """Move the jobs that wait for it to the cancelled ones; return their ids.
 
-    A job that the server refuses does not keep the others; it is left to a later sweep.
+    A job that the server refuses does not keep the others; it is left to a later sweep. ``place``
+    is that of the sweeps.
     """
     rows = await in_portions(
         lambda ids: connection.fetch(sql.FINISH_CANCELLED, MAX_SWEPT_JOBS, ids),
-        lambda: ids_of(connection.fetch(sql.ENDING, MAX_SWEPT_JOBS)),
+        lambda after: ids_of(connection.fetch(sql.ENDING, MAX_SWEPT_JOBS, after)),
         log_refused("Cancellation refused by the ledger"),
+        place,
     )
     return [str(row["id"]) for row in rows]
 
