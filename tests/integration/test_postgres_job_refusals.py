@@ -764,6 +764,53 @@ async def test_a_stop_hands_back_jobs_beside_one_that_may_not_wait(
     assert [each.__dict__["jobs"] for each in caplog.records] == [[drafts[1].id]]
 
 
+@asynccontextmanager
+async def locked_worker(database: Database) -> AsyncIterator[None]:
+    """Lock the row of the worker."""
+    connection = await asyncpg.connect(database.url)
+    try:
+        async with connection.transaction():
+            await connection.execute("select from viralfx_ops.viralfx_workers for update")
+            yield
+    finally:
+        await connection.close()
+
+
+async def test_a_worker_whose_row_is_locked_is_not_deregistered(
+    migrated_database: Database,
+) -> None:
+    """Its jobs are handed back; the next call removes it."""
+    async with ledger_in(migrated_database) as ledger:
+        await work(ledger)
+        async with locked_worker(migrated_database):
+            with pytest.raises(PartlyDoneError, match="the row of the worker is locked") as kept:
+                await ledger.deregister("w")
+            locked_counts = await ledger.counts()
+        returned = await ledger.deregister("w")
+        counts = await ledger.counts()
+
+    assert (len(kept.value.returned["default"]), list(kept.value.left)) == (1, [])
+    assert (locked_counts["default"].consumers, counts["default"].consumers) == (1, 0)
+    assert returned == {}
+
+
+async def test_a_stop_waits_for_the_lock_of_the_row_of_its_worker(
+    migrated_database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Within its budget. Otherwise others would count the worker until its lease ends."""
+    async with system(migrated_database) as running:
+        await running.final(*await running.submit("a"))
+        async with locked_worker(migrated_database):
+            draining = asyncio.create_task(running.worker.drain(10.0))
+            warned = "Job ledger did a part of a step: the row of the worker is locked"
+            await running.until(lambda: warned in caplog.messages)
+        report = await draining
+        gone = migrated_database.execute("select worker from viralfx_workers")
+
+    assert (report.unrecorded, gone) == (0, [])
+    assert "Job worker could not deregister" not in caplog.text
+
+
 async def test_a_lease_is_renewed_beside_a_job_that_may_not_be_released(
     migrated_database: Database,
 ) -> None:

@@ -303,8 +303,11 @@ class PostgresJobLedger(JobChanges):
             if any(row["cancel_requested"] for row in rows):
                 await finish_cancelled(attempt.connection, self._sql)
             returned = ids_by_queue(row for row in rows if not row["cancel_requested"])
-            if left := await ids_of(fetch(self._sql.DEREGISTER, worker)):
+            if kept := await fetch(self._sql.DEREGISTER, worker):
+                left = [row["id"] for row in kept if row["id"] is not None]
                 reason = "their rows are locked, or may not be changed"
+                if not left:
+                    reason = "the row of the worker is locked"
                 raise PartlyDoneError(reason, left, returned=returned)
             return returned
 

@@ -38,7 +38,10 @@ ResultT = TypeVar("ResultT")
 
 
 class PartlyDoneError(LedgerLimitError):
-    """A call took effect except for some jobs, such as those that other transactions lock."""
+    """A call took effect except for some jobs, such as those that other transactions lock.
+
+    Without a job, except for the worker itself.
+    """
 
     def __init__(
         self,
@@ -56,7 +59,7 @@ class PartlyDoneError(LedgerLimitError):
         self.settled = settled
         self.returned = returned or {}
         """The answer for the others, of a settlement or a deregistration."""
-        super().__init__(f"{len(left)} jobs are left: {reason}")
+        super().__init__(f"{len(left)} jobs are left: {reason}" if left else reason)
 
 
 MAX_BATCH_BYTES = 4 * 2**20
