@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias
 import asyncpg
 
 from viralfx.adapters.postgres.errors import NoServerError, WrongServerError, most_telling
-from viralfx.domain.clock import NameLookups
+from viralfx.domain.threads import NameLookups
 from viralfx.settings import DatabaseAddress
 
 
