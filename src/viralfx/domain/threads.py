@@ -61,6 +61,10 @@ class NameLookups:
     def __init__(self) -> None:
         self._running: dict[tuple[object, str, int], tuple[float, asyncio.Task[Any]]] = {}
 
+    async def addresses(self, host: str, port: int) -> Sequence[str]:
+        """Return each address of a host, in order; raises as :meth:`places` does."""
+        return [address for address, _ in await self.places(host, port)]
+
     async def places(self, host: str, port: int) -> Sequence[tuple[str, int]]:
         """Return each address of a host with a port, in order.
 
