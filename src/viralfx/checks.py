@@ -13,6 +13,7 @@ from viralfx.domain.errors import ConfigurationError, require_count, require_pos
 from viralfx.domain.extras import needed_by
 from viralfx.domain.health.check_runner import InThread
 from viralfx.domain.health.model import Observation, Status
+from viralfx.domain.threads import NameLookups
 from viralfx.domain.webhooks.url import (
     Destination,
     WebhookRefusedError,
@@ -173,12 +174,7 @@ class TcpCheck:
             raise ConfigurationError([f"TcpCheck: {error}"]) from None
         self._host, self._port, self._timeout = host, port, timeout
         # The event loop resolves names in threads that others wait for, and cannot cancel them.
-        self._resolve = InThread("health-check-names", self._addresses)
-        self._found: list[str] = []
-
-    def _addresses(self) -> None:
-        found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-        self._found = list(dict.fromkeys(str(address[0]) for *_, address in found))
+        self._names = NameLookups()
 
     async def check(self) -> Observation:
         """Try the addresses in turn until one accepts."""
@@ -186,11 +182,11 @@ class TcpCheck:
         failure: OSError = ConnectionError("the name has no address")
         try:
             async with timeout(self._timeout):
-                await self._resolve()
-                for address in self._found:
+                found = await self._names.addresses(self._host, self._port)
+                for address in found:
                     try:
                         # An address that drops packets must not use up the time of the others.
-                        async with timeout(self._timeout / len(self._found)):
+                        async with timeout(self._timeout / len(found)):
                             _, writer = await open_connection(address, self._port)
                     except OSError as error:
                         failure = error

@@ -2,7 +2,10 @@
 
 import asyncio
 import os
+import socket
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import create_engine
@@ -91,6 +94,33 @@ async def test_a_port_behind_the_second_address_of_a_name() -> None:
         observation = await TcpCheck("localhost", receiving.port).check()
 
     assert observation.status is Status.PASS
+
+
+async def test_a_lookup_that_hangs_ends_with_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later check asks again; the thread of the first one goes on to wait."""
+    answered = threading.Event()
+    asked: list[str] = []
+
+    def getaddrinfo(host: str, port: int, **_: Any) -> Any:
+        asked.append(host)
+        if len(asked) == 1:
+            answered.wait(60.0)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    async with receiver(host="127.0.0.1") as receiving:
+        check = TcpCheck("shop.test", receiving.port, timeout=0.2)
+        with monkeypatch.context() as patched:
+            patched.setattr(socket, "getaddrinfo", getaddrinfo)
+            first = await check.check()
+            observation = first
+            try:
+                async with asyncio.timeout(10.0):
+                    while observation.status is not Status.PASS:
+                        observation = await check.check()
+            finally:
+                answered.set()
+
+    assert (first.code, asked) == ("timeout", ["shop.test"] * 2)
 
 
 async def test_an_exhausted_pool_is_a_warning(database: Database) -> None:

@@ -20,7 +20,11 @@ from tests.soak import SOAK
 
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryNotifier
-from viralfx.adapters.postgres import PostgresJobLedger
+from viralfx.adapters.postgres import PostgresJobLedger, ledger_sql
+from viralfx.adapters.postgres.ledger_sql import MAX_SWEPT_JOBS, PROMOTED_AT_ONCE
+from viralfx.adapters.postgres.migrations import Statements
+from viralfx.adapters.postgres.retry import Attempt
+from viralfx.adapters.postgres.settlements import record, record_unlocked
 from viralfx.domain.jobs.batching import PartlyDoneError
 from viralfx.domain.jobs.codec import PayloadError, PayloadTooLargeError
 from viralfx.domain.jobs.model import (
@@ -553,6 +557,50 @@ async def test_a_job_that_may_not_be_cancelled_keeps_no_other_active(
     assert set(swept.cancelled) == bad
 
 
+COPIES = """
+insert into viralfx_jobs
+select (json_populate_record(
+    job, json_build_object('id', '00000000-0000-7000-8000-' || lpad(number::text, 12, '0'))
+)).*
+from viralfx_jobs as job, generate_series(1, {0}) as number where payload::text like '%bad%'
+"""
+"""Copies the job that the trigger refuses; the ids of the copies come before those of others."""
+UPDATE = "update viralfx_jobs set claims = 1, "
+WAITING = {
+    "sweep": UPDATE + "state = 'active', worker = 'dead'",
+    "promotion": UPDATE
+    + "state = 'scheduled', run_at = now() - interval '1 s' * length(payload::text)",
+    "cancellation": UPDATE + "state = 'active', cancel_requested = true",
+}
+"""Statements after which all jobs wait for a step of the sweep."""
+
+
+@pytest.mark.parametrize("step", WAITING)
+async def test_many_refused_jobs_do_not_stop_those_that_follow_them(
+    migrated_database: Database, step: str
+) -> None:
+    """If a sweep takes no more than them, the next one goes on after them."""
+    async with ledger_in(migrated_database) as ledger:
+        good, bad = draft(payload=b"1"), draft(payload=b'"bad"')
+        await ledger.accept([good, bad])
+        migrated_database.execute(WAITING[step])
+        at_once = PROMOTED_AT_ONCE if step == "promotion" else MAX_SWEPT_JOBS
+        migrated_database.execute(COPIES.format(at_once))
+        refuse(migrated_database, "(tg_op = 'UPDATE' or new.state = 'cancelled')")
+        for _ in range(2):
+            await ledger.sweep(5)
+        states = "select payload::text, state from {0} where id in ('{1}', '{2}')"
+        rows = [
+            row
+            for table in TABLES
+            for row in migrated_database.execute(states.format(table, good.id, bad.id))
+        ]
+
+    expected = "cancelled" if step == "cancellation" else "waiting"
+    before = "scheduled" if step == "promotion" else "active"
+    assert dict(rows) == {"1": expected, '"bad"': before}
+
+
 # -- jobs whose rows another session has locked -----------------------------------------------
 
 
@@ -618,6 +666,27 @@ async def test_outcomes_are_recorded_beside_several_whose_rows_are_locked(
 
     assert {(outcome(each), each.claims) for each in (*jobs, job)} == {(GOOD, 1)}
     assert {text.partition(":")[0] for text in caplog.messages} == {"Outcome waits"}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["first attempt", "after a lost answer"])
+async def test_a_lock_may_be_that_of_an_attempt_without_an_answer(
+    migrated_database: Database, *, again: bool
+) -> None:
+    """The server still carries it out, so that the outcome may be recorded after all."""
+    statements = Statements("viralfx_ops", ledger_sql)
+    async with opened(config_of(migrated_database)) as pool:
+        ledger = PostgresJobLedger(pool)
+        claim = await work(ledger)
+        outcomes = [completed(claim, b"1")]
+        async with pool.acquire() as lost, pool.acquire() as other:
+            async with lost.transaction():
+                assert await record(Attempt(lost, again=False), statements, outcomes) == {claim.id}
+                with pytest.raises(PartlyDoneError) as caught:
+                    await record_unlocked(Attempt(other, again=again), statements, outcomes)
+            settled = await ledger.settle(outcomes)
+
+    assert (caught.value.left, caught.value.doubtful) == ({claim.id}, again)
+    assert settled == set()
 
 
 async def test_a_batch_waits_for_the_lock_of_a_trigger(
@@ -693,6 +762,53 @@ async def test_a_stop_hands_back_jobs_beside_one_that_may_not_wait(
     assert (list(caught.value.left), counts["default"].consumers) == ([drafts[1].id], 1)
     assert (returned, gone["default"].consumers) == ({"default": [drafts[1].id]}, 0)
     assert [each.__dict__["jobs"] for each in caplog.records] == [[drafts[1].id]]
+
+
+@asynccontextmanager
+async def locked_worker(database: Database) -> AsyncIterator[None]:
+    """Lock the row of the worker."""
+    connection = await asyncpg.connect(database.url)
+    try:
+        async with connection.transaction():
+            await connection.execute("select from viralfx_ops.viralfx_workers for update")
+            yield
+    finally:
+        await connection.close()
+
+
+async def test_a_worker_whose_row_is_locked_is_not_deregistered(
+    migrated_database: Database,
+) -> None:
+    """Its jobs are handed back; the next call removes it."""
+    async with ledger_in(migrated_database) as ledger:
+        await work(ledger)
+        async with locked_worker(migrated_database):
+            with pytest.raises(PartlyDoneError, match="the row of the worker is locked") as kept:
+                await ledger.deregister("w")
+            locked_counts = await ledger.counts()
+        returned = await ledger.deregister("w")
+        counts = await ledger.counts()
+
+    assert (len(kept.value.returned["default"]), list(kept.value.left)) == (1, [])
+    assert (locked_counts["default"].consumers, counts["default"].consumers) == (1, 0)
+    assert returned == {}
+
+
+async def test_a_stop_waits_for_the_lock_of_the_row_of_its_worker(
+    migrated_database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Within its budget. Otherwise others would count the worker until its lease ends."""
+    async with system(migrated_database) as running:
+        await running.final(*await running.submit("a"))
+        async with locked_worker(migrated_database):
+            draining = asyncio.create_task(running.worker.drain(10.0))
+            warned = "Job ledger did a part of a step: the row of the worker is locked"
+            await running.until(lambda: warned in caplog.messages)
+        report = await draining
+        gone = migrated_database.execute("select worker from viralfx_workers")
+
+    assert (report.unrecorded, gone) == (0, [])
+    assert "Job worker could not deregister" not in caplog.text
 
 
 async def test_a_lease_is_renewed_beside_a_job_that_may_not_be_released(

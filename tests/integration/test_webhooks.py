@@ -7,6 +7,7 @@ import hmac
 import os
 import socket
 import ssl
+import threading
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -14,11 +15,13 @@ from datetime import UTC, datetime
 import pytest
 import trustme
 import uvloop
+from tests.integration.names import silent_names
 from tests.integration.webhooks import BODY, KEYS, LOOPBACK, Names, delivery, hang
 from tests.servers.certificates import Certificates
 from tests.servers.receiver import Receiver, receiver, status
 
-from viralfx.adapters.http import HttpWebhookSender, SystemResolver, client_context
+from viralfx.adapters.http import HttpWebhookSender, client_context
+from viralfx.domain.threads import NameLookups
 from viralfx.domain.webhooks.url import (
     AllowList,
     WebhookRefusedError,
@@ -91,7 +94,7 @@ async def test_host_may_be_an_address(certificates: Certificates) -> None:
 
 async def test_names_are_resolved_by_the_system(plain: Receiver) -> None:
     """An unknown name is retried: name servers may recover."""
-    assert "127.0.0.1" in await SystemResolver()("localhost", 80)
+    assert "127.0.0.1" in await NameLookups().addresses("localhost", 80)
     known = delivery(f"http://localhost:{plain.port}", LOOPBACK, "::1/128")
     url = f"http://localhost:{plain.port}/"
     assert await known.deliver(url, message_id="i", body=BODY) == 200
@@ -148,6 +151,25 @@ async def test_name_with_a_private_address_is_refused(
 
     assert names.asked == ["hooks.example.com"]
     assert plain.connections == 0
+
+
+async def test_names_without_an_answer_do_not_hold_up_others(
+    plain: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each lookup has a thread of its own, which does not delay the end of the process."""
+    delivering = delivery(f"http://localhost:{plain.port}", "*.silent.test", LOOPBACK, "::1/128")
+    urls = [f"https://{number}.silent.test/" for number in range(8)]
+    urls.append(f"http://localhost:{plain.port}/")
+    with silent_names(monkeypatch):
+        *others, known = [
+            asyncio.create_task(delivering.deliver(url, message_id="i", body=BODY)) for url in urls
+        ]
+        assert await known == 200
+        lookups = [each for each in threading.enumerate() if each.name == "name-lookup"]
+        assert len(lookups) >= len(others)
+        assert all(each.daemon for each in lookups)
+    failed = await asyncio.gather(*others, return_exceptions=True)
+    assert {type(error) for error in failed} == {WebhookUnavailableError}
 
 
 async def test_dns_rebinding_has_no_effect(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from viralfx.domain.clock import NameLookups, in_thread
+from viralfx.domain.threads import NameLookups, in_thread
 
 
 async def test_in_thread_returns_the_result_of_a_daemon_thread() -> None:

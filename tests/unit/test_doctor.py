@@ -12,7 +12,7 @@ from tests.manual_clock import ManualClock
 from tests.unit.conftest import Releasable
 from tests.unit.doubles import BrokenError, swallow_cancellation
 
-from viralfx.adapters.memory.doctor import StateFolderDoctor
+from viralfx.adapters.memory.state import StateFolderDoctor
 from viralfx.adapters.postgres.connections import PostgresConfig
 from viralfx.adapters.postgres.doctor import ServerInfo, judge
 from viralfx.adapters.redis import doctor as redis_doctor

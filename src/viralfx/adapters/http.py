@@ -7,16 +7,16 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
 import httpcore
 
 from viralfx.domain.errors import require_positive
+from viralfx.domain.threads import NameLookups
 from viralfx.domain.webhooks.delivery import WebhookResponse
 from viralfx.domain.webhooks.url import Destination, WebhookUnavailableError
 
-__all__ = ["HttpWebhookSender", "SystemResolver", "client_context"]
+__all__ = ["HttpWebhookSender", "client_context"]
 
 
 Resolver: TypeAlias = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -25,29 +25,6 @@ Resolver: TypeAlias = Callable[[str, int], Awaitable[Sequence[str]]]
 SocketOptions: TypeAlias = Iterable[httpcore.SOCKET_OPTION]
 
 MAX_ADDRESSES = 8
-
-
-class SystemResolver:
-    """Resolves names through the system, on threads of its own.
-
-    A lookup cannot be cancelled. Name servers that do not respond block only these threads, not
-    the default executor of the event loop.
-    """
-
-    def __init__(self, threads: int = 4) -> None:
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="webhook-names")
-
-    async def __call__(self, host: str, port: int) -> Sequence[str]:
-        """See :data:`Resolver`."""
-        loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._threads, _resolve_name, host, port)
-        return list(dict.fromkeys(str(address[0]) for *_, address in found))
-
-
-def _resolve_name(
-    host: str, port: int
-) -> list[tuple[object, object, int, str, tuple[object, ...]]]:
-    return [*socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 class CheckedNetwork(httpcore.AsyncNetworkBackend):
@@ -146,7 +123,7 @@ class HttpWebhookSender:
         self._check = check_addresses
         self._timeout = timeout
         self._tls = tls or client_context()
-        self._resolve = resolve or SystemResolver()
+        self._resolve = resolve or NameLookups().addresses
 
     async def post(
         self, destination: Destination, headers: Mapping[str, str], body: bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import urlsplit
 
-from viralfx.adapters.memory.doctor import StateFolderDoctor
+from viralfx.adapters.memory.state import StateFolderDoctor
 from viralfx.domain.doctor import Area, DoctorCheck, Finding, failed, passed, skipped
 from viralfx.domain.extras import is_about_extra, is_installed, missing, problem
 from viralfx.settings import CredentialsCallable, Settings, fields

@@ -27,7 +27,8 @@ _MAX_CALLS = 2
 """Calls of one queue at once, if the first one takes long."""
 
 _MAX_ALONE = 2
-"""Outcomes that are tried alone at the same time: the other calls need connections, too."""
+"""Refused outcomes that are tried alone at the same time, and as many of locked jobs: the other
+calls need connections, too."""
 
 _BACKOFF = Backoff(base=0.1, factor=2.0, cap=5.0, jitter=Jitter.EQUAL)
 """Pauses before a refused outcome is tried again."""
@@ -51,9 +52,10 @@ class Completer:
     Outcomes of one queue share calls; those of other queues do not wait for them. If the ledger
     refuses a call, or ends it although it answers other calls, the batch is halved until the
     outcome that causes it is alone. That one is tried again without holding up any other, and
-    without the task's last report; so is the outcome of a job that another session has
-    locked. If it is a result that the ledger refuses, the job fails with code ``result``, provided
-    that the ledger records this instead.
+    without the task's last report. The outcome of a job that another session has locked is tried
+    again alone, too; many of these do not hold up the refused ones. If it is a result that the
+    ledger refuses, the job fails with code ``result``, provided that the ledger records this
+    instead.
     """
 
     def __init__(self, context: WorkerContext) -> None:
@@ -62,7 +64,8 @@ class Completer:
             self._batcher
         )
         self._settling_alone: set[asyncio.Task[bool]] = set()
-        self._alone = asyncio.Semaphore(_MAX_ALONE)
+        self._refused_alone = asyncio.Semaphore(_MAX_ALONE)
+        self._locked_alone = asyncio.Semaphore(_MAX_ALONE)
         self._rng = default_rng()
         self._pending: dict[tuple[str, int], tuple[Claim, float]] = {}
         """The outcomes that are not recorded yet, by job id and number of the claim: since when."""
@@ -175,6 +178,8 @@ class Completer:
             settled = await self._context.ledger.settle(settlements)
         except PartlyDoneError as error:
             settled, locked = error.settled, error.left
+            if error.doubtful:
+                self._doubtful.update(key for key in keys if key[0] in locked)
         except LedgerUnavailableError:
             self._doubtful.update(keys)
             raise
@@ -191,30 +196,32 @@ class Completer:
             exc_info=error,
             extra={**_names(settlement), "code": getattr(error, "code", None)},
         )
-        return await self._begin_alone(settlement)
+        return await self._begin_alone(settlement, locked=False)
 
     async def _settle_locked(self, settlement: Settlement) -> bool:
         _logger.warning("Outcome waits: another session locks the job", extra=_names(settlement))
-        return await self._begin_alone(settlement)
+        return await self._begin_alone(settlement, locked=True)
 
-    async def _begin_alone(self, settlement: Settlement) -> bool:
-        task = asyncio.create_task(self._retry_alone(settlement), name="settle-alone")
+    async def _begin_alone(self, settlement: Settlement, *, locked: bool) -> bool:
+        retrying = self._retry_alone(settlement, locked=locked)
+        task = asyncio.create_task(retrying, name="settle-alone")
         self._settling_alone.add(task)
         task.add_done_callback(self._settling_alone.discard)
         return await task
 
-    async def _retry_alone(self, settlement: Settlement) -> bool:
+    async def _retry_alone(self, settlement: Settlement, *, locked: bool) -> bool:
         availability, clock = self._context.availability, self._context.clock
         tries = limit_errors = 0
         failed_at = clock.monotonic()
         while True:
-            async with self._alone:
+            async with self._locked_alone if locked else self._refused_alone:
                 error: Exception | None = None
                 try:
                     if (recorded := await self._call_with(settlement)) is not None:
                         return recorded
                 except Exception as raised:  # noqa: BLE001 - any error of the ledger
                     error = raised
+                locked = error is None
                 # In an outage the result is not the reason.
                 answered = availability.answered_since(failed_at)
                 failed_at = clock.monotonic()
@@ -234,7 +241,7 @@ class Completer:
                             return recorded
             tries += 1
             delay = _BACKOFF.delay(tries, self._rng)
-            await clock.sleep(min(delay, _LOCK_RETRY_SECONDS) if error is None else delay)
+            await clock.sleep(min(delay, _LOCK_RETRY_SECONDS) if locked else delay)
 
     async def _call_with(self, settlement: Settlement) -> bool | None:
         (recorded,) = await self._call([settlement])

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from viralfx.domain.clock import Clock, default_rng, supervised
 from viralfx.domain.errors import is_a
+from viralfx.domain.jobs.batching import PartlyDoneError
 from viralfx.domain.jobs.codec import Progress
 from viralfx.domain.jobs.ledger import JobLedger
 from viralfx.domain.jobs.model import Claim, LedgerUnavailableError
@@ -125,11 +126,23 @@ class LedgerAvailability:
             self._lost_at = None
 
     async def retry_until_done(self, step: str, call: Callable[[], Awaitable[T]]) -> T:
-        """Call ``call`` until it succeeds; errors other than an outage are raised."""
+        """Call ``call`` until it is done; errors other than an outage are raised.
+
+        It is not done while the ledger leaves a part of it: that is an answer, and no outage.
+        """
+        partly_done = 0
         try:
             while True:
                 try:
                     result = await call()
+                except PartlyDoneError as error:
+                    self.succeeded(step)
+                    partly_done += 1
+                    if partly_done == 1:
+                        _logger.warning(
+                            "Job ledger did a part of a step: %s", error, extra={"step": step}
+                        )
+                    await self._clock.sleep(RETRY_BACKOFF.delay(partly_done, self._rng))
                 except LedgerUnavailableError as error:
                     await self._clock.sleep(self.failed(step, error))
                 else:

@@ -124,14 +124,14 @@ async def drain(roles: WorkerRoles, budget: float) -> DrainReport:
     roles.control.cancel()
     ignoring = sum(consumer.abandon_all() for consumer in consumers)
     unsettled = sum(consumer.active for consumer in consumers) + ignoring
-    returned, left = await _deregister(roles, ends_at - deregister_seconds / 4)
+    hand_back = await _deregister(roles, ends_at - deregister_seconds / 4)
     roles.completer.cancel()
     await roles.background_notifier.close(max(0.0, ends_at - clock.monotonic()))
     report = DrainReport(
         finished=sum(consumer.recorded for consumer in consumers) - recorded,
-        handed_back=sum(consumer.handed_back for consumer in consumers) + returned,
+        handed_back=sum(consumer.handed_back for consumer in consumers) + hand_back.handed_back,
         ignoring=ignoring,
-        unrecorded=max(0, unsettled - returned) if left else 0,
+        unrecorded=unsettled if hand_back.left is None else hand_back.left,
     )
     _logger.info("Job worker drained", extra=report.fields())
     if not roles.durable and (lost := drop_scheduled(await roles.context.ledger.counts())):
@@ -170,48 +170,65 @@ async def _until_idle(roles: WorkerRoles, until: float) -> None:
         await _wait(running, left, clock)
 
 
-async def _deregister(roles: WorkerRoles, until: float) -> tuple[int, bool]:
-    """Deregister the worker; return how many jobs it handed back, and whether any may be left."""
+class _HandBack:
+    """The answers to the calls that deregister a worker."""
+
+    def __init__(self) -> None:
+        self.returned: list[Mapping[str, Sequence[str]]] = []
+        self.partly_done: PartlyDoneError | None = None
+        """The last answer that left anything."""
+        self.left: int | None = None
+        """How many jobs of the worker are left by the last answer; None without an answer."""
+
+    @property
+    def handed_back(self) -> int:
+        """How many jobs the calls handed back."""
+        return sum(len(ids) for queues in self.returned for ids in queues.values())
+
+
+async def _deregister(roles: WorkerRoles, until: float) -> _HandBack:
+    """Deregister the worker, and announce the jobs that it handed back."""
     context, heartbeat = roles.context, roles.heartbeat
+    hand_back = _HandBack()
     if heartbeat.task is None:
-        return 0, False
+        hand_back.left = 0
+        return hand_back
     # The heartbeat ends first, or a late renewal would register this worker again.
     heartbeat.cancel()
     left = until - context.clock.monotonic()
     await _wait([heartbeat.task], max(_MIN_STEP_SECONDS, left / 2), context.clock)
     left = max(_MIN_STEP_SECONDS, until - context.clock.monotonic())
-    returned: list[Mapping[str, Sequence[str]]] = []
     deregistering = asyncio.create_task(
-        context.availability.retry_until_done("deregister", lambda: _leave(roles, returned)),
+        context.availability.retry_until_done("deregister", lambda: _leave(roles, hand_back)),
         name="job-deregister",
     )
     await _wait([deregistering], left, context.clock)
-    failed = True
     if not deregistering.done():
         deregistering.cancel()
-        reason = "some jobs are locked" if returned else "the ledger does not answer"
+        reason = hand_back.partly_done or "the ledger does not answer"
         _logger.error("Job worker could not deregister: %s", reason)
     elif (error := deregistering.exception()) is not None:
         _logger.error("Job worker could not deregister", exc_info=error)
-    else:
-        failed = False
-    for queues in returned:
+    for queues in hand_back.returned:
         for queue, ids in queues.items():
             context.notify(queue, ids)
-    return sum(len(ids) for queues in returned for ids in queues.values()), failed
+    return hand_back
 
 
-async def _leave(roles: WorkerRoles, returned: list[Mapping[str, Sequence[str]]]) -> None:
+async def _leave(roles: WorkerRoles, hand_back: _HandBack) -> None:
     context = roles.context
     try:
-        returned.append(await context.ledger.deregister(context.worker))
+        hand_back.returned.append(await context.ledger.deregister(context.worker))
     except PartlyDoneError as error:
-        returned.append(error.returned)
+        hand_back.returned.append(error.returned)
+        hand_back.partly_done = error
+        hand_back.left = len(error.left)
         raise
     except LedgerUnavailableError:
         if roles.heartbeat.was_registered:
             raise
         # It never had a lease, so it has no job to hand back.
+    hand_back.left = 0
 
 
 async def _wait(tasks: Iterable[asyncio.Task[Any]], seconds: float, clock: Clock) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.unit.jobs.fleet import FaultyLedger, Fleet
 from tests.virtual_time import VirtualTimeLoop, run_in_virtual_time
 
+from viralfx.domain.jobs.batching import PartlyDoneError
 from viralfx.domain.jobs.ledger import Claims
 from viralfx.domain.jobs.model import (
     Claim,
@@ -95,6 +96,37 @@ async def test_an_outcome_whose_response_was_lost_is_recorded_once(
     assert (await fleet.job(job_id)).state is JobState.COMPLETED
     assert worker.fenced == 0
     assert "Outcome not recorded: the job was taken from this worker" not in messages_of(caplog)
+
+
+class LateLedger(FaultyLedger):
+    """Records outcomes, and says of the first ones that another session locks the jobs."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        super().__init__(fleet.memory_ledger)
+        fleet.ledger = self
+
+    async def settle(self, settlements: Sequence[Settlement]) -> Collection[str]:
+        """Settle; the first answer is the one after a lost answer."""
+        settled = await super().settle(settlements)
+        if self.count("settle") > 1:
+            return settled
+        ids = [settlement.claim.id for settlement in settlements]
+        raise PartlyDoneError("other transactions lock their rows", ids, doubtful=True)
+
+
+async def test_an_outcome_that_took_effect_during_a_lock_is_recorded(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The lock was that of a call whose answer was lost."""
+    LateLedger(fleet)
+    worker = fleet.start()
+    job_id = await fleet.accept()
+    await fleet.until(lambda: fleet.ledger.count("settle") == 2)
+    await fleet.until(lambda: not worker.active)
+
+    assert (await fleet.job(job_id)).state is JobState.COMPLETED
+    assert worker.fenced == 0
+    assert messages_of(caplog) == ["Outcome waits: another session locks the job"]
 
 
 async def test_a_fenced_outcome_is_not_recorded(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.unit.jobs.fleet import FaultyLedger, Fleet
 from tests.virtual_time import run_in_virtual_time
 
+from viralfx.domain.jobs.batching import PartlyDoneError
 from viralfx.domain.jobs.model import (
     Job,
     JobState,
@@ -20,6 +21,8 @@ from viralfx.domain.jobs.tasks import JobContext
 
 PATIENCE = 8.0
 """Seconds after which a call of the ledger ends."""
+LOCK_SECONDS = 0.2
+"""Seconds for which a call waits for a lock."""
 
 
 class FussyLedger(FaultyLedger):
@@ -29,6 +32,8 @@ class FussyLedger(FaultyLedger):
         super().__init__(fleet.memory_ledger)
         self.refuses: Callable[[Settlement], bool] = lambda _: False
         self.blocks: Callable[[Settlement], bool] = lambda _: False
+        self.locks: Callable[[Settlement], bool] = lambda _: False
+        """The jobs that another session has locked."""
         self.batches: list[int] = []
         fleet.ledger = self
 
@@ -40,7 +45,14 @@ class FussyLedger(FaultyLedger):
             raise LedgerLimitError("the database does not answer")
         if any(map(self.refuses, settlements)):
             raise UnstorableError("stack depth limit exceeded (SQLSTATE 54001)", "54001")
-        return frozenset(await super().settle(settlements))
+        locked = {each.claim.id for each in settlements if self.locks(each)}
+        if locked:
+            await asyncio.sleep(LOCK_SECONDS)
+        others = [each for each in settlements if each.claim.id not in locked]
+        settled = frozenset(await super().settle(others)) if others else frozenset()
+        if locked:
+            raise PartlyDoneError("their rows are locked", locked, settled=settled)
+        return settled
 
 
 def has(text: bytes) -> Callable[[Settlement], bool]:
@@ -169,6 +181,20 @@ async def test_a_call_that_never_ends_delays_its_neighbours_once(
     assert await fleet.final(locked) < PATIENCE + 6.0
     assert outcome(await fleet.job(locked)) == (JobState.COMPLETED, None)
     assert (await fleet.job(locked)).claims == 1
+
+
+async def test_many_locked_jobs_do_not_hold_up_a_refused_outcome(
+    fleet: Fleet, ledger: FussyLedger
+) -> None:
+    """Each of them is tried alone, again and again."""
+    ledger.locks, ledger.refuses = has(b"locked"), with_result(b"bad")
+    fleet.start(queues={"default": 50}, lease=60.0)
+    await accepted(fleet, *[f"locked {number}" for number in range(40)])
+    await asyncio.sleep(2.0)
+    (bad,) = await accepted(fleet, "bad")
+
+    assert await fleet.final(bad) < 1.0
+    assert outcome(await fleet.job(bad)) == (JobState.FAILED, "result")
 
 
 async def test_a_large_result_that_takes_too_long_is_given_up(

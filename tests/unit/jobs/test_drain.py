@@ -13,6 +13,7 @@ from tests.unit.jobs.fleet import FaultyLedger, Fleet
 from tests.virtual_time import run_in_virtual_time
 
 from viralfx.domain.errors import WorkLostError
+from viralfx.domain.jobs.batching import PartlyDoneError
 from viralfx.domain.jobs.model import JobState, LedgerUnavailableError
 from viralfx.worker.drain import DrainReport
 from viralfx.worker.worker import JobWorker, WorkerState, drain_jobs
@@ -252,6 +253,78 @@ async def test_outcomes_are_recorded_when_the_ledger_returns_during_the_drain(fl
 
     assert left == DrainReport(finished=1, handed_back=0, ignoring=0, unrecorded=0)
     assert (await fleet.job(job_id)).state is JobState.COMPLETED
+
+
+LOCKED = "their rows are locked, or may not be changed"
+
+
+class LockedLedger(FaultyLedger):
+    """Says that other sessions lock jobs, however often the worker deregisters."""
+
+    def __init__(self, fleet: Fleet, left: int) -> None:
+        super().__init__(fleet.memory_ledger)
+        self._left = [f"job {number}" for number in range(left)]
+        self._returned: Mapping[str, Sequence[str]] = {"default": ["claimed late"]}
+        fleet.ledger = self
+
+    async def deregister(self, worker: str) -> Mapping[str, Sequence[str]]:
+        """Hand back a job of a late claim, and nothing else."""
+        await self._step("deregister", worker)
+        returned, self._returned = self._returned, {}
+        raise PartlyDoneError(LOCKED, self._left, returned=returned)
+
+
+@pytest.mark.parametrize("left", [1, 3])
+async def test_the_jobs_that_are_left_are_those_of_the_last_answer(fleet: Fleet, left: int) -> None:
+    """Whichever jobs the worker ran: others may be those of a late claim."""
+    ledger = LockedLedger(fleet, left)
+    ledger.hanging = frozenset({"settle"})
+    worker = fleet.start()
+    for _ in range(2):
+        await fleet.accept()
+    await fleet.until(lambda: ledger.count("settle") and worker.active == 2)
+    report, _ = await drain(fleet, worker, 10.0)
+    ledger.hanging = frozenset()
+
+    assert (report.handed_back, report.unrecorded) == (1, left)
+
+
+async def test_a_lock_is_no_outage(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    """The log has the reason of the ledger: once as it begins, and at the end of the budget."""
+    caplog.set_level(logging.INFO)
+    ledger = LockedLedger(fleet, 2)
+    worker = fleet.start()
+    await fleet.until(lambda: ledger.count("claim"))
+    await drain(fleet, worker, 10.0)
+
+    assert ledger.count("deregister") > 2
+    assert caplog.messages[-3:] == [
+        f"Job ledger did a part of a step: 2 jobs are left: {LOCKED}",
+        f"Job worker could not deregister: 2 jobs are left: {LOCKED}",
+        "Job worker drained",
+    ]
+    assert "Job ledger unavailable" not in caplog.messages
+
+
+async def test_a_lock_after_an_outage_is_the_end_of_the_outage(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The ledger has answered."""
+    caplog.set_level(logging.INFO)
+    ledger = LockedLedger(fleet, 2)
+    worker = fleet.start()
+    await fleet.until(lambda: ledger.count("claim"))
+    ledger.unavailable = EVERYTHING
+    draining = asyncio.create_task(worker.drain(10.0))
+    await fleet.until(lambda: ledger.count("deregister") == 2)
+    ledger.unavailable = frozenset()
+    await draining
+
+    assert [text for text in caplog.messages if text.startswith("Job ledger")] == [
+        "Job ledger unavailable",
+        "Job ledger available again",
+        f"Job ledger did a part of a step: 2 jobs are left: {LOCKED}",
+    ]
 
 
 async def test_an_error_while_deregistering_does_not_stop_the_drain(fleet: Fleet) -> None:

@@ -1,14 +1,16 @@
-"""The stores of the saved state: in memory, and in a file of STATE_DIR."""
+"""The stores of the saved state: in memory, and in a file of STATE_DIR, which `doctor` tries."""
 
 import asyncio
 import contextlib
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
+from viralfx.domain.doctor import Area, Finding, failed, passed
 from viralfx.domain.operations import SavedState
 
 _logger = logging.getLogger("viralfx.state")
@@ -89,3 +91,39 @@ class FileStateStore:
             os.fsync(folder)  # the rename itself must survive a power failure
         finally:
             os.close(folder)
+
+
+_TRIAL_CONTENT = b"\0" * 65536
+"""Larger than any saved state."""
+
+
+class StateFolderDoctor:
+    """The part of `viralfx doctor` for STATE_DIR.
+
+    Writes a file to the folder, as saving does, and removes it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    async def check(self) -> Sequence[Finding]:
+        """Write in a thread: a network file system may be slow or hang."""
+        return [await asyncio.to_thread(self._write)]
+
+    def _write(self) -> Finding:
+        area, folder = Area.STATE, self._folder
+        if not folder.is_dir():
+            return failed(area, f"STATE_DIR: {folder} is not a folder", "create it")
+        trial = folder / f".doctor.{os.getpid()}"
+        try:
+            try:
+                with trial.open("xb") as file:
+                    file.write(_TRIAL_CONTENT)
+                    file.flush()
+                    os.fsync(file.fileno())
+            finally:
+                trial.unlink(missing_ok=True)
+        except OSError as error:
+            found = f"STATE_DIR: {folder} cannot be written to: {error.strerror}"
+            return failed(area, found, "give this user write access, and check the free space")
+        return passed(area, f"STATE_DIR: {folder} can be written to")

@@ -97,15 +97,20 @@ WHERE id = ANY(ARRAY(
 RETURNING id, queue, cancel_requested
 """  # noqa: S608 - constants
 HELD_BY: Final = "SELECT id FROM viralfx_jobs WHERE state = 'active' AND worker = $1"
-# Returns the jobs that could not be handed back; with any, the worker keeps its lease.
+# Returns the jobs that could not be handed back; with any, the worker keeps its lease. One without
+# an id stands for the worker, whose row another session locks.
 DEREGISTER: Final = f"""
 WITH held AS MATERIALIZED ({HELD_BY}), gone AS (
     DELETE FROM viralfx_workers WHERE worker IN (
         SELECT worker FROM viralfx_workers WHERE worker = $1 AND NOT EXISTS (SELECT FROM held)
         FOR UPDATE SKIP LOCKED
     )
+    RETURNING worker
 )
 SELECT id::text FROM held
+UNION ALL
+SELECT NULL FROM viralfx_workers
+WHERE worker = $1 AND NOT EXISTS (SELECT FROM held) AND NOT EXISTS (SELECT FROM gone)
 """  # noqa: S608 - constants
 
 # Skips from task to task, and from priority to priority, so the number of jobs does not matter.
@@ -458,14 +463,15 @@ class PostgresLeaseStore:
         ``timeout``: seconds for a call.
         """
         self._connector = database.connector
-        self._sql = Statements(database.config.settings.schema, ledger_sql)
         self._connection = DedicatedConnection(self._connect, database.config.settings.max_lifetime)
-        self._steps = RetriedSteps(
+        steps = RetriedSteps(
             self._connection.acquire,
             timeout=timeout,
             clock=SystemClock(),
             listener=database.retries,
         )
+        sql = Statements(database.config.settings.schema, ledger_sql)
+        self._register = partial(register, steps, sql)
 
     async def _connect(self) -> "Connection[Any]":
         # Not through the database: its listeners belong to the event loop of the pool.
@@ -483,16 +489,8 @@ class PostgresLeaseStore:
         grace: float | None = None,
     ) -> Registration:
         """See :class:`LeaseStore`."""
-        return await register(
-            self._steps,
-            self._sql,
-            worker,
-            queues,
-            lease,
-            holding=holding,
-            tasks=tasks,
-            eligible=eligible,
-            grace=grace,
+        return await self._register(
+            worker, queues, lease, holding=holding, tasks=tasks, eligible=eligible, grace=grace
         )
 
     async def close(self) -> None:

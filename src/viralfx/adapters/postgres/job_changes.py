@@ -18,7 +18,7 @@ from viralfx.adapters.postgres.ledger_sql import JOB, KEPT, MOVED
 from viralfx.adapters.postgres.migrations import Statements
 from viralfx.adapters.postgres.pool import PING_AFTER
 from viralfx.adapters.postgres.retry import Attempt, RetriedSteps
-from viralfx.adapters.postgres.transactional_jobs import Effects
+from viralfx.adapters.postgres.settlements import Effects
 from viralfx.domain.jobs.batching import Allowance
 from viralfx.domain.jobs.ledger import BulkStep, Found, ProgressReport
 from viralfx.domain.jobs.model import (

@@ -2,41 +2,42 @@
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import asyncpg
-from asyncpg.connection import Connection
 
 from viralfx.adapters.postgres import claims, enqueue, job_changes, ledger_sql
 from viralfx.adapters.postgres.claims import Claimer, Wanted, register
-from viralfx.adapters.postgres.database import Lease, PostgresDatabase
+from viralfx.adapters.postgres.database import PostgresDatabase
 from viralfx.adapters.postgres.enqueue import accept, accept_in
 from viralfx.adapters.postgres.errors import BAD_VALUE, is_fault_of_server, refusal
 from viralfx.adapters.postgres.job_changes import MAX_SCANNED_JOBS, JobChanges
 from viralfx.adapters.postgres.ledger_rows import (
     Row,
     claims_of_rows,
-    completion_columns,
     counts_of_rows,
     identifiers,
     ids_by_queue,
     interval,
-    settled_columns,
-    settlement_columns,
 )
 from viralfx.adapters.postgres.ledger_sql import MAX_SWEPT_JOBS, PROMOTED_AT_ONCE, SOON_SECONDS
 from viralfx.adapters.postgres.migrations import Statements, channel_of
 from viralfx.adapters.postgres.pool import PING_AFTER
-from viralfx.adapters.postgres.retry import Attempt, RetriedSteps, in_portions
-from viralfx.adapters.postgres.transactional_jobs import (
+from viralfx.adapters.postgres.retry import Attempt, Place, RetriedSteps, in_portions
+from viralfx.adapters.postgres.settlements import (
     Effect,
     Effects,
     InDoubtError,
     SupersededError,
+    finish_cancelled,
+    ids_of,
     is_completed,
+    log_refused,
+    record,
+    record_unlocked,
 )
 from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.jobs.batching import PartlyDoneError
@@ -62,78 +63,6 @@ from viralfx.domain.jobs.model import (
 )
 
 _logger = logging.getLogger("viralfx.jobs")
-
-Session: TypeAlias = "Lease | Connection[Any]"
-
-
-def _refused(message: str) -> Callable[[Sequence[str], str | None], None]:
-    """Return a function that logs refused jobs; they are left to a later sweep."""
-    return lambda ids, code: _logger.error(message, extra={"jobs": ids, "code": code})
-
-
-async def finish_cancelled(connection: Session, sql: Statements) -> Collection[str]:
-    """Move the jobs that wait for it to the cancelled ones; return their ids.
-
-    A job that the server refuses does not keep the others; it is left to a later sweep.
-    """
-    rows = await in_portions(
-        lambda ids: connection.fetch(sql.FINISH_CANCELLED, MAX_SWEPT_JOBS, ids),
-        lambda: _ids_of(connection.fetch(sql.ENDING, MAX_SWEPT_JOBS)),
-        _refused("Cancellation refused by the ledger"),
-    )
-    return [str(row["id"]) for row in rows]
-
-
-async def _ids_of(fetching: Awaitable[Sequence[Row]]) -> Sequence[str]:
-    return [str(row["id"]) for row in await fetching]
-
-
-async def record(
-    attempt: Attempt, sql: Statements, settlements: Sequence[Settlement], *, waits: bool = False
-) -> Collection[str]:
-    """Record outcomes; return the ids of the jobs that this or an earlier attempt settled.
-
-    If an outcome cannot be stored, none is recorded. Unless ``waits``, a lock is an error soon.
-    """
-    connection, completing, reporting = attempt.connection, 0, False
-    for each in settlements:
-        completing += each.state is JobState.COMPLETED
-        reporting = reporting or each.progress is not None
-    if completing == len(settlements) and not reporting:
-        columns = completion_columns(settlements)
-        rows = await connection.fetch(sql.SETTLE_COMPLETED, *columns, not waits)
-    else:
-        statement = sql.SETTLE_ALL if completing else sql.SETTLE_OTHERS
-        rows = await connection.fetch(statement, *settlement_columns(settlements), not waits)
-        if any(row["cancel_requested"] for row in rows):
-            await finish_cancelled(connection, sql)
-    settled = {str(row["id"]) for row in rows}
-    if attempt.again:
-        others = [each for each in settlements if each.claim.id not in settled]
-        rows = await attempt.connection.fetch(sql.SETTLED_BEFORE, *settled_columns(others))
-        settled.update(str(row["id"]) for row in rows)
-    return settled
-
-
-async def record_unlocked(
-    attempt: Attempt, sql: Statements, settlements: Sequence[Settlement]
-) -> Collection[str]:
-    """Record the outcomes of the jobs that no other session has locked; return as :func:`record`.
-
-    Raises :class:`PartlyDoneError` if any are locked.
-    """
-    fetch, ids = attempt.connection.fetch, [each.claim.id for each in settlements]
-    free = {row["id"] for row in await fetch(sql.UNLOCKED, ids)}
-    active = {(row["id"], row["claims"]) for row in await fetch(sql.ACTIVE, ids)}
-    keys = [(each.claim.id, each.claim.number) for each in settlements]
-    locked = {key[0] for key in keys if key in active and key[0] not in free}
-    others = [each for each in settlements if each.claim.id not in locked]
-    # Any other lock, such as one that a trigger waits for, is not for a moment only.
-    settled = await record(attempt, sql, others, waits=True) if others else ()
-    if locked:
-        raise PartlyDoneError("other transactions lock their rows", locked, settled=settled)
-    return settled
-
 
 MIN_COUNTERS_TO_FOLD = 100
 """Number of counter rows from which the sweep folds them."""
@@ -174,6 +103,7 @@ class PostgresJobLedger(JobChanges):
         self._max_scanned = max_scanned
         self._clock = clock = clock or SystemClock()
         self._promote_at = self._forget_at = -math.inf
+        self._lost, self._ending, self._soon = Place(), Place(), Place()
         self._pruned_to: dict[bool, datetime] = {}
         """When the last job of a full batch had finished; of failed jobs, and of the others."""
         listener = database.retries
@@ -367,14 +297,17 @@ class PostgresJobLedger(JobChanges):
             fetch = attempt.connection.fetch
             rows = await in_portions(
                 lambda ids: fetch(self._sql.HAND_BACK, worker, ids),
-                lambda: _ids_of(fetch(self._sql.HELD_BY, worker)),
-                _refused("Hand-back refused by the ledger"),
+                lambda _: ids_of(fetch(self._sql.HELD_BY, worker)),
+                log_refused("Hand-back refused by the ledger"),
             )
             if any(row["cancel_requested"] for row in rows):
                 await finish_cancelled(attempt.connection, self._sql)
             returned = ids_by_queue(row for row in rows if not row["cancel_requested"])
-            if left := await _ids_of(fetch(self._sql.DEREGISTER, worker)):
+            if kept := await fetch(self._sql.DEREGISTER, worker):
+                left = [row["id"] for row in kept if row["id"] is not None]
                 reason = "their rows are locked, or may not be changed"
+                if not left:
+                    reason = "the row of the worker is locked"
                 raise PartlyDoneError(reason, left, returned=returned)
             return returned
 
@@ -385,7 +318,8 @@ class PostgresJobLedger(JobChanges):
 
         Takes up to ``MAX_SWEPT_JOBS`` jobs. If another sweep is under way, it takes none. If the
         server refuses a failed job, such as by a trigger, all of them are due again. If it refuses
-        any change of a job, that one alone is left to a later sweep.
+        any change of a job, that one alone is left to a later sweep. After many such jobs, the next
+        sweep goes on with those that follow them.
         """
 
         async def take(ids: Sequence[str] | None) -> Sequence[Row]:
@@ -400,8 +334,9 @@ class PostgresJobLedger(JobChanges):
 
         rows = await in_portions(
             take,
-            lambda: _ids_of(self._fetch(self._sql.LOST, MAX_SWEPT_JOBS)),
-            _refused("Sweep refused by the ledger"),
+            lambda after: ids_of(self._fetch(self._sql.LOST, MAX_SWEPT_JOBS, after)),
+            log_refused("Sweep refused by the ledger"),
+            self._lost,
         )
         waiting = [row for row in rows if row["state"] == JobState.WAITING]
         crashed = [str(row["id"]) for row in rows if row["state"] == JobState.FAILED]
@@ -410,7 +345,7 @@ class PostgresJobLedger(JobChanges):
         try:
             if any(row["state"] == JobState.ACTIVE for row in rows):
                 cancelled = await self._steps.run(
-                    lambda attempt: finish_cancelled(attempt.connection, self._sql)
+                    lambda attempt: finish_cancelled(attempt.connection, self._sql, self._ending)
                 )
             await self._promote_all()
         except _MAYBE_REFUSED:
@@ -429,11 +364,14 @@ class PostgresJobLedger(JobChanges):
         for _ in range(_MAX_PROMOTIONS):
             promoted = await in_portions(
                 lambda ids: self._fetch(self._sql.PROMOTE, *limits, ids),
-                lambda: _ids_of(self._fetch(self._sql.SOON, *limits)),
-                _refused("Promotion refused by the ledger"),
+                lambda after: ids_of(self._fetch(self._sql.SOON, *limits, after)),
+                log_refused("Promotion refused by the ledger"),
+                self._soon,
             )
             if len(promoted) < PROMOTED_AT_ONCE:
-                self._promote_at = self._clock.monotonic() + _PROMOTION_SECONDS
+                # Jobs that follow refused ones may be due already.
+                if self._soon.after is None:
+                    self._promote_at = self._clock.monotonic() + _PROMOTION_SECONDS
                 await self._forget_limits()
                 break
 

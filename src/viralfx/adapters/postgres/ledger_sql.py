@@ -225,7 +225,13 @@ WITH taken AS (
 )
 SELECT id FROM moved
 """  # noqa: S608 - constants
-ENDING: Final = f"SELECT id FROM viralfx_jobs WHERE {_ENDING} LIMIT $1"  # noqa: S608 - constants
+# In the order of ids, up to $1 after $2; NULL: the first ones. With a plain ORDER BY and LIMIT, the
+# planner might look through all jobs by id.
+_LISTED = """
+WITH listed AS MATERIALIZED (SELECT id FROM viralfx_jobs WHERE {0})
+SELECT id FROM listed WHERE $2::uuid IS NULL OR id > $2 ORDER BY id LIMIT $1
+"""
+ENDING: Final = _LISTED.format(_ENDING)
 SETTLED_BEFORE: Final = """
 SELECT job.id
 FROM viralfx_all_jobs AS job
@@ -376,7 +382,7 @@ SELECT id, queue, state FROM swept
 UNION ALL
 SELECT NULL, NULL, 'active' WHERE EXISTS (SELECT FROM viralfx_jobs WHERE {_ENDING})
 """  # noqa: S608 - constants
-LOST: Final = f"SELECT id FROM viralfx_jobs WHERE {_LOST} LIMIT $1"  # noqa: S608 - constants
+LOST: Final = _LISTED.format(_LOST)
 
 _SOON = "state = 'scheduled' AND run_at <= statement_timestamp() + make_interval(secs => $1)"
 # Their due time is near; those that are due come first. $3: some of them; NULL: any.
@@ -390,7 +396,14 @@ UPDATE viralfx_jobs SET state = 'waiting' WHERE id = ANY(ARRAY(
 ))
 RETURNING id
 """  # noqa: S608 - constants
-SOON: Final = f"SELECT id FROM viralfx_jobs WHERE {_SOON} ORDER BY run_at LIMIT $2"  # noqa: S608 - constants
+# In the same order, after $3; NULL: the first ones.
+SOON: Final = f"""
+SELECT id FROM viralfx_jobs
+WHERE {_SOON} AND (
+    $3::uuid IS NULL OR (run_at, id) > (SELECT run_at, id FROM viralfx_jobs WHERE id = $3)
+)
+ORDER BY run_at, id LIMIT $2
+"""  # noqa: S608 - constants
 
 GET: Final = f"SELECT {JOB} FROM viralfx_all_jobs WHERE id = $1"  # noqa: S608 - constants
 

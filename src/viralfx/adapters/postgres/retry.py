@@ -199,17 +199,30 @@ _MAX_REFUSED = 20
 _rng = default_rng()
 
 
+@dataclass(slots=True)
+class Place:
+    """Where calls of :func:`in_portions` begin to list rows, so that no refused rows stop them."""
+
+    after: str | None = None
+    """The id of a row: the next call lists those that follow it. None: it lists the first ones."""
+
+
 async def in_portions(
     change: Callable[[Sequence[str] | None], Awaitable[Sequence[T]]],
-    list_ids: Callable[[], Awaitable[Sequence[str]]],
+    list_ids: Callable[[str | None], Awaitable[Sequence[str]]],
     on_refused: Callable[[Sequence[str], str | None], None],
+    place: Place | None = None,
 ) -> list[T]:
     """Change many rows at once, or all but those that the server refuses, such as by a trigger.
 
     ``change`` gets the ids of the rows to change, or None for all, and returns what it changed;
-    ``list_ids`` lists all. Halves the rows until the refused ones are alone, and passes these to
-    ``on_refused``, with the SQLSTATE of the last one. Raises other errors than refusals.
+    ``list_ids`` lists all, or as many as one call may change after a row. Halves the rows until the
+    refused ones are alone, and passes these to ``on_refused``, with the SQLSTATE of the last one.
+    If there are too many, the next call with the same ``place`` goes on after the listed rows.
+    Raises other errors than refusals.
     """
+    place = Place() if place is None else place
+    begin, last = place.after, None
     changed: list[T] = []
     refused: list[str] = []
     code = None
@@ -223,14 +236,19 @@ async def in_portions(
                 raise
             code = refusal_of.code
             if portion is None:
-                portion = list(await list_ids())
-                # If there are many refused ones, each call begins with others.
-                _rng.shuffle(portion)
+                portion = list(await list_ids(begin))
+                if not portion and begin is not None:
+                    portion = list(await list_ids(None))
+                last = portion[-1] if portion else None
             if len(portion) <= 1:
                 refused += portion
             else:
                 middle = len(portion) // 2
-                portions += [portion[middle:], portion[:middle]]
+                halves = [portion[middle:], portion[:middle]]
+                # If there are many refused ones, each call begins with others.
+                _rng.shuffle(halves)
+                portions += halves
+    place.after = last if len(refused) >= _MAX_REFUSED else None
     if refused:
         on_refused(refused, code)
     return changed

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias
 import asyncpg
 
 from viralfx.adapters.postgres.errors import NoServerError, WrongServerError, most_telling
-from viralfx.domain.clock import NameLookups
+from viralfx.domain.threads import NameLookups
 from viralfx.settings import DatabaseAddress
 
 
@@ -164,7 +164,7 @@ class ServerSearch:
         """Return the folder of a socket, or the addresses of a name."""
         if host.startswith("/"):
             return (host,)
-        return [address for address, _ in await self._names.places(host, port)]
+        return await self._names.addresses(host, port)
 
 
 async def _judged(server: Server, connection: ServerConnection, target: str) -> _Found:

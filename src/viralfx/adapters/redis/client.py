@@ -25,10 +25,11 @@ from viralfx.adapters.redis.connections import (
 from viralfx.adapters.redis.credentials import Account, TlsContext
 from viralfx.adapters.redis.errors import is_pool_exhausted, is_unavailable, refuses_writes
 from viralfx.adapters.redis.retry import RequestRetry, retry_policy
-from viralfx.domain.clock import Clock, NameLookups, SystemClock, finished_within
+from viralfx.domain.clock import Clock, SystemClock, finished_within
 from viralfx.domain.errors import require_count, require_not_negative, require_positive
 from viralfx.domain.resilience._callables import operation_name, require_callable
 from viralfx.domain.resilience.fallback import with_fallback
+from viralfx.domain.threads import NameLookups
 from viralfx.settings import CredentialsCallable, RedisSettings, Secret
 from viralfx.settings.groups import parse_redis_url
 

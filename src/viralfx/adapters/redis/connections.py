@@ -48,8 +48,8 @@ from viralfx.adapters.redis.errors import (
     refuses_writes,
 )
 from viralfx.domain.cache import SingleFlight
-from viralfx.domain.clock import NameLookups
 from viralfx.domain.events import OperationListener, ignore_operation
+from viralfx.domain.threads import NameLookups
 
 T = TypeVar("T")
 

@@ -38,7 +38,10 @@ ResultT = TypeVar("ResultT")
 
 
 class PartlyDoneError(LedgerLimitError):
-    """A call took effect except for some jobs, such as those that other transactions lock."""
+    """A call took effect except for some jobs, such as those that other transactions lock.
+
+    Without a job, except for the worker itself.
+    """
 
     def __init__(
         self,
@@ -47,13 +50,16 @@ class PartlyDoneError(LedgerLimitError):
         *,
         settled: Collection[str] = (),
         returned: Mapping[str, Sequence[str]] | None = None,
+        doubtful: bool = False,
     ) -> None:
         self.left = left
         """The ids of these jobs."""
+        self.doubtful = doubtful
+        """True if an earlier attempt of the call, whose answer was lost, may yet change them."""
         self.settled = settled
         self.returned = returned or {}
         """The answer for the others, of a settlement or a deregistration."""
-        super().__init__(f"{len(left)} jobs are left: {reason}")
+        super().__init__(f"{len(left)} jobs are left: {reason}" if left else reason)
 
 
 MAX_BATCH_BYTES = 4 * 2**20

@@ -349,7 +349,7 @@ class JobLedger(WorkerRegistry, ScheduleStore, Protocol):
         """Hand back all jobs of the worker, their attempts unspent, and remove the worker.
 
         Returns the ids that are due again, by queue. Raises :class:`PartlyDoneError` if some jobs
-        cannot be handed back yet; then the worker keeps its lease.
+        cannot be handed back yet, or the worker cannot be removed; then it keeps its lease.
         """
         ...
 

@@ -1,12 +1,14 @@
-"""Tasks whose effects share one transaction with the completion of their job."""
+"""Outcomes of jobs: their statements, and effects that share a transaction with an outcome."""
 
 import asyncio
+import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 import asyncpg
+from asyncpg.connection import Connection
 
 from viralfx.adapters.postgres.database import Lease, PostgresDatabase
 from viralfx.adapters.postgres.errors import (
@@ -15,15 +17,110 @@ from viralfx.adapters.postgres.errors import (
     refusal,
     unavailable,
 )
-from viralfx.adapters.postgres.ledger_rows import completion_columns
+from viralfx.adapters.postgres.ledger_rows import (
+    Row,
+    completion_columns,
+    settled_columns,
+    settlement_columns,
+)
+from viralfx.adapters.postgres.ledger_sql import MAX_SWEPT_JOBS
 from viralfx.adapters.postgres.migrations import Statements
-from viralfx.adapters.postgres.retry import is_loss, is_rolled_back
+from viralfx.adapters.postgres.retry import Attempt, Place, in_portions, is_loss, is_rolled_back
 from viralfx.domain.errors import ViralFXError
+from viralfx.domain.jobs.batching import PartlyDoneError
 from viralfx.domain.jobs.codec import ResultError
-from viralfx.domain.jobs.model import Claim, LedgerUnavailableError, completed
+from viralfx.domain.jobs.model import (
+    Claim,
+    JobState,
+    LedgerUnavailableError,
+    Settlement,
+    completed,
+)
+
+_logger = logging.getLogger("viralfx.jobs")
 
 Effect = Callable[[Any], Awaitable[bytes]]
 Report = Callable[[], bytes | None]
+
+Session: TypeAlias = "Lease | Connection[Any]"
+
+
+def log_refused(message: str) -> Callable[[Sequence[str], str | None], None]:
+    """Return a function that logs refused jobs; they are left to a later sweep."""
+    return lambda ids, code: _logger.error(message, extra={"jobs": ids, "code": code})
+
+
+async def finish_cancelled(
+    connection: Session, sql: Statements, place: Place | None = None
+) -> Collection[str]:
+    """Move the jobs that wait for it to the cancelled ones; return their ids.
+
+    A job that the server refuses does not keep the others; it is left to a later sweep. ``place``
+    is that of the sweeps.
+    """
+    rows = await in_portions(
+        lambda ids: connection.fetch(sql.FINISH_CANCELLED, MAX_SWEPT_JOBS, ids),
+        lambda after: ids_of(connection.fetch(sql.ENDING, MAX_SWEPT_JOBS, after)),
+        log_refused("Cancellation refused by the ledger"),
+        place,
+    )
+    return [str(row["id"]) for row in rows]
+
+
+async def ids_of(fetching: Awaitable[Sequence[Row]]) -> Sequence[str]:
+    """Return the ids in the rows of a query."""
+    return [str(row["id"]) for row in await fetching]
+
+
+async def record(
+    attempt: Attempt, sql: Statements, settlements: Sequence[Settlement], *, waits: bool = False
+) -> Collection[str]:
+    """Record outcomes; return the ids of the jobs that this or an earlier attempt settled.
+
+    If an outcome cannot be stored, none is recorded. Unless ``waits``, a lock is an error soon.
+    """
+    connection, completing, reporting = attempt.connection, 0, False
+    for each in settlements:
+        completing += each.state is JobState.COMPLETED
+        reporting = reporting or each.progress is not None
+    if completing == len(settlements) and not reporting:
+        columns = completion_columns(settlements)
+        rows = await connection.fetch(sql.SETTLE_COMPLETED, *columns, not waits)
+    else:
+        statement = sql.SETTLE_ALL if completing else sql.SETTLE_OTHERS
+        rows = await connection.fetch(statement, *settlement_columns(settlements), not waits)
+        if any(row["cancel_requested"] for row in rows):
+            await finish_cancelled(connection, sql)
+    settled = {str(row["id"]) for row in rows}
+    if attempt.again:
+        others = [each for each in settlements if each.claim.id not in settled]
+        rows = await attempt.connection.fetch(sql.SETTLED_BEFORE, *settled_columns(others))
+        settled.update(str(row["id"]) for row in rows)
+    return settled
+
+
+async def record_unlocked(
+    attempt: Attempt, sql: Statements, settlements: Sequence[Settlement]
+) -> Collection[str]:
+    """Record the outcomes of the jobs that no other session has locked; return as :func:`record`.
+
+    Raises :class:`PartlyDoneError` if any are locked.
+    """
+    fetch, ids = attempt.connection.fetch, [each.claim.id for each in settlements]
+    free = {row["id"] for row in await fetch(sql.UNLOCKED, ids)}
+    active = {(row["id"], row["claims"]) for row in await fetch(sql.ACTIVE, ids)}
+    keys = [(each.claim.id, each.claim.number) for each in settlements]
+    locked = {key[0] for key in keys if key in active and key[0] not in free}
+    others = [each for each in settlements if each.claim.id not in locked]
+    # Any other lock, such as one that a trigger waits for, is not for a moment only.
+    settled = await record(attempt, sql, others, waits=True) if others else ()
+    if locked:
+        # The lock may be that of an earlier attempt, which the server still carries out.
+        raise PartlyDoneError(
+            "other transactions lock their rows", locked, settled=settled, doubtful=attempt.again
+        )
+    return settled
+
 
 _CHECKS = 4
 """Checks of a cancelled effect within the timeout after which it is evicted."""
