@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import sys
 import traceback
 from collections.abc import Awaitable
 from pathlib import Path
@@ -129,16 +130,21 @@ def _fails() -> str:
     raise OSError(2, "no such token")
 
 
+async def _exits() -> str:
+    sys.exit("no such token")
+
+
 @pytest.mark.parametrize(
     "source",
-    [_fails, lambda: None, lambda: "", lambda: ("user", 1)],
-    ids=["error", "nothing", "empty", "no password"],
+    [_fails, lambda: None, lambda: "", lambda: ("user", 1), _exits, lambda: sys.exit("no token")],
+    ids=["error", "nothing", "empty", "no password", "async exit", "exit"],
 )
 async def test_failing_callable_is_named(source: CredentialsCallable) -> None:
-    """Its errors are not taken for those of a network or a file."""
+    """Its errors are not taken for those of a network or a file, and it is called again."""
     secret = RotatingSecret("OperationsConfig.redis_credentials", None, source)
-    with pytest.raises(CredentialsError, match=r"^OperationsConfig\.redis_credentials: "):
-        await secret.current()
+    for _ in range(2):
+        with pytest.raises(CredentialsError, match=r"^OperationsConfig\.redis_credentials: "):
+            await secret.current()
 
 
 async def test_text_of_a_callables_error_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -20,20 +20,21 @@ async def in_thread(function: Callable[[], T], name: str) -> T:
 
     One that never returns takes no thread of the event loop from other calls, and does not delay
     the end of the process. Cancelling the call does not end the thread. Raises the function's
-    error.
+    error; ``RuntimeError`` for one that would end the process, such as ``SystemExit``.
     """
     loop = asyncio.get_running_loop()
-    ended: asyncio.Future[tuple[Any, Exception | None]] = loop.create_future()
+    ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
 
-    def end(outcome: tuple[Any, Exception | None]) -> None:
+    def end(outcome: tuple[Any, BaseException | None]) -> None:
         if not ended.done():
             ended.set_result(outcome)
 
     def run() -> None:
-        result, failure = None, None
+        result: Any = None
+        failure: BaseException | None = None
         try:
             result = function()
-        except Exception as error:  # noqa: BLE001 - raised below
+        except BaseException as error:  # noqa: BLE001 - raised below
             failure = error
         with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(end, (result, failure))
@@ -41,7 +42,10 @@ async def in_thread(function: Callable[[], T], name: str) -> T:
     threading.Thread(target=run, name=name, daemon=True).start()
     result, error = await ended
     if error is not None:
-        raise error
+        if isinstance(error, Exception):
+            raise error
+        exited = RuntimeError(f"the function raised {type(error).__name__}")
+        raise exited.with_traceback(error.__traceback__) from error
     found: T = result
     return found
 

@@ -163,7 +163,7 @@ class RotatingSecret:
                     found = await self._result_in_thread(source)
         except TimeoutError:
             raise self._failure(source, f"no answer within {limit:.3g} s") from None
-        except Exception as error:  # noqa: BLE001 - a boundary to the application
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a boundary to the application
             # Any error means that there are no credentials.
             # Neither the message nor the chain has its text, because it may quote a token.
             raise self._failure(source, f"raised {type(error).__name__}", error) from None
@@ -190,7 +190,7 @@ class RotatingSecret:
         return await asyncio.shield(self._running)
 
     def _failure(
-        self, source: Any, reason: str, error: Exception | None = None
+        self, source: Any, reason: str, error: BaseException | None = None
     ) -> CredentialsError:
         named = getattr(source, "__qualname__", type(source).__qualname__)
         name = f"{self._name}: {getattr(source, '__module__', '')}.{named}"
