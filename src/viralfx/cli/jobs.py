@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from viralfx.bootstrap import assemble
+from viralfx.cli import note
 from viralfx.cli.output import (
     agrees,
     hint_of,
@@ -98,7 +99,7 @@ def jobs(options: argparse.Namespace) -> int:
         asyncio.run(_run(settings, command, options, declared))
     except _RefusedError as error:
         for line in error.args:
-            print(f"viralfx: {plain(line)}", file=sys.stderr)
+            note(f"viralfx: {plain(line)}")
         return EXIT_REFUSED
     except _INVALID as error:
         raise ConfigurationError([plain(str(error))]) from None
@@ -155,8 +156,7 @@ async def _opened(settings: Settings, *, with_tasks: bool) -> AsyncIterator[_Led
         settings = msgspec.structs.replace(settings, task_modules=())
     # One attempt to connect: an operator repeats the command.
     db = msgspec.structs.replace(settings.db, pool_min=1, pool_max=1, max_reconnect_attempts=1)
-    settings = msgspec.structs.replace(settings, db=db)
-    assembly = assemble(settings)
+    assembly = assemble(msgspec.structs.replace(settings, db=db))
     operations, runtime = assembly.operations, assembly.jobs
     try:
         for resource in operations.resources:
@@ -185,9 +185,9 @@ async def _list(ledger: _Ledger, options: argparse.Namespace) -> None:
         return
     print_jobs(page)
     if not page:
-        print("no job matches", file=sys.stderr)
+        note("no job matches")
     if more:
-        print(f"older jobs: --cursor {page[-1].id}", file=sys.stderr)
+        note(f"older jobs: --cursor {page[-1].id}")
 
 
 async def _search(service: JobService, wanted: JobFilter, limit: int) -> list[Job]:
@@ -269,7 +269,7 @@ def _print_accepted(options: argparse.Namespace, accepted: Accepted) -> None:
     else:
         print(f"{job.id}  {plain(job.task)} in {plain(job.queue)}, {job.state}")
         if not accepted.created:
-            print("there was a job like it: nothing was submitted", file=sys.stderr)
+            note("there was a job like it: nothing was submitted")
 
 
 async def _declare(ledger: _Ledger, task: str, queue: str) -> None:
@@ -416,7 +416,7 @@ async def _change_all(
         left = await _count(ledger, wanted, states)
         changed = replace(changed, more=left > 0)
         if left:
-            print("more jobs match by now; repeat the command", file=sys.stderr)
+            note("more jobs match by now; repeat the command")
     await _print_count(ledger, options, changed)
 
 
@@ -451,7 +451,7 @@ async def _print_count(ledger: _Ledger, options: argparse.Namespace, changed: Bu
         # Without a job in any state the name may be misspelt.
         found = await ledger.service.search(JobFilter(task=options.task, limit=1))
         if not found.jobs:
-            print(f"no job of a task {options.task!r} was found in any state", file=sys.stderr)
+            note(f"no job of a task {options.task!r} was found in any state")
     if options.json:
         print_json(job_count(changed))
     else:
