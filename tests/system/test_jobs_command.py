@@ -19,7 +19,9 @@ from tests.system.service import clean_environment, command
 from tests.system.workers import environment_of
 
 from viralfx.cli import main
-from viralfx.domain.jobs.model import Job, LedgerUnavailableError
+from viralfx.domain.jobs.batching import BulkCount
+from viralfx.domain.jobs.ledger import Found
+from viralfx.domain.jobs.model import Job, JobFilter, LedgerUnavailableError
 from viralfx.domain.jobs.service import JobService
 
 NOWHERE = "01a214b8-8af2-7a9b-8393-0890f8feb712"
@@ -378,6 +380,52 @@ def test_no_more_jobs_are_changed_than_the_question_showed(database: Database) -
     assert json.loads(done.stdout) == {"count": 2, "more": True}
     assert done.stderr.endswith("more jobs match by now; repeat the command\n")
     assert len(shell.json("list", "--state", "waiting")["items"]) == 3
+
+
+def test_an_outage_after_a_change_does_not_hide_it(database: Database) -> None:
+    """Whether more jobs match is not known then; one within the change ends with its number."""
+    shell = Shell(database)
+    for number in range(2):
+        shell.json("submit", "parcels.echo", str(number))
+    search, cancel_all = JobService.search, JobService.cancel_all
+    changed = False
+
+    async def change(self: JobService, wanted: JobFilter, **options: Any) -> BulkCount:
+        nonlocal changed
+        changed = True
+        return await cancel_all(self, wanted, **options)
+
+    async def cut_off(self: JobService, wanted: JobFilter) -> Found:
+        if changed:
+            raise LedgerUnavailableError("planted")
+        return await search(self, wanted)
+
+    with (
+        patch.object(JobService, "cancel_all", change),
+        patch.object(JobService, "search", cut_off),
+        patch.object(sys, "stdin", Terminal("y\n")),
+    ):
+        done = shell.run("cancel", "--task", "parcels.echo", "--json")
+
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"count": 2, "more": True})
+    assert done.stderr.endswith("more jobs may match by now; repeat the command\n")
+
+
+def test_jobs_that_end_already_do_not_hide_the_others(database: Database) -> None:
+    """The question counts the jobs behind any number of them."""
+    shell = Shell(database)
+    database.execute(
+        "select viralfx_ops.enqueue('parcels.echo', to_jsonb(n)) from generate_series(1, 1003) n"
+    )
+    database.execute(
+        "update viralfx_ops.viralfx_jobs set state = 'active', worker = 'planted',"
+        " started_at = now(), cancel_requested = id > (select id from viralfx_ops.viralfx_jobs"
+        " order by id limit 1 offset 1)"
+    )
+
+    assert "the filter matches 2 jobs; repeat it with --yes" in shell.fails(
+        2, "cancel", "--state", "active"
+    )
 
 
 def test_jobs_that_were_changed_before_an_outage_are_shown(database: Database) -> None:
