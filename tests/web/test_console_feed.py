@@ -206,11 +206,12 @@ async def test_a_circuit_that_is_open_is_opened_by_hand(site: Site) -> None:
     for _ in range(5):
         site.breaker.failed(site.breaker.admit("call"), OSError("away"))
     (page,) = await opened(pages, 1)
-    assert (await site.ask("ui/data/circuits")).json()["items"][0]["retryAfter"] > 0
+    (circuit,) = (await site.ask("ui/data/circuits")).json()["items"]
+    assert circuit["probeAt"] > circuit["since"]
     path = f"ui/data/circuits/{MARKUP}/open"
     assert (await site.ask(path, "POST", headers=headers, body={})).status == 200
     await until(lambda: b"event: circuit" in b"".join(page.messages))
-    assert b'"retryAfter":null' in b"".join(page.messages).partition(b"event: circuit")[2]
+    assert b'"probeAt":null' in b"".join(page.messages).partition(b"event: circuit")[2]
     page.task.cancel()
 
 

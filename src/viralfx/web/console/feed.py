@@ -180,9 +180,8 @@ class Feed:
     def circuit(self, breaker: CircuitBreaker) -> views.View:
         """Return the view of a circuit."""
         name = breaker.name
-        return views.circuit_view(
-            breaker, self._rejected.get(name, 0), self._circuit_since.get(name)
-        )
+        rejected, since = self._rejected.get(name, 0), self._circuit_since.get(name)
+        return views.circuit_view(breaker, rejected, since, self._operations.clock.now())
 
     def _queue_list(self) -> views.View | None:
         if self._queues is None:
