@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -196,6 +197,33 @@ async def test_the_calls_that_an_open_circuit_rejects_are_shown_with_each_beat(
         with pytest.raises(CircuitOpenError):
             site.breaker.admit("call")
     await until(lambda: b'"rejected":3' in b"".join(page.messages))
+    page.task.cancel()
+
+
+async def test_a_call_that_is_rejected_during_a_beat_is_shown_with_the_next(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is rejected in another thread, at any moment of the beat."""
+    monkeypatch.setattr(feed, "BEAT_SECONDS", 0.05)
+    pages = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+
+    class Racing(dict[str, None]):
+        """Lets one call be rejected after the names are read, before they are removed."""
+
+        raced = False
+
+        def __iter__(self) -> Iterator[str]:
+            names = list(self.keys())
+            if site.breaker.state == "OPEN" and not self.raced:
+                self.raced = True
+                with pytest.raises(CircuitOpenError):
+                    site.breaker.admit("call")
+            return iter(names)
+
+    monkeypatch.setattr(pages, "_rejecting", Racing())
+    (page,) = await opened(pages, 1)
+    site.breaker.open()
+    await until(lambda: b'"rejected":1' in b"".join(page.messages))
     page.task.cancel()
 
 

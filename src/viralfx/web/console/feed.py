@@ -255,8 +255,9 @@ class Feed:
         loop = asyncio.get_running_loop()
         self._beating = loop.call_later(BEAT_SECONDS, self._guarded, self._beat)
         self._flush()
-        rejecting, self._rejecting = list(self._rejecting), {}
-        for name in rejecting:
+        for name in list(self._rejecting):
+            # First, as a call may be rejected in another thread meanwhile.
+            del self._rejecting[name]
             self.publish_circuit(name)
         shutdown = self._operations.shutdown
         beat = {
