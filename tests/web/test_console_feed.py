@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,7 +19,7 @@ from tests.web.console_site import (
 )
 
 from viralfx import CircuitOpenError
-from viralfx.domain.health.model import Status
+from viralfx.domain.health.model import MAX_MESSAGE_CHARACTERS, Observation, Status
 from viralfx.web.console import feed
 from viralfx.web.error_log import is_logged
 from viralfx.web.responses import Message
@@ -182,6 +183,17 @@ async def test_changes_with_huge_messages_do_not_make_a_snapshot_huge(site: Site
     changed = started.json()["start"]["snapshot"]["changes"]
     assert [each["new"] for each in changed if each["check"] == "marked"][-1] == "fail"
     assert len(started.body) < 50_000
+
+
+def test_the_document_of_the_console_has_the_limit_of_a_message() -> None:
+    """A message that is cut ends with dots, which count."""
+    text = Observation(status=Status.PASS, message="x" * (MAX_MESSAGE_CHARACTERS + 1)).message
+    kept = text.removesuffix("...")
+    document = Path(__file__).parents[2].joinpath("docs/console.md").read_text(encoding="utf-8")
+
+    assert (
+        f"| {len(text)} characters; of a longer one the first {len(kept)} and `...` |" in document
+    )
 
 
 async def test_the_calls_that_an_open_circuit_rejects_are_shown_with_each_beat(
