@@ -463,6 +463,18 @@ def test_a_ledger_that_refuses_a_job_is_one_line(database: Database) -> None:
     assert submitted == run == "viralfx: DATABASE_URL: planted (SQLSTATE 42501)\n"
 
 
+def test_an_argument_that_the_ledger_refuses_is_named(database: Database) -> None:
+    """The exit code is that of an invalid argument, also of a payload that Python cannot decode."""
+    shell = Shell(database)
+    key = shell.fails(2, "submit", "parcels.echo", "1", "--key", "k" * 2001)
+    task = shell.fails(2, "submit", os.urandom(40_000).hex(), "1", "--queue", "default")
+    deep = shell.fails(2, "submit", "parcels.echo", "[" * 20_000 + "]" * 20_000)
+
+    assert "submit parcels.echo: the job cannot be stored: an idempotency key has at most" in key
+    assert re.search(r"submit [0-9a-f]+: the job cannot be stored: index row", task)
+    assert deep == "viralfx: jobs submit parcels.echo: it is nested more than 500 levels deep\n"
+
+
 def test_a_job_with_a_deep_payload_is_shown(database: Database) -> None:
     """SQL accepts one that Python does not decode."""
     shell = Shell(database)
