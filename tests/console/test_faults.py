@@ -1,13 +1,15 @@
 """The operations console while the database, the process or the connection fails."""
 
+import json
 import re
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 from tests.console.pages import APP, HIDDEN, QUICK, Console, console
 from tests.servers.postgres import PostgresServer
 from tests.system.service import Service, running
@@ -178,3 +180,35 @@ def test_a_hidden_page_closes_its_stream(browser: Browser) -> None:
 
     assert len(again) == len(streams) + 1
     assert "last=" in again[-1]
+
+
+def test_a_late_event_of_a_circuit(browser: Browser) -> None:
+    """The next probe is at the time of the process, as when a stream goes on after a pause."""
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    with running(*APP, management=True, environment=QUICK) as service:
+        service.wait_ready()
+        with console(browser, service, token="") as opened:
+            opened.page.route("**/health/events*", hold)
+            opened.open("circuits")
+            circuit = opened.main.get_by_role("row").filter(has_text="carrier")
+            expect(circuit).to_contain_text("closed")
+            while not held:
+                opened.page.wait_for_timeout(10)
+            states = [service.get("/carrier").json()["state"] for _ in range(5)]
+            assert states[-1] == "OPEN"
+            session = service.get("/health/ui/session?start").json()
+            (item,) = session["start"]["snapshot"]["circuits"]
+            opened.page.clock.set_system_time(datetime.now(UTC) + timedelta(hours=1))
+            event = f"event: circuit\ndata: {json.dumps(item)}\n\n"
+            held[0].fulfill(body=event, content_type="text/event-stream")
+            probe = circuit.locator("td[data-label='Next probe'] time")
+            expect(probe).to_be_visible()
+            at = datetime.fromisoformat(probe.get_attribute("datetime") or "")
+            require_clean(opened)
+
+    since = datetime.fromisoformat(item["since"])
+    assert timedelta(0) < at - since <= timedelta(seconds=61)

@@ -113,6 +113,22 @@ def test_markup_in_the_rows_of_other_processes_stays_text(opened: Console) -> No
     opened.require_clean()
 
 
+def test_a_link_to_other_jobs_leaves_the_focus_in_the_view(opened: Console) -> None:
+    """It goes with the rows above it, so the focus is on the heading that they come below."""
+    opened.open("jobs?state=failed")
+    heading = opened.page.get_by_role("heading", level=1)
+    for name, then in (("Older jobs", "Newest"), ("Newest", "Older jobs")):
+        opened.main.get_by_role("link", name=name).press("Enter")
+        expect(opened.main.get_by_role("link", name=then)).to_be_visible()
+        expect(heading).to_be_focused()
+    opened.page.get_by_role("button", name="Last day").press("Enter")
+    expect(opened.page.get_by_role("button", name="Last day")).to_be_focused()
+    opened.page.get_by_role("button", name="Any time").press("Enter")
+    expect(opened.page.get_by_role("button", name="Any time")).to_have_count(0)
+    expect(heading).to_be_focused()
+    opened.require_clean()
+
+
 def test_more_jobs_than_are_counted(opened: Console) -> None:
     """A page of jobs is shown; the number before a change says "at least", and all are changed."""
     opened.open("jobs?state=failed")

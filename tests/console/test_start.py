@@ -230,6 +230,27 @@ def test_an_event_that_the_page_cannot_read(opened: Console) -> None:
     opened.visit.problems.clear()
 
 
+FAIL_ONCE = """() => {
+  const before = String.prototype.toLowerCase;
+  String.prototype.toLowerCase = () => {
+    String.prototype.toLowerCase = before;
+    throw new Error("planted");
+  };
+}"""
+"""Lets the next word with a sign fail, as in the head of the page."""
+
+
+def test_a_part_of_the_page_that_fails(opened: Console) -> None:
+    """The page says so, and the error is in the log of the browser, with its place."""
+    go(opened, "login")
+    expect(opened.page.locator("header .word")).to_have_text("✓ ready")
+    opened.page.evaluate(FAIL_ONCE)
+    expect(opened.sentence).to_contain_text("Disconnected: this page has failed (planted)")
+    (problem,) = opened.visit.problems
+    assert "parts.js" in problem
+    opened.visit.problems.clear()
+
+
 def test_a_process_that_answers_with_errors(opened: Console) -> None:
     """It is there, so the page does not say that nothing answers."""
     go(opened)

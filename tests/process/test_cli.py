@@ -1,5 +1,6 @@
 """The command line: its lists, output and errors."""
 
+import errno
 import os
 import re
 import subprocess
@@ -165,6 +166,10 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         ["env", "--json"],
         ["jobs", "submit", "parcels.ship", "1", "--priority", "101"],
         ["jobs", "submit", "parcels.ship", "1", "--priority", "high"],
+        ["jobs", "submit", "parcels.ship", "1", "--priority", "1_0"],
+        ["jobs", "submit", "parcels.ship", "1", "--priority", "٣"],
+        ["jobs", "list", "--limit", " 5 "],
+        ["jobs", "list", "--limit", "9" * 5000],
     ],
     ids=lambda arguments: " ".join(arguments) or "nothing",
 )
@@ -287,3 +292,56 @@ def test_a_closed_output_pipe_is_no_error() -> None:
         os.close(writer)
 
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def taking_nothing(how: str) -> int:
+    """Return a descriptor whose writes fail."""
+    if how == "full":
+        return os.open("/dev/full", os.O_WRONLY)
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("redirection", ["", ">&-"])
+@pytest.mark.parametrize("how", ["gone", "full", "closed"])
+def test_errors_that_cannot_be_written_change_no_exit_code(
+    how: str, redirection: str, unbuffered: str
+) -> None:
+    """Neither those of an argument nor those of a variable; they are not in the output."""
+    if how == "closed":
+        redirection += " 2>&-"
+    for arguments in (["jobs", "list", "--bad"], ["jobs", "list"]):
+        command = (sys.executable, *arguments)
+        errors = taking_nothing(how) if how != "closed" else subprocess.DEVNULL
+        try:
+            done = subprocess.run(
+                ["/bin/sh", "-c", f'exec "$0" -m viralfx "$@" {redirection}', *command],
+                env={"PATH": os.environ["PATH"], "PYTHONUNBUFFERED": unbuffered},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                check=False,
+                timeout=30,
+            )
+        finally:
+            if how != "closed":
+                os.close(errors)
+
+        assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_a_full_disk_is_not_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a service, or under a file: such an error is not one of the printed lines."""
+
+    def fail(_: object) -> int:
+        raise OSError(errno.ENOSPC, "planted")
+
+    def fail_in_file(_: object) -> int:
+        raise OSError(errno.ENOSPC, "planted", "cache")
+
+    monkeypatch.setattr(cli, "_serve", fail)
+    monkeypatch.setattr(cli, "_doctor", fail_in_file)
+    for command in ("serve", "doctor"):
+        with pytest.raises(OSError, match="planted"):
+            main([command])

@@ -19,7 +19,9 @@ from tests.system.service import clean_environment, command
 from tests.system.workers import environment_of
 
 from viralfx.cli import main
-from viralfx.domain.jobs.model import Job, LedgerUnavailableError
+from viralfx.domain.jobs.batching import BulkCount
+from viralfx.domain.jobs.ledger import Found
+from viralfx.domain.jobs.model import Job, JobFilter, LedgerUnavailableError
 from viralfx.domain.jobs.service import JobService
 
 NOWHERE = "01a214b8-8af2-7a9b-8393-0890f8feb712"
@@ -380,6 +382,52 @@ def test_no_more_jobs_are_changed_than_the_question_showed(database: Database) -
     assert len(shell.json("list", "--state", "waiting")["items"]) == 3
 
 
+def test_an_outage_after_a_change_does_not_hide_it(database: Database) -> None:
+    """Whether more jobs match is not known then; one within the change ends with its number."""
+    shell = Shell(database)
+    for number in range(2):
+        shell.json("submit", "parcels.echo", str(number))
+    search, cancel_all = JobService.search, JobService.cancel_all
+    changed = False
+
+    async def change(self: JobService, wanted: JobFilter, **options: Any) -> BulkCount:
+        nonlocal changed
+        changed = True
+        return await cancel_all(self, wanted, **options)
+
+    async def cut_off(self: JobService, wanted: JobFilter) -> Found:
+        if changed:
+            raise LedgerUnavailableError("planted")
+        return await search(self, wanted)
+
+    with (
+        patch.object(JobService, "cancel_all", change),
+        patch.object(JobService, "search", cut_off),
+        patch.object(sys, "stdin", Terminal("y\n")),
+    ):
+        done = shell.run("cancel", "--task", "parcels.echo", "--json")
+
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"count": 2, "more": True})
+    assert done.stderr.endswith("more jobs may match by now; repeat the command\n")
+
+
+def test_jobs_that_end_already_do_not_hide_the_others(database: Database) -> None:
+    """The question counts the jobs behind any number of them."""
+    shell = Shell(database)
+    database.execute(
+        "select viralfx_ops.enqueue('parcels.echo', to_jsonb(n)) from generate_series(1, 1003) n"
+    )
+    database.execute(
+        "update viralfx_ops.viralfx_jobs set state = 'active', worker = 'planted',"
+        " started_at = now(), cancel_requested = id > (select id from viralfx_ops.viralfx_jobs"
+        " order by id limit 1 offset 1)"
+    )
+
+    assert "the filter matches 2 jobs; repeat it with --yes" in shell.fails(
+        2, "cancel", "--state", "active"
+    )
+
+
 def test_jobs_that_were_changed_before_an_outage_are_shown(database: Database) -> None:
     """The exit code is that of the outage."""
     shell = Shell(database)
@@ -413,6 +461,18 @@ def test_a_ledger_that_refuses_a_job_is_one_line(database: Database) -> None:
     run = shell.fails(3, "run", "--schedule", "default.prune")
 
     assert submitted == run == "viralfx: DATABASE_URL: planted (SQLSTATE 42501)\n"
+
+
+def test_an_argument_that_the_ledger_refuses_is_named(database: Database) -> None:
+    """The exit code is that of an invalid argument, also of a payload that Python cannot decode."""
+    shell = Shell(database)
+    key = shell.fails(2, "submit", "parcels.echo", "1", "--key", "k" * 2001)
+    task = shell.fails(2, "submit", os.urandom(40_000).hex(), "1", "--queue", "default")
+    deep = shell.fails(2, "submit", "parcels.echo", "[" * 20_000 + "]" * 20_000)
+
+    assert "submit parcels.echo: the job cannot be stored: an idempotency key has at most" in key
+    assert re.search(r"submit [0-9a-f]+: the job cannot be stored: index row", task)
+    assert deep == "viralfx: jobs submit parcels.echo: it is nested more than 500 levels deep\n"
 
 
 def test_a_job_with_a_deep_payload_is_shown(database: Database) -> None:

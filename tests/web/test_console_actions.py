@@ -231,7 +231,7 @@ async def test_a_failing_ledger_ends_a_change_of_many_jobs(
     body = {"filter": {"since": since}, "count": 3}
     answer = await site.ask("ui/data/jobs/all/cancel", "POST", headers=headers, body=body)
     assert (answer.status, answer.json()["code"]) == (503, "ledger")
-    assert answer.json()["detail"] == "1 jobs were changed; then the connection is lost"
+    assert answer.json()["detail"] == "1 job was changed; then the connection is lost"
     assert [each[1:] for each in acted(caplog)] == [("cancel jobs", f"since={since}", "no answer")]
 
 

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,7 +19,7 @@ from tests.web.console_site import (
 )
 
 from viralfx import CircuitOpenError
-from viralfx.domain.health.model import Status
+from viralfx.domain.health.model import MAX_MESSAGE_CHARACTERS, Observation, Status
 from viralfx.web.console import feed
 from viralfx.web.error_log import is_logged
 from viralfx.web.responses import Message
@@ -183,6 +185,17 @@ async def test_changes_with_huge_messages_do_not_make_a_snapshot_huge(site: Site
     assert len(started.body) < 50_000
 
 
+def test_the_document_of_the_console_has_the_limit_of_a_message() -> None:
+    """A message that is cut ends with dots, which count."""
+    text = Observation(status=Status.PASS, message="x" * (MAX_MESSAGE_CHARACTERS + 1)).message
+    kept = text.removesuffix("...")
+    document = Path(__file__).parents[2].joinpath("docs/console.md").read_text(encoding="utf-8")
+
+    assert (
+        f"| {len(text)} characters; of a longer one the first {len(kept)} and `...` |" in document
+    )
+
+
 async def test_the_calls_that_an_open_circuit_rejects_are_shown_with_each_beat(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +212,33 @@ async def test_the_calls_that_an_open_circuit_rejects_are_shown_with_each_beat(
     page.task.cancel()
 
 
+async def test_a_call_that_is_rejected_during_a_beat_is_shown_with_the_next(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is rejected in another thread, at any moment of the beat."""
+    monkeypatch.setattr(feed, "BEAT_SECONDS", 0.05)
+    pages = site.plugin.endpoints.console.feed  # type: ignore[union-attr]
+
+    class Racing(dict[str, None]):
+        """Lets one call be rejected after the names are read, before they are removed."""
+
+        raced = False
+
+        def __iter__(self) -> Iterator[str]:
+            names = list(self.keys())
+            if site.breaker.state == "OPEN" and not self.raced:
+                self.raced = True
+                with pytest.raises(CircuitOpenError):
+                    site.breaker.admit("call")
+            return iter(names)
+
+    monkeypatch.setattr(pages, "_rejecting", Racing())
+    (page,) = await opened(pages, 1)
+    site.breaker.open()
+    await until(lambda: b'"rejected":1' in b"".join(page.messages))
+    page.task.cancel()
+
+
 async def test_a_circuit_that_is_open_is_opened_by_hand(site: Site) -> None:
     """No event tells it; the page would go on to show the time of the next probe."""
     headers = await site.log_in()
@@ -206,11 +246,12 @@ async def test_a_circuit_that_is_open_is_opened_by_hand(site: Site) -> None:
     for _ in range(5):
         site.breaker.failed(site.breaker.admit("call"), OSError("away"))
     (page,) = await opened(pages, 1)
-    assert (await site.ask("ui/data/circuits")).json()["items"][0]["retryAfter"] > 0
+    (circuit,) = (await site.ask("ui/data/circuits")).json()["items"]
+    assert circuit["probeAt"] > circuit["since"]
     path = f"ui/data/circuits/{MARKUP}/open"
     assert (await site.ask(path, "POST", headers=headers, body={})).status == 200
     await until(lambda: b"event: circuit" in b"".join(page.messages))
-    assert b'"retryAfter":null' in b"".join(page.messages).partition(b"event: circuit")[2]
+    assert b'"probeAt":null' in b"".join(page.messages).partition(b"event: circuit")[2]
     page.task.cancel()
 
 

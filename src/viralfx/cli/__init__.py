@@ -5,15 +5,20 @@ import contextlib
 import errno
 import gc
 import os
+import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TextIO
 
 from viralfx.domain.errors import ConfigurationError, StartupError
+from viralfx.domain.extras import require
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from datetime import datetime
+
+    from viralfx.runner.signals import SignalWatch
 
 EXIT_PROBE_FAILED = 1
 EXIT_PENDING = 1
@@ -25,50 +30,77 @@ _OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code, which no lost line of errors changes."""
+    if sys.stderr is None:  # its descriptor was closed; print would write to standard output
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - until the process ends
+    try:
+        return _command(arguments)
+    finally:  # also after an exit of argparse
+        _flushed(sys.stderr)
+
+
+def note(line: str) -> None:
+    """Print a line to standard error. If it cannot be written, it is lost."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+
+
+def _flushed(stream: TextIO | None) -> OSError | None:
+    """Flush a stream; return the error of one that cannot be written."""
+    if stream is None:  # its descriptor was closed
+        return None
+    try:
+        stream.flush()
+    except OSError as error:
+        # Leave nothing for the interpreter to flush, as its failure replaces the exit code.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None
+
+
+def _command(arguments: Sequence[str] | None) -> int:
     if arguments is None:
         try:
             arguments = [os.fsencode(each).decode() for each in sys.argv[1:]]
         except UnicodeDecodeError:
-            print("viralfx: an argument is not UTF-8", file=sys.stderr)
+            note("viralfx: an argument is not UTF-8")
             return EXIT_CONFIGURATION
     options = _parser().parse_args(arguments)
-    if options.run not in {_serve, _worker}:  # these unblock signals once they handle them
+    serves = options.run in {_serve, _worker}
+    if not serves:  # these unblock signals once they handle them
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
-    code = 0
+    code, unwritten = 0, None
+    lines: Sequence[str] = ()
     try:
-        code = _run(options)
-        if sys.stdout is not None:  # it is None if the descriptor was closed
-            sys.stdout.flush()  # here, where its errors are handled
+        code, lines = _run(options)
     except OSError as error:
-        if error.errno not in _OUTPUT_ERRORS:
+        # A service prints nothing, and an error of the output names no file.
+        if serves or error.filename is not None or error.errno not in _OUTPUT_ERRORS:
             raise
-        # Leave nothing for the interpreter to flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno != errno.EPIPE:  # else its reader has gone, as head does
-            print(f"viralfx: cannot write the output: {error.strerror}", file=sys.stderr)
-            return code or EXIT_OUTPUT
-    return code
+        unwritten = error
+    for line in lines:
+        note(f"viralfx: {line}")
+    unwritten = _flushed(sys.stdout) or unwritten
+    if unwritten is None or unwritten.errno == errno.EPIPE:  # its reader has gone, as head does
+        return code
+    note(f"viralfx: cannot write the output: {unwritten.strerror}")
+    return code or EXIT_OUTPUT
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> tuple[int, Sequence[str]]:
+    """Run a command; return its exit code and the lines about its failure."""
     try:
-        code: int = options.run(options)
+        return options.run(options), ()
     except ConfigurationError as error:
-        for line in error.problems:
-            print(f"viralfx: {line}", file=sys.stderr)
-        return EXIT_CONFIGURATION
+        return EXIT_CONFIGURATION, error.problems
     except StartupError as error:
-        print(f"viralfx: {error}", file=sys.stderr)
-        return EXIT_STARTUP
+        return EXIT_STARTUP, (str(error),)
     except KeyboardInterrupt:
         import logging  # noqa: PLC0415 - a probe starts without it
 
         # Calls that the interrupt cut off may still fail. Their errors are no news.
         logging.getLogger("asyncio").disabled = True
-        print("viralfx: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return code
+        return EXIT_INTERRUPTED, ("interrupted",)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -266,11 +298,11 @@ def _attempts(text: str) -> int:
     return _between(text, 1, MAX_ATTEMPTS)
 
 
-def _between(text: str, least: int, most: int) -> int:
-    with contextlib.suppress(ValueError):
-        if text.isascii() and least <= int(text) <= most:
+def _between(text: str, least: int, most: int, what: str = "number") -> int:
+    with contextlib.suppress(ValueError):  # int refuses more than some thousand digits
+        if re.fullmatch(r"-?\d+", text, re.ASCII) and least <= int(text) <= most:
             return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} to {most}")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from {least} to {most}")
 
 
 def _key(text: str) -> str:
@@ -303,34 +335,47 @@ def _moment(text: str) -> "datetime":
 
 
 def _jobs(options: argparse.Namespace) -> int:
-    _require("viralfx jobs", "litestar")
+    require("viralfx jobs", "litestar")
     from viralfx.cli.jobs import jobs  # noqa: PLC0415
 
     return jobs(options)
 
 
 def _port(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) > 65535:  # noqa: PLR2004
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 65535")
-    return int(text)
+    return _between(text, 0, 65535, "whole number")
 
 
 def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 3600:  # noqa: PLR2004
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) < 3600:  # noqa: PLR2004
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
 
 
 def _serve(options: argparse.Namespace) -> int:
+    with _starting("viralfx serve", *_framework(options), app=options.app) as signals:
+        from viralfx.runner.commands import serve  # noqa: PLC0415
+
+        return serve(
+            signals, app=options.app, host=options.host, port=options.port, worker=options.worker
+        )
+
+
+def _worker(options: argparse.Namespace) -> int:
+    with _starting("viralfx worker", app=options.app) as signals:
+        from viralfx.runner.commands import work  # noqa: PLC0415
+
+        return work(signals, app=options.app, queues=options.queue)
+
+
+@contextlib.contextmanager
+def _starting(command: str, *extras: str, app: str | None) -> "Iterator[SignalWatch]":
+    """Handle signals and do the slow imports."""
     from viralfx.runner.signals import SignalWatch  # noqa: PLC0415
 
     signals = SignalWatch()
     signals.install()  # before the slow imports
-    _require("viralfx serve", "serve", *_framework(options))
+    require(command, "serve", *extras)
     _require_memory()
 
     # Garbage collection during imports finds nothing and takes a tenth of the start-up time. The
@@ -340,37 +385,10 @@ def _serve(options: argparse.Namespace) -> int:
         from viralfx.telemetry import hide_packages  # noqa: PLC0415
 
         # structlog imports both if they are installed. An application may need them.
-        with hide_packages("greenlet", "rich") if options.app is None else contextlib.nullcontext():
-            from viralfx.runner.commands import serve  # noqa: PLC0415
+        with hide_packages("greenlet", "rich") if app is None else contextlib.nullcontext():
+            import viralfx.runner.commands  # noqa: F401, PLC0415
 
-        return serve(
-            signals,
-            app=options.app,
-            host=options.host,
-            port=options.port,
-            worker=options.worker,
-        )
-    finally:
-        gc.enable()
-
-
-def _worker(options: argparse.Namespace) -> int:
-    from viralfx.runner.signals import SignalWatch  # noqa: PLC0415
-
-    signals = SignalWatch()
-    signals.install()  # as in serve
-    _require("viralfx worker", "serve")
-    _require_memory()
-
-    gc.disable()
-    try:
-        from viralfx.telemetry import hide_packages  # noqa: PLC0415
-
-        # As in serve.
-        with hide_packages("greenlet", "rich") if options.app is None else contextlib.nullcontext():
-            from viralfx.runner.commands import work  # noqa: PLC0415
-
-        return work(signals, app=options.app, queues=options.queue)
+        yield signals
     finally:
         gc.enable()
 
@@ -378,12 +396,6 @@ def _worker(options: argparse.Namespace) -> int:
 def _framework(options: argparse.Namespace) -> tuple[str, ...]:
     """Return the extra of the framework; an application brings its own."""
     return ("litestar",) if options.app is None else ()
-
-
-def _require(command: str, *extras: str) -> None:
-    from viralfx.domain.extras import require  # noqa: PLC0415
-
-    require(command, *extras)
 
 
 def _require_memory() -> None:
@@ -396,7 +408,7 @@ def _migrate(options: argparse.Namespace) -> int:
     import asyncio  # noqa: PLC0415
     import logging  # noqa: PLC0415
 
-    _require("viralfx migrate", "migrate")
+    require("viralfx migrate", "migrate")
     from viralfx.bootstrap.postgres import migrate_schema, schema_state  # noqa: PLC0415
     from viralfx.settings import read_settings  # noqa: PLC0415
     from viralfx.telemetry.logging.events import log_settings  # noqa: PLC0415
@@ -416,10 +428,8 @@ def _migrate(options: argparse.Namespace) -> int:
             f"{state.address} is at {state.revision}, which a later version created; it is usable"
         )
     elif state.pending:
-        print(
-            f"{state.address} is behind: {', '.join(state.pending)} pending; run `viralfx migrate`",
-            file=sys.stderr,
-        )
+        pending = ", ".join(state.pending)
+        note(f"{state.address} is behind: {pending} pending; run `viralfx migrate`")
         return EXIT_PENDING
     else:
         print(f"{state.address} is current at {state.revision}")
@@ -427,7 +437,7 @@ def _migrate(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    _require("viralfx doctor", "serve", *_framework(options))
+    require("viralfx doctor", "serve", *_framework(options))
     _require_memory()  # it loads the same modules as the service
     from viralfx.cli.doctor import doctor  # noqa: PLC0415
 
@@ -455,36 +465,23 @@ def _probe(options: argparse.Namespace) -> int:
         passed, output = probe_for(
             options.wait, options.kind, url, timeout=options.timeout, pid=options.pid
         )
-    print(output, file=sys.stdout if passed else sys.stderr)
+    (print if passed else note)(output)
     return 0 if passed else EXIT_PROBE_FAILED
 
 
 def _env(options: argparse.Namespace) -> int:
-    from viralfx.settings import (  # noqa: PLC0415
-        fields,
-        read_settings,
-        show,
-        sources,
-        typing_errors,
-    )
+    from viralfx.settings import fields, read_settings, show, sources, typing_errors  # noqa: PLC0415
 
     # The list helps to correct a name, so a misspelt one does not prevent it.
     misspelt = {line.partition(":")[0]: line for line in typing_errors(os.environ)}
     for line in misspelt.values():
-        print(f"viralfx: {line}", file=sys.stderr)
+        note(f"viralfx: {line}")
     environ = {name: value for name, value in os.environ.items() if name not in misspelt}
     settings, origins = read_settings(environ, strict=True), sources(environ)
     rows = [("name", "default", "value", "meaning", "source")]
-    rows += [
-        (
-            field.variable,
-            show(field.default),
-            show(field.of(settings)),
-            field.meaning,
-            origins.get(field.variable, "default"),
-        )
-        for field in fields()
-    ]
+    for each in fields():
+        values = (show(each.default), show(each.of(settings)))
+        rows.append((each.variable, *values, each.meaning, origins.get(each.variable, "default")))
     if options.markdown:
         lines = [
             "| " + " | ".join(cell.replace("|", "\\|") for cell in row[:4]) + " |" for row in rows

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from viralfx.bootstrap import assemble
+from viralfx.cli import note
 from viralfx.cli.output import (
     agrees,
     hint_of,
@@ -93,12 +94,11 @@ def jobs(options: argparse.Namespace) -> int:
     for name in ("viralfx.queues", "viralfx.database"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("viralfx.jobs").setLevel(logging.CRITICAL)
-    command = _COMMANDS[options.command]
     try:
-        asyncio.run(_run(settings, command, options, declared))
+        asyncio.run(_run(settings, _COMMANDS[options.command], options, declared))
     except _RefusedError as error:
         for line in error.args:
-            print(f"viralfx: {plain(line)}", file=sys.stderr)
+            note(f"viralfx: {plain(line)}")
         return EXIT_REFUSED
     except _INVALID as error:
         raise ConfigurationError([plain(str(error))]) from None
@@ -155,19 +155,17 @@ async def _opened(settings: Settings, *, with_tasks: bool) -> AsyncIterator[_Led
         settings = msgspec.structs.replace(settings, task_modules=())
     # One attempt to connect: an operator repeats the command.
     db = msgspec.structs.replace(settings.db, pool_min=1, pool_max=1, max_reconnect_attempts=1)
-    settings = msgspec.structs.replace(settings, db=db)
-    assembly = assemble(settings)
-    operations, runtime = assembly.operations, assembly.jobs
+    assembly = assemble(msgspec.structs.replace(settings, db=db))
     try:
-        for resource in operations.resources:
+        for resource in assembly.operations.resources:
             await resource.open()
-        yield _Ledger(settings, runtime.service, runtime.tasks)
+        yield _Ledger(settings, assembly.jobs.service, assembly.jobs.tasks)
     finally:
         # These are the steps of every process, and would be log lines of no use here.
         before = logging.root.manager.disable
         logging.disable(logging.CRITICAL)
         try:
-            await asyncio.shield(operations.shutdown.run())
+            await asyncio.shield(assembly.operations.shutdown.run())
         finally:
             logging.disable(before)
 
@@ -185,17 +183,20 @@ async def _list(ledger: _Ledger, options: argparse.Namespace) -> None:
         return
     print_jobs(page)
     if not page:
-        print("no job matches", file=sys.stderr)
+        note("no job matches")
     if more:
-        print(f"older jobs: --cursor {page[-1].id}", file=sys.stderr)
+        note(f"older jobs: --cursor {page[-1].id}")
 
 
-async def _search(service: JobService, wanted: JobFilter, limit: int) -> list[Job]:
-    """Return up to ``limit`` jobs; a search of the ledger may end before it has that many."""
+async def _search(
+    service: JobService, wanted: JobFilter, limit: int, *, ending: bool = True
+) -> list[Job]:
+    """Return at least ``limit`` jobs if so many match; without ``ending`` none that ends anyway."""
     found: list[Job] = []
+    ends = JobState.ACTIVE, True
     while len(found) < limit:
-        step = await service.search(replace(wanted, limit=limit - len(found)))
-        found += step.jobs
+        step = await service.search(replace(wanted, limit=limit))
+        found += [job for job in step.jobs if ending or (job.state, job.cancel_requested) != ends]
         if step.before is None:
             break
         wanted = replace(wanted, before=step.before)
@@ -269,7 +270,7 @@ def _print_accepted(options: argparse.Namespace, accepted: Accepted) -> None:
     else:
         print(f"{job.id}  {plain(job.task)} in {plain(job.queue)}, {job.state}")
         if not accepted.created:
-            print("there was a job like it: nothing was submitted", file=sys.stderr)
+            note("there was a job like it: nothing was submitted")
 
 
 async def _declare(ledger: _Ledger, task: str, queue: str) -> None:
@@ -350,7 +351,7 @@ async def _pause(ledger: _Ledger, options: argparse.Namespace) -> None:
         await asyncio.sleep(_PAUSE_SECONDS)
         while (await ledger.service.queues())[options.queue].active:  # noqa: ASYNC110
             await asyncio.sleep(_WAIT_SECONDS)
-    _print_paused(options, paused=True)
+    _print_paused(options, options.queue, paused=True)
 
 
 async def _resume(ledger: _Ledger, options: argparse.Namespace) -> None:
@@ -358,21 +359,20 @@ async def _resume(ledger: _Ledger, options: argparse.Namespace) -> None:
         _print_schedule(options, await ledger.service.resume_schedule(options.schedule))
         return
     await ledger.service.resume(options.queue)
-    _print_paused(options, paused=False)
+    _print_paused(options, options.queue, paused=False)
 
 
 def _print_schedule(options: argparse.Namespace, found: ScheduleTimes) -> None:
-    if options.json:
-        print_json(schedule_view(found))
-    else:
-        print(f"{plain(found.task)}  {'paused' if found.paused else 'resumed'}")
+    _print_paused(options, found.task, view=schedule_view(found), paused=found.paused)
 
 
-def _print_paused(options: argparse.Namespace, *, paused: bool) -> None:
+def _print_paused(
+    options: argparse.Namespace, name: str, *, paused: bool, view: object = None
+) -> None:
     if options.json:
-        print_json({"queue": options.queue, "paused": paused})
+        print_json(view or {"queue": name, "paused": paused})
     else:
-        print(f"{plain(options.queue)}  {'paused' if paused else 'resumed'}")
+        print(f"{plain(name)}  {'paused' if paused else 'resumed'}")
 
 
 async def _change_each(
@@ -413,10 +413,12 @@ async def _change_all(
         most = await _confirmed(ledger, options, wanted, states)
     changed = await change(wanted, most=most)
     if changed.more:
-        left = await _count(ledger, wanted, states)
-        changed = replace(changed, more=left > 0)
-        if left:
-            print("more jobs match by now; repeat the command", file=sys.stderr)
+        match = "may match"
+        with suppress(LedgerUnavailableError):  # the jobs that were changed are shown without it
+            left = await _count(ledger, wanted, states)
+            changed, match = replace(changed, more=left > 0), "match"
+        if changed.more:
+            note(f"more jobs {match} by now; repeat the command")
     await _print_count(ledger, options, changed)
 
 
@@ -439,9 +441,7 @@ async def _count(ledger: _Ledger, wanted: JobFilter, states: Sequence[JobState])
     count = 0
     for state in states if wanted.state is None else (wanted.state,):
         of_state = replace(wanted, state=state)
-        found = await _search(ledger.service, of_state, _MAX_COUNT - count + 1)
-        # The others end already.
-        count += sum(not (job.cancel_requested and job.state is JobState.ACTIVE) for job in found)
+        count += len(await _search(ledger.service, of_state, _MAX_COUNT + 1, ending=False))
     return count
 
 
@@ -451,7 +451,7 @@ async def _print_count(ledger: _Ledger, options: argparse.Namespace, changed: Bu
         # Without a job in any state the name may be misspelt.
         found = await ledger.service.search(JobFilter(task=options.task, limit=1))
         if not found.jobs:
-            print(f"no job of a task {options.task!r} was found in any state", file=sys.stderr)
+            note(f"no job of a task {options.task!r} was found in any state")
     if options.json:
         print_json(job_count(changed))
     else:

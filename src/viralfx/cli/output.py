@@ -92,6 +92,8 @@ def hint_of(payload: bytes) -> str:
         msgspec.json.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return """; the payload is JSON, such as '{"name": "Ada"}', '"Ada"' or null"""
+    except RecursionError:  # it is JSON as far as Python reads it
+        pass
     return ""
 
 

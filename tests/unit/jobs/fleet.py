@@ -279,9 +279,14 @@ class FaultyLedger:
         """Retry many, without faults."""
         return self._ledger.retry_all(wanted, most)
 
-    def cancel_all(self, wanted: JobFilter, most: int | None = None) -> AsyncIterator[BulkStep]:
-        """Cancel many, without faults."""
-        return self._ledger.cancel_all(wanted, most)
+    async def cancel_all(
+        self, wanted: JobFilter, most: int | None = None
+    ) -> AsyncIterator[BulkStep]:
+        """Cancel many, with the faults of ``cancel_all`` in each step and after it."""
+        await self._step("cancel_all", most)
+        async for step in self._ledger.cancel_all(wanted, most):
+            yield step
+            self._after("cancel_all")
 
     async def cancel_requests(self, worker: str) -> Mapping[str, int]:
         """Return requests to cancel, with the faults of ``cancel_requests``."""

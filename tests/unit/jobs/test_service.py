@@ -21,6 +21,7 @@ from viralfx.domain.jobs.model import (
     JobNotFoundError,
     JobState,
     KeyConflictError,
+    LedgerUnavailableError,
     Unique,
     UnknownQueueError,
 )
@@ -103,6 +104,21 @@ async def test_workers_are_notified_of_jobs_that_are_retried_by_filter(fleet: Fl
     assert set(announced.due_in) == {0.0}
     assert await service.cancel_all(JobFilter(task="lose"), most=2) == BulkCount(2, more=True)
     assert await service.cancel_all(JobFilter(task="lose"), most=None) == BulkCount(1)
+
+
+async def test_an_outage_does_not_hide_the_jobs_that_were_changed_before_it(fleet: Fleet) -> None:
+    """The error has their number and the cause; without such jobs it is the ledger's own."""
+    service = _service(fleet, _Announced())
+    for payload in (b"1", b"2", b"3"):
+        await service.accept("note", payload)
+    fleet.ledger.failing_after = frozenset({"cancel_all"})
+    with pytest.raises(LedgerUnavailableError, match=r"^2 jobs were changed; then unavailable"):
+        await service.cancel_all(JobFilter(task="note"), most=2)
+    with pytest.raises(LedgerUnavailableError, match=r"^1 job was changed; then unavailable"):
+        await service.cancel_all(JobFilter(task="note"))
+    fleet.ledger.unavailable = frozenset({"cancel_all"})
+    with pytest.raises(LedgerUnavailableError, match=r"^unavailable$"):
+        await service.cancel_all(JobFilter(task="note"))
 
 
 @pytest.mark.parametrize(

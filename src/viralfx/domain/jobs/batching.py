@@ -459,6 +459,12 @@ class BulkCount:
     """True if it ended at its most jobs, so that others may be left."""
 
 
+def cut_off(count: int, error: LedgerUnavailableError) -> LedgerUnavailableError:
+    """Return the error of a change of many jobs that ended after ``count`` of them."""
+    changed = "1 job was" if count == 1 else f"{count} jobs were"
+    return LedgerUnavailableError(f"{changed} changed; then {error}", error.code)
+
+
 class Allowance:
     """The jobs that the steps of one change may still change: ``most`` in all, ``step`` at once."""
 

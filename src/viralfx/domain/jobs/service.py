@@ -15,6 +15,7 @@ from viralfx.domain.jobs.batching import (
     JobFollower,
     Submission,
     about,
+    cut_off,
     require_all_same,
     require_same,
 )
@@ -43,6 +44,7 @@ from viralfx.domain.jobs.model import (
     JobFilter,
     JobNotFoundError,
     JobState,
+    LedgerUnavailableError,
     Unique,
     UnknownQueueError,
     UnstorableError,
@@ -408,7 +410,8 @@ class JobService(ScheduledTasks):
 
         Raises :class:`InvalidFilterError` for a filter without a field, with a limit or with
         another state, and :class:`UnknownQueueError`. It runs in steps: if it is interrupted, the
-        jobs of the earlier steps are retried, and the same call continues with the others.
+        jobs of the earlier steps are retried, and the same call continues with the others. The
+        message of a :class:`LedgerUnavailableError` has their number.
         """
         await self._require_change(wanted, "retried", JobState.FAILED)
         return await self._counted(self._ledger.retry_all(wanted, most), most)
@@ -423,10 +426,15 @@ class JobService(ScheduledTasks):
 
     async def _counted(self, steps: AsyncIterator[BulkStep], most: int | None) -> BulkCount:
         count = 0
-        async for step in steps:
-            count += step.count
-            for queue, ids in step.ids.items():
-                self._notify(queue, ids, 0.0)
+        try:
+            async for step in steps:
+                count += step.count
+                for queue, ids in step.ids.items():
+                    self._notify(queue, ids, 0.0)
+        except LedgerUnavailableError as error:
+            if not count:
+                raise
+            raise cut_off(count, error) from error
         return BulkCount(count, more=most is not None and count >= most)
 
     async def _require_change(self, wanted: JobFilter, change: str, *states: JobState) -> None:

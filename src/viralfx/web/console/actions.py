@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from viralfx.bootstrap import JobRuntime
 from viralfx.domain.errors import ViralFXError
+from viralfx.domain.jobs.batching import cut_off
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.model import (
     Job,
@@ -345,7 +346,7 @@ async def _each(change: Callable[[str], Awaitable[Any]], ids: list[str]) -> int:
 
     await asyncio.gather(*(work() for _ in range(_CHANGES_AT_ONCE)))
     if failure is not None:
-        raise LedgerUnavailableError(f"{count} jobs were changed; then {failure}") from failure
+        raise cut_off(count, failure) from failure
     return count
 
 

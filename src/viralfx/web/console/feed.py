@@ -180,9 +180,8 @@ class Feed:
     def circuit(self, breaker: CircuitBreaker) -> views.View:
         """Return the view of a circuit."""
         name = breaker.name
-        return views.circuit_view(
-            breaker, self._rejected.get(name, 0), self._circuit_since.get(name)
-        )
+        rejected, since = self._rejected.get(name, 0), self._circuit_since.get(name)
+        return views.circuit_view(breaker, rejected, since, self._operations.clock.now())
 
     def _queue_list(self) -> views.View | None:
         if self._queues is None:
@@ -256,8 +255,9 @@ class Feed:
         loop = asyncio.get_running_loop()
         self._beating = loop.call_later(BEAT_SECONDS, self._guarded, self._beat)
         self._flush()
-        rejecting, self._rejecting = list(self._rejecting), {}
-        for name in rejecting:
+        for name in list(self._rejecting):
+            # First, as a call may be rejected in another thread meanwhile.
+            del self._rejecting[name]
             self.publish_circuit(name)
         shutdown = self._operations.shutdown
         beat = {

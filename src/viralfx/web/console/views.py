@@ -3,7 +3,7 @@
 import secrets
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -141,15 +141,20 @@ def _previous(state: SavedState) -> View:
     }
 
 
-def circuit_view(breaker: CircuitBreaker, rejected: int, since: datetime | None) -> View:
-    """Return one circuit."""
+def circuit_view(
+    breaker: CircuitBreaker, rejected: int, since: datetime | None, now: datetime
+) -> View:
+    """Return one circuit; ``probeAt`` is when it lets a call pass."""
     snapshot = breaker.snapshot()
     remaining = snapshot["remaining"]
+    probe_at = None
+    if isinstance(remaining, float) and remaining:  # no duration, as a page may get this later
+        probe_at = now + timedelta(seconds=min(remaining, 1e9))  # a time has a greatest value
     return {
         "name": breaker.name,
         "state": snapshot["state"],
         "failureCount": snapshot["failureCount"],
-        "retryAfter": round(remaining, 1) if isinstance(remaining, float) and remaining else None,
+        "probeAt": moment(probe_at),
         "rejected": rejected,
         "since": moment(since),
     }

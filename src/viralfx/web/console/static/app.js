@@ -268,6 +268,10 @@ class App extends Component {
     return { failed: error };
   }
 
+  componentDidCatch(error) {
+    console.error(error);
+  }
+
   render(_, state) {
     try {
       if (!state.failed) return this.page(state);

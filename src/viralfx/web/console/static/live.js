@@ -215,8 +215,7 @@ export class Live {
     }
     if (!this.data || this.data.instance !== frame.instance) this.began = {};
     this.gone = null;
-    const circuits = frame.circuits && frame.circuits.map((each) => dated(each, Date.parse(frame.now)));
-    this.data = { remaining: frame.stop ? frame.stop.remaining : null, ...frame, circuits };
+    this.data = { remaining: frame.stop ? frame.stop.remaining : null, ...frame };
     this.upAt = this.now() - frame.uptime * 1000;
     this.noteStages(frame.stop);
   }
@@ -240,11 +239,10 @@ export class Live {
       this.noteStages(stop);
       if (kind === "bye") this.gone = { at: this.now(), left: frame.left || [] };
     } else if (kind === "circuit") {
-      const news = dated(frame, this.now());
-      const known = data.circuits.some((circuit) => circuit.name === news.name);
+      const known = data.circuits.some((circuit) => circuit.name === frame.name);
       data.circuits = known
-        ? data.circuits.map((circuit) => (circuit.name === news.name ? news : circuit))
-        : [...data.circuits, news];
+        ? data.circuits.map((circuit) => (circuit.name === frame.name ? frame : circuit))
+        : [...data.circuits, frame];
     } else if (kind === "queues") {
       data.queues = frame;
     } else if (kind === "beat") {
@@ -263,7 +261,3 @@ export class Live {
     }
   }
 }
-
-/** A circuit with the time of its next probe, as the seconds until then are of one moment. */
-const dated = (circuit, now) =>
-  circuit.retryAfter == null ? circuit : { ...circuit, probeAt: now + 1000 * circuit.retryAfter };

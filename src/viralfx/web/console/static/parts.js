@@ -171,9 +171,18 @@ export class Remote extends Pure {
     clearInterval(this.timer);
   }
 
-  componentDidUpdate(before) {
+  getSnapshotBeforeUpdate() {
+    return document.activeElement;
+  }
+
+  componentDidUpdate(before, _, focused) {
+    const moved = this.shown !== this.path();
+    // A link to other data goes with those that it was below: the new ones begin at the heading.
+    if ((moved || !this.state.data) && focused && !focused.isConnected) {
+      this.props.app.heading.current.focus();
+    }
     const woken = this.props.active && !before.active;
-    if (this.shown !== this.path() || before.revision !== this.props.revision || woken) this.load();
+    if (moved || before.revision !== this.props.revision || woken) this.load();
   }
 
   async load() {
