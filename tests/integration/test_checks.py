@@ -120,7 +120,8 @@ async def test_a_lookup_that_hangs_ends_with_its_check(monkeypatch: pytest.Monke
             finally:
                 answered.set()
 
-    assert (first.code, asked) == ("timeout", ["shop.test"] * 2)
+    assert (first.code, set(asked)) == ("timeout", {"shop.test"})
+    assert len(asked) >= 2
 
 
 async def test_an_exhausted_pool_is_a_warning(database: Database) -> None:

@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import pytest
+from tests.virtual_time import run_in_virtual_time
 
 from viralfx.domain.threads import NameLookups, in_thread
 
@@ -82,3 +83,32 @@ async def test_an_unknown_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
             await names.places("unknown.test", 1)
 
     assert answers.count == 2
+
+
+def test_lookups_that_hang_take_ever_fewer_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each one adds a second to the time until the next: 14 threads in 100 s, and not 100."""
+    answered, asked = threading.Event(), []
+
+    def getaddrinfo(host: str, *_: object, **__: object) -> list[Any]:
+        asked.append(host)
+        answered.wait(60.0)
+        return []
+
+    async def main() -> None:
+        names, loop = NameLookups(), asyncio.get_running_loop()
+        ends_at = loop.time() + 100.0
+        while loop.time() < ends_at:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.25):
+                    await names.places("db.test", 1)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    try:
+        run_in_virtual_time(main())
+    finally:
+        answered.set()
+    for thread in threading.enumerate():
+        if thread.name == "name-lookup":
+            thread.join()
+
+    assert len(asked) == 14

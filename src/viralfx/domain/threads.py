@@ -6,6 +6,7 @@ import ipaddress
 import math
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -58,12 +59,14 @@ class NameLookups:
 
     A lookup cannot be cancelled, so it has a thread of its own: in a thread of the event loop, a
     name server that hangs would hold up the lookups of others, and the end of the process. Calls
-    within a second share a lookup, so that one that hangs takes a thread a second at most. May be
-    used from several event loops.
+    within a second share a lookup. While lookups of a name hang, calls share the latest one for as
+    many seconds as there are such lookups, so that their threads do not grow in proportion to the
+    time. May be used from several event loops.
     """
 
     def __init__(self) -> None:
         self._running: dict[tuple[object, str, int], tuple[float, asyncio.Task[Any]]] = {}
+        self._hanging: Counter[tuple[object, str, int]] = Counter()
 
     async def addresses(self, host: str, port: int) -> Sequence[str]:
         """Return each address of a host, in order; raises as :meth:`places` does."""
@@ -79,15 +82,19 @@ class NameLookups:
         loop = asyncio.get_running_loop()
         key = loop, host, port
         began, lookup = self._running.get(key, (-math.inf, None))
-        if lookup is None or loop.time() - began >= _SHARED_SECONDS:
+        if lookup is None or loop.time() - began >= _SHARED_SECONDS * self._hanging[key]:
             ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
             lookup = asyncio.create_task(in_thread(ask, "name-lookup"), name="name-lookup")
             lookup.add_done_callback(partial(self._ended, key))
             self._running[key] = loop.time(), lookup
+            self._hanging[key] += 1
         found = await asyncio.shield(lookup)
         return tuple(dict.fromkeys((str(place[0]), int(place[1])) for *_, place in found))
 
     def _ended(self, key: tuple[object, str, int], lookup: asyncio.Task[Any]) -> None:
         ignore_error(lookup)
+        self._hanging[key] -= 1
+        if not self._hanging[key]:
+            del self._hanging[key]
         if key in self._running and self._running[key][1] is lookup:
             del self._running[key]
