@@ -4,6 +4,7 @@ import asyncio
 import re
 import socket
 import ssl
+from collections.abc import Sequence
 
 import asyncpg
 import pytest
@@ -19,7 +20,13 @@ from viralfx.adapters.postgres.errors import (
     refusal,
     unavailable,
 )
-from viralfx.adapters.postgres.retry import is_loss, is_rolled_back, is_transient
+from viralfx.adapters.postgres.retry import (
+    Place,
+    in_portions,
+    is_loss,
+    is_rolled_back,
+    is_transient,
+)
 from viralfx.domain.jobs.model import LedgerLimitError, LedgerUnavailableError
 
 SECRET = "hunter2"
@@ -333,3 +340,21 @@ def test_every_error_of_the_driver_is_classified() -> None:
         error = kind(SECRET)
         is_transient(error), is_rolled_back(error)
         assert SECRET not in f"{explain(error)}"
+
+
+@pytest.mark.parametrize(("rows", "after"), [(40, None), (50, "39")])
+async def test_many_refused_rows_move_the_place_if_others_follow(
+    rows: int, after: str | None
+) -> None:
+    """A list has 40 rows here. Without others, the next call comes after its pause."""
+    ids, place = [f"{number:02}" for number in range(rows)], Place()
+
+    async def refuse(_: object) -> Sequence[str]:
+        raise asyncpg.RaiseError("planted")
+
+    async def listed(after: str | None) -> Sequence[str]:
+        return [each for each in ids if after is None or each > after][:40]
+
+    await in_portions(refuse, listed, lambda *_: None, place)
+
+    assert place.after == after

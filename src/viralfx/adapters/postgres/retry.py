@@ -218,7 +218,8 @@ async def in_portions(
     ``change`` gets the ids of the rows to change, or None for all, and returns what it changed;
     ``list_ids`` lists all, or as many as one call may change after a row. Halves the rows until the
     refused ones are alone, and passes these to ``on_refused``, with the SQLSTATE of the last one.
-    If there are too many, the next call with the same ``place`` goes on after the listed rows.
+    If there are too many, the next call with the same ``place`` goes on with the rows that follow
+    the listed ones.
     Raises other errors than refusals.
     """
     place = Place() if place is None else place
@@ -248,7 +249,8 @@ async def in_portions(
                 # If there are many refused ones, each call begins with others.
                 _rng.shuffle(halves)
                 portions += halves
-    place.after = last if len(refused) >= _MAX_REFUSED else None
+    goes_on = len(refused) >= _MAX_REFUSED and await list_ids(last)
+    place.after = last if goes_on else None
     if refused:
         on_refused(refused, code)
     return changed
