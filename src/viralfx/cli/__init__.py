@@ -32,7 +32,7 @@ _OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code, which no lost line of errors changes."""
     if sys.stderr is None:  # its descriptor was closed; print would write to standard output
-        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - until the process ends
+        sys.stderr = open(os.devnull, "w", errors="backslashreplace")  # noqa: PTH123, SIM115 - until the process ends
     try:
         return _command(arguments)
     finally:  # also after an exit of argparse

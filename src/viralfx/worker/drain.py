@@ -225,6 +225,7 @@ async def _leave(roles: WorkerRoles, hand_back: _HandBack) -> None:
         hand_back.left = len(error.left)
         raise
     except LedgerUnavailableError:
+        hand_back.partly_done = None
         if roles.heartbeat.was_registered:
             raise
         # It never had a lease, so it has no job to hand back.

@@ -212,8 +212,8 @@ export class StatusView extends Remote {
     return `${address("status", "history")}?hours=24`;
   }
 
-  componentDidUpdate(before) {
-    super.componentDidUpdate(before);
+  componentDidUpdate(...changes) {
+    super.componentDidUpdate(...changes);
     const { data } = this.props;
     if (!data) return;
     const last = data.changes.at(-1);
