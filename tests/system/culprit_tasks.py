@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import suppress
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
@@ -296,6 +297,9 @@ def _exit_in_callback(how: str, loop: asyncio.AbstractEventLoop) -> None:
             loop.call_soon(sys.exit, 3)
         case "timer":
             loop.call_later(0.01, sys.exit, 3)
+        case "timers":
+            loop.call_soon(_exit_repeatedly, loop)
+            _left.add(asyncio.create_task(_repeat(object)))
         case "done callback":
             future = loop.create_future()
             future.add_done_callback(lambda _: sys.exit(3))
@@ -304,6 +308,11 @@ def _exit_in_callback(how: str, loop: asyncio.AbstractEventLoop) -> None:
             loop.call_soon(_nothing().throw, GeneratorExit)
         case "thread":
             threading.Thread(target=loop.call_soon_threadsafe, args=(sys.exit, 3)).start()
+
+
+def _exit_repeatedly(loop: asyncio.AbstractEventLoop) -> None:
+    loop.call_later(0.02, _exit_repeatedly, loop)
+    sys.exit(3)
 
 
 def _nothing() -> Generator[None]:
@@ -346,7 +355,8 @@ async def cancel(how: str, context: JobContext) -> None:
     if how.startswith("of all"):
         _cancel_all_others()
         if how == "of all, repeatedly":
-            _left.add(asyncio.create_task(_cancel_repeatedly()))
+            _left.add(asyncio.create_task(_repeat(_cancel_all_others)))
+            threading.Thread(target=time.sleep, args=(60.0,)).start()
         return
     running = asyncio.current_task()
     assert running is not None
@@ -359,10 +369,12 @@ def _cancel_all_others() -> None:
         each.cancel()
 
 
-async def _cancel_repeatedly() -> None:
+async def _repeat(act: Callable[[], object]) -> None:
+    """Act in each turn of the event loop; ignore cancellations."""
     while True:
-        await asyncio.sleep(0)
-        _cancel_all_others()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+            act()
 
 
 @task("culprits.fork")

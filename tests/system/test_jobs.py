@@ -108,6 +108,15 @@ def test_an_exit_in_a_task_or_a_callback_of_a_job_ends_no_api(tmp_path: Path) ->
     assert "SystemExit" in str(service.logged("Uncaught exception"))
 
 
+def test_timers_that_exit_do_not_change_the_end_of_the_process(tmp_path: Path) -> None:
+    """A job has left them; they run until the event loop is closed."""
+    with serving(TASK_MODULES=CULPRITS, **{RUNS: str(tmp_path / "runs")}) as service:
+        until(service, accept(service, "culprits.exit_beside", "timers"), "completed")
+        service.signal(signal.SIGTERM)
+
+        assert service.exit_code() == 0
+
+
 def test_a_failure_that_a_job_leaves_behind_ends_no_process(tmp_path: Path) -> None:
     """Of a task that nothing awaits, and of a callback; the log names the job."""
     left = [one for one in CODE if one.task == "culprits.fail_beside"]

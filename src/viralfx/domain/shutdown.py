@@ -5,13 +5,15 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from viralfx.domain.clock import Clock, finished_within, ignore_error
 from viralfx.domain.correlation import bind_correlation_id, new_correlation_id
 from viralfx.domain.errors import require_not_negative
 from viralfx.domain.events import Listener, notify
 from viralfx.domain.health.model import Lifecycle, State
+
+T = TypeVar("T")
 
 
 class ShutdownStage(Protocol):
@@ -279,7 +281,7 @@ class ShutdownSequence:
         if self._running is None:
             self.trigger("requested")
             if uncancelled:
-                self._task = _UncancelledTask
+                self._task = UncancelledTask
             self._running = self._task(self._run(), name="shutdown")
         if not self._running.done():
             await asyncio.wait({self._running})
@@ -380,7 +382,7 @@ class ShutdownSequence:
         return False
 
 
-class _UncancelledTask(asyncio.Task[None]):
+class UncancelledTask(asyncio.Task[T]):
     """An asyncio task that ignores cancellations."""
 
     def cancel(self, msg: Any = None) -> bool:  # noqa: ARG002 - the signature of asyncio

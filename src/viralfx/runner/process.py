@@ -13,13 +13,19 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import StartupError, WorkLostError
 from viralfx.domain.operations import Operations
-from viralfx.domain.shutdown import Phase, ShutdownEvent, ShutdownReport, ShutdownTriggered
+from viralfx.domain.shutdown import (
+    Phase,
+    ShutdownEvent,
+    ShutdownReport,
+    ShutdownTriggered,
+    UncancelledTask,
+)
 from viralfx.runner.diagnostics import BlockedLoopDetector
 from viralfx.runner.server import ApplicationLifespan, HttpServer, loop_factory
 from viralfx.runner.signals import SignalWatch
@@ -27,6 +33,8 @@ from viralfx.telemetry import stacks_of_tasks
 from viralfx.web.console import Console
 from viralfx.web.gate import Gate
 from viralfx.worker.calls import JobChildTask, JobThread, current_job, make_task
+
+T = TypeVar("T")
 
 _ANSWERING_SECONDS = 0.02
 """Interval at which the drain looks for responses that clients have not read."""
@@ -172,9 +180,9 @@ class Process:
         for task in left:
             task.cancel()
         if left:
-            _, left = self._loop.run_until_complete(asyncio.wait(left, timeout=_EXIT_GRACE_SECONDS))
+            _, left = self._finish(asyncio.wait(left, timeout=_EXIT_GRACE_SECONDS))
         if not left:
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._finish(self._loop.shutdown_asyncgens())
             # That of uvloop waits for the lookups of names by other code, however long they take.
             late = threading.Timer(_CLOSE_SECONDS, _exit_late, (code,))
             late.daemon = True
@@ -189,6 +197,17 @@ class Process:
         logging.shutdown()
         if left or busy or children:
             _exit_now(code)
+
+    def _finish(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine to its end, although other code may cancel all tasks, or exit."""
+        task = UncancelledTask(coroutine, loop=self._loop)
+        while not task.done():
+            try:
+                self._loop.run_until_complete(task)
+            except BaseException as error:  # noqa: BLE001 - logged, or raised below
+                if not task.done():  # a callback has raised it
+                    self._log_uncaught("main thread", error)
+        return task.result()
 
     async def _main(self) -> int:
         operations = self._operations
