@@ -57,7 +57,9 @@ class LoopClock:
         await asyncio.sleep(seconds)
 
 
-def run_in_virtual_time(main: Coroutine[Any, Any, T]) -> T:
+def run_in_virtual_time(
+    main: Coroutine[Any, Any, T], loop: type[VirtualTimeLoop] = VirtualTimeLoop
+) -> T:
     """Run ``main`` to its end on a loop with virtual time."""
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+    with asyncio.Runner(loop_factory=loop) as runner:
         return runner.run(main)

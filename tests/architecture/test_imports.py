@@ -309,7 +309,7 @@ def test_there_is_one_process() -> None:
 
 
 def test_the_domain_waits_in_one_way() -> None:
-    """The domain uses timers and limits of the clock, except for the listed four."""
+    """The domain uses timers and limits of the clock, except for the listed ones."""
     used = {
         (name_of(module), node.attr)
         for module in CORE
@@ -317,7 +317,8 @@ def test_the_domain_waits_in_one_way() -> None:
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)
         and (
-            (node.value.id == "asyncio" and node.attr in OTHER_WAITS)
+            node.attr in {"call_at", "call_later"}
+            or (node.value.id == "asyncio" and node.attr in OTHER_WAITS)
             or node.value.id == "time"
             or (node.value.id == "datetime" and node.attr in {"now", "utcnow"})
         )
@@ -327,10 +328,14 @@ def test_the_domain_waits_in_one_way() -> None:
         ("domain/clock.py", "monotonic"),
         ("domain/clock.py", "now"),
         ("domain/clock.py", "sleep"),
+        ("domain/clock.py", "call_at"),
+        ("domain/clock.py", "call_later"),
+        # A slow call does not hold up the next batch.
+        ("domain/jobs/batching.py", "call_later"),
         # A job's id begins with the time at which it was made.
         ("domain/jobs/model.py", "time_ns"),
         # A deadline cancels the caller's own code, and so waits for its clean-up.
-        ("domain/resilience/deadline.py", "timeout"),
+        ("domain/resilience/deadline.py", "call_later"),
         # The default wait of plain functions; an argument.
         ("domain/resilience/retry.py", "sleep"),
         # The system clock's own reading, without a call in between.

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import threading
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from types import TracebackType
 from typing import Self
 
@@ -51,13 +51,16 @@ class Deadline:
 
         Raises ``TimeoutError`` if no time is left.
         """
-        remaining = self.remaining()
-        if remaining <= 0:
-            # asyncio.timeout(0) would run the block up to its first await.
+        if self._expires_at <= self._clock.monotonic():
+            # A timer would run the block up to its first await.
             raise TimeoutError(self._message)
-        timeout = asyncio.timeout(remaining)
-        await timeout.__aenter__()
-        _innermost.set(_Block(self, timeout, _innermost.get()))
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task(loop)
+        if task is None:
+            raise RuntimeError("a deadline must be entered by an asyncio task")
+        block = _Block(self, task, _innermost.get())
+        _innermost.set(block)
+        _new_blocks.add(block, loop)
         return self
 
     async def __aexit__(
@@ -71,12 +74,9 @@ class Deadline:
         if block is None or block.deadline is not self:
             raise RuntimeError("a deadline must be left by the task that entered it")
         _innermost.set(block.outer)
-        try:
-            await block.timeout.__aexit__(kind, error, traceback)
-        except TimeoutError as expired:
+        if block.end() and kind is not None and issubclass(kind, asyncio.CancelledError):
             self._cut = True
-            expired.args = (self._message,)
-            raise
+            raise TimeoutError(self._message) from error
 
     @property
     def _message(self) -> str:
@@ -84,18 +84,73 @@ class Deadline:
 
 
 class _Block:
-    """One active ``async with`` block. Kept in the task's context: a deadline can have several."""
+    """One active ``async with`` block. Kept in the task's context: a deadline can have several.
 
-    __slots__ = ("deadline", "outer", "timeout")
+    It cancels its task as ``asyncio.timeout`` does, which would cost a short block several times
+    as much as its own work.
+    """
+
+    __slots__ = ("_cancelling", "_ended", "_expired", "_task", "_timer", "deadline", "outer")
 
     def __init__(
-        self, deadline: Deadline, timeout: asyncio.Timeout, outer: "_Block | None"
+        self, deadline: Deadline, task: "asyncio.Task[object]", outer: "_Block | None"
     ) -> None:
         self.deadline = deadline
-        self.timeout = timeout
         self.outer = outer
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._timer: asyncio.TimerHandle | None = None
+        self._expired = self._ended = False
+
+    def start_timer(self, loop: asyncio.AbstractEventLoop, context: Context) -> None:
+        """Cancel the task when the deadline passes, unless the block has ended."""
+        if not self._ended:
+            left = self.deadline.remaining()
+            self._timer = loop.call_later(left, self._expire, context=context)
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._task.cancel()
+
+    def end(self) -> bool:
+        """End the block; return True if only its deadline has cancelled the task."""
+        self._ended = True
+        if self._timer is not None:
+            self._timer.cancel()
+        return self._expired and self._task.uncancel() <= self._cancelling
 
 
+class _NewBlocks(threading.local):
+    """The blocks that this thread's event loop has entered in its current turn.
+
+    Their timers start in the next turn: most blocks have ended by then, and a timer costs more
+    than the rest of the block. A block that never awaits cannot be cancelled anyway.
+    """
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._blocks: list[_Block] = []
+
+    def add(self, block: _Block, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the timer of a block in the next turn of ``loop``, which runs."""
+        if loop is not self._loop or not self._blocks:
+            # Another loop may have been closed before its next turn.
+            self._loop, self._blocks = loop, []
+            # Without the context of the first block: a timer is not code of that task.
+            context = Context()
+            loop.call_soon(self._start_timers, self._blocks, loop, context, context=context)
+        self._blocks.append(block)
+
+    def _start_timers(
+        self, blocks: list[_Block], loop: asyncio.AbstractEventLoop, context: Context
+    ) -> None:
+        if blocks is self._blocks:
+            self._blocks = []
+        for block in blocks:
+            block.start_timer(loop, context)
+
+
+_new_blocks = _NewBlocks()
 _innermost: ContextVar[_Block | None] = ContextVar("viralfx_deadline", default=None)
 
 
