@@ -122,7 +122,7 @@ class Batcher(Generic[ItemT, ResultT]):
 
     async def __call__(self, item: ItemT) -> ResultT:
         """Return the result for ``item``, or raise its error."""
-        entry: _Entry[ItemT, ResultT] = _Entry(item)
+        entry: _Entry[ItemT, ResultT] = _Entry(item, self._keys_of(item))
         self._waiting.append(entry)
         if self._current is None:
             self._start()
@@ -145,7 +145,7 @@ class Batcher(Generic[ItemT, ResultT]):
             self._current.add_done_callback(self._ended)
 
     def _may_start(self, entry: "_Entry[ItemT, ResultT]") -> bool:
-        return not entry.result.done() and self._keys.isdisjoint(self._keys_of(entry.item))
+        return not entry.result.done() and self._keys.isdisjoint(entry.keys)
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._running.discard(task)
@@ -159,7 +159,7 @@ class Batcher(Generic[ItemT, ResultT]):
         while self._current is current and (batch := self._next_batch()):
             behind = tuple(self._waiting)
             slow = loop.call_later(self._slow_after, self._begin_next, current)
-            keys = {key for entry in batch for key in self._keys_of(entry.item)}
+            keys = {key for entry in batch for key in entry.keys}
             self._keys |= keys
             try:
                 error = await self._send(batch)
@@ -191,8 +191,7 @@ class Batcher(Generic[ItemT, ResultT]):
         for entry in self._waiting:
             if entry.result.done():
                 continue  # its caller was cancelled
-            mine = self._keys_of(entry.item)
-            if full or not keys.isdisjoint(mine):
+            if full or not keys.isdisjoint(entry.keys):
                 later.append(entry)
                 continue
             size += self._size(entry.item)
@@ -202,7 +201,7 @@ class Batcher(Generic[ItemT, ResultT]):
                 continue
             batch.append(entry)
             full = len(batch) == self._max_items
-            keys.update(mine)
+            keys.update(entry.keys)
         self._waiting = later
         return batch
 
@@ -240,10 +239,11 @@ class Batcher(Generic[ItemT, ResultT]):
 class _Entry(Generic[ItemT, ResultT]):
     """An item, and the future its caller waits for."""
 
-    __slots__ = ("item", "result")
+    __slots__ = ("item", "keys", "result")
 
-    def __init__(self, item: ItemT) -> None:
+    def __init__(self, item: ItemT, keys: Collection[Hashable]) -> None:
         self.item = item
+        self.keys = keys
         self.result: asyncio.Future[ResultT] = asyncio.get_running_loop().create_future()
 
     def succeed(self, result: ResultT) -> None:
