@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Collection, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 from viralfx.domain.clock import default_rng, report_crash, supervised, wait_for
@@ -376,7 +377,7 @@ class QueueConsumer:
 
     def _launch(self, execution: Execution, run: Coroutine[Any, Any, None]) -> None:
         execution.task = JobTask(run, job=execution.claim.id)
-        execution.task.add_done_callback(lambda task: self._ended(execution, task))
+        execution.task.add_done_callback(partial(self._ended, execution))
         if self._abandoning is None:
             self._abandoning = supervised(self._abandon_late(), f"job-timeouts-{self.queue}")
 

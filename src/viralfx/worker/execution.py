@@ -194,10 +194,11 @@ class Executor:
             settlement: Settlement | None = None
             task = self.tasks.find(claim.task)
             try:
-                call = partial(self._call, execution, task)
                 if not task.transactional:
-                    settlement = completed(claim, await call(None))
-                elif not await self.ledger.settle_with_effect(claim, call, execution.last_progress):
+                    settlement = completed(claim, await self._call(execution, task, None))
+                elif not await self.ledger.settle_with_effect(
+                    claim, partial(self._call, execution, task), execution.last_progress
+                ):
                     self.on_fenced(claim)
                 else:
                     for call_now in execution.after_commit:

@@ -340,7 +340,7 @@ HANDED_BACK = JobError(code="handed_back", message="the worker stopped")
 
 def completed(claim: Claim, result: bytes) -> Settlement:
     """Return the settlement of a job that completed; ``result`` is JSON."""
-    return Settlement(claim=claim, state=JobState.COMPLETED, result=result)
+    return Settlement(claim, JobState.COMPLETED, result)
 
 
 def failed(claim: Claim, error: JobError) -> Settlement:
