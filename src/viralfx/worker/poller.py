@@ -35,8 +35,8 @@ class Poller(Role):
     Jobs that are due before the next poll are claimed when they are due.
 
     Usually it asks every ``interval`` seconds. The more workers share its queues, the less often
-    each asks: ten idle workers make five polls a second, and any number ten. It does not ask for a
-    queue whose consumer polls by then anyway, nor without a lease.
+    each asks: up to ten idle workers make at most five polls a second in all, and any number at
+    most ten. It does not ask for a queue whose consumer polls by then anyway, nor without a lease.
     """
 
     name = "job-poll"
@@ -113,8 +113,11 @@ class Poller(Role):
         interval = self._interval
         if not self._is_connected():
             interval = min(interval, DISCONNECTED_POLL_SECONDS)
-        # Random, so that workers which start together do not poll together.
-        return max(interval, self._share()) * self._rng.uniform(0.9, 1.0)
+        # Random, so that workers which start together do not poll together. The interval is the
+        # longest pause, and the share of the workers the shortest.
+        if (share := self._share()) > interval:
+            return share * self._rng.uniform(1.0, 1.1)
+        return interval * self._rng.uniform(0.9, 1.0)
 
     def _share(self) -> float:
         workers = self._heartbeat.workers
