@@ -113,11 +113,11 @@ class Poller(Role):
         interval = self._interval
         if not self._is_connected():
             interval = min(interval, DISCONNECTED_POLL_SECONDS)
-        # Random, so that workers which start together do not poll together. The interval is the
-        # longest pause, and the share of the workers the shortest.
-        if (share := self._share()) > interval:
-            return share * self._rng.uniform(1.0, 1.1)
-        return interval * self._rng.uniform(0.9, 1.0)
+        # Random, so that workers which start together do not poll together. A pause is at most the
+        # interval. If the workers' share is longer, the pause is at least the share.
+        share = self._share()
+        longest = interval if share <= interval else 1.1 * share
+        return self._rng.uniform(max(0.9 * interval, share), longest)
 
     def _share(self) -> float:
         workers = self._heartbeat.workers

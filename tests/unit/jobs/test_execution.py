@@ -32,7 +32,7 @@ from viralfx.domain.jobs.tasks import (
     declared_task,
     task,
 )
-from viralfx.domain.resilience.deadline import time_left
+from viralfx.domain.resilience.deadline import Deadline, time_left
 from viralfx.domain.resilience.policy import Backoff, BackoffPolicy
 
 ONCE = BackoffPolicy(attempts=1)
@@ -982,7 +982,7 @@ async def test_a_task_that_cancels_itself_fails_alone(fleet: Fleet, *, transacti
 
 
 @pytest.mark.parametrize("transactional", [False, True])
-@pytest.mark.parametrize("by", ["timer", "task"])
+@pytest.mark.parametrize("by", ["timer", "task", "deadline"])
 async def test_a_task_that_its_own_helper_cancels_fails_alone(
     fleet: Fleet, by: str, *, transactional: bool
 ) -> None:
@@ -997,16 +997,21 @@ async def test_a_task_that_its_own_helper_cancels_fails_alone(
             await asyncio.sleep(1.0)
             current.cancel()
 
+        async def watch() -> None:
+            async with Deadline(1.0, clock=fleet.clock):
+                await current
+
         if by == "timer":
             asyncio.get_running_loop().call_later(1.0, current.cancel)
         else:
-            helpers.append(asyncio.create_task(cancel_later()))
+            helpers.append(asyncio.create_task(watch() if by == "deadline" else cancel_later()))
         await asyncio.sleep(5.0)
 
     job = await run(fleet, cancel, transactional=transactional)
 
     assert (job.state, job.error and job.error.code) == (JobState.FAILED, "error")
     assert (job.attempts, job.claims, job.crashes) == (1, 1, 0)
+    await asyncio.gather(*helpers, return_exceptions=True)
 
 
 @pytest.mark.parametrize("ending", ["returns", "raises"])

@@ -22,7 +22,7 @@ async def idle_rates(fleet: Fleet, workers: int) -> dict[str, float]:
 
 
 async def test_ten_workers_without_notifications_share_the_polls(fleet: Fleet) -> None:
-    """Renewals and sweeps included, they leave three transactions a second for health checks."""
+    """Renewals and sweeps included, they leave at least three transactions a second for checks."""
     fleet.notifier.disconnected = True
     rates = await idle_rates(fleet, 10)
 
@@ -32,7 +32,7 @@ async def test_ten_workers_without_notifications_share_the_polls(fleet: Fleet) -
 
 @pytest.mark.parametrize("disconnected", [True, False])
 async def test_many_workers_poll_no_more_than_a_few(fleet: Fleet, *, disconnected: bool) -> None:
-    """Ten polls a second in all, whether notifications arrive or not."""
+    """At most ten polls a second in all, whether notifications arrive or not."""
     fleet.notifier.disconnected = disconnected
     rates = await idle_rates(fleet, 100)
 

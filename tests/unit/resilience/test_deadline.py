@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import Context
 from typing import TypeVarTuple
 
@@ -144,6 +145,162 @@ def test_a_block_that_runs_beyond_its_deadline_is_cut_where_it_waits() -> None:
     assert run_in_virtual_time(main(), _CountingLoop) == pytest.approx(5.0)
 
 
+def test_a_block_that_suppresses_its_cancellation_ends_without_an_error() -> None:
+    """Its task is not cancelled any more."""
+
+    async def main() -> tuple[bool, int]:
+        deadline = Deadline(1.0, clock=LoopClock())
+        async with deadline:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(60.0)
+        await asyncio.sleep(1.0)
+        return deadline.cut, _cancellations()
+
+    assert run_in_virtual_time(main()) == (False, 0)
+
+
+def test_an_error_after_the_deadline_is_that_of_the_block() -> None:
+    """Its task is not cancelled any more."""
+
+    async def main() -> tuple[bool, int]:
+        deadline = Deadline(1.0, clock=LoopClock())
+
+        async def work() -> None:
+            async with deadline:
+                try:
+                    await asyncio.sleep(60.0)
+                finally:
+                    raise LookupError("of its clean-up")
+
+        with pytest.raises(LookupError):
+            await work()
+        await asyncio.sleep(1.0)
+        return deadline.cut, _cancellations()
+
+    assert run_in_virtual_time(main()) == (False, 0)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_cancellation_at_the_deadline_is_kept(*, before: bool) -> None:
+    """In whichever order both come."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+
+        async def work() -> None:
+            if before:
+                loop.call_later(1.0, task.cancel)
+            async with Deadline(1.0, clock=LoopClock()):
+                if not before:
+                    await asyncio.sleep(0)
+                    loop.call_at(loop.time() + 1.0, task.cancel)
+                await asyncio.sleep(60.0)
+
+        task = asyncio.create_task(work())
+        await asyncio.wait([task])
+        assert task.cancelled()
+        assert task.cancelling() == 1
+
+    run_in_virtual_time(main())
+
+
+def test_a_deadline_in_the_clean_up_of_a_cancelled_task_is_a_timeout() -> None:
+    """The task was cancelled before the block began, and stays so."""
+
+    async def main() -> list[str]:
+        ended = list[str]()
+
+        async def work() -> None:
+            try:
+                await asyncio.sleep(60.0)
+            finally:
+                try:
+                    async with Deadline(1.0, clock=LoopClock()):
+                        await asyncio.sleep(60.0)
+                except TimeoutError:
+                    ended.append("timeout")
+
+        task = asyncio.create_task(work())
+        await asyncio.sleep(1.0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        return ended
+
+    assert run_in_virtual_time(main()) == ["timeout"]
+
+
+def test_the_outer_of_two_deadlines_that_pass_together_is_raised() -> None:
+    """Both have cancelled the task."""
+
+    async def main() -> tuple[bool, bool, int]:
+        clock = LoopClock()
+        outer, inner = Deadline(2.0, clock=clock), Deadline(2.0, clock=clock)
+
+        async def work() -> None:
+            async with outer, inner:
+                await asyncio.sleep(60.0)
+
+        with pytest.raises(TimeoutError):
+            await work()
+        return outer.cut, inner.cut, _cancellations()
+
+    assert run_in_virtual_time(main()) == (True, False, 0)
+
+
+def test_a_deadline_ends_a_group_of_tasks() -> None:
+    """The tasks are cancelled, and the group raises the error of the deadline."""
+
+    async def main() -> tuple[int, int]:
+        cancelled = 0
+
+        async def work() -> None:
+            nonlocal cancelled
+            try:
+                await asyncio.sleep(60.0)
+            except asyncio.CancelledError:
+                cancelled += 1
+                raise
+
+        async def run_both() -> None:
+            async with Deadline(1.0, clock=LoopClock()), asyncio.TaskGroup() as group:
+                group.create_task(work())
+                group.create_task(work())
+
+        with pytest.raises(TimeoutError):
+            await run_both()
+        return cancelled, _cancellations()
+
+    assert run_in_virtual_time(main()) == (2, 0)
+
+
+def test_a_clock_that_fails_leaves_the_timers_of_other_blocks() -> None:
+    """The error goes to the exception handler of the loop."""
+
+    class FailingClock(LoopClock):
+        readings = 0
+
+        def monotonic(self) -> float:
+            self.readings += 1
+            if self.readings == 3:  # of the timer, after those of the deadline and of the block
+                raise LookupError("the clock fails")
+            return super().monotonic()
+
+    async def main() -> list[object]:
+        async def work(clock: LoopClock, seconds: float) -> None:
+            async with Deadline(1.0, clock=clock):
+                await asyncio.sleep(seconds)
+
+        seen = list[object]()
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: seen.append(type(context["exception"])))
+        one, other = work(FailingClock(), 2.0), work(LoopClock(), 60.0)
+        results = await asyncio.gather(one, other, return_exceptions=True)
+        return [*seen, *map(type, results)]
+
+    assert run_in_virtual_time(main()) == [LookupError, type(None), TimeoutError]
+
+
 def test_only_a_block_that_waits_starts_a_timer() -> None:
     """Most blocks are short, and a timer costs more than all the rest of them."""
 
@@ -169,9 +326,11 @@ def test_a_block_without_a_task_is_refused() -> None:
         entering = Deadline(5.0, clock=LoopClock()).__aenter__()
 
         def enter() -> None:
-            with pytest.raises(RuntimeError, match="by an asyncio task"):
-                entering.send(None)
-            entered.set_result(None)
+            try:
+                with pytest.raises(RuntimeError, match="by an asyncio task"):
+                    entering.send(None)
+            finally:
+                entered.set_result(None)
 
         entered = asyncio.get_running_loop().create_future()
         asyncio.get_running_loop().call_soon(enter)
@@ -181,7 +340,7 @@ def test_a_block_without_a_task_is_refused() -> None:
 
 
 def test_a_loop_that_ended_within_a_block_does_not_keep_the_timers_of_the_next() -> None:
-    """It had no further turn in which it could have started its own."""
+    """The first loop had no further turn in which to start its timers."""
 
     async def leave() -> None:
         async with Deadline(1.0, clock=LoopClock()):
@@ -199,6 +358,12 @@ def test_a_loop_that_ended_within_a_block_does_not_keep_the_timers_of_the_next()
         loop.close()
     with pytest.raises(TimeoutError):
         run_in_virtual_time(wait())
+
+
+def _cancellations() -> int:
+    task = asyncio.current_task()
+    assert task is not None
+    return task.cancelling()
 
 
 def _running_loop() -> "_CountingLoop":

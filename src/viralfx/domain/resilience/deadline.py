@@ -3,7 +3,8 @@
 import asyncio
 import math
 import threading
-from contextvars import Context, ContextVar
+from collections import deque
+from contextvars import ContextVar, copy_context
 from types import TracebackType
 from typing import Self
 
@@ -52,7 +53,7 @@ class Deadline:
         Raises ``TimeoutError`` if no time is left.
         """
         if self._expires_at <= self._clock.monotonic():
-            # A timer would run the block up to its first await.
+            # With a timer alone, the block would run up to its first await.
             raise TimeoutError(self._message)
         loop = asyncio.get_running_loop()
         task = asyncio.current_task(loop)
@@ -86,11 +87,20 @@ class Deadline:
 class _Block:
     """One active ``async with`` block. Kept in the task's context: a deadline can have several.
 
-    It cancels its task as ``asyncio.timeout`` does, which would cost a short block several times
-    as much as its own work.
+    It cancels its task by the rules of ``asyncio.timeout``. An ``asyncio.timeout`` would cost a
+    short block several times as much as its own work.
     """
 
-    __slots__ = ("_cancelling", "_ended", "_expired", "_task", "_timer", "deadline", "outer")
+    __slots__ = (
+        "_cancelling",
+        "_context",
+        "_ended",
+        "_expired",
+        "_task",
+        "_timer",
+        "deadline",
+        "outer",
+    )
 
     def __init__(
         self, deadline: Deadline, task: "asyncio.Task[object]", outer: "_Block | None"
@@ -99,14 +109,16 @@ class _Block:
         self.outer = outer
         self._task = task
         self._cancelling = task.cancelling()
+        # The cancellation counts as one by the code of the block.
+        self._context = copy_context()
         self._timer: asyncio.TimerHandle | None = None
         self._expired = self._ended = False
 
-    def start_timer(self, loop: asyncio.AbstractEventLoop, context: Context) -> None:
+    def start_timer(self, loop: asyncio.AbstractEventLoop) -> None:
         """Cancel the task when the deadline passes, unless the block has ended."""
         if not self._ended:
             left = self.deadline.remaining()
-            self._timer = loop.call_later(left, self._expire, context=context)
+            self._timer = loop.call_later(left, self._expire, context=self._context)
 
     def _expire(self) -> None:
         self._expired = True
@@ -123,31 +135,31 @@ class _Block:
 class _NewBlocks(threading.local):
     """The blocks that this thread's event loop has entered in its current turn.
 
-    Their timers start in the next turn: most blocks have ended by then, and a timer costs more
-    than the rest of the block. A block that never awaits cannot be cancelled anyway.
+    Their timers start in the next turn. Most blocks have ended by then, and a timer costs more than
+    the rest of the block. A block that never awaits cannot be cancelled anyway.
     """
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._blocks: list[_Block] = []
+        self._blocks: deque[_Block] = deque()
 
     def add(self, block: _Block, loop: asyncio.AbstractEventLoop) -> None:
-        """Start the timer of a block in the next turn of ``loop``, which runs."""
+        """Start the timer of a block in the next turn of the running loop."""
         if loop is not self._loop or not self._blocks:
             # Another loop may have been closed before its next turn.
-            self._loop, self._blocks = loop, []
-            # Without the context of the first block: a timer is not code of that task.
-            context = Context()
-            loop.call_soon(self._start_timers, self._blocks, loop, context, context=context)
+            self._loop, self._blocks = loop, deque()
+            loop.call_soon(self._start_timers, self._blocks, loop)
         self._blocks.append(block)
 
-    def _start_timers(
-        self, blocks: list[_Block], loop: asyncio.AbstractEventLoop, context: Context
-    ) -> None:
-        if blocks is self._blocks:
-            self._blocks = []
-        for block in blocks:
-            block.start_timer(loop, context)
+    def _start_timers(self, blocks: deque[_Block], loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            while blocks:
+                blocks.popleft().start_timer(loop)
+        finally:
+            if blocks:  # the clock of one of them has raised
+                loop.call_soon(self._start_timers, blocks, loop)
+            elif blocks is self._blocks:
+                self._loop = None
 
 
 _new_blocks = _NewBlocks()
