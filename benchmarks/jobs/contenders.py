@@ -79,17 +79,17 @@ LEDGER_BROKER = Contender(
     with_redis=False,
 )
 TASKIQ_STREAM = _peer("taskiq RedisStream", "taskiq_stream")
-PROCRASTINATE = _peer("procrastinate", "procrastinate_postgres", 0.3)
+PROCRASTINATE = _peer("procrastinate", "procrastinate_postgres", 0.1)
 PEERS = (
     LEDGER_BROKER,
     TASKIQ_STREAM,
     _peer("taskiq list", "taskiq_list"),
-    _peer("SAQ", "saq_redis", apart=True),
-    _peer("arq", "arq_redis", apart=True),
-    _peer("Celery", "celery_redis"),
+    _peer("SAQ", "saq_redis", 0.3, apart=True),
+    _peer("arq", "arq_redis", 0.3, apart=True),
+    _peer("Celery", "celery_redis", 0.3),
     PROCRASTINATE,
-    _peer("litestar-queues, Redis", "litestar_queues_redis", 0.3),
-    _peer("litestar-queues, Postgres", "litestar_queues_postgres", 0.03),
+    _peer("litestar-queues, Redis", "litestar_queues_redis", 0.1),
+    _peer("litestar-queues, Postgres", "litestar_queues_postgres", 0.01),
 )
 
 
