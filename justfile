@@ -140,7 +140,7 @@ bench-resilience:
     {{bin}}/python -m benchmarks.resilience.bench 7 4000
     {{bin}}/python -m benchmarks.resilience.probe
 
-# retry, breaker and both on success, against a bare await
+# retry, breaker and both on success, against a bare await; a deadline against asyncio.timeout
 bench-guards *arguments:
     {{bin}}/python -m benchmarks.resilience.guards {{arguments}}
 

@@ -336,7 +336,7 @@ def test_the_domain_waits_in_one_way() -> None:
         ("domain/clock.py", "call_later"),
         # A slow call does not hold up the next batch.
         ("domain/jobs/batching.py", "call_later"),
-        # One warning for all notifications of a while.
+        # It announces a scheduled job when the job is due.
         ("domain/jobs/notifier.py", "call_later"),
         # A job's id begins with the time at which it was made.
         ("domain/jobs/model.py", "time_ns"),

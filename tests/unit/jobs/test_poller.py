@@ -11,10 +11,10 @@ from viralfx.worker.worker import WorkerState
 QUEUES = {"default": 10, "other": 10, "third": 10}
 
 
-async def idle_rates(fleet: Fleet, workers: int) -> dict[str, float]:
+async def idle_rates(fleet: Fleet, workers: int, **options: float) -> dict[str, float]:
     """Return the calls of the ledger in a second, by name, while so many workers are idle."""
     for number in range(workers):
-        fleet.start(f"w{number:02}", queues=QUEUES)
+        fleet.start(f"w{number:02}", queues=QUEUES, **options)
     await asyncio.sleep(60.0)
     calls = {name: fleet.ledger.count(name) for name in ("due", "register", "sweep", "claim")}
     await asyncio.sleep(60.0)
@@ -40,6 +40,13 @@ async def test_many_workers_poll_no_more_than_a_few(fleet: Fleet, *, disconnecte
     assert 9.0 <= rates["register"] <= 11.0
     assert rates["sweep"] <= 0.4
     assert rates["claim"] == 0.0
+
+
+async def test_workers_whose_share_is_the_interval_poll_no_more_than_it(fleet: Fleet) -> None:
+    """The random part of a pause does not shorten the share of five workers."""
+    rates = await idle_rates(fleet, 5, poll_interval=1.0)
+
+    assert rates["due"] == pytest.approx(5.0, abs=0.1)
 
 
 async def test_many_workers_find_an_unannounced_job_together(fleet: Fleet) -> None:

@@ -360,6 +360,28 @@ def test_a_loop_that_ended_within_a_block_does_not_keep_the_timers_of_the_next()
         run_in_virtual_time(wait())
 
 
+def test_a_loop_that_has_run_in_another_thread_starts_its_timers_in_this_one() -> None:
+    """The other thread has started the timer of the first block."""
+
+    async def leave() -> None:
+        async with Deadline(1.0, clock=LoopClock()):
+            raise SystemExit(3)
+
+    async def wait() -> None:
+        async with Deadline(1.0, clock=LoopClock()):
+            await asyncio.sleep(60.0)
+
+    loop = VirtualTimeLoop()
+    try:
+        with pytest.raises(SystemExit):
+            loop.run_until_complete(leave())
+        asyncio.run(asyncio.to_thread(loop.run_until_complete, asyncio.sleep(1.0)))
+        with pytest.raises(TimeoutError):
+            loop.run_until_complete(wait())
+    finally:
+        loop.close()
+
+
 def _cancellations() -> int:
     task = asyncio.current_task()
     assert task is not None

@@ -87,8 +87,8 @@ class Deadline:
 class _Block:
     """One active ``async with`` block. Kept in the task's context: a deadline can have several.
 
-    It cancels its task by the rules of ``asyncio.timeout``. An ``asyncio.timeout`` would cost a
-    short block several times as much as its own work.
+    It cancels its task by the rules of ``asyncio.timeout``. An ``asyncio.timeout`` starts a timer
+    for each block, also for one that never waits.
     """
 
     __slots__ = (
@@ -135,8 +135,8 @@ class _Block:
 class _NewBlocks(threading.local):
     """The blocks that this thread's event loop has entered in its current turn.
 
-    Their timers start in the next turn. Most blocks have ended by then, and a timer costs more than
-    the rest of the block. A block that never awaits cannot be cancelled anyway.
+    Their timers start in the next turn. Most blocks have ended by then and need none. A block that
+    never awaits cannot be cancelled anyway.
     """
 
     def __init__(self) -> None:
