@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from contextvars import Context
 from typing import TypeVarTuple
@@ -299,6 +299,89 @@ def test_a_clock_that_fails_leaves_the_timers_of_other_blocks() -> None:
         return [*seen, *map(type, results)]
 
     assert run_in_virtual_time(main()) == [LookupError, type(None), TimeoutError]
+
+
+def test_a_block_that_is_overdue_at_its_first_wait_is_cut_there() -> None:
+    """However short that wait is."""
+
+    async def main() -> list[str]:
+        reached = list[str]()
+
+        async def work() -> None:
+            async with Deadline(1.0, clock=LoopClock()):
+                _running_loop().jump(5.0)
+                await asyncio.sleep(0)
+                reached.append("its second wait")
+                await asyncio.sleep(0)
+
+        with pytest.raises(TimeoutError):
+            await work()
+        return reached
+
+    assert run_in_virtual_time(main(), _CountingLoop) == []
+
+
+async def _numbers(deadline: Deadline) -> AsyncGenerator[int, None]:
+    async with deadline:
+        for number in range(3):
+            yield number
+
+
+def test_a_generator_that_is_not_exhausted_leaves_no_limit() -> None:
+    """Its block ends in a task and a context of its own."""
+
+    async def main() -> None:
+        clock = LoopClock()
+        async with Deadline(3.0, clock=clock):
+            async for _ in _numbers(Deadline(1.0, clock=clock)):
+                break
+            await asyncio.sleep(2.0)
+            assert time_left() == pytest.approx(1.0)
+            async with Deadline(0.5, clock=clock):
+                assert time_left() == pytest.approx(0.5)
+        assert time_left() == math.inf
+        await asyncio.sleep(5.0)
+
+    run_in_virtual_time(main())
+
+
+def test_a_generator_may_end_its_block_after_the_block_around_it() -> None:
+    """Each has its own time."""
+
+    async def main() -> list[float]:
+        clock, left = LoopClock(), list[float]()
+        outer = Deadline(3.0, clock=clock)
+        async with outer:
+            numbers = _numbers(Deadline(9.0, clock=clock))
+            await anext(numbers)
+            left.append(time_left())
+        left.append(time_left())
+        await asyncio.sleep(5.0)
+        await numbers.aclose()
+        left.append(time_left())
+        return left
+
+    assert run_in_virtual_time(main()) == [pytest.approx(3.0), pytest.approx(9.0), math.inf]
+
+
+def test_a_task_that_a_block_leaves_behind_has_no_limit_any_more() -> None:
+    """Its retries would otherwise never wait again."""
+
+    async def main() -> list[float]:
+        clock = LoopClock()
+
+        async def work() -> list[float]:
+            before = time_left()
+            await asyncio.sleep(5.0)
+            async with Deadline(7.0, clock=clock):
+                return [before, time_left()]
+
+        async with Deadline(3.0, clock=clock):
+            task = asyncio.create_task(work())
+            await asyncio.sleep(1.0)
+        return await task
+
+    assert run_in_virtual_time(main()) == [pytest.approx(3.0), pytest.approx(7.0)]
 
 
 def test_only_a_block_that_waits_starts_a_timer() -> None:

@@ -4,7 +4,7 @@ import asyncio
 import math
 import threading
 from collections import deque
-from contextvars import ContextVar, copy_context
+from contextvars import Context, ContextVar, copy_context
 from types import TracebackType
 from typing import Self
 
@@ -44,7 +44,7 @@ class Deadline:
 
     @property
     def cut(self) -> bool:
-        """True if a block was cancelled because the deadline passed."""
+        """True if a block ended with the ``TimeoutError`` of this deadline."""
         return self._cut
 
     async def __aenter__(self) -> Self:
@@ -59,7 +59,7 @@ class Deadline:
         task = asyncio.current_task(loop)
         if task is None:
             raise RuntimeError("a deadline must be entered by an asyncio task")
-        block = _Block(self, task, _innermost.get())
+        block = _Block(self, task, _active())
         _innermost.set(block)
         _new_blocks.add(block, loop)
         return self
@@ -71,10 +71,14 @@ class Deadline:
         traceback: TracebackType | None,
     ) -> None:
         """End the block; a cancellation by this deadline becomes ``TimeoutError``."""
-        block = _innermost.get()
-        if block is None or block.deadline is not self:
+        block = innermost = _active()
+        # A generator that is suspended in a block of its own keeps that block active.
+        while block is not None and (block.ended or block.deadline is not self):
+            block = block.outer
+        if block is None:
             raise RuntimeError("a deadline must be left by the task that entered it")
-        _innermost.set(block.outer)
+        if block is innermost:
+            _innermost.set(block.outer)
         if block.end() and kind is not None and issubclass(kind, asyncio.CancelledError):
             self._cut = True
             raise TimeoutError(self._message) from error
@@ -94,11 +98,11 @@ class _Block:
     __slots__ = (
         "_cancelling",
         "_context",
-        "_ended",
         "_expired",
         "_task",
         "_timer",
         "deadline",
+        "ended",
         "outer",
     )
 
@@ -112,13 +116,16 @@ class _Block:
         # The cancellation counts as one by the code of the block.
         self._context = copy_context()
         self._timer: asyncio.TimerHandle | None = None
-        self._expired = self._ended = False
+        self._expired = self.ended = False
 
     def start_timer(self, loop: asyncio.AbstractEventLoop) -> None:
         """Cancel the task when the deadline passes, unless the block has ended."""
-        if not self._ended:
-            left = self.deadline.remaining()
+        if self.ended:
+            return
+        if left := self.deadline.remaining():
             self._timer = loop.call_later(left, self._expire, context=self._context)
+        else:
+            self._context.run(self._expire)
 
     def _expire(self) -> None:
         self._expired = True
@@ -126,7 +133,7 @@ class _Block:
 
     def end(self) -> bool:
         """End the block; return True if only its deadline has cancelled the task."""
-        self._ended = True
+        self.ended = True
         if self._timer is not None:
             self._timer.cancel()
         return self._expired and self._task.uncancel() <= self._cancelling
@@ -148,7 +155,8 @@ class _NewBlocks(threading.local):
         if loop is not self._loop or not self._blocks:
             # Another loop may have been closed before its next turn.
             self._loop, self._blocks = loop, deque()
-            loop.call_soon(self._start_timers, self._blocks, loop)
+            # In a context of its own: an error of another block's clock is not of this one's code.
+            loop.call_soon(self._start_timers, self._blocks, loop, context=Context())
         self._blocks.append(block)
 
     def _start_timers(self, blocks: deque[_Block], loop: asyncio.AbstractEventLoop) -> None:
@@ -166,11 +174,24 @@ _new_blocks = _NewBlocks()
 _innermost: ContextVar[_Block | None] = ContextVar("viralfx_deadline", default=None)
 
 
+def _active() -> _Block | None:
+    """Return the innermost block that has not ended.
+
+    Another context may have ended a block: an asynchronous generator is closed in one of its own,
+    and the tasks that a block started keep a copy of its context.
+    """
+    block = _innermost.get()
+    while block is not None and block.ended:
+        block = block.outer
+    return block
+
+
 def time_left() -> float:
     """Return the seconds left until the earliest enclosing deadline; infinity without one."""
-    left, block = math.inf, _innermost.get()
+    left, block = math.inf, _active()
     while block is not None:
-        left = min(left, block.deadline.remaining())
+        if not block.ended:
+            left = min(left, block.deadline.remaining())
         block = block.outer
     return left
 
