@@ -164,6 +164,8 @@ class JobTask(asyncio.Task[T]):
 
     def uncancel(self) -> int:
         """See :meth:`asyncio.Task.uncancel`."""
+        if self._own and current_job.get() is self:
+            self._own -= 1  # own code withdraws its own cancellation, as a deadline does
         left = super().uncancel()
         self._own = min(self._own, left)
         return left

@@ -433,6 +433,30 @@ async def test_a_job_whose_execution_is_cancelled_runs_again(fleet: Fleet) -> No
     assert (job.state, job.claims, job.attempts, job.crashes) == (JobState.COMPLETED, 2, 0, 0)
 
 
+async def test_a_cancellation_from_outside_is_not_one_that_the_job_withdrew(fleet: Fleet) -> None:
+    """The job's own deadline has passed, and the clean-up after it is cancelled from outside."""
+
+    async def clean_up(_: object) -> None:
+        fleet.running += 1
+        async with Deadline(1.0, clock=fleet.clock):
+            try:
+                await asyncio.sleep(5.0)
+            finally:
+                fleet.cancelled.append("its deadline")
+                await asyncio.sleep(5.0)
+
+    fleet.declare("it", clean_up, retry=ONCE)
+    fleet.start(lease=10.0)
+    job_id = await fleet.accept("it")
+    await fleet.until(lambda: fleet.cancelled)
+    (runner,) = [task for task in asyncio.all_tasks() if task.get_name() == job_id]
+    runner.cancel()
+    await asyncio.wait([runner])
+    job = await fleet.job(job_id)
+
+    assert (job.state, job.attempts) == (JobState.ACTIVE, 0)
+
+
 async def test_a_defect_of_the_worker_is_reported_and_frees_the_slot(fleet: Fleet) -> None:
     """As an uncaught exception; the job runs again."""
 
