@@ -14,7 +14,7 @@ DISCONNECTED_POLL_SECONDS = 0.2
 """The longest time between two polls of one worker while no notification would arrive."""
 
 SECONDS_PER_WORKER = 0.1
-"""Time between two polls of all live workers together, if there are many."""
+"""The shortest mean time between two polls of all live workers together, if there are many."""
 _FEW_WORKERS, _FEW_SECONDS = 10, 0.2
 """So many workers, and the same time for up to as many: they make at most ten transactions a
 second, half of which are for leases, sweeps and health checks."""
@@ -113,11 +113,10 @@ class Poller(Role):
         interval = self._interval
         if not self._is_connected():
             interval = min(interval, DISCONNECTED_POLL_SECONDS)
-        # Random, so that workers which start together do not poll together. A pause is at most the
-        # interval. If the workers' share is longer, the pause is at least the share.
+        # Random, so that workers which start together do not poll together, and at least the
+        # workers' share. A pause is longer than the interval only if the share is about as long.
         share = self._share()
-        longest = interval if share <= interval else 1.1 * share
-        return self._rng.uniform(max(0.9 * interval, share), longest)
+        return self._rng.uniform(max(0.9 * interval, share), max(interval, 1.1 * share))
 
     def _share(self) -> float:
         workers = self._heartbeat.workers
