@@ -113,10 +113,11 @@ class Poller(Role):
         interval = self._interval
         if not self._is_connected():
             interval = min(interval, DISCONNECTED_POLL_SECONDS)
-        # Random, so that workers which start together do not poll together, and at least the
-        # workers' share. A pause is longer than the interval only if the share is about as long.
+        # Random, so that workers that start together do not poll together. A pause is at most the
+        # interval. If the workers' share is longer, the pause is at least the share.
         share = self._share()
-        return self._rng.uniform(max(0.9 * interval, share), max(interval, 1.1 * share))
+        longest = interval if share <= interval else 1.1 * share
+        return self._rng.uniform(max(0.9 * interval, share), longest)
 
     def _share(self) -> float:
         workers = self._heartbeat.workers
