@@ -1,10 +1,11 @@
 """Deadlines, on a loop with virtual time."""
 
 import asyncio
+import gc
 import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
-from contextvars import Context
+from contextvars import Context, ContextVar
 from typing import TypeVarTuple
 
 import pytest
@@ -112,12 +113,12 @@ def test_a_timeout_error_of_the_block_is_unchanged() -> None:
     run_in_virtual_time(main())
 
 
-def test_a_deadline_must_be_left_by_the_task_that_entered_it() -> None:
+def test_a_deadline_must_be_left_where_it_was_entered() -> None:
     """Otherwise it raises RuntimeError."""
 
     async def main() -> None:
         deadline = Deadline(5.0, clock=LoopClock())
-        with pytest.raises(RuntimeError, match="by the task that entered it"):
+        with pytest.raises(RuntimeError, match="where it was entered"):
             await deadline.__aexit__(None, None, None)
 
     run_in_virtual_time(main())
@@ -275,7 +276,8 @@ def test_a_deadline_ends_a_group_of_tasks() -> None:
 
 
 def test_a_clock_that_fails_leaves_the_timers_of_other_blocks() -> None:
-    """The error goes to the exception handler of the loop."""
+    """The error goes to the exception handler of the loop, as one of its own block."""
+    name = ContextVar("name", default="the loop")
 
     class FailingClock(LoopClock):
         readings = 0
@@ -288,17 +290,63 @@ def test_a_clock_that_fails_leaves_the_timers_of_other_blocks() -> None:
 
     async def main() -> list[object]:
         async def work(clock: LoopClock, seconds: float) -> None:
+            name.set(type(clock).__name__)
             async with Deadline(1.0, clock=clock):
                 await asyncio.sleep(seconds)
 
         seen = list[object]()
         loop = asyncio.get_running_loop()
-        loop.set_exception_handler(lambda _, context: seen.append(type(context["exception"])))
-        one, other = work(FailingClock(), 2.0), work(LoopClock(), 60.0)
-        results = await asyncio.gather(one, other, return_exceptions=True)
+        loop.set_exception_handler(
+            lambda _, context: seen.extend((name.get(), type(context["exception"])))
+        )
+        works = work(LoopClock(), 60.0), work(FailingClock(), 2.0), work(LoopClock(), 60.0)
+        results = await asyncio.gather(*works, return_exceptions=True)
         return [*seen, *map(type, results)]
 
-    assert run_in_virtual_time(main()) == [LookupError, type(None), TimeoutError]
+    assert run_in_virtual_time(main()) == [
+        *("FailingClock", LookupError),
+        *(TimeoutError, type(None), TimeoutError),
+    ]
+
+
+def test_a_clock_is_read_in_the_context_of_its_block() -> None:
+    """It may depend on a context variable."""
+    base: ContextVar[float] = ContextVar("base")
+
+    class ContextClock(LoopClock):
+        def monotonic(self) -> float:
+            return base.get() + super().monotonic()
+
+    async def main() -> None:
+        base.set(100.0)
+        with pytest.raises(TimeoutError):
+            async with Deadline(1.0, clock=ContextClock()):
+                await asyncio.sleep(60.0)
+
+    run_in_virtual_time(main())
+
+
+def test_a_task_that_refuses_the_cancellation_is_not_cut() -> None:
+    """A later cancellation by other code is not a timeout."""
+
+    class Refusing(asyncio.Task[None]):
+        def cancel(self, msg: object = None) -> bool:  # noqa: ARG002 - that of a task
+            return False
+
+    async def main() -> bool:
+        deadline = Deadline(1.0, clock=LoopClock())
+
+        async def work() -> None:
+            async with deadline:
+                await asyncio.sleep(60.0)
+
+        task = Refusing(work())
+        await asyncio.sleep(2.0)
+        asyncio.Task.cancel(task)
+        await asyncio.wait([task])
+        return task.cancelled() and not deadline.cut
+
+    assert run_in_virtual_time(main())
 
 
 def test_a_block_that_is_overdue_at_its_first_wait_is_cut_there() -> None:
@@ -362,6 +410,47 @@ def test_a_generator_may_end_its_block_after_the_block_around_it() -> None:
         return left
 
     assert run_in_virtual_time(main()) == [pytest.approx(3.0), pytest.approx(9.0), math.inf]
+
+
+def test_a_generator_may_be_closed_in_a_context_without_its_block() -> None:
+    """Each of its steps ran in another task."""
+
+    async def main() -> tuple[bool, int]:
+        deadline = Deadline(1.0, clock=LoopClock())
+        numbers = _numbers(deadline)
+
+        async def step() -> int:
+            return await anext(numbers)
+
+        for number in range(2):
+            assert await asyncio.create_task(step()) == number
+        await numbers.aclose()
+        await asyncio.sleep(5.0)
+        with pytest.raises(RuntimeError, match="where it was entered"):
+            await deadline.__aexit__(None, None, None)
+        return deadline.cut, _cancellations()
+
+    assert run_in_virtual_time(main()) == (False, 0)
+
+
+def test_overlapping_blocks_of_generators_do_not_accumulate() -> None:
+    """A task may open the next generator before it closes the last."""
+
+    async def main() -> int:
+        numbers = _numbers(Deadline(9.0, clock=LoopClock()))
+        await anext(numbers)
+        for seconds in [*[9.0] * 50, 60.0]:
+            last, numbers = numbers, _numbers(Deadline(seconds, clock=LoopClock()))
+            await anext(numbers)
+            await last.aclose()
+        await asyncio.sleep(20.0)  # the loop drops the timers
+        gc.collect()
+        alive = sum(isinstance(each, Deadline) for each in gc.get_objects())
+        await numbers.aclose()
+        return alive
+
+    before = sum(isinstance(each, Deadline) for each in gc.get_objects())
+    assert run_in_virtual_time(main()) - before <= 3
 
 
 def test_a_task_that_a_block_leaves_behind_has_no_limit_any_more() -> None:

@@ -23,7 +23,7 @@ class Deadline:
     Raises ``ValueError`` for a negative or non-finite number of seconds.
     """
 
-    __slots__ = ("_clock", "_cut", "_expires_at", "_seconds")
+    __slots__ = ("_clock", "_cut", "_entered", "_expires_at", "_seconds")
 
     def __init__(self, seconds: float, *, clock: Clock | None = None) -> None:
         if not (type(seconds) is float and 0 <= seconds < math.inf):  # the usual case first
@@ -32,6 +32,8 @@ class Deadline:
         self._clock = clock or SystemClock()
         self._expires_at = self._clock.monotonic() + seconds
         self._cut = False
+        self._entered: _Block | None = None
+        """The last block, until it has ended."""
 
     def remaining(self) -> float:
         """Return the seconds left; zero once the deadline has passed."""
@@ -59,7 +61,7 @@ class Deadline:
         task = asyncio.current_task(loop)
         if task is None:
             raise RuntimeError("a deadline must be entered by an asyncio task")
-        block = _Block(self, task, _active())
+        block = self._entered = _Block(self, task, _active())
         _innermost.set(block)
         _new_blocks.add(block, loop)
         return self
@@ -73,12 +75,17 @@ class Deadline:
         """End the block; a cancellation by this deadline becomes ``TimeoutError``."""
         block = innermost = _active()
         # A generator that is suspended in a block of its own keeps that block active.
-        while block is not None and (block.ended or block.deadline is not self):
+        while block is not None and block.deadline is not self:
             block = block.outer
         if block is None:
-            raise RuntimeError("a deadline must be left by the task that entered it")
+            # A generator may be closed in a context that was not copied from that of its block.
+            block = self._entered
+        if block is None:
+            raise RuntimeError("a deadline must be left where it was entered")
         if block is innermost:
             _innermost.set(block.outer)
+        if block is self._entered:
+            self._entered = None
         if block.end() and kind is not None and issubclass(kind, asyncio.CancelledError):
             self._cut = True
             raise TimeoutError(self._message) from error
@@ -114,26 +121,35 @@ class _Block:
         self._task = task
         self._cancelling = task.cancelling()
         # The cancellation counts as one by the code of the block.
-        self._context = copy_context()
+        self._context: Context | None = copy_context()
         self._timer: asyncio.TimerHandle | None = None
         self._expired = self.ended = False
 
     def start_timer(self, loop: asyncio.AbstractEventLoop) -> None:
         """Cancel the task when the deadline passes, unless the block has ended."""
-        if self.ended:
-            return
-        if left := self.deadline.remaining():
-            self._timer = loop.call_later(left, self._expire, context=self._context)
+        context = self._context
+        if context is not None:
+            context.run(self._start_timer, loop, context)
+
+    def _start_timer(self, loop: asyncio.AbstractEventLoop, context: Context) -> None:
+        try:
+            left = self.deadline.remaining()
+        except Exception as error:  # noqa: BLE001 - reported as an error of the block's own code
+            what = "The clock of a deadline has failed"
+            loop.call_exception_handler({"message": what, "exception": error})
         else:
-            self._context.run(self._expire)
+            if left:
+                self._timer = loop.call_later(left, self._expire, context=context)
+            else:
+                self._expire()
 
     def _expire(self) -> None:
-        self._expired = True
-        self._task.cancel()
+        self._expired = self._task.cancel()
 
     def end(self) -> bool:
         """End the block; return True if only its deadline has cancelled the task."""
         self.ended = True
+        self._context = None  # it refers to the block around this one
         if self._timer is not None:
             self._timer.cancel()
         return self._expired and self._task.uncancel() <= self._cancelling
@@ -155,7 +171,8 @@ class _NewBlocks(threading.local):
         if loop is not self._loop or not self._blocks:
             # Another loop may have been closed before its next turn.
             self._loop, self._blocks = loop, deque()
-            # In a context of its own: an error of another block's clock is not of this one's code.
+            # Without the context of this block: an exit that a signal handler raises meanwhile is
+            # not of its code.
             loop.call_soon(self._start_timers, self._blocks, loop, context=Context())
         self._blocks.append(block)
 
@@ -164,7 +181,7 @@ class _NewBlocks(threading.local):
             while blocks:
                 blocks.popleft().start_timer(loop)
         finally:
-            if blocks:  # the clock of one of them has raised
+            if blocks:  # a signal handler has raised
                 loop.call_soon(self._start_timers, blocks, loop)
             elif blocks is self._blocks:
                 self._loop = None
@@ -175,12 +192,19 @@ _innermost: ContextVar[_Block | None] = ContextVar("viralfx_deadline", default=N
 
 
 def _active() -> _Block | None:
-    """Return the innermost block that has not ended.
+    """Return the innermost block that has not ended, and unlink all that have.
 
-    Another context may have ended a block: an asynchronous generator is closed in one of its own,
-    and the tasks that a block started keep a copy of its context.
+    Another context may have ended a block: an asynchronous generator may be closed in one of its
+    own, and the tasks that a block started keep a copy of its context.
     """
-    block = _innermost.get()
+    innermost = block = _not_ended(_innermost.get())
+    while block is not None:
+        outer = block.outer = _not_ended(block.outer)
+        block = outer
+    return innermost
+
+
+def _not_ended(block: _Block | None) -> _Block | None:
     while block is not None and block.ended:
         block = block.outer
     return block
@@ -190,8 +214,7 @@ def time_left() -> float:
     """Return the seconds left until the earliest enclosing deadline; infinity without one."""
     left, block = math.inf, _active()
     while block is not None:
-        if not block.ended:
-            left = min(left, block.deadline.remaining())
+        left = min(left, block.deadline.remaining())
         block = block.outer
     return left
 
