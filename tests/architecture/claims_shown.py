@@ -334,10 +334,10 @@ FIGURES = {
         "viralfx serve, Postgres / bare Litestar, one INSERT, 1 client",
     ),
     "jobs that wait 20 ms": (
-        "jobs.rates --only RedisStream",
+        "jobs.rates",
         "two worker processes / one, wait 20 ms jobs",
     ),
-    "empty jobs": ("jobs.rates --only RedisStream", "two worker processes / one, empty jobs"),
+    "empty jobs": ("jobs.rates", "two worker processes / one, empty jobs"),
     "jobs accepted beside": (
         "ledger.py",
         "accepted, beside 10,000,000 finished / beside none",

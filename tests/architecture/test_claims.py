@@ -161,7 +161,7 @@ EDITS: dict[str, tuple[str, str, str]] = {
         "failureThreshold: 30",
         "yaml: no manifest has this startupProbe",
     ),
-    "a ratio": (r"\| 4\.08 \|", "| 4.59 |", "figure: "),
+    "a ratio": (r"\| 4\.12 \|", "| 4.59 |", "figure: "),
     "a figure with a unit": (r"8\.50 ms", "12.07 ms", "figure: "),
     "waits": (r"0\.5, 1 and 2 s", "0.5, 1 and 3 s", "should have 0.5, 1, 2"),
     "waits of jobs": (r"1, 2, 4 \.\.\. s", "1, 3, 9 ... s", "should have 1, 2, 4"),
