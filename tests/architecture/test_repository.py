@@ -11,8 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-MAX_LINES = 500
-MAX_MODULES = 200
 
 SHAPELESS = {"utils", "util", "common", "helpers", "helper", "base", "misc"}
 ADDRESS = re.compile(
@@ -44,17 +42,9 @@ def text_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_module_has_a_docstring_and_at_most_500_lines(path: Path) -> None:
-    """Every module states its subject and stays readable."""
-    text = path.read_text(encoding="utf-8")
-
-    assert ast.get_docstring(ast.parse(text))
-    assert len(text.splitlines()) <= MAX_LINES
-
-
-def test_the_package_has_few_modules() -> None:
-    """A subject is one file: many small files hide it."""
-    assert len(SOURCES) <= MAX_MODULES
+def test_a_module_has_a_docstring(path: Path) -> None:
+    """Every module states its subject."""
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
 def test_no_file_has_a_name_without_a_subject(tracked: list[Path]) -> None:
