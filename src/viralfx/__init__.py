@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from viralfx.domain.shutdown import ShutdownStage
     from viralfx.settings import Settings, read_settings
     from viralfx.web.api_docs import ApiDocsPlugin
-    from viralfx.web.layer import OperationsConfig
+    from viralfx.web.layer import OperationsConfig, OperationsLayer
     from viralfx.web.plugin import OperationsPlugin
 
 __all__ = [
@@ -73,6 +73,7 @@ __all__ = [
     "LedgerUnavailableError",
     "Observation",
     "OperationsConfig",
+    "OperationsLayer",
     "OperationsPlugin",
     "PayloadError",
     "PayloadTooLargeError",
@@ -135,7 +136,7 @@ _HOMES = {
     "domain.shutdown": ("ShutdownStage",),
     "settings": ("Settings", "read_settings"),
     "web.api_docs": ("ApiDocsPlugin",),
-    "web.layer": ("OperationsConfig",),
+    "web.layer": ("OperationsConfig", "OperationsLayer"),
     "web.plugin": ("OperationsPlugin",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -264,6 +264,7 @@ class LedgerBroker(AsyncBroker, TaskHost):
     async def _open(self) -> None:
         settings = msgspec.structs.replace(read_settings(os.environ), task_modules=())
         own = _Own(assemble(settings, tasks=[self]))
+        own.assembly.operations.home.settle()
         try:
             for resource in own.assembly.operations.resources:
                 await resource.open()

@@ -31,6 +31,7 @@ from viralfx.domain.health.model import AnyHealthCheck, CheckPolicy, HealthRepor
 from viralfx.domain.health.monitor import HealthMonitor
 from viralfx.domain.jobs.hooks import TaskMiddleware
 from viralfx.domain.jobs.ledger import Counts
+from viralfx.domain.loops import HomeLoop
 from viralfx.domain.operations import Backend, Operations, StateStore, save_state
 from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.domain.resilience.registry import BreakerRegistry
@@ -302,11 +303,12 @@ def assemble(
     if absent := missing(settings.needs):
         raise MissingExtraError(absent)
     memory = ProcessMemory()
-    circuits = BreakerRegistry()
-    lifecycle = Lifecycle(clock)
+    circuits, lifecycle, home = BreakerRegistry(), Lifecycle(clock), HomeLoop()
     monitor = HealthMonitor(clock=clock, fail_open_after=settings.readiness_fail_open_after)
-    database, counts, database_backend = _database(settings, clock, monitor, database_password)
-    redis, cache_store, redis_backend = _redis(settings, clock, monitor, redis_credentials)
+    database, counts, database_backend = _database(
+        settings, clock, monitor, database_password, home
+    )
+    redis, cache_store, redis_backend = _redis(settings, clock, monitor, redis_credentials, home)
     # In the order of shutdown.
     backends = {"redis": redis_backend, "database": database_backend}
     own, problems = prepare_checks(checks or {})
@@ -341,6 +343,7 @@ def assemble(
             instance=instance,
             tracing=tracing,
             counts=counts,
+            home=home,
         )
     except ConfigurationError as error:
         raise ConfigurationError([*problems, *error.problems]) from None
@@ -371,6 +374,7 @@ def assemble(
         usage=lambda: memory.usage,
         resources=tuple(b.resource for b in backends.values() if b.resource is not None),
         checks_of_state=("circuits",),
+        home=home,
         on_ready=(jobs.start, lag.start),
         instance=instance,
         revision=settings.revision,
@@ -400,7 +404,7 @@ def assemble(
         operations=operations,
         database=database,
         redis=redis,
-        cache=Cache(cache_store, MsgspecCodec()),
+        cache=Cache(cache_store, MsgspecCodec(), home=home),
         jobs=jobs,
         fleet=fleet,
         source=ConfigurationSource(env_prefix, redis_credentials, database_password),
@@ -455,6 +459,7 @@ def _database(
     clock: Clock,
     monitor: HealthMonitor,
     ask_password: CredentialsCallable | None,
+    home: HomeLoop,
 ) -> "tuple[PostgresDatabase | None, Counts | None, Backend]":
     if settings.database_url is None:
         return None, None, Backend(check=MemoryDatabase(clock))
@@ -462,7 +467,7 @@ def _database(
     from viralfx.bootstrap.postgres import wire_postgres  # noqa: PLC0415
 
     suspect = partial(monitor.request_check, "database")
-    return wire_postgres(settings, clock, suspect, ask_password)
+    return wire_postgres(settings, clock, suspect, ask_password, home)
 
 
 def _redis(
@@ -470,6 +475,7 @@ def _redis(
     clock: Clock,
     monitor: HealthMonitor,
     credentials: CredentialsCallable | None,
+    home: HomeLoop,
 ) -> "tuple[RedisClient | None, CacheStore, Backend]":
     if not settings.redis.in_use:
         return None, MemoryCacheStore(clock), Backend(check=MemoryRedis(clock))
@@ -477,7 +483,7 @@ def _redis(
         from viralfx.bootstrap.redis import cache_store, wire_redis  # noqa: PLC0415 - as above
 
     suspect = partial(monitor.request_check, "redis")
-    client, backend = wire_redis(settings, clock, suspect, credentials)
+    client, backend = wire_redis(settings, clock, suspect, credentials, home)
     return client, cache_store(client), backend
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryJobLedger, MemoryNotifier
 from viralfx.bootstrap.task_modules import add_tasks, declared_tasks, load_tasks, registry_of
+from viralfx.bootstrap.threaded import MakeService, ThreadedJobs
 from viralfx.domain.cache import SingleFlight
 from viralfx.domain.clock import Clock, supervised
 from viralfx.domain.errors import ConfigurationError, WorkLostError
@@ -21,8 +22,9 @@ from viralfx.domain.jobs.health import BacklogCheck
 from viralfx.domain.jobs.hooks import CombinedHooks, JobHooks, TaskHost, TaskMiddleware
 from viralfx.domain.jobs.ledger import Counts, JobLedger, LeaseStore, QueueCounts
 from viralfx.domain.jobs.notifier import BackgroundNotifier, JobNotifier
-from viralfx.domain.jobs.service import JobService
+from viralfx.domain.jobs.service import JobsApart, JobService
 from viralfx.domain.jobs.tasks import Task, TaskRegistry
+from viralfx.domain.loops import HomeLoop
 from viralfx.domain.resilience.breaker import CircuitEvent
 from viralfx.domain.resilience.policy import BackoffPolicy
 from viralfx.domain.webhooks.alerts import HealthAlerts
@@ -318,12 +320,13 @@ def wire_jobs(
     instance: str,
     tracing: "Tracing | None" = None,
     counts: Counts | None = None,
+    home: HomeLoop | None = None,
 ) -> JobRuntime:
     """Wire the jobs; nothing runs yet.
 
     ``functions`` are an application's own tasks, and ``middleware`` is around all tasks.
     ``instance`` is this process's name. ``counts`` replaces the ledger's counts in the health
-    check. Raises :class:`ConfigurationError`.
+    check. ``home`` is the event loop of the services. Raises :class:`ConfigurationError`.
     """
     codec = MsgspecCodec()
     ledger, memory = _ledger(settings, database, redis, clock)
@@ -353,16 +356,28 @@ def wire_jobs(
     notifier = _notifier(settings, database, redis, clock)
     background_notifier = BackgroundNotifier(notifier, clock=clock)
     calls = TaskCalls(middleware, built_in={task.name for task in built_in})
-    service = JobService(
-        clock=clock,
-        ledger=ledger,
-        tasks=tasks,
-        codec=codec,
-        queues=settings.queues,
-        notify=background_notifier.notify,
-        hooks=hooks,
-        max_payload_bytes=settings.job.max_result_bytes,
-    )
+
+    def make_service(
+        ledger: JobLedger,
+        background: BackgroundNotifier,
+        home: HomeLoop | None,
+        apart: JobsApart | None = None,
+    ) -> JobService:
+        return JobService(
+            clock=clock,
+            ledger=ledger,
+            tasks=tasks,
+            codec=codec,
+            queues=settings.queues,
+            notify=background.notify,
+            hooks=hooks,
+            max_payload_bytes=settings.job.max_result_bytes,
+            home=home,
+            apart=apart,
+        )
+
+    apart = _jobs_apart(settings, database, redis, clock, make_service)
+    service = make_service(ledger, background_notifier, home, apart)
 
     def make_worker(queues: Collection[str]) -> JobWorker:
         job = settings.job
@@ -467,6 +482,25 @@ def _ledger(
     from viralfx.bootstrap.postgres import job_ledger  # noqa: PLC0415 - without a driver in memory
 
     return job_ledger(database, clock, notifies=redis is None), None
+
+
+def _jobs_apart(
+    settings: Settings,
+    database: "PostgresDatabase | None",
+    redis: "RedisClient | None",
+    clock: Clock,
+    make_service: MakeService,
+) -> JobsApart | None:
+    if database is None:
+        return None
+
+    def connect(
+        database: "PostgresDatabase", redis: "RedisClient | None"
+    ) -> tuple[JobLedger, JobNotifier]:
+        ledger, _ = _ledger(settings, database, redis, clock)
+        return ledger, _notifier(settings, database, redis, clock)
+
+    return ThreadedJobs(database, redis, clock=clock, connect=connect, make_service=make_service)
 
 
 def _lease_store(database: "PostgresDatabase") -> LeaseStore:

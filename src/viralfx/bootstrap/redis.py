@@ -13,6 +13,7 @@ from viralfx.adapters.redis import (
 from viralfx.domain.cache import CacheStore
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import unusable_certificates
+from viralfx.domain.loops import HomeLoop
 from viralfx.domain.operations import CHECK_SHARE, Backend
 from viralfx.settings import CredentialsCallable, Settings
 
@@ -22,17 +23,23 @@ def wire_redis(
     clock: Clock,
     on_suspected_outage: Callable[[], None],
     credentials: CredentialsCallable | None = None,
+    home: HomeLoop | None = None,
 ) -> tuple[RedisClient, Backend]:
     """Wire the Redis adapter; nothing is connected before the first request or check.
 
     ``credentials`` is the application's callable, in place of user and password of the settings.
+    ``home`` is the event loop that the connections belong to.
     Raises :class:`ConfigurationError` for unusable certificates.
     """
     redis = settings.redis
     if redis.tls_enabled and redis.tls_ca_file is not None:
         _refuse_unusable(redis.tls_ca_file)
     client = RedisClient(
-        redis, clock=clock, on_suspected_outage=on_suspected_outage, credentials=credentials
+        redis,
+        clock=clock,
+        on_suspected_outage=on_suspected_outage,
+        credentials=credentials,
+        home=home,
     )
     check = RedisHealthCheck(client, clock, timeout=settings.health_check_timeout * CHECK_SHARE)
     return client, Backend(check=check, close=partial(close_redis, client))

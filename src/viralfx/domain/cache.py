@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from viralfx.domain.clock import ignore_error
 from viralfx.domain.errors import require_positive
+from viralfx.domain.loops import HomeLoop, at_home
 
 T = TypeVar("T")
 
@@ -99,16 +100,26 @@ class Cache:
 
     Concurrent callers of a key in this process share one read and one load. If the store fails,
     the value is loaded.
+
+    Await its methods on any event loop of the process. A loader runs on that of the application, so
+    it must not block, nor use a client of another loop.
     """
 
-    def __init__(self, store: CacheStore, codec: ValueCodec | None = None) -> None:
-        """``codec`` is needed for :meth:`get_or_load_value` only."""
+    def __init__(
+        self, store: CacheStore, codec: ValueCodec | None = None, *, home: HomeLoop | None = None
+    ) -> None:
+        """``codec`` is needed for :meth:`get_or_load_value` only.
+
+        ``home`` is the event loop of the store and the loaders.
+        """
+        self._home = home or HomeLoop()
         self._store = store
         self._codec = codec
         self._flights: SingleFlight[bytes] = SingleFlight()
         self._renewals: SingleFlight[bytes] = SingleFlight()
         self._failing: set[str] = set()
 
+    @at_home
     async def get_or_load(
         self, key: str, ttl: float, loader: Callable[[], Awaitable[bytes]]
     ) -> bytes:
@@ -121,6 +132,7 @@ class Cache:
         require_positive("ttl", ttl)
         return await self._flights.run(key, functools.partial(self._obtain, key, ttl, loader))
 
+    @at_home
     async def get_or_load_value(
         self, key: str, ttl: float, loader: Callable[[], Awaitable[T]], kind: type[T]
     ) -> T:

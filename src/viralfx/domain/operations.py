@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from viralfx.domain.clock import Clock
 from viralfx.domain.health.model import HealthCheck, Lifecycle, ProcessUsage
 from viralfx.domain.health.monitor import HealthMonitor
+from viralfx.domain.loops import HomeLoop
 from viralfx.domain.resilience.registry import BreakerRegistry
 from viralfx.domain.shutdown import ShutdownSequence, StageFunction
 
@@ -94,6 +95,8 @@ class Operations:
     """Called once the application is ready. Each must tolerate a second call."""
     checks_of_state: Collection[str] = ()
     """Names of the checks that report saved state; they start once it is restored."""
+    home: HomeLoop = field(default_factory=HomeLoop)
+    """The event loop of the services: the one on which they start."""
     previous: SavedState | None = None
     """State saved by the previous process; None before start-up, or if there is none."""
     instance: str = ""
@@ -125,6 +128,7 @@ class Operations:
         if self._started:
             return
         self._started = True
+        self.home.settle()
         # The monitor starts first, so that probes report a missing resource during the wait for it.
         self.monitor.start(postponed=self.checks_of_state)
         for resource in self.resources:

@@ -141,7 +141,8 @@ Tasks that the application starts inherit the value, and may run other applicati
 class OperationsLayer:
     """Checks, endpoints, jobs and shutdown stages of one application; knows no framework.
 
-    Subclasses connect it to an application.
+    Subclasses connect it to an application. By itself it is for processes without an event loop,
+    such as those of a WSGI server: there ``jobs.submit_sync()`` needs DATABASE_URL alone.
     """
 
     __slots__ = (
@@ -400,9 +401,10 @@ class OperationsLayer:
         Raises :class:`ConfigurationError` for tasks that cannot work.
         """
         staged = self.operations.staged
-        if self.operations.shutdown.triggered and not staged:
+        over = self.operations.shutdown.triggered or self.operations.home.is_forked
+        if over and not staged:
             # The lifespan starts again, as with several test clients in a row. A shutdown is final,
-            # so the layer is wired again.
+            # and so is a home loop, which stays with the parent of a forked process.
             self._wire()
         jobs = self.assembly.jobs
         if not staged:  # otherwise the runner did it

@@ -14,6 +14,7 @@ from viralfx.domain.clock import Clock
 from viralfx.domain.jobs.batching import Allowance
 from viralfx.domain.jobs.ledger import (
     Accepted,
+    BlockingConnection,
     BulkStep,
     Check,
     Found,
@@ -139,7 +140,8 @@ class JobChanges:
 
         Raises :class:`TransactionError` for a connection, unless ``transaction_of`` knows it.
         """
-        given = connection.connection if isinstance(connection, WatchedTransaction) else connection
+        wrapped = isinstance(connection, WatchedTransaction | BlockingConnection)
+        given = connection.connection if wrapped else connection
         transaction = given if isinstance(given, MemoryTransaction) else self.transaction_of(given)
         if transaction is None:
             raise TransactionError(

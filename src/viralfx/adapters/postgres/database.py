@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import asyncpg
+import msgspec
 from asyncpg.connection import Connection
 from asyncpg.pool import Pool, PoolConnectionProxy
 from asyncpg.transaction import Transaction
@@ -36,6 +37,7 @@ from viralfx.adapters.postgres.retry import (
 )
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import StartupError
+from viralfx.domain.loops import ForeignLoopError, HomeLoop, at_home
 from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.resilience.retry_decision import RetryRelay
 
@@ -127,10 +129,12 @@ class PostgresDatabase:
         *,
         clock: Clock,
         on_suspected_outage: Callable[[], None] = lambda: None,
+        home: HomeLoop | None = None,
     ) -> None:
         """Prepare the pool; nothing is connected before :meth:`open`.
 
-        Raises ``OSError`` for certificates that cannot be used.
+        ``home`` is the event loop that the connections belong to: the one of :meth:`open`. Raises
+        ``OSError`` for certificates that cannot be used.
         """
         self.config = config
         """The address, the credentials and the settings."""
@@ -145,7 +149,8 @@ class PostgresDatabase:
         """Forwards the events of :meth:`execute_with_retry`."""
         self._pool: Pool[Any] | None = None
         self._dedicated: set[Connection[Any]] = set()
-        self._opening, self._opened = asyncio.Event(), asyncio.Event()
+        self._home = home or HomeLoop()
+        self._opened = asyncio.Event()
         self._closed = False
         self._in_use = self._waiting = self._failed_connections = 0
         self.members = PoolMembers(config)
@@ -155,6 +160,16 @@ class PostgresDatabase:
         self.health_backend: int | None = None
         """The server's process for the connection of the health query; None without one."""
         filter_pool_log()
+
+    def twin(self) -> "PostgresDatabase":
+        """Return the same database with a pool for another event loop, which keeps no connection.
+
+        Opening it takes one attempt.
+        """
+        settings = msgspec.structs.replace(
+            self.config.settings, pool_min=0, max_reconnect_attempts=1
+        )
+        return PostgresDatabase(replace(self.config, settings=settings), clock=self._clock)
 
     # -- life --------------------------------------------------------------------------------
 
@@ -166,7 +181,7 @@ class PostgresDatabase:
         """
         if self._pool is not None:
             return
-        self._opening.set()
+        self._home.settle()
         attempts = self.config.settings.max_reconnect_attempts
         for attempt in range(1, attempts + 1):
             pool = self._new_pool()
@@ -245,7 +260,8 @@ class PostgresDatabase:
 
         Raises :class:`PoolTimeoutError` if none is free within ``DB_POOL_TIMEOUT``, and the
         driver's errors if a new one cannot be opened; :class:`PoolerModeError` while ``DB_POOLER``
-        does not say that the pooler works in transaction mode.
+        does not say that the pooler works in transaction mode. Raises ``RuntimeError`` on another
+        event loop than that of the application: use :meth:`execute_with_retry` there.
         """
         pool = await self._open_pool()
         loop = asyncio.get_running_loop()
@@ -275,6 +291,7 @@ class PostgresDatabase:
         finally:
             suspicion.cancel()
 
+    @at_home
     async def execute_with_retry(
         self,
         operation: Callable[[Lease], Awaitable[T]],
@@ -293,6 +310,9 @@ class PostgresDatabase:
         nothing behind, with one exception: if the connection is lost during COMMIT, the result is
         unknown. Such an operation is repeated only if it is declared ``idempotent``; otherwise
         the error is raised with ``maybe_applied`` true. Raises the error of the last attempt.
+
+        You may await it on any event loop. ``operation`` runs on that of the application, so it
+        must not block, nor use a client of another loop.
         """
         retrier = Retrier(
             retry_policy(attempts), name="database", idempotent=idempotent, clock=self._clock
@@ -417,15 +437,20 @@ class PostgresDatabase:
         if self._pool is None and not self._closed:
             # Callers that come before the start wait for it, up to the pool's timeout.
             limit = self.config.settings.pool_timeout
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(limit, _START_SECONDS)):
-                    await self._opening.wait()
-                async with asyncio.timeout(limit):
-                    await self._opened.wait()
+            await self._home.known_within(min(limit, _START_SECONDS), self._clock)
+            if self._home.is_here:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(limit):
+                        await self._opened.wait()
         if self._closed:
             raise asyncpg.InterfaceError("the database's pool is closed")
+        if self._home.is_known and not self._home.is_here:
+            raise ForeignLoopError(
+                "a connection of the database works on the event loop of the application only; pass"
+                " your statements as a function to execute_with_retry(), which runs it there"
+            )
         if self._pool is None:
-            raise NotOpenError(started=self._opening.is_set())
+            raise NotOpenError(started=self._home.is_known)
         if self.members.share_processes:
             raise PoolerModeError
         return self._pool

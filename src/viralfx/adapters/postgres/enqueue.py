@@ -1,12 +1,10 @@
-"""Accepts jobs: alone, in a transaction of asyncpg or SQLAlchemy, or for a time of a schedule."""
+"""Accepts jobs: alone, in a transaction of the caller, or for a time of a schedule."""
 
-import asyncio
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from asyncpg.connection import Connection
 from asyncpg.pool import PoolConnectionProxy
@@ -24,10 +22,18 @@ from viralfx.adapters.postgres.ledger_sql import SOON_SECONDS
 from viralfx.adapters.postgres.migrations import Statements
 from viralfx.adapters.postgres.notifier import NOTIFY, encode
 from viralfx.adapters.postgres.retry import Attempt, RetriedSteps
-from viralfx.domain.jobs.ledger import Accepted, Check, TransactionError, WatchedTransaction
+from viralfx.domain.jobs.ledger import (
+    Accepted,
+    BlockingConnection,
+    Check,
+    TransactionError,
+    WatchedTransaction,
+)
 from viralfx.domain.jobs.model import JobDraft, LedgerUnavailableError
 from viralfx.domain.jobs.notifier import IDS_PER_NOTIFICATION, JobNotification
 from viralfx.domain.jobs.schedule import Schedule, ScheduledAcceptance, ScheduleState
+
+T = TypeVar("T")
 
 _MAX_ROUNDS = 10
 
@@ -170,17 +176,51 @@ class _Transaction(Session, Protocol):
 
 
 def _transaction_of(connection: Any) -> _Transaction:
+    if isinstance(connection, BlockingConnection):
+        return _blocking_transaction(connection.connection)
     watched: list[Callable[[], None]] | None = None
     if isinstance(connection, WatchedTransaction):
         connection, watched = connection.connection, connection.after_commit
     if isinstance(connection, Connection | PoolConnectionProxy):
         return _AsyncpgTransaction(connection, watched)
-    if any(kind.__module__.startswith("sqlalchemy.") for kind in type(connection).__mro__):
+    if _is_of_sqlalchemy(connection):
         return _sqlalchemy_transaction(connection)
+    hint = "; jobs.submit_sync() takes it" if _psycopg_cursor(connection) is not None else ""
     raise TransactionError(
         f"connection= takes a connection of asyncpg, or a session or connection of SQLAlchemy, not"
-        f" {type(connection).__module__}.{type(connection).__qualname__}"
+        f" {type(connection).__module__}.{type(connection).__qualname__}{hint}"
     )
+
+
+def _is_of_sqlalchemy(connection: Any) -> bool:
+    return any(kind.__module__.startswith("sqlalchemy.") for kind in type(connection).__mro__)
+
+
+def _blocking_transaction(connection: Any) -> _Transaction:
+    if (cursor := _psycopg_cursor(connection)) is not None:
+        return _PsycopgTransaction(connection, cursor)
+    asynchronous = any(hasattr(connection, f"sync_{each}") for each in ("session", "connection"))
+    if _is_of_sqlalchemy(connection) and not asynchronous:
+        return _sqlalchemy_transaction(connection, blocks=True)
+    hint = ""
+    if asynchronous or isinstance(connection, Connection | PoolConnectionProxy):
+        hint = "; use `await jobs.submit(..., connection=...)` for it"
+    raise TransactionError(
+        "connection= of a synchronous call takes a session or connection of SQLAlchemy, or a"
+        f" connection of psycopg or psycopg2, that is synchronous, not"
+        f" {type(connection).__module__}.{type(connection).__qualname__}{hint}"
+    )
+
+
+def _psycopg_cursor(connection: Any) -> Callable[[], Any] | None:
+    """Return what makes a cursor with plain rows; None for a connection of another driver."""
+    # The caller has imported the driver of the connection, and this package needs none of the two.
+    latest, former = sys.modules.get("psycopg"), sys.modules.get("psycopg2.extensions")
+    if latest is not None and isinstance(connection, latest.Connection):
+        return lambda: connection.cursor(row_factory=latest.rows.tuple_row)
+    if former is not None and isinstance(connection, former.connection):
+        return lambda: connection.cursor(cursor_factory=former.cursor)
+    return None
 
 
 _ARRAY = re.compile(r"(\$\d+)::(\w+\[\])")
@@ -220,11 +260,41 @@ class _AsyncpgTransaction:
         return self._after_commit is not None
 
 
+class _PsycopgTransaction:
+    """Runs statements through a connection of psycopg or psycopg2, which blocks."""
+
+    def __init__(self, connection: Any, cursor: Callable[[], Any]) -> None:
+        self._connection = connection
+        self._cursor = cursor
+
+    async def begin(self) -> None:
+        # Without autocommit the driver begins a transaction with the first statement.
+        if self._connection.autocommit and not self._connection.info.transaction_status:
+            raise TransactionError(
+                "the connection is in no transaction, so the job would be accepted at once; submit"
+                " it inside one, such as `with connection.transaction():`"
+            )
+
+    async def fetch(self, statement: str, /, *arguments: Any) -> Sequence[Row]:
+        text, values = _as_text(statement, arguments)
+        named = _PARAMETER.sub(r"%(p\1)s", text.replace("%", "%%"))
+        with self._cursor() as cursor:
+            cursor.execute(named, {f"p{number}": value for number, value in enumerate(values, 1)})
+            if cursor.description is None:
+                return ()
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def call_after_commit(self, call: Callable[[], None]) -> bool:
+        del call
+        return False  # the drivers have no such event
+
+
 _PENDING = "viralfx_after_commit"
 """The key of the functions of a session in its ``info``."""
 
 
-def _sqlalchemy_transaction(given: Any) -> "_SqlAlchemyTransaction":
+def _sqlalchemy_transaction(given: Any, *, blocks: bool = False) -> "_SqlAlchemyTransaction":
     # Loaded already, since this is one of its objects.
     from sqlalchemy import Connection as SyncConnection  # noqa: PLC0415
     from sqlalchemy.orm import Session as SyncSession  # noqa: PLC0415
@@ -233,9 +303,9 @@ def _sqlalchemy_transaction(given: Any) -> "_SqlAlchemyTransaction":
         given = given()  # a scoped session, which stands for the session of this task
     found = getattr(given, "sync_session", None) or getattr(given, "sync_connection", None) or given
     if isinstance(found, SyncSession):
-        return _SqlAlchemyTransaction(found.connection, found)
+        return _SqlAlchemyTransaction(found.connection, found, blocks=blocks)
     if isinstance(found, SyncConnection):
-        return _SqlAlchemyTransaction(lambda: found, None)
+        return _SqlAlchemyTransaction(lambda: found, None, blocks=blocks)
     raise TransactionError(
         "connection= takes an open session or connection of SQLAlchemy, not"
         f" {type(given).__qualname__}"
@@ -252,14 +322,23 @@ class _SqlAlchemyTransaction:
     the rollback of the session.
     """
 
-    def __init__(self, connection: Callable[[], Any], session: Any) -> None:
+    def __init__(self, connection: Callable[[], Any], session: Any, *, blocks: bool) -> None:
+        """``blocks``: the driver is synchronous, and the call runs on no event loop."""
         self._connection = connection
         self._session = session
+        self._blocks = blocks
 
     async def begin(self) -> None:
+        await self._call(self._require_transaction)
+
+    async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
+        if self._blocks:
+            return function(*arguments)
         from sqlalchemy.util import greenlet_spawn  # noqa: PLC0415 - loaded already
 
-        await greenlet_spawn(self._require_transaction)
+        # Also for a connection of a driver that does not await anything.
+        result: T = await greenlet_spawn(function, *arguments)
+        return result
 
     def _require_transaction(self) -> None:
         if getattr(self._connection().connection, "autocommit", False):
@@ -270,14 +349,11 @@ class _SqlAlchemyTransaction:
 
     async def fetch(self, statement: str, /, *arguments: Any) -> Sequence[Row]:
         from sqlalchemy import text  # noqa: PLC0415 - as above
-        from sqlalchemy.util import greenlet_spawn  # noqa: PLC0415
 
         plain, values = _as_text(statement, arguments)
         named = text(_PARAMETER.sub(r"(:p\1)", plain))
         parameters = {f"p{number}": value for number, value in enumerate(values, 1)}
-        # Also for a connection of a driver that does not await anything.
-        rows: Sequence[Row] = await greenlet_spawn(self._run, named, parameters)
-        return rows
+        return await self._call(self._run, named, parameters)
 
     def _run(self, statement: Any, parameters: Mapping[str, Any]) -> Sequence[Row]:
         result = self._connection().execute(statement, parameters)
@@ -289,18 +365,11 @@ class _SqlAlchemyTransaction:
         session = self._session
         if session is None:
             return False  # its event comes before the commit
-        loop = asyncio.get_running_loop()
-        session.info.setdefault(_PENDING, []).append(partial(_call_in, loop, call))
+        session.info.setdefault(_PENDING, []).append(call)
         if not event.contains(session, "after_commit", _run_pending):
             event.listen(session, "after_commit", _run_pending)
             event.listen(session, "after_transaction_end", _forget_pending)
         return True
-
-
-def _call_in(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    """Call a function on a loop: a session may commit in another thread."""
-    with suppress(RuntimeError):  # the loop is closed; workers find the jobs by polling
-        loop.call_soon_threadsafe(call)
 
 
 def _run_pending(session: Any) -> None:

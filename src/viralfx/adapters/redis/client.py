@@ -27,6 +27,7 @@ from viralfx.adapters.redis.errors import is_pool_exhausted, is_unavailable, ref
 from viralfx.adapters.redis.retry import RequestRetry, retry_policy
 from viralfx.domain.clock import Clock, SystemClock, finished_within
 from viralfx.domain.errors import require_count, require_not_negative, require_positive
+from viralfx.domain.loops import HomeLoop, at_home
 from viralfx.domain.resilience._callables import operation_name, require_callable
 from viralfx.domain.resilience.fallback import with_fallback
 from viralfx.domain.threads import NameLookups
@@ -157,11 +158,20 @@ F = TypeVar("F")
 
 class _Pool(Protocol):
     traffic: Traffic
+    home: HomeLoop
 
 
 class CountingRedis(Redis):
-    """redis-py's client; counts its requests in the :class:`Traffic` of its pool."""
+    """redis-py's client; counts its requests in the :class:`Traffic` of its pool.
 
+    Await its commands on any event loop of the process: they run on that of the application.
+    """
+
+    @property
+    def _home(self) -> HomeLoop:
+        return cast("_Pool", self.connection_pool).home
+
+    @at_home
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute one command; see redis-py."""
         request: Awaitable[Any] = super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
@@ -177,12 +187,23 @@ class CountingRedis(Redis):
 class CountingPipeline(Pipeline):
     """redis-py's pipeline; counts each execution, and immediate commands after WATCH."""
 
+    @property
+    def _home(self) -> HomeLoop:
+        return cast("_Pool", self.connection_pool).home
+
+    @at_home
+    async def reset(self) -> None:  # type: ignore[override]  # it replaces a command of that name
+        """Forget the queued commands, and return the connection; see redis-py."""
+        await super().reset()  # type: ignore[no-untyped-call]
+
+    @at_home
     async def execute(self, raise_on_error: bool = True) -> list[Any]:  # noqa: FBT001, FBT002 - redis-py's signature
         """Execute the queued commands; see redis-py."""
         if not self.command_stack and not self.watching:
             return []
         return await _counted(self, "PIPELINE", super().execute(raise_on_error))
 
+    @at_home
     async def immediate_execute_command(self, *args: Any, **options: Any) -> Any:
         """Execute one command between WATCH and MULTI; see redis-py."""
         request: Awaitable[Any] = super().immediate_execute_command(*args, **options)  # type: ignore[no-untyped-call]
@@ -231,7 +252,11 @@ class RedisClient:
         on_suspected_outage: Callable[[], object] = lambda: None,
         credentials: CredentialsCallable | None = None,
         any_server: bool = False,
+        home: HomeLoop | None = None,
     ) -> None:
+        """``home`` is the event loop of the connections; None: that of each caller."""
+        self._home = home or HomeLoop()
+        self._credentials = credentials
         self.settings = settings
         """The settings that the client was made with."""
         self.limits = limits
@@ -249,6 +274,7 @@ class RedisClient:
                 traffic=self._sentinel_traffic,
                 size=1,
                 max_wait=limits.sentinel_timeout,
+                home=self._home,
                 host=host,
                 port=port,
                 **sentinel_options,
@@ -270,6 +296,7 @@ class RedisClient:
             traffic=self._traffic,
             size=limits.pool_size,
             max_wait=limits.pool_timeout,
+            home=self._home,
             retry=RequestRetry(retry_policy(limits.attempts, limits.retry_base, limits.retry_cap)),
             **options,
         )
@@ -278,6 +305,12 @@ class RedisClient:
         self._pools: list[WaitingPool] = []
         self.redis = CountingRedis.from_pool(self._pool)
         """redis-py's asynchronous client; replies are bytes."""
+
+    def twin(self) -> "RedisClient":
+        """Return another client of the same server, for another event loop."""
+        return RedisClient(
+            self.settings, self.limits, clock=self._clock, credentials=self._credentials
+        )
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -319,6 +352,7 @@ class RedisClient:
 
     # -- requests ----------------------------------------------------------------------------
 
+    @at_home
     async def get_with_graceful_degradation(
         self, operation: Callable[[], Awaitable[T]], fallback: F
     ) -> T | F:
@@ -329,6 +363,9 @@ class RedisClient:
         operation is cancelled after ``RedisLimits.degrade_after`` (1 s); if Redis responded to no
         other request meanwhile, that is a known outage. An exhausted pool also results in the
         fallback. Other errors are raised. Raises ``TypeError`` if ``operation`` is not callable.
+
+        You may await it on any event loop. ``operation`` runs on that of the application, so it
+        must not block, nor use a client of another loop.
         """
         require_callable(operation)
         if not self._traffic.available:
@@ -376,6 +413,7 @@ class RedisClient:
             traffic=self._traffic,
             size=size,
             max_wait=socket_timeout,
+            home=self._home,
             retry=RequestRetry(retry_policy(attempts=1)),
             **{**self._options, **options},
         )

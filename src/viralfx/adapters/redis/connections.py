@@ -49,6 +49,7 @@ from viralfx.adapters.redis.errors import (
 )
 from viralfx.domain.cache import SingleFlight
 from viralfx.domain.events import OperationListener, ignore_operation
+from viralfx.domain.loops import ForeignLoopError, HomeLoop
 from viralfx.domain.threads import NameLookups
 
 T = TypeVar("T")
@@ -391,6 +392,11 @@ class ServerConnection(Connection):
             writer.close()
             writer.transport.abort()
 
+    def forget(self) -> None:
+        """Leave the socket to the garbage collector: its event loop has ended."""
+        self._parser.on_disconnect()  # type: ignore[no-untyped-call]
+        self._writer = self._reader = None
+
 
 class WaitingPool(ConnectionPool):
     """Pool of up to ``size`` connections; further requests wait up to ``max_wait`` seconds.
@@ -399,8 +405,15 @@ class WaitingPool(ConnectionPool):
     """
 
     def __init__(
-        self, *, traffic: Traffic, size: int, max_wait: float, **connection_options: Any
+        self,
+        *,
+        traffic: Traffic,
+        size: int,
+        max_wait: float,
+        home: HomeLoop | None = None,
+        **connection_options: Any,
     ) -> None:
+        """``home`` is the event loop of the connections; until it is known, that of each caller."""
         super().__init__(
             connection_class=ServerConnection,
             max_connections=size,
@@ -415,16 +428,21 @@ class WaitingPool(ConnectionPool):
         self._max_wait = max_wait
         self._slots = asyncio.Semaphore(size)
         self._released = asyncio.Event()
+        self.home = home or HomeLoop()
+        """The event loop of the connections."""
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def get_connection(
         self, command_name: object = None, *keys: object, **options: object
     ) -> AbstractConnection:
         """Return a connection, which may be closed.
 
-        Raises ``MaxConnectionsError`` if none becomes free in time.
+        Raises ``MaxConnectionsError`` if none becomes free in time, and
+        :class:`ForeignLoopError` on another event loop than that of the application.
         """
         del command_name, keys, options  # redis-py's signature
         self.traffic.require_open()
+        self._use_loop()
         await self._acquire_slot()
         try:
             connection = cast("AbstractConnection", self.get_available_connection())  # type: ignore[no-untyped-call]
@@ -437,6 +455,20 @@ class WaitingPool(ConnectionPool):
             await self.release(connection)
             raise
         return connection
+
+    def _use_loop(self) -> None:
+        if self._loop is (here := asyncio.get_running_loop()):
+            return
+        if self.home.is_known and not self.home.is_here:
+            raise ForeignLoopError(
+                "a connection to Redis works on the event loop of the application only; send"
+                " commands and pipelines through the client, or open a client for this loop"
+            )
+        # The loop of the former connections has ended: callers use one loop at a time.
+        for connection in self._available_connections:
+            cast("ServerConnection", connection).forget()
+        self._loop = here
+        self._slots, self._released = asyncio.Semaphore(self.max_connections), asyncio.Event()
 
     async def _acquire_slot(self) -> None:
         if not self._slots.locked():

@@ -18,6 +18,7 @@ from contextlib import aclosing, contextmanager, nullcontext
 from contextvars import Context
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Generic, TypeVar
 
 from viralfx.domain.clock import Clock, wait_for
@@ -31,6 +32,7 @@ from viralfx.domain.jobs.model import (
     LedgerLimitError,
     LedgerUnavailableError,
 )
+from viralfx.domain.loops import HomeLoop, at_home
 from viralfx.domain.resilience.deadline import Deadline
 
 ItemT = TypeVar("ItemT")
@@ -119,9 +121,19 @@ class Batcher(Generic[ItemT, ResultT]):
         """The task that takes the next batch; the others are slow."""
         self._succeeded = 0
         """How many calls succeeded so far."""
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def __call__(self, item: ItemT) -> ResultT:
-        """Return the result for ``item``, or raise its error."""
+        """Return the result for ``item``, or raise its error.
+
+        The callers of one moment must be on the same event loop.
+        """
+        if self._loop is not (loop := asyncio.get_running_loop()):
+            # A loop that has ended leaves its tasks behind, and they never end.
+            self._loop, self._current = loop, None
+            self._waiting.clear()
+            self._running.clear()
+            self._keys.clear()
         entry: _Entry[ItemT, ResultT] = _Entry(item, self._keys_of(item))
         self._waiting.append(entry)
         if self._current is None:
@@ -272,16 +284,23 @@ class JobFollower:
     """
 
     def __init__(
-        self, get: Callable[[str], Awaitable[Job]], clock: Clock, *, max_followers: int = 1000
+        self,
+        get: Callable[[str], Awaitable[Job]],
+        clock: Clock,
+        *,
+        max_followers: int = 1000,
+        home: HomeLoop | None = None,
     ) -> None:
-        """``get`` returns a job and raises as :meth:`JobService.get` does."""
+        """``get`` returns a job and raises as :meth:`JobService.get` does, on the loop ``home``."""
         self._get = get
+        self._home = home or HomeLoop()
         self._clock = clock
         self._max_followers = max_followers
         self._followers = 0
         self._followed: dict[str, _FollowedJob] = {}
         self._queries = asyncio.Semaphore(_MAX_CONCURRENT_QUERIES)
         self._ended = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def full(self) -> bool:
@@ -299,6 +318,12 @@ class JobFollower:
         pruned, or by :meth:`end`. An outage of the ledger delays changes and does not end the
         stream.
         """
+        async with aclosing(self._home.iterate(partial(self._follow, job, counts))) as changes:
+            async for each in changes:
+                yield each
+
+    async def _follow(self, job: Job, counts: bool) -> AsyncGenerator[Job | None]:  # noqa: FBT001 - as given
+        self._use_loop()
         with self._following(job, counts=counts) as followed:
             yield job
             sent_at, pause = self._clock.monotonic(), _MIN_POLL_SECONDS
@@ -317,6 +342,7 @@ class JobFollower:
                     sent_at = now
                     yield None
 
+    @at_home
     async def wait(self, job_id: str, seconds: float | None = None) -> Job:
         """Return a job once it is completed, failed or cancelled.
 
@@ -341,8 +367,17 @@ class JobFollower:
         finally:
             self._followers -= counts
             followed.followers -= 1
-            if not followed.followers:
+            if not followed.followers and self._followed.get(job.id) is followed:
                 del self._followed[job.id]
+
+    def _use_loop(self) -> None:
+        """Leave what belongs to an event loop that has ended, as those of ``asyncio.run`` do."""
+        if self._loop is not (loop := asyncio.get_running_loop()):
+            ended, self._ended = self._ended, asyncio.Event()
+            if ended.is_set():
+                self._ended.set()
+            self._loop, self._queries = loop, asyncio.Semaphore(_MAX_CONCURRENT_QUERIES)
+            self._followed.clear()
 
     async def _poll(self, followed: "_FollowedJob", job_id: str, pause: float) -> Job:
         async with followed.polling:

@@ -49,6 +49,16 @@ class WatchedTransaction:
     after_commit: list[Callable[[], None]]
 
 
+@dataclass(frozen=True, slots=True)
+class BlockingConnection:
+    """A synchronous connection in a transaction: its statements block the calling thread.
+
+    :meth:`JobLedger.accept_in` takes it in place of the connection, and then never waits.
+    """
+
+    connection: Any
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """The result of a search, newest job first."""
@@ -248,9 +258,9 @@ class JobLedger(WorkerRegistry, ScheduleStore, Protocol):
 
         The jobs exist if and only if that transaction commits.
 
-        ``on_commit`` gets the result after the commit, where the ledger can learn of it. Raises
-        :class:`TransactionError` for a connection that has no transaction or is of another kind,
-        and the errors of its driver.
+        ``on_commit`` gets the result after the commit, in the thread of the commit, where the
+        ledger can learn of it. Raises :class:`TransactionError` for a connection that has no
+        transaction or is of another kind, and the errors of its driver.
         """
         ...
 

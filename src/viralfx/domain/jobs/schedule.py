@@ -12,6 +12,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import ViralFXError, suggest
 from viralfx.domain.extras import MissingExtraError, needed_by
+from viralfx.domain.loops import HomeLoop, at_home
 
 _logger = logging.getLogger("viralfx.queues")
 
@@ -381,7 +382,9 @@ class ScheduledTasks:
     _ledger: ScheduleStore
     _tasks: _Tasks
     _clock: Clock
+    _home: HomeLoop
 
+    @at_home
     async def schedules(self, count: int = 5) -> Sequence[ScheduleTimes]:
         """Return the schedules of all tasks, with the next ``count`` times of each."""
         states = await self._ledger.schedules()
@@ -397,6 +400,7 @@ class ScheduledTasks:
             raise UnknownScheduleError(f"no task {task!r} has a schedule; {hint}")
         return found[task]
 
+    @at_home
     async def pause_schedule(self, task: str | Callable[..., Any]) -> ScheduleTimes:
         """Skip the runs of a schedule until it is resumed; jobs that were accepted stay.
 
@@ -413,6 +417,7 @@ class ScheduledTasks:
         _logger.warning("Schedule paused", extra={"task": name})
         return await self._schedule(name)
 
+    @at_home
     async def resume_schedule(self, task: str | Callable[..., Any]) -> ScheduleTimes:
         """Run a schedule again from its next time on. Raises as :meth:`pause_schedule` does."""
         name = self._tasks.name_of(task)

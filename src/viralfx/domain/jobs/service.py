@@ -1,11 +1,19 @@
 """The job service of applications: accept, find, retry and cancel jobs."""
 
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.correlation import current_correlation_id, current_user_id
@@ -29,7 +37,15 @@ from viralfx.domain.jobs.codec import (
     unique_key_of,
 )
 from viralfx.domain.jobs.hooks import CombinedHooks, JobHooks, log_refusal
-from viralfx.domain.jobs.ledger import Accepted, BulkStep, Found, JobLedger, QueueCounts
+from viralfx.domain.jobs.ledger import (
+    Accepted,
+    BlockingConnection,
+    BulkStep,
+    Check,
+    Found,
+    JobLedger,
+    QueueCounts,
+)
 from viralfx.domain.jobs.limits import (
     check_max_attempts,
     check_run_at,
@@ -53,7 +69,9 @@ from viralfx.domain.jobs.model import (
 )
 from viralfx.domain.jobs.schedule import ScheduledTasks
 from viralfx.domain.jobs.tasks import TaskRegistry
+from viralfx.domain.loops import HomeLoop, at_home, require_no_loop, running_loop, without_loop
 
+T = TypeVar("T")
 _logger = logging.getLogger("viralfx.queues")
 
 MAX_PAYLOADS = 10_000
@@ -80,8 +98,23 @@ def _id(job_id: object) -> str:
     return job_id
 
 
+class JobsApart(Protocol):
+    """Port: the jobs of a process that runs no application, through connections of its own."""
+
+    def call(self, call: "Callable[[JobService], Awaitable[T]]") -> T:
+        """Block this thread until the call of such a service has ended; return its result."""
+        ...
+
+    def call_soon(self, call: "Callable[[JobService], object]") -> None:
+        """Call a function with such a service, without waiting for it."""
+        ...
+
+
 class JobService(ScheduledTasks):
     """Accepts jobs durably, and gives access to them.
+
+    Await its methods on any event loop: once the application has started, they run on the loop of
+    the application. :meth:`submit_sync` and :meth:`submit_many_sync` need no event loop.
 
     Every method raises :class:`LedgerUnavailableError` if the ledger does not answer.
     """
@@ -100,10 +133,13 @@ class JobService(ScheduledTasks):
         hooks: JobHooks | None = None,
         max_payload_bytes: int = DEFAULT_MAX_BYTES,
         clock: Clock | None = None,
+        home: HomeLoop | None = None,
+        apart: JobsApart | None = None,
     ) -> None:
         """``notify`` announces jobs by queue, ids and the seconds until they are due.
 
-        It neither waits nor raises.
+        It neither waits nor raises. ``home`` is the event loop of the ledger. ``apart`` serves the
+        blocking methods of a process in which that loop does not run; None: its jobs are in memory.
         """
         self._ledger = ledger
         self._max_payload_bytes = max_payload_bytes
@@ -114,7 +150,9 @@ class JobService(ScheduledTasks):
         self._notify = notify
         self._hooks = hooks or CombinedHooks()
         self._clock = clock or SystemClock()
-        self.follower = JobFollower(self.get, self._clock)
+        self._home = home or HomeLoop()
+        self._apart = apart
+        self.follower = JobFollower(self.get, self._clock, home=self._home)
         """Streams the changes of jobs."""
 
     async def accept(
@@ -142,7 +180,7 @@ class JobService(ScheduledTasks):
 
         ``connection`` is in a transaction of the ledger's database: one of asyncpg, or a session or
         connection of SQLAlchemy, whose transaction begins if it has not. The job exists if and only
-        if that transaction commits.
+        if that transaction commits. The call runs on the event loop of the connection.
 
         Raises :class:`UnknownTaskError`, :class:`UnknownQueueError`, :class:`PayloadError` and, if
         the key belongs to a different job, :class:`KeyConflictError`. A payload over the limit
@@ -150,7 +188,7 @@ class JobService(ScheduledTasks):
         :class:`UnstorableError`. Another value that is invalid raises ``ValueError``. With a
         ``connection`` also :class:`TransactionError` and the errors of its driver.
         """
-        await self._require_somewhere(queue)
+        await self._require_somewhere(queue, connection)
         asked = Submission(
             task=task,
             payload=payload,
@@ -190,7 +228,7 @@ class JobService(ScheduledTasks):
                         connection, [traced], on_commit=self._announce
                     )
                     return accepted
-                accepted = await self._accept(traced)
+                accepted = await self._home.run(partial(self._accept, traced))
             except UnstorableError as error:
                 log_refusal([draft], error)
                 raise
@@ -214,7 +252,7 @@ class JobService(ScheduledTasks):
         for index, each in enumerate(submissions):
             with about(index):
                 if each.queue not in queues:
-                    await self._require_somewhere(each.queue)
+                    await self._require_somewhere(each.queue, connection)
                     queues.add(each.queue)
                 draft = self._draft(each, traceparent)
             with self._hooks.accepting(draft) as draft:
@@ -226,8 +264,7 @@ class JobService(ScheduledTasks):
             check = partial(require_all_same, drafts)
         try:
             if connection is None:
-                with self._hooks.storing(drafts):
-                    accepted = await self._ledger.accept(drafts, check=check)
+                accepted = await self._home.run(partial(self._store, drafts, check))
                 self._announce(accepted)
             else:
                 accepted = await self._ledger.accept_in(
@@ -269,12 +306,24 @@ class JobService(ScheduledTasks):
             max_attempts=None if most is None else check_max_attempts(most),
         )
 
-    async def _store(self, drafts: Sequence[JobDraft]) -> Sequence[Accepted]:
+    async def _store(
+        self, drafts: Sequence[JobDraft], check: Check | None = None
+    ) -> Sequence[Accepted]:
         with self._hooks.storing(drafts):
-            return await self._ledger.accept(drafts)
+            return await self._ledger.accept(drafts, check=check)
 
-    def _announce(self, accepted: Iterable[Accepted]) -> None:
-        """Notify workers of the new jobs among those accepted."""
+    def _announce(self, accepted: Sequence[Accepted]) -> None:
+        """Notify workers of the new jobs among those accepted; call it in any thread."""
+        if self._home.is_here:
+            self._announce_here(accepted)
+        elif self._home.running is not None:
+            self._home.call_soon(partial(self._announce_here, accepted))
+        elif running_loop() is not None:
+            self._announce_here(accepted)
+        elif self._apart is not None and not self._home.has_ended:
+            self._apart.call_soon(lambda jobs: jobs._announce_here(accepted))  # noqa: SLF001 - its own class
+
+    def _announce_here(self, accepted: Iterable[Accepted]) -> None:
         found: dict[tuple[str, float], list[str]] = {}
         for job in (each.job for each in accepted if each.created):
             due_in = (job.run_at - job.created_at).total_seconds()
@@ -349,12 +398,86 @@ class JobService(ScheduledTasks):
             )
         return await self.accept_all(submissions, connection=connection)
 
+    def submit_sync(
+        self,
+        task: str | Callable[..., Any],
+        payload: Any,
+        *,
+        key: str | None = None,
+        run_at: datetime | None = None,
+        priority: int | None = None,
+        unique: str | None = None,
+        queue: str | None = None,
+        max_attempts: int | None = None,
+        connection: Any = None,
+    ) -> Accepted:
+        """Do as :meth:`submit`, and block this thread until the job is accepted.
+
+        For functions that run in a thread, and for processes without an event loop. If the
+        application does not run in this process, the service opens connections of its own.
+        ``connection`` is synchronous: a session or connection of SQLAlchemy, or a connection of
+        psycopg or psycopg2. Raises as :meth:`submit` does, and ``RuntimeError`` in a thread that
+        runs an event loop.
+        """
+        require_no_loop("submit_sync()", "jobs.submit(...)")
+        submit = partial(
+            JobService.submit,
+            task=task,
+            payload=payload,
+            key=key,
+            run_at=run_at,
+            priority=priority,
+            unique=unique,
+            queue=queue,
+            max_attempts=max_attempts,
+        )
+        if connection is None:
+            return self._block(submit)
+        return without_loop(submit(self, connection=BlockingConnection(connection)))
+
+    def submit_many_sync(
+        self,
+        task: str | Callable[..., Any],
+        payloads: Iterable[Any],
+        *,
+        run_at: datetime | None = None,
+        priority: int | None = None,
+        unique: str | None = None,
+        queue: str | None = None,
+        max_attempts: int | None = None,
+        connection: Any = None,
+    ) -> list[Accepted]:
+        """Do as :meth:`submit_many`, and block this thread as :meth:`submit_sync` does."""
+        require_no_loop("submit_many_sync()", "jobs.submit_many(...)")
+        submit = partial(
+            JobService.submit_many,
+            task=task,
+            payloads=payloads,
+            run_at=run_at,
+            priority=priority,
+            unique=unique,
+            queue=queue,
+            max_attempts=max_attempts,
+        )
+        if connection is None:
+            return self._block(submit)
+        return without_loop(submit(self, connection=BlockingConnection(connection)))
+
+    def _block(self, call: "Callable[[JobService], Awaitable[T]]") -> T:
+        """Run ``call`` on an event loop that is not of this thread; return its result."""
+        if self._apart is None or self._home.running is not None:
+            return self._home.call(partial(call, self))
+        if self._home.has_ended:
+            raise LedgerUnavailableError("the application of this process has stopped")
+        return self._apart.call(call)
+
     def _encode(self, payload: Any) -> bytes:
         try:
             return self._codec.encode(payload)
         except ResultError as error:
             raise PayloadError(str(error)) from error
 
+    @at_home
     async def get(self, job_id: str) -> Job:
         """Return a job. Raises :class:`JobNotFoundError`."""
         job = await self._ledger.get(_id(job_id))
@@ -362,10 +485,12 @@ class JobService(ScheduledTasks):
             raise JobNotFoundError(f"there is no job {job_id}")
         return job
 
+    @at_home
     async def wait(self, job_id: str, *, timeout: float | None = None) -> Job:  # noqa: ASYNC109
         """Return a job once it has a final state; see :meth:`JobFollower.wait`."""
         return await self.follower.wait(job_id, timeout)
 
+    @at_home
     async def search(
         self, wanted: JobFilter = ANY_JOB, *, correlation_id: str | None = None
     ) -> Found:
@@ -385,18 +510,21 @@ class JobService(ScheduledTasks):
         page = jobs[: wanted.most]
         return Found(jobs=page, before=page[-1].id if len(jobs) > len(page) else None)
 
+    @at_home
     async def retry(self, job_id: str) -> Job:
         """Run a failed job again. Raises :class:`JobNotFoundError`, :class:`JobStateError`."""
         job = await self._ledger.retry(_id(job_id))
         self._notify(job.queue, (job.id,), 0.0)
         return job
 
+    @at_home
     async def run(self, job_id: str) -> Job:
         """Make a waiting job due now. Raises :class:`JobNotFoundError`, :class:`JobStateError`."""
         job = await self._ledger.run(_id(job_id))
         self._notify(job.queue, (job.id,), 0.0)
         return job
 
+    @at_home
     async def cancel(self, job_id: str, *, running: bool = True) -> Job:
         """Cancel a waiting job; with ``running`` also request that an active one ends.
 
@@ -405,6 +533,7 @@ class JobService(ScheduledTasks):
         """
         return await self._ledger.cancel(_id(job_id), running=running)
 
+    @at_home
     async def retry_all(self, wanted: JobFilter, *, most: int | None = MAX_CHANGED) -> BulkCount:
         """Run failed jobs that match again, at most ``most``; return how many. None: all of them.
 
@@ -416,6 +545,7 @@ class JobService(ScheduledTasks):
         await self._require_change(wanted, "retried", JobState.FAILED)
         return await self._counted(self._ledger.retry_all(wanted, most), most)
 
+    @at_home
     async def cancel_all(self, wanted: JobFilter, *, most: int | None = MAX_CHANGED) -> BulkCount:
         """Cancel waiting jobs that match, and request it of active ones; return how many.
 
@@ -464,6 +594,7 @@ class JobService(ScheduledTasks):
         self._hooks.accepted(accepted)
         return accepted
 
+    @at_home
     async def pause(self, queue: str) -> None:
         """Let no worker claim jobs of a queue until it is resumed; running jobs go on.
 
@@ -474,19 +605,25 @@ class JobService(ScheduledTasks):
         await self._ledger.pause(queue)
         _logger.warning("Queue paused", extra={"queue": queue})
 
+    @at_home
     async def resume(self, queue: str) -> None:
         """End the pause of a queue, and announce its due jobs. Raises as :meth:`pause` does."""
         await self._require_somewhere(queue)
         self._notify(queue, await self._ledger.resume(queue), 0.0)
         _logger.warning("Queue resumed", extra={"queue": queue})
 
-    async def _require_somewhere(self, queue: str | None) -> None:
+    async def _require_somewhere(self, queue: str | None, connection: Any = None) -> None:
         """Raise an error for a queue that is neither configured here nor known to the ledger."""
         if queue is None or queue in self._queues:
             return
-        if queue not in (known := await self.queues()):
+        if isinstance(connection, BlockingConnection):
+            known = self._block(lambda jobs: jobs.queues())
+        else:
+            known = await self.queues()
+        if queue not in known:
             raise _unknown_queue(queue, known)
 
+    @at_home
     async def queues(self) -> Mapping[str, QueueCounts]:
         """Return the counts of all queues by name, also of those that never had a job."""
         return self.every_queue(await self._ledger.counts())

@@ -1,0 +1,141 @@
+"""The jobs of a process that runs no application: through connections of a thread of its own."""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from viralfx.domain.clock import Clock
+from viralfx.domain.errors import StartupError
+from viralfx.domain.jobs.ledger import JobLedger
+from viralfx.domain.jobs.model import LedgerUnavailableError
+from viralfx.domain.jobs.notifier import BackgroundNotifier, JobNotifier
+from viralfx.domain.jobs.service import JobService
+from viralfx.domain.loops import HomeLoop, LoopThread
+
+if TYPE_CHECKING:
+    from viralfx.adapters.postgres import PostgresDatabase
+    from viralfx.adapters.redis import RedisClient
+
+T = TypeVar("T")
+
+MakeService = Callable[[JobLedger, BackgroundNotifier, HomeLoop], JobService]
+Connect = Callable[["PostgresDatabase", "RedisClient | None"], tuple[JobLedger, JobNotifier]]
+_CLOSE_SECONDS = 1.0
+
+
+class ThreadedJobs:
+    """Implements ``JobsApart``: a WSGI server, for example, has threads and no event loop.
+
+    The first call starts the thread and connects, in one attempt; after a failure the next call
+    tries again. A forked process has a thread of its own.
+    """
+
+    def __init__(
+        self,
+        database: "PostgresDatabase",
+        redis: "RedisClient | None",
+        *,
+        clock: Clock,
+        connect: Connect,
+        make_service: MakeService,
+    ) -> None:
+        """Connect to the servers of ``database`` and ``redis``, and use neither of the two.
+
+        ``connect`` returns ledger and notifier, and ``make_service`` the service over them.
+        """
+        self._database = database
+        self._redis = redis
+        self._clock = clock
+        self._connect = connect
+        self._make_service = make_service
+        self._opened: dict[int, _Opened] = {}
+        """By process: those of the parent must not be closed here, since the server would close
+        them for the parent, too."""
+
+    def call(self, call: Callable[[JobService], Awaitable[T]]) -> T:
+        """Return the result of a call of the service; block this thread.
+
+        Raises :class:`LedgerUnavailableError` if the database cannot be reached.
+        """
+        opened = self._of_this_process()
+
+        async def run() -> T:
+            return await call(await opened.service())
+
+        return opened.thread.call(run)
+
+    def call_soon(self, call: Callable[[JobService], object]) -> None:
+        """Call a function with the service, without waiting; nothing happens without a database."""
+        opened = self._of_this_process()
+        opened.thread.call_soon(partial(opened.begin, call))
+
+    def _of_this_process(self) -> "_Opened":
+        # Atomic, and without a lock: another thread may hold it at the time of a fork.
+        found = self._opened.get(os.getpid())
+        return found or self._opened.setdefault(os.getpid(), self._new())
+
+    def _new(self) -> "_Opened":
+        redis = None if self._redis is None else self._redis.twin()
+        return _Opened(self._database.twin(), redis, self)
+
+    def open(
+        self, database: "PostgresDatabase", redis: "RedisClient | None", home: HomeLoop
+    ) -> tuple[JobService, BackgroundNotifier, JobNotifier]:
+        """Return the service over open connections, and its notifiers."""
+        ledger, notifier = self._connect(database, redis)
+        background = BackgroundNotifier(notifier, clock=self._clock)
+        return self._make_service(ledger, background, home), background, notifier
+
+
+class _Opened:
+    """The connections of one process."""
+
+    def __init__(
+        self, database: "PostgresDatabase", redis: "RedisClient | None", owner: ThreadedJobs
+    ) -> None:
+        self.thread = LoopThread("viralfx-jobs", close=self._close)
+        self._database = database
+        self._redis = redis
+        self._owner = owner
+        self._opening: asyncio.Lock | None = None
+        self._service: JobService | None = None
+        self._notifiers: tuple[BackgroundNotifier, JobNotifier] | None = None
+        self._calls: set[asyncio.Task[None]] = set()
+
+    async def service(self) -> JobService:
+        if self._opening is None:
+            self._opening = asyncio.Lock()
+        async with self._opening:
+            if self._service is None:
+                try:
+                    await self._database.open()
+                except StartupError as error:
+                    raise LedgerUnavailableError(str(error)) from error
+                home = HomeLoop()
+                home.settle()
+                opened = self._owner.open(self._database, self._redis, home)
+                self._service, *_ = opened
+                self._notifiers = opened[1:]
+            return self._service
+
+    def begin(self, call: Callable[[JobService], object]) -> None:
+        task = asyncio.create_task(self._call(call), name="jobs-call")
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+
+    async def _call(self, call: Callable[[JobService], object]) -> None:
+        try:
+            call(await self.service())
+        except LedgerUnavailableError:
+            return  # workers find the jobs by polling
+
+    async def _close(self) -> None:
+        if self._notifiers is not None:
+            background, notifier = self._notifiers
+            await background.close(_CLOSE_SECONDS)
+            await notifier.close()
+        if self._redis is not None:
+            await self._redis.close()
+        self._database.terminate()

@@ -1,0 +1,378 @@
+"""The event loop that the services of a process belong to, and calls from other loops and threads.
+
+Connections, locks and tasks of asyncio work on one event loop only. Applications have others: a
+plain function that runs in a thread may call ``asyncio.run``.
+"""
+
+import asyncio
+import atexit
+import concurrent.futures
+import functools
+import os
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from viralfx.domain.clock import Clock
+from viralfx.domain.errors import ViralFXError
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+_END: Any = object()
+_LOOK_SECONDS = 1.0
+"""Between two looks at the other loop: it may end without answering."""
+_TURN_SECONDS = 0.005
+"""Between two tries to be the only loop."""
+_MAX_TURN_SECONDS = 5.0
+
+
+class ForeignLoopError(ViralFXError, RuntimeError):
+    """A call came from an event loop, a thread or a process in which it cannot work."""
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the event loop that runs in this thread; None without one."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+class HomeLoop:
+    """The event loop that the services of a process belong to, and with them their connections.
+
+    Calls from other loops and threads run on it. Until it is known, and after it has ended, calls
+    run on the loop of the caller, on one loop at a time.
+    """
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._process = 0
+        self._guest: asyncio.AbstractEventLoop | None = None
+        """The loop that may use the services while there is no home loop."""
+        self._guests = 0
+        """Running calls of it."""
+        self._lock = threading.Lock()
+
+    def settle(self) -> None:
+        """Make the running loop the home loop; it stays that for good."""
+        if self._loop is None:
+            # In this order: other threads read the loop first.
+            self._process = os.getpid()
+            self._loop = asyncio.get_running_loop()
+
+    @property
+    def is_here(self) -> bool:
+        """True on the home loop."""
+        return self._loop is not None and running_loop() is self._loop
+
+    @property
+    def is_known(self) -> bool:
+        """True once the services have started."""
+        return self._loop is not None
+
+    @property
+    def is_forked(self) -> bool:
+        """True in a process that was forked from the one with the home loop."""
+        return self._loop is not None and self._process != os.getpid()
+
+    @property
+    def has_ended(self) -> bool:
+        """True once the home loop of this process no longer runs."""
+        return self.is_known and not self.is_forked and self.running is None
+
+    @property
+    def running(self) -> asyncio.AbstractEventLoop | None:
+        """The home loop while it runs in this process, else None."""
+        loop = self._loop
+        return None if loop is None or self.is_forked or not loop.is_running() else loop
+
+    async def known_within(self, seconds: float, clock: Clock) -> bool:
+        """Wait until the services start, up to some seconds; return whether they have."""
+        until = clock.monotonic() + seconds
+        while self._loop is None and clock.monotonic() < until:
+            await clock.sleep(_TURN_SECONDS)
+        return self.is_known
+
+    async def run(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Return the result of ``call``, which runs on the home loop in the caller's context.
+
+        Cancelling the caller cancels the call. Raises the errors of the call, and
+        :class:`ForeignLoopError` if the home loop ends before it, or if another loop uses the
+        services while there is no home loop.
+        """
+        here = asyncio.get_running_loop()
+        if here is self._loop:
+            return await call()
+        home = await self._enter(here)
+        if home is None:
+            try:
+                return await call()
+            except ForeignLoopError:
+                # The call waited for the services, which another loop has started meanwhile.
+                if (home := self.running) is None or home is here:
+                    raise
+            finally:
+                self._leave(here)
+        return await _on(home, call)
+
+    async def _enter(self, here: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop | None:
+        """Wait for the home loop, or for the right to use the services on this one."""
+        if self.is_forked:
+            raise ForeignLoopError(
+                "this process was forked from the one in which the application runs, and cannot use"
+                " its services; start the application in this process, or submit jobs with"
+                " jobs.submit_sync(), which needs DATABASE_URL"
+            )
+        waits_until = here.time() + _MAX_TURN_SECONDS
+        while (home := self.running) is None:
+            with self._lock:
+                # A loop that has ended leaves no call behind.
+                if self._guest is not here and (
+                    self._guest is None or not self._guests or not self._guest.is_running()
+                ):
+                    self._guest, self._guests = here, 0
+                if self._guest is here:
+                    self._guests += 1
+                    return None
+            if here.time() >= waits_until:
+                raise ForeignLoopError(
+                    "another event loop uses these services, and the application has not started;"
+                    " start it, so that calls from other loops run on its loop"
+                )
+            await asyncio.sleep(_TURN_SECONDS)
+        return home
+
+    def _leave(self, here: asyncio.AbstractEventLoop) -> None:
+        with self._lock:
+            if self._guest is here:
+                self._guests -= 1
+
+    async def iterate(self, make: Callable[[], AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+        """Yield the items of an asynchronous generator, each of whose steps runs as :meth:`run`."""
+        async with aclosing(make()) as items:
+            if self.is_here or self.running is None:
+                async for item in items:
+                    yield item
+                return
+            try:
+                while (found := await self.run(lambda: anext(items, _END))) is not _END:
+                    yield found
+            finally:
+                await self.run(items.aclose)
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Call a function on the home loop, from any thread; here and now without one.
+
+        Nothing happens if the loop has ended.
+        """
+        home = self.running
+        if home is None or home is running_loop():
+            function()
+            return
+        try:
+            home.call_soon_threadsafe(function)
+        except RuntimeError:  # it has just been closed
+            return
+
+    def call(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Do as :meth:`run` for a thread without an event loop: block it until the call has ended.
+
+        Without a home loop the call runs on a loop of its own.
+        """
+        home = self.running
+        if home is None:
+            return asyncio.run(self.run(call))
+        return blocking(home, call)
+
+
+class _Service(Protocol):
+    @property
+    def _home(self) -> HomeLoop: ...
+
+
+ServiceT = TypeVar("ServiceT", bound=_Service)
+
+
+def at_home(
+    method: Callable[Concatenate[ServiceT, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[ServiceT, P], Coroutine[Any, Any, T]]:
+    """Run an asynchronous method on the home loop of its object; see :meth:`HomeLoop.run`."""
+
+    @functools.wraps(method)
+    async def run(service: ServiceT, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if service._home.is_here:  # noqa: SLF001 - the object's own attribute
+            return await method(service, *args, **kwargs)
+        return await service._home.run(  # noqa: SLF001 - as above
+            functools.partial(method, service, *args, **kwargs)
+        )
+
+    return run
+
+
+def require_no_loop(name: str, instead: str) -> None:
+    """Raise :class:`ForeignLoopError` for a blocking call in a thread that runs an event loop."""
+    if running_loop() is not None:
+        raise ForeignLoopError(
+            f"{name} blocks its thread, and this one runs an event loop, which would stop: use"
+            f" `await {instead}`"
+        )
+
+
+def without_loop(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return the result of a coroutine that never waits.
+
+    Raises :class:`ForeignLoopError` if it waits for something, which needs an event loop.
+    """
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    coroutine.close()
+    raise ForeignLoopError("the call waits for an event loop; pass a synchronous connection")
+
+
+async def _on(loop: asyncio.AbstractEventLoop, call: Callable[[], Awaitable[T]]) -> T:
+    begun = _begin(loop, call)
+    ended = asyncio.wrap_future(begun)
+    try:
+        while not (await asyncio.wait({ended}, timeout=_LOOK_SECONDS))[0]:
+            if loop.is_closed():
+                raise _ended()
+        result: T = _result(begun)
+    finally:
+        ended.cancel()
+    return result
+
+
+def blocking(loop: asyncio.AbstractEventLoop, call: Callable[[], Awaitable[T]]) -> T:
+    """Return the result of ``call``, which runs on the loop of another thread; block this one.
+
+    Raises the errors of the call, and :class:`ForeignLoopError` if the loop ends before it.
+    """
+    begun = _begin(loop, call)
+    try:
+        while not concurrent.futures.wait({begun}, timeout=_LOOK_SECONDS)[0]:
+            if loop.is_closed():
+                raise _ended()
+        result: T = _result(begun)
+    finally:
+        begun.cancel()
+    return result
+
+
+_Outcome = concurrent.futures.Future[tuple[Any, BaseException | None]]
+
+
+def _begin(loop: asyncio.AbstractEventLoop, call: Callable[[], Awaitable[Any]]) -> _Outcome:
+    outcome = _outcome(call)
+    try:
+        return asyncio.run_coroutine_threadsafe(outcome, loop)
+    except RuntimeError:
+        outcome.close()
+        raise _ended() from None
+
+
+async def _outcome(call: Callable[[], Awaitable[T]]) -> tuple[T | None, BaseException | None]:
+    """Return the result or the error: an exit is the caller's, and must not end the home loop."""
+    try:
+        return await call(), None
+    except BaseException as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
+        return None, error
+
+
+def _result(begun: _Outcome) -> Any:
+    if begun.cancelled():
+        raise _ended()
+    result, error = begun.result()
+    if error is not None:
+        raise error
+    return result
+
+
+def _ended() -> ForeignLoopError:
+    return ForeignLoopError(
+        "the event loop of the application has ended, and this call with it; whether it took effect"
+        " is unknown"
+    )
+
+
+class LoopThread:
+    """A daemon thread with an event loop, for calls from threads that have none."""
+
+    def __init__(self, name: str, *, close: Callable[[], Awaitable[object]]) -> None:
+        """``close`` runs on the loop when the process ends."""
+        self._name = name
+        self._close = close
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ready = threading.Event()
+        # A signal handler may interrupt the thread that holds it.
+        self._starting = threading.RLock()
+
+    def call(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Return the result of ``call``, which runs on the loop; block this thread.
+
+        The first call starts the thread. Raises the errors of the call, and
+        :class:`ForeignLoopError` if the thread cannot start.
+        """
+        return blocking(self._started(), call)
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Call a function on the loop; nothing happens if it has ended."""
+        try:
+            self._started().call_soon_threadsafe(function)
+        except RuntimeError:  # it has just been closed
+            return
+
+    def _started(self) -> asyncio.AbstractEventLoop:
+        with self._starting:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+                atexit.register(self.close)
+        # A server of the application may forbid threads.
+        if not self._ready.wait(_MAX_START_SECONDS):
+            raise ForeignLoopError(
+                f"the thread {self._name!r} does not start; enable threads in the application's"
+                " server, such as by --enable-threads of uWSGI"
+            )
+        return self._loop
+
+    def _run(self) -> None:
+        loop = self._loop
+        assert loop is not None  # noqa: S101 - narrows for the type checker
+        asyncio.set_event_loop(loop)
+        loop.call_soon(self._ready.set)
+        try:
+            loop.run_forever()
+        finally:
+            for task in asyncio.all_tasks(loop):
+                task.cancel()
+            loop.run_until_complete(asyncio.sleep(0))
+            loop.close()
+
+    def close(self) -> None:
+        """End the loop and the thread, within two seconds; a second call does nothing."""
+        loop = self._loop
+        if loop is None or loop.is_closed() or not loop.is_running():
+            return
+        closing = asyncio.run_coroutine_threadsafe(_awaited(self._close()), loop)
+        concurrent.futures.wait({closing}, timeout=_MAX_CLOSE_SECONDS)
+        try:
+            loop.call_soon_threadsafe(loop.stop)
+        except RuntimeError:  # it has just been closed
+            return
+
+
+_MAX_START_SECONDS = 10.0
+_MAX_CLOSE_SECONDS = 2.0
+
+
+async def _awaited(awaitable: Awaitable[object]) -> None:
+    await awaitable
