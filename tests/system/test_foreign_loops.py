@@ -96,7 +96,7 @@ def test_plain_tasks_use_every_service(database: Database, redis: RedisServer) -
     with worker(environment, "--app", APP) as process:
         for name in ("foreign.plain", "foreign.native"):
             database.execute(
-                f"SELECT viralfx_ops.enqueue('{name}', to_jsonb(number))"
+                f"SELECT viralfx_ops.enqueue('{name}', to_jsonb(number))"  # noqa: S608 - constants
                 f" FROM generate_series(1, {CALLS}) AS number"
             )
         states = "SELECT task, state, count(*) FROM viralfx_ops.viralfx_all_jobs GROUP BY 1, 2"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import psycopg
 import psycopg2
@@ -74,9 +75,7 @@ KINDS: dict[str, Callable[[str, bool], None]] = {
 def app(environ: dict[str, str], start_response: Callable[..., object]) -> Iterable[bytes]:
     """Serve ``/{kind}/{commit or leave}/{text}``; the answer is the id of the process."""
     _, kind, end, text = environ["PATH_INFO"].split("/")
-    try:
+    with suppress(LeaveError):
         KINDS[kind](text, end == "commit")
-    except LeaveError:
-        pass
     start_response("200 OK", [("Content-Type", "text/plain")])
     return [str(os.getpid()).encode()]

@@ -186,8 +186,10 @@ async def test_an_application_can_start_again() -> None:
             assert (await client.get("/health")).json()["status"] == "ok"
 
 
-async def test_one_plugin_is_for_one_application_at_a_time() -> None:
-    """Applications that run at the same time would share one shutdown."""
+async def test_one_plugin_is_for_one_application_at_a_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Applications that run at the same time would share one shutdown; the log says so."""
     plugin = OperationsPlugin(OperationsConfig(settings=SETTINGS))
     first, second = (Litestar(plugins=[plugin], logging_config=None) for _ in range(2))
     for app in (first, second, first):
@@ -199,6 +201,9 @@ async def test_one_plugin_is_for_one_application_at_a_time() -> None:
         with pytest.RaisesGroup(ConfigurationError, flatten_subgroups=True):
             async with AsyncTestClient(second):
                 raise AssertionError("both run")
+    problem = "OperationsPlugin: each application that runs at the same time needs its own"
+
+    assert f"{problem}; make a second one for this application" in caplog.messages
 
 
 @pytest.mark.parametrize("lifespan", [True, False])

@@ -305,9 +305,7 @@ def assemble(
     memory = ProcessMemory()
     circuits, lifecycle, home = BreakerRegistry(), Lifecycle(clock), HomeLoop()
     monitor = HealthMonitor(clock=clock, fail_open_after=settings.readiness_fail_open_after)
-    database, counts, database_backend = _database(
-        settings, clock, monitor, database_password, home
-    )
+    database, counts, database_backend = _database(settings, clock, monitor, database_password)
     redis, cache_store, redis_backend = _redis(settings, clock, monitor, redis_credentials, home)
     # In the order of shutdown.
     backends = {"redis": redis_backend, "database": database_backend}
@@ -343,7 +341,7 @@ def assemble(
             instance=instance,
             tracing=tracing,
             counts=counts,
-            home=home,
+            home=home if database is None else database.home,
         )
     except ConfigurationError as error:
         raise ConfigurationError([*problems, *error.problems]) from None
@@ -459,7 +457,6 @@ def _database(
     clock: Clock,
     monitor: HealthMonitor,
     ask_password: CredentialsCallable | None,
-    home: HomeLoop,
 ) -> "tuple[PostgresDatabase | None, Counts | None, Backend]":
     if settings.database_url is None:
         return None, None, Backend(check=MemoryDatabase(clock))
@@ -467,7 +464,7 @@ def _database(
     from viralfx.bootstrap.postgres import wire_postgres  # noqa: PLC0415
 
     suspect = partial(monitor.request_check, "database")
-    return wire_postgres(settings, clock, suspect, ask_password, home)
+    return wire_postgres(settings, clock, suspect, ask_password)
 
 
 def _redis(

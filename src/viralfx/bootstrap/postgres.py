@@ -41,7 +41,6 @@ from viralfx.domain.errors import ConfigurationError, StartupError
 from viralfx.domain.fleet import FleetStore
 from viralfx.domain.jobs.ledger import Counts, JobLedger, LeaseStore
 from viralfx.domain.jobs.notifier import JobNotifier
-from viralfx.domain.loops import HomeLoop
 from viralfx.domain.operations import CHECK_SHARE, Backend, StateStore
 from viralfx.settings import (
     CredentialsCallable,
@@ -130,11 +129,8 @@ def wire_postgres(
     clock: Clock,
     on_suspected_outage: Callable[[], None],
     ask_password: CredentialsCallable | None = None,
-    home: HomeLoop | None = None,
 ) -> tuple[PostgresDatabase, Counts, Backend]:
     """Wire the Postgres adapter; nothing is connected yet.
-
-    ``home`` is the event loop that the connections belong to.
 
     The second result counts the queues for their health check; it shares a recent result of the
     database's health query.
@@ -143,9 +139,7 @@ def wire_postgres(
     """
     config = postgres_config(settings, ask_password)
     try:
-        database = PostgresDatabase(
-            config, clock=clock, on_suspected_outage=on_suspected_outage, home=home
-        )
+        database = PostgresDatabase(config, clock=clock, on_suspected_outage=on_suspected_outage)
     except CertificateError as error:
         raise ConfigurationError([str(error)]) from None
     check = PostgresHealthCheck(

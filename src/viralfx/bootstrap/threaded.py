@@ -22,7 +22,6 @@ T = TypeVar("T")
 
 MakeService = Callable[[JobLedger, BackgroundNotifier, HomeLoop], JobService]
 Connect = Callable[["PostgresDatabase", "RedisClient | None"], tuple[JobLedger, JobNotifier]]
-_CLOSE_SECONDS = 1.0
 
 
 class ThreadedJobs:
@@ -81,12 +80,12 @@ class ThreadedJobs:
         return _Opened(self._database.twin(), redis, self)
 
     def open(
-        self, database: "PostgresDatabase", redis: "RedisClient | None", home: HomeLoop
+        self, database: "PostgresDatabase", redis: "RedisClient | None"
     ) -> tuple[JobService, BackgroundNotifier, JobNotifier]:
         """Return the service over open connections, and its notifiers."""
         ledger, notifier = self._connect(database, redis)
         background = BackgroundNotifier(notifier, clock=self._clock)
-        return self._make_service(ledger, background, home), background, notifier
+        return self._make_service(ledger, background, database.home), background, notifier
 
 
 class _Opened:
@@ -101,7 +100,7 @@ class _Opened:
         self._owner = owner
         self._opening: asyncio.Lock | None = None
         self._service: JobService | None = None
-        self._notifiers: tuple[BackgroundNotifier, JobNotifier] | None = None
+        self._notifiers: list[BackgroundNotifier | JobNotifier] = []
         self._calls: set[asyncio.Task[None]] = set()
 
     async def service(self) -> JobService:
@@ -113,11 +112,7 @@ class _Opened:
                     await self._database.open()
                 except StartupError as error:
                     raise LedgerUnavailableError(str(error)) from error
-                home = HomeLoop()
-                home.settle()
-                opened = self._owner.open(self._database, self._redis, home)
-                self._service, *_ = opened
-                self._notifiers = opened[1:]
+                self._service, *self._notifiers = self._owner.open(self._database, self._redis)
             return self._service
 
     def begin(self, call: Callable[[JobService], object]) -> None:
@@ -132,10 +127,8 @@ class _Opened:
             return  # workers find the jobs by polling
 
     async def _close(self) -> None:
-        if self._notifiers is not None:
-            background, notifier = self._notifiers
-            await background.close(_CLOSE_SECONDS)
-            await notifier.close()
+        for each in self._notifiers:
+            await each.close()
         if self._redis is not None:
             await self._redis.close()
         self._database.terminate()

@@ -10,11 +10,11 @@ import concurrent.futures
 import functools
 import os
 import threading
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-from viralfx.domain.clock import Clock
 from viralfx.domain.errors import ViralFXError
 
 T = TypeVar("T")
@@ -47,7 +47,10 @@ class HomeLoop:
     run on the loop of the caller, on one loop at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, start_seconds: float = 0.0) -> None:
+        """``start_seconds``: how long the first calls wait for services that must start first."""
+        self._start_seconds = start_seconds
+        self._waits_until = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._process = 0
         self._guest: asyncio.AbstractEventLoop | None = None
@@ -89,12 +92,13 @@ class HomeLoop:
         loop = self._loop
         return None if loop is None or self.is_forked or not loop.is_running() else loop
 
-    async def known_within(self, seconds: float, clock: Clock) -> bool:
-        """Wait until the services start, up to some seconds; return whether they have."""
-        until = clock.monotonic() + seconds
-        while self._loop is None and clock.monotonic() < until:
-            await clock.sleep(_TURN_SECONDS)
-        return self.is_known
+    async def known(self) -> None:
+        """Wait until the services start, up to ``start_seconds`` from the first such call on."""
+        now = time.monotonic()
+        self._waits_until = self._waits_until or now + self._start_seconds
+        while self._loop is None and now < self._waits_until:
+            await asyncio.sleep(_TURN_SECONDS)
+            now = time.monotonic()
 
     async def run(self, call: Callable[[], Awaitable[T]]) -> T:
         """Return the result of ``call``, which runs on the home loop in the caller's context.
@@ -126,6 +130,7 @@ class HomeLoop:
                 " its services; start the application in this process, or submit jobs with"
                 " jobs.submit_sync(), which needs DATABASE_URL"
             )
+        await self.known()
         waits_until = here.time() + _MAX_TURN_SECONDS
         while (home := self.running) is None:
             with self._lock:

@@ -1,6 +1,7 @@
 """The plugin: gives a Litestar application the operations layer and its commands."""
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
@@ -47,6 +48,8 @@ from viralfx.web.routes import (
 
 if TYPE_CHECKING:
     import click
+
+_logger = logging.getLogger("viralfx.plugin")
 
 _METRICS_PATH_TAKEN = (
     "OperationsConfig.metrics_path: the application answers {} itself; choose another path, or"
@@ -143,7 +146,7 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
     def _require_one_application(self, app: Litestar | AppConfig) -> None:
         if self.loop is not None and app is not self._app:
             problem = "OperationsPlugin: each application that runs at the same time needs its own"
-            raise ConfigurationError([problem])
+            raise ConfigurationError([f"{problem}; make a second one for this application"])
 
     def _add_jobs_api(self, app_config: AppConfig) -> None:
         if app_config.path.strip("/"):
@@ -237,7 +240,12 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
             # Its probes would hide those of the plugin, and the checks behind them.
             raise ConfigurationError([SECOND_LAYER])
         self.require_metrics_path(app)
-        self._require_one_application(app)
+        try:
+            self._require_one_application(app)
+        except ConfigurationError as error:
+            # Litestar raises it in a group of exceptions, whose text names no reason.
+            _logger.error("%s", error)  # noqa: TRY400 - the traceback says nothing more
+            raise
         self._app = app
         self._connect()
         self.begin()

@@ -129,12 +129,10 @@ class PostgresDatabase:
         *,
         clock: Clock,
         on_suspected_outage: Callable[[], None] = lambda: None,
-        home: HomeLoop | None = None,
     ) -> None:
         """Prepare the pool; nothing is connected before :meth:`open`.
 
-        ``home`` is the event loop that the connections belong to: the one of :meth:`open`. Raises
-        ``OSError`` for certificates that cannot be used.
+        Raises ``OSError`` for certificates that cannot be used.
         """
         self.config = config
         """The address, the credentials and the settings."""
@@ -149,7 +147,9 @@ class PostgresDatabase:
         """Forwards the events of :meth:`execute_with_retry`."""
         self._pool: Pool[Any] | None = None
         self._dedicated: set[Connection[Any]] = set()
-        self._home = home or HomeLoop()
+        limit = min(config.settings.pool_timeout, _START_SECONDS)
+        self._home = self.home = HomeLoop(start_seconds=limit)
+        """The event loop that the connections belong to: the one of :meth:`open`."""
         self._opened = asyncio.Event()
         self._closed = False
         self._in_use = self._waiting = self._failed_connections = 0
@@ -437,13 +437,13 @@ class PostgresDatabase:
         if self._pool is None and not self._closed:
             # Callers that come before the start wait for it, up to the pool's timeout.
             limit = self.config.settings.pool_timeout
-            await self._home.known_within(min(limit, _START_SECONDS), self._clock)
+            await self._home.known()
             if self._home.is_here:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(limit):
                         await self._opened.wait()
         if self._closed:
-            raise asyncpg.InterfaceError("the database's pool is closed")
+            raise NotOpenError(started=True, closed=True)
         if self._home.is_known and not self._home.is_here:
             raise ForeignLoopError(
                 "a connection of the database works on the event loop of the application only; pass"

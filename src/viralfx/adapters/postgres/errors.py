@@ -35,12 +35,18 @@ class PoolTimeoutError(ViralFXError, TimeoutError):
 
 
 class NotOpenError(ViralFXError, InterfaceError):
-    """The pool is not open; no statement was sent."""
+    """The pool is not open, or no longer; no statement was sent."""
 
-    def __init__(self, *, started: bool) -> None:
-        """Name the remedy, unless the pool was ``started`` and is being opened."""
+    def __init__(self, *, started: bool, closed: bool = False) -> None:
+        """Name the reason, and the remedy, unless the pool was ``started`` and is being opened."""
+        if closed:
+            super().__init__("the database's pool is closed: the application has stopped")
+            return
         what = "the database's pool is not open yet"
-        remedy = "nothing has started the plugin; in a script, use `async with app.lifespan():`"
+        remedy = (
+            "nothing has started the plugin; in a script, use `async with app.lifespan():`, or"
+            " jobs.submit_sync()"
+        )
         super().__init__(what if started else f"{what}: {remedy}")
 
 
