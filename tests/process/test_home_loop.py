@@ -1,0 +1,207 @@
+"""The home loop of services: calls from other loops and from threads."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextvars import ContextVar
+
+import pytest
+
+from viralfx.domain.jobs.batching import Batcher
+from viralfx.domain.loops import ForeignLoopError, HomeLoop, LoopThread, without_loop
+
+SECONDS = 30.0
+value: ContextVar[str] = ContextVar("value", default="none")
+
+
+class Home:
+    """A home loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.home = HomeLoop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        settled = threading.Event()
+        self.loop.call_soon_threadsafe(lambda: (self.home.settle(), settled.set()))
+        assert settled.wait(SECONDS)
+
+    def end(self) -> None:
+        """Stop and close the loop, whatever runs on it."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(SECONDS)
+        for task in asyncio.all_tasks(self.loop):
+            task._log_destroy_pending = False  # type: ignore[attr-defined]  # abandoned on purpose
+        self.loop.close()
+
+
+@pytest.fixture
+def at() -> Iterator[Home]:
+    """Return a home loop that runs."""
+    home = Home()
+    yield home
+    if not home.loop.is_closed():
+        home.end()
+
+
+async def where() -> tuple[asyncio.AbstractEventLoop, str]:
+    """Return the running loop, and the context variable."""
+    return asyncio.get_running_loop(), value.get()
+
+
+def from_both(at: Home, call: Callable[[], object]) -> list[BaseException | object]:
+    """Return the outcomes of a call by asyncio.run and by a blocking call."""
+
+    async def run() -> object:
+        return await at.home.run(call)  # type: ignore[arg-type]  # a coroutine function
+
+    outcomes: list[BaseException | object] = []
+    for way in (lambda: asyncio.run(run()), lambda: at.home.call(call)):  # type: ignore[arg-type]
+        try:
+            outcomes.append(way())
+        except BaseException as error:  # noqa: BLE001 - it is the outcome
+            outcomes.append(error)
+    return outcomes
+
+
+def test_a_call_runs_there_in_the_context_of_its_caller(at: Home) -> None:
+    """The correlation id, for example, goes with it."""
+    token = value.set("mine")
+    outcomes = from_both(at, where)
+    value.reset(token)
+
+    assert outcomes == [(at.loop, "mine")] * 2
+
+
+@pytest.mark.parametrize("kind", [ValueError, SystemExit, asyncio.CancelledError])
+def test_an_error_is_that_of_the_caller(at: Home, kind: type[BaseException]) -> None:
+    """An exit does not end the home loop, and a cancellation by the call itself is its outcome."""
+
+    async def fail() -> None:
+        raise kind
+
+    assert [type(each) for each in from_both(at, fail)] == [kind] * 2
+    assert from_both(at, where)[0] == (at.loop, "none")
+
+
+async def test_cancelling_the_caller_cancels_the_call(at: Home) -> None:
+    """The call does not go on without a caller."""
+    began, ended = threading.Event(), threading.Event()
+
+    async def wait() -> None:
+        began.set()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ended.set()
+
+    caller = asyncio.create_task(at.home.run(wait))
+    assert await asyncio.to_thread(began.wait, SECONDS)
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+
+    assert await asyncio.to_thread(ended.wait, SECONDS)
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_the_end_of_the_home_loop_ends_the_call(at: Home, *, blocks: bool) -> None:
+    """No caller waits for a loop that does not exist any more."""
+    began = threading.Event()
+    found: list[Exception] = []
+
+    async def wait() -> None:
+        began.set()
+        await asyncio.get_running_loop().create_future()
+
+    def call() -> None:
+        try:
+            if blocks:
+                at.home.call(wait)
+            else:
+                asyncio.run(at.home.run(wait))
+        except ForeignLoopError as error:
+            found.append(error)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    assert began.wait(SECONDS)
+    at.end()
+    caller.join(SECONDS)
+
+    assert "has ended" in str(found[0])
+    assert at.home.has_ended
+
+
+async def test_a_generator_makes_its_steps_there(at: Home) -> None:
+    """Its end, too, also if the caller leaves it early."""
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def count() -> AsyncGenerator[int]:
+        try:
+            for number in range(3):
+                loops.append(asyncio.get_running_loop())
+                yield number
+        finally:
+            loops.append(asyncio.get_running_loop())
+
+    whole = [number async for number in at.home.iterate(count)]
+    steps = at.home.iterate(count)
+    first = await anext(steps)
+    await steps.aclose()
+
+    assert (whole, first) == ([0, 1, 2], 0)
+    assert loops == [at.loop] * 6
+
+
+def test_a_loop_that_ended_leaves_a_batcher_usable() -> None:
+    """A task of that loop never ends, and the next caller does not wait for it."""
+
+    async def call(items: list[int]) -> list[int]:
+        if items == [0]:
+            await asyncio.get_running_loop().create_future()
+        return items
+
+    batcher = Batcher(call)  # type: ignore[arg-type]  # lists in place of sequences
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(batcher(0))
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.run_until_complete(asyncio.sleep(0))
+    for each in asyncio.all_tasks(loop):
+        each._log_destroy_pending = False  # type: ignore[attr-defined]  # abandoned on purpose
+    loop.close()
+
+    assert asyncio.run(batcher(1)) == 1
+    assert not task.done()
+
+
+def test_a_thread_with_a_loop_starts_with_the_first_call() -> None:
+    """It is the same for all calls, and its end closes what it has opened."""
+    closed: list[str] = []
+
+    async def close() -> None:
+        closed.append(threading.current_thread().name)
+
+    thread = LoopThread("loop-of-test", close=close)
+
+    async def name() -> str:
+        return threading.current_thread().name
+
+    assert [thread.call(name) for _ in range(2)] == ["loop-of-test"] * 2
+    thread.close()
+    thread.close()
+    assert closed == ["loop-of-test"]
+
+
+def test_a_coroutine_without_a_loop_may_not_wait() -> None:
+    """One that waits needs an event loop, and the error says so."""
+
+    async def immediate() -> int:
+        return 1
+
+    async def waiting() -> None:
+        await asyncio.sleep(0)
+
+    assert without_loop(immediate()) == 1
+    with pytest.raises(ForeignLoopError, match="synchronous connection"):
+        without_loop(waiting())
