@@ -1,9 +1,10 @@
 """The jobs API: cancellation, changes of many jobs, past executions and progress."""
 
-from collections.abc import AsyncIterator
+from collections.abc import inspect
 from dataclasses import replace
 from typing import Any
 
+import AsyncIterator
 import pytest
 from litestar import Litestar
 from litestar.testing import AsyncTestClient
@@ -131,7 +132,7 @@ async def test_a_change_of_many_jobs_has_a_bound(
 ) -> None:
     """The answer says that others may be left; the next request takes them."""
     for method in (JobService.retry_all, JobService.cancel_all):
-        monkeypatch.setattr(method, "__kwdefaults__", {"most": 100})
+        monkeypatch.setattr(inspect.unwrap(method), "__kwdefaults__", {"most": 100})
     ledger = ledger_of(client)
     draft = JobDraft(id="", queue="default", task="parcels.ship", payload=b"1")
     drafts = [replace(draft, id=new_job_id()) for _ in range(250)]

@@ -285,6 +285,8 @@ async def _outcome(call: Callable[[], Awaitable[T]]) -> tuple[T | None, BaseExce
     """Return the result or the error: an exit is the caller's, and must not end the home loop."""
     try:
         return await call(), None
+    except GeneratorExit:
+        raise  # the home loop ended without the end of this call
     except BaseException as error:
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
@@ -316,7 +318,9 @@ class LoopThread:
         self._name = name
         self._close = close
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
         self._ready = threading.Event()
+        self._closed = False
         # A signal handler may interrupt the thread that holds it.
         self._starting = threading.RLock()
 
@@ -339,7 +343,8 @@ class LoopThread:
         with self._starting:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
                 atexit.register(self.close)
         # A server of the application may forbid threads.
         if not self._ready.wait(_MAX_START_SECONDS):
@@ -363,16 +368,16 @@ class LoopThread:
             loop.close()
 
     def close(self) -> None:
-        """End the loop and the thread, within two seconds; a second call does nothing."""
-        loop = self._loop
-        if loop is None or loop.is_closed() or not loop.is_running():
+        """End the loop and the thread, within seconds; a second call does nothing."""
+        loop, thread = self._loop, self._thread
+        # A forked process has the objects, and not the thread.
+        if self._closed or loop is None or thread is None or not thread.is_alive():
             return
+        self._closed = True
         closing = asyncio.run_coroutine_threadsafe(_awaited(self._close()), loop)
         concurrent.futures.wait({closing}, timeout=_MAX_CLOSE_SECONDS)
-        try:
-            loop.call_soon_threadsafe(loop.stop)
-        except RuntimeError:  # it has just been closed
-            return
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(_MAX_CLOSE_SECONDS)
 
 
 _MAX_START_SECONDS = 10.0

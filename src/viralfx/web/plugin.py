@@ -49,7 +49,7 @@ from viralfx.web.routes import (
 if TYPE_CHECKING:
     import click
 
-_logger = logging.getLogger("viralfx.plugin")
+_logger = logging.getLogger("viralfx.lifecycle")
 
 _METRICS_PATH_TAKEN = (
     "OperationsConfig.metrics_path: the application answers {} itself; choose another path, or"
