@@ -1,10 +1,10 @@
 """The jobs API: cancellation, changes of many jobs, past executions and progress."""
 
-from collections.abc import inspect
+import inspect
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
-import AsyncIterator
 import pytest
 from litestar import Litestar
 from litestar.testing import AsyncTestClient
