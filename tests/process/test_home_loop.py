@@ -27,7 +27,7 @@ class Home:
         assert settled.wait(SECONDS)
 
     def end(self) -> None:
-        """Stop and close the loop, whatever runs on it."""
+        """Stop and close the loop, and abandon its tasks."""
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(SECONDS)
         for task in asyncio.all_tasks(self.loop):

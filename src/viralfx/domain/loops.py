@@ -21,8 +21,8 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 _END: Any = object()
-_LOOK_SECONDS = 1.0
-"""Between two looks at the other loop: it may end without answering."""
+_CHECK_SECONDS = 1.0
+"""Between two checks of the other loop: it may end without answering."""
 _TURN_SECONDS = 0.005
 """Between two tries to be the only loop."""
 _MAX_TURN_SECONDS = 5.0
@@ -244,7 +244,7 @@ async def _on(loop: asyncio.AbstractEventLoop, call: Callable[[], Awaitable[T]])
     begun = _begin(loop, call)
     ended = asyncio.wrap_future(begun)
     try:
-        while not (await asyncio.wait({ended}, timeout=_LOOK_SECONDS))[0]:
+        while not (await asyncio.wait({ended}, timeout=_CHECK_SECONDS))[0]:
             if loop.is_closed():
                 raise _ended()
         result: T = _result(begun)
@@ -260,7 +260,7 @@ def blocking(loop: asyncio.AbstractEventLoop, call: Callable[[], Awaitable[T]]) 
     """
     begun = _begin(loop, call)
     try:
-        while not concurrent.futures.wait({begun}, timeout=_LOOK_SECONDS)[0]:
+        while not concurrent.futures.wait({begun}, timeout=_CHECK_SECONDS)[0]:
             if loop.is_closed():
                 raise _ended()
         result: T = _result(begun)
