@@ -51,6 +51,7 @@ PUBLIC = {
     "LedgerUnavailableError",
     "Observation",
     "OperationsConfig",
+    "OperationsLayer",
     "OperationsPlugin",
     "PayloadError",
     "PayloadTooLargeError",

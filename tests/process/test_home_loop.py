@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import partial
 
 import pytest
 
@@ -23,7 +24,12 @@ class Home:
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
         settled = threading.Event()
-        self.loop.call_soon_threadsafe(lambda: (self.home.settle(), settled.set()))
+
+        def settle() -> None:
+            self.home.settle()
+            settled.set()
+
+        self.loop.call_soon_threadsafe(settle)
         assert settled.wait(SECONDS)
 
     def end(self) -> None:
@@ -49,14 +55,15 @@ async def where() -> tuple[asyncio.AbstractEventLoop, str]:
     return asyncio.get_running_loop(), value.get()
 
 
-def from_both(at: Home, call: Callable[[], object]) -> list[BaseException | object]:
+def from_both(at: Home, call: Callable[[], Awaitable[object]]) -> list[BaseException | object]:
     """Return the outcomes of a call by asyncio.run and by a blocking call."""
 
     async def run() -> object:
-        return await at.home.run(call)  # type: ignore[arg-type]  # a coroutine function
+        return await at.home.run(call)
 
     outcomes: list[BaseException | object] = []
-    for way in (lambda: asyncio.run(run()), lambda: at.home.call(call)):  # type: ignore[arg-type]
+    blocking = partial(at.home.call, call)
+    for way in (lambda: asyncio.run(run()), blocking):
         try:
             outcomes.append(way())
         except BaseException as error:  # noqa: BLE001 - it is the outcome
@@ -157,12 +164,12 @@ async def test_a_generator_makes_its_steps_there(at: Home) -> None:
 def test_a_loop_that_ended_leaves_a_batcher_usable() -> None:
     """A task of that loop never ends, and the next caller does not wait for it."""
 
-    async def call(items: list[int]) -> list[int]:
-        if items == [0]:
+    async def call(items: Sequence[int]) -> Sequence[int]:
+        if 0 in items:
             await asyncio.get_running_loop().create_future()
         return items
 
-    batcher = Batcher(call)  # type: ignore[arg-type]  # lists in place of sequences
+    batcher: Batcher[int, int] = Batcher(call)
     loop = asyncio.new_event_loop()
     task = loop.create_task(batcher(0))
     loop.run_until_complete(asyncio.sleep(0))

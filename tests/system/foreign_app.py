@@ -65,7 +65,8 @@ async def _redis(number: int) -> int:
     client = plugin.redis.redis
     await client.set(f"foreign{number}", number)
     async with client.pipeline() as pipeline:
-        await pipeline.get(f"foreign{number}").execute()
+        _ = pipeline.get(f"foreign{number}")
+        await pipeline.execute()
     found = await plugin.redis.get_with_graceful_degradation(
         lambda: client.get(f"foreign{number}"), b"-1"
     )

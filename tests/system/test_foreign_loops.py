@@ -110,7 +110,7 @@ def test_plain_tasks_use_every_service(database: Database, redis: RedisServer) -
                 ]
             ),
             seconds=600 if SOAK else 60,
-            what=lambda: database.execute(states),
+            what=lambda: str(database.execute(states)),
         )
         process.signal(signal.SIGTERM)
 

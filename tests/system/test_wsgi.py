@@ -86,5 +86,5 @@ def test_a_worker_finds_them_at_once(database: Database) -> None:
         expected = dict(database.execute(states))
         wait_until(
             lambda: dict(database.execute(states)) == {"completed": sum(expected.values())},
-            what=lambda: database.execute(states),
+            what=lambda: str(database.execute(states)),
         )

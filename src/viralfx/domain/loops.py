@@ -10,17 +10,18 @@ import concurrent.futures
 import functools
 import os
 import threading
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from viralfx.domain.clock import SystemClock, finished_within
 from viralfx.domain.errors import ViralFXError
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
 _END: Any = object()
+_clock = SystemClock()  # other threads and their loops have real time
 _CHECK_SECONDS = 1.0
 """Between two checks of the other loop: it may end without answering."""
 _TURN_SECONDS = 0.005
@@ -94,11 +95,11 @@ class HomeLoop:
 
     async def known(self) -> None:
         """Wait until the services start, up to ``start_seconds`` from the first such call on."""
-        now = time.monotonic()
+        now = _clock.monotonic()
         self._waits_until = self._waits_until or now + self._start_seconds
         while self._loop is None and now < self._waits_until:
-            await asyncio.sleep(_TURN_SECONDS)
-            now = time.monotonic()
+            await _clock.sleep(_TURN_SECONDS)
+            now = _clock.monotonic()
 
     async def run(self, call: Callable[[], Awaitable[T]]) -> T:
         """Return the result of ``call``, which runs on the home loop in the caller's context.
@@ -131,7 +132,7 @@ class HomeLoop:
                 " jobs.submit_sync(), which needs DATABASE_URL"
             )
         await self.known()
-        waits_until = here.time() + _MAX_TURN_SECONDS
+        waits_until = _clock.monotonic() + _MAX_TURN_SECONDS
         while (home := self.running) is None:
             with self._lock:
                 # A loop that has ended leaves no call behind.
@@ -142,12 +143,12 @@ class HomeLoop:
                 if self._guest is here:
                     self._guests += 1
                     return None
-            if here.time() >= waits_until:
+            if _clock.monotonic() >= waits_until:
                 raise ForeignLoopError(
                     "another event loop uses these services, and the application has not started;"
                     " start it, so that calls from other loops run on its loop"
                 )
-            await asyncio.sleep(_TURN_SECONDS)
+            await _clock.sleep(_TURN_SECONDS)
         return home
 
     def _leave(self, here: asyncio.AbstractEventLoop) -> None:
@@ -244,7 +245,7 @@ async def _on(loop: asyncio.AbstractEventLoop, call: Callable[[], Awaitable[T]])
     begun = _begin(loop, call)
     ended = asyncio.wrap_future(begun)
     try:
-        while not (await asyncio.wait({ended}, timeout=_CHECK_SECONDS))[0]:
+        while not await finished_within(ended, _CHECK_SECONDS, _clock):
             if loop.is_closed():
                 raise _ended()
         result: T = _result(begun)
@@ -364,7 +365,7 @@ class LoopThread:
         finally:
             for task in asyncio.all_tasks(loop):
                 task.cancel()
-            loop.run_until_complete(asyncio.sleep(0))
+            loop.run_until_complete(_clock.sleep(0))
             loop.close()
 
     def close(self) -> None:

@@ -148,8 +148,9 @@ class PostgresDatabase:
         self._pool: Pool[Any] | None = None
         self._dedicated: set[Connection[Any]] = set()
         limit = min(config.settings.pool_timeout, _START_SECONDS)
-        self._home = self.home = HomeLoop(start_seconds=limit)
+        self.home = HomeLoop(start_seconds=limit)
         """The event loop that the connections belong to: the one of :meth:`open`."""
+        self._home = self.home
         self._opened = asyncio.Event()
         self._closed = False
         self._in_use = self._waiting = self._failed_connections = 0
