@@ -62,8 +62,8 @@ def from_both(at: Home, call: Callable[[], Awaitable[object]]) -> list[BaseExcep
         return await at.home.run(call)
 
     outcomes: list[BaseException | object] = []
-    blocking = partial(at.home.call, call)
-    for way in (lambda: asyncio.run(run()), blocking):
+    ways: list[Callable[[], object]] = [lambda: asyncio.run(run()), partial(at.home.call, call)]
+    for way in ways:
         try:
             outcomes.append(way())
         except BaseException as error:  # noqa: BLE001 - it is the outcome
