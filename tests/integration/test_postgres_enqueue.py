@@ -15,9 +15,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import asyncpg
+import psycopg
+import psycopg2
 import pytest
 from litestar import Litestar
-from sqlalchemy import func, literal, select, text
+from psycopg.rows import dict_row
+from psycopg2.extras import RealDictCursor
+from sqlalchemy import create_engine, func, literal, select, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
@@ -248,6 +252,75 @@ async def by_sync_session(shop: Shop) -> AsyncIterator[Place]:
     yield place
 
 
+def place_blocking(shop: Shop, number: int, connection: Any, execute: Callable[[str], Any]) -> None:
+    """Write an order and submit its job, twice, from a thread without an event loop."""
+    execute(INSERT.format(number))
+    options: dict[str, Any] = {"key": f"order-{number}", "connection": connection}
+    accepted, again = [shop.jobs.submit_sync("orders.ship", number, **options) for _ in range(2)]
+    assert accepted.created
+    assert accepted.job == again.job
+    with pytest.raises(KeyConflictError):
+        shop.jobs.submit_sync("orders.ship", -1, **options)
+
+
+@asynccontextmanager
+async def by_psycopg(shop: Shop) -> AsyncIterator[Place]:
+    """On a connection of psycopg with rows and a time zone of its own."""
+    options = "-c timezone=Asia/Kolkata -c datestyle=German"
+    with psycopg.connect(shop.database.url, row_factory=dict_row, options=options) as connection:
+
+        def place(number: int) -> None:
+            place_blocking(shop, number, connection, connection.execute)
+            (connection.commit if kept(number) else connection.rollback)()
+
+        yield lambda number: asyncio.to_thread(place, number)
+
+
+@asynccontextmanager
+async def by_autocommit(shop: Shop) -> AsyncIterator[Place]:
+    """In a block of psycopg, without which each statement would be a transaction."""
+    with psycopg.connect(shop.database.url, autocommit=True) as connection:
+
+        def place(number: int) -> None:
+            with connection.transaction(force_rollback=not kept(number)):
+                place_blocking(shop, number, connection, connection.execute)
+
+        yield lambda number: asyncio.to_thread(place, number)
+
+
+@asynccontextmanager
+async def by_psycopg2(shop: Shop) -> AsyncIterator[Place]:
+    """On a connection of psycopg2 with rows of its own."""
+    connection = psycopg2.connect(shop.database.url, cursor_factory=RealDictCursor)
+
+    def place(number: int) -> None:
+        with connection.cursor() as cursor:
+            place_blocking(shop, number, connection, cursor.execute)
+        (connection.commit if kept(number) else connection.rollback)()
+
+    yield lambda number: asyncio.to_thread(place, number)
+    connection.close()
+
+
+@asynccontextmanager
+async def by_blocking_session(shop: Shop) -> AsyncIterator[Place]:
+    """In a synchronous session of SQLAlchemy, of each driver; and on its connection."""
+    engines = [
+        create_engine(shop.database.url.replace("postgresql:", f"postgresql+{driver}:"))
+        for driver in ("psycopg", "psycopg2")
+    ]
+
+    def place(number: int) -> None:
+        with Session(engines[number // 2 % 2]) as session:
+            given = session if number < 4 else session.connection()
+            place_blocking(shop, number, given, lambda sql: session.execute(text(sql)))
+            (session.commit if kept(number) else session.rollback)()
+
+    yield lambda number: asyncio.to_thread(place, number)
+    for engine in engines:
+        engine.dispose()
+
+
 WAYS: dict[str, Callable[[Shop], AbstractAsyncContextManager[Place]]] = {
     way.__name__.removeprefix("by_"): way
     for way in (
@@ -258,6 +331,10 @@ WAYS: dict[str, Callable[[Shop], AbstractAsyncContextManager[Place]]] = {
         by_scoped_session,
         by_connection,
         by_sync_session,
+        by_psycopg,
+        by_autocommit,
+        by_psycopg2,
+        by_blocking_session,
     )
 }
 
@@ -323,6 +400,30 @@ async def test_a_connection_in_no_transaction_is_refused(shop: Shop) -> None:
             await shop.jobs.submit("orders.ship", 1, connection=wrong)
     await connection.close()
 
+    assert shop.shipped() == []
+
+
+async def test_a_blocking_call_takes_a_synchronous_connection(shop: Shop) -> None:
+    """In a transaction; any other connection is refused, with what to do."""
+
+    def refused(connection: Any) -> str:
+        with pytest.raises(TransactionError) as error:
+            shop.jobs.submit_sync("orders.ship", 1, connection=connection)
+        return str(error.value)
+
+    native = await asyncpg.connect(shop.database.url)
+    with psycopg.connect(shop.database.url, autocommit=True) as connection:
+        automatic = await asyncio.to_thread(refused, connection)
+        with pytest.raises(TransactionError, match=r"jobs\.submit_sync\(\) takes it"):
+            await shop.jobs.submit("orders.ship", 1, connection=connection)
+    async with AsyncSession(shop.engine) as session:
+        others = [await asyncio.to_thread(refused, each) for each in (session, native)]
+    nothing = await asyncio.to_thread(refused, object())
+    await native.close()
+
+    assert "with connection.transaction():" in automatic
+    assert all("await jobs.submit(" in each for each in others)
+    assert "not builtins.object" in nothing
     assert shop.shipped() == []
 
 
