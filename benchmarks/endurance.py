@@ -54,6 +54,13 @@ RUNS = {
         ("tests/edge/test_fuzz.py", "--timeout", "7200"),
         {"EDGE_FUZZ_REQUESTS": "100000"},
     ),
+    "foreign-loops": Run(
+        "20,000 calls of `asyncio.run(plugin.jobs.submit())` from threads beside as many"
+        " asynchronous ones, under `serve --app`, uvicorn and in plain tasks, and a quarter of them for cache,"
+        " database and Redis: all have a result, and the process stops in order.",
+        ("tests/system/test_foreign_loops.py",),
+        SOAK,
+    ),
     "contracts": Run(
         "The contract suites of ledger, state, check and fleet pass behind PgBouncer in session and"
         " transaction mode, each with `max_prepared_statements` 0 and 200.",

@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -55,10 +55,17 @@ def _is_ready(port: int) -> bool:
         return False
 
 
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800 if SOAK else 90)]
+
+
 @pytest.mark.each_python
 @pytest.mark.parametrize(("server", "code"), [("viralfx serve", 0), ("uvicorn", -signal.SIGTERM)])
 def test_plain_endpoints_use_every_service_beside_asynchronous_ones(
-    database: Database, redis: RedisServer, server: str, code: int
+    database: Database,
+    redis: RedisServer,
+    record_property: Callable[[str, object], None],
+    server: str,
+    code: int,
 ) -> None:
     """Each request is answered, no call hangs, and the process stops in order."""
     environment = {**environment_of(database, TASK_MODULES=""), "REDIS_HOST": "127.0.0.1"}
@@ -82,6 +89,8 @@ def test_plain_endpoints_use_every_service_beside_asynchronous_ones(
         "SELECT count(*) FROM viralfx_ops.viralfx_all_jobs WHERE task = 'foreign.note'"
     )
 
+    record_property("requests", len(paths))
+    record_property("jobs", 3 * CALLS)
     assert found == {200: len(paths)}
     assert accepted == [(3 * CALLS,)]
     assert "execute_with_retry()" in answers["/acquire"]
@@ -89,7 +98,9 @@ def test_plain_endpoints_use_every_service_beside_asynchronous_ones(
     assert ended == [code]
 
 
-def test_plain_tasks_use_every_service(database: Database, redis: RedisServer) -> None:
+def test_plain_tasks_use_every_service(
+    database: Database, redis: RedisServer, record_property: Callable[[str, object], None]
+) -> None:
     """Their jobs are accepted beside those of asynchronous tasks, and none fails."""
     environment = environment_of(database, TASK_MODULES="none")
     environment |= {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(redis.port)}
@@ -115,3 +126,4 @@ def test_plain_tasks_use_every_service(database: Database, redis: RedisServer) -
         process.signal(signal.SIGTERM)
 
         assert process.exit_code() == 0
+    record_property("jobs", 5 * CALLS)
