@@ -56,8 +56,8 @@ RUNS = {
     ),
     "foreign-loops": Run(
         "20,000 calls of `asyncio.run(plugin.jobs.submit())` from threads beside as many"
-        " asynchronous ones, under `serve --app`, uvicorn and in plain tasks, and a quarter of them for cache,"
-        " database and Redis: all have a result, and the process stops in order.",
+        " asynchronous ones, under `serve --app`, uvicorn and in plain tasks, and a quarter of them"
+        " for cache, database and Redis: all have a result, and the process stops in order.",
         ("tests/system/test_foreign_loops.py",),
         SOAK,
     ),
