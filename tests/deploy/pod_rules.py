@@ -7,7 +7,7 @@ from functools import cache
 
 from tests.deploy.manifests import ROOT, Container, Resource, labels_of_pods, of_kind, selected
 
-from viralfx.settings.memory_limit import MIN_MEMORY_MIB
+from viralfx.settings.platform import MIN_MEMORY_MIB
 
 COMFORTABLE_MIB = 4 * MIN_MEMORY_MIB
 """Twice the MiB that an idle process needs with a margin."""

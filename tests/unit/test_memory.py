@@ -11,7 +11,7 @@ import pytest
 from viralfx.adapters.process_memory import ProcessMemory, memory_limit
 from viralfx.domain.errors import StartupError
 from viralfx.domain.health.model import Observation, ProcessUsage, Status
-from viralfx.settings.memory_limit import require_memory
+from viralfx.settings.platform import require_memory
 
 MIB = 2**20
 HOST = 64 * MIB

@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil
 
 from viralfx.domain.health.model import Observation, ProcessUsage, Status
-from viralfx.settings.memory_limit import memory_limits
+from viralfx.settings.platform import memory_limits
 
 WARN_AT = 0.75
 FAIL_AT = 0.90

@@ -399,7 +399,7 @@ def _framework(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _require_memory() -> None:
-    from viralfx.settings.memory_limit import require_memory  # noqa: PLC0415
+    from viralfx.settings.platform import require_memory  # noqa: PLC0415
 
     require_memory()
 

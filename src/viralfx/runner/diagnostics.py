@@ -27,7 +27,7 @@ from types import FrameType
 from viralfx.domain.extras import MissingExtraError, needed_by
 from viralfx.domain.jobs.model import is_job_id
 from viralfx.runner.signals import ignore_signal
-from viralfx.settings.memory_limit import memory_limits
+from viralfx.settings.platform import memory_limits
 
 _loop_logger = logging.getLogger("viralfx.loop")
 _process_logger = logging.getLogger("viralfx.process")

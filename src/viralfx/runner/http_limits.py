@@ -14,7 +14,7 @@ from time import monotonic
 import msgspec
 
 from viralfx.settings import HttpSettings, Settings
-from viralfx.settings.memory_limit import memory_limits
+from viralfx.settings.platform import memory_limits
 from viralfx.web.responses import PROBLEM_MEDIA_TYPE, problem
 
 _logger = logging.getLogger("viralfx.http")
