@@ -206,6 +206,7 @@ FOREIGN_VARIABLES = frozenset(
         "JOB_COMPLETION_INDEX",
         "JOB_DIR",
         "JOB_NAME",
+        "KUBERNETES_SERVICE_HOST",
         "LAME_DUCK",
         "MAX_PIPELINED",
         "NAME_FILE",

@@ -48,6 +48,19 @@ def test_no_request_is_lost_during_the_readiness_delay(run: int) -> None:
         assert b"connection: close" in clients.last_head
 
 
+def test_readiness_fails_first_in_a_pod() -> None:
+    """Without a setting, a pod still answers new connections while it is not ready."""
+    with running(*PLAIN, environment={"KUBERNETES_SERVICE_HOST": "10.96.0.1"}) as service:
+        service.wait_ready()
+        service.signal(signal.SIGTERM)
+        wait_until(lambda: service.status("/health/ready") == 503, what="not ready")
+        answers = [service.get("/work") for _ in range(3)]
+
+        assert [answer.status for answer in answers] == [200, 200, 200]
+        assert [answer.headers["connection"] for answer in answers] == ["close"] * 3
+        assert service.exit_code() == 0
+
+
 @pytest.mark.usefixtures("default_sighup")
 def test_sighup_stops_like_sigterm() -> None:
     """A closed terminal stops the service gracefully; a second SIGHUP has no effect."""

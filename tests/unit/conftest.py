@@ -62,4 +62,5 @@ def plain_environ(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for field in fields():
         monkeypatch.delenv(field.variable, raising=False)
         monkeypatch.delenv(f"{field.variable}_FILE", raising=False)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     return monkeypatch

@@ -453,6 +453,42 @@ def test_budgets_that_do_not_fit_are_refused() -> None:
     assert line.endswith("; raise it, or lower a budget")
 
 
+POD = {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("more", "delay"),
+    [
+        ({}, 3.0),
+        ({"SHUTDOWN_READINESS_DELAY": "0"}, 0.0),
+        ({"SHUTDOWN_READINESS_DELAY": "5000"}, 5.0),
+        ({"SHUTDOWN_FORCE_TIMEOUT": "50300"}, 0.3),
+        ({"SHUTDOWN_FORCE_TIMEOUT": "50000"}, 0.0),
+        ({"SHUTDOWN_FORCE_TIMEOUT": "20000", "SHUTDOWN_DRAIN_TIMEOUT": "0"}, 0.0),
+        ({"SHUTDOWN_FORCE_TIMEOUT": "20001", "SHUTDOWN_DRAIN_TIMEOUT": "0"}, 0.001),
+    ],
+)
+def test_a_pod_has_a_readiness_delay_that_fits(more: dict[str, str], delay: float) -> None:
+    """It makes no valid budgets invalid; an explicit delay wins."""
+    assert read_settings({**POD, **more}).shutdown_readiness_delay == delay
+
+
+def test_the_source_of_the_readiness_delay_is_the_variable_of_the_platform() -> None:
+    """`viralfx env` shows it; elsewhere there is no delay."""
+    assert sources(POD)["SHUTDOWN_READINESS_DELAY"] == "KUBERNETES_SERVICE_HOST"
+    assert sources({**POD, "SHUTDOWN_READINESS_DELAY": "7"})["SHUTDOWN_READINESS_DELAY"] == (
+        "environment"
+    )
+    assert read_settings({}).shutdown_readiness_delay == 0.0
+
+
+def test_a_pod_is_recognised_behind_a_prefix() -> None:
+    """The platform's variable has no prefix; problems name the budgets alone."""
+    assert read_settings(POD, env_prefix="OPS_").shutdown_readiness_delay == 3.0
+    (line,) = problems(**POD, SHUTDOWN_FORCE_TIMEOUT="49999")
+    assert "the phases need 50 s together (readiness delay 0," in line
+
+
 def test_grace_period_before_the_forced_exit_is_refused() -> None:
     """An unknown grace period is not compared."""
     (line,) = problems(SHUTDOWN_GRACE_PERIOD="60000")

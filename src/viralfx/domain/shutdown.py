@@ -71,7 +71,8 @@ class ShutdownBudgets:
         for name in ("readiness_delay", "drain", "state", "connections", "force"):
             require_not_negative(name, getattr(self, name))
         total = self.readiness_delay + self.drain + self.state + self.connections
-        if total > self.force:
+        # To the microsecond, because a sum of fractions is rarely exact.
+        if round(total - self.force, 6) > 0:
             raise ValueError(
                 f"the phases need {total:g} s together (readiness delay {self.readiness_delay:g},"
                 f" drain {self.drain:g}, state {self.state:g}, connections {self.connections:g})"

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import inspect
 
 from viralfx.domain.errors import ConfigurationError, edits, suggest
+from viralfx.settings import platform
 from viralfx.settings.dsn import (
     IMPLIED,
     DatabaseAddress,
@@ -115,8 +116,9 @@ def fields() -> tuple[Field, ...]:
     return tuple(_fields_of(Settings, ()))
 
 
-def assemble(values: Mapping[tuple[str, ...], object]) -> Settings:
-    """Build the settings from values by path; missing ones get their defaults."""
+def assemble(given: Mapping[str, object]) -> Settings:
+    """Build the settings from values by variable; missing ones get their defaults."""
+    values = {f.path: given[f.variable] for f in fields() if f.variable in given}
     own: dict[str, Any] = {path[0]: value for path, value in values.items() if len(path) == 1}
     for name, kind in get_type_hints(Settings).items():
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and kind is not Secret:
@@ -171,11 +173,6 @@ def _hint(path: tuple[str, ...]) -> object:
 _MIN_CHARACTERS = 8
 """Shorter unknown names are not judged: two edits make another word of them."""
 _MAX_EDITS = 2
-_SERVICE_LINK = re.compile(
-    r"\w+_SERVICE_HOST|\w+_SERVICE_PORT(_\w+)?|\w+_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?"
-)
-_OF_PLATFORMS = frozenset({"K_REVISION"})
-"""Names that resemble ours, and that a platform sets: Cloud Run does."""
 _OF_OTHERS = ("HOST", "PORT", "LOG_LEVEL", "LOG_FORMAT", "CONSOLE", "ACCESS_LOG", "RUNBOOK_URL")
 """Variables with other meanings for other programs, whose default serves an application."""
 
@@ -205,11 +202,10 @@ def read_settings(
         environ = {
             name.removeprefix(env_prefix): value
             for name, value in environ.items()
-            if name.startswith(env_prefix)
+            if name.startswith(env_prefix) or name in platform.NAMES
         }
     reading = _read(environ, strict=strict, tasks=with_tasks)
-    given = reading.values
-    settings = assemble({f.path: given[f.variable] for f in fields() if f.variable in given})
+    settings = assemble(reading.values)
     problems = [
         *(typing_errors(environ, env_prefix) if strict else ()),
         *reading.problems,
@@ -306,6 +302,8 @@ def _read(environ: Mapping[str, str], *, strict: bool = False, tasks: bool = Fal
     _imply_from_profile(reading)
     _imply_from_pool_max(reading)
     _imply_verification(reading)
+    if environ.get(platform.KUBERNETES):
+        _imply_readiness_delay(reading)
     _warn_about_addresses(reading)
     for one in fields():
         if one.variable.startswith(("DB_TLS_", "REDIS_TLS_")) and one.variable.endswith("_FILE"):
@@ -436,6 +434,16 @@ def _imply_verification(reading: _Reading) -> None:
         reading.parse(_field_of("DB_TLS_MODE"), "verify-full", "DB_TLS_CA_FILE")
 
 
+def _imply_readiness_delay(reading: _Reading) -> None:
+    """Serve on for a while in a pod, because proxies send requests until they learn of its end."""
+    one = _field_of("SHUTDOWN_READINESS_DELAY")
+    if reading.is_open(one.variable):
+        s = assemble(reading.values)
+        others = (s.shutdown_drain_timeout, s.shutdown_state_timeout, s.shutdown_connection_timeout)
+        delay = platform.readiness_delay(s.shutdown_force_timeout - sum(others))
+        reading.parse(one, show(delay), platform.KUBERNETES)
+
+
 def _check_readable(reading: _Reading, variable: str) -> None:
     if variable not in reading.values:
         return
@@ -450,21 +458,15 @@ def _field_of(variable: str) -> Field:
     return next(one for one in fields() if one.variable == variable)
 
 
-def _is_service_link(name: str, value: str) -> bool:
-    """Return True if Kubernetes injected the variable for a Service of that name."""
-    injected_port = name.endswith("_PORT") and value.startswith(("tcp://", "udp://", "sctp://"))
-    return injected_port or _SERVICE_LINK.fullmatch(name) is not None
-
-
 def unknown_names(environ: Mapping[str, str]) -> list[str]:
     """Return the names that are set and that no setting reads; service links are left out."""
-    known = {one.variable for one in fields()} | _OF_PLATFORMS
+    known = {one.variable for one in fields()} | platform.NAMES
     return [
         name
         for name, value in sorted(environ.items())
         if value
         and not {name, name.removesuffix("_FILE")} & known
-        and not _is_service_link(name, value)
+        and not platform.is_service_link(name, value)
     ]
 
 
@@ -484,7 +486,7 @@ def typing_errors(environ: Mapping[str, str], prefix: str = "") -> Iterator[str]
 
 def _raw(variable: str, environ: Mapping[str, str]) -> tuple[str | None, str]:
     value, path = environ.get(variable, ""), environ.get(f"{variable}_FILE", "")
-    if value and _is_service_link(variable, value):
+    if value and platform.is_service_link(variable, value):
         value = ""
     if value and path:
         raise ValueError(f"set either {variable} or {variable}_FILE, not both")

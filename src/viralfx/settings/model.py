@@ -25,6 +25,7 @@ from viralfx.settings.groups import (
     meaning,
     milliseconds,
 )
+from viralfx.settings.platform import POD_READINESS_DELAY
 
 DATABASE_URLS = ("DATABASE_URL", "DATABASE_MIGRATION_URL", "DATABASE_LISTEN_URL")
 """Variables that hold the address of a database."""
@@ -228,7 +229,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 0.0
 
     shutdown_readiness_delay: Annotated[
-        Duration, meaning("Time between failing readiness and closing the listeners")
+        Duration,
+        meaning(
+            "Time between failing readiness and closing the listeners;"
+            f" unset in Kubernetes: {milliseconds(POD_READINESS_DELAY)}"
+        ),
     ] = 0.0
     shutdown_drain_timeout: Annotated[
         Duration, meaning("Budget for finishing requests and jobs in flight")

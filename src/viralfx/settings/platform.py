@@ -1,8 +1,9 @@
-"""The memory limit of the process's control groups, and the minimum for a start.
+"""The platform of the process: the memory limit of its control groups, and variables that it sets.
 
 Imports only the standard library, so that the limit is checked before large imports.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -59,3 +60,29 @@ def require_memory(root: Path = Path("/")) -> None:
             f"the memory limit is {limit / 2**20:.0f} MiB, but a start needs {MIN_MEMORY_MIB} MiB;"
             " raise it to 256 MiB or more"
         )
+
+
+KUBERNETES = "KUBERNETES_SERVICE_HOST"
+"""The variable that Kubernetes sets in every container of a pod, and that nothing turns off."""
+NAMES = frozenset({KUBERNETES, "K_REVISION"})
+"""Names that a platform sets; some resemble a setting, as Cloud Run's K_REVISION does."""
+
+_SERVICE_LINK = re.compile(
+    r"\w+_SERVICE_HOST|\w+_SERVICE_PORT(_\w+)?|\w+_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?"
+)
+
+
+def is_service_link(name: str, value: str) -> bool:
+    """Return True if Kubernetes injected the variable for a Service of that name."""
+    injected_port = name.endswith("_PORT") and value.startswith(("tcp://", "udp://", "sctp://"))
+    return injected_port or _SERVICE_LINK.fullmatch(name) is not None
+
+
+POD_READINESS_DELAY = 3.0
+"""Default of SHUTDOWN_READINESS_DELAY in Kubernetes, in seconds. Proxies follow the removal of a
+pod from its Service within a second or two."""
+
+
+def readiness_delay(room: float) -> float:
+    """Return the default in a pod, where the other budgets leave ``room`` seconds for it."""
+    return max(0.0, min(POD_READINESS_DELAY, room))
