@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, cast
 from viralfx.domain.errors import ConfigurationError, ViralFXError, WorkLostError
 from viralfx.domain.extras import require
 from viralfx.domain.shutdown import Phase
-from viralfx.web.error_log import cause_of
+from viralfx.web.error_log import ERROR, cause_of
 from viralfx.web.gate import Gate
 from viralfx.web.in_flight import route_of
 from viralfx.web.layer import (
@@ -337,6 +337,7 @@ class _Lifespan:
         if self._failed:
             return
         if error is not None and not self._started:
+            self._scope[ERROR] = error
             await self._end_layer()
             await self._fail(_text_of(error))
             return

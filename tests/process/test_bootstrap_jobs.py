@@ -15,7 +15,7 @@ from viralfx import JobContext, task
 from viralfx.adapters.memory import MemoryJobLedger, MemoryNotifier
 from viralfx.bootstrap import assemble
 from viralfx.domain.clock import Clock
-from viralfx.domain.errors import ConfigurationError, WorkLostError
+from viralfx.domain.errors import ConfigurationError, WorkLostError, line_of
 from viralfx.domain.health.model import Status
 from viralfx.domain.jobs.model import Job, JobFilter, JobState, LedgerUnavailableError
 from viralfx.domain.jobs.tasks import declared_task, mark
@@ -419,10 +419,10 @@ def test_an_unknown_queue_is_refused() -> None:
     async def far(_: object) -> None: ...
 
     assert problems(near, far) == (
-        "@task('a'): there is no queue named 'defualt'; did you mean default?",
+        f"@task('a'): there is no queue named 'defualt'; did you mean default? ({line_of(near)})",
         (
             "@task('b'): there is no queue named 'zzz';"
-            " add it to QUEUES, which has default, notifications, analytics"
+            f" add it to QUEUES, which has default, notifications, analytics ({line_of(far)})"
         ),
     )
 
@@ -442,7 +442,7 @@ def test_two_tasks_of_one_name_are_refused() -> None:
     same, built_in = problems(first, second, third)
 
     assert same.startswith("@task('a'): there are two tasks named 'a'; rename one (")
-    assert same.endswith(".second)")
+    assert same.endswith(f"({line_of(second)})")
     assert built_in.startswith("@task('default.prune'): there are two tasks named ")
 
 

@@ -1,6 +1,7 @@
 """The start of a service, and the state that it restores."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -14,12 +15,16 @@ PREFIXED = ("--app", "tests.system.prefixed_app:app")
 
 
 def test_an_application_that_fails_to_start_exits_3() -> None:
-    """The failure is logged, started parts are closed, and the exit code is 3."""
+    """The log names the line that failed, started parts are closed, and the exit code is 3."""
     with running("--app", "tests.system.apps:fails_to_start") as service:
         code = service.exit_code()
 
     assert code == 3
-    assert "planted in start-up" in "".join(service.output)
+    (line,) = service.logged("Start-up failed")
+    assert re.fullmatch(
+        r".+ failed: RuntimeError: planted in start-up \(/\S+/tests/system/apps\.py:\d+\)",
+        line["detail"],
+    )
 
 
 @pytest.mark.each_python

@@ -3,13 +3,19 @@
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import ModuleType
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.domain.errors import ConfigurationError, suggest
+from viralfx.domain.errors import (
+    ConfigurationError,
+    ViralFXError,
+    line_of,
+    located,
+    origin_of,
+    suggest,
+)
 from viralfx.domain.jobs.codec import PayloadError
 from viralfx.domain.jobs.hooks import TaskHost, tasks_of
 from viralfx.domain.jobs.tasks import Task, TaskRegistry
@@ -72,11 +78,13 @@ def add_tasks(
 ) -> Iterator[str]:
     """Register tasks of an application; yield the problems."""
     for task in own:
-        yield from _problems_of(task, queues, codec)
+        place = line_of(task.function)
+        for problem in _problems_of(task, queues, codec):
+            yield located(problem, place)
         try:
             registry.add(task)
         except ValueError as error:
-            yield f"@task({task.name!r}): {error} ({_where(task)})"
+            yield located(f"@task({task.name!r}): {error}", place)
 
 
 def _problems_of(task: Task, queues: Collection[str], codec: MsgspecCodec) -> Iterator[str]:
@@ -98,8 +106,8 @@ def _problems_of(task: Task, queues: Collection[str], codec: MsgspecCodec) -> It
             )
 
 
-def _where(task: Task) -> str:
-    return f"{task.function.__module__}.{task.function.__qualname__}"
+_PACKAGES: set[str] = set()
+"""The packages of the application in this process, of which --app and TASK_MODULES name modules."""
 
 
 def import_named(option: str, name: str, settings: Settings) -> ModuleType:
@@ -108,13 +116,14 @@ def import_named(option: str, name: str, settings: Settings) -> ModuleType:
     Raises :class:`ConfigurationError` with one line that begins with ``option``, and without the
     secrets of ``settings``.
     """
+    _PACKAGES.add(name.partition(".")[0])
     # As with ``python -m``, modules in the current folder can be imported.
     if (here := os.getcwd()) not in sys.path:  # noqa: PTH109 - sys.path holds strings
         sys.path.insert(0, here)
     try:
         return importlib.import_module(name)
-    except ConfigurationError:
-        raise
+    except ConfigurationError as error:
+        raise of_code(error) from None
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
             where = "" if name == error.name else f", which {name} would be in"
@@ -127,11 +136,22 @@ def import_named(option: str, name: str, settings: Settings) -> ModuleType:
 
 def failed(option: str, step: str, error: BaseException, settings: Settings) -> ConfigurationError:
     """Return the error for a step that code of the application ended with ``error``."""
-    return ConfigurationError([f"{option}: {step} failed: {_in_one_line(error, settings)}"])
+    text = Redaction(secrets_of(settings)).text(in_one_line(error))
+    return ConfigurationError([f"{option}: {step} failed: {text}"])
 
 
-def _in_one_line(error: BaseException, settings: Settings) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    last = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    text = f"{type(error).__name__}: {error}{last}"
-    return Redaction(secrets_of(settings)).text(text).replace("\n", " ")
+def in_one_line(error: BaseException) -> str:
+    """Return the error that code of the application raised, with its file and line."""
+    error, place = origin_of(error, _PACKAGES)
+    kind = "" if isinstance(error, ViralFXError) else f"{type(error).__name__}: "
+    what = error.msg if isinstance(error, SyntaxError) else error
+    return located(" ".join(f"{kind}{what}".split()), place)
+
+
+def of_code(error: ConfigurationError) -> ConfigurationError:
+    """Return the error with the line that made the plugin, for problems of its arguments."""
+    _, place = origin_of(error, _PACKAGES)
+    return ConfigurationError(
+        located(problem, place) if problem.startswith("Operations") else problem
+        for problem in error.problems
+    )

@@ -1,7 +1,9 @@
-"""Base classes of the package's errors, the text of any error, and checks of arguments."""
+"""Base classes of the package's errors, text and origin of any error, and checks of arguments."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
 from typing import TypeGuard, TypeVar
 
 T = TypeVar("T")
@@ -52,6 +54,70 @@ def text_of(error: BaseException) -> str:
         return str.__str__(str(error)) or type_name(error)
     except BaseException:  # noqa: BLE001 - __str__ may be the code of an application
         return type_name(error)
+
+
+def origin_of(error: BaseException, packages: Collection[str] = ()) -> tuple[BaseException, str]:
+    """Return the error that code of the application raised, and where: ``file:line``.
+
+    Code of the application is in no installed package, except those of ``packages``, the names of
+    its own. The error may be a member of ``error``, or its cause. Without such code the result is
+    ``error`` and the last line of its traceback, or an empty text.
+    """
+    for each in _with_causes(error):
+        if isinstance(each, SyntaxError) and each.filename and not _is_installed(each.filename):
+            return each, f"{each.filename}:{each.lineno}"
+        for file, line, module in reversed([*_frames(each.__traceback__)]):
+            if module.partition(".")[0] in packages or not _is_installed(file):
+                return each, f"{file}:{line}"
+    frames = [*_frames(error.__traceback__)]
+    return error, "{}:{}".format(*frames[-1]) if frames else ""
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield the members of a group before itself, and the causes of an error after it."""
+    found: BaseException | None = error
+    seen: set[int] = set()
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        if isinstance(found, BaseExceptionGroup):
+            for member in found.exceptions:
+                yield from _with_causes(member)
+        yield found
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+
+
+def _frames(traceback: TracebackType | None) -> Iterator[tuple[str, int, str]]:
+    """Yield file, line and module, the innermost frame last."""
+    while traceback is not None:
+        code = traceback.tb_frame
+        yield code.f_code.co_filename, traceback.tb_lineno, str(code.f_globals.get("__name__"))
+        traceback = traceback.tb_next
+
+
+def _is_installed(file: str) -> bool:
+    """Return True for a file of an installed package, this one included, and of the interpreter."""
+    import sysconfig  # noqa: PLC0415 - as difflib
+
+    if file.startswith("<"):
+        return True
+    path, own = Path(file).resolve(), str(Path(__file__).parents[1])
+    folders = (own, sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
+    return not {"site-packages", "dist-packages"}.isdisjoint(path.parts) or any(
+        path.is_relative_to(Path(folder).resolve()) for folder in folders
+    )
+
+
+def line_of(function: Callable[..., object]) -> str:
+    """Return where a function is declared, as ``file:line``; an empty text if it has no code."""
+    import inspect  # noqa: PLC0415 - as difflib
+
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else ""
+
+
+def located(problem: str, place: str) -> str:
+    """Return the line of a problem with its place, which may be unknown."""
+    return f"{problem} ({place})" if place else problem
 
 
 def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import cast
 
 from viralfx.asgi import OperationsMiddleware, has_layer, middleware_around
-from viralfx.bootstrap.task_modules import failed, import_named
+from viralfx.bootstrap.task_modules import failed, import_named, of_code
 from viralfx.domain.errors import ConfigurationError, suggest
 from viralfx.domain.jobs.hooks import TaskHost
 from viralfx.settings import Settings
@@ -160,7 +160,7 @@ def _call(spec: str, factory: object, settings: Settings) -> object:
     assert callable(factory)  # noqa: S101 - narrows for the type checker
     try:
         return factory()
-    except ConfigurationError:
-        raise
+    except ConfigurationError as error:
+        raise of_code(error) from None
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a factory may raise anything
         raise failed("--app", f"calling {spec}", error, settings) from None

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from viralfx.bootstrap.task_modules import in_one_line
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import StartupError, WorkLostError
 from viralfx.domain.operations import Operations
@@ -261,7 +262,7 @@ class Process:
                 await server.open()
             await self._operations.start()
             if application is not None and not await application.start():
-                raise StartupError("the application's start-up failed; the log above says why")  # noqa: TRY301
+                raise StartupError(_failed(application.error))  # noqa: TRY301
             self._signals.reinstall()
             self._reclaim_log()
         except Exception as error:
@@ -270,7 +271,7 @@ class Process:
             if isinstance(error, StartupError):
                 _logger.error("Start-up failed", extra={"detail": str(error)})  # noqa: TRY400 - the error text is complete
             else:
-                _logger.exception("Start-up failed")
+                _logger.exception("Start-up failed", extra={"detail": in_one_line(error)})
             self._operations.shutdown.trigger("start-up failed")
             return
         self._gate.open = True
@@ -392,6 +393,11 @@ class Process:
             self._on_uncaught(f"thread {name}", args.exc_value)
         if self._thread_hook is not threading.__excepthook__:
             self._thread_hook(args)  # the application's own hook
+
+
+def _failed(error: BaseException | None) -> str:
+    reason = "; the log above says why" if error is None else f": {in_one_line(error)}"
+    return f"the application's start-up failed{reason}"
 
 
 def _exit_late(code: int) -> None:

@@ -2,17 +2,19 @@
 
 import asyncio
 import contextlib
+import copy
 import ctypes
 import errno
 import logging
 import os
 import socket
 import struct
+import sys
 from collections import deque
 from collections.abc import Callable
 from email.utils import formatdate
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.lifespan.on import LifespanOn
@@ -29,9 +31,9 @@ from viralfx.runner.http_limits import (
 from viralfx.runner.http_protocol import HttpProtocol, protocol_class
 from viralfx.runner.websocket import WebSocketLimits
 from viralfx.telemetry.metrics.requests import HttpMetrics
-from viralfx.web.error_log import is_logged
+from viralfx.web.error_log import ERROR, is_logged
 from viralfx.web.gate import Gate
-from viralfx.web.responses import ASGIApp
+from viralfx.web.responses import ASGIApp, Message, Receive, Scope, Send
 
 BACKLOG = 2048
 """Connections that the kernel completes before the server accepts them."""
@@ -124,12 +126,30 @@ class ApplicationLifespan:
         if not isinstance(app, uvicorn.Config):
             app = uvicorn.Config(app, lifespan="on", log_config=None)
             app.load()
-        self._lifespan = LifespanOn(app)
+        self._app = cast("ASGIApp", app.loaded_app)
+        own = copy.copy(app)
+        own.loaded_app = self._run
+        self._lifespan = LifespanOn(own)
+        self.error: BaseException | None = None
+        """The error with which the application's start-up or shutdown failed, if it is known."""
 
     @property
     def state(self) -> dict[str, Any]:
         """The state that the application has set up for its requests."""
         return self._lifespan.state
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def note_failure(message: Message) -> None:
+            # Frameworks send this from their handler of the error.
+            if message["type"].endswith(".failed"):
+                self.error = sys.exc_info()[1] or scope.get(ERROR)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note_failure)
+        except BaseException as error:
+            self.error = error
+            raise
 
     async def start(self) -> bool:
         """Run the application's start-up; return False if it failed, which uvicorn has logged."""
@@ -138,8 +158,8 @@ class ApplicationLifespan:
         return not self._lifespan.should_exit
 
     async def stop(self) -> bool:
-        """Run the application's shutdown, if its start-up finished; return False if it failed."""
-        if not self._lifespan.startup_event.is_set():
+        """Run the application's shutdown, if its start-up succeeded; return False if it failed."""
+        if not self._lifespan.startup_event.is_set() or self._lifespan.should_exit:
             return True
         await self._lifespan.shutdown()
         return not self._lifespan.should_exit

@@ -22,6 +22,7 @@ from queue import SimpleQueue
 from typing import Any, TypeAlias, TypeVar
 
 from viralfx.domain.clock import Clock
+from viralfx.domain.errors import line_of, located
 from viralfx.domain.jobs.hooks import DependencyProvider, TaskMiddleware
 from viralfx.domain.jobs.ledger import Accepted, WatchedTransaction
 from viralfx.domain.jobs.tasks import JobContext, Submitter, Task
@@ -56,16 +57,23 @@ class TaskCalls:
     def problems(self, tasks: Iterable[Task]) -> Iterator[str]:
         """Yield why tasks cannot be called in this process."""
         for task in tasks:
-            if self.provider is not None:
-                yield from self.provider.problems(task)
-            elif missing := [name for name, required in task.dependencies.items() if required]:
-                names = ", ".join(map(repr, missing))
-                fields = "a field" if len(missing) == 1 else "fields"
-                yield (
-                    f"@task({task.name!r}): this process has no application that provides {names}"
-                    f" to {task.function.__qualname__}; start it with --app MODULE:NAME. A task has"
-                    f" one payload: if {names} should come with the job, make it {fields} of that"
-                )
+            for problem in self._problems(task):
+                yield located(problem, line_of(task.function))
+
+    def _problems(self, task: Task) -> Iterable[str]:
+        if self.provider is not None:
+            return self.provider.problems(task)
+        missing = [name for name, required in task.dependencies.items() if required]
+        if not missing:
+            return ()
+        names = ", ".join(map(repr, missing))
+        fields = "a field" if len(missing) == 1 else "fields"
+        problem = (
+            f"@task({task.name!r}): this process has no application that provides {names}"
+            f" to {task.function.__qualname__}; start it with --app MODULE:NAME. A task has"
+            f" one payload: if {names} should come with the job, make it {fields} of that"
+        )
+        return (problem,)
 
     def use_context(self, task: Task) -> bool:
         """Return True if a call of the task needs its context."""
