@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from viralfx.domain.correlation import bind_user_id
     from viralfx.domain.health.check_runner import CheckConfig
     from viralfx.domain.health.model import HealthCheck, Observation, Status
+    from viralfx.domain.jobs.batching import KeyHeldError
     from viralfx.domain.jobs.codec import PayloadError, PayloadTooLargeError
     from viralfx.domain.jobs.hooks import TaskMiddleware
     from viralfx.domain.jobs.ledger import Accepted, TransactionError
@@ -70,6 +71,7 @@ __all__ = [
     "JobState",
     "JobStateError",
     "KeyConflictError",
+    "KeyHeldError",
     "LedgerUnavailableError",
     "Observation",
     "OperationsConfig",
@@ -109,6 +111,7 @@ _HOMES = {
     "domain.correlation": ("bind_user_id",),
     "domain.health.check_runner": ("CheckConfig",),
     "domain.health.model": ("HealthCheck", "Observation", "Status"),
+    "domain.jobs.batching": ("KeyHeldError",),
     "domain.jobs.codec": ("PayloadError", "PayloadTooLargeError"),
     "domain.jobs.hooks": ("TaskMiddleware",),
     "domain.jobs.ledger": ("Accepted", "TransactionError"),

@@ -48,6 +48,7 @@ PUBLIC = {
     "JobState",
     "JobStateError",
     "KeyConflictError",
+    "KeyHeldError",
     "LedgerUnavailableError",
     "Observation",
     "OperationsConfig",

@@ -38,7 +38,9 @@ from tests.servers.waiting import until
 from tests.soak import SOAK
 
 from viralfx import (
+    Accepted,
     JobContext,
+    KeyHeldError,
     LedgerUnavailableError,
     OperationsConfig,
     OperationsPlugin,
@@ -48,6 +50,7 @@ from viralfx import (
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryNotifier
 from viralfx.adapters.postgres import PostgresJobLedger, PostgresNotifier
+from viralfx.domain.jobs.batching import Submission
 from viralfx.domain.jobs.codec import unique_key_of
 from viralfx.domain.jobs.ledger import TransactionError
 from viralfx.domain.jobs.model import JobState, KeyConflictError
@@ -476,6 +479,104 @@ async def test_a_key_in_a_transaction_has_one_job(shop: Shop) -> None:
 
     assert (again.created, again.job) == (False, first.job)
     assert shop.shipped() == [1, 3]
+
+
+@pytest.fixture
+async def hasty(shop: Shop) -> AsyncIterator[JobService]:
+    """Return a service on the database of the shop whose calls last two seconds at most."""
+    async with opened(config_of(shop.database, pool_max=4)) as pool:
+        ledger = PostgresJobLedger(pool, timeout=2.0)
+        yield JobService(
+            ledger=ledger,
+            tasks=TaskRegistry(TASKS),
+            codec=MsgspecCodec(),
+            queues=["default"],
+            notify=shop.announced.notify,
+        )
+
+
+@pytest.mark.parametrize(
+    ("option", "commits"), [({"key": "held"}, True), ({"unique": "unfinished"}, False)]
+)
+async def test_a_key_that_an_open_transaction_holds_is_named(
+    shop: Shop, hasty: JobService, option: dict[str, Any], *, commits: bool
+) -> None:
+    """Callers of the same moment are not affected; the same call succeeds after the transaction."""
+    batch = [
+        Submission(task="orders.ship", payload=b"4", key="new"),
+        Submission(task="orders.ship", payload=b"1", **option),
+    ]
+    async with AsyncSession(shop.engine) as session:
+        first = await shop.jobs.submit("orders.ship", 1, connection=session, **option)
+        held, *others, together = await asyncio.gather(
+            hasty.submit("orders.ship", 1, **option),
+            *(hasty.submit("orders.ship", number, key=f"free {number}") for number in (2, 3)),
+            hasty.accept_all(batch),
+            return_exceptions=True,
+        )
+        await (session.commit() if commits else session.rollback())
+    again = await hasty.submit("orders.ship", 1, **option)
+
+    assert [type(each) for each in (held, *others, together)] == [
+        KeyHeldError,
+        Accepted,
+        Accepted,
+        KeyHeldError,
+    ]
+    assert issubclass(KeyHeldError, LedgerUnavailableError)
+    assert str(held).startswith("an open transaction holds the same ")
+    assert again.created is not commits
+    assert (again.job.id == first.job.id) is commits
+    assert shop.shipped() == [1, 2, 3]
+
+
+async def test_a_key_is_waited_for_until_its_transaction_ends(
+    shop: Shop, hasty: JobService
+) -> None:
+    """A short transaction is no error."""
+    async with AsyncSession(shop.engine) as session:
+        first = await shop.jobs.submit("orders.ship", 1, key="held", connection=session)
+        second = asyncio.create_task(hasty.submit("orders.ship", 1, key="held"))
+        await until(lambda: _waiting(shop.database) == 1)
+        await session.commit()
+
+    assert (await second).job.id == first.job.id
+
+
+async def test_a_lock_of_the_table_is_no_held_key(shop: Shop, hasty: JobService) -> None:
+    """Jobs with keys wait for it as all jobs do."""
+    connection = await asyncpg.connect(shop.database.url)
+    async with connection.transaction():
+        await connection.execute("lock table viralfx_ops.viralfx_jobs in access exclusive mode")
+        calls = [hasty.submit("orders.ship", number, key=f"key {number}") for number in range(2)]
+        submitted = asyncio.ensure_future(asyncio.gather(*calls))
+        # Longer than a call of several callers waits for a key.
+        await until(lambda: _waiting(shop.database, 150) == 1)
+    accepted = await submitted
+    await connection.close()
+
+    assert [each.created for each in accepted] == [True, True]
+
+
+async def test_a_held_key_in_a_transaction_with_a_limit_is_named(shop: Shop) -> None:
+    """The limit is that of the transaction, and stays as it was."""
+    async with AsyncSession(shop.engine) as holder, AsyncSession(shop.engine) as session:
+        await shop.jobs.submit("orders.ship", 1, key="held", connection=holder)
+        await shop.jobs.submit("orders.ship", 2, key="free", connection=session)
+        assert await session.scalar(text("show lock_timeout")) == "0"
+        await session.execute(text("set local lock_timeout = '50ms'"))
+        with pytest.raises(KeyHeldError):
+            await shop.jobs.submit("orders.ship", 1, key="held", connection=session)
+
+
+def _waiting(database: Database, milliseconds: int = 0) -> int:
+    """Return how many statements have waited for a lock for so long."""
+    rows = database.execute(
+        "select 1000 * extract(epoch from clock_timestamp() - query_start)::float8"
+        " from pg_locks join pg_stat_activity using (pid)"
+        " where not granted and datname = current_database()"
+    )
+    return sum(waited > milliseconds for (waited,) in rows)
 
 
 async def test_many_jobs_share_the_transaction(shop: Shop) -> None:

@@ -11,6 +11,7 @@ from litestar import Litestar, Response
 from litestar.testing import AsyncTestClient
 
 from viralfx.adapters.codec import MsgspecCodec
+from viralfx.domain.jobs.batching import KeyHeldError
 from viralfx.domain.jobs.ledger import JobLedger
 from viralfx.domain.jobs.model import (
     JobError,
@@ -536,6 +537,7 @@ class FailingLedger:
         (LedgerUnavailableError("planted secret", "tls"), "The job ledger is unavailable.", "tls"),
         (NotMigratedError("planted secret"), "run `viralfx migrate`", None),
         (UnstorableError("planted secret", "42501"), "The job ledger refuses the job", None),
+        (KeyHeldError([]), "An open transaction holds the same", "key_held"),
     ],
 )
 async def test_without_its_ledger_the_api_returns_503(

@@ -12,7 +12,7 @@ from tests.virtual_time import run_in_virtual_time
 
 from viralfx.adapters.memory.job_changes import new_job
 from viralfx.domain.correlation import correlated, current_correlation_id
-from viralfx.domain.jobs.batching import AcceptBatcher, Batcher
+from viralfx.domain.jobs.batching import AcceptBatcher, Batcher, KeyHeldError
 from viralfx.domain.jobs.ledger import Accepted
 from viralfx.domain.jobs.model import JobDraft, new_job_id
 
@@ -191,6 +191,26 @@ async def test_drafts_without_keys_do_not_wait_for_those_with_keys() -> None:
     assert not any(task.done() for task in keyed)
     ends.set()
     assert [each.job.key for each in await asyncio.gather(*keyed)] == list("01234")
+
+
+async def test_a_held_key_fails_one_draft_and_no_other() -> None:
+    """Although its error says, as one that is shared, that the ledger gave no answer in time."""
+    calls: list[int] = []
+
+    async def store(drafts: Sequence[JobDraft]) -> Sequence[Accepted]:
+        calls.append(len(drafts))
+        if any(each.key == "3" for each in drafts):
+            raise KeyHeldError(drafts)
+        return [Accepted(new_job(each, datetime.now(UTC)), created=True) for each in drafts]
+
+    accept = AcceptBatcher(store)
+    results = await asyncio.gather(
+        *(accept(draft(key=str(number))) for number in range(8)), return_exceptions=True
+    )
+
+    assert [type(each) for each in results] == [*[Accepted] * 3, KeyHeldError, *[Accepted] * 4]
+    # A single draft waits for its key, so it comes after all larger parts.
+    assert calls == [8, 4, 4, 2, 2, 1, 1]
 
 
 async def test_a_shared_error_is_that_of_one_item_while_other_calls_succeed() -> None:

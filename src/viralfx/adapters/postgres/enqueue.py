@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol, TypeVar
 
+import asyncpg
 from asyncpg.connection import Connection
 from asyncpg.pool import PoolConnectionProxy
 
@@ -22,6 +23,7 @@ from viralfx.adapters.postgres.ledger_sql import SOON_SECONDS
 from viralfx.adapters.postgres.migrations import Statements
 from viralfx.adapters.postgres.notifier import NOTIFY, encode
 from viralfx.adapters.postgres.retry import Attempt, RetriedSteps
+from viralfx.domain.jobs.batching import KeyHeldError, keys_of
 from viralfx.domain.jobs.ledger import (
     Accepted,
     BlockingConnection,
@@ -32,6 +34,7 @@ from viralfx.domain.jobs.ledger import (
 from viralfx.domain.jobs.model import JobDraft, LedgerUnavailableError
 from viralfx.domain.jobs.notifier import IDS_PER_NOTIFICATION, JobNotification
 from viralfx.domain.jobs.schedule import Schedule, ScheduledAcceptance, ScheduleState
+from viralfx.settings import milliseconds
 
 T = TypeVar("T")
 
@@ -47,20 +50,28 @@ class Session(Protocol):
 
 
 async def accept(
-    connection: Session, sql: Statements, drafts: Sequence[JobDraft], *, again: bool
+    connection: Session,
+    sql: Statements,
+    drafts: Sequence[JobDraft],
+    *,
+    again: bool,
+    lock_timeout: float | None = None,
 ) -> Sequence[Accepted]:
     """Insert the jobs that do not exist yet, and return all of them in order.
 
-    ``again``: an earlier attempt may have succeeded although its response was lost. Raises
+    ``again``: an earlier attempt may have succeeded although its response was lost.
+    ``lock_timeout``: seconds to wait for an open transaction; None: as the connection does. Raises
     ``BAD_VALUE``, and :class:`LedgerUnavailableError` if jobs under the same keys are inserted and
     deleted concurrently all the time.
     """
     accepted: dict[int, Accepted] = {}
     left = dict(enumerate(drafts))
+    limit = None if lock_timeout is None else f"{milliseconds(lock_timeout)}ms"
     for _ in range(_MAX_ROUNDS):
         if not left:
             return [accepted[place] for place in range(len(drafts))]
-        rows = await connection.fetch(sql.ACCEPT, *draft_columns(left.values()), SOON_SECONDS)
+        asked = (*draft_columns(left.values()), SOON_SECONDS, limit)
+        rows = await connection.fetch(sql.ACCEPT, *asked)
         new = {str(row["id"]): row for row in rows}
         for place, draft in left.items():
             # Of several drafts with the same id, the first one was inserted.
@@ -122,7 +133,10 @@ async def accept_in(
                 raise
             await transaction.fetch("RELEASE SAVEPOINT viralfx_accept")
     except Exception as error:
-        if (problem := _PROBLEMS.get(_sqlstate_of(error))) is not None:
+        code = _sqlstate_of(error)
+        if code == asyncpg.LockNotAvailableError.sqlstate and any(map(keys_of, drafts)):
+            raise KeyHeldError(drafts) from error
+        if (problem := _PROBLEMS.get(code)) is not None:
             raise TransactionError(problem) from error
         raise
     watched = transaction.call_after_commit(lambda: on_commit(accepted))
@@ -131,6 +145,12 @@ async def accept_in(
         for notification in _notifications(accepted):
             await transaction.fetch(NOTIFY, channel, encode(notification))
     return accepted
+
+
+def is_of_key(error: asyncpg.LockNotAvailableError) -> bool:
+    """Return True if a statement waited for the transaction of an equal row, not for a table."""
+    # The words depend on the language of the server. For a table, the first line has no name.
+    return "viralfx_jobs" in str(getattr(error, "context", "")).partition("\n")[0]
 
 
 _MISSING = (

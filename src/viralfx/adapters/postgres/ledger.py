@@ -1,5 +1,6 @@
 """The job ledger in Postgres: one row for each job."""
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,7 +13,7 @@ import asyncpg
 from viralfx.adapters.postgres import claims, enqueue, job_changes, ledger_sql
 from viralfx.adapters.postgres.claims import Claimer, Wanted, register
 from viralfx.adapters.postgres.database import PostgresDatabase
-from viralfx.adapters.postgres.enqueue import accept, accept_in
+from viralfx.adapters.postgres.enqueue import accept, accept_in, is_of_key
 from viralfx.adapters.postgres.errors import BAD_VALUE, is_fault_of_server, refusal
 from viralfx.adapters.postgres.job_changes import MAX_SCANNED_JOBS, JobChanges
 from viralfx.adapters.postgres.ledger_rows import (
@@ -40,7 +41,7 @@ from viralfx.adapters.postgres.settlements import (
     record_unlocked,
 )
 from viralfx.domain.clock import Clock, SystemClock
-from viralfx.domain.jobs.batching import PartlyDoneError
+from viralfx.domain.jobs.batching import KeyHeldError, PartlyDoneError, keys_of
 from viralfx.domain.jobs.codec import PayloadError
 from viralfx.domain.jobs.ledger import (
     MAX_ANNOUNCED,
@@ -76,6 +77,10 @@ _MAX_PROMOTIONS = 25
 _MAYBE_REFUSED = (*BAD_VALUE, LedgerUnavailableError)
 """The errors of a step that may be a refusal."""
 _NO_CRASH_LIMIT = 2**31 - 1
+_KEY_SHARE = 0.75
+"""Share of a call's time for which it waits for an open transaction with the same key."""
+_SHARED_KEY_SECONDS = 0.1
+"""The wait of a call that several callers share."""
 
 
 class PostgresJobLedger(JobChanges):
@@ -102,6 +107,7 @@ class PostgresJobLedger(JobChanges):
         """
         self._max_scanned = max_scanned
         self._clock = clock = clock or SystemClock()
+        self._timeout = timeout
         self._promote_at = self._forget_at = -math.inf
         self._lost, self._ending, self._soon = Place(), Place(), Place()
         self._pruned_to: dict[bool, datetime] = {}
@@ -136,22 +142,19 @@ class PostgresJobLedger(JobChanges):
         self, drafts: Sequence[JobDraft], *, check: Check | None = None
     ) -> Sequence[Accepted]:
         """See :class:`JobLedger`; raises :class:`PayloadError` for a value that is not valid."""
+        limit: float | None = None
+        if any(map(keys_of, drafts)):
+            shared = check is None and len(drafts) > 1
+            limit = _SHARED_KEY_SECONDS if shared else _KEY_SHARE * self._timeout
 
         async def step(attempt: Attempt) -> Sequence[Accepted]:
-            if check is not None:
-                return await in_transaction(attempt, check)
             try:
-                return await accept(attempt.connection, self._sql, drafts, again=attempt.again)
-            except asyncpg.FeatureNotSupportedError:
-                # Another isolation level is the default of this database or user.
-                return await in_transaction(attempt, None)
-
-        async def in_transaction(attempt: Attempt, check: Check | None) -> Sequence[Accepted]:
-            async with attempt.connection.transaction(isolation="read_committed"):
-                accepted = await accept(attempt.connection, self._sql, drafts, again=attempt.again)
-                if check is not None:
-                    check(accepted)
-                return accepted
+                return await self._accept_once(attempt, drafts, check, limit)
+            except asyncpg.LockNotAvailableError as error:
+                if is_of_key(error):
+                    raise KeyHeldError(drafts) from error
+                # A lock of the table, as that of a migration.
+                return await self._accept_once(attempt, drafts, check, None)
 
         try:
             return await self._steps.run(step, max_idle=PING_AFTER)
@@ -161,6 +164,21 @@ class PostgresJobLedger(JobChanges):
             if is_fault_of_server(refused.code):
                 raise refused from error
             raise PayloadError(f"the job cannot be stored: {refused}") from error
+
+    async def _accept_once(
+        self, attempt: Attempt, drafts: Sequence[JobDraft], check: Check | None, limit: float | None
+    ) -> Sequence[Accepted]:
+        connection, again = attempt.connection, attempt.again
+        call = partial(accept, connection, self._sql, drafts, again=again, lock_timeout=limit)
+        if check is None:
+            # Another isolation level may be the default of this database or user.
+            with contextlib.suppress(asyncpg.FeatureNotSupportedError):
+                return await call()
+        async with connection.transaction(isolation="read_committed"):
+            accepted = await call()
+            if check is not None:
+                check(accepted)
+            return accepted
 
     async def accept_in(
         self,

@@ -64,6 +64,18 @@ class PartlyDoneError(LedgerLimitError):
         super().__init__(f"{len(left)} jobs are left: {reason}" if left else reason)
 
 
+class KeyHeldError(LedgerLimitError):
+    """An open transaction has submitted a job with the same key. The call accepted nothing."""
+
+    def __init__(self, drafts: Sequence[JobDraft]) -> None:
+        keyed = any(draft.key is not None for draft in drafts)
+        same = "idempotency key" if keyed else "task and payload"
+        super().__init__(
+            f"an open transaction holds the same {same}; end it, or repeat the call after its end",
+            "key_held",
+        )
+
+
 MAX_BATCH_BYTES = 4 * 2**20
 """Bytes of payloads or results from which a batch takes no further item."""
 
@@ -226,7 +238,9 @@ class Batcher(Generic[ItemT, ResultT]):
             try:
                 results = await self._call([entry.item for entry in part])
             except Exception as error:  # noqa: BLE001 - passed on to the callers of the items
-                answers = not isinstance(error, self._shared) or self._succeeded != succeeded
+                held = isinstance(error, KeyHeldError)
+                answers = held or not isinstance(error, self._shared)
+                answers |= self._succeeded != succeeded
                 silent = 0 if answers else silent + 1
                 succeeded = self._succeeded
                 if silent > allowed:
@@ -240,7 +254,8 @@ class Batcher(Generic[ItemT, ResultT]):
                     part[0].fail(error)
                 else:
                     middle = len(part) // 2
-                    parts[:0] = part[:middle], part[middle:]
+                    at = len(parts) if held else 0  # a single draft waits for its key, the last
+                    parts[at:at] = part[:middle], part[middle:]
             else:
                 self._succeeded += 1
                 for entry, result in zip(part, results, strict=True):

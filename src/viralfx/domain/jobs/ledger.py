@@ -242,7 +242,9 @@ class JobLedger(WorkerRegistry, ScheduleStore, Protocol):
 
         ``check`` gets the result before the jobs are stored for good; if it raises, none is stored.
         Raises :class:`PayloadError` or :class:`UnstorableError` if the ledger refuses the content
-        of a draft; then it stored none of them.
+        of a draft; then it stored none of them. So it does for :class:`KeyHeldError`. Without
+        ``check``, several drafts with keys are of several callers: the call fails soon then, so
+        that others can be stored. Any other call waits for the open transaction for some time.
         """
         ...
 

@@ -24,6 +24,7 @@ from viralfx.domain.jobs.batching import (
     Submission,
     about,
     cut_off,
+    keys_of,
     require_all_same,
     require_same,
 )
@@ -260,7 +261,7 @@ class JobService(ScheduledTasks):
         if not drafts:
             return []
         check = None
-        if any(draft.key is not None for draft in drafts):
+        if any(map(keys_of, drafts)):
             check = partial(require_all_same, drafts)
         try:
             if connection is None:

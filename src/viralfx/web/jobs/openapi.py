@@ -15,6 +15,7 @@ from litestar.openapi.spec import (
 from litestar.types import ExceptionHandlersMap
 
 from viralfx.domain.correlation import current_correlation_id
+from viralfx.domain.jobs.batching import KeyHeldError
 from viralfx.domain.jobs.codec import PayloadError
 from viralfx.domain.jobs.model import (
     InvalidFilterError,
@@ -88,6 +89,11 @@ def ledger_unavailable(advice: str) -> Handler:
     return handle
 
 
+def _key_held(_: Request[object, object, State], error: Exception) -> Response[Problem]:
+    detail = f"{_sentence(str(error))} Nothing was accepted."
+    return respond(503, detail, code="key_held", headers=_RETRY_SOON)
+
+
 def _not_migrated(_: Request[object, object, State], __: Exception) -> Response[Problem]:
     detail = "The job ledger has no tables yet: run `viralfx migrate`."
     return respond(503, detail, headers=_RETRY_SOON)
@@ -117,6 +123,7 @@ HANDLERS: ExceptionHandlersMap = {
     InvalidFilterError: _message_as_detail(400),
     PayloadError: _invalid_payload,
     LedgerUnavailableError: ledger_unavailable(""),
+    KeyHeldError: _key_held,
     NotMigratedError: _not_migrated,
     LedgerFullError: _full,
     UnstorableError: _refused,
@@ -247,7 +254,7 @@ ALWAYS = {
         "No API token is configured, which production needs, or a page of another host sent the"
         " request."
     ),
-    503: problem_spec("The ledger is unavailable or not migrated; try again."),
+    503: problem_spec("The ledger is unavailable or not migrated, or a key is held; try again."),
 }
 UNKNOWN = {404: problem_spec("There is no such job.")}
 NO_JSON_TYPE = {415: problem_spec("The Content-Type is not application/json.")}
