@@ -32,7 +32,7 @@ from viralfx.domain.health.model import Observation, Status
 from viralfx.runner.applications import find_application
 from viralfx.settings import Secret, Settings
 from viralfx.testing import run_pending
-from viralfx.web.jobs import jobs_router
+from viralfx.web.jobs.changes import jobs_router
 from viralfx.web.layer import OperationsLayer
 from viralfx.web.responses import ASGIApp, Message, Receive, Scope, Send
 

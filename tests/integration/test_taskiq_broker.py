@@ -73,7 +73,7 @@ from viralfx.domain.jobs.model import (
 from viralfx.domain.jobs.tasks import declared_task
 from viralfx.taskiq import LedgerBroker
 from viralfx.testing import run_pending
-from viralfx.web.jobs import jobs_router
+from viralfx.web.jobs.changes import jobs_router
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -12,7 +12,7 @@ from litestar.response import Stream
 from litestar.types import Receive, Scope, Send
 
 from viralfx import OperationsPlugin
-from viralfx.web.jobs import jobs_router
+from viralfx.web.jobs.changes import jobs_router
 
 AnyRequest = Request[object, object, State]
 

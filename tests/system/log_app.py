@@ -13,7 +13,7 @@ from litestar.params import FromPath, QueryParameter
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from viralfx import OperationsPlugin, bind_user_id
-from viralfx.web.jobs import jobs_router
+from viralfx.web.jobs.changes import jobs_router
 
 plugin = OperationsPlugin()
 _logger = logging.getLogger("shop.orders")

@@ -24,7 +24,7 @@ from viralfx.domain.jobs.model import (
 from viralfx.domain.jobs.service import JobService
 from viralfx.settings import Settings
 from viralfx.web.app import create_app
-from viralfx.web.jobs import jobs_router
+from viralfx.web.jobs.changes import jobs_router
 from viralfx.web.layer import OperationsConfig
 from viralfx.web.plugin import OperationsPlugin
 

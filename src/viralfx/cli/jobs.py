@@ -52,7 +52,6 @@ from viralfx.settings import Settings, read_settings
 from viralfx.telemetry.logging.events import log_settings
 from viralfx.telemetry.logging.handler import configure_logging
 from viralfx.web.jobs import schemas
-from viralfx.web.jobs.changes import job_count, queue_list, schedule_list, schedule_view
 
 EXIT_REFUSED = 1
 """A job is missing, its state does not allow the command, or the operator does not want it."""
@@ -322,7 +321,7 @@ async def _run_now(ledger: _Ledger, options: argparse.Namespace) -> None:
 
 
 async def _queues(ledger: _Ledger, options: argparse.Namespace) -> None:
-    found = queue_list(await ledger.service.queues())
+    found = schemas.queue_list(await ledger.service.queues())
     if options.json:
         print_json(found)
         return
@@ -363,7 +362,7 @@ async def _resume(ledger: _Ledger, options: argparse.Namespace) -> None:
 
 
 def _print_schedule(options: argparse.Namespace, found: ScheduleTimes) -> None:
-    _print_paused(options, found.task, view=schedule_view(found), paused=found.paused)
+    _print_paused(options, found.task, view=schemas.schedule_view(found), paused=found.paused)
 
 
 def _print_paused(
@@ -453,13 +452,13 @@ async def _print_count(ledger: _Ledger, options: argparse.Namespace, changed: Bu
         if not found.jobs:
             note(f"no job of a task {options.task!r} was found in any state")
     if options.json:
-        print_json(job_count(changed))
+        print_json(schemas.job_count(changed))
     else:
         print(f"{count} job{'s' * (count != 1)}")
 
 
 async def _schedules(ledger: _Ledger, options: argparse.Namespace) -> None:
-    found = schedule_list(await ledger.service.schedules())
+    found = schemas.schedule_list(await ledger.service.schedules())
     if options.json:
         print_json(found)
         return

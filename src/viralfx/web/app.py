@@ -17,8 +17,9 @@ from litestar.types import ASGIApp as LitestarASGIApp
 from viralfx.settings import Settings
 from viralfx.telemetry import hide_packages
 from viralfx.web.api_docs import ApiDocsPlugin
-from viralfx.web.jobs import JOBS, jobs_router
+from viralfx.web.jobs.changes import jobs_router
 from viralfx.web.jobs.openapi import COMPONENTS, JobsDocument
+from viralfx.web.jobs.routes import JOBS
 from viralfx.web.layer import OperationsConfig, OperationsLayer
 from viralfx.web.plugin import BoundedCaches, OperationsPlugin, jobs_api_of, keep_error
 from viralfx.web.problems import problem_handlers

@@ -28,8 +28,9 @@ from viralfx.web.auth import AccessPolicy
 from viralfx.web.dependencies import ApplicationDependencies, ClientDependencies
 from viralfx.web.error_log import ERROR, is_client_disconnect, log_request_error
 from viralfx.web.gate import Gate
-from viralfx.web.jobs import JOBS, JobsApi, jobs_router
+from viralfx.web.jobs.changes import jobs_router
 from viralfx.web.jobs.openapi import COMPONENTS, JobsDocument
+from viralfx.web.jobs.routes import JOBS, JobsApi
 from viralfx.web.layer import (
     LIFESPAN_IN_LAYER,
     SECOND_LAYER,

@@ -1,6 +1,6 @@
-"""Errors of Litestar as problem details (RFC 9457)."""
+"""Errors of Litestar and of the jobs API as problem details (RFC 9457)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
 
 from litestar import Request, Response
@@ -10,6 +10,21 @@ from litestar.exceptions import HTTPException
 from litestar.types import ExceptionHandlersMap
 
 from viralfx.domain.correlation import current_correlation_id
+from viralfx.domain.jobs.batching import KeyHeldError
+from viralfx.domain.jobs.codec import PayloadError
+from viralfx.domain.jobs.model import (
+    InvalidFilterError,
+    JobNotFoundError,
+    JobStateError,
+    KeyConflictError,
+    LedgerFullError,
+    LedgerUnavailableError,
+    NotMigratedError,
+    UnknownQueueError,
+    UnstorableError,
+)
+from viralfx.domain.jobs.schedule import UnknownScheduleError
+from viralfx.domain.jobs.tasks import UnknownTaskError
 from viralfx.web.responses import PROBLEM_MEDIA_TYPE, Problem, problem
 
 
@@ -58,3 +73,129 @@ def _unhandled(_request: Request[object, object, State], _error: Exception) -> R
         status_code=500,
         media_type=PROBLEM_MEDIA_TYPE,
     )
+
+
+_RETRY_SOON = {"Retry-After": "1"}
+_RETRY_WHEN_FREE = {"Retry-After": "5"}
+
+Handler = Callable[[Request[object, object, State], Exception], Response[Problem]]
+
+
+def respond(
+    status: int,
+    detail: str,
+    *,
+    code: str | None = None,
+    errors: list[object] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response[Problem]:
+    """Return problem details."""
+    return Response(
+        problem(
+            status,
+            detail=detail,
+            correlation_id=current_correlation_id(),
+            code=code,
+            errors=errors,
+        ),
+        status_code=status,
+        headers=headers,
+        media_type=PROBLEM_MEDIA_TYPE,
+    )
+
+
+def _message_as_detail(status: int) -> Handler:
+    def handle(_: Request[object, object, State], error: Exception) -> Response[Problem]:
+        return respond(status, _sentence(str(error)))
+
+    return handle
+
+
+def _invalid_payload(_: Request[object, object, State], error: Exception) -> Response[Problem]:
+    index = getattr(error, "index", None)
+    key = "payload" if index is None else f"jobs[{index}].payload"
+    what = {"key": key, "message": str(error)}
+    return respond(422, "The payload does not fit the task.", errors=[what])
+
+
+def ledger_unavailable(advice: str) -> Handler:
+    """Return the handler of an unavailable ledger; ``advice`` follows the sentence about that."""
+    detail = f"The job ledger is unavailable.{advice}"
+
+    def handle(_: Request[object, object, State], error: Exception) -> Response[Problem]:
+        code = error.code if isinstance(error, LedgerUnavailableError) else None
+        return respond(503, detail, code=code, headers=_RETRY_SOON)
+
+    return handle
+
+
+def _key_held(_: Request[object, object, State], error: Exception) -> Response[Problem]:
+    detail = f"{_sentence(str(error))} Nothing was accepted."
+    return respond(503, detail, code="key_held", headers=_RETRY_SOON)
+
+
+def _not_migrated(_: Request[object, object, State], __: Exception) -> Response[Problem]:
+    detail = "The job ledger has no tables yet: run `viralfx migrate`."
+    return respond(503, detail, headers=_RETRY_SOON)
+
+
+def _refused(_: Request[object, object, State], __: Exception) -> Response[Problem]:
+    detail = "The job ledger refuses the job because of an error of its own: see the log."
+    return respond(503, detail, headers=_RETRY_SOON)
+
+
+def _full(_: Request[object, object, State], error: Exception) -> Response[Problem]:
+    detail = f"{_sentence(str(error))} Nothing was accepted: send the job again later."
+    return respond(503, detail, headers=_RETRY_WHEN_FREE)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith("?") else ".")
+
+
+JOB_HANDLERS: ExceptionHandlersMap = {
+    JobNotFoundError: _message_as_detail(404),
+    JobStateError: _message_as_detail(409),
+    KeyConflictError: _message_as_detail(409),
+    UnknownTaskError: _message_as_detail(422),
+    UnknownQueueError: _message_as_detail(422),
+    UnknownScheduleError: _message_as_detail(404),
+    InvalidFilterError: _message_as_detail(400),
+    PayloadError: _invalid_payload,
+    LedgerUnavailableError: ledger_unavailable(""),
+    KeyHeldError: _key_held,
+    NotMigratedError: _not_migrated,
+    LedgerFullError: _full,
+    UnstorableError: _refused,
+}
+"""The handlers of the errors of jobs."""
+
+ON_ACCEPT: ExceptionHandlersMap = {
+    LedgerUnavailableError: ledger_unavailable(
+        " The job may have been accepted nevertheless: send it again with the same Idempotency-Key."
+    ),
+}
+"""The handlers that differ when a job is accepted."""
+
+ON_BATCH: ExceptionHandlersMap = {
+    LedgerUnavailableError: ledger_unavailable(
+        " The jobs may have been accepted nevertheless: send them again, each with the same key."
+    ),
+}
+"""The handlers that differ when a batch is accepted."""
+
+ON_CHANGE: ExceptionHandlersMap = {
+    LedgerUnavailableError: ledger_unavailable(
+        " The change may have been made nevertheless: read the job before you try again."
+    ),
+}
+"""The handlers that differ when an existing job is changed."""
+
+
+ON_QUEUE: ExceptionHandlersMap = {
+    UnknownQueueError: _message_as_detail(404),
+    LedgerUnavailableError: ledger_unavailable(
+        " The queue may have been changed nevertheless: send the request again."
+    ),
+}
+"""The handlers that differ for queues."""

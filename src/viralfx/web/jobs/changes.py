@@ -1,11 +1,11 @@
 """The routes of operators: changes of jobs, queues and schedules, and their documentation."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import msgspec
-from litestar import Controller, Response, get, post
+from litestar import Controller, Response, Router, get, post
 from litestar.exceptions import ClientException
 from litestar.openapi.spec import (
     Example,
@@ -19,32 +19,34 @@ from litestar.openapi.spec import (
 )
 from litestar.params import FromPath
 from litestar.types import ExceptionHandlersMap
-from msgspec import Meta
 
-from viralfx.domain.clock import timestamp
-from viralfx.domain.jobs.batching import BulkCount
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.model import JobFilter, JobState, LedgerUnavailableError
-from viralfx.domain.jobs.schedule import ScheduleTimes
 from viralfx.domain.jobs.service import MAX_CHANGED
 from viralfx.web.jobs import openapi, schemas
 from viralfx.web.jobs.openapi import (
     ACCEPTED,
     ALWAYS,
     NO_JSON_TYPE,
-    ON_CHANGE,
-    ON_QUEUE,
     UNKNOWN,
     body_spec,
-    ledger_unavailable,
 )
 from viralfx.web.jobs.routes import (
     MAX_BODY_BYTES,
     AnyRequest,
     JobsApi,
+    JobsController,
     api_of,
+    check_request,
     read_body,
     traceparent,
+)
+from viralfx.web.problems import (
+    JOB_HANDLERS,
+    ON_CHANGE,
+    ON_QUEUE,
+    ledger_unavailable,
+    problem_handlers,
 )
 from viralfx.web.routes import problem_spec
 
@@ -102,9 +104,9 @@ class _FilterOperation(Operation):
             additional_properties=False,
             properties={
                 "queue": Schema(type=OpenAPIType.STRING),
-                "task": schemas.name_schema(),
+                "task": openapi.name_schema(),
                 "state": Schema(type=OpenAPIType.STRING, enum=list(map(str, self.states))),
-                "code": schemas.name_schema(),
+                "code": openapi.name_schema(),
                 "before": Schema(
                     description="Jobs that were accepted before a time, or before another job",
                     any_of=[
@@ -206,7 +208,7 @@ class JobChangesController(Controller):
     )
     async def retry_all(self, request: AnyRequest) -> schemas.JobCount:
         wanted = await read_filter(request)
-        return job_count(await api_of(request).service.retry_all(wanted))
+        return schemas.job_count(await api_of(request).service.retry_all(wanted))
 
     @post(
         "/cancel",
@@ -221,7 +223,7 @@ class JobChangesController(Controller):
     )
     async def cancel_all(self, request: AnyRequest) -> schemas.JobCount:
         wanted = await read_filter(request)
-        return job_count(await api_of(request).service.cancel_all(wanted))
+        return schemas.job_count(await api_of(request).service.cancel_all(wanted))
 
     @post(
         "/{job_id:str}/retry",
@@ -249,77 +251,14 @@ class JobChangesController(Controller):
         return schemas.accepted(await api_of(request).service.run(job_id))
 
 
-def job_count(changed: BulkCount) -> schemas.JobCount:
-    """Return the body for a change of many jobs."""
-    return schemas.JobCount(count=changed.count, more=changed.more)
-
-
 # -- queues --------------------------------------------------------------------------------------
 
 QUEUES_PATH = "/api/v1/queues"
 
 
-class QueueJobs(msgspec.Struct, kw_only=True, rename="camel"):
-    """The jobs of a queue by state; final states count pruned jobs, too."""
-
-    waiting: Annotated[int, Meta(description="Jobs that are due")]
-    scheduled: Annotated[int, Meta(description="Jobs that are due later")]
-    active: Annotated[int, Meta(description="Jobs that workers run now")]
-    completed: int
-    failed: int
-    cancelled: int
-
-
-class Queue(msgspec.Struct, kw_only=True, rename="camel"):
-    """A queue with its counts."""
-
-    name: str
-    paused: Annotated[bool, Meta(description="True: workers claim none of its jobs")]
-    concurrency: Annotated[
-        int | None,
-        Meta(description="Its jobs that this process runs at once; null if it runs none"),
-    ]
-    consumers: Annotated[int, Meta(description="Live workers that consume it")]
-    oldest_due: Annotated[
-        float, Meta(description="Seconds for which its longest waiting job has been due")
-    ]
-    counts: QueueJobs
-
-
-class QueueList(msgspec.Struct, kw_only=True, rename="camel"):
-    """All queues."""
-
-    items: list[Queue]
-
-
-def queue_list(
-    queues: Mapping[str, QueueCounts], concurrency: Mapping[str, int] | None = None
-) -> QueueList:
-    """Return the body of a list of queues; ``concurrency``: that of this process by queue."""
-    return QueueList(items=[_view(each, queues[each], concurrency or {}) for each in queues])
-
-
-def _view(name: str, counts: QueueCounts, concurrency: Mapping[str, int]) -> Queue:
-    return Queue(
-        name=name,
-        paused=counts.paused,
-        concurrency=concurrency.get(name),
-        consumers=counts.consumers,
-        oldest_due=round(counts.oldest_due, 3),
-        counts=QueueJobs(
-            waiting=counts.waiting,
-            scheduled=counts.scheduled,
-            active=counts.active,
-            completed=counts.completed,
-            failed=counts.failed,
-            cancelled=counts.cancelled,
-        ),
-    )
-
-
-async def _one(api: JobsApi, name: str) -> Queue:
+async def _one(api: JobsApi, name: str) -> schemas.Queue:
     counts = (await api.service.queues()).get(name, QueueCounts())
-    return _view(name, counts, api.concurrency())
+    return schemas.queue_view(name, counts, api.concurrency())
 
 
 class QueuesController(Controller):
@@ -335,9 +274,9 @@ class QueuesController(Controller):
         description=openapi.QUEUES,
         responses=openapi.QUEUES_RESPONSES,
     )
-    async def all(self, request: AnyRequest) -> QueueList:
+    async def all(self, request: AnyRequest) -> schemas.QueueList:
         api = api_of(request)
-        return queue_list(await api.service.queues(), api.concurrency())
+        return schemas.queue_list(await api.service.queues(), api.concurrency())
 
     @post(
         "/{queue:str}/pause",
@@ -348,7 +287,7 @@ class QueuesController(Controller):
         request_max_body_size=MAX_BODY_BYTES,
         responses=openapi.QUEUE_RESPONSES,
     )
-    async def pause(self, request: AnyRequest, queue: FromPath[str]) -> Queue:
+    async def pause(self, request: AnyRequest, queue: FromPath[str]) -> schemas.Queue:
         api = api_of(request)
         await api.service.pause(queue)
         return await _one(api, queue)
@@ -362,54 +301,13 @@ class QueuesController(Controller):
         request_max_body_size=MAX_BODY_BYTES,
         responses=openapi.QUEUE_RESPONSES,
     )
-    async def resume(self, request: AnyRequest, queue: FromPath[str]) -> Queue:
+    async def resume(self, request: AnyRequest, queue: FromPath[str]) -> schemas.Queue:
         api = api_of(request)
         await api.service.resume(queue)
         return await _one(api, queue)
 
 
 # -- schedules -----------------------------------------------------------------------------------
-
-
-class Schedule(msgspec.Struct, kw_only=True, rename="camel"):
-    """The schedule of a task."""
-
-    task: str
-    cron: Annotated[str, Meta(description="Minute, hour, day of month, month, day of week")]
-    timezone: Annotated[str, Meta(description="The time zone of the fields, of the IANA database")]
-    paused: Annotated[bool, Meta(description="True: its times are skipped until it is resumed")]
-    last_run_at: Annotated[
-        str | None, Meta(description="The latest time for which a job was accepted; UTC")
-    ]
-    next_run_at: Annotated[
-        str | None, Meta(description="The next time; null if this process cannot calculate it; UTC")
-    ]
-    next_runs: Annotated[list[str], Meta(description="The next times, the first one included; UTC")]
-
-
-class ScheduleList(msgspec.Struct, kw_only=True, rename="camel"):
-    """All schedules, by task."""
-
-    items: list[Schedule]
-
-
-def schedule_list(found: Iterable[ScheduleTimes]) -> ScheduleList:
-    """Return the body of a list of schedules."""
-    return ScheduleList(items=[schedule_view(each) for each in found])
-
-
-def schedule_view(found: ScheduleTimes) -> Schedule:
-    """Return the body of one schedule."""
-    runs = [timestamp(each) for each in found.next_runs]
-    return Schedule(
-        task=found.task,
-        cron=found.cron,
-        timezone=found.timezone,
-        paused=found.paused,
-        last_run_at=schemas.moment(found.last_run_at),
-        next_run_at=runs[0] if runs else None,
-        next_runs=runs,
-    )
 
 
 PAUSE_SCHEDULE = "From now on its times are skipped; jobs that were submitted before stay."
@@ -427,7 +325,7 @@ _SCHEDULE_ALWAYS = {
     **NO_JSON_TYPE,
 }
 SCHEDULE_RESPONSES = {
-    200: body_spec(Schedule, "The schedule.", openapi.SCHEDULE),
+    200: body_spec(schemas.Schedule, "The schedule.", openapi.SCHEDULE),
     **_SCHEDULE_ALWAYS,
 }
 RUN_SCHEDULE_RESPONSES = {
@@ -448,11 +346,11 @@ class SchedulesController(Controller):
         operation_id="scheduleList",
         summary="Schedules, with their next times",
         description=openapi.SCHEDULES,
-        responses={200: body_spec(ScheduleList, "All schedules."), **ALWAYS},
+        responses={200: body_spec(schemas.ScheduleList, "All schedules."), **ALWAYS},
     )
-    async def schedules(self, request: AnyRequest) -> ScheduleList:
+    async def schedules(self, request: AnyRequest) -> schemas.ScheduleList:
         """Schedules, with their next times."""
-        return schedule_list(await api_of(request).service.schedules())
+        return schemas.schedule_list(await api_of(request).service.schedules())
 
     @post(
         "/{task:str}/pause",
@@ -464,8 +362,8 @@ class SchedulesController(Controller):
         responses=SCHEDULE_RESPONSES,
         exception_handlers=_ON_SCHEDULE,
     )
-    async def pause(self, request: AnyRequest, task: FromPath[str]) -> Schedule:
-        return schedule_view(await api_of(request).service.pause_schedule(task))
+    async def pause(self, request: AnyRequest, task: FromPath[str]) -> schemas.Schedule:
+        return schemas.schedule_view(await api_of(request).service.pause_schedule(task))
 
     @post(
         "/{task:str}/resume",
@@ -477,8 +375,8 @@ class SchedulesController(Controller):
         responses=SCHEDULE_RESPONSES,
         exception_handlers=_ON_SCHEDULE,
     )
-    async def resume(self, request: AnyRequest, task: FromPath[str]) -> Schedule:
-        return schedule_view(await api_of(request).service.resume_schedule(task))
+    async def resume(self, request: AnyRequest, task: FromPath[str]) -> schemas.Schedule:
+        return schemas.schedule_view(await api_of(request).service.resume_schedule(task))
 
     @post(
         "/{task:str}/run",
@@ -494,3 +392,24 @@ class SchedulesController(Controller):
         outcome = await api_of(request).service.run_schedule(task, traceparent=traceparent(request))
         body, status = schemas.accepted(outcome.job), 202 if outcome.created else 200
         return Response(body, status_code=status, headers={"Location": body.links.self})
+
+
+def jobs_router(*, secured: bool = False, include_in_schema: bool = True) -> Router:
+    """Make the routes. The application's state must hold a :class:`JobsApi`.
+
+    If ``secured``, the document declares that they need the API token.
+    """
+    return Router(
+        "/",
+        route_handlers=[
+            JobsController,
+            JobChangesController,
+            QueuesController,
+            SchedulesController,
+        ],
+        before_request=check_request,
+        exception_handlers={**problem_handlers(), **JOB_HANDLERS},
+        tags=["jobs"],
+        security=openapi.SECURITY if secured else None,
+        include_in_schema=include_in_schema,
+    )

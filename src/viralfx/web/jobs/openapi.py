@@ -1,164 +1,30 @@
-"""The OpenAPI document of the jobs API, and its errors as problem details."""
+"""The OpenAPI document of the jobs API."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from litestar import Request, Response
-from litestar.datastructures import State
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import (
     Components,
     Example,
+    OpenAPIFormat,
+    OpenAPIMediaType,
+    OpenAPIType,
+    Operation,
+    Parameter,
+    Reference,
+    RequestBody,
+    Schema,
     SecurityScheme,
 )
-from litestar.types import ExceptionHandlersMap
 
-from viralfx.domain.correlation import current_correlation_id
-from viralfx.domain.jobs.batching import KeyHeldError
-from viralfx.domain.jobs.codec import PayloadError
-from viralfx.domain.jobs.model import (
-    InvalidFilterError,
-    JobNotFoundError,
-    JobState,
-    JobStateError,
-    KeyConflictError,
-    LedgerFullError,
-    LedgerUnavailableError,
-    NotMigratedError,
-    UnknownQueueError,
-    UnstorableError,
-)
-from viralfx.domain.jobs.schedule import UnknownScheduleError
-from viralfx.domain.jobs.tasks import Task, UnknownTaskError
+from viralfx.domain.jobs.limits import MAX_ATTEMPTS
+from viralfx.domain.jobs.model import MAX_PRIORITY, MIN_PRIORITY, JobState, Unique
+from viralfx.domain.jobs.tasks import Task
 from viralfx.web.jobs import schemas as views
-from viralfx.web.responses import PROBLEM_MEDIA_TYPE, Problem, problem
 from viralfx.web.routes import Document, problem_spec
-
-_RETRY_SOON = {"Retry-After": "1"}
-_RETRY_WHEN_FREE = {"Retry-After": "5"}
-
-Handler = Callable[[Request[object, object, State], Exception], Response[Problem]]
-
-
-def respond(
-    status: int,
-    detail: str,
-    *,
-    code: str | None = None,
-    errors: list[object] | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> Response[Problem]:
-    """Return problem details."""
-    return Response(
-        problem(
-            status,
-            detail=detail,
-            correlation_id=current_correlation_id(),
-            code=code,
-            errors=errors,
-        ),
-        status_code=status,
-        headers=headers,
-        media_type=PROBLEM_MEDIA_TYPE,
-    )
-
-
-def _message_as_detail(status: int) -> Handler:
-    def handle(_: Request[object, object, State], error: Exception) -> Response[Problem]:
-        return respond(status, _sentence(str(error)))
-
-    return handle
-
-
-def _invalid_payload(_: Request[object, object, State], error: Exception) -> Response[Problem]:
-    index = getattr(error, "index", None)
-    key = "payload" if index is None else f"jobs[{index}].payload"
-    what = {"key": key, "message": str(error)}
-    return respond(422, "The payload does not fit the task.", errors=[what])
-
-
-def ledger_unavailable(advice: str) -> Handler:
-    """Return the handler of an unavailable ledger; ``advice`` follows the sentence about that."""
-    detail = f"The job ledger is unavailable.{advice}"
-
-    def handle(_: Request[object, object, State], error: Exception) -> Response[Problem]:
-        code = error.code if isinstance(error, LedgerUnavailableError) else None
-        return respond(503, detail, code=code, headers=_RETRY_SOON)
-
-    return handle
-
-
-def _key_held(_: Request[object, object, State], error: Exception) -> Response[Problem]:
-    detail = f"{_sentence(str(error))} Nothing was accepted."
-    return respond(503, detail, code="key_held", headers=_RETRY_SOON)
-
-
-def _not_migrated(_: Request[object, object, State], __: Exception) -> Response[Problem]:
-    detail = "The job ledger has no tables yet: run `viralfx migrate`."
-    return respond(503, detail, headers=_RETRY_SOON)
-
-
-def _refused(_: Request[object, object, State], __: Exception) -> Response[Problem]:
-    detail = "The job ledger refuses the job because of an error of its own: see the log."
-    return respond(503, detail, headers=_RETRY_SOON)
-
-
-def _full(_: Request[object, object, State], error: Exception) -> Response[Problem]:
-    detail = f"{_sentence(str(error))} Nothing was accepted: send the job again later."
-    return respond(503, detail, headers=_RETRY_WHEN_FREE)
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith("?") else ".")
-
-
-HANDLERS: ExceptionHandlersMap = {
-    JobNotFoundError: _message_as_detail(404),
-    JobStateError: _message_as_detail(409),
-    KeyConflictError: _message_as_detail(409),
-    UnknownTaskError: _message_as_detail(422),
-    UnknownQueueError: _message_as_detail(422),
-    UnknownScheduleError: _message_as_detail(404),
-    InvalidFilterError: _message_as_detail(400),
-    PayloadError: _invalid_payload,
-    LedgerUnavailableError: ledger_unavailable(""),
-    KeyHeldError: _key_held,
-    NotMigratedError: _not_migrated,
-    LedgerFullError: _full,
-    UnstorableError: _refused,
-}
-
-ON_ACCEPT: ExceptionHandlersMap = {
-    LedgerUnavailableError: ledger_unavailable(
-        " The job may have been accepted nevertheless: send it again with the same Idempotency-Key."
-    ),
-}
-"""The handlers that differ when a job is accepted."""
-
-ON_BATCH: ExceptionHandlersMap = {
-    LedgerUnavailableError: ledger_unavailable(
-        " The jobs may have been accepted nevertheless: send them again, each with the same key."
-    ),
-}
-"""The handlers that differ when a batch is accepted."""
-
-ON_CHANGE: ExceptionHandlersMap = {
-    LedgerUnavailableError: ledger_unavailable(
-        " The change may have been made nevertheless: read the job before you try again."
-    ),
-}
-"""The handlers that differ when an existing job is changed."""
-
-
-ON_QUEUE: ExceptionHandlersMap = {
-    UnknownQueueError: _message_as_detail(404),
-    LedgerUnavailableError: ledger_unavailable(
-        " The queue may have been changed nevertheless: send the request again."
-    ),
-}
-"""The handlers that differ for queues."""
-
 
 ACCEPT = (
     "The response comes after the job is stored durably; then it runs even if processes die. A"
@@ -191,6 +57,138 @@ PAUSE = (
     " drain the queue, pause it and wait until `counts.active` is 0."
 )
 RESUME = "Workers claim its jobs again."
+
+EXAMPLE_PAYLOAD = {
+    "type": "order.shipped",
+    "url": "https://hooks.example.com/orders",
+    "data": {"order": 17},
+}
+
+
+def name_schema() -> Schema:
+    """Return the schema of the name of a task, or of a code."""
+    return Schema(type=OpenAPIType.STRING, min_length=1, max_length=views.MAX_NAME_CHARACTERS)
+
+
+def _key(*types: OpenAPIType) -> Schema:
+    kind = types[0] if len(types) == 1 else list(types)
+    return Schema(type=kind, min_length=1, max_length=views.MAX_KEY_CHARACTERS, pattern="^[!-~]+$")
+
+
+def _job_request(title: str, **more: Schema) -> Schema:
+    """Return the schema of a new job."""
+    text, null = OpenAPIType.STRING, OpenAPIType.NULL
+    return Schema(
+        type=OpenAPIType.OBJECT,
+        title=title,
+        required=["task"],
+        additional_properties=False,
+        properties={
+            "task": name_schema(),
+            "payload": Schema(description="JSON that fits the task"),
+            "runAt": Schema(
+                type=[text, null],
+                format=OpenAPIFormat.DATE_TIME,
+                description="The earliest time, with a time zone. Null or missing: at once",
+            ),
+            "priority": Schema(
+                type=[OpenAPIType.INTEGER, null],
+                minimum=MIN_PRIORITY,
+                maximum=MAX_PRIORITY,
+                description="A higher number runs first. Null or missing: that of the task",
+            ),
+            "unique": Schema(
+                type=[text, null],
+                enum=[*map(str, Unique), None],
+                description="How long it keeps a job with the same task and payload from being"
+                " accepted: that request returns this job. Null or missing: that of the task",
+            ),
+            "queue": Schema(
+                type=[text, null], description="Null or missing: that of the task", min_length=1
+            ),
+            "maxAttempts": Schema(
+                type=[OpenAPIType.INTEGER, null],
+                minimum=1,
+                maximum=MAX_ATTEMPTS,
+                description="Its most attempts. Null or missing: as the policy of the task decides",
+            ),
+            **more,
+        },
+    )
+
+
+@dataclass
+class AcceptOperation(Operation):
+    """Adds the body and Idempotency-Key, which the handler parses to keep the payload's bytes."""
+
+    def __post_init__(self) -> None:
+        """Set body and parameters."""
+        examples: dict[str, Example | Reference] = {
+            "at once": Example(
+                summary="A webhook, at once",
+                value={"task": "notifications.webhook", "payload": EXAMPLE_PAYLOAD},
+            ),
+            "later": Example(
+                summary="A clean-up at a given time",
+                value={"task": "default.prune", "runAt": "2026-01-07T03:00:00Z"},
+            ),
+        }
+        self.request_body = RequestBody(
+            required=True,
+            content={
+                "application/json": OpenAPIMediaType(
+                    schema=_job_request("JobRequest"), examples=examples
+                )
+            },
+        )
+        key = Parameter(
+            name="Idempotency-Key",
+            param_in="header",
+            description="Identifies the request: one job is accepted for each key",
+            schema=_key(OpenAPIType.STRING),
+        )
+        self.parameters = [*(self.parameters or ()), key]
+
+
+@dataclass
+class BatchOperation(Operation):
+    """Adds the body, which the handler parses to keep the bytes of the payloads."""
+
+    def __post_init__(self) -> None:
+        """Set the body."""
+        jobs = Schema(
+            type=OpenAPIType.ARRAY,
+            items=_job_request("BatchItem", key=_key(OpenAPIType.STRING, OpenAPIType.NULL)),
+            min_items=1,
+            max_items=views.MAX_BATCH_JOBS,
+        )
+        schema = Schema(
+            type=OpenAPIType.OBJECT,
+            title="BatchRequest",
+            required=["jobs"],
+            additional_properties=False,
+            properties={"jobs": jobs},
+        )
+        examples: dict[str, Example | Reference] = {
+            "two": Example(
+                summary="Two jobs",
+                value={
+                    "jobs": [
+                        {
+                            "task": "notifications.webhook",
+                            "payload": EXAMPLE_PAYLOAD,
+                            "key": "order-17",
+                        },
+                        {"task": "default.prune", "priority": -1},
+                    ]
+                },
+            ),
+        }
+        self.request_body = RequestBody(
+            required=True,
+            content={"application/json": OpenAPIMediaType(schema=schema, examples=examples)},
+        )
+
 
 SECURITY: list[dict[str, list[str]]] = [{"apiToken": []}]
 COMPONENTS = Components(
@@ -340,7 +338,7 @@ _EVENT = {
 
 _JOB = {
     **_SUMMARY,
-    "payload": views.EXAMPLE_PAYLOAD,
+    "payload": EXAMPLE_PAYLOAD,
     "result": {"status": 204},
     "failures": _FAILURES,
 }

@@ -29,7 +29,6 @@ from viralfx.domain.jobs.model import Job, JobFilter, JobState, canonical_job_id
 from viralfx.domain.jobs.service import JobService
 from viralfx.web.auth import CHANGING, AccessVerdict, Headers, check_bearer_token, is_cross_origin
 from viralfx.web.jobs import openapi, schemas
-from viralfx.web.jobs.openapi import ON_ACCEPT, ON_CHANGE
 from viralfx.web.jobs.schemas import (
     MAX_KEY_CHARACTERS,
     MAX_NAME_CHARACTERS,
@@ -37,6 +36,7 @@ from viralfx.web.jobs.schemas import (
     BatchRequest,
     JobRequest,
 )
+from viralfx.web.problems import ON_ACCEPT, ON_BATCH, ON_CHANGE
 
 MAX_BODY_BYTES = 64 * 1024
 """Maximum size of a request body."""
@@ -291,7 +291,7 @@ class JobsController(Controller):
         description=openapi.ACCEPT,
         status_code=202,
         request_max_body_size=MAX_BODY_BYTES,
-        operation_class=schemas.AcceptOperation,
+        operation_class=openapi.AcceptOperation,
         responses=openapi.ACCEPT_RESPONSES,
         exception_handlers=ON_ACCEPT,
     )
@@ -320,9 +320,9 @@ class JobsController(Controller):
         description=openapi.BATCH,
         status_code=202,
         request_max_body_size=MAX_BATCH_BYTES,
-        operation_class=schemas.BatchOperation,
+        operation_class=openapi.BatchOperation,
         responses=openapi.BATCH_RESPONSES,
-        exception_handlers=openapi.ON_BATCH,
+        exception_handlers=ON_BATCH,
     )
     async def accept_batch(self, request: AnyRequest) -> schemas.JobsAccepted:
         if header_values(request, b"idempotency-key"):

@@ -1,26 +1,18 @@
-"""The bodies of the jobs API, field by field as clients read and write them."""
+"""The bodies of the jobs API, field by field as clients read and write them.
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+``viralfx jobs`` prints them too, so nothing here imports Litestar.
+"""
+
+from collections.abc import Iterable, Mapping
 from datetime import MINYEAR, UTC, datetime
 from typing import Annotated, Any
 
 import msgspec
-from litestar.openapi.spec import (
-    Example,
-    OpenAPIFormat,
-    OpenAPIMediaType,
-    OpenAPIType,
-    Operation,
-    Parameter,
-    Reference,
-    RequestBody,
-    Schema,
-)
 from msgspec import Meta
 
 from viralfx.domain.clock import timestamp
-from viralfx.domain.jobs.ledger import Accepted
+from viralfx.domain.jobs.batching import BulkCount
+from viralfx.domain.jobs.ledger import Accepted, QueueCounts
 from viralfx.domain.jobs.limits import FIRST_RUN_AT, LAST_RUN_AT, MAX_ATTEMPTS
 from viralfx.domain.jobs.model import (
     MAX_PRIORITY,
@@ -32,6 +24,7 @@ from viralfx.domain.jobs.model import (
     Unique,
     canonical_job_id,
 )
+from viralfx.domain.jobs.schedule import ScheduleTimes
 from viralfx.web.schemas import Timestamp
 
 PATH = "/api/v1/jobs"
@@ -354,133 +347,106 @@ def moment(time: datetime | None) -> str | None:
     return None if time is None else timestamp(time)
 
 
-EXAMPLE_PAYLOAD = {
-    "type": "order.shipped",
-    "url": "https://hooks.example.com/orders",
-    "data": {"order": 17},
-}
+def job_count(changed: BulkCount) -> JobCount:
+    """Return the body for a change of many jobs."""
+    return JobCount(count=changed.count, more=changed.more)
 
 
-def name_schema() -> Schema:
-    """Return the schema of the name of a task, or of a code."""
-    return Schema(type=OpenAPIType.STRING, min_length=1, max_length=MAX_NAME_CHARACTERS)
+class QueueJobs(_View):
+    """The jobs of a queue by state; final states count pruned jobs, too."""
+
+    waiting: Annotated[int, Meta(description="Jobs that are due")]
+    scheduled: Annotated[int, Meta(description="Jobs that are due later")]
+    active: Annotated[int, Meta(description="Jobs that workers run now")]
+    completed: int
+    failed: int
+    cancelled: int
 
 
-def _key(*types: OpenAPIType) -> Schema:
-    kind = types[0] if len(types) == 1 else list(types)
-    return Schema(type=kind, min_length=1, max_length=MAX_KEY_CHARACTERS, pattern="^[!-~]+$")
+class Queue(_View):
+    """A queue with its counts."""
+
+    name: str
+    paused: Annotated[bool, Meta(description="True: workers claim none of its jobs")]
+    concurrency: Annotated[
+        int | None,
+        Meta(description="Its jobs that this process runs at once; null if it runs none"),
+    ]
+    consumers: Annotated[int, Meta(description="Live workers that consume it")]
+    oldest_due: Annotated[
+        float, Meta(description="Seconds for which its longest waiting job has been due")
+    ]
+    counts: QueueJobs
 
 
-def _job_request(title: str, **more: Schema) -> Schema:
-    """Return the schema of a new job."""
-    text, null = OpenAPIType.STRING, OpenAPIType.NULL
-    return Schema(
-        type=OpenAPIType.OBJECT,
-        title=title,
-        required=["task"],
-        additional_properties=False,
-        properties={
-            "task": name_schema(),
-            "payload": Schema(description="JSON that fits the task"),
-            "runAt": Schema(
-                type=[text, null],
-                format=OpenAPIFormat.DATE_TIME,
-                description="The earliest time, with a time zone. Null or missing: at once",
-            ),
-            "priority": Schema(
-                type=[OpenAPIType.INTEGER, null],
-                minimum=MIN_PRIORITY,
-                maximum=MAX_PRIORITY,
-                description="A higher number runs first. Null or missing: that of the task",
-            ),
-            "unique": Schema(
-                type=[text, null],
-                enum=[*map(str, Unique), None],
-                description="How long it keeps a job with the same task and payload from being"
-                " accepted: that request returns this job. Null or missing: that of the task",
-            ),
-            "queue": Schema(
-                type=[text, null], description="Null or missing: that of the task", min_length=1
-            ),
-            "maxAttempts": Schema(
-                type=[OpenAPIType.INTEGER, null],
-                minimum=1,
-                maximum=MAX_ATTEMPTS,
-                description="Its most attempts. Null or missing: as the policy of the task decides",
-            ),
-            **more,
-        },
+class QueueList(_View):
+    """All queues."""
+
+    items: list[Queue]
+
+
+def queue_list(
+    queues: Mapping[str, QueueCounts], concurrency: Mapping[str, int] | None = None
+) -> QueueList:
+    """Return the body of a list of queues; ``concurrency``: that of this process by queue."""
+    return QueueList(items=[queue_view(each, queues[each], concurrency or {}) for each in queues])
+
+
+def queue_view(name: str, counts: QueueCounts, concurrency: Mapping[str, int]) -> Queue:
+    """Return the body of one queue; ``concurrency``: that of this process by queue."""
+    return Queue(
+        name=name,
+        paused=counts.paused,
+        concurrency=concurrency.get(name),
+        consumers=counts.consumers,
+        oldest_due=round(counts.oldest_due, 3),
+        counts=QueueJobs(
+            waiting=counts.waiting,
+            scheduled=counts.scheduled,
+            active=counts.active,
+            completed=counts.completed,
+            failed=counts.failed,
+            cancelled=counts.cancelled,
+        ),
     )
 
 
-@dataclass
-class AcceptOperation(Operation):
-    """Adds the body and Idempotency-Key, which the handler parses to keep the payload's bytes."""
+class Schedule(_View):
+    """The schedule of a task."""
 
-    def __post_init__(self) -> None:
-        """Set body and parameters."""
-        examples: dict[str, Example | Reference] = {
-            "at once": Example(
-                summary="A webhook, at once",
-                value={"task": "notifications.webhook", "payload": EXAMPLE_PAYLOAD},
-            ),
-            "later": Example(
-                summary="A clean-up at a given time",
-                value={"task": "default.prune", "runAt": "2026-01-07T03:00:00Z"},
-            ),
-        }
-        self.request_body = RequestBody(
-            required=True,
-            content={
-                "application/json": OpenAPIMediaType(
-                    schema=_job_request("JobRequest"), examples=examples
-                )
-            },
-        )
-        key = Parameter(
-            name="Idempotency-Key",
-            param_in="header",
-            description="Identifies the request: one job is accepted for each key",
-            schema=_key(OpenAPIType.STRING),
-        )
-        self.parameters = [*(self.parameters or ()), key]
+    task: str
+    cron: Annotated[str, Meta(description="Minute, hour, day of month, month, day of week")]
+    timezone: Annotated[str, Meta(description="The time zone of the fields, of the IANA database")]
+    paused: Annotated[bool, Meta(description="True: its times are skipped until it is resumed")]
+    last_run_at: Annotated[
+        str | None, Meta(description="The latest time for which a job was accepted; UTC")
+    ]
+    next_run_at: Annotated[
+        str | None, Meta(description="The next time; null if this process cannot calculate it; UTC")
+    ]
+    next_runs: Annotated[list[str], Meta(description="The next times, the first one included; UTC")]
 
 
-@dataclass
-class BatchOperation(Operation):
-    """Adds the body, which the handler parses to keep the bytes of the payloads."""
+class ScheduleList(_View):
+    """All schedules, by task."""
 
-    def __post_init__(self) -> None:
-        """Set the body."""
-        jobs = Schema(
-            type=OpenAPIType.ARRAY,
-            items=_job_request("BatchItem", key=_key(OpenAPIType.STRING, OpenAPIType.NULL)),
-            min_items=1,
-            max_items=MAX_BATCH_JOBS,
-        )
-        schema = Schema(
-            type=OpenAPIType.OBJECT,
-            title="BatchRequest",
-            required=["jobs"],
-            additional_properties=False,
-            properties={"jobs": jobs},
-        )
-        examples: dict[str, Example | Reference] = {
-            "two": Example(
-                summary="Two jobs",
-                value={
-                    "jobs": [
-                        {
-                            "task": "notifications.webhook",
-                            "payload": EXAMPLE_PAYLOAD,
-                            "key": "order-17",
-                        },
-                        {"task": "default.prune", "priority": -1},
-                    ]
-                },
-            ),
-        }
-        self.request_body = RequestBody(
-            required=True,
-            content={"application/json": OpenAPIMediaType(schema=schema, examples=examples)},
-        )
+    items: list[Schedule]
+
+
+def schedule_list(found: Iterable[ScheduleTimes]) -> ScheduleList:
+    """Return the body of a list of schedules."""
+    return ScheduleList(items=[schedule_view(each) for each in found])
+
+
+def schedule_view(found: ScheduleTimes) -> Schedule:
+    """Return the body of one schedule."""
+    runs = [timestamp(each) for each in found.next_runs]
+    return Schedule(
+        task=found.task,
+        cron=found.cron,
+        timezone=found.timezone,
+        paused=found.paused,
+        last_run_at=moment(found.last_run_at),
+        next_run_at=runs[0] if runs else None,
+        next_runs=runs,
+    )
