@@ -8,6 +8,9 @@ from viralfx.domain.errors import ConfigurationError, ViralFXError
 # signals are handled, and the run time of a probe.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    __version__: str
+    """The version of the distribution, such as ``0.2.0``."""
+
     from viralfx.bootstrap import PostgresDatabase, RedisClient
     from viralfx.checks import DiskCheck, HttpCheck, SqlAlchemyCheck, TcpCheck
     from viralfx.domain.cache import Cache
@@ -147,6 +150,10 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 def __getattr__(name: str) -> object:
     """Import the module of a public name on first use: resilience does not need Litestar."""
+    if name == "__version__":
+        from importlib.metadata import version  # noqa: PLC0415 - slow, and seldom needed
+
+        return version("viralfx")
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -273,6 +274,27 @@ def test_the_package_imports_the_framework_lazily() -> None:
     )
 
     assert done.stdout == "False True\n"
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is that of the distribution, and needs no command."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"viralfx {version('viralfx')}\n"
+
+
+def test_the_version_is_looked_up_lazily() -> None:
+    """A program that does not ask for it does not pay for it."""
+    done = run(
+        "-I",
+        "-c",
+        "import sys, viralfx; before = 'importlib.metadata' in sys.modules;"
+        " print(before, viralfx.__version__)",
+    )
+
+    assert done.stdout == f"False {version('viralfx')}\n"
 
 
 def test_a_closed_output_pipe_is_no_error() -> None:

@@ -38,7 +38,7 @@ from viralfx.domain.resilience.registry import BreakerRegistry
 from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.resilience.retry_decision import listen_to_retries
 from viralfx.domain.shutdown import AnyStage, Phase, ShutdownSequence
-from viralfx.settings import CredentialsCallable, Settings
+from viralfx.settings import CredentialsCallable, Settings, prefixed
 from viralfx.telemetry import hide_opentelemetry
 from viralfx.telemetry.logging.events import (
     HealthLog,
@@ -301,7 +301,7 @@ def assemble(
     clock = clock or SystemClock()
     log_settings(settings)
     if absent := missing(settings.needs):
-        raise MissingExtraError(absent)
+        raise MissingExtraError(prefixed(line, env_prefix) for line in absent)
     memory = ProcessMemory()
     circuits, lifecycle, home = BreakerRegistry(), Lifecycle(clock), HomeLoop()
     monitor = HealthMonitor(clock=clock, fail_open_after=settings.readiness_fail_open_after)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from viralfx.domain.errors import ConfigurationError, StartupError
-from viralfx.domain.extras import require
+from viralfx.domain.extras import require, require_modules
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
     from viralfx.runner.signals import SignalWatch
 
-EXIT_PROBE_FAILED = 1
-EXIT_PENDING = 1
-EXIT_OUTPUT = 1
+EXIT_PROBE_FAILED = EXIT_PENDING = EXIT_OUTPUT = 1
 EXIT_CONFIGURATION = 2
 EXIT_STARTUP = 3
 EXIT_INTERRUPTED = 130
@@ -108,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="viralfx",
         description="Runs the ViralFX backend, or any ASGI application in the same way.",
     )
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="print the version")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     serve = commands.add_parser("serve", help="serve the HTTP API until a stop signal")
@@ -185,6 +184,16 @@ def _parser() -> argparse.ArgumentParser:
     env.set_defaults(run=_env)
     _add_jobs(commands)
     return parser
+
+
+class _ShowVersion(argparse.Action):
+    """Prints the version; ``action="version"`` would look it up for every command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from viralfx import __version__  # noqa: PLC0415
+
+        print(f"{parser.prog} {__version__}")
+        parser.exit()
 
 
 def _add_jobs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -335,7 +344,7 @@ def _moment(text: str) -> "datetime":
 
 
 def _jobs(options: argparse.Namespace) -> int:
-    require("viralfx jobs", "litestar")
+    require_modules("viralfx jobs", "postgres", "structlog")
     from viralfx.cli.jobs import jobs  # noqa: PLC0415
 
     return jobs(options)
@@ -353,7 +362,8 @@ def _seconds(text: str) -> float:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    with _starting("viralfx serve", *_framework(options), app=options.app) as signals:
+    framework = ("litestar",) if options.app is None else ()  # an application brings its own
+    with _starting("viralfx serve", *framework, app=options.app) as signals:
         from viralfx.runner.commands import serve  # noqa: PLC0415
 
         return serve(
@@ -376,7 +386,9 @@ def _starting(command: str, *extras: str, app: str | None) -> "Iterator[SignalWa
     signals = SignalWatch()
     signals.install()  # before the slow imports
     require(command, "serve", *extras)
-    _require_memory()
+    from viralfx.settings.platform import require_memory  # noqa: PLC0415
+
+    require_memory()
 
     # Garbage collection during imports finds nothing and takes a tenth of the start-up time. The
     # runner enables it again before it serves.
@@ -391,17 +403,6 @@ def _starting(command: str, *extras: str, app: str | None) -> "Iterator[SignalWa
         yield signals
     finally:
         gc.enable()
-
-
-def _framework(options: argparse.Namespace) -> tuple[str, ...]:
-    """Return the extra of the framework; an application brings its own."""
-    return ("litestar",) if options.app is None else ()
-
-
-def _require_memory() -> None:
-    from viralfx.settings.platform import require_memory  # noqa: PLC0415
-
-    require_memory()
 
 
 def _migrate(options: argparse.Namespace) -> int:
@@ -437,8 +438,10 @@ def _migrate(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    require("viralfx doctor", "serve", *_framework(options))
-    _require_memory()  # it loads the same modules as the service
+    require("viralfx doctor", "serve")
+    from viralfx.settings.platform import require_memory  # noqa: PLC0415
+
+    require_memory()  # the doctor loads the same modules as the service
     from viralfx.cli.doctor import doctor  # noqa: PLC0415
 
     return doctor(app=options.app, as_json=options.json)

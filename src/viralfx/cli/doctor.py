@@ -15,6 +15,7 @@ import textwrap
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Iterator, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import TypeVar
 
@@ -31,14 +32,16 @@ from viralfx.domain.doctor import (
     failed,
     in_order,
     passed,
+    skipped,
     warned,
     worst,
 )
 from viralfx.domain.errors import ConfigurationError, StartupError
+from viralfx.domain.extras import is_installed
 from viralfx.domain.health.check_runner import CheckCompleted
 from viralfx.domain.health.model import HealthReport, ProcessUsage, Status
 from viralfx.domain.health.monitor import HealthMonitor
-from viralfx.runner.applications import find_application
+from viralfx.runner.applications import bare_application, find_application
 from viralfx.runner.server import listen
 from viralfx.settings import CredentialsCallable, Settings, read_settings
 from viralfx.web.gate import Gate
@@ -88,7 +91,8 @@ class PortsDoctor:
 class ApplicationDoctor:
     """Creates the application as ``viralfx serve`` does, runs its checks once and its probes.
 
-    It opens no port and does not run the application's own start-up.
+    It opens no port and does not run the application's own start-up. Without Litestar the service
+    has no application of its own, so the operations layer is examined alone.
     """
 
     def __init__(self, settings: Settings, app: str | None) -> None:
@@ -101,6 +105,7 @@ class ApplicationDoctor:
         timeout = min(settings.health_check_timeout, _MAX_TIMEOUT)
         self._settings = msgspec.structs.replace(settings, db=db, health_check_timeout=timeout)
         self._app = app
+        self._is_bare = app is None and not is_installed("litestar")
         self._loading: asyncio.Future[tuple[ASGIApp, OperationsLayer]] | None = None
 
     async def redis_credentials(self) -> CredentialsCallable | None:
@@ -123,7 +128,8 @@ class ApplicationDoctor:
     async def _load(self) -> tuple[ASGIApp, OperationsLayer]:
         if self._loading is None:
             # In a thread, because slow imports would distort the timings of other checks.
-            loading = asyncio.to_thread(find_application, self._settings, self._app)
+            bare, named = bare_application, partial(find_application, spec=self._app)
+            loading = asyncio.to_thread(bare if self._is_bare else named, self._settings)
             self._loading = asyncio.ensure_future(loading)
         return await asyncio.shield(self._loading)
 
@@ -149,10 +155,21 @@ class ApplicationDoctor:
                 prefix + path: await _request(gate, prefix + path, token.value if token else "")
                 for path in _PROBES
             }
-            return [judge_memory(plugin.operations.usage()), _judge(statuses, monitor.report())]
+            findings = [
+                judge_memory(plugin.operations.usage()),
+                _judge(statuses, monitor.report()),
+            ]
+            return [*findings, _NO_APPLICATION] if self._is_bare else findings
         finally:
             # This saves no state, because the application was never started.
             await asyncio.shield(plugin.operations.shutdown.run())
+
+
+_NO_APPLICATION = skipped(
+    Area.ENDPOINTS,
+    "the routes of an application: the service's own needs viralfx[litestar]",
+    "name your application: viralfx doctor --app package.module:app",
+)
 
 
 def judge_memory(usage: ProcessUsage) -> Finding:
@@ -252,7 +269,8 @@ def doctor(*, app: str | None, as_json: bool) -> int:
     If a hanging check would delay the exit, this function ends the process after printing.
     """
     try:
-        settings = read_settings(os.environ, strict=True, with_api=app is None)
+        with_api = app is None and is_installed("litestar")
+        settings = read_settings(os.environ, strict=True, with_api=with_api)
     except ConfigurationError as error:
         findings = in_order(unreadable(error.problems, os.environ))
         _print(findings, as_json=as_json)

@@ -1,7 +1,7 @@
 """The extras of the distribution: which part needs one, and the one line for a missing one.
 
-``pip install viralfx`` brings three small packages. Everything else is in an extra, and is imported
-only where it is used (ADR-0065).
+An installation without extras brings three small packages. Everything else is in an extra, and is
+imported only where it is used (ADR-0065).
 """
 
 from collections.abc import Iterable, Iterator
@@ -39,6 +39,45 @@ _HELD = {"serve": frozenset({"litestar"}), "postgres": frozenset({"migrate"})}
 """The extras within another one that the code asks for, too."""
 
 
+SOURCE = "./viralfx-{version}-py3-none-any.whl"
+"""What pip installs: the wheel of a release, because no package index has the distribution. Another
+owner of its name there could run code as root.
+
+``viralfx`` on the day that an index has it. README, documents and units follow: `just source`.
+"""
+
+
+def install_command(*extras: str) -> str:
+    """Return the command that adds extras to this installation, from where it came.
+
+    pip and uv record that (PEP 610). Without a record, or if the file is gone, it is
+    :data:`SOURCE`.
+    """
+    # Every command imports this module, and a probe must stay cheap.
+    from importlib.metadata import PackageNotFoundError, distribution  # noqa: PLC0415
+    from json import loads  # noqa: PLC0415
+    from pathlib import Path  # noqa: PLC0415
+    from shlex import quote  # noqa: PLC0415
+    from urllib.parse import unquote, urlsplit  # noqa: PLC0415
+
+    suffix = f"[{','.join(extras)}]"
+    try:
+        installed = distribution("viralfx")
+    except PackageNotFoundError:  # a checkout that is on the path of modules
+        return f"pip install {quote('viralfx' + suffix)}"
+    record = loads(installed.read_text("direct_url.json") or "{}")
+    url = str(record.get("url", ""))
+    if url.startswith("file:") and (path := Path(unquote(urlsplit(url).path))).exists():
+        editable = "-e " if record.get("dir_info", {}).get("editable") else ""
+        return f"pip install {editable}{quote(str(path) + suffix)}"
+    if version_control := record.get("vcs_info"):
+        place = f"{version_control['vcs']}+{url}@{version_control['commit_id']}"
+        return f"pip install {quote(f'viralfx{suffix} @ {place}')}"
+    if url.startswith("https:"):
+        return f"pip install {quote(f'viralfx{suffix} @ {url}')}"
+    return f"pip install {quote(SOURCE.format(version=installed.version) + suffix)}"
+
+
 class MissingExtraError(ConfigurationError, ImportError):
     """A package of an extra is not installed; the message names the extra and the remedy.
 
@@ -47,10 +86,18 @@ class MissingExtraError(ConfigurationError, ImportError):
 
 
 def problem(asked_by: str, *extras: str) -> str:
-    """Return the line about missing extras; ``asked_by`` is a variable, a command or a name."""
+    """Return the line about missing extras.
+
+    ``asked_by`` is a command, a name, or what :func:`is_set` returns for variables.
+    """
     held = {inner for extra in extras for inner in _HELD.get(extra, ())}
-    requirement = f"viralfx[{','.join(extra for extra in extras if extra not in held)}]"
-    return f"{asked_by} needs {requirement}: pip install '{requirement}'"
+    named = [extra for extra in extras if extra not in held]
+    return f"{asked_by} needs viralfx[{','.join(named)}]: {install_command(*named)}"
+
+
+def is_set(*variables: str) -> str:
+    """Return the beginning of the line about an extra that variables ask for."""
+    return f"{' and '.join(variables)} {'is' if len(variables) == 1 else 'are'} set, which"
 
 
 def is_about_extra(line: str) -> bool:
@@ -73,7 +120,7 @@ def _is_found(module: str) -> bool:
 def missing(needs: Iterable[tuple[str, str]]) -> list[str]:
     """Return one line for each need whose extra is not installed.
 
-    A need is the variable, command or name that asks, and the extra.
+    A need is what asks, as :func:`problem` takes it, and the extra.
     """
     return [problem(asked_by, extra) for asked_by, extra in needs if not is_installed(extra)]
 
@@ -82,6 +129,15 @@ def require(asked_by: str, *extras: str) -> None:
     """Raise :class:`MissingExtraError` with one line for all of ``extras`` that are missing."""
     if absent := [extra for extra in extras if not is_installed(extra)]:
         raise MissingExtraError([problem(asked_by, *absent)])
+
+
+def require_modules(asked_by: str, extra: str, *modules: str) -> None:
+    """Raise :class:`MissingExtraError` that names ``extra`` if one of ``modules`` is missing.
+
+    For a part that needs less than the extra brings, and that other extras bring as well.
+    """
+    if not all(map(_is_found, modules)):
+        raise MissingExtraError([problem(asked_by, extra)])
 
 
 @contextmanager

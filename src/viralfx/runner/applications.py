@@ -14,7 +14,7 @@ from viralfx.domain.errors import ConfigurationError, suggest
 from viralfx.domain.jobs.hooks import TaskHost
 from viralfx.settings import Settings
 from viralfx.web.layer import READS_STRICTLY, OperationsConfig, OperationsLayer
-from viralfx.web.responses import ASGIApp
+from viralfx.web.responses import ASGIApp, Receive, Scope, Send
 
 _logger = logging.getLogger("viralfx.serve")
 
@@ -37,6 +37,21 @@ def find_application(
     else:
         app = load_app(spec, settings)
     return _with_layer(app, settings, spec, problems)
+
+
+def bare_application(settings: Settings) -> tuple[ASGIApp, OperationsLayer]:
+    """Return the operations layer around no application, which answers every other path with 404.
+
+    It is what an environment without Litestar has of the service's own application.
+    """
+    layer = OperationsMiddleware(_no_application, OperationsConfig(settings=settings))
+    return layer, layer
+
+
+async def _no_application(scope: Scope, receive: Receive, send: Send) -> None:
+    del scope, receive
+    await send({"type": "http.response.start", "status": 404, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
 
 
 def find_worker_application(

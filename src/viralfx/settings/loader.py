@@ -212,12 +212,12 @@ def read_settings(
         *settings.contradictions(reading.failed, with_api=with_api),
     ]
     if problems:
-        raise ConfigurationError(_prefixed(line, env_prefix) for line in problems)
-    warnings = tuple(_prefixed(line, env_prefix) for line in reading.warnings)
+        raise ConfigurationError(prefixed(line, env_prefix) for line in problems)
+    warnings = tuple(prefixed(line, env_prefix) for line in reading.warnings)
     return msgspec.structs.replace(settings, warnings=warnings) if warnings else settings
 
 
-def _prefixed(line: str, prefix: str) -> str:
+def prefixed(line: str, prefix: str) -> str:
     """Return a message with the names of variables as the environment has them."""
     if not prefix:
         return line

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from viralfx.domain.extras import is_set
 from viralfx.domain.shutdown import ShutdownBudgets
 from viralfx.domain.webhooks.url import AllowList, WebhookRefusedError
 from viralfx.settings.dsn import DatabaseAddress, parse_database_url
@@ -91,6 +92,11 @@ def show(value: object) -> str:
             return ",".join(value) or "none"
         case _:
             return str(value)
+
+
+def _named(variable: str, secret: Secret | None) -> str:
+    """Return the variable that was set for a secret: the one of its file, if it came from one."""
+    return variable if secret is None or secret.file is None else f"{variable}_FILE"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -281,18 +287,27 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def needs(self) -> Iterator[tuple[str, str]]:
-        """The variables that are set and need an extra of the distribution, with that extra."""
+        """What needs an extra of the distribution: the variables that are set, and that extra."""
+        database = _named("DATABASE_URL", self.database_url)
         if self.database_url is not None:
-            yield "DATABASE_URL", "postgres"
+            yield is_set(database), "postgres"
         if self.redis.in_use:
-            variable = "REDIS_SENTINEL_ENABLED" if self.redis.sentinel_enabled else "REDIS_HOST"
-            yield variable, "redis"
+            redis = self._redis_variable
+            yield is_set(redis), "redis"
             if self.database_url is not None:
-                yield f"{variable} with DATABASE_URL", "jobs"
+                yield is_set(redis, database), "jobs"
         if self.webhook.allowed_hosts:
-            yield "WEBHOOK_ALLOWED_HOSTS", "webhooks"
+            yield is_set("WEBHOOK_ALLOWED_HOSTS"), "webhooks"
         if self.alert_webhook_url is not None:
-            yield "ALERT_WEBHOOK_URL", "webhooks"
+            yield is_set(_named("ALERT_WEBHOOK_URL", self.alert_webhook_url)), "webhooks"
+
+    @property
+    def _redis_variable(self) -> str:
+        if self.redis.url is not None:
+            return _named("REDIS_URL", self.redis.url)
+        if self.redis.sentinel_enabled:
+            return "REDIS_SENTINEL_ENABLED"
+        return "REDIS_HOST" if self.redis.socket is None else "REDIS_SOCKET"
 
     @property
     def worker_management_port(self) -> int:

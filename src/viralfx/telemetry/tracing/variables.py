@@ -12,6 +12,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import unquote, unquote_plus, urlsplit
 
+from viralfx.domain.extras import is_set
+
 _SECRET_NAME = re.compile(
     r"(auth|authorization|authentication|cookie|credentials?|dsn|jwt|key|licen[cs]e|pass|passphrase"
     r"|passw(or)?d|pwd|secret|sig|signature|token)($|[^a-z])",
@@ -138,9 +140,10 @@ def uses_grpc(environ: Mapping[str, str]) -> bool:
 
 
 def needs(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield the variable that turns tracing on, and the extra that it needs."""
+    """Yield what turns tracing on, and the extra that it needs."""
     if is_enabled(environ):
-        yield _for_traces(environ, "ENDPOINT")[0], "otel-grpc" if uses_grpc(environ) else "otel"
+        variable = _for_traces(environ, "ENDPOINT")[0]
+        yield is_set(variable), "otel-grpc" if uses_grpc(environ) else "otel"
 
 
 @dataclass(frozen=True, slots=True)
