@@ -26,7 +26,7 @@ from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.domain.resilience.deadline import Deadline
 from viralfx.domain.resilience.policy import RetryBudget
 from viralfx.domain.resilience.retry import retry
-from viralfx.runner.server import loop_factory
+from viralfx.runner.process import loop_factory
 
 BARE = "bare await"
 LIMITS = {"retry": 3.0, "breaker, CLOSED": 3.0, "retry over breaker": 4.0}

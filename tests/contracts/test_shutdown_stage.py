@@ -29,8 +29,9 @@ from viralfx.domain.health.model import CheckPolicy, Observation
 from viralfx.domain.health.monitor import HealthMonitor
 from viralfx.domain.operations import SavedState, save_state
 from viralfx.domain.shutdown import StageFunction
+from viralfx.runner.applications import ApplicationLifespan
 from viralfx.runner.process import drain_requests, stop_application, stop_listening
-from viralfx.runner.server import ApplicationLifespan, HttpServer, listen
+from viralfx.runner.server import AnyServer, HttpServer, UvicornServer, listen
 from viralfx.settings import RedisSettings, Settings
 from viralfx.web.gate import Gate
 from viralfx.web.layer import OperationsConfig
@@ -155,11 +156,16 @@ def _postgres(*, opened: bool = True, in_use: bool = False) -> Make:
     return made
 
 
-def _http(make: Callable[[HttpServer, Gate, Clock], StageFunction], *, opened: bool) -> Make:
+def _http(
+    make: Callable[[AnyServer, Gate, Clock], StageFunction],
+    *,
+    opened: bool,
+    kind: type[AnyServer],
+) -> Make:
     @asynccontextmanager
     async def made(clock: Clock, *_: object) -> AsyncIterator[StageFunction]:
         gate = Gate(OperationsPlugin(OperationsConfig(settings=Settings())).endpoints, _application)
-        server = HttpServer(gate, listen("PORT", "127.0.0.1", 0), lifespan=True)
+        server = kind(gate, listen("PORT", "127.0.0.1", 0), lifespan=True)
         if opened:
             await server.open()
             assert await _lifespan_of(server).start()
@@ -172,7 +178,7 @@ def _http(make: Callable[[HttpServer, Gate, Clock], StageFunction], *, opened: b
     return made
 
 
-def _lifespan_of(server: HttpServer) -> ApplicationLifespan:
+def _lifespan_of(server: AnyServer) -> ApplicationLifespan:
     assert server.application is not None
     return server.application
 
@@ -233,7 +239,8 @@ STAGES: dict[str, Make] = {
     "close postgres in use": _postgres(in_use=True),
     "close postgres before start": _postgres(opened=False),
     **{
-        f"{name}{when}": _http(make, opened=opened)
+        f"{name}{by}{when}": _http(make, opened=opened, kind=kind)
+        for by, kind in (("", HttpServer), (" by uvicorn alone", UvicornServer))
         for name, make in (
             ("stop listening", lambda server, gate, _: lambda _: stop_listening(server, gate)),
             ("drain requests", partial(partial, drain_requests)),

@@ -12,11 +12,15 @@ import msgspec
 from viralfx.bootstrap import assemble
 from viralfx.domain.errors import ConfigurationError, suggest
 from viralfx.domain.jobs.hooks import TaskHost
-from viralfx.runner.applications import find_application, find_worker_application
+from viralfx.runner.applications import (
+    ApplicationLifespan,
+    find_application,
+    find_worker_application,
+)
 from viralfx.runner.diagnostics import HeapReports
 from viralfx.runner.http_limits import HttpLimits, raise_descriptor_limit
 from viralfx.runner.process import Process
-from viralfx.runner.server import ApplicationLifespan, HttpServer, listen
+from viralfx.runner.server import http_server, lacking_parts, listen
 from viralfx.runner.signals import SignalWatch
 from viralfx.settings import Settings, read_settings
 from viralfx.telemetry.logging.handler import enforce_logging
@@ -98,15 +102,16 @@ def serve(
         tracing.make_global()
     gate = plugin.gate(application)
     HeapReports(settings.heap_snapshot_dir).install()
-    http = plugin.assembly.metrics.http
+    http, lacking = plugin.assembly.metrics.http, lacking_parts()
     process = Process(
         operations=plugin.operations,
         signals=signals,
         reclaim_log=reclaim_log,
         server=partial(
-            HttpServer,
+            http_server,
             gate,
             listener,
+            lacking=lacking,
             lifespan=True,
             limits=HttpLimits.for_api(settings),
             metrics=http,
@@ -114,9 +119,10 @@ def serve(
         gate=gate,
         management=(
             partial(
-                HttpServer,
+                http_server,
                 Gate(plugin.endpoints),
                 management,
+                lacking=lacking,
                 lifespan=False,
                 limits=HttpLimits.for_management(settings),
                 name="management",
@@ -227,9 +233,10 @@ def work(signals: SignalWatch, *, app: str | None = None, queues: Sequence[str])
         application=None if application is None else partial(ApplicationLifespan, application),
         gate=gate,
         management=partial(
-            HttpServer,
+            http_server,
             gate,
             listener,
+            lacking=lacking_parts(),
             lifespan=False,
             limits=HttpLimits.for_management(settings),
             name="management",

@@ -1,11 +1,15 @@
-"""The limits of an HTTP server, and the answers beyond them.
+"""The limits of an HTTP server, the answers beyond them, and the end of new connections.
 
 Clients can repeat every rejection, so the log lines about them are limited, too.
 """
 
+import contextlib
+import ctypes
 import logging
 import os
 import resource
+import socket
+import struct
 import sys
 from enum import Enum
 from http import HTTPStatus
@@ -227,3 +231,29 @@ class ThrottledLog:
     def _write(self, kind: str, level: int, fields: dict[str, object], others: int) -> None:
         self._next[kind] = monotonic() + self._period
         self._logger.log(level, self._message, extra={**fields, "others": others})
+
+
+_SO_ATTACH_FILTER = 26
+# Classic BPF over the TCP header: drop a segment with SYN, let any other pass.
+_DROP_SYN = b"".join(
+    struct.pack("=HBBI", *instruction)
+    for instruction in (
+        (0x30, 0, 0, 13),  # load the byte of the flags
+        (0x45, 0, 1, 0x02),  # SYN is set: the next instruction, else the one after it
+        (0x06, 0, 0, 0),  # drop
+        (0x06, 0, 0, 0xFFFFFFFF),  # pass
+    )
+)
+
+
+def stop_handshakes(listener: socket.socket) -> None:
+    """Make the kernel drop new connection attempts, so that the accept queue can be emptied.
+
+    Otherwise the kernel may complete a connection between the last accept and the close, and reset
+    it. A client whose SYN is dropped sends it again, and is refused after the close. This does
+    nothing on a kernel without socket filters.
+    """
+    program = ctypes.create_string_buffer(_DROP_SYN, len(_DROP_SYN))
+    argument = struct.pack("HP", len(_DROP_SYN) // 8, ctypes.addressof(program))
+    with contextlib.suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, argument)

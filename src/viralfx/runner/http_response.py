@@ -3,9 +3,12 @@
 An ordinary response has a ``Content-Length`` and a body in one message. Its head is written from
 prepared parts, because uvicorn's code costs a twentieth of a whole request. uvicorn writes all
 other responses and invalid ones, so that their bytes and errors stay the same.
+
+:func:`exchange` is the self-test of all that is used of uvicorn for a connection.
 """
 
 import asyncio
+import logging
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from viralfx.runner.connections import Connections
 from viralfx.runner.http_limits import WRITE_BUFFER_BYTES, Rejection
+from viralfx.web.responses import RawResponse, Receive, Scope, Send
 
 _CONNECTION = frozenset({b"connection", b"transfer-encoding", b"content-length"})
 """Headers that frame the body; the usual spelling of ``content-length`` is handled separately."""
@@ -146,3 +150,118 @@ class ResponseCycle(RequestResponseCycle):
             and self.scope["method"] != "HEAD"
             and len(message.get("body", b"")) == self.expected_content_length > 0
         )
+
+
+# -- the self-test -------------------------------------------------------------------------------
+
+
+class _Wire(asyncio.Transport):
+    """A transport without a socket, which keeps what is written."""
+
+    written = b""
+    protocol: Any = None
+
+    def write(self, data: Any) -> None:
+        self.written += data
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self.protocol = protocol
+
+    def is_closing(self) -> bool:
+        return False
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def _ignore(self, *_: object, **__: object) -> None:
+        """Nothing waits, and nothing is closed."""
+
+    set_write_buffer_limits = pause_reading = resume_reading = write_eof = close = abort = _ignore
+
+
+def _probe(_method: str, _query: bytes, _headers: Any) -> RawResponse:
+    return RawResponse(200, b"content-length: 5\r\n", b"probe")
+
+
+PROBES = {b"/probe": _probe}
+"""The endpoints of the connection under :func:`exchange`."""
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with what the client has sent: its application."""
+    message = await receive()
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.accept"})
+        await send({"type": "websocket.send", "text": (await receive())["text"]})
+        return
+    head = [(b"content-length", b"%d" % len(message["body"]))]
+    await send({"type": "http.response.start", "status": 200, "headers": head})
+    await send({"type": "http.response.body", "body": message["body"]})
+
+
+_HANDSHAKE = (
+    b"GET /socket HTTP/1.1\r\nhost: a\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
+    b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+_EXCHANGES = (
+    ("a probe", b"GET /probe HTTP/1.1\r\nhost: a\r\n\r\n", b"\r\n\r\nprobe"),
+    (
+        "a request",
+        b"POST /echo HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\n\r\nbody",
+        b"\r\n\r\nbody",
+    ),
+    ("a handshake of a WebSocket", _HANDSHAKE, b"HTTP/1.1 101 "),
+    ("a message of a WebSocket", b"\x81\x84\0\0\0\0text", b"\x81\x04text"),
+)
+"""What a client sends, and a part of what it gets."""
+_TURNS = 100
+"""Turns of the event loop in which an answer comes; it takes about five."""
+
+
+async def exchange(kind: type[Any], config: object, state: object) -> None:
+    """Let a connection of a class serve a probe, a request and, with a library, a WebSocket.
+
+    Raises the error of the missing part, or ``RuntimeError`` if there is no answer without one.
+    """
+    errors: list[BaseException] = []
+
+    class Observed(kind):  # type: ignore[misc]  # the parser hides the error of a callback
+        def on_headers_complete(self) -> None:
+            try:
+                super().on_headers_complete()
+            except Exception as error:
+                errors.append(error)
+                raise
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1] is not None:
+            errors.append(record.exc_info[1])
+        return False  # the caller logs it
+
+    log = logging.getLogger("uvicorn.error")
+    log.addFilter(keep)
+    try:
+        await _exchange(Observed(config, state, {}, asyncio.get_running_loop()))
+    except RuntimeError:
+        if errors:
+            raise errors[0] from None
+        raise
+    finally:
+        log.removeFilter(keep)
+
+
+async def _exchange(protocol: Any) -> None:
+    wire = _Wire()
+    wire.protocol = protocol
+    protocol.connection_made(wire)
+    with_sockets = protocol.websocket_class is not None
+    for what, request, answer in _EXCHANGES if with_sockets else _EXCHANGES[:2]:
+        wire.written = b""
+        wire.protocol.data_received(request)
+        for _ in range(_TURNS):
+            if answer in wire.written:
+                break
+            await asyncio.sleep(0)
+        else:
+            raise RuntimeError(f"no answer to {what}")
+    wire.protocol.connection_lost(None)

@@ -27,8 +27,9 @@ from viralfx.domain.shutdown import (
     ShutdownTriggered,
     UncancelledTask,
 )
+from viralfx.runner.applications import ApplicationLifespan
 from viralfx.runner.diagnostics import BlockedLoopDetector
-from viralfx.runner.server import ApplicationLifespan, HttpServer, loop_factory
+from viralfx.runner.server import AnyServer
 from viralfx.runner.signals import SignalWatch
 from viralfx.telemetry import stacks_of_tasks
 from viralfx.web.console import Console
@@ -41,7 +42,7 @@ _ANSWERING_SECONDS = 0.02
 """Interval at which the drain looks for responses that clients have not read."""
 
 
-async def stop_listening(server: HttpServer, gate: Gate) -> None:
+async def stop_listening(server: AnyServer, gate: Gate) -> None:
     """Close the listeners and idle connections, and notify the clients of streams.
 
     WebSockets are closed with code 1012; event streams get the event ``shutdown``.
@@ -50,7 +51,7 @@ async def stop_listening(server: HttpServer, gate: Gate) -> None:
     gate.requests.announce_shutdown()
 
 
-async def drain_requests(server: HttpServer, gate: Gate, clock: Clock, budget: float) -> None:
+async def drain_requests(server: AnyServer, gate: Gate, clock: Clock, budget: float) -> None:
     """Wait for the requests in flight, including those still arriving, then cut the rest.
 
     Clients may also read their responses, and get those of the requests that wait behind them.
@@ -93,6 +94,15 @@ long each time."""
 _logger = logging.getLogger("viralfx.process")
 
 
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """Return the factory of the event loop: uvloop if it is installed."""
+    try:
+        import uvloop  # noqa: PLC0415
+    except ImportError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop
+
+
 class Process:
     """Runs the servers until a shutdown trigger, then the shutdown sequence."""
 
@@ -102,10 +112,10 @@ class Process:
         operations: Operations,
         signals: SignalWatch,
         reclaim_log: Callable[[], None],
-        server: Callable[[], HttpServer] | None,
+        server: Callable[[], AnyServer] | None,
         application: Callable[[], ApplicationLifespan] | None = None,
         gate: Gate,
-        management: Callable[[], HttpServer] | None,
+        management: Callable[[], AnyServer] | None,
         shutdown_on_uncaught: bool,
         queues: Sequence[str] = (),
         runs_jobs: bool = False,
@@ -250,9 +260,9 @@ class Process:
 
     async def _start(
         self,
-        server: HttpServer | None,
+        server: AnyServer | None,
         application: ApplicationLifespan | None,
-        management: HttpServer | None,
+        management: AnyServer | None,
     ) -> None:
         try:
             # The servers first, so that they answer probes during the rest of the start-up.
@@ -287,9 +297,9 @@ class Process:
 
     def _register_stages(
         self,
-        server: HttpServer | None,
+        server: AnyServer | None,
         application: ApplicationLifespan | None,
-        management: HttpServer | None,
+        management: AnyServer | None,
     ) -> None:
         shutdown = self._operations.shutdown
         if server is not None:

@@ -2,38 +2,44 @@
 
 import asyncio
 import contextlib
-import copy
-import ctypes
 import errno
 import logging
 import os
+import signal
 import socket
-import struct
-import sys
 from collections import deque
 from collections.abc import Callable
 from email.utils import formatdate
 from time import monotonic
-from typing import Any, cast
+from typing import Any
 
 import uvicorn
-from uvicorn.lifespan.on import LifespanOn
-from uvicorn.server import ServerState
 
 from viralfx.domain.errors import StartupError
+from viralfx.runner.applications import ApplicationLifespan
 from viralfx.runner.connections import Connections
-from viralfx.runner.http_connection import FIRST_REQUEST_SECONDS
 from viralfx.runner.http_limits import (
     TICK_SECONDS,
     HttpLimits,
     Rejection,
+    stop_handshakes,
 )
-from viralfx.runner.http_protocol import HttpProtocol, protocol_class
-from viralfx.runner.websocket import WebSocketLimits
 from viralfx.telemetry.metrics.requests import HttpMetrics
-from viralfx.web.error_log import ERROR, is_logged
+from viralfx.web.error_log import is_logged
 from viralfx.web.gate import Gate
-from viralfx.web.responses import ASGIApp, Message, Receive, Scope, Send
+from viralfx.web.in_flight import InFlightRequests
+from viralfx.web.responses import Receive, Scope, Send
+
+_lacking = ""
+try:
+    from uvicorn.server import ServerState
+
+    from viralfx.runner.http_connection import FIRST_REQUEST_SECONDS
+    from viralfx.runner.http_protocol import HttpProtocol, protocol_class
+    from viralfx.runner.http_response import PROBES, echo, exchange
+    from viralfx.runner.websocket import WebSocketLimits
+except ImportError as _error:
+    _lacking = str(_error)
 
 BACKLOG = 2048
 """Connections that the kernel completes before the server accepts them."""
@@ -80,34 +86,6 @@ def listen(variable: str, host: str, port: int, *, backlog: int = BACKLOG) -> so
     return listener
 
 
-_SO_ATTACH_FILTER = 26
-# Classic BPF over the TCP header: drop a segment with SYN, let any other pass.
-_DROP_SYN = b"".join(
-    struct.pack("=HBBI", *instruction)
-    for instruction in (
-        (0x30, 0, 0, 13),  # load the byte of the flags
-        (0x45, 0, 1, 0x02),  # SYN is set: the next instruction, else the one after it
-        (0x06, 0, 0, 0),  # drop
-        (0x06, 0, 0, 0xFFFFFFFF),  # pass
-    )
-)
-
-
-def stop_handshakes(listener: socket.socket) -> None:
-    """Make the kernel drop new connection attempts, so that the accept queue can be emptied.
-
-    Otherwise the kernel may complete a connection between the last accept and the close, and reset
-    it. A client whose SYN is dropped sends it again, and is refused after the close. This does
-    nothing on a kernel without socket filters.
-    """
-    program = ctypes.create_string_buffer(_DROP_SYN, len(_DROP_SYN))
-    argument = struct.pack("HP", len(_DROP_SYN) // 8, ctypes.addressof(program))
-    with contextlib.suppress(OSError):
-        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, argument)
-
-
-LoopFactory = Callable[[], asyncio.AbstractEventLoop]
-
 _ACCEPTS_PER_TURN = 16
 """Connections that are accepted in one turn of the event loop, which takes about 5 ms."""
 _MAX_REFUSED = 16
@@ -118,55 +96,22 @@ _DESCRIPTORS_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _logger = logging.getLogger("viralfx.http")
 
 
-class ApplicationLifespan:
-    """Runs the lifespan of an ASGI application: its start-up and its shutdown."""
-
-    def __init__(self, app: ASGIApp | uvicorn.Config) -> None:
-        """Create it on the running loop; nothing runs yet."""
-        if not isinstance(app, uvicorn.Config):
-            app = uvicorn.Config(app, lifespan="on", log_config=None)
-            app.load()
-        self._app = cast("ASGIApp", app.loaded_app)
-        own = copy.copy(app)
-        own.loaded_app = self._run
-        self._lifespan = LifespanOn(own)
-        self.error: BaseException | None = None
-        """The error with which the application's start-up or shutdown failed, if it is known."""
+class _Listening:
+    _listener: socket.socket
 
     @property
-    def state(self) -> dict[str, Any]:
-        """The state that the application has set up for its requests."""
-        return self._lifespan.state
-
-    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def note_failure(message: Message) -> None:
-            # Frameworks send this from their handler of the error.
-            if message["type"].endswith(".failed"):
-                self.error = sys.exc_info()[1] or scope.get(ERROR)
-            await send(message)
-
-        try:
-            await self._app(scope, receive, note_failure)
-        except BaseException as error:
-            self.error = error
-            raise
-
-    async def start(self) -> bool:
-        """Run the application's start-up; return False if it failed, which uvicorn has logged."""
-        logging.getLogger("uvicorn.error").addFilter(_is_unlogged_error)
-        await self._lifespan.startup()
-        return not self._lifespan.should_exit
-
-    async def stop(self) -> bool:
-        """Run the application's shutdown, if its start-up succeeded; return False if it failed."""
-        if not self._lifespan.startup_event.is_set() or self._lifespan.should_exit:
-            return True
-        await self._lifespan.shutdown()
-        return not self._lifespan.should_exit
+    def address(self) -> tuple[str, int]:
+        """The host and port of the listening socket."""
+        name = self._listener.getsockname()
+        return str(name[0]), int(name[1])
 
 
-class HttpServer:
-    """Serves an ASGI application behind a gate on one listening socket."""
+class HttpServer(_Listening):
+    """Serves an ASGI application behind a gate on one listening socket.
+
+    Connections are of this project's protocol, which uses private parts of uvicorn: make a server
+    by :func:`http_server`, which tests them.
+    """
 
     def __init__(
         self,
@@ -188,20 +133,10 @@ class HttpServer:
         probes go through ASGI, with the same responses.
         """
         limits = limits or HttpLimits()
-        self._config = uvicorn.Config(
-            gate,
-            http="httptools",
-            lifespan="on" if lifespan else "off",
-            log_config=None,
-            access_log=False,
-            ws="auto" if websockets else "none",
-            ws_max_size=limits.max_websocket_bytes,
-            # A compressed frame of 15 KB could inflate to 15 MB before its size is known.
-            ws_per_message_deflate=False,
-        )
+        self._config = _configured(gate, limits, http="httptools", websockets=websockets)
         self._config.load()
         self._listener = listener
-        self.application = ApplicationLifespan(self._config) if lifespan else None
+        self.application = ApplicationLifespan(gate) if lifespan else None
         """The lifespan of the application; None without ``lifespan``."""
         self._state = ServerState()
         self.connections = Connections(limits)
@@ -225,12 +160,6 @@ class HttpServer:
         self._opening: set[asyncio.Task[object]] = set()
         self._refused: deque[tuple[float, socket.socket]] = deque()
         self._ticker: asyncio.Task[None] | None = None
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """The host and port of the listening socket."""
-        name = self._listener.getsockname()
-        return str(name[0]), int(name[1])
 
     async def open(self) -> None:
         """Start accepting connections, before the application's lifespan begins."""
@@ -371,7 +300,7 @@ class HttpServer:
         self._opening.add(opening)
         opening.add_done_callback(self._opened)
 
-    def _make_protocol(self) -> HttpProtocol:
+    def _make_protocol(self) -> "HttpProtocol":
         state = self.application.state if self.application is not None else {}
         return self._protocol_class(self._config, self._state, state, self._loop)
 
@@ -419,13 +348,149 @@ class HttpServer:
         self.connections.server_head = b"date: %s\r\n" % date
 
 
+def _configured(app: Any, limits: HttpLimits, *, http: str, websockets: bool) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=http,
+        interface="asgi3",
+        lifespan="off",  # the process runs it
+        log_config=None,
+        access_log=False,
+        ws="auto" if websockets else "none",
+        ws_max_size=limits.max_websocket_bytes,
+        # A compressed frame of 15 KB could inflate to 15 MB before its size is known.
+        ws_per_message_deflate=False,
+        timeout_keep_alive=round(limits.keep_alive_timeout),
+        server_header=False,
+    )
+
+
 def _is_unlogged_error(record: logging.LogRecord) -> bool:
     """Filter uvicorn's records of errors that are logged already or due to invalid text."""
     error = record.exc_info[1] if record.exc_info else None
     return error is None or not (is_logged(error) or isinstance(error, UnicodeDecodeError))
 
 
-def loop_factory() -> LoopFactory:
-    """Return the factory of the event loop: uvloop if it is installed."""
-    factory = uvicorn.Config("", loop="auto", log_config=None).get_loop_factory()
-    return factory or asyncio.new_event_loop
+class UvicornServer(_Listening):
+    """Serves as :class:`HttpServer` does, by the public interface of uvicorn alone.
+
+    Probes take the way of all requests. Beyond the longest WebSocket message and the idle time of a
+    connection there are no limits for clients, and no metrics of connections.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        listener: socket.socket,
+        *,
+        lifespan: bool,
+        limits: HttpLimits | None = None,
+        websockets: bool = True,
+    ) -> None:
+        """Create it on the running loop; the parameters are those of :class:`HttpServer`."""
+        self._listener, self._gate = listener, gate
+        self.application = ApplicationLifespan(gate) if lifespan else None
+        self._server = uvicorn.Server(
+            _configured(self._serve, limits or HttpLimits(), http="auto", websockets=websockets)
+        )
+        self._serving: asyncio.Task[None] | None = None
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.application is not None:
+            scope["state"] = self.application.state.copy()
+        await self._gate(scope, receive, send)
+
+    async def open(self) -> None:
+        """Start accepting connections, before the application's lifespan begins."""
+        logging.getLogger("uvicorn.error").addFilter(_is_unlogged_error)
+        handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        serving = asyncio.create_task(self._server.serve([self._listener]), name="uvicorn")
+        self._serving = serving
+        await _until(lambda: self._server.started or serving.done())
+        for number, handler in handlers.items():  # uvicorn would stop at once, and in its own order
+            signal.signal(number, handler)
+        if serving.done():
+            await serving
+
+    async def stop_listening(self) -> None:
+        """Refuse new connections, close idle ones, and close busy ones after their response."""
+        self._server.should_exit = True
+        await _until(lambda: not self._is_serving() or self._listener.fileno() < 0)
+
+    async def settle(self) -> None:
+        """Return: uvicorn does not tell of requests on their way."""
+
+    def reject_unfinished(self) -> None:
+        """Do nothing: uvicorn does not tell of unfinished requests."""
+
+    def is_answering(self) -> bool:
+        """Return True while uvicorn waits for its clients."""
+        return self._server.should_exit and self._is_serving()
+
+    async def close(self) -> None:
+        """Stop listening and close all remaining connections."""
+        self._server.should_exit = self._server.force_exit = True
+        if self._serving is not None:
+            await asyncio.wait({self._serving}, timeout=_FORCED_SECONDS)
+            self._serving.cancel()
+        self._listener.close()
+
+    def _is_serving(self) -> bool:
+        return self._serving is not None and not self._serving.done()
+
+
+_FORCED_SECONDS = 0.5
+"""uvicorn looks at its flags ten times a second."""
+
+
+async def _until(is_true: Callable[[], bool]) -> None:
+    while not is_true():  # noqa: ASYNC110 - uvicorn offers no event
+        await asyncio.sleep(0.01)
+
+
+AnyServer = HttpServer | UvicornServer
+
+
+def http_server(gate: Gate, listener: socket.socket, *, lacking: str, **options: Any) -> AnyServer:
+    """Return a server with the parameters of :class:`HttpServer`.
+
+    It is a :class:`UvicornServer` if uvicorn lacks a part: :func:`lacking_parts` finds ``lacking``.
+    """
+    if not lacking:
+        return HttpServer(gate, listener, **options)
+    known = options.keys() & {"lifespan", "limits", "websockets"}
+    return UvicornServer(gate, listener, **{name: options[name] for name in known})
+
+
+def lacking_parts() -> str:
+    """Return what uvicorn lacks of the private parts that :class:`HttpServer` uses; empty: nothing.
+
+    It is a self-test without a socket: a connection of the own protocol serves a probe, a request
+    and a WebSocket. Call it once, while no event loop runs: what it finds is one warning.
+    """
+    if lacking := _lacking or _test_protocol():
+        _logger.warning(
+            "uvicorn lacks parts that the HTTP server uses: no limits, no fast probes",
+            extra={"uvicorn": uvicorn.__version__, "lacking": lacking},
+        )
+    return lacking
+
+
+def _test_protocol() -> str:
+    """Return the error of the first exchange that fails; empty if there is none."""
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(_exchange())
+    except Exception as error:  # noqa: BLE001 - a part may be missing in any way
+        return f"{type(error).__name__}: {error}"
+    finally:
+        loop.close()
+    return ""
+
+
+async def _exchange() -> None:
+    connections, requests = Connections(HttpLimits()), InFlightRequests()
+    config = _configured(echo, connections.limits, http="httptools", websockets=True)
+    config.load()
+    kind = protocol_class(connections, requests, PROBES, config.ws_protocol_class, echo)
+    await exchange(kind, config, ServerState())
