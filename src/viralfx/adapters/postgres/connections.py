@@ -21,11 +21,14 @@ from viralfx.adapters.postgres.errors import (
     refuses_tls,
 )
 from viralfx.adapters.postgres.servers import (
+    CANCELS,
+    TRANSACTIONS,
     Server,
     ServerConnection,
     ServerSearch,
     keep_alive,
     keepalive_settings,
+    missing_abilities,
 )
 from viralfx.settings import (
     CredentialsCallable,
@@ -88,6 +91,11 @@ class CheckedConnection(ServerConnection):
         """
         self._on_begin, self._on_reset = _assignments("SET LOCAL", settings), None
 
+    async def on_begin(self) -> None:
+        """Set what :meth:`limit_transactions` asks for, after a BEGIN that did not."""
+        if self._on_begin:
+            await self.execute(self._on_begin)
+
     @property
     def itself(self) -> "CheckedConnection":
         """The connection without the proxy that a pool lends."""
@@ -102,15 +110,24 @@ class CheckedConnection(ServerConnection):
         """Return the statements that restore the settings of the session."""
         return "" if self._on_reset is None else super().get_reset_query() + self._on_reset
 
-    async def _introspect_types(self, typeoids: Any, timeout: float | None) -> Any:  # noqa: ASYNC109 - as its base
+    def transaction(self, **options: Any) -> Any:
+        """Return a transaction that sets what :meth:`limit_transactions` asks for.
+
+        Its statements pass through :meth:`execute`. If the driver does not send them there, they
+        are sent beside its own.
+        """
+        made = super().transaction(**options)
+        return _PlainTransaction(self, made) if TRANSACTIONS in missing_abilities() else made
+
+    async def _introspect_types(self, *arguments: Any, **options: Any) -> Any:
         # At the first use of an array type, and of each type that the server defines itself, the
         # driver looks it up, with jit turned off in the meantime. Outside a transaction these
         # statements would reach different server processes, and some would stay without jit.
         introspect = super()._introspect_types  # type: ignore[misc]  # not in the stubs
         if self.owns_session or self.is_in_transaction():
-            return await introspect(typeoids, timeout)
+            return await introspect(*arguments, **options)
         async with self.transaction():
-            return await introspect(typeoids, timeout)
+            return await introspect(*arguments, **options)
 
     def mark_session_clean(self) -> None:
         """Skip the next reset, because no statement has changed the session."""
@@ -131,6 +148,33 @@ class CheckedConnection(ServerConnection):
                 "the transaction was rolled back: a statement in it had failed"
             )
         return status
+
+
+class _PlainTransaction:
+    """A transaction of the driver, by its public methods alone."""
+
+    def __init__(self, connection: CheckedConnection, inner: Any) -> None:
+        self._connection = connection
+        self._inner = inner
+
+    async def start(self) -> None:
+        is_nested = self._connection.is_in_transaction()
+        await self._inner.start()
+        if not is_nested:
+            await self._connection.on_begin()
+
+    async def commit(self) -> None:
+        await self._connection.execute("SELECT 1")  # fails if a statement had failed
+        await self._inner.commit()
+
+    async def rollback(self) -> None:
+        await self._inner.rollback()
+
+    async def __aenter__(self) -> None:
+        await self.start()
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        await (self.commit() if kind is None else self.rollback())
 
 
 async def reset_session(connection: "asyncpg.Connection[Any]") -> None:
@@ -194,6 +238,7 @@ class Connector:
 
     def __init__(self, config: PostgresConfig) -> None:
         """Load the certificates; raises :class:`CertificateError` if they cannot be used."""
+        missing_abilities()
         self.config = config
         self._tls = TlsContexts(config.settings, config.address)
         self._servers = ServerSearch()
@@ -392,9 +437,13 @@ def cut(connection: "asyncpg.Connection[Any]") -> "asyncio.Task[None] | None":
     """Close a connection at once, and let the server cancel its statement in the background.
 
     Otherwise the statement would go on and keep its locks. Returns the task of the request, which
-    ends within ``CANCEL_SECONDS`` and never raises; None if the connection was closed already.
+    ends within ``CANCEL_SECONDS`` and never raises; None if the connection was closed already, or
+    the driver cannot send it.
     """
     if connection.is_closed():
+        return None
+    if CANCELS in missing_abilities():
+        connection.terminate()
         return None
     driver: Any = connection  # which has no public way to send the request alone
     target = {

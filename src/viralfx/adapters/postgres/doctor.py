@@ -138,7 +138,8 @@ async def query_server(connection: ServerConnection, schema: str) -> ServerInfo:
         right = await lacking_right(connection, schema, migrating=True)
         others = [name for (name,) in await connection.fetch(_OTHER_OWNERS, schema)]
     lacking = await connection.fetch(_WITHOUT_RIGHTS, list(RIGHTS), VERSION_TABLE, schema)
-    tls = connection.transport.get_extra_info("ssl_object")
+    transport = connection.transport
+    tls = None if transport is None else transport.get_extra_info("ssl_object")
     return ServerInfo(
         **dict(server),
         # Not that of pg_stat_ssl: a pooler has another connection to the server.

@@ -2,18 +2,94 @@
 
 import asyncio
 import contextlib
+import logging
 import random
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from inspect import signature
 from typing import Any, Final, TypeAlias
 
 import asyncpg
+from asyncpg import Connection, connect_utils
+from asyncpg.transaction import Transaction
 
 from viralfx.adapters.postgres.errors import NoServerError, WrongServerError, most_telling
 from viralfx.domain.threads import NameLookups
 from viralfx.settings import DatabaseAddress
+
+_logger = logging.getLogger("viralfx.database")
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """Stand for a method of the connection."""
+
+
+class _Driver:
+    """Stands for the connection of a transaction, and keeps its statements."""
+
+    def __init__(self) -> None:
+        self.statements: list[str] = []
+
+    def __getattr__(self, _: str) -> Any:
+        return _nothing
+
+    async def execute(self, statement: str) -> str:
+        self.statements.append(statement)
+        return statement
+
+
+def _sends_transactions() -> bool:
+    """Return True if a transaction of the driver begins and ends by ``Connection.execute``."""
+    driver: Any = _Driver()
+    driver._top_xact, driver._protocol = None, _Driver()  # noqa: SLF001 - as the driver's own
+    transaction = Transaction(driver, None, False, False)
+    with contextlib.suppress(Exception):
+        for step in (transaction.start, transaction.commit):
+            with contextlib.suppress(StopIteration):  # it waits for nothing
+                step().send(None)
+    statements: list[str] = driver.statements
+    return statements == ["BEGIN;", "COMMIT;"]
+
+
+_OF_CANCEL = frozenset({"loop", "addr", "params", "backend_pid", "backend_secret"})
+
+
+def _lacking_parts() -> Iterator[tuple[str, str]]:
+    """Yield what asyncpg lacks of the private parts that this adapter uses, and what that does."""
+    names = [name for name in ("_addr", "_params", "_protocol") if name not in dir(Connection)]
+    send: Any = getattr(connect_utils, "_cancel", None)
+    if names or send is None or not signature(send).parameters.keys() >= _OF_CANCEL:
+        part = f"Connection.{names[0]}" if names else "connect_utils._cancel"
+        yield part, CANCELS
+    if not _sends_transactions():
+        yield "Transaction over Connection.execute", TRANSACTIONS
+    if "_introspect_types" not in dir(Connection):
+        yield "Connection._introspect_types", "look up types in one transaction"
+
+
+CANCELS, TRANSACTIONS = "cancel the statement of a closed connection", "see BEGIN and COMMIT"
+
+
+@lru_cache(maxsize=1)
+def missing_abilities() -> frozenset[str]:
+    """Return what asyncpg does not let this adapter do; the first call logs one warning about it.
+
+    A statement of a closed connection then ends when the server finds out, within a second from
+    Postgres 14. Transactions take one more round trip.
+    """
+    lacking = dict(_lacking_parts())
+    if lacking:
+        _logger.warning(
+            "asyncpg lacks parts that the database adapter uses",
+            extra={
+                "asyncpg": asyncpg.__version__,
+                "lacking": ", ".join(lacking),
+                "cannot": "; ".join(lacking.values()),
+            },
+        )
+    return frozenset(lacking.values())
 
 
 class ServerConnection(asyncpg.Connection):
@@ -21,11 +97,13 @@ class ServerConnection(asyncpg.Connection):
 
     __slots__ = ("transport",)
 
-    def __init__(
-        self, protocol: Any, transport: asyncio.Transport, *more: Any, **options: Any
-    ) -> None:
-        super().__init__(protocol, transport, *more, **options)
-        self.transport = transport
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        given = (*arguments, *options.values())
+        self.transport: Any = next(
+            (each for each in given if hasattr(each, "get_extra_info")), None
+        )
+        """None if the driver gives none: the system then decides when a silent connection ends."""
 
 
 KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 30, 10, 3
@@ -55,6 +133,8 @@ def limit_silence(connection: ServerConnection, seconds: float) -> None:
 
 
 def _tcp_socket(connection: ServerConnection) -> Any:
+    if connection.transport is None:
+        return None
     opened = connection.transport.get_extra_info("socket")
     is_tcp = opened is not None and opened.family in {socket.AF_INET, socket.AF_INET6}
     return opened if is_tcp else None
