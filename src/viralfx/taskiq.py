@@ -58,6 +58,7 @@ with needed_by("viralfx.taskiq"):
         current_delivery,
         options_of,
         schedule_key,
+        tells_of_tasks,
         timeout_of,
     )
     from viralfx.adapters.taskiq.messages import (
@@ -388,6 +389,8 @@ class LedgerBroker(AsyncBroker, TaskHost):
         now = datetime.now(UTC)
         options = options_of(message.labels)
         task = self.find_task(message.task_name)
+        if not tells_of_tasks():
+            self.declared_tasks()
         declared = self._declared.get(message.task_name)
         default = DEFAULT_QUEUE if declared is None else declared.queue
         return JobDraft(

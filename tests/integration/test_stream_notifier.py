@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from taskiq.receiver import Receiver
+from taskiq_redis import RedisStreamBroker
 from tests.integration.leaks import LeakCheck
 from tests.integration.notifications import (
     QUEUE,
@@ -31,6 +33,7 @@ from tests.servers.waiting import until
 
 from viralfx.adapters.redis import RedisClient
 from viralfx.adapters.taskiq import StreamNotifier
+from viralfx.adapters.taskiq import notifier as notifier_module
 from viralfx.domain.jobs.notifier import JobNotification, NotificationNotSentError
 
 pytestmark = pytest.mark.timeout(60)
@@ -615,3 +618,56 @@ async def test_closing_the_client_closes_the_connections_of_the_notifier(
         with pytest.raises(NotificationNotSentError):
             await notify(notifier, "b")
     await leaks.assert_none()
+
+
+# -- releases of taskiq without the parts that are used ------------------------------------------
+
+
+def _changed_broker(self: object, *, address: str) -> None:
+    del self, address
+
+
+async def _other_listen(self: Any, finish_event: asyncio.Event) -> None:
+    async for message in self.broker.listen():
+        self.on_message(message)
+    await finish_event.wait()
+
+
+async def _run_nothing(self: object, _: asyncio.Event) -> None:
+    del self
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("change", "lacking"),
+    [
+        ((RedisStreamBroker, "__init__", _changed_broker), "keyword argument 'url'"),
+        ((Receiver, "__init__", _changed_broker), "keyword argument 'run_startup'"),
+        ((Receiver, "listen", _other_listen), "has no attribute 'on_message'"),
+        ((Receiver, "listen", _run_nothing), "the receiver runs nothing"),
+    ],
+    ids=["broker", "receiver", "its call", "its loop"],
+)
+async def test_notifications_need_no_part_of_taskiq(
+    change: tuple[type[object], str, object],
+    lacking: str,
+    redis: RedisServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each is received, also by two listeners of one process, and there is one warning."""
+    monkeypatch.setattr(*change)
+    monkeypatch.setattr(notifier_module, "_TEST_SECONDS", 0.5)
+    one, other = Received(), Received()
+    async with (
+        notifier_to(redis) as notifier,
+        listening(notifier, one),
+        listening(notifier, other),
+    ):
+        await notify(notifier, "1", "2", "3")
+        await until(lambda: len(one) + len(other) == 3)
+
+    assert sorted(one + other) == ["1", "2", "3"]
+    (record,) = (each for each in caplog.records if each.levelno >= logging.WARNING)
+    assert record.message == "taskiq lacks parts for job notifications"
+    assert lacking in vars(record)["lacking"]

@@ -5,15 +5,25 @@ job.
 """
 
 import asyncio
+import logging
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, ParamSpec, TypeVar
 
-from taskiq import AsyncResultBackend, BrokerMessage, TaskiqMessage, TaskiqMiddleware, TaskiqResult
+from taskiq import (
+    AsyncBroker,
+    AsyncResultBackend,
+    BrokerMessage,
+    TaskiqMessage,
+    TaskiqMiddleware,
+    TaskiqResult,
+)
 from taskiq.depends.progress_tracker import TaskProgress
 from taskiq.exceptions import NoResultError, TaskRejectedError
 
@@ -34,6 +44,8 @@ from viralfx.adapters.taskiq.retry import (
 )
 from viralfx.domain.jobs.model import Job, JobNotFoundError, JobStateError, check_priority
 from viralfx.domain.jobs.tasks import Discard, HandBackError, JobContext, Snooze
+
+_logger = logging.getLogger("viralfx.taskiq")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -91,6 +103,39 @@ def schedule_key(
         if schedule.get("schedule_id") == schedule_id and "cron" in schedule:
             return f"taskiq:{schedule_id}:{now:%Y-%m-%dT%H:%M}"
     return None
+
+
+class _Trial(AsyncBroker):
+    """A broker that notes the tasks that taskiq tells it of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    async def kick(self, message: BrokerMessage) -> None:
+        """Send nothing."""
+
+    async def listen(self) -> AsyncGenerator[bytes, None]:
+        yield b""
+
+    def _register_task(self, task_name: str, _task: object) -> None:
+        self.told.append(task_name)
+
+
+@lru_cache(maxsize=1)
+def tells_of_tasks() -> bool:
+    """Return True if taskiq tells a broker of each task; the first False logs one warning.
+
+    Without it a broker finds its tasks when it starts and when it sends a message.
+    """
+    trial = _Trial()
+    with suppress(Exception):
+        trial.register_task(_Trial.kick, "trial")
+    if trial.told == ["trial"]:
+        return True
+    lacking = {"lacking": "AsyncBroker._register_task"}
+    _logger.warning("taskiq lacks a part of LedgerBroker: it looks for tasks itself", extra=lacking)
+    return False
 
 
 # -- executions ----------------------------------------------------------------------------------

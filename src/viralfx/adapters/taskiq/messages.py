@@ -1,4 +1,7 @@
-"""taskiq's messages, results, errors and progress in the rows of their jobs (ADR-0058)."""
+"""taskiq's messages, results, errors and progress in the rows of their jobs (ADR-0058).
+
+The messages of job notifications are here, too.
+"""
 
 import base64
 import inspect
@@ -18,6 +21,7 @@ from taskiq_dependencies import DependencyGraph
 from viralfx.domain.errors import ViralFXError
 from viralfx.domain.jobs.codec import Progress, ResultError, is_in_range
 from viralfx.domain.jobs.model import Job, JobError, JobState
+from viralfx.domain.jobs.notifier import JobNotification
 
 MAX_PROGRESS_CHARACTERS = 10_000
 """The JSON of a progress of taskiq."""
@@ -298,3 +302,33 @@ def number_of(labels: Mapping[str, Any], label: str) -> float:
     if not abs(number) < float("inf"):
         raise MessageError(f"the label {label} must be a number: {labels[label]!r}")
     return number
+
+
+# -- notifications -------------------------------------------------------------------------------
+
+
+class UnknownMessageError(Exception):
+    """An entry of the stream is not a notification."""
+
+
+class _Notification(msgspec.Struct, frozen=True):
+    # Unknown fields are ignored: during a deployment a later release notifies older workers.
+    ids: tuple[str, ...]
+
+
+_encode_ids = msgspec.json.Encoder().encode
+_decode_ids = msgspec.json.Decoder(_Notification).decode
+
+
+def encode_notification(notification: JobNotification) -> bytes:
+    """Return a notification as JSON, without its queue, which the stream's name holds."""
+    return _encode_ids(_Notification(ids=tuple(notification.ids)))
+
+
+def decode_notification(queue: str, data: bytes) -> JobNotification:
+    """Return the notification that JSON holds. Raises :class:`UnknownMessageError`."""
+    try:
+        message = _decode_ids(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise UnknownMessageError(str(error)) from None
+    return JobNotification(queue=queue, ids=message.ids)

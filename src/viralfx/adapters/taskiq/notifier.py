@@ -12,44 +12,20 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, Protocol, Self
 
-import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
-from taskiq import AckableMessage, BrokerMessage
+from taskiq import AckableMessage, AsyncBroker, BrokerMessage
 from taskiq.receiver import Receiver
 from taskiq_redis import RedisStreamBroker
 
+from viralfx.adapters.taskiq.messages import (
+    UnknownMessageError,
+    decode_notification,
+    encode_notification,
+)
 from viralfx.domain.clock import Clock, SystemClock, default_rng
 from viralfx.domain.jobs.notifier import JobNotification, NotificationNotSentError
 from viralfx.domain.resilience.policy import Backoff, Jitter
-
-
-class UnknownMessageError(Exception):
-    """An entry of the stream is not a notification."""
-
-
-class _Message(msgspec.Struct, frozen=True):
-    # Unknown fields are ignored: during a deployment a later release notifies older workers.
-    ids: tuple[str, ...]
-
-
-_encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(_Message).decode
-
-
-def encode(notification: JobNotification) -> bytes:
-    """Return a notification as JSON, without its queue, which the stream's name holds."""
-    return _encode(_Message(ids=tuple(notification.ids)))
-
-
-def decode(queue: str, data: bytes) -> JobNotification:
-    """Return the notification that JSON holds. Raises :class:`UnknownMessageError`."""
-    try:
-        message = _decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise UnknownMessageError(str(error)) from None
-    return JobNotification(queue=queue, ids=message.ids)
-
 
 _logger = logging.getLogger("viralfx.queues")
 
@@ -61,13 +37,11 @@ READ_BLOCK_SECONDS = 1.0
 LOST_AFTER_SECONDS = 0.015
 """Age at which another reader takes an entry over, as a hedged request: if the first one is only
 late, its claim finds the job taken. A reader removes an entry within a few milliseconds."""
-_MAX_LEFT = 100
-"""Entries of other readers that one read looks at."""
+_MAX_LEFT = 100  # entries of other readers that one read looks at
 _BACKOFF = Backoff(base=0.1, cap=5.0, jitter=Jitter.EQUAL)
 
 
-_Entry = tuple[bytes, dict[bytes, bytes]]
-"""The id of an entry, and its fields."""
+_Entry = tuple[bytes, dict[bytes, bytes]]  # its id, and its fields
 
 
 class _Entries(bytes):
@@ -94,17 +68,16 @@ class NotificationBroker(RedisStreamBroker):
         backlog: int,
         lost_after: float,
         clock: Clock,
+        plain: bool = False,
     ) -> None:
-        super().__init__(
+        """If ``plain``, use nothing of taskiq's stream broker, which lacks a part."""
+        if plain:
+            AsyncBroker.__init__(self)
+        else:
             # taskiq creates a pool for this URL; it is never used and opens no connection.
-            url="redis://",
-            queue_name=stream,
-            consumer_group_name=GROUP,
-            consumer_name=CONSUMER,
-            consumer_id="0",  # a new group also reads the entries that are in the stream already
-            maxlen=backlog,
-            xread_block=round(READ_BLOCK_SECONDS * 1000),
-        )
+            super().__init__(url="redis://", queue_name=stream, consumer_group_name=GROUP)
+        self.queue_name = stream
+        self.maxlen = backlog
         self.queue = queue
         self.reading = False
         """True if the last read succeeded and :meth:`listen` continues."""
@@ -155,7 +128,7 @@ class NotificationBroker(RedisStreamBroker):
                     block = None  # the first read returns at once, to know that reading works
                     while await self._may_read():
                         found = await self._read(block)
-                        block, failures = self.block, 0
+                        block, failures = round(READ_BLOCK_SECONDS * 1000), 0
                         if self._left:  # to take them over soon, also if no other entry comes
                             block = min(block, max(1, round(self._lost_after * 1000)))
                         self._set_connected()
@@ -181,9 +154,8 @@ class NotificationBroker(RedisStreamBroker):
     async def _create_group(self) -> None:
         """Create the stream and its group unless they exist: at the start and after data loss."""
         try:
-            await self._readers.xgroup_create(
-                self.queue_name, self.consumer_group_name, id=self.consumer_id, mkstream=True
-            )
+            # From the first entry: a new group also reads what is in the stream already.
+            await self._readers.xgroup_create(self.queue_name, GROUP, id="0", mkstream=True)
         except ResponseError as error:
             if not str(error).startswith("BUSYGROUP"):
                 raise
@@ -191,8 +163,8 @@ class NotificationBroker(RedisStreamBroker):
     async def _read(self, block: int | None) -> list[bytes]:
         room, began = self.slots - self._held, self._clock.monotonic()
         reply: Any = await self._readers.xreadgroup(
-            self.consumer_group_name,
-            self.consumer_name,
+            GROUP,
+            CONSUMER,
             {self.queue_name: ">"},
             count=room,
             block=block,
@@ -269,7 +241,8 @@ class NotificationReceiver(Receiver):
     """Calls ``on_notification`` for each notification of a broker.
 
     taskiq's own receiver runs tasks: it records a cancellation as the task's result, acknowledges
-    cancelled messages, and returns without waiting for running calls.
+    cancelled messages, and returns without waiting for running calls. If ``plain``, nothing of it
+    is used: it lacks a part.
     """
 
     def __init__(
@@ -277,8 +250,14 @@ class NotificationReceiver(Receiver):
         broker: NotificationBroker,
         on_notification: Callable[[JobNotification], Awaitable[None]],
         slots: int,
+        *,
+        plain: bool = False,
     ) -> None:
-        super().__init__(broker, run_startup=False, validate_params=False, max_async_tasks=slots)
+        self._plain = plain
+        if not plain:
+            super().__init__(
+                broker, run_startup=False, validate_params=False, max_async_tasks=slots
+            )
         broker.slots = slots
         self._stream = broker
         self._queue = broker.queue
@@ -289,7 +268,7 @@ class NotificationReceiver(Receiver):
     async def run(self) -> None:
         """Receive until cancelled or the broker is closed, then wait for the running calls."""
         try:
-            await self.listen(asyncio.Event())
+            await (self._receive() if self._plain else self.listen(asyncio.Event()))
         finally:
             self._stopped = True
             # Lets calls start that are only scheduled yet; they return at once.
@@ -298,6 +277,14 @@ class NotificationReceiver(Receiver):
                 call.cancel()
             if self._calls:
                 await asyncio.wait(self._calls)
+
+    async def _receive(self) -> None:
+        """Start a call for each message; the broker yields no more than there are slots."""
+        started: set[asyncio.Task[None]] = set()
+        async for message in self._stream.listen():
+            call = asyncio.create_task(self.callback(message))
+            started.add(call)
+            call.add_done_callback(started.discard)
 
     async def callback(self, message: bytes | AckableMessage, raise_err: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002 - taskiq's signature
         """Process the entries of one read, as one notification."""
@@ -321,7 +308,7 @@ class NotificationReceiver(Receiver):
         known = False
         for data in entries:
             try:
-                ids.update(dict.fromkeys(decode(self._queue, data).ids))
+                ids.update(dict.fromkeys(decode_notification(self._queue, data).ids))
                 known = True
             except UnknownMessageError as error:
                 _logger.warning(
@@ -337,8 +324,7 @@ _TIMEOUT_SECONDS = 1.0
 """For opening a connection, and for each reply on it."""
 _SEND_SECONDS = 2.0
 """For a whole send, including the requests to sentinels."""
-_SEND_CONNECTIONS = 4
-_READ_CONNECTIONS = 64
+_SEND_CONNECTIONS, _READ_CONNECTIONS = 4, 64
 _RESTART_SECONDS = 1.0
 """Pause before listening again after an unexpected error."""
 
@@ -349,11 +335,40 @@ class Client(Protocol):
     @property
     def available(self) -> bool:
         """True if Redis answered the last time."""
-        ...
 
     def further_client(self, *, size: int, socket_timeout: float, connect_timeout: float) -> Redis:
         """Return a client with its own pool and timeouts, and one attempt per request."""
-        ...
+
+
+_TEST_SECONDS = 5.0
+"""For the self-test, which takes a few milliseconds."""
+
+
+async def _one_message() -> AsyncGenerator[bytes, None]:
+    yield _Entries([encode_notification(JobNotification(queue="", ids=("id",)))])
+    await asyncio.Event().wait()
+
+
+async def _receiver_problem(broker: Any) -> str:
+    """Return what taskiq lacks to receive notifications, by a self-test; empty: nothing."""
+    loop = asyncio.get_running_loop()
+    received: asyncio.Future[None] = loop.create_future()
+
+    async def receive(_: JobNotification) -> None:
+        received.set_result(None)
+
+    broker.listen = _one_message
+    try:
+        running = loop.create_task(NotificationReceiver(broker, receive, 1).run())
+        ends = {running, received}
+        await asyncio.wait(ends, timeout=_TEST_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            await running
+        running.cancel()
+        await asyncio.wait({running})
+    except Exception as error:  # noqa: BLE001 - a part may be missing in any way
+        return f"{type(error).__name__}: {error}"
+    return "" if received.done() else "the receiver runs nothing"
 
 
 class StreamNotifier:
@@ -394,6 +409,12 @@ class StreamNotifier:
         self._sending: dict[str, NotificationBroker] = {}
         self._listening: defaultdict[str, set[NotificationBroker]] = defaultdict(set)
         self._closed = False
+        self._plain = False  # True: neither the broker nor the receiver of taskiq is used
+        self._tested: asyncio.Task[None] | None = None
+        try:
+            self._broker("")
+        except Exception as error:  # noqa: BLE001 - a part may be missing in any way
+            self._do_without(f"{type(error).__name__}: {error}")
 
     async def notify(self, notification: JobNotification) -> None:
         """Send a notification within 2 s; fail at once while Redis is known to be unavailable.
@@ -411,7 +432,7 @@ class StreamNotifier:
         message = BrokerMessage(
             task_id=broker.id_generator(),
             task_name=_TASK_NAME,
-            message=encode(notification),
+            message=encode_notification(notification),
             labels={},
         )
         try:
@@ -427,11 +448,14 @@ class StreamNotifier:
         slots: int,
     ) -> None:
         """Receive notifications until cancelled; none arrives after :meth:`close`."""
+        if self._tested is None:
+            self._tested = asyncio.create_task(self._test_receiver())
+        await asyncio.shield(self._tested)
         while not self._closed:
             broker = self._broker(queue)
             self._listening[queue].add(broker)
             try:
-                await NotificationReceiver(broker, on_notification, slots).run()
+                await NotificationReceiver(broker, on_notification, slots, plain=self._plain).run()
             except Exception:
                 # The broker handles all errors of Redis. This is a defect in this code or in a
                 # library, and must not end the listener.
@@ -440,6 +464,14 @@ class StreamNotifier:
             finally:
                 self._listening[queue].remove(broker)
         await asyncio.Event().wait()
+
+    async def _test_receiver(self) -> None:
+        if not self._plain and (problem := await _receiver_problem(self._broker(""))):
+            self._do_without(problem)
+
+    def _do_without(self, lacking: str) -> None:
+        self._plain = True
+        _logger.warning("taskiq lacks parts for job notifications", extra={"lacking": lacking})
 
     def is_connected(self, queue: str) -> bool:
         """Return True if a listener reads the stream of a queue and its last read succeeded."""
@@ -464,4 +496,5 @@ class StreamNotifier:
             backlog=self._backlog,
             lost_after=self._lost_after,
             clock=self._clock,
+            plain=self._plain,
         )
