@@ -84,6 +84,22 @@ async def test_statement_may_be_a_keyword_argument(
     ]
 
 
+async def test_without_the_part_that_a_keyword_needs_nothing_is_recorded(
+    provider: TracerProvider,
+    memory: InMemorySpanExporter,
+    connection: "asyncpg.Connection[asyncpg.Record]",
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A release of the library without it lets no statement fail; one warning says so."""
+    monkeypatch.delattr(AsyncPGInstrumentor, "_do_execute")
+    trace_asyncpg(provider)
+
+    assert await connection.fetchval(query="SELECT 42") == 42
+    assert spans_of_statements(memory) == []
+    assert [record.message for record in caplog.records] == ["Statements are not traced"]
+
+
 async def test_cancelled_statement_has_a_span(
     provider: TracerProvider,
     memory: InMemorySpanExporter,

@@ -1,12 +1,14 @@
 """The tracing of a process with one provider: events, webhooks, databases, shutdown."""
 
 import asyncio
+import logging
 import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from types import MethodType
 from typing import Any, TypeAlias
 
@@ -95,6 +97,8 @@ def trace_circuit(event: CircuitEvent) -> None:
     )
 
 
+_logger = logging.getLogger("viralfx.tracing")
+
 _MIN_ERROR_STATUS = 400
 
 
@@ -144,7 +148,8 @@ _Named: TypeAlias = dict[str, Any]
 def trace_asyncpg(provider: trace.TracerProvider) -> None:
     """Record the statements of all asyncpg connections: the instrumentation patches the driver.
 
-    Calling it again replaces the provider.
+    Calling it again replaces the provider. If the library lacks the private part that a statement
+    by keyword needs, nothing is recorded: the statement would fail. One warning says so.
     """
     from opentelemetry.instrumentation.asyncpg import AsyncPGInstrumentor  # noqa: PLC0415
 
@@ -152,8 +157,14 @@ def trace_asyncpg(provider: trace.TracerProvider) -> None:
     if instrumentor.is_instrumented_by_opentelemetry:
         instrumentor.uninstrument()
     # The library reads ``_do_execute`` when it patches the driver's methods.
-    library: Any = AsyncPGInstrumentor
-    traced = partial(library._do_execute, instrumentor)  # noqa: SLF001 - no other way
+    execute: Any = getattr(AsyncPGInstrumentor, "_do_execute", None)
+    try:
+        signature(execute).bind(instrumentor, None, None, (), {})
+    except TypeError as error:  # it is not there, or takes other arguments
+        lacking = f"AsyncPGInstrumentor._do_execute: {error}"
+        _logger.warning("Statements are not traced", extra={"lacking": lacking})
+        return
+    traced = partial(execute, instrumentor)
     wrapped: Any = partial(_statement_first, traced)
     instrumentor._do_execute = wrapped  # type: ignore[method-assign]  # noqa: SLF001
     with sdk_environment(os.environ):
