@@ -37,6 +37,8 @@ POLICIES = {
         policy=BackoffPolicy(backoff=Backoff(jitter=Jitter.FULL)), transient=OSError()
     ),
     "unbounded": Case(policy=BackoffPolicy(attempts=None), transient=OSError()),
+    "unbounded decorator": Case(policy=retry(attempts=None), transient=OSError()),
+    "unbounded postgres": Case(policy=postgres.retry_policy(None), transient=OSError()),
     "decorator": Case(
         policy=retry(attempts=4, retry_on=OSError), transient=OSError(), permanent=KeyError("k")
     ),

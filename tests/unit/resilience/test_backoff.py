@@ -31,6 +31,23 @@ def test_any_number_of_attempts_has_a_delay() -> None:
     assert Backoff(base=0.0).longest(100_000) == 0.0
 
 
+def test_a_late_attempt_costs_no_more_than_an_early_one() -> None:
+    """A retry without limit draws no more numbers with each attempt."""
+
+    class Counting(random.Random):
+        draws = 0
+
+        def uniform(self, a: float, b: float) -> float:
+            self.draws += 1
+            return super().uniform(a, b)
+
+    backoff = Backoff(base=1.0, cap=30.0, jitter=Jitter.DECORRELATED)
+    early, late = Counting(1), Counting(1)
+    assert 1.0 <= backoff.delay(1_000, early) <= 30.0
+    assert 1.0 <= backoff.delay(100_000, late) <= 30.0
+    assert late.draws == early.draws
+
+
 def test_without_jitter_the_delay_is_the_schedule() -> None:
     """Exactly."""
     assert [Backoff(base=0.5, cap=1.5).delay(n, RNG) for n in (1, 2, 3)] == [0.5, 1.0, 1.5]

@@ -19,6 +19,7 @@ NUMBERS: list[tuple[Callable[[], object], str]] = [
     (lambda: retry(base_delay=math.nan), "base must be zero or more"),
     (lambda: retry(base_delay=1.0, backoff=Backoff()), "either base_delay or backoff"),
     (lambda: retry(attempts=3, policy=BackoffPolicy()), "a policy replaces attempts"),
+    (lambda: retry(attempts=None, policy=BackoffPolicy()), "a policy replaces attempts"),
     (lambda: retry(base_delay=1.0, policy=BackoffPolicy()), "a policy replaces attempts"),
     (lambda: retry(retry_on=OSError, policy=BackoffPolicy()), "a policy replaces attempts"),
     (lambda: retry(deadline=-1.0), "deadline must be zero or more and finite"),

@@ -128,6 +128,10 @@ async def _looped(retrier: Retrier, operation: Scripted) -> object:
     raise AssertionError("a loop ends by returning or raising")
 
 
+async def _plainly(retrier: Retrier, operation: Scripted) -> object:
+    return retrier(operation.sync)()
+
+
 @pytest.mark.parametrize("form", [_decorated, _executed, _looped])
 async def test_rule_05_the_original_error_with_a_note(clock: SkippingClock, form: object) -> None:
     """R4: the last error itself, with the number of attempts and the time."""
@@ -152,6 +156,40 @@ async def test_rule_07_waits_are_made_on_the_given_clock(
     assert (operation.calls, clock.slept) == (3, [1.0, 2.0])
 
 
+@pytest.mark.parametrize("form", [_decorated, _executed, _looped, _plainly])
+async def test_rule_07_none_is_no_limit_of_attempts(form: Any) -> None:
+    """The waits stay at the cap of the back-off."""
+    clock, operation = SkippingClock(), Scripted(*[BackendError()] * 2000, "done")
+    retrier = retry(attempts=None, base_delay=1.0, clock=clock)
+    if form is _plainly:  # on an event loop a plain function does not wait
+        retrier = retry(attempts=None, base_delay=0.0, clock=clock)
+    assert await form(retrier, operation) == "done"
+    assert operation.calls == 2001
+    waits = [1.0, 2.0, 4.0, 8.0, 16.0] + [30.0] * 1995
+    assert form is _plainly or clock.slept == waits
+
+
+async def test_rule_09_a_deadline_ends_attempts_without_limit() -> None:
+    """No wait starts that would end after it."""
+    clock, operation = SkippingClock(), Scripted(*[BackendError()] * 100)
+    retrier = retry(attempts=None, base_delay=1.0, deadline=40.0, clock=clock)
+    with pytest.raises(BackendError) as caught:
+        await retrier.execute(operation)
+    assert (operation.calls, clock.slept) == (6, [1.0, 2.0, 4.0, 8.0, 16.0])
+    assert notes(caught.value)[0].endswith(": the next would start after the deadline")
+
+
+async def test_rule_12_a_budget_ends_attempts_without_limit() -> None:
+    """Each retry is charged."""
+    clock, operation = SkippingClock(), Scripted(*[BackendError()] * 100)
+    budget = RetryBudget(ratio=0.0, per_second=0.5, window=10.0)
+    retrier = retry(attempts=None, base_delay=0.0, budget=budget, clock=clock)
+    with pytest.raises(BackendError) as caught:
+        await retrier.execute(operation)
+    assert operation.calls == 6
+    assert notes(caught.value)[0].endswith(": the retry budget is spent")
+
+
 async def test_rule_07_the_note_measures_attempts_after_the_first_failure(
     clock: SkippingClock,
 ) -> None:
@@ -164,10 +202,6 @@ async def test_rule_07_the_note_measures_attempts_after_the_first_failure(
     with pytest.raises(BackendError) as caught:
         await retry(attempts=2, base_delay=1.0, clock=clock).execute(slow)
     assert notes(caught.value) == ["gave up after 2 attempts, 6.0 s after the first failure"]
-
-
-async def _plainly(retrier: Retrier, operation: Scripted) -> object:
-    return retrier(operation.sync)()
 
 
 class CountingClock(SkippingClock):

@@ -296,7 +296,7 @@ class PostgresDatabase:
     async def execute_with_retry(
         self,
         operation: Callable[[Lease], Awaitable[T]],
-        attempts: int = 3,
+        attempts: int | None = 3,
         *,
         idempotent: bool = False,
         isolation: Isolation | None = None,
@@ -304,8 +304,9 @@ class PostgresDatabase:
     ) -> T:
         """Run ``operation`` in a transaction; repeat it from its start after a transient error.
 
-        ``isolation`` is the level of the transaction, by default that of the database. With
-        ``readonly`` it may not write.
+        ``attempts`` is their maximum, the first included. None sets no limit, so put such a call
+        inside a :class:`Deadline`. ``isolation`` is the level of the transaction, by default that
+        of the database. With ``readonly`` it may not write.
 
         Each attempt has a connection and a transaction of its own, so a failed attempt leaves
         nothing behind, with one exception: if the connection is lost during COMMIT, the result is

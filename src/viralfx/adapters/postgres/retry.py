@@ -113,11 +113,11 @@ def is_loss(error: BaseException) -> bool:
     )
 
 
-def retry_policy(attempts: int = 3) -> BackoffPolicy:
+def retry_policy(attempts: int | None = 3) -> BackoffPolicy:
     """Return the policy of this technology: transient errors, soon and at random moments.
 
-    With equal waits, two transactions that conflicted would conflict again.
-    Raises ``ValueError`` for a number of attempts below one.
+    With equal waits, two transactions that conflicted would conflict again. ``attempts`` None: no
+    limit. Raises ``ValueError`` for a number of attempts below one.
     """
     return BackoffPolicy(
         attempts=attempts,

@@ -12,6 +12,10 @@ from viralfx.domain.errors import require_count, require_not_negative
 from viralfx.domain.resilience._callables import ErrorFilter, Matcher, matcher, retry_after
 from viralfx.domain.resilience.breaker_states import RollingCounts
 
+_MAX_STEPS = 1000
+"""Steps of the random walk of decorrelated jitter. The distribution hardly changes after so many,
+and a retry without limit must not take longer with each attempt."""
+
 
 class Jitter(StrEnum):
     """The random part of a delay, which spreads callers that failed at the same moment."""
@@ -79,7 +83,7 @@ class Backoff:
         # Each delay repeats the random walk from its start instead of continuing the last one: the
         # distribution is the same, and no state is kept between attempts or callers.
         delay = self.base
-        for _ in range(attempt):
+        for _ in range(min(attempt, _MAX_STEPS)):
             delay = rng.uniform(self.base, min(self.cap, 3 * delay))
         return delay
 
@@ -152,6 +156,9 @@ class RetryPolicy(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackoffPolicy:
     """Policy: up to ``attempts`` attempts (None: no limit) for errors in ``retry_on``.
+
+    Without a limit the delays stay at the cap of ``backoff``; deadline and budget of the caller
+    still end them.
 
     If an error has a ``retry_after`` longer than the back-off, that is the delay. If it is longer
     than the cap, the policy gives up: an earlier retry would be rejected, and a server must not

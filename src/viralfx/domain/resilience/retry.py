@@ -367,8 +367,15 @@ class Retrier:
             del failure
 
 
+class _LeftOut(int):
+    """A default number, which shows that the caller has passed none."""
+
+
+DEFAULT_ATTEMPTS = _LeftOut(3)
+
+
 def retry(
-    attempts: int | None = None,
+    attempts: int | None = DEFAULT_ATTEMPTS,
     base_delay: float | None = None,
     *,
     backoff: Backoff | None = None,
@@ -388,6 +395,9 @@ def retry(
     Use it as ``@retry(attempts=3, base_delay=1.0)`` on ``async def`` or ``def``, or use the
     returned :class:`Retrier` directly. Durations are seconds.
 
+    - ``attempts=None`` sets no limit: the waits stay at the cap of the back-off (30 s), until the
+      operation succeeds, raises another error than ``retry_on`` selects, or is cancelled, or until
+      a deadline or a budget ends them.
     - ``backoff`` replaces ``base_delay``; ``policy`` replaces ``attempts`` and ``backoff``.
     - ``retry_on`` selects the errors to retry: types or a predicate. The default is every
       ``Exception``. Types select an exception group if they select all of its members. A rejection
@@ -401,17 +411,19 @@ def retry(
     """
     if not (attempts is None or isinstance(attempts, int)):
         raise TypeError(f"use @retry() with parentheses; attempts cannot be {attempts!r}")
+    given = (base_delay, backoff, retry_on, rng)
+    replaced = not isinstance(attempts, _LeftOut) or any(each is not None for each in given)
     if backoff is not None and base_delay is not None:
         raise ValueError("give either base_delay or backoff")
     if policy is None:
         first = 1.0 if base_delay is None else base_delay
         policy = BackoffPolicy(
-            attempts=3 if attempts is None else attempts,
+            attempts=attempts,
             backoff=backoff or Backoff(base=first, cap=max(30.0, first)),
             retry_on=Exception if retry_on is None else retry_on,
             rng=rng or default_rng(),
         )
-    elif any(given is not None for given in (attempts, base_delay, backoff, retry_on, rng)):
+    elif replaced:
         raise ValueError("a policy replaces attempts, base_delay, backoff, retry_on and rng")
     return Retrier(
         policy,
