@@ -68,6 +68,7 @@ async def monitored(checks: int, seconds: float) -> Reading:
     monitor.subscribe(count)
     operations.lifecycle.application_ready()
     await operations.start()
+    monitor.start()
 
     async def work() -> None:
         nonlocal kept

@@ -1,12 +1,25 @@
 """An application of FastAPI."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from fastapi import APIRouter, FastAPI, WebSocket, WebSocketDisconnect
 from fastapi.responses import PlainTextResponse
-from tests.frameworks.scene import config, hold
+from tests.frameworks.scene import Clients, config, hold
 
 from viralfx.asgi import OperationsMiddleware
 
-api = FastAPI()
+clients = Clients()
+
+
+@asynccontextmanager
+async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
+    """Open the clients."""
+    await clients.open(app)
+    yield
+
+
+api = FastAPI(lifespan=lifespan)
 router = APIRouter()
 
 
@@ -40,4 +53,4 @@ async def echo(socket: WebSocket) -> None:
 
 
 api.include_router(router, prefix="/items")
-app = OperationsMiddleware(api, config())
+app = OperationsMiddleware(api, config(clients))

@@ -3,7 +3,7 @@
 from typing import Any
 
 from litestar import Litestar, MediaType, WebSocket, get, post, websocket
-from tests.frameworks.scene import config, hold
+from tests.frameworks.scene import Clients, config, hold
 
 from viralfx import OperationsPlugin
 
@@ -34,5 +34,16 @@ async def echo(socket: WebSocket[Any, Any, Any]) -> None:
         await socket.send_text(await socket.receive_text())
 
 
-plugin = OperationsPlugin(config())
-app = Litestar([held, item, submit, echo], plugins=[plugin], logging_config=None)
+async def open_clients() -> None:
+    """Open the clients, after the lifespans of all plugins."""
+    await clients.open(plugin)
+
+
+clients = Clients()
+plugin = OperationsPlugin(config(clients))
+app = Litestar(
+    [held, item, submit, echo],
+    plugins=[plugin],
+    on_startup=[open_clients],
+    logging_config=None,
+)

@@ -1,4 +1,4 @@
-"""Shared by the applications of all frameworks: a task, a stage, and a request that waits."""
+"""Shared by the applications of all frameworks: a task, a stage, clients, a request that waits."""
 
 import asyncio
 import os
@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from viralfx import OperationsConfig, task
+from viralfx.web.layer import OperationsLayer
 
 FOLDER = Path(os.environ.get("SCENE_FOLDER") or tempfile.gettempdir())
 """The folder of the files by which a test and its application talk."""
@@ -32,6 +33,26 @@ async def hold() -> str:
     return "done"
 
 
-def config() -> OperationsConfig:
-    """Return the options of the layer."""
-    return OperationsConfig(tasks=[note], close_stages={"leave": leave})
+class Clients:
+    """Clients that the start-up of an application opens while built-in checks run already."""
+
+    def __init__(self) -> None:
+        self._are_open = False
+
+    async def open(self, layer: OperationsLayer) -> None:
+        """Open them once the built-in checks have run."""
+        async with asyncio.timeout(HOLD_SECONDS):
+            while layer.operations.monitor.report().checks["memory"].checked_at is None:  # noqa: ASYNC110 - without an event
+                await asyncio.sleep(0.01)
+        self._are_open = True
+
+    async def check(self) -> bool:
+        """Write a file, so that the test sees whether an attempt was too early."""
+        (FOLDER / ("checked" if self._are_open else "checked too early")).touch()
+        return self._are_open
+
+
+def config(clients: Clients | None = None) -> OperationsConfig:
+    """Return the options of the layer; ``clients`` have a check."""
+    checks = {} if clients is None else {"clients": clients.check}
+    return OperationsConfig(tasks=[note], checks=checks, close_stages={"leave": leave})

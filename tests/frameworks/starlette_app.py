@@ -1,13 +1,25 @@
 """An application of Starlette."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
-from tests.frameworks.scene import config, hold
+from tests.frameworks.scene import Clients, config, hold
 
 from viralfx.asgi import OperationsMiddleware
+
+clients = Clients()
+
+
+@asynccontextmanager
+async def lifespan(_api: Starlette) -> AsyncIterator[None]:
+    """Open the clients."""
+    await clients.open(app)
+    yield
 
 
 async def held(_request: Request) -> PlainTextResponse:
@@ -48,4 +60,4 @@ routes = [
     WebSocketRoute("/echo", echo),
     WebSocketRoute("/once", once),
 ]
-app = OperationsMiddleware(Starlette(routes=routes), config())
+app = OperationsMiddleware(Starlette(routes=routes, lifespan=lifespan), config(clients))

@@ -97,6 +97,7 @@ PAIRS = [
 ]
 """Every pair in a soak run, else each framework under ``viralfx serve``, and each server once."""
 WITHOUT_WEBSOCKETS = {"Django"}
+WITHOUT_LIFESPAN = {"Django", "plain ASGI"}
 PROBES = ("/health", "/health/live", "/health/ready", "/health/startup", "/metrics")
 
 
@@ -196,7 +197,10 @@ class Socket:
 @pytest.mark.soak
 @pytest.mark.parametrize(("server_name", "framework"), PAIRS)
 def test_an_application_under_a_server(framework: str, server_name: str, tmp_path: Path) -> None:
-    """Probes, routes, a job, and a stop with a request and a WebSocket; the stages run."""
+    """Probes, routes, a job, and a stop with a request and a WebSocket; the stages run.
+
+    The check of clients that the application's start-up opens does not run before it is complete.
+    """
     server = SERVERS[server_name]
     with started(server, FRAMEWORKS[framework], tmp_path) as (process, port):
         probes = [request(port, path).status for path in PROBES]
@@ -230,6 +234,8 @@ def test_an_application_under_a_server(framework: str, server_name: str, tmp_pat
         assert close_code == (None if server.keeps else server.close_code)
     assert (tmp_path / "job").read_text() == "written"
     assert (tmp_path / "left").exists(), "the last stage ran"
+    assert (tmp_path / "checked").exists() == (framework not in WITHOUT_LIFESPAN)
+    assert not (tmp_path / "checked too early").exists()
 
 
 WITHOUT_LITESTAR = """

@@ -1,6 +1,7 @@
 """The composition root: policies from settings, invalid names, and state across a restart."""
 
 import asyncio
+import logging
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,15 @@ from tests.unit.doubles import Act, ActingCheck, ActingStage
 from viralfx.bootstrap import assemble
 from viralfx.bootstrap.postgres import migration_config
 from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.health.check_runner import CheckCompleted
-from viralfx.domain.health.model import CheckPolicy, HealthCheck, Observation, State, Status
+from viralfx.domain.health.check_runner import CheckCompleted, CheckConfig
+from viralfx.domain.health.model import (
+    CheckPolicy,
+    HealthCheck,
+    NotReadyReason,
+    Observation,
+    State,
+    Status,
+)
 from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.domain.shutdown import Phase
 from viralfx.settings import Settings, read_settings
@@ -194,8 +202,8 @@ async def test_lifecycle_follows_the_readiness_checks(clock: ManualClock) -> Non
         Settings(readiness_requires=("disk",)), checks={"disk": disk}, clock=clock
     ).operations
     await operations.start()
-    await clock.settle()
     operations.application_ready()
+    await clock.settle()
     states = [operations.lifecycle.state]
     for act in (Act.FAIL, Act.PASS):
         disk.act = act
@@ -207,12 +215,43 @@ async def test_lifecycle_follows_the_readiness_checks(clock: ManualClock) -> Non
     assert states == [State.READY, State.NOT_READY, State.READY, State.STOPPED]
 
 
+async def test_checks_of_the_application_begin_once_it_has_started(
+    clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once, with an interval of any length; until then the instance is starting."""
+    pool = ActingCheck(Act.RAISE)
+    operations = assemble(
+        Settings(readiness_requires=("pool",)),
+        checks={"pool": CheckConfig(pool, interval=60.0)},
+        clock=clock,
+    ).operations
+    await operations.start()
+    await clock.advance(30.0)
+    before = operations.monitor.report()
+    pool.act = Act.PASS
+    operations.application_ready()
+    reason = operations.lifecycle.follow(operations.monitor.report())
+    await clock.settle()
+    state = operations.lifecycle.state
+    await operations.shutdown.run()
+    operations.application_ready()
+    await clock.settle()
+
+    assert (before.checks["pool"].code, before.started) == ("pending", False)
+    assert before.checks["memory"].checked_at is not None
+    assert (reason, state) == (NotReadyReason.STARTING, State.READY)
+    assert pool.attempts == 1
+    assert [line for line in caplog.records if line.levelno >= logging.ERROR] == []
+
+
 async def test_start_is_idempotent(clock: ManualClock) -> None:
     """A lifespan and a runner may both start the layer."""
     disk = ActingCheck()
     operations = assemble(Settings(), checks={"disk": disk}, clock=clock).operations
     await operations.start()
     await operations.start()
+    operations.application_ready()
+    operations.application_ready()
     await clock.settle()
     await operations.shutdown.run()
 

@@ -136,6 +136,7 @@ async def site() -> AsyncIterator[Site]:
     """Return a started process."""
     site = Site()
     await site.plugin.operations.start()
+    site.plugin.operations.monitor.start()  # the check, without a worker
     yield site
     await site.plugin.operations.shutdown.run()
 

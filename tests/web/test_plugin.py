@@ -1,27 +1,37 @@
 """The plugin in another Litestar application, under other servers."""
 
 import asyncio
+import logging
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from httpx import ASGITransport, AsyncClient
 from litestar import Litestar, Request, Response, WebSocket, get, websocket
+from litestar.config.app import AppConfig
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
+from litestar.plugins import InitPlugin
 from litestar.plugins.prometheus import PrometheusController
 from litestar.testing import AsyncTestClient
 from tests.servers.ports import free_port
-from tests.servers.waiting import wait_until
+from tests.servers.waiting import until, wait_until
 from tests.system.service import READY_WITHIN, ROOT, request
 
-from viralfx import Observation, OperationsConfig, OperationsPlugin, Status, ViralFXError
+from viralfx import (
+    CheckConfig,
+    Observation,
+    OperationsConfig,
+    OperationsPlugin,
+    Status,
+    ViralFXError,
+)
 from viralfx.domain.correlation import current_correlation_id
 from viralfx.domain.errors import ConfigurationError
 from viralfx.settings import Secret, Settings
@@ -80,6 +90,52 @@ async def ready(client: AsyncTestClient[Litestar]) -> None:
     async with asyncio.timeout(5):
         while (await client.get("/health/ready")).status_code != 200:
             await client.get("/health/detailed?fresh=1")
+
+
+@pytest.mark.parametrize("opens", ["lifespan", "on_startup"])
+async def test_a_check_finds_what_the_start_up_opens(
+    opens: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its first attempt comes after the start-up, although built-in checks run before."""
+    attempts: list[bool] = []
+    is_open = False
+
+    async def open_pool() -> None:
+        nonlocal is_open
+        await until(lambda: monitor.report().checks["memory"].checked_at is not None)
+        is_open = True
+
+    class Pool(InitPlugin):
+        """A plugin whose lifespan begins after that of the operations layer."""
+
+        @asynccontextmanager
+        async def lifespan(self, _app: Litestar) -> AsyncIterator[None]:
+            """Open the pool."""
+            await open_pool()
+            yield
+
+        def on_app_init(self, app_config: AppConfig) -> AppConfig:
+            """Add the lifespan."""
+            app_config.lifespan.append(self.lifespan)
+            return app_config
+
+    async def check() -> bool:
+        attempts.append(is_open)
+        return is_open
+
+    limits = CheckConfig(check, interval=30.0)
+    plugin = OperationsPlugin(OperationsConfig(settings=SETTINGS, checks={"pool": limits}))
+    monitor = plugin.operations.monitor
+    hooks = [open_pool] if opens == "on_startup" else []
+    plugins = [plugin, Pool()] if opens == "lifespan" else [plugin]
+    app = Litestar(plugins=plugins, on_startup=hooks, logging_config=None)
+    async with AsyncTestClient(app) as client:
+        await ready(client)
+
+    assert attempts
+    assert all(attempts)
+    assert app.on_startup == hooks
+    assert [line for line in caplog.records if line.levelno >= logging.ERROR] == []
 
 
 @pytest.mark.parametrize("lifespan", [True, False])

@@ -373,6 +373,7 @@ def assemble(
         resources=tuple(b.resource for b in backends.values() if b.resource is not None),
         checks_of_state=("circuits",),
         home=home,
+        checks_of_application=tuple(own),
         on_ready=(jobs.start, lag.start),
         instance=instance,
         revision=settings.revision,

@@ -97,6 +97,9 @@ class Operations:
     """Names of the checks that report saved state; they start once it is restored."""
     home: HomeLoop = field(default_factory=HomeLoop)
     """The event loop of the services: the one on which they start."""
+    checks_of_application: Collection[str] = ()
+    """Names of the application's checks. They start once the application has, since they may use
+    clients that its start-up opens."""
     previous: SavedState | None = None
     """State saved by the previous process; None before start-up, or if there is none."""
     instance: str = ""
@@ -130,7 +133,7 @@ class Operations:
         self._started = True
         self.home.settle()
         # The monitor starts first, so that probes report a missing resource during the wait for it.
-        self.monitor.start(postponed=self.checks_of_state)
+        self.monitor.start(postponed={*self.checks_of_state, *self.checks_of_application})
         for resource in self.resources:
             await resource.open()
         self.previous = await self.state_store.load()
@@ -139,10 +142,15 @@ class Operations:
             self.monitor.restore_transition_counts(self.previous.transitions)
             self.breakers.restore(self.previous.circuits)
         self._restored = True
-        self.monitor.start()
+        self.monitor.start(postponed=self.checks_of_application)
 
     def application_ready(self) -> None:
-        """Record that the application has started: checks now decide readiness, and work begins."""
+        """Record that the application has started.
+
+        Its checks begin, checks now decide readiness, and work begins.
+        """
+        if self._restored and not self.lifecycle.stopping:
+            self.monitor.start()
         self.lifecycle.application_ready()
         self.lifecycle.follow(self.monitor.report())
         for begin in self.on_ready:

@@ -259,13 +259,16 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
         # Without a runner there is no gate yet, so the gate becomes the innermost wrapper.
         gate = self.gate(cast("ASGIApp", inner), own_server=False)
         gate.open = True
+        # Litestar calls the hooks after it has entered the lifespans, and they belong to the start.
+        ready = operations.application_ready
+        app.on_startup = [*app.on_startup, ready]
         try:
             self.register_drain(lambda: gate)
             await operations.start()
             app.asgi_handler = cast("LitestarASGIApp", gate)
-            operations.application_ready()
             yield
         finally:
+            app.on_startup = [hook for hook in app.on_startup if hook != ready]
             # This also ends the parts that a failed start has begun.
             await self.end()
             app.asgi_handler = inner
