@@ -21,6 +21,7 @@ from viralfx.adapters.postgres.migrations import REVISIONS
 from viralfx.domain.clock import SystemClock
 from viralfx.domain.errors import StartupError
 from viralfx.domain.health.model import Status
+from viralfx.domain.jobs.ledger import TransactionError
 from viralfx.domain.jobs.model import LedgerUnavailableError
 
 EVERY = [(mode, prepared) for mode in MODES for prepared in PREPARED]
@@ -220,6 +221,33 @@ async def test_pooler_that_restarts_is_found_again(
         await wait_for_code(check, None)
         for accepted in (before, after):
             assert await ledger.get(accepted.job.id) == accepted.job
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_the_database_is_recognized_on_both_sides_of_a_pooler(
+    migrated_database: Database, migrated_template: str, pgbouncer: Poolers, mode: str
+) -> None:
+    """A transaction of it can hold a job, and one of another database behind the pooler cannot."""
+    server = migrated_database.server
+    pooler, other = pgbouncer(server, mode), server.create_database(migrated_template)
+    addresses = [
+        migrated_database.url,
+        server.url(migrated_database.name, host=pooler.host, port=pooler.port),
+        server.url(other, host=pooler.host, port=pooler.port),
+    ]
+    async with opened(config_of(migrated_database, through=pooler, pooler=mode)) as db:
+        ledger = PostgresJobLedger(db)
+        for address in addresses:
+            connection = await asyncpg.connect(address, statement_cache_size=0)
+            async with connection.transaction():
+                if address == addresses[-1]:
+                    with pytest.raises(TransactionError, match="DATABASE_URL"):
+                        await ledger.accept_in(connection, [draft()])
+                else:
+                    await ledger.accept_in(connection, [draft()])
+            await connection.close()
+        assert (await ledger.counts())["default"].waiting == 2
+    server.drop_database(other)
 
 
 DROPPED = (

@@ -6,8 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,10 +30,11 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
     create_async_engine,
 )
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.pool import NullPool
-from tests.integration.postgres_clients import config_of, opened
-from tests.servers.postgres import Database
+from tests.integration.postgres_clients import config_of, migrated, opened
+from tests.servers.ports import free_port
+from tests.servers.postgres import Database, PostgresServer
 from tests.servers.waiting import until
 from tests.soak import SOAK
 
@@ -49,7 +50,8 @@ from viralfx import (
 )
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryNotifier
-from viralfx.adapters.postgres import PostgresJobLedger, PostgresNotifier
+from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger, PostgresNotifier
+from viralfx.domain.clock import SystemClock
 from viralfx.domain.jobs.batching import Submission
 from viralfx.domain.jobs.codec import unique_key_of
 from viralfx.domain.jobs.ledger import TransactionError
@@ -449,6 +451,149 @@ async def test_another_database_or_a_failed_transaction_is_refused(
             await shop.jobs.submit("orders.ship", 1, connection=given)
     await connection.close()
     await engine.dispose()
+
+
+@pytest.fixture
+def copied(shop: Shop, migrated_template: str) -> Iterator[Database]:
+    """Return a second database on the same server, whose ledger has the same schema."""
+    server = shop.database.server
+    name = server.create_database(migrated_template)
+    yield Database(server, name)
+    server.drop_database(name)
+
+
+@pytest.mark.parametrize("way", ["asyncpg", "pool", "lent", "session", "sync", "connection"])
+async def test_another_database_with_a_ledger_is_refused(
+    shop: Shop, copied: Database, way: str
+) -> None:
+    """Nothing is stored there, and the transaction goes on: its workers do not know the job."""
+    engine = create_async_engine(copied.url.replace("postgresql:", "postgresql+asyncpg:"))
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(engine.dispose)
+        enter: Any = stack.enter_async_context
+        if way in {"session", "sync"}:
+            given = session = await enter(AsyncSession(engine))
+            given = session.sync_session if way == "sync" else session
+        elif way == "connection":
+            given = session = await enter(engine.connect())
+        elif way == "lent":  # by the pool of another configuration
+            given = session = await enter((await enter(opened(config_of(copied)))).acquire())
+        elif way == "pool":
+            pool = await enter(asyncpg.create_pool(copied.url, min_size=1))
+            given = session = await enter(pool.acquire())
+        else:
+            given = session = await asyncpg.connect(copied.url)
+            stack.push_async_callback(given.close)
+        is_of_asyncpg = way in {"asyncpg", "pool", "lent"}
+        if is_of_asyncpg:
+            await session.execute("begin")
+        with pytest.raises(TransactionError, match="to the database of DATABASE_URL"):
+            await shop.jobs.submit("orders.ship", 1, connection=given)
+        with pytest.raises(TransactionError, match="to the database of DATABASE_URL"):
+            await shop.jobs.accept_all(
+                [Submission(task="orders.ship", payload=b"1", key="key")], connection=given
+            )
+        statement = "create table kept (number int)"
+        await session.execute(statement if is_of_asyncpg else text(statement))
+        await (session.execute("commit") if is_of_asyncpg else session.commit())
+
+    assert copied.execute("select count(*) from viralfx_all_jobs") == [(0,)]
+    assert copied.execute("select count(*) from kept") == [(0,)]
+
+
+async def test_a_session_of_no_postgres_is_refused(shop: Shop) -> None:
+    """And one whose database depends on the table."""
+    engine = create_engine("sqlite://")
+    with (
+        Session(engine) as session,
+        pytest.raises(TransactionError, match="to the database of DATABASE_URL"),
+    ):
+        await shop.jobs.submit("orders.ship", 1, connection=session)
+    with (
+        Session(binds={DeclarativeBase: engine}) as session,
+        pytest.raises(TransactionError, match=r"session\.connection\(bind_arguments=\.\.\.\)"),
+    ):
+        await shop.jobs.submit("orders.ship", 1, connection=session)
+    engine.dispose()
+
+
+async def test_the_own_database_is_recognized_without_a_round_trip(shop: Shop) -> None:
+    """One connection asks for many callers at once; each submission is one statement."""
+    own, asked = shop.ledger._own, list[object]()
+    connect = own._connect
+
+    async def ask() -> Any:
+        asked.append(await connect())
+        return asked[-1]
+
+    own._connect = ask
+    connections = [await asyncpg.connect(shop.database.url) for _ in range(5)]
+    statements: list[str] = []
+    for connection in connections:
+        connection.add_query_logger(lambda query: statements.append(query.query))
+        await connection.execute("begin")
+    async with asyncio.TaskGroup() as group:
+        for number, connection in enumerate(connections):
+            group.create_task(shop.jobs.submit("orders.ship", number, connection=connection))
+    for connection in connections:
+        await shop.jobs.submit("orders.ship", 9, connection=connection)
+        await connection.execute("commit")
+        await connection.close()
+
+    assert shop.shipped() == [0, 1, 2, 3, 4, *[9] * 5]
+    assert len(asked) == 1
+    assert len(statements) == 5 * len(("begin", "submit", "submit", "commit"))
+
+
+async def test_a_job_joins_a_transaction_while_the_pool_is_in_use(shop: Shop) -> None:
+    """Also one of the pool's only connection, and before the start and after the stop."""
+    config = config_of(shop.database, pool_max=1)
+    unopened = PostgresDatabase(config, clock=SystemClock())
+    async with opened(config) as pool:
+        first = Shop(shop.database, PostgresJobLedger(pool))
+        second = Shop(shop.database, PostgresJobLedger(unopened))
+        async with pool.acquire() as lent, lent.transaction(), AsyncSession(shop.engine) as session:
+            await first.jobs.submit("orders.ship", 1, connection=lent)
+            await first.jobs.submit("orders.ship", 2, connection=session)
+            await second.jobs.submit("orders.ship", 3, connection=session)
+            await session.commit()
+    async with AsyncSession(shop.engine) as session:
+        await first.jobs.submit("orders.ship", 4, connection=session)
+        await session.commit()
+    for each in (first, second):
+        await each.engine.dispose()
+
+    assert shop.shipped() == [1, 2, 3, 4]
+
+
+async def test_a_database_that_does_not_answer_accepts_nothing(shop: Shop) -> None:
+    """A connection to another database would look the same."""
+    nowhere = config_of(shop.database, port=free_port(), connection_timeout=1.0)
+    other = Shop(shop.database, PostgresJobLedger(PostgresDatabase(nowhere, clock=SystemClock())))
+    async with AsyncSession(other.engine) as session:
+        with pytest.raises(LedgerUnavailableError, match="refuses connections"):
+            await other.jobs.submit("orders.ship", 1, connection=session)
+        await session.commit()
+    await other.engine.dispose()
+
+    assert shop.shipped() == []
+
+
+async def test_a_database_that_restarts_stays_the_same(own_postgres: PostgresServer) -> None:
+    """A new server in its place is recognized, as after a failover."""
+    config = await migrated(config_of(own_postgres))
+    database = Database(own_postgres, "postgres")
+    async with opened(config) as pool:
+        shop = Shop(database, PostgresJobLedger(pool))
+        for number in range(2):
+            async with AsyncSession(shop.engine) as session:
+                await shop.jobs.submit("orders.ship", number, connection=session)
+                await session.commit()
+            await shop.engine.dispose()
+            if not number:
+                await asyncio.to_thread(own_postgres.restart)
+
+        assert shop.shipped() == [0, 1]
 
 
 async def test_a_key_needs_read_committed(shop: Shop) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import asyncpg
 import pytest
 from tests.chaos.cluster import Cluster, cluster
 from tests.contracts.ledgers import draft
 from tests.integration.postgres_clients import checked, config_of, migrated, opened
 from tests.servers.fixtures import or_skip
+from tests.servers.postgres import PostgresServer
 from tests.servers.waiting import until, wait_for_code
 from tests.soak import SOAK, Record, cycles, spread
 
@@ -63,6 +65,14 @@ class Load:
         """Return whether the service is ready, and has accepted a job that came later."""
         return self.latest > since and monitor.report().ready
 
+    async def join(self, primary: PostgresServer) -> None:
+        """Submit in a transaction of a client, which is connected to the new primary."""
+        connection = await asyncpg.connect(primary.url())
+        async with connection.transaction():
+            (accepted,) = await self._ledger.accept_in(connection, [draft()])
+        await connection.close()
+        self.accepted.add(accepted.job.id)
+
     async def _submit(self) -> None:
         while True:
             began = time.monotonic()
@@ -106,6 +116,7 @@ async def survive(
                 changed = time.monotonic()
                 await until(partial(load.is_served, monitor, changed), seconds=limit)
                 took[kind].append(time.monotonic() - changed)
+                await load.join(postgres.primary)
                 await asyncio.to_thread(postgres.rejoin)
                 # A check comes between two changes.
                 await wait_for_code(check, None)

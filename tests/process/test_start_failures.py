@@ -9,8 +9,7 @@ import pytest
 
 from viralfx.bootstrap.task_modules import in_one_line
 from viralfx.domain.errors import ConfigurationError, origin_of
-from viralfx.runner.applications import find_application
-from viralfx.runner.server import ApplicationLifespan
+from viralfx.runner.applications import ApplicationLifespan, find_application
 from viralfx.settings import Settings
 
 # The marked line of each module is the cause.

@@ -19,10 +19,11 @@ from viralfx.adapters.postgres.ledger_rows import (
     job_of_row,
     with_times,
 )
-from viralfx.adapters.postgres.ledger_sql import SOON_SECONDS
+from viralfx.adapters.postgres.ledger_sql import ACCEPT, SOON_SECONDS
 from viralfx.adapters.postgres.migrations import Statements
 from viralfx.adapters.postgres.notifier import NOTIFY, encode
 from viralfx.adapters.postgres.retry import Attempt, RetriedSteps
+from viralfx.adapters.postgres.servers import IDENTITY, ElsewhereError, OwnDatabase
 from viralfx.domain.jobs.batching import KeyHeldError, keys_of
 from viralfx.domain.jobs.ledger import (
     Accepted,
@@ -56,22 +57,27 @@ async def accept(
     *,
     again: bool,
     lock_timeout: float | None = None,
+    identity: str | None = None,
 ) -> Sequence[Accepted]:
     """Insert the jobs that do not exist yet, and return all of them in order.
 
     ``again``: an earlier attempt may have succeeded although its response was lost.
     ``lock_timeout``: seconds to wait for an open transaction; None: as the connection does. Raises
     ``BAD_VALUE``, and :class:`LedgerUnavailableError` if jobs under the same keys are inserted and
-    deleted concurrently all the time.
+    deleted concurrently all the time. With ``identity`` nothing is inserted in a database of
+    another :data:`IDENTITY`, and :class:`ElsewhereError` is raised.
     """
+    statement, more = (sql.ACCEPT, ()) if identity is None else (sql.ACCEPT_AT, (identity,))
     accepted: dict[int, Accepted] = {}
     left = dict(enumerate(drafts))
     limit = None if lock_timeout is None else f"{milliseconds(lock_timeout)}ms"
     for _ in range(_MAX_ROUNDS):
         if not left:
             return [accepted[place] for place in range(len(drafts))]
-        asked = (*draft_columns(left.values()), SOON_SECONDS, limit)
-        rows = await connection.fetch(sql.ACCEPT, *asked)
+        asked = (*draft_columns(left.values()), SOON_SECONDS, limit, *more)
+        rows = await connection.fetch(statement, *asked)
+        if rows and rows[0]["id"] is None:
+            raise ElsewhereError
         new = {str(row["id"]): row for row in rows}
         for place, draft in left.items():
             # Of several drafts with the same id, the first one was inserted.
@@ -105,6 +111,13 @@ async def _find(
     return found
 
 
+# A condition without a column is judged before the function would be called.
+ACCEPT_AT: Final = f"""
+{ACCEPT} WHERE {IDENTITY} = $17::text
+UNION ALL SELECT NULL, NULL, NULL WHERE {IDENTITY} <> $17::text
+"""
+
+
 async def accept_in(
     connection: Any,
     sql: Statements,
@@ -113,19 +126,25 @@ async def accept_in(
     check: Check | None,
     on_commit: Callable[[Sequence[Accepted]], None],
     channel: str | None,
+    own: OwnDatabase,
 ) -> Sequence[Accepted]:
     """Accept jobs in the caller's transaction; see :meth:`JobLedger.accept_in`.
 
     Without an event after the commit, the transaction notifies ``channel``, if that is not None.
     """
     transaction = _transaction_of(connection)
+    wrapped = isinstance(connection, WatchedTransaction | BlockingConnection)
+    given = connection.connection if wrapped else connection
+
+    async def accept_here(identity: str | None = None) -> Sequence[Accepted]:
+        return await accept(transaction, sql, drafts, again=False, identity=identity)
+
     await transaction.begin()
     try:
-        if check is None:
-            accepted = await accept(transaction, sql, drafts, again=False)
-        else:
+        if check is not None:
             await transaction.fetch("SAVEPOINT viralfx_accept")
-            accepted = await accept(transaction, sql, drafts, again=False)
+        accepted = await (accept_here() if own.holds(given) else own.require(accept_here))
+        if check is not None:
             try:
                 check(accepted)
             except Exception:
@@ -361,7 +380,18 @@ class _SqlAlchemyTransaction:
         return result
 
     def _require_transaction(self) -> None:
-        if getattr(self._connection().connection, "autocommit", False):
+        from sqlalchemy.exc import UnboundExecutionError  # noqa: PLC0415 - loaded already
+
+        try:
+            connection = self._connection()
+        except UnboundExecutionError as error:
+            raise TransactionError(
+                "the session has no database of its own, but one for each of its tables; pass the"
+                " connection that `session.connection(bind_arguments=...)` returns"
+            ) from error
+        if connection.dialect.name != "postgresql":
+            raise ElsewhereError
+        if getattr(connection.connection, "autocommit", False):
             raise TransactionError(
                 "the isolation level of the connection is AUTOCOMMIT, so the job would be accepted"
                 " at once; use another one"

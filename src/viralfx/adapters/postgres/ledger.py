@@ -28,6 +28,7 @@ from viralfx.adapters.postgres.ledger_sql import MAX_SWEPT_JOBS, PROMOTED_AT_ONC
 from viralfx.adapters.postgres.migrations import Statements, channel_of
 from viralfx.adapters.postgres.pool import PING_AFTER
 from viralfx.adapters.postgres.retry import Attempt, Place, RetriedSteps, in_portions
+from viralfx.adapters.postgres.servers import OwnDatabase
 from viralfx.adapters.postgres.settlements import (
     Effect,
     Effects,
@@ -125,6 +126,11 @@ class PostgresJobLedger(JobChanges):
         )
         schema = database.config.settings.schema
         self._channel = channel_of(schema) if notifies else None
+        self._own = OwnDatabase(
+            partial(database.connector.connect, purpose="identity"),
+            holds=database.members.holds,
+            timeout=timeout,
+        )
         self._sql = Statements(schema, ledger_sql, claims, job_changes, enqueue)
         scheduler = enqueue.Schedules(self._steps, self._sql)
         self.declare_schedules = scheduler.declare
@@ -199,6 +205,7 @@ class PostgresJobLedger(JobChanges):
             check=check,
             on_commit=on_commit,
             channel=self._channel,
+            own=self._own,
         )
 
     # -- working -----------------------------------------------------------------------------

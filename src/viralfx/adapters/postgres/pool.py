@@ -265,6 +265,10 @@ class PoolMembers:
         """Return the connections that callers have."""
         return [each for each in self._open if _checked(each).standing.lent]
 
+    def holds(self, connection: object) -> bool:
+        """Return True for a connection of the pool, such as one that a caller has."""
+        return getattr(connection, "itself", None) in self._open
+
     def replace_all(self, reason: str) -> None:
         """Close each connection before its next use, so that a new one replaces it."""
         self.generation += 1

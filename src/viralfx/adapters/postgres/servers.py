@@ -1,4 +1,4 @@
-"""Finds the server to use: all addresses of all hosts, and the kind that is wanted."""
+"""Finds the server to use among all addresses of all hosts, and recognizes it on a connection."""
 
 import asyncio
 import contextlib
@@ -9,16 +9,27 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from inspect import signature
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
 
 import asyncpg
 from asyncpg import Connection, connect_utils
 from asyncpg.transaction import Transaction
 
-from viralfx.adapters.postgres.errors import NoServerError, WrongServerError, most_telling
+from viralfx.adapters.postgres.errors import (
+    DATABASE_ERRORS,
+    NoServerError,
+    WrongServerError,
+    map_errors,
+    most_telling,
+)
+from viralfx.domain.cache import SingleFlight
+from viralfx.domain.jobs.ledger import TransactionError
+from viralfx.domain.loops import running_loop
 from viralfx.domain.threads import NameLookups
 from viralfx.settings import DatabaseAddress
 
+T = TypeVar("T")
 _logger = logging.getLogger("viralfx.database")
 
 
@@ -333,3 +344,89 @@ class _Race:
 def _drop(attempt: "asyncio.Task[_Found]") -> None:
     if not attempt.cancelled() and attempt.exception() is None:
         attempt.result().connection.terminate()
+
+
+# The name of the database on a server, and the start of that server to the microsecond. Each role
+# may ask for both, and neither depends on a setting of the session.
+IDENTITY: Final = (
+    "pg_catalog.concat(pg_catalog.current_database(), ' ',"
+    " extract(epoch FROM pg_catalog.pg_postmaster_start_time())::pg_catalog.numeric(20, 6))"
+)
+"""Identifies the database that a connection leads to.
+
+It is that of the server that runs now: a copy has another one, such as a database that was restored
+from a backup of this one, and so has the same database after a restart or a failover.
+"""
+
+
+class ElsewhereError(TransactionError):
+    """A statement did nothing, since it ran in a database of another :data:`IDENTITY`."""
+
+    def __init__(self) -> None:
+        """Name the remedy."""
+        super().__init__(
+            "the connection leads to another database or server than DATABASE_URL, and no worker"
+            " would find the job there; pass a connection to the database of DATABASE_URL"
+        )
+
+
+class OwnDatabase:
+    """The database that the configuration leads to, by its identity at the moment."""
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[ServerConnection]],
+        *,
+        holds: Callable[[object], bool],
+        timeout: float,
+    ) -> None:
+        """``connect`` opens a connection on the running event loop, and may take ``timeout``.
+
+        ``holds`` returns True for a connection that leads to this database in any case.
+        """
+        self._connect = connect
+        self.holds = holds
+        self._timeout = timeout
+        self._identity: str | None = None
+        self._asking: WeakKeyDictionary[asyncio.AbstractEventLoop, SingleFlight[str]]
+        self._asking = WeakKeyDictionary()
+
+    async def require(self, call: Callable[[str], Awaitable[T]]) -> T:
+        """Return the result of ``call``, which gets the identity that its database must have.
+
+        It raises :class:`ElsewhereError` for another one, and is then called a second time if the
+        identity has changed. The first call asks the server for it; later ones cost nothing. Raises
+        :class:`LedgerUnavailableError` if the server does not answer.
+        """
+        identity = self._identity or await self._ask()
+        try:
+            return await call(identity)
+        except ElsewhereError:
+            # The server may have restarted, or another one may have taken its place.
+            renewed = await self._ask()
+            if renewed == identity:
+                raise
+        return await call(renewed)
+
+    async def _ask(self) -> str:
+        """Return the identity; callers of one event loop share a question."""
+        if running_loop() is None:
+            return asyncio.run(self._ask_server())  # for a blocking call
+        flights = self._asking.setdefault(asyncio.get_running_loop(), SingleFlight())
+        return await flights.run("identity", self._ask_server)
+
+    async def _ask_server(self) -> str:
+        # On a connection of its own: those of the pool may all be in transactions that wait for
+        # this answer, and the pool is closed before the start and belongs to one event loop.
+        with map_errors():
+            async with asyncio.timeout(self._timeout):
+                connection = await self._connect()
+                try:
+                    identity: str = await connection.fetchval(f"SELECT {IDENTITY}")
+                except BaseException:
+                    connection.terminate()
+                    raise
+        with contextlib.suppress(*DATABASE_ERRORS):
+            await connection.close(timeout=_CLOSE_SECONDS)
+        self._identity = identity
+        return identity

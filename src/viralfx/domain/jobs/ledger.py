@@ -262,7 +262,7 @@ class JobLedger(WorkerRegistry, ScheduleStore, Protocol):
 
         ``on_commit`` gets the result after the commit, in the thread of the commit, where the
         ledger can learn of it. Raises :class:`TransactionError` for a connection that has no
-        transaction or is of another kind, and the errors of its driver.
+        transaction, is of another kind or leads to another database, and the errors of its driver.
         """
         ...
 
