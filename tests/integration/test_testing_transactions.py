@@ -123,3 +123,16 @@ async def test_jobs_in_an_asynchronous_session(viralfx_jobs: Hold, orders: Datab
     await engine.dispose()
 
     assert [job.payload for job in await jobs.submitted()] == [2, 3]
+
+
+async def test_jobs_in_a_transaction_of_asyncpg(viralfx_jobs: Hold, orders: Database) -> None:
+    """They are there after its commit, which awaiting the jobs does not miss."""
+    jobs = viralfx_jobs(plugin)
+    connection = await asyncpg.connect(orders.url)
+    async with connection.transaction():
+        await plugin.jobs.submit("shop.ship", 1, connection=connection)
+        assert await jobs.submitted() == []
+    found = await jobs.submitted()
+    await connection.close()
+
+    assert [job.payload for job in found] == [1]

@@ -390,13 +390,37 @@ def test_the_job_of_a_dead_worker_runs() -> None:
     assert [job.state for job in run_pending(plugin)] == ["completed"]
 
 
-def test_only_the_fixture_takes_a_connection() -> None:
-    """Without it no one may move the jobs at the commit."""
-    plugin = create()
-    engine = create_engine("sqlite://")
-    with Session(engine) as session, pytest.raises(TransactionError, match="set DATABASE_URL"):
-        asyncio.run(_created(plugin.jobs.submit("mail.send", "ada", connection=session)))
+def test_a_handler_submits_in_its_session() -> None:
+    """Also without the fixture: the worker runs the job of a commit, and no other one exists."""
+    plugin, engine = create(), create_engine("sqlite://")
+
+    @post("/kept")
+    async def kept() -> None:
+        with Session(engine) as session:
+            await plugin.jobs.submit("mail.send", "ada", connection=session)
+            session.commit()
+
+    @post("/dropped")
+    async def dropped() -> None:
+        with Session(engine) as session:
+            await plugin.jobs.submit("mail.send", "eve", connection=session)
+
+    app = Litestar([kept, dropped], plugins=[plugin], logging_config=None)
+    with TestClient(app) as client:
+        statuses = [client.post(path).status_code for path in ("/dropped", "/kept")]
+        _ = run_pending(plugin)
+        jobs = submitted(plugin)
     engine.dispose()
+
+    assert statuses == [201, 201]
+    assert [(job.payload, job.state) for job in jobs] == [("ada", "completed")]
+    assert sent == ["ada"]
+
+
+def test_another_object_is_no_connection() -> None:
+    """The error names what can report its commit."""
+    with pytest.raises(TransactionError, match=r"a connection of asyncpg, not builtins\.object"):
+        asyncio.run(_created(create().jobs.submit("mail.send", "ada", connection=object())))
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ def wire_jobs(
     check. ``home`` is the event loop of the services. Raises :class:`ConfigurationError`.
     """
     codec = MsgspecCodec()
-    ledger, memory = _ledger(settings, database, redis, clock)
+    ledger, memory = _ledger(settings, database, redis, clock, home)
     receivers = WebhookCircuitMetrics(metrics.registry)
     retention = Retention(finished=settings.job.retention, failed=settings.job.retention_failed)
     built_in = built_in_tasks(
@@ -474,10 +474,12 @@ def _ledger(
     database: "PostgresDatabase | None",
     redis: "RedisClient | None",
     clock: Clock,
+    home: HomeLoop | None = None,
 ) -> tuple[JobLedger, MemoryJobLedger | None]:
     """Return the ledger, and the same again if it is in memory."""
     if database is None:
-        memory = MemoryJobLedger(clock, max_unfinished=settings.job.memory_max_jobs)
+        most = settings.job.memory_max_jobs
+        memory = MemoryJobLedger(clock, max_unfinished=most, home=home)
         return memory, memory
     from viralfx.bootstrap.postgres import job_ledger  # noqa: PLC0415 - without a driver in memory
 

@@ -11,9 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator,
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
-from weakref import WeakKeyDictionary
 
 import msgspec
 
@@ -70,9 +68,15 @@ class Jobs(list[SubmittedJob]):
 
 
 class _AwaitableJobs(Jobs):
+    """Jobs that are read again when they are awaited, after late reports of commits."""
+
+    def __init__(self, jobs: Jobs, read_again: Callable[[], Awaitable[Jobs]]) -> None:
+        super().__init__(jobs)
+        self._read_again = read_again
+
     def __await__(self) -> Generator[Any, None, Jobs]:
+        self[:] = yield from self._read_again().__await__()
         return self
-        yield
 
 
 def submitted(plugin: OperationsLayer, task: AnyTask | None = None) -> Jobs:
@@ -87,13 +91,19 @@ def submitted(plugin: OperationsLayer, task: AnyTask | None = None) -> Jobs:
     async def page() -> Sequence[Job]:
         return memory.submitted()
 
-    loop = plugin.loop
-    if loop is None or loop is _running_loop():
-        jobs = _at_once(page())
-    else:
-        jobs = asyncio.run_coroutine_threadsafe(page(), loop).result()
-    found = _views(runtime, [job for job in jobs if name in (None, job.task)])
-    return found if _running_loop() is None else _AwaitableJobs(found)
+    def read() -> Jobs:
+        loop = plugin.loop
+        if loop is None or loop is _running_loop():
+            jobs = _at_once(page())
+        else:
+            jobs = asyncio.run_coroutine_threadsafe(page(), loop).result()
+        return _views(runtime, [job for job in jobs if name in (None, job.task)])
+
+    async def read_again() -> Jobs:
+        await memory.transactions.settle()
+        return read()
+
+    return read() if _running_loop() is None else _AwaitableJobs(read(), read_again)
 
 
 def assert_submitted(
@@ -263,106 +273,13 @@ class _Lent:
     ) -> bool:
         """Do as :meth:`JobLedger.settle_with_effect`, with this connection for the effect."""
         memory, connection = self._memory, self._connection
-        others = memory.transaction_of
 
         async def with_connection(transaction: MemoryTransaction) -> bytes:
-            memory.transaction_of = lambda given: (
-                transaction if given is connection else others(given)
-            )
-            async with connection.transaction():
-                return await effect(connection)
+            with memory.transactions.lend(connection, transaction):
+                async with connection.transaction():
+                    return await effect(connection)
 
-        try:
-            return await memory.settle_with_effect(claim, with_connection, *arguments)
-        finally:
-            memory.transaction_of = others
-
-
-class _SqlAlchemy:
-    """Keeps jobs that are submitted in transactions of SQLAlchemy until these commit."""
-
-    def __init__(self, store: Callable[[MemoryTransaction], None]) -> None:
-        self._store = store
-        self._watched: WeakKeyDictionary[Any, _Watched] = WeakKeyDictionary()
-
-    def transaction_of(self, given: Any) -> MemoryTransaction | None:
-        """Return the jobs of a session or connection; None for any other object."""
-        if not any(kind.__module__.startswith("sqlalchemy.") for kind in type(given).__mro__):
-            return None
-        # Loaded already, since this is one of its objects.
-        from sqlalchemy import Connection, event  # noqa: PLC0415
-        from sqlalchemy.orm import Session  # noqa: PLC0415
-
-        if callable(given) and hasattr(given, "registry"):
-            given = given()
-        target = getattr(given, "sync_session", None) or getattr(given, "sync_connection", given)
-        if not isinstance(target, Session | Connection):
-            return None
-        if not target.in_transaction():
-            target.begin()
-        if (watched := self._watched.get(target)) is None:
-            watched = self._watched[target] = _Watched(self._store)
-            of_session = isinstance(target, Session)
-            listen_to = watched.listen_to_session if of_session else watched.listen_to_connection
-            listen_to(partial(event.listen, target))
-        return watched.transaction
-
-
-class _Watched:
-    """The jobs of the open transaction of a session or connection, and of its savepoints."""
-
-    def __init__(self, store: Callable[[MemoryTransaction], None]) -> None:
-        self._store = store
-        self.transaction = MemoryTransaction()
-
-    # Each remembers how many jobs there were when a savepoint began: none, if it began before the
-    # first job and so before these functions were called.
-
-    def listen_to_session(self, listen: Callable[[str, Any], object]) -> None:
-        marks: dict[Any, int] = {}
-
-        def began(_session: Any, transaction: Any) -> None:
-            marks[transaction] = len(self.transaction.accepted)
-
-        def rolled_back(_session: Any, transaction: Any) -> None:
-            self._roll_back(marks.get(transaction, 0))
-
-        def ended(_session: Any, transaction: Any) -> None:
-            if transaction.parent is None:
-                self._roll_back(0)
-                marks.clear()
-
-        def committed(session: Any) -> None:
-            if not session.in_nested_transaction():  # the end of a savepoint is no commit
-                self._commit()
-
-        listen("after_transaction_create", began)
-        listen("after_soft_rollback", rolled_back)
-        listen("after_transaction_end", ended)
-        listen("after_commit", committed)
-
-    def listen_to_connection(self, listen: Callable[[str, Any], object]) -> None:
-        marks: list[int] = []
-
-        def end(*_: Any) -> int:
-            return marks.pop() if marks else 0
-
-        def rolled_back(_: Any) -> None:
-            self._roll_back(0)
-            marks.clear()
-
-        listen("savepoint", lambda *_: marks.append(len(self.transaction.accepted)))
-        listen("release_savepoint", end)
-        listen("rollback_savepoint", lambda *_: self._roll_back(end()))
-        listen("rollback", rolled_back)
-        listen("commit", lambda _: self._commit())
-
-    def _roll_back(self, to: int) -> None:
-        del self.transaction.accepted[to:]
-
-    def _commit(self) -> None:
-        transaction, self.transaction = self.transaction, MemoryTransaction()
-        self._store(transaction)
+        return await memory.settle_with_effect(claim, with_connection, *arguments)
 
 
 def _memory_of(runtime: JobRuntime) -> MemoryJobLedger:
@@ -454,33 +371,15 @@ def _hold() -> Iterator[Callable[[OperationsLayer], JobsOfTest]]:
     """Return a function that gives a test the jobs of a plugin, from an empty ledger on.
 
     They run in ``run_pending`` only, also while the application is started, until the test ends.
-    Call it before the application starts. Jobs that are submitted in a transaction of SQLAlchemy
-    (``connection=``) are there once it commits.
+    Call it before the application starts.
     """
     held: list[OperationsLayer] = []
-
-    def watch(plugin: OperationsLayer) -> None:
-        memory = _memory_of(_runtime(plugin))
-
-        def store(transaction: MemoryTransaction) -> None:
-            async def commit() -> None:
-                memory.commit(transaction)
-
-            mine, loop = _running_loop(), plugin.loop
-            if loop is not None and loop is not mine:
-                asyncio.run_coroutine_threadsafe(commit(), loop).result()
-            elif mine is None:
-                asyncio.run(commit())
-            else:
-                memory.commit(transaction)
-
-        memory.transaction_of = _SqlAlchemy(store).transaction_of
 
     def hold(plugin: OperationsLayer) -> JobsOfTest:
         _runtime(plugin)
         if plugin.loop is not None:
             raise RuntimeError("viralfx_jobs: pass the plugin before its application starts")
-        plugin.rewire(run_jobs=False, on_wired=lambda: watch(plugin))
+        plugin.rewire(run_jobs=False)
         held.append(plugin)
         return JobsOfTest(plugin)
 

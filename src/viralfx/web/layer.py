@@ -150,7 +150,6 @@ class OperationsLayer:
         "_access_log_is_set",
         "_config",
         "_facts",
-        "_on_wired",
         "_refused",
         "_run_jobs",
         "_siblings",
@@ -190,7 +189,6 @@ class OperationsLayer:
         self._siblings = SiblingProcesses()
         self._facts = FactsInMessages.from_settings(self.settings)
         self._access_log_is_set = config.settings is not None or self._environment_sets_access_log()
-        self._on_wired: Callable[[], None] = lambda: None
         self.loop: asyncio.AbstractEventLoop | None = None
         """The event loop of the application's lifespan; None while it does not run."""
         self._wire()
@@ -244,19 +242,17 @@ class OperationsLayer:
         )
         if not self._run_jobs:
             self.assembly.jobs.disable_worker()
-        self._on_wired()
         self._connect()
 
     def _connect(self) -> None:
         """Connect the application to services that were wired just now."""
 
-    def rewire(self, *, run_jobs: bool = True, on_wired: Callable[[], None] = lambda: None) -> None:
+    def rewire(self, *, run_jobs: bool = True) -> None:
         """Start anew with an empty memory, for a test; the application must not be started.
 
-        Without ``run_jobs`` this process runs no jobs by itself. ``on_wired`` is called now, and
-        when the application is started again.
+        Without ``run_jobs`` this process runs no jobs by itself.
         """
-        self._run_jobs, self._on_wired = run_jobs, on_wired
+        self._run_jobs = run_jobs
         self._wire()
 
     @property

@@ -3,10 +3,10 @@
 from viralfx.adapters.memory.cache import MemoryCacheStore
 from viralfx.adapters.memory.fleet import MemoryFleetStore
 from viralfx.adapters.memory.health import MemoryDatabase, MemoryRedis
-from viralfx.adapters.memory.job_changes import MemoryTransaction
 from viralfx.adapters.memory.ledger import MemoryJobLedger
 from viralfx.adapters.memory.notifier import MemoryNotifier
 from viralfx.adapters.memory.state import FileStateStore, MemoryStateStore
+from viralfx.adapters.memory.transactions import MemoryTransaction
 
 __all__ = [
     "FileStateStore",

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 from viralfx.adapters.memory.job_index import JobIndex, UniqueJobs
+from viralfx.adapters.memory.transactions import ForeignTransactions, MemoryTransaction
 from viralfx.domain.clock import Clock
 from viralfx.domain.jobs.batching import Allowance
 from viralfx.domain.jobs.ledger import (
@@ -19,7 +20,6 @@ from viralfx.domain.jobs.ledger import (
     Check,
     Found,
     ProgressReport,
-    TransactionError,
     WatchedTransaction,
 )
 from viralfx.domain.jobs.model import (
@@ -38,6 +38,7 @@ from viralfx.domain.jobs.model import (
     LedgerFullError,
     LedgerUnavailableError,
 )
+from viralfx.domain.loops import HomeLoop
 
 MAX_EXAMINED_JOBS = 1000
 """Jobs that a search examines in one call."""
@@ -45,42 +46,17 @@ MAX_STEP_JOBS = 1000
 """Jobs that one step of a bulk change examines."""
 
 
-class MemoryTransaction:
-    """The jobs that a transaction accepts; the ledger stores them if it commits.
-
-    It is also the ``context.connection`` of a transactional task, whose methods it does not have.
-    """
-
-    def __init__(self) -> None:
-        self.accepted: list[tuple[JobDraft, Job]] = []
-        self.after_commit: list[Callable[[], None]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        """Say why there is no such method."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise TransactionError(
-            "transactional=True needs DATABASE_URL: the jobs are in memory, so context.connection"
-            f" has no {name!r}"
-        )
-
-    def find(self, draft: JobDraft) -> Job | None:
-        """Return the job that this transaction accepted for the key of a draft, or a duplicate."""
-        if draft.key is None and draft.unique_key is None:
-            return None
-        for other, job in self.accepted:
-            if (draft.key is not None and draft.key == other.key) or (
-                draft.unique_key is not None and draft.unique_key == other.unique_key
-            ):
-                return job
-        return None
-
-
 class JobChanges:
     """The jobs of a ledger in memory: how they are accepted, found, and changed by id or filter."""
 
     def __init__(
-        self, clock: Clock, *, max_unfinished: int, max_finished: int, max_bytes: int
+        self,
+        clock: Clock,
+        *,
+        max_unfinished: int,
+        max_finished: int,
+        max_bytes: int,
+        home: HomeLoop | None,
     ) -> None:
         """Keep no jobs yet; see :class:`MemoryJobLedger` for the limits."""
         self._clock = clock
@@ -100,8 +76,8 @@ class JobChanges:
         self._refused: defaultdict[str, set[str]] = defaultdict(set)
         """Workers that could not decode the payload of a job, by job id."""
         self._closed = False
-        self.transaction_of: Callable[[Any], MemoryTransaction | None] = lambda _: None
-        """Returns the transaction of a connection that a test watches."""
+        self._home = home or HomeLoop()
+        self.transactions = ForeignTransactions(self._home, self._store)
 
     def close(self) -> None:
         """Accept no more jobs: the process stops and would lose them."""
@@ -136,18 +112,26 @@ class JobChanges:
         check: Check | None = None,
         on_commit: Callable[[Sequence[Accepted]], None],
     ) -> Sequence[Accepted]:
-        """Accept in the transaction of an effect.
+        """Accept in the transaction of an effect, of SQLAlchemy or of asyncpg.
 
-        Raises :class:`TransactionError` for a connection, unless ``transaction_of`` knows it.
+        The job exists once that transaction has committed.
         """
         wrapped = isinstance(connection, WatchedTransaction | BlockingConnection)
         given = connection.connection if wrapped else connection
-        transaction = given if isinstance(given, MemoryTransaction) else self.transaction_of(given)
-        if transaction is None:
-            raise TransactionError(
-                "the jobs are in memory, apart from the transactions of a database; set"
-                " DATABASE_URL, or submit the job without connection="
-            )
+        transaction = await self.transactions.find(given)
+        store = partial(self._accept_in, transaction, drafts, check=check, on_commit=on_commit)
+        if isinstance(connection, BlockingConnection):
+            return self._home.call(store)
+        return await self._home.run(store)
+
+    async def _accept_in(
+        self,
+        transaction: MemoryTransaction,
+        drafts: Sequence[JobDraft],
+        *,
+        check: Check | None,
+        on_commit: Callable[[Sequence[Accepted]], None],
+    ) -> Sequence[Accepted]:
         self._require_open()
         began, accepted = len(transaction.accepted), []
         for draft in drafts:
@@ -168,13 +152,22 @@ class JobChanges:
         return accepted
 
     def commit(self, transaction: MemoryTransaction) -> None:
-        """Store the jobs of a transaction. Raises as :meth:`accept` does."""
+        """Store the jobs of a transaction of the ledger. Raises as :meth:`accept` does."""
         self._make_space([draft for draft, _ in transaction.accepted])
+        self._store(transaction)
+
+    def _store(self, transaction: MemoryTransaction) -> None:
+        """Store the jobs of a transaction, also beyond the limits: a database has committed it."""
         for draft, job in transaction.accepted:
             if self._known(draft) is None:
                 self._insert(draft, job)
         for call in transaction.after_commit:
             call()
+
+    async def _settle_transactions(self) -> None:
+        """Store the jobs of each transaction that has committed, however late it is reported."""
+        if self.transactions.ending or self.transactions.of_asyncpg:
+            await self.transactions.settle()
 
     def _require_open(self) -> None:
         if self._closed:
@@ -218,19 +211,23 @@ class JobChanges:
 
     async def get(self, job_id: str) -> Job | None:
         """Return a job."""
+        await self._settle_transactions()
         return self._jobs.get(job_id)
 
     async def page(self, wanted: JobFilter = ANY_JOB) -> Sequence[Job]:
         """Return jobs by descending id; the cost depends on the size of the page alone."""
+        await self._settle_transactions()
         ids = self._index.newest(wanted.queue, wanted.state, wanted.before)
         return [_listed(self._jobs[job_id]) for job_id in islice(ids, wanted.most)]
 
     async def find(self, correlation_id: str, wanted: JobFilter = ANY_JOB) -> Found:
         """Search the jobs of a correlation id; examines :data:`MAX_EXAMINED_JOBS` per call."""
+        await self._settle_transactions()
         return self._search(self._index.correlated(correlation_id, wanted.before), wanted)
 
     async def search(self, wanted: JobFilter) -> Found:
         """Search jobs by any fields; examines :data:`MAX_EXAMINED_JOBS` per call."""
+        await self._settle_transactions()
         return self._search(self._index.newest(wanted.queue, wanted.state, wanted.before), wanted)
 
     def _search(self, ids: Iterable[str], wanted: JobFilter) -> Found:
@@ -257,11 +254,13 @@ class JobChanges:
 
     async def run(self, job_id: str) -> Job:
         """Make a waiting job due now."""
+        await self._settle_transactions()
         job = self._in_state(job_id, "run now", JobState.WAITING)
         return self._wait(job, run_at=min(job.run_at, self._clock.now()))
 
     async def cancel(self, job_id: str, *, running: bool = False) -> Job:
         """Cancel a waiting job, or request the cancellation of an active one."""
+        await self._settle_transactions()
         states = (JobState.WAITING, *[JobState.ACTIVE] * running)
         return self._cancel(self._in_state(job_id, "cancelled", *states))
 

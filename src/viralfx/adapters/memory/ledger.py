@@ -8,8 +8,9 @@ from datetime import datetime, timedelta
 from itertools import islice, takewhile
 from typing import Any
 
-from viralfx.adapters.memory.job_changes import JobChanges, MemoryTransaction
+from viralfx.adapters.memory.job_changes import JobChanges
 from viralfx.adapters.memory.job_index import Schedules, TaskLimits
+from viralfx.adapters.memory.transactions import MemoryTransaction
 from viralfx.domain.clock import Clock
 from viralfx.domain.jobs.codec import ResultError, is_json
 from viralfx.domain.jobs.ledger import (
@@ -37,6 +38,7 @@ from viralfx.domain.jobs.model import (
     crash_message,
     unknown_message,
 )
+from viralfx.domain.loops import HomeLoop
 
 MAX_BYTES = 64 * 2**20
 """Limit for the payloads, results and past errors of all jobs together."""
@@ -83,12 +85,14 @@ class MemoryJobLedger(JobChanges):
         max_unfinished: int = 10_000,
         max_finished: int = 10_000,
         max_bytes: int = MAX_BYTES,
+        home: HomeLoop | None = None,
     ) -> None:
         """Set the limits; without them the ledger would grow until the process is killed.
 
         The ledger refuses new jobs beyond ``max_unfinished`` waiting and active jobs. It drops the
         oldest final jobs beyond ``max_finished``, and to keep payloads and results within
-        ``max_bytes``; if that is not enough, it refuses new jobs.
+        ``max_bytes``; if that is not enough, it refuses new jobs. ``home`` is the event loop of
+        its callers.
         """
         self._movable = _MovableClock(clock)
         super().__init__(
@@ -96,6 +100,7 @@ class MemoryJobLedger(JobChanges):
             max_unfinished=max_unfinished,
             max_finished=max_finished,
             max_bytes=max_bytes,
+            home=home,
         )
         self._workers: dict[str, _Worker] = {}
         self._limits = TaskLimits(self._index, clock)
@@ -120,6 +125,7 @@ class MemoryJobLedger(JobChanges):
 
     def submitted(self) -> list[Job]:
         """Return the jobs that no schedule submitted, by ascending id, for a test."""
+        self.transactions.resolve()
         return [self._jobs[job_id] for job_id in sorted(self._jobs.keys() - self._scheduled)]
 
     def _delete(self, job: Job) -> None:
@@ -387,6 +393,7 @@ class MemoryJobLedger(JobChanges):
 
     async def counts(self) -> Mapping[str, QueueCounts]:
         """Return the counts of each queue."""
+        await self._settle_transactions()
         living = self._living().values()
         consumers = Counter(queue for worker in living for queue in worker.queues)
         blocked = Counter(queue for w in living if not w.eligible for queue in w.queues)

@@ -179,9 +179,10 @@ class JobService(ScheduledTasks):
         that of the job; None: the task's. ``max_attempts`` replaces the attempts that the
         :class:`BackoffPolicy` of the task allows, and limits those of another policy.
 
-        ``connection`` is in a transaction of the ledger's database: one of asyncpg, or a session or
-        connection of SQLAlchemy, whose transaction begins if it has not. The job exists if and only
-        if that transaction commits. The call runs on the event loop of the connection.
+        ``connection`` is in a transaction of the ledger's database, or of any database if the jobs
+        are in memory: one of asyncpg, or a session or connection of SQLAlchemy, whose transaction
+        begins if it has not. The job exists if and only if that transaction commits. The call runs
+        on the event loop of the connection.
 
         Raises :class:`UnknownTaskError`, :class:`UnknownQueueError`, :class:`PayloadError` and, if
         the key belongs to a different job, :class:`KeyConflictError`. A payload over the limit
