@@ -246,6 +246,10 @@ release *arguments:
 check-packaging *arguments:
     {{bin}}/python -m tests.deploy.check_packaging {{arguments}}
 
+# the suites that meet other projects, against their newest releases, in .venv-newest; --record publishes
+newest *arguments:
+    {{bin}}/python -m tests.deploy.newest {{arguments}}
+
 # the commands of docs/tutorial.md from an empty folder, with their times; --record publishes them
 tutorial *arguments:
     {{bin}}/python -m tests.deploy.tutorial {{arguments}}
