@@ -57,8 +57,8 @@ with needed_by("viralfx.taskiq"):
         ThreadForEachCall,
         current_delivery,
         options_of,
+        registers_tasks,
         schedule_key,
-        tells_of_tasks,
         timeout_of,
     )
     from viralfx.adapters.taskiq.messages import (
@@ -389,7 +389,7 @@ class LedgerBroker(AsyncBroker, TaskHost):
         now = datetime.now(UTC)
         options = options_of(message.labels)
         task = self.find_task(message.task_name)
-        if not tells_of_tasks():
+        if not registers_tasks():
             self.declared_tasks()
         declared = self._declared.get(message.task_name)
         default = DEFAULT_QUEUE if declared is None else declared.queue

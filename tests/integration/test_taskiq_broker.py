@@ -53,7 +53,7 @@ from tests.servers.postgres import Database
 from tests.servers.waiting import until
 
 from viralfx import Discard, OperationsConfig, OperationsPlugin, Snooze, bind_user_id
-from viralfx.adapters.taskiq.broker import _Trial, tells_of_tasks
+from viralfx.adapters.taskiq.broker import _Trial, registers_tasks
 from viralfx.adapters.taskiq.messages import MessageError
 from viralfx.adapters.taskiq.retry import DEFAULT_ATTEMPTS, attempts_of
 from viralfx.domain.correlation import (
@@ -159,7 +159,7 @@ async def test_a_task_runs_and_its_result_comes_back(
     assert (job.id, job.state, job.result) == (sent.task_id, JobState.COMPLETED, b"2")
 
 
-async def test_a_task_that_taskiq_does_not_tell_of_runs(
+async def test_a_task_that_taskiq_does_not_register_runs(
     broker: LedgerBroker,
     running: Running,
     monkeypatch: pytest.MonkeyPatch,
@@ -168,7 +168,7 @@ async def test_a_task_that_taskiq_does_not_tell_of_runs(
     """A release may have another name for the private method; one warning says so."""
     for each in (LedgerBroker, _Trial):
         monkeypatch.delattr(each, "_register_task")
-    tells_of_tasks.cache_clear()
+    registers_tasks.cache_clear()
     try:
 
         @broker.task(queue="notifications")
@@ -178,7 +178,7 @@ async def test_a_task_that_taskiq_does_not_tell_of_runs(
         async with running(broker):
             results = [await result_of(await add_one.kiq(each)) for each in (1, 2)]
     finally:
-        tells_of_tasks.cache_clear()
+        registers_tasks.cache_clear()
 
     assert [each.return_value for each in results] == [2, 3]
     warned = [each for each in caplog.records if "lacks" in each.message]

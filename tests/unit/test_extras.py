@@ -1,4 +1,4 @@
-"""The line about a missing extra: what asks for it, and from where pip adds it."""
+"""The line about a missing extra: its variable, and the source from which pip adds it."""
 
 import json
 from pathlib import Path

@@ -40,8 +40,8 @@ _HELD = {"serve": frozenset({"litestar"}), "postgres": frozenset({"migrate"})}
 
 
 SOURCE = "./viralfx-{version}-py3-none-any.whl"
-"""What pip installs: the wheel of a release, because no package index has the distribution. Another
-owner of its name there could run code as root.
+"""The argument of pip: the wheel of a release, because no package index has the distribution.
+Another owner of its name there could run code as root.
 
 ``viralfx`` on the day that an index has it. README, documents and units follow: `just source`.
 """

@@ -111,7 +111,7 @@ def find_application(
 def bare_application(settings: Settings) -> tuple[ASGIApp, OperationsLayer]:
     """Return the operations layer around no application, which answers every other path with 404.
 
-    It is what an environment without Litestar has of the service's own application.
+    An environment without Litestar has it in place of the service's own application.
     """
     layer = OperationsMiddleware(_no_application, OperationsConfig(settings=settings))
     return layer, layer

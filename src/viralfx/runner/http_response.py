@@ -4,7 +4,7 @@ An ordinary response has a ``Content-Length`` and a body in one message. Its hea
 prepared parts, because uvicorn's code costs a twentieth of a whole request. uvicorn writes all
 other responses and invalid ones, so that their bytes and errors stay the same.
 
-:func:`exchange` is the self-test of all that is used of uvicorn for a connection.
+:func:`serve_trial` is the self-test of all that is used of uvicorn for a connection.
 """
 
 import asyncio
@@ -184,7 +184,7 @@ def _probe(_method: str, _query: bytes, _headers: Any) -> RawResponse:
 
 
 PROBES = {b"/probe": _probe}
-"""The endpoints of the connection under :func:`exchange`."""
+"""The endpoints of the connection under :func:`serve_trial`."""
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
@@ -203,7 +203,7 @@ _HANDSHAKE = (
     b"GET /socket HTTP/1.1\r\nhost: a\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
     b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 )
-_EXCHANGES = (
+_STEPS = (
     ("a probe", b"GET /probe HTTP/1.1\r\nhost: a\r\n\r\n", b"\r\n\r\nprobe"),
     (
         "a request",
@@ -213,12 +213,12 @@ _EXCHANGES = (
     ("a handshake of a WebSocket", _HANDSHAKE, b"HTTP/1.1 101 "),
     ("a message of a WebSocket", b"\x81\x84\0\0\0\0text", b"\x81\x04text"),
 )
-"""What a client sends, and a part of what it gets."""
+"""Name, bytes of a client, and a part of the response."""
 _TURNS = 100
 """Turns of the event loop in which an answer comes; it takes about five."""
 
 
-async def exchange(kind: type[Any], config: object, state: object) -> None:
+async def serve_trial(kind: type[Any], config: object, state: object) -> None:
     """Let a connection of a class serve a probe, a request and, with a library, a WebSocket.
 
     Raises the error of the missing part, or ``RuntimeError`` if there is no answer without one.
@@ -241,7 +241,7 @@ async def exchange(kind: type[Any], config: object, state: object) -> None:
     log = logging.getLogger("uvicorn.error")
     log.addFilter(keep)
     try:
-        await _exchange(Observed(config, state, {}, asyncio.get_running_loop()))
+        await _serve_steps(Observed(config, state, {}, asyncio.get_running_loop()))
     except RuntimeError:
         if errors:
             raise errors[0] from None
@@ -250,12 +250,12 @@ async def exchange(kind: type[Any], config: object, state: object) -> None:
         log.removeFilter(keep)
 
 
-async def _exchange(protocol: Any) -> None:
+async def _serve_steps(protocol: Any) -> None:
     wire = _Wire()
     wire.protocol = protocol
     protocol.connection_made(wire)
     with_sockets = protocol.websocket_class is not None
-    for what, request, answer in _EXCHANGES if with_sockets else _EXCHANGES[:2]:
+    for what, request, answer in _STEPS if with_sockets else _STEPS[:2]:
         wire.written = b""
         wire.protocol.data_received(request)
         for _ in range(_TURNS):

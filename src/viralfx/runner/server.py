@@ -36,7 +36,7 @@ try:
 
     from viralfx.runner.http_connection import FIRST_REQUEST_SECONDS
     from viralfx.runner.http_protocol import HttpProtocol, protocol_class
-    from viralfx.runner.http_response import PROBES, echo, exchange
+    from viralfx.runner.http_response import PROBES, echo, serve_trial
     from viralfx.runner.websocket import WebSocketLimits
 except ImportError as _error:
     _lacking = str(_error)
@@ -418,10 +418,10 @@ class UvicornServer(_Listening):
         await _until(lambda: not self._is_serving() or self._listener.fileno() < 0)
 
     async def settle(self) -> None:
-        """Return: uvicorn does not tell of requests on their way."""
+        """Return: uvicorn does not show requests on their way."""
 
     def reject_unfinished(self) -> None:
-        """Do nothing: uvicorn does not tell of unfinished requests."""
+        """Do nothing: uvicorn does not show unfinished requests."""
 
     def is_answering(self) -> bool:
         """Return True while uvicorn waits for its clients."""
@@ -463,10 +463,10 @@ def http_server(gate: Gate, listener: socket.socket, *, lacking: str, **options:
 
 
 def lacking_parts() -> str:
-    """Return what uvicorn lacks of the private parts that :class:`HttpServer` uses; empty: nothing.
+    """Return the missing private parts of uvicorn that :class:`HttpServer` uses; empty: none.
 
     It is a self-test without a socket: a connection of the own protocol serves a probe, a request
-    and a WebSocket. Call it once, while no event loop runs: what it finds is one warning.
+    and a WebSocket. Call it once, while no event loop runs: its finding is one warning.
     """
     if lacking := _lacking or _test_protocol():
         _logger.warning(
@@ -477,10 +477,10 @@ def lacking_parts() -> str:
 
 
 def _test_protocol() -> str:
-    """Return the error of the first exchange that fails; empty if there is none."""
+    """Return the error of the self-test; empty if there is none."""
     loop = asyncio.new_event_loop()
     try:
-        loop.run_until_complete(_exchange())
+        loop.run_until_complete(_try_protocol())
     except Exception as error:  # noqa: BLE001 - a part may be missing in any way
         return f"{type(error).__name__}: {error}"
     finally:
@@ -488,9 +488,9 @@ def _test_protocol() -> str:
     return ""
 
 
-async def _exchange() -> None:
+async def _try_protocol() -> None:
     connections, requests = Connections(HttpLimits()), InFlightRequests()
     config = _configured(echo, connections.limits, http="httptools", websockets=True)
     config.load()
     kind = protocol_class(connections, requests, PROBES, config.ws_protocol_class, echo)
-    await exchange(kind, config, ServerState())
+    await serve_trial(kind, config, ServerState())

@@ -287,7 +287,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def needs(self) -> Iterator[tuple[str, str]]:
-        """What needs an extra of the distribution: the variables that are set, and that extra."""
+        """The variables that are set and need an extra of the distribution, and that extra."""
         database = _named("DATABASE_URL", self.database_url)
         if self.database_url is not None:
             yield is_set(database), "postgres"

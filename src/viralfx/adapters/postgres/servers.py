@@ -68,7 +68,7 @@ _OF_CANCEL = frozenset({"loop", "addr", "params", "backend_pid", "backend_secret
 
 
 def _lacking_parts() -> Iterator[tuple[str, str]]:
-    """Yield what asyncpg lacks of the private parts that this adapter uses, and what that does."""
+    """Yield each private part that this adapter uses and asyncpg lacks, with the lost ability."""
     names = [name for name in ("_addr", "_params", "_protocol") if name not in dir(Connection)]
     send: Any = getattr(connect_utils, "_cancel", None)
     if names or send is None or not signature(send).parameters.keys() >= _OF_CANCEL:
@@ -85,7 +85,7 @@ CANCELS, TRANSACTIONS = "cancel the statement of a closed connection", "see BEGI
 
 @lru_cache(maxsize=1)
 def missing_abilities() -> frozenset[str]:
-    """Return what asyncpg does not let this adapter do; the first call logs one warning about it.
+    """Return the abilities that asyncpg does not offer; the first call logs one warning.
 
     A statement of a closed connection then ends when the server finds out, within a second from
     Postgres 14. Transactions take one more round trip.

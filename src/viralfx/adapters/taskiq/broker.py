@@ -106,11 +106,11 @@ def schedule_key(
 
 
 class _Trial(AsyncBroker):
-    """A broker that notes the tasks that taskiq tells it of."""
+    """A broker that records the tasks that taskiq registers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[str] = []
+        self.registered: list[str] = []
 
     async def kick(self, message: BrokerMessage) -> None:
         """Send nothing."""
@@ -119,19 +119,19 @@ class _Trial(AsyncBroker):
         yield b""
 
     def _register_task(self, task_name: str, _task: object) -> None:
-        self.told.append(task_name)
+        self.registered.append(task_name)
 
 
 @lru_cache(maxsize=1)
-def tells_of_tasks() -> bool:
-    """Return True if taskiq tells a broker of each task; the first False logs one warning.
+def registers_tasks() -> bool:
+    """Return True if taskiq calls a broker for each task; the first False logs one warning.
 
     Without it a broker finds its tasks when it starts and when it sends a message.
     """
     trial = _Trial()
     with suppress(Exception):
         trial.register_task(_Trial.kick, "trial")
-    if trial.told == ["trial"]:
+    if trial.registered == ["trial"]:
         return True
     lacking = {"lacking": "AsyncBroker._register_task"}
     _logger.warning("taskiq lacks a part of LedgerBroker: it looks for tasks itself", extra=lacking)

@@ -350,7 +350,7 @@ async def _one_message() -> AsyncGenerator[bytes, None]:
 
 
 async def _receiver_problem(broker: Any) -> str:
-    """Return what taskiq lacks to receive notifications, by a self-test; empty: nothing."""
+    """Return the problem of taskiq's receiver, by a self-test; empty: none."""
     loop = asyncio.get_running_loop()
     received: asyncio.Future[None] = loop.create_future()
 
