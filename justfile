@@ -264,6 +264,10 @@ configuration:
     { sed "/^|/,\$d" docs/configuration.md; env -i {{bin}}/viralfx env --markdown; } > docs/configuration.new
     mv docs/configuration.new docs/configuration.md
 
+# write into the documents where pip takes the package from, after a change of SOURCE or of the version
+source:
+    {{bin}}/python -m tests.deploy.source
+
 # renew the description of the public names
 api:
     {{bin}}/python -m tests.architecture.public_api > tests/architecture/public_api.txt

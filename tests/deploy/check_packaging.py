@@ -294,7 +294,7 @@ def _without_rights() -> tuple[str, ...]:
 
 def stranger(report: Report) -> None:
     """Run the commands of the tutorial in an empty folder; `just tutorial` records each."""
-    steps = tutorial.from_nothing(report.folder / "tutorial", report.wheel)
+    steps = tutorial.run(report.folder / "tutorial", report.wheel)
     missed = [target for target in tutorial.targets(steps) if not target.met]
     report.add([f"{each.what}: {each.measured:g}" for each in missed], "the tutorial")
     report.targets += tutorial.targets(steps)

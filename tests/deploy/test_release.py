@@ -219,13 +219,15 @@ def test_the_wheel_alone_is_a_library(alone: Path) -> None:
     assert used.stdout.startswith(str(alone))
 
 
-def test_the_wheel_alone_names_the_extra_of_a_command(alone: Path) -> None:
-    """In one line that can be pasted into a shell, with exit code 2."""
+def test_the_wheel_alone_names_the_extra_of_a_command(
+    alone: Path, built: tuple[Path, Path]
+) -> None:
+    """In one line that can be pasted into a shell, with exit code 2: pip takes the same wheel."""
     ended = ran(alone, "viralfx", "serve")
 
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == (
-        "viralfx: viralfx serve needs viralfx[serve]: pip install 'viralfx[serve]'\n"
+        f"viralfx: viralfx serve needs viralfx[serve]: pip install '{built[0]}[serve]'\n"
     )
 
 

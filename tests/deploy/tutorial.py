@@ -1,12 +1,13 @@
 """Runs the commands of docs/tutorial.md as they are written there, and prints their times.
 
-``just tutorial`` starts in an empty folder with the wheel of this checkout, so it needs a package
-index.
+They start in a folder that holds the wheel of this checkout alone. ``just tutorial`` takes the
+other packages from an index; the test takes them from this environment.
 """
 
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,9 +22,6 @@ from tests.servers.ports import free_port
 
 MAX_SECONDS = 180.0
 MAX_COMMANDS = 12
-INSTALLS = 2
-"""The first commands, which make the environment."""
-
 _MARK = "-- command"
 _TIMED = re.compile(rf"^{_MARK} (\d+) at ([\d.]+) after (\d+)$", re.MULTILINE)
 
@@ -54,11 +52,14 @@ def module() -> str:
     return str(shown)
 
 
-def run(folder: Path, typed: Sequence[str], **variables: str) -> list[Step]:
-    """Save the module, and run commands in one shell in a folder, against a free port.
+def run(folder: Path, wheel: Path, **variables: str) -> list[Step]:
+    """Run all commands in one shell, in a new folder with the wheel and the module, as a stranger.
 
-    Raises ``AssertionError`` if the shell ends early.
+    The service listens on a free port. Raises ``AssertionError`` if the shell ends early.
     """
+    folder.mkdir()
+    shutil.copy(wheel, folder)
+    typed = commands()
     (folder / "greet.py").write_text(module(), encoding="utf-8")
     port = str(free_port())
     mark = f'printf "\\n{_MARK} %s at %s after %s\\n"'
@@ -95,12 +96,6 @@ def _indexes() -> Mapping[str, str]:
     return {"PIP_CONFIG_FILE": found, **mine} if found else mine
 
 
-def from_nothing(folder: Path, wheel: Path) -> list[Step]:
-    """Run all commands in an empty folder, where pip finds a wheel, as a stranger does."""
-    folder.mkdir()
-    return run(folder, commands(), PIP_FIND_LINKS=str(wheel.parent))
-
-
 def targets(steps: Sequence[Step]) -> list[Target]:
     """Return the promises of the document, with the figures of these steps."""
     figures = {
@@ -124,7 +119,7 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help="publish the times in RESULTS.md")
     record = parser.parse_args().record
     with tempfile.TemporaryDirectory() as folder:
-        steps = from_nothing(Path(folder, "empty"), wheel_of_checkout(Path(folder)))
+        steps = run(Path(folder, "empty"), wheel_of_checkout(Path(folder)))
     for step in steps:
         if step.code:
             print(f"{step.command}: exit code {step.code}\n{step.output}")

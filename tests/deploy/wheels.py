@@ -5,6 +5,7 @@ empty environment, and sees each part work: the gate does this at its start.
 """
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,12 +13,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 from tests.deploy.distribution import ROOT, UV, build, publish_readme
+from tests.deploy.extras import packages_of
 
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 JOBS = ROOT / "tests/deploy/extra_jobs.py"
@@ -66,6 +71,28 @@ def packages_of_checkout(folder: Path) -> tuple[Path, Path]:
 def wheel_of_checkout(folder: Path) -> Path:
     """Build the wheel of this checkout below a folder; return its path."""
     return packages_of_checkout(folder)[0]
+
+
+def wheelhouse(folder: Path, extras: Collection[str]) -> Path:
+    """Pack the packages that extras bring, as they are installed here, into wheels in a folder.
+
+    pip can install them without an index. Programs are made anew from the entry points.
+    """
+    folder.mkdir()
+    for name in sorted(packages_of(extras)):
+        with suppress(PackageNotFoundError):  # for other systems or versions of Python
+            _pack(distribution(name), folder)
+    return folder
+
+
+def _pack(package: Distribution, folder: Path) -> None:
+    tag = re.findall(r"^Tag: (\S+)$", package.read_text("WHEEL") or "", re.MULTILINE)[-1]
+    named = re.sub(r"[-_.]+", "_", package.name)
+    with zipfile.ZipFile(folder / f"{named}-{package.version}-{tag}.whl", "w") as wheel:
+        for file in package.files or ():
+            path = Path(str(file.locate()))
+            if ".." not in file.parts and file.suffix != ".pyc" and path.is_file():
+                wheel.write(path, str(file))
 
 
 @dataclass(frozen=True)
