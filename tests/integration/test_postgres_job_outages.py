@@ -71,8 +71,18 @@ async def test_every_call_fails_in_time_on_a_frozen_server(own_postgres: Postgre
         finally:
             own_postgres.thaw()
         assert [error for error in results if not isinstance(error, LedgerUnavailableError)] == []
-        async with asyncio.timeout(10):
-            await work(ledger, worker="after")
+        async with asyncio.timeout(30):
+            # On a busy machine the first new connection may take longer than a call.
+            while isinstance(await attempted(work(ledger, worker="after")), LedgerUnavailableError):
+                pass
+
+
+async def attempted(call: Awaitable[object]) -> object:
+    """Return the result of a call, or the error of a ledger that does not answer."""
+    try:
+        return await call
+    except LedgerUnavailableError as error:
+        return error
 
 
 async def test_every_call_fails_without_a_server(own_postgres: PostgresServer) -> None:
