@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
+import psycopg
 import pytest
 from litestar import Litestar
 from sqlalchemy import Connection, create_engine, event, text
@@ -21,6 +22,7 @@ from sqlalchemy.ext.asyncio import (
     create_async_engine,
 )
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
 from tests.servers.postgres import Database
 from tests.servers.waiting import until
 
@@ -226,7 +228,7 @@ async def by_connection(shop: Shop) -> AsyncIterator[Place]:
 @asynccontextmanager
 async def by_thread(shop: Shop) -> AsyncIterator[Place]:
     """In a thread with a synchronous session or connection, which submits on a loop of its own."""
-    engine = create_engine("sqlite://")
+    engine = create_engine("sqlite://", poolclass=NullPool)
 
     def place_here(number: int) -> str:
         with Session(engine) if number % 4 < 2 else engine.connect() as given:
@@ -236,6 +238,26 @@ async def by_thread(shop: Shop) -> AsyncIterator[Place]:
                 shop.database.execute(INSERT.format(number))  # stands for that of the session
                 given.commit()
         return job_id
+
+    async def place(number: int) -> str:
+        return await asyncio.to_thread(place_here, number)
+
+    yield place
+    engine.dispose()
+
+
+@asynccontextmanager
+async def by_blocking_call(shop: Shop) -> AsyncIterator[Place]:
+    """In a thread with a synchronous session or connection, and without an event loop."""
+    engine = create_engine("sqlite://", poolclass=NullPool)
+
+    def place_here(number: int) -> str:
+        with Session(engine) if number % 4 < 2 else engine.connect() as given:
+            accepted = shop.plugin.jobs.submit_sync("orders.ship", number, connection=given)
+            if kept(number):
+                shop.database.execute(INSERT.format(number))  # stands for that of the session
+                given.commit()
+        return accepted.job.id
 
     async def place(number: int) -> str:
         return await asyncio.to_thread(place_here, number)
@@ -261,6 +283,7 @@ WAYS: dict[str, Callable[[Shop], AbstractAsyncContextManager[Place]]] = {
         by_scoped_session,
         by_connection,
         by_thread,
+        by_blocking_call,
     )
 }
 
@@ -423,6 +446,24 @@ async def test_a_connection_without_a_transaction_is_refused(shop: Shop) -> None
         with pytest.raises(TransactionError, match="connection="):
             await shop.plugin.jobs.submit("orders.ship", 1, connection=wrong)
     sync.dispose()
+    await connection.close()
+
+    assert await shop.shipped() == []
+
+
+async def test_a_blocking_call_takes_a_synchronous_session(shop: Shop) -> None:
+    """The error about an asynchronous one says how to pass it, and psycopg reports no commit."""
+    submit = shop.plugin.jobs.submit_sync
+    connection = await asyncpg.connect(shop.database.url)
+    await connection.execute("BEGIN")
+    for given in (connection, AsyncSession(shop.engine)):
+        with pytest.raises(TransactionError, match=r"use `await jobs\.submit"):
+            await asyncio.to_thread(submit, "orders.ship", 1, connection=given)
+    with (
+        psycopg.connect(shop.database.url) as blocking,
+        pytest.raises(TransactionError, match="set DATABASE_URL, or submit the job after"),
+    ):
+        await asyncio.to_thread(submit, "orders.ship", 1, connection=blocking)
     await connection.close()
 
     assert await shop.shipped() == []

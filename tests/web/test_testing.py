@@ -15,6 +15,7 @@ from litestar.params import JSONBody
 from litestar.testing import AsyncTestClient, TestClient
 from sqlalchemy import Connection, create_engine
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
 
 from viralfx import JobContext, OperationsConfig, OperationsPlugin, task
 from viralfx.domain.errors import ConfigurationError
@@ -392,7 +393,7 @@ def test_the_job_of_a_dead_worker_runs() -> None:
 
 def test_a_handler_submits_in_its_session() -> None:
     """Also without the fixture: the worker runs the job of a commit, and no other one exists."""
-    plugin, engine = create(), create_engine("sqlite://")
+    plugin, engine = create(), create_engine("sqlite://", poolclass=NullPool)
 
     @post("/kept")
     async def kept() -> None:

@@ -478,8 +478,7 @@ def _ledger(
 ) -> tuple[JobLedger, MemoryJobLedger | None]:
     """Return the ledger, and the same again if it is in memory."""
     if database is None:
-        most = settings.job.memory_max_jobs
-        memory = MemoryJobLedger(clock, max_unfinished=most, home=home)
+        memory = MemoryJobLedger(clock, max_unfinished=settings.job.memory_max_jobs, home=home)
         return memory, memory
     from viralfx.bootstrap.postgres import job_ledger  # noqa: PLC0415 - without a driver in memory
 

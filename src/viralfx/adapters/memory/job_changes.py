@@ -58,7 +58,7 @@ class JobChanges:
         max_bytes: int,
         home: HomeLoop | None,
     ) -> None:
-        """Keep no jobs yet; see :class:`MemoryJobLedger` for the limits."""
+        """Keep no jobs yet; see :class:`MemoryJobLedger` for the limits and for ``home``."""
         self._clock = clock
         self._max_unfinished = max_unfinished
         self._max_finished = max_finished
@@ -76,8 +76,7 @@ class JobChanges:
         self._refused: defaultdict[str, set[str]] = defaultdict(set)
         """Workers that could not decode the payload of a job, by job id."""
         self._closed = False
-        self._home = home or HomeLoop()
-        self.transactions = ForeignTransactions(self._home, self._store)
+        self.transactions = ForeignTransactions(home or HomeLoop(), self._store)
 
     def close(self) -> None:
         """Accept no more jobs: the process stops and would lose them."""
@@ -116,15 +115,15 @@ class JobChanges:
 
         The job exists once that transaction has committed.
         """
-        wrapped = isinstance(connection, WatchedTransaction | BlockingConnection)
+        blocks = isinstance(connection, BlockingConnection)
+        wrapped = blocks or isinstance(connection, WatchedTransaction)
         given = connection.connection if wrapped else connection
-        transaction = await self.transactions.find(given)
-        store = partial(self._accept_in, transaction, drafts, check=check, on_commit=on_commit)
-        if isinstance(connection, BlockingConnection):
-            return self._home.call(store)
-        return await self._home.run(store)
+        transaction = await self.transactions.find(given, blocks=blocks)
+        return await self.transactions.at_home(
+            partial(self._accept_in, transaction, drafts, check=check, on_commit=on_commit)
+        )
 
-    async def _accept_in(
+    def _accept_in(
         self,
         transaction: MemoryTransaction,
         drafts: Sequence[JobDraft],

@@ -91,8 +91,8 @@ class MemoryJobLedger(JobChanges):
 
         The ledger refuses new jobs beyond ``max_unfinished`` waiting and active jobs. It drops the
         oldest final jobs beyond ``max_finished``, and to keep payloads and results within
-        ``max_bytes``; if that is not enough, it refuses new jobs. ``home`` is the event loop of
-        its callers.
+        ``max_bytes``; if that is not enough, it refuses new jobs. ``home`` is the event loop that
+        changes it, also for transactions in other threads.
         """
         self._movable = _MovableClock(clock)
         super().__init__(

@@ -9,12 +9,14 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 from viralfx.domain.jobs.ledger import TransactionError
 from viralfx.domain.jobs.model import Job, JobDraft
-from viralfx.domain.loops import ForeignLoopError, HomeLoop, running_loop
+from viralfx.domain.loops import ForeignLoopError, HomeLoop, blocking, running_loop
+
+T = TypeVar("T")
 
 _POLL_SECONDS = 0.005
 """Between two looks at a commit that has begun."""
@@ -53,6 +55,10 @@ class MemoryTransaction:
         return None
 
 
+async def _called(call: Callable[[], T]) -> T:
+    return call()
+
+
 class ForeignTransactions:
     """The open transactions of databases in which jobs were submitted."""
 
@@ -78,11 +84,21 @@ class ForeignTransactions:
         finally:
             del self._lent[id(connection)]
 
-    async def find(self, given: Any) -> MemoryTransaction:
+    async def at_home(self, call: Callable[[], T]) -> T:
+        """Return the result of ``call``, which runs on the home loop, if there is one."""
+        loop, here = self._home.running, running_loop()
+        if loop is None or loop is here:
+            return call()
+        if here is None:
+            return blocking(loop, partial(_called, call))
+        return await self._home.run(partial(_called, call))
+
+    async def find(self, given: Any, *, blocks: bool = False) -> MemoryTransaction:
         """Return the jobs of the open transaction of a connection or session.
 
-        Raises :class:`TransactionError` for one that is in no transaction and begins none by
-        itself, and for any other object.
+        With ``blocks`` the call has no event loop, and never waits. Raises
+        :class:`TransactionError` for one that is in no transaction and begins none by itself, and
+        for any other object.
         """
         if isinstance(given, MemoryTransaction):
             return given
@@ -90,6 +106,13 @@ class ForeignTransactions:
             return lent
         self.resolve()
         packages = {kind.__module__.partition(".")[0] for kind in type(given).__mro__}
+        is_asynchronous = any(hasattr(given, f"sync_{each}") for each in ("session", "connection"))
+        if blocks and (is_asynchronous or "asyncpg" in packages):
+            raise TransactionError(
+                "connection= of a synchronous call takes a session or connection of SQLAlchemy that"
+                f" is synchronous, not {type(given).__module__}.{type(given).__qualname__}; use"
+                " `await jobs.submit(..., connection=...)` for it"
+            )
         if "asyncpg" in packages and hasattr(given, "add_query_logger"):
             return await self._find_asyncpg(given)
         if "sqlalchemy" in packages:
@@ -101,24 +124,26 @@ class ForeignTransactions:
         )
 
     def store(self, transaction: MemoryTransaction) -> None:
-        """Store the jobs of a transaction that has committed, from any thread."""
+        """Store the jobs of a transaction that has committed, from any thread.
+
+        A thread without an event loop waits until they are stored.
+        """
+        loop, store = self._home.running, partial(self._store, transaction)
         if not transaction.accepted:
             return
-        store = partial(self._store, transaction)
-        if self._home.running is None or running_loop() is not None:
+        if loop is None or running_loop() is not None:
             self._home.call_soon(store)
             return
-
-        async def wait_for() -> None:
-            store()
-
-        with suppress(ForeignLoopError):  # the loop has ended, and its jobs with it
-            self._home.call(wait_for)
+        with suppress(ForeignLoopError):  # the loop ends, and the ledger with it
+            blocking(loop, partial(_called, store))
 
     def commit_begins(self, watch: "_ConnectionWatch") -> None:
         """Store the jobs of a connection of SQLAlchemy as soon as its commit has succeeded."""
         self.ending.append(watch)
-        self._home.call_soon(self._poll)
+        loop = self._home.running
+        with suppress(RuntimeError):  # the loop has just been closed
+            if loop is not None:
+                loop.call_soon_threadsafe(self._poll)
 
     async def settle(self) -> None:
         """Wait until the outcome of each transaction that has ended is known."""
@@ -143,9 +168,9 @@ class ForeignTransactions:
     def _poll(self, *, again: bool = False) -> None:
         self._polling = self._polling and not again
         self.resolve()
-        if self.ending and self._home.is_here and not self._polling:
+        loop = self._home.running
+        if self.ending and loop is not None and not self._polling:
             self._polling = True
-            loop = asyncio.get_running_loop()
             loop.call_later(_POLL_SECONDS, partial(self._poll, again=True))
 
     # -- SQLAlchemy --------------------------------------------------------------------------
