@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+import asyncpg
 import pytest
 from tests import forked
 from tests.integration.doctor import GOOD, TOKEN, USER_PASSWORD, program, visit
@@ -17,7 +18,7 @@ from tests.servers.postgres import Database, PostgresServer, postgres_server
 from tests.servers.redis import redis_server
 from tests.servers.waiting import wait_until
 
-from viralfx.adapters.postgres.migrations import REVISIONS
+from viralfx.adapters.postgres.migrations import OBJECTS, REVISIONS
 
 USER = "planted_user"
 
@@ -85,8 +86,7 @@ def place(postgres: PostgresServer, own_template: str) -> Iterator[Place]:
 
 def test_correct_configuration_passes(place: Place) -> None:
     """Exit code 0 and no warning; the servers are unchanged."""
-    tables = "SELECT relname FROM pg_class WHERE relname LIKE 'viralfx%' ORDER BY 1"
-    before = place.database.execute(tables), place.database.execute("TABLE viralfx_state")
+    before = contents(place)
     with redis_server(password="h:u@s%41", arguments=["--appendonly", "yes"]) as redis:
         own = {"REDIS_HOST": redis.host, "REDIS_PORT": str(redis.port)}
         environ = {**place.good, **own, "REDIS_PASSWORD": "h:u@s%41"}
@@ -117,8 +117,93 @@ def test_correct_configuration_passes(place: Place) -> None:
     assert not [
         s for s in (TOKEN, USER_PASSWORD, "h:u@s%41", place.server.password) if s in done.stdout
     ]
-    after = place.database.execute(tables), place.database.execute("TABLE viralfx_state")
-    assert (after, keys) == (before, 0)
+    assert (contents(place), keys) == (before, 0)
+
+
+def contents(place: Place) -> dict[str, list[tuple[object, ...]]]:
+    """Return the rows of each table of the service, by its name."""
+    tables = place.database.execute(
+        "SELECT relname FROM pg_class WHERE relname LIKE 'viralfx%' AND relkind = 'r' ORDER BY 1"
+    )
+    return {name: place.database.execute(f"TABLE {name}") for (name,) in tables}
+
+
+def test_doctor_leaves_no_row_behind(place: Place, tmp_path: Path) -> None:
+    """It is no process of the fleet, and sends no alert about a check that fails here."""
+    (tmp_path / "planted.py").write_text(APPLICATION.format(status="FAIL"))
+    before = contents(place)
+    environ = {
+        **place.good,
+        "PYTHONPATH": str(tmp_path),
+        "ALERT_WEBHOOK_URL": "https://alerts.invalid/hook",
+    }
+    found = visit(environ, "--app", "planted:app")
+
+    assert found.judged("health endpoints", "degraded: disk: the disk is FAIL") == ["warn"], found
+    assert contents(place) == before
+
+
+def test_the_objects_of_the_last_migration_are_known(place: Place) -> None:
+    """All tables, views and functions are looked for, and the indexes that keep keys unique."""
+    found = place.database.execute(
+        """
+        SELECT relname FROM pg_class WHERE relnamespace = 'viralfx_ops'::regnamespace
+            AND (relkind IN ('r', 'v') OR relname IN (
+                SELECT indexrelid::regclass::text FROM pg_index
+                WHERE indisunique AND NOT indisprimary
+            ))
+        UNION ALL SELECT proname FROM pg_proc WHERE pronamespace = 'viralfx_ops'::regnamespace
+        """
+    )
+
+    assert sorted(name for (name,) in found) == sorted(OBJECTS)
+
+
+async def test_doctor_says_nothing_false_about_a_busy_server(place: Place) -> None:
+    """A locked table is no outage, and others' connections do not count for the user's limit."""
+    place.execute(f"ALTER ROLE {USER} CONNECTION LIMIT 40")
+    others = [await asyncpg.connect(place.database.url) for _ in range(30)]
+    await others[0].execute("BEGIN; LOCK TABLE viralfx_ops.viralfx_migrations")
+    found = visit(place.good)
+    for connection in others:
+        await connection.close()
+
+    assert found.of("pool") == [], found
+    assert found.of("database") == [], found
+    (locked,) = found.of("migrations")
+    assert locked["found"] == (
+        "another session locks the table viralfx_ops.viralfx_migrations, as a migration does"
+    )
+
+
+SLOW = """
+import time
+time.sleep(60)
+"""
+HASTY = """
+import sys
+import viralfx.cli.doctor
+viralfx.cli.doctor.LIMIT = 1.0
+from viralfx.cli import main
+sys.exit(main(["doctor", "--app", "planted:app"]))
+"""
+
+
+def test_an_application_that_loads_slowly_is_no_problem_of_a_server(tmp_path: Path) -> None:
+    """The finding names the step that took so long."""
+    (tmp_path / "planted.py").write_text(SLOW)
+    done = subprocess.run(
+        [sys.executable, "-c", HASTY],
+        env={**GOOD, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    said = " ".join(done.stdout.split())
+
+    assert "loading the application takes longer than 0.9 s on this machine" in said
+    assert "network" not in said
 
 
 def test_doctor_closes_its_connections() -> None:
@@ -206,6 +291,24 @@ DATABASE: dict[str, tuple[Plant, str, str, str]] = {
         "migrations",
         "warn",
         "the schema is at 9999",
+    ),
+    "a dropped table of jobs": (
+        changed("DROP TABLE viralfx_jobs CASCADE"),
+        "migrations",
+        "fail",
+        f"the schema is at {REVISIONS[-1]}, but without viralfx_jobs, viralfx_all_jobs",
+    ),
+    "a dropped table of the fleet": (
+        changed("DROP TABLE viralfx_instances"),
+        "migrations",
+        "fail",
+        "but without viralfx_instances",
+    ),
+    "a dropped index that keeps keys unique": (
+        changed("DROP INDEX viralfx_jobs_key"),
+        "migrations",
+        "fail",
+        "but without viralfx_jobs_key",
     ),
     "no right to migrate": (
         changed(

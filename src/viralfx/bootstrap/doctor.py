@@ -1,23 +1,40 @@
 """Collects the subjects of ``viralfx doctor``: settings, backends and tracing."""
 
+import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import socket
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from viralfx.adapters.memory.state import StateFolderDoctor
-from viralfx.domain.doctor import Area, DoctorCheck, Finding, failed, passed, skipped
+from viralfx.domain.doctor import (
+    Area,
+    DoctorCheck,
+    Finding,
+    failed,
+    passed,
+    skipped,
+    warned,
+)
 from viralfx.domain.extras import is_about_extra, is_installed, missing, problem
 from viralfx.settings import CredentialsCallable, Settings, fields
 from viralfx.settings.doctor import PRODUCTION, misspelt, plain_environment, review, unread
 from viralfx.settings.model import DATABASE_URLS
-from viralfx.telemetry.tracing.variables import is_enabled, needs, problems, uses_grpc
+from viralfx.telemetry.tracing.variables import (
+    endpoint_of,
+    is_enabled,
+    needs,
+    problems,
+    uses_grpc,
+)
 
 _SPECIAL, _GENERAL = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
 _REFUSALS = ("OTEL_SDK_DISABLED", "OTEL_TRACES_EXPORTER")
 """Variables that turn tracing off although an endpoint is set."""
+_COLLECTOR_SECONDS = 3.0
 
 
 _FindCallable: TypeAlias = Callable[[], Awaitable[CredentialsCallable | None]]
@@ -99,7 +116,7 @@ def doctor_checks(
     yield Area.DATABASE, _database(settings, database_password)
     yield Area.REDIS, _redis(settings, redis_credentials)
     yield Area.STATE, _state(settings)
-    yield Area.TRACING, Known(_tracing(environ))
+    yield Area.TRACING, _tracing(environ)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +217,55 @@ def _area(variable: str) -> Area:
     return next((a for start, a in _AREAS if variable.startswith(start)), Area.ENVIRONMENT)
 
 
-def _tracing(environ: Mapping[str, str]) -> list[Finding]:
-    return refused(tracing_problems(environ)) or [review_tracing(environ)]
+def _tracing(environ: Mapping[str, str]) -> DoctorCheck:
+    if wrong := tracing_problems(environ):
+        return Known(refused(wrong))
+    reviewed = review_tracing(environ)
+    return CollectorDoctor(environ, reviewed) if is_enabled(environ) else Known([reviewed])
+
+
+@dataclass(frozen=True, slots=True)
+class CollectorDoctor:
+    """Connects to the collector of traces once, and sends nothing."""
+
+    environ: Mapping[str, str]
+    reviewed: Finding
+    """The finding if the collector listens."""
+
+    async def check(self) -> Sequence[Finding]:
+        """Connect to the host and port of the endpoint."""
+        variable, endpoint = endpoint_of(self.environ)
+        parts = urlsplit(endpoint if "://" in endpoint else f"//{endpoint}")
+        grpc = uses_grpc(self.environ)
+        place, host = _place(endpoint), parts.hostname or ""
+        if _proxied(("grpc", "https", "http") if grpc else (parts.scheme,), host):
+            found = f"{self.reviewed.found}; through a proxy, so the collector itself was not tried"
+            return [replace(self.reviewed, found=found)]
+        port = parts.port or (443 if grpc or parts.scheme == "https" else 80)
+        try:
+            async with asyncio.timeout(_COLLECTOR_SECONDS):
+                _, writer = await asyncio.open_connection(host, port)
+        except (OSError, UnicodeError) as error:
+            found = f"the collector at {place} {_reason(error)}: no trace arrives"
+            return [warned(Area.TRACING, found, f"start the collector, or correct {variable}")]
+        writer.transport.abort()
+        return [self.reviewed]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return f"does not answer within {_COLLECTOR_SECONDS:g} s"
+    if isinstance(error, ConnectionRefusedError) or "Connect call failed" in str(error):
+        return "does not listen"
+    known = not isinstance(error, socket.gaierror | UnicodeError)
+    return "cannot be reached" if known else "has an unknown host name"
+
+
+def _proxied(schemes: Collection[str], host: str) -> bool:
+    # Imported late, since each process loads this module.
+    from urllib.request import getproxies, proxy_bypass  # noqa: PLC0415
+
+    return not getproxies().keys().isdisjoint(schemes) and not proxy_bypass(host)
 
 
 def _database(settings: Settings, find_callable: _FindCallable | None) -> DoctorCheck:

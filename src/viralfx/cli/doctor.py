@@ -22,7 +22,7 @@ from typing import TypeVar
 import msgspec
 
 from viralfx.bootstrap.doctor import doctor_checks, refused, unmade, unreadable
-from viralfx.domain.clock import SystemClock
+from viralfx.domain.clock import SystemClock, finished_within, ignore_error
 from viralfx.domain.doctor import (
     Area,
     DoctorCheck,
@@ -38,6 +38,7 @@ from viralfx.domain.doctor import (
 )
 from viralfx.domain.errors import ConfigurationError, StartupError
 from viralfx.domain.extras import is_installed
+from viralfx.domain.fleet import FleetReporter
 from viralfx.domain.health.check_runner import CheckCompleted
 from viralfx.domain.health.model import HealthReport, ProcessUsage, Status
 from viralfx.domain.health.monitor import HealthMonitor
@@ -52,6 +53,8 @@ _PROBES = ("", "/live", "/startup", "/ready", "/detailed")
 _PRIVILEGED = 1024
 _WARN_MEMORY_SHARE, _FAIL_MEMORY_SHARE = 0.5, 0.75
 """Shares of the memory limit for an idle process; at the second one the memory check warns."""
+_LIMIT_SHARE = 0.9
+"""Share of the time limit after which the application's check says which step took so long."""
 _MAX_TIMEOUT = 3.0
 """Timeout in seconds of a health check and a connection here, so that the findings come in time."""
 
@@ -91,8 +94,9 @@ class PortsDoctor:
 class ApplicationDoctor:
     """Creates the application as ``viralfx serve`` does, runs its checks once and its probes.
 
-    It opens no port and does not run the application's own start-up. Without Litestar the service
-    has no application of its own, so the operations layer is examined alone.
+    It opens no port, does not run the application's own start-up, and writes nothing: no report to
+    the fleet, no alert and no state. Without Litestar the service has no application of its own, so
+    the operations layer is examined alone.
     """
 
     def __init__(self, settings: Settings, app: str | None) -> None:
@@ -107,6 +111,8 @@ class ApplicationDoctor:
         self._app = app
         self._is_bare = app is None and not is_installed("litestar")
         self._loading: asyncio.Future[tuple[ASGIApp, OperationsLayer]] | None = None
+        self._step = ""
+        """The step that a limit of time interrupts, in words."""
 
     async def redis_credentials(self) -> CredentialsCallable | None:
         """Return the application's callable; None if it has none, or cannot be created."""
@@ -135,20 +141,41 @@ class ApplicationDoctor:
 
     async def check(self) -> Sequence[Finding]:
         """Run the checks and the probes once."""
+        limit, work = LIMIT * _LIMIT_SHARE, asyncio.ensure_future(self._examine())
+        try:
+            if await finished_within(work, limit, SystemClock()):
+                return work.result()
+        finally:
+            work.cancel()
+            work.add_done_callback(ignore_error)
+        return [
+            failed(
+                Area.ENDPOINTS,
+                f"{self._step} takes longer than {limit:.2g} s on this machine, so the probes were"
+                " not tried",
+                "run this again: the machine may be busy; otherwise find what it waits for",
+            )
+        ]
+
+    async def _examine(self) -> Sequence[Finding]:
+        self._step = "loading the application"
         try:
             application, plugin = await self._load()
         except ConfigurationError as error:
             return unmade(error.problems, os.environ)
+        self._step = "the first run of the checks"
         monitor = plugin.operations.monitor
         gate = Gate(plugin.endpoints, application)
         try:
             # A resource that cannot be opened is reported by its health check.
             with contextlib.suppress(StartupError):
                 for resource in plugin.operations.resources:
-                    await resource.open()
+                    if not isinstance(resource, FleetReporter):
+                        await resource.open()
             await _first_round(monitor)
-            plugin.assembly.jobs.disable_worker()  # the doctor must not run jobs
-            plugin.operations.application_ready()
+            # Without `Operations.application_ready`, which would start the worker and the alerts.
+            plugin.operations.lifecycle.application_ready()
+            plugin.operations.lifecycle.follow(monitor.report())
             prefix = next(iter(plugin.endpoints.endpoints))
             token = plugin.settings.management_token
             statuses = {
@@ -193,13 +220,18 @@ def _judge(statuses: dict[str, int], report: HealthReport) -> Finding:
     wrong = [f"{path} {status}" for path, status in statuses.items() if status != HTTPStatus.OK]
     if wrong:
         found = f"statuses here: {', '.join(wrong)}" + (f" ({causes})" if causes else "")
-        remedy = "fix the failing checks; READINESS_REQUIRES and HEALTH_CRITICAL set their effect"
+        remedy = f"{_remedy(report)}; READINESS_REQUIRES and HEALTH_CRITICAL set their effect"
         return failed(area, found, remedy)
     if causes:
-        return warned(
-            area, f"all return 200 here, but degraded: {causes}", "fix the failing checks"
-        )
+        return warned(area, f"all return 200 here, but degraded: {causes}", _remedy(report))
     return passed(area, f"{', '.join(statuses)} return 200 here, and every check passes")
+
+
+def _remedy(report: HealthReport) -> str:
+    failing = [check for check in report.checks.values() if check.status is not Status.PASS]
+    if failing and all(check.code == "timeout" for check in failing):
+        return "run this again: servers or this machine may be busy; or raise HEALTH_CHECK_TIMEOUT"
+    return "fix the failing checks"
 
 
 async def _first_round(monitor: HealthMonitor) -> None:

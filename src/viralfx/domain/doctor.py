@@ -131,7 +131,7 @@ async def _run(area: Area, check: DoctorCheck, clock: Clock, limit: float) -> Se
                 failed(
                     area,
                     f"no result within {limit:g} s",
-                    "check the server and the network path to it",
+                    "check the server, the network path to it, and how busy this machine is",
                 )
             ]
     finally:

@@ -1,14 +1,12 @@
 """Tests of the tracing findings of ``viralfx doctor``."""
 
-import asyncio
 import json
 
 import pytest
 
-from viralfx.bootstrap.doctor import doctor_checks, unmade
+from viralfx.bootstrap.doctor import review_tracing, unmade
 from viralfx.cli import main
 from viralfx.domain.doctor import Area, Verdict
-from viralfx.settings import Settings
 from viralfx.telemetry.tracing import variables
 
 COLLECTOR = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://app:hunter2@collector:4318/hunter3?k=hunter4"}
@@ -51,8 +49,7 @@ COLLECTOR = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://app:hunter2@collector:4318/h
 )
 def test_doctor_shows_where_traces_go(environ: dict[str, str], status: str, text: str) -> None:
     """The finding shows no part of an address that may be secret."""
-    examined = dict(doctor_checks(Settings(), environ))
-    (found,) = asyncio.run(examined[Area.TRACING].check())
+    found = review_tracing(environ)
 
     assert (found.area, found.verdict, found.found) == (Area.TRACING, status, text)
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import asyncpg
 import msgspec
@@ -18,12 +18,10 @@ from viralfx.adapters.postgres.credentials import CertificateError
 from viralfx.adapters.postgres.errors import DATABASE_ERRORS, ErrorExplanation, explain
 from viralfx.adapters.postgres.migrations import (
     VERSION_TABLE,
-    LackingRight,
-    current_revision,
-    is_later,
-    lacking_right,
-    missing_after,
-    qualified,
+    SchemaInfo,
+    judge_schema,
+    query_schema,
+    unreadable,
 )
 from viralfx.adapters.postgres.servers import ServerConnection
 from viralfx.domain.doctor import Area, Finding, failed, passed, skipped, warned
@@ -34,8 +32,14 @@ MIN_MAJOR_VERSION = 14
 
 RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 
-# Every user may read these. Durations are milliseconds; -1 (limits) and 0 (times) mean none.
+# Every user may read these. Durations are milliseconds; -1 (limits) and 0 (times) mean none. Limits
+# count no parallel workers and no senders of replication; the type of another user's may be hidden.
 _SERVER = """
+WITH clients AS MATERIALIZED (
+    SELECT usename, datname FROM pg_stat_activity
+     WHERE usename IS NOT NULL AND datname IS NOT NULL AND pid <> pg_backend_pid()
+       AND coalesce(backend_type, 'client backend') = 'client backend'
+)
 SELECT current_setting('server_version') AS version,
        current_setting('server_version_num')::int / 10000 AS major,
        current_setting('server_encoding') AS encoding,
@@ -45,7 +49,10 @@ SELECT current_setting('server_version') AS version,
        current_setting('max_connections')::int AS max_connections,
        current_setting('superuser_reserved_connections')::int
          + coalesce(current_setting('reserved_connections', true)::int, 0) AS reserved,
-       (SELECT sum(numbackends)::int - 1 FROM pg_stat_database) AS in_use,
+       (SELECT count(*)::int FROM clients) AS in_use,
+       (SELECT count(*)::int FROM clients WHERE usename = current_user) AS in_use_by_user,
+       (SELECT count(*)::int FROM clients WHERE datname = current_database())
+         AS in_use_of_database,
        rolsuper AS superuser,
        rolconnlimit AS user_limit,
        (SELECT datconnlimit FROM pg_database WHERE datname = current_database())
@@ -58,9 +65,6 @@ SELECT current_setting('server_version') AS version,
          AS idle_session_timeout
   FROM pg_roles WHERE rolname = current_user
 """
-_VERSIONS = """
-SELECT coalesce(has_table_privilege(to_regclass($1), 'SELECT'), true)
-"""
 # Of a view, only SELECT is needed. The views read their tables with the rights of their owner.
 _WITHOUT_RIGHTS = r"""
 SELECT $3 || '.' || relname, array_agg(lacking ORDER BY lacking)
@@ -69,12 +73,6 @@ SELECT $3 || '.' || relname, array_agg(lacking ORDER BY lacking)
    AND relname LIKE 'viralfx\_%' AND relnamespace = to_regnamespace(quote_ident($3))
    AND NOT has_table_privilege(pg_class.oid, lacking)
  GROUP BY relname ORDER BY relname
-"""
-_OTHER_OWNERS = r"""
-SELECT DISTINCT pg_get_userbyid(relowner)
-  FROM pg_class
- WHERE relname LIKE 'viralfx\_%' AND relnamespace = to_regnamespace(quote_ident($1))
-   AND NOT pg_has_role(relowner, 'USAGE')
 """
 
 
@@ -100,43 +98,44 @@ class ServerInfo:
     reserved: int = 3
     """Connections that are reserved for superusers."""
     in_use: int = 0
+    """Connections of all clients, without that of the doctor."""
+    in_use_by_user: int = 0
+    in_use_of_database: int = 0
     superuser: bool = False
     user_limit: int = -1
     database_limit: int = -1
     statement_timeout: int = 0
     transaction_timeout: int | None = None
     idle_session_timeout: int | None = None
-    lacking_right: LackingRight | None = None
-    """A right that the user lacks on the schema; for pending migrations, to apply them too."""
-    other_owners: tuple[str, ...] = ()
-    """Other users that own tables of the service, if migrations are pending."""
-    may_read_versions: bool = True
-    revision: str | None = None
-    """The last migration; None if there is none, or the user may not read it."""
+    schema: SchemaInfo = field(default_factory=SchemaInfo)
     lacking: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Tables of the service, each with the rights that the user lacks."""
 
     @property
+    def _limits(self) -> list[tuple[int, int]]:
+        """Each limit of connections, and how many of it are in use."""
+        optional = (
+            (self.user_limit, self.in_use_by_user),
+            (self.database_limit, self.in_use_of_database),
+        )
+        server = (max(0, self.max_connections - self.reserved), self.in_use)
+        return [server, *((limit, used) for limit, used in optional if limit >= 0)]
+
+    @property
     def usable(self) -> int:
         """Maximum number of connections of this user."""
-        limits = [self.max_connections - self.reserved]
-        limits += [n for n in (self.user_limit, self.database_limit) if n >= 0]
-        return max(0, min(limits))
+        return min(limit for limit, _ in self._limits)
+
+    @property
+    def tightest(self) -> tuple[int, int]:
+        """The limit with the fewest free connections, and how many of it are in use."""
+        return min(self._limits, key=lambda each: each[0] - each[1])
 
 
 async def query_server(connection: ServerConnection, schema: str) -> ServerInfo:
     """Query the server about the tables in ``schema`` too; raises the driver's errors."""
     server = await connection.fetchrow(_SERVER)
     assert server is not None  # noqa: S101 - the current user exists
-    right = await lacking_right(connection, schema, migrating=False)
-    may_read = right is None and bool(
-        await connection.fetchval(_VERSIONS, qualified(VERSION_TABLE, schema))
-    )
-    revision = await current_revision(connection, schema) if may_read else None
-    others = []
-    if may_read and missing_after(revision):
-        right = await lacking_right(connection, schema, migrating=True)
-        others = [name for (name,) in await connection.fetch(_OTHER_OWNERS, schema)]
     lacking = await connection.fetch(_WITHOUT_RIGHTS, list(RIGHTS), VERSION_TABLE, schema)
     transport = connection.transport
     tls = None if transport is None else transport.get_extra_info("ssl_object")
@@ -145,10 +144,7 @@ async def query_server(connection: ServerConnection, schema: str) -> ServerInfo:
         # Not that of pg_stat_ssl: a pooler has another connection to the server.
         tls=None if tls is None else tls.version(),
         pooled=connection.get_server_pid() != server["pid"],
-        lacking_right=right,
-        other_owners=tuple(others),
-        may_read_versions=may_read,
-        revision=revision,
+        schema=await query_schema(connection, schema),
         lacking=tuple((table, tuple(rights)) for table, rights in lacking),
     )
 
@@ -268,6 +264,7 @@ def _pool(info: ServerInfo, config: PostgresConfig) -> Iterator[Finding]:
     # Outside the pool: one for health checks, and one for heartbeats of a worker.
     settings = config.settings
     area, needed, usable = Area.POOL, settings.pool_max + 2, info.usable
+    limit, in_use = info.tightest
     pool = f"DB_POOL_MAX={settings.pool_max} and two connections for health and heartbeats"
     remedy = "lower DB_POOL_MAX, or raise max_connections or the user's or database's limit"
     if info.pooled:
@@ -275,7 +272,7 @@ def _pool(info: ServerInfo, config: PostgresConfig) -> Iterator[Finding]:
             area,
             f"{settings.pool_min} to {settings.pool_max} connections and two for health and"
             f" heartbeats, to a pooler; its pool size decides how many of the {usable} that the"
-            f" server allows it opens; {info.in_use} are in use",
+            f" server allows it opens; {in_use} of {limit} are in use",
         )
     elif needed > usable:
         yield failed(area, f"{pool} are more than the {usable} that the server allows", remedy)
@@ -286,17 +283,17 @@ def _pool(info: ServerInfo, config: PostgresConfig) -> Iterator[Finding]:
             " does not fit, as while a new version is rolled out",
             remedy,
         )
-    elif info.in_use + needed > usable:
+    elif in_use + needed > limit:
         yield warned(
             area,
-            f"{pool} exceed the free ones: {info.in_use} of {usable} are in use",
+            f"{pool} exceed the free ones: {in_use} of {limit} are in use",
             "count the instances and other clients of this server, then " + remedy,
         )
     else:
         yield passed(
             area,
             f"{settings.pool_min} to {settings.pool_max} connections and two for health and"
-            f" heartbeats, of {usable} that the server allows; {info.in_use} are in use",
+            f" heartbeats, of {usable} that the server allows; {in_use} of {limit} are in use",
         )
 
 
@@ -347,10 +344,10 @@ class PostgresDoctor:
         if isinstance(results[-1], BaseException):
             return [*findings, replace(_explained(configs[-1], results[-1]), area=Area.MIGRATIONS)]
         if migrator is not None:
-            findings += _unreadable(results[0], config.settings.schema)
+            findings += unreadable(results[0].schema, config.settings.schema)
         if migrator is not None and results[-1].pooled:
             findings.append(_misdirected(migrator))
-        return [*findings, *_migrations(results[-1], config.settings.schema)]
+        return [*findings, *judge_schema(results[-1].schema, config.settings.schema)]
 
     async def _query(self, config: PostgresConfig) -> ServerInfo:
         limit = min(config.settings.connection_timeout, MAX_QUERY_SECONDS)
@@ -407,11 +404,11 @@ def _explained(config: PostgresConfig, error: BaseException) -> Finding:
     if isinstance(error, CertificateError):
         return failed(Area.DATABASE, str(error), f"correct the file of {error.variable}")
     explained = explain(error)
-    return failed(
-        Area.DATABASE,
-        f"the database at {config.address} {explained.problem}",
-        _remedy(explained, config.url_variable),
-    )
+    problem, remedy = explained.problem, _remedy(explained, config.url_variable)
+    if isinstance(error, TimeoutError):
+        problem += f" within {min(config.settings.connection_timeout, MAX_QUERY_SECONDS):g} s"
+        remedy = f"check the server, the network and how busy both are ({config.url_variable})"
+    return failed(Area.DATABASE, f"the database at {config.address} {problem}", remedy)
 
 
 def _misdirected(config: PostgresConfig) -> Finding:
@@ -427,46 +424,3 @@ def _remedy(explained: ErrorExplanation, variable: str) -> str:
         return "check the server's log"
     variables = _VARIABLES.get(explained.code, variable)
     return f"{explained.remedy} ({variables})" if variables else explained.remedy
-
-
-def _unreadable(info: ServerInfo, schema: str) -> Iterator[Finding]:
-    area, right = Area.MIGRATIONS, info.lacking_right
-    if info.may_read_versions:
-        return
-    if right is not None:
-        yield failed(area, f"the user {right.problem}", f"run `{right.statement}`")
-    else:
-        yield failed(
-            area,
-            f"the user may not read the table {schema}.{VERSION_TABLE}",
-            f"grant SELECT on {schema}.{VERSION_TABLE} to the user of DATABASE_URL",
-        )
-
-
-def _migrations(info: ServerInfo, schema: str) -> Iterator[Finding]:
-    area, right, pending = Area.MIGRATIONS, info.lacking_right, missing_after(info.revision)
-    if not info.may_read_versions:
-        yield from _unreadable(info, schema)
-    elif pending:
-        names = ", ".join(pending)
-        yield failed(area, f"the schema is behind: {names} pending", "run `viralfx migrate`")
-        if right is not None:
-            yield failed(
-                area,
-                f"the user {right.problem}, so `viralfx migrate` would fail",
-                f"run `{right.statement}`, or migrate as another user",
-            )
-        for owner in info.other_owners:
-            yield failed(
-                area,
-                f"tables of the service belong to {owner}, so `viralfx migrate` would fail",
-                f"migrate as {owner}",
-            )
-    elif is_later(info.revision):
-        yield warned(
-            area,
-            f"the schema is at {info.revision}, made by a later version of the service",
-            "deploy that version or a later one; this version can use the schema",
-        )
-    else:
-        yield passed(area, f"the schema is current at {info.revision}")

@@ -134,6 +134,11 @@ def is_enabled(environ: Mapping[str, str]) -> bool:
     return bool(_for_traces(environ, "ENDPOINT")[1])
 
 
+def endpoint_of(environ: Mapping[str, str]) -> tuple[str, str]:
+    """Return the variable that is in force for the address of the collector, and the address."""
+    return _for_traces(environ, "ENDPOINT")
+
+
 def uses_grpc(environ: Mapping[str, str]) -> bool:
     """Return whether spans are sent by gRPC; the specification's default is protobuf over HTTP."""
     return _for_traces(environ, "PROTOCOL")[1].lower() == _GRPC
