@@ -104,6 +104,7 @@ MESSAGES = {
     "HTTP/1.0": _get(LIVE, version=b"1.0"),
     "HTTP/1.0 keep-alive": _get(LIVE, b"Connection: keep-alive", version=b"1.0"),
     "HTTP/1.2": _get(LIVE, version=b"1.2"),
+    "white space after values": _get(LIVE, b"X-Request-ID: a \t", b"Accept: b "),
     "no Host": b"GET /health/live HTTP/1.1\r\n\r\n",
     "a wrong token": _get(b"/health/detailed", b"Authorization: Bearer wrong"),
     "empty lines before": b"\r\n\r\n" + _get(LIVE),

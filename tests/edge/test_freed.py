@@ -23,6 +23,7 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 LARGE = 240_000
 ROUNDS = 20
 ANSWER = b"\x81\x01."
+_awaited: list[asyncio.Event] = []
 
 
 @asynccontextmanager
@@ -69,16 +70,23 @@ async def answering(_: Any, receive: Any, send: Any) -> None:
             await send({"type": "websocket.send", "text": "."})
 
 
+async def stays() -> None:
+    """Wait for the end of the test, in a task that no collection of garbage ends before."""
+    event = asyncio.Event()
+    _awaited.append(event)
+    await event.wait()
+
+
 async def mute(_: Any, receive: Any, send: Any) -> None:
     """Accept a WebSocket, and wait for something else."""
     await receive()
     await send({"type": "websocket.accept"})
-    await asyncio.Event().wait()
+    await stays()
 
 
 async def late(_: Any, __: Any, ___: Any) -> None:
     """Do not read the body of a request."""
-    await asyncio.Event().wait()
+    await stays()
 
 
 async def test_a_server_without_memory_ends_the_websockets_that_hold_most(
@@ -141,6 +149,7 @@ async def test_bytes_of_a_client_that_left_are_freed(app: App, sent: bytes) -> N
             grown = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
+        _awaited.clear()
 
     assert grown < 0.3 * (ROUNDS - 1) * len(sent)
     assert connections.request_bytes == backlogs._waiting_bytes == 0

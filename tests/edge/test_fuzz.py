@@ -82,6 +82,7 @@ HEADERS = (
     *(b"Origin: http://evil", b"Origin: null", b'Forwarded: for="', b"X-Forwarded-For: \xff"),
     *(b"X-User: admin", b"X-Forwarded-Proto: \x80", b"Accept-Encoding: gzip;q=x", b"a:"),
     *(b"Range: bytes=0-", b"If-None-Match: *", b"a: " + b"b" * 4000, b"baggage: a=\xff"),
+    *(b"Connection: keep-alive \t", b"Upgrade: h2c ", b"Expect: 100-continue\t", b"a: \t "),
 )
 HANDSHAKE = (
     b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
@@ -94,6 +95,7 @@ ODD_HEADERS = (
     *(b"Content-Length: 0", b"Content-Length: 5", b"Content-Length: 4294967296", b"N\x00: a"),
     *(b"Content-Length: -1", b"Content-Length: 5, 5", b"Content-Length: 99999999999999999999"),
     *(b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity", b"Transfer-Encoding: x"),
+    *(b"Content-Length: 5\t", b"Transfer-Encoding: chunked ", b"Host: y \t"),
     *(b"Transfer-Encoding: gzip, chunked", b"Transfer-Encoding:\x0bchunked", b"a b: c", b"a\t: b"),
     HANDSHAKE,
 )

@@ -72,6 +72,8 @@ KINDS: dict[str, list[tuple[bytes, bytes]]] = {
             (b" chunked", b" xchunked"),
             (b" xchunked",),
             (b" chunked, identity",),
+            (b" chunked \t",),
+            (b" chunked ", b" identity "),
             (b"\x0bchunked",),
             (b" chunked\x0b",),
             (b"\tchunked",),
@@ -84,6 +86,8 @@ KINDS: dict[str, list[tuple[bytes, bytes]]] = {
         (POST + b"Content-Length: 0, %d\r\n" % len(INNER), INNER),
         (POST + b"Content-Length: +%d\r\n" % len(INNER), INNER),
         (POST + b"Content-Length : %d\r\n" % len(INNER), INNER),
+        (POST + b"Content-Length: %d \t\r\n" % len(INNER), INNER),
+        (POST + b"Content-Length: 0 \r\nContent-Length: %d\t\r\n" % len(INNER), INNER),
         (POST + b"Content-Length: 0\r\n\tX: %d\r\n" % len(INNER), INNER),
     ],
 }

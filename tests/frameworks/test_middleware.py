@@ -547,7 +547,8 @@ async def test_the_jobs_api_beside_any_application(inside: Callable[[], AnyApp])
 
 def test_every_path_of_the_jobs_api_leads_to_it() -> None:
     """Paths beside them are the application's."""
-    served = Litestar([jobs_router()], logging_config=None, openapi_config=None).routes
+    layer = OperationsLayer(OperationsConfig(settings=Settings()))
+    served = Litestar([jobs_router(layer)], logging_config=None, openapi_config=None).routes
     paths = {route.path for route in served}
 
     assert {"/".join(path.split("/")[:4]) for path in paths} == set(asgi._JOBS_API)

@@ -1101,7 +1101,7 @@ async def test_foreign_bytes_reach_no_serializer(
         {"task_id": own.task_id, "task_name": "shop:double", "args": [1], "kwargs": {}},
     ]
     plugin = OperationsPlugin(OperationsConfig(tasks=[broker]))
-    app = Litestar([jobs_router(secured=False)], plugins=[plugin], logging_config=None)
+    app = Litestar([jobs_router(plugin)], plugins=[plugin], logging_config=None)
     async with AsyncTestClient(app) as client:
         for payload in payloads:
             asked = {"task": "shop:double", "payload": payload}

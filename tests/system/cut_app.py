@@ -140,6 +140,7 @@ async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"mounted", "more_body": False})
 
 
+plugin = OperationsPlugin()
 app = Litestar(
     [
         upload,
@@ -155,8 +156,8 @@ app = Litestar(
         left,
         release,
         mounted,
-        jobs_router(),
+        jobs_router(plugin),
     ],
-    plugins=[OperationsPlugin()],
+    plugins=[plugin],
     logging_config=None,
 )

@@ -85,7 +85,7 @@ async def flood(lines: Annotated[int, QueryParameter()]) -> None:
 
 
 app = Litestar(
-    [one, echo, leak, block, crash, flood, jobs_router()],
+    [one, echo, leak, block, crash, flood, jobs_router(plugin)],
     middleware=[_Identity()],
     plugins=[plugin],
 )

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any, cast
 
 import httpx
@@ -551,7 +550,7 @@ async def test_without_its_ledger_the_api_returns_503(
         codec=MsgspecCodec(),
         queues=SETTINGS.queues,
     )
-    client.app.state["jobs_api"] = replace(client.app.state["jobs_api"], service=away)
+    jobs.service = away
     for method, path, body in (
         ("POST", "", PARCEL),
         ("GET", "", None),
@@ -619,7 +618,7 @@ async def test_hooks_of_the_application_change_the_response() -> None:
         return response
 
     plugin = OperationsPlugin(OperationsConfig(settings=SETTINGS))
-    app = Litestar([jobs_router()], plugins=[plugin], after_request=add, logging_config=None)
+    app = Litestar([jobs_router(plugin)], plugins=[plugin], after_request=add, logging_config=None)
     async with AsyncTestClient(app) as test_client:
         reply = await test_client.post(JOBS, json=PARCEL)
 

@@ -141,11 +141,8 @@ async def test_too_many_followers_get_503() -> None:
     async with service() as client:
         link = await accept(client)
         jobs = plugin_of(client).assembly.jobs
-        object.__setattr__(
-            client.app.state["jobs_api"],
-            "follower",
-            JobFollower(jobs.service.get, plugin_of(client).operations.clock, max_followers=0),
-        )
+        clock = plugin_of(client).operations.clock
+        jobs.follower = JobFollower(jobs.service.get, clock, max_followers=0)
         reply = await client.get(link)
 
         assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")

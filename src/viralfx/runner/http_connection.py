@@ -26,7 +26,7 @@ from viralfx.runner.http_limits import (
     Rejection,
 )
 from viralfx.runner.http_response import Flow, ResponseCycle
-from viralfx.web.responses import IN_FLIGHT, REJECTED_STATUS, Endpoint
+from viralfx.web.responses import REJECTED_STATUS, Endpoint
 
 LINGER_BYTES = 64 * 1024
 """Input that is discarded meanwhile; the server does not read more than this."""
@@ -46,6 +46,8 @@ _HIGH_WATER = 65536
 NOTHING, HEAD, BODY = range(3)
 
 NO_HEADERS: list[tuple[bytes, bytes]] = []
+_WHITE_SPACE = b" \t"
+"""Optional white space around the value of a header, and no part of it (RFC 9110, 5.5)."""
 _ODD = frozenset({b"content-length", b"transfer-encoding", b"expect", b"upgrade"})
 """Headers with which a request cannot be served as a fast probe."""
 _PROXY = frozenset({b"x-forwarded-for", b"x-forwarded-proto"})
@@ -75,6 +77,7 @@ class HttpConnection(HttpToolsProtocol):
         "_last",
         "_messages",
         "_odd",
+        "_padding",
         "_probe",
         "_progress",
         "_proxied",
@@ -118,7 +121,7 @@ class HttpConnection(HttpToolsProtocol):
         self._expected_since = self.sent_at = 0.0
         """Start of the timeout of the current head or body."""
         self._idle_since = self.registry.now
-        self._hosts = self._trailers = self._discarded = 0
+        self._hosts = self._padding = self._trailers = self._discarded = 0
         self.sent_bytes, self._host = -1, b""
         self._odd = self._proxied = self._upgrading = False
         self._stopping = self._last = self._discarding = self._ends_body = False
@@ -158,7 +161,7 @@ class HttpConnection(HttpToolsProtocol):
         if running is not None:
             running.release()
             if not running.response_complete:
-                self._disconnect(running)
+                running.disconnect()
         self.pipeline.clear()
         super().connection_lost(exc)
         # No reference cycle, so that the request is freed without the garbage collector.
@@ -190,16 +193,6 @@ class HttpConnection(HttpToolsProtocol):
         """Return True while a request is unanswered."""
         cycle: ResponseCycle | None = self.cycle
         return cycle is not None and not cycle.response_complete
-
-    @staticmethod
-    def _disconnect(cycle: ResponseCycle) -> None:
-        cycle.disconnected = True
-        cycle.body = bytearray()  # the application gets no more of it
-        cycle.message_event.set()
-        scope: Any = cycle.scope
-        in_flight = scope.get(IN_FLIGHT)
-        if in_flight is not None:
-            in_flight.on_disconnect()
 
     def _unset_keepalive_if_required(self) -> None:
         """Do nothing, because :class:`Connections` has the deadlines."""
@@ -389,7 +382,7 @@ class HttpConnection(HttpToolsProtocol):
         self._messages += 1
         self._reading = HEAD
         self._began = self._odd = self._proxied = False
-        self._hosts = 0
+        self._hosts = self._padding = 0
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
@@ -402,6 +395,9 @@ class HttpConnection(HttpToolsProtocol):
                 self._stop_parsing(Rejection.TOO_MANY_HEADERS)
             return
         name = name.lower()
+        received = len(value)
+        value = value.strip(_WHITE_SPACE)  # the parser leaves it at the end
+        self._padding += received - len(value)
         if name == b"host":
             self._hosts += 1
             self._host = value
@@ -473,7 +469,7 @@ class HttpConnection(HttpToolsProtocol):
             self.pipeline.popleft()
             self.registry.queued -= 1
             return
-        self._disconnect(cycle)
+        cycle.disconnect()
         self._running = None
         if cycle.response_started:
             self.transport.close()

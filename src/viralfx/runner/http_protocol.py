@@ -128,8 +128,9 @@ class HttpProtocol(HttpConnection):
             self.cycle.message_event.set()
 
     def _require_size(self) -> None:
-        method = len(self.parser.get_method()) + len(b"  HTTP/1.1\r\n\r\n")
-        if method + len(self.url) + _head_bytes(self.headers) > self.registry.limits.max_head_bytes:
+        line = len(self.parser.get_method()) + len(self.url) + len(b"  HTTP/1.1\r\n\r\n")
+        size = line + _head_bytes(self.headers) + self._padding
+        if size > self.registry.limits.max_head_bytes:
             self._stop_parsing(Rejection.HEAD_TOO_LARGE)
 
     def _require_no_host(self, version: str) -> None:

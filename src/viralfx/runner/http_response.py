@@ -22,7 +22,7 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from viralfx.runner.connections import Connections
 from viralfx.runner.http_limits import WRITE_BUFFER_BYTES, Rejection
-from viralfx.web.responses import RawResponse, Receive, Scope, Send
+from viralfx.web.responses import IN_FLIGHT, RawResponse, Receive, Scope, Send
 
 _CONNECTION = frozenset({b"connection", b"transfer-encoding", b"content-length"})
 """Headers that frame the body; the usual spelling of ``content-length`` is handled separately."""
@@ -76,6 +76,16 @@ class ResponseCycle(RequestResponseCycle):
         """Stop counting the head and the body."""
         self.hold(-self.held)
 
+    def disconnect(self) -> None:
+        """Record that the client has disconnected, and notify the application."""
+        self.disconnected = True
+        self.body = bytearray()  # the application gets no more of it
+        self.message_event.set()
+        scope: Any = self.scope
+        in_flight = scope.get(IN_FLIGHT)
+        if in_flight is not None:
+            in_flight.on_disconnect()
+
     async def receive(self) -> Any:
         """Return the next message; the application holds its body from then on."""
         message: Any = await super().receive()
@@ -119,10 +129,14 @@ class ResponseCycle(RequestResponseCycle):
         status_line = STATUS_LINE.get(message["status"])
         if status_line is None:
             return None
+        headers = message.get("headers", ())
+        if type(headers) is not list:
+            # uvicorn may have to read them, too, and an iterator can be read only once.
+            headers = message["headers"] = [(name, value) for name, value in headers]
         length: bytes | None = None
         values = []
         parts = [status_line, self.connections.server_head]
-        for name, value in message.get("headers", ()):
+        for name, value in headers:
             if name == b"content-length":
                 if length is not None:
                     return None

@@ -19,9 +19,8 @@ from viralfx.telemetry import hide_packages
 from viralfx.web.api_docs import ApiDocsPlugin
 from viralfx.web.jobs.changes import jobs_router
 from viralfx.web.jobs.openapi import COMPONENTS, JobsDocument
-from viralfx.web.jobs.routes import JOBS
 from viralfx.web.layer import OperationsConfig, OperationsLayer
-from viralfx.web.plugin import BoundedCaches, OperationsPlugin, jobs_api_of, keep_error
+from viralfx.web.plugin import BoundedCaches, OperationsPlugin, keep_error
 from viralfx.web.problems import problem_handlers
 from viralfx.web.responses import (
     ASGIApp,
@@ -113,7 +112,7 @@ def create_app(settings: Settings) -> Litestar:
     # msgspec types only, and the gate's middleware records its traces (ADR-0026).
     with hide_packages("attr", "attrs", "opentelemetry", "pydantic"):
         app = Litestar(
-            [jobs_router(secured=secured)],
+            [jobs_router(plugin)],
             plugins=[plugin, CompleteOptions()],
             exception_handlers=problem_handlers(),
             logging_config=None,
@@ -134,12 +133,11 @@ def create_app(settings: Settings) -> Litestar:
 def create_jobs_api(layer: OperationsLayer) -> ASGIApp:
     """Create an application that serves the jobs API of a layer, and nothing else."""
     app = Litestar(
-        [jobs_router(secured=layer.settings.api_token is not None)],
+        [jobs_router(layer)],
         plugins=[CompleteOptions()],
         exception_handlers=problem_handlers(),
         after_exception=[keep_error],
         logging_config=None,
         openapi_config=None,
     )
-    app.state[JOBS] = jobs_api_of(layer)
     return BoundedCaches(HeadAsGet(cast("ASGIApp", app)), lambda: app)

@@ -74,6 +74,8 @@ class Gate:
         if kind not in {"http", "websocket"}:
             await app(scope, receive, send)
             return
+        if type(scope["headers"]) is not list:  # ASGI allows any iterable, also of one use
+            scope["headers"] = list(scope["headers"])
         correlation_id = correlation_id_of(scope["headers"])
         start_request_context(correlation_id)
         header = (HEADER, correlation_id.encode("ascii"))

@@ -25,6 +25,7 @@ from viralfx.telemetry.logging.lines import AccessLog
 from viralfx.telemetry.metrics.requests import RequestMetrics
 from viralfx.web.error_log import log_error, log_escaped, note_disconnect
 from viralfx.web.responses import (
+    CLOSE,
     HEADER,
     IN_FLIGHT,
     REJECTED_STATUS,
@@ -160,7 +161,8 @@ class InFlightRequest:
         elif kind == "websocket.accept":
             self.started, self.status = True, _SWITCHING
             self._note_trace()
-            message["headers"] = [*message.get("headers", ()), self.header]
+            # A new message: an application may send the same one for each of its WebSockets.
+            message = {**message, "headers": [*message.get("headers", ()), self.header]}
         elif kind == "websocket.close":
             if self.disconnected or CLIENT_DISCONNECTED in self.scope:
                 # A framework closes the WebSocket after a disconnect, and the server would raise.
@@ -205,17 +207,15 @@ class InFlightRequest:
             self.scope[TRACE] = trace
 
     def _start_response(self, message: Message) -> None:
-        self.started = True
         self._note_trace()
         status = int(message["status"])  # the label of an enumeration member would be its name
         # Servers send no other status, even if an application derives one from client input.
         self.status = status if _FIRST_STATUS <= status <= _LAST_STATUS else None
         if self.disconnected or status >= _FIRST_FAILURE:
             self._record_failure(status)
-        given = message.get("headers", ())
-        if not isinstance(given, list):
-            given = list(given)  # ASGI allows any iterable, and an iterator can be read only once
-        for name, value in given:
+        stopping, headers = self._requests.stopping, [self.header]
+        # Read once: headers, and a header itself, may be any iterable, so also a generator.
+        for name, value in message.get("headers", ()):
             if name == b"content-length":
                 self.has_length = True
             elif name == b"content-type":
@@ -224,15 +224,15 @@ class InFlightRequest:
                     self.event_stream = True
             elif name == b"content-encoding":
                 self._encoded = True
-            elif name == HEADER:
-                given = [pair for pair in given if pair[0] != HEADER]
+            elif name == HEADER or (stopping and name == b"connection"):
+                continue
+            headers.append((name, value))
         # A plain-text event would corrupt a compressed stream.
         self.accepts_events = self.event_stream and not self._encoded
-        if self._requests.stopping:
-            rest = (pair for pair in given if pair[0] != b"connection")
-            message["headers"] = [self.header, *rest, (b"connection", b"close")]
-        else:
-            message["headers"] = [self.header, *given]
+        if stopping:
+            headers.append(CLOSE)
+        message["headers"] = headers
+        self.started = True  # not before: an invalid header is an error without a response
 
     def _record_failure(self, status: int) -> None:
         """Clear the status if no client receives it, and log the error behind a 500."""

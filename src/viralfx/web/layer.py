@@ -6,7 +6,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 from weakref import WeakSet
 
 from viralfx.bootstrap import assemble
@@ -243,6 +243,10 @@ class OperationsLayer:
         if not self._run_jobs:
             self.assembly.jobs.disable_worker()
         self._connect()
+
+    def __deepcopy__(self, _memo: object) -> Self:
+        """Return the layer itself: routers, which Litestar copies, have it in their options."""
+        return self
 
     def _connect(self) -> None:
         """Connect the application to services that were wired just now."""

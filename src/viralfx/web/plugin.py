@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 from urllib.parse import urlsplit
 
-from litestar import Litestar, Router
+from litestar import Litestar
 from litestar.config.app import AppConfig
 from litestar.enums import ScopeType
 from litestar.exceptions import HTTPException, WebSocketException
@@ -24,13 +24,11 @@ from viralfx.domain.errors import ConfigurationError
 from viralfx.settings import Settings
 from viralfx.settings.doctor import plain_environment
 from viralfx.telemetry import CLIENT_DISCONNECTED
-from viralfx.web.auth import AccessPolicy
 from viralfx.web.dependencies import ApplicationDependencies, ClientDependencies
 from viralfx.web.error_log import ERROR, is_client_disconnect, log_request_error
 from viralfx.web.gate import Gate
 from viralfx.web.jobs.changes import jobs_router
 from viralfx.web.jobs.openapi import COMPONENTS, JobsDocument
-from viralfx.web.jobs.routes import JOBS, JobsApi
 from viralfx.web.layer import (
     LIFESPAN_IN_LAYER,
     SECOND_LAYER,
@@ -39,7 +37,6 @@ from viralfx.web.layer import (
 )
 from viralfx.web.responses import ASGIApp, Message, Receive, Scope, Send
 from viralfx.web.routes import (
-    ENDPOINTS,
     health_router,
     is_operations_route,
     with_components,
@@ -97,7 +94,6 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
         if self._app is not None:
             self.attach(self._app)
             self.endpoints.serve_below(self._app.path)
-            self._app.state.update(self._state())
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
         """Add routes, dependencies, a lifespan and an error hook to the application.
@@ -113,7 +109,7 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
         self._connect()
         if self._config.dependencies:
             self._clients = ClientDependencies(self, app_config)
-        app_config.route_handlers.append(self._router())
+        app_config.route_handlers.append(health_router(self))
         if self._config.jobs_api:
             self._add_jobs_api(app_config)
         if self.settings.management_token is not None and app_config.openapi_config is not None:
@@ -154,13 +150,14 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
             problem = "OperationsConfig.jobs_api: the jobs API is at /api/v1, and the application"
             remedy = f"is below {app_config.path}; give that path to its routers instead"
             raise ConfigurationError([f"{problem} {remedy}"])
-        secured, listed = self.settings.api_token is not None, self._config.include_in_schema
-        app_config.route_handlers.append(jobs_router(secured=secured, include_in_schema=listed))
-        if listed and app_config.openapi_config is not None:
+        app_config.route_handlers.append(jobs_router(self))
+        if self._config.include_in_schema and app_config.openapi_config is not None:
             document = JobsDocument(self.assembly.jobs.tasks, self.settings.queues)
             completed = with_finish(app_config.openapi_config, document.finish)
             app_config.openapi_config = (
-                with_components(completed, COMPONENTS) if secured else completed
+                completed
+                if self.settings.api_token is None
+                else with_components(completed, COMPONENTS)
             )
 
     def attach(self, app: Litestar | AppConfig) -> None:
@@ -203,21 +200,11 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
         self.attach(app)
         # The settings are not the application's choice: the command has read the environment.
         self._access_log_is_set = self._environment_sets_access_log()
-        app.state.update(self._state())
         app.after_exception.append(keep_error)
         if self.settings.management_token is not None and app.openapi_config is not None:
             declared = with_management_token(app.openapi_config)
             app.openapi_config.components = declared.components
-        app.register(self._router())
-
-    def _router(self) -> Router:
-        return health_router(
-            prefix=self._config.path,
-            tag=self._config.tag,
-            groups=bool(self._config.groups),
-            include_in_schema=self._config.include_in_schema,
-            access=AccessPolicy.from_settings(self.settings),
-        )
+        app.register(health_router(self))
 
     def require_metrics_path(self, app: Litestar) -> None:
         """Raise :class:`ConfigurationError` if the application has a route at ``metrics_path``.
@@ -227,13 +214,6 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
         path = self._config.metrics_path
         if any(route.path == path for route in app.routes):
             raise ConfigurationError([_METRICS_PATH_TAKEN.format(path)])
-
-    def _state(self) -> dict[str, object]:
-        return {
-            "operations": self.operations,
-            ENDPOINTS: self.endpoints,
-            JOBS: jobs_api_of(self),
-        }
 
     @asynccontextmanager
     async def _lifespan(self, app: Litestar) -> AsyncIterator[None]:
@@ -356,18 +336,6 @@ def _module_caches(_modules: int) -> list[Any]:
     plain = (each.__func__ if isinstance(each, classmethod) else each for each in found)
     caches = {id(each): each for each in plain if isinstance(each, _Cache)}
     return [each for each in caches.values() if each.__module__.startswith("litestar.")]
-
-
-def jobs_api_of(layer: OperationsLayer) -> JobsApi:
-    """Return the services and the access rules of the jobs API, for the state of an application."""
-    jobs, token = layer.assembly.jobs, layer.settings.api_token
-    return JobsApi(
-        service=jobs.service,
-        follower=jobs.follower,
-        token=None if token is None else token.value.strip().encode(),
-        open_without_token=layer.settings.environment != "production",
-        concurrency=lambda: jobs.concurrency,
-    )
 
 
 def plugin_of(app: object, settings: Settings) -> tuple[OperationsPlugin, bool]:

@@ -29,7 +29,7 @@ from litestar.routes import BaseRoute, HTTPRoute
 from viralfx.telemetry.logging.lines import LEVELS
 from viralfx.web import schemas
 from viralfx.web.auth import AccessPolicy
-from viralfx.web.endpoints import OperationsEndpoints
+from viralfx.web.layer import OperationsLayer
 from viralfx.web.responses import (
     PROBLEM_MEDIA_TYPE,
     EventStream,
@@ -127,11 +127,11 @@ def with_finish(config: OpenAPIConfig, finish: Finish) -> OpenAPIConfig:
         return StableOpenAPIConfig(**given, finish=finish)
 
 
-ENDPOINTS = "operations_endpoints"
-"""The key of the :class:`OperationsEndpoints` in the application's state."""
+_LAYER = "viralfx.layer"
+"""The key in ``opt`` of these routes; the value is the layer that they serve.
 
-_OPERATIONS = "viralfx.operations"
-"""The key in ``opt`` that marks these routes."""
+The state of an application is no place for it: handlers copy, encode and count all of the state.
+"""
 
 AnyRequest = Request[object, object, State]
 
@@ -174,13 +174,13 @@ class ChangeOperation(Operation):
 
 
 async def _serve(request: AnyRequest) -> Response[bytes]:
-    endpoints: OperationsEndpoints = request.app.state[ENDPOINTS]
+    layer: OperationsLayer = request.route_handler.opt[_LAYER]
     # The raw path, because Litestar ignores a trailing slash and a probe must not.
     raw_path, _, _ = request.scope["raw_path"].partition(b"?")
     path = raw_path.decode("latin-1").removeprefix(request.scope.get("root_path", ""))
     if (below := request.app.path) != "/":
         path = path.removeprefix(below)
-    endpoint, console = endpoints.find(path), endpoints.console
+    endpoint, console = layer.endpoints.find(path), layer.endpoints.console
     # The gate serves the console, whose files have no routes.
     if endpoint is None or (console is not None and path in console.endpoints):
         raise NotFoundException
@@ -434,26 +434,20 @@ _MANAGEMENT = (
 def is_operations_route(route: BaseRoute) -> bool:
     """Return True for a route all of whose handlers are those of this module."""
     return isinstance(route, HTTPRoute) and all(
-        _OPERATIONS in handler.opt for handler in route.route_handlers
+        _LAYER in handler.opt for handler in route.route_handlers
     )
 
 
-def health_router(
-    *,
-    prefix: str,
-    tag: str,
-    access: AccessPolicy,
-    groups: bool = False,
-    include_in_schema: bool = True,
-) -> Router:
-    """Make the routes of all endpoints. The application's state must hold the endpoints.
+def health_router(layer: OperationsLayer) -> Router:
+    """Make the routes of all endpoints of a layer.
 
     Behind a gate the routes are only documentation. Without a gate the application's guards and
-    middleware apply to them. The document declares the management token where ``access`` needs it.
+    middleware apply to them. The document declares the management token where they need it.
     """
+    config, access = layer.config, AccessPolicy.from_settings(layer.settings)
     needed: list[dict[str, list[str]]] = [] if access.token is None else [{MANAGEMENT_TOKEN: []}]
     for_details = needed if access.details_need_token else []
-    details = (*_DETAILS, _GROUP) if groups else _DETAILS
+    details = (*_DETAILS, _GROUP) if config.groups else _DETAILS
     routes = (*_PROBES, *details, *_MANAGEMENT)
     head = route(
         sorted({each.path for each in routes if each.method is HttpMethod.GET}),
@@ -461,14 +455,14 @@ def health_router(
         include_in_schema=False,  # HTTP defines HEAD
     )
     return Router(
-        prefix,
+        config.path,
         route_handlers=[
             *(each.handler() for each in _PROBES),
             head(_serve),
             Router("/", route_handlers=[r.handler() for r in details], security=for_details),
             Router("/", route_handlers=[r.handler() for r in _MANAGEMENT], security=needed),
         ],
-        tags=[tag],
-        opt={_OPERATIONS: True},
-        include_in_schema=include_in_schema,
+        tags=[config.tag],
+        opt={_LAYER: layer},
+        include_in_schema=config.include_in_schema,
     )

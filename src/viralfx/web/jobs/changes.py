@@ -32,6 +32,7 @@ from viralfx.web.jobs.openapi import (
     body_spec,
 )
 from viralfx.web.jobs.routes import (
+    JOBS_API,
     MAX_BODY_BYTES,
     AnyRequest,
     JobsApi,
@@ -41,6 +42,7 @@ from viralfx.web.jobs.routes import (
     read_body,
     traceparent,
 )
+from viralfx.web.layer import OperationsLayer
 from viralfx.web.problems import (
     JOB_HANDLERS,
     ON_CHANGE,
@@ -258,7 +260,7 @@ QUEUES_PATH = "/api/v1/queues"
 
 async def _one(api: JobsApi, name: str) -> schemas.Queue:
     counts = (await api.service.queues()).get(name, QueueCounts())
-    return schemas.queue_view(name, counts, api.concurrency())
+    return schemas.queue_view(name, counts, api.concurrency)
 
 
 class QueuesController(Controller):
@@ -276,7 +278,7 @@ class QueuesController(Controller):
     )
     async def all(self, request: AnyRequest) -> schemas.QueueList:
         api = api_of(request)
-        return schemas.queue_list(await api.service.queues(), api.concurrency())
+        return schemas.queue_list(await api.service.queues(), api.concurrency)
 
     @post(
         "/{queue:str}/pause",
@@ -394,10 +396,10 @@ class SchedulesController(Controller):
         return Response(body, status_code=status, headers={"Location": body.links.self})
 
 
-def jobs_router(*, secured: bool = False, include_in_schema: bool = True) -> Router:
-    """Make the routes. The application's state must hold a :class:`JobsApi`.
+def jobs_router(layer: OperationsLayer) -> Router:
+    """Make the routes for the jobs of a layer.
 
-    If ``secured``, the document declares that they need the API token.
+    The document declares that they need the API token, if there is one.
     """
     return Router(
         "/",
@@ -410,6 +412,7 @@ def jobs_router(*, secured: bool = False, include_in_schema: bool = True) -> Rou
         before_request=check_request,
         exception_handlers={**problem_handlers(), **JOB_HANDLERS},
         tags=["jobs"],
-        security=openapi.SECURITY if secured else None,
-        include_in_schema=include_in_schema,
+        opt={JOBS_API: JobsApi(layer)},
+        security=None if layer.settings.api_token is None else openapi.SECURITY,
+        include_in_schema=layer.config.include_in_schema,
     )

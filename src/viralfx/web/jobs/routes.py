@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -36,6 +35,7 @@ from viralfx.web.jobs.schemas import (
     BatchRequest,
     JobRequest,
 )
+from viralfx.web.layer import OperationsLayer
 from viralfx.web.problems import ON_ACCEPT, ON_BATCH, ON_CHANGE
 
 MAX_BODY_BYTES = 64 * 1024
@@ -194,25 +194,40 @@ def reject_unknown_parameters(request: AnyRequest, *known: str) -> None:
             raise ClientException(f"There is no parameter {name!r}; there are {', '.join(known)}.")
 
 
-JOBS = "jobs_api"
-"""The key of the :class:`JobsApi` in the application's state."""
+JOBS_API = "viralfx.jobs_api"
+"""The key in ``opt`` of these routes; the value is their :class:`JobsApi`."""
 
 _MAX_PAGE_JOBS = 100
 _encode = msgspec.json.Encoder().encode
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class JobsApi:
-    """The services and settings that the routes use."""
+    """The services of a layer that the routes use, as it was wired last, and their access rules."""
 
-    service: JobService
-    follower: JobFollower
-    token: bytes | None
-    """The token that each request must carry; None: no token is configured."""
-    open_without_token: bool
-    """Whether requests are allowed if no token is configured."""
-    concurrency: Callable[[], Mapping[str, int]] = dict
-    """Returns how many jobs of each queue this process runs at once."""
+    __slots__ = ("_layer", "open_without_token", "token")
+
+    def __init__(self, layer: OperationsLayer) -> None:
+        self._layer = layer
+        token = layer.settings.api_token
+        self.token = None if token is None else token.value.strip().encode()
+        """The token that each request must carry; None: no token is configured."""
+        self.open_without_token = layer.settings.environment != "production"
+        """Whether requests are allowed if no token is configured."""
+
+    @property
+    def service(self) -> JobService:
+        """The service that accepts, finds and changes jobs."""
+        return self._layer.assembly.jobs.service
+
+    @property
+    def follower(self) -> JobFollower:
+        """The source of event streams of jobs."""
+        return self._layer.assembly.jobs.follower
+
+    @property
+    def concurrency(self) -> Mapping[str, int]:
+        """How many jobs of each queue this process runs at once."""
+        return self._layer.assembly.jobs.concurrency
 
 
 # Not a guard: for each guard and request Litestar copies the route handler, which takes longer than
@@ -429,6 +444,6 @@ async def _messages(follower: JobFollower, job: Job) -> AsyncIterator[ServerSent
 
 
 def api_of(request: AnyRequest) -> JobsApi:
-    """Return the services of the application that a request was sent to."""
-    api: JobsApi = request.app.state[JOBS]
+    """Return the services of the layer whose routes a request was sent to."""
+    api: JobsApi = request.route_handler.opt[JOBS_API]
     return api
