@@ -35,6 +35,7 @@ from viralfx.domain.jobs.tasks import (
 )
 from viralfx.domain.shutdown import Phase
 from viralfx.settings import read_settings
+from viralfx.telemetry.tracing import module_of_application, tracing_of
 
 with needed_by("viralfx.taskiq"):
     from taskiq import (
@@ -167,6 +168,7 @@ class LedgerBroker(AsyncBroker, TaskHost):
         self._started: set[bool] = set()
         self._is_down = False
         self._starting = asyncio.Lock()
+        self._module = module_of_application()
 
     # -- life --------------------------------------------------------------------------------
 
@@ -264,7 +266,7 @@ class LedgerBroker(AsyncBroker, TaskHost):
 
     async def _open(self) -> None:
         settings = msgspec.structs.replace(read_settings(os.environ), task_modules=())
-        own = _Own(assemble(settings, tasks=[self]))
+        own = _Own(tracing_of(self._module)(assemble)(settings, tasks=[self]))
         own.assembly.operations.home.settle()
         try:
             for resource in own.assembly.operations.resources:

@@ -15,6 +15,7 @@ from viralfx.bootstrap.task_modules import failed, import_named, of_code
 from viralfx.domain.errors import ConfigurationError, suggest
 from viralfx.domain.jobs.hooks import TaskHost
 from viralfx.settings import Settings
+from viralfx.telemetry.tracing import tracing_of
 from viralfx.web.error_log import ERROR, is_logged
 from viralfx.web.layer import READS_STRICTLY, OperationsConfig, OperationsLayer
 from viralfx.web.responses import ASGIApp, Message, Receive, Scope, Send
@@ -98,14 +99,20 @@ def find_application(
     variables itself. Raises :class:`ConfigurationError` with these problems, or if the application
     cannot be loaded, or if its routes conflict with the endpoints.
     """
-    if spec is None:
-        # Imported late: an application of another framework needs no Litestar.
-        from viralfx.web.app import create_app  # noqa: PLC0415
+    with tracing_of(module_of(spec)):
+        if spec is None:
+            # Imported late: an application of another framework needs no Litestar.
+            from viralfx.web.app import create_app  # noqa: PLC0415
 
-        app = cast("ASGIApp", create_app(settings))
-    else:
-        app = load_app(spec, settings)
-    return _with_layer(app, settings, spec, problems)
+            app = cast("ASGIApp", create_app(settings))
+        else:
+            app = load_app(spec, settings)
+        return _with_layer(app, settings, spec, problems)
+
+
+def module_of(spec: str | None) -> str:
+    """Return the module of the application; None is that of the service."""
+    return __name__ if spec is None else spec.partition(":")[0]
 
 
 def bare_application(settings: Settings) -> tuple[ASGIApp, OperationsLayer]:
@@ -131,9 +138,10 @@ def find_worker_application(
     A host, such as ``LedgerBroker``, has no application: its tasks run in a plain worker, with
     ``settings``. So ``problems`` are raised for it, too.
     """
-    found = _load(spec, settings)
-    if not isinstance(found, TaskHost):
-        return _with_layer(found, settings, spec, problems)
+    with tracing_of(module_of(spec)):
+        found = _load(spec, settings)
+        if not isinstance(found, TaskHost):
+            return _with_layer(found, settings, spec, problems)
     if problems:
         raise ConfigurationError(problems)
     return found

@@ -16,6 +16,7 @@ from viralfx.runner.applications import (
     ApplicationLifespan,
     find_application,
     find_worker_application,
+    module_of,
 )
 from viralfx.runner.diagnostics import HeapReports
 from viralfx.runner.http_limits import HttpLimits, raise_descriptor_limit
@@ -25,7 +26,7 @@ from viralfx.runner.signals import SignalWatch
 from viralfx.settings import Settings, read_settings
 from viralfx.telemetry.logging.handler import enforce_logging
 from viralfx.telemetry.logging.redaction import Redaction, secrets_of
-from viralfx.telemetry.tracing import require_packages
+from viralfx.telemetry.tracing import require_packages, tracing_of
 from viralfx.web.auth import AccessPolicy
 from viralfx.web.endpoints import OperationsEndpoints
 from viralfx.web.gate import Gate
@@ -193,7 +194,8 @@ def work(signals: SignalWatch, *, app: str | None = None, queues: Sequence[str])
     if found is None or isinstance(found, TaskHost):
         if problems := list(_problems(settings, queues)):
             raise ConfigurationError(problems)
-        assembly = assemble(settings, tasks=() if found is None else (found,))
+        with tracing_of(module_of(app)):
+            assembly = assemble(settings, tasks=() if found is None else (found,))
         if found is not None and not tuple(found.declared_tasks()):
             problem = f"--app: {app} declares no task; name the modules of its tasks in"
             raise ConfigurationError([f"{problem} TASK_MODULES"])

@@ -22,6 +22,7 @@ from viralfx.domain.shutdown import AnyStage, Phase, PhaseStarted, ShutdownEvent
 from viralfx.settings import CredentialsCallable, Settings, read_settings
 from viralfx.telemetry.logging.lines import FactsInMessages
 from viralfx.telemetry.metrics import MetricsRegistry, SiblingProcesses
+from viralfx.telemetry.tracing import module_of_application, tracing_of
 from viralfx.web.auth import AccessPolicy
 from viralfx.web.endpoints import OperationsEndpoints
 from viralfx.web.error_log import cause_of
@@ -150,6 +151,7 @@ class OperationsLayer:
         "_access_log_is_set",
         "_config",
         "_facts",
+        "_module",
         "_refused",
         "_run_jobs",
         "_siblings",
@@ -189,6 +191,7 @@ class OperationsLayer:
         self._siblings = SiblingProcesses()
         self._facts = FactsInMessages.from_settings(self.settings)
         self._access_log_is_set = config.settings is not None or self._environment_sets_access_log()
+        self._module = module_of_application()
         self.loop: asyncio.AbstractEventLoop | None = None
         """The event loop of the application's lifespan; None while it does not run."""
         self._wire()
@@ -207,7 +210,8 @@ class OperationsLayer:
     def _wire(self) -> None:
         config = self._config
         self._spans_left: bool | None = None
-        self.assembly = assemble(
+        traced = tracing_of(self._module)(assemble)
+        self.assembly = traced(
             self.settings,
             checks=config.checks,
             groups=config.groups,

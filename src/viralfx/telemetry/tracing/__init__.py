@@ -3,7 +3,11 @@
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from viralfx.domain.errors import ConfigurationError
@@ -14,9 +18,75 @@ if TYPE_CHECKING:
     from viralfx.telemetry.tracing.cleaning import Clean
     from viralfx.telemetry.tracing.setup import Tracing
 
-__all__ = ["require_packages", "start_tracing"]
+__all__ = [
+    "module_of_application",
+    "require_packages",
+    "service_of",
+    "start_tracing",
+    "tracing_of",
+]
 
 _logger = logging.getLogger("viralfx.tracing")
+
+SERVICE = "viralfx-backend"
+"""The default of OTEL_SERVICE_NAME for the service of this package."""
+
+_OWN_PACKAGE = __name__.partition(".")[0]
+_GENERIC = frozenset(
+    {
+        *("api", "app", "application", "asgi", "backend", "main", "server", "service", "src"),
+        *("web", "wsgi"),
+    }
+)
+"""Names of modules that say nothing about the application; the name of the folder may."""
+
+_FRAMEWORKS = frozenset({"django", "fastapi", "litestar", "quart", "starlette", "taskiq"})
+
+_module: ContextVar[str | None] = ContextVar("viralfx_module_of_application", default=None)
+
+
+@contextmanager
+def tracing_of(module: str | None) -> Iterator[None]:
+    """Name the service of traces that start in the block after this module of the application."""
+    token = _module.set(module)
+    try:
+        yield
+    finally:
+        _module.reset(token)
+
+
+def module_of_application() -> str | None:
+    """Return the module of the application whose code is running; None if it has none.
+
+    Within :func:`tracing_of` it is that one. Otherwise it is the first caller outside this package.
+    """
+    if (module := _module.get()) is not None:
+        return module
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - the only way to the caller
+    module = _OWN_PACKAGE
+    while frame is not None and module.partition(".")[0] == _OWN_PACKAGE:
+        module, frame = str(frame.f_globals.get("__name__", _OWN_PACKAGE)), frame.f_back
+    return None if module.partition(".")[0] in _FRAMEWORKS else module
+
+
+def service_of(module: str | None) -> str:
+    """Return the name of the service whose application a module makes.
+
+    It is that of the top-level package; for a generic name, such as ``main`` and ``app``, that of
+    the folder which holds it. None, and a module of this package, mean the service of this package.
+    """
+    name = (module or _OWN_PACKAGE).partition(".")[0]
+    if name == _OWN_PACKAGE:
+        return SERVICE
+    found = sys.modules.get(name)
+    paths = [*getattr(found, "__path__", ()), getattr(found, "__file__", None) or ""]
+    path = Path(paths[0])
+    if name == "__main__":
+        name = path.parent.name if path.stem == "__main__" else path.stem
+        path = path.parent if path.stem == "__main__" else path
+    if name in _GENERIC and paths[0]:
+        name = path.resolve().parent.name or name
+    return name or SERVICE
 
 
 def require_packages(environ: Mapping[str, str]) -> None:
@@ -60,7 +130,11 @@ def start_tracing(
     from viralfx.telemetry.tracing.setup import Tracing  # noqa: PLC0415
 
     provider, exporter = make_provider(
-        instance=instance, environment=environment, clean=clean, clean_sql=clean_sql
+        service=service_of(_module.get()),
+        instance=instance,
+        environment=environment,
+        clean=clean,
+        clean_sql=clean_sql,
     )
     return Tracing(provider, exporter)
 

@@ -3,9 +3,9 @@
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from weakref import WeakSet
 
 from opentelemetry.context import Context
@@ -24,6 +24,7 @@ from opentelemetry.util.types import Attributes
 
 from viralfx.domain.correlation import current_correlation_id, current_user_id
 from viralfx.domain.errors import ConfigurationError
+from viralfx.telemetry.tracing import SERVICE
 from viralfx.telemetry.tracing.cleaning import (
     KEPT_EXTRA_CHARACTERS,
     KEPT_NAME_CHARACTERS,
@@ -142,10 +143,6 @@ def with_trace_id(trace_id: int | None) -> Iterator[None]:
         _chosen.reset(token)
 
 
-SERVICE = "viralfx-backend"
-"""The default of OTEL_SERVICE_NAME."""
-
-
 class CorrelationIdProcessor(SpanProcessor):
     """Adds correlation id and user to every span, including drivers' spans, and limits its name."""
 
@@ -173,22 +170,25 @@ def make_provider(
     *,
     instance: str,
     environment: str,
+    service: str = SERVICE,
     exporter: SpanExporter | None = None,
     clean: Clean | None = None,
     clean_sql: Clean | None = None,
 ) -> tuple[TracerProvider, ReportingExporter]:
     """Create a provider that exports its spans; it is not set as the global provider.
 
-    ``instance`` and ``environment`` identify this process unless the variables do. ``exporter``
+    ``service``, ``instance`` and ``environment`` identify this process unless the variables do. The
+    version is that of the distribution with the name of the service, if there is one. ``exporter``
     replaces the one that the variables configure. Raises :class:`ConfigurationError` if the
     library rejects the variables; ``variables.problems`` finds most mistakes before.
     """
     attributes = {
-        "service.name": SERVICE,
-        "service.version": version("viralfx"),
+        "service.name": service,
         "service.instance.id": instance,
         "deployment.environment.name": environment,
     }
+    with suppress(PackageNotFoundError):
+        attributes["service.version"] = version("viralfx" if service == SERVICE else service)
     text = clean or str
     with sdk_environment(os.environ), collected_warnings("opentelemetry") as warnings:
         try:
