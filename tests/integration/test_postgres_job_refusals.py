@@ -88,9 +88,9 @@ async def echo(value: object) -> object:
 class Unchecked(MsgspecCodec):
     """Encodes any raw document, however deep."""
 
-    def encode(self, result: object) -> bytes:
+    def encode(self, value: object, *_: Any, **__: Any) -> bytes:
         """Encode without checks."""
-        return msgspec.json.encode(result)
+        return msgspec.json.encode(value)
 
 
 @dataclass

@@ -217,8 +217,8 @@ def test_texts_far_beyond_the_limit_are_not_encoded(result: object) -> None:
     """Their length is a size that the JSON has at least."""
 
     class Untouched(MsgspecCodec):
-        def encode(self, result: object) -> bytes:
-            raise AssertionError(result)
+        def encode(self, value: object, *_: Any, **__: Any) -> bytes:
+            raise AssertionError(value)
 
     with pytest.raises(ResultError, match="the result has at least 40 bytes of JSON"):
         encoded_result(Untouched(), result, 2)

@@ -4,7 +4,7 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from viralfx.domain.errors import ConfigurationError, WorkLostError
 from viralfx.domain.events import Listener, Relay
 from viralfx.domain.health.model import HealthCheck
 from viralfx.domain.health.monitor import HealthMonitor
+from viralfx.domain.jobs.codec import Codec
 from viralfx.domain.jobs.health import BacklogCheck
 from viralfx.domain.jobs.hooks import CombinedHooks, JobHooks, TaskHost, TaskMiddleware
 from viralfx.domain.jobs.ledger import Counts, JobLedger, LeaseStore, QueueCounts
@@ -67,6 +68,7 @@ class JobRuntime:
         *,
         service: JobService,
         tasks: TaskRegistry,
+        codec: Codec,
         ledger: JobLedger,
         notifier: JobNotifier,
         background_notifier: BackgroundNotifier,
@@ -90,6 +92,7 @@ class JobRuntime:
         """
         self.service = service
         self.tasks = tasks
+        self.codec = codec
         self.ledger = ledger
         self.notifier = notifier
         self.background_notifier = background_notifier
@@ -342,14 +345,10 @@ def wire_jobs(
         retention=retention,
         instance=instance,
     )
-    tasks = _tasks(settings, functions, built_in, codec)
+    check = partial(add_tasks, queues=settings.queues, codec=codec, check_results=not middleware)
+    tasks = _tasks(settings, functions, built_in, check)
     queue_of = {task.name: task.queue for task in tasks}
-    hooks: JobHooks = JobMetrics(
-        metrics.registry,
-        queue_of,
-        settings.queues,
-        metrics.exemplar,
-    )
+    hooks: JobHooks = JobMetrics(metrics.registry, queue_of, settings.queues, metrics.exemplar)
     if tracing is not None:
         hooks = CombinedHooks(tracing.jobs, hooks)
     hooks = JobLog(hooks)
@@ -429,7 +428,7 @@ def wire_jobs(
     def load_late_tasks() -> bool:
         known = len(tasks.names)
         late, problems = load_tasks(settings)
-        problems += add_tasks(tasks, late, settings.queues, codec)
+        problems += check(tasks, late)
         if problems:
             raise ConfigurationError(problems)
         queue_of.update({task.name: task.queue for task in tasks})
@@ -440,6 +439,7 @@ def wire_jobs(
     return JobRuntime(
         service=service,
         tasks=tasks,
+        codec=codec,
         ledger=ledger,
         notifier=notifier,
         background_notifier=background_notifier,
@@ -459,13 +459,14 @@ def _tasks(
     settings: Settings,
     functions: Sequence[object],
     built_in: Sequence[Task],
-    codec: MsgspecCodec,
+    add: Callable[[TaskRegistry, Iterable[Task]], Iterable[str]],
 ) -> TaskRegistry:
     loaded, problems = load_tasks(settings)
     given, more = declared_tasks(functions)
-    registry, wrong = registry_of([*loaded, *given], built_in, settings.queues, codec)
-    if problems or more or wrong:
-        raise ConfigurationError([*problems, *more, *wrong])
+    registry = registry_of(built_in, settings.queues)
+    problems += [*more, *add(registry, [*loaded, *given])]
+    if problems:
+        raise ConfigurationError(problems)
     return registry
 
 

@@ -60,26 +60,38 @@ def declared_tasks(functions: Sequence[object]) -> tuple[list[Task], list[str]]:
     return tasks, problems
 
 
-def registry_of(
-    own: Iterable[Task], built_in: Iterable[Task], queues: Sequence[str], codec: MsgspecCodec
-) -> tuple[TaskRegistry, list[str]]:
-    """Register tasks; return the registry and the problems.
+def registry_of(built_in: Iterable[Task], queues: Sequence[str]) -> TaskRegistry:
+    """Return a registry of the built-in tasks.
 
-    A built-in task whose queue is not in ``queues`` uses the first of them.
+    One whose queue is not in ``queues`` uses the first of them.
     """
-    registry = TaskRegistry(
+    return TaskRegistry(
         task if task.queue in queues else replace(task, queue=queues[0]) for task in built_in
     )
-    return registry, list(add_tasks(registry, own, queues, codec))
 
 
 def add_tasks(
-    registry: TaskRegistry, own: Iterable[Task], queues: Sequence[str], codec: MsgspecCodec
+    registry: TaskRegistry,
+    own: Iterable[Task],
+    *,
+    queues: Sequence[str],
+    codec: MsgspecCodec,
+    check_results: bool,
 ) -> Iterator[str]:
-    """Register tasks of an application; yield the problems."""
+    """Register tasks of an application; yield the problems.
+
+    With ``check_results`` also the types that the tasks declare for their results are checked; do
+    not, if middleware may replace the results.
+    """
     for task in own:
         place = line_of(task.function)
-        for problem in _problems_of(task, queues, codec):
+        problems = list(_problems_of(task, queues, codec))
+        if check_results:
+            try:
+                codec.learn_result(task.result_type)
+            except TypeError as error:
+                problems.append(f"@task({task.name!r}): its result has no JSON: {error}")
+        for problem in problems:
             yield located(problem, place)
         try:
             registry.add(task)

@@ -86,8 +86,8 @@ class CacheStore(Protocol):
 class ValueCodec(Protocol):
     """Port: values of any type as JSON."""
 
-    def encode(self, result: object) -> bytes:
-        """Return the JSON of a value; raise an error for one that has none."""
+    def encode(self, value: object, type_: Any) -> bytes:
+        """Return the JSON of a value of a type; raise an error for one that has none."""
         ...
 
     def decode(self, payload: bytes, type_: Any) -> Any:
@@ -136,7 +136,7 @@ class Cache:
     async def get_or_load_value(
         self, key: str, ttl: float, loader: Callable[[], Awaitable[T]], kind: type[T]
     ) -> T:
-        """Do as :meth:`get_or_load`, for a value of a type that has JSON, such as a dataclass.
+        """Do as :meth:`get_or_load`, for a value of a type that has JSON, such as a model.
 
         Each caller gets a value of its own. A stored value that does not fit ``kind``, such as one
         of an earlier version of the application, is loaded anew. Raises an error of the codec for a
@@ -147,7 +147,7 @@ class Cache:
             raise TypeError("this cache has no codec, so it takes bytes only")
 
         async def load() -> bytes:
-            return codec.encode(await loader())
+            return codec.encode(await loader(), kind)
 
         async def renew() -> bytes:
             document = await load()

@@ -113,11 +113,12 @@ def assert_submitted(
 
     Payloads are compared as JSON. ``count`` is the number of jobs there must be; None: at least 1.
     """
-    name = _runtime(plugin).tasks.name_of(task)
+    name = (runtime := _runtime(plugin)).tasks.name_of(task)
     of_task: list[SubmittedJob] = submitted(plugin, name)
     found = of_task
     if payload is not ...:
-        wanted = msgspec.json.encode(payload)
+        kind = runtime.tasks.find(name).payload_type if name in runtime.tasks else Any
+        wanted = runtime.codec.encode(payload, kind)
         found = Jobs(job for job in of_task if same_json(msgspec.json.encode(job.payload), wanted))
     if len(found) == count or (count is None and found):
         return found

@@ -107,7 +107,7 @@ class CompleteOptions(ReceiveRoutePlugin):
 def create_app(settings: Settings) -> Litestar:
     """Create the application of the ViralFX backend."""
     plugin = OperationsPlugin(OperationsConfig(settings=settings))
-    secured = settings.api_token is not None
+    secured, jobs = settings.api_token is not None, plugin.assembly.jobs
     # If these packages are installed, Litestar loads a plugin for each. This application uses
     # msgspec types only, and the gate's middleware records its traces (ADR-0026).
     with hide_packages("attr", "attrs", "opentelemetry", "pydantic"):
@@ -122,7 +122,7 @@ def create_app(settings: Settings) -> Litestar:
                 path="/api/docs",
                 components=COMPONENTS if secured else Components(),
                 render_plugins=[ApiDocsPlugin()],
-                finish=JobsDocument(plugin.assembly.jobs.tasks, settings.queues).finish,
+                finish=JobsDocument(jobs.tasks, settings.queues, jobs.codec).finish,
             ),
         )
     inner = cast("ASGIApp", app.asgi_handler)

@@ -152,7 +152,8 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
             raise ConfigurationError([f"{problem} {remedy}"])
         app_config.route_handlers.append(jobs_router(self))
         if self._config.include_in_schema and app_config.openapi_config is not None:
-            document = JobsDocument(self.assembly.jobs.tasks, self.settings.queues)
+            jobs = self.assembly.jobs
+            document = JobsDocument(jobs.tasks, self.settings.queues, jobs.codec)
             completed = with_finish(app_config.openapi_config, document.finish)
             app_config.openapi_config = (
                 completed

@@ -257,7 +257,8 @@ class Executor:
                             is_abandoned=lambda: execution.abandoned,
                         )
                     result = await self.calls.call(task, payload, context, in_thread)
-                return encoded_result(self.codec, result, self.max_result_bytes)
+                limit = self.max_result_bytes
+                return encoded_result(self.codec, result, limit, task.result_type)
             except (Exception, asyncio.CancelledError):
                 raise
             except BaseException as error:

@@ -1,7 +1,7 @@
 """The name of the service in traces is that of the application."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -51,7 +51,7 @@ def planted(tmp_path: Path, plain_environ: pytest.MonkeyPatch) -> Iterator[Impor
             del sys.modules[name]
 
 
-def resource_of(layer: OperationsLayer) -> dict[str, object]:
+def resource_of(layer: OperationsLayer) -> Mapping[str, object]:
     """Return the attributes of the process in the spans of a layer."""
     tracing = layer.assembly.tracing
     assert tracing is not None

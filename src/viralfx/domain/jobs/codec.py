@@ -165,14 +165,26 @@ def _too_large(what: str, limit: int) -> str:
 
 
 class Codec(Protocol):
-    """Port: decodes payloads by type and encodes results."""
+    """Port: payloads and results of any type as JSON."""
 
     def decode(self, payload: bytes, type_: Any) -> Any:
         """Decode a payload. Raises :class:`PayloadError`."""
         ...
 
-    def encode(self, result: object) -> bytes:
-        """Encode a result. Raises :class:`ResultError`."""
+    def encode(self, value: object, type_: Any = Any, *, round_trip: bool = True) -> bytes:
+        """Encode a value of a type; with ``round_trip`` it is to be decoded as that type again.
+
+        Raises :class:`ResultError`.
+        """
+        ...
+
+    def schemas(
+        self, types: Iterable[Any], prefix: str
+    ) -> tuple[list[dict[str, Any] | None], dict[str, Any]]:
+        """Return the JSON Schema of each type, None without one, and the named schemas in them.
+
+        ``prefix`` comes before their names in a reference.
+        """
         ...
 
 
@@ -180,15 +192,17 @@ _FAR_BEYOND = 16
 _MAX_TEXTS = 100
 
 
-def encoded_result(codec: Codec, result: object, limit: int) -> bytes:
+def encoded_result(codec: Codec, result: object, limit: int, type_: Any = Any) -> bytes:
     """Return the JSON of a task's result, of at most ``limit`` bytes. Raises :class:`ResultError`.
+
+    ``type_`` is the type that the task declares for it.
 
     Texts with many times the limit are not encoded: that would block the event loop, and need their
     memory once more.
     """
     size, least = _least_size(result), "at least "
     if size <= _FAR_BEYOND * limit:
-        encoded, least = codec.encode(result), ""
+        encoded, least = codec.encode(result, type_, round_trip=False), ""
         size = len(encoded)
         if size <= limit:
             return encoded

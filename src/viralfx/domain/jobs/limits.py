@@ -1,16 +1,19 @@
-"""Limits of a task over all workers: jobs at once, and starts in a period.
+"""What a declaration of a task may say: its limits over all workers, arguments and signature.
 
 The ranges of the attempts and of the time that a job may ask for are here, too.
 """
 
+import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final, is_typeddict
+from types import UnionType
+from typing import Any, Final, Union, get_args, get_origin, get_type_hints, is_typeddict
 
+from viralfx.domain.errors import require_positive
 from viralfx.domain.jobs.codec import PayloadError
-from viralfx.domain.jobs.model import in_utc
+from viralfx.domain.jobs.model import Unique, check_priority, in_utc
 
 MAX_CONCURRENCY: Final = 100_000
 MAX_STARTS: Final = 1_000_000
@@ -137,11 +140,42 @@ def _check_key(concurrency_key: object, *, limited: bool) -> None:
         )
 
 
+def check_declaration(
+    name: object, retry: object, timeout: object, priority: object, unique: str | None
+) -> Unique | None:
+    """Return ``unique``; raise an error for an argument of ``@task`` that cannot be right."""
+    if not isinstance(name, str) or not name:
+        wrong = ValueError if name == "" else TypeError
+        raise wrong("@task needs a name in parentheses, as in @task('orders.ship')")
+    if retry is not None and not _is_policy(retry):
+        raise TypeError(
+            f"@task({name!r}): retry must be a policy, such as BackoffPolicy(attempts=5), or an"
+            f" object with its method next_delay: {retry!r}"
+        )
+    if timeout is not None:
+        require_positive(f"@task({name!r}): timeout", timeout)
+    try:
+        check_priority(priority)
+        return None if unique is None else Unique.parse(unique)
+    except ValueError as error:
+        raise ValueError(f"@task({name!r}): {error}") from None
+
+
+def _is_policy(retry: Any) -> bool:
+    try:
+        inspect.signature(retry.next_delay).bind(1, Exception())
+    except (AttributeError, TypeError):
+        return False
+    return True
+
+
 def require_field(concurrency_key: object, payload_type: Any) -> None:
     """Raise ``TypeError`` if a payload type is known not to have the field of a key."""
     fields = getattr(payload_type, "__struct_fields__", None)
     if fields is None:
         fields = getattr(payload_type, "__dataclass_fields__", None)
+    if fields is None:
+        fields = getattr(payload_type, "__pydantic_fields__", None)
     if fields is None and is_typeddict(payload_type):
         fields = payload_type.__annotations__
     if fields is not None and isinstance(concurrency_key, str) and concurrency_key not in fields:
@@ -200,3 +234,68 @@ def scheduled_key_of(concurrency_key: str | Callable[[Any], str] | None) -> str 
         return concurrency_key_of(concurrency_key, None)
     except PayloadError:
         return ""
+
+
+def read_signature(
+    name: str, function: Callable[..., Any], context_type: type
+) -> tuple[tuple[Any, Any], int | str | None, Mapping[str, bool]]:
+    """Return the types of payload and result, how the context is passed, and the dependencies.
+
+    Raises ``TypeError`` for a function that cannot be a task.
+    """
+    if not inspect.isroutine(function):
+        raise TypeError(
+            f"@task({name!r}): {function!r} is not a function; declare async def f(payload), or"
+            " def f(payload) for code that blocks"
+        )
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError(
+            f"@task({name!r}): {function.__qualname__} is a generator; a task returns its result,"
+            " it cannot yield"
+        )
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except NameError as error:
+        raise TypeError(
+            f"@task({name!r}): a type of {function.__qualname__} cannot be resolved: {error};"
+            " declare it at the module's top, before the task"
+        ) from None
+    parameters = [
+        each
+        for each in inspect.signature(function).parameters.values()
+        if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    context = _context_of(parameters, hints, context_type)
+    further = [each for each in parameters if each is not context]
+    if (
+        not further
+        or further[0].kind is inspect.Parameter.KEYWORD_ONLY
+        or any(each.kind is inspect.Parameter.POSITIONAL_ONLY for each in parameters[2:])
+    ):
+        raise TypeError(
+            f"@task({name!r}): {function.__qualname__} must take a payload and, optionally, a"
+            " context and dependencies: [async] def f(payload: T, context: JobContext) -> R;"
+            " a task that needs no payload declares _: None"
+        )
+    payload, *others = further
+    context_as: int | str | None = None
+    if context is not None:
+        first_two = context in parameters[:2] and context.kind is not context.KEYWORD_ONLY
+        context_as = parameters.index(context) if first_two else context.name
+    dependencies = {each.name: each.default is each.empty for each in others}
+    types = hints.get(payload.name, Any), hints.get("return", Any)
+    return types, context_as, dependencies
+
+
+def _context_of(
+    parameters: Sequence[inspect.Parameter], hints: Mapping[str, Any], context_type: type
+) -> inspect.Parameter | None:
+    for each in parameters:
+        hint = hints.get(each.name)
+        choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if context_type in choices:
+            return each
+    for each in parameters[1:2]:
+        if each.name == "context" and hints.get(each.name, Any) in (Any, object):
+            return each
+    return None

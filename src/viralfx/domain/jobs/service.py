@@ -6,6 +6,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Coroutine,
     Iterable,
     Mapping,
     Sequence,
@@ -69,7 +70,7 @@ from viralfx.domain.jobs.model import (
     new_job_id,
 )
 from viralfx.domain.jobs.schedule import ScheduledTasks
-from viralfx.domain.jobs.tasks import TaskRegistry
+from viralfx.domain.jobs.tasks import TaskRegistry, submits, submits_many
 from viralfx.domain.loops import HomeLoop, at_home, require_no_loop, running_loop, without_loop
 
 T = TypeVar("T")
@@ -333,6 +334,7 @@ class JobService(ScheduledTasks):
         for (queue, due_in), ids in found.items():
             self._notify(queue, ids, due_in)
 
+    @submits
     async def submit(
         self,
         task: str | Callable[..., Any],
@@ -352,7 +354,7 @@ class JobService(ScheduledTasks):
         """
         return await self.accept(
             self._tasks.name_of(task),
-            self._encode(payload),
+            self._encode(payload, task),
             key=key,
             run_at=run_at,
             priority=priority,
@@ -362,6 +364,7 @@ class JobService(ScheduledTasks):
             connection=connection,
         )
 
+    @submits_many
     async def submit_many(
         self,
         task: str | Callable[..., Any],
@@ -386,7 +389,7 @@ class JobService(ScheduledTasks):
                     f"submit_many takes at most {MAX_PAYLOADS} payloads; call it again"
                 )
             with about(index):
-                encoded = self._encode(payload)
+                encoded = self._encode(payload, name)
             submissions.append(
                 Submission(
                     task=name,
@@ -400,6 +403,7 @@ class JobService(ScheduledTasks):
             )
         return await self.accept_all(submissions, connection=connection)
 
+    @submits
     def submit_sync(
         self,
         task: str | Callable[..., Any],
@@ -422,7 +426,7 @@ class JobService(ScheduledTasks):
         runs an event loop.
         """
         require_no_loop("submit_sync()", "jobs.submit(...)")
-        submit = partial(
+        submit: Callable[..., Coroutine[Any, Any, Accepted]] = partial(
             JobService.submit,
             task=task,
             payload=payload,
@@ -437,6 +441,7 @@ class JobService(ScheduledTasks):
             return self._block(submit)
         return without_loop(submit(self, connection=BlockingConnection(connection)))
 
+    @submits_many
     def submit_many_sync(
         self,
         task: str | Callable[..., Any],
@@ -451,7 +456,7 @@ class JobService(ScheduledTasks):
     ) -> list[Accepted]:
         """Do as :meth:`submit_many`, and block this thread as :meth:`submit_sync` does."""
         require_no_loop("submit_many_sync()", "jobs.submit_many(...)")
-        submit = partial(
+        submit: Callable[..., Coroutine[Any, Any, list[Accepted]]] = partial(
             JobService.submit_many,
             task=task,
             payloads=payloads,
@@ -473,9 +478,10 @@ class JobService(ScheduledTasks):
             raise LedgerUnavailableError("the application of this process has stopped")
         return self._apart.call(call)
 
-    def _encode(self, payload: Any) -> bytes:
+    def _encode(self, payload: Any, task: object) -> bytes:
+        declared = self._tasks.find(self._tasks.name_of(task))
         try:
-            return self._codec.encode(payload)
+            return self._codec.encode(payload, declared.payload_type)
         except ResultError as error:
             raise PayloadError(str(error)) from error
 

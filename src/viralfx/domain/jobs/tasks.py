@@ -1,27 +1,34 @@
 """Tasks: the ``@task`` decorator of applications, and the registry of declared tasks."""
 
 import inspect
-from collections.abc import (
-    Awaitable,
-    Callable,
-    Collection,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from types import UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    NoReturn,
+    ParamSpec,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    cast,
+    overload,
+)
 
-from viralfx.domain.errors import ViralFXError, require_not_negative, require_positive, suggest
+from viralfx.domain.errors import ViralFXError, require_not_negative, suggest
 from viralfx.domain.jobs.codec import Progress, read_progress, takes_null
 from viralfx.domain.jobs.ledger import Accepted
-from viralfx.domain.jobs.limits import Limit, limit_of, require_field
-from viralfx.domain.jobs.model import Unique, check_priority
+from viralfx.domain.jobs.limits import (
+    Limit,
+    check_declaration,
+    limit_of,
+    read_signature,
+    require_field,
+)
+from viralfx.domain.jobs.model import Unique
 from viralfx.domain.resilience.deadline import Cancellation, Deadline
 from viralfx.domain.resilience.policy import RetryPolicy
 
@@ -29,6 +36,10 @@ if TYPE_CHECKING:
     from viralfx.domain.jobs.schedule import Schedule
 
 TaskFunction = TypeVar("TaskFunction", bound=Callable[..., Any])
+T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
 
 _MARK = "__viralfx_task__"
 
@@ -66,6 +77,74 @@ class HandBackError(ViralFXError):
 
     The job is handed back: it keeps its due time, and spends no attempt.
     """
+
+
+class TaskOf(Protocol[T_contra]):
+    """The function of a task that takes the payload first."""
+
+    def __call__(self, payload: T_contra, /, *_: Any, **__: Any) -> Any:
+        """Run the task."""
+
+
+class ContextTaskOf(Protocol[T_contra]):
+    """The function of a task that takes its context before the payload."""
+
+    def __call__(self, context: "JobContext", payload: T_contra, /, *_: Any, **__: Any) -> Any:
+        """Run the task."""
+
+
+PayloadOf: TypeAlias = T | Callable[[NoReturn, NoReturn], T]
+"""A payload. With the second type, which no payload has, mypy infers the type from the task before
+it looks at the payload, so that a dict may be a ``TypedDict``."""
+
+
+class Submits(Protocol[P, R_co]):
+    """A method that submits a job; a task as a function says which type the payload has."""
+
+    @overload
+    def __call__(
+        self, task: TaskOf[T], payload: PayloadOf[T], *_: P.args, **options: P.kwargs
+    ) -> R_co: ...
+    @overload
+    def __call__(
+        self, task: ContextTaskOf[T], payload: PayloadOf[T], *_: P.args, **options: P.kwargs
+    ) -> R_co: ...
+    @overload
+    def __call__(self, task: str, payload: Any, *_: P.args, **options: P.kwargs) -> R_co: ...
+
+
+class SubmitsMany(Protocol[P, R_co]):
+    """A method that submits a job for each payload, as :class:`Submits`."""
+
+    @overload
+    def __call__(
+        self, task: TaskOf[T], payloads: Iterable[PayloadOf[T]], *_: P.args, **options: P.kwargs
+    ) -> R_co: ...
+    @overload
+    def __call__(
+        self,
+        task: ContextTaskOf[T],
+        payloads: Iterable[PayloadOf[T]],
+        *_: P.args,
+        **options: P.kwargs,
+    ) -> R_co: ...
+    @overload
+    def __call__(
+        self, task: str, payloads: Iterable[Any], *_: P.args, **options: P.kwargs
+    ) -> R_co: ...
+
+
+Method: TypeAlias = Callable[Concatenate[Any, Any, Any, P], R_co]
+
+
+def submits(method: Method[P, R_co]) -> Submits[P, R_co]:
+    """Return a method ``(self, task, payload, **options)``, typed as :class:`Submits`."""
+    return cast("Submits[P, R_co]", method)
+
+
+def submits_many(method: Method[P, R_co]) -> SubmitsMany[P, R_co]:
+    """Return a method ``(self, task, payloads, **options)``, typed as :class:`SubmitsMany`."""
+    return cast("SubmitsMany[P, R_co]", method)
 
 
 Submitter = Callable[..., Awaitable[Accepted]]
@@ -127,6 +206,7 @@ class JobContext:
         self.on_report(read_progress(current, total, message))
         return _REPORTED
 
+    @submits
     async def submit(
         self,
         task: str | Callable[..., Any],
@@ -204,6 +284,8 @@ class Task:
     read: Callable[[bytes, str], Any] | None = None
     """Reads the payload of a job with an id for the task, if its host stores other payloads than
     submissions have. Raises :class:`PayloadError`."""
+    result_type: Any = Any
+    """The type that the function declares for its result."""
     _schedule: "list[Schedule]" = field(default_factory=list, init=False, compare=False, repr=False)
 
     def bound(self, payload: Any, context: JobContext | None) -> Callable[..., Any]:
@@ -275,7 +357,7 @@ def task(
     ``ValueError`` for an empty name, a timeout that is not above zero, or a schedule that is not
     valid.
     """
-    unique_while = _checked(name, retry, timeout, priority, unique)
+    unique_while = check_declaration(name, retry, timeout, priority, unique)
     if cron is None and (timezone, catch_up) != ("UTC", False):
         given = "timezone" if timezone != "UTC" else "catch_up"
         raise ValueError(f"@task({name!r}): {given} has no schedule; add cron='*/5 * * * *'")
@@ -285,7 +367,8 @@ def task(
         raise type(error)(f"@task({name!r}): {error}") from None
 
     def declare(function: TaskFunction) -> TaskFunction:
-        payload_type, context_as, dependencies = _signature(name, function)
+        types, context_as, dependencies = read_signature(name, function, JobContext)
+        payload_type, result_type = types
         wants_context = context_as is not None
         try:
             require_field(concurrency_key, payload_type)
@@ -313,6 +396,7 @@ def task(
             function=function,
             queue=queue,
             payload_type=payload_type,
+            result_type=result_type,
             wants_context=wants_context,
             transactional=transactional,
             timeout=timeout,
@@ -337,35 +421,6 @@ def task(
     return declare
 
 
-def _checked(
-    name: object, retry: object, timeout: object, priority: object, unique: str | None
-) -> Unique | None:
-    """Return ``unique``; raises an error for an argument that cannot be right."""
-    if not isinstance(name, str) or not name:
-        wrong = ValueError if name == "" else TypeError
-        raise wrong("@task needs a name in parentheses, as in @task('orders.ship')")
-    if retry is not None and not _is_policy(retry):
-        raise TypeError(
-            f"@task({name!r}): retry must be a policy, such as BackoffPolicy(attempts=5), or an"
-            f" object with its method next_delay: {retry!r}"
-        )
-    if timeout is not None:
-        require_positive(f"@task({name!r}): timeout", timeout)
-    try:
-        check_priority(priority)
-        return None if unique is None else Unique.parse(unique)
-    except ValueError as error:
-        raise ValueError(f"@task({name!r}): {error}") from None
-
-
-def _is_policy(retry: Any) -> bool:
-    try:
-        inspect.signature(retry.next_delay).bind(1, Exception())
-    except (AttributeError, TypeError):
-        return False
-    return True
-
-
 def mark(function: Any, declared: Task) -> None:
     """Make :func:`declared_task` return ``declared`` for a function, or an object in its place."""
     setattr(function, _MARK, declared)
@@ -375,67 +430,6 @@ def declared_task(function: object) -> Task | None:
     """Return the task that ``@task`` declared for a function; None for any other object."""
     found = getattr(function, _MARK, None)
     return found if isinstance(found, Task) else None
-
-
-def _signature(
-    name: str, function: Callable[..., Any]
-) -> tuple[Any, int | str | None, Mapping[str, bool]]:
-    """Return the type of the payload, how the context is passed, and the dependencies."""
-    if not inspect.isroutine(function):
-        raise TypeError(
-            f"@task({name!r}): {function!r} is not a function; declare async def f(payload), or"
-            " def f(payload) for code that blocks"
-        )
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        raise TypeError(
-            f"@task({name!r}): {function.__qualname__} is a generator; a task returns its result,"
-            " it cannot yield"
-        )
-    try:
-        hints = get_type_hints(function, include_extras=True)
-    except NameError as error:
-        raise TypeError(
-            f"@task({name!r}): a type of {function.__qualname__} cannot be resolved: {error};"
-            " declare it at the module's top, before the task"
-        ) from None
-    parameters = [
-        each
-        for each in inspect.signature(function).parameters.values()
-        if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
-    ]
-    context = _context_of(parameters, hints)
-    further = [each for each in parameters if each is not context]
-    if (
-        not further
-        or further[0].kind is inspect.Parameter.KEYWORD_ONLY
-        or any(each.kind is inspect.Parameter.POSITIONAL_ONLY for each in parameters[2:])
-    ):
-        raise TypeError(
-            f"@task({name!r}): {function.__qualname__} must take a payload and, optionally, a"
-            " context and dependencies: [async] def f(payload: T, context: JobContext) -> R;"
-            " a task that needs no payload declares _: None"
-        )
-    payload, *others = further
-    context_as: int | str | None = None
-    if context is not None:
-        first_two = context in parameters[:2] and context.kind is not context.KEYWORD_ONLY
-        context_as = parameters.index(context) if first_two else context.name
-    dependencies = {each.name: each.default is each.empty for each in others}
-    return hints.get(payload.name, Any), context_as, dependencies
-
-
-def _context_of(
-    parameters: Sequence[inspect.Parameter], hints: Mapping[str, Any]
-) -> inspect.Parameter | None:
-    for each in parameters:
-        hint = hints.get(each.name)
-        choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        if JobContext in choices:
-            return each
-    for each in parameters[1:2]:
-        if each.name == "context" and hints.get(each.name, Any) in (Any, object):
-            return each
-    return None
 
 
 class TaskRegistry:

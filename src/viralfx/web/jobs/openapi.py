@@ -4,7 +4,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import (
     Components,
@@ -20,6 +19,7 @@ from litestar.openapi.spec import (
     SecurityScheme,
 )
 
+from viralfx.domain.jobs.codec import Codec, PayloadError
 from viralfx.domain.jobs.limits import MAX_ATTEMPTS
 from viralfx.domain.jobs.model import MAX_PRIORITY, MIN_PRIORITY, JobState, Unique
 from viralfx.domain.jobs.tasks import Task
@@ -400,7 +400,8 @@ _PAYLOADS: dict[str, Document] = {"notifications.webhook": _WEBHOOK}
 class JobsDocument:
     """Adds the configured queues and the declared tasks to the document."""
 
-    def __init__(self, tasks: Iterable[Task], queues: Collection[str]) -> None:
+    def __init__(self, tasks: Iterable[Task], queues: Collection[str], codec: Codec) -> None:
+        self._codec = codec
         self._tasks = sorted(tasks, key=lambda task: task.name)
         self._queues = sorted(queues)
 
@@ -434,7 +435,8 @@ class JobsDocument:
         names = {"type": "string", "enum": [task.name for task in self._tasks]}
         queues = {"type": ["string", "null"], "enum": [*self._queues, None]}
         variants = [
-            _variant(task, payload) for task, payload in zip(self._tasks, payloads, strict=True)
+            self._variant(task, payload)
+            for task, payload in zip(self._tasks, payloads, strict=True)
         ]
         for job in (_body_of(paths, ""), _body_of(paths, "/batch")["properties"]["jobs"]["items"]):
             job["properties"]["task"] = names
@@ -442,14 +444,26 @@ class JobsDocument:
             job["oneOf"] = variants
 
     def _payloads(self) -> tuple[list[Document], dict[str, Any]]:
-        template = "#/components/schemas/Payload.{name}"
-        typed = [task for task in self._tasks if _has_schema(task)]
-        schemas, found = msgspec.json.schema_components(
-            [task.payload_type for task in typed], schema_hook=_anything, ref_template=template
-        )
-        known = {task.name: schema for task, schema in zip(typed, schemas, strict=True)} | _PAYLOADS
+        typed = {t.name: t.payload_type for t in self._tasks if t.name not in _PAYLOADS}
+        schemas, found = self._codec.schemas(typed.values(), "#/components/schemas/Payload.")
+        known = dict(zip(typed, schemas, strict=True)) | _PAYLOADS
         components = {f"Payload.{name}": schema for name, schema in sorted(found.items())}
-        return [known.get(task.name, {}) for task in self._tasks], components
+        return [known[task.name] or {} for task in self._tasks], components
+
+    def _variant(self, task: Task, payload: Document) -> Document:
+        return {
+            "title": task.name,
+            "required": ["task"] if self._takes_null(task) else ["task", "payload"],
+            "properties": {"task": {"const": task.name}, "payload": payload},
+        }
+
+    def _takes_null(self, task: Task) -> bool:
+        """Return True if the payload may be null, and so may be missing."""
+        try:
+            self._codec.decode(b"null", task.payload_type)
+        except PayloadError:
+            return False
+        return True
 
 
 def _body_of(paths: Document, path: str) -> Any:
@@ -462,35 +476,3 @@ def _parameters(operation: Document, **schemas: Document) -> None:
     for parameter in operation["parameters"]:
         if (schema := schemas.get(parameter["name"])) is not None:
             parameter["schema"] = schema
-
-
-def _variant(task: Task, payload: Document) -> Document:
-    return {
-        "title": task.name,
-        "required": ["task"] if _takes_null(task) else ["task", "payload"],
-        "properties": {"task": {"const": task.name}, "payload": payload},
-    }
-
-
-def _takes_null(task: Task) -> bool:
-    """Return True if the payload may be null, and so may be missing."""
-    try:
-        msgspec.json.decode(b"null", type=task.payload_type)
-    except msgspec.ValidationError:
-        return False
-    return True
-
-
-def _has_schema(task: Task) -> bool:
-    try:
-        msgspec.json.schema_components([task.payload_type], schema_hook=_anything)
-    except TypeError:
-        return False
-    return task.name not in _PAYLOADS
-
-
-def _anything(type_: type) -> Document:
-    """Return the schema of ``object``: any JSON. Raises ``NotImplementedError`` for other types."""
-    if type_ is object:
-        return {"description": "Any JSON"}
-    raise NotImplementedError
