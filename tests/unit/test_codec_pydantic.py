@@ -1,4 +1,4 @@
-"""Types of Pydantic as payloads, results and cached values: who decodes which, errors, schemas."""
+"""Types of Pydantic as payloads, results and cached values: their decoders, errors and schemas."""
 
 import json
 import sys
@@ -224,7 +224,7 @@ def test_only_a_result_has_computed_fields(codec: MsgspecCodec) -> None:
 
 
 def test_a_result_may_differ_from_its_annotation(codec: MsgspecCodec) -> None:
-    """The task has done its work, so that whatever has JSON is a result."""
+    """The task has done its work, so that every value with JSON is a result."""
     for result in (None, {"a": 1}, Cat(), Parcel(ORDER)):
         assert encoded_result(codec, result, 1000, Order) == encoded_result(codec, result, 1000)
     with pytest.raises(ResultError, match="object has no JSON"):

@@ -50,7 +50,7 @@ def observed(name: str, plugins: Sequence[OperationsPlugin], *, lifespan: bool) 
 @pytest.mark.parametrize("lifespan", [True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_an_application_answers_as_without_the_plugin(name: str, *, lifespan: bool) -> None:
-    """Status, headers but for the correlation id, body, order of hooks, and errors.
+    """Status, headers without the correlation id, body, order of hooks, and errors.
 
     With a lifespan the gate is around the application, without one it is not.
     """
@@ -83,11 +83,11 @@ async def answers(app: Litestar) -> list[int]:
 async def test_the_state_has_only_what_the_application_puts_there() -> None:
     """At construction, while it runs, and afterwards; so it can be copied and pickled."""
     given = {"operations": 1, "jobs_api": 2, "operations_endpoints": 3}
-    app = with_jobs(state=State(given))
-    at_first = app.state.dict()
+    app = with_jobs(state=State(dict(given)))
+    at_first = dict(app.state.dict())
     async with AsyncTestClient(app):
         app.state.operations = 4
-        running = app.state.dict()
+        running = dict(app.state.dict())
         frozen = app.state.immutable_copy().dict()
         unpickled = pickle.loads(pickle.dumps(running))  # noqa: S301 - its own
 

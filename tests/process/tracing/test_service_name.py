@@ -67,7 +67,7 @@ def resource_of(layer: OperationsLayer) -> Mapping[str, object]:
     ("module", "name"), [("store.web", "store"), ("main", "shop"), ("app.main", "shop")]
 )
 def test_the_application_that_is_served(planted: Import, module: str, name: str, code: str) -> None:
-    """By its package, or by the folder around a generic name; the version is not that of ours."""
+    """By its package, or by the folder around a generic name; without the version of this one."""
     _, layer = find_application(Settings(), f"{planted(module, code)}:app")
     resource = resource_of(layer)
 
@@ -84,7 +84,7 @@ def test_the_plugin_under_another_server(planted: Import) -> None:
 
 
 def test_a_variable_wins(planted: Import, plain_environ: pytest.MonkeyPatch) -> None:
-    """As for every OpenTelemetry program."""
+    """The variable works in every program with OpenTelemetry."""
     plain_environ.setenv("OTEL_SERVICE_NAME", "checkout")
     _, layer = find_application(Settings(), f"{planted('store.web', PLUGIN)}:app")
 

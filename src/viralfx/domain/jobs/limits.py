@@ -1,4 +1,4 @@
-"""What a declaration of a task may say: its limits over all workers, arguments and signature.
+"""Declarations of tasks: the limits over all workers, the arguments and the signature.
 
 The ranges of the attempts and of the time that a job may ask for are here, too.
 """
