@@ -1,6 +1,6 @@
 """The codec of payloads, results and cached values: msgspec, and Pydantic for its own types.
 
-It never imports Pydantic (ADR-0070). An application that declares a type of Pydantic has imported
+It never imports Pydantic (ADR-0072). An application that declares a type of Pydantic has imported
 it.
 """
 
