@@ -473,7 +473,8 @@ def _dumped(dump: Callable[..., bytes], value: object, type_: Any, *, round_trip
 
 def _is_secret(part: Any) -> bool:
     pydantic: Any = sys.modules["pydantic"]
-    kinds = tuple(getattr(pydantic, name) for name in ("SecretStr", "SecretBytes", "Secret"))
+    names = ("SecretStr", "SecretBytes", "Secret")  # the last one since 2.7
+    kinds = tuple(getattr(pydantic, name) for name in names if hasattr(pydantic, name))
     return isinstance(part, type) and issubclass(part, kinds)
 
 

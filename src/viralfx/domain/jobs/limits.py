@@ -175,7 +175,7 @@ def require_field(concurrency_key: object, payload_type: Any) -> None:
     if fields is None:
         fields = getattr(payload_type, "__dataclass_fields__", None)
     if fields is None:
-        fields = getattr(payload_type, "__pydantic_fields__", None)
+        fields = getattr(payload_type, "model_fields", None)  # of Pydantic
     if fields is None and is_typeddict(payload_type):
         fields = payload_type.__annotations__
     if fields is not None and isinstance(concurrency_key, str) and concurrency_key not in fields:
