@@ -94,6 +94,17 @@ async def test_the_retries_of_the_guide() -> None:
     assert (last.state, last.result, last.attempts) == ("completed", "paid", 1)
 
 
+async def test_the_model_of_the_guide() -> None:
+    """It is the payload, and a changed copy is the result."""
+    names = shown("### Models of Pydantic")
+    plugin = names["plugin"] = plugin_of(names["pack"])
+    job_id = await names["order"](names["Box"](number=7))
+    (job,) = await run_pending(plugin, raise_errors=True)
+
+    assert (job.id, job.payload) == (job_id, {"number": 7, "weight": 1.0})
+    assert job.result == {"number": 7, "weight": 1.2}
+
+
 def plugin_with(*tasks: Any) -> OperationsPlugin:
     """Return a plugin with tasks, and with the jobs API."""
     return OperationsPlugin(OperationsConfig(tasks=tasks, jobs_api=True))
