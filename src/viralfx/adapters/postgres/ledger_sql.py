@@ -43,13 +43,13 @@ def _as_text(columns: str) -> str:
 
 
 # Returns the new jobs; see the function for the others. $16 limits the wait for locks; null: as the
-# transaction does. The function takes a value that depends on it, so that it is in force before.
+# transaction does. It is set with the arguments, and so before the function begins.
 ACCEPT: Final = f"""
-SELECT {_as_text("id, created_at, run_at")} FROM pg_catalog.set_config(
-    'lock_timeout', coalesce($16::text, pg_catalog.current_setting('lock_timeout')), true
-) AS lock_limit, viralfx_accept_jobs(
+SELECT {_as_text("id, created_at, run_at")} FROM viralfx_accept_jobs(
     $1::uuid[], $2::text[], $3::text[], $4::json[], $5::text[], $6::text[], $7::text[],
-    $8::timestamptz[], CASE WHEN lock_limit IS NOT NULL THEN $15::float8 END,
+    $8::timestamptz[], CASE WHEN pg_catalog.set_config(
+        'lock_timeout', coalesce($16::text, pg_catalog.current_setting('lock_timeout')), true
+    ) IS NOT NULL THEN $15::float8 END,
     $9::integer[], $10::text[], $11::boolean[], $12::text[], $13::text[], $14::integer[]
 )
 """  # noqa: S608 - constants
