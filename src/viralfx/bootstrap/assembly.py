@@ -154,7 +154,7 @@ def policy_of(name: str, settings: Settings, own: CheckConfig | None = None) -> 
             failure_threshold=own.failure_threshold or settings.health_failure_threshold,
             recovery_threshold=own.recovery_threshold or settings.health_recovery_threshold,
             critical=name in settings.health_critical,
-            required_for_readiness=name in settings.readiness_requires,
+            required_for_readiness=own.required or name in settings.readiness_requires,
             shared=own.shared,
         )
     # Memory usage has short peaks: one sample above the limit does not change the status.

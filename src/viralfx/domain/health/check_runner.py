@@ -298,6 +298,9 @@ class CheckConfig:
     shared: bool = False
     """True if all instances lose the dependency together: READINESS_FAIL_OPEN_AFTER then applies
     to it."""
+    required: bool = False
+    """True if the instance is not ready while the check fails, as with its name in
+    READINESS_REQUIRES. A warning does not count."""
 
     def problems(self) -> Iterator[str]:
         """Yield the limits that no check can have."""
