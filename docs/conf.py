@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
-from pygments.lexers.special import TextLexer
 from sphinx.addnodes import pending_xref, toctree
 from sphinx.application import Sphinx
 from sphinx.search.en import SearchEnglish
@@ -165,7 +164,6 @@ class English(SearchEnglish):
 
 def setup(app: Sphinx) -> None:
     """Register the parts that the pages need beyond the extensions."""
-    app.add_lexer("mermaid", TextLexer)  # the viewer of these diagrams would be 3 MB of script
     app.connect("source-read", _add_reference)
     app.connect("doctree-read", _link_folders)
     app.connect("html-page-context", _navigate_by_titles, priority=400)  # before the theme
