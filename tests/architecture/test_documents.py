@@ -4,15 +4,21 @@ import ast
 import re
 import tomllib
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
+import yaml
 from tests.deploy.program_rules import GRACE, PHASES, PROBES
 
+from viralfx import OperationsConfig
+from viralfx.bootstrap.assembly import BUILT_IN
 from viralfx.domain.doctor import Area
 from viralfx.domain.health.model import Health, Status
 from viralfx.settings import Settings
 from viralfx.settings.groups import POOL_PROFILES
+from viralfx.settings.model import WORKER_MANAGEMENT_PORT
 from viralfx.telemetry.logging.lines import LEVELS, line_level
 
 ROOT = Path(__file__).parents[2]
@@ -167,6 +173,62 @@ def test_each_page_has_a_place_in_the_site() -> None:
     assert {path.stem for path in (ROOT / "docs").glob("*.md")} == {*named, "index"}
 
 
+# -- pictures ------------------------------------------------------------------------------------
+
+
+def test_no_page_has_a_picture_as_source() -> None:
+    """The site has no viewer of Mermaid, which would be 3 MB of script."""
+    pages = [path for folder in ("docs", "adr") for path in (ROOT / folder).glob("*.md")]
+
+    assert [path.name for path in pages if "```mermaid" in path.read_text(encoding="utf-8")] == []
+
+
+def test_the_picture_of_the_cluster_is_that_of_the_manifests() -> None:
+    """Labels of pods, numbers of replicas, and ports."""
+    picture = ET.fromstring(read("docs/cluster.svg"))  # noqa: S314 - of this repository
+    shown = {text.text or "" for text in picture.iter("{http://www.w3.org/2000/svg}text")}
+    scaled = {
+        document["spec"]["scaleTargetRef"]["name"]: document["spec"]
+        for document in yaml.safe_load_all(
+            read("deploy/kustomize/overlays/production/autoscaling.yaml")
+        )
+        if document["kind"] == "HorizontalPodAutoscaler"
+    }
+    pods = {
+        f"pod app={name}, {spec['minReplicas']} to {spec['maxReplicas']}"
+        for name, spec in scaled.items()
+    }
+    (management,) = set(
+        re.findall(
+            r"name: MANAGEMENT_PORT, value: \"(\d+)\"",
+            read("deploy/kustomize/base/deployment.yaml"),
+        )
+    )
+
+    assert len(pods) == 2
+    assert pods <= shown
+    assert f"viralfx serve :{Settings().port}, :{management}" in shown
+    assert f"viralfx worker :{WORKER_MANAGEMENT_PORT}" in shown
+    assert "(cluster.svg)" in read("docs/architecture.md")
+
+
+# -- promises ------------------------------------------------------------------------------------
+
+
+def test_the_promise_about_jobs_names_its_condition() -> None:
+    """A commit may be on one server alone: each page that promises says so in that paragraph."""
+    promise = re.compile(r"accepted job is (?:never )?lost")
+    paragraphs = [
+        (path.name, " ".join(each.split()))
+        for path in (ROOT / "docs").glob("*.md")
+        for each in path.read_text(encoding="utf-8").split("\n\n")
+    ]
+    promises = [(name, text) for name, text in paragraphs if promise.search(text)]
+
+    assert {"jobs.md", "postgres.md"} <= {name for name, _ in promises}
+    assert [name for name, text in promises if "synchronous replication" not in text] == []
+
+
 # -- the glossary --------------------------------------------------------------------------------
 
 
@@ -226,6 +288,29 @@ def rows(heading: str) -> list[list[str]]:
     tables = re.findall(r"^\|(?: [^\n]*\|)\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
     lines = "".join(tables).splitlines()
     return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_details_of_each_built_in_check_are_described() -> None:
+    """The second table of the health endpoints has a row for each."""
+    described = [name for name, *cells in rows("Health endpoints") if len(cells) == 1]
+
+    assert described == list(BUILT_IN)
+
+
+def test_the_options_of_the_plugin_are_described() -> None:
+    """The table of docs/plugin.md has each field of ``OperationsConfig``."""
+    section = read("docs/plugin.md").partition("| field of `OperationsConfig` | takes |\n")[2]
+    lines = section.partition("\n\n")[0].splitlines()[1:]
+    described = [name for line in lines for name in CODE.findall(line.split(" | ")[0])]
+
+    assert sorted(described) == sorted(field.name for field in fields(OperationsConfig))
+
+
+def test_the_page_of_the_doctor_names_each_area() -> None:
+    """In its first paragraphs."""
+    named = " ".join(read("docs/doctor.md").partition("\n- ")[0].lower().split())
+
+    assert [area for area in Area if str(area) not in named] == []
 
 
 def test_the_pool_sizes_are_those_of_the_settings() -> None:
