@@ -46,7 +46,7 @@ async def test_one_trace_spans_all_processes(database: Database, protocol: str) 
     shown, first, second = seen
     request, send, _ = collector.wait_for("POST /api/v1/jobs", "send notifications", "SELECT")
     selects = [span for span in collector.named("SELECT") if span.parent == send.id]
-    accepts = '"viralfx_ops".viralfx_accept_jobs'
+    accepts = 'FROM "viralfx_ops".viralfx_accept_jobs'
     (sql,) = [span for span in selects if accepts in span.attributes["db.query.text"]]
     attempts = sorted(collector.named("process notifications"), key=lambda span: span.began)
     posts = sorted(collector.named("POST"), key=lambda span: span.began)

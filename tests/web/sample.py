@@ -594,7 +594,7 @@ def guards_and_authentication(build: Build) -> Made:
 def built_in_middleware(build: Build) -> Made:
     """Compression, other origins, hosts, forged requests, and limits of rates."""
 
-    @get("/", exclude_from_csrf=False)
+    @get("/")
     async def read() -> str:
         return "text " * 500
 
@@ -613,16 +613,17 @@ def built_in_middleware(build: Build) -> Made:
         middleware=[limited.middleware],
         stores={"rate_limit": MemoryStore()},
     )
-    origin = {"origin": "https://shop.example"}
-    preflight = {**origin, "access-control-request-method": "POST"}
+    # Litestar leaves a gzip stream open, which Python reports, where it compresses nothing.
+    plain = {"accept-encoding": "identity"}
+    origin = plain | {"origin": "https://shop.example"}
+    preflight = origin | {"access-control-request-method": "POST"}
     return app, [
         call("GET", "/", headers=origin | {"accept-encoding": "gzip"}),
-        call("GET", "/", headers={"accept-encoding": "identity"}),
         call("OPTIONS", "/", headers=preflight),
         call("OPTIONS", "/", headers=preflight | {"origin": "https://evil.example"}),
-        call("POST", "/"),
-        call("GET", "/", headers={"host": "evil.example"}),
-        *calls("/", "/", "/", "/"),
+        call("POST", "/", headers=plain),
+        call("GET", "/", headers=plain | {"host": "evil.example"}),
+        *[call("GET", "/", headers=plain) for _ in range(5)],
     ]
 
 
