@@ -1,6 +1,7 @@
 """The home loop of services: calls from other loops and from threads."""
 
 import asyncio
+import errno
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -198,6 +199,66 @@ def test_a_thread_with_a_loop_starts_with_the_first_call() -> None:
     thread.close()
     thread.close()
     assert closed == ["loop-of-test"]
+
+
+@pytest.mark.parametrize("lacking", ["threads", "descriptors"])
+def test_a_thread_that_could_not_start_starts_with_a_later_call(
+    monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    """The error of the first call names the cause, and the next call begins anew."""
+    thread = LoopThread("loop-of-test", close=where)
+
+    def fail(*_: object, **__: object) -> None:
+        raise {
+            "threads": RuntimeError("can't start new thread"),
+            "descriptors": OSError(errno.EMFILE, "Too many open files"),
+        }[lacking]
+
+    with monkeypatch.context() as patched:
+        if lacking == "threads":
+            patched.setattr(threading.Thread, "start", fail)
+        else:
+            patched.setattr(asyncio, "new_event_loop", fail)
+        with pytest.raises(ForeignLoopError, match=r"cannot start: .*(new thread|open files)"):
+            thread.call(where)
+        with pytest.raises(ForeignLoopError, match="cannot start"):
+            thread.call_soon(thread.close)
+
+    loop, _ = thread.call(where)
+    assert loop.is_running()
+    thread.close()
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_signal_handler_interrupts_the_start(
+    monkeypatch: pytest.MonkeyPatch, *, raises: bool
+) -> None:
+    """Its call starts the thread, and all calls use that one; its error ends no thread in use."""
+    thread = LoopThread("loop-of-test", close=where)
+    in_handler: list[asyncio.AbstractEventLoop] = []
+    start = threading.Thread.start
+
+    def interrupted(self: threading.Thread) -> None:
+        monkeypatch.undo()
+        if raises:
+            start(self)
+        in_handler.append(thread.call(where)[0])
+        if raises:
+            raise KeyboardInterrupt
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    if raises:
+        with pytest.raises(KeyboardInterrupt):
+            thread.call(where)
+    loops = [thread.call(where)[0], thread.call(where)[0]]
+    thread.close()
+
+    assert loops == in_handler * 2
+    left = [each for each in threading.enumerate() if each.name == "loop-of-test"]
+    for each in left:
+        each.join(SECONDS)
+        assert not each.is_alive()
 
 
 def test_a_coroutine_without_a_loop_may_not_wait() -> None:

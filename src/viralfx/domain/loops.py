@@ -328,36 +328,67 @@ class LoopThread:
     def call(self, call: Callable[[], Awaitable[T]]) -> T:
         """Return the result of ``call``, which runs on the loop; block this thread.
 
-        The first call starts the thread. Raises the errors of the call, and
-        :class:`ForeignLoopError` if the thread cannot start.
+        The first call starts the thread, and one after a failed start tries again. Raises the
+        errors of the call, and :class:`ForeignLoopError` if the thread cannot start.
         """
-        return blocking(self._started(), call)
-
-    def call_soon(self, function: Callable[[], object]) -> None:
-        """Call a function on the loop; nothing happens if it has ended."""
-        try:
-            self._started().call_soon_threadsafe(function)
-        except RuntimeError:  # it has just been closed
-            return
-
-    def _started(self) -> asyncio.AbstractEventLoop:
-        with self._starting:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
-                atexit.register(self.close)
+        loop = self._started()
         # A server of the application may forbid threads.
         if not self._ready.wait(_MAX_START_SECONDS):
             raise ForeignLoopError(
                 f"the thread {self._name!r} does not start; enable threads in the application's"
                 " server, such as by --enable-threads of uWSGI"
             )
-        return self._loop
+        return blocking(loop, call)
 
-    def _run(self) -> None:
-        loop = self._loop
-        assert loop is not None  # noqa: S101 - narrows for the type checker
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Call a function on the loop, without waiting; nothing happens if it has ended.
+
+        Raises :class:`ForeignLoopError` if the thread cannot start.
+        """
+        loop = self._started()
+        try:
+            loop.call_soon_threadsafe(function)
+        except RuntimeError:  # it has just been closed
+            return
+
+    def _started(self) -> asyncio.AbstractEventLoop:
+        with self._starting:
+            if self._loop is None:
+                loop, thread = self._start()
+                if self._loop is None:
+                    self._loop, self._thread = loop, thread
+                    atexit.register(self.close)
+                else:  # a signal handler has started another one meanwhile
+                    loop.call_soon_threadsafe(loop.stop)
+            return self._loop
+
+    def _start(self) -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
+        try:
+            loop = asyncio.new_event_loop()
+        except OSError as error:
+            raise self._cannot_start(error) from error
+        thread = threading.Thread(target=self._run, args=(loop,), name=self._name, daemon=True)
+        try:
+            thread.start()
+        except BaseException as error:
+            if thread.ident is None:
+                loop.close()
+            else:  # a signal handler has raised the error
+                loop.call_soon_threadsafe(loop.stop)
+            if isinstance(error, RuntimeError | OSError):
+                raise self._cannot_start(error) from error
+            raise
+        return loop, thread
+
+    def _cannot_start(self, error: Exception) -> ForeignLoopError:
+        return ForeignLoopError(
+            f"the thread {self._name!r} cannot start: {error}; call again when the process has"
+            " fewer threads and open files, or raise its limits"
+        )
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        if loop.is_closed():
+            return
         asyncio.set_event_loop(loop)
         loop.call_soon(self._ready.set)
         try:
