@@ -201,6 +201,24 @@ def test_a_thread_with_a_loop_starts_with_the_first_call() -> None:
     assert closed == ["loop-of-test"]
 
 
+def test_a_call_that_does_not_wait_needs_no_thread_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs once the thread does, which a busy machine or a server may delay."""
+    thread, called = LoopThread("loop-of-test", close=where), threading.Event()
+    delayed: list[threading.Thread] = []
+
+    def delay(self: threading.Thread) -> None:
+        delayed.append(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", delay)
+        thread.call_soon(called.set)
+
+    assert not called.is_set()
+    delayed[0].start()
+    assert called.wait(SECONDS)
+    thread.close()
+
+
 @pytest.mark.parametrize("lacking", ["threads", "descriptors"])
 def test_a_thread_that_could_not_start_starts_with_a_later_call(
     monkeypatch: pytest.MonkeyPatch, lacking: str

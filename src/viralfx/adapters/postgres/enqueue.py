@@ -1,5 +1,6 @@
 """Accepts jobs: alone, in a transaction of the caller, or for a time of a schedule."""
 
+import logging
 import re
 import sys
 from collections import defaultdict
@@ -39,6 +40,7 @@ from viralfx.settings import milliseconds
 
 T = TypeVar("T")
 
+_logger = logging.getLogger("viralfx.queues")
 _MAX_ROUNDS = 10
 
 
@@ -424,9 +426,15 @@ class _SqlAlchemyTransaction:
 
 def _run_pending(session: Any) -> None:
     # The end of a savepoint is no commit.
-    if not session.in_nested_transaction():
-        for call in session.info.pop(_PENDING, ()):
+    if session.in_nested_transaction():
+        return
+    for call in session.info.pop(_PENDING, ()):
+        try:
             call()
+        except Exception as error:
+            _logger.warning(
+                "Notification of jobs not sent; workers find the jobs by polling", exc_info=error
+            )
 
 
 def _forget_pending(session: Any, transaction: Any) -> None:
