@@ -4,6 +4,7 @@ import asyncio
 import errno
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import partial
 
@@ -160,6 +161,53 @@ async def test_a_generator_makes_its_steps_there(at: Home) -> None:
 
     assert (whole, first) == ([0, 1, 2], 0)
     assert loops == [at.loop] * 6
+
+
+async def test_a_cancelled_step_ends_before_the_generator_is_closed(at: Home) -> None:
+    """The caller gets its cancellation, and no error of a generator that is still running."""
+    began, ended = asyncio.Event(), threading.Event()
+    here = asyncio.get_running_loop()
+
+    async def wait() -> AsyncGenerator[int]:
+        yield 0
+        try:
+            here.call_soon_threadsafe(began.set)
+            await asyncio.get_running_loop().create_future()
+        finally:
+            for _ in range(10):
+                await asyncio.sleep(0)  # as a connection that returns to its pool
+            ended.set()
+
+    async def follow() -> list[int]:
+        return [number async for number in at.home.iterate(wait)]
+
+    follower = asyncio.create_task(follow())
+    await asyncio.wait_for(began.wait(), SECONDS)
+    follower.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await follower
+
+    assert ended.is_set()
+
+
+def test_a_generator_ends_with_the_home_loop(at: Home) -> None:
+    """Its reader gets one error that says so."""
+    began = threading.Event()
+
+    async def wait() -> AsyncGenerator[int]:
+        began.set()
+        await asyncio.get_running_loop().create_future()
+        yield 0
+
+    async def follow() -> list[int]:
+        return [number async for number in at.home.iterate(wait)]
+
+    with ThreadPoolExecutor() as threads:
+        follower = threads.submit(asyncio.run, follow())
+        assert began.wait(SECONDS)
+        at.end()
+        with pytest.raises(ForeignLoopError, match="has ended"):
+            follower.result(SECONDS)
 
 
 def test_a_loop_that_ended_leaves_a_batcher_usable() -> None:

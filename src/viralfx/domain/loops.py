@@ -11,7 +11,7 @@ import functools
 import os
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from viralfx.domain.clock import SystemClock, finished_within
@@ -158,16 +158,28 @@ class HomeLoop:
 
     async def iterate(self, make: Callable[[], AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
         """Yield the items of an asynchronous generator, each of whose steps runs as :meth:`run`."""
-        async with aclosing(make()) as items:
-            if self.is_here or self.running is None:
+        items, home = make(), self.running
+        if home is None or self.is_here:
+            async with aclosing(items):
                 async for item in items:
                     yield item
-                return
-            try:
-                while (found := await self.run(lambda: anext(items, _END))) is not _END:
-                    yield found
-            finally:
-                await self.run(items.aclose)
+            return
+        step = asyncio.Lock()  # of the home loop
+
+        async def advance() -> T:
+            async with step:
+                return await anext(items, _END)
+
+        async def close() -> None:
+            async with step:  # a step whose caller was cancelled may not have ended yet
+                await items.aclose()
+
+        try:
+            while (found := await _on(home, advance)) is not _END:
+                yield found
+        finally:
+            with suppress(ForeignLoopError):  # the home loop has ended, and the generator with it
+                await _on(home, close)
 
     def call_soon(self, function: Callable[[], object]) -> None:
         """Call a function on the home loop, from any thread; here and now without one.
