@@ -34,18 +34,24 @@ class Home:
         self.loop.call_soon_threadsafe(settle)
         assert settled.wait(SECONDS)
 
+    def stop(self) -> None:
+        """Stop the loop, and do not close it."""
+        if self.thread.is_alive():
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.thread.join(SECONDS)
+
     def end(self) -> None:
         """Stop and close the loop, and abandon its tasks."""
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(SECONDS)
+        self.stop()
         for task in asyncio.all_tasks(self.loop):
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # abandoned on purpose
         self.loop.close()
 
 
 @pytest.fixture
-def at() -> Iterator[Home]:
-    """Return a home loop that runs."""
+def at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
+    """Return a home loop that runs; its callers check it more often than usual."""
+    monkeypatch.setattr("viralfx.domain.loops._CHECK_SECONDS", 0.1)
     home = Home()
     yield home
     if not home.loop.is_closed():
@@ -113,9 +119,12 @@ async def test_cancelling_the_caller_cancels_the_call(at: Home) -> None:
     assert await asyncio.to_thread(ended.wait, SECONDS)
 
 
+@pytest.mark.parametrize("closes", [True, False])
 @pytest.mark.parametrize("blocks", [True, False])
-def test_the_end_of_the_home_loop_ends_the_call(at: Home, *, blocks: bool) -> None:
-    """No caller waits for a loop that does not exist any more."""
+def test_the_end_of_the_home_loop_ends_the_call(
+    at: Home, caplog: pytest.LogCaptureFixture, *, blocks: bool, closes: bool
+) -> None:
+    """No caller waits for a loop that does not exist any more, or has stopped for good."""
     began = threading.Event()
     found: list[Exception] = []
 
@@ -135,11 +144,12 @@ def test_the_end_of_the_home_loop_ends_the_call(at: Home, *, blocks: bool) -> No
     caller = threading.Thread(target=call)
     caller.start()
     assert began.wait(SECONDS)
-    at.end()
+    (at.end if closes else at.stop)()
     caller.join(SECONDS)
 
     assert "has ended" in str(found[0])
     assert at.home.has_ended
+    assert not caplog.records
 
 
 async def test_a_generator_makes_its_steps_there(at: Home) -> None:

@@ -24,6 +24,8 @@ _END: Any = object()
 _clock = SystemClock()  # other threads and their loops have real time
 _CHECK_SECONDS = 1.0
 """Between two checks of the other loop: it may end without answering."""
+_MAX_IDLE_CHECKS = 3
+"""Checks in a row after which a loop that is not running has ended, although it is not closed."""
 _TURN_SECONDS = 0.005
 """Between two tries to be the only loop."""
 _MAX_TURN_SECONDS = 5.0
@@ -257,12 +259,13 @@ async def _on(loop: asyncio.AbstractEventLoop, call: Callable[[], Awaitable[T]])
     begun = _begin(loop, call)
     ended = asyncio.wrap_future(begun)
     try:
+        idle = 0
         while not await finished_within(ended, _CHECK_SECONDS, _clock):
-            if loop.is_closed():
-                raise _ended()
+            idle = _require_running(loop, idle)
         result: T = _result(begun)
     finally:
-        ended.cancel()
+        if not loop.is_closed():  # a closed one cannot take the cancellation
+            ended.cancel()
     return result
 
 
@@ -273,13 +276,26 @@ def blocking(loop: asyncio.AbstractEventLoop, call: Callable[[], Awaitable[T]]) 
     """
     begun = _begin(loop, call)
     try:
+        idle = 0
         while not concurrent.futures.wait({begun}, timeout=_CHECK_SECONDS)[0]:
-            if loop.is_closed():
-                raise _ended()
+            idle = _require_running(loop, idle)
         result: T = _result(begun)
     finally:
-        begun.cancel()
+        if not loop.is_closed():  # as above
+            begun.cancel()
     return result
+
+
+def _require_running(loop: asyncio.AbstractEventLoop, idle: int) -> int:
+    """Return for how many checks a loop is not running, ``idle`` before this one.
+
+    Raises :class:`ForeignLoopError` once it has ended. Loops may pause: ``run_until_complete`` may
+    be called again.
+    """
+    idle = 0 if loop.is_running() else idle + 1
+    if loop.is_closed() or idle >= _MAX_IDLE_CHECKS:
+        raise _ended()
+    return idle
 
 
 _Outcome = concurrent.futures.Future[tuple[Any, BaseException | None]]
