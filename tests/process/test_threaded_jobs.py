@@ -2,7 +2,10 @@
 
 import gc
 import logging
+import socket
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
@@ -11,7 +14,7 @@ from sqlalchemy.orm import Session
 from tests.process.shortages import descriptors_used_up
 from tests.servers.postgres import Database
 
-from viralfx import OperationsConfig, OperationsLayer, task
+from viralfx import LedgerUnavailableError, OperationsConfig, OperationsLayer, task
 from viralfx.bootstrap.threaded import ThreadedJobs
 from viralfx.domain.jobs.service import JobService
 
@@ -67,3 +70,29 @@ def test_a_commit_succeeds_without_a_free_descriptor(
     assert stored == 1
     assert logged == ["Notification of jobs not sent; workers find the jobs by polling"]
     assert later.created
+
+
+def test_callers_of_a_frozen_database_share_one_attempt(
+    jobs_of: Callable[..., JobService], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each of them waits for one connection timeout, whatever their number."""
+    callers = 12
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"postgresql://user:word@127.0.0.1:{silent.getsockname()[1]}/name"
+        jobs = jobs_of(DATABASE_URL=address, DB_CONNECTION_TIMEOUT="1000")
+        begin = threading.Barrier(callers)
+
+        def submit(number: int) -> Exception | None:
+            begin.wait()
+            try:
+                jobs.submit_sync(note, number)
+            except LedgerUnavailableError as error:
+                return error
+            return None
+
+        with ThreadPoolExecutor(callers) as threads:
+            errors = list(threads.map(submit, range(callers)))
+
+    attempts = [each for each in caplog.records if "attempt failed" in each.getMessage()]
+    assert all(str(error).startswith("DATABASE_URL: the database at") for error in errors)
+    assert len(attempts) <= 3  # one, unless the machine delays a thread for a second

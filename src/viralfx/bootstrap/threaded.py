@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from viralfx.domain.cache import SingleFlight
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import StartupError
 from viralfx.domain.jobs.ledger import JobLedger
@@ -27,8 +28,8 @@ Connect = Callable[["PostgresDatabase", "RedisClient | None"], tuple[JobLedger, 
 class ThreadedJobs:
     """Implements ``JobsApart``: a WSGI server, for example, has threads and no event loop.
 
-    The first call starts the thread and connects, in one attempt; after a failure the next call
-    tries again. A forked process has a thread of its own.
+    The first call starts the thread and connects, in one attempt that concurrent calls share; after
+    a failure the next call tries again. A forked process has a thread of its own.
     """
 
     def __init__(
@@ -98,22 +99,22 @@ class _Opened:
         self._database = database
         self._redis = redis
         self._owner = owner
-        self._opening: asyncio.Lock | None = None
+        self._opening: SingleFlight[JobService] = SingleFlight()
         self._service: JobService | None = None
         self._notifiers: list[BackgroundNotifier | JobNotifier] = []
         self._calls: set[asyncio.Task[None]] = set()
 
     async def service(self) -> JobService:
-        if self._opening is None:
-            self._opening = asyncio.Lock()
-        async with self._opening:
-            if self._service is None:
-                try:
-                    await self._database.open()
-                except StartupError as error:
-                    raise LedgerUnavailableError(str(error)) from error
-                self._service, *self._notifiers = self._owner.open(self._database, self._redis)
-            return self._service
+        """Return the service; concurrent first callers share one attempt to connect."""
+        return self._service or await self._opening.run("service", self._open)
+
+    async def _open(self) -> JobService:
+        try:
+            await self._database.open()
+        except StartupError as error:
+            raise LedgerUnavailableError(str(error)) from error
+        self._service, *self._notifiers = self._owner.open(self._database, self._redis)
+        return self._service
 
     def begin(self, call: Callable[[JobService], object]) -> None:
         task = asyncio.create_task(self._call(call), name="jobs-call")
