@@ -1,8 +1,11 @@
 """The jobs of a process without an event loop: its thread, in shortages and with bad servers."""
 
 import gc
+import json
 import logging
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +16,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session
 from tests.process.shortages import descriptors_used_up
 from tests.servers.postgres import Database
+from tests.system.service import ROOT, clean_environment
 
 from viralfx import LedgerUnavailableError, OperationsConfig, OperationsLayer, task
 from viralfx.bootstrap.threaded import ThreadedJobs
@@ -96,3 +100,23 @@ def test_callers_of_a_frozen_database_share_one_attempt(
     attempts = [each for each in caplog.records if "attempt failed" in each.getMessage()]
     assert all(str(error).startswith("DATABASE_URL: the database at") for error in errors)
     assert len(attempts) <= 3  # one, unless the machine delays a thread for a second
+
+
+def test_greenlets_are_refused_by_name(migrated_database: Database) -> None:
+    """An event loop cannot run in one; a call in a transaction needs none."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.process.greenlets"],
+        cwd=ROOT,
+        env={**clean_environment(), "DATABASE_URL": migrated_database.url},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    stored = migrated_database.execute("SELECT count(*)::int FROM viralfx_ops.viralfx_all_jobs")
+
+    assert done.returncode == 0, done.stderr
+    *refused, accepted = json.loads(done.stdout)
+    assert all(str(each).startswith("gevent or eventlet has replaced") for each in refused)
+    assert accepted is True
+    assert stored == [(1,)]

@@ -340,7 +340,10 @@ def _ended() -> ForeignLoopError:
 
 
 class LoopThread:
-    """A daemon thread with an event loop, for calls from threads that have none."""
+    """A daemon thread with an event loop, for calls from threads that have none.
+
+    It cannot be a greenlet: an event loop would stop all others, or be that of them all.
+    """
 
     def __init__(self, name: str, *, close: Callable[[], Awaitable[object]]) -> None:
         """``close`` runs on the loop when the process ends."""
@@ -349,6 +352,7 @@ class LoopThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._ready = threading.Event()
+        self._is_greenlet = False
         self._closed = False
         # A signal handler may interrupt the thread that holds it.
         self._starting = threading.RLock()
@@ -365,6 +369,12 @@ class LoopThread:
             raise ForeignLoopError(
                 f"the thread {self._name!r} does not start; enable threads in the application's"
                 " server, such as by --enable-threads of uWSGI"
+            )
+        if self._is_greenlet:
+            raise ForeignLoopError(
+                "gevent or eventlet has replaced the threads of this process, and an event loop"
+                " needs a real one; submit with connection=, or let the server use threads, such as"
+                " by --worker-class gthread of gunicorn"
             )
         return blocking(loop, call)
 
@@ -395,7 +405,9 @@ class LoopThread:
             loop = asyncio.new_event_loop()
         except OSError as error:
             raise self._cannot_start(error) from error
-        thread = threading.Thread(target=self._run, args=(loop,), name=self._name, daemon=True)
+        thread = threading.Thread(
+            target=self._run, args=(loop, threading.get_native_id()), name=self._name, daemon=True
+        )
         try:
             thread.start()
         except BaseException as error:
@@ -414,8 +426,13 @@ class LoopThread:
             " fewer threads and open files, or raise its limits"
         )
 
-    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _run(self, loop: asyncio.AbstractEventLoop, starter: int) -> None:
         if loop.is_closed():
+            return
+        if threading.get_native_id() == starter:
+            self._is_greenlet = True
+            loop.close()
+            self._ready.set()
             return
         asyncio.set_event_loop(loop)
         loop.call_soon(self._ready.set)
@@ -430,8 +447,10 @@ class LoopThread:
     def close(self) -> None:
         """End the loop and the thread, within seconds; a second call does nothing."""
         loop, thread = self._loop, self._thread
+        if self._closed or loop is None or thread is None:
+            return
         # A forked process has the objects, and not the thread.
-        if self._closed or loop is None or thread is None or not thread.is_alive():
+        if self._is_greenlet or not thread.is_alive():
             return
         self._closed = True
         closing = asyncio.run_coroutine_threadsafe(_awaited(self._close()), loop)
