@@ -45,6 +45,7 @@ def in_child(call: Callable[[], object]) -> object:
     """Return the outcome of a call in a forked process."""
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(30)
         os.write(writing, json.dumps(outcome_of(call)).encode())
         os._exit(0)

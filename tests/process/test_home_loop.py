@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from functools import partial
 
 import pytest
+from tests.process.foreign_calls import in_child
 
 from viralfx.domain.jobs.batching import Batcher
 from viralfx.domain.loops import ForeignLoopError, HomeLoop, LoopThread, without_loop
@@ -218,6 +219,33 @@ def test_a_generator_ends_with_the_home_loop(at: Home) -> None:
         at.end()
         with pytest.raises(ForeignLoopError, match="has ended"):
             follower.result(SECONDS)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("forked_in", ["a call", "a turn"])
+def test_a_fork_does_not_wait_for_threads_of_its_parent(forked_in: str) -> None:
+    """It lacks the thread whose call was running, or which was about to begin one."""
+    home, began, ends = HomeLoop(), threading.Event(), threading.Event()
+
+    async def wait() -> None:
+        began.set()
+        await asyncio.to_thread(ends.wait)
+
+    def hold() -> None:
+        with home._lock:
+            began.set()
+            ends.wait()
+
+    thread = threading.Thread(
+        target=hold if forked_in == "a turn" else lambda: asyncio.run(home.run(wait))
+    )
+    thread.start()
+    assert began.wait(SECONDS)
+    outcome = in_child(lambda: home.call(where))
+    ends.set()
+    thread.join(SECONDS)
+
+    assert outcome == "accepted"
 
 
 def test_a_loop_that_ended_leaves_a_batcher_usable() -> None:

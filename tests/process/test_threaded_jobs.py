@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import psycopg
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session
+from tests.process.foreign_calls import in_child
 from tests.process.shortages import descriptors_used_up
 from tests.servers.postgres import Database
 from tests.system.service import ROOT, clean_environment
@@ -120,3 +122,20 @@ def test_greenlets_are_refused_by_name(migrated_database: Database) -> None:
     assert all(str(each).startswith("gevent or eventlet has replaced") for each in refused)
     assert accepted is True
     assert stored == [(1,)]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_fork_with_a_former_process_id_has_connections_of_its_own(
+    migrated_database: Database, jobs_of: Callable[..., JobService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system gives ids again, and connections of an ancestor serve no other process."""
+    jobs = jobs_of(DATABASE_URL=migrated_database.url)
+    jobs.submit_sync(note, 1)
+    former = os.getpid()
+
+    def submit() -> None:
+        monkeypatch.setattr(os, "getpid", lambda: former)
+        jobs.submit_sync(note, 2)
+
+    assert in_child(submit) == "accepted"
+    assert jobs.submit_sync(note, 3).created

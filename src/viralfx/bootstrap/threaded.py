@@ -13,7 +13,7 @@ from viralfx.domain.jobs.ledger import JobLedger
 from viralfx.domain.jobs.model import LedgerUnavailableError
 from viralfx.domain.jobs.notifier import BackgroundNotifier, JobNotifier
 from viralfx.domain.jobs.service import JobService
-from viralfx.domain.loops import HomeLoop, LoopThread
+from viralfx.domain.loops import HomeLoop, LoopThread, renew_in_forks
 
 if TYPE_CHECKING:
     from viralfx.adapters.postgres import PostgresDatabase
@@ -51,8 +51,15 @@ class ThreadedJobs:
         self._connect = connect
         self._make_service = make_service
         self._opened: dict[int, _Opened] = {}
-        """By process: those of the parent must not be closed here, since the server would close
-        them for the parent, too."""
+        """That of this process, by its id."""
+        self._of_parents: list[dict[int, _Opened]] = []
+        """Kept, and never closed here: the server would close them for the parent, too."""
+        renew_in_forks(self)
+
+    def renew(self) -> None:
+        """Leave the connections to the parent; a process may get the id of an earlier one."""
+        self._of_parents.append(self._opened)
+        self._opened = {}
 
     def call(self, call: Callable[[JobService], Awaitable[T]]) -> T:
         """Return the result of a call of the service; block this thread.

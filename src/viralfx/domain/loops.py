@@ -13,6 +13,7 @@ import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from weakref import WeakSet
 
 from viralfx.domain.clock import SystemClock, finished_within
 from viralfx.domain.errors import ViralFXError
@@ -43,6 +44,31 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
+class Inherited(Protocol):
+    """An object that a forked process gets in the state of its parent, whose threads it lacks."""
+
+    def renew(self) -> None:
+        """Forget the threads of the parent; called in the forked process, before all else there."""
+        ...
+
+
+_inherited: "WeakSet[Inherited]" = WeakSet()
+
+
+def renew_in_forks(inherited: Inherited) -> None:
+    """Call :meth:`Inherited.renew` of an object in each process forked from this one."""
+    _inherited.add(inherited)
+
+
+def _renew_all() -> None:
+    for each in tuple(_inherited):
+        each.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_all)
+
+
 class HomeLoop:
     """The event loop that the services of a process belong to, and with them their connections.
 
@@ -61,6 +87,12 @@ class HomeLoop:
         self._guests = 0
         """Running calls of it."""
         self._lock = threading.Lock()
+        renew_in_forks(self)
+
+    def renew(self) -> None:
+        """See :class:`Inherited`: guests and the holder of the lock are threads of the parent."""
+        self._lock = threading.Lock()
+        self._guest, self._guests = None, 0
 
     def settle(self) -> None:
         """Make the running loop the home loop; it stays that for good."""
