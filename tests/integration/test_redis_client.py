@@ -20,6 +20,7 @@ from tests.soak import cycles
 
 from viralfx.adapters.redis import RedisClient, close_redis
 from viralfx.adapters.redis.errors import ClientClosedError
+from viralfx.domain.loops import HomeLoop
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -47,6 +48,30 @@ async def test_client_connects_at_the_first_request(redis: RedisServer) -> None:
 
         assert await client.redis.get("key") == b"\xff"
     await leaks.assert_none()
+
+
+async def test_another_event_loop_may_close_the_connections(redis: RedisServer) -> None:
+    """They close on the loop that they belong to, and the next request opens one."""
+    home = HomeLoop()
+    home.settle()
+    client = RedisClient(*config_of(port=redis.port), home=home)
+    await client.redis.ping()
+    (connection,) = client.redis.connection_pool._available_connections
+    closing: list[object] = []
+    disconnect = connection.disconnect
+
+    async def note(*arguments: Any, **options: Any) -> None:
+        closing.append(asyncio.get_running_loop())
+        await disconnect(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(connection, "disconnect", note)
+        await asyncio.to_thread(lambda: asyncio.run(client.redis.aclose()))
+
+    assert closing == [asyncio.get_running_loop()]
+    assert not connection.is_connected
+    assert await client.redis.ping()
+    await client.close()
 
 
 async def test_connections_have_a_name_and_keep_alive(redis: RedisServer) -> None:

@@ -177,6 +177,11 @@ class CountingRedis(Redis):
         request: Awaitable[Any] = super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
         return await _counted(self, _command(args), request)
 
+    @at_home
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:  # noqa: FBT001 - redis-py's signature
+        """Close the connections that are open; see redis-py."""
+        await super().aclose(close_connection_pool)
+
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:  # noqa: FBT001, FBT002 - redis-py's signature
         """Return a pipeline that counts as one request; see redis-py."""
         return CountingPipeline(
