@@ -47,7 +47,13 @@ NOT_STARTED = (
     "LedgerUnavailableError: the database's pool is not open yet: nothing has started the plugin;"
     " in a script, use `async with app.lifespan():`, or jobs.submit_sync()"
 )
-STOPPED = "LedgerUnavailableError: the application of this process has stopped"
+STOPPED = (
+    "LedgerUnavailableError: the application of this process has stopped, or has failed to start"
+)
+CLOSED = (
+    "LedgerUnavailableError: the database's pool is closed: the application has stopped, or has"
+    " failed to start"
+)
 # A forked process has connections of its own.
 OF_POSTGRES = OF_MEMORY | {
     "before: asyncio.run, forked": NOT_STARTED,
@@ -55,9 +61,7 @@ OF_POSTGRES = OF_MEMORY | {
     "running: submit_sync, forked": "accepted",
     "beside: submit_sync, forked": "accepted",
     "after: submit_sync, forked": "accepted",
-    "after: asyncio.run, in threads": [
-        "LedgerUnavailableError: the database's pool is closed: the application has stopped"
-    ],
+    "after: asyncio.run, in threads": [CLOSED],
     "after: submit_sync, in threads": [STOPPED],
     "after: submit_sync, in a handler": STOPPED,
 }

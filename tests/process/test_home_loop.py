@@ -12,7 +12,7 @@ import pytest
 from tests.process.foreign_calls import in_child
 
 from viralfx.domain.jobs.batching import Batcher
-from viralfx.domain.loops import ForeignLoopError, HomeLoop, LoopThread, without_loop
+from viralfx.domain.loops import ForeignLoopError, HomeLoop, LoopThread, blocking, without_loop
 
 SECONDS = 30.0
 value: ContextVar[str] = ContextVar("value", default="none")
@@ -285,6 +285,33 @@ def test_a_thread_with_a_loop_starts_with_the_first_call() -> None:
     thread.close()
     thread.close()
     assert closed == ["loop-of-test"]
+    with pytest.raises(ForeignLoopError, match=r"^the process ends.* has not begun$"):
+        thread.call(name)
+
+
+def test_a_call_at_the_end_of_the_process_has_an_unknown_effect() -> None:
+    """The error of a caller whose call was running does not blame an application."""
+    thread, began = LoopThread("loop-of-test", close=where), threading.Event()
+
+    async def wait() -> None:
+        began.set()
+        await asyncio.get_running_loop().create_future()
+
+    with ThreadPoolExecutor() as threads:
+        caller = threads.submit(thread.call, wait)
+        assert began.wait(SECONDS)
+        thread.close()
+        with pytest.raises(ForeignLoopError, match=r"^the process ends.* is unknown$"):
+            caller.result(SECONDS)
+
+
+def test_a_call_after_the_end_has_not_begun(at: Home) -> None:
+    """It may be repeated elsewhere, unlike one that was running."""
+    loop = at.loop
+    at.end()
+
+    with pytest.raises(ForeignLoopError, match=r"^the event loop of the application .* not begun$"):
+        blocking(loop, where)
 
 
 def test_a_call_that_does_not_wait_needs_no_thread_yet(monkeypatch: pytest.MonkeyPatch) -> None:

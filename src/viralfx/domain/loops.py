@@ -22,6 +22,7 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 _END: Any = object()
+_END_OF_APPLICATION = "the event loop of the application has ended"
 _clock = SystemClock()  # other threads and their loops have real time
 _CHECK_SECONDS = 1.0
 """Between two checks of the other loop: it may end without answering."""
@@ -288,37 +289,44 @@ def without_loop(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 async def _on(loop: asyncio.AbstractEventLoop, call: Callable[[], Awaitable[T]]) -> T:
-    begun = _begin(loop, call)
+    end = _END_OF_APPLICATION
+    begun = _begin(loop, call, end)
     ended = asyncio.wrap_future(begun)
     try:
         idle = 0
         while not await finished_within(ended, _CHECK_SECONDS, _clock):
-            idle = _require_running(loop, idle)
-        result: T = _result(begun)
+            idle = _require_running(loop, idle, end)
+        result: T = _result(begun, end)
     finally:
         if not loop.is_closed():  # a closed one cannot take the cancellation
             ended.cancel()
     return result
 
 
-def blocking(loop: asyncio.AbstractEventLoop, call: Callable[[], Awaitable[T]]) -> T:
+def blocking(
+    loop: asyncio.AbstractEventLoop,
+    call: Callable[[], Awaitable[T]],
+    *,
+    end: str = _END_OF_APPLICATION,
+) -> T:
     """Return the result of ``call``, which runs on the loop of another thread; block this one.
 
-    Raises the errors of the call, and :class:`ForeignLoopError` if the loop ends before it.
+    Raises the errors of the call, and :class:`ForeignLoopError` if the loop ends before it. That
+    error begins with ``end``.
     """
-    begun = _begin(loop, call)
+    begun = _begin(loop, call, end)
     try:
         idle = 0
         while not concurrent.futures.wait({begun}, timeout=_CHECK_SECONDS)[0]:
-            idle = _require_running(loop, idle)
-        result: T = _result(begun)
+            idle = _require_running(loop, idle, end)
+        result: T = _result(begun, end)
     finally:
         if not loop.is_closed():  # as above
             begun.cancel()
     return result
 
 
-def _require_running(loop: asyncio.AbstractEventLoop, idle: int) -> int:
+def _require_running(loop: asyncio.AbstractEventLoop, idle: int, end: str) -> int:
     """Return for how many checks a loop is not running, ``idle`` before this one.
 
     Raises :class:`ForeignLoopError` once it has ended. Loops may pause: ``run_until_complete`` may
@@ -326,20 +334,22 @@ def _require_running(loop: asyncio.AbstractEventLoop, idle: int) -> int:
     """
     idle = 0 if loop.is_running() else idle + 1
     if loop.is_closed() or idle >= _MAX_IDLE_CHECKS:
-        raise _ended()
+        raise _cut_off(end)
     return idle
 
 
 _Outcome = concurrent.futures.Future[tuple[Any, BaseException | None]]
 
 
-def _begin(loop: asyncio.AbstractEventLoop, call: Callable[[], Awaitable[Any]]) -> _Outcome:
+def _begin(
+    loop: asyncio.AbstractEventLoop, call: Callable[[], Awaitable[Any]], end: str
+) -> _Outcome:
     outcome = _outcome(call)
     try:
         return asyncio.run_coroutine_threadsafe(outcome, loop)
     except RuntimeError:
         outcome.close()
-        raise _ended() from None
+        raise ForeignLoopError(f"{end}; the call has not begun") from None
 
 
 async def _outcome(call: Callable[[], Awaitable[T]]) -> tuple[T | None, BaseException | None]:
@@ -355,20 +365,17 @@ async def _outcome(call: Callable[[], Awaitable[T]]) -> tuple[T | None, BaseExce
         return None, error
 
 
-def _result(begun: _Outcome) -> Any:
+def _result(begun: _Outcome, end: str) -> Any:
     if begun.cancelled():
-        raise _ended()
+        raise _cut_off(end)
     result, error = begun.result()
     if error is not None:
         raise error
     return result
 
 
-def _ended() -> ForeignLoopError:
-    return ForeignLoopError(
-        "the event loop of the application has ended, and this call with it; whether it took effect"
-        " is unknown"
-    )
+def _cut_off(end: str) -> ForeignLoopError:
+    return ForeignLoopError(f"{end}, and this call with it; whether it took effect is unknown")
 
 
 class LoopThread:
@@ -408,7 +415,7 @@ class LoopThread:
                 " needs a real one; submit with connection=, or let the server use threads, such as"
                 " by --worker-class gthread of gunicorn"
             )
-        return blocking(loop, call)
+        return blocking(loop, call, end="the process ends, and its connections are closed")
 
     def call_soon(self, function: Callable[[], object]) -> None:
         """Call a function on the loop, without waiting; nothing happens if it has ended.

@@ -40,7 +40,9 @@ class NotOpenError(ViralFXError, InterfaceError):
     def __init__(self, *, started: bool, closed: bool = False) -> None:
         """Name the reason, and the remedy, unless the pool was ``started`` and is being opened."""
         if closed:
-            super().__init__("the database's pool is closed: the application has stopped")
+            super().__init__(
+                "the database's pool is closed: the application has stopped, or has failed to start"
+            )
             return
         what = "the database's pool is not open yet"
         remedy = (

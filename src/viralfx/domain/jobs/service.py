@@ -475,7 +475,9 @@ class JobService(ScheduledTasks):
         if self._apart is None or self._home.running is not None:
             return self._home.call(partial(call, self))
         if self._home.has_ended:
-            raise LedgerUnavailableError("the application of this process has stopped")
+            raise LedgerUnavailableError(
+                "the application of this process has stopped, or has failed to start"
+            )
         return self._apart.call(call)
 
     def _encode(self, payload: Any, task: object) -> bytes:
