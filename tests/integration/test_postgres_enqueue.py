@@ -282,6 +282,25 @@ async def by_psycopg(shop: Shop) -> AsyncIterator[Place]:
 
 
 @asynccontextmanager
+async def by_pipeline(shop: Shop) -> AsyncIterator[Place]:
+    """In a pipeline of psycopg, whose cursors take parameters without names."""
+    with psycopg.connect(shop.database.url, cursor_factory=psycopg.RawCursor) as connection:
+
+        def place(number: int) -> None:
+            connection.autocommit = number >= 4
+            keep = kept(number)
+            with connection.pipeline():
+                if connection.autocommit:
+                    with connection.transaction(force_rollback=not keep):
+                        place_blocking(shop, number, connection, connection.execute)
+                else:
+                    place_blocking(shop, number, connection, connection.execute)
+                    (connection.commit if keep else connection.rollback)()
+
+        yield lambda number: asyncio.to_thread(place, number)
+
+
+@asynccontextmanager
 async def by_autocommit(shop: Shop) -> AsyncIterator[Place]:
     """In a block of psycopg, without which each statement would be a transaction."""
     with psycopg.connect(shop.database.url, autocommit=True) as connection:
@@ -337,6 +356,7 @@ WAYS: dict[str, Callable[[Shop], AbstractAsyncContextManager[Place]]] = {
         by_connection,
         by_sync_session,
         by_psycopg,
+        by_pipeline,
         by_autocommit,
         by_psycopg2,
         by_blocking_session,
@@ -409,26 +429,60 @@ async def test_a_connection_in_no_transaction_is_refused(shop: Shop) -> None:
 
 
 async def test_a_blocking_call_takes_a_synchronous_connection(shop: Shop) -> None:
-    """In a transaction; any other connection is refused, with what to do."""
-
-    def refused(connection: Any) -> str:
-        with pytest.raises(TransactionError) as error:
-            shop.jobs.submit_sync("orders.ship", 1, connection=connection)
-        return str(error.value)
-
+    """Any other one is refused, with the call to use instead."""
     native = await asyncpg.connect(shop.database.url)
-    with psycopg.connect(shop.database.url, autocommit=True) as connection:
-        automatic = await asyncio.to_thread(refused, connection)
-        with pytest.raises(TransactionError, match=r"jobs\.submit_sync\(\) takes it"):
-            await shop.jobs.submit("orders.ship", 1, connection=connection)
-    async with AsyncSession(shop.engine) as session:
-        others = [await asyncio.to_thread(refused, each) for each in (session, native)]
-    nothing = await asyncio.to_thread(refused, object())
+    latest = await psycopg.AsyncConnection.connect(shop.database.url)
+    former = psycopg2.connect(shop.database.url, async_=True)
+    session = AsyncSession(shop.engine)
+    scoped = async_scoped_session(async_sessionmaker(shop.engine), lambda: None)
+    wrong = {
+        native: "await jobs.submit(",
+        session: "await jobs.submit(",
+        session.sync_session: "await jobs.submit(",
+        scoped: "await jobs.submit(",
+        latest: "SQL function enqueue()",
+        former: "not psycopg2.extensions.connection",
+        object(): "not builtins.object",
+    }
+    said = {each: await asyncio.to_thread(refusal, shop, each) for each in wrong}
+    with psycopg.connect(shop.database.url) as synchronous:
+        for each, part in ((synchronous, "jobs.submit_sync() takes it"), (latest, wrong[latest])):
+            with pytest.raises(TransactionError, match=re.escape(part)):
+                await shop.jobs.submit("orders.ship", 1, connection=each)
+    await scoped.remove()
+    await session.close()
     await native.close()
+    await latest.close()
+    former.close()
+
+    assert [said[each] for each, part in wrong.items() if part not in said[each]] == []
+    assert shop.shipped() == []
+
+
+def refusal(shop: Shop, connection: Any) -> str:
+    """Return why a connection is refused, in this thread, which has no event loop."""
+    with pytest.raises(TransactionError) as error:
+        shop.jobs.submit_sync("orders.ship", 1, connection=connection)
+    return str(error.value)
+
+
+def test_a_transaction_that_cannot_have_the_job_is_refused(shop: Shop) -> None:
+    """None at all, also in a pipeline, and one that is read only; with the remedy of the driver."""
+    former = psycopg2.connect(shop.database.url)
+    former.autocommit = True
+    with psycopg.connect(shop.database.url, autocommit=True) as latest:
+        automatic = refusal(shop, latest)
+        with latest.pipeline():
+            in_pipeline = refusal(shop, latest)
+        set_apart = refusal(shop, former)
+        latest.autocommit, latest.read_only = False, True
+        reading = refusal(shop, latest)
+    former.close()
 
     assert "with connection.transaction():" in automatic
-    assert all("await jobs.submit(" in each for each in others)
-    assert "not builtins.object" in nothing
+    assert in_pipeline == automatic
+    assert "set connection.autocommit = False" in set_apart
+    assert "is read only; begin one that may write" in reading
     assert shop.shipped() == []
 
 

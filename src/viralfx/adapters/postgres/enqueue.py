@@ -5,6 +5,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Protocol, TypeVar
 
 import asyncpg
@@ -181,6 +182,8 @@ _MISSING = (
 _PROBLEMS: Mapping[str | None, str] = {
     "0A000": "a job with an idempotency key needs a transaction that is READ COMMITTED; begin it"
     " with this isolation level, or submit the job after it",
+    "25006": "the transaction of this connection is read only; begin one that may write, on the"
+    " primary",
     "25P02": "the transaction of this connection has failed; roll it back",
     "3F000": _MISSING,
     "42883": _MISSING,
@@ -226,26 +229,32 @@ def _transaction_of(connection: Any) -> _Transaction:
         return _AsyncpgTransaction(connection, watched)
     if _is_of_sqlalchemy(connection):
         return _sqlalchemy_transaction(connection)
-    hint = "; jobs.submit_sync() takes it" if _psycopg_cursor(connection) is not None else ""
+    hint = _FOR_PSYCOPG if _is_asynchronous_psycopg(connection) else ""
+    if _psycopg_cursor(connection) is not None:
+        hint = "; jobs.submit_sync() takes it"
     raise TransactionError(
         f"connection= takes a connection of asyncpg, or a session or connection of SQLAlchemy, not"
         f" {type(connection).__module__}.{type(connection).__qualname__}{hint}"
     )
 
 
-def _is_of_sqlalchemy(connection: Any) -> bool:
-    return any(kind.__module__.startswith("sqlalchemy.") for kind in type(connection).__mro__)
+def _is_of_sqlalchemy(connection: Any, part: str = "") -> bool:
+    return any(
+        kind.__module__.startswith(f"sqlalchemy.{part}") for kind in type(connection).__mro__
+    )
 
 
 def _blocking_transaction(connection: Any) -> _Transaction:
     if (cursor := _psycopg_cursor(connection)) is not None:
         return _PsycopgTransaction(connection, cursor)
-    asynchronous = any(hasattr(connection, f"sync_{each}") for each in ("session", "connection"))
-    if _is_of_sqlalchemy(connection) and not asynchronous:
+    if _is_of_sqlalchemy(connection, "ext.asyncio.") or isinstance(
+        connection, Connection | PoolConnectionProxy
+    ):
+        hint = _AWAIT
+    elif _is_of_sqlalchemy(connection):
         return _sqlalchemy_transaction(connection, blocks=True)
-    hint = ""
-    if asynchronous or isinstance(connection, Connection | PoolConnectionProxy):
-        hint = "; use `await jobs.submit(..., connection=...)` for it"
+    else:
+        hint = _FOR_PSYCOPG if _is_asynchronous_psycopg(connection) else ""
     raise TransactionError(
         "connection= of a synchronous call takes a session or connection of SQLAlchemy, or a"
         f" connection of psycopg or psycopg2, that is synchronous, not"
@@ -253,15 +262,35 @@ def _blocking_transaction(connection: Any) -> _Transaction:
     )
 
 
+_AWAIT = "; use `await jobs.submit(..., connection=...)` for it"
+_FOR_PSYCOPG = (
+    "; call the SQL function enqueue() in its transaction, or use a session of SQLAlchemy over"
+    " `postgresql+psycopg:`"
+)
+
+
+def _is_asynchronous_psycopg(connection: Any) -> bool:
+    latest = sys.modules.get("psycopg")
+    return latest is not None and isinstance(connection, latest.AsyncConnection)
+
+
 def _psycopg_cursor(connection: Any) -> Callable[[], Any] | None:
     """Return what makes a cursor with plain rows; None for a connection of another driver."""
     # The caller has imported the driver of the connection, and this package needs none of the two.
     latest, former = sys.modules.get("psycopg"), sys.modules.get("psycopg2.extensions")
     if latest is not None and isinstance(connection, latest.Connection):
-        return lambda: connection.cursor(row_factory=latest.rows.tuple_row)
-    if former is not None and isinstance(connection, former.connection):
+        return lambda: _named_cursor(connection, latest)
+    if former is not None and isinstance(connection, former.connection) and not connection.async_:
         return lambda: connection.cursor(cursor_factory=former.cursor)
     return None
+
+
+def _named_cursor(connection: Any, driver: Any) -> Any:
+    """Return a cursor of psycopg whose parameters have names, whatever the connection makes."""
+    found = connection.cursor(row_factory=driver.rows.tuple_row)
+    if isinstance(found, getattr(driver, "RawCursor", ())):
+        return driver.Cursor(connection, row_factory=driver.rows.tuple_row)
+    return found
 
 
 _ARRAY = re.compile(r"(\$\d+)::(\w+\[\])")
@@ -310,21 +339,37 @@ class _PsycopgTransaction:
 
     async def begin(self) -> None:
         # Without autocommit the driver begins a transaction with the first statement.
-        if self._connection.autocommit and not self._connection.info.transaction_status:
+        if not self._connection.autocommit:
+            return
+        with self._results():
+            pass  # the statement that begins a transaction may not have been sent yet
+        if not self._connection.info.transaction_status:
+            latest = hasattr(self._connection, "transaction")
+            remedy = "submit it inside `with connection.transaction():`"
             raise TransactionError(
-                "the connection is in no transaction, so the job would be accepted at once; submit"
-                " it inside one, such as `with connection.transaction():`"
+                "the connection is in autocommit mode and in no transaction, so the job would be"
+                f" accepted at once; {remedy if latest else 'set connection.autocommit = False'}"
             )
 
     async def fetch(self, statement: str, /, *arguments: Any) -> Sequence[Row]:
         text, values = _as_text(statement, arguments)
         named = _PARAMETER.sub(r"%(p\1)s", text.replace("%", "%%"))
         with self._cursor() as cursor:
-            cursor.execute(named, {f"p{number}": value for number, value in enumerate(values, 1)})
+            with self._results():
+                cursor.execute(
+                    named, {f"p{number}": value for number, value in enumerate(values, 1)}
+                )
             if cursor.description is None:
                 return ()
             names = [column[0] for column in cursor.description]
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def _results(self) -> AbstractContextManager[object]:
+        """Have the results of the statements of a block at its end, also in a pipeline."""
+        if getattr(self._connection.info, "pipeline_status", 0):
+            inner: AbstractContextManager[object] = self._connection.pipeline()
+            return inner  # its end synchronizes the outer one
+        return nullcontext()
 
     def call_after_commit(self, call: Callable[[], None]) -> bool:
         del call
@@ -381,10 +426,17 @@ class _SqlAlchemyTransaction:
         result: T = await greenlet_spawn(function, *arguments)
         return result
 
+    def _require_synchronous_driver(self) -> None:
+        bind = self._connection() if self._session is None else self._session.get_bind()
+        if bind.dialect.is_async:
+            raise TransactionError(f"the driver of this session is asynchronous{_AWAIT}")
+
     def _require_transaction(self) -> None:
         from sqlalchemy.exc import UnboundExecutionError  # noqa: PLC0415 - loaded already
 
         try:
+            if self._blocks:
+                self._require_synchronous_driver()
             connection = self._connection()
         except UnboundExecutionError as error:
             raise TransactionError(
