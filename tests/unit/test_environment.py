@@ -931,6 +931,7 @@ def test_redis_variables_win_over_the_address() -> None:
         ("redis://u:hunter2", "the host or port cannot be parsed; percent-encode"),
         ("redis://u:hunter2/x@cache", "the host cannot be found; percent-encode"),
         ("redis://u:hunter2#@cache", "the host cannot be found; percent-encode"),
+        ("redis://u@server:12?hunter2=x@cache", "the host cannot be found; percent-encode"),
         ("redis://cache/hunter2", "the database is not a number; expected redis://"),
         ("redis://cache/99999", "REDIS_DB would not be a whole number from 0 to 10000"),
         ("redis://cache:99999", "REDIS_PORT would not be a whole number from 1 to 65535"),

@@ -202,9 +202,9 @@ def parse_database_url(url: str) -> DatabaseAddress:
     if "%00" in url or "\0" in url:
         raise ValueError("holds the character %00, which Postgres takes for the end; remove it")
     authority, path, query = _split(url.strip())
-    login, at, servers = authority.rpartition("@")
-    given, unknown = _parameters(query, trusted=bool(at) and "@" not in query)
-    user, _, password = login.partition(":")
+    login, _, servers = authority.rpartition("@")
+    user, colon, password = login.partition(":")
+    given, unknown = _parameters(query, trusted=bool(colon) and "@" not in query)
     database = unquote(path.removeprefix("/"))
     given = _supported(_served(given, servers, user=user, password=password, dbname=database))
     if "/" in database:
@@ -264,10 +264,10 @@ def _split(url: str) -> tuple[str, str, str]:
         raise ValueError(f"ends at a #; {_ENCODE}")
     place, _, query = rest.partition("?")
     authority, slash, path = place.partition("/")
-    if "@" not in authority:
-        names = [pair.partition("=")[0] for pair in query.split("&") if "@" in pair]
-        if "@" in path or any(name not in _KNOWN for name in names):
-            raise ValueError(f"the host cannot be found; {_ENCODE}")
+    # Also after an @: in user@server:12/secret@host, the / is a character of the password.
+    names = [pair.partition("=")[0] for pair in query.split("&") if "@" in pair]
+    if "@" in path or any(name not in _KNOWN for name in names):
+        raise ValueError(f"the host cannot be found; {_ENCODE}")
     return authority, slash + path, query
 
 
@@ -355,7 +355,8 @@ def _addresses(
 def _checked_host(host: str) -> str:
     if not host:
         raise ValueError(f"names no host: {_SHAPE}")
-    if not is_possible_host(host):
+    # A name with = or a space is of host=db password=..., libpq's other form.
+    if not is_possible_host(host) or (not host.startswith("/") and re.search(r"[\s=;]", host)):
         raise ValueError("names no valid host; check the spelling")
     if host.lower().endswith(".cockroachlabs.cloud"):
         raise ValueError("is an address of CockroachDB, which is not supported; use Postgres")

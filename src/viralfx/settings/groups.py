@@ -314,9 +314,11 @@ def parse_redis_url(url: str, unknown: list[str] | None = None) -> dict[str, str
     place, _, query = rest.partition("?")
     authority, slash, path = place.partition("/")
     login, _, server = authority.rpartition("@")
-    if "#" in rest or ("@" in path + query and not login):
+    # A user such as user@server has an @ itself: a later one may still be that before the host.
+    names = [pair.partition("=")[0] for pair in query.split("&") if "@" in pair]
+    if "#" in rest or "@" in path or any(name not in _REDIS_WORDS for name in names):
         raise ValueError(f"the host cannot be found; {_REDIS_ENCODE}")
-    user, _, password = login.partition(":")
+    user, colon, password = login.partition(":")
     found = {"REDIS_USERNAME": unquote(user), "REDIS_PASSWORD": unquote(password)}
     if scheme == "unix":
         if server or not path:
@@ -326,7 +328,7 @@ def parse_redis_url(url: str, unknown: list[str] | None = None) -> dict[str, str
         found |= _redis_server(server, path)
     if scheme in {"rediss", "valkeys"}:
         found["REDIS_TLS_ENABLED"] = "true"
-    found |= _redis_parameters(query, [] if unknown is None else unknown, trusted=bool(login))
+    found |= _redis_parameters(query, [] if unknown is None else unknown, trusted=bool(colon))
     return {name: text for name, text in found.items() if text}
 
 
