@@ -7,7 +7,8 @@ from tests.servers.certificates import Certificates
 
 from viralfx.adapters.http import HttpWebhookSender, client_context
 from viralfx.domain.clock import SystemClock
-from viralfx.domain.webhooks.delivery import HostCircuits, Signer, WebhookDelivery
+from viralfx.domain.webhooks.delivery import HostCircuits, WebhookDelivery
+from viralfx.domain.webhooks.signature import Signer
 from viralfx.domain.webhooks.url import AllowList
 
 KEYS = [b"n" * 32, b"o" * 24]

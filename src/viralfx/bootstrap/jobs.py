@@ -31,12 +31,11 @@ from viralfx.domain.resilience.policy import BackoffPolicy
 from viralfx.domain.webhooks.alerts import HealthAlerts
 from viralfx.domain.webhooks.delivery import (
     HostCircuits,
-    Signer,
     WebhookDelivery,
     WebhookResponse,
     WebhookSender,
-    parse_secrets,
 )
+from viralfx.domain.webhooks.signature import Signer, parse_secrets
 from viralfx.domain.webhooks.url import AllowList, Destination
 from viralfx.settings import Settings
 from viralfx.telemetry.logging.events import JobLog, log_circuit

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from viralfx.domain.errors import edits, suggest
-from viralfx.domain.webhooks.delivery import parse_secrets
+from viralfx.domain.webhooks.signature import parse_secrets
 from viralfx.domain.webhooks.url import parse_allowed
 
 # Seconds; the environment has whole milliseconds, and the loader converts them. The maximum is the

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from viralfx.domain.clock import Clock
 from viralfx.domain.events import Listener
 from viralfx.domain.resilience.breaker import CircuitEvent
-from viralfx.domain.webhooks.delivery import HostCircuits, Signer, WebhookDelivery, WebhookResponse
+from viralfx.domain.webhooks.delivery import HostCircuits, WebhookDelivery, WebhookResponse
+from viralfx.domain.webhooks.signature import Signer
 from viralfx.domain.webhooks.url import AllowList, Destination
 
 KEY = b"k" * 32

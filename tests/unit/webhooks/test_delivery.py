@@ -10,13 +10,8 @@ from viralfx.domain.correlation import correlated
 from viralfx.domain.events import Listener
 from viralfx.domain.resilience.breaker import CircuitEvent, CircuitOpenError, StateChanged
 from viralfx.domain.resilience.breaker_states import CircuitState
-from viralfx.domain.webhooks.delivery import (
-    HostCircuits,
-    Signer,
-    WebhookDelivery,
-    WebhookResponse,
-    webhook_headers,
-)
+from viralfx.domain.webhooks.delivery import HostCircuits, WebhookDelivery, WebhookResponse
+from viralfx.domain.webhooks.signature import Signer, webhook_headers
 from viralfx.domain.webhooks.url import (
     WebhookError,
     WebhookRefusedError,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from docs.examples.verify_webhook import TOLERANCE, verify
 
-from viralfx.domain.webhooks.delivery import Signer, parse_secrets, webhook_headers
+from viralfx.domain.webhooks.signature import Signer, parse_secrets, webhook_headers
 from viralfx.domain.webhooks.url import AllowedHost, parse_allowed
 
 PAGE = (Path(__file__).parents[3] / "docs/webhooks.md").read_text(encoding="utf-8")

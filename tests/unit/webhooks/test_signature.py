@@ -6,7 +6,7 @@ import hmac
 
 import pytest
 
-from viralfx.domain.webhooks.delivery import Signer, parse_secrets, webhook_headers
+from viralfx.domain.webhooks.signature import Signer, parse_secrets, webhook_headers
 
 # The example of the Standard Webhooks specification and of its reference implementations.
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
