@@ -41,6 +41,9 @@ GRACE = 75
 _SAMPLES = {
     "DATABASE_URL": "postgresql://app:0123456789abcdef@db.production.internal/app",
     "WEBHOOK_SECRET": "whsec_" + "c2Vj" * 8,
+    "WEBHOOK_KEYS": "hooks.example.com=whsec_" + "b3du" * 8,
+    "WEBHOOK_SHARED_SECRET": "whsec_" + "Zm9y" * 8,
+    "ALERT_WEBHOOK_SECRET": "whsec_" + "YWxy" * 8,
     "ALERT_WEBHOOK_URL": "https://hooks.production.internal/alerts",
 }
 
@@ -119,6 +122,9 @@ _LONG_LIVED = {
     "REDIS_PASSWORD",
     "MANAGEMENT_TOKEN",
     "WEBHOOK_SECRET",
+    "WEBHOOK_KEYS",
+    "WEBHOOK_SHARED_SECRET",
+    "ALERT_WEBHOOK_SECRET",
     "ALERT_WEBHOOK_URL",
     "DB_HEALTH_CHECK_INTERVAL",
     "SHUTDOWN_READINESS_DELAY",
@@ -132,7 +138,13 @@ NEEDED = {
     "migrate": _BACKENDS,
 }
 """The variables that each command needs; a command gets no secret that it does not need."""
-OPTIONAL = {"WEBHOOK_SECRET", "ALERT_WEBHOOK_URL"}
+OPTIONAL = {
+    "WEBHOOK_SECRET",
+    "WEBHOOK_KEYS",
+    "WEBHOOK_SHARED_SECRET",
+    "ALERT_WEBHOOK_SECRET",
+    "ALERT_WEBHOOK_URL",
+}
 
 
 def _command(container: Container) -> Iterator[str]:

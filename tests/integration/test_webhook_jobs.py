@@ -1,19 +1,18 @@
 """Webhooks as jobs, from the request to the receiver, without test doubles."""
 
 import asyncio
-import base64
-import hashlib
-import hmac
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import pytest
-from tests.integration.webhooks import KEYS, delivery
+from docs.examples.verify_webhook import verify
+from tests.integration.webhooks import KEYS, delivery, receiver_key
 from tests.servers.certificates import Certificates
-from tests.servers.receiver import Receiver, receiver, status
+from tests.servers.receiver import Received, Receiver, receiver, status
 from tests.unit.doubles import Act, ActingCheck
 
 from viralfx.adapters.codec import MsgspecCodec
@@ -26,9 +25,21 @@ from viralfx.domain.jobs.model import Job, JobState
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.jobs.tasks import TaskRegistry
 from viralfx.domain.webhooks.alerts import HealthAlerts
+from viralfx.domain.webhooks.signature import WebhookKeys, show_key
+from viralfx.settings import read_settings
 from viralfx.worker import built_in_tasks
 from viralfx.worker.maintenance import Retention
 from viralfx.worker.worker import JobWorker, WorkerConfig
+
+
+def is_signed(request: Received, key: bytes) -> bool:
+    """Verify a request as its receiver does, by the example of docs/webhooks.md."""
+    try:
+        verify(request.headers, request.body, show_key(key), time.time())
+    except ValueError:
+        return False
+    return True
+
 
 QUEUES = ["default", "notifications", "analytics"]
 
@@ -107,7 +118,12 @@ async def system(
     worker = JobWorker(config, ledger=ledger, notifier=notification, tasks=tasks, codec=codec)
     service = JobService(ledger=ledger, tasks=tasks, codec=codec, queues=QUEUES)
     alerts = HealthAlerts(
-        service, clock=clock, instance="one", environment="test", shared=lambda _: True
+        service,
+        clock=clock,
+        instance="one",
+        environment="test",
+        shared=lambda _: True,
+        keys=WebhookKeys(KEYS),
     )
     monitor.subscribe(alerts)
     telling = asyncio.create_task(alerts.run())
@@ -144,9 +160,7 @@ async def test_job_sends_a_webhook(secure: Receiver, certificates: Certificates)
         (request,) = secure.requests
         headers = request.headers
         assert headers["webhook-id"] == job.id
-        signed = f"{job.id}.{headers['webhook-timestamp']}.".encode() + request.body
-        digest = base64.b64encode(hmac.new(KEYS[1], signed, hashlib.sha256).digest()).decode()
-        assert f"v1,{digest}" in headers["webhook-signature"].split()
+        assert is_signed(request, receiver_key(KEYS[1], f"https://127.0.0.1:{secure.port}"))
         assert json.loads(request.body)["data"] == {"id": 7}
 
 
@@ -218,6 +232,51 @@ async def test_a_change_of_health_is_sent_as_an_alert(
         assert [each["status"] for each in delivered] == ["fail", "pass"]
         assert {request.line for request in secure.requests} == {"POST /alerts/hunter2 HTTP/1.1"}
         assert all("hunter2" not in repr(job) for job in jobs)
+
+
+async def test_only_the_service_makes_signed_alerts(
+    secure: Receiver, certificates: Certificates
+) -> None:
+    """A submitted job with the payload of an alert, even a copy, is sent without a signature."""
+    async with system(secure, certificates) as running:
+        running.check.act = Act.FAIL
+        (alert,) = await running.jobs(1, "notifications.webhook")
+        payload = json.loads(alert.payload)
+        made_up = {"alert": True, "type": "health.changed", "data": {}}
+        for forged in (payload, {**payload, "proof": None}, made_up):
+            accepted = await running.service.submit("notifications.webhook", forged)
+            await running.final(accepted.job.id)
+
+        genuine, *others = secure.requests
+        key = receiver_key(KEYS[0], f"https://127.0.0.1:{secure.port}", purpose="alert")
+        assert is_signed(genuine, key)
+        assert len(others) == 3
+        assert all("webhook-signature" not in other.headers for other in others)
+
+
+async def test_receivers_of_a_former_version_verify_during_a_migration(
+    secure: Receiver, certificates: Certificates
+) -> None:
+    """The former secret signs beside the new keys, until the receivers have those."""
+    secret, former = (show_key(key) for key in KEYS)
+    where = f"127.0.0.1:{secure.port}"
+    settings = read_settings(
+        {
+            "WEBHOOK_ALLOWED_HOSTS": where,
+            "WEBHOOK_SECRET": secret,
+            "WEBHOOK_SHARED_SECRET": former,
+        }
+    )
+    delivering = delivery(where, trust=certificates, keys=settings.webhook_keys)
+
+    await delivering.deliver(f"https://{where}/in", message_id="job-1", body=b"{}")
+
+    (request,) = secure.requests
+    assert verify(request.headers, request.body, former, time.time()) == "job-1"
+    theirs = show_key(receiver_key(KEYS[0], f"https://{where}"))
+    assert verify(request.headers, request.body, theirs, time.time()) == "job-1"
+    with pytest.raises(ValueError, match="not signed with this secret"):
+        verify(request.headers, request.body, secret, time.time())
 
 
 async def test_scheduled_tasks_run(secure: Receiver, certificates: Certificates) -> None:

@@ -16,7 +16,7 @@ import pytest
 import trustme
 import uvloop
 from tests.integration.names import silent_names
-from tests.integration.webhooks import BODY, KEYS, LOOPBACK, Names, delivery, hang
+from tests.integration.webhooks import BODY, KEYS, LOOPBACK, Names, delivery, hang, receiver_key
 from tests.servers.certificates import Certificates
 from tests.servers.receiver import Receiver, receiver, status
 
@@ -61,7 +61,7 @@ def verified(received: Receiver, key: bytes) -> bool:
 async def test_webhook_is_delivered_signed_over_tls(
     secure: Receiver, certificates: Certificates
 ) -> None:
-    """Body, headers, server name and signature are correct, with either secret."""
+    """Body, headers, server name and signature are correct, with the key of either secret."""
     delivering = delivery(f"localhost:{secure.port}", LOOPBACK, trust=certificates)
     url = f"https://localhost:{secure.port}/in?key=1"
 
@@ -75,8 +75,10 @@ async def test_webhook_is_delivered_signed_over_tls(
     assert request.headers["connection"] == "close"
     assert request.headers["webhook-id"] == "job-1"
     assert secure.names == ["localhost"]
-    assert all(verified(secure, key) for key in KEYS)
-    assert not verified(secure, b"another" * 4)
+    there = f"https://localhost:{secure.port}"
+    assert all(verified(secure, receiver_key(key, there)) for key in KEYS)
+    assert not verified(secure, receiver_key(KEYS[0], f"https://localhost:{secure.port + 1}"))
+    assert not any(verified(secure, key) for key in KEYS)
 
 
 async def test_host_may_be_an_address(certificates: Certificates) -> None:

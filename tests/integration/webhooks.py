@@ -1,6 +1,7 @@
 """Helpers for tests of webhooks: scripted name resolution, and the wiring."""
 
 import asyncio
+import hmac
 from collections.abc import Awaitable, Callable, Sequence
 
 from tests.servers.certificates import Certificates
@@ -8,12 +9,17 @@ from tests.servers.certificates import Certificates
 from viralfx.adapters.http import HttpWebhookSender, client_context
 from viralfx.domain.clock import SystemClock
 from viralfx.domain.webhooks.delivery import HostCircuits, WebhookDelivery
-from viralfx.domain.webhooks.signature import Signer
+from viralfx.domain.webhooks.signature import WebhookKeys
 from viralfx.domain.webhooks.url import AllowList
 
 KEYS = [b"n" * 32, b"o" * 24]
 BODY = b'{"type":"order.shipped","data":{"id":7}}'
 LOOPBACK = "127.0.0.0/8"
+
+
+def receiver_key(secret: bytes, origin: str, *, purpose: str = "webhook") -> bytes:
+    """Derive the key of a receiver as docs/webhooks.md describes it, without the project's code."""
+    return hmac.new(secret, f"viralfx {purpose} key 1\n{origin}".encode(), "sha256").digest()
 
 
 class Names:
@@ -36,12 +42,13 @@ def delivery(
     names: Callable[[str, int], Awaitable[Sequence[str]]] | None = None,
     timeout: float = 5.0,
     circuits: HostCircuits | None = None,
+    keys: WebhookKeys | None = None,
 ) -> WebhookDelivery:
     """Wire a delivery as a worker does, to the hosts of a test."""
     hosts = AllowList(allowed)
     return WebhookDelivery(
         allowed=hosts,
-        signer=Signer(KEYS),
+        keys=keys or WebhookKeys(KEYS),
         sender=HttpWebhookSender(
             hosts.check_addresses,
             timeout=timeout,

@@ -230,6 +230,49 @@ def test_an_unknown_queue_is_rejected_with_a_suggestion(
     assert worker_errors(capsys, *arguments) == [first, second]
 
 
+# -- webhook-key -----------------------------------------------------------------------------
+
+WEBHOOK_SECRET, OWN_KEY = "whsec_" + "c2Vj" * 8, "whsec_" + "b3du" * 8
+RECEIVER = "https://hooks.example.com/in"
+
+
+def test_a_receiver_gets_its_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line for each key that signs: derived ones, a configured one, and that of alerts."""
+
+    def printed(*arguments: str) -> list[str]:
+        assert main(["webhook-key", *arguments]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out.splitlines()
+
+    monkeypatch.setenv("WEBHOOK_SECRET", WEBHOOK_SECRET)
+    (key,) = printed(RECEIVER)
+    monkeypatch.setenv("WEBHOOK_SECRET", f"{OWN_KEY},{WEBHOOK_SECRET}")
+    assert printed(RECEIVER)[1:] == [key]
+    assert key not in printed("https://other.example.com/")
+    assert key not in printed("--alerts", RECEIVER)
+    monkeypatch.setenv("WEBHOOK_KEYS", f"hooks.example.com={OWN_KEY}")
+    monkeypatch.setenv("ALERT_WEBHOOK_SECRET", OWN_KEY)
+    assert printed(RECEIVER) == [OWN_KEY]
+    assert printed("--alerts", RECEIVER) == [OWN_KEY]
+
+
+def test_a_receiver_without_a_key_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As is a URL that no webhook can have."""
+    assert main(["webhook-key", RECEIVER]) == 2
+    assert capsys.readouterr().err.startswith("viralfx: WEBHOOK_SECRET is not set")
+    monkeypatch.setenv("WEBHOOK_SECRET", WEBHOOK_SECRET)
+    assert main(["webhook-key", "nonsense"]) == 2
+    assert capsys.readouterr() == (
+        "",
+        "viralfx: the URL must be https://host/path, without a fragment\n",
+    )
+
+
 # -- as a process ----------------------------------------------------------------------------
 
 

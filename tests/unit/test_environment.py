@@ -148,19 +148,22 @@ def test_the_plugin_refuses_a_misspelt_parameter(url: str) -> None:
         read_settings({variable: url})
 
 
-def test_a_foreign_webhook_secret_is_ignored_while_no_webhooks_are_sent() -> None:
+@pytest.mark.parametrize(
+    "name", ["WEBHOOK_SECRET", "WEBHOOK_SHARED_SECRET", "WEBHOOK_KEYS", "ALERT_WEBHOOK_SECRET"]
+)
+def test_a_foreign_webhook_secret_is_ignored_while_no_webhooks_are_sent(name: str) -> None:
     """Its name is a common one."""
-    foreign = {"WEBHOOK_SECRET": "hunter2"}
+    foreign = {name: "hunter2"}
     settings = read_settings(foreign)
 
     assert settings.webhook.secret is None
     assert settings.warnings == (
-        "WEBHOOK_SECRET: ignored, because it is not a signing key, and no webhooks are configured",
+        f"{name}: ignored, because it is not a signing key, and no webhooks are configured",
     )
     for one in ({"WEBHOOK_ALLOWED_HOSTS": "a.example"}, {"ALERT_WEBHOOK_URL": "https://a.example"}):
-        with pytest.raises(ConfigurationError, match="WEBHOOK_SECRET"):
+        with pytest.raises(ConfigurationError, match=name):
             read_settings({**foreign, **one})
-    with pytest.raises(ConfigurationError, match="WEBHOOK_SECRET"):
+    with pytest.raises(ConfigurationError, match=name):
         read_settings(foreign, strict=True)
 
 

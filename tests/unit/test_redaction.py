@@ -274,6 +274,9 @@ def test_every_secret_of_the_settings_is_known() -> None:
             "MANAGEMENT_TOKEN": f" {TOKEN} with words ",
             "API_TOKEN": "planted-api-token",
             "WEBHOOK_SECRET": f"{WHSEC},{WHSEC[:-1]}x",
+            "WEBHOOK_KEYS": f"a.example={WHSEC[:-1]}y,b.example={WHSEC[:-1]}z",
+            "WEBHOOK_SHARED_SECRET": f"{WHSEC[:-1]}u",
+            "ALERT_WEBHOOK_SECRET": f"{WHSEC[:-1]}v",
             "ALERT_WEBHOOK_URL": "https://hooks.example.com/services/T000/B000/XXXXXXXX",
         }
     )
@@ -287,7 +290,7 @@ def test_every_secret_of_the_settings_is_known() -> None:
         f"{TOKEN} with words",
         "planted-api-token",
         WHSEC,
-        f"{WHSEC[:-1]}x",
+        *(f"{WHSEC[:-1]}{last}" for last in "xyzuv"),
         "/services/T000/B000/XXXXXXXX",
     } <= known
     assert not {TOKEN, "with", "words"} & known

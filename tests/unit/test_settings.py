@@ -22,6 +22,7 @@ from viralfx.settings import (
 )
 
 WEBHOOK_SECRET = "whsec_" + "c2Vj" * 8
+FORMER_SECRET = "whsec_" + "Zm9y" * 8
 GIVEN: dict[str, tuple[str, object]] = {
     "HOST": ("127.0.0.1", "127.0.0.1"),
     "PORT": ("8080", 8080),
@@ -50,6 +51,7 @@ GIVEN: dict[str, tuple[str, object]] = {
     "QUEUES": ("default, slow", ("default", "slow")),
     "TASK_MODULES": ("orders.tasks, billing", ("orders.tasks", "billing")),
     "ALERT_WEBHOOK_URL": ("https://hooks.example/a", Secret("https://hooks.example/a")),
+    "ALERT_WEBHOOK_SECRET": (WEBHOOK_SECRET, Secret(WEBHOOK_SECRET)),
     "DATABASE_URL": ("postgresql://db/app", Secret("postgresql://db/app")),
     "DATABASE_MIGRATION_URL": ("postgresql://db/app", Secret("postgresql://db/app")),
     "DATABASE_LISTEN_URL": ("postgresql://db/app", Secret("postgresql://db/app")),
@@ -100,6 +102,8 @@ GIVEN: dict[str, tuple[str, object]] = {
     "JOB_MEMORY_MAX_JOBS": ("5000", 5000),
     "WEBHOOK_ALLOWED_HOSTS": ("hooks.example,10.0.0.7", ("hooks.example", "10.0.0.7")),
     "WEBHOOK_SECRET": (WEBHOOK_SECRET, Secret(WEBHOOK_SECRET)),
+    "WEBHOOK_KEYS": (f"a.example={WEBHOOK_SECRET}", Secret(f"a.example={WEBHOOK_SECRET}")),
+    "WEBHOOK_SHARED_SECRET": (FORMER_SECRET, Secret(FORMER_SECRET)),
     "WEBHOOK_TIMEOUT": ("3000", 3.0),
     "HEALTH_CHECK_INTERVAL": ("100", 0.1),
     "HEALTH_CHECK_TIMEOUT": ("50", 0.05),
@@ -661,12 +665,33 @@ def test_invalid_webhook_host_is_refused() -> None:
     assert second.startswith("WEBHOOK_ALLOWED_HOSTS: '169.254.0.0/16': ")
 
 
-def test_webhook_secret_has_the_specified_form() -> None:
-    """The error does not quote it."""
-    (line,) = problems(WEBHOOK_SECRET="hunter2")
+@pytest.mark.parametrize(
+    ("variable", "value", "problem"),
+    [
+        ("WEBHOOK_SECRET", "hunter2", "secret 1 is not whsec_ followed by "),
+        ("WEBHOOK_SHARED_SECRET", "hunter2", "secret 1 is not whsec_ followed by "),
+        ("ALERT_WEBHOOK_SECRET", "hunter2", "secret 1 is not whsec_ followed by "),
+        ("WEBHOOK_KEYS", "hunter2", "entry 1 is not RECEIVER=whsec_..., where "),
+        ("WEBHOOK_KEYS", "a.example=hunter2", "entry 1 has a key that is not whsec_ followed by "),
+    ],
+)
+def test_signing_keys_have_the_specified_form(variable: str, value: str, problem: str) -> None:
+    """The error does not quote them."""
+    (line,) = problems(**{variable: value})
 
-    assert line.startswith("WEBHOOK_SECRET: secret 1 is not whsec_ followed by ")
+    assert line.startswith(f"{variable}: {problem}")
     assert "hunter2" not in line
+
+
+def test_the_shared_key_of_receivers_derives_no_other_key() -> None:
+    """A receiver that knows the secret would know the keys of all receivers."""
+    both = f"{WEBHOOK_SECRET},{FORMER_SECRET}"
+
+    assert problems(WEBHOOK_SECRET=both, WEBHOOK_SHARED_SECRET=FORMER_SECRET) == [
+        "WEBHOOK_SHARED_SECRET: it is also a part of WEBHOOK_SECRET; make a new secret for that"
+    ]
+    assert problems(WEBHOOK_SECRET=WEBHOOK_SECRET, WEBHOOK_SHARED_SECRET=FORMER_SECRET) == []
+    assert problems(WEBHOOK_SHARED_SECRET=FORMER_SECRET) == []
 
 
 # -- the database and Redis --------------------------------------------------------------------

@@ -35,7 +35,6 @@ from viralfx.domain.webhooks.delivery import (
     WebhookResponse,
     WebhookSender,
 )
-from viralfx.domain.webhooks.signature import Signer, parse_secrets
 from viralfx.domain.webhooks.url import AllowList, Destination
 from viralfx.settings import Settings
 from viralfx.telemetry.logging.events import JobLog, log_circuit
@@ -241,13 +240,12 @@ def wire_webhooks(
     The HTTP client is loaded with the first webhook. ``listeners`` receive the events of the
     receivers' circuit breakers.
     """
-    secret = settings.webhook.secret
     if tracing is not None:
         listeners = (*listeners, tracing.on_circuit)
     allowed = AllowList(settings.webhook.allowed_hosts, also=alert_url(settings))
     return WebhookDelivery(
         allowed=allowed,
-        signer=None if secret is None else Signer(parse_secrets(secret.value)),
+        keys=settings.webhook_keys,
         sender=_LateSender(lambda: _sender(settings, allowed, tracing)),
         circuits=HostCircuits(listeners=(log_circuit, *listeners), clock=clock),
         clock=clock,
@@ -275,6 +273,7 @@ def wire_alerts(
         instance=instance,
         environment=settings.environment,
         shared=lambda check: monitor.policy(check).shared,
+        keys=settings.webhook_keys,
     )
     monitor.subscribe(alerts)
     return alerts

@@ -183,6 +183,15 @@ def _parser() -> argparse.ArgumentParser:
     env.add_argument("--markdown", action="store_true", help="print a Markdown table")
     env.set_defaults(run=_env)
     _add_jobs(commands)
+
+    webhook_key = commands.add_parser(
+        "webhook-key",
+        help="print the key by which a receiver verifies its webhooks",
+        description="Prints the key of one receiver, for its operator. The key is a secret.",
+    )
+    webhook_key.add_argument("url", help="address of the receiver, such as https://host/path")
+    webhook_key.add_argument("--alerts", action="store_true", help="the key of alerts")
+    webhook_key.set_defaults(run=_webhook_key)
     return parser
 
 
@@ -470,6 +479,24 @@ def _probe(options: argparse.Namespace) -> int:
         )
     (print if passed else note)(output)
     return 0 if passed else EXIT_PROBE_FAILED
+
+
+def _webhook_key(options: argparse.Namespace) -> int:
+    from viralfx.domain.webhooks.signature import show_key  # noqa: PLC0415
+    from viralfx.domain.webhooks.url import WebhookRefusedError, parse_destination  # noqa: PLC0415
+    from viralfx.settings import read_settings  # noqa: PLC0415
+
+    keys = read_settings(os.environ, strict=True).webhook_keys
+    try:
+        destination = parse_destination(options.url)
+    except WebhookRefusedError as error:
+        raise ConfigurationError([str(error)]) from None
+    found = (keys.of_alerts if options.alerts else keys.of_receiver)(destination)
+    if not found:
+        raise ConfigurationError(["WEBHOOK_SECRET is not set, so the receiver has no key"])
+    for key in found:
+        print(show_key(key))
+    return 0
 
 
 def _env(options: argparse.Namespace) -> int:

@@ -135,11 +135,11 @@ def _unused_of_webhooks(settings: Settings, given: Collection[str]) -> Iterator[
     if not settings.webhook.allowed_hosts and not alerts:
         yield from _without_effect(
             area,
-            {"WEBHOOK_SECRET", "WEBHOOK_TIMEOUT"}.intersection(given),
+            {n for n in given if n.startswith("WEBHOOK_")} - {"WEBHOOK_ALLOWED_HOSTS"},
             "WEBHOOK_ALLOWED_HOSTS lists no host, so no webhook is sent",
             "set WEBHOOK_ALLOWED_HOSTS",
         )
-    elif settings.webhook.allowed_hosts and settings.webhook.secret is None:
+    elif settings.webhook.allowed_hosts and not settings.webhook.signs:
         yield from _without_effect(
             area,
             ["WEBHOOK_ALLOWED_HOSTS"],

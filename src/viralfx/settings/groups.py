@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from viralfx.domain.errors import edits, suggest
-from viralfx.domain.webhooks.signature import parse_secrets
+from viralfx.domain.webhooks.signature import parse_receiver_keys, parse_secrets
 from viralfx.domain.webhooks.url import parse_allowed
 
 # Seconds; the environment has whole milliseconds, and the loader converts them. The maximum is the
@@ -443,9 +443,26 @@ class WebhookSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     allowed_hosts: Annotated[Hosts, meaning("Hosts to which webhooks may be sent")] = ()
     secret: Annotated[
-        Secret | None, meaning("Signing key of webhooks (whsec_...); unset: only alerts are sent")
+        Secret | None,
+        meaning(
+            "Secret that the keys of receivers and alerts are derived from (whsec_...); unset: only"
+            " alerts and receivers of WEBHOOK_KEYS are sent anything"
+        ),
+    ] = None
+    keys: Annotated[
+        Secret | None,
+        meaning("Keys of receivers that have one of their own: hooks.example.com=whsec_..."),
+    ] = None
+    shared_secret: Annotated[
+        Secret | None,
+        meaning("Former key that receivers share (whsec_...): it signs everything in addition"),
     ] = None
     timeout: Annotated[PositiveDuration, meaning("Time limit for sending one webhook")] = 10.0
+
+    @property
+    def signs(self) -> bool:
+        """True if there is a key for webhooks, of any kind."""
+        return any((self.secret, self.keys, self.shared_secret))
 
     def contradictions(self) -> Iterator[tuple[frozenset[str], str]]:
         """Yield each problem with the variables that cause it."""
@@ -454,10 +471,23 @@ class WebhookSettings(msgspec.Struct, frozen=True, kw_only=True):
                 parse_allowed(entry)
             except ValueError as error:
                 yield frozenset({"WEBHOOK_ALLOWED_HOSTS"}), f"WEBHOOK_ALLOWED_HOSTS: {error}"
+        valid: dict[str, tuple[bytes, ...]] = {}
+        for variable, secret in (
+            ("WEBHOOK_SECRET", self.secret),
+            ("WEBHOOK_SHARED_SECRET", self.shared_secret),
+        ):
+            try:
+                valid[variable] = () if secret is None else parse_secrets(secret.value)
+            except ValueError as error:
+                yield frozenset({variable}), f"{variable}: {error}"
+        if len(valid) > 1 and set(valid["WEBHOOK_SECRET"]) & set(valid["WEBHOOK_SHARED_SECRET"]):
+            # A receiver that knows the secret derives the keys of all others.
+            problem = "it is also a part of WEBHOOK_SECRET; make a new secret for that"
+            yield frozenset(valid), f"WEBHOOK_SHARED_SECRET: {problem}"
         try:
-            _ = self.secret and parse_secrets(self.secret.value)
+            _ = self.keys and parse_receiver_keys(self.keys.value)
         except ValueError as error:
-            yield frozenset({"WEBHOOK_SECRET"}), f"WEBHOOK_SECRET: {error}"
+            yield frozenset({"WEBHOOK_KEYS"}), f"WEBHOOK_KEYS: {error}"
 
 
 HeadBytes = Annotated[int, Meta(ge=1024, le=16 * 2**20)]

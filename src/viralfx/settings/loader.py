@@ -311,6 +311,15 @@ def _read(environ: Mapping[str, str], *, strict: bool = False, tasks: bool = Fal
     return reading
 
 
+_SIGNING_KEYS = {
+    "WEBHOOK_SECRET": "secret",
+    "WEBHOOK_SHARED_SECRET": "shared_secret",
+    "WEBHOOK_KEYS": "keys",
+    "ALERT_WEBHOOK_SECRET": "secret",
+}
+"""Variables with signing keys, and the field of :class:`WebhookSettings` whose form they have."""
+
+
 def _ignore_foreign(reading: _Reading, *, tasks: bool) -> None:
     """Ignore values that are meant for the application or its server."""
     for variable in DATABASE_URLS:
@@ -323,10 +332,11 @@ def _ignore_foreign(reading: _Reading, *, tasks: bool) -> None:
         reading.ignore("REDIS_URL", "it is not an address of a single Redis")
     if not reading.values.get("RUNBOOK_URL", "https://").startswith(("https://", "http://")):
         reading.ignore("RUNBOOK_URL", "it is not the address of a page")
-    secret = reading.values.get("WEBHOOK_SECRET")
-    unused = all(map(reading.is_open, ("WEBHOOK_ALLOWED_HOSTS", "ALERT_WEBHOOK_URL")))
-    if unused and secret and any(WebhookSettings(secret=secret).contradictions()):
-        reading.ignore("WEBHOOK_SECRET", "it is not a signing key, and no webhooks are configured")
+    if all(map(reading.is_open, ("WEBHOOK_ALLOWED_HOSTS", "ALERT_WEBHOOK_URL"))):
+        for variable, field in _SIGNING_KEYS.items():
+            secret = reading.values.get(variable)
+            if secret and any(WebhookSettings(**{field: secret}).contradictions()):
+                reading.ignore(variable, "it is not a signing key, and no webhooks are configured")
     for variable in (*_OF_OTHERS, *(() if tasks else ("QUEUES",))):
         if variable in reading.failed:
             reading.failed.discard(variable)

@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from viralfx.domain.extras import is_set
 from viralfx.domain.shutdown import ShutdownBudgets
+from viralfx.domain.webhooks.signature import WebhookKeys, parse_receiver_keys, parse_secrets
 from viralfx.domain.webhooks.url import AllowList, WebhookRefusedError
 from viralfx.settings.dsn import DatabaseAddress, parse_database_url
 from viralfx.settings.groups import (
@@ -185,6 +186,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Secret | None,
         meaning("URL to which changes of health are sent; unset: none are sent"),
     ] = None
+    alert_webhook_secret: Annotated[
+        Secret | None,
+        meaning("Signing key of alerts (whsec_...); unset: derived from WEBHOOK_SECRET"),
+    ] = None
 
     database_url: Annotated[
         Secret | None,
@@ -284,6 +289,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """Return how many jobs of each queue a worker runs at once."""
         numbers = dict(self.queue_concurrency)
         return {name: numbers.get(name, self.job.concurrency) for name in queues}
+
+    @property
+    def webhook_keys(self) -> WebhookKeys:
+        """The keys of receivers and alerts; the settings must be validated."""
+        secrets = (self.webhook.secret, self.alert_webhook_secret, self.webhook.shared_secret)
+        derived, alerts, shared = (() if s is None else parse_secrets(s.value) for s in secrets)
+        own = {} if self.webhook.keys is None else parse_receiver_keys(self.webhook.keys.value)
+        return WebhookKeys(derived, own=own, alerts=alerts, shared=shared)
 
     @property
     def needs(self) -> Iterator[tuple[str, str]]:
@@ -427,9 +440,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         yield from self.redis.contradictions()
         yield from self.job.contradictions()
         yield from self.webhook.contradictions()
-        yield from self._invalid_alert_url()
+        yield from self._invalid_alerts()
 
-    def _invalid_alert_url(self) -> Iterator[tuple[frozenset[str], str]]:
+    def _invalid_alerts(self) -> Iterator[tuple[frozenset[str], str]]:
+        try:
+            _ = self.alert_webhook_secret and parse_secrets(self.alert_webhook_secret.value)
+        except ValueError as error:
+            yield frozenset({"ALERT_WEBHOOK_SECRET"}), f"ALERT_WEBHOOK_SECRET: {error}"
         if self.alert_webhook_url is None:
             return
         try:

@@ -32,14 +32,17 @@ def send_webhook(
     )
     async def send(message: WebhookMessage, context: JobContext) -> dict[str, int]:
         """Send one webhook; its ``webhook-id`` is the job's id in every attempt."""
-        url = alert_url if message.alert else message.url
-        if url is None:
+        body = message.body(context.created_at)
+        if message.url is not None:
+            status = await delivery.deliver(message.url, message_id=context.id, body=body)
+            return {"status": status}
+        if alert_url is None:
             raise WebhookRefusedError("ALERT_WEBHOOK_URL is not set: alerts go nowhere")
-        status = await delivery.deliver(
-            url,
+        status = await delivery.deliver_alert(
+            alert_url,
             message_id=context.id,
-            body=message.body(context.created_at),
-            unsigned=message.alert,
+            body=body,
+            proven=delivery.is_proven(message, context.id),
         )
         return {"status": status}
 

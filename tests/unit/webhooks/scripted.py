@@ -7,7 +7,7 @@ from viralfx.domain.clock import Clock
 from viralfx.domain.events import Listener
 from viralfx.domain.resilience.breaker import CircuitEvent
 from viralfx.domain.webhooks.delivery import HostCircuits, WebhookDelivery, WebhookResponse
-from viralfx.domain.webhooks.signature import Signer
+from viralfx.domain.webhooks.signature import WebhookKeys
 from viralfx.domain.webhooks.url import AllowList, Destination
 
 KEY = b"k" * 32
@@ -45,12 +45,13 @@ def delivery_to(
     sender: ScriptedSender,
     clock: Clock,
     key: bytes | None = KEY,
+    keys: WebhookKeys | None = None,
     listeners: tuple[Listener[CircuitEvent], ...] = (),
 ) -> WebhookDelivery:
     """Return a delivery whose circuits open for a minute after two failures."""
     return WebhookDelivery(
         allowed=AllowList(allowed),
-        signer=None if key is None else Signer([key]),
+        keys=keys or WebhookKeys(() if key is None else [key]),
         sender=sender,
         circuits=HostCircuits(failure_threshold=2, open_for=60.0, listeners=listeners, clock=clock),
         clock=clock,

@@ -11,7 +11,7 @@ from viralfx.domain.events import Listener
 from viralfx.domain.resilience.breaker import CircuitEvent, CircuitOpenError, StateChanged
 from viralfx.domain.resilience.breaker_states import CircuitState
 from viralfx.domain.webhooks.delivery import HostCircuits, WebhookDelivery, WebhookResponse
-from viralfx.domain.webhooks.signature import Signer, webhook_headers
+from viralfx.domain.webhooks.signature import Signer, derived_key, webhook_headers
 from viralfx.domain.webhooks.url import (
     WebhookError,
     WebhookRefusedError,
@@ -20,6 +20,7 @@ from viralfx.domain.webhooks.url import (
 )
 
 URL = "https://hooks.example.com/path?key=hunter2"
+THEIRS = derived_key(KEY, "webhook", "https://hooks.example.com:443")
 UNAVAILABLE = WebhookUnavailableError("hooks.example.com did not answer")
 
 
@@ -46,7 +47,7 @@ async def test_any_2xx_response_is_a_success(clock: ManualClock, status: int) ->
     assert posted.destination.target == "/path?key=hunter2"
     assert posted.body == b"{}"
     seconds = int(clock.now().timestamp())
-    assert posted.headers == webhook_headers(Signer([KEY]), "id-1", seconds, b"{}")
+    assert posted.headers == webhook_headers(Signer([THEIRS]), "id-1", seconds, b"{}")
 
 
 async def test_the_correlation_id_is_sent_to_the_receiver(clock: ManualClock) -> None:
@@ -56,7 +57,7 @@ async def test_the_correlation_id_is_sent_to_the_receiver(clock: ManualClock) ->
         await delivery(clock, sender).deliver(URL, message_id="id-1", body=b"{}")
 
     (posted,) = sender.posted
-    signed = webhook_headers(Signer([KEY]), "id-1", int(clock.now().timestamp()), b"{}")
+    signed = webhook_headers(Signer([THEIRS]), "id-1", int(clock.now().timestamp()), b"{}")
     assert posted.headers == {**signed, "X-Correlation-ID": "order-17"}
 
 
@@ -86,14 +87,14 @@ async def test_a_url_that_is_not_allowed_is_not_sent(clock: ManualClock, url: st
     assert sender.posted == []
 
 
-async def test_a_missing_secret_is_an_error_unless_unsigned_is_allowed(clock: ManualClock) -> None:
+async def test_a_missing_secret_is_an_error_for_all_but_alerts(clock: ManualClock) -> None:
     """The error names the setting."""
     sender = ScriptedSender(200)
     delivering = delivery(clock, sender, key=None)
     with pytest.raises(WebhookRefusedError, match="WEBHOOK_SECRET is not set"):
         await delivering.deliver(URL, message_id="id-1", body=b"{}")
     assert sender.posted == []
-    await delivering.deliver(URL, message_id="id-1", body=b"{}", unsigned=True)
+    await delivering.deliver_alert(URL, message_id="id-1", body=b"{}", proven=True)
     assert "webhook-signature" not in sender.posted[0].headers
 
 

@@ -1,4 +1,4 @@
-"""Signatures: the example of the specification, several secrets, and invalid secrets."""
+"""Signatures: the example of the specification, and the keys of receivers and alerts."""
 
 import base64
 import hashlib
@@ -6,7 +6,16 @@ import hmac
 
 import pytest
 
-from viralfx.domain.webhooks.signature import Signer, parse_secrets, webhook_headers
+from viralfx.domain.webhooks.signature import (
+    Signer,
+    WebhookKeys,
+    derived_key,
+    parse_receiver_keys,
+    parse_secrets,
+    show_key,
+    webhook_headers,
+)
+from viralfx.domain.webhooks.url import parse_destination
 
 # The example of the Standard Webhooks specification and of its reference implementations.
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -85,3 +94,102 @@ def test_an_empty_secret_is_rejected(text: str) -> None:
         parse_secrets(text)
     with pytest.raises(ValueError, match="at least one secret"):
         Signer(())
+
+
+# -- keys of receivers and alerts ------------------------------------------------------------------
+
+MASTER, FORMER, OWN = b"m" * 32, b"f" * 32, b"o" * 32
+HERE = parse_destination("https://hooks.example.com/in?x=1")
+
+
+def test_the_derivation_of_a_key() -> None:
+    """These bytes must never change: receivers have them."""
+    keys = WebhookKeys([MASTER])
+    assert list(map(show_key, keys.of_receiver(HERE))) == [
+        "whsec_aoBRZaYbe8Aaic9W4obNc/Hpil9sP9xE7fJTSeoW1VQ="
+    ]
+    assert list(map(show_key, keys.of_alerts(HERE))) == [
+        "whsec_mkHMQKFxkL2YILecsEGEktrnxxKrQx73Hg9Dv64efl4="
+    ]
+
+
+def test_a_key_belongs_to_scheme_host_and_port() -> None:
+    """Not to the path, the spelling of the host, or a default port that is written."""
+    keys = WebhookKeys([MASTER])
+    same = ["https://HOOKS.example.com:443/", "https://hooks.example.com/other"]
+    others = [
+        "https://hooks.example.com:444/in",
+        "http://hooks.example.com:443/in",
+        "https://example.com/in",
+        "https://[::1]/",
+    ]
+
+    assert {keys.of_receiver(parse_destination(url)) for url in same} == {keys.of_receiver(HERE)}
+    found = {keys.of_receiver(parse_destination(url)) for url in others}
+    assert len(found) == len(others)
+    assert keys.of_receiver(HERE) not in found
+
+
+def test_a_receiver_with_a_key_of_its_own_gets_no_derived_one() -> None:
+    """Several keys of it all sign; other receivers have the derived ones."""
+    text = f"hooks.example.com={show_key(OWN)} http://[::1]:81={SECRET},hooks.example.com={SECRET}"
+    keys = WebhookKeys([MASTER], own=parse_receiver_keys(text))
+    (secret,) = parse_secrets(SECRET)
+
+    assert keys.of_receiver(HERE) == (OWN, secret)
+    assert keys.of_receiver(parse_destination("http://[::1]:81/")) == (secret,)
+    other = parse_destination("https://a.example.com/")
+    assert keys.of_receiver(other) == (derived_key(MASTER, "webhook", "https://a.example.com:443"),)
+    assert keys.of_alerts(HERE) == WebhookKeys([MASTER]).of_alerts(HERE)
+
+
+def test_a_shared_key_signs_in_addition() -> None:
+    """Receivers that know the former key, and those with their own, verify the same message."""
+    keys = WebhookKeys([MASTER], shared=[FORMER])
+    (theirs,), (of_alerts,) = keys.of_receiver(HERE), keys.of_alerts(HERE)
+
+    for signer, key in (
+        (keys.webhook_signer(HERE), theirs),
+        (keys.alert_signer(HERE, proven=True), of_alerts),
+    ):
+        assert signer is not None
+        signatures = signer.sign(MESSAGE, SECONDS, BODY).split()
+        assert signatures == [Signer([k]).sign(MESSAGE, SECONDS, BODY) for k in (key, FORMER)]
+
+
+def test_a_proof_belongs_to_one_alert_in_one_job() -> None:
+    """By any of the secrets while one is replaced; without a secret there is none."""
+    data = {"check": "database", "code": None}
+    old, both, new = WebhookKeys([FORMER]), WebhookKeys([MASTER, FORMER]), WebhookKeys([MASTER])
+    proof = both.prove("job-1", "health.changed", data)
+
+    assert all(keys.proves(proof, "job-1", "health.changed", data) for keys in (old, both, new))
+    assert not new.proves(proof, "job-2", "health.changed", data)
+    assert not new.proves(proof, "job-1", "health.changed", {**data, "check": "redis"})
+    assert not new.proves(proof, "job-1", "other", data)
+    for forged in (None, "", "0" * 64, "\u00e9", str(old.prove("job-1", "health.changed", data))):
+        assert not new.proves(forged, "job-1", "health.changed", data)
+    assert WebhookKeys().prove("job-1", "health.changed", data) is None
+    assert not WebhookKeys().proves("", "job-1", "health.changed", data)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        SECRET,
+        f"={SECRET}",
+        f"hooks.example.com:{SECRET}",
+        "hooks.example.com=hunter2",
+        f"hooks.example.com/in={SECRET}",
+        f"https://hooks.example.com/={SECRET}",
+        f"*.example.com={SECRET}",
+        f"ftp://hooks.example.com={SECRET}",
+        f"u:hunter2@hooks.example.com={SECRET}",
+    ],
+)
+def test_the_error_for_an_invalid_entry_does_not_contain_it(entry: str) -> None:
+    """It has the number of the entry."""
+    with pytest.raises(ValueError, match=r"^entry 2 ") as refused:
+        parse_receiver_keys(f"a.example.com={SECRET},{entry}")
+    assert "hunter2" not in str(refused.value)
+    assert SECRET[6:] not in str(refused.value)

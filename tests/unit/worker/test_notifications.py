@@ -5,13 +5,14 @@ from datetime import UTC, datetime
 
 import pytest
 from tests.manual_clock import ManualClock
-from tests.unit.webhooks.scripted import ScriptedSender, delivery_to
+from tests.unit.webhooks.scripted import KEY, ScriptedSender, delivery_to
 
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.domain.jobs.codec import PayloadError
 from viralfx.domain.jobs.tasks import JobContext, declared_task
 from viralfx.domain.resilience.deadline import Deadline
 from viralfx.domain.webhooks.delivery import WebhookMessage, WebhookRetryPolicy
+from viralfx.domain.webhooks.signature import Signer, WebhookKeys, derived_key
 from viralfx.domain.webhooks.url import WebhookRefusedError, WebhookRejectedError
 from viralfx.worker.builtin import SendWebhook, send_webhook
 
@@ -97,7 +98,9 @@ async def test_alerts_go_to_the_alert_url(clock: ManualClock) -> None:
     assert len(sender.posted) == 1
 
 
-async def test_alerts_are_unsigned_and_other_webhooks_are_signed(clock: ManualClock) -> None:
+async def test_alerts_without_a_key_are_unsigned_and_other_webhooks_fail(
+    clock: ManualClock,
+) -> None:
     """The operator sets the address of alerts, and their receivers seldom verify."""
     sender = ScriptedSender(200)
     delivery = delivery_to("*.example.com", sender=sender, clock=clock, key=None)
@@ -106,6 +109,30 @@ async def test_alerts_are_unsigned_and_other_webhooks_are_signed(clock: ManualCl
     assert "webhook-signature" not in sender.posted[0].headers
     with pytest.raises(WebhookRefusedError, match="WEBHOOK_SECRET is not set"):
         await send(message(url="https://a.example.com/"), context())
+
+
+async def test_a_job_cannot_forge_a_signed_alert(clock: ManualClock) -> None:
+    """Neither an alert without a proof, nor a webhook to the alert URL, has a signature of one."""
+    keys = WebhookKeys([KEY])
+    sender = ScriptedSender(200)
+    delivery = delivery_to("*.example.com", sender=sender, clock=clock, keys=keys)
+    send = send_webhook(delivery, alert_url=ALERT_URL, timeout=10.0)
+    given = message(alert=True)
+    proof = keys.prove("job-1", given.type, given.data)
+    of_another = keys.prove("job-2", given.type, given.data)
+
+    await send(message(alert=True, proof=proof), context())
+    await send(message(url=ALERT_URL), context())
+    await send(message(alert=True), context())
+    await send(message(alert=True, proof=of_another), context())
+
+    genuine, webhook, *forged = (posted.headers for posted in sender.posted)
+    key = derived_key(KEY, "alert", "https://alerts.example.com:443")
+    body = sender.posted[0].body
+    seconds = int(genuine["webhook-timestamp"])
+    assert genuine["webhook-signature"] == Signer([key]).sign("job-1", seconds, body)
+    assert webhook["webhook-signature"] != genuine["webhook-signature"]
+    assert all("webhook-signature" not in headers for headers in forged)
 
 
 async def test_errors_do_not_contain_the_alert_url(clock: ManualClock) -> None:

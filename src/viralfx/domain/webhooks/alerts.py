@@ -1,6 +1,7 @@
 """Health alerts: submits a ``notifications`` job for each status change, with deduplication."""
 
 import asyncio
+import json
 import logging
 import math
 from collections import deque
@@ -11,13 +12,14 @@ from viralfx.domain.clock import Clock, finished_within, ignore_error, timestamp
 from viralfx.domain.correlation import correlated, new_correlation_id
 from viralfx.domain.health.model import Status, Transition
 from viralfx.domain.health.monitor import MonitorEvent
-from viralfx.domain.jobs.model import KeyConflictError, LedgerUnavailableError
+from viralfx.domain.jobs.model import JobDraft, LedgerUnavailableError, new_job_id
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.resilience.policy import Backoff
+from viralfx.domain.webhooks.signature import WebhookKeys
 
 _logger = logging.getLogger("viralfx.alerts")
 
-TASK = "notifications.webhook"
+TASK, QUEUE = "notifications.webhook", "notifications"
 SUBMIT_TIMEOUT_SECONDS = 10.0
 MAX_DRAIN_SECONDS = 2.0
 _BACKOFF = Backoff(base=1.0, cap=30.0)
@@ -55,17 +57,20 @@ class HealthAlerts:
         instance: str,
         environment: str,
         shared: Callable[[str], bool],
+        keys: WebhookKeys | None = None,
         window: float = 300.0,
         capacity: int = 100,
     ) -> None:
         """``shared`` returns whether a check has the same status in all instances.
 
-        Each alert contains ``instance`` and ``environment``.
+        Each alert contains ``instance`` and ``environment``, and a proof of ``keys`` by which the
+        worker that sends it signs it.
         """
         self._service = service
         self._clock = clock
         self._origin = {"environment": environment, "instance": instance}
         self._shared = shared
+        self._keys = keys or WebhookKeys()
         self._window = window
         self._capacity = capacity
         self._waiting: deque[_Alert] = deque()
@@ -170,30 +175,40 @@ class HealthAlerts:
         if isinstance(error, LedgerUnavailableError):
             _logger.warning("Alert waits: the ledger cannot be reached")
             return False
-        if error is not None and not isinstance(error, KeyConflictError):
+        if error is not None:
             # Another attempt would fail as well, and the next alerts must not wait for this one.
             self._drop(alert, "an error", error)
         return True
 
     async def _submit(self, alert: _Alert) -> None:
-        # Raises KeyConflictError if another instance has sent this alert with another message.
+        # The key returns the job of another instance that has sent this alert.
         transition = alert.transition
-        payload = {
-            "alert": True,
-            "type": "health.changed",
-            "data": {
-                "check": transition.check,
-                "status": str(transition.new),
-                "previous": transition.old and str(transition.old),
-                "code": transition.code,
-                "message": transition.message,
-                "at": timestamp(transition.at),
-                "correlationId": transition.correlation_id,
-                **self._origin,
-            },
+        job_id, kind = new_job_id(), "health.changed"
+        data = {
+            "check": transition.check,
+            "status": str(transition.new),
+            "previous": transition.old and str(transition.old),
+            "code": transition.code,
+            "message": transition.message,
+            "at": timestamp(transition.at),
+            "correlationId": transition.correlation_id,
+            **self._origin,
         }
-        with correlated(transition.correlation_id or new_correlation_id()):
-            await self._service.submit(TASK, payload, key=self._key(alert))
+        payload = {"alert": True, "type": kind, "data": data}
+        if (proof := self._keys.prove(job_id, kind, data)) is not None:
+            payload["proof"] = proof
+        correlation_id = transition.correlation_id or new_correlation_id()
+        with correlated(correlation_id):
+            await self._service.accept_draft(
+                JobDraft(
+                    id=job_id,
+                    queue=QUEUE,
+                    task=TASK,
+                    payload=json.dumps(payload, separators=(",", ":")).encode(),
+                    key=self._key(alert),
+                    correlation_id=correlation_id,
+                )
+            )
 
     def _key(self, alert: _Alert) -> str:
         check, status = alert.subject

@@ -19,7 +19,7 @@ from viralfx.domain.resilience._callables import CallRejectedError
 from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitEvent
 from viralfx.domain.resilience.breaker_states import CircuitState
 from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, Jitter
-from viralfx.domain.webhooks.signature import Signer, webhook_headers
+from viralfx.domain.webhooks.signature import Signer, WebhookKeys, webhook_headers
 from viralfx.domain.webhooks.url import (
     AllowList,
     Destination,
@@ -36,7 +36,8 @@ class WebhookMessage:
     """The payload of the task ``notifications.webhook``.
 
     With ``alert`` the webhook goes to ``ALERT_WEBHOOK_URL`` of the worker. The job does not
-    contain that URL, so readers of jobs cannot see it.
+    contain that URL, so readers of jobs cannot see it. ``proof`` is that of
+    :meth:`WebhookKeys.prove`: without it an alert is not signed.
     """
 
     type: str
@@ -44,6 +45,7 @@ class WebhookMessage:
     data: dict[str, Any]
     url: str | None = None
     alert: bool = False
+    proof: str | None = None
 
     def __post_init__(self) -> None:
         """Reject a message that cannot be sent, before a job is accepted. Raises ``ValueError``."""
@@ -239,31 +241,47 @@ class WebhookDelivery:
         self,
         *,
         allowed: AllowList,
-        signer: Signer | None,
+        keys: WebhookKeys,
         sender: WebhookSender,
         circuits: HostCircuits,
         clock: Clock,
     ) -> None:
         self._allowed = allowed
-        self._signer = signer
+        self._keys = keys
         self._sender = sender
         self._circuits = circuits
         self._clock = clock
 
-    async def deliver(
-        self, url: str, *, message_id: str, body: bytes, unsigned: bool = False
-    ) -> int:
-        """Deliver ``body`` and return the 2xx status of the response.
+    async def deliver(self, url: str, *, message_id: str, body: bytes) -> int:
+        """Deliver ``body``, signed for its receiver, and return the 2xx status of the response.
 
-        ``message_id`` lets the receiver recognize a repeated delivery. ``unsigned`` allows
-        delivery without ``WEBHOOK_SECRET``. Raises a :class:`WebhookError`, or
-        ``CircuitOpenError`` while the circuit of the host is open.
+        ``message_id`` lets the receiver recognize a repeated delivery. Raises a
+        :class:`WebhookError`, or ``CircuitOpenError`` while the circuit of the host is open.
         """
         destination = self._allowed.admit(url)
-        if self._signer is None and not unsigned:
+        signer = self._keys.webhook_signer(destination)
+        if signer is None:
             raise WebhookRefusedError("WEBHOOK_SECRET is not set: the webhook cannot be signed")
+        return await self._deliver(destination, signer, message_id, body)
+
+    async def deliver_alert(self, url: str, *, message_id: str, body: bytes, proven: bool) -> int:
+        """Deliver an alert as :meth:`deliver` does; it is unsigned if there is no key for it.
+
+        ``proven``: whether the alert has a valid proof.
+        """
+        destination = self._allowed.admit(url)
+        signer = self._keys.alert_signer(destination, proven=proven)
+        return await self._deliver(destination, signer, message_id, body)
+
+    def is_proven(self, message: WebhookMessage, job_id: str) -> bool:
+        """Return whether this service made an alert, in this job."""
+        return self._keys.proves(message.proof, job_id, message.type, message.data)
+
+    async def _deliver(
+        self, destination: Destination, signer: Signer | None, message_id: str, body: bytes
+    ) -> int:
         seconds = int(self._clock.now().timestamp())
-        headers = dict(webhook_headers(self._signer, message_id, seconds, body))
+        headers = dict(webhook_headers(signer, message_id, seconds, body))
         if (correlation_id := current_correlation_id()) is not None:
             headers[CORRELATION_HEADER] = correlation_id
         response = await self._post(destination, headers, body)

@@ -207,6 +207,12 @@ class Destination:
         host = f"[{self.host}]" if isinstance(self.address, IPv6Address) else self.host
         return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
+    @property
+    def origin(self) -> str:
+        """Scheme, host and port, always with the port: the receiver that a key belongs to."""
+        host = f"[{self.host}]" if isinstance(self.address, IPv6Address) else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
 
 def parse_destination(url: str) -> Destination:
     """Parse a URL strictly; raise :class:`WebhookRefusedError` if it is not in the usual form.

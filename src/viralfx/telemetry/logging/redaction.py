@@ -33,8 +33,11 @@ _PORT = re.compile(r"[0-9]{1,5}\\*/")
 _IPV6 = re.compile(r"\[[0-9A-Fa-f:.]+\](?::[0-9]{1,5})?(?:[/?#\\]|$)")
 """A host that contains colons itself, without a user before it."""
 _ESCAPE = re.compile(r"%[0-9A-F]{2}")
-_LISTS = frozenset({"WEBHOOK_SECRET"})
-"""Variables that may hold several secrets, separated by commas or spaces."""
+_LISTS = frozenset(
+    {"WEBHOOK_SECRET", "WEBHOOK_SHARED_SECRET", "WEBHOOK_KEYS", "ALERT_WEBHOOK_SECRET"}
+)
+"""Variables that may hold several secrets, separated by commas or spaces, after a name and =."""
+_NAMED = re.compile(r"[^=]*=(?=whsec_)")
 _OWN_FIELDS = frozenset({"timestamp", "level", "context"})
 """Fields that only the formatter sets, so that they hold no secret."""
 _KNOWN_FIELDS = _OWN_FIELDS | {"message", "correlationId", "userId", "traceId", "spanId"}
@@ -153,7 +156,8 @@ def secrets_of(settings: Settings) -> Iterator[str]:
         if isinstance(value, Secret):
             yield value.value.strip()
             if field.variable in _LISTS:
-                yield from value.value.replace(",", " ").split()
+                for each in value.value.replace(",", " ").split():
+                    yield _NAMED.sub("", each, count=1)
             yield from _secret_parts(value.value.strip())
     # A password may also be a parameter, or beside hosts that `urlsplit` cannot split.
     for name in ("database_address", "database_migration_address", "database_listen_address"):
