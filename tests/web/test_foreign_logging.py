@@ -1,18 +1,23 @@
 """Log lines of the plugin under the logging of another program."""
 
+import asyncio
+import contextlib
 import io
 import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from litestar import Litestar, get
 from litestar.middleware.logging import LoggingMiddlewareConfig
 from litestar.plugins.structlog import StructlogPlugin
 from litestar.testing import AsyncTestClient
+from litestar.types import Receive
 
 from viralfx import Observation, OperationsConfig, OperationsPlugin, Status
+from viralfx.asgi import OperationsMiddleware
 from viralfx.settings import Secret, Settings
 from viralfx.telemetry.logging.lines import LOGGERS, FactsInMessages
 from viralfx.web.plugin import plugin_of
@@ -183,3 +188,72 @@ def test_every_message_stays_one_line(caplog: pytest.LogCaptureFixture) -> None:
         "Bare line",
     ]
     assert logger.filters == []
+
+
+HOSTILE = "\r\nWARNING:root:forged\x1b[31m\x7f\x9b1m\u2028\u202e"
+
+
+async def _fail(scope: Any, receive: Receive, send: Any) -> None:
+    while scope["type"] == "lifespan":
+        event: Any = (await receive())["type"]
+        await send({"type": f"{event}.complete"})
+        if event == "lifespan.shutdown":
+            return
+    raise ValueError(f"nothing at {' '.join(scope['path'].split())}")
+
+
+async def _ask(site: OperationsMiddleware, method: str, path: str) -> bytes:
+    """Send one request as another server would, and return all bytes of the response."""
+    headers = [(name, HOSTILE.encode()) for name in (b"x-correlation-id", b"x-request-id")]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope: Any = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "scheme": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": headers,
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+    }
+    with contextlib.suppress(ValueError):
+        await site(scope, receive, send)
+    texts = [part for each in sent for pair in each.get("headers", ()) for part in pair]
+    return b"".join([*texts, *(each.get("body", b"") for each in sent)])
+
+
+async def test_control_characters_of_a_client_reach_no_terminal(lines: io.StringIO) -> None:
+    """Other servers decode paths and pass methods and headers on; our server refuses them."""
+    config = OperationsConfig(settings=Settings(allow_memory_adapters=True), jobs_api=True)
+    site = OperationsMiddleware(_fail, config)
+    events, started = asyncio.Queue[Any](), asyncio.Event()
+
+    async def send(_event: Any) -> None:
+        started.set()
+
+    lifespan: Any = {"type": "lifespan", "asgi": {"version": "3.0"}}
+    await events.put({"type": "lifespan.startup"})
+    running = asyncio.create_task(site(lifespan, events.get, send))
+    await started.wait()
+    for path in (f"/{HOSTILE}", f"/health/{HOSTILE}", f"/api/v1/jobs/{HOSTILE}"):
+        for method in ("GET", f"GET{HOSTILE}"):
+            response = await _ask(site, method, path)
+            assert response.decode().isprintable()
+    await events.put({"type": "lifespan.shutdown"})
+    await running
+
+    text = lines.getvalue()
+    failed = found(lines, "ERROR:viralfx.web:Request failed: method=GET, path=/")
+    assert failed[0].endswith(r"/ WARNING:root:forged\x1b[31m\x7f\x9b1m \u202e")
+    assert all(map(str.isprintable, text.split("\n")))

@@ -179,3 +179,16 @@ def _number(name: str, value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return value
+
+
+def printable(text: str, *, kept: str = "") -> str:
+    """Return a text for a terminal or a line: escaped characters, but for printable and ``kept``.
+
+    Clients choose some texts, and a terminal obeys control characters.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() or each in kept else each.encode("unicode_escape").decode()
+        for each in text
+    )

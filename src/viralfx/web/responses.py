@@ -21,7 +21,7 @@ from viralfx.domain.correlation import (
     current_correlation_id,
     new_correlation_id,
 )
-from viralfx.domain.errors import ConfigurationError
+from viralfx.domain.errors import ConfigurationError, printable
 from viralfx.web.auth import AccessVerdict, Headers
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -90,11 +90,14 @@ def problem(
     code: str | None = None,
     errors: list[Any] | None = None,
 ) -> Problem:
-    """Return the problem for an HTTP status, with the status's standard phrase as title."""
+    """Return the problem for an HTTP status, with the status's standard phrase as title.
+
+    Control characters of ``detail`` are escaped: people read it in a terminal.
+    """
     return Problem(
         status=status,
         title=HTTPStatus(status).phrase,
-        detail=detail,
+        detail=None if detail is None else printable(detail),
         correlation_id=correlation_id,
         code=code,
         errors=errors,

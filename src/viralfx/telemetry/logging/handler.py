@@ -7,11 +7,13 @@ import logging.config
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TextIO
 
 import structlog
 from structlog.typing import EventDict, ExcInfo
 
+from viralfx.domain.errors import printable
 from viralfx.telemetry import EndedRequest
 from viralfx.telemetry.logging.lines import (
     LEVELS,
@@ -280,14 +282,7 @@ class _Shown:
         return simple if simple.isprintable() else cls(repr(simple))
 
 
-def _printable(text: str) -> str:
-    """Return a text whose characters are printable, a newline or a tab; all others are escaped."""
-    if text.isprintable():
-        return text
-    return "".join(
-        each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode()
-        for each in text
-    )
+_printable = partial(printable, kept="\n\t")
 
 
 def _write_traceback(output: TextIO, error: ExcInfo) -> None:

@@ -11,6 +11,7 @@ are the facts of log lines in their messages, for the formatter of another progr
 import json
 import logging
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from viralfx.domain.correlation import current_correlation_id, current_user_id
-from viralfx.domain.errors import text_of, type_name
+from viralfx.domain.errors import printable, text_of, type_name
 from viralfx.settings import Settings
 from viralfx.telemetry import EndedRequest, current_trace
 from viralfx.telemetry.logging.redaction import Redaction, secrets_of
@@ -421,7 +422,8 @@ class FactsInMessages(logging.Filter):
     """Appends the extra fields of a record to its message: ``Health check changed: check=shop``.
 
     The default formatters of ``logging`` and of servers show the message alone. The fields stay,
-    for formatters that show them. Secrets are redacted: no formatter of this package follows.
+    for formatters that show them. Secrets are redacted and control characters are escaped, also in
+    the traceback of an error: no formatter of this package follows.
     """
 
     def __init__(self, redact: Callable[[str], str] = str) -> None:
@@ -463,8 +465,15 @@ class FactsInMessages(logging.Filter):
             for name, value in vars(record).items()
             if name not in _STANDARD and value is not None
         ]
-        if facts:
-            record.msg, record.args = _Whole(f"{record.getMessage()}: {', '.join(facts)}"), ()
+        message = message_of(record)
+        shown = printable(message)
+        if facts or shown != message:
+            record.msg, record.args = _Whole(": ".join(filter(None, (shown, ", ".join(facts))))), ()
+        if record.exc_info and not record.exc_text:
+            # Formatters write this text where it is set.
+            text = "".join(traceback.format_exception(record.exc_info[1])).rstrip("\n")
+            if not all(map(str.isprintable, text.split("\n"))):
+                record.exc_text = printable(text, kept="\n\t")
         return True
 
     def _shown(self, value: object) -> str:
@@ -472,4 +481,4 @@ class FactsInMessages(logging.Filter):
             text = " ".join(str(value).split())
         except Exception:  # noqa: BLE001 - a log line must not fail its caller
             return f"a {type(value).__name__}"
-        return self._redact(text)[:_MAX_FACT_CHARACTERS]
+        return printable(self._redact(text)[:_MAX_FACT_CHARACTERS])
