@@ -182,7 +182,7 @@ def _number(name: str, value: object) -> float:
 
 
 def printable(text: str, *, kept: str = "") -> str:
-    """Return a text for a terminal or a line: escaped characters, but for printable and ``kept``.
+    """Return a text for a terminal or a line; escape all but printable characters and ``kept``.
 
     Clients choose some texts, and a terminal obeys control characters.
     """
