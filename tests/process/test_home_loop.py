@@ -153,6 +153,26 @@ def test_the_end_of_the_home_loop_ends_the_call(
     assert not caplog.records
 
 
+def test_blocking_calls_without_a_home_loop_wait_for_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """None of them waits too long for a turn, whatever their number."""
+    monkeypatch.setattr("viralfx.domain.loops._MAX_TURN_SECONDS", 0.05)
+    home, running = HomeLoop(), 0
+
+    async def call() -> int:
+        nonlocal running
+        running += 1
+        await asyncio.sleep(0.02)
+        running -= 1
+        return running
+
+    with ThreadPoolExecutor(20) as threads:
+        others = list(threads.map(lambda _: home.call(call), range(20)))
+
+    assert others == [0] * 20
+
+
 async def test_a_generator_makes_its_steps_there(at: Home) -> None:
     """Its end, too, also if the caller leaves it early."""
     loops: list[asyncio.AbstractEventLoop] = []

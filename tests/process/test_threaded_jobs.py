@@ -1,5 +1,6 @@
 """The jobs of a process without an event loop: its thread, in shortages and with bad servers."""
 
+import asyncio
 import gc
 import json
 import logging
@@ -18,10 +19,12 @@ from sqlalchemy.orm import Session
 from tests.process.foreign_calls import in_child
 from tests.process.shortages import descriptors_used_up
 from tests.servers.postgres import Database
+from tests.servers.waiting import wait_until
 from tests.system.service import ROOT, clean_environment
 
 from viralfx import LedgerUnavailableError, OperationsConfig, OperationsLayer, task
 from viralfx.bootstrap.threaded import ThreadedJobs
+from viralfx.domain.jobs.model import JobState
 from viralfx.domain.jobs.service import JobService
 
 
@@ -139,3 +142,53 @@ def test_a_fork_with_a_former_process_id_has_connections_of_its_own(
 
     assert in_child(submit) == "accepted"
     assert jobs.submit_sync(note, 3).created
+
+
+@pytest.mark.usefixtures("plain_environ")
+def test_waiting_for_jobs_keeps_no_other_thread_waiting() -> None:
+    """Without an application each waits on a loop of its own, and the others submit and cancel."""
+    jobs = OperationsLayer(OperationsConfig(tasks=[note])).jobs
+    job = jobs.submit_sync(note, 1).job
+    with ThreadPoolExecutor() as threads:
+        waiting = [
+            threads.submit(asyncio.run, jobs.wait(each, timeout=20))
+            for each in (job.id, job.id, jobs.submit_sync(note, 2).job.id)
+        ]
+        wait_until(lambda: jobs.follower._followed, what="a waiting thread")
+        try:
+            other = jobs.submit_sync(note, 3).job.id
+            for each in (job.id, other):
+                asyncio.run(jobs.cancel(each))
+            ended = [each.result(60).state for each in waiting[:2]]
+        finally:
+            jobs.follower.end()
+        with pytest.raises(TimeoutError, match="this process stops"):
+            waiting[2].result(60)
+
+    assert ended == [JobState.CANCELLED] * 2
+    assert not jobs.follower._followed
+
+
+@pytest.mark.usefixtures("plain_environ")
+def test_a_loader_keeps_no_other_thread_waiting() -> None:
+    """Without an application each loop loads by itself, also a key that another one loads."""
+    cache = OperationsLayer(OperationsConfig()).cache
+    began, ends = threading.Event(), threading.Event()
+
+    async def slow() -> bytes:
+        began.set()
+        await asyncio.to_thread(ends.wait)
+        return b"slow"
+
+    async def quick() -> bytes:
+        return b"quick"
+
+    with ThreadPoolExecutor() as threads:
+        loading = threads.submit(asyncio.run, cache.get_or_load("key", 60, slow))
+        assert began.wait(30)
+        try:
+            found = [asyncio.run(cache.get_or_load(key, 60, quick)) for key in ("other", "key")]
+        finally:
+            ends.set()
+
+        assert (found, loading.result(30)) == ([b"quick"] * 2, b"slow")

@@ -8,13 +8,15 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from viralfx.domain.clock import ignore_error
 from viralfx.domain.errors import require_positive
-from viralfx.domain.loops import HomeLoop, at_home
+from viralfx.domain.loops import HomeLoop, beside_others
 
 T = TypeVar("T")
 
 
 class SingleFlight(Generic[T]):
     """Runs at most one piece of work per key; concurrent callers share its result or error.
+
+    Each event loop has work of its own.
 
     The work runs in its own task, in the context of the first caller. Cancelling one caller does
     not affect the others; the work is cancelled when the last caller is. An error is raised in
@@ -30,7 +32,8 @@ class SingleFlight(Generic[T]):
         Raises the error of the work.
         """
         flight = self._flights.get(key)
-        if flight is None or flight.task.done():
+        here = asyncio.get_running_loop()
+        if flight is None or flight.task.done() or flight.task.get_loop() is not here:
             flight = self._flights[key] = _Flight(work, key)
             flight.task.add_done_callback(lambda _: self._forget(key, flight))
         flight.waiting += 1
@@ -119,7 +122,7 @@ class Cache:
         self._renewals: SingleFlight[bytes] = SingleFlight()
         self._failing: set[str] = set()
 
-    @at_home
+    @beside_others
     async def get_or_load(
         self, key: str, ttl: float, loader: Callable[[], Awaitable[bytes]]
     ) -> bytes:
@@ -132,7 +135,7 @@ class Cache:
         require_positive("ttl", ttl)
         return await self._flights.run(key, functools.partial(self._obtain, key, ttl, loader))
 
-    @at_home
+    @beside_others
     async def get_or_load_value(
         self, key: str, ttl: float, loader: Callable[[], Awaitable[T]], kind: type[T]
     ) -> T:

@@ -88,11 +88,13 @@ class HomeLoop:
         self._guests = 0
         """Running calls of it."""
         self._lock = threading.Lock()
+        # A signal handler may interrupt the thread that holds it.
+        self._blocking = threading.RLock()
         renew_in_forks(self)
 
     def renew(self) -> None:
         """See :class:`Inherited`: guests and the holder of the lock are threads of the parent."""
-        self._lock = threading.Lock()
+        self._lock, self._blocking = threading.Lock(), threading.RLock()
         self._guest, self._guests = None, 0
 
     def settle(self) -> None:
@@ -136,16 +138,20 @@ class HomeLoop:
             await _clock.sleep(_TURN_SECONDS)
             now = _clock.monotonic()
 
-    async def run(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def run(self, call: Callable[[], Awaitable[T]], *, beside: bool = False) -> T:
         """Return the result of ``call``, which runs on the home loop in the caller's context.
 
-        Cancelling the caller cancels the call. Raises the errors of the call, and
-        :class:`ForeignLoopError` if the home loop ends before it, or if another loop uses the
-        services while there is no home loop.
+        ``beside``: without a home loop, calls of other loops may run at the same time. Cancelling
+        the caller cancels the call. Raises the errors of the call, and :class:`ForeignLoopError` if
+        the home loop ends before it, or if another loop uses the services while there is no home
+        loop.
         """
         here = asyncio.get_running_loop()
         if here is self._loop:
             return await call()
+        if beside:
+            self._require_no_fork()
+            return await call() if (home := self.running) is None else await _on(home, call)
         home = await self._enter(here)
         if home is None:
             try:
@@ -160,12 +166,7 @@ class HomeLoop:
 
     async def _enter(self, here: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop | None:
         """Wait for the home loop, or for the right to use the services on this one."""
-        if self.is_forked:
-            raise ForeignLoopError(
-                "this process was forked from the one in which the application runs, and cannot use"
-                " its services; start the application in this process, or submit jobs with"
-                " jobs.submit_sync(), which needs DATABASE_URL"
-            )
+        self._require_no_fork()
         await self.known()
         waits_until = _clock.monotonic() + _MAX_TURN_SECONDS
         while (home := self.running) is None:
@@ -185,6 +186,14 @@ class HomeLoop:
                 )
             await _clock.sleep(_TURN_SECONDS)
         return home
+
+    def _require_no_fork(self) -> None:
+        if self.is_forked:
+            raise ForeignLoopError(
+                "this process was forked from the one in which the application runs, and cannot use"
+                " its services; start the application in this process, or submit jobs with"
+                " jobs.submit_sync(), which needs DATABASE_URL"
+            )
 
     def _leave(self, here: asyncio.AbstractEventLoop) -> None:
         with self._lock:
@@ -233,11 +242,12 @@ class HomeLoop:
     def call(self, call: Callable[[], Awaitable[T]]) -> T:
         """Do as :meth:`run` for a thread without an event loop: block it until the call has ended.
 
-        Without a home loop the call runs on a loop of its own.
+        Without a home loop the call runs on a loop of its own, after those of other threads.
         """
         home = self.running
         if home is None:
-            return asyncio.run(self.run(call))
+            with self._blocking:
+                return asyncio.run(self.run(call))
         return blocking(home, call)
 
 
@@ -249,17 +259,29 @@ class _Service(Protocol):
 ServiceT = TypeVar("ServiceT", bound=_Service)
 
 
-def at_home(
-    method: Callable[Concatenate[ServiceT, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate[ServiceT, P], Coroutine[Any, Any, T]]:
-    """Run an asynchronous method on the home loop of its object; see :meth:`HomeLoop.run`."""
+_Method = Callable[Concatenate[ServiceT, P], Coroutine[Any, Any, T]]
 
+
+def at_home(method: _Method[ServiceT, P, T]) -> _Method[ServiceT, P, T]:
+    """Run an asynchronous method on the home loop of its object; see :meth:`HomeLoop.run`."""
+    return _moved(method, beside=False)
+
+
+def beside_others(method: _Method[ServiceT, P, T]) -> _Method[ServiceT, P, T]:
+    """Do as :func:`at_home`, and without a home loop at the same time as calls of other loops.
+
+    For a method that waits for long, and keeps what belongs to an event loop apart for each.
+    """
+    return _moved(method, beside=True)
+
+
+def _moved(method: _Method[ServiceT, P, T], *, beside: bool) -> _Method[ServiceT, P, T]:
     @functools.wraps(method)
     async def run(service: ServiceT, /, *args: P.args, **kwargs: P.kwargs) -> T:
         if service._home.is_here:  # noqa: SLF001 - the object's own attribute
             return await method(service, *args, **kwargs)
         return await service._home.run(  # noqa: SLF001 - as above
-            functools.partial(method, service, *args, **kwargs)
+            functools.partial(method, service, *args, **kwargs), beside=beside
         )
 
     return run

@@ -1,6 +1,7 @@
 """The values of a cache in the memory of this process."""
 
 from collections import OrderedDict
+from contextlib import suppress
 
 from viralfx.domain.clock import Clock
 from viralfx.domain.errors import require_count, require_positive
@@ -24,16 +25,18 @@ class MemoryCacheStore:
             return None
         expires_at, value = kept
         if self._clock.monotonic() >= expires_at:
-            del self._kept[key]
+            self._kept.pop(key, None)
             return None
-        self._kept.move_to_end(key)
+        with suppress(KeyError):  # another thread has just deleted it
+            self._kept.move_to_end(key)
         return value
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
         """Store a value for ``ttl`` seconds."""
         require_positive("ttl", ttl)
         self._kept[key] = (self._clock.monotonic() + ttl, value)
-        self._kept.move_to_end(key)
+        with suppress(KeyError):  # as above
+            self._kept.move_to_end(key)
         if len(self._kept) > self._capacity:
             self._kept.popitem(last=False)
 

@@ -27,7 +27,7 @@ from viralfx.adapters.redis.errors import is_pool_exhausted, is_unavailable, ref
 from viralfx.adapters.redis.retry import RequestRetry, retry_policy
 from viralfx.domain.clock import Clock, SystemClock, finished_within
 from viralfx.domain.errors import require_count, require_not_negative, require_positive
-from viralfx.domain.loops import HomeLoop, at_home
+from viralfx.domain.loops import HomeLoop, at_home, beside_others
 from viralfx.domain.resilience._callables import operation_name, require_callable
 from viralfx.domain.resilience.fallback import with_fallback
 from viralfx.domain.threads import NameLookups
@@ -357,7 +357,7 @@ class RedisClient:
 
     # -- requests ----------------------------------------------------------------------------
 
-    @at_home
+    @beside_others
     async def get_with_graceful_degradation(
         self, operation: Callable[[], Awaitable[T]], fallback: F
     ) -> T | F:

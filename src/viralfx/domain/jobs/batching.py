@@ -14,7 +14,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import aclosing, contextmanager, nullcontext
+from contextlib import aclosing, contextmanager, nullcontext, suppress
 from contextvars import Context
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,7 +32,7 @@ from viralfx.domain.jobs.model import (
     LedgerLimitError,
     LedgerUnavailableError,
 )
-from viralfx.domain.loops import HomeLoop, at_home
+from viralfx.domain.loops import HomeLoop, beside_others, running_loop
 from viralfx.domain.resilience.deadline import Deadline
 
 ItemT = TypeVar("ItemT")
@@ -312,10 +312,10 @@ class JobFollower:
         self._clock = clock
         self._max_followers = max_followers
         self._followers = 0
-        self._followed: dict[str, _FollowedJob] = {}
-        self._queries = asyncio.Semaphore(_MAX_CONCURRENT_QUERIES)
-        self._ended = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._followed: dict[tuple[asyncio.AbstractEventLoop, str], _FollowedJob] = {}
+        self._on_loops: dict[asyncio.AbstractEventLoop, _OnLoop] = {}
+        """Those with followers: one, once the application has started."""
+        self._has_ended = False
 
     @property
     def full(self) -> bool:
@@ -324,7 +324,13 @@ class JobFollower:
 
     def end(self) -> None:
         """End all streams, and each new one after its first item."""
-        self._ended.set()
+        self._has_ended = True
+        for loop, on_loop in tuple(self._on_loops.items()):
+            if loop is running_loop():
+                on_loop.ended.set()
+                continue
+            with suppress(RuntimeError):  # it is closed
+                loop.call_soon_threadsafe(on_loop.ended.set)
 
     async def follow(self, job: Job, *, counts: bool = True) -> AsyncGenerator[Job | None]:
         """Yield the job now and after each change; None as a heartbeat while nothing changes.
@@ -338,13 +344,12 @@ class JobFollower:
                 yield each
 
     async def _follow(self, job: Job, counts: bool) -> AsyncGenerator[Job | None]:  # noqa: FBT001 - as given
-        self._use_loop()
-        with self._following(job, counts=counts) as followed:
+        with self._following(job, counts=counts) as (followed, on_loop):
             yield job
             sent_at, pause = self._clock.monotonic(), _MIN_POLL_SECONDS
-            while not job.state.final and not await self._ends_within(pause):
+            while not job.state.final and not await wait_for(on_loop.ended, pause, self._clock):
                 try:
-                    latest = await self._poll(followed, job.id, pause)
+                    latest = await self._poll(followed, on_loop.queries, job.id, pause)
                 except JobNotFoundError:
                     return
                 now = self._clock.monotonic()
@@ -357,7 +362,7 @@ class JobFollower:
                     sent_at = now
                     yield None
 
-    @at_home
+    @beside_others
     async def wait(self, job_id: str, seconds: float | None = None) -> Job:
         """Return a job once it is completed, failed or cancelled.
 
@@ -373,41 +378,56 @@ class JobFollower:
             raise TimeoutError(f"this process stops before job {job_id} has ended")
 
     @contextmanager
-    def _following(self, job: Job, *, counts: bool) -> Iterator["_FollowedJob"]:
-        followed = self._followed.setdefault(job.id, _FollowedJob(job, self._clock.monotonic()))
+    def _following(self, job: Job, *, counts: bool) -> Iterator[tuple["_FollowedJob", "_OnLoop"]]:
+        loop = asyncio.get_running_loop()
+        self._leave_closed_loops()
+        on_loop = self._on_loops.setdefault(loop, _OnLoop())
+        if self._has_ended:
+            on_loop.ended.set()
+        key = loop, job.id
+        followed = self._followed.setdefault(key, _FollowedJob(job, self._clock.monotonic()))
         followed.followers += 1
+        on_loop.followers += 1
         self._followers += counts
         try:
-            yield followed
+            yield followed, on_loop
         finally:
             self._followers -= counts
             followed.followers -= 1
-            if not followed.followers and self._followed.get(job.id) is followed:
-                del self._followed[job.id]
+            on_loop.followers -= 1
+            if not followed.followers:
+                self._followed.pop(key, None)
+            if not on_loop.followers:
+                self._on_loops.pop(loop, None)
 
-    def _use_loop(self) -> None:
-        """Leave what belongs to an event loop that has ended, as those of ``asyncio.run`` do."""
-        if self._loop is not (loop := asyncio.get_running_loop()):
-            ended, self._ended = self._ended, asyncio.Event()
-            if ended.is_set():
-                self._ended.set()
-            self._loop, self._queries = loop, asyncio.Semaphore(_MAX_CONCURRENT_QUERIES)
-            self._followed.clear()
+    def _leave_closed_loops(self) -> None:
+        for loop in [each for each in tuple(self._on_loops) if each.is_closed()]:
+            self._on_loops.pop(loop, None)
+            for key in [each for each in tuple(self._followed) if each[0] is loop]:
+                self._followed.pop(key, None)
 
-    async def _poll(self, followed: "_FollowedJob", job_id: str, pause: float) -> Job:
+    async def _poll(
+        self, followed: "_FollowedJob", queries: asyncio.Semaphore, job_id: str, pause: float
+    ) -> Job:
         async with followed.polling:
             # Another follower may have polled while this one waited; its result is recent enough.
             if self._clock.monotonic() - followed.polled_at >= pause:
                 try:
-                    async with self._queries:
+                    async with queries:
                         followed.job = await self._get(job_id)
                 except LedgerUnavailableError:
                     pass  # keeps the job as it was last seen
                 followed.polled_at = self._clock.monotonic()
             return followed.job
 
-    async def _ends_within(self, seconds: float) -> bool:
-        return await wait_for(self._ended, seconds, self._clock)
+
+class _OnLoop:
+    """What the followers on one event loop share."""
+
+    def __init__(self) -> None:
+        self.followers = 0
+        self.queries = asyncio.Semaphore(_MAX_CONCURRENT_QUERIES)
+        self.ended = asyncio.Event()
 
 
 class _FollowedJob:

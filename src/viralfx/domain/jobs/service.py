@@ -71,7 +71,14 @@ from viralfx.domain.jobs.model import (
 )
 from viralfx.domain.jobs.schedule import ScheduledTasks
 from viralfx.domain.jobs.tasks import TaskRegistry, submits, submits_many
-from viralfx.domain.loops import HomeLoop, at_home, require_no_loop, running_loop, without_loop
+from viralfx.domain.loops import (
+    HomeLoop,
+    at_home,
+    beside_others,
+    require_no_loop,
+    running_loop,
+    without_loop,
+)
 
 T = TypeVar("T")
 _logger = logging.getLogger("viralfx.queues")
@@ -495,7 +502,7 @@ class JobService(ScheduledTasks):
             raise JobNotFoundError(f"there is no job {job_id}")
         return job
 
-    @at_home
+    @beside_others
     async def wait(self, job_id: str, *, timeout: float | None = None) -> Job:  # noqa: ASYNC109
         """Return a job once it has a final state; see :meth:`JobFollower.wait`."""
         return await self.follower.wait(job_id, timeout)
