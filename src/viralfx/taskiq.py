@@ -3,11 +3,12 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Iterable, Mapping
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -33,6 +34,7 @@ from viralfx.domain.jobs.tasks import (
     declared_task,
     mark,
 )
+from viralfx.domain.loops import ForeignLoopError
 from viralfx.domain.shutdown import Phase
 from viralfx.settings import read_settings
 from viralfx.telemetry.tracing import module_of_application, tracing_of
@@ -77,6 +79,12 @@ __all__ = ["LedgerBroker", "LedgerResultBackend"]
 
 _logger = logging.getLogger("viralfx.taskiq")
 
+T = TypeVar("T")
+
+_MIN_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 0.005, 0.1
+"""Between two looks at another event loop, which cannot wake this one."""
+_MAX_END_SECONDS = 10.0
+"""How long an event loop may take to end once it has cancelled its tasks."""
 _START_RETRY_SECONDS = 1.0
 """Time until a job is tried again whose broker could not start."""
 _MAX_TASKS = 1_000_000
@@ -102,7 +110,17 @@ class _Own:
         return self.assembly.jobs.in_memory and not self.pulled
 
     def run_jobs(self) -> None:
-        """Start the worker of this process; a second call does nothing."""
+        """Start the worker of this process on the loop of its services; a second call is harmless.
+
+        Nothing happens if that loop has ended.
+        """
+        if self.loop is asyncio.get_running_loop():
+            self._start_worker()
+            return
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self._start_worker)
+
+    def _start_worker(self) -> None:
         jobs = self.assembly.jobs
         if jobs.worker is None:
             jobs.enable_worker()
@@ -132,6 +150,20 @@ class _Own:
         await self.assembly.operations.shutdown.run()
 
 
+@dataclass(slots=True)
+class _Opening:
+    """An event loop that connects to the servers, while others wait for it."""
+
+    service: JobService | None = None
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    process: int = field(default_factory=os.getpid)
+
+    @property
+    def is_abandoned(self) -> bool:
+        """True if it will never end: its loop has, or it is that of another process."""
+        return self.process != os.getpid() or not self.loop.is_running()
+
+
 class LedgerBroker(AsyncBroker, TaskHost):
     """A taskiq broker whose messages are jobs: an accepted message is not lost.
 
@@ -147,6 +179,9 @@ class LedgerBroker(AsyncBroker, TaskHost):
     ``@task``. The label ``max_retries`` says how often a task that fails may run in all, once
     without it, and ``retry_on_error`` alone allows three times; a middleware of taskiq for retries
     decides in their place.
+
+    Messages may be sent on any event loop, and on several at once. The connections belong to the
+    loop that needed them first; another one opens its own once that loop has ended.
     """
 
     def __init__(self) -> None:
@@ -164,7 +199,9 @@ class LedgerBroker(AsyncBroker, TaskHost):
         self._jobs: JobService | None = None
         self._registry: TaskRegistry | None = None
         self._own: _Own | None = None
-        self._opening: asyncio.Future[None] | None = None
+        self._opening: _Opening | None = None
+        self._locks: dict[int, threading.Lock] = {}
+        """By process: the parent may hold its own at the time of a fork."""
         self._started: set[bool] = set()
         self._is_down = False
         self._starting = asyncio.Lock()
@@ -196,7 +233,8 @@ class LedgerBroker(AsyncBroker, TaskHost):
 
     async def shutdown(self) -> None:
         """Run the started jobs, or hand them back; then end. A second call does nothing."""
-        self._leave_abandoned()
+        with self._lock:
+            self._leave_abandoned()
         own = self._own
         try:
             if own is not None:
@@ -250,23 +288,42 @@ class LedgerBroker(AsyncBroker, TaskHost):
 
         Raises as :meth:`startup` does.
         """
-        self._leave_abandoned()
-        while self._opening is not None:
-            await asyncio.wait({self._opening})
-        if self._jobs is None:
-            self._opening = asyncio.get_running_loop().create_future()
-            try:
-                await self._open()
-            finally:
-                opening, self._opening = self._opening, None
-                opening.set_result(None)
-        if self._jobs is None:  # for the type checker
-            raise RuntimeError("the broker is not attached")
-        return self._jobs
+        opening, pause = _Opening(), _MIN_PAUSE_SECONDS
+        while (found := self._jobs_or_turn(opening)) is None and self._opening is not opening:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _MAX_PAUSE_SECONDS)
+        if found is not None:
+            return found
+        try:
+            return await self._open(opening)
+        finally:
+            with self._lock:
+                if self._opening is opening:
+                    self._opening = None
 
-    async def _open(self) -> None:
+    @property
+    def _lock(self) -> threading.Lock:
+        """Guards the choice of the services; no call waits while it holds this."""
+        return self._locks.setdefault(os.getpid(), threading.Lock())
+
+    def _jobs_or_turn(self, opening: _Opening) -> JobService | None:
+        """Return the service; if there is none, let ``opening`` make it unless another one does."""
+        with self._lock:
+            self._leave_abandoned()
+            if self._opening is not None and self._opening.is_abandoned:
+                if self._jobs is self._opening.service:
+                    self._jobs = self._registry = None
+                self._opening = None
+            if self._opening is None:
+                if self._jobs is not None:
+                    return self._jobs
+                self._opening = opening
+        return None
+
+    async def _open(self, opening: _Opening) -> JobService:
         settings = msgspec.structs.replace(read_settings(os.environ), task_modules=())
         own = _Own(tracing_of(self._module)(assemble)(settings, tasks=[self]))
+        opening.service = own.assembly.jobs.service
         own.assembly.operations.home.settle()
         try:
             for resource in own.assembly.operations.resources:
@@ -276,6 +333,33 @@ class LedgerBroker(AsyncBroker, TaskHost):
             await own.close()
             raise
         self._own = own
+        return opening.service
+
+    async def _with_jobs(self, call: Callable[[JobService, bool], Awaitable[T]]) -> T:
+        """Return the result of ``call``, which gets the service of this process.
+
+        Another loop may have opened it, and end meanwhile: ``call`` is then made again with true,
+        since the call before may have taken effect.
+        """
+        again = False
+        while True:
+            jobs, own = await self.job_service(), self._own
+            try:
+                return await call(jobs, again)
+            except ForeignLoopError:
+                if own is None or not await self._has_lost(jobs, own):
+                    raise
+                again = True
+
+    async def _has_lost(self, jobs: JobService, own: _Own) -> bool:
+        """Return True once the loop of the services has ended; False if it is not about to."""
+        if own.loop is asyncio.get_running_loop() or own.assembly.operations.home.is_forked:
+            return False
+        for _ in range(round(_MAX_END_SECONDS / _MAX_PAUSE_SECONDS)):
+            if self._jobs is not jobs or not own.loop.is_running():
+                return True
+            await asyncio.sleep(_MAX_PAUSE_SECONDS)
+        return False
 
     # -- the port TaskHost -------------------------------------------------------------------
 
@@ -368,24 +452,17 @@ class LedgerBroker(AsyncBroker, TaskHost):
         if delivery is not None and delivery.task_id == message.task_id and not delivery.is_over:
             delivery.send_again(message)
             return
-        jobs = await self.job_service()
-        if self._own is not None and self._own.in_process and not self.is_worker_process:
-            self._own.run_jobs()
         draft = self._draft(message)
-        accepted = await jobs.accept_draft(draft)
-        if accepted.created or draft.key is not None:
-            return
-        job = accepted.job
-        if job.state.final:
-            raise JobStateError(
-                f"the task id {message.task_id!r} belongs to a job that is {job.state};"
-                " a task id is used once",
-                job.state,
-            )
-        if not job.comes_from(replace(draft, run_at=job.asked_run_at)):  # a delay began anew
-            raise KeyConflictError(
-                f"the task id {message.task_id!r} belongs to a job that asks for something else"
-            )
+
+        async def accept(jobs: JobService, again: bool) -> None:  # noqa: FBT001
+            own = self._own
+            if own is not None and own.in_process and not self.is_worker_process:
+                own.run_jobs()
+            accepted = await jobs.accept_draft(draft)
+            if not accepted.created and draft.key is None:
+                _require_own(accepted.job, draft, message.task_id, again=again)
+
+        await self._with_jobs(accept)
 
     def _draft(self, message: BrokerMessage) -> JobDraft:
         now = datetime.now(UTC)
@@ -499,4 +576,23 @@ class LedgerBroker(AsyncBroker, TaskHost):
 
     async def find_job(self, task_id: str) -> Job:
         """Return the job of a task. Raises :class:`JobNotFoundError`."""
-        return await (await self.job_service()).get(job_id_of(task_id))
+        return await self._with_jobs(lambda jobs, _: jobs.get(job_id_of(task_id)))
+
+
+def _require_own(job: Job, draft: JobDraft, task_id: str, *, again: bool) -> None:
+    """Raise an error if a task id belongs to another message than that of ``draft``.
+
+    ``again``: the draft may have been accepted before, by a call whose response was lost.
+    """
+    is_same = job.comes_from(replace(draft, run_at=job.asked_run_at))  # a delay began anew
+    if again and is_same:
+        return
+    if job.state.final:
+        raise JobStateError(
+            f"the task id {task_id!r} belongs to a job that is {job.state}; a task id is used once",
+            job.state,
+        )
+    if not is_same:
+        raise KeyConflictError(
+            f"the task id {task_id!r} belongs to a job that asks for something else"
+        )

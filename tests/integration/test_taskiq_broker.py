@@ -5,6 +5,8 @@ import base64
 import datetime as dt
 import json
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -40,6 +42,7 @@ from taskiq.labels import LabelType
 from taskiq.schedule_sources import LabelScheduleSource
 from taskiq.scheduler.scheduled_task import ScheduledTask
 from taskiq.serializers import PickleSerializer
+from tests.integration import taskiq_senders
 from tests.integration.taskiq_brokers import (
     MEMORY,
     TASKIQ,
@@ -1453,6 +1456,28 @@ def test_a_broker_works_in_the_next_event_loop(
 
     assert found == [[2, 3], [4, 6], [6, 9]]
     assert events == ["client_startup"] * (3 if starts else 0)
+
+
+@pytest.mark.usefixtures("on_postgres")
+@pytest.mark.parametrize("starts", [True, False])
+async def test_messages_are_sent_on_several_event_loops_at_once(
+    migrated_database: Database, *, starts: bool
+) -> None:
+    """Beside the loop of the broker, or on loops that end while others use their connections."""
+    if starts:
+        async with taskiq_senders.broker:
+            sent = await asyncio.to_thread(taskiq_senders.send_from_threads)
+    else:
+        command = [sys.executable, "-m", taskiq_senders.__name__]
+        ran = await asyncio.to_thread(
+            subprocess.run, command, capture_output=True, timeout=40, check=False
+        )
+        assert ran.returncode == 0, ran.stderr
+        sent = json.loads(ran.stdout)
+    stored = migrated_database.execute("select id::text from viralfx_jobs")
+
+    assert len(set(sent)) == taskiq_senders.SENDERS
+    assert sorted(sent) == sorted(job_id for (job_id,) in stored)
 
 
 async def test_messages_start_the_worker_of_their_process_once(
