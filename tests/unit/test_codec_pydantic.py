@@ -4,7 +4,7 @@ import json
 import sys
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
@@ -12,6 +12,8 @@ from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 import msgspec
 import pytest
 from pydantic import (
+    AliasChoices,
+    AliasPath,
     BaseModel,
     ConfigDict,
     Field,
@@ -136,6 +138,53 @@ class Old(pydantic1.BaseModel):
     """A model of Pydantic 1."""
 
     number: int
+
+
+class Account(BaseModel):
+    """Has fields whose JSON is not what it reads, and any JSON."""
+
+    number: int = 1
+    token: str = Field(default="", exclude=True)
+    sent: int = Field(default=0, validation_alias="in", serialization_alias="out")
+    owner: int = Field(default=0, validation_alias=AliasChoices("ownerId", AliasPath("owner", 0)))
+    known: int = Field(default=0, validation_alias=AliasChoices("id", "known"))
+    more: dict[str, Any] = {}
+
+
+class Encoded(BaseModel):
+    """Writes bytes in another way than it reads them."""
+
+    model_config = ConfigDict(ser_json_bytes="base64")
+
+    data: bytes = b""
+
+
+class Renamed(BaseModel):
+    """Reads names, and writes aliases."""
+
+    model_config = ConfigDict(validate_by_alias=False, validate_by_name=True)
+
+    number: int = Field(default=0, alias="no")
+
+
+@pydantic_dataclass
+class Counted:
+    """Has a field that only code sets."""
+
+    count: int = field(default=0, init=False)
+
+
+class Wallet(msgspec.Struct):
+    """A Struct with such a model."""
+
+    account: Account
+
+
+def counted() -> Counted:
+    """Return an object that code has changed."""
+    made = Counted()
+    made.count = 3
+    return made
 
 
 @pytest.fixture
@@ -334,6 +383,10 @@ def test_errors_of_validators(codec: MsgspecCodec) -> None:
         (Login(password=SecretStr("hidden")), Any),
         ([Login(password=SecretStr("hidden"))], list[Login]),
         ({"all": SecretStr("hidden")}, Any),
+        ({"password": SecretStr("hidden")}, Login),
+        (Account(more={"all": [SecretStr("hidden")]}), Account),
+        (Account(more={"all": {SecretStr("hidden"): 1}}), Any),
+        ([Account(more={"all": {SecretStr("hidden")}})], list[Account]),
     ],
 )
 def test_a_secret_is_not_lost_silently(codec: MsgspecCodec, value: object, type_: Any) -> None:
@@ -341,6 +394,37 @@ def test_a_secret_is_not_lost_silently(codec: MsgspecCodec, value: object, type_
     with pytest.raises(ResultError, match="the JSON of a secret is its mask"):
         codec.encode(value, type_)
     assert b"**********" in encoded_result(codec, value, 1000, type_)
+
+
+@pytest.mark.parametrize(
+    ("value", "field_name"),
+    [
+        (Account(token="t"), "Account.token"),
+        (Account.model_validate({"in": 3}), "Account.sent"),
+        (Account.model_validate({"ownerId": 3}), "Account.owner"),
+        (Encoded(data=b"abcd"), "Encoded.data"),
+        (Renamed.model_validate({"number": 3}), "Renamed.number"),
+        (counted(), "Counted.count"),
+        (Wallet(Account(token="t")), "Account.token"),
+    ],
+)
+def test_a_field_is_not_lost_silently(codec: MsgspecCodec, value: Any, field_name: str) -> None:
+    """A task would get its default in its place; a result is read by people."""
+    kind: Any = type(value)
+    for given, type_ in ((value, kind), ([value], list[kind])):
+        with pytest.raises(ResultError, match=f"the value of {field_name} is not read again"):
+            codec.encode(given, type_)
+        encoded_result(codec, given, 1000, type_)
+
+
+def test_a_field_without_a_value_is_not_lost(codec: MsgspecCodec) -> None:
+    """Nor is one that a dict has under the alias which the model reads."""
+    more = {"at": datetime(2026, 1, 6, tzinfo=UTC), "of": (1, 2)}
+    account = Account.model_validate({"id": 3, "more": more})
+    assert codec.decode(codec.encode(account, Account), Account).known == 3
+    document = codec.encode({"token": "t", "in": 3}, Account)
+
+    assert codec.decode(document, Account) == Account.model_validate({"token": "t", "in": 3})
 
 
 def test_a_text_may_look_like_a_mask(codec: MsgspecCodec) -> None:

@@ -10,6 +10,7 @@ from collections.abc import (
     AsyncIterable,
     Awaitable,
     Callable,
+    Collection,
     Iterable,
     Iterator,
     Mapping,
@@ -20,7 +21,7 @@ from dataclasses import is_dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from types import UnionType
 from typing import (
     Annotated,
@@ -41,6 +42,7 @@ from viralfx.domain.errors import text_of
 from viralfx.domain.jobs.codec import MAX_NESTING_LEVELS, PayloadError, ResultError, is_too_deep
 
 _Schema = dict[str, Any]
+_check_syntax = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 class MsgspecCodec:
@@ -56,7 +58,6 @@ class MsgspecCodec:
     def __init__(self) -> None:
         self._decoders: dict[object, msgspec.json.Decoder[Any]] = {}
         self._pydantic: dict[object, _PydanticType | TypeError | None] = {}
-        self._check_syntax = msgspec.json.Decoder(msgspec.Raw).decode
         self._encode, self._encode_to_read = (
             msgspec.json.Encoder(enc_hook=partial(self._encode_object, round_trip=each)).encode
             for each in (True, False)
@@ -86,7 +87,7 @@ class MsgspecCodec:
                 payload.decode()  # the decoder skips unknown fields without checking their encoding
             if (found := self._pydantic_type(type_)) is None:
                 return self._decoder(type_).decode(payload)
-            self._check_syntax(payload)  # Pydantic accepts NaN, which no ledger could store
+            _check_syntax(payload)  # Pydantic accepts NaN, which no ledger could store
             return found.decode(payload)
         except msgspec.MsgspecError as error:
             raise PayloadError(str(error)) from None
@@ -180,10 +181,13 @@ class MsgspecCodec:
 
     def _encode_object(self, value: object, *, round_trip: bool) -> msgspec.Raw:
         """Return the JSON of an object that msgspec does not know."""
-        kind = type(value)
-        if (serializer := getattr(kind, _SERIALIZER, None)) is not None:
+        kind: Any = type(value)
+        if (validator := getattr(kind, _VALIDATOR, None)) is not None:
             # Not by a type of its own, which would be kept: a model may be made at run time.
-            return msgspec.Raw(_dumped(serializer.to_json, value, kind, round_trip=round_trip))
+            document = _dumped(getattr(kind, _SERIALIZER).to_json, value, round_trip=round_trip)
+            if round_trip and (_MASK in document or _class_may_lose(kind)):
+                _require_all(value, validator.validate_json, document)
+            return msgspec.Raw(document)
         if (found := self._pydantic_type(kind)) is not None:
             return msgspec.Raw(found.encode(value, round_trip=round_trip))
         raise TypeError(f"Encoding objects of type {kind.__name__} is unsupported")
@@ -273,14 +277,20 @@ def _inside(type_: Any) -> tuple[Sequence[Any], Sequence[Any]]:
 
 def _types_of_fields(kind: type, *, of_models: bool) -> Iterable[Any]:
     if hasattr(kind, _VALIDATOR):
-        named = getattr(kind, "__pydantic_fields__", None) or getattr(kind, "model_fields", {})
-        return [each.annotation for each in named.values()] if of_models else ()
+        return [each.annotation for each in _fields_of(kind).values()] if of_models else ()
     if not (_is_of_msgspec(kind) or _is_neutral(kind)):
         return ()
     try:
         return get_type_hints(kind, include_extras=True).values()
     except Exception:  # noqa: BLE001 - a name that is not defined: the decoder reports it
         return ()
+
+
+def _fields_of(kind: Any) -> Mapping[str, Any]:
+    """Return the fields of a class of Pydantic by name; none for any other class."""
+    if not hasattr(kind, _VALIDATOR):
+        return {}
+    return getattr(kind, "__pydantic_fields__", None) or getattr(kind, "model_fields", {})
 
 
 def _is_class(part: Any) -> bool:
@@ -391,7 +401,7 @@ class _PydanticType:
             reason = str(error).partition("\n")[0]
             raise TypeError(f"Pydantic does not support it: {reason}") from None
         self._error = pydantic.ValidationError
-        self._type = type_
+        self._may_lose = _may_lose(type_)
         self._names: frozenset[str] = frozenset()
 
     def decode(self, document: bytes, root: str = "$") -> Any:
@@ -407,7 +417,12 @@ class _PydanticType:
 
     def encode(self, value: object, *, round_trip: bool) -> bytes:
         """Encode a value; one of another type, too, as far as that is possible."""
-        return _dumped(self.adapter.dump_json, value, self._type, round_trip=round_trip)
+        document = _dumped(self.adapter.dump_json, value, round_trip=round_trip)
+        if round_trip and (self._may_lose or _MASK in document):
+            with suppress(self._error):  # a dict may stand for a model
+                value = self.adapter.validate_python(value)
+            _require_all(value, self.adapter.validate_json, document)
+        return document
 
     def _text_of(self, error: Any, root: str) -> str:
         self._names = self._names or _names_in(self.adapter.core_schema)
@@ -461,14 +476,84 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(each)
 
 
-def _dumped(dump: Callable[..., bytes], value: object, type_: Any, *, round_trip: bool) -> bytes:
-    document = dump(value, by_alias=True, round_trip=round_trip, warnings=False)
-    if round_trip and _MASK in document and any(map(_is_secret, _parts(type_, of_models=True))):
+def _dumped(dump: Callable[..., bytes], value: object, *, round_trip: bool) -> bytes:
+    return dump(value, by_alias=True, round_trip=round_trip, warnings=False)
+
+
+def _may_lose(type_: Any) -> bool:
+    """Return True if the JSON of a type may lack values, as far as its annotations tell."""
+    return any(_is_secret(part) or _one_way_fields(part) for part in _parts(type_, of_models=True))
+
+
+_class_may_lose = lru_cache(maxsize=512)(_may_lose)
+
+
+def _one_way_fields(kind: Any) -> set[str]:
+    """Return the fields of a class of Pydantic that its own JSON does not have, or not as read."""
+    named = _fields_of(kind)
+    config = getattr(kind, "model_config", None) or getattr(kind, "__pydantic_config__", None) or {}
+    bytes_differ = config.get("ser_json_bytes", "utf8") != config.get("val_json_bytes", "utf8")
+    if bytes_differ or config.get("ser_json_temporal", "iso8601") != "iso8601":
+        return set(named)
+    return {name for name, each in named.items() if _is_one_way(name, each, config)}
+
+
+def _is_one_way(name: str, field: Any, config: Mapping[str, Any]) -> bool:
+    if field.exclude or getattr(field, "exclude_if", None) or getattr(field, "init", True) is False:
+        return True
+    alias = field.validation_alias
+    accepted = {name} if alias is None else set()
+    if alias is not None and config.get("validate_by_alias", True):
+        for each in getattr(alias, "choices", [alias]):  # of an AliasChoices
+            path = getattr(each, "path", [each])
+            accepted.update(path if len(path) == 1 else ())
+    if config.get("validate_by_name") or config.get("populate_by_name"):
+        accepted.add(name)
+    return (field.serialization_alias or name) not in accepted
+
+
+def _require_all(value: object, read: Callable[[bytes], Any], document: bytes) -> None:
+    """Raise ``ValueError`` if an object lost a secret or a field on its way through its JSON."""
+    try:
+        lost = next(_losses(value, read(document)), "")
+    except ValueError:
+        lost = None if _MASK in document else ""  # decoding it has a text for any other reason
+    if lost is None:
         raise ValueError(
             "the JSON of a secret is its mask; give its field a serializer that returns the value,"
             " or pass on where the secret is kept"
         )
-    return document
+    if lost:
+        raise ValueError(
+            f"the value of {lost} is not read again from its JSON, since the field is excluded, or"
+            " written in another way than it is read; declare a model without it"
+        )
+
+
+def _losses(value: object, found: object) -> Iterator[str | None]:
+    """Yield each field with another value in ``found``, and None for a secret."""
+    rest: list[tuple[Any, Any]] = [(value, found)]
+    while rest:
+        one, other = rest.pop()
+        if _is_secret(type(one)):
+            if one != other:
+                yield None
+        elif isinstance(one, Mapping | set | frozenset) and isinstance(other, Collection):
+            rest += [(each, each if each in other else None) for each in one]
+            if isinstance(one, Mapping) and isinstance(other, Mapping):
+                rest += [(each, other.get(key)) for key, each in one.items()]
+        elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
+            rest += zip(one, other, strict=False)
+        elif isinstance(one, type(other)) and hasattr(one, "__dict__"):
+            one_way, others = _one_way_fields(type(other)), _values_of(other)
+            for name, each in _values_of(one).items():
+                if name in one_way and each != others.get(name):
+                    yield f"{type(one).__qualname__}.{name}"
+                rest.append((each, others.get(name)))
+
+
+def _values_of(value: Any) -> dict[str, Any]:
+    return {**vars(value), **(getattr(value, "__pydantic_extra__", None) or {})}
 
 
 def _is_secret(part: Any) -> bool:
