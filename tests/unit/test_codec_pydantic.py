@@ -151,6 +151,14 @@ class Account(BaseModel):
     more: dict[str, Any] = {}
 
 
+class Endless(BaseModel):
+    """Writes infinity as JavaScript does."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    weight: float
+
+
 class Encoded(BaseModel):
     """Writes bytes in another way than it reads them."""
 
@@ -270,6 +278,15 @@ def test_only_a_result_has_computed_fields(codec: MsgspecCodec) -> None:
     assert "size" not in json.loads(codec.encode(ORDER, Order))
     for type_ in (Order, Any):
         assert json.loads(encoded_result(codec, ORDER, 1000, type_))["size"] == 1
+
+
+def test_infinity_is_no_json(codec: MsgspecCodec) -> None:
+    """A ledger could not store such a result, or such a payload."""
+    value = Endless(weight=float("inf"))
+    for round_trip in (True, False):
+        for given, type_ in ((value, Endless), ({"all": value}, Any)):
+            with pytest.raises(ResultError, match="JSON is malformed"):
+                codec.encode(given, type_, round_trip=round_trip)
 
 
 def test_a_result_may_differ_from_its_annotation(codec: MsgspecCodec) -> None:

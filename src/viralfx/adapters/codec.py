@@ -477,7 +477,9 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 
 def _dumped(dump: Callable[..., bytes], value: object, *, round_trip: bool) -> bytes:
-    return dump(value, by_alias=True, round_trip=round_trip, warnings=False)
+    document = dump(value, by_alias=True, round_trip=round_trip, warnings=False)
+    _check_syntax(document)  # a model may write infinity, which no ledger could store
+    return document
 
 
 def _may_lose(type_: Any) -> bool:
