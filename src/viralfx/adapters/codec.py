@@ -230,7 +230,8 @@ class MsgspecCodec:
 
 # -- types ---------------------------------------------------------------------------------------
 
-_PACKAGES = frozenset({"pydantic", "pydantic_core", "pydantic_extra_types"})
+_PACKAGES = frozenset({"annotated_types", "pydantic", "pydantic_core", "pydantic_extra_types"})
+"""The first one has the limits of types such as ``PositiveInt``."""
 _VALIDATOR, _SERIALIZER = "__pydantic_validator__", "__pydantic_serializer__"
 """Attributes of the models and dataclasses of Pydantic 2."""
 _SCHEMA = "__get_pydantic_core_schema__"
