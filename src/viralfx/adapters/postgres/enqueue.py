@@ -286,7 +286,7 @@ def _psycopg_cursor(connection: Any) -> Callable[[], Any] | None:
 
 
 def _named_cursor(connection: Any, driver: Any) -> Any:
-    """Return a cursor of psycopg whose parameters have names, also of a connection with raw cursors."""
+    """Return a cursor whose parameters have names, also of a connection with raw cursors."""
     found = connection.cursor(row_factory=driver.rows.tuple_row)
     if isinstance(found, getattr(driver, "RawCursor", ())):
         return driver.Cursor(connection, row_factory=driver.rows.tuple_row)
