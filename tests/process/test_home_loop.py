@@ -156,7 +156,7 @@ def test_the_end_of_the_home_loop_ends_the_call(
 def test_blocking_calls_without_a_home_loop_wait_for_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """None of them waits too long for a turn, whatever their number."""
+    """None of them waits too long for a turn, also if there are many."""
     monkeypatch.setattr("viralfx.domain.loops._MAX_TURN_SECONDS", 0.05)
     home, running = HomeLoop(), 0
 

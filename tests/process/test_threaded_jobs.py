@@ -84,7 +84,7 @@ def test_a_commit_succeeds_without_a_free_descriptor(
 def test_callers_of_a_frozen_database_share_one_attempt(
     jobs_of: Callable[..., JobService], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each of them waits for one connection timeout, at any number of callers."""
+    """Each of them waits for one connection timeout, also if there are many."""
     callers = 12
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"postgresql://user:word@127.0.0.1:{silent.getsockname()[1]}/name"
