@@ -422,7 +422,7 @@ class JobFollower:
 
 
 class _OnLoop:
-    """What the followers on one event loop share."""
+    """The state that the followers on one event loop share."""
 
     def __init__(self) -> None:
         self.followers = 0
