@@ -134,7 +134,9 @@ class OperationsMiddleware(OperationsLayer):
         that the endpoints hide, and for a second lifespan at the same time.
         """
         if self.loop is not None and not self.operations.staged:
-            raise ConfigurationError(["OperationsMiddleware: its lifespan runs already"])
+            problem = "OperationsMiddleware: its lifespan runs already"
+            remedy = "give each application that runs at the same time its own middleware"
+            raise ConfigurationError([f"{problem}; {remedy}"])
         self._lifespans += 1
         self.require_free_paths()
         super().begin()

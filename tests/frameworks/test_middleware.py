@@ -289,7 +289,10 @@ async def test_one_lifespan_runs_at_a_time() -> None:
     await first.start()
 
     assert await second.start() == "startup.failed"
-    assert second.error == "OperationsMiddleware: its lifespan runs already"
+    assert second.error == (
+        "OperationsMiddleware: its lifespan runs already; give each application that runs at the"
+        " same time its own middleware"
+    )
     assert await first.stop() == "shutdown.complete"
 
 

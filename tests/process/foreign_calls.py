@@ -11,15 +11,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from litestar import Litestar
 
 from viralfx import OperationsConfig, OperationsPlugin, task
 
 CALLS = 50
+SERVICE_CALLS = 8
 OUTCOMES: dict[str, object] = {}
 
 
@@ -65,10 +68,49 @@ def in_handler(call: Callable[[], object]) -> object:
     return found[0] if found else "no outcome"
 
 
-def at_once(call: Callable[[], object]) -> object:
+def at_once(call: Callable[[], object], calls: int = CALLS) -> object:
     """Return the different outcomes of many calls at once, each in a thread of its own."""
-    with ThreadPoolExecutor(CALLS) as threads:
-        return sorted({str(each) for each in threads.map(lambda _: outcome_of(call), range(CALLS))})
+    with ThreadPoolExecutor(calls) as threads:
+        return sorted({str(each) for each in threads.map(lambda _: outcome_of(call), range(calls))})
+
+
+def services(plugin: OperationsPlugin) -> Mapping[str, Callable[[], Coroutine[Any, Any, object]]]:
+    """Return a call of each service but the jobs, and one that only reads jobs."""
+
+    async def load() -> int:
+        return 1
+
+    async def cache() -> object:
+        return await plugin.cache.get_or_load_value("foreign", 60, load, int)
+
+    async def database() -> object:
+        return await plugin.database.execute_with_retry(
+            lambda connection: connection.fetchval("SELECT 1")
+        )
+
+    async def redis() -> object:
+        return await plugin.redis.redis.get("foreign")
+
+    async def search() -> object:
+        return await plugin.jobs.search()
+
+    return {"cache": cache, "database": database, "redis": redis, "search": search}
+
+
+def run_service(call: Callable[[], Coroutine[Any, Any, object]]) -> None:
+    """Make a call on an event loop of this thread."""
+    asyncio.run(call())
+
+
+def record_services(when: str, plugin: OperationsPlugin) -> None:
+    """Call each service from a fork, from threads with event loops, and from a signal handler."""
+    for name, service in services(plugin).items():
+        call = partial(run_service, service)
+        OUTCOMES[f"{when}: {name}"] = {
+            "forked": in_child(call),
+            "in threads": at_once(call, SERVICE_CALLS),
+            "in a handler": in_handler(call),
+        }
 
 
 def record(when: str, plugin: OperationsPlugin) -> None:
@@ -86,6 +128,7 @@ def record(when: str, plugin: OperationsPlugin) -> None:
     OUTCOMES[f"{when}: submit_sync, in threads"] = at_once(blocking)
     if threading.current_thread() is threading.main_thread():
         OUTCOMES[f"{when}: submit_sync, in a handler"] = in_handler(blocking)
+        OUTCOMES[f"{when}: asyncio.run, in a handler"] = in_handler(awaited)
 
 
 @contextmanager
@@ -123,8 +166,10 @@ def main() -> None:
     plugins = [OperationsPlugin(OperationsConfig(tasks=[note])) for _ in range(2)]
     first, second = plugins
     record("before", first)
+    record_services("before", first)
     with started(first):
         record("running", first)
+        record_services("running", first)
         asyncio.run(on_a_loop(first))
         with started(second):
             record("beside", second)
@@ -132,6 +177,7 @@ def main() -> None:
             lambda: first.jobs.submit_sync(note, 1)
         )
     record("after", first)
+    record_services("after", first)
     json.dump(OUTCOMES, sys.stdout)
 
 

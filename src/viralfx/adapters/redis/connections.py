@@ -119,7 +119,7 @@ class Traffic:
     def require_open(self) -> None:
         """Raise :class:`ClientClosedError` once the client is closed."""
         if self.closed:
-            raise ClientClosedError("the Redis client is closed")
+            raise ClientClosedError("the Redis client is closed: the application has stopped")
 
 
 _logger = logging.getLogger("viralfx.redis")
