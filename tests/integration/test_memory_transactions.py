@@ -456,7 +456,8 @@ async def test_a_blocking_call_takes_a_synchronous_session(shop: Shop) -> None:
     submit = shop.plugin.jobs.submit_sync
     connection = await asyncpg.connect(shop.database.url)
     await connection.execute("BEGIN")
-    for given in (connection, AsyncSession(shop.engine)):
+    scoped = async_scoped_session(async_sessionmaker(shop.engine), lambda: None)
+    for given in (connection, AsyncSession(shop.engine), scoped):
         with pytest.raises(TransactionError, match=r"use `await jobs\.submit"):
             await asyncio.to_thread(submit, "orders.ship", 1, connection=given)
     with (

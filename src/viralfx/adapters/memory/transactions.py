@@ -106,7 +106,9 @@ class ForeignTransactions:
             return lent
         self.resolve()
         packages = {kind.__module__.partition(".")[0] for kind in type(given).__mro__}
-        is_asynchronous = any(hasattr(given, f"sync_{each}") for each in ("session", "connection"))
+        is_asynchronous = any(
+            kind.__module__.startswith("sqlalchemy.ext.asyncio.") for kind in type(given).__mro__
+        )
         if blocks and (is_asynchronous or "asyncpg" in packages):
             raise TransactionError(
                 "connection= of a synchronous call takes a session or connection of SQLAlchemy that"
