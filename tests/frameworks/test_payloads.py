@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from fastapi import FastAPI
 from litestar.testing import TestClient
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
 from pydantic import v1 as pydantic1
 from pydantic.alias_generators import to_camel
 
@@ -55,6 +55,18 @@ class Lost(BaseModel):
     reason: str
 
 
+class Moved(BaseModel):
+    """Reads the objects of an earlier version, and nothing else than an object."""
+
+    place: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def rename(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Accept the earlier name of the field."""
+        return {"place": given.get("location"), **given}
+
+
 Event = Annotated[Paid | Lost, Field(discriminator="kind")]
 
 
@@ -77,6 +89,11 @@ async def pack(order: Order, context: JobContext) -> Order:
 def record(events: list[Event]) -> dict[str, Event]:
     """Return the last event of each kind, in a thread."""
     return {event.kind: event for event in events}
+
+
+@task("parcels.move")
+async def move(moved: Moved) -> None:
+    """Take a payload whose code raises an error for null."""
 
 
 @task("parcels.send")
@@ -206,6 +223,7 @@ def test_the_document_has_the_models() -> None:
     schemas = document["components"]["schemas"]
 
     assert payloads["orders.pack"] == {"$ref": "#/components/schemas/Payload.Model.Order"}
+    assert payloads["parcels.move"] == {"$ref": "#/components/schemas/Payload.Model.Moved"}
     assert payloads["parcels.send"] == {"$ref": "#/components/schemas/Payload.Parcel"}
     assert payloads["events.record"]["items"]["discriminator"]["mapping"] == {
         kind: f"#/components/schemas/Payload.Model.{kind.title()}" for kind in ("lost", "paid")
