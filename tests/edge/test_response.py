@@ -252,6 +252,31 @@ async def test_one_message_may_accept_several_websockets() -> None:
     assert accept == {"type": "websocket.accept"}
 
 
+async def test_one_message_may_start_several_responses() -> None:
+    """A server keeps the message while a client reads slowly: each request has its own."""
+    start: Message = {"type": "http.response.start", "status": 200, "headers": [OWN]}
+    given = {**start, "headers": [OWN]}
+    kept: list[Message] = []
+
+    async def app(_: Scope, _receive: Receive, send: Send) -> None:
+        await send(start)
+
+    async def keep(message: Message) -> None:
+        kept.append(message)
+
+    gate = Gate(OperationsLayer(OperationsConfig(settings=Settings())).endpoints, app)
+    gate.open = True
+    ids = [b"first", b"second"]
+    for each in ids:
+        headers = [(b"x-correlation-id", each)]
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": headers}
+        await gate(scope, asyncio.Queue[Message]().get, keep)
+
+    found = [dict(message["headers"]) for message in kept]
+    assert found == [{b"x-correlation-id": each, b"x-own": b"a"} for each in ids]
+    assert start == given
+
+
 async def test_headers_of_a_request_can_be_read_once() -> None:
     """Another server may pass an iterator; the gate and the application both see all headers."""
     given = [(b"host", b"x"), (b"x-correlation-id", b"mine"), (b"x-own", b"a")]

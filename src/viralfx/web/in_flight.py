@@ -148,7 +148,7 @@ class InFlightRequest:
                 return self._send_events(message)
             self.complete = not message.get("more_body", False)
         elif kind == "http.response.start":
-            self._start_response(message)
+            message = self._start_response(message)
         elif kind == "http.response.pathsend":
             self.complete = True  # the server sends a file as the whole body
         return self._send(message)
@@ -206,7 +206,7 @@ class InFlightRequest:
         if TRACE not in self.scope and (trace := current_trace()) is not None:
             self.scope[TRACE] = trace
 
-    def _start_response(self, message: Message) -> None:
+    def _start_response(self, message: Message) -> Message:
         self._note_trace()
         status = int(message["status"])  # the label of an enumeration member would be its name
         # Servers send no other status, even if an application derives one from client input.
@@ -231,8 +231,10 @@ class InFlightRequest:
         self.accepts_events = self.event_stream and not self._encoded
         if stopping:
             headers.append(CLOSE)
-        message["headers"] = headers
         self.started = True  # not before: an invalid header is an error without a response
+        # A new message: an application may send the same one for each request, and servers keep it
+        # while a client reads slowly.
+        return {**message, "headers": headers}
 
     def _record_failure(self, status: int) -> None:
         """Clear the status if no client receives it, and log the error behind a 500."""
