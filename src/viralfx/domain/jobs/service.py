@@ -215,6 +215,10 @@ class JobService(ScheduledTasks):
         self._hooks.accepted(accepted)
         return accepted
 
+    def queue_of(self, task: str) -> str:
+        """Return the queue of a task, by its name. Raises :class:`UnknownTaskError`."""
+        return self._tasks.find(task).queue
+
     async def accept_draft(self, draft: JobDraft) -> Accepted:
         """Accept a job with an id of the caller's, of a task that this process need not know.
 

@@ -19,7 +19,7 @@ from viralfx.domain.webhooks.signature import WebhookKeys
 
 _logger = logging.getLogger("viralfx.alerts")
 
-TASK, QUEUE = "notifications.webhook", "notifications"
+TASK = "notifications.webhook"
 SUBMIT_TIMEOUT_SECONDS = 10.0
 MAX_DRAIN_SECONDS = 2.0
 _BACKOFF = Backoff(base=1.0, cap=30.0)
@@ -202,7 +202,7 @@ class HealthAlerts:
             await self._service.accept_draft(
                 JobDraft(
                     id=job_id,
-                    queue=QUEUE,
+                    queue=self._service.queue_of(TASK),
                     task=TASK,
                     payload=json.dumps(payload, separators=(",", ":")).encode(),
                     key=self._key(alert),
