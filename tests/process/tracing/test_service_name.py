@@ -109,6 +109,8 @@ def test_the_service_of_this_package_keeps_its_name() -> None:
         ("store.web", "/srv/store/__init__.py", "store"),
         ("main", "/srv/shop/main.py", "shop"),
         ("main", "/main.py", "main"),
+        ("main", "/srv/shop/src/main.py", "shop"),
+        ("main", "/src/main.py", "main"),
         ("app", "/app/app.py", "app"),
         ("asgi", None, "asgi"),
         ("__main__", "/srv/shop/serve_shop.py", "serve_shop"),

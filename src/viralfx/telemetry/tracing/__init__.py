@@ -73,7 +73,8 @@ def service_of(module: str | None) -> str:
     """Return the name of the service whose application a module makes.
 
     It is that of the top-level package; for a generic name, such as ``main`` and ``app``, that of
-    the folder which holds it. None, and a module of this package, mean the service of this package.
+    the folder which holds it, or of the folder around ``src``. None, and a module of this package,
+    mean the service of this package.
     """
     name = (module or _OWN_PACKAGE).partition(".")[0]
     if name == _OWN_PACKAGE:
@@ -85,7 +86,8 @@ def service_of(module: str | None) -> str:
         name = path.parent.name if path.stem == "__main__" else path.stem
         path = path.parent if path.stem == "__main__" else path
     if name in _GENERIC and paths[0]:
-        name = path.resolve().parent.name or name
+        folder = path.resolve().parent
+        name = (folder.parent.name if folder.name == "src" else folder.name) or name
     return name or SERVICE
 
 
