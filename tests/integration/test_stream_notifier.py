@@ -24,6 +24,7 @@ from tests.integration.notifications import (
     notify_until_sent,
 )
 from tests.integration.redis_clients import addresses_of, config_of, within
+from tests.manual_clock import ManualClock
 from tests.servers.certificates import Certificates
 from tests.servers.fault_proxy import BLACKHOLE
 from tests.servers.fixtures import FaultProxies
@@ -170,7 +171,7 @@ async def test_an_error_of_a_call_is_logged(
 async def test_an_unknown_message_is_dropped(
     redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each is logged once; fields of later releases are ignored."""
+    """With one warning for all of a minute; fields of later releases are ignored."""
     received = Received()
     junk = [b"", b"\xff\xfe", b"{", b"[]", b'{"ids": 5}', b'{"ids": [1]}', b"[" * 100_000]
     async with notifier_to(redis) as notifier:
@@ -184,9 +185,24 @@ async def test_an_unknown_message_is_dropped(
 
         assert redis.command("XLEN", STREAM) == 0
     assert received == ["new", "mine"]
-    assert messages_of(caplog) == ["Unknown message dropped from the notification stream"] * (
-        1 + len(junk)
-    )
+    assert messages_of(caplog) == ["Unknown message dropped from the notification stream"]
+
+
+async def test_a_line_about_unknown_messages_has_their_number(
+    redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of the minute before; the reason is short."""
+    clock = ManualClock()
+    async with notifier_to(redis) as notifier:
+        broker = notifier._broker("default")
+        broker._clock = clock
+        for _ in range(3):
+            broker.drop_unknown("x" * 10_000)
+        await clock.advance(60.0)
+        broker.drop_unknown("x")
+
+    lines = [vars(record) for record in caplog.records]
+    assert [(line["count"], len(line["reason"])) for line in lines] == [(1, 200), (3, 1)]
 
 
 # -- cancel and close ----------------------------------------------------------------------------

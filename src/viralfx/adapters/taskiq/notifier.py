@@ -55,6 +55,11 @@ class _Entries(bytes):
     entries: tuple[bytes, ...]
 
 
+_UNKNOWN_LOG_SECONDS = 60.0
+"""Time between two lines about unknown messages; each has the number since the one before."""
+_MAX_REASON_CHARACTERS = 200
+
+
 class NotificationBroker(RedisStreamBroker):
     """The stream of one queue. Supports one :meth:`listen` at a time and concurrent ``kick``."""
 
@@ -94,6 +99,9 @@ class NotificationBroker(RedisStreamBroker):
         self._left: dict[bytes, float] = {}
         """When this reader first saw the entries that other readers have not removed yet."""
         self._clock = clock
+        self._unknown = 0
+        """Unknown messages since the last line about them."""
+        self._unknown_logged_at = -_UNKNOWN_LOG_SECONDS
         self._rng = default_rng()
         self._lost = False
 
@@ -217,6 +225,21 @@ class NotificationBroker(RedisStreamBroker):
         older = (_milliseconds(read[-1]) - _milliseconds(key)) / 1000
         return max(seen, min(older, waited))
 
+    def drop_unknown(self, reason: str) -> None:
+        """Log it, at most once a minute: any user of this Redis may send any number."""
+        self._unknown += 1
+        if (now := self._clock.monotonic()) < self._unknown_logged_at + _UNKNOWN_LOG_SECONDS:
+            return
+        _logger.warning(
+            "Unknown message dropped from the notification stream",
+            extra={
+                "queue": self.queue,
+                "reason": reason[:_MAX_REASON_CHARACTERS],
+                "count": self._unknown,
+            },
+        )
+        self._unknown, self._unknown_logged_at = 0, now
+
     def _set_connected(self) -> None:
         self.reading = True
         if self._lost:
@@ -311,10 +334,7 @@ class NotificationReceiver(Receiver):
                 ids.update(dict.fromkeys(decode_notification(self._queue, data).ids))
                 known = True
             except UnknownMessageError as error:
-                _logger.warning(
-                    "Unknown message dropped from the notification stream",
-                    extra={"queue": self._queue, "reason": str(error)},
-                )
+                self._stream.drop_unknown(str(error))
         return JobNotification(queue=self._queue, ids=tuple(ids)) if known else None
 
 
