@@ -43,6 +43,33 @@ async def test_save_leaves_one_file(tmp_path: Path) -> None:
     assert (tmp_path / "state.json").read_bytes().endswith(b"}\n")
 
 
+async def test_only_this_user_can_read_the_state(tmp_path: Path) -> None:
+    """Neither the umask nor the mode of an older file matters."""
+    (tmp_path / "state.json").touch(mode=0o666)
+    umask = os.umask(0)
+    try:
+        await FileStateStore(tmp_path).save(STATE)
+    finally:
+        os.umask(umask)
+
+    assert (tmp_path / "state.json").stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_link_in_the_folder_is_not_written_through(tmp_path: Path) -> None:
+    """Neither in place of the file nor of the new one, whose name can be guessed."""
+    folder, target = tmp_path / "state", tmp_path / "target"
+    folder.mkdir()
+    target.write_text("theirs")
+    for name in ("state.json", f".state.{os.getpid()}.json"):
+        (folder / name).symlink_to(target)
+
+    await FileStateStore(folder).save(STATE)
+
+    assert target.read_text() == "theirs"
+    assert names(folder) == {"state.json"}
+    assert not (folder / "state.json").is_symlink()
+
+
 @pytest.mark.parametrize("call", [1, 2], ids=["before the rename", "after the rename"])
 async def test_a_full_disk_leaves_a_complete_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
@@ -32,7 +33,11 @@ class MemoryStateStore:
 
 
 class FileStateStore:
-    """Keeps the state in ``<folder>/state.json``; each save is atomic and flushed to disk."""
+    """Keeps the state in ``<folder>/state.json``; each save is atomic and flushed to disk.
+
+    Only the user of the process can read the file. A link that another user of the folder has made
+    in its place is replaced, and never written through.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "state.json"
@@ -78,8 +83,9 @@ class FileStateStore:
         content = msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n"
         # The process id separates the files of two processes that share the folder by mistake.
         new = self._path.with_name(f".state.{os.getpid()}.json")
+        new.unlink(missing_ok=True)  # of a killed process
         try:
-            with new.open("wb") as file:
+            with _create(new) as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -91,6 +97,11 @@ class FileStateStore:
             os.fsync(folder)  # the rename itself must survive a power failure
         finally:
             os.close(folder)
+
+
+def _create(path: Path) -> BinaryIO:
+    """Create a file that only this user can read; raises ``OSError`` if there is one, or a link."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
 
 
 _TRIAL_CONTENT = b"\0" * 65536
@@ -117,7 +128,7 @@ class StateFolderDoctor:
         trial = folder / f".doctor.{os.getpid()}"
         try:
             try:
-                with trial.open("xb") as file:
+                with _create(trial) as file:
                     file.write(_TRIAL_CONTENT)
                     file.flush()
                     os.fsync(file.fileno())
