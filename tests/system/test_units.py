@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -143,6 +144,33 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     wrong = tmp_path / "viralfx-wrong.service"
     wrong.write_text(units[0].read_text(encoding="utf-8").replace("KillMode", "KilMode"))
     assert "KilMode" in verify(wrong)
+
+
+def test_the_units_expose_little(tmp_path: Path) -> None:
+    """By systemd's measure of 0 to 10: the host's files, networks and users are left."""
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.skip("systemd-analyze is not on PATH; Debian's package systemd has it")
+
+    installed(tmp_path, {})
+    for unit in tmp_path.glob("*.service"):
+        command: list[str | Path] = [program, "security", "--offline=true", "--threshold=15", unit]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+def test_a_process_of_a_unit_makes_no_code(tmp_path: Path) -> None:
+    """The stand-in obeys the directive: memory that is writable is not executable."""
+    installed(tmp_path, {"ARGUMENTS": ""})
+    prefix = Unit(tmp_path, ANY_PORT).main_command()[:3]
+    mapping = "import mmap; mmap.mmap(-1, 4096, prot=mmap.PROT_WRITE | mmap.PROT_EXEC)"
+    command = [*prefix, sys.executable, "-c", mapping]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    if done.returncode == 0:
+        pytest.skip("this kernel cannot deny it; Linux 6.3 can")
+    assert "PermissionError" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["viralfx-api@3001", "viralfx-worker@3101"])

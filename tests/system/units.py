@@ -19,23 +19,44 @@ from tests.system.service import ROOT
 UNITS = ROOT / "deploy/systemd"
 
 _ELSEWHERE = {
+    "AmbientCapabilities",
     "CapabilityBoundingSet",
     "LimitNOFILE",
+    "LockPersonality",
     "NoNewPrivileges",
     "PrivateDevices",
     "PrivateTmp",
+    "ProtectClock",
     "ProtectControlGroups",
     "ProtectHome",
+    "ProtectHostname",
+    "ProtectKernelLogs",
+    "ProtectKernelModules",
     "ProtectKernelTunables",
+    "ProtectProc",
     "ProtectSystem",
+    "RemoveIPC",
     "Restart",
     "RestartPreventExitStatus",
     "RestartSec",
     "RestrictAddressFamilies",
+    "RestrictNamespaces",
+    "RestrictRealtime",
     "RestrictSUIDSGID",
+    "SystemCallArchitectures",
+    "SystemCallErrorNumber",
+    "SystemCallFilter",
+    "UMask",
     "User",
 }
 """Directives that need the rights of systemd, or act after a crash."""
+_WITHOUT_NEW_CODE = """
+import ctypes, os, sys
+PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN = 65, 1
+# Without effect before Linux 6.3.
+ctypes.CDLL(None).prctl(PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN, 0, 0, 0)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 _CLIENT = """#!{python}
 import socket, sys
 with socket.socket(socket.AF_UNIX) as manager:
@@ -84,6 +105,7 @@ class Unit:
         """Return the directives that neither have an effect here nor are known to have none."""
         here = {"Environment", "EnvironmentFile", "ExecStart", "ExecStartPost", "KillMode"}
         here |= {"KillSignal", "TimeoutStartSec", "TimeoutStopSec", "Type", "WorkingDirectory"}
+        here.add("MemoryDenyWriteExecute")
         general = {"After", "Description", "StartLimitBurst", "StartLimitIntervalSec"}
         general |= {"WantedBy", "Wants"}
         return self._directives.keys() - here - general - _ELSEWHERE
@@ -107,6 +129,13 @@ class Unit:
             for word in words
             for part in (environment[word[1:]].split() if word.startswith("$") else [word])
         ]
+
+    def main_command(self) -> list[str]:
+        """Return the command of the main process, with the limits that need no rights."""
+        command = self.command("ExecStart")
+        if self.one("MemoryDenyWriteExecute") == "yes":
+            return [sys.executable, "-c", _WITHOUT_NEW_CODE, *command]
+        return command
 
     def seconds(self, key: str) -> float | None:
         """Return a time limit."""
@@ -136,7 +165,7 @@ class Manager:
         assert unit.unknown() == set(), "the stand-in has to learn them"
         with (self._folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                unit.command("ExecStart"),
+                unit.main_command(),
                 cwd=unit.one("WorkingDirectory"),
                 env=unit.environment(),
                 stdout=log,
