@@ -40,6 +40,7 @@ GRACE = 75
 
 _SAMPLES = {
     "DATABASE_URL": "postgresql://app:0123456789abcdef@db.production.internal/app",
+    "DATABASE_MIGRATION_URL": "postgresql://owner:0123456789abcdef@db.production.internal/app",
     "WEBHOOK_SECRET": "whsec_" + "c2Vj" * 8,
     "WEBHOOK_KEYS": "hooks.example.com=whsec_" + "b3du" * 8,
     "WEBHOOK_SHARED_SECRET": "whsec_" + "Zm9y" * 8,
@@ -135,10 +136,11 @@ OF_ONE_CONTAINER = {"MANAGEMENT_PORT"}
 NEEDED = {
     "serve": {*_LONG_LIVED, *OF_ONE_CONTAINER, "API_TOKEN"},
     "worker": _LONG_LIVED,
-    "migrate": _BACKENDS,
+    "migrate": {*_BACKENDS, "DATABASE_MIGRATION_URL"},
 }
 """The variables that each command needs; a command gets no secret that it does not need."""
 OPTIONAL = {
+    "DATABASE_MIGRATION_URL",
     "WEBHOOK_SECRET",
     "WEBHOOK_KEYS",
     "WEBHOOK_SHARED_SECRET",

@@ -80,6 +80,33 @@ def test_a_secret_is_in_a_volume_that_the_program_only_reads(name: str) -> None:
         assert path.removeprefix("/run/secrets/") in script
 
 
+def test_only_migrations_have_the_rights_of_the_owner() -> None:
+    """The others connect as the role of postgres/service-role.sql, and lack its password."""
+    script = (FOLDER / "postgres/service-role.sql").read_text(encoding="utf-8")
+    owner = SERVICES["postgres"]["environment"]["POSTGRES_USER"]
+    (role,) = re.findall(r"CREATE ROLE (\w+) ", script)
+    owners = SERVICES["postgres"]["environment"]["POSTGRES_PASSWORD_FILE"]
+    users = {
+        name: (
+            read_settings({"DATABASE_URL": each["environment"]["DATABASE_URL"]}).database_address,
+            each["environment"]["DB_PASSWORD_FILE"],
+            any(owners.startswith(volume.split(":")[1]) for volume in each["volumes"]),
+        )
+        for name, each in PROGRAM_SERVICES.items()
+        if name in PROGRAMS
+    }
+
+    assert {
+        name: (address.user if address else None, password == owners, mounted)
+        for name, (address, password, mounted) in users.items()
+    } == {
+        "migrate": (owner, True, True),
+        "backend": (role, False, False),
+        "worker": (role, False, False),
+    }
+    assert SERVICES["migrate"]["depends_on"].keys() == {"roles"}
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_command_and_its_probe_are_the_programs(name: str) -> None:
     """The command line accepts them."""
@@ -144,7 +171,7 @@ def test_mounted_files_exist() -> None:
         if volume.startswith(".")
     ]
 
-    assert len(mounted) == 6
+    assert len(mounted) == 7
     assert [source for source, _, mode in mounted if not (FOLDER / source).is_file()] == []
     assert {mode for _, _, mode in mounted} == {"ro"}
 

@@ -18,12 +18,13 @@ WORKERS = 2
 USERS = {
     "secrets": "0:0",
     "postgres": "999:999",
+    "roles": "999:999",
     "redis": "999:999",
     "migrate": "10001:10001",
     "backend": "10001:10001",
     "worker": "10001:10001",
 }
-SECRETS = ("database/password", "redis/password", "tokens/api", "tokens/management")
+SECRETS = ("service/password", "redis/password", "tokens/api", "tokens/management")
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +116,8 @@ def test_more_workers_are_a_number(trial: Trial) -> None:
 
 def test_new_code_on_an_old_schema_says_what_to_run(trial: Trial) -> None:
     """It is not ready, and probes and log show the reason, until `viralfx migrate` has run."""
-    trial.sql("create database empty")
-    url = "postgresql://viralfx@postgres:5432/empty"
+    trial.sql("create database empty owner viralfx_service")
+    url = "postgresql://viralfx_service@postgres:5432/empty"
     with trial.beside("serve", DATABASE_URL=url) as early:
         behind = early.wait(lambda: probe(early.name), "an answer of the check")
         assert "schema is behind: 0001" in behind
@@ -135,8 +136,8 @@ def test_new_code_on_an_old_schema_says_what_to_run(trial: Trial) -> None:
 
 def test_old_code_on_a_new_schema_goes_on_and_warns(trial: Trial) -> None:
     """A roll-out that is undone works; the log and the doctor say that the image is the older."""
-    trial.sql("create database later template template0")
-    url = "postgresql://viralfx@postgres:5432/later"
+    trial.sql("create database later owner viralfx_service template template0")
+    url = "postgresql://viralfx_service@postgres:5432/later"
     with trial.beside("migrate", DATABASE_URL=url) as migration:
         assert migration.wait_ended()["ExitCode"] == 0
     trial.sql("update viralfx_ops.viralfx_migrations set version_num = '9999'", database="later")

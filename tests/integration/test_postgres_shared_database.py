@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from alembic.autogenerate import produce_migrations
 from alembic.migration import MigrationContext
@@ -28,6 +29,7 @@ from viralfx.domain.operations import SavedState
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "postgres.md"
+ROLE = DOCS.parent / "deploy/postgres/service-role.sql"
 ORDERS = MetaData()
 Table("orders", ORDERS, Column("id", Integer, primary_key=True))
 SCHEMAS = ("first", "second")
@@ -178,6 +180,51 @@ async def test_documented_rights_are_enough(database: Database) -> None:
     finally:
         database.execute(f"drop owned by {role}")
         database.execute(f"drop role {role}")
+
+
+async def test_the_role_of_the_service_changes_no_table(database: Database) -> None:
+    """With deploy/postgres/service-role.sql before the migration: jobs run, and tables stay."""
+    role = f"{database.name}_service"
+    script = ROLE.read_text("utf-8").replace("viralfx_service", f'"{role}"')
+    script = script.replace(f"rolname = '\"{role}\"'", f"rolname = '{role}'")
+    try:
+        owner = await asyncpg.connect(database.url)
+        for _again in range(2):
+            await owner.execute(script)
+        await owner.close()
+        config = await migrated(config_of(database))
+        database.execute(f"alter role \"{role}\" password 'planted'")
+        limited = changed(config, user=role, password="planted")
+        async with opened(limited) as pool:
+            ledger = PostgresJobLedger(pool)
+            await work(ledger)
+            await ledger.sweep(5)
+            store = PostgresStateStore(pool, "pod")
+            await store.save(STATE)
+            assert await store.load() == STATE
+            for statement in FORBIDDEN:
+                async with pool.acquire() as connection:
+                    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                        await connection.execute(statement)
+        findings = await PostgresDoctor(limited, production=True).check()
+        assert [each for each in findings if each.verdict is not Verdict.PASS] == []
+    finally:
+        database.execute(f'drop owned by "{role}"')
+        database.execute(f'drop role "{role}"')
+
+
+FORBIDDEN = (
+    "drop table viralfx_ops.viralfx_jobs cascade",
+    "truncate viralfx_ops.viralfx_state",
+    "alter table viralfx_ops.viralfx_jobs add column more int",
+    "alter table viralfx_ops.viralfx_jobs disable trigger user",
+    "create table viralfx_ops.more (number int)",
+    "drop function viralfx_ops.viralfx_claim_jobs",
+    "drop schema viralfx_ops cascade",
+    "create schema more",
+    "create role more",
+    "select pg_read_file('PG_VERSION')",
+)
 
 
 async def test_documented_call_from_sql(migrated_database: Database) -> None:
