@@ -111,7 +111,7 @@ def _services(resources: list[Resource], suffix: str) -> Iterator[str]:
 
 
 def _network(resources: list[Resource]) -> Iterator[str]:
-    """Every source of ingress is named, and webhooks cannot reach private networks."""
+    """Check that sources and destinations are named, and that no webhook goes inside."""
     for policy in of_kind(resources, "NetworkPolicy"):
         spec = policy["spec"]
         if policy["metadata"].get("name") != "viralfx":
@@ -126,20 +126,38 @@ def _network(resources: list[Resource]) -> Iterator[str]:
             for rule in spec["ingress"]
         ]
         if asked != [
-            (["all pods here", "viralfx/reaches-api=true"], ["http"]),
+            (["pods viralfx/reaches-api=true", "viralfx/reaches-api=true"], ["http"]),
             (["viralfx/reaches-metrics=true"], ["http", "http-management", "management"]),
         ]:
             yield f"it lets in {asked}"
-        blocks = [peer["ipBlock"] for rule in spec["egress"] for peer in rule.get("to", ())]
+        *named, webhooks = spec["egress"]
+        reached = [
+            ([_peer(peer) for peer in rule.get("to", ())], [port["port"] for port in rule["ports"]])
+            for rule in named
+        ]
+        if reached != [
+            (["kubernetes.io/metadata.name=kube-system, pods k8s-app=kube-dns"], [53, 53]),
+            (["pods viralfx/holds-data=true", "viralfx/holds-data=true"], [5432, 6379, 26379]),
+            (["pods viralfx/collects-traces=true", "viralfx/collects-traces=true"], [4317, 4318]),
+        ]:
+            yield f"it lets out {reached}"
+        blocks = [peer["ipBlock"] for peer in webhooks["to"]]
         if [(one["cidr"], {*one["except"]}) for one in blocks] != [("0.0.0.0/0", PRIVATE)]:
             yield "webhooks may go inside"
 
 
 def _peer(peer: dict[str, Any]) -> str:
-    if peer == {"podSelector": {}}:
-        return "all pods here"
-    ((label, value),) = peer["namespaceSelector"]["matchLabels"].items()
-    return f"{label}={value}" if len(peer) == 1 else str(peer)
+    kinds = {"namespaceSelector": "", "podSelector": "pods "}
+    if not peer or not peer.keys() <= kinds.keys():
+        return str(peer)
+    found = []
+    for kind in kinds.keys() & peer.keys():
+        labels = peer[kind].get("matchLabels", {})
+        if peer[kind].keys() != {"matchLabels"} or len(labels) != 1:
+            return str(peer)
+        ((label, value),) = labels.items()
+        found.append(f"{kinds[kind]}{label}={value}")
+    return ", ".join(sorted(found))
 
 
 def _references(resources: list[Resource]) -> Iterator[str]:
