@@ -27,6 +27,7 @@ from viralfx.domain.jobs.tasks import TaskRegistry
 from viralfx.domain.webhooks.alerts import HealthAlerts
 from viralfx.domain.webhooks.signature import WebhookKeys, show_key
 from viralfx.settings import read_settings
+from viralfx.settings.model import webhook_keys
 from viralfx.worker import built_in_tasks
 from viralfx.worker.maintenance import Retention
 from viralfx.worker.worker import JobWorker, WorkerConfig
@@ -267,7 +268,7 @@ async def test_receivers_of_a_former_version_verify_during_a_migration(
             "WEBHOOK_SHARED_SECRET": former,
         }
     )
-    delivering = delivery(where, trust=certificates, keys=settings.webhook_keys)
+    delivering = delivery(where, trust=certificates, keys=webhook_keys(settings))
 
     await delivering.deliver(f"https://{where}/in", message_id="job-1", body=b"{}")
 

@@ -37,6 +37,7 @@ from viralfx.domain.webhooks.delivery import (
 )
 from viralfx.domain.webhooks.url import AllowList, Destination
 from viralfx.settings import Settings
+from viralfx.settings.model import webhook_keys
 from viralfx.telemetry.logging.events import JobLog, log_circuit
 from viralfx.telemetry.logging.redaction import Redaction, secrets_of
 from viralfx.telemetry.metrics import Metrics
@@ -245,7 +246,7 @@ def wire_webhooks(
     allowed = AllowList(settings.webhook.allowed_hosts, also=alert_url(settings))
     return WebhookDelivery(
         allowed=allowed,
-        keys=settings.webhook_keys,
+        keys=webhook_keys(settings),
         sender=_LateSender(lambda: _sender(settings, allowed, tracing)),
         circuits=HostCircuits(listeners=(log_circuit, *listeners), clock=clock),
         clock=clock,
@@ -273,7 +274,7 @@ def wire_alerts(
         instance=instance,
         environment=settings.environment,
         shared=lambda check: monitor.policy(check).shared,
-        keys=settings.webhook_keys,
+        keys=webhook_keys(settings),
     )
     monitor.subscribe(alerts)
     return alerts

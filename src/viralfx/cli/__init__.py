@@ -485,8 +485,9 @@ def _webhook_key(options: argparse.Namespace) -> int:
     from viralfx.domain.webhooks.signature import show_key  # noqa: PLC0415
     from viralfx.domain.webhooks.url import WebhookRefusedError, parse_destination  # noqa: PLC0415
     from viralfx.settings import read_settings  # noqa: PLC0415
+    from viralfx.settings.model import webhook_keys  # noqa: PLC0415
 
-    keys = read_settings(os.environ, strict=True).webhook_keys
+    keys = webhook_keys(read_settings(os.environ, strict=True))
     try:
         destination = parse_destination(options.url)
     except WebhookRefusedError as error:

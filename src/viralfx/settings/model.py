@@ -291,14 +291,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return {name: numbers.get(name, self.job.concurrency) for name in queues}
 
     @property
-    def webhook_keys(self) -> WebhookKeys:
-        """The keys of receivers and alerts; the settings must be validated."""
-        secrets = (self.webhook.secret, self.alert_webhook_secret, self.webhook.shared_secret)
-        derived, alerts, shared = (() if s is None else parse_secrets(s.value) for s in secrets)
-        own = {} if self.webhook.keys is None else parse_receiver_keys(self.webhook.keys.value)
-        return WebhookKeys(derived, own=own, alerts=alerts, shared=shared)
-
-    @property
     def needs(self) -> Iterator[tuple[str, str]]:
         """The variables that are set and need an extra of the distribution, and that extra."""
         database = _named("DATABASE_URL", self.database_url)
@@ -464,6 +456,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 "DATABASE_URL: ENVIRONMENT=production refuses to keep jobs in memory; set it, or"
                 f" {accept}=true to accept the loss of all data at every stop"
             )
+
+
+def webhook_keys(settings: Settings) -> WebhookKeys:
+    """Return the keys of receivers and alerts; the settings must be validated."""
+    webhook = settings.webhook
+    secrets = (webhook.secret, settings.alert_webhook_secret, webhook.shared_secret)
+    derived, alerts, shared = (() if s is None else parse_secrets(s.value) for s in secrets)
+    own = {} if webhook.keys is None else parse_receiver_keys(webhook.keys.value)
+    return WebhookKeys(derived, own=own, alerts=alerts, shared=shared)
 
 
 _BUDGETS = frozenset(
