@@ -12,6 +12,7 @@ FILE = re.compile(r"`([\w/]+\.py)`")
 
 
 PORTS = {
+    "AuditStore": "audit",
     "CacheStore": "cache",
     "FleetStore": "fleet",
     "HealthCheck": "health",

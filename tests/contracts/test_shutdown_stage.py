@@ -5,7 +5,7 @@ A new stage adds a row to ``STAGES``.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -19,11 +19,12 @@ from tests.servers.redis import RedisServer, redis_server
 from tests.servers.waiting import wait_until
 
 from viralfx import task
-from viralfx.adapters.memory import FileStateStore, MemoryStateStore
+from viralfx.adapters.memory import FileStateStore, MemoryAuditStore, MemoryStateStore
 from viralfx.adapters.postgres import PostgresDatabase, PostgresHealthCheck, close_postgres
 from viralfx.adapters.redis import RedisClient, RedisHealthCheck, close_redis
 from viralfx.bootstrap import assemble
 from viralfx.bootstrap.jobs import JobRuntime
+from viralfx.domain.audit import Action, AuditEntry, AuditEvent, AuditTrail
 from viralfx.domain.clock import Clock
 from viralfx.domain.health.model import CheckPolicy, Observation
 from viralfx.domain.health.monitor import HealthMonitor
@@ -123,6 +124,24 @@ async def _busy_checks(clock: Clock, *_: object) -> AsyncIterator[StageFunction]
     monitor.start()
     await asyncio.sleep(0)
     yield lambda _: monitor.stop()
+
+
+class _HangingAuditStore(MemoryAuditStore):
+    async def write(self, events: Sequence[AuditEvent]) -> None:
+        await asyncio.Event().wait()
+        raise AssertionError(events)
+
+
+def _audit(store: Callable[[Clock], MemoryAuditStore], *, opened: bool = True) -> Make:
+    @asynccontextmanager
+    async def made(clock: Clock, *_: object) -> AsyncIterator[StageFunction]:
+        trail = AuditTrail(store(clock), clock=clock)
+        trail.record(AuditEntry(action=Action.STOP, actor="management"))
+        if opened:
+            await trail.open()
+        yield trail.close
+
+    return made
 
 
 def _postgres(*, opened: bool = True, in_use: bool = False) -> Make:
@@ -235,6 +254,9 @@ STAGES: dict[str, Make] = {
     "close frozen redis": _frozen_redis,
     "stop checking before start": _idle_checks,
     "stop checking": _busy_checks,
+    "store audit events": _audit(MemoryAuditStore),
+    "store audit events before start": _audit(MemoryAuditStore, opened=False),
+    "store audit events in a store that hangs": _audit(_HangingAuditStore),
     "close postgres": _postgres(),
     "close postgres in use": _postgres(in_use=True),
     "close postgres before start": _postgres(opened=False),

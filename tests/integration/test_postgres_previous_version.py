@@ -131,7 +131,9 @@ async def test_a_process_of_it_goes_on_while_the_schema_is_migrated(database: Da
         found.append((again, [each["id"] for each in claimed], tuple(row), moved, scheduled))
         await old.execute("delete from viralfx_finished_jobs")
         applied = await apply_migrations(config)
-        assert [revision for revision, _ in applied] == (["0006"] if len(found) == 1 else [])
+        assert [revision for revision, _ in applied] == (
+            ["0006", "0007"] if len(found) == 1 else []
+        )
     await old.close()
 
     for again, claimed_ids, listed, moved, scheduled in found:

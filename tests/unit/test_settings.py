@@ -45,6 +45,7 @@ GIVEN: dict[str, tuple[str, object]] = {
     "LOG_LEVEL": ("verbose", "verbose"),
     "LOG_FORMAT": ("console", "console"),
     "ACCESS_LOG": ("false", False),
+    "AUDIT_RETENTION": ("86400000", 86_400.0),
     "HEAP_SNAPSHOT_DIR": ("/var/tmp", "/var/tmp"),  # noqa: S108 - it is only read
     "LOOP_STALL_THRESHOLD": ("250", 0.25),
     "STATE_DIR": ("/var/lib/viralfx", "/var/lib/viralfx"),

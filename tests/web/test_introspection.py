@@ -63,7 +63,7 @@ async def test_info_has_build_and_adapters(kind: str) -> None:
         "environment": "development",
         "role": "api",
         "adapters": dict.fromkeys(
-            ("database", "cache", "jobs", "notifications", "state", "fleet"), "memory"
+            ("database", "cache", "jobs", "notifications", "state", "fleet", "audit"), "memory"
         ),
     }
 
@@ -87,7 +87,9 @@ async def test_adapters_are_those_of_the_settings(
     operations = assemble(read_settings(environ)).operations
 
     most = "postgres" if "DATABASE_URL" in environ else "memory"
-    ports = dict.fromkeys(("database", "cache", "jobs", "notifications", "state", "fleet"), most)
+    ports = dict.fromkeys(
+        ("database", "cache", "jobs", "notifications", "state", "fleet", "audit"), most
+    )
     assert operations.adapters == {**ports, **others}
     assert operations.revision is None
 

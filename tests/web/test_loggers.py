@@ -59,6 +59,15 @@ async def test_a_level_is_changed_and_reset(client: AsyncClient, level: str) -> 
     assert logging.getLogger(NAME).level == logging.ERROR
 
 
+async def test_the_level_of_the_audit_trail_is_refused(client: AsyncClient) -> None:
+    """By each of its names; the level of its parent changes."""
+    for name in ("audit", "viralfx.audit"):
+        answer = await client.put(
+            f"/health/loggers/{name}", json={"level": "error"}, headers=BEARER
+        )
+        assert (answer.status_code, "audit trail" in answer.json()["detail"]) == (409, True)
+
+
 async def test_the_context_of_a_line_names_its_logger(client: AsyncClient) -> None:
     """The ``context`` of a log line is accepted, and so is the name of a parent logger."""
     logging.getLogger("other.below.above")

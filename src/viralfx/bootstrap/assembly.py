@@ -18,6 +18,7 @@ from viralfx.adapters.memory import (
     MemoryStateStore,
 )
 from viralfx.adapters.process_memory import ProcessMemory
+from viralfx.bootstrap.audit import wire_audit
 from viralfx.bootstrap.doctor import ConfigurationSource
 from viralfx.bootstrap.fleet import wire_fleet
 from viralfx.bootstrap.jobs import JobRuntime, instance_name, wire_jobs
@@ -373,12 +374,14 @@ def assemble(
         resources=tuple(b.resource for b in backends.values() if b.resource is not None),
         checks_of_state=("circuits",),
         home=home,
+        audit=wire_audit(settings, clock, instance=instance, metrics=metrics, database=database),
         checks_of_application=tuple(own),
         on_ready=(jobs.start, lag.start),
         instance=instance,
         revision=settings.revision,
         adapters=_adapters(settings, database, redis),
     )
+    operations.resources = (*operations.resources, operations.audit)
     fleet, reporter = wire_fleet(operations, jobs, database)
     _register_stages(operations, jobs, stages or {}, backends, reporter)
     connections = {name: name.capitalize() for name, b in backends.items() if b.close is not None}
@@ -417,7 +420,10 @@ def _register_stages(
     backends: Mapping[str, Backend],
     reporter: FleetReporter,
 ) -> None:
-    shutdown = operations.shutdown
+    shutdown, audit = operations.shutdown, operations.audit
+    operations.lifecycle.subscribe(
+        lambda event: audit.stop() if event.new is State.STOPPED else None
+    )
     shutdown.register(Phase.DRAIN, "jobs", jobs.drain)
     shutdown.register(Phase.DRAIN, "alerts", jobs.stop_alerts)
     shutdown.register(
@@ -433,6 +439,7 @@ def _register_stages(
     if not jobs.in_memory:
         shutdown.register(Phase.CLOSE, "fleet", reporter.close)
         shutdown.register(Phase.CLOSE, "notifications", jobs.close_notifier)
+        shutdown.register(Phase.CLOSE, "audit", audit.close)
     for name, backend in backends.items():
         if backend.close is not None:
             shutdown.register(Phase.CLOSE, name, backend.close)
@@ -450,6 +457,7 @@ def _adapters(
         "notifications": stored if database is None or redis is None else "taskiq",
         "state": stored if settings.state_dir is None else "file",
         "fleet": stored,
+        "audit": stored,
     }
 
 

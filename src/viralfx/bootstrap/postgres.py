@@ -15,6 +15,7 @@ import msgspec
 from viralfx.adapters.postgres import (
     CertificateError,
     Connector,
+    PostgresAuditStore,
     PostgresConfig,
     PostgresDatabase,
     PostgresFleetStore,
@@ -36,6 +37,7 @@ from viralfx.adapters.postgres.migrations import (
     lacking_right,
     missing_after,
 )
+from viralfx.domain.audit import AuditStore
 from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.errors import ConfigurationError, StartupError
 from viralfx.domain.fleet import FleetStore
@@ -207,6 +209,11 @@ def state_store(database: PostgresDatabase) -> StateStore:
 def fleet_store(database: PostgresDatabase) -> FleetStore:
     """Return the store of the fleet in the database."""
     return PostgresFleetStore(database)
+
+
+def audit_store(database: PostgresDatabase) -> AuditStore:
+    """Return the store of the audit trail in the database."""
+    return PostgresAuditStore(database)
 
 
 # -- migrations ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
 
+from viralfx.domain.audit import AuditTrail
 from viralfx.domain.clock import Clock
 from viralfx.domain.health.model import HealthCheck, Lifecycle, ProcessUsage
 from viralfx.domain.health.monitor import HealthMonitor
@@ -100,6 +101,8 @@ class Operations:
     checks_of_application: Collection[str] = ()
     """Names of the application's checks. They start once the application has, since they may use
     clients that its start-up opens."""
+    audit: AuditTrail = field(default_factory=AuditTrail)
+    """Records the actions of callers."""
     previous: SavedState | None = None
     """State saved by the previous process; None before start-up, or if there is none."""
     instance: str = ""

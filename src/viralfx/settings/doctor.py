@@ -172,6 +172,7 @@ PREFIXES = (
     "JOB_",
     "QUEUE",
     "CONSOLE",
+    "AUDIT_",
 )
 """Beginnings of names that set a group of settings."""
 

@@ -21,6 +21,7 @@ from viralfx.settings.groups import (
     Port,
     PositiveDuration,
     RedisSettings,
+    Retention,
     Secret,
     Threshold,
     WebhookSettings,
@@ -164,6 +165,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         bool,
         meaning("Log one line for each request; under another server, only if this is set"),
     ] = True
+    audit_retention: Annotated[
+        Retention,
+        meaning("Time for which events of the audit trail are kept; 0: they are never deleted"),
+    ] = 7_776_000.0
     heap_snapshot_dir: Annotated[
         str | None,
         meaning("Folder for heap reports at SIGUSR2; unset: the temporary folder"),

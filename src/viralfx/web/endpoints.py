@@ -22,7 +22,7 @@ from viralfx.domain.health.monitor import HealthMonitor
 from viralfx.domain.operations import Operations
 from viralfx.settings import Settings
 from viralfx.telemetry import stacks_of_tasks, stacks_of_threads
-from viralfx.telemetry.logging.lines import LEVELS, LoggerLevels
+from viralfx.telemetry.logging.lines import LEVELS, FixedLevelError, LoggerLevels
 from viralfx.telemetry.metrics import Metrics
 from viralfx.web import schemas
 from viralfx.web.auth import AccessPolicy, AccessVerdict, Headers
@@ -131,6 +131,8 @@ class LoggersEndpoints:
         try:
             wanted = _decode(body)
             level = self.levels.set(name, wanted.level)
+        except FixedLevelError as error:
+            return problem_response(409, f"This level does not change: {error}.")
         except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
             words = ", ".join(LEVELS)
             detail = f'Send {{"level": ...}} with one of {words}, or null for the original level.'

@@ -1,5 +1,6 @@
 """The adapters of the embedded default, in the memory of this process."""
 
+from viralfx.adapters.memory.audit import MemoryAuditStore
 from viralfx.adapters.memory.cache import MemoryCacheStore
 from viralfx.adapters.memory.fleet import MemoryFleetStore
 from viralfx.adapters.memory.health import MemoryDatabase, MemoryRedis
@@ -10,6 +11,7 @@ from viralfx.adapters.memory.transactions import MemoryTransaction
 
 __all__ = [
     "FileStateStore",
+    "MemoryAuditStore",
     "MemoryCacheStore",
     "MemoryDatabase",
     "MemoryFleetStore",

@@ -1,5 +1,6 @@
 """Postgres through asyncpg: pool, check, close stage, saved state, job ledger and notifier."""
 
+from viralfx.adapters.postgres.audit import PostgresAuditStore
 from viralfx.adapters.postgres.claims import PostgresLeaseStore
 from viralfx.adapters.postgres.connections import Connector, PostgresConfig
 from viralfx.adapters.postgres.credentials import CertificateError
@@ -22,6 +23,7 @@ __all__ = [
     "CertificateError",
     "Connector",
     "PoolTimeoutError",
+    "PostgresAuditStore",
     "PostgresConfig",
     "PostgresDatabase",
     "PostgresFleetStore",

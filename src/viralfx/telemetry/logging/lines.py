@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from viralfx.domain.correlation import current_correlation_id, current_user_id
-from viralfx.domain.errors import printable, text_of, type_name
+from viralfx.domain.errors import ViralFXError, printable, text_of, type_name
 from viralfx.settings import Settings
 from viralfx.telemetry import EndedRequest, current_trace
 from viralfx.telemetry.logging.redaction import Redaction, secrets_of
@@ -43,6 +43,9 @@ LEVELS = {
 
 ROOT = "root"
 """The name of the root logger."""
+
+AUDIT = "viralfx.audit"
+"""The name of the logger of the audit trail, whose level does not change."""
 
 _NAMESPACE = "viralfx."
 _levels_logger = logging.getLogger("viralfx.loggers")
@@ -72,6 +75,10 @@ class LoggerLevel:
     """The logger's own level; None if it inherits its parent's."""
     effective: str
     """The level in force, own or inherited."""
+
+
+class FixedLevelError(ViralFXError):
+    """The level of this logger does not change."""
 
 
 class LoggerLevels:
@@ -110,8 +117,11 @@ class LoggerLevels:
     def set(self, name: str, level: str | None) -> LoggerLevel:
         """Change the level of a logger; None restores the level before all changes.
 
-        ``name`` comes from :meth:`find`. Raises ``KeyError`` for an unknown level name.
+        ``name`` comes from :meth:`find`. Raises :class:`FixedLevelError` for the audit trail, and
+        ``KeyError`` for an unknown level name.
         """
+        if name == AUDIT:
+            raise FixedLevelError("the audit trail is logged at every level")
         logger = _logger_of(name)
         number = None if level is None else LEVELS[level]
         if number is not None:
@@ -401,7 +411,17 @@ def plain(value: object) -> object:
 
 
 LOGGERS = (
-    *("alerts", "asgi", "cache", "circuits", "console", "credentials", "database", "events"),
+    *(
+        "alerts",
+        "asgi",
+        "audit",
+        "cache",
+        "circuits",
+        "console",
+        "credentials",
+        "database",
+        "events",
+    ),
     *("fleet", "health", "heap", "http", "jobs", "lifecycle", "loggers", "loop", "management"),
     *("metrics", "process", "queues", "redis", "requests", "resilience", "serve", "settings"),
     *("shutdown", "state", "taskiq", "tracing", "web"),

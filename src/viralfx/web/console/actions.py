@@ -27,6 +27,7 @@ from viralfx.domain.jobs.schedule import UnknownScheduleError
 from viralfx.domain.jobs.tasks import UnknownTaskError
 from viralfx.domain.operations import Operations
 from viralfx.domain.resilience.breaker import CircuitBreaker
+from viralfx.telemetry.logging.lines import FixedLevelError
 from viralfx.web.console import views
 from viralfx.web.console.data import (
     ALL_JOBS,
@@ -312,6 +313,9 @@ class ConsoleActions:
         try:
             seconds = None if wanted.minutes is None else 60 * wanted.minutes
             data.set_level(name, wanted.level, seconds)
+        except FixedLevelError as error:
+            detail = f"This level does not change: {error}."
+            return Outcome(coded(409, "fixed", detail), "refused")
         except KeyError:
             raise ValueError(f"there is no level {wanted.level!r}") from None
         return _done(data.logger(name))

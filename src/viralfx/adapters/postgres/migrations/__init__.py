@@ -11,7 +11,7 @@ import asyncpg
 
 from viralfx.domain.doctor import Area, Finding, failed, passed, warned
 
-REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007")
 """All migrations in order; a test compares them with the files of this folder."""
 
 VERSION_TABLE = "viralfx_migrations"
@@ -23,6 +23,7 @@ LOCK_TIMEOUT_SECONDS = 60.0
 _RELATIONS = (
     *("state", "migrations", "jobs", "finished_jobs", "all_jobs", "unknown_tasks", "workers"),
     *("job_counters", "paused_queues", "schedules", "task_limits", "instances", "transitions"),
+    "audit_events",
 )
 """The tables and the view."""
 _FUNCTIONS = (

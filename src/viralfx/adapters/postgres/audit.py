@@ -1,0 +1,148 @@
+"""The audit trail in Postgres: one row for each event."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
+from typing import Any, Final, TypeVar
+
+from viralfx.adapters.postgres.database import PostgresDatabase
+from viralfx.adapters.postgres.errors import DATABASE_ERRORS, unavailable
+from viralfx.adapters.postgres.ledger_rows import Row
+from viralfx.adapters.postgres.migrations import qualified
+from viralfx.domain.audit import (
+    ANY_EVENT,
+    PRUNED_AT_ONCE,
+    AuditEvent,
+    AuditFilter,
+    AuditUnavailableError,
+)
+from viralfx.domain.clock import ignore_error
+from viralfx.domain.jobs.codec import storable
+from viralfx.domain.jobs.model import NotMigratedError
+
+T = TypeVar("T")
+
+_TIMEOUT_SECONDS = 4.0
+
+_WRITE: Final = """
+INSERT INTO viralfx_audit_events (
+    id, at, actor, address, action, target, outcome, before, after, detail, correlation_id, instance
+) SELECT * FROM unnest(
+    $1::uuid[], $2::timestamptz[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[],
+    $8::text[], $9::text[], $10::text[], $11::text[], $12::text[]
+) ON CONFLICT (id) DO NOTHING
+"""
+_READ: Final = """
+SELECT * FROM viralfx_audit_events
+WHERE ($1::uuid IS NULL OR id < $1)
+    AND ($2::timestamptz IS NULL OR at >= $2) AND ($3::timestamptz IS NULL OR at < $3)
+    AND ($4::text IS NULL OR actor = $4) AND ($5::text IS NULL OR action = $5)
+    AND ($6::text IS NULL OR outcome = $6)
+ORDER BY id DESC LIMIT $7
+"""
+_PRUNE: Final = """
+WITH pruned AS (
+    DELETE FROM viralfx_audit_events WHERE id IN (
+        SELECT id FROM viralfx_audit_events WHERE at < statement_timestamp() - $1::interval
+        ORDER BY at LIMIT $2
+    ) RETURNING 1
+)
+SELECT count(*) FROM pruned
+"""
+
+
+class PostgresAuditStore:
+    """Keeps the events of all processes in a table of the schema."""
+
+    kept = "postgres"
+
+    def __init__(self, database: PostgresDatabase) -> None:
+        self._database = database
+        schema = database.config.settings.schema
+        self._write, self._read, self._prune = (
+            qualified(statement, schema) for statement in (_WRITE, _READ, _PRUNE)
+        )
+
+    async def write(self, events: Sequence[AuditEvent]) -> None:
+        """See :class:`viralfx.domain.audit.AuditStore`."""
+        columns = (
+            [each.id for each in events],
+            [each.at for each in events],
+            *(
+                [_storable(getattr(each, name)) for each in events]
+                for name in (
+                    *("actor", "address", "action", "target", "outcome", "before", "after"),
+                    *("detail", "correlation_id", "instance"),
+                )
+            ),
+        )
+        await self._run(lambda connection: connection.execute(self._write, *columns))
+
+    async def read(
+        self, wanted: AuditFilter = ANY_EVENT, *, before: str | None = None, limit: int = 100
+    ) -> Sequence[AuditEvent]:
+        """See :class:`viralfx.domain.audit.AuditStore`."""
+        rows = await self._run(
+            lambda connection: connection.fetch(
+                self._read,
+                before,
+                wanted.since,
+                wanted.until,
+                _storable(wanted.actor),
+                _storable(wanted.action),
+                _storable(wanted.outcome),
+                limit,
+            )
+        )
+        return [_event(row) for row in rows]
+
+    async def prune(self, older_than: float, limit: int = PRUNED_AT_ONCE) -> int:
+        """See :class:`viralfx.domain.audit.AuditStore`."""
+        age = timedelta(seconds=older_than)
+        return int(await self._run(lambda connection: connection.fetchval(self._prune, age, limit)))
+
+    async def _run(self, step: Callable[[Any], Awaitable[T]]) -> T:
+        # As in the store of the fleet: cancelled once at most.
+        task = asyncio.ensure_future(self._on_connection(step))
+        try:
+            await asyncio.wait({task}, timeout=_TIMEOUT_SECONDS)
+        finally:
+            if not task.done():
+                task.cancel()
+                task.add_done_callback(ignore_error)
+        if not task.done():
+            raise AuditUnavailableError("the database does not answer in time")
+        try:
+            return task.result()
+        except DATABASE_ERRORS as error:
+            problem = unavailable(error)
+            if isinstance(problem, NotMigratedError):
+                raise AuditUnavailableError(
+                    "the table of the audit trail is missing: run `viralfx migrate`"
+                ) from error
+            raise AuditUnavailableError(str(problem)) from error
+
+    async def _on_connection(self, step: Callable[[Any], Awaitable[T]]) -> T:
+        async with self._database.acquire(reset=False) as connection:
+            return await step(connection)
+
+
+def _storable(text: str | None) -> str | None:
+    return None if text is None else storable(text)
+
+
+def _event(row: Row) -> AuditEvent:
+    return AuditEvent(
+        id=str(row["id"]),
+        at=row["at"],
+        actor=row["actor"],
+        address=row["address"],
+        action=row["action"],
+        target=row["target"],
+        outcome=row["outcome"],
+        before=row["before"],
+        after=row["after"],
+        detail=row["detail"],
+        correlation_id=row["correlation_id"],
+        instance=row["instance"],
+    )
