@@ -168,10 +168,11 @@ def test_a_worker_has_the_console_and_the_stop_can_be_begun_in_it(database: Data
             wait_until(lambda: "bye" in opened.names(), what=lambda: str(opened.names()))
 
         acted = [
-            (each["action"], each["outcome"], each["peer"])
-            for each in process.logged("Console action")
+            (each["action"], each["outcome"], each["address"])
+            for each in process.logged("Audit event")
+            if each["action"] == "process.stop"
         ]
-        assert acted == [("begin stop", word, "127.0.0.1") for word in ("refused", "ok")]
+        assert acted == [("process.stop", word, "127.0.0.1") for word in ("refused", "done")]
         fleet, headers = "/health/ui/data/fleet", session(service.port)
         assert service.get(fleet, headers=headers).json()["kept"] == "postgres"
 

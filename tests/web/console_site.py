@@ -123,12 +123,25 @@ class Site:
         return bool(state["loggedIn"])
 
 
-def acted(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str, str, str]]:
-    """Return the log lines of the actions: session, action, target and outcome."""
-    lines = [each.__dict__ for each in caplog.records if each.msg == "Console action"]
-    assert {line["peer"] for line in lines} <= {"127.0.0.1"}
-    names = ("session", "action", "target", "outcome")
-    return [tuple(line[name] for name in names) for line in lines]
+def audited(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """Return the fields of the events of the audit trail."""
+    return [vars(each) for each in caplog.records if each.name == "viralfx.audit"]
+
+
+def acted(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str, str, str, str | None]]:
+    """Return the actions of sessions: session, action, target, outcome and detail."""
+    lines = [line for line in audited(caplog) if not line["action"].startswith("session.")]
+    lines = [line for line in lines if line["action"] != "access"]
+    assert {line["address"] for line in lines} <= {"127.0.0.1"}
+    names = ("action", "target", "outcome")
+    return [
+        (
+            line["actor"].removeprefix("console "),
+            *(line[name] for name in names),
+            line.get("detail"),
+        )
+        for line in lines
+    ]
 
 
 @pytest.fixture

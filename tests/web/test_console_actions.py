@@ -14,6 +14,7 @@ from tests.web.console_site import (
     Answer,
     Site,
     acted,
+    audited,
     opened,
 )
 
@@ -51,20 +52,28 @@ async def test_actions_act_and_are_logged(site: Site, caplog: pytest.LogCaptureF
     assert (await act("stop", own, "begin")).json()["code"] == "unstaged"
     assert (await act("status", "checks", "run", more=1)).status == 400
 
+    unknown = "there is no queue 'nothing'; there are analytics, default, notifications"
     assert [each[1:] for each in acted(caplog)] == [
-        ("open circuit", MARKUP, "ok"),
-        ("close circuit", MARKUP, "ok"),
-        ("open circuit", "a/b", "unknown"),
-        ("pause queue", "default", "ok"),
-        ("resume queue", "default", "ok"),
-        ("pause queue", "nothing", "unknown"),
-        ("logger level", "viralfx.health debug", "ok"),
-        ("logger level", "viralfx.health back", "ok"),
-        ("check now", "checks", "ok"),
-        ("begin stop", "another", "refused"),
-        ("begin stop", own, "refused"),
+        ("circuit.open", MARKUP, "done", None),
+        ("circuit.close", MARKUP, "done", None),
+        ("circuit.open", "a/b", "refused", "there is no such circuit"),
+        ("queue.pause", "default", "done", None),
+        ("queue.resume", "default", "done", None),
+        ("queue.pause", "nothing", "refused", unknown),
+        ("logger.level", "viralfx.health", "done", "for 30 min"),
+        ("logger.level", "viralfx.health", "done", None),
+        ("checks.run", "checks", "done", None),
+        ("process.stop", "another", "refused", "another instance"),
+        ("process.stop", own, "refused", "this server handles its own stop"),
     ]
     assert {digits} == {each[0] for each in acted(caplog)}
+    changes = {(each["action"], each.get("before"), each.get("after")) for each in audited(caplog)}
+    assert {
+        ("circuit.open", "CLOSED", "OPEN"),
+        ("circuit.close", "OPEN", "CLOSED"),
+        ("queue.pause", None, "paused"),
+        ("logger.level", "debug", "warn"),
+    } <= changes
 
 
 async def test_schedules_are_paused_resumed_and_run(
@@ -95,10 +104,10 @@ async def test_schedules_are_paused_resumed_and_run(
     )
     assert (await act("console.monthly", "run")).status == 404
     assert [each[1:] for each in acted(caplog)] == [
-        ("pause schedule", "console.yearly", "ok"),
-        ("resume schedule", "console.yearly", "ok"),
-        ("run schedule", "console.yearly", f"ok: job {ran.json()['id']}"),
-        ("run schedule", "console.monthly", "unknown"),
+        ("schedule.pause", "console.yearly", "done", None),
+        ("schedule.resume", "console.yearly", "done", None),
+        ("schedule.run", "console.yearly", "done", f"job {ran.json()['id']}"),
+        ("schedule.run", "console.monthly", "refused", acted(caplog)[-1][-1]),
     ]
 
 
@@ -232,7 +241,10 @@ async def test_a_failing_ledger_ends_a_change_of_many_jobs(
     answer = await site.ask("ui/data/jobs/all/cancel", "POST", headers=headers, body=body)
     assert (answer.status, answer.json()["code"]) == (503, "ledger")
     assert answer.json()["detail"] == "1 job was changed; then the connection is lost"
-    assert [each[1:] for each in acted(caplog)] == [("cancel jobs", f"since={since}", "no answer")]
+    detail = "1 job was changed; then the connection is lost"
+    assert [each[1:] for each in acted(caplog)] == [
+        ("jobs.cancel", f"since={since}", "failed", detail)
+    ]
 
 
 async def test_an_action_is_logged_if_its_client_left(
@@ -253,7 +265,7 @@ async def test_an_action_is_logged_if_its_client_left(
     request.cancel()
     await until(lambda: acted(caplog))
     assert [each[1:] for each in acted(caplog)] == [
-        ("cancel job", "a job", "error: CancelledError")
+        ("job.cancel", "a job", "failed", "CancelledError")
     ]
 
 

@@ -6,11 +6,14 @@ and endpoints with a request body. The gate and the documented routes serve the 
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from http import HTTPStatus
 from urllib.parse import parse_qs
 
 import msgspec
 
 from viralfx.bootstrap import Assembly
+from viralfx.domain.audit import Action, AuditEntry, AuditOutcome, AuditTrail
 from viralfx.domain.clock import Clock, timestamp
 from viralfx.domain.health.model import (
     Health,
@@ -25,6 +28,7 @@ from viralfx.telemetry import stacks_of_tasks, stacks_of_threads
 from viralfx.telemetry.logging.lines import LEVELS, FixedLevelError, LoggerLevels
 from viralfx.telemetry.metrics import Metrics
 from viralfx.web import schemas
+from viralfx.web.audit import MANAGEMENT, RefusalAudit
 from viralfx.web.auth import AccessPolicy, AccessVerdict, Headers
 from viralfx.web.console import Console, is_served
 from viralfx.web.console.data import ShowPayload
@@ -35,10 +39,13 @@ from viralfx.web.responses import (
     Denied,
     Endpoint,
     RawResponse,
+    Recorded,
     ResponseFromBody,
+    Scope,
     encode,
     json_response,
     not_allowed,
+    peer_of,
     problem_response,
     raw_response,
     retry_after,
@@ -83,10 +90,13 @@ _decode = msgspec.json.Decoder(schemas.NewLevel).decode
 class LoggersEndpoints:
     """Serves ``/health/loggers`` and ``/health/loggers/{name}``."""
 
-    def __init__(self, access: AccessPolicy, denials: DenialLog, path: str) -> None:
+    def __init__(
+        self, access: AccessPolicy, denials: DenialLog, path: str, *, audit: AuditTrail
+    ) -> None:
         self._access = access
         self._denials = denials
         self._path = path
+        self._audit = audit
         self.levels = LoggerLevels()
         """The levels, with those from before all changes."""
 
@@ -122,21 +132,29 @@ class LoggersEndpoints:
                     404, f"There is no such logger; {self._path} lists all loggers."
                 )
             if changes:
-                return ResponseFromBody(_MAX_BODY_BYTES, lambda body, _: self._change(known, body))
+                return ResponseFromBody(_MAX_BODY_BYTES, partial(self._change, known))
             return json_response(200, encode(schemas.logger_state(self.levels.get(known))))
 
         return endpoint
 
-    def _change(self, name: str, body: bytes) -> RawResponse:
+    def _change(self, name: str, body: bytes, scope: Scope) -> RawResponse:
+        entry = AuditEntry(
+            action=Action.LEVEL, actor=MANAGEMENT, address=peer_of(scope), target=name
+        )
+        entry.before = self.levels.get(name).effective
         try:
             wanted = _decode(body)
             level = self.levels.set(name, wanted.level)
         except FixedLevelError as error:
+            entry.outcome, entry.detail = AuditOutcome.REFUSED, str(error)
+            self._audit.record(entry)
             return problem_response(409, f"This level does not change: {error}.")
         except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
             words = ", ".join(LEVELS)
             detail = f'Send {{"level": ...}} with one of {words}, or null for the original level.'
             return problem_response(400, f"{detail} The level log is info in log lines.")
+        entry.after = level.effective
+        self._audit.record(entry)
         return json_response(200, encode(schemas.logger_state(level)))
 
 
@@ -211,7 +229,9 @@ class OperationsEndpoints:
         self._monitor = operations.monitor
         self._clock = operations.clock
         self._access = access
-        self._denials = DenialLog(operations.clock)
+        self.refusals = RefusalAudit(operations.audit, operations.clock)
+        """Records refused requests."""
+        self._denials = DenialLog(operations.clock, audit=self.refusals.record)
         self._prefix = prefix
         self.path_prefix = f"{prefix}/"
         """The prefix of paths that may be served here although they are not in ``endpoints``."""
@@ -226,7 +246,9 @@ class OperationsEndpoints:
         self._next_poll = min(intervals, default=1.0)
         self._timestamp = (-1, b"")
         self._console: Console | None = None
-        self._loggers = LoggersEndpoints(access, self._denials, f"{prefix}/loggers")
+        self._loggers = LoggersEndpoints(
+            access, self._denials, f"{prefix}/loggers", audit=operations.audit
+        )
         self._groups = GroupEndpoints(
             groups or {},
             monitor=self._monitor,
@@ -458,12 +480,28 @@ class OperationsEndpoints:
 
         return endpoint
 
-    def _shutdown(self, method: str, _query: bytes, headers: Headers) -> RawResponse | Denied:
+    def _shutdown(self, method: str, _query: bytes, headers: Headers) -> RawResponse | Recorded:
         if method not in (*READ, "POST"):
             return not_allowed("GET, HEAD, POST")
         if (denied := self._denials.of(self._access.to_shutdown(headers))) is not None:
             return denied
-        return self.begin_shutdown() if method == "POST" else self.shutdown_status()
+        if method == "POST":
+            return Recorded(self.begin_shutdown(), self._record_stop)
+        return self.shutdown_status()
+
+    def _record_stop(self, scope: Scope, status: int) -> None:
+        words = {200: "it had begun", 409: "this server handles its own stop"}
+        refused = status == HTTPStatus.CONFLICT
+        self._operations.audit.record(
+            AuditEntry(
+                action=Action.STOP,
+                actor=MANAGEMENT,
+                address=peer_of(scope),
+                target=self._operations.instance,
+                outcome=AuditOutcome.REFUSED if refused else AuditOutcome.DONE,
+                detail=words.get(status),
+            )
+        )
 
     def _scrape(self, method: str, _query: bytes, headers: Headers) -> RawResponse | Denied:
         if method not in READ:

@@ -15,12 +15,12 @@ from viralfx.web.responses import (
     CLOSE,
     HEADER,
     ASGIApp,
-    Denied,
     Endpoint,
     EventStream,
     Message,
     RawResponse,
     Receive,
+    Recorded,
     ResponseFromBody,
     Scope,
     Send,
@@ -107,7 +107,7 @@ class Gate:
 
     async def _send(
         self,
-        response: RawResponse | Awaitable[RawResponse] | ResponseFromBody | Denied | EventStream,
+        response: RawResponse | Awaitable[RawResponse] | ResponseFromBody | Recorded | EventStream,
         scope: Scope,
         receive: Receive,
         send: Send,
@@ -124,7 +124,7 @@ class Gate:
 
     def _respond(
         self, scope: Scope
-    ) -> RawResponse | Awaitable[RawResponse] | ResponseFromBody | Denied | EventStream | None:
+    ) -> RawResponse | Awaitable[RawResponse] | ResponseFromBody | Recorded | EventStream | None:
         """Return the response to a request; None if the application has to serve it."""
         path = scope["path"]
         endpoint = self._endpoints.get(path)

@@ -10,11 +10,13 @@ import math
 import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from contextvars import Context
+from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeAlias
 
 import msgspec
 
+from viralfx.domain.audit import Action
 from viralfx.domain.clock import Clock
 from viralfx.domain.correlation import (
     choose_correlation_id,
@@ -162,7 +164,7 @@ class ResponseFromBody(msgspec.Struct, frozen=True):
 
     max_bytes: int
     """Maximum size of the body."""
-    respond: "Callable[[bytes, Scope], RawResponse | Denied | Awaitable[RawResponse]]"
+    respond: "Callable[[bytes, Scope], RawResponse | Recorded | Awaitable[RawResponse]]"
     """Returns it, from the body and the scope of the request."""
 
 
@@ -173,17 +175,21 @@ class EventStream(msgspec.Struct, frozen=True):
     """Sends it. The last argument is the header with the correlation id."""
 
 
-class Denied(msgspec.Struct, frozen=True):
-    """A 401 or 403 response; the sender must call :attr:`log`."""
+class Recorded(msgspec.Struct, frozen=True):
+    """A response whose request is recorded; the sender must call :attr:`log`."""
 
     response: RawResponse
     log: Callable[[Scope, int], None]
-    """Logs the denial. Arguments: the scope of the request, the status of the response."""
+    """Records it. Arguments: the scope of the request, the status of the response."""
+
+
+class Denied(Recorded, frozen=True):
+    """A 401 or 403 response, whose :attr:`log` logs the denial."""
 
 
 Endpoint = Callable[
     [str, bytes, Headers],
-    RawResponse | Awaitable[RawResponse] | ResponseFromBody | Denied | EventStream,
+    RawResponse | Awaitable[RawResponse] | ResponseFromBody | Recorded | EventStream,
 ]
 """Responds to a method, a query string and headers."""
 
@@ -208,15 +214,15 @@ _BODY_TIMEOUT_SECONDS = 5.0
 
 
 async def complete(
-    pending: Awaitable[RawResponse] | ResponseFromBody | Denied, scope: Scope, receive: Receive
+    pending: Awaitable[RawResponse] | ResponseFromBody | Recorded, scope: Scope, receive: Receive
 ) -> RawResponse:
-    """Return the response itself: await it, read the body for it, or log the denial."""
+    """Return the response itself: await it, read the body for it, or record the request."""
     if isinstance(pending, ResponseFromBody):
         response = await _read_body(pending, scope, receive)
         if isinstance(response, RawResponse):
             return response
         pending = response
-    if isinstance(pending, Denied):
+    if isinstance(pending, Recorded):
         pending.log(scope, pending.response.status)
         return pending.response
     return await pending
@@ -224,7 +230,7 @@ async def complete(
 
 async def _read_body(
     pending: ResponseFromBody, scope: Scope, receive: Receive
-) -> RawResponse | Denied | Awaitable[RawResponse]:
+) -> RawResponse | Recorded | Awaitable[RawResponse]:
     """Read the body, and return the response to it.
 
     The response is 413 for a body that is too long, 408 for one that is too slow, and 400 if the
@@ -280,8 +286,16 @@ class DenialLog:
     and its field ``others`` counts the suppressed ones.
     """
 
-    def __init__(self, clock: Clock, *, period: float = 60.0) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        period: float = 60.0,
+        audit: Callable[[Scope, int, Action], None] | None = None,
+    ) -> None:
+        """``audit`` is called for each refused request, with its status and action."""
         self._clock = clock
+        self._audit = audit
         self._period = period
         self._next = clock.monotonic()
         self._unlogged = 0
@@ -302,11 +316,13 @@ class DenialLog:
             response = problem_response(401, detail, challenge)
         return self.refuse(response)
 
-    def refuse(self, response: RawResponse) -> Denied:
+    def refuse(self, response: RawResponse, action: Action = Action.ACCESS) -> Denied:
         """Return a response that refuses a request, to be logged as such."""
-        return Denied(response, self._record)
+        return Denied(response, partial(self._record, action))
 
-    def _record(self, scope: Scope, status: int) -> None:
+    def _record(self, action: Action, scope: Scope, status: int) -> None:
+        if self._audit is not None:
+            self._audit(scope, status, action)
         self._unlogged += 1
         self._last = {
             "method": scope["method"],
@@ -368,7 +384,7 @@ class CorsPolicy:
 
         def allowed(
             method: str, query: bytes, headers: Headers
-        ) -> RawResponse | Awaitable[RawResponse] | ResponseFromBody | Denied | EventStream:
+        ) -> RawResponse | Awaitable[RawResponse] | ResponseFromBody | Recorded | EventStream:
             given = list(headers)
             permission = self._permission(given)
             if method == "OPTIONS" and b"allow-origin" in permission and _asks_to_read(given):
@@ -378,8 +394,8 @@ class CorsPolicy:
                 return response
             if isinstance(response, RawResponse):
                 return _extended(response, permission)
-            if isinstance(response, Denied):
-                return Denied(_extended(response.response, permission), response.log)
+            if isinstance(response, Recorded):
+                return Recorded(_extended(response.response, permission), response.log)
             return _later(response, permission)
 
         return allowed

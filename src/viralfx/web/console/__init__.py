@@ -14,10 +14,12 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from viralfx.bootstrap import Assembly
+from viralfx.domain.audit import Action, AuditEntry
 from viralfx.domain.operations import Operations
 from viralfx.domain.shutdown import Phase
 from viralfx.settings import Settings
 from viralfx.telemetry.logging.lines import LoggerLevels
+from viralfx.web.audit import session_name
 from viralfx.web.auth import (
     SECURITY_HEADERS,
     AccessPolicy,
@@ -40,6 +42,7 @@ from viralfx.web.responses import (
     Endpoint,
     EventStream,
     RawResponse,
+    Recorded,
     ResponseFromBody,
     Scope,
     encode,
@@ -273,8 +276,22 @@ class Console:
 
     # -- access ------------------------------------------------------------------------------
 
-    def _refused(self, status: int, code: str, detail: str) -> Denied:
-        return self._denials.refuse(_secured(coded(status, code, detail)))
+    def _refused(
+        self, status: int, code: str, detail: str, action: Action = Action.ACCESS
+    ) -> Denied:
+        return self._denials.refuse(_secured(coded(status, code, detail)), action)
+
+    def _record_session(self, action: Action, session: Session | None, scope: Scope) -> None:
+        if session is not None:
+            actor = session_name(session.digits)
+            self._operations.audit.record(
+                AuditEntry(
+                    action=action,
+                    actor=actor,
+                    address=peer_of(scope),
+                    target=self._operations.instance,
+                )
+            )
 
     def _no_session(self) -> Denied:
         if self._access.has_token:
@@ -358,7 +375,7 @@ class Console:
 
     def _session(
         self, method: str, query: bytes, headers: Headers
-    ) -> RawResponse | ResponseFromBody | Denied:
+    ) -> RawResponse | ResponseFromBody | Recorded:
         if method in READ:
             return self._session_state(headers, start=query == b"start")
         if method not in {"POST", "DELETE"}:
@@ -370,18 +387,24 @@ class Console:
             return self._refused(403, "origin", detail)
         secure = is_secure(headers)
         if method == "DELETE":
-            return _without_body(self._access.log_out(secure=secure))
+            session = self._access.session(headers)
+            return Recorded(
+                _without_body(self._access.log_out(secure=secure)),
+                lambda scope, _: self._record_session(Action.LOG_OUT, session, scope),
+            )
         if not self._access.has_token:
             detail = "MANAGEMENT_TOKEN is not set, so there is no log-in: set it, and start again."
-            return self._refused(403, "no_token", detail)
+            return self._refused(403, "no_token", detail, Action.LOG_IN)
 
-        def log_in(body: bytes, _: Scope) -> RawResponse | Denied:
+        def log_in(body: bytes, scope: Scope) -> RawResponse | Denied:
             try:
                 cookie = self._access.log_in(_decode_token(body).token, secure=secure)
             except (msgspec.DecodeError, UnicodeError):
                 return _secured(coded(400, "body", 'Send {"token": "..."}.'))
             if cookie is None:
-                return self._refused(401, "token", "This is not the token.")
+                return self._refused(401, "token", "This is not the token.", Action.LOG_IN)
+            made = self._access.session([(b"cookie", cookie[1].partition(b";")[0])])
+            self._record_session(Action.LOG_IN, made, scope)
             return _without_body(cookie)
 
         return ResponseFromBody(_MAX_TOKEN_BYTES, log_in)

@@ -1,10 +1,9 @@
 """The actions of operators: answers to ``POST ui/data/{view}/{id}/{action}``.
 
-Each has a log line.
+Each is an event of the audit trail.
 """
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from viralfx.bootstrap import JobRuntime
+from viralfx.domain.audit import Action, AuditEntry, AuditOutcome, jobs_in_words
 from viralfx.domain.errors import ViralFXError
 from viralfx.domain.jobs.batching import cut_off
 from viralfx.domain.jobs.ledger import QueueCounts
@@ -28,6 +28,7 @@ from viralfx.domain.jobs.tasks import UnknownTaskError
 from viralfx.domain.operations import Operations
 from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.telemetry.logging.lines import FixedLevelError
+from viralfx.web.audit import session_name
 from viralfx.web.console import views
 from viralfx.web.console.data import (
     ALL_JOBS,
@@ -43,13 +44,10 @@ from viralfx.web.console.data import (
 from viralfx.web.console.feed import Feed
 from viralfx.web.responses import RawResponse, encode, json_response, problem_response
 
-_logger = logging.getLogger("viralfx.console")
-
 MAX_BODY_BYTES = 16 * 1024
 _ACTION_SECONDS = 30.0
 """Time limit of an action; a change of many jobs that takes longer can be repeated."""
 _CHANGES_AT_ONCE = 8
-_MAX_TARGET_CHARACTERS = 500
 
 Text = Annotated[str, Meta(max_length=500)]
 
@@ -100,10 +98,17 @@ class LevelBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The response of an action, with its word for the log."""
+    """The response of an action, with its facts for the audit trail."""
 
     response: RawResponse
-    word: str = "ok"
+    result: AuditOutcome = AuditOutcome.DONE
+    detail: str | None = None
+    before: str | None = None
+    after: str | None = None
+
+
+def _refused(response: RawResponse, detail: str) -> Outcome:
+    return Outcome(response, AuditOutcome.REFUSED, detail)
 
 
 Perform = Callable[[Actor, bytes], Awaitable[RawResponse]]
@@ -113,8 +118,8 @@ _Perform = Callable[[str, Any], Coroutine[Any, Any, Outcome]]
 
 @dataclass(frozen=True, slots=True)
 class _Action:
-    words: str
-    """Its name in the log."""
+    name: Action
+    """Its name in the audit trail."""
     kind: type[Any]
     """The type of its body."""
     perform: _Perform
@@ -141,25 +146,25 @@ class ConsoleActions:
         self._data = data
         self._path = path
         self._actions = {
-            "status/run": _Action("check now", Nothing, self._check, "checks"),
-            "stop/begin": _Action("begin stop", Nothing, self._stop),
-            "jobs/retry": _Action("retry job", Nothing, self._job("retry")),
-            "jobs/cancel": _Action("cancel job", Nothing, self._job("cancel")),
-            "jobs/run": _Action("run job", Nothing, self._job("run")),
-            "queues/pause": _Action("pause queue", Nothing, self._queue("pause")),
-            "queues/resume": _Action("resume queue", Nothing, self._queue("resume")),
-            "schedules/pause": _Action("pause schedule", Nothing, self._pause_schedule),
-            "schedules/resume": _Action("resume schedule", Nothing, self._resume_schedule),
-            "schedules/run": _Action("run schedule", Nothing, self._run_schedule),
-            "circuits/open": _Action("open circuit", Nothing, self._open_circuit),
-            "circuits/close": _Action("close circuit", Nothing, self._close_circuit),
-            "loggers/level": _Action("logger level", LevelBody, self._level),
-            "settings/run": _Action("run doctor", Nothing, self._doctor, "doctor"),
+            "status/run": _Action(Action.CHECK, Nothing, self._check, "checks"),
+            "stop/begin": _Action(Action.STOP, Nothing, self._stop),
+            "jobs/retry": _Action(Action.RETRY, Nothing, self._job("retry")),
+            "jobs/cancel": _Action(Action.CANCEL, Nothing, self._job("cancel")),
+            "jobs/run": _Action(Action.RUN, Nothing, self._job("run")),
+            "queues/pause": _Action(Action.PAUSE_QUEUE, Nothing, self._queue("pause")),
+            "queues/resume": _Action(Action.RESUME_QUEUE, Nothing, self._queue("resume")),
+            "schedules/pause": _Action(Action.PAUSE_SCHEDULE, Nothing, self._pause_schedule),
+            "schedules/resume": _Action(Action.RESUME_SCHEDULE, Nothing, self._resume_schedule),
+            "schedules/run": _Action(Action.RUN_SCHEDULE, Nothing, self._run_schedule),
+            "circuits/open": _Action(Action.OPEN_CIRCUIT, Nothing, self._open_circuit),
+            "circuits/close": _Action(Action.CLOSE_CIRCUIT, Nothing, self._close_circuit),
+            "loggers/level": _Action(Action.LEVEL, LevelBody, self._level),
+            "settings/run": _Action(Action.DOCTOR, Nothing, self._doctor, "doctor"),
         }
         """The actions by view and last part of the path."""
         self._bulk_actions = {
-            "jobs/retry": _Action("retry jobs", BulkBody, self._bulk("retry")),
-            "jobs/cancel": _Action("cancel jobs", BulkBody, self._bulk("cancel")),
+            "jobs/retry": _Action(Action.RETRY_ALL, BulkBody, self._bulk("retry")),
+            "jobs/cancel": _Action(Action.CANCEL_ALL, BulkBody, self._bulk("cancel")),
         }
 
     def find(self, path: str) -> Perform | None:
@@ -181,34 +186,41 @@ class ConsoleActions:
                 wanted = msgspec.json.decode(body or b"{}", type=action.kind)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 return problem_response(400, f"The body is invalid: {error}.")
-            target_words = _target_in_words(target, wanted)
-
-            def record(word: str) -> None:
-                facts = {"session": actor.session, "peer": actor.peer, "action": action.words}
-                target = target_words[:_MAX_TARGET_CHARACTERS]
-                extra = {**facts, "target": target, "outcome": word}
-                _logger.warning("Console action", extra=extra)
-
+            entry = AuditEntry(
+                action=action.name,
+                actor=session_name(actor.session),
+                address=actor.peer,
+                target=_target_in_words(target, wanted),
+            )
             try:
-                outcome = await within(_ACTION_SECONDS, action.perform(target, wanted))
-            except (LedgerUnavailableError, TimeoutError) as error:
-                outcome = Outcome(coded(503, NO_ANSWER, reason_of(error)), "no answer")
-            except (JobNotFoundError, UnknownQueueError, UnknownScheduleError) as error:
-                outcome = Outcome(problem_response(404, f"{error}."), "unknown")
-            except UnknownTaskError as error:
-                outcome = Outcome(problem_response(422, f"{error}."), "refused")
-            except JobStateError as error:
-                outcome = Outcome(coded(409, "state", f"{error}."), "refused")
+                outcome = await self._ended(action.perform(target, wanted))
             except (ViralFXError, ValueError, TypeError, OverflowError) as error:
                 return problem_response(400, f"The body is invalid: {error}.")
             except BaseException as error:
                 # Also if the client left: the action may have had an effect.
-                record(f"error: {type(error).__name__}")
+                entry.outcome, entry.detail = AuditOutcome.FAILED, type(error).__name__
+                self._operations.audit.record(entry)
                 raise
-            record(outcome.word)
+            entry.outcome, entry.detail = outcome.result, outcome.detail
+            entry.before, entry.after = outcome.before, outcome.after
+            self._operations.audit.record(entry)
             return outcome.response
 
         return run
+
+    async def _ended(self, performed: Coroutine[Any, Any, Outcome]) -> Outcome:
+        """Return the outcome of an action; errors of the ledger and refusals have one."""
+        try:
+            return await within(_ACTION_SECONDS, performed)
+        except (LedgerUnavailableError, TimeoutError) as error:
+            reason = reason_of(error)
+            return Outcome(coded(503, NO_ANSWER, reason), AuditOutcome.FAILED, reason)
+        except (JobNotFoundError, UnknownQueueError, UnknownScheduleError) as error:
+            return _refused(problem_response(404, f"{error}."), str(error))
+        except UnknownTaskError as error:
+            return _refused(problem_response(422, f"{error}."), str(error))
+        except JobStateError as error:
+            return _refused(coded(409, "state", f"{error}."), str(error))
 
     # -- actions -----------------------------------------------------------------------------
 
@@ -220,13 +232,15 @@ class ConsoleActions:
         own = self._operations.instance
         if instance != own:
             detail = f"This is {own}; type its whole name."
-            return Outcome(coded(409, "instance", detail), "refused")
+            return _refused(coded(409, "instance", detail), "another instance")
         if not self._operations.staged:
             detail = "This server handles its own stop; run it with `viralfx serve`."
-            return Outcome(coded(409, "unstaged", detail), "refused")
+            return _refused(coded(409, "unstaged", detail), "this server handles its own stop")
         began = self._operations.shutdown.trigger(f"POST {self._path}/ui/data/stop")
         return _done(
-            views.stop_view(self._operations), status=202, word="ok" if began else "had begun"
+            views.stop_view(self._operations),
+            status=202,
+            detail=None if began else "it had begun",
         )
 
     def _change(self, verb: str) -> Callable[[str], Awaitable[Job]]:
@@ -236,7 +250,8 @@ class ConsoleActions:
 
     def _job(self, verb: str) -> _Perform:
         async def perform(job_id: str, _: Nothing) -> Outcome:
-            return _done(views.job_view(await self._change(verb)(job_id)))
+            job = await self._change(verb)(job_id)
+            return _done(views.job_view(job), after=str(job.state))
 
         return perform
 
@@ -250,7 +265,7 @@ class ConsoleActions:
             if len(ids) > wanted.count and wanted.count < MAX_COUNTED:
                 detail = f"{len(ids)} jobs match now, not {wanted.count}: look again."
                 response = coded(409, "count", detail, errors=[{"count": len(ids)}])
-                return Outcome(response, f"refused: {len(ids)}, not {wanted.count}")
+                return _refused(response, f"{len(ids)} jobs match, not {wanted.count}")
             if query.since is None:
                 service = self._jobs.service
                 many = service.retry_all if verb == "retry" else service.cancel_all
@@ -260,7 +275,7 @@ class ConsoleActions:
             else:
                 # The ledger has no filter for it, so exactly the jobs that were found are changed.
                 count = await _each(self._change(verb), ids)
-            return _done({"count": count}, word=f"ok: {count}")
+            return _done({"count": count}, detail=jobs_in_words(count))
 
         return perform
 
@@ -272,7 +287,8 @@ class ConsoleActions:
             counts = await self._data.queue_counts.get()
             self._feed.on_counted(counts)
             shown = counts.get(queue, QueueCounts())
-            return _done(views.queue_view(queue, shown, self._jobs.concurrency))
+            view = views.queue_view(queue, shown, self._jobs.concurrency)
+            return _done(view, after="paused" if shown.paused else "running")
 
         return perform
 
@@ -285,9 +301,7 @@ class ConsoleActions:
     async def _run_schedule(self, task: str, _: Nothing) -> Outcome:
         accepted = await self._jobs.service.run_schedule(task)
         view = views.job_view(accepted.job)
-        return _done(
-            view, status=202 if accepted.created else 200, word=f"ok: job {accepted.job.id}"
-        )
+        return _done(view, status=202 if accepted.created else 200, detail=f"job {accepted.job.id}")
 
     async def _open_circuit(self, name: str, _: Nothing) -> Outcome:
         return self._circuit(name, CircuitBreaker.open)
@@ -299,33 +313,51 @@ class ConsoleActions:
         try:
             breaker = self._operations.breakers[name]
         except KeyError:
-            return Outcome(problem_response(404, "This process has no such circuit."), "unknown")
+            detail = "This process has no such circuit."
+            return _refused(problem_response(404, detail), "there is no such circuit")
+        before = str(breaker.get_state()["state"])
         change(breaker)
         # No event tells that a circuit which is open already was opened by hand.
         self._feed.publish_circuit(name)
-        return _done(self._feed.circuit(breaker))
+        view = self._feed.circuit(breaker)
+        return _done(view, before=before, after=str(view["state"]))
 
     async def _level(self, logger: str, wanted: LevelBody) -> Outcome:
         data = self._data
         name = data.levels.find(logger)
         if name is None:
-            return Outcome(problem_response(404, "There is no such logger."), "unknown")
+            missing = problem_response(404, "There is no such logger.")
+            return _refused(missing, "there is no such logger")
+        before = data.levels.get(name).effective
         try:
             seconds = None if wanted.minutes is None else 60 * wanted.minutes
             data.set_level(name, wanted.level, seconds)
         except FixedLevelError as error:
             detail = f"This level does not change: {error}."
-            return Outcome(coded(409, "fixed", detail), "refused")
+            return _refused(coded(409, "fixed", detail), str(error))
         except KeyError:
             raise ValueError(f"there is no level {wanted.level!r}") from None
-        return _done(data.logger(name))
+        return _done(
+            data.logger(name),
+            before=before,
+            after=data.levels.get(name).effective,
+            detail=None if wanted.minutes is None else f"for {wanted.minutes:g} min",
+        )
 
     async def _doctor(self, _target: str, _: Nothing) -> Outcome:
         return _done(await self._data.diagnose())
 
 
-def _done(view: views.View, *, status: int = 200, word: str = "ok") -> Outcome:
-    return Outcome(json_response(status, encode(view)), word)
+def _done(
+    view: views.View,
+    *,
+    status: int = 200,
+    before: str | None = None,
+    after: str | None = None,
+    detail: str | None = None,
+) -> Outcome:
+    response = json_response(status, encode(view))
+    return Outcome(response, detail=detail, before=before, after=after)
 
 
 async def _each(change: Callable[[str], Awaitable[Any]], ids: list[str]) -> int:
@@ -357,4 +389,4 @@ async def _each(change: Callable[[str], Awaitable[Any]], ids: list[str]) -> int:
 def _target_in_words(target: str, wanted: Any) -> str:
     if isinstance(wanted, BulkBody):
         return ", ".join(f"{name}={text}" for name, text in wanted.filter.given.items())
-    return f"{target} {wanted.level or 'back'}" if isinstance(wanted, LevelBody) else target
+    return target

@@ -20,6 +20,8 @@ from litestar.openapi.spec import (
 from litestar.params import FromPath
 from litestar.types import ExceptionHandlersMap
 
+from viralfx.domain.audit import Action, AuditEntry, filter_in_words, jobs_in_words
+from viralfx.domain.jobs.batching import BulkCount
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.model import JobFilter, JobState, LedgerUnavailableError
 from viralfx.domain.jobs.service import MAX_CHANGED
@@ -62,6 +64,11 @@ async def read_filter(request: AnyRequest) -> JobFilter:
         return filter_request.wanted
     except ValueError as error:
         raise ClientException(f"The body is invalid: {error}.") from None
+
+
+def _counted(entry: AuditEntry, changed: BulkCount) -> schemas.JobCount:
+    entry.detail = jobs_in_words(changed.count, more=changed.more)
+    return schemas.job_count(changed)
 
 
 CANCEL = (
@@ -194,7 +201,10 @@ class JobChangesController(Controller):
     async def cancel(
         self, request: AnyRequest, job_id: FromPath[str]
     ) -> Response[schemas.JobAccepted]:
-        job = await api_of(request).service.cancel(job_id)
+        api = api_of(request)
+        with api.recorded(request, Action.CANCEL, job_id) as entry:
+            job = await api.service.cancel(job_id)
+            entry.after = str(job.state)
         return Response(schemas.accepted(job), status_code=200 if job.state.final else 202)
 
     @post(
@@ -210,7 +220,9 @@ class JobChangesController(Controller):
     )
     async def retry_all(self, request: AnyRequest) -> schemas.JobCount:
         wanted = await read_filter(request)
-        return schemas.job_count(await api_of(request).service.retry_all(wanted))
+        api = api_of(request)
+        with api.recorded(request, Action.RETRY_ALL, filter_in_words(wanted)) as entry:
+            return _counted(entry, await api.service.retry_all(wanted))
 
     @post(
         "/cancel",
@@ -225,7 +237,9 @@ class JobChangesController(Controller):
     )
     async def cancel_all(self, request: AnyRequest) -> schemas.JobCount:
         wanted = await read_filter(request)
-        return schemas.job_count(await api_of(request).service.cancel_all(wanted))
+        api = api_of(request)
+        with api.recorded(request, Action.CANCEL_ALL, filter_in_words(wanted)) as entry:
+            return _counted(entry, await api.service.cancel_all(wanted))
 
     @post(
         "/{job_id:str}/retry",
@@ -237,7 +251,11 @@ class JobChangesController(Controller):
         exception_handlers=ON_CHANGE,
     )
     async def retry(self, request: AnyRequest, job_id: FromPath[str]) -> schemas.JobAccepted:
-        return schemas.accepted(await api_of(request).service.retry(job_id))
+        api = api_of(request)
+        with api.recorded(request, Action.RETRY, job_id) as entry:
+            job = await api.service.retry(job_id)
+            entry.after = str(job.state)
+        return schemas.accepted(job)
 
     @post(
         "/{job_id:str}/run",
@@ -250,7 +268,11 @@ class JobChangesController(Controller):
         exception_handlers=ON_CHANGE,
     )
     async def run(self, request: AnyRequest, job_id: FromPath[str]) -> schemas.JobAccepted:
-        return schemas.accepted(await api_of(request).service.run(job_id))
+        api = api_of(request)
+        with api.recorded(request, Action.RUN, job_id) as entry:
+            job = await api.service.run(job_id)
+            entry.after = str(job.state)
+        return schemas.accepted(job)
 
 
 # -- queues --------------------------------------------------------------------------------------
@@ -291,7 +313,9 @@ class QueuesController(Controller):
     )
     async def pause(self, request: AnyRequest, queue: FromPath[str]) -> schemas.Queue:
         api = api_of(request)
-        await api.service.pause(queue)
+        with api.recorded(request, Action.PAUSE_QUEUE, queue) as entry:
+            await api.service.pause(queue)
+            entry.after = "paused"
         return await _one(api, queue)
 
     @post(
@@ -305,7 +329,9 @@ class QueuesController(Controller):
     )
     async def resume(self, request: AnyRequest, queue: FromPath[str]) -> schemas.Queue:
         api = api_of(request)
-        await api.service.resume(queue)
+        with api.recorded(request, Action.RESUME_QUEUE, queue) as entry:
+            await api.service.resume(queue)
+            entry.after = "running"
         return await _one(api, queue)
 
 
@@ -365,7 +391,11 @@ class SchedulesController(Controller):
         exception_handlers=_ON_SCHEDULE,
     )
     async def pause(self, request: AnyRequest, task: FromPath[str]) -> schemas.Schedule:
-        return schemas.schedule_view(await api_of(request).service.pause_schedule(task))
+        api = api_of(request)
+        with api.recorded(request, Action.PAUSE_SCHEDULE, task) as entry:
+            schedule = await api.service.pause_schedule(task)
+            entry.after = "paused"
+        return schemas.schedule_view(schedule)
 
     @post(
         "/{task:str}/resume",
@@ -378,7 +408,11 @@ class SchedulesController(Controller):
         exception_handlers=_ON_SCHEDULE,
     )
     async def resume(self, request: AnyRequest, task: FromPath[str]) -> schemas.Schedule:
-        return schemas.schedule_view(await api_of(request).service.resume_schedule(task))
+        api = api_of(request)
+        with api.recorded(request, Action.RESUME_SCHEDULE, task) as entry:
+            schedule = await api.service.resume_schedule(task)
+            entry.after = "running"
+        return schemas.schedule_view(schedule)
 
     @post(
         "/{task:str}/run",
@@ -391,7 +425,10 @@ class SchedulesController(Controller):
         exception_handlers=_ON_SCHEDULE,
     )
     async def run(self, request: AnyRequest, task: FromPath[str]) -> Response[schemas.JobAccepted]:
-        outcome = await api_of(request).service.run_schedule(task, traceparent=traceparent(request))
+        api = api_of(request)
+        with api.recorded(request, Action.RUN_SCHEDULE, task) as entry:
+            outcome = await api.service.run_schedule(task, traceparent=traceparent(request))
+            entry.detail = f"job {outcome.job.id}"
         body, status = schemas.accepted(outcome.job), 202 if outcome.created else 200
         return Response(body, status_code=status, headers={"Location": body.links.self})
 

@@ -1,8 +1,9 @@
 """The routes of the jobs API, and the parsing of their requests."""
 
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Annotated, Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
 from litestar import Controller, HttpMethod, Litestar, Request, Response, delete, get, post
@@ -21,11 +22,14 @@ from litestar.response.sse import ServerSentEventMessage
 from litestar.types import Message
 from litestar.types import Send as LitestarSend
 
+from viralfx.domain.access import ANONYMOUS
+from viralfx.domain.audit import Action, AuditEntry
 from viralfx.domain.correlation import is_correlation_id, is_traceparent
 from viralfx.domain.jobs.batching import JobFollower, Submission
 from viralfx.domain.jobs.codec import MAX_NESTING_LEVELS, is_too_deep
 from viralfx.domain.jobs.model import Job, JobFilter, JobState, canonical_job_id
 from viralfx.domain.jobs.service import JobService
+from viralfx.web.audit import API
 from viralfx.web.auth import CHANGING, AccessVerdict, Headers, check_bearer_token, is_cross_origin
 from viralfx.web.jobs import openapi, schemas
 from viralfx.web.jobs.schemas import (
@@ -37,6 +41,7 @@ from viralfx.web.jobs.schemas import (
 )
 from viralfx.web.layer import OperationsLayer
 from viralfx.web.problems import ON_ACCEPT, ON_BATCH, ON_CHANGE
+from viralfx.web.responses import Scope, peer_of
 
 MAX_BODY_BYTES = 64 * 1024
 """Maximum size of a request body."""
@@ -224,6 +229,21 @@ class JobsApi:
         """The source of event streams of jobs."""
         return self._layer.assembly.jobs.follower
 
+    @contextmanager
+    def recorded(self, request: AnyRequest, action: Action, target: str) -> Iterator[AuditEntry]:
+        """Record the block as an action of the request's caller."""
+        with self._layer.operations.audit.recorded(
+            action,
+            actor=ANONYMOUS.name if self.token is None else API,
+            address=peer_of(cast("Scope", request.scope)),
+            target=target,
+        ) as entry:
+            yield entry
+
+    def record_refusal(self, request: AnyRequest, status: int) -> None:
+        """Record a request that is not authorized."""
+        self._layer.endpoints.refusals.record(cast("Scope", request.scope), status)
+
     @property
     def concurrency(self) -> Mapping[str, int]:
         """How many jobs of each queue this process runs at once."""
@@ -238,7 +258,12 @@ async def check_request(request: AnyRequest) -> None:
     Raise one for a query of too many fields, too, before Litestar parses it.
     """
     method = request.scope["method"]
-    _authorize(api_of(request), method, request.scope["headers"])
+    api = api_of(request)
+    try:
+        _authorize(api, method, request.scope["headers"])
+    except HTTPException as error:
+        api.record_refusal(request, error.status_code)
+        raise
     if request.scope["query_string"].count(b"&") >= MAX_QUERY_FIELDS:
         raise ClientException(f"The query has more than {MAX_QUERY_FIELDS} fields.")
     if method == HttpMethod.POST:
@@ -414,7 +439,9 @@ class JobsController(Controller):
         exception_handlers=ON_CHANGE,
     )
     async def cancel_waiting(self, request: AnyRequest, job_id: FromPath[str]) -> None:
-        await api_of(request).service.cancel(job_id, running=False)
+        api = api_of(request)
+        with api.recorded(request, Action.CANCEL, job_id) as entry:
+            entry.after = str((await api.service.cancel(job_id, running=False)).state)
 
     @get(
         "/{job_id:str}/events",

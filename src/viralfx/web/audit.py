@@ -1,0 +1,49 @@
+"""Requests as events of the audit trail: the names of their actors, and their refusals."""
+
+from viralfx.domain.access import ANONYMOUS
+from viralfx.domain.audit import Action, AuditEntry, AuditOutcome, AuditTrail, RefusalLimit
+from viralfx.domain.clock import Clock
+from viralfx.web.auth import CHANGING
+from viralfx.web.responses import Scope, peer_of
+
+MANAGEMENT = "management"
+"""The actor with MANAGEMENT_TOKEN."""
+API = "api"
+"""The actor with API_TOKEN."""
+
+
+def session_name(digits: str) -> str:
+    """Return the actor of a session of the console, by the first digits of its number."""
+    return f"console {digits}"
+
+
+class RefusalAudit:
+    """Records refused requests, of which a client may send any number.
+
+    A request that only reads, and has no token, is no event: probes of a wrong configuration
+    repeat it without an end.
+    """
+
+    def __init__(self, trail: AuditTrail, clock: Clock) -> None:
+        self._trail = trail
+        self._limit = RefusalLimit(clock.monotonic)
+
+    def record(self, scope: Scope, status: int, action: Action = Action.ACCESS) -> None:
+        """Record a refused request, unless its address has an event of the last minute."""
+        credentials = any(name == b"authorization" for name, _ in scope.get("headers", ()))
+        if scope["method"] not in CHANGING and not credentials:
+            return
+        address = peer_of(scope)
+        others = self._limit.others(address)
+        if others is None:
+            return
+        self._trail.record(
+            AuditEntry(
+                action=action,
+                actor=ANONYMOUS.name,
+                address=address,
+                target=f"{scope['method']} {scope['path']}",
+                outcome=AuditOutcome.REFUSED,
+                detail=f"{status}, and {others} others before" if others else str(status),
+            )
+        )
