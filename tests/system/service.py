@@ -231,7 +231,7 @@ def clean_environment() -> dict[str, str]:
     """Return this environment without the variables that configure the program."""
     configuring = re.compile(
         r"(DB|DATABASE|REDIS|SHUTDOWN|HEALTH|POOL|JOB|READINESS|MANAGEMENT|LOG|ACCESS|HEAP|LOOP|API|WEBHOOK"
-        r"|ALERT|TASK|AUDIT)_|CONSOLE|HTTP_(MAX|HEAD|KEEP|BODY)_|QUEUE|PORT$|OTEL_"
+        r"|ALERT|TASK|AUDIT|TRUSTED)_|CONSOLE|HTTP_(MAX|HEAD|KEEP|BODY)_|QUEUE|PORT$|OTEL_"
     )
     kept = {name: value for name, value in os.environ.items() if not configuring.match(name)}
     for name in ("ENVIRONMENT", "REVISION", "STATE_DIR", "HOST", "KUBERNETES_SERVICE_HOST"):

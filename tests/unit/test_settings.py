@@ -32,6 +32,7 @@ GIVEN: dict[str, tuple[str, object]] = {
     "CONSOLE_MAX_STREAMS": ("7", 7),
     "RUNBOOK_URL": ("https://docs.example/runbook", "https://docs.example/runbook"),
     "API_TOKEN": ("hush", Secret("hush")),
+    "TRUSTED_PROXIES": ("10.0.0.0/24, ::1", ("10.0.0.0/24", "::1")),
     "HTTP_MAX_HEAD_BYTES": ("8192", 8192),
     "HTTP_MAX_HEADERS": ("50", 50),
     "HTTP_HEAD_TIMEOUT": ("5000", 5.0),

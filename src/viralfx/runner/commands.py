@@ -28,6 +28,7 @@ from viralfx.telemetry.logging.handler import enforce_logging
 from viralfx.telemetry.logging.redaction import Redaction, secrets_of
 from viralfx.telemetry.tracing import require_packages, tracing_of
 from viralfx.web.auth import AccessPolicy
+from viralfx.web.client_address import TrustedProxies
 from viralfx.web.endpoints import OperationsEndpoints
 from viralfx.web.gate import Gate
 from viralfx.web.layer import refuse_layers
@@ -202,7 +203,10 @@ def work(signals: SignalWatch, *, app: str | None = None, queues: Sequence[str])
         if refuse_layers():
             _logger.warning(_WITHOUT_APPLICATION)
         endpoints = OperationsEndpoints(
-            assembly.operations, AccessPolicy.from_settings(settings), assembly.metrics
+            assembly.operations,
+            AccessPolicy.from_settings(settings),
+            assembly.metrics,
+            proxies=TrustedProxies.from_settings(settings),
         )
         endpoints.add_console(assembly, settings)
     else:

@@ -50,7 +50,6 @@ _WHITE_SPACE = b" \t"
 """Optional white space around the value of a header, and no part of it (RFC 9110, 5.5)."""
 _ODD = frozenset({b"content-length", b"transfer-encoding", b"expect", b"upgrade"})
 """Headers with which a request cannot be served as a fast probe."""
-_PROXY = frozenset({b"x-forwarded-for", b"x-forwarded-proto"})
 
 
 class HttpConnection(HttpToolsProtocol):
@@ -80,7 +79,6 @@ class HttpConnection(HttpToolsProtocol):
         "_padding",
         "_probe",
         "_progress",
-        "_proxied",
         "_read",
         "_reading",
         "_rejection",
@@ -123,7 +121,7 @@ class HttpConnection(HttpToolsProtocol):
         self._idle_since = self.registry.now
         self._hosts = self._padding = self._trailers = self._discarded = 0
         self.sent_bytes, self._host = -1, b""
-        self._odd = self._proxied = self._upgrading = False
+        self._odd = self._upgrading = False
         self._stopping = self._last = self._discarding = self._ends_body = False
         self._probe: tuple[Endpoint, bytes] | None = None
         self._abort_reason: Rejection | None = None
@@ -381,7 +379,7 @@ class HttpConnection(HttpToolsProtocol):
             self._stop_parsing(Rejection.PIPELINED)
         self._messages += 1
         self._reading = HEAD
-        self._began = self._odd = self._proxied = False
+        self._began = self._odd = False
         self._hosts = self._padding = 0
         self.url = b""
         self.headers = []
@@ -405,8 +403,6 @@ class HttpConnection(HttpToolsProtocol):
             self._odd = True
             if name == b"expect" and value.lower() == b"100-continue":
                 self.expect_100_continue = True
-        elif name in _PROXY:
-            self._proxied = True
         headers = self.headers
         headers.append((name, value))
         if len(headers) > self.registry.limits.max_headers:

@@ -80,7 +80,7 @@ class HttpProtocol(HttpConnection):
     """Endpoints that are served here, below ASGI, by the target in the request line."""
     websocket_class: type[asyncio.Protocol] | None
     direct: ASGIApp
-    """The application without uvicorn's proxy middleware, for requests without proxy headers."""
+    """The application, without a middleware of uvicorn."""
 
     __slots__ = ()
 
@@ -222,7 +222,7 @@ class HttpProtocol(HttpConnection):
             "state": self.app_state.copy(),
         }
         transport: Any = _BodyTransport(self) if self._odd else self.transport
-        app: Any = self.app if self._proxied else self.direct
+        app: Any = self.direct
         self.cycle = cycle = ResponseCycle(
             scope=scope,
             transport=transport,
@@ -470,7 +470,7 @@ def protocol_class(
     """Return the protocol class of one server.
 
     ``connections`` counts HTTP and WebSocket connections. ``probes`` are served below ASGI, by the
-    target in the request line. ``direct`` is the application for requests without proxy headers.
+    target in the request line. ``direct`` is the application.
     """
 
     class Connection(HttpProtocol):

@@ -362,6 +362,8 @@ def _configured(app: Any, limits: HttpLimits, *, http: str, websockets: bool) ->
         ws_per_message_deflate=False,
         timeout_keep_alive=round(limits.keep_alive_timeout),
         server_header=False,
+        # The gate reads the headers of trusted proxies; uvicorn would trust those of this machine.
+        proxy_headers=False,
     )
 
 

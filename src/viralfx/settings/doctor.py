@@ -173,6 +173,7 @@ PREFIXES = (
     "QUEUE",
     "CONSOLE",
     "AUDIT_",
+    "TRUSTED_",
 )
 """Beginnings of names that set a group of settings."""
 

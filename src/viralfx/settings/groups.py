@@ -42,6 +42,14 @@ Hosts = tuple[
     Annotated[str, Meta(pattern=r"^[^\s@]+$", examples=["hooks.example.com,*.example.org"])],
     ...,
 ]
+Networks = tuple[
+    # Each is parsed in `contradictions`.
+    Annotated[
+        str,
+        Meta(pattern=r"^[0-9A-Fa-f:.]+(/[0-9]{1,3})?$", examples=["10.0.0.0/24,192.0.2.7"]),
+    ],
+    ...,
+]
 Endpoints = tuple[
     Annotated[
         str,

@@ -1,6 +1,7 @@
 """All settings, each with its type, limits, default and meaning."""
 
 from collections.abc import Collection, Iterable, Iterator
+from ipaddress import ip_network
 from typing import Annotated, Literal
 
 import msgspec
@@ -18,6 +19,7 @@ from viralfx.settings.groups import (
     JobSettings,
     Modules,
     Names,
+    Networks,
     Port,
     PositiveDuration,
     RedisSettings,
@@ -141,6 +143,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         meaning("Address of your copy of docs/runbook.md, for links in the console"),
     ] = None
+    trusted_proxies: Annotated[
+        Networks,
+        meaning(
+            "Addresses and networks of proxies whose X-Forwarded-For, Forwarded and"
+            " X-Forwarded-Proto count; none: those of every peer are ignored"
+        ),
+    ] = ()
     http: HttpSettings = HttpSettings()
     environment: Annotated[
         str,
@@ -433,11 +442,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 " lower it, or raise DB_POOL_MAX"
             )
             yield frozenset({"DB_POOL_MIN", "DB_POOL_MAX", "POOL_PROFILE"}), problem
+        yield from self._invalid_proxies()
         yield from self.db.contradictions()
         yield from self.redis.contradictions()
         yield from self.job.contradictions()
         yield from self.webhook.contradictions()
         yield from self._invalid_alerts()
+
+    def _invalid_proxies(self) -> Iterator[tuple[frozenset[str], str]]:
+        names = frozenset({"TRUSTED_PROXIES"})
+        for each in self.trusted_proxies:
+            try:
+                network = ip_network(each)
+            except ValueError as error:
+                yield names, f"TRUSTED_PROXIES: {error}"
+                continue
+            if network.prefixlen == 0:
+                yield names, f"TRUSTED_PROXIES: {each} lets every client choose its address"
 
     def _invalid_alerts(self) -> Iterator[tuple[frozenset[str], str]]:
         try:

@@ -30,6 +30,7 @@ from viralfx.telemetry.metrics import Metrics
 from viralfx.web import schemas
 from viralfx.web.audit import MANAGEMENT, RefusalAudit
 from viralfx.web.auth import AccessPolicy, AccessVerdict, Headers
+from viralfx.web.client_address import TrustedProxies
 from viralfx.web.console import Console, is_served
 from viralfx.web.console.data import ShowPayload
 from viralfx.web.responses import (
@@ -222,8 +223,11 @@ class OperationsEndpoints:
         metrics_path: str = "/metrics",
         groups: Mapping[str, Sequence[str]] | None = None,
         cors_origins: Sequence[str] = (),
+        proxies: TrustedProxies | None = None,
     ) -> None:
         self._operations = operations
+        self.proxies = proxies
+        """The proxies that may name the client of a request; None: no peer may."""
         self._metrics = metrics
         self._lifecycle = operations.lifecycle
         self._monitor = operations.monitor

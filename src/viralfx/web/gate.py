@@ -50,6 +50,7 @@ class Gate:
         self._operations = operations
         self._endpoints = operations.endpoints
         self._path_prefix = operations.path_prefix
+        self._proxies = operations.proxies
         self._alone = app is None
         self._app = _nothing if app is None else app
         self.requests = InFlightRequests(None if recorder is None else recorder.record)
@@ -76,6 +77,8 @@ class Gate:
             return
         if type(scope["headers"]) is not list:  # ASGI allows any iterable, also of one use
             scope["headers"] = list(scope["headers"])
+        if self._proxies is not None:
+            self._proxies.apply(scope)
         correlation_id = correlation_id_of(scope["headers"])
         start_request_context(correlation_id)
         header = (HEADER, correlation_id.encode("ascii"))
@@ -91,9 +94,9 @@ class Gate:
             return
         # Not in a method of its own: one more coroutine costs 1 % of an ordinary request.
         request = self.requests.begin(scope, receive, send, header)
-        respond = request.send
-        if kind == "websocket":
-            receive, respond = request.receive_websocket, request.send_websocket
+        is_websocket = kind == "websocket"
+        receive = request.receive_websocket if is_websocket else receive
+        respond = request.send_websocket if is_websocket else request.send
         try:
             await app(scope, receive, respond)
         except asyncio.CancelledError as error:

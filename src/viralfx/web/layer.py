@@ -24,6 +24,7 @@ from viralfx.telemetry.logging.lines import FactsInMessages
 from viralfx.telemetry.metrics import MetricsRegistry, SiblingProcesses
 from viralfx.telemetry.tracing import module_of_application, tracing_of
 from viralfx.web.auth import AccessPolicy
+from viralfx.web.client_address import TrustedProxies
 from viralfx.web.endpoints import OperationsEndpoints
 from viralfx.web.error_log import cause_of
 from viralfx.web.gate import Gate
@@ -237,6 +238,7 @@ class OperationsLayer:
             metrics_path=config.metrics_path,
             groups=config.groups,
             cors_origins=config.cors_origins,
+            proxies=TrustedProxies.from_settings(self.settings),
         )
         self.endpoints.add_console(
             self.assembly,
