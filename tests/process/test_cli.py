@@ -136,12 +136,13 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         "probe",
         "env",
         "jobs",
+        "audit",
     ]
 
 
 @pytest.mark.parametrize(
     "command",
-    ["serve", "worker", "migrate", "doctor", "probe", "env", "jobs"],
+    ["serve", "worker", "migrate", "doctor", "probe", "env", "jobs", "audit"],
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The exit code is 0."""

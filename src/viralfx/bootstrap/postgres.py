@@ -216,6 +216,19 @@ def audit_store(database: PostgresDatabase) -> AuditStore:
     return PostgresAuditStore(database)
 
 
+@contextlib.asynccontextmanager
+async def opened_audit_store(settings: Settings) -> AsyncIterator[AuditStore]:
+    """Connect once, and return the store of the audit trail for a command.
+
+    Raises :class:`ConfigurationError` for an invalid address, and :class:`StartupError` if the
+    database cannot be reached.
+    """
+    config = postgres_config(settings)
+    once = msgspec.structs.replace(config.settings, max_reconnect_attempts=1)
+    async with _connected(replace(config, settings=once)) as database:
+        yield PostgresAuditStore(database)
+
+
 # -- migrations ----------------------------------------------------------------------------------
 
 _logger = logging.getLogger("viralfx.database")

@@ -183,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     env.add_argument("--markdown", action="store_true", help="print a Markdown table")
     env.set_defaults(run=_env)
     _add_jobs(commands)
+    _add_audit(commands)
 
     webhook_key = commands.add_parser(
         "webhook-key",
@@ -295,6 +296,56 @@ def _add_jobs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     submit.add_argument(
         "--run-at", type=_moment, metavar="TIME", help="when to run it: 2026-01-31T08:00:00+01:00"
     )
+
+
+def _add_audit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "audit",
+        help="show the audit trail: which caller did what, the latest first",
+        description="Reads the audit trail in DATABASE_URL; no service needs to run.",
+    )
+    parser.add_argument(
+        "--since",
+        type=_since,
+        metavar="TIME",
+        help="only events from this time on: 2026-01-31T08:00:00Z, or 30m, 24h, 7d ago",
+    )
+    parser.add_argument("--actor", metavar="NAME", help="only events of this actor")
+    parser.add_argument(
+        "--action", type=_action, metavar="NAME", help="only events of this action: logger.level"
+    )
+    parser.add_argument("--cursor", metavar="ID", type=_job_id, help="only events older than this")
+    parser.add_argument(
+        "--limit", type=_limit, default=50, metavar="N", help="the most events (default: 50)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_audit)
+
+
+def _action(text: str) -> str:
+    from viralfx.domain.audit import Action  # noqa: PLC0415
+
+    if text in {*Action}:
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is no action; there are {', '.join(Action)}")
+
+
+_UNITS = {"m": "minutes", "h": "hours", "d": "days"}
+
+
+def _since(text: str) -> "datetime":
+    from datetime import UTC, datetime, timedelta  # noqa: PLC0415
+
+    if found := re.fullmatch(r"([0-9]{1,5})([mhd])", text, re.ASCII):
+        return datetime.now(UTC) - timedelta(**{_UNITS[found[2]]: int(found[1])})
+    return _moment(text)
+
+
+def _audit(options: argparse.Namespace) -> int:
+    require_modules("viralfx audit", "postgres", "structlog")
+    from viralfx.cli.audit import audit  # noqa: PLC0415
+
+    return audit(options)
 
 
 _STATES = ("waiting", "active", "completed", "failed", "cancelled")

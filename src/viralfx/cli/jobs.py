@@ -7,9 +7,10 @@ import argparse
 import asyncio
 import logging
 import os
+import pwd
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from viralfx.cli.output import (
     print_table,
     readable,
 )
+from viralfx.domain.audit import Action, AuditEntry, AuditTrail, filter_in_words, jobs_in_words
 from viralfx.domain.clock import timestamp
 from viralfx.domain.errors import ConfigurationError, StartupError, suggest
 from viralfx.domain.jobs.batching import BulkCount
@@ -51,6 +53,7 @@ from viralfx.domain.jobs.tasks import Task, TaskRegistry, UnknownTaskError
 from viralfx.settings import Settings, read_settings
 from viralfx.telemetry.logging.events import log_settings
 from viralfx.telemetry.logging.handler import configure_logging
+from viralfx.telemetry.logging.lines import AUDIT
 from viralfx.web.jobs import schemas
 
 EXIT_REFUSED = 1
@@ -127,10 +130,27 @@ Command = Callable[["_Ledger", argparse.Namespace], Awaitable[None]]
 class _Ledger:
     """The job service of this command, and the tasks that it knows."""
 
-    def __init__(self, settings: Settings, service: JobService, tasks: TaskRegistry) -> None:
+    def __init__(
+        self, settings: Settings, service: JobService, tasks: TaskRegistry, audit: AuditTrail
+    ) -> None:
         self.settings = settings
         self.service = service
         self.tasks = tasks
+        self._audit = audit
+
+    @contextmanager
+    def recorded(self, action: Action, target: str) -> Iterator[AuditEntry]:
+        """Record the block in the audit trail, as an action of the user of the system."""
+        with self._audit.recorded(action, actor=f"cli {_user()}", target=target) as entry:
+            yield entry
+
+
+def _user() -> str:
+    """Return the name of the user; not from the environment, which the user sets."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container may run with any number
+        return str(os.getuid())
 
 
 async def _run(
@@ -140,11 +160,20 @@ async def _run(
     declared: TaskRegistry | None,
 ) -> None:
     with_tasks = _submits(options) and declared is None
-    async with _opened(settings, with_tasks=with_tasks) as ledger:
-        for task in declared or ():
-            if task.name not in ledger.tasks:
-                ledger.tasks.add(task)
-        await command(ledger, options)
+    stream = logging.getLogger(AUDIT)
+    stream.addFilter(_is_shown)  # the events of a command are in the table alone
+    try:
+        async with _opened(settings, with_tasks=with_tasks) as ledger:
+            for task in declared or ():
+                if task.name not in ledger.tasks:
+                    ledger.tasks.add(task)
+            await command(ledger, options)
+    finally:
+        stream.removeFilter(_is_shown)
+
+
+def _is_shown(_: logging.LogRecord) -> bool:
+    return False
 
 
 @asynccontextmanager
@@ -155,10 +184,11 @@ async def _opened(settings: Settings, *, with_tasks: bool) -> AsyncIterator[_Led
     # One attempt to connect: an operator repeats the command.
     db = msgspec.structs.replace(settings.db, pool_min=1, pool_max=1, max_reconnect_attempts=1)
     assembly = assemble(msgspec.structs.replace(settings, db=db))
+    trail = assembly.operations.audit
     try:
         for resource in assembly.operations.resources:
             await resource.open()
-        yield _Ledger(settings, assembly.jobs.service, assembly.jobs.tasks)
+        yield _Ledger(settings, assembly.jobs.service, assembly.jobs.tasks, trail)
     finally:
         # These are the steps of every process, and would be log lines of no use here.
         before = logging.root.manager.disable
@@ -167,6 +197,8 @@ async def _opened(settings: Settings, *, with_tasks: bool) -> AsyncIterator[_Led
             await asyncio.shield(assembly.operations.shutdown.run())
         finally:
             logging.disable(before)
+        if trail.lost:
+            note("viralfx: the audit trail has no event of this, as its table does not take it")
 
 
 # -- the commands ---------------------------------------------------------------------------------
@@ -238,16 +270,18 @@ async def _submit(ledger: _Ledger, options: argparse.Namespace) -> None:
         raise ConfigurationError(["jobs submit: standard input is closed"])
     payload = sys.stdin.buffer.read() if options.payload == "-" else options.payload.encode()
     try:
-        accepted = await ledger.service.accept(
-            options.task,
-            payload,
-            key=options.key,
-            run_at=options.run_at,
-            priority=options.priority,
-            unique=options.unique,
-            queue=options.queue,
-            max_attempts=options.max_attempts,
-        )
+        with ledger.recorded(Action.SUBMIT, options.task) as entry:
+            accepted = await ledger.service.accept(
+                options.task,
+                payload,
+                key=options.key,
+                run_at=options.run_at,
+                priority=options.priority,
+                unique=options.unique,
+                queue=options.queue,
+                max_attempts=options.max_attempts,
+            )
+            entry.detail = f"job {accepted.job.id}"
     except KeyConflictError as error:
         raise _RefusedError(str(error)) from None
     except UnknownTaskError as error:
@@ -295,26 +329,30 @@ async def _declare(ledger: _Ledger, task: str, queue: str) -> None:
 
 async def _retry(ledger: _Ledger, options: argparse.Namespace) -> None:
     if options.id:
-        await _change_each(options, ledger.service.retry)
+        await _change_each(ledger, options, Action.RETRY, ledger.service.retry)
     else:
         # In one call, so that a job that fails again meanwhile is retried once.
-        await _change_all(ledger, options, ledger.service.retry_all, JobState.FAILED)
+        await _change_all(
+            ledger, options, Action.RETRY_ALL, ledger.service.retry_all, JobState.FAILED
+        )
 
 
 async def _cancel(ledger: _Ledger, options: argparse.Namespace) -> None:
     if options.id:
-        await _change_each(options, ledger.service.cancel)
+        await _change_each(ledger, options, Action.CANCEL, ledger.service.cancel)
     else:
         states = JobState.WAITING, JobState.ACTIVE
-        await _change_all(ledger, options, ledger.service.cancel_all, *states)
+        await _change_all(ledger, options, Action.CANCEL_ALL, ledger.service.cancel_all, *states)
 
 
 async def _run_now(ledger: _Ledger, options: argparse.Namespace) -> None:
     if options.schedule is None:
-        await _change_each(options, ledger.service.run)
+        await _change_each(ledger, options, Action.RUN, ledger.service.run)
         return
     try:
-        accepted = await ledger.service.run_schedule(options.schedule)
+        with ledger.recorded(Action.RUN_SCHEDULE, options.schedule) as entry:
+            accepted = await ledger.service.run_schedule(options.schedule)
+            entry.detail = f"job {accepted.job.id}"
     except UnknownTaskError as error:
         raise _with_hint(error, "declare it in TASK_MODULES or pass --app") from None
     _print_accepted(options, accepted)
@@ -343,9 +381,14 @@ async def _pause(ledger: _Ledger, options: argparse.Namespace) -> None:
     if options.schedule is not None:
         if options.wait:
             raise ConfigurationError(["jobs pause: --wait is for a queue, not for --schedule"])
-        _print_schedule(options, await ledger.service.pause_schedule(options.schedule))
+        with ledger.recorded(Action.PAUSE_SCHEDULE, options.schedule) as entry:
+            found = await ledger.service.pause_schedule(options.schedule)
+            entry.after = "paused"
+        _print_schedule(options, found)
         return
-    await ledger.service.pause(options.queue)
+    with ledger.recorded(Action.PAUSE_QUEUE, options.queue) as entry:
+        await ledger.service.pause(options.queue)
+        entry.after = "paused"
     if options.wait:
         await asyncio.sleep(_PAUSE_SECONDS)
         while (await ledger.service.queues())[options.queue].active:  # noqa: ASYNC110
@@ -355,9 +398,14 @@ async def _pause(ledger: _Ledger, options: argparse.Namespace) -> None:
 
 async def _resume(ledger: _Ledger, options: argparse.Namespace) -> None:
     if options.schedule is not None:
-        _print_schedule(options, await ledger.service.resume_schedule(options.schedule))
+        with ledger.recorded(Action.RESUME_SCHEDULE, options.schedule) as entry:
+            found = await ledger.service.resume_schedule(options.schedule)
+            entry.after = "running"
+        _print_schedule(options, found)
         return
-    await ledger.service.resume(options.queue)
+    with ledger.recorded(Action.RESUME_QUEUE, options.queue) as entry:
+        await ledger.service.resume(options.queue)
+        entry.after = "running"
     _print_paused(options, options.queue, paused=False)
 
 
@@ -375,7 +423,10 @@ def _print_paused(
 
 
 async def _change_each(
-    options: argparse.Namespace, change: Callable[[str], Awaitable[Job]]
+    ledger: _Ledger,
+    options: argparse.Namespace,
+    action: Action,
+    change: Callable[[str], Awaitable[Job]],
 ) -> None:
     if options.command != "run" and _filter(options) != ANY_JOB:
         raise ConfigurationError([f"jobs {options.command}: pass ids or a filter, not both"])
@@ -384,7 +435,9 @@ async def _change_each(
     try:
         for job_id in dict.fromkeys(options.id):
             try:
-                changed.append(await change(job_id))
+                with ledger.recorded(action, job_id) as entry:
+                    changed.append(await change(job_id))
+                    entry.after = str(changed[-1].state)
             except (JobNotFoundError, JobStateError) as error:
                 refused.append(str(error))
     finally:  # after an outage, too: these were changed before it
@@ -400,6 +453,7 @@ async def _change_each(
 async def _change_all(
     ledger: _Ledger,
     options: argparse.Namespace,
+    action: Action,
     change: Callable[..., Awaitable[BulkCount]],
     *states: JobState,
 ) -> None:
@@ -410,7 +464,9 @@ async def _change_all(
     most = None  # the service refuses other states
     if not options.yes and wanted.state in (None, *states):
         most = await _confirmed(ledger, options, wanted, states)
-    changed = await change(wanted, most=most)
+    with ledger.recorded(action, filter_in_words(wanted)) as entry:
+        changed = await change(wanted, most=most)
+        entry.detail = jobs_in_words(changed.count, more=changed.more)
     if changed.more:
         match = "may match"
         with suppress(LedgerUnavailableError):  # the jobs that were changed are shown without it

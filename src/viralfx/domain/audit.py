@@ -21,6 +21,7 @@ from viralfx.domain.clock import (
     finished_within,
     ignore_error,
     supervised,
+    timestamp,
     wait_for,
 )
 from viralfx.domain.correlation import current_correlation_id
@@ -354,6 +355,24 @@ def _cut(text: str | None) -> str | None:
     if text is None or len(text) <= MAX_TEXT_CHARACTERS:
         return text
     return f"{text[: MAX_TEXT_CHARACTERS - 1]}…"
+
+
+def event_fields(event: AuditEvent) -> dict[str, str | None]:
+    """Return an event as JSON has it."""
+    return {
+        "id": event.id,
+        "at": timestamp(event.at),
+        "actor": event.actor,
+        "address": event.address,
+        "action": event.action,
+        "target": event.target,
+        "outcome": event.outcome,
+        "before": event.before,
+        "after": event.after,
+        "detail": event.detail,
+        "correlationId": event.correlation_id,
+        "instance": event.instance,
+    }
 
 
 def jobs_in_words(count: int, *, more: bool = False) -> str:
