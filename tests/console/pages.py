@@ -29,6 +29,7 @@ VIEWS = {
     "circuits": "Circuits",
     "loggers": "Loggers",
     "settings": "Settings",
+    "audit": "Audit",
     "changes": "Changes",
 }
 """The heading of each view, by its name in the address."""

@@ -248,6 +248,23 @@ def test_settings(scene: Scene) -> None:
     expect(scene.main.get_by_role("table", name="Findings of the doctor")).to_be_visible()
 
 
+def test_audit(scene: Scene) -> None:
+    """An action is there a moment later, with its actor; filters are in the address."""
+    scene.console.open("circuits")
+    scene.row("carrier").get_by_role("button", name="Open circuit carrier").click()
+    scene.button("Undo").click()
+    scene.console.open("audit")
+    scene.main.get_by_label("Action").select_option("circuit.open")
+    assert "action=circuit.open" in scene.console.page.url
+    opened = scene.main.get_by_role("row").filter(has_text="CLOSED → OPEN").first
+    expect(opened).to_contain_text(re.compile("console [0-9a-f]{6}"))
+    expect(opened).to_contain_text("127.0.0.1")
+    expect(scene.main.get_by_role("row").filter(has_text="circuit.close")).to_have_count(0)
+    expect(scene.main).to_contain_text("in Postgres" if scene.stored else "of this process")
+    scene.main.get_by_label("Outcome").select_option("failed")
+    expect(scene.main).to_contain_text("No event matches.")
+
+
 def test_circuits(scene: Scene) -> None:
     """A circuit is opened by hand, and the page follows by the stream; "Undo" closes it."""
     scene.console.open("circuits")

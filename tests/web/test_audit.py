@@ -180,3 +180,35 @@ async def test_a_wrong_api_token_is_an_event(caplog: pytest.LogCaptureFixture) -
             assert (await client.get(JOBS, headers=WRONG)).status_code == 401
 
     assert found(caplog) == [("anonymous", "access", f"GET {JOBS}", "refused")]
+
+
+async def test_the_view_has_pages_and_filters() -> None:
+    """Of this process without a database; a wrong query is the client's error."""
+    site = Site()
+    await site.plugin.operations.start()
+    headers = await site.log_in()
+    for verb in ("open", "close", "open"):
+        path = f"ui/data/circuits/<img src=x onerror=alert(1)>/{verb}"
+        await site.ask(path, "POST", headers=headers, body={})
+    trail = site.plugin.operations.audit
+    await until(lambda: not trail.waiting)
+
+    async def ask(query: str = "") -> Any:
+        return (await site.ask("ui/data/audit", headers=headers, query=query)).json()
+
+    first = await ask("limit=3")
+    last = await ask(f"limit=3&before={first['nextCursor']}")
+    found = [each["action"] for each in (*first["items"], *last["items"])]
+    assert found == ["circuit.open", "circuit.close", "circuit.open", "session.begin"]
+    assert (first["kept"], last["nextCursor"], "circuit.open" in first["actions"]) == (
+        "memory",
+        None,
+        True,
+    )
+    assert len((await ask("action=circuit.open&outcome=done"))["items"]) == 2
+    assert (await ask("actor=other"))["items"] == []
+    assert (await ask("since=2099-01-01T00:00:00Z"))["items"] == []
+    for query in ("limit=0", "limit=1000", "before=x", "since=yesterday", "colour=red"):
+        answer = await site.ask("ui/data/audit", headers=headers, query=query)
+        assert answer.status == 400, query
+    await site.plugin.operations.shutdown.run()

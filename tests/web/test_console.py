@@ -298,6 +298,7 @@ SESSION_VIEWS = [
     "loggers",
     "settings",
     "settings/doctor",
+    "audit",
 ]
 
 
@@ -400,8 +401,10 @@ async def test_a_backend_without_an_answer_is_no_error_of_the_request(
     for name in ("_fleet_view", "_runs"):
         monkeypatch.setattr(getattr(site.plugin.endpoints.console._data, name), "_load", silent)  # type: ignore[union-attr]
     monkeypatch.setattr(assembly.fleet, "changes", silent)
+    monkeypatch.setattr(assembly.operations.audit.store, "read", silent)
     headers = await site.log_in()
     views = ["jobs", "jobs/1", "queues", "schedules", "fleet", "fleet/changes", "status/history"]
+    views += ["audit"]
     for view in views:
         answer = await site.ask(f"ui/data/{view}", headers=headers)
         detail = answer.json().pop("detail")

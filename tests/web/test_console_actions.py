@@ -342,7 +342,7 @@ async def test_a_level_that_was_changed_elsewhere_does_not_return(site: Site) ->
     levels.set(name, None)
 
 
-@pytest.mark.parametrize("view", ["fleet/changes", "jobs", "jobs/all", "status/history"])
+@pytest.mark.parametrize("view", ["audit", "fleet/changes", "jobs", "jobs/all", "status/history"])
 async def test_a_nul_in_a_query_is_the_client_s_error(site: Site, view: str) -> None:
     """Postgres stores no NUL; without this the page would say that the database is down."""
     headers = await site.log_in()

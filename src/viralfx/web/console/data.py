@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from viralfx.bootstrap import JobRuntime
 from viralfx.bootstrap.doctor import ConfigurationSource
+from viralfx.domain.audit import Action, AuditFilter, AuditUnavailableError, event_fields
 from viralfx.domain.cache import SingleFlight
 from viralfx.domain.clock import Clock, ignore_error, timestamp
 from viralfx.domain.correlation import current_correlation_id
@@ -171,6 +172,38 @@ class JobQuery(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fiel
         return self.since is not None and job.created_at < self.since
 
 
+class AuditQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The filter of the audit trail."""
+
+    actor: str | None = None
+    action: str | None = None
+    outcome: str | None = None
+    since: Annotated[datetime, Meta(tz=True)] | None = None
+    until: Annotated[datetime, Meta(tz=True)] | None = None
+    before: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=_MAX_LIMIT)] = 100
+
+    @property
+    def wanted(self) -> AuditFilter:
+        """The filter of the store."""
+        return AuditFilter(
+            actor=self.actor or None,
+            action=self.action or None,
+            outcome=self.outcome or None,
+            since=self.since,
+            until=self.until,
+        )
+
+    @property
+    def cursor(self) -> str | None:
+        """The id of the event before the page. Raises ``ValueError`` for another text."""
+        if not self.before:
+            return None
+        if (event_id := canonical_job_id(self.before)) is None:
+            raise ValueError("before must be the nextCursor of another page")
+        return event_id
+
+
 Answer = Callable[[bytes, Reads], Awaitable[RawResponse]]
 """Returns the response to the query of a caller with these rights."""
 
@@ -239,6 +272,7 @@ class ConsoleData:
             "queues": DataView(session, self._answer(self.queues)),
             "schedules": DataView(session, self._answer(self.schedules)),
             "loggers": DataView(session, self._answer(self.loggers)),
+            "audit": DataView(session, self._answer(self.audit)),
             "settings": DataView(session, self._answer(self.all_settings)),
             "settings/doctor": DataView(session, self._answer(self.doctor)),
         }
@@ -255,7 +289,12 @@ class ConsoleData:
             try:
                 values = _values_of(query)
                 return _available(await within(_CALL_SECONDS, view(values)))
-            except (FleetUnavailableError, LedgerUnavailableError, TimeoutError) as error:
+            except (
+                AuditUnavailableError,
+                FleetUnavailableError,
+                LedgerUnavailableError,
+                TimeoutError,
+            ) as error:
                 # No error status: a browser would write a line for each, as long as it lasts.
                 body = {"available": False, "code": NO_ANSWER, "detail": reason_of(error)}
                 return json_response(200, encode(body))
@@ -411,6 +450,22 @@ class ConsoleData:
         """``ui/data/schedules``."""
         found = await self._jobs.service.schedules()
         return {"items": [views.schedule_view(each) for each in found]}
+
+    async def audit(self, values: dict[str, str]) -> views.View:
+        """``ui/data/audit``: the events, the latest first."""
+        query = msgspec.convert(values, AuditQuery, strict=False)
+        store = self._operations.audit.store
+        if store is None:
+            raise AuditUnavailableError("this process stores no events")
+        # One more than asked for shows whether there are older ones.
+        found = await store.read(query.wanted, before=query.cursor, limit=query.limit + 1)
+        shown = found[: query.limit]
+        return {
+            "kept": store.kept,
+            "actions": list(Action),
+            "items": [event_fields(each) for each in shown],
+            "nextCursor": shown[-1].id if len(found) > len(shown) else None,
+        }
 
     # -- circuits, loggers, settings ---------------------------------------------------------
 

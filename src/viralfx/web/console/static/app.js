@@ -31,6 +31,7 @@ const VIEWS = {
   circuits: ["Circuits", "process.js", "CircuitsView", "status"],
   loggers: ["Loggers", "process.js", "LoggersView", "all"],
   settings: ["Settings", "process.js", "SettingsView", "all"],
+  audit: ["Audit", "audit.js", "AuditView", "all"],
   job: ["Job", "jobs.js", "JobView", "all", "jobs"],
   changes: ["Changes", "status.js", "ChangesView", "all", "fleet"],
   login: ["Log in", "", "", "none"],
