@@ -11,7 +11,7 @@ class Right(IntEnum):
 
     NONE = 0
     READ = 1
-    """Details of checks, stacks, metrics, settings without secrets, and the views of the console."""
+    """Details of checks, stacks, metrics, settings without secrets, and views of the console."""
     OPERATE = 2
     """Retry, cancel and pause jobs, and change the levels of loggers."""
     ADMIN = 3
