@@ -242,9 +242,9 @@ class AuditTrail:
         if (loop := self._loop) is not None:
             try:
                 loop.call_soon_threadsafe(self._wake.set)
-            except RuntimeError:  # the loop is closed; the event is written by nothing
+            except RuntimeError:  # the loop is closed, so no task writes the events
+                self.lost += len(self._waiting)
                 self._waiting.clear()
-                self.lost += 1
 
     @contextmanager
     def recorded(
