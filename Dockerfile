@@ -14,7 +14,8 @@
 
 # Any image with Python 3.11 or newer, pip and a shell for the build. tini is taken from the base image
 # if it is there, or else from Debian's package; on a base without apt-get, put a static tini into the
-# folder of wheels.
+# folder of wheels. A tag may name another image tomorrow: a release builds on its digest, and so can you,
+# with --build-arg BASE_IMAGE=python:3.13-slim@sha256:...
 ARG BASE_IMAGE=python:3.13-slim
 
 

@@ -58,7 +58,16 @@ def _image(folder: Path, version: str, revision: str) -> Path | None:
     ):
         return None
     name = f"viralfx-backend:{version}"
-    given = (f"--build-arg=REVISION={revision}", f"--build-arg=VERSION={version}")
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    (tag,) = re.findall(r"^ARG BASE_IMAGE=(\S+)$", dockerfile, re.MULTILINE)
+    subprocess.run([engine, "pull", "--quiet", tag], check=False)  # the digest decides
+    show = [engine, "image", "inspect", "--format={{json .RepoDigests}}", tag]
+    base = by_digest(tag, json.loads(subprocess.check_output(show, text=True)) or [])
+    given = (
+        f"--build-arg=BASE_IMAGE={base}",
+        f"--build-arg=REVISION={revision}",
+        f"--build-arg=VERSION={version}",
+    )
     subprocess.run([engine, "build", *given, "--tag", name, "."], cwd=ROOT, check=True)
     environment = subprocess.check_output([engine, "run", "--rm", name, "env"], text=True)
     if not re.search(rf"\bREVISION\b.*{revision}", environment):
@@ -73,6 +82,20 @@ def _image(folder: Path, version: str, revision: str) -> Path | None:
     if saved.returncode:
         raise subprocess.CalledProcessError(saved.returncode, saved.args)
     return target
+
+
+def by_digest(tag: str, digests: list[str]) -> str:
+    """Return a base image by its tag and its digest, so that its content is certain.
+
+    ``digests`` are those that the engine knows. Raises ``SystemExit`` if none is of a registry.
+    """
+    repository = tag.rpartition(":")[0]
+    prefixes = ("", "docker.io/", "docker.io/library/")
+    for each in digests:
+        name, at, digest = each.partition("@")
+        if at and name in {f"{prefix}{repository}" for prefix in prefixes}:
+            return f"{tag}@{digest}"
+    raise SystemExit(f"release: {tag} has no digest of a registry; use --no-image, or pull it")
 
 
 def _sbom(folder: Path, version: str) -> Path:

@@ -32,6 +32,15 @@ def test_nothing_but_the_base_image_comes_from_a_registry() -> None:
     assert sources < stages
 
 
+def test_the_base_image_can_be_given_by_digest() -> None:
+    """Each stage is built on the one argument, which has a tag for a first build."""
+    named = [each for each in instructions("FROM") if not each.startswith("scratch")]
+
+    assert len(named) == 3
+    assert {each.split()[0] for each in named} == {"${BASE_IMAGE}"}
+    assert re.findall(r"^ARG BASE_IMAGE=(.+)$", TEXT, re.MULTILINE) == ["python:3.13-slim"]
+
+
 def test_only_the_first_stage_uses_a_network() -> None:
     """It fetches what the locks name, and the init; each install verifies the hashes."""
     networked = [run for run in instructions("RUN") if "--network=none" not in run]

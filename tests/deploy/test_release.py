@@ -26,7 +26,7 @@ from tests.deploy.distribution import (
     with_absolute_links,
 )
 from tests.deploy.extras import declared
-from tests.deploy.release import checksums, refused, unlisted
+from tests.deploy.release import by_digest, checksums, refused, unlisted
 from tests.deploy.wheels import Environment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -288,3 +288,15 @@ def test_the_sbom_has_the_packages_of_the_lock() -> None:
         "redis 3 is in requirements.lock, and not in the SBOM",
     ]
     assert len(locked()) > 50
+
+
+@pytest.mark.parametrize("name", ["python", "docker.io/python", "docker.io/library/python"])
+def test_the_image_of_a_release_is_built_on_a_digest(name: str) -> None:
+    """A tag may name another image tomorrow; an image of this machine alone is refused."""
+    digest = f"sha256:{'0' * 64}"
+
+    pinned = by_digest("python:3.13-slim", [f"mirror.example/python@{digest}1", f"{name}@{digest}"])
+
+    assert pinned == f"python:3.13-slim@{digest}"
+    with pytest.raises(SystemExit, match="has no digest of a registry"):
+        by_digest("python:3.13-slim", [])
