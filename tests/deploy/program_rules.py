@@ -12,7 +12,7 @@ from viralfx.cli import _parser
 from viralfx.domain.doctor import Area, Finding, Verdict, failed
 from viralfx.domain.errors import ConfigurationError
 from viralfx.settings import Settings, fields, read_settings
-from viralfx.settings.doctor import PRODUCTION, review
+from viralfx.settings.doctor import review
 from viralfx.web.auth import AccessPolicy
 from viralfx.web.endpoints import OperationsEndpoints
 
@@ -91,7 +91,7 @@ def _read(
     except ConfigurationError as error:
         return None, [failed(Area.ENVIRONMENT, problem, "see there") for problem in error.problems]
     found = review(settings, environ) if command in {"serve", "worker"} else []
-    if settings.environment != PRODUCTION:
+    if not settings.in_production:
         found.append(failed(Area.ENVIRONMENT, f"ENVIRONMENT={settings.environment}", "say so"))
     return settings, [f for f in found if f.verdict in {Verdict.WARN, Verdict.FAIL}]
 

@@ -234,7 +234,14 @@ def clean_environment() -> dict[str, str]:
         r"|ALERT|TASK|AUDIT|TRUSTED)_|CONSOLE|HTTP_(MAX|HEAD|KEEP|BODY)_|QUEUE|PORT$|OTEL_"
     )
     kept = {name: value for name, value in os.environ.items() if not configuring.match(name)}
-    for name in ("ENVIRONMENT", "REVISION", "STATE_DIR", "HOST", "KUBERNETES_SERVICE_HOST"):
+    for name in (
+        "ENVIRONMENT",
+        "ALLOW_OPEN_API",
+        "REVISION",
+        "STATE_DIR",
+        "HOST",
+        "KUBERNETES_SERVICE_HOST",
+    ):
         kept.pop(name, None)
     return {**kept, "PYTHONUNBUFFERED": "1"}
 

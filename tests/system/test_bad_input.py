@@ -39,6 +39,29 @@ def test_all_problems_are_reported_at_once() -> None:
     ]
 
 
+def test_an_open_jobs_api_beyond_this_machine() -> None:
+    """Without a token the service starts on loopback alone, and names each remedy."""
+    assert error_lines(HOST="0.0.0.0") == [  # noqa: S104 - the start is refused
+        (
+            "viralfx: API_TOKEN: HOST=0.0.0.0 serves a jobs API without a token to other machines;"
+            " set API_TOKEN, or HOST=127.0.0.1, or ALLOW_OPEN_API=true to accept jobs from all of"
+            " them"
+        )
+    ]
+
+
+def test_a_near_miss_of_production() -> None:
+    """A typing error does not open the service."""
+    assert error_lines(
+        ENVIRONMENT="prod", ALLOW_MEMORY_ADAPTERS="true", API_TOKEN="a1b2c3d4e5f6g7h8"
+    ) == [
+        (
+            "viralfx: ENVIRONMENT: 'prod' is not production; did you mean production? Any other"
+            " word has the rules of production"
+        )
+    ]
+
+
 def test_budgets_that_do_not_fit() -> None:
     """The line shows the sum and its parts."""
     lines = error_lines(SHUTDOWN_FORCE_TIMEOUT="50000", SHUTDOWN_READINESS_DELAY="1")

@@ -70,7 +70,7 @@ def test_a_rolling_restart_loses_no_request(
     environment = {
         "DATABASE_URL": database.url,
         "POOL_PROFILE": "medium",
-        "ENVIRONMENT": "staging",
+        "ENVIRONMENT": "test",
         "ARGUMENTS": "--app tests.system.backend_app:app",
     }
     worker = f"viralfx-worker@{free_port()}"

@@ -187,7 +187,12 @@ PLANTED: dict[str, Planted] = {
         WARN,
         "DATABSE_URL_FILE is not a known variable",
     ),
-    "not quite production": ({"ENVIRONMENT": "Prod"}, Area.ENVIRONMENT, WARN, "ENVIRONMENT=Prod"),
+    "not quite production": (
+        {"ENVIRONMENT": "Prod"},
+        Area.ENVIRONMENT,
+        WARN,
+        "ENVIRONMENT: 'Prod' is not production",
+    ),
     "memory in production": (
         {"ALLOW_MEMORY_ADAPTERS": "true", "DATABASE_URL": None, "DB_TLS_MODE": None},
         Area.ENVIRONMENT,
@@ -217,6 +222,12 @@ PLANTED: dict[str, Planted] = {
         Area.ENVIRONMENT,
         WARN,
         "WEBHOOK_ALLOWED_HOSTS without effect",
+    ),
+    "an open jobs API": (
+        {"ALLOW_OPEN_API": "true", "API_TOKEN": None},
+        Area.SECRETS,
+        WARN,
+        "ALLOW_OPEN_API=true: each client of the port",
     ),
     "no token": ({"MANAGEMENT_TOKEN": None}, Area.SECRETS, WARN, "MANAGEMENT_TOKEN is not set"),
     "short token of a developer": (

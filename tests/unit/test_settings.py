@@ -40,8 +40,9 @@ GIVEN: dict[str, tuple[str, object]] = {
     "HTTP_BODY_TIMEOUT": ("20000", 20.0),
     "HTTP_MAX_WEBSOCKET_BYTES": ("65536", 65536),
     "HTTP_MAX_CONNECTIONS": ("1000", 1000),
-    "ENVIRONMENT": ("staging", "staging"),
+    "ENVIRONMENT": ("test", "test"),
     "REVISION": ("9f2c1aa", "9f2c1aa"),
+    "ALLOW_OPEN_API": ("true", True),
     "ALLOW_MEMORY_ADAPTERS": ("true", True),
     "LOG_LEVEL": ("verbose", "verbose"),
     "LOG_FORMAT": ("console", "console"),
@@ -152,7 +153,11 @@ def test_defaults_are_those_of_the_contract() -> None:
     settings = read_settings({})
 
     assert Settings() == settings
-    assert (settings.host, settings.port, settings.management_port) == ("0.0.0.0", 3000, None)  # noqa: S104
+    assert (settings.listen_host, settings.port, settings.management_port) == (
+        "127.0.0.1",
+        3000,
+        None,
+    )
     assert (
         settings.health_check_interval,
         settings.health_check_timeout,
@@ -590,6 +595,92 @@ def test_production_needs_a_token_for_the_jobs_api() -> None:
     assert api_problems(API_TOKEN=" ", **environ) == [
         "API_TOKEN: consists of spaces only; set a secret, or unset it"
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("prod", "production"),
+        ("Production", "production"),
+        ("producton", "production"),
+        ("dev", "development"),
+        ("DEVELOPMENT", "development"),
+        ("developement", "development"),
+        ("Test", "test"),
+        ("testing", "test"),
+    ],
+)
+def test_a_near_miss_of_a_known_environment_is_an_error(given: str, meant: str) -> None:
+    """The line suggests the word. An application only gets a warning, and production."""
+    line = (
+        f"ENVIRONMENT: {given!r} is not {meant}; did you mean {meant}? Any other word has the rules"
+        " of production"
+    )
+
+    assert line in problems(ENVIRONMENT=given)
+    shared = read_settings({"ENVIRONMENT": given})
+    assert shared.warnings == (line,)
+    assert shared.in_production
+
+
+@pytest.mark.parametrize("name", ["staging", "live", "qa", "preview", "local", "text", "rest"])
+def test_each_other_environment_is_production(name: str) -> None:
+    """Only `development` and `test` open anything by themselves."""
+    refused = "API_TOKEN: ENVIRONMENT={} refuses a jobs API without a token; set it"
+
+    assert api_problems(ENVIRONMENT=name, ALLOW_MEMORY_ADAPTERS="true") == [refused.format(name)]
+    assert read_settings({"ENVIRONMENT": name}, strict=True).in_production
+
+
+@pytest.mark.parametrize(
+    ("environ", "host", "details", "management"),
+    [
+        ({}, "127.0.0.1", True, True),
+        ({"ENVIRONMENT": "test"}, "127.0.0.1", True, True),
+        ({"ENVIRONMENT": "staging"}, "0.0.0.0", False, True),  # noqa: S104
+        ({"ENVIRONMENT": "production", "HOST": "::1"}, "::1", False, True),
+        ({"ENVIRONMENT": "production", "HEALTH_DETAILS": "always"}, "0.0.0.0", True, True),  # noqa: S104
+        ({"HEALTH_DETAILS": "authorized", "MANAGEMENT_TOKEN": "x"}, "127.0.0.1", False, False),
+        ({"ENVIRONMENT": "production", "ALLOW_OPEN_API": "true"}, "0.0.0.0", True, True),  # noqa: S104
+        ({"ALLOW_OPEN_API": "true"}, "0.0.0.0", True, True),  # noqa: S104
+    ],
+)
+def test_defaults_of_exposure(
+    environ: dict[str, str],
+    host: str,
+    details: bool,  # noqa: FBT001
+    management: bool,  # noqa: FBT001
+) -> None:
+    """Host and details follow the environment, and ALLOW_OPEN_API opens all at once."""
+    settings = read_settings(environ, strict=True)
+
+    assert settings.listen_host == host
+    assert settings.shows_details() is details
+    assert settings.shows_details(on_management_port=True) is management
+
+
+def test_an_api_without_a_token_stays_on_this_machine() -> None:
+    """Beyond loopback it needs a token or ALLOW_OPEN_API, in development too."""
+
+    def found(**fields: object) -> list[str]:
+        given = Settings(**fields)  # type: ignore[arg-type]  # a test of several fields
+        return [*given.contradictions(with_api=True, listens=True)]
+
+    for host in (None, "127.0.0.1", "127.8.0.1", "::1", "[::1]", "localhost"):
+        assert found(host=host) == []
+    for host in ("0.0.0.0", "::", "10.0.0.7", "example.com", "127.0.0.1.nip.io"):  # noqa: S104
+        assert found(host=host) == [
+            (
+                f"API_TOKEN: HOST={host} serves a jobs API without a token to other machines; set"
+                " API_TOKEN, or HOST=127.0.0.1, or ALLOW_OPEN_API=true to accept jobs from all of"
+                " them"
+            )
+        ]
+        assert found(host=host, api_token=Secret("x")) == []
+        assert found(host=host, allow_open_api=True) == []
+    production = {"environment": "production", "allow_memory_adapters": True}
+    assert found(**production, allow_open_api=True) == []
+    assert len(found(**production)) == 1
 
 
 @pytest.mark.parametrize(

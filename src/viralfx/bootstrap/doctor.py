@@ -21,7 +21,7 @@ from viralfx.domain.doctor import (
 )
 from viralfx.domain.extras import is_about_extra, is_installed, missing, problem
 from viralfx.settings import CredentialsCallable, Settings, fields
-from viralfx.settings.doctor import PRODUCTION, misspelt, plain_environment, review, unread
+from viralfx.settings.doctor import misspelt, plain_environment, review, unread
 from viralfx.settings.model import DATABASE_URLS
 from viralfx.telemetry.tracing.variables import (
     endpoint_of,
@@ -279,7 +279,7 @@ def _database(settings: Settings, find_callable: _FindCallable | None) -> Doctor
     from viralfx.adapters.postgres.doctor import PostgresDoctor  # noqa: PLC0415
     from viralfx.bootstrap.postgres import migration_config, postgres_config  # noqa: PLC0415
 
-    production = settings.environment == PRODUCTION
+    production = settings.in_production
     own_address = settings.database_migration_url is not None
     return PostgresDoctor(
         postgres_config(settings),

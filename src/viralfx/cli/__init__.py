@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="serve the HTTP API until a stop signal")
     serve.add_argument("--app", metavar="MODULE:NAME", help="an ASGI application of your own")
-    serve.add_argument("--host", help="address to listen on (default: HOST, or 0.0.0.0)")
+    serve.add_argument("--host", help="address to listen on (default: HOST)")
     serve.add_argument("--port", type=_port, help="port to listen on (default: PORT, or 3000)")
     serve.add_argument(
         "--worker",
@@ -515,7 +515,8 @@ def _probe(options: argparse.Namespace) -> int:
         from viralfx.settings import read_settings  # noqa: PLC0415
 
         settings = read_settings(os.environ)
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)  # noqa: S104
+        given = settings.listen_host
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(given, given)  # noqa: S104
         if ":" in host and not host.startswith("["):
             host = f"[{host}]"
         port = settings.management_port or settings.port

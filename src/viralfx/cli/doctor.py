@@ -70,7 +70,7 @@ class PortsDoctor:
         return await asyncio.to_thread(lambda: list(self._listen()))
 
     def _listen(self) -> Iterator[Finding]:
-        host = self._settings.host
+        host = self._settings.listen_host
         ports = {"PORT": self._settings.port, "MANAGEMENT_PORT": self._settings.management_port}
         for variable, port in ports.items():
             if port is None:
@@ -165,7 +165,7 @@ class ApplicationDoctor:
             return unmade(error.problems, os.environ)
         self._step = "the first run of the checks"
         monitor = plugin.operations.monitor
-        gate = Gate(plugin.endpoints, application)
+        gate = Gate(plugin.endpoints.at_management_port(plugin.settings), application)
         try:
             # A resource that cannot be opened is reported by its health check.
             with contextlib.suppress(StartupError):

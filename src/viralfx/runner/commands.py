@@ -85,7 +85,8 @@ def serve(
         redaction=Redaction({*secrets, *secrets_of(settings)}),
     )
     signals.force_timeout = settings.shutdown_force_timeout
-    if problems := list(settings.contradictions(with_api=app is None or plugin.config.jobs_api)):
+    serves_jobs = app is None or plugin.config.jobs_api
+    if problems := list(settings.contradictions(with_api=serves_jobs, listens=True)):
         raise ConfigurationError(problems)
     raise_descriptor_limit()
     _warn_about_memory(settings)
@@ -96,10 +97,10 @@ def serve(
         jobs.disable_worker()
     jobs.require_dependencies()
 
-    listener = listen("PORT", settings.host, settings.port)
+    listener = listen("PORT", settings.listen_host, settings.port)
     management = None
     if settings.management_port is not None:
-        management = listen("MANAGEMENT_PORT", settings.host, settings.management_port)
+        management = listen("MANAGEMENT_PORT", settings.listen_host, settings.management_port)
     if (tracing := plugin.assembly.tracing) is not None:
         tracing.make_global()
     gate = plugin.gate(application)
@@ -122,7 +123,7 @@ def serve(
         management=(
             partial(
                 http_server,
-                Gate(plugin.endpoints),
+                Gate(plugin.endpoints.at_management_port(settings)),
                 management,
                 lacking=lacking,
                 lifespan=False,
@@ -228,8 +229,8 @@ def work(signals: SignalWatch, *, app: str | None = None, queues: Sequence[str])
     if assembly.tracing is not None:
         assembly.tracing.make_global()
 
-    listener = listen("MANAGEMENT_PORT", settings.host, settings.worker_management_port)
-    gate = Gate(endpoints)
+    listener = listen("MANAGEMENT_PORT", settings.listen_host, settings.worker_management_port)
+    gate = Gate(endpoints.at_management_port(settings))
     HeapReports(settings.heap_snapshot_dir).install()
     process = Process(
         operations=assembly.operations,

@@ -43,7 +43,7 @@ def unused_settings(settings: Settings, given: Collection[str]) -> Iterator[Find
             "remove STATE_DIR to keep state in the database",
         )
     kept = settings.database_url is not None
-    if settings.allow_memory_adapters and settings.environment == "production" and kept:
+    if settings.allow_memory_adapters and settings.in_production and kept:
         yield warned(
             Area.ENVIRONMENT,
             "ALLOW_MEMORY_ADAPTERS=true has no effect now, but would hide a missing DATABASE_URL",
@@ -156,8 +156,6 @@ def _without_effect(
         yield warned(area, f"{names} without effect: {reason}", remedy)
 
 
-PRODUCTION = "production"
-
 MIN_MARGIN_SECONDS = 5.0
 """Recommended time between the forced exit and SIGKILL."""
 NAME_SIMILARITY = 0.85
@@ -234,17 +232,11 @@ def _environment(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fin
         found, _, remedy = warning.rpartition("; ")
         variable = warning.partition(":")[0]
         yield warned(Area.ENVIRONMENT, found or warning, remedy or f"correct {variable}")
-    if name != PRODUCTION and name.lower() in {"prod", "production", "live"}:
-        yield warned(
-            Area.ENVIRONMENT,
-            f"ENVIRONMENT={name} does not turn on the rules for production",
-            f"set ENVIRONMENT={PRODUCTION}",
-        )
     in_memory = [
         *(["the database"] if settings.database_url is None else []),
         *(["the cache"] if not settings.redis.in_use else []),
     ]
-    if name == PRODUCTION and in_memory:
+    if settings.in_production and in_memory:
         yield warned(
             Area.ENVIRONMENT,
             f"{' and '.join(in_memory)} of production in memory: it is not shared between"
@@ -262,10 +254,16 @@ def _secrets(settings: Settings) -> Iterator[Finding]:
             "MANAGEMENT_TOKEN is not set: the shutdown is not accessible over HTTP",
             "set MANAGEMENT_TOKEN to a random text, such as `openssl rand -hex 32` prints",
         )
+    if settings.allow_open_api and settings.api_token is None:
+        yield warned(
+            Area.SECRETS,
+            "ALLOW_OPEN_API=true: each client of the port may submit, read and cancel jobs",
+            "set API_TOKEN, and remove ALLOW_OPEN_API",
+        )
     tokens = {"MANAGEMENT_TOKEN": settings.management_token, "API_TOKEN": settings.api_token}
     for variable, secret in tokens.items():
         if secret is not None:
-            yield _strength(variable, secret.value, settings.environment)
+            yield _strength(variable, secret.value, in_production=settings.in_production)
     yield from _short_passwords(settings)
 
 
@@ -287,11 +285,11 @@ def _short_passwords(settings: Settings) -> Iterator[Finding]:
             )
 
 
-def _strength(variable: str, token: str, environment: str) -> Finding:
+def _strength(variable: str, token: str, *, in_production: bool) -> Finding:
     problem = weakness(token)
     if problem is None:
         return passed(Area.SECRETS, f"{variable} is set and long enough")
-    finding = failed if environment == PRODUCTION else warned
+    finding = failed if in_production else warned
     return finding(
         Area.SECRETS, f"{variable} {problem}", "set it to the output of `openssl rand -hex 32`"
     )
@@ -306,7 +304,7 @@ def _budgets(settings: Settings) -> Iterator[Finding]:
         yield passed(area, f"{found}; set SHUTDOWN_GRACE_PERIOD to have it checked")
     else:
         yield _granted(needed, budgets.force, settings.shutdown_grace_period)
-    if settings.environment == PRODUCTION and not budgets.readiness_delay:
+    if settings.in_production and not budgets.readiness_delay:
         yield warned(
             area,
             "SHUTDOWN_READINESS_DELAY=0: connections are refused while load balancers still"
@@ -348,7 +346,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
             " five times a second",
             "set DATABASE_LISTEN_URL to the address of the server itself, or REDIS_HOST",
         )
-    if settings.environment == PRODUCTION:
+    if settings.in_production:
         yield from _unverified_database(address, db.tls_mode, db.tls_ca_file)
         if not db.statement_timeout:
             yield warned(
@@ -416,7 +414,7 @@ def _unverified_database(
 
 def _redis(settings: Settings) -> Iterator[Finding]:
     redis = settings.redis
-    if not redis.in_use or settings.environment != PRODUCTION:
+    if not redis.in_use or not settings.in_production:
         return
     if redis.tls_enabled and not redis.tls_reject_unauthorized:
         yield warned(
@@ -462,7 +460,7 @@ def _health(settings: Settings) -> Iterator[Finding]:
             "READINESS_REQUIRES names redis: an outage of Redis takes all instances out of service",
             "remove redis from it, or set READINESS_FAIL_OPEN_AFTER",
         )
-    if settings.environment == PRODUCTION and "database" not in settings.readiness_requires:
+    if settings.in_production and "database" not in settings.readiness_requires:
         yield warned(
             area,
             "READINESS_REQUIRES does not name database: instances without a database get requests",
@@ -473,7 +471,7 @@ def _health(settings: Settings) -> Iterator[Finding]:
 def _logging(settings: Settings) -> Iterator[Finding]:
     area, level, form = Area.LOGGING, settings.log_level, settings.log_format
     remarks: list[Finding] = []
-    if settings.environment == PRODUCTION:
+    if settings.in_production:
         if level in {"debug", "verbose"}:
             found = (
                 f"LOG_LEVEL={level} costs time and space, and logs more than you need in production"

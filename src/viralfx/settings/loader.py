@@ -26,7 +26,14 @@ from viralfx.settings.groups import (
     WebhookSettings,
     parse_redis_url,
 )
-from viralfx.settings.model import DATABASE_URLS, LOG_LEVELS, SHAPES, Settings, show
+from viralfx.settings.model import (
+    DATABASE_URLS,
+    LOG_LEVELS,
+    SHAPES,
+    Settings,
+    near_miss,
+    show,
+)
 
 
 class Field(msgspec.Struct, frozen=True):
@@ -191,7 +198,8 @@ def read_settings(
     are read. ``strict``: the environment is that of a program of this package, so an unknown name
     that is probably a typing error is a problem, and so is the address of another kind of database.
     Otherwise an application shares the environment, and a value that is not meant for this package
-    is ignored, with a line in ``Settings.warnings`` where a setting has no effect; that of QUEUES
+    is ignored, with a line in ``Settings.warnings`` where a setting has no effect; an ENVIRONMENT
+    that is close to a known word has such a line and is production; that of QUEUES is ignored
     only without ``with_tasks``: the application has tasks. ``with_api``: the process serves the
     jobs API, for which production requires a token and a database.
 
@@ -209,7 +217,7 @@ def read_settings(
     problems = [
         *(typing_errors(environ, env_prefix) if strict else ()),
         *reading.problems,
-        *settings.contradictions(reading.failed, with_api=with_api),
+        *settings.contradictions(reading.failed, with_api=with_api, judge_environment=strict),
     ]
     if problems:
         raise ConfigurationError(prefixed(line, env_prefix) for line in problems)
@@ -295,6 +303,8 @@ def _read(environ: Mapping[str, str], *, strict: bool = False, tasks: bool = Fal
         if raw is not None:
             reading.parse(one, raw, source)
     if not strict:
+        if problem := near_miss(reading.values.get("ENVIRONMENT", Settings().environment)):
+            reading.warnings.append(problem)
         _ignore_foreign(reading, tasks=tasks or "TASK_MODULES" in reading.values)
     for variable in DATABASE_URLS:
         _imply_from_url(reading, variable)

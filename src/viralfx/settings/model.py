@@ -1,12 +1,13 @@
 """All settings, each with its type, limits, default and meaning."""
 
 from collections.abc import Collection, Iterable, Iterator
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
+from viralfx.domain.errors import edits
 from viralfx.domain.extras import is_set
 from viralfx.domain.shutdown import ShutdownBudgets
 from viralfx.domain.webhooks.signature import WebhookKeys, parse_receiver_keys, parse_secrets
@@ -81,6 +82,46 @@ def weakness(token: str) -> str | None:
     return None
 
 
+OPEN_ENVIRONMENTS = ("development", "test")
+"""The values of ENVIRONMENT that open endpoints without a token; all others are production."""
+_KNOWN_ENVIRONMENTS = (*OPEN_ENVIRONMENTS, "production")
+_SHORT_FORMS = {
+    **dict.fromkeys(("dev", "devel", "develop", "developing"), "development"),
+    **dict.fromkeys(("testing", "tests", "tst"), "test"),
+    **dict.fromkeys(("prod", "prd", "product"), "production"),
+}
+
+
+def near_miss(environment: str) -> str | None:
+    """Return the problem of an ENVIRONMENT that is probably meant to be a known word."""
+    if environment in _KNOWN_ENVIRONMENTS:
+        return None
+    text = environment.strip().lower()
+    meant = _SHORT_FORMS.get(text)
+    for known in _KNOWN_ENVIRONMENTS:
+        # In a word as short as `test`, two edits make another word of it.
+        limit = 2 if len(known) > len("testing") else 0
+        if meant is None and edits(text, known, limit=limit) <= limit:
+            meant = known
+    if meant is None:
+        return None
+    return (
+        f"ENVIRONMENT: {environment!r} is not {meant}; did you mean {meant}? Any other word has the"
+        " rules of production"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Return True if only this machine can reach a listener at an address."""
+    name = host.strip("[]").lower()
+    if name == "localhost":
+        return True
+    try:
+        return ip_address(name.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
 def show(value: object) -> str:
     """Format a value as in the environment: durations in milliseconds, a secret as ``***``."""
     match value:
@@ -110,7 +151,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     group begins with the name of the group. Durations are in seconds; variables have milliseconds.
     """
 
-    host: Annotated[str, meaning("Address the API listens on")] = "0.0.0.0"  # noqa: S104 - a pod's
+    host: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        meaning(
+            "Address the ports listen on; unset: 127.0.0.1 in development, elsewhere and with"
+            " ALLOW_OPEN_API all addresses"
+        ),
+    ] = None
     port: Annotated[Port, meaning("Port of the API; 0: any free port")] = 3000
     management_port: Annotated[
         Port | None,
@@ -128,8 +175,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     api_token: Annotated[
         Secret | None,
-        meaning("Bearer token for the jobs API; required in production; unset: open access"),
+        meaning(
+            "Bearer token for the jobs API; unset: open access, which ALLOW_OPEN_API must allow"
+            " beyond this machine"
+        ),
     ] = None
+    allow_open_api: Annotated[
+        bool,
+        meaning(
+            "Serve the jobs API without API_TOKEN, and in production the details, metrics and API"
+            " document without a token"
+        ),
+    ] = False
     console: Annotated[
         bool,
         meaning("Serve the operations console at /health/ui; in production it needs a token"),
@@ -154,14 +211,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     environment: Annotated[
         str,
         Meta(min_length=1),
-        meaning("Name of the environment, shown by /health; `production` is stricter"),
+        meaning(
+            "Name of the environment; each one but `development` and `test` has the rules of"
+            " `production`"
+        ),
     ] = "development"
     revision: Annotated[
         str | None, meaning("Commit of the code, shown by /health/info; the image sets it")
     ] = None
-    allow_memory_adapters: Annotated[
-        bool, meaning("Allow memory adapters with ENVIRONMENT=production")
-    ] = False
+    allow_memory_adapters: Annotated[bool, meaning("Allow memory adapters in production")] = False
     log_level: Annotated[
         Literal["error", "warn", "log", "debug", "verbose"],
         meaning("Minimum log level; Python's words are accepted too: info is log, warning is warn"),
@@ -242,9 +300,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Names, meaning("Checks whose failure makes the service unhealthy")
     ] = ("database", "memory")
     health_details: Annotated[
-        Literal["always", "authorized"],
-        meaning("Access to /health/detailed and single checks: all clients or the token"),
-    ] = "always"
+        Literal["always", "authorized"] | None,
+        meaning(
+            "Access to details and metrics: all clients or the token; unset: all in development, on"
+            " MANAGEMENT_PORT and with ALLOW_OPEN_API"
+        ),
+    ] = None
     readiness_requires: Annotated[Names, meaning("Checks that must pass for readiness")] = (
         "database",
     )
@@ -303,6 +364,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """Return how many jobs of each queue a worker runs at once."""
         numbers = dict(self.queue_concurrency)
         return {name: numbers.get(name, self.job.concurrency) for name in queues}
+
+    @property
+    def in_production(self) -> bool:
+        """True unless ENVIRONMENT is exactly ``development`` or ``test``."""
+        return self.environment not in OPEN_ENVIRONMENTS
+
+    @property
+    def listen_host(self) -> str:
+        """The address that the ports listen on."""
+        if self.host is not None:
+            return self.host
+        everywhere = self.in_production or self.allow_open_api
+        return "0.0.0.0" if everywhere else "127.0.0.1"  # noqa: S104 - a pod's address
+
+    @property
+    def may_open_api(self) -> bool:
+        """True if the jobs API may be served without a token, as far as ENVIRONMENT decides."""
+        return self.allow_open_api or not self.in_production
+
+    def shows_details(self, *, on_management_port: bool = False) -> bool:
+        """Return True if details and metrics need no token at a port."""
+        if self.health_details is not None:
+            return self.health_details == "always"
+        return on_management_port or self.may_open_api
 
     @property
     def needs(self) -> Iterator[tuple[str, str]]:
@@ -366,23 +451,44 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         failed: Collection[str] = (),
         *,
         with_api: bool = False,
+        listens: bool = False,
+        judge_environment: bool = True,
     ) -> Iterator[str]:
         """Yield contradictions between values that are valid one by one.
 
         Variables in ``failed`` were invalid, so contradictions that involve them are skipped.
-        ``with_api``: the process serves the jobs API.
+        ``with_api``: the process serves the jobs API. ``listens``: it does so at ``listen_host``;
+        another server has an address of its own. Without ``judge_environment`` an ENVIRONMENT that
+        is close to a known word is no problem.
         """
+        if judge_environment and (problem := near_miss(self.environment)):
+            yield problem
         for variables, problem in self._contradictions():
             if variables.isdisjoint(failed):
                 yield problem
-        if self.environment == "production":
+        if self.in_production:
             if with_api or self.task_modules:
                 yield from self.jobs_in_memory(failed)
             yield from self._open_in_production(failed, with_api=with_api)
+        elif (
+            with_api
+            and listens
+            and self.api_token is None
+            and not (self.allow_open_api or is_loopback(self.listen_host))
+        ):
+            yield (
+                f"API_TOKEN: HOST={self.listen_host} serves a jobs API without a token to other"
+                " machines; set API_TOKEN, or HOST=127.0.0.1, or ALLOW_OPEN_API=true to accept"
+                " jobs from all of them"
+            )
 
     def _open_in_production(self, failed: Collection[str], *, with_api: bool) -> Iterator[str]:
-        if with_api and self.api_token is None and "API_TOKEN" not in failed:
-            yield ("API_TOKEN: ENVIRONMENT=production refuses a jobs API without a token; set it")
+        missing = with_api and self.api_token is None and not self.allow_open_api
+        if missing and {"API_TOKEN", "ALLOW_OPEN_API"}.isdisjoint(failed):
+            yield (
+                f"API_TOKEN: ENVIRONMENT={self.environment} refuses a jobs API without a token; set"
+                " it"
+            )
         tokens = {
             "MANAGEMENT_TOKEN": self.management_token,
             "API_TOKEN": self.api_token if with_api else None,
@@ -390,8 +496,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for variable, token in tokens.items():
             if token is not None and (problem := weakness(token.value)):
                 yield (
-                    f"{variable}: ENVIRONMENT=production refuses a token that {problem}; set it to"
-                    " the output of `openssl rand -hex 32`"
+                    f"{variable}: ENVIRONMENT={self.environment} refuses a token that {problem};"
+                    " set it to the output of `openssl rand -hex 32`"
                 )
 
     def _contradictions(self) -> Iterator[tuple[frozenset[str], str]]:
@@ -475,12 +581,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def jobs_in_memory(self, failed: Collection[str] = ()) -> Iterator[str]:
         """Yield a problem if production would keep jobs in memory. The cache may be there."""
         accept = "ALLOW_MEMORY_ADAPTERS"
-        refused = self.environment == "production" and not self.allow_memory_adapters
+        refused = self.in_production and not self.allow_memory_adapters
         known = {"DATABASE_URL", "ENVIRONMENT", accept}.isdisjoint(failed)
         if refused and known and self.database_url is None:
             yield (
-                "DATABASE_URL: ENVIRONMENT=production refuses to keep jobs in memory; set it, or"
-                f" {accept}=true to accept the loss of all data at every stop"
+                f"DATABASE_URL: ENVIRONMENT={self.environment} refuses to keep jobs in memory; set"
+                f" it, or {accept}=true to accept the loss of all data at every stop"
             )
 
 

@@ -5,10 +5,13 @@ Every path with GET also serves HEAD, and ``Allow`` lists every method of a path
 
 import asyncio
 from collections.abc import Awaitable
-from typing import cast
+from typing import Any, TypeAlias, cast
 
-from litestar import Litestar
+from litestar import Litestar, Router
+from litestar.connection import ASGIConnection
 from litestar.enums import HttpMethod
+from litestar.exceptions import NotAuthorizedException
+from litestar.handlers.base import BaseRouteHandler
 from litestar.openapi.spec import Components
 from litestar.plugins import ReceiveRoutePlugin
 from litestar.routes import BaseRoute, HTTPRoute
@@ -17,6 +20,7 @@ from litestar.types import ASGIApp as LitestarASGIApp
 from viralfx.settings import Settings
 from viralfx.telemetry import hide_packages
 from viralfx.web.api_docs import ApiDocsPlugin
+from viralfx.web.auth import AccessPolicy, AccessVerdict, ConsoleAccess, check_bearer_token
 from viralfx.web.jobs.changes import jobs_router
 from viralfx.web.jobs.openapi import COMPONENTS, JobsDocument
 from viralfx.web.layer import OperationsConfig, OperationsLayer
@@ -30,6 +34,8 @@ from viralfx.web.responses import (
     Send,
 )
 from viralfx.web.routes import StableOpenAPIConfig
+
+AnyConnection: TypeAlias = ASGIConnection[Any, Any, Any, Any]
 
 
 class HeadAsGet:
@@ -119,7 +125,7 @@ def create_app(settings: Settings) -> Litestar:
             openapi_config=StableOpenAPIConfig(
                 title="ViralFX Backend",
                 version=plugin.operations.version,
-                path="/api/docs",
+                openapi_router=_document_router(settings, plugin),
                 components=COMPONENTS if secured else Components(),
                 render_plugins=[ApiDocsPlugin()],
                 finish=JobsDocument(jobs.tasks, settings.queues, jobs.codec).finish,
@@ -128,6 +134,31 @@ def create_app(settings: Settings) -> Litestar:
     inner = cast("ASGIApp", app.asgi_handler)
     app.asgi_handler = cast("LitestarASGIApp", HeadAsGet(inner))
     return app
+
+
+def _document_router(settings: Settings, plugin: OperationsPlugin) -> Router:
+    """Return the router of the API document, which needs a token where details need one."""
+    policy = AccessPolicy.from_settings(settings)
+    sessions = ConsoleAccess(policy, clock=plugin.operations.clock)
+    api = settings.api_token
+    tokens = [policy.token, None if api is None else api.value.strip().encode()]
+
+    def require_token(connection: AnyConnection, _: BaseRouteHandler) -> None:
+        headers = connection.scope["headers"]
+        verdicts = {check_bearer_token(headers, token) for token in tokens}
+        # A browser sends no token, but the session of the console.
+        if AccessVerdict.ALLOWED not in verdicts and sessions.session(headers) is None:
+            raise NotAuthorizedException(
+                "Send a token as a bearer token, or log in to the console first.",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    return Router(
+        "/api/docs",
+        route_handlers=[],
+        guards=[require_token] if policy.details_need_token else None,
+        include_in_schema=False,
+    )
 
 
 def create_jobs_api(layer: OperationsLayer) -> ASGIApp:

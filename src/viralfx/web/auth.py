@@ -37,12 +37,14 @@ class AccessPolicy:
     details_need_token: bool
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> "AccessPolicy":
-        """Return the policy that MANAGEMENT_TOKEN and HEALTH_DETAILS define."""
+    def from_settings(
+        cls, settings: Settings, *, on_management_port: bool = False
+    ) -> "AccessPolicy":
+        """Return the policy that MANAGEMENT_TOKEN and HEALTH_DETAILS define for a port."""
         secret = settings.management_token
         return cls(
             token=secret.value.strip().encode() if secret else None,
-            details_need_token=settings.health_details == "authorized",
+            details_need_token=not settings.shows_details(on_management_port=on_management_port),
         )
 
     def to_details(self, headers: Headers) -> AccessVerdict:

@@ -6,8 +6,10 @@ and endpoints with a request body. The gate and the documented routes serve the 
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from http import HTTPStatus
+from typing import Self
 from urllib.parse import parse_qs
 
 import msgspec
@@ -92,13 +94,19 @@ class LoggersEndpoints:
     """Serves ``/health/loggers`` and ``/health/loggers/{name}``."""
 
     def __init__(
-        self, access: AccessPolicy, denials: DenialLog, path: str, *, audit: AuditTrail
+        self,
+        access: AccessPolicy,
+        denials: DenialLog,
+        path: str,
+        *,
+        audit: AuditTrail,
+        levels: LoggerLevels,
     ) -> None:
         self._access = access
         self._denials = denials
         self._path = path
         self._audit = audit
-        self.levels = LoggerLevels()
+        self.levels = levels
         """The levels, with those from before all changes."""
 
     def find(self, path: str) -> Endpoint | None:
@@ -250,18 +258,31 @@ class OperationsEndpoints:
         self._next_poll = min(intervals, default=1.0)
         self._timestamp = (-1, b"")
         self._console: Console | None = None
+        self._metrics_path = metrics_path
+        self._group_names = groups or {}
+        self._below: list[str] = []
+        self._cors = CorsPolicy(cors_origins) if cors_origins else None
+        self._levels = LoggerLevels()
+        self._make_table()
+
+    def _make_table(self) -> None:
+        access, prefix, metrics_path = self._access, self._prefix, self._metrics_path
         self._loggers = LoggersEndpoints(
-            access, self._denials, f"{prefix}/loggers", audit=operations.audit
+            access,
+            self._denials,
+            f"{prefix}/loggers",
+            audit=self._operations.audit,
+            levels=self._levels,
         )
         self._groups = GroupEndpoints(
-            groups or {},
+            self._group_names,
             monitor=self._monitor,
             clock=self._clock,
             access=access,
             denials=self._denials,
             path=f"{prefix}/group",
         )
-        process = ProcessEndpoints(operations, access, self._denials)
+        process = ProcessEndpoints(self._operations, access, self._denials)
         self.endpoints: dict[str, Endpoint] = {
             prefix: self._read_only(self.basic),
             f"{prefix}/live": self._read_only(self.live),
@@ -277,7 +298,6 @@ class OperationsEndpoints:
         """The endpoints by path. The first four read nothing but the method of the request."""
         for name in self._monitor.checks:
             self.endpoints.setdefault(f"{prefix}/{name}", self._one_check(name))
-        self._cors = CorsPolicy(cors_origins) if cors_origins else None
         if self._cors is not None:
             self.endpoints = {
                 path: self._cors.apply(endpoint) for path, endpoint in self.endpoints.items()
@@ -303,6 +323,23 @@ class OperationsEndpoints:
             )
             self.endpoints |= self._console.endpoints
 
+    def at_management_port(self, settings: Settings) -> "OperationsEndpoints":
+        """Return the same endpoints, with the access that the management port gives."""
+        policy = AccessPolicy.from_settings(settings, on_management_port=True)
+        return copy(self).replace_access(policy)
+
+    def replace_access(self, policy: AccessPolicy) -> Self:
+        """Decide by another policy from now on, and return the object itself."""
+        self._access = policy
+        self._make_table()
+        if self._console is not None:
+            self._console = copy(self._console).replace_access(policy)
+            self.endpoints |= self._console.endpoints
+        below, self._below = self._below, []
+        for path in below:
+            self.serve_below(path)
+        return self
+
     def count_requests(self, count: Callable[[], int]) -> None:
         """Show in the console how many requests of the application are in flight."""
         if self._console is not None:
@@ -316,6 +353,7 @@ class OperationsEndpoints:
     def serve_below(self, path: str) -> None:
         """Serve the documented endpoints of known paths below ``path``, too; not the console."""
         if path := path.strip("/"):
+            self._below.append(path)
             own = {p: e for p, e in self.endpoints.items() if p.startswith(self._prefix)}
             for known in own.keys() - (self._console.endpoints if self._console else {}):
                 self.endpoints[f"/{path}{known}"] = own[known]
@@ -516,6 +554,9 @@ class OperationsEndpoints:
         body, media_type = self._metrics.render(accept.decode("latin-1"))
         return raw_response(media_type.encode(), 200, body)
 
-    def _unknown(self, _method: str, _query: bytes, _headers: Headers) -> RawResponse:
+    def _unknown(self, _method: str, _query: bytes, headers: Headers) -> RawResponse | Denied:
+        # The names of the checks are details, too.
+        if (denied := self._denials.of(self._access.to_details(headers))) is not None:
+            return denied
         names = ", ".join(self._monitor.checks)
         return problem_response(404, f"There is no such check; the checks are {names}.")

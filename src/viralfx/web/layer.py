@@ -20,6 +20,7 @@ from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.shutdown import AnyStage, Phase, PhaseStarted, ShutdownEvent
 from viralfx.settings import CredentialsCallable, Settings, read_settings
+from viralfx.settings.model import near_miss
 from viralfx.telemetry.logging.lines import FactsInMessages
 from viralfx.telemetry.metrics import MetricsRegistry, SiblingProcesses
 from viralfx.telemetry.tracing import module_of_application, tracing_of
@@ -184,9 +185,13 @@ class OperationsLayer:
             with_tasks=bool(config.tasks),
         )
         # The loader has judged settings of the environment, and not those of the application.
-        judged = config.jobs_api and self.settings.environment == "production"
-        if judged and (problems := list(self.settings.contradictions(with_api=True))):
-            raise ConfigurationError(problems)
+        if config.settings is not None:
+            problem = near_miss(self.settings.environment)
+            problems = [problem] if problem else []
+            if config.jobs_api and self.settings.in_production:
+                problems = list(self.settings.contradictions(with_api=True))
+            if problems:
+                raise ConfigurationError(problems)
         self._refused = False
         self._run_jobs = True
         self._siblings = SiblingProcesses()

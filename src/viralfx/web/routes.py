@@ -146,7 +146,7 @@ _TOKEN_PROBLEMS = {
 }
 _MALFORMED = {400: problem_spec("The request is malformed.")}
 _DETAILS_PROBLEMS = {
-    401: problem_spec("HEALTH_DETAILS=authorized, and the management token is missing or wrong.")
+    401: problem_spec("Details need the management token here, and it is missing or wrong.")
 }
 _NO_LOGGER = {404: problem_spec("There is no logger with that name.")}
 
@@ -358,7 +358,7 @@ _DETAILS = (
         serve=_serve_check,
     ),
 )
-"""Routes that need the token if HEALTH_DETAILS is ``authorized``."""
+"""Routes that need the token where details are closed: in production, unless opened."""
 
 _GROUP = _Route(
     path="/group/{group:str}",

@@ -9,6 +9,7 @@ import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -68,8 +69,7 @@ _decode_token = msgspec.json.Decoder(_Token).decode
 
 def is_served(settings: Settings) -> bool:
     """Return True if the settings allow the console: in production only with a token."""
-    production = settings.environment == "production"
-    return settings.console and not (production and settings.management_token is None)
+    return settings.console and not (settings.in_production and settings.management_token is None)
 
 
 # -- the files of the page -----------------------------------------------------------------------
@@ -219,13 +219,23 @@ class Console:
         self._actions = ConsoleActions(
             self._operations, jobs=self._jobs, feed=self.feed, data=self._data, path=path
         )
+        self._path = path
         self._ui = f"{path}/ui/"
+        self._make_table()
+
+    def _make_table(self) -> None:
         self.endpoints: dict[str, Endpoint] = {
-            f"{path}/ui": self._file("index.html"),
-            f"{path}/ui/session": self._session,
-            f"{path}/events": self._events,
+            f"{self._path}/ui": self._file("index.html"),
+            f"{self._path}/ui/session": self._session,
+            f"{self._path}/events": self._events,
         }
         """The endpoints by path, without those of :meth:`find`."""
+
+    def replace_access(self, policy: AccessPolicy) -> Self:
+        """Decide by another policy from now on, and return the object itself."""
+        self._access = ConsoleAccess(policy, clock=self._operations.clock)
+        self._make_table()
+        return self
 
     def find(self, path: str) -> Endpoint | None:
         """Return the endpoint for the path of a file, a view or an action; None for another path.

@@ -216,7 +216,7 @@ class JobsApi:
         token = layer.settings.api_token
         self.token = None if token is None else token.value.strip().encode()
         """The token that each request must carry; None: no token is configured."""
-        self.open_without_token = layer.settings.environment != "production"
+        self.open_without_token = layer.settings.may_open_api
         """Whether requests are allowed if no token is configured."""
 
     @property
