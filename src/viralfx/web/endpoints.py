@@ -365,6 +365,8 @@ class OperationsEndpoints:
             if self._console is not None and (file := self._console.find(path)) is not None:
                 return file
             endpoint = self._loggers.find(path) or self._groups.find(path)
+            if self._console is None and path[len(self.path_prefix) :] in {"ui", "events"}:
+                endpoint = self._without_console
             # A path with one segment below the prefix is a check; a trailing slash is a segment.
             if endpoint is None and "/" not in path[len(self._prefix) + 1 : -1]:
                 endpoint = self._unknown
@@ -553,6 +555,10 @@ class OperationsEndpoints:
         accept = b",".join(value for name, value in headers if name == b"accept")
         body, media_type = self._metrics.render(accept.decode("latin-1"))
         return raw_response(media_type.encode(), 200, body)
+
+    @staticmethod
+    def _without_console(_method: str, _query: bytes, _headers: Headers) -> RawResponse:
+        return problem_response(404, "The console is not served here.")
 
     def _unknown(self, _method: str, _query: bytes, headers: Headers) -> RawResponse | Denied:
         # The names of the checks are details, too.
