@@ -137,7 +137,8 @@ def create_app(settings: Settings) -> Litestar:
 
 
 def _document_router(settings: Settings, plugin: OperationsPlugin) -> Router:
-    """Return the router of the API document, which needs a token where details need one."""
+    """Return the router of the API document, which needs a token in production."""
+    is_open = settings.may_open_api or settings.health_details == "always"
     policy = AccessPolicy.from_settings(settings)
     sessions = ConsoleAccess(policy, clock=plugin.operations.clock)
     api = settings.api_token
@@ -156,7 +157,7 @@ def _document_router(settings: Settings, plugin: OperationsPlugin) -> Router:
     return Router(
         "/api/docs",
         route_handlers=[],
-        guards=[require_token] if policy.details_need_token else None,
+        guards=None if is_open else [require_token],
         include_in_schema=False,
     )
 
