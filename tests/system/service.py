@@ -237,6 +237,7 @@ def clean_environment() -> dict[str, str]:
     for name in (
         "ENVIRONMENT",
         "ALLOW_OPEN_API",
+        "TOKENS",
         "REVISION",
         "STATE_DIR",
         "HOST",

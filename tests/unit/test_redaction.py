@@ -316,3 +316,13 @@ def test_a_password_anywhere_in_a_database_address_is_redacted(url: str) -> None
     redaction = Redaction(secrets_of(settings))
 
     assert redaction.text("h unter2 and h%20unter2") == "*** and ***"
+
+
+def test_each_secret_of_the_tokens_is_masked() -> None:
+    """The text of TOKENS as a whole is no secret that a log line would show; its parts are."""
+    text = "ann read first-planted second-planted; bob admin third-planted"
+    settings = read_settings({"TOKENS": text})
+    found = {*secrets_of(settings)}
+
+    assert {"first-planted", "second-planted", "third-planted"} <= found
+    assert {"ann", "read", "bob", "admin"}.isdisjoint(found)

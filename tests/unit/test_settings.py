@@ -42,6 +42,7 @@ GIVEN: dict[str, tuple[str, object]] = {
     "HTTP_MAX_CONNECTIONS": ("1000", 1000),
     "ENVIRONMENT": ("test", "test"),
     "REVISION": ("9f2c1aa", "9f2c1aa"),
+    "TOKENS": ("ann read hush", Secret("ann read hush")),
     "ALLOW_OPEN_API": ("true", True),
     "ALLOW_MEMORY_ADAPTERS": ("true", True),
     "LOG_LEVEL": ("verbose", "verbose"),
@@ -595,6 +596,25 @@ def test_production_needs_a_token_for_the_jobs_api() -> None:
     assert api_problems(API_TOKEN=" ", **environ) == [
         "API_TOKEN: consists of spaces only; set a secret, or unset it"
     ]
+
+
+def test_wrong_tokens_are_problems_of_the_start() -> None:
+    """Each line has a problem without the secret; production refuses weak secrets."""
+    assert problems(TOKENS="ann raed planted-secret; bob read") == [
+        "TOKENS: line 1: the second field is no list of rights; did you mean read?",
+        (
+            "TOKENS: line 1: has 2 fields; write NAME RIGHTS SECRET, with a second SECRET during a"
+            " rotation"
+        ),
+    ]
+    production = {"ENVIRONMENT": "production", "ALLOW_MEMORY_ADAPTERS": "true"}
+    assert api_problems(**production, TOKENS="ann read 0123456789abcdef hush") == [
+        (
+            "TOKENS: ENVIRONMENT=production refuses the token of ann, which has fewer than 16"
+            " characters; set it to the output of `openssl rand -hex 32`"
+        )
+    ]
+    assert api_problems(**production, TOKENS="ann read 0123456789abcdef") == []
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ OPEN, DETAILS, READ, OPERATE, ADMIN, SESSION = (
     "admin",
     "session",
 )
-JOBS = "the jobs API"
-DOCUMENT = "document"
+SUBMIT, READ_JOBS, CHANGE_JOBS = "submit", "read jobs", "change jobs"
+DOCUMENT, EVENTS = "document", "events"
 NEEDS: Mapping[tuple[str, str], str] = {
     **{("GET", f"/health{path}"): OPEN for path in ("", "/live", "/ready", "/startup")},
     **{
@@ -52,9 +52,16 @@ NEEDS: Mapping[tuple[str, str], str] = {
     ("GET", "/health/ui/session"): OPEN,
     ("POST", "/health/ui/session"): SESSION,
     ("DELETE", "/health/ui/session"): OPEN,
-    ("GET", "/health/events"): DETAILS,
+    # A page that may not follow it gets 401, and asks for the log-in.
+    ("GET", "/health/events"): EVENTS,
     **{
-        (method, f"/api/v1/{path}"): JOBS
+        (method, f"/api/v1/{path}"): (
+            READ_JOBS
+            if method == "GET"
+            else SUBMIT
+            if path in {"jobs", "jobs/batch"}
+            else CHANGE_JOBS
+        )
         for method, paths in {
             "GET": ("jobs", "jobs/{job_id}", "jobs/{job_id}/events", "queues", "schedules"),
             "POST": (
@@ -81,12 +88,46 @@ NEEDS: Mapping[tuple[str, str], str] = {
     },
 }
 MANAGEMENT, API = "management-token-of-32-characters", "api-token-of-at-least-16-characters"
+NAMED = {
+    "reader": "read",
+    "operator": "operate",
+    "owner": "admin,submit:*",
+    "submitter": "submit:*",
+    "watcher": "read:*",
+    "dispatcher": "operate:*",
+}
+"""The names of TOKENS, and their rights."""
+TOKENS = {
+    "management": MANAGEMENT,
+    "api": API,
+    **{name: f"secret-of-the-{name}-of-this-test" for name in NAMED},
+}
 CALLERS: Mapping[str, Mapping[str, str]] = {
     "none": {},
     "wrong": {"Authorization": "Bearer wrong"},
-    "management": {"Authorization": f"Bearer {MANAGEMENT}"},
-    "api": {"Authorization": f"Bearer {API}"},
+    **{name: {"Authorization": f"Bearer {secret}"} for name, secret in TOKENS.items()},
 }
+HAVE = {
+    OPEN: {*CALLERS},
+    SESSION: {*CALLERS},
+    DETAILS: {"management", "reader", "operator", "owner"},
+    EVENTS: {"management", "reader", "operator", "owner"},
+    READ: {"management", "reader", "operator", "owner"},
+    OPERATE: {"management", "operator", "owner"},
+    ADMIN: {"management", "owner"},
+    DOCUMENT: {*TOKENS},
+    SUBMIT: {"api", "owner", "submitter"},
+    READ_JOBS: {"api", "management", "reader", "operator", "owner", "watcher"},
+    CHANGE_JOBS: {"api", "management", "operator", "owner", "dispatcher"},
+}
+"""The callers that have each right."""
+BODIES = {
+    "/api/v1/jobs": b'{"task": "nothing", "payload": null}',
+    "/api/v1/jobs/batch": b'{"jobs": [{"task": "nothing", "payload": null}]}',
+    "/api/v1/jobs/retry": b'{"task": "nothing"}',
+    "/api/v1/jobs/cancel": b'{"task": "nothing"}',
+}
+"""Bodies that pass the validation, and change nothing."""
 _IGNORED = {"HEAD", "OPTIONS"}
 """HEAD is GET, and OPTIONS lists methods."""
 
@@ -99,6 +140,7 @@ def settings_of(environment: str, host: str | None = None) -> Settings:
         allow_memory_adapters=True,
         management_token=Secret(MANAGEMENT),
         api_token=Secret(API),
+        tokens=Secret("; ".join(f"{n} {rights} {TOKENS[n]}" for n, rights in NAMED.items())),
     )
 
 
@@ -139,23 +181,15 @@ async def asked(
 ) -> httpx.Response:
     """Send one request. Its body fits no route, so that an allowed one changes nothing."""
     headers = {**CALLERS[caller], "Content-Type": "application/json"}
-    content = None if method in {"GET", "DELETE"} else b"[]"
+    content = None if method in {"GET", "DELETE"} else BODIES.get(path, b"[]")
     return await client.request(method, path, headers=headers, content=content)
 
 
 def expected(need: str, caller: str, *, production: bool) -> int | None:
     """Return the status of a refusal; None if the caller gets an answer."""
-    allowed = {
-        OPEN: True,
-        SESSION: True,
-        DETAILS: not production or caller == "management",
-        DOCUMENT: not production or caller in {"management", "api"},
-        JOBS: caller == "api",
-        READ: caller == "management",
-        OPERATE: caller == "management",
-        ADMIN: caller == "management",
-    }[need]
-    return None if allowed else 401
+    if caller in HAVE[need] or (need in {DETAILS, EVENTS, DOCUMENT} and not production):
+        return None
+    return 403 if caller in TOKENS and need != EVENTS else 401
 
 
 @pytest.mark.parametrize("caller", CALLERS)
@@ -185,3 +219,68 @@ async def test_each_route_answers_the_callers_with_its_right(
         if status != want if want else status in {401, 403}:
             wrong[method, path] = (status, want)
     assert wrong == {}
+
+
+SHOP = {"Authorization": "Bearer secret-of-the-shop"}
+PATTERNS = Settings(
+    api_token=Secret(API),
+    tokens=Secret("shop submit:default.*,read:default,operate:default secret-of-the-shop"),
+)
+
+
+async def test_patterns_limit_tasks_and_queues() -> None:
+    """A token submits to its tasks, and reads and changes the jobs of its queues, alone."""
+    own = {"task": "default.prune", "payload": None, "runAt": "2999-01-01T00:00:00Z"}
+    foreign = {**own, "task": "analytics.rollup_health"}
+    async with AsyncTestClient(create_app(PATTERNS)) as client:
+
+        async def ask(method: str, path: str, body: object = None) -> int:
+            return (
+                await client.request(method, f"/api/v1/{path}", json=body, headers=SHOP)
+            ).status_code
+
+        other = (
+            await client.post("/api/v1/jobs", json=foreign, headers=dict(CALLERS["api"]))
+        ).json()["id"]
+        accepted = await client.post("/api/v1/jobs", json=own, headers=SHOP)
+        mine = accepted.json()["id"]
+        refused = await client.post("/api/v1/jobs", json=foreign, headers=SHOP)
+        queues = (await client.get("/api/v1/queues", headers=SHOP)).json()
+        statuses = {
+            "batch": await ask("POST", "jobs/batch", {"jobs": [own, foreign]}),
+            "own job": await ask("GET", f"jobs/{mine}"),
+            "foreign job": await ask("GET", f"jobs/{other}"),
+            "foreign events": await ask("GET", f"jobs/{other}/events"),
+            "all jobs": await ask("GET", "jobs"),
+            "own queue": await ask("GET", "jobs?queue=default"),
+            "foreign queue": await ask("GET", "jobs?queue=analytics"),
+            "schedules": await ask("GET", "schedules"),
+            "pause own": await ask("POST", "queues/default/pause"),
+            "pause foreign": await ask("POST", "queues/analytics/pause"),
+            "resume foreign": await ask("POST", "queues/analytics/resume"),
+            "cancel foreign": await ask("POST", f"jobs/{other}/cancel"),
+            "delete foreign": await ask("DELETE", f"jobs/{other}"),
+            "run foreign": await ask("POST", f"jobs/{other}/run"),
+            "cancel all": await ask("POST", "jobs/cancel", {"task": "default.prune"}),
+            "cancel all foreign": await ask("POST", "jobs/cancel", {"queue": "analytics"}),
+            "cancel all own": await ask("POST", "jobs/cancel", {"queue": "default"}),
+        }
+
+    assert accepted.status_code == 202
+    assert refused.status_code == 403
+    assert refused.json()["detail"] == (
+        "This token has not the right submit:analytics.rollup_health."
+    )
+    assert [queue["name"] for queue in queues["items"]] == ["default"]
+    allowed = {"own job", "own queue", "pause own", "cancel all own"}
+    assert statuses == {name: 200 if name in allowed else 403 for name in statuses}
+
+
+async def test_a_refusal_names_the_right() -> None:
+    """At the operations endpoints the problem says which right the token lacks."""
+    async with AsyncTestClient(create_app(settings_of("production"))) as client:
+        reply = await client.post("/health/shutdown", headers=dict(CALLERS["operator"]))
+
+    assert reply.status_code == 403
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert reply.json()["detail"] == "This token has not the right admin."

@@ -36,6 +36,16 @@ class Principal:
         """Return True if the caller has a right at the operations endpoints."""
         return self.right >= right
 
+    @property
+    def reads_all(self) -> bool:
+        """True if the caller may read the jobs of every queue."""
+        return self.right >= Right.READ or "*" in self.reads
+
+    @property
+    def operates_all(self) -> bool:
+        """True if the caller may change the jobs of every queue."""
+        return self.right >= Right.OPERATE or "*" in self.operates
+
     def may_submit(self, task: str) -> bool:
         """Return True if the caller may submit jobs of a task."""
         return _matches(task, self.submits)

@@ -32,6 +32,7 @@ from viralfx.settings.groups import (
     milliseconds,
 )
 from viralfx.settings.platform import POD_READINESS_DELAY
+from viralfx.settings.tokens import TokenBook
 
 DATABASE_URLS = ("DATABASE_URL", "DATABASE_MIGRATION_URL", "DATABASE_LISTEN_URL")
 """Variables that hold the address of a database."""
@@ -178,6 +179,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         meaning(
             "Bearer token for the jobs API; unset: open access, which ALLOW_OPEN_API must allow"
             " beyond this machine"
+        ),
+    ] = None
+    tokens: Annotated[
+        Secret | None,
+        meaning(
+            "More tokens with names and rights, one to a line or between `;`: NAME RIGHTS SECRET"
+            " [SECRET]"
         ),
     ] = None
     allow_open_api: Annotated[
@@ -379,6 +387,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return "0.0.0.0" if everywhere else "127.0.0.1"  # noqa: S104 - a pod's address
 
     @property
+    def token_book(self) -> TokenBook:
+        """All tokens. Raises ``ValueError`` if TOKENS is invalid."""
+        return TokenBook.of(self.tokens, management=self.management_token, api=self.api_token)
+
+    @property
+    def has_api_tokens(self) -> bool:
+        """True if the jobs API needs a token because there is one for it."""
+        return self.api_token is not None or self.tokens is not None
+
+    @property
     def may_open_api(self) -> bool:
         """True if the jobs API may be served without a token, as far as ENVIRONMENT decides."""
         return self.allow_open_api or not self.in_production
@@ -473,7 +491,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         elif (
             with_api
             and listens
-            and self.api_token is None
+            and not self.has_api_tokens
             and not (self.allow_open_api or is_loopback(self.listen_host))
         ):
             yield (
@@ -483,8 +501,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             )
 
     def _open_in_production(self, failed: Collection[str], *, with_api: bool) -> Iterator[str]:
-        missing = with_api and self.api_token is None and not self.allow_open_api
-        if missing and {"API_TOKEN", "ALLOW_OPEN_API"}.isdisjoint(failed):
+        missing = with_api and not (self.has_api_tokens or self.allow_open_api)
+        if missing and {"API_TOKEN", "TOKENS", "ALLOW_OPEN_API"}.isdisjoint(failed):
             yield (
                 f"API_TOKEN: ENVIRONMENT={self.environment} refuses a jobs API without a token; set"
                 " it"
@@ -500,7 +518,31 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                     " set it to the output of `openssl rand -hex 32`"
                 )
 
+        for name, secret in self._named_secrets():
+            if problem := weakness(secret):
+                yield (
+                    f"TOKENS: ENVIRONMENT={self.environment} refuses the token of {name}, which"
+                    f" {problem}; set it to the output of `openssl rand -hex 32`"
+                )
+
+    def _named_secrets(self) -> Iterator[tuple[str, str]]:
+        try:
+            tokens = TokenBook.of(self.tokens).tokens
+        except ValueError:  # reported with the contradictions
+            return
+        for token in tokens:
+            for secret in token.secrets:
+                yield token.principal.name, secret.decode("utf-8", "surrogateescape")
+
+    def _invalid_tokens(self) -> Iterator[tuple[frozenset[str], str]]:
+        try:
+            TokenBook.of(self.tokens)
+        except ValueError as error:
+            for line in str(error).splitlines():
+                yield frozenset({"TOKENS"}), f"TOKENS: {line}"
+
     def _contradictions(self) -> Iterator[tuple[frozenset[str], str]]:
+        yield from self._invalid_tokens()
         try:
             _ = self.shutdown_budgets
         except ValueError as error:
@@ -531,9 +573,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 frozenset({"RUNBOOK_URL"}),
                 f"RUNBOOK_URL: {self.runbook_url!r} is no address of a page; begin with https://",
             )
-        if self.health_details == "authorized" and self.management_token is None:
+        if self.health_details == "authorized" and self.management_token is self.tokens is None:
             yield (
-                frozenset({"MANAGEMENT_TOKEN", "HEALTH_DETAILS"}),
+                frozenset({"MANAGEMENT_TOKEN", "TOKENS", "HEALTH_DETAILS"}),
                 "HEALTH_DETAILS: authorized needs MANAGEMENT_TOKEN to be set",
             )
         for variable in DATABASE_URLS:

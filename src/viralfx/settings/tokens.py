@@ -83,8 +83,13 @@ class TokenBook:
 
 
 def secrets_of(secret: Secret) -> tuple[bytes, ...]:
-    """Return the secrets in MANAGEMENT_TOKEN or API_TOKEN, which white space separates."""
-    return tuple(part.encode("utf-8", "surrogateescape") for part in secret.value.split())
+    """Return the secrets in MANAGEMENT_TOKEN or API_TOKEN.
+
+    Two words are the two secrets of a rotation; any other number of words is one secret.
+    """
+    words = secret.value.split()
+    parts = words if len(words) == MAX_SECRETS else [secret.value.strip()]
+    return tuple(part.encode("utf-8", "surrogateescape") for part in parts)
 
 
 def parse_tokens(text: str) -> tuple[Token, ...]:
@@ -123,7 +128,10 @@ def _token(fields: list[str]) -> Token:
         )
     if name.lower() in _RESERVED:
         raise ValueError(f"the name {name.lower()} is reserved; choose another")
-    return Token(_principal(name, rights), tuple(secret.encode() for secret in secrets))
+    return Token(
+        _principal(name, rights),
+        tuple(secret.encode("utf-8", "surrogateescape") for secret in secrets),
+    )
 
 
 def _principal(name: str, rights: str) -> Principal:

@@ -20,7 +20,7 @@ from litestar.types import ASGIApp as LitestarASGIApp
 from viralfx.settings import Settings
 from viralfx.telemetry import hide_packages
 from viralfx.web.api_docs import ApiDocsPlugin
-from viralfx.web.auth import AccessPolicy, AccessVerdict, ConsoleAccess, check_bearer_token
+from viralfx.web.auth import AccessPolicy, ConsoleAccess, holder_of
 from viralfx.web.jobs.changes import jobs_router
 from viralfx.web.jobs.openapi import COMPONENTS, JobsDocument
 from viralfx.web.layer import OperationsConfig, OperationsLayer
@@ -113,7 +113,7 @@ class CompleteOptions(ReceiveRoutePlugin):
 def create_app(settings: Settings) -> Litestar:
     """Create the application of the ViralFX backend."""
     plugin = OperationsPlugin(OperationsConfig(settings=settings))
-    secured, jobs = settings.api_token is not None, plugin.assembly.jobs
+    secured, jobs = settings.has_api_tokens, plugin.assembly.jobs
     # If these packages are installed, Litestar loads a plugin for each. This application uses
     # msgspec types only, and the gate's middleware records its traces (ADR-0026).
     with hide_packages("attr", "attrs", "opentelemetry", "pydantic"):
@@ -141,14 +141,11 @@ def _document_router(settings: Settings, plugin: OperationsPlugin) -> Router:
     is_open = settings.may_open_api or settings.health_details == "always"
     policy = AccessPolicy.from_settings(settings)
     sessions = ConsoleAccess(policy, clock=plugin.operations.clock)
-    api = settings.api_token
-    tokens = [policy.token, None if api is None else api.value.strip().encode()]
 
     def require_token(connection: AnyConnection, _: BaseRouteHandler) -> None:
         headers = connection.scope["headers"]
-        verdicts = {check_bearer_token(headers, token) for token in tokens}
-        # A browser sends no token, but the session of the console.
-        if AccessVerdict.ALLOWED not in verdicts and sessions.session(headers) is None:
+        # Each holder of a token may know the API. A browser sends the session of the console.
+        if holder_of(headers, policy.book) is None and sessions.session(headers) is None:
             raise NotAuthorizedException(
                 "Send a token as a bearer token, or log in to the console first.",
                 headers={"WWW-Authenticate": "Bearer"},

@@ -6,12 +6,6 @@ from viralfx.domain.clock import Clock
 from viralfx.web.auth import CHANGING
 from viralfx.web.responses import Scope, peer_of
 
-MANAGEMENT = "management"
-"""The actor with MANAGEMENT_TOKEN."""
-API = "api"
-"""The actor with API_TOKEN."""
-
-
 def session_name(digits: str) -> str:
     """Return the actor of a session of the console, by the first digits of its number."""
     return f"console {digits}"
@@ -28,7 +22,14 @@ class RefusalAudit:
         self._trail = trail
         self._limit = RefusalLimit(clock.monotonic)
 
-    def record(self, scope: Scope, status: int, action: Action = Action.ACCESS) -> None:
+    def record(
+        self,
+        scope: Scope,
+        status: int,
+        action: Action = Action.ACCESS,
+        *,
+        actor: str = ANONYMOUS.name,
+    ) -> None:
         """Record a refused request, unless its address has an event of the last minute."""
         credentials = any(name == b"authorization" for name, _ in scope.get("headers", ()))
         if scope["method"] not in CHANGING and not credentials:
@@ -40,7 +41,7 @@ class RefusalAudit:
         self._trail.record(
             AuditEntry(
                 action=action,
-                actor=ANONYMOUS.name,
+                actor=actor,
                 address=address,
                 target=f"{scope['method']} {scope['path']}",
                 outcome=AuditOutcome.REFUSED,

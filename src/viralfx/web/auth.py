@@ -7,13 +7,15 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum, StrEnum, auto
 from urllib.parse import urlsplit
 
+from viralfx.domain.access import ANONYMOUS, Principal, Right
 from viralfx.domain.clock import Clock
 from viralfx.settings import Settings
+from viralfx.settings.tokens import MANAGEMENT, TokenBook
 
 Headers = Iterable[tuple[bytes, bytes]]
 """Request headers as ASGI gives them: names in lower case."""
@@ -27,6 +29,17 @@ class AccessVerdict(Enum):
     """401: the token is missing or wrong."""
     FORBIDDEN = auto()
     """403: no token is configured, so no request is allowed."""
+    LACKS_READ = auto()
+    """403: the token is known, and has not the right ``read``; the same below."""
+    LACKS_OPERATE = auto()
+    LACKS_ADMIN = auto()
+
+
+_LACKS = {
+    Right.READ: AccessVerdict.LACKS_READ,
+    Right.OPERATE: AccessVerdict.LACKS_OPERATE,
+    Right.ADMIN: AccessVerdict.LACKS_ADMIN,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,44 +47,64 @@ class AccessPolicy:
     """Decides which requests may use the operations endpoints."""
 
     token: bytes | None
+    """MANAGEMENT_TOKEN, which begins sessions of the console."""
     details_need_token: bool
+    book: TokenBook = field(default_factory=TokenBook)
 
     @classmethod
     def from_settings(
         cls, settings: Settings, *, on_management_port: bool = False
     ) -> "AccessPolicy":
         """Return the policy that MANAGEMENT_TOKEN and HEALTH_DETAILS define for a port."""
-        secret = settings.management_token
+        book = settings.token_book
+        management = book.find(MANAGEMENT.name)
         return cls(
-            token=secret.value.strip().encode() if secret else None,
+            token=management.secrets[0] if management else None,
+            book=book,
             details_need_token=not settings.shows_details(on_management_port=on_management_port),
         )
 
     def to_details(self, headers: Headers) -> AccessVerdict:
         """Authorize a request for check details, logger levels or metrics."""
-        return self.to_shutdown(headers) if self.details_need_token else AccessVerdict.ALLOWED
+        if not self.details_need_token:
+            return AccessVerdict.ALLOWED
+        return self._require(headers, Right.READ)
 
     def to_shutdown(self, headers: Headers) -> AccessVerdict:
-        """Authorize a request to see or begin the shutdown."""
-        return check_bearer_token(headers, self.token)
+        """Authorize a request to begin the shutdown."""
+        return self._require(headers, Right.ADMIN)
 
-    def to_stacks(self, headers: Headers) -> AccessVerdict:
-        """Authorize a request to see the stacks of the running process."""
-        return check_bearer_token(headers, self.token)
+    def to_process(self, headers: Headers) -> AccessVerdict:
+        """Authorize a request to see the stacks of the running process, or its shutdown."""
+        return self._require(headers, Right.READ)
 
     def to_change(self, headers: Headers) -> AccessVerdict:
         """Authorize a request to change the running process, such as the level of a logger."""
-        return check_bearer_token(headers, self.token)
+        return self._require(headers, Right.OPERATE)
+
+    @property
+    def has_tokens(self) -> bool:
+        """True if a token has a right at these endpoints."""
+        return any(token.principal.may(Right.READ) for token in self.book.tokens)
+
+    def caller(self, headers: Headers) -> Principal:
+        """Return the holder of the token of a request, or the anonymous caller."""
+        return holder_of(headers, self.book) or ANONYMOUS
+
+    def _require(self, headers: Headers, right: Right) -> AccessVerdict:
+        if not self.has_tokens:
+            return AccessVerdict.FORBIDDEN
+        caller = holder_of(headers, self.book)
+        if caller is None:
+            return AccessVerdict.UNAUTHORIZED
+        return AccessVerdict.ALLOWED if caller.may(right) else _LACKS[right]
 
 
-def check_bearer_token(headers: Headers, expected: bytes | None) -> AccessVerdict:
-    """Compare the bearer token of a request with the configured one; None: not configured."""
-    if expected is None:
-        return AccessVerdict.FORBIDDEN
+def holder_of(headers: Headers, book: TokenBook) -> Principal | None:
+    """Return the holder of the bearer token of a request; None without a known one."""
     given = next((value for name, value in headers if name == b"authorization"), b"")
     scheme, _, token = given.partition(b" ")
-    matches = scheme.lower() == b"bearer" and hmac.compare_digest(token.strip(), expected)
-    return AccessVerdict.ALLOWED if matches else AccessVerdict.UNAUTHORIZED
+    return book.identify(token.strip()) if scheme.lower() == b"bearer" else None
 
 
 CHANGING = frozenset({"POST", "PUT", "PATCH", "DELETE"})

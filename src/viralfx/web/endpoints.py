@@ -30,7 +30,7 @@ from viralfx.telemetry import stacks_of_tasks, stacks_of_threads
 from viralfx.telemetry.logging.lines import LEVELS, FixedLevelError, LoggerLevels
 from viralfx.telemetry.metrics import Metrics
 from viralfx.web import schemas
-from viralfx.web.audit import MANAGEMENT, RefusalAudit
+from viralfx.web.audit import RefusalAudit
 from viralfx.web.auth import AccessPolicy, AccessVerdict, Headers
 from viralfx.web.client_address import TrustedProxies
 from viralfx.web.console import Console, is_served
@@ -77,7 +77,7 @@ class ProcessEndpoints:
         """``GET /health/tasks``: the stacks of all threads, and of all tasks of the event loop."""
         if method not in READ:
             return not_allowed("GET, HEAD")
-        if (denied := self._denials.of(self._access.to_stacks(headers))) is not None:
+        if (denied := self._denials.of(self._access.to_process(headers))) is not None:
             return denied
         text = f"{stacks_of_threads()}\n{stacks_of_tasks(asyncio.get_running_loop())}"
         return raw_response(_TEXT, 200, text.encode("utf-8", "backslashreplace"))
@@ -148,7 +148,10 @@ class LoggersEndpoints:
 
     def _change(self, name: str, body: bytes, scope: Scope) -> RawResponse:
         entry = AuditEntry(
-            action=Action.LEVEL, actor=MANAGEMENT, address=peer_of(scope), target=name
+            action=Action.LEVEL,
+            actor=self._access.caller(scope["headers"]).name,
+            address=peer_of(scope),
+            target=name,
         )
         entry.before = self.levels.get(name).effective
         try:
@@ -243,7 +246,7 @@ class OperationsEndpoints:
         self._access = access
         self.refusals = RefusalAudit(operations.audit, operations.clock)
         """Records refused requests."""
-        self._denials = DenialLog(operations.clock, audit=self.refusals.record)
+        self._denials = DenialLog(operations.clock, audit=self._record_refusal)
         self._prefix = prefix
         self.path_prefix = f"{prefix}/"
         """The prefix of paths that may be served here although they are not in ``endpoints``."""
@@ -527,11 +530,16 @@ class OperationsEndpoints:
     def _shutdown(self, method: str, _query: bytes, headers: Headers) -> RawResponse | Recorded:
         if method not in (*READ, "POST"):
             return not_allowed("GET, HEAD, POST")
-        if (denied := self._denials.of(self._access.to_shutdown(headers))) is not None:
+        may = self._access.to_shutdown if method == "POST" else self._access.to_process
+        if (denied := self._denials.of(may(headers))) is not None:
             return denied
         if method == "POST":
             return Recorded(self.begin_shutdown(), self._record_stop)
         return self.shutdown_status()
+
+    def _record_refusal(self, scope: Scope, status: int, action: Action) -> None:
+        actor = self._access.caller(scope["headers"]).name
+        self.refusals.record(scope, status, action, actor=actor)
 
     def _record_stop(self, scope: Scope, status: int) -> None:
         words = {200: "it had begun", 409: "this server handles its own stop"}
@@ -539,7 +547,7 @@ class OperationsEndpoints:
         self._operations.audit.record(
             AuditEntry(
                 action=Action.STOP,
-                actor=MANAGEMENT,
+                actor=self._access.caller(scope["headers"]).name,
                 address=peer_of(scope),
                 target=self._operations.instance,
                 outcome=AuditOutcome.REFUSED if refused else AuditOutcome.DONE,

@@ -24,6 +24,7 @@ from viralfx.domain.errors import ConfigurationError
 from viralfx.settings import Settings
 from viralfx.settings.doctor import plain_environment
 from viralfx.telemetry import CLIENT_DISCONNECTED
+from viralfx.web.auth import AccessPolicy
 from viralfx.web.dependencies import ApplicationDependencies, ClientDependencies
 from viralfx.web.error_log import ERROR, is_client_disconnect, log_request_error
 from viralfx.web.gate import Gate
@@ -112,7 +113,10 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
         app_config.route_handlers.append(health_router(self))
         if self._config.jobs_api:
             self._add_jobs_api(app_config)
-        if self.settings.management_token is not None and app_config.openapi_config is not None:
+        if (
+            AccessPolicy.from_settings(self.settings).has_tokens
+            and app_config.openapi_config is not None
+        ):
             app_config.openapi_config = with_management_token(app_config.openapi_config)
         # Entered last and exited first: checks must end before the application closes its pools.
         app_config.lifespan.append(self._lifespan)
@@ -157,7 +161,7 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
             completed = with_finish(app_config.openapi_config, document.finish)
             app_config.openapi_config = (
                 completed
-                if self.settings.api_token is None
+                if not self.settings.has_api_tokens
                 else with_components(completed, COMPONENTS)
             )
 
@@ -202,7 +206,7 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
         # The settings are not the application's choice: the command has read the environment.
         self._access_log_is_set = self._environment_sets_access_log()
         app.after_exception.append(keep_error)
-        if self.settings.management_token is not None and app.openapi_config is not None:
+        if AccessPolicy.from_settings(self.settings).has_tokens and app.openapi_config is not None:
             declared = with_management_token(app.openapi_config)
             app.openapi_config.components = declared.components
         app.register(health_router(self))

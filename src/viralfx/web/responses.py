@@ -274,6 +274,11 @@ def not_allowed(allow: str, *more: tuple[bytes, bytes]) -> RawResponse:
 
 _logger = logging.getLogger("viralfx.management")
 
+_LACKING = {
+    AccessVerdict.LACKS_READ: "read",
+    AccessVerdict.LACKS_OPERATE: "operate",
+    AccessVerdict.LACKS_ADMIN: "admin",
+}
 _MAX_PATH_CHARACTERS = 200
 """Characters of a path that are logged; clients choose its length."""
 
@@ -310,6 +315,8 @@ class DenialLog:
             response = problem_response(
                 403, "MANAGEMENT_TOKEN is not set, so this request is not allowed."
             )
+        elif verdict in _LACKING:
+            response = problem_response(403, f"This token has not the right {_LACKING[verdict]}.")
         else:
             challenge = (b"www-authenticate", b"Bearer")
             detail = "Send the management token as a bearer token."

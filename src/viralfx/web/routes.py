@@ -46,7 +46,7 @@ MANAGEMENT_TOKEN = "managementToken"
 _MANAGEMENT_SCHEME = Components(
     security_schemes={
         MANAGEMENT_TOKEN: SecurityScheme(
-            type="http", scheme="bearer", description="The value of MANAGEMENT_TOKEN"
+            type="http", scheme="bearer", description="MANAGEMENT_TOKEN, or a token of TOKENS"
         )
     }
 )
@@ -142,11 +142,12 @@ def _body(schema: type, description: str) -> ResponseSpec:
 
 _TOKEN_PROBLEMS = {
     401: problem_spec("The management token is missing or wrong."),
-    403: problem_spec("No management token is configured."),
+    403: problem_spec("No token is configured, or this one lacks the right."),
 }
 _MALFORMED = {400: problem_spec("The request is malformed.")}
 _DETAILS_PROBLEMS = {
-    401: problem_spec("Details need the management token here, and it is missing or wrong.")
+    401: problem_spec("Details need the management token here, and it is missing or wrong."),
+    403: problem_spec("No token is configured, or this one lacks the right."),
 }
 _NO_LOGGER = {404: problem_spec("There is no logger with that name.")}
 
@@ -445,7 +446,7 @@ def health_router(layer: OperationsLayer) -> Router:
     middleware apply to them. The document declares the management token where they need it.
     """
     config, access = layer.config, AccessPolicy.from_settings(layer.settings)
-    needed: list[dict[str, list[str]]] = [] if access.token is None else [{MANAGEMENT_TOKEN: []}]
+    needed: list[dict[str, list[str]]] = [] if not access.has_tokens else [{MANAGEMENT_TOKEN: []}]
     for_details = needed if access.details_need_token else []
     details = (*_DETAILS, _GROUP) if config.groups else _DETAILS
     routes = (*_PROBES, *details, *_MANAGEMENT)

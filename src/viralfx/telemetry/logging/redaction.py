@@ -159,6 +159,10 @@ def secrets_of(settings: Settings) -> Iterator[str]:
                 for each in value.value.replace(",", " ").split():
                     yield _NAMED.sub("", each, count=1)
             yield from _secret_parts(value.value.strip())
+    with contextlib.suppress(ValueError):
+        for token in settings.token_book.tokens:
+            for secret in token.secrets:
+                yield secret.decode("utf-8", "surrogateescape")
     # A password may also be a parameter, or beside hosts that `urlsplit` cannot split.
     for name in ("database_address", "database_migration_address", "database_listen_address"):
         with contextlib.suppress(ValueError):

@@ -40,8 +40,13 @@ from viralfx.web.jobs.routes import (
     JobsApi,
     JobsController,
     api_of,
+    caller_of,
     check_request,
     read_body,
+    require_any_read,
+    require_operate,
+    require_operate_job,
+    require_read,
     traceparent,
 )
 from viralfx.web.layer import OperationsLayer
@@ -201,6 +206,7 @@ class JobChangesController(Controller):
     async def cancel(
         self, request: AnyRequest, job_id: FromPath[str]
     ) -> Response[schemas.JobAccepted]:
+        await require_operate_job(request, job_id)
         api = api_of(request)
         with api.recorded(request, Action.CANCEL, job_id) as entry:
             job = await api.service.cancel(job_id)
@@ -220,6 +226,7 @@ class JobChangesController(Controller):
     )
     async def retry_all(self, request: AnyRequest) -> schemas.JobCount:
         wanted = await read_filter(request)
+        require_operate(request, wanted.queue)
         api = api_of(request)
         with api.recorded(request, Action.RETRY_ALL, filter_in_words(wanted)) as entry:
             return _counted(entry, await api.service.retry_all(wanted))
@@ -237,6 +244,7 @@ class JobChangesController(Controller):
     )
     async def cancel_all(self, request: AnyRequest) -> schemas.JobCount:
         wanted = await read_filter(request)
+        require_operate(request, wanted.queue)
         api = api_of(request)
         with api.recorded(request, Action.CANCEL_ALL, filter_in_words(wanted)) as entry:
             return _counted(entry, await api.service.cancel_all(wanted))
@@ -251,6 +259,7 @@ class JobChangesController(Controller):
         exception_handlers=ON_CHANGE,
     )
     async def retry(self, request: AnyRequest, job_id: FromPath[str]) -> schemas.JobAccepted:
+        await require_operate_job(request, job_id)
         api = api_of(request)
         with api.recorded(request, Action.RETRY, job_id) as entry:
             job = await api.service.retry(job_id)
@@ -268,6 +277,7 @@ class JobChangesController(Controller):
         exception_handlers=ON_CHANGE,
     )
     async def run(self, request: AnyRequest, job_id: FromPath[str]) -> schemas.JobAccepted:
+        await require_operate_job(request, job_id)
         api = api_of(request)
         with api.recorded(request, Action.RUN, job_id) as entry:
             job = await api.service.run(job_id)
@@ -300,7 +310,12 @@ class QueuesController(Controller):
     )
     async def all(self, request: AnyRequest) -> schemas.QueueList:
         api = api_of(request)
-        return schemas.queue_list(await api.service.queues(), api.concurrency)
+        require_any_read(request)
+        caller = caller_of(request)
+        counts = await api.service.queues()
+        seen = {name: each for name, each in counts.items() if caller.may_read(name)}
+        concurrency = {n: each for n, each in api.concurrency.items() if caller.may_read(n)}
+        return schemas.queue_list(seen, concurrency)
 
     @post(
         "/{queue:str}/pause",
@@ -312,6 +327,7 @@ class QueuesController(Controller):
         responses=openapi.QUEUE_RESPONSES,
     )
     async def pause(self, request: AnyRequest, queue: FromPath[str]) -> schemas.Queue:
+        require_operate(request, queue)
         api = api_of(request)
         with api.recorded(request, Action.PAUSE_QUEUE, queue) as entry:
             await api.service.pause(queue)
@@ -328,6 +344,7 @@ class QueuesController(Controller):
         responses=openapi.QUEUE_RESPONSES,
     )
     async def resume(self, request: AnyRequest, queue: FromPath[str]) -> schemas.Queue:
+        require_operate(request, queue)
         api = api_of(request)
         with api.recorded(request, Action.RESUME_QUEUE, queue) as entry:
             await api.service.resume(queue)
@@ -378,6 +395,7 @@ class SchedulesController(Controller):
     )
     async def schedules(self, request: AnyRequest) -> schemas.ScheduleList:
         """Schedules, with their next times."""
+        require_read(request, None)
         return schemas.schedule_list(await api_of(request).service.schedules())
 
     @post(
@@ -391,6 +409,7 @@ class SchedulesController(Controller):
         exception_handlers=_ON_SCHEDULE,
     )
     async def pause(self, request: AnyRequest, task: FromPath[str]) -> schemas.Schedule:
+        require_operate(request, None)
         api = api_of(request)
         with api.recorded(request, Action.PAUSE_SCHEDULE, task) as entry:
             schedule = await api.service.pause_schedule(task)
@@ -408,6 +427,7 @@ class SchedulesController(Controller):
         exception_handlers=_ON_SCHEDULE,
     )
     async def resume(self, request: AnyRequest, task: FromPath[str]) -> schemas.Schedule:
+        require_operate(request, None)
         api = api_of(request)
         with api.recorded(request, Action.RESUME_SCHEDULE, task) as entry:
             schedule = await api.service.resume_schedule(task)
@@ -425,6 +445,7 @@ class SchedulesController(Controller):
         exception_handlers=_ON_SCHEDULE,
     )
     async def run(self, request: AnyRequest, task: FromPath[str]) -> Response[schemas.JobAccepted]:
+        require_operate(request, None)
         api = api_of(request)
         with api.recorded(request, Action.RUN_SCHEDULE, task) as entry:
             outcome = await api.service.run_schedule(task, traceparent=traceparent(request))
@@ -450,6 +471,6 @@ def jobs_router(layer: OperationsLayer) -> Router:
         exception_handlers={**problem_handlers(), **JOB_HANDLERS},
         tags=["jobs"],
         opt={JOBS_API: JobsApi(layer)},
-        security=None if layer.settings.api_token is None else openapi.SECURITY,
+        security=openapi.SECURITY if layer.settings.has_api_tokens else None,
         include_in_schema=layer.config.include_in_schema,
     )

@@ -194,7 +194,7 @@ SECURITY: list[dict[str, list[str]]] = [{"apiToken": []}]
 COMPONENTS = Components(
     security_schemes={
         "apiToken": SecurityScheme(
-            type="http", scheme="bearer", description="The value of API_TOKEN"
+            type="http", scheme="bearer", description="API_TOKEN, or a token of TOKENS"
         )
     }
 )
@@ -249,7 +249,8 @@ ALWAYS = {
     400: problem_spec("The request is malformed."),
     401: problem_spec("The API token is missing or wrong."),
     403: problem_spec(
-        "No API token is configured, which production needs, or a page of another host sent the"
+        "The token lacks the right, or no API token is configured, which production needs, or a"
+        " page of another host sent the"
         " request."
     ),
     503: problem_spec("The ledger is unavailable or not migrated, or a key is held; try again."),

@@ -3,7 +3,9 @@
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, TypeVar, cast
+from dataclasses import replace
+from http import HTTPStatus
+from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 import msgspec
 from litestar import Controller, HttpMethod, Litestar, Request, Response, delete, get, post
@@ -22,15 +24,15 @@ from litestar.response.sse import ServerSentEventMessage
 from litestar.types import Message
 from litestar.types import Send as LitestarSend
 
-from viralfx.domain.access import ANONYMOUS
+from viralfx.domain.access import ANONYMOUS, Principal
 from viralfx.domain.audit import Action, AuditEntry
 from viralfx.domain.correlation import is_correlation_id, is_traceparent
 from viralfx.domain.jobs.batching import JobFollower, Submission
 from viralfx.domain.jobs.codec import MAX_NESTING_LEVELS, is_too_deep
 from viralfx.domain.jobs.model import Job, JobFilter, JobState, canonical_job_id
 from viralfx.domain.jobs.service import JobService
-from viralfx.web.audit import API
-from viralfx.web.auth import CHANGING, AccessVerdict, Headers, check_bearer_token, is_cross_origin
+from viralfx.settings.tokens import API, TokenBook
+from viralfx.web.auth import CHANGING, Headers, holder_of, is_cross_origin
 from viralfx.web.jobs import openapi, schemas
 from viralfx.web.jobs.schemas import (
     MAX_KEY_CHARACTERS,
@@ -209,15 +211,15 @@ _encode = msgspec.json.Encoder().encode
 class JobsApi:
     """The services of a layer that the routes use, as it was wired last, and their access rules."""
 
-    __slots__ = ("_layer", "open_without_token", "token")
+    __slots__ = ("_layer", "book", "is_open")
 
     def __init__(self, layer: OperationsLayer) -> None:
         self._layer = layer
-        token = layer.settings.api_token
-        self.token = None if token is None else token.value.strip().encode()
-        """The token that each request must carry; None: no token is configured."""
-        self.open_without_token = layer.settings.may_open_api
-        """Whether requests are allowed if no token is configured."""
+        settings = layer.settings
+        self.book = settings.token_book if settings.has_api_tokens else TokenBook()
+        """The tokens, of which each request must carry one."""
+        self.is_open = settings.may_open_api and not settings.has_api_tokens
+        """True if requests need no token."""
 
     @property
     def service(self) -> JobService:
@@ -234,15 +236,18 @@ class JobsApi:
         """Record the block as an action of the request's caller."""
         with self._layer.operations.audit.recorded(
             action,
-            actor=ANONYMOUS.name if self.token is None else API,
+            actor=caller_of(request).name,
             address=peer_of(cast("Scope", request.scope)),
             target=target,
         ) as entry:
             yield entry
 
-    def record_refusal(self, request: AnyRequest, status: int) -> None:
+    def record_refusal(
+        self, request: AnyRequest, status: int, *, actor: Principal = ANONYMOUS
+    ) -> None:
         """Record a request that is not authorized."""
-        self._layer.endpoints.refusals.record(cast("Scope", request.scope), status)
+        scope = cast("Scope", request.scope)
+        self._layer.endpoints.refusals.record(scope, status, actor=actor.name)
 
     @property
     def concurrency(self) -> Mapping[str, int]:
@@ -260,32 +265,95 @@ async def check_request(request: AnyRequest) -> None:
     method = request.scope["method"]
     api = api_of(request)
     try:
-        _authorize(api, method, request.scope["headers"])
+        caller = _authorize(api, method, request.scope["headers"])
     except HTTPException as error:
         api.record_refusal(request, error.status_code)
         raise
+    request.scope[_CALLER] = caller  # type: ignore[literal-required]  # keys of one's own are allowed
     if request.scope["query_string"].count(b"&") >= MAX_QUERY_FIELDS:
         raise ClientException(f"The query has more than {MAX_QUERY_FIELDS} fields.")
     if method == HttpMethod.POST:
         require_json(request)
 
 
-def _authorize(api: JobsApi, method: str, headers: Headers) -> None:
-    """Require the API token. Without a configured token, deny cross-origin changes."""
-    if api.token is None and api.open_without_token:
+_CALLER = "viralfx.caller"
+"""The scope key of the caller of the jobs API."""
+_EVERYBODY = replace(API, name=ANONYMOUS.name)
+"""The caller of a jobs API that needs no token."""
+
+
+def caller_of(request: AnyRequest) -> Principal:
+    """Return the caller of a request that `check_request` has let pass."""
+    caller: Principal = request.scope[_CALLER]  # type: ignore[literal-required]  # as above
+    return caller
+
+
+def require_submit(request: AnyRequest, task: str) -> None:
+    """Raise 403 unless the caller may submit jobs of a task."""
+    if not caller_of(request).may_submit(task):
+        _refuse(request, f"submit:{task}")
+
+
+def require_read(request: AnyRequest, queue: str | None) -> None:
+    """Raise 403 unless the caller may read the jobs of a queue; None: of all queues."""
+    caller = caller_of(request)
+    if not (caller.reads_all if queue is None else caller.may_read(queue)):
+        _refuse(request, f"read:{queue or '*'}")
+
+
+def require_operate(request: AnyRequest, queue: str | None) -> None:
+    """Raise 403 unless the caller may change the jobs of a queue; None: of all queues."""
+    caller = caller_of(request)
+    if not (caller.operates_all if queue is None else caller.may_operate(queue)):
+        _refuse(request, f"operate:{queue or '*'}")
+
+
+async def require_operate_job(request: AnyRequest, job_id: str) -> None:
+    """Raise 403 unless the caller may change a job; its queue never changes."""
+    caller = caller_of(request)
+    if not caller.operates_all:
+        # Without the right for any queue, the answer does not tell whether the job exists.
+        queue = (await api_of(request).service.get(job_id)).queue if caller.operates else None
+        require_operate(request, queue)
+
+
+async def readable_job(request: AnyRequest, job_id: str) -> Job:
+    """Return a job. Raise 403 unless the caller may read the jobs of its queue."""
+    require_any_read(request)
+    job = await api_of(request).service.get(job_id)
+    require_read(request, job.queue)
+    return job
+
+
+def require_any_read(request: AnyRequest) -> None:
+    """Raise 403 unless the caller may read the jobs of some queue."""
+    caller = caller_of(request)
+    if not (caller.reads or caller.reads_all):
+        _refuse(request, "read:*")
+
+
+def _refuse(request: AnyRequest, right: str) -> NoReturn:
+    api_of(request).record_refusal(request, HTTPStatus.FORBIDDEN, actor=caller_of(request))
+    raise PermissionDeniedException(f"This token has not the right {right}.")
+
+
+def _authorize(api: JobsApi, method: str, headers: Headers) -> Principal:
+    """Require a token. Without a configured token, deny cross-origin changes."""
+    if api.is_open:
         if method in CHANGING and is_cross_origin(headers):
             raise PermissionDeniedException(
                 "A page of another host may not do this: Origin and Host differ. Set API_TOKEN and"
                 " send it, or call from a page of this host."
             )
-        return
-    verdict = check_bearer_token(headers, api.token)
-    if verdict is AccessVerdict.UNAUTHORIZED:
+        return _EVERYBODY
+    if not api.book:
+        raise PermissionDeniedException("API_TOKEN is not set, so this request is not allowed.")
+    caller = holder_of(headers, api.book)
+    if caller is None:
         raise NotAuthorizedException(
             "Send the API token as a bearer token.", headers={"WWW-Authenticate": "Bearer"}
         )
-    if verdict is AccessVerdict.FORBIDDEN:
-        raise PermissionDeniedException("API_TOKEN is not set, so this request is not allowed.")
+    return caller
 
 
 class _Encoded(ASGIResponse):
@@ -338,6 +406,7 @@ class JobsController(Controller):
     async def accept(self, request: AnyRequest) -> Response[schemas.JobAccepted]:
         key = idempotency_key(request)
         job_request = await read_request(request)
+        require_submit(request, job_request.task)
         outcome = await api_of(request).service.accept(
             job_request.task,
             bytes(job_request.payload),
@@ -367,9 +436,10 @@ class JobsController(Controller):
     async def accept_batch(self, request: AnyRequest) -> schemas.JobsAccepted:
         if header_values(request, b"idempotency-key"):
             raise ClientException("A batch has no Idempotency-Key: give each of its jobs a key.")
-        accepted = await api_of(request).service.accept_all(
-            await read_batch(request), traceparent=traceparent(request)
-        )
+        batch = await read_batch(request)
+        for task in dict.fromkeys(each.task for each in batch):
+            require_submit(request, task)
+        accepted = await api_of(request).service.accept_all(batch, traceparent=traceparent(request))
         return schemas.JobsAccepted(jobs=[schemas.batched(each) for each in accepted])
 
     @get(
@@ -409,6 +479,7 @@ class JobsController(Controller):
         reject_unknown_parameters(
             request, "queue", "state", "task", "code", "correlationId", "cursor", "limit"
         )
+        require_read(request, queue)
         wanted = JobFilter(
             queue=queue,
             state=state_of(in_state),
@@ -429,7 +500,8 @@ class JobsController(Controller):
         responses=openapi.ONE_RESPONSES,
     )
     async def one(self, request: AnyRequest, job_id: FromPath[str]) -> schemas.JobView:
-        return schemas.view(await api_of(request).service.get(job_id))
+        job = await readable_job(request, job_id)
+        return schemas.view(job)
 
     @delete(
         "/{job_id:str}",
@@ -439,6 +511,7 @@ class JobsController(Controller):
         exception_handlers=ON_CHANGE,
     )
     async def cancel_waiting(self, request: AnyRequest, job_id: FromPath[str]) -> None:
+        await require_operate_job(request, job_id)
         api = api_of(request)
         with api.recorded(request, Action.CANCEL, job_id) as entry:
             entry.after = str((await api.service.cancel(job_id, running=False)).state)
@@ -458,7 +531,7 @@ class JobsController(Controller):
                 status_code=503,
                 headers={"Retry-After": "5"},
             )
-        job = await api.service.get(job_id)
+        job = await readable_job(request, job_id)
         return ServerSentEvent(_messages(api.follower, job), headers={"Cache-Control": "no-store"})
 
 
