@@ -6,6 +6,7 @@ from viralfx.domain.clock import Clock
 from viralfx.web.auth import CHANGING
 from viralfx.web.responses import Scope, peer_of
 
+
 def session_name(digits: str) -> str:
     """Return the actor of a session of the console, by the first digits of its number."""
     return f"console {digits}"
