@@ -122,6 +122,19 @@ def test_all_wrong_lines_are_reported_at_once() -> None:
     ]
 
 
+def test_one_secret_of_two_names_has_the_rights_of_both() -> None:
+    """As where MANAGEMENT_TOKEN and API_TOKEN are equal."""
+    book = TokenBook.of(
+        Secret("ann submit:a.* shared"), management=Secret("shared"), api=Secret("other")
+    )
+    found = book.identify(b"shared")
+    assert found is not None
+    assert found.name == "management"
+    assert found.may(Right.ADMIN)
+    assert found.may_submit("a.b")
+    assert not found.may_submit("b")
+
+
 def test_each_secret_is_compared_wherever_the_right_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of comparisons does not tell which secret is the right one."""
     compared = 0

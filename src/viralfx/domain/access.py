@@ -46,6 +46,16 @@ class Principal:
         """True if the caller may change the jobs of every queue."""
         return self.right >= Right.OPERATE or "*" in self.operates
 
+    def joined(self, other: "Principal") -> "Principal":
+        """Return a caller of this name that has the rights of both."""
+        return Principal(
+            name=self.name,
+            right=max(self.right, other.right),
+            submits=(*self.submits, *other.submits),
+            reads=(*self.reads, *other.reads),
+            operates=(*self.operates, *other.operates),
+        )
+
     def may_submit(self, task: str) -> bool:
         """Return True if the caller may submit jobs of a task."""
         return _matches(task, self.submits)

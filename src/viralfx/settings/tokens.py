@@ -69,12 +69,15 @@ class TokenBook:
         return bool(self._digests)
 
     def identify(self, secret: bytes) -> Principal | None:
-        """Return the holder of a secret; None for an unknown one."""
+        """Return the holder of a secret; None for an unknown one.
+
+        A secret of several names has the first name, and the rights of all.
+        """
         given, found = _digest(secret), None
         for digest, principal in self._digests:
             # Every digest is compared, so that the time does not tell which one is equal.
-            if hmac.compare_digest(given, digest) and found is None:
-                found = principal
+            if hmac.compare_digest(given, digest):
+                found = principal if found is None else found.joined(principal)
         return found
 
     def find(self, name: str) -> Token | None:
