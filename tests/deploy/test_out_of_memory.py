@@ -18,6 +18,7 @@ OPTIONS = (
     f"--memory-swap={LIMIT}m",
     f"--volume={APP}:/app/filling.py:ro",
     "--env=HEALTH_CHECK_INTERVAL=100",
+    "--env=HEALTH_DETAILS=always",
 )
 
 
