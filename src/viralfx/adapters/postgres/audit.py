@@ -1,12 +1,10 @@
 """The audit trail in Postgres: one row for each event."""
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import Any, Final, TypeVar
 
-from viralfx.adapters.postgres.database import PostgresDatabase
-from viralfx.adapters.postgres.errors import DATABASE_ERRORS, unavailable
+from viralfx.adapters.postgres.database import PostgresDatabase, run_within
 from viralfx.adapters.postgres.ledger_rows import Row
 from viralfx.adapters.postgres.migrations import qualified
 from viralfx.domain.audit import (
@@ -16,9 +14,8 @@ from viralfx.domain.audit import (
     AuditFilter,
     AuditUnavailableError,
 )
-from viralfx.domain.clock import ignore_error
 from viralfx.domain.jobs.codec import storable
-from viralfx.domain.jobs.model import NotMigratedError
+from viralfx.domain.jobs.model import LedgerUnavailableError, NotMigratedError
 
 T = TypeVar("T")
 
@@ -102,29 +99,14 @@ class PostgresAuditStore:
         return int(await self._run(lambda connection: connection.fetchval(self._prune, age, limit)))
 
     async def _run(self, step: Callable[[Any], Awaitable[T]]) -> T:
-        # As in the store of the fleet: cancelled once at most.
-        task = asyncio.ensure_future(self._on_connection(step))
         try:
-            await asyncio.wait({task}, timeout=_TIMEOUT_SECONDS)
-        finally:
-            if not task.done():
-                task.cancel()
-                task.add_done_callback(ignore_error)
-        if not task.done():
-            raise AuditUnavailableError("the database does not answer in time")
-        try:
-            return task.result()
-        except DATABASE_ERRORS as error:
-            problem = unavailable(error)
-            if isinstance(problem, NotMigratedError):
-                raise AuditUnavailableError(
-                    "the table of the audit trail is missing: run `viralfx migrate`"
-                ) from error
-            raise AuditUnavailableError(str(problem)) from error
-
-    async def _on_connection(self, step: Callable[[Any], Awaitable[T]]) -> T:
-        async with self._database.acquire(reset=False) as connection:
-            return await step(connection)
+            return await run_within(self._database, step, _TIMEOUT_SECONDS)
+        except NotMigratedError as error:
+            raise AuditUnavailableError(
+                "the table of the audit trail is missing: run `viralfx migrate`"
+            ) from error
+        except LedgerUnavailableError as error:
+            raise AuditUnavailableError(str(error)) from error
 
 
 def _storable(text: str | None) -> str | None:

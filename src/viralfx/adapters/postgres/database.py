@@ -26,6 +26,7 @@ from viralfx.adapters.postgres.errors import (
     PoolerModeError,
     PoolTimeoutError,
     explain,
+    unavailable,
 )
 from viralfx.adapters.postgres.pool import PING_AFTER, QUIET_PING_AFTER, PoolMembers, SlowQueryLog
 from viralfx.adapters.postgres.retry import (
@@ -35,8 +36,9 @@ from viralfx.adapters.postgres.retry import (
     refuses_pooling,
     retry_policy,
 )
-from viralfx.domain.clock import Clock
+from viralfx.domain.clock import Clock, ignore_error
 from viralfx.domain.errors import StartupError
+from viralfx.domain.jobs.model import LedgerUnavailableError
 from viralfx.domain.loops import ForeignLoopError, HomeLoop, at_home
 from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.resilience.retry_decision import RetryRelay
@@ -493,3 +495,32 @@ class PostgresDatabase:
     def _suspect_outage(self) -> None:
         if not self._closed:
             self.on_suspected_outage()
+
+
+async def run_within(
+    database: PostgresDatabase, step: Callable[[Any], Awaitable[T]], seconds: float
+) -> T:
+    """Return the result of a step with a connection, which leaves its session as it was.
+
+    Raises :class:`LedgerUnavailableError` if the database does not answer in ``seconds``, or fails.
+    """
+
+    async def on_connection() -> T:
+        async with database.acquire(reset=False) as connection:
+            return await step(connection)
+
+    # Cancelled once at most: a second cancellation while the connection is given back would leave
+    # the driver with an error that is not retrieved.
+    task = asyncio.ensure_future(on_connection())
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+    finally:
+        if not task.done():
+            task.cancel()
+            task.add_done_callback(ignore_error)
+    if not task.done():
+        raise LedgerUnavailableError("the database does not answer in time")
+    try:
+        return task.result()
+    except DATABASE_ERRORS as error:
+        raise unavailable(error) from error

@@ -1,17 +1,14 @@
 """The fleet in Postgres: one row for each process and each change."""
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, TypeVar
 
 import msgspec
 
-from viralfx.adapters.postgres.database import PostgresDatabase
-from viralfx.adapters.postgres.errors import DATABASE_ERRORS, unavailable
+from viralfx.adapters.postgres.database import PostgresDatabase, run_within
 from viralfx.adapters.postgres.ledger_rows import Row
 from viralfx.adapters.postgres.migrations import qualified
-from viralfx.domain.clock import ignore_error
 from viralfx.domain.fleet import (
     MAX_ENDED,
     SILENT_AFTER_SECONDS,
@@ -23,6 +20,7 @@ from viralfx.domain.fleet import (
 )
 from viralfx.domain.health.model import State
 from viralfx.domain.jobs.codec import storable
+from viralfx.domain.jobs.model import LedgerUnavailableError
 
 T = TypeVar("T")
 
@@ -207,25 +205,10 @@ class PostgresFleetStore:
         return int(await self._run(lambda connection: connection.fetchval(self._prune, age, limit)))
 
     async def _run(self, step: Callable[[Any], Awaitable[T]]) -> T:
-        # Cancelled once at most: a second cancellation while the connection is given back would
-        # leave the driver with an error that is not retrieved.
-        task = asyncio.ensure_future(self._on_connection(step))
         try:
-            await asyncio.wait({task}, timeout=_TIMEOUT_SECONDS)
-        finally:
-            if not task.done():
-                task.cancel()
-                task.add_done_callback(ignore_error)
-        if not task.done():
-            raise FleetUnavailableError("the database does not answer in time")
-        try:
-            return task.result()
-        except DATABASE_ERRORS as error:
-            raise FleetUnavailableError(str(unavailable(error))) from error
-
-    async def _on_connection(self, step: Callable[[Any], Awaitable[T]]) -> T:
-        async with self._database.acquire(reset=False) as connection:
-            return await step(connection)
+            return await run_within(self._database, step, _TIMEOUT_SECONDS)
+        except LedgerUnavailableError as error:
+            raise FleetUnavailableError(str(error)) from error
 
 
 def _instance(row: Row) -> Instance:

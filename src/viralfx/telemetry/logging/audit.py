@@ -2,12 +2,15 @@
 
 import logging
 
-from viralfx.domain.audit import AuditEvent
+from viralfx.domain.audit import AuditEvent, event_fields
 from viralfx.telemetry.logging.lines import AUDIT
 
 _logger = logging.getLogger(AUDIT)
 # Its own level, so that lines about the trail itself do not depend on that of a parent.
 _logger.setLevel(logging.INFO)
+
+_FIELDS = ("actor", "address", "action", "target", "outcome", "before", "after", "detail")
+"""Each line has time, correlation id and instance by itself."""
 
 
 def log_audit(event: AuditEvent) -> None:
@@ -17,16 +20,7 @@ def log_audit(event: AuditEvent) -> None:
     handlers directly: a level that an intruder raises must not hide this change and the next ones.
     A filter of the logger still decides, since only code of the application adds one.
     """
-    fields = {
-        "actor": event.actor,
-        "address": event.address,
-        "action": event.action,
-        "target": event.target,
-        "outcome": event.outcome,
-        "before": event.before,
-        "after": event.after,
-        "detail": event.detail,
-    }
+    fields = event_fields(event)
     record = _logger.makeRecord(
         AUDIT,
         logging.WARNING,
@@ -35,7 +29,7 @@ def log_audit(event: AuditEvent) -> None:
         "Audit event",
         (),
         None,
-        extra={name: value for name, value in fields.items() if value is not None},
+        extra={name: fields[name] for name in _FIELDS if fields[name] is not None},
     )
     verdict: object = _logger.filter(record)
     if verdict:
