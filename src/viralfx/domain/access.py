@@ -11,7 +11,7 @@ class Right(IntEnum):
 
     NONE = 0
     READ = 1
-    """Details of checks, stacks, metrics, settings without secrets, and the views of the console."""
+    """Details of checks, stacks, metrics, settings without secrets, and views of the console."""
     OPERATE = 2
     """Retry, cancel and pause jobs, and change the levels of loggers."""
     ADMIN = 3
@@ -29,6 +29,8 @@ class Principal:
     """Patterns of the tasks that it may submit to, such as ``reports.*``."""
     reads: tuple[str, ...] = ()
     """Patterns of the queues whose jobs it may read."""
+    operates: tuple[str, ...] = ()
+    """Patterns of the queues whose jobs it may cancel and retry, and that it may pause."""
 
     def may(self, right: Right) -> bool:
         """Return True if the caller has a right at the operations endpoints."""
@@ -40,7 +42,11 @@ class Principal:
 
     def may_read(self, queue: str) -> bool:
         """Return True if the caller may read the jobs of a queue."""
-        return _matches(queue, self.reads)
+        return self.right >= Right.READ or _matches(queue, self.reads)
+
+    def may_operate(self, queue: str) -> bool:
+        """Return True if the caller may change the jobs of a queue, or pause it."""
+        return self.right >= Right.OPERATE or _matches(queue, self.operates)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
