@@ -8,7 +8,8 @@ from viralfx.domain.errors import suggest
 from viralfx.settings.dsn import DatabaseAddress
 from viralfx.settings.groups import MIN_SECRET_CHARACTERS, milliseconds
 from viralfx.settings.loader import fields, given, unknown_names
-from viralfx.settings.model import Settings, weakness
+from viralfx.settings.model import Settings
+from viralfx.settings.strength import REMEDY, equal_tokens, weakness
 
 _SENTINEL = (
     "REDIS_SENTINELS",
@@ -260,10 +261,11 @@ def _secrets(settings: Settings) -> Iterator[Finding]:
             "MANAGEMENT_TOKEN is not set: the shutdown is not accessible over HTTP",
             "set MANAGEMENT_TOKEN to a random text, such as `openssl rand -hex 32` prints",
         )
-    tokens = {"MANAGEMENT_TOKEN": settings.management_token, "API_TOKEN": settings.api_token}
-    for variable, secret in tokens.items():
-        if secret is not None:
-            yield _strength(variable, secret.value, settings.environment)
+    for variable, text in settings.own_tokens.items():
+        yield _strength(variable, text, settings.environment)
+    for one, other in equal_tokens(settings.own_tokens):
+        finding = failed if settings.environment == PRODUCTION else warned
+        yield finding(Area.SECRETS, f"{one} and {other} hold the same token", f"{other}: {REMEDY}")
     yield from _short_passwords(settings)
 
 
@@ -285,14 +287,12 @@ def _short_passwords(settings: Settings) -> Iterator[Finding]:
             )
 
 
-def _strength(variable: str, token: str, environment: str) -> Finding:
-    problem = weakness(token)
+def _strength(variable: str, text: str, environment: str) -> Finding:
+    problem = next(filter(None, map(weakness, text.split())), None)
     if problem is None:
-        return passed(Area.SECRETS, f"{variable} is set and long enough")
+        return passed(Area.SECRETS, f"{variable} is set and cannot be guessed soon")
     finding = failed if environment == PRODUCTION else warned
-    return finding(
-        Area.SECRETS, f"{variable} {problem}", "set it to the output of `openssl rand -hex 32`"
-    )
+    return finding(Area.SECRETS, f"{variable} {problem}", REMEDY)
 
 
 def _budgets(settings: Settings) -> Iterator[Finding]:

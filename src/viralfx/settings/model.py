@@ -27,6 +27,8 @@ from viralfx.settings.groups import (
     milliseconds,
 )
 from viralfx.settings.platform import POD_READINESS_DELAY
+from viralfx.settings.strength import REMEDY, equal_tokens, weakness
+from viralfx.settings.tokens import MAX_SECRETS
 
 DATABASE_URLS = ("DATABASE_URL", "DATABASE_MIGRATION_URL", "DATABASE_LISTEN_URL")
 """Variables that hold the address of a database."""
@@ -62,19 +64,6 @@ Queues = tuple[
 
 WORKER_MANAGEMENT_PORT = 3001
 """Default port of the management server of `viralfx worker`."""
-
-_MIN_TOKEN_CHARACTERS = 16
-_MIN_DISTINCT_CHARACTERS = 6
-
-
-def weakness(token: str) -> str | None:
-    """Return why a bearer token is too weak, as a predicate; None for a strong one."""
-    token = token.strip()
-    if len(token) < _MIN_TOKEN_CHARACTERS:
-        return f"has fewer than {_MIN_TOKEN_CHARACTERS} characters"
-    if len(set(token)) < _MIN_DISTINCT_CHARACTERS:
-        return "repeats a few characters and can be guessed"
-    return None
 
 
 def show(value: object) -> str:
@@ -119,12 +108,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Secret | None,
         meaning(
             "Token of the console, and bearer token for /health/shutdown and for"
-            " HEALTH_DETAILS=authorized"
+            " HEALTH_DETAILS=authorized; two, separated by a space, during a rotation"
         ),
     ] = None
     api_token: Annotated[
         Secret | None,
-        meaning("Bearer token for the jobs API; required in production; unset: open access"),
+        meaning(
+            "Bearer token for the jobs API, or two during a rotation; required in production;"
+            " unset: open access"
+        ),
     ] = None
     console: Annotated[
         bool,
@@ -364,16 +356,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def _open_in_production(self, failed: Collection[str], *, with_api: bool) -> Iterator[str]:
         if with_api and self.api_token is None and "API_TOKEN" not in failed:
             yield ("API_TOKEN: ENVIRONMENT=production refuses a jobs API without a token; set it")
-        tokens = {
-            "MANAGEMENT_TOKEN": self.management_token,
-            "API_TOKEN": self.api_token if with_api else None,
-        }
-        for variable, token in tokens.items():
-            if token is not None and (problem := weakness(token.value)):
-                yield (
-                    f"{variable}: ENVIRONMENT=production refuses a token that {problem}; set it to"
-                    " the output of `openssl rand -hex 32`"
-                )
+        tokens = self.own_tokens
+        if not with_api:
+            tokens.pop("API_TOKEN", None)
+        for variable, text in tokens.items():
+            if problem := next(filter(None, map(weakness, text.split())), None):
+                yield f"{variable}: ENVIRONMENT=production refuses a token that {problem}; {REMEDY}"
+        for one, other in equal_tokens(tokens):
+            yield f"{other}: ENVIRONMENT=production refuses the token of {one} again; {REMEDY}"
+
+    @property
+    def own_tokens(self) -> dict[str, str]:
+        """The values of MANAGEMENT_TOKEN and API_TOKEN that are set, by variable."""
+        given = {"MANAGEMENT_TOKEN": self.management_token, "API_TOKEN": self.api_token}
+        return {variable: secret.value for variable, secret in given.items() if secret is not None}
 
     def _contradictions(self) -> Iterator[tuple[frozenset[str], str]]:
         try:
@@ -406,11 +402,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 frozenset({"RUNBOOK_URL"}),
                 f"RUNBOOK_URL: {self.runbook_url!r} is no address of a page; begin with https://",
             )
-        if self.health_details == "authorized" and self.management_token is None:
-            yield (
-                frozenset({"MANAGEMENT_TOKEN", "HEALTH_DETAILS"}),
-                "HEALTH_DETAILS: authorized needs MANAGEMENT_TOKEN to be set",
-            )
+        yield from self._token_contradictions()
         for variable in DATABASE_URLS:
             url: Secret | None = getattr(self, variable.lower())
             try:
@@ -428,6 +420,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         yield from self.job.contradictions()
         yield from self.webhook.contradictions()
         yield from self._invalid_alert_url()
+
+    def _token_contradictions(self) -> Iterator[tuple[frozenset[str], str]]:
+        for variable, text in self.own_tokens.items():
+            if (count := len(text.split())) > MAX_SECRETS:
+                problem = f"holds {count} tokens, which white space separates"
+                remedy = f"keep at most {MAX_SECRETS}, the new one and the old one"
+                yield frozenset({variable}), f"{variable}: {problem}; {remedy}"
+        if self.health_details == "authorized" and self.management_token is None:
+            yield (
+                frozenset({"MANAGEMENT_TOKEN", "HEALTH_DETAILS"}),
+                "HEALTH_DETAILS: authorized needs MANAGEMENT_TOKEN to be set",
+            )
 
     def _invalid_alert_url(self) -> Iterator[tuple[frozenset[str], str]]:
         if self.alert_webhook_url is None:

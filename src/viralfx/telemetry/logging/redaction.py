@@ -33,7 +33,7 @@ _PORT = re.compile(r"[0-9]{1,5}\\*/")
 _IPV6 = re.compile(r"\[[0-9A-Fa-f:.]+\](?::[0-9]{1,5})?(?:[/?#\\]|$)")
 """A host that contains colons itself, without a user before it."""
 _ESCAPE = re.compile(r"%[0-9A-F]{2}")
-_LISTS = frozenset({"WEBHOOK_SECRET"})
+_LISTS = frozenset({"WEBHOOK_SECRET", "MANAGEMENT_TOKEN", "API_TOKEN"})
 """Variables that may hold several secrets, separated by commas or spaces."""
 _OWN_FIELDS = frozenset({"timestamp", "level", "context"})
 """Fields that only the formatter sets, so that they hold no secret."""
