@@ -30,7 +30,7 @@ GIVEN: dict[str, tuple[str, object]] = {
     "PORT": ("8080", 8080),
     "MANAGEMENT_PORT": ("3001", 3001),
     "MANAGEMENT_TOKEN": ("hush", Secret("hush")),
-    "CONSOLE": ("false", False),
+    "CONSOLE": ("management", "management"),
     "CONSOLE_MAX_STREAMS": ("7", 7),
     "RUNBOOK_URL": ("https://docs.example/runbook", "https://docs.example/runbook"),
     "API_TOKEN": ("hush", Secret("hush")),

@@ -84,7 +84,10 @@ def serve(
         redaction=Redaction({*secrets, *secrets_of(settings)}),
     )
     signals.force_timeout = settings.shutdown_force_timeout
-    if problems := list(settings.contradictions(with_api=app is None or plugin.config.jobs_api)):
+    problems = list(settings.contradictions(with_api=app is None or plugin.config.jobs_api))
+    if settings.console == "management" and settings.management_port is None:
+        problems.append("CONSOLE: management needs MANAGEMENT_PORT; set it, or unset CONSOLE")
+    if problems:
         raise ConfigurationError(problems)
     raise_descriptor_limit()
     _warn_about_memory(settings)
@@ -121,7 +124,7 @@ def serve(
         management=(
             partial(
                 http_server,
-                Gate(plugin.endpoints),
+                Gate(plugin.endpoints.on_management_port()),
                 management,
                 lacking=lacking,
                 lifespan=False,
@@ -133,7 +136,7 @@ def serve(
             if management is not None
             else None
         ),
-        console=plugin.endpoints.console,
+        feed=plugin.endpoints.feed,
         shutdown_on_uncaught=settings.shutdown_on_uncaught,
         stall_threshold=settings.loop_stall_threshold,
         queues=settings.queues if jobs.worker is not None else (),
@@ -225,7 +228,7 @@ def work(signals: SignalWatch, *, app: str | None = None, queues: Sequence[str])
         assembly.tracing.make_global()
 
     listener = listen("MANAGEMENT_PORT", settings.host, settings.worker_management_port)
-    gate = Gate(endpoints)
+    gate = Gate(endpoints.on_management_port())
     HeapReports(settings.heap_snapshot_dir).install()
     process = Process(
         operations=assembly.operations,
@@ -245,7 +248,7 @@ def work(signals: SignalWatch, *, app: str | None = None, queues: Sequence[str])
             websockets=False,
             metrics=assembly.metrics.http,
         ),
-        console=endpoints.console,
+        feed=endpoints.feed,
         shutdown_on_uncaught=settings.shutdown_on_uncaught,
         stall_threshold=settings.loop_stall_threshold,
         queues=tuple(dict.fromkeys(queues or settings.queues)),

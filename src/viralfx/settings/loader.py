@@ -26,7 +26,16 @@ from viralfx.settings.groups import (
     WebhookSettings,
     parse_redis_url,
 )
-from viralfx.settings.model import DATABASE_URLS, LOG_LEVELS, SHAPES, Settings, show
+from viralfx.settings.model import (
+    CONSOLE_WORDS,
+    DATABASE_URLS,
+    LOG_LEVELS,
+    SHAPES,
+    Settings,
+    show,
+)
+
+_WORDS: Mapping[str, Mapping[str, str]] = {"LOG_LEVEL": LOG_LEVELS, "CONSOLE": CONSOLE_WORDS}
 
 
 class Field(msgspec.Struct, frozen=True):
@@ -67,8 +76,8 @@ class Field(msgspec.Struct, frozen=True):
             raise ValueError(f"{raw!r} is not {self.allowed}")
         value: object = text
         if isinstance(self.type, inspect.LiteralType):
-            levels = LOG_LEVELS if self.variable == "LOG_LEVEL" else {}
-            value = levels.get(text.lower(), text.lower())
+            words = _WORDS.get(self.variable, {})
+            value = words.get(text.lower(), text.lower())
         if isinstance(self.type, inspect.VarTupleType):
             names = [part for part in map(str.strip, text.split(",")) if part]
             value = [] if names == ["none"] and not self.type.min_length else names

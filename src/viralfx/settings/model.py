@@ -43,6 +43,9 @@ LOG_LEVELS = {
 }
 """Words of other loggers for the values of LOG_LEVEL."""
 
+CONSOLE_WORDS = {"1": "true", "0": "false"}
+"""Other words for the values of CONSOLE."""
+
 SHAPES = {
     "DB_SCHEMA": "a name of lower-case letters, digits and underscores",
     "REDIS_HOST": "the name or address of a host alone; set the rest separately:"
@@ -119,9 +122,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     console: Annotated[
-        bool,
-        meaning("Serve the operations console at /health/ui; in production it needs a token"),
-    ] = True
+        Literal["true", "false", "management"] | None,
+        meaning(
+            "Ports with the operations console at /health/ui: true for all, false for none, or"
+            " management; unset: management in production with MANAGEMENT_PORT, else all; in"
+            " production it needs a token"
+        ),
+    ] = None
     console_max_streams: Annotated[
         int,
         Meta(ge=1, le=10_000),
@@ -258,7 +265,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The queues with a number in QUEUES, and these numbers. No variable sets it."""
 
     def __post_init__(self) -> None:
-        """Separate the numbers of ``queues`` from the names."""
+        """Separate the numbers of ``queues`` from the names, and take CONSOLE as a word."""
+        if self.console is not None:  # an application may pass a bool
+            msgspec.structs.force_setattr(self, "console", str(self.console).lower())
         if any(":" in entry for entry in self.queues):
             parts = [entry.partition(":") for entry in self.queues]
             numbers = tuple((name, int(number)) for name, _, number in parts if number)

@@ -5,6 +5,7 @@ and endpoints with a request body. The gate and the documented routes serve the 
 """
 
 import asyncio
+import copy
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from urllib.parse import parse_qs
 
@@ -26,8 +27,9 @@ from viralfx.telemetry.logging.lines import LEVELS, LoggerLevels
 from viralfx.telemetry.metrics import Metrics
 from viralfx.web import schemas
 from viralfx.web.auth import AccessPolicy, AccessVerdict, Headers
-from viralfx.web.console import Console, is_served
+from viralfx.web.console import Console, serving_ports
 from viralfx.web.console.data import ShowPayload
+from viralfx.web.console.feed import Feed
 from viralfx.web.responses import (
     READ,
     CorsPolicy,
@@ -43,6 +45,8 @@ from viralfx.web.responses import (
     raw_response,
     retry_after,
 )
+from viralfx.web.sessions import ServingPort
+from viralfx.web.throttle import GuessBrake
 
 _TEXT = b"text/plain; charset=utf-8"
 
@@ -208,8 +212,12 @@ class OperationsEndpoints:
         self._lifecycle = operations.lifecycle
         self._monitor = operations.monitor
         self._clock = operations.clock
-        self._access = access
-        self._denials = DenialLog(operations.clock)
+        self._access = self.access = access
+        self.brake = GuessBrake(operations.clock)
+        """Delays the responses to wrong tokens, also those of the jobs API."""
+        self.brake.subscribe(metrics.access.count_wrong_token)
+        operations.shutdown.subscribe(lambda _: self.brake.release())
+        self._denials = DenialLog(operations.clock, brake=self.brake)
         self._prefix = prefix
         self.path_prefix = f"{prefix}/"
         """The prefix of paths that may be served here although they are not in ``endpoints``."""
@@ -224,6 +232,7 @@ class OperationsEndpoints:
         self._next_poll = min(intervals, default=1.0)
         self._timestamp = (-1, b"")
         self._console: Console | None = None
+        self._management_console: Console | None = None
         self._loggers = LoggersEndpoints(access, self._denials, f"{prefix}/loggers")
         self._groups = GroupEndpoints(
             groups or {},
@@ -263,27 +272,45 @@ class OperationsEndpoints:
         path: str = "/health",
         show_payload: ShowPayload | None = None,
     ) -> None:
-        """Serve the console, too, if the settings allow it; other origins cannot read it."""
-        if is_served(settings):
-            self._console = Console(
+        """Serve the console at the ports that the settings say; other origins cannot read it."""
+        if ports := serving_ports(settings):
+            console = Console(
                 assembly,
                 settings,
                 path=path,
+                policy=self.access,
                 denials=self._denials,
                 levels=self._loggers.levels,
                 show_payload=show_payload,
             )
-            self.endpoints |= self._console.endpoints
+            self._management_console = console.at(ServingPort.MANAGEMENT)
+            if ServingPort.API in ports:
+                self._console = console
+                self.endpoints |= console.endpoints
+
+    def on_management_port(self) -> "OperationsEndpoints":
+        """Return the same endpoints for the management port, whose console has other sessions."""
+        other = copy.copy(self)
+        api = {} if self._console is None else self._console.endpoints
+        own = {} if self._management_console is None else self._management_console.endpoints
+        other.endpoints = {p: e for p, e in self.endpoints.items() if p not in api} | own
+        other._console = self._management_console  # noqa: SLF001 - of its own class
+        return other
 
     def count_requests(self, count: Callable[[], int]) -> None:
         """Show in the console how many requests of the application are in flight."""
-        if self._console is not None:
-            self._console.requests = count
+        if self._management_console is not None:
+            self._management_console.feed.requests = count
 
     @property
     def console(self) -> Console | None:
-        """The console; None if it is not served."""
+        """The console of this port; None if it is not served."""
         return self._console
+
+    @property
+    def feed(self) -> Feed | None:
+        """The events for the console of all ports; None if no port serves it."""
+        return None if self._management_console is None else self._management_console.feed
 
     def serve_below(self, path: str) -> None:
         """Serve the documented endpoints of known paths below ``path``, too; not the console."""

@@ -5,7 +5,7 @@ slow nor break them.
 """
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 
 from viralfx.domain.correlation import start_request_context
 from viralfx.web.endpoints import OperationsEndpoints
@@ -14,14 +14,14 @@ from viralfx.web.in_flight import InFlightRequest, InFlightRequests, RequestReco
 from viralfx.web.responses import (
     CLOSE,
     HEADER,
+    AnyResponse,
     ASGIApp,
-    Denied,
+    Deferred,
     Endpoint,
     EventStream,
     Message,
     RawResponse,
     Receive,
-    ResponseFromBody,
     Scope,
     Send,
     complete,
@@ -107,12 +107,14 @@ class Gate:
 
     async def _send(
         self,
-        response: RawResponse | Awaitable[RawResponse] | ResponseFromBody | Denied | EventStream,
+        response: AnyResponse | Deferred,
         scope: Scope,
         receive: Receive,
         send: Send,
         header: tuple[bytes, bytes],
     ) -> None:
+        if isinstance(response, Deferred):
+            response = await response.respond()
         if isinstance(response, EventStream):
             await response.serve(scope, receive, send, header)
             return
@@ -122,9 +124,7 @@ class Gate:
         await send(start)
         await send(body)
 
-    def _respond(
-        self, scope: Scope
-    ) -> RawResponse | Awaitable[RawResponse] | ResponseFromBody | Denied | EventStream | None:
+    def _respond(self, scope: Scope) -> AnyResponse | Deferred | None:
         """Return the response to a request; None if the application has to serve it."""
         path = scope["path"]
         endpoint = self._endpoints.get(path)

@@ -23,6 +23,7 @@ from viralfx.domain.correlation import (
 )
 from viralfx.domain.errors import ConfigurationError
 from viralfx.web.auth import AccessVerdict, Headers
+from viralfx.web.throttle import GuessBrake
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -171,17 +172,27 @@ class EventStream(msgspec.Struct, frozen=True):
 
 
 class Denied(msgspec.Struct, frozen=True):
-    """A 401 or 403 response; the sender must call :attr:`log`."""
+    """A 401 or 403 response; the sender must call :attr:`log`, and await :attr:`hold`."""
 
     response: RawResponse
     log: Callable[[Scope, int], None]
     """Logs the denial. Arguments: the scope of the request, the status of the response."""
+    hold: Callable[[Scope], Awaitable[bool]] | None = None
+    """Waits, if the request was a guess; returns False if the connection should end."""
 
 
-Endpoint = Callable[
-    [str, bytes, Headers],
-    RawResponse | Awaitable[RawResponse] | ResponseFromBody | Denied | EventStream,
-]
+AnyResponse: TypeAlias = (
+    RawResponse | Awaitable[RawResponse] | ResponseFromBody | Denied | EventStream
+)
+
+
+class Deferred(msgspec.Struct, frozen=True):
+    """A response whose kind is known later; the sender awaits :attr:`respond` first."""
+
+    respond: Callable[[], Awaitable[AnyResponse]]
+
+
+Endpoint = Callable[[str, bytes, Headers], AnyResponse | Deferred]
 """Responds to a method, a query string and headers."""
 
 
@@ -215,7 +226,9 @@ async def complete(
         pending = response
     if isinstance(pending, Denied):
         pending.log(scope, pending.response.status)
-        return pending.response
+        if pending.hold is None or await pending.hold(scope):
+            return pending.response
+        return _extended(pending.response, b"connection: close\r\n")
     return await pending
 
 
@@ -277,8 +290,18 @@ class DenialLog:
     and its field ``others`` counts the suppressed ones.
     """
 
-    def __init__(self, clock: Clock, *, period: float = 60.0) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        period: float = 60.0,
+        brake: GuessBrake | None = None,
+        subject: str = "Management",
+    ) -> None:
+        """``brake`` delays the responses to wrong tokens. ``subject`` begins the log lines."""
         self._clock = clock
+        self._brake = brake
+        self._message = f"{subject} access refused"
         self._period = period
         self._next = clock.monotonic()
         self._unlogged = 0
@@ -297,13 +320,29 @@ class DenialLog:
             challenge = (b"www-authenticate", b"Bearer")
             detail = "Send the management token as a bearer token."
             response = problem_response(401, detail, challenge)
+            return Denied(response, self.record, self._hold_token)
         return self.refuse(response)
 
-    def refuse(self, response: RawResponse) -> Denied:
-        """Return a response that refuses a request, to be logged as such."""
-        return Denied(response, self._record)
+    def refuse(self, response: RawResponse, *, wrong_token: bool = False) -> Denied:
+        """Return a response that refuses a request, to be logged as such.
 
-    def _record(self, scope: Scope, status: int) -> None:
+        ``wrong_token``: the request was a log-in with one, so the response waits.
+        """
+        return Denied(response, self.record, self._hold_log_in if wrong_token else None)
+
+    async def _hold_token(self, scope: Scope) -> bool:
+        # A request without a token is no guess.
+        guess = any(name == b"authorization" and value for name, value in scope["headers"])
+        return not guess or await self._hold(scope, "operations")
+
+    async def _hold_log_in(self, scope: Scope) -> bool:
+        return await self._hold(scope, "console")
+
+    async def _hold(self, scope: Scope, place: str) -> bool:
+        return self._brake is None or await self._brake.hold(peer_of(scope), place)
+
+    def record(self, scope: Scope, status: int) -> None:
+        """Log a denial, now or with later ones."""
         self._unlogged += 1
         self._last = {
             "method": scope["method"],
@@ -325,7 +364,7 @@ class DenialLog:
             self._timer = None
         self._next = self._clock.monotonic() + self._period
         others, self._unlogged = self._unlogged - 1, 0
-        _logger.warning("Management access refused", extra={**self._last, "others": others})
+        _logger.warning(self._message, extra={**self._last, "others": others})
 
 
 # -- reads of pages of other origins --------------------------------------------------------------
@@ -363,20 +402,21 @@ class CorsPolicy:
     def apply(self, endpoint: Endpoint) -> Endpoint:
         """Return ``endpoint`` with the headers that let a browser read its responses."""
 
-        def allowed(
-            method: str, query: bytes, headers: Headers
-        ) -> RawResponse | Awaitable[RawResponse] | ResponseFromBody | Denied | EventStream:
+        def allowed(method: str, query: bytes, headers: Headers) -> AnyResponse | Deferred:
             given = list(headers)
             permission = self._permission(given)
             if method == "OPTIONS" and b"allow-origin" in permission and _asks_to_read(given):
                 return RawResponse(204, permission + _PREFLIGHT, b"")
             response = endpoint(method, query, given)
-            if method not in READ or isinstance(response, ResponseFromBody | EventStream):
+            if method not in READ or isinstance(
+                response, ResponseFromBody | EventStream | Deferred
+            ):
                 return response
             if isinstance(response, RawResponse):
                 return _extended(response, permission)
             if isinstance(response, Denied):
-                return Denied(_extended(response.response, permission), response.log)
+                extended = _extended(response.response, permission)
+                return msgspec.structs.replace(response, response=extended)
             return _later(response, permission)
 
         return allowed

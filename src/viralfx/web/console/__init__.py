@@ -4,6 +4,7 @@ The gate answers it ahead of the application, so it works while the application 
 hangs, and on the management port of a worker.
 """
 
+import copy
 import gzip
 import hashlib
 import logging
@@ -17,14 +18,12 @@ from viralfx.bootstrap import Assembly
 from viralfx.domain.operations import Operations
 from viralfx.domain.shutdown import Phase
 from viralfx.settings import Settings
+from viralfx.settings.tokens import Token
 from viralfx.telemetry.logging.lines import LoggerLevels
 from viralfx.web.auth import (
     SECURITY_HEADERS,
     AccessPolicy,
-    ConsoleAccess,
     Headers,
-    Reads,
-    Session,
     is_json,
     is_own_request,
     is_secure,
@@ -35,6 +34,8 @@ from viralfx.web.console.data import ConsoleData, ShowPayload, coded
 from viralfx.web.console.feed import Feed
 from viralfx.web.responses import (
     READ,
+    AnyResponse,
+    Deferred,
     DenialLog,
     Denied,
     Endpoint,
@@ -49,6 +50,7 @@ from viralfx.web.responses import (
     problem_response,
     retry_after,
 )
+from viralfx.web.sessions import ConsoleAccess, Reads, ServingPort, Session
 
 _MAX_TOKEN_BYTES = 4096
 _RETRY_STREAMS_SECONDS = 5.0
@@ -63,10 +65,15 @@ class _Token(msgspec.Struct, forbid_unknown_fields=True):
 _decode_token = msgspec.json.Decoder(_Token).decode
 
 
-def is_served(settings: Settings) -> bool:
-    """Return True if the settings allow the console: in production only with a token."""
+def serving_ports(settings: Settings) -> frozenset[ServingPort]:
+    """Return the ports that serve the console: in production none without a token."""
     production = settings.environment == "production"
-    return settings.console and not (production and settings.management_token is None)
+    if settings.console == "false" or (production and settings.management_token is None):
+        return frozenset()
+    apart = production and settings.management_port is not None
+    if settings.console == "management" or (settings.console is None and apart):
+        return frozenset({ServingPort.MANAGEMENT})
+    return frozenset(ServingPort)
 
 
 # -- the files of the page -----------------------------------------------------------------------
@@ -180,6 +187,7 @@ class Console:
         settings: Settings,
         *,
         path: str,
+        policy: AccessPolicy,
         denials: DenialLog,
         levels: LoggerLevels,
         show_payload: ShowPayload | None = None,
@@ -191,10 +199,7 @@ class Console:
         self._denials = denials
         self._assets = assets or Assets()
         self._runbook = settings.runbook_url
-        policy = AccessPolicy.from_settings(settings)
-        self._access = ConsoleAccess(policy, clock=self._operations.clock)
-        self.requests: Callable[[], int] = int
-        """Returns how many requests of the application are in flight."""
+        self._access = access = ConsoleAccess(policy, clock=self._operations.clock)
         self.feed = Feed(
             self._operations,
             max_streams=settings.console_max_streams,
@@ -202,6 +207,7 @@ class Console:
             concurrency=lambda: self._jobs.concurrency,
             remaining_stages=self._remaining_stages,
         )
+        self.feed.before_beat = lambda: self.feed.end_sessions(access.is_valid)
         self._jobs.counted.subscribe(self.feed.on_counted)
         self._data = ConsoleData(
             self._operations,
@@ -216,13 +222,38 @@ class Console:
         self._actions = ConsoleActions(
             self._operations, jobs=self._jobs, feed=self.feed, data=self._data, path=path
         )
-        self._ui = f"{path}/ui/"
-        self.endpoints: dict[str, Endpoint] = {
-            f"{path}/ui": self._file("index.html"),
-            f"{path}/ui/session": self._session,
-            f"{path}/events": self._events,
-        }
+        self._path, self._ui = path, f"{path}/ui/"
+        self.endpoints = self._own_endpoints()
         """The endpoints by path, without those of :meth:`find`."""
+
+    def at(self, port: ServingPort) -> "Console":
+        """Return the console for another port, which has sessions of its own."""
+        other = copy.copy(self)
+        other._access = self._access.at(port)  # noqa: SLF001 - of its own class
+        other.endpoints = other._own_endpoints()  # noqa: SLF001 - of its own class
+        return other
+
+    def _own_endpoints(self) -> dict[str, Endpoint]:
+        return {
+            f"{self._path}/ui": self._file("index.html"),
+            f"{self._path}/ui/session": self._with_keys(self._session),
+            f"{self._path}/events": self._with_keys(self._events),
+        }
+
+    def _with_keys(self, endpoint: Callable[[str, bytes, Headers], AnyResponse]) -> Endpoint:
+        """Return an endpoint that first makes the keys of sessions, off the event loop."""
+
+        def respond(method: str, query: bytes, headers: Headers) -> AnyResponse | Deferred:
+            if self._access.is_ready(headers):
+                return endpoint(method, query, headers)
+
+            async def later() -> AnyResponse:
+                await self._access.prepare(headers)
+                return endpoint(method, query, headers)
+
+            return Deferred(later)
+
+        return respond
 
     def find(self, path: str) -> Endpoint | None:
         """Return the endpoint for the path of a file, a view or an action; None for another path.
@@ -246,7 +277,7 @@ class Console:
         worker = self._jobs.worker
         running = () if worker is None else worker.running
         return {
-            "requests": self.requests(),
+            "requests": self.feed.requests(),
             "jobCount": len(running),
             "jobs": [
                 {
@@ -273,8 +304,9 @@ class Console:
 
     # -- access ------------------------------------------------------------------------------
 
-    def _refused(self, status: int, code: str, detail: str) -> Denied:
-        return self._denials.refuse(_secured(coded(status, code, detail)))
+    def _refused(self, status: int, code: str, detail: str, *, wrong_token: bool = False) -> Denied:
+        response = _secured(coded(status, code, detail))
+        return self._denials.refuse(response, wrong_token=wrong_token)
 
     def _no_session(self) -> Denied:
         if self._access.has_token:
@@ -327,7 +359,7 @@ class Console:
                 return _secured(problem_response(404, detail))
             return _secured(not_allowed("GET, HEAD" if perform is None else "POST"))
 
-        return endpoint
+        return self._with_keys(endpoint)
 
     def _events(
         self, method: str, query: bytes, headers: Headers
@@ -349,10 +381,9 @@ class Console:
                 return _secured(problem_response(400, "The query has too many fields."))
             last_id = values.get("last", "")
         session = self._access.session(headers)
-        ends_at = None if session is None else session.expires_at
         return EventStream(
             lambda scope, receive, send, header: self.feed.stream(
-                last_id, scope, receive, send, header, ends_at=ends_at
+                last_id, scope, receive, send, header, session=session
             )
         )
 
@@ -370,21 +401,26 @@ class Console:
             return self._refused(403, "origin", detail)
         secure = is_secure(headers)
         if method == "DELETE":
-            return _without_body(self._access.log_out(secure=secure))
+            removed = self._access.log_out(headers, secure=secure)
+            self.feed.end_sessions(self._access.is_valid)
+            return _without_body(*removed)
         if not self._access.has_token:
             detail = "MANAGEMENT_TOKEN is not set, so there is no log-in: set it, and start again."
             return self._refused(403, "no_token", detail)
 
-        def log_in(body: bytes, _: Scope) -> RawResponse | Denied:
+        def log_in(body: bytes, _: Scope) -> RawResponse | Denied | Awaitable[RawResponse]:
             try:
-                cookie = self._access.log_in(_decode_token(body).token, secure=secure)
+                token = self._access.identify(_decode_token(body).token)
             except (msgspec.DecodeError, UnicodeError):
                 return _secured(coded(400, "body", 'Send {"token": "..."}.'))
-            if cookie is None:
-                return self._refused(401, "token", "This is not the token.")
-            return _without_body(cookie)
+            if token is None:
+                return self._refused(401, "token", "This is not the token.", wrong_token=True)
+            return self._logged_in(token, headers, secure=secure)
 
         return ResponseFromBody(_MAX_TOKEN_BYTES, log_in)
+
+    async def _logged_in(self, token: Token, headers: Headers, *, secure: bool) -> RawResponse:
+        return _without_body(await self._access.log_in(token, headers, secure=secure))
 
     def _session_state(self, headers: Headers, *, start: bool) -> RawResponse:
         session = self._access.session(headers)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
 from litestar import Controller, HttpMethod, Litestar, Request, Response, delete, get, post
@@ -26,6 +26,7 @@ from viralfx.domain.jobs.batching import JobFollower, Submission
 from viralfx.domain.jobs.codec import MAX_NESTING_LEVELS, is_too_deep
 from viralfx.domain.jobs.model import Job, JobFilter, JobState, canonical_job_id
 from viralfx.domain.jobs.service import JobService
+from viralfx.settings.tokens import API
 from viralfx.web.auth import CHANGING, AccessVerdict, Headers, check_bearer_token, is_cross_origin
 from viralfx.web.jobs import openapi, schemas
 from viralfx.web.jobs.schemas import (
@@ -37,6 +38,7 @@ from viralfx.web.jobs.schemas import (
 )
 from viralfx.web.layer import OperationsLayer
 from viralfx.web.problems import ON_ACCEPT, ON_BATCH, ON_CHANGE
+from viralfx.web.responses import DenialLog, Scope, peer_of
 
 MAX_BODY_BYTES = 64 * 1024
 """Maximum size of a request body."""
@@ -204,15 +206,29 @@ _encode = msgspec.json.Encoder().encode
 class JobsApi:
     """The services of a layer that the routes use, as it was wired last, and their access rules."""
 
-    __slots__ = ("_layer", "open_without_token", "token")
+    __slots__ = ("_denials", "_layer", "has_token", "open_without_token")
 
     def __init__(self, layer: OperationsLayer) -> None:
         self._layer = layer
-        token = layer.settings.api_token
-        self.token = None if token is None else token.value.strip().encode()
-        """The token that each request must carry; None: no token is configured."""
+        self._denials = DenialLog(layer.operations.clock, subject="Jobs API")
+        self.has_token = layer.settings.api_token is not None
+        """Whether each request must carry a token."""
         self.open_without_token = layer.settings.environment != "production"
         """Whether requests are allowed if no token is configured."""
+
+    def verdict(self, headers: Headers) -> AccessVerdict:
+        """Authorize a request by its bearer token."""
+        return check_bearer_token(headers, self._layer.endpoints.access.tokens, API.name)
+
+    async def refuse(self, scope: Scope) -> bool:
+        """Log a request without the token, and wait if it has a wrong one.
+
+        Returns False if the connection should end.
+        """
+        self._denials.record(scope, 401)
+        if not any(name == b"authorization" and value for name, value in scope["headers"]):
+            return True
+        return await self._layer.endpoints.brake.hold(peer_of(scope), "jobs")
 
     @property
     def service(self) -> JobService:
@@ -238,29 +254,32 @@ async def check_request(request: AnyRequest) -> None:
     Raise one for a query of too many fields, too, before Litestar parses it.
     """
     method = request.scope["method"]
-    _authorize(api_of(request), method, request.scope["headers"])
+    api = api_of(request)
+    verdict = _authorize(api, method, request.scope["headers"])
+    if verdict is AccessVerdict.UNAUTHORIZED:
+        headers = {"WWW-Authenticate": "Bearer"}
+        if not await api.refuse(cast("Scope", request.scope)):
+            headers["Connection"] = "close"
+        raise NotAuthorizedException("Send the API token as a bearer token.", headers=headers)
     if request.scope["query_string"].count(b"&") >= MAX_QUERY_FIELDS:
         raise ClientException(f"The query has more than {MAX_QUERY_FIELDS} fields.")
     if method == HttpMethod.POST:
         require_json(request)
 
 
-def _authorize(api: JobsApi, method: str, headers: Headers) -> None:
+def _authorize(api: JobsApi, method: str, headers: Headers) -> AccessVerdict:
     """Require the API token. Without a configured token, deny cross-origin changes."""
-    if api.token is None and api.open_without_token:
+    if not api.has_token and api.open_without_token:
         if method in CHANGING and is_cross_origin(headers):
             raise PermissionDeniedException(
                 "A page of another host may not do this: Origin and Host differ. Set API_TOKEN and"
                 " send it, or call from a page of this host."
             )
-        return
-    verdict = check_bearer_token(headers, api.token)
-    if verdict is AccessVerdict.UNAUTHORIZED:
-        raise NotAuthorizedException(
-            "Send the API token as a bearer token.", headers={"WWW-Authenticate": "Bearer"}
-        )
+        return AccessVerdict.ALLOWED
+    verdict = api.verdict(headers)
     if verdict is AccessVerdict.FORBIDDEN:
         raise PermissionDeniedException("API_TOKEN is not set, so this request is not allowed.")
+    return verdict
 
 
 class _Encoded(ASGIResponse):
