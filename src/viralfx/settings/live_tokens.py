@@ -60,7 +60,7 @@ class LiveTokens:
         """The tokens of now."""
         if self._sources and self._clock() - self._read_at >= READ_INTERVAL_SECONDS:
             self._read_at = self._clock()
-            # Each one is read, whatever the others hold.
+            # Each one is read: `any` would end at the first that has changed.
             if sum(self._read(source) for source in self._sources):
                 self._book = self._made()
         return self._book

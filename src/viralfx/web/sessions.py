@@ -245,7 +245,7 @@ class ConsoleAccess:
 
     # -- cookies of version 0.2 --------------------------------------------------------------
 
-    # They are valid for one release, so that a roll-out logs nobody out. Their key is a plain HMAC
+    # They are valid for one release, so that a roll-out ends no session. Their key is a plain HMAC
     # of the token, so only one that cannot be guessed has them. This class makes none.
 
     def _former_keys(self) -> list[bytes]:

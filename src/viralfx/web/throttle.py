@@ -1,7 +1,7 @@
 """The brake on guesses of tokens: responses to wrong tokens wait, and those to right ones never do.
 
-A wrong token adds to a level of its address and to one of all addresses. Both fall with time. What
-exceeds the free part of a level is waited for before the response. A flood from one address thus
+A wrong token adds to a level of its address and to one of all addresses. Both fall with time. A
+response waits for the part of a level that exceeds the free part. A flood from one address thus
 slows down itself, and cannot keep the holder of a token out.
 """
 
@@ -15,10 +15,10 @@ from viralfx.domain.clock import Clock
 
 MAX_WAIT_SECONDS = 5.0
 """The longest wait of a response."""
-MAX_WAITING = 200
+MAX_WAITING = 500
 """Responses that wait at once, since each holds a connection. Further ones do not wait, and end
 their connection instead."""
-MAX_WAITING_OF_ADDRESS = 10
+MAX_WAITING_OF_ADDRESS = 100
 MAX_ADDRESSES = 4096
 """Addresses that are known; of more, the one without a guess for the longest time is forgotten."""
 
