@@ -63,7 +63,7 @@ async def test_wrong_tokens_wait_and_the_right_one_does_not(
             assert {(await each).status_code for each in asked} == {401}
         body, _ = app.plugins.get(OperationsPlugin).assembly.metrics.render("")
     assert b'viralfx_wrong_tokens_total{place="jobs"} 11.0' in body
-    (line,) = [each for each in caplog.records if each.msg == "Jobs API access refused"]
+    (line,) = [each for each in caplog.records if "Jobs API access refused" in each.getMessage()]
     assert (vars(line)["client"], vars(line)["status"]) == ("192.0.2.7", 401)
 
 
