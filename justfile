@@ -284,6 +284,10 @@ vendor *packages:
 console-pictures:
     {{bin}}/python -m tests.console.pictures
 
+# wrong tokens that a process answers in a second, and the time of a session's key (short: --dry)
+bench-guesses *arguments:
+    {{bin}}/python -m benchmarks.guesses {{arguments}}
+
 # time and bytes until the first view of the operations console (wants Chromium; short: --rounds 5 --dry)
 bench-first-view *arguments:
     {{bin}}/python -m benchmarks.first_view {{arguments}}

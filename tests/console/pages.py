@@ -8,7 +8,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from tests.servers.chromium import Visit, visiting
 from tests.system.service import Service
 
-TOKEN = "planted-management-token-0123456789"
+TOKEN = "planted-management-4b7e1d9c6a02f853"
 APP = ("--app", "tests.console.console_app:app")
 QUICK = {
     "MANAGEMENT_TOKEN": TOKEN,

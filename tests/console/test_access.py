@@ -11,7 +11,7 @@ from tests.servers.waiting import wait_until
 from tests.system.jobs import JOBS
 from tests.system.service import Service, running
 
-API_TOKEN = "planted-api-token-0123456789abcdef"
+API_TOKEN = "planted-api-9f3c7a1e5b8d2046"
 LARGE, SHOWN = 1_000_000, 65_536
 """Characters."""
 

@@ -21,7 +21,7 @@ ON_BASE = f"--build-arg=BASE_IMAGE={BASE_IMAGE}"
 
 CONSTRAINED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges")
 """The options that the image supports: no write access, no capabilities."""
-IN_MEMORY = ("--env=ALLOW_MEMORY_ADAPTERS=true", "--env=API_TOKEN=planted-for-the-tests")
+IN_MEMORY = ("--env=ALLOW_MEMORY_ADAPTERS=true", "--env=API_TOKEN=planted-Qw7rT2zXk9Lm4vNc")
 """The settings that production requires if there is neither Postgres nor Redis."""
 PORT = 3000
 

@@ -77,7 +77,7 @@ def settings_of(
     """Return the settings that the program would read there, and the findings about them."""
     environ = container.variables(resources)
     for name in environ.keys() & {field.variable for field in fields() if field.secret}:
-        environ[name] = _SAMPLES.get(name, "0123456789abcdef-planted")
+        environ[name] = _SAMPLES.get(name, f"c0a8e1f59d3b7264-{name.lower()}")
     return _read(container.command, tuple(environ.items()))
 
 

@@ -52,7 +52,7 @@ def test_a_program_is_run_with_settings_that_it_takes(name: str) -> None:
     for variable in [variable for variable in given if variable.endswith("_FILE")]:
         # Another test checks the paths of the files.
         assert given.pop(variable).startswith("/run/secrets/")
-        given[variable.removesuffix("_FILE")] = "planted-for-the-tests"
+        given[variable.removesuffix("_FILE")] = f"planted-Qw7rT2zXk9Lm4vNc-{variable}"
     endpoint = given.pop("OTEL_EXPORTER_OTLP_ENDPOINT")
 
     settings = read_settings(given, strict=True, with_api=name == "backend")

@@ -20,12 +20,12 @@ from tests.soak import Record
 pytestmark = [pytest.mark.image, pytest.mark.timeout(300)]
 
 POSTGRES, REDIS = "postgres:17", "redis:8"
-TOKEN = "planted-api-token-0123456789"
+TOKEN = "planted-api-9f3c7a1e5b8d2046"
 SECRETS = {
     "DATABASE_URL": "postgresql://viralfx:planted-database@postgres:5432/viralfx",
     "REDIS_PASSWORD": "planted-redis",
     "API_TOKEN": TOKEN,
-    "MANAGEMENT_TOKEN": "planted-management-0123456789",
+    "MANAGEMENT_TOKEN": "planted-management-4b7e1d9c6a02f853",
 }
 SETTINGS = {
     "base": {"REDIS_HOST": "redis"},

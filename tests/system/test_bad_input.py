@@ -333,7 +333,7 @@ def test_production_runs_in_memory_only_on_demand() -> None:
     environment = {
         "ENVIRONMENT": "production",
         "ALLOW_MEMORY_ADAPTERS": "true",
-        "API_TOKEN": "planted-for-the-tests",
+        "API_TOKEN": "planted-Qw7rT2zXk9Lm4vNc",
     }
     with running(environment=environment) as service:
         service.wait_ready()

@@ -15,7 +15,7 @@ from tests.servers.waiting import wait_until
 from tests.system.service import Service, request, running
 from tests.system.workers import api, environment_of, worker
 
-TOKEN = "a management token of some length"
+TOKEN = "a-management-token-of-some-length"
 STREAMS = 20
 RECEIVE_BYTES = 1
 """The buffer of the client that does not read; the kernel takes its least instead."""

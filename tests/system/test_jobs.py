@@ -281,7 +281,7 @@ def test_head_of_an_event_stream_ends_and_keeps_the_connection() -> None:
 def test_the_api_is_guarded_by_its_token() -> None:
     """In production as well, where the token is mandatory."""
     environment = {
-        "API_TOKEN": "planted-for-the-tests",
+        "API_TOKEN": "planted-Qw7rT2zXk9Lm4vNc",
         "ENVIRONMENT": "production",
         "ALLOW_MEMORY_ADAPTERS": "true",
     }
@@ -291,7 +291,7 @@ def test_the_api_is_guarded_by_its_token() -> None:
             for headers in (
                 {},
                 {"Authorization": "Bearer x"},
-                {"Authorization": "Bearer planted-for-the-tests"},
+                {"Authorization": "Bearer planted-Qw7rT2zXk9Lm4vNc"},
             )
         ]
 

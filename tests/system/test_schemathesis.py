@@ -17,8 +17,8 @@ from tests.system.service import ROOT, Service, running
 
 DOCUMENT = "/api/docs/openapi.json"
 TOKENS = {
-    "API_TOKEN": "planted-api-token-0123456789",
-    "MANAGEMENT_TOKEN": "planted-management-token-0123456789",
+    "API_TOKEN": "planted-api-9f3c7a1e5b8d2046",
+    "MANAGEMENT_TOKEN": "planted-management-4b7e1d9c6a02f853",
     "HEALTH_DETAILS": "authorized",
 }
 # A requested shutdown leaves the service up for the duration of the test.

@@ -35,11 +35,11 @@ from viralfx.settings import DatabaseAddress, RedisSettings, fields, read_settin
 from viralfx.settings.doctor import review
 
 PASS, WARN, FAIL, SKIP = Verdict
-LONG_TOKEN = "0123456789abcdef-planted"
+LONG_TOKEN = "c0a8e1f59d3b7264-planted"
 GOOD = {
     "ENVIRONMENT": "production",
     "MANAGEMENT_TOKEN": LONG_TOKEN,
-    "API_TOKEN": LONG_TOKEN,
+    "API_TOKEN": f"{LONG_TOKEN}-api",
     "DATABASE_URL": "postgresql://app:hunter22@db.internal/app",
     "DB_TLS_MODE": "verify-full",
     "REDIS_HOST": "redis.internal",
@@ -247,6 +247,18 @@ PLANTED: dict[str, Planted] = {
         Area.SECRETS,
         FAIL,
         "can be guessed",
+    ),
+    "one token for two names": (
+        {"API_TOKEN": LONG_TOKEN},
+        Area.SECRETS,
+        FAIL,
+        "API_TOKEN is that of MANAGEMENT_TOKEN, too",
+    ),
+    "one token for two names of a developer": (
+        {"API_TOKEN": LONG_TOKEN, "ENVIRONMENT": "development"},
+        Area.SECRETS,
+        WARN,
+        "is that of MANAGEMENT_TOKEN, too",
     ),
     "no readiness delay": (
         {"SHUTDOWN_READINESS_DELAY": "0"},

@@ -293,7 +293,7 @@ def test_a_wrong_value_of_our_own_is_an_error_in_an_application() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("CONSOLE", "/dev/console", "'/dev/console' is not true or false"),
+        ("CONSOLE", "/dev/console", "'/dev/console' is not one of false, management, true"),
         ("ACCESS_LOG", "/var/log/a.log", "'/var/log/a.log' is not true or false"),
         ("RUNBOOK_URL", "wiki", "it is not the address of a page"),
         ("QUEUES", "*", "'*' is not a list like default:20,notifications:5"),

@@ -271,7 +271,7 @@ def test_every_secret_of_the_settings_is_known() -> None:
             "REDIS_HOST": "cache",
             "REDIS_PASSWORD": "redis-password",
             "REDIS_SENTINEL_PASSWORD": "sentinel-password",
-            "MANAGEMENT_TOKEN": f" {TOKEN} with words ",
+            "MANAGEMENT_TOKEN": f" {TOKEN} planted-next-token ",
             "API_TOKEN": "planted-api-token",
             "WEBHOOK_SECRET": f"{WHSEC},{WHSEC[:-1]}x",
             "WEBHOOK_KEYS": f"a.example={WHSEC[:-1]}y,b.example={WHSEC[:-1]}z",
@@ -287,13 +287,13 @@ def test_every_secret_of_the_settings_is_known() -> None:
         "dsn%2Fpassword",
         "redis-password",
         "sentinel-password",
-        f"{TOKEN} with words",
+        TOKEN,
+        "planted-next-token",
         "planted-api-token",
         WHSEC,
         *(f"{WHSEC[:-1]}{last}" for last in "xyzuv"),
         "/services/T000/B000/XXXXXXXX",
     } <= known
-    assert not {TOKEN, "with", "words"} & known
 
 
 def test_a_line_without_secrets_is_returned_unchanged() -> None:

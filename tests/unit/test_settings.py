@@ -1,6 +1,8 @@
 """Settings from the environment: every variable, and every kind of invalid value."""
 
+import random
 import re
+import string
 from pathlib import Path
 
 import msgspec
@@ -20,6 +22,7 @@ from viralfx.settings import (
     show,
     sources,
 )
+from viralfx.settings.strength import weakness
 
 WEBHOOK_SECRET = "whsec_" + "c2Vj" * 8
 FORMER_SECRET = "whsec_" + "Zm9y" * 8
@@ -28,7 +31,7 @@ GIVEN: dict[str, tuple[str, object]] = {
     "PORT": ("8080", 8080),
     "MANAGEMENT_PORT": ("3001", 3001),
     "MANAGEMENT_TOKEN": ("hush", Secret("hush")),
-    "CONSOLE": ("false", False),
+    "CONSOLE": ("management", "management"),
     "CONSOLE_MAX_STREAMS": ("7", 7),
     "RUNBOOK_URL": ("https://docs.example/runbook", "https://docs.example/runbook"),
     "API_TOKEN": ("hush", Secret("hush")),
@@ -537,7 +540,7 @@ def test_authorized_details_need_a_token() -> None:
 def test_production_refuses_memory_unless_allowed() -> None:
     """Where jobs would be lost; a cache in memory is not refused. The problem names the remedy."""
     url = "postgresql://db/app"
-    production = {"ENVIRONMENT": "production", "API_TOKEN": "0123456789abcdef0123"}
+    production = {"ENVIRONMENT": "production", "API_TOKEN": "c0a8e1f59d3b7264"}
     refusal = (
         "DATABASE_URL: ENVIRONMENT=production refuses to keep jobs in memory; set it, or"
         " ALLOW_MEMORY_ADAPTERS=true to accept the loss of all data at every stop"
@@ -592,7 +595,7 @@ def test_production_needs_a_token_for_the_jobs_api() -> None:
     assert api_problems(**environ) == [
         "API_TOKEN: ENVIRONMENT=production refuses a jobs API without a token; set it"
     ]
-    assert api_problems(API_TOKEN="0123456789abcdef", **environ) == []
+    assert api_problems(API_TOKEN="c0a8e1f59d3b7264", **environ) == []
     assert api_problems(API_TOKEN=" ", **environ) == [
         "API_TOKEN: consists of spaces only; set a secret, or unset it"
     ]
@@ -608,13 +611,13 @@ def test_wrong_tokens_are_problems_of_the_start() -> None:
         ),
     ]
     production = {"ENVIRONMENT": "production", "ALLOW_MEMORY_ADAPTERS": "true"}
-    assert api_problems(**production, TOKENS="ann read 0123456789abcdef hush") == [
+    assert api_problems(**production, TOKENS="ann read c0a8e1f59d3b7264 hush") == [
         (
             "TOKENS: ENVIRONMENT=production refuses the token of ann, which has fewer than 16"
             " characters; set it to the output of `openssl rand -hex 32`"
         )
     ]
-    assert api_problems(**production, TOKENS="ann read 0123456789abcdef") == []
+    assert api_problems(**production, TOKENS="ann read c0a8e1f59d3b7264") == []
 
 
 @pytest.mark.parametrize(
@@ -703,30 +706,91 @@ def test_an_api_without_a_token_stays_on_this_machine() -> None:
     assert len(found(**production)) == 1
 
 
+_MADE = "consists of words, sequences or repetitions and can be guessed"
+
+
 @pytest.mark.parametrize(
     ("token", "problem"),
     [
-        ("short-of-sixteen", None),
-        ("short-of-sixtee", "has fewer than 16 characters"),
-        (" short-of-sixtee ", "has fewer than 16 characters"),
+        ("c0a8e1f59d3b7264", None),
+        ("c0a8e1f59d3b726", "has fewer than 16 characters"),
+        (" c0a8e1f59d3b726 ", "has fewer than 16 characters"),
         ("abcde" * 8, "repeats a few characters and can be guessed"),
+        ("kQ4Tz0pLk9vRw2Ym Ab1", "has fewer than 16 characters"),
+        ("<management token>", "has fewer than 16 characters"),
+        ("<management-token>", "is a placeholder"),
+        ("${MANAGEMENT_TOKEN}", "is a placeholder"),
+        ("changeme-changeme-changeme", _MADE),
+        ("change-this-to-a-long-random-value", _MADE),
+        ("correct-horse-battery-staple", _MADE),
+        ("CorrectHorseBatteryStaple", _MADE),
+        ("p4ssw0rd-p4ssw0rd!", _MADE),
+        ("0123456789abcdef", _MADE),
+        ("qwertyuiopasdfgh", _MADE),
+        ("aaaabbbbccccddddeeeeffff", _MADE),
+        ("deadbeefdeadbeefcafe", _MADE),
+        ("viralfx-management-token-prod", _MADE),
     ],
 )
 def test_production_refuses_a_weak_token(token: str, problem: str | None) -> None:
     """For the jobs API if it is served, and for the management endpoints always."""
     environ = {"ENVIRONMENT": "production", "ALLOW_MEMORY_ADAPTERS": "true"}
-    tokens = {"MANAGEMENT_TOKEN": token, "API_TOKEN": token}
     remedy = "set it to the output of `openssl rand -hex 32`"
-    management, api = (
-        [f"{name}: ENVIRONMENT=production refuses a token that {problem}; {remedy}"]
-        if problem
-        else []
-        for name in tokens
-    )
+    for name in ("MANAGEMENT_TOKEN", "API_TOKEN"):
+        other = {"MANAGEMENT_TOKEN": "", "API_TOKEN": "xq4Tz0pLk9vRw2Ym"} | {name: token}
+        refused = [f"{name}: ENVIRONMENT=production refuses a token that {problem}; {remedy}"]
+        assert api_problems(**environ, **other) == (refused if problem else [])
+        management = problem and name == "MANAGEMENT_TOKEN"
+        assert problems(**environ, **other) == (refused if management else [])
+        assert api_problems(**other) == []
 
-    assert api_problems(**environ, **tokens) == [*management, *api]
-    assert problems(**environ, **tokens) == management
+
+def test_random_tokens_are_strong() -> None:
+    """In each usual form; the seed makes them the same in every run."""
+    drawn = random.Random(1)  # noqa: S311 - not for a secret
+    forms = {
+        "0123456789abcdef": 32,
+        string.ascii_letters + string.digits + "-_": 22,
+        string.ascii_lowercase + string.digits: 24,
+        string.ascii_lowercase: 32,
+        string.digits: 32,
+    }
+    for alphabet, length in forms.items():
+        for _ in range(200):
+            token = "".join(drawn.choices(alphabet, k=length))
+            assert weakness(token) is None, token
+
+
+def test_two_names_have_different_tokens_in_production() -> None:
+    """The holder of one would have the rights of the other; one of two values counts, too."""
+    environ = {"ENVIRONMENT": "production", "ALLOW_MEMORY_ADAPTERS": "true"}
+    tokens = {
+        "MANAGEMENT_TOKEN": "c0a8e1f59d3b7264 xq4Tz0pLk9vRw2Ym",
+        "API_TOKEN": "xq4Tz0pLk9vRw2Ym",
+    }
+    remedy = "set it to the output of `openssl rand -hex 32`"
+    assert api_problems(**environ, **tokens) == [
+        (
+            "API_TOKEN: ENVIRONMENT=production refuses a token that is that of MANAGEMENT_TOKEN,"
+            f" too; {remedy}"
+        )
+    ]
     assert api_problems(**tokens) == []
+    assert api_problems(
+        **environ, TOKENS="ann read xq4Tz0pLk9vRw2Ym; bob read xq4Tz0pLk9vRw2Ym"
+    ) == [
+        (
+            "TOKENS: ENVIRONMENT=production refuses the token of bob, which is that of ann in"
+            f" TOKENS, too; {remedy}"
+        )
+    ]
+
+
+def test_a_token_has_at_most_two_values() -> None:
+    """The new one and the old one, during a rotation."""
+    assert problems(MANAGEMENT_TOKEN="one two") == []
+    (problem,) = problems(MANAGEMENT_TOKEN="a phrase of words")
+    assert problem.startswith("MANAGEMENT_TOKEN: holds 4 tokens, which white space separates; keep")
 
 
 def test_sweep_interval_must_not_exceed_the_lease() -> None:

@@ -16,8 +16,9 @@ from viralfx.settings import Secret, Settings
 from viralfx.web.console import feed
 from viralfx.web.gate import Gate
 from viralfx.web.responses import Message
+from viralfx.web.sessions import ServingPort, Session
 
-TOKEN = "a token of operators"
+TOKEN = "a-token-of-operators"
 SETTINGS = Settings(management_token=Secret(TOKEN), health_check_interval=0.1)
 MARKUP = "<img src=x onerror=alert(1)>"
 SESSION = "ui/session"
@@ -158,19 +159,19 @@ class OpenPage:
     """A page that keeps each message of its stream; a blocked one takes none after the first."""
 
     def __init__(
-        self, feed: feed.Feed, *, blocked: bool = False, ends_at: datetime | None = None
+        self, feed: feed.Feed, *, blocked: bool = False, session: Session | None = None
     ) -> None:
         self.messages: list[bytes] = []
         self.ended = False
         self.error: BaseException | None = None
         self._blocked = blocked
-        self._ends_at = ends_at
+        self._session = session
         self.task = asyncio.ensure_future(self._run(feed))
 
     async def _run(self, feed: feed.Feed) -> None:
         try:
             await feed.stream(
-                "", {"method": "GET"}, self._receive, self._send, ends_at=self._ends_at
+                "", {"method": "GET"}, self._receive, self._send, session=self._session
             )
         except asyncio.CancelledError as error:
             self.error = error
@@ -187,11 +188,22 @@ class OpenPage:
             self.ended = not message["more_body"]
 
 
+def session_of_an_hour() -> Session:
+    """Return a session, as if a request had its cookie; the console ends it at the next beat."""
+    return Session(
+        name="management",
+        port=ServingPort.API,
+        number="0" * 24,
+        expires_at=datetime.now(UTC) + timedelta(hours=1),
+        cookie=b"",
+    )
+
+
 async def opened(
     pages: feed.Feed, count: int, *, blocked: bool = False, everything: bool = False
 ) -> list[OpenPage]:
     """Open some pages that have got their snapshot; ``everything``: with a session."""
-    ends_at = datetime.now(UTC) + timedelta(hours=1) if everything else None
-    made = [OpenPage(pages, blocked=blocked, ends_at=ends_at) for _ in range(count)]
+    session = session_of_an_hour() if everything else None
+    made = [OpenPage(pages, blocked=blocked, session=session) for _ in range(count)]
     await until(lambda: all(each.messages for each in made))
     return made

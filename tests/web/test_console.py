@@ -18,6 +18,7 @@ from tests.web.console_site import (
     OpenPage,
     Site,
     acted,
+    session_of_an_hour,
 )
 
 from viralfx import OperationsConfig, OperationsPlugin
@@ -26,9 +27,10 @@ from viralfx.domain.fleet import CheckChange, FleetUnavailableError
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.model import LedgerUnavailableError
 from viralfx.settings import Secret, Settings
-from viralfx.web.auth import SESSION_SECONDS, AccessPolicy, ConsoleAccess
+from viralfx.web.auth import AccessPolicy
 from viralfx.web.console import Assets, feed
 from viralfx.web.responses import EventStream, Message
+from viralfx.web.sessions import SESSION_SECONDS, ConsoleAccess, cookie_name
 
 # -- files -------------------------------------------------------------------------------------
 
@@ -139,12 +141,14 @@ async def test_a_changed_cookie_is_no_session(site: Site) -> None:
     """Each byte is signed."""
     headers = await site.log_in()
     name, _, value = headers["cookie"].partition("=")
-    end, number, mac = value.split(".")
+    form, end, number, holder, mac = value.split(".")
     for forged in (
-        f"{int(end) + 1}.{number}.{mac}",
-        f"{end}.{'0' * len(number)}.{mac}",
-        f"{end}.{number}.{'0' * len(mac)}",
-        f"{end}.{number}",
+        f"{form}.{int(end) + 1}.{number}.{holder}.{mac}",
+        f"{form}.{end}.{'0' * len(number)}.{holder}.{mac}",
+        f"{form}.{end}.{number}.{holder}.{'0' * len(mac)}",
+        f"{form}.{end}.{number}.api.{mac}",
+        f"{form}.{end}.{number}.{holder}",
+        f"{end}.{number}.{mac}",
         "",
         "....",
         "x" * 9000,
@@ -171,23 +175,31 @@ async def test_a_session_ends_after_eight_hours(site: Site) -> None:
 
     policy = AccessPolicy.from_settings(SETTINGS)
     access = ConsoleAccess(policy, clock=Later())
-    assert access.session([(b"cookie", headers["cookie"].encode())]) is None
+    assert (
+        access.session([(b"cookie", headers["cookie"].encode()), (b"host", b"console.test")])
+        is None
+    )
 
 
-def cookie_that_ends_in(site: Site, seconds: int) -> bytes:
+async def cookie_that_ends_in(site: Site, seconds: int) -> bytes:
     """Return a signed cookie whose session ends so many seconds from now."""
     console = site.plugin.endpoints.console
     assert console is not None
-    value = console._access.make(int(datetime.now(UTC).timestamp()) + seconds)
-    return b"%b=%b" % (console._access.name, value)
+    token = console._access.identify(TOKEN)
+    assert token is not None
+    await console._access._keys.make(token)
+    value = console._access.make(token, int(datetime.now(UTC).timestamp()) + seconds)
+    return b"%b=%b" % (cookie_name([(b"host", b"console.test")]), value)
 
 
 async def test_a_stream_ends_with_its_session(site: Site) -> None:
     """The page connects again, and must log in."""
     console = site.plugin.endpoints.console
     assert console is not None
-    cookie = cookie_that_ends_in(site, 2)
-    stream = console.endpoints["/health/events"]("GET", b"", [(b"cookie", cookie)])
+    cookie = await cookie_that_ends_in(site, 2)
+    stream = console.endpoints["/health/events"](
+        "GET", b"", [(b"cookie", cookie), (b"host", b"console.test")]
+    )
     assert isinstance(stream, EventStream)
     sent: list[Message] = []
 
@@ -208,7 +220,7 @@ async def test_a_stream_ends_with_its_session(site: Site) -> None:
 async def test_another_token_ends_all_sessions(site: Site) -> None:
     """The key of a session is that of its token."""
     headers = await site.log_in()
-    other = Site(msgspec.structs.replace(SETTINGS, management_token=Secret("the next one")))
+    other = Site(msgspec.structs.replace(SETTINGS, management_token=Secret("the-next-one")))
     assert not await other.logged_in(headers)
     assert await Site().logged_in(headers)
 
@@ -246,7 +258,7 @@ async def test_an_action_needs_a_session_and_the_console_itself(
 ) -> None:
     """No refused request is logged as an action."""
     own = await site.log_in()
-    ended = {**OWN, "cookie": cookie_that_ends_in(site, -1).decode()}
+    ended = {**OWN, "cookie": (await cookie_that_ends_in(site, -1)).decode()}
     forged = {**own, "cookie": own["cookie"][:-4] + "AAAA"}
     for headers, status, code in (
         (OWN, 401, "session"),
@@ -335,7 +347,8 @@ async def test_queues_and_jobs_in_flight_are_for_sessions(
     job = {"id": "a job", "task": "a task"}
     console.feed._in_flight = lambda: {"requests": 2, "jobCount": 1, "jobs": [job]}
     headers = await site.log_in()
-    with_session = OpenPage(console.feed, ends_at=datetime.now(UTC) + timedelta(hours=1))
+    console.feed.before_beat = lambda: None  # the session below has no cookie
+    with_session = OpenPage(console.feed, session=session_of_an_hour())
     without = OpenPage(console.feed)
     await until(lambda: bool(with_session.messages and without.messages))
     console.feed.on_counted({"secret": QueueCounts(waiting=3)})

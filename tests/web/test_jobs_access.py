@@ -8,6 +8,8 @@ import httpx
 import pytest
 from litestar import Litestar
 from litestar.testing import AsyncTestClient
+from tests.servers.waiting import until
+from tests.web.console_site import audited
 
 from viralfx import OperationsPlugin
 from viralfx.settings import Secret, Settings
@@ -40,6 +42,30 @@ async def test_a_wrong_token_is_rejected(authorization: str | None) -> None:
     headers = {} if authorization is None else {"Authorization": authorization}
 
     assert await statuses(TOKEN, **headers) == [(401, "Bearer")] * len(CALLS)
+
+
+async def test_wrong_tokens_wait_and_the_right_one_does_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One line of the audit trail has the address; a request without a token is no guess."""
+    app = create_app(TOKEN)
+    endpoints = app.plugins.get(OperationsPlugin).endpoints
+    async with AsyncTestClient(app):
+        transport = httpx.ASGITransport(app=cast("Any", app), client=("192.0.2.7", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            for _ in range(15):
+                assert (await client.get(JOBS)).status_code == 401
+            wrong = {"Authorization": "Bearer wrong"}
+            asked = [asyncio.ensure_future(client.get(JOBS, headers=wrong)) for _ in range(11)]
+            await until(lambda: endpoints.brake.waiting == 1)
+            right = await client.get(JOBS, headers={"Authorization": "Bearer planted"})
+            assert (right.status_code, endpoints.brake.waiting) == (200, 1)
+            endpoints.brake.release()
+            assert {(await each).status_code for each in asked} == {401}
+        body, _ = app.plugins.get(OperationsPlugin).assembly.metrics.render("")
+    assert b'viralfx_wrong_tokens_total{place="jobs"} 11.0' in body
+    (event,) = audited(caplog)
+    assert (event["address"], event["outcome"], event["detail"]) == ("192.0.2.7", "refused", "401")
 
 
 @pytest.mark.parametrize("authorization", ["Bearer planted", "bearer planted", "Bearer  planted"])

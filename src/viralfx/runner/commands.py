@@ -86,7 +86,10 @@ def serve(
     )
     signals.force_timeout = settings.shutdown_force_timeout
     serves_jobs = app is None or plugin.config.jobs_api
-    if problems := list(settings.contradictions(with_api=serves_jobs, listens=True)):
+    problems = list(settings.contradictions(with_api=serves_jobs, listens=True))
+    if settings.console == "management" and settings.management_port is None:
+        problems.append("CONSOLE: management needs MANAGEMENT_PORT; set it, or unset CONSOLE")
+    if problems:
         raise ConfigurationError(problems)
     raise_descriptor_limit()
     _warn_about_memory(settings)
@@ -135,7 +138,7 @@ def serve(
             if management is not None
             else None
         ),
-        console=plugin.endpoints.console,
+        feed=plugin.endpoints.feed,
         shutdown_on_uncaught=settings.shutdown_on_uncaught,
         stall_threshold=settings.loop_stall_threshold,
         queues=settings.queues if jobs.worker is not None else (),
@@ -250,7 +253,7 @@ def work(signals: SignalWatch, *, app: str | None = None, queues: Sequence[str])
             websockets=False,
             metrics=assembly.metrics.http,
         ),
-        console=endpoints.console,
+        feed=endpoints.feed,
         shutdown_on_uncaught=settings.shutdown_on_uncaught,
         stall_threshold=settings.loop_stall_threshold,
         queues=tuple(dict.fromkeys(queues or settings.queues)),

@@ -32,7 +32,7 @@ from viralfx.runner.diagnostics import BlockedLoopDetector
 from viralfx.runner.server import AnyServer
 from viralfx.runner.signals import SignalWatch
 from viralfx.telemetry import stacks_of_tasks
-from viralfx.web.console import Console
+from viralfx.web.console.feed import Feed
 from viralfx.web.gate import Gate
 from viralfx.worker.calls import JobChildTask, JobThread, current_job, make_task
 
@@ -120,7 +120,7 @@ class Process:
         queues: Sequence[str] = (),
         runs_jobs: bool = False,
         stall_threshold: float = 0.0,
-        console: Console | None = None,
+        feed: Feed | None = None,
     ) -> None:
         """Create the event loop; the servers and the application are made on it later.
 
@@ -129,7 +129,7 @@ class Process:
         makes the lifespan of one that is not served. ``gate`` is in front of the application, or of
         the management endpoints alone. ``queues`` are logged at the start. ``runs_jobs``: the code
         of jobs runs on the loop. ``stall_threshold``: seconds after which a blocked loop is logged;
-        0: never. ``console`` has open pages, which learn of each stage and of the end.
+        0: never. ``feed`` has open pages of the console, which learn of each stage and of the end.
         """
         self._operations = operations
         self._signals = signals
@@ -142,7 +142,7 @@ class Process:
         self._queues = tuple(queues)
         self._runs_jobs = runs_jobs
         self._stall_threshold = stall_threshold
-        self._console = console
+        self._feed = feed
         self._loop = loop_factory()()
         self._uncaught = 0
         self._failed = False
@@ -314,14 +314,14 @@ class Process:
             shutdown.register(
                 Phase.CLOSE, "application", lambda _: stop_application(application), first=True
             )
-        console = self._console
-        if console is not None and management is None:
-            shutdown.register(Phase.CLOSE, "console", console.feed.end)
+        feed = self._feed
+        if feed is not None and management is None:
+            shutdown.register(Phase.CLOSE, "console", feed.end)
         if server is not None:
             shutdown.register(Phase.CLOSE, "server", lambda _: server.close())
         if management is not None:
-            if console is not None:
-                shutdown.register(Phase.CLOSE, "console", console.feed.end)
+            if feed is not None:
+                shutdown.register(Phase.CLOSE, "console", feed.end)
             shutdown.register(Phase.CLOSE, "management server", lambda _: management.close())
 
     def _exit_code(self, report: ShutdownReport) -> int:

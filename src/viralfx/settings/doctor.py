@@ -8,7 +8,9 @@ from viralfx.domain.errors import suggest
 from viralfx.settings.dsn import DatabaseAddress
 from viralfx.settings.groups import MIN_SECRET_CHARACTERS, milliseconds
 from viralfx.settings.loader import fields, given, unknown_names
-from viralfx.settings.model import Settings, weakness
+from viralfx.settings.model import Settings
+from viralfx.settings.strength import REMEDY, weaknesses
+from viralfx.settings.tokens import place_of
 
 _SENTINEL = (
     "REDIS_SENTINELS",
@@ -260,10 +262,7 @@ def _secrets(settings: Settings) -> Iterator[Finding]:
             "ALLOW_OPEN_API=true: each client of the port may submit, read and cancel jobs",
             "set API_TOKEN, and remove ALLOW_OPEN_API",
         )
-    tokens = {"MANAGEMENT_TOKEN": settings.management_token, "API_TOKEN": settings.api_token}
-    for variable, secret in tokens.items():
-        if secret is not None:
-            yield _strength(variable, secret.value, in_production=settings.in_production)
+    yield from _strength(settings)
     yield from _short_passwords(settings)
 
 
@@ -285,14 +284,16 @@ def _short_passwords(settings: Settings) -> Iterator[Finding]:
             )
 
 
-def _strength(variable: str, token: str, *, in_production: bool) -> Finding:
-    problem = weakness(token)
-    if problem is None:
-        return passed(Area.SECRETS, f"{variable} is set and long enough")
-    finding = failed if in_production else warned
-    return finding(
-        Area.SECRETS, f"{variable} {problem}", "set it to the output of `openssl rand -hex 32`"
-    )
+def _strength(settings: Settings) -> Iterator[Finding]:
+    tokens = settings.token_book.tokens
+    weak = list(weaknesses(tokens))
+    for name in (token.principal.name for token in tokens):
+        problems = [problem for each, problem in weak if each == name]
+        if not problems:
+            yield passed(Area.SECRETS, f"{place_of(name)} is set and cannot be guessed soon")
+        finding = failed if settings.in_production else warned
+        for problem in problems:
+            yield finding(Area.SECRETS, f"{place_of(name)} {problem}", REMEDY)
 
 
 def _budgets(settings: Settings) -> Iterator[Finding]:

@@ -27,6 +27,7 @@ from viralfx.settings.groups import (
     parse_redis_url,
 )
 from viralfx.settings.model import (
+    CONSOLE_WORDS,
     DATABASE_URLS,
     LOG_LEVELS,
     SHAPES,
@@ -34,6 +35,8 @@ from viralfx.settings.model import (
     near_miss,
     show,
 )
+
+_WORDS: Mapping[str, Mapping[str, str]] = {"LOG_LEVEL": LOG_LEVELS, "CONSOLE": CONSOLE_WORDS}
 
 
 class Field(msgspec.Struct, frozen=True):
@@ -74,8 +77,8 @@ class Field(msgspec.Struct, frozen=True):
             raise ValueError(f"{raw!r} is not {self.allowed}")
         value: object = text
         if isinstance(self.type, inspect.LiteralType):
-            levels = LOG_LEVELS if self.variable == "LOG_LEVEL" else {}
-            value = levels.get(text.lower(), text.lower())
+            words = _WORDS.get(self.variable, {})
+            value = words.get(text.lower(), text.lower())
         if isinstance(self.type, inspect.VarTupleType):
             names = [part for part in map(str.strip, text.split(",")) if part]
             value = [] if names == ["none"] and not self.type.min_length else names

@@ -32,7 +32,8 @@ from viralfx.settings.groups import (
     milliseconds,
 )
 from viralfx.settings.platform import POD_READINESS_DELAY
-from viralfx.settings.tokens import TokenBook
+from viralfx.settings.strength import REMEDY, weaknesses
+from viralfx.settings.tokens import API, MAX_SECRETS, VARIABLES, Token, TokenBook
 
 DATABASE_URLS = ("DATABASE_URL", "DATABASE_MIGRATION_URL", "DATABASE_LISTEN_URL")
 """Variables that hold the address of a database."""
@@ -46,6 +47,9 @@ LOG_LEVELS = {
     "notset": "verbose",
 }
 """Words of other loggers for the values of LOG_LEVEL."""
+
+CONSOLE_WORDS = {"1": "true", "0": "false"}
+"""Other words for the values of CONSOLE."""
 
 SHAPES = {
     "DB_SCHEMA": "a name of lower-case letters, digits and underscores",
@@ -68,19 +72,6 @@ Queues = tuple[
 
 WORKER_MANAGEMENT_PORT = 3001
 """Default port of the management server of `viralfx worker`."""
-
-_MIN_TOKEN_CHARACTERS = 16
-_MIN_DISTINCT_CHARACTERS = 6
-
-
-def weakness(token: str) -> str | None:
-    """Return why a bearer token is too weak, as a predicate; None for a strong one."""
-    token = token.strip()
-    if len(token) < _MIN_TOKEN_CHARACTERS:
-        return f"has fewer than {_MIN_TOKEN_CHARACTERS} characters"
-    if len(set(token)) < _MIN_DISTINCT_CHARACTERS:
-        return "repeats a few characters and can be guessed"
-    return None
 
 
 OPEN_ENVIRONMENTS = ("development", "test")
@@ -171,14 +162,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Secret | None,
         meaning(
             "Token of the console, and bearer token for /health/shutdown and for"
-            " HEALTH_DETAILS=authorized"
+            " HEALTH_DETAILS=authorized; two, separated by a space, during a rotation"
         ),
     ] = None
     api_token: Annotated[
         Secret | None,
         meaning(
-            "Bearer token for the jobs API; unset: open access, which ALLOW_OPEN_API must allow"
-            " beyond this machine"
+            "Bearer token for the jobs API, or two during a rotation; unset: open access, which"
+            " ALLOW_OPEN_API must allow beyond this machine"
         ),
     ] = None
     tokens: Annotated[
@@ -196,9 +187,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = False
     console: Annotated[
-        bool,
-        meaning("Serve the operations console at /health/ui; in production it needs a token"),
-    ] = True
+        Literal["true", "false", "management"] | None,
+        meaning(
+            "Ports with the operations console at /health/ui: true for all, false for none, or"
+            " management; unset: management in production with MANAGEMENT_PORT, else all; in"
+            " production it needs a token"
+        ),
+    ] = None
     console_max_streams: Annotated[
         int,
         Meta(ge=1, le=10_000),
@@ -354,7 +349,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The queues with a number in QUEUES, and these numbers. No variable sets it."""
 
     def __post_init__(self) -> None:
-        """Separate the numbers of ``queues`` from the names."""
+        """Separate the numbers of ``queues`` from the names, and take CONSOLE as a word."""
+        if self.console is not None:  # an application may pass a bool
+            msgspec.structs.force_setattr(self, "console", str(self.console).lower())
         if any(":" in entry for entry in self.queues):
             parts = [entry.partition(":") for entry in self.queues]
             numbers = tuple((name, int(number)) for name, _, number in parts if number)
@@ -507,34 +504,31 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 f"API_TOKEN: ENVIRONMENT={self.environment} refuses a jobs API without a token; set"
                 " it"
             )
-        tokens = {
-            "MANAGEMENT_TOKEN": self.management_token,
-            "API_TOKEN": self.api_token if with_api else None,
-        }
-        for variable, token in tokens.items():
-            if token is not None and (problem := weakness(token.value)):
-                yield (
-                    f"{variable}: ENVIRONMENT={self.environment} refuses a token that {problem};"
-                    " set it to the output of `openssl rand -hex 32`"
-                )
+        used = (each for each in self._tokens() if with_api or each.principal.name != API.name)
+        for name, problem in weaknesses(used):
+            variable = VARIABLES.get(name)
+            refused = "a token that" if variable else f"the token of {name}, which"
+            yield (
+                f"{variable or 'TOKENS'}: ENVIRONMENT={self.environment} refuses {refused}"
+                f" {problem}; {REMEDY}"
+            )
 
-        for name, secret in self._named_secrets():
-            if problem := weakness(secret):
-                yield (
-                    f"TOKENS: ENVIRONMENT={self.environment} refuses the token of {name}, which"
-                    f" {problem}; set it to the output of `openssl rand -hex 32`"
-                )
-
-    def _named_secrets(self) -> Iterator[tuple[str, str]]:
+    def _tokens(self) -> tuple[Token, ...]:
         try:
-            tokens = TokenBook.of(self.tokens).tokens
+            return self.token_book.tokens
         except ValueError:  # reported with the contradictions
-            return
-        for token in tokens:
-            for secret in token.secrets:
-                yield token.principal.name, secret.decode("utf-8", "surrogateescape")
+            return ()
 
     def _invalid_tokens(self) -> Iterator[tuple[frozenset[str], str]]:
+        for variable, secret in (
+            ("MANAGEMENT_TOKEN", self.management_token),
+            ("API_TOKEN", self.api_token),
+        ):
+            count = 0 if secret is None else len(secret.value.split())
+            if count > MAX_SECRETS:
+                problem = f"holds {count} tokens, which white space separates"
+                remedy = f"keep at most {MAX_SECRETS}, the new one and the old one"
+                yield frozenset({variable}), f"{variable}: {problem}; {remedy}"
         try:
             TokenBook.of(self.tokens)
         except ValueError as error:

@@ -80,7 +80,7 @@ class RotatingSecret:
     ) -> None:
         self._name = name
         self._source = source
-        self._path = _rotating(secret)
+        self._path = rotating_path(secret)
         self._value = None if secret is None else secret.value
         self._clock = clock
         self._read_at = clock()
@@ -202,8 +202,8 @@ class RotatingSecret:
         return CredentialsError(f"{name}: {reason}")
 
 
-def _rotating(secret: Secret | None) -> Path | None:
-    """Return the file whose content may change."""
+def rotating_path(secret: Secret | None) -> Path | None:
+    """Return the file of a secret whose content may change; None for a pipe and without one."""
     path = None if secret is None or secret.file is None else Path(secret.file)
     # A read of a pipe without a writer never ends.
     return None if path is not None and path.is_fifo() else path

@@ -17,7 +17,10 @@ API = Principal(name="api", submits=("*",), reads=("*",), operates=("*",))
 MAX_SECRETS = 2
 """Secrets of one name: during a rotation the new one and the old one."""
 
-_RESERVED = frozenset({MANAGEMENT.name, API.name, ANONYMOUS.name})
+VARIABLES = {MANAGEMENT.name: "MANAGEMENT_TOKEN", API.name: "API_TOKEN"}
+"""The variables of the names that are not in TOKENS."""
+
+_RESERVED = frozenset({*VARIABLES, ANONYMOUS.name})
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}").fullmatch
 _RIGHTS = {"read": Right.READ, "operate": Right.OPERATE, "admin": Right.ADMIN}
 _SCOPES = ("submit", "read", "operate")
@@ -86,13 +89,8 @@ class TokenBook:
 
 
 def secrets_of(secret: Secret) -> tuple[bytes, ...]:
-    """Return the secrets in MANAGEMENT_TOKEN or API_TOKEN.
-
-    Two words are the two secrets of a rotation; any other number of words is one secret.
-    """
-    words = secret.value.split()
-    parts = words if len(words) == MAX_SECRETS else [secret.value.strip()]
-    return tuple(part.encode("utf-8", "surrogateescape") for part in parts)
+    """Return the secrets in MANAGEMENT_TOKEN or API_TOKEN, which white space separates."""
+    return tuple(part.encode("utf-8", "surrogateescape") for part in secret.value.split())
 
 
 def parse_tokens(text: str) -> tuple[Token, ...]:
@@ -156,6 +154,11 @@ def _principal(name: str, rights: str) -> Principal:
         reads=tuple(scopes["read"]),
         operates=tuple(scopes["operate"]),
     )
+
+
+def place_of(name: str) -> str:
+    """Return where the token of a name is: its variable, or the name in TOKENS."""
+    return VARIABLES.get(name) or f"{name} in TOKENS"
 
 
 def describe(principal: Principal) -> Iterator[str]:

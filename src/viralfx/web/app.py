@@ -20,7 +20,7 @@ from litestar.types import ASGIApp as LitestarASGIApp
 from viralfx.settings import Settings
 from viralfx.telemetry import hide_packages
 from viralfx.web.api_docs import ApiDocsPlugin
-from viralfx.web.auth import AccessPolicy, ConsoleAccess, holder_of
+from viralfx.web.auth import holder_of
 from viralfx.web.jobs.changes import jobs_router
 from viralfx.web.jobs.openapi import COMPONENTS, JobsDocument
 from viralfx.web.layer import OperationsConfig, OperationsLayer
@@ -32,6 +32,8 @@ from viralfx.web.responses import (
     Receive,
     Scope,
     Send,
+    has_credentials,
+    peer_of,
 )
 from viralfx.web.routes import StableOpenAPIConfig
 
@@ -139,17 +141,21 @@ def create_app(settings: Settings) -> Litestar:
 def _document_router(settings: Settings, plugin: OperationsPlugin) -> Router:
     """Return the router of the API document, which needs a token in production."""
     is_open = settings.may_open_api or settings.health_details == "always"
-    policy = AccessPolicy.from_settings(settings)
-    sessions = ConsoleAccess(policy, clock=plugin.operations.clock)
 
-    def require_token(connection: AnyConnection, _: BaseRouteHandler) -> None:
-        headers = connection.scope["headers"]
+    async def require_token(connection: AnyConnection, _: BaseRouteHandler) -> None:
+        scope, endpoints = cast("Scope", connection.scope), plugin.endpoints
         # Each holder of a token may know the API. A browser sends the session of the console.
-        if holder_of(headers, policy.book) is None and sessions.session(headers) is None:
-            raise NotAuthorizedException(
-                "Send a token as a bearer token, or log in to the console first.",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+        if holder_of(scope["headers"], endpoints.access.tokens.book) is not None:
+            return
+        console = endpoints.console
+        if console is not None and await console.has_session(scope["headers"]):
+            return
+        headers = {"WWW-Authenticate": "Bearer"}
+        if has_credentials(scope) and not await endpoints.brake.hold(peer_of(scope), "jobs"):
+            headers["Connection"] = "close"
+        raise NotAuthorizedException(
+            "Send a token as a bearer token, or log in to the console first.", headers=headers
+        )
 
     return Router(
         "/api/docs",

@@ -4,7 +4,7 @@ from viralfx.domain.access import ANONYMOUS
 from viralfx.domain.audit import Action, AuditEntry, AuditOutcome, AuditTrail, RefusalLimit
 from viralfx.domain.clock import Clock
 from viralfx.web.auth import CHANGING
-from viralfx.web.responses import Scope, peer_of
+from viralfx.web.responses import Scope, has_credentials, peer_of
 
 
 def session_name(digits: str) -> str:
@@ -32,8 +32,7 @@ class RefusalAudit:
         actor: str = ANONYMOUS.name,
     ) -> None:
         """Record a refused request, unless its address has an event of the last minute."""
-        credentials = any(name == b"authorization" for name, _ in scope.get("headers", ()))
-        if scope["method"] not in CHANGING and not credentials:
+        if scope["method"] not in CHANGING and not has_credentials(scope):
             return
         address = peer_of(scope)
         others = self._limit.others(address)

@@ -1,21 +1,17 @@
-"""Request authorization: bearer tokens, sessions of the console, and the origin of browsers.
+"""Request authorization: bearer tokens, and the origin of browsers.
 
 Tokens are compared in constant time. ``Origin`` is judged by RFC 6454 and RFC 9110.
 """
 
-import hashlib
-import hmac
-import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from enum import Enum, StrEnum, auto
+from dataclasses import dataclass, replace
+from enum import Enum, auto
 from urllib.parse import urlsplit
 
 from viralfx.domain.access import ANONYMOUS, Principal, Right
-from viralfx.domain.clock import Clock
 from viralfx.settings import Settings
-from viralfx.settings.tokens import MANAGEMENT, TokenBook
+from viralfx.settings.live_tokens import LiveTokens
+from viralfx.settings.tokens import TokenBook
 
 Headers = Iterable[tuple[bytes, bytes]]
 """Request headers as ASGI gives them: names in lower case."""
@@ -46,23 +42,20 @@ _LACKS = {
 class AccessPolicy:
     """Decides which requests may use the operations endpoints."""
 
-    token: bytes | None
-    """MANAGEMENT_TOKEN, which begins sessions of the console."""
+    tokens: LiveTokens
     details_need_token: bool
-    book: TokenBook = field(default_factory=TokenBook)
 
     @classmethod
-    def from_settings(
-        cls, settings: Settings, *, on_management_port: bool = False
-    ) -> "AccessPolicy":
-        """Return the policy that MANAGEMENT_TOKEN and HEALTH_DETAILS define for a port."""
-        book = settings.token_book
-        management = book.find(MANAGEMENT.name)
+    def from_settings(cls, settings: Settings) -> "AccessPolicy":
+        """Return the policy that the tokens and HEALTH_DETAILS define for the API port."""
         return cls(
-            token=management.secrets[0] if management else None,
-            book=book,
-            details_need_token=not settings.shows_details(on_management_port=on_management_port),
+            tokens=LiveTokens(settings),
+            details_need_token=not settings.shows_details(on_management_port=False),
         )
+
+    def at_management_port(self, settings: Settings) -> "AccessPolicy":
+        """Return the policy of the management port, with the same tokens."""
+        return replace(self, details_need_token=not settings.shows_details(on_management_port=True))
 
     def to_details(self, headers: Headers) -> AccessVerdict:
         """Authorize a request for check details, logger levels or metrics."""
@@ -82,19 +75,18 @@ class AccessPolicy:
         """Authorize a request to change the running process, such as the level of a logger."""
         return self._require(headers, Right.OPERATE)
 
-    @property
-    def has_tokens(self) -> bool:
-        """True if a token has a right at these endpoints."""
-        return any(token.principal.may(Right.READ) for token in self.book.tokens)
+    def has_tokens(self, right: Right = Right.READ) -> bool:
+        """Return True if some token has a right at these endpoints."""
+        return any(token.principal.may(right) for token in self.tokens.book.tokens)
 
     def caller(self, headers: Headers) -> Principal:
         """Return the holder of the token of a request, or the anonymous caller."""
-        return holder_of(headers, self.book) or ANONYMOUS
+        return holder_of(headers, self.tokens.book) or ANONYMOUS
 
     def _require(self, headers: Headers, right: Right) -> AccessVerdict:
-        if not self.has_tokens:
+        if not self.has_tokens():
             return AccessVerdict.FORBIDDEN
-        caller = holder_of(headers, self.book)
+        caller = holder_of(headers, self.tokens.book)
         if caller is None:
             return AccessVerdict.UNAUTHORIZED
         return AccessVerdict.ALLOWED if caller.may(right) else _LACKS[right]
@@ -155,123 +147,6 @@ def _authority(text: str, default_port: int) -> tuple[str, int] | None:
 
 
 # -- the console ---------------------------------------------------------------------------------
-
-
-SESSION_SECONDS = 8 * 3600
-_MAC_BYTES = 32
-_MAX_COOKIE_BYTES = 8192
-_SESSION_DIGITS = 6
-"""Digits of a session's number that the log shows."""
-
-
-class Reads(StrEnum):
-    """The views that a caller may read."""
-
-    NONE = "none"
-    STATUS = "status"
-    """Status, stop and circuits: as HEALTH_DETAILS allows."""
-    ALL = "all"
-    """Every view, with a session."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
-    """The valid session of a request; it reads every view, and acts."""
-
-    digits: str
-    """The first digits of its number, for the log."""
-    expires_at: datetime
-
-
-class ConsoleAccess:
-    """Decides about the rights of a request to read and to act.
-
-    A session is a cookie that holds its end, a random number and a signature. The server keeps
-    nothing, so the session is good at both ports, at every instance and after a restart; another
-    token ends it.
-    """
-
-    def __init__(self, policy: AccessPolicy, *, clock: Clock) -> None:
-        self._policy = policy
-        self._clock = clock
-        # Without a token there is no session, and the key is never used.
-        token = policy.token or secrets.token_bytes(32)
-        self._key = hmac.digest(token, b"viralfx console session", "sha256")
-        # Cookies ignore ports, so two services on one host share them; the name tells them apart.
-        self.name = b"viralfx_" + hashlib.sha256(self._key).hexdigest()[:6].encode()
-        """The name of the cookie."""
-
-    @property
-    def has_token(self) -> bool:
-        """True if there is a token to log in with."""
-        return self._policy.token is not None
-
-    def session(self, headers: Headers) -> Session | None:
-        """Return the session of a request; None without a valid cookie."""
-        cookies = [value for name, value in headers if name == b"cookie"]
-        if not cookies or not self.has_token or sum(map(len, cookies)) > _MAX_COOKIE_BYTES:
-            return None
-        now = self._clock.now().timestamp()
-        for pair in (one for value in cookies for one in value.split(b";")):
-            name, _, value = pair.strip().partition(b"=")
-            if name == self.name and (found := self._session(value, now)) is not None:
-                return found
-        return None
-
-    def _session(self, value: bytes, now: float) -> Session | None:
-        content, _, mac = value.rpartition(b".")
-        if not hmac.compare_digest(mac, self._mac(content)):
-            return None
-        end, _, number = content.partition(b".")
-        if not now < int(end) <= now + SESSION_SECONDS + 60:
-            return None
-        return Session(
-            digits=number[:_SESSION_DIGITS].decode(),
-            expires_at=datetime.fromtimestamp(int(end), UTC),
-        )
-
-    def _mac(self, content: bytes) -> bytes:
-        return hmac.new(self._key, content, "sha256").hexdigest()[: 2 * _MAC_BYTES].encode()
-
-    def reads(self, headers: Headers, session: Session | None) -> Reads:
-        """Return the views that a request may read."""
-        if session is not None:
-            return Reads.ALL
-        allowed = self._policy.to_details(headers) is AccessVerdict.ALLOWED
-        return Reads.STATUS if allowed else Reads.NONE
-
-    # -- log-in ------------------------------------------------------------------------------
-
-    def log_in(self, token: str, *, secure: bool) -> tuple[bytes, bytes] | None:
-        """Return the header of a new session; None for a wrong token.
-
-        The number of the session is new, and replaces a cookie that the client has.
-        """
-        expected = self._policy.token
-        given = token.strip().encode("utf-8", "surrogatepass")
-        if expected is None or not hmac.compare_digest(given, expected):
-            return None
-        ends = int(self._clock.now().timestamp()) + SESSION_SECONDS
-        return self._cookie(self.make(ends), SESSION_SECONDS, secure=secure)
-
-    def log_out(self, *, secure: bool) -> tuple[bytes, bytes]:
-        """Return the header that removes the cookie."""
-        return self._cookie(b"", 0, secure=secure)
-
-    def make(self, ends: int) -> bytes:
-        """Return the cookie of a new session that ends at a Unix time in seconds."""
-        content = b"%d.%s" % (ends, secrets.token_hex(12).encode())
-        return content + b"." + self._mac(content)
-
-    def _cookie(self, value: bytes, seconds: int, *, secure: bool) -> tuple[bytes, bytes]:
-        # For every path: behind a proxy or below a mount the browser may see another one.
-        cookie = b"%b=%b; Path=/; Max-Age=%d; HttpOnly; SameSite=Strict%b" % (
-            self.name,
-            value,
-            seconds,
-            b"; Secure" if secure else b"",
-        )
-        return b"set-cookie", cookie
 
 
 def is_own_request(headers: Headers, *, origin_needed: bool = True) -> bool:

@@ -5,11 +5,10 @@ and endpoints with a request body. The gate and the documented routes serve the 
 """
 
 import asyncio
+import copy
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from copy import copy
 from functools import partial
 from http import HTTPStatus
-from typing import Self
 from urllib.parse import parse_qs
 
 import msgspec
@@ -33,8 +32,9 @@ from viralfx.web import schemas
 from viralfx.web.audit import RefusalAudit
 from viralfx.web.auth import AccessPolicy, AccessVerdict, Headers
 from viralfx.web.client_address import TrustedProxies
-from viralfx.web.console import Console, is_served
+from viralfx.web.console import Console, serving_ports
 from viralfx.web.console.data import ShowPayload
+from viralfx.web.console.feed import Feed
 from viralfx.web.responses import (
     READ,
     CorsPolicy,
@@ -53,6 +53,8 @@ from viralfx.web.responses import (
     raw_response,
     retry_after,
 )
+from viralfx.web.sessions import ServingPort
+from viralfx.web.throttle import GuessBrake
 
 _TEXT = b"text/plain; charset=utf-8"
 
@@ -246,7 +248,11 @@ class OperationsEndpoints:
         self._access = access
         self.refusals = RefusalAudit(operations.audit, operations.clock)
         """Records refused requests."""
-        self._denials = DenialLog(operations.clock, audit=self._record_refusal)
+        self.brake = GuessBrake(operations.clock)
+        """Delays the responses to wrong tokens, also those of the jobs API."""
+        self.brake.subscribe(metrics.access.count_wrong_token)
+        operations.shutdown.subscribe(lambda _: self.brake.release())
+        self._denials = DenialLog(operations.clock, audit=self._record_refusal, brake=self.brake)
         self._prefix = prefix
         self.path_prefix = f"{prefix}/"
         """The prefix of paths that may be served here although they are not in ``endpoints``."""
@@ -261,12 +267,18 @@ class OperationsEndpoints:
         self._next_poll = min(intervals, default=1.0)
         self._timestamp = (-1, b"")
         self._console: Console | None = None
+        self._management_console: Console | None = None
         self._metrics_path = metrics_path
         self._group_names = groups or {}
         self._below: list[str] = []
         self._cors = CorsPolicy(cors_origins) if cors_origins else None
         self._levels = LoggerLevels()
         self._make_table()
+
+    @property
+    def access(self) -> AccessPolicy:
+        """The rules of this port."""
+        return self._access
 
     def _make_table(self) -> None:
         access, prefix, metrics_path = self._access, self._prefix, self._metrics_path
@@ -314,44 +326,53 @@ class OperationsEndpoints:
         path: str = "/health",
         show_payload: ShowPayload | None = None,
     ) -> None:
-        """Serve the console, too, if the settings allow it; other origins cannot read it."""
-        if is_served(settings):
-            self._console = Console(
+        """Serve the console at the ports that the settings say; other origins cannot read it."""
+        if ports := serving_ports(settings):
+            console = Console(
                 assembly,
                 settings,
                 path=path,
+                policy=self.access,
                 denials=self._denials,
                 levels=self._loggers.levels,
                 show_payload=show_payload,
             )
-            self.endpoints |= self._console.endpoints
+            policy = self.access.at_management_port(settings)
+            self._management_console = console.at_management_port(policy)
+            if ServingPort.API in ports:
+                self._console = console
+                self.endpoints |= console.endpoints
 
     def at_management_port(self, settings: Settings) -> "OperationsEndpoints":
-        """Return the same endpoints, with the access that the management port gives."""
-        policy = AccessPolicy.from_settings(settings, on_management_port=True)
-        return copy(self).replace_access(policy)
+        """Return the same endpoints for the management port, with its access and console."""
+        other = copy.copy(self)
+        other._become_management_port(self.access.at_management_port(settings))  # noqa: SLF001
+        return other
 
-    def replace_access(self, policy: AccessPolicy) -> Self:
-        """Decide by another policy from now on, and return the object itself."""
+    def _become_management_port(self, policy: AccessPolicy) -> None:
         self._access = policy
         self._make_table()
+        self._console = self._management_console
         if self._console is not None:
-            self._console = copy(self._console).replace_access(policy)
             self.endpoints |= self._console.endpoints
         below, self._below = self._below, []
         for path in below:
             self.serve_below(path)
-        return self
 
     def count_requests(self, count: Callable[[], int]) -> None:
         """Show in the console how many requests of the application are in flight."""
-        if self._console is not None:
-            self._console.requests = count
+        if self._management_console is not None:
+            self._management_console.feed.requests = count
 
     @property
     def console(self) -> Console | None:
-        """The console; None if it is not served."""
+        """The console of this port; None if it is not served."""
         return self._console
+
+    @property
+    def feed(self) -> Feed | None:
+        """The events for the console of all ports; None if no port serves it."""
+        return None if self._management_console is None else self._management_console.feed
 
     def serve_below(self, path: str) -> None:
         """Serve the documented endpoints of known paths below ``path``, too; not the console."""

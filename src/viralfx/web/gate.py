@@ -5,7 +5,7 @@ slow nor break them.
 """
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 
 from viralfx.domain.correlation import start_request_context
 from viralfx.web.endpoints import OperationsEndpoints
@@ -14,14 +14,14 @@ from viralfx.web.in_flight import InFlightRequest, InFlightRequests, RequestReco
 from viralfx.web.responses import (
     CLOSE,
     HEADER,
+    AnyResponse,
     ASGIApp,
+    Deferred,
     Endpoint,
     EventStream,
     Message,
     RawResponse,
     Receive,
-    Recorded,
-    ResponseFromBody,
     Scope,
     Send,
     complete,
@@ -110,12 +110,14 @@ class Gate:
 
     async def _send(
         self,
-        response: RawResponse | Awaitable[RawResponse] | ResponseFromBody | Recorded | EventStream,
+        response: AnyResponse | Deferred,
         scope: Scope,
         receive: Receive,
         send: Send,
         header: tuple[bytes, bytes],
     ) -> None:
+        if isinstance(response, Deferred):
+            response = await response.respond()
         if isinstance(response, EventStream):
             await response.serve(scope, receive, send, header)
             return
@@ -125,9 +127,7 @@ class Gate:
         await send(start)
         await send(body)
 
-    def _respond(
-        self, scope: Scope
-    ) -> RawResponse | Awaitable[RawResponse] | ResponseFromBody | Recorded | EventStream | None:
+    def _respond(self, scope: Scope) -> AnyResponse | Deferred | None:
         """Return the response to a request; None if the application has to serve it."""
         path = scope["path"]
         endpoint = self._endpoints.get(path)

@@ -113,10 +113,7 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
         app_config.route_handlers.append(health_router(self))
         if self._config.jobs_api:
             self._add_jobs_api(app_config)
-        if (
-            AccessPolicy.from_settings(self.settings).has_tokens
-            and app_config.openapi_config is not None
-        ):
+        if self._declares_token and app_config.openapi_config is not None:
             app_config.openapi_config = with_management_token(app_config.openapi_config)
         # Entered last and exited first: checks must end before the application closes its pools.
         app_config.lifespan.append(self._lifespan)
@@ -206,10 +203,14 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
         # The settings are not the application's choice: the command has read the environment.
         self._access_log_is_set = self._environment_sets_access_log()
         app.after_exception.append(keep_error)
-        if AccessPolicy.from_settings(self.settings).has_tokens and app.openapi_config is not None:
+        if self._declares_token and app.openapi_config is not None:
             declared = with_management_token(app.openapi_config)
             app.openapi_config.components = declared.components
         app.register(health_router(self))
+
+    @property
+    def _declares_token(self) -> bool:
+        return AccessPolicy.from_settings(self.settings).has_tokens()
 
     def require_metrics_path(self, app: Litestar) -> None:
         """Raise :class:`ConfigurationError` if the application has a route at ``metrics_path``.

@@ -25,6 +25,7 @@ from viralfx.domain.correlation import (
 )
 from viralfx.domain.errors import ConfigurationError, printable
 from viralfx.web.auth import AccessVerdict, Headers
+from viralfx.web.throttle import GuessBrake
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -176,21 +177,34 @@ class EventStream(msgspec.Struct, frozen=True):
 
 
 class Recorded(msgspec.Struct, frozen=True):
-    """A response whose request is recorded; the sender must call :attr:`log`."""
+    """A response whose request is recorded.
+
+    The sender must call :attr:`log`, and await :attr:`hold`.
+    """
 
     response: RawResponse
     log: Callable[[Scope, int], None]
     """Records it. Arguments: the scope of the request, the status of the response."""
+    hold: Callable[[Scope], Awaitable[bool]] | None = None
+    """Waits, if the request was a guess; returns False if the connection should end."""
 
 
 class Denied(Recorded, frozen=True):
     """A 401 or 403 response, whose :attr:`log` logs the denial."""
 
 
-Endpoint = Callable[
-    [str, bytes, Headers],
-    RawResponse | Awaitable[RawResponse] | ResponseFromBody | Recorded | EventStream,
-]
+AnyResponse: TypeAlias = (
+    RawResponse | Awaitable[RawResponse] | ResponseFromBody | Recorded | EventStream
+)
+
+
+class Deferred(msgspec.Struct, frozen=True):
+    """A response whose kind is known later; the sender awaits :attr:`respond` first."""
+
+    respond: Callable[[], Awaitable[AnyResponse]]
+
+
+Endpoint = Callable[[str, bytes, Headers], AnyResponse | Deferred]
 """Responds to a method, a query string and headers."""
 
 
@@ -224,7 +238,9 @@ async def complete(
         pending = response
     if isinstance(pending, Recorded):
         pending.log(scope, pending.response.status)
-        return pending.response
+        if pending.hold is None or await pending.hold(scope):
+            return pending.response
+        return _extended(pending.response, b"connection: close\r\n")
     return await pending
 
 
@@ -283,6 +299,11 @@ _MAX_PATH_CHARACTERS = 200
 """Characters of a path that are logged; clients choose its length."""
 
 
+def has_credentials(scope: Scope) -> bool:
+    """Return True if a request has an ``Authorization`` header; one without is no guess."""
+    return any(name == b"authorization" and value for name, value in scope["headers"])
+
+
 class DenialLog:
     """Makes the responses to unauthorized management requests, and logs them.
 
@@ -297,10 +318,15 @@ class DenialLog:
         *,
         period: float = 60.0,
         audit: Callable[[Scope, int, Action], None] | None = None,
+        brake: GuessBrake | None = None,
     ) -> None:
-        """``audit`` is called for each refused request, with its status and action."""
+        """``audit`` is called for each refused request, with its status and action.
+
+        ``brake`` delays the responses to wrong tokens.
+        """
         self._clock = clock
         self._audit = audit
+        self._brake = brake
         self._period = period
         self._next = clock.monotonic()
         self._unlogged = 0
@@ -321,11 +347,27 @@ class DenialLog:
             challenge = (b"www-authenticate", b"Bearer")
             detail = "Send the management token as a bearer token."
             response = problem_response(401, detail, challenge)
+            return Denied(response, partial(self._record, Action.ACCESS), self._hold_token)
         return self.refuse(response)
 
-    def refuse(self, response: RawResponse, action: Action = Action.ACCESS) -> Denied:
-        """Return a response that refuses a request, to be logged as such."""
-        return Denied(response, partial(self._record, action))
+    def refuse(
+        self, response: RawResponse, action: Action = Action.ACCESS, *, wrong_token: bool = False
+    ) -> Denied:
+        """Return a response that refuses a request, to be logged as such.
+
+        ``wrong_token``: the request was a log-in with one, so the response waits.
+        """
+        hold = self._hold_log_in if wrong_token else None
+        return Denied(response, partial(self._record, action), hold)
+
+    async def _hold_token(self, scope: Scope) -> bool:
+        return not has_credentials(scope) or await self._hold(scope, "operations")
+
+    async def _hold_log_in(self, scope: Scope) -> bool:
+        return await self._hold(scope, "console")
+
+    async def _hold(self, scope: Scope, place: str) -> bool:
+        return self._brake is None or await self._brake.hold(peer_of(scope), place)
 
     def _record(self, action: Action, scope: Scope, status: int) -> None:
         if self._audit is not None:
@@ -389,20 +431,21 @@ class CorsPolicy:
     def apply(self, endpoint: Endpoint) -> Endpoint:
         """Return ``endpoint`` with the headers that let a browser read its responses."""
 
-        def allowed(
-            method: str, query: bytes, headers: Headers
-        ) -> RawResponse | Awaitable[RawResponse] | ResponseFromBody | Recorded | EventStream:
+        def allowed(method: str, query: bytes, headers: Headers) -> AnyResponse | Deferred:
             given = list(headers)
             permission = self._permission(given)
             if method == "OPTIONS" and b"allow-origin" in permission and _asks_to_read(given):
                 return RawResponse(204, permission + _PREFLIGHT, b"")
             response = endpoint(method, query, given)
-            if method not in READ or isinstance(response, ResponseFromBody | EventStream):
+            if method not in READ or isinstance(
+                response, ResponseFromBody | EventStream | Deferred
+            ):
                 return response
             if isinstance(response, RawResponse):
                 return _extended(response, permission)
             if isinstance(response, Recorded):
-                return Recorded(_extended(response.response, permission), response.log)
+                extended = _extended(response.response, permission)
+                return msgspec.structs.replace(response, response=extended)
             return _later(response, permission)
 
         return allowed

@@ -28,10 +28,10 @@ from litestar.routes import BaseRoute, HTTPRoute
 
 from viralfx.telemetry.logging.lines import LEVELS
 from viralfx.web import schemas
-from viralfx.web.auth import AccessPolicy
 from viralfx.web.layer import OperationsLayer
 from viralfx.web.responses import (
     PROBLEM_MEDIA_TYPE,
+    Deferred,
     EventStream,
     Problem,
     RawResponse,
@@ -186,7 +186,7 @@ async def _serve(request: AnyRequest) -> Response[bytes]:
     if endpoint is None or (console is not None and path in console.endpoints):
         raise NotFoundException
     response = endpoint(request.method, request.scope["query_string"], request.scope["headers"])
-    if isinstance(response, EventStream):  # the gate serves it
+    if isinstance(response, EventStream | Deferred):  # the gate serves it
         raise NotFoundException
     if not isinstance(response, RawResponse):
         scope, receive = cast("Scope", request.scope), cast("Receive", request.receive)
@@ -445,8 +445,8 @@ def health_router(layer: OperationsLayer) -> Router:
     Behind a gate the routes are only documentation. Without a gate the application's guards and
     middleware apply to them. The document declares the management token where they need it.
     """
-    config, access = layer.config, AccessPolicy.from_settings(layer.settings)
-    needed: list[dict[str, list[str]]] = [] if not access.has_tokens else [{MANAGEMENT_TOKEN: []}]
+    config, access = layer.config, layer.endpoints.access
+    needed: list[dict[str, list[str]]] = [{MANAGEMENT_TOKEN: []}] if access.has_tokens() else []
     for_details = needed if access.details_need_token else []
     details = (*_DETAILS, _GROUP) if config.groups else _DETAILS
     routes = (*_PROBES, *details, *_MANAGEMENT)

@@ -34,7 +34,14 @@ _IPV6 = re.compile(r"\[[0-9A-Fa-f:.]+\](?::[0-9]{1,5})?(?:[/?#\\]|$)")
 """A host that contains colons itself, without a user before it."""
 _ESCAPE = re.compile(r"%[0-9A-F]{2}")
 _LISTS = frozenset(
-    {"WEBHOOK_SECRET", "WEBHOOK_SHARED_SECRET", "WEBHOOK_KEYS", "ALERT_WEBHOOK_SECRET"}
+    {
+        "WEBHOOK_SECRET",
+        "WEBHOOK_SHARED_SECRET",
+        "WEBHOOK_KEYS",
+        "ALERT_WEBHOOK_SECRET",
+        "MANAGEMENT_TOKEN",
+        "API_TOKEN",
+    }
 )
 """Variables that may hold several secrets, separated by commas or spaces, after a name and =."""
 _NAMED = re.compile(r"[^=]*=(?=whsec_)")

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import Metric
 from prometheus_client.exposition import choose_encoder
 
-from viralfx.telemetry.metrics.requests import HttpMetrics, RequestMetrics
+from viralfx.telemetry.metrics.requests import AccessMetrics, HttpMetrics, RequestMetrics
 from viralfx.telemetry.metrics.series import Exemplar, no_exemplar
 
 _logger = logging.getLogger("viralfx.metrics")
@@ -140,6 +140,7 @@ class Metrics:
         """The exemplar function, for other metrics of this assembly."""
         self.requests = RequestMetrics(self.registry)
         self.http = HttpMetrics(self.registry)
+        self.access = AccessMetrics(self.registry)
         self._rendered: dict[str, bytes] = {}
         """The renderings of the current event loop iteration, by media type."""
         ProcessCollector(registry=self.registry)

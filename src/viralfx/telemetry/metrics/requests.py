@@ -14,6 +14,25 @@ _OWN_CODES = range(3000, 5000)
 """Close codes of applications and libraries."""
 
 
+class AccessMetrics:
+    """Counts requests with wrong tokens."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._wrong = Counter(
+            "viralfx_wrong_tokens_total",
+            "Requests with a wrong token at operations endpoints, console or jobs API.",
+            ("place",),
+            registry=registry,
+        )
+        for place in ("operations", "console", "jobs"):
+            # Created at the start: Prometheus does not see the first increase of a new series.
+            self._wrong.labels(place)
+
+    def count_wrong_token(self, place: str) -> None:
+        """Count a request with a wrong token."""
+        self._wrong.labels(place).inc()
+
+
 class RequestMetrics:
     """Counts and measures requests, named after OpenTelemetry's semantic conventions."""
 

@@ -4,30 +4,29 @@ The gate answers it ahead of the application, so it works while the application 
 hangs, and on the management port of a worker.
 """
 
+import copy
 import gzip
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
 from urllib.parse import parse_qsl
 
 import msgspec
 
 from viralfx.bootstrap import Assembly
+from viralfx.domain.access import Right
 from viralfx.domain.audit import Action, AuditEntry
 from viralfx.domain.operations import Operations
 from viralfx.domain.shutdown import Phase
 from viralfx.settings import Settings
+from viralfx.settings.tokens import Token
 from viralfx.telemetry.logging.lines import LoggerLevels
 from viralfx.web.audit import session_name
 from viralfx.web.auth import (
     SECURITY_HEADERS,
     AccessPolicy,
-    ConsoleAccess,
     Headers,
-    Reads,
-    Session,
     is_json,
     is_own_request,
     is_secure,
@@ -38,6 +37,8 @@ from viralfx.web.console.data import ConsoleData, ShowPayload, coded
 from viralfx.web.console.feed import Feed
 from viralfx.web.responses import (
     READ,
+    AnyResponse,
+    Deferred,
     DenialLog,
     Denied,
     Endpoint,
@@ -53,6 +54,7 @@ from viralfx.web.responses import (
     problem_response,
     retry_after,
 )
+from viralfx.web.sessions import ConsoleAccess, Reads, ServingPort, Session
 
 _MAX_TOKEN_BYTES = 4096
 _RETRY_STREAMS_SECONDS = 5.0
@@ -67,9 +69,16 @@ class _Token(msgspec.Struct, forbid_unknown_fields=True):
 _decode_token = msgspec.json.Decoder(_Token).decode
 
 
-def is_served(settings: Settings) -> bool:
-    """Return True if the settings allow the console: in production only with a token."""
-    return settings.console and not (settings.in_production and settings.management_token is None)
+def serving_ports(settings: Settings) -> frozenset[ServingPort]:
+    """Return the ports that serve the console: in production none without a token."""
+    holders = (token.principal for token in settings.token_book.tokens)
+    may_open = not settings.in_production or any(each.may(Right.ADMIN) for each in holders)
+    if settings.console == "false" or not may_open:
+        return frozenset()
+    apart = settings.in_production and settings.management_port is not None
+    if settings.console == "management" or (settings.console is None and apart):
+        return frozenset({ServingPort.MANAGEMENT})
+    return frozenset(ServingPort)
 
 
 # -- the files of the page -----------------------------------------------------------------------
@@ -183,6 +192,7 @@ class Console:
         settings: Settings,
         *,
         path: str,
+        policy: AccessPolicy,
         denials: DenialLog,
         levels: LoggerLevels,
         show_payload: ShowPayload | None = None,
@@ -194,10 +204,7 @@ class Console:
         self._denials = denials
         self._assets = assets or Assets()
         self._runbook = settings.runbook_url
-        policy = AccessPolicy.from_settings(settings)
-        self._access = ConsoleAccess(policy, clock=self._operations.clock)
-        self.requests: Callable[[], int] = int
-        """Returns how many requests of the application are in flight."""
+        self._access = access = ConsoleAccess(policy, clock=self._operations.clock)
         self.feed = Feed(
             self._operations,
             max_streams=settings.console_max_streams,
@@ -205,6 +212,7 @@ class Console:
             concurrency=lambda: self._jobs.concurrency,
             remaining_stages=self._remaining_stages,
         )
+        self.feed.before_beat = lambda: self.feed.end_sessions(access.is_valid)
         self._jobs.counted.subscribe(self.feed.on_counted)
         self._data = ConsoleData(
             self._operations,
@@ -219,23 +227,38 @@ class Console:
         self._actions = ConsoleActions(
             self._operations, jobs=self._jobs, feed=self.feed, data=self._data, path=path
         )
-        self._path = path
-        self._ui = f"{path}/ui/"
-        self._make_table()
-
-    def _make_table(self) -> None:
-        self.endpoints: dict[str, Endpoint] = {
-            f"{self._path}/ui": self._file("index.html"),
-            f"{self._path}/ui/session": self._session,
-            f"{self._path}/events": self._events,
-        }
+        self._path, self._ui = path, f"{path}/ui/"
+        self.endpoints = self._own_endpoints()
         """The endpoints by path, without those of :meth:`find`."""
 
-    def replace_access(self, policy: AccessPolicy) -> Self:
-        """Decide by another policy from now on, and return the object itself."""
-        self._access = ConsoleAccess(policy, clock=self._operations.clock)
-        self._make_table()
-        return self
+    def at_management_port(self, policy: AccessPolicy) -> "Console":
+        """Return the console of the management port, which has a policy and sessions of its own."""
+        other = copy.copy(self)
+        other._access = self._access.at(ServingPort.MANAGEMENT, policy)  # noqa: SLF001 - own class
+        other.endpoints = other._own_endpoints()  # noqa: SLF001 - of its own class
+        return other
+
+    def _own_endpoints(self) -> dict[str, Endpoint]:
+        return {
+            f"{self._path}/ui": self._file("index.html"),
+            f"{self._path}/ui/session": self._with_keys(self._session),
+            f"{self._path}/events": self._with_keys(self._events),
+        }
+
+    def _with_keys(self, endpoint: Callable[[str, bytes, Headers], AnyResponse]) -> Endpoint:
+        """Return an endpoint that first makes the keys of sessions, off the event loop."""
+
+        def respond(method: str, query: bytes, headers: Headers) -> AnyResponse | Deferred:
+            if self._access.is_ready(headers):
+                return endpoint(method, query, headers)
+
+            async def later() -> AnyResponse:
+                await self._access.prepare(headers)
+                return endpoint(method, query, headers)
+
+            return Deferred(later)
+
+        return respond
 
     def find(self, path: str) -> Endpoint | None:
         """Return the endpoint for the path of a file, a view or an action; None for another path.
@@ -259,7 +282,7 @@ class Console:
         worker = self._jobs.worker
         running = () if worker is None else worker.running
         return {
-            "requests": self.requests(),
+            "requests": self.feed.requests(),
             "jobCount": len(running),
             "jobs": [
                 {
@@ -286,10 +309,22 @@ class Console:
 
     # -- access ------------------------------------------------------------------------------
 
+    async def has_session(self, headers: Headers) -> bool:
+        """Return True if a request has a valid session of this port."""
+        await self._access.prepare(headers)
+        return self._access.session(headers) is not None
+
     def _refused(
-        self, status: int, code: str, detail: str, action: Action = Action.ACCESS
+        self,
+        status: int,
+        code: str,
+        detail: str,
+        action: Action = Action.ACCESS,
+        *,
+        wrong_token: bool = False,
     ) -> Denied:
-        return self._denials.refuse(_secured(coded(status, code, detail)), action)
+        response = _secured(coded(status, code, detail))
+        return self._denials.refuse(response, action, wrong_token=wrong_token)
 
     def _record_session(self, action: Action, session: Session | None, scope: Scope) -> None:
         if session is not None:
@@ -354,7 +389,7 @@ class Console:
                 return _secured(problem_response(404, detail))
             return _secured(not_allowed("GET, HEAD" if perform is None else "POST"))
 
-        return endpoint
+        return self._with_keys(endpoint)
 
     def _events(
         self, method: str, query: bytes, headers: Headers
@@ -376,10 +411,9 @@ class Console:
                 return _secured(problem_response(400, "The query has too many fields."))
             last_id = values.get("last", "")
         session = self._access.session(headers)
-        ends_at = None if session is None else session.expires_at
         return EventStream(
             lambda scope, receive, send, header: self.feed.stream(
-                last_id, scope, receive, send, header, ends_at=ends_at
+                last_id, scope, receive, send, header, session=session
             )
         )
 
@@ -398,26 +432,36 @@ class Console:
         secure = is_secure(headers)
         if method == "DELETE":
             session = self._access.session(headers)
+            removed = self._access.log_out(headers, secure=secure)
+            self.feed.end_sessions(self._access.is_valid)
             return Recorded(
-                _without_body(self._access.log_out(secure=secure)),
+                _without_body(*removed),
                 lambda scope, _: self._record_session(Action.LOG_OUT, session, scope),
             )
         if not self._access.has_token:
             detail = "MANAGEMENT_TOKEN is not set, so there is no log-in: set it, and start again."
             return self._refused(403, "no_token", detail, Action.LOG_IN)
 
-        def log_in(body: bytes, scope: Scope) -> RawResponse | Denied:
+        def log_in(body: bytes, scope: Scope) -> RawResponse | Denied | Awaitable[RawResponse]:
             try:
-                cookie = self._access.log_in(_decode_token(body).token, secure=secure)
+                token = self._access.identify(_decode_token(body).token)
             except (msgspec.DecodeError, UnicodeError):
                 return _secured(coded(400, "body", 'Send {"token": "..."}.'))
-            if cookie is None:
-                return self._refused(401, "token", "This is not the token.", Action.LOG_IN)
-            made = self._access.session([(b"cookie", cookie[1].partition(b";")[0])])
-            self._record_session(Action.LOG_IN, made, scope)
-            return _without_body(cookie)
+            if token is None:
+                detail = "This is not the token."
+                return self._refused(401, "token", detail, Action.LOG_IN, wrong_token=True)
+            return self._logged_in(token, headers, scope, secure=secure)
 
         return ResponseFromBody(_MAX_TOKEN_BYTES, log_in)
+
+    async def _logged_in(
+        self, token: Token, headers: Headers, scope: Scope, *, secure: bool
+    ) -> RawResponse:
+        cookie = await self._access.log_in(token, headers, secure=secure)
+        host = [pair for pair in headers if pair[0] == b"host"]
+        made = self._access.session([*host, (b"cookie", cookie[1].partition(b";")[0])])
+        self._record_session(Action.LOG_IN, made, scope)
+        return _without_body(cookie)
 
     def _session_state(self, headers: Headers, *, start: bool) -> RawResponse:
         session = self._access.session(headers)

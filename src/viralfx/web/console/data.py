@@ -38,7 +38,6 @@ from viralfx.domain.jobs.model import (
 from viralfx.domain.operations import Operations
 from viralfx.settings import Settings
 from viralfx.telemetry.logging.lines import LEVELS, LoggerLevels
-from viralfx.web.auth import Reads
 from viralfx.web.console import views
 from viralfx.web.console.feed import Feed
 from viralfx.web.responses import (
@@ -49,6 +48,7 @@ from viralfx.web.responses import (
     problem_response,
     raw_response,
 )
+from viralfx.web.sessions import Reads
 
 T = TypeVar("T")
 

@@ -27,6 +27,7 @@ from viralfx.web.auth import SECURITY_HEADERS
 from viralfx.web.console import views
 from viralfx.web.error_log import mark_logged
 from viralfx.web.responses import Message, Receive, Scope, Send, encode
+from viralfx.web.sessions import Session
 
 _logger = logging.getLogger("viralfx.console")
 
@@ -54,10 +55,11 @@ _HEADERS = (
 class _Page(views.Reader):
     """One open stream."""
 
-    __slots__ = ("gone", "waiting")
+    __slots__ = ("gone", "session", "waiting")
 
-    def __init__(self, *, everything: bool) -> None:
-        super().__init__(everything=everything)
+    def __init__(self, session: Session | None = None) -> None:
+        super().__init__(everything=session is not None)
+        self.session = session
         self.gone = False
         self.waiting: asyncio.Future[None] | None = None
 
@@ -90,6 +92,10 @@ class Feed:
         """The events of the last time."""
         self._missed = False
         """True if something happened while no page was open; it is in no frame."""
+        self.requests: Callable[[], int] = int
+        """Returns how many requests of the application are in flight."""
+        self.before_beat: Callable[[], None] = lambda: None
+        """Called every two seconds while pages are open."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended = False
         self._ran: dict[str, None] = {}
@@ -254,6 +260,7 @@ class Feed:
         # First, so that a view that raises does not end the beats of all pages.
         loop = asyncio.get_running_loop()
         self._beating = loop.call_later(BEAT_SECONDS, self._guarded, self._beat)
+        self.before_beat()
         self._flush()
         for name in list(self._rejecting):
             # First, as a call may be rejected in another thread meanwhile.
@@ -327,12 +334,11 @@ class Feed:
         receive: Receive,
         send: Send,
         *more: tuple[bytes, bytes],
-        ends_at: datetime | None = None,
+        session: Session | None = None,
     ) -> None:
         """Send the stream of one page until it leaves, its session ends or the process ends.
 
-        ``ends_at``: the end of the session, with which the page gets everything. It connects again
-        then, without a session.
+        With a session the page gets everything. It connects again when the session ends.
         """
         start: Message = {"type": "http.response.start", "status": 200}
         await send({**start, "headers": [*_HEADERS, *more]})
@@ -340,14 +346,14 @@ class Feed:
             await send({"type": "http.response.body", "body": b""})
             return
         loop = asyncio.get_running_loop()
-        page = self._open(last_id, loop, everything=ends_at is not None)
+        page = self._open(last_id, loop, session)
         leaving = asyncio.ensure_future(_disconnected(receive))
         leaving.add_done_callback(lambda _: self._leave(page))
         limits = []
         if not self._operations.staged:
             limits.append(FOREIGN_SECONDS)
-        if ends_at is not None:
-            limits.append((ends_at - self._operations.clock.now()).total_seconds())
+        if session is not None:
+            limits.append((session.expires_at - self._operations.clock.now()).total_seconds())
         limit = loop.call_later(min(limits), self._leave, page) if limits else None
         try:
             await self._send_frames(page, send)
@@ -365,13 +371,15 @@ class Feed:
             if limit is not None:
                 limit.cancel()
 
-    def _open(self, last_id: str, loop: asyncio.AbstractEventLoop, *, everything: bool) -> _Page:
+    def _open(
+        self, last_id: str, loop: asyncio.AbstractEventLoop, session: Session | None
+    ) -> _Page:
         if loop is not self._loop:
             # The timers of a loop that has ended never fire.
             self._loop, self._beating, self._waking = loop, None, None
             self._flush_planned = False
         self._forget_missed()
-        page = _Page(everything=everything)
+        page = _Page(session)
         page.position = self.frames.position_of(last_id)
         self._pages.add(page)
         if self._beating is None:
@@ -386,6 +394,12 @@ class Feed:
             else:
                 page.waiting = asyncio.get_running_loop().create_future()
                 await page.waiting
+
+    def end_sessions(self, is_valid: Callable[[Session], bool]) -> None:
+        """End the streams of sessions that are not valid any more, such as after a log-out."""
+        for page in list(self._pages):
+            if page.session is not None and not is_valid(page.session):
+                self._leave(page)
 
     def _leave(self, page: _Page) -> None:
         page.gone = True

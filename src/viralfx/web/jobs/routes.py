@@ -43,7 +43,7 @@ from viralfx.web.jobs.schemas import (
 )
 from viralfx.web.layer import OperationsLayer
 from viralfx.web.problems import ON_ACCEPT, ON_BATCH, ON_CHANGE
-from viralfx.web.responses import Scope, peer_of
+from viralfx.web.responses import Scope, has_credentials, peer_of
 
 MAX_BODY_BYTES = 64 * 1024
 """Maximum size of a request body."""
@@ -211,15 +211,29 @@ _encode = msgspec.json.Encoder().encode
 class JobsApi:
     """The services of a layer that the routes use, as it was wired last, and their access rules."""
 
-    __slots__ = ("_layer", "book", "is_open")
+    __slots__ = ("_layer", "has_tokens", "is_open")
 
     def __init__(self, layer: OperationsLayer) -> None:
         self._layer = layer
         settings = layer.settings
-        self.book = settings.token_book if settings.has_api_tokens else TokenBook()
-        """The tokens, of which each request must carry one."""
+        self.has_tokens = settings.has_api_tokens
+        """Whether each request must carry a token."""
         self.is_open = settings.may_open_api and not settings.has_api_tokens
         """True if requests need no token."""
+
+    @property
+    def book(self) -> TokenBook:
+        """The tokens of now."""
+        return self._layer.endpoints.access.tokens.book
+
+    async def hold(self, scope: Scope) -> bool:
+        """Wait before the response to a request with a wrong token.
+
+        Returns False if the connection should end.
+        """
+        return not has_credentials(scope) or await self._layer.endpoints.brake.hold(
+            peer_of(scope), "jobs"
+        )
 
     @property
     def service(self) -> JobService:
@@ -269,6 +283,12 @@ async def check_request(request: AnyRequest) -> None:
     except HTTPException as error:
         api.record_refusal(request, error.status_code)
         raise
+    if caller is None:
+        api.record_refusal(request, HTTPStatus.UNAUTHORIZED)
+        headers = {"WWW-Authenticate": "Bearer"}
+        if not await api.hold(cast("Scope", request.scope)):
+            headers["Connection"] = "close"
+        raise NotAuthorizedException("Send the API token as a bearer token.", headers=headers)
     request.scope[_CALLER] = caller  # type: ignore[literal-required]  # keys of one's own are allowed
     if request.scope["query_string"].count(b"&") >= MAX_QUERY_FIELDS:
         raise ClientException(f"The query has more than {MAX_QUERY_FIELDS} fields.")
@@ -337,8 +357,8 @@ def _refuse(request: AnyRequest, right: str) -> NoReturn:
     raise PermissionDeniedException(f"This token has not the right {right}.")
 
 
-def _authorize(api: JobsApi, method: str, headers: Headers) -> Principal:
-    """Require a token. Without a configured token, deny cross-origin changes."""
+def _authorize(api: JobsApi, method: str, headers: Headers) -> Principal | None:
+    """Return the caller; None for a wrong token. Without tokens, deny cross-origin changes."""
     if api.is_open:
         if method in CHANGING and is_cross_origin(headers):
             raise PermissionDeniedException(
@@ -346,14 +366,9 @@ def _authorize(api: JobsApi, method: str, headers: Headers) -> Principal:
                 " send it, or call from a page of this host."
             )
         return _EVERYBODY
-    if not api.book:
+    if not api.has_tokens:
         raise PermissionDeniedException("API_TOKEN is not set, so this request is not allowed.")
-    caller = holder_of(headers, api.book)
-    if caller is None:
-        raise NotAuthorizedException(
-            "Send the API token as a bearer token.", headers={"WWW-Authenticate": "Bearer"}
-        )
-    return caller
+    return holder_of(headers, api.book)
 
 
 class _Encoded(ASGIResponse):
