@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from viralfx.bootstrap import PostgresDatabase, RedisClient
     from viralfx.checks import DiskCheck, HttpCheck, SqlAlchemyCheck, TcpCheck
+    from viralfx.domain.access import Principal, Right
     from viralfx.domain.cache import Cache
     from viralfx.domain.correlation import bind_user_id
     from viralfx.domain.health.check_runner import CheckConfig
@@ -83,8 +84,10 @@ __all__ = [
     "PayloadError",
     "PayloadTooLargeError",
     "PostgresDatabase",
+    "Principal",
     "RedisClient",
     "RetryPolicy",
+    "Right",
     "Settings",
     "ShutdownStage",
     "Snooze",
@@ -110,6 +113,7 @@ _HOMES = {
     "adapters.postgres": ("PostgresDatabase",),
     "adapters.redis": ("RedisClient",),
     "checks": ("DiskCheck", "HttpCheck", "SqlAlchemyCheck", "TcpCheck"),
+    "domain.access": ("Principal", "Right"),
     "domain.cache": ("Cache",),
     "domain.correlation": ("bind_user_id",),
     "domain.health.check_runner": ("CheckConfig",),

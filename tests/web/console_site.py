@@ -120,7 +120,7 @@ class Site:
     async def logged_in(self, headers: Mapping[str, str]) -> bool:
         """Return whether a request has a session."""
         state = (await self.ask(SESSION, headers=headers)).json()
-        assert state["reads"] == ("all" if state["loggedIn"] else "status")
+        assert state["reads"] == ("settings" if state["loggedIn"] else "status")
         return bool(state["loggedIn"])
 
 
@@ -171,7 +171,12 @@ class OpenPage:
     async def _run(self, feed: feed.Feed) -> None:
         try:
             await feed.stream(
-                "", {"method": "GET"}, self._receive, self._send, session=self._session
+                "",
+                {"method": "GET"},
+                self._receive,
+                self._send,
+                session=self._session,
+                everything=self._session is not None,
             )
         except asyncio.CancelledError as error:
             self.error = error

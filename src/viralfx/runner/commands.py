@@ -86,7 +86,10 @@ def serve(
     )
     signals.force_timeout = settings.shutdown_force_timeout
     serves_jobs = app is None or plugin.config.jobs_api
-    problems = list(settings.contradictions(with_api=serves_jobs, listens=True))
+    authorizes = plugin.config.authorize is not None
+    problems = list(
+        settings.contradictions(with_api=serves_jobs, listens=True, authorizes=authorizes)
+    )
     if settings.console == "management" and settings.management_port is None:
         problems.append("CONSOLE: management needs MANAGEMENT_PORT; set it, or unset CONSOLE")
     if problems:

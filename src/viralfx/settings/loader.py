@@ -194,6 +194,7 @@ def read_settings(
     strict: bool = False,
     with_api: bool = False,
     with_tasks: bool = False,
+    authorizes: bool = False,
 ) -> Settings:
     """Read the settings; an empty variable counts as not set.
 
@@ -204,7 +205,8 @@ def read_settings(
     is ignored, with a line in ``Settings.warnings`` where a setting has no effect; an ENVIRONMENT
     that is close to a known word has such a line and is production; that of QUEUES is ignored
     only without ``with_tasks``: the application has tasks. ``with_api``: the process serves the
-    jobs API, for which production requires a token and a database.
+    jobs API, for which production requires a token and a database; ``authorizes``: a function of
+    the application names the callers, so there need be no token.
 
     Raises :class:`ConfigurationError` with every problem; each names the variable and the remedy.
     Secret values are not shown.
@@ -220,7 +222,9 @@ def read_settings(
     problems = [
         *(typing_errors(environ, env_prefix) if strict else ()),
         *reading.problems,
-        *settings.contradictions(reading.failed, with_api=with_api, judge_environment=strict),
+        *settings.contradictions(
+            reading.failed, with_api=with_api, judge_environment=strict, authorizes=authorizes
+        ),
     ]
     if problems:
         raise ConfigurationError(prefixed(line, env_prefix) for line in problems)

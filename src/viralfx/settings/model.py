@@ -468,13 +468,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         with_api: bool = False,
         listens: bool = False,
         judge_environment: bool = True,
+        authorizes: bool = False,
     ) -> Iterator[str]:
         """Yield contradictions between values that are valid one by one.
 
         Variables in ``failed`` were invalid, so contradictions that involve them are skipped.
         ``with_api``: the process serves the jobs API. ``listens``: it does so at ``listen_host``;
         another server has an address of its own. Without ``judge_environment`` an ENVIRONMENT that
-        is close to a known word is no problem.
+        is close to a known word is no problem. ``authorizes``: a function of the application names
+        the callers, so the jobs API needs no token.
         """
         if judge_environment and (problem := near_miss(self.environment)):
             yield problem
@@ -484,11 +486,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if self.in_production:
             if with_api or self.task_modules:
                 yield from self.jobs_in_memory(failed)
-            yield from self._open_in_production(failed, with_api=with_api)
+            yield from self._open_in_production(failed, with_api=with_api, authorizes=authorizes)
         elif (
             with_api
             and listens
-            and not self.has_api_tokens
+            and not (self.has_api_tokens or authorizes)
             and not (self.allow_open_api or is_loopback(self.listen_host))
         ):
             yield (
@@ -497,8 +499,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 " jobs from all of them"
             )
 
-    def _open_in_production(self, failed: Collection[str], *, with_api: bool) -> Iterator[str]:
-        missing = with_api and not (self.has_api_tokens or self.allow_open_api)
+    def _open_in_production(
+        self, failed: Collection[str], *, with_api: bool, authorizes: bool
+    ) -> Iterator[str]:
+        missing = with_api and not (self.has_api_tokens or self.allow_open_api or authorizes)
         if missing and {"API_TOKEN", "TOKENS", "ALLOW_OPEN_API"}.isdisjoint(failed):
             yield (
                 f"API_TOKEN: ENVIRONMENT={self.environment} refuses a jobs API without a token; set"

@@ -20,7 +20,8 @@ MAX_SECRETS = 2
 VARIABLES = {MANAGEMENT.name: "MANAGEMENT_TOKEN", API.name: "API_TOKEN"}
 """The variables of the names that are not in TOKENS."""
 
-_RESERVED = frozenset({*VARIABLES, ANONYMOUS.name})
+RESERVED = frozenset({*VARIABLES, ANONYMOUS.name})
+"""Names that neither TOKENS nor an application gives."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}").fullmatch
 _RIGHTS = {"read": Right.READ, "operate": Right.OPERATE, "admin": Right.ADMIN}
 _SCOPES = ("submit", "read", "operate")
@@ -127,7 +128,7 @@ def _token(fields: list[str]) -> Token:
             "the first field is no name; a name has at most 64 letters, digits, '.', '_' and '-',"
             " and begins with a letter"
         )
-    if name.lower() in _RESERVED:
+    if name.lower() in RESERVED:
         raise ValueError(f"the name {name.lower()} is reserved; choose another")
     return Token(
         _principal(name, rights),

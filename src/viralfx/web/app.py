@@ -20,7 +20,6 @@ from litestar.types import ASGIApp as LitestarASGIApp
 from viralfx.settings import Settings
 from viralfx.telemetry import hide_packages
 from viralfx.web.api_docs import ApiDocsPlugin
-from viralfx.web.auth import holder_of
 from viralfx.web.jobs.changes import jobs_router
 from viralfx.web.jobs.openapi import COMPONENTS, JobsDocument
 from viralfx.web.layer import OperationsConfig, OperationsLayer
@@ -145,7 +144,7 @@ def _document_router(settings: Settings, plugin: OperationsPlugin) -> Router:
     async def require_token(connection: AnyConnection, _: BaseRouteHandler) -> None:
         scope, endpoints = cast("Scope", connection.scope), plugin.endpoints
         # Each holder of a token may know the API. A browser sends the session of the console.
-        if holder_of(scope["headers"], endpoints.access.tokens.book) is not None:
+        if endpoints.access.caller(scope["headers"]) is not None:
             return
         console = endpoints.console
         if console is not None and await console.has_session(scope["headers"]):

@@ -1,15 +1,15 @@
 """Requests as events of the audit trail: the names of their actors, and their refusals."""
 
-from viralfx.domain.access import ANONYMOUS
+from viralfx.domain.access import ANONYMOUS, Principal
 from viralfx.domain.audit import Action, AuditEntry, AuditOutcome, AuditTrail, RefusalLimit
 from viralfx.domain.clock import Clock
 from viralfx.web.auth import CHANGING
 from viralfx.web.responses import Scope, has_credentials, peer_of
 
 
-def session_name(digits: str) -> str:
-    """Return the actor of a session of the console, by the first digits of its number."""
-    return f"console {digits}"
+def actor_of(caller: Principal | None) -> str:
+    """Return the actor of a caller without a session; None is the anonymous one."""
+    return (caller or ANONYMOUS).name
 
 
 class RefusalAudit:

@@ -3,18 +3,25 @@
 Tokens are compared in constant time. ``Origin`` is judged by RFC 6454 and RFC 9110.
 """
 
-from collections.abc import Iterable
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
-from viralfx.domain.access import ANONYMOUS, Principal, Right
+from viralfx.domain.access import Principal, Right
 from viralfx.settings import Settings
 from viralfx.settings.live_tokens import LiveTokens
-from viralfx.settings.tokens import TokenBook
+from viralfx.settings.tokens import RESERVED, TokenBook
+
+_logger = logging.getLogger("viralfx.access")
 
 Headers = Iterable[tuple[bytes, bytes]]
 """Request headers as ASGI gives them: names in lower case."""
+Authorize: TypeAlias = Callable[[Mapping[str, str]], Principal | None]
+"""Names the caller of a request, and its rights, from the headers."""
 
 
 class AccessVerdict(Enum):
@@ -44,13 +51,18 @@ class AccessPolicy:
 
     tokens: LiveTokens
     details_need_token: bool
+    application: "ApplicationCallers | None" = None
+    """Names callers without a token; None: the application names none."""
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> "AccessPolicy":
+    def from_settings(
+        cls, settings: Settings, authorize: Authorize | None = None
+    ) -> "AccessPolicy":
         """Return the policy that the tokens and HEALTH_DETAILS define for the API port."""
         return cls(
             tokens=LiveTokens(settings),
             details_need_token=not settings.shows_details(on_management_port=False),
+            application=None if authorize is None else ApplicationCallers(authorize),
         )
 
     def at_management_port(self, settings: Settings) -> "AccessPolicy":
@@ -75,21 +87,82 @@ class AccessPolicy:
         """Authorize a request to change the running process, such as the level of a logger."""
         return self._require(headers, Right.OPERATE)
 
-    def has_tokens(self, right: Right = Right.READ) -> bool:
-        """Return True if some token has a right at these endpoints."""
-        return any(token.principal.may(right) for token in self.tokens.book.tokens)
+    @property
+    def has_callers(self) -> bool:
+        """True if some caller can have a right at these endpoints."""
+        return self.application is not None or self.has_tokens
 
-    def caller(self, headers: Headers) -> Principal:
-        """Return the holder of the token of a request, or the anonymous caller."""
-        return holder_of(headers, self.tokens.book) or ANONYMOUS
+    @property
+    def has_tokens(self) -> bool:
+        """True if some token has a right at these endpoints."""
+        return any(token.principal.may(Right.READ) for token in self.tokens.book.tokens)
+
+    def caller(self, headers: Headers) -> Principal | None:
+        """Return the holder of the token of a request, else the caller that the application names.
+
+        None is an anonymous caller.
+        """
+        headers = list(headers)
+        return holder_of(headers, self.tokens.book) or self.named(headers)
+
+    def named(self, headers: Headers) -> Principal | None:
+        """Return the caller that the application names; the token of the request has no effect."""
+        return None if self.application is None else self.application.find(headers)
 
     def _require(self, headers: Headers, right: Right) -> AccessVerdict:
-        if not self.has_tokens():
+        if not self.has_callers:
             return AccessVerdict.FORBIDDEN
-        caller = holder_of(headers, self.tokens.book)
+        caller = self.caller(headers)
         if caller is None:
             return AccessVerdict.UNAUTHORIZED
         return AccessVerdict.ALLOWED if caller.may(right) else _LACKS[right]
+
+
+_MAX_NAME_CHARACTERS = 128
+_LOG_SECONDS = 60.0
+
+
+class ApplicationCallers:
+    """The callers that a function of the application names. Its failures are logged."""
+
+    def __init__(
+        self, authorize: Authorize, *, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._authorize = authorize
+        self._monotonic = monotonic
+        self._next_line = monotonic()
+
+    def find(self, headers: Headers) -> Principal | None:
+        """Return the caller of a request; None if the function names none, or fails.
+
+        A name of another token's holder, and one that cannot be shown, are failures.
+        """
+        given: dict[str, str] = {}
+        for name, value in headers:
+            key, text = name.decode("latin-1"), value.decode("latin-1")
+            # As one value, so that a header that the client adds cannot take the proxy's place.
+            given[key] = f"{given[key]}, {text}" if key in given else text
+        try:
+            found: object = self._authorize(given)
+            return None if found is None else _checked(found)
+        except Exception:
+            if (now := self._monotonic()) >= self._next_line:
+                self._next_line = now + _LOG_SECONDS
+                _logger.exception("OperationsConfig.authorize has failed; the caller is anonymous")
+            return None
+
+
+def _checked(found: object) -> Principal:
+    if not isinstance(found, Principal):
+        raise TypeError(f"authorize returns a Principal or None, not {type(found).__name__}")
+    name = found.name
+    if not (name.strip() == name and name.isprintable() and 0 < len(name) <= _MAX_NAME_CHARACTERS):
+        raise ValueError(
+            f"the name of a caller has 1 to {_MAX_NAME_CHARACTERS} printable characters"
+        )
+    if name.lower() in RESERVED:
+        raise ValueError(f"the name {name.lower()} of a caller is reserved")
+    return found
 
 
 def holder_of(headers: Headers, book: TokenBook) -> Principal | None:

@@ -29,7 +29,7 @@ from viralfx.telemetry import stacks_of_tasks, stacks_of_threads
 from viralfx.telemetry.logging.lines import LEVELS, FixedLevelError, LoggerLevels
 from viralfx.telemetry.metrics import Metrics
 from viralfx.web import schemas
-from viralfx.web.audit import RefusalAudit
+from viralfx.web.audit import RefusalAudit, actor_of
 from viralfx.web.auth import AccessPolicy, AccessVerdict, Headers
 from viralfx.web.client_address import TrustedProxies
 from viralfx.web.console import Console, serving_ports
@@ -151,7 +151,7 @@ class LoggersEndpoints:
     def _change(self, name: str, body: bytes, scope: Scope) -> RawResponse:
         entry = AuditEntry(
             action=Action.LEVEL,
-            actor=self._access.caller(scope["headers"]).name,
+            actor=actor_of(self._access.caller(scope["headers"])),
             address=peer_of(scope),
             target=name,
         )
@@ -327,7 +327,7 @@ class OperationsEndpoints:
         show_payload: ShowPayload | None = None,
     ) -> None:
         """Serve the console at the ports that the settings say; other origins cannot read it."""
-        if ports := serving_ports(settings):
+        if ports := serving_ports(settings, self.access):
             console = Console(
                 assembly,
                 settings,
@@ -559,7 +559,7 @@ class OperationsEndpoints:
         return self.shutdown_status()
 
     def _record_refusal(self, scope: Scope, status: int, action: Action) -> None:
-        actor = self._access.caller(scope["headers"]).name
+        actor = actor_of(self._access.caller(scope["headers"]))
         self.refusals.record(scope, status, action, actor=actor)
 
     def _record_stop(self, scope: Scope, status: int) -> None:
@@ -568,7 +568,7 @@ class OperationsEndpoints:
         self._operations.audit.record(
             AuditEntry(
                 action=Action.STOP,
-                actor=self._access.caller(scope["headers"]).name,
+                actor=actor_of(self._access.caller(scope["headers"])),
                 address=peer_of(scope),
                 target=self._operations.instance,
                 outcome=AuditOutcome.REFUSED if refused else AuditOutcome.DONE,

@@ -1,6 +1,7 @@
 """The operations layer of an application of any framework: its options and its wired services."""
 
 import asyncio
+import inspect
 import os
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ from viralfx.settings.model import near_miss
 from viralfx.telemetry.logging.lines import FactsInMessages
 from viralfx.telemetry.metrics import MetricsRegistry, SiblingProcesses
 from viralfx.telemetry.tracing import module_of_application, tracing_of
-from viralfx.web.auth import AccessPolicy
+from viralfx.web.auth import AccessPolicy, Authorize
 from viralfx.web.client_address import TrustedProxies
 from viralfx.web.endpoints import OperationsEndpoints
 from viralfx.web.error_log import cause_of
@@ -80,6 +81,12 @@ class OperationsConfig:
     registries: Sequence[MetricsRegistry] = ()
     """The application's registries of prometheus_client, whose metrics ``metrics_path`` shows, too;
     of two metrics with one name, that of this package, then that of the first registry."""
+    authorize: Authorize | None = None
+    """Names the caller of a request without a token of MANAGEMENT_TOKEN, API_TOKEN or TOKENS, and
+    its rights, from the headers, such as those of a gateway of OIDC; None is an anonymous caller.
+    The names are in lower case, and the values of one name are joined by ``, ``. Any client that
+    reaches the port sends headers, so the function has to verify them. It runs on the event loop,
+    for each request that needs a right. After an exception the caller is anonymous."""
     path: str = "/health"
     """The path of the endpoints. The manifests and the ``probe`` command expect the default."""
     show_payload: Callable[[str, bytes], str | None] | None = None
@@ -105,8 +112,23 @@ class OperationsConfig:
         """Raise ``ValueError`` for a prefix that has no effect, and for unusable paths.
 
         A path is absolute, does not end in a slash, and is not in use. One function in place of a
-        list of them, and a list in place of a mapping, are a ``TypeError``.
+        list of them, a list in place of a mapping, and an asynchronous ``authorize`` are a
+        ``TypeError``.
         """
+        self._require_kinds()
+        if self.env_prefix and self.settings is not None:
+            raise ValueError("env_prefix has no effect with settings; pass one of them")
+        if self.env_prefix and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.env_prefix):
+            raise ValueError(f"env_prefix must be the start of a name: {self.env_prefix!r}")
+        for name, path in (("path", self.path), ("metrics_path", self.metrics_path)):
+            if not path.startswith("/") or path.endswith("/"):
+                raise ValueError(f"{name} must start with a slash and not end with one: {path!r}")
+        if f"{self.metrics_path}/".startswith(f"{self.path}/"):
+            raise ValueError(f"metrics_path must not be below path: {self.metrics_path!r}")
+
+    def _require_kinds(self) -> None:
+        if inspect.iscoroutinefunction(self.authorize):
+            raise TypeError("OperationsConfig.authorize takes a function without async")
         for name, value in (("tasks", self.tasks), ("task_middleware", self.task_middleware)):
             if callable(value):
                 raise TypeError(
@@ -117,15 +139,6 @@ class OperationsConfig:
             if not isinstance(given, Mapping):
                 kind = type(given).__name__
                 raise TypeError(f"OperationsConfig.{name} takes a mapping by name, not a {kind}")
-        if self.env_prefix and self.settings is not None:
-            raise ValueError("env_prefix has no effect with settings; pass one of them")
-        if self.env_prefix and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.env_prefix):
-            raise ValueError(f"env_prefix must be the start of a name: {self.env_prefix!r}")
-        for name, path in (("path", self.path), ("metrics_path", self.metrics_path)):
-            if not path.startswith("/") or path.endswith("/"):
-                raise ValueError(f"{name} must start with a slash and not end with one: {path!r}")
-        if f"{self.metrics_path}/".startswith(f"{self.path}/"):
-            raise ValueError(f"metrics_path must not be below path: {self.metrics_path!r}")
 
 
 SECOND_LAYER = (
@@ -183,13 +196,15 @@ class OperationsLayer:
             strict=READS_STRICTLY.get(),
             with_api=config.jobs_api,
             with_tasks=bool(config.tasks),
+            authorizes=config.authorize is not None,
         )
         # The loader has judged settings of the environment, and not those of the application.
         if config.settings is not None:
             problem = near_miss(self.settings.environment)
             problems = [problem] if problem else []
             if config.jobs_api and self.settings.in_production:
-                problems = list(self.settings.contradictions(with_api=True))
+                authorizes = config.authorize is not None
+                problems = [*self.settings.contradictions(with_api=True, authorizes=authorizes)]
             if problems:
                 raise ConfigurationError(problems)
         self._refused = False
@@ -237,7 +252,7 @@ class OperationsLayer:
         )
         self.endpoints = OperationsEndpoints(
             self.assembly.operations,
-            AccessPolicy.from_settings(self.settings),
+            AccessPolicy.from_settings(self.settings, config.authorize),
             self.assembly.metrics,
             prefix=config.path,
             metrics_path=config.metrics_path,

@@ -210,7 +210,7 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
 
     @property
     def _declares_token(self) -> bool:
-        return AccessPolicy.from_settings(self.settings).has_tokens()
+        return AccessPolicy.from_settings(self.settings).has_tokens
 
     def require_metrics_path(self, app: Litestar) -> None:
         """Raise :class:`ConfigurationError` if the application has a route at ``metrics_path``.

@@ -446,7 +446,7 @@ def health_router(layer: OperationsLayer) -> Router:
     middleware apply to them. The document declares the management token where they need it.
     """
     config, access = layer.config, layer.endpoints.access
-    needed: list[dict[str, list[str]]] = [{MANAGEMENT_TOKEN: []}] if access.has_tokens() else []
+    needed: list[dict[str, list[str]]] = [{MANAGEMENT_TOKEN: []}] if access.has_tokens else []
     for_details = needed if access.details_need_token else []
     details = (*_DETAILS, _GROUP) if config.groups else _DETAILS
     routes = (*_PROBES, *details, *_MANAGEMENT)

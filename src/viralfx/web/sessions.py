@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from functools import lru_cache, partial
 
-from viralfx.domain.access import Right
+from viralfx.domain.access import ANONYMOUS, Principal, Right
 from viralfx.domain.clock import Clock
 from viralfx.domain.threads import in_thread
 from viralfx.settings.strength import weakness
@@ -38,9 +38,16 @@ class Reads(StrEnum):
 
     NONE = "none"
     STATUS = "status"
-    """Status, stop and circuits: as HEALTH_DETAILS allows."""
+    """Status, stop and circuits, as HEALTH_DETAILS allows."""
     ALL = "all"
-    """Every view, with a session."""
+    """Every view but the settings, with the right ``read``."""
+    SETTINGS = "settings"
+    """The settings, too, with the right ``admin``."""
+
+    def includes(self, other: "Reads") -> bool:
+        """Return True if a caller that may read these views may read those, too."""
+        order = list(Reads)
+        return order.index(self) >= order.index(other)
 
 
 class ServingPort(StrEnum):
@@ -52,7 +59,7 @@ class ServingPort(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """The valid session of a request; it reads every view, and acts."""
+    """The valid session of a request."""
 
     name: str
     """The name of its token."""
@@ -63,9 +70,28 @@ class Session:
     """Its cookie, to look at again whether it is valid."""
 
     @property
-    def digits(self) -> str:
-        """The first digits of its number, for the log."""
-        return self.number[:_SESSION_DIGITS]
+    def actor(self) -> str:
+        """Its name in the audit trail: the first digits of its number, and the name of its token.
+
+        The token of MANAGEMENT_TOKEN, which has no holder, is left out.
+        """
+        place = f"console {self.number[:_SESSION_DIGITS]}"
+        return place if self.name == MANAGEMENT.name else f"{self.name}, {place}"
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """The sender of a request to the console."""
+
+    principal: Principal
+    """The holder of the token of its session, or the caller that the application names."""
+    session: Session | None
+    reads: Reads
+
+    @property
+    def actor(self) -> str:
+        """Its name in the audit trail."""
+        return self.principal.name if self.session is None else self.session.actor
 
 
 # -- keys ----------------------------------------------------------------------------------------
@@ -74,7 +100,7 @@ class Session:
 _SCRYPT_COST = 2**14
 _SCRYPT_BLOCK = 8
 _SCRYPT_PARALLEL = 5
-_MAX_KEYS = 16
+_MAX_KEYS = 256
 
 
 def stretch(secret: bytes) -> bytes:
@@ -170,7 +196,7 @@ class ConsoleAccess:
     @property
     def has_token(self) -> bool:
         """True if there is a token to log in with."""
-        return self._policy.has_tokens(Right.ADMIN)
+        return self._policy.has_tokens
 
     def is_ready(self, headers: Headers) -> bool:
         """Return False if :meth:`session` needs a key that :meth:`prepare` has to make."""
@@ -193,15 +219,28 @@ class ConsoleAccess:
         return None
 
     def is_valid(self, session: Session) -> bool:
-        """Return True if a session has neither ended nor lost its token."""
-        return self.at(session.port)._session(session.cookie) is not None  # noqa: SLF001 - own class
+        """Return True if a session has neither ended nor lost its token or the right to read."""
+        valid = self.at(session.port)._session(session.cookie) is not None  # noqa: SLF001 - own class
+        return valid and self._holder(session).may(Right.READ)
 
-    def reads(self, headers: Headers, session: Session | None) -> Reads:
-        """Return the views that a request may read."""
+    def viewer(self, headers: Headers) -> Viewer:
+        """Return the sender of a request, which may be anonymous."""
+        headers = list(headers)
+        session = self.session(headers)
         if session is not None:
-            return Reads.ALL
+            principal = self._holder(session)
+        else:
+            principal = self._policy.named(headers) or ANONYMOUS
+        if principal.may(Right.ADMIN):
+            return Viewer(principal, session, Reads.SETTINGS)
+        if principal.may(Right.READ):
+            return Viewer(principal, session, Reads.ALL)
         allowed = self._policy.to_details(headers) is AccessVerdict.ALLOWED
-        return Reads.STATUS if allowed else Reads.NONE
+        return Viewer(principal, session, Reads.STATUS if allowed else Reads.NONE)
+
+    def _holder(self, session: Session) -> Principal:
+        token = self._policy.tokens.find(session.name)
+        return ANONYMOUS if token is None else token.principal
 
     def _values(self, headers: Headers) -> list[bytes]:
         """Return the values of the cookies that may be a session."""
@@ -274,13 +313,10 @@ class ConsoleAccess:
     # -- log-in and log-out ------------------------------------------------------------------
 
     def identify(self, token: str) -> Token | None:
-        """Return the token that may log in with a value; None for a wrong one."""
+        """Return the holder of a value, with this value alone; None for a wrong one."""
         given = token.strip().encode("utf-8", "surrogatepass")
         holder = self._policy.tokens.identify(given)
-        if holder is None or not holder.may(Right.ADMIN):
-            return None
-        # With this value alone, which signs the session.
-        return Token(holder, (given,))
+        return None if holder is None else Token(holder, (given,))
 
     async def log_in(self, token: Token, headers: Headers, *, secure: bool) -> tuple[bytes, bytes]:
         """Return the header of a new session, for the result of :meth:`identify`.

@@ -15,14 +15,13 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from viralfx.bootstrap import Assembly
-from viralfx.domain.access import Right
+from viralfx.domain.access import ANONYMOUS, Right
 from viralfx.domain.audit import Action, AuditEntry
 from viralfx.domain.operations import Operations
 from viralfx.domain.shutdown import Phase
 from viralfx.settings import Settings
 from viralfx.settings.tokens import Token
 from viralfx.telemetry.logging.lines import LoggerLevels
-from viralfx.web.audit import session_name
 from viralfx.web.auth import (
     SECURITY_HEADERS,
     AccessPolicy,
@@ -54,7 +53,7 @@ from viralfx.web.responses import (
     problem_response,
     retry_after,
 )
-from viralfx.web.sessions import ConsoleAccess, Reads, ServingPort, Session
+from viralfx.web.sessions import ConsoleAccess, Reads, ServingPort, Session, Viewer
 
 _MAX_TOKEN_BYTES = 4096
 _RETRY_STREAMS_SECONDS = 5.0
@@ -69,11 +68,9 @@ class _Token(msgspec.Struct, forbid_unknown_fields=True):
 _decode_token = msgspec.json.Decoder(_Token).decode
 
 
-def serving_ports(settings: Settings) -> frozenset[ServingPort]:
-    """Return the ports that serve the console: in production none without a token."""
-    holders = (token.principal for token in settings.token_book.tokens)
-    may_open = not settings.in_production or any(each.may(Right.ADMIN) for each in holders)
-    if settings.console == "false" or not may_open:
+def serving_ports(settings: Settings, access: AccessPolicy) -> frozenset[ServingPort]:
+    """Return the ports that serve the console: in production none if no caller has a right."""
+    if settings.console == "false" or (settings.in_production and not access.has_callers):
         return frozenset()
     apart = settings.in_production and settings.management_port is not None
     if settings.console == "management" or (settings.console is None and apart):
@@ -328,7 +325,7 @@ class Console:
 
     def _record_session(self, action: Action, session: Session | None, scope: Scope) -> None:
         if session is not None:
-            actor = session_name(session.digits)
+            actor = session.actor
             self._operations.audit.record(
                 AuditEntry(
                     action=action,
@@ -344,23 +341,27 @@ class Console:
         detail = "MANAGEMENT_TOKEN is not set, so there is no log-in: set it, and start again."
         return self._refused(401, "no_token", detail)
 
-    def _reads(self, headers: Headers) -> Reads:
-        return self._access.reads(headers, self._access.session(headers))
-
-    def _acting(self, headers: Headers) -> Session | Denied:
-        session = self._access.session(headers)
-        if session is None:
+    def _lacking(self, viewer: Viewer, right: Right) -> Denied:
+        """Refuse a request whose sender, if there is a known one, lacks a right."""
+        if viewer.principal is ANONYMOUS:
             return self._no_session()
+        name = right.name.lower()
+        return self._refused(403, "right", f"{viewer.principal.name} has not the right {name}.")
+
+    def _acting(self, headers: Headers, needs: Right) -> Viewer | Denied:
+        viewer = self._access.viewer(headers)
+        if not viewer.principal.may(needs):
+            return self._lacking(viewer, needs)
         if not (is_own_request(headers) and is_json(headers)):
             detail = "Send JSON from the console itself, with its Origin."
             return self._refused(403, "origin", detail)
-        return session
+        return viewer
 
     # -- endpoints ---------------------------------------------------------------------------
 
     def _of_data(self, path: str) -> Endpoint:
-        view, perform = self._data.find(path), self._actions.find(path)
-        if perform is not None:
+        view, action = self._data.find(path), self._actions.find(path)
+        if action is not None:
             # A job has no id with a slash, so the path of an action is none of a job.
             view = None
 
@@ -368,26 +369,28 @@ class Console:
             method: str, query: bytes, headers: Headers
         ) -> RawResponse | ResponseFromBody | Denied:
             if view is not None and method in READ:
-                reads = self._reads(headers)
-                if reads is Reads.NONE or (view.needs is Reads.ALL and reads is not Reads.ALL):
-                    return self._no_session()
+                viewer = self._access.viewer(headers)
+                reads = viewer.reads
+                if not reads.includes(view.needs):
+                    settings_view = view.needs is Reads.SETTINGS
+                    return self._lacking(viewer, Right.ADMIN if settings_view else Right.READ)
                 # Made later: a server may call this for the type of the response alone.
                 return ResponseFromBody(0, lambda *_: _secured_later(view.answer(query, reads)))
-            if perform is not None and method == "POST":
-                session = self._acting(headers)
-                if isinstance(session, Denied):
-                    return session
-                digits = session.digits
+            if action is not None and method == "POST":
+                viewer_or_denied = self._acting(headers, action.needs)
+                if isinstance(viewer_or_denied, Denied):
+                    return viewer_or_denied
+                name = viewer_or_denied.actor
                 return ResponseFromBody(
                     MAX_BODY_BYTES,
                     lambda body, scope: _secured_later(
-                        perform(Actor(digits, peer_of(scope)), body)
+                        action.perform(Actor(name, peer_of(scope)), body)
                     ),
                 )
-            if view is None and perform is None:
+            if view is None and action is None:
                 detail = "The console has no such view and no such action."
                 return _secured(problem_response(404, detail))
-            return _secured(not_allowed("GET, HEAD" if perform is None else "POST"))
+            return _secured(not_allowed("GET, HEAD" if action is None else "POST"))
 
         return self._with_keys(endpoint)
 
@@ -396,8 +399,9 @@ class Console:
     ) -> RawResponse | EventStream | Denied:
         if method not in READ:
             return _secured(not_allowed("GET, HEAD"))
-        if self._reads(headers) is Reads.NONE:
-            return self._no_session()
+        viewer = self._access.viewer(headers)
+        if viewer.reads is Reads.NONE:
+            return self._lacking(viewer, Right.READ)
         if self.feed.full:
             full = coded(503, "streams", "Too many streams are open at this process.")
             seconds = b"%b: %b\r\n" % retry_after(_RETRY_STREAMS_SECONDS)
@@ -410,10 +414,15 @@ class Console:
             except ValueError:
                 return _secured(problem_response(400, "The query has too many fields."))
             last_id = values.get("last", "")
-        session = self._access.session(headers)
         return EventStream(
             lambda scope, receive, send, header: self.feed.stream(
-                last_id, scope, receive, send, header, session=session
+                last_id,
+                scope,
+                receive,
+                send,
+                header,
+                session=viewer.session,
+                everything=viewer.reads.includes(Reads.ALL),
             )
         )
 
@@ -450,6 +459,9 @@ class Console:
             if token is None:
                 detail = "This is not the token."
                 return self._refused(401, "token", detail, Action.LOG_IN, wrong_token=True)
+            if not token.principal.may(Right.READ):
+                detail = f"The token of {token.principal.name} has not the right read."
+                return self._refused(403, "right", detail, Action.LOG_IN)
             return self._logged_in(token, headers, scope, secure=secure)
 
         return ResponseFromBody(_MAX_TOKEN_BYTES, log_in)
@@ -464,18 +476,20 @@ class Console:
         return _without_body(cookie)
 
     def _session_state(self, headers: Headers, *, start: bool) -> RawResponse:
-        session = self._access.session(headers)
-        reads = self._access.reads(headers, session)
+        viewer = self._access.viewer(headers)
+        session, reads, principal = viewer.session, viewer.reads, viewer.principal
         operations = self._operations
         first = None
         if start and reads is not Reads.NONE:
             # A page begins with it, and need not wait for its stream.
-            first = self.feed.start(everything=reads is Reads.ALL)
+            first = self.feed.start(everything=reads.includes(Reads.ALL))
         state: Mapping[str, object] = {
             "loggedIn": session is not None,
             "expiresAt": None if session is None else views.moment(session.expires_at),
             "login": self._access.has_token,
             "reads": str(reads),
+            "name": None if principal is ANONYMOUS else principal.name,
+            "right": principal.right.name.lower(),
             "full": self.feed.full,
             "instance": operations.instance,
             "version": operations.version,

@@ -6,12 +6,13 @@ Each is an event of the audit trail.
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
 from viralfx.bootstrap import JobRuntime
+from viralfx.domain.access import Right
 from viralfx.domain.audit import Action, AuditEntry, AuditOutcome, jobs_in_words
 from viralfx.domain.errors import ViralFXError
 from viralfx.domain.jobs.batching import cut_off
@@ -28,7 +29,6 @@ from viralfx.domain.jobs.tasks import UnknownTaskError
 from viralfx.domain.operations import Operations
 from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.telemetry.logging.lines import FixedLevelError
-from viralfx.web.audit import session_name
 from viralfx.web.console import views
 from viralfx.web.console.data import (
     ALL_JOBS,
@@ -56,8 +56,8 @@ Text = Annotated[str, Meta(max_length=500)]
 class Actor:
     """The sender of an action."""
 
-    session: str
-    """The first digits of the session."""
+    name: str
+    """Its name in the audit trail."""
     peer: str | None
     """The address of the client; None for a Unix socket."""
 
@@ -126,6 +126,14 @@ class _Action:
     """Performs it, from the id in the path and the body."""
     only: str | None = None
     """The one id that it has; None: any."""
+    needs: Right = Right.OPERATE
+
+
+class FoundAction(NamedTuple):
+    """An action for one id, and the right that it needs."""
+
+    needs: Right
+    perform: Perform
 
 
 class ConsoleActions:
@@ -147,7 +155,7 @@ class ConsoleActions:
         self._path = path
         self._actions = {
             "status/run": _Action(Action.CHECK, Nothing, self._check, "checks"),
-            "stop/begin": _Action(Action.STOP, Nothing, self._stop),
+            "stop/begin": _Action(Action.STOP, Nothing, self._stop, needs=Right.ADMIN),
             "jobs/retry": _Action(Action.RETRY, Nothing, self._job("retry")),
             "jobs/cancel": _Action(Action.CANCEL, Nothing, self._job("cancel")),
             "jobs/run": _Action(Action.RUN, Nothing, self._job("run")),
@@ -159,7 +167,7 @@ class ConsoleActions:
             "circuits/open": _Action(Action.OPEN_CIRCUIT, Nothing, self._open_circuit),
             "circuits/close": _Action(Action.CLOSE_CIRCUIT, Nothing, self._close_circuit),
             "loggers/level": _Action(Action.LEVEL, LevelBody, self._level),
-            "settings/run": _Action(Action.DOCTOR, Nothing, self._doctor, "doctor"),
+            "settings/run": _Action(Action.DOCTOR, Nothing, self._doctor, "doctor", Right.ADMIN),
         }
         """The actions by view and last part of the path."""
         self._bulk_actions = {
@@ -167,7 +175,7 @@ class ConsoleActions:
             "jobs/cancel": _Action(Action.CANCEL_ALL, BulkBody, self._bulk("cancel")),
         }
 
-    def find(self, path: str) -> Perform | None:
+    def find(self, path: str) -> FoundAction | None:
         """Return the action for a path below ``ui/data/``; None if there is none.
 
         The id is the middle of the path, and may have slashes.
@@ -178,7 +186,7 @@ class ConsoleActions:
         action = actions.get(f"{view}/{verb}")
         if action is None or not target or action.only not in {None, target}:
             return None
-        return self._performer(action, target)
+        return FoundAction(action.needs, self._performer(action, target))
 
     def _performer(self, action: _Action, target: str) -> Perform:
         async def run(actor: Actor, body: bytes) -> RawResponse:
@@ -188,7 +196,7 @@ class ConsoleActions:
                 return problem_response(400, f"The body is invalid: {error}.")
             entry = AuditEntry(
                 action=action.name,
-                actor=session_name(actor.session),
+                actor=actor.name,
                 address=actor.peer,
                 target=_target_in_words(target, wanted),
             )

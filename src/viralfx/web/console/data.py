@@ -259,7 +259,7 @@ class ConsoleData:
             self._clock, self._diagnose, _DOCTOR_SECONDS
         )
         self._last_diagnosis: tuple[datetime, tuple[Finding, ...]] | None = None
-        status, session = Reads.STATUS, Reads.ALL
+        status, session, settings_view = Reads.STATUS, Reads.ALL, Reads.SETTINGS
         self._views = {
             "status": DataView(status, self._status),
             "status/history": DataView(status, self._answer(self.history)),
@@ -273,8 +273,8 @@ class ConsoleData:
             "schedules": DataView(session, self._answer(self.schedules)),
             "loggers": DataView(session, self._answer(self.loggers)),
             "audit": DataView(session, self._answer(self.audit)),
-            "settings": DataView(session, self._answer(self.all_settings)),
-            "settings/doctor": DataView(session, self._answer(self.doctor)),
+            "settings": DataView(settings_view, self._answer(self.all_settings)),
+            "settings/doctor": DataView(settings_view, self._answer(self.doctor)),
         }
 
     def find(self, path: str) -> DataView | None:
@@ -310,7 +310,7 @@ class ConsoleData:
     # -- the process -------------------------------------------------------------------------
 
     async def _status(self, _: bytes, reads: Reads) -> RawResponse:
-        return _available(self._feed.snapshot(everything=reads is Reads.ALL))
+        return _available(self._feed.snapshot(everything=reads.includes(Reads.ALL)))
 
     async def stop(self, _: dict[str, str]) -> views.View:
         """``ui/data/stop``."""

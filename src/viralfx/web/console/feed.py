@@ -57,8 +57,8 @@ class _Page(views.Reader):
 
     __slots__ = ("gone", "session", "waiting")
 
-    def __init__(self, session: Session | None = None) -> None:
-        super().__init__(everything=session is not None)
+    def __init__(self, session: Session | None = None, *, everything: bool = False) -> None:
+        super().__init__(everything=everything)
         self.session = session
         self.gone = False
         self.waiting: asyncio.Future[None] | None = None
@@ -335,10 +335,13 @@ class Feed:
         send: Send,
         *more: tuple[bytes, bytes],
         session: Session | None = None,
+        everything: bool = False,
     ) -> None:
         """Send the stream of one page until it leaves, its session ends or the process ends.
 
-        With a session the page gets everything. It connects again when the session ends.
+        ``everything``: also the events for callers with the right ``read``. The page connects again
+        when the session ends; one of a caller that the application names does so after 10 s, since
+        the application may have taken the right away.
         """
         start: Message = {"type": "http.response.start", "status": 200}
         await send({**start, "headers": [*_HEADERS, *more]})
@@ -346,11 +349,11 @@ class Feed:
             await send({"type": "http.response.body", "body": b""})
             return
         loop = asyncio.get_running_loop()
-        page = self._open(last_id, loop, session)
+        page = self._open(last_id, loop, _Page(session, everything=everything))
         leaving = asyncio.ensure_future(_disconnected(receive))
         leaving.add_done_callback(lambda _: self._leave(page))
         limits = []
-        if not self._operations.staged:
+        if not self._operations.staged or (everything and session is None):
             limits.append(FOREIGN_SECONDS)
         if session is not None:
             limits.append((session.expires_at - self._operations.clock.now()).total_seconds())
@@ -371,15 +374,12 @@ class Feed:
             if limit is not None:
                 limit.cancel()
 
-    def _open(
-        self, last_id: str, loop: asyncio.AbstractEventLoop, session: Session | None
-    ) -> _Page:
+    def _open(self, last_id: str, loop: asyncio.AbstractEventLoop, page: _Page) -> _Page:
         if loop is not self._loop:
             # The timers of a loop that has ended never fire.
             self._loop, self._beating, self._waking = loop, None, None
             self._flush_planned = False
         self._forget_missed()
-        page = _Page(session)
         page.position = self.frames.position_of(last_id)
         self._pages.add(page)
         if self._beating is None:

@@ -31,8 +31,8 @@ from viralfx.domain.jobs.batching import JobFollower, Submission
 from viralfx.domain.jobs.codec import MAX_NESTING_LEVELS, is_too_deep
 from viralfx.domain.jobs.model import Job, JobFilter, JobState, canonical_job_id
 from viralfx.domain.jobs.service import JobService
-from viralfx.settings.tokens import API, TokenBook
-from viralfx.web.auth import CHANGING, Headers, holder_of, is_cross_origin
+from viralfx.settings.tokens import API
+from viralfx.web.auth import CHANGING, Headers, is_cross_origin
 from viralfx.web.jobs import openapi, schemas
 from viralfx.web.jobs.schemas import (
     MAX_KEY_CHARACTERS,
@@ -211,20 +211,19 @@ _encode = msgspec.json.Encoder().encode
 class JobsApi:
     """The services of a layer that the routes use, as it was wired last, and their access rules."""
 
-    __slots__ = ("_layer", "has_tokens", "is_open")
+    __slots__ = ("_layer", "has_callers", "is_open")
 
     def __init__(self, layer: OperationsLayer) -> None:
         self._layer = layer
         settings = layer.settings
-        self.has_tokens = settings.has_api_tokens
-        """Whether each request must carry a token."""
-        self.is_open = settings.may_open_api and not settings.has_api_tokens
+        self.has_callers = settings.has_api_tokens or layer.config.authorize is not None
+        """Whether each request must have a known caller."""
+        self.is_open = settings.may_open_api and not self.has_callers
         """True if requests need no token."""
 
-    @property
-    def book(self) -> TokenBook:
-        """The tokens of now."""
-        return self._layer.endpoints.access.tokens.book
+    def caller(self, headers: Headers) -> Principal | None:
+        """Return the caller of a request; None for an unknown one."""
+        return self._layer.endpoints.access.caller(headers)
 
     async def hold(self, scope: Scope) -> bool:
         """Wait before the response to a request with a wrong token.
@@ -366,9 +365,9 @@ def _authorize(api: JobsApi, method: str, headers: Headers) -> Principal | None:
                 " send it, or call from a page of this host."
             )
         return _EVERYBODY
-    if not api.has_tokens:
+    if not api.has_callers:
         raise PermissionDeniedException("API_TOKEN is not set, so this request is not allowed.")
-    return holder_of(headers, api.book)
+    return api.caller(headers)
 
 
 class _Encoded(ASGIResponse):

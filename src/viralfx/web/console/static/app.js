@@ -30,12 +30,23 @@ const VIEWS = {
   schedules: ["Schedules", "process.js", "SchedulesView", "all"],
   circuits: ["Circuits", "process.js", "CircuitsView", "status"],
   loggers: ["Loggers", "process.js", "LoggersView", "all"],
-  settings: ["Settings", "process.js", "SettingsView", "all"],
+  settings: ["Settings", "process.js", "SettingsView", "settings"],
   audit: ["Audit", "audit.js", "AuditView", "all"],
   job: ["Job", "jobs.js", "JobView", "all", "jobs"],
   changes: ["Changes", "status.js", "ChangesView", "all", "fleet"],
   login: ["Log in", "", "", "none"],
 };
+
+const READS = ["none", "status", "all", "settings"];
+const RIGHTS = ["none", "read", "operate", "admin"];
+
+/** Return true if the viewer may read a view; a process of version 0.2 names no right, as a session has all. */
+const mayRead = (session, needs) =>
+  needs !== "none" && READS.indexOf(session.right || !session.loggedIn ? session.reads : "settings") >= READS.indexOf(needs);
+
+/** Return true if the viewer has a right. */
+const may = (session, right) =>
+  RIGHTS.indexOf(session.right || (session.loggedIn ? "admin" : "none")) >= RIGHTS.indexOf(right);
 
 const AGAIN_MS = 2000;
 const FOLLOW_MS = 300;
@@ -173,7 +184,7 @@ class App extends Component {
   async expire() {
     if (this.expiring || !this.state.session || !this.state.session.loggedIn) return;
     this.expiring = true;
-    this.setState({ session: { ...this.state.session, loggedIn: false, expiresAt: null } });
+    this.setState({ session: { ...this.state.session, loggedIn: false, expiresAt: null, name: null, right: "none" } });
     this.tell("The session has ended. Log in again.", "fair");
     this.restart();
     await this.loadSession();
@@ -296,7 +307,7 @@ class App extends Component {
     modules.load(file);
     const View = file && modules.loaded[file] ? modules.loaded[file][name] : null;
     document.title = this.titleOf(title);
-    const denied = !session.loggedIn && needs !== (session.reads === "none" ? "" : "status");
+    const denied = !mayRead(session, needs);
     const away = live.phase === "lost" || live.phase === "gone";
     const active = !document.hidden && !state.paused && !away;
     const props = {
@@ -306,7 +317,8 @@ class App extends Component {
       id,
       query,
       active,
-      operates: session.loggedIn,
+      operates: may(session, "operate"),
+      administers: may(session, "admin"),
       session,
       ...(View && View.ticks ? { tick: state.tick } : {}),
     };
@@ -317,13 +329,15 @@ class App extends Component {
     return html`
       <a class="skip" href="#main" onClick=${(event) => this.skip(event)}>Skip to the content</a>
       ${this.head(session)}
-      ${this.nav(shown)}
+      ${this.nav(shown, session)}
       <main id="main" tabindex="-1" ref=${this.main}>
         ${this.moment()}
         <p aria-live="polite" class="unseen">${state.said}</p>
         ${toast ? html`<${Toast} toast=${toast} close=${() => this.setState({ toast: null })} />` : null}
         <h1 tabindex="-1" ref=${this.heading}>${title}</h1>
-        ${denied
+        ${denied && session.name && shown !== "login"
+          ? html`<p class="empty">${session.name} has not the right ${needs === "settings" ? "admin" : "read"}, which this view needs.</p>`
+          : denied
           ? html`<${LogIn} key=${shown} app=${this} session=${session} title=${title} />`
           : View
             ? html`<${Guard} key=${shown}><${View} ...${props} /><//>`
@@ -368,6 +382,7 @@ class App extends Component {
       <p class="tools">
         <button type="button" aria-pressed=${this.state.paused ? "true" : "false"} onClick=${() =>
           this.setState({ paused: !this.state.paused }, () => this.follow())}>Pause updates</button>
+        ${session.name ? html`<span class="quiet">${session.name}: ${session.right}</span>` : null}
         ${session.loggedIn
           ? html`<button type="button" onClick=${() => this.logOut()}>Log out</button>`
           : session.login
@@ -377,10 +392,10 @@ class App extends Component {
     </header>`;
   }
 
-  nav(shown) {
+  nav(shown, session) {
     const current = VIEWS[shown][4] || shown;
     return html`<nav aria-label="Views"><ul>${Object.entries(VIEWS)
-      .filter(([, [, , , needs, parent]]) => parent == null && needs !== "none")
+      .filter(([, [, , , needs, parent]]) => parent == null && needs !== "none" && (!session.name || mayRead(session, needs)))
       .map(
         ([name, [title]]) => html`<li key=${name}><a href=${`#/${name}`} aria-current=${
           name === current ? (name === shown ? "page" : "true") : null
@@ -484,7 +499,7 @@ class LogIn extends Component {
       <input type="text" autocomplete="username" value="operations console" hidden readonly />
       <p><label for="token">Token</label>
       <input id="token" type="password" autocomplete="current-password" required ref=${this.field} aria-describedby="token-help" aria-invalid=${error ? "true" : "false"} /></p>
-      <p id="token-help" class="quiet">The value of MANAGEMENT_TOKEN. The page exchanges the token for a cookie of 8 hours and does not keep it.</p>
+      <p id="token-help" class="quiet">The value of MANAGEMENT_TOKEN, or a token of TOKENS with the right read. The page exchanges the token for a cookie of 8 hours and does not keep it.</p>
       ${error ? html`<p class="notice bad" role="alert"><${Word} of="error" kind="bad" /> ${error}</p>` : null}
       <p><button type="submit" class="main" disabled=${busy}>Log in</button></p>
     </form>`;

@@ -89,13 +89,13 @@ export class JobsView extends Remote {
     this.reload();
   }
 
-  render({ app, live, query, part }, { data, loading, error }) {
+  render({ app, live, query, part, operates }, { data, loading, error }) {
     const filter = filterOf(query);
     const queues = part ? part.items.map((queue) => queue.name) : [];
     const names = [...new Set([...queues, filter.queue].filter(Boolean))];
     const on = (name) => (event) => this.set({ [name]: event.target.value.trim() });
     const narrowed = ["state", "queue", "task", "code", "since"].some((name) => filter[name]);
-    const bulk = narrowed && !filter.before && !filter.correlationId && data && data.items.length > 0;
+    const bulk = operates && narrowed && !filter.before && !filter.correlationId && data && data.items.length > 0;
     const state = filter.state;
     return html`<div>
       <p class="chips" role="group" aria-label="Frequent filters">
@@ -115,8 +115,8 @@ export class JobsView extends Remote {
       ${bulk && (!state || state === "failed") ? html`<p><button type="button" class="main" onClick=${() => this.changeAll("retry")}>Retry all that match …</button></p>` : null}
       ${bulk && (!state || CANCELLED.includes(state)) ? html`<p><button type="button" onClick=${() => this.changeAll("cancel")}>Cancel all that match …</button></p>` : null}
       ${data && data.items.length
-        ? html`<div class=${error ? "stale" : ""}><${Table} busy=${loading} caption=${`Jobs, the newest first: ${inWords(filter)}. Times are UTC.`} columns=${["Job", "Task", "State", "Attempts", "Accepted", "Last error", "Action"]}>
-          ${data.items.map((item) => html`<${ItemRow} key=${item.id} item=${item} show=${(job) => this.row(job)} />`)}<//></div>`
+        ? html`<div class=${error ? "stale" : ""}><${Table} busy=${loading} caption=${`Jobs, the newest first: ${inWords(filter)}. Times are UTC.`} columns=${["Job", "Task", "State", "Attempts", "Accepted", "Last error", ...(operates ? ["Action"] : [])]}>
+          ${data.items.map((item) => html`<${ItemRow} key=${item.id} item=${item} operates=${operates} show=${(job) => this.row(job)} />`)}<//></div>`
         : data && !error ? html`<${Empty}>No job matches this filter${data.nextCursor ? " among those searched so far" : ""}.<//>` : null}
       ${data ? html`<p class="tools">${filter.before ? html`<a class="button" href=${`#/jobs?${encoded({ ...filter, before: "" })}`}>Newest</a>` : null}
         ${data.nextCursor ? html`<a class="button" href=${`#/jobs?${encoded({ ...filter, before: data.nextCursor })}`}>${data.items.length < LIMIT ? "Search further back" : "Older jobs"}</a>` : null}</p>` : null}
@@ -131,7 +131,7 @@ export class JobsView extends Remote {
       <${Cell} label="Attempts">${job.attempts}<//>
       <${Cell} label="Accepted"><${Time} at=${job.createdAt} /><//>
       <${Cell} label="Last error">${job.error ? html`<code>${job.error.code}</code> ` : ""}${String(text || "").slice(0, 160)}<//>
-      <${Cell} label="Action"><${JobButtons} job=${job} now=${this.props.live.now()} change=${(id, action) => this.change(id, action)} /><//><//>`;
+      ${this.props.operates ? html`<${Cell} label="Action"><${JobButtons} job=${job} now=${this.props.live.now()} change=${(id, action) => this.change(id, action)} /><//>` : null}<//>`;
   }
 }
 JobsView.uses = "queues";
@@ -159,7 +159,7 @@ export class JobView extends Remote {
     return JobsView.prototype.change.call(this, id, action);
   }
 
-  render({ live }, { data, error }) {
+  render({ live, operates }, { data, error }) {
     if (!data) {
       return html`<div>${error && error.status === 404 ? html`<${Empty}>There is no such job: it was never accepted, or it has been pruned.<//>` : this.notice()}
         <p><a href="#/jobs">All jobs</a></p></div>`;
@@ -184,7 +184,7 @@ export class JobView extends Remote {
     return html`<div class=${error ? "stale" : ""}>
       ${this.notice()}
       <p><code>${data.id}</code></p>
-      <p class="tools"><${JobButtons} job=${data} now=${live.now()} change=${(id, action) => this.change(id, action)} /></p>
+      ${operates ? html`<p class="tools"><${JobButtons} job=${data} now=${live.now()} change=${(id, action) => this.change(id, action)} /></p>` : null}
       <dl>${facts.map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
       <section aria-labelledby="attempts"><h2 id="attempts">Executions that failed</h2>
       ${data.failures.length

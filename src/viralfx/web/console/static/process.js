@@ -36,11 +36,11 @@ export class QueuesView extends Remote {
     this.reload();
   }
 
-  render(_, { data, loading, error }) {
+  render({ operates }, { data, loading, error }) {
     return html`<div>${this.notice()}
       ${data && data.items.length
-        ? html`<div class=${error ? "stale" : ""}><${Table} busy=${loading} caption="Queues" columns=${["Queue", "State", "Waiting", "Scheduled", "Running", "Failed", "Completed", "Cancelled", "Workers", "Oldest due for", "Action"]}>
-          ${data.items.map((item) => html`<${ItemRow} key=${item.name} item=${item} show=${(queue) => this.row(queue)} />`)}<//></div>`
+        ? html`<div class=${error ? "stale" : ""}><${Table} busy=${loading} caption="Queues" columns=${["Queue", "State", "Waiting", "Scheduled", "Running", "Failed", "Completed", "Cancelled", "Workers", "Oldest due for", ...(operates ? ["Action"] : [])]}>
+          ${data.items.map((item) => html`<${ItemRow} key=${item.name} item=${item} operates=${operates} show=${(queue) => this.row(queue)} />`)}<//></div>`
         : data ? html`<${Empty}>There is no queue: this process has no jobs.<//>` : null}</div>`;
   }
 
@@ -53,7 +53,7 @@ export class QueuesView extends Remote {
       <${Cell} label="Failed">${count("failed")}<//><${Cell} label="Completed">${count("completed")}<//><${Cell} label="Cancelled">${count("cancelled")}<//>
       <${Cell} label="Workers">${queue.consumers}${alone ? html` <${Word} of="warn">no worker<//>` : ""}<//>
       <${Cell} label="Oldest due for">${queue.oldestDue ? span(queue.oldestDue) : "none"}<//>
-      <${Cell} label="Action"><button type="button" aria-label=${`${queue.paused ? "Resume" : "Pause"} queue ${queue.name}`} onClick=${() => this.set(queue.name, queue.paused ? "resume" : "pause")}>${queue.paused ? "Resume" : "Pause"}</button><//><//>`;
+      ${this.props.operates ? html`<${Cell} label="Action"><button type="button" aria-label=${`${queue.paused ? "Resume" : "Pause"} queue ${queue.name}`} onClick=${() => this.set(queue.name, queue.paused ? "resume" : "pause")}>${queue.paused ? "Resume" : "Pause"}</button><//>` : null}<//>`;
   }
 }
 
@@ -79,11 +79,11 @@ export class SchedulesView extends Remote {
     this.reload();
   }
 
-  render(_, { data, loading, error }) {
+  render({ operates }, { data, loading, error }) {
     return html`<div>${this.notice()}
       ${data && data.items.length
-        ? html`<div class=${error ? "stale" : ""}><${Table} busy=${loading} caption="Schedules; times are UTC" columns=${["Task", "State", "Cron", "Time zone", "Last run", "Next run", "Runs after it", "Action"]}>
-          ${data.items.map((item) => html`<${ItemRow} key=${item.task + item.cron} item=${item} show=${(schedule) => this.row(schedule)} />`)}<//></div>`
+        ? html`<div class=${error ? "stale" : ""}><${Table} busy=${loading} caption="Schedules; times are UTC" columns=${["Task", "State", "Cron", "Time zone", "Last run", "Next run", "Runs after it", ...(operates ? ["Action"] : [])]}>
+          ${data.items.map((item) => html`<${ItemRow} key=${item.task + item.cron} item=${item} operates=${operates} show=${(schedule) => this.row(schedule)} />`)}<//></div>`
         : data ? html`<${Empty}>No task has a schedule.<//>` : null}</div>`;
   }
 
@@ -93,8 +93,8 @@ export class SchedulesView extends Remote {
       <${Cell} label="Cron"><code>${item.cron}</code><//><${Cell} label="Time zone">${item.timezone}<//>
       <${Cell} label="Last run"><${Time} at=${item.lastRunAt} /><//><${Cell} label="Next run">${item.nextRunAt ? html`<${Time} at=${item.nextRunAt} />` : "unknown"}<//>
       <${Cell} label="Runs after it">${(item.nextRuns || []).slice(1, 4).map((at) => html`<span key=${at}><${Time} at=${at} /> </span>`)}<//>
-      <${Cell} label="Action"><button type="button" aria-label=${`${word} schedule ${item.task}`} onClick=${() => this.set(item.task, word.toLowerCase())}>${word}</button>
-      <button type="button" aria-label=${`Run schedule ${item.task} now`} onClick=${() => this.run(item.task)}>Run now</button><//><//>`;
+      ${this.props.operates ? html`<${Cell} label="Action"><button type="button" aria-label=${`${word} schedule ${item.task}`} onClick=${() => this.set(item.task, word.toLowerCase())}>${word}</button>
+      <button type="button" aria-label=${`Run schedule ${item.task} now`} onClick=${() => this.run(item.task)}>Run now</button><//>` : null}<//>`;
   }
 }
 
@@ -154,17 +154,17 @@ export class LoggersView extends Remote {
     this.set(logger.name, level, logger.level);
   }
 
-  render({ app, query }, { data, minutes }) {
+  render({ app, query, operates }, { data, minutes }) {
     const items = data ? data.items.filter((item) => matches(query, item.name)) : [];
     return html`<div><${Find} app=${app} view="loggers" query=${query} label="Find a logger" />${this.notice()}
       <p class="quiet">Levels are of this process only.</p>
-      <p><label>A change lasts <select value=${minutes} onChange=${(event) => this.setState({ minutes: event.target.value })}>
-        <option value="30">30 min</option><option value="120">2 h</option><option value="">until the process ends</option></select></label></p>
+      ${operates ? html`<p><label>A change lasts <select value=${minutes} onChange=${(event) => this.setState({ minutes: event.target.value })}>
+        <option value="30">30 min</option><option value="120">2 h</option><option value="">until the process ends</option></select></label></p>` : null}
       ${items.length
         ? html`<${Table} caption="Loggers" columns=${["Logger", "Level in force", "Own level", "Returns"]}>
-          ${items.map((item) => html`<${ItemRow} key=${item.name} item=${item} minutes=${minutes} show=${(logger) => html`<${Row}><${Head}>${logger.name}<//>
+          ${items.map((item) => html`<${ItemRow} key=${item.name} item=${item} minutes=${minutes} operates=${operates} show=${(logger) => html`<${Row}><${Head}>${logger.name}<//>
             <${Cell} label="Level in force">${logger.effectiveLevel}<//>
-            <${Cell} label="Own level"><select aria-label=${`Own level of ${logger.name}`} value=${logger.level || ""} onChange=${(event) => this.choose(event.target, logger)}>
+            <${Cell} label="Own level"><select disabled=${!operates} aria-label=${`Own level of ${logger.name}`} value=${logger.level || ""} onChange=${(event) => this.choose(event.target, logger)}>
                 <option value="">original</option>${data.levels.map((level) => html`<option key=${level} value=${level}>${level}</option>`)}</select><//>
             <${Cell} label="Returns">${logger.returnsAt ? html`<${Time} at=${logger.returnsAt} />` : ""}<//><//>`} />`)}<//>`
         : data ? html`<${Empty}>No logger matches.<//>` : null}</div>`;

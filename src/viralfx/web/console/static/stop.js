@@ -34,7 +34,7 @@ export class StopView extends Component {
     }
   }
 
-  render({ live, data, operates }) {
+  render({ live, data, administers }) {
     if (!data) return html`<p class="loading">Waiting for the first event …</p>`;
     const { stop } = data;
     const now = live.gone ? live.gone.at : live.fresh ? live.now() : live.since;
@@ -52,7 +52,7 @@ export class StopView extends Component {
       <//>
       <${InFlight} inFlight=${data.inFlight} now=${now} />
       <${Previous} previous=${stop.previous} />
-      ${operates && !begun ? html`<p><button type="button" class="danger" onClick=${() => this.begin()}>Begin the stop …</button></p>` : null}
+      ${administers && !begun ? html`<p><button type="button" class="danger" onClick=${() => this.begin()}>Begin the stop …</button></p>` : null}
     </div>`;
   }
 }
