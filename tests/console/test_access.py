@@ -54,14 +54,17 @@ def test_wrong_tokens_open_nothing(browser: Browser, service: Service) -> None:
     job = done(service, "console.webhook", PLANTED, "failed")
     with console(browser, service, token="") as opened:
         opened.open(f"jobs/{job}")
-        for wrong in ("wrong", API_TOKEN):
+        for wrong, alert in (
+            ("wrong", "This is not the token"),
+            (API_TOKEN, "The token of api has not the right read"),
+        ):
             log_in(opened.page, wrong)
-            expect(opened.page.get_by_role("alert")).to_contain_text("This is not the token")
+            expect(opened.page.get_by_role("alert")).to_contain_text(alert)
         expect(opened.main.get_by_text(job)).to_have_count(0)
         log_in(opened.page, TOKEN)
         expect(opened.page.get_by_role("button", name="Log out")).to_be_visible()
         expect(opened.main).to_contain_text(f"the receiver is away {PLANTED}")
-        opened.forgive("401")
+        opened.forgive("401", "403")
         opened.require_clean()
 
 

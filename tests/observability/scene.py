@@ -100,7 +100,7 @@ class Scene:
     @contextmanager
     def _serving(self, **more: str) -> Iterator[Service]:
         app = ("--app", "tests.observability.shop:app", "--no-worker")
-        environment = {**self._environment, **more}
+        environment = {**self._environment, "MANAGEMENT_TOKEN": "token-of-the-scene", **more}
         with running(*app, management=True, environment=environment) as service:
             yield service.wait_ready()
 
@@ -175,12 +175,14 @@ class Scene:
         self.wait(4 * took)
 
     def _hostile(self) -> None:
-        """Send requests that the server rejects, and one whose upgrade it ignores."""
+        """Send requests that the server rejects, a wrong token, and an upgrade that is ignored."""
         upgrade = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
         for sent in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", upgrade):
             with socket.create_connection(("127.0.0.1", self._api.port), timeout=20) as client:
                 client.sendall(sent)
                 client.recv(65536)
+        wrong = {"Authorization": "Bearer wrong"}
+        assert request(self._api.port, "/health/tasks", headers=wrong).status == 401
         self._while_scraped()
 
     def _supplier_away(self) -> None:
