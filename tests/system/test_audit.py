@@ -1,5 +1,8 @@
 """The audit trail of a process: with a raised level, through its stop, and without its table."""
 
+from collections.abc import Iterator
+
+import psycopg
 import pytest
 from tests.servers.postgres import Database
 from tests.servers.waiting import wait_until
@@ -57,3 +60,56 @@ def test_a_lost_table_stops_neither_an_action_nor_the_stop(database: Database) -
     assert (stopped.status, code) == (202, 0)
     assert actions == ["logger.level"] * 3 + ["process.stop"]
     assert "run `viralfx migrate`" in line["detail"]
+
+
+_TABLE = "viralfx_ops.viralfx_audit_events"
+_REFUSING = f"""
+create function refuse() returns trigger language plpgsql as $$
+begin raise exception 'no space left on device' using errcode = '53100'; end $$;
+create trigger refusing before insert on {_TABLE} for each statement execute function refuse()
+"""
+FAULTS = {
+    "missing": f"drop table {_TABLE}",
+    "full": _REFUSING,
+    "not allowed": f"revoke insert on {_TABLE} from current_service",
+    "locked": f"begin; lock table {_TABLE} in access exclusive mode",
+}
+"""The statements that cause each condition of the table; the role is ``current_service``."""
+
+
+@pytest.fixture
+def least(database: Database) -> Iterator[Database]:
+    """Return a database with a role of the same name, which has the rights of the service alone."""
+    role = database.name
+    for statement in (
+        f"create role {role} login password '{database.server.password}'",
+        f"grant usage on schema viralfx_ops to {role}",
+        f"grant select, insert, update, delete on all tables in schema viralfx_ops to {role}",
+    ):
+        database.execute(statement)
+    yield database
+    database.execute(f"drop owned by {role}")
+    database.execute(f"drop role {role}")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_table_never_delays_the_stop(least: Database, fault: str) -> None:
+    """The stop is regular, and its last line about the trail has the number of lost events."""
+    url = least.server.url(least.name, user=least.name)
+    environment = environment_of(least, MANAGEMENT_TOKEN=TOKEN) | {"DATABASE_URL": url}
+    with api(environment) as service, psycopg.connect(least.url, autocommit=True) as holder:
+        holder.execute(FAULTS[fault].replace("current_service", least.name))
+        level = service.get(
+            "/health/loggers/viralfx.jobs",
+            method="PUT",
+            headers=BEARER,
+            json_body={"level": "debug"},
+        )
+        stopped = service.get("/health/shutdown", method="POST", headers=BEARER)
+        code = service.exit_code(seconds=60)
+        actions = [each["action"] for each in service.logged("Audit event")]
+        (lost,) = service.logged("Audit trail ends without some events")
+
+    assert (level.status, stopped.status, code) == (200, 202, 0)
+    assert actions == ["logger.level", "process.stop"]
+    assert lost["lost"] == 2

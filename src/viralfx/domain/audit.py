@@ -295,6 +295,9 @@ class AuditTrail:
                 await finished_within(last, _CANCEL_SECONDS, self._clock)
         self.lost += len(self._waiting)
         self._waiting.clear()
+        if self.lost:
+            # The metric of this process ends with it, mostly before it is scraped again.
+            _logger.warning("Audit trail ends without some events", extra={"lost": self.lost})
 
     async def _write_all(self, store: AuditStore) -> None:
         while self._waiting and await self._write(store):
