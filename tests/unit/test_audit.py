@@ -201,6 +201,6 @@ async def test_refusals_of_many_addresses_are_limited_together(clock: ManualCloc
     limit = RefusalLimit(clock.monotonic)
     recorded = [limit.others(f"2001:db8::{number:x}") for number in range(5000)]
     assert recorded.count(0) == 60
-    assert len(limit._addresses) == 1000
+    assert len(limit._sources) == 1000
     await clock.advance(60.0)
     assert limit.others("2001:db8::1") == 0

@@ -97,6 +97,32 @@ async def test_a_wrong_token_is_an_event_and_a_reader_without_one_is_none(
     assert "guessed" not in str(audited(caplog))
 
 
+async def test_refusals_of_others_do_not_hide_one(caplog: pytest.LogCaptureFixture) -> None:
+    """Of another caller at the same address, and of strangers at a hundred addresses."""
+    site = Site(
+        Settings(
+            tokens=Secret("ann read a-token-of-ann;bob submit:x a-token-of-bob"),
+            trusted_proxies=("127.0.0.1",),
+        )
+    )
+    for number in range(100):
+        await site.ask("shutdown", "POST", headers={"x-forwarded-for": f"192.0.2.{number}"})
+    for name in ("ann", "bob", "bob"):
+        headers = {"authorization": f"Bearer a-token-of-{name}", "x-forwarded-for": "192.0.2.0"}
+        assert (await site.ask("shutdown", "POST", headers=headers)).status == 403
+
+    assert [each[0] for each in found(caplog)] == [*["anonymous"] * 60, "ann", "bob"]
+
+
+async def test_a_log_in_is_not_hidden_by_another_refusal(caplog: pytest.LogCaptureFixture) -> None:
+    """A filter by the action finds it."""
+    site = Site()
+    await site.ask("shutdown", "POST", headers=OWN)
+    await site.ask(SESSION, "POST", headers=OWN, body={"token": "guessed"})
+
+    assert [each[1] for each in found(caplog)] == ["access", "session.begin"]
+
+
 @pytest.mark.parametrize(
     ("path", "method", "body", "action"),
     [

@@ -8,7 +8,7 @@ an action nor the stop.
 import asyncio
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -393,9 +393,9 @@ def filter_in_words(wanted: JobFilter) -> str:
 # -- refusals ------------------------------------------------------------------------------------
 
 _REFUSAL_SECONDS = 60.0
-_MAX_ADDRESSES = 1000
+_MAX_SOURCES = 1000
 _MAX_REFUSALS = 60
-"""Refusals of all addresses that are recorded in a minute."""
+"""Refusals of all sources that are recorded in a minute."""
 
 
 @dataclass(slots=True)
@@ -408,31 +408,31 @@ class _Refused:
 class RefusalLimit:
     """Chooses the refused requests that become events: a client may send thousands a second.
 
-    Of each address one a minute is recorded, and of all addresses together sixty a minute.
+    Of each source, such as an address, one a minute is recorded, and of all together sixty.
     """
 
     monotonic: Callable[[], float]
-    _addresses: "OrderedDict[str | None, _Refused]" = field(default_factory=OrderedDict)
+    _sources: "OrderedDict[Hashable, _Refused]" = field(default_factory=OrderedDict)
     _minute: float = -_REFUSAL_SECONDS
     _recorded: int = 0
 
-    def others(self, address: str | None) -> int | None:
-        """Return how many refusals of an address were not recorded since the last one that was.
+    def others(self, source: Hashable) -> int | None:
+        """Return how many refusals of a source were not recorded since the last one that was.
 
         None: this one is not recorded either.
         """
         now = self.monotonic()
         if now - self._minute >= _REFUSAL_SECONDS:
             self._minute, self._recorded = now, 0
-        known = self._addresses.get(address)
+        known = self._sources.get(source)
         if known is None:
-            if len(self._addresses) >= _MAX_ADDRESSES:
-                self._addresses.popitem(last=False)
-            known = self._addresses[address] = _Refused(now)
+            if len(self._sources) >= _MAX_SOURCES:
+                self._sources.popitem(last=False)
+            known = self._sources[source] = _Refused(now)
         if now < known.until or self._recorded >= _MAX_REFUSALS:
             known.others += 1
             return None
         self._recorded += 1
         known.until, others, known.others = now + _REFUSAL_SECONDS, known.others, 0
-        self._addresses.move_to_end(address)
+        self._sources.move_to_end(source)
         return others

@@ -16,12 +16,15 @@ class RefusalAudit:
     """Records refused requests, of which a client may send any number.
 
     A request that only reads, and has no token, is no event: probes of a wrong configuration
-    repeat it without an end.
+    repeat it without an end. One of each actor, action and address is an event in a minute, so an
+    attempt of a caller with a token is not hidden by those of others behind the same proxy.
+    Strangers and callers with a token are limited apart: strangers use up no event of the others.
     """
 
     def __init__(self, trail: AuditTrail, clock: Clock) -> None:
         self._trail = trail
-        self._limit = RefusalLimit(clock.monotonic)
+        self._strangers = RefusalLimit(clock.monotonic)
+        self._known = RefusalLimit(clock.monotonic)
 
     def record(
         self,
@@ -31,11 +34,13 @@ class RefusalAudit:
         *,
         actor: str = ANONYMOUS.name,
     ) -> None:
-        """Record a refused request, unless its address has an event of the last minute."""
-        if scope["method"] not in CHANGING and not has_credentials(scope):
+        """Record a refused request, unless there is such an event of the last minute."""
+        anonymous = actor == ANONYMOUS.name
+        if scope["method"] not in CHANGING and anonymous and not has_credentials(scope):
             return
         address = peer_of(scope)
-        others = self._limit.others(address)
+        limit = self._strangers if anonymous else self._known
+        others = limit.others((actor, action, address))
         if others is None:
             return
         self._trail.record(
