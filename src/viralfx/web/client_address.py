@@ -80,7 +80,8 @@ class TrustedProxies:
 
 def _parsed(text: str) -> Address | None:
     try:
-        address = ip_address(text)
+        # The zone of `fe80::1%eth0` has a meaning on one machine alone, and may be any text.
+        address = ip_address(text.partition("%")[0])
     except ValueError:
         return None
     # A socket that listens for both versions shows a client of IPv4 in this form.
