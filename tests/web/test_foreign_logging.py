@@ -190,6 +190,26 @@ def test_every_message_stays_one_line(caplog: pytest.LogCaptureFixture) -> None:
     assert logger.filters == []
 
 
+def test_a_value_adds_no_fact_to_its_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Clients choose the path of a refused request; a value of such a form is in quotes."""
+    logger = logging.getLogger("viralfx.audit")
+    facts = FactsInMessages()
+    facts.install()
+    try:
+        for path in ("/a, outcome=done", '/b",outcome=done', '"/c', "/d, e", 'f "g"'):
+            logger.warning("Event", extra={"target": path, "outcome": "refused"})
+    finally:
+        facts.remove()
+
+    assert caplog.messages == [
+        'Event: target="/a, outcome=done", outcome=refused',
+        r'Event: target="/b\",outcome=done", outcome=refused',
+        r'Event: target="\"/c", outcome=refused',
+        "Event: target=/d, e, outcome=refused",
+        'Event: target=f "g", outcome=refused',
+    ]
+
+
 HOSTILE = "\r\nWARNING:root:forged\x1b[31m\x7f\x9b1m\u2028\u202e"
 
 

@@ -10,6 +10,7 @@ are the facts of log lines in their messages, for the formatter of another progr
 
 import json
 import logging
+import re
 import time
 import traceback
 from collections import Counter
@@ -430,6 +431,7 @@ LOGGERS = (
 _STANDARD = frozenset({*vars(logging.LogRecord("", 0, "", 0, "", (), None)), "message", "asctime"})
 _MAX_FACT_CHARACTERS = 200
 """Characters of one fact that are shown."""
+_LIKE_FACTS = re.compile(r",\s*[^\W\d]\w*=").search
 
 
 class _Whole(str):
@@ -501,4 +503,9 @@ class FactsInMessages(logging.Filter):
             text = " ".join(str(value).split())
         except Exception:  # noqa: BLE001 - a log line must not fail its caller
             return f"a {type(value).__name__}"
-        return printable(self._redact(text)[:_MAX_FACT_CHARACTERS])
+        shown = printable(self._redact(text)[:_MAX_FACT_CHARACTERS])
+        # Clients choose some values, so one that looks like further facts is in quotes.
+        if shown.startswith('"') or _LIKE_FACTS(shown):
+            quoted = shown.replace("\\", "\\\\").replace('"', '\\"')
+            return f'"{quoted}"'
+        return shown
