@@ -558,8 +558,8 @@ class OperationsEndpoints:
             return Recorded(self.begin_shutdown(), self._record_stop)
         return self.shutdown_status()
 
-    def _record_refusal(self, scope: Scope, status: int, action: Action) -> None:
-        actor = actor_of(self._access.caller(scope["headers"]))
+    def _record_refusal(self, scope: Scope, status: int, action: Action, actor: str | None) -> None:
+        actor = actor or actor_of(self._access.caller(scope["headers"]))
         self.refusals.record(scope, status, action, actor=actor)
 
     def _record_stop(self, scope: Scope, status: int) -> None:

@@ -317,12 +317,13 @@ class DenialLog:
         clock: Clock,
         *,
         period: float = 60.0,
-        audit: Callable[[Scope, int, Action], None] | None = None,
+        audit: Callable[[Scope, int, Action, str | None], None] | None = None,
         brake: GuessBrake | None = None,
     ) -> None:
-        """``audit`` is called for each refused request, with its status and action.
+        """``audit`` is called for each refused request, with its status, action and actor.
 
-        ``brake`` delays the responses to wrong tokens.
+        Without an actor it is the holder of the token of the request. ``brake`` delays the
+        responses to wrong tokens.
         """
         self._clock = clock
         self._audit = audit
@@ -347,18 +348,24 @@ class DenialLog:
             challenge = (b"www-authenticate", b"Bearer")
             detail = "Send the management token as a bearer token."
             response = problem_response(401, detail, challenge)
-            return Denied(response, partial(self._record, Action.ACCESS), self._hold_token)
+            return Denied(response, partial(self._record, Action.ACCESS, None), self._hold_token)
         return self.refuse(response)
 
     def refuse(
-        self, response: RawResponse, action: Action = Action.ACCESS, *, wrong_token: bool = False
+        self,
+        response: RawResponse,
+        action: Action = Action.ACCESS,
+        *,
+        actor: str | None = None,
+        wrong_token: bool = False,
     ) -> Denied:
         """Return a response that refuses a request, to be logged as such.
 
-        ``wrong_token``: the request was a log-in with one, so the response waits.
+        ``actor``: its sender in the audit trail; None: the holder of its token. ``wrong_token``:
+        the request was a log-in with one, so the response waits.
         """
         hold = self._hold_log_in if wrong_token else None
-        return Denied(response, partial(self._record, action), hold)
+        return Denied(response, partial(self._record, action, actor), hold)
 
     async def _hold_token(self, scope: Scope) -> bool:
         return not has_credentials(scope) or await self._hold(scope, "operations")
@@ -369,9 +376,9 @@ class DenialLog:
     async def _hold(self, scope: Scope, place: str) -> bool:
         return self._brake is None or await self._brake.hold(peer_of(scope), place)
 
-    def _record(self, action: Action, scope: Scope, status: int) -> None:
+    def _record(self, action: Action, actor: str | None, scope: Scope, status: int) -> None:
         if self._audit is not None:
-            self._audit(scope, status, action)
+            self._audit(scope, status, action, actor)
         self._unlogged += 1
         self._last = {
             "method": scope["method"],

@@ -318,10 +318,11 @@ class Console:
         detail: str,
         action: Action = Action.ACCESS,
         *,
+        actor: str | None = None,
         wrong_token: bool = False,
     ) -> Denied:
         response = _secured(coded(status, code, detail))
-        return self._denials.refuse(response, action, wrong_token=wrong_token)
+        return self._denials.refuse(response, action, actor=actor, wrong_token=wrong_token)
 
     def _record_session(self, action: Action, session: Session | None, scope: Scope) -> None:
         if session is not None:
@@ -346,7 +347,8 @@ class Console:
         if viewer.principal is ANONYMOUS:
             return self._no_session()
         name = right.name.lower()
-        return self._refused(403, "right", f"{viewer.principal.name} has not the right {name}.")
+        detail = f"{viewer.principal.name} has not the right {name}."
+        return self._refused(403, "right", detail, actor=viewer.actor)
 
     def _acting(self, headers: Headers, needs: Right) -> Viewer | Denied:
         viewer = self._access.viewer(headers)
@@ -354,7 +356,7 @@ class Console:
             return self._lacking(viewer, needs)
         if not (is_own_request(headers) and is_json(headers)):
             detail = "Send JSON from the console itself, with its Origin."
-            return self._refused(403, "origin", detail)
+            return self._refused(403, "origin", detail, actor=viewer.actor)
         return viewer
 
     # -- endpoints ---------------------------------------------------------------------------
@@ -461,7 +463,8 @@ class Console:
                 return self._refused(401, "token", detail, Action.LOG_IN, wrong_token=True)
             if not token.principal.may(Right.READ):
                 detail = f"The token of {token.principal.name} has not the right read."
-                return self._refused(403, "right", detail, Action.LOG_IN)
+                name = token.principal.name
+                return self._refused(403, "right", detail, Action.LOG_IN, actor=name)
             return self._logged_in(token, headers, scope, secure=secure)
 
         return ResponseFromBody(_MAX_TOKEN_BYTES, log_in)
