@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tests import forked
 
-TOKEN = "planted-token-0123456789"
+TOKEN, API_TOKEN = "planted-token-7c1f9e3b5a", "planted-api-d2608b4c1e97"
 USER_PASSWORD = "h:u@n/t#e?r2"
 
 GOOD = {
@@ -17,7 +17,7 @@ GOOD = {
     "ALLOW_MEMORY_ADAPTERS": "true",
     "PORT": "0",
     "MANAGEMENT_TOKEN": TOKEN,
-    "API_TOKEN": TOKEN,
+    "API_TOKEN": API_TOKEN,
     "SHUTDOWN_READINESS_DELAY": "5000",
 }
 """A right configuration, without the servers that it needs."""

@@ -84,7 +84,7 @@ class OperationsConfig:
     authorize: Authorize | None = None
     """Names the caller of a request without a token of MANAGEMENT_TOKEN, API_TOKEN or TOKENS, and
     its rights, from the headers, such as those of a gateway of OIDC; None is an anonymous caller.
-    The names are in lower case, and the values of one name are joined by ``, ``. Any client that
+    The names are in lower case, and the values of one name are joined by commas. Any client that
     reaches the port sends headers, so the function has to verify them. It runs on the event loop,
     for each request that needs a right. After an exception the caller is anonymous."""
     path: str = "/health"
