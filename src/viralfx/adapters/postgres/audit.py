@@ -4,6 +4,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import Any, Final, TypeVar
 
+import asyncpg
+
 from viralfx.adapters.postgres.database import PostgresDatabase, run_within
 from viralfx.adapters.postgres.ledger_rows import Row
 from viralfx.adapters.postgres.migrations import qualified
@@ -62,18 +64,15 @@ class PostgresAuditStore:
 
     async def write(self, events: Sequence[AuditEvent]) -> None:
         """See :class:`viralfx.domain.audit.AuditStore`."""
-        columns = (
-            [each.id for each in events],
-            [each.at for each in events],
-            *(
-                [_storable(getattr(each, name)) for each in events]
-                for name in (
-                    *("actor", "address", "action", "target", "outcome", "before", "after"),
-                    *("detail", "correlation_id", "instance"),
-                )
-            ),
-        )
-        await self._run(lambda connection: connection.execute(self._write, *columns))
+
+        async def insert(connection: Any) -> None:
+            try:
+                await connection.execute(self._write, *_columns(events, _storable))
+            except asyncpg.UntranslatableCharacterError:
+                # The database is not in UTF-8, and a client has chosen a character that it lacks.
+                await connection.execute(self._write, *_columns(events, _ascii))
+
+        await self._run(insert)
 
     async def read(
         self, wanted: AuditFilter = ANY_EVENT, *, before: str | None = None, limit: int = 100
@@ -107,6 +106,26 @@ class PostgresAuditStore:
             ) from error
         except LedgerUnavailableError as error:
             raise AuditUnavailableError(str(error)) from error
+
+
+_TEXTS = (
+    *("actor", "address", "action", "target", "outcome", "before", "after"),
+    *("detail", "correlation_id", "instance"),
+)
+
+
+def _columns(
+    events: Sequence[AuditEvent], text_of: Callable[[str | None], str | None]
+) -> tuple[list[Any], ...]:
+    return (
+        [each.id for each in events],
+        [each.at for each in events],
+        *([text_of(getattr(each, name)) for each in events] for name in _TEXTS),
+    )
+
+
+def _ascii(text: str | None) -> str | None:
+    return None if text is None else storable(text).encode("ascii", "backslashreplace").decode()
 
 
 def _storable(text: str | None) -> str | None:
