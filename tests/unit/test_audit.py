@@ -10,6 +10,7 @@ from viralfx.adapters.memory import MemoryAuditStore
 from viralfx.domain.audit import (
     MAX_TEXT_CHARACTERS,
     MAX_WAITING,
+    PRUNED_AT_ONCE,
     Action,
     AuditEntry,
     AuditEvent,
@@ -184,6 +185,34 @@ async def test_old_events_are_pruned(
     assert len(await store.read()) == 1
     await clock.advance(9000.0)
     assert len(await store.read()) == 0
+    trail.stop()
+
+
+class FullStore(FailingStore):
+    """A store with many old events, of which each step of the retention takes some time."""
+
+    old = 5 * PRUNED_AT_ONCE + 1
+
+    async def prune(self, older_than: float, limit: int = PRUNED_AT_ONCE) -> int:
+        """Delete some of them."""
+        assert older_than == 3600.0
+        await self.clock.sleep(0.1)
+        deleted = min(limit, self.old)
+        self.old -= deleted
+        return deleted
+
+
+async def test_the_retention_deletes_all_old_events(clock: ManualClock) -> None:
+    """In steps, between which new events are stored; not ten thousand in an hour."""
+    store = FullStore(clock)
+    trail = AuditTrail(store, clock=clock, retention=3600.0)
+    await trail.open()
+    trail.record(entry("first"))
+    await clock.advance(0.2)
+    trail.record(entry("second"))
+    await clock.advance(10.0)
+
+    assert (store.old, store.batches, trail.waiting) == (0, [1, 1], 0)
     trail.stop()
 
 

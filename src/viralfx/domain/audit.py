@@ -351,7 +351,16 @@ class AuditTrail:
 
     async def _prune(self, store: AuditStore) -> None:
         self._next_prune = self._clock.monotonic() + _PRUNE_SECONDS
-        await self._succeeds(store.prune(self._retention))
+        deleted: list[int] = []
+
+        async def prune() -> None:
+            deleted.append(await store.prune(self._retention))
+
+        # In steps, so that each is short; in all, or busy clients would fill the table for ever.
+        while await self._succeeds(prune()) and deleted[-1] >= PRUNED_AT_ONCE:
+            if self._waiting:  # they come first
+                self._next_prune = self._clock.monotonic()
+                return
 
 
 def _cut(text: str | None) -> str | None:
