@@ -159,6 +159,18 @@ def test_the_units_expose_little(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout
 
 
+def test_the_owner_of_the_tables_is_known_to_migrations_alone(tmp_path: Path) -> None:
+    """Their file is optional: without it they connect as the service does."""
+    shared, own = {"DATABASE_URL": "service"}, {"DATABASE_MIGRATION_URL": "owner"}
+    installed(tmp_path, shared, own)
+    names = {unit.name.replace("@", "@3001") for unit in tmp_path.glob("*.service")}
+    knowing = {name for name in names if own.items() <= Unit(tmp_path, name).environment().items()}
+    assert knowing == {"viralfx-migrate.service"}
+
+    (tmp_path / "migrate.env").unlink()
+    assert Unit(tmp_path, "viralfx-migrate").environment()["DATABASE_URL"] == "service"
+
+
 def test_a_process_of_a_unit_makes_no_code(tmp_path: Path) -> None:
     """The stand-in obeys the directive: memory that is writable is not executable."""
     installed(tmp_path, {"ARGUMENTS": ""})

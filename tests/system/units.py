@@ -67,15 +67,21 @@ with socket.socket(socket.AF_UNIX) as manager:
 """
 
 
-def installed(folder: Path, environment: dict[str, str]) -> None:
-    """Copy the units, with paths of this checkout in place of those of an installation."""
-    variables = folder / "viralfx.env"
-    lines = [f"{name}={value}\n" for name, value in environment.items()]
-    variables.write_text("".join(lines), encoding="utf-8")
+def installed(
+    folder: Path, environment: dict[str, str], migrating: dict[str, str] | None = None
+) -> None:
+    """Copy the units, with paths of this checkout in place of those of an installation.
+
+    ``migrating`` has the variables of migrations alone; None: their file is missing.
+    """
+    for name, variables in (("viralfx.env", environment), ("migrate.env", migrating)):
+        if variables is not None:
+            lines = [f"{each}={value}\n" for each, value in variables.items()]
+            (folder / name).write_text("".join(lines), encoding="utf-8")
     paths = {
         "/opt/viralfx/bin/": f"{Path(sys.executable).parent}/",
         "=/opt/viralfx\n": f"={ROOT}\n",
-        "/etc/viralfx/viralfx.env": str(variables),
+        "/etc/viralfx/": f"{folder}/",
     }
     for unit in UNITS.glob("*.service"):
         text = unit.read_text(encoding="utf-8")
@@ -111,11 +117,14 @@ class Unit:
         return self._directives.keys() - here - general - _ELSEWHERE
 
     def environment(self, **more: str) -> dict[str, str]:
-        """Return the variables; those of the file win."""
+        """Return the variables; those of a file win. A file after ``-`` may be missing."""
         found = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **more}
         lines = " ".join(self._directives.get("Environment", [])).split()
-        file = Path(self.one("EnvironmentFile"))
-        for line in [*lines, *file.read_text(encoding="utf-8").splitlines()]:
+        for name in self._directives["EnvironmentFile"]:
+            file = Path(name.removeprefix("-"))
+            if file.exists() or file == Path(name):
+                lines += file.read_text(encoding="utf-8").splitlines()
+        for line in lines:
             name, _, value = line.partition("=")
             found[name] = value
         return found
