@@ -1,6 +1,5 @@
 """The server accepts forwarded client addresses from trusted proxies only."""
 
-import socket
 from pathlib import Path
 
 import httpx
@@ -19,14 +18,6 @@ LIES = {
     "Forwarded": "for=203.0.113.8;proto=https",
     "x-forwarded-for": "203.0.113.9, 127.0.0.1",
 }
-HIDDEN = (
-    *("/health", "/health/", "/health/live", "/health/startup", "/health/detailed", "/health/info"),
-    *("/health/database", "/health/shutdown", "/health/loggers", "/health/tasks", "/health/ui"),
-    *("/health/ui/session", "/health/events", "/metrics", "/metrics/", "/health/ready/"),
-    *("/%68ealth/detailed", "/health%2fdetailed", "/m%65trics", "/health/ready/../detailed"),
-    *("/health/%72eady/../info", "//health/detailed", "/./health/detailed", "/x/../metrics"),
-)
-"""Paths that no client of a proxy gets, some of them in disguise."""
 
 
 @pytest.mark.parametrize(
@@ -55,7 +46,10 @@ def test_forwarded_headers_count_from_trusted_proxies_only(
 def test_a_proxy_names_the_client_and_hides_the_operations_endpoints(
     start: object, tmp_path: Path
 ) -> None:
-    """With the shipped file; the address that the client claims is gone."""
+    """With the shipped file; the address that the client claims is gone.
+
+    ``test_public_side.py`` asks for all routes, and for other forms of their paths.
+    """
     port = free_port()
     environment = {"TRUSTED_PROXIES": "127.0.0.1", "MANAGEMENT_TOKEN": "planted"}
     with running(*APP, environment=environment) as service:
@@ -66,20 +60,10 @@ def test_a_proxy_names_the_client_and_hides_the_operations_endpoints(
             with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
                 seen = client.get("/client", headers=LIES).json()
                 ready = client.get("/health/ready")
-                hidden = {_status(port, path) for path in HIDDEN}
                 stop = client.post("/health/shutdown", headers={"Authorization": "Bearer planted"})
         shutdown = service.get("/health/shutdown", headers={"Authorization": "Bearer planted"})
 
     assert seen == {"host": "127.0.0.1", "scheme": "http"}
     assert (ready.status_code, ready.json()["ready"]) == (200, True)
-    assert hidden <= {400, 404}
     assert stop.status_code == 404
     assert shutdown.json()["state"] == "ready"
-
-
-def _status(port: int, path: str) -> int:
-    """Return the status of a request whose path no client of a library normalizes."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        # Envoy waits a second before it closes the connection.
-        return int(connection.makefile("rb").readline().split(b" ", 2)[1])
