@@ -4,15 +4,18 @@ HAProxy and Envoy run with their files in front of the service in production. Ro
 application. A route without an entry in `SIDES` fails.
 """
 
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from itertools import count
+from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from tests.servers.envoy import envoy
 from tests.servers.fixtures import or_skip
 from tests.servers.haproxy import haproxy
@@ -164,6 +167,27 @@ def routes() -> set[tuple[str, str]]:
     app = create_app(settings_of("production"))
     found = routes_of(app, Gate(app.plugins.get(OperationsPlugin).endpoints))
     return {(method, path.rstrip("/")) for method, path in found if method != "OPTIONS"}
+
+
+DEPLOYMENT = Path(__file__).parents[2] / "docs/deployment.md"
+
+
+def test_the_route_of_a_gateway_has_the_same_side() -> None:
+    """The document's HTTPRoute matches the paths of the public side, and no others."""
+    text = DEPLOYMENT.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (route,) = [found for each in blocks if (found := yaml.safe_load(each))["kind"] == "HTTPRoute"]
+    (rule,) = route["spec"]["rules"]
+    matches = [(each["path"]["type"], each["path"]["value"]) for each in rule["matches"]]
+
+    def is_public(path: str) -> bool:
+        return any(
+            path == value or (kind == "PathPrefix" and path.startswith(f"{value}/"))
+            for kind, value in matches
+        )
+
+    assert {kind for kind, _ in matches} == {"Exact", "PathPrefix"}
+    assert {path: PUBLIC if is_public(path) else MANAGEMENT for path in SIDES} == SIDES
 
 
 def target_of(template: str) -> str:
