@@ -368,6 +368,22 @@ def wrapped(context: Any) -> ssl.SSLObject:
     return result
 
 
+@pytest.mark.parametrize(
+    ("mode", "count"), [("prefer", 0), ("require", 0), ("verify-ca", 1), ("verify-full", 1)]
+)
+def test_certificates_of_the_system_are_loaded_to_verify(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch, mode: Any, count: int
+) -> None:
+    """Loading them takes longer than any other part of the wiring, and some modes never verify."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
+    monkeypatch.setenv("SSL_CERT_DIR", str(certificates.ca.parent))
+    context = wrapped(TlsContexts(DatabaseSettings(tls_mode=mode)).for_host("one")).context
+
+    assert context.cert_store_stats()["x509_ca"] == count
+    assert context.verify_mode == (ssl.CERT_REQUIRED if count else ssl.CERT_NONE)
+    assert context.check_hostname == (mode == "verify-full")
+
+
 def test_new_host_gets_the_last_good_certificates(authority: trustme.CA, tmp_path: Path) -> None:
     """After a failover while the files are broken; each host's own name is verified."""
     ca_file = tmp_path / "ca.pem"

@@ -111,10 +111,12 @@ class TlsContexts:
 
     def _load(self) -> ssl.SSLContext:
         mode, ca_file = self._settings.tls_mode, self._settings.tls_ca_file
+        # As in libpq: encrypted, but the certificate is verified only against a CA file.
+        is_verified = ca_file is not None or mode not in {"prefer", "require"}
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        if ca_file is None:
+        if ca_file is None and is_verified:
             context.load_default_certs(ssl.Purpose.SERVER_AUTH)
-        else:
+        elif ca_file is not None:
             try:
                 context.load_verify_locations(cafile=ca_file)
             except OSError as error:
@@ -126,9 +128,7 @@ class TlsContexts:
         if high == "TLSv1.2":
             context.maximum_version = ssl.TLSVersion.TLSv1_2
         context.check_hostname = mode == "verify-full"
-        if mode in {"prefer", "require"}:
-            # As in libpq: encrypted, but the certificate is verified only against a CA file.
-            context.verify_mode = ssl.CERT_REQUIRED if ca_file else ssl.CERT_NONE
+        context.verify_mode = ssl.CERT_REQUIRED if is_verified else ssl.CERT_NONE
         return context
 
     def _load_own(self, context: ssl.SSLContext) -> None:
