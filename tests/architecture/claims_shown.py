@@ -136,7 +136,7 @@ def commands(text: str) -> Iterator[str]:
                 words = words[next((at for at, w in enumerate(words) if "=" not in w), 99) :]
                 if words:
                     yield from _program(words)
-        served = r"(?<![@/\w])(?:http://)?(?:localhost:\d+|127\.0\.0\.1:\d+|\$INSTANCE|\$PROCESS)(/[\w/]*)"
+        served = r"(?<![@/\w])(?:http://)?(?:localhost:\d+|127\.0\.0\.1:\d+|\$INSTANCE|\$PROCESS)(/[\w/.]*)"
         for path in re.findall(served, whole):
             if not is_path(path) and not _is_prefix(path):
                 yield f"command: there is no path {path}"

@@ -161,8 +161,7 @@ def test_the_rights_are_those_of_the_manifests(pods: Pods) -> None:
 
 def test_a_job_runs_in_a_pod(pods: Pods, record_property: Record) -> None:
     """The API accepts it, and a worker records its result."""
-    body = {"task": "analytics.rollup_health", "payload": None}
-    accepted = pods.ask("/api/v1/jobs", method="POST", body=body)
+    accepted = pods.ask("/api/v1/schedules/analytics.rollup_health/run", method="POST", body={})
     assert accepted.status_code == 202
     link = accepted.json()["links"]["self"]
     done = wait_until(

@@ -308,7 +308,7 @@ def test_a_websocket_handshake_with_a_large_header_is_answered(edge: Service) ->
         assert talk(edge.port, head).status == 431
 
 
-JOB = '{"task": "default.prune", "payload": null}'
+JOB = '{"task": "parcels.echo", "payload": null}'
 
 
 @pytest.mark.parametrize("lines", [b"gzip, chunked", b"deflate\r\nTransfer-Encoding: chunked"])
@@ -331,7 +331,7 @@ def test_a_curl_request_that_offers_http_2(options: tuple[str, ...]) -> None:
     curl = shutil.which("curl")
     if curl is None or "HTTP2" not in subprocess.check_output([curl, "--version"], text=True):
         pytest.skip("curl with HTTP/2 is not on PATH; Debian's package curl has it")
-    with running() as service:
+    with running(environment={"TASK_MODULES": "tests.job_tasks"}) as service:
         service.wait_ready()
         done = subprocess.run(
             [
@@ -347,7 +347,7 @@ def test_a_curl_request_that_offers_http_2(options: tuple[str, ...]) -> None:
     body, _, summary = done.stdout.rpartition("\n")
 
     assert (done.returncode, done.stderr, summary) == (0, "", "202 1.1")
-    assert json.loads(body)["queue"] == "default"
+    assert json.loads(body)["queue"] == "analytics"
 
 
 def test_a_trailer_does_not_become_a_header(edge: Service) -> None:

@@ -89,8 +89,8 @@ def test_metrics_of_a_running_service_follow_the_conventions() -> None:
         service.wait_ready()
         service.get("/api/v1/jobs")
         service.get("/nothing")
-        job = {"task": "analytics.rollup_health", "payload": None}
-        assert service.get("/api/v1/jobs", method="POST", json_body=job).status == 202
+        run = "/api/v1/schedules/analytics.rollup_health/run"
+        assert service.get(run, method="POST").status == 202
         output = judged("check", "metrics", given=service.get("/metrics").body.decode())
 
     assert output.strip() == ""

@@ -11,9 +11,9 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
-from litestar import Litestar, Response, WebSocket, get, websocket
+from litestar import Litestar, Response, WebSocket, get, post, websocket
 from litestar.background_tasks import BackgroundTask
 from litestar.middleware import ASGIMiddleware
 from litestar.params import QueryParameter
@@ -417,3 +417,15 @@ class Foreign:
 
     async def __call__(self, scope: object, receive: object, send: object) -> None:
         """Be called as all of them are."""
+
+
+def webhooks() -> Litestar:
+    """Return an application that sends a webhook for a client, and has the jobs API."""
+    plugin = OperationsPlugin(OperationsConfig(jobs_api=True))
+
+    @post("/webhooks", status_code=202)
+    async def send_webhook(data: dict[str, Any]) -> dict[str, str]:
+        accepted = await plugin.jobs.submit("notifications.webhook", data)
+        return {"id": accepted.job.id}
+
+    return Litestar([send_webhook], plugins=[plugin], logging_config=None)

@@ -312,8 +312,9 @@ def test_a_probe_of_a_running_service() -> None:
 
 def test_a_client_cannot_fill_the_memory_with_jobs() -> None:
     """Beyond JOB_MEMORY_MAX_JOBS a job gets 503, Retry-After and a remedy; other requests work."""
-    body = {"task": "default.prune", "payload": None, "runAt": "2100-01-01T00:00:00Z"}
-    with running(environment={"JOB_MEMORY_MAX_JOBS": "5"}) as service:
+    body = {"task": "parcels.echo", "payload": None, "runAt": "2100-01-01T00:00:00Z"}
+    environment = {"JOB_MEMORY_MAX_JOBS": "5", "TASK_MODULES": "tests.job_tasks"}
+    with running(environment=environment) as service:
         service.wait_ready()
         replies = [service.get(JOBS, method="POST", json_body=body) for _ in range(10)]
         refused = replies[-1]

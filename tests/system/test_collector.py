@@ -26,6 +26,7 @@ def collected(protocol: str) -> Iterator[tuple[Service, Rotel, Collector]]:
             "OTEL_EXPORTER_OTLP_TIMEOUT": "2",
             "OTEL_BSP_SCHEDULE_DELAY": "100",
             "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=staging",
+            "TASK_MODULES": "tests.job_tasks",
         }
         with running(environment=environment) as service:
             yield service.wait_ready(), collector, received
@@ -36,7 +37,7 @@ def test_a_real_collector_accepts_the_spans(protocol: str) -> None:
     """It forwards ids, parents, kinds, attributes and resources, also of the shutdown's spans."""
     with collected(protocol) as (service, _collector, received):
         headers = {"traceparent": f"00-{TRACE}-{CALLER}-01", "X-Correlation-ID": "order-17"}
-        accept(service, "analytics.rollup_health", None, **headers)
+        accept(service, "parcels.echo", None, **headers)
         request, send, process = received.wait_for(
             "POST /api/v1/jobs", "send analytics", "process analytics"
         )

@@ -106,9 +106,7 @@ def test_a_job_is_counted_from_its_acceptance_to_its_end() -> None:
     with running() as service:
         service.wait_ready()
         for _ in range(3):
-            reply = service.get(
-                "/api/v1/jobs", method="POST", json_body={"task": task["task"], "payload": None}
-            )
+            reply = service.get(f"/api/v1/schedules/{task['task']}/run", method="POST")
             assert reply.status == 202, reply.body
         wait_until(lambda: scrape(service).get(ended, 0) >= 3, what="three executions")
         seen = scrape(service)

@@ -53,8 +53,8 @@ def test_uvicorn_serves_by_itself(part: str, named: str) -> None:
 
 def test_the_self_test_finds_nothing_missing() -> None:
     """The releases of the lock have all parts, so there is no warning."""
-    with running() as service:
-        until(service, accept(service.wait_ready(), "default.prune", None), "completed")
+    with running(environment={"TASK_MODULES": "tests.job_tasks"}) as service:
+        until(service, accept(service.wait_ready(), "parcels.echo", None), "completed")
         service.signal(signal.SIGTERM)
 
         assert service.exit_code() == 0

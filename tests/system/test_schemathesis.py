@@ -71,7 +71,8 @@ def schemathesis(service: Service, folder: Path, *options: str, tokens: bool) ->
 def check_all(environment: dict[str, str], folder: Path, *arguments: str, tokens: bool) -> None:
     """Check every operation of a service, and in a soak run the shutdown at last."""
     more = {**TOKENS, **LINGER} if tokens else {}
-    with running(*arguments, environment={**environment, **more}) as service:
+    tasks = {"TASK_MODULES": "tests.offered_tasks"}
+    with running(*arguments, environment={**environment, **tasks, **more}) as service:
         service.wait_ready()
         if not tokens:
             schemathesis(service, folder, tokens=False)

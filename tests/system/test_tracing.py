@@ -44,7 +44,7 @@ async def test_one_trace_spans_all_processes(database: Database, protocol: str) 
             receiving.respond_with(status(503, "Retry-After: 1"), status(204))
             seen = await asyncio.to_thread(_one_job, database, protocol, collector, receiving)
     shown, first, second = seen
-    request, send, _ = collector.wait_for("POST /api/v1/jobs", "send notifications", "SELECT")
+    request, send, _ = collector.wait_for("POST /webhooks", "send notifications", "SELECT")
     selects = [span for span in collector.named("SELECT") if span.parent == send.id]
     accepts = 'FROM "viralfx_ops".viralfx_accept_jobs'
     (sql,) = [span for span in selects if accepts in span.attributes["db.query.text"]]
@@ -67,7 +67,7 @@ async def test_one_trace_spans_all_processes(database: Database, protocol: str) 
     # Two processes of one service.
     instances = {span.resource["service.instance.id"] for span in ours}
     assert len(instances) == 2
-    assert {span.resource["service.name"] for span in ours} == {"viralfx-backend"}
+    assert {span.resource["service.name"] for span in ours} == {"orders"}
 
     # One correlation id on all spans.
     assert {span.attributes["viralfx.correlation_id"] for span in ours} == {CORRELATION}
@@ -96,6 +96,7 @@ def _one_job(
         WEBHOOK_ALLOWED_HOSTS=f"http://127.0.0.1:{receiving.port}",
         WEBHOOK_SECRET=SECRET,
         LOG_LEVEL="verbose",
+        OTEL_SERVICE_NAME="orders",
     )
     payload = {
         "url": f"http://127.0.0.1:{receiving.port}/orders",
@@ -103,9 +104,10 @@ def _one_job(
         "data": {},
     }
     headers = {"X-Correlation-ID": CORRELATION, "traceparent": f"00-{TRACE}-{CALLER}-01"}
-    with api(environment) as service, worker(environment) as working:
-        job_id = accept(service, "notifications.webhook", payload, **headers)
-        shown = until(service, job_id, "completed")
+    application = ("--app", "tests.system.apps:webhooks")
+    with api(environment, *application) as service, worker(environment) as working:
+        sent = service.get("/webhooks", method="POST", json_body=payload, headers=headers)
+        shown = until(service, sent.json()["id"], "completed")
         for process in (service, working):
             process.signal(signal.SIGTERM)
             assert process.exit_code() == 0

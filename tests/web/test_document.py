@@ -153,10 +153,10 @@ def test_known_values_are_enumerations_and_formats() -> None:
     assert listed["queue"]["enum"] == ["a", "analytics", "b", "default", "notifications"]
     assert listed["state"]["enum"] == ["waiting", "active", "completed", "failed", "cancelled"]
     assert listed["cursor"] == {"type": "string", "format": "uuid"}
-    assert {"default.prune", "parcels.ship"} < set(body["properties"]["task"]["enum"])
+    assert {"parcels.echo", "parcels.ship"} < set(body["properties"]["task"]["enum"])
     assert body["properties"]["task"]["enum"] == sorted(variants)
     assert variants["parcels.ship"] == {"$ref": "#/components/schemas/Payload.Parcel"}
-    assert variants["default.prune"] == {"type": "null"}
+    assert variants["parcels.echo"] == {"description": "Any JSON"}
     assert set(events) == {"text/event-stream"}
     for path, item in paths.items():
         for operation in item.values():
@@ -165,9 +165,28 @@ def test_known_values_are_enumerations_and_formats() -> None:
                     assert parameter["schema"] == {"type": "string", "format": "uuid"}, path
 
 
+@pytest.mark.parametrize("modules", [(), ("tests.offered_tasks",)])
+def test_the_document_lists_the_tasks_that_clients_may_submit(modules: tuple[str, ...]) -> None:
+    """The built-in tasks and one with ``api=False`` are not there; a choice is never empty."""
+    made = document(Settings(task_modules=modules))
+    bodies = [
+        made["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        for path in (JOBS, f"{JOBS}/batch")
+    ]
+    single, several = (each["schema"] for each in bodies)
+    offered = ["offered.nothing", "offered.order", "offered.webhook"]
+    for job in (single, several["properties"]["jobs"]["items"]):
+        name = job["properties"]["task"]
+        assert name.get("enum") == (offered if modules else None)
+        assert [each["title"] for each in job.get("oneOf", ())] == (offered if modules else [])
+        assert ("takes jobs of clients" in name.get("description", "")) is not bool(modules)
+    assert [len(each.get("examples", ())) for each in bodies] == ([2, 1] if modules else [0, 0])
+
+
 async def test_every_example_of_a_request_is_accepted() -> None:
     """The examples are sent unchanged, with and without a time."""
-    async with AsyncTestClient(create_app(Settings())) as client:
+    app = create_app(Settings(task_modules=("tests.offered_tasks",)))
+    async with AsyncTestClient(app) as client:
         made = (await client.get("/api/docs/openapi.json")).json()
         examples = [
             (path, method, example["value"])

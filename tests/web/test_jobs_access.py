@@ -1,6 +1,7 @@
-"""Authorization of the jobs API."""
+"""Authorization of the jobs API, and the tasks that it offers."""
 
 import asyncio
+import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -116,10 +117,10 @@ async def test_the_token_is_accepted_from_any_origin() -> None:
 
 async def test_a_denied_page_gets_the_reason() -> None:
     """The problem names the difference and the remedy; no job is accepted."""
-    job = {"task": "notifications.webhook", "payload": {"type": "x", "data": {}, "alert": True}}
-    async with AsyncTestClient(create_app(Settings())) as client:
+    job = {"task": "parcels.echo", "payload": None}
+    async with AsyncTestClient(create_app(Settings(task_modules=("tests.job_tasks",)))) as client:
         reply = await client.post(JOBS, json=job, headers={"Origin": "null"})
-        listed = (await client.get(f"{JOBS}?queue=notifications")).json()["items"]
+        listed = (await client.get(f"{JOBS}?queue=analytics")).json()["items"]
 
     assert reply.headers["content-type"] == "application/problem+json"
     assert "Origin and Host differ. Set API_TOKEN" in reply.json()["detail"]
@@ -163,13 +164,17 @@ async def test_no_request_waits_for_a_thread() -> None:
 
 async def test_the_token_is_not_for_operations() -> None:
     """MANAGEMENT_TOKEN reads jobs, as in the console, and API_TOKEN does nothing there."""
-    settings = Settings(api_token=Secret("api"), management_token=Secret("management"))
+    settings = Settings(
+        api_token=Secret("api"),
+        management_token=Secret("management"),
+        task_modules=("tests.job_tasks",),
+    )
     async with AsyncTestClient(create_app(settings)) as client:
         replies = [
             await client.get(path, headers={"Authorization": f"Bearer {token}"})
             for path, token in ((JOBS, "management"), ("/health/shutdown", "api"))
         ]
-        job = {"task": "default.prune", "payload": None}
+        job = {"task": "parcels.echo", "payload": None}
         submitted = await client.post(
             JOBS, json=job, headers={"Authorization": "Bearer management"}
         )
@@ -187,3 +192,97 @@ async def test_another_application_has_no_jobs_api() -> None:
 
     assert reply.status_code == 404
     assert sorted(counts) == ["analytics", "default", "notifications"]
+
+
+# -- tasks that the API does not offer ---------------------------------------------------------
+
+BUILT_IN = ["notifications.webhook", "analytics.rollup_health", "default.prune"]
+OFFERED = Settings(task_modules=("tests.offered_tasks",))
+PAYLOADS = {"notifications.webhook": {"type": "health.changed", "data": {}, "alert": True}}
+
+
+@pytest.mark.parametrize("task", [*BUILT_IN, "withheld.note"])
+async def test_a_task_that_the_api_does_not_offer_is_refused(task: str) -> None:
+    """Alone and in a batch, before its payload is read; the problem says what to do instead."""
+    job = {"task": task, "payload": PAYLOADS.get(task)}
+    allowed = {"task": "offered.nothing"}
+    async with AsyncTestClient(create_app(OFFERED)) as client:
+        replies = [
+            await client.post(JOBS, json=job),
+            await client.post(f"{JOBS}/batch", json={"jobs": [allowed, job]}),
+        ]
+        jobs = (await client.get(JOBS)).json()["items"]
+
+    for reply in replies:
+        assert reply.status_code == 403
+        assert reply.headers["content-type"] == "application/problem+json"
+        assert reply.json()["detail"] == (
+            f"Clients may not submit the task '{task}' over HTTP. Submit it in the process with"
+            " `jobs.submit`, or with `viralfx jobs submit`; or declare a task that submits it, and"
+            " send that one."
+        )
+    assert [each["task"] for each in jobs if each["task"] not in BUILT_IN[1:]] == []
+
+
+async def test_a_task_may_submit_a_built_in_task_for_clients() -> None:
+    """Its job has the correlation id of the request; the process submits all of its tasks."""
+    app = create_app(OFFERED)
+    jobs = app.plugins.get(OperationsPlugin).jobs
+    async with AsyncTestClient(app) as client:
+        body = {"task": "offered.webhook", "payload": "17"}
+        sent = await client.post(JOBS, json=body, headers={"X-Correlation-ID": "order-17"})
+        submitted = await jobs.wait(sent.json()["id"], timeout=30)
+        webhook = await jobs.wait(json.loads(submitted.result or b"null"), timeout=30)
+        noted = await jobs.wait((await jobs.submit("withheld.note", "x")).job.id, timeout=30)
+
+    assert sent.status_code == 202
+    assert (webhook.task, webhook.correlation_id) == ("notifications.webhook", "order-17")
+    assert noted.result == b'"x"'
+
+
+async def test_operators_repeat_and_run_what_clients_may_not_submit() -> None:
+    """A failed job is retried and a schedule runs: these jobs are not of the caller's making."""
+    app = create_app(OFFERED)
+    jobs = app.plugins.get(OperationsPlugin).jobs
+    message = {"url": "https://hooks.example/in", "type": "order.shipped", "data": {}}
+    async with AsyncTestClient(app) as client:
+        failed = await jobs.wait((await jobs.submit(BUILT_IN[0], message)).job.id, timeout=30)
+        replies = [
+            await client.post(f"{JOBS}/{failed.id}/retry"),
+            await client.post(f"/api/v1/schedules/{BUILT_IN[1]}/run"),
+        ]
+        ran = [await jobs.wait(reply.json()["id"], timeout=30) for reply in replies]
+
+    assert failed.state == "failed"
+    assert [reply.status_code for reply in replies] == [202, 202]
+    assert [job.state for job in ran] == ["failed", "completed"]
+
+
+async def test_an_answer_names_no_task_that_the_caller_may_not_submit() -> None:
+    """Without the right every name gets the same problem, and no suggestion leads elsewhere."""
+    settings = Settings(
+        api_token=Secret("api"),
+        tokens=Secret("shop submit:offered.n*,submit:w* secret-of-the-shop"),
+        task_modules=("tests.offered_tasks",),
+    )
+    headers = {"Authorization": "Bearer secret-of-the-shop"}
+    async with AsyncTestClient(create_app(settings)) as client:
+
+        async def ask(*tasks: str) -> tuple[int, str]:
+            jobs = [{"task": task} for task in tasks]
+            path, body = (JOBS, jobs[0]) if len(tasks) == 1 else (f"{JOBS}/batch", {"jobs": jobs})
+            reply = await client.post(path, json=body, headers=headers)
+            return reply.status_code, reply.json()["detail"]
+
+        for task in ("offered.order", "default.prune", "default.prunes", "nothing.at.all"):
+            assert await ask(task) == (403, f"This token has not the right submit:{task}.")
+        unknown = await ask("offered.nothin")
+        no_hint = [await ask("withheld.not"), await ask("webhook")]
+        batch = await ask("offered.nothing", "offered.nothing", "offered.nothin")
+
+    hint = "there is no task named 'offered.nothin' here; did you mean offered.nothing?"
+    assert unknown == (422, f"T{hint[1:]}")
+    assert batch == (422, f"The job at index 2: {hint}")
+    assert no_hint == [
+        (422, f"There is no task named {name!r} here.") for name in ("withheld.not", "webhook")
+    ]

@@ -20,13 +20,14 @@ VARYING = {"x-correlation-id", "content-length"}
 @pytest.fixture
 async def client() -> AsyncIterator[Client]:
     """Return a client of the service."""
-    async with AsyncTestClient(create_app(Settings()), raise_server_exceptions=False) as client:
+    app = create_app(Settings(task_modules=("tests.job_tasks",)))
+    async with AsyncTestClient(app, raise_server_exceptions=False) as client:
         yield client
 
 
 async def accepted(client: Client) -> str:
     """Submit a job that stays waiting, and return its path."""
-    body = {"task": "default.prune", "runAt": "2999-01-01T00:00:00Z"}
+    body = {"task": "parcels.echo", "runAt": "2999-01-01T00:00:00Z"}
     return str((await client.post(JOBS, json=body)).json()["links"]["self"])
 
 

@@ -29,6 +29,7 @@ def send_webhook(
         queue="notifications",
         retry=WebhookRetryPolicy(),
         timeout=timeout + _WEBHOOK_MARGIN_SECONDS,
+        api=False,
     )
     async def send(message: WebhookMessage, context: JobContext) -> dict[str, int]:
         """Send one webhook; its ``webhook-id`` is the job's id in every attempt."""
@@ -66,6 +67,7 @@ def prune_jobs(ledger: JobLedger, *, retention: Retention, clock: Clock) -> Prun
         timeout=_PRUNE_TIMEOUT_SECONDS,
         cron=HOURLY,
         catch_up=True,
+        api=False,
     )
     async def prune(_payload: None, context: JobContext) -> dict[str, int]:
         """Delete final jobs in batches, until none is old enough or the time is up."""
@@ -86,7 +88,14 @@ def rollup_health(
 ) -> RollupHealth:
     """Return the task, which covers the last ``period`` seconds."""
 
-    @task("analytics.rollup_health", queue="analytics", timeout=30.0, cron=HOURLY, catch_up=True)
+    @task(
+        "analytics.rollup_health",
+        queue="analytics",
+        timeout=30.0,
+        cron=HOURLY,
+        catch_up=True,
+        api=False,
+    )
     async def rollup(_payload: None) -> dict[str, object]:
         """Return how long each check of this process had each status."""
         now, report, counts = clock.now(), monitor.report(), monitor.transition_counts

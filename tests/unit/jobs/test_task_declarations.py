@@ -157,6 +157,7 @@ def test_only_a_function_is_a_task(function: Any) -> None:
         ({"priority": 2.5}, ValueError, "priority must be a whole number"),
         ({"priority": -101}, ValueError, "priority must be .* to 100: -101"),
         ({"unique": "always"}, ValueError, "unique must be 'waiting' or 'unfinished': 'always'"),
+        ({"api": "no"}, TypeError, "api must be True or False: 'no'"),
     ],
 )
 def test_a_wrong_option_is_an_error_of_the_declaration(

@@ -279,6 +279,8 @@ class Task:
     """The time zone of ``cron``."""
     catch_up: bool = False
     """True: one run makes up for those that were due while no worker ran."""
+    api: bool = True
+    """True: clients of the jobs API may submit its jobs."""
     host: object = None
     """The :class:`~viralfx.domain.jobs.hooks.TaskHost` that declared it; None for ``@task``."""
     read: Callable[[bytes, str], Any] | None = None
@@ -332,6 +334,7 @@ def task(
     cron: str | None = None,
     timezone: str = "UTC",
     catch_up: bool = False,
+    api: bool = True,
 ) -> Callable[[TaskFunction], TaskFunction]:
     """Declare ``[async] def f(payload: T[, context: JobContext]) -> R`` as a task.
 
@@ -352,12 +355,17 @@ def task(
     expression in a time zone (:class:`~viralfx.domain.jobs.schedule.Schedule`). With ``catch_up``
     it also runs once for the latest time that was due while no worker ran.
 
+    With ``api=False`` the jobs API refuses new jobs of the task and does not list it; ``submit``,
+    ``viralfx jobs`` and its schedule work. The built-in tasks are declared so.
+
     Raises ``TypeError`` for a function with another signature, a plain one with ``transactional``,
     one with ``cron`` whose payload cannot be null, or an argument of a wrong type, and
     ``ValueError`` for an empty name, a timeout that is not above zero, or a schedule that is not
     valid.
     """
     unique_while = check_declaration(name, retry, timeout, priority, unique)
+    if not isinstance(api, bool):
+        raise TypeError(f"@task({name!r}): api must be True or False: {api!r}")
     if cron is None and (timezone, catch_up) != ("UTC", False):
         given = "timezone" if timezone != "UTC" else "catch_up"
         raise ValueError(f"@task({name!r}): {given} has no schedule; add cron='*/5 * * * *'")
@@ -412,6 +420,7 @@ def task(
             cron=cron,
             timezone=timezone,
             catch_up=catch_up,
+            api=api,
         )
         if (schedule := declared.schedule) is not None:  # raises if it is not valid
             schedule.require_five_fields()
@@ -430,6 +439,13 @@ def declared_task(function: object) -> Task | None:
     """Return the task that ``@task`` declared for a function; None for any other object."""
     found = getattr(function, _MARK, None)
     return found if isinstance(found, Task) else None
+
+
+def unknown_task(name: str, known: Iterable[str]) -> UnknownTaskError:
+    """Return the error for a name that no task has; it suggests the closest of ``known``."""
+    hint = suggest(name, known)
+    problem = f"there is no task named {name!r} here"
+    return UnknownTaskError(f"{problem}; {hint}" if hint else problem)
 
 
 class TaskRegistry:
@@ -455,6 +471,11 @@ class TaskRegistry:
         return self._tasks.keys()
 
     @property
+    def offered(self) -> Collection[str]:
+        """The names of the tasks whose jobs clients of the jobs API may submit."""
+        return [each.name for each in self if each.api]
+
+    @property
     def limits(self) -> Mapping[str, Limit]:
         """The limits of the tasks that have some, by name; they change with the registry."""
         return self._limits
@@ -463,9 +484,7 @@ class TaskRegistry:
         """Return the task with this name. Raises :class:`UnknownTaskError`."""
         found = self._tasks.get(name)
         if found is None:
-            hint = suggest(name, self._tasks)
-            problem = f"there is no task named {name!r} here"
-            raise UnknownTaskError(f"{problem}; {hint}" if hint else problem)
+            raise unknown_task(name, self._tasks)
         return found
 
     def name_of(self, task: object) -> str:

@@ -13,7 +13,6 @@ from litestar.openapi.spec import (
     OpenAPIType,
     Operation,
     Parameter,
-    Reference,
     RequestBody,
     Schema,
     SecurityScheme,
@@ -57,12 +56,6 @@ PAUSE = (
     " drain the queue, pause it and wait until `counts.active` is 0."
 )
 RESUME = "Workers claim its jobs again."
-
-EXAMPLE_PAYLOAD = {
-    "type": "order.shipped",
-    "url": "https://hooks.example.com/orders",
-    "data": {"order": 17},
-}
 
 
 def name_schema() -> Schema:
@@ -123,23 +116,9 @@ class AcceptOperation(Operation):
 
     def __post_init__(self) -> None:
         """Set body and parameters."""
-        examples: dict[str, Example | Reference] = {
-            "at once": Example(
-                summary="A webhook, at once",
-                value={"task": "notifications.webhook", "payload": EXAMPLE_PAYLOAD},
-            ),
-            "later": Example(
-                summary="A clean-up at a given time",
-                value={"task": "default.prune", "runAt": "2026-01-07T03:00:00Z"},
-            ),
-        }
         self.request_body = RequestBody(
             required=True,
-            content={
-                "application/json": OpenAPIMediaType(
-                    schema=_job_request("JobRequest"), examples=examples
-                )
-            },
+            content={"application/json": OpenAPIMediaType(schema=_job_request("JobRequest"))},
         )
         key = Parameter(
             name="Idempotency-Key",
@@ -169,24 +148,8 @@ class BatchOperation(Operation):
             additional_properties=False,
             properties={"jobs": jobs},
         )
-        examples: dict[str, Example | Reference] = {
-            "two": Example(
-                summary="Two jobs",
-                value={
-                    "jobs": [
-                        {
-                            "task": "notifications.webhook",
-                            "payload": EXAMPLE_PAYLOAD,
-                            "key": "order-17",
-                        },
-                        {"task": "default.prune", "priority": -1},
-                    ]
-                },
-            ),
-        }
         self.request_body = RequestBody(
-            required=True,
-            content={"application/json": OpenAPIMediaType(schema=schema, examples=examples)},
+            required=True, content={"application/json": OpenAPIMediaType(schema=schema)}
         )
 
 
@@ -205,7 +168,7 @@ ACCEPTED = {"id": _ID, "queue": "notifications", "state": "waiting", "links": _L
 _SUMMARY = {
     "id": _ID,
     "queue": "notifications",
-    "task": "notifications.webhook",
+    "task": "orders.notify",
     "state": "completed",
     "attempts": 1,
     "maxAttempts": None,
@@ -255,6 +218,7 @@ ALWAYS = {
     ),
     503: problem_spec("The ledger is unavailable or not migrated, or a key is held; try again."),
 }
+_NOT_OFFERED = {403: problem_spec(f"{ALWAYS[403].description} Or clients may not submit the task.")}
 UNKNOWN = {404: problem_spec("There is no such job.")}
 NO_JSON_TYPE = {415: problem_spec("The Content-Type is not application/json.")}
 
@@ -266,6 +230,7 @@ ACCEPT_RESPONSES = {
         ACCEPTED,
     ),
     **ALWAYS,
+    **_NOT_OFFERED,
     400: problem_spec(
         "The body is not JSON or has other fields, or the Idempotency-Key is invalid."
     ),
@@ -281,6 +246,7 @@ BATCH_RESPONSES = {
         {"jobs": [{**ACCEPTED, "created": True}]},
     ),
     **ALWAYS,
+    **_NOT_OFFERED,
     400: problem_spec(
         "The body is not JSON or has other fields, or there is an Idempotency-Key header."
     ),
@@ -339,7 +305,7 @@ _EVENT = {
 
 _JOB = {
     **_SUMMARY,
-    "payload": EXAMPLE_PAYLOAD,
+    "payload": {"order": 17},
     "result": {"status": 204},
     "failures": _FAILURES,
 }
@@ -359,51 +325,16 @@ _EXAMPLES = {
     views.SCHEDULES_PATH: {"items": [SCHEDULE]},
 }
 
-_LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-_LAST_LABEL = "[A-Za-z]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-_PORT = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
-_WEBHOOK_URL = (
-    rf"^[Hh][Tt][Tt][Pp][Ss]?://({_LABEL}\.){{0,8}}{_LAST_LABEL}(:({_PORT}))?"
-    r"(/[!-\"$->@-\[\]-~]*)?(\?[!-\"$-\[\]-~]*)?$"
-)
-_WEBHOOK = {
-    "type": "object",
-    "description": "Either a url, or alert: true, which sends it to ALERT_WEBHOOK_URL.",
-    "required": ["type", "data"],
-    "properties": {
-        "type": {"type": "string", "minLength": 1, "description": "Such as order.shipped"},
-        "data": {"type": "object"},
-    },
-    "oneOf": [
-        {
-            "required": ["url"],
-            "properties": {
-                "url": {
-                    "type": "string",
-                    "maxLength": 2048,
-                    "pattern": _WEBHOOK_URL,
-                    "description": "With a host name, or an IP address in canonical form",
-                },
-                "alert": {"const": False},
-            },
-        },
-        {
-            "required": ["alert"],
-            "properties": {"alert": {"const": True}, "url": {"type": "null"}},
-        },
-    ],
-}
 _NAME: Document = {"type": "string", "minLength": 1, "maxLength": views.MAX_NAME_CHARACTERS}
-_PAYLOADS: dict[str, Document] = {"notifications.webhook": _WEBHOOK}
-"""Schemas of payloads that are validated beyond their type."""
 
 
 class JobsDocument:
-    """Adds the configured queues and the declared tasks to the document."""
+    """Adds the configured queues, and the tasks that clients may submit, to the document."""
 
     def __init__(self, tasks: Iterable[Task], queues: Collection[str], codec: Codec) -> None:
         self._codec = codec
-        self._tasks = sorted(tasks, key=lambda task: task.name)
+        offered = (task for task in tasks if task.api)
+        self._tasks = sorted(offered, key=lambda task: task.name)
         self._queues = sorted(queues)
 
     def finish(self, document: Document) -> None:
@@ -433,23 +364,32 @@ class JobsDocument:
             fields["queue"] = {"type": "string", "enum": self._queues}
         payloads, components = self._payloads()
         document["components"]["schemas"].update(components)
-        names = {"type": "string", "enum": [task.name for task in self._tasks]}
         queues = {"type": ["string", "null"], "enum": [*self._queues, None]}
-        variants = [
-            self._variant(task, payload)
-            for task, payload in zip(self._tasks, payloads, strict=True)
-        ]
-        for job in (_body_of(paths, ""), _body_of(paths, "/batch")["properties"]["jobs"]["items"]):
-            job["properties"]["task"] = names
+        single, batch = _body_of(paths, ""), _body_of(paths, "/batch")
+        for job in (single["schema"], batch["schema"]["properties"]["jobs"]["items"]):
             job["properties"]["queue"] |= queues
-            job["oneOf"] = variants
+            if not self._tasks:  # an enumeration or a choice has at least one member
+                job["properties"]["task"] |= {"description": "No task takes jobs of clients here"}
+                continue
+            names = {"type": "string", "enum": [task.name for task in self._tasks]}
+            job["properties"]["task"] = names
+            job["oneOf"] = [
+                self._variant(task, payload)
+                for task, payload in zip(self._tasks, payloads, strict=True)
+            ]
+        if (task := next(filter(self._takes_null, self._tasks), None)) is not None:
+            single["examples"] = _examples(
+                at_once={"task": task.name},
+                later={"task": task.name, "runAt": "2026-01-07T03:00:00Z"},
+            )
+            jobs = [{"task": task.name, "key": "order-17"}, {"task": task.name, "priority": -1}]
+            batch["examples"] = _examples(two={"jobs": jobs})
 
     def _payloads(self) -> tuple[list[Document], dict[str, Any]]:
-        typed = {t.name: t.payload_type for t in self._tasks if t.name not in _PAYLOADS}
-        schemas, found = self._codec.schemas(typed.values(), "#/components/schemas/Payload.")
-        known = dict(zip(typed, schemas, strict=True)) | _PAYLOADS
+        types = [task.payload_type for task in self._tasks]
+        schemas, found = self._codec.schemas(types, "#/components/schemas/Payload.")
         components = {f"Payload.{name}": schema for name, schema in sorted(found.items())}
-        return [known[task.name] or {} for task in self._tasks], components
+        return [schema or {} for schema in schemas], components
 
     def _variant(self, task: Task, payload: Document) -> Document:
         return {
@@ -468,8 +408,12 @@ class JobsDocument:
 
 
 def _body_of(paths: Document, path: str) -> Any:
-    post = paths[f"{views.PATH}{path}"]["post"]
-    return post["requestBody"]["content"]["application/json"]["schema"]
+    return paths[f"{views.PATH}{path}"]["post"]["requestBody"]["content"]["application/json"]
+
+
+def _examples(**values: Document) -> Document:
+    named = {name.replace("_", " "): value for name, value in values.items()}
+    return {name: {"summary": name, "value": value} for name, value in named.items()}
 
 
 def _parameters(operation: Document, **schemas: Document) -> None:

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from http import HTTPStatus
+from operator import itemgetter
 from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 import msgspec
@@ -27,13 +28,15 @@ from litestar.types import Send as LitestarSend
 from viralfx.domain.access import ANONYMOUS, Principal
 from viralfx.domain.audit import Action, AuditEntry
 from viralfx.domain.correlation import is_correlation_id, is_traceparent
-from viralfx.domain.jobs.batching import JobFollower, Submission
+from viralfx.domain.jobs.batching import JobFollower, Submission, about
 from viralfx.domain.jobs.codec import MAX_NESTING_LEVELS, is_too_deep
 from viralfx.domain.jobs.model import Job, JobFilter, JobState, canonical_job_id
 from viralfx.domain.jobs.service import JobService
+from viralfx.domain.jobs.tasks import TaskRegistry
 from viralfx.settings.tokens import API
 from viralfx.web.auth import CHANGING, Headers, is_cross_origin
 from viralfx.web.jobs import openapi, schemas
+from viralfx.web.jobs.offers import NOT_OFFERED, is_offered
 from viralfx.web.jobs.schemas import (
     MAX_KEY_CHARACTERS,
     MAX_NAME_CHARACTERS,
@@ -240,6 +243,11 @@ class JobsApi:
         return self._layer.assembly.jobs.service
 
     @property
+    def tasks(self) -> TaskRegistry:
+        """The tasks of this process."""
+        return self._layer.assembly.jobs.tasks
+
+    @property
     def follower(self) -> JobFollower:
         """The source of event streams of jobs."""
         return self._layer.assembly.jobs.follower
@@ -308,9 +316,17 @@ def caller_of(request: AnyRequest) -> Principal:
 
 
 def require_submit(request: AnyRequest, task: str) -> None:
-    """Raise 403 unless the caller may submit jobs of a task."""
-    if not caller_of(request).may_submit(task):
+    """Raise 403 unless the caller may submit jobs of a task, and the task takes jobs of clients.
+
+    Raises ``UnknownTaskError``. Without the right, the answer does not tell whether the task
+    exists.
+    """
+    caller, api = caller_of(request), api_of(request)
+    if not caller.may_submit(task):
         _refuse(request, f"submit:{task}")
+    if not is_offered(task, api.tasks, caller):
+        api.record_refusal(request, HTTPStatus.FORBIDDEN, actor=caller)
+        raise PermissionDeniedException(NOT_OFFERED.format(task))
 
 
 def require_read(request: AnyRequest, queue: str | None) -> None:
@@ -451,8 +467,10 @@ class JobsController(Controller):
         if header_values(request, b"idempotency-key"):
             raise ClientException("A batch has no Idempotency-Key: give each of its jobs a key.")
         batch = await read_batch(request)
-        for task in dict.fromkeys(each.task for each in batch):
-            require_submit(request, task)
+        first = {each.task: index for index, each in reversed([*enumerate(batch)])}
+        for task, index in sorted(first.items(), key=itemgetter(1)):
+            with about(index):
+                require_submit(request, task)
         accepted = await api_of(request).service.accept_all(batch, traceparent=traceparent(request))
         return schemas.JobsAccepted(jobs=[schemas.batched(each) for each in accepted])
 
