@@ -273,6 +273,9 @@ def test_mistakes_get_one_line_each(database: Database) -> None:
     assert malformed.startswith("viralfx: jobs submit parcels.echo: ")
     assert "the payload is JSON, such as " in malformed
     assert "is not empty" in shell.fails(2, "submit", "parcels.echo", "1", "--key", "")
+    assert "belong to the names of TOKENS" in shell.fails(
+        2, "submit", "parcels.echo", "1", "--key", "@ann 17"
+    )
     without = command("jobs", "list")
     assert (without.returncode, "DATABASE_URL: not set" in without.stderr) == (2, True)
     nowhere = {"DATABASE_URL": "postgresql://u@127.0.0.1:1/x"}

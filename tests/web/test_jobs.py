@@ -111,6 +111,7 @@ async def test_a_job_is_accepted_and_found(client: Client) -> None:
         "userId": None,
         "priority": 0,
         "idempotencyKey": None,
+        "keyOwner": None,
         "createdAt": job["createdAt"],
         "runAt": job["createdAt"],
         "startedAt": None,

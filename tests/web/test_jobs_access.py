@@ -3,6 +3,7 @@
 import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import Any, cast
 
 import httpx
@@ -25,6 +26,7 @@ CALLS = [
     ("POST", f"{JOBS}/x/retry"),
     ("GET", f"{JOBS}/x/events"),
 ]
+TIME = datetime(2999, 1, 1, tzinfo=UTC)
 TOKEN = Settings(api_token=Secret(" planted "))
 
 
@@ -286,3 +288,90 @@ async def test_an_answer_names_no_task_that_the_caller_may_not_submit() -> None:
     assert no_hint == [
         (422, f"There is no task named {name!r} here.") for name in ("withheld.not", "webhook")
     ]
+
+
+# -- idempotency keys --------------------------------------------------------------------------
+
+OWNERS = Settings(
+    api_token=Secret("api"),
+    tokens=Secret(
+        "ann submit:*,read:* ann-secret-1; bob submit:*,read:analytics bob-secret-2;"
+        " eve submit:* eve-secret-3"
+    ),
+    task_modules=("tests.offered_tasks",),
+)
+SECRETS = {"ann": "ann-secret-1", "bob": "bob-secret-2", "eve": "eve-secret-3", "api": "api"}
+LATER = "2999-01-01T00:00:00Z"
+NOTHING = {"task": "offered.nothing", "runAt": LATER}
+
+
+class Callers:
+    """Clients of one service, by the names of their tokens."""
+
+    def __init__(self, client: AsyncTestClient[Litestar]) -> None:
+        self.client = client
+
+    async def post(self, name: str, key: str, **job: object) -> httpx.Response:
+        """Submit a job under a key."""
+        headers = {"Authorization": f"Bearer {SECRETS[name]}", "Idempotency-Key": key}
+        return await self.client.post(JOBS, json=job or NOTHING, headers=headers)
+
+    async def batch(self, name: str, key: str, **job: object) -> httpx.Response:
+        """Submit a job under a key, as the second one of a batch."""
+        jobs = [NOTHING, {**(job or NOTHING), "key": key}]
+        headers = {"Authorization": f"Bearer {SECRETS[name]}"}
+        return await self.client.post(f"{JOBS}/batch", json={"jobs": jobs}, headers=headers)
+
+
+async def test_each_name_has_idempotency_keys_of_its_own() -> None:
+    """Two names and API_TOKEN use one text for three jobs; each gets its own again, in batches too.
+
+    The key of API_TOKEN is stored as the application's own, as before.
+    """
+    app = create_app(OWNERS)
+    service = app.plugins.get(OperationsPlugin).jobs
+    async with AsyncTestClient(app) as client:
+        callers = Callers(client)
+        first = {name: await callers.post(name, "order-17") for name in SECRETS}
+        again = {name: await callers.post(name, "order-17") for name in SECRETS}
+        batched = {name: await callers.batch(name, "order-17") for name in SECRETS}
+        ids = {name: reply.json()["id"] for name, reply in first.items()}
+        headers = {"Authorization": "Bearer ann-secret-1"}
+        shown = {
+            name: (await client.get(f"{JOBS}/{job_id}", headers=headers)).json()
+            for name, job_id in ids.items()
+        }
+        own = await service.submit("offered.nothing", None, key="order-17", run_at=TIME)
+        stored = (await service.get(ids["ann"])).key
+
+    assert [reply.status_code for reply in first.values()] == [202] * 4
+    assert len(set(ids.values())) == 4
+    assert {name: (r.status_code, r.json()["id"]) for name, r in again.items()} == {
+        name: (200, job_id) for name, job_id in ids.items()
+    }
+    assert {name: reply.json()["jobs"][1]["id"] for name, reply in batched.items()} == ids
+    assert {n: (job["idempotencyKey"], job["keyOwner"]) for n, job in shown.items()} == {
+        name: ("order-17", None if name == "api" else name) for name in SECRETS
+    }
+    assert (own.created, own.job.id) == (False, ids["api"])
+    assert stored == "@ann order-17"
+
+
+async def test_no_client_can_write_the_key_of_a_name() -> None:
+    """Neither the stored form, nor another spelling of it, finds the job of another name."""
+    async with AsyncTestClient(create_app(OWNERS)) as client:
+        callers = Callers(client)
+        theirs = (await callers.post("ann", "order-17")).json()["id"]
+        refused = [
+            *[await callers.post(name, "@ann order-17") for name in ("api", "bob")],
+            await callers.batch("api", "@ann order-17"),
+        ]
+        spelled = [
+            await callers.post(name, key)
+            for name in ("api", "bob")
+            for key in ("@ann%20order-17", "@ann+order-17", "ann:order-17")
+        ]
+
+    assert [reply.status_code for reply in refused] == [400] * 3
+    assert [reply.status_code for reply in spelled] == [202] * len(spelled)
+    assert theirs not in {reply.json()["id"] for reply in spelled}

@@ -375,9 +375,15 @@ def _between(text: str, least: int, most: int, what: str = "number") -> int:
 
 
 def _key(text: str) -> str:
-    if text:
-        return text
-    raise argparse.ArgumentTypeError("an idempotency key is not empty; leave the option out")
+    from viralfx.domain.jobs.keys import stored_key  # noqa: PLC0415
+
+    if not text:
+        raise argparse.ArgumentTypeError("an idempotency key is not empty; leave the option out")
+    try:
+        stored_key(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _job_id(text: str) -> str:

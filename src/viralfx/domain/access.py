@@ -1,9 +1,11 @@
 """Names and rights: which caller may read, operate and stop, and submit and read which jobs."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from fnmatch import fnmatchcase
+
+from viralfx.domain.jobs.keys import NamedKey
 
 
 class Right(IntEnum):
@@ -31,6 +33,8 @@ class Principal:
     """Patterns of the queues whose jobs it may read."""
     operates: tuple[str, ...] = ()
     """Patterns of the queues whose jobs it may cancel and retry, and that it may pause."""
+    shares_keys: bool = False
+    """True: its idempotency keys are also those of the application, and belong to no name."""
 
     def may(self, right: Right) -> bool:
         """Return True if the caller has a right at the operations endpoints."""
@@ -48,13 +52,17 @@ class Principal:
 
     def joined(self, other: "Principal") -> "Principal":
         """Return a caller of this name that has the rights of both."""
-        return Principal(
-            name=self.name,
+        return replace(
+            self,
             right=max(self.right, other.right),
             submits=(*self.submits, *other.submits),
             reads=(*self.reads, *other.reads),
             operates=(*self.operates, *other.operates),
         )
+
+    def key(self, text: str | None) -> str | NamedKey | None:
+        """Return the idempotency key that the caller means by a text."""
+        return text if text is None or self.shares_keys else NamedKey(self.name, text)
 
     def may_submit(self, task: str) -> bool:
         """Return True if the caller may submit jobs of a task."""
@@ -73,5 +81,5 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-ANONYMOUS = Principal(name="anonymous")
+ANONYMOUS = Principal(name="anonymous", shares_keys=True)
 """A caller without a valid token or session."""

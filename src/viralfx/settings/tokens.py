@@ -10,9 +10,9 @@ from viralfx.domain.access import ANONYMOUS, Principal, Right
 from viralfx.domain.errors import suggest
 from viralfx.settings.groups import Secret
 
-MANAGEMENT = Principal(name="management", right=Right.ADMIN)
+MANAGEMENT = Principal(name="management", right=Right.ADMIN, shares_keys=True)
 """The holder of MANAGEMENT_TOKEN."""
-API = Principal(name="api", submits=("*",), reads=("*",), operates=("*",))
+API = Principal(name="api", submits=("*",), reads=("*",), operates=("*",), shares_keys=True)
 """The holder of API_TOKEN: every action of the jobs API."""
 MAX_SECRETS = 2
 """Secrets of one name: during a rotation the new one and the old one."""

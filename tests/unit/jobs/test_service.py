@@ -14,9 +14,11 @@ from viralfx.adapters.codec import MsgspecCodec
 from viralfx.domain.correlation import bind_user_id, current_user_id
 from viralfx.domain.jobs.batching import BulkCount, Submission
 from viralfx.domain.jobs.codec import PayloadError
+from viralfx.domain.jobs.keys import NamedKey
 from viralfx.domain.jobs.ledger import TransactionError
 from viralfx.domain.jobs.model import (
     InvalidFilterError,
+    JobDraft,
     JobFilter,
     JobNotFoundError,
     JobState,
@@ -24,6 +26,7 @@ from viralfx.domain.jobs.model import (
     LedgerUnavailableError,
     Unique,
     UnknownQueueError,
+    new_job_id,
 )
 from viralfx.domain.jobs.schedule import Schedule, UnknownScheduleError
 from viralfx.domain.jobs.service import MAX_PAYLOADS, JobService
@@ -230,6 +233,22 @@ async def test_a_key_is_a_text(fleet: Fleet, key: Any) -> None:
     """Another type is refused in memory, too: Postgres cannot store it."""
     with pytest.raises(ValueError, match="key must be a text that is not empty"):
         await _service(fleet, _Announced()).submit("note", 1, key=key)
+
+
+async def test_only_a_name_submits_its_keys(fleet: Fleet) -> None:
+    """A text in the form of such a key is refused, also in a batch and in a draft."""
+    service = _service(fleet, _Announced())
+    text = "@ann order-17"
+    with pytest.raises(ValueError, match="belong to the names of TOKENS"):
+        await service.submit("note", 1, key=text)
+    with pytest.raises(ValueError, match=r"index 0: .* belong to the names of TOKENS"):
+        await service.accept_all([Submission(task="note", payload=b"1", key=text)])
+    draft = JobDraft(id=new_job_id(), queue="default", task="note", payload=b"1", key=text)
+    with pytest.raises(ValueError, match="belong to the names of TOKENS"):
+        await service.accept_draft(draft)
+    owned = await service.accept("note", b"1", key=NamedKey("ann", "order-17"))
+
+    assert [job.key for job in await fleet.memory_ledger.page()] == [owned.job.key] == [text]
 
 
 async def test_a_task_is_given_by_name_or_function(fleet: Fleet) -> None:

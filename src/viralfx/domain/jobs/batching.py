@@ -23,6 +23,7 @@ from typing import Generic, TypeVar
 
 from viralfx.domain.clock import Clock, wait_for
 from viralfx.domain.errors import ViralFXError
+from viralfx.domain.jobs.keys import NamedKey
 from viralfx.domain.jobs.ledger import Accepted
 from viralfx.domain.jobs.model import (
     Job,
@@ -447,7 +448,7 @@ class Submission:
     task: str
     payload: bytes
     """JSON."""
-    key: str | None = None
+    key: str | NamedKey | None = None
     run_at: datetime | None = None
     priority: int | None = None
     unique: str | None = None

@@ -116,7 +116,8 @@ class JobDraft:
     run_at: datetime | None = None
     """UTC; None: as soon as possible."""
     key: str | None = None
-    """Idempotency key: the ledger keeps one job for each key."""
+    """Idempotency key: the ledger keeps one job for each key. That of a name has the form of
+    :attr:`~viralfx.domain.jobs.keys.NamedKey.stored`."""
     correlation_id: str | None = None
     traceparent: str | None = None
     user_id: str | None = None

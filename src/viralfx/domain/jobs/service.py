@@ -39,6 +39,7 @@ from viralfx.domain.jobs.codec import (
     unique_key_of,
 )
 from viralfx.domain.jobs.hooks import CombinedHooks, JobHooks, log_refusal
+from viralfx.domain.jobs.keys import NamedKey, stored_key
 from viralfx.domain.jobs.ledger import (
     Accepted,
     BlockingConnection,
@@ -91,12 +92,6 @@ MAX_CHANGED = 100_000
 
 def _unknown_queue(queue: str, known: Iterable[str]) -> UnknownQueueError:
     return UnknownQueueError(f"there is no queue {queue!r}; there are {', '.join(sorted(known))}")
-
-
-def _key(key: object) -> str | None:
-    if key is not None and (not isinstance(key, str) or not key):
-        raise ValueError(f"key must be a text that is not empty: {key!r}")
-    return key
 
 
 def _id(job_id: object) -> str:
@@ -170,7 +165,7 @@ class JobService(ScheduledTasks):
         payload: bytes,
         *,
         run_at: datetime | None = None,
-        key: str | None = None,
+        key: str | NamedKey | None = None,
         traceparent: str | None = None,
         priority: int | None = None,
         unique: str | None = None,
@@ -181,7 +176,8 @@ class JobService(ScheduledTasks):
         """Accept a job; it is durable when this returns.
 
         ``run_at`` is the earliest time, with a time zone. Of the due jobs of a queue, one with a
-        higher ``priority`` runs first; None: the task's. A repeated ``key`` returns the first job.
+        higher ``priority`` runs first; None: the task's. A repeated ``key`` returns the first job;
+        that of a name differs from all others with its text.
         With ``unique``, ``"waiting"`` or ``"unfinished"``, a job of the same task and payload that
         waits or has not ended is returned, and the key is not kept; None: the task's. ``queue`` is
         that of the job; None: the task's. ``max_attempts`` replaces the attempts that the
@@ -223,10 +219,11 @@ class JobService(ScheduledTasks):
         """Accept a job with an id of the caller's, of a task that this process need not know.
 
         A repeated id or key returns the first job, also if the draft asks for something else.
-        Raises :class:`UnknownQueueError`, and for the payload as :meth:`accept` does.
+        Raises :class:`UnknownQueueError`, and for payload and key as :meth:`accept` does.
         """
         if draft.queue not in self._queues:
             raise _unknown_queue(draft.queue, self._queues)
+        stored_key(draft.key)
         if problem := too_large(len(draft.payload), self._max_payload_bytes):
             raise PayloadTooLargeError(problem)
         self._codec.decode(draft.payload, Any)
@@ -309,7 +306,7 @@ class JobService(ScheduledTasks):
             task=declared.name,
             payload=payload,
             run_at=check_run_at(asked.run_at),
-            key=_key(asked.key),
+            key=stored_key(asked.key),
             correlation_id=current_correlation_id(),
             traceparent=traceparent,
             user_id=current_user_id(),

@@ -14,6 +14,7 @@ from viralfx.domain.clock import Clock, timestamp
 from viralfx.domain.doctor import Finding
 from viralfx.domain.fleet import CheckChange, CheckHistory, Instance
 from viralfx.domain.health.model import CheckReport, HealthReport, Status, Transition
+from viralfx.domain.jobs.keys import owner_and_text
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.model import Job, JobAttempt
 from viralfx.domain.jobs.schedule import ScheduleTimes
@@ -237,6 +238,7 @@ def history_view(found: Mapping[str, CheckHistory]) -> View:
 def job_view(job: Job) -> View:
     """Return a job without payload, result and failures, as ``GET /api/v1/jobs`` does."""
     error = job.error
+    key_owner, key = owner_and_text(job.key)
     return {
         "id": job.id,
         "queue": job.queue,
@@ -248,7 +250,8 @@ def job_view(job: Job) -> View:
         "correlationId": job.correlation_id,
         "userId": job.user_id,
         "priority": job.priority,
-        "idempotencyKey": job.key,
+        "idempotencyKey": key,
+        "keyOwner": key_owner,
         "createdAt": timestamp(job.created_at),
         "runAt": timestamp(job.run_at),
         "startedAt": moment(job.started_at),

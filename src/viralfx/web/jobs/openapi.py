@@ -123,7 +123,8 @@ class AcceptOperation(Operation):
         key = Parameter(
             name="Idempotency-Key",
             param_in="header",
-            description="Identifies the request: one job is accepted for each key",
+            description="Identifies the request: one job is accepted for each key. The keys of a"
+            " name in TOKENS are its own",
             schema=_key(OpenAPIType.STRING),
         )
         self.parameters = [*(self.parameters or ()), key]
@@ -178,6 +179,7 @@ _SUMMARY = {
     "userId": None,
     "priority": 0,
     "idempotencyKey": "order-17",
+    "keyOwner": "shop",
     "createdAt": "2026-01-06T12:00:00.000Z",
     "runAt": "2026-01-06T12:00:00.000Z",
     "startedAt": "2026-01-06T12:00:00.012Z",

@@ -30,6 +30,7 @@ from viralfx.domain.audit import Action, AuditEntry
 from viralfx.domain.correlation import is_correlation_id, is_traceparent
 from viralfx.domain.jobs.batching import JobFollower, Submission, about
 from viralfx.domain.jobs.codec import MAX_NESTING_LEVELS, is_too_deep
+from viralfx.domain.jobs.keys import NamedKey
 from viralfx.domain.jobs.model import Job, JobFilter, JobState, canonical_job_id
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.jobs.tasks import TaskRegistry
@@ -108,7 +109,7 @@ async def read_batch(request: AnyRequest) -> list[Submission]:
         Submission(
             task=each.task,
             payload=bytes(each.payload),
-            key=each.key,
+            key=caller_of(request).key(each.key),
             run_at=each.due,
             **each.options,
         )
@@ -144,7 +145,7 @@ def require_json(request: AnyRequest) -> None:
         )
 
 
-def idempotency_key(request: AnyRequest) -> str | None:
+def idempotency_key(request: AnyRequest) -> str | NamedKey | None:
     """Return the idempotency key of a request, or None. Raises 400 for an invalid key."""
     keys = header_values(request, b"idempotency-key")
     if not keys:
@@ -153,7 +154,7 @@ def idempotency_key(request: AnyRequest) -> str | None:
         raise ClientException(
             f"Idempotency-Key must be 1 to {MAX_KEY_CHARACTERS} visible ASCII characters, once."
         )
-    return keys[0].decode("ascii")
+    return caller_of(request).key(keys[0].decode("ascii"))
 
 
 def traceparent(request: AnyRequest) -> str | None:

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from viralfx.domain.clock import timestamp
 from viralfx.domain.jobs.batching import BulkCount
+from viralfx.domain.jobs.keys import owner_and_text
 from viralfx.domain.jobs.ledger import Accepted, QueueCounts
 from viralfx.domain.jobs.limits import FIRST_RUN_AT, LAST_RUN_AT, MAX_ATTEMPTS
 from viralfx.domain.jobs.model import (
@@ -219,6 +220,10 @@ class JobSummary(_View):
     user_id: Annotated[str | None, Meta(description="The user of the request that submitted it")]
     priority: Annotated[int, Meta(description="A higher number runs first")]
     idempotency_key: str | None
+    key_owner: Annotated[
+        str | None,
+        Meta(description="The name in TOKENS whose key it is; null: of API_TOKEN or the service"),
+    ]
     created_at: Timestamp
     run_at: Annotated[str, Meta(description="The time at which it is or was due; UTC")]
     started_at: Annotated[str | None, Meta(description="The start of its last attempt; UTC")]
@@ -318,6 +323,7 @@ def _failure(attempt: JobAttempt) -> FailedExecution:
 
 def _common(job: Job) -> dict[str, Any]:
     error = job.error
+    key_owner, key = owner_and_text(job.key)
     return {
         "id": job.id,
         "queue": job.queue,
@@ -330,7 +336,8 @@ def _common(job: Job) -> dict[str, Any]:
         "correlation_id": job.correlation_id,
         "user_id": job.user_id,
         "priority": job.priority,
-        "idempotency_key": job.key,
+        "idempotency_key": key,
+        "key_owner": key_owner,
         "created_at": timestamp(job.created_at),
         "run_at": timestamp(job.run_at),
         "started_at": moment(job.started_at),

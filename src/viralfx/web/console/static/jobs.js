@@ -176,7 +176,7 @@ export class JobView extends Remote {
       ["Worker", data.worker],
       ["Priority", data.priority || ""],
       ["Correlation id", data.correlationId ? html`<a href=${`#/jobs?${encoded({ correlationId: data.correlationId })}`}>${data.correlationId}</a>` : ""],
-      ["Idempotency key", data.idempotencyKey],
+      ["Idempotency key", data.keyOwner ? `${data.idempotencyKey} (of ${data.keyOwner})` : data.idempotencyKey],
       ["User", data.userId],
       ["Progress", data.progress ? [data.progress.message, data.progress.total ? `${data.progress.current} of ${data.progress.total}` : data.progress.current].filter((each) => each != null).join(", ") : ""],
       ["Last error", data.error ? html`<code>${data.error.code}</code> ${data.error.message}` : ""],
