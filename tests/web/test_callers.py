@@ -122,7 +122,22 @@ async def test_the_application_names_the_callers(caplog: pytest.LogCaptureFixtur
         "right": "operate",
     }
     assert {each[0] for each in acted(caplog)} == {"ann"}
-    assert (await site.ask(PAUSE, "POST", headers=foreign, body={})).status == 403
+    assert (await site.ask(PAUSE, "POST", headers=foreign, body={})).status == 401
+
+
+@pytest.mark.parametrize("origin", ["http://evil.test", "null", "http://console.test:81"])
+async def test_a_page_of_another_origin_has_no_caller(origin: str) -> None:
+    """A gateway names the user of each request of a browser, also of a foreign page's form."""
+    site = Site(Settings(), authorize=named)
+    headers = {"x-caller": "ann:ADMIN", "origin": origin}
+    for path, method in (("shutdown", "POST"), ("loggers/root", "PUT"), ("tasks", "GET")):
+        assert (await site.ask(path, method, headers=headers, body={})).status == 401
+    app = Litestar(plugins=[OperationsPlugin(OperationsConfig(authorize=named, jobs_api=True))])
+    async with AsyncTestClient(app, base_url="http://console.test") as client:
+        sent = await client.post("/api/v1/queues/default/pause", headers=headers)
+        assert sent.status_code == 401
+        own = {**headers, "origin": "http://console.test"}
+        assert (await client.post("/api/v1/queues/default/pause", headers=own)).status_code == 200
 
 
 @pytest.mark.parametrize(

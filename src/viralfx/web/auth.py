@@ -106,8 +106,15 @@ class AccessPolicy:
         return holder_of(headers, self.tokens.book) or self.named(headers)
 
     def named(self, headers: Headers) -> Principal | None:
-        """Return the caller that the application names; the token of the request has no effect."""
-        return None if self.application is None else self.application.find(headers)
+        """Return the caller that the application names; the token of the request has no effect.
+
+        A page of another origin has none: a browser adds the cookies of a gateway to its requests,
+        and the gateway adds the name.
+        """
+        headers = list(headers)
+        if self.application is None or is_cross_origin(headers):
+            return None
+        return self.application.find(headers)
 
     def _require(self, headers: Headers, right: Right) -> AccessVerdict:
         if not self.has_callers:
