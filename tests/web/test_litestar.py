@@ -254,6 +254,25 @@ def test_the_jobs_api_in_production_has_the_rules_of_the_service(
     assert names == [f"{beginning}{name}" for name in variables]
 
 
+@pytest.mark.parametrize(
+    ("settings", "variable"),
+    [
+        (Settings(environment="production", management_token=Secret("abc")), "MANAGEMENT_TOKEN"),
+        (Settings(environment="staging", tokens=Secret("ann admin abc")), "TOKENS"),
+        (Settings(environment="live", trusted_proxies=("0.0.0.0/0",)), "TRUSTED_PROXIES"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_settings_of_an_application_have_the_rules_of_production(
+    settings: Settings, variable: str
+) -> None:
+    """A weak token begins the stop of the process, also without the jobs API."""
+    with pytest.raises(ConfigurationError) as refused:
+        OperationsPlugin(OperationsConfig(settings=settings))
+
+    assert [line.partition(":")[0] for line in refused.value.problems] == [variable]
+
+
 async def test_the_jobs_api_in_production_with_a_strong_token() -> None:
     """It starts, and asks for the token."""
     settings = Settings(environment="production", api_token=STRONG, allow_memory_adapters=True)

@@ -202,9 +202,12 @@ class OperationsLayer:
         if config.settings is not None:
             problem = near_miss(self.settings.environment)
             problems = [problem] if problem else []
-            if config.jobs_api and self.settings.in_production:
+            if self.settings.in_production:
                 authorizes = config.authorize is not None
-                problems = [*self.settings.contradictions(with_api=True, authorizes=authorizes)]
+                judged = self.settings.contradictions(
+                    with_api=config.jobs_api, authorizes=authorizes
+                )
+                problems = list(judged)
             if problems:
                 raise ConfigurationError(problems)
         self._refused = False
