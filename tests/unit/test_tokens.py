@@ -89,6 +89,8 @@ def test_the_two_variables_have_the_rights_of_their_side() -> None:
         ("hunter2hunter2", "line 1: has 1 fields; write NAME RIGHTS SECRET"),
         ("ann hunter2hunter2", "line 1: has 2 fields"),
         ("ann read hunter2hunter2 b c", "line 1: has 5 fields"),
+        ("ann read hunter2hunter2 #managed-by-the-platform", "line 1: has a comment behind"),
+        ("ann read #hunter2hunter2", "line 1: has a comment behind its fields"),
         ("# one\n\n2nd read hunter2hunter2", "line 3: the first field is no name"),
         ("ann,bob read hunter2hunter2", "line 1: the first field is no name"),
         (f"{'a' * 65} read hunter2hunter2", "line 1: the first field is no name"),

@@ -120,6 +120,8 @@ def parse_tokens(text: str) -> tuple[Token, ...]:
 
 
 def _token(fields: list[str]) -> Token:
+    if any(text.startswith("#") for text in fields[1:]):  # it would be a secret
+        raise ValueError("has a comment behind its fields; write it on a line of its own")
     if not _MIN_FIELDS <= len(fields) <= _MIN_FIELDS - 1 + MAX_SECRETS:
         raise ValueError(f"has {len(fields)} fields; {_SHAPE}")
     name, rights, *secrets = fields
