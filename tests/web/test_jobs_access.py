@@ -375,3 +375,44 @@ async def test_no_client_can_write_the_key_of_a_name() -> None:
     assert [reply.status_code for reply in refused] == [400] * 3
     assert [reply.status_code for reply in spelled] == [202] * len(spelled)
     assert theirs not in {reply.json()["id"] for reply in spelled}
+
+
+@pytest.mark.parametrize("queue", ["default", "analytics", None])
+async def test_a_conflict_names_the_job_to_its_readers_alone(queue: str | None) -> None:
+    """A caller that may not read the queue of its earlier job learns only that the key is in use.
+
+    The same holds for a batch. The holder of API_TOKEN reads all queues.
+    """
+    async with AsyncTestClient(create_app(OWNERS)) as client:
+        callers = Callers(client)
+        named: dict[str, bool] = {}
+        for name in SECRETS:
+            job = {**NOTHING, "queue": queue}
+            used = (await callers.post(name, "order-17", **job)).json()["id"]
+            other = {**job, "runAt": "2998-01-01T00:00:00Z"}
+            alone = await callers.post(name, "order-17", **other)
+            batch = await callers.batch(name, "order-17", **other)
+            assert {reply.status_code for reply in (alone, batch)} == {409}
+            named[name] = used in alone.text
+            which = f"job {used}" if named[name] else "another job"
+            text = f"he idempotency key was used for {which}, which asks for something else."
+            assert alone.json()["detail"] == f"T{text}"
+            assert batch.json()["detail"] == f"The job at index 1: t{text}"
+
+    reads = {"ann": True, "bob": queue == "analytics", "eve": False, "api": True}
+    assert named == reads
+
+
+async def test_a_conflict_with_a_job_of_the_application_names_no_other_key() -> None:
+    """The application's job under the same text is no conflict for a name."""
+    app = create_app(OWNERS)
+    service = app.plugins.get(OperationsPlugin).jobs
+    async with AsyncTestClient(app) as client:
+        callers = Callers(client)
+        theirs = await service.submit("withheld.note", "x", key="order-17", run_at=TIME)
+        named = await callers.post("eve", "order-17")
+        shared = await callers.post("api", "order-17")
+
+    assert named.status_code == 202
+    assert shared.status_code == 409
+    assert theirs.job.id in shared.json()["detail"]

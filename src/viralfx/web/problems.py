@@ -16,7 +16,6 @@ from viralfx.domain.jobs.model import (
     InvalidFilterError,
     JobNotFoundError,
     JobStateError,
-    KeyConflictError,
     LedgerFullError,
     LedgerUnavailableError,
     NotMigratedError,
@@ -106,7 +105,7 @@ def respond(
 
 def _message_as_detail(status: int) -> Handler:
     def handle(_: Request[object, object, State], error: Exception) -> Response[Problem]:
-        return respond(status, _sentence(str(error)))
+        return respond(status, sentence(str(error)))
 
     return handle
 
@@ -130,7 +129,7 @@ def ledger_unavailable(advice: str) -> Handler:
 
 
 def _key_held(_: Request[object, object, State], error: Exception) -> Response[Problem]:
-    detail = f"{_sentence(str(error))} Nothing was accepted."
+    detail = f"{sentence(str(error))} Nothing was accepted."
     return respond(503, detail, code="key_held", headers=_RETRY_SOON)
 
 
@@ -145,18 +144,18 @@ def _refused(_: Request[object, object, State], __: Exception) -> Response[Probl
 
 
 def _full(_: Request[object, object, State], error: Exception) -> Response[Problem]:
-    detail = f"{_sentence(str(error))} Nothing was accepted: send the job again later."
+    detail = f"{sentence(str(error))} Nothing was accepted: send the job again later."
     return respond(503, detail, headers=_RETRY_WHEN_FREE)
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
+    """Return the message of an error as a sentence."""
     return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith("?") else ".")
 
 
 JOB_HANDLERS: ExceptionHandlersMap = {
     JobNotFoundError: _message_as_detail(404),
     JobStateError: _message_as_detail(409),
-    KeyConflictError: _message_as_detail(409),
     UnknownTaskError: _message_as_detail(422),
     UnknownQueueError: _message_as_detail(422),
     UnknownScheduleError: _message_as_detail(404),

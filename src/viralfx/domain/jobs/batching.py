@@ -498,7 +498,7 @@ def require_same(draft: JobDraft, accepted: Accepted) -> None:
     # A job with another key is its duplicate: one of the same task and payload.
     if not accepted.created and draft.key == job.key is not None and not job.comes_from(draft):
         raise KeyConflictError(
-            f"the idempotency key was used for job {job.id}, which asks for something else"
+            f"the idempotency key was used for job {job.id}, which asks for something else", job
         )
 
 

@@ -403,6 +403,11 @@ class InvalidFilterError(ViralFXError):
 class KeyConflictError(ViralFXError):
     """The idempotency key belongs to a different job."""
 
+    def __init__(self, message: str, job: "Job | None" = None) -> None:
+        self.job = job
+        """That job, if the message names it."""
+        super().__init__(message)
+
 
 class LedgerUnavailableError(ViralFXError):
     """The ledger did not answer in time; the operation may have taken effect."""

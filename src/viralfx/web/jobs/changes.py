@@ -23,7 +23,12 @@ from litestar.types import ExceptionHandlersMap
 from viralfx.domain.audit import Action, AuditEntry, filter_in_words, jobs_in_words
 from viralfx.domain.jobs.batching import BulkCount
 from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import JobFilter, JobState, LedgerUnavailableError
+from viralfx.domain.jobs.model import (
+    JobFilter,
+    JobState,
+    KeyConflictError,
+    LedgerUnavailableError,
+)
 from viralfx.domain.jobs.service import MAX_CHANGED
 from viralfx.web.jobs import openapi, schemas
 from viralfx.web.jobs.openapi import (
@@ -42,6 +47,7 @@ from viralfx.web.jobs.routes import (
     api_of,
     caller_of,
     check_request,
+    key_conflict,
     read_body,
     require_any_read,
     require_operate,
@@ -468,7 +474,11 @@ def jobs_router(layer: OperationsLayer) -> Router:
             SchedulesController,
         ],
         before_request=check_request,
-        exception_handlers={**problem_handlers(), **JOB_HANDLERS},
+        exception_handlers={
+            **problem_handlers(),
+            **JOB_HANDLERS,
+            KeyConflictError: key_conflict,
+        },
         tags=["jobs"],
         opt={JOBS_API: JobsApi(layer)},
         security=openapi.SECURITY if layer.settings.has_api_tokens else None,

@@ -31,7 +31,13 @@ from viralfx.domain.correlation import is_correlation_id, is_traceparent
 from viralfx.domain.jobs.batching import JobFollower, Submission, about
 from viralfx.domain.jobs.codec import MAX_NESTING_LEVELS, is_too_deep
 from viralfx.domain.jobs.keys import NamedKey
-from viralfx.domain.jobs.model import Job, JobFilter, JobState, canonical_job_id
+from viralfx.domain.jobs.model import (
+    Job,
+    JobFilter,
+    JobState,
+    KeyConflictError,
+    canonical_job_id,
+)
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.jobs.tasks import TaskRegistry
 from viralfx.settings.tokens import API
@@ -46,8 +52,8 @@ from viralfx.web.jobs.schemas import (
     JobRequest,
 )
 from viralfx.web.layer import OperationsLayer
-from viralfx.web.problems import ON_ACCEPT, ON_BATCH, ON_CHANGE
-from viralfx.web.responses import Scope, has_credentials, peer_of
+from viralfx.web.problems import ON_ACCEPT, ON_BATCH, ON_CHANGE, respond, sentence
+from viralfx.web.responses import Problem, Scope, has_credentials, peer_of
 
 MAX_BODY_BYTES = 64 * 1024
 """Maximum size of a request body."""
@@ -328,6 +334,14 @@ def require_submit(request: AnyRequest, task: str) -> None:
     if not is_offered(task, api.tasks, caller):
         api.record_refusal(request, HTTPStatus.FORBIDDEN, actor=caller)
         raise PermissionDeniedException(NOT_OFFERED.format(task))
+
+
+def key_conflict(request: AnyRequest, error: Exception) -> Response[Problem]:
+    """Answer that a key is in use. Only a caller that may read the other job sees its id."""
+    text, job = str(error), error.job if isinstance(error, KeyConflictError) else None
+    if job is not None and not caller_of(request).may_read(job.queue):
+        text = text.replace(f"job {job.id}", "another job")
+    return respond(HTTPStatus.CONFLICT, sentence(text))
 
 
 def require_read(request: AnyRequest, queue: str | None) -> None:
