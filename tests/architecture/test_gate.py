@@ -262,6 +262,60 @@ def test_a_run_without_an_environment_has_a_summary(tmp_path: Path, environment:
     assert lines[1:] == ["  cp: No space left on device", "0 passed, 0 failed, 0 run again"]
 
 
+PART = """
+[ "$2 $3" = "tests.gate summary" ] && exec "{real}" -S "$@"
+[ "$2 $3" = "tests.gate run" ] || exit 1
+echo "$4 runs"
+touch "$4.began"
+for _ in {{1..600}}; do
+  if [ -e image-complete.began ] && [ -e "{other}.began" ]; then
+    [ "$4" != "{fails}" ]
+    exit
+  fi
+  sleep 0.1
+done
+exit 1
+"""
+"""In place of Python: a part that ends once those of both stages have begun."""
+
+
+@pytest.mark.parametrize("fails", ["none", "the other Python", "image-complete"])
+def test_the_other_python_runs_beside_the_containers(tmp_path: Path, fails: str) -> None:
+    """Each of the two can make the run red; the output of the containers comes first."""
+    version = "3.13" if sys.version_info < (3, 13) else "3.11"
+    other = f"py{version.replace('.', '')}"
+    for name in (".ci/run", "tests/gate.py"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(ROOT / name, tmp_path / name)
+    failing = other if fails == "the other Python" else fails
+    part = PART.format(real=sys.executable, other=other, fails=failing)
+    script(tmp_path / ".ci/venv", "exit 0")
+    script(tmp_path / "bin/apt-get", "exit 1")
+    script(tmp_path / "bin/docker", "exit 0")
+    for name in ("python3", f"python{version}"):
+        script(tmp_path / "bin" / name, f'exec "{sys.executable}" "$@"')
+    for folder in (".venv", f".venv-{version}"):
+        script(tmp_path / folder / "bin/python", part)
+    environ = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    environ.pop("PYTHON", None)
+    process = subprocess.run(
+        [tmp_path / ".ci/run", "containers", "py313"],
+        check=False,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=80,
+    )
+    lines = process.stdout.splitlines()
+    assert process.returncode == int(fails != "none"), (process.stderr, lines)
+    order = [lines.index(each) for each in ("image-complete runs", "== py313", f"{other} runs")]
+    assert order == sorted(order)
+    stages = [line.split()[:2] for line in lines[lines.index("== summary") + 1 : -1]]
+    assert ["environment", "green"] in stages
+    assert ["containers", "RED" if fails == "image-complete" else "green"] in stages
+    assert ["py313", "RED" if fails == "the other Python" else "green"] in stages
+
+
 def script(path: Path, text: str) -> None:
     """Write a program of the shell."""
     path.parent.mkdir(parents=True, exist_ok=True)
