@@ -42,7 +42,9 @@ _SLOW = (
     *("integration", "process", "simulation"),
 )
 """The layers with slow tests, the slowest first."""
-_EACH_PYTHON = ("contracts", "process", "web")
+_EACH_PYTHON = ("contracts", "process")
+_EACH_FUNCTION = ("web",)
+"""The layers of which the other Python runs all tests, and each test function once."""
 
 
 @cache
@@ -76,14 +78,17 @@ def pytest_collection() -> Generator[None, object, object]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run long files and slow layers first, and mark the layers that both Python versions run.
+    """Run long files and slow layers first, and mark the tests that both Python versions run.
 
     At the end one long file would run while the other workers of the run have nothing left to do.
     """
     items.sort(key=lambda item: _turn(item.path))
+    functions: set[str] = set()
     for item in items:
-        if _layer(item.path) in _EACH_PYTHON:
+        layer, function = _layer(item.path), item.nodeid.partition("[")[0]
+        if layer in _EACH_PYTHON or (layer in _EACH_FUNCTION and function not in functions):
             item.add_marker("each_python")
+        functions.add(function)
 
 
 @pytest.hookimpl(tryfirst=True)
