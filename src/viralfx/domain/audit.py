@@ -356,7 +356,7 @@ class AuditTrail:
         async def prune() -> None:
             deleted.append(await store.prune(self._retention))
 
-        # In steps, so that each is short; in all, or busy clients would fill the table for ever.
+        # In steps, so that each is short; until none is left, or the table of busy clients grows.
         while await self._succeeds(prune()) and deleted[-1] >= PRUNED_AT_ONCE:
             if self._waiting:  # they come first
                 self._next_prune = self._clock.monotonic()
