@@ -254,6 +254,10 @@ check-packaging *arguments:
 newest *arguments:
     {{bin}}/python -m tests.deploy.newest {{arguments}}
 
+# processes of version 0.2.0 beside those of this checkout: tokens, keys, jobs, webhooks, sessions; --record publishes them
+mixed-fleet *arguments:
+    {{bin}}/python -m tests.deploy.mixed_fleet {{arguments}}
+
 # the commands of docs/tutorial.md from an empty folder, with their times; --record publishes them
 tutorial *arguments:
     {{bin}}/python -m tests.deploy.tutorial {{arguments}}
