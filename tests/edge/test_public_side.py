@@ -22,9 +22,10 @@ from tests.servers.haproxy import haproxy
 from tests.servers.ports import free_port
 from tests.servers.waiting import wait_until
 from tests.system.service import Service, running
-from tests.web.test_exposure import BODIES, NAMED, NEEDS, expected, routes_of, settings_of
+from tests.web.test_exposure import BODIES, NAMED, NEEDS, expected, routes_of
 
 from viralfx import OperationsPlugin
+from viralfx.settings import Secret, Settings
 from viralfx.web.app import create_app
 from viralfx.web.gate import Gate
 
@@ -164,7 +165,14 @@ def proxy(
 
 def routes() -> set[tuple[str, str]]:
     """Return the methods and paths of the service, that its endpoints answer."""
-    app = create_app(settings_of("production"))
+    settings = Settings(
+        environment="production",
+        allow_memory_adapters=True,
+        management_token=Secret(TOKENS["management"]),
+        api_token=Secret(TOKENS["api"]),
+        tokens=Secret(ENVIRONMENT["TOKENS"]),
+    )
+    app = create_app(settings)
     found = routes_of(app, Gate(app.plugins.get(OperationsPlugin).endpoints))
     return {(method, path.rstrip("/")) for method, path in found if method != "OPTIONS"}
 
