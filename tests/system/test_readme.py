@@ -81,7 +81,10 @@ def test_the_test_command_runs_each_part_and_fails_with_it(tmp_path: Path, faili
     )
 
     assert result.returncode == bool(failing), result.stderr
-    ignored = ("unit", "simulation", "architecture", "browser/test_site.py")
+    distribution = (
+        f"deploy/test_{each}.py" for each in ("extras", "release", "source", "tutorial")
+    )
+    ignored = ("unit", "simulation", "architecture", "browser/test_site.py", *distribution)
     others = " ".join(f"--ignore=tests/{each}" for each in ignored)
     assert result.stdout.splitlines() == [
         f"-m tests.gate once pure -n {len(os.sched_getaffinity(0))} tests/unit tests/simulation",
