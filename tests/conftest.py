@@ -20,6 +20,7 @@ pytest_plugins = ["tests.servers.fixtures", "tests.integration.databases"]
 
 
 _LONG = (
+    *("deploy/test_podman.py", "deploy/test_trial.py", "deploy/test_image.py"),
     *("browser/test_site.py", "observability/test_dashboard.py", "system/test_chaos.py"),
     *("edge/test_attacks.py", "system/test_culprits.py", "console/test_views.py"),
     *("edge/test_held.py", "system/test_rolling_update.py", "system/test_database_faults.py"),
