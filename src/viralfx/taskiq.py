@@ -34,7 +34,6 @@ from viralfx.domain.jobs.tasks import (
     declared_task,
     mark,
 )
-from viralfx.domain.loops import ForeignLoopError
 from viralfx.domain.shutdown import Phase
 from viralfx.settings import read_settings
 from viralfx.telemetry.tracing import module_of_application, tracing_of
@@ -346,7 +345,8 @@ class LedgerBroker(AsyncBroker, TaskHost):
             jobs, own = await self.job_service(), self._own
             try:
                 return await call(jobs, again)
-            except ForeignLoopError:
+            except RuntimeError:
+                # Also where an ending loop closes the generators of calls that still wait.
                 if own is None or not await self._has_lost(jobs, own):
                     raise
                 again = True
