@@ -6,7 +6,8 @@
 
 A busy machine can delay a test that starts processes, uses servers or waits. Such a test runs up
 to twice more, after all others of its part and with nothing beside it. A pure test runs once. The
-summary lists each rerun with its first error. More than ``MAX_RERUNS`` of them make a run red.
+summary lists each rerun with its first error. More than ``MAX_RERUNS`` of them make a run red. The
+tests of a file whose set-up fails with the same error count once, since they share a fixture.
 
 A test that hangs is cut by its time limit, or with its process after ``HANGS_AFTER`` seconds if it
 catches that. A part is cut after ``MAX_SECONDS``. Tests that did not run have failed.
@@ -48,6 +49,9 @@ MAX_FAILURES_SHOWN = 15
 MAX_COLUMNS = 200
 REASON_LINES = 3
 """Last lines of a stage that the summary repeats if it is not green and no test of it failed."""
+
+SETUP = "setup: "
+"""Prefix of the error of a test whose set-up failed."""
 
 FAILED = 1
 """pytest's exit code if tests failed. Other ones mean that they did not all run."""
@@ -126,14 +130,14 @@ def once(folder: Path, part: str, arguments: Sequence[str]) -> int:
 
 
 def _repeat(folder: Path, part: str, results: Results) -> None:
-    before = sum(len(others.repeated) for _, others in _parts(folder))
+    before = sum(_different(others.repeated) for _, others in _parts(folder))
     for number in range(2, MAX_ATTEMPTS + 1):
         again = [test for test in results.failed if _may_repeat(test)]
-        count = len({*again, *results.repeated})
+        count = _different({test: results.failed[test] for test in again} | results.repeated)
         if not again:
             return
         if before + count > MAX_RERUNS:
-            print(f"{before + count} tests would run again, more than {MAX_RERUNS}: none does")
+            print(f"{before + count} failures are more than {MAX_RERUNS}: no test runs again")
             return
         print(f"\n== {part}, attempt {number}: {len(again)} tests, one by one", flush=True)
         for test in again:
@@ -149,6 +153,13 @@ def _repeat(folder: Path, part: str, results: Results) -> None:
         for test in passed:
             results.failed.pop(test, None)
             results.passed.append(test)
+
+
+def _different(errors: Mapping[str, str]) -> int:
+    """Count failures; those of a fixture that tests of one file share count once."""
+    of_setup = {test: error for test, error in errors.items() if error.startswith(SETUP)}
+    shared = {(test.partition("::")[0], error) for test, error in of_setup.items()}
+    return len(errors) - len(of_setup) + len(shared)
 
 
 def _may_repeat(test: str) -> bool:
@@ -205,11 +216,13 @@ def _failures(failed: Mapping[str, str]) -> Iterator[str]:
 
 
 def _reruns(repeated: Mapping[str, str], failed: Mapping[str, str]) -> Iterator[str]:
-    for test, error in list(repeated.items())[:MAX_RERUNS]:
+    for test, error in list(repeated.items())[:MAX_FAILURES_SHOWN]:
         result = "failed again" if test in failed else "passed then"
         yield _cut(f"RERUN {test} - {result}; first: {error}")
-    if len(repeated) > MAX_RERUNS:
-        yield f"{len(repeated)} tests ran again; more than {MAX_RERUNS} make the run red"
+    if len(repeated) > MAX_FAILURES_SHOWN:
+        yield f"and {len(repeated) - MAX_FAILURES_SHOWN} more ran again"
+    if _different(repeated) > MAX_RERUNS:
+        yield f"more than {MAX_RERUNS} failures that ran again make the run red"
 
 
 def _cut(line: str) -> str:
@@ -242,7 +255,7 @@ def summary(folder: Path) -> int:
     passed = sum(len(one.passed) for one in parts.values())
     print(f"{passed} passed, {len(failed)} failed, {len(repeated)} run again", flush=True)
     green = all(result in {"green", "skipped"} for _, result, _ in stages)
-    return int(not green or bool(failed) or len(repeated) > MAX_RERUNS)
+    return int(not green or bool(failed) or _different(repeated) > MAX_RERUNS)
 
 
 def _reason_of(log: Path) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.gate import FAILED, HANGS_AFTER, INTERRUPTED, Results, take_interrupts
+from tests.gate import FAILED, HANGS_AFTER, INTERRUPTED, SETUP, Results, take_interrupts
 
 
 class Recorder:
@@ -27,7 +27,8 @@ class Recorder:
         """Record one phase of a test. A test that fails in any phase has failed."""
         results, test = self.results, report.nodeid
         if report.failed:
-            results.failed.setdefault(test, _first_line(report))
+            phase = SETUP if report.when == "setup" else ""
+            results.failed.setdefault(test, f"{phase}{_first_line(report)}")
         elif report.skipped:
             results.skipped[test] = _reason(report)
         elif report.when == "call":

@@ -135,7 +135,7 @@ def test_a_test_with_a_fault_runs_again_alone_and_the_summary_names_it(checkout:
     assert f"{place}::test_fails_once (beside) - passed then; first: AssertionError: on" in reruns
     assert f"{place}::test_fails_always (beside) - failed again; first: AssertionE" in reruns
     assert f"{place}::test_hangs_once (beside) - passed then; first: Failed: Timeout" in reruns
-    assert f"{place}::test_has_a_broken_fixture (beside) - passed then; first: Asser" in reruns
+    assert f"{place}::test_has_a_broken_fixture (beside) - passed then; first: setup: A" in reruns
     assert "test_kills_its_worker (beside) - passed then; first: worker 'gw" in reruns
     assert "test_fails_twice[[x]::y] (beside) - passed then" in reruns
     assert "test_pure" not in reruns
@@ -262,60 +262,6 @@ def test_a_run_without_an_environment_has_a_summary(tmp_path: Path, environment:
     assert lines[1:] == ["  cp: No space left on device", "0 passed, 0 failed, 0 run again"]
 
 
-PART = """
-[ "$2 $3" = "tests.gate summary" ] && exec "{real}" -S "$@"
-[ "$2 $3" = "tests.gate run" ] || exit 1
-echo "$4 runs"
-touch "$4.began"
-for _ in {{1..600}}; do
-  if [ -e image-complete.began ] && [ -e "{other}.began" ]; then
-    [ "$4" != "{fails}" ]
-    exit
-  fi
-  sleep 0.1
-done
-exit 1
-"""
-"""In place of Python: a part that ends once those of both stages have begun."""
-
-
-@pytest.mark.parametrize("fails", ["none", "the other Python", "image-complete"])
-def test_the_other_python_runs_beside_the_containers(tmp_path: Path, fails: str) -> None:
-    """Each of the two can make the run red; the output of the containers comes first."""
-    version = "3.13" if sys.version_info < (3, 13) else "3.11"
-    other = f"py{version.replace('.', '')}"
-    for name in (".ci/run", "tests/gate.py"):
-        (tmp_path / name).parent.mkdir()
-        shutil.copy(ROOT / name, tmp_path / name)
-    failing = other if fails == "the other Python" else fails
-    part = PART.format(real=sys.executable, other=other, fails=failing)
-    script(tmp_path / ".ci/venv", "exit 0")
-    script(tmp_path / "bin/apt-get", "exit 1")
-    script(tmp_path / "bin/docker", "exit 0")
-    for name in ("python3", f"python{version}"):
-        script(tmp_path / "bin" / name, f'exec "{sys.executable}" "$@"')
-    for folder in (".venv", f".venv-{version}"):
-        script(tmp_path / folder / "bin/python", part)
-    environ = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    environ.pop("PYTHON", None)
-    process = subprocess.run(
-        [tmp_path / ".ci/run", "containers", "py313"],
-        check=False,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=80,
-    )
-    lines = process.stdout.splitlines()
-    assert process.returncode == int(fails != "none"), (process.stderr, lines)
-    order = [lines.index(each) for each in ("image-complete runs", "== py313", f"{other} runs")]
-    assert order == sorted(order)
-    stages = [line.split()[:2] for line in lines[lines.index("== summary") + 1 : -1]]
-    assert ["environment", "green"] in stages
-    assert ["containers", "RED" if fails == "image-complete" else "green"] in stages
-    assert ["py313", "RED" if fails == "the other Python" else "green"] in stages
-
-
 def script(path: Path, text: str) -> None:
     """Write a program of the shell."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -345,10 +291,33 @@ def test_more_failures_than_the_limit_are_not_repeated(checkout: Path) -> None:
     )
     code, lines = gate(checkout, "run", "all")
     assert code == 1
-    assert f"{many} tests would run again, more than {MAX_RERUNS}: none does" in lines
+    assert f"{many} failures are more than {MAX_RERUNS}: no test runs again" in lines
     code, lines = gate(checkout, "summary")
     assert code == 1
     assert lines[-2:] == ["and 5 more failed", f"0 passed, {many} failed, 0 run again"]
+
+
+SHARED = """
+@pytest.fixture(scope="module")
+def shared():
+    assert attempt("shared") > 1, "not set up"
+
+@pytest.mark.parametrize("n", range({many}))
+def test_it(shared, n): pass
+"""
+"""Tests whose fixture fails the first time."""
+
+
+def test_a_fixture_that_fails_once_counts_once(checkout: Path) -> None:
+    """All its tests run again, however many, and the summary lists the first ones."""
+    many = MAX_RERUNS + 10
+    write(checkout, "system", COUNTED + SHARED.format(many=many))
+    code, lines = gate(checkout, "run", "all")
+    assert code == 0, lines
+    assert (checkout / "shared.attempts").read_text() == ".."
+    code, lines = gate(checkout, "summary")
+    assert code == 0, lines
+    assert lines[-2:] == ["and 5 more ran again", f"{many} passed, 0 failed, {many} run again"]
 
 
 def test_a_part_runs_once(checkout: Path) -> None:
