@@ -11,7 +11,7 @@ from tests.deploy.trial import trial as composed
 from tests.servers.fixtures import or_skip
 from tests.servers.waiting import wait_until
 
-pytestmark = [pytest.mark.image, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.image, pytest.mark.timeout(300)]
 
 JOBS = 80
 WORKERS = 2

@@ -38,7 +38,7 @@ class Trial:
 
     def up(self, *arguments: str) -> None:
         """Start what is not running, and wait until all of it is healthy."""
-        self.compose("up", "--wait", "--wait-timeout=60", *arguments)
+        self.compose("up", "--wait", "--wait-timeout=200", *arguments, seconds=240)
         self._token = self.secret("tokens/api")
 
     def secret(self, name: str) -> str:

@@ -127,7 +127,7 @@ async def plain_listener(answer: bytes) -> AsyncIterator[tuple[int, list[bytes]]
 @pytest.mark.parametrize("answer", [b"-ERR unknown command\r\n", b"+PONG\r\n", b""])
 async def test_there_is_no_fallback_to_plain_text(answer: bytes) -> None:
     """For any reply of a server without TLS, no byte of the password is sent."""
-    config = {"connect_timeout": 0.3, **QUICK}
+    config = {"connect_timeout": 5.0 if answer else 0.3, **QUICK}
     async with (
         plain_listener(answer) as (port, received),
         opened_with(
