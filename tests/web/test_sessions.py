@@ -241,6 +241,34 @@ async def test_wrong_bearer_tokens_wait_and_requests_without_one_do_not(site: Si
     assert b'viralfx_wrong_tokens_total{place="operations"} 11.0' in body
 
 
+@pytest.mark.parametrize("path", ["ui/data/status", "events"])
+async def test_the_console_slows_down_guesses_of_bearer_tokens(path: str) -> None:
+    """With HEALTH_DETAILS=authorized its views and events take tokens. A right one never waits."""
+    site = Site(with_token(TOKEN, health_details="authorized"))
+    brake = site.plugin.endpoints.brake
+    wrong = {"authorization": "Bearer wrong"}
+    asked = [asyncio.ensure_future(site.ask(path, headers=wrong)) for _ in range(11)]
+    await until(lambda: brake.waiting == 1 or all(each.done() for each in asked))
+    assert brake.waiting == 1
+    right = {"authorization": f"Bearer {TOKEN}"}
+    assert (await site.ask(path)).status == 401
+    assert (await site.ask("ui/data/jobs", headers=right)).status == 401
+    assert brake.waiting == 1
+    brake.release()
+    assert {(await each).json()["code"] for each in asked} == {"session"}
+
+
+async def test_the_state_of_a_session_tells_nothing_about_a_bearer_token() -> None:
+    """Its response does not wait, so it must be no oracle for guesses."""
+    site = Site(with_token(TOKEN, health_details="authorized"))
+    states = [
+        (await site.ask(SESSION, headers={"authorization": f"Bearer {token}"})).json()
+        for token in (TOKEN, "wrong")
+    ]
+    assert states[0] == states[1]
+    assert states[0]["reads"] == "none"
+
+
 # -- the place of the console ------------------------------------------------------------------
 
 

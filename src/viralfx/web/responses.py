@@ -358,13 +358,15 @@ class DenialLog:
         *,
         actor: str | None = None,
         wrong_token: bool = False,
+        unknown: bool = False,
     ) -> Denied:
         """Return a response that refuses a request, to be logged as such.
 
         ``actor``: its sender in the audit trail; None: the holder of its token. ``wrong_token``:
-        the request was a log-in with one, so the response waits.
+        the request was a log-in with one, so the response waits. ``unknown``: its sender is, so the
+        response waits if the request has an ``Authorization`` header.
         """
-        hold = self._hold_log_in if wrong_token else None
+        hold = self._hold_log_in if wrong_token else self._hold_token if unknown else None
         return Denied(response, partial(self._record, action, actor), hold)
 
     async def _hold_token(self, scope: Scope) -> bool:

@@ -87,6 +87,8 @@ class Viewer:
     """The holder of the token of its session, or the caller that the application names."""
     session: Session | None
     reads: Reads
+    unknown: bool = False
+    """True: HEALTH_DETAILS asks for a token, and the request has none or a wrong one."""
 
     @property
     def actor(self) -> str:
@@ -223,8 +225,12 @@ class ConsoleAccess:
         valid = self.at(session.port)._session(session.cookie) is not None  # noqa: SLF001 - own class
         return valid and self._holder(session).may(Right.READ)
 
-    def viewer(self, headers: Headers) -> Viewer:
-        """Return the sender of a request, which may be anonymous."""
+    def viewer(self, headers: Headers, *, with_token: bool = True) -> Viewer:
+        """Return the sender of a request, which may be anonymous.
+
+        ``with_token``: a bearer token counts as HEALTH_DETAILS says. A response that does not slow
+        down guesses must not depend on one.
+        """
         headers = list(headers)
         session = self.session(headers)
         if session is not None:
@@ -235,8 +241,12 @@ class ConsoleAccess:
             return Viewer(principal, session, Reads.SETTINGS)
         if principal.may(Right.READ):
             return Viewer(principal, session, Reads.ALL)
-        allowed = self._policy.to_details(headers) is AccessVerdict.ALLOWED
-        return Viewer(principal, session, Reads.STATUS if allowed else Reads.NONE)
+        if not with_token:
+            allowed = not self._policy.details_need_token
+            return Viewer(principal, session, Reads.STATUS if allowed else Reads.NONE)
+        verdict = self._policy.to_details(headers)
+        reads = Reads.STATUS if verdict is AccessVerdict.ALLOWED else Reads.NONE
+        return Viewer(principal, session, reads, verdict is AccessVerdict.UNAUTHORIZED)
 
     def _holder(self, session: Session) -> Principal:
         token = self._policy.tokens.find(session.name)

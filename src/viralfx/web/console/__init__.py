@@ -320,9 +320,12 @@ class Console:
         *,
         actor: str | None = None,
         wrong_token: bool = False,
+        unknown: bool = False,
     ) -> Denied:
         response = _secured(coded(status, code, detail))
-        return self._denials.refuse(response, action, actor=actor, wrong_token=wrong_token)
+        return self._denials.refuse(
+            response, action, actor=actor, wrong_token=wrong_token, unknown=unknown
+        )
 
     def _record_session(self, action: Action, session: Session | None, scope: Scope) -> None:
         if session is not None:
@@ -336,16 +339,17 @@ class Console:
                 )
             )
 
-    def _no_session(self) -> Denied:
+    def _no_session(self, *, unknown: bool) -> Denied:
         if self._access.has_token:
-            return self._refused(401, "session", "Log in to the console first.")
+            detail = "Log in to the console first."
+            return self._refused(401, "session", detail, unknown=unknown)
         detail = "MANAGEMENT_TOKEN is not set, so there is no log-in: set it, and start again."
         return self._refused(401, "no_token", detail)
 
     def _lacking(self, viewer: Viewer, right: Right) -> Denied:
         """Refuse a request whose sender, if there is a known one, lacks a right."""
         if viewer.principal is ANONYMOUS:
-            return self._no_session()
+            return self._no_session(unknown=viewer.unknown)
         name = right.name.lower()
         detail = f"{viewer.principal.name} has not the right {name}."
         return self._refused(403, "right", detail, actor=viewer.actor)
@@ -479,7 +483,7 @@ class Console:
         return _without_body(cookie)
 
     def _session_state(self, headers: Headers, *, start: bool) -> RawResponse:
-        viewer = self._access.viewer(headers)
+        viewer = self._access.viewer(headers, with_token=False)
         session, reads, principal = viewer.session, viewer.reads, viewer.principal
         operations = self._operations
         first = None
