@@ -164,3 +164,13 @@ def test_a_principal_of_one_right_has_no_patterns() -> None:
     assert not nothing.may_submit("a")
     assert not nothing.may_read("a")
     assert not nothing.may_operate("a")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"submits": "reports.*"}, {"reads": "de*"}, {"operates": None}, {"right": "admin"}],
+)
+def test_a_principal_of_other_types_is_refused(wrong: dict[str, object]) -> None:
+    """A text of patterns would be one for each character, and `*` matches every name."""
+    with pytest.raises(TypeError, match=next(iter(wrong))):
+        Principal(name="ann", **wrong)  # type: ignore[arg-type]  # as an application without types

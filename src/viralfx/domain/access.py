@@ -22,7 +22,11 @@ class Right(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Principal:
-    """A caller that a token, a session or a function of the application has identified."""
+    """A caller that a token, a session or a function of the application has identified.
+
+    Raises ``TypeError`` if ``right`` is no :class:`Right`, or patterns are a text: each character
+    of ``"reports.*"`` would be a pattern, and ``*`` matches every name.
+    """
 
     name: str
     """The name for the audit trail, the log and the idempotency keys."""
@@ -35,6 +39,15 @@ class Principal:
     """Patterns of the queues whose jobs it may cancel and retry, and that it may pause."""
     shares_keys: bool = False
     """True: its idempotency keys are also those of the application, and belong to no name."""
+
+    def __post_init__(self) -> None:
+        """Refuse values of other types, which would give more rights or fail later."""
+        if not isinstance(self.right, Right):
+            raise TypeError(f"right is a Right, such as Right.READ, not {self.right!r}")
+        for name in ("submits", "reads", "operates"):
+            patterns = getattr(self, name)
+            if not isinstance(patterns, tuple) or not all(isinstance(one, str) for one in patterns):
+                raise TypeError(f"{name} is a tuple of patterns, not {patterns!r}")
 
     def may(self, right: Right) -> bool:
         """Return True if the caller has a right at the operations endpoints."""
