@@ -107,6 +107,31 @@ def test_the_file_of_names_is_read_again(tmp_path: Path, caplog: pytest.LogCaptu
     assert NEW not in str(vars(record))
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_secrets_may_move_between_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, *, broken: bool
+) -> None:
+    """Each file alone would have an equal secret; a file that is not usable keeps no other back."""
+    caplog.set_level(logging.INFO)
+    management, names, api, clock = tmp_path / "m", tmp_path / "t", tmp_path / "a", Seconds()
+    management.write_text(OLD)
+    names.write_text(f"ann read {NEW}")
+    api.write_text(THIRD)
+    files = {"TOKENS_FILE": str(names), "API_TOKEN_FILE": str(api)}
+    tokens = LiveTokens(settings(management, ENVIRONMENT="production", **files), clock=clock)
+    management.write_text("K7vQ2mZx9TbL4wRs" if broken else NEW)
+    names.write_text(f"ann read {OLD if not broken else NEW} {NEW[::-1]}")
+    if broken:
+        api.write_text("")
+    clock.now += 1
+
+    held = [tokens.identify(text.encode()) for text in (OLD, NEW, NEW[::-1], THIRD)]
+    found = [None if each is None else each.name for each in held]
+    assert found == ([None, "ann", "ann", "api"] if broken else ["ann", "management", "ann", "api"])
+    assert caplog.text.count("Secret changed") == 2
+    assert caplog.text.count("Token file is not usable") == broken
+
+
 def test_a_variable_takes_two_values() -> None:
     """Without a file they stay as they are."""
     tokens = LiveTokens(read_settings({"MANAGEMENT_TOKEN": f"{OLD} {NEW}"}))

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,8 +59,7 @@ class LiveTokens:
         """The tokens of now."""
         if self._sources and self._clock() - self._read_at >= READ_INTERVAL_SECONDS:
             self._read_at = self._clock()
-            for source in self._sources:
-                self._read(source)
+            self._read()
         return self._book
 
     def identify(self, secret: bytes) -> Principal | None:
@@ -71,37 +70,55 @@ class LiveTokens:
         """Return the token of a name; None if there is none."""
         return self.book.find(name)
 
-    def _read(self, source: _Source) -> None:
-        """Read a file, and use the tokens in it if they are others than before."""
+    def _read(self) -> None:
+        """Read the files, and use the tokens in them if they are others than before."""
+        changed = [
+            (source, text)
+            for source in self._sources
+            if (text := self._changed_text(source)) is not None
+        ]
+        # Together first: a secret that moves to another variable is in both for a moment.
+        if len(changed) > 1 and self._use(changed) is None:
+            return
+        for source, text in changed:
+            if (problem := self._use([(source, text)])) is not None:
+                self._keep(source, f"{source.path} {problem}")
+
+    def _changed_text(self, source: _Source) -> str | None:
+        """Return the content of a file; None if it is as before, or cannot be read."""
         try:
             text = source.path.read_text(encoding="utf-8").rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            return self._keep(source, f"cannot read {source.path}: {reason}")
-        before = self._values[source.variable]
-        if text == before.value:
-            source.failing = False
+            self._keep(source, f"cannot read {source.path}: {reason}")
             return None
-        values = {**self._values, source.variable: Secret(text, file=before.file)}
-        try:
-            book = self._checked(values, source.variable)
-        except ValueError as error:
-            return self._keep(source, f"{source.path} {error}")
+        if text != self._values[source.variable].value:
+            return text
         source.failing = False
+        return None
+
+    def _use(self, changed: Sequence[tuple[_Source, str]]) -> str | None:
+        """Use the contents of files; return the reason, as a predicate, if they are refused."""
+        values = dict(self._values)
+        for source, text in changed:
+            values[source.variable] = Secret(text, file=values[source.variable].file)
+        try:
+            for source, _ in changed:
+                _require_tokens(values, source.variable)
+            book = self._checked(values)
+        except ValueError as error:
+            return str(error)
         for token in book.tokens:
             for secret in token.secrets:
                 mask(secret.decode("utf-8", "surrogateescape"))
         self._values, self._book = values, book
-        _logger.info("Secret changed", extra={"variable": f"{source.variable}_FILE"})
+        for source, _ in changed:
+            source.failing = False
+            _logger.info("Secret changed", extra={"variable": f"{source.variable}_FILE"})
         return None
 
-    def _checked(self, values: Mapping[str, Secret], variable: str) -> TokenBook:
+    def _checked(self, values: Mapping[str, Secret]) -> TokenBook:
         """Return a book. Raises ``ValueError`` with the reason, as a predicate, to refuse it."""
-        words = values[variable].value.split()
-        if not words:
-            raise ValueError("is empty")
-        if variable != "TOKENS" and len(words) > MAX_SECRETS:
-            raise ValueError(f"holds {len(words)} tokens; keep at most {MAX_SECRETS}")
         try:
             book = _book(values)
         except ValueError as error:
@@ -118,6 +135,15 @@ class LiveTokens:
                 extra={"variable": f"{source.variable}_FILE", "reason": reason},
             )
         source.failing = True
+
+
+def _require_tokens(values: Mapping[str, Secret], variable: str) -> None:
+    """Raise ``ValueError`` with the reason, as a predicate, for no token and for too many."""
+    words = values[variable].value.split()
+    if not words:
+        raise ValueError("is empty")
+    if variable != "TOKENS" and len(words) > MAX_SECRETS:
+        raise ValueError(f"holds {len(words)} tokens; keep at most {MAX_SECRETS}")
 
 
 def _book(values: Mapping[str, Secret]) -> TokenBook:
