@@ -16,6 +16,10 @@ MIN_DISTINCT_CHARACTERS = 6
 MIN_BITS = 50.0
 """16 random hexadecimal digits have 64 bits, four random words 44."""
 
+_JUDGED_CHARACTERS = 1024
+"""The rest of a longer token is not judged: a file may hold anything, and the time grows with the
+square of the length."""
+
 _PLACEHOLDER = re.compile(r"<.*>|\$?\{.*\}|\[.*\]|%.*%|\$\(.*\)")
 _COMMON = re.compile(
     "change|replace|placeholder|example|sample|default|random|generate|insert|please|your|this|here"
@@ -64,7 +68,7 @@ REMEDY = "set it to the output of `openssl rand -hex 32`"
 
 def weakness(token: str) -> str | None:
     """Return why a bearer token is too weak, as a predicate; None for a strong one."""
-    token = token.strip()
+    token = token.strip()[:_JUDGED_CHARACTERS]
     if _PLACEHOLDER.fullmatch(token):
         return "is a placeholder"
     if len(token) < MIN_TOKEN_CHARACTERS:
