@@ -111,10 +111,10 @@ class AccessPolicy:
         A page of another origin has none: a browser adds the cookies of a gateway to its requests,
         and the gateway adds the name.
         """
-        headers = list(headers)
-        if self.application is None or is_cross_origin(headers):
+        if self.application is None:
             return None
-        return self.application.find(headers)
+        headers = list(headers)
+        return None if is_cross_origin(headers) else self.application.find(headers)
 
     def _require(self, headers: Headers, right: Right) -> AccessVerdict:
         if not self.has_callers:
@@ -142,7 +142,8 @@ class ApplicationCallers:
     def find(self, headers: Headers) -> Principal | None:
         """Return the caller of a request; None if the function names none, or fails.
 
-        A name of another token's holder, and one that cannot be shown, are failures.
+        A reserved name, and one that cannot be shown, are failures. A name that TOKENS has, too,
+        is the same caller for the audit trail and for idempotency keys.
         """
         given: dict[str, str] = {}
         for name, value in headers:

@@ -203,9 +203,8 @@ class OperationsLayer:
             problem = near_miss(self.settings.environment)
             problems = [problem] if problem else []
             if self.settings.in_production:
-                authorizes = config.authorize is not None
                 judged = self.settings.contradictions(
-                    with_api=config.jobs_api, authorizes=authorizes
+                    with_api=config.jobs_api, authorizes=config.authorize is not None
                 )
                 problems = list(judged)
             if problems:

@@ -466,8 +466,8 @@ class Console:
                 detail = "This is not the token."
                 return self._refused(401, "token", detail, Action.LOG_IN, wrong_token=True)
             if not token.principal.may(Right.READ):
-                detail = f"The token of {token.principal.name} has not the right read."
                 name = token.principal.name
+                detail = f"The token of {name} has not the right read."
                 return self._refused(403, "right", detail, Action.LOG_IN, actor=name)
             return self._logged_in(token, headers, scope, secure=secure)
 

@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from http import HTTPStatus
-from operator import itemgetter
 from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 import msgspec
@@ -482,10 +481,12 @@ class JobsController(Controller):
         if header_values(request, b"idempotency-key"):
             raise ClientException("A batch has no Idempotency-Key: give each of its jobs a key.")
         batch = await read_batch(request)
-        first = {each.task: index for index, each in reversed([*enumerate(batch)])}
-        for task, index in sorted(first.items(), key=itemgetter(1)):
-            with about(index):
-                require_submit(request, task)
+        judged: set[str] = set()
+        for index, each in enumerate(batch):
+            if each.task not in judged:
+                judged.add(each.task)
+                with about(index):
+                    require_submit(request, each.task)
         accepted = await api_of(request).service.accept_all(batch, traceparent=traceparent(request))
         return schemas.JobsAccepted(jobs=[schemas.batched(each) for each in accepted])
 
