@@ -376,6 +376,7 @@ def code_text() -> str:
     for path in paths:
         ours = path.is_file() and path.suffix in {
             ".py",
+            ".sql",
             ".toml",
             ".yaml",
             ".yml",

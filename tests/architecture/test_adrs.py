@@ -231,7 +231,8 @@ def test_the_records_are_in_order() -> None:
 def test_references_in_the_code_lead_to_records() -> None:
     """Each ADR number in a comment has a record."""
     known = {path.name[:4] for path in (ROOT / "adr").glob("[0-9]*.md")}
-    sources = [ROOT / "pyproject.toml", *(ROOT / "src").rglob("*.py")]
+    code = (path for kind in ("*.py", "*.sql") for path in (ROOT / "src").rglob(kind))
+    sources = [ROOT / "pyproject.toml", *code]
     referred = {n for path in sources for n in REFERENCE.findall(path.read_text("utf-8"))}
 
     assert referred - known == set()

@@ -1,6 +1,5 @@
 """The documents name only files, commands, tests, terms and numbers that exist."""
 
-import ast
 import re
 import tomllib
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ import yaml
 from tests.deploy.program_rules import GRACE, PHASES, PROBES
 
 from viralfx import OperationsConfig
+from viralfx.adapters.postgres.migrate import description_of
+from viralfx.adapters.postgres.migrations import REVISIONS
 from viralfx.bootstrap.assembly import BUILT_IN
 from viralfx.domain.doctor import Area
 from viralfx.domain.health.model import Health, Status
@@ -156,10 +157,8 @@ def test_an_unknown_name_is_reported(text: str, found: str) -> None:
 def test_the_migrations_of_a_new_database_are_shown() -> None:
     """docs/deployment.md has the line of each migration, and the last one is the current one."""
     shown = re.findall(r"^applied (\d{4}): (.+)$", read("docs/deployment.md"), re.MULTILINE)
-    files = sorted((PACKAGE / "adapters/postgres/migrations").glob("[0-9]*.py"))
-    meanings = [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) for path in files]
 
-    assert shown == [(path.name[:4], text) for path, text in zip(files, meanings, strict=True)]
+    assert shown == [(revision, description_of(revision)) for revision in REVISIONS]
     assert f" is current at {shown[-1][0]}\n" in read("docs/deployment.md")
 
 

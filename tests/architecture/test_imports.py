@@ -179,9 +179,9 @@ BITES = [
         "ADR-0017: asyncpg stays in its adapter",
     ),
     (
-        "adapters/postgres/migrations/__init__.py",
+        "adapters/postgres/migrate.py",
         "import sqlalchemy",
-        "ADR-0021: only a migration loads Alembic",
+        "ADR-0078: SQLAlchemy comes from the caller alone",
     ),
     ("bootstrap/jobs.py", "import httpcore", "ADR-0024: httpcore stays in its adapter"),
     (

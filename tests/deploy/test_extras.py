@@ -25,7 +25,7 @@ from tests.soak import Record
 from viralfx.domain.extras import EXTRAS, extra_of, is_installed
 
 PROGRAM = ROOT / "tests/deploy/extra_jobs.py"
-WITH = {"docs": "litestar", "otel-grpc": "otel"}
+WITH = {"docs": "litestar", "migrate": "postgres", "otel-grpc": "otel"}
 """Extras that need no module of their own."""
 SMALL = {"msgspec", "psutil", "prometheus-client"}
 
@@ -166,7 +166,7 @@ def test_an_extra_alone_does_its_job(
         ((), ["migrate"], DATABASE, [line("viralfx migrate", "migrate")]),
         ((), ["jobs", "list"], DATABASE, [line("viralfx jobs", "postgres")]),
         (("litestar",), ["doctor"], {}, [line("viralfx doctor", "serve")]),
-        (("serve-app", "asyncpg"), ["migrate"], DATABASE, [line("viralfx migrate", "migrate")]),
+        (("asyncpg",), ["migrate"], DATABASE, [line("viralfx migrate", "migrate")]),
         (
             SERVICE,
             ["serve"],

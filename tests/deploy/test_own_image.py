@@ -70,7 +70,8 @@ def test_it_holds_the_commands_and_no_wheel(own: str) -> None:
     """The worker, the jobs and the migrations are in it, Litestar and the wheel are not."""
     code = (
         "import glob, importlib.util as u;"
-        "print([u.find_spec(n) is not None for n in ('asyncpg', 'alembic', 'fastapi', 'litestar')],"
+        "names = ('asyncpg', 'structlog', 'fastapi', 'litestar');"
+        "print([u.find_spec(name) is not None for name in names],"
         " sorted(glob.glob('/app/*')))"
     )
     inside = docker("run", "--rm", "--entrypoint=python", own, "-c", code)

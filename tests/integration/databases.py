@@ -11,7 +11,7 @@ from tests.servers.postgres import Database, PostgresServer
 @pytest.fixture(scope="session")
 def migrated_template(postgres: PostgresServer) -> str:
     """Return the name of a migrated template database; copying it is fast."""
-    # Imported here: Alembic and SQLAlchemy would delay every run that needs no database.
+    # Imported here: the adapter would delay every run that needs no database.
     from tests.integration.postgres_clients import config_of, migrated  # noqa: PLC0415
 
     template = Database(postgres, postgres.create_database())

@@ -13,14 +13,14 @@ import asyncpg
 import pytest
 from tests import forked
 from tests.forked import ForkedProcess
-from tests.integration.postgres_clients import config_of
+from tests.integration.postgres_clients import config_of, sessions
 from tests.servers.certificates import Certificates
 from tests.servers.fault_proxy import BLACKHOLE, REFUSE, RESET
 from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.waiting import wait_until
 
-from viralfx.adapters.postgres.migrate import LOCK, apply_migrations, scripts
+from viralfx.adapters.postgres.migrate import LOCK, apply_migrations, description_of
 from viralfx.adapters.postgres.migrations import LOCK_TIMEOUT_SECONDS, REVISIONS
 from viralfx.bootstrap.postgres import migrate_schema
 from viralfx.domain.errors import StartupError
@@ -35,13 +35,15 @@ AT = "select version_num from viralfx_migrations"
 TAKEN = """enqueue(
     text, jsonb, text, timestamptz, integer, text, text, text, text, text, text, boolean, integer
 )"""
-"""A function of the last migration."""
+"""The function that the last statement of migration 0006 makes."""
+ADDED = "select from pg_attribute where attname = 'max_attempts'"
+"""The columns that its first statements make."""
 WAITING = """
 select xact_start from pg_stat_activity join pg_locks using (pid)
 where not granted and relation = 'viralfx_ops.viralfx_jobs'::regclass
     and mode = 'AccessExclusiveLock'
 """
-APPLIED = [f"applied {n}: {scripts().get_revision(n).doc}" for n in REVISIONS]
+APPLIED = [f"applied {n}: {description_of(n)}" for n in REVISIONS]
 
 
 def place(database: Database) -> str:
@@ -139,9 +141,11 @@ def test_custom_schema(database: Database) -> None:
     assert migrate(quick(database.url), "--check")[0] == PENDING
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_concurrent_runs_migrate_once(database: Database, count: int) -> None:
-    """Each migration is applied by one of them, and all succeed."""
+@pytest.mark.parametrize(("count", "isolation"), [(2, "read committed"), (4, "serializable")])
+def test_concurrent_runs_migrate_once(database: Database, count: int, isolation: str) -> None:
+    """Each migration is applied by one of them, and all succeed, at any isolation level."""
+    setting = "default_transaction_isolation"
+    database.execute(f"alter database {database.name} set {setting} = '{isolation}'")
     with ExitStack() as stack:
         # All runs have found pending migrations before one may begin.
         with locked(database):
@@ -209,6 +213,7 @@ def test_migrations_before_a_failed_one_stay(database: Database) -> None:
         " again"
     )
     assert database.execute(AT) == [(REVISIONS[failing - 1],)]
+    assert database.execute(ADDED) == []
     database.execute(f"drop function viralfx_ops.{TAKEN}")
     assert migrate(quick(database.url)) == (
         DONE,
@@ -251,6 +256,21 @@ async def test_a_table_that_stays_in_use_ends_the_run(database: Database) -> Non
                 await migrate_schema(read_settings(quick(database.url)), lock_timeout=0.5)
         await holder.close()
     assert database.execute(AT) == [("0002",)]
+
+
+def test_a_later_version_that_migrates_meanwhile_is_accepted(database: Database) -> None:
+    """A run that waits for it finds a revision that it does not know, and changes nothing."""
+    asyncio.run(apply_migrations(config_of(database), target=REVISIONS[-2]))
+    with ExitStack() as stack:
+        with locked(database):
+            run = stack.enter_context(started(quick(database.url)))
+            wait_until(lambda: waiting(database.server), seconds=60.0, what="it waits for the lock")
+            database.execute("update viralfx_migrations set version_num = '9999'")
+        out, err = run.communicate(timeout=30)
+
+    line = f"{place(database)} is at 9999, which a later version created; it is usable"
+    assert (run.returncode, out.splitlines(), err) == (DONE, [line], "")
+    assert database.execute(AT) == [("9999",)]
 
 
 # -- what the server refuses -----------------------------------------------------------------
@@ -420,12 +440,14 @@ def started(environ: Mapping[str, str]) -> Iterator[ForkedProcess]:
 
 
 @contextmanager
-def locked(database: Database) -> Iterator[None]:
-    """Hold the lock of migrations, as a concurrent run does."""
+def locked(
+    database: Database, statement: str = f"select pg_advisory_lock({LOCK})"
+) -> Iterator[None]:
+    """Hold the lock of migrations, as a concurrent run does, or that of another statement."""
     with asyncio.Runner() as runner:
         holder = runner.run(asyncpg.connect(database.url, ssl=False))
         try:
-            runner.run(holder.execute(f"select pg_advisory_lock({LOCK})"))
+            runner.run(holder.execute(statement))
             yield
         finally:
             runner.run(holder.close())
@@ -478,4 +500,39 @@ def test_ctrl_c_while_migrating(own_postgres: PostgresServer, *, frozen: bool) -
     assert database.execute(TABLES) == []
     # A waiting session gets the lock later, and then finds its client gone.
     wait_until(lambda: not waiting(own_postgres), what="the server noticed")
+    assert migrate(quick(database.url))[0] == DONE
+
+
+def test_killed_while_migrating(database: Database) -> None:
+    """The server takes back the statements of the migration that it was in; a later run goes on."""
+    asyncio.run(apply_migrations(config_of(database), target="0002"))
+    in_use = "begin; select from viralfx_ops.viralfx_jobs"
+    with locked(database, in_use), started(quick(database.url)) as run:
+        # Its first statement, which drops the view, is done.
+        wait_until(lambda: database.execute(WAITING), what="it waits for the table")
+        run.kill()
+        run.wait()
+        wait_until(lambda: not sessions(database), what="the server noticed")
+
+    assert database.execute(AT) == [("0002",)]
+    assert database.execute("select from viralfx_ops.viralfx_all_jobs") == []
+    assert migrate(quick(database.url))[:2] == (
+        DONE,
+        [*APPLIED[2:], f"{place(database)} is current at {REVISIONS[-1]}"],
+    )
+
+
+def test_connection_lost_while_migrating(database: Database) -> None:
+    """The error has the cause, and the next run succeeds."""
+    with locked(database), started(quick(database.url)) as run:
+        wait_until(lambda: waiting(database.server), seconds=60.0, what="it waits for the lock")
+        (pid,) = waiting(database.server)
+        database.execute(f"select pg_terminate_backend({pid})")
+        out, err = run.communicate(timeout=30)
+
+    assert (run.returncode, out) == (UNREACHABLE, "")
+    assert err == (
+        f"viralfx: DATABASE_URL: the database at {place(database)} closed the connection while it"
+        " was migrated; check its log\n"
+    )
     assert migrate(quick(database.url))[0] == DONE

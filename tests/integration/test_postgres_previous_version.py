@@ -1,22 +1,18 @@
 """Statements of the previous version on the schema of this one, as in a rolling update."""
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
-from alembic.config import Config
-from alembic.runtime.environment import EnvironmentContext
-from sqlalchemy import Connection
-from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import NullPool
 from tests.contracts.ledgers import LONG_LEASE, draft
 from tests.integration.postgres_clients import config_of, opened
 from tests.servers.postgres import Database
 
 from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
-from viralfx.adapters.postgres.migrate import apply_migrations, scripts
-from viralfx.adapters.postgres.migrations import VERSION_TABLE
+from viralfx.adapters.postgres.migrate import FOLDER, apply_migrations, file_of, statements_of
+from viralfx.adapters.postgres.migrations import REVISIONS
 from viralfx.domain.jobs.ledger import Accepted
 from viralfx.domain.jobs.model import JobState, Unique
 
@@ -92,14 +88,35 @@ where task = 'hour' and (last_run_at is null or last_run_at < statement_timestam
 returning true
 """
 SCHEMA = """
-select pg_get_functiondef(oid) from pg_proc
-where pronamespace = 'viralfx_ops'::regnamespace
-union all select pg_get_viewdef('viralfx_ops.viralfx_all_jobs'::regclass)
-union all select format('%s %s %s', attrelid::regclass, attname, atttypid::regtype)
-    from pg_attribute join pg_class on attrelid = pg_class.oid
+select pg_get_functiondef(oid) from pg_proc where pronamespace = 'viralfx_ops'::regnamespace
+union all select format('%s %s %s %s', oid::regclass, relkind, reloptions,
+    case relkind when 'v' then pg_get_viewdef(oid) when 'i' then pg_get_indexdef(oid) end)
+    from pg_class where relnamespace = 'viralfx_ops'::regnamespace
+union all select format('%s %s %s %s %s %s', attrelid::regclass, row_number() over (
+        partition by attrelid order by attnum
+    ), attname, format_type(atttypid, atttypmod), attnotnull, pg_get_expr(adbin, adrelid))
+    from pg_class join pg_attribute on attrelid = pg_class.oid
+    left join pg_attrdef on (adrelid, adnum) = (attrelid, attnum)
     where relnamespace = 'viralfx_ops'::regnamespace and attnum > 0 and not attisdropped
+union all select format('%s %s %s', conrelid::regclass, conname, pg_get_constraintdef(oid))
+    from pg_constraint where connamespace = 'viralfx_ops'::regnamespace
+union all select pg_get_triggerdef(pg_trigger.oid)
+    from pg_trigger join pg_class on tgrelid = pg_class.oid
+    where relnamespace = 'viralfx_ops'::regnamespace
+union all select version_num from viralfx_migrations
 order by 1
 """
+"""The objects of the schema, without the places that dropped columns leave, and its version."""
+RELEASED = Path(__file__).with_name("schema_0_2_0.sql")
+
+
+async def run(database: Database, statements: str) -> None:
+    """Run several statements as one transaction."""
+    connection = await asyncpg.connect(database.url)
+    try:
+        await connection.execute(statements)
+    finally:
+        await connection.close()
 
 
 @pytest.fixture
@@ -155,37 +172,48 @@ async def test_it_runs_a_paused_schedule(
     assert state.paused_at is not None
 
 
-async def test_the_schema_of_it_can_be_restored(database: Database) -> None:
-    """Functions, view and columns are those of its migrations; later ones can be made again."""
+async def test_each_migration_can_be_taken_back(database: Database) -> None:
+    """The files below `down` leave the schema as it was, and all can be applied again."""
     config = config_of(database)
-    await apply_migrations(config, target="0005")
-    before = database.execute(SCHEMA)
+    forth: list[list[tuple[Any, ...]]] = []
+    for revision in REVISIONS:
+        await apply_migrations(config, target=revision)
+        forth.append(database.execute(SCHEMA))
+    back = [forth[-1]]
+    for before, at in zip(REVISIONS[-2::-1], REVISIONS[:0:-1], strict=True):
+        await run(database, statements_of(FOLDER / "down" / file_of(at).name, "viralfx_ops"))
+        database.execute(f"update viralfx_migrations set version_num = '{before}'")  # noqa: S608 - a constant
+        back.append(database.execute(SCHEMA))
     await apply_migrations(config)
-    after = database.execute(SCHEMA)
-    engine = create_async_engine(
-        database.url.replace("postgresql:", "postgresql+asyncpg:"), poolclass=NullPool
-    )
-    async with engine.begin() as connection:
-        await connection.run_sync(restore)
-    await engine.dispose()
 
-    assert database.execute(SCHEMA) == before != after
-    await apply_migrations(config)
-    assert database.execute(SCHEMA) == after
+    assert back[::-1] == forth
+    assert len({str(found) for found in forth}) == len(REVISIONS)
+    assert database.execute(SCHEMA) == forth[-1]
 
 
-def restore(connection: Connection) -> None:
-    """Downgrade the schema to the migrations of the version before."""
-    directory = scripts()
+async def test_a_database_of_0_2_0_is_upgraded_in_place(
+    database: Database, migrated_database: Database
+) -> None:
+    """Its jobs stay, and its schema becomes that of a new database."""
+    await run(database, RELEASED.read_text(encoding="utf-8"))
+    ((job,),) = database.execute("select enqueue('task', '{}')")
+    released = database.execute(SCHEMA)
+    applied = await apply_migrations(config_of(database))
 
-    def steps(revision: Any, _: object) -> Any:
-        return directory._downgrade_revs("0005", revision)
+    assert [revision for revision, _ in applied] == list(REVISIONS[REVISIONS.index("0006") + 1 :])
+    assert database.execute("select id from viralfx_all_jobs") == [(job,)]
+    assert database.execute(SCHEMA) == migrated_database.execute(SCHEMA) != released
 
-    with EnvironmentContext(Config(), directory, fn=steps) as environment:
-        environment.configure(
-            connection=connection, version_table=VERSION_TABLE, version_table_schema="viralfx_ops"
-        )
-        environment.run_migrations()
+
+async def test_its_schema_is_that_of_its_migrations(
+    database: Database, migrated_database: Database
+) -> None:
+    """The files up to its last one make it, so it finds there the objects that it needs."""
+    await run(migrated_database, "drop schema viralfx_ops cascade")
+    await run(migrated_database, RELEASED.read_text(encoding="utf-8"))
+    await apply_migrations(config_of(database), target="0006")
+
+    assert database.execute(SCHEMA) == migrated_database.execute(SCHEMA)
 
 
 @pytest.mark.parametrize("end", [(CLAIM, FAIL), (CLAIM, SWEEP), (EXPIRE,)])

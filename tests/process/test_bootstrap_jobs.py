@@ -464,7 +464,7 @@ import sys
 from viralfx.settings import read_settings
 from viralfx.runner.applications import find_application
 find_application(read_settings({environ!r}), None)
-names = ("asyncpg", "redis", "taskiq", "taskiq_redis", "httpx", "httpcore", "alembic")
+names = ("asyncpg", "redis", "taskiq", "taskiq_redis", "httpx", "httpcore", "sqlalchemy")
 print(*[name for name in names if name in sys.modules])
 """
 

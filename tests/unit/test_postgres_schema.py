@@ -4,37 +4,69 @@ import re
 from pathlib import Path
 
 import pytest
-from alembic.script import Script
 
-from viralfx.adapters.postgres import migrations
-from viralfx.adapters.postgres.migrate import scripts
-from viralfx.adapters.postgres.migrations import REVISIONS, missing_after, qualified
+from viralfx.adapters.postgres.migrate import (
+    FOLDER,
+    LOCK,
+    description_of,
+    file_of,
+    statements_of,
+)
+from viralfx.adapters.postgres.migrations import (
+    REVISIONS,
+    VERSION_TABLE,
+    channel_of,
+    missing_after,
+    qualified,
+)
 
-SCRIPTS = list(reversed(list(scripts().walk_revisions())))
+FILES = sorted(FOLDER.rglob("*.sql"))
 
 
 def test_list_equals_the_migration_files() -> None:
-    """The service reads the list and never loads Alembic."""
-    assert tuple(script.revision for script in SCRIPTS) == REVISIONS
+    """One file for each, and one that takes it back."""
+    up, down = (
+        sorted(path.name for path in each.glob("*.sql")) for each in (FOLDER, FOLDER / "down")
+    )
+
+    assert tuple(name[:4] for name in up) == REVISIONS
+    assert up == down
 
 
-def test_migrations_are_linear() -> None:
-    """One start, one end, and each names its predecessor."""
-    assert scripts().get_heads() == [REVISIONS[-1]]
-    assert scripts().get_bases() == [REVISIONS[0]]
-    before = [script.down_revision for script in SCRIPTS]
-    assert before == [None, *REVISIONS[:-1]]
+def test_versions_share_the_lock_and_the_table() -> None:
+    """A run of 0.2.0 excludes one of this version, and each reads the revision of the other."""
+    assert LOCK == 7305981240662115
+    assert VERSION_TABLE == "viralfx_migrations"
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=REVISIONS)
-def test_each_migration_has_a_description_and_a_downgrade(script: Script) -> None:
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_each_migration_has_a_description(revision: str) -> None:
     """`viralfx migrate` prints the first line."""
-    assert script.doc
-    assert script.module.__doc__
-    assert script.doc.endswith(".")
-    assert callable(script.module.upgrade)
-    assert callable(script.module.downgrade)
-    assert script.module.downgrade.__doc__
+    assert re.fullmatch(r"[A-Z].+[^.]\.", description_of(revision))
+    assert file_of(revision).read_text(encoding="utf-8").startswith("-- ")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_a_migration_can_be_rolled_back(path: Path) -> None:
+    """No statement ends the transaction of the file, or needs to be outside of one."""
+    text = path.read_text(encoding="utf-8")
+    outside = re.sub(r"\$\$[^$]+\$\$|--.*", "", text)  # of functions and comments
+    ends = r"^(?:BEGIN|START|COMMIT|ROLLBACK|ABORT|END|PREPARE|VACUUM)\b|CONCURRENTLY"
+
+    assert re.findall(ends, outside, re.MULTILINE | re.IGNORECASE) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_a_migration_names_the_schema(path: Path) -> None:
+    """Each object has it, and another schema replaces it everywhere, also in the channel."""
+    text = path.read_text(encoding="utf-8")
+    code = re.sub(r"--.*|(?:INDEX|TRIGGER) viralfx_\w+", "", text)
+    other = statements_of(path, "mine")
+
+    assert re.findall(r"(?<![\w.'])(?:viralfx_(?!ops\.)\w+|enqueue)\b", code) == []
+    assert "viralfx_ops" not in other
+    assert other.count('"mine".') == text.count("viralfx_ops.")
+    assert other.count(f"'{channel_of('mine')}'") == text.count("pg_notify(")
 
 
 @pytest.mark.parametrize("done", range(len(REVISIONS) + 1))
@@ -50,19 +82,17 @@ def test_nothing_is_pending_in_a_newer_database() -> None:
     assert missing_after("9999") == ()
 
 
-FOLDER = Path(migrations.__file__).parents[1]
 NAME = re.compile(r"(?<![\w.-])viralfx_[a-z_]+(?![\w.*{-])")
 OTHERS = {"viralfx_ops", "viralfx_accept", "viralfx_after_commit"}
 """Of a schema, a savepoint, and a key in the ``info`` of a session."""
 
 
 @pytest.mark.parametrize(
-    "path", sorted(FOLDER.rglob("*.py")), ids=lambda path: f"{path.parent.name}.{path.stem}"
+    "path", sorted(FOLDER.parent.rglob("*.py")), ids=lambda path: f"{path.parent.name}.{path.stem}"
 )
 def test_every_name_is_qualified(path: Path) -> None:
     """A table, view or function that is missing in the pattern would be found by search path."""
-    text = re.sub(r"(INDEX|TRIGGER) viralfx_\w+", r"\1", path.read_text(encoding="utf-8"))
-    assert set(NAME.findall(qualified(text, "ops"))) <= OTHERS
+    assert set(NAME.findall(qualified(path.read_text(encoding="utf-8"), "ops"))) <= OTHERS
     assert qualified("SELECT viralfx_jobs.id, viralfx_jobs_key", "ops") == (
         'SELECT "ops".viralfx_jobs.id, viralfx_jobs_key'
     )

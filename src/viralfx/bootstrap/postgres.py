@@ -30,6 +30,7 @@ from viralfx.adapters.postgres import (
     server_message,
     without_values,
 )
+from viralfx.adapters.postgres.migrate import MigrationLockedError, apply_migrations
 from viralfx.adapters.postgres.migrations import (
     LOCK_TIMEOUT_SECONDS,
     current_revision,
@@ -293,12 +294,6 @@ async def migrate_schema(
     before = await schema_state(settings, migrating=True)
     if not before.pending:
         return before
-    # Alembic and SQLAlchemy are loaded only if there is a migration to apply.
-    from viralfx.adapters.postgres.migrate import (  # noqa: PLC0415
-        MigrationLockedError,
-        apply_migrations,
-    )
-
     applied: list[tuple[str, str]] = []
     try:
         await apply_migrations(config, applied, lock_timeout=lock_timeout)

@@ -20,7 +20,7 @@ EXTRAS = {
     "litestar": ("litestar", "structlog"),
     "serve": ("uvicorn", "httptools", "structlog"),
     "postgres": ("asyncpg",),
-    "migrate": ("alembic", "sqlalchemy", "asyncpg", "structlog"),
+    "migrate": ("asyncpg", "structlog"),
     "redis": ("redis",),
     "jobs": ("taskiq", "taskiq_redis", "redis"),
     "cron": ("cronsim",),

@@ -1,26 +1,28 @@
-"""Applies the migrations with Alembic, on a connection of the adapter and under a lock."""
+"""Applies the migrations: files of SQL, each in a transaction of its own and under a lock."""
 
 import asyncio
-import io
 from pathlib import Path
-from typing import Any
 
 import asyncpg
-from alembic.config import Config
-from alembic.runtime.environment import EnvironmentContext
-from alembic.runtime.migration import MigrationContext, MigrationInfo
-from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, TextClause, text
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
-from sqlalchemy.pool import NullPool
 
 from viralfx.adapters.postgres.connections import Connector, PostgresConfig
-from viralfx.adapters.postgres.migrations import LOCK_TIMEOUT_SECONDS, VERSION_TABLE
+from viralfx.adapters.postgres.migrations import (
+    LOCK_TIMEOUT_SECONDS,
+    REVISIONS,
+    VERSION_TABLE,
+    channel_of,
+    current_revision,
+    missing_after,
+    qualified,
+)
+from viralfx.adapters.postgres.servers import ServerConnection
 from viralfx.domain.errors import ViralFXError
 
 LOCK = 7_305_981_240_662_115
-"""Key of the advisory lock for migrations; an arbitrary number."""
+"""Key of the advisory lock for migrations; an arbitrary number. Every version has the same."""
+FOLDER = Path(__file__).parent / "migrations"
+_SCHEMA = "viralfx_ops"
+"""The schema that the files name."""
 _TABLE_LOCK_SECONDS = 0.5
 """How long one try waits for the lock of a table, and with it all statements that come after it.
 
@@ -36,21 +38,29 @@ class MigrationLockedError(ViralFXError):
     """Another run held the lock for too long."""
 
 
-def scripts() -> ScriptDirectory:
-    """Return the migrations of this package."""
-    config = Config(stdout=io.StringIO())
-    folder = str(Path(__file__).parent / "migrations")
-    config.set_main_option("script_location", folder)
-    config.set_main_option("version_locations", folder)
-    config.set_main_option("path_separator", "os")
-    return ScriptDirectory.from_config(config)
+def file_of(revision: str) -> Path:
+    """Return the file of a migration."""
+    (path,) = FOLDER.glob(f"{revision}_*.sql")
+    return path
+
+
+def description_of(revision: str) -> str:
+    """Return the sentence in the first line of a migration."""
+    return file_of(revision).read_text(encoding="utf-8").partition("\n")[0].removeprefix("-- ")
+
+
+def statements_of(path: Path, schema: str) -> str:
+    """Return the statements of a file for ``schema`` in place of the default one."""
+    text = path.read_text(encoding="utf-8")
+    text = text.replace(f"'{channel_of(_SCHEMA)}'", f"'{channel_of(schema)}'")
+    return text.replace(f"{_SCHEMA}.", f'"{schema}".')
 
 
 async def apply_migrations(
     config: PostgresConfig,
     applied: list[tuple[str, str]] | None = None,
     *,
-    target: str = "head",
+    target: str = REVISIONS[-1],
     lock_timeout: float = LOCK_TIMEOUT_SECONDS,
 ) -> list[tuple[str, str]]:
     """Apply pending migrations; return them as pairs of revision and description, as ``applied``.
@@ -61,57 +71,28 @@ async def apply_migrations(
     Raises :class:`MigrationLockedError` and the driver's errors.
     """
     applied = [] if applied is None else applied
-    made: list[asyncpg.Connection[Any]] = []
-    work = asyncio.ensure_future(_apply(config, made, applied, target, lock_timeout))
+    schema = config.settings.schema
+    connection = await Connector(config).connect(statement_timeout="0")
+
+    async def apply() -> None:
+        while done := await _apply_next(connection, schema, target, lock_timeout):
+            applied.append(done)
+
+    work = asyncio.ensure_future(apply())
     try:
         await asyncio.shield(work)
-    except asyncio.CancelledError:
+    finally:
         # Cancelling alone would send a cancel request and wait for the server. The server rolls
         # back by itself when the connection closes.
-        for connection in made:
-            connection.terminate()
+        connection.terminate()
         work.cancel()
         await asyncio.wait({work})
-        raise
-    except DBAPIError as error:
-        raise _driver_error(error) from None
     return applied
 
 
-async def _apply(
-    config: PostgresConfig,
-    made: "list[asyncpg.Connection[Any]]",
-    applied: list[tuple[str, str]],
-    target: str,
-    lock_timeout: float,
-) -> None:
-    connector = Connector(config)
-
-    async def make() -> "asyncpg.Connection[Any]":
-        connection = await connector.connect(statement_timeout="0")
-        made.append(connection)
-        return connection
-
-    engine = create_async_engine(
-        "postgresql+asyncpg://",
-        async_creator=make,
-        poolclass=NullPool,
-        # Statements without a name: behind a pooler another client may have taken the name.
-        connect_args={"prepared_statement_name_func": str, "prepared_statement_cache_size": 0},
-    )
-    try:
-        async with engine.connect() as connection:
-            while done := await _apply_next(
-                connection, config.settings.schema, target, lock_timeout
-            ):
-                applied += done
-    finally:
-        await engine.dispose()
-
-
 async def _apply_next(
-    connection: AsyncConnection, schema: str, target: str, lock_timeout: float
-) -> list[tuple[str, str]]:
+    connection: ServerConnection, schema: str, target: str, lock_timeout: float
+) -> tuple[str, str] | None:
     """Apply the next migration, and return it.
 
     A transaction that has a table in use may last minutes. All other statements would queue behind
@@ -121,64 +102,62 @@ async def _apply_next(
     end = loop.time() + lock_timeout
     while True:
         try:
-            async with connection.begin():
+            # Other levels would not see the migrations that were made while it waits for the lock.
+            async with connection.transaction(isolation="read_committed"):
                 await _lock(connection, lock_timeout)
-                await _make_schema(connection, schema)
-                return await connection.run_sync(_upgrade, schema, target)
-        except DBAPIError as error:
-            if not isinstance(_driver_error(error), _IN_USE) or loop.time() + _PAUSE_SECONDS > end:
+                return await _upgrade(connection, schema, target)
+        except _IN_USE:
+            if loop.time() + _PAUSE_SECONDS > end:
                 raise
         await asyncio.sleep(_PAUSE_SECONDS)
 
 
-async def _lock(connection: AsyncConnection, lock_timeout: float) -> None:
+async def _lock(connection: ServerConnection, lock_timeout: float) -> None:
     await connection.execute(_lock_timeout(lock_timeout))
     try:
-        await connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK})"))
-    except DBAPIError as error:
-        if isinstance(_driver_error(error), asyncpg.LockNotAvailableError):
-            raise MigrationLockedError(
-                f"is being migrated by another run, which took longer than {lock_timeout:g} s"
-            ) from error
-        raise
+        await connection.execute(f"SELECT pg_advisory_xact_lock({LOCK})")
+    except asyncpg.LockNotAvailableError as error:
+        raise MigrationLockedError(
+            f"is being migrated by another run, which took longer than {lock_timeout:g} s"
+        ) from error
     await connection.execute(_lock_timeout(_TABLE_LOCK_SECONDS))
 
 
-def _lock_timeout(seconds: float) -> TextClause:
-    return text(f"SET LOCAL lock_timeout = {max(1, round(seconds * 1000))}")
+def _lock_timeout(seconds: float) -> str:
+    return f"SET LOCAL lock_timeout = {max(1, round(seconds * 1000))}"
 
 
-async def _make_schema(connection: AsyncConnection, schema: str) -> None:
+async def _upgrade(
+    connection: ServerConnection, schema: str, target: str
+) -> tuple[str, str] | None:
+    current = await current_revision(connection, schema)
+    pending = [revision for revision in missing_after(current) if revision <= target]
+    if not pending:
+        return None
+    revision = pending[0]
+    await _make_schema(connection, schema)
+    await connection.execute(statements_of(file_of(revision), schema))
+    await _record(connection, schema, current, revision)
+    return revision, description_of(revision)
+
+
+async def _make_schema(connection: ServerConnection, schema: str) -> None:
     # With IF NOT EXISTS, Postgres asks for the right to create one also if there is one.
-    found = text("SELECT true FROM pg_catalog.pg_namespace WHERE nspname = :name")
-    if (await connection.execute(found, {"name": schema})).first() is None:
-        await connection.execute(text(f'CREATE SCHEMA "{schema}"'))
+    found = "SELECT true FROM pg_catalog.pg_namespace WHERE nspname = $1"
+    if await connection.fetchval(found, schema) is None:
+        await connection.execute(f'CREATE SCHEMA "{schema}"')
 
 
-def _driver_error(error: BaseException) -> BaseException:
-    # SQLAlchemy wraps the driver's error, sometimes twice.
-    while error.__cause__ is not None and not isinstance(error, OSError | asyncpg.PostgresError):
-        error = error.__cause__
-    return error
-
-
-def _upgrade(connection: Connection, schema: str, target: str) -> list[tuple[str, str]]:
-    directory = scripts()
-    applied: list[tuple[str, str]] = []
-
-    def note(ctx: object, step: MigrationInfo, heads: object, run_args: object) -> None:  # noqa: ARG001 - the names are Alembic's
-        script = directory.get_revision(str(step.up_revision_id))
-        applied.append((script.revision, script.doc))
-
-    def steps(revision: Any, _: MigrationContext) -> Any:
-        return directory._upgrade_revs(target, revision)[:1]  # noqa: SLF001 - as alembic's own command
-
-    with EnvironmentContext(Config(), directory, fn=steps) as environment:
-        environment.configure(
-            connection=connection,
-            version_table=VERSION_TABLE,
-            version_table_schema=schema,
-            on_version_apply=note,
+async def _record(
+    connection: ServerConnection, schema: str, before: str | None, revision: str
+) -> None:
+    """Write the revision into the table, which is the one that Alembic made for 0.2.0."""
+    table = qualified(VERSION_TABLE, schema)
+    if before is None:
+        await connection.execute(
+            f"CREATE TABLE IF NOT EXISTS {table} (version_num varchar(32) NOT NULL,"
+            f" CONSTRAINT {VERSION_TABLE}_pkc PRIMARY KEY (version_num))"
         )
-        environment.run_migrations()
-    return applied
+        await connection.execute(f"INSERT INTO {table} VALUES ($1)", revision)  # noqa: S608 - a constant
+    else:
+        await connection.execute(f"UPDATE {table} SET version_num = $1", revision)  # noqa: S608 - as above

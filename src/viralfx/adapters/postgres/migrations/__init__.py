@@ -1,4 +1,10 @@
-"""The migrations: the tables' schema, its version in this code, and its version in a database."""
+"""The migrations: the tables' schema, its version in this code, and its version in a database.
+
+``NNNN_name.sql`` is a migration, and its first line says what it makes. It is plain SQL for the
+default schema; ``migrate.py`` puts that of DB_SCHEMA in its place. A released file does not change:
+databases have its bodies of functions as they are. ``down/NNNN_name.sql`` takes a migration back,
+with the data that it held; no command runs it.
+"""
 
 import hashlib
 import re

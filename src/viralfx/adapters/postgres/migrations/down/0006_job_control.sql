@@ -1,100 +1,28 @@
-"""Priorities, limits, unique jobs, progress, past attempts, paused queues and schedules."""
+-- Drops the attempts of jobs; paused schedules run again.
 
-from importlib import import_module
+DROP FUNCTION viralfx_ops.enqueue;
+DROP FUNCTION viralfx_ops.viralfx_accept_jobs;
+DROP VIEW viralfx_ops.viralfx_all_jobs;
+ALTER TABLE viralfx_ops.viralfx_jobs DROP COLUMN max_attempts;
+ALTER TABLE viralfx_ops.viralfx_finished_jobs DROP COLUMN max_attempts;
+ALTER TABLE viralfx_ops.viralfx_schedules DROP COLUMN paused_at, DROP COLUMN resumed_at;
 
-from alembic import op
-
-from viralfx.adapters.postgres.migrations import channel_of, qualified
-
-revision = "0003"
-down_revision = "0002"
-
-_COLUMNS = {
-    "user_id": "text",
-    "priority": "smallint NOT NULL DEFAULT 0",
-    "concurrency_key": "text",
-    "history": "jsonb",
-    "progress": "json",
-}
-_UNFINISHED_COLUMNS = {
-    "unique_key": "text",
-    "unique_while_waiting": "boolean NOT NULL DEFAULT false",
-    "cancel_requested": "boolean NOT NULL DEFAULT false",
-}
-_TABLES = {
-    "viralfx_jobs": _COLUMNS | _UNFINISHED_COLUMNS,
-    "viralfx_finished_jobs": _COLUMNS,
-}
-_SHOWN = """
+CREATE VIEW viralfx_ops.viralfx_all_jobs AS
+SELECT
     id, queue, task, payload, key, correlation_id, traceparent, user_id, priority, concurrency_key,
     created_at, run_at, asked_run_at, started_at, finished_at, attempts, crashes, claims, result,
-    error_code, error_message, history, progress
-"""
-VIEW = f"""
-CREATE VIEW viralfx_all_jobs AS
-SELECT {_SHOWN}, worker, cancel_requested,
-    CASE state WHEN 'scheduled' THEN 'waiting' ELSE state END AS state
-FROM viralfx_jobs
+    error_code, error_message, history, progress,
+    worker, cancel_requested, CASE state WHEN 'scheduled' THEN 'waiting' ELSE state END AS state
+FROM viralfx_ops.viralfx_jobs
 UNION ALL
-SELECT {_SHOWN}, NULL, false, state FROM viralfx_finished_jobs
-"""  # noqa: S608 - constants
-_OLD_SHOWN = """
-    id, queue, task, payload, key, correlation_id, traceparent, created_at, run_at, asked_run_at,
-    started_at, finished_at, attempts, crashes, claims, result, error_code, error_message
-"""
-_OLD_VIEW = f"""
-CREATE VIEW viralfx_all_jobs AS
-SELECT {_OLD_SHOWN}, worker, CASE state WHEN 'scheduled' THEN 'waiting' ELSE state END AS state
-FROM viralfx_jobs
-UNION ALL
-SELECT {_OLD_SHOWN}, NULL, state FROM viralfx_finished_jobs
-"""  # noqa: S608 - constants
-# The jobs that may have no duplicate. The index decides it, since the statements of the previous
-# version know no unique jobs. A job enters the index when it is accepted and not again: a retry
-# removes its key.
-_UNIQUE = """
-unique_key IS NOT NULL AND state <> 'failed' AND NOT cancel_requested
-    AND (claims = 0 OR NOT unique_while_waiting)
-"""
-_INDEX = f"CREATE UNIQUE INDEX viralfx_jobs_unique ON viralfx_jobs (unique_key) WHERE {_UNIQUE}"
-# The next migration makes others in their place. It takes no lock that excludes readers, and they
-# are dropped here, where there is one. The previous version needs them; see ADR-0021.
-_DROPPED = (
-    """
-    CREATE INDEX viralfx_jobs_waiting ON viralfx_jobs (queue, run_at, id) WHERE state = 'waiting'
-    """,
-    """
-    CREATE INDEX viralfx_jobs_waiting_tasks ON viralfx_jobs (queue, task, run_at, id)
-    WHERE state = 'waiting'
-    """,
-    "CREATE INDEX viralfx_jobs_active ON viralfx_jobs (worker) WHERE state = 'active'",
-)
-_NEW_TABLES = (
-    "CREATE TABLE viralfx_paused_queues (queue text PRIMARY KEY, paused_at timestamptz NOT NULL)",
-    # The last time of each schedule for which a job was accepted.
-    """
-    CREATE TABLE viralfx_schedules (
-        task text PRIMARY KEY,
-        cron text NOT NULL,
-        timezone text NOT NULL,
-        since timestamptz NOT NULL,
-        last_run_at timestamptz,
-        seen_at timestamptz NOT NULL
-    )
-    """,
-)
+SELECT
+    id, queue, task, payload, key, correlation_id, traceparent, user_id, priority, concurrency_key,
+    created_at, run_at, asked_run_at, started_at, finished_at, attempts, crashes, claims, result,
+    error_code, error_message, history, progress,
+    NULL, false, state
+FROM viralfx_ops.viralfx_finished_jobs;
 
-# Plans for empty tables would be kept while the tables grow, hence without sequential scans. With
-# the search path of the caller, a function with the same name and exact types in one of its schemas
-# would be called in place of a built-in one that takes any type.
-_SETTINGS = """
-SET search_path = pg_catalog, pg_temp
-SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off
-"""
-# The one of 0002, with the options of jobs as further parameters: calls without them still work.
-ACCEPT = f"""
-CREATE FUNCTION viralfx_accept_jobs(
+CREATE FUNCTION viralfx_ops.viralfx_accept_jobs(
     ids uuid[], queues text[], tasks text[], payloads json[], keys text[] DEFAULT NULL,
     correlation_ids text[] DEFAULT NULL, traceparents text[] DEFAULT NULL,
     run_ats timestamptz[] DEFAULT NULL, soon float8 DEFAULT 60,
@@ -102,7 +30,9 @@ CREATE FUNCTION viralfx_accept_jobs(
     while_waiting boolean[] DEFAULT NULL, concurrency_keys text[] DEFAULT NULL,
     user_ids text[] DEFAULT NULL
 ) RETURNS TABLE (id uuid, created_at timestamptz, run_at timestamptz) LANGUAGE plpgsql
-{_SETTINGS} AS $$
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off AS $$
 #variable_conflict use_column
 DECLARE
     moment CONSTANT timestamptz = statement_timestamp();
@@ -111,7 +41,7 @@ DECLARE
     added_run_ats timestamptz[];
     finished uuid[];
 BEGIN
-    IF array_remove(keys, NULL) <> '{{}}'
+    IF array_remove(keys, NULL) <> '{}'
         AND current_setting('transaction_isolation') <> 'read committed'
     THEN
         RAISE EXCEPTION 'jobs with an idempotency key are accepted under READ COMMITTED only'
@@ -119,7 +49,7 @@ BEGIN
             'Begin the transaction with this isolation level, or accept the jobs after it.';
     END IF;
     WITH accepted AS (
-        INSERT INTO viralfx_jobs (
+        INSERT INTO viralfx_ops.viralfx_jobs (
             id, queue, task, payload, key, correlation_id, traceparent, asked_run_at, priority,
             unique_key, unique_while_waiting, concurrency_key, user_id, created_at, run_at, state
         )
@@ -142,37 +72,36 @@ BEGIN
     SELECT array_agg(id), array_agg(key) FILTER (WHERE key IS NOT NULL), array_agg(run_at)
     INTO added, added_keys, added_run_ats FROM accepted;
 
-    finished = ARRAY(SELECT job.id FROM viralfx_finished_jobs AS job WHERE job.id = ANY(added));
+    finished = ARRAY(SELECT job.id FROM viralfx_ops.viralfx_finished_jobs AS job WHERE job.id = ANY(added));
     IF added_keys IS NOT NULL THEN
         finished = finished || ARRAY(
-            SELECT job.id FROM viralfx_jobs AS job
+            SELECT job.id FROM viralfx_ops.viralfx_jobs AS job
             WHERE job.id = ANY(added) AND job.key = ANY(ARRAY(
-                SELECT known.key FROM viralfx_finished_jobs AS known
+                SELECT known.key FROM viralfx_ops.viralfx_finished_jobs AS known
                 WHERE known.key IS NOT NULL AND known.key = ANY(added_keys)
             ))
         );
     END IF;
-    IF finished <> '{{}}' THEN
-        DELETE FROM viralfx_jobs AS job WHERE job.id = ANY(finished);
+    IF finished <> '{}' THEN
+        DELETE FROM viralfx_ops.viralfx_jobs AS job WHERE job.id = ANY(finished);
     END IF;
     RETURN QUERY
         SELECT given.id, moment, given.run_at
         FROM unnest(added, added_run_ats) AS given (id, run_at)
         WHERE given.id <> ALL(finished);
 END
-$$
-"""  # noqa: S608 - constants
-# The digest is that of `unique_key_of` in Python: the text of a jsonb value sorts the names of an
-# object and drops white space, and the regular expression drops zeros at the end of fractions.
-ENQUEUE = r"""
-CREATE FUNCTION {schema}.enqueue(
+$$;
+
+CREATE FUNCTION viralfx_ops.enqueue(
     task text, payload json DEFAULT 'null', queue text DEFAULT 'default',
     run_at timestamptz DEFAULT NULL, priority integer DEFAULT 0, key text DEFAULT NULL,
     unique_while text DEFAULT NULL, concurrency_key text DEFAULT NULL,
     correlation_id text DEFAULT NULL, traceparent text DEFAULT NULL, user_id text DEFAULT NULL,
     notify boolean DEFAULT true
 ) RETURNS uuid LANGUAGE plpgsql
-{settings} AS $$
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off AS $$
 #variable_conflict use_variable
 DECLARE
     now_us CONSTANT bigint = extract(epoch FROM clock_timestamp()) * 1000000;
@@ -184,7 +113,7 @@ DECLARE
     )::uuid;
     -- Of a task whose limits hold for each key; see the migration of limits.
     key_of_none CONSTANT text = (
-        SELECT '' FROM viralfx_task_limits AS known
+        SELECT '' FROM viralfx_ops.viralfx_task_limits AS known
         WHERE known.task = task AND known.key = '' AND known.last_key IS NOT NULL
     );
     digest text;
@@ -218,7 +147,7 @@ BEGIN
     END IF;
     FOR attempt IN 1..10 LOOP
         SELECT new.id, new.run_at <= new.created_at AS due INTO accepted
-        FROM viralfx_accept_jobs(
+        FROM viralfx_ops.viralfx_accept_jobs(
             ARRAY[job_id], ARRAY[queue], ARRAY[task], ARRAY[payload], ARRAY[key],
             ARRAY[correlation_id], ARRAY[traceparent], ARRAY[run_at],
             priorities => ARRAY[priority], unique_keys => ARRAY[digest],
@@ -228,7 +157,7 @@ BEGIN
         ) AS new;
         IF FOUND THEN
             IF notify AND accepted.due THEN
-                PERFORM pg_notify({channel}, json_build_object(
+                PERFORM pg_notify('viralfx_jobs.viralfx_ops', json_build_object(
                     'queue', queue, 'ids', json_build_array(job_id)
                 )::text);
             END IF;
@@ -238,7 +167,7 @@ BEGIN
             AND job.asked_run_at IS NOT DISTINCT FROM run_at
             AND CASE WHEN job.payload::text = payload::text THEN true
                 ELSE job.payload::jsonb = payload::jsonb END AS same
-        INTO earlier FROM viralfx_all_jobs AS job
+        INTO earlier FROM viralfx_ops.viralfx_all_jobs AS job
         WHERE job.key IS NOT NULL AND job.key = key;
         IF FOUND AND NOT earlier.same THEN
             RAISE EXCEPTION
@@ -246,8 +175,11 @@ BEGIN
                 USING ERRCODE = 'unique_violation';
         END IF;
         IF NOT FOUND THEN
-            SELECT job.id INTO earlier FROM viralfx_jobs AS job
-            WHERE job.unique_key = digest AND {unique};
+            SELECT job.id INTO earlier FROM viralfx_ops.viralfx_jobs AS job
+            WHERE job.unique_key = digest AND 
+unique_key IS NOT NULL AND state <> 'failed' AND NOT cancel_requested
+    AND (claims = 0 OR NOT unique_while_waiting)
+;
         END IF;
         IF FOUND THEN
             RETURN earlier.id;
@@ -257,43 +189,4 @@ BEGIN
     RAISE EXCEPTION 'the jobs with this key change all the time'
         USING ERRCODE = 'serialization_failure';
 END
-$$
-""".replace("{unique}", _UNIQUE).replace("{settings}", _SETTINGS)
-
-
-def upgrade() -> None:
-    """Add columns and tables; the rows of existing jobs are not rewritten.
-
-    The tables are locked until the end, so nothing here does more than read each job once.
-    """
-    _execute("DROP VIEW viralfx_all_jobs")
-    for table, columns in _TABLES.items():
-        added = ", ".join(f"ADD COLUMN {name} {kind}" for name, kind in columns.items())
-        _execute(f"ALTER TABLE {table} {added}")
-    for statement in _DROPPED:
-        _execute(f"DROP INDEX {{schema}}.{statement.split()[2]}")
-    for statement in (VIEW, _INDEX, *_NEW_TABLES):
-        _execute(statement)
-    _execute("DROP FUNCTION viralfx_accept_jobs")
-    _execute(ACCEPT)
-    _execute(ENQUEUE)
-
-
-def downgrade() -> None:
-    """Drop them; waiting jobs lose their options."""
-    _execute("DROP FUNCTION {schema}.enqueue")
-    _execute("DROP FUNCTION viralfx_accept_jobs")
-    _execute(import_module("viralfx.adapters.postgres.migrations.0002_jobs").ACCEPT)
-    _execute("DROP VIEW viralfx_all_jobs")
-    _execute("DROP TABLE viralfx_paused_queues, viralfx_schedules")
-    for table, columns in _TABLES.items():
-        _execute(f"ALTER TABLE {table} {', '.join(f'DROP COLUMN {name}' for name in columns)}")
-    for statement in (*_DROPPED, _OLD_VIEW):
-        _execute(statement)
-
-
-def _execute(statement: str) -> None:
-    schema = op.get_context().opts["version_table_schema"]
-    # The channel's name has the prefix of a table's.
-    text = qualified(statement, schema).replace("{schema}", f'"{schema}"')
-    op.execute(text.replace("{channel}", f"'{channel_of(schema)}'"))
+$$;

@@ -1,0 +1,3 @@
+-- Drops the saved state.
+
+DROP TABLE viralfx_ops.viralfx_state;

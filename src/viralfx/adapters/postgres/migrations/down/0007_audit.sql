@@ -1,0 +1,3 @@
+-- Drops all events of the audit trail.
+
+DROP TABLE viralfx_ops.viralfx_audit_events;
