@@ -15,11 +15,13 @@ from viralfx.domain.doctor import (
     DoctorCheck,
     Finding,
     failed,
+    finding_of,
     passed,
     skipped,
     warned,
 )
-from viralfx.domain.extras import is_about_extra, is_installed, missing, problem
+from viralfx.domain.errors import Problem
+from viralfx.domain.extras import is_about_extra, is_installed, lacking, missing
 from viralfx.settings import CredentialsCallable, Settings, fields
 from viralfx.settings.doctor import misspelt, plain_environment, review, unread
 from viralfx.settings.model import DATABASE_URLS
@@ -40,9 +42,9 @@ _COLLECTOR_SECONDS = 3.0
 _FindCallable: TypeAlias = Callable[[], Awaitable[CredentialsCallable | None]]
 
 
-def tracing_problems(environ: Mapping[str, str]) -> list[str]:
+def tracing_problems(environ: Mapping[str, str]) -> list[Problem]:
     """Return the problems of the variables ``OTEL_*`` that would prevent a start."""
-    return list(problems(environ)) if is_enabled(environ) else []
+    return [*map(Problem.of_line, problems(environ))] if is_enabled(environ) else []
 
 
 def review_tracing(environ: Mapping[str, str]) -> Finding:
@@ -151,24 +153,22 @@ def review_extras(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fi
     if missing(asked):
         for variable, extra in asked:
             if not is_installed(extra):
-                found, _, remedy = problem(variable, extra).partition(": ")
-                yield failed(Area.ENVIRONMENT, found, remedy)
+                yield failed(Area.ENVIRONMENT, *lacking(variable, extra))
     elif asked:
         names = ",".join(dict.fromkeys(extra for _, extra in asked))
         found = f"the settings ask for viralfx[{names}], and its packages are installed"
         yield passed(Area.ENVIRONMENT, found)
 
 
-def unreadable(problems: Iterable[str], environ: Mapping[str, str]) -> list[Finding]:
+def unreadable(problems: Iterable[Problem], environ: Mapping[str, str]) -> list[Finding]:
     """Return findings for the problems of :func:`viralfx.settings.read_settings` and of tracing.
 
     All areas that need the settings are skipped.
     """
-    findings = refused([*problems, *tracing_problems(environ)])
-    reported_variables = {finding.found.partition(":")[0] for finding in findings}
-    findings += [
-        f for f in misspelt(environ) if f.found.partition(" ")[0] not in reported_variables
-    ]
+    every = [*problems, *tracing_problems(environ)]
+    findings = refused(every)
+    reported_variables = {problem.variable for problem in every}
+    findings += misspelt(environ, reported_variables)
     findings += unread(environ, reported_variables)
     reported = {finding.area for finding in findings}
     findings += [
@@ -177,33 +177,25 @@ def unreadable(problems: Iterable[str], environ: Mapping[str, str]) -> list[Find
     return findings
 
 
-def refused(problems: Iterable[str], area: Area | None = None) -> list[Finding]:
+def refused(problems: Iterable[Problem]) -> list[Finding]:
     """Return findings for a :class:`ConfigurationError`; the variable determines the area."""
-    return [_refused(problem, area) for problem in problems]
+    return [finding_of(problem, _area(problem.variable)) for problem in problems]
 
 
-def unmade(problems: Iterable[str], environ: Mapping[str, str]) -> list[Finding]:
+def unmade(problems: Iterable[Problem], environ: Mapping[str, str]) -> list[Finding]:
     """Return findings for a failed start, without problems that are reported elsewhere."""
     reported = set(tracing_problems(environ))
     # `review_extras` reports missing extras.
-    left = [line for line in problems if line not in reported and not is_about_extra(line)]
+    left = [p for p in problems if p not in reported and not is_about_extra(str(p))]
     findings = [
-        _refused(p, None if p.startswith(_TRACING_PREFIX) else Area.ENDPOINTS) for p in left
+        finding_of(p, Area.TRACING if p.variable.startswith(_TRACING_PREFIX) else Area.ENDPOINTS)
+        for p in left
     ]
     if all(finding.area is Area.TRACING for finding in findings):
         findings.append(
             skipped(Area.ENDPOINTS, "nothing starts before the problems above are fixed")
         )
     return findings
-
-
-def _refused(problem: str, area: Area | None = None) -> Finding:
-    problem = " ".join(problem.splitlines())  # it may contain a variable's value
-    variable = problem.partition(":")[0]
-    found, _, remedy = problem.rpartition("; ")
-    if not found:
-        found, remedy = problem, f"correct {variable}"
-    return failed(area or _area(variable), found, remedy)
 
 
 def _area(variable: str) -> Area:

@@ -562,9 +562,9 @@ def _env(options: argparse.Namespace) -> int:
     from viralfx.settings import fields, read_settings, show, sources, typing_errors  # noqa: PLC0415
 
     # The list helps to correct a name, so a misspelt one does not prevent it.
-    misspelt = {line.partition(":")[0]: line for line in typing_errors(os.environ)}
-    for line in misspelt.values():
-        note(f"viralfx: {line}")
+    misspelt = {problem.variable: problem for problem in typing_errors(os.environ)}
+    for problem in misspelt.values():
+        note(f"viralfx: {problem}")
     environ = {name: value for name, value in os.environ.items() if name not in misspelt}
     settings, origins = read_settings(environ, strict=True), sources(environ)
     rows = [("name", "default", "value", "meaning", "source")]

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import msgspec
 
-from viralfx.bootstrap.doctor import doctor_checks, refused, unmade, unreadable
+from viralfx.bootstrap.doctor import doctor_checks, unmade, unreadable
 from viralfx.domain.clock import SystemClock, finished_within, ignore_error
 from viralfx.domain.doctor import (
     Area,
@@ -30,13 +30,14 @@ from viralfx.domain.doctor import (
     Verdict,
     diagnose,
     failed,
+    finding_of,
     in_order,
     passed,
     skipped,
     warned,
     worst,
 )
-from viralfx.domain.errors import ConfigurationError, StartupError
+from viralfx.domain.errors import ConfigurationError, Problem, StartupError
 from viralfx.domain.extras import is_installed
 from viralfx.domain.fleet import FleetReporter
 from viralfx.domain.health.check_runner import CheckCompleted
@@ -78,7 +79,7 @@ class PortsDoctor:
             try:
                 listen(variable, host, port).close()
             except StartupError as error:
-                yield from refused([str(error)], Area.PORTS)
+                yield finding_of(Problem.of_line(str(error)), Area.PORTS)
                 continue
             if 0 < port < _PRIVILEGED:
                 yield warned(
@@ -162,7 +163,7 @@ class ApplicationDoctor:
         try:
             application, plugin = await self._load()
         except ConfigurationError as error:
-            return unmade(error.problems, os.environ)
+            return unmade(error.details, os.environ)
         self._step = "the first run of the checks"
         monitor = plugin.operations.monitor
         gate = Gate(plugin.endpoints.at_management_port(plugin.settings), application)
@@ -304,7 +305,7 @@ def doctor(*, app: str | None, as_json: bool) -> int:
         with_api = app is None and is_installed("litestar")
         settings = read_settings(os.environ, strict=True, with_api=with_api)
     except ConfigurationError as error:
-        findings = in_order(unreadable(error.problems, os.environ))
+        findings = in_order(unreadable(error.details, os.environ))
         _print(findings, as_json=as_json)
         return EXIT_UNREADABLE
     application = ApplicationDoctor(settings, app)

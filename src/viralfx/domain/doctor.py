@@ -1,12 +1,13 @@
 """Pre-deployment diagnosis (``viralfx doctor``): the check port, findings, and one run of all."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 from viralfx.domain.clock import Clock, finished_within, ignore_error
+from viralfx.domain.errors import Problem
 
 
 class Area(StrEnum):
@@ -86,6 +87,15 @@ def warned(area: Area, found: str, remedy: str) -> Finding:
 def failed(area: Area, found: str, remedy: str) -> Finding:
     """Return a failure: something that keeps the service from working."""
     return Finding(area=area, verdict=Verdict.FAIL, found=found, remedy=remedy)
+
+
+def finding_of(
+    problem: Problem, area: Area, verdict: Callable[[Area, str, str], Finding] = failed
+) -> Finding:
+    """Return the finding that states a problem; ``verdict`` is :func:`failed` or :func:`warned`."""
+    # A text may contain the value of a variable, with several lines.
+    found, remedy = (" ".join(text.splitlines()) for text in (problem.found, problem.remedy))
+    return verdict(area, found, remedy or f"correct {problem.variable or found}")
 
 
 def skipped(area: Area, found: str, remedy: str = "") -> Finding:

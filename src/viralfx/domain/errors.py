@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TypeGuard, TypeVar
+from typing import NamedTuple, TypeGuard, TypeVar
 
 T = TypeVar("T")
 
@@ -13,11 +13,46 @@ class ViralFXError(Exception):
     """Base class of every error that this package defines."""
 
 
+class Problem(NamedTuple):  # not a dataclass: a probe must stay cheap, and that imports inspect
+    """A problem of the configuration, and its remedy."""
+
+    variable: str
+    """The variable, option or part that has the problem; empty if the text names it itself."""
+    what: str
+    remedy: str = ""
+    """Empty: the text says it."""
+
+    @classmethod
+    def of_text(cls, variable: str, text: str) -> "Problem":
+        """Return the problem that a parser's text states, with its remedy after the last ``;``."""
+        what, _, remedy = text.rpartition("; ")
+        return cls(variable, what, remedy) if what and remedy else cls(variable, text)
+
+    @classmethod
+    def of_line(cls, line: str) -> "Problem":
+        """Return the problem whose line this is: ``str`` of it is the line again."""
+        variable, colon, text = line.partition(": ")
+        return cls.of_text(variable, text) if colon and text else cls.of_text("", line)
+
+    @property
+    def found(self) -> str:
+        """The line without the remedy."""
+        return f"{self.variable}: {self.what}" if self.variable else self.what
+
+    def __str__(self) -> str:
+        """Return the line that a person reads."""
+        return f"{self.found}; {self.remedy}" if self.remedy else self.found
+
+
 class ConfigurationError(ViralFXError):
     """The configuration is invalid; ``problems`` lists every problem, not only the first."""
 
-    def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
+    def __init__(self, problems: Iterable[Problem | str]) -> None:
+        self.details = tuple(
+            each if isinstance(each, Problem) else Problem.of_line(each) for each in problems
+        )
+        """The problems as values."""
+        self.problems = tuple(map(str, self.details))
         """One line for each problem, with the remedy."""
         super().__init__("; ".join(self.problems))
 

@@ -90,9 +90,14 @@ def problem(asked_by: str, *extras: str) -> str:
 
     ``asked_by`` is a command, a name, or what :func:`is_set` returns for variables.
     """
+    return ": ".join(lacking(asked_by, *extras))
+
+
+def lacking(asked_by: str, *extras: str) -> tuple[str, str]:
+    """Return what :func:`problem` says, and the command that installs the extras."""
     held = {inner for extra in extras for inner in _HELD.get(extra, ())}
     named = [extra for extra in extras if extra not in held]
-    return f"{asked_by} needs viralfx[{','.join(named)}]: {install_command(*named)}"
+    return f"{asked_by} needs viralfx[{','.join(named)}]", install_command(*named)
 
 
 def is_set(*variables: str) -> str:

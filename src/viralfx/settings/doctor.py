@@ -3,8 +3,8 @@
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from viralfx.domain.doctor import Area, Finding, failed, passed, skipped, warned
-from viralfx.domain.errors import suggest
+from viralfx.domain.doctor import Area, Finding, failed, finding_of, passed, skipped, warned
+from viralfx.domain.errors import Problem, suggest
 from viralfx.settings.dsn import DatabaseAddress
 from viralfx.settings.groups import MIN_SECRET_CHARACTERS, milliseconds
 from viralfx.settings.loader import fields, given, unknown_names
@@ -197,13 +197,23 @@ def review(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
     ]
 
 
-def misspelt(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield a warning for each unknown variable that resembles a known one."""
+def misspelt(environ: Mapping[str, str], reported: Collection[str] = ()) -> Iterator[Finding]:
+    """Yield a warning for each unknown variable that resembles a known one.
+
+    Names in ``reported`` have findings of their own.
+    """
+    for name, hint in _misspelt_names(environ):
+        if name not in reported:
+            yield warned(Area.ENVIRONMENT, f"{name} is not a known variable", hint)
+
+
+def _misspelt_names(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield each such name with its hint."""
     known = [one.variable for one in fields()]
     for name in unknown_names(environ):
         plain = name.removesuffix("_FILE")
         if hint := suggest(plain, known, cutoff=NAME_SIMILARITY):
-            yield warned(Area.ENVIRONMENT, f"{name} is not a known variable", hint)
+            yield name, hint
 
 
 def unread(environ: Mapping[str, str], reported: Collection[str] = ()) -> Iterator[Finding]:
@@ -211,7 +221,7 @@ def unread(environ: Mapping[str, str], reported: Collection[str] = ()) -> Iterat
 
     Names in ``reported``, and misspelt ones, have findings of their own.
     """
-    misspelt_names = {*reported, *(f.found.partition(" ")[0] for f in misspelt(environ))}
+    misspelt_names = {*reported, *(name for name, _ in _misspelt_names(environ))}
     names = [n for n in unknown_names(environ) if n.startswith(PREFIXES)]
     if names := [name for name in names if name not in misspelt_names]:
         yield warned(
@@ -231,9 +241,7 @@ def _environment(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fin
     yield from misspelt(environ)
     yield from unread(environ)
     for warning in settings.warnings:
-        found, _, remedy = warning.rpartition("; ")
-        variable = warning.partition(":")[0]
-        yield warned(Area.ENVIRONMENT, found or warning, remedy or f"correct {variable}")
+        yield finding_of(Problem.of_line(warning), Area.ENVIRONMENT, warned)
     in_memory = [
         *(["the database"] if settings.database_url is None else []),
         *(["the cache"] if not settings.redis.in_use else []),

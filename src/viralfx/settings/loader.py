@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import msgspec
 from msgspec import inspect
 
-from viralfx.domain.errors import ConfigurationError, edits, suggest
+from viralfx.domain.errors import ConfigurationError, Problem, edits, suggest
 from viralfx.settings import platform
 from viralfx.settings.dsn import (
     IMPLIED,
@@ -219,7 +219,7 @@ def read_settings(
         }
     reading = _read(environ, strict=strict, tasks=with_tasks)
     settings = assemble(reading.values)
-    problems = [
+    problems: list[Problem | str] = [
         *(typing_errors(environ, env_prefix) if strict else ()),
         *reading.problems,
         *settings.contradictions(
@@ -227,8 +227,8 @@ def read_settings(
         ),
     ]
     if problems:
-        raise ConfigurationError(prefixed(line, env_prefix) for line in problems)
-    warnings = tuple(prefixed(line, env_prefix) for line in reading.warnings)
+        raise ConfigurationError(prefixed(str(each), env_prefix) for each in problems)
+    warnings = tuple(prefixed(str(each), env_prefix) for each in reading.warnings)
     return msgspec.structs.replace(settings, warnings=warnings) if warnings else settings
 
 
@@ -263,8 +263,8 @@ class _Reading:
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
 
     def parse(self, one: Field, raw: str, source: str) -> None:
         try:
@@ -274,19 +274,22 @@ class _Reading:
             self.values[one.variable] = value
             self.sources[one.variable] = source
         except ValueError as error:
-            self.fail(one.variable, f"{one.variable}: {error}")
+            self.fail(one.variable, str(error))
 
-    def fail(self, variable: str, problem: str) -> None:
+    def fail(self, variable: str, text: str) -> None:
         self.failed.add(variable)
-        self.problems.append(problem)
+        self.problems.append(Problem.of_text(variable, text))
+
+    def warn(self, variable: str, text: str) -> None:
+        self.warnings.append(Problem.of_text(variable, text))
 
     def take_unknown(self, variable: str, lines: Iterable[str]) -> None:
         """Take down unknown parameters of an address; an application has other clients for it."""
         for line in lines:
             if self.strict:
-                self.fail(variable, f"{variable}: {line}")
+                self.fail(variable, line)
             else:
-                self.warnings.append(f"{variable}: ignored {line.removesuffix('; remove it')}")
+                self.warn(variable, f"ignored {line.removesuffix('; remove it')}")
 
     def is_open(self, variable: str) -> bool:
         """Return True if nothing has set the variable, so that another one may imply it."""
@@ -296,7 +299,7 @@ class _Reading:
         """Treat a variable as not set, with a warning."""
         for found in (self.values, self.sources):
             found.pop(variable, None)
-        self.warnings.append(f"{variable}: ignored, because {reason}")
+        self.warn(variable, f"ignored, because {reason}")
 
 
 def _read(environ: Mapping[str, str], *, strict: bool = False, tasks: bool = False) -> _Reading:
@@ -305,13 +308,13 @@ def _read(environ: Mapping[str, str], *, strict: bool = False, tasks: bool = Fal
         try:
             raw, source = _raw(one.variable, environ)
         except ValueError as error:
-            reading.fail(one.variable, f"{one.variable}: {error}")
+            reading.fail(one.variable, str(error))
             continue
         if raw is not None:
             reading.parse(one, raw, source)
     if not strict:
         if problem := near_miss(reading.values.get("ENVIRONMENT", Settings().environment)):
-            reading.warnings.append(problem)
+            reading.warnings.append(Problem.of_line(problem))
         _ignore_foreign(reading, tasks=tasks or "TASK_MODULES" in reading.values)
     for variable in DATABASE_URLS:
         _imply_from_url(reading, variable)
@@ -357,9 +360,9 @@ def _ignore_foreign(reading: _Reading, *, tasks: bool) -> None:
     for variable in (*_OF_OTHERS, *(() if tasks else ("QUEUES",))):
         if variable in reading.failed:
             reading.failed.discard(variable)
-            (problem,) = [p for p in reading.problems if p.startswith(f"{variable}: ")]
+            (problem,) = [each for each in reading.problems if each.variable == variable]
             reading.problems.remove(problem)
-            reading.ignore(variable, problem.removeprefix(f"{variable}: "))
+            reading.ignore(variable, str(problem._replace(variable="")))
 
 
 _OF_CONNECTION = ("sslmode", "sslrootcert", "sslcert", "sslkey")
@@ -383,20 +386,20 @@ def _imply_from_url(reading: _Reading, url: str) -> None:
         try:
             value = one.parse(text)
         except ValueError as error:
-            reading.fail(url, f"{url}: {parameter}: {error}")
+            reading.fail(url, f"{parameter}: {error}")
             continue
         own = reading.values.get(one.variable, value)
         if reading.is_open(one.variable) and (url == "DATABASE_URL" or parameter in _OF_CONNECTION):
             reading.values[one.variable] = value
             reading.sources[one.variable] = url
         elif url != "DATABASE_URL" and parameter not in _OF_CONNECTION:
-            reading.warnings.append(f"{url}: {parameter} has no effect; set {one.variable}")
+            reading.warn(url, f"{parameter} has no effect; set {one.variable}")
         elif own != value:
             problem = f"{show(own)} contradicts {parameter} in {url}, {text}; keep one"
-            reading.fail(one.variable, f"{one.variable}: {problem}")
+            reading.fail(one.variable, problem)
     password = reading.values.get("DB_PASSWORD")
     if url == "DATABASE_URL" and password and address.password not in {None, password.value}:
-        reading.fail("DB_PASSWORD", "DB_PASSWORD: DATABASE_URL holds another password; keep one")
+        reading.fail("DB_PASSWORD", "DATABASE_URL holds another password; keep one")
 
 
 def _imply_from_redis_url(reading: _Reading) -> None:
@@ -406,7 +409,7 @@ def _imply_from_redis_url(reading: _Reading) -> None:
     try:
         implied = {} if url is None else parse_redis_url(url.value, unknown)
     except ValueError as error:
-        reading.fail("REDIS_URL", f"REDIS_URL: {error}")
+        reading.fail("REDIS_URL", str(error))
         return
     reading.take_unknown("REDIS_URL", unknown)
     places = ("REDIS_HOST", "REDIS_SOCKET")
@@ -416,14 +419,14 @@ def _imply_from_redis_url(reading: _Reading) -> None:
         if not reading.is_open(variable):
             if variable == "REDIS_TLS_ENABLED" and reading.values.get(variable) is False:
                 what = "REDIS_TLS_ENABLED=false overrides rediss:// in REDIS_URL: there is no TLS"
-                reading.warnings.append(f"{what}; remove REDIS_TLS_ENABLED")
+                reading.warnings.append(Problem("", what, "remove REDIS_TLS_ENABLED"))
             continue
         one = _field_of(variable)
         try:
             reading.values[variable] = one.parse(text)
             reading.sources[variable] = "REDIS_URL"
         except ValueError:
-            reading.fail("REDIS_URL", f"REDIS_URL: {variable} would not be {one.allowed}")
+            reading.fail("REDIS_URL", f"{variable} would not be {one.allowed}")
 
 
 def _warn_about_addresses(reading: _Reading) -> None:
@@ -431,11 +434,12 @@ def _warn_about_addresses(reading: _Reading) -> None:
         if (address := _address(reading, variable)) is None:
             continue
         reading.take_unknown(variable, address.unknown)
-        reading.warnings += [f"{variable}: {warning}" for warning in address.warnings]
+        reading.warnings += [Problem.of_text(variable, text) for text in address.warnings]
         if address.channel_binding and reading.values.get("DB_TLS_MODE") != "verify-full":
-            reading.warnings.append(
-                f"{variable}: channel_binding=require has no effect, because the driver cannot bind"
-                " the channel; set DB_TLS_MODE=verify-full, which verifies the server instead"
+            reading.warn(
+                variable,
+                "channel_binding=require has no effect, because the driver cannot bind the channel;"
+                " set DB_TLS_MODE=verify-full, which verifies the server instead",
             )
 
 
@@ -478,7 +482,7 @@ def _check_readable(reading: _Reading, variable: str) -> None:
     try:
         path.read_bytes()
     except OSError as error:
-        reading.fail(variable, f"{variable}: cannot read {path}: {error.strerror}")
+        reading.fail(variable, f"cannot read {path}: {error.strerror}")
 
 
 def _field_of(variable: str) -> Field:
@@ -497,7 +501,7 @@ def unknown_names(environ: Mapping[str, str]) -> list[str]:
     ]
 
 
-def typing_errors(environ: Mapping[str, str], prefix: str = "") -> Iterator[str]:
+def typing_errors(environ: Mapping[str, str], prefix: str = "") -> Iterator[Problem]:
     """Yield a problem for each unknown name, behind its prefix, within two edits of a known one."""
     known = [one.variable for one in fields()]
     known += [f"{name}_FILE" for name in known]
@@ -508,7 +512,7 @@ def typing_errors(environ: Mapping[str, str], prefix: str = "") -> Iterator[str]
         found = [(edits(name, other, limit=_MAX_EDITS), other) for other in near]
         distance, close = min(found, default=(_MAX_EDITS + 1, ""))
         if distance <= _MAX_EDITS:
-            yield f"{prefix}{name}: unknown variable; did you mean {close}?"
+            yield Problem(f"{prefix}{name}", "unknown variable", f"did you mean {close}?")
 
 
 def _raw(variable: str, environ: Mapping[str, str]) -> tuple[str | None, str]:

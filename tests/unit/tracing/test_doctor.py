@@ -7,6 +7,7 @@ import pytest
 from viralfx.bootstrap.doctor import review_tracing, unmade
 from viralfx.cli import main
 from viralfx.domain.doctor import Area, Verdict
+from viralfx.domain.errors import ConfigurationError
 from viralfx.telemetry.tracing import variables
 
 COLLECTOR = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://app:hunter2@collector:4318/hunter3?k=hunter4"}
@@ -84,7 +85,9 @@ def test_wrong_variables_of_traces_are_found(
 
 def test_problems_that_only_the_sdk_finds_belong_to_tracing() -> None:
     """Other problems of creating the application stay in their area."""
-    found = unmade(["OTEL_*: odd", "READINESS_REQUIRES: no such check"], {})
+    found = unmade(
+        ConfigurationError(["OTEL_*: odd", "READINESS_REQUIRES: no such check"]).details, {}
+    )
 
     assert [(f.area, f.verdict, f.found) for f in found] == [
         (Area.TRACING, Verdict.FAIL, "OTEL_*: odd"),
