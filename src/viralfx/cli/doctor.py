@@ -63,17 +63,18 @@ _MAX_TIMEOUT = 3.0
 class PortsDoctor:
     """Checks the ports by listening on them for a moment."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, host: str, port: int, management_port: int | None) -> None:
+        """``host``: the address that the ports listen on."""
+        self._host = host
+        self._ports = {"PORT": port, "MANAGEMENT_PORT": management_port}
 
     async def check(self) -> Sequence[Finding]:
         """Listen on each port once, in a thread, because HOST may need a DNS look-up."""
         return await asyncio.to_thread(lambda: list(self._listen()))
 
     def _listen(self) -> Iterator[Finding]:
-        host = self._settings.listen_host
-        ports = {"PORT": self._settings.port, "MANAGEMENT_PORT": self._settings.management_port}
-        for variable, port in ports.items():
+        host = self._host
+        for variable, port in self._ports.items():
             if port is None:
                 continue
             try:
@@ -312,7 +313,10 @@ def doctor(*, app: str | None, as_json: bool) -> int:
     ask = () if app is None else (application.redis_credentials, application.database_password)
     everything: list[tuple[Area, DoctorCheck]] = [
         *doctor_checks(settings, os.environ, *ask),
-        (Area.PORTS, PortsDoctor(settings)),
+        (
+            Area.PORTS,
+            PortsDoctor(settings.listen_host, settings.port, settings.management_port),
+        ),
         (Area.ENDPOINTS, application),
     ]
     # The findings report each problem; log lines would repeat it.

@@ -131,9 +131,14 @@ class _Ledger:
     """The job service of this command, and the tasks that it knows."""
 
     def __init__(
-        self, settings: Settings, service: JobService, tasks: TaskRegistry, audit: AuditTrail
+        self,
+        queues: Sequence[str],
+        service: JobService,
+        tasks: TaskRegistry,
+        audit: AuditTrail,
     ) -> None:
-        self.settings = settings
+        self.queues = queues
+        """The names in QUEUES."""
         self.service = service
         self.tasks = tasks
         self._audit = audit
@@ -188,7 +193,7 @@ async def _opened(settings: Settings, *, with_tasks: bool) -> AsyncIterator[_Led
     try:
         for resource in assembly.operations.resources:
             await resource.open()
-        yield _Ledger(settings, assembly.jobs.service, assembly.jobs.tasks, trail)
+        yield _Ledger(settings.queues, assembly.jobs.service, assembly.jobs.tasks, trail)
     finally:
         # These are the steps of every process, and would be log lines of no use here.
         before = logging.root.manager.disable
@@ -308,7 +313,7 @@ def _print_accepted(options: argparse.Namespace, accepted: Accepted) -> None:
 
 async def _declare(ledger: _Ledger, task: str, queue: str) -> None:
     """Let the service accept jobs in a queue, also of a task that is declared elsewhere."""
-    queues = [*ledger.settings.queues]
+    queues = [*ledger.queues]
     if queue not in queues and queue not in (queues := [*await ledger.service.queues()]):
         hint = suggest(queue, queues) or f"there are {', '.join(queues)}"
         raise ConfigurationError([f"--queue: there is no queue named {queue!r}; {hint}"])
