@@ -3,6 +3,7 @@
 import gzip
 import re
 import tomllib
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -28,8 +29,14 @@ LINK = re.compile(r'(?:src|href|spec-url)="([^"]+)"')
 async def get(path: str, app: Litestar | None = None, **headers: str) -> httpx.Response:
     """Request a path of the service, or of another application."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    async with AsyncTestClient(app or create_app(Settings())) as client:
+    async with AsyncTestClient(app or service()) as client:
         return await client.get(path, headers=named)
+
+
+@cache
+def service() -> Litestar:
+    """Return the service: no test of this file changes anything in it."""
+    return create_app(Settings())
 
 
 def shop(**options: object) -> Litestar:
@@ -79,7 +86,7 @@ async def test_the_policy_is_only_for_this_page() -> None:
 @pytest.mark.parametrize("page", ["/api/docs", "/api/docs/"])
 async def test_addresses_are_relative(page: str, prefix: str) -> None:
     """They lead to the files with and without a slash at the end, and behind a prefix."""
-    async with AsyncTestClient(create_app(Settings()), root_path=prefix) as client:
+    async with AsyncTestClient(service(), root_path=prefix) as client:
         found = await client.get(prefix + page)
         links = [link for link in LINK.findall(found.text) if not link.startswith("data:")]
         replies = [await client.get(str(found.url.join(link))) for link in links]

@@ -48,9 +48,9 @@ async def client() -> AsyncIterator[AsyncTestClient[Litestar]]:
         yield test_client
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
+async def test_every_error_is_a_problem(client: AsyncTestClient[Litestar]) -> None:
+    """Errors of Litestar, handlers and endpoints all have status, title and correlation id."""
+    for method, path, status in (
         ("GET", "/nothing", 404),
         ("POST", "/gone", 405),
         ("GET", "/gone", 410),
@@ -59,19 +59,14 @@ async def client() -> AsyncIterator[AsyncTestClient[Litestar]]:
         ("GET", "/internal", 500),
         ("GET", "/health/nothing", 404),
         ("GET", "/health/shutdown", 403),
-    ],
-)
-async def test_every_error_is_a_problem(
-    client: AsyncTestClient[Litestar], method: str, path: str, status: int
-) -> None:
-    """Errors of Litestar, handlers and endpoints all have status, title and correlation id."""
-    reply = await client.request(method, path, headers={"X-Correlation-ID": "given-1"})
-    body = reply.json()
+    ):
+        reply = await client.request(method, path, headers={"X-Correlation-ID": "given-1"})
+        body = reply.json()
 
-    assert (status, status) == (reply.status_code, body["status"])
-    assert reply.headers["content-type"] == "application/problem+json"
-    assert reply.headers["x-correlation-id"] == body["correlationId"] == "given-1"
-    assert body["title"]
+        assert (status, status) == (reply.status_code, body["status"])
+        assert reply.headers["content-type"] == "application/problem+json"
+        assert reply.headers["x-correlation-id"] == body["correlationId"] == "given-1"
+        assert body["title"]
 
 
 async def test_an_unhandled_error_is_logged_but_not_shown_to_the_client(

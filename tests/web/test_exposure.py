@@ -198,7 +198,6 @@ def expected(need: str, caller: str, *, production: bool) -> int | None:
     [
         ("development", "127.0.0.1"),
         ("development", "0.0.0.0"),  # noqa: S104 - no socket is bound
-        ("staging", None),
         ("production", None),
     ],
 )

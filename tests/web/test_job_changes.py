@@ -1,46 +1,16 @@
 """The jobs API: cancellation, changes of many jobs, past executions and progress."""
 
 import inspect
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
-from litestar import Litestar
-from litestar.testing import AsyncTestClient
+from tests.web.test_jobs import JOBS, Client, accept, client, ledger_of
 
-from viralfx.domain.jobs.ledger import JobLedger, ProgressReport
+from viralfx.domain.jobs.ledger import ProgressReport
 from viralfx.domain.jobs.model import Claim, JobDraft, JobError, failed, new_job_id
 from viralfx.domain.jobs.service import MAX_CHANGED, JobService
-from viralfx.settings import Settings
-from viralfx.web.app import create_app
-from viralfx.web.plugin import OperationsPlugin
 
-JOBS = "/api/v1/jobs"
-PARCEL = {"task": "parcels.ship", "payload": {"weight": 3}}
-Client = AsyncTestClient[Litestar]
-
-
-@pytest.fixture
-async def client() -> AsyncIterator[Client]:
-    """Return a client of the service, which has no worker."""
-    app = create_app(Settings(task_modules=("tests.job_tasks",)))
-    app.plugins.get(OperationsPlugin).assembly.jobs.disable_worker()
-    async with AsyncTestClient(app, raise_server_exceptions=False) as test_client:
-        yield test_client
-
-
-def ledger_of(client: Client) -> JobLedger:
-    """Return the job ledger of the service."""
-    ledger: JobLedger = client.app.plugins.get(OperationsPlugin).assembly.jobs.ledger
-    return ledger
-
-
-async def accept(client: Client, **body: Any) -> str:
-    """Submit a job and return its id."""
-    reply = await client.post(JOBS, json={**PARCEL, **body})
-    assert reply.status_code == 202, reply.text
-    return str(reply.json()["id"])
+__all__ = ["client"]
 
 
 async def claim(client: Client) -> Claim:
@@ -194,9 +164,9 @@ async def test_jobs_are_cancelled_by_filter(client: Client) -> None:
     assert (await client.get(f"{JOBS}/{waiting}")).json()["state"] == "cancelled"
 
 
-@pytest.mark.parametrize(
-    ("change", "body", "status", "text"),
-    [
+async def test_an_invalid_change_of_many_jobs_is_rejected(client: Client) -> None:
+    """No job is changed by a misspelt filter."""
+    for change, body, status, text in (
         ("retry", {}, 400, "needs at least one field"),
         ("cancel", {}, 400, "needs at least one field"),
         ("retry", [], 400, "Expected `object`, got `array`"),
@@ -210,16 +180,11 @@ async def test_jobs_are_cancelled_by_filter(client: Client) -> None:
         ("retry", {"before": "2026"}, 400, "`$.before` must be a time"),
         ("retry", {"before": "2026-01-01T00:00:00"}, 400, "`$.before` must be a time"),
         ("retry", {"queue": "nothing"}, 422, "There is no queue 'nothing'"),
-    ],
-)
-async def test_an_invalid_change_of_many_jobs_is_rejected(
-    client: Client, change: str, body: object, status: int, text: str
-) -> None:
-    """No job is changed by a misspelt filter."""
-    reply = await client.post(f"{JOBS}/{change}", json=body)
+    ):
+        reply = await client.post(f"{JOBS}/{change}", json=body)
 
-    assert reply.status_code == status, reply.text
-    assert text in reply.json()["detail"]
+        assert reply.status_code == status, reply.text
+        assert text in reply.json()["detail"]
 
 
 async def test_a_change_without_a_body_is_rejected(client: Client) -> None:
