@@ -107,15 +107,13 @@ def numbers(records: list[Record]) -> Iterator[str]:
 
 
 def form(record: Record) -> Iterator[str]:
-    """Report a wrong front matter, section order or list marker, and a decision without a term."""
+    """Report a wrong front matter or section order, and a decision without a term."""
     if not HEAD.match(record.text):
         yield "the front matter or the title is missing or malformed"
     elif not STATUS.fullmatch(record.status):
         yield f"status {record.status!r} is none"
     if record.headings != HEADINGS:
         yield f"the sections are not as they must be: {record.headings}"
-    if re.search(r"^\s*[-+] ", record.text, re.MULTILINE):
-        yield "lists are marked with *"
     if "Revisit when" not in record.section("## More Information"):
         yield "it does not say when to revisit it"
 
@@ -295,7 +293,6 @@ TAMPERINGS: dict[str, tuple[Tamper, str]] = {
     "a status": (change("^status: accepted", "status: agreed"), "status 'agreed' is none"),
     "section order": (change("^## Decision Drivers", "## Zzz"), "sections are not"),
     "an extra section": (change("^## More", "## Aside\n\n## More"), "sections are not"),
-    "a list marker": (change(r"^\* ", "- "), "lists are marked"),
     "never revisited": (change("Revisit when", "Later when"), "when to revisit"),
     "no second option": (
         change(r"(?s)(^## Considered Options\n\n\* [^\n]+\n).*?(?=^## )", r"\1\n"),

@@ -12,7 +12,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
-SHAPELESS = {"utils", "util", "common", "helpers", "helper", "base", "misc"}
 ADDRESS = re.compile(
     r"https?://\S*(?:pypi|pythonhosted|artifactory|nexus|devpi|/simple\b)"
     r"|^\s*(?:--(?:extra-)?index-url|--find-links|--trusted-host|-i)\b",
@@ -39,17 +38,6 @@ def text_of(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return ""
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_module_has_a_docstring(path: Path) -> None:
-    """Every module states its subject."""
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-
-
-def test_no_file_has_a_name_without_a_subject(tracked: list[Path]) -> None:
-    """A module is named after its subject."""
-    assert [path for path in [*tracked, *SOURCES] if path.stem in SHAPELESS] == []
 
 
 def test_no_file_names_a_package_index(tracked: list[Path]) -> None:
