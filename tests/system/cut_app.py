@@ -128,8 +128,9 @@ async def left() -> str:
 
 @get("/release")
 async def release() -> None:
-    """Release the waiting handlers."""
+    """Release the waiting handlers, and no later one."""
     _released.set()
+    _released.clear()
 
 
 @asgi("/mounted", is_mount=True, copy_scope=True)
