@@ -23,7 +23,8 @@ from tests.integration.postgres_clients import config_of, migrated, opened
 from tests.servers.postgres import Database, PostgresServer, postgres_server
 
 from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
-from viralfx.domain.jobs.model import JobDraft, completed, new_job_id
+from viralfx.domain.ids import new_job_id
+from viralfx.domain.jobs.model import JobDraft, completed
 
 FINISHED = 10_000_000
 SCHEDULED = 1_000_000

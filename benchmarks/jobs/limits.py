@@ -26,9 +26,10 @@ from tests.integration.postgres_clients import config_of, migrated, opened
 from tests.servers.postgres import Database, PostgresServer, postgres_server
 
 from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
+from viralfx.domain.ids import new_job_id
 from viralfx.domain.jobs.ledger import NO_LIMITS
 from viralfx.domain.jobs.limits import Limit, Rate
-from viralfx.domain.jobs.model import Claim, JobDraft, completed, new_job_id
+from viralfx.domain.jobs.model import Claim, JobDraft, completed
 
 ROUNDS = 15
 JOBS = 1_000

@@ -16,7 +16,8 @@ from benchmarks.servers import Server, worker
 from viralfx.adapters.postgres import ledger_sql
 from viralfx.adapters.postgres.enqueue import accept
 from viralfx.adapters.postgres.migrations import Statements
-from viralfx.domain.jobs.model import JobDraft, new_job_id
+from viralfx.domain.ids import new_job_id
+from viralfx.domain.jobs.model import JobDraft
 from viralfx.settings import DatabaseSettings
 
 BATCH = 1_000

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from viralfx.domain.access import Principal, Right
     from viralfx.domain.cache import Cache
     from viralfx.domain.correlation import bind_user_id
+    from viralfx.domain.errors import LedgerUnavailableError, TransactionError, UnstorableError
     from viralfx.domain.health.check_runner import CheckConfig
     from viralfx.domain.health.model import HealthCheck, Observation, Status
     from viralfx.domain.jobs.batching import KeyHeldError
     from viralfx.domain.jobs.codec import PayloadError, PayloadTooLargeError
     from viralfx.domain.jobs.hooks import TaskMiddleware
-    from viralfx.domain.jobs.ledger import Accepted, TransactionError
+    from viralfx.domain.jobs.ledger import Accepted
     from viralfx.domain.jobs.model import (
         InvalidFilterError,
         Job,
@@ -30,9 +31,7 @@ if TYPE_CHECKING:
         JobState,
         JobStateError,
         KeyConflictError,
-        LedgerUnavailableError,
         UnknownQueueError,
-        UnstorableError,
     )
     from viralfx.domain.jobs.schedule import UnknownScheduleError
     from viralfx.domain.jobs.service import JobService
@@ -116,12 +115,13 @@ _HOMES = {
     "domain.access": ("Principal", "Right"),
     "domain.cache": ("Cache",),
     "domain.correlation": ("bind_user_id",),
+    "domain.errors": ("LedgerUnavailableError", "TransactionError", "UnstorableError"),
     "domain.health.check_runner": ("CheckConfig",),
     "domain.health.model": ("HealthCheck", "Observation", "Status"),
     "domain.jobs.batching": ("KeyHeldError",),
     "domain.jobs.codec": ("PayloadError", "PayloadTooLargeError"),
     "domain.jobs.hooks": ("TaskMiddleware",),
-    "domain.jobs.ledger": ("Accepted", "TransactionError"),
+    "domain.jobs.ledger": ("Accepted",),
     "domain.jobs.model": (
         "InvalidFilterError",
         "Job",
@@ -130,9 +130,7 @@ _HOMES = {
         "JobState",
         "JobStateError",
         "KeyConflictError",
-        "LedgerUnavailableError",
         "UnknownQueueError",
-        "UnstorableError",
     ),
     "domain.jobs.schedule": ("UnknownScheduleError",),
     "domain.jobs.service": ("JobService",),

@@ -16,15 +16,10 @@ from viralfx.bootstrap import Assembly, assemble
 from viralfx.domain.correlation import current_correlation_id, current_user_id
 from viralfx.domain.errors import ConfigurationError, ViralFXError
 from viralfx.domain.extras import needed_by
+from viralfx.domain.ids import new_job_id
 from viralfx.domain.jobs.codec import PayloadError
 from viralfx.domain.jobs.hooks import TaskHost
-from viralfx.domain.jobs.model import (
-    Job,
-    JobDraft,
-    JobStateError,
-    KeyConflictError,
-    new_job_id,
-)
+from viralfx.domain.jobs.model import Job, JobDraft, JobStateError, KeyConflictError
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.jobs.tasks import (
     JobContext,

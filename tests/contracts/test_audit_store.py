@@ -17,7 +17,7 @@ from viralfx.adapters.memory import MemoryAuditStore
 from viralfx.adapters.postgres import PostgresAuditStore
 from viralfx.domain.audit import AuditEvent, AuditFilter, AuditStore, AuditUnavailableError
 from viralfx.domain.clock import SystemClock
-from viralfx.domain.jobs.model import new_job_id
+from viralfx.domain.ids import new_job_id
 
 NOON = datetime(2026, 1, 6, 12, 0, 0, 123456, tzinfo=UTC)
 Make = Callable[[pytest.FixtureRequest], AbstractAsyncContextManager[AuditStore]]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 from tests.contracts.ledgers import EARLIER, ERROR, TURNS, LedgerCase, cancelled_after, draft
 
+from viralfx.domain.errors import UnstorableError
 from viralfx.domain.jobs.codec import ResultError
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.model import (
@@ -14,7 +15,6 @@ from viralfx.domain.jobs.model import (
     JobError,
     JobState,
     Settlement,
-    UnstorableError,
     completed,
     failed,
     handed_back,

@@ -19,10 +19,8 @@ from viralfx.adapters.postgres import PostgresConfig, PostgresDatabase, Postgres
 from viralfx.adapters.postgres.migrate import apply_migrations
 from viralfx.adapters.postgres.migrations import REVISIONS
 from viralfx.domain.clock import SystemClock
-from viralfx.domain.errors import StartupError
+from viralfx.domain.errors import LedgerUnavailableError, StartupError, TransactionError
 from viralfx.domain.health.model import Status
-from viralfx.domain.jobs.ledger import TransactionError
-from viralfx.domain.jobs.model import LedgerUnavailableError
 
 EVERY = [(mode, prepared) for mode in MODES for prepared in PREPARED]
 

@@ -52,9 +52,9 @@ from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryNotifier
 from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger, PostgresNotifier
 from viralfx.domain.clock import SystemClock
+from viralfx.domain.errors import TransactionError
 from viralfx.domain.jobs.batching import Submission
 from viralfx.domain.jobs.codec import unique_key_of
-from viralfx.domain.jobs.ledger import TransactionError
 from viralfx.domain.jobs.model import JobState, KeyConflictError
 from viralfx.domain.jobs.notifier import JobNotification
 from viralfx.domain.jobs.service import JobService

@@ -38,8 +38,8 @@ from viralfx.adapters.postgres.connections import run_query
 from viralfx.adapters.postgres.database import Lease
 from viralfx.adapters.postgres.pool import ACKNOWLEDGED_TIMEOUT, PING_AFTER
 from viralfx.adapters.postgres.servers import USER_TIMEOUT_SECONDS
+from viralfx.domain.errors import LedgerUnavailableError
 from viralfx.domain.health.model import Status
-from viralfx.domain.jobs.model import LedgerUnavailableError
 
 SET_READ_ONLY = "alter system set default_transaction_read_only = on"
 SET_WRITABLE = "alter system reset default_transaction_read_only"

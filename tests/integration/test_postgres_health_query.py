@@ -15,16 +15,12 @@ from tests.soak import SOAK
 
 from viralfx.adapters.postgres import PostgresConfig, PostgresDatabase, PostgresJobLedger
 from viralfx.domain.clock import SystemClock
+from viralfx.domain.errors import LedgerLimitError, LedgerUnavailableError, NotMigratedError
 from viralfx.domain.health.model import CheckPolicy, Status
 from viralfx.domain.health.monitor import HealthMonitor
+from viralfx.domain.ids import new_job_id
 from viralfx.domain.jobs.health import BacklogCheck
-from viralfx.domain.jobs.model import (
-    JobDraft,
-    LedgerLimitError,
-    LedgerUnavailableError,
-    NotMigratedError,
-    new_job_id,
-)
+from viralfx.domain.jobs.model import JobDraft
 
 
 async def prepared(database: Database | PostgresServer) -> PostgresConfig:

@@ -17,9 +17,10 @@ from tests.servers.postgres import Database
 from tests.servers.waiting import until
 
 from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
+from viralfx.domain.errors import LedgerUnavailableError
 from viralfx.domain.jobs.codec import ResultError
 from viralfx.domain.jobs.ledger import ProgressReport
-from viralfx.domain.jobs.model import JobState, LedgerUnavailableError, failed, retried
+from viralfx.domain.jobs.model import JobState, failed, retried
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ from tests.soak import SOAK
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryNotifier
 from viralfx.adapters.postgres import PostgresJobLedger
+from viralfx.domain.ids import new_job_id
 from viralfx.domain.jobs.ledger import Claims
 from viralfx.domain.jobs.limits import Limit, Rate
-from viralfx.domain.jobs.model import JobDraft, new_job_id
+from viralfx.domain.jobs.model import JobDraft
 from viralfx.domain.jobs.tasks import TaskRegistry, declared_task, task
 from viralfx.worker.worker import JobWorker, WorkerConfig
 

@@ -14,13 +14,8 @@ from tests.servers.waiting import until
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryNotifier
 from viralfx.adapters.postgres import PostgresJobLedger
-from viralfx.domain.jobs.model import (
-    Claim,
-    LedgerUnavailableError,
-    NotMigratedError,
-    completed,
-    retried,
-)
+from viralfx.domain.errors import LedgerUnavailableError, NotMigratedError
+from viralfx.domain.jobs.model import Claim, completed, retried
 from viralfx.domain.jobs.tasks import TaskRegistry
 from viralfx.worker.worker import JobWorker, WorkerConfig
 

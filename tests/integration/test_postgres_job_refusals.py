@@ -25,18 +25,10 @@ from viralfx.adapters.postgres.ledger_sql import MAX_SWEPT_JOBS, PROMOTED_AT_ONC
 from viralfx.adapters.postgres.migrations import Statements
 from viralfx.adapters.postgres.retry import Attempt
 from viralfx.adapters.postgres.settlements import record, record_unlocked
+from viralfx.domain.errors import LedgerLimitError, LedgerUnavailableError, UnstorableError
 from viralfx.domain.jobs.batching import PartlyDoneError
 from viralfx.domain.jobs.codec import PayloadError, PayloadTooLargeError
-from viralfx.domain.jobs.model import (
-    Job,
-    JobState,
-    LedgerLimitError,
-    LedgerUnavailableError,
-    UnstorableError,
-    cancelled,
-    completed,
-    failed,
-)
+from viralfx.domain.jobs.model import Job, JobState, cancelled, completed, failed
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.jobs.tasks import Task, TaskRegistry
 from viralfx.worker.worker import JobWorker, WorkerConfig

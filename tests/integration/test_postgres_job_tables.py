@@ -21,12 +21,12 @@ from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
 from viralfx.adapters.postgres import ledger_sql as sql
 from viralfx.adapters.postgres.health import PostgresHealthCheck
 from viralfx.adapters.postgres.migrations import qualified
-from viralfx.domain.jobs.ledger import QueueCounts, TransactionError
+from viralfx.domain.errors import LedgerUnavailableError, TransactionError
+from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.model import (
     JobFilter,
     JobNotFoundError,
     JobState,
-    LedgerUnavailableError,
     completed,
     failed,
     retried,

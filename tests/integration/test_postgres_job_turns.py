@@ -13,7 +13,8 @@ from tests.servers.postgres import Database
 from tests.servers.waiting import until
 
 from viralfx.adapters.postgres import PostgresJobLedger
-from viralfx.domain.jobs.model import JobState, LedgerUnavailableError
+from viralfx.domain.errors import LedgerUnavailableError
+from viralfx.domain.jobs.model import JobState
 
 QUICK = 1.5
 """Seconds; timeout for a slot that never becomes free."""

@@ -11,14 +11,8 @@ from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database
 from tests.servers.waiting import until
 
-from viralfx.domain.jobs.model import (
-    JobNotFoundError,
-    JobState,
-    LedgerUnavailableError,
-    completed,
-    failed,
-    retried,
-)
+from viralfx.domain.errors import LedgerUnavailableError
+from viralfx.domain.jobs.model import JobNotFoundError, JobState, completed, failed, retried
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryNotifier
 from viralfx.adapters.postgres import PostgresJobLedger
 from viralfx.domain.clock import SystemClock
+from viralfx.domain.errors import LedgerUnavailableError
 from viralfx.domain.jobs.ledger import JobLedger
-from viralfx.domain.jobs.model import LedgerUnavailableError
 from viralfx.domain.jobs.schedule import Schedule
 from viralfx.domain.jobs.tasks import TaskRegistry, declared_task, task
 from viralfx.worker.worker import JobWorker, WorkerConfig

@@ -19,9 +19,9 @@ from tests.soak import SOAK, Record, cycles, spread
 
 from viralfx.adapters.postgres import PostgresConfig, PostgresJobLedger
 from viralfx.domain.clock import SystemClock
+from viralfx.domain.errors import LedgerUnavailableError
 from viralfx.domain.health.model import CheckPolicy
 from viralfx.domain.health.monitor import HealthMonitor
-from viralfx.domain.jobs.model import LedgerUnavailableError
 
 INTERVAL, TIMEOUT = 5.0, 2.0
 """The defaults of HEALTH_CHECK_INTERVAL and HEALTH_CHECK_TIMEOUT."""

@@ -65,15 +65,10 @@ from viralfx.domain.correlation import (
     current_user_id,
 )
 from viralfx.domain.errors import ConfigurationError
+from viralfx.domain.ids import is_job_id
 from viralfx.domain.jobs.codec import PayloadError, PayloadTooLargeError
 from viralfx.domain.jobs.limits import Limit, Rate
-from viralfx.domain.jobs.model import (
-    JobState,
-    JobStateError,
-    KeyConflictError,
-    UnknownQueueError,
-    is_job_id,
-)
+from viralfx.domain.jobs.model import JobState, JobStateError, KeyConflictError, UnknownQueueError
 from viralfx.domain.jobs.tasks import declared_task
 from viralfx.taskiq import LedgerBroker
 from viralfx.testing import run_pending

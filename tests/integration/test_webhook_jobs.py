@@ -20,11 +20,11 @@ from viralfx.adapters.memory import MemoryJobLedger, MemoryNotifier
 from viralfx.domain.clock import SystemClock
 from viralfx.domain.health.model import CheckPolicy
 from viralfx.domain.health.monitor import HealthMonitor
+from viralfx.domain.jobs.alerts import HealthAlerts
 from viralfx.domain.jobs.codec import PayloadError
 from viralfx.domain.jobs.model import Job, JobState
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.jobs.tasks import TaskRegistry
-from viralfx.domain.webhooks.alerts import HealthAlerts
 from viralfx.domain.webhooks.signature import WebhookKeys, show_key
 from viralfx.settings import read_settings
 from viralfx.settings.model import webhook_keys

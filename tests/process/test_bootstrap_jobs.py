@@ -15,9 +15,9 @@ from viralfx import JobContext, task
 from viralfx.adapters.memory import MemoryJobLedger, MemoryNotifier
 from viralfx.bootstrap import assemble
 from viralfx.domain.clock import Clock
-from viralfx.domain.errors import ConfigurationError, WorkLostError, line_of
+from viralfx.domain.errors import ConfigurationError, LedgerUnavailableError, WorkLostError, line_of
 from viralfx.domain.health.model import Status
-from viralfx.domain.jobs.model import Job, JobFilter, JobState, LedgerUnavailableError
+from viralfx.domain.jobs.model import Job, JobFilter, JobState
 from viralfx.domain.jobs.tasks import declared_task, mark
 from viralfx.domain.operations import Operations
 from viralfx.domain.shutdown import Outcome, Phase

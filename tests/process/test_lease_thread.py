@@ -13,7 +13,8 @@ import pytest
 from tests.servers.waiting import wait_until
 
 from viralfx.domain.clock import SystemClock
-from viralfx.domain.jobs.model import LedgerUnavailableError, new_job_id
+from viralfx.domain.errors import LedgerUnavailableError
+from viralfx.domain.ids import new_job_id
 from viralfx.worker.lease import LeaseThread, WorkerView
 
 LEASE = 0.6

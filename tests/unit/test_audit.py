@@ -18,7 +18,8 @@ from viralfx.domain.audit import (
     AuditUnavailableError,
     RefusalLimit,
 )
-from viralfx.domain.jobs.model import JobNotFoundError, LedgerUnavailableError
+from viralfx.domain.errors import LedgerUnavailableError
+from viralfx.domain.jobs.model import JobNotFoundError
 
 STORED = "Audit trail is not stored"
 

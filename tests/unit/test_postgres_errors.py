@@ -27,7 +27,7 @@ from viralfx.adapters.postgres.retry import (
     is_rolled_back,
     is_transient,
 )
-from viralfx.domain.jobs.model import LedgerLimitError, LedgerUnavailableError
+from viralfx.domain.errors import LedgerLimitError, LedgerUnavailableError
 
 SECRET = "hunter2"
 

@@ -20,8 +20,9 @@ from viralfx.adapters.taskiq.messages import (
     result_of,
     type_and_text,
 )
+from viralfx.domain.ids import is_job_id
 from viralfx.domain.jobs.codec import ResultError
-from viralfx.domain.jobs.model import Job, JobDraft, JobError, JobState, is_job_id
+from viralfx.domain.jobs.model import Job, JobDraft, JobError, JobState
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 CODEC = MsgspecCodec()

@@ -23,9 +23,9 @@ from tests.web.console_site import (
 
 from viralfx import OperationsConfig, OperationsPlugin
 from viralfx.domain.doctor import Area
+from viralfx.domain.errors import LedgerUnavailableError
 from viralfx.domain.fleet import CheckChange, FleetUnavailableError
 from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import LedgerUnavailableError
 from viralfx.settings import Secret, Settings
 from viralfx.web.auth import AccessPolicy
 from viralfx.web.console import Assets, feed

@@ -10,16 +10,10 @@ from litestar import Litestar, Response
 from litestar.testing import AsyncTestClient
 
 from viralfx.adapters.codec import MsgspecCodec
+from viralfx.domain.errors import LedgerUnavailableError, NotMigratedError, UnstorableError
 from viralfx.domain.jobs.batching import KeyHeldError
 from viralfx.domain.jobs.ledger import JobLedger
-from viralfx.domain.jobs.model import (
-    JobError,
-    JobState,
-    LedgerUnavailableError,
-    NotMigratedError,
-    UnstorableError,
-    failed,
-)
+from viralfx.domain.jobs.model import JobError, JobState, failed
 from viralfx.domain.jobs.service import JobService
 from viralfx.settings import Settings
 from viralfx.web.app import create_app

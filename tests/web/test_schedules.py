@@ -9,7 +9,8 @@ from litestar.testing import AsyncTestClient
 
 from viralfx import OperationsConfig, task
 from viralfx.domain.clock import timestamp
-from viralfx.domain.jobs.model import JobDraft, new_job_id
+from viralfx.domain.ids import new_job_id
+from viralfx.domain.jobs.model import JobDraft
 from viralfx.domain.jobs.schedule import Schedule
 from viralfx.settings import Secret, Settings
 from viralfx.web.app import create_app

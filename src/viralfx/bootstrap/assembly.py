@@ -28,6 +28,7 @@ from viralfx.domain.errors import ConfigurationError, suggest
 from viralfx.domain.extras import MissingExtraError, missing
 from viralfx.domain.fleet import FleetReporter, FleetStore
 from viralfx.domain.health.check_runner import AnyCheck, CheckConfig, prepare_checks
+from viralfx.domain.health.circuits import BreakerRegistry
 from viralfx.domain.health.model import AnyHealthCheck, CheckPolicy, HealthReport, Lifecycle, State
 from viralfx.domain.health.monitor import HealthMonitor
 from viralfx.domain.jobs.hooks import TaskMiddleware
@@ -35,7 +36,6 @@ from viralfx.domain.jobs.ledger import Counts
 from viralfx.domain.loops import HomeLoop
 from viralfx.domain.operations import Backend, Operations, StateStore, save_state
 from viralfx.domain.resilience.breaker import CircuitBreaker
-from viralfx.domain.resilience.registry import BreakerRegistry
 from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.resilience.retry_decision import listen_to_retries
 from viralfx.domain.shutdown import AnyStage, Phase, ShutdownSequence

@@ -18,6 +18,7 @@ from viralfx.domain.errors import ConfigurationError, WorkLostError
 from viralfx.domain.events import Listener, Relay
 from viralfx.domain.health.model import HealthCheck
 from viralfx.domain.health.monitor import HealthMonitor
+from viralfx.domain.jobs.alerts import HealthAlerts
 from viralfx.domain.jobs.codec import Codec
 from viralfx.domain.jobs.health import BacklogCheck
 from viralfx.domain.jobs.hooks import CombinedHooks, JobHooks, TaskHost, TaskMiddleware
@@ -28,7 +29,6 @@ from viralfx.domain.jobs.tasks import Task, TaskRegistry
 from viralfx.domain.loops import HomeLoop
 from viralfx.domain.resilience.breaker import CircuitEvent
 from viralfx.domain.resilience.policy import BackoffPolicy
-from viralfx.domain.webhooks.alerts import HealthAlerts
 from viralfx.domain.webhooks.delivery import (
     HostCircuits,
     WebhookDelivery,

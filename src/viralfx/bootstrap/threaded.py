@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from viralfx.domain.cache import SingleFlight
 from viralfx.domain.clock import Clock
-from viralfx.domain.errors import StartupError
+from viralfx.domain.errors import LedgerUnavailableError, StartupError
 from viralfx.domain.jobs.ledger import JobLedger
-from viralfx.domain.jobs.model import LedgerUnavailableError
 from viralfx.domain.jobs.notifier import BackgroundNotifier, JobNotifier
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.loops import HomeLoop, LoopThread, renew_in_forks

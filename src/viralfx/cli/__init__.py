@@ -375,7 +375,7 @@ def _between(text: str, least: int, most: int, what: str = "number") -> int:
 
 
 def _key(text: str) -> str:
-    from viralfx.domain.jobs.keys import stored_key  # noqa: PLC0415
+    from viralfx.domain.keys import stored_key  # noqa: PLC0415
 
     if not text:
         raise argparse.ArgumentTypeError("an idempotency key is not empty; leave the option out")
@@ -387,7 +387,7 @@ def _key(text: str) -> str:
 
 
 def _job_id(text: str) -> str:
-    from viralfx.domain.jobs.model import is_job_id  # noqa: PLC0415
+    from viralfx.domain.ids import is_job_id  # noqa: PLC0415
 
     if not is_job_id(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not the id of a job")

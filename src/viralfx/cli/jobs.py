@@ -28,9 +28,15 @@ from viralfx.cli.output import (
     print_table,
     readable,
 )
-from viralfx.domain.audit import Action, AuditEntry, AuditTrail, filter_in_words, jobs_in_words
+from viralfx.domain.audit import Action, AuditEntry, AuditTrail, jobs_in_words
 from viralfx.domain.clock import timestamp
-from viralfx.domain.errors import ConfigurationError, StartupError, suggest
+from viralfx.domain.errors import (
+    ConfigurationError,
+    LedgerUnavailableError,
+    StartupError,
+    UnstorableError,
+    suggest,
+)
 from viralfx.domain.jobs.batching import BulkCount
 from viralfx.domain.jobs.codec import PayloadError
 from viralfx.domain.jobs.ledger import Accepted
@@ -43,9 +49,8 @@ from viralfx.domain.jobs.model import (
     JobState,
     JobStateError,
     KeyConflictError,
-    LedgerUnavailableError,
     UnknownQueueError,
-    UnstorableError,
+    filter_in_words,
 )
 from viralfx.domain.jobs.schedule import ScheduleTimes, UnknownScheduleError
 from viralfx.domain.jobs.service import JobService

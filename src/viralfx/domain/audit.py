@@ -25,9 +25,9 @@ from viralfx.domain.clock import (
     wait_for,
 )
 from viralfx.domain.correlation import current_correlation_id
-from viralfx.domain.errors import ViralFXError
+from viralfx.domain.errors import LedgerUnavailableError, ViralFXError
 from viralfx.domain.events import Listener, notify
-from viralfx.domain.jobs.model import JobFilter, LedgerUnavailableError, new_job_id
+from viralfx.domain.ids import new_job_id
 
 _logger = logging.getLogger("viralfx.audit")
 
@@ -390,13 +390,6 @@ def event_fields(event: AuditEvent) -> dict[str, str | None]:
 def jobs_in_words(count: int, *, more: bool = False) -> str:
     """Return the number of changed jobs, as the detail of an event."""
     return f"{count} job{'s' * (count != 1)}{', and more match' if more else ''}"
-
-
-def filter_in_words(wanted: JobFilter) -> str:
-    """Return the fields of a filter that are set, as the target of a change of many jobs."""
-    names = ("queue", "task", "state", "code", "created_before", "before")
-    given = {name: getattr(wanted, name) for name in names}
-    return ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
 
 
 # -- refusals ------------------------------------------------------------------------------------

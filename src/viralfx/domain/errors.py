@@ -65,6 +65,46 @@ class WorkLostError(ViralFXError):
     """A shutdown stage ran out of budget before its work was finished."""
 
 
+class LedgerUnavailableError(ViralFXError):
+    """The ledger did not answer in time; the operation may have taken effect."""
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        self.code = code
+        """The problem, named as the health check ``database`` does, such as ``tls``."""
+        super().__init__(message)
+
+
+class LedgerLimitError(LedgerUnavailableError):
+    """The ledger ended the call at a limit of time, memory or locks.
+
+    Either it fails every call, or this one asks for too much or waits for a lock.
+    """
+
+
+class LedgerFullError(LedgerUnavailableError):
+    """The ledger is full of unfinished jobs; nothing was accepted."""
+
+
+class UnstorableError(ViralFXError):
+    """The ledger answers, but refuses the content of a call; it stored nothing of the call.
+
+    One item may be the cause: a call without it can succeed.
+    """
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        self.code = code
+        """The ledger's own code of the error, such as a SQLSTATE."""
+        super().__init__(message)
+
+
+class NotMigratedError(LedgerUnavailableError):
+    """The ledger's tables are missing: ``viralfx migrate`` has not been run."""
+
+
+class TransactionError(ViralFXError):
+    """A job cannot be accepted in the transaction of this connection."""
+
+
 def unusable_certificates(variable: str, path: str | None, error: OSError) -> ConfigurationError:
     """Return the error for a CA file that holds no certificates."""
     reason = error.strerror or str(error)

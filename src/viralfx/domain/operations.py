@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 from viralfx.domain.audit import AuditTrail
 from viralfx.domain.clock import Clock
+from viralfx.domain.health.circuits import BreakerRegistry
 from viralfx.domain.health.model import HealthCheck, Lifecycle, ProcessUsage
 from viralfx.domain.health.monitor import HealthMonitor
 from viralfx.domain.loops import HomeLoop
-from viralfx.domain.resilience.registry import BreakerRegistry
 from viralfx.domain.shutdown import ShutdownSequence, StageFunction
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 from viralfx.domain.extras import MissingExtraError, needed_by
-from viralfx.domain.jobs.model import is_job_id
+from viralfx.domain.ids import is_job_id
 from viralfx.runner.signals import ignore_signal
 from viralfx.settings.platform import memory_limits
 

@@ -10,17 +10,19 @@ from litestar.exceptions import HTTPException
 from litestar.types import ExceptionHandlersMap
 
 from viralfx.domain.correlation import current_correlation_id
+from viralfx.domain.errors import (
+    LedgerFullError,
+    LedgerUnavailableError,
+    NotMigratedError,
+    UnstorableError,
+)
 from viralfx.domain.jobs.batching import KeyHeldError
 from viralfx.domain.jobs.codec import PayloadError
 from viralfx.domain.jobs.model import (
     InvalidFilterError,
     JobNotFoundError,
     JobStateError,
-    LedgerFullError,
-    LedgerUnavailableError,
-    NotMigratedError,
     UnknownQueueError,
-    UnstorableError,
 )
 from viralfx.domain.jobs.schedule import UnknownScheduleError
 from viralfx.domain.jobs.tasks import UnknownTaskError

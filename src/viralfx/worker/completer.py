@@ -8,16 +8,9 @@ from contextlib import suppress
 from dataclasses import replace
 
 from viralfx.domain.clock import default_rng
+from viralfx.domain.errors import LedgerLimitError, LedgerUnavailableError, UnstorableError
 from viralfx.domain.jobs.batching import Batcher, PartlyDoneError
-from viralfx.domain.jobs.model import (
-    Claim,
-    JobError,
-    JobState,
-    LedgerLimitError,
-    LedgerUnavailableError,
-    Settlement,
-    UnstorableError,
-)
+from viralfx.domain.jobs.model import Claim, JobError, JobState, Settlement
 from viralfx.domain.resilience.policy import Backoff, Jitter
 from viralfx.worker.context import WorkerContext
 

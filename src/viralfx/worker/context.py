@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from viralfx.domain.clock import Clock, default_rng, supervised
-from viralfx.domain.errors import is_a
+from viralfx.domain.errors import LedgerUnavailableError, is_a
 from viralfx.domain.jobs.batching import PartlyDoneError
 from viralfx.domain.jobs.codec import Progress
 from viralfx.domain.jobs.ledger import JobLedger
-from viralfx.domain.jobs.model import Claim, LedgerUnavailableError
+from viralfx.domain.jobs.model import Claim
 from viralfx.domain.jobs.tasks import HandBackError, Snooze, TaskRegistry
 from viralfx.domain.resilience.deadline import Cancellation, Deadline
 from viralfx.domain.resilience.policy import Backoff, Jitter

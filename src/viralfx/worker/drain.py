@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from viralfx.domain.clock import Clock, finished_within
-from viralfx.domain.errors import WorkLostError
+from viralfx.domain.errors import LedgerUnavailableError, WorkLostError
 from viralfx.domain.jobs.batching import PartlyDoneError
 from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import LedgerUnavailableError
 from viralfx.domain.jobs.notifier import BackgroundNotifier
 from viralfx.worker.completer import Completer
 from viralfx.worker.consumer import QueueConsumer

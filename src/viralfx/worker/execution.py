@@ -15,7 +15,13 @@ from typing import Any
 
 from viralfx.domain.clock import Clock
 from viralfx.domain.correlation import bind_correlation_id, bind_user_id
-from viralfx.domain.errors import is_a, require_not_negative, text_of, type_name
+from viralfx.domain.errors import (
+    LedgerUnavailableError,
+    is_a,
+    require_not_negative,
+    text_of,
+    type_name,
+)
 from viralfx.domain.jobs.codec import (
     DEFAULT_MAX_BYTES,
     Codec,
@@ -30,7 +36,6 @@ from viralfx.domain.jobs.model import (
     Claim,
     JobError,
     JobState,
-    LedgerUnavailableError,
     Settlement,
     cancelled,
     completed,

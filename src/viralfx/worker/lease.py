@@ -14,8 +14,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, Protocol, TypeVar
 
 from viralfx.domain.clock import Clock, default_rng, finished_within, ignore_error
+from viralfx.domain.errors import LedgerUnavailableError
+from viralfx.domain.ids import is_job_id
 from viralfx.domain.jobs.ledger import LeaseStore, Registration
-from viralfx.domain.jobs.model import LedgerUnavailableError, is_job_id
 from viralfx.worker.context import MAX_RETRY_SECONDS, RETRY_BACKOFF, Execution, Role, WorkerContext
 
 _logger = logging.getLogger("viralfx.jobs")

@@ -10,10 +10,12 @@ from datetime import datetime
 
 from viralfx.domain.clock import Clock, default_rng
 from viralfx.domain.correlation import new_correlation_id
+from viralfx.domain.errors import LedgerUnavailableError
+from viralfx.domain.ids import new_job_id
 from viralfx.domain.jobs.codec import unique_key_of
 from viralfx.domain.jobs.ledger import JobLedger, SweepResult
 from viralfx.domain.jobs.limits import scheduled_key_of
-from viralfx.domain.jobs.model import JobDraft, LedgerUnavailableError, new_job_id
+from viralfx.domain.jobs.model import JobDraft
 from viralfx.domain.jobs.schedule import Schedule, ScheduleState
 from viralfx.domain.resilience.deadline import Deadline
 from viralfx.worker.context import Role, WorkerContext

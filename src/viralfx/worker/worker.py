@@ -8,11 +8,10 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from viralfx.domain.clock import Clock, SystemClock
-from viralfx.domain.errors import require_count, require_positive
+from viralfx.domain.errors import LedgerUnavailableError, require_count, require_positive
 from viralfx.domain.jobs.codec import DEFAULT_MAX_BYTES, Codec
 from viralfx.domain.jobs.hooks import CombinedHooks, JobHooks
 from viralfx.domain.jobs.ledger import JobLedger, LeaseStore
-from viralfx.domain.jobs.model import LedgerUnavailableError
 from viralfx.domain.jobs.notifier import BackgroundNotifier, JobNotifier
 from viralfx.domain.jobs.tasks import Submitter, TaskRegistry
 from viralfx.domain.resilience.policy import BackoffPolicy, RetryPolicy

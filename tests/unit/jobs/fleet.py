@@ -12,7 +12,8 @@ from tests.virtual_time import LoopClock
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryJobLedger, MemoryNotifier
 from viralfx.domain.clock import Clock
-from viralfx.domain.errors import WorkLostError
+from viralfx.domain.errors import LedgerUnavailableError, WorkLostError
+from viralfx.domain.ids import new_job_id
 from viralfx.domain.jobs.ledger import (
     MAX_ANNOUNCED,
     NO_LIMITS,
@@ -29,16 +30,7 @@ from viralfx.domain.jobs.ledger import (
     UnrunnableJobs,
 )
 from viralfx.domain.jobs.limits import Limit
-from viralfx.domain.jobs.model import (
-    ANY_JOB,
-    Claim,
-    Job,
-    JobDraft,
-    JobFilter,
-    LedgerUnavailableError,
-    Settlement,
-    new_job_id,
-)
+from viralfx.domain.jobs.model import ANY_JOB, Claim, Job, JobDraft, JobFilter, Settlement
 from viralfx.domain.jobs.notifier import JobNotification
 from viralfx.domain.jobs.schedule import Schedule, ScheduledAcceptance, ScheduleState
 from viralfx.domain.jobs.tasks import Task, TaskRegistry

@@ -7,9 +7,10 @@ import pytest
 from tests.unit.jobs.fleet import FaultyLedger, Fleet
 
 from viralfx.adapters.codec import MsgspecCodec
+from viralfx.domain.errors import LedgerUnavailableError
 from viralfx.domain.jobs.codec import PayloadError
 from viralfx.domain.jobs.ledger import Accepted, Check
-from viralfx.domain.jobs.model import JobDraft, JobFilter, KeyConflictError, LedgerUnavailableError
+from viralfx.domain.jobs.model import JobDraft, JobFilter, KeyConflictError
 from viralfx.domain.jobs.service import JobService
 
 

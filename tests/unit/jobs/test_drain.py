@@ -12,9 +12,9 @@ from tests.unit.doubles import swallow_cancellation
 from tests.unit.jobs.fleet import FaultyLedger, Fleet
 from tests.virtual_time import run_in_virtual_time
 
-from viralfx.domain.errors import WorkLostError
+from viralfx.domain.errors import LedgerUnavailableError, WorkLostError
 from viralfx.domain.jobs.batching import PartlyDoneError
-from viralfx.domain.jobs.model import JobState, LedgerUnavailableError
+from viralfx.domain.jobs.model import JobState
 from viralfx.worker.drain import DrainReport
 from viralfx.worker.worker import JobWorker, WorkerState, drain_jobs
 

@@ -21,7 +21,8 @@ from tests.unit.unreadable import ERRORS, POLICIES, Answers, DisguisedError
 from tests.virtual_time import run_in_virtual_time
 
 from viralfx.domain.correlation import current_correlation_id
-from viralfx.domain.jobs.model import Claim, Job, JobState, LedgerUnavailableError
+from viralfx.domain.errors import LedgerUnavailableError
+from viralfx.domain.jobs.model import Claim, Job, JobState
 from viralfx.domain.jobs.tasks import (
     Discard,
     HandBackError,

@@ -7,15 +7,9 @@ import pytest
 from tests.manual_clock import ManualClock
 
 from viralfx.adapters.memory import MemoryJobLedger
+from viralfx.domain.errors import LedgerUnavailableError
 from viralfx.domain.jobs.batching import JobFollower
-from viralfx.domain.jobs.model import (
-    Job,
-    JobDraft,
-    JobNotFoundError,
-    JobState,
-    LedgerUnavailableError,
-    completed,
-)
+from viralfx.domain.jobs.model import Job, JobDraft, JobNotFoundError, JobState, completed
 
 
 class Jobs:

@@ -13,16 +13,10 @@ from tests.manual_clock import ManualClock
 
 from viralfx.adapters.memory.job_changes import MAX_EXAMINED_JOBS
 from viralfx.adapters.memory.ledger import MemoryJobLedger
+from viralfx.domain.errors import LedgerFullError
+from viralfx.domain.ids import new_job_id
 from viralfx.domain.jobs.limits import Limit, Rate
-from viralfx.domain.jobs.model import (
-    Job,
-    JobDraft,
-    JobFilter,
-    JobState,
-    LedgerFullError,
-    completed,
-    new_job_id,
-)
+from viralfx.domain.jobs.model import Job, JobDraft, JobFilter, JobState, completed
 
 T = TypeVar("T")
 

@@ -12,10 +12,10 @@ from tests.unit.jobs.fleet import Fleet
 
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.domain.correlation import bind_user_id, current_user_id
+from viralfx.domain.errors import LedgerUnavailableError, TransactionError
+from viralfx.domain.ids import new_job_id
 from viralfx.domain.jobs.batching import BulkCount, Submission
 from viralfx.domain.jobs.codec import PayloadError
-from viralfx.domain.jobs.keys import NamedKey
-from viralfx.domain.jobs.ledger import TransactionError
 from viralfx.domain.jobs.model import (
     InvalidFilterError,
     JobDraft,
@@ -23,14 +23,13 @@ from viralfx.domain.jobs.model import (
     JobNotFoundError,
     JobState,
     KeyConflictError,
-    LedgerUnavailableError,
     Unique,
     UnknownQueueError,
-    new_job_id,
 )
 from viralfx.domain.jobs.schedule import Schedule, UnknownScheduleError
 from viralfx.domain.jobs.service import MAX_PAYLOADS, JobService
 from viralfx.domain.jobs.tasks import JobContext, Task, UnknownTaskError, declared_task, task
+from viralfx.domain.keys import NamedKey
 from viralfx.domain.resilience.deadline import Deadline
 from viralfx.domain.resilience.policy import BackoffPolicy
 

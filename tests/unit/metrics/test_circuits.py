@@ -5,8 +5,8 @@ from prometheus_client import CollectorRegistry
 from tests.manual_clock import ManualClock
 from tests.unit.metrics.reading import series, value
 
+from viralfx.domain.health.circuits import BreakerRegistry
 from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError
-from viralfx.domain.resilience.registry import BreakerRegistry
 from viralfx.telemetry.metrics.health import CircuitMetrics, WebhookCircuitMetrics
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tests.unit.resilience.scripted import BackendError, Scripted, SkippingClock, state_of
 
+from viralfx.domain.health.circuits import BreakerRegistry
 from viralfx.domain.health.model import HealthCheck, Observation, Status
 from viralfx.domain.resilience.breaker import (
     CallRejected,
@@ -22,7 +23,6 @@ from viralfx.domain.resilience.breaker import (
 from viralfx.domain.resilience.breaker_states import CircuitState, RollingWindow
 from viralfx.domain.resilience.bulkhead import BulkheadFull
 from viralfx.domain.resilience.fallback import FallbackUsed
-from viralfx.domain.resilience.registry import BreakerRegistry
 from viralfx.domain.resilience.retry_decision import AttemptFailed, BudgetExhausted, GaveUp
 
 

@@ -12,15 +12,8 @@ from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryJobLedger
 from viralfx.domain.health.model import CheckPolicy, CheckReport, Status, Transition
 from viralfx.domain.health.monitor import HealthMonitor
-from viralfx.domain.jobs.model import (
-    JobDraft,
-    JobError,
-    JobFilter,
-    JobState,
-    completed,
-    failed,
-    new_job_id,
-)
+from viralfx.domain.ids import new_job_id
+from viralfx.domain.jobs.model import JobDraft, JobError, JobFilter, JobState, completed, failed
 from viralfx.domain.jobs.tasks import JobContext, Task
 from viralfx.domain.resilience.deadline import Deadline
 from viralfx.worker import built_in_tasks

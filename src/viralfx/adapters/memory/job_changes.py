@@ -12,6 +12,7 @@ from typing import Any
 from viralfx.adapters.memory.job_index import JobIndex, UniqueJobs
 from viralfx.adapters.memory.transactions import ForeignTransactions, MemoryTransaction
 from viralfx.domain.clock import Clock
+from viralfx.domain.errors import LedgerFullError, LedgerUnavailableError
 from viralfx.domain.jobs.batching import Allowance
 from viralfx.domain.jobs.ledger import (
     Accepted,
@@ -35,8 +36,6 @@ from viralfx.domain.jobs.model import (
     JobNotFoundError,
     JobState,
     JobStateError,
-    LedgerFullError,
-    LedgerUnavailableError,
 )
 from viralfx.domain.loops import HomeLoop
 

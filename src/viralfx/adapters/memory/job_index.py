@@ -25,16 +25,10 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from viralfx.domain.clock import Clock
+from viralfx.domain.ids import canonical_job_id
 from viralfx.domain.jobs.ledger import Accepted, QueueCounts
 from viralfx.domain.jobs.limits import Limit
-from viralfx.domain.jobs.model import (
-    Job,
-    JobDraft,
-    JobState,
-    Unique,
-    canonical_job_id,
-    correlation_id_of_job,
-)
+from viralfx.domain.jobs.model import Job, JobDraft, JobState, Unique, correlation_id_of_job
 from viralfx.domain.jobs.schedule import Schedule, ScheduledAcceptance, ScheduleState
 
 

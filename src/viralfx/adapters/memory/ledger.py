@@ -12,6 +12,7 @@ from viralfx.adapters.memory.job_changes import JobChanges
 from viralfx.adapters.memory.job_index import Schedules, TaskLimits
 from viralfx.adapters.memory.transactions import MemoryTransaction
 from viralfx.domain.clock import Clock
+from viralfx.domain.errors import UnstorableError
 from viralfx.domain.jobs.codec import ResultError, is_json
 from viralfx.domain.jobs.ledger import (
     MAX_ANNOUNCED,
@@ -33,7 +34,6 @@ from viralfx.domain.jobs.model import (
     JobError,
     JobState,
     Settlement,
-    UnstorableError,
     completed,
     crash_message,
     unknown_message,

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet, ref
 
-from viralfx.domain.jobs.ledger import TransactionError
+from viralfx.domain.errors import TransactionError
 from viralfx.domain.jobs.model import Job, JobDraft
 from viralfx.domain.loops import ForeignLoopError, HomeLoop, blocking, running_loop
 

@@ -16,8 +16,8 @@ from viralfx.domain.audit import (
     AuditFilter,
     AuditUnavailableError,
 )
+from viralfx.domain.errors import LedgerUnavailableError, NotMigratedError
 from viralfx.domain.jobs.codec import storable
-from viralfx.domain.jobs.model import LedgerUnavailableError, NotMigratedError
 
 T = TypeVar("T")
 

@@ -20,15 +20,10 @@ from viralfx.adapters.postgres.ledger_sql import RELEASED, appended
 from viralfx.adapters.postgres.migrations import Statements
 from viralfx.adapters.postgres.retry import DedicatedConnection, RetriedSteps
 from viralfx.domain.clock import Clock, SystemClock, default_rng
+from viralfx.domain.errors import LedgerUnavailableError
 from viralfx.domain.jobs.ledger import MAX_UNRUNNABLE, Registration, UnrunnableJobs
 from viralfx.domain.jobs.limits import Limit
-from viralfx.domain.jobs.model import (
-    HANDED_BACK,
-    PAYLOAD,
-    UNKNOWN_TASK,
-    LedgerUnavailableError,
-    unknown_message,
-)
+from viralfx.domain.jobs.model import HANDED_BACK, PAYLOAD, UNKNOWN_TASK, unknown_message
 
 _logger = logging.getLogger("viralfx.jobs")
 

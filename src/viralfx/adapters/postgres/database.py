@@ -37,8 +37,7 @@ from viralfx.adapters.postgres.retry import (
     retry_policy,
 )
 from viralfx.domain.clock import Clock, ignore_error
-from viralfx.domain.errors import StartupError
-from viralfx.domain.jobs.model import LedgerUnavailableError
+from viralfx.domain.errors import LedgerUnavailableError, StartupError
 from viralfx.domain.loops import ForeignLoopError, HomeLoop, at_home
 from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.resilience.retry_decision import RetryRelay

@@ -26,18 +26,12 @@ from viralfx.adapters.postgres.migrations import Statements
 from viralfx.adapters.postgres.notifier import NOTIFY, encode
 from viralfx.adapters.postgres.retry import Attempt, RetriedSteps
 from viralfx.adapters.postgres.servers import IDENTITY, ElsewhereError, OwnDatabase
+from viralfx.domain.errors import LedgerUnavailableError, TransactionError
 from viralfx.domain.jobs.batching import KeyHeldError, keys_of
-from viralfx.domain.jobs.ledger import (
-    Accepted,
-    BlockingConnection,
-    Check,
-    TransactionError,
-    WatchedTransaction,
-)
-from viralfx.domain.jobs.model import JobDraft, LedgerUnavailableError
+from viralfx.domain.jobs.ledger import Accepted, BlockingConnection, Check, WatchedTransaction
+from viralfx.domain.jobs.model import JobDraft
 from viralfx.domain.jobs.notifier import IDS_PER_NOTIFICATION, JobNotification
 from viralfx.domain.jobs.schedule import Schedule, ScheduledAcceptance, ScheduleState
-from viralfx.settings import milliseconds
 
 T = TypeVar("T")
 
@@ -73,7 +67,7 @@ async def accept(
     statement, more = (sql.ACCEPT, ()) if identity is None else (sql.ACCEPT_AT, (identity,))
     accepted: dict[int, Accepted] = {}
     left = dict(enumerate(drafts))
-    limit = None if lock_timeout is None else f"{milliseconds(lock_timeout)}ms"
+    limit = None if lock_timeout is None else f"{round(lock_timeout * 1000)}ms"
     for _ in range(_MAX_ROUNDS):
         if not left:
             return [accepted[place] for place in range(len(drafts))]

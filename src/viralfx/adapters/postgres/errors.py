@@ -11,12 +11,12 @@ import asyncpg
 from asyncpg import exceptions as pg
 from asyncpg.exceptions import InterfaceError, InternalClientError, PostgresError
 
-from viralfx.domain.errors import ViralFXError
-from viralfx.domain.jobs.model import (
+from viralfx.domain.errors import (
     LedgerLimitError,
     LedgerUnavailableError,
     NotMigratedError,
     UnstorableError,
+    ViralFXError,
 )
 from viralfx.settings import CredentialsError
 

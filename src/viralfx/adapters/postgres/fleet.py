@@ -9,6 +9,7 @@ import msgspec
 from viralfx.adapters.postgres.database import PostgresDatabase, run_within
 from viralfx.adapters.postgres.ledger_rows import Row
 from viralfx.adapters.postgres.migrations import qualified
+from viralfx.domain.errors import LedgerUnavailableError
 from viralfx.domain.fleet import (
     MAX_ENDED,
     SILENT_AFTER_SECONDS,
@@ -20,7 +21,6 @@ from viralfx.domain.fleet import (
 )
 from viralfx.domain.health.model import State
 from viralfx.domain.jobs.codec import storable
-from viralfx.domain.jobs.model import LedgerUnavailableError
 
 T = TypeVar("T")
 

@@ -41,9 +41,10 @@ from viralfx.adapters.postgres.migrations import (
 from viralfx.adapters.postgres.pool import IS_READ_ONLY, end_of_life
 from viralfx.adapters.postgres.retry import is_loss
 from viralfx.domain.clock import Clock, timestamp
+from viralfx.domain.errors import LedgerUnavailableError, NotMigratedError
 from viralfx.domain.health.model import Observation, Status
 from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import JobState, LedgerUnavailableError, NotMigratedError
+from viralfx.domain.jobs.model import JobState
 from viralfx.settings import milliseconds
 
 _logger = logging.getLogger("viralfx.database")

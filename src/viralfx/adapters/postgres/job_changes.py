@@ -19,6 +19,8 @@ from viralfx.adapters.postgres.migrations import Statements
 from viralfx.adapters.postgres.pool import PING_AFTER
 from viralfx.adapters.postgres.retry import Attempt, RetriedSteps
 from viralfx.adapters.postgres.settlements import Effects
+from viralfx.domain.errors import LedgerUnavailableError
+from viralfx.domain.ids import canonical_job_id, is_job_id
 from viralfx.domain.jobs.batching import Allowance
 from viralfx.domain.jobs.ledger import BulkStep, Found, ProgressReport
 from viralfx.domain.jobs.model import (
@@ -28,9 +30,6 @@ from viralfx.domain.jobs.model import (
     JobNotFoundError,
     JobState,
     JobStateError,
-    LedgerUnavailableError,
-    canonical_job_id,
-    is_job_id,
 )
 
 LISTED: Final = (

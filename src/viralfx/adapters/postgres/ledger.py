@@ -42,6 +42,7 @@ from viralfx.adapters.postgres.settlements import (
     record_unlocked,
 )
 from viralfx.domain.clock import Clock, SystemClock
+from viralfx.domain.errors import LedgerUnavailableError
 from viralfx.domain.jobs.batching import KeyHeldError, PartlyDoneError, keys_of
 from viralfx.domain.jobs.codec import PayloadError
 from viralfx.domain.jobs.ledger import (
@@ -56,13 +57,7 @@ from viralfx.domain.jobs.ledger import (
     UnrunnableJobs,
 )
 from viralfx.domain.jobs.limits import Limit
-from viralfx.domain.jobs.model import (
-    Claim,
-    JobDraft,
-    JobState,
-    LedgerUnavailableError,
-    Settlement,
-)
+from viralfx.domain.jobs.model import Claim, JobDraft, JobState, Settlement
 
 _logger = logging.getLogger("viralfx.jobs")
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from viralfx.adapters.postgres.ledger_sql import JOB_TIMES
+from viralfx.domain.ids import is_job_id
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.limits import FIRST_RUN_AT, LAST_RUN_AT
 from viralfx.domain.jobs.model import (
@@ -17,7 +18,6 @@ from viralfx.domain.jobs.model import (
     JobState,
     Settlement,
     Unique,
-    is_job_id,
 )
 
 T = TypeVar("T")

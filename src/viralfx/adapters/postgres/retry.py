@@ -30,8 +30,8 @@ from viralfx.adapters.postgres.errors import (
 )
 from viralfx.adapters.postgres.pool import end_of_life
 from viralfx.domain.clock import Clock, default_rng
+from viralfx.domain.errors import LedgerUnavailableError
 from viralfx.domain.events import Listener
-from viralfx.domain.jobs.model import LedgerUnavailableError
 from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, Jitter
 from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.resilience.retry_decision import RetryEvent

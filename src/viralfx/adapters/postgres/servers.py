@@ -24,7 +24,7 @@ from viralfx.adapters.postgres.errors import (
     most_telling,
 )
 from viralfx.domain.cache import SingleFlight
-from viralfx.domain.jobs.ledger import TransactionError
+from viralfx.domain.errors import TransactionError
 from viralfx.domain.loops import running_loop
 from viralfx.domain.threads import NameLookups
 from viralfx.settings import DatabaseAddress

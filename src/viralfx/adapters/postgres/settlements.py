@@ -26,16 +26,10 @@ from viralfx.adapters.postgres.ledger_rows import (
 from viralfx.adapters.postgres.ledger_sql import MAX_SWEPT_JOBS
 from viralfx.adapters.postgres.migrations import Statements
 from viralfx.adapters.postgres.retry import Attempt, Place, in_portions, is_loss, is_rolled_back
-from viralfx.domain.errors import ViralFXError
+from viralfx.domain.errors import LedgerUnavailableError, ViralFXError
 from viralfx.domain.jobs.batching import PartlyDoneError
 from viralfx.domain.jobs.codec import ResultError
-from viralfx.domain.jobs.model import (
-    Claim,
-    JobState,
-    LedgerUnavailableError,
-    Settlement,
-    completed,
-)
+from viralfx.domain.jobs.model import Claim, JobState, Settlement, completed
 
 _logger = logging.getLogger("viralfx.jobs")
 

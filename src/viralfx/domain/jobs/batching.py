@@ -22,17 +22,10 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from viralfx.domain.clock import Clock, wait_for
-from viralfx.domain.errors import ViralFXError
-from viralfx.domain.jobs.keys import NamedKey
+from viralfx.domain.errors import LedgerLimitError, LedgerUnavailableError, ViralFXError
 from viralfx.domain.jobs.ledger import Accepted
-from viralfx.domain.jobs.model import (
-    Job,
-    JobDraft,
-    JobNotFoundError,
-    KeyConflictError,
-    LedgerLimitError,
-    LedgerUnavailableError,
-)
+from viralfx.domain.jobs.model import Job, JobDraft, JobNotFoundError, KeyConflictError
+from viralfx.domain.keys import NamedKey
 from viralfx.domain.loops import HomeLoop, beside_others, running_loop
 from viralfx.domain.resilience.deadline import Deadline
 

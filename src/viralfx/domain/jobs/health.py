@@ -3,9 +3,10 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from viralfx.domain.errors import LedgerUnavailableError, NotMigratedError
 from viralfx.domain.health.model import Observation, Status
 from viralfx.domain.jobs.ledger import MAX_UNRUNNABLE, Counts, QueueCounts, UnrunnableJobs
-from viralfx.domain.jobs.model import PAYLOAD, LedgerUnavailableError, NotMigratedError
+from viralfx.domain.jobs.model import PAYLOAD
 
 _NO_CONSUMERS_SECONDS = 5.0
 """Seconds that a job must be overdue before a queue warns because no worker can run it."""

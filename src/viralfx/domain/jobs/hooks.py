@@ -7,8 +7,9 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol
 
+from viralfx.domain.errors import UnstorableError
 from viralfx.domain.jobs.ledger import Accepted
-from viralfx.domain.jobs.model import Claim, JobDraft, Settlement, UnstorableError
+from viralfx.domain.jobs.model import Claim, JobDraft, Settlement
 from viralfx.domain.jobs.tasks import JobContext, Task, TaskRegistry, declared_task
 
 _logger = logging.getLogger("viralfx.jobs")

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, NamedTuple, Protocol, Self
 
-from viralfx.domain.errors import ViralFXError
 from viralfx.domain.jobs.limits import Limit
 from viralfx.domain.jobs.model import ANY_JOB, Claim, Job, JobDraft, JobFilter, Settlement
 from viralfx.domain.jobs.schedule import ScheduledAcceptance, ScheduleStore
@@ -32,10 +31,6 @@ class Accepted:
 
 
 Check = Callable[[Sequence[Accepted]], None]
-
-
-class TransactionError(ViralFXError):
-    """A job cannot be accepted in the transaction of this connection."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,5 @@
 """The model of jobs: drafts, jobs, filters, claims and their settlements."""
 
-import os
-import re
-import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -117,7 +114,7 @@ class JobDraft:
     """UTC; None: as soon as possible."""
     key: str | None = None
     """Idempotency key: the ledger keeps one job for each key. That of a name has the form of
-    :attr:`~viralfx.domain.jobs.keys.NamedKey.stored`."""
+    :attr:`~viralfx.domain.access.NamedKey.stored`."""
     correlation_id: str | None = None
     traceparent: str | None = None
     user_id: str | None = None
@@ -260,6 +257,13 @@ class JobFilter:
 
 DEFAULT_LIMIT = 50
 ANY_JOB: Final = JobFilter()
+
+
+def filter_in_words(wanted: JobFilter) -> str:
+    """Return the fields of a filter that are set, as the target of a change of many jobs."""
+    names = ("queue", "task", "state", "code", "created_before", "before")
+    given = {name: getattr(wanted, name) for name in names}
+    return ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
 
 
 # A worker makes a claim and a settlement for each job. Making a frozen dataclass takes three times
@@ -409,42 +413,6 @@ class KeyConflictError(ViralFXError):
         super().__init__(message)
 
 
-class LedgerUnavailableError(ViralFXError):
-    """The ledger did not answer in time; the operation may have taken effect."""
-
-    def __init__(self, message: str, code: str | None = None) -> None:
-        self.code = code
-        """The problem, named as the health check ``database`` does, such as ``tls``."""
-        super().__init__(message)
-
-
-class LedgerLimitError(LedgerUnavailableError):
-    """The ledger ended the call at a limit of time, memory or locks.
-
-    Either it fails every call, or this one asks for too much or waits for a lock.
-    """
-
-
-class LedgerFullError(LedgerUnavailableError):
-    """The ledger is full of unfinished jobs; nothing was accepted."""
-
-
-class UnstorableError(ViralFXError):
-    """The ledger answers, but refuses the content of a call; it stored nothing of the call.
-
-    One item may be the cause: a call without it can succeed.
-    """
-
-    def __init__(self, message: str, code: str | None = None) -> None:
-        self.code = code
-        """The ledger's own code of the error, such as a SQLSTATE."""
-        super().__init__(message)
-
-
-class NotMigratedError(LedgerUnavailableError):
-    """The ledger's tables are missing: ``viralfx migrate`` has not been run."""
-
-
 def unknown_message(task: str, patience: float) -> str:
     """Return the error message of a job whose task no worker knew for ``patience`` seconds."""
     return f"no worker knew the task {task!r} for {patience:g} s; check TASK_MODULES of the workers"
@@ -458,49 +426,3 @@ def crash_message(crashes: int, worker: str) -> str:
     """
     workers = "worker" if crashes == 1 else "workers"
     return f"the lease of {crashes} {workers} ran out while they ran it; the last was {worker}"
-
-
-class _Ids:
-    """Makes UUIDs of version 7 (RFC 9562)."""
-
-    def __init__(self) -> None:
-        self._last = 0
-
-    def make(self) -> int:
-        # From the operating system: forked or seeded processes draw different numbers.
-        chance = int.from_bytes(os.urandom(10), "big") >> 7
-        # Milliseconds and counter form one number that only grows, also within a millisecond and
-        # while the clock is set back.
-        moment = time.time_ns() // 1_000_000 << 12 | chance >> 62
-        self._last = max(self._last + 1, moment)
-        milliseconds, count = divmod(self._last, 1 << 12)
-        value = milliseconds << 80 | 0x7 << 76 | count << 64
-        return value | 0b10 << 62 | chance & 2**62 - 1
-
-
-_ids = _Ids()
-_JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_DIGITS = re.compile(r"[0-9a-f]{32}")
-
-
-def is_job_id(text: str) -> bool:
-    """Return True if ``text`` has the form of a job's id."""
-    return _JOB_ID.fullmatch(text) is not None
-
-
-def canonical_job_id(text: str) -> str | None:
-    """Return an id in the form of a job's; None if it is no UUID.
-
-    It may have upper case letters and lack the hyphens.
-    """
-    digits = text.replace("-", "").lower()
-    return _spelled(digits) if _DIGITS.fullmatch(digits) else None
-
-
-def _spelled(digits: str) -> str:
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
-
-
-def new_job_id() -> str:
-    """Return a new UUID; ids of one process sort in the order of their creation."""
-    return _spelled(f"{_ids.make():032x}")

@@ -18,6 +18,8 @@ from typing import Any, Protocol, TypeVar
 
 from viralfx.domain.clock import Clock, SystemClock
 from viralfx.domain.correlation import current_correlation_id, current_user_id
+from viralfx.domain.errors import LedgerUnavailableError, UnstorableError
+from viralfx.domain.ids import new_job_id
 from viralfx.domain.jobs.batching import (
     AcceptBatcher,
     BulkCount,
@@ -39,7 +41,6 @@ from viralfx.domain.jobs.codec import (
     unique_key_of,
 )
 from viralfx.domain.jobs.hooks import CombinedHooks, JobHooks, log_refusal
-from viralfx.domain.jobs.keys import NamedKey, stored_key
 from viralfx.domain.jobs.ledger import (
     Accepted,
     BlockingConnection,
@@ -63,15 +64,13 @@ from viralfx.domain.jobs.model import (
     JobFilter,
     JobNotFoundError,
     JobState,
-    LedgerUnavailableError,
     Unique,
     UnknownQueueError,
-    UnstorableError,
     check_priority,
-    new_job_id,
 )
 from viralfx.domain.jobs.schedule import ScheduledTasks
 from viralfx.domain.jobs.tasks import TaskRegistry, submits, submits_many
+from viralfx.domain.keys import NamedKey, stored_key
 from viralfx.domain.loops import (
     HomeLoop,
     at_home,

@@ -9,13 +9,13 @@ from prometheus_client.registry import Collector
 
 from viralfx.domain.clock import Clock
 from viralfx.domain.health.check_runner import CheckCompleted
+from viralfx.domain.health.circuits import BreakerRegistry
 from viralfx.domain.health.model import State, Status, Transition
 from viralfx.domain.health.monitor import MonitorEvent
 from viralfx.domain.operations import Operations
 from viralfx.domain.resilience.breaker import CallRejected, CircuitEvent, StateChanged
 from viralfx.domain.resilience.breaker_states import CircuitState
 from viralfx.domain.resilience.policy import RetryBudget
-from viralfx.domain.resilience.registry import BreakerRegistry
 from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.resilience.retry_decision import AttemptFailed, GaveUp, RetryEvent
 from viralfx.domain.shutdown import ShutdownEvent, StageFinished

@@ -14,16 +14,10 @@ from msgspec import Meta
 from viralfx.bootstrap import JobRuntime
 from viralfx.domain.access import Right
 from viralfx.domain.audit import Action, AuditEntry, AuditOutcome, jobs_in_words
-from viralfx.domain.errors import ViralFXError
+from viralfx.domain.errors import LedgerUnavailableError, ViralFXError
 from viralfx.domain.jobs.batching import cut_off
 from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import (
-    Job,
-    JobNotFoundError,
-    JobStateError,
-    LedgerUnavailableError,
-    UnknownQueueError,
-)
+from viralfx.domain.jobs.model import Job, JobNotFoundError, JobStateError, UnknownQueueError
 from viralfx.domain.jobs.schedule import UnknownScheduleError
 from viralfx.domain.jobs.tasks import UnknownTaskError
 from viralfx.domain.operations import Operations

@@ -17,6 +17,7 @@ from viralfx.domain.cache import SingleFlight
 from viralfx.domain.clock import Clock, ignore_error, timestamp
 from viralfx.domain.correlation import current_correlation_id
 from viralfx.domain.doctor import Finding, diagnose
+from viralfx.domain.errors import LedgerUnavailableError
 from viralfx.domain.fleet import (
     BEAT_SECONDS,
     SILENT_AFTER_SECONDS,
@@ -26,15 +27,9 @@ from viralfx.domain.fleet import (
     histories,
     predecessors,
 )
+from viralfx.domain.ids import canonical_job_id
 from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import (
-    Job,
-    JobFilter,
-    JobNotFoundError,
-    LedgerUnavailableError,
-    UnknownQueueError,
-    canonical_job_id,
-)
+from viralfx.domain.jobs.model import Job, JobFilter, JobNotFoundError, UnknownQueueError
 from viralfx.domain.operations import Operations
 from viralfx.settings import Settings
 from viralfx.telemetry.logging.lines import LEVELS, LoggerLevels

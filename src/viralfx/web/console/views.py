@@ -14,10 +14,10 @@ from viralfx.domain.clock import Clock, timestamp
 from viralfx.domain.doctor import Finding
 from viralfx.domain.fleet import CheckChange, CheckHistory, Instance
 from viralfx.domain.health.model import CheckReport, HealthReport, Status, Transition
-from viralfx.domain.jobs.keys import owner_and_text
 from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.jobs.model import Job, JobAttempt
 from viralfx.domain.jobs.schedule import ScheduleTimes
+from viralfx.domain.keys import owner_and_text
 from viralfx.domain.operations import Operations, SavedState
 from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.domain.shutdown import PhaseReport

@@ -20,15 +20,11 @@ from litestar.openapi.spec import (
 from litestar.params import FromPath
 from litestar.types import ExceptionHandlersMap
 
-from viralfx.domain.audit import Action, AuditEntry, filter_in_words, jobs_in_words
+from viralfx.domain.audit import Action, AuditEntry, jobs_in_words
+from viralfx.domain.errors import LedgerUnavailableError
 from viralfx.domain.jobs.batching import BulkCount
 from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import (
-    JobFilter,
-    JobState,
-    KeyConflictError,
-    LedgerUnavailableError,
-)
+from viralfx.domain.jobs.model import JobFilter, JobState, KeyConflictError, filter_in_words
 from viralfx.domain.jobs.service import MAX_CHANGED
 from viralfx.web.jobs import openapi, schemas
 from viralfx.web.jobs.openapi import (

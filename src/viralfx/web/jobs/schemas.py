@@ -11,8 +11,8 @@ import msgspec
 from msgspec import Meta
 
 from viralfx.domain.clock import timestamp
+from viralfx.domain.ids import canonical_job_id
 from viralfx.domain.jobs.batching import BulkCount
-from viralfx.domain.jobs.keys import owner_and_text
 from viralfx.domain.jobs.ledger import Accepted, QueueCounts
 from viralfx.domain.jobs.limits import FIRST_RUN_AT, LAST_RUN_AT, MAX_ATTEMPTS
 from viralfx.domain.jobs.model import (
@@ -23,9 +23,9 @@ from viralfx.domain.jobs.model import (
     JobFilter,
     JobState,
     Unique,
-    canonical_job_id,
 )
 from viralfx.domain.jobs.schedule import ScheduleTimes
+from viralfx.domain.keys import owner_and_text
 from viralfx.web.schemas import Timestamp
 
 PATH = "/api/v1/jobs"

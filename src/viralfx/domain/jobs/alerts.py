@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from viralfx.domain.clock import Clock, finished_within, ignore_error, timestamp, wait_for
 from viralfx.domain.correlation import correlated, new_correlation_id
+from viralfx.domain.errors import LedgerUnavailableError
 from viralfx.domain.health.model import Status, Transition
 from viralfx.domain.health.monitor import MonitorEvent
-from viralfx.domain.jobs.model import JobDraft, LedgerUnavailableError, new_job_id
+from viralfx.domain.ids import new_job_id
+from viralfx.domain.jobs.model import JobDraft
 from viralfx.domain.jobs.service import JobService
 from viralfx.domain.resilience.policy import Backoff
 from viralfx.domain.webhooks.signature import WebhookKeys
