@@ -117,7 +117,8 @@ async def test_a_batch_with_a_wrong_job_is_rejected(client: Client) -> None:
 
 async def test_the_size_of_a_batch_is_limited(client: Client) -> None:
     """From 1 to 1000 jobs."""
-    for body in ({}, {"jobs": []}, {"jobs": [PARCEL] * 1001}, [], {"jobs": 1}):
+    bodies: tuple[object, ...] = ({}, {"jobs": []}, {"jobs": [PARCEL] * 1001}, [], {"jobs": 1})
+    for body in bodies:
         assert_problem(await client.post(BATCH, json=body), 400, "The body is invalid")
 
         assert await count(client) == 0
