@@ -80,7 +80,7 @@ COPY --from=build /opt/viralfx /opt/viralfx
 ENV PATH=/opt/viralfx/bin:$PATH
 # Public images have Python's own modules without byte code, and on a read-only root each start and
 # each probe would compile them again. Importing them here writes the byte code.
-RUN --network=none python -c "import viralfx.adapters.postgres.migrate, viralfx.adapters.taskiq, \
+RUN --network=none python -c "import viralfx.postgres.migrate, viralfx.adapters.taskiq, \
     viralfx.cli.doctor, viralfx.runner.probe, viralfx.runner.commands"
 ENV ENVIRONMENT=production PYTHONDONTWRITEBYTECODE=1
 # Where another process is PID 1 (`docker run --init`, a shared process namespace) tini reaps as well.

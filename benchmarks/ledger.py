@@ -22,9 +22,10 @@ from benchmarks.results import Target, circumstances, publish, table, target_tab
 from tests.integration.postgres_clients import config_of, migrated, opened
 from tests.servers.postgres import Database, PostgresServer, postgres_server
 
-from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
-from viralfx.domain.ids import new_job_id
-from viralfx.domain.jobs.model import JobDraft, completed
+from viralfx.core.ids import new_job_id
+from viralfx.jobs.model import JobDraft, completed
+from viralfx.jobs.postgres import PostgresJobLedger
+from viralfx.postgres import PostgresDatabase
 
 FINISHED = 10_000_000
 SCHEDULED = 1_000_000

@@ -21,7 +21,7 @@ from tests.system.service import Service
 from tests.system.workers import api, environment_of, worker
 
 from viralfx.adapters.redis import RedisClient, connections
-from viralfx.domain.jobs.notifier import NotificationNotSentError
+from viralfx.jobs.notifier import NotificationNotSentError
 
 NOT_SENT = (NotificationNotSentError, OSError)
 """The errors of a notification that is not sent."""

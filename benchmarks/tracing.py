@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from viralfx.domain.correlation import bind_correlation_id, new_correlation_id
+from viralfx.core.correlation import bind_correlation_id, new_correlation_id
 from viralfx.telemetry.tracing.provider import make_provider
 from viralfx.telemetry.tracing.spans import TracedRequests
 

@@ -23,12 +23,13 @@ from tests.servers.waiting import until
 from tests.system.jobs import JOBS
 from tests.system.workers import api, environment_of
 
-from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
-from viralfx.adapters.postgres.connections import run_query
-from viralfx.adapters.postgres.database import Lease
-from viralfx.adapters.postgres.pool import PING_AFTER
-from viralfx.domain.jobs.notifier import JobNotification, NotificationNotSentError
 from viralfx.domain.webhooks.url import WebhookUnavailableError
+from viralfx.jobs.notifier import JobNotification, NotificationNotSentError
+from viralfx.jobs.postgres import PostgresJobLedger
+from viralfx.postgres import PostgresDatabase
+from viralfx.postgres.connections import run_query
+from viralfx.postgres.database import Lease
+from viralfx.postgres.pool import PING_AFTER
 
 READING = (
     "Each round has servers of its own. A silent drop is that of a firewall which forgot all open"

@@ -48,8 +48,8 @@ gc.disable()
 SECTIONS = {
     "checks": "Checks to use in an application",
     "domain.health": "Health checks",
-    "domain.jobs": "Jobs",
-    "domain.resilience": "Resilience",
+    "jobs": "Jobs",
+    "resilience": "Resilience",
     "domain.shutdown": "Stages of a shutdown",
     "settings": "Settings",
     "web": "Litestar",

@@ -33,7 +33,7 @@ _PRELOADED = [
     "viralfx.adapters.taskiq",
     "viralfx.adapters.http",
     "viralfx.adapters.postgres.doctor",
-    "viralfx.adapters.postgres.migrate",
+    "viralfx.postgres.migrate",
     "viralfx.adapters.redis.doctor",
     "tests.preloaded",  # the last one
 ]

@@ -9,7 +9,7 @@ MAX_TURNS = 1000
 
 
 class ManualClock:
-    """Implements ``viralfx.domain.clock.Clock`` without any real time.
+    """Implements ``viralfx.core.clock.Clock`` without any real time.
 
     Monotonic and wall-clock time move together. A cancelled sleep is removed.
     """

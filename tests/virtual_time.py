@@ -42,7 +42,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 
 class LoopClock:
-    """Implements ``viralfx.domain.clock.Clock`` with the running loop's time."""
+    """Implements ``viralfx.core.clock.Clock`` with the running loop's time."""
 
     def monotonic(self) -> float:
         """Read the loop's time."""

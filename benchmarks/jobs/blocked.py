@@ -20,10 +20,11 @@ from benchmarks.results import circumstances, command, publish, table
 from tests.integration.postgres_clients import config_of, migrated, opened
 from tests.servers.postgres import PostgresServer, postgres_server
 
-from viralfx.adapters.postgres import PostgresDatabase, PostgresLeaseStore
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.jobs.ledger import LeaseStore, Registration
-from viralfx.worker.lease import LeaseThread, WorkerView
+from viralfx.core.clock import SystemClock
+from viralfx.jobs.ledger import LeaseStore, Registration
+from viralfx.jobs.postgres import PostgresLeaseStore
+from viralfx.jobs.worker.lease import LeaseThread, WorkerView
+from viralfx.postgres import PostgresDatabase
 
 LEASE = 0.6
 BLOCK_SECONDS = 3.0

@@ -16,10 +16,10 @@ from benchmarks.results import Target, circumstances, command, publish, table, t
 from tests.integration.postgres_clients import config_of, migrated, opened
 from tests.servers.postgres import Database, PostgresServer, postgres_server
 
-from viralfx.adapters.postgres import PostgresJobLedger
-from viralfx.domain.ids import new_job_id
-from viralfx.domain.jobs.ledger import BulkStep
-from viralfx.domain.jobs.model import JobDraft, JobFilter, completed
+from viralfx.core.ids import new_job_id
+from viralfx.jobs.ledger import BulkStep
+from viralfx.jobs.model import JobDraft, JobFilter, completed
+from viralfx.jobs.postgres import PostgresJobLedger
 
 JOBS = 100_000
 LIMIT_SECONDS = 10.0

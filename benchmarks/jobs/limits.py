@@ -25,11 +25,12 @@ from benchmarks.results import Target, circumstances, publish, table, target_tab
 from tests.integration.postgres_clients import config_of, migrated, opened
 from tests.servers.postgres import Database, PostgresServer, postgres_server
 
-from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
-from viralfx.domain.ids import new_job_id
-from viralfx.domain.jobs.ledger import NO_LIMITS
-from viralfx.domain.jobs.limits import Limit, Rate
-from viralfx.domain.jobs.model import Claim, JobDraft, completed
+from viralfx.core.ids import new_job_id
+from viralfx.jobs.ledger import NO_LIMITS
+from viralfx.jobs.limits import Limit, Rate
+from viralfx.jobs.model import Claim, JobDraft, completed
+from viralfx.jobs.postgres import PostgresJobLedger
+from viralfx.postgres import PostgresDatabase
 
 ROUNDS = 15
 JOBS = 1_000

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from viralfx import JobContext, task
-from viralfx.domain.jobs.tasks import declared_task, mark
+from viralfx.jobs.tasks import declared_task, mark
 
 MODULE = "benchmarks.jobs.promise_tasks"
 RUNS, EACH_SECOND = "BENCH_RUNS", "BENCH_EACH_SECOND"

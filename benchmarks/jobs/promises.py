@@ -43,7 +43,7 @@ from tests.servers.waiting import wait_until
 from tests.system.jobs import JOBS
 
 from viralfx.bootstrap.assembly import assemble
-from viralfx.domain.jobs.service import JobService
+from viralfx.jobs.service import JobService
 from viralfx.settings import read_settings
 
 ORDERS = 10_000

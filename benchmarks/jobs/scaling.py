@@ -13,11 +13,11 @@ from benchmarks.jobs.cpu_seconds import cpu_seconds
 from benchmarks.jobs.testbed import Testbed
 from benchmarks.servers import Server, worker
 
-from viralfx.adapters.postgres import ledger_sql
-from viralfx.adapters.postgres.enqueue import accept
-from viralfx.adapters.postgres.migrations import Statements
-from viralfx.domain.ids import new_job_id
-from viralfx.domain.jobs.model import JobDraft
+from viralfx.core.ids import new_job_id
+from viralfx.jobs.model import JobDraft
+from viralfx.jobs.postgres import ledger_sql
+from viralfx.jobs.postgres.enqueue import accept
+from viralfx.postgres.migrations import Statements
 from viralfx.settings import DatabaseSettings
 
 BATCH = 1_000

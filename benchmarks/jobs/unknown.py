@@ -15,9 +15,10 @@ from benchmarks.results import Target, circumstances, command, publish, table, t
 from tests.integration.postgres_clients import config_of, migrated, opened
 from tests.servers.postgres import Database, PostgresServer, postgres_server
 
-from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
-from viralfx.adapters.postgres.claims import CLAIM
-from viralfx.adapters.postgres.migrations import qualified
+from viralfx.jobs.postgres import PostgresJobLedger
+from viralfx.jobs.postgres.claims import CLAIM
+from viralfx.postgres import PostgresDatabase
+from viralfx.postgres.migrations import qualified
 
 KNOWN = (5, 50, 300)
 BACKLOG = 100_000

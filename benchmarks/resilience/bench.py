@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Callable
 
 from benchmarks.resilience.subjects import BREAKERS, RETRIES, BackendError, ours, ours_window
 
-from viralfx.domain.resilience.breaker import CircuitBreaker
-from viralfx.domain.resilience.breaker_states import RollingWindow
-from viralfx.domain.resilience.retry import retry
+from viralfx.resilience.breaker import CircuitBreaker
+from viralfx.resilience.breaker_states import RollingWindow
+from viralfx.resilience.retry import retry
 
 Candidate = Callable[[], Awaitable[object]]
 

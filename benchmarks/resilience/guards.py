@@ -21,11 +21,11 @@ from typing import Any
 
 from benchmarks.results import Target, circumstances, command, publish, table, target_table
 
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.resilience.breaker import CircuitBreaker
-from viralfx.domain.resilience.deadline import Deadline
-from viralfx.domain.resilience.policy import RetryBudget
-from viralfx.domain.resilience.retry import retry
+from viralfx.core.clock import SystemClock
+from viralfx.resilience.breaker import CircuitBreaker
+from viralfx.resilience.deadline import Deadline
+from viralfx.resilience.policy import RetryBudget
+from viralfx.resilience.retry import retry
 from viralfx.runner.process import loop_factory
 
 BARE = "bare await"

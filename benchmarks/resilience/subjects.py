@@ -29,9 +29,9 @@ import redress
 import stamina
 import tenacity
 
-from viralfx.domain.resilience.breaker import CircuitBreaker
-from viralfx.domain.resilience.breaker_states import RollingWindow
-from viralfx.domain.resilience.retry import retry
+from viralfx.resilience.breaker import CircuitBreaker
+from viralfx.resilience.breaker_states import RollingWindow
+from viralfx.resilience.retry import retry
 
 Call = Callable[[], Awaitable[object]]
 Guard = Callable[[Call], Call]

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from viralfx.domain.errors import ConfigurationError, ViralFXError
+from viralfx.core.errors import ConfigurationError, ViralFXError
 
 # Type checkers treat the name as true. Importing it from typing would double the time until
 # signals are handled, and the run time of a probe.
@@ -13,17 +13,18 @@ if TYPE_CHECKING:
 
     from viralfx.bootstrap import PostgresDatabase, RedisClient
     from viralfx.checks import DiskCheck, HttpCheck, SqlAlchemyCheck, TcpCheck
+    from viralfx.core.correlation import bind_user_id
+    from viralfx.core.errors import LedgerUnavailableError, TransactionError, UnstorableError
     from viralfx.domain.access import Principal, Right
     from viralfx.domain.cache import Cache
-    from viralfx.domain.correlation import bind_user_id
-    from viralfx.domain.errors import LedgerUnavailableError, TransactionError, UnstorableError
     from viralfx.domain.health.check_runner import CheckConfig
     from viralfx.domain.health.model import HealthCheck, Observation, Status
-    from viralfx.domain.jobs.batching import KeyHeldError
-    from viralfx.domain.jobs.codec import PayloadError, PayloadTooLargeError
-    from viralfx.domain.jobs.hooks import TaskMiddleware
-    from viralfx.domain.jobs.ledger import Accepted
-    from viralfx.domain.jobs.model import (
+    from viralfx.domain.shutdown import ShutdownStage
+    from viralfx.jobs.batching import KeyHeldError
+    from viralfx.jobs.codec import PayloadError, PayloadTooLargeError
+    from viralfx.jobs.hooks import TaskMiddleware
+    from viralfx.jobs.ledger import Accepted
+    from viralfx.jobs.model import (
         InvalidFilterError,
         Job,
         JobFilter,
@@ -33,16 +34,15 @@ if TYPE_CHECKING:
         KeyConflictError,
         UnknownQueueError,
     )
-    from viralfx.domain.jobs.schedule import UnknownScheduleError
-    from viralfx.domain.jobs.service import JobService
-    from viralfx.domain.jobs.tasks import Discard, JobContext, Snooze, UnknownTaskError, task
-    from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError, circuit_breaker
-    from viralfx.domain.resilience.bulkhead import Bulkhead, BulkheadFullError
-    from viralfx.domain.resilience.deadline import Deadline
-    from viralfx.domain.resilience.fallback import with_fallback
-    from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, RetryPolicy
-    from viralfx.domain.resilience.retry import retry
-    from viralfx.domain.shutdown import ShutdownStage
+    from viralfx.jobs.schedule import UnknownScheduleError
+    from viralfx.jobs.service import JobService
+    from viralfx.jobs.tasks import Discard, JobContext, Snooze, UnknownTaskError, task
+    from viralfx.resilience.breaker import CircuitBreaker, CircuitOpenError, circuit_breaker
+    from viralfx.resilience.bulkhead import Bulkhead, BulkheadFullError
+    from viralfx.resilience.deadline import Deadline
+    from viralfx.resilience.fallback import with_fallback
+    from viralfx.resilience.policy import Backoff, BackoffPolicy, RetryPolicy
+    from viralfx.resilience.retry import retry
     from viralfx.settings import Settings, read_settings
     from viralfx.web.api_docs import ApiDocsPlugin
     from viralfx.web.layer import OperationsConfig, OperationsLayer
@@ -109,20 +109,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "adapters.postgres": ("PostgresDatabase",),
+    "postgres": ("PostgresDatabase",),
     "adapters.redis": ("RedisClient",),
     "checks": ("DiskCheck", "HttpCheck", "SqlAlchemyCheck", "TcpCheck"),
     "domain.access": ("Principal", "Right"),
     "domain.cache": ("Cache",),
-    "domain.correlation": ("bind_user_id",),
-    "domain.errors": ("LedgerUnavailableError", "TransactionError", "UnstorableError"),
+    "core.correlation": ("bind_user_id",),
+    "core.errors": ("LedgerUnavailableError", "TransactionError", "UnstorableError"),
     "domain.health.check_runner": ("CheckConfig",),
     "domain.health.model": ("HealthCheck", "Observation", "Status"),
-    "domain.jobs.batching": ("KeyHeldError",),
-    "domain.jobs.codec": ("PayloadError", "PayloadTooLargeError"),
-    "domain.jobs.hooks": ("TaskMiddleware",),
-    "domain.jobs.ledger": ("Accepted",),
-    "domain.jobs.model": (
+    "jobs.batching": ("KeyHeldError",),
+    "jobs.codec": ("PayloadError", "PayloadTooLargeError"),
+    "jobs.hooks": ("TaskMiddleware",),
+    "jobs.ledger": ("Accepted",),
+    "jobs.model": (
         "InvalidFilterError",
         "Job",
         "JobFilter",
@@ -132,15 +132,15 @@ _HOMES = {
         "KeyConflictError",
         "UnknownQueueError",
     ),
-    "domain.jobs.schedule": ("UnknownScheduleError",),
-    "domain.jobs.service": ("JobService",),
-    "domain.jobs.tasks": ("Discard", "JobContext", "Snooze", "UnknownTaskError", "task"),
-    "domain.resilience.breaker": ("CircuitBreaker", "CircuitOpenError", "circuit_breaker"),
-    "domain.resilience.bulkhead": ("Bulkhead", "BulkheadFullError"),
-    "domain.resilience.deadline": ("Deadline",),
-    "domain.resilience.fallback": ("with_fallback",),
-    "domain.resilience.policy": ("Backoff", "BackoffPolicy", "RetryPolicy"),
-    "domain.resilience.retry": ("retry",),
+    "jobs.schedule": ("UnknownScheduleError",),
+    "jobs.service": ("JobService",),
+    "jobs.tasks": ("Discard", "JobContext", "Snooze", "UnknownTaskError", "task"),
+    "resilience.breaker": ("CircuitBreaker", "CircuitOpenError", "circuit_breaker"),
+    "resilience.bulkhead": ("Bulkhead", "BulkheadFullError"),
+    "resilience.deadline": ("Deadline",),
+    "resilience.fallback": ("with_fallback",),
+    "resilience.policy": ("Backoff", "BackoffPolicy", "RetryPolicy"),
+    "resilience.retry": ("retry",),
     "domain.shutdown": ("ShutdownStage",),
     "settings": ("Settings", "read_settings"),
     "web.api_docs": ("ApiDocsPlugin",),
@@ -162,7 +162,7 @@ def __getattr__(name: str) -> object:
         found: object = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
     except ModuleNotFoundError:
         # Imported late: every import of viralfx would wait for it.
-        from viralfx.domain.extras import needed_by  # noqa: PLC0415
+        from viralfx.core.extras import needed_by  # noqa: PLC0415
 
         with needed_by(f"viralfx.{name}"):
             raise

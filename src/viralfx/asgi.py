@@ -16,8 +16,8 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, TypeAlias, cast
 
-from viralfx.domain.errors import ConfigurationError, ViralFXError, WorkLostError
-from viralfx.domain.extras import require
+from viralfx.core.errors import ConfigurationError, ViralFXError, WorkLostError
+from viralfx.core.extras import require
 from viralfx.domain.shutdown import Phase
 from viralfx.web.error_log import ERROR, cause_of
 from viralfx.web.gate import Gate

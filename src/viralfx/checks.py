@@ -9,11 +9,11 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, supp
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from viralfx.domain.errors import ConfigurationError, require_count, require_positive
-from viralfx.domain.extras import needed_by
+from viralfx.core.errors import ConfigurationError, require_count, require_positive
+from viralfx.core.extras import needed_by
+from viralfx.core.threads import NameLookups
 from viralfx.domain.health.check_runner import InThread
 from viralfx.domain.health.model import Observation, Status
-from viralfx.domain.threads import NameLookups
 from viralfx.domain.webhooks.url import (
     Destination,
     WebhookRefusedError,

@@ -13,15 +13,16 @@ from typing import Any, TypeVar
 import msgspec
 
 from viralfx.bootstrap import Assembly, assemble
-from viralfx.domain.correlation import current_correlation_id, current_user_id
-from viralfx.domain.errors import ConfigurationError, ViralFXError
-from viralfx.domain.extras import needed_by
-from viralfx.domain.ids import new_job_id
-from viralfx.domain.jobs.codec import PayloadError
-from viralfx.domain.jobs.hooks import TaskHost
-from viralfx.domain.jobs.model import Job, JobDraft, JobStateError, KeyConflictError
-from viralfx.domain.jobs.service import JobService
-from viralfx.domain.jobs.tasks import (
+from viralfx.core.correlation import current_correlation_id, current_user_id
+from viralfx.core.errors import ConfigurationError, ViralFXError
+from viralfx.core.extras import needed_by
+from viralfx.core.ids import new_job_id
+from viralfx.domain.shutdown import Phase
+from viralfx.jobs.codec import PayloadError
+from viralfx.jobs.hooks import TaskHost
+from viralfx.jobs.model import Job, JobDraft, JobStateError, KeyConflictError
+from viralfx.jobs.service import JobService
+from viralfx.jobs.tasks import (
     JobContext,
     Snooze,
     Task,
@@ -29,7 +30,6 @@ from viralfx.domain.jobs.tasks import (
     declared_task,
     mark,
 )
-from viralfx.domain.shutdown import Phase
 from viralfx.settings import read_settings
 from viralfx.telemetry.tracing import module_of_application, tracing_of
 

@@ -33,7 +33,7 @@ from viralfx.adapters.process_memory import FAIL_AT, WARN_AT
 from viralfx.adapters.redis.retry import retry_policy
 from viralfx.cli import _parser
 from viralfx.domain import fleet
-from viralfx.domain.resilience.policy import BackoffPolicy
+from viralfx.resilience.policy import BackoffPolicy
 from viralfx.web.console import feed
 
 # -- commands ------------------------------------------------------------------------------------

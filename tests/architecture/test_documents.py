@@ -12,11 +12,11 @@ import yaml
 from tests.deploy.program_rules import GRACE, PHASES, PROBES
 
 from viralfx import OperationsConfig
-from viralfx.adapters.postgres.migrate import description_of
-from viralfx.adapters.postgres.migrations import REVISIONS
 from viralfx.bootstrap.assembly import BUILT_IN
 from viralfx.domain.doctor import Area
 from viralfx.domain.health.model import Health, Status
+from viralfx.postgres.migrate import description_of
+from viralfx.postgres.migrations import REVISIONS
 from viralfx.settings import Settings
 from viralfx.settings.groups import POOL_PROFILES
 from viralfx.settings.model import WORKER_MANAGEMENT_PORT
@@ -257,7 +257,7 @@ def test_each_term_is_found_in_the_code() -> None:
 
 def test_an_unknown_identifier_of_a_term_is_reported() -> None:
     """An identifier that was renamed is missing."""
-    assert missing("`Notice`, `JobNotification` in `domain/jobs/notifier.py`") == ["Notice"]
+    assert missing("`Notice`, `JobNotification` in `jobs/notifier.py`") == ["Notice"]
 
 
 # -- the rules of resilience ---------------------------------------------------------------------

@@ -84,7 +84,7 @@ PUBLIC = {
 CALCULATIONS = {"cronsim"}
 """Libraries that only calculate, and import the standard library alone (ADR-0055)."""
 HOMES = {
-    "cronsim": {"domain/jobs/schedule.py"},
+    "cronsim": {"jobs/schedule.py"},
     "psutil": {"adapters/process_memory.py"},
     "structlog": {"telemetry/logging/handler.py"},
     "uvicorn": {
@@ -166,20 +166,20 @@ INDEPENDENT = "ADR-0002: adapters do not know each other"
 BITES = [
     ("utils.py", '"""A stray module."""', "ADR-0002: dependencies point inwards"),
     ("bootstrap.py", "import viralfx.web.app", "ADR-0002: dependencies point inwards"),
-    ("domain/clock.py", "import uvloop", "ADR-0002: the domain knows no technology"),
+    ("core/clock.py", "import uvloop", "ADR-0002: the domain knows no technology"),
     ("web/app.py", "import viralfx.adapters.memory", "ADR-0002: only bootstrap picks adapters"),
     ("runner/commands.py", "import litestar", "ADR-0004: Litestar stays in web"),
     ("web/gate.py", "import uvicorn", "ADR-0008: uvicorn stays in the runner"),
     ("telemetry/logging/handler.py", "import redis", "ADR-0018: redis stays in its adapter"),
     ("runner/process.py", "import taskiq", "ADR-0023: taskiq stays in its adapter"),
-    ("domain/events.py", "import viralfx.domain.health.monitor", "ADR-0002: no cycles"),
+    ("core/events.py", "import viralfx.domain.health.monitor", "ADR-0002: no cycles"),
     (
         "bootstrap/task_modules.py",
         "import asyncpg",
         "ADR-0017: asyncpg stays in its adapter",
     ),
     (
-        "adapters/postgres/migrate.py",
+        "postgres/migrate.py",
         "import sqlalchemy",
         "ADR-0078: SQLAlchemy comes from the caller alone",
     ),
@@ -199,7 +199,7 @@ BITES = [
         "import litestar",
         "ADR-0063: the operations layer knows no framework",
     ),
-    ("worker/maintenance.py", "import cronsim", "ADR-0055: cronsim stays in schedules"),
+    ("jobs/worker/maintenance.py", "import cronsim", "ADR-0055: cronsim stays in schedules"),
 ]
 """A module, an import that it must not have, and the contract that forbids it."""
 
@@ -266,7 +266,7 @@ def test_the_domain_imports_the_standard_library_alone() -> None:
         (name_of(module), name)
         for module in CORE
         for name in imports(module)
-        if not name.startswith(("viralfx.domain.", "viralfx.worker."))
+        if not name.startswith(("viralfx.domain.", "viralfx.jobs.worker."))
         and name.partition(".")[0] not in sys.stdlib_module_names | CALCULATIONS
     }
 
@@ -333,23 +333,23 @@ def test_the_domain_waits_in_one_way() -> None:
     }
 
     assert used == {
-        ("domain/clock.py", "monotonic"),
-        ("domain/clock.py", "now"),
-        ("domain/clock.py", "sleep"),
-        ("domain/clock.py", "call_at"),
-        ("domain/clock.py", "call_later"),
+        ("core/clock.py", "monotonic"),
+        ("core/clock.py", "now"),
+        ("core/clock.py", "sleep"),
+        ("core/clock.py", "call_at"),
+        ("core/clock.py", "call_later"),
         # A slow call does not hold up the next batch.
-        ("domain/jobs/batching.py", "call_later"),
+        ("jobs/batching.py", "call_later"),
         # It announces a scheduled job when the job is due.
-        ("domain/jobs/notifier.py", "call_later"),
+        ("jobs/notifier.py", "call_later"),
         # A job's id begins with the time at which it was made.
-        ("domain/jobs/model.py", "time_ns"),
+        ("jobs/model.py", "time_ns"),
         # A deadline cancels the caller's own code, and so waits for its clean-up.
-        ("domain/resilience/deadline.py", "call_later"),
+        ("resilience/deadline.py", "call_later"),
         # The default wait of plain functions; an argument.
-        ("domain/resilience/retry.py", "sleep"),
+        ("resilience/retry.py", "sleep"),
         # The system clock's own reading, without a call in between.
-        ("domain/resilience/_callables.py", "monotonic"),
+        ("resilience/_callables.py", "monotonic"),
     }
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from tests.architecture.public_api import DESCRIPTION, MODULES, ROOT, description
 
 CHANGES = {
-    "domain/resilience/policy.py": ("attempts: int | None = 3", "attempts: int | None = 4"),
-    "domain/resilience/bulkhead.py": ("queue: int = 0", "waiting: int = 0"),
-    "domain/resilience/deadline.py": ("def remaining(", "def left("),
-    "domain/errors.py": ("ConfigurationError(ViralFXError)", "ConfigurationError(Exception)"),
+    "resilience/policy.py": ("attempts: int | None = 3", "attempts: int | None = 4"),
+    "resilience/bulkhead.py": ("queue: int = 0", "waiting: int = 0"),
+    "resilience/deadline.py": ("def remaining(", "def left("),
+    "core/errors.py": ("ConfigurationError(ViralFXError)", "ConfigurationError(Exception)"),
 }
 """A default value, a parameter, a member and a base class, before and after a change."""
 

@@ -14,7 +14,7 @@ from tests import forked
 from tests.system.service import ROOT
 
 from viralfx.__main__ import main
-from viralfx.domain.clock import SystemClock
+from viralfx.core.clock import SystemClock
 
 SKEW = "CHAOS_CLOCK_SKEW"
 

@@ -10,7 +10,7 @@ from tests.contracts.notifiers import BROADCASTING, NOTIFIERS, SHARING, Notifier
 from tests.contracts.notifiers import Make as MakePair
 from tests.servers.postgres import Database, PostgresServer
 
-from viralfx.domain.jobs.ledger import JobLedger
+from viralfx.jobs.ledger import JobLedger
 
 
 @pytest.fixture(scope="session")

@@ -21,10 +21,9 @@ from tests.servers.pgbouncer import POOLED, Poolers
 from tests.servers.postgres import Database
 from tests.soak import SOAK
 
-from viralfx.adapters.memory import MemoryJobLedger
-from viralfx.adapters.postgres import PostgresConfig, PostgresDatabase, PostgresJobLedger
-from viralfx.domain.jobs.ledger import JobLedger, QueueCounts
-from viralfx.domain.jobs.model import (
+from viralfx.jobs.ledger import JobLedger, QueueCounts
+from viralfx.jobs.memory import MemoryJobLedger
+from viralfx.jobs.model import (
     Claim,
     Job,
     JobDraft,
@@ -34,6 +33,8 @@ from viralfx.domain.jobs.model import (
     failed,
     retried,
 )
+from viralfx.jobs.postgres import PostgresJobLedger
+from viralfx.postgres import PostgresConfig, PostgresDatabase
 
 T = TypeVar("T")
 

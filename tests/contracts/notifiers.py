@@ -14,11 +14,11 @@ from tests.servers.postgres import Database
 from tests.servers.redis import RedisServer
 from tests.servers.waiting import until
 
-from viralfx.adapters.memory import MemoryNotifier
-from viralfx.adapters.postgres import PostgresNotifier
 from viralfx.adapters.redis import RedisClient
 from viralfx.adapters.taskiq import StreamNotifier
-from viralfx.domain.jobs.notifier import JobNotification, JobNotifier
+from viralfx.jobs.memory import MemoryNotifier
+from viralfx.jobs.notifier import JobNotification, JobNotifier
+from viralfx.jobs.postgres import PostgresNotifier
 from viralfx.settings import RedisSettings
 
 

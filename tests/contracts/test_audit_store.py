@@ -15,9 +15,9 @@ from tests.servers.postgres import Database
 
 from viralfx.adapters.memory import MemoryAuditStore
 from viralfx.adapters.postgres import PostgresAuditStore
+from viralfx.core.clock import SystemClock
+from viralfx.core.ids import new_job_id
 from viralfx.domain.audit import AuditEvent, AuditFilter, AuditStore, AuditUnavailableError
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.ids import new_job_id
 
 NOON = datetime(2026, 1, 6, 12, 0, 0, 123456, tzinfo=UTC)
 Make = Callable[[pytest.FixtureRequest], AbstractAsyncContextManager[AuditStore]]

@@ -18,7 +18,7 @@ from tests.servers.waiting import until
 
 from viralfx.adapters.memory import MemoryFleetStore
 from viralfx.adapters.postgres import PostgresFleetStore
-from viralfx.domain.clock import SystemClock
+from viralfx.core.clock import SystemClock
 from viralfx.domain.fleet import (
     MAX_ENDED,
     SILENT_AFTER_SECONDS,

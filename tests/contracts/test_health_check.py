@@ -31,7 +31,7 @@ from viralfx.adapters.redis import RedisClient, RedisHealthCheck
 from viralfx.bootstrap import assemble
 from viralfx.bootstrap.jobs import wire_jobs
 from viralfx.checks import DiskCheck, HttpCheck, SqlAlchemyCheck, TcpCheck
-from viralfx.domain.clock import Clock, timestamp
+from viralfx.core.clock import Clock, timestamp
 from viralfx.domain.health.check_runner import FunctionCheck
 from viralfx.domain.health.model import HealthCheck, Observation, Status
 from viralfx.domain.health.monitor import HealthMonitor

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tests.contracts.ledgers import ERROR, LONG_LEASE, LedgerCase, draft, ids
 
-from viralfx.domain.jobs.ledger import Accepted, JobLedger
-from viralfx.domain.jobs.model import (
+from viralfx.jobs.ledger import Accepted, JobLedger
+from viralfx.jobs.model import (
     MAX_PRIORITY,
     MIN_PRIORITY,
     Claim,

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from tests.contracts.ledgers import ERROR, LONG_LEASE, LedgerCase, draft, ids, later, listed, totals
 
-from viralfx.domain.jobs.ledger import Found, JobLedger, QueueCounts
-from viralfx.domain.jobs.model import (
+from viralfx.jobs.ledger import Found, JobLedger, QueueCounts
+from viralfx.jobs.model import (
     JobFilter,
     JobNotFoundError,
     JobState,

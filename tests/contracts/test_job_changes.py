@@ -18,8 +18,8 @@ from tests.contracts.ledgers import (
     totals,
 )
 
-from viralfx.domain.jobs.ledger import BulkStep, ProgressReport, QueueCounts
-from viralfx.domain.jobs.model import (
+from viralfx.jobs.ledger import BulkStep, ProgressReport, QueueCounts
+from viralfx.jobs.model import (
     MAX_HISTORY,
     MAX_TRACEBACKS,
     Claim,

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 from tests.contracts.ledgers import TURNS, LedgerCase, cancelled_after, draft, ids, later, totals
 
-from viralfx.domain.jobs.ledger import JobLedger, QueueCounts
-from viralfx.domain.jobs.model import JobNotFoundError, JobState, completed
+from viralfx.jobs.ledger import JobLedger, QueueCounts
+from viralfx.jobs.model import JobNotFoundError, JobState, completed
 
 
 async def test_an_empty_ledger_has_no_counts(ledger: JobLedger) -> None:

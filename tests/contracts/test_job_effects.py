@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from tests.contracts.ledgers import ERROR, LedgerCase, draft
 
-from viralfx.domain.jobs.ledger import WatchedTransaction
-from viralfx.domain.jobs.model import JobState, handed_back, retried
+from viralfx.jobs.ledger import WatchedTransaction
+from viralfx.jobs.model import JobState, handed_back, retried
 
 
 async def test_an_effect_completes_its_job(case: LedgerCase) -> None:

@@ -15,8 +15,8 @@ from tests.contracts.ledgers import (
     later,
 )
 
-from viralfx.domain.jobs.ledger import JobLedger
-from viralfx.domain.jobs.model import Claim, JobState, completed, retried
+from viralfx.jobs.ledger import JobLedger
+from viralfx.jobs.model import Claim, JobState, completed, retried
 
 FAR = datetime(9000, 1, 1, tzinfo=UTC)
 

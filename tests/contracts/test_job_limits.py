@@ -9,10 +9,10 @@ from datetime import timedelta
 import pytest
 from tests.contracts.ledgers import LONG_LEASE, LedgerCase, draft
 
-from viralfx.domain.ids import new_job_id
-from viralfx.domain.jobs.ledger import Claims
-from viralfx.domain.jobs.limits import Limit, Rate
-from viralfx.domain.jobs.model import Claim, JobDraft, completed, handed_back, refused
+from viralfx.core.ids import new_job_id
+from viralfx.jobs.ledger import Claims
+from viralfx.jobs.limits import Limit, Rate
+from viralfx.jobs.model import Claim, JobDraft, completed, handed_back, refused
 
 TWO = {"task": Limit(concurrency=2)}
 ONE_EACH = {"task": Limit(concurrency=1, keyed=True)}

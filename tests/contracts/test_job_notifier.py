@@ -10,8 +10,8 @@ import pytest
 from tests.contracts.notifiers import NotifierPair, RecordingListener, listening
 from tests.servers.waiting import until
 
-from viralfx.domain.errors import ViralFXError
-from viralfx.domain.jobs.notifier import IDS_PER_NOTIFICATION, JobNotification
+from viralfx.core.errors import ViralFXError
+from viralfx.jobs.notifier import IDS_PER_NOTIFICATION, JobNotification
 
 
 def _notifications(count: int, queue: str = "default", first: int = 0) -> list[JobNotification]:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tests.contracts.ledgers import TURNS, LedgerCase, cancelled_after, draft, later
 
-from viralfx.domain.jobs.ledger import JobLedger
-from viralfx.domain.jobs.model import JobState, Unique, completed
-from viralfx.domain.jobs.schedule import Schedule, ScheduledAcceptance
+from viralfx.jobs.ledger import JobLedger
+from viralfx.jobs.model import JobState, Unique, completed
+from viralfx.jobs.schedule import Schedule, ScheduledAcceptance
 
 DAY = 86_400.0
 NIGHTLY = Schedule(task="night", cron="0 3 * * *", timezone="Europe/Berlin")

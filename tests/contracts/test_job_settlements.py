@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import pytest
 from tests.contracts.ledgers import EARLIER, ERROR, TURNS, LedgerCase, cancelled_after, draft
 
-from viralfx.domain.errors import UnstorableError
-from viralfx.domain.jobs.codec import ResultError
-from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import (
+from viralfx.core.errors import UnstorableError
+from viralfx.jobs.codec import ResultError
+from viralfx.jobs.ledger import QueueCounts
+from viralfx.jobs.model import (
     Claim,
     JobError,
     JobState,

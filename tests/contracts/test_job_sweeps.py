@@ -13,7 +13,7 @@ from tests.contracts.ledgers import (
     later,
 )
 
-from viralfx.domain.jobs.model import Claim, JobState, completed
+from viralfx.jobs.model import Claim, JobState, completed
 
 
 async def test_a_sweep_takes_the_jobs_of_dead_workers(case: LedgerCase) -> None:

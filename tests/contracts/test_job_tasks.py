@@ -5,8 +5,8 @@ from datetime import timedelta
 
 from tests.contracts.ledgers import LONG_LEASE, SHORT_LEASE, LedgerCase, later
 
-from viralfx.domain.jobs.ledger import JobLedger
-from viralfx.domain.jobs.model import Claim, JobError, JobState, completed, refused
+from viralfx.jobs.ledger import JobLedger
+from viralfx.jobs.model import Claim, JobError, JobState, completed, refused
 
 # -- due ---------------------------------------------------------------------------------------
 

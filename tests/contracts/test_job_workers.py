@@ -12,8 +12,8 @@ from tests.contracts.ledgers import (
     later,
 )
 
-from viralfx.domain.jobs.ledger import JobLedger
-from viralfx.domain.jobs.model import Claim, JobState, completed
+from viralfx.jobs.ledger import JobLedger
+from viralfx.jobs.model import Claim, JobState, completed
 
 
 async def _consumers(ledger: JobLedger) -> dict[str, int]:

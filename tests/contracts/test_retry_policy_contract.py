@@ -15,9 +15,10 @@ import pytest
 from redis import exceptions as redis_errors
 from tests.unit.resilience.scripted import SkippingClock
 
-from viralfx.adapters import postgres, redis
-from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, Jitter, RetryPolicy
-from viralfx.domain.resilience.retry import Retrier, retry
+from viralfx import postgres
+from viralfx.adapters import redis
+from viralfx.resilience.policy import Backoff, BackoffPolicy, Jitter, RetryPolicy
+from viralfx.resilience.retry import Retrier, retry
 
 
 @dataclass(frozen=True, kw_only=True)

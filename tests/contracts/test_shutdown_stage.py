@@ -20,16 +20,17 @@ from tests.servers.waiting import wait_until
 
 from viralfx import task
 from viralfx.adapters.memory import FileStateStore, MemoryAuditStore, MemoryStateStore
-from viralfx.adapters.postgres import PostgresDatabase, PostgresHealthCheck, close_postgres
+from viralfx.adapters.postgres import PostgresHealthCheck, close_postgres
 from viralfx.adapters.redis import RedisClient, RedisHealthCheck, close_redis
 from viralfx.bootstrap import assemble
 from viralfx.bootstrap.jobs import JobRuntime
+from viralfx.core.clock import Clock
 from viralfx.domain.audit import Action, AuditEntry, AuditEvent, AuditTrail
-from viralfx.domain.clock import Clock
 from viralfx.domain.health.model import CheckPolicy, Observation
 from viralfx.domain.health.monitor import HealthMonitor
 from viralfx.domain.operations import SavedState, save_state
 from viralfx.domain.shutdown import StageFunction
+from viralfx.postgres import PostgresDatabase
 from viralfx.runner.applications import ApplicationLifespan
 from viralfx.runner.process import drain_requests, stop_application, stop_listening
 from viralfx.runner.server import AnyServer, HttpServer, UvicornServer, listen

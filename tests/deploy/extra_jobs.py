@@ -148,7 +148,7 @@ def cron() -> None:
     """Calculate the next time of a schedule."""
     from datetime import UTC, datetime  # noqa: PLC0415
 
-    from viralfx.domain.jobs.schedule import Schedule  # noqa: PLC0415
+    from viralfx.jobs.schedule import Schedule  # noqa: PLC0415
 
     schedule = Schedule(task="t", cron="30 8 * * 1", timezone="Europe/Berlin")
     assert schedule.next_after(datetime(2026, 1, 1, tzinfo=UTC)) == datetime(

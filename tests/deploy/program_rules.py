@@ -9,8 +9,8 @@ from tests.deploy.manifests import ROOT, Container, Resource, containers, of_kin
 
 from viralfx.bootstrap import assemble
 from viralfx.cli import _parser
+from viralfx.core.errors import ConfigurationError
 from viralfx.domain.doctor import Area, Finding, Verdict, failed
-from viralfx.domain.errors import ConfigurationError
 from viralfx.settings import Settings, fields, read_settings
 from viralfx.settings.doctor import review
 from viralfx.web.auth import AccessPolicy

@@ -1,6 +1,6 @@
 """Where pip takes the package from, in README, documents and units: ``just source`` renews it.
 
-One variable of the code says it, ``SOURCE`` of viralfx/domain/extras.py. Each document sets the
+One variable of the code says it, ``SOURCE`` of viralfx/core/extras.py. Each document sets the
 variable ``VIRALFX`` to it before its first command. No command has the name of the package alone.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.deploy.distribution import ROOT, project
 
-from viralfx.domain.extras import SOURCE
+from viralfx.core.extras import SOURCE
 
 VARIABLE = "VIRALFX"
 _SET = re.compile(rf"^((?:export |ARG )?{VARIABLE}=)(\S+)$", re.MULTILINE)

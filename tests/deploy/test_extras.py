@@ -22,7 +22,7 @@ from tests.deploy.wheels import Ended, Environment, failure, uv, wheel_of_checko
 from tests.servers.postgres import Database
 from tests.soak import Record
 
-from viralfx.domain.extras import EXTRAS, extra_of, is_installed
+from viralfx.core.extras import EXTRAS, extra_of, is_installed
 
 PROGRAM = ROOT / "tests/deploy/extra_jobs.py"
 WITH = {"docs": "litestar", "migrate": "postgres", "otel-grpc": "otel"}
@@ -230,7 +230,7 @@ USES = {
     "HttpCheck": ("from viralfx.checks import HttpCheck; HttpCheck('http://shop')", "webhooks"),
     "viralfx.taskiq": ("import viralfx.taskiq", "jobs"),
     "@task('t', cron=...)": (
-        "from viralfx.domain.jobs.schedule import Schedule; Schedule(task='t', cron='1 * * * *')",
+        "from viralfx.jobs.schedule import Schedule; Schedule(task='t', cron='1 * * * *')",
         "cron",
     ),
     "a heap report": ("from viralfx.runner.diagnostics import _report; _report()", "heap"),

@@ -7,7 +7,7 @@ import pytest
 from tests.deploy.distribution import ROOT
 from tests.deploy.source import VARIABLE, by_name, documents, renewed, source, sources_of
 
-from viralfx.domain.extras import SOURCE
+from viralfx.core.extras import SOURCE
 
 NAME = "viralfx"
 

@@ -27,7 +27,7 @@ from tests.system.service import ROOT, clean_environment
 
 from viralfx import OperationsConfig, OperationsPlugin, asgi, task
 from viralfx.asgi import AnyApp, OperationsMiddleware
-from viralfx.domain.errors import ConfigurationError, StartupError
+from viralfx.core.errors import ConfigurationError, StartupError
 from viralfx.domain.health.model import Observation, Status
 from viralfx.runner.applications import find_application
 from viralfx.settings import Secret, Settings

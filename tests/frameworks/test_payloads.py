@@ -16,7 +16,7 @@ from pydantic.alias_generators import to_camel
 
 from viralfx import JobContext, OperationsConfig, PayloadError, PayloadTooLargeError, task
 from viralfx.asgi import OperationsMiddleware
-from viralfx.domain.errors import ConfigurationError
+from viralfx.core.errors import ConfigurationError
 from viralfx.settings import Settings
 from viralfx.settings.groups import JobSettings
 from viralfx.testing import assert_submitted, run_pending, submitted

@@ -8,8 +8,8 @@ from tests.contracts.ledgers import LONG_LEASE, draft
 from tests.integration.postgres_clients import config_of, migrated, opened
 from tests.servers.postgres import Database, PostgresServer
 
-from viralfx.adapters.postgres import PostgresJobLedger
-from viralfx.domain.jobs.model import Claim, completed
+from viralfx.jobs.model import Claim, completed
+from viralfx.jobs.postgres import PostgresJobLedger
 
 QUICK = 2.0
 """Seconds; timeout of ledger calls that are expected to fail."""

@@ -10,7 +10,7 @@ from tests.integration.notifications import QUEUE
 
 from viralfx.adapters.redis import RedisClient
 from viralfx.adapters.taskiq import StreamNotifier
-from viralfx.domain.jobs.notifier import JobNotification
+from viralfx.jobs.notifier import JobNotification
 from viralfx.settings import RedisSettings
 
 

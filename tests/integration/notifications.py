@@ -12,7 +12,7 @@ from tests.servers.waiting import until
 
 from viralfx.adapters.redis import RedisClient
 from viralfx.adapters.taskiq import StreamNotifier
-from viralfx.domain.jobs.notifier import JobNotification
+from viralfx.jobs.notifier import JobNotification
 
 QUEUE = "default"
 STREAM = f"viralfx:notifications:{QUEUE}"

@@ -10,9 +10,10 @@ from urllib.parse import urlsplit
 import msgspec
 from tests.servers.postgres import Database, PostgresServer
 
-from viralfx.adapters.postgres import PostgresConfig, PostgresDatabase, PostgresHealthCheck
-from viralfx.adapters.postgres.migrate import apply_migrations
-from viralfx.domain.clock import Clock, SystemClock
+from viralfx.adapters.postgres import PostgresHealthCheck
+from viralfx.core.clock import Clock, SystemClock
+from viralfx.postgres import PostgresConfig, PostgresDatabase
+from viralfx.postgres.migrate import apply_migrations
 from viralfx.settings import DatabaseAddress, DatabaseSettings
 
 

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from viralfx.adapters.redis import RedisClient, RedisHealthCheck, RedisLimits
-from viralfx.domain.clock import SystemClock
+from viralfx.core.clock import SystemClock
 from viralfx.settings import RedisSettings, Secret
 
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from tests.servers.postgres import Database, PostgresServer, postgres_server
 from tests.servers.redis import redis_server
 from tests.servers.waiting import wait_until
 
-from viralfx.adapters.postgres.migrations import OBJECTS, REVISIONS
+from viralfx.postgres.migrations import OBJECTS, REVISIONS
 
 USER = "planted_user"
 

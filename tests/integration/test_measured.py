@@ -12,8 +12,8 @@ from tests.servers.redis import RedisServer
 from tests.servers.waiting import until
 from tests.unit.metrics.reading import value
 
-from viralfx.adapters.postgres.database import Lease
 from viralfx.bootstrap import Assembly, assemble
+from viralfx.postgres.database import Lease
 from viralfx.settings import read_settings
 
 DURATION = "db_client_operation_duration_seconds_count"

@@ -20,10 +20,10 @@ from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.waiting import wait_until
 
-from viralfx.adapters.postgres.migrate import LOCK, apply_migrations, description_of
-from viralfx.adapters.postgres.migrations import LOCK_TIMEOUT_SECONDS, REVISIONS
 from viralfx.bootstrap.postgres import migrate_schema
-from viralfx.domain.errors import StartupError
+from viralfx.core.errors import StartupError
+from viralfx.postgres.migrate import LOCK, apply_migrations, description_of
+from viralfx.postgres.migrations import LOCK_TIMEOUT_SECONDS, REVISIONS
 from viralfx.settings import read_settings
 
 DONE, PENDING, WRONG, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130

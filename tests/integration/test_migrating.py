@@ -12,7 +12,7 @@ from tests.integration.taskiq_brokers import set_environment
 from tests.servers.postgres import Database
 
 from viralfx import OperationsConfig, OperationsPlugin
-from viralfx.domain.jobs.model import JobState
+from viralfx.jobs.model import JobState
 
 ROOT = Path(__file__).parents[2]
 PEERS = {

@@ -15,12 +15,13 @@ from tests.servers.pgbouncer import MODES, PREPARED, PgBouncer, Poolers
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.waiting import wait_for_code
 
-from viralfx.adapters.postgres import PostgresConfig, PostgresDatabase, PostgresJobLedger
-from viralfx.adapters.postgres.migrate import apply_migrations
-from viralfx.adapters.postgres.migrations import REVISIONS
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.errors import LedgerUnavailableError, StartupError, TransactionError
+from viralfx.core.clock import SystemClock
+from viralfx.core.errors import LedgerUnavailableError, StartupError, TransactionError
 from viralfx.domain.health.model import Status
+from viralfx.jobs.postgres import PostgresJobLedger
+from viralfx.postgres import PostgresConfig, PostgresDatabase
+from viralfx.postgres.migrate import apply_migrations
+from viralfx.postgres.migrations import REVISIONS
 
 EVERY = [(mode, prepared) for mode in MODES for prepared in PREPARED]
 

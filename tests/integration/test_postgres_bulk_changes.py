@@ -11,9 +11,10 @@ from tests.integration.postgres_clients import config_of, opened
 from tests.servers.postgres import Database
 from tests.soak import SOAK
 
-from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
-from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import JobFilter, JobState, completed
+from viralfx.jobs.ledger import QueueCounts
+from viralfx.jobs.model import JobFilter, JobState, completed
+from viralfx.jobs.postgres import PostgresJobLedger
+from viralfx.postgres import PostgresDatabase
 
 JOBS = 100_000 if SOAK else 9_000
 """More than two steps."""

@@ -49,18 +49,19 @@ from viralfx import (
     task,
 )
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.adapters.memory import MemoryNotifier
-from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger, PostgresNotifier
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.errors import TransactionError
-from viralfx.domain.jobs.batching import Submission
-from viralfx.domain.jobs.codec import unique_key_of
-from viralfx.domain.jobs.model import JobState, KeyConflictError
-from viralfx.domain.jobs.notifier import JobNotification
-from viralfx.domain.jobs.service import JobService
-from viralfx.domain.jobs.tasks import TaskRegistry, declared_task
+from viralfx.core.clock import SystemClock
+from viralfx.core.errors import TransactionError
+from viralfx.jobs.batching import Submission
+from viralfx.jobs.codec import unique_key_of
+from viralfx.jobs.memory import MemoryNotifier
+from viralfx.jobs.model import JobState, KeyConflictError
+from viralfx.jobs.notifier import JobNotification
+from viralfx.jobs.postgres import PostgresJobLedger, PostgresNotifier
+from viralfx.jobs.service import JobService
+from viralfx.jobs.tasks import TaskRegistry, declared_task
+from viralfx.jobs.worker.worker import JobWorker, WorkerConfig
+from viralfx.postgres import PostgresDatabase
 from viralfx.settings import Secret
-from viralfx.worker.worker import JobWorker, WorkerConfig
 
 SCHEMA = "viralfx_ops"
 ORDERS = (200, 10_000)[SOAK]
@@ -1134,7 +1135,7 @@ import asyncio, sys
 from unittest.mock import sentinel
 from viralfx.adapters.memory import MemoryNotifier
 from viralfx.adapters.postgres import enqueue
-from viralfx.domain.jobs.ledger import TransactionError
+from viralfx.jobs.ledger import TransactionError
 try:
     enqueue._transaction_of(sentinel.connection)
 except TransactionError as error:

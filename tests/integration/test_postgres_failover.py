@@ -29,17 +29,14 @@ from tests.servers.supply import UnavailableError
 from tests.servers.waiting import until, wait_for_code, wait_until
 from tests.soak import SOAK, Record, cycles, spread
 
-from viralfx.adapters.postgres import (
-    PostgresDatabase,
-    PostgresJobLedger,
-    PostgresLeaseStore,
-)
-from viralfx.adapters.postgres.connections import run_query
-from viralfx.adapters.postgres.database import Lease
-from viralfx.adapters.postgres.pool import ACKNOWLEDGED_TIMEOUT, PING_AFTER
-from viralfx.adapters.postgres.servers import USER_TIMEOUT_SECONDS
-from viralfx.domain.errors import LedgerUnavailableError
+from viralfx.core.errors import LedgerUnavailableError
 from viralfx.domain.health.model import Status
+from viralfx.jobs.postgres import PostgresJobLedger, PostgresLeaseStore
+from viralfx.postgres import PostgresDatabase
+from viralfx.postgres.connections import run_query
+from viralfx.postgres.database import Lease
+from viralfx.postgres.pool import ACKNOWLEDGED_TIMEOUT, PING_AFTER
+from viralfx.postgres.servers import USER_TIMEOUT_SECONDS
 
 SET_READ_ONLY = "alter system set default_transaction_read_only = on"
 SET_WRITABLE = "alter system reset default_transaction_read_only"

@@ -27,11 +27,12 @@ from tests.servers.postgres import Database, PostgresServer, postgres_server
 from tests.servers.waiting import until, wait_for_code
 from tests.soak import cycles
 
-from viralfx.adapters.postgres import PostgresConfig, PostgresDatabase, PostgresHealthCheck
-from viralfx.adapters.postgres.migrations import REVISIONS
-from viralfx.domain.clock import SystemClock, timestamp
+from viralfx.adapters.postgres import PostgresHealthCheck
+from viralfx.core.clock import SystemClock, timestamp
 from viralfx.domain.health.model import CheckPolicy, Observation, Status
 from viralfx.domain.health.monitor import HealthMonitor
+from viralfx.postgres import PostgresConfig, PostgresDatabase
+from viralfx.postgres.migrations import REVISIONS
 
 HEALTH = "viralfx-health"
 SOON = 5.0

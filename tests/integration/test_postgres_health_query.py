@@ -13,14 +13,15 @@ from tests.servers.postgres import Database, PostgresServer, postgres_server
 from tests.servers.waiting import until
 from tests.soak import SOAK
 
-from viralfx.adapters.postgres import PostgresConfig, PostgresDatabase, PostgresJobLedger
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.errors import LedgerLimitError, LedgerUnavailableError, NotMigratedError
+from viralfx.core.clock import SystemClock
+from viralfx.core.errors import LedgerLimitError, LedgerUnavailableError, NotMigratedError
+from viralfx.core.ids import new_job_id
 from viralfx.domain.health.model import CheckPolicy, Status
 from viralfx.domain.health.monitor import HealthMonitor
-from viralfx.domain.ids import new_job_id
-from viralfx.domain.jobs.health import BacklogCheck
-from viralfx.domain.jobs.model import JobDraft
+from viralfx.jobs.health import BacklogCheck
+from viralfx.jobs.model import JobDraft
+from viralfx.jobs.postgres import PostgresJobLedger
+from viralfx.postgres import PostgresConfig, PostgresDatabase
 
 
 async def prepared(database: Database | PostgresServer) -> PostgresConfig:

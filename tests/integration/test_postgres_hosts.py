@@ -18,10 +18,10 @@ from tests.servers.fixtures import or_skip
 from tests.servers.ports import free_port
 from tests.servers.postgres import PostgresServer, postgres_server, postgres_standby
 
-from viralfx.adapters.postgres import PostgresConfig
-from viralfx.adapters.postgres import servers as servers_search
-from viralfx.adapters.postgres.connections import Connector
-from viralfx.domain.errors import StartupError
+from viralfx.core.errors import StartupError
+from viralfx.postgres import PostgresConfig
+from viralfx.postgres import servers as servers_search
+from viralfx.postgres.connections import Connector
 
 SILENCE = 30.0
 """Seconds for which a black hole would hold up a client that waits for it."""

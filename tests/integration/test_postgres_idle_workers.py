@@ -8,9 +8,9 @@ from tests.servers.postgres import Database, transactions
 from tests.soak import only_in_soak
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.adapters.memory import MemoryNotifier
-from viralfx.domain.jobs.tasks import TaskRegistry
-from viralfx.worker.worker import JobWorker, WorkerConfig
+from viralfx.jobs.memory import MemoryNotifier
+from viralfx.jobs.tasks import TaskRegistry
+from viralfx.jobs.worker.worker import JobWorker, WorkerConfig
 
 WORKERS = 100
 QUEUES = {"default": 10, "notifications": 10, "analytics": 10}

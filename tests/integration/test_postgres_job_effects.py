@@ -16,11 +16,12 @@ from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database
 from tests.servers.waiting import until
 
-from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
-from viralfx.domain.errors import LedgerUnavailableError
-from viralfx.domain.jobs.codec import ResultError
-from viralfx.domain.jobs.ledger import ProgressReport
-from viralfx.domain.jobs.model import JobState, failed, retried
+from viralfx.core.errors import LedgerUnavailableError
+from viralfx.jobs.codec import ResultError
+from viralfx.jobs.ledger import ProgressReport
+from viralfx.jobs.model import JobState, failed, retried
+from viralfx.jobs.postgres import PostgresJobLedger
+from viralfx.postgres import PostgresDatabase
 
 
 @pytest.fixture

@@ -15,14 +15,14 @@ from tests.servers.waiting import until
 from tests.soak import SOAK
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.adapters.memory import MemoryNotifier
-from viralfx.adapters.postgres import PostgresJobLedger
-from viralfx.domain.ids import new_job_id
-from viralfx.domain.jobs.ledger import Claims
-from viralfx.domain.jobs.limits import Limit, Rate
-from viralfx.domain.jobs.model import JobDraft
-from viralfx.domain.jobs.tasks import TaskRegistry, declared_task, task
-from viralfx.worker.worker import JobWorker, WorkerConfig
+from viralfx.core.ids import new_job_id
+from viralfx.jobs.ledger import Claims
+from viralfx.jobs.limits import Limit, Rate
+from viralfx.jobs.memory import MemoryNotifier
+from viralfx.jobs.model import JobDraft
+from viralfx.jobs.postgres import PostgresJobLedger
+from viralfx.jobs.tasks import TaskRegistry, declared_task, task
+from viralfx.jobs.worker.worker import JobWorker, WorkerConfig
 
 WORKERS = 8
 

@@ -12,12 +12,12 @@ from tests.servers.postgres import Database, PostgresServer
 from tests.servers.waiting import until
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.adapters.memory import MemoryNotifier
-from viralfx.adapters.postgres import PostgresJobLedger
-from viralfx.domain.errors import LedgerUnavailableError, NotMigratedError
-from viralfx.domain.jobs.model import Claim, completed, retried
-from viralfx.domain.jobs.tasks import TaskRegistry
-from viralfx.worker.worker import JobWorker, WorkerConfig
+from viralfx.core.errors import LedgerUnavailableError, NotMigratedError
+from viralfx.jobs.memory import MemoryNotifier
+from viralfx.jobs.model import Claim, completed, retried
+from viralfx.jobs.postgres import PostgresJobLedger
+from viralfx.jobs.tasks import TaskRegistry
+from viralfx.jobs.worker.worker import JobWorker, WorkerConfig
 
 CLEANING = 3.0
 """Seconds that a call may take longer to release its connection."""

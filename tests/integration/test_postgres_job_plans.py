@@ -13,21 +13,10 @@ from tests.integration.job_ledgers import NO_WORKER, work
 from tests.integration.postgres_clients import config_of, opened
 from tests.servers.postgres import Database
 
-from viralfx.adapters.postgres import (
-    PostgresDatabase,
-    PostgresJobLedger,
-    claims,
-    enqueue,
-    job_changes,
-)
-from viralfx.adapters.postgres import ledger_sql as sql
-from viralfx.adapters.postgres.claims import Wanted
 from viralfx.adapters.postgres.health import HEALTH_QUERY
-from viralfx.adapters.postgres.ledger_rows import completion_columns, states_within
-from viralfx.adapters.postgres.migrations import qualified
-from viralfx.domain.jobs.ledger import ProgressReport, UnrunnableJobs
-from viralfx.domain.jobs.limits import Limit
-from viralfx.domain.jobs.model import (
+from viralfx.jobs.ledger import ProgressReport, UnrunnableJobs
+from viralfx.jobs.limits import Limit
+from viralfx.jobs.model import (
     UNKNOWN_TASK,
     Claim,
     JobFilter,
@@ -35,6 +24,12 @@ from viralfx.domain.jobs.model import (
     completed,
     failed,
 )
+from viralfx.jobs.postgres import PostgresJobLedger, claims, enqueue, job_changes
+from viralfx.jobs.postgres import ledger_sql as sql
+from viralfx.jobs.postgres.claims import Wanted
+from viralfx.jobs.postgres.ledger_rows import completion_columns, states_within
+from viralfx.postgres import PostgresDatabase
+from viralfx.postgres.migrations import qualified
 
 ROWS = 100_000
 NEWEST = "ffffffff-ffff-ffff-ffff-ffffffffffff"

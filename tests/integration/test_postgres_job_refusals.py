@@ -19,19 +19,19 @@ from tests.servers.waiting import wait_for_code
 from tests.soak import SOAK
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.adapters.memory import MemoryNotifier
-from viralfx.adapters.postgres import PostgresJobLedger, ledger_sql
-from viralfx.adapters.postgres.ledger_sql import MAX_SWEPT_JOBS, PROMOTED_AT_ONCE
-from viralfx.adapters.postgres.migrations import Statements
-from viralfx.adapters.postgres.retry import Attempt
-from viralfx.adapters.postgres.settlements import record, record_unlocked
-from viralfx.domain.errors import LedgerLimitError, LedgerUnavailableError, UnstorableError
-from viralfx.domain.jobs.batching import PartlyDoneError
-from viralfx.domain.jobs.codec import PayloadError, PayloadTooLargeError
-from viralfx.domain.jobs.model import Job, JobState, cancelled, completed, failed
-from viralfx.domain.jobs.service import JobService
-from viralfx.domain.jobs.tasks import Task, TaskRegistry
-from viralfx.worker.worker import JobWorker, WorkerConfig
+from viralfx.core.errors import LedgerLimitError, LedgerUnavailableError, UnstorableError
+from viralfx.jobs.batching import PartlyDoneError
+from viralfx.jobs.codec import PayloadError, PayloadTooLargeError
+from viralfx.jobs.memory import MemoryNotifier
+from viralfx.jobs.model import Job, JobState, cancelled, completed, failed
+from viralfx.jobs.postgres import PostgresJobLedger, ledger_sql
+from viralfx.jobs.postgres.ledger_sql import MAX_SWEPT_JOBS, PROMOTED_AT_ONCE
+from viralfx.jobs.postgres.settlements import record, record_unlocked
+from viralfx.jobs.service import JobService
+from viralfx.jobs.tasks import Task, TaskRegistry
+from viralfx.jobs.worker.worker import JobWorker, WorkerConfig
+from viralfx.postgres.migrations import Statements
+from viralfx.postgres.retry import Attempt
 
 HOUR = timedelta(hours=1)
 TABLES = ("viralfx_jobs", "viralfx_finished_jobs")

@@ -17,13 +17,10 @@ from tests.manual_clock import ManualClock
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.waiting import until
 
-from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
-from viralfx.adapters.postgres import ledger_sql as sql
 from viralfx.adapters.postgres.health import PostgresHealthCheck
-from viralfx.adapters.postgres.migrations import qualified
-from viralfx.domain.errors import LedgerUnavailableError, TransactionError
-from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import (
+from viralfx.core.errors import LedgerUnavailableError, TransactionError
+from viralfx.jobs.ledger import QueueCounts
+from viralfx.jobs.model import (
     JobFilter,
     JobNotFoundError,
     JobState,
@@ -31,6 +28,10 @@ from viralfx.domain.jobs.model import (
     failed,
     retried,
 )
+from viralfx.jobs.postgres import PostgresJobLedger
+from viralfx.jobs.postgres import ledger_sql as sql
+from viralfx.postgres import PostgresDatabase
+from viralfx.postgres.migrations import qualified
 
 SCHEDULED_JOBS = 20_000
 

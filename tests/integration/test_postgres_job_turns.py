@@ -12,9 +12,9 @@ from tests.integration.postgres_clients import config_of, opened, sessions
 from tests.servers.postgres import Database
 from tests.servers.waiting import until
 
-from viralfx.adapters.postgres import PostgresJobLedger
-from viralfx.domain.errors import LedgerUnavailableError
-from viralfx.domain.jobs.model import JobState
+from viralfx.core.errors import LedgerUnavailableError
+from viralfx.jobs.model import JobState
+from viralfx.jobs.postgres import PostgresJobLedger
 
 QUICK = 1.5
 """Seconds; timeout for a slot that never becomes free."""

@@ -9,9 +9,9 @@ from tests.integration.job_ledgers import work
 from tests.integration.postgres_clients import config_of, migrated, opened
 from tests.servers.postgres import Database
 
-from viralfx.adapters.postgres import PostgresJobLedger
-from viralfx.domain.jobs.codec import PayloadError
-from viralfx.domain.jobs.model import JobDraft, JobError, JobState, completed, retried
+from viralfx.jobs.codec import PayloadError
+from viralfx.jobs.model import JobDraft, JobError, JobState, completed, retried
+from viralfx.jobs.postgres import PostgresJobLedger
 
 
 @pytest.fixture

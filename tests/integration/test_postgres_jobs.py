@@ -11,8 +11,8 @@ from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database
 from tests.servers.waiting import until
 
-from viralfx.domain.errors import LedgerUnavailableError
-from viralfx.domain.jobs.model import JobNotFoundError, JobState, completed, failed, retried
+from viralfx.core.errors import LedgerUnavailableError
+from viralfx.jobs.model import JobNotFoundError, JobState, completed, failed, retried
 
 
 @pytest.fixture

@@ -15,12 +15,13 @@ from tests.servers.postgres import Database
 from tests.servers.waiting import until, wait_until
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.adapters.memory import MemoryNotifier
-from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger, PostgresLeaseStore
-from viralfx.domain.jobs.ledger import Claims
-from viralfx.domain.jobs.model import JobState
-from viralfx.domain.jobs.tasks import TaskRegistry, declared_task, task
-from viralfx.worker.worker import JobWorker, WorkerConfig
+from viralfx.jobs.ledger import Claims
+from viralfx.jobs.memory import MemoryNotifier
+from viralfx.jobs.model import JobState
+from viralfx.jobs.postgres import PostgresJobLedger, PostgresLeaseStore
+from viralfx.jobs.tasks import TaskRegistry, declared_task, task
+from viralfx.jobs.worker.worker import JobWorker, WorkerConfig
+from viralfx.postgres import PostgresDatabase
 
 CONNECTION = "viralfx-heartbeat"
 LEASE = 1.0

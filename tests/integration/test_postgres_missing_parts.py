@@ -13,8 +13,8 @@ from tests.integration.postgres_clients import active, ask, changed, config_of, 
 from tests.servers.postgres import Database
 from tests.servers.waiting import until
 
-from viralfx.adapters.postgres import Connector
-from viralfx.adapters.postgres.servers import CANCELS, TRANSACTIONS, missing_abilities
+from viralfx.postgres import Connector
+from viralfx.postgres.servers import CANCELS, TRANSACTIONS, missing_abilities
 
 WARNING = "asyncpg lacks parts that the database adapter uses"
 

@@ -19,12 +19,13 @@ from tests.servers.pgbouncer import Poolers
 from tests.servers.postgres import Database, PostgresServer, transactions
 from tests.servers.waiting import until
 
-from viralfx.adapters.postgres import Connector, PostgresNotifier
-from viralfx.adapters.postgres.migrations import channel_of
-from viralfx.adapters.postgres.notifier import NOT_PAST_POOLER, SILENCE_SECONDS, UNDELIVERED
 from viralfx.bootstrap import postgres
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.jobs.notifier import JobNotification, JobNotifier, NotificationNotSentError
+from viralfx.core.clock import SystemClock
+from viralfx.jobs.notifier import JobNotification, JobNotifier, NotificationNotSentError
+from viralfx.jobs.postgres import PostgresNotifier
+from viralfx.jobs.postgres.notifier import NOT_PAST_POOLER, SILENCE_SECONDS, UNDELIVERED
+from viralfx.postgres import Connector
+from viralfx.postgres.migrations import channel_of
 from viralfx.settings import DatabaseSettings, read_settings
 
 QUEUE = "default"

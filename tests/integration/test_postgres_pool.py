@@ -23,10 +23,10 @@ from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.waiting import until
 
-from viralfx.adapters.postgres import PoolTimeoutError, PostgresDatabase
-from viralfx.adapters.postgres.pool import PING_AFTER, PING_TIMEOUT
-from viralfx.adapters.postgres.retry import is_transient
-from viralfx.domain.clock import SystemClock
+from viralfx.core.clock import SystemClock
+from viralfx.postgres import PoolTimeoutError, PostgresDatabase
+from viralfx.postgres.pool import PING_AFTER, PING_TIMEOUT
+from viralfx.postgres.retry import is_transient
 
 COUNTS = ("total", "idle", "in use", "waiting", "failed")
 

@@ -10,11 +10,12 @@ from tests.contracts.ledgers import LONG_LEASE, draft
 from tests.integration.postgres_clients import config_of, opened
 from tests.servers.postgres import Database
 
-from viralfx.adapters.postgres import PostgresDatabase, PostgresJobLedger
-from viralfx.adapters.postgres.migrate import FOLDER, apply_migrations, file_of, statements_of
-from viralfx.adapters.postgres.migrations import REVISIONS
-from viralfx.domain.jobs.ledger import Accepted
-from viralfx.domain.jobs.model import JobState, Unique
+from viralfx.jobs.ledger import Accepted
+from viralfx.jobs.model import JobState, Unique
+from viralfx.jobs.postgres import PostgresJobLedger
+from viralfx.postgres import PostgresDatabase
+from viralfx.postgres.migrate import FOLDER, apply_migrations, file_of, statements_of
+from viralfx.postgres.migrations import REVISIONS
 
 CLAIM = """
 with chosen as materialized (

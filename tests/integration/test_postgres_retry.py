@@ -14,8 +14,8 @@ from tests.servers.postgres import Database
 from tests.servers.waiting import until, wait_until
 from tests.unit.resilience.scripted import SkippingClock
 
-from viralfx.adapters.postgres import PoolTimeoutError
-from viralfx.adapters.postgres.database import Lease
+from viralfx.postgres import PoolTimeoutError
+from viralfx.postgres.database import Lease
 
 Fault = Callable[[], None]
 

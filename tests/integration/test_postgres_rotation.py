@@ -22,17 +22,13 @@ from tests.servers.fixtures import or_skip
 from tests.servers.postgres import Database, PostgresServer, postgres_server
 from tests.servers.waiting import wait_for_code
 
-from viralfx.adapters.postgres import (
-    CertificateError,
-    PostgresConfig,
-    PostgresDatabase,
-    PostgresLeaseStore,
-)
-from viralfx.adapters.postgres.connections import Connector
-from viralfx.adapters.postgres.credentials import TlsContexts
 from viralfx.bootstrap import postgres
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.errors import ConfigurationError, StartupError
+from viralfx.core.clock import SystemClock
+from viralfx.core.errors import ConfigurationError, StartupError
+from viralfx.jobs.postgres import PostgresLeaseStore
+from viralfx.postgres import CertificateError, PostgresConfig, PostgresDatabase
+from viralfx.postgres.connections import Connector
+from viralfx.postgres.credentials import TlsContexts
 from viralfx.settings import (
     CredentialsCallable,
     CredentialsError,

@@ -20,14 +20,14 @@ from tests.servers.waiting import until
 from tests.soak import SOAK
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.adapters.memory import MemoryNotifier
-from viralfx.adapters.postgres import PostgresJobLedger
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.errors import LedgerUnavailableError
-from viralfx.domain.jobs.ledger import JobLedger
-from viralfx.domain.jobs.schedule import Schedule
-from viralfx.domain.jobs.tasks import TaskRegistry, declared_task, task
-from viralfx.worker.worker import JobWorker, WorkerConfig
+from viralfx.core.clock import SystemClock
+from viralfx.core.errors import LedgerUnavailableError
+from viralfx.jobs.ledger import JobLedger
+from viralfx.jobs.memory import MemoryNotifier
+from viralfx.jobs.postgres import PostgresJobLedger
+from viralfx.jobs.schedule import Schedule
+from viralfx.jobs.tasks import TaskRegistry, declared_task, task
+from viralfx.jobs.worker.worker import JobWorker, WorkerConfig
 
 WORKERS = 4
 LEASE = 1.5

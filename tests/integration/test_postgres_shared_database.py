@@ -20,12 +20,13 @@ from tests.integration.job_ledgers import work
 from tests.integration.postgres_clients import changed, config_of, migrated, opened
 from tests.servers.postgres import Database
 
-from viralfx.adapters.postgres import PostgresJobLedger, PostgresStateStore
+from viralfx.adapters.postgres import PostgresStateStore
 from viralfx.adapters.postgres.doctor import PostgresDoctor
-from viralfx.adapters.postgres.ledger_sql import SWEEP
-from viralfx.adapters.postgres.migrations import REVISIONS, qualified
 from viralfx.domain.doctor import Verdict
 from viralfx.domain.operations import SavedState
+from viralfx.jobs.postgres import PostgresJobLedger
+from viralfx.jobs.postgres.ledger_sql import SWEEP
+from viralfx.postgres.migrations import REVISIONS, qualified
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "postgres.md"

@@ -24,10 +24,11 @@ from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.waiting import until, wait_until
 
-from viralfx.adapters.postgres import PostgresDatabase, PostgresHealthCheck, close_postgres
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.errors import StartupError, WorkLostError
+from viralfx.adapters.postgres import PostgresHealthCheck, close_postgres
+from viralfx.core.clock import SystemClock
+from viralfx.core.errors import StartupError, WorkLostError
 from viralfx.domain.shutdown import StageFunction
+from viralfx.postgres import PostgresDatabase
 
 SHORT, LONG = 0.3, 60.0
 """Budgets in seconds: one that is used up, and one that is more than enough."""

@@ -8,8 +8,8 @@ import pytest
 from tests.integration.postgres_clients import config_of, opened
 from tests.servers.postgres import Database
 
-from viralfx.adapters.postgres import PostgresDatabase
-from viralfx.domain.correlation import bind_correlation_id, current_correlation_id
+from viralfx.core.correlation import bind_correlation_id, current_correlation_id
+from viralfx.postgres import PostgresDatabase
 
 SECRET = "hunter2"
 SLEEP = "pg_sleep(0.6)"

@@ -10,7 +10,7 @@ from tests.integration.postgres_clients import config_of
 from tests.servers.postgres import PostgresServer
 from tests.servers.waiting import until
 
-from viralfx.adapters.postgres.connections import Connector
+from viralfx.postgres.connections import Connector
 
 LINUX_ONLY = pytest.mark.skipif(
     not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no TCP_USER_TIMEOUT"
@@ -108,7 +108,7 @@ async def test_server_without_the_check_of_clients_is_used(
 
     It may be one without TLS, too.
     """
-    monkeypatch.setattr("viralfx.adapters.postgres.connections.CLIENT_CHECK", "unknown_check")
+    monkeypatch.setattr("viralfx.postgres.connections.CLIENT_CHECK", "unknown_check")
     connector = Connector(config_of(postgres, tls_mode=tls_mode))
     for _ in range(2):
         connection = await connector.connect()

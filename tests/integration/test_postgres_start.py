@@ -14,10 +14,10 @@ from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.waiting import until
 
-from viralfx.adapters.postgres import PostgresConfig, PostgresDatabase
 from viralfx.bootstrap.postgres import postgres_config
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.errors import StartupError
+from viralfx.core.clock import SystemClock
+from viralfx.core.errors import StartupError
+from viralfx.postgres import PostgresConfig, PostgresDatabase
 from viralfx.settings import read_settings
 
 SECRET = "hunter2"

@@ -17,11 +17,12 @@ from tests.servers.postgres import PostgresServer
 from tests.servers.waiting import until, wait_for_code
 from tests.soak import SOAK, Record, cycles, spread
 
-from viralfx.adapters.postgres import PostgresConfig, PostgresJobLedger
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.errors import LedgerUnavailableError
+from viralfx.core.clock import SystemClock
+from viralfx.core.errors import LedgerUnavailableError
 from viralfx.domain.health.model import CheckPolicy
 from viralfx.domain.health.monitor import HealthMonitor
+from viralfx.jobs.postgres import PostgresJobLedger
+from viralfx.postgres import PostgresConfig
 
 INTERVAL, TIMEOUT = 5.0, 2.0
 """The defaults of HEALTH_CHECK_INTERVAL and HEALTH_CHECK_TIMEOUT."""

@@ -7,9 +7,10 @@ from tests.integration.postgres_clients import changed, checked, config_of, migr
 from tests.servers.certificates import Certificates
 from tests.servers.postgres import PostgresServer
 
-from viralfx.adapters.postgres import PostgresConfig, PostgresLeaseStore
 from viralfx.bootstrap import assemble
-from viralfx.domain.errors import ConfigurationError, StartupError
+from viralfx.core.errors import ConfigurationError, StartupError
+from viralfx.jobs.postgres import PostgresLeaseStore
+from viralfx.postgres import PostgresConfig
 from viralfx.settings import read_settings
 
 UNKNOWN_NAME = "127.1"

@@ -18,13 +18,14 @@ from tests.servers.fixtures import FaultProxies
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.waiting import until
 
-from viralfx.adapters.postgres import PoolTimeoutError, PostgresDatabase, PostgresJobLedger
 from viralfx.bootstrap import assemble
 from viralfx.bootstrap.postgres import postgres_config
-from viralfx.domain.clock import Clock
-from viralfx.domain.errors import StartupError
+from viralfx.core.clock import Clock
+from viralfx.core.errors import StartupError
 from viralfx.domain.health.check_runner import CheckCompleted
 from viralfx.domain.health.model import Status
+from viralfx.jobs.postgres import PostgresJobLedger
+from viralfx.postgres import PoolTimeoutError, PostgresDatabase
 from viralfx.settings import fields, read_settings
 
 pytestmark = pytest.mark.timeout(60)

@@ -20,7 +20,7 @@ from tests.soak import cycles
 
 from viralfx.adapters.redis import RedisClient, close_redis
 from viralfx.adapters.redis.errors import ClientClosedError
-from viralfx.domain.loops import HomeLoop
+from viralfx.core.loops import HomeLoop
 
 pytestmark = pytest.mark.timeout(60)
 

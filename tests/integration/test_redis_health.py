@@ -15,7 +15,7 @@ from tests.servers.waiting import until, wait_for_code
 from tests.soak import cycles
 
 from viralfx.adapters.redis import RedisHealthCheck
-from viralfx.domain.clock import SystemClock
+from viralfx.core.clock import SystemClock
 from viralfx.domain.health.model import CheckPolicy, Status
 from viralfx.domain.health.monitor import HealthMonitor
 

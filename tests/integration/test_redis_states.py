@@ -18,9 +18,9 @@ from tests.servers.waiting import wait_for_code
 from viralfx.adapters.redis import RedisCacheStore, RedisHealthCheck
 from viralfx.adapters.redis.errors import WrongServerError
 from viralfx.adapters.taskiq import StreamNotifier
-from viralfx.domain.clock import SystemClock
+from viralfx.core.clock import SystemClock
 from viralfx.domain.health.model import Status
-from viralfx.domain.jobs.notifier import JobNotification
+from viralfx.jobs.notifier import JobNotification
 
 pytestmark = pytest.mark.timeout(60)
 

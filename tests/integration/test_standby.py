@@ -8,7 +8,7 @@ from tests.servers.fixtures import or_skip
 from tests.servers.postgres import PostgresServer, postgres_server, postgres_standby
 from tests.servers.waiting import wait_until
 
-from viralfx.domain.errors import LedgerUnavailableError
+from viralfx.core.errors import LedgerUnavailableError
 
 _IN_STEP = "select count(*) from pg_stat_replication where sync_state = 'sync'"
 

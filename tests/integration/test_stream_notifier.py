@@ -35,7 +35,7 @@ from tests.servers.waiting import until
 from viralfx.adapters.redis import RedisClient
 from viralfx.adapters.taskiq import StreamNotifier
 from viralfx.adapters.taskiq import notifier as notifier_module
-from viralfx.domain.jobs.notifier import JobNotification, NotificationNotSentError
+from viralfx.jobs.notifier import JobNotification, NotificationNotSentError
 
 pytestmark = pytest.mark.timeout(60)
 

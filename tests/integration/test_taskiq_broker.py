@@ -59,17 +59,17 @@ from viralfx import Discard, OperationsConfig, OperationsPlugin, Snooze, bind_us
 from viralfx.adapters.taskiq.broker import _Trial, registers_tasks
 from viralfx.adapters.taskiq.messages import MessageError
 from viralfx.adapters.taskiq.retry import DEFAULT_ATTEMPTS, attempts_of
-from viralfx.domain.correlation import (
+from viralfx.core.correlation import (
     bind_correlation_id,
     current_correlation_id,
     current_user_id,
 )
-from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.ids import is_job_id
-from viralfx.domain.jobs.codec import PayloadError, PayloadTooLargeError
-from viralfx.domain.jobs.limits import Limit, Rate
-from viralfx.domain.jobs.model import JobState, JobStateError, KeyConflictError, UnknownQueueError
-from viralfx.domain.jobs.tasks import declared_task
+from viralfx.core.errors import ConfigurationError
+from viralfx.core.ids import is_job_id
+from viralfx.jobs.codec import PayloadError, PayloadTooLargeError
+from viralfx.jobs.limits import Limit, Rate
+from viralfx.jobs.model import JobState, JobStateError, KeyConflictError, UnknownQueueError
+from viralfx.jobs.tasks import declared_task
 from viralfx.taskiq import LedgerBroker
 from viralfx.testing import run_pending
 from viralfx.web.jobs.changes import jobs_router

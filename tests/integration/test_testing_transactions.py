@@ -12,7 +12,7 @@ from tests.guide import shown
 from tests.servers.postgres import Database
 
 from viralfx import JobContext, OperationsConfig, OperationsPlugin, Settings, task
-from viralfx.domain.jobs.tasks import declared_task, mark
+from viralfx.jobs.tasks import declared_task, mark
 from viralfx.testing import JobsOfTest, viralfx_jobs
 
 __all__ = ["viralfx_jobs"]

@@ -16,21 +16,21 @@ from tests.servers.receiver import Received, Receiver, receiver, status
 from tests.unit.doubles import Act, ActingCheck
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.adapters.memory import MemoryJobLedger, MemoryNotifier
-from viralfx.domain.clock import SystemClock
+from viralfx.core.clock import SystemClock
 from viralfx.domain.health.model import CheckPolicy
 from viralfx.domain.health.monitor import HealthMonitor
-from viralfx.domain.jobs.alerts import HealthAlerts
-from viralfx.domain.jobs.codec import PayloadError
-from viralfx.domain.jobs.model import Job, JobState
-from viralfx.domain.jobs.service import JobService
-from viralfx.domain.jobs.tasks import TaskRegistry
 from viralfx.domain.webhooks.signature import WebhookKeys, show_key
+from viralfx.jobs.alerts import HealthAlerts
+from viralfx.jobs.codec import PayloadError
+from viralfx.jobs.memory import MemoryJobLedger, MemoryNotifier
+from viralfx.jobs.model import Job, JobState
+from viralfx.jobs.service import JobService
+from viralfx.jobs.tasks import TaskRegistry
+from viralfx.jobs.worker import built_in_tasks
+from viralfx.jobs.worker.maintenance import Retention
+from viralfx.jobs.worker.worker import JobWorker, WorkerConfig
 from viralfx.settings import read_settings
 from viralfx.settings.model import webhook_keys
-from viralfx.worker import built_in_tasks
-from viralfx.worker.maintenance import Retention
-from viralfx.worker.worker import JobWorker, WorkerConfig
 
 
 def is_signed(request: Received, key: bytes) -> bool:

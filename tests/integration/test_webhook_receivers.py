@@ -14,9 +14,9 @@ from tests.servers.ports import free_port
 from tests.servers.receiver import Behaviour, Receiver, receiver, status
 from tests.servers.waiting import until
 
-from viralfx.domain.resilience.breaker import CircuitOpenError
 from viralfx.domain.webhooks.delivery import HostCircuits
 from viralfx.domain.webhooks.url import WebhookRejectedError, WebhookUnavailableError
+from viralfx.resilience.breaker import CircuitOpenError
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from tests.servers.certificates import Certificates
 from tests.servers.receiver import Receiver, receiver, status
 
 from viralfx.adapters.http import HttpWebhookSender, client_context
-from viralfx.domain.threads import NameLookups
+from viralfx.core.threads import NameLookups
 from viralfx.domain.webhooks.url import (
     AllowList,
     WebhookRefusedError,

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from tests.servers.certificates import Certificates
 
 from viralfx.adapters.http import HttpWebhookSender, client_context
-from viralfx.domain.clock import SystemClock
+from viralfx.core.clock import SystemClock
 from viralfx.domain.webhooks.delivery import HostCircuits, WebhookDelivery
 from viralfx.domain.webhooks.signature import WebhookKeys
 from viralfx.domain.webhooks.url import AllowList

@@ -98,7 +98,7 @@ def check(modules: list[str], folder: Path) -> tuple[int, int]:
     """Test every mutant of the modules, print the survivors; return the total and the killed."""
     made = killed = 0
     for module in modules:
-        path = folder / "src/viralfx/domain/resilience" / f"{module}.py"
+        path = folder / "src/viralfx/resilience" / f"{module}.py"
         code = path.read_text()
         for operator, mutant in mutants(code):
             path.write_text(mutant)

@@ -8,7 +8,7 @@ from litestar import Litestar, get, post
 from litestar.exceptions import ServiceUnavailableException
 
 from viralfx import CircuitBreaker, CircuitOpenError, OperationsConfig, OperationsPlugin, retry
-from viralfx.domain.resilience.policy import RetryBudget
+from viralfx.resilience.policy import RetryBudget
 
 
 class _AwayError(Exception):

@@ -12,7 +12,7 @@ from tests.servers.debian import promtool
 from tests.servers.fixtures import or_skip
 from tests.system.service import running
 
-from viralfx.domain.jobs.ledger import QueueCounts
+from viralfx.jobs.ledger import QueueCounts
 from viralfx.telemetry.metrics.jobs import QueueMetrics
 
 FOLDER = Path(__file__).parents[2] / "deploy/observability"

@@ -8,9 +8,9 @@ from prometheus_client.core import Metric
 from prometheus_client.metrics import MetricWrapperBase
 
 from viralfx.bootstrap import Assembly, assemble
-from viralfx.domain.resilience.breaker import CircuitBreaker
-from viralfx.domain.resilience.policy import RetryBudget
-from viralfx.domain.resilience.retry import retry
+from viralfx.resilience.breaker import CircuitBreaker
+from viralfx.resilience.policy import RetryBudget
+from viralfx.resilience.retry import retry
 from viralfx.settings import read_settings
 
 

@@ -12,17 +12,17 @@ from tests.unit.metrics.reading import family, value
 from tests.virtual_time import LoopClock, run_in_virtual_time
 
 from viralfx import JobContext, task
-from viralfx.adapters.memory import MemoryJobLedger, MemoryNotifier
 from viralfx.bootstrap import assemble
-from viralfx.domain.clock import Clock
-from viralfx.domain.errors import ConfigurationError, LedgerUnavailableError, WorkLostError, line_of
+from viralfx.core.clock import Clock
+from viralfx.core.errors import ConfigurationError, LedgerUnavailableError, WorkLostError, line_of
 from viralfx.domain.health.model import Status
-from viralfx.domain.jobs.model import Job, JobFilter, JobState
-from viralfx.domain.jobs.tasks import declared_task, mark
 from viralfx.domain.operations import Operations
 from viralfx.domain.shutdown import Outcome, Phase
+from viralfx.jobs.memory import MemoryJobLedger, MemoryNotifier
+from viralfx.jobs.model import Job, JobFilter, JobState
+from viralfx.jobs.tasks import declared_task, mark
+from viralfx.jobs.worker.worker import WorkerState
 from viralfx.settings import DatabaseSettings, JobSettings, Secret, Settings
-from viralfx.worker.worker import WorkerState
 
 POSTGRES = Settings(database_url=Secret("postgresql://db/app"))
 

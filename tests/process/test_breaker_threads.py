@@ -5,7 +5,7 @@ import threading
 import pytest
 from tests.unit.resilience.scripted import BackendError, SkippingClock, state_of
 
-from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError
+from viralfx.resilience.breaker import CircuitBreaker, CircuitOpenError
 
 
 def test_threads_share_a_breaker() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from viralfx import cli
 from viralfx.cli import main
-from viralfx.domain.jobs.model import JobState
+from viralfx.jobs.model import JobState
 from viralfx.settings import Settings, fields, show
 
 pytestmark = pytest.mark.usefixtures("plain_environ")

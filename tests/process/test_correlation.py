@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from viralfx.domain.correlation import new_correlation_id
+from viralfx.core.correlation import new_correlation_id
 
 
 # Other tests' threads may run: the child is one that starts none.

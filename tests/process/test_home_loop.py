@@ -11,8 +11,8 @@ from functools import partial
 import pytest
 from tests.process.foreign_calls import in_child
 
-from viralfx.domain.jobs.batching import Batcher
-from viralfx.domain.loops import ForeignLoopError, HomeLoop, LoopThread, blocking, without_loop
+from viralfx.core.loops import ForeignLoopError, HomeLoop, LoopThread, blocking, without_loop
+from viralfx.jobs.batching import Batcher
 
 SECONDS = 30.0
 value: ContextVar[str] = ContextVar("value", default="none")
@@ -52,7 +52,7 @@ class Home:
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     """Return a home loop that runs; its callers check it more often than usual."""
-    monkeypatch.setattr("viralfx.domain.loops._CHECK_SECONDS", 0.1)
+    monkeypatch.setattr("viralfx.core.loops._CHECK_SECONDS", 0.1)
     home = Home()
     yield home
     if not home.loop.is_closed():
@@ -157,7 +157,7 @@ def test_blocking_calls_without_a_home_loop_wait_for_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """None of them waits too long for a turn, also if there are many."""
-    monkeypatch.setattr("viralfx.domain.loops._MAX_TURN_SECONDS", 0.05)
+    monkeypatch.setattr("viralfx.core.loops._MAX_TURN_SECONDS", 0.05)
     home, running = HomeLoop(), 0
 
     async def call() -> int:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tests.servers.waiting import until, wait_until
 
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.resilience.deadline import Cancellation, Deadline
-from viralfx.worker.calls import JobThread, JobThreads
+from viralfx.core.clock import SystemClock
+from viralfx.jobs.worker.calls import JobThread, JobThreads
+from viralfx.resilience.deadline import Cancellation, Deadline
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from tests.servers.waiting import wait_until
 
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.errors import LedgerUnavailableError
-from viralfx.domain.ids import new_job_id
-from viralfx.worker.lease import LeaseThread, WorkerView
+from viralfx.core.clock import SystemClock
+from viralfx.core.errors import LedgerUnavailableError
+from viralfx.core.ids import new_job_id
+from viralfx.jobs.worker.lease import LeaseThread, WorkerView
 
 LEASE = 0.6
 LIMIT = 20.0

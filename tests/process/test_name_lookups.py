@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests.virtual_time import run_in_virtual_time
 
-from viralfx.domain.threads import NameLookups, in_thread
+from viralfx.core.threads import NameLookups, in_thread
 
 
 async def test_in_thread_returns_the_result_of_a_daemon_thread() -> None:

@@ -6,8 +6,8 @@ from typing import cast
 import pytest
 from tests.servers.waiting import until
 
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.correlation import current_correlation_id
+from viralfx.core.clock import SystemClock
+from viralfx.core.correlation import current_correlation_id
 from viralfx.domain.health.check_runner import CheckCompleted
 from viralfx.domain.health.model import CheckPolicy, HealthReport, Observation, Status
 from viralfx.domain.health.monitor import HealthMonitor

@@ -12,7 +12,7 @@ import pytest
 from tests.servers.ports import free_port
 
 from viralfx.cli import main
-from viralfx.domain.errors import ConfigurationError
+from viralfx.core.errors import ConfigurationError
 from viralfx.runner.probe import probe, probe_for
 
 Respond = Callable[[BaseHTTPRequestHandler], None]

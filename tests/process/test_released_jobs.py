@@ -11,11 +11,11 @@ from tests.servers.waiting import until
 from tests.unit.jobs.fleet import FaultyLedger, Fleet
 from tests.unit.metrics.test_jobs import claim
 
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.jobs.ledger import Claims, Registration
-from viralfx.domain.jobs.model import Claim, JobState, completed
-from viralfx.domain.jobs.notifier import JobNotification
-from viralfx.worker.context import BegunJobs, Execution
+from viralfx.core.clock import SystemClock
+from viralfx.jobs.ledger import Claims, Registration
+from viralfx.jobs.model import Claim, JobState, completed
+from viralfx.jobs.notifier import JobNotification
+from viralfx.jobs.worker.context import BegunJobs, Execution
 
 LEASE = 0.6
 LIMIT = 20.0

@@ -4,7 +4,7 @@ import asyncio
 
 from tests.unit.resilience.scripted import BackendError, Scripted, SkippingClock
 
-from viralfx.domain.resilience.retry import Retrier, retry
+from viralfx.resilience.retry import Retrier, retry
 
 
 async def test_rule_14_a_plain_function_in_a_thread_is_retried_with_waits() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.servers.ports import free_port
 
-from viralfx.domain.errors import StartupError
+from viralfx.core.errors import StartupError
 from viralfx.runner.server import listen
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from viralfx.bootstrap.task_modules import in_one_line
-from viralfx.domain.errors import ConfigurationError, origin_of
+from viralfx.core.errors import ConfigurationError, origin_of
 from viralfx.runner.applications import ApplicationLifespan, find_application
 from viralfx.settings import Settings
 

@@ -14,14 +14,14 @@ from tests.servers.waiting import wait_until
 from tests.unit.jobs.fleet import Fleet
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.correlation import bind_user_id, current_correlation_id
-from viralfx.domain.jobs.model import Job, JobState, correlation_id_of_job
-from viralfx.domain.jobs.service import JobService
-from viralfx.domain.jobs.tasks import JobContext, declared_task, task
-from viralfx.domain.resilience.deadline import Cancellation
-from viralfx.domain.resilience.policy import BackoffPolicy
-from viralfx.worker.calls import JobThread
+from viralfx.core.clock import SystemClock
+from viralfx.core.correlation import bind_user_id, current_correlation_id
+from viralfx.jobs.model import Job, JobState, correlation_id_of_job
+from viralfx.jobs.service import JobService
+from viralfx.jobs.tasks import JobContext, declared_task, task
+from viralfx.jobs.worker.calls import JobThread
+from viralfx.resilience.deadline import Cancellation
+from viralfx.resilience.policy import BackoffPolicy
 
 ONCE = BackoffPolicy(attempts=1)
 LONG = 60.0

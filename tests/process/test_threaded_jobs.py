@@ -24,8 +24,8 @@ from tests.system.service import ROOT, clean_environment
 
 from viralfx import LedgerUnavailableError, OperationsConfig, OperationsLayer, task
 from viralfx.bootstrap.threaded import ThreadedJobs
-from viralfx.domain.jobs.model import JobState
-from viralfx.domain.jobs.service import JobService
+from viralfx.jobs.model import JobState
+from viralfx.jobs.service import JobService
 
 
 @task("threaded.note")

@@ -9,16 +9,16 @@ from tests.manual_clock import ManualClock
 from tests.unit.doubles import ActingCheck
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.adapters.memory import MemoryJobLedger
 from viralfx.bootstrap.jobs import alert_url, wire_alerts, wire_webhooks
 from viralfx.domain.health.model import CheckPolicy, Status, Transition
 from viralfx.domain.health.monitor import HealthMonitor
-from viralfx.domain.jobs.service import JobService
-from viralfx.domain.jobs.tasks import TaskRegistry
 from viralfx.domain.webhooks.url import WebhookRefusedError, WebhookUnavailableError
+from viralfx.jobs.memory import MemoryJobLedger
+from viralfx.jobs.service import JobService
+from viralfx.jobs.tasks import TaskRegistry
+from viralfx.jobs.worker import built_in_tasks
+from viralfx.jobs.worker.maintenance import Retention
 from viralfx.settings import Secret, Settings, WebhookSettings
-from viralfx.worker import built_in_tasks
-from viralfx.worker.maintenance import Retention
 
 SECRET = Secret("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
 ALERTS = Secret(" https://127.0.0.1:9/alerts ")
@@ -29,7 +29,7 @@ def test_the_http_client_is_not_loaded_without_webhooks() -> None:
     program = (
         "import sys\n"
         "from viralfx.bootstrap.jobs import wire_webhooks\n"
-        "from viralfx.domain.clock import SystemClock\n"
+        "from viralfx.core.clock import SystemClock\n"
         "from viralfx.settings import Settings\n"
         "wire_webhooks(Settings(), SystemClock())\n"
         "sys.exit('httpcore' in sys.modules)\n"

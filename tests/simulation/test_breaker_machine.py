@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.manual_clock import ManualClock
 from tests.unit.resilience.scripted import BackendError
 
-from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError
+from viralfx.resilience.breaker import CircuitBreaker, CircuitOpenError
 
 OPEN_FOR, LEASE = 60.0, 10.0
 

@@ -18,9 +18,9 @@ from hypothesis.stateful import (
 )
 from tests.manual_clock import ManualClock
 
-from viralfx.adapters.memory import MemoryJobLedger
-from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import (
+from viralfx.jobs.ledger import QueueCounts
+from viralfx.jobs.memory import MemoryJobLedger
+from viralfx.jobs.model import (
     Claim,
     JobDraft,
     JobError,

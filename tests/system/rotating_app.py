@@ -8,7 +8,7 @@ from pathlib import Path
 from litestar import Litestar, get, post
 
 from viralfx import OperationsConfig, OperationsPlugin
-from viralfx.domain.jobs.model import JobState
+from viralfx.jobs.model import JobState
 
 
 async def token() -> tuple[str, str]:

@@ -20,7 +20,7 @@ from tests.system.jobs import JOBS, accept
 from tests.system.load import Load
 from tests.system.service import READY_WITHIN, Prober, Service, command, running
 
-from viralfx.adapters.postgres.migrations import REVISIONS
+from viralfx.postgres.migrations import REVISIONS
 
 APP = ("--app", "tests.system.backend_app:app")
 TIMEOUT, INTERVAL = 2.0, 0.5

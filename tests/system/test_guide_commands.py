@@ -15,7 +15,7 @@ from tests.system.service import Service, running
 from tests.system.test_jobs_command import Shell
 from tests.system.test_readme import blocks, typed
 
-from viralfx.domain.jobs.schedule import Schedule
+from viralfx.jobs.schedule import Schedule
 
 JOB_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 REQUEST = re.compile(r"```bash\n(curl .*?)```(?:\n```json\n(.*?)```)?", re.DOTALL)

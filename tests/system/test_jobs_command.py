@@ -19,11 +19,11 @@ from tests.system.service import clean_environment, command
 from tests.system.workers import environment_of
 
 from viralfx.cli import main
-from viralfx.domain.errors import LedgerUnavailableError
-from viralfx.domain.jobs.batching import BulkCount
-from viralfx.domain.jobs.ledger import Found
-from viralfx.domain.jobs.model import Job, JobFilter
-from viralfx.domain.jobs.service import JobService
+from viralfx.core.errors import LedgerUnavailableError
+from viralfx.jobs.batching import BulkCount
+from viralfx.jobs.ledger import Found
+from viralfx.jobs.model import Job, JobFilter
+from viralfx.jobs.service import JobService
 
 NOWHERE = "01a214b8-8af2-7a9b-8393-0890f8feb712"
 SECONDS = 60.0

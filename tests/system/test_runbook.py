@@ -19,7 +19,7 @@ from tests.system.drills.procedures import (
 )
 from tests.system.service import ROOT, Service, command, running
 
-from viralfx.adapters.postgres import errors
+from viralfx.postgres import errors
 
 RUNBOOK = (ROOT / "docs/runbook.md").read_text(encoding="utf-8")
 DEPLOYMENT = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")

@@ -6,8 +6,8 @@ from typing import Any, Literal, TypedDict, assert_type
 from pydantic import BaseModel
 
 from viralfx import JobContext, task
-from viralfx.domain.jobs.ledger import Accepted
-from viralfx.domain.jobs.service import JobService
+from viralfx.jobs.ledger import Accepted
+from viralfx.jobs.service import JobService
 
 
 class Guest(TypedDict):

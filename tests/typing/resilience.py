@@ -4,10 +4,10 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, assert_type
 
 from viralfx import Bulkhead
-from viralfx.domain.resilience.breaker import CircuitBreaker, circuit_breaker
-from viralfx.domain.resilience.fallback import with_fallback
-from viralfx.domain.resilience.policy import RetryPolicy
-from viralfx.domain.resilience.retry import Retrier, retry
+from viralfx.resilience.breaker import CircuitBreaker, circuit_breaker
+from viralfx.resilience.fallback import with_fallback
+from viralfx.resilience.policy import RetryPolicy
+from viralfx.resilience.retry import Retrier, retry
 
 
 @retry(attempts=3, base_delay=1.0)

@@ -4,7 +4,7 @@ import asyncio
 from enum import Enum
 from typing import cast
 
-from viralfx.domain.clock import Clock
+from viralfx.core.clock import Clock
 from viralfx.domain.health.model import Observation, Status
 
 LATE = "an answer after the attempt was cancelled"

@@ -11,17 +11,17 @@ from tests.unit.doubles import Act, ActingCheck
 from tests.unit.webhooks.scripted import ScriptedSender, delivery_to
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.adapters.memory import MemoryJobLedger
-from viralfx.domain.clock import timestamp
-from viralfx.domain.errors import LedgerUnavailableError
+from viralfx.core.clock import timestamp
+from viralfx.core.errors import LedgerUnavailableError
 from viralfx.domain.health.model import CheckPolicy, Status, Transition
 from viralfx.domain.health.monitor import HealthMonitor
-from viralfx.domain.jobs.alerts import HealthAlerts
-from viralfx.domain.jobs.ledger import Accepted, Check
-from viralfx.domain.jobs.model import Job, JobDraft
-from viralfx.domain.jobs.service import JobService
-from viralfx.domain.jobs.tasks import Task, TaskRegistry, declared_task
-from viralfx.worker.builtin import send_webhook
+from viralfx.jobs.alerts import HealthAlerts
+from viralfx.jobs.ledger import Accepted, Check
+from viralfx.jobs.memory import MemoryJobLedger
+from viralfx.jobs.model import Job, JobDraft
+from viralfx.jobs.service import JobService
+from viralfx.jobs.tasks import Task, TaskRegistry, declared_task
+from viralfx.jobs.worker.builtin import send_webhook
 
 WINDOW = 300.0
 PASS, WARN, FAIL = Status.PASS, Status.WARN, Status.FAIL

@@ -7,6 +7,7 @@ import pytest
 from tests.manual_clock import ManualClock
 
 from viralfx.adapters.memory import MemoryAuditStore
+from viralfx.core.errors import LedgerUnavailableError
 from viralfx.domain.audit import (
     MAX_TEXT_CHARACTERS,
     MAX_WAITING,
@@ -18,8 +19,7 @@ from viralfx.domain.audit import (
     AuditUnavailableError,
     RefusalLimit,
 )
-from viralfx.domain.errors import LedgerUnavailableError
-from viralfx.domain.jobs.model import JobNotFoundError
+from viralfx.jobs.model import JobNotFoundError
 
 STORED = "Audit trail is not stored"
 

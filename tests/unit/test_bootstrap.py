@@ -10,7 +10,7 @@ from tests.unit.doubles import Act, ActingCheck, ActingStage
 
 from viralfx.bootstrap import assemble
 from viralfx.bootstrap.postgres import migration_config
-from viralfx.domain.errors import ConfigurationError
+from viralfx.core.errors import ConfigurationError
 from viralfx.domain.health.check_runner import CheckCompleted, CheckConfig
 from viralfx.domain.health.model import (
     CheckPolicy,
@@ -20,8 +20,8 @@ from viralfx.domain.health.model import (
     State,
     Status,
 )
-from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.domain.shutdown import Phase
+from viralfx.resilience.breaker import CircuitBreaker
 from viralfx.settings import Settings, read_settings
 
 

@@ -12,7 +12,7 @@ from tests.manual_clock import ManualClock
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.adapters.memory import MemoryCacheStore
 from viralfx.domain.cache import Cache, SingleFlight
-from viralfx.domain.jobs.codec import PayloadError, ResultError
+from viralfx.jobs.codec import PayloadError, ResultError
 
 
 class Loader:

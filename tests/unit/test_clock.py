@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.virtual_time import LoopClock
 
-from viralfx.domain.clock import (
+from viralfx.core.clock import (
     Clock,
     SystemClock,
     _on_grid,

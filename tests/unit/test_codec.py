@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.domain.jobs.codec import PayloadError, ResultError, encoded_result, is_too_deep
+from viralfx.jobs.codec import PayloadError, ResultError, encoded_result, is_too_deep
 
 
 class Address(msgspec.Struct):

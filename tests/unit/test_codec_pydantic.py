@@ -29,8 +29,8 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import TypedDict
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.domain.jobs.codec import PayloadError, ResultError, encoded_result, unique_key_of
-from viralfx.domain.jobs.limits import require_field
+from viralfx.jobs.codec import PayloadError, ResultError, encoded_result, unique_key_of
+from viralfx.jobs.limits import require_field
 
 T = TypeVar("T")
 

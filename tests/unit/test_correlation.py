@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from viralfx.domain.correlation import (
+from viralfx.core.correlation import (
     bind_correlation_id,
     bind_user_id,
     choose_correlation_id,

@@ -13,7 +13,6 @@ from tests.unit.conftest import Releasable
 from tests.unit.doubles import BrokenError, swallow_cancellation
 
 from viralfx.adapters.memory.state import StateFolderDoctor
-from viralfx.adapters.postgres.connections import PostgresConfig
 from viralfx.adapters.postgres.doctor import ServerInfo, judge
 from viralfx.adapters.redis import doctor as redis_doctor
 from viralfx.cli import main
@@ -31,6 +30,7 @@ from viralfx.domain.doctor import (
     worst,
 )
 from viralfx.domain.health.model import ProcessUsage
+from viralfx.postgres.connections import PostgresConfig
 from viralfx.settings import DatabaseAddress, RedisSettings, fields, read_settings
 from viralfx.settings.doctor import review
 

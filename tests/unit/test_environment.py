@@ -13,8 +13,8 @@ from litestar import Litestar
 from litestar.testing import TestClient
 
 from viralfx import OperationsConfig, OperationsPlugin, Settings, read_settings, task
+from viralfx.core.errors import ConfigurationError, edits
 from viralfx.domain.doctor import Finding
-from viralfx.domain.errors import ConfigurationError, edits
 from viralfx.settings import show, sources
 from viralfx.settings.doctor import review
 from viralfx.settings.dsn import IMPLIED

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from viralfx.domain.extras import SOURCE, install_command, is_set, problem
+from viralfx.core.extras import SOURCE, install_command, is_set, problem
 from viralfx.settings import Settings, prefixed, read_settings
 
 

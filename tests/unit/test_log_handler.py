@@ -20,7 +20,7 @@ from litestar.logging.config import StructLoggingConfig
 from tests.unit.doubles import BrokenError, observed
 from tests.unit.unreadable import ERRORS, MuteExit
 
-from viralfx.domain.correlation import (
+from viralfx.core.correlation import (
     bind_correlation_id,
     bind_user_id,
     correlated,

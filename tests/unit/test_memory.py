@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from viralfx.adapters.process_memory import ProcessMemory, memory_limit
-from viralfx.domain.errors import StartupError
+from viralfx.core.errors import StartupError
 from viralfx.domain.health.model import Observation, ProcessUsage, Status
 from viralfx.settings.platform import require_memory
 

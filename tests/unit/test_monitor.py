@@ -13,7 +13,7 @@ from tests.manual_clock import ManualClock
 from tests.unit.conftest import Releasable
 from tests.unit.doubles import Act, ActingCheck, BrokenError
 
-from viralfx.domain.correlation import current_correlation_id
+from viralfx.core.correlation import current_correlation_id
 from viralfx.domain.health.check_runner import CheckCompleted, CheckRunner
 from viralfx.domain.health.check_state import CheckTracker
 from viralfx.domain.health.model import (

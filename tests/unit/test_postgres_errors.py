@@ -10,7 +10,8 @@ import asyncpg
 import pytest
 from asyncpg import exceptions as pg
 
-from viralfx.adapters.postgres.errors import (
+from viralfx.core.errors import LedgerLimitError, LedgerUnavailableError
+from viralfx.postgres.errors import (
     BAD_VALUE,
     PoolerModeError,
     PoolTimeoutError,
@@ -20,14 +21,13 @@ from viralfx.adapters.postgres.errors import (
     refusal,
     unavailable,
 )
-from viralfx.adapters.postgres.retry import (
+from viralfx.postgres.retry import (
     Place,
     in_portions,
     is_loss,
     is_rolled_back,
     is_transient,
 )
-from viralfx.domain.errors import LedgerLimitError, LedgerUnavailableError
 
 SECRET = "hunter2"
 

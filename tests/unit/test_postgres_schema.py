@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from viralfx.adapters.postgres.migrate import (
+from viralfx.postgres.migrate import (
     FOLDER,
     LOCK,
     description_of,
     file_of,
     statements_of,
 )
-from viralfx.adapters.postgres.migrations import (
+from viralfx.postgres.migrations import (
     REVISIONS,
     VERSION_TABLE,
     channel_of,

@@ -2,8 +2,8 @@
 
 import pytest
 
+from viralfx.core.errors import ConfigurationError, Problem
 from viralfx.domain.doctor import Area, finding_of, warned
-from viralfx.domain.errors import ConfigurationError, Problem
 
 LINES = {
     "PORT: 'x' is not a whole number": Problem("PORT", "'x' is not a whole number"),

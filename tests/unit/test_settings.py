@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from msgspec.inspect import FloatType
 
-from viralfx.domain.errors import ConfigurationError
+from viralfx.core.errors import ConfigurationError
 from viralfx.domain.shutdown import Phase
 from viralfx.settings import (
     DatabaseAddress,

@@ -10,7 +10,7 @@ from tests.manual_clock import ManualClock
 from tests.unit.conftest import Releasable
 from tests.unit.doubles import Act, ActingStage, BrokenError
 
-from viralfx.domain.correlation import current_correlation_id
+from viralfx.core.correlation import current_correlation_id
 from viralfx.domain.health.model import Health, HealthReport, Lifecycle, State
 from viralfx.domain.shutdown import (
     CUT_MARGIN,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from viralfx.adapters.postgres.pool import without_values
+from viralfx.postgres.pool import without_values
 
 SECRET = "hunter2"
 

@@ -9,7 +9,7 @@ import pytest
 
 from viralfx.adapters.memory import FileStateStore, MemoryStateStore
 from viralfx.bootstrap import assemble
-from viralfx.domain.errors import ConfigurationError
+from viralfx.core.errors import ConfigurationError
 from viralfx.domain.operations import SavedState
 from viralfx.settings import Settings
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import IntegrityError
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.adapters.memory.job_changes import new_job
 from viralfx.adapters.taskiq.messages import (
     job_id_of,
     json_of,
@@ -20,9 +19,10 @@ from viralfx.adapters.taskiq.messages import (
     result_of,
     type_and_text,
 )
-from viralfx.domain.ids import is_job_id
-from viralfx.domain.jobs.codec import ResultError
-from viralfx.domain.jobs.model import Job, JobDraft, JobError, JobState
+from viralfx.core.ids import is_job_id
+from viralfx.jobs.codec import ResultError
+from viralfx.jobs.memory.job_changes import new_job
+from viralfx.jobs.model import Job, JobDraft, JobError, JobState
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 CODEC = MsgspecCodec()

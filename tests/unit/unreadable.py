@@ -6,7 +6,7 @@ from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
-from viralfx.domain.jobs.tasks import Snooze
+from viralfx.jobs.tasks import Snooze
 
 
 class Bare(Snooze):

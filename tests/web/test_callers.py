@@ -11,7 +11,7 @@ from litestar.testing import AsyncTestClient
 from tests.web.console_site import OWN, SESSION, TOKEN, Site, acted, audited
 
 from viralfx import OperationsConfig, OperationsPlugin, Principal, Right
-from viralfx.domain.errors import ConfigurationError
+from viralfx.core.errors import ConfigurationError
 from viralfx.settings import Secret, Settings
 
 NAMES = ("reader", "operator", "owner", "shop")

@@ -22,10 +22,10 @@ from tests.web.console_site import (
 )
 
 from viralfx import OperationsConfig, OperationsPlugin
+from viralfx.core.errors import LedgerUnavailableError
 from viralfx.domain.doctor import Area
-from viralfx.domain.errors import LedgerUnavailableError
 from viralfx.domain.fleet import CheckChange, FleetUnavailableError
-from viralfx.domain.jobs.ledger import QueueCounts
+from viralfx.jobs.ledger import QueueCounts
 from viralfx.settings import Secret, Settings
 from viralfx.web.auth import AccessPolicy
 from viralfx.web.console import Assets, feed

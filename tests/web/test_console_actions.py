@@ -19,7 +19,7 @@ from tests.web.console_site import (
 )
 
 from viralfx import task
-from viralfx.domain.errors import LedgerUnavailableError
+from viralfx.core.errors import LedgerUnavailableError
 from viralfx.web.console import data
 
 # -- actions -----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tests.architecture.claims import blocks
 from tests.guide import section, shown
 
 from viralfx import Discard, JobState, OperationsConfig, OperationsPlugin, UnknownQueueError
-from viralfx.domain.jobs.tasks import declared_task, mark
+from viralfx.jobs.tasks import declared_task, mark
 from viralfx.testing import JobsOfTest, run_pending, viralfx_jobs
 
 __all__ = ["viralfx_jobs"]

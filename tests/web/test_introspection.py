@@ -18,7 +18,7 @@ from tests.servers.waiting import until, wait_until
 
 from viralfx import OperationsConfig, OperationsPlugin
 from viralfx.bootstrap import assemble
-from viralfx.domain.errors import ConfigurationError
+from viralfx.core.errors import ConfigurationError
 from viralfx.settings import Secret, Settings, read_settings
 from viralfx.telemetry import stacks_of_tasks, stacks_of_threads
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from tests.web.test_jobs import JOBS, Client, accept, client, ledger_of
 
-from viralfx.domain.ids import new_job_id
-from viralfx.domain.jobs.ledger import ProgressReport
-from viralfx.domain.jobs.model import Claim, JobDraft, JobError, failed
-from viralfx.domain.jobs.service import MAX_CHANGED, JobService
+from viralfx.core.ids import new_job_id
+from viralfx.jobs.ledger import ProgressReport
+from viralfx.jobs.model import Claim, JobDraft, JobError, failed
+from viralfx.jobs.service import MAX_CHANGED, JobService
 
 __all__ = ["client"]
 

@@ -10,11 +10,11 @@ from litestar import Litestar, Response
 from litestar.testing import AsyncTestClient
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.domain.errors import LedgerUnavailableError, NotMigratedError, UnstorableError
-from viralfx.domain.jobs.batching import KeyHeldError
-from viralfx.domain.jobs.ledger import JobLedger
-from viralfx.domain.jobs.model import JobError, JobState, failed
-from viralfx.domain.jobs.service import JobService
+from viralfx.core.errors import LedgerUnavailableError, NotMigratedError, UnstorableError
+from viralfx.jobs.batching import KeyHeldError
+from viralfx.jobs.ledger import JobLedger
+from viralfx.jobs.model import JobError, JobState, failed
+from viralfx.jobs.service import JobService
 from viralfx.settings import Settings
 from viralfx.web.app import create_app
 from viralfx.web.jobs.changes import jobs_router

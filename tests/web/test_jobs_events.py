@@ -11,10 +11,10 @@ from litestar import Litestar
 from tests.servers.waiting import until
 from tests.unit.metrics.reading import family, value
 
-from viralfx.domain.jobs.batching import JobFollower
-from viralfx.domain.jobs.codec import read_progress
-from viralfx.domain.jobs.ledger import ProgressReport
-from viralfx.domain.jobs.model import completed
+from viralfx.jobs.batching import JobFollower
+from viralfx.jobs.codec import read_progress
+from viralfx.jobs.ledger import ProgressReport
+from viralfx.jobs.model import completed
 from viralfx.settings import Settings
 from viralfx.web.app import create_app
 from viralfx.web.plugin import OperationsPlugin

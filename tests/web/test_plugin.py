@@ -32,8 +32,8 @@ from viralfx import (
     Status,
     ViralFXError,
 )
-from viralfx.domain.correlation import current_correlation_id
-from viralfx.domain.errors import ConfigurationError
+from viralfx.core.correlation import current_correlation_id
+from viralfx.core.errors import ConfigurationError
 from viralfx.settings import Secret, Settings
 
 SETTINGS = Settings(management_token=Secret("planted"))

@@ -8,10 +8,10 @@ from litestar import Litestar
 from litestar.testing import AsyncTestClient
 
 from viralfx import OperationsConfig, task
-from viralfx.domain.clock import timestamp
-from viralfx.domain.ids import new_job_id
-from viralfx.domain.jobs.model import JobDraft
-from viralfx.domain.jobs.schedule import Schedule
+from viralfx.core.clock import timestamp
+from viralfx.core.ids import new_job_id
+from viralfx.jobs.model import JobDraft
+from viralfx.jobs.schedule import Schedule
 from viralfx.settings import Secret, Settings
 from viralfx.web.app import create_app
 from viralfx.web.plugin import OperationsPlugin

@@ -15,8 +15,8 @@ from litestar.di import Provide
 
 from viralfx import JobContext, OperationsConfig, OperationsPlugin, task
 from viralfx.bootstrap import assemble
-from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.resilience.policy import BackoffPolicy
+from viralfx.core.errors import ConfigurationError
+from viralfx.resilience.policy import BackoffPolicy
 from viralfx.settings import Settings
 from viralfx.testing import SubmittedJob, run_pending
 

@@ -18,11 +18,11 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from viralfx import JobContext, OperationsConfig, OperationsPlugin, task
-from viralfx.domain.errors import ConfigurationError, TransactionError
-from viralfx.domain.ids import new_job_id
-from viralfx.domain.jobs.ledger import Accepted
-from viralfx.domain.jobs.model import JobDraft
-from viralfx.domain.jobs.schedule import Schedule
+from viralfx.core.errors import ConfigurationError, TransactionError
+from viralfx.core.ids import new_job_id
+from viralfx.jobs.ledger import Accepted
+from viralfx.jobs.model import JobDraft
+from viralfx.jobs.schedule import Schedule
 from viralfx.settings import Secret, Settings
 from viralfx.testing import (
     Jobs,

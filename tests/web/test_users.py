@@ -7,7 +7,7 @@ from litestar import Litestar, get, post
 from litestar.testing import AsyncTestClient
 
 from viralfx import OperationsConfig, OperationsPlugin, bind_user_id, task
-from viralfx.domain.correlation import current_user_id
+from viralfx.core.correlation import current_user_id
 from viralfx.settings import Settings
 from viralfx.testing import run_pending
 

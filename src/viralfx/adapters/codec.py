@@ -38,15 +38,15 @@ from uuid import UUID
 
 import msgspec
 
-from viralfx.domain.errors import text_of
-from viralfx.domain.jobs.codec import MAX_NESTING_LEVELS, PayloadError, ResultError, is_too_deep
+from viralfx.core.errors import text_of
+from viralfx.jobs.codec import MAX_NESTING_LEVELS, PayloadError, ResultError, is_too_deep
 
 _Schema = dict[str, Any]
 _check_syntax = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 class MsgspecCodec:
-    """Implements :class:`viralfx.domain.jobs.codec.Codec`, and the ``ValueCodec`` of the cache.
+    """Implements :class:`viralfx.jobs.codec.Codec`, and the ``ValueCodec`` of the cache.
 
     A type with a type of Pydantic in it is Pydantic's, as in FastAPI. If it also has a ``Struct``,
     it is msgspec's, which hands the models in it to Pydantic. Any other type is msgspec's.

@@ -11,8 +11,8 @@ from typing import TypeAlias
 
 import httpcore
 
-from viralfx.domain.errors import require_positive
-from viralfx.domain.threads import NameLookups
+from viralfx.core.errors import require_positive
+from viralfx.core.threads import NameLookups
 from viralfx.domain.webhooks.delivery import WebhookResponse
 from viralfx.domain.webhooks.url import Destination, WebhookUnavailableError
 

@@ -7,7 +7,7 @@ from viralfx.bootstrap.jobs import JobRuntime
 
 if TYPE_CHECKING:
     # For annotations only; the drivers are loaded when the adapters are wired.
-    from viralfx.adapters.postgres import PostgresDatabase
     from viralfx.adapters.redis import RedisClient
+    from viralfx.postgres import PostgresDatabase
 
 __all__ = ["Assembly", "JobRuntime", "PostgresDatabase", "RedisClient", "assemble"]

@@ -22,23 +22,23 @@ from viralfx.bootstrap.audit import wire_audit
 from viralfx.bootstrap.doctor import ConfigurationSource
 from viralfx.bootstrap.fleet import wire_fleet
 from viralfx.bootstrap.jobs import JobRuntime, instance_name, wire_jobs
+from viralfx.core.clock import Clock, SystemClock
+from viralfx.core.errors import ConfigurationError, suggest
+from viralfx.core.extras import MissingExtraError, missing
+from viralfx.core.loops import HomeLoop
 from viralfx.domain.cache import Cache, CacheStore
-from viralfx.domain.clock import Clock, SystemClock
-from viralfx.domain.errors import ConfigurationError, suggest
-from viralfx.domain.extras import MissingExtraError, missing
 from viralfx.domain.fleet import FleetReporter, FleetStore
 from viralfx.domain.health.check_runner import AnyCheck, CheckConfig, prepare_checks
 from viralfx.domain.health.circuits import BreakerRegistry
 from viralfx.domain.health.model import AnyHealthCheck, CheckPolicy, HealthReport, Lifecycle, State
 from viralfx.domain.health.monitor import HealthMonitor
-from viralfx.domain.jobs.hooks import TaskMiddleware
-from viralfx.domain.jobs.ledger import Counts
-from viralfx.domain.loops import HomeLoop
 from viralfx.domain.operations import Backend, Operations, StateStore, save_state
-from viralfx.domain.resilience.breaker import CircuitBreaker
-from viralfx.domain.resilience.retry import Retrier
-from viralfx.domain.resilience.retry_decision import listen_to_retries
 from viralfx.domain.shutdown import AnyStage, Phase, ShutdownSequence
+from viralfx.jobs.hooks import TaskMiddleware
+from viralfx.jobs.ledger import Counts
+from viralfx.resilience.breaker import CircuitBreaker
+from viralfx.resilience.retry import Retrier
+from viralfx.resilience.retry_decision import listen_to_retries
 from viralfx.settings import CredentialsCallable, Settings, prefixed
 from viralfx.telemetry import hide_opentelemetry
 from viralfx.telemetry.logging.events import (
@@ -68,8 +68,8 @@ from viralfx.telemetry.metrics.series import current_exemplar
 from viralfx.telemetry.tracing import start_tracing
 
 if TYPE_CHECKING:
-    from viralfx.adapters.postgres import PostgresDatabase
     from viralfx.adapters.redis import RedisClient
+    from viralfx.postgres import PostgresDatabase
     from viralfx.telemetry.tracing.setup import Tracing
 
 

@@ -3,15 +3,15 @@
 from typing import TYPE_CHECKING
 
 from viralfx.adapters.memory import MemoryAuditStore
+from viralfx.core.clock import Clock
 from viralfx.domain.audit import AuditStore, AuditTrail
-from viralfx.domain.clock import Clock
 from viralfx.settings import Settings
 from viralfx.telemetry.logging.audit import log_audit
 from viralfx.telemetry.metrics import Metrics
 from viralfx.telemetry.metrics.audit import AuditMetrics
 
 if TYPE_CHECKING:
-    from viralfx.adapters.postgres import PostgresDatabase
+    from viralfx.postgres import PostgresDatabase
 
 
 def wire_audit(

@@ -10,6 +10,8 @@ from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from viralfx.adapters.memory.state import StateFolderDoctor
+from viralfx.core.errors import Problem
+from viralfx.core.extras import is_about_extra, is_installed, lacking, missing
 from viralfx.domain.doctor import (
     Area,
     DoctorCheck,
@@ -20,8 +22,6 @@ from viralfx.domain.doctor import (
     skipped,
     warned,
 )
-from viralfx.domain.errors import Problem
-from viralfx.domain.extras import is_about_extra, is_installed, lacking, missing
 from viralfx.settings import CredentialsCallable, Settings, fields
 from viralfx.settings.doctor import misspelt, plain_environment, review, unread
 from viralfx.settings.model import DATABASE_URLS

@@ -10,7 +10,7 @@ from viralfx.domain.health.model import State
 from viralfx.domain.operations import Operations
 
 if TYPE_CHECKING:
-    from viralfx.adapters.postgres import PostgresDatabase
+    from viralfx.postgres import PostgresDatabase
 
 
 def wire_fleet(

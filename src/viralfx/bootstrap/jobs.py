@@ -9,26 +9,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.adapters.memory import MemoryJobLedger, MemoryNotifier
 from viralfx.bootstrap.task_modules import add_tasks, declared_tasks, load_tasks, registry_of
 from viralfx.bootstrap.threaded import MakeService, ThreadedJobs
+from viralfx.core.clock import Clock, supervised
+from viralfx.core.errors import ConfigurationError, WorkLostError
+from viralfx.core.events import Listener, Relay
+from viralfx.core.loops import HomeLoop
 from viralfx.domain.cache import SingleFlight
-from viralfx.domain.clock import Clock, supervised
-from viralfx.domain.errors import ConfigurationError, WorkLostError
-from viralfx.domain.events import Listener, Relay
 from viralfx.domain.health.model import HealthCheck
 from viralfx.domain.health.monitor import HealthMonitor
-from viralfx.domain.jobs.alerts import HealthAlerts
-from viralfx.domain.jobs.codec import Codec
-from viralfx.domain.jobs.health import BacklogCheck
-from viralfx.domain.jobs.hooks import CombinedHooks, JobHooks, TaskHost, TaskMiddleware
-from viralfx.domain.jobs.ledger import Counts, JobLedger, LeaseStore, QueueCounts
-from viralfx.domain.jobs.notifier import BackgroundNotifier, JobNotifier
-from viralfx.domain.jobs.service import JobsApart, JobService
-from viralfx.domain.jobs.tasks import Task, TaskRegistry
-from viralfx.domain.loops import HomeLoop
-from viralfx.domain.resilience.breaker import CircuitEvent
-from viralfx.domain.resilience.policy import BackoffPolicy
 from viralfx.domain.webhooks.delivery import (
     HostCircuits,
     WebhookDelivery,
@@ -36,6 +25,22 @@ from viralfx.domain.webhooks.delivery import (
     WebhookSender,
 )
 from viralfx.domain.webhooks.url import AllowList, Destination
+from viralfx.jobs.alerts import HealthAlerts
+from viralfx.jobs.codec import Codec
+from viralfx.jobs.health import BacklogCheck
+from viralfx.jobs.hooks import CombinedHooks, JobHooks, TaskHost, TaskMiddleware
+from viralfx.jobs.ledger import Counts, JobLedger, LeaseStore, QueueCounts
+from viralfx.jobs.memory import MemoryJobLedger, MemoryNotifier
+from viralfx.jobs.notifier import BackgroundNotifier, JobNotifier
+from viralfx.jobs.service import JobsApart, JobService
+from viralfx.jobs.tasks import Task, TaskRegistry
+from viralfx.jobs.worker import built_in_tasks
+from viralfx.jobs.worker.calls import TaskCalls
+from viralfx.jobs.worker.drain import drop_scheduled
+from viralfx.jobs.worker.maintenance import Retention
+from viralfx.jobs.worker.worker import JobWorker, WorkerConfig, drain_jobs
+from viralfx.resilience.breaker import CircuitEvent
+from viralfx.resilience.policy import BackoffPolicy
 from viralfx.settings import Settings
 from viralfx.settings.model import webhook_keys
 from viralfx.telemetry.logging.events import JobLog, log_circuit
@@ -43,15 +48,10 @@ from viralfx.telemetry.logging.redaction import Redaction, secrets_of
 from viralfx.telemetry.metrics import Metrics
 from viralfx.telemetry.metrics.health import WebhookCircuitMetrics
 from viralfx.telemetry.metrics.jobs import JobMetrics
-from viralfx.worker import built_in_tasks
-from viralfx.worker.calls import TaskCalls
-from viralfx.worker.drain import drop_scheduled
-from viralfx.worker.maintenance import Retention
-from viralfx.worker.worker import JobWorker, WorkerConfig, drain_jobs
 
 if TYPE_CHECKING:
-    from viralfx.adapters.postgres import PostgresDatabase
     from viralfx.adapters.redis import RedisClient
+    from viralfx.postgres import PostgresDatabase
     from viralfx.telemetry.tracing.setup import Tracing
 
 

@@ -13,38 +13,38 @@ from functools import partial
 import msgspec
 
 from viralfx.adapters.postgres import (
-    CertificateError,
-    Connector,
     PostgresAuditStore,
-    PostgresConfig,
-    PostgresDatabase,
     PostgresFleetStore,
     PostgresHealthCheck,
-    PostgresJobLedger,
-    PostgresLeaseStore,
-    PostgresNotifier,
     PostgresStateStore,
     close_postgres,
+)
+from viralfx.core.clock import Clock, SystemClock
+from viralfx.core.errors import ConfigurationError, StartupError
+from viralfx.domain.audit import AuditStore
+from viralfx.domain.fleet import FleetStore
+from viralfx.domain.operations import CHECK_SHARE, Backend, StateStore
+from viralfx.jobs.ledger import Counts, JobLedger, LeaseStore
+from viralfx.jobs.notifier import JobNotifier
+from viralfx.jobs.postgres import PostgresJobLedger, PostgresLeaseStore, PostgresNotifier
+from viralfx.postgres import (
+    CertificateError,
+    Connector,
+    PostgresConfig,
+    PostgresDatabase,
     explain,
     is_rolled_back,
     server_message,
     without_values,
 )
-from viralfx.adapters.postgres.migrate import MigrationLockedError, apply_migrations
-from viralfx.adapters.postgres.migrations import (
+from viralfx.postgres.migrate import MigrationLockedError, apply_migrations
+from viralfx.postgres.migrations import (
     LOCK_TIMEOUT_SECONDS,
     current_revision,
     is_later,
     lacking_right,
     missing_after,
 )
-from viralfx.domain.audit import AuditStore
-from viralfx.domain.clock import Clock, SystemClock
-from viralfx.domain.errors import ConfigurationError, StartupError
-from viralfx.domain.fleet import FleetStore
-from viralfx.domain.jobs.ledger import Counts, JobLedger, LeaseStore
-from viralfx.domain.jobs.notifier import JobNotifier
-from viralfx.domain.operations import CHECK_SHARE, Backend, StateStore
 from viralfx.settings import (
     CredentialsCallable,
     DatabaseAddress,

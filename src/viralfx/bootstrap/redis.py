@@ -10,10 +10,10 @@ from viralfx.adapters.redis import (
     RedisHealthCheck,
     close_redis,
 )
+from viralfx.core.clock import Clock
+from viralfx.core.errors import unusable_certificates
+from viralfx.core.loops import HomeLoop
 from viralfx.domain.cache import CacheStore
-from viralfx.domain.clock import Clock
-from viralfx.domain.errors import unusable_certificates
-from viralfx.domain.loops import HomeLoop
 from viralfx.domain.operations import CHECK_SHARE, Backend
 from viralfx.settings import CredentialsCallable, Settings
 

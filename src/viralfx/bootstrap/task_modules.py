@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import ModuleType
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.domain.errors import (
+from viralfx.core.errors import (
     ConfigurationError,
     ViralFXError,
     line_of,
@@ -16,9 +16,9 @@ from viralfx.domain.errors import (
     origin_of,
     suggest,
 )
-from viralfx.domain.jobs.codec import PayloadError
-from viralfx.domain.jobs.hooks import TaskHost, tasks_of
-from viralfx.domain.jobs.tasks import Task, TaskRegistry
+from viralfx.jobs.codec import PayloadError
+from viralfx.jobs.hooks import TaskHost, tasks_of
+from viralfx.jobs.tasks import Task, TaskRegistry
 from viralfx.settings import Settings
 from viralfx.telemetry.logging.redaction import Redaction, secrets_of
 

@@ -6,17 +6,17 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from viralfx.core.clock import Clock
+from viralfx.core.errors import LedgerUnavailableError, StartupError
+from viralfx.core.loops import HomeLoop, LoopThread, renew_in_forks
 from viralfx.domain.cache import SingleFlight
-from viralfx.domain.clock import Clock
-from viralfx.domain.errors import LedgerUnavailableError, StartupError
-from viralfx.domain.jobs.ledger import JobLedger
-from viralfx.domain.jobs.notifier import BackgroundNotifier, JobNotifier
-from viralfx.domain.jobs.service import JobService
-from viralfx.domain.loops import HomeLoop, LoopThread, renew_in_forks
+from viralfx.jobs.ledger import JobLedger
+from viralfx.jobs.notifier import BackgroundNotifier, JobNotifier
+from viralfx.jobs.service import JobService
 
 if TYPE_CHECKING:
-    from viralfx.adapters.postgres import PostgresDatabase
     from viralfx.adapters.redis import RedisClient
+    from viralfx.postgres import PostgresDatabase
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
-from viralfx.domain.errors import ConfigurationError, StartupError
-from viralfx.domain.extras import require, require_modules
+from viralfx.core.errors import ConfigurationError, StartupError
+from viralfx.core.extras import require, require_modules
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -356,13 +356,13 @@ def _limit(text: str) -> int:
 
 
 def _priority(text: str) -> int:
-    from viralfx.domain.jobs.model import MAX_PRIORITY, MIN_PRIORITY  # noqa: PLC0415
+    from viralfx.jobs.model import MAX_PRIORITY, MIN_PRIORITY  # noqa: PLC0415
 
     return _between(text, MIN_PRIORITY, MAX_PRIORITY)
 
 
 def _attempts(text: str) -> int:
-    from viralfx.domain.jobs.limits import MAX_ATTEMPTS  # noqa: PLC0415
+    from viralfx.jobs.limits import MAX_ATTEMPTS  # noqa: PLC0415
 
     return _between(text, 1, MAX_ATTEMPTS)
 
@@ -375,7 +375,7 @@ def _between(text: str, least: int, most: int, what: str = "number") -> int:
 
 
 def _key(text: str) -> str:
-    from viralfx.domain.keys import stored_key  # noqa: PLC0415
+    from viralfx.core.keys import stored_key  # noqa: PLC0415
 
     if not text:
         raise argparse.ArgumentTypeError("an idempotency key is not empty; leave the option out")
@@ -387,7 +387,7 @@ def _key(text: str) -> str:
 
 
 def _job_id(text: str) -> str:
-    from viralfx.domain.ids import is_job_id  # noqa: PLC0415
+    from viralfx.core.ids import is_job_id  # noqa: PLC0415
 
     if not is_job_id(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not the id of a job")
@@ -397,7 +397,7 @@ def _job_id(text: str) -> str:
 def _moment(text: str) -> "datetime":
     from datetime import UTC, datetime  # noqa: PLC0415
 
-    from viralfx.domain.jobs.limits import FIRST_RUN_AT, LAST_RUN_AT  # noqa: PLC0415
+    from viralfx.jobs.limits import FIRST_RUN_AT, LAST_RUN_AT  # noqa: PLC0415
 
     with contextlib.suppress(ValueError, OverflowError):
         moment = datetime.fromisoformat(text)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from viralfx.bootstrap.postgres import opened_audit_store
 from viralfx.cli import note
 from viralfx.cli.output import plain, print_json, print_table
+from viralfx.core.clock import timestamp
+from viralfx.core.errors import ConfigurationError, StartupError
 from viralfx.domain.audit import AuditEvent, AuditFilter, AuditUnavailableError, event_fields
-from viralfx.domain.clock import timestamp
-from viralfx.domain.errors import ConfigurationError, StartupError
 from viralfx.settings import Settings, read_settings
 from viralfx.telemetry.logging.events import log_settings
 from viralfx.telemetry.logging.handler import configure_logging

@@ -22,7 +22,9 @@ from typing import TypeVar
 import msgspec
 
 from viralfx.bootstrap.doctor import doctor_checks, unmade, unreadable
-from viralfx.domain.clock import SystemClock, finished_within, ignore_error
+from viralfx.core.clock import SystemClock, finished_within, ignore_error
+from viralfx.core.errors import ConfigurationError, Problem, StartupError
+from viralfx.core.extras import is_installed
 from viralfx.domain.doctor import (
     Area,
     DoctorCheck,
@@ -37,8 +39,6 @@ from viralfx.domain.doctor import (
     warned,
     worst,
 )
-from viralfx.domain.errors import ConfigurationError, Problem, StartupError
-from viralfx.domain.extras import is_installed
 from viralfx.domain.fleet import FleetReporter
 from viralfx.domain.health.check_runner import CheckCompleted
 from viralfx.domain.health.model import HealthReport, ProcessUsage, Status

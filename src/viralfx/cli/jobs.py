@@ -28,19 +28,19 @@ from viralfx.cli.output import (
     print_table,
     readable,
 )
-from viralfx.domain.audit import Action, AuditEntry, AuditTrail, jobs_in_words
-from viralfx.domain.clock import timestamp
-from viralfx.domain.errors import (
+from viralfx.core.clock import timestamp
+from viralfx.core.errors import (
     ConfigurationError,
     LedgerUnavailableError,
     StartupError,
     UnstorableError,
     suggest,
 )
-from viralfx.domain.jobs.batching import BulkCount
-from viralfx.domain.jobs.codec import PayloadError
-from viralfx.domain.jobs.ledger import Accepted
-from viralfx.domain.jobs.model import (
+from viralfx.domain.audit import Action, AuditEntry, AuditTrail, jobs_in_words
+from viralfx.jobs.batching import BulkCount
+from viralfx.jobs.codec import PayloadError
+from viralfx.jobs.ledger import Accepted
+from viralfx.jobs.model import (
     ANY_JOB,
     InvalidFilterError,
     Job,
@@ -52,9 +52,9 @@ from viralfx.domain.jobs.model import (
     UnknownQueueError,
     filter_in_words,
 )
-from viralfx.domain.jobs.schedule import ScheduleTimes, UnknownScheduleError
-from viralfx.domain.jobs.service import JobService
-from viralfx.domain.jobs.tasks import Task, TaskRegistry, UnknownTaskError
+from viralfx.jobs.schedule import ScheduleTimes, UnknownScheduleError
+from viralfx.jobs.service import JobService
+from viralfx.jobs.tasks import Task, TaskRegistry, UnknownTaskError
 from viralfx.settings import Settings, read_settings
 from viralfx.telemetry.logging.events import log_settings
 from viralfx.telemetry.logging.handler import configure_logging

@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import msgspec
 
-from viralfx.domain.clock import timestamp
-from viralfx.domain.jobs.model import Job
+from viralfx.core.clock import timestamp
+from viralfx.jobs.model import Job
 
 _MIN_WIDTH = 40
 

@@ -1,4 +1,4 @@
-"""The domain: health, shutdown, resilience, jobs, webhooks.
+"""The domain of operations: health, stop, fleet, audit, access and webhooks, and their ports.
 
-It imports the standard library, and cronsim, which only calculates.
+Nothing but the standard library.
 """

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from fnmatch import fnmatchcase
 
-from viralfx.domain.keys import NamedKey
+from viralfx.core.keys import NamedKey
 
 
 class Right(IntEnum):

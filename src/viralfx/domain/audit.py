@@ -15,7 +15,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Protocol
 
-from viralfx.domain.clock import (
+from viralfx.core.clock import (
     Clock,
     SystemClock,
     finished_within,
@@ -24,10 +24,10 @@ from viralfx.domain.clock import (
     timestamp,
     wait_for,
 )
-from viralfx.domain.correlation import current_correlation_id
-from viralfx.domain.errors import LedgerUnavailableError, ViralFXError
-from viralfx.domain.events import Listener, notify
-from viralfx.domain.ids import new_job_id
+from viralfx.core.correlation import current_correlation_id
+from viralfx.core.errors import LedgerUnavailableError, ViralFXError
+from viralfx.core.events import Listener, notify
+from viralfx.core.ids import new_job_id
 
 _logger = logging.getLogger("viralfx.audit")
 

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, Protocol, TypeVar
 
-from viralfx.domain.clock import ignore_error
-from viralfx.domain.errors import require_positive
-from viralfx.domain.loops import HomeLoop, beside_others
+from viralfx.core.clock import ignore_error
+from viralfx.core.errors import require_positive
+from viralfx.core.loops import HomeLoop, beside_others
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from viralfx.domain.clock import Clock, finished_within, ignore_error
-from viralfx.domain.errors import Problem
+from viralfx.core.clock import Clock, finished_within, ignore_error
+from viralfx.core.errors import Problem
 
 
 class Area(StrEnum):

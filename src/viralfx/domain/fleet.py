@@ -13,8 +13,8 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Protocol
 
-from viralfx.domain.clock import Clock, finished_within, ignore_error, supervised, wait_for
-from viralfx.domain.errors import ViralFXError
+from viralfx.core.clock import Clock, finished_within, ignore_error, supervised, wait_for
+from viralfx.core.errors import ViralFXError
 from viralfx.domain.health.check_runner import CheckCompleted
 from viralfx.domain.health.model import HealthReport, Lifecycle, State, StateChanged, Transition
 from viralfx.domain.health.monitor import HealthMonitor, MonitorEvent

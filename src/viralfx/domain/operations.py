@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
 
+from viralfx.core.clock import Clock
+from viralfx.core.loops import HomeLoop
 from viralfx.domain.audit import AuditTrail
-from viralfx.domain.clock import Clock
 from viralfx.domain.health.circuits import BreakerRegistry
 from viralfx.domain.health.model import HealthCheck, Lifecycle, ProcessUsage
 from viralfx.domain.health.monitor import HealthMonitor
-from viralfx.domain.loops import HomeLoop
 from viralfx.domain.shutdown import ShutdownSequence, StageFunction
 
 
@@ -59,7 +59,7 @@ class Resource(Protocol):
     async def open(self) -> None:
         """Open the resource; this may take long. A second call does nothing.
 
-        Raises :class:`viralfx.domain.errors.StartupError` if the resource cannot be opened.
+        Raises :class:`viralfx.core.errors.StartupError` if the resource cannot be opened.
         """
         ...
 
@@ -128,7 +128,7 @@ class Operations:
     async def start(self) -> None:
         """Start the checks, open the resources and restore the saved state.
 
-        A second call does nothing. Raises :class:`viralfx.domain.errors.StartupError` if a
+        A second call does nothing. Raises :class:`viralfx.core.errors.StartupError` if a
         resource cannot be opened.
         """
         if self._started:

@@ -7,10 +7,10 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Protocol, TypeAlias, TypeVar
 
-from viralfx.domain.clock import Clock, finished_within, ignore_error
-from viralfx.domain.correlation import bind_correlation_id, new_correlation_id
-from viralfx.domain.errors import require_not_negative
-from viralfx.domain.events import Listener, notify
+from viralfx.core.clock import Clock, finished_within, ignore_error
+from viralfx.core.correlation import bind_correlation_id, new_correlation_id
+from viralfx.core.errors import require_not_negative
+from viralfx.core.events import Listener, notify
 from viralfx.domain.health.model import Lifecycle, State
 
 T = TypeVar("T")

@@ -12,8 +12,8 @@ from typing import Any, cast
 
 from viralfx.asgi import OperationsMiddleware, has_layer, middleware_around
 from viralfx.bootstrap.task_modules import failed, import_named, of_code
-from viralfx.domain.errors import ConfigurationError, suggest
-from viralfx.domain.jobs.hooks import TaskHost
+from viralfx.core.errors import ConfigurationError, suggest
+from viralfx.jobs.hooks import TaskHost
 from viralfx.settings import Settings
 from viralfx.telemetry.tracing import tracing_of
 from viralfx.web.error_log import ERROR, is_logged

@@ -10,8 +10,8 @@ from functools import partial
 import msgspec
 
 from viralfx.bootstrap import assemble
-from viralfx.domain.errors import ConfigurationError, suggest
-from viralfx.domain.jobs.hooks import TaskHost
+from viralfx.core.errors import ConfigurationError, suggest
+from viralfx.jobs.hooks import TaskHost
 from viralfx.runner.applications import (
     ApplicationLifespan,
     find_application,

@@ -24,8 +24,8 @@ from itertools import islice
 from pathlib import Path
 from types import FrameType
 
-from viralfx.domain.extras import MissingExtraError, needed_by
-from viralfx.domain.ids import is_job_id
+from viralfx.core.extras import MissingExtraError, needed_by
+from viralfx.core.ids import is_job_id
 from viralfx.runner.signals import ignore_signal
 from viralfx.settings.platform import memory_limits
 

@@ -7,7 +7,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
-from viralfx.domain.errors import ConfigurationError
+from viralfx.core.errors import ConfigurationError
 
 _PAUSE = 0.25
 _SHORTEST_ATTEMPT = 0.1

@@ -17,8 +17,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from viralfx.bootstrap.task_modules import in_one_line
-from viralfx.domain.clock import Clock
-from viralfx.domain.errors import StartupError, WorkLostError
+from viralfx.core.clock import Clock
+from viralfx.core.errors import StartupError, WorkLostError
 from viralfx.domain.operations import Operations
 from viralfx.domain.shutdown import (
     Phase,
@@ -27,6 +27,7 @@ from viralfx.domain.shutdown import (
     ShutdownTriggered,
     UncancelledTask,
 )
+from viralfx.jobs.worker.calls import JobChildTask, JobThread, current_job, make_task
 from viralfx.runner.applications import ApplicationLifespan
 from viralfx.runner.diagnostics import BlockedLoopDetector
 from viralfx.runner.server import AnyServer
@@ -34,7 +35,6 @@ from viralfx.runner.signals import SignalWatch
 from viralfx.telemetry import stacks_of_tasks
 from viralfx.web.console.feed import Feed
 from viralfx.web.gate import Gate
-from viralfx.worker.calls import JobChildTask, JobThread, current_job, make_task
 
 T = TypeVar("T")
 

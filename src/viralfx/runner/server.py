@@ -15,7 +15,7 @@ from typing import Any
 
 import uvicorn
 
-from viralfx.domain.errors import StartupError
+from viralfx.core.errors import StartupError
 from viralfx.runner.applications import ApplicationLifespan
 from viralfx.runner.connections import Connections
 from viralfx.runner.http_limits import (

@@ -3,8 +3,8 @@
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+from viralfx.core.errors import Problem, suggest
 from viralfx.domain.doctor import Area, Finding, failed, finding_of, passed, skipped, warned
-from viralfx.domain.errors import Problem, suggest
 from viralfx.settings.dsn import DatabaseAddress
 from viralfx.settings.groups import MIN_SECRET_CHARACTERS, milliseconds
 from viralfx.settings.loader import fields, given, unknown_names

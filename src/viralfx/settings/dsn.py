@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
-from viralfx.domain.errors import suggest
+from viralfx.core.errors import suggest
 from viralfx.settings.groups import is_possible_host, unknown_parameter
 from viralfx.settings.rotation import check_passfile, read_service
 

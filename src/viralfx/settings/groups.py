@@ -11,7 +11,7 @@ from urllib.parse import unquote
 import msgspec
 from msgspec import Meta
 
-from viralfx.domain.errors import edits, suggest
+from viralfx.core.errors import edits, suggest
 from viralfx.domain.webhooks.signature import parse_receiver_keys, parse_secrets
 from viralfx.domain.webhooks.url import parse_allowed
 

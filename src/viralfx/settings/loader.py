@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import msgspec
 from msgspec import inspect
 
-from viralfx.domain.errors import ConfigurationError, Problem, edits, suggest
+from viralfx.core.errors import ConfigurationError, Problem, edits, suggest
 from viralfx.settings import platform
 from viralfx.settings.dsn import (
     IMPLIED,

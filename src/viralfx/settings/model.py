@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from viralfx.domain.errors import edits
-from viralfx.domain.extras import is_set
+from viralfx.core.errors import edits
+from viralfx.core.extras import is_set
 from viralfx.domain.shutdown import ShutdownBudgets
 from viralfx.domain.webhooks.signature import WebhookKeys, parse_receiver_keys, parse_secrets
 from viralfx.domain.webhooks.url import AllowList, WebhookRefusedError

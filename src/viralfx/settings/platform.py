@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from viralfx.domain.errors import StartupError
+from viralfx.core.errors import StartupError
 
 
 def memory_limits(root: Path = Path("/")) -> Iterator[int]:

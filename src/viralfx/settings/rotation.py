@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from viralfx.domain.clock import ignore_error
-from viralfx.domain.errors import ViralFXError
-from viralfx.domain.threads import in_thread
+from viralfx.core.clock import ignore_error
+from viralfx.core.errors import ViralFXError
+from viralfx.core.threads import in_thread
 from viralfx.settings.groups import Secret
 
 Credentials = str | tuple[str, str]

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from viralfx.core.errors import suggest
 from viralfx.domain.access import ANONYMOUS, Principal, Right
-from viralfx.domain.errors import suggest
 from viralfx.settings.groups import Secret
 
 MANAGEMENT = Principal(name="management", right=Right.ADMIN, shares_keys=True)

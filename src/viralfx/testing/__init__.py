@@ -13,8 +13,8 @@ from contextlib import suppress
 from copy import deepcopy
 from typing import Any, Protocol
 
-from viralfx.domain.clock import ignore_error
-from viralfx.domain.errors import ConfigurationError
+from viralfx.core.clock import ignore_error
+from viralfx.core.errors import ConfigurationError
 from viralfx.domain.health.check_runner import AnyCheck, InThread, prepare_checks
 from viralfx.domain.health.model import Observation, Status
 from viralfx.domain.shutdown import AnyStage

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
-from viralfx.adapters.memory import MemoryJobLedger, MemoryTransaction
 from viralfx.bootstrap.jobs import JobRuntime
-from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.jobs.codec import same_json
-from viralfx.domain.jobs.model import Claim, Job, JobError, JobFilter, JobState
+from viralfx.core.errors import ConfigurationError
+from viralfx.jobs.codec import same_json
+from viralfx.jobs.memory import MemoryJobLedger, MemoryTransaction
+from viralfx.jobs.model import Claim, Job, JobError, JobFilter, JobState
+from viralfx.jobs.worker.calls import JobTask
+from viralfx.jobs.worker.context import Execution
 from viralfx.web.layer import OperationsLayer
-from viralfx.worker.calls import JobTask
-from viralfx.worker.context import Execution
 
 __all__ = ["Jobs", "SubmittedJob", "assert_submitted", "run_pending", "submitted"]
 

@@ -1,8 +1,8 @@
 """Requests as events of the audit trail: the names of their actors, and their refusals."""
 
+from viralfx.core.clock import Clock
 from viralfx.domain.access import ANONYMOUS, Principal
 from viralfx.domain.audit import Action, AuditEntry, AuditOutcome, AuditTrail, RefusalLimit
-from viralfx.domain.clock import Clock
 from viralfx.web.auth import CHANGING
 from viralfx.web.responses import Scope, has_credentials, peer_of
 

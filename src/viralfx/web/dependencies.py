@@ -14,10 +14,10 @@ from litestar.handlers import BaseRouteHandler
 from litestar.routes import BaseRoute, HTTPRoute, WebSocketRoute
 from litestar.typing import FieldDefinition
 
+from viralfx.core.errors import ConfigurationError, suggest
 from viralfx.domain.cache import Cache
-from viralfx.domain.errors import ConfigurationError, suggest
-from viralfx.domain.jobs.service import JobService
-from viralfx.domain.jobs.tasks import Task
+from viralfx.jobs.service import JobService
+from viralfx.jobs.tasks import Task
 
 CLIENTS: Mapping[str, type | None] = {
     "jobs": JobService,

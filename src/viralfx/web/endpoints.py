@@ -14,8 +14,8 @@ from urllib.parse import parse_qs
 import msgspec
 
 from viralfx.bootstrap import Assembly
+from viralfx.core.clock import Clock, timestamp
 from viralfx.domain.audit import Action, AuditEntry, AuditOutcome, AuditTrail
-from viralfx.domain.clock import Clock, timestamp
 from viralfx.domain.health.model import (
     Health,
     HealthReport,

@@ -7,7 +7,7 @@ slow nor break them.
 import asyncio
 from collections.abc import Mapping
 
-from viralfx.domain.correlation import start_request_context
+from viralfx.core.correlation import start_request_context
 from viralfx.web.endpoints import OperationsEndpoints
 from viralfx.web.error_log import mark_logged
 from viralfx.web.in_flight import InFlightRequest, InFlightRequests, RequestRecorder

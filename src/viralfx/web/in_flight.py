@@ -8,9 +8,9 @@ from time import perf_counter, time
 from typing import Any
 from urllib.parse import unquote
 
-from viralfx.domain.clock import Clock, finished_within, ignore_error, wait_for
-from viralfx.domain.correlation import current_correlation_id, current_user_id
-from viralfx.domain.errors import WorkLostError
+from viralfx.core.clock import Clock, finished_within, ignore_error, wait_for
+from viralfx.core.correlation import current_correlation_id, current_user_id
+from viralfx.core.errors import WorkLostError
 from viralfx.telemetry import (
     CLIENT_DISCONNECTED,
     METHODS,

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Self
 from weakref import WeakSet
 
 from viralfx.bootstrap import assemble
+from viralfx.core.errors import ConfigurationError
 from viralfx.domain.cache import Cache
-from viralfx.domain.errors import ConfigurationError
 from viralfx.domain.health.check_runner import AnyCheck
-from viralfx.domain.jobs.hooks import TaskHost, TaskMiddleware
-from viralfx.domain.jobs.service import JobService
 from viralfx.domain.operations import Operations
-from viralfx.domain.resilience.breaker import CircuitBreaker
-from viralfx.domain.resilience.retry import Retrier
 from viralfx.domain.shutdown import AnyStage, Phase, PhaseStarted, ShutdownEvent
+from viralfx.jobs.hooks import TaskHost, TaskMiddleware
+from viralfx.jobs.service import JobService
+from viralfx.resilience.breaker import CircuitBreaker
+from viralfx.resilience.retry import Retrier
 from viralfx.settings import CredentialsCallable, Settings, read_settings
 from viralfx.settings.model import near_miss
 from viralfx.telemetry.logging.lines import FactsInMessages

@@ -20,7 +20,7 @@ from litestar.routes import BaseRoute, WebSocketRoute
 from litestar.types import ASGIApp as LitestarASGIApp
 from litestar.types import Scope as LitestarScope
 
-from viralfx.domain.errors import ConfigurationError
+from viralfx.core.errors import ConfigurationError
 from viralfx.settings import Settings
 from viralfx.settings.doctor import plain_environment
 from viralfx.telemetry import CLIENT_DISCONNECTED

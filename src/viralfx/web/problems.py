@@ -9,23 +9,23 @@ from litestar.enums import HttpMethod
 from litestar.exceptions import HTTPException
 from litestar.types import ExceptionHandlersMap
 
-from viralfx.domain.correlation import current_correlation_id
-from viralfx.domain.errors import (
+from viralfx.core.correlation import current_correlation_id
+from viralfx.core.errors import (
     LedgerFullError,
     LedgerUnavailableError,
     NotMigratedError,
     UnstorableError,
 )
-from viralfx.domain.jobs.batching import KeyHeldError
-from viralfx.domain.jobs.codec import PayloadError
-from viralfx.domain.jobs.model import (
+from viralfx.jobs.batching import KeyHeldError
+from viralfx.jobs.codec import PayloadError
+from viralfx.jobs.model import (
     InvalidFilterError,
     JobNotFoundError,
     JobStateError,
     UnknownQueueError,
 )
-from viralfx.domain.jobs.schedule import UnknownScheduleError
-from viralfx.domain.jobs.tasks import UnknownTaskError
+from viralfx.jobs.schedule import UnknownScheduleError
+from viralfx.jobs.tasks import UnknownTaskError
 from viralfx.web.responses import PROBLEM_MEDIA_TYPE, Problem, problem
 
 

@@ -16,14 +16,14 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from viralfx.domain.audit import Action
-from viralfx.domain.clock import Clock
-from viralfx.domain.correlation import (
+from viralfx.core.clock import Clock
+from viralfx.core.correlation import (
     choose_correlation_id,
     current_correlation_id,
     new_correlation_id,
 )
-from viralfx.domain.errors import ConfigurationError, printable
+from viralfx.core.errors import ConfigurationError, printable
+from viralfx.domain.audit import Action
 from viralfx.web.auth import AccessVerdict, Headers
 from viralfx.web.throttle import GuessBrake
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from viralfx.domain.clock import timestamp
+from viralfx.core.clock import timestamp
 from viralfx.domain.health.model import (
     CheckReport,
     HealthReport,

@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from functools import lru_cache, partial
 
+from viralfx.core.clock import Clock
+from viralfx.core.threads import in_thread
 from viralfx.domain.access import ANONYMOUS, Principal, Right
-from viralfx.domain.clock import Clock
-from viralfx.domain.threads import in_thread
 from viralfx.settings.strength import weakness
 from viralfx.settings.tokens import MANAGEMENT, Token
 from viralfx.web.auth import AccessPolicy, AccessVerdict, Headers

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 
-from viralfx.domain.clock import Clock
+from viralfx.core.clock import Clock
 
 MAX_WAIT_SECONDS = 5.0
 """The longest wait of a response."""

@@ -10,8 +10,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import StatusCode
 from tests.unit.tracing.conftest import Finished
 
-from viralfx.domain.clock import SystemClock
-from viralfx.domain.correlation import correlated, new_correlation_id
+from viralfx.core.clock import SystemClock
+from viralfx.core.correlation import correlated, new_correlation_id
 from viralfx.domain.health.model import Lifecycle
 from viralfx.domain.shutdown import (
     Outcome,

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tests.unit.jobs.fleet import FaultyLedger, Fleet
 from tests.virtual_time import VirtualTimeLoop, run_in_virtual_time
 
-from viralfx.domain.errors import LedgerUnavailableError, UnstorableError
-from viralfx.domain.jobs.batching import PartlyDoneError
-from viralfx.domain.jobs.ledger import Claims
-from viralfx.domain.jobs.model import Claim, JobState, Settlement
-from viralfx.domain.resilience.policy import BackoffPolicy
+from viralfx.core.errors import LedgerUnavailableError, UnstorableError
+from viralfx.jobs.batching import PartlyDoneError
+from viralfx.jobs.ledger import Claims
+from viralfx.jobs.model import Claim, JobState, Settlement
+from viralfx.resilience.policy import BackoffPolicy
 
 EVERYTHING = FaultyLedger.EVERYTHING
 

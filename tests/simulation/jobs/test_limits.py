@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.unit.jobs.fleet import Fleet
 
-from viralfx.domain.jobs.tasks import declared_task, task
+from viralfx.jobs.tasks import declared_task, task
 
 WORKERS = 8
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tests.unit.jobs.fleet import FaultyLedger, Fleet
 from tests.virtual_time import run_in_virtual_time
 
-from viralfx.domain.errors import LedgerLimitError, UnstorableError
-from viralfx.domain.jobs.batching import PartlyDoneError
-from viralfx.domain.jobs.model import Job, JobState, Settlement
-from viralfx.domain.jobs.tasks import JobContext
+from viralfx.core.errors import LedgerLimitError, UnstorableError
+from viralfx.jobs.batching import PartlyDoneError
+from viralfx.jobs.model import Job, JobState, Settlement
+from viralfx.jobs.tasks import JobContext
 
 PATIENCE = 8.0
 """Seconds after which a call of the ledger ends."""

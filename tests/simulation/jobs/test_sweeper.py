@@ -6,7 +6,7 @@ import pytest
 from tests.soak import SOAK
 from tests.unit.jobs.fleet import FaultyLedger, Fleet
 
-from viralfx.domain.jobs.model import JobState
+from viralfx.jobs.model import JobState
 
 LEASE = 30.0
 EVERYTHING = FaultyLedger.EVERYTHING

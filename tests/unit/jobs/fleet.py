@@ -10,11 +10,10 @@ from typing import Any
 from tests.virtual_time import LoopClock
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.adapters.memory import MemoryJobLedger, MemoryNotifier
-from viralfx.domain.clock import Clock
-from viralfx.domain.errors import LedgerUnavailableError, WorkLostError
-from viralfx.domain.ids import new_job_id
-from viralfx.domain.jobs.ledger import (
+from viralfx.core.clock import Clock
+from viralfx.core.errors import LedgerUnavailableError, WorkLostError
+from viralfx.core.ids import new_job_id
+from viralfx.jobs.ledger import (
     MAX_ANNOUNCED,
     NO_LIMITS,
     Accepted,
@@ -29,13 +28,14 @@ from viralfx.domain.jobs.ledger import (
     SweepResult,
     UnrunnableJobs,
 )
-from viralfx.domain.jobs.limits import Limit
-from viralfx.domain.jobs.model import ANY_JOB, Claim, Job, JobDraft, JobFilter, Settlement
-from viralfx.domain.jobs.notifier import JobNotification
-from viralfx.domain.jobs.schedule import Schedule, ScheduledAcceptance, ScheduleState
-from viralfx.domain.jobs.tasks import Task, TaskRegistry
-from viralfx.domain.resilience.policy import RetryPolicy
-from viralfx.worker.worker import JobWorker, WorkerConfig
+from viralfx.jobs.limits import Limit
+from viralfx.jobs.memory import MemoryJobLedger, MemoryNotifier
+from viralfx.jobs.model import ANY_JOB, Claim, Job, JobDraft, JobFilter, Settlement
+from viralfx.jobs.notifier import JobNotification
+from viralfx.jobs.schedule import Schedule, ScheduledAcceptance, ScheduleState
+from viralfx.jobs.tasks import Task, TaskRegistry
+from viralfx.jobs.worker.worker import JobWorker, WorkerConfig
+from viralfx.resilience.policy import RetryPolicy
 
 
 class FaultyLedger:

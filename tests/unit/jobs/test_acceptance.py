@@ -7,11 +7,11 @@ import pytest
 from tests.unit.jobs.fleet import FaultyLedger, Fleet
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.domain.errors import LedgerUnavailableError
-from viralfx.domain.jobs.codec import PayloadError
-from viralfx.domain.jobs.ledger import Accepted, Check
-from viralfx.domain.jobs.model import JobDraft, JobFilter, KeyConflictError
-from viralfx.domain.jobs.service import JobService
+from viralfx.core.errors import LedgerUnavailableError
+from viralfx.jobs.codec import PayloadError
+from viralfx.jobs.ledger import Accepted, Check
+from viralfx.jobs.model import JobDraft, JobFilter, KeyConflictError
+from viralfx.jobs.service import JobService
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 import pytest
 from tests.unit.jobs.fleet import Fleet
 
-from viralfx.domain.errors import LedgerUnavailableError, NotMigratedError
+from viralfx.core.errors import LedgerUnavailableError, NotMigratedError
 from viralfx.domain.health.model import Status
-from viralfx.domain.jobs.health import BacklogCheck
-from viralfx.domain.jobs.ledger import QueueCounts, UnrunnableJobs
-from viralfx.domain.jobs.model import PAYLOAD, UNKNOWN_TASK
+from viralfx.jobs.health import BacklogCheck
+from viralfx.jobs.ledger import QueueCounts, UnrunnableJobs
+from viralfx.jobs.model import PAYLOAD, UNKNOWN_TASK
 
 BUSY = QueueCounts(waiting=7, active=2, completed=100, failed=3, oldest_due=1.5, consumers=2)
 

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.virtual_time import run_in_virtual_time
 
-from viralfx.adapters.memory.job_changes import new_job
-from viralfx.domain.correlation import correlated, current_correlation_id
-from viralfx.domain.ids import new_job_id
-from viralfx.domain.jobs.batching import AcceptBatcher, Batcher, KeyHeldError
-from viralfx.domain.jobs.ledger import Accepted
-from viralfx.domain.jobs.model import JobDraft
+from viralfx.core.correlation import correlated, current_correlation_id
+from viralfx.core.ids import new_job_id
+from viralfx.jobs.batching import AcceptBatcher, Batcher, KeyHeldError
+from viralfx.jobs.ledger import Accepted
+from viralfx.jobs.memory.job_changes import new_job
+from viralfx.jobs.model import JobDraft
 
 
 class RefusedError(Exception):

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 from tests.unit.jobs.fleet import FaultyNotifier, Fleet
 
-from viralfx.domain.jobs.notifier import JobNotification
-from viralfx.worker.worker import JobWorker
+from viralfx.jobs.notifier import JobNotification
+from viralfx.jobs.worker.worker import JobWorker
 
 WORKERS = 100
 

@@ -9,9 +9,9 @@ from tests.unit.doubles import swallow_cancellation
 from tests.unit.jobs.fleet import Fleet
 from tests.virtual_time import VirtualTimeLoop
 
-from viralfx.domain.jobs.model import Job, JobState
-from viralfx.domain.jobs.tasks import JobContext
-from viralfx.domain.resilience.policy import BackoffPolicy
+from viralfx.jobs.model import Job, JobState
+from viralfx.jobs.tasks import JobContext
+from viralfx.resilience.policy import BackoffPolicy
 
 MAX_SECONDS = 2.0
 """From the request until the task sees it."""
@@ -239,7 +239,7 @@ async def test_tracebacks_begin_at_the_task_and_hold_no_secret(fleet: Fleet) -> 
     assert "in broken" in traceback
     assert "in fail" in traceback
     assert "KeyError: '***'" in traceback
-    assert "viralfx/worker" not in traceback
+    assert "viralfx/jobs/worker" not in traceback
 
 
 @pytest.mark.parametrize(

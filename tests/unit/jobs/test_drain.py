@@ -12,11 +12,11 @@ from tests.unit.doubles import swallow_cancellation
 from tests.unit.jobs.fleet import FaultyLedger, Fleet
 from tests.virtual_time import run_in_virtual_time
 
-from viralfx.domain.errors import LedgerUnavailableError, WorkLostError
-from viralfx.domain.jobs.batching import PartlyDoneError
-from viralfx.domain.jobs.model import JobState
-from viralfx.worker.drain import DrainReport
-from viralfx.worker.worker import JobWorker, WorkerState, drain_jobs
+from viralfx.core.errors import LedgerUnavailableError, WorkLostError
+from viralfx.jobs.batching import PartlyDoneError
+from viralfx.jobs.model import JobState
+from viralfx.jobs.worker.drain import DrainReport
+from viralfx.jobs.worker.worker import JobWorker, WorkerState, drain_jobs
 
 EVERYTHING = FaultyLedger.EVERYTHING
 

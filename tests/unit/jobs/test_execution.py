@@ -20,10 +20,10 @@ from tests.unit.jobs.fleet import FaultyLedger, Fleet
 from tests.unit.unreadable import ERRORS, POLICIES, Answers, DisguisedError
 from tests.virtual_time import run_in_virtual_time
 
-from viralfx.domain.correlation import current_correlation_id
-from viralfx.domain.errors import LedgerUnavailableError
-from viralfx.domain.jobs.model import Claim, Job, JobState
-from viralfx.domain.jobs.tasks import (
+from viralfx.core.correlation import current_correlation_id
+from viralfx.core.errors import LedgerUnavailableError
+from viralfx.jobs.model import Claim, Job, JobState
+from viralfx.jobs.tasks import (
     Discard,
     HandBackError,
     JobContext,
@@ -33,8 +33,8 @@ from viralfx.domain.jobs.tasks import (
     declared_task,
     task,
 )
-from viralfx.domain.resilience.deadline import Deadline, time_left
-from viralfx.domain.resilience.policy import Backoff, BackoffPolicy
+from viralfx.resilience.deadline import Deadline, time_left
+from viralfx.resilience.policy import Backoff, BackoffPolicy
 
 ONCE = BackoffPolicy(attempts=1)
 QUICKLY = BackoffPolicy(attempts=3, backoff=Backoff(base=1.0))

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from tests.manual_clock import ManualClock
 
-from viralfx.adapters.memory import MemoryJobLedger
-from viralfx.domain.errors import LedgerUnavailableError
-from viralfx.domain.jobs.batching import JobFollower
-from viralfx.domain.jobs.model import Job, JobDraft, JobNotFoundError, JobState, completed
+from viralfx.core.errors import LedgerUnavailableError
+from viralfx.jobs.batching import JobFollower
+from viralfx.jobs.memory import MemoryJobLedger
+from viralfx.jobs.model import Job, JobDraft, JobNotFoundError, JobState, completed
 
 
 class Jobs:

@@ -5,7 +5,7 @@ from uuid import RFC_4122, UUID
 
 import pytest
 
-from viralfx.domain.ids import new_job_id
+from viralfx.core.ids import new_job_id
 
 
 def test_ids_increase() -> None:

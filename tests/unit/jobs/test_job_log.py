@@ -9,11 +9,11 @@ import pytest
 from tests.unit.jobs.fleet import Fleet
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.domain.correlation import correlated, current_correlation_id
-from viralfx.domain.jobs.hooks import CombinedHooks
-from viralfx.domain.jobs.model import KeyConflictError, correlation_id_of_job
-from viralfx.domain.jobs.service import JobService
-from viralfx.domain.resilience.policy import Backoff, BackoffPolicy
+from viralfx.core.correlation import correlated, current_correlation_id
+from viralfx.jobs.hooks import CombinedHooks
+from viralfx.jobs.model import KeyConflictError, correlation_id_of_job
+from viralfx.jobs.service import JobService
+from viralfx.resilience.policy import Backoff, BackoffPolicy
 from viralfx.telemetry.logging.events import JobLog
 
 LOGGER = logging.getLogger("viralfx.jobs")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from viralfx.core.keys import NamedKey, owner_and_text, stored_key
 from viralfx.domain.access import ANONYMOUS, Principal
-from viralfx.domain.keys import NamedKey, owner_and_text, stored_key
 from viralfx.settings.tokens import API, MANAGEMENT
 from viralfx.web.jobs.schemas import MAX_KEY_CHARACTERS
 

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 from tests.unit.jobs.fleet import Fleet
 
-from viralfx.domain.errors import WorkLostError
-from viralfx.domain.jobs.codec import PayloadError
-from viralfx.domain.jobs.limits import Limit, Rate, concurrency_key_of, parse_rate
-from viralfx.domain.jobs.tasks import TaskRegistry, declared_task, task
+from viralfx.core.errors import WorkLostError
+from viralfx.jobs.codec import PayloadError
+from viralfx.jobs.limits import Limit, Rate, concurrency_key_of, parse_rate
+from viralfx.jobs.tasks import TaskRegistry, declared_task, task
 
 
 class Struct(msgspec.Struct):

@@ -11,12 +11,12 @@ from typing import TypeVar
 import pytest
 from tests.manual_clock import ManualClock
 
-from viralfx.adapters.memory.job_changes import MAX_EXAMINED_JOBS
-from viralfx.adapters.memory.ledger import MemoryJobLedger
-from viralfx.domain.errors import LedgerFullError
-from viralfx.domain.ids import new_job_id
-from viralfx.domain.jobs.limits import Limit, Rate
-from viralfx.domain.jobs.model import Job, JobDraft, JobFilter, JobState, completed
+from viralfx.core.errors import LedgerFullError
+from viralfx.core.ids import new_job_id
+from viralfx.jobs.limits import Limit, Rate
+from viralfx.jobs.memory.job_changes import MAX_EXAMINED_JOBS
+from viralfx.jobs.memory.ledger import MemoryJobLedger
+from viralfx.jobs.model import Job, JobDraft, JobFilter, JobState, completed
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ import pytest
 from tests.unit.jobs.fleet import FaultyNotifier
 from tests.virtual_time import LoopClock
 
-from viralfx.domain.jobs.notifier import BackgroundNotifier, JobNotification
+from viralfx.jobs.notifier import BackgroundNotifier, JobNotification
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 from tests.unit.jobs.fleet import Fleet
 
-from viralfx.worker.worker import WorkerState
+from viralfx.jobs.worker.worker import WorkerState
 
 QUEUES = {"default": 10, "other": 10, "third": 10}
 

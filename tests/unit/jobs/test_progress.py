@@ -9,10 +9,10 @@ import pytest
 from docs.examples.imports import import_rows
 from tests.unit.jobs.fleet import Fleet
 
-from viralfx.domain.jobs.batching import JobFollower
-from viralfx.domain.jobs.codec import Progress, read_progress
-from viralfx.domain.jobs.model import JobState
-from viralfx.domain.jobs.tasks import JobContext, declared_task
+from viralfx.jobs.batching import JobFollower
+from viralfx.jobs.codec import Progress, read_progress
+from viralfx.jobs.model import JobState
+from viralfx.jobs.tasks import JobContext, declared_task
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 from tests.unit.doubles import swallow_cancellation
 from tests.unit.jobs.fleet import Fleet
 
-from viralfx.domain.jobs.model import JobState
-from viralfx.domain.jobs.notifier import JobNotification
-from viralfx.domain.resilience.policy import BackoffPolicy
+from viralfx.jobs.model import JobState
+from viralfx.jobs.notifier import JobNotification
+from viralfx.resilience.policy import BackoffPolicy
 
 
 async def crash(fleet: Fleet, *ids: str, times: int = 2) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 from tests.unit.jobs.fleet import Fleet
 
-from viralfx.domain.resilience.policy import BackoffPolicy
-from viralfx.worker.maintenance import PERIOD_SECONDS, Retention
+from viralfx.jobs.worker.maintenance import PERIOD_SECONDS, Retention
+from viralfx.resilience.policy import BackoffPolicy
 
 RETENTION = Retention(finished=7200.0, failed=0.0)
 

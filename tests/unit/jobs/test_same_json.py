@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from viralfx.domain.jobs.codec import same_json
+from viralfx.jobs.codec import same_json
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.domain.jobs.codec import PayloadError
-from viralfx.domain.jobs.schedule import HOURLY, Schedule, ScheduleState, times_of
-from viralfx.domain.jobs.tasks import declared_task, task
+from viralfx.jobs.codec import PayloadError
+from viralfx.jobs.schedule import HOURLY, Schedule, ScheduleState, times_of
+from viralfx.jobs.tasks import declared_task, task
 
 BERLIN, NEW_YORK, LORD_HOWE, APIA = (
     "Europe/Berlin",

@@ -12,10 +12,10 @@ from docs.examples.reports import daily_report
 from tests.unit.jobs.fleet import FaultyLedger, Fleet
 from tests.virtual_time import LoopClock
 
-from viralfx.domain.jobs.ledger import Registration
-from viralfx.domain.jobs.model import Job, JobDraft, JobFilter, JobState
-from viralfx.domain.jobs.schedule import Schedule, ScheduledAcceptance
-from viralfx.domain.jobs.tasks import declared_task
+from viralfx.jobs.ledger import Registration
+from viralfx.jobs.model import Job, JobDraft, JobFilter, JobState
+from viralfx.jobs.schedule import Schedule, ScheduledAcceptance
+from viralfx.jobs.tasks import declared_task
 
 EACH_MINUTE, EACH_SECOND = "* * * * *", "* * * * * *"
 SLOW: dict[str, Any] = {"lease": 600.0, "sweep_interval": 600.0, "poll_interval": 600.0}

@@ -11,12 +11,13 @@ import pytest
 from tests.unit.jobs.fleet import Fleet
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.domain.correlation import bind_user_id, current_user_id
-from viralfx.domain.errors import LedgerUnavailableError, TransactionError
-from viralfx.domain.ids import new_job_id
-from viralfx.domain.jobs.batching import BulkCount, Submission
-from viralfx.domain.jobs.codec import PayloadError
-from viralfx.domain.jobs.model import (
+from viralfx.core.correlation import bind_user_id, current_user_id
+from viralfx.core.errors import LedgerUnavailableError, TransactionError
+from viralfx.core.ids import new_job_id
+from viralfx.core.keys import NamedKey
+from viralfx.jobs.batching import BulkCount, Submission
+from viralfx.jobs.codec import PayloadError
+from viralfx.jobs.model import (
     InvalidFilterError,
     JobDraft,
     JobFilter,
@@ -26,12 +27,11 @@ from viralfx.domain.jobs.model import (
     Unique,
     UnknownQueueError,
 )
-from viralfx.domain.jobs.schedule import Schedule, UnknownScheduleError
-from viralfx.domain.jobs.service import MAX_PAYLOADS, JobService
-from viralfx.domain.jobs.tasks import JobContext, Task, UnknownTaskError, declared_task, task
-from viralfx.domain.keys import NamedKey
-from viralfx.domain.resilience.deadline import Deadline
-from viralfx.domain.resilience.policy import BackoffPolicy
+from viralfx.jobs.schedule import Schedule, UnknownScheduleError
+from viralfx.jobs.service import MAX_PAYLOADS, JobService
+from viralfx.jobs.tasks import JobContext, Task, UnknownTaskError, declared_task, task
+from viralfx.resilience.deadline import Deadline
+from viralfx.resilience.policy import BackoffPolicy
 
 
 class _Announced:

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from tests.manual_clock import ManualClock
 
-from viralfx.domain.jobs.tasks import JobContext, declared_task, task
-from viralfx.domain.resilience.deadline import Cancellation, Deadline
-from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, RetryPolicy
-from viralfx.domain.resilience.retry import retry
+from viralfx.jobs.tasks import JobContext, declared_task, task
+from viralfx.resilience.deadline import Cancellation, Deadline
+from viralfx.resilience.policy import Backoff, BackoffPolicy, RetryPolicy
+from viralfx.resilience.retry import retry
 
 
 def test_a_plain_function_runs_in_a_thread() -> None:

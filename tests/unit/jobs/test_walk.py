@@ -8,21 +8,21 @@ from types import FrameType
 from tests.unit.jobs.fleet import Fleet
 
 import viralfx
-from viralfx.domain.jobs.model import JobState
-from viralfx.domain.jobs.notifier import JobNotification
+from viralfx.jobs.model import JobState
+from viralfx.jobs.notifier import JobNotification
 
 PACKAGE = Path(viralfx.__file__).parent
 WORKER = {
-    "domain/jobs/batching.py",
-    "domain/jobs/hooks.py",
-    "worker/calls.py",
-    "worker/completer.py",
-    "worker/consumer.py",
-    "worker/context.py",
-    "worker/execution.py",
-    "worker/lease.py",
-    "worker/poller.py",
-    "worker/quarantine.py",
+    "jobs/batching.py",
+    "jobs/hooks.py",
+    "jobs/worker/calls.py",
+    "jobs/worker/completer.py",
+    "jobs/worker/consumer.py",
+    "jobs/worker/context.py",
+    "jobs/worker/execution.py",
+    "jobs/worker/lease.py",
+    "jobs/worker/poller.py",
+    "jobs/worker/quarantine.py",
 }
 """The files of the worker: each further one makes the way harder to follow."""
 MAX_FILES = 23

@@ -6,7 +6,7 @@ from tests.manual_clock import ManualClock
 from tests.unit.metrics.reading import series, value
 
 from viralfx.domain.health.circuits import BreakerRegistry
-from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError
+from viralfx.resilience.breaker import CircuitBreaker, CircuitOpenError
 from viralfx.telemetry.metrics.health import CircuitMetrics, WebhookCircuitMetrics
 
 

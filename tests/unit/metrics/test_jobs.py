@@ -7,9 +7,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 from tests.unit.metrics.reading import series, value
 
-from viralfx.adapters.postgres.ledger_rows import job_of_draft
-from viralfx.domain.jobs.ledger import Accepted, QueueCounts
-from viralfx.domain.jobs.model import (
+from viralfx.jobs.ledger import Accepted, QueueCounts
+from viralfx.jobs.model import (
     Claim,
     JobDraft,
     JobError,
@@ -21,6 +20,7 @@ from viralfx.domain.jobs.model import (
     postponed,
     retried,
 )
+from viralfx.jobs.postgres.ledger_rows import job_of_draft
 from viralfx.telemetry.metrics.jobs import JobMetrics, ProgressMetrics, QueueMetrics
 
 ERROR = JobError(code="error", message="it failed")

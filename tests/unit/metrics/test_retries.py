@@ -6,10 +6,10 @@ from tests.manual_clock import ManualClock
 from tests.unit.metrics.reading import series, value
 
 from viralfx.bootstrap import assemble
-from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.resilience.policy import RetryBudget
-from viralfx.domain.resilience.retry import Retrier, retry
-from viralfx.domain.resilience.retry_decision import AttemptFailed
+from viralfx.core.errors import ConfigurationError
+from viralfx.resilience.policy import RetryBudget
+from viralfx.resilience.retry import Retrier, retry
+from viralfx.resilience.retry_decision import AttemptFailed
 from viralfx.settings import Settings
 from viralfx.telemetry.metrics.health import RetryMetrics
 

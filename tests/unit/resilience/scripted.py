@@ -4,7 +4,7 @@ import asyncio
 
 from tests.manual_clock import ManualClock
 
-from viralfx.domain.resilience.breaker import CircuitBreaker
+from viralfx.resilience.breaker import CircuitBreaker
 
 
 class BackendError(Exception):

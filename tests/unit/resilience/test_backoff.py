@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from viralfx.domain.resilience.policy import Backoff, Jitter
+from viralfx.resilience.policy import Backoff, Jitter
 
 RNG = random.Random(3)  # noqa: S311 - spreads load only
 

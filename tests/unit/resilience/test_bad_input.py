@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from viralfx.domain.resilience.breaker import CircuitBreaker, circuit_breaker
-from viralfx.domain.resilience.breaker_states import RollingWindow
-from viralfx.domain.resilience.bulkhead import Bulkhead
-from viralfx.domain.resilience.deadline import Deadline
-from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, RetryBudget
-from viralfx.domain.resilience.retry import retry
+from viralfx.resilience.breaker import CircuitBreaker, circuit_breaker
+from viralfx.resilience.breaker_states import RollingWindow
+from viralfx.resilience.bulkhead import Bulkhead
+from viralfx.resilience.deadline import Deadline
+from viralfx.resilience.policy import Backoff, BackoffPolicy, RetryBudget
+from viralfx.resilience.retry import retry
 
 NUMBERS: list[tuple[Callable[[], object], str]] = [
     (lambda: retry(attempts=0), "attempts must be at least 1, got 0"),

@@ -8,11 +8,11 @@ from types import TracebackType
 import pytest
 from tests.unit.resilience.scripted import BackendError, SkippingClock, state_of
 
-from viralfx.domain.resilience import retry_decision
-from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError
-from viralfx.domain.resilience.breaker_states import RollingWindow
-from viralfx.domain.resilience.retry import Retrier, retry
-from viralfx.domain.resilience.retry_decision import (
+from viralfx.resilience import retry_decision
+from viralfx.resilience.breaker import CircuitBreaker, CircuitOpenError
+from viralfx.resilience.breaker_states import RollingWindow
+from viralfx.resilience.retry import Retrier, retry
+from viralfx.resilience.retry_decision import (
     AttemptFailed,
     GaveUp,
     GiveUpReason,

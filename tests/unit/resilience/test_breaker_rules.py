@@ -6,14 +6,14 @@ import pytest
 from tests.manual_clock import ManualClock
 from tests.unit.resilience.scripted import BackendError, Gate, Scripted, settle, state_of
 
-from viralfx.domain.resilience.breaker import (
+from viralfx.resilience.breaker import (
     CallRejected,
     CircuitBreaker,
     CircuitEvent,
     CircuitOpenError,
     StateChanged,
 )
-from viralfx.domain.resilience.breaker_states import CircuitState
+from viralfx.resilience.breaker_states import CircuitState
 
 
 class UnlistedError(Exception):

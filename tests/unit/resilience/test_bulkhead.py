@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from tests.unit.resilience.scripted import BackendError, Gate, Scripted, settle
 
-from viralfx.domain.resilience.bulkhead import Bulkhead, BulkheadFull, BulkheadFullError
+from viralfx.resilience.bulkhead import Bulkhead, BulkheadFull, BulkheadFullError
 
 
 async def test_calls_beyond_limit_and_queue_are_rejected() -> None:

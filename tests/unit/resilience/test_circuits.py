@@ -12,7 +12,7 @@ from tests.unit.resilience.scripted import BackendError, Scripted, SkippingClock
 
 from viralfx.domain.health.circuits import BreakerRegistry
 from viralfx.domain.health.model import HealthCheck, Observation, Status
-from viralfx.domain.resilience.breaker import (
+from viralfx.resilience.breaker import (
     CallRejected,
     CircuitBreaker,
     CircuitEvent,
@@ -20,10 +20,10 @@ from viralfx.domain.resilience.breaker import (
     StateChanged,
     circuit_breaker,
 )
-from viralfx.domain.resilience.breaker_states import CircuitState, RollingWindow
-from viralfx.domain.resilience.bulkhead import BulkheadFull
-from viralfx.domain.resilience.fallback import FallbackUsed
-from viralfx.domain.resilience.retry_decision import AttemptFailed, BudgetExhausted, GaveUp
+from viralfx.resilience.breaker_states import CircuitState, RollingWindow
+from viralfx.resilience.bulkhead import BulkheadFull
+from viralfx.resilience.fallback import FallbackUsed
+from viralfx.resilience.retry_decision import AttemptFailed, BudgetExhausted, GaveUp
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import TypeVarTuple
 import pytest
 from tests.virtual_time import LoopClock, VirtualTimeLoop, run_in_virtual_time
 
-from viralfx.domain.resilience.deadline import Deadline, time_left
+from viralfx.resilience.deadline import Deadline, time_left
 
 Arguments = TypeVarTuple("Arguments")
 

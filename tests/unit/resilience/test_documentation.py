@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from tests.virtual_time import run_in_virtual_time
 
-from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError, circuit_breaker
-from viralfx.domain.resilience.breaker_states import RollingWindow
-from viralfx.domain.resilience.bulkhead import Bulkhead
-from viralfx.domain.resilience.deadline import Deadline
-from viralfx.domain.resilience.fallback import with_fallback
-from viralfx.domain.resilience.policy import Backoff, Jitter, RetryBudget
-from viralfx.domain.resilience.retry import retry
+from viralfx.resilience.breaker import CircuitBreaker, CircuitOpenError, circuit_breaker
+from viralfx.resilience.breaker_states import RollingWindow
+from viralfx.resilience.bulkhead import Bulkhead
+from viralfx.resilience.deadline import Deadline
+from viralfx.resilience.fallback import with_fallback
+from viralfx.resilience.policy import Backoff, Jitter, RetryBudget
+from viralfx.resilience.retry import retry
 
 CHAPTER = (Path(__file__).parents[3] / "docs/resilience.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", CHAPTER, re.DOTALL)

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from tests.unit.resilience.scripted import BackendError, Scripted
 
-from viralfx.domain.resilience.fallback import FallbackUsed, with_fallback
+from viralfx.resilience.fallback import FallbackUsed, with_fallback
 
 
 async def test_a_listed_error_is_replaced_by_the_fallback() -> None:

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tests.manual_clock import ManualClock
 from tests.unit.resilience.scripted import BackendError, Scripted, settle
 
-from viralfx.domain.resilience.breaker import BreakerWrapper, CircuitBreaker
-from viralfx.domain.resilience.breaker_states import RollingWindow
-from viralfx.domain.resilience.policy import Backoff, Jitter, RetryBudget
-from viralfx.domain.resilience.retry import retry
+from viralfx.resilience.breaker import BreakerWrapper, CircuitBreaker
+from viralfx.resilience.breaker_states import RollingWindow
+from viralfx.resilience.policy import Backoff, Jitter, RetryBudget
+from viralfx.resilience.retry import retry
 
 Call = Callable[..., Awaitable[object]]
 

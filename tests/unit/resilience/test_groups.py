@@ -3,9 +3,9 @@
 import pytest
 from tests.unit.resilience.scripted import Scripted, SkippingClock
 
-from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError
-from viralfx.domain.resilience.policy import Backoff, BackoffPolicy
-from viralfx.domain.resilience.retry import retry
+from viralfx.resilience.breaker import CircuitBreaker, CircuitOpenError
+from viralfx.resilience.policy import Backoff, BackoffPolicy
+from viralfx.resilience.retry import retry
 
 
 class DoubtfulError(ConnectionError):

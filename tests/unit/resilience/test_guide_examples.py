@@ -3,10 +3,10 @@
 import pytest
 from tests.unit.resilience.scripted import BackendError, Scripted, SkippingClock
 
-from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError, circuit_breaker
-from viralfx.domain.resilience.fallback import with_fallback
-from viralfx.domain.resilience.policy import BackoffPolicy
-from viralfx.domain.resilience.retry import Retrier, retry
+from viralfx.resilience.breaker import CircuitBreaker, CircuitOpenError, circuit_breaker
+from viralfx.resilience.fallback import with_fallback
+from viralfx.resilience.policy import BackoffPolicy
+from viralfx.resilience.retry import Retrier, retry
 
 
 async def test_automatic_retry_decorator() -> None:

@@ -14,12 +14,12 @@ from tests.manual_clock import ManualClock
 from tests.unit.resilience.scripted import BackendError, Gate, Scripted, SkippingClock, settle
 from tests.virtual_time import LoopClock, run_in_virtual_time
 
-from viralfx.domain.resilience import retry_decision
-from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError
-from viralfx.domain.resilience.deadline import Deadline
-from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, Jitter, RetryBudget
-from viralfx.domain.resilience.retry import Retrier, retry
-from viralfx.domain.resilience.retry_decision import (
+from viralfx.resilience import retry_decision
+from viralfx.resilience.breaker import CircuitBreaker, CircuitOpenError
+from viralfx.resilience.deadline import Deadline
+from viralfx.resilience.policy import Backoff, BackoffPolicy, Jitter, RetryBudget
+from viralfx.resilience.retry import Retrier, retry
+from viralfx.resilience.retry_decision import (
     AttemptFailed,
     BudgetExhausted,
     GaveUp,

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.resilience.scripted import BackendError, SkippingClock, state_of
 
-from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError
-from viralfx.domain.resilience.breaker_states import RollingCounts, RollingWindow
+from viralfx.resilience.breaker import CircuitBreaker, CircuitOpenError
+from viralfx.resilience.breaker_states import RollingCounts, RollingWindow
 
 
 @pytest.fixture

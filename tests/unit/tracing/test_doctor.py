@@ -6,8 +6,8 @@ import pytest
 
 from viralfx.bootstrap.doctor import review_tracing, unmade
 from viralfx.cli import main
+from viralfx.core.errors import ConfigurationError
 from viralfx.domain.doctor import Area, Verdict
-from viralfx.domain.errors import ConfigurationError
 from viralfx.telemetry.tracing import variables
 
 COLLECTOR = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://app:hunter2@collector:4318/hunter3?k=hunter4"}

@@ -11,7 +11,7 @@ from opentelemetry.sdk.trace.sampling import Decision
 from opentelemetry.trace import SpanKind
 from tests.unit.tracing.conftest import Finished
 
-from viralfx.domain.correlation import correlated
+from viralfx.core.correlation import correlated
 from viralfx.telemetry.tracing.provider import (
     OrphanDroppingSampler,
     choose_trace_id,

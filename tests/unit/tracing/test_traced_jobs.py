@@ -10,9 +10,11 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.trace import SpanKind, StatusCode, get_current_span
 from tests.unit.tracing.conftest import Finished
 
-from viralfx.domain.correlation import bind_user_id
-from viralfx.domain.jobs.hooks import CombinedHooks
-from viralfx.domain.jobs.model import (
+from viralfx.core.correlation import bind_user_id
+from viralfx.domain.webhooks.delivery import WebhookResponse
+from viralfx.domain.webhooks.url import Destination, WebhookUnavailableError, parse_destination
+from viralfx.jobs.hooks import CombinedHooks
+from viralfx.jobs.model import (
     Claim,
     JobDraft,
     JobError,
@@ -24,11 +26,9 @@ from viralfx.domain.jobs.model import (
     postponed,
     retried,
 )
-from viralfx.domain.resilience import retry_decision
-from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitOpenError
-from viralfx.domain.resilience.retry import retry
-from viralfx.domain.webhooks.delivery import WebhookResponse
-from viralfx.domain.webhooks.url import Destination, WebhookUnavailableError, parse_destination
+from viralfx.resilience import retry_decision
+from viralfx.resilience.breaker import CircuitBreaker, CircuitOpenError
+from viralfx.resilience.retry import retry
 from viralfx.telemetry.tracing.setup import TracedSender, trace_circuit, trace_retry
 from viralfx.telemetry.tracing.spans import TracedJobs
 

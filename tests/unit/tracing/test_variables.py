@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.util._once import Once
 from redis.asyncio import Redis
 
-from viralfx.domain.errors import ConfigurationError
+from viralfx.core.errors import ConfigurationError
 from viralfx.telemetry.tracing import start_tracing
 from viralfx.telemetry.tracing.provider import make_provider
 from viralfx.telemetry.tracing.setup import Tracing, trace_asyncpg, trace_redis

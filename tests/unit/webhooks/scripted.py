@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from viralfx.domain.clock import Clock
-from viralfx.domain.events import Listener
-from viralfx.domain.resilience.breaker import CircuitEvent
+from viralfx.core.clock import Clock
+from viralfx.core.events import Listener
 from viralfx.domain.webhooks.delivery import HostCircuits, WebhookDelivery, WebhookResponse
 from viralfx.domain.webhooks.signature import WebhookKeys
 from viralfx.domain.webhooks.url import AllowList, Destination
+from viralfx.resilience.breaker import CircuitEvent
 
 KEY = b"k" * 32
 

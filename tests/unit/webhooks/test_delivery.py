@@ -6,10 +6,8 @@ import pytest
 from tests.manual_clock import ManualClock
 from tests.unit.webhooks.scripted import KEY, ScriptedSender, delivery_to
 
-from viralfx.domain.correlation import correlated
-from viralfx.domain.events import Listener
-from viralfx.domain.resilience.breaker import CircuitEvent, CircuitOpenError, StateChanged
-from viralfx.domain.resilience.breaker_states import CircuitState
+from viralfx.core.correlation import correlated
+from viralfx.core.events import Listener
 from viralfx.domain.webhooks.delivery import HostCircuits, WebhookDelivery, WebhookResponse
 from viralfx.domain.webhooks.signature import Signer, derived_key, webhook_headers
 from viralfx.domain.webhooks.url import (
@@ -18,6 +16,8 @@ from viralfx.domain.webhooks.url import (
     WebhookRejectedError,
     WebhookUnavailableError,
 )
+from viralfx.resilience.breaker import CircuitEvent, CircuitOpenError, StateChanged
+from viralfx.resilience.breaker_states import CircuitState
 
 URL = "https://hooks.example.com/path?key=hunter2"
 THEIRS = derived_key(KEY, "webhook", "https://hooks.example.com:443")

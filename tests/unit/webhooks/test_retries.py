@@ -2,14 +2,14 @@
 
 import pytest
 
-from viralfx.domain.resilience.breaker import CircuitOpenError
-from viralfx.domain.resilience.policy import RetryPolicy
 from viralfx.domain.webhooks.delivery import WebhookRetryPolicy
 from viralfx.domain.webhooks.url import (
     WebhookRefusedError,
     WebhookRejectedError,
     WebhookUnavailableError,
 )
+from viralfx.resilience.breaker import CircuitOpenError
+from viralfx.resilience.policy import RetryPolicy
 
 UNAVAILABLE = WebhookUnavailableError("hooks.example.com did not answer")
 OPEN = CircuitOpenError("hooks.example.com", "webhook", 42.0)

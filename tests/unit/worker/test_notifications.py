@@ -8,13 +8,13 @@ from tests.manual_clock import ManualClock
 from tests.unit.webhooks.scripted import KEY, ScriptedSender, delivery_to
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.domain.jobs.codec import PayloadError
-from viralfx.domain.jobs.tasks import JobContext, declared_task
-from viralfx.domain.resilience.deadline import Deadline
 from viralfx.domain.webhooks.delivery import WebhookMessage, WebhookRetryPolicy
 from viralfx.domain.webhooks.signature import Signer, WebhookKeys, derived_key
 from viralfx.domain.webhooks.url import WebhookRefusedError, WebhookRejectedError
-from viralfx.worker.builtin import SendWebhook, send_webhook
+from viralfx.jobs.codec import PayloadError
+from viralfx.jobs.tasks import JobContext, declared_task
+from viralfx.jobs.worker.builtin import SendWebhook, send_webhook
+from viralfx.resilience.deadline import Deadline
 
 CREATED = datetime(2026, 1, 6, 12, tzinfo=UTC)
 ALERT_URL = "https://alerts.example.com/hunter2"

@@ -9,16 +9,16 @@ from tests.unit.doubles import Act, ActingCheck
 from tests.unit.webhooks.scripted import ScriptedSender, delivery_to
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.adapters.memory import MemoryJobLedger
+from viralfx.core.ids import new_job_id
 from viralfx.domain.health.model import CheckPolicy, CheckReport, Status, Transition
 from viralfx.domain.health.monitor import HealthMonitor
-from viralfx.domain.ids import new_job_id
-from viralfx.domain.jobs.model import JobDraft, JobError, JobFilter, JobState, completed, failed
-from viralfx.domain.jobs.tasks import JobContext, Task
-from viralfx.domain.resilience.deadline import Deadline
-from viralfx.worker import built_in_tasks
-from viralfx.worker.builtin import seconds_in_each
-from viralfx.worker.maintenance import PAUSE_SECONDS, Retention
+from viralfx.jobs.memory import MemoryJobLedger
+from viralfx.jobs.model import JobDraft, JobError, JobFilter, JobState, completed, failed
+from viralfx.jobs.tasks import JobContext, Task
+from viralfx.jobs.worker import built_in_tasks
+from viralfx.jobs.worker.builtin import seconds_in_each
+from viralfx.jobs.worker.maintenance import PAUSE_SECONDS, Retention
+from viralfx.resilience.deadline import Deadline
 
 NOON = datetime(2026, 1, 6, 12, tzinfo=UTC)
 

@@ -4,10 +4,7 @@ from viralfx.adapters.memory.audit import MemoryAuditStore
 from viralfx.adapters.memory.cache import MemoryCacheStore
 from viralfx.adapters.memory.fleet import MemoryFleetStore
 from viralfx.adapters.memory.health import MemoryDatabase, MemoryRedis
-from viralfx.adapters.memory.ledger import MemoryJobLedger
-from viralfx.adapters.memory.notifier import MemoryNotifier
 from viralfx.adapters.memory.state import FileStateStore, MemoryStateStore
-from viralfx.adapters.memory.transactions import MemoryTransaction
 
 __all__ = [
     "FileStateStore",
@@ -15,9 +12,6 @@ __all__ = [
     "MemoryCacheStore",
     "MemoryDatabase",
     "MemoryFleetStore",
-    "MemoryJobLedger",
-    "MemoryNotifier",
     "MemoryRedis",
     "MemoryStateStore",
-    "MemoryTransaction",
 ]

@@ -3,8 +3,8 @@
 from collections import deque
 from collections.abc import Sequence
 
+from viralfx.core.clock import Clock
 from viralfx.domain.audit import ANY_EVENT, PRUNED_AT_ONCE, AuditEvent, AuditFilter
-from viralfx.domain.clock import Clock
 
 MAX_KEPT = 1000
 """Events that are kept; then each new one replaces the oldest."""

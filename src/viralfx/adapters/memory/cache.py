@@ -3,8 +3,8 @@
 from collections import OrderedDict
 from contextlib import suppress
 
-from viralfx.domain.clock import Clock
-from viralfx.domain.errors import require_count, require_positive
+from viralfx.core.clock import Clock
+from viralfx.core.errors import require_count, require_positive
 
 
 class MemoryCacheStore:

@@ -4,7 +4,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from datetime import datetime
 
-from viralfx.domain.clock import Clock
+from viralfx.core.clock import Clock
 from viralfx.domain.fleet import MAX_ENDED, CheckChange, Fleet, Instance, InstanceReport
 from viralfx.domain.health.model import State
 

@@ -1,6 +1,6 @@
 """The checks of the embedded default, which stand for those of Postgres and Redis."""
 
-from viralfx.domain.clock import Clock, timestamp
+from viralfx.core.clock import Clock, timestamp
 from viralfx.domain.health.model import Observation, Status
 
 

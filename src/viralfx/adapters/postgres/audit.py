@@ -6,9 +6,7 @@ from typing import Any, Final, TypeVar
 
 import asyncpg
 
-from viralfx.adapters.postgres.database import PostgresDatabase, run_within
-from viralfx.adapters.postgres.ledger_rows import Row
-from viralfx.adapters.postgres.migrations import qualified
+from viralfx.core.errors import LedgerUnavailableError, NotMigratedError
 from viralfx.domain.audit import (
     ANY_EVENT,
     PRUNED_AT_ONCE,
@@ -16,8 +14,10 @@ from viralfx.domain.audit import (
     AuditFilter,
     AuditUnavailableError,
 )
-from viralfx.domain.errors import LedgerUnavailableError, NotMigratedError
-from viralfx.domain.jobs.codec import storable
+from viralfx.jobs.codec import storable
+from viralfx.jobs.postgres.ledger_rows import Row
+from viralfx.postgres.database import PostgresDatabase, run_within
+from viralfx.postgres.migrations import qualified
 
 T = TypeVar("T")
 

@@ -8,23 +8,23 @@ from dataclasses import dataclass, field, replace
 import asyncpg
 import msgspec
 
-from viralfx.adapters.postgres.connections import (
+from viralfx.domain.doctor import Area, Finding, failed, passed, skipped, warned
+from viralfx.postgres.connections import (
     Connector,
     PostgresConfig,
     is_process_shared,
     run_limited,
 )
-from viralfx.adapters.postgres.credentials import CertificateError
-from viralfx.adapters.postgres.errors import DATABASE_ERRORS, ErrorExplanation, explain
-from viralfx.adapters.postgres.migrations import (
+from viralfx.postgres.credentials import CertificateError
+from viralfx.postgres.errors import DATABASE_ERRORS, ErrorExplanation, explain
+from viralfx.postgres.migrations import (
     VERSION_TABLE,
     SchemaInfo,
     judge_schema,
     query_schema,
     unreadable,
 )
-from viralfx.adapters.postgres.servers import ServerConnection
-from viralfx.domain.doctor import Area, Finding, failed, passed, skipped, warned
+from viralfx.postgres.servers import ServerConnection
 from viralfx.settings import CredentialsCallable, milliseconds
 
 MIN_MAJOR_VERSION = 14

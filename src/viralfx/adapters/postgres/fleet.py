@@ -6,10 +6,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from viralfx.adapters.postgres.database import PostgresDatabase, run_within
-from viralfx.adapters.postgres.ledger_rows import Row
-from viralfx.adapters.postgres.migrations import qualified
-from viralfx.domain.errors import LedgerUnavailableError
+from viralfx.core.errors import LedgerUnavailableError
 from viralfx.domain.fleet import (
     MAX_ENDED,
     SILENT_AFTER_SECONDS,
@@ -20,7 +17,10 @@ from viralfx.domain.fleet import (
     InstanceReport,
 )
 from viralfx.domain.health.model import State
-from viralfx.domain.jobs.codec import storable
+from viralfx.jobs.codec import storable
+from viralfx.jobs.postgres.ledger_rows import Row
+from viralfx.postgres.database import PostgresDatabase, run_within
+from viralfx.postgres.migrations import qualified
 
 T = TypeVar("T")
 

@@ -15,22 +15,27 @@ from typing import Any, Final
 from asyncpg.connection import Connection
 from asyncpg.exceptions import PostgresError
 
-from viralfx.adapters.postgres import ledger_sql
-from viralfx.adapters.postgres.connections import (
+from viralfx.core.clock import Clock, timestamp
+from viralfx.core.errors import LedgerUnavailableError, NotMigratedError
+from viralfx.domain.health.model import Observation, Status
+from viralfx.jobs.ledger import QueueCounts
+from viralfx.jobs.model import JobState
+from viralfx.jobs.postgres import ledger_sql
+from viralfx.jobs.postgres.ledger_rows import Row, counts_of_rows
+from viralfx.jobs.postgres.ledger_sql import COUNTS, PROMOTED_AT_ONCE, SOON_SECONDS
+from viralfx.postgres.connections import (
     is_process_shared,
     run_limited,
     run_query,
 )
-from viralfx.adapters.postgres.database import PostgresDatabase, VacuumStatus
-from viralfx.adapters.postgres.errors import (
+from viralfx.postgres.database import PostgresDatabase, VacuumStatus
+from viralfx.postgres.errors import (
     POOLER_REFUSAL,
     PoolerModeError,
     explain,
     unavailable,
 )
-from viralfx.adapters.postgres.ledger_rows import Row, counts_of_rows
-from viralfx.adapters.postgres.ledger_sql import COUNTS, PROMOTED_AT_ONCE, SOON_SECONDS
-from viralfx.adapters.postgres.migrations import (
+from viralfx.postgres.migrations import (
     REVISIONS,
     Statements,
     current_revision,
@@ -38,13 +43,8 @@ from viralfx.adapters.postgres.migrations import (
     missing_after,
     qualified,
 )
-from viralfx.adapters.postgres.pool import IS_READ_ONLY, end_of_life
-from viralfx.adapters.postgres.retry import is_loss
-from viralfx.domain.clock import Clock, timestamp
-from viralfx.domain.errors import LedgerUnavailableError, NotMigratedError
-from viralfx.domain.health.model import Observation, Status
-from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import JobState
+from viralfx.postgres.pool import IS_READ_ONLY, end_of_life
+from viralfx.postgres.retry import is_loss
 from viralfx.settings import milliseconds
 
 _logger = logging.getLogger("viralfx.database")

@@ -4,10 +4,10 @@ import asyncio
 import logging
 from typing import Protocol
 
-from viralfx.adapters.postgres.connections import CANCEL_SECONDS
-from viralfx.adapters.postgres.database import PostgresDatabase
-from viralfx.domain.clock import Clock, finished_within
-from viralfx.domain.errors import WorkLostError
+from viralfx.core.clock import Clock, finished_within
+from viralfx.core.errors import WorkLostError
+from viralfx.postgres.connections import CANCEL_SECONDS
+from viralfx.postgres.database import PostgresDatabase
 
 _logger = logging.getLogger("viralfx.database")
 

@@ -6,10 +6,10 @@ import logging
 import asyncpg
 import msgspec
 
-from viralfx.adapters.postgres.database import Lease, PostgresDatabase
-from viralfx.adapters.postgres.errors import DATABASE_ERRORS
-from viralfx.adapters.postgres.migrations import qualified
 from viralfx.domain.operations import SavedState
+from viralfx.postgres.database import Lease, PostgresDatabase
+from viralfx.postgres.errors import DATABASE_ERRORS
+from viralfx.postgres.migrations import qualified
 
 _logger = logging.getLogger("viralfx.state")
 

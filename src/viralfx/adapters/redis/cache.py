@@ -4,7 +4,7 @@ import functools
 from typing import cast
 
 from viralfx.adapters.redis.client import RedisClient
-from viralfx.domain.errors import require_positive
+from viralfx.core.errors import require_positive
 
 PREFIX = "viralfx:cache:"
 

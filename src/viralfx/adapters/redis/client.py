@@ -25,12 +25,12 @@ from viralfx.adapters.redis.connections import (
 from viralfx.adapters.redis.credentials import Account, TlsContext
 from viralfx.adapters.redis.errors import is_pool_exhausted, is_unavailable, refuses_writes
 from viralfx.adapters.redis.retry import RequestRetry, retry_policy
-from viralfx.domain.clock import Clock, SystemClock, finished_within
-from viralfx.domain.errors import require_count, require_not_negative, require_positive
-from viralfx.domain.loops import HomeLoop, at_home, beside_others
-from viralfx.domain.resilience._callables import operation_name, require_callable
-from viralfx.domain.resilience.fallback import with_fallback
-from viralfx.domain.threads import NameLookups
+from viralfx.core.clock import Clock, SystemClock, finished_within
+from viralfx.core.errors import require_count, require_not_negative, require_positive
+from viralfx.core.loops import HomeLoop, at_home, beside_others
+from viralfx.core.threads import NameLookups
+from viralfx.resilience._callables import operation_name, require_callable
+from viralfx.resilience.fallback import with_fallback
 from viralfx.settings import CredentialsCallable, RedisSettings, Secret
 from viralfx.settings.groups import parse_redis_url
 

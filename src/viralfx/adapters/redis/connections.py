@@ -47,10 +47,10 @@ from viralfx.adapters.redis.errors import (
     is_unavailable,
     refuses_writes,
 )
+from viralfx.core.events import OperationListener, ignore_operation
+from viralfx.core.loops import ForeignLoopError, HomeLoop
+from viralfx.core.threads import NameLookups
 from viralfx.domain.cache import SingleFlight
-from viralfx.domain.events import OperationListener, ignore_operation
-from viralfx.domain.loops import ForeignLoopError, HomeLoop
-from viralfx.domain.threads import NameLookups
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from viralfx.adapters.redis.errors import (
     message_of,
     problem_of,
 )
-from viralfx.domain.clock import Clock, timestamp
+from viralfx.core.clock import Clock, timestamp
 from viralfx.domain.health.model import Observation, Status
 
 _PING, _MEMORY = ("PING",), ("INFO", "memory")

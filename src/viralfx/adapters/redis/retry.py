@@ -9,7 +9,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from viralfx.adapters.redis.errors import NOT_THE_PRIMARY, IdleConnectionError, is_transient
-from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, RetryPolicy
+from viralfx.resilience.policy import Backoff, BackoffPolicy, RetryPolicy
 
 T = TypeVar("T")
 

@@ -42,8 +42,8 @@ from viralfx.adapters.taskiq.retry import (
     RetryRequestedError,
     attempts_of,
 )
-from viralfx.domain.jobs.model import Job, JobNotFoundError, JobStateError, check_priority
-from viralfx.domain.jobs.tasks import Discard, HandBackError, JobContext, Snooze
+from viralfx.jobs.model import Job, JobNotFoundError, JobStateError, check_priority
+from viralfx.jobs.tasks import Discard, HandBackError, JobContext, Snooze
 
 _logger = logging.getLogger("viralfx.taskiq")
 

@@ -18,10 +18,10 @@ from taskiq.depends.progress_tracker import TaskProgress, TaskState
 from taskiq.labels import prepare_label
 from taskiq_dependencies import DependencyGraph
 
-from viralfx.domain.errors import ViralFXError
-from viralfx.domain.jobs.codec import Progress, ResultError, is_in_range
-from viralfx.domain.jobs.model import Job, JobError, JobState
-from viralfx.domain.jobs.notifier import JobNotification
+from viralfx.core.errors import ViralFXError
+from viralfx.jobs.codec import Progress, ResultError, is_in_range
+from viralfx.jobs.model import Job, JobError, JobState
+from viralfx.jobs.notifier import JobNotification
 
 MAX_PROGRESS_CHARACTERS = 10_000
 """The JSON of a progress of taskiq."""

@@ -23,9 +23,9 @@ from viralfx.adapters.taskiq.messages import (
     decode_notification,
     encode_notification,
 )
-from viralfx.domain.clock import Clock, SystemClock, default_rng
-from viralfx.domain.jobs.notifier import JobNotification, NotificationNotSentError
-from viralfx.domain.resilience.policy import Backoff, Jitter
+from viralfx.core.clock import Clock, SystemClock, default_rng
+from viralfx.jobs.notifier import JobNotification, NotificationNotSentError
+from viralfx.resilience.policy import Backoff, Jitter
 
 _logger = logging.getLogger("viralfx.queues")
 

@@ -6,7 +6,7 @@ from typing import Any
 from taskiq import SimpleRetryMiddleware, SmartRetryMiddleware
 
 from viralfx.adapters.taskiq.messages import number_of, type_and_text
-from viralfx.domain.resilience.policy import BackoffPolicy
+from viralfx.resilience.policy import BackoffPolicy
 
 DEFAULT_ATTEMPTS = 3
 """Attempts of a task with the label ``retry_on_error`` and without ``max_retries``, as in taskiq;

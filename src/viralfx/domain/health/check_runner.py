@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import TypeAlias, cast
 
-from viralfx.domain.clock import Clock, finished_within, ignore_error, resolved_within
-from viralfx.domain.correlation import bind_correlation_id, new_correlation_id
-from viralfx.domain.errors import require_count, require_positive
+from viralfx.core.clock import Clock, finished_within, ignore_error, resolved_within
+from viralfx.core.correlation import bind_correlation_id, new_correlation_id
+from viralfx.core.errors import require_count, require_positive
 from viralfx.domain.health.check_state import CheckTracker
 from viralfx.domain.health.model import AnyHealthCheck, Observation, Status
 

@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Iterator, Mapping
 
-from viralfx.domain.events import Listener
+from viralfx.core.events import Listener
 from viralfx.domain.health.model import Observation, Status
-from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitEvent
-from viralfx.domain.resilience.breaker_states import CircuitState
+from viralfx.resilience.breaker import CircuitBreaker, CircuitEvent
+from viralfx.resilience.breaker_states import CircuitState
 
 _logger = logging.getLogger("viralfx.resilience")
 

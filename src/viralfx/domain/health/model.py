@@ -7,9 +7,9 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Protocol, TypeAlias
 
-from viralfx.domain.clock import Clock
-from viralfx.domain.errors import require_count, require_positive
-from viralfx.domain.events import Listener, notify
+from viralfx.core.clock import Clock
+from viralfx.core.errors import require_count, require_positive
+from viralfx.core.events import Listener, notify
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

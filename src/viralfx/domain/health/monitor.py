@@ -5,8 +5,8 @@ import random
 from collections import deque
 from collections.abc import Collection, Mapping
 
-from viralfx.domain.clock import Clock, default_rng, finished_within, supervised
-from viralfx.domain.events import Listener, notify
+from viralfx.core.clock import Clock, default_rng, finished_within, supervised
+from viralfx.core.events import Listener, notify
 from viralfx.domain.health.check_runner import CheckCompleted, CheckRunner
 from viralfx.domain.health.check_state import CheckTracker, HealthTotals
 from viralfx.domain.health.model import AnyHealthCheck, CheckPolicy, HealthReport, Transition

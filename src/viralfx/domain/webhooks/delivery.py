@@ -11,14 +11,10 @@ from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from viralfx.domain.clock import Clock, timestamp
-from viralfx.domain.correlation import current_correlation_id
-from viralfx.domain.errors import require_count
-from viralfx.domain.events import Listener
-from viralfx.domain.resilience._callables import CallRejectedError
-from viralfx.domain.resilience.breaker import CircuitBreaker, CircuitEvent
-from viralfx.domain.resilience.breaker_states import CircuitState
-from viralfx.domain.resilience.policy import Backoff, BackoffPolicy, Jitter
+from viralfx.core.clock import Clock, timestamp
+from viralfx.core.correlation import current_correlation_id
+from viralfx.core.errors import require_count
+from viralfx.core.events import Listener
 from viralfx.domain.webhooks.signature import Signer, WebhookKeys, webhook_headers
 from viralfx.domain.webhooks.url import (
     AllowList,
@@ -29,6 +25,10 @@ from viralfx.domain.webhooks.url import (
     WebhookUnavailableError,
     parse_destination,
 )
+from viralfx.resilience._callables import CallRejectedError
+from viralfx.resilience.breaker import CircuitBreaker, CircuitEvent
+from viralfx.resilience.breaker_states import CircuitState
+from viralfx.resilience.policy import Backoff, BackoffPolicy, Jitter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +195,7 @@ class WebhookRetryPolicy:
         )
 
     def next_delay(self, attempt: int, error: Exception) -> float | None:
-        """See :meth:`viralfx.domain.resilience.policy.RetryPolicy.next_delay`."""
+        """See :meth:`viralfx.resilience.policy.RetryPolicy.next_delay`."""
         if isinstance(error, CallRejectedError) and attempt < 2 * self._attempts:
             attempt = min(attempt, self._attempts - 1)
         return self._policy.next_delay(attempt, error)

@@ -13,7 +13,7 @@ from ipaddress import (
 )
 from typing import TypeAlias
 
-from viralfx.domain.errors import ViralFXError
+from viralfx.core.errors import ViralFXError
 
 
 class WebhookError(ViralFXError):

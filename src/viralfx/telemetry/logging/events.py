@@ -11,12 +11,12 @@ from viralfx.domain.health.check_runner import CheckCompleted
 from viralfx.domain.health.model import StateChanged as LifecycleChanged
 from viralfx.domain.health.model import Status, Transition
 from viralfx.domain.health.monitor import MonitorEvent
-from viralfx.domain.jobs.hooks import Ended, JobHooks, names_of
-from viralfx.domain.jobs.ledger import Accepted
-from viralfx.domain.jobs.model import Claim, JobDraft, JobState, Settlement, correlation_id_of_job
-from viralfx.domain.resilience.breaker import CircuitEvent, StateChanged
-from viralfx.domain.resilience.breaker_states import CircuitState
 from viralfx.domain.shutdown import Outcome, ShutdownEvent, ShutdownTriggered, StageFinished
+from viralfx.jobs.hooks import Ended, JobHooks, names_of
+from viralfx.jobs.ledger import Accepted
+from viralfx.jobs.model import Claim, JobDraft, JobState, Settlement, correlation_id_of_job
+from viralfx.resilience.breaker import CircuitEvent, StateChanged
+from viralfx.resilience.breaker_states import CircuitState
 from viralfx.settings import Settings
 
 _health = logging.getLogger("viralfx.health")

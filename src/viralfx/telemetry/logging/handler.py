@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import structlog
 from structlog.typing import EventDict, ExcInfo
 
-from viralfx.domain.errors import printable
+from viralfx.core.errors import printable
 from viralfx.telemetry import EndedRequest
 from viralfx.telemetry.logging.lines import (
     LEVELS,

@@ -24,8 +24,8 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from viralfx.domain.correlation import current_correlation_id, current_user_id
-from viralfx.domain.errors import ViralFXError, printable, text_of, type_name
+from viralfx.core.correlation import current_correlation_id, current_user_id
+from viralfx.core.errors import ViralFXError, printable, text_of, type_name
 from viralfx.settings import Settings
 from viralfx.telemetry import EndedRequest, current_trace
 from viralfx.telemetry.logging.redaction import Redaction, secrets_of

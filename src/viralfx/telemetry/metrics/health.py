@@ -7,18 +7,18 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from viralfx.domain.clock import Clock
+from viralfx.core.clock import Clock
 from viralfx.domain.health.check_runner import CheckCompleted
 from viralfx.domain.health.circuits import BreakerRegistry
 from viralfx.domain.health.model import State, Status, Transition
 from viralfx.domain.health.monitor import MonitorEvent
 from viralfx.domain.operations import Operations
-from viralfx.domain.resilience.breaker import CallRejected, CircuitEvent, StateChanged
-from viralfx.domain.resilience.breaker_states import CircuitState
-from viralfx.domain.resilience.policy import RetryBudget
-from viralfx.domain.resilience.retry import Retrier
-from viralfx.domain.resilience.retry_decision import AttemptFailed, GaveUp, RetryEvent
 from viralfx.domain.shutdown import ShutdownEvent, StageFinished
+from viralfx.resilience.breaker import CallRejected, CircuitEvent, StateChanged
+from viralfx.resilience.breaker_states import CircuitState
+from viralfx.resilience.policy import RetryBudget
+from viralfx.resilience.retry import Retrier
+from viralfx.resilience.retry_decision import AttemptFailed, GaveUp, RetryEvent
 from viralfx.telemetry.logging.writer import lost_lines
 from viralfx.telemetry.metrics.series import BoundedNames
 

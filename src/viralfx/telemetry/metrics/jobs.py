@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from viralfx.domain.jobs.ledger import Accepted, QueueCounts
-from viralfx.domain.jobs.model import Claim, JobDraft, JobState, Settlement
+from viralfx.jobs.ledger import Accepted, QueueCounts
+from viralfx.jobs.model import Claim, JobDraft, JobState, Settlement
 from viralfx.telemetry.metrics.series import (
     Exemplar,
     HistogramSeries,

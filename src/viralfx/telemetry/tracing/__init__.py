@@ -10,8 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from viralfx.domain.errors import ConfigurationError
-from viralfx.domain.extras import MissingExtraError, missing
+from viralfx.core.errors import ConfigurationError
+from viralfx.core.extras import MissingExtraError, missing
 from viralfx.telemetry.tracing.variables import is_disabled, is_enabled, needs, problems
 
 if TYPE_CHECKING:

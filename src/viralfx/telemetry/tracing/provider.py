@@ -22,8 +22,8 @@ from opentelemetry.sdk.trace.sampling import (
 from opentelemetry.trace import Link, SpanKind, TraceState, get_current_span
 from opentelemetry.util.types import Attributes
 
-from viralfx.domain.correlation import current_correlation_id, current_user_id
-from viralfx.domain.errors import ConfigurationError
+from viralfx.core.correlation import current_correlation_id, current_user_id
+from viralfx.core.errors import ConfigurationError
 from viralfx.telemetry.tracing import SERVICE
 from viralfx.telemetry.tracing.cleaning import (
     KEPT_EXTRA_CHARACTERS,

@@ -16,10 +16,7 @@ from opentelemetry import trace
 from opentelemetry.trace import SpanKind, StatusCode, Tracer, get_current_span
 from opentelemetry.trace.propagation import set_span_in_context
 
-from viralfx.domain.correlation import current_correlation_id
-from viralfx.domain.jobs.hooks import JobHooks
-from viralfx.domain.resilience.breaker import CircuitEvent, StateChanged
-from viralfx.domain.resilience.retry_decision import AttemptFailed, BudgetExhausted, RetryEvent
+from viralfx.core.correlation import current_correlation_id
 from viralfx.domain.shutdown import (
     Outcome,
     Phase,
@@ -31,6 +28,9 @@ from viralfx.domain.shutdown import (
 )
 from viralfx.domain.webhooks.delivery import WebhookResponse, WebhookSender
 from viralfx.domain.webhooks.url import Destination
+from viralfx.jobs.hooks import JobHooks
+from viralfx.resilience.breaker import CircuitEvent, StateChanged
+from viralfx.resilience.retry_decision import AttemptFailed, BudgetExhausted, RetryEvent
 from viralfx.telemetry import set_trace_source
 from viralfx.telemetry.tracing.export import ReportingExporter
 from viralfx.telemetry.tracing.provider import (

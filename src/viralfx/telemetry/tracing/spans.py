@@ -35,10 +35,10 @@ from opentelemetry.trace import (
 from opentelemetry.trace.propagation import set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from viralfx.domain.correlation import correlated, current_correlation_id, is_traceparent
-from viralfx.domain.jobs.hooks import Ended
-from viralfx.domain.jobs.ledger import Accepted
-from viralfx.domain.jobs.model import Claim, JobDraft, JobState, Settlement, correlation_id_of_job
+from viralfx.core.correlation import correlated, current_correlation_id, is_traceparent
+from viralfx.jobs.hooks import Ended
+from viralfx.jobs.ledger import Accepted
+from viralfx.jobs.model import Claim, JobDraft, JobState, Settlement, correlation_id_of_job
 from viralfx.telemetry import CLIENT_DISCONNECTED, METHODS, OTHER, TRACE, WEBSOCKET
 from viralfx.telemetry.tracing.cleaning import KEPT_CLIENT_CHARACTERS
 from viralfx.telemetry.tracing.provider import OrphanDroppingSampler, with_trace_id

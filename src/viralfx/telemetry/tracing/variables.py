@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import unquote, unquote_plus, urlsplit
 
-from viralfx.domain.extras import is_set
+from viralfx.core.extras import is_set
 
 _SECRET_NAME = re.compile(
     r"(auth|authorization|authentication|cookie|credentials?|dsn|jwt|key|licen[cs]e|pass|passphrase"

@@ -12,16 +12,16 @@ import msgspec
 from msgspec import Meta
 
 from viralfx.bootstrap import JobRuntime
+from viralfx.core.errors import LedgerUnavailableError, ViralFXError
 from viralfx.domain.access import Right
 from viralfx.domain.audit import Action, AuditEntry, AuditOutcome, jobs_in_words
-from viralfx.domain.errors import LedgerUnavailableError, ViralFXError
-from viralfx.domain.jobs.batching import cut_off
-from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import Job, JobNotFoundError, JobStateError, UnknownQueueError
-from viralfx.domain.jobs.schedule import UnknownScheduleError
-from viralfx.domain.jobs.tasks import UnknownTaskError
 from viralfx.domain.operations import Operations
-from viralfx.domain.resilience.breaker import CircuitBreaker
+from viralfx.jobs.batching import cut_off
+from viralfx.jobs.ledger import QueueCounts
+from viralfx.jobs.model import Job, JobNotFoundError, JobStateError, UnknownQueueError
+from viralfx.jobs.schedule import UnknownScheduleError
+from viralfx.jobs.tasks import UnknownTaskError
+from viralfx.resilience.breaker import CircuitBreaker
 from viralfx.telemetry.logging.lines import FixedLevelError
 from viralfx.web.console import views
 from viralfx.web.console.data import (

@@ -12,12 +12,13 @@ from msgspec import Meta
 
 from viralfx.bootstrap import JobRuntime
 from viralfx.bootstrap.doctor import ConfigurationSource
+from viralfx.core.clock import Clock, ignore_error, timestamp
+from viralfx.core.correlation import current_correlation_id
+from viralfx.core.errors import LedgerUnavailableError
+from viralfx.core.ids import canonical_job_id
 from viralfx.domain.audit import Action, AuditFilter, AuditUnavailableError, event_fields
 from viralfx.domain.cache import SingleFlight
-from viralfx.domain.clock import Clock, ignore_error, timestamp
-from viralfx.domain.correlation import current_correlation_id
 from viralfx.domain.doctor import Finding, diagnose
-from viralfx.domain.errors import LedgerUnavailableError
 from viralfx.domain.fleet import (
     BEAT_SECONDS,
     SILENT_AFTER_SECONDS,
@@ -27,10 +28,9 @@ from viralfx.domain.fleet import (
     histories,
     predecessors,
 )
-from viralfx.domain.ids import canonical_job_id
-from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import Job, JobFilter, JobNotFoundError, UnknownQueueError
 from viralfx.domain.operations import Operations
+from viralfx.jobs.ledger import QueueCounts
+from viralfx.jobs.model import Job, JobFilter, JobNotFoundError, UnknownQueueError
 from viralfx.settings import Settings
 from viralfx.telemetry.logging.lines import LEVELS, LoggerLevels
 from viralfx.web.console import views

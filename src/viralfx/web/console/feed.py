@@ -15,14 +15,14 @@ from typing import Any
 
 import msgspec
 
-from viralfx.domain.clock import timestamp
+from viralfx.core.clock import timestamp
 from viralfx.domain.health.check_runner import CheckCompleted
 from viralfx.domain.health.model import StateChanged, Transition
 from viralfx.domain.health.monitor import MonitorEvent
-from viralfx.domain.jobs.ledger import QueueCounts
 from viralfx.domain.operations import Operations
-from viralfx.domain.resilience.breaker import CallRejected, CircuitBreaker, CircuitEvent
 from viralfx.domain.shutdown import ShutdownEvent
+from viralfx.jobs.ledger import QueueCounts
+from viralfx.resilience.breaker import CallRejected, CircuitBreaker, CircuitEvent
 from viralfx.web.auth import SECURITY_HEADERS
 from viralfx.web.console import views
 from viralfx.web.error_log import mark_logged

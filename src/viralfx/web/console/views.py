@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import msgspec
 
 from viralfx.bootstrap.doctor import ConfigurationSource
-from viralfx.domain.clock import Clock, timestamp
+from viralfx.core.clock import Clock, timestamp
+from viralfx.core.keys import owner_and_text
 from viralfx.domain.doctor import Finding
 from viralfx.domain.fleet import CheckChange, CheckHistory, Instance
 from viralfx.domain.health.model import CheckReport, HealthReport, Status, Transition
-from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import Job, JobAttempt
-from viralfx.domain.jobs.schedule import ScheduleTimes
-from viralfx.domain.keys import owner_and_text
 from viralfx.domain.operations import Operations, SavedState
-from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.domain.shutdown import PhaseReport
+from viralfx.jobs.ledger import QueueCounts
+from viralfx.jobs.model import Job, JobAttempt
+from viralfx.jobs.schedule import ScheduleTimes
+from viralfx.resilience.breaker import CircuitBreaker
 from viralfx.settings import Settings, fields, show, sources
 from viralfx.web.responses import encode
 

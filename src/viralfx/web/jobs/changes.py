@@ -20,12 +20,12 @@ from litestar.openapi.spec import (
 from litestar.params import FromPath
 from litestar.types import ExceptionHandlersMap
 
+from viralfx.core.errors import LedgerUnavailableError
 from viralfx.domain.audit import Action, AuditEntry, jobs_in_words
-from viralfx.domain.errors import LedgerUnavailableError
-from viralfx.domain.jobs.batching import BulkCount
-from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import JobFilter, JobState, KeyConflictError, filter_in_words
-from viralfx.domain.jobs.service import MAX_CHANGED
+from viralfx.jobs.batching import BulkCount
+from viralfx.jobs.ledger import QueueCounts
+from viralfx.jobs.model import JobFilter, JobState, KeyConflictError, filter_in_words
+from viralfx.jobs.service import MAX_CHANGED
 from viralfx.web.jobs import openapi, schemas
 from viralfx.web.jobs.openapi import (
     ACCEPTED,

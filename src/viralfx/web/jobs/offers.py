@@ -1,7 +1,7 @@
 """The tasks that the jobs API offers: each caller may submit those that its rights allow."""
 
 from viralfx.domain.access import Principal
-from viralfx.domain.jobs.tasks import TaskRegistry, unknown_task
+from viralfx.jobs.tasks import TaskRegistry, unknown_task
 
 NOT_OFFERED = (
     "Clients may not submit the task {!r} over HTTP. Submit it in the process with `jobs.submit`,"

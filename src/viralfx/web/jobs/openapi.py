@@ -18,10 +18,10 @@ from litestar.openapi.spec import (
     SecurityScheme,
 )
 
-from viralfx.domain.jobs.codec import Codec
-from viralfx.domain.jobs.limits import MAX_ATTEMPTS
-from viralfx.domain.jobs.model import MAX_PRIORITY, MIN_PRIORITY, JobState, Unique
-from viralfx.domain.jobs.tasks import Task
+from viralfx.jobs.codec import Codec
+from viralfx.jobs.limits import MAX_ATTEMPTS
+from viralfx.jobs.model import MAX_PRIORITY, MIN_PRIORITY, JobState, Unique
+from viralfx.jobs.tasks import Task
 from viralfx.web.jobs import schemas as views
 from viralfx.web.routes import Document, problem_spec
 

@@ -24,16 +24,16 @@ from litestar.response.sse import ServerSentEventMessage
 from litestar.types import Message
 from litestar.types import Send as LitestarSend
 
+from viralfx.core.correlation import is_correlation_id, is_traceparent
+from viralfx.core.ids import canonical_job_id
+from viralfx.core.keys import NamedKey
 from viralfx.domain.access import ANONYMOUS, Principal
 from viralfx.domain.audit import Action, AuditEntry
-from viralfx.domain.correlation import is_correlation_id, is_traceparent
-from viralfx.domain.ids import canonical_job_id
-from viralfx.domain.jobs.batching import JobFollower, Submission, about
-from viralfx.domain.jobs.codec import MAX_NESTING_LEVELS, is_too_deep
-from viralfx.domain.jobs.model import Job, JobFilter, JobState, KeyConflictError
-from viralfx.domain.jobs.service import JobService
-from viralfx.domain.jobs.tasks import TaskRegistry
-from viralfx.domain.keys import NamedKey
+from viralfx.jobs.batching import JobFollower, Submission, about
+from viralfx.jobs.codec import MAX_NESTING_LEVELS, is_too_deep
+from viralfx.jobs.model import Job, JobFilter, JobState, KeyConflictError
+from viralfx.jobs.service import JobService
+from viralfx.jobs.tasks import TaskRegistry
 from viralfx.settings.tokens import API
 from viralfx.web.auth import CHANGING, Headers, is_cross_origin
 from viralfx.web.jobs import openapi, schemas

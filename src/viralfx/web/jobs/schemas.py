@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from viralfx.domain.clock import timestamp
-from viralfx.domain.ids import canonical_job_id
-from viralfx.domain.jobs.batching import BulkCount
-from viralfx.domain.jobs.ledger import Accepted, QueueCounts
-from viralfx.domain.jobs.limits import FIRST_RUN_AT, LAST_RUN_AT, MAX_ATTEMPTS
-from viralfx.domain.jobs.model import (
+from viralfx.core.clock import timestamp
+from viralfx.core.ids import canonical_job_id
+from viralfx.core.keys import owner_and_text
+from viralfx.jobs.batching import BulkCount
+from viralfx.jobs.ledger import Accepted, QueueCounts
+from viralfx.jobs.limits import FIRST_RUN_AT, LAST_RUN_AT, MAX_ATTEMPTS
+from viralfx.jobs.model import (
     MAX_PRIORITY,
     MIN_PRIORITY,
     Job,
@@ -24,8 +25,7 @@ from viralfx.domain.jobs.model import (
     JobState,
     Unique,
 )
-from viralfx.domain.jobs.schedule import ScheduleTimes
-from viralfx.domain.keys import owner_and_text
+from viralfx.jobs.schedule import ScheduleTimes
 from viralfx.web.schemas import Timestamp
 
 PATH = "/api/v1/jobs"

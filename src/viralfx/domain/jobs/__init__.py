@@ -1,1 +1,0 @@
-"""Durable jobs: the model, the ledger and notifier ports, task declarations and the job service."""

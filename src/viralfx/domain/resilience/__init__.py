@@ -1,1 +1,0 @@
-"""Resilience: retry, circuit breaker, deadline, bulkhead and fallback."""

@@ -1,0 +1,1 @@
+"""Retries, circuit breakers, deadlines, bulkheads and fallbacks for any asynchronous call."""
