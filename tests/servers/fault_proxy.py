@@ -29,13 +29,6 @@ class Fault(Enum):
     REFUSE = "reset all connections, and listen no more"
 
 
-@dataclass(frozen=True)
-class Delay:
-    """Delay each piece by this time, in both directions."""
-
-    seconds: float
-
-
 @dataclass(frozen=True, eq=False)
 class CutAfter:
     """Close each connection after so many more bytes of answers, in the middle of one."""
@@ -70,7 +63,7 @@ class CutCommits:
 
 _SYNC = b"S\0\0\0\4"
 
-Mode = Fault | Delay | CutAfter | CutCommits
+Mode = Fault | CutAfter | CutCommits
 PASS, BLACKHOLE, DROP, SILENCE = Fault.PASS, Fault.BLACKHOLE, Fault.DROP, Fault.SILENCE
 RESET, REFUSE = Fault.RESET, Fault.REFUSE
 
@@ -190,21 +183,15 @@ class FaultProxy:
     def _forget(self, task: asyncio.Task[None]) -> None:
         self._links.pop(task).close()
 
-    async def hold(self, arrived: float, accepted: float) -> None:
-        """Wait as long as the mode holds back what came at a time of the loop."""
-        self.struck += self._left(arrived, accepted) > 0
-        while (left := self._left(arrived, accepted)) > 0:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self._switched.wait()
+    async def hold(self, accepted: float) -> None:
+        """Wait as long as the mode holds back a connection that came at a time of the loop."""
+        self.struck += self._holds(accepted)
+        while self._holds(accepted):
+            await self._switched.wait()
 
-    def _left(self, arrived: float, accepted: float) -> float:
+    def _holds(self, accepted: float) -> bool:
         is_forgotten = self._mode in {DROP, SILENCE} and accepted <= self._switched_at
-        if self._mode is BLACKHOLE or is_forgotten:
-            return math.inf
-        if isinstance(self._mode, Delay):
-            return arrived + self._mode.seconds - self._loop.time()
-        return 0.0
+        return self._mode is BLACKHOLE or is_forgotten
 
     def cut(self) -> tuple[object, float]:
         """Return how many bytes of answers may pass, and since which switch they count."""

@@ -14,9 +14,6 @@ CHUNK = 65536
 HELD = 64
 """Pieces that one direction keeps before it stops reading."""
 
-Piece = tuple[float, bytes]
-"""When it came, by the loop's clock, and what; nothing for the end."""
-
 
 class Fate(Enum):
     """The end of a piece from the client."""
@@ -29,11 +26,8 @@ class Fate(Enum):
 class Policy(Protocol):
     """The decisions that a link needs before it forwards."""
 
-    async def hold(self, arrived: float, accepted: float) -> None:
-        """Wait as long as the mode holds back a piece received at that time.
-
-        ``accepted`` is the time of the loop at which its connection came.
-        """
+    async def hold(self, accepted: float) -> None:
+        """Wait as long as the mode holds back a connection that came at a time of the loop."""
 
     def cut(self) -> tuple[object, float]:
         """Return how many bytes of answers may pass, and since which switch they count."""
@@ -116,16 +110,16 @@ class Link:
 
     async def _forward(self, tasks: asyncio.TaskGroup) -> None:
         if self._tls is not None:
-            await self._policy.hold(0.0, self._accepted)
+            await self._policy.hold(self._accepted)
         from_client, to_client = await self._accept()
-        asked: asyncio.Queue[Piece] = asyncio.Queue(HELD)
+        asked: asyncio.Queue[bytes] = asyncio.Queue(HELD)
         # Read from the client before the server is reached, so as to see it leave.
         tasks.create_task(self._take(from_client, asked, is_client=True))
-        await self._policy.hold(0.0, self._accepted)
+        await self._policy.hold(self._accepted)
         from_server, to_server = await asyncio.open_connection(*self._upstream)
         self._writers.append(to_server)
         self._to_server = to_server
-        answered: asyncio.Queue[Piece] = asyncio.Queue(HELD)
+        answered: asyncio.Queue[bytes] = asyncio.Queue(HELD)
         tasks.create_task(self._take(from_server, answered))
         tasks.create_task(self._give(asked, to_server))
         tasks.create_task(self._give(answered, to_client, limited=True))
@@ -142,22 +136,21 @@ class Link:
         return reader, writer
 
     async def _take(
-        self, reader: asyncio.StreamReader, pieces: asyncio.Queue[Piece], *, is_client: bool = False
+        self, reader: asyncio.StreamReader, pieces: asyncio.Queue[bytes], *, is_client: bool = False
     ) -> None:
-        time = asyncio.get_running_loop().time
         try:
             while data := await reader.read(CHUNK):
-                await pieces.put((time(), data))
+                await pieces.put(data)
         finally:
             self.client_left |= is_client
-        await pieces.put((time(), b""))
+        await pieces.put(b"")
 
     async def _give(
-        self, pieces: asyncio.Queue[Piece], writer: asyncio.StreamWriter, *, limited: bool = False
+        self, pieces: asyncio.Queue[bytes], writer: asyncio.StreamWriter, *, limited: bool = False
     ) -> None:
         while True:
-            arrived, data = await pieces.get()
-            await self._policy.hold(arrived, self._accepted)
+            data = await pieces.get()
+            await self._policy.hold(self._accepted)
             if not data:
                 break
             if self._meets_its_end(data, from_client=not limited):
