@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from http.client import HTTPConnection
 from itertools import count
 from pathlib import Path
@@ -163,7 +164,8 @@ def proxy(
         yield port
 
 
-def routes() -> set[tuple[str, str]]:
+@cache
+def routes() -> frozenset[tuple[str, str]]:
     """Return the methods and paths of the service, that its endpoints answer."""
     settings = Settings(
         environment="production",
@@ -174,7 +176,7 @@ def routes() -> set[tuple[str, str]]:
     )
     app = create_app(settings)
     found = routes_of(app, Gate(app.plugins.get(OperationsPlugin).endpoints))
-    return {(method, path.rstrip("/")) for method, path in found if method != "OPTIONS"}
+    return frozenset((method, path.rstrip("/")) for method, path in found if method != "OPTIONS")
 
 
 DEPLOYMENT = Path(__file__).parents[2] / "docs/deployment.md"
