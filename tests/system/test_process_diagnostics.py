@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -93,31 +94,29 @@ def test_a_heap_report_with_grpc_writes_no_other_output(tmp_path: Path) -> None:
     assert service.errors == []
 
 
-@pytest.mark.parametrize("what", ["missing", "not writable", "full"])
-def test_a_heap_report_that_cannot_be_written_logs_one_line(tmp_path: Path, what: str) -> None:
-    """No permission, no folder, no disk space: the service goes on."""
-    folder = tmp_path / "reports"
-    if what != "missing":
-        folder.mkdir()
-    if what == "not writable":
-        if os.geteuid() == 0:
-            folder = Path("/proc/self")  # where not even root creates files
-        else:
-            folder.chmod(0o500)
-    environment = {"HEAP_SNAPSHOT_DIR": str(folder)}
-    with running(*APP, environment=environment) as service:
+def test_a_heap_report_that_cannot_be_written_logs_one_line(tmp_path: Path) -> None:
+    """No folder, no permission, no disk space: the service goes on."""
+    folder, denied = tmp_path / "reports", tmp_path / "denied"
+    denied.mkdir(mode=0o500)
+    # Where not even root creates files.
+    target = Path("/proc/self") if os.geteuid() == 0 else denied
+    with running(*APP, environment={"HEAP_SNAPSHOT_DIR": str(folder)}) as service:
         service.wait_ready()
-        if what == "full":
-            import resource  # noqa: PLC0415 - a limit stands in for a disk
-
-            resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (100, 100))
-        service.signal(signal.SIGUSR2)
-        (line,) = reported(service, "Heap report failed")
-        assert service.get("/health/live").status == 200
-
-    assert line["level"] == "error"
-    assert line["detail"].startswith("cannot ")
-    assert not folder.exists() or not list(folder.glob("heap-*"))
+        for number, what in enumerate(("missing", "not writable", "full"), start=1):
+            if what == "not writable":
+                folder.symlink_to(target)
+            if what == "full":
+                folder.unlink()
+                folder.mkdir()
+                # A limit stands in for a disk.
+                resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (100, 100))
+            service.signal(signal.SIGUSR2)
+            lines = reported(service, "Heap report failed", count=number)
+            assert service.get("/health/live").status == 200
+            assert len(lines) == number
+            assert lines[-1]["level"] == "error"
+            assert lines[-1]["detail"].startswith("cannot "), what
+            assert not list(tmp_path.glob("*/heap-*"))
 
 
 def test_a_heap_report_requested_during_the_start_is_ignored() -> None:
