@@ -1,6 +1,7 @@
-"""An application with a tracer provider of its own, which prints its spans and ends.
+"""Applications with a tracer provider of their own, which print their spans and end.
 
-The first argument says what else makes spans of requests: nothing, plugin, middleware or around.
+Each argument is one of them, and says what else makes spans of its requests: nothing, plugin,
+middleware or around.
 """
 
 import asyncio
@@ -26,14 +27,6 @@ async def pack(order: int) -> int:
     return order
 
 
-@get("/orders")
-async def orders() -> str:
-    """Submit a job, within the span of the request."""
-    job = (await plugin.jobs.submit("pack", 1)).job
-    await plugin.jobs.wait(job.id)
-    return job.id
-
-
 def around(app: ASGIApp) -> ASGIApp:
     """Return middleware of a server or of another library, outside of the plugin."""
 
@@ -48,8 +41,18 @@ def around(app: ASGIApp) -> ASGIApp:
     return serve
 
 
-async def main(kind: str) -> None:
-    """Serve one request."""
+async def main(kind: str) -> dict[str, object]:
+    """Serve one request, and return its spans."""
+    plugin = OperationsPlugin(OperationsConfig(settings=Settings(), tasks=[pack]))
+
+    @get("/orders")
+    async def orders() -> str:
+        """Submit a job, within the span of the request."""
+        job = (await plugin.jobs.submit("pack", 1)).job
+        await plugin.jobs.wait(job.id)
+        return job.id
+
+    memory.clear()
     more = [OpenTelemetryPlugin(OpenTelemetryConfig())] if kind == "plugin" else []
     middleware = [OpenTelemetryConfig().middleware] if kind == "middleware" else []
     app = Litestar([orders], plugins=[plugin, *more], middleware=middleware, logging_config=None)
@@ -65,15 +68,14 @@ async def main(kind: str) -> None:
     tracer = trace.get_tracer("after")
     with tracer.start_as_current_span("after"):
         pass
-    alive = len(memory.get_finished_spans()) > len(spans)
-    sys.stdout.write(json.dumps({"spans": spans, "alive": alive}) + "\n")
+    return {"spans": spans, "alive": len(memory.get_finished_spans()) > len(spans)}
 
 
 memory = InMemorySpanExporter()
 provider = TracerProvider()
 provider.add_span_processor(SimpleSpanProcessor(memory))
 trace.set_tracer_provider(provider)
-plugin = OperationsPlugin(OperationsConfig(settings=Settings(), tasks=[pack]))
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1]))
+    found = {kind: asyncio.run(main(kind)) for kind in sys.argv[1:]}
+    sys.stdout.write(json.dumps(found) + "\n")
