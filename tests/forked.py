@@ -13,13 +13,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import IO
 
 from tests.servers import sockets
+
+Main = Callable[[Sequence[str]], int | None]
 
 FRESH = bool(os.environ.get("VIRALFX_TEST_FRESH"))
 """Whether each service is a new process that imports its modules itself."""
@@ -62,10 +64,27 @@ def viralfx(
 
     Raises :class:`subprocess.TimeoutExpired` if it does not end within ``seconds``.
     """
+    return _ended(_viralfx, arguments, environ, seconds, cwd)
+
+
+def litestar(
+    *arguments: str, environ: Mapping[str, str], seconds: float = 60.0, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Litestar's own command as :func:`viralfx` runs that of the project."""
+    return _ended(_litestar, arguments, environ, seconds, cwd)
+
+
+def _ended(
+    main: Main,
+    arguments: Sequence[str],
+    environ: Mapping[str, str],
+    seconds: float,
+    cwd: Path | None,
+) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as name:
         output, errors = Path(name, "output"), Path(name, "errors")
         process = forks().Process(
-            target=_run, args=(arguments, dict(environ), str(output), str(errors), cwd)
+            target=_run, args=(main, arguments, dict(environ), str(output), str(errors), cwd)
         )
         process.start()
         process.join(seconds)
@@ -131,8 +150,13 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
-def _run(
-    arguments: Sequence[str], environ: dict[str, str], output: str, errors: str, cwd: Path | None
+def _run(  # noqa: PLR0917 - the arguments of a process
+    main: Main,
+    arguments: Sequence[str],
+    environ: dict[str, str],
+    output: str,
+    errors: str,
+    cwd: Path | None,
 ) -> None:
     if cwd is not None:
         os.chdir(cwd)
@@ -142,10 +166,20 @@ def _run(
         os.dup2(opened, descriptor)
         os.close(opened)
     _adopt(environ)
+    sys.exit(main(arguments))
 
+
+def _viralfx(arguments: Sequence[str]) -> int:
     from viralfx.cli import main  # noqa: PLC0415 - the fork server has imported it
 
-    sys.exit(main(arguments))
+    return main(arguments)
+
+
+def _litestar(arguments: Sequence[str]) -> None:
+    from litestar.__main__ import run_cli  # noqa: PLC0415 - few tests need it
+
+    sys.argv = ["litestar", *arguments]
+    run_cli()
 
 
 def _serve(

@@ -2,10 +2,10 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests import forked
 from tests.servers.ports import free_port
 from tests.servers.postgres import Database
 from tests.system.service import ROOT, clean_environment
@@ -33,15 +33,8 @@ def litestar(
     *arguments: str, folder: Path = ROOT, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command of an application."""
-    return subprocess.run(
-        [sys.executable, "-m", "litestar", "--app-dir", str(folder), *arguments],
-        cwd=folder,
-        env={**clean_environment(), **environment},
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-        timeout=60,
-    )
+    environ = {**clean_environment(), **environment}
+    return forked.litestar("--app-dir", str(folder), *arguments, environ=environ, cwd=folder)
 
 
 @pytest.fixture
