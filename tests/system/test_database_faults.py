@@ -82,7 +82,8 @@ def answered(load: Load, path: str, status: int, *, since: float) -> bool:
     return any(a.status == status for a in load.of(path, since=since))
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.soak
+@pytest.mark.parametrize("fault", FAULTS if SOAK else ["frozen", "killed"])
 def test_probes_stay_fast_and_correct(own_postgres: PostgresServer, fault: str) -> None:
     """Probes are answered during the fault; 503, then 200, and one log line for each change."""
     begin, end = FAULTS[fault]

@@ -15,6 +15,7 @@ import pytest
 from tests.servers.ports import free_port
 from tests.servers.postgres import Database
 from tests.servers.waiting import wait_until
+from tests.soak import SOAK
 from tests.system.service import ROOT, Service, clean_environment, request, running
 from tests.system.workers import environment_of
 
@@ -134,8 +135,9 @@ def test_the_level_of_a_logger_can_be_changed_at_run_time() -> None:
     assert [line["logger"] for line in changes] == ["shop.orders", "shop.orders"]
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+@pytest.mark.parametrize("kind", ["pipe", "terminal"] if SOAK else ["pipe"])
 def test_a_blocked_reader_delays_no_request(kind: str) -> None:
     """Requests and the stop do not wait for the reader; the loss is reported afterwards."""
     if kind == "pipe":

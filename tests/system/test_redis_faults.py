@@ -49,7 +49,8 @@ FAULTS: dict[str, tuple[Callable[[RedisServer], None], Callable[[RedisServer], N
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.soak
+@pytest.mark.parametrize("fault", FAULTS if SOAK else ["frozen", "killed"])
 def test_the_service_goes_on_without_redis(own_redis: RedisServer, fault: str) -> None:
     """It stays ready but degraded, uses fallbacks at once, recovers, and logs each change once."""
     begin, end = FAULTS[fault]

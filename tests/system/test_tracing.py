@@ -17,6 +17,7 @@ from tests.servers.postgres import Database
 from tests.servers.receiver import Receiver, receiver, status
 from tests.servers.redis import RedisServer
 from tests.servers.waiting import wait_until
+from tests.soak import SOAK
 from tests.system.jobs import JOBS, accept, until
 from tests.system.load import Load
 from tests.system.service import Service, command, running
@@ -302,7 +303,16 @@ class Away:
         }
 
 
-@pytest.mark.parametrize("how", ["dead", "silent", "erring", "overloaded", "holding"])
+FAILING = ["dead", "silent", "erring", "overloaded", "holding"]
+"""A usual run has one that refuses connections, one that is silent, and one that answers 500.
+
+The exporter repeats its request to one that answers 503, and waits for one that holds its response,
+until its timeout: as for a silent one.
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("how", FAILING if SOAK else FAILING[:3])
 def test_a_failing_collector_does_not_affect_the_service(how: str) -> None:
     """Requests and the stop do not wait for it, memory is bounded, and one line is logged."""
     with ExitStack() as stack:
