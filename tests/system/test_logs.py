@@ -90,7 +90,7 @@ def test_the_format_survives_other_logging_configurations(database: Database, pr
         service.wait_ready()
         service.signal(signal.SIGTERM)
         assert service.exit_code() == 0
-        messages = [json.loads(line)["message"] for line in service.output]
+    messages = [json.loads(line)["message"] for line in service.output]
 
     expected = ["Made with ***", "Made at postgres://***@db/shop"]
     expected += ["Made with structlog and ***", "Made by dictConfig"]
