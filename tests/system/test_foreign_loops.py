@@ -18,7 +18,7 @@ from tests.system.service import ROOT, clean_environment, request
 from tests.system.workers import api, environment_of, worker
 
 APP = "tests.system.foreign_app:app"
-CALLS = 20_000 if SOAK else 200
+CALLS = 20_000 if SOAK else 100
 CLIENTS = 16
 
 
