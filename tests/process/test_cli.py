@@ -369,9 +369,13 @@ def taking_nothing(how: str) -> int:
     return writer
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("redirection", ["", ">&-"])
-@pytest.mark.parametrize("how", ["gone", "full", "closed"])
+@pytest.mark.parametrize(
+    ("how", "redirection", "unbuffered"),
+    [
+        *(("gone", "", ""), ("gone", "", "1"), ("full", "", ""), ("full", "", "1")),
+        *(("closed", "", ""), ("closed", ">&-", "")),
+    ],
+)
 def test_errors_that_cannot_be_written_change_no_exit_code(
     how: str, redirection: str, unbuffered: str
 ) -> None:

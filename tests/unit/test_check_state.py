@@ -49,19 +49,6 @@ def statuses(policy: CheckPolicy, *seen: Status) -> list[Status]:
     return [track.see(observed(status)).status for status in seen]
 
 
-def test_the_first_observation_is_published_at_once() -> None:
-    """Thresholds delay changes, not the first result."""
-    policy = CheckPolicy(failure_threshold=3, recovery_threshold=3)
-
-    assert statuses(policy, F) == [F]
-    assert statuses(policy, P) == [P]
-
-
-def test_without_thresholds_each_observation_counts() -> None:
-    """With thresholds of one, the status follows each observation."""
-    assert statuses(CheckPolicy(), P, F, P, W, F, W, P) == [P, F, P, W, F, W, P]
-
-
 @pytest.mark.parametrize(
     ("seen", "published"),
     [
@@ -95,13 +82,6 @@ def test_a_better_status_needs_the_recovery_threshold(
 ) -> None:
     """It becomes the worst status of the run of better observations."""
     assert published == statuses(CheckPolicy(recovery_threshold=2), *seen)
-
-
-def test_thresholds_differ_by_direction() -> None:
-    """Each direction has its own threshold."""
-    policy = CheckPolicy(failure_threshold=1, recovery_threshold=3)
-
-    assert statuses(policy, P, F, P, P, P, F) == [P, F, F, F, P, F]
 
 
 @pytest.mark.parametrize("seen", [[P, F], [P, F, F, P], [F, P], [W, P], [W, F], [P, W, F]])

@@ -82,17 +82,6 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_the_plugin_starts_with_a_foreign_variable(
-    name: str, plain_environ: pytest.MonkeyPatch
-) -> None:
-    """An application's own variables, and its platform's, are not judged."""
-    plain_environ.setenv(name, FOREIGN[name])
-
-    with TestClient(Litestar(plugins=[OperationsPlugin()])) as client:
-        assert client.get("/health/live").status_code == 200
-
-
 def test_the_plugin_starts_with_all_foreign_variables(plain_environ: pytest.MonkeyPatch) -> None:
     """There are 40 or more."""
     for name, value in FOREIGN.items():

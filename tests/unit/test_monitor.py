@@ -165,21 +165,6 @@ async def test_a_postponed_check_is_pending_until_the_next_start(clock: ManualCl
     assert attempts == 1
 
 
-async def test_checks_do_not_wait_for_each_other(
-    clock: ManualClock, held: list[Releasable]
-) -> None:
-    """A hanging check does not delay another."""
-    hung, quick = ActingCheck(Act.SWALLOW), ActingCheck(clock=clock)
-    held.append(hung)
-    monitor = make(clock, {"hung": (hung, POLICY), "quick": (quick, POLICY)})
-    began = clock.monotonic()
-    monitor.start()
-    await clock.advance(10.0)
-    await monitor.stop()
-
-    assert [began, began + 5, began + 10] == quick.begun_at
-
-
 async def test_a_second_start_does_nothing(clock: ManualClock) -> None:
     """There is only one schedule."""
     async with running(clock, check := ActingCheck()) as monitor:
@@ -271,19 +256,6 @@ async def test_a_hanging_check_fails_at_its_timeout(
         assert verdict(monitor) == (Status.FAIL, "timeout")
 
 
-@pytest.mark.parametrize("act", [Act.HANG, Act.SWALLOW])
-async def test_check_that_begins_to_hang_fails_within_interval_and_timeout(
-    clock: ManualClock, held: list[Releasable], act: Act
-) -> None:
-    """A healthy check that starts to hang is detected within one interval and one timeout."""
-    held.append(check := ActingCheck())
-    async with running(clock, check) as monitor:
-        check.act = act
-        await clock.advance(INTERVAL + TIMEOUT)
-
-        assert verdict(monitor) == (Status.FAIL, "timeout")
-
-
 async def test_a_cancelled_attempt_does_not_delay_the_next(
     clock: ManualClock,
 ) -> None:
@@ -299,18 +271,6 @@ async def test_a_cancelled_attempt_does_not_delay_the_next(
         assert verdict(monitor) == (Status.PASS, None)
 
 
-async def test_never_two_attempts_at_once(clock: ManualClock, held: list[Releasable]) -> None:
-    """While an attempt suppresses its cancellation, no other starts."""
-    held.append(check := ActingCheck(Act.SWALLOW))
-    async with running(clock, check) as monitor:
-        for _ in range(50):
-            monitor.request_check("one")
-            await clock.advance(INTERVAL)
-
-        assert (check.attempts, check.most_outstanding) == (1, 1)
-        assert verdict(monitor) == (Status.FAIL, "timeout")
-
-
 async def test_the_message_of_a_hanging_check_has_its_duration(
     clock: ManualClock, held: list[Releasable]
 ) -> None:
@@ -320,36 +280,6 @@ async def test_the_message_of_a_hanging_check_has_its_duration(
         await clock.advance(TIMEOUT + INTERVAL + TIMEOUT)
 
         assert monitor.report().checks["one"].message == "one check has not answered for 9.0 s"
-
-
-async def test_a_late_result_is_ignored(clock: ManualClock, held: list[Releasable]) -> None:
-    """The result of an abandoned attempt is dropped, and a new attempt starts."""
-    held.append(check := ActingCheck(Act.SWALLOW))
-    async with running(clock, check) as monitor:
-        await clock.advance(TIMEOUT)
-        check.act = Act.FAIL
-        check.release()
-        await clock.settle()
-
-        assert verdict(monitor) == (Status.FAIL, "timeout")
-
-        await clock.advance(INTERVAL)
-
-        assert verdict(monitor) == (Status.FAIL, "code-fail")
-
-
-async def test_a_hanging_check_recovers_when_it_responds_again(
-    clock: ManualClock, held: list[Releasable]
-) -> None:
-    """It passes within an interval and a timeout."""
-    held.append(check := ActingCheck(Act.SWALLOW))
-    async with running(clock, check) as monitor:
-        await clock.advance(60.0)
-        check.act = Act.PASS
-        check.release()
-        await clock.advance(INTERVAL + TIMEOUT)
-
-        assert verdict(monitor) == (Status.PASS, None)
 
 
 async def test_a_late_error_of_an_abandoned_attempt_is_ignored(
@@ -439,21 +369,6 @@ async def test_a_refresh_postpones_the_next_scheduled_attempt(clock: ManualClock
     assert [began, began + 4, began + 9] == check.begun_at
 
 
-async def test_a_refresh_of_a_hanging_check_is_limited(
-    clock: ManualClock, held: list[Releasable]
-) -> None:
-    """The round ends at the timeout and starts no second attempt."""
-    held.append(check := ActingCheck(Act.SWALLOW))
-    async with running(clock, check) as monitor:
-        await clock.advance(TIMEOUT + 1.0)
-        caller = asyncio.create_task(monitor.refresh())
-        await clock.advance(TIMEOUT)
-
-        assert caller.done()
-        assert caller.result().checks["one"].code == "timeout"
-        assert check.attempts == 1
-
-
 async def test_a_refresh_waits_for_an_attempt_that_starts_later(
     clock: ManualClock,
 ) -> None:
@@ -532,22 +447,6 @@ async def test_a_refresh_over_a_hanging_attempt_gets_the_next_one(
         assert check.attempts == 2
 
 
-async def test_a_refresh_ends_at_its_limit(clock: ManualClock, held: list[Releasable]) -> None:
-    """One attempt in flight, one that starts when it ends, and the end of the limit."""
-    held.append(check := ActingCheck(Act.SWALLOW))
-    async with running(clock, check) as monitor:
-        asked = asyncio.create_task(monitor.refresh())
-        await clock.advance(2 * TIMEOUT - 0.1)
-        check.release()
-        await clock.advance(1.09)
-
-        assert (check.attempts, asked.done()) == (2, False)
-
-        await clock.advance(0.01)
-
-        assert asked.done()
-
-
 async def test_abandon_cancels_all_waiting_callers(clock: ManualClock) -> None:
     """Those of the attempt in flight and those of the next one."""
     track = CheckTracker("one", POLICY, clock.now())
@@ -618,22 +517,6 @@ async def test_a_follower_runs_as_soon_as_the_followed_check_ends(
 
     assert [began, began + 1.5] == leader.begun_at
     assert [began, began + 1.7] == pytest.approx(follower.begun_at)
-
-
-async def test_a_round_with_a_hanging_check_and_its_follower_is_limited(
-    clock: ManualClock, held: list[Releasable]
-) -> None:
-    """The follower runs after the limit of the other check, with its own limit."""
-    leader, follower = ActingCheck(Act.SWALLOW), ActingCheck(Act.SWALLOW)
-    held += [leader, follower]
-    async with followed(clock, leader, follower) as monitor:
-        await clock.advance(1.0)
-        asked = asyncio.create_task(monitor.refresh())
-        await clock.advance(2 * (1.0 + 2 * TIMEOUT))
-
-        assert asked.done()
-        assert {check.code for check in asked.result().checks.values()} == {"timeout"}
-        assert (leader.attempts, follower.attempts) == (1, 1)
 
 
 async def test_a_check_can_only_follow_a_registered_check(clock: ManualClock) -> None:
@@ -716,84 +599,6 @@ GATE = CheckPolicy(required_for_readiness=True)
 SHARED_GATE = CheckPolicy(required_for_readiness=True, shared=True)
 
 
-@pytest.mark.parametrize("act", [Act.PASS, Act.WARN])
-async def test_a_warning_does_not_affect_readiness(clock: ManualClock, act: Act) -> None:
-    """A required check that passes or warns leaves the instance ready."""
-    async with running(clock, ActingCheck(act), GATE) as monitor:
-        assert monitor.report().ready
-
-
-async def test_a_failing_required_check_makes_the_instance_unready(clock: ManualClock) -> None:
-    """The report names the check."""
-    async with running(clock, check := ActingCheck(), GATE) as monitor:
-        await clock.advance(1.0)
-        check.act = Act.FAIL
-        report = await monitor.refresh()
-
-        assert report.failing_gates == ("one",)
-        assert not report.ready
-
-
-async def test_a_failing_optional_check_leaves_the_instance_ready(clock: ManualClock) -> None:
-    """Only required checks affect readiness."""
-    async with running(clock, ActingCheck(Act.FAIL)) as monitor:
-        report = monitor.report()
-
-        assert (report.ready, report.health) == (True, Health.DEGRADED)
-
-
-async def test_a_stale_required_check_makes_the_instance_unready(clock: ManualClock) -> None:
-    """This needs no new result."""
-    check = ActingCheck()
-    policy = CheckPolicy(interval=30.0, max_age=8.0, required_for_readiness=True)
-    async with running(clock, check, policy) as monitor:
-        assert monitor.report().ready
-
-        await clock.advance(8.0)
-
-        assert monitor.report().checks["one"].code == "stale"
-        assert not monitor.report().ready
-
-
-async def test_started_needs_every_check_to_report(
-    clock: ManualClock, held: list[Releasable]
-) -> None:
-    """Start-up does not end while a check has not reported, even an optional one."""
-    held.append(slow := ActingCheck(Act.SWALLOW))
-    monitor = make(clock, {"one": (ActingCheck(), GATE), "slow": (slow, CheckPolicy(timeout=2))})
-    monitor.start()
-    await clock.settle()
-
-    assert not monitor.report().started
-
-    await clock.advance(2.0)
-
-    assert monitor.report().started
-
-    await monitor.stop()
-
-
-async def test_started_needs_the_required_checks_to_pass_once(clock: ManualClock) -> None:
-    """Start-up does not end while a required check fails."""
-    async with running(clock, check := ActingCheck(Act.FAIL), GATE) as monitor:
-        assert not monitor.report().started
-
-        await clock.advance(1.0)
-        check.act = Act.PASS
-
-        assert (await monitor.refresh()).started
-
-
-async def test_started_stays_true(clock: ManualClock) -> None:
-    """Later failures affect readiness, not the start-up probe."""
-    async with running(clock, check := ActingCheck(), GATE) as monitor:
-        await clock.advance(1.0)
-        check.act = Act.FAIL
-        report = await monitor.refresh()
-
-        assert (report.started, report.ready) == (True, False)
-
-
 async def test_a_monitor_without_checks_is_ready_and_healthy(clock: ManualClock) -> None:
     """It has started as well."""
     report = HealthMonitor(clock=clock).report()
@@ -864,17 +669,6 @@ async def test_local_failure_does_not_fail_open(clock: ManualClock) -> None:
         assert monitor.report().ready
 
 
-async def test_never_fails_open_before_it_was_started(clock: ManualClock) -> None:
-    """An outage does not make an instance ready that was never ready."""
-    monitor = make(clock, {"one": (ActingCheck(Act.FAIL), SHARED_GATE)}, fail_open_after=60.0)
-    monitor.start()
-    await clock.advance(600.0)
-
-    assert not monitor.report().ready
-
-    await monitor.stop()
-
-
 async def test_zero_never_fails_open(clock: ManualClock) -> None:
     """By default a failing instance stays unready."""
     async with running(clock, check := ActingCheck(), SHARED_GATE) as monitor:
@@ -884,58 +678,7 @@ async def test_zero_never_fails_open(clock: ManualClock) -> None:
         assert not monitor.report().ready
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "health"),
-    [
-        (Act.PASS, Act.PASS, Health.HEALTHY),
-        (Act.PASS, Act.WARN, Health.DEGRADED),
-        (Act.PASS, Act.FAIL, Health.DEGRADED),
-        (Act.WARN, Act.PASS, Health.DEGRADED),
-        (Act.FAIL, Act.PASS, Health.UNHEALTHY),
-        (Act.FAIL, Act.FAIL, Health.UNHEALTHY),
-    ],
-)
-async def test_overall_health(clock: ManualClock, first: Act, second: Act, health: Health) -> None:
-    """A failing critical check is unhealthy; any other check that does not pass degrades."""
-    monitor = make(
-        clock,
-        {
-            "critical": (ActingCheck(first), CheckPolicy(critical=True)),
-            "other": (ActingCheck(second), CheckPolicy()),
-        },
-    )
-    monitor.start()
-    await clock.settle()
-
-    assert health is monitor.report().health
-
-    await monitor.stop()
-
-
 # -- reading ---------------------------------------------------------------------------------
-
-
-async def test_reading_starts_no_check(clock: ManualClock) -> None:
-    """A thousand probes cause no attempt."""
-    async with running(clock, check := ActingCheck()) as monitor:
-        for _ in range(1000):
-            monitor.report()
-        await clock.settle()
-
-        assert check.attempts == 1
-
-
-async def test_report_is_the_same_object_until_something_changes(clock: ManualClock) -> None:
-    """So an encoded response can be cached for as long."""
-    async with running(clock, ActingCheck()) as monitor:
-        first = monitor.report()
-        await clock.advance(INTERVAL - 0.01)
-
-        assert monitor.report() is first
-
-        await clock.advance(0.01)
-
-        assert monitor.report() is not first
 
 
 async def test_report_is_renewed_by_age_alone(clock: ManualClock) -> None:
@@ -1078,28 +821,6 @@ async def test_a_report_is_published_once(clock: ManualClock) -> None:
     assert len({id(report) for report in reports}) == 4
 
 
-async def test_each_transition_is_published_once_after_its_attempt(clock: ManualClock) -> None:
-    """The report follows the transition."""
-    check, events = ActingCheck(), list[MonitorEvent]()
-    monitor = make(clock, {"one": (check, POLICY)})
-    monitor.subscribe(events.append)
-    monitor.start()
-    await clock.advance(INTERVAL)
-    check.act = Act.FAIL
-    await clock.advance(INTERVAL)
-    await monitor.stop()
-
-    assert [
-        *(CheckCompleted, Transition, HealthReport),
-        *(CheckCompleted, HealthReport),
-        *(CheckCompleted, Transition, HealthReport),
-    ] == [type(event) for event in events]
-    assert [(event.old, event.new) for event in events if isinstance(event, Transition)] == [
-        (None, Status.PASS),
-        (Status.PASS, Status.FAIL),
-    ]
-
-
 async def test_a_listener_error_does_not_affect_others(
     clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1136,20 +857,6 @@ async def test_a_listener_can_read_the_report(clock: ManualClock) -> None:
     await monitor.stop()
 
     assert seen == [Status.WARN]
-
-
-async def test_history_is_bounded_and_counts_are_not(clock: ManualClock) -> None:
-    """The oldest transitions are dropped; the counters go on."""
-    check = ActingCheck()
-    monitor = make(clock, {"one": (check, POLICY)}, history_size=3)
-    monitor.start()
-    for turn in range(10):
-        check.act = Act.FAIL if turn % 2 else Act.PASS
-        await clock.advance(INTERVAL)
-    await monitor.stop()
-
-    assert [event.new for event in monitor.history] == [Status.FAIL, Status.PASS, Status.FAIL]
-    assert monitor.transition_counts == {"one": 10}
 
 
 async def test_transition_counts_continue_over_a_restart(clock: ManualClock) -> None:
@@ -1191,58 +898,6 @@ async def test_stop_cancels_attempts_in_flight_and_the_schedule(clock: ManualClo
     assert (check.attempts, check.outstanding) == (1, 0)
     assert clock.sleeping == 0
     assert monitor.report().checks["one"].status is Status.FAIL
-
-
-async def test_stop_does_not_wait_for_a_hanging_check(
-    clock: ManualClock, held: list[Releasable]
-) -> None:
-    """An attempt that suppresses its cancellation is abandoned."""
-    held.append(check := ActingCheck(Act.SWALLOW))
-    monitor = make(clock, {"one": (check, POLICY)})
-    monitor.start()
-    await clock.advance(1.0)
-    stop = asyncio.create_task(monitor.stop())
-    await clock.settle()
-
-    assert stop.done()
-    assert check.outstanding == 1
-
-
-async def test_stop_ends_a_round_in_flight(clock: ManualClock) -> None:
-    """Its callers return."""
-    monitor = make(clock, {"one": (ActingCheck(Act.HANG), POLICY)})
-    monitor.start()
-    caller = asyncio.create_task(monitor.refresh())
-    await clock.advance(1.0)
-    await monitor.stop()
-    await clock.settle()
-
-    assert caller.done()
-
-
-async def test_stop_without_a_running_schedule_does_nothing(clock: ManualClock) -> None:
-    """A second stop and a stop before the start are safe."""
-    monitor = make(clock, {"one": (ActingCheck(), POLICY)})
-    await monitor.stop()
-    monitor.start()
-    await clock.settle()
-    await monitor.stop()
-    await monitor.stop()
-
-    assert monitor.report().checks["one"].status is Status.PASS
-
-
-async def test_a_restart_starts_no_attempt_beside_an_abandoned_one(
-    clock: ManualClock, held: list[Releasable]
-) -> None:
-    """There is still at most one attempt."""
-    held.append(check := ActingCheck(Act.SWALLOW))
-    async with running(clock, check) as monitor:
-        await monitor.stop()
-        monitor.start()
-        await clock.advance(20.0)
-
-        assert (check.attempts, check.most_outstanding) == (1, 1)
 
 
 async def test_a_status_can_be_a_string(clock: ManualClock) -> None:

@@ -1,10 +1,9 @@
 """Accepting jobs: durable on return, with one ledger call for concurrent requests."""
 
 import asyncio
-from collections.abc import Sequence
 
 import pytest
-from tests.unit.jobs.fleet import FaultyLedger, Fleet
+from tests.unit.jobs.fleet import Fleet
 
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.core.errors import LedgerUnavailableError
@@ -12,6 +11,9 @@ from viralfx.jobs.codec import PayloadError
 from viralfx.jobs.ledger import Accepted, Check
 from viralfx.jobs.model import JobDraft, JobFilter, KeyConflictError
 from viralfx.jobs.service import JobService
+from viralfx.domain.jobs.ledger import Accepted
+from viralfx.domain.jobs.model import KeyConflictError
+from viralfx.domain.jobs.service import JobService
 
 
 @pytest.fixture
@@ -57,55 +59,3 @@ async def test_concurrent_requests_with_one_key_get_one_job(
     assert isinstance(third, KeyConflictError)
     assert (first.created, second.created) == (True, False)
     assert announced == [first.job.id] == [second.job.id]
-
-
-async def test_a_refused_draft_does_not_affect_concurrent_ones(
-    fleet: Fleet, announced: list[str]
-) -> None:
-    """They share the batch that the ledger refuses."""
-
-    class Fussy(FaultyLedger):
-        async def accept(
-            self, drafts: Sequence[JobDraft], *, check: Check | None = None
-        ) -> Sequence[Accepted]:
-            if any(draft.payload == b"7" for draft in drafts):
-                raise PayloadError("not storable")
-            return await super().accept(drafts, check=check)
-
-    fleet.ledger = Fussy(fleet.memory_ledger)
-    service = service_of(fleet, announced)
-    asked = [service.accept("note", str(number).encode()) for number in range(20)]
-    answers = await asyncio.gather(*asked, return_exceptions=True)
-
-    assert isinstance(answers[7], PayloadError)
-    assert sum(isinstance(answer, Accepted) for answer in answers) == 19
-    assert len(await fleet.memory_ledger.page(JobFilter(limit=100))) == 19
-
-
-async def test_an_outage_fails_all_concurrent_requests_without_retry(
-    fleet: Fleet, announced: list[str]
-) -> None:
-    """Each caller gets the error."""
-    service = service_of(fleet, announced)
-    fleet.ledger.unavailable = frozenset({"accept"})
-    asked = [service.accept("note", b"1") for _ in range(20)]
-    answers = await asyncio.gather(*asked, return_exceptions=True)
-
-    assert {type(answer) for answer in answers} == {LedgerUnavailableError}
-    assert fleet.ledger.count("accept") == 1
-    assert announced == []
-
-
-async def test_a_cancelled_request_does_not_affect_the_others(
-    fleet: Fleet, announced: list[str]
-) -> None:
-    """Its client may have disconnected."""
-    service = service_of(fleet, announced)
-    fleet.ledger.seconds = {"accept": 1.0}
-    asked = [asyncio.create_task(service.accept("note", b"1")) for _ in range(3)]
-    await asyncio.sleep(0.5)
-    asked[0].cancel()
-    await asyncio.wait(asked)
-
-    assert asked[0].cancelled()
-    assert all(task.result().created for task in asked[1:])

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +13,11 @@ from viralfx.jobs.model import JobState, handed_back
 from viralfx.jobs.notifier import JobNotification
 from viralfx.jobs.worker.worker import JobWorker, WorkerState
 from viralfx.resilience.policy import Backoff, BackoffPolicy
+from viralfx.adapters.memory import MemoryNotifier
+from viralfx.domain.jobs.model import JobState
+from viralfx.domain.jobs.notifier import JobNotification
+from viralfx.domain.resilience.policy import Backoff, BackoffPolicy
+from viralfx.worker.worker import JobWorker, WorkerState
 
 
 async def listening(fleet: Fleet, **options: Any) -> JobWorker:
@@ -270,18 +274,6 @@ async def test_a_retry_runs_when_it_is_due(fleet: Fleet) -> None:
     assert gaps == pytest.approx([3.0, 6.0, 12.0], abs=0.02)
 
 
-async def test_a_scheduled_job_waits_for_its_time(fleet: Fleet) -> None:
-    """It runs within one interval after it."""
-    await listening(fleet, poll_interval=1.0)
-    run_at = fleet.clock.now() + timedelta(seconds=20)
-    job_id = await fleet.submit(run_at=run_at)
-    await fleet.final(job_id)
-    finished_at = (await fleet.job(job_id)).finished_at
-
-    assert finished_at is not None
-    assert 0.0 <= (finished_at - run_at).total_seconds() <= 1.01
-
-
 async def test_a_worker_without_a_valid_lease_claims_nothing(fleet: Fleet) -> None:
     """Before its registration, and after its lease has expired."""
     fleet.ledger.unavailable = frozenset({"register"})
@@ -324,18 +316,6 @@ async def test_jobs_of_a_dead_worker_run_on_another(fleet: Fleet) -> None:
     assert await fleet.final(job_id) <= 15.1
     job = await fleet.job(job_id)
     assert (job.state, job.crashes, job.attempts) == (JobState.COMPLETED, 1, 0)
-
-
-async def test_a_handed_back_job_is_announced(fleet: Fleet) -> None:
-    """Another worker runs it at once."""
-    job_id = await fleet.accept()
-    await fleet.ledger.register("draining", ["default"], 10.0)
-    (claim,) = await fleet.ledger.claim("default", "draining", 1)
-    await listening(fleet, poll_interval=1000.0)
-    await fleet.ledger.settle([handed_back(claim)])
-    await fleet.notifier.notify(JobNotification(queue="default", ids=(job_id,)))
-
-    assert await fleet.final(job_id) < 0.1
 
 
 async def test_a_second_start_does_nothing(fleet: Fleet) -> None:
