@@ -6,14 +6,9 @@ import pytest
 from tests.unit.jobs.fleet import Fleet
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.core.errors import LedgerUnavailableError
-from viralfx.jobs.codec import PayloadError
-from viralfx.jobs.ledger import Accepted, Check
-from viralfx.jobs.model import JobDraft, JobFilter, KeyConflictError
+from viralfx.jobs.ledger import Accepted
+from viralfx.jobs.model import KeyConflictError
 from viralfx.jobs.service import JobService
-from viralfx.domain.jobs.ledger import Accepted
-from viralfx.domain.jobs.model import KeyConflictError
-from viralfx.domain.jobs.service import JobService
 
 
 @pytest.fixture

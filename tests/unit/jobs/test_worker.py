@@ -9,15 +9,10 @@ import pytest
 from tests.unit.jobs.fleet import Fleet
 
 from viralfx.jobs.memory import MemoryNotifier
-from viralfx.jobs.model import JobState, handed_back
+from viralfx.jobs.model import JobState
 from viralfx.jobs.notifier import JobNotification
 from viralfx.jobs.worker.worker import JobWorker, WorkerState
 from viralfx.resilience.policy import Backoff, BackoffPolicy
-from viralfx.adapters.memory import MemoryNotifier
-from viralfx.domain.jobs.model import JobState
-from viralfx.domain.jobs.notifier import JobNotification
-from viralfx.domain.resilience.policy import Backoff, BackoffPolicy
-from viralfx.worker.worker import JobWorker, WorkerState
 
 
 async def listening(fleet: Fleet, **options: Any) -> JobWorker:
