@@ -34,11 +34,11 @@ from viralfx.postgres import PostgresDatabase
 from viralfx.runner.applications import ApplicationLifespan
 from viralfx.runner.process import drain_requests, stop_application, stop_listening
 from viralfx.runner.server import AnyServer, HttpServer, UvicornServer, listen
+from viralfx.server.interface import Receive, Scope, Send
 from viralfx.settings import RedisSettings, Settings
 from viralfx.web.gate import Gate
 from viralfx.web.layer import OperationsConfig
 from viralfx.web.plugin import OperationsPlugin
-from viralfx.web.responses import Receive, Scope, Send
 
 Make = Callable[[Clock, Path, pytest.FixtureRequest], AbstractAsyncContextManager[StageFunction]]
 

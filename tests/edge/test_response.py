@@ -20,11 +20,11 @@ from viralfx import OperationsConfig
 from viralfx.runner.connections import Connections
 from viralfx.runner.http_limits import HttpLimits
 from viralfx.runner.http_response import ResponseCycle
+from viralfx.server.interface import Message, Receive, Scope, Send
 from viralfx.settings import Settings
 from viralfx.web.gate import Gate
 from viralfx.web.in_flight import InFlightRequest
 from viralfx.web.layer import OperationsLayer
-from viralfx.web.responses import Message, Receive, Scope, Send
 
 DATE = (b"date", b"Fri, 27 Nov 2026 12:00:00 GMT")
 

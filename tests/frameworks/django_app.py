@@ -12,7 +12,7 @@ from django.urls import path
 from tests.frameworks.scene import config, hold
 
 from viralfx.asgi import OperationsMiddleware
-from viralfx.web.responses import ASGIApp
+from viralfx.server.interface import ASGIApp
 
 Next = Callable[[HttpRequest], Awaitable[HttpResponse]]
 

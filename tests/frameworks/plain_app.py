@@ -3,7 +3,7 @@
 from tests.frameworks.scene import config, hold
 
 from viralfx.asgi import OperationsMiddleware
-from viralfx.web.responses import Receive, Scope, Send
+from viralfx.server.interface import Receive, Scope, Send
 
 
 async def plain(scope: Scope, receive: Receive, send: Send) -> None:

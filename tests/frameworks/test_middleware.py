@@ -30,11 +30,11 @@ from viralfx.asgi import AnyApp, OperationsMiddleware
 from viralfx.core.errors import ConfigurationError, StartupError
 from viralfx.domain.health.model import Observation, Status
 from viralfx.runner.applications import find_application
+from viralfx.server.interface import ASGIApp, Message, Receive, Scope, Send
 from viralfx.settings import Secret, Settings
 from viralfx.testing import run_pending
 from viralfx.web.jobs.changes import jobs_router
 from viralfx.web.layer import OperationsLayer
-from viralfx.web.responses import ASGIApp, Message, Receive, Scope, Send
 
 SETTINGS = Settings(access_log=False)
 

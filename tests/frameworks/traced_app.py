@@ -39,9 +39,9 @@ from starlette.testclient import TestClient
 
 from viralfx import OperationsConfig, OperationsPlugin
 from viralfx.asgi import AnyApp, OperationsMiddleware
+from viralfx.server.interface import ASGIApp, Receive, Scope, Send
 from viralfx.settings import Settings
 from viralfx.web.layer import OperationsLayer
-from viralfx.web.responses import ASGIApp, Receive, Scope, Send
 
 
 async def plain(scope: Scope, _receive: Receive, send: Send) -> None:

@@ -17,8 +17,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from viralfx import OperationsConfig, OperationsPlugin, task
+from viralfx.server.interface import ASGIApp, Receive, Scope, Send
 from viralfx.settings import Settings
-from viralfx.web.responses import ASGIApp, Receive, Scope, Send
 
 
 @task("pack")

@@ -12,10 +12,10 @@ from tests.servers.waiting import until
 
 from viralfx import CircuitBreaker, OperationsConfig, OperationsPlugin
 from viralfx.domain.health.model import Observation, Status
+from viralfx.server.interface import Message
 from viralfx.settings import Secret, Settings
 from viralfx.web.console import feed
 from viralfx.web.gate import Gate
-from viralfx.web.responses import Message
 from viralfx.web.sessions import ServingPort, Session
 
 TOKEN = "a-token-of-operators"

@@ -26,10 +26,13 @@ from viralfx.core.errors import LedgerUnavailableError
 from viralfx.domain.doctor import Area
 from viralfx.domain.fleet import CheckChange, FleetUnavailableError
 from viralfx.jobs.ledger import QueueCounts
+from viralfx.domain.jobs.ledger import QueueCounts
+from viralfx.domain.jobs.model import LedgerUnavailableError
+from viralfx.server.interface import Message
 from viralfx.settings import Secret, Settings
 from viralfx.web.auth import AccessPolicy
 from viralfx.web.console import Assets, feed
-from viralfx.web.responses import EventStream, Message
+from viralfx.web.responses import EventStream
 from viralfx.web.sessions import SESSION_SECONDS, ConsoleAccess, cookie_name
 
 # -- files -------------------------------------------------------------------------------------

@@ -20,9 +20,8 @@ from tests.web.console_site import (
 
 from viralfx import CircuitOpenError
 from viralfx.domain.health.model import MAX_MESSAGE_CHARACTERS, Observation, Status
+from viralfx.server.interface import Message, is_logged
 from viralfx.web.console import feed
-from viralfx.web.error_log import is_logged
-from viralfx.web.responses import Message
 
 
 async def test_the_stream_begins_with_a_snapshot_and_resumes_without_a_gap(site: Site) -> None:

@@ -25,9 +25,9 @@ from viralfx import (
     task,
 )
 from viralfx.asgi import OperationsMiddleware
+from viralfx.server.interface import Message, Scope
 from viralfx.settings import Secret, Settings
 from viralfx.web.layer import OperationsLayer
-from viralfx.web.responses import Message, Scope
 
 
 @task("greet")

@@ -11,10 +11,11 @@ import pytest
 from tests.servers.waiting import until
 from tests.web.console_site import OWN, SESSION, SETTINGS, TOKEN, Site
 
+from viralfx.server.interface import Message
 from viralfx.settings import Secret, Settings, read_settings
 from viralfx.web import sessions
 from viralfx.web.gate import Gate
-from viralfx.web.responses import EventStream, Message
+from viralfx.web.responses import EventStream
 
 STRONG = "kQ4Tz0pLk9vRw2Ym-c0a8e1f5"
 

@@ -45,10 +45,10 @@ from viralfx.domain.health.model import HealthReport, ProcessUsage, Status
 from viralfx.domain.health.monitor import HealthMonitor
 from viralfx.runner.applications import bare_application, find_application
 from viralfx.runner.server import listen
+from viralfx.server.interface import ASGIApp, Message
 from viralfx.settings import CredentialsCallable, Settings, read_settings
 from viralfx.web.gate import Gate
 from viralfx.web.layer import OperationsConfig, OperationsLayer
-from viralfx.web.responses import ASGIApp, Message
 
 _PROBES = ("", "/live", "/startup", "/ready", "/detailed")
 _PRIVILEGED = 1024

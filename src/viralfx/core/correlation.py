@@ -3,7 +3,7 @@
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -14,6 +14,10 @@ _TRACEPARENT = re.compile(
     # Only a version later than 00 may have more fields.
     r"(?(1)|(?:-.*)?)"
 ).fullmatch
+
+HEADER = b"x-correlation-id"
+"""The header of the id, in requests and responses."""
+_ID_HEADERS = frozenset({HEADER, b"x-request-id", b"traceparent"})
 
 MAX_USER_ID_CHARACTERS = 128
 
@@ -68,6 +72,32 @@ def choose_correlation_id(
     if traceparent is not None and (match := _TRACEPARENT(traceparent)):
         return match["trace"]
     return new_correlation_id()
+
+
+def correlation_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """Return the correlation id of a request, from its headers or a new one.
+
+    If a header occurs twice, the first value counts. Two ``traceparent`` headers are both ignored,
+    as W3C Trace Context requires.
+    """
+    for name, _ in headers:
+        if name in _ID_HEADERS:
+            return _choose(headers)
+    return new_correlation_id()
+
+
+def _choose(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    found: dict[bytes, str] = {}
+    for name, value in headers:
+        if name in _ID_HEADERS:
+            # latin-1 decodes any bytes; a value that is not ASCII fails the validation later.
+            if name not in found:
+                found[name] = value.decode("latin-1")
+            elif name == b"traceparent":
+                found[name] = ""
+    return choose_correlation_id(
+        found.get(HEADER), found.get(b"x-request-id"), found.get(b"traceparent")
+    )
 
 
 def bind_correlation_id(correlation_id: str) -> None:

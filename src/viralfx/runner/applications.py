@@ -14,11 +14,13 @@ from viralfx.asgi import OperationsMiddleware, has_layer, middleware_around
 from viralfx.bootstrap.task_modules import failed, import_named, of_code
 from viralfx.core.errors import ConfigurationError, suggest
 from viralfx.jobs.hooks import TaskHost
+from viralfx.domain.errors import ConfigurationError, suggest
+from viralfx.domain.jobs.hooks import TaskHost
+from viralfx.server.interface import ASGIApp, Message, Receive, Scope, Send, is_logged
 from viralfx.settings import Settings
 from viralfx.telemetry.tracing import tracing_of
-from viralfx.web.error_log import ERROR, is_logged
+from viralfx.web.error_log import ERROR
 from viralfx.web.layer import READS_STRICTLY, OperationsConfig, OperationsLayer
-from viralfx.web.responses import ASGIApp, Message, Receive, Scope, Send
 
 _logger = logging.getLogger("viralfx.serve")
 _lifespan_logger = logging.getLogger("uvicorn.error")

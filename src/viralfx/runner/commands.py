@@ -23,6 +23,7 @@ from viralfx.runner.http_limits import HttpLimits, raise_descriptor_limit
 from viralfx.runner.process import Process
 from viralfx.runner.server import http_server, lacking_parts, listen
 from viralfx.runner.signals import SignalWatch
+from viralfx.server.interface import ASGIApp
 from viralfx.settings import Settings, read_settings
 from viralfx.telemetry.logging.handler import enforce_logging
 from viralfx.telemetry.logging.redaction import Redaction, secrets_of
@@ -32,7 +33,6 @@ from viralfx.web.client_address import TrustedProxies
 from viralfx.web.endpoints import OperationsEndpoints
 from viralfx.web.gate import Gate
 from viralfx.web.layer import refuse_layers
-from viralfx.web.responses import ASGIApp
 
 _logger = logging.getLogger("viralfx.serve")
 

@@ -26,7 +26,8 @@ from viralfx.runner.http_limits import (
     Rejection,
 )
 from viralfx.runner.http_response import Flow, ResponseCycle
-from viralfx.web.responses import REJECTED_STATUS, Endpoint
+from viralfx.server.interface import REJECTED_STATUS
+from viralfx.web.responses import Endpoint
 
 LINGER_BYTES = 64 * 1024
 """Input that is discarded meanwhile; the server does not read more than this."""

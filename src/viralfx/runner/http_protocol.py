@@ -18,6 +18,7 @@ from typing import Any, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
+from viralfx.domain.correlation import correlation_id_of
 from viralfx.runner.connections import Connections
 from viralfx.runner.http_connection import (
     BODY,
@@ -33,8 +34,9 @@ from viralfx.runner.http_limits import (
 )
 from viralfx.runner.http_response import ResponseCycle
 from viralfx.runner.websocket import limited_websocket_class
+from viralfx.server.interface import ASGIApp, RawResponse
 from viralfx.web.in_flight import InFlightRequests
-from viralfx.web.responses import ASGIApp, Endpoint, RawResponse, correlation_id_of
+from viralfx.web.responses import Endpoint
 
 _MAX_HEADER_LINE = 8000
 """Maximum length of a line of a WebSocket handshake; the library truncates silently at 8192."""

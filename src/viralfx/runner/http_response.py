@@ -22,7 +22,7 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from viralfx.runner.connections import Connections
 from viralfx.runner.http_limits import WRITE_BUFFER_BYTES, Rejection
-from viralfx.web.responses import IN_FLIGHT, RawResponse, Receive, Scope, Send
+from viralfx.server.interface import IN_FLIGHT, RawResponse, Receive, Scope, Send
 
 _CONNECTION = frozenset({b"connection", b"transfer-encoding", b"content-length"})
 """Headers that frame the body; the usual spelling of ``content-length`` is handled separately."""

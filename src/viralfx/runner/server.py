@@ -24,11 +24,10 @@ from viralfx.runner.http_limits import (
     Rejection,
     stop_handshakes,
 )
+from viralfx.server.interface import Receive, Scope, Send, is_logged
 from viralfx.telemetry.metrics.requests import HttpMetrics
-from viralfx.web.error_log import is_logged
 from viralfx.web.gate import Gate
 from viralfx.web.in_flight import InFlightRequests
-from viralfx.web.responses import Receive, Scope, Send
 
 _lacking = ""
 try:

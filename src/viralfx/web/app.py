@@ -17,6 +17,7 @@ from litestar.plugins import ReceiveRoutePlugin
 from litestar.routes import BaseRoute, HTTPRoute
 from litestar.types import ASGIApp as LitestarASGIApp
 
+from viralfx.server.interface import ASGIApp, Message, Receive, Scope, Send
 from viralfx.settings import Settings
 from viralfx.telemetry import hide_packages
 from viralfx.web.api_docs import ApiDocsPlugin
@@ -25,15 +26,7 @@ from viralfx.web.jobs.openapi import COMPONENTS, JobsDocument
 from viralfx.web.layer import OperationsConfig, OperationsLayer
 from viralfx.web.plugin import BoundedCaches, OperationsPlugin, keep_error
 from viralfx.web.problems import problem_handlers
-from viralfx.web.responses import (
-    ASGIApp,
-    Message,
-    Receive,
-    Scope,
-    Send,
-    has_credentials,
-    peer_of,
-)
+from viralfx.web.responses import has_credentials, peer_of
 from viralfx.web.routes import StableOpenAPIConfig
 
 AnyConnection: TypeAlias = ASGIConnection[Any, Any, Any, Any]

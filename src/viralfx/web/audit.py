@@ -3,8 +3,10 @@
 from viralfx.core.clock import Clock
 from viralfx.domain.access import ANONYMOUS, Principal
 from viralfx.domain.audit import Action, AuditEntry, AuditOutcome, AuditTrail, RefusalLimit
+from viralfx.domain.clock import Clock
+from viralfx.server.interface import Scope
 from viralfx.web.auth import CHANGING
-from viralfx.web.responses import Scope, has_credentials, peer_of
+from viralfx.web.responses import has_credentials, peer_of
 
 
 def actor_of(caller: Principal | None) -> str:

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
+from viralfx.server.interface import Scope
 from viralfx.settings import Settings
-from viralfx.web.responses import Scope
 
 _MAX_HOPS = 50
 """Addresses of a header that are read, from the right; clients choose its length."""

@@ -24,6 +24,7 @@ from viralfx.domain.health.model import (
 )
 from viralfx.domain.health.monitor import HealthMonitor
 from viralfx.domain.operations import Operations
+from viralfx.server.interface import RawResponse, Scope
 from viralfx.settings import Settings
 from viralfx.telemetry import stacks_of_tasks, stacks_of_threads
 from viralfx.telemetry.logging.lines import LEVELS, FixedLevelError, LoggerLevels
@@ -41,10 +42,8 @@ from viralfx.web.responses import (
     DenialLog,
     Denied,
     Endpoint,
-    RawResponse,
     Recorded,
     ResponseFromBody,
-    Scope,
     encode,
     json_response,
     not_allowed,

@@ -5,14 +5,13 @@ Frameworks are recognized by the names of their exceptions, so that none has to 
 
 import logging
 
+from viralfx.server.interface import Scope, mark_logged
 from viralfx.telemetry import CLIENT_DISCONNECTED
-from viralfx.web.responses import Scope
 
 _logger = logging.getLogger("viralfx.web")
 
 ERROR = "viralfx.error"
 """The scope key of an error that a framework has turned into a response."""
-_LOGGED = "viralfx_logged"
 _WRAPPER = ("litestar.exceptions.base_exceptions", "LitestarException")
 _INCOMPLETE = ("litestar.exceptions.http_exceptions", "InternalServerException")
 _LEFT = {
@@ -67,16 +66,6 @@ def note_disconnect(error: Exception, scope: Scope) -> bool:
         mark_logged(error)
         scope[CLIENT_DISCONNECTED] = True
     return left
-
-
-def mark_logged(error: BaseException) -> None:
-    """Mark an error, so that the server does not log it again."""
-    vars(error)[_LOGGED] = True
-
-
-def is_logged(error: BaseException) -> bool:
-    """Return True for an error that :func:`mark_logged` has marked."""
-    return _LOGGED in vars(error)
 
 
 def is_client_disconnect(error: Exception) -> bool:

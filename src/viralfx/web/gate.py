@@ -7,25 +7,25 @@ slow nor break them.
 import asyncio
 from collections.abc import Mapping
 
-from viralfx.core.correlation import start_request_context
-from viralfx.web.endpoints import OperationsEndpoints
-from viralfx.web.error_log import mark_logged
-from viralfx.web.in_flight import InFlightRequest, InFlightRequests, RequestRecorder
-from viralfx.web.responses import (
-    CLOSE,
-    HEADER,
-    AnyResponse,
+from viralfx.domain.correlation import HEADER, correlation_id_of, start_request_context
+from viralfx.server.interface import (
     ASGIApp,
-    Deferred,
-    Endpoint,
-    EventStream,
     Message,
     RawResponse,
     Receive,
     Scope,
     Send,
+    mark_logged,
+)
+from viralfx.web.endpoints import OperationsEndpoints
+from viralfx.web.in_flight import InFlightRequest, InFlightRequests, RequestRecorder
+from viralfx.web.responses import (
+    CLOSE,
+    AnyResponse,
+    Deferred,
+    Endpoint,
+    EventStream,
     complete,
-    correlation_id_of,
     problem_response,
 )
 

@@ -11,6 +11,10 @@ from urllib.parse import unquote
 from viralfx.core.clock import Clock, finished_within, ignore_error, wait_for
 from viralfx.core.correlation import current_correlation_id, current_user_id
 from viralfx.core.errors import WorkLostError
+from viralfx.domain.clock import Clock, finished_within, ignore_error, wait_for
+from viralfx.domain.correlation import HEADER, current_correlation_id, current_user_id
+from viralfx.domain.errors import WorkLostError
+from viralfx.server.interface import IN_FLIGHT, REJECTED_STATUS, Message, Receive, Scope, Send
 from viralfx.telemetry import (
     CLIENT_DISCONNECTED,
     METHODS,
@@ -24,16 +28,7 @@ from viralfx.telemetry import (
 from viralfx.telemetry.logging.lines import AccessLog
 from viralfx.telemetry.metrics.requests import RequestMetrics
 from viralfx.web.error_log import log_error, log_escaped, note_disconnect
-from viralfx.web.responses import (
-    CLOSE,
-    HEADER,
-    IN_FLIGHT,
-    REJECTED_STATUS,
-    Message,
-    Receive,
-    Scope,
-    Send,
-)
+from viralfx.web.responses import CLOSE
 
 _logger = logging.getLogger("viralfx.requests")
 

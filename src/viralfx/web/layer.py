@@ -20,6 +20,7 @@ from viralfx.jobs.hooks import TaskHost, TaskMiddleware
 from viralfx.jobs.service import JobService
 from viralfx.resilience.breaker import CircuitBreaker
 from viralfx.resilience.retry import Retrier
+from viralfx.server.interface import ASGIApp, Receive, Scope, Send
 from viralfx.settings import CredentialsCallable, Settings, read_settings
 from viralfx.settings.model import near_miss
 from viralfx.telemetry.logging.lines import FactsInMessages
@@ -31,7 +32,6 @@ from viralfx.web.endpoints import OperationsEndpoints
 from viralfx.web.error_log import cause_of
 from viralfx.web.gate import Gate
 from viralfx.web.in_flight import RequestRecorder, route_of
-from viralfx.web.responses import ASGIApp, Receive, Scope, Send
 
 if TYPE_CHECKING:
     from viralfx.bootstrap import PostgresDatabase, RedisClient

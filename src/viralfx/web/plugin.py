@@ -21,6 +21,8 @@ from litestar.types import ASGIApp as LitestarASGIApp
 from litestar.types import Scope as LitestarScope
 
 from viralfx.core.errors import ConfigurationError
+from viralfx.domain.errors import ConfigurationError
+from viralfx.server.interface import ASGIApp, Message, Receive, Scope, Send
 from viralfx.settings import Settings
 from viralfx.settings.doctor import plain_environment
 from viralfx.telemetry import CLIENT_DISCONNECTED
@@ -36,7 +38,6 @@ from viralfx.web.layer import (
     OperationsConfig,
     OperationsLayer,
 )
-from viralfx.web.responses import ASGIApp, Message, Receive, Scope, Send
 from viralfx.web.routes import (
     health_router,
     is_operations_route,

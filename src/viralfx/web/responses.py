@@ -1,4 +1,4 @@
-"""The types of ASGI, and the responses that are made without Litestar.
+"""The responses that are made without Litestar.
 
 Every error response is a problem (RFC 9457). The headers that let pages of other origins read the
 responses (CORS) are here, too.
@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import re
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
 from functools import partial
 from http import HTTPStatus
@@ -16,58 +16,17 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from viralfx.core.clock import Clock
-from viralfx.core.correlation import (
-    choose_correlation_id,
+from viralfx.domain.audit import Action
+from viralfx.domain.clock import Clock
+from viralfx.domain.correlation import (
     current_correlation_id,
-    new_correlation_id,
 )
 from viralfx.core.errors import ConfigurationError, printable
 from viralfx.domain.audit import Action
+from viralfx.domain.errors import ConfigurationError, printable
+from viralfx.server.interface import RawResponse, Receive, Scope, Send
 from viralfx.web.auth import AccessVerdict, Headers
 from viralfx.web.throttle import GuessBrake
-
-Scope: TypeAlias = MutableMapping[str, Any]
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-IN_FLIGHT = "viralfx.in_flight"
-"""The scope key of the :class:`InFlightRequest`, which the server notifies of a disconnect."""
-REJECTED_STATUS = "viralfx.rejected_status"
-"""The scope key of the status with which the server itself rejected the request."""
-
-
-HEADER = b"x-correlation-id"
-_ID_HEADERS = frozenset({HEADER, b"x-request-id", b"traceparent"})
-
-
-def correlation_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """Return the correlation id of a request, from its headers or a new one.
-
-    If a header occurs twice, the first value counts. Two ``traceparent`` headers are both ignored,
-    as W3C Trace Context requires.
-    """
-    for name, _ in headers:
-        if name in _ID_HEADERS:
-            return _choose(headers)
-    return new_correlation_id()
-
-
-def _choose(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    found: dict[bytes, str] = {}
-    for name, value in headers:
-        if name in _ID_HEADERS:
-            # latin-1 decodes any bytes; a value that is not ASCII fails the validation later.
-            if name not in found:
-                found[name] = value.decode("latin-1")
-            elif name == b"traceparent":
-                found[name] = ""
-    return choose_correlation_id(
-        found.get(HEADER), found.get(b"x-request-id"), found.get(b"traceparent")
-    )
-
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 
@@ -133,20 +92,6 @@ _JSON = b"application/json"
 _PROBLEM = PROBLEM_MEDIA_TYPE.encode()
 CLOSE = (b"connection", b"close")
 """Makes client and server close the connection, so the rest of a body is not read."""
-
-
-class RawResponse(msgspec.Struct, frozen=True):
-    """A complete response, except for the correlation id, which the sender adds."""
-
-    status: int
-    head: bytes
-    """The headers as bytes, each with its line end."""
-    body: bytes
-
-    @property
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        """The headers, as ASGI has them."""
-        return [tuple(line.split(b": ", 1)) for line in self.head.splitlines()]  # type: ignore[misc]
 
 
 def raw_response(

@@ -26,19 +26,11 @@ from litestar.openapi.spec import (
 from litestar.params import PathParameter, QueryParameter
 from litestar.routes import BaseRoute, HTTPRoute
 
+from viralfx.server.interface import RawResponse, Receive, Scope
 from viralfx.telemetry.logging.lines import LEVELS
 from viralfx.web import schemas
 from viralfx.web.layer import OperationsLayer
-from viralfx.web.responses import (
-    PROBLEM_MEDIA_TYPE,
-    Deferred,
-    EventStream,
-    Problem,
-    RawResponse,
-    Receive,
-    Scope,
-    complete,
-)
+from viralfx.web.responses import PROBLEM_MEDIA_TYPE, Deferred, EventStream, Problem, complete
 
 MANAGEMENT_TOKEN = "managementToken"
 """The name of the security scheme of the operations endpoints."""

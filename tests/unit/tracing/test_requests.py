@@ -13,9 +13,9 @@ from opentelemetry.trace import SpanContext, SpanKind, StatusCode, get_current_s
 from tests.unit.tracing.conftest import Finished
 
 from viralfx.core.correlation import bind_correlation_id, new_correlation_id
+from viralfx.domain.correlation import bind_correlation_id, correlation_id_of, new_correlation_id
 from viralfx.telemetry.tracing.provider import make_provider
 from viralfx.telemetry.tracing.spans import TracedRequests
-from viralfx.web.responses import correlation_id_of
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"

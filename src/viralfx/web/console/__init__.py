@@ -19,6 +19,7 @@ from viralfx.domain.access import ANONYMOUS, Right
 from viralfx.domain.audit import Action, AuditEntry
 from viralfx.domain.operations import Operations
 from viralfx.domain.shutdown import Phase
+from viralfx.server.interface import RawResponse, Scope
 from viralfx.settings import Settings
 from viralfx.settings.tokens import Token
 from viralfx.telemetry.logging.lines import LoggerLevels
@@ -42,10 +43,8 @@ from viralfx.web.responses import (
     Denied,
     Endpoint,
     EventStream,
-    RawResponse,
     Recorded,
     ResponseFromBody,
-    Scope,
     encode,
     json_response,
     not_allowed,

@@ -22,6 +22,8 @@ from viralfx.jobs.model import Job, JobNotFoundError, JobStateError, UnknownQueu
 from viralfx.jobs.schedule import UnknownScheduleError
 from viralfx.jobs.tasks import UnknownTaskError
 from viralfx.resilience.breaker import CircuitBreaker
+from viralfx.domain.resilience.breaker import CircuitBreaker
+from viralfx.server.interface import RawResponse
 from viralfx.telemetry.logging.lines import FixedLevelError
 from viralfx.web.console import views
 from viralfx.web.console.data import (
@@ -36,7 +38,7 @@ from viralfx.web.console.data import (
     within,
 )
 from viralfx.web.console.feed import Feed
-from viralfx.web.responses import RawResponse, encode, json_response, problem_response
+from viralfx.web.responses import encode, json_response, problem_response
 
 MAX_BODY_BYTES = 16 * 1024
 _ACTION_SECONDS = 30.0

@@ -23,10 +23,10 @@ from viralfx.domain.operations import Operations
 from viralfx.domain.shutdown import ShutdownEvent
 from viralfx.jobs.ledger import QueueCounts
 from viralfx.resilience.breaker import CallRejected, CircuitBreaker, CircuitEvent
+from viralfx.server.interface import Message, Receive, Scope, Send, mark_logged
 from viralfx.web.auth import SECURITY_HEADERS
 from viralfx.web.console import views
-from viralfx.web.error_log import mark_logged
-from viralfx.web.responses import Message, Receive, Scope, Send, encode
+from viralfx.web.responses import encode
 from viralfx.web.sessions import Session
 
 _logger = logging.getLogger("viralfx.console")

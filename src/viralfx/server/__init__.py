@@ -1,0 +1,1 @@
+"""The HTTP server: connections, limits, and responses of any ASGI application."""
