@@ -26,8 +26,6 @@ from viralfx.core.errors import LedgerUnavailableError
 from viralfx.domain.doctor import Area
 from viralfx.domain.fleet import CheckChange, FleetUnavailableError
 from viralfx.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.ledger import QueueCounts
-from viralfx.domain.jobs.model import LedgerUnavailableError
 from viralfx.server.interface import Message
 from viralfx.settings import Secret, Settings
 from viralfx.web.auth import AccessPolicy

@@ -14,8 +14,6 @@ from viralfx.asgi import OperationsMiddleware, has_layer, middleware_around
 from viralfx.bootstrap.task_modules import failed, import_named, of_code
 from viralfx.core.errors import ConfigurationError, suggest
 from viralfx.jobs.hooks import TaskHost
-from viralfx.domain.errors import ConfigurationError, suggest
-from viralfx.domain.jobs.hooks import TaskHost
 from viralfx.server.interface import ASGIApp, Message, Receive, Scope, Send, is_logged
 from viralfx.settings import Settings
 from viralfx.telemetry.tracing import tracing_of

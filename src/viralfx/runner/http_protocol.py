@@ -18,7 +18,7 @@ from typing import Any, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from viralfx.domain.correlation import correlation_id_of
+from viralfx.core.correlation import correlation_id_of
 from viralfx.runner.connections import Connections
 from viralfx.runner.http_connection import (
     BODY,

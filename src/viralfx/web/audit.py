@@ -3,7 +3,6 @@
 from viralfx.core.clock import Clock
 from viralfx.domain.access import ANONYMOUS, Principal
 from viralfx.domain.audit import Action, AuditEntry, AuditOutcome, AuditTrail, RefusalLimit
-from viralfx.domain.clock import Clock
 from viralfx.server.interface import Scope
 from viralfx.web.auth import CHANGING
 from viralfx.web.responses import has_credentials, peer_of

@@ -7,7 +7,7 @@ slow nor break them.
 import asyncio
 from collections.abc import Mapping
 
-from viralfx.domain.correlation import HEADER, correlation_id_of, start_request_context
+from viralfx.core.correlation import HEADER, correlation_id_of, start_request_context
 from viralfx.server.interface import (
     ASGIApp,
     Message,

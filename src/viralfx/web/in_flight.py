@@ -9,11 +9,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from viralfx.core.clock import Clock, finished_within, ignore_error, wait_for
-from viralfx.core.correlation import current_correlation_id, current_user_id
+from viralfx.core.correlation import HEADER, current_correlation_id, current_user_id
 from viralfx.core.errors import WorkLostError
-from viralfx.domain.clock import Clock, finished_within, ignore_error, wait_for
-from viralfx.domain.correlation import HEADER, current_correlation_id, current_user_id
-from viralfx.domain.errors import WorkLostError
 from viralfx.server.interface import IN_FLIGHT, REJECTED_STATUS, Message, Receive, Scope, Send
 from viralfx.telemetry import (
     CLIENT_DISCONNECTED,

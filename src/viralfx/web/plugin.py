@@ -21,7 +21,6 @@ from litestar.types import ASGIApp as LitestarASGIApp
 from litestar.types import Scope as LitestarScope
 
 from viralfx.core.errors import ConfigurationError
-from viralfx.domain.errors import ConfigurationError
 from viralfx.server.interface import ASGIApp, Message, Receive, Scope, Send
 from viralfx.settings import Settings
 from viralfx.settings.doctor import plain_environment

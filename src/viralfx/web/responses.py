@@ -16,14 +16,12 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from viralfx.domain.audit import Action
-from viralfx.domain.clock import Clock
-from viralfx.domain.correlation import (
+from viralfx.core.clock import Clock
+from viralfx.core.correlation import (
     current_correlation_id,
 )
 from viralfx.core.errors import ConfigurationError, printable
 from viralfx.domain.audit import Action
-from viralfx.domain.errors import ConfigurationError, printable
 from viralfx.server.interface import RawResponse, Receive, Scope, Send
 from viralfx.web.auth import AccessVerdict, Headers
 from viralfx.web.throttle import GuessBrake

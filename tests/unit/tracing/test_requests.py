@@ -12,8 +12,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanContext, SpanKind, StatusCode, get_current_span
 from tests.unit.tracing.conftest import Finished
 
-from viralfx.core.correlation import bind_correlation_id, new_correlation_id
-from viralfx.domain.correlation import bind_correlation_id, correlation_id_of, new_correlation_id
+from viralfx.core.correlation import bind_correlation_id, correlation_id_of, new_correlation_id
 from viralfx.telemetry.tracing.provider import make_provider
 from viralfx.telemetry.tracing.spans import TracedRequests
 

@@ -22,7 +22,6 @@ from viralfx.jobs.model import Job, JobNotFoundError, JobStateError, UnknownQueu
 from viralfx.jobs.schedule import UnknownScheduleError
 from viralfx.jobs.tasks import UnknownTaskError
 from viralfx.resilience.breaker import CircuitBreaker
-from viralfx.domain.resilience.breaker import CircuitBreaker
 from viralfx.server.interface import RawResponse
 from viralfx.telemetry.logging.lines import FixedLevelError
 from viralfx.web.console import views

@@ -34,19 +34,6 @@ from viralfx.jobs.codec import MAX_NESTING_LEVELS, is_too_deep
 from viralfx.jobs.model import Job, JobFilter, JobState, KeyConflictError
 from viralfx.jobs.service import JobService
 from viralfx.jobs.tasks import TaskRegistry
-from viralfx.domain.correlation import is_correlation_id, is_traceparent
-from viralfx.domain.jobs.batching import JobFollower, Submission, about
-from viralfx.domain.jobs.codec import MAX_NESTING_LEVELS, is_too_deep
-from viralfx.domain.jobs.keys import NamedKey
-from viralfx.domain.jobs.model import (
-    Job,
-    JobFilter,
-    JobState,
-    KeyConflictError,
-    canonical_job_id,
-)
-from viralfx.domain.jobs.service import JobService
-from viralfx.domain.jobs.tasks import TaskRegistry
 from viralfx.server.interface import Scope
 from viralfx.settings.tokens import API
 from viralfx.web.auth import CHANGING, Headers, is_cross_origin
