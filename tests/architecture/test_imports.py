@@ -95,10 +95,10 @@ HOMES = {
     "psutil": {"adapters/process_memory.py"},
     "structlog": {"telemetry/logging/handler.py"},
     "uvicorn": {
-        "runner/server.py",
-        "runner/http_connection.py",
-        "runner/http_protocol.py",
-        "runner/http_response.py",
+        "server/http_server.py",
+        "server/http_connection.py",
+        "server/protocol.py",
+        "server/response.py",
     },
 }
 GOING_AWAY = {

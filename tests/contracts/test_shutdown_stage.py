@@ -33,7 +33,7 @@ from viralfx.domain.shutdown import StageFunction
 from viralfx.postgres import PostgresDatabase
 from viralfx.runner.applications import ApplicationLifespan
 from viralfx.runner.process import drain_requests, stop_application, stop_listening
-from viralfx.runner.server import AnyServer, HttpServer, UvicornServer, listen
+from viralfx.server.http_server import AnyServer, HttpServer, UvicornServer, listen
 from viralfx.server.interface import Receive, Scope, Send
 from viralfx.settings import RedisSettings, Settings
 from viralfx.web.gate import Gate

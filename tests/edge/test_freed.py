@@ -13,10 +13,10 @@ from uvicorn import Config
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
 
-from viralfx.runner.connections import Connections
-from viralfx.runner.http_limits import HttpLimits
-from viralfx.runner.http_protocol import protocol_class
-from viralfx.runner.websocket import limited_websocket_class
+from viralfx.server.connections import Connections
+from viralfx.server.limits import HttpLimits
+from viralfx.server.protocol import protocol_class
+from viralfx.server.websocket import limited_websocket_class
 from viralfx.web.in_flight import InFlightRequests
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
@@ -94,7 +94,7 @@ async def test_a_server_without_memory_ends_the_websockets_that_hold_most(
 ) -> None:
     """A parser keeps the last frame. Other connections go on, and nothing stays counted."""
     used = 0
-    monkeypatch.setattr("viralfx.runner.connections._used_bytes", lambda: used)
+    monkeypatch.setattr("viralfx.server.connections._used_bytes", lambda: used)
     connections = Connections(HttpLimits(max_request_bytes=4 * LARGE, max_resident_bytes=1))
     backlogs, rejected = connections.backlogs, list[str]()
     connections.on_rejected = rejected.append

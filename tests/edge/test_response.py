@@ -17,9 +17,9 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from viralfx import OperationsConfig
-from viralfx.runner.connections import Connections
-from viralfx.runner.http_limits import HttpLimits
-from viralfx.runner.http_response import ResponseCycle
+from viralfx.server.connections import Connections
+from viralfx.server.limits import HttpLimits
+from viralfx.server.response import ResponseCycle
 from viralfx.server.interface import Message, Receive, Scope, Send
 from viralfx.settings import Settings
 from viralfx.web.gate import Gate

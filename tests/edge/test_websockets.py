@@ -14,9 +14,9 @@ from uvicorn import Config
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
 
-from viralfx.runner.connections import Connections
-from viralfx.runner.http_limits import HttpLimits
-from viralfx.runner.websocket import limited_websocket_class
+from viralfx.server.connections import Connections
+from viralfx.server.limits import HttpLimits
+from viralfx.server.websocket import limited_websocket_class
 
 PLAIN = ("--app", "tests.system.apps:plain")
 

@@ -9,7 +9,7 @@ from litestar.datastructures import State
 from tests.edge.inside import served
 from tests.edge.wire import RawResponse, first_response, statuses
 
-from viralfx.runner.http_limits import HttpLimits
+from viralfx.server.limits import HttpLimits
 from viralfx.settings import Secret, Settings
 
 TOKEN = "a-management-token-of-some-length"

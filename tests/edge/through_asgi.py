@@ -3,7 +3,7 @@
 import sys
 
 from viralfx.cli import main
-from viralfx.runner.server import HttpServer
+from viralfx.server.http_server import HttpServer
 
 if __name__ == "__main__":
     defaults = HttpServer.__init__.__kwdefaults__

@@ -8,7 +8,7 @@ def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
     """The test runs in a separate process, because it changes the process's limits."""
     program = (
         "import resource\n"
-        "from viralfx.runner.http_limits import raise_descriptor_limit\n"
+        "from viralfx.server.limits import raise_descriptor_limit\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 300))\n"
         "raise_descriptor_limit()\n"
         "raise_descriptor_limit()\n"

@@ -9,6 +9,8 @@ from tests.servers.ports import free_port
 
 from viralfx.core.errors import StartupError
 from viralfx.runner.server import listen
+from viralfx.domain.errors import StartupError
+from viralfx.server.http_server import listen
 
 
 def test_the_listener_is_non_blocking_with_protocol_tcp() -> None:

@@ -9,7 +9,7 @@ from tests.servers.waiting import wait_until
 from tests.system.connections import send
 from tests.system.service import running
 
-from viralfx.runner.http_limits import ThrottledLog
+from viralfx.server.limits import ThrottledLog
 
 CONNECTIONS = 3000
 REJECTED = "HTTP request rejected"

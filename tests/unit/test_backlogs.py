@@ -5,8 +5,8 @@ import asyncio
 import pytest
 from tests.unit.test_http_limits import Buffer
 
-from viralfx.runner.connections import Connections
-from viralfx.runner.http_limits import HttpLimits
+from viralfx.server.connections import Connections
+from viralfx.server.limits import HttpLimits
 
 
 class Reading(Buffer):
@@ -74,7 +74,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Return a clock that the slices move."""
     clock = Clock()
-    monkeypatch.setattr("viralfx.runner.connections.monotonic", clock)
+    monkeypatch.setattr("viralfx.server.connections.monotonic", clock)
     return clock
 
 
@@ -175,7 +175,7 @@ async def test_rests_that_wait_for_applications_have_a_limit_of_their_own(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, *, is_low: bool
 ) -> None:
     """Above it the largest is aborted if memory is low; requests are not refused for them."""
-    monkeypatch.setattr("viralfx.runner.connections._used_bytes", lambda: 2000 if is_low else 0)
+    monkeypatch.setattr("viralfx.server.connections._used_bytes", lambda: 2000 if is_low else 0)
     connections = Connections(HttpLimits(max_request_bytes=5000, max_resident_bytes=1000))
     sockets = [Parsing("a", [], clock) for _ in range(3)]
     for number, each in enumerate(sockets):
@@ -200,7 +200,7 @@ async def test_messages_count_with_the_rests_of_reads(
         measured += 1
         return memory
 
-    monkeypatch.setattr("viralfx.runner.connections._used_bytes", used)
+    monkeypatch.setattr("viralfx.server.connections._used_bytes", used)
     connections = Connections(HttpLimits(max_request_bytes=8000, max_resident_bytes=1000))
     backlogs = connections.backlogs
     first, second, third = (Parsing("a", [], clock) for _ in range(3))

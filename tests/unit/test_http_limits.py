@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 
-from viralfx.runner.connections import Connections
-from viralfx.runner.http_limits import (
+from viralfx.server.connections import Connections
+from viralfx.server.limits import (
     TICK_SECONDS,
     HttpLimits,
     Rejection,
@@ -65,7 +65,7 @@ class Time:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr("viralfx.runner.connections.monotonic", lambda: self.now)
+        monkeypatch.setattr("viralfx.server.connections.monotonic", lambda: self.now)
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_a_process_short_of_memory_takes_no_large_requests(
 ) -> None:
     """Memory is measured once for a MiB of bodies, and at each tick until there is enough again."""
     resident = 900
-    monkeypatch.setattr("viralfx.runner.connections._used_bytes", lambda: resident)
+    monkeypatch.setattr("viralfx.server.connections._used_bytes", lambda: resident)
     connections = Connections(HttpLimits(max_resident_bytes=899, max_connections=1000))
     connections.receive(2**20 - 1)
     assert connections.may_buffer_requests(40_000)
@@ -197,8 +197,8 @@ def test_collections_take_little_of_the_time(time: Time, monkeypatch: pytest.Mon
         collections.append(time.now)
         time.now += 2.0
 
-    monkeypatch.setattr("viralfx.runner.connections.gc.collect", collect)
-    monkeypatch.setattr("viralfx.runner.connections._used_bytes", lambda: 900)
+    monkeypatch.setattr("viralfx.server.connections.gc.collect", collect)
+    monkeypatch.setattr("viralfx.server.connections._used_bytes", lambda: 900)
     connections = Connections(HttpLimits(max_resident_bytes=899))
     connections.receive(2**20)
     began = time.now
@@ -215,7 +215,7 @@ async def test_unsent_responses_are_dropped_above_the_limit(
 ) -> None:
     """The largest first, down to seven eighths; while there is memory, without taken bytes only."""
     used = 2000 if is_low else 0
-    monkeypatch.setattr("viralfx.runner.connections._used_bytes", lambda: used)
+    monkeypatch.setattr("viralfx.server.connections._used_bytes", lambda: used)
     connections = Connections(HttpLimits(max_unsent_bytes=1000, max_resident_bytes=1000))
     reasons: list[str] = []
     connections.on_rejected = reasons.append

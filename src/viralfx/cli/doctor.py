@@ -44,7 +44,7 @@ from viralfx.domain.health.check_runner import CheckCompleted
 from viralfx.domain.health.model import HealthReport, ProcessUsage, Status
 from viralfx.domain.health.monitor import HealthMonitor
 from viralfx.runner.applications import bare_application, find_application
-from viralfx.runner.server import listen
+from viralfx.server.http_server import listen
 from viralfx.server.interface import ASGIApp, Message
 from viralfx.settings import CredentialsCallable, Settings, read_settings
 from viralfx.web.gate import Gate

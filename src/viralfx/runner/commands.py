@@ -19,9 +19,9 @@ from viralfx.runner.applications import (
     module_of,
 )
 from viralfx.runner.diagnostics import HeapReports
-from viralfx.runner.http_limits import HttpLimits, raise_descriptor_limit
+from viralfx.server.limits import HttpLimits, raise_descriptor_limit
 from viralfx.runner.process import Process
-from viralfx.runner.server import http_server, lacking_parts, listen
+from viralfx.server.http_server import http_server, lacking_parts, listen
 from viralfx.runner.signals import SignalWatch
 from viralfx.server.interface import ASGIApp
 from viralfx.settings import Settings, read_settings

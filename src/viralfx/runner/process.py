@@ -30,7 +30,7 @@ from viralfx.domain.shutdown import (
 from viralfx.jobs.worker.calls import JobChildTask, JobThread, current_job, make_task
 from viralfx.runner.applications import ApplicationLifespan
 from viralfx.runner.diagnostics import BlockedLoopDetector
-from viralfx.runner.server import AnyServer
+from viralfx.server.http_server import AnyServer
 from viralfx.runner.signals import SignalWatch
 from viralfx.telemetry import stacks_of_tasks
 from viralfx.web.console.feed import Feed

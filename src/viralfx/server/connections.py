@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any, Protocol
 
-from viralfx.runner.http_limits import TICK_SECONDS, HttpLimits, Rejection, ThrottledLog
+from viralfx.server.limits import TICK_SECONDS, HttpLimits, Rejection, ThrottledLog
 
 _logger = logging.getLogger("viralfx.http")
 

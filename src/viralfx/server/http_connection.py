@@ -1,7 +1,7 @@
 """One connection of an HTTP server: its limits, its deadlines, and how it is closed.
 
 This half of the protocol protects the process (ADR-0035). The other half,
-:mod:`viralfx.runner.http_protocol`, responds to requests.
+:mod:`viralfx.server.protocol`, responds to requests.
 """
 
 import asyncio
@@ -15,8 +15,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
-from viralfx.runner.connections import Connections
-from viralfx.runner.http_limits import (
+from viralfx.server.connections import Connections
+from viralfx.server.limits import (
     LINGER_SECONDS,
     MAX_PIPELINED,
     STOPPING_SECONDS,
@@ -25,7 +25,7 @@ from viralfx.runner.http_limits import (
     RejectedError,
     Rejection,
 )
-from viralfx.runner.http_response import Flow, ResponseCycle
+from viralfx.server.response import Flow, ResponseCycle
 from viralfx.server.interface import REJECTED_STATUS
 from viralfx.web.responses import Endpoint
 

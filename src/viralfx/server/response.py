@@ -20,8 +20,8 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from viralfx.runner.connections import Connections
-from viralfx.runner.http_limits import WRITE_BUFFER_BYTES, Rejection
+from viralfx.server.connections import Connections
+from viralfx.server.limits import WRITE_BUFFER_BYTES, Rejection
 from viralfx.server.interface import IN_FLIGHT, RawResponse, Receive, Scope, Send
 
 _CONNECTION = frozenset({b"connection", b"transfer-encoding", b"content-length"})

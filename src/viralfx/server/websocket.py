@@ -10,8 +10,8 @@ from collections import deque
 from time import monotonic
 from typing import Any
 
-from viralfx.runner.connections import Connections
-from viralfx.runner.http_limits import (
+from viralfx.server.connections import Connections
+from viralfx.server.limits import (
     LINGER_SECONDS,
     STOPPING_SECONDS,
     Rejection,

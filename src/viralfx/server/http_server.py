@@ -17,8 +17,8 @@ import uvicorn
 
 from viralfx.core.errors import StartupError
 from viralfx.runner.applications import ApplicationLifespan
-from viralfx.runner.connections import Connections
-from viralfx.runner.http_limits import (
+from viralfx.server.connections import Connections
+from viralfx.server.limits import (
     TICK_SECONDS,
     HttpLimits,
     Rejection,
@@ -33,10 +33,10 @@ _lacking = ""
 try:
     from uvicorn.server import ServerState
 
-    from viralfx.runner.http_connection import FIRST_REQUEST_SECONDS
-    from viralfx.runner.http_protocol import HttpProtocol, protocol_class
-    from viralfx.runner.http_response import PROBES, echo, serve_trial
-    from viralfx.runner.websocket import WebSocketLimits
+    from viralfx.server.http_connection import FIRST_REQUEST_SECONDS
+    from viralfx.server.protocol import HttpProtocol, protocol_class
+    from viralfx.server.response import PROBES, echo, serve_trial
+    from viralfx.server.websocket import WebSocketLimits
 except ImportError as _error:
     _lacking = str(_error)
 

@@ -1,10 +1,10 @@
 """The HTTP/1.1 protocol of a connection: uvicorn's, with limits, fast probes and fast responses.
 
 This is a subclass of uvicorn's httptools protocol (ADR-0035). The parser and the ASGI side are
-uvicorn's. The code between them is here and in :mod:`viralfx.runner.http_connection`, because it
+uvicorn's. The code between them is here and in :mod:`viralfx.server.http_connection`, because it
 enforces the limits.
 
-WebSocket connections are uvicorn's, too, with the limits of :mod:`viralfx.runner.websocket`.
+WebSocket connections are uvicorn's, too, with the limits of :mod:`viralfx.server.websocket`.
 """
 
 import asyncio
@@ -18,22 +18,22 @@ from typing import Any, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from viralfx.core.correlation import correlation_id_of
-from viralfx.runner.connections import Connections
-from viralfx.runner.http_connection import (
+from viralfx.domain.correlation import correlation_id_of
+from viralfx.server.connections import Connections
+from viralfx.server.http_connection import (
     BODY,
     FIRST_REQUEST_SECONDS,
     NOTHING,
     HttpConnection,
 )
-from viralfx.runner.http_limits import (
+from viralfx.server.limits import (
     MAX_PIPELINED,
     MAX_QUEUED,
     STOPPING_SECONDS,
     Rejection,
 )
-from viralfx.runner.http_response import ResponseCycle
-from viralfx.runner.websocket import limited_websocket_class
+from viralfx.server.response import ResponseCycle
+from viralfx.server.websocket import limited_websocket_class
 from viralfx.server.interface import ASGIApp, RawResponse
 from viralfx.web.in_flight import InFlightRequests
 from viralfx.web.responses import Endpoint
