@@ -19,8 +19,8 @@ from typing import Any, TypeAlias, cast
 from viralfx.core.errors import ConfigurationError, ViralFXError, WorkLostError
 from viralfx.core.extras import require
 from viralfx.domain.shutdown import Phase
-from viralfx.server.interface import ASGIApp, Message, Receive, Scope, Send
-from viralfx.web.error_log import ERROR, cause_of
+from viralfx.server.interface import ERROR, ASGIApp, Message, Receive, Scope, Send
+from viralfx.web.error_log import cause_of
 from viralfx.web.gate import Gate
 from viralfx.web.in_flight import route_of
 from viralfx.web.layer import (

@@ -31,10 +31,10 @@ from viralfx.domain.health.monitor import HealthMonitor
 from viralfx.domain.operations import SavedState, save_state
 from viralfx.domain.shutdown import StageFunction
 from viralfx.postgres import PostgresDatabase
-from viralfx.runner.applications import ApplicationLifespan
 from viralfx.runner.process import drain_requests, stop_application, stop_listening
 from viralfx.server.http_server import AnyServer, HttpServer, UvicornServer, listen
 from viralfx.server.interface import Receive, Scope, Send
+from viralfx.server.lifespan import ApplicationLifespan
 from viralfx.settings import RedisSettings, Settings
 from viralfx.web.gate import Gate
 from viralfx.web.layer import OperationsConfig

@@ -10,8 +10,8 @@ from typing import Any, cast
 from tests.edge.wire import TIMEOUT_SECONDS, first_response
 
 from viralfx import OperationsConfig
-from viralfx.server.limits import HttpLimits
 from viralfx.server.http_server import HttpServer
+from viralfx.server.limits import HttpLimits
 from viralfx.settings import Settings
 from viralfx.web.gate import Gate
 from viralfx.web.layer import OperationsLayer

@@ -18,9 +18,9 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from viralfx import OperationsConfig
 from viralfx.server.connections import Connections
+from viralfx.server.interface import Message, Receive, Scope, Send
 from viralfx.server.limits import HttpLimits
 from viralfx.server.response import ResponseCycle
-from viralfx.server.interface import Message, Receive, Scope, Send
 from viralfx.settings import Settings
 from viralfx.web.gate import Gate
 from viralfx.web.in_flight import InFlightRequest

@@ -8,8 +8,6 @@ import pytest
 from tests.servers.ports import free_port
 
 from viralfx.core.errors import StartupError
-from viralfx.runner.server import listen
-from viralfx.domain.errors import StartupError
 from viralfx.server.http_server import listen
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from viralfx.bootstrap.task_modules import in_one_line
 from viralfx.core.errors import ConfigurationError, origin_of
-from viralfx.runner.applications import ApplicationLifespan, find_application
+from viralfx.runner.applications import find_application
+from viralfx.server.lifespan import ApplicationLifespan
 from viralfx.settings import Settings
 
 # The marked line of each module is the cause.

@@ -14,8 +14,7 @@ from viralfx.server.limits import (
     HttpLimits,
     Rejection,
 )
-from viralfx.settings import Secret, Settings
-from viralfx.settings.groups import DatabaseSettings, HttpSettings
+from viralfx.settings.groups import HttpSettings
 
 
 class Buffer(asyncio.Transport):
@@ -366,32 +365,30 @@ def descriptors(soft: int) -> Iterator[None]:
 
 def test_connections_leave_a_reserve_of_descriptors() -> None:
     """The reserve is for checks, files, the pool and the management port."""
-    postgres = Settings(database_url=Secret("postgresql://db/app"))
+    http = HttpSettings()
     with descriptors(256):
-        api, management = HttpLimits.for_api(Settings()), HttpLimits.for_management(Settings())
-        with_pool = HttpLimits.for_api(postgres)
+        api, management = HttpLimits.for_api(http), HttpLimits.for_management(http)
+        with_pool = HttpLimits.for_api(http, other_descriptors=14)
 
     assert api.max_connections + management.max_connections <= 256 - 64
-    assert with_pool.max_connections <= api.max_connections - postgres.db.pool_max
+    assert with_pool.max_connections == api.max_connections - 14
     assert management.max_connections >= 8
 
 
 @pytest.mark.parametrize("limit", [96, 128, 256, 1024])
-@pytest.mark.parametrize("pool", [10, 150])
-def test_a_quarter_of_the_descriptors_serves_the_api(limit: int, pool: int) -> None:
+@pytest.mark.parametrize("others", [14, 154])
+def test_a_quarter_of_the_descriptors_serves_the_api(limit: int, others: int) -> None:
     """A large pool on a small limit leaves no less."""
-    settings = Settings(
-        database_url=Secret("postgresql://db/app"), db=DatabaseSettings(pool_max=pool)
-    )
     with descriptors(limit):
-        assert HttpLimits.for_api(settings).max_connections >= limit // 4
+        limits = HttpLimits.for_api(HttpSettings(), other_descriptors=others)
+
+    assert limits.max_connections >= limit // 4
 
 
 def test_a_setting_above_the_descriptor_limit_is_reduced(caplog: pytest.LogCaptureFixture) -> None:
     """The server uses the available descriptors, and a warning names the variable."""
-    settings = Settings(http=HttpSettings(max_connections=1000))
     with descriptors(256):
-        limits = HttpLimits.for_api(settings)
+        limits = HttpLimits.for_api(HttpSettings(max_connections=1000))
 
     assert limits.max_connections < 256
     (record,) = caplog.records
@@ -401,6 +398,6 @@ def test_a_setting_above_the_descriptor_limit_is_reduced(caplog: pytest.LogCaptu
 
 def test_a_setting_below_the_descriptor_limit_is_used() -> None:
     """HTTP_MAX_CONNECTIONS is the limit."""
-    limits = HttpLimits.for_api(Settings(http=HttpSettings(max_connections=5)))
+    limits = HttpLimits.for_api(HttpSettings(max_connections=5))
 
     assert limits.max_connections == 5

@@ -1,92 +1,23 @@
-"""The application that ``--app`` names: its import, its operations layer and its lifespan.
+"""The application that ``--app`` names: its import and its operations layer.
 
 For a worker ``--app`` may name a broker of tasks, too, which needs no application.
 """
 
-import asyncio
 import inspect
 import logging
-import sys
 from collections.abc import Collection
-from typing import Any, cast
+from typing import cast
 
 from viralfx.asgi import OperationsMiddleware, has_layer, middleware_around
 from viralfx.bootstrap.task_modules import failed, import_named, of_code
 from viralfx.core.errors import ConfigurationError, suggest
 from viralfx.jobs.hooks import TaskHost
-from viralfx.server.interface import ASGIApp, Message, Receive, Scope, Send, is_logged
+from viralfx.server.interface import ASGIApp, Receive, Scope, Send
 from viralfx.settings import Settings
 from viralfx.telemetry.tracing import tracing_of
-from viralfx.web.error_log import ERROR
 from viralfx.web.layer import READS_STRICTLY, OperationsConfig, OperationsLayer
 
 _logger = logging.getLogger("viralfx.serve")
-_lifespan_logger = logging.getLogger("uvicorn.error")
-"""Applications and users know the errors of a lifespan by this name."""
-
-
-class ApplicationLifespan:
-    """Runs the lifespan of an ASGI application: its start-up and its shutdown."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        """Create it on the running loop; nothing runs yet."""
-        self._app = app
-        self.state: dict[str, Any] = {}
-        """The state that the application has set up for its requests."""
-        self._events: asyncio.Queue[Message] = asyncio.Queue()
-        self._started, self._stopped = asyncio.Event(), asyncio.Event()
-        self._failed = self._stopping = False
-        self._running: asyncio.Task[None] | None = None
-        self._scope: Scope = {
-            "type": "lifespan",
-            "asgi": {"version": "3.0", "spec_version": "2.0"},
-            "state": self.state,
-        }
-        self.error: BaseException | None = None
-        """The error with which the application's start-up or shutdown failed, if it is known."""
-
-    async def start(self) -> bool:
-        """Run the application's start-up; return False if it failed, which is logged."""
-        self._events.put_nowait({"type": "lifespan.startup"})
-        self._running = asyncio.create_task(self._run(), name="lifespan")
-        await self._started.wait()
-        return not self._failed
-
-    async def stop(self) -> bool:
-        """Run the application's shutdown, if its start-up succeeded; return False if it failed."""
-        if not self._started.is_set() or self._failed:
-            return True
-        self._stopping = True
-        self._events.put_nowait({"type": "lifespan.shutdown"})
-        await self._stopped.wait()
-        return not self._failed
-
-    async def _run(self) -> None:
-        try:
-            await self._app(self._scope, self._events.get, self._take)
-        except BaseException as error:
-            self.error = error
-            if not self._failed and not is_logged(error):
-                _lifespan_logger.exception("Exception in 'lifespan' protocol")
-            # An application that serves goes on without its lifespan.
-            self._failed |= not self._started.is_set() or self._stopping
-        finally:
-            self._started.set()
-            self._stopped.set()
-
-    async def _take(self, message: Message) -> None:
-        """Take an event of the application. Raises ``RuntimeError`` for one out of order."""
-        _, phase, outcome = message["type"].split(".")
-        event = self._started if phase == "startup" else self._stopped
-        if event.is_set() or (phase == "shutdown") != self._started.is_set():
-            raise RuntimeError(f"the application sends {message['type']!r} out of order")
-        if outcome == "failed":
-            self._failed = True
-            # Frameworks send this from their handler of the error.
-            self.error = sys.exc_info()[1] or self._scope.get(ERROR)
-            if text := message.get("message"):
-                _lifespan_logger.error(text)
-        event.set()
 
 
 def find_application(

@@ -12,18 +12,14 @@ import msgspec
 from viralfx.bootstrap import assemble
 from viralfx.core.errors import ConfigurationError, suggest
 from viralfx.jobs.hooks import TaskHost
-from viralfx.runner.applications import (
-    ApplicationLifespan,
-    find_application,
-    find_worker_application,
-    module_of,
-)
+from viralfx.runner.applications import find_application, find_worker_application, module_of
 from viralfx.runner.diagnostics import HeapReports
-from viralfx.server.limits import HttpLimits, raise_descriptor_limit
 from viralfx.runner.process import Process
-from viralfx.server.http_server import http_server, lacking_parts, listen
 from viralfx.runner.signals import SignalWatch
+from viralfx.server.http_server import http_server, lacking_parts, listen
 from viralfx.server.interface import ASGIApp
+from viralfx.server.lifespan import ApplicationLifespan
+from viralfx.server.limits import HttpLimits, raise_descriptor_limit
 from viralfx.settings import Settings, read_settings
 from viralfx.telemetry.logging.handler import enforce_logging
 from viralfx.telemetry.logging.redaction import Redaction, secrets_of
@@ -122,7 +118,7 @@ def serve(
             listener,
             lacking=lacking,
             lifespan=True,
-            limits=HttpLimits.for_api(settings),
+            limits=HttpLimits.for_api(settings.http, other_descriptors=_pool_descriptors(settings)),
             metrics=http,
         ),
         gate=gate,
@@ -133,7 +129,7 @@ def serve(
                 management,
                 lacking=lacking,
                 lifespan=False,
-                limits=HttpLimits.for_management(settings),
+                limits=HttpLimits.for_management(settings.http),
                 name="management",
                 websockets=False,
                 metrics=http,
@@ -166,6 +162,11 @@ def _first_settings(app: str | None, *, with_api: bool = False) -> tuple[Setting
     with suppress(ConfigurationError):
         return read_settings(os.environ), problems
     return Settings(), problems
+
+
+def _pool_descriptors(settings: Settings) -> int:
+    """Return the most descriptors for connections to Postgres, some of them beside the pool."""
+    return 0 if settings.database_url is None else settings.db.pool_max + 4
 
 
 def _warn_about_memory(settings: Settings) -> None:
@@ -251,7 +252,7 @@ def work(signals: SignalWatch, *, app: str | None = None, queues: Sequence[str])
             listener,
             lacking=lacking_parts(),
             lifespan=False,
-            limits=HttpLimits.for_management(settings),
+            limits=HttpLimits.for_management(settings.http),
             name="management",
             websockets=False,
             metrics=assembly.metrics.http,

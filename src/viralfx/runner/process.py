@@ -28,10 +28,10 @@ from viralfx.domain.shutdown import (
     UncancelledTask,
 )
 from viralfx.jobs.worker.calls import JobChildTask, JobThread, current_job, make_task
-from viralfx.runner.applications import ApplicationLifespan
 from viralfx.runner.diagnostics import BlockedLoopDetector
-from viralfx.server.http_server import AnyServer
 from viralfx.runner.signals import SignalWatch
+from viralfx.server.http_server import AnyServer
+from viralfx.server.lifespan import ApplicationLifespan
 from viralfx.telemetry import stacks_of_tasks
 from viralfx.web.console.feed import Feed
 from viralfx.web.gate import Gate

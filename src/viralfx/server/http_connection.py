@@ -16,6 +16,7 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
 from viralfx.server.connections import Connections
+from viralfx.server.interface import REJECTED_STATUS, Probe
 from viralfx.server.limits import (
     LINGER_SECONDS,
     MAX_PIPELINED,
@@ -26,8 +27,6 @@ from viralfx.server.limits import (
     Rejection,
 )
 from viralfx.server.response import Flow, ResponseCycle
-from viralfx.server.interface import REJECTED_STATUS
-from viralfx.web.responses import Endpoint
 
 LINGER_BYTES = 64 * 1024
 """Input that is discarded meanwhile; the server does not read more than this."""
@@ -124,7 +123,7 @@ class HttpConnection(HttpToolsProtocol):
         self.sent_bytes, self._host = -1, b""
         self._odd = self._upgrading = False
         self._stopping = self._last = self._discarding = self._ends_body = False
-        self._probe: tuple[Endpoint, bytes] | None = None
+        self._probe: tuple[Probe, bytes] | None = None
         self._abort_reason: Rejection | None = None
         """The reason why a callback aborted the parser."""
         self._rejection: Rejection | None = None

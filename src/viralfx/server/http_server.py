@@ -16,18 +16,15 @@ from typing import Any
 import uvicorn
 
 from viralfx.core.errors import StartupError
-from viralfx.runner.applications import ApplicationLifespan
 from viralfx.server.connections import Connections
+from viralfx.server.interface import Application, Receive, Scope, Send, ServerMetrics, is_logged
+from viralfx.server.lifespan import ApplicationLifespan
 from viralfx.server.limits import (
     TICK_SECONDS,
     HttpLimits,
     Rejection,
     stop_handshakes,
 )
-from viralfx.server.interface import Receive, Scope, Send, is_logged
-from viralfx.telemetry.metrics.requests import HttpMetrics
-from viralfx.web.gate import Gate
-from viralfx.web.in_flight import InFlightRequests
 
 _lacking = ""
 try:
@@ -114,12 +111,12 @@ class HttpServer(_Listening):
 
     def __init__(
         self,
-        gate: Gate,
+        gate: Application,
         listener: socket.socket,
         *,
         lifespan: bool,
         limits: HttpLimits | None = None,
-        metrics: HttpMetrics | None = None,
+        metrics: ServerMetrics | None = None,
         name: str = "api",
         fast_probes: bool = True,
         websockets: bool = True,
@@ -381,7 +378,7 @@ class UvicornServer(_Listening):
 
     def __init__(
         self,
-        gate: Gate,
+        gate: Application,
         listener: socket.socket,
         *,
         lifespan: bool,
@@ -452,7 +449,7 @@ async def _until(is_true: Callable[[], bool]) -> None:
 AnyServer = HttpServer | UvicornServer
 
 
-def http_server(gate: Gate, listener: socket.socket, *, lacking: str, **options: Any) -> AnyServer:
+def http_server(gate: Application, listener: socket.socket, *, lacking: str, **options: Any) -> AnyServer:
     """Return a server with the parameters of :class:`HttpServer`.
 
     It is a :class:`UvicornServer` if uvicorn lacks a part: :func:`lacking_parts` finds ``lacking``.
@@ -489,8 +486,12 @@ def _test_protocol() -> str:
     return ""
 
 
+class _NoRequests:
+    stopping = False
+
+
 async def _try_protocol() -> None:
-    connections, requests = Connections(HttpLimits()), InFlightRequests()
+    connections, requests = Connections(HttpLimits()), _NoRequests()
     config = _configured(echo, connections.limits, http="httptools", websockets=True)
     config.load()
     kind = protocol_class(connections, requests, PROBES, config.ws_protocol_class, echo)

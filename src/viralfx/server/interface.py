@@ -17,6 +17,8 @@ ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 IN_FLIGHT = "viralfx.in_flight"
 """The scope key of an object whose ``on_disconnect()`` the server calls if the client leaves."""
+ERROR = "viralfx.error"
+"""The scope key of an error that a framework has turned into a response."""
 REJECTED_STATUS = "viralfx.rejected_status"
 """The scope key of the status with which the server itself rejected the request; 0: with none."""
 

@@ -17,9 +17,9 @@ from time import monotonic
 
 import msgspec
 
-from viralfx.settings import HttpSettings, Settings
+from viralfx.server.problems import PROBLEM_MEDIA_TYPE, problem
+from viralfx.settings import HttpSettings
 from viralfx.settings.platform import memory_limits
-from viralfx.web.responses import PROBLEM_MEDIA_TYPE, problem
 
 _logger = logging.getLogger("viralfx.http")
 
@@ -121,14 +121,15 @@ class HttpLimits(HttpSettings, frozen=True, kw_only=True):
     """True: a new connection above the limit replaces the one that waits longest."""
 
     @classmethod
-    def for_api(cls, settings: Settings) -> "HttpLimits":
+    def for_api(cls, http: HttpSettings, *, other_descriptors: int = 0) -> "HttpLimits":
         """Return the limits of the API server.
 
         Call it after :func:`raise_descriptor_limit`: the number of connections follows from the
-        limits of descriptors and memory unless HTTP_MAX_CONNECTIONS sets it.
+        limits of descriptors and memory unless HTTP_MAX_CONNECTIONS sets it. The process needs
+        ``other_descriptors`` for connections of its own, such as those of a pool.
         """
-        available = _descriptors_for_api(settings)
-        configured = settings.http.max_connections
+        available = _descriptors_for_api(other_descriptors)
+        configured = http.max_connections
         if configured > available:
             _logger.warning(
                 "HTTP_MAX_CONNECTIONS is more than the descriptor limit allows",
@@ -136,16 +137,16 @@ class HttpLimits(HttpSettings, frozen=True, kw_only=True):
             )
         by_memory = max(64, _memory() // _MEMORY_SHARE // _CONNECTION_BYTES)
         wanted = configured or by_memory
-        return cls._with(settings, min(wanted, available))
+        return cls._with(http, min(wanted, available))
 
     @classmethod
-    def for_management(cls, settings: Settings) -> "HttpLimits":
+    def for_management(cls, http: HttpSettings) -> "HttpLimits":
         """Return the limits of the management server, which has its own connections."""
-        limits = cls._with(settings, _descriptors_for_management())
+        limits = cls._with(http, _descriptors_for_management())
         return msgspec.structs.replace(limits, replaces_idle=True)
 
     @classmethod
-    def _with(cls, settings: Settings, max_connections: int) -> "HttpLimits":
+    def _with(cls, http: HttpSettings, max_connections: int) -> "HttpLimits":
         own = {
             "max_connections": max_connections,
             "max_unfinished_head_bytes": _memory() // _HEAD_SHARE,
@@ -153,7 +154,7 @@ class HttpLimits(HttpSettings, frozen=True, kw_only=True):
             "max_unsent_bytes": _memory() // _HEAD_SHARE,
             "max_resident_bytes": int(_memory() * _RESIDENT_SHARE),
         }
-        return cls(**(msgspec.structs.asdict(settings.http) | own))
+        return cls(**(msgspec.structs.asdict(http) | own))
 
 
 def raise_descriptor_limit() -> None:
@@ -180,14 +181,13 @@ def _descriptors_for_management() -> int:
     return max(8, min(_MAX_MANAGEMENT_CONNECTIONS, _descriptor_limit() // 16))
 
 
-def _descriptors_for_api(settings: Settings) -> int:
+def _descriptors_for_api(other: int) -> int:
     """Return the number of descriptors for connections to the API: at least a quarter.
 
     The rest is reserved for checks, files, Postgres, Redis and the management server.
     """
     limit = _descriptor_limit()
-    pool = 0 if settings.database_url is None else settings.db.pool_max + 4
-    reserve = min(1024, max(64, limit // 8)) + pool + _descriptors_for_management()
+    reserve = min(1024, max(64, limit // 8)) + other + _descriptors_for_management()
     return max(limit // _API_SHARE, limit - reserve)
 
 

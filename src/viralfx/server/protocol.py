@@ -18,7 +18,7 @@ from typing import Any, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from viralfx.domain.correlation import correlation_id_of
+from viralfx.core.correlation import correlation_id_of
 from viralfx.server.connections import Connections
 from viralfx.server.http_connection import (
     BODY,
@@ -26,6 +26,7 @@ from viralfx.server.http_connection import (
     NOTHING,
     HttpConnection,
 )
+from viralfx.server.interface import ASGIApp, Probe, RawResponse, RequestsInFlight
 from viralfx.server.limits import (
     MAX_PIPELINED,
     MAX_QUEUED,
@@ -34,9 +35,6 @@ from viralfx.server.limits import (
 )
 from viralfx.server.response import ResponseCycle
 from viralfx.server.websocket import limited_websocket_class
-from viralfx.server.interface import ASGIApp, RawResponse
-from viralfx.web.in_flight import InFlightRequests
-from viralfx.web.responses import Endpoint
 
 _MAX_HEADER_LINE = 8000
 """Maximum length of a line of a WebSocket handshake; the library truncates silently at 8192."""
@@ -77,8 +75,8 @@ def _is_host(value: bytes) -> bool:
 class HttpProtocol(HttpConnection):
     """A connection that serves requests. :func:`protocol_class` makes one class per server."""
 
-    requests: InFlightRequests
-    probes: Mapping[bytes, Endpoint]
+    requests: RequestsInFlight
+    probes: Mapping[bytes, Probe]
     """Endpoints that are served here, below ASGI, by the target in the request line."""
     websocket_class: type[asyncio.Protocol] | None
     direct: ASGIApp
@@ -150,7 +148,7 @@ class HttpProtocol(HttpConnection):
 
     # -- requests --------------------------------------------------------------------------------
 
-    def _serve_probe(self, endpoint: Endpoint, method: bytes) -> None:
+    def _serve_probe(self, endpoint: Probe, method: bytes) -> None:
         """Write the same bytes as the gate would send."""
         self._probe = None
         try:
@@ -464,8 +462,8 @@ def _origin_form(target: bytes) -> bytes | None:
 
 def protocol_class(
     connections: Connections,
-    requests: InFlightRequests,
-    probes: Mapping[bytes, Endpoint],
+    requests: RequestsInFlight,
+    probes: Mapping[bytes, Probe],
     websocket_class: type[asyncio.Protocol] | None,
     direct: ASGIApp,
 ) -> type[HttpProtocol]:

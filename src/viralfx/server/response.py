@@ -21,8 +21,8 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from viralfx.server.connections import Connections
-from viralfx.server.limits import WRITE_BUFFER_BYTES, Rejection
 from viralfx.server.interface import IN_FLIGHT, RawResponse, Receive, Scope, Send
+from viralfx.server.limits import WRITE_BUFFER_BYTES, Rejection
 
 _CONNECTION = frozenset({b"connection", b"transfer-encoding", b"content-length"})
 """Headers that frame the body; the usual spelling of ``content-length`` is handled separately."""

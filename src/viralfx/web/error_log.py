@@ -5,13 +5,11 @@ Frameworks are recognized by the names of their exceptions, so that none has to 
 
 import logging
 
-from viralfx.server.interface import Scope, mark_logged
+from viralfx.server.interface import ERROR, Scope, mark_logged
 from viralfx.telemetry import CLIENT_DISCONNECTED
 
 _logger = logging.getLogger("viralfx.web")
 
-ERROR = "viralfx.error"
-"""The scope key of an error that a framework has turned into a response."""
 _WRAPPER = ("litestar.exceptions.base_exceptions", "LitestarException")
 _INCOMPLETE = ("litestar.exceptions.http_exceptions", "InternalServerException")
 _LEFT = {

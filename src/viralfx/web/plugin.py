@@ -21,13 +21,13 @@ from litestar.types import ASGIApp as LitestarASGIApp
 from litestar.types import Scope as LitestarScope
 
 from viralfx.core.errors import ConfigurationError
-from viralfx.server.interface import ASGIApp, Message, Receive, Scope, Send
+from viralfx.server.interface import ERROR, ASGIApp, Message, Receive, Scope, Send
 from viralfx.settings import Settings
 from viralfx.settings.doctor import plain_environment
 from viralfx.telemetry import CLIENT_DISCONNECTED
 from viralfx.web.auth import AccessPolicy
 from viralfx.web.dependencies import ApplicationDependencies, ClientDependencies
-from viralfx.web.error_log import ERROR, is_client_disconnect, log_request_error
+from viralfx.web.error_log import is_client_disconnect, log_request_error
 from viralfx.web.gate import Gate
 from viralfx.web.jobs.changes import jobs_router
 from viralfx.web.jobs.openapi import COMPONENTS, JobsDocument

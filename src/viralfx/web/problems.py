@@ -26,7 +26,7 @@ from viralfx.jobs.model import (
 )
 from viralfx.jobs.schedule import UnknownScheduleError
 from viralfx.jobs.tasks import UnknownTaskError
-from viralfx.web.responses import PROBLEM_MEDIA_TYPE, Problem, problem
+from viralfx.server.problems import PROBLEM_MEDIA_TYPE, Problem, problem
 
 
 def allow(methods: Iterable[str]) -> str:

@@ -27,10 +27,11 @@ from litestar.params import PathParameter, QueryParameter
 from litestar.routes import BaseRoute, HTTPRoute
 
 from viralfx.server.interface import RawResponse, Receive, Scope
+from viralfx.server.problems import PROBLEM_MEDIA_TYPE, Problem
 from viralfx.telemetry.logging.lines import LEVELS
 from viralfx.web import schemas
 from viralfx.web.layer import OperationsLayer
-from viralfx.web.responses import PROBLEM_MEDIA_TYPE, Deferred, EventStream, Problem, complete
+from viralfx.web.responses import Deferred, EventStream, complete
 
 MANAGEMENT_TOKEN = "managementToken"
 """The name of the security scheme of the operations endpoints."""

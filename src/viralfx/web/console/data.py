@@ -32,11 +32,12 @@ from viralfx.domain.operations import Operations
 from viralfx.jobs.ledger import QueueCounts
 from viralfx.jobs.model import Job, JobFilter, JobNotFoundError, UnknownQueueError
 from viralfx.server.interface import RawResponse
+from viralfx.server.problems import problem
 from viralfx.settings import Settings
 from viralfx.telemetry.logging.lines import LEVELS, LoggerLevels
 from viralfx.web.console import views
 from viralfx.web.console.feed import Feed
-from viralfx.web.responses import encode, json_response, problem, problem_response, raw_response
+from viralfx.web.responses import encode, json_response, problem_response, raw_response
 from viralfx.web.sessions import Reads
 
 T = TypeVar("T")

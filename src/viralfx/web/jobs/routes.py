@@ -35,6 +35,7 @@ from viralfx.jobs.model import Job, JobFilter, JobState, KeyConflictError
 from viralfx.jobs.service import JobService
 from viralfx.jobs.tasks import TaskRegistry
 from viralfx.server.interface import Scope
+from viralfx.server.problems import Problem
 from viralfx.settings.tokens import API
 from viralfx.web.auth import CHANGING, Headers, is_cross_origin
 from viralfx.web.jobs import openapi, schemas
@@ -48,7 +49,7 @@ from viralfx.web.jobs.schemas import (
 )
 from viralfx.web.layer import OperationsLayer
 from viralfx.web.problems import ON_ACCEPT, ON_BATCH, ON_CHANGE, respond, sentence
-from viralfx.web.responses import Problem, has_credentials, peer_of
+from viralfx.web.responses import has_credentials, peer_of
 
 MAX_BODY_BYTES = 64 * 1024
 """Maximum size of a request body."""
