@@ -96,7 +96,6 @@ HOMES = {
     "structlog": {"telemetry/logging/handler.py"},
     "uvicorn": {
         "server/http_server.py",
-        "server/http_connection.py",
         "server/protocol.py",
         "server/response.py",
     },

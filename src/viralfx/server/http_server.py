@@ -30,8 +30,7 @@ _lacking = ""
 try:
     from uvicorn.server import ServerState
 
-    from viralfx.server.http_connection import FIRST_REQUEST_SECONDS
-    from viralfx.server.protocol import HttpProtocol, protocol_class
+    from viralfx.server.protocol import FIRST_REQUEST_SECONDS, HttpProtocol, protocol_class
     from viralfx.server.response import PROBES, echo, serve_trial
     from viralfx.server.websocket import WebSocketLimits
 except ImportError as _error:
@@ -449,7 +448,9 @@ async def _until(is_true: Callable[[], bool]) -> None:
 AnyServer = HttpServer | UvicornServer
 
 
-def http_server(gate: Application, listener: socket.socket, *, lacking: str, **options: Any) -> AnyServer:
+def http_server(
+    gate: Application, listener: socket.socket, *, lacking: str, **options: Any
+) -> AnyServer:
     """Return a server with the parameters of :class:`HttpServer`.
 
     It is a :class:`UvicornServer` if uvicorn lacks a part: :func:`lacking_parts` finds ``lacking``.
