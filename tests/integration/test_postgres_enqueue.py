@@ -1133,9 +1133,9 @@ def test_sqlalchemy_is_not_imported_for_other_connections() -> None:
     script = """
 import asyncio, sys
 from unittest.mock import sentinel
-from viralfx.adapters.memory import MemoryNotifier
-from viralfx.adapters.postgres import enqueue
-from viralfx.jobs.ledger import TransactionError
+from viralfx.jobs.memory import MemoryNotifier
+from viralfx.jobs.postgres import enqueue
+from viralfx.core.errors import TransactionError
 try:
     enqueue._transaction_of(sentinel.connection)
 except TransactionError as error:
