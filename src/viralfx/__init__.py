@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     from viralfx.domain.health.check_runner import CheckConfig
     from viralfx.domain.health.model import HealthCheck, Observation, Status
     from viralfx.domain.shutdown import ShutdownStage
-    from viralfx.jobs.batching import KeyHeldError
     from viralfx.jobs.codec import PayloadError, PayloadTooLargeError
     from viralfx.jobs.hooks import TaskMiddleware
-    from viralfx.jobs.ledger import Accepted
+    from viralfx.jobs.ledger import Accepted, KeyHeldError
     from viralfx.jobs.model import (
         InvalidFilterError,
         Job,
@@ -118,10 +117,9 @@ _HOMES = {
     "core.errors": ("LedgerUnavailableError", "TransactionError", "UnstorableError"),
     "domain.health.check_runner": ("CheckConfig",),
     "domain.health.model": ("HealthCheck", "Observation", "Status"),
-    "jobs.batching": ("KeyHeldError",),
     "jobs.codec": ("PayloadError", "PayloadTooLargeError"),
     "jobs.hooks": ("TaskMiddleware",),
-    "jobs.ledger": ("Accepted",),
+    "jobs.ledger": ("Accepted", "KeyHeldError"),
     "jobs.model": (
         "InvalidFilterError",
         "Job",

@@ -51,13 +51,13 @@ from viralfx import (
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.core.clock import SystemClock
 from viralfx.core.errors import TransactionError
-from viralfx.jobs.batching import Submission
 from viralfx.jobs.codec import unique_key_of
 from viralfx.jobs.memory import MemoryNotifier
 from viralfx.jobs.model import JobState, KeyConflictError
 from viralfx.jobs.notifier import JobNotification
 from viralfx.jobs.postgres import PostgresJobLedger, PostgresNotifier
 from viralfx.jobs.service import JobService
+from viralfx.jobs.submission import Submission
 from viralfx.jobs.tasks import TaskRegistry, declared_task
 from viralfx.jobs.worker.worker import JobWorker, WorkerConfig
 from viralfx.postgres import PostgresDatabase

@@ -20,8 +20,8 @@ from tests.soak import SOAK
 
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.core.errors import LedgerLimitError, LedgerUnavailableError, UnstorableError
-from viralfx.jobs.batching import PartlyDoneError
 from viralfx.jobs.codec import PayloadError, PayloadTooLargeError
+from viralfx.jobs.ledger import PartlyDoneError
 from viralfx.jobs.memory import MemoryNotifier
 from viralfx.jobs.model import Job, JobState, cancelled, completed, failed
 from viralfx.jobs.postgres import PostgresJobLedger, ledger_sql

@@ -20,7 +20,7 @@ from tests.system.workers import environment_of
 
 from viralfx.cli import main
 from viralfx.core.errors import LedgerUnavailableError
-from viralfx.jobs.batching import BulkCount
+from viralfx.jobs.bulk import BulkCount
 from viralfx.jobs.ledger import Found
 from viralfx.jobs.model import Job, JobFilter
 from viralfx.jobs.service import JobService

@@ -11,8 +11,7 @@ from litestar.testing import AsyncTestClient
 
 from viralfx.adapters.codec import MsgspecCodec
 from viralfx.core.errors import LedgerUnavailableError, NotMigratedError, UnstorableError
-from viralfx.jobs.batching import KeyHeldError
-from viralfx.jobs.ledger import JobLedger
+from viralfx.jobs.ledger import JobLedger, KeyHeldError
 from viralfx.jobs.model import JobError, JobState, failed
 from viralfx.jobs.service import JobService
 from viralfx.settings import Settings

@@ -11,8 +11,8 @@ from litestar import Litestar
 from tests.servers.waiting import until
 from tests.unit.metrics.reading import family, value
 
-from viralfx.jobs.batching import JobFollower
 from viralfx.jobs.codec import read_progress
+from viralfx.jobs.follower import JobFollower
 from viralfx.jobs.ledger import ProgressReport
 from viralfx.jobs.model import completed
 from viralfx.settings import Settings

@@ -37,7 +37,7 @@ from viralfx.core.errors import (
     suggest,
 )
 from viralfx.domain.audit import Action, AuditEntry, AuditTrail, jobs_in_words
-from viralfx.jobs.batching import BulkCount
+from viralfx.jobs.bulk import BulkCount
 from viralfx.jobs.codec import PayloadError
 from viralfx.jobs.ledger import Accepted
 from viralfx.jobs.model import (

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, NamedTuple, Protocol, Self
 
+from viralfx.core.errors import LedgerLimitError
 from viralfx.jobs.limits import Limit
 from viralfx.jobs.model import ANY_JOB, Claim, Job, JobDraft, JobFilter, Settlement
 from viralfx.jobs.schedule import ScheduledAcceptance, ScheduleStore
@@ -31,6 +32,43 @@ class Accepted:
 
 
 Check = Callable[[Sequence[Accepted]], None]
+
+
+class PartlyDoneError(LedgerLimitError):
+    """A call took effect except for some jobs, such as those that other transactions lock.
+
+    Without a job, except for the worker itself.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        left: Collection[str],
+        *,
+        settled: Collection[str] = (),
+        returned: Mapping[str, Sequence[str]] | None = None,
+        doubtful: bool = False,
+    ) -> None:
+        self.left = left
+        """The ids of these jobs."""
+        self.doubtful = doubtful
+        """True if an earlier attempt of the call, whose answer was lost, may yet change them."""
+        self.settled = settled
+        self.returned = returned or {}
+        """The answer for the others, of a settlement or a deregistration."""
+        super().__init__(f"{len(left)} jobs are left: {reason}" if left else reason)
+
+
+class KeyHeldError(LedgerLimitError):
+    """An open transaction has submitted a job with the same key. The call accepted nothing."""
+
+    def __init__(self, drafts: Sequence[JobDraft]) -> None:
+        keyed = any(draft.key is not None for draft in drafts)
+        same = "idempotency key" if keyed else "task and payload"
+        super().__init__(
+            f"an open transaction holds the same {same}; end it, or repeat the call after its end",
+            "key_held",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,17 +29,8 @@ from viralfx.core.loops import (
     running_loop,
     without_loop,
 )
-from viralfx.jobs.batching import (
-    AcceptBatcher,
-    BulkCount,
-    JobFollower,
-    Submission,
-    about,
-    cut_off,
-    keys_of,
-    require_all_same,
-    require_same,
-)
+from viralfx.jobs.batching import AcceptBatcher, keys_of
+from viralfx.jobs.bulk import BulkCount, cut_off
 from viralfx.jobs.codec import (
     DEFAULT_MAX_BYTES,
     Codec,
@@ -49,6 +40,7 @@ from viralfx.jobs.codec import (
     too_large,
     unique_key_of,
 )
+from viralfx.jobs.follower import JobFollower
 from viralfx.jobs.hooks import CombinedHooks, JobHooks, log_refusal
 from viralfx.jobs.ledger import (
     Accepted,
@@ -78,6 +70,7 @@ from viralfx.jobs.model import (
     check_priority,
 )
 from viralfx.jobs.schedule import ScheduledTasks
+from viralfx.jobs.submission import Submission, about, require_all_same, require_same
 from viralfx.jobs.tasks import TaskRegistry, submits, submits_many
 
 T = TypeVar("T")

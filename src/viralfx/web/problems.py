@@ -16,8 +16,8 @@ from viralfx.core.errors import (
     NotMigratedError,
     UnstorableError,
 )
-from viralfx.jobs.batching import KeyHeldError
 from viralfx.jobs.codec import PayloadError
+from viralfx.jobs.ledger import KeyHeldError
 from viralfx.jobs.model import (
     InvalidFilterError,
     JobNotFoundError,

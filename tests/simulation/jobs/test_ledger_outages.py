@@ -12,8 +12,7 @@ from tests.unit.jobs.fleet import FaultyLedger, Fleet
 from tests.virtual_time import VirtualTimeLoop, run_in_virtual_time
 
 from viralfx.core.errors import LedgerUnavailableError, UnstorableError
-from viralfx.jobs.batching import PartlyDoneError
-from viralfx.jobs.ledger import Claims
+from viralfx.jobs.ledger import Claims, PartlyDoneError
 from viralfx.jobs.model import Claim, JobState, Settlement
 from viralfx.resilience.policy import BackoffPolicy
 

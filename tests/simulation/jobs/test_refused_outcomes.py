@@ -10,7 +10,7 @@ from tests.unit.jobs.fleet import FaultyLedger, Fleet
 from tests.virtual_time import run_in_virtual_time
 
 from viralfx.core.errors import LedgerLimitError, UnstorableError
-from viralfx.jobs.batching import PartlyDoneError
+from viralfx.jobs.ledger import PartlyDoneError
 from viralfx.jobs.model import Job, JobState, Settlement
 from viralfx.jobs.tasks import JobContext
 

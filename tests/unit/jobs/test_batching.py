@@ -12,8 +12,8 @@ from tests.virtual_time import run_in_virtual_time
 
 from viralfx.core.correlation import correlated, current_correlation_id
 from viralfx.core.ids import new_job_id
-from viralfx.jobs.batching import AcceptBatcher, Batcher, KeyHeldError
-from viralfx.jobs.ledger import Accepted
+from viralfx.jobs.batching import AcceptBatcher, Batcher
+from viralfx.jobs.ledger import Accepted, KeyHeldError
 from viralfx.jobs.memory.job_changes import new_job
 from viralfx.jobs.model import JobDraft
 

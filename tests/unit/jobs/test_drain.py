@@ -13,7 +13,7 @@ from tests.unit.jobs.fleet import FaultyLedger, Fleet
 from tests.virtual_time import run_in_virtual_time
 
 from viralfx.core.errors import LedgerUnavailableError, WorkLostError
-from viralfx.jobs.batching import PartlyDoneError
+from viralfx.jobs.ledger import PartlyDoneError
 from viralfx.jobs.model import JobState
 from viralfx.jobs.worker.drain import DrainReport
 from viralfx.jobs.worker.worker import JobWorker, WorkerState, drain_jobs

@@ -7,7 +7,7 @@ import pytest
 from tests.manual_clock import ManualClock
 
 from viralfx.core.errors import LedgerUnavailableError
-from viralfx.jobs.batching import JobFollower
+from viralfx.jobs.follower import JobFollower
 from viralfx.jobs.memory import MemoryJobLedger
 from viralfx.jobs.model import Job, JobDraft, JobNotFoundError, JobState, completed
 

@@ -9,8 +9,8 @@ import pytest
 from docs.examples.imports import import_rows
 from tests.unit.jobs.fleet import Fleet
 
-from viralfx.jobs.batching import JobFollower
 from viralfx.jobs.codec import Progress, read_progress
+from viralfx.jobs.follower import JobFollower
 from viralfx.jobs.model import JobState
 from viralfx.jobs.tasks import JobContext, declared_task
 

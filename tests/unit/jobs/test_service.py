@@ -15,7 +15,7 @@ from viralfx.core.correlation import bind_user_id, current_user_id
 from viralfx.core.errors import LedgerUnavailableError, TransactionError
 from viralfx.core.ids import new_job_id
 from viralfx.core.keys import NamedKey
-from viralfx.jobs.batching import BulkCount, Submission
+from viralfx.jobs.bulk import BulkCount
 from viralfx.jobs.codec import PayloadError
 from viralfx.jobs.model import (
     InvalidFilterError,
@@ -29,6 +29,7 @@ from viralfx.jobs.model import (
 )
 from viralfx.jobs.schedule import Schedule, UnknownScheduleError
 from viralfx.jobs.service import MAX_PAYLOADS, JobService
+from viralfx.jobs.submission import Submission
 from viralfx.jobs.tasks import JobContext, Task, UnknownTaskError, declared_task, task
 from viralfx.resilience.deadline import Deadline
 from viralfx.resilience.policy import BackoffPolicy

@@ -12,7 +12,7 @@ from typing import Any
 from viralfx.core.clock import Clock
 from viralfx.core.errors import LedgerFullError, LedgerUnavailableError
 from viralfx.core.loops import HomeLoop
-from viralfx.jobs.batching import Allowance
+from viralfx.jobs.bulk import Allowance
 from viralfx.jobs.ledger import (
     Accepted,
     BlockingConnection,

@@ -13,8 +13,14 @@ from asyncpg.connection import Connection
 from asyncpg.pool import PoolConnectionProxy
 
 from viralfx.core.errors import LedgerUnavailableError, TransactionError
-from viralfx.jobs.batching import KeyHeldError, keys_of
-from viralfx.jobs.ledger import Accepted, BlockingConnection, Check, WatchedTransaction
+from viralfx.jobs.batching import keys_of
+from viralfx.jobs.ledger import (
+    Accepted,
+    BlockingConnection,
+    Check,
+    KeyHeldError,
+    WatchedTransaction,
+)
 from viralfx.jobs.model import JobDraft
 from viralfx.jobs.notifier import IDS_PER_NOTIFICATION, JobNotification
 from viralfx.jobs.postgres.ledger_rows import (

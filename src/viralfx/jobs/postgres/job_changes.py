@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from viralfx.core.errors import LedgerUnavailableError
 from viralfx.core.ids import canonical_job_id, is_job_id
-from viralfx.jobs.batching import Allowance
+from viralfx.jobs.bulk import Allowance
 from viralfx.jobs.ledger import BulkStep, Found, ProgressReport
 from viralfx.jobs.model import (
     ANY_JOB,

@@ -12,7 +12,7 @@ import asyncpg
 
 from viralfx.core.clock import Clock, SystemClock
 from viralfx.core.errors import LedgerUnavailableError
-from viralfx.jobs.batching import KeyHeldError, PartlyDoneError, keys_of
+from viralfx.jobs.batching import keys_of
 from viralfx.jobs.codec import PayloadError
 from viralfx.jobs.ledger import (
     MAX_ANNOUNCED,
@@ -20,6 +20,8 @@ from viralfx.jobs.ledger import (
     Accepted,
     Check,
     Claims,
+    KeyHeldError,
+    PartlyDoneError,
     QueueCounts,
     Registration,
     SweepResult,

@@ -11,8 +11,8 @@ import asyncpg
 from asyncpg.connection import Connection
 
 from viralfx.core.errors import LedgerUnavailableError, ViralFXError
-from viralfx.jobs.batching import PartlyDoneError
 from viralfx.jobs.codec import ResultError
+from viralfx.jobs.ledger import PartlyDoneError
 from viralfx.jobs.model import Claim, JobState, Settlement, completed
 from viralfx.jobs.postgres.ledger_rows import (
     Row,

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from viralfx.core.clock import default_rng
 from viralfx.core.errors import LedgerLimitError, LedgerUnavailableError, UnstorableError
-from viralfx.jobs.batching import Batcher, PartlyDoneError
+from viralfx.jobs.batching import Batcher
+from viralfx.jobs.ledger import PartlyDoneError
 from viralfx.jobs.model import Claim, JobError, JobState, Settlement
 from viralfx.jobs.worker.context import WorkerContext
 from viralfx.resilience.policy import Backoff, Jitter

@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 
 from viralfx.core.clock import Clock, default_rng, supervised
 from viralfx.core.errors import LedgerUnavailableError, is_a
-from viralfx.jobs.batching import PartlyDoneError
 from viralfx.jobs.codec import Progress
-from viralfx.jobs.ledger import JobLedger
+from viralfx.jobs.ledger import JobLedger, PartlyDoneError
 from viralfx.jobs.model import Claim
 from viralfx.jobs.tasks import HandBackError, Snooze, TaskRegistry
 from viralfx.jobs.worker.calls import JobTask

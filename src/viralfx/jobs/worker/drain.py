@@ -8,8 +8,7 @@ from typing import Any
 
 from viralfx.core.clock import Clock, finished_within
 from viralfx.core.errors import LedgerUnavailableError, WorkLostError
-from viralfx.jobs.batching import PartlyDoneError
-from viralfx.jobs.ledger import QueueCounts
+from viralfx.jobs.ledger import PartlyDoneError, QueueCounts
 from viralfx.jobs.notifier import BackgroundNotifier
 from viralfx.jobs.worker.completer import Completer
 from viralfx.jobs.worker.consumer import QueueConsumer

@@ -16,7 +16,7 @@ from viralfx.core.errors import LedgerUnavailableError, ViralFXError
 from viralfx.domain.access import Right
 from viralfx.domain.audit import Action, AuditEntry, AuditOutcome, jobs_in_words
 from viralfx.domain.operations import Operations
-from viralfx.jobs.batching import cut_off
+from viralfx.jobs.bulk import cut_off
 from viralfx.jobs.ledger import QueueCounts
 from viralfx.jobs.model import Job, JobNotFoundError, JobStateError, UnknownQueueError
 from viralfx.jobs.schedule import UnknownScheduleError

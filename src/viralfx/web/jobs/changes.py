@@ -22,7 +22,7 @@ from litestar.types import ExceptionHandlersMap
 
 from viralfx.core.errors import LedgerUnavailableError
 from viralfx.domain.audit import Action, AuditEntry, jobs_in_words
-from viralfx.jobs.batching import BulkCount
+from viralfx.jobs.bulk import BulkCount
 from viralfx.jobs.ledger import QueueCounts
 from viralfx.jobs.model import JobFilter, JobState, KeyConflictError, filter_in_words
 from viralfx.jobs.service import MAX_CHANGED

@@ -29,10 +29,11 @@ from viralfx.core.ids import canonical_job_id
 from viralfx.core.keys import NamedKey
 from viralfx.domain.access import ANONYMOUS, Principal
 from viralfx.domain.audit import Action, AuditEntry
-from viralfx.jobs.batching import JobFollower, Submission, about
 from viralfx.jobs.codec import MAX_NESTING_LEVELS, is_too_deep
+from viralfx.jobs.follower import JobFollower
 from viralfx.jobs.model import Job, JobFilter, JobState, KeyConflictError
 from viralfx.jobs.service import JobService
+from viralfx.jobs.submission import Submission, about
 from viralfx.jobs.tasks import TaskRegistry
 from viralfx.server.interface import Scope
 from viralfx.server.problems import Problem

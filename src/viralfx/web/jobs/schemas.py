@@ -13,7 +13,7 @@ from msgspec import Meta
 from viralfx.core.clock import timestamp
 from viralfx.core.ids import canonical_job_id
 from viralfx.core.keys import owner_and_text
-from viralfx.jobs.batching import BulkCount
+from viralfx.jobs.bulk import BulkCount
 from viralfx.jobs.ledger import Accepted, QueueCounts
 from viralfx.jobs.limits import FIRST_RUN_AT, LAST_RUN_AT, MAX_ATTEMPTS
 from viralfx.jobs.model import (
