@@ -15,7 +15,7 @@ from viralfx.core.clock import SystemClock
 from viralfx.jobs.ledger import Claims, Registration
 from viralfx.jobs.model import Claim, JobState, completed
 from viralfx.jobs.notifier import JobNotification
-from viralfx.jobs.worker.context import BegunJobs, Execution
+from viralfx.jobs.worker.running import BegunJobs, Execution
 
 LEASE = 0.6
 LIMIT = 20.0

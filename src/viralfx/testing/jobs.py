@@ -21,7 +21,7 @@ from viralfx.jobs.codec import same_json
 from viralfx.jobs.memory import MemoryJobLedger, MemoryTransaction
 from viralfx.jobs.model import Claim, Job, JobError, JobFilter, JobState
 from viralfx.jobs.worker.calls import JobTask
-from viralfx.jobs.worker.context import Execution
+from viralfx.jobs.worker.running import Execution
 from viralfx.web.layer import OperationsLayer
 
 __all__ = ["Jobs", "SubmittedJob", "assert_submitted", "run_pending", "submitted"]

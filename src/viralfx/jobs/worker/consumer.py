@@ -12,10 +12,12 @@ from viralfx.jobs.model import JobState, Settlement, handed_back
 from viralfx.jobs.notifier import DUE_MARGIN_SECONDS, JobNotification, JobNotifier
 from viralfx.jobs.worker.calls import JobTask
 from viralfx.jobs.worker.completer import Completer
-from viralfx.jobs.worker.context import DueTimes, Execution, WorkerContext
+from viralfx.jobs.worker.context import WorkerContext
+from viralfx.jobs.worker.due_times import DueTimes
 from viralfx.jobs.worker.execution import CANCEL_GRACE_SECONDS, Executor
 from viralfx.jobs.worker.lease import Heartbeat
 from viralfx.jobs.worker.quarantine import PoisonJobQuarantine, may_be_poison
+from viralfx.jobs.worker.running import Execution
 
 _logger = logging.getLogger("viralfx.jobs")
 

@@ -12,8 +12,9 @@ from viralfx.jobs.ledger import PartlyDoneError, QueueCounts
 from viralfx.jobs.notifier import BackgroundNotifier
 from viralfx.jobs.worker.completer import Completer
 from viralfx.jobs.worker.consumer import QueueConsumer
-from viralfx.jobs.worker.context import Role, WorkerContext
+from viralfx.jobs.worker.context import WorkerContext
 from viralfx.jobs.worker.lease import Heartbeat
+from viralfx.jobs.worker.role import Role
 
 _logger = logging.getLogger("viralfx.jobs")
 

@@ -63,7 +63,7 @@ from viralfx.jobs.worker.calls import (
     is_closed,
     submitter_for,
 )
-from viralfx.jobs.worker.context import Execution
+from viralfx.jobs.worker.running import Execution
 from viralfx.resilience.deadline import Cancellation, Deadline
 from viralfx.resilience.policy import BackoffPolicy, RetryPolicy
 

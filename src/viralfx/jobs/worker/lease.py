@@ -17,13 +17,10 @@ from viralfx.core.clock import Clock, default_rng, finished_within, ignore_error
 from viralfx.core.errors import LedgerUnavailableError
 from viralfx.core.ids import is_job_id
 from viralfx.jobs.ledger import LeaseStore, Registration
-from viralfx.jobs.worker.context import (
-    MAX_RETRY_SECONDS,
-    RETRY_BACKOFF,
-    Execution,
-    Role,
-    WorkerContext,
-)
+from viralfx.jobs.worker.availability import MAX_RETRY_SECONDS, RETRY_BACKOFF
+from viralfx.jobs.worker.context import WorkerContext
+from viralfx.jobs.worker.role import Role
+from viralfx.jobs.worker.running import Execution
 
 _logger = logging.getLogger("viralfx.jobs")
 

@@ -17,9 +17,10 @@ from viralfx.jobs.ledger import JobLedger, SweepResult
 from viralfx.jobs.limits import scheduled_key_of
 from viralfx.jobs.model import JobDraft
 from viralfx.jobs.schedule import Schedule, ScheduleState
-from viralfx.jobs.worker.context import Role, WorkerContext
+from viralfx.jobs.worker.context import WorkerContext
 from viralfx.jobs.worker.lease import Heartbeat
 from viralfx.jobs.worker.poller import SECONDS_PER_WORKER
+from viralfx.jobs.worker.role import Role
 from viralfx.resilience.deadline import Deadline
 
 _logger = logging.getLogger("viralfx.jobs")

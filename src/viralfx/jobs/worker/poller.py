@@ -7,8 +7,10 @@ from viralfx.core.clock import default_rng
 from viralfx.jobs.ledger import ProgressReport
 from viralfx.jobs.notifier import JobNotifier
 from viralfx.jobs.worker.consumer import QueueConsumer
-from viralfx.jobs.worker.context import Execution, Role, WorkerContext
+from viralfx.jobs.worker.context import WorkerContext
 from viralfx.jobs.worker.lease import Heartbeat
+from viralfx.jobs.worker.role import Role
+from viralfx.jobs.worker.running import Execution
 
 DISCONNECTED_POLL_SECONDS = 0.2
 """The longest time between two polls of one worker while no notification would arrive."""

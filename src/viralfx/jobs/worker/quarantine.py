@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from viralfx.core.clock import Clock, default_rng
 from viralfx.jobs.model import Claim, JobState, Settlement, handed_back
-from viralfx.jobs.worker.context import Execution
 from viralfx.jobs.worker.execution import Executor
+from viralfx.jobs.worker.running import Execution
 
 QUARANTINE_CRASHES = 2
 """Crashes from which a job counts as poison; a single one may have been caused by another job."""

@@ -14,16 +14,18 @@ from viralfx.jobs.hooks import CombinedHooks, JobHooks
 from viralfx.jobs.ledger import JobLedger, LeaseStore
 from viralfx.jobs.notifier import BackgroundNotifier, JobNotifier
 from viralfx.jobs.tasks import Submitter, TaskRegistry
+from viralfx.jobs.worker.availability import LedgerAvailability
 from viralfx.jobs.worker.calls import JobThreads, TaskCalls
 from viralfx.jobs.worker.completer import Completer
 from viralfx.jobs.worker.consumer import QueueConsumer
-from viralfx.jobs.worker.context import Execution, LedgerAvailability, WorkerContext
+from viralfx.jobs.worker.context import WorkerContext
 from viralfx.jobs.worker.drain import DrainReport, WorkerRoles, drain
 from viralfx.jobs.worker.execution import Executor
 from viralfx.jobs.worker.lease import Heartbeat, WorkerView, max_renewal_delay
 from viralfx.jobs.worker.maintenance import Pruner, Retention, Scheduler, Sweeper
 from viralfx.jobs.worker.poller import Control, Poller
 from viralfx.jobs.worker.quarantine import PoisonJobQuarantine
+from viralfx.jobs.worker.running import Execution
 from viralfx.resilience.policy import BackoffPolicy, RetryPolicy
 
 
