@@ -21,7 +21,7 @@ from viralfx.adapters.taskiq.messages import (
 )
 from viralfx.core.ids import is_job_id
 from viralfx.jobs.codec import ResultError
-from viralfx.jobs.memory.job_changes import new_job
+from viralfx.jobs.memory.ledger import new_job
 from viralfx.jobs.model import Job, JobDraft, JobError, JobState
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)

@@ -14,7 +14,7 @@ from viralfx.core.correlation import correlated, current_correlation_id
 from viralfx.core.ids import new_job_id
 from viralfx.jobs.batching import AcceptBatcher, Batcher
 from viralfx.jobs.ledger import Accepted, KeyHeldError
-from viralfx.jobs.memory.job_changes import new_job
+from viralfx.jobs.memory.ledger import new_job
 from viralfx.jobs.model import JobDraft
 
 

@@ -14,8 +14,7 @@ from tests.manual_clock import ManualClock
 from viralfx.core.errors import LedgerFullError
 from viralfx.core.ids import new_job_id
 from viralfx.jobs.limits import Limit, Rate
-from viralfx.jobs.memory.job_changes import MAX_EXAMINED_JOBS
-from viralfx.jobs.memory.ledger import MemoryJobLedger
+from viralfx.jobs.memory.ledger import MAX_EXAMINED_JOBS, MemoryJobLedger
 from viralfx.jobs.model import Job, JobDraft, JobFilter, JobState, completed
 
 T = TypeVar("T")
