@@ -1,20 +1,14 @@
 """Schedules: the runs of a task by a cron expression, and missed ones that are made up for."""
 
-import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import islice, takewhile
-from typing import Any, Protocol
+from typing import Protocol
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
-from viralfx.core.clock import Clock
 from viralfx.core.errors import ViralFXError, suggest
 from viralfx.core.extras import MissingExtraError, needed_by
-from viralfx.core.loops import HomeLoop, at_home
-
-_logger = logging.getLogger("viralfx.queues")
 
 ON_TIME_SECONDS = 60.0
 """A run that was due longer ago than this when a worker finds it was missed."""
@@ -361,70 +355,6 @@ class ScheduleStore(Protocol):
     async def schedules(self) -> Sequence[ScheduleState]:
         """Return the schedules that workers declared, in the order of their tasks."""
         ...
-
-
-class _Task(Protocol):
-    @property
-    def schedule(self) -> Schedule | None: ...
-
-
-class _Tasks(Protocol):
-    """The part of the registry of tasks that schedules need."""
-
-    def name_of(self, task: object) -> str: ...
-
-    def __iter__(self) -> Iterator[_Task]: ...
-
-
-class ScheduledTasks:
-    """The part of the job service that shows, pauses and resumes schedules."""
-
-    _ledger: ScheduleStore
-    _tasks: _Tasks
-    _clock: Clock
-    _home: HomeLoop
-
-    @at_home
-    async def schedules(self, count: int = 5) -> Sequence[ScheduleTimes]:
-        """Return the schedules of all tasks, with the next ``count`` times of each."""
-        states = await self._ledger.schedules()
-        return times_of(states, self._schedules_here(), self._clock.now(), count)
-
-    def _schedules_here(self) -> Sequence[Schedule]:
-        return [each.schedule for each in self._tasks if each.schedule is not None]
-
-    async def _schedule(self, task: str) -> ScheduleTimes:
-        found = {each.task: each for each in await self.schedules()}
-        if task not in found:
-            hint = suggest(task, found) or f"the tasks with one are {', '.join(found) or 'none'}"
-            raise UnknownScheduleError(f"no task {task!r} has a schedule; {hint}")
-        return found[task]
-
-    @at_home
-    async def pause_schedule(self, task: str | Callable[..., Any]) -> ScheduleTimes:
-        """Skip the runs of a schedule until it is resumed; jobs that were accepted stay.
-
-        All workers obey at once. Pausing a paused schedule does nothing. Raises
-        :class:`UnknownScheduleError`.
-        """
-        name = self._tasks.name_of(task)
-        await self._schedule(name)
-        if not await self._ledger.pause_schedule(name):
-            # No worker has declared it yet.
-            mine = [each for each in self._schedules_here() if each.task == name]
-            await self._ledger.declare_schedules(mine, math.inf)
-            await self._ledger.pause_schedule(name)
-        _logger.warning("Schedule paused", extra={"task": name})
-        return await self._schedule(name)
-
-    @at_home
-    async def resume_schedule(self, task: str | Callable[..., Any]) -> ScheduleTimes:
-        """Run a schedule again from its next time on. Raises as :meth:`pause_schedule` does."""
-        name = self._tasks.name_of(task)
-        await self._schedule(name)
-        await self._ledger.resume_schedule(name)
-        _logger.warning("Schedule resumed", extra={"task": name})
-        return await self._schedule(name)
 
 
 def _has_impossible_date(cron: str) -> bool:

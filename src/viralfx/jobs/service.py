@@ -1,6 +1,7 @@
 """The job service of applications: accept, find, retry and cancel jobs."""
 
 import logging
+import math
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -18,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from viralfx.core.clock import Clock, SystemClock
 from viralfx.core.correlation import current_correlation_id, current_user_id
-from viralfx.core.errors import LedgerUnavailableError, UnstorableError
+from viralfx.core.errors import LedgerUnavailableError, UnstorableError, suggest
 from viralfx.core.ids import new_job_id
 from viralfx.core.keys import NamedKey, stored_key
 from viralfx.core.loops import (
@@ -69,7 +70,7 @@ from viralfx.jobs.model import (
     UnknownQueueError,
     check_priority,
 )
-from viralfx.jobs.schedule import ScheduledTasks
+from viralfx.jobs.schedule import Schedule, ScheduleTimes, UnknownScheduleError, times_of
 from viralfx.jobs.submission import Submission, about, require_all_same, require_same
 from viralfx.jobs.tasks import TaskRegistry, submits, submits_many
 
@@ -106,7 +107,7 @@ class JobsApart(Protocol):
         ...
 
 
-class JobService(ScheduledTasks):
+class JobService:
     """Accepts jobs durably, and gives access to them.
 
     Await its methods on any event loop: once the application has started, they run on the loop of
@@ -114,9 +115,6 @@ class JobService(ScheduledTasks):
 
     Every method raises :class:`LedgerUnavailableError` if the ledger does not answer.
     """
-
-    _ledger: JobLedger
-    _tasks: TaskRegistry
 
     def __init__(
         self,
@@ -588,6 +586,48 @@ class JobService(ScheduledTasks):
             raise InvalidFilterError(
                 f"only jobs that are {allowed} can be {change}: leave state out, or set it to that"
             )
+
+    @at_home
+    async def schedules(self, count: int = 5) -> Sequence[ScheduleTimes]:
+        """Return the schedules of all tasks, with the next ``count`` times of each."""
+        states = await self._ledger.schedules()
+        return times_of(states, self._schedules_here(), self._clock.now(), count)
+
+    def _schedules_here(self) -> Sequence[Schedule]:
+        return [each.schedule for each in self._tasks if each.schedule is not None]
+
+    async def _schedule(self, task: str) -> ScheduleTimes:
+        found = {each.task: each for each in await self.schedules()}
+        if task not in found:
+            hint = suggest(task, found) or f"the tasks with one are {', '.join(found) or 'none'}"
+            raise UnknownScheduleError(f"no task {task!r} has a schedule; {hint}")
+        return found[task]
+
+    @at_home
+    async def pause_schedule(self, task: str | Callable[..., Any]) -> ScheduleTimes:
+        """Skip the runs of a schedule until it is resumed; jobs that were accepted stay.
+
+        All workers obey at once. Pausing a paused schedule does nothing. Raises
+        :class:`UnknownScheduleError`.
+        """
+        name = self._tasks.name_of(task)
+        await self._schedule(name)
+        if not await self._ledger.pause_schedule(name):
+            # No worker has declared it yet.
+            mine = [each for each in self._schedules_here() if each.task == name]
+            await self._ledger.declare_schedules(mine, math.inf)
+            await self._ledger.pause_schedule(name)
+        _logger.warning("Schedule paused", extra={"task": name})
+        return await self._schedule(name)
+
+    @at_home
+    async def resume_schedule(self, task: str | Callable[..., Any]) -> ScheduleTimes:
+        """Run a schedule again from its next time on. Raises as :meth:`pause_schedule` does."""
+        name = self._tasks.name_of(task)
+        await self._schedule(name)
+        await self._ledger.resume_schedule(name)
+        _logger.warning("Schedule resumed", extra={"task": name})
+        return await self._schedule(name)
 
     async def run_schedule(
         self, task: str | Callable[..., Any], *, traceparent: str | None = None
