@@ -165,6 +165,21 @@ async def test_a_postponed_check_is_pending_until_the_next_start(clock: ManualCl
     assert attempts == 1
 
 
+async def test_checks_do_not_wait_for_each_other(
+    clock: ManualClock, held: list[Releasable]
+) -> None:
+    """A hanging check does not delay another."""
+    hung, quick = ActingCheck(Act.SWALLOW), ActingCheck(clock=clock)
+    held.append(hung)
+    monitor = make(clock, {"hung": (hung, POLICY), "quick": (quick, POLICY)})
+    began = clock.monotonic()
+    monitor.start()
+    await clock.advance(10.0)
+    await monitor.stop()
+
+    assert [began, began + 5, began + 10] == quick.begun_at
+
+
 async def test_a_second_start_does_nothing(clock: ManualClock) -> None:
     """There is only one schedule."""
     async with running(clock, check := ActingCheck()) as monitor:
@@ -256,6 +271,19 @@ async def test_a_hanging_check_fails_at_its_timeout(
         assert verdict(monitor) == (Status.FAIL, "timeout")
 
 
+@pytest.mark.parametrize("act", [Act.HANG, Act.SWALLOW])
+async def test_check_that_begins_to_hang_fails_within_interval_and_timeout(
+    clock: ManualClock, held: list[Releasable], act: Act
+) -> None:
+    """A healthy check that starts to hang is detected within one interval and one timeout."""
+    held.append(check := ActingCheck())
+    async with running(clock, check) as monitor:
+        check.act = act
+        await clock.advance(INTERVAL + TIMEOUT)
+
+        assert verdict(monitor) == (Status.FAIL, "timeout")
+
+
 async def test_a_cancelled_attempt_does_not_delay_the_next(
     clock: ManualClock,
 ) -> None:
@@ -271,6 +299,18 @@ async def test_a_cancelled_attempt_does_not_delay_the_next(
         assert verdict(monitor) == (Status.PASS, None)
 
 
+async def test_never_two_attempts_at_once(clock: ManualClock, held: list[Releasable]) -> None:
+    """While an attempt suppresses its cancellation, no other starts."""
+    held.append(check := ActingCheck(Act.SWALLOW))
+    async with running(clock, check) as monitor:
+        for _ in range(50):
+            monitor.request_check("one")
+            await clock.advance(INTERVAL)
+
+        assert (check.attempts, check.most_outstanding) == (1, 1)
+        assert verdict(monitor) == (Status.FAIL, "timeout")
+
+
 async def test_the_message_of_a_hanging_check_has_its_duration(
     clock: ManualClock, held: list[Releasable]
 ) -> None:
@@ -280,6 +320,36 @@ async def test_the_message_of_a_hanging_check_has_its_duration(
         await clock.advance(TIMEOUT + INTERVAL + TIMEOUT)
 
         assert monitor.report().checks["one"].message == "one check has not answered for 9.0 s"
+
+
+async def test_a_late_result_is_ignored(clock: ManualClock, held: list[Releasable]) -> None:
+    """The result of an abandoned attempt is dropped, and a new attempt starts."""
+    held.append(check := ActingCheck(Act.SWALLOW))
+    async with running(clock, check) as monitor:
+        await clock.advance(TIMEOUT)
+        check.act = Act.FAIL
+        check.release()
+        await clock.settle()
+
+        assert verdict(monitor) == (Status.FAIL, "timeout")
+
+        await clock.advance(INTERVAL)
+
+        assert verdict(monitor) == (Status.FAIL, "code-fail")
+
+
+async def test_a_hanging_check_recovers_when_it_responds_again(
+    clock: ManualClock, held: list[Releasable]
+) -> None:
+    """It passes within an interval and a timeout."""
+    held.append(check := ActingCheck(Act.SWALLOW))
+    async with running(clock, check) as monitor:
+        await clock.advance(60.0)
+        check.act = Act.PASS
+        check.release()
+        await clock.advance(INTERVAL + TIMEOUT)
+
+        assert verdict(monitor) == (Status.PASS, None)
 
 
 async def test_a_late_error_of_an_abandoned_attempt_is_ignored(
@@ -369,6 +439,21 @@ async def test_a_refresh_postpones_the_next_scheduled_attempt(clock: ManualClock
     assert [began, began + 4, began + 9] == check.begun_at
 
 
+async def test_a_refresh_of_a_hanging_check_is_limited(
+    clock: ManualClock, held: list[Releasable]
+) -> None:
+    """The round ends at the timeout and starts no second attempt."""
+    held.append(check := ActingCheck(Act.SWALLOW))
+    async with running(clock, check) as monitor:
+        await clock.advance(TIMEOUT + 1.0)
+        caller = asyncio.create_task(monitor.refresh())
+        await clock.advance(TIMEOUT)
+
+        assert caller.done()
+        assert caller.result().checks["one"].code == "timeout"
+        assert check.attempts == 1
+
+
 async def test_a_refresh_waits_for_an_attempt_that_starts_later(
     clock: ManualClock,
 ) -> None:
@@ -447,6 +532,22 @@ async def test_a_refresh_over_a_hanging_attempt_gets_the_next_one(
         assert check.attempts == 2
 
 
+async def test_a_refresh_ends_at_its_limit(clock: ManualClock, held: list[Releasable]) -> None:
+    """One attempt in flight, one that starts when it ends, and the end of the limit."""
+    held.append(check := ActingCheck(Act.SWALLOW))
+    async with running(clock, check) as monitor:
+        asked = asyncio.create_task(monitor.refresh())
+        await clock.advance(2 * TIMEOUT - 0.1)
+        check.release()
+        await clock.advance(1.09)
+
+        assert (check.attempts, asked.done()) == (2, False)
+
+        await clock.advance(0.01)
+
+        assert asked.done()
+
+
 async def test_abandon_cancels_all_waiting_callers(clock: ManualClock) -> None:
     """Those of the attempt in flight and those of the next one."""
     track = CheckTracker("one", POLICY, clock.now())
@@ -517,6 +618,22 @@ async def test_a_follower_runs_as_soon_as_the_followed_check_ends(
 
     assert [began, began + 1.5] == leader.begun_at
     assert [began, began + 1.7] == pytest.approx(follower.begun_at)
+
+
+async def test_a_round_with_a_hanging_check_and_its_follower_is_limited(
+    clock: ManualClock, held: list[Releasable]
+) -> None:
+    """The follower runs after the limit of the other check, with its own limit."""
+    leader, follower = ActingCheck(Act.SWALLOW), ActingCheck(Act.SWALLOW)
+    held += [leader, follower]
+    async with followed(clock, leader, follower) as monitor:
+        await clock.advance(1.0)
+        asked = asyncio.create_task(monitor.refresh())
+        await clock.advance(2 * (1.0 + 2 * TIMEOUT))
+
+        assert asked.done()
+        assert {check.code for check in asked.result().checks.values()} == {"timeout"}
+        assert (leader.attempts, follower.attempts) == (1, 1)
 
 
 async def test_a_check_can_only_follow_a_registered_check(clock: ManualClock) -> None:
@@ -821,6 +938,28 @@ async def test_a_report_is_published_once(clock: ManualClock) -> None:
     assert len({id(report) for report in reports}) == 4
 
 
+async def test_each_transition_is_published_once_after_its_attempt(clock: ManualClock) -> None:
+    """The report follows the transition."""
+    check, events = ActingCheck(), list[MonitorEvent]()
+    monitor = make(clock, {"one": (check, POLICY)})
+    monitor.subscribe(events.append)
+    monitor.start()
+    await clock.advance(INTERVAL)
+    check.act = Act.FAIL
+    await clock.advance(INTERVAL)
+    await monitor.stop()
+
+    assert [
+        *(CheckCompleted, Transition, HealthReport),
+        *(CheckCompleted, HealthReport),
+        *(CheckCompleted, Transition, HealthReport),
+    ] == [type(event) for event in events]
+    assert [(event.old, event.new) for event in events if isinstance(event, Transition)] == [
+        (None, Status.PASS),
+        (Status.PASS, Status.FAIL),
+    ]
+
+
 async def test_a_listener_error_does_not_affect_others(
     clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -857,6 +996,20 @@ async def test_a_listener_can_read_the_report(clock: ManualClock) -> None:
     await monitor.stop()
 
     assert seen == [Status.WARN]
+
+
+async def test_history_is_bounded_and_counts_are_not(clock: ManualClock) -> None:
+    """The oldest transitions are dropped; the counters go on."""
+    check = ActingCheck()
+    monitor = make(clock, {"one": (check, POLICY)}, history_size=3)
+    monitor.start()
+    for turn in range(10):
+        check.act = Act.FAIL if turn % 2 else Act.PASS
+        await clock.advance(INTERVAL)
+    await monitor.stop()
+
+    assert [event.new for event in monitor.history] == [Status.FAIL, Status.PASS, Status.FAIL]
+    assert monitor.transition_counts == {"one": 10}
 
 
 async def test_transition_counts_continue_over_a_restart(clock: ManualClock) -> None:
@@ -898,6 +1051,58 @@ async def test_stop_cancels_attempts_in_flight_and_the_schedule(clock: ManualClo
     assert (check.attempts, check.outstanding) == (1, 0)
     assert clock.sleeping == 0
     assert monitor.report().checks["one"].status is Status.FAIL
+
+
+async def test_stop_does_not_wait_for_a_hanging_check(
+    clock: ManualClock, held: list[Releasable]
+) -> None:
+    """An attempt that suppresses its cancellation is abandoned."""
+    held.append(check := ActingCheck(Act.SWALLOW))
+    monitor = make(clock, {"one": (check, POLICY)})
+    monitor.start()
+    await clock.advance(1.0)
+    stop = asyncio.create_task(monitor.stop())
+    await clock.settle()
+
+    assert stop.done()
+    assert check.outstanding == 1
+
+
+async def test_stop_ends_a_round_in_flight(clock: ManualClock) -> None:
+    """Its callers return."""
+    monitor = make(clock, {"one": (ActingCheck(Act.HANG), POLICY)})
+    monitor.start()
+    caller = asyncio.create_task(monitor.refresh())
+    await clock.advance(1.0)
+    await monitor.stop()
+    await clock.settle()
+
+    assert caller.done()
+
+
+async def test_stop_without_a_running_schedule_does_nothing(clock: ManualClock) -> None:
+    """A second stop and a stop before the start are safe."""
+    monitor = make(clock, {"one": (ActingCheck(), POLICY)})
+    await monitor.stop()
+    monitor.start()
+    await clock.settle()
+    await monitor.stop()
+    await monitor.stop()
+
+    assert monitor.report().checks["one"].status is Status.PASS
+
+
+async def test_a_restart_starts_no_attempt_beside_an_abandoned_one(
+    clock: ManualClock, held: list[Releasable]
+) -> None:
+    """There is still at most one attempt."""
+    held.append(check := ActingCheck(Act.SWALLOW))
+    async with running(clock, check) as monitor:
+        await monitor.stop()
+        monitor.start()
+        await clock.advance(20.0)
+
+        assert (check.attempts, check.most_outstanding) == (1, 1)
 
 
 async def test_a_status_can_be_a_string(clock: ManualClock) -> None:

@@ -6,12 +6,10 @@ import string
 import time
 from pathlib import Path
 
-import msgspec
 import pytest
 from msgspec.inspect import FloatType
 
 from viralfx.core.errors import ConfigurationError
-from viralfx.domain.shutdown import Phase
 from viralfx.settings import (
     DatabaseAddress,
     DatabaseSettings,
@@ -176,14 +174,6 @@ def test_defaults_are_those_of_the_contract() -> None:
         settings.shutdown_on_uncaught,
         settings.environment,
     ) == (0, True, "development")
-
-
-def test_default_budgets_are_the_documented_ones() -> None:
-    """Milliseconds of the environment become seconds of the domain."""
-    budgets = Settings().shutdown_budgets
-
-    assert [budgets.of(phase) for phase in Phase] == [0.0, 30.0, 5.0, 15.0]
-    assert budgets.force == 60.0
 
 
 def test_every_variable_is_tested_here() -> None:
@@ -1270,13 +1260,6 @@ def test_secret_is_never_shown(tmp_path: Path) -> None:
 def test_unknown_variables_value_is_not_repeated() -> None:
     """The value of a misspelled secret is not quoted."""
     assert "hunter2" not in str(problems(DB_PASSWORT="hunter2", DATABASE_URL="hunter2"))
-
-
-def test_settings_are_immutable() -> None:
-    """Validated settings cannot be changed."""
-    with pytest.raises(AttributeError):
-        Settings().port = 1  # type: ignore[misc]
-    assert msgspec.structs.replace(Settings(), port=1).port == 1
 
 
 @pytest.mark.parametrize("name", ["SHUTDOWN_FORCE_TIMEOUT", "HEALTH_FAILURE_THRESHOLD", "PORT"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tests.manual_clock import ManualClock
+from tests.unit.conftest import Releasable
 from tests.unit.doubles import Act, ActingStage, BrokenError
 
 from viralfx.core.correlation import current_correlation_id
@@ -125,6 +126,27 @@ def test_an_invalid_budget_is_rejected(name: str, seconds: float) -> None:
 
 
 # -- order -----------------------------------------------------------------------------------
+
+
+async def test_phases_run_in_order(stop: Stop) -> None:
+    """The order of registration does not matter."""
+    for phase in reversed(Phase):
+        stop.add(phase, str(phase))
+    report = await stop.finish()
+
+    assert [str(phase) for phase in Phase] == stop.journal
+    assert report.clean
+
+
+async def test_stages_of_a_phase_run_in_the_order_of_registration(stop: Stop) -> None:
+    """``first`` puts a stage before the others."""
+    stop.add(Phase.CLOSE, "two", Act.SLOW)
+    stop.add(Phase.CLOSE, "three", Act.SLOW)
+    stop.add(Phase.CLOSE, "one", Act.SLOW, first=True)
+    await stop.finish()
+
+    assert stop.journal == ["one", "two", "three"]
+    assert 3.0 <= stop.elapsed < 3.2
 
 
 async def test_drain_stages_run_concurrently(stop: Stop) -> None:
@@ -248,6 +270,30 @@ async def test_a_function_is_a_stage(stop: Stop) -> None:
 # -- stages that misbehave -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("phase", list(Phase))
+@pytest.mark.parametrize(
+    ("act", "outcome"),
+    [
+        (Act.RAISE, Outcome.FAILED),
+        (Act.CANCEL_ITSELF, Outcome.FAILED),
+        (Act.HANG, Outcome.TIMEOUT),
+        (Act.SWALLOW, Outcome.TIMEOUT),
+    ],
+)
+async def test_the_next_stage_runs_after_a_failed_one(
+    stop: Stop, held: list[Releasable], phase: Phase, act: Act, outcome: Outcome
+) -> None:
+    """A stage that fails or overruns ends neither its phase nor the shutdown."""
+    held.append(stop.add(phase, "bad", act))
+    stop.add(phase, "next")
+    stop.add(Phase.CLOSE, "last")
+    report = await stop.finish()
+
+    assert {"bad": outcome, "next": Outcome.OK, "last": Outcome.OK} == stop.outcomes()
+    assert outcome is report.phases[list(Phase).index(phase)].outcome
+    assert not report.clean
+
+
 def _raises_at_once() -> Coroutine[Any, Any, None]:
     raise BrokenError("before the first await")
 
@@ -294,6 +340,18 @@ async def test_a_synchronous_run_fails_as_a_stage(stop: Stop, phase: Phase, func
     await stop.finish()
 
     assert stop.outcomes() == {"wrong": Outcome.FAILED, "next": Outcome.OK}
+
+
+@pytest.mark.parametrize("act", [Act.HANG, Act.SWALLOW])
+async def test_a_hanging_stage_is_cut_after_its_budget(
+    stop: Stop, held: list[Releasable], act: Act
+) -> None:
+    """The margin is small, even if the stage suppresses its cancellation."""
+    held.append(stop.add(Phase.DRAIN, "hanging", act))
+    after = stop.add(Phase.SAVE_STATE, "after")
+    await stop.finish()
+
+    assert [stop.began_at + 30.0 + CUT_MARGIN] == after.began_at
 
 
 async def test_a_stage_that_uses_its_whole_budget_is_not_cut(stop: Stop) -> None:
@@ -376,6 +434,16 @@ async def test_trigger_is_idempotent_with_one_deadline(stop: Stop) -> None:
     assert stop.sequence.remaining() == 50.0
 
 
+async def test_there_is_no_deadline_before_the_trigger(stop: Stop) -> None:
+    """There is no reason either."""
+    report = stop.sequence.report()
+
+    assert float("inf") == stop.sequence.remaining()
+    assert (report.reason, report.deadline, report.clean) == (None, None, False)
+    assert {"pending"} == {phase.state for phase in report.phases}
+    assert not stop.sequence.triggered
+
+
 async def test_wait_returns_with_the_trigger(stop: Stop) -> None:
     """Later calls return at once."""
     waiter = asyncio.create_task(stop.sequence.wait())
@@ -389,6 +457,19 @@ async def test_wait_returns_with_the_trigger(stop: Stop) -> None:
     assert waiter.done()
 
     await stop.sequence.wait()
+
+
+async def test_concurrent_runs_share_one_run(stop: Stop) -> None:
+    """A later call gets the same report."""
+    stage = stop.add(Phase.DRAIN, "slow", Act.SLOW)
+    callers = [asyncio.create_task(stop.sequence.run()) for _ in range(2)]
+    await stop.clock.advance(1.0)
+    first, second = [await caller for caller in callers]
+    third = await stop.sequence.run()
+
+    assert len(stage.began_at) == 1
+    assert first == second == third
+    assert first.clean
 
 
 async def test_cancelling_a_caller_does_not_cancel_the_run(stop: Stop) -> None:
@@ -411,6 +492,19 @@ async def test_run_triggers_the_shutdown(stop: Stop) -> None:
     assert (report.reason, report.clean) == ("requested", True)
 
 
+async def test_all_stages_run_after_the_deadline(stop: Stop) -> None:
+    """Each gets at least the margin."""
+    stages = [stop.add(phase, str(phase)) for phase in Phase]
+    stages.append(stop.add(Phase.CLOSE, "hanging", Act.HANG))
+    stop.sequence.trigger("SIGTERM")
+    await stop.clock.advance(100.0)
+    await stop.finish()
+
+    assert [stage.budgets for stage in stages] == [[0.0]] * 5
+    assert Outcome.TIMEOUT is stop.outcomes()["hanging"]
+    assert stop.elapsed < 100.0 + 2 * CUT_MARGIN
+
+
 async def test_late_run_shortens_the_budgets(stop: Stop) -> None:
     """The deadline is absolute, so a late run has less time."""
     drain = stop.add(Phase.DRAIN, "drain")
@@ -419,6 +513,21 @@ async def test_late_run_shortens_the_budgets(stop: Stop) -> None:
     await stop.finish()
 
     assert drain.budgets == [14.5]
+
+
+async def test_zero_budgets_run_every_stage(clock: ManualClock, held: list[Releasable]) -> None:
+    """Each stage starts, and is cut at the margin if it hangs."""
+    stop = Stop(clock, ShutdownBudgets(readiness_delay=0, drain=0, state=0, connections=0, force=1))
+    for phase in Phase:
+        held.append(stop.add(phase, f"bad {phase}", Act.SWALLOW))
+        stop.add(phase, f"good {phase}")
+    await stop.finish()
+
+    assert len(stop.journal) == 8
+    assert {Outcome.OK} == {
+        outcome for name, outcome in stop.outcomes().items() if name.startswith("good")
+    }
+    assert 4 * CUT_MARGIN <= stop.elapsed <= 4 * CUT_MARGIN + 0.2
 
 
 # -- events ----------------------------------------------------------------------------------

@@ -630,18 +630,6 @@ async def test_a_transactional_task_completes_in_its_transaction(fleet: Fleet) -
     assert (fleet.ledger.count("settle_with_effect"), fleet.ledger.count("settle")) == (1, 0)
 
 
-async def test_a_transactional_task_that_fails_is_retried(fleet: Fleet) -> None:
-    """By its policy."""
-
-    async def fail(_: object, context: JobContext) -> None:
-        raise ValueError(str(context.attempt))
-
-    job = await run(fleet, fail, transactional=True, retry=QUICKLY)
-
-    assert job.error is not None
-    assert (job.state, job.error.message, job.attempts) == (JobState.FAILED, "3", 3)
-
-
 async def test_a_transaction_that_ends_slowly_is_not_abandoned(fleet: Fleet) -> None:
     """Its task has ended, late but before it was abandoned: the commit decides."""
     released = asyncio.Event()
