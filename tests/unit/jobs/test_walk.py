@@ -20,6 +20,7 @@ WORKER = {
     "jobs/worker/consumer.py",
     "jobs/worker/availability.py",
     "jobs/worker/context.py",
+    "jobs/worker/due_times.py",
     "jobs/worker/execution.py",
     "jobs/worker/lease.py",
     "jobs/worker/poller.py",
