@@ -128,12 +128,21 @@ def test_without_a_setting_no_peer_is_trusted() -> None:
         ("10.0.0.1/24", "host bits set"),
         ("10.0.0.0/33", "10.0.0.0/33"),
         ("proxy.internal", "proxy.internal"),
-        ("0.0.0.0/0", "lets every client choose its address"),
-        ("::/0", "lets every client choose its address"),
+        ("0.0.0.0/0", "0.0.0.0/0 is wider than /8, so clients in it choose their address"),
+        ("0.0.0.0/1", "0.0.0.0/1 is wider than /8, so clients in it choose their address"),
+        ("10.0.0.0/8,128.0.0.0/7", "128.0.0.0/7 is wider than /8"),
+        ("::/0", "::/0 is wider than /16, so clients in it choose their address"),
+        ("2000::/3", "2000::/3 is wider than /16"),
+        ("fc00::/15", "fc00::/15 is wider than /16"),
     ],
 )
 def test_a_wrong_network_is_an_error(value: str, word: str) -> None:
-    """Also one that trusts every peer."""
+    """Also one that is so wide that two or a few of them trust every peer."""
     (problem,) = problems(TRUSTED_PROXIES=value)
     assert problem.startswith("TRUSTED_PROXIES: ")
     assert word in problem
+
+
+def test_a_network_as_wide_as_those_of_private_addresses_is_none() -> None:
+    """A cluster may have all of 10.0.0.0/8, and the prefix of a provider."""
+    assert problems(TRUSTED_PROXIES="10.0.0.0/8,fd00::/16") == []

@@ -84,6 +84,10 @@ _SHORT_FORMS = {
 }
 
 
+_WIDEST_NETWORK_OF_PROXIES = {4: 8, 6: 16}
+"""The shortest prefix of TRUSTED_PROXIES, by version of IP: no two such networks are everyone."""
+
+
 def near_miss(environment: str) -> str | None:
     """Return the problem of an ENVIRONMENT that is probably meant to be a known word."""
     if environment in _KNOWN_ENVIRONMENTS:
@@ -603,8 +607,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             except ValueError as error:
                 yield names, f"TRUSTED_PROXIES: {error}"
                 continue
-            if network.prefixlen == 0:
-                yield names, f"TRUSTED_PROXIES: {each} lets every client choose its address"
+            widest = _WIDEST_NETWORK_OF_PROXIES[network.version]
+            if network.prefixlen < widest:
+                problem = (
+                    f"TRUSTED_PROXIES: {each} is wider than /{widest}, so clients in it choose"
+                    " their address; list the addresses and networks of your proxies"
+                )
+                yield names, problem
 
     def _invalid_alerts(self) -> Iterator[tuple[frozenset[str], str]]:
         try:
