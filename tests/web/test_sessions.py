@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -175,6 +176,88 @@ async def test_a_removed_token_ends_its_sessions(tmp_path: Path) -> None:
     assert not await site.logged_in(headers)
     async with asyncio.timeout(30):
         await stream  # at the next beat
+
+
+def signed(content: bytes, token: str = TOKEN) -> dict[str, str]:
+    """Return the headers of a cookie that the holder of a token has signed itself."""
+    key = sessions.KEYS.get(token.encode(), sessions.ServingPort.API)
+    assert key is not None
+    mac = hmac.new(key, content, "sha256").hexdigest()
+    cookie = b"viralfx_session=" + content + b"." + mac.encode()
+    return {**OWN, "host": "console.test", "cookie": cookie.decode("latin-1")}
+
+
+async def has_session(site: Site, headers: Mapping[str, str]) -> bool:
+    """Return whether a request has a session of any token."""
+    return bool((await site.ask(SESSION, headers=headers)).json()["loggedIn"])
+
+
+async def test_an_ended_session_stays_ended() -> None:
+    """Whatever the holders of other tokens end, and of its own: 10 000 log-outs of made-up ones."""
+    tokens = "ann read the-token-of-ann; bob read the-token-of-bob"
+    site = Site(msgspec.structs.replace(SETTINGS, tokens=Secret(tokens)))
+    admin, ended = await site.log_in(), await site.log_in()
+    own = {**OWN, "host": "console.test"}
+    cookies = {}
+    for name in ("ann", "bob"):
+        answer = await site.ask(
+            SESSION, "POST", headers=own, body={"token": f"the-token-of-{name}"}
+        )
+        cookies[name] = {**own, "cookie": answer.header("set-cookie").split(";")[0]}
+    assert (await site.ask(SESSION, "DELETE", headers=ended)).status == 204
+    assert (await site.ask(SESSION, "DELETE", headers=cookies["ann"])).status == 204
+    later = int(time.time()) + sessions.SESSION_SECONDS
+    for number in range(1100):
+        made_up = signed(b"2.%d.%d.ann" % (later, number), "the-token-of-ann")
+        assert (await site.ask(SESSION, "DELETE", headers=made_up)).status == 204
+
+    assert not await has_session(site, ended)
+    assert not await has_session(site, cookies["ann"])
+    assert not await has_session(site, signed(b"2.%d.0.ann" % later, "the-token-of-ann"))
+    assert await has_session(site, admin)
+    assert await has_session(site, cookies["bob"])
+    # The name may log in again, and its new session ends like each other one.
+    answer = await site.ask(SESSION, "POST", headers=own, body={"token": "the-token-of-ann"})
+    again = {**own, "cookie": answer.header("set-cookie").split(";")[0]}
+    assert await has_session(site, again)
+    assert (await site.ask(SESSION, "DELETE", headers=again)).status == 204
+    assert not await has_session(site, again)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"2.%d.\xff\xfe.management",
+        b"2.%d.\xc3\xa4.management",
+        b"2.%d..management",
+        b"2.%d." + b"a" * 65 + b".management",
+        b"2.%d.a b.management",
+        b"2.1e9.ab.management",
+        b"2.-1.ab.management",
+        b"2.+%d.ab.management",
+        b"2. %d.ab.management",
+        b"2.1_000.ab.management",
+        b"2.NaN.ab.management",
+        b"2.\xd9\xa1.ab.management",
+        b"2." + b"9" * 5000 + b".ab.management",
+        b"2.99999999999.ab.management",
+        b"2..ab.management",
+        b"3.%d.ab.management",
+        b"2.%d.ab",
+        b"2.%d.ab.\xff",
+        b"",
+    ],
+)
+async def test_a_signed_cookie_of_another_form_is_no_session(site: Site, content: bytes) -> None:
+    """The holder of a token can sign any bytes: each of them is 401, and a log-out of it is 204."""
+    await site.log_in()  # makes the key
+    later = b"%d" % (int(time.time()) + 600)
+    headers = signed(content.replace(b"%d", later))
+
+    assert (await site.ask("ui/data/jobs", headers=headers)).status == 401
+    assert (await site.ask(SESSION, "DELETE", headers=headers)).status == 204
+    assert not await site.logged_in(headers)
+    assert await site.logged_in(signed(b"2.%b.ab.management" % later))
 
 
 # -- a fleet of two versions -------------------------------------------------------------------

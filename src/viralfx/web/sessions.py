@@ -8,6 +8,7 @@ import asyncio
 import copy
 import hashlib
 import hmac
+import re
 import secrets
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +24,12 @@ from viralfx.web.auth import AccessPolicy, AccessVerdict, Headers
 
 SESSION_SECONDS = 8 * 3600
 _MAX_COOKIE_BYTES = 8192
-_MAX_REVOKED = 10_000
+_SKEW_SECONDS = 60
+"""A session of an instance whose clock is ahead may end this much later than one of this one."""
+_MAX_ENDED = 1000
+"""Ended sessions of one name that are remembered singly."""
+_END = re.compile(rb"[0-9]{1,12}").fullmatch
+_NUMBER = re.compile(rb"[0-9A-Za-z_-]{1,64}").fullmatch
 _SESSION_DIGITS = 6
 """Digits of a session's number that the log shows."""
 _NAME = b"viralfx_session"
@@ -159,6 +165,48 @@ KEYS = SessionKeys()
 """The keys of this process."""
 
 
+# -- ended sessions ------------------------------------------------------------------------------
+
+
+class EndedSessions:
+    """The sessions that were logged out at this process; each stays ended until it expires.
+
+    Each name has a bound of its own: the holder of a token can sign any number of sessions of its
+    name, and none of another. At the bound all sessions of the name end that expire no later than
+    the last of them, so that none becomes valid again.
+    """
+
+    def __init__(self) -> None:
+        self._expiry: dict[str, dict[str, int]] = {}
+        """The Unix time in seconds at which each expires, by name and number."""
+        self._until: dict[str, int] = {}
+        """Sessions of a name that expire no later than this have ended."""
+
+    def add(self, session: Session, now: datetime) -> None:
+        """End a session whose signature was verified."""
+        expiry = int(session.expires_at.timestamp())
+        alive = {
+            number: ends
+            for number, ends in self._expiry.get(session.name, {}).items()
+            if ends > now.timestamp()
+        }
+        alive[session.number] = expiry
+        if len(alive) > _MAX_ENDED:
+            self._until[session.name] = max(self.until(session.name), *alive.values())
+            alive = {}
+        self._expiry[session.name] = alive
+
+    def until(self, name: str) -> int:
+        """Return a Unix time in seconds: sessions of a name that expire no later have ended."""
+        return self._until.get(name, 0)
+
+    def __contains__(self, session: Session) -> bool:
+        """Return True if a session has ended."""
+        if session.expires_at.timestamp() <= self.until(session.name):
+            return True
+        return session.number in self._expiry.get(session.name, ())
+
+
 # -- access --------------------------------------------------------------------------------------
 
 
@@ -167,8 +215,8 @@ class ConsoleAccess:
 
     A session is a cookie that holds its end, a random number, the name of its token and a
     signature. It is good at every instance and after a restart. A removed token ends it, and so
-    does a log-out, at the process that gets it. The name of the cookie has the port of ``Host``,
-    since cookies ignore ports, and two services on one host share them.
+    does a log-out, at the process that gets it (:class:`EndedSessions`). The name of the cookie has
+    the port of ``Host``, since cookies ignore ports, and two services on one host share them.
     """
 
     def __init__(
@@ -183,7 +231,7 @@ class ConsoleAccess:
         self._clock = clock
         self._port = port
         self._keys = keys
-        self._revoked: dict[str, datetime] = {}
+        self._ended = EndedSessions()
 
     def at(self, port: ServingPort, policy: AccessPolicy | None = None) -> "ConsoleAccess":
         """Return the access at another port of this process; both know each log-out.
@@ -284,17 +332,20 @@ class ConsoleAccess:
 
     def _unless_ended(self, end: bytes, number: bytes, name: str, value: bytes) -> Session | None:
         """Return a session whose signature is right, unless it has ended."""
+        # The holder of a token can sign any bytes.
+        if not (_END(end) and _NUMBER(number)):
+            return None
         now = self._clock.now().timestamp()
-        if not now < int(end) <= now + SESSION_SECONDS + 60:
+        if not now < int(end) <= now + SESSION_SECONDS + _SKEW_SECONDS:
             return None
         session = Session(
             name=name,
             port=self._port,
-            number=number.decode(),
+            number=number.decode("ascii"),
             expires_at=datetime.fromtimestamp(int(end), UTC),
             cookie=value,
         )
-        return None if session.number in self._revoked else session
+        return None if session in self._ended else session
 
     # -- cookies of version 0.2 --------------------------------------------------------------
 
@@ -335,6 +386,7 @@ class ConsoleAccess:
         """
         await self._keys.make(token)
         ends = int(self._clock.now().timestamp()) + SESSION_SECONDS
+        ends = max(ends, self._ended.until(token.principal.name) + 1)
         name = (_HOST_PREFIX if secure else b"") + cookie_name(headers)
         return _set_cookie(name, self.make(token, ends), SESSION_SECONDS, secure=secure)
 
@@ -354,21 +406,13 @@ class ConsoleAccess:
         headers = list(headers)
         names = [cookie_name(headers)]
         if (session := self.session(headers)) is not None:
-            self._revoke(session)
+            self._ended.add(session, self._clock.now())
             if not session.cookie.startswith(_FORM + b"."):
                 names += self._former_names()
         removed = [_set_cookie(name, b"", 0, secure=secure) for name in names]
         if secure:
             removed.append(_set_cookie(_HOST_PREFIX + names[0], b"", 0, secure=True))
         return removed
-
-    def _revoke(self, session: Session) -> None:
-        now = self._clock.now()
-        for number in [number for number, end in self._revoked.items() if end <= now]:
-            del self._revoked[number]
-        if len(self._revoked) >= _MAX_REVOKED:
-            del self._revoked[next(iter(self._revoked))]
-        self._revoked[session.number] = session.expires_at
 
 
 def cookie_name(headers: Headers) -> bytes:
