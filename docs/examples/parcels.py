@@ -6,7 +6,7 @@ viralfx serve --app docs.examples.parcels:app
 import httpx
 from fastapi import FastAPI
 
-from viralfx import OperationsConfig, retry, task
+from viralfx import retry, task
 from viralfx.asgi import OperationsMiddleware
 
 api = FastAPI()
@@ -24,4 +24,4 @@ async def place(order: str) -> dict[str, str]:
     return {"job": (await app.jobs.submit(label, order)).job.id}
 
 
-app = OperationsMiddleware(api, OperationsConfig(tasks=[label]))
+app = OperationsMiddleware(api)

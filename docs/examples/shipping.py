@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from litestar import Litestar, post
 from litestar.params import JSONBody
 
-from viralfx import JobContext, OperationsConfig, OperationsPlugin, task
+from viralfx import JobContext, OperationsPlugin, task
 
 logger = logging.getLogger(__name__)
 
@@ -33,5 +33,5 @@ async def order(data: JSONBody[Parcel]) -> dict[str, str]:
     return {"job": accepted.job.id}
 
 
-plugin = OperationsPlugin(OperationsConfig(tasks=[ship]))
+plugin = OperationsPlugin()
 app = Litestar([order], plugins=[plugin])

@@ -63,7 +63,7 @@ async def signup(data: JSONBody[dict[str, str]]) -> dict[str, str]:
     return {"job": accepted.job.id}
 
 
-plugin = OperationsPlugin(OperationsConfig(tasks=[welcome], task_middleware=[name_the_recipient]))
+plugin = OperationsPlugin(OperationsConfig(task_middleware=[name_the_recipient]))
 app = Litestar(
     [signup],
     lifespan=[mailer_of_the_application],

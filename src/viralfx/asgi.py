@@ -124,6 +124,9 @@ class OperationsMiddleware(OperationsLayer):
     def _connect(self) -> None:
         self._gate = self._jobs_api = None
 
+    def _has_application(self) -> bool:
+        return True
+
     def _traces_itself(self) -> bool:
         return any(map(_makes_spans, _parts_of(self.app)))
 

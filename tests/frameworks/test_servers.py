@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.servers.ports import free_port
@@ -258,6 +259,37 @@ def test_viralfx_serve_needs_no_litestar(tmp_path: Path) -> None:
         exit_code = process.wait(15)
 
     assert (item.status, exit_code) == (200, 0), (tmp_path / "log").read_text()
+
+
+SERVERS_OF_OWN_TASKS = {
+    "python": Server(
+        lambda app, port: module(app.partition(":")[0], str(port)), "refused", 1012, 0
+    ),
+    **SERVERS,
+}
+
+
+def completed(port: int, paths: Sequence[str]) -> list[Any] | None:
+    """Return jobs when all of them are completed."""
+    jobs = [request(port, path).json() for path in paths]
+    return jobs if all(job["state"] == "completed" for job in jobs) else None
+
+
+@pytest.mark.parametrize(
+    "server_name", SERVERS_OF_OWN_TASKS if SOAK else ["viralfx serve", "uvicorn", "python"]
+)
+def test_a_job_of_a_task_of_the_module(server_name: str, tmp_path: Path) -> None:
+    """Tasks that the application's module declares after the plugin, too, need no list."""
+    with started(SERVERS_OF_OWN_TASKS[server_name], "own_app", tmp_path) as (_, port):
+        jobs = [
+            request(port, "/api/v1/jobs", method="POST", json_body={"task": task, "payload": 7})
+            for task in ("own.above", "own.below")
+        ]
+        paths = [job.json()["links"]["self"] for job in jobs]
+        found = wait_until(lambda: completed(port, paths))
+        results = [job["result"] for job in found]
+
+    assert ([job.status for job in jobs], results) == ([202, 202], [8, 6])
 
 
 def cell(framework: str, server: Server) -> str:

@@ -1,4 +1,4 @@
-"""An application whose module is in TASK_MODULES, and declares its task after the plugin."""
+"""An application whose module declares its task after the plugin."""
 
 from litestar import Litestar
 

@@ -102,11 +102,13 @@ def test_an_application_that_cannot_be_used(
     assert problem in "".join([*process.output, *process.errors])
 
 
-def test_a_task_that_is_declared_after_the_plugin(database: Database) -> None:
-    """TASK_MODULES may name the module of the application itself."""
-    environment = environment_of(database, TASK_MODULES="tests.system.late_tasks")
-    with worker(environment, "--app", "tests.system.late_tasks:app"):
-        submit(environment, "late.chain", "1")
+@pytest.mark.parametrize("modules", ["tests.system.late_tasks", ""])
+def test_a_task_that_is_declared_after_the_plugin(modules: str, database: Database) -> None:
+    """The module of the application need not be in TASK_MODULES, and may be."""
+    environment = environment_of(database, TASK_MODULES=modules)
+    app = ("--app", "tests.system.late_tasks:app")
+    with worker(environment, *app):
+        submit(environment, "late.chain", "1", *app)
         done = wait_until(
             lambda: [
                 job["task"]

@@ -36,6 +36,7 @@ from viralfx.domain.operations import Backend, Operations, StateStore, save_stat
 from viralfx.domain.shutdown import AnyStage, Phase, ShutdownSequence
 from viralfx.jobs.hooks import TaskMiddleware
 from viralfx.jobs.ledger import Counts
+from viralfx.jobs.tasks import Task
 from viralfx.resilience.breaker import CircuitBreaker
 from viralfx.resilience.retry import Retrier
 from viralfx.resilience.retry_decision import listen_to_retries
@@ -283,6 +284,7 @@ def assemble(
     breakers: Iterable[CircuitBreaker] = (),
     retriers: Sequence[Retrier] = (),
     tasks: Sequence[object] = (),
+    own_tasks: Callable[[], Sequence[Task]] = tuple,
     task_middleware: Sequence[TaskMiddleware] = (),
     database_password: CredentialsCallable | None = None,
     redis_credentials: CredentialsCallable | None = None,
@@ -293,6 +295,7 @@ def assemble(
 
     ``checks``, ``groups``, ``stages``, ``breakers``, ``retriers`` and ``tasks`` are those of the
     application, in addition to the built-in ones; ``task_middleware`` is around all tasks.
+    ``own_tasks`` returns the tasks that its module has declared so far.
     ``database_password`` and ``redis_credentials`` are called for each connection. ``env_prefix``
     is that of the variables. Raises :class:`ConfigurationError` for a duplicate or missing name, a
     setting that names an unknown check, tasks that cannot be loaded, and jobs of the application
@@ -337,6 +340,7 @@ def assemble(
             database=database,
             redis=redis,
             functions=tasks,
+            own_tasks=own_tasks,
             middleware=task_middleware,
             metrics=metrics,
             instance=instance,

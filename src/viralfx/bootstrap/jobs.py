@@ -9,7 +9,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from viralfx.adapters.codec import MsgspecCodec
-from viralfx.bootstrap.task_modules import add_tasks, declared_tasks, load_tasks, registry_of
+from viralfx.bootstrap.task_modules import (
+    add_tasks,
+    declared_tasks,
+    load_tasks,
+    registry_of,
+    without_copies,
+)
 from viralfx.bootstrap.threaded import MakeService, ThreadedJobs
 from viralfx.core.clock import Clock, supervised
 from viralfx.core.errors import ConfigurationError, WorkLostError
@@ -122,6 +128,7 @@ class JobRuntime:
         self.counted: Relay[Mapping[str, QueueCounts]] = Relay()
         if self.in_memory:
             self.enable_worker()
+        tasks.load = self.load_late_tasks
 
     async def _count(self) -> Mapping[str, QueueCounts]:
         counts = self.service.every_queue(await self._count_ledger())
@@ -163,9 +170,10 @@ class JobRuntime:
         self.worker = self.make_worker(queues)
 
     def load_late_tasks(self) -> None:
-        """Register tasks that modules of TASK_MODULES have declared since this was wired.
+        """Register tasks that modules have declared since this was wired.
 
-        Call it once the application is imported. Raises :class:`ConfigurationError`.
+        These are modules of TASK_MODULES, and that of the application. Call it once the application
+        is imported. Raises :class:`ConfigurationError`.
         """
         if self._load_late_tasks() and self.worker is not None:
             self.enable_worker()
@@ -181,7 +189,8 @@ class JobRuntime:
         self.worker = None
 
     def start(self) -> None:
-        """Start the worker, if there is one, and the alerts."""
+        """Start the worker, if there is one, and the alerts; no task is added from now on."""
+        self.tasks.load = None
         if self.worker is not None:
             if not self._starting:
                 self._starting = [
@@ -317,6 +326,7 @@ def wire_jobs(
     database: "PostgresDatabase | None",
     redis: "RedisClient | None",
     functions: Sequence[object],
+    own_tasks: Callable[[], Sequence[Task]] = tuple,
     middleware: Sequence[TaskMiddleware] = (),
     metrics: Metrics,
     instance: str,
@@ -327,6 +337,8 @@ def wire_jobs(
     """Wire the jobs; nothing runs yet.
 
     ``functions`` are an application's own tasks, and ``middleware`` is around all tasks.
+    ``own_tasks`` returns those that its module has declared so far; they are registered before the
+    start.
     ``instance`` is this process's name. ``counts`` replaces the ledger's counts in the health
     check. ``home`` is the event loop of the services. Raises :class:`ConfigurationError`.
     """
@@ -428,6 +440,8 @@ def wire_jobs(
         known = len(tasks.names)
         late, problems = load_tasks(settings)
         problems += check(tasks, late)
+        own = without_copies(tasks, own_tasks())
+        problems += [*check(tasks, own), *(settings.jobs_in_memory() if own else ())]
         if problems:
             raise ConfigurationError(problems)
         queue_of.update({task.name: task.queue for task in tasks})

@@ -18,7 +18,7 @@ from viralfx.core.errors import (
 )
 from viralfx.jobs.codec import PayloadError
 from viralfx.jobs.hooks import TaskHost, tasks_of
-from viralfx.jobs.tasks import Task, TaskRegistry
+from viralfx.jobs.tasks import Task, TaskRegistry, is_copy
 from viralfx.settings import Settings
 from viralfx.telemetry.logging.redaction import Redaction, secrets_of
 
@@ -58,6 +58,17 @@ def declared_tasks(functions: Sequence[object]) -> tuple[list[Task], list[str]]:
             )
         tasks += found
     return tasks, problems
+
+
+def without_copies(registry: TaskRegistry, own: Iterable[Task]) -> list[Task]:
+    """Return the tasks of an application's module, without copies of registered ones.
+
+    A module that runs as ``__main__`` has copies if TASK_MODULES names it, too.
+    """
+    known = {task.name: task for task in registry}
+    return [
+        task for task in own if (found := known.get(task.name)) is None or not is_copy(task, found)
+    ]
 
 
 def registry_of(built_in: Iterable[Task], queues: Sequence[str]) -> TaskRegistry:

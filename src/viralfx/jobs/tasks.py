@@ -1,7 +1,16 @@
 """Tasks: the ``@task`` decorator of applications, and the registry of declared tasks."""
 
 import inspect
-from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -42,6 +51,9 @@ P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
 
 _MARK = "__viralfx_task__"
+_OF_MODULE = "__viralfx_tasks__"
+"""The name in a module of the tasks that it declares, as ``__warningregistry__`` has its warnings.
+It ends with the module, and a module that is imported under two names has two."""
 
 
 class UnknownTaskError(ViralFXError):
@@ -425,6 +437,7 @@ def task(
         if (schedule := declared.schedule) is not None:  # raises if it is not valid
             schedule.require_five_fields()
         mark(function, declared)
+        _add_to_module(declared)
         return function
 
     return declare
@@ -441,6 +454,36 @@ def declared_task(function: object) -> Task | None:
     return found if isinstance(found, Task) else None
 
 
+def _add_to_module(declared: Task) -> None:
+    """Add a task to those of the module of its function, unless that is not at its top level."""
+    function = declared.function
+    if "." in function.__qualname__:
+        return
+    # A decorator below @task may be of another module: its wrapper names the function inside.
+    module = getattr(inspect.unwrap(function), "__globals__", None)
+    if module is not None:
+        # A function that is defined again, as by a reload, replaces the one before.
+        tasks = module.setdefault(_OF_MODULE, {})
+        tasks[declared.name, function.__qualname__] = declared
+
+
+def tasks_of_module(namespace: Mapping[str, Any]) -> Sequence[Task]:
+    """Return the tasks of the functions at the top level of a module, in order of declaration.
+
+    ``namespace`` is that of the module. Its imported functions are not among them.
+    """
+    return tuple(namespace.get(_OF_MODULE, {}).values())
+
+
+def is_copy(one: Task, other: Task) -> bool:
+    """Return whether their functions are two objects of the same code, of a module loaded twice."""
+    if one.function is other.function:
+        return False
+    codes = [getattr(inspect.unwrap(each.function), "__code__", None) for each in (one, other)]
+    files = [getattr(code, "co_filename", None) for code in codes]
+    return codes[0] == codes[1] and files[0] == files[1]
+
+
 def unknown_task(name: str, known: Iterable[str]) -> UnknownTaskError:
     """Return the error for a name that no task has; it suggests the closest of ``known``."""
     hint = suggest(name, known)
@@ -455,6 +498,8 @@ class TaskRegistry:
         """Add ``tasks``; raises ``ValueError`` as :meth:`add` does."""
         self._tasks: dict[str, Task] = {}
         self._limits: dict[str, Limit] = {}
+        self.load: Callable[[], object] | None = None
+        """What :meth:`complete` calls; None once the process has started."""
         for each in tasks:
             self.add(each)
 
@@ -483,6 +528,8 @@ class TaskRegistry:
     def find(self, name: str) -> Task:
         """Return the task with this name. Raises :class:`UnknownTaskError`."""
         found = self._tasks.get(name)
+        if found is None and self.complete():
+            found = self._tasks.get(name)
         if found is None:
             raise unknown_task(name, self._tasks)
         return found
@@ -497,12 +544,28 @@ class TaskRegistry:
             return task
         if (declared := declared_task(task)) is None:
             raise TypeError(f"pass the name of a task, or a function that @task declares: {task!r}")
-        if declared.name not in self._tasks:
+        if declared.name not in self._tasks and not (
+            self.complete() and declared.name in self._tasks
+        ):
             raise UnknownTaskError(
                 f"this process does not know the task {declared.name!r} of that function; add it to"
                 " OperationsConfig(tasks=[...]) or its module to TASK_MODULES"
             )
         return declared.name
+
+    def complete(self) -> bool:
+        """Add the tasks that were declared meanwhile; return False if none can be added.
+
+        Raises :class:`ConfigurationError` for tasks that cannot work.
+        """
+        load, self.load = self.load, None
+        if load is None:
+            return False
+        try:
+            load()
+        finally:
+            self.load = load
+        return True
 
     def __contains__(self, name: object) -> bool:
         """Return True if there is a task with this name."""

@@ -5,6 +5,7 @@ For a worker ``--app`` may name a broker of tasks, too, which needs no applicati
 
 import inspect
 import logging
+import sys
 from collections.abc import Collection
 from typing import cast
 
@@ -12,6 +13,7 @@ from viralfx.asgi import OperationsMiddleware, has_layer, middleware_around
 from viralfx.bootstrap.task_modules import failed, import_named, of_code
 from viralfx.core.errors import ConfigurationError, suggest
 from viralfx.jobs.hooks import TaskHost
+from viralfx.jobs.tasks import tasks_of_module
 from viralfx.server.interface import ASGIApp, Receive, Scope, Send
 from viralfx.settings import Settings
 from viralfx.telemetry.tracing import tracing_of
@@ -84,10 +86,13 @@ def _with_layer(
     layer: OperationsLayer
     if problems and not has_layer(app) and middleware_around(app) is None:
         raise ConfigurationError(problems)
+    # A layer that is added has the tasks of the module that --app names.
+    own = () if spec is None else tasks_of_module(vars(sys.modules[module_of(spec)]))
+    tasks = [task.function for task in own]
     if _is_litestar(app):
         from viralfx.web.plugin import plugin_of  # noqa: PLC0415 - as above
 
-        layer, added = plugin_of(app, settings)
+        layer, added = plugin_of(app, settings, tasks)
     elif isinstance(app, OperationsMiddleware):
         layer, added = app, False
         app.require_free_paths()
@@ -95,12 +100,12 @@ def _with_layer(
         if middleware_around(app) is not None:
             problem = f"--app: {spec} is inside an OperationsMiddleware; name the middleware"
             raise ConfigurationError([problem])
-        app = layer = OperationsMiddleware(app, OperationsConfig(settings=settings))
+        app = layer = OperationsMiddleware(app, OperationsConfig(settings=settings, tasks=tasks))
         added = True
         layer.require_free_paths()
     if added:
         _logger.info("Added the operations layer to the application", extra={"app": spec})
-    layer.assembly.jobs.load_late_tasks()
+    layer.load_tasks()
     return app, layer
 
 

@@ -107,7 +107,7 @@ class CompleteOptions(ReceiveRoutePlugin):
 def create_app(settings: Settings) -> Litestar:
     """Create the application of the ViralFX backend."""
     plugin = OperationsPlugin(OperationsConfig(settings=settings))
-    secured, jobs = settings.has_api_tokens, plugin.assembly.jobs
+    secured = settings.has_api_tokens
     # If these packages are installed, Litestar loads a plugin for each. This application uses
     # msgspec types only, and the gate's middleware records its traces (ADR-0026).
     with hide_packages("attr", "attrs", "opentelemetry", "pydantic"):
@@ -122,7 +122,7 @@ def create_app(settings: Settings) -> Litestar:
                 openapi_router=_document_router(settings, plugin),
                 components=COMPONENTS if secured else Components(),
                 render_plugins=[ApiDocsPlugin()],
-                finish=JobsDocument(jobs.tasks, settings.queues, jobs.codec).finish,
+                finish=JobsDocument(lambda: plugin.assembly.jobs, settings.queues).finish,
             ),
         )
     inner = cast("ASGIApp", app.asgi_handler)

@@ -1,6 +1,7 @@
 """The operations layer of an application of any framework: its options and its wired services."""
 
 import asyncio
+import gc
 import inspect
 import os
 import re
@@ -18,10 +19,11 @@ from viralfx.domain.operations import Operations
 from viralfx.domain.shutdown import AnyStage, Phase, PhaseStarted, ShutdownEvent
 from viralfx.jobs.hooks import TaskHost, TaskMiddleware
 from viralfx.jobs.service import JobService
+from viralfx.jobs.tasks import Task
 from viralfx.resilience.breaker import CircuitBreaker
 from viralfx.resilience.retry import Retrier
 from viralfx.server.interface import ASGIApp, Receive, Scope, Send
-from viralfx.settings import CredentialsCallable, Settings, read_settings
+from viralfx.settings import CredentialsCallable, Settings, prefixed, read_settings
 from viralfx.settings.model import near_miss
 from viralfx.telemetry.logging.lines import FactsInMessages
 from viralfx.telemetry.metrics import MetricsRegistry, SiblingProcesses
@@ -32,6 +34,7 @@ from viralfx.web.endpoints import OperationsEndpoints
 from viralfx.web.error_log import cause_of
 from viralfx.web.gate import Gate
 from viralfx.web.in_flight import RequestRecorder, route_of
+from viralfx.web.own_module import OwnModule
 
 if TYPE_CHECKING:
     from viralfx.bootstrap import PostgresDatabase, RedisClient
@@ -67,9 +70,10 @@ class OperationsConfig:
     retriers: Sequence[Retrier] = ()
     """The application's retriers, each with a unique name. The metrics show their failed attempts
     and the remainder of their budgets."""
-    tasks: Sequence[Callable[..., object] | TaskHost] = ()
+    tasks: Sequence[Callable[..., object] | TaskHost] | None = None
     """The application's functions with ``@task``, in addition to those of TASK_MODULES; also a
-    ``viralfx.taskiq.LedgerBroker``."""
+    ``viralfx.taskiq.LedgerBroker``. None: all that the module which makes the plugin or the
+    middleware declares at its top level, before or after it."""
     task_middleware: Sequence[TaskMiddleware] = ()
     """Coroutine functions around each call of a task; the first is the outermost."""
     database_password: CredentialsCallable | None = None
@@ -167,6 +171,8 @@ class OperationsLayer:
         "_config",
         "_facts",
         "_module",
+        "_own",
+        "_own_tasks",
         "_refused",
         "_run_jobs",
         "_siblings",
@@ -190,12 +196,14 @@ class OperationsLayer:
                 f" not {type(given).__qualname__}"
             )
         self._config = config = config or OperationsConfig()
+        self._own = own = OwnModule.of(self) if config.tasks is None else None
+        self._own_tasks: Callable[[], Sequence[Task]] = tuple if own is None else own.tasks
         self.settings = config.settings or read_settings(
             os.environ,
             env_prefix=config.env_prefix,
             strict=READS_STRICTLY.get(),
             with_api=config.jobs_api,
-            with_tasks=bool(config.tasks),
+            with_tasks=bool(config.tasks or self._own_tasks()),
             authorizes=config.authorize is not None,
         )
         # The loader has judged settings of the environment, and not those of the application.
@@ -220,6 +228,56 @@ class OperationsLayer:
         self._wire()
         _created.add(self)
 
+    def load_tasks(self) -> None:
+        """Register the tasks that modules have declared since the layer was wired.
+
+        Call it before the start, once the application is imported. Raises
+        :class:`ConfigurationError` for tasks that cannot work, and for those of a module in which
+        another layer takes them, too.
+        """
+        self._require_only_taker()
+        try:
+            self.assembly.jobs.load_late_tasks()
+        except ConfigurationError as error:
+            prefix = self._config.env_prefix
+            raise ConfigurationError(prefixed(line, prefix) for line in error.problems) from None
+
+    def _require_only_taker(self) -> None:
+        own = self._own
+        if own is None or not own.tasks() or own.name in self.settings.task_modules:
+            return
+        if not self._has_rival(own):
+            return
+        gc.collect()  # one that the module has replaced lives until a collection
+        if self._has_rival(own):
+            names = ", ".join(repr(task.name) for task in own.tasks())
+            problem = (
+                f"{self._name}: the module {own.name} makes two, and each would take its tasks"
+                f" ({names}); name the tasks of each one with OperationsConfig(tasks=[...])"
+            )
+            raise ConfigurationError([problem])
+
+    def _has_rival(self, own: OwnModule) -> bool:
+        """Return whether another layer takes the tasks of this module, too."""
+        return any(each is not self and each._takes_tasks_of(own) for each in _created)  # noqa: SLF001 - its own class
+
+    def _takes_tasks_of(self, module: OwnModule) -> bool:
+        own = self._own
+        if own is None or own.namespace is not module.namespace:
+            return False
+        # Layers that functions create one after the other, as tests do, are no rivals.
+        return self.is_running or (own.at_top_level and self._has_application())
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the lifespan of the application runs, and no shutdown has begun."""
+        loop = self.loop
+        return not (loop is None or loop.is_closed() or self.operations.shutdown.triggered)
+
+    def _has_application(self) -> bool:
+        """Return whether the layer is connected to an application; a subclass knows."""
+        return False
+
     def _environment_sets_access_log(self) -> bool:
         variable = f"{self._config.env_prefix}ACCESS_LOG"
         ignored = any(line.startswith(f"{variable}: ignored") for line in self.settings.warnings)
@@ -241,7 +299,8 @@ class OperationsLayer:
             registries=config.registries,
             breakers=config.breakers,
             retriers=config.retriers,
-            tasks=config.tasks,
+            tasks=config.tasks or (),
+            own_tasks=self._own_tasks,
             task_middleware=config.task_middleware,
             database_password=config.database_password,
             redis_credentials=config.redis_credentials,
@@ -434,10 +493,9 @@ class OperationsLayer:
             # The lifespan starts again, as with several test clients in a row. A shutdown is final,
             # and so is a home loop, which stays with the parent of a forked process.
             self._wire()
-        jobs = self.assembly.jobs
         if not staged:  # otherwise the runner did it
-            jobs.load_late_tasks()
-        jobs.require_dependencies()
+            self.load_tasks()
+        self.assembly.jobs.require_dependencies()
         self.loop = asyncio.get_running_loop()
         if not staged:
             self._facts.install()

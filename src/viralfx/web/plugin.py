@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -124,6 +124,9 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
         """Return a gate in front of ``app``, which also bounds the caches of Litestar."""
         return super().gate(BoundedCaches(app, lambda: self._app), own_server=own_server)
 
+    def _has_application(self) -> bool:
+        return self._app is not None
+
     def _traces_itself(self) -> bool:
         return self._has_part(_TRACING)
 
@@ -153,8 +156,7 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
             raise ConfigurationError([f"{problem} {remedy}"])
         app_config.route_handlers.append(jobs_router(self))
         if self._config.include_in_schema and app_config.openapi_config is not None:
-            jobs = self.assembly.jobs
-            document = JobsDocument(jobs.tasks, self.settings.queues, jobs.codec)
+            document = JobsDocument(lambda: self.assembly.jobs, self.settings.queues)
             completed = with_finish(app_config.openapi_config, document.finish)
             app_config.openapi_config = (
                 completed
@@ -229,13 +231,13 @@ class OperationsPlugin(OperationsLayer, InitPlugin, ReceiveRoutePlugin, CLIPlugi
         self.require_metrics_path(app)
         try:
             self._require_one_application(app)
+            self._app = app
+            self._connect()
+            self.begin()
         except ConfigurationError as error:
             # Litestar raises it in a group of exceptions, whose text names no reason.
             _logger.error("%s", error)  # noqa: TRY400 - the traceback says nothing more
             raise
-        self._app = app
-        self._connect()
-        self.begin()
         operations = self.operations
         if operations.staged:
             await operations.start()
@@ -344,15 +346,17 @@ def _module_caches(_modules: int) -> list[Any]:
     return [each for each in caches.values() if each.__module__.startswith("litestar.")]
 
 
-def plugin_of(app: object, settings: Settings) -> tuple[OperationsPlugin, bool]:
+def plugin_of(
+    app: object, settings: Settings, tasks: Sequence[Callable[..., object]] = ()
+) -> tuple[OperationsPlugin, bool]:
     """Return the plugin of a Litestar application, and whether it was added.
 
-    An application without one gets one with ``settings``. Raises :class:`ConfigurationError` if
-    routes of the application conflict with the endpoints.
+    An application without one gets one with ``settings`` and ``tasks``. Raises
+    :class:`ConfigurationError` if routes of the application conflict with the endpoints.
     """
     assert isinstance(app, Litestar)  # noqa: S101 - narrows for the type checker
     found = next((each for each in app.plugins if isinstance(each, OperationsPlugin)), None)
-    plugin = found or OperationsPlugin(OperationsConfig(settings=settings))
+    plugin = found or OperationsPlugin(OperationsConfig(settings=settings, tasks=tasks))
     if found is None:
         plugin.mount(app)
     plugin.require_metrics_path(app)

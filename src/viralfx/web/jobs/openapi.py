@@ -1,6 +1,6 @@
 """The OpenAPI document of the jobs API."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from litestar.openapi.spec import (
     SecurityScheme,
 )
 
-from viralfx.jobs.codec import Codec
+from viralfx.bootstrap import JobRuntime
 from viralfx.jobs.limits import MAX_ATTEMPTS
 from viralfx.jobs.model import MAX_PRIORITY, MIN_PRIORITY, JobState, Unique
 from viralfx.jobs.tasks import Task
@@ -333,14 +333,19 @@ _NAME: Document = {"type": "string", "minLength": 1, "maxLength": views.MAX_NAME
 class JobsDocument:
     """Adds the configured queues, and the tasks that clients may submit, to the document."""
 
-    def __init__(self, tasks: Iterable[Task], queues: Collection[str], codec: Codec) -> None:
-        self._codec = codec
-        offered = (task for task in tasks if task.api)
-        self._tasks = sorted(offered, key=lambda task: task.name)
+    def __init__(self, jobs: Callable[[], JobRuntime], queues: Collection[str]) -> None:
+        """``jobs`` returns the jobs of the process, whose tasks may not be declared yet."""
+        self._jobs = jobs
         self._queues = sorted(queues)
+        self._tasks: Sequence[Task] = ()
 
     def finish(self, document: Document) -> None:
         """Change a finished document in place."""
+        runtime = self._jobs()
+        runtime.tasks.complete()
+        self._codec = runtime.codec
+        offered = (task for task in runtime.tasks if task.api)
+        self._tasks = sorted(offered, key=lambda task: task.name)
         paths = document["paths"]
         for path, value in _EXAMPLES.items():
             response = paths[path]["get"]["responses"]["200"]["content"]["application/json"]
