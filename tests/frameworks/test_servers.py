@@ -202,11 +202,15 @@ class Socket:
 def test_an_application_under_a_server(framework: str, server_name: str, tmp_path: Path) -> None:
     """Probes, routes, a job, and a stop with a request and a WebSocket; the stages run.
 
+    A client behind a proxy gets the probes, and no metrics, which need a token beyond the machine.
     The check of clients that the application's start-up opens does not run before it is complete.
     """
     server = SERVERS[server_name]
     with started(server, FRAMEWORKS[framework], tmp_path) as (process, port):
         probes = [request(port, path).status for path in PROBES]
+        elsewhere = [
+            request(port, path, headers={"X-Forwarded-For": "192.0.2.7"}).status for path in PROBES
+        ]
         item = request(port, "/items/7", headers={"X-Correlation-ID": "given-1"})
         job = request(port, "/jobs", method="POST")
         held = Held(port, tmp_path)
@@ -222,6 +226,7 @@ def test_an_application_under_a_server(framework: str, server_name: str, tmp_pat
         exit_code = process.wait(15)
 
     assert probes == [200] * len(PROBES)
+    assert elsewhere == [200, 200, 200, 200, 403]
     assert (item.status, item.headers["x-correlation-id"]) == (200, "given-1")
     assert b"7" in item.body  # in a chunk, unless the framework sets the length
     assert job.status in {200, 201}

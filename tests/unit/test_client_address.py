@@ -6,7 +6,7 @@ import pytest
 from tests.unit.test_settings import problems
 
 from viralfx.settings import Settings
-from viralfx.web.client_address import TrustedProxies
+from viralfx.web.client_address import TrustedProxies, is_on_this_machine
 
 PROXIES = ("10.0.0.0/24", "2001:db8:1::/48", "192.0.2.1")
 
@@ -146,3 +146,36 @@ def test_a_wrong_network_is_an_error(value: str, word: str) -> None:
 def test_a_network_as_wide_as_those_of_private_addresses_is_none() -> None:
     """A cluster may have all of 10.0.0.0/8, and the prefix of a provider."""
     assert problems(TRUSTED_PROXIES="10.0.0.0/8,fd00::/16") == []
+
+
+@pytest.mark.parametrize(
+    ("client", "header", "local"),
+    [
+        ("127.0.0.1", None, True),
+        ("127.9.8.7", None, True),
+        ("::1", None, True),
+        ("::ffff:127.0.0.1", None, True),
+        (None, None, True),
+        ("testclient", None, True),
+        ("192.0.2.7", None, False),
+        ("10.0.0.5", None, False),
+        ("172.17.0.1", None, False),
+        ("fe80::7%eth0", None, False),
+        ("::ffff:192.0.2.7", None, False),
+        ("0.0.0.0", None, False),  # noqa: S104 - no socket is bound
+        *(
+            ("127.0.0.1", header, False)
+            for header in ("x-forwarded-for", "forwarded", "x-real-ip", "x-forwarded-host", "via")
+        ),
+        (None, "x-forwarded-for", False),
+        ("127.0.0.1", "x-forwarded-proto-of-mine", True),
+    ],
+)
+def test_a_caller_on_this_machine_has_loopback_and_no_proxy(
+    client: str | None, header: str | None, *, local: bool
+) -> None:
+    """A Unix socket is on this machine, too; a request through a proxy may come from anywhere."""
+    headers = [] if header is None else [(header.encode(), b"127.0.0.1")]
+    scope: dict[str, Any] = {"client": client and (client, 4711), "headers": headers}
+
+    assert is_on_this_machine(scope) is local

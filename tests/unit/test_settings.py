@@ -13,6 +13,7 @@ from viralfx.core.errors import ConfigurationError
 from viralfx.settings import (
     DatabaseAddress,
     DatabaseSettings,
+    Exposure,
     Field,
     Secret,
     Settings,
@@ -646,31 +647,34 @@ def test_each_other_environment_is_production(name: str) -> None:
     assert read_settings({"ENVIRONMENT": name}, strict=True).in_production
 
 
+CLOSED, MACHINE, OPEN = Exposure
+
+
 @pytest.mark.parametrize(
     ("environ", "host", "details", "management"),
     [
-        ({}, "127.0.0.1", True, True),
-        ({"ENVIRONMENT": "test"}, "127.0.0.1", True, True),
-        ({"ENVIRONMENT": "staging"}, "0.0.0.0", False, True),  # noqa: S104
-        ({"ENVIRONMENT": "production", "HOST": "::1"}, "::1", False, True),
-        ({"ENVIRONMENT": "production", "HEALTH_DETAILS": "always"}, "0.0.0.0", True, True),  # noqa: S104
-        ({"HEALTH_DETAILS": "authorized", "MANAGEMENT_TOKEN": "x"}, "127.0.0.1", False, False),
-        ({"ENVIRONMENT": "production", "ALLOW_OPEN_API": "true"}, "0.0.0.0", True, True),  # noqa: S104
-        ({"ALLOW_OPEN_API": "true"}, "0.0.0.0", True, True),  # noqa: S104
+        ({}, "127.0.0.1", MACHINE, OPEN),
+        ({"ENVIRONMENT": ""}, "127.0.0.1", MACHINE, OPEN),
+        ({"ENVIRONMENT": "test"}, "127.0.0.1", MACHINE, OPEN),
+        ({"HOST": "0.0.0.0", "API_TOKEN": "x"}, "0.0.0.0", MACHINE, OPEN),  # noqa: S104
+        ({"ENVIRONMENT": "staging"}, "0.0.0.0", CLOSED, OPEN),  # noqa: S104
+        ({"ENVIRONMENT": "production", "HOST": "::1"}, "::1", CLOSED, OPEN),
+        ({"ENVIRONMENT": "production", "HEALTH_DETAILS": "always"}, "0.0.0.0", OPEN, OPEN),  # noqa: S104
+        ({"HEALTH_DETAILS": "always"}, "127.0.0.1", OPEN, OPEN),
+        ({"HEALTH_DETAILS": "authorized", "MANAGEMENT_TOKEN": "x"}, "127.0.0.1", CLOSED, CLOSED),
+        ({"ENVIRONMENT": "production", "ALLOW_OPEN_API": "true"}, "0.0.0.0", OPEN, OPEN),  # noqa: S104
+        ({"ALLOW_OPEN_API": "true"}, "0.0.0.0", OPEN, OPEN),  # noqa: S104
     ],
 )
 def test_defaults_of_exposure(
-    environ: dict[str, str],
-    host: str,
-    details: bool,  # noqa: FBT001
-    management: bool,  # noqa: FBT001
+    environ: dict[str, str], host: str, details: Exposure, management: Exposure
 ) -> None:
     """Host and details follow the environment, and ALLOW_OPEN_API opens all at once."""
     settings = read_settings(environ, strict=True)
 
     assert settings.listen_host == host
-    assert settings.shows_details() is details
-    assert settings.shows_details(on_management_port=True) is management
+    assert settings.details_exposure() is details
+    assert settings.details_exposure(on_management_port=True) is management
 
 
 def test_an_api_without_a_token_stays_on_this_machine() -> None:

@@ -4,17 +4,19 @@ Routes come from the application and its endpoints. A route without an entry in 
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import httpx
 import pytest
 from litestar import Litestar
 from litestar.testing import AsyncTestClient
 
-from viralfx import OperationsPlugin
+from viralfx import OperationsConfig, OperationsPlugin
 from viralfx.settings import Secret, Settings
 from viralfx.web.app import create_app
-from viralfx.web.gate import Gate
+from viralfx.web.endpoints import OperationsEndpoints
 
 OPEN, DETAILS, READ, OPERATE, ADMIN, SESSION = (
     "open",
@@ -144,19 +146,33 @@ def settings_of(environment: str, host: str | None = None) -> Settings:
     )
 
 
-def routes_of(app: Litestar, gate: Gate) -> Iterator[tuple[str, str]]:
+def routes_of(app: Litestar, endpoints: OperationsEndpoints) -> Iterator[tuple[str, str]]:
     """Yield the methods and paths of the application and of its endpoints."""
     for route in app.routes:
         for method in getattr(route, "methods", ()):
             yield str(method), route.path_format or "/"
-    for path in gate.probes:
+    for path in endpoints.endpoints:
         for method in ("GET", "POST", "PUT", "DELETE"):
-            yield method, path.decode()
+            yield method, path
 
 
-def routes_asked(app: Litestar, gate: Gate) -> list[tuple[str, str]]:
+def routes_asked(app: Litestar, endpoints: OperationsEndpoints) -> list[tuple[str, str]]:
     """Return the methods and paths to ask, in a fixed order."""
-    return [route for route in sorted(set(routes_of(app, gate))) if route[0] not in _IGNORED]
+    return [route for route in sorted(set(routes_of(app, endpoints))) if route[0] not in _IGNORED]
+
+
+LOOPBACK, ELSEWHERE = "127.0.0.1", "192.0.2.7"
+
+
+def asked_from(address: str | None, app: Litestar) -> Litestar:
+    """Return the application as a client with an address finds it; None: at a Unix socket."""
+
+    async def seen(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            scope["client"] = address and (address, 4711)
+        await app(scope, receive, send)
+
+    return cast("Litestar", seen)
 
 
 async def answers(
@@ -186,30 +202,31 @@ async def asked(
     return await client.request(method, path, headers=headers, content=content)
 
 
-def expected(need: str, caller: str, *, production: bool) -> int | None:
+def expected(need: str, caller: str, *, closed: bool) -> int | None:
     """Return the status of a refusal; None if the caller gets an answer."""
-    if caller in HAVE[need] or (need in {DETAILS, EVENTS, DOCUMENT} and not production):
+    if caller in HAVE[need] or (need in {DETAILS, EVENTS, DOCUMENT} and not closed):
         return None
     return 403 if caller in TOKENS and need != EVENTS else 401
 
 
 @pytest.mark.parametrize(
-    ("environment", "host"),
+    ("environment", "host", "address", "closed"),
     [
-        ("development", "127.0.0.1"),
-        ("development", "0.0.0.0"),  # noqa: S104 - no socket is bound
-        ("production", None),
+        ("development", None, LOOPBACK, False),
+        ("development", "0.0.0.0", LOOPBACK, False),  # noqa: S104 - no socket is bound
+        ("development", "0.0.0.0", ELSEWHERE, True),  # noqa: S104 - no socket is bound
+        ("production", None, LOOPBACK, True),
     ],
 )
 async def test_each_route_answers_the_callers_with_its_right(
-    environment: str, host: str | None
+    environment: str, host: str | None, address: str, *, closed: bool
 ) -> None:
-    """Every environment but development and test is production; probes are open everywhere."""
+    """Development and test are open to this machine, and no other; probes are open everywhere."""
     app = create_app(settings_of(environment, host))
     endpoints = app.plugins.get(OperationsPlugin).endpoints
-    routes = routes_asked(app, Gate(endpoints))
+    routes = routes_asked(app, endpoints)
     found: dict[tuple[str, str, str], int] = {}
-    async with AsyncTestClient(app, raise_server_exceptions=False) as client:
+    async with AsyncTestClient(asked_from(address, app), raise_server_exceptions=False) as client:
         for caller in CALLERS:
             endpoints.brake.release()  # wrong tokens need not wait
             client.cookies.clear()
@@ -217,13 +234,109 @@ async def test_each_route_answers_the_callers_with_its_right(
                 found[method, path, caller] = status
 
     assert set(found) ^ {(*route, caller) for route in NEEDS for caller in CALLERS} == set()
-    production = environment in {"staging", "production"}
     wrong = {}
     for (method, path, caller), status in found.items():
-        want = expected(NEEDS[method, path], caller, production=production)
+        want = expected(NEEDS[method, path], caller, closed=closed)
         if status != want if want else status in {401, 403}:
             wrong[method, path, caller] = (status, want)
     assert wrong == {}
+
+
+_OPEN_HERE = {
+    "/health/detailed": 403,
+    "/health/loggers": 403,
+    "/metrics": 403,
+    "/health/ui/data/status": 401,
+    "/api/v1/jobs": 403,
+    "/api/docs": 401,
+}
+"""Paths that are open on this machine, and the answers to others where no token is set."""
+_WARNING = (
+    "Caller beyond this machine refused: ENVIRONMENT=development opens details, metrics and jobs to"
+    " this machine alone. Others need MANAGEMENT_TOKEN, for jobs API_TOKEN; HEALTH_DETAILS=always"
+    " opens details and metrics to all, ALLOW_OPEN_API=true jobs as well"
+)
+
+
+async def statuses_of(
+    app: Litestar, address: str | None, headers: Mapping[str, str] | None = None
+) -> dict[str, int]:
+    """Ask for what is open on this machine, and return the statuses."""
+    async with AsyncTestClient(asked_from(address, app)) as client:
+        return {
+            path: (await client.get(path, headers=dict(headers or {}))).status_code
+            for path in _OPEN_HERE
+        }
+
+
+@pytest.mark.parametrize(
+    ("settings", "address", "headers", "closed"),
+    [
+        (Settings(), LOOPBACK, {}, {*()}),
+        (Settings(), "::1", {}, {*()}),
+        (Settings(), None, {}, {*()}),
+        (Settings(environment="test"), LOOPBACK, {}, {*()}),
+        (Settings(), ELSEWHERE, {}, {*_OPEN_HERE}),
+        (Settings(environment="test"), ELSEWHERE, {}, {*_OPEN_HERE}),
+        (Settings(), LOOPBACK, {"X-Forwarded-For": LOOPBACK}, {*_OPEN_HERE}),
+        (
+            Settings(trusted_proxies=(ELSEWHERE,)),
+            ELSEWHERE,
+            {"X-Forwarded-For": LOOPBACK},
+            {*_OPEN_HERE},
+        ),
+        (Settings(health_details="always"), ELSEWHERE, {}, {"/api/v1/jobs"}),
+        (Settings(allow_open_api=True), ELSEWHERE, {}, {*()}),
+    ],
+)
+async def test_openness_in_development_ends_at_the_machine(
+    settings: Settings, address: str | None, headers: Mapping[str, str], closed: set[str]
+) -> None:
+    """Without any token a caller elsewhere gets none of it, unless a variable opens it."""
+    found = await statuses_of(create_app(settings), address, headers)
+
+    assert found == {path: _OPEN_HERE[path] if path in closed else 200 for path in _OPEN_HERE}
+
+
+def warnings_of_access(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """Return the warnings about callers; lines of requests have the same logger."""
+    return [
+        each
+        for each in caplog.records
+        if each.name == "viralfx.access" and each.levelno == logging.WARNING
+    ]
+
+
+@pytest.mark.parametrize("path", [*_OPEN_HERE])
+async def test_one_warning_names_the_variables(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged once, whatever the first caller elsewhere asks; tokens and probes cause none."""
+    app = create_app(Settings(management_token=Secret("planted")))
+    async with AsyncTestClient(asked_from(ELSEWHERE, app)) as client:
+        for open_or_always_closed in ("/health", "/health/ui", "/health/tasks", "/health/shutdown"):
+            await client.get(open_or_always_closed)
+        await client.get("/metrics", headers={"Authorization": "Bearer planted"})
+        before = warnings_of_access(caplog)
+        for each in (path, *_OPEN_HERE):
+            await client.get(each)
+
+    lines = warnings_of_access(caplog)
+    assert before == []
+    assert [each.getMessage() for each in lines] == [_WARNING]
+    assert (lines[0].__dict__["client"], lines[0].__dict__["path"]) == (ELSEWHERE, path)
+
+
+async def test_an_application_of_another_prefix_has_its_own_variables(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The warning names the variables as the environment has them."""
+    plugin = OperationsPlugin(OperationsConfig(env_prefix="OPS_"))
+    app = Litestar(plugins=[plugin], logging_config=None)
+    async with AsyncTestClient(asked_from(ELSEWHERE, app)) as client:
+        reply = await client.get("/health/detailed")
+
+    assert reply.status_code == 403
+    assert "OPS_ENVIRONMENT=development" in caplog.text
+    assert "OPS_HEALTH_DETAILS=always" in caplog.text
 
 
 SHOP = {"Authorization": "Bearer secret-of-the-shop"}

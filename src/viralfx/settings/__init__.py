@@ -19,7 +19,7 @@ from viralfx.settings.loader import (
     sources,
     typing_errors,
 )
-from viralfx.settings.model import Settings, show
+from viralfx.settings.model import Exposure, Settings, show
 from viralfx.settings.rotation import (
     CredentialsCallable,
     CredentialsError,
@@ -31,6 +31,7 @@ __all__ = [
     "CredentialsError",
     "DatabaseAddress",
     "DatabaseSettings",
+    "Exposure",
     "Field",
     "HttpSettings",
     "JobSettings",

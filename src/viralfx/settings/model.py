@@ -1,6 +1,7 @@
 """All settings, each with its type, limits, default and meaning."""
 
 from collections.abc import Collection, Iterable, Iterator
+from enum import IntEnum
 from ipaddress import ip_address, ip_network
 from typing import Annotated, Literal
 
@@ -86,6 +87,17 @@ _SHORT_FORMS = {
 
 _WIDEST_NETWORK_OF_PROXIES = {4: 8, 6: 16}
 """The shortest prefix of TRUSTED_PROXIES, by version of IP: no two such networks are everyone."""
+
+
+class Exposure(IntEnum):
+    """The callers that need no token at an endpoint; a higher one includes the lower ones."""
+
+    CLOSED = 0
+    """No caller."""
+    MACHINE = 1
+    """Callers on this machine, by a loopback address or a Unix socket."""
+    OPEN = 2
+    """Each caller that reaches the port."""
 
 
 def near_miss(environment: str) -> str | None:
@@ -309,8 +321,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     health_details: Annotated[
         Literal["always", "authorized"] | None,
         meaning(
-            "Access to details and metrics: all clients or the token; unset: all in development, on"
-            " MANAGEMENT_PORT and with ALLOW_OPEN_API"
+            "Access to details and metrics: all clients or the token; unset: all on MANAGEMENT_PORT"
+            " and with ALLOW_OPEN_API, those of this machine in development"
         ),
     ] = None
     readiness_requires: Annotated[Names, meaning("Checks that must pass for readiness")] = (
@@ -398,15 +410,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return self.api_token is not None or self.tokens is not None
 
     @property
-    def may_open_api(self) -> bool:
-        """True if the jobs API may be served without a token, as far as ENVIRONMENT decides."""
-        return self.allow_open_api or not self.in_production
+    def api_exposure(self) -> Exposure:
+        """The callers of the jobs API that need no token, if there is none for it."""
+        if self.allow_open_api:
+            return Exposure.OPEN
+        return Exposure.CLOSED if self.in_production else Exposure.MACHINE
 
-    def shows_details(self, *, on_management_port: bool = False) -> bool:
-        """Return True if details and metrics need no token at a port."""
+    def details_exposure(self, *, on_management_port: bool = False) -> Exposure:
+        """Return the callers of details and metrics that need no token at a port."""
         if self.health_details is not None:
-            return self.health_details == "always"
-        return on_management_port or self.may_open_api
+            return Exposure.OPEN if self.health_details == "always" else Exposure.CLOSED
+        return Exposure.OPEN if on_management_port else self.api_exposure
 
     @property
     def needs(self) -> Iterator[tuple[str, str]]:

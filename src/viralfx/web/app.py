@@ -18,9 +18,10 @@ from litestar.routes import BaseRoute, HTTPRoute
 from litestar.types import ASGIApp as LitestarASGIApp
 
 from viralfx.server.interface import ASGIApp, Message, Receive, Scope, Send
-from viralfx.settings import Settings
+from viralfx.settings import Exposure, Settings
 from viralfx.telemetry import hide_packages
 from viralfx.web.api_docs import ApiDocsPlugin
+from viralfx.web.client_address import is_on_this_machine
 from viralfx.web.jobs.changes import jobs_router
 from viralfx.web.jobs.openapi import COMPONENTS, JobsDocument
 from viralfx.web.layer import OperationsConfig, OperationsLayer
@@ -131,17 +132,23 @@ def create_app(settings: Settings) -> Litestar:
 
 
 def _document_router(settings: Settings, plugin: OperationsPlugin) -> Router:
-    """Return the router of the API document, which needs a token in production."""
-    is_open = settings.may_open_api or settings.health_details == "always"
+    """Return the router of the API document, which is as open as the jobs API or details."""
+    exposure = settings.api_exposure
+    if settings.health_details == "always":
+        exposure = Exposure.OPEN
 
     async def require_token(connection: AnyConnection, _: BaseRouteHandler) -> None:
         scope, endpoints = cast("Scope", connection.scope), plugin.endpoints
+        if exposure is Exposure.MACHINE and is_on_this_machine(scope):
+            return
         # Each holder of a token may know the API. A browser sends the session of the console.
         if endpoints.access.caller(scope["headers"]) is not None:
             return
         console = endpoints.console
         if console is not None and await console.has_session(scope["headers"]):
             return
+        if exposure is Exposure.MACHINE:
+            endpoints.address_warning.log(peer_of(scope), scope["path"])
         headers = {"WWW-Authenticate": "Bearer"}
         if has_credentials(scope) and not await endpoints.brake.hold(peer_of(scope), "jobs"):
             headers["Connection"] = "close"
@@ -152,7 +159,7 @@ def _document_router(settings: Settings, plugin: OperationsPlugin) -> Router:
     return Router(
         "/api/docs",
         route_handlers=[],
-        guards=None if is_open else [require_token],
+        guards=None if exposure is Exposure.OPEN else [require_token],
         include_in_schema=False,
     )
 

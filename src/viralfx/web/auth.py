@@ -12,7 +12,7 @@ from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from viralfx.domain.access import Principal, Right
-from viralfx.settings import Settings
+from viralfx.settings import Exposure, Settings, prefixed
 from viralfx.settings.live_tokens import LiveTokens
 from viralfx.settings.tokens import RESERVED, TokenBook
 
@@ -50,7 +50,8 @@ class AccessPolicy:
     """Decides which requests may use the operations endpoints."""
 
     tokens: LiveTokens
-    details_need_token: bool
+    details: Exposure
+    """The callers that need no token for details and metrics."""
     application: "ApplicationCallers | None" = None
     """Names callers without a token; None: the application names none."""
 
@@ -61,13 +62,26 @@ class AccessPolicy:
         """Return the policy that the tokens and HEALTH_DETAILS define for the API port."""
         return cls(
             tokens=LiveTokens(settings),
-            details_need_token=not settings.shows_details(on_management_port=False),
+            details=settings.details_exposure(on_management_port=False),
             application=None if authorize is None else ApplicationCallers(authorize),
         )
 
     def at_management_port(self, settings: Settings) -> "AccessPolicy":
         """Return the policy of the management port, with the same tokens."""
-        return replace(self, details_need_token=not settings.shows_details(on_management_port=True))
+        return replace(self, details=settings.details_exposure(on_management_port=True))
+
+    def on_this_machine(self) -> "AccessPolicy":
+        """Return the policy for callers on this machine, with the same tokens."""
+        opened = self.details is Exposure.MACHINE
+        return replace(self, details=Exposure.OPEN) if opened else self
+
+    @property
+    def details_need_token(self) -> bool:
+        """True if details and metrics need a token.
+
+        The policy for callers on this machine is another one: :meth:`on_this_machine`.
+        """
+        return self.details is not Exposure.OPEN
 
     def to_details(self, headers: Headers) -> AccessVerdict:
         """Authorize a request for check details, logger levels or metrics."""
@@ -123,6 +137,29 @@ class AccessPolicy:
         if caller is None:
             return AccessVerdict.UNAUTHORIZED
         return AccessVerdict.ALLOWED if caller.may(right) else _LACKS[right]
+
+
+_ELSEWHERE = (
+    "Caller beyond this machine refused: ENVIRONMENT={} opens details, metrics and jobs to this"
+    " machine alone. Others need MANAGEMENT_TOKEN, for jobs API_TOKEN; HEALTH_DETAILS=always opens"
+    " details and metrics to all, ALLOW_OPEN_API=true jobs as well"
+)
+
+
+class AddressWarning:
+    """Warns once that a caller needs a token only because it is not on this machine."""
+
+    def __init__(self, environment: str, env_prefix: str = "") -> None:
+        """``env_prefix`` is that of the variables, of which ENVIRONMENT has ``environment``."""
+        self._text = prefixed(_ELSEWHERE.format(environment), env_prefix)
+        self.is_due = True
+        """False once the warning is logged."""
+
+    def log(self, client: str | None, path: str) -> None:
+        """Log the warning, with the address of the caller, unless it has been logged."""
+        if self.is_due:
+            self.is_due = False
+            _logger.warning(self._text, extra={"client": client, "path": path})
 
 
 _MAX_NAME_CHARACTERS = 128

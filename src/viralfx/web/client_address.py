@@ -1,6 +1,7 @@
-"""The address of a client behind proxies, which trusted proxies alone may name."""
+"""The address of a client, which trusted proxies alone may name, and whether it is local."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from viralfx.server.interface import Scope
@@ -10,6 +11,11 @@ _MAX_HOPS = 50
 """Addresses of a header that are read, from the right; clients choose its length."""
 _SCHEMES = {"http": ("http", "ws"), "https": ("https", "wss")}
 """The schemes of a request and of a WebSocket, by the scheme that a proxy names."""
+
+_FORWARDED = frozenset(
+    {b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"}
+)
+"""Headers of requests that came through a proxy."""
 
 Address = IPv4Address | IPv6Address
 
@@ -76,6 +82,24 @@ class TrustedProxies:
 
     def _trusts(self, address: Address) -> bool:
         return any(address in network for network in self._networks)
+
+
+def is_on_this_machine(scope: Scope) -> bool:
+    """Return True if the caller of a request is on this machine: by loopback or a Unix socket.
+
+    A request that came through a proxy is not: its address may be that of the proxy. An address
+    that is no IP address is that of a client in this process, as in tests, or of a Unix socket.
+    """
+    client = scope.get("client")
+    if client and not _is_local(client[0]):
+        return False
+    return all(name not in _FORWARDED for name, _ in scope["headers"])
+
+
+@lru_cache(maxsize=256)
+def _is_local(text: str) -> bool:
+    address = _parsed(text)
+    return address is None or address.is_loopback
 
 
 def _parsed(text: str) -> Address | None:

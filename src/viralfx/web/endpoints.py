@@ -25,14 +25,14 @@ from viralfx.domain.health.model import (
 from viralfx.domain.health.monitor import HealthMonitor
 from viralfx.domain.operations import Operations
 from viralfx.server.interface import RawResponse, Scope
-from viralfx.settings import Settings
+from viralfx.settings import Exposure, Settings
 from viralfx.telemetry import stacks_of_tasks, stacks_of_threads
 from viralfx.telemetry.logging.lines import LEVELS, FixedLevelError, LoggerLevels
 from viralfx.telemetry.metrics import Metrics
 from viralfx.web import schemas
 from viralfx.web.audit import RefusalAudit, actor_of
-from viralfx.web.auth import AccessPolicy, AccessVerdict, Headers
-from viralfx.web.client_address import TrustedProxies
+from viralfx.web.auth import AccessPolicy, AccessVerdict, AddressWarning, Headers
+from viralfx.web.client_address import TrustedProxies, is_on_this_machine
 from viralfx.web.console import Console, serving_ports
 from viralfx.web.console.data import ShowPayload
 from viralfx.web.console.feed import Feed
@@ -236,7 +236,9 @@ class OperationsEndpoints:
         groups: Mapping[str, Sequence[str]] | None = None,
         cors_origins: Sequence[str] = (),
         proxies: TrustedProxies | None = None,
+        env_prefix: str = "",
     ) -> None:
+        """``env_prefix`` is that of the variables that a warning names."""
         self._operations = operations
         self.proxies = proxies
         """The proxies that may name the client of a request; None: no peer may."""
@@ -252,6 +254,9 @@ class OperationsEndpoints:
         self.brake.subscribe(metrics.access.count_wrong_token)
         operations.shutdown.subscribe(lambda _: self.brake.release())
         self._denials = DenialLog(operations.clock, audit=self._record_refusal, brake=self.brake)
+        self.address_warning = AddressWarning(operations.environment, env_prefix)
+        """Warns of the first caller that is refused for its address."""
+        self._local: OperationsEndpoints | None = None
         self._prefix = prefix
         self.path_prefix = f"{prefix}/"
         """The prefix of paths that may be served here although they are not in ``endpoints``."""
@@ -276,8 +281,42 @@ class OperationsEndpoints:
 
     @property
     def access(self) -> AccessPolicy:
-        """The rules of this port."""
+        """The rules of this port, for callers on other machines if :attr:`asks_for_address`."""
         return self._access
+
+    @property
+    def asks_for_address(self) -> bool:
+        """True if callers on this machine have other rules; :meth:`for_caller` chooses."""
+        return self._access.details is Exposure.MACHINE
+
+    def for_caller(self, scope: Scope) -> "OperationsEndpoints":
+        """Return the endpoints for the caller of a request: this machine's callers have others."""
+        local = self.asks_for_address and is_on_this_machine(scope)
+        return self._for_this_machine() if local else self
+
+    def _for_this_machine(self) -> "OperationsEndpoints":
+        if self._local is None:
+            # Made at the first request, so that it has all that was added to these.
+            policy, console = self._access.on_this_machine(), self._console
+            if console is not None:
+                console = console.at(ServingPort.API, policy)
+            self._local = self._with(policy, console)
+        return self._local
+
+    def note_refusal(self, response: object, scope: Scope, path: str) -> None:
+        """Warn once if ``response`` refuses what a caller on this machine may read at ``path``."""
+        warning = self.address_warning
+        if (
+            warning.is_due
+            and isinstance(response, Denied)
+            and scope["method"] in READ
+            and self.asks_for_address
+            and not is_on_this_machine(scope)
+        ):
+            endpoint = self._for_this_machine().find(path)
+            local = endpoint and endpoint(scope["method"], b"", scope["headers"])
+            if not isinstance(local, Denied):
+                warning.log(peer_of(scope), path)
 
     def _make_table(self) -> None:
         access, prefix, metrics_path = self._access, self._prefix, self._metrics_path
@@ -337,23 +376,26 @@ class OperationsEndpoints:
                 show_payload=show_payload,
             )
             policy = self.access.at_management_port(settings)
-            self._management_console = console.at_management_port(policy)
+            self._management_console = console.at(ServingPort.MANAGEMENT, policy)
             if ServingPort.API in ports:
                 self._console = console
                 self.endpoints |= console.endpoints
 
     def at_management_port(self, settings: Settings) -> "OperationsEndpoints":
         """Return the same endpoints for the management port, with its access and console."""
+        return self._with(self.access.at_management_port(settings), self._management_console)
+
+    def _with(self, policy: AccessPolicy, console: Console | None) -> "OperationsEndpoints":
+        """Return the same endpoints with another policy and console."""
         other = copy.copy(self)
-        other._become_management_port(self.access.at_management_port(settings))  # noqa: SLF001
+        other._adopt(policy, console)  # noqa: SLF001 - of its own class
         return other
 
-    def _become_management_port(self, policy: AccessPolicy) -> None:
-        self._access = policy
+    def _adopt(self, policy: AccessPolicy, console: Console | None) -> None:
+        self._access, self._console, self._local = policy, console, None
         self._make_table()
-        self._console = self._management_console
-        if self._console is not None:
-            self.endpoints |= self._console.endpoints
+        if console is not None:
+            self.endpoints |= console.endpoints
         below, self._below = self._below, []
         for path in below:
             self.serve_below(path)
@@ -376,6 +418,7 @@ class OperationsEndpoints:
     def serve_below(self, path: str) -> None:
         """Serve the documented endpoints of known paths below ``path``, too; not the console."""
         if path := path.strip("/"):
+            self._local = None
             self._below.append(path)
             own = {p: e for p, e in self.endpoints.items() if p.startswith(self._prefix)}
             for known in own.keys() - (self._console.endpoints if self._console else {}):

@@ -50,14 +50,19 @@ class Gate:
         self._operations = operations
         self._endpoints = operations.endpoints
         self._path_prefix = operations.path_prefix
+        self._by_address = operations.asks_for_address
         self._proxies = operations.proxies
         self._alone = app is None
         self._app = _nothing if app is None else app
         self.requests = InFlightRequests(None if recorder is None else recorder.record)
         if recorder is not None:
             recorder.count_active(self.requests.__len__)
+        # The console answers a caller on another machine, too, by a page with less on it.
+        console = operations.console.endpoints if self._by_address and operations.console else {}
         self.probes: Mapping[bytes, Endpoint] = {
-            path.encode(): endpoint for path, endpoint in self._endpoints.items()
+            path.encode(): endpoint
+            for path, endpoint in self._endpoints.items()
+            if path not in console
         }
         """The endpoints that a server may call itself, by the path in the request line.
 
@@ -133,8 +138,13 @@ class Gate:
         endpoint = self._endpoints.get(path)
         if endpoint is None and (path.startswith(self._path_prefix) or scope.get("root_path")):
             endpoint = self._find(scope)
+        elif endpoint is not None and self._by_address:
+            endpoint = self._operations.for_caller(scope).endpoints[path]
         if endpoint is not None:
-            return endpoint(scope["method"], scope["query_string"], scope["headers"])
+            response = endpoint(scope["method"], scope["query_string"], scope["headers"])
+            if self._by_address:
+                self._operations.note_refusal(response, scope, path)
+            return response
         if self._alone or not self.open:
             return self._unavailable()
         if _EVENTS in scope["headers"]:
@@ -146,7 +156,7 @@ class Gate:
         path: str = scope["path"]
         if root_path := scope.get("root_path"):
             path = path.removeprefix(root_path)
-        return self._operations.find(path)
+        return self._operations.for_caller(scope).find(path)
 
     def _unavailable(self) -> RawResponse:
         if self._alone:

@@ -320,6 +320,7 @@ class OperationsLayer:
             groups=config.groups,
             cors_origins=config.cors_origins,
             proxies=TrustedProxies.from_settings(self.settings),
+            env_prefix=config.env_prefix,
         )
         self.endpoints.add_console(
             self.assembly,

@@ -28,6 +28,7 @@ from litestar.routes import BaseRoute, HTTPRoute
 
 from viralfx.server.interface import RawResponse, Receive, Scope
 from viralfx.server.problems import PROBLEM_MEDIA_TYPE, Problem
+from viralfx.settings import Exposure
 from viralfx.telemetry.logging.lines import LEVELS
 from viralfx.web import schemas
 from viralfx.web.layer import OperationsLayer
@@ -174,16 +175,18 @@ async def _serve(request: AnyRequest) -> Response[bytes]:
     path = raw_path.decode("latin-1").removeprefix(request.scope.get("root_path", ""))
     if (below := request.app.path) != "/":
         path = path.removeprefix(below)
-    endpoint, console = layer.endpoints.find(path), layer.endpoints.console
+    scope = cast("Scope", request.scope)
+    endpoints = layer.endpoints.for_caller(scope)
+    endpoint, console = endpoints.find(path), endpoints.console
     # The gate serves the console, whose files have no routes.
     if endpoint is None or (console is not None and path in console.endpoints):
         raise NotFoundException
-    response = endpoint(request.method, request.scope["query_string"], request.scope["headers"])
+    response = endpoint(request.method, scope["query_string"], scope["headers"])
     if isinstance(response, EventStream | Deferred):  # the gate serves it
         raise NotFoundException
     if not isinstance(response, RawResponse):
-        scope, receive = cast("Scope", request.scope), cast("Receive", request.receive)
-        response = await complete(response, scope, receive)
+        layer.endpoints.note_refusal(response, scope, path)
+        response = await complete(response, scope, cast("Receive", request.receive))
     headers = {name.decode(): value.decode() for name, value in response.headers}
     # Litestar adds the encoding to a text itself.
     media_type = headers.pop("content-type").removesuffix("; charset=utf-8")
@@ -440,7 +443,7 @@ def health_router(layer: OperationsLayer) -> Router:
     """
     config, access = layer.config, layer.endpoints.access
     needed: list[dict[str, list[str]]] = [{MANAGEMENT_TOKEN: []}] if access.has_tokens else []
-    for_details = needed if access.details_need_token else []
+    for_details = needed if access.details is Exposure.CLOSED else []
     details = (*_DETAILS, _GROUP) if config.groups else _DETAILS
     routes = (*_PROBES, *details, *_MANAGEMENT)
     head = route(

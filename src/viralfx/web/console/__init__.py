@@ -227,10 +227,10 @@ class Console:
         self.endpoints = self._own_endpoints()
         """The endpoints by path, without those of :meth:`find`."""
 
-    def at_management_port(self, policy: AccessPolicy) -> "Console":
-        """Return the console of the management port, which has a policy and sessions of its own."""
+    def at(self, port: ServingPort, policy: AccessPolicy) -> "Console":
+        """Return the same console with another policy, and the sessions of a port."""
         other = copy.copy(self)
-        other._access = self._access.at(ServingPort.MANAGEMENT, policy)  # noqa: SLF001 - own class
+        other._access = self._access.at(port, policy)  # noqa: SLF001 - own class
         other.endpoints = other._own_endpoints()  # noqa: SLF001 - of its own class
         return other
 

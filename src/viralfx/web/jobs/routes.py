@@ -37,8 +37,10 @@ from viralfx.jobs.submission import Submission, about
 from viralfx.jobs.tasks import TaskRegistry
 from viralfx.server.interface import Scope
 from viralfx.server.problems import Problem
+from viralfx.settings import Exposure
 from viralfx.settings.tokens import API
 from viralfx.web.auth import CHANGING, Headers, is_cross_origin
+from viralfx.web.client_address import is_on_this_machine
 from viralfx.web.jobs import openapi, schemas
 from viralfx.web.jobs.offers import NOT_OFFERED, is_offered
 from viralfx.web.jobs.schemas import (
@@ -218,15 +220,29 @@ _encode = msgspec.json.Encoder().encode
 class JobsApi:
     """The services of a layer that the routes use, as it was wired last, and their access rules."""
 
-    __slots__ = ("_layer", "has_callers", "is_open")
+    __slots__ = ("_exposure", "_layer", "has_callers")
 
     def __init__(self, layer: OperationsLayer) -> None:
         self._layer = layer
         settings = layer.settings
         self.has_callers = settings.has_api_tokens or layer.config.authorize is not None
         """Whether each request must have a known caller."""
-        self.is_open = settings.may_open_api and not self.has_callers
-        """True if requests need no token."""
+        self._exposure = Exposure.CLOSED if self.has_callers else settings.api_exposure
+
+    def is_open_to(self, scope: Scope) -> bool:
+        """Return True if the caller of a request needs no token."""
+        if self._exposure is Exposure.MACHINE:
+            return is_on_this_machine(scope)
+        return self._exposure is Exposure.OPEN
+
+    def reject_without_token(self, scope: Scope) -> NoReturn:
+        """Raise 403: no token is configured, and the caller would need one."""
+        if self._exposure is not Exposure.MACHINE:
+            raise PermissionDeniedException("API_TOKEN is not set, so this request is not allowed.")
+        self._layer.endpoints.address_warning.log(peer_of(scope), scope["path"])
+        raise PermissionDeniedException(
+            "API_TOKEN is not set, so only callers on this machine are allowed."
+        )
 
     def caller(self, headers: Headers) -> Principal | None:
         """Return the caller of a request; None for an unknown one."""
@@ -290,7 +306,7 @@ async def check_request(request: AnyRequest) -> None:
     method = request.scope["method"]
     api = api_of(request)
     try:
-        caller = _authorize(api, method, request.scope["headers"])
+        caller = _authorize(api, method, cast("Scope", request.scope))
     except HTTPException as error:
         api.record_refusal(request, error.status_code)
         raise
@@ -384,9 +400,10 @@ def _refuse(request: AnyRequest, right: str) -> NoReturn:
     raise PermissionDeniedException(f"This token has not the right {right}.")
 
 
-def _authorize(api: JobsApi, method: str, headers: Headers) -> Principal | None:
+def _authorize(api: JobsApi, method: str, scope: Scope) -> Principal | None:
     """Return the caller; None for a wrong token. Without tokens, deny cross-origin changes."""
-    if api.is_open:
+    headers: Headers = scope["headers"]
+    if api.is_open_to(scope):
         if method in CHANGING and is_cross_origin(headers):
             raise PermissionDeniedException(
                 "A page of another host may not do this: Origin and Host differ. Set API_TOKEN and"
@@ -394,7 +411,7 @@ def _authorize(api: JobsApi, method: str, headers: Headers) -> Principal | None:
             )
         return _EVERYBODY
     if not api.has_callers:
-        raise PermissionDeniedException("API_TOKEN is not set, so this request is not allowed.")
+        api.reject_without_token(scope)
     return api.caller(headers)
 
 
