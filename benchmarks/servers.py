@@ -95,7 +95,8 @@ def net_http() -> Program | None:
 
 BARE_ASGI = uvicorn("bare ASGI", "benchmarks.peers.bare_asgi")
 BARE_LITESTAR = uvicorn("bare Litestar", "benchmarks.peers.bare_litestar")
-BACKEND = viralfx("viralfx serve")
+# With details open to all, as on the management port of production: the server answers them itself.
+BACKEND = viralfx("viralfx serve", HEALTH_DETAILS="always")
 # Without an access log, like its peers; benchmarks/telemetry.py measures that log.
 MOUNTED = viralfx("viralfx serve --app", "benchmarks.peers.mounted", ACCESS_LOG="false")
 
