@@ -133,9 +133,7 @@ def create_app(settings: Settings) -> Litestar:
 
 def _document_router(settings: Settings, plugin: OperationsPlugin) -> Router:
     """Return the router of the API document, which is as open as the jobs API or details."""
-    exposure = settings.api_exposure
-    if settings.health_details == "always":
-        exposure = Exposure.OPEN
+    exposure = max(settings.api_exposure, settings.details_exposure())
 
     async def require_token(connection: AnyConnection, _: BaseRouteHandler) -> None:
         scope, endpoints = cast("Scope", connection.scope), plugin.endpoints

@@ -266,10 +266,10 @@ class OperationsLayer:
         if own is None or own.namespace is not module.namespace:
             return False
         # Layers that functions create one after the other, as tests do, are no rivals.
-        return self.is_running or (own.at_top_level and self._has_application())
+        return self._is_running or (own.at_top_level and self._has_application())
 
     @property
-    def is_running(self) -> bool:
+    def _is_running(self) -> bool:
         """Whether the lifespan of the application runs, and no shutdown has begun."""
         loop = self.loop
         return not (loop is None or loop.is_closed() or self.operations.shutdown.triggered)
